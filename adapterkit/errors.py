@@ -1,0 +1,87 @@
+"""Every error adapterkit raises on purpose.
+
+AdapterkitError                    exit 1   anything below; one sentence: what, where, what to do
+├── CheckpointError                exit 1   a checkpoint that is damaged, incomplete or not what it says
+├── AdapterError                   exit 1   an adapter that is damaged, incomplete or not understood
+│   └── UnsupportedAdapter         exit 1   understood, and not mergeable: the sentence gives the way out
+├── TargetError                    exit 1   adapter and base do not fit together
+├── OutputError                    exit 1   the result cannot be written where it was asked for
+├── UsageError                     exit 2   arguments that contradict each other
+├── CheckFailed                    exit 3   a check or verification did not hold
+├── AuthError                      exit 4   the Hub wants a token, or another one
+├── HubError                       exit 5   the network or the Hub failed
+├── UnsafeError                    exit 6   refused: a path out of its folder, a pickle, remote code
+└── NotFound                       exit 7   a file, a name or a repository that does not exist
+"""
+
+from __future__ import annotations
+
+
+class AdapterkitError(Exception):
+    """Base of all errors; ``hint`` is what to do next, ``exit_code`` what the command line returns."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.hint}" if self.hint else self.message
+
+
+class CheckpointError(AdapterkitError):
+    """A checkpoint that is damaged, incomplete or not what it says."""
+
+
+class AdapterError(AdapterkitError):
+    """An adapter that is damaged, incomplete or not understood."""
+
+
+class UnsupportedAdapter(AdapterError):
+    """An adapter that is understood and cannot be folded into weights."""
+
+
+class TargetError(AdapterkitError):
+    """Adapter and base do not fit together."""
+
+
+class OutputError(AdapterkitError):
+    """The result cannot be written where it was asked for."""
+
+
+class UsageError(AdapterkitError):
+    """Arguments that contradict each other."""
+
+    exit_code = 2
+
+
+class CheckFailed(AdapterkitError):
+    """A check or verification did not hold."""
+
+    exit_code = 3
+
+
+class AuthError(AdapterkitError):
+    """The Hub wants a token, or another one."""
+
+    exit_code = 4
+
+
+class HubError(AdapterkitError):
+    """The network or the Hub failed."""
+
+    exit_code = 5
+
+
+class UnsafeError(AdapterkitError):
+    """Refused as unsafe: a path out of its folder, a pickle, remote code."""
+
+    exit_code = 6
+
+
+class NotFound(AdapterkitError):
+    """A file, a name or a repository that does not exist."""
+
+    exit_code = 7
