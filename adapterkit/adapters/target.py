@@ -1,0 +1,71 @@
+"""Where a module's parameter lives in a checkpoint.
+
+A module tree and the files that store it need not agree: experts are stacked in memory and separate on disk, a fused
+projection on disk is three modules in memory, some kernels are stored transposed. All of these are *index maps on rows*.
+A parameter is seen as a matrix, and a `Target` lists the pieces of that matrix and the tensor rows that hold them, so
+that one rule carries weights, low-rank factors and their inverses alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def as_matrix(shape: Sequence[int], stacked: bool = False) -> tuple[int, int]:
+    """The ``(rows, columns)`` under which a stored tensor is seen.
+
+    A vector ``[n]`` is ``(n, 1)``; a matrix is itself; a convolution ``[out, in, *kernel]`` is ``(out, in*kernel)``, as in
+    every adapter method; a ``stacked`` tensor ``[experts, out, in]`` is ``(experts*out, in)``.
+    """
+    if len(shape) <= 1:
+        return (prod(shape), 1)
+    if stacked:
+        return (prod(shape[:-1]), shape[-1])
+    return (shape[0], prod(shape[1:]))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """``count`` rows of a parameter, and the tensor rows that store them.
+
+    Parameter rows ``row, row + row_step, ...`` are tensor rows ``at, at + at_step, ...``. When ``transposed``, tensor
+    rows ``at .. at + columns`` hold the parameter's columns instead, and its rows are tensor columns starting at ``row_at``
+    (the tensor's matrix then has the parameter's rows as columns).
+    """
+
+    tensor: str
+    count: int
+    row: int = 0
+    row_step: int = 1
+    at: int = 0
+    at_step: int = 1
+    transposed: bool = False
+    row_at: int = 0
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parameter of the module tree, its matrix shape, and the pieces that store it.
+
+    ``matrix`` is ``(rows, columns)`` in the module's own orientation; ``stacked`` says that the leading dimensions were
+    flattened (experts), otherwise everything after the first dimension was (convolutions).
+    """
+
+    parameter: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    stacked: bool = False
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        return as_matrix(self.shape, self.stacked)
+
+    @property
+    def tensors(self) -> tuple[str, ...]:
+        """The checkpoint tensors touched, in order, each once."""
+        return tuple(dict.fromkeys(piece.tensor for piece in self.pieces))
