@@ -1,0 +1,101 @@
+"""Byte sources: a local file, or a file on the Hub read by HTTP range."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from adapterkit.errors import CheckpointError, NotFound
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Source(ABC):
+    """Random access to the bytes of one file; safe to use from several threads."""
+
+    name: str
+    size: int
+    path: Path | None = None
+
+    @abstractmethod
+    def read(self, offset: int, length: int) -> bytes:
+        """Up to ``length`` bytes at ``offset``; fewer only at the end of the file."""
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from ``offset``.
+
+        Raises:
+            CheckpointError: the file ends before the buffer is full.
+        """
+        data = self.read(offset, len(buffer))
+        if len(data) != len(buffer):
+            raise self._short(offset + len(data))
+        buffer[:] = data
+
+    def _short(self, at: int) -> CheckpointError:
+        return CheckpointError(f"{self.name} ended at byte {at} while it was read", "download or save it again")
+
+
+class LocalFile(Source):
+    """A file on disk, read by ``pread``; opened at the first read, closed with the object."""
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.path = path
+        self.name = name or str(path)
+        try:
+            self.size = os.stat(path).st_size
+        except FileNotFoundError:
+            raise NotFound(f"{self.name} does not exist", "check the path, or download the missing file") from None
+        except OSError as error:
+            raise CheckpointError(f"{self.name} cannot be read ({error.strerror})", "check its permissions") from None
+        self._fd: int | None = None
+
+    @property
+    def fd(self) -> int:
+        if self._fd is None:
+            try:
+                fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)  # type: ignore[arg-type]
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.name} cannot be opened ({error.strerror})", "check its permissions"
+                ) from None
+            # Two threads may open it at once: the first one stays, the other is closed.
+            if self._fd is None:
+                self._fd = fd
+            else:
+                os.close(fd)
+        return self._fd
+
+    def read(self, offset: int, length: int) -> bytes:
+        data = os.pread(self.fd, length, offset)
+        while len(data) < length:
+            more = os.pread(self.fd, length - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self.fd, [buffer[done:]], offset + done)
+            if count == 0:
+                raise self._short(offset + done)
+            done += count
+
+    def __del__(self) -> None:
+        fd = getattr(self, "_fd", None)
+        if fd is not None:
+            os.close(fd)
+
+
+class BytesFile(Source):
+    """Bytes that are already in memory."""
+
+    def __init__(self, name: str, data: bytes) -> None:
+        self.name, self.data, self.size = name, data, len(data)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return self.data[offset : offset + length]

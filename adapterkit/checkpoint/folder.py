@@ -1,0 +1,145 @@
+"""Hugging Face folders: one safetensors file, or an index with shards, beside a config and a tokenizer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.checkpoint.checkpoint import Checkpoint, SideFile
+from adapterkit.checkpoint.header import Header, check_name, parse_header
+from adapterkit.checkpoint.listing import Listing, check_plain
+from adapterkit.checkpoint.tensor import Stored, Tensor
+from adapterkit.errors import CheckpointError, NotFound, UnsafeError
+
+if TYPE_CHECKING:
+    from adapterkit.checkpoint.files import Source
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+# What never travels with merged weights: other copies of the weights, training state, the base's own card.
+_LEFT_BEHIND = (*PICKLES, ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".npz", ".tflite", ".index.json")
+_LEFT_BEHIND_NAMES = frozenset({"README.md", "adapterkit.json", "adapter_config.json", "training_args.bin"})
+_LEFT_BEHIND_FOLDERS = frozenset({"original", "onnx", "openvino", "coreml"})
+
+
+def read_folder(listing: Listing) -> Checkpoint:
+    """Open a Hugging Face folder from its headers alone.
+
+    Raises:
+        NotFound: no weights, or a shard that the index names is missing.
+        CheckpointError: a damaged header or index.
+        UnsafeError: pickled weights only, or names that lead out of the folder.
+    """
+    notes: list[str] = []
+    weight_map: dict[str, str] | None = None
+    if SINGLE in listing.names:
+        files = [SINGLE]
+    elif INDEX in listing.names:
+        weight_map = read_index(listing, INDEX)
+        files = list(dict.fromkeys(weight_map.values()))
+    else:
+        files = [_only_weights(listing)]
+    listing.prefetch(files)
+    tensors: dict[str, Tensor] = {}
+    shards: dict[str, str] = {}
+    metadata: dict[str, str] = {}
+    sources = []
+    for file in sorted(files):
+        source = listing.open(file)
+        header = parse_header(source.read, source.size, source.name)
+        metadata = metadata or dict(header.metadata)
+        sources.append(source)
+        _add(source, file, header, weight_map, tensors, shards)
+    if weight_map is not None:
+        _check_complete(listing.ref, weight_map, shards)
+    config = listing.json("config.json") if "config.json" in listing.names else {}
+    if "auto_map" in config:
+        notes.append("config.json names custom code (auto_map); adapterkit carries it over and never runs it")
+    side_files = tuple(SideFile(name, listing.open(name)) for name in side_names(listing.names, set(files)))
+    return Checkpoint(
+        listing.ref, tensors, shards, config, side_files, metadata, listing.commit, tuple(sources), tuple(notes)
+    )
+
+
+def read_file(source: Source, config: dict[str, Any]) -> Checkpoint:
+    """Open a single safetensors file as a checkpoint."""
+    header = parse_header(source.read, source.size, source.name)
+    tensors: dict[str, Tensor] = {}
+    shards: dict[str, str] = {}
+    _add(source, source.path.name if source.path else SINGLE, header, None, tensors, shards)
+    return Checkpoint(source.name, tensors, shards, config, (), dict(header.metadata), None, (source,))
+
+
+def read_index(listing: Listing, name: str) -> dict[str, str]:
+    """The weight map of an index, every file name plain and every tensor name checked."""
+    where = f"{listing.ref.rstrip('/')}/{name}"
+    found = listing.json(name).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(f"{where} has no weight_map", "download or save it again")
+    weight_map = {check_name(tensor, where): check_plain(file, where) for tensor, file in found.items()}
+    for file in dict.fromkeys(weight_map.values()):
+        if not file.endswith(".safetensors"):
+            raise UnsafeError(f"{where} points to {file!r}, not a safetensors file", "convert it to safetensors first")
+    return weight_map
+
+
+def _only_weights(listing: Listing) -> str:
+    candidates = sorted(n for n in listing.names if n.endswith(".safetensors") and "/" not in n and "adapter" not in n)
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        raise CheckpointError(
+            f"{listing.ref} has {len(candidates)} safetensors files and no {INDEX}",
+            "add the index, or name one of the files",
+        )
+    if ADAPTER_CONFIG in listing.names:
+        raise NotFound(f"{listing.ref} is an adapter, not a checkpoint", "give the base model first, then the adapter")
+    pickled = sorted(name for name in listing.names if name.endswith(PICKLES))
+    if pickled:
+        raise UnsafeError(
+            f"{listing.ref} holds its weights only as a pickle ({pickled[0]}), which can run code when loaded",
+            "save it again with safe_serialization=True",
+        )
+    raise NotFound(f"{listing.ref} holds no safetensors weights", "give a Hugging Face model folder")
+
+
+def _add(
+    source: Source,
+    file: str,
+    header: Header,
+    weight_map: dict[str, str] | None,
+    tensors: dict[str, Tensor],
+    shards: dict[str, str],
+) -> None:
+    for info in header.tensors.values():
+        if weight_map is not None and weight_map.get(info.name, file) != file:
+            continue  # the index says that another shard holds this one
+        if info.name in tensors:
+            raise CheckpointError(f"{source.name} holds tensor '{info.name}' a second time", "save the base again")
+        tensors[info.name] = Stored(info.name, info.dtype, info.shape, source, info.start)
+        shards[info.name] = file
+
+
+def _check_complete(ref: str, weight_map: dict[str, str], shards: dict[str, str]) -> None:
+    missing = [name for name in weight_map if name not in shards]
+    if missing:
+        raise CheckpointError(
+            f"{ref}: {weight_map[missing[0]]} does not hold '{missing[0]}' as the index says "
+            f"({len(missing)} tensors missing)",
+            "download that shard again",
+        )
+
+
+def side_names(names: frozenset[str], weights: set[str]) -> list[str]:
+    """The files of a listing that travel with its weights, sorted."""
+
+    def carried(name: str) -> bool:
+        top, _, rest = name.partition("/")
+        if name in weights or name in _LEFT_BEHIND_NAMES or name.endswith(_LEFT_BEHIND):
+            return False
+        # A Sentence-Transformers module keeps its own weights in a sub-folder; at the top they are other copies.
+        return top not in _LEFT_BEHIND_FOLDERS if rest else not name.endswith(".safetensors")
+
+    return sorted(filter(carried, names))

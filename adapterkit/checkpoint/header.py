@@ -1,0 +1,151 @@
+"""Safetensors headers, read and written without the tensors.
+
+Format: 8 bytes little-endian header length, that many bytes of JSON, then the data (README of
+huggingface/safetensors, "Format"). The reader trusts nothing: it also refuses what the reference implementation lets
+through, duplicate keys (the last would win) and names that would be dangerous to hand on.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.dtypes import DTYPES, DType
+from adapterkit.errors import CheckpointError, UnsafeError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
+MAX_NAME = 1024
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor; ``start`` and ``stop`` are absolute byte offsets in the file."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class Header:
+    """A validated header: tensors in the order of their bytes, and the file's string metadata."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    data_start: int = 0
+
+
+def check_name(name: str, where: str) -> str:
+    """A tensor name that is safe to print and to pass on, or `UnsafeError`."""
+    if (
+        not name
+        or len(name) > MAX_NAME
+        or not name.isprintable()
+        or name.startswith("/")
+        or ".." in name
+        or "\\" in name
+    ):
+        shown = name[:60].encode("unicode_escape").decode()
+        raise UnsafeError(f"{where}: tensor name '{shown}' is not a plain name", "do not use this file")
+    return name
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key '{twice[:60]}' appears twice")
+    return found
+
+
+def parse_header(read: Callable[[int, int], bytes], size: int, where: str) -> Header:
+    """Parse and check the header of a safetensors file.
+
+    Args:
+        read: ``read(offset, length)`` gives that many bytes of the file, or fewer at its end.
+        size: length of the file in bytes.
+        where: what to call the file in an error.
+
+    Raises:
+        CheckpointError: truncated, corrupt, overlapping, with gaps, or of an unknown dtype.
+        UnsafeError: a name with control characters or a path in it.
+    """
+    again = "download or save it again"
+    if size < 8:
+        raise CheckpointError(f"{where} is {size} bytes, too short for a safetensors file", again)
+    length = int.from_bytes(read(0, 8), "little")
+    if length > MAX_HEADER or length > size - 8:
+        raise CheckpointError(f"{where}: its header claims {length} bytes of a file of {size}", again)
+    raw = read(8, length)
+    try:
+        found = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        if not isinstance(found, dict):
+            raise ValueError("it is not an object")
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where}: its header is not valid JSON ({error})", again) from None
+    metadata = found.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{where}: its __metadata__ is not a map of strings", again)
+    start = 8 + length
+    tensors = sorted(
+        (_info(name, entry, start, where) for name, entry in found.items()), key=lambda t: (t.start, t.stop)
+    )
+    position = start
+    for info in tensors:
+        if info.start != position:
+            kind = "overlaps the one before" if info.start < position else "leaves a gap before it"
+            raise CheckpointError(f"{where}: tensor '{info.name}' {kind}", again)
+        position = info.stop
+    if position != size:
+        kind = "truncated" if position > size else "longer than its header says"
+        raise CheckpointError(f"{where} is {kind}: {size} bytes where the header needs {position}", again)
+    return Header({info.name: info for info in tensors}, metadata, start)
+
+
+def _info(name: str, entry: Any, data_start: int, where: str) -> TensorInfo:
+    check_name(name, where)
+    try:
+        dtype = DTYPES[entry["dtype"]]
+        shape = tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or end < begin:
+            raise ValueError
+    except KeyError as error:
+        raise CheckpointError(f"{where}: tensor '{name}' has unknown or missing {error}", "update adapterkit") from None
+    except (TypeError, ValueError):
+        raise CheckpointError(f"{where}: tensor '{name}' has a malformed entry", "download or save it again") from None
+    if dtype.nbytes(shape) != end - begin:
+        raise CheckpointError(
+            f"{where}: tensor '{name}' of shape {list(shape)} and dtype {dtype} takes {dtype.nbytes(shape)} bytes, "
+            f"not {end - begin}",
+            "download or save it again",
+        )
+    return TensorInfo(name, dtype, shape, data_start + begin, data_start + end)
+
+
+def build_header(
+    tensors: Iterable[tuple[str, DType, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int]]:
+    """The bytes of a header for tensors laid end to end, padded to 8 bytes, and each tensor's absolute offset."""
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    position, offsets = 0, {}
+    for name, dtype, shape in tensors:
+        end = position + dtype.nbytes(shape)
+        entries[name] = {"dtype": dtype.code, "shape": list(shape), "data_offsets": [position, end]}
+        offsets[name] = position
+        position = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {name: start + offset for name, offset in offsets.items()}

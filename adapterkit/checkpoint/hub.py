@@ -1,0 +1,181 @@
+"""Checkpoints on the Hub, through huggingface_hub and its cache.
+
+A branch is resolved to its commit first and everything after that uses the commit, so that a stale cache entry is never
+taken for today's ``main``. With ``headers_only`` weight files are read by HTTP range and never downloaded.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.checkpoint.files import LocalFile, Source
+from adapterkit.checkpoint.folder import PICKLES
+from adapterkit.checkpoint.listing import Listing, LocalFolder
+from adapterkit.errors import AdapterkitError, AuthError, CheckpointError, HubError, NotFound
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from adapterkit.checkpoint.open import HubRef
+
+FIRST_BYTES = 1 << 17  # one request fetches a header of up to this size whole
+PARALLEL = 16
+
+# A weight file is only read where headers are wanted, so these never come down with the side files.
+_WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".npz", ".tflite")
+
+
+@contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """Turn huggingface_hub's exceptions into ours; ``what`` names the repository."""
+    from huggingface_hub import errors as hf
+
+    try:
+        yield
+    except AdapterkitError:
+        raise
+    except hf.GatedRepoError:
+        raise AuthError(f"{what} is gated", "accept its terms on the Hub and set HF_TOKEN") from None
+    except hf.RepositoryNotFoundError as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise AuthError(
+                f"the Hub does not show {what} to this user", "check the name, and set HF_TOKEN if it is private"
+            ) from None
+        raise NotFound(f"{what} is not on the Hub", "check the spelling of the repository") from None
+    except hf.RevisionNotFoundError:
+        raise NotFound(f"{what} has no such revision", "check the branch, tag or commit") from None
+    except (hf.EntryNotFoundError, hf.LocalEntryNotFoundError):
+        raise HubError(
+            f"{what} cannot be reached and is not in the cache", "check the network, or download it"
+        ) from None
+    except hf.OfflineModeIsEnabled:
+        raise HubError(f"{what} is not in the cache and the Hub is switched off", "unset HF_HUB_OFFLINE") from None
+    except hf.HfHubHTTPError as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise AuthError(f"the Hub refused {what} ({status})", "set HF_TOKEN to a token that may read it") from None
+        raise HubError(f"the Hub failed on {what} ({status or error})", "try again later") from None
+    except OSError as error:
+        raise HubError(f"{what} could not be fetched ({error})", "check the network and try again") from None
+    except Exception as error:
+        # The client's transport errors (connection refused, timeouts) derive from its HTTP library, whose name changes
+        # between releases; anything else is a bug of ours and keeps its traceback.
+        if type(error).__module__.partition(".")[0] in (
+            "httpx",
+            "httpx2",
+            "httpcore",
+            "httpcore2",
+            "requests",
+            "urllib3",
+        ):
+            raise HubError(f"the Hub could not be reached for {what} ({error})", "check the network") from None
+        raise
+
+
+def hub_listing(ref: HubRef, *, headers_only: bool) -> Listing:
+    """The files of a repository at one commit.
+
+    Raises:
+        AuthError, HubError, NotFound
+    """
+    import huggingface_hub as hf
+    from huggingface_hub import constants
+
+    shown = f"{ref.repo}{'/' + ref.subfolder if ref.subfolder else ''}{'@' + ref.revision if ref.revision else ''}"
+    with hub_errors(shown):
+        if constants.HF_HUB_OFFLINE:
+            folder = hf.snapshot_download(ref.repo, revision=ref.revision, local_files_only=True)
+            return _snapshot(folder, ref, shown)
+        info = hf.HfApi().repo_info(ref.repo, revision=ref.revision)
+        commit = info.sha or ""
+        prefix = f"{ref.subfolder}/" if ref.subfolder else ""
+        names = {s.rfilename.removeprefix(prefix) for s in info.siblings or () if s.rfilename.startswith(prefix)}
+        names = {name for name in names if name.count("/") <= 2 and not name.startswith(".")}
+        if not names:
+            raise NotFound(f"{shown} has no such folder", "check the sub-folder's name")
+        if headers_only:
+            return HubFolder(ref, commit, frozenset(names), shown)
+        patterns = [prefix + name for name in names if not name.endswith(PICKLES)]
+        folder = hf.snapshot_download(ref.repo, revision=commit, allow_patterns=patterns)
+        return _snapshot(folder, ref, shown)
+
+
+def _snapshot(folder: str, ref: HubRef, shown: str) -> LocalFolder:
+    path = Path(folder)
+    return LocalFolder(path / ref.subfolder if ref.subfolder else path, shown, path.name)
+
+
+class HubFolder(Listing):
+    """A repository at one commit whose weights are read by range and whose small files come through the cache."""
+
+    def __init__(self, ref: HubRef, commit: str, names: frozenset[str], shown: str) -> None:
+        self._hub, self.commit, self._names, self.ref = ref, commit, names, shown
+        self._open: dict[str, Source] = {}
+
+    @property
+    def names(self) -> frozenset[str]:
+        return self._names
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        missing = [name for name in names if name in self._names and name not in self._open]
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            self._open.update(zip(missing, pool.map(self._fetch, missing), strict=True))
+
+    def open(self, name: str) -> Source:
+        if name not in self._names:
+            raise NotFound(f"{self.ref}/{name} does not exist", "check the repository's files")
+        if name not in self._open:
+            self._open[name] = self._fetch(name)
+        return self._open[name]
+
+    def _fetch(self, name: str) -> Source:
+        import huggingface_hub as hf
+
+        path = f"{self._hub.subfolder}/{name}" if self._hub.subfolder else name
+        shown = f"{self.ref}/{name}"
+        with hub_errors(shown):
+            if not name.endswith(_WEIGHTS):
+                local = hf.hf_hub_download(self._hub.repo, path, revision=self.commit)
+                return LocalFile(Path(local), shown)
+            return HubFile(hf.hf_hub_url(self._hub.repo, path, revision=self.commit), shown)
+
+
+class HubFile(Source):
+    """A file on the Hub, read by HTTP range; its first bytes are kept, for that is where a header lies."""
+
+    def __init__(self, url: str, name: str) -> None:
+        self.url, self.name, self.path = url, name, None
+        self._head, self.size = self._range(0, FIRST_BYTES)
+
+    def _range(self, offset: int, length: int) -> tuple[bytes, int]:
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        with hub_errors(self.name):
+            headers = {
+                **build_hf_headers(),
+                "Range": f"bytes={offset}-{offset + length - 1}",
+                "Accept-Encoding": "identity",
+            }
+            # The session follows redirects to the storage host and drops the token on the way.
+            response = get_session().get(self.url, headers=headers, follow_redirects=True)
+            hf_raise_for_status(response)
+            data = response.content
+            total = response.headers.get("Content-Range", "").rpartition("/")[2]
+            if response.status_code != 206 or not total.isdigit():
+                total = str(len(data))  # a server without ranges sent the whole file
+                data = data[offset : offset + length]
+            return data, int(total)
+
+    def read(self, offset: int, length: int) -> bytes:
+        if length <= 0 or offset >= self.size:
+            return b""
+        if offset + length <= len(self._head):
+            return self._head[offset : offset + length]
+        data, size = self._range(offset, length)
+        if size != self.size:
+            raise CheckpointError(f"{self.name} changed while it was read", "try again")
+        return data

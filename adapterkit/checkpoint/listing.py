@@ -1,0 +1,104 @@
+"""A folder of files, local or on the Hub, as a flat listing: what the readers of formats work on."""
+
+from __future__ import annotations
+
+import json
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.checkpoint.files import LocalFile, Source
+from adapterkit.errors import CheckpointError, NotFound, UnsafeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MAX_JSON = 64 << 20  # bytes; the index of a trillion-parameter checkpoint is about 10 MB
+MAX_DEPTH = 2  # folders; side files lie at most this deep (sentence-transformers keeps `1_Pooling/config.json`)
+
+
+class Listing(ABC):
+    """Names of files (relative posix paths) and their bytes."""
+
+    ref: str
+    commit: str | None = None
+
+    @property
+    @abstractmethod
+    def names(self) -> frozenset[str]: ...
+
+    @abstractmethod
+    def open(self, name: str) -> Source:
+        """The bytes of ``name``.
+
+        Raises:
+            NotFound: there is no such file.
+            UnsafeError: it is a link out of the folder.
+        """
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Say which files will be opened next, so that a remote listing can fetch them together."""
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON object.
+
+        Raises:
+            CheckpointError: it is not one, or too large to be one.
+        """
+        source = self.open(name)
+        if source.size > MAX_JSON:
+            raise CheckpointError(f"{source.name} is {source.size} bytes, too large to be what its name says")
+        try:
+            found = json.loads(source.read(0, source.size).decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{source.name} is not valid JSON ({error})", "download or save it again") from None
+        if not isinstance(found, dict):
+            raise CheckpointError(f"{source.name} is not a JSON object", "download or save it again")
+        return found
+
+
+def check_plain(name: str, where: str) -> str:
+    """A file name without a path, or `UnsafeError`: names in an index are data, never paths."""
+    if not isinstance(name, str) or name in ("", ".", "..") or not name.isprintable() or set(name) & {"/", "\\", "\0"}:
+        raise UnsafeError(f"{where} points to {str(name)[:80]!r}, out of its folder", "do not use this checkpoint")
+    return name
+
+
+class LocalFolder(Listing):
+    """A folder on disk. Links may point into the folder or, for a Hugging Face cache snapshot, into that cache."""
+
+    def __init__(self, path: Path, ref: str | None = None, commit: str | None = None) -> None:
+        self.path, self.ref, self.commit = path, ref or str(path), commit
+        real = path.resolve()
+        self._allowed = [real]
+        if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
+            self._allowed.append(real.parent.parent.parent)  # the cache root: snapshots link to blobs below it
+        self._names = frozenset(self._walk(path, PurePosixPath()))
+
+    def _walk(self, folder: Path, prefix: PurePosixPath) -> Iterable[str]:
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise CheckpointError(f"{folder} cannot be read ({error.strerror})", "check its permissions") from None
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                if len(prefix.parts) < MAX_DEPTH:
+                    yield from self._walk(Path(entry.path), prefix / entry.name)
+            else:
+                yield str(prefix / entry.name)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return self._names
+
+    def open(self, name: str) -> Source:
+        path = self.path / name
+        shown = f"{self.ref.rstrip('/')}/{name}"
+        if name not in self._names:
+            raise NotFound(f"{shown} does not exist", "download the missing file or correct the path")
+        if not any(path.resolve().is_relative_to(root) for root in self._allowed):
+            raise UnsafeError(f"{shown} is a link out of its folder", "replace the link by the file itself")
+        return LocalFile(path, shown)

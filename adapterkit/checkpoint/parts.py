@@ -1,0 +1,77 @@
+"""One output file of a plan at a time: what a cluster runs.
+
+Each part is written into the hidden folder beside the target, by any machine that sees it, in any order and at the same
+time; when all parts say they are done, `finish_parts` makes the folder the target. The bytes are those of one whole run.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapterkit.checkpoint.journal import Journal
+from adapterkit.checkpoint.publish import check_target, staging, write_file
+from adapterkit.checkpoint.sink import Sink
+from adapterkit.checkpoint.write import default_jobs, finish, identity
+from adapterkit.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from adapterkit.checkpoint.files import Source
+    from adapterkit.checkpoint.plan import Plan
+    from adapterkit.checkpoint.tensor import Tensor
+
+
+def write_part(
+    plan: Plan,
+    index: int,
+    tensors: Mapping[str, Tensor],
+    sources: Sequence[Source],
+    out: Path,
+    *,
+    jobs: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write ``plan.files[index]`` into the hidden folder of ``out``; a part that was interrupted resumes.
+
+    Raises:
+        UsageError: there is no such part.
+        OutputError, AdapterkitError: as for a whole run.
+    """
+    if not 0 <= index < len(plan.files):
+        raise UsageError(f"there is no part {index}", f"this plan has parts 0 to {len(plan.files) - 1}")
+    file = plan.files[index]
+    inputs = [source.path.parent for source in sources if source.path is not None]
+    check_target(out, inputs, file.nbytes, force=True)
+    with staging(out, resume=True, shared=True) as folder:
+        journal = Journal(folder / f".journal.{index}.jsonl", identity(plan, sources))
+        Sink(plan, tensors, sources, folder, jobs=jobs or default_jobs(), journal=journal, progress=progress).run([file])
+        write_file(folder / _note(file.name), plan.digest.encode())
+
+
+def finish_parts(plan: Plan, out: Path, *, side_files: Mapping[str, bytes], force: bool = False) -> None:
+    """Make the target once every part is done.
+
+    Raises:
+        OutputError: parts are missing, or belong to another plan.
+    """
+    if out.exists() and not force:
+        raise OutputError(f"{out} exists", "choose another name, or replace it with --force")
+    with staging(out, resume=True) as folder:
+        missing = [str(i) for i, file in enumerate(plan.files) if not _done(plan, folder, file.name, file.nbytes)]
+        if missing:
+            raise OutputError(f"{out}: parts {', '.join(missing[:8])} are not done", "execute them, then finish again")
+        finish(plan, folder, out, side_files, force=force)
+
+
+def _note(name: str) -> str:
+    return f".done.{name}"
+
+
+def _done(plan: Plan, folder: Path, name: str, nbytes: int) -> bool:
+    try:
+        proved = (folder / _note(name)).read_bytes() == plan.digest.encode()
+        return proved and (folder / name).stat().st_size == nbytes
+    except FileNotFoundError:
+        return False

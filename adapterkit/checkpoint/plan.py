@@ -1,0 +1,221 @@
+"""The plan: what a sink will write, byte for byte, as a value.
+
+`--dry-run` prints it, a file can hold it, and any part of it (one output file) can be executed alone, on another machine
+too, and gives the same bytes. Nothing but headers is needed to make one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.checkpoint.folder import SINGLE
+from adapterkit.checkpoint.header import build_header
+from adapterkit.checkpoint.tensor import Stored
+from adapterkit.dtypes import DTYPES
+from adapterkit.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.checkpoint.files import Source
+    from adapterkit.checkpoint.tensor import Tensor
+
+FORMAT = 1  # of the plan file
+BASELINE_MEMORY = 260_000_000  # bytes: python, torch and its libraries, as measured on Linux x86-64
+WORKER_MEMORY = 16_000_000  # bytes: block buffers of one worker thread
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``5GB``, ``500MB``, ``2GiB`` or a plain number (decimal units, as in huggingface_hub).
+
+    Raises:
+        UsageError: not a size.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise UsageError(f"'{text}' is not a size", "write it like 5GB")
+    base = 1024 if found[3] else 1000
+    return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One tensor of an output file: copied from ``source`` when that is set, else computed."""
+
+    tensor: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    how: str
+    reads: int
+    source: str | None = None
+    source_offset: int = 0
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One output file. ``verbatim`` names an input file that it equals byte for byte."""
+
+    name: str
+    nbytes: int
+    steps: tuple[Step, ...]
+    verbatim: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a sink will do.
+
+    Attributes:
+        files: the weight files, in order; each is a part that can be executed alone.
+        metadata: string metadata of every weight file.
+        peak_memory: bytes, estimated for ``jobs`` workers.
+        inputs: fingerprint of each input file, by name.
+        request: what was asked for, enough to make the same plan again.
+    """
+
+    files: tuple[PlannedFile, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    peak_memory: int = 0
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    request: Mapping[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def total_size(self) -> int:
+        """Bytes of the tensors alone, as an index states it."""
+        return sum(step.nbytes for file in self.files for step in file.steps)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return tuple(step for file in self.files for step in file.steps)
+
+    @property
+    def weight_map(self) -> dict[str, str]:
+        return {step.tensor: file.name for file in self.files for step in file.steps}
+
+    @property
+    def digest(self) -> str:
+        """sha256 over everything that decides the output bytes."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def header(self, file: PlannedFile) -> bytes:
+        return build_header([(s.tensor, DTYPES[s.dtype], s.shape) for s in file.steps], self.metadata)[0]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan file.
+
+        Raises:
+            CheckpointError: not one, or of another format.
+        """
+        try:
+            data = json.loads(text)
+            if data["format"] != FORMAT:
+                raise CheckpointError(f"the plan has format {data['format']}, not {FORMAT}", "make it again")
+            files = tuple(
+                PlannedFile(
+                    file["name"],
+                    file["nbytes"],
+                    tuple(Step(**{**step, "shape": tuple(step["shape"])}) for step in file["steps"]),
+                    file["verbatim"],
+                )
+                for file in data["files"]
+            )
+            return cls(files, data["metadata"], data["peak_memory"], data["inputs"], data["request"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"this is not a plan file ({error!r})", "write one with --save-plan") from None
+
+
+def plan_safetensors(
+    view: Checkpoint,
+    *,
+    max_shard_size: int | None = None,
+    jobs: int = 2,
+    inputs: Mapping[str, str] | None = None,
+    request: Mapping[str, Any] | None = None,
+) -> Plan:
+    """Plan safetensors output of a view: its own sharding, or shards of at most ``max_shard_size`` bytes."""
+    metadata = {**view.metadata, "format": view.metadata.get("format", "pt")}
+    groups = _own_shards(view) if max_shard_size is None else _packed_shards(view, max_shard_size)
+    files = tuple(_plan_file(name, tensors, metadata) for name, tensors in groups)
+    memory = max((tensor.memory for tensor in view.values()), default=0)
+    peak = BASELINE_MEMORY + jobs * WORKER_MEMORY + memory
+    return Plan(files, metadata, peak, dict(inputs or {}), dict(request or {}))
+
+
+def _own_shards(view: Checkpoint) -> list[tuple[str, list[Tensor]]]:
+    groups: dict[str, list[Tensor]] = {}
+    for name, tensor in view.items():
+        groups.setdefault(view.shards[name], []).append(tensor)
+    if len(groups) == 1:
+        return [(SINGLE, next(iter(groups.values())))]
+    return list(groups.items())
+
+
+def _packed_shards(view: Checkpoint, limit: int) -> list[tuple[str, list[Tensor]]]:
+    groups: list[list[Tensor]] = [[]]
+    filled = 0
+    for tensor in view.values():
+        if groups[-1] and filled + tensor.nbytes > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(tensor)
+        filled += tensor.nbytes
+    if len(groups) == 1:
+        return [(SINGLE, groups[0])]
+    count = len(groups)
+    return [(f"model-{i:05d}-of-{count:05d}.safetensors", group) for i, group in enumerate(groups, 1)]
+
+
+def _plan_file(name: str, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> PlannedFile:
+    source = _unchanged_file(tensors)
+    if source is not None:
+        steps = tuple(_step(tensor, tensor.extent.offset) for tensor in tensors if tensor.extent is not None)
+        return PlannedFile(name, source.size, steps, verbatim=source.name)
+    header, offsets = build_header([(t.name, t.dtype, t.shape) for t in tensors], metadata)
+    steps = tuple(_step(tensor, offsets[tensor.name]) for tensor in tensors)
+    return PlannedFile(name, steps[-1].offset + steps[-1].nbytes if steps else len(header), steps)
+
+
+def _unchanged_file(tensors: Sequence[Tensor]) -> Source | None:
+    """The input file that holds exactly these tensors under these names, so that it can be kept, header and all."""
+    sources = {tensor.source for tensor in tensors if isinstance(tensor, Stored)}
+    if len(sources) != 1 or not all(isinstance(tensor, Stored) for tensor in tensors):
+        return None
+    source = sources.pop()
+    extents = [tensor.extent for tensor in tensors if tensor.extent is not None]
+    start = min(extent.offset for extent in extents)
+    return source if start + sum(extent.nbytes for extent in extents) == source.size else None
+
+
+def _step(tensor: Tensor, offset: int) -> Step:
+    extent = tensor.extent
+    source = None if extent is None else extent.source.name
+    return Step(
+        tensor.name,
+        tensor.dtype.code,
+        tensor.shape,
+        offset,
+        tensor.nbytes,
+        tensor.how,
+        tensor.reads,
+        source,
+        0 if extent is None else extent.offset,
+    )

@@ -1,0 +1,157 @@
+"""Outputs appear whole or not at all.
+
+A run works in `.NAME.partial` beside its target, under a lock, and renames that folder when everything in it is on disk.
+Without ``resume`` a run that fails or is interrupted takes its folder away again; with it, the folder stays for the next
+``resume``. A killed run cannot tidy up: what it left is re-used by ``resume`` and removed by any other run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+LOCK = ".lock"
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+def partial_folder(out: Path) -> Path:
+    """The hidden folder in which ``out`` is made."""
+    return out.parent / f".{out.name}.partial"
+
+
+def check_target(out: Path, inputs: Iterable[Path], nbytes: int, *, force: bool) -> None:
+    """Refuse a target before the first byte is written.
+
+    Raises:
+        UsageError: it lies in an input, or an input in it.
+        OutputError: it exists already, its folder is not writable, or the disk has no room.
+    """
+    real = out.resolve()
+    for path in inputs:
+        source = path.resolve()
+        if real == source or source in real.parents or (force and real in source.parents):
+            raise UsageError(f"the output {out} lies in or over the input {path}", "write to another folder")
+    if out.exists() and not force:
+        raise OutputError(f"{out} exists", "choose another name, or replace it with --force")
+    parent = next(folder for folder in real.parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{parent} cannot be written to", "choose another place or change its permissions")
+    free = shutil.disk_usage(parent).free
+    if nbytes > free:
+        raise OutputError(
+            f"{out} needs {nbytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free",
+            "free some space or write elsewhere",
+        )
+
+
+@contextmanager
+def staging(out: Path, *, resume: bool, shared: bool = False) -> Iterator[Path]:
+    """The hidden folder for ``out``, locked; taken away again when the body fails, unless ``resume``.
+
+    With ``shared`` other holders of a shared lock may work in it too: the parts of one plan.
+
+    Raises:
+        OutputError: another run is writing the same target, or the folder cannot be made.
+    """
+    folder = partial_folder(out)
+    created = [path for path in reversed(out.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise OutputError(f"{out.parent} cannot be written to ({error.strerror})", "choose another place") from None
+    try:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"another run is writing {out}", "wait for it, or choose another name") from None
+        if not resume:
+            _empty(folder)
+        try:
+            yield folder
+        except BaseException:
+            if not resume:
+                shutil.rmtree(folder, ignore_errors=True)
+                for path in reversed(created):
+                    path.rmdir()
+            raise
+    finally:
+        os.close(lock)
+
+
+def publish(folder: Path, out: Path, *, keep: set[str], force: bool) -> None:
+    """Make the hidden folder the target: drop all but ``keep``, put it on disk, rename it.
+
+    With ``force`` an existing target is exchanged in one step and removed afterwards.
+    """
+    for entry in os.scandir(folder):
+        if entry.name not in keep:
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                os.unlink(entry.path)
+    sync_folder(folder)
+    if out.exists():
+        if not force:
+            raise OutputError(f"{out} appeared while it was being made", "choose another name, or use --force")
+        _exchange(folder, out)
+        shutil.rmtree(folder) if folder.is_dir() and not folder.is_symlink() else folder.unlink()
+    else:
+        os.rename(folder, out)
+    sync_folder(out.parent)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file and put it on disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Put a folder's entries on disk."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _empty(folder: Path) -> None:
+    for entry in os.scandir(folder):
+        if entry.name == LOCK:
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swap two names atomically (renameat2), or by two renames where the system cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2"):
+        names = (os.fsencode(one), os.fsencode(other))
+        if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(code, os.strerror(code), str(other))
+    aside = other.parent / f".{other.name}.replaced"
+    os.rename(other, aside)
+    os.rename(one, other)
+    os.rename(aside, one)

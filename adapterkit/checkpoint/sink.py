@@ -1,0 +1,243 @@
+"""The sink: the only place where bytes are written.
+
+Files are sized first, then a few worker threads take blocks in order: untouched tensors are copied by the kernel, the
+others are read, computed and written block by block at their offsets. Everything happens in a hidden folder beside the
+target, which is fsynced and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from adapterkit.checkpoint.files import LocalFile
+from adapterkit.checkpoint.journal import Journal, block_digest, tensor_digest
+from adapterkit.errors import AdapterkitError, CheckpointError, OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    import torch
+
+    from adapterkit.checkpoint.files import Source
+    from adapterkit.checkpoint.plan import Plan, PlannedFile, Step
+    from adapterkit.checkpoint.tensor import Tensor
+
+COPY_CHUNK = 32 << 20  # bytes per copy task, so that a large tensor is shared among workers
+
+
+@dataclass
+class _Job:
+    """A computed tensor on its way: its blocks' hashes, and how many blocks are still missing."""
+
+    file: PlannedFile
+    step: Step
+    tensor: Tensor
+    fd: int
+    digests: list[bytes]
+    missing: int
+    proof: str | None = None  # the journal's digest, to be checked before it is trusted
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+class Sink:
+    """Executes a plan, or some of its files, into a folder.
+
+    Args:
+        plan: what to write.
+        tensors: the handles that the plan was made from.
+        sources: the input files, for verbatim copies.
+        folder: the hidden folder, which exists.
+        jobs: worker threads.
+        journal: where finished tensors are noted.
+        progress: called now and then with bytes done and bytes in all.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        tensors: Mapping[str, Tensor],
+        sources: Sequence[Source],
+        folder: Path,
+        *,
+        jobs: int,
+        journal: Journal,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self._plan, self._tensors = plan, tensors
+        self._sources = {source.name: source for source in sources}
+        self._folder, self._jobs, self._journal, self._progress = folder, jobs, journal, progress
+        self._done = 0
+        self._count = threading.Lock()
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+        self.reused = 0
+
+    def run(self, files: Sequence[PlannedFile]) -> None:
+        """Write ``files``.
+
+        Raises:
+            OutputError: the disk is full or fails.
+            AdapterkitError: an input could not be read or a tensor not computed.
+        """
+        proved = self._journal.read()
+        self._journal.start()
+        opened: list[int] = []
+        try:
+            tasks: deque[Callable[[], int]] = deque()
+            for file in files:
+                fd = os.open(self._folder / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                opened.append(fd)
+                os.ftruncate(fd, file.nbytes)
+                tasks.extend(self._tasks(file, fd, proved))
+            self._work(tasks, sum(file.nbytes for file in files))
+            for fd in opened:
+                os.fsync(fd)
+        except OSError as error:
+            raise _output_error(error, str(self._folder)) from error
+        finally:
+            self._journal.close()
+            for fd in opened:
+                os.close(fd)
+
+    def _work(self, tasks: deque[Callable[[], int]], total: int) -> None:
+        threads = [threading.Thread(target=self._worker, args=(tasks,), daemon=True) for _ in range(self._jobs)]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.1)
+                    if self._progress is not None:
+                        self._progress(min(self._done, total), total)
+        except BaseException:
+            self._stop.set()
+            for thread in threads:
+                thread.join()
+            raise
+        if self._failure is not None:
+            raise self._failure
+        if self._progress is not None:
+            self._progress(total, total)
+
+    def _worker(self, tasks: deque[Callable[[], int]]) -> None:
+        import torch
+
+        # Threads of our own beat torch's: those wait for each other after every operation.
+        torch.set_num_threads(1)
+        try:
+            with torch.inference_mode():
+                while not self._stop.is_set():
+                    try:
+                        task = tasks.popleft()
+                    except IndexError:
+                        return
+                    count = task()
+                    with self._count:
+                        self._done += count
+        except BaseException as error:
+            with self._count:
+                self._failure = self._failure or error
+            self._stop.set()
+
+    def _tasks(self, file: PlannedFile, fd: int, proved: Mapping[tuple[str, str], str]) -> Iterator[Callable[[], int]]:
+        if file.verbatim is not None:
+            yield from _copy_tasks(self._sources[file.verbatim], 0, fd, 0, file.nbytes)
+            return
+        header = self._plan.header(file)
+        yield lambda: _write(fd, memoryview(header), 0)
+        for step in file.steps:
+            tensor = self._tensors[step.tensor]
+            extent = tensor.extent
+            if extent is not None:
+                yield from _copy_tasks(extent.source, extent.offset, fd, step.offset, step.nbytes)
+                continue
+            blocks = range(0, tensor.numel, tensor.block)
+            proof = proved.get((file.name, step.tensor))
+            job = _Job(file, step, tensor, fd, [b""] * len(blocks), len(blocks), proof)
+            if proof is not None:
+                yield lambda job=job: self._check(job)  # type: ignore[misc]
+                continue
+            for index, start in enumerate(blocks):
+                yield lambda job=job, index=index, start=start: self._compute(job, index, start)  # type: ignore[misc]
+
+    def _compute(self, job: _Job, index: int, start: int) -> int:
+        tensor = job.tensor
+        stop = min(start + tensor.block, tensor.numel)
+        data = _bytes(tensor.read(start, stop))
+        _write(job.fd, data, job.step.offset + start * tensor.dtype.bits // 8)
+        job.digests[index] = block_digest(data)
+        with job.lock:
+            job.missing -= 1
+            last = job.missing == 0
+        if last:
+            tensor.release()
+            self._journal.add(job.file.name, job.step.tensor, tensor_digest(job.digests))
+        return len(data)
+
+    def _check(self, job: _Job) -> int:
+        """Re-use a tensor that an earlier run wrote if its bytes are what the journal says; else compute it."""
+        tensor, bits = job.tensor, job.tensor.dtype.bits
+        digests = []
+        for start in range(0, tensor.numel, tensor.block):
+            count = min(tensor.block, tensor.numel - start) * bits // 8
+            digests.append(block_digest(os.pread(job.fd, count, job.step.offset + start * bits // 8)))
+        if tensor_digest(digests) == job.proof:
+            with self._count:
+                self.reused += 1
+            return job.step.nbytes
+        return sum(
+            self._compute(job, index, start) for index, start in enumerate(range(0, tensor.numel, tensor.block))
+        )
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _write(fd: int, data: memoryview, offset: int) -> int:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(fd, data[done:], offset + done)
+    return len(data)
+
+
+def _copy_tasks(source: Source, start: int, fd: int, offset: int, nbytes: int) -> Iterator[Callable[[], int]]:
+    for at in range(0, nbytes, COPY_CHUNK):
+        count = min(COPY_CHUNK, nbytes - at)
+        yield lambda at=at, count=count: _copy(source, start + at, fd, offset + at, count)  # type: ignore[misc]
+
+
+def _copy(source: Source, start: int, fd: int, offset: int, nbytes: int) -> int:
+    """Copy a byte range, by the kernel where it can."""
+    done = 0
+    if isinstance(source, LocalFile):
+        try:
+            while done < nbytes:
+                count = os.copy_file_range(source.fd, fd, nbytes - done, start + done, offset + done)
+                if count == 0:
+                    raise CheckpointError(f"{source.name} ended while it was copied", "download or save it again")
+                done += count
+        except OSError as error:
+            # Two file systems, or one that cannot: the bytes go through this process instead.
+            if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM):
+                raise
+    while done < nbytes:
+        chunk = memoryview(source.read(start + done, min(1 << 20, nbytes - done)))
+        if not chunk:
+            raise CheckpointError(f"{source.name} ended while it was copied", "download or save it again")
+        done += _write(fd, chunk, offset + done)
+    return nbytes
+
+
+def _output_error(error: OSError, where: str) -> AdapterkitError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(f"the disk is full at {where}", "free some space or write elsewhere")
+    return OutputError(f"writing {where} failed ({error.strerror or error})", "check the disk and the permissions")

@@ -1,0 +1,157 @@
+"""Tensor handles: what a header says, and rows on demand.
+
+A handle is a node of a view. `Stored` is a leaf, a byte range of a file that the kernel can copy without Python seeing
+it; every other node computes. A computing node always works on its own fixed grid of blocks, a function of its shape
+alone, because the last bit of a float32 product depends on the block it was computed in: so the same element has the
+same bytes whoever asks, with any number of threads, alone or after a resume.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from adapterkit.checkpoint.files import Source
+    from adapterkit.dtypes import DType
+
+BLOCK = 1 << 18  # elements per block: 1 MB in float32, so that a worker's buffers stay in its cache
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A plain byte range of a file."""
+
+    source: Source
+    offset: int
+    nbytes: int
+
+
+class Tensor(ABC):
+    """A lazy tensor: ``name``, ``dtype`` and ``shape`` are known, elements are read on demand."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.nbytes(self.shape)
+
+    @property
+    def extent(self) -> Extent | None:
+        """The byte range that holds this tensor as it is, if there is one."""
+        return None
+
+    @property
+    def block(self) -> int:
+        """Elements per block of this node's grid; reads along it compute nothing twice."""
+        return BLOCK
+
+    @property
+    def reads(self) -> int:
+        """Bytes read to produce the whole tensor (an estimate, for plans)."""
+        return self.nbytes
+
+    @property
+    def memory(self) -> int:
+        """Bytes held while the tensor is produced, beside a worker's block buffers (an estimate, for plans)."""
+        return 0
+
+    @property
+    def how(self) -> str:
+        """A few words for the plan: what is done to produce the tensor."""
+        return "copy"
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Elements ``start:stop`` of the flattened tensor, a 1-D torch tensor of this handle's dtype."""
+
+    def release(self) -> None:
+        """Drop what was loaded to compute; a later read loads it again."""
+
+
+class Stored(Tensor):
+    """A tensor as it lies in a file."""
+
+    def __init__(self, name: str, dtype: DType, shape: tuple[int, ...], source: Source, offset: int) -> None:
+        self.name, self.dtype, self.shape = name, dtype, shape
+        self.source, self.offset = source, offset
+
+    @property
+    def extent(self) -> Extent:
+        return Extent(self.source, self.offset, self.nbytes)
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        out = torch.empty(stop - start, dtype=self.dtype.torch)
+        if stop > start:
+            view = memoryview(out.view(torch.uint8).numpy())
+            self.source.read_into(view, self.offset + start * self.dtype.bits // 8)
+        return out
+
+    def __repr__(self) -> str:
+        return f"Stored({self.name!r}, {self.dtype}, {list(self.shape)})"
+
+
+class Renamed(Tensor):
+    """Another tensor under a new name, for checkpoints that store one tensor twice."""
+
+    def __init__(self, name: str, inner: Tensor) -> None:
+        self.name, self.dtype, self.shape, self.inner = name, inner.dtype, inner.shape, inner
+
+    @property
+    def extent(self) -> Extent | None:
+        return self.inner.extent
+
+    @property
+    def block(self) -> int:
+        return self.inner.block
+
+    @property
+    def reads(self) -> int:
+        return self.inner.reads
+
+    @property
+    def how(self) -> str:
+        return self.inner.how
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return self.inner.read(start, stop)
+
+    def release(self) -> None:
+        self.inner.release()
+
+
+class Cast(Tensor):
+    """A tensor in another floating dtype, rounded once to nearest even."""
+
+    def __init__(self, inner: Tensor, dtype: DType) -> None:
+        self.name, self.dtype, self.shape, self.inner = inner.name, dtype, inner.shape, inner
+
+    @property
+    def block(self) -> int:
+        return self.inner.block
+
+    @property
+    def reads(self) -> int:
+        return self.inner.reads
+
+    @property
+    def how(self) -> str:
+        return f"{self.inner.dtype} to {self.dtype}"
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return self.inner.read(start, stop).to(self.dtype.torch)
+
+    def release(self) -> None:
+        self.inner.release()

@@ -1,0 +1,100 @@
+"""`write_safetensors`: a view and its plan become a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import TYPE_CHECKING
+
+from adapterkit.checkpoint.folder import INDEX
+from adapterkit.checkpoint.journal import JOURNAL, Journal
+from adapterkit.checkpoint.publish import check_target, publish, staging, write_file
+from adapterkit.checkpoint.sink import Sink
+from adapterkit.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from adapterkit.checkpoint.files import Source
+    from adapterkit.checkpoint.plan import Plan
+    from adapterkit.checkpoint.tensor import Tensor
+
+
+def default_jobs() -> int:
+    """Worker threads when the user names no number: the processors this process may use, at most 8."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def write_safetensors(
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
+    sources: Sequence[Source],
+    out: Path,
+    *,
+    side_files: Mapping[str, bytes],
+    jobs: int | None = None,
+    force: bool = False,
+    resume: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Execute a plan into a folder that appears whole or not at all.
+
+    Args:
+        plan: what to write; ``tensors`` and ``sources`` are the handles and files it was made from.
+        out: the folder to make.
+        side_files: small files to write beside the weights, by relative name.
+        jobs: worker threads.
+        force: replace an existing folder.
+        resume: re-use what an interrupted run left and its content proves, and leave the same behind if interrupted.
+        progress: called now and then with bytes done and bytes in all.
+
+    Returns:
+        How many computed tensors were re-used.
+
+    Raises:
+        OutputError, UsageError, AdapterkitError
+    """
+    check_output(plan, sources, out, force=force)
+    with staging(out, resume=resume) as folder:
+        journal = Journal(folder / JOURNAL, identity(plan, sources))
+        sink = Sink(plan, tensors, sources, folder, jobs=jobs or default_jobs(), journal=journal, progress=progress)
+        sink.run(plan.files)
+        finish(plan, folder, out, side_files, force=force)
+    return sink.reused
+
+
+def check_output(plan: Plan, sources: Sequence[Source], out: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
+    """Refuse a target that exists, is read-only, lies in an input or has no room, before the first byte."""
+    folders = [source.path.parent for source in sources if source.path is not None]
+    check_target(out, [*folders, *inputs], plan.nbytes, force=force)
+
+
+def finish(plan: Plan, folder: Path, out: Path, side_files: Mapping[str, bytes], *, force: bool) -> None:
+    """Write the index and the side files into the hidden folder and make it the target."""
+    extra = dict(side_files)
+    if len(plan.files) > 1:
+        extra[INDEX] = index_json(plan)
+    try:
+        for name, data in extra.items():
+            write_file(folder / name, data)
+        keep = {file.name for file in plan.files} | {name.partition("/")[0] for name in extra}
+        publish(folder, out, keep=keep, force=force)
+    except OSError as error:
+        raise OutputError(f"{out} could not be written ({error.strerror})", "check the disk") from error
+
+
+def index_json(plan: Plan) -> bytes:
+    """``model.safetensors.index.json`` for a sharded plan, in the layout that transformers writes."""
+    found = {"metadata": {"total_size": plan.total_size}, "weight_map": dict(sorted(plan.weight_map.items()))}
+    return (json.dumps(found, indent=2) + "\n").encode()
+
+
+def identity(plan: Plan, sources: Sequence[Source]) -> str:
+    """The plan, and the inputs as they lie on this machine: a base that was replaced since makes a journal worthless."""
+    digest = hashlib.sha256(plan.digest.encode())
+    for source in sources:
+        stat = os.stat(source.path) if source.path is not None else None
+        digest.update(f"{source.name}:{source.size}:{stat.st_mtime_ns if stat else ''}\n".encode())
+    return digest.hexdigest()
