@@ -200,9 +200,8 @@ def _unchanged_file(tensors: Sequence[Tensor]) -> Source | None:
     if len(sources) != 1 or not all(isinstance(tensor, Stored) for tensor in tensors):
         return None
     source = sources.pop()
-    extents = [tensor.extent for tensor in tensors if tensor.extent is not None]
-    start = min(extent.offset for extent in extents)
-    return source if start + sum(extent.nbytes for extent in extents) == source.size else None
+    data_start = 8 + int.from_bytes(source.read(0, 8), "little")
+    return source if data_start + sum(tensor.nbytes for tensor in tensors) == source.size else None
 
 
 def _step(tensor: Tensor, offset: int) -> Step:

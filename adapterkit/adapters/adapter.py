@@ -1,0 +1,159 @@
+"""An adapter: a config and named tensors, read from a PEFT folder, lazily."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from adapterkit.adapters.config import AdapterConfig
+from adapterkit.checkpoint.checkpoint import SideFile
+from adapterkit.checkpoint.folder import ADAPTER_CONFIG, PICKLES, side_names
+from adapterkit.checkpoint.header import parse_header
+from adapterkit.checkpoint.open import locate
+from adapterkit.checkpoint.tensor import Stored
+from adapterkit.errors import AdapterError, NotFound, UnsafeError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from adapterkit.checkpoint.files import Source
+    from adapterkit.checkpoint.listing import Listing
+    from adapterkit.checkpoint.tensor import Tensor
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter.
+
+    Attributes:
+        ref: what the user called it.
+        config: its ``adapter_config.json``.
+        tensors: handles by key, without the ``base_model.model.`` prefix.
+        source: the weight file.
+        side_files: tokenizer and chat template, if it brings its own.
+        commit: the Hub commit it was read from.
+        notes: what a user should know about how it was read.
+    """
+
+    ref: str
+    config: AdapterConfig
+    tensors: Mapping[str, Tensor]
+    source: Source
+    side_files: tuple[SideFile, ...] = ()
+    commit: str | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all its tensors."""
+        return sum(tensor.numel for tensor in self.tensors.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
+    """Open an adapter; no tensor is read.
+
+    Args:
+        ref: a PEFT folder, or ``org/name[/sub/folder][@revision]`` on the Hub.
+        headers_only: for a Hub id, read only the headers, by HTTP range.
+
+    Raises:
+        NotFound: no adapter there.
+        UnsafeError: pickled weights only.
+        AdapterError: config or weights are damaged or contradict each other.
+        AuthError, HubError: the Hub said so.
+    """
+    listing = locate(ref, headers_only=headers_only)
+    if ADAPTER_CONFIG not in listing.names:
+        raise _no_config(listing)
+    config = AdapterConfig(listing.json(ADAPTER_CONFIG), f"{listing.ref.rstrip('/')}/{ADAPTER_CONFIG}")
+    if not config.peft_type:
+        raise AdapterError(f"{config.where} names no peft_type", "it is not a PEFT adapter config, or a damaged one")
+    if WEIGHTS not in listing.names:
+        raise _no_weights(listing)
+    source = listing.open(WEIGHTS)
+    header = parse_header(source.read, source.size, source.name)
+    stored = {name: Stored(name, t.dtype, t.shape, source, t.start) for name, t in header.tensors.items()}
+    tensors, notes = _plain_keys(stored, source.name)
+    side_files = tuple(SideFile(name, listing.open(name)) for name in side_names(listing.names, {WEIGHTS}) if _own(name))
+    return Adapter(listing.ref, config, tensors, source, side_files, listing.commit, notes)
+
+
+# What an adapter folder may bring for the merged model to use; anything else in it is about training.
+_BROUGHT = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece", "sentencepiece")
+
+
+def _own(name: str) -> bool:
+    return name.startswith(_BROUGHT)
+
+
+def _plain_keys(stored: Mapping[str, Stored], where: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Keys without ``base_model.model.`` and without an adapter's name left in them."""
+    tensors: dict[str, Tensor] = {}
+    bare, named = 0, 0
+    for name, tensor in stored.items():
+        key = name
+        if key.startswith(PREFIX):
+            key = key.removeprefix(PREFIX)
+        elif key.startswith("base_model."):
+            key = key.removeprefix("base_model.")  # tensors shared by all modules lie one level higher
+        else:
+            bare += 1
+        plain = _without_adapter_name(key)
+        named += plain != key
+        if plain in tensors:
+            raise AdapterError(f"{where} holds two tensors for '{plain}'", "it mixes several adapters; save one alone")
+        tensors[plain] = tensor
+    notes = []
+    if bare:
+        notes.append(f"{bare} keys lack the prefix base_model.model.; read as module paths")
+    if named:
+        notes.append(f"{named} keys carry an adapter's name, as in lora_A.default.weight; it was dropped")
+    return tensors, tuple(notes)
+
+
+_INFIXED = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "modules_to_save")
+
+
+def _without_adapter_name(key: str) -> str:
+    parts = key.split(".")
+    for at, part in enumerate(parts):
+        if part not in _INFIXED:
+            continue
+        rest = parts[at + 1 :]
+        if part == "modules_to_save":
+            return ".".join([*parts[:at], *rest[1:]]) if len(rest) > 1 else key
+        if part == "lora_magnitude_vector" and rest in ([], ["weight"]):
+            return ".".join(parts[: at + 1])
+        if len(rest) == 2 and rest[1] in ("weight", "bias"):
+            return ".".join([*parts[: at + 1], rest[1]])
+        if part.startswith("lora_embedding") and len(rest) == 1:
+            return ".".join(parts[: at + 1])
+    return key
+
+
+def _no_config(listing: Listing) -> Exception:
+    nested = sorted(name for name in listing.names if name.endswith("/" + ADAPTER_CONFIG))
+    if nested:
+        folders = ", ".join(name.rpartition("/")[0] for name in nested[:4])
+        return NotFound(f"{listing.ref} holds adapters in sub-folders ({folders})", "name one of them")
+    if "config.json" in listing.names:
+        return NotFound(f"{listing.ref} is a model, not an adapter", "give the base first, then the adapters")
+    return NotFound(f"{listing.ref} has no {ADAPTER_CONFIG}", "give the folder that PEFT saved")
+
+
+def _no_weights(listing: Listing) -> Exception:
+    pickled = sorted(name for name in listing.names if name.endswith(PICKLES) and "adapter" in name)
+    if pickled:
+        return UnsafeError(
+            f"{listing.ref} holds its weights only as a pickle ({pickled[0]}), which can run code when loaded",
+            "load it with PEFT where you trust it and save it again",
+        )
+    return NotFound(f"{listing.ref} has no {WEIGHTS}", "download the missing file")

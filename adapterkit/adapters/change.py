@@ -1,0 +1,152 @@
+"""What an adapter does to one parameter, as a value for planning and a kernel for computing.
+
+A `Change` is made from headers: it knows the matrix it fits and what it will read. Its kernel is loaded when the first
+block is computed and maps rows of W to rows of W' in float32. Most methods add a low-rank product; those say so, and then
+their factors can be transposed, sliced and summed without ever forming the delta.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+    from adapterkit.checkpoint.tensor import Tensor
+    from adapterkit.dtypes import DType
+
+
+class Weights(ABC):
+    """A parameter's unmerged matrix, in the module's own orientation."""
+
+    shape: tuple[int, int]
+    dtype: DType
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows ``start:stop`` in float32."""
+
+    def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """All rows, block by block: first row and float32 matrix."""
+        rows, columns = self.shape
+        step = max(1, (1 << 20) // max(columns, 1))
+        for start in range(0, rows, step):
+            yield start, self.read(start, min(start + step, rows))
+
+
+class Kernel(ABC):
+    """A change that is ready to compute; used by several threads at once, never modified."""
+
+    def parts(self, rows: range) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, float]] | None:
+        """The delta of ``rows`` as low-rank parts ``(where in rows, left [k, r], right [r, columns], scale)``, or None
+        when the change is not a low-rank addition. All float32."""
+        return None
+
+    @abstractmethod
+    def new(self, w: torch.Tensor, rows: range) -> torch.Tensor:
+        """W' for ``rows``, given those rows of W; float32 ``[len(rows), columns]`` in and out."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """One adapter's change of one parameter.
+
+    Attributes:
+        how: a few words, as ``lora r=16``.
+        load: makes the kernel; reads the adapter's tensors, and W where the method needs more than its rows.
+        reads: bytes of the adapter's tensors.
+        memory: bytes that the kernel holds.
+        replaced: the tensor that takes the place of W, when that is all that the change does.
+        shape: the parameter's new shape, where it changes.
+    """
+
+    how: str
+    load: Callable[[Weights], Kernel]
+    reads: int
+    memory: int
+    replaced: Tensor | None = None
+    shape: tuple[int, ...] | None = None
+
+
+class LowRank(Kernel):
+    """W + scale * left @ right; left ``[rows, r]``, right ``[r, columns]``, float32."""
+
+    def __init__(self, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
+        self.left, self.right, self.scale = left, right, scale
+
+    def parts(self, rows: range) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, float]]:
+        yield slice(None), self.left[rows.start : rows.stop : rows.step], self.right, self.scale
+
+    def new(self, w: torch.Tensor, rows: range) -> torch.Tensor:
+        import torch
+
+        return torch.addmm(w, self.left[rows.start : rows.stop : rows.step], self.right, alpha=self.scale)
+
+
+class StackedLowRank(Kernel):
+    """One low-rank delta per expert on a stack ``[experts * rows, columns]``; left ``[e, rows, r]``, right ``[e, r, c]``."""
+
+    def __init__(self, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
+        self.left, self.right, self.scale = left, right, scale
+
+    def parts(self, rows: range) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, float]]:
+        height = self.left.shape[1]
+        done = 0
+        while done < len(rows):
+            expert, first = divmod(rows[done], height)
+            count = min(len(rows) - done, -((first - height) // rows.step))
+            last = first + (count - 1) * rows.step + 1
+            yield slice(done, done + count), self.left[expert, first : last : rows.step], self.right[expert], self.scale
+            done += count
+
+    def new(self, w: torch.Tensor, rows: range) -> torch.Tensor:
+        import torch
+
+        out = torch.empty_like(w)
+        for where, left, right, scale in self.parts(rows):
+            out[where] = torch.addmm(w[where], left, right, alpha=scale)
+        return out
+
+
+class Replacement(Kernel):
+    """W' is a tensor of the adapter's own."""
+
+    def __init__(self, tensor: Tensor, columns: int) -> None:
+        self._tensor, self._columns = tensor, columns
+
+    def new(self, w: torch.Tensor, rows: range) -> torch.Tensor:
+        start, stop = rows.start, rows[-1] + 1
+        found = self._tensor.read(start * self._columns, stop * self._columns).view(-1, self._columns)
+        return found[:: rows.step].float()
+
+
+class RowReplacement(Kernel):
+    """Some rows of W are taken from the adapter: trained tokens of an embedding."""
+
+    def __init__(self, indices: list[int], values: torch.Tensor) -> None:
+        self._values = values
+        self._at = {index: position for position, index in enumerate(indices)}
+
+    def new(self, w: torch.Tensor, rows: range) -> torch.Tensor:
+        out = w.clone()
+        for index, position in self._at.items():
+            if index in rows:
+                out[rows.index(index)] = self._values[position]
+        return out
+
+
+def replace(tensor: Tensor, how: str = "replaced by the adapter's own") -> Change:
+    """The change that puts ``tensor`` in the place of a parameter."""
+    columns = 1
+    for size in tensor.shape[1:]:
+        columns *= size
+    return Change(how, lambda weights: Replacement(tensor, columns), tensor.nbytes, 0, tensor, tensor.shape)
+
+
+def matrix(tensor: Tensor) -> torch.Tensor:
+    """A whole tensor of the adapter in float32, in its own shape."""
+    return tensor.read(0, tensor.numel).view(tensor.shape).float()

@@ -1,0 +1,141 @@
+"""What a method is: the keys it owns, the config it reads, and the edits it makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from adapterkit.errors import AdapterError, TargetError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from adapterkit.adapters.adapter import Adapter
+    from adapterkit.adapters.change import Change
+    from adapterkit.adapters.config import AdapterConfig
+    from adapterkit.adapters.names import Names
+    from adapterkit.adapters.target import Target
+    from adapterkit.checkpoint.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change of one parameter.
+
+    Attributes:
+        target: where the parameter lives.
+        change: what happens to it.
+        override: the change takes the place of the base's own tensor before anything else is added to it.
+    """
+
+    target: Target
+    change: Change
+    override: bool = False
+
+
+@dataclass(frozen=True)
+class Module:
+    """The tensors that an adapter has for one module.
+
+    Attributes:
+        path: module path without ``base_model.model.``, with wrapping ``base_layer`` components taken out.
+        depth: how many ``base_layer`` stood at its end (parameters of one module wrapped one in the other).
+        tensors: handle by the part of the key after the path.
+    """
+
+    path: str
+    depth: int
+    tensors: Mapping[str, Tensor]
+
+    def tensor(self, name: str, where: str) -> Tensor:
+        """A tensor that must be there.
+
+        Raises:
+            AdapterError: it is not.
+        """
+        if name not in self.tensors:
+            raise AdapterError(f"{where}: {self.path} has no {name}", "the file is incomplete; save the adapter again")
+        return self.tensors[name]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may look at besides its module.
+
+    Attributes:
+        adapter: all of it.
+        names: parameter path to target in this base.
+        model_type: of the base's config.
+        residual_base: the base given is what training left behind, not the original model.
+        siblings: all modules of the adapter.
+    """
+
+    adapter: Adapter
+    names: Names
+    model_type: str
+    residual_base: bool = False
+    siblings: tuple[Module, ...] = ()
+
+    @property
+    def config(self) -> AdapterConfig:
+        return self.adapter.config
+
+    @property
+    def where(self) -> str:
+        return self.adapter.source.name
+
+    def target(self, parameter: str, key: str) -> Target:
+        """Where ``parameter`` lives in the base.
+
+        Raises:
+            TargetError: nowhere; the nearest names are in the sentence.
+        """
+        found = self.names.find(parameter)
+        if found is None:
+            near = self.names.nearest(parameter)
+            hint = f"nearest: {', '.join(near)}" if near else "check that this is the base it was trained on"
+            raise TargetError(f"{self.where}: '{key}' has no target in the base ('{parameter}')", hint)
+        return found
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table of methods.
+
+    Attributes:
+        peft_type: as the config has it.
+        title: as people call it.
+        formula, source: for the docs.
+        suffixes: endings of the keys it owns, after the module path.
+        ignored: endings it may ignore: state of training that the formula does not use.
+        fields: config fields it knows, beside the common ones.
+        edits: makes the edits of one module.
+        refuse: a reason why an adapter of this method cannot be merged, and the way out, or None.
+        low_rank: whether its change is an addition of low rank.
+    """
+
+    peft_type: str
+    title: str
+    formula: str
+    source: str
+    suffixes: tuple[str, ...]
+    edits: Callable[[Module, Context], Iterable[Edit]]
+    ignored: tuple[str, ...] = ()
+    fields: frozenset[str] = field(default_factory=frozenset)
+    refuse: Callable[[AdapterConfig, bool], tuple[str, str] | None] = lambda config, residual_base: None
+    low_rank: bool = False
+
+
+def check_matrix(target: Target, expected: tuple[int, int], key: str, where: str) -> None:
+    """Whether a change of this shape fits its target.
+
+    Raises:
+        TargetError: it does not: an adapter of another base.
+    """
+    if target.matrix != expected:
+        raise TargetError(
+            f"{where}: '{key}' is made for a weight of {expected[0]} x {expected[1]}, and {target.parameter} is "
+            f"{' x '.join(map(str, target.shape))}",
+            "this adapter was trained on another base",
+        )
