@@ -1,0 +1,306 @@
+"""From the name of a parameter in a module tree to the checkpoint tensors that hold it.
+
+An adapter names modules as the training library's classes did; a checkpoint names tensors as its first writer did; both
+change over time. `Names` brings them together from the names, shapes and config in the headers alone, by the rules of
+the architecture, never by guessing: what fits two tensors fits none.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.adapters.layout import Layout, UnmappableError, lead_of, run, unrun, whole
+from adapterkit.adapters.rules import Loader, table
+from adapterkit.adapters.target import Piece, Target
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from adapterkit.adapters.rules import Rule
+
+# Where a language model sits inside multimodal classes, and alone, over the years.
+TEXT = (
+    "model.language_model.",
+    "language_model.model.",
+    "model.text_model.",
+    "text_model.",
+    "language_model.",
+    "model.",
+)
+HEAD = ("language_model.lm_head.", "model.language_model.lm_head.", "text_model.lm_head.", "lm_head.")
+
+# A longer name is nobody's parameter: it is only ever matched as it stands.
+LONGEST = 500
+
+# Other names of the config fields that the rules ask for.
+FIELDS = {
+    "num_attention_heads": ("num_attention_heads", "num_heads", "n_head", "n_heads"),
+    "num_key_value_heads": ("num_key_value_heads", "num_attention_heads"),
+    "hidden_size": ("hidden_size", "n_embd", "d_model"),
+    "moe_intermediate_size": ("moe_intermediate_size", "intermediate_size"),
+}
+TEXT_CONFIGS = ("text_config", "thinker_config", "llm_config", "language_config")
+
+
+class _Group:
+    """Tensors that one converter joins, and the parameters it makes of them."""
+
+    def __init__(self, rule: Rule, first: str) -> None:
+        self.rule = rule
+        self.sources: list[list[str]] = [[] for _ in rule.branches]
+        head, found, tail = first.partition(rule.targets[0])
+        self.parameters = [head + target + tail for target in rule.targets] if found else [first]
+
+
+class Names:
+    """The parameters of a checkpoint, by the names that adapters give them.
+
+    ``shapes`` maps every tensor name in the checkpoint to its shape, ``config`` is its parsed ``config.json`` (``{}``
+    when there is none: then only exact names are found).
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> None:
+        self._shapes = shapes
+        self._config = config
+        self._targets: dict[str, Target | None] = {}
+        self._layouts: dict[int, list[Layout] | None] = {}
+
+    def find(self, parameter: str) -> Target | None:
+        """Where ``parameter`` (a module-tree name without ``base_model.model.``) is stored; None if nowhere or unclear.
+
+        A parameter that shares its storage with another one (an output layer tied to the embedding) is not found: ask
+        `tied`.
+        """
+        if parameter not in self._targets:
+            layout = self._resolve(parameter)
+            if layout is None:
+                layout = self._agreed(self._resolve(name) for name in self._repairs(parameter))
+            self._targets[parameter] = (
+                None if layout is None else Target(parameter, layout.shape, layout.pieces, stacked=layout.lead > 1)
+            )
+        return self._targets[parameter]
+
+    def tied(self, parameter: str) -> str | None:
+        """The stored parameter that ``parameter`` shares its values with, when it is not stored under its own name."""
+        seen = {parameter}
+        queue = [parameter, *self._repairs(parameter)]
+        for name in queue:
+            for path, pattern, source in self._loader.ties:
+                scope = path + "." if path else ""
+                if not name.startswith(scope):
+                    continue
+                rest = name[len(scope) :]
+                match = re.match(pattern, rest)
+                other = None
+                if match and (match.end() in (0, len(rest)) or "." in (rest[match.end() - 1], rest[match.end()])):
+                    other = scope + source + rest[match.end() :]
+                elif rest.startswith(source) and re.fullmatch(r"[\w.]+", pattern):
+                    other = scope + pattern + rest[len(source) :]
+                if other is None or other in seen:
+                    continue
+                if self.find(other) is not None:
+                    return other
+                seen.add(other)
+                queue.append(other)
+        return None
+
+    def find_module(self, module: str) -> tuple[str, ...]:
+        """The parameters that the module called ``module`` holds itself, under that name (``{module}.weight``, ...)."""
+        for name in (module, *self._repairs(module)):
+            if name in self._modules:
+                leaves = sorted(self._modules[name])
+                return tuple(p for p in (f"{module}.{leaf}" for leaf in leaves) if self.find(p) is not None)
+        return tuple(p for p in (f"{module}.weight", f"{module}.bias") if self.find(p) is not None)
+
+    def nearest(self, parameter: str, n: int = 3) -> list[str]:
+        """Up to ``n`` known names that look most like ``parameter``, for an error sentence."""
+        import difflib
+
+        number = re.compile(r"(?<=\.)\d+(?=\.)")
+        numbers = number.findall(parameter)
+        alike: dict[str, str] = {}
+        for name in self.parameters():
+            shape = number.sub("0", name)
+            if shape not in alike or number.findall(name) == numbers:
+                alike[shape] = name
+            if len(alike) >= 2000:
+                break
+        close = difflib.get_close_matches(number.sub("0", parameter), alike, n, cutoff=0.5)
+        return [alike[shape] for shape in close]
+
+    def parameters(self) -> Iterator[str]:
+        """Every parameter the checkpoint is known to hold, by its module-tree name."""
+        for name, entry in self._known.items():
+            if entry is not None:
+                yield name
+
+    @cached_property
+    def _loader(self) -> Loader:
+        return Loader(self._config)
+
+    @cached_property
+    def _known(self) -> dict[str, str | tuple[_Group, int] | None]:
+        """Module-tree name -> the tensor that holds it, or its place in a group; None where two claim it."""
+        known: dict[str, str | tuple[_Group, int] | None] = {}
+        groups: dict[tuple[int, str], _Group] = {}
+        known.update((name, name) for name in self._shapes if len(name) > LONGEST)
+        names = sorted(name for name in self._shapes if len(name) <= LONGEST)
+        for name, new, rule, source in self._loader.rename_all(names):
+            if rule is None:
+                known[new] = None if new in known else name
+            else:
+                group = groups.setdefault((id(rule), new), _Group(rule, new))
+                group.sources[source].append(name)
+        for group in groups.values():
+            for index, parameter in enumerate(group.parameters):
+                known[parameter] = None if parameter in known else (group, index)
+        return known
+
+    @cached_property
+    def _modules(self) -> dict[str, set[str]]:
+        modules: dict[str, set[str]] = {}
+        for names in (self.parameters(), self._shapes):
+            for name in names:
+                module, _, leaf = name.rpartition(".")
+                modules.setdefault(module, set()).add(leaf)
+        return modules
+
+    def _resolve(self, name: str) -> Layout | None:
+        """``name`` as the table's module tree has it, as the checkpoint has it, or as an older module tree had it."""
+        entry = self._known.get(name)
+        if isinstance(entry, tuple):
+            group, index = entry
+            if name in self._shapes and not any(name in source for source in group.sources):
+                return None
+            layouts = self._converted(group)
+            return layouts[index] if layouts else self._stored(name)
+        if name in self._shapes:
+            return self._stored(name) if entry in (name, None) else None
+        return self._stored(entry, name) if entry else self._older(name)
+
+    def _stored(self, tensor: str, name: str = "", lead: int = 0) -> Layout | None:
+        """A tensor as it stands in the checkpoint; ``name`` says what kind of parameter it is."""
+        if tensor not in self._shapes:
+            return None
+        shape = self._shapes[tensor]
+        if not lead:
+            leaf = ".".join((name or tensor).split(".")[-2:])
+            experts = len(shape) > 2 and (not leaf.endswith(".weight") or leaf in table()["stacked"])
+            lead = len(shape) - 1 if experts else min(1, len(shape))
+        return whole(tensor, shape, lead)
+
+    def _converted(self, group: _Group) -> list[Layout] | None:
+        """The layouts of a group's parameters; None when its tensors are not what the rule expects."""
+        if id(group) not in self._layouts:
+            rule, lead = group.rule, lead_of(group.rule.ops)[0]
+            sources = [
+                [whole(name, self._shapes[name], lead) for name in sorted(names, key=_natural)]
+                for names in group.sources
+            ]
+            self._layouts[id(group)] = None
+            if all(sources):
+                keys = [branch.pattern for branch in rule.branches]
+                try:
+                    self._layouts[id(group)] = run(rule.ops, sources, keys, rule.targets, self._number)
+                except (UnmappableError, IndexError):
+                    pass
+        return self._layouts[id(group)]
+
+    def _older(self, name: str) -> Layout | None:
+        """A tensor name of an older module tree or file, sought as (a part of) what it has become."""
+        new, rule, source = self._loader.rename(name)
+        if rule is None:
+            return self._resolve(new) if new != name and (new in self._known or new in self._shapes) else None
+        group = _Group(rule, new)
+        before, after = lead_of(rule.ops)
+        found: list[Layout] = []
+        for parameter in group.parameters:
+            entry = self._known.get(parameter)
+            layout = (
+                self._resolve(parameter) if isinstance(entry, tuple) else self._stored(entry or parameter, "", after)
+            )
+            if layout is None or layout.lead != after:
+                return None
+            found.append(layout)
+        try:
+            return self._part(rule, source, name, found, before)
+        except (UnmappableError, IndexError):
+            return None
+
+    def _part(self, rule: Rule, source: int, name: str, found: list[Layout], lead: int) -> Layout | None:
+        """The layout of one source of ``rule``, from the layouts of the parameters that the rule makes."""
+        shape = unrun(rule.ops, [layout.shape for layout in found], len(rule.branches))
+        count, place = 1, 0
+        if any(op[0] in ("stack", "deal") for op in rule.ops):
+            count = sum(layout.shape[0] for layout in found)
+            matched = rule.match(self._renamed(name))
+            digits = re.search(r"\d+", matched[1].group(0)) if matched else None
+            if digits is None or int(digits.group(0)) >= count:
+                return None
+            place = int(digits.group(0))
+        sources = [
+            [whole(f"{key}:{index}", shape, lead) for index in range(count)] for key in range(len(rule.branches))
+        ]
+        keys = [branch.pattern for branch in rule.branches]
+        pieces: list[Piece] = []
+        for made, stored in zip(run(rule.ops, sources, keys, rule.targets, self._number), found, strict=True):
+            if made.shape != stored.shape:
+                return None
+            for piece in made.pieces:
+                if piece.tensor == f"{source}:{place}":
+                    if piece.transposed:
+                        return None
+                    pieces += [
+                        replace(part, row=piece.at + part.row * piece.at_step, row_step=piece.at_step)
+                        for part in stored.take(piece.row, 1, piece.count, 0)
+                    ]
+        return Layout(shape, lead, tuple(sorted(pieces, key=lambda piece: piece.row)))
+
+    def _renamed(self, name: str) -> str:
+        """``name`` after the renamings, before any converter."""
+        for rule in self._loader.rules:
+            if not rule.ops:
+                name, _ = rule.apply(name)
+        return name
+
+    def _repairs(self, name: str) -> list[str]:
+        """Other names of the same parameter: with or without the base model's prefix, and as part of a bigger model."""
+        found = []
+        prefix = self._loader.prefix + "." if self._loader.prefix else ""
+        if prefix:
+            found.append(name[len(prefix) :] if name.startswith(prefix) else prefix + name)
+        for family in (TEXT, HEAD):
+            start = next((start for start in family if name.startswith(start)), None)
+            if start is not None:
+                found += [other + name[len(start) :] for other in family if other != start]
+        return list(dict.fromkeys(found))
+
+    @staticmethod
+    def _agreed(layouts: Iterator[Layout | None]) -> Layout | None:
+        """The one layout that all candidates which exist agree on."""
+        found = {layout.pieces: layout for layout in layouts if layout is not None}
+        return next(iter(found.values())) if len(found) == 1 else None
+
+    def _number(self, section: str | None, name: str) -> int:
+        """A number of the config: of the section, else of the model, else of its language model."""
+        config: Any = self._config.get(section) if section else None
+        queue = [config if isinstance(config, dict) else self._config]
+        for part in queue:
+            for key in FIELDS.get(name, (name,)):
+                value = part.get(key)
+                if isinstance(value, int) and value > 0:
+                    return value
+            queue += [part[key] for key in TEXT_CONFIGS if isinstance(part.get(key), dict)]
+        return 0
+
+
+def _natural(name: str) -> list[tuple[int, str, int]]:
+    """Sort key: numbers by value."""
+    found = []
+    for part in name.split("."):
+        text = part.rstrip("0123456789")
+        found.append((int(text != ""), text, int(part[len(text) :] or 0)))
+    return found
