@@ -1,0 +1,82 @@
+"""adapterkit: merge, convert, verify and track fine-tuning adapters without loading the model.
+
+    import adapterkit
+
+    report = adapterkit.merge("base", ["adapter"], "merged")
+
+Names are imported when they are first used, so that ``import adapterkit`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from adapterkit._version import __version__
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.adapter import Adapter, load_adapter
+    from adapterkit.adapters.fold import Folded, fold
+    from adapterkit.check import CheckReport, check
+    from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.checkpoint.open import open_checkpoint as open
+    from adapterkit.checkpoint.plan import Plan
+    from adapterkit.checkpoint.save import save
+    from adapterkit.errors import AdapterkitError
+    from adapterkit.inspect import Inspection, inspect
+    from adapterkit.merge import execute, merge, plan_merge
+    from adapterkit.report import MergeReport
+
+_WHERE = {
+    "Adapter": "adapterkit.adapters.adapter:Adapter",
+    "AdapterkitError": "adapterkit.errors:AdapterkitError",
+    "CheckReport": "adapterkit.check:CheckReport",
+    "Checkpoint": "adapterkit.checkpoint.checkpoint:Checkpoint",
+    "Folded": "adapterkit.adapters.fold:Folded",
+    "Inspection": "adapterkit.inspect:Inspection",
+    "MergeReport": "adapterkit.report:MergeReport",
+    "Plan": "adapterkit.checkpoint.plan:Plan",
+    "check": "adapterkit.check:check",
+    "execute": "adapterkit.merge:execute",
+    "fold": "adapterkit.adapters.fold:fold",
+    "inspect": "adapterkit.inspect:inspect",
+    "load_adapter": "adapterkit.adapters.adapter:load_adapter",
+    "merge": "adapterkit.merge:merge",
+    "open": "adapterkit.checkpoint.open:open_checkpoint",
+    "plan_merge": "adapterkit.merge:plan_merge",
+    "save": "adapterkit.checkpoint.save:save",
+}
+
+__all__ = [
+    "Adapter",
+    "AdapterkitError",
+    "CheckReport",
+    "Checkpoint",
+    "Folded",
+    "Inspection",
+    "MergeReport",
+    "Plan",
+    "__version__",
+    "check",
+    "execute",
+    "fold",
+    "inspect",
+    "load_adapter",
+    "merge",
+    "open",
+    "plan_merge",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'adapterkit' has no attribute '{name}'")
+    module, _, attribute = _WHERE[name].partition(":")
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

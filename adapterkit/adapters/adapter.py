@@ -82,12 +82,23 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
     header = parse_header(source.read, source.size, source.name)
     stored = {name: Stored(name, t.dtype, t.shape, source, t.start) for name, t in header.tensors.items()}
     tensors, notes = _plain_keys(stored, source.name)
-    side_files = tuple(SideFile(name, listing.open(name)) for name in side_names(listing.names, {WEIGHTS}) if _own(name))
+    side_files = tuple(
+        SideFile(name, listing.open(name)) for name in side_names(listing.names, {WEIGHTS}) if _own(name)
+    )
     return Adapter(listing.ref, config, tensors, source, side_files, listing.commit, notes)
 
 
 # What an adapter folder may bring for the merged model to use; anything else in it is about training.
-_BROUGHT = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece", "sentencepiece")
+_BROUGHT = (
+    "tokenizer",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "chat_template",
+    "spiece",
+    "sentencepiece",
+)
 
 
 def _own(name: str) -> bool:

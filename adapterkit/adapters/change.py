@@ -61,7 +61,7 @@ class Change:
         reads: bytes of the adapter's tensors.
         memory: bytes that the kernel holds.
         replaced: the tensor that takes the place of W, when that is all that the change does.
-        shape: the parameter's new shape, where it changes.
+        stored: the one tensor of the adapter that holds the change, when one does.
     """
 
     how: str
@@ -69,7 +69,7 @@ class Change:
     reads: int
     memory: int
     replaced: Tensor | None = None
-    shape: tuple[int, ...] | None = None
+    stored: Tensor | None = None
 
 
 class LowRank(Kernel):
@@ -144,7 +144,7 @@ def replace(tensor: Tensor, how: str = "replaced by the adapter's own") -> Chang
     columns = 1
     for size in tensor.shape[1:]:
         columns *= size
-    return Change(how, lambda weights: Replacement(tensor, columns), tensor.nbytes, 0, tensor, tensor.shape)
+    return Change(how, lambda weights: Replacement(tensor, columns), tensor.nbytes, 0, tensor, tensor)
 
 
 def matrix(tensor: Tensor) -> torch.Tensor:

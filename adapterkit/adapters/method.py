@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import AdapterError, TargetError
@@ -92,6 +92,10 @@ class Context:
             TargetError: nowhere; the nearest names are in the sentence.
         """
         found = self.names.find(parameter)
+        if found is None:
+            shared = self.names.tied(parameter)
+            found = None if shared is None else self.names.find(shared)
+            found = None if found is None else replace(found, parameter=parameter)
         if found is None:
             near = self.names.nearest(parameter)
             hint = f"nearest: {', '.join(near)}" if near else "check that this is the base it was trained on"

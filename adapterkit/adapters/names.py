@@ -107,6 +107,32 @@ class Names:
                 queue.append(other)
         return None
 
+    def sharers(self, parameter: str) -> list[str]:
+        """The parameters that are declared to share their values with the stored ``parameter`` and have no own tensor."""
+        target = self.find(parameter)
+        found = []
+        for path, pattern, source in self._loader.ties if target is not None else ():
+            scope = path + "." if path else ""
+            name = scope + pattern
+            if not re.fullmatch(r"[\w.]+", pattern) or self.find(name) is not None:
+                continue
+            other = self.find(scope + source)
+            if other is not None and target is not None and other.pieces == target.pieces:
+                found.append(name)
+        return found
+
+    def stored_name(self, parameter: str, beside: str) -> str:
+        """The tensor name under which a new parameter belongs, next to the existing tensor ``beside``.
+
+        The loader must turn it into ``parameter``; an older spelling is taken when the tensors around it use one.
+        """
+        older = [name for name in (*self._repairs(parameter), "embed_out.weight") if name not in self._shapes]
+        prefix = beside.partition(".")[0] + "."
+        for name in older:
+            if (name.startswith(prefix) or name == "embed_out.weight") and self._loader.rename(name)[0] == parameter:
+                return name
+        return parameter
+
     def find_module(self, module: str) -> tuple[str, ...]:
         """The parameters that the module called ``module`` holds itself, under that name (``{module}.weight``, ...)."""
         for name in (module, *self._repairs(module)):

@@ -69,3 +69,11 @@ class Target:
     def tensors(self) -> tuple[str, ...]:
         """The checkpoint tensors touched, in order, each once."""
         return tuple(dict.fromkeys(piece.tensor for piece in self.pieces))
+
+
+def transposed(target: Target) -> Target:
+    """The same storage seen by a module whose weight is stored the other way round (``fan_in_fan_out``)."""
+    rows, columns = target.matrix
+    (piece,) = target.pieces
+    turned = Piece(piece.tensor, columns, at=piece.at, transposed=not piece.transposed, row_at=piece.row_at)
+    return Target(target.parameter, (columns, rows), (turned,))

@@ -46,7 +46,9 @@ def write_part(
     check_target(out, inputs, file.nbytes, force=True)
     with staging(out, resume=True, shared=True) as folder:
         journal = Journal(folder / f".journal.{index}.jsonl", identity(plan, sources))
-        Sink(plan, tensors, sources, folder, jobs=jobs or default_jobs(), journal=journal, progress=progress).run([file])
+        Sink(plan, tensors, sources, folder, jobs=jobs or default_jobs(), journal=journal, progress=progress).run(
+            [file]
+        )
         write_file(folder / _note(file.name), plan.digest.encode())
 
 

@@ -188,12 +188,11 @@ class Sink:
             count = min(tensor.block, tensor.numel - start) * bits // 8
             digests.append(block_digest(os.pread(job.fd, count, job.step.offset + start * bits // 8)))
         if tensor_digest(digests) == job.proof:
+            tensor.release()
             with self._count:
                 self.reused += 1
             return job.step.nbytes
-        return sum(
-            self._compute(job, index, start) for index, start in enumerate(range(0, tensor.numel, tensor.block))
-        )
+        return sum(self._compute(job, index, start) for index, start in enumerate(range(0, tensor.numel, tensor.block)))
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -20,13 +20,17 @@ from adapterkit.adapters.target import Target, transposed
 from adapterkit.errors import AdapterError, TargetError
 
 if TYPE_CHECKING:
-    import torch
-
     from adapterkit.adapters.change import Kernel, Weights
     from adapterkit.adapters.config import AdapterConfig
     from adapterkit.checkpoint.tensor import Tensor
 
-A, B, B_BIAS, MAGNITUDE, DIAGONAL = "lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_magnitude_vector", "lora_diag"
+A, B, B_BIAS, MAGNITUDE, DIAGONAL = (
+    "lora_A.weight",
+    "lora_B.weight",
+    "lora_B.bias",
+    "lora_magnitude_vector",
+    "lora_diag",
+)
 EMBEDDING_A, EMBEDDING_B = "lora_embedding_A", "lora_embedding_B"
 
 # What `init_lora_weights` did to W: named inits leave it alone, these take B0 A0 out of it first. The ones that can be
@@ -47,38 +51,42 @@ class Recipe:
     a: Tensor
     b: Tensor
     scale: float
-    blocks: int = 1  # block-diagonal LoRA: how many
+    blocks: int = 1  # of block-diagonal LoRA
     pool: int = 0  # QA-LoRA: inputs pooled in groups of this size
     diagonal: Tensor | None = None
     magnitude: Tensor | None = None
-    norm_axis: int = 1
     residual: str = ""
     embedding: bool = False
 
     def load(self, weights: Weights) -> Kernel:
         """Read the factors (and W, where a residual or a column norm needs it) and give the kernel."""
-        from adapterkit.ops.lora import NormedLowRank, block_diagonal, column_norms, pooled, residual
+        from adapterkit.adapters.methods.normed import NormedLowRank, column_norms
+        from adapterkit.ops import lora as ops
 
-        rows, columns = weights.shape
         a, b = matrix(self.a), matrix(self.b)
         if self.embedding:
             left, right = a.T.contiguous(), b.T.contiguous()
         else:
             # A convolution's B is [out, r, 1, ...]; its A [r, in, *kernel].
             right, left = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
-        if self.blocks > 1:
-            left, right = block_diagonal(left, right, self.blocks, (rows, columns))
-        if self.pool:
-            right = pooled(right, self.pool)
+        # Of the two, the factor that is narrower than its place is the one stored as blocks.
+        if self.blocks > 1 and left.shape[1] < right.shape[0]:
+            left = ops.block_diagonal(left, self.blocks)
+        elif self.blocks > 1 and right.shape[1] < weights.shape[1]:
+            right = ops.block_diagonal(right, self.blocks)
+        if self.pool and right.shape[1] < weights.shape[1]:
+            right = ops.pooled(right, self.pool)
         if self.diagonal is not None:
             left = left * matrix(self.diagonal)
-        shift = residual(self.residual, weights, right.shape[0], self.scale) if self.residual else None
-        if self.magnitude is None and shift is None:
-            return LowRank(left, right, self.scale)
-        plain = LowRank(left, right, self.scale)
+        added = LowRank(left, right, self.scale)
+        if self.magnitude is None and not self.residual:
+            return added
+        shift = None
+        if self.residual:
+            shift = ops.residual(self.residual, weights.read(0, weights.shape[0]), right.shape[0], self.scale)
         magnitude = None if self.magnitude is None else matrix(self.magnitude).flatten()
-        norms = column_norms(weights, plain) if magnitude is not None and self.norm_axis == 0 else None
-        return NormedLowRank(plain, shift, magnitude, norms, weights.dtype)
+        norms = column_norms(weights, added) if magnitude is not None and self.embedding else None
+        return NormedLowRank(added, shift, magnitude, norms, weights.dtype)
 
 
 def lora_edits(module: Module, context: Context) -> Iterator[Edit]:
@@ -97,20 +105,21 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
     a, b = (module.tensor(name, context.where) for name in (A, B))
     key = f"{module.path}.{A}"
     _check_pair(a, b, f"{module.path}.lora_A/lora_B", context.where)
+    parameter = f"{module.path}.weight"
     named = context.config.names("target_parameters")
-    if any(module.path.endswith(name.rpartition(".")[0]) and context.names.find(f"{module.path}.weight") is None
-           for name in named) or module.depth:
+    wrapped = any(parameter == name or parameter.endswith("." + name) for name in named)
+    if named and not wrapped and context.names.find(parameter) is None:
         yield stacked_edit(module, context, a, b)
         return
-    parameter = f"{module.path}.weight"
     if context.names.find(parameter) is None and context.names.find(f"{module.path}.in_proj_weight") is not None:
         parameter = f"{module.path}.in_proj_weight"  # torch.nn.MultiheadAttention keeps q, k and v in one parameter
     target = context.target(parameter, key)
     if context.config.flag("fan_in_fan_out") and len(target.shape) == 2:
         target = transposed(target)
-    blocks = _blocks(context.config, module.path)
+    blocks = _blocks(context.config)
     pool = int(context.config.number("qalora_group_size", 16)) if context.config.flag("use_qalora") else 0
     rank = a.shape[0]
+    scaled_as = parameter if wrapped else module.path
     expected = _expected(a, b, blocks, pool, target)
     check_matrix(target, expected, key, context.where)
     if len(a.shape) > 2 and len(target.shape) > 2 and a.shape[1:] != target.shape[1:]:
@@ -118,7 +127,7 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
             f"{context.where}: '{key}' spans {list(a.shape[1:])} of a grouped convolution {list(target.shape)}",
             "PEFT cannot merge it either; train without the convolution",
         )
-    scale = context.config.scaling(module.path, rank)
+    scale = context.config.scaling(scaled_as, rank)
     recipe = Recipe(
         a,
         b,
@@ -138,16 +147,12 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
 
 def _expected(a: Tensor, b: Tensor, blocks: int, pool: int, target: Target) -> tuple[int, int]:
     """The matrix that factors of these shapes are made for."""
-    rows, columns = b.shape[0], a.numel // max(a.shape[0], 1)
-    if pool:
-        columns *= pool
-    if blocks > 1:
-        # The factor that is stored as blocks is narrower than the weight by their number.
-        rank = a.shape[0]
-        if b.numel // max(rows, 1) * blocks == rank:
-            pass
-        elif target.matrix[1] == columns * blocks:
-            columns *= blocks
+    rows, columns = b.shape[0], a.numel // a.shape[0]
+    wanted = target.matrix[1]
+    if blocks > 1 and columns * blocks == wanted and b.numel // rows == a.shape[0]:
+        columns = wanted
+    if pool and columns * pool == wanted:
+        columns = wanted
     return rows, columns
 
 
@@ -163,7 +168,7 @@ def _embedding_edit(module: Module, context: Context) -> Edit:
     magnitude = module.tensors.get(MAGNITUDE)
     _check_vector(magnitude, columns, f"{module.path}.{MAGNITUDE}", context.where)
     scale = context.config.scaling(module.path, rank)
-    recipe = Recipe(a, b, scale, magnitude=magnitude, norm_axis=0, embedding=True)
+    recipe = Recipe(a, b, scale, magnitude=magnitude, embedding=True)
     return Edit(target, _change(recipe, rank, (rows, columns)))
 
 
@@ -205,16 +210,14 @@ def _check_vector(vector: Tensor | None, size: int, key: str, where: str) -> Non
         raise TargetError(f"{where}: '{key}' has {vector.numel} entries, not {size}", "save the adapter again")
 
 
-def _blocks(config: AdapterConfig, module: str) -> int:
+def _blocks(config: AdapterConfig) -> int:
     settings = config.get("use_bdlora")
     if not settings:
         return 1
-    if not isinstance(settings, dict) or type(settings.get("nblocks", 1)) is not int:
+    blocks = settings.get("nblocks", 1) if isinstance(settings, dict) else None
+    if type(blocks) is not int or blocks < 1:
         raise AdapterError(f"{config.where}: 'use_bdlora' has no number of blocks", "correct the config")
-    named = [*(settings.get("target_modules_bd_a") or []), *(settings.get("target_modules_bd_b") or [])]
-    if named and not any(module == name or module.endswith("." + name) for name in named):
-        return 1
-    return int(settings.get("nblocks", 1))
+    return blocks
 
 
 def _residual(context: Context, module: Module) -> str:
@@ -254,10 +257,32 @@ METHODS = (
         ignored=("lora_velora_embed", "lora_monteclora_sampler"),
         edits=lora_edits,
         fields=frozenset(
-            "r lora_alpha lora_dropout fan_in_fan_out use_rslora init_lora_weights rank_pattern alpha_pattern loftq_config "
-            "eva_config corda_config lora_ga_config use_dora velora_config alora_invocation_tokens use_qalora "
-            "qalora_group_size monteclora_config layer_replication lora_bias use_bdlora arrow_config kasa_config "
-            "ensure_weight_tying".split()
+            [
+                "r",
+                "lora_alpha",
+                "lora_dropout",
+                "fan_in_fan_out",
+                "use_rslora",
+                "init_lora_weights",
+                "rank_pattern",
+                "alpha_pattern",
+                "loftq_config",
+                "eva_config",
+                "corda_config",
+                "lora_ga_config",
+                "use_dora",
+                "velora_config",
+                "alora_invocation_tokens",
+                "use_qalora",
+                "qalora_group_size",
+                "monteclora_config",
+                "layer_replication",
+                "lora_bias",
+                "use_bdlora",
+                "arrow_config",
+                "kasa_config",
+                "ensure_weight_tying",
+            ]
         ),
         refuse=refuse,
         low_rank=True,

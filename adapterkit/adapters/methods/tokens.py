@@ -33,7 +33,9 @@ def token_indices(config: AdapterConfig, module: str) -> list[int]:
         found = next((ids for name, ids in found.items() if module == name or module.endswith("." + name)), [])
     valid = isinstance(found, list) and all(type(index) is int and index >= 0 for index in found)
     if not valid or not found or len(set(found)) != len(found):
-        raise AdapterError(f"{config.where}: '{field}' has no plain list of token ids for {module}", "correct the config")
+        raise AdapterError(
+            f"{config.where}: '{field}' has no plain list of token ids for {module}", "correct the config"
+        )
     return found
 
 
@@ -44,6 +46,7 @@ def token_change(indices: list[int], rows: Tensor) -> Change:
         lambda weights: RowReplacement(indices, matrix(rows)),
         rows.nbytes,
         rows.numel * 4,
+        stored=rows,
     )
 
 

@@ -1,0 +1,199 @@
+"""`fold`: a checkpoint and adapters become a checkpoint. Nothing is read but headers; the result is a view."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.adapters.edits import adapter_edits
+from adapterkit.adapters.merged import Applied, Loaded, Merged, StoredWeights, merged_columns
+from adapterkit.adapters.names import Names
+from adapterkit.adapters.replicate import replicated
+from adapterkit.adapters.target import Target
+from adapterkit.adapters.ties import Weighted, settle_ties
+from adapterkit.checkpoint.tensor import Cast, Renamed, Tensor
+from adapterkit.dtypes import BF16, F16, F32, F64
+from adapterkit.errors import AdapterError, TargetError, UsageError
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.adapter import Adapter
+    from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.dtypes import DType
+
+FLOATS = (BF16, F16, F32, F64)
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The result of a fold.
+
+    Attributes:
+        checkpoint: the view; a touched tensor is a `Merged`, an untouched one is the base's own handle.
+        touched: tensors that adapters change, in order.
+        added: tensors that the base did not have.
+        vocab: old and new number of rows, where a vocabulary changed its size.
+        untied: the output layer got values of its own.
+        heads: classification heads that were added, with their number of labels.
+        notes: what a user should know.
+    """
+
+    checkpoint: Checkpoint
+    touched: tuple[str, ...]
+    added: tuple[str, ...]
+    vocab: tuple[int, int] | None
+    untied: bool
+    heads: Mapping[str, int]
+    notes: tuple[str, ...]
+
+
+def fold(
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    *,
+    dtype: DType | None = None,
+    residual_base: bool = False,
+    allow_unknown: bool = False,
+) -> Folded:
+    """Fold adapters into a base: W + sum of w_k (f_k(W) - W), summed in float32, rounded once.
+
+    Args:
+        base: the base.
+        adapters: one or more.
+        weights: one per adapter, 1 each by default; may be negative.
+        dtype: of all floating tensors; None keeps each tensor's own.
+        residual_base: the base is what training left behind (PiSSA, LoRA-GA, ...), not the original model.
+        allow_unknown: go on where a config has fields that we do not know.
+
+    Raises:
+        UsageError: no adapters, or another number of weights.
+        TargetError, AdapterError, UnsupportedAdapter: see `adapter_edits`.
+    """
+    if not adapters:
+        raise UsageError("no adapter was given", "name at least one")
+    factors = [1.0] * len(adapters) if not weights else [float(weight) for weight in weights]
+    if len(factors) != len(adapters):
+        raise UsageError(f"{len(factors)} weights for {len(adapters)} adapters", "give one --weight for each adapter")
+    base, notes = _replicated(base, adapters)
+    names = Names(base.shapes, base.config)
+    edits: list[Weighted] = []
+    for adapter, factor in zip(adapters, factors, strict=True):
+        found = adapter_edits(adapter, names, base.config, residual_base=residual_base, allow_unknown=allow_unknown)
+        edits += [Weighted(edit, adapter, factor) for edit in found]
+        notes += adapter.notes
+    settled = settle_ties(edits, names, base, base.config)
+    tensors: dict[str, Tensor] = {**base.tensors, **settled.added}
+    by_tensor: dict[str, list[Weighted]] = {}
+    for item in settled.edits:
+        for name in item.edit.target.tensors:
+            by_tensor.setdefault(name, []).append(item)
+    added = [name for name in by_tensor if name not in base]
+    result = _Fold(base, tensors, by_tensor, dtype)
+    merged = result.tensors()
+    shards = _shards(base, merged)
+    checkpoint = replace(base, tensors=merged, shards=shards)
+    heads = {
+        item.edit.target.parameter: item.edit.target.shape[0]
+        for item in settled.edits
+        if item.edit.change.how == "added by the adapter" and len(item.edit.target.shape) == 2
+    }
+    vocab = next(
+        ((base[n].shape[0], merged[n].shape[0]) for n in by_tensor if n in base and _resized(base[n], merged[n])), None
+    )
+    return Folded(checkpoint, tuple(by_tensor), tuple(added), vocab, settled.untied, heads, (*notes, *settled.notes))
+
+
+class _Fold:
+    """Puts the handles together; kernels are shared between the tensors that hold one parameter."""
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        tensors: Mapping[str, Tensor],
+        by_tensor: Mapping[str, list[Weighted]],
+        dtype: DType | None,
+    ) -> None:
+        self._tensors, self._by_tensor, self._dtype = dict(tensors), by_tensor, dtype
+        self._loaded: dict[int, Loaded] = {}
+        for name, items in by_tensor.items():
+            self._override(name, items, base)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: self._tensor(name, tensor) for name, tensor in self._tensors.items()}
+
+    def _override(self, name: str, items: list[Weighted], base: Checkpoint) -> None:
+        """What stands in the place of the base's tensor before deltas are added."""
+        found = [item for item in items if item.edit.override or self._takes_over(item, items, base)]
+        if not found:
+            return
+        first = found[0].edit.change.replaced
+        if first is None or any(item.edit.change.replaced is not first for item in found[1:]):
+            raise TargetError(f"two adapters each bring their own '{name}'", "merge one of them first, then the other")
+        for item in found:
+            items.remove(item)
+        dtype = base[name].dtype if name in base else first.dtype
+        stored: Tensor = Renamed(name, first)
+        self._tensors[name] = stored if dtype is first.dtype else Cast(stored, dtype)
+
+    @staticmethod
+    def _takes_over(item: Weighted, items: list[Weighted], base: Checkpoint) -> bool:
+        """A whole parameter that is alone on its tensor, with weight 1: nothing is left of the base's values."""
+        new = item.edit.change.replaced
+        if new is None or len(item.edit.target.pieces) != 1 or item.edit.target.pieces[0].transposed:
+            return False
+        name = item.edit.target.pieces[0].tensor
+        whole = name not in base or item.edit.target.shape == base[name].shape
+        if whole and new.shape != item.edit.target.shape and (len(items) > 1 or item.weight != 1):
+            raise TargetError(
+                f"{item.adapter.ref} brings '{name}' in another size, which cannot be weighted or added to",
+                "merge it alone with weight 1",
+            )
+        return whole and len(items) == 1 and item.weight == 1
+
+    def _tensor(self, name: str, tensor: Tensor) -> Tensor:
+        items = self._by_tensor.get(name, [])
+        dtype = self._dtype if self._dtype is not None and tensor.dtype in FLOATS else tensor.dtype
+        if not items:
+            return tensor if dtype is tensor.dtype else Cast(tensor, dtype)
+        if tensor.dtype not in FLOATS:
+            raise TargetError(
+                f"'{name}' is stored as {tensor.dtype}, a quantized weight that a delta cannot be added to",
+                "give the 16-bit base",
+            )
+        applied = tuple(
+            Applied(item.edit.change, item.edit.target, piece, item.weight)
+            for item in items
+            for piece in item.edit.target.pieces
+            if piece.tensor == name
+        )
+        targets = {id(item.edit.change): item.edit.target for item in items}
+        pairs = tuple((one, self._load(one.change, targets[id(one.change)], name)) for one in applied)
+        return Merged(name, tensor, pairs, dtype, merged_columns(applied, tensor.shape))
+
+    def _load(self, change: Any, target: Target, name: str) -> Loaded:
+        if id(change) not in self._loaded:
+            rows = self._tensors[name].shape[0] if len(target.tensors) == 1 and not target.pieces[0].transposed else 0
+            shape = (max(rows, target.matrix[0]), target.matrix[1]) if not target.stacked else target.matrix
+            weights = StoredWeights(target, self._tensors, shape)
+            self._loaded[id(change)] = Loaded(change, weights, len(target.tensors))
+        return self._loaded[id(change)]
+
+
+def _replicated(base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[Checkpoint, list[str]]:
+    """The base with its layers repeated, when an adapter was trained on such a model."""
+    asked = {str(adapter.config.get("layer_replication")) for adapter in adapters}
+    if asked == {"None"}:
+        return base, []
+    if len(asked) > 1:
+        raise AdapterError("the adapters were trained on models of different depth", "merge them one at a time")
+    return replicated(base, adapters[0].config.get("layer_replication"), adapters[0].config.where)
+
+
+def _shards(base: Checkpoint, merged: Mapping[str, Tensor]) -> dict[str, str]:
+    last = next(reversed(base.shards.values()), "model.safetensors")
+    return {name: base.shards.get(name, last) for name in merged}
+
+
+def _resized(old: Tensor, new: Tensor) -> bool:
+    return len(old.shape) == 2 and old.shape != new.shape

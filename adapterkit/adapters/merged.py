@@ -1,0 +1,234 @@
+"""`Merged`: a checkpoint tensor with adapters folded in, as a handle."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adapterkit.adapters.change import Weights
+from adapterkit.checkpoint.tensor import BLOCK, Tensor
+from adapterkit.dtypes import F32
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from adapterkit.adapters.change import Change, Kernel
+    from adapterkit.adapters.target import Piece, Target
+    from adapterkit.dtypes import DType
+
+
+class StoredWeights(Weights):
+    """A parameter's matrix, put together from the tensors that hold its pieces."""
+
+    def __init__(self, target: Target, tensors: Mapping[str, Tensor], shape: tuple[int, int] | None = None) -> None:
+        self._pieces, self._tensors = target.pieces, tensors
+        self.shape = shape or target.matrix
+        self.dtype = tensors[target.pieces[0].tensor].dtype
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        columns = self.shape[1]
+        out = torch.empty(stop - start, columns)
+        for piece in self._pieces:
+            wanted = _overlap(range(piece.row, piece.row + piece.count * piece.row_step, piece.row_step), start, stop)
+            if not len(wanted):
+                continue
+            where = slice(wanted.start - start, wanted[-1] + 1 - start, piece.row_step)
+            first = (wanted.start - piece.row) // piece.row_step
+            tensor = self._tensors[piece.tensor]
+            if piece.transposed:
+                width = tensor.shape[-1]
+                turned = tensor.read(piece.at * width, (piece.at + columns) * width).view(columns, width)
+                out[where] = turned[:, piece.row_at + first : piece.row_at + first + len(wanted)].T.float()
+            else:
+                low = piece.at + first * piece.at_step
+                high = low + (len(wanted) - 1) * piece.at_step + 1
+                rows = tensor.read(low * columns, high * columns).view(-1, columns)
+                out[where] = rows[:: piece.at_step].float()
+        return out
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One adapter's change on this tensor: which piece of which parameter, how strongly."""
+
+    change: Change
+    target: Target
+    piece: Piece
+    weight: float
+
+
+class Loaded:
+    """A change's kernel, loaded once and shared by every tensor that holds a piece of the parameter."""
+
+    def __init__(self, change: Change, weights: Weights, users: int = 1) -> None:
+        self._change, self._weights, self._users = change, weights, users
+        self._lock = threading.Lock()
+        self._kernel: Kernel | None = None
+        self._whole: torch.Tensor | None = None
+
+    def kernel(self) -> Kernel:
+        with self._lock:
+            if self._kernel is None:
+                self._kernel = self._change.load(self._weights)
+            return self._kernel
+
+    def whole(self) -> torch.Tensor:
+        """W' of the whole parameter, for pieces that are stored transposed and changes that need whole rows."""
+        kernel = self.kernel()
+        with self._lock:
+            if self._whole is None:
+                rows = self._weights.shape[0]
+                self._whole = kernel.new(self._weights.read(0, rows), range(rows))
+            return self._whole
+
+    def release(self) -> None:
+        """One tensor is finished; when the last one is, the kernel goes."""
+        with self._lock:
+            self._users -= 1
+            if self._users <= 0:
+                self._kernel = self._whole = None
+
+
+class Merged(Tensor):
+    """W + sum of w_k (f_k(W) - W), accumulated in float32 and rounded once to ``dtype``.
+
+    Every change sees the unmerged W, so the order of adapters does not matter. A single change of weight 1 is W' itself.
+
+    Args:
+        base: the tensor as stored (or what an adapter stored in its place).
+        applied: the changes and where they act.
+        loaded: their kernels, shared between the pieces of one parameter.
+        dtype: of the result.
+    """
+
+    def __init__(
+        self, name: str, base: Tensor, applied: tuple[tuple[Applied, Loaded], ...], dtype: DType, columns: int
+    ) -> None:
+        self.name, self.base, self.applied, self.dtype = name, base, applied, dtype
+        self.shape = base.shape
+        self._columns = max(columns, 1)
+
+    @property
+    def block(self) -> int:
+        return max(1, BLOCK // self._columns) * self._columns
+
+    @property
+    def reads(self) -> int:
+        return self.base.reads + sum(applied.change.reads for applied, _ in self.applied)
+
+    @property
+    def memory(self) -> int:
+        whole = any(applied.piece.transposed for applied, _ in self.applied) * 8 * self.numel
+        return self.base.memory + whole + sum(applied.change.memory for applied, _ in self.applied)
+
+    @property
+    def how(self) -> str:
+        words = [f"{a.change.how}{'' if a.weight == 1 else f' *{a.weight:g}'}" for a, _ in self.applied]
+        return " + ".join(dict.fromkeys(words))
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        first = start - start % self.block
+        blocks = [self._block(at) for at in range(first, stop, self.block)]
+        found = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        return found[start - first : stop - first]
+
+    def release(self) -> None:
+        self.base.release()
+        for _, loaded in self.applied:
+            loaded.release()
+
+    def _block(self, start: int) -> torch.Tensor:
+        stop = min(start + self.block, self.numel)
+        columns = self._columns
+        low, high = start // columns, stop // columns
+        stored = self.base.read(start, stop).view(-1, columns)
+        acc = stored.float()
+        if acc.data_ptr() == stored.data_ptr():
+            acc = acc.clone()
+        alone = len(self.applied) == 1 and self.applied[0][0].weight == 1
+        for applied, loaded in self.applied:
+            if applied.piece.transposed:
+                _add_transposed(acc, stored, applied, loaded, low, high, alone)
+            else:
+                _add(acc, stored, applied, loaded, low, high, alone)
+        return acc.to(self.dtype.torch).view(-1)
+
+
+def _overlap(rows: range, start: int, stop: int) -> range:
+    """The part of ``rows`` (ascending) that lies in ``start:stop``."""
+    low = max(0, -((rows.start - start) // rows.step))
+    high = min(len(rows), -((rows.start - stop) // rows.step))
+    return rows[low:high] if high > low else rows[:0]
+
+
+def _add(
+    acc: torch.Tensor, stored: torch.Tensor, applied: Applied, loaded: Loaded, low: int, high: int, alone: bool
+) -> None:
+    import torch
+
+    piece, kernel = applied.piece, loaded.kernel()
+    held = range(piece.at, piece.at + piece.count * piece.at_step, piece.at_step)
+    wanted = _overlap(held, low, high)
+    if not len(wanted):
+        return
+    where = slice(wanted.start - low, wanted[-1] + 1 - low, piece.at_step)
+    first = piece.row + (wanted.start - piece.at) // piece.at_step * piece.row_step
+    rows = range(first, first + len(wanted) * piece.row_step, piece.row_step)
+    out = acc[where]
+    parts = kernel.parts(rows)
+    if parts is not None:
+        for sub, left, right, scale in parts:
+            torch.addmm(out[sub], left, right, alpha=scale * applied.weight, out=out[sub])
+        return
+    w = stored[where].float()
+    new = kernel.new(w, rows)
+    if alone:
+        acc[where] = new
+    else:
+        acc[where] += applied.weight * (new - w)
+
+
+def _add_transposed(
+    acc: torch.Tensor, stored: torch.Tensor, applied: Applied, loaded: Loaded, low: int, high: int, alone: bool
+) -> None:
+    piece, kernel = applied.piece, loaded.kernel()
+    width = applied.target.matrix[1]
+    wanted = _overlap(range(piece.at, piece.at + width), low, high)
+    if not len(wanted):
+        return
+    where = slice(wanted.start - low, wanted.stop - low)
+    columns = slice(wanted.start - piece.at, wanted.stop - piece.at)
+    rows = range(piece.row, piece.row + piece.count * piece.row_step, piece.row_step)
+    beside = slice(piece.row_at, piece.row_at + piece.count)
+    out = acc[where, beside]
+    parts = kernel.parts(rows)
+    if parts is not None:
+        for sub, left, right, scale in parts:
+            part = out[:, sub]
+            part.addmm_(right[:, columns].T, left.T, alpha=scale * applied.weight)
+        return
+    new = loaded.whole()[rows.start : rows.stop : rows.step, columns].T
+    if alone:
+        acc[where, beside] = new
+    else:
+        out += applied.weight * (new - stored[where, beside].float())
+
+
+def merged_columns(applied: tuple[Applied, ...], shape: tuple[int, ...]) -> int:
+    """Columns of the matrix as which a tensor is walked: those of its parameters, all the same for one tensor."""
+    for item in applied:
+        if not item.piece.transposed:
+            return item.target.matrix[1]
+    return shape[-1] if len(shape) > 1 else 1
+
+
+def as_float32(tensor: Merged) -> Merged:
+    """The same tensor before its one rounding, for what comes after the merge in the same pass."""
+    return Merged(tensor.name, tensor.base, tensor.applied, F32, tensor._columns)

@@ -1,0 +1,57 @@
+"""The kernel of the LoRA variants that need more of W than its sum with a delta."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from adapterkit.adapters.change import Kernel, LowRank, Weights
+from adapterkit.ops.lora import to_norm
+
+if TYPE_CHECKING:
+    from adapterkit.dtypes import DType
+
+
+class NormedLowRank(Kernel):
+    """m * V / ||V|| with V = W0 + s B A, where W0 is W or what the initialisation left of it.
+
+    Args:
+        added: s B A.
+        shift: factors of what was taken out of W, or None. Training kept W0 in W's dtype, so it is rounded to that.
+        magnitude: m, one per row, or per column when ``norms`` is given; None leaves V as it is.
+        norms: ||V|| per column, where norms go over rows (embeddings).
+        dtype: of the stored W.
+    """
+
+    def __init__(
+        self,
+        added: LowRank,
+        shift: tuple[torch.Tensor, torch.Tensor] | None,
+        magnitude: torch.Tensor | None,
+        norms: torch.Tensor | None,
+        dtype: DType,
+    ) -> None:
+        self._added, self._shift, self._magnitude, self._norms, self._dtype = added, shift, magnitude, norms, dtype
+
+    def new(self, w: torch.Tensor, rows: range) -> torch.Tensor:
+        if self._shift is not None:
+            left, right = self._shift
+            w = torch.addmm(w, left[rows.start : rows.stop : rows.step], right, alpha=-1)
+            w = w.to(self._dtype.torch).float()
+        v = self._added.new(w, rows)
+        if self._magnitude is None:
+            return v
+        if self._norms is not None:
+            return to_norm(v, self._magnitude, self._norms)
+        magnitude = self._magnitude[rows.start : rows.stop : rows.step, None]
+        return to_norm(v, magnitude, torch.linalg.vector_norm(v, dim=1, keepdim=True))
+
+
+def column_norms(weights: Weights, added: LowRank) -> torch.Tensor:
+    """||V|| of every column, V = W + s B A, streamed; ``[columns]``."""
+    total = torch.zeros(weights.shape[1], dtype=torch.float64)
+    for start, w in weights.blocks():
+        v = added.new(w, range(start, start + len(w)))
+        total += v.double().square().sum(0)
+    return total.sqrt().float()

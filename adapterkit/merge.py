@@ -1,0 +1,240 @@
+"""`merge`: fold adapters into a base and write the result, in one streaming pass."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.adapters.adapter import Adapter, load_adapter
+from adapterkit.adapters.fold import FLOATS, Folded, fold
+from adapterkit.adapters.sidecars import side_files
+from adapterkit.checkpoint.checkpoint import Checkpoint
+from adapterkit.checkpoint.open import open_checkpoint
+from adapterkit.checkpoint.parts import finish_parts, write_part
+from adapterkit.checkpoint.plan import Plan, parse_size, plan_safetensors
+from adapterkit.checkpoint.write import check_output, default_jobs, write_safetensors
+from adapterkit.dtypes import BY_LABEL, DType
+from adapterkit.errors import CheckpointError, UsageError
+from adapterkit.report import AdapterUse, MergeReport
+
+if TYPE_CHECKING:
+    from adapterkit.checkpoint.files import Source
+
+Ref = str | Path
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge that is planned: everything is checked, no tensor is read.
+
+    Attributes:
+        base, adapters: as opened.
+        folded: the view and what changed in it.
+        plan: what the sink will write.
+        side: small files beside the weights.
+    """
+
+    base: Checkpoint
+    adapters: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+    folded: Folded
+    plan: Plan
+    side: dict[str, bytes]
+    dtype: DType | None
+    notes: tuple[str, ...]
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return self.base.sources
+
+    def report(self, out: Ref, **measured: Any) -> MergeReport:
+        view = self.folded.checkpoint
+        used = zip(self.adapters, self.weights, strict=True)
+        touched = sum(1 for step in self.plan.steps if step.source is None)
+        return MergeReport(
+            out=str(out),
+            base=self.base.ref,
+            base_commit=self.base.commit,
+            adapters=tuple(AdapterUse(a.ref, a.config.peft_type, w, a.commit, a.config.base) for a, w in used),
+            dtype="auto" if self.dtype is None else str(self.dtype),
+            files=tuple(file.name for file in self.plan.files),
+            nbytes=self.plan.nbytes,
+            tensors=len(view),
+            touched=len(self.folded.touched),
+            copied=len(view) - touched,
+            added=self.folded.added,
+            parameters=view.parameters,
+            notes=self.notes,
+            **measured,
+        )
+
+
+def parse_dtype(name: str) -> DType | None:
+    """The dtype of ``auto``, ``bf16``, ``f16`` or ``f32``; None for ``auto``.
+
+    Raises:
+        UsageError: another name.
+    """
+    if name == "auto":
+        return None
+    if name not in BY_LABEL or BY_LABEL[name] not in FLOATS:
+        raise UsageError(f"'{name}' is no output dtype", "use auto, bf16, f16 or f32")
+    return BY_LABEL[name]
+
+
+def plan_merge(
+    base: Ref | Checkpoint,
+    adapters: Sequence[Ref | Adapter],
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str = "auto",
+    max_shard_size: str | None = None,
+    jobs: int | None = None,
+    residual_base: bool = False,
+    allow_unknown: bool = False,
+    headers_only: bool = True,
+) -> Merge:
+    """Plan a merge from headers alone; see `merge` for the arguments.
+
+    With ``headers_only`` a base or adapter on the Hub is not downloaded, so the plan can be shown but not executed.
+    """
+    opened = base if isinstance(base, Checkpoint) else open_checkpoint(base, headers_only=headers_only)
+    loaded = tuple(a if isinstance(a, Adapter) else load_adapter(a, headers_only=headers_only) for a in adapters)
+    wanted = parse_dtype(dtype)
+    folded = fold(opened, loaded, weights, dtype=wanted, residual_base=residual_base, allow_unknown=allow_unknown)
+    side, notes = side_files(opened, folded, loaded, wanted)
+    request = {
+        "verb": "merge",
+        "base": opened.ref,
+        "adapters": [adapter.ref for adapter in loaded],
+        "weights": list(weights or ()),
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "residual_base": residual_base,
+        "allow_unknown": allow_unknown,
+    }
+    plan = plan_safetensors(
+        folded.checkpoint,
+        max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
+        jobs=jobs or default_jobs(),
+        inputs={s.name: _fingerprint(s) for s in (*opened.sources, *(a.source for a in loaded))},
+        request=request,
+    )
+    factors = tuple(float(w) for w in weights) if weights else (1.0,) * len(loaded)
+    return Merge(opened, loaded, factors, folded, plan, side, wanted, (*opened.notes, *folded.notes, *notes))
+
+
+def merge(
+    base: Ref | Checkpoint,
+    adapters: Sequence[Ref | Adapter],
+    out: Ref,
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str = "auto",
+    max_shard_size: str | None = None,
+    jobs: int | None = None,
+    force: bool = False,
+    resume: bool = False,
+    residual_base: bool = False,
+    allow_unknown: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Fold adapters into a base and write a Hugging Face folder.
+
+    The model is never loaded: tensors stream through in blocks, untouched ones are copied by the kernel. Deltas of all
+    adapters are summed in float32 and rounded once.
+
+    Args:
+        base: folder, safetensors file or Hub id ``org/name[@revision]``, or an open `Checkpoint`.
+        adapters: PEFT folders or Hub ids, or open `Adapter`s.
+        out: the folder to make; it appears whole or not at all.
+        weights: one per adapter, 1 each by default; may be negative.
+        dtype: ``auto`` keeps every tensor's own; ``bf16``, ``f16`` or ``f32`` converts all floating tensors.
+        max_shard_size: like ``5GB``; by default the base's own shards are kept.
+        jobs: worker threads; the output bytes do not depend on it.
+        force: replace an existing folder.
+        resume: continue an interrupted run, and leave the same behind if interrupted.
+        residual_base: the base is what training left behind (PiSSA, LoRA-GA, ...), not the original model.
+        allow_unknown: go on where an adapter's config has fields that are not known here.
+        progress: called now and then with bytes done and bytes in all.
+
+    Raises:
+        NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError, AuthError, HubError
+    """
+    started = time.monotonic()
+    planned = plan_merge(
+        base,
+        adapters,
+        weights=weights,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        jobs=jobs,
+        residual_base=residual_base,
+        allow_unknown=allow_unknown,
+        headers_only=False,
+    )
+    check_output(planned.plan, planned.sources, Path(out), force=force, inputs=_adapter_folders(planned))
+    reused = write_safetensors(
+        planned.plan,
+        planned.folded.checkpoint,
+        planned.sources,
+        Path(out),
+        side_files=planned.side,
+        jobs=jobs,
+        force=force,
+        resume=resume,
+        progress=progress,
+    )
+    return planned.report(out, reused=reused, seconds=time.monotonic() - started, peak_memory=_peak_memory())
+
+
+def execute(plan: Plan, out: Ref, *, part: int | None = None, jobs: int | None = None, force: bool = False) -> None:
+    """Execute a saved plan: one part of it into the hidden folder beside ``out``, or the end of it when all are done.
+
+    The inputs are opened again and the plan is made again; it must come out the same.
+
+    Raises:
+        CheckpointError: the inputs are not those of the plan.
+    """
+    request = plan.request
+    planned = plan_merge(
+        request["base"],
+        request["adapters"],
+        weights=request["weights"],
+        dtype=request["dtype"],
+        max_shard_size=request["max_shard_size"],
+        residual_base=request["residual_base"],
+        allow_unknown=request["allow_unknown"],
+        headers_only=False,
+    )
+    if (planned.plan.files, planned.plan.inputs) != (plan.files, plan.inputs):
+        raise CheckpointError("the base or an adapter changed since the plan was made", "make the plan again")
+    if part is None:
+        finish_parts(plan, Path(out), side_files=planned.side, force=force)
+    else:
+        write_part(plan, part, planned.folded.checkpoint, planned.sources, Path(out), jobs=jobs)
+
+
+def _adapter_folders(planned: Merge) -> list[Path]:
+    return [adapter.source.path.parent for adapter in planned.adapters if adapter.source.path is not None]
+
+
+def _fingerprint(source: Source) -> str:
+    """Size and hash of the header: enough to see that a plan belongs to these files, without reading them."""
+    import hashlib
+
+    length = min(int.from_bytes(source.read(0, 8), "little"), source.size)
+    return f"{source.size}:{hashlib.sha256(source.read(8, length)).hexdigest()}"
+
+
+def _peak_memory() -> int:
+    """The largest resident set of this process so far, in bytes."""
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,1 @@
+"""Pure tensor maths: no names, no files, no transformers."""

@@ -1,0 +1,54 @@
+"""Reports: what a verb did, as frozen values; ``--json`` prints them as they stand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class AdapterUse:
+    """One adapter of a merge."""
+
+    ref: str
+    method: str
+    weight: float
+    commit: str | None = None
+    base: str | None = None
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did, or with ``dry_run`` would do.
+
+    Sizes are bytes, times seconds.
+
+    Attributes:
+        touched: tensors with a change folded in; ``copied`` are byte-identical to the base's.
+        reused: of the touched ones, how many a resumed run found finished.
+        peak_memory: measured over the process, or estimated for a dry run.
+    """
+
+    out: str
+    base: str
+    base_commit: str | None
+    adapters: tuple[AdapterUse, ...]
+    dtype: str
+    files: tuple[str, ...]
+    nbytes: int
+    tensors: int
+    touched: int
+    copied: int
+    added: tuple[str, ...] = ()
+    reused: int = 0
+    parameters: int = 0
+    seconds: float = 0.0
+    peak_memory: int = 0
+    dry_run: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+
+def to_json(report: Any) -> str:
+    """A report (or any frozen value) as JSON."""
+    return json.dumps(asdict(report), indent=2, ensure_ascii=False)
