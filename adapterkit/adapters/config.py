@@ -19,27 +19,27 @@ _LITERAL = re.compile(r"[A-Za-z0-9_.-]+")
 
 # Fields every PEFT method has, and what PEFT's own loader does with them; none changes a merged weight by itself.
 COMMON_FIELDS = frozenset(
-    [
+    {
         "auto_mapping",
         "base_model_name_or_path",
+        "bias",
         "exclude_modules",
         "inference_mode",
+        "init_weights",
         "layers_pattern",
         "layers_to_transform",
+        "megatron_config",
+        "megatron_core",
         "modules_to_save",
         "peft_type",
         "peft_version",
         "revision",
+        "runtime_config",
         "target_modules",
         "target_parameters",
         "task_type",
         "trainable_token_indices",
-        "bias",
-        "init_weights",
-        "megatron_config",
-        "megatron_core",
-        "runtime_config",
-    ]
+    }
 )
 
 

@@ -98,9 +98,8 @@ def fold(
         for item in settled.edits
         if item.edit.change.how == "added by the adapter" and len(item.edit.target.shape) == 2
     }
-    vocab = next(
-        ((base[n].shape[0], merged[n].shape[0]) for n in by_tensor if n in base and _resized(base[n], merged[n])), None
-    )
+    resized = [(base[n].shape[0], merged[n].shape[0]) for n in by_tensor if n in base and _resized(base[n], merged[n])]
+    vocab = resized[0] if resized else None
     return Folded(checkpoint, tuple(by_tensor), tuple(added), vocab, settled.untied, heads, (*notes, *settled.notes))
 
 
@@ -191,7 +190,7 @@ def _replicated(base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[Checkpoi
 
 
 def _shards(base: Checkpoint, merged: Mapping[str, Tensor]) -> dict[str, str]:
-    last = next(reversed(base.shards.values()), "model.safetensors")
+    last = list(base.shards.values())[-1] if base.shards else "model.safetensors"
     return {name: base.shards.get(name, last) for name in merged}
 
 

@@ -10,7 +10,12 @@ import torch
 
 def block_diagonal(factor: torch.Tensor, blocks: int) -> torch.Tensor:
     """``[rows, columns/blocks]``, its rows in ``blocks`` chunks, as the block-diagonal ``[rows, columns]`` it stands for."""
-    return torch.block_diag(*factor.chunk(blocks, dim=0))
+    rows, columns = factor.shape
+    out = factor.new_zeros(rows, columns * blocks)
+    for block, part in enumerate(factor.chunk(blocks, dim=0)):
+        start = block * part.shape[0]
+        out[start : start + part.shape[0], block * columns : (block + 1) * columns] = part
+    return out
 
 
 def pooled(a: torch.Tensor, group: int) -> torch.Tensor:

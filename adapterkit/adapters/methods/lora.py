@@ -241,8 +241,8 @@ def refuse(config: AdapterConfig, residual_base: bool) -> tuple[str, str] | None
         if reason is not None:
             return (
                 f"it was initialised with {init} and {reason}, so the base it belongs to cannot be rebuilt",
-                "convert it with PEFT's path_initial_model_for_weight_conversion, or give the base that training saved "
-                "and add --residual-base",
+                "convert it with PEFT's path_initial_model_for_weight_conversion, or add --residual-base to the base that "
+                "training saved",
             )
     return None
 
@@ -257,7 +257,7 @@ METHODS = (
         ignored=("lora_velora_embed", "lora_monteclora_sampler"),
         edits=lora_edits,
         fields=frozenset(
-            [
+            {
                 "r",
                 "lora_alpha",
                 "lora_dropout",
@@ -282,7 +282,7 @@ METHODS = (
                 "arrow_config",
                 "kasa_config",
                 "ensure_weight_tying",
-            ]
+            }
         ),
         refuse=refuse,
         low_rank=True,
