@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from models import assert_merged, edit_config, live, load_model, logits, make_adapter, peft_merged, read_tensors
+from models import (
+    assert_merged,
+    edit_config,
+    live,
+    load_model,
+    logits,
+    make_adapter,
+    peft_merged,
+    read_tensors,
+    write_adapter,
+)
 
 import adapterkit
+from adapterkit.errors import TargetError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,20 +73,22 @@ def lora(**fields: Any) -> Any:
 
 
 def check(
-    base: Path, config: Any, tmp_path: Path, edit: dict[str, Any] | None = None, tolerance: float = 2e-6
+    base: Path, config: Any, tmp_path: Path, edit: dict[str, Any] | None = None, flips: float = 0.0
 ) -> adapterkit.MergeReport:
     adapter = make_adapter(tmp_path / "adapter", base, config)
     edit_config(adapter, **(edit or {}))
     expected = peft_merged(base, adapter, tmp_path / "peft")
     report = adapterkit.merge(base, [adapter], tmp_path / "out")
-    assert_merged(base, tmp_path / "out", expected.exact, tolerance=tolerance)
+    assert_merged(base, tmp_path / "out", expected.exact, flips=flips)
     return report
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_variant(name: str, dtype: str, make_base: Callable[..., Path], tmp_path: Path) -> None:
-    check(make_base("llama", dtype), lora(**VARIANTS[name]), tmp_path)
+    # What is left of W after an SVD or QR is rounded to bf16 before training starts.
+    rounded = dtype == "bfloat16" and name.startswith(("pissa", "olora", "kasa"))
+    check(make_base("llama", dtype), lora(**VARIANTS[name]), tmp_path, flips=0.002 if rounded else 0.0)
 
 
 def test_float16(make_base: Callable[..., Path], tmp_path: Path) -> None:
@@ -85,8 +99,6 @@ def test_float16(make_base: Callable[..., Path], tmp_path: Path) -> None:
 
 PATTERNS: dict[str, dict[str, Any]] = {
     "name": {"q_proj": 8},
-    "first_in_the_file_wins": {"q_proj": 8, r".*\.0\.self_attn\.q_proj": 2},
-    "first_in_the_file_wins_turned_round": {r".*\.0\.self_attn\.q_proj": 2, "q_proj": 8},
     "class": {"[qk]_proj": 8},
     "star": {".*q_proj": 8},
     "layer": {"layers.1.self_attn.*": 8},
@@ -111,8 +123,18 @@ def test_alpha_pattern_alone(make_base: Callable[..., Path], tmp_path: Path) -> 
     check(make_base("llama"), lora(alpha_pattern={"v_proj": 40, "o_proj": 1}), tmp_path)
 
 
-def test_pattern_with_a_backreference_counts_groups_as_peft_does(make_base: Callable[..., Path], tmp_path: Path) -> None:
-    check(make_base("llama"), lora(alpha_pattern={r"(q)_proj": 40, r"([uo])\2?p_proj": 12}), tmp_path)
+@pytest.mark.parametrize("special_first", [True, False])
+def test_first_pattern_in_the_file_wins(special_first: bool, make_base: Callable[..., Path], tmp_path: Path) -> None:
+    """Not the most specific one; and PEFT sorts the keys when it saves, so the file's order is not the trainer's."""
+    pairs = [(r".*\.0\.self_attn\.q_proj", 30), ("q_proj", 20)]
+    pattern = dict(pairs if special_first else pairs[::-1])
+    check(make_base("llama"), lora(), tmp_path, edit={"alpha_pattern": pattern})
+
+
+def test_pattern_with_a_back_reference_counts_groups_as_peft_does(
+    make_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    check(make_base("llama"), lora(alpha_pattern={r"u(p)_\3roj": 40}), tmp_path)
 
 
 # ------------------------------------------------------------------ biases
@@ -136,16 +158,22 @@ def test_bias(fields: dict[str, Any], dtype: str, make_base: Callable[..., Path]
         {"use_dora": True},
         {"use_rslora": True, "rank_pattern": {"c_proj": 2}},
         {"init_lora_weights": "pissa"},
-        {"init_lora_weights": "olora"},
     ],
-    ids=["plain", "dora", "rslora", "pissa", "olora"],
+    ids=["plain", "dora", "rslora", "pissa"],
 )
 def test_conv1d_with_square_weights(
     fields: dict[str, Any], dtype: str, make_base: Callable[..., Path], tmp_path: Path
 ) -> None:
     """GPT-2: ``attn.c_proj`` is square, so only the flag tells how it is stored."""
     base = make_base("gpt2", dtype)
-    check(base, lora(target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, **fields), tmp_path)
+    config = lora(target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True, **fields)
+    check(base, config, tmp_path, flips=0.002 if dtype == "bfloat16" and "init_lora_weights" in fields else 0.0)
+
+
+def test_olora_on_a_square_conv1d(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    """PEFT decomposes the weight as it is stored; only square ones can be trained so."""
+    config = lora(target_modules=r".*attn\.c_proj", fan_in_fan_out=True, init_lora_weights="olora")
+    check(make_base("gpt2"), config, tmp_path)
 
 
 def test_conv1d_and_embedding(make_base: Callable[..., Path], tmp_path: Path) -> None:
@@ -157,39 +185,52 @@ def test_conv1d_and_embedding(make_base: Callable[..., Path], tmp_path: Path) ->
 # ------------------------------------------------------------------ vocabulary
 
 
-def test_resized_vocabulary(make_base: Callable[..., Path], tmp_path: Path) -> None:
-    """An adapter trained after ``resize_token_embeddings`` brings both embeddings in their new size."""
-    import json
+def grown(base: Path, folder: Path, rows: int) -> Path:
+    """The base after ``resize_token_embeddings``."""
+    model = load_model(base)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    model.save_pretrained(folder)
+    return folder
 
-    import torch
 
+def test_half_a_resized_vocabulary_is_refused(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    """PEFT saves the resized embedding that LoRA targets, and not the output layer that was resized with it."""
     base = make_base("llama")
-    grown = load_model(base)
-    torch.manual_seed(3)
-    grown.resize_token_embeddings(104)
-    grown.save_pretrained(tmp_path / "grown")
-    adapter = make_adapter(tmp_path / "adapter", tmp_path / "grown", lora(target_modules=["q_proj", "embed_tokens"]))
+    bigger = grown(base, tmp_path / "grown", 104)
+    adapter = make_adapter(tmp_path / "adapter", bigger, lora(target_modules=["q_proj", "embed_tokens"]))
+    with pytest.raises(TargetError, match=r"brings 104 rows for 'model.embed_tokens.weight' and leaves 'lm_head.weight'"):
+        adapterkit.merge(base, [adapter], tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "grown"]
+    exact = peft_merged(bigger, adapter, tmp_path / "peft").exact
+    adapterkit.merge(bigger, [adapter], tmp_path / "out")
+    assert_merged(bigger, tmp_path / "out", exact)
+
+
+def test_resized_vocabulary_of_both_sides(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    """``save_embedding_layers``: both come in their new size without being asked for, and replace the base's."""
+    base = make_base("llama")
+    bigger = grown(base, tmp_path / "grown", 104)
+    adapter = make_adapter(tmp_path / "adapter", bigger, lora())
     edit_config(adapter, base_model_name_or_path=str(base))
+    tensors = read_tensors(adapter)
+    names = {"model.embed_tokens.weight", "lm_head.weight"}
+    tensors.update({f"base_model.model.{n}": t for n, t in read_tensors(bigger).items() if n in names})
+    write_adapter(adapter, tensors, **json.loads((adapter / "adapter_config.json").read_text()))
     adapterkit.merge(base, [adapter], tmp_path / "out")
-    expected = peft_merged(tmp_path / "grown", adapter, tmp_path / "peft").exact
-    out = read_tensors(tmp_path / "out")
-    assert out["model.embed_tokens.weight"].shape == out["lm_head.weight"].shape == (104, 32)
-    for name, tensor in expected.items():
-        assert (out[name].double() - tensor).abs().max() < 2e-6, name
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 104
+    exact = peft_merged(bigger, adapter, tmp_path / "peft").exact
+    assert_merged(bigger, tmp_path / "out", exact)
+    assert load_model(tmp_path / "out").config.vocab_size == 104
 
 
 def test_modules_to_save_with_a_resized_vocabulary(make_base: Callable[..., Path], tmp_path: Path) -> None:
     base = make_base("llama", "bfloat16")
-    grown = load_model(base)
-    grown.resize_token_embeddings(112, mean_resizing=False)
-    grown.save_pretrained(tmp_path / "grown")
+    bigger = grown(base, tmp_path / "grown", 112)
     config = lora(modules_to_save=["embed_tokens", "lm_head"])
-    adapter = make_adapter(tmp_path / "adapter", tmp_path / "grown", config)
+    adapter = make_adapter(tmp_path / "adapter", bigger, config)
     adapterkit.merge(base, [adapter], tmp_path / "out")
     merged = load_model(tmp_path / "out")
     assert merged.config.vocab_size == 112
-    theirs = logits(live(tmp_path / "grown", adapter))
+    theirs = logits(live(bigger, adapter))
     assert (logits(merged) - theirs).abs().max() < 0.05 * theirs.std()
 
 
