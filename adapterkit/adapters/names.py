@@ -121,6 +121,15 @@ class Names:
                 found.append(name)
         return found
 
+    def declared_ties(self) -> list[tuple[str, str]]:
+        """``(embedding, output layer)`` of every tie that the model class declares, whether or not this model uses it."""
+        pairs = []
+        for path, pattern, source in self._loader.ties:
+            scope = path + "." if path else ""
+            if re.fullmatch(r"[\w.]+", pattern):
+                pairs.append((scope + source, scope + pattern))
+        return pairs
+
     def stored_name(self, parameter: str, beside: str) -> str:
         """The tensor name under which a new parameter belongs, next to the existing tensor ``beside``.
 
