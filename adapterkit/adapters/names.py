@@ -68,6 +68,12 @@ class Names:
         self._targets: dict[str, Target | None] = {}
         self._layouts: dict[int, list[Layout] | None] = {}
 
+    @cached_property
+    def model_types(self) -> frozenset[str]:
+        """The model type of the config and of the configs inside it."""
+        parts = [self._config, *(part for part in self._config.values() if hasattr(part, "get"))]
+        return frozenset(str(part.get("model_type") or "") for part in parts)
+
     def find(self, parameter: str) -> Target | None:
         """Where ``parameter`` (a module-tree name without ``base_model.model.``) is stored; None if nowhere or unclear.
 
