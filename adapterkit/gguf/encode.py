@@ -1,0 +1,237 @@
+"""Float32 rows to the bytes of a GGUF tensor type, identical to what x86-64 builds of llama-quantize write.
+
+Other builds of llama.cpp (ARM, or compiled with FMA) round some sums differently and write slightly other bytes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
+
+from adapterkit.errors import AdapterkitError, CheckpointError, UsageError
+from adapterkit.gguf.types import GGMLType, ggml_type
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+    Bytes = npt.NDArray[np.uint8]
+    Floats = npt.NDArray[np.float32]
+
+Backend = Literal["auto", "numba", "torch"]
+LARGE = 16384.0
+"""Weights below it cannot give a scale that float16 lacks."""
+
+
+class NonFiniteWeightError(CheckpointError):
+    """Weights with NaN, infinity, or values too large for the type: ``row`` and ``column`` of the first."""
+
+    def __init__(self, message: str, row: int, column: int) -> None:
+        super().__init__(message, "check the checkpoint, and the adapter's scaling if one was merged")
+        self.row = row
+        self.column = column
+
+
+def encode(
+    type_name: str,
+    rows: torch.Tensor | npt.NDArray[np.floating[Any]],
+    importance: torch.Tensor | Floats | None = None,
+    backend: Backend = "auto",
+) -> Bytes:
+    """The bytes of ``rows`` as a tensor of type ``type_name``.
+
+    Args:
+        type_name: a name of :data:`adapterkit.gguf.types.TYPES`, such as ``"Q4_K"``.
+        rows: float [n, columns]; other floats are widened to float32. A tensor on a GPU is encoded there.
+        importance: float32 [columns], how much each input column matters; types that have no use for it ignore it.
+        backend: ``"numba"`` (CPU, compiled), ``"torch"`` (any device), or the first that is there.
+
+    Returns:
+        uint8 [n, bytes per row].
+
+    Raises:
+        NonFiniteWeightError: a weight is NaN, infinite, or too large for the type's float16 scales.
+        UsageError: the shape does not fit the type, the type needs importance, or nothing installed encodes it.
+    """
+    import numpy as np
+
+    out = np.empty((rows.shape[0], ggml_type(type_name).row_bytes(rows.shape[1])), dtype=np.uint8)
+    encode_into(type_name, rows, out, importance, backend)
+    return out
+
+
+def encode_into(
+    type_name: str,
+    rows: torch.Tensor | npt.NDArray[np.floating[Any]],
+    out: Bytes,
+    importance: torch.Tensor | Floats | None = None,
+    backend: Backend = "auto",
+) -> None:
+    """:func:`encode` into ``out``, uint8 [n, bytes per row], C-contiguous, such as a slice of a memory map's rows.
+
+    Threads may call this at once on different rows; the compiled backend holds no lock while it works.
+    """
+    import torch
+
+    kind = ggml_type(type_name)
+    x = (rows if isinstance(rows, torch.Tensor) else torch.from_numpy(rows)).detach().to(torch.float32).contiguous()
+    if x.ndim != 2 or out.shape != (x.shape[0], kind.row_bytes(x.shape[1])) or not out.flags.c_contiguous:
+        message = f"rows of shape {tuple(x.shape)} and a buffer of shape {out.shape} do not fit {kind.name}"
+        raise UsageError(message, "pass [n, columns] and a contiguous [n, bytes per row]")
+    weights = _importance(kind, x, importance)
+    if not x.numel():
+        return
+    peak = _peak(kind, x)
+    if kind.encoder == "cast":
+        wanted = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind.name]
+        torch.from_numpy(out).copy_(x.to(wanted).view(torch.uint8))
+    elif kind.encoder == "own":
+        _run(kind, x, weights, out, backend)
+    elif kind.encoder == "ggml":
+        from adapterkit.gguf.kernels import native
+
+        native.run(kind, x.cpu().numpy(), None if weights is None else weights.cpu().numpy(), out)
+    else:
+        raise UsageError(f"{kind.name} cannot be encoded", "choose another type")
+    if peak >= LARGE:
+        _check_scales(kind, out, x.shape[1])
+
+
+def find_non_finite(rows: torch.Tensor) -> tuple[int, int] | None:
+    """Row and column of the first NaN or infinity of ``rows`` [n, columns], or None."""
+    import torch
+
+    bad = torch.nonzero(~torch.isfinite(rows))
+    return None if bad.shape[0] == 0 else (int(bad[0, 0]), int(bad[0, 1]))
+
+
+def decode(type_name: str, data: Bytes, columns: int) -> Floats:
+    """Float32 [n, columns] from the bytes of a tensor, by the ``gguf`` package.
+
+    Raises:
+        UsageError: ``gguf`` is not installed or cannot decode the type.
+    """
+    kind = ggml_type(type_name)
+    try:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+    except ImportError as error:
+        raise UsageError("GGUF tensors are decoded by the package gguf", "pip install 'adapterkit[gguf]'") from error
+    import numpy as np
+
+    raw = np.ascontiguousarray(data).reshape(-1, kind.row_bytes(columns))
+    try:
+        return np.asarray(dequantize(raw, GGMLQuantizationType[kind.name]), dtype=np.float32).reshape(-1, columns)
+    except (KeyError, NotImplementedError) as error:
+        raise UsageError(f"the installed gguf cannot decode {kind.name}", "pip install -U gguf") from error
+
+
+def _importance(kind: GGMLType, x: torch.Tensor, importance: Any) -> torch.Tensor | None:
+    import torch
+
+    if importance is None:
+        if kind.needs_importance:
+            raise UsageError(f"{kind.name} needs an importance matrix", "pass one, or choose a type of more bits")
+        return None
+    weights = importance if isinstance(importance, torch.Tensor) else torch.from_numpy(importance)
+    weights = weights.to(dtype=torch.float32, device=x.device).contiguous()
+    if weights.shape != x.shape[1:]:
+        message = f"importance of shape {tuple(weights.shape)} does not fit rows of {x.shape[1]} weights"
+        raise UsageError(message, "pass one number per column")
+    if find_non_finite(weights[None]) is not None or bool((weights < 0).any()):
+        raise UsageError("importance has negative or non-finite numbers", "compute the importance matrix again")
+    return weights
+
+
+def _peak(kind: GGMLType, x: torch.Tensor) -> float:
+    """The largest magnitude of ``x``, which must be finite."""
+    import torch
+
+    least, most = (float(v) for v in torch.aminmax(x))
+    peak = max(-least, most)
+    if not peak <= torch.finfo(torch.float32).max:
+        found = find_non_finite(x)
+        assert found is not None
+        row, column = found
+        raise NonFiniteWeightError(
+            f"row {row}, column {column} is {float(x[row, column])}, which {kind.name} cannot hold", row, column
+        )
+    return peak
+
+
+def _check_scales(kind: GGMLType, out: Bytes, columns: int) -> None:
+    """What ``ggml_validate_row_data`` refuses: a scale that became infinite in float16."""
+    import numpy as np
+
+    if kind.name == "F16":
+        bad = ~np.isfinite(out.view(np.float16))
+        per_row = columns
+    else:
+        blocks = out.reshape(-1, kind.size)
+        halves = [np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16) for at in kind.halves]
+        bad = np.zeros((len(blocks), 1), dtype=bool)
+        for half in halves:
+            bad |= ~np.isfinite(half)
+        per_row = columns // kind.block
+    if bad.any():
+        row, place = divmod(int(np.flatnonzero(bad)[0]), per_row)
+        column = place * kind.block
+        message = f"weights near row {row}, column {column} are too large for the float16 numbers of {kind.name}"
+        raise NonFiniteWeightError(message, row, column)
+
+
+def _run(kind: GGMLType, x: torch.Tensor, weights: torch.Tensor | None, out: Bytes, backend: Backend) -> None:
+    from adapterkit.gguf.kernels.layouts import LAYOUTS
+    from adapterkit.gguf.kernels.selftest import passes
+
+    if LAYOUTS[kind.name].given is None:
+        weights = None
+    candidates = _candidates(x, backend)
+    for name in candidates:
+        if passes(name, kind.name, weights is not None, x.device.type):
+            run_backend(name, kind.name, x, weights, out)
+            return
+        if name != candidates[-1]:
+            message = f"the {name} encoder gives other bytes for {kind.name} than llama.cpp on this machine"
+            warnings.warn(f"{message}; using {candidates[-1]}", RuntimeWarning, stacklevel=4)
+    message = f"this machine's arithmetic gives other bytes for {kind.name} than llama.cpp"
+    raise AdapterkitError(message, "choose another type, or report the processor and the versions of torch and numba")
+
+
+def _candidates(x: torch.Tensor, backend: Backend) -> list[str]:
+    """The backends to try in turn; more than one only when the caller left the choice."""
+    if backend not in ("auto", "numba", "torch"):
+        raise UsageError(f"backend {backend!r} does not exist", "use auto, numba or torch")
+    has_numba = x.device.type == "cpu" and find_spec("numba") is not None
+    if backend == "numba" and not has_numba:
+        message = "the compiled encoders need numba and tensors on the CPU"
+        raise UsageError(message, "pip install 'adapterkit[gguf]', or use backend torch")
+    if backend == "auto":
+        return ["numba", "torch"] if has_numba else ["torch"]
+    return [backend]
+
+
+def run_backend(backend: str, name: str, x: torch.Tensor, weights: torch.Tensor | None, out: Bytes) -> None:
+    """One of the two encoders, unchecked: ``x`` float32 [n, columns], ``out`` uint8, contiguous."""
+    import numpy as np
+    import torch
+
+    if backend == "numba":
+        from adapterkit.gguf.kernels.compiled import kernel
+
+        flat = x.numpy().reshape(-1)
+        given = np.empty(0, np.float32) if weights is None else weights.numpy()
+        kernel(name, weights is not None)(flat, given, x.shape[1], out.reshape(-1))
+        return
+    from adapterkit.gguf.kernels import eager
+    from adapterkit.gguf.kernels.layouts import LAYOUTS
+
+    target = torch.from_numpy(out)
+    if x.device.type == "cpu":
+        eager.run(LAYOUTS[name], x, weights, target)
+    else:
+        encoded = torch.empty(target.shape, dtype=torch.uint8, device=x.device)
+        eager.run(LAYOUTS[name], x, weights, encoded)
+        target.copy_(encoded)
