@@ -6,6 +6,7 @@ too, and gives the same bytes. Nothing but headers is needed to make one.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -67,13 +68,46 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Bytes of an output file beside its tensors: a range of ``source`` when that is set, else ``data`` (base64)."""
+
+    offset: int
+    nbytes: int
+    data: str = ""
+    source: str | None = None
+    source_offset: int = 0
+
+    @property
+    def content(self) -> bytes:
+        return base64.b64decode(self.data)
+
+
+@dataclass(frozen=True)
 class PlannedFile:
-    """One output file. ``verbatim`` names an input file that it equals byte for byte."""
+    """One output file.
+
+    Attributes:
+        verbatim: an input file that it equals byte for byte.
+        head: what stands before the tensors, in formats whose header does not follow from the steps alone.
+    """
 
     name: str
     nbytes: int
     steps: tuple[Step, ...]
     verbatim: str | None = None
+    head: tuple[Chunk, ...] = ()
+
+    @property
+    def gaps(self) -> list[tuple[int, int]]:
+        """Offset and length of what lies between the parts: padding, written as zeros."""
+        if not self.head:
+            return []
+        found, position = [], 0
+        for part in (*self.head, *self.steps):
+            if part.offset > position:
+                found.append((position, part.offset - position))
+            position = part.offset + part.nbytes
+        return [*found, (position, self.nbytes - position)] if self.nbytes > position else found
 
 
 @dataclass(frozen=True)
@@ -86,6 +120,7 @@ class Plan:
         peak_memory: bytes, estimated for ``jobs`` workers.
         inputs: fingerprint of each input file, by name.
         request: what was asked for, enough to make the same plan again.
+        layout: ``folder`` when the files stand in the output folder, ``file`` when they are the output themselves.
     """
 
     files: tuple[PlannedFile, ...]
@@ -94,6 +129,7 @@ class Plan:
     inputs: Mapping[str, str] = field(default_factory=dict)
     request: Mapping[str, Any] = field(default_factory=dict)
     format: int = FORMAT
+    layout: str = "folder"
 
     @property
     def nbytes(self) -> int:
@@ -141,10 +177,12 @@ class Plan:
                     file["nbytes"],
                     tuple(Step(**{**step, "shape": tuple(step["shape"])}) for step in file["steps"]),
                     file["verbatim"],
+                    tuple(Chunk(**chunk) for chunk in file["head"]),
                 )
                 for file in data["files"]
             )
-            return cls(files, data["metadata"], data["peak_memory"], data["inputs"], data["request"])
+            common = (data["metadata"], data["peak_memory"], data["inputs"], data["request"], FORMAT, data["layout"])
+            return cls(files, *common)
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"this is not a plan file ({error!r})", "write one with --save-plan") from None
 
@@ -193,10 +231,10 @@ def _packed_shards(view: Checkpoint, limit: int) -> list[tuple[str, list[Tensor]
 def _plan_file(name: str, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> PlannedFile:
     source = _unchanged_file(tensors)
     if source is not None:
-        steps = tuple(_step(tensor, tensor.extent.offset) for tensor in tensors if tensor.extent is not None)
+        steps = tuple(step_of(tensor, tensor.extent.offset) for tensor in tensors if tensor.extent is not None)
         return PlannedFile(name, source.size, steps, verbatim=source.name)
     header, offsets = build_header([(t.name, t.dtype, t.shape) for t in tensors], metadata)
-    steps = tuple(_step(tensor, offsets[tensor.name]) for tensor in tensors)
+    steps = tuple(step_of(tensor, offsets[tensor.name]) for tensor in tensors)
     return PlannedFile(name, steps[-1].offset + steps[-1].nbytes if steps else len(header), steps)
 
 
@@ -210,7 +248,8 @@ def _unchanged_file(tensors: Sequence[Tensor]) -> Source | None:
     return source if data_start + sum(tensor.nbytes for tensor in tensors) == source.size else None
 
 
-def _step(tensor: Tensor, offset: int) -> Step:
+def step_of(tensor: Tensor, offset: int) -> Step:
+    """The step that puts ``tensor`` at ``offset`` of its file."""
     extent = tensor.extent
     source = None if extent is None else extent.source.name
     return Step(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from adapterkit.checkpoint.folder import INDEX
 from adapterkit.checkpoint.journal import JOURNAL, Journal
 from adapterkit.checkpoint.plan import default_jobs
-from adapterkit.checkpoint.publish import check_target, publish, staging, write_file
+from adapterkit.checkpoint.publish import check_target, publish, publish_files, staging, write_file
 from adapterkit.checkpoint.sink import Sink
 from adapterkit.errors import OutputError
 
@@ -59,6 +59,53 @@ def write_safetensors(
         sink.run(plan.files)
         finish(plan, folder, out, side_files, force=force)
     return sink.reused
+
+
+def write_files(
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
+    sources: Sequence[Source],
+    out: Path,
+    *,
+    jobs: int | None = None,
+    force: bool = False,
+    resume: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Execute a plan of files that are the output themselves (its ``layout`` is ``file``); see `write_safetensors`.
+
+    Each file appears whole or not at all. Several files get ``-00001-of-00003`` and so on before the suffix of ``out``.
+    """
+    check_files(plan, sources, out, force=force)
+    with staging(out, resume=resume) as folder:
+        journal = Journal(folder / JOURNAL, identity(plan, sources))
+        sink = Sink(plan, tensors, sources, folder, jobs=jobs or default_jobs(), journal=journal, progress=progress)
+        sink.run(plan.files)
+        try:
+            publish_files(folder, file_names(plan, out), force=force)
+        except OSError as error:
+            raise OutputError(f"{out} could not be written ({error.strerror})", "check the disk") from error
+    return sink.reused
+
+
+def file_names(plan: Plan, out: Path) -> dict[str, Path]:
+    """The names of a plan's files, in the hidden folder and in the end."""
+    names = [file.name for file in plan.files]
+    if len(names) == 1:
+        return {names[0]: out}
+    return {
+        name: out.with_name(f"{out.stem}-{number:05d}-of-{len(names):05d}{out.suffix}")
+        for number, name in enumerate(names, 1)
+    }
+
+
+def check_files(plan: Plan, sources: Sequence[Source], out: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
+    """`check_output` for a plan of files: they may stand beside an input, not in its place."""
+    paths = [source.path for source in sources if source.path is not None]
+    for target in file_names(plan, out).values():
+        if target.is_dir():
+            raise OutputError(f"{target} is a folder", "name a file")
+        check_target(target, [*paths, *inputs], plan.nbytes, force=force)
 
 
 def check_output(plan: Plan, sources: Sequence[Source], out: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
