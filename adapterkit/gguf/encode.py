@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 Backend = Literal["auto", "numba", "torch"]
 LARGE = 16384.0
 """Weights below it cannot give a scale that float16 lacks."""
+HOPELESS = 1e9
+"""Weights above it are out of reach of every type with float16 scales, and their squares upset the searches."""
 
 
 class NonFiniteWeightError(CheckpointError):
@@ -85,9 +87,14 @@ def encode_into(
         return
     peak = _peak(kind, x)
     if kind.encoder == "cast":
-        wanted = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind.name]
-        torch.from_numpy(out).copy_(x.to(wanted).view(torch.uint8))
-    elif kind.encoder == "own":
+        cast = x.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind.name])
+        if peak >= LARGE:
+            _refuse(kind, ~torch.isfinite(cast), 1)
+        torch.from_numpy(out).copy_(cast.view(torch.uint8))
+        return
+    if peak >= HOPELESS and kind.name != "MXFP4":
+        _refuse(kind, x.abs() >= HOPELESS, 1)
+    if kind.encoder == "own":
         _run(kind, x, weights, out, backend)
     elif kind.encoder == "ggml":
         from adapterkit.gguf.kernels import native
@@ -95,8 +102,10 @@ def encode_into(
         native.run(kind, x.cpu().numpy(), None if weights is None else weights.cpu().numpy(), out)
     else:
         raise UsageError(f"{kind.name} cannot be encoded", "choose another type")
-    if peak >= LARGE:
-        _check_scales(kind, out, x.shape[1])
+    if peak >= LARGE and kind.halves:
+        blocks = torch.from_numpy(out.reshape(x.shape[0], -1, kind.size))
+        halves = [blocks[:, :, at : at + 2].contiguous().view(torch.float16)[..., 0] for at in kind.halves]
+        _refuse(kind, ~torch.isfinite(torch.stack(halves)).all(dim=0), kind.block)
 
 
 def find_non_finite(rows: torch.Tensor) -> tuple[int, int] | None:
@@ -161,24 +170,14 @@ def _peak(kind: GGMLType, x: torch.Tensor) -> float:
     return peak
 
 
-def _check_scales(kind: GGMLType, out: Bytes, columns: int) -> None:
-    """What ``ggml_validate_row_data`` refuses: a scale that became infinite in float16."""
-    import numpy as np
+def _refuse(kind: GGMLType, bad: torch.Tensor, block: int) -> None:
+    """What ``ggml_validate_row_data`` refuses: numbers that became infinite in ``kind``, by row and block."""
+    import torch
 
-    if kind.name == "F16":
-        bad = ~np.isfinite(out.view(np.float16))
-        per_row = columns
-    else:
-        blocks = out.reshape(-1, kind.size)
-        halves = [np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16) for at in kind.halves]
-        bad = np.zeros((len(blocks), 1), dtype=bool)
-        for half in halves:
-            bad |= ~np.isfinite(half)
-        per_row = columns // kind.block
-    if bad.any():
-        row, place = divmod(int(np.flatnonzero(bad)[0]), per_row)
-        column = place * kind.block
-        message = f"weights near row {row}, column {column} are too large for the float16 numbers of {kind.name}"
+    places = torch.nonzero(bad)
+    if places.shape[0]:
+        row, column = int(places[0, 0]), int(places[0, 1]) * block
+        message = f"weights at row {row}, column {column} are too large for {kind.name}"
         raise NonFiniteWeightError(message, row, column)
 
 
