@@ -72,7 +72,9 @@ def open_checkpoint(ref: str | Path, *, headers_only: bool = False) -> Checkpoin
             opened: Checkpoint = import_module("adapterkit.gguf.checkpoint").open_gguf(ref)
             return opened
         if path.suffix != ".safetensors":
-            raise UnsafeError(f"{ref} is not a safetensors file", "give a Hugging Face folder, a .safetensors or a .gguf file")
+            raise UnsafeError(
+                f"{ref} is not a safetensors file", "give a Hugging Face folder, a .safetensors or a .gguf file"
+            )
         folder = LocalFolder(path.parent)
         config = folder.json("config.json") if "config.json" in folder.names else {}
         return read_file(LocalFile(path, str(ref)), config)

@@ -103,10 +103,11 @@ class PlannedFile:
         if not self.head:
             return []
         found, position = [], 0
-        for part in (*self.head, *self.steps):
-            if part.offset > position:
-                found.append((position, part.offset - position))
-            position = part.offset + part.nbytes
+        places = [(chunk.offset, chunk.nbytes) for chunk in self.head] + [(s.offset, s.nbytes) for s in self.steps]
+        for offset, nbytes in places:
+            if offset > position:
+                found.append((position, offset - position))
+            position = offset + nbytes
         return [*found, (position, self.nbytes - position)] if self.nbytes > position else found
 
 

@@ -118,7 +118,7 @@ def publish_files(folder: Path, targets: Mapping[str, Path], *, force: bool) -> 
 
     Each file appears whole, by one rename; of several, the first of ``targets`` comes last, since it is what readers open.
     """
-    for name in reversed(targets):
+    for name in reversed(list(targets)):
         target = targets[name]
         if target.exists() and not force:
             raise OutputError(f"{target} appeared while it was being made", "choose another name, or use --force")

@@ -158,7 +158,7 @@ class Sink:
                 yield from _copy_tasks(source, chunk.source_offset, fd, chunk.offset, chunk.nbytes)
             else:
                 yield lambda chunk=chunk: _write(fd, memoryview(chunk.content), chunk.offset)  # type: ignore[misc]
-        yield from (lambda gap=gap: _write(fd, memoryview(bytes(gap[1])), gap[0]) for gap in file.gaps)  # type: ignore[misc]
+        yield from (lambda gap=gap: _write(fd, memoryview(bytes(gap[1])), gap[0]) for gap in file.gaps)
         for step in file.steps:
             tensor = self._tensors[step.tensor]
             extent = tensor.extent

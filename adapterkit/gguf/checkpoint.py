@@ -109,9 +109,7 @@ def _checkpoint(ref: str, parts: list[tuple[LocalFile, GGUFHeader]]) -> GGUFChec
             tensors[info.name] = stored(info, source)
             shards[info.name] = Path(source.name).name
     header = parts[0][1]
-    metadata = {
-        key: header[key] for key, kv in header.keys.items() if kv.type == STRING and key.startswith("general.")
-    }
+    metadata = {key: header[key] for key, kv in header.keys.items() if kv.type == STRING and key.startswith("general.")}
     return GGUFCheckpoint(
         ref,
         tensors,

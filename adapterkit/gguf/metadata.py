@@ -64,9 +64,7 @@ def boolean(key: str, value: bool) -> Entry:
 def kept(header: GGUFHeader, without: Iterable[str] = ()) -> list[Entry]:
     """The key-values of a file as they stand in it, byte for byte, but some."""
     left_out = frozenset(without)
-    return [
-        Entry(key, header.bytes_of(key), header.keys[key].start) for key in header.keys if key not in left_out
-    ]
+    return [Entry(key, header.bytes_of(key), header.keys[key].start) for key in header.keys if key not in left_out]
 
 
 def file_start(n_tensors: int, n_keys: int) -> bytes:

@@ -268,11 +268,11 @@ def _key_value(cursor: _Cursor) -> KeyValue:
     elif kind == ARRAY:
         item_type, count = cursor.u32(), cursor.u64()
         if item_type == STRING:
-            cursor.limit(count, MAX_HEADER, 8, f"strings in '{key}'")
+            cursor.limit(count, MAX_ELEMENTS, 8, f"strings in '{key}'")
             cursor.skip_strings(count)
         elif item_type in SCALARS:
             width = struct.calcsize(SCALARS[item_type][1])
-            cursor.limit(count, MAX_HEADER, width, f"values in '{key}'")
+            cursor.limit(count, MAX_ELEMENTS, width, f"values in '{key}'")
             cursor.skip(count * width)
         else:
             raise cursor.error(f"'{key}' is an array of items of type {item_type}", "update adapterkit, or " + _AGAIN)
