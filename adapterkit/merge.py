@@ -190,7 +190,7 @@ def merge(
         resume=resume,
         progress=progress,
     )
-    return planned.report(out, reused=reused, seconds=time.monotonic() - started, peak_memory=_peak_memory())
+    return planned.report(out, reused=reused, seconds=time.monotonic() - started, peak_memory=peak_memory())
 
 
 def execute(plan: Plan, out: Ref, *, part: int | None = None, jobs: int | None = None, force: bool = False) -> None:
@@ -234,7 +234,7 @@ def _fingerprint(source: Source) -> str:
     return f"{source.size}:{hashlib.sha256(source.read(8, length)).hexdigest()}"
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """The largest resident set of this process so far, in bytes.
 
     Linux's own high-water mark is used where there is one: ``getrusage`` also counts what the process was forked from.

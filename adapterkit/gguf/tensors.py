@@ -11,6 +11,10 @@ from adapterkit.errors import CheckpointError
 from adapterkit.gguf.types import TYPES, GGMLType
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
     from adapterkit.checkpoint.files import Source
@@ -111,7 +115,7 @@ class Encoded(Tensor):
     def __init__(self, inner: Tensor, kind: GGMLType) -> None:
         self.name, self.shape, self.inner, self.kind = inner.name, inner.shape, inner, kind
         self.dtype = dtype_of(kind)
-        self._importance: torch.Tensor | None = None
+        self.importance: npt.NDArray[np.float32] | None = None  # [matrices, columns], set once before reading
 
     @property
     def block(self) -> int:
@@ -138,18 +142,31 @@ class Encoded(Tensor):
 
         columns = self.shape[-1]
         first = start // columns * columns
-        last = -(-stop // columns) * columns
-        rows = self.inner.read(first, last).float().view(-1, columns)
-        try:
-            data = torch.from_numpy(encode(self.kind.name, rows)).view(-1)
-        except NonFiniteWeightError as error:
-            at = f"row {first // columns + error.row}, column {error.column}"
-            raise CheckpointError(
-                f"'{self.name}' cannot be written as {self.kind.name}: its value at {at} is not finite or too large",
-                error.hint,
-            ) from None
+        rows = self.inner.read(first, -(-stop // columns) * columns).float().view(-1, columns)
+        parts = []
+        for at, count, importance in self._runs(first // columns, len(rows)):
+            try:
+                parts.append(torch.from_numpy(encode(self.kind.name, rows[at : at + count], importance)).view(-1))
+            except NonFiniteWeightError as error:
+                place = f"row {first // columns + at + error.row}, column {error.column}"
+                raise CheckpointError(
+                    f"'{self.name}' cannot be {self.kind.name}: its value at {place} is not finite or too large",
+                    error.hint,
+                ) from None
         low, high = self.dtype.nbytes((start - first,)), self.dtype.nbytes((stop - first,))
-        return data[low:high]
+        return torch.cat(parts)[low:high]
+
+    def _runs(self, first: int, rows: int) -> Iterator[tuple[int, int, npt.NDArray[np.float32] | None]]:
+        """Rows with one importance: all of them, or those of one expert after the other."""
+        if self.importance is None:
+            yield 0, rows, None
+            return
+        height, at = self.shape[-2], 0
+        while at < rows:
+            matrix, inside = divmod(first + at, height)
+            count = min(height - inside, rows - at)
+            yield at, count, self.importance[matrix]
+            at += count
 
     def release(self) -> None:
         self.inner.release()
