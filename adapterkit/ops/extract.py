@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.ops.counter import stream, uniform
 from adapterkit.ops.lowrank import Factors, Svd, Truncated, check_bounds, cut, pick_rank, truncate
-from adapterkit.ops.rows import blocks, materialize
+from adapterkit.ops.rows import Dense, blocks, materialize
 from adapterkit.ops.select import energy as energy_of
 
 if TYPE_CHECKING:
@@ -24,11 +24,14 @@ if TYPE_CHECKING:
 else:
     from adapterkit.ops._torch import torch
 
-TOLERANCE = 0.005
+TOLERANCE = 0.002
 """Stop when the error still to gain, extrapolated, is below this share: the promise is 1 % of the optimum."""
 
 _MAX_PASSES = 30
 _FIRST_GUESS = 16
+
+_HELD = 1 << 24
+"""Matrices up to this many entries (64 MiB) are computed once and kept; the bits are the same either way."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +68,8 @@ def low_rank(
     if isinstance(delta, Factors):
         return truncate(delta, rank=rank, energy=energy, max_error=max_error)
     small = min(delta.shape)
+    if delta.shape[0] * delta.shape[1] <= _HELD:
+        delta = Dense(materialize(delta))
     total = 0.0 if exact else energy_of(delta)
     bounded = energy is not None or max_error is not None
     target = min(rank or _FIRST_GUESS, _FIRST_GUESS) if bounded else rank
