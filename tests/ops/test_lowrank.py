@@ -96,6 +96,8 @@ def test_rounding_is_not_rank() -> None:
     twice = Factors(torch.cat([part.b, part.b], 1), torch.cat([part.a, part.a], 0))
     assert numerical_rank(spectrum(twice)) == 4
     assert truncate(twice, energy=1).rank == 4
+    assert numerical_rank(torch.tensor([1.0, 1e-5, 1e-7])) == 2
+    assert numerical_rank(torch.zeros(3)) == 0
 
 
 @few
