@@ -1,7 +1,7 @@
 """Random numbers by position: entry i of a stream is a function of (seed, adapter, key, i) and nothing else.
 
 So a mask is the same whatever the block size, the thread count or the order of the work. The function is SplitMix64
-(Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014, figure 17), whose i-th
+(Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), whose i-th
 output is mix(start + i * gamma); the start of each stream is a BLAKE2b hash of its name.
 """
 

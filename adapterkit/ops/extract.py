@@ -16,6 +16,7 @@ from adapterkit.ops.counter import stream, uniform
 from adapterkit.ops.lowrank import Factors, Svd, Truncated, check_bounds, cut, pick_rank, truncate
 from adapterkit.ops.rows import Dense, blocks, materialize
 from adapterkit.ops.select import energy as energy_of
+from adapterkit.ops.threads import one_thread
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,7 @@ class _Sketch:
     basis: torch.Tensor
 
 
+@one_thread()
 def low_rank(
     delta: DeltaRows,
     *,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.errors import AdapterError, UsageError
 from adapterkit.ops.rows import TILE, common_shape
+from adapterkit.ops.threads import one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -123,6 +124,7 @@ class Core:
     right: torch.Tensor
     cores: tuple[torch.Tensor, ...]
 
+    @one_thread()
     def svd(self, core: torch.Tensor) -> Svd:
         """The singular value decomposition of ``left @ core @ right.T``."""
         u, s, vh = torch.linalg.svd(core, full_matrices=False)
@@ -171,6 +173,7 @@ def stack(parts: Sequence[Factors], weights: Sequence[float] | None = None) -> F
     return Factors(torch.cat([p.b.float() for p in scaled], 1), torch.cat([p.a.float() for p in scaled], 0))
 
 
+@one_thread()
 def core_of(parts: Sequence[Factors]) -> Core:
     """The shared bases of all parts and the core of each (QR of the stacked factors)."""
     common_shape(parts)
@@ -187,6 +190,7 @@ def svd(factors: Factors) -> Svd:
     return core.svd(core.cores[0])
 
 
+@one_thread()
 def spectrum(factors: Factors) -> torch.Tensor:
     """The singular values of a delta, descending, float64; at most ``min(m, n, r)`` of them."""
     s: torch.Tensor = torch.linalg.svdvals(core_of([factors]).cores[0])

@@ -40,7 +40,7 @@ def cosine(x: Factors, y: Factors) -> float:
 def effective_rank(s: torch.Tensor, form: Literal["entropy", "participation"] = "entropy") -> float:
     """How many directions the singular values ``s`` amount to; 0 for a zero delta.
 
-    ``entropy``: exp of the Shannon entropy of s / sum(s) (Roy and Vetterli, EUSIPCO 2007, definition 1).
+    ``entropy``: exp of the Shannon entropy of s / sum(s) (Roy and Vetterli, EUSIPCO 2007).
     ``participation``: (sum s^2)^2 / sum s^4, the participation ratio of the energies.
     """
     s = s[s > 0].double()

@@ -16,7 +16,7 @@ MASK = (1 << 64) - 1
 
 
 def splitmix64(state: int) -> int:
-    """One output of SplitMix64 for an advanced state (Steele, Lea and Flood 2014, figure 17)."""
+    """One output of SplitMix64 for an advanced state (Steele, Lea and Flood, OOPSLA 2014)."""
     z = state & MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK

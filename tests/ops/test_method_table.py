@@ -74,6 +74,24 @@ def test_every_method_runs_as_it_comes(name: str) -> None:
     assert torch.equal(materialize(found), materialize(combine(parts, name, key="w")))
 
 
+@pytest.mark.parametrize("name", [m.name for m in METHODS.values() if m.space != "dense"])
+def test_no_bit_of_a_factor_depends_on_the_threads(name: str) -> None:
+    parts = adapters(700, 900, 24, 24, 24)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            result = combine(parts, name, key="w")
+            assert isinstance(result, Factors)
+            assert torch.get_num_threads() == threads
+            found.append(result)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0].b, found[1].b)
+    assert torch.equal(found[0].a, found[1].a)
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_every_method_gives_the_rank_asked_for(name: str) -> None:
     found = combine(adapters(24, 19, 5, 3, 4), name, rank=3)

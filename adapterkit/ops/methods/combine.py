@@ -10,6 +10,7 @@ from adapterkit.ops.extract import low_rank
 from adapterkit.ops.lowrank import Factors
 from adapterkit.ops.methods.registry import METHODS, Method, find
 from adapterkit.ops.rows import DeltaRows, common_shape, scaled
+from adapterkit.ops.threads import one_thread
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,7 +66,8 @@ def combine(
     bound: dict[str, Any] = dict(chosen.bind(parameters))
     if chosen.keyed:
         bound["key"] = key
-    result = scaled(chosen.function(weighted, **bound), _finite(scale, "scale"))
+    with one_thread():
+        result = scaled(chosen.function(weighted, **bound), _finite(scale, "scale"))
     if rank is None and energy is None:
         return result
     if isinstance(result, Factors) and energy is None and rank is not None and result.rank <= rank:

@@ -29,7 +29,7 @@ else:
 def ties(deltas: Sequence[DeltaRows], *, density: Density = 0.2, majority: Election = "total") -> DeltaRows:
     """Keep the largest entries of each delta, elect a sign per entry, average those that agree (TIES).
 
-    Yadav et al., section 3.2 and algorithm 1: trim to the top ``density`` by magnitude; gamma = sgn(sum_t tau_t);
+    Yadav et al., algorithm 1: trim to the top ``density`` by magnitude; gamma = sgn(sum_t tau_t);
     mean of the tau_t whose sign is gamma. An entry whose sum is exactly 0 has no elected sign and becomes 0.
     """
     cuts = [_cut(delta, density) for delta in deltas]
@@ -40,7 +40,8 @@ def ties(deltas: Sequence[DeltaRows], *, density: Density = 0.2, majority: Elect
 def dare(deltas: Sequence[DeltaRows], *, density: Density = 0.5, seed: Seed = 0, key: str = "") -> DeltaRows:
     """Drop entries at random, rescale the rest by 1/density, sum (DARE).
 
-    Yu et al., equations 2 and 3, with drop rate p = 1 - ``density``: the expected result is the weighted sum.
+    Yu et al.: m ~ Bernoulli(p), (1 - m) delta / (1 - p) with drop rate p = 1 - ``density``, so the expected result is
+    the weighted sum.
     """
     masked = _dropper(deltas, density, seed, key)
     return _streamed(deltas, lambda rows, start: add(masked(rows, start)))
@@ -79,7 +80,7 @@ def della(
 ) -> DeltaRows:
     """Drop at random, small entries of a row more often than large ones, rescale, elect, average (DELLA).
 
-    Deep et al., section 3 (MAGPRUNE, row-wise): the keep probability of an entry grows linearly with the rank of its
+    Deep et al. (MAGPRUNE, row-wise): the keep probability of an entry grows linearly with the rank of its
     magnitude in its row, from density - epsilon to density + epsilon as in the authors' released code; what is kept is
     divided by its probability. ``density=1`` keeps everything.
     """
@@ -114,7 +115,7 @@ def breadcrumbs(
 ) -> DeltaRows:
     """Drop the largest outliers and the smallest entries of each delta, sum the rest (Model Breadcrumbs).
 
-    Davari and Belilovsky, equations 2 and 3: the mask of a layer is 0 beyond the top ``gamma`` and below the part that
+    Davari and Belilovsky: the mask of a layer is 0 beyond the top ``gamma`` and below the part that
     leaves ``density`` of the entries; then the sum. ``gamma=0`` keeps the outliers.
     """
     if density + gamma > 1:
@@ -142,7 +143,7 @@ def sce(
 ) -> DeltaRows:
     """Select the entries that vary most across adapters, weigh adapters by energy, erase minority signs (SCE).
 
-    Wan et al. (FuseChat), section 3.3: Select the top ``density`` of entries by variance over the deltas; Calculate
+    Wan et al. (FuseChat): Select the top ``density`` of entries by variance over the deltas; Calculate
     eta_t = sum(delta_t^2) / sum over t of the same, on what was selected; Erase entries against the sign of the
     sum; then sum eta_t delta_t. ``renormalize`` divides by the eta that remain at an entry, as their merger does.
     """

@@ -30,7 +30,7 @@ def lego(
 ) -> Factors:
     """Cluster the rank-1 units of all adapters; each cluster's centre is a unit of the result (LoRA-LEGO).
 
-    Zhao et al., section 4: k-means over units [a_i, b_i]; each centre is rescaled to the mean infinity norm of its
+    Zhao et al.: k-means over units [a_i, b_i]; each centre is rescaled to the mean infinity norm of its
     members, and the result by sqrt(N / k), N the number of units. A unit b_i a_i is the same for (c b_i, a_i / c), so
     norms are balanced first, and units are compared and averaged up to sign.
     """

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def linear(parts: Sequence[DeltaRows]) -> DeltaRows:
     """The exact weighted sum of the deltas, at the smallest rank that holds it (task arithmetic).
 
-    Task arithmetic (Ilharco et al., section 2): tau_new = sum_t tau_t, here with tau_t = w_t delta_t. Deltas that
+    Task arithmetic (Ilharco et al.): tau_new = sum_t tau_t, here with tau_t = w_t delta_t. Deltas that
     are not low-rank are summed row by row.
     """
     factors = [part for part in parts if isinstance(part, Factors)]
@@ -46,7 +46,7 @@ def svd(parts: Sequence[Factors], *, rank: Rank = None) -> Factors:
 def model_stock(parts: Sequence[Factors]) -> Factors:
     """The mean of the deltas, shrunk towards the base the more they disagree (Model Stock).
 
-    Jang et al., equation 4 and appendix: W = t mean(W_t) + (1 - t) W_0 with t = N c / (1 + (N - 1) c) and c the
+    Jang et al.: W = t mean(W_t) + (1 - t) W_0 with t = N c / (1 + (N - 1) c) and c the
     cosine between deltas, here the mean over pairs. Deltas that point apart (c < 0) are outside the geometry of the
     paper; c is taken as 0 then. LoRA deltas are often near orthogonal, and t near 0 with them.
     """

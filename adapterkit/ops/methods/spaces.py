@@ -28,7 +28,7 @@ _HOOI_GAIN = 1e-10
 def knots(parts: Sequence[Factors], *, rule: Rule = "ties", key: str = "", **inner: Any) -> Factors:
     """Combine in the shared output basis of all adapters, found by one SVD (KnOTS).
 
-    Stoica et al., section 4.1: [delta_1 ... delta_T] = U S [V_1 ... V_T]^T; the rule combines the S V_t^T [k, n], as in
+    Stoica et al.: [delta_1 ... delta_T] = U S [V_1 ... V_T]^T; the rule combines the S V_t^T [k, n], as in
     the released code, and U maps the result back.
     """
     core = core_of(parts)
@@ -51,7 +51,7 @@ def core(
 ) -> Factors:
     """Combine R x R matrices in the reference bases of the stacked factors (Core Space).
 
-    Panariello et al., section 4: U_B = left singular vectors of [B_1 ... B_T], V_A = right singular vectors of
+    Panariello et al.: U_B = left singular vectors of [B_1 ... B_T], V_A = right singular vectors of
     [A_1; ...; A_T]; the rule combines M_t = U_B^T B_t A_t V_A; the result is U_B M V_A^T. The bases depend on how the
     scaling is split between B and A; ``balanced`` removes that freedom.
     """
@@ -74,7 +74,7 @@ def ctm(
 ) -> Factors:
     """Project all adapters on one pair of rank-r bases, then combine r x r matrices (Compress-then-Merge).
 
-    He et al., section 3: the bases are the Tucker-2 decomposition (HOSVD, then HOOI) of the core matrices, each
+    He et al.: the bases are the Tucker-2 decomposition (HOSVD, then HOOI) of the core matrices, each
     rescaled to the norm beta ||M_t|| + (1 - beta) mean ||M_t||; the rule combines C_t = U^T delta_t V.
     The result has rank r by construction.
     """

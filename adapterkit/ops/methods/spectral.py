@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from adapterkit.ops.lowrank import Core, Factors, core_of, numerical_rank
+from adapterkit.ops.lowrank import Core, Factors, Svd, core_of, numerical_rank
 from adapterkit.ops.methods.registry import Range, method
 from adapterkit.ops.rows import add
 
@@ -25,8 +25,8 @@ else:
 def tsv(parts: Sequence[Factors]) -> Factors:
     """Keep each adapter's share of singular triples and make their directions orthogonal across adapters (TSV-M).
 
-    Gargiulo et al., algorithm 1: the top R/T triples of each of the T deltas; U = [U_1 ... U_T] and V likewise are
-    replaced by the nearest orthonormal matrices (Procrustes, equation 6); the result is U diag(S) V^T.
+    Gargiulo et al.: the top R/T triples of each of the T deltas; U = [U_1 ... U_T] and V likewise are replaced by the
+    nearest orthonormal matrices (orthogonal Procrustes); the result is U diag(S) V^T.
     """
     core = core_of(parts)
     share = max(1, min(core.left.shape[1], core.right.shape[1]) // len(parts))
@@ -39,7 +39,7 @@ def tsv(parts: Sequence[Factors]) -> Factors:
 def iso_c(parts: Sequence[Factors]) -> Factors:
     """The weighted sum with all its singular values made equal to their mean (Iso-C).
 
-    Marczak et al., equations 4 and 5: sum_t delta_t = U S V^T becomes mean(S) U V^T; the mean is over the nonzero s.
+    Marczak et al.: sum_t delta_t = U S V^T becomes mean(S) U V^T; the mean is over the nonzero s.
     """
     core = core_of(parts)
     u, s, v = _triples(add(core.cores), None)
@@ -54,7 +54,7 @@ def iso_cts(
 ) -> Factors:
     """Iso-C with the weakest directions of the sum replaced by the adapters' own (Iso-CTS).
 
-    Marczak et al., section 4.3 and algorithm 2: the top k directions of the sum, then (R - k)/T of each delta outside
+    Marczak et al.: the top k directions of the sum, then (R - k)/T of each delta outside
     their span, (I - U_k U_k^T) delta_t; both sides made orthonormal (Procrustes); all singular values their mean.
     """
     core = core_of(parts)
@@ -83,7 +83,8 @@ def nearest_orthonormal(x: torch.Tensor) -> torch.Tensor:
 
 def _isotropic(core: Core, u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> Factors:
     level = float(s.mean()) if len(s) else 0.0
-    return core.lift(level * (u @ v.T))
+    # Not by another SVD: with all singular values equal, its vectors would be any rotation of these.
+    return Svd(core.left @ u, torch.full_like(s, level), core.right @ v).factors() if len(s) else core.lift(u @ v.T)
 
 
 def _triples(matrix: torch.Tensor, count: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
