@@ -43,7 +43,8 @@ def elect_and_average(deltas: list[Tensor], majority: str = "total") -> Tensor:
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):
             values = [float(d[i, j]) for d in deltas]
-            vote = sum(values) if majority == "total" else sum((v > 0) - (v < 0) for v in values)
+            ahead = sum(v > 0 for v in values) - sum(v < 0 for v in values)
+            vote = sum(values) if majority == "total" or ahead == 0 else ahead
             agreeing = [v for v in values if v * vote > 0]
             out[i, j] = sum(agreeing) / len(agreeing) if agreeing else 0.0
     return out

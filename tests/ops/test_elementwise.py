@@ -145,6 +145,12 @@ def test_entries_that_tie_are_kept() -> None:
     assert torch.equal(materialize(combine([level], "breadcrumbs", density=0.5, gamma=0.2)), torch.ones(10, 10))
 
 
+def test_a_drawn_vote_goes_to_the_sum() -> None:
+    plus, minus = Dense(torch.tensor([[1.0, 3.0]])), Dense(torch.tensor([[-2.0, -2.0]]))
+    found = combine([plus, minus], "ties", density=1.0, majority="frequency")
+    assert materialize(found).tolist() == [[-2.0, 3.0]]
+
+
 def test_an_exact_draw_elects_no_sign() -> None:
     plus, minus = Dense(torch.tensor([[1.0, 2.0]])), Dense(torch.tensor([[-1.0, 1.0]]))
     assert materialize(combine([plus, minus], "ties", density=1.0)).tolist() == [[0.0, 1.5]]

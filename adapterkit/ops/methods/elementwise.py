@@ -30,7 +30,8 @@ def ties(deltas: Sequence[DeltaRows], *, density: Density = 0.2, majority: Elect
     """Keep the largest entries of each delta, elect a sign per entry, average those that agree (TIES).
 
     Yadav et al., algorithm 1: trim to the top ``density`` by magnitude; gamma = sgn(sum_t tau_t);
-    mean of the tau_t whose sign is gamma. An entry whose sum is exactly 0 has no elected sign and becomes 0.
+    mean of the tau_t whose sign is gamma. An entry whose sum is exactly 0 has no elected sign and becomes 0. By
+    ``frequency`` the sign that more adapters have wins, as in PEFT, and where they draw, that of the sum.
     """
     cuts = [_cut(delta, density) for delta in deltas]
     return _streamed(deltas, lambda rows, _: disjoint_mean(_trimmed(rows, cuts), majority))
@@ -174,8 +175,10 @@ def sce(
 
 def disjoint_mean(tensors: Sequence[torch.Tensor], majority: str = "total") -> torch.Tensor:
     """The mean, entry by entry, of the tensors that have the elected sign there (TIES, algorithm 1, steps 2 and 3)."""
-    votes = tensors if majority == "total" else [x.sign() for x in tensors]
-    sign = add(votes).sign()
+    sign = add(tensors).sign()
+    if majority == "frequency":
+        votes = add([x.sign() for x in tensors]).sign()
+        sign = torch.where(votes == 0, sign, votes)
     agree = [(x.sign() == sign) & (x != 0) for x in tensors]
     count = add([mask.to(torch.float32) for mask in agree])
     return add([torch.where(mask, x, 0.0) for x, mask in zip(tensors, agree, strict=True)]) / count.clamp(min=1)
