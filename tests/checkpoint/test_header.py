@@ -195,10 +195,14 @@ def test_headers_of_all_kinds(header: dict[str, Any], size: int) -> None:
 @given(
     st.dictionaries(
         st.from_regex(r"[a-z_.0-9]{1,12}", fullmatch=True).filter(lambda name: ".." not in name),
-        st.tuples(st.sampled_from(["F32", "BF16", "I8", "F64", "BOOL", "F16"]), st.lists(st.integers(0, 4), max_size=3)),
+        st.tuples(
+            st.sampled_from(["F32", "BF16", "I8", "F64", "BOOL", "F16"]), st.lists(st.integers(0, 4), max_size=3)
+        ),
         max_size=6,
     ),
-    st.dictionaries(st.text(st.characters(codec="utf-8"), max_size=5), st.text(st.characters(codec="utf-8"), max_size=5), max_size=3),
+    st.dictionaries(
+        st.text(st.characters(codec="utf-8"), max_size=5), st.text(st.characters(codec="utf-8"), max_size=5), max_size=3
+    ),
 )
 def test_what_we_write_the_library_reads(tensors: dict[str, tuple[str, list[int]]], metadata: dict[str, str]) -> None:
     rows = [(name, DTYPES[code], tuple(shape)) for name, (code, shape) in tensors.items()]
