@@ -8,7 +8,7 @@ changes the shared tensor instead (its issues 2018 and 2777), which is wrong for
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from adapterkit.adapters.target import Piece
 from adapterkit.checkpoint.tensor import Renamed
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.names import Names
     from adapterkit.checkpoint.tensor import Tensor
 
-_UNSIGNED = {8: "B", 16: "H", 32: "I", 64: "Q"}  # struct's code of a plain integer of as many bits
+_UNSIGNED: dict[int, Literal["B", "H", "I", "Q"]] = {8: "B", 16: "H", 32: "I", 64: "Q"}
 
 
 @dataclass(frozen=True)
