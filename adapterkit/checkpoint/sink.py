@@ -93,10 +93,10 @@ class Sink:
             OutputError: the disk is full or fails.
             AdapterkitError: an input could not be read or a tensor not computed.
         """
-        proved = self._journal.read()
-        self._journal.start()
         opened: list[int] = []
         try:
+            proved = self._journal.read()
+            self._journal.start()
             queues = []
             for file in files:
                 fd = os.open(self._folder / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -251,7 +251,7 @@ def _copy(source: Source, start: int, fd: int, offset: int, nbytes: int) -> int:
             while done < nbytes:
                 count = os.copy_file_range(source.fd, fd, nbytes - done, start + done, offset + done)
                 if count == 0:
-                    raise CheckpointError(f"{source.name} ended while it was copied", "download or save it again")
+                    break  # the end of the file, or a file system that cannot: reading it tells which
                 done += count
         except OSError as error:
             # Two file systems, or one that cannot: the bytes go through this process instead.
