@@ -12,6 +12,7 @@ from adapterkit.adapters.adapter import Adapter, load_adapter
 from adapterkit.adapters.fold import FLOATS, Folded, fold
 from adapterkit.adapters.sidecars import side_files
 from adapterkit.checkpoint.checkpoint import Checkpoint
+from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.checkpoint.parts import finish_parts, write_part
 from adapterkit.checkpoint.plan import Plan, parse_size, plan_safetensors
@@ -102,7 +103,7 @@ def plan_merge(
 
     With ``headers_only`` a base or adapter on the Hub is not downloaded, so the plan can be shown but not executed.
     """
-    opened = base if isinstance(base, Checkpoint) else open_checkpoint(base, headers_only=headers_only)
+    opened = dequantized(base if isinstance(base, Checkpoint) else open_checkpoint(base, headers_only=headers_only))
     loaded = tuple(a if isinstance(a, Adapter) else load_adapter(a, headers_only=headers_only) for a in adapters)
     wanted = parse_dtype(dtype)
     folded = fold(opened, loaded, weights, dtype=wanted, residual_base=residual_base, allow_unknown=allow_unknown)

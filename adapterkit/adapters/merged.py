@@ -42,12 +42,12 @@ class StoredWeights(Weights):
             tensor = self._tensors[piece.tensor]
             if piece.transposed:
                 width = tensor.shape[-1]
-                turned = tensor.read(piece.at * width, (piece.at + columns) * width).view(columns, width)
+                turned = tensor.read_wide(piece.at * width, (piece.at + columns) * width).view(columns, width)
                 out[where] = turned[:, piece.row_at + first : piece.row_at + first + len(wanted)].T.float()
             else:
                 low = piece.at + first * piece.at_step
                 high = low + (len(wanted) - 1) * piece.at_step + 1
-                rows = tensor.read(low * columns, high * columns).view(-1, columns)
+                rows = tensor.read_wide(low * columns, high * columns).view(-1, columns)
                 out[where] = rows[:: piece.at_step].float()
         return out
 
@@ -115,6 +115,8 @@ class Merged(Tensor):
 
     @property
     def block(self) -> int:
+        if self.base.block % self._columns == 0:
+            return self.base.block
         return max(1, BLOCK // self._columns) * self._columns
 
     @property
@@ -148,7 +150,7 @@ class Merged(Tensor):
         stop = min(start + self.block, self.numel)
         columns = self._columns
         low, high = start // columns, stop // columns
-        stored = self.base.read(start, stop).view(-1, columns)
+        stored = self.base.read_wide(start, stop).view(-1, columns)
         acc = stored.float()
         if acc.data_ptr() == stored.data_ptr():
             acc = acc.clone()

@@ -75,6 +75,19 @@ class Tensor(ABC):
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Elements ``start:stop`` of the flattened tensor, a 1-D torch tensor of this handle's dtype."""
 
+    def read_wide(self, start: int, stop: int) -> torch.Tensor:
+        """As `read`, before the rounding to this handle's dtype where the node computes in a wider one."""
+        return self.read(start, stop)
+
+    def raw(self) -> bytes:
+        """All bytes, for small tensors: without torch where they lie in a file."""
+        extent = self.extent
+        if extent is not None:
+            return extent.source.read(extent.offset, extent.nbytes)
+        import torch
+
+        return bytes(self.read(0, self.numel).contiguous().view(torch.uint8).numpy())
+
     def release(self) -> None:
         """Drop what was loaded to compute; a later read loads it again."""
 
@@ -127,6 +140,9 @@ class Renamed(Tensor):
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         return self.inner.read(start, stop)
+
+    def read_wide(self, start: int, stop: int) -> torch.Tensor:
+        return self.inner.read_wide(start, stop)
 
     def release(self) -> None:
         self.inner.release()
