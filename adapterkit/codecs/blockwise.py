@@ -1,9 +1,11 @@
 """bitsandbytes' blockwise numbers on plain tensors: NF4, FP4, the 8-bit map that absmax is nested in, and LLM.int8.
 
 A 4-bit weight is walked in blocks of its flattened elements. A block stores its largest magnitude (absmax) and, per
-element, which of 16 values comes nearest to element / absmax; two codes share a byte, the first in the high half. Double
-quantization stores absmax - mean(absmax) in the same way, in blocks of 256 on a map of 256 values. Everything here gives
-the bits of bitsandbytes' CPU kernels (bitsandbytes 0.50), which the tests compare.
+element, which of 16 values comes nearest to element / absmax; two codes share a byte, the first in the high half.
+Double quantization stores absmax - mean(absmax) in the same way, in blocks of 256 on a map of 256 values. Everything
+here gives the bits of bitsandbytes 0.50, which the tests compare, and is as fast as its CPU kernels (bench/nf4.py).
+Those are not called: they take five seconds and 120 MB to import, and with AVX-512 they use wrong scales where a row
+is a multiple of 16 but not of the block (``cpu_ops.cpp``: dequantizeBlockwise4bitCpu).
 
 Sources: QLoRA (arXiv:2305.14314, appendix E: the NF4 values), bitsandbytes (MIT): ``functional.py`` and
 ``backends/default/ops.py``; 8-bit map: arXiv:1511.04561.
@@ -17,11 +19,14 @@ import torch
 
 NESTED = 256  # absmax values per block of the nested absmax
 
+# fmt: off
 NF4 = (
-    (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635)
-    + (-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725)
-    + (0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )
+# fmt: on
 # Sign, two exponent bits, one mantissa bit; the eighth code is a subnormal, and 12 is the largest value.
 FP4 = tuple(sign * value / 12 for sign in (1, -1) for value in (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0))
 
@@ -36,7 +41,7 @@ def values(kind: str) -> torch.Tensor:
 
 @cache
 def nested_values() -> torch.Tensor:
-    """The 256 values of the dynamic 8-bit map: a sign, a decimal exponent in unary, and a linear fraction in the rest."""
+    """The 256 values of the dynamic 8-bit map: sign, decimal exponent in unary, linear fraction in what is left."""
     found = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
@@ -100,7 +105,7 @@ def _cells(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def encode_4bit(weights: torch.Tensor, absmax: torch.Tensor, kind: str, blocksize: int) -> torch.Tensor:
-    """A flat tensor that starts with a block as packed codes, uint8 ``[ceil(count / 2)]``; ``absmax`` from `absmax_of`."""
+    """A flat tensor that starts with a block as packed codes, uint8 ``[ceil(count / 2)]``; see `absmax_of`."""
     count = weights.numel()
     scaled = torch.zeros(count + count % 2)  # an odd end is padded by the code of zero
     full = count - count % blocksize
@@ -125,8 +130,8 @@ def encode_4bit(weights: torch.Tensor, absmax: torch.Tensor, kind: str, blocksiz
 def nest(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Double quantization: uint8 codes, the absmax of their blocks of 256, and the offset (a float32 scalar).
 
-    The nearest value is taken, as by bitsandbytes on a GPU, where such weights are trained; its CPU kernel first rounds to
-    a grid of 65536 and so takes the other neighbour of an almost exact middle (0.15 % of random values).
+    The nearest value is taken, as by bitsandbytes on a GPU, where such weights are trained; its CPU kernel first rounds
+    to a grid of 65536 and so takes the other neighbour of an almost exact middle (0.15 % of random values).
     """
     threads = torch.get_num_threads()
     # The last bit of a mean depends on how many threads share it.

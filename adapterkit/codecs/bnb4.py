@@ -1,8 +1,9 @@
 """bitsandbytes NF4 and FP4, as transformers saves them in safetensors.
 
-`weight` holds the packed codes (as uint8, or in the training run's ``quant_storage`` dtype), `weight.absmax` one value per
-block, `weight.quant_map` the 16 values, `weight.quant_state.bitsandbytes__nf4` a JSON text with the shape. With double
-quantization `absmax` is uint8, with `weight.nested_absmax`, `weight.nested_quant_map` and an offset in the JSON.
+`weight` holds the packed codes (as uint8, or in the training run's ``quant_storage`` dtype), `weight.absmax` one
+value per block, `weight.quant_map` the 16 values, `weight.quant_state.bitsandbytes__nf4` a JSON text with the shape.
+With double quantization `absmax` is uint8, with `weight.nested_absmax`, `weight.nested_quant_map` and an offset in
+the JSON.
 """
 
 from __future__ import annotations

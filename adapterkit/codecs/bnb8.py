@@ -1,4 +1,4 @@
-"""LLM.int8, as transformers saves it: `weight` int8 ``[out, in]``, `SCB` float32 ``[out]``, beside them `weight_format`.
+"""LLM.int8, as transformers saves it: `weight` int8 ``[out, in]``, `SCB` float32 ``[out]`` and `weight_format`.
 
 Weights of releases that stored the layout of a GPU's matrix units (``weight_format`` other than 0) are refused.
 """

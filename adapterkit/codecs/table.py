@@ -8,9 +8,13 @@ from typing import Any
 from adapterkit.codecs.bnb4 import BNB4
 from adapterkit.codecs.bnb8 import BNB8
 from adapterkit.codecs.codec import Codec, Parts, Weight
+from adapterkit.codecs.compressed import COMPRESSED
+from adapterkit.codecs.fp8 import FP8
+from adapterkit.codecs.gptq import AWQ, GPTQ
+from adapterkit.codecs.mxfp4 import MXFP4
 from adapterkit.errors import CheckpointError
 
-CODECS: tuple[Codec, ...] = (BNB4, BNB8)
+CODECS: tuple[Codec, ...] = (BNB4, BNB8, FP8, MXFP4, COMPRESSED, GPTQ, AWQ)
 
 KEYS = ("quantization_config", "compression_config")
 # A multimodal config may keep it in the part that describes the language model.
@@ -77,7 +81,7 @@ def find_weights(parts: Parts, config: Mapping[str, Any], where: str) -> list[We
         if lost is not None:
             name = next(name for name in parts if name.endswith(lost.marks))
             raise CheckpointError(
-                f"{where} holds '{name}', a part of {lost.name} weights, and its config.json has no quantization_config",
+                f"{where} holds '{name}', a part of {lost.name} weights, and no quantization_config",
                 "restore the config.json that was saved with these weights",
             )
         quantized = {}
@@ -90,11 +94,6 @@ def find_weights(parts: Parts, config: Mapping[str, Any], where: str) -> list[We
 def _check(parts: Parts, found: list[Weight], rows: list[Codec], where: str) -> None:
     """Nothing of a format may be left over."""
     what = " or ".join(codec.name for codec in rows)
-    if not found:
-        raise CheckpointError(
-            f"config.json of {where} says {what}, and no tensor is stored so",
-            "if the weights are 16-bit, remove quantization_config from config.json",
-        )
     used = {part.name for weight in found for part in weight.parts}
     marks = tuple(mark for codec in rows for mark in codec.marks)
     for name, part in parts.items():
@@ -105,3 +104,8 @@ def _check(parts: Parts, found: list[Weight], rows: list[Codec], where: str) -> 
                 f"{where} is only partly {what}: '{name}' ({part.dtype}) belongs to no weight that is complete",
                 "download or save it again",
             )
+    if not found:
+        raise CheckpointError(
+            f"config.json of {where} says {what}, and no tensor is stored so",
+            "if the weights are 16-bit, remove quantization_config from config.json",
+        )
