@@ -14,9 +14,7 @@ from adapterkit.adapters.sidecars import side_files
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.open import open_checkpoint
-from adapterkit.checkpoint.parts import finish_parts, write_part
-from adapterkit.checkpoint.plan import Plan, parse_size, plan_safetensors
-from adapterkit.checkpoint.write import check_output, default_jobs, write_safetensors
+from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size, plan_safetensors
 from adapterkit.dtypes import BY_LABEL, DType
 from adapterkit.errors import CheckpointError, UsageError
 from adapterkit.report import AdapterUse, MergeReport
@@ -166,6 +164,9 @@ def merge(
     Raises:
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError, AuthError, HubError
     """
+    # Planning alone (`--dry-run`) never needs what writes.
+    from adapterkit.checkpoint.write import check_output, write_safetensors
+
     started = time.monotonic()
     planned = plan_merge(
         base,
@@ -201,6 +202,8 @@ def execute(plan: Plan, out: Ref, *, part: int | None = None, jobs: int | None =
     Raises:
         CheckpointError: the inputs are not those of the plan.
     """
+    from adapterkit.checkpoint.parts import finish_parts, write_part
+
     request = plan.request
     planned = plan_merge(
         request["base"],
@@ -233,9 +236,17 @@ def _fingerprint(source: Source) -> str:
 
 
 def _peak_memory() -> int:
-    """The largest resident set of this process so far, in bytes."""
+    """The largest resident set of this process so far, in bytes.
+
+    Linux's own high-water mark is used where there is one: ``getrusage`` also counts what the process was forked from.
+    """
     import resource
     import sys
 
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), "")
+        if found:
+            return int(found.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -92,6 +92,7 @@ def fold(
     added = [name for name in by_tensor if name not in base]
     result = _Fold(base, tensors, by_tensor, dtype)
     merged = result.tensors()
+    _check_vocabulary(base, merged, names)
     shards = _shards(base, merged)
     checkpoint = replace(base, tensors=merged, shards=shards)
     heads = {
@@ -99,9 +100,8 @@ def fold(
         for item in settled.edits
         if item.edit.change.how == "added by the adapter" and len(item.edit.target.shape) == 2
     }
-    vocab = next(
-        ((base[n].shape[0], merged[n].shape[0]) for n in by_tensor if n in base and _resized(base[n], merged[n])), None
-    )
+    resized = [(base[n].shape[0], merged[n].shape[0]) for n in by_tensor if n in base and _resized(base[n], merged[n])]
+    vocab = resized[0] if resized else None
     return Folded(checkpoint, tuple(by_tensor), tuple(added), vocab, settled.untied, heads, (*notes, *settled.notes))
 
 
@@ -192,8 +192,23 @@ def _replicated(base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[Checkpoi
 
 
 def _shards(base: Checkpoint, merged: Mapping[str, Tensor]) -> dict[str, str]:
-    last = next(reversed(base.shards.values()), "model.safetensors")
+    last = list(base.shards.values())[-1] if base.shards else "model.safetensors"
     return {name: base.shards.get(name, last) for name in merged}
+
+
+def _check_vocabulary(base: Checkpoint, merged: Mapping[str, Tensor], names: Names) -> None:
+    """An embedding and an output layer that had as many rows before must have as many afterwards."""
+    for pair in names.declared_ties():
+        targets = [names.find(parameter) for parameter in pair]
+        if None in targets:
+            continue
+        one, other = (target.pieces[0].tensor for target in targets if target is not None)
+        old, new = [(base[one].shape, base[other].shape), (merged[one].shape, merged[other].shape)]
+        if old[0][:1] == old[1][:1] and new[0][:1] != new[1][:1]:
+            raise TargetError(
+                f"the adapter brings {new[0][0]} rows for '{one}' and leaves '{other}' with {new[1][0]}",
+                "give the base whose vocabulary was resized before training",
+            )
 
 
 def _resized(old: Tensor, new: Tensor) -> bool:

@@ -44,7 +44,7 @@ class Untied:
 def is_tied(config: Mapping[str, Any]) -> bool:
     """Whether the config ties input and output embeddings; transformers' default is that it does."""
     text = config.get("text_config")
-    inner = text.get("tie_word_embeddings") if hasattr(text, "get") else None
+    inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
     return bool(config.get("tie_word_embeddings", inner if inner is not None else True))
 
 

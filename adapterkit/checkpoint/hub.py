@@ -90,7 +90,7 @@ def hub_listing(ref: HubRef, *, headers_only: bool) -> Listing:
         if constants.HF_HUB_OFFLINE:
             folder = hf.snapshot_download(ref.repo, revision=ref.revision, local_files_only=True)
             return _snapshot(folder, ref, shown)
-        info = hf.HfApi().repo_info(ref.repo, revision=ref.revision)
+        info = hf.HfApi().model_info(ref.repo, revision=ref.revision)
         commit = info.sha or ""
         prefix = f"{ref.subfolder}/" if ref.subfolder else ""
         names = {s.rfilename.removeprefix(prefix) for s in info.siblings or () if s.rfilename.startswith(prefix)}
@@ -152,7 +152,7 @@ class HubFile(Source):
         self._head, self.size = self._range(0, FIRST_BYTES)
 
     def _range(self, offset: int, length: int) -> tuple[bytes, int]:
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
 
         with hub_errors(self.name):
             headers = {

@@ -108,7 +108,7 @@ class Stored(Tensor):
 
         out = torch.empty(stop - start, dtype=self.dtype.torch)
         if stop > start:
-            view = memoryview(out.view(torch.uint8).numpy())
+            view = memoryview(out.view(torch.uint8).numpy())  # type: ignore[arg-type]
             self.source.read_into(view, self.offset + start * self.dtype.bits // 8)
         return out
 

@@ -28,11 +28,11 @@ def token_indices(config: AdapterConfig, module: str) -> list[int]:
         AdapterError: there are none, or they are not token ids.
     """
     field = "token_indices" if config.peft_type == "TRAINABLE_TOKENS" else "trainable_token_indices"
-    found = config.get(field, [])
+    found: list[int] | Mapping[str, list[int]] = config.get(field, [])
     if isinstance(found, Mapping):
         found = next((ids for name, ids in found.items() if module == name or module.endswith("." + name)), [])
-    valid = isinstance(found, list) and all(type(index) is int and index >= 0 for index in found)
-    if not valid or not found or len(set(found)) != len(found):
+    plain = isinstance(found, list) and all(type(index) is int and index >= 0 for index in found)
+    if not isinstance(found, list) or not plain or not found or len(set(found)) != len(found):
         raise AdapterError(
             f"{config.where}: '{field}' has no plain list of token ids for {module}", "correct the config"
         )
