@@ -66,7 +66,7 @@ class Loaded:
     """A change's kernel, loaded once and shared by every tensor that holds a piece of the parameter."""
 
     def __init__(self, change: Change, weights: Weights, users: int = 1) -> None:
-        self._change, self._weights, self._users = change, weights, users
+        self.change, self._weights, self._users = change, weights, users
         self._lock = threading.Lock()
         self._kernel: Kernel | None = None
         self._whole: torch.Tensor | None = None
@@ -74,7 +74,7 @@ class Loaded:
     def kernel(self) -> Kernel:
         with self._lock:
             if self._kernel is None:
-                self._kernel = self._change.load(self._weights)
+                self._kernel = self.change.load(self._weights)
             return self._kernel
 
     def whole(self) -> torch.Tensor:
@@ -134,6 +134,9 @@ class Merged(Tensor):
         return " + ".join(dict.fromkeys(words))
 
     def read(self, start: int, stop: int) -> torch.Tensor:
+        return self.read_wide(start, stop).to(self.dtype.torch)
+
+    def read_wide(self, start: int, stop: int) -> torch.Tensor:
         import torch
 
         first = start - start % self.block
@@ -160,7 +163,7 @@ class Merged(Tensor):
                 _add_transposed(acc, stored, applied, loaded, low, high, alone)
             else:
                 _add(acc, stored, applied, loaded, low, high, alone)
-        return acc.to(self.dtype.torch).view(-1)
+        return acc.view(-1)
 
 
 def _overlap(rows: range, start: int, stop: int) -> range:

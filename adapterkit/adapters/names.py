@@ -284,7 +284,9 @@ class Names:
         shapes = [unrun(rule.ops, makes, len(keys))]
         place = 0
         if any(op[0] in ("stack", "deal") for op in rule.ops):
-            shapes = [unrun(rule.ops, makes, len(keys), target) for target, made in enumerate(makes) for _ in range(made[0])]
+            shapes = [
+                unrun(rule.ops, makes, len(keys), target) for target, made in enumerate(makes) for _ in range(made[0])
+            ]
             matched = rule.match(self._renamed(name))
             digits = re.search(r"\d+", matched[1].group(0)) if matched else None
             place = int(digits.group(0)) if digits else len(shapes)

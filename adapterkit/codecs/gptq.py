@@ -83,7 +83,8 @@ def _awq(words: torch.Tensor) -> torch.Tensor:
     """``[k, n]`` words as ``[k, 8n]`` values."""
     import torch
 
-    return torch.stack([(words >> (4 * ORDER.index(i))) & 15 for i in range(8)], -1).view(words.shape[0], -1)
+    found: torch.Tensor = torch.stack([(words >> (4 * ORDER.index(i))) & 15 for i in range(8)], -1)
+    return found.view(words.shape[0], -1)
 
 
 def _group_size(config: Mapping[str, Any], rows: int, groups: int, name: str) -> int:
