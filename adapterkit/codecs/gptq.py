@@ -54,7 +54,8 @@ def find_gptq(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
             from adapterkit.codecs.bits import unpack
 
             # Version 1 wrote z - 1 in as many bits, so 0 became the largest value.
-            return (unpack(held, bits, out) + off) & ((1 << bits) - 1)
+            found: torch.Tensor = (unpack(held, bits, out) + off) & ((1 << int(bits)) - 1)
+            return found
 
         yield _weight(
             stem, (out, rows), packed, zeros, scales, groups, size, values, zero_points, f"gptq {bits} bit", 1
