@@ -7,12 +7,14 @@ on needs no quantized checkpoint: the grid is a function of the 16-bit weights.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import Change, Kernel
-from adapterkit.adapters.linear import is_conv1d, quantized_modules
+from adapterkit.adapters.linear import quantized_modules
 from adapterkit.adapters.merged import Applied, Loaded, Merged, StoredWeights, merged_columns
 from adapterkit.adapters.names import Names
+from adapterkit.codecs.conv1d import is_conv1d
 from adapterkit.codecs.grid import Grid, RoundTrip
 from adapterkit.codecs.table import quantization
 from adapterkit.dtypes import BF16, F16, F32
@@ -49,16 +51,16 @@ def as_trained(checkpoint: Checkpoint, grid: Grid, *, skip: Iterable[str] | None
             f"{checkpoint.ref} is quantized itself", "leave out --as-trained: its decoded weights are used"
         )
     targets = quantized_targets(checkpoint, skip)
-    conv1d = is_conv1d(checkpoint.config)
     by_tensor: dict[str, list[tuple[Target, Loaded]]] = {}
     for target in targets:
         first = checkpoint[target.pieces[0].tensor]
         weights = StoredWeights(target, checkpoint.tensors)
         dtype = grid.dtype or first.dtype
         # A Conv1D is quantized in the orientation of a linear layer, so its whole matrix is needed.
+        conv1d = is_conv1d(target.parameter, checkpoint.config)
         memory = 8 * first.numel if conv1d else first.numel // 8
         how = f"as trained in {grid}"
-        change = Change(how, lambda w, dtype=dtype: _Kernel(w, grid, dtype, whole=conv1d), 0, memory)  # type: ignore[misc]
+        change = Change(how, partial(_Kernel, grid=grid, dtype=dtype, whole=conv1d), 0, memory)
         loaded = Loaded(change, weights, len(target.tensors))
         for name in target.tensors:
             by_tensor.setdefault(name, []).append((target, loaded))
@@ -107,7 +109,7 @@ def quantized_targets(checkpoint: Checkpoint, skip: Iterable[str] | None = None)
 class _Kernel(Kernel):
     """decode(encode(W)), as the change of one parameter."""
 
-    def __init__(self, weights: Weights, grid: Grid, dtype: DType, *, whole: bool) -> None:
+    def __init__(self, weights: Weights, *, grid: Grid, dtype: DType, whole: bool) -> None:
         self._trip: RoundTrip | None = None
         if whole:
             turned = _Turned(weights)

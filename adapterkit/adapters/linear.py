@@ -67,7 +67,6 @@ KEPT = {
     "deepseek_v4": ("self_attn.compressor.kv_proj", "self_attn.compressor.gate_proj"),
     "blip-2": ("qformer",),
 }
-CONV1D = frozenset({"gpt2", "gpt-sw3", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
 
 
 def linear_modules(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any]) -> list[str]:
@@ -117,11 +116,6 @@ def quantized_modules(
         if not head and not any(_matches(pattern, module) for pattern in patterns):
             found.append(module)
     return found
-
-
-def is_conv1d(config: Mapping[str, Any]) -> bool:
-    """Whether the linear layers of this model are ``Conv1D``, which bitsandbytes sees transposed."""
-    return any(kind in CONV1D for kind in _types(config))
 
 
 def _types(config: Mapping[str, Any]) -> set[str]:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.checkpoint import Checkpoint, SideFile
 from adapterkit.checkpoint.files import BytesFile
-from adapterkit.checkpoint.tensor import BLOCK, Tensor
-from adapterkit.codecs.table import find_weights, without_quantization
+from adapterkit.checkpoint.tensor import BLOCK, Tensor, Transposed
+from adapterkit.codecs.conv1d import is_conv1d
+from adapterkit.codecs.table import CACHE, find_weights, without_quantization
 from adapterkit.dtypes import BF16, F16, F32, DType
 
 if TYPE_CHECKING:
@@ -88,8 +89,13 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     if not weights:
         return checkpoint
     dtype = config_dtype(checkpoint.config)
-    decoded = {weight.parts[0].name: Decoded(weight, dtype) for weight in weights}
+    decoded: dict[str, Tensor] = {}
+    for weight in weights:
+        handle = Decoded(weight, dtype)
+        turned = is_conv1d(weight.name, checkpoint.config)
+        decoded[weight.parts[0].name] = Transposed(handle) if turned else handle
     used = {part.name for weight in weights for part in weight.parts}
+    used.update(name for name in checkpoint if name.endswith(CACHE))
     tensors: dict[str, Tensor] = {}
     shards: dict[str, str] = {}
     for name, tensor in checkpoint.tensors.items():

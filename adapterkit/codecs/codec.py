@@ -120,3 +120,15 @@ def whole(part: Part) -> torch.Tensor:
     for size in part.shape:
         count *= size
     return part.read(0, count).view(part.shape)
+
+
+def check_index(part: Part, count: int) -> torch.Tensor:
+    """A stored tensor of indices below ``count``, flat.
+
+    Raises:
+        CheckpointError: one of them is not.
+    """
+    found = whole(part).view(-1).long()
+    if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < count:
+        raise CheckpointError(f"'{part.name}' names group {int(found.max())} of {count}", AGAIN)
+    return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.codecs.codec import AGAIN, Codec, Part, Parts, Weight, check_shape, companion, stems, whole
+from adapterkit.codecs.codec import AGAIN, Codec, Part, Parts, Weight, check_index, check_shape, companion, stems, whole
 from adapterkit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _weight(
         held = whole(packed)
         zero = zero_points(whole(zeros)).float()
         scale = whole(scales).float()
-        group = torch.arange(rows) // size if groups is None else whole(groups).long()
+        group = torch.arange(rows) // size if groups is None else check_index(groups, zeros.shape[0])
 
         def decode(start: int, stop: int) -> torch.Tensor:
             first, last = start // rows, -(-stop // rows)

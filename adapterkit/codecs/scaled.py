@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from adapterkit.codecs.codec import AGAIN, Part, Weight, check_shape, whole
+from adapterkit.codecs.codec import AGAIN, Part, Weight, check_index, check_shape, whole
 from adapterkit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Scaled:
         zeros = None if self.zeros is None else self.zeros()
         row = torch.arange(prod(self.shape[:-1]))
         line = row // height * self.grid[0] + row % height // self.block[0]
-        groups = None if self.groups is None else whole(self.groups).long()
+        groups = None if self.groups is None else check_index(self.groups, self.grid[1])
 
         def spread(grid: torch.Tensor, first: int, last: int) -> torch.Tensor:
             """Rows of a grid, to be combined with ``[rows, across, columns of a block]`` or with whole rows."""
@@ -115,8 +115,11 @@ def grid_of(
         for height, width in blocks:
             if (down, across) == (-(-rows // height), -(-columns // width)):
                 return (height, width), (down, across)
-        if rows % down == 0 and columns % across == 0:
-            return (rows // down, columns // across), (down, across)
+        height, width = rows // down, columns // across
+        # Blocks are powers of two, or whole rows or columns: nobody has chosen others.
+        even = (down == 1 or height & (height - 1) == 0) and (across == 1 or width & (width - 1) == 0)
+        if rows % down == 0 and columns % across == 0 and even:
+            return (height, width), (down, across)
     raise CheckpointError(
         f"'{scale.name}' is {list(scale.shape)}, which covers no {'x'.join(map(str, shape))} weight in equal blocks",
         AGAIN,

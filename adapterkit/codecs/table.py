@@ -21,6 +21,8 @@ KEYS = ("quantization_config", "compression_config")
 SECTIONS = ("text_config", "language_config", "llm_config", "thinker_config", "vision_config", "audio_config")
 # 16-bit weights never have these dtypes; buffers (position ids, masks) do, under other names.
 PACKED_ENDS = (".weight", ".qweight", ".weight_packed", "_blocks")
+# Scales of a quantized key-value cache, which a 16-bit checkpoint does not have.
+CACHE = (".k_scale", ".v_scale", ".q_scale", ".prob_scale")
 
 
 def quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

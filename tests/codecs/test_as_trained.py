@@ -74,11 +74,6 @@ def test_equals_the_quantized_checkpoint(bnb, tmp_path: Path, kind: str, grid: G
     changed = 0
     for name in view:
         got, wanted = read_wide(view, name), read_wide(oracle, name)
-        if kind == "gpt2" and got.shape != wanted.shape:
-            wanted = wanted.T
-        if kind == "gpt2" and not torch.equal(got, wanted):
-            # Of a square Conv1D the orientation cannot be seen in the file.
-            wanted = wanted.T
         assert torch.equal(got, wanted), name
         changed += not torch.equal(read(view, name), read(open_checkpoint(base), name))
     assert changed >= 3
