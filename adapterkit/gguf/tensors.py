@@ -142,7 +142,7 @@ class Encoded(Tensor):
 
         columns = self.shape[-1]
         first = start // columns * columns
-        rows = self.inner.read(first, -(-stop // columns) * columns).float().view(-1, columns)
+        rows = self.inner.read_wide(first, -(-stop // columns) * columns).float().view(-1, columns)
         parts = []
         for at, count, importance in self._runs(first // columns, len(rows)):
             try:
