@@ -147,7 +147,7 @@ def convert(
     Raises:
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError
     """
-    from adapterkit.checkpoint.write import check_files, check_output, write_files, write_safetensors
+    from adapterkit.checkpoint.write import check_output, write_output
     from adapterkit.merge import peak_memory
 
     started = time.monotonic()
@@ -155,31 +155,18 @@ def convert(
         src, to=to, out=out, base=base, quantization=quantization, max_shard_size=max_shard_size, jobs=jobs
     )
     target = Path(out)
-    if planned.plan.layout == "file":
-        check_files(planned.plan, planned.sources, target, force=force)
-        reused = write_files(
-            planned.plan,
-            planned.tensors,
-            planned.sources,
-            target,
-            jobs=jobs,
-            force=force,
-            resume=resume,
-            progress=progress,
-        )
-    else:
-        check_output(planned.plan, planned.sources, target, force=force)
-        reused = write_safetensors(
-            planned.plan,
-            planned.tensors,
-            planned.sources,
-            target,
-            side_files=planned.side,
-            jobs=jobs,
-            force=force,
-            resume=resume,
-            progress=progress,
-        )
+    check_output(planned.plan, planned.sources, target, force=force)
+    reused = write_output(
+        planned.plan,
+        planned.tensors,
+        planned.sources,
+        target,
+        side_files=planned.side,
+        jobs=jobs,
+        force=force,
+        resume=resume,
+        progress=progress,
+    )
     return planned.report(out, reused=reused, seconds=time.monotonic() - started, peak_memory=peak_memory())
 
 

@@ -16,10 +16,14 @@ from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size, plan_safetensors
 from adapterkit.dtypes import BY_LABEL, DType
 from adapterkit.errors import CheckpointError, UsageError
+from adapterkit.gguf.checkpoint import GGUFCheckpoint
+from adapterkit.gguf.fold import fold_gguf
+from adapterkit.gguf.plan import plan_gguf
 from adapterkit.report import AdapterUse, MergeReport
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
+    from adapterkit.gguf.quantize import Quantization
 
 Ref = str | Path
 Progress = Callable[[int, int], None]
@@ -102,6 +106,7 @@ def plan_merge(
     double_quant: bool = False,
     quant_dtype: str = "auto",
     skip_modules: Sequence[str] | None = None,
+    quantization: Quantization | None = None,
     headers_only: bool = True,
 ) -> Merge:
     """Plan a merge from headers alone; see `merge` for the arguments.
@@ -119,8 +124,6 @@ def plan_merge(
     )
     loaded = tuple(a if isinstance(a, Adapter) else load_adapter(a, headers_only=headers_only) for a in adapters)
     wanted = parse_dtype(dtype)
-    folded = fold(opened, loaded, weights, dtype=wanted, residual_base=residual_base, allow_unknown=allow_unknown)
-    side, notes = side_files(opened, folded, loaded, wanted)
     request = {
         "verb": "merge",
         "base": str(base.ref if isinstance(base, Checkpoint) else base),
@@ -135,14 +138,37 @@ def plan_merge(
         "double_quant": double_quant,
         "quant_dtype": quant_dtype,
         "skip_modules": None if skip_modules is None else list(skip_modules),
+        "quantization": None if quantization is None else quantization.request(),
     }
-    plan = plan_safetensors(
-        folded.checkpoint,
-        max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
-        jobs=jobs or default_jobs(),
-        inputs={s.name: _fingerprint(s) for s in (*opened.sources, *(a.source for a in loaded))},
-        request=request,
-    )
+    limit = None if max_shard_size is None else parse_size(max_shard_size)
+    inputs = {s.name: _fingerprint(s) for s in (*opened.sources, *(a.source for a in loaded))}
+    side: dict[str, bytes] = {}
+    notes: Sequence[str]
+    if isinstance(opened, GGUFCheckpoint):
+        if wanted is not None or values != "as stored":
+            raise UsageError(
+                f"{opened.ref} is a GGUF base, which has types of its own", "use --quant, as in --quant F16"
+            )
+        made = fold_gguf(
+            opened,
+            loaded,
+            weights,
+            quantization=quantization,
+            residual_base=residual_base,
+            allow_unknown=allow_unknown,
+        )
+        folded, notes = made.folded, made.notes
+        plan = plan_gguf(made.layout, max_shard_size=limit, jobs=jobs or default_jobs(), inputs=inputs, request=request)
+    else:
+        if quantization is not None:
+            raise UsageError(
+                f"{opened.ref} is not a GGUF base, and types were given for a GGUF output", "give a GGUF base"
+            )
+        folded = fold(opened, loaded, weights, dtype=wanted, residual_base=residual_base, allow_unknown=allow_unknown)
+        side, notes = side_files(opened, folded, loaded, wanted)
+        plan = plan_safetensors(
+            folded.checkpoint, max_shard_size=limit, jobs=jobs or default_jobs(), inputs=inputs, request=request
+        )
     factors = tuple(float(w) for w in weights) if weights else (1.0,) * len(loaded)
     return Merge(opened, loaded, factors, folded, plan, side, wanted, (*opened.notes, *folded.notes, *notes), values)
 
@@ -165,17 +191,18 @@ def merge(
     double_quant: bool = False,
     quant_dtype: str = "auto",
     skip_modules: Sequence[str] | None = None,
+    quantization: Quantization | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Fold adapters into a base and write a Hugging Face folder.
+    """Fold adapters into a base and write a Hugging Face folder, or a GGUF file when the base is one.
 
     The model is never loaded: tensors stream through in blocks, untouched ones are copied by the kernel. Deltas of all
     adapters are summed in float32 and rounded once.
 
     Args:
-        base: folder, safetensors file or Hub id ``org/name[@revision]``, or an open `Checkpoint`.
+        base: folder, safetensors or GGUF file, or Hub id ``org/name[@revision]``, or an open `Checkpoint`.
         adapters: PEFT folders or Hub ids, or open `Adapter`s.
-        out: the folder to make; it appears whole or not at all.
+        out: the folder to make, or the ``.gguf`` file; it appears whole or not at all.
         weights: one per adapter, 1 each by default; may be negative.
         dtype: ``auto`` keeps every tensor's own; ``bf16``, ``f16`` or ``f32`` converts all floating tensors.
         max_shard_size: like ``5GB``; by default the base's own shards are kept.
@@ -187,13 +214,14 @@ def merge(
         base16: the original of a quantized base, to be folded onto in its place.
         as_trained: ``nf4``, ``fp4`` or ``int8``: fold onto the values that QLoRA training saw; see `open_base` for this
             and for ``double_quant``, ``quant_dtype`` and ``skip_modules``.
+        quantization: the types of a GGUF output; by default every tensor keeps its own.
         progress: called now and then with bytes done and bytes in all.
 
     Raises:
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError, AuthError, HubError
     """
     # Planning alone (`--dry-run`) never needs what writes.
-    from adapterkit.checkpoint.write import check_output, write_safetensors
+    from adapterkit.checkpoint.write import check_output, write_output
 
     started = time.monotonic()
     planned = plan_merge(
@@ -210,10 +238,16 @@ def merge(
         double_quant=double_quant,
         quant_dtype=quant_dtype,
         skip_modules=skip_modules,
+        quantization=quantization,
         headers_only=False,
     )
+    if (Path(out).suffix == ".gguf") != (planned.plan.layout == "file"):
+        kind = "a GGUF base becomes a .gguf file" if planned.plan.layout == "file" else "a folder becomes a folder"
+        raise UsageError(
+            f"the output {out} does not go with the base: {kind}", "name the output so, or convert the base"
+        )
     check_output(planned.plan, planned.sources, Path(out), force=force, inputs=_adapter_folders(planned))
-    reused = write_safetensors(
+    reused = write_output(
         planned.plan,
         planned.folded.checkpoint,
         planned.sources,
@@ -240,6 +274,11 @@ def execute(plan: Plan, out: Ref, *, part: int | None = None, jobs: int | None =
     arguments: dict[str, Any] = {name: plan.request[name] for name in _REQUEST if name in plan.request}
     if plan.request.get("verb") != "merge" or not {"base", "adapters"} <= set(arguments):
         raise CheckpointError("this plan does not say which merge it is of", "write one with merge --save-plan")
+    types = plan.request.get("quantization")
+    if types is not None:
+        from adapterkit.gguf.quantize import Quantization
+
+        arguments["quantization"] = Quantization.of_request(types)
     planned = plan_merge(**arguments, headers_only=False)
     if (planned.plan.files, planned.plan.inputs) != (plan.files, plan.inputs):
         raise CheckpointError("the base or an adapter changed since the plan was made", "make the plan again")
@@ -273,7 +312,10 @@ def _fingerprint(source: Source) -> str:
     """Size and hash of the header: enough to see that a plan belongs to these files, without reading them."""
     import hashlib
 
-    length = min(int.from_bytes(source.read(0, 8), "little"), source.size)
+    first = source.read(0, 8)
+    if first[:4] == b"GGUF":
+        return f"{source.size}:{hashlib.sha256(source.read(0, 1 << 20)).hexdigest()}"
+    length = min(int.from_bytes(first, "little"), source.size)
     return f"{source.size}:{hashlib.sha256(source.read(8, length)).hexdigest()}"
 
 

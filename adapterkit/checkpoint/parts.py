@@ -43,7 +43,9 @@ def write_part(
     if not 0 <= index < len(plan.files):
         raise UsageError(f"there is no part {index}", f"this plan has parts 0 to {len(plan.files) - 1}")
     file = plan.files[index]
-    inputs = [source.path.parent for source in sources if source.path is not None]
+    inputs = [source.path for source in sources if source.path is not None]
+    if plan.layout == "folder":
+        inputs = [path.parent for path in inputs]
     check_target(out, inputs, file.nbytes, force=True, held=[partial_folder(out) / file.name])
     with staging(out, resume=True, shared=True) as folder:
         journal = Journal(folder / f".journal.{index}.jsonl", identity(plan, sources))

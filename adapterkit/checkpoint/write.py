@@ -1,4 +1,4 @@
-"""`write_safetensors`: a view and its plan become a folder."""
+"""`write_output`: a view and its plan become a folder, or files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.tensor import Tensor
 
 
-def write_safetensors(
+def write_output(
     plan: Plan,
     tensors: Mapping[str, Tensor],
     sources: Sequence[Source],
@@ -42,11 +42,11 @@ def write_safetensors(
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Execute a plan into a folder that appears whole or not at all.
+    """Execute a plan into a folder, or the files it is of, which appear whole or not at all.
 
     Args:
         plan: what to write; ``tensors`` and ``sources`` are the handles and files it was made from.
-        out: the folder to make.
+        out: the folder to make, or the file; several files get ``-00001-of-00003`` and so on before its suffix.
         side_files: small files to write beside the weights, by relative name.
         jobs: worker threads.
         force: replace an existing folder.
@@ -68,33 +68,6 @@ def write_safetensors(
     return sink.reused
 
 
-def write_files(
-    plan: Plan,
-    tensors: Mapping[str, Tensor],
-    sources: Sequence[Source],
-    out: Path,
-    *,
-    jobs: int | None = None,
-    force: bool = False,
-    resume: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> int:
-    """Execute a plan of files that are the output themselves (its ``layout`` is ``file``); see `write_safetensors`.
-
-    Each file appears whole or not at all. Several files get ``-00001-of-00003`` and so on before the suffix of ``out``.
-    """
-    check_files(plan, sources, out, force=force)
-    with staging(out, resume=resume) as folder:
-        journal = Journal(folder / JOURNAL, identity(plan, sources))
-        sink = Sink(plan, tensors, sources, folder, jobs=jobs or default_jobs(), journal=journal, progress=progress)
-        sink.run(plan.files)
-        try:
-            publish_files(folder, file_names(plan, out), force=force)
-        except OSError as error:
-            raise OutputError(f"{out} could not be written ({error.strerror})", "check the disk") from error
-    return sink.reused
-
-
 def file_names(plan: Plan, out: Path) -> dict[str, Path]:
     """The names of a plan's files, in the hidden folder and in the end."""
     names = [file.name for file in plan.files]
@@ -106,29 +79,29 @@ def file_names(plan: Plan, out: Path) -> dict[str, Path]:
     }
 
 
-def check_files(plan: Plan, sources: Sequence[Source], out: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
-    """`check_output` for a plan of files: they may stand beside an input, not in its place."""
+def check_output(plan: Plan, sources: Sequence[Source], out: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
+    """Refuse a target that exists, is read-only, lies in an input or has no room, before the first byte."""
     paths = [source.path for source in sources if source.path is not None]
     held = [partial_folder(out) / file.name for file in plan.files]
+    if plan.layout == "folder":
+        check_target(out, [*(path.parent for path in paths), *inputs], plan.nbytes, force=force, held=held)
+        return
+    # Files may stand beside an input, only not in its place.
     for target in file_names(plan, out).values():
         if target.is_dir():
             raise OutputError(f"{target} is a folder", "name a file")
         check_target(target, [*paths, *inputs], plan.nbytes, force=force, held=held)
 
 
-def check_output(plan: Plan, sources: Sequence[Source], out: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
-    """Refuse a target that exists, is read-only, lies in an input or has no room, before the first byte."""
-    folders = [source.path.parent for source in sources if source.path is not None]
-    held = [partial_folder(out) / file.name for file in plan.files]
-    check_target(out, [*folders, *inputs], plan.nbytes, force=force, held=held)
-
-
 def finish(plan: Plan, folder: Path, out: Path, side_files: Mapping[str, bytes], *, force: bool) -> None:
-    """Write the index and the side files into the hidden folder and make it the target."""
+    """Make the hidden folder the target, with the index and the side files; or its files the targets themselves."""
     extra = dict(side_files)
     if len(plan.files) > 1:
         extra[INDEX] = index_json(plan)
     try:
+        if plan.layout == "file":
+            publish_files(folder, file_names(plan, out), force=force)
+            return
         for name, data in extra.items():
             write_file(folder / name, data)
         keep = {file.name for file in plan.files} | {name.partition("/")[0] for name in extra}

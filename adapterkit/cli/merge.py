@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
+from adapterkit.cli.quantization import quantization, quantization_options
 
 
 @click.command(name="merge", short_help="Fold adapters into a base, in one streaming pass.")
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="The folder to make.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="The folder to make, or the .gguf file when BASE is one."
+)
 @click.option("--weight", "weights", type=float, multiple=True, help="How strongly an adapter counts; once for each.")
 @click.option("--dtype", default="auto", show_default=True, help="auto keeps every tensor's own; or bf16, f16, f32.")
+@quantization_options
+@click.option("--keep-touched", metavar="TYPE", help="Of a GGUF output: at least this type for what adapters change.")
 @click.option("--max-shard-size", metavar="SIZE", help="Like 5GB; by default the base's own shards are kept.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
 @click.option("--residual-base", is_flag=True, help="BASE is what training left behind, not the original model.")
@@ -40,8 +46,9 @@ def command(
     resume: bool,
     force: bool,
     as_json: bool,
+    **types: Any,
 ) -> None:
-    """Fold ADAPTERs into BASE and write a Hugging Face folder.
+    """Fold ADAPTERs into BASE and write a Hugging Face folder, or a GGUF file when BASE is one.
 
     The model is never loaded: weights stream through in blocks, untouched tensors are copied byte for byte, and the
     result appears whole or not at all.
@@ -50,10 +57,12 @@ def command(
     Example:
       adapterkit merge meta-llama/Llama-3.2-1B ./my-adapter -o merged --dry-run
       adapterkit merge meta-llama/Llama-3.2-1B ./my-adapter -o merged
+      adapterkit merge Llama-3.2-1B-F16.gguf ./my-adapter -o merged-Q4_K_M.gguf --quant Q4_K_M
     """
     from adapterkit.merge import merge, plan_merge
 
     started = time.monotonic()
+    asked = quantization(types)
     if out is None and not (dry_run or save_plan):
         raise click.UsageError("Missing option '-o' / '--out': the folder to make.")
     if dry_run or save_plan is not None:
@@ -66,6 +75,7 @@ def command(
             jobs=jobs,
             residual_base=residual_base,
             allow_unknown=allow_unknown,
+            quantization=asked,
         )
         if save_plan is not None:
             save_plan.write_text(planned.plan.to_json())
@@ -88,6 +98,7 @@ def command(
             resume=resume,
             residual_base=residual_base,
             allow_unknown=allow_unknown,
+            quantization=asked,
             progress=progress,
         )
         progress.close()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.files import LocalFile
 from adapterkit.errors import CheckpointError, NotFound
+from adapterkit.gguf.archs import MODEL_TYPES
 from adapterkit.gguf.reader import STRING, GGUFHeader, parse_gguf
 from adapterkit.gguf.tensors import stored
 
@@ -131,16 +132,3 @@ def _config(header: GGUFHeader, tensors: Mapping[str, Tensor]) -> dict[str, Any]
         "vocab_size": embedding.shape[0] if embedding is not None else 0,
         "tie_word_embeddings": embedding is not None and "output.weight" not in tensors,
     }
-
-
-# Where transformers writes an architecture's name otherwise.
-MODEL_TYPES = {
-    "command-r": "cohere",
-    "deepseek2": "deepseek_v2",
-    "gemma3": "gemma3_text",
-    "gpt-oss": "gpt_oss",
-    "granitemoe": "granitemoe",
-    "phi2": "phi",
-    "qwen2moe": "qwen2_moe",
-    "qwen3moe": "qwen3_moe",
-}

@@ -13,6 +13,7 @@ from adapterkit.gguf.checkpoint import SPLIT_KEYS, GGUFCheckpoint
 from adapterkit.gguf.filetypes import FILE_TYPES, file_type
 from adapterkit.gguf.metadata import Entry, kept, text, u32
 from adapterkit.gguf.mixes import choose_types, needs_importance
+from adapterkit.gguf.names import EMBEDDING
 from adapterkit.gguf.tensors import Encoded, bits_per_weight, decoded, encoded, kind_of
 from adapterkit.gguf.types import TYPES, ggml_type
 
@@ -98,7 +99,8 @@ def typed(
     Raises:
         UsageError: a wish that cannot be met, or one that would lose what was trained.
     """
-    now = {name: kind_of(base[name]).name if name in base else "F32" for name in view}
+    # An output layer that got values of its own shared those of the embedding, and so its type.
+    now = {name: kind_of(base[name if name in base else EMBEDDING]).name for name in view}
     wanted = _wanted(view, base, asked, now)
     for name in touched:
         wanted[name] = _for_touched(wanted[name], asked)
@@ -221,9 +223,8 @@ def _entries(
     if asked.mix is not None:
         number = FILE_TYPES[file_type(asked.mix)[0]].number
         entries += [u32(QUANTIZATION_VERSION, 2), u32(FILE_TYPE, number)]
-    elif any(TYPES[wanted[n]].is_quantized and wanted[n] != now[n] for n in wanted):
-        if QUANTIZATION_VERSION not in base.header.keys:
-            entries.append(u32(QUANTIZATION_VERSION, 2))
+    elif QUANTIZATION_VERSION not in base.header.keys and any(TYPES[kind].is_quantized for kind in wanted.values()):
+        entries.append(u32(QUANTIZATION_VERSION, 2))
     if matrix is not None:
         entries += [
             text("quantize.imatrix.file", Path(str(asked.imatrix)).name),
