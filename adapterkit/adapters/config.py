@@ -70,6 +70,19 @@ class AdapterConfig:
         value = self.raw.get("revision")
         return str(value) if value else None
 
+    @property
+    def peft_version(self) -> tuple[int, int]:
+        """Major and minor of the PEFT that wrote it; PEFT before 0.18 did not say, so (0, 17) when it is missing.
+
+        Raises:
+            AdapterError: it is there and not a version.
+        """
+        said = str(self.get("peft_version", "0.17"))
+        match = re.match(r"(\d+)\.(\d+)", said)
+        if match is None:
+            raise AdapterError(f"{self.where}: 'peft_version' is {said!r}, not a version", "correct the config")
+        return int(match.group(1)), int(match.group(2))
+
     def get(self, name: str, default: Any = None) -> Any:
         value = self.raw.get(name)
         return default if value is None else value
@@ -110,12 +123,22 @@ class AdapterConfig:
             raise AdapterError(f"{self.where}: '{name}' is not a list of names", "correct the config")
         return found
 
-    def scaling(self, module: str, rank: int) -> float:
+    def patterned(self, name: str, patterns: str, module: str) -> float:
+        """A number that a map of patterns may give a module of its own.
+
+        Raises:
+            AdapterError: it is missing or not a number.
+        """
+        own = pattern_value(self.mapping(patterns), module, self.where)
+        return self.number(name) if own is None else own
+
+    def scaling(self, module: str, rank: int, alpha_field: str = "lora_alpha") -> float:
         """alpha/r, or alpha/sqrt(r) for rsLoRA (arXiv:2312.03732), with the module's own alpha.
 
         Args:
             module: path without ``base_model.model.``.
             rank: rank of the factors as stored.
+            alpha_field: what the method calls alpha.
 
         Raises:
             AdapterError: the config gives this module another rank than its factors have.
@@ -127,10 +150,20 @@ class AdapterConfig:
                 f"{self.where}: {module} has rank {rank} in the file and {expected} in the config",
                 "one of the two was edited; restore the config that was saved with the weights",
             )
-        alpha = pattern_value(self.mapping("alpha_pattern"), module, self.where)
-        if alpha is None:
-            alpha = self.number("lora_alpha")
+        alpha = self.patterned(alpha_field, "alpha_pattern", module)
         return float(alpha) / (math.sqrt(rank) if self.flag("use_rslora") else rank)
+
+    def choice(self, name: str, known: tuple[Any, ...], default: Any = None) -> Any:
+        """A field that must have one of the values we know.
+
+        Raises:
+            AdapterError: it has another one.
+        """
+        value = self.get(name, default)
+        if not any(type(value) is type(one) and value == one for one in known):
+            words = ", ".join(repr(one) for one in known)
+            raise AdapterError(f"{self.where}: '{name}' is {value!r}; known are {words}", "update adapterkit")
+        return value
 
     def unknown_fields(self, known: frozenset[str]) -> list[str]:
         """Fields that are not known and say something: a newer PEFT may mean another formula by them."""
@@ -158,10 +191,21 @@ def _matches(pattern: str, module: str, where: str) -> bool:
         raise UnsafeError(f"{where}: a pattern of {len(pattern)} characters", "do not use this adapter")
     if _LITERAL.fullmatch(pattern) and "." not in pattern:
         return module == pattern or module.endswith("." + pattern)
+    return _bounded(rf"(?:.*\.)?(?:{pattern})$", pattern, module, where)
+
+
+def full_match(pattern: str, module: str, where: str) -> bool:
+    """Whether a pattern is the whole path, as PEFT matches ``target_modules`` given as one string."""
+    if len(pattern) > MAX_PATTERN:
+        raise UnsafeError(f"{where}: a pattern of {len(pattern)} characters", "do not use this adapter")
+    return _bounded(rf"(?:{pattern})\Z", pattern, module, where)
+
+
+def _bounded(expression: str, pattern: str, module: str, where: str) -> bool:
     import regex
 
     try:
-        return regex.match(rf"(?:.*\.)?(?:{pattern})$", module, timeout=PATTERN_TIMEOUT) is not None
+        return regex.match(expression, module, timeout=PATTERN_TIMEOUT) is not None
     except TimeoutError:
         raise UnsafeError(
             f"{where}: pattern '{pattern[:60]}' takes too long to match", "do not use this adapter"

@@ -239,7 +239,9 @@ def refuse(config: AdapterConfig, residual_base: bool) -> tuple[str, str] | None
     if isinstance(init, str) and not residual_base:
         reason = next((why for name, why in _LOST.items() if init.lower().startswith(name)), None)
         if reason is not None:
-            way_out = "convert it with PEFT's path_initial_model_for_weight_conversion, or give the base that training saved"
+            way_out = (
+                "convert it with PEFT's path_initial_model_for_weight_conversion, or give the base that training saved"
+            )
             return (
                 f"it was initialised with {init} and {reason}, so the base it belongs to cannot be rebuilt",
                 f"{way_out} and add --residual-base",
