@@ -47,7 +47,8 @@ def fourier_rows(
     height, width = shape
     down, across = places
     turn = (rows[:, None] * down) % height
-    wave = torch.polar(torch.ones((), dtype=torch.float64), turn * (2 * torch.pi / height))
+    angle = turn.double() * (2 * torch.pi / height)
+    wave = torch.complex(angle.cos(), angle.sin())
     middle = torch.zeros(len(rows), width, dtype=torch.complex128)
     middle.index_add_(1, across, wave * (spectrum.double() / height))
     delta: torch.Tensor = torch.fft.ifft(middle, dim=1).real.float()

@@ -22,6 +22,7 @@ from adapterkit.checkpoint.open import open_checkpoint
 # What a kind of layer stands for in the net below, and an input for a module of it.
 KINDS: dict[str, tuple[str, ...]] = {
     "Linear": ("layers.0.wide", "layers.1.wide", "layers.0.square", "layers.1.narrow"),
+    "Linear with bias": ("layers.0.wide", "layers.1.square"),
     "Conv1D": ("layers.0.turned", "layers.1.turned_square"),
     "Conv1d": ("conv1",),
     "Conv2d": ("conv2", "conv2_square"),
@@ -121,11 +122,13 @@ def cases() -> list[Case]:
         for kind in ("Linear", "Conv1D", "Conv2d", "Conv2d groups", "Conv3d"):
             add("IA3", kind, rest if inner else {"feedforward_modules": list(KINDS[kind])})
     add("LoHa", "Linear", {"r": 4, "alpha": 6}, {"r": 4, "alpha": 6, **pattern})
-    add("LoHa", "Conv1d,Conv2d,Conv2d groups", {"r": 4}, {"r": 4, "use_effective_conv2d": True})
+    add("LoHa", "Conv1d,Conv2d,Conv2d groups", {"r": 4})
+    add("LoHa", "Conv1d,Conv2d,Conv2d groups", {"r": 4, "use_effective_conv2d": True}, noise=0.5)
     add("LoHa", "Conv2d 1x1", {"r": 4, "use_effective_conv2d": True})
     add("LoKr", "Linear", {"r": 2, "alpha": 3}, {"r": 2, "decompose_both": True}, {"r": 64}, {"r": 2, **pattern})
     add("LoKr", "Linear", {"r": 2, "decompose_factor": 4}, {"r": 2, "init_weights": "lycoris"})
-    add("LoKr", "Conv1d,Conv2d,Conv2d groups", {"r": 1}, {"r": 1, "use_effective_conv2d": True}, {"r": 16})
+    add("LoKr", "Conv1d,Conv2d,Conv2d groups", {"r": 1}, {"r": 16})
+    add("LoKr", "Conv2d,Conv2d groups", {"r": 1, "use_effective_conv2d": True})
     add("LoKr", "Conv2d 1x1", {"r": 1, "use_effective_conv2d": True})
     blocks = {"r": 0, "oft_block_size": 8}
     exact = {"use_cayley_neumann": False}
@@ -134,19 +137,19 @@ def cases() -> list[Case]:
         "Linear,Embedding",
         blocks,
         {**blocks, **exact},
-        *({**blocks, "num_cayley_neumann_terms": terms} for terms in (1, 2, 3, 4, 7)),
+        *({**blocks, "num_cayley_neumann_terms": terms} for terms in (2, 3, 4, 7)),
         {**blocks, "block_share": True},
-        {**blocks, "coft": True, "eps": 0.2},
-        {**blocks, "coft": True, "eps": 0.2, "block_share": True, **exact},
+        {**blocks, "coft": True, "eps": 0.6},
+        {**blocks, "coft": True, "eps": 0.6, "block_share": True, **exact},
         {"r": 2, "oft_block_size": 0},
     )
-    add("OFT", "Conv2d", {**blocks}, {**blocks, **exact, "block_share": True})
+    add("OFT", "Conv2d 1x1", {**blocks}, {"r": 0, "oft_block_size": 4, **exact, "block_share": True})
     add("BOFT", "Linear,Conv2d", {"boft_block_size": 8}, {"boft_block_size": 0, "boft_block_num": 4})
     add("BOFT", "Linear", {"boft_block_size": 8, "bias": "boft_only"})
     add("HRA", "Linear,Conv2d", {"r": 4}, {"r": 5, "apply_GS": True}, {"r": 3, "init_weights": False})
     add("Miss", "Linear", {"r": 4}, {"r": 6}, {"r": 8, "mini_r": 4, "init_weights": "mini"})
     add("Miss", "Linear", {"r": 8, "init_weights": "bat"}, {"r": 5, "init_weights": False})
-    add("C3A", "Linear", {"block_size": 8}, {"block_size": 8, "block_size_pattern": {"wide": 4}})
+    add("C3A", "Linear", {"block_size": 8}, {"block_size": 8, "block_size_pattern": {"wide": 4}}, noise=3.0)
     add("FourierFT", "Linear,Conv1D", {"n_frequency": 90}, {"n_frequency": 90, "random_loc_seed": 3, "scaling": 9.0})
     add("FourierFT", "Linear", {"n_frequency": 90, "n_frequency_pattern": {"wide": 50}})
     for family in ("db1", "db4", "sym5", "coif2"):
@@ -154,7 +157,8 @@ def cases() -> list[Case]:
     add("WaveFT", "Linear,Conv1D", {"n_frequency": 90, "use_idwt": False}, {"n_frequency": 90, "wavelet_family": "db3"})
     add("WaveFT", "Linear", {"n_frequency": 90, "proportional_parameters": True, "random_loc_seed": 11})
     add("Hira", "Linear", {"r": 4}, {"r": 4, "rank_pattern": {"wide": 6}})
-    add("Hira", "Conv1D,Embedding,Conv1d,Conv2d,Conv2d 1x1,Conv3d", {"r": 4})
+    add("Hira", "Conv1D", {"r": 4, "fan_in_fan_out": True})
+    add("Hira", "Embedding,Conv1d,Conv2d,Conv2d 1x1,Conv3d", {"r": 4})
     add("Delora", "Linear", {"r": 4}, {"r": 4, "rank_pattern": {"wide": 6}, "lambda_pattern": {"wide": 9}})
     add("Gralora", "Linear,Conv1D", {"r": 8, "gralora_k": 2}, {"r": 8, "gralora_k": 4, "hybrid_r": 3, "alpha": 9})
     for weight, inside, bias in (
@@ -181,10 +185,16 @@ def cases() -> list[Case]:
         add("Peanut", "Linear", {"r": 4, "depth": depth, "act_fn": activation, "scaling": 0.7})
     add("TinyLora", "Linear,Conv1D,Embedding", {"r": 2, "u": 8}, {"r": 3, "u": 8, "weight_tying": 1.0})
     add("TinyLora", "Linear", {"r": 2, "u": 8, "weight_tying": 0.5})
-    add("UniLora", "Linear,Conv1D", {"r": 4, "theta_d_length": 64, "save_indices": True})
-    add("Beft", "Linear")
+    add("UniLora", "Linear,Conv1D", {"r": 4, "theta_d_length": 64, "save_indices": True}, noise=1.0)
+    add("Beft", "Linear with bias")
     add("Frod", "Linear,Conv1D", {"sparse_rate": 0.05})
-    add("Supertuning", "Linear", {"sparsity": 0.9}, {"sparsity": 0.9, "r": 3, "lora_alpha": 6}, {"sparsity": 0.9, "select_top": False})
+    add(
+        "Supertuning",
+        "Linear",
+        {"sparsity": 0.9},
+        {"sparsity": 0.9, "r": 3, "lora_alpha": 6},
+        {"sparsity": 0.9, "select_top": False},
+    )
     add("TrainableTokens", "Embedding", {"token_indices": [1, 5, 40]})
     return found
 
@@ -228,7 +238,9 @@ def save_base(net: nn.Module, folder: Path, dtype: torch.dtype = torch.float32) 
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.detach().to(dtype).contiguous() for name, t in net.state_dict().items()}, folder / "model.safetensors")
+    save_file(
+        {name: t.detach().to(dtype).contiguous() for name, t in net.state_dict().items()}, folder / "model.safetensors"
+    )
     (folder / "config.json").write_text(json.dumps({"model_type": "custom", "vocab_size": 48}), encoding="utf-8")
 
 

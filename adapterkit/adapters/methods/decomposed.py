@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import LowRank, RowMap, matrix, raw
 from adapterkit.adapters.method import Context, Edit, Method, Module
-from adapterkit.adapters.methods.common import at, check_shape, dims, edit, oriented, shared, take, weight_of
+from adapterkit.adapters.methods.common import at, check_shape, dims, edit, matrix_of, oriented, shared, take, weight_of
 from adapterkit.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ def _osf(module: Module, context: Context) -> Iterator[Edit]:
 def _deft(module: Module, context: Context) -> Iterator[Edit]:
     (p,) = take(module, context, "deft_P")
     rows, rank = dims(p, 2, "deft_P", module, context)
-    target = weight_of(module, context)
-    columns = target.matrix[0] if context.config.flag("fan_in_fan_out") else target.matrix[1]
+    columns = matrix_of(module, context)[1]
     target = oriented(module, context, (rows, columns))
     kind = context.config.choice("decomposition_method", ("relu", "qr"), "relu")
     injected = () if context.config.flag("para") else take(module, context, "deft_R")
@@ -133,9 +132,7 @@ def _frod(module: Module, context: Context) -> Iterator[Edit]:
     (columns,) = dims(diagonal, 1, "frod_lambda_l", module, context)
     check_shape(v, (columns, columns), "frod_V", module, context)
     check_shape(indices, (2, values.numel), "frod_s_indices", module, context)
-    target = weight_of(module, context)
-    turned = context.config.flag("fan_in_fan_out")
-    target = oriented(module, context, (target.matrix[1] if turned else target.matrix[0], columns))
+    target = oriented(module, context, (matrix_of(module, context)[0], columns))
 
     def load(weights: Weights) -> Kernel:
         import torch

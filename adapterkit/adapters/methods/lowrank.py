@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import LowRank, RowMap, matrix, raw
 from adapterkit.adapters.method import Context, Edit, Method, Module
-from adapterkit.adapters.methods.common import at, bias_of, check_shape, dims, edit, oriented, shared, take, weight_of
+from adapterkit.adapters.methods.common import (
+    at,
+    bias_of,
+    check_shape,
+    dims,
+    edit,
+    matrix_of,
+    oriented,
+    shared,
+    take,
+    weight_of,
+)
 from adapterkit.adapters.methods.vera import LOST
 from adapterkit.errors import AdapterError, TargetError
 
@@ -140,10 +151,7 @@ def _randlora(module: Module, context: Context) -> Iterator[Edit]:
     rank, bases = dims(lam, 2, "randlora_lambda", module, context)
     small = dims(gamma, 2, "randlora_gamma", module, context)[1]
     check_shape(gamma, (bases, small), "randlora_gamma", module, context)
-    target = weight_of(module, context)
-    rows, columns = target.matrix
-    turned = context.config.flag("fan_in_fan_out")
-    target = oriented(module, context, (columns, rows) if turned else (rows, columns))
+    target = oriented(module, context, matrix_of(module, context))
     shape = target.matrix
     if min(shape) != small or -(-small // rank) != bases:
         check_shape(gamma, (-(-min(shape) // rank), min(shape)), "randlora_gamma", module, context)
@@ -169,9 +177,7 @@ def _random_bases(
         return (lambda: (matrix(a), matrix(b))), (a, b)
     height = width = 0
     for other in context.siblings:
-        rows, columns = weight_of(other, context).matrix
-        if config.flag("fan_in_fan_out"):
-            rows, columns = columns, rows
+        rows, columns = matrix_of(other, context)
         height, width = max(height, rows), max(width, columns)
     low, high = min(height, width), max(height, width)
     sparsity = sqrt(low) if config.flag("very_sparse") else 3.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from math import prod
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import RowMap, matrix
@@ -33,6 +34,12 @@ def _oft(module: Module, context: Context) -> Iterator[Edit]:
     size = (1 + math.isqrt(1 + 8 * entries)) // 2
     target = weight_of(module, context)
     columns = target.matrix[1]
+    if prod(target.shape[2:]) > 1:
+        raise UnsupportedAdapter(
+            f"{context.where}: {module.path} is a convolution of {list(target.shape[2:])}, and PEFT's OFT sums overlapping "
+            "patches before it, which no weight of that size can stand for",
+            "train the convolution with BOFT, HRA or LoRA",
+        )
     shared = config.flag("block_share")
     fits = blocks == 1 and columns % size == 0 if shared else blocks * size == columns
     if not fits or size * (size - 1) // 2 != entries:
@@ -165,7 +172,8 @@ METHODS = (
             ]
         ),
         notes="the series and the exact form turn opposite ways, so the config decides; PEFT changed the series in 0.18 and "
-        "merges older adapters by the new one: here each by its own; files of PEFT before 0.16 are refused",
+        "merges older adapters by the new one: here each by its own; files of PEFT before 0.16 are refused; so are "
+        "convolutions larger than 1x1: PEFT sums overlapping patches in front of them, and its own merge does not",
     ),
     Method(
         peft_type="BOFT",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import RowMap, matrix
 from adapterkit.adapters.method import Context, Edit, Method, Module
-from adapterkit.adapters.methods.common import dims, edit, oriented, take, weight_of
+from adapterkit.adapters.methods.common import dims, edit, matrix_of, oriented, take
 from adapterkit.errors import AdapterError, TargetError
 
 if TYPE_CHECKING:
@@ -27,9 +27,7 @@ def _sparse(module: Module, context: Context, name: str, scale: float, delta: De
     """The edit that adds ``scale * delta(...)`` of coefficients at seeded places."""
     (spectrum,) = take(module, context, name)
     (count,) = dims(spectrum, 1, name, module, context)
-    rows, columns = weight_of(module, context).matrix
-    turned = context.config.flag("fan_in_fan_out")
-    target = oriented(module, context, (columns, rows) if turned else (rows, columns))
+    target = oriented(module, context, matrix_of(module, context))
     shape = target.matrix
     seed = context.config.get("random_loc_seed", 777)
     if type(seed) is not int or count > shape[0] * shape[1]:

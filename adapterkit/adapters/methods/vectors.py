@@ -81,8 +81,8 @@ def _beft(module: Module, context: Context) -> Iterator[Edit]:
     target = bias_of(module, context)
     if target is None:
         raise TargetError(
-            f"{context.where}: {module.path} has no bias in the base, which BEFT trains",
-            "this adapter was trained on another base",
+            f"{context.where}: {module.path} has no bias in the base, and BEFT adds to it",
+            "give the base it was trained on; where that has none, PEFT cannot merge it either",
         )
     check_shape(vector, (1, target.matrix[0]), "beft_bias", module, context)
 

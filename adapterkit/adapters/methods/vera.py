@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import LowRank, matrix
 from adapterkit.adapters.method import Context, Edit, Method, Module
-from adapterkit.adapters.methods.common import dims, edit, oriented, weight_of
+from adapterkit.adapters.methods.common import dims, edit, oriented, stored_turned, weight_of
 from adapterkit.adapters.methods.common import shared as shared_tensor
 from adapterkit.errors import AdapterError, TargetError
 
@@ -71,9 +71,8 @@ def _edits(kind: _Kind, module: Module, context: Context) -> Iterator[Edit]:
 def _columns(module: Module, context: Context, rows: int) -> int:
     """The module's input size: the file says the output size, the base says both."""
     first, second = weight_of(module, context).matrix
-    if first == second:
-        return first
-    return first if second == rows and context.config.flag("fan_in_fan_out") else second
+    turned = second == rows and (first != rows or stored_turned(module, context))
+    return first if turned and "fan_in_fan_out" in context.config.raw else second
 
 
 def _matrices(
