@@ -13,6 +13,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.installed
+	rm -rf demo
 	$(BIN)/adapterkit demo demo
 
 test: $(VENV)/.installed

@@ -13,9 +13,7 @@ from adapterkit.adapters.fold import FLOATS, Folded, fold
 from adapterkit.adapters.sidecars import side_files
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.open import open_checkpoint
-from adapterkit.checkpoint.parts import finish_parts, write_part
-from adapterkit.checkpoint.plan import Plan, parse_size, plan_safetensors
-from adapterkit.checkpoint.write import check_output, default_jobs, write_safetensors
+from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size, plan_safetensors
 from adapterkit.dtypes import BY_LABEL, DType
 from adapterkit.errors import CheckpointError, UsageError
 from adapterkit.report import AdapterUse, MergeReport
@@ -165,6 +163,9 @@ def merge(
     Raises:
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError, AuthError, HubError
     """
+    # Planning alone (`--dry-run`) never needs what writes.
+    from adapterkit.checkpoint.write import check_output, write_safetensors
+
     started = time.monotonic()
     planned = plan_merge(
         base,
@@ -200,6 +201,8 @@ def execute(plan: Plan, out: Ref, *, part: int | None = None, jobs: int | None =
     Raises:
         CheckpointError: the inputs are not those of the plan.
     """
+    from adapterkit.checkpoint.parts import finish_parts, write_part
+
     request = plan.request
     planned = plan_merge(
         request["base"],

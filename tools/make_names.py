@@ -161,6 +161,20 @@ def stacked(model: Any) -> set[str]:
     }
 
 
+def ties(found: Any) -> dict[str, str]:
+    """Start of a tied name (a pattern) -> start of the name it is stored under (text)."""
+    made = {}
+    for target, source in found.items() if isinstance(found, dict) else ():
+        source = re.sub(r"\(\?!.*?\)$", "", source).removeprefix("^").removesuffix("$")
+        if "(" in source:  # the same part of the module tree on both sides
+            target, source = target[: target.index("(")], source[: source.index("(")]
+        if "shared_transf" in source:  # Zamba: blocks that recur, where the config says; `*` is worked out with it
+            block = "shared_transf" + source.partition("shared_transf")[2]
+            target, source = rf"layers\.\d+\.{block}", f"layers.*.{block}"
+        made[target.removeprefix("^")] = source.replace("\\", "")
+    return made
+
+
 def meta(cls: Any) -> Any:
     """An instance of ``cls`` without weights: tiny where the zoo can make it, else with its default config."""
     import torch
@@ -190,15 +204,13 @@ def build() -> dict[str, Any]:
         entry: dict[str, Any] = {
             "type": cls.config_class.model_type,
             "prefix": cls.base_model_prefix,
-            "tied": {},
             "in": [],
         }
-        ties = cls._tied_weights_keys
-        if isinstance(ties, dict):
-            entry["tied"] = dict(ties)
+        entry["tied"] = ties(cls._tied_weights_keys)
         try:
             model = meta(cls)
             entry["in"] = children(model)
+            entry["tied"] = ties(model._tied_weights_keys)  # some classes fill it in for each instance
             leaves |= stacked(model)
         except Exception as error:
             print(f"make_names: {name} not built ({type(error).__name__}: {str(error)[:100]})", file=sys.stderr)

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from adapterkit.errors import AdapterError, UnsafeError
 
-PATTERN_TIMEOUT = 2.0  # seconds for one match; a pattern that needs longer was made to hang
-MAX_PATTERN = 4096
-_LITERAL = re.compile(r"[A-Za-z0-9_.-]+")
+PATTERN_TIMEOUT = 2.0  # seconds for all matches of one config; patterns that need longer were made to hang
+MAX_PATTERN = 4096  # characters
+MAX_REPEATS = 100_000  # product of all counted repeats of a pattern: compiling takes time and memory with it
+_DOTTED = re.compile(r"[A-Za-z0-9_.-]+")
+_REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 
 # Fields every PEFT method has, and what PEFT's own loader does with them; none changes a merged weight by itself.
 COMMON_FIELDS = frozenset(
@@ -54,6 +58,7 @@ class AdapterConfig:
 
     raw: Mapping[str, Any]
     where: str
+    _spent: list[float] = field(default_factory=lambda: [0.0], repr=False, compare=False)
 
     @property
     def peft_type(self) -> str:
@@ -71,8 +76,8 @@ class AdapterConfig:
         return str(value) if value else None
 
     @property
-    def peft_version(self) -> tuple[int, int]:
-        """Major and minor of the PEFT that wrote it; PEFT before 0.18 did not say, so (0, 17) when it is missing.
+    def peft_minor(self) -> tuple[int, int]:
+        """Major and minor version of the PEFT that wrote it; PEFT before 0.18 did not say, so (0, 17) when missing.
 
         Raises:
             AdapterError: it is there and not a version.
@@ -123,13 +128,25 @@ class AdapterConfig:
             raise AdapterError(f"{self.where}: '{name}' is not a list of names", "correct the config")
         return found
 
+    def choice(self, name: str, known: tuple[Any, ...], default: Any = None) -> Any:
+        """A field that must have one of the values we know.
+
+        Raises:
+            AdapterError: it has another one.
+        """
+        value = self.get(name, default)
+        if not any(type(value) is type(one) and value == one for one in known):
+            words = ", ".join(repr(one) for one in known)
+            raise AdapterError(f"{self.where}: '{name}' is {value!r}; known are {words}", "update adapterkit")
+        return value
+
     def patterned(self, name: str, patterns: str, module: str) -> float:
         """A number that a map of patterns may give a module of its own.
 
         Raises:
             AdapterError: it is missing or not a number.
         """
-        own = pattern_value(self.mapping(patterns), module, self.where)
+        own = self.pattern(patterns, module)
         return self.number(name) if own is None else own
 
     def scaling(self, module: str, rank: int, alpha_field: str = "lora_alpha") -> float:
@@ -143,7 +160,7 @@ class AdapterConfig:
         Raises:
             AdapterError: the config gives this module another rank than its factors have.
         """
-        said = pattern_value(self.mapping("rank_pattern"), module, self.where)
+        said = self.pattern("rank_pattern", module)
         expected = self.get("r") if said is None else said
         if expected is not None and expected != rank:
             raise AdapterError(
@@ -153,17 +170,56 @@ class AdapterConfig:
         alpha = self.patterned(alpha_field, "alpha_pattern", module)
         return float(alpha) / (math.sqrt(rank) if self.flag("use_rslora") else rank)
 
-    def choice(self, name: str, known: tuple[Any, ...], default: Any = None) -> Any:
-        """A field that must have one of the values we know.
+    def pattern(self, name: str, module: str) -> float | None:
+        """The value of the first pattern that matches, in the file's own order, as PEFT's ``get_pattern_key`` has it.
+
+        A pattern is a regular expression anchored at the end of the path and at a dot before it; the first match wins,
+        not the most specific one.
 
         Raises:
-            AdapterError: it has another one.
+            AdapterError: a pattern is not valid, or its value is not a number.
+            UnsafeError: the patterns take too long to match.
         """
-        value = self.get(name, default)
-        if not any(type(value) is type(one) and value == one for one in known):
-            words = ", ".join(repr(one) for one in known)
-            raise AdapterError(f"{self.where}: '{name}' is {value!r}; known are {words}", "update adapterkit")
-        return value
+        for pattern, value in self.mapping(name).items():
+            if self._matches(pattern, module):
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                    raise AdapterError(
+                        f"{self.where}: the value of pattern '{pattern[:60]}' is not a number", "correct it"
+                    )
+                return value
+        return None
+
+    def is_whole(self, pattern: str, module: str) -> bool:
+        """Whether a pattern is the whole path of a module, as PEFT matches ``target_modules`` given as one string.
+
+        Raises:
+            AdapterError, UnsafeError: as `pattern`.
+        """
+        return self._matches(pattern, module, whole=True)
+
+    def _matches(self, pattern: str, module: str, whole: bool = False) -> bool:
+        if _DOTTED.fullmatch(pattern) and not whole:
+            return _dotted(pattern, module)
+        if len(pattern) > MAX_PATTERN or _repeats(pattern) > MAX_REPEATS:
+            raise UnsafeError(f"{self.where}: pattern '{pattern[:60]}' was made to hang", "do not use this adapter")
+        import regex
+
+        started = time.thread_time()
+        try:
+            left = PATTERN_TIMEOUT - self._spent[0]
+            if left <= 0:
+                raise TimeoutError
+            return _compiled(pattern, whole).match(module, timeout=left) is not None
+        except TimeoutError:
+            raise UnsafeError(
+                f"{self.where}: pattern '{pattern[:60]}' takes too long to match", "do not use this adapter"
+            ) from None
+        except (regex.error, RecursionError, ValueError) as error:
+            raise AdapterError(
+                f"{self.where}: pattern '{pattern[:60]}' is not valid ({error})", "correct the config"
+            ) from None
+        finally:
+            self._spent[0] += time.thread_time() - started
 
     def unknown_fields(self, known: frozenset[str]) -> list[str]:
         """Fields that are not known and say something: a newer PEFT may mean another formula by them."""
@@ -172,43 +228,23 @@ class AdapterConfig:
         )
 
 
-def pattern_value(patterns: Mapping[str, Any], module: str, where: str) -> float | None:
-    """The value of the first pattern that matches, in the file's own order, as PEFT's ``get_pattern_key`` has it.
-
-    A pattern is a regular expression anchored at the end of the path and at a dot before it; the first match wins, not
-    the most specific one.
-    """
-    for pattern, value in patterns.items():
-        if _matches(pattern, module, where):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise AdapterError(f"{where}: the value of pattern '{pattern[:60]}' is not a number", "correct it")
-            return value
-    return None
-
-
-def _matches(pattern: str, module: str, where: str) -> bool:
-    if len(pattern) > MAX_PATTERN:
-        raise UnsafeError(f"{where}: a pattern of {len(pattern)} characters", "do not use this adapter")
-    if _LITERAL.fullmatch(pattern) and "." not in pattern:
-        return module == pattern or module.endswith("." + pattern)
-    return _bounded(rf"(?:.*\.)?(?:{pattern})$", pattern, module, where)
-
-
-def full_match(pattern: str, module: str, where: str) -> bool:
-    """Whether a pattern is the whole path, as PEFT matches ``target_modules`` given as one string."""
-    if len(pattern) > MAX_PATTERN:
-        raise UnsafeError(f"{where}: a pattern of {len(pattern)} characters", "do not use this adapter")
-    return _bounded(rf"(?:{pattern})\Z", pattern, module, where)
-
-
-def _bounded(expression: str, pattern: str, module: str, where: str) -> bool:
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str, whole: bool) -> Any:
     import regex
 
-    try:
-        return regex.match(expression, module, timeout=PATTERN_TIMEOUT) is not None
-    except TimeoutError:
-        raise UnsafeError(
-            f"{where}: pattern '{pattern[:60]}' takes too long to match", "do not use this adapter"
-        ) from None
-    except regex.error as error:
-        raise AdapterError(f"{where}: pattern '{pattern[:60]}' is not valid ({error})", "correct the config") from None
+    # The groups stand as in PEFT's own expression, so that back-references count the same.
+    return regex.compile(rf"({pattern})\Z" if whole else rf"(.*\.)?({pattern})$")
+
+
+def _repeats(pattern: str) -> int:
+    """How many times a pattern repeats something, all its counts multiplied."""
+    counts = [max(int(low or 0), int(high or 0), 1) for low, high in _REPEAT.findall(pattern)]
+    return math.prod(counts)
+
+
+def _dotted(pattern: str, module: str) -> bool:
+    """A pattern of plain characters and dots (each matching any one character) at the end of a path."""
+    start = len(module) - len(pattern)
+    if start < 0 or (start > 0 and module[start - 1] != ".") or not module.endswith(pattern.rpartition(".")[2]):
+        return False
+    return all(p in (".", c) for p, c in zip(pattern, module[start:], strict=True))

@@ -91,6 +91,7 @@ def fold(
     added = [name for name in by_tensor if name not in base]
     result = _Fold(base, tensors, by_tensor, dtype)
     merged = result.tensors()
+    _check_vocabulary(base, merged, names)
     shards = _shards(base, merged)
     checkpoint = replace(base, tensors=merged, shards=shards)
     heads = {
@@ -192,6 +193,21 @@ def _replicated(base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[Checkpoi
 def _shards(base: Checkpoint, merged: Mapping[str, Tensor]) -> dict[str, str]:
     last = list(base.shards.values())[-1] if base.shards else "model.safetensors"
     return {name: base.shards.get(name, last) for name in merged}
+
+
+def _check_vocabulary(base: Checkpoint, merged: Mapping[str, Tensor], names: Names) -> None:
+    """An embedding and an output layer that had as many rows before must have as many afterwards."""
+    for pair in names.declared_ties():
+        targets = [names.find(parameter) for parameter in pair]
+        if None in targets:
+            continue
+        one, other = (target.pieces[0].tensor for target in targets if target is not None)
+        old, new = [(base[one].shape, base[other].shape), (merged[one].shape, merged[other].shape)]
+        if old[0][:1] == old[1][:1] and new[0][:1] != new[1][:1]:
+            raise TargetError(
+                f"the adapter brings {new[0][0]} rows for '{one}' and leaves '{other}' with {new[1][0]}",
+                "give the base whose vocabulary was resized before training",
+            )
 
 
 def _resized(old: Tensor, new: Tensor) -> bool:

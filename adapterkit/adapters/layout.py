@@ -254,9 +254,9 @@ def _as_wanted(layout: Layout, target: str, number: Callable[[str | None, str], 
     return layout.shape[-1] == number(None, field)
 
 
-def unrun(ops: Sequence[Op], shapes: Sequence[Sequence[int]], keys: int) -> tuple[int, ...]:
-    """The shape of one source tensor, from the shapes of all targets and the number of source ``keys``."""
-    shape = list(shapes[0])
+def unrun(ops: Sequence[Op], shapes: Sequence[Sequence[int]], keys: int, target: int = 0) -> tuple[int, ...]:
+    """The shape of one source tensor of ``target``, from the shapes of all targets and the number of source ``keys``."""
+    shape = list(shapes[target])
     for op, *arguments in reversed(ops):
         if op == "stack":
             shape = shape[1:]

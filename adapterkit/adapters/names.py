@@ -96,7 +96,7 @@ class Names:
                 match = re.match(pattern, rest)
                 other = None
                 if match and (match.end() in (0, len(rest)) or "." in (rest[match.end() - 1], rest[match.end()])):
-                    other = scope + source + rest[match.end() :]
+                    other = scope + self._recurring(source, match.group(0)) + rest[match.end() :]
                 elif rest.startswith(source) and re.fullmatch(r"[\w.]+", pattern):
                     other = scope + pattern + rest[len(source) :]
                 if other is None or other in seen:
@@ -120,6 +120,15 @@ class Names:
             if other is not None and target is not None and other.pieces == target.pieces:
                 found.append(name)
         return found
+
+    def declared_ties(self) -> list[tuple[str, str]]:
+        """``(embedding, output layer)`` of every tie that the model class declares, whether or not this model uses it."""
+        pairs = []
+        for path, pattern, source in self._loader.ties:
+            scope = path + "." if path else ""
+            if re.fullmatch(r"[\w.]+", pattern):
+                pairs.append((scope + source, scope + pattern))
+        return pairs
 
     def stored_name(self, parameter: str, beside: str) -> str:
         """The tensor name under which a new parameter belongs, next to the existing tensor ``beside``.
@@ -162,6 +171,18 @@ class Names:
         for name, entry in self._known.items():
             if entry is not None:
                 yield name
+
+    def _recurring(self, source: str, name: str) -> str:
+        """``source``, with a ``*`` in it replaced by the layer where the shared block of layer ``name`` stands first."""
+        if "*" not in source:
+            return source
+        kinds = self._config.get("layers_block_type")
+        hybrid = [index for index, kind in enumerate(kinds if isinstance(kinds, list) else []) if kind == "hybrid"]
+        layer = re.search(r"\d+", name)
+        if layer is None or int(layer.group(0)) not in hybrid:
+            return source
+        blocks = self._number(None, "num_mem_blocks") or 1
+        return source.replace("*", str(hybrid[hybrid.index(int(layer.group(0))) % blocks]))
 
     @cached_property
     def _loader(self) -> Loader:
@@ -258,32 +279,29 @@ class Names:
 
     def _part(self, rule: Rule, source: int, name: str, found: list[Layout], lead: int) -> Layout | None:
         """The layout of one source of ``rule``, from the layouts of the parameters that the rule makes."""
-        shape = unrun(rule.ops, [layout.shape for layout in found], len(rule.branches))
-        count, place = 1, 0
+        makes = [layout.shape for layout in found]
+        keys = range(len(rule.branches))
+        shapes = [unrun(rule.ops, makes, len(keys))]
+        place = 0
         if any(op[0] in ("stack", "deal") for op in rule.ops):
-            count = sum(layout.shape[0] for layout in found)
+            shapes = [
+                unrun(rule.ops, makes, len(keys), target) for target, made in enumerate(makes) for _ in range(made[0])
+            ]
             matched = rule.match(self._renamed(name))
             digits = re.search(r"\d+", matched[1].group(0)) if matched else None
-            if digits is None or int(digits.group(0)) >= count:
-                return None
-            place = int(digits.group(0))
-        sources = [
-            [whole(f"{key}:{index}", shape, lead) for index in range(count)] for key in range(len(rule.branches))
-        ]
-        keys = [branch.pattern for branch in rule.branches]
+            place = int(digits.group(0)) if digits else len(shapes)
+        if place >= len(shapes):
+            return None
+        sources = [[whole(f"{key}:{index}", shape, lead) for index, shape in enumerate(shapes)] for key in keys]
+        patterns = [branch.pattern for branch in rule.branches]
         pieces: list[Piece] = []
-        for made, stored in zip(run(rule.ops, sources, keys, rule.targets, self._number), found, strict=True):
+        for made, stored in zip(run(rule.ops, sources, patterns, rule.targets, self._number), found, strict=True):
             if made.shape != stored.shape:
                 return None
             for piece in made.pieces:
                 if piece.tensor == f"{source}:{place}":
-                    if piece.transposed:
-                        return None
-                    pieces += [
-                        replace(part, row=piece.at + part.row * piece.at_step, row_step=piece.at_step)
-                        for part in stored.take(piece.row, 1, piece.count, 0)
-                    ]
-        return Layout(shape, lead, tuple(sorted(pieces, key=lambda piece: piece.row)))
+                    pieces += _through(piece, stored, shapes[place])
+        return Layout(shapes[place], lead, tuple(sorted(pieces, key=lambda piece: piece.row)))
 
     def _renamed(self, name: str) -> str:
         """``name`` after the renamings, before any converter."""
@@ -321,6 +339,16 @@ class Names:
                     return value
             queue += [part[key] for key in TEXT_CONFIGS if isinstance(part.get(key), dict)]
         return 0
+
+
+def _through(piece: Piece, stored: Layout, shape: tuple[int, ...]) -> list[Piece]:
+    """Where the rows of a tensor of ``shape`` are that ``piece`` takes, when what takes them is ``stored``."""
+    parts = stored.take(piece.row, 1, piece.count, 0)
+    if not piece.transposed:
+        return [replace(part, row=piece.at + part.row * piece.at_step, row_step=piece.at_step) for part in parts]
+    if len(parts) != 1 or piece.row_at or piece.count != shape[-1] or parts[0].transposed or parts[0].at_step != 1:
+        raise UnmappableError
+    return [Piece(parts[0].tensor, stored.shape[-1], row=piece.at, at=parts[0].at, transposed=True)]
 
 
 def _natural(name: str) -> list[tuple[int, str, int]]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.journal import Journal
+from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import check_target, staging, write_file
 from adapterkit.checkpoint.sink import Sink
-from adapterkit.checkpoint.write import default_jobs, finish, identity
+from adapterkit.checkpoint.write import finish, identity
 from adapterkit.errors import OutputError, UsageError
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.checkpoint.plan import parse_size, plan_safetensors
-from adapterkit.checkpoint.write import default_jobs, write_safetensors
+from adapterkit.checkpoint.plan import default_jobs, parse_size, plan_safetensors
+from adapterkit.checkpoint.write import write_safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.folder import INDEX
 from adapterkit.checkpoint.journal import JOURNAL, Journal
+from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import check_target, publish, staging, write_file
 from adapterkit.checkpoint.sink import Sink
 from adapterkit.errors import OutputError
@@ -20,11 +21,6 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.tensor import Tensor
-
-
-def default_jobs() -> int:
-    """Worker threads when the user names no number: the processors this process may use, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def write_safetensors(

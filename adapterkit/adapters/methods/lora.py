@@ -57,6 +57,7 @@ class Recipe:
     magnitude: Tensor | None = None
     residual: str = ""
     embedding: bool = False
+    turned: bool = False  # the module stores its weight as [in, out]
 
     def load(self, weights: Weights) -> Kernel:
         """Read the factors (and W, where a residual or a column norm needs it) and give the kernel."""
@@ -83,7 +84,8 @@ class Recipe:
             return added
         shift = None
         if self.residual:
-            shift = ops.residual(self.residual, weights.read(0, weights.shape[0]), right.shape[0], self.scale)
+            w = weights.read(0, weights.shape[0])
+            shift = ops.residual(self.residual, w, right.shape[0], self.scale, self.turned)
         magnitude = None if self.magnitude is None else matrix(self.magnitude).flatten()
         norms = column_norms(weights, added) if magnitude is not None and self.embedding else None
         return NormedLowRank(added, shift, magnitude, norms, weights.dtype)
@@ -114,7 +116,8 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
     if context.names.find(parameter) is None and context.names.find(f"{module.path}.in_proj_weight") is not None:
         parameter = f"{module.path}.in_proj_weight"  # torch.nn.MultiheadAttention keeps q, k and v in one parameter
     target = context.target(parameter, key)
-    if context.config.flag("fan_in_fan_out") and len(target.shape) == 2:
+    turned = context.config.flag("fan_in_fan_out") and len(target.shape) == 2
+    if turned:
         target = transposed(target)
     blocks = _blocks(context.config)
     pool = int(context.config.number("qalora_group_size", 16)) if context.config.flag("use_qalora") else 0
@@ -127,7 +130,7 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
             f"{context.where}: '{key}' spans {list(a.shape[1:])} of a grouped convolution {list(target.shape)}",
             "PEFT cannot merge it either; train without the convolution",
         )
-    scale = context.config.scaling(scaled_as, rank)
+    scale = context.config.scaling(scaled_as, rank) * _times_applied(module, context)
     recipe = Recipe(
         a,
         b,
@@ -137,12 +140,24 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
         diagonal=module.tensors.get(DIAGONAL),
         magnitude=module.tensors.get(MAGNITUDE),
         residual=_residual(context, module),
+        turned=turned,
     )
     _check_vector(recipe.magnitude, expected[0], f"{module.path}.{MAGNITUDE}", context.where)
     _check_vector(recipe.diagonal, rank, f"{module.path}.{DIAGONAL}", context.where)
     yield Edit(target, _change(recipe, rank, expected))
     if B_BIAS in module.tensors:
         yield _bias_edit(module, context, scale)
+
+
+def _times_applied(module: Module, context: Context) -> int:
+    """How often PEFT adds the delta of this module, in training as in its own merge.
+
+    Its wrapper of ``torch.nn.MultiheadAttention`` adds that of ``out_proj`` itself and then calls ``out_proj.merge()``,
+    which adds it again (measured with 0.21.2: forward and merge agree on twice). That is what was trained.
+    """
+    parent, _, leaf = module.path.rpartition(".")
+    inside = leaf == "out_proj" and any(other.path == parent for other in context.siblings)
+    return 2 if inside and context.names.find(f"{parent}.in_proj_weight") is not None else 1
 
 
 def _expected(a: Tensor, b: Tensor, blocks: int, pool: int, target: Target) -> tuple[int, int]:

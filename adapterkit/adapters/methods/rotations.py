@@ -48,7 +48,7 @@ def _oft(module: Module, context: Context) -> Iterator[Edit]:
             f"{columns} columns of {target.parameter}",
             "this adapter was trained on another base, or its config is not its own",
         )
-    series, halved = config.flag("use_cayley_neumann"), config.peft_version >= (0, 18)
+    series, halved = config.flag("use_cayley_neumann"), config.peft_minor >= (0, 18)
     terms = int(config.number("num_cayley_neumann_terms", 5))
     limit = config.number("eps", 6e-5) if config.flag("coft") else None
 

@@ -7,7 +7,6 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import LowRank, RowMap, matrix, replace
-from adapterkit.adapters.config import full_match
 from adapterkit.adapters.method import Context, Edit, Method, Module
 from adapterkit.adapters.methods.common import at, bias_of, check_shape, edit, oriented, take, weight_of
 from adapterkit.errors import TargetError
@@ -62,7 +61,7 @@ def _feeds_forward(module: Module, context: Context) -> bool:
     """Whether a convolution's inputs are scaled: its vector has one shape for both, so the config must tell."""
     named = context.config.get("feedforward_modules", [])
     if isinstance(named, str):
-        return full_match(named, module.path, context.config.where)
+        return context.config.is_whole(named, module.path)
     return any(module.path.endswith(name) for name in context.config.names("feedforward_modules"))
 
 

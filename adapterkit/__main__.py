@@ -1,0 +1,5 @@
+"""`python -m adapterkit`"""
+
+from adapterkit.cli import main
+
+main()

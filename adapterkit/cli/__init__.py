@@ -1,0 +1,88 @@
+"""The command line: one short file per verb, imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from typing import Any
+
+import click
+
+from adapterkit._version import __version__
+from adapterkit.cli.output import fail, interrupted
+from adapterkit.errors import AdapterkitError
+
+# verb: (module, one line for --help)
+VERBS = {
+    "inspect": ("adapterkit.cli.inspect", "Show what an adapter or a checkpoint is, and how it is."),
+    "check": ("adapterkit.cli.check", "Say whether adapters fit a base, and what a server makes of them."),
+    "merge": ("adapterkit.cli.merge", "Fold adapters into a base, in one streaming pass."),
+    "execute": ("adapterkit.cli.execute", "Execute a saved plan, or one part of it."),
+    "demo": ("adapterkit.cli.demo", "Make a tiny model, train an adapter, merge it, and show that it worked."),
+}
+
+
+class Verbs(click.Group):
+    """A group whose commands are imported when they are used, so that `--help` stays instant."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(VERBS[cmd_name][0])
+        return module.command  # type: ignore[no-any-return]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in VERBS.items()])
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="adapterkit")
+@click.option("--debug", is_flag=True, help="Show a traceback when something fails.")
+def app(debug: bool) -> None:
+    """Merge, convert, verify and track fine-tuning adapters without loading the model.
+
+    \b
+    A first merge:
+      adapterkit merge BASE ADAPTER -o merged
+    BASE and ADAPTER are folders or Hub ids (org/name[@revision]).
+
+    \b
+    Exit codes: 0 ok, 1 failure, 2 usage, 3 a check did not hold, 4 authentication, 5 network or Hub,
+    6 refused as unsafe, 7 not found, 130 interrupted.
+    """
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line and exit with the documented code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    # A job that is told to stop tidies up like one that is interrupted at the keyboard.
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    debug = "--debug" in given
+    try:
+        code = app.main(args=given, prog_name="adapterkit", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except click.exceptions.Abort:
+        sys.exit(interrupted(given))
+    except KeyboardInterrupt:
+        sys.exit(interrupted(given))
+    except click.ClickException as error:
+        if "--json" in given:
+            sys.exit(fail(given, error.exit_code, "usage", error.format_message(), ""))
+        error.show()
+        sys.exit(error.exit_code)
+    except AdapterkitError as error:
+        if debug:
+            raise
+        sys.exit(fail(given, error.exit_code, type(error).__name__, error.message, error.hint))
+    except BrokenPipeError:
+        sys.exit(0)
+    except Exception as error:
+        if debug:
+            raise
+        text = f"something unforeseen went wrong ({type(error).__name__}: {error})"
+        sys.exit(fail(given, 1, "internal", text, "run it again with --debug and report what it prints"))

@@ -1,0 +1,33 @@
+"""`adapterkit check`"""
+
+from __future__ import annotations
+
+import click
+
+from adapterkit.cli.output import say, show_json
+
+
+@click.command(name="check", short_help="Say whether adapters fit a base, and what a server makes of them.")
+@click.argument("base")
+@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
+@click.option("--for", "server", metavar="SERVER", help="vllm, sglang, llama.cpp, ollama, lorax or mlx.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(base: str, adapters: tuple[str, ...], server: str | None, as_json: bool) -> int:
+    """Check ADAPTERs against BASE: names, shapes, vocabulary, what they say of their base. Headers only.
+
+    Exits with 3 when something does not hold.
+
+    \b
+    Example:
+      adapterkit check meta-llama/Llama-3.2-1B ./my-adapter --for vllm
+    """
+    from adapterkit.check import check
+
+    report = check(base, adapters, server=server)
+    if as_json:
+        show_json(report)
+    else:
+        for finding in report.findings:
+            say(f"{finding.level}: {finding.adapter}: {finding.message}{'; ' + finding.hint if finding.hint else ''}")
+        say(f"{'fits' if report.ok else 'does not hold'}: {report.touched} tensors of {report.base}")
+    return 0 if report.ok else 3

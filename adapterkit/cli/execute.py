@@ -1,0 +1,42 @@
+"""`adapterkit execute`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from adapterkit.cli.output import say
+
+
+@click.command(name="execute", short_help="Execute a saved plan, or one part of it.")
+@click.argument("plan", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder to make.")
+@click.option("--part", type=click.IntRange(0), help="Only this part; the folder appears when all parts are finished.")
+@click.option("--finish", is_flag=True, help="All parts are done: make the folder.")
+@click.option("--jobs", type=click.IntRange(1), help="Worker threads.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+def command(plan: Path, out: Path, part: int | None, finish: bool, jobs: int | None, force: bool) -> None:
+    """Execute a PLAN that `merge --save-plan` wrote.
+
+    The parts can run on several machines that share a file system, in any order; the bytes are those of a whole run.
+
+    \b
+    Example:
+      adapterkit merge BASE ADAPTER --save-plan plan.json
+      adapterkit execute plan.json -o merged --part 0        # one call for each part, anywhere
+      adapterkit execute plan.json -o merged --finish
+    """
+    from adapterkit.checkpoint.plan import Plan
+    from adapterkit.merge import execute
+
+    loaded = Plan.from_json(plan.read_text())
+    if part is not None:
+        execute(loaded, out, part=part, jobs=jobs, force=force)
+        say(f"part {part} of {len(loaded.files)} is done")
+        return
+    if not finish:
+        for index in range(len(loaded.files)):
+            execute(loaded, out, part=index, jobs=jobs, force=force)
+    execute(loaded, out, force=force)
+    say(str(out))

@@ -1,0 +1,89 @@
+"""`adapterkit inspect`"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from adapterkit.cli.output import count, note, say, show_json, size
+
+if TYPE_CHECKING:
+    from adapterkit.inspect import Inspection
+
+
+@click.command(name="inspect", short_help="Show what an adapter or a checkpoint is, and how it is.")
+@click.argument("ref", metavar="ADAPTER|CHECKPOINT")
+@click.option("--base", help="The adapter's base, to give its share of the parameters.")
+@click.option("--health", is_flag=True, help="Read the factors: NaN, untrained modules, norms, effective ranks.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(ref: str, base: str | None, health: bool, as_json: bool) -> None:
+    """Show what an ADAPTER or a CHECKPOINT is; only headers are read, also from the Hub.
+
+    \b
+    Example:
+      adapterkit inspect ./my-adapter --base meta-llama/Llama-3.2-1B
+    """
+    from adapterkit.inspect import inspect
+
+    found = inspect(ref, base=base, health=health)
+    if as_json:
+        show_json(found)
+        return
+    for text in found.notes:
+        note(f"note: {text}")
+    rows = _adapter_rows(found) if found.kind == "adapter" else _checkpoint_rows(found)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        say(f"{name:<{width}}  {value}")
+    if found.health:
+        _show_health(found)
+
+
+def _several(values: dict[str, int]) -> str:
+    return ", ".join(name if len(values) == 1 else f"{name} ({times})" for name, times in values.items())
+
+
+def _adapter_rows(found: Inspection) -> list[tuple[str, str]]:
+    share = f", {found.share:.3%} of the base" if found.share is not None else ""
+    rows = [
+        ("adapter", found.ref),
+        ("method", found.method),
+        ("rank", _several(found.ranks)),
+        ("scaling", _several(found.scalings)),
+        ("targets", ", ".join(f"{name} x{times}" for name, times in found.targets.items())),
+        ("whole", ", ".join(found.whole)),
+        ("parameters", f"{count(found.parameters)}{share}"),
+        ("size", f"{size(found.nbytes)} in {found.tensors} tensors ({_several(found.dtypes)})"),
+        ("base", " @ ".join(part for part in (found.base, found.revision) if part) or "not named"),
+        ("peft", found.peft_version),
+        ("commit", found.commit),
+        ("mergeable", found.mergeable or "yes"),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def _checkpoint_rows(found: Inspection) -> list[tuple[str, str]]:
+    rows = [
+        ("checkpoint", found.ref),
+        ("architecture", found.architecture),
+        ("parameters", count(found.parameters)),
+        ("size", f"{size(found.nbytes)} in {found.tensors} tensors, {len(found.files)} files"),
+        ("dtypes", _several(found.dtypes)),
+        ("commit", found.commit),
+    ]
+    return [(name, value) for name, value in rows if value]
+
+
+def _show_health(found: Inspection) -> None:
+    say()
+    say(f"{'norm':>10} {'rank':>5} {'effective':>9}  module")
+    for row in found.health:
+        problem = f"  <- {row.problem}" if row.problem else ""
+        say(f"{row.norm:>10.4g} {row.rank:>5} {row.effective_rank:>9.2f}  {row.module}{problem}")
+    bad = [row for row in found.health if row.problem]
+    say(
+        f"{len(bad)} of {len(found.health)} modules have a problem"
+        if bad
+        else f"{len(found.health)} modules, all sound"
+    )

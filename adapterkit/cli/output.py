@@ -1,0 +1,93 @@
+"""How results, messages, progress and errors are printed: results on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import click
+
+_SECRET = re.compile(r"hf_[A-Za-z0-9]{8,}|hf_jwt_[\w.-]+|(?i:bearer)\s+\S+|X-Amz-[\w-]+=[^&\s]+|Signature=[^&\s]+")
+
+
+def clean(text: str) -> str:
+    """Text without secrets and without control characters, for a terminal or a log."""
+    text = _SECRET.sub("<redacted>", text)
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(text: str = "") -> None:
+    """A line of the result."""
+    click.echo(clean(text))
+
+
+def note(text: str) -> None:
+    """A line beside the result."""
+    click.echo(clean(text), err=True)
+
+
+def show_json(value: Any) -> None:
+    """A frozen value as JSON on stdout."""
+    data = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    click.echo(_SECRET.sub("<redacted>", json.dumps(data, indent=2, ensure_ascii=False)))
+
+
+def fail(arguments: list[str], exit_code: int, code: str, message: str, hint: str) -> int:
+    """Print an error the way the caller asked for, and give the exit code."""
+    if "--json" in arguments:
+        show_json({"error": {"code": code, "message": message, "hint": hint}})
+    else:
+        click.echo(f"error: {clean(message)}{'; ' + clean(hint) if hint else ''}", err=True)
+    return exit_code
+
+
+def interrupted(arguments: list[str]) -> int:
+    kept = "finished work is kept for --resume" if "--resume" in arguments else "nothing was left behind"
+    return fail(arguments, 130, "interrupted", "interrupted", kept)
+
+
+def size(nbytes: float) -> str:
+    """``1.23 GB``"""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
+
+
+def count(number: int) -> str:
+    return f"{number:,}"
+
+
+class Progress:
+    """A bar with bytes and ETA on a terminal, a line now and then elsewhere."""
+
+    EVERY = 30.0  # seconds between lines where there is no terminal
+
+    def __init__(self, label: str, *, enabled: bool = True) -> None:
+        self._label, self._enabled = label, enabled
+        self._tty = sys.stderr.isatty()
+        self._started = self._last = time.monotonic()
+        self._shown = False
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if not self._enabled or now - self._last < (0.1 if self._tty else self.EVERY):
+            return
+        self._last, self._shown = now, True
+        share = done / total if total else 1.0
+        left = (now - self._started) * (1 - share) / share if share > 0 else 0.0
+        text = f"{self._label} {size(done)} of {size(total)}, {share:4.0%}, {left:.0f} s left"
+        if self._tty:
+            filled = int(24 * share)
+            click.echo(f"\r{'#' * filled}{'.' * (24 - filled)} {text}\x1b[K", err=True, nl=False)
+        else:
+            click.echo(text, err=True)
+
+    def close(self) -> None:
+        if self._tty and self._shown:
+            click.echo("\r\x1b[K", err=True, nl=False)

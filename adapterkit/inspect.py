@@ -1,0 +1,217 @@
+"""`inspect`: what an adapter or a checkpoint is, and with ``health`` how it is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.adapters.adapter import Adapter, load_adapter
+from adapterkit.adapters.edits import check_config, group_modules, method_of
+from adapterkit.adapters.methods.lora import EMBEDDING_A, EMBEDDING_B, MAGNITUDE, A, B
+from adapterkit.checkpoint.folder import ADAPTER_CONFIG
+from adapterkit.checkpoint.open import locate, open_checkpoint
+from adapterkit.errors import AdapterError
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.method import Module
+    from adapterkit.checkpoint.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class ModuleHealth:
+    """How one module's factors are.
+
+    Attributes:
+        module: its path.
+        rank: of the factors.
+        norm: Frobenius norm of s B A.
+        effective_rank: exp of the entropy of its normalised singular values (Roy and Vetterli 2007).
+        problem: ``nan``, ``untrained`` (B is all zero) or empty.
+    """
+
+    module: str
+    rank: int
+    norm: float
+    effective_rank: float
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What something is; fields that do not apply are empty.
+
+    Attributes:
+        kind: ``adapter`` or ``checkpoint``.
+        method: of an adapter, with its variants.
+        ranks, scalings: how often each occurs.
+        targets: module name to how many layers have it.
+        parameters: trainable ones of an adapter, all of a checkpoint.
+        share: of the base's parameters, where the base is known.
+        mergeable: empty when it is, else the reason why not.
+    """
+
+    ref: str
+    kind: str
+    parameters: int
+    nbytes: int
+    tensors: int
+    dtypes: dict[str, int]
+    method: str = ""
+    ranks: dict[str, int] = field(default_factory=dict)
+    scalings: dict[str, int] = field(default_factory=dict)
+    targets: dict[str, int] = field(default_factory=dict)
+    whole: tuple[str, ...] = ()
+    base: str = ""
+    revision: str = ""
+    peft_version: str = ""
+    share: float | None = None
+    mergeable: str = ""
+    architecture: str = ""
+    files: tuple[str, ...] = ()
+    commit: str = ""
+    health: tuple[ModuleHealth, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def inspect(ref: str | Path, *, base: str | Path | None = None, health: bool = False) -> Inspection:
+    """Look at an adapter or a checkpoint; only headers are read unless ``health`` is asked for.
+
+    Args:
+        ref: folder, file or Hub id.
+        base: the adapter's base, to give its share of the parameters.
+        health: read the factors: NaN, untrained modules, norms and effective ranks.
+
+    Raises:
+        NotFound, CheckpointError, AdapterError, UnsafeError, AuthError, HubError
+    """
+    if not Path(ref).is_file() and ADAPTER_CONFIG in locate(ref, headers_only=True).names:
+        adapter = load_adapter(ref, headers_only=not health)
+        return inspect_adapter(adapter, None if base is None else open_checkpoint(base, headers_only=True), health)
+    return inspect_checkpoint(open_checkpoint(ref, headers_only=True))
+
+
+def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
+    dtypes = Counter(str(tensor.dtype) for tensor in checkpoint.values())
+    architectures = checkpoint.config.get("architectures") or [checkpoint.config.get("model_type", "")]
+    return Inspection(
+        ref=checkpoint.ref,
+        kind="checkpoint",
+        parameters=checkpoint.parameters,
+        nbytes=checkpoint.nbytes,
+        tensors=len(checkpoint),
+        dtypes=dict(dtypes.most_common()),
+        architecture=", ".join(map(str, architectures)),
+        files=tuple(source.name for source in checkpoint.sources),
+        commit=checkpoint.commit or "",
+        notes=checkpoint.notes,
+    )
+
+
+def inspect_adapter(adapter: Adapter, base: Checkpoint | None, health: bool) -> Inspection:
+    config = adapter.config
+    mergeable = ""
+    modules: tuple[Module, ...] = ()
+    whole: tuple[str, ...] = ()
+    try:
+        modules, plain = group_modules(adapter, method_of(adapter))
+        whole = tuple(plain)
+        check_config(adapter)
+    except AdapterError as error:
+        mergeable = str(error)
+    pairs = [(module, pair) for module in modules if (pair := _pair(module)) is not None]
+    ranks = Counter(str(a.shape[0]) for _, (a, _) in pairs)
+    return Inspection(
+        ref=adapter.ref,
+        kind="adapter",
+        parameters=adapter.parameters,
+        nbytes=adapter.nbytes,
+        tensors=len(adapter.tensors),
+        dtypes=dict(Counter(str(tensor.dtype) for tensor in adapter.tensors.values()).most_common()),
+        method=describe_method(adapter, modules),
+        ranks=dict(ranks.most_common()),
+        scalings=_scalings(adapter, pairs),
+        targets=dict(Counter(module.path.rpartition(".")[2] for module in modules).most_common()),
+        whole=whole,
+        base=config.base or "",
+        revision=config.revision or "",
+        peft_version=str(config.get("peft_version", "")),
+        share=adapter.parameters / base.parameters if base is not None and base.parameters else None,
+        mergeable=mergeable,
+        commit=adapter.commit or "",
+        health=_health(adapter, pairs) if health else (),
+        notes=adapter.notes,
+    )
+
+
+def describe_method(adapter: Adapter, modules: tuple[Module, ...]) -> str:
+    """The method and its variants in a few words: ``LORA (rslora, dora)``."""
+    config = adapter.config
+    init = config.get("init_lora_weights")
+    said = {
+        "rslora": config.get("use_rslora"),
+        "dora": any(MAGNITUDE in module.tensors for module in modules),
+        "rank_pattern": config.get("rank_pattern"),
+        "alpha_pattern": config.get("alpha_pattern"),
+        "lora_bias": config.get("lora_bias"),
+        "experts": config.get("target_parameters"),
+        "tokens": config.get("trainable_token_indices"),
+        str(init): isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal", "mica"),
+    }
+    words = [name for name, value in said.items() if value]
+    return f"{config.peft_type} ({', '.join(words)})" if words else config.peft_type
+
+
+def _pair(module: Module) -> tuple[Any, Any] | None:
+    for a, b in ((A, B), (EMBEDDING_A, EMBEDDING_B)):
+        if a in module.tensors and b in module.tensors:
+            return module.tensors[a], module.tensors[b]
+    return None
+
+
+def _scalings(adapter: Adapter, pairs: list[tuple[Module, tuple[Any, Any]]]) -> dict[str, int]:
+    if adapter.config.peft_type != "LORA" or adapter.config.get("target_parameters"):
+        return {}
+    try:
+        found = Counter(f"{adapter.config.scaling(module.path, a.shape[0]):g}" for module, (a, _) in pairs if a.numel)
+    except AdapterError:
+        return {}  # the reason stands in `mergeable` of a check against a base
+    return dict(found.most_common())
+
+
+def _health(adapter: Adapter, pairs: list[tuple[Module, tuple[Any, Any]]]) -> tuple[ModuleHealth, ...]:
+    import torch
+
+    from adapterkit.adapters.change import matrix
+
+    found = []
+    for module, (a, b) in pairs:
+        left, right = matrix(b).reshape(b.shape[0], -1), matrix(a).reshape(a.shape[0], -1)
+        if EMBEDDING_A in module.tensors:
+            left, right = matrix(a).T, matrix(b).T
+        rank = a.shape[0]
+        if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
+            found.append(ModuleHealth(module.path, rank, float("nan"), 0.0, "nan"))
+            continue
+        values = _singular_values(left, right) if left.shape[1] == right.shape[0] else torch.zeros(1)
+        total = float(values.sum())
+        share = values / total if total else values
+        entropy = float(-(share[share > 0] * share[share > 0].log()).sum()) if total else 0.0
+        try:
+            scale = adapter.config.scaling(module.path, rank)
+        except AdapterError:
+            scale = 1.0
+        norm = scale * float(values.square().sum().sqrt())
+        effective = float(torch.tensor(entropy).exp()) if total else 0.0
+        found.append(ModuleHealth(module.path, rank, norm, effective, "" if total else "untrained"))
+    return tuple(found)
+
+
+def _singular_values(left: Any, right: Any) -> Any:
+    """Singular values of ``left @ right`` from the small core that QR leaves."""
+    import torch
+
+    _, upper = torch.linalg.qr(left.double())
+    _, lower = torch.linalg.qr(right.double().T)
+    return torch.linalg.svdvals(upper @ lower.T)
