@@ -109,7 +109,17 @@ def test_minilm_tuned_merged_and_as_good(minilm: Path, tmp_path: Path) -> None:
     assert before < 0.5 < after
     model.save_pretrained(tmp_path / "adapter")
 
-    command = [sys.executable, "-m", "adapterkit", "merge", minilm, tmp_path / "adapter", "-o", tmp_path / "out", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "adapterkit",
+        "merge",
+        minilm,
+        tmp_path / "adapter",
+        "-o",
+        tmp_path / "out",
+        "--json",
+    ]
     report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert (report["tensors"], report["touched"]) == (104, 37)
 
@@ -122,5 +132,7 @@ def test_minilm_tuned_merged_and_as_good(minilm: Path, tmp_path: Path) -> None:
     assert difference < 1e-5
     assert base > 0.05
     assert score(merged, tokenizer) == after
-    carried = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    carried = {
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()
+    }
     assert {"tokenizer.json", "vocab.txt", "modules.json", "1_Pooling/config.json", "model.safetensors"} <= carried

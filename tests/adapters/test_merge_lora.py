@@ -198,7 +198,9 @@ def test_half_a_resized_vocabulary_is_refused(make_base: Callable[..., Path], tm
     base = make_base("llama")
     bigger = grown(base, tmp_path / "grown", 104)
     adapter = make_adapter(tmp_path / "adapter", bigger, lora(target_modules=["q_proj", "embed_tokens"]))
-    with pytest.raises(TargetError, match=r"brings 104 rows for 'model.embed_tokens.weight' and leaves 'lm_head.weight'"):
+    with pytest.raises(
+        TargetError, match=r"brings 104 rows for 'model.embed_tokens.weight' and leaves 'lm_head.weight'"
+    ):
         adapterkit.merge(base, [adapter], tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "grown"]
     exact = peft_merged(bigger, adapter, tmp_path / "peft").exact

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import LowRank, RowMap, StackedLowRank, matrix
 from adapterkit.adapters.method import Context, Edit, Method, Module
-from adapterkit.adapters.methods.common import check_shape, dims, edit, oriented, take, weight_of
+from adapterkit.adapters.methods.common import check_rank, check_shape, dims, edit, oriented, take, weight_of
+from adapterkit.errors import AdapterError
 
 if TYPE_CHECKING:
     from adapterkit.adapters.change import Kernel, Weights
@@ -27,6 +28,8 @@ def _miss(module: Module, context: Context) -> Iterator[Edit]:
         rank, width = dims(block, 2, name, module, context)
         check_shape(block, (rank, width if variant == "mini" and rows % width == 0 else rows), name, module, context)
         target = oriented(module, context, (rows, columns))
+
+    check_rank(rank, module, context)
 
     def load(weights: Weights) -> Kernel:
         import torch
@@ -67,6 +70,11 @@ def _gralora(module: Module, context: Context) -> Iterator[Edit]:
     count, width, rank = dims(a, 3, "gralora_A", module, context)
     height = dims(b, 3, "gralora_B", module, context)[2]
     check_shape(b, (count, rank, height), "gralora_B", module, context)
+    check_rank(rank, module, context)
+    if rank % count:
+        raise AdapterError(
+            f"{context.where}: {module.path} has rank {rank} for {count} parts", "save the adapter again"
+        )
     target = oriented(module, context, (count * height, count * width))
     hybrid = int(context.config.number("hybrid_r", 0))
     general = take(module, context, *GENERAL) if hybrid else ()

@@ -113,6 +113,20 @@ def check_shape(tensor: Tensor, expected: tuple[int, ...], name: str, module: Mo
         )
 
 
+def check_rank(rank: int, module: Module, context: Context) -> None:
+    """Whether the tensors have the rank that the config gives the module.
+
+    Raises:
+        AdapterError: they have another one.
+    """
+    said = context.config.patterned("r", "rank_pattern", module.path)
+    if said != rank:
+        raise AdapterError(
+            f"{context.config.where}: {module.path} has rank {rank} in the file and {said} in the config",
+            "one of the two was edited; restore the config that was saved with the weights",
+        )
+
+
 def dims(tensor: Tensor, count: int, name: str, module: Module, context: Context) -> tuple[int, ...]:
     """The shape of a tensor that must have ``count`` dimensions.
 

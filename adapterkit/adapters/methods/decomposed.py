@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import LowRank, RowMap, matrix, raw
 from adapterkit.adapters.method import Context, Edit, Method, Module
-from adapterkit.adapters.methods.common import at, check_shape, dims, edit, matrix_of, oriented, shared, take, weight_of
+from adapterkit.adapters.methods.common import (
+    at,
+    check_rank,
+    check_shape,
+    dims,
+    edit,
+    matrix_of,
+    oriented,
+    shared,
+    take,
+    weight_of,
+)
 from adapterkit.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -81,6 +92,7 @@ def _peanut(module: Module, context: Context) -> Iterator[Edit]:
     inner = take(module, context, *_peanut_keys(depth))
     rank, rows = dims(a, 2, "peanut_A.weight", module, context)
     check_shape(b, (rows, rank), "peanut_B.weight", module, context)
+    check_rank(rank, module, context)
     for name, tensor in zip(_peanut_keys(depth), inner, strict=True):
         check_shape(tensor, (rank, rank), name, module, context)
     target = weight_of(module, context)

@@ -11,6 +11,7 @@ from adapterkit.adapters.method import Context, Edit, Method, Module
 from adapterkit.adapters.methods.common import (
     at,
     bias_of,
+    check_rank,
     check_shape,
     dims,
     edit,
@@ -40,6 +41,7 @@ def _hira(module: Module, context: Context) -> Iterator[Edit]:
     rank, rows, columns = a.shape[0], b.shape[0], a.numel // a.shape[0]
     if b.numel != rows * rank:
         raise AdapterError(f"{context.where}: the factors of {module.path} do not fit", "save the adapter again")
+    check_rank(rank, module, context)
     target = oriented(module, context, (columns, rows) if embedding else (rows, columns))
 
     def load(weights: Weights) -> Kernel:
@@ -57,6 +59,8 @@ def _delora(module: Module, context: Context) -> Iterator[Edit]:
     rows = dims(b, 2, "delora_B", module, context)[0]
     check_shape(b, (rows, rank), "delora_B", module, context)
     check_shape(norms, (columns,), "delora_w_norm", module, context)
+    check_shape(strength, (1,), "delora_lambda", module, context)
+    check_rank(rank, module, context)
     target = oriented(module, context, (rows, columns))
 
     def load(weights: Weights) -> Kernel:
@@ -99,12 +103,12 @@ def _glora(module: Module, context: Context) -> Iterator[Edit]:
     rows, columns = target.matrix
     for path in _PATHS:
         height, width = (columns, 1) if path == "C" else (rows, 1) if path in "DE" else (rows, columns)
-        for part, size in (("Xd", height), ("Xu", width)):
-            pair = module.tensors.get(f"glora_{path}.{part}")
-            if pair is not None and dims(pair, 2, f"glora_{path}.{part}", module, context)[part == "Xu"] != size:
-                check_shape(pair, (size,), f"glora_{path}.{part}", module, context)
+        rank = int(context.config.number("r", 8))
+        for part, shape in (("Xd", (height, rank)), ("Xu", (rank, width))):
+            if f"glora_{path}.{part}" in module.tensors:
+                check_shape(module.tensors[f"glora_{path}.{part}"], shape, f"glora_{path}.{part}", module, context)
         vector = module.tensors.get(f"glora_{path}.X")
-        if vector is not None and vector.numel not in (1, height):
+        if vector is not None and vector.shape not in ((1,), (height,), (height, 1)):
             check_shape(vector, (height,), f"glora_{path}.X", module, context)
 
     def load(weights: Weights) -> Kernel:
@@ -151,6 +155,7 @@ def _randlora(module: Module, context: Context) -> Iterator[Edit]:
     rank, bases = dims(lam, 2, "randlora_lambda", module, context)
     small = dims(gamma, 2, "randlora_gamma", module, context)[1]
     check_shape(gamma, (bases, small), "randlora_gamma", module, context)
+    check_rank(rank, module, context)
     target = oriented(module, context, matrix_of(module, context))
     shape = target.matrix
     if min(shape) != small or -(-small // rank) != bases:
@@ -228,6 +233,7 @@ def _vblora(module: Module, context: Context) -> Iterator[Edit]:
         shapes.append((first, second))
     (rank, wide), (high, same) = shapes
     target = oriented(module, context, (high * length, wide * length))
+    check_rank(rank, module, context)
     if same != rank:
         raise AdapterError(
             f"{context.where}: the two sides of {module.path} have ranks {rank} and {same}", "save it again"

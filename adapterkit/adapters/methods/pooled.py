@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import LowRank, matrix, raw
 from adapterkit.adapters.method import Context, Edit, Method, Module
-from adapterkit.adapters.methods.common import check_shape, dims, edit, oriented, shared, take
+from adapterkit.adapters.methods.common import check_rank, check_shape, dims, edit, oriented, shared, take
 from adapterkit.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -92,6 +92,7 @@ def _uni(module: Module, context: Context) -> Iterator[Edit]:
     rank, columns = dims(indices_a, 2, _UNI[0], module, context)
     rows = dims(indices_b, 2, _UNI[1], module, context)[0]
     check_shape(indices_b, (rows, rank), _UNI[1], module, context)
+    check_rank(rank, module, context)
     check_shape(scales_a, (rank, columns), _UNI[2], module, context)
     check_shape(scales_b, (rows, rank), _UNI[3], module, context)
     target = oriented(module, context, (rows, columns))

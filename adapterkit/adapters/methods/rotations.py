@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import RowMap, matrix
 from adapterkit.adapters.method import Context, Edit, Method, Module
-from adapterkit.adapters.methods.common import at, bias_of, check_shape, dims, edit, oriented, take, weight_of
+from adapterkit.adapters.methods.common import (
+    at,
+    bias_of,
+    check_rank,
+    check_shape,
+    dims,
+    edit,
+    oriented,
+    take,
+    weight_of,
+)
 from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter
 
 if TYPE_CHECKING:
@@ -71,6 +81,13 @@ def _boft(module: Module, context: Context) -> Iterator[Edit]:
     target = oriented(module, context, (scale.numel, count * size))
     check_shape(blocks, (factors, count, size, size), "boft_R", module, context)
     del other
+    # PEFT trains a single factor where its CUDA extension is missing, whatever the config says.
+    said = context.config.number("boft_n_butterfly_factor", 1)
+    if factors not in (1, said):
+        raise AdapterError(
+            f"{context.config.where}: '{module.path}.boft_R' has {factors} butterfly factors and the config {said}",
+            "restore the config that was saved with the weights",
+        )
     if factors > 1 and (size % 2 or count % 2 ** (factors - 1)):
         raise AdapterError(
             f"{context.where}: '{module.path}.boft_R' has {count} blocks of {size}, which cannot make a butterfly of "
@@ -95,6 +112,7 @@ def _boft(module: Module, context: Context) -> Iterator[Edit]:
 def _hra(module: Module, context: Context) -> Iterator[Edit]:
     (vectors,) = take(module, context, "hra_u")
     columns, rank = dims(vectors, 2, "hra_u", module, context)
+    check_rank(rank, module, context)
     target = weight_of(module, context)
     target = oriented(module, context, (target.matrix[0], columns))
     schmidt = context.config.flag("apply_GS")
