@@ -60,7 +60,16 @@ class Row:
     @property
     def cells(self) -> list[str]:
         names = f"{self.found}/{self.adapted}" if self.tensors else "-"
-        return [self.type, self.kind, str(self.tensors), names, self.old_on_new, self.f32, self.bf16, "; ".join(self.notes)]
+        return [
+            self.type,
+            self.kind,
+            str(self.tensors),
+            names,
+            self.old_on_new,
+            self.f32,
+            self.bf16,
+            "; ".join(self.notes),
+        ]
 
 
 HEADER = ["type", "kind", "tensors", "names", "old on new", "f32 error", "bf16", "note"]
@@ -235,7 +244,9 @@ def _examine(row: Row, model: Any, folder: Path, dtype: str, merge: bool) -> Non
         lost = [
             name
             for name, tensor in memory.items()
-            if tensor.is_floating_point() and not same(name, names, files, tensor) and not _tied(name, names, files, tensor)
+            if tensor.is_floating_point()
+            and not same(name, names, files, tensor)
+            and not _tied(name, names, files, tensor)
         ]
         if lost and VERBOSE:
             print("not found:", *lost[:12], sep="\n  ")
