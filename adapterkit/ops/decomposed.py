@@ -43,7 +43,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 def peanut(
     through: torch.Tensor, encoders: list[torch.Tensor], decoders: list[torch.Tensor], activation: str
 ) -> torch.Tensor:
-    """PEANuT's hidden state (arXiv:2410.01870, section 3; PEFT 0.21): a small network applied to each column of W.
+    """PEANuT's hidden state (arXiv:2410.01870; PEFT 0.21): a small network applied to each column of W.
 
     Args:
         through: A W transposed, ``[in, r]``.

@@ -23,12 +23,12 @@ def conv_factors(a: torch.Tensor, b: torch.Tensor, t: torch.Tensor | None) -> tu
 def loha_rows(
     first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor], rows: slice
 ) -> torch.Tensor:
-    """LoHa (arXiv:2108.06098, eq. 2): (a1 b1) * (a2 b2), of these rows."""
+    """LoHa (arXiv:2108.06098): (a1 b1) * (a2 b2), of these rows."""
     return (first[0][rows] @ first[1]) * (second[0][rows] @ second[1])
 
 
 def kron_rows(w1: torch.Tensor, w2: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """LoKr (arXiv:2309.14859, eq. 10): rows of the Kronecker product of two matrices."""
+    """LoKr (arXiv:2309.14859): rows of the Kronecker product of two matrices."""
     high, low = rows // len(w2), rows % len(w2)
     return (w1[high][:, :, None] * w2[low][:, None, :]).reshape(len(rows), -1)
 
@@ -44,7 +44,7 @@ def kron_conv1d(w1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
 
 
 def circulant_rows(kernel: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """C3A (arXiv:2407.19342, eq. 6): rows of the matrix of circulant blocks; kernel ``[out/b, in/b, b]``.
+    """C3A (arXiv:2407.19342): rows of the matrix of circulant blocks; kernel ``[out/b, in/b, b]``.
 
     Entry (a, c) of a block is kernel[(c - a) mod b].
     """
@@ -56,7 +56,7 @@ def circulant_rows(kernel: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
 
 def gralora(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """GraLoRA (arXiv:2505.20355, eq. 6) as one low-rank product per block of rows.
+    """GraLoRA (arXiv:2505.20355) as one low-rank product per block of rows.
 
     Args:
         a: ``[k, in/k, r]``; b: ``[k, r, out/k]``.
@@ -75,7 +75,7 @@ def gralora(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def bat_rows(w: torch.Tensor, blocks: torch.Tensor, rows: range) -> torch.Tensor:
-    """Bone's Bat variant (arXiv:2409.15371, eq. 5): each r x r block of W becomes W + W B + B.
+    """Bone's Bat variant (arXiv:2409.15371): each r x r block of W becomes W + W B + B.
 
     Args:
         w: these rows of W; blocks: ``[out/r, r, r]``, one B for each r rows of W.
@@ -94,6 +94,6 @@ def bat_rows(w: torch.Tensor, blocks: torch.Tensor, rows: range) -> torch.Tensor
 
 
 def delora_diagonal(a: torch.Tensor, b: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
-    """DeLoRA's scale of each rank (arXiv:2503.18225, eq. 6): lambda / (r |A_k| |B_k|), norms at least 1e-4."""
+    """DeLoRA's scale of each rank (arXiv:2503.18225): lambda / (r |A_k| |B_k|), norms at least 1e-4."""
     norms: torch.Tensor = a.norm(dim=1).clamp(min=1e-4) * b.norm(dim=0).clamp(min=1e-4)
     return strength / len(a) / norms

@@ -13,8 +13,8 @@ import torch
 
 @lru_cache(maxsize=2)
 def uniform_pair(seed: int, a_shape: tuple[int, int], b_shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """VeRA's A and B from their seed: Kaiming-uniform (gain sqrt 2) over the last dimension, A first (arXiv:2310.11454,
-    section 3.2; PEFT 0.21)."""
+    """VeRA's A and B from their seed: Kaiming-uniform (gain sqrt 2) over the last dimension, A first (arXiv:2310.11454;
+    PEFT 0.21)."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     pair = []
     for shape in (a_shape, b_shape):
@@ -27,7 +27,7 @@ def uniform_pair(seed: int, a_shape: tuple[int, int], b_shape: tuple[int, int]) 
 def sparse_pair(
     seed: int, a_shape: tuple[int, ...], b_shape: tuple[int, ...], sparsity: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """RandLoRA's sparse A and B from their seed (arXiv:2502.00987, section 6.3): entries -1, 0, 1 with probabilities
+    """RandLoRA's sparse A and B from their seed (arXiv:2502.00987): entries -1, 0, 1 with probabilities
     1/2s, 1 - 1/s, 1/2s, brought to unit deviation; A is drawn first."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     edge = 1 / (2 * sparsity)
@@ -42,7 +42,7 @@ def sparse_pair(
 def randlora(
     a: torch.Tensor, b: torch.Tensor, lam: torch.Tensor, gamma: torch.Tensor, shape: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """RandLoRA's delta as factors ``left @ right`` (arXiv:2502.00987, eq. 3).
+    """RandLoRA's delta as factors ``left @ right`` (arXiv:2502.00987).
 
     Args:
         a: ``[r, 1, >= min]``; b: ``[>= max, >= n, r]``, with ``min, max`` of ``shape``.
@@ -59,12 +59,12 @@ def randlora(
 
 
 def from_bank(weights: torch.Tensor, indices: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
-    """VB-LoRA (arXiv:2405.15179, eq. 3): mixtures of bank vectors; weights and indices ``[..., k]`` give ``[..., length]``."""
+    """VB-LoRA (arXiv:2405.15179): mixtures of bank vectors; weights and indices ``[..., k]`` give ``[..., length]``."""
     return (weights.unsqueeze(-1) * bank[indices]).sum(-2)
 
 
 def top_mixture(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The softmax weights of the ``k`` largest logits, and where they are (arXiv:2405.15179, eq. 4)."""
+    """The softmax weights of the ``k`` largest logits, and where they are (arXiv:2405.15179)."""
     best, indices = logits.topk(k, dim=-1)
     return best.softmax(-1), indices
 

@@ -17,21 +17,21 @@ def skew(upper: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def constrained(q: torch.Tensor, eps: float) -> torch.Tensor:
-    """COFT (arXiv:2306.07280, section 3.3; PEFT 0.21): blocks whose norm passes eps/sqrt(n) are scaled back to it."""
+    """COFT (arXiv:2306.07280; PEFT 0.21): blocks whose norm passes eps/sqrt(n) are scaled back to it."""
     limit = eps / len(q) ** 0.5
     norm = torch.linalg.matrix_norm(q, keepdim=True)
     return torch.where(norm <= limit, q, q * (limit / norm))
 
 
 def cayley(q: torch.Tensor) -> torch.Tensor:
-    """(I - Q) (I + Q)^-1 of skew-symmetric ``[n, b, b]``: orthogonal (arXiv:2306.07280, eq. 5)."""
+    """(I - Q) (I + Q)^-1 of skew-symmetric ``[n, b, b]``: orthogonal (arXiv:2306.07280)."""
     eye = torch.eye(q.shape[-1], dtype=q.dtype)
     turn: torch.Tensor = torch.linalg.solve(eye + q, eye - q, left=False)
     return turn
 
 
 def cayley_neumann(q: torch.Tensor, terms: int, halved: bool = True) -> torch.Tensor:
-    """OFT's truncated series (arXiv:2506.19847, eq. 6): I + 2Q + 2Q^2 + ...
+    """OFT's truncated series (arXiv:2506.19847): I + 2Q + 2Q^2 + ...
 
     It approximates (I + Q) (I - Q)^-1, the inverse of `cayley`: the two settings turn opposite ways, and an adapter means
     the one it was trained with. PEFT since 0.18 (``halved``) takes the last power once, Q^(terms-1), and at least Q^3;
@@ -54,7 +54,7 @@ def times_blocks(w: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
 
 
 def butterfly_order(n: int, blocks: int, half: int) -> torch.Tensor:
-    """BOFT's permutation of one factor (arXiv:2311.06243, section 3; PEFT 0.21): in each of ``blocks`` runs of ``0..n-1``,
+    """BOFT's permutation of one factor (arXiv:2311.06243; PEFT 0.21): in each of ``blocks`` runs of ``0..n-1``,
     the chunks of ``half`` at even places come first, then those at odd places."""
     chunks = torch.arange(n).view(blocks, -1, half)
     return torch.cat((chunks[:, 0::2], chunks[:, 1::2]), dim=1).flatten()
@@ -82,7 +82,7 @@ def orthonormal(u: torch.Tensor) -> torch.Tensor:
 
 
 def reflect(w: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """HRA (arXiv:2405.17484, eq. 4): ``w @ prod_j (I - 2 u_j u_j^T)`` over the unit columns of ``u`` ``[in, r]``, in order."""
+    """HRA (arXiv:2405.17484): ``w @ prod_j (I - 2 u_j u_j^T)`` over the unit columns of ``u`` ``[in, r]``, in order."""
     for column in u.T:
         w = torch.addr(w, w @ column, column, alpha=-2.0)
     return w
@@ -91,7 +91,7 @@ def reflect(w: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 def road(
     theta: torch.Tensor, alpha: torch.Tensor, variant: int, group: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """RoAd's rotation (arXiv:2409.00119, eq. 3) as ``cos``, ``sin`` and ``partner``: row j of R W is
+    """RoAd's rotation (arXiv:2409.00119) as ``cos``, ``sin`` and ``partner``: row j of R W is
     ``cos[j] W[j] + sin[j] W[partner[j]]``, all ``[out]``.
 
     Rows j and j + group/2 of each group are a pair. Variant 1 shares angle and length in a pair, 2 has them for each row,

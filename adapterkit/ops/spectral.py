@@ -39,7 +39,7 @@ def permutation_prefix(n: int, count: int, seed: int) -> torch.Tensor:
 def fourier_rows(
     spectrum: torch.Tensor, places: tuple[torch.Tensor, torch.Tensor], shape: tuple[int, int], rows: torch.Tensor
 ) -> torch.Tensor:
-    """FourierFT (arXiv:2405.03003, eq. 4): rows of the real part of the inverse 2-D transform of a sparse real matrix.
+    """FourierFT (arXiv:2405.03003): rows of the real part of the inverse 2-D transform of a sparse real matrix.
 
     The transform along the columns is made of the few rows that are not zero, for the asked rows only; the one along the
     rows is an FFT. Angles are taken modulo the height in whole numbers, so that no precision is lost in them.
@@ -71,7 +71,7 @@ def wavelet_rows(
     taps: tuple[float, ...],
     rows: torch.Tensor,
 ) -> torch.Tensor:
-    """WaveFT (arXiv:2505.12532, eq. 4; PEFT 0.21): rows of the one-level inverse transform of a sparse matrix.
+    """WaveFT (arXiv:2505.12532; PEFT 0.21): rows of the one-level inverse transform of a sparse matrix.
 
     The coefficients stand centred in a matrix that is larger by what the transform cuts off, ``taps - 2`` in each
     direction, and even. Its quarters are approximation (upper left) and details; the upper right one is high along the rows'

@@ -1,6 +1,6 @@
 """VeRA and PVeRA: two random matrices for the whole model, two trained vectors per module.
 
-W' = W + (b[:, None] * B) (d[:, None] * A) (arXiv:2310.11454, eq. 2), with the rows of B and columns of A that the module
+W' = W + (b[:, None] * B) (d[:, None] * A) (arXiv:2310.11454), with the rows of B and columns of A that the module
 needs. PVeRA (probabilistic) has a mean and a variance; what is merged is the mean, the first half of d and A.
 Files may leave the matrices out (``save_projection: false``); they are made anew from the seed then. Their size is the
 largest of all adapted modules, since they were drawn before they were cut.
