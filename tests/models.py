@@ -204,13 +204,18 @@ def load_model(folder: Path, double: bool = False) -> Any:
     return model.to(torch.float64) if double else model
 
 
-def logits(model: Any) -> torch.Tensor:
-    """Float64 logits on a fixed input that uses the whole tiny vocabulary."""
+def logits(model: Any, double: bool = True) -> torch.Tensor:
+    """Logits on a fixed input that uses the whole tiny vocabulary, in float64 or float32."""
     import torch
 
-    model = model.double().eval()
+    model = (model.double() if double else model.float()).eval()
     with torch.no_grad():
         return model(input_ids=torch.arange(32).view(2, 16) * 3 % 96).logits
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference, in standard deviations of the second."""
+    return ((one - other).abs().max() / other.std()).item()
 
 
 # ------------------------------------------------------------------ adapters by PEFT
@@ -223,19 +228,17 @@ def make_adapter(
     *,
     seed: int = 5,
     scale: float = 0.3,
-    change: Callable[[Any], None] | None = None,
+    trained: list[Any] | None = None,
 ) -> Path:
     """Save an adapter that PEFT makes of ``config``, every trainable value moved by a random amount.
 
-    ``change`` may alter the PEFT model before its values are moved; ``base`` is a folder or makes the module.
+    ``base`` is a folder or makes the module. The model as it was when it was saved is appended to ``trained``.
     """
     import torch
     from peft import get_peft_model
 
     model = load_model(base) if isinstance(base, Path) else base()
     peft = get_peft_model(model, config)
-    if change is not None:
-        change(peft)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in peft.parameters():
@@ -243,6 +246,8 @@ def make_adapter(
                 noise = torch.randn(parameter.shape, generator=generator) * scale
                 parameter.add_(noise.to(parameter.dtype))
     peft.save_pretrained(folder)
+    if trained is not None:
+        trained.append(peft)
     return folder
 
 

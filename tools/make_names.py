@@ -198,7 +198,6 @@ def build() -> dict[str, Any]:
     rules = {key: entries for key, entries in rules.items() if key not in same}
 
     classes: dict[str, Any] = {}
-    leaves: set[str] = set()
     prefixes: dict[str, str] = {}
     for name, cls in model_classes().items():
         entry: dict[str, Any] = {
@@ -211,7 +210,7 @@ def build() -> dict[str, Any]:
             model = meta(cls)
             entry["in"] = children(model)
             entry["tied"] = ties(model._tied_weights_keys)  # some classes fill it in for each instance
-            leaves |= stacked(model)
+            entry["stacked"] = sorted(stacked(model))
         except Exception as error:
             print(f"make_names: {name} not built ({type(error).__name__}: {str(error)[:100]})", file=sys.stderr)
             base = getattr(importlib.import_module(cls.__module__), re.sub(r"(For|With)[A-Z]\w*$", "Model", name), None)
@@ -242,13 +241,23 @@ def build() -> dict[str, Any]:
                 )
         return needed[name]
 
-    packed = {}
+    packed: dict[str, list[Any]] = {}
     for name, entry in sorted(classes.items()):
         inside = [c for c in entry["in"] if c[2] or needs(c[1])]
-        row = [entry["type"], entry["prefix"], inside, entry["tied"]]
+        row = [entry["type"], entry["prefix"], inside, entry["tied"], entry.get("stacked")]
         while row and not row[-1]:
             row.pop()
         packed[name] = row
+    # a class that says no more than its model type does is left out
+    plain = {
+        name
+        for name, row in packed.items()
+        if len(row) <= 2 and name not in known and classes[name]["type"] not in known
+    }
+    for name in sorted(plain):
+        base, prefix = types.get(classes[name]["type"], ["", ""])
+        if prefix == classes[name]["prefix"] and base in plain:
+            del packed[name]
     return {
         "about": {
             "source": f"transformers {version('transformers')}: conversion_mapping.py, core_model_loading.py, models/",
@@ -259,7 +268,6 @@ def build() -> dict[str, Any]:
         "rules": rules,
         "same": same,
         "types": types,
-        "stacked": sorted(leaves),
         "classes": packed,
     }
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.layout import Layout, UnmappableError, lead_of, run, unrun, whole
-from adapterkit.adapters.rules import Loader, table
+from adapterkit.adapters.rules import Loader
 from adapterkit.adapters.target import Piece, Target
 
 if TYPE_CHECKING:
@@ -66,7 +66,14 @@ class Names:
         self._shapes = shapes
         self._config = config
         self._targets: dict[str, Target | None] = {}
+        self._called: dict[str, str] = {}  # tensor -> its name in the module tree, filled in with `_known`
         self._layouts: dict[int, list[Layout] | None] = {}
+
+    @cached_property
+    def model_types(self) -> frozenset[str]:
+        """The model type of the config and of the configs inside it."""
+        parts = [self._config, *(part for part in self._config.values() if hasattr(part, "get"))]
+        return frozenset(str(part.get("model_type") or "") for part in parts)
 
     def find(self, parameter: str) -> Target | None:
         """Where ``parameter`` (a module-tree name without ``base_model.model.``) is stored; None if nowhere or unclear.
@@ -198,6 +205,7 @@ class Names:
         for name, new, rule, source in self._loader.rename_all(names):
             if rule is None:
                 known[new] = None if new in known else name
+                self._called[name] = new
             else:
                 group = groups.setdefault((id(rule), new), _Group(rule, new))
                 group.sources[source].append(name)
@@ -226,16 +234,16 @@ class Names:
             return layouts[index] if layouts else self._stored(name)
         if name in self._shapes:
             return self._stored(name) if entry in (name, None) else None
-        return self._stored(entry, name) if entry else self._older(name)
+        return self._stored(entry) if entry else self._older(name)
 
-    def _stored(self, tensor: str, name: str = "", lead: int = 0) -> Layout | None:
-        """A tensor as it stands in the checkpoint; ``name`` says what kind of parameter it is."""
+    def _stored(self, tensor: str, lead: int = 0) -> Layout | None:
+        """A tensor as it stands in the checkpoint, with its first ``lead`` dimensions as rows (0: as its kind has them)."""
         if tensor not in self._shapes:
             return None
         shape = self._shapes[tensor]
         if not lead:
-            leaf = ".".join((name or tensor).split(".")[-2:])
-            experts = len(shape) > 2 and (not leaf.endswith(".weight") or leaf in table()["stacked"])
+            leaf = ".".join(self._called.get(tensor, tensor).split(".")[-2:])
+            experts = len(shape) > 2 and (not leaf.endswith(".weight") or leaf in self._loader.stacked)
             lead = len(shape) - 1 if experts else min(1, len(shape))
         return whole(tensor, shape, lead)
 
@@ -266,9 +274,7 @@ class Names:
         found: list[Layout] = []
         for parameter in group.parameters:
             entry = self._known.get(parameter)
-            layout = (
-                self._resolve(parameter) if isinstance(entry, tuple) else self._stored(entry or parameter, "", after)
-            )
+            layout = self._resolve(parameter) if isinstance(entry, tuple) else self._stored(entry or parameter, after)
             if layout is None or layout.lead != after:
                 return None
             found.append(layout)

@@ -116,13 +116,13 @@ class Loader:
         self.model_type = str(config.get("model_type") or "")
         known = isinstance(first, str) and first in data["classes"]
         self.name = str(first) if known else self._auto(self.model_type, "Model")
-        self.prefix = self._class(self.name)[1] if self.name else data["types"].get(self.model_type, ["", ""])[1]
+        self.prefix = self._class(self.name)[1] or data["types"].get(self.model_type, ["", ""])[1]
 
     @staticmethod
     def _class(name: str) -> list[Any]:
-        """``[model type, base model prefix, sub-models, ties]`` of a class."""
+        """``[model type, base model prefix, sub-models, ties, stacked weights]`` of a class."""
         row = table()["classes"].get(name, [])
-        return [*row, *["", "", [], {}][len(row) :]]
+        return [*row, *["", "", [], {}, []][len(row) :]]
 
     @staticmethod
     def _auto(model_type: str, like: str) -> str:
@@ -227,6 +227,11 @@ class Loader:
             if len(pieces) > 1:
                 pieces = [numbers[int(piece)] if index % 2 else piece for index, piece in enumerate(pieces)]
             yield name, "".join(pieces), one, source
+
+    @cached_property
+    def stacked(self) -> set[str]:
+        """Last two parts of the names of three-dimensional weights that are stacked matrices, not convolutions."""
+        return {leaf for _, name, _ in self.tree for leaf in self._class(name)[4]}
 
     @cached_property
     def ties(self) -> list[tuple[str, str, str]]:

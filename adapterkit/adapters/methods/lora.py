@@ -16,7 +16,8 @@ from adapterkit.adapters.method import Context, Edit, Method, Module, check_matr
 from adapterkit.adapters.methods.stacked import stacked_edit
 from adapterkit.adapters.methods.tokens import KEY as TOKENS
 from adapterkit.adapters.methods.tokens import token_edits
-from adapterkit.adapters.target import Target, transposed
+from adapterkit.adapters.orientation import is_turned
+from adapterkit.adapters.target import transposed
 from adapterkit.errors import AdapterError, TargetError
 
 if TYPE_CHECKING:
@@ -116,14 +117,17 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
     if context.names.find(parameter) is None and context.names.find(f"{module.path}.in_proj_weight") is not None:
         parameter = f"{module.path}.in_proj_weight"  # torch.nn.MultiheadAttention keeps q, k and v in one parameter
     target = context.target(parameter, key)
-    turned = context.config.flag("fan_in_fan_out") and len(target.shape) == 2
-    if turned:
-        target = transposed(target)
     blocks = _blocks(context.config)
     pool = int(context.config.number("qalora_group_size", 16)) if context.config.flag("use_qalora") else 0
+    turned = any(
+        is_turned(context, target, _expected(a, b, blocks, pool, shape[1]))
+        for shape in (target.matrix, target.matrix[::-1])
+    )
+    if turned:
+        target = transposed(target)
     rank = a.shape[0]
     scaled_as = parameter if wrapped else module.path
-    expected = _expected(a, b, blocks, pool, target)
+    expected = _expected(a, b, blocks, pool, target.matrix[1])
     check_matrix(target, expected, key, context.where)
     if len(a.shape) > 2 and len(target.shape) > 2 and a.shape[1:] != target.shape[1:]:
         raise TargetError(
@@ -160,10 +164,9 @@ def _times_applied(module: Module, context: Context) -> int:
     return 2 if inside and context.names.find(f"{parent}.in_proj_weight") is not None else 1
 
 
-def _expected(a: Tensor, b: Tensor, blocks: int, pool: int, target: Target) -> tuple[int, int]:
-    """The matrix that factors of these shapes are made for."""
+def _expected(a: Tensor, b: Tensor, blocks: int, pool: int, wanted: int) -> tuple[int, int]:
+    """The matrix that factors of these shapes are made for, where the target has ``wanted`` columns."""
     rows, columns = b.shape[0], a.numel // a.shape[0]
-    wanted = target.matrix[1]
     if blocks > 1 and columns * blocks == wanted and b.numel // rows == a.shape[0]:
         columns = wanted
     if pool and columns * pool == wanted:
@@ -207,7 +210,17 @@ def _change(recipe: Recipe, rank: int, shape: tuple[int, int]) -> Change:
     held = 4 * (recipe.a.numel + recipe.b.numel) * max(recipe.blocks, recipe.pool, 1)
     if recipe.residual:
         held += 4 * 3 * shape[0] * shape[1]  # W and its decomposition
-    return Change(" ".join(words), recipe.load, recipe.a.nbytes + recipe.b.nbytes, held)
+    plain = recipe.magnitude is None and recipe.diagonal is None and not recipe.residual and recipe.blocks == 1
+    pair = (recipe.a, recipe.b) if recipe.embedding else (recipe.b, recipe.a)
+    factors = tuple((tensor, recipe.embedding) for tensor in pair) if plain and not recipe.pool else ()
+    return Change(
+        " ".join(words),
+        recipe.load,
+        recipe.a.nbytes + recipe.b.nbytes,
+        held,
+        factors=factors,
+        scale=recipe.scale,
+    )
 
 
 def _check_pair(a: Tensor, b: Tensor, key: str, where: str) -> None:
