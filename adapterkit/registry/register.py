@@ -19,7 +19,7 @@ from adapterkit.registry.record import FileEntry, Operation, Origin, Parent, Rec
 
 @dataclass(frozen=True)
 class Registered:
-    """``new`` is False when the same was registered before. ``stored`` counts bytes that the registry did not have yet."""
+    """``new`` is False when the same was registered before; ``stored`` counts bytes that were not in the registry."""
 
     record: Record
     new: bool
