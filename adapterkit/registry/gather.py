@@ -60,7 +60,7 @@ def gather(path: Path) -> Gathered:
 
     Raises:
         NotFound: ``path`` does not exist.
-        UnsafeError: a symbolic link leads out of the folder; links inside a Hugging Face cache are followed.
+        UnsafeError: a symbolic link leads out of the folder; links inside a Hugging Face cache or a registry are followed.
         UsageError: no file is left.
     """
     if path.is_file():
@@ -130,11 +130,13 @@ def _skip(name: str) -> bool:
 
 
 def _allowed_root(path: Path) -> Path:
-    """The folder that links may not leave: the Hugging Face cache for a snapshot in one, else the folder itself."""
+    """The folder that links may not leave: the Hugging Face cache or registry it is a part of, else itself."""
     real = path.resolve()
     for parent in real.parents:
         if parent.name == "snapshots" and parent.parent.name.startswith(("models--", "datasets--")):
             return parent.parent.parent
+        if parent.name == "trees" and (parent.parent / "format").is_file():
+            return parent.parent
     return real
 
 

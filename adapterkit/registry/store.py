@@ -234,7 +234,7 @@ def _same_body(home: Home, name: str, journal: bytes, body: str) -> Record | Non
     place = journal.rfind(needle)
     hidden = home.hidden_versions(name) if place >= 0 else set()
     while place >= 0:
-        version = int(journal[journal.rfind(b"\n", 0, place) + 1 : place])
+        version = journal.count(b"\n", 0, place) + 1
         if version not in hidden:
             try:
                 record = load(home, name, version)
