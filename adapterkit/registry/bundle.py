@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from adapterkit.errors import CheckFailed, NotFound, OutputError, RegistryError, UnsafeError
 from adapterkit.registry import blobs, disk, index, refs, resolve, store, verbs
-from adapterkit.registry.canonical import MAX_BYTES, canonical, parse
+from adapterkit.registry.canonical import MAX_BYTES, canonical, parse, sha256
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.lineage import parents_of
 from adapterkit.registry.names import check_alias, check_sha256
@@ -84,7 +84,7 @@ def export_bundle(wanted: tuple[str, ...], to: Path, *, parents: bool = True, ho
         fd, temporary = disk.fresh(to.parent)
         try:
             with open(fd, "wb") as out:
-                _write_member(out, _HEAD, canonical(head) + b"\n")
+                _write_member(out, _HEAD, canonical({**head, "sum": sha256(canonical(head))}) + b"\n")
                 for record in records:
                     _write_member(out, f"records/{record.digest}.json", record.data)
                 for digest in sorted(sizes):
@@ -249,6 +249,8 @@ def _read_head(reader: _Reader) -> dict[str, Any]:
     reader.expect(_HEAD)
     head = parse(reader.data(), f"{_HEAD} of {reader.where}")
     try:
+        if head.pop("sum") != sha256(canonical(head)):
+            raise RegistryError(f"{_HEAD} of {reader.where} is damaged", "fetch it again")
         if head["type"] != "adapterkit.bundle" or type(head["format"]) is not int:
             raise KeyError("type")
         if head["format"] > FORMAT:

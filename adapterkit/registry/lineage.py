@@ -81,10 +81,10 @@ def lineage(ref: str, *, up: bool = True, down: bool = True, home: Path | None =
 
 
 def parents_of(record: Record) -> tuple[Parent, ...]:
-    """The parents of a record; the base it was trained on is one, also when it is only told by its identity."""
-    if record.base is None or not record.base.known or any(parent.role == "base" for parent in record.parents):
+    """The parents of a record; of one that states none, the base it was trained on."""
+    if record.parents or record.base is None or not (record.base.known or record.base.id):
         return record.parents
-    return (Parent("base", identity=record.base, label=record.base.label), *record.parents)
+    return (Parent("base", identity=record.base, label=record.base.label),)
 
 
 class _Walk:

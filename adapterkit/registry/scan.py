@@ -101,9 +101,9 @@ def _insert(db: sqlite3.Connection, record: Record) -> None:
     db.execute(
         "insert into records values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
         (
-            record.digest,
             record.name,
             record.version,
+            record.digest,
             record.kind,
             record.method,
             record.content,
@@ -123,7 +123,7 @@ def _insert(db: sqlite3.Connection, record: Record) -> None:
             "insert into levels values (?, ?, ?, ?)", ((record.digest, own, *row) for row in _levels(identity))
         )
     for place, parent in enumerate(record.parents):
-        db.execute("insert into parents values (?, ?, ?, ?)", (record.digest, parent.content, parent.role, place))
+        db.execute("insert into parents values (?, ?, ?, ?)", (record.digest, place, parent.content, parent.role))
         rows = ((record.digest, place, *row) for row in _levels(parent.identity))
         db.executemany("insert into parent_levels values (?, ?, ?, ?)", rows)
 

@@ -17,11 +17,12 @@ def migration(function: Migration) -> Migration:
 
 @migration
 def m001_records(db: sqlite3.Connection) -> None:
-    # Without row ids a table lies on disk in the order of its key, which is the order in which it is listed.
+    # Without row ids a table lies on disk in the order of its key, which is the order in which it is listed. The columns
+    # of such a key come first: the integrity check of SQLite 3.40 sees NULLs where they do not.
     db.executescript(
         """
         create table records (
-            digest text not null, name text not null, version integer not null, kind text not null,
+            name text not null, version integer not null, digest text not null, kind text not null,
             method text not null, content text not null, base text not null, base_id text not null,
             evidence text not null, size integer not null, created text not null,
             hidden integer not null default 0,
@@ -47,7 +48,7 @@ def m002_lineage(db: sqlite3.Connection) -> None:
     db.executescript(
         """
         create table parents (
-            child text not null, content text not null, role text not null, place integer not null,
+            child text not null, place integer not null, content text not null, role text not null,
             primary key (child, place)
         ) without rowid;
         create index parents_content on parents (content);
