@@ -132,7 +132,7 @@ def register_big(folder: Path, size: int) -> None:
 
 
 def worker(root: Path, name: str, number: int, count: int, seed: int, acks: Path) -> None:
-    """Registers and moves aliases until ``acks`` has ``count`` records; it gets one line for each call that returned."""
+    """Registers and moves aliases until ``acks`` names ``count`` records, one line for each call that returned."""
     rng = random.Random(seed)
     home = Home(root)
     fd = os.open(acks, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

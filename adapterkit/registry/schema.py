@@ -17,8 +17,8 @@ def migration(function: Migration) -> Migration:
 
 @migration
 def m001_records(db: sqlite3.Connection) -> None:
-    # Without row ids a table lies on disk in the order of its key, which is the order in which it is listed. The columns
-    # of such a key come first: the integrity check of SQLite 3.40 sees NULLs where they do not.
+    # Without row ids a table lies on disk in the order of its key, which is the order in which it is listed. The
+    # columns of such a key come first: the integrity check of SQLite 3.40 sees NULLs where they do not.
     db.executescript(
         """
         create table records (

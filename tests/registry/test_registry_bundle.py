@@ -109,7 +109,7 @@ def test_damaged_bundles_are_refused_whole(packed: Path, tmp_path: Path) -> None
     good = packed.read_bytes()
     bad = tmp_path / "bad.tar"
     padding = {place for place, byte in enumerate(good) if not byte}
-    for number, place in enumerate(range(0, len(good) - 1024, 173)):
+    for number, place in enumerate(range(0, len(good) - 1024, 389)):
         bad.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
         if place not in padding:
             refused(bad, tmp_path / f"other-{number}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -67,11 +68,11 @@ def test_the_merkle_root_is_that_of_rfc_6962(count: int) -> None:
 def test_windows_stay_inside_and_reach_both_ends(nbytes: int) -> None:
     found = windows(nbytes)
     assert sum(length for _, length in found) == min(nbytes, 16384)
-    assert all(0 <= offset and offset + length <= nbytes for offset, length in found)
+    assert all(offset >= 0 and offset + length <= nbytes for offset, length in found)
     if found:
         assert found[0][0] == 0
         assert found[-1][0] + found[-1][1] == nbytes
-    assert all(a[0] + a[1] <= b[0] or nbytes <= 16384 for a, b in zip(found, found[1:], strict=False))
+    assert all(a[0] + a[1] <= b[0] or nbytes <= 16384 for a, b in itertools.pairwise(found))
 
 
 def test_an_identity_does_not_depend_on_the_order_of_tensors() -> None:
@@ -115,7 +116,7 @@ def test_siblings_are_told_apart_by_a_few_kilobytes() -> None:
     found = compare(mine, other, "org/x-instruct", "org/x")
     assert (found.verdict, found.level, found.fits) == ("other", "probe", False)
     assert found.sentence.endswith("this was made on org/x-instruct, and this is org/x")
-    assert read_bytes == PROBED * 16384 < 1_000_000
+    assert read_bytes == PROBED * 16384
 
 
 def test_the_probe_takes_32_tensors_spread_over_all() -> None:
@@ -123,7 +124,7 @@ def test_the_probe_takes_32_tensors_spread_over_all() -> None:
     taken = [int(row[0][1:]) for row in probed(tensors)]
     assert len(taken) == 32
     assert taken[-1] == 999
-    assert max(b - a for a, b in zip([0, *taken], taken, strict=False)) <= 32
+    assert max(b - a for a, b in itertools.pairwise([0, *taken])) <= 32
 
 
 FULL = identify(*opened(weights()), known=Identity("org/base", "a" * 40, (("m.safetensors", "b" * 64),)))

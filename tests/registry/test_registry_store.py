@@ -361,7 +361,7 @@ def test_a_full_file_system_is_one_sentence_and_harmless(make: Any, tmp_path: Pa
         room = os.statvfs(mount)
         (mount / "filler").write_bytes(b"x" * (room.f_bavail * room.f_frsize - 8192))
         before = len(blobs_in(home))
-        with pytest.raises(OutputError, match="does not fit|free some space"):
+        with pytest.raises(OutputError, match=r"does not fit|free some space"):
             for number in range(100):
                 register.register(make("small", content=b"%d" % number * 3000), "c", home=home)
         with pytest.raises(OutputError, match="does not fit"):
