@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 from adapterkit.registry import disk, fsck, listing, register, store, verbs
@@ -174,6 +175,8 @@ def killed_run(root: Path, processes: int, count: int, seed: int = 0, pause: flo
                 try:
                     worker(root, "model", number, count, rng.randrange(1 << 30) + number, acks[number])
                     code = 0
+                except BaseException:
+                    traceback.print_exc()
                 finally:
                     os._exit(code)
             running[child] = number

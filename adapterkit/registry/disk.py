@@ -52,19 +52,20 @@ def locked(path: Path, shared: bool = False, timeout: float = LOCK_SECONDS) -> I
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         flag = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
-        deadline = time.monotonic() + timeout
-        pause = 0.0005
+        # Counted in own pauses, not by the clock: a machine that slept for an hour has not waited.
+        waited, pause = 0.0, 0.0005
         while True:
             try:
                 fcntl.flock(fd, flag)
                 break
             except BlockingIOError:
-                if time.monotonic() > deadline:
+                if waited > timeout:
                     raise OutputError(
                         f"another process has held {path} for {timeout:.0f} seconds",
                         "wait for it or end it, then run again",
                     ) from None
                 time.sleep(pause * (0.5 + os.urandom(1)[0] / 256))
+                waited += pause
                 pause = min(pause * 1.5, 0.02)
             except OSError as error:
                 if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):

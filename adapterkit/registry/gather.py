@@ -60,7 +60,7 @@ def gather(path: Path) -> Gathered:
 
     Raises:
         NotFound: ``path`` does not exist.
-        UnsafeError: a symbolic link leads out of the folder; those inside a Hugging Face cache or registry are followed.
+        UnsafeError: a symbolic link leads out of the folder; those in a Hugging Face cache or registry are followed.
         UsageError: no file is left.
     """
     if path.is_file():

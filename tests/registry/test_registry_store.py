@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import stat
 import subprocess
 import sys
 import textwrap
+import time
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -392,6 +394,26 @@ def test_a_lock_that_is_kept_ends_in_a_sentence(tmp_path: Path) -> None:
         pass
     with disk.locked(tmp_path / "lock", shared=True), disk.locked(tmp_path / "lock", shared=True):
         pass
+
+
+def test_time_that_a_machine_slept_is_not_waited(tmp_path: Path) -> None:
+    """A waiter that is stopped for longer than its patience goes on waiting; the holder may have been stopped too."""
+    with disk.locked(tmp_path / "lock"):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                with disk.locked(tmp_path / "lock", timeout=1.0):
+                    code = 0
+            finally:
+                os._exit(code)
+        time.sleep(0.1)
+        os.kill(child, signal.SIGSTOP)
+        time.sleep(1.3)
+        os.kill(child, signal.SIGCONT)
+        time.sleep(0.1)
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the waiter gave up"
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_home_of_another_layout_is_left_alone(home: Path, make: Any) -> None:
