@@ -147,7 +147,7 @@ def convert(
     Raises:
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError
     """
-    from adapterkit.checkpoint.write import check_output, write_output
+    from adapterkit.checkpoint.write import check_output, write_safetensors
     from adapterkit.merge import peak_memory
 
     started = time.monotonic()
@@ -156,7 +156,7 @@ def convert(
     )
     target = Path(out)
     check_output(planned.plan, planned.sources, target, force=force)
-    reused = write_output(
+    reused = write_safetensors(
         planned.plan,
         planned.tensors,
         planned.sources,

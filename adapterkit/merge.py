@@ -221,7 +221,7 @@ def merge(
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError, AuthError, HubError
     """
     # Planning alone (`--dry-run`) never needs what writes.
-    from adapterkit.checkpoint.write import check_output, write_output
+    from adapterkit.checkpoint.write import check_output, write_safetensors
 
     started = time.monotonic()
     planned = plan_merge(
@@ -247,7 +247,7 @@ def merge(
             f"the output {out} does not go with the base: {kind}", "name the output so, or convert the base"
         )
     check_output(planned.plan, planned.sources, Path(out), force=force, inputs=_adapter_folders(planned))
-    reused = write_output(
+    reused = write_safetensors(
         planned.plan,
         planned.folded.checkpoint,
         planned.sources,

@@ -91,7 +91,7 @@ def test_bytes_are_those_of_llama_cpp(name: str, weighted: bool, backend: Any) -
 
 @needs_oracle
 @given(
-    variant=st.sampled_from(VARIANTS),
+    variant=st.sampled_from([("Q4_K", False), ("Q4_K", True), ("Q6_K", False), ("Q3_K", False), ("Q5_1", True)]),
     seed=st.integers(0, 2**32 - 1),
     rows=st.integers(1, 35),
     blocks=st.integers(1, 5),
@@ -99,7 +99,7 @@ def test_bytes_are_those_of_llama_cpp(name: str, weighted: bool, backend: Any) -
     kept=st.sampled_from([0.01, 0.2, 1.0]),
     step=st.sampled_from([0.0, 2.0**-8, 0.25]),
 )
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 def test_any_shape_and_scale(
     variant: tuple[str, bool], seed: int, rows: int, blocks: int, exponent: int, kept: float, step: float
 ) -> None:

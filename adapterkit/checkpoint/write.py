@@ -1,4 +1,4 @@
-"""`write_output`: a view and its plan become a folder, or files."""
+"""`write_safetensors`: a view and its plan become a folder (or, for plans of other files, those files)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.tensor import Tensor
 
 
-def write_output(
+def write_safetensors(
     plan: Plan,
     tensors: Mapping[str, Tensor],
     sources: Sequence[Source],

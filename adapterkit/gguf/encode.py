@@ -85,23 +85,25 @@ def encode_into(
     weights = _importance(kind, x, importance)
     if not x.numel():
         return
-    peak = _peak(kind, x)
     if kind.encoder == "cast":
         cast = x.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind.name])
+        torch.from_numpy(out).copy_(cast.view(torch.uint8))
+        peak = _peak(x)
+        _check_weights(kind, x, peak)
         if peak >= LARGE:
             _refuse(kind, ~torch.isfinite(cast), 1)
-        torch.from_numpy(out).copy_(cast.view(torch.uint8))
         return
-    if peak >= HOPELESS and kind.name != "MXFP4":
-        _refuse(kind, x.abs() >= HOPELESS, 1)
     if kind.encoder == "own":
-        _run(kind, x, weights, out, backend)
+        peak = _run(kind, x, weights, out, backend)
     elif kind.encoder == "ggml":
         from adapterkit.gguf.kernels import native
 
+        peak = _peak(x)
+        _check_weights(kind, x, peak)  # ggml aborts the process on NaN
         native.run(kind, x.cpu().numpy(), None if weights is None else weights.cpu().numpy(), out)
     else:
         raise UsageError(f"{kind.name} cannot be encoded", "choose another type")
+    _check_weights(kind, x, peak)
     if peak >= LARGE and kind.halves:
         blocks = torch.from_numpy(out.reshape(x.shape[0], -1, kind.size))
         halves = [blocks[:, :, at : at + 2].contiguous().view(torch.float16)[..., 0] for at in kind.halves]
@@ -154,20 +156,22 @@ def _importance(kind: GGMLType, x: torch.Tensor, importance: Any) -> torch.Tenso
     return weights
 
 
-def _peak(kind: GGMLType, x: torch.Tensor) -> float:
-    """The largest magnitude of ``x``, which must be finite."""
+def _peak(x: torch.Tensor) -> float:
+    """The largest magnitude of ``x``; infinity when one is NaN."""
     import torch
 
     least, most = (float(v) for v in torch.aminmax(x))
-    peak = max(-least, most)
-    if not peak <= torch.finfo(torch.float32).max:
+    return max(-least, most) if least == least else float("inf")
+
+
+def _check_weights(kind: GGMLType, x: torch.Tensor, peak: float) -> None:
+    if not peak < float("inf"):
         found = find_non_finite(x)
         assert found is not None
-        row, column = found
-        raise NonFiniteWeightError(
-            f"row {row}, column {column} is {float(x[row, column])}, which {kind.name} cannot hold", row, column
-        )
-    return peak
+        message = f"row {found[0]}, column {found[1]} is {float(x[found])}, which {kind.name} cannot hold"
+        raise NonFiniteWeightError(message, *found)
+    if peak >= HOPELESS and kind.encoder != "cast" and kind.name != "MXFP4":
+        _refuse(kind, x.abs() >= HOPELESS, 1)
 
 
 def _refuse(kind: GGMLType, bad: torch.Tensor, block: int) -> None:
@@ -181,7 +185,8 @@ def _refuse(kind: GGMLType, bad: torch.Tensor, block: int) -> None:
         raise NonFiniteWeightError(message, row, column)
 
 
-def _run(kind: GGMLType, x: torch.Tensor, weights: torch.Tensor | None, out: Bytes, backend: Backend) -> None:
+def _run(kind: GGMLType, x: torch.Tensor, weights: torch.Tensor | None, out: Bytes, backend: Backend) -> float:
+    """Encode with the first backend that passes its self-test; the largest magnitude, infinity for NaN."""
     from adapterkit.gguf.kernels.layouts import LAYOUTS
     from adapterkit.gguf.kernels.selftest import passes
 
@@ -190,8 +195,7 @@ def _run(kind: GGMLType, x: torch.Tensor, weights: torch.Tensor | None, out: Byt
     candidates = _candidates(x, backend)
     for name in candidates:
         if passes(name, kind.name, weights is not None, x.device.type):
-            run_backend(name, kind.name, x, weights, out)
-            return
+            return run_backend(name, kind.name, x, weights, out)
         if name != candidates[-1]:
             message = f"the {name} encoder gives other bytes for {kind.name} than llama.cpp on this machine"
             warnings.warn(f"{message}; using {candidates[-1]}", RuntimeWarning, stacklevel=4)
@@ -212,18 +216,17 @@ def _candidates(x: torch.Tensor, backend: Backend) -> list[str]:
     return [backend]
 
 
-def run_backend(backend: str, name: str, x: torch.Tensor, weights: torch.Tensor | None, out: Bytes) -> None:
-    """One of the two encoders, unchecked: ``x`` float32 [n, columns], ``out`` uint8, contiguous."""
+def run_backend(backend: str, name: str, x: torch.Tensor, weights: torch.Tensor | None, out: Bytes) -> float:
+    """One of the encoders, unchecked: ``x`` float32 [n, columns], ``out`` uint8, contiguous; the largest magnitude."""
     import numpy as np
     import torch
 
     if backend == "numba":
         from adapterkit.gguf.kernels.compiled import kernel
 
-        flat = x.numpy().reshape(-1)
         given = np.empty(0, np.float32) if weights is None else weights.numpy()
-        kernel(name, weights is not None)(flat, given, x.shape[1], out.reshape(-1))
-        return
+        peak = kernel(name, weights is not None)(x.numpy().reshape(-1), given, x.shape[1], out.reshape(-1))
+        return float(np.uint32(min(peak, 0x7F800000)).view(np.float32))
     from adapterkit.gguf.kernels import eager
     from adapterkit.gguf.kernels.layouts import LAYOUTS
 
@@ -234,3 +237,4 @@ def run_backend(backend: str, name: str, x: torch.Tensor, weights: torch.Tensor 
         encoded = torch.empty(target.shape, dtype=torch.uint8, device=x.device)
         eager.run(LAYOUTS[name], x, weights, encoded)
         target.copy_(encoded)
+    return _peak(x)

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from adapterkit.gguf.kernels import simd
-from adapterkit.gguf.kernels.lanes import at, shared
+from adapterkit.gguf.kernels.lanes import at, bits, largest_lane, select, shared
 from adapterkit.gguf.kernels.layouts import LAYOUTS
 
 LANES = simd.LANES
@@ -43,6 +43,15 @@ def _gather(x: Any, first: int, live: int, n: int, rows: Any) -> None:
 
 
 @shared
+def _peak_bits(rows: Any, n: int, peak: Any) -> Any:
+    """The largest magnitude's bits, lane by lane: their order is that of the magnitudes, with NaN above infinity."""
+    for i in range(n):
+        size = bits(at(rows, 0, n, i)) & 0x7FFFFFFF
+        peak = select(size > peak, size, peak)
+    return peak
+
+
+@shared
 def _scatter(packed: Any, first: int, live: int, size: int, out: Any) -> None:
     """Byte rows of lanes as blocks of ``size`` bytes."""
     if live == LANES:
@@ -70,7 +79,7 @@ def _gather_importance(importance: Any, first: int, live: int, n: int, rows: Any
 @shared
 def _encode(
     block: Any, n: int, size: int, subs: Any, row_mean: Any, x: Any, importance: Any, columns: int, out: Any
-) -> None:
+) -> Any:
     count = x.size // n
     rows = np.empty(n * LANES, np.float32)
     w = np.empty(n * LANES, np.float32)
@@ -83,15 +92,18 @@ def _encode(
     sigma = np.zeros(LANES, np.float32)
     means = np.empty(x.size // columns if row_mean else 0, np.float32)
     _row_means(x, columns, means)
+    peak = bits(at(sigma, 0, 1, 0))
     for first in range(0, count, LANES):
         live = min(LANES, count - first)
         _gather(x, first, live, n, rows)
+        peak = _peak_bits(rows, n, peak)
         _gather_importance(importance, first, live, n, given)
         if row_mean:
             for lane in range(LANES):
                 sigma[lane] = means[(first + min(lane, live - 1)) * n // columns]
         block(rows, given, at(sigma, 0, 1, 0), (w, codes, q, found), packed, subs)
         _scatter(packed, first, live, size, out)
+    return largest_lane(peak)
 
 
 def _kernel(name: str, weighted: bool) -> Any:
@@ -100,14 +112,17 @@ def _kernel(name: str, weighted: bool) -> Any:
     row_mean = layout.row_mean and weighted
     version = _SOURCES  # a part of the closure, so a part of the key of numba's cache
 
-    def kernel(x: Any, importance: Any, columns: int, out: Any) -> None:
+    def kernel(x: Any, importance: Any, columns: int, out: Any) -> Any:
         _version = version
-        _encode(block, n, size, range(subs), row_mean, x, importance, columns, out)
+        return _encode(block, n, size, range(subs), row_mean, x, importance, columns, out)
 
     return njit(nogil=True, cache=True, error_model="numpy", fastmath=False)(kernel)
 
 
 @cache
 def kernel(name: str, weighted: bool) -> Any:
-    """``kernel(x float32 flat, importance float32 [columns] or [0], columns, out uint8 flat)`` for a type."""
+    """``kernel(x float32 flat, importance float32 [columns] or [0], columns, out uint8 flat)`` for a type.
+
+    It returns the bits of the largest magnitude in ``x``, which cost nothing there and tell whether all is finite.
+    """
     return _kernel(name, weighted)

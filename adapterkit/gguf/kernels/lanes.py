@@ -114,6 +114,11 @@ def to_float(value: Any) -> Any:
     return value.to(torch.float32)
 
 
+def largest_lane(value: Any) -> int:
+    """The largest of an integer value's lanes."""
+    return int(value.max())
+
+
 def all_lanes(mask: Any) -> bool:
     """Whether the mask holds in every lane."""
     return bool(mask.all())

@@ -194,6 +194,13 @@ def _lower_all(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     return builder.icmp_unsigned("==", packed, ir.Constant(ir.IntType(LANES), -1))
 
 
+def _lower_largest(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    kind = ir.FunctionType(ir.IntType(32), [INTS.llvm])
+    name = f"llvm.vector.reduce.smax.v{LANES}i32"
+    found = builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+    return builder.sext(found, ir.IntType(64))
+
+
 def _lower_same(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     return impl_ret_borrowed(context, builder, sig.return_type, args[0])
 
@@ -225,6 +232,7 @@ _WORDS: dict[Any, tuple[Any, Any]] = {  # word: (its signature for argument type
     lanes.splat: (_gives(FLOATS), _lower_splat),
     lanes.select: (_select_type, _lower_select),
     lanes.div: (_gives(FLOATS), _lower_div),
+    lanes.largest_lane: (_gives(types.int64), _lower_largest),
     lanes.all_lanes: (_gives(types.boolean), _lower_all),
     lanes.bits: (_gives(INTS), _cast("bitcast")),
     lanes.from_bits: (_gives(FLOATS), _cast("bitcast")),
