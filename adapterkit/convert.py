@@ -83,7 +83,9 @@ def plan_convert(
         return _plan_gguf(src, quantization, limit, workers)
     if base is None:
         raise UsageError(f"converting to {form} needs the base", "add --base BASE")
-    raise UsageError(f"'{form}' is not there", "use gguf")
+    if form == "gguf-lora":
+        return _plan_lora(src, base, limit, workers)
+    return _plan_peft(src, base, workers)
 
 
 def _form_of(out: Ref | None) -> str:
@@ -109,6 +111,47 @@ def _plan_gguf(src: Ref, asked: Quantization | None, limit: int | None, jobs: in
     plan = plan_gguf(layout, max_shard_size=limit, jobs=jobs, request={"verb": "convert", **asked.request()})
     tensors = {tensor.name: tensor for tensor in found.tensors}
     return Conversion(opened.ref, "gguf", plan, tensors, opened.sources, found.types, {}, found.notes)
+
+
+def _plan_lora(src: Ref, base: Ref, limit: int | None, jobs: int) -> Conversion:
+    from adapterkit.adapters.adapter import load_adapter
+    from adapterkit.gguf.hf import gguf_names
+    from adapterkit.gguf.lora import lora_tensors
+    from adapterkit.gguf.plan import Layout, plan_gguf
+
+    if limit is not None:
+        raise UsageError("llama.cpp loads a LoRA from one file", "leave out --max-shard-size")
+    adapter = load_adapter(src)
+    tensors, entries = lora_tensors(adapter, gguf_names(open_checkpoint(base, headers_only=True)))
+    plan = plan_gguf(Layout(tensors, entries), jobs=jobs, request={"verb": "convert", "to": "gguf-lora"})
+    handles = {tensor.name: tensor for tensor in tensors}
+    return Conversion(
+        adapter.ref, "gguf-lora", plan, handles, (adapter.source,), count_types(handles), {}, adapter.notes
+    )
+
+
+def _plan_peft(src: Ref, base: Ref, jobs: int) -> Conversion:
+    import json
+    from dataclasses import replace
+
+    from adapterkit.adapters.adapter import WEIGHTS
+    from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.checkpoint.folder import ADAPTER_CONFIG
+    from adapterkit.checkpoint.plan import plan_safetensors
+    from adapterkit.gguf.checkpoint import GGUFCheckpoint
+    from adapterkit.gguf.peft import to_peft
+
+    opened = open_checkpoint(src) if Path(src).expanduser().is_file() else None
+    if not isinstance(opened, GGUFCheckpoint):
+        _must_exist(src)
+        raise UsageError(f"{src} is not a GGUF LoRA", "give the .gguf file")
+    tensors, config = to_peft(opened, open_checkpoint(base, headers_only=True))
+    handles = {tensor.name: tensor for tensor in tensors}
+    view = Checkpoint(opened.ref, handles, dict.fromkeys(handles, WEIGHTS), sources=opened.sources)
+    plan = plan_safetensors(view, jobs=jobs, request={"verb": "convert", "to": "peft"})
+    plan = replace(plan, files=(replace(plan.files[0], name=WEIGHTS),))
+    side = {ADAPTER_CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
+    return Conversion(opened.ref, "peft", plan, handles, opened.sources, count_types(handles), side)
 
 
 def _must_exist(src: Ref) -> None:

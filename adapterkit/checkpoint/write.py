@@ -81,16 +81,21 @@ def file_names(plan: Plan, out: Path) -> dict[str, Path]:
 
 def check_output(plan: Plan, sources: Sequence[Source], out: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
     """Refuse a target that exists, is read-only, lies in an input or has no room, before the first byte."""
-    paths = [source.path for source in sources if source.path is not None]
+    paths = input_paths(plan, sources)
     held = [partial_folder(out) / file.name for file in plan.files]
     if plan.layout == "folder":
-        check_target(out, [*(path.parent for path in paths), *inputs], plan.nbytes, force=force, held=held)
+        check_target(out, [*paths, *inputs], plan.nbytes, force=force, held=held)
         return
-    # Files may stand beside an input, only not in its place.
     for target in file_names(plan, out).values():
         if target.is_dir():
             raise OutputError(f"{target} is a folder", "name a file")
         check_target(target, [*paths, *inputs], plan.nbytes, force=force, held=held)
+
+
+def input_paths(plan: Plan, sources: Sequence[Source]) -> list[Path]:
+    """What an output may not lie in or over: the folders of the inputs; files, where files stand for themselves."""
+    paths = [source.path for source in sources if source.path is not None]
+    return [path if plan.layout == "file" or path.suffix == ".gguf" else path.parent for path in paths]
 
 
 def finish(plan: Plan, folder: Path, out: Path, side_files: Mapping[str, bytes], *, force: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapters.fold import Folded, fold
 from adapterkit.errors import TargetError, UsageError
-from adapterkit.gguf.archs import ALWAYS_TIED
+from adapterkit.gguf.archs import ALWAYS_TIED, SHIFTED_NORMS
 from adapterkit.gguf.checkpoint import GGUFCheckpoint
 from adapterkit.gguf.names import OUTPUT, GGUFNames, Model
 from adapterkit.gguf.plan import Layout
@@ -73,6 +73,9 @@ def _check(base: GGUFCheckpoint, folded: Folded) -> None:
         raise TargetError(
             f"the adapter resizes the vocabulary from {old} to {new}, and the tokenizer in {base.ref}", road
         )
+    shifted = [name for name in folded.touched if name.endswith("_norm.weight") and base.arch in SHIFTED_NORMS]
+    if shifted:
+        raise TargetError(f"the adapter trains '{shifted[0]}', which a GGUF {base.arch} stores with other values", road)
     strange = [name for name in folded.added if name != OUTPUT]
     if strange:
         raise TargetError(f"the adapter adds '{strange[0]}', which a GGUF {base.arch} has no place for", road)

@@ -11,7 +11,7 @@ from typing import Any
 from adapterkit.adapters.names import HEAD, LONGEST, TEXT, Names
 from adapterkit.adapters.target import Piece, Target
 from adapterkit.errors import TargetError, UsageError
-from adapterkit.gguf.archs import CONV1D, FUSED_QKV, INTERLEAVED, KNOWN, SHIFTED_NORMS, TURNED_EXPERTS, Run, plain
+from adapterkit.gguf.archs import CONV1D, FUSED_QKV, INTERLEAVED, KNOWN, TURNED_EXPERTS, Run, plain
 from adapterkit.gguf.archs import interleaved as interleave
 from adapterkit.gguf.checkpoint import GGUFCheckpoint
 
@@ -71,6 +71,41 @@ class GGUFNames(Names):
                 f"how GGUF stores the matrices of '{model.arch}' is not known here",
                 "merge into the Hugging Face base and convert the result",
             )
+
+    @property
+    def arch(self) -> str:
+        return self._model.arch
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the GGUF tensors, by name."""
+        return self._shapes
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        return self._config
+
+    def shapes_of(self, stored: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """The tensors that a Hugging Face checkpoint of these shapes becomes; what has no name in GGUF is left out."""
+        found: dict[str, tuple[int, ...]] = {}
+        for name, shape in stored.items():
+            stem, _, leaf = name.rpartition(".")
+            expert = _EXPERT.fullmatch(stem)
+            if expert is not None:
+                tensor = self._map.get_name(f"{expert['stack']}.{expert['leaf']}")
+                count = found.get(f"{tensor}.{leaf}", (0,))[0]
+                found[f"{tensor}.{leaf}"] = (max(count, int(expert["expert"]) + 1), *shape)
+            elif leaf == "gate_up_proj" and len(shape) == 3:
+                for part in ("gate_proj", "up_proj"):
+                    found[f"{self._map.get_name(f'{stem}.{part}')}.weight"] = (shape[0], shape[1] // 2, shape[2])
+            elif leaf == "down_proj" and len(shape) == 3:
+                found[f"{self._map.get_name(name)}.weight"] = shape
+            else:
+                tensor = self._tensor(name)
+                turned = stem.rpartition(".")[2] in CONV1D.get(self.arch, ()) and len(shape) == 2
+                if tensor is not None:
+                    found[tensor] = shape[::-1] if turned else shape
+        return found
 
     def find(self, parameter: str) -> Target | None:
         if parameter not in self._found:
@@ -163,11 +198,6 @@ class GGUFNames(Names):
 
     def _whole(self, tensor: str, stem: str, name: str) -> Target:
         shape = self._shapes[tensor]
-        if tensor.endswith("_norm.weight") and self._model.arch in SHIFTED_NORMS:
-            raise TargetError(
-                f"'{name}' has other values in the GGUF of this architecture, so that it cannot be replaced",
-                "merge into the Hugging Face base and convert the result",
-            )
         if stem.rpartition(".")[2] in CONV1D.get(self._model.arch, ()) and len(shape) == 2:
             return Target(name, shape[::-1], (Piece(tensor, shape[1], transposed=True),))
         return Target(name, shape, _pieces([(tensor, self._runs(tensor, shape[0]))]))

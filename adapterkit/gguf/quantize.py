@@ -106,7 +106,7 @@ def typed(
         wanted[name] = _for_touched(wanted[name], asked)
     lost = _check_loss(wanted, now, set(touched), asked)
     matrix = _importance(asked, wanted)
-    order = sorted(view, key=_place) if asked.mix else list(view)
+    order = sorted(view, key=place) if asked.mix else list(view)
     tensors = [_tensor(view[name], TYPES[wanted[name]], matrix, name in touched) for name in order]
     counts: dict[str, int] = {}
     for name in order:
@@ -169,7 +169,7 @@ def _check_loss(wanted: Mapping[str, str], now: Mapping[str, str], touched: set[
     drowned = [name for name in touched if coarse(now[name]) and coarse(wanted[name])]
     again = [name for name in wanted if name not in touched and coarse(now[name]) and wanted[name] != now[name]]
     if drowned and not asked.yes_lossy:
-        first = sorted(drowned, key=_place)[0]
+        first = sorted(drowned, key=place)[0]
         raise UsageError(
             f"{len(drowned)} tensors that the adapter changes lie on a grid coarser than what it learnt, as '{first}' in "
             f"{now[first]}; written back as {wanted[first]} most of the change would be rounded away",
@@ -235,7 +235,7 @@ def _entries(
     return entries
 
 
-def _place(name: str) -> tuple[int, str]:
+def place(name: str) -> tuple[int, str]:
     """The order in which llama-quantize writes tensors: by layer, then by name."""
     found = re.match(r"blk\.(\d+)\.", name)
     return (int(found[1]) if found else -1, name)

@@ -27,7 +27,8 @@ for file in files:
     server = x.Server(p)
     rows = []
     for prompt in prompts:
-        asked = {"prompt": prompt, "n_predict": 1, "n_probs": vocab, "temperature": 0.0, "cache_prompt": False, "ignore_eos": True}
+        asked = {"prompt": prompt, "n_predict": 1, "n_probs": vocab, "temperature": 0.0}
+        asked |= {"cache_prompt": False, "ignore_eos": True}
         answer = server.handle_completions(asked)
         top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         rows.append([lp for _, lp in sorted((t["id"], t["logprob"]) for t in top)])
