@@ -51,7 +51,7 @@ class Conversion:
             src=self.src,
             out=str(out),
             to=self.to,
-            files=tuple(file.name for file in self.plan.files),
+            files=tuple(path.name for path in self.plan.targets(Path(out)).values()),
             nbytes=self.plan.nbytes,
             tensors=len(self.plan.steps),
             copied=sum(1 for step in self.plan.steps if step.source is not None),
@@ -122,11 +122,11 @@ def _plan_lora(src: Ref, base: Ref, limit: int | None, jobs: int) -> Conversion:
     if limit is not None:
         raise UsageError("llama.cpp loads a LoRA from one file", "leave out --max-shard-size")
     adapter = load_adapter(src)
-    tensors, entries = lora_tensors(adapter, gguf_names(open_checkpoint(base, headers_only=True)))
+    tensors, entries, notes = lora_tensors(adapter, gguf_names(open_checkpoint(base, headers_only=True)))
     plan = plan_gguf(Layout(tensors, entries), jobs=jobs, request={"verb": "convert", "to": "gguf-lora"})
     handles = {tensor.name: tensor for tensor in tensors}
     return Conversion(
-        adapter.ref, "gguf-lora", plan, handles, (adapter.source,), count_types(handles), {}, adapter.notes
+        adapter.ref, "gguf-lora", plan, handles, (adapter.source,), count_types(handles), {}, (*adapter.notes, *notes)
     )
 
 

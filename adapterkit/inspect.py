@@ -13,6 +13,7 @@ from adapterkit.adapters.methods.lora import EMBEDDING_A, EMBEDDING_B, MAGNITUDE
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG
 from adapterkit.checkpoint.open import locate, open_checkpoint
 from adapterkit.errors import AdapterError
+from adapterkit.gguf.describe import details
 
 if TYPE_CHECKING:
     from adapterkit.adapters.method import Module
@@ -50,6 +51,7 @@ class Inspection:
         parameters: trainable ones of an adapter, all of a checkpoint.
         share: of the base's parameters, where the base is known.
         mergeable: empty when it is, else the reason why not.
+        details: what a GGUF file says of itself.
     """
 
     ref: str
@@ -69,6 +71,7 @@ class Inspection:
     share: float | None = None
     mergeable: str = ""
     architecture: str = ""
+    details: dict[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
     commit: str = ""
     health: tuple[ModuleHealth, ...] = ()
@@ -103,6 +106,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         tensors=len(checkpoint),
         dtypes=dict(dtypes.most_common()),
         architecture=", ".join(map(str, architectures)),
+        details=details(checkpoint),
         files=tuple(source.name for source in checkpoint.sources),
         commit=checkpoint.commit or "",
         notes=checkpoint.notes,

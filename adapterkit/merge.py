@@ -66,7 +66,7 @@ class Merge:
             base_values=self.base_values,
             adapters=tuple(AdapterUse(a.ref, a.config.peft_type, w, a.commit, a.config.base) for a, w in used),
             dtype="auto" if self.dtype is None else str(self.dtype),
-            files=tuple(file.name for file in self.plan.files),
+            files=tuple(path.name for path in self.plan.targets(Path(out)).values()),
             nbytes=self.plan.nbytes,
             tensors=len(view),
             touched=len(self.folded.touched),

@@ -23,6 +23,7 @@ from adapterkit.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.checkpoint.files import Source
@@ -153,6 +154,18 @@ class Plan:
     @property
     def weight_map(self) -> dict[str, str]:
         return {step.tensor: file.name for file in self.files for step in file.steps}
+
+    def targets(self, out: Path) -> dict[str, Path]:
+        """Where the files of a plan for ``out`` end up; several of ``layout`` file are numbered before the suffix."""
+        names = [file.name for file in self.files]
+        if self.layout == "folder":
+            return {name: out / name for name in names}
+        if len(names) == 1:
+            return {names[0]: out}
+        count = len(names)
+        return {
+            name: out.with_name(f"{out.stem}-{i:05d}-of-{count:05d}{out.suffix}") for i, name in enumerate(names, 1)
+        }
 
     @property
     def digest(self) -> str:

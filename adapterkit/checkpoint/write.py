@@ -68,17 +68,6 @@ def write_safetensors(
     return sink.reused
 
 
-def file_names(plan: Plan, out: Path) -> dict[str, Path]:
-    """The names of a plan's files, in the hidden folder and in the end."""
-    names = [file.name for file in plan.files]
-    if len(names) == 1:
-        return {names[0]: out}
-    return {
-        name: out.with_name(f"{out.stem}-{number:05d}-of-{len(names):05d}{out.suffix}")
-        for number, name in enumerate(names, 1)
-    }
-
-
 def check_output(plan: Plan, sources: Sequence[Source], out: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
     """Refuse a target that exists, is read-only, lies in an input or has no room, before the first byte."""
     paths = input_paths(plan, sources)
@@ -86,7 +75,7 @@ def check_output(plan: Plan, sources: Sequence[Source], out: Path, *, force: boo
     if plan.layout == "folder":
         check_target(out, [*paths, *inputs], plan.nbytes, force=force, held=held)
         return
-    for target in file_names(plan, out).values():
+    for target in plan.targets(out).values():
         if target.is_dir():
             raise OutputError(f"{target} is a folder", "name a file")
         check_target(target, [*paths, *inputs], plan.nbytes, force=force, held=held)
@@ -105,7 +94,7 @@ def finish(plan: Plan, folder: Path, out: Path, side_files: Mapping[str, bytes],
         extra[INDEX] = index_json(plan)
     try:
         if plan.layout == "file":
-            publish_files(folder, file_names(plan, out), force=force)
+            publish_files(folder, plan.targets(out), force=force)
             return
         for name, data in extra.items():
             write_file(folder / name, data)

@@ -67,6 +67,7 @@ def _checkpoint_rows(found: Inspection) -> list[tuple[str, str]]:
     rows = [
         ("checkpoint", found.ref),
         ("architecture", found.architecture),
+        *found.details.items(),
         ("parameters", count(found.parameters)),
         ("size", f"{size(found.nbytes)} in {found.tensors} tensors, {len(found.files)} files"),
         ("dtypes", _several(found.dtypes)),

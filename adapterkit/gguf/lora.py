@@ -80,8 +80,8 @@ class _Part:
 
 def lora_tensors(
     adapter: Adapter, names: GGUFNames, *, allow_unknown: bool = False
-) -> tuple[list[Tensor], list[Entry]]:
-    """The tensors and the metadata of an adapter as GGUF LoRA.
+) -> tuple[list[Tensor], list[Entry], tuple[str, ...]]:
+    """The tensors and the metadata of an adapter as GGUF LoRA, and notes.
 
     Args:
         adapter: LoRA in any scaling (rsLoRA, alpha and rank patterns), on linear layers, embeddings, experts.
@@ -95,7 +95,14 @@ def lora_tensors(
     edits = adapter_edits(adapter, names, names.config, allow_unknown=allow_unknown)
     shapes = names.shapes
     parts: dict[str, list[_Part]] = {}
+    notes = []
     for edit in edits:
+        new = edit.change.replaced
+        embedding = set(edit.target.tensors) <= {EMBEDDING, OUTPUT}
+        if embedding and edit.override and new is not None and new.shape == edit.target.shape:
+            # PEFT saves embeddings that it did not train beside a LoRA on them; the model has them already.
+            notes.append(f"{edit.target.parameter} was saved with the adapter and not trained; it is left out")
+            continue
         kernel = _kernel(edit, adapter, names)
         for piece in edit.target.pieces:
             shape = shapes[piece.tensor]
@@ -108,7 +115,7 @@ def lora_tensors(
         if name == EMBEDDING:
             a, b = b, a.T  # looked up by row: the factor with the vocabulary is called A
         tensors += [Held(name + A, a, "lora a"), Held(name + B, b, "lora b")]
-    return tensors, _entries(adapter, names.arch, alpha)
+    return tensors, _entries(adapter, names.arch, alpha), tuple(notes)
 
 
 def _kernel(edit: Edit, adapter: Adapter, names: GGUFNames) -> Kernel:
