@@ -217,14 +217,14 @@ def build() -> dict[str, Any]:
             if base is not None and base is not cls and entry["prefix"]:
                 entry["in"] = [[entry["prefix"], base.__name__, ""]]
         classes[name] = entry
-        prefixes.setdefault(entry["type"], entry["prefix"])
+        prefixes[entry["type"]] = prefixes.get(entry["type"]) or entry["prefix"]
 
     known = set(rules) | set(same)
     types = {}
     for model_type, value in MODEL_MAPPING_NAMES.items():
         auto = value if isinstance(value, str) else value[0]
         if auto in classes:
-            types[model_type] = [auto, classes[auto]["prefix"]]
+            types[model_type] = [auto, classes[auto]["prefix"] or prefixes[classes[auto]["type"]]]
     # keep what resolution needs: sub-models whose subtree has a rule or a tie, or whose class depends on the config
     needed: dict[str, bool] = {}
 
@@ -256,7 +256,7 @@ def build() -> dict[str, Any]:
     }
     for name in sorted(plain):
         base, prefix = types.get(classes[name]["type"], ["", ""])
-        if prefix == classes[name]["prefix"] and base in plain:
+        if prefix == classes[name]["prefix"] and (base in plain or base not in packed):
             del packed[name]
     return {
         "about": {

@@ -116,7 +116,10 @@ class Loader:
         self.model_type = str(config.get("model_type") or "")
         known = isinstance(first, str) and first in data["classes"]
         self.name = str(first) if known else self._auto(self.model_type, "Model")
-        self.prefix = self._class(self.name)[1] or data["types"].get(self.model_type, ["", ""])[1]
+        usual = data["types"].get(self.model_type, ["", ""])[1]
+        self.prefix: str = self._class(self.name)[1] if self.name in data["classes"] else usual
+        # what a model with a head calls this model, where the model itself has no word for it
+        self.outer: str = self.prefix or usual
 
     @staticmethod
     def _class(name: str) -> list[Any]:
