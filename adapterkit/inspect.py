@@ -132,7 +132,7 @@ def inspect_adapter(adapter: Adapter, base: Checkpoint | None, health: bool) -> 
         method=describe_method(adapter, modules),
         ranks=dict(ranks.most_common()),
         scalings=_scalings(adapter, pairs),
-        targets=dict(Counter(module.path.rpartition(".")[2] for module in modules).most_common()),
+        targets=dict(sorted(Counter(module.path.rpartition(".")[2] for module in modules).items())),
         whole=whole,
         base=config.base or "",
         revision=config.revision or "",

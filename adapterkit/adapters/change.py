@@ -62,6 +62,8 @@ class Change:
         memory: bytes that the kernel holds.
         replaced: the tensor that takes the place of W, when that is all that the change does.
         stored: the one tensor of the adapter that holds the change, when one does.
+        factors: for a plain low-rank change its two factors as stored, each with whether it is stored transposed,
+            and ``scale``.
     """
 
     how: str
@@ -70,6 +72,8 @@ class Change:
     memory: int
     replaced: Tensor | None = None
     stored: Tensor | None = None
+    factors: tuple[tuple[Tensor, bool], ...] = ()
+    scale: float = 1.0
 
 
 class LowRank(Kernel):

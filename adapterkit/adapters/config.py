@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from adapterkit.errors import AdapterError, UnsafeError
 
-PATTERN_TIMEOUT = 2.0  # seconds for one match; a pattern that needs longer was made to hang
-MAX_PATTERN = 4096
-_LITERAL = re.compile(r"[A-Za-z0-9_.-]+")
+PATTERN_TIMEOUT = 2.0  # seconds for all matches of one config; patterns that need longer were made to hang
+MAX_PATTERN = 4096  # characters
+MAX_REPEATS = 100_000  # product of all counted repeats of a pattern: compiling takes time and memory with it
+_DOTTED = re.compile(r"[A-Za-z0-9_.-]+")
+_REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 
 # Fields every PEFT method has, and what PEFT's own loader does with them; none changes a merged weight by itself.
 COMMON_FIELDS = frozenset(
@@ -54,6 +58,7 @@ class AdapterConfig:
 
     raw: Mapping[str, Any]
     where: str
+    _spent: list[float] = field(default_factory=lambda: [0.0], repr=False, compare=False)
 
     @property
     def peft_type(self) -> str:
@@ -120,17 +125,60 @@ class AdapterConfig:
         Raises:
             AdapterError: the config gives this module another rank than its factors have.
         """
-        said = pattern_value(self.mapping("rank_pattern"), module, self.where)
+        said = self.pattern("rank_pattern", module)
         expected = self.get("r") if said is None else said
         if expected is not None and expected != rank:
             raise AdapterError(
                 f"{self.where}: {module} has rank {rank} in the file and {expected} in the config",
                 "one of the two was edited; restore the config that was saved with the weights",
             )
-        alpha = pattern_value(self.mapping("alpha_pattern"), module, self.where)
+        alpha = self.pattern("alpha_pattern", module)
         if alpha is None:
             alpha = self.number("lora_alpha")
         return float(alpha) / (math.sqrt(rank) if self.flag("use_rslora") else rank)
+
+    def pattern(self, name: str, module: str) -> float | None:
+        """The value of the first pattern that matches, in the file's own order, as PEFT's ``get_pattern_key`` has it.
+
+        A pattern is a regular expression anchored at the end of the path and at a dot before it; the first match wins,
+        not the most specific one.
+
+        Raises:
+            AdapterError: a pattern is not valid, or its value is not a number.
+            UnsafeError: the patterns take too long to match.
+        """
+        for pattern, value in self.mapping(name).items():
+            if self._matches(pattern, module):
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                    raise AdapterError(
+                        f"{self.where}: the value of pattern '{pattern[:60]}' is not a number", "correct it"
+                    )
+                return value
+        return None
+
+    def _matches(self, pattern: str, module: str) -> bool:
+        if _DOTTED.fullmatch(pattern):
+            return _dotted(pattern, module)
+        if len(pattern) > MAX_PATTERN or _repeats(pattern) > MAX_REPEATS:
+            raise UnsafeError(f"{self.where}: pattern '{pattern[:60]}' was made to hang", "do not use this adapter")
+        import regex
+
+        started = time.thread_time()
+        try:
+            left = PATTERN_TIMEOUT - self._spent[0]
+            if left <= 0:
+                raise TimeoutError
+            return _compiled(pattern).match(module, timeout=left) is not None
+        except TimeoutError:
+            raise UnsafeError(
+                f"{self.where}: pattern '{pattern[:60]}' takes too long to match", "do not use this adapter"
+            ) from None
+        except (regex.error, RecursionError, ValueError) as error:
+            raise AdapterError(
+                f"{self.where}: pattern '{pattern[:60]}' is not valid ({error})", "correct the config"
+            ) from None
+        finally:
+            self._spent[0] += time.thread_time() - started
 
     def unknown_fields(self, known: frozenset[str]) -> list[str]:
         """Fields that are not known and say something: a newer PEFT may mean another formula by them."""
@@ -139,32 +187,23 @@ class AdapterConfig:
         )
 
 
-def pattern_value(patterns: Mapping[str, Any], module: str, where: str) -> float | None:
-    """The value of the first pattern that matches, in the file's own order, as PEFT's ``get_pattern_key`` has it.
-
-    A pattern is a regular expression anchored at the end of the path and at a dot before it; the first match wins, not
-    the most specific one.
-    """
-    for pattern, value in patterns.items():
-        if _matches(pattern, module, where):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise AdapterError(f"{where}: the value of pattern '{pattern[:60]}' is not a number", "correct it")
-            return value
-    return None
-
-
-def _matches(pattern: str, module: str, where: str) -> bool:
-    if len(pattern) > MAX_PATTERN:
-        raise UnsafeError(f"{where}: a pattern of {len(pattern)} characters", "do not use this adapter")
-    if _LITERAL.fullmatch(pattern) and "." not in pattern:
-        return module == pattern or module.endswith("." + pattern)
+@lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> Any:
     import regex
 
-    try:
-        return regex.match(rf"(?:.*\.)?(?:{pattern})$", module, timeout=PATTERN_TIMEOUT) is not None
-    except TimeoutError:
-        raise UnsafeError(
-            f"{where}: pattern '{pattern[:60]}' takes too long to match", "do not use this adapter"
-        ) from None
-    except regex.error as error:
-        raise AdapterError(f"{where}: pattern '{pattern[:60]}' is not valid ({error})", "correct the config") from None
+    # The groups stand as in PEFT's own expression, so that back-references count the same.
+    return regex.compile(rf"(.*\.)?({pattern})$")
+
+
+def _repeats(pattern: str) -> int:
+    """How many times a pattern repeats something, all its counts multiplied."""
+    counts = [max(int(low or 0), int(high or 0), 1) for low, high in _REPEAT.findall(pattern)]
+    return math.prod(counts)
+
+
+def _dotted(pattern: str, module: str) -> bool:
+    """A pattern of plain characters and dots (each matching any one character) at the end of a path."""
+    start = len(module) - len(pattern)
+    if start < 0 or (start > 0 and module[start - 1] != ".") or not module.endswith(pattern.rpartition(".")[2]):
+        return False
+    return all(p in (".", c) for p, c in zip(pattern, module[start:], strict=True))

@@ -12,6 +12,7 @@ from adapterkit.adapters.names import Names
 from adapterkit.adapters.replicate import replicated
 from adapterkit.adapters.target import Target
 from adapterkit.adapters.ties import Weighted, settle_ties
+from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.tensor import Cast, Renamed, Tensor
 from adapterkit.dtypes import BF16, F16, F32, F64
 from adapterkit.errors import AdapterError, TargetError, UsageError
@@ -75,7 +76,7 @@ def fold(
     factors = [1.0] * len(adapters) if not weights else [float(weight) for weight in weights]
     if len(factors) != len(adapters):
         raise UsageError(f"{len(factors)} weights for {len(adapters)} adapters", "give one --weight for each adapter")
-    base, notes = _replicated(base, adapters)
+    base, notes = _replicated(dequantized(base), adapters)
     names = Names(base.shapes, base.config)
     edits: list[Weighted] = []
     for adapter, factor in zip(adapters, factors, strict=True):
@@ -91,6 +92,7 @@ def fold(
     added = [name for name in by_tensor if name not in base]
     result = _Fold(base, tensors, by_tensor, dtype)
     merged = result.tensors()
+    _check_vocabulary(base, merged, names)
     shards = _shards(base, merged)
     checkpoint = replace(base, tensors=merged, shards=shards)
     heads = {
@@ -192,6 +194,21 @@ def _replicated(base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[Checkpoi
 def _shards(base: Checkpoint, merged: Mapping[str, Tensor]) -> dict[str, str]:
     last = list(base.shards.values())[-1] if base.shards else "model.safetensors"
     return {name: base.shards.get(name, last) for name in merged}
+
+
+def _check_vocabulary(base: Checkpoint, merged: Mapping[str, Tensor], names: Names) -> None:
+    """An embedding and an output layer that had as many rows before must have as many afterwards."""
+    for pair in names.declared_ties():
+        targets = [names.find(parameter) for parameter in pair]
+        if None in targets:
+            continue
+        one, other = (target.pieces[0].tensor for target in targets if target is not None)
+        old, new = [(base[one].shape, base[other].shape), (merged[one].shape, merged[other].shape)]
+        if old[0][:1] == old[1][:1] and new[0][:1] != new[1][:1]:
+            raise TargetError(
+                f"the adapter brings {new[0][0]} rows for '{one}' and leaves '{other}' with {new[1][0]}",
+                "give the base whose vocabulary was resized before training",
+            )
 
 
 def _resized(old: Tensor, new: Tensor) -> bool:

@@ -75,6 +75,12 @@ class Names:
         self._called: dict[str, str] = {}  # tensor -> its name in the module tree, filled in with `_known`
         self._layouts: dict[int, list[Layout] | None] = {}
 
+    @cached_property
+    def model_types(self) -> frozenset[str]:
+        """The model type of the config and of the configs inside it."""
+        parts = [self._config, *(part for part in self._config.values() if hasattr(part, "get"))]
+        return frozenset(str(part.get("model_type") or "") for part in parts)
+
     def find(self, parameter: str) -> Target | None:
         """Where ``parameter`` (a module-tree name without ``base_model.model.``) is stored; None if nowhere or unclear.
 
@@ -129,6 +135,15 @@ class Names:
             if other is not None and target is not None and other.pieces == target.pieces:
                 found.append(name)
         return found
+
+    def declared_ties(self) -> list[tuple[str, str]]:
+        """``(embedding, output layer)`` of every tie that the model class declares, whether or not this model uses it."""
+        pairs = []
+        for path, pattern, source in self._loader.ties:
+            scope = path + "." if path else ""
+            if re.fullmatch(r"[\w.]+", pattern):
+                pairs.append((scope + source, scope + pattern))
+        return pairs
 
     def stored_name(self, parameter: str, beside: str) -> str:
         """The tensor name under which a new parameter belongs, next to the existing tensor ``beside``.

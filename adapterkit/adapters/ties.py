@@ -8,7 +8,7 @@ changes the shared tensor instead (its issues 2018 and 2777), which is wrong for
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from adapterkit.adapters.target import Piece
 from adapterkit.checkpoint.tensor import Renamed
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from adapterkit.adapters.method import Edit
     from adapterkit.adapters.names import Names
     from adapterkit.checkpoint.tensor import Tensor
+
+_UNSIGNED: dict[int, Literal["B", "H", "I", "Q"]] = {8: "B", 16: "H", 32: "I", 64: "Q"}
 
 
 @dataclass(frozen=True)
@@ -101,45 +103,72 @@ def _split(
         twin = next((e for e in alone_head if e.adapter is item.adapter and _same(e.edit, item.edit)), None)
         if twin is not None:
             alone_head.remove(twin)
-        if twin is not None or _for_both(item):
-            together.append(item)
-        else:
-            alone_shared.append(item)
-    # An adapter trained with its ties kept has the same change on both sides, whichever of them it is stored under.
+        both = twin is not None or _for_both(item, any(_rivals(e, item) for e in alone_head))
+        (together if both else alone_shared).append(item)
     for item in list(alone_head):
-        if item.adapter.config.flag("ensure_weight_tying"):
+        if _kept_tied(item) and not any(_rivals(e, item) for e in on_shared):
             alone_head.remove(item)
-            if not any(e.adapter is item.adapter for e in together):
-                target = replace(item.edit.target, parameter=shared)
-                together.append(replace(item, edit=replace(item.edit, target=target)))
+            target = replace(item.edit.target, parameter=shared)
+            together.append(replace(item, edit=replace(item.edit, target=target)))
     return together, alone_shared, alone_head
 
 
-def _for_both(item: Weighted) -> bool:
-    """Whether training applied an edit of the embedding to the output layer too."""
-    config = item.adapter.config
-    if item.edit.override or config.flag("ensure_weight_tying"):
+def _for_both(item: Weighted, rivalled: bool) -> bool:
+    """Whether training applied an edit of the embedding to the output layer too.
+
+    ``rivalled``: the adapter holds another edit for the output layer. A resized weight always concerns both, for the
+    model was tied when it was resized. PEFT ties trained token rows, unless the output layer was given rows of its own.
+    """
+    if item.edit.override:
         return True
-    if item.edit.change.how.endswith("token rows replaced"):
-        field = config.get("token_indices") or config.get("trainable_token_indices")
-        return not hasattr(field, "items")
-    return False
+    tokens = item.edit.change.how.endswith("token rows replaced")
+    return not rivalled and (tokens or _kept_tied(item))
+
+
+def _kept_tied(item: Weighted) -> bool:
+    """Whether PEFT applies one side's change to the other when it loads the adapter.
+
+    It does so for ``ensure_weight_tying``, but only knows embeddings by these names (0.21.2): in GPT-2 the flag does nothing.
+    """
+    leaf = item.edit.target.parameter.split(".")[-2:-1]
+    return item.adapter.config.flag("ensure_weight_tying") and leaf in (["embed_tokens"], ["lm_head"])
+
+
+def _rivals(one: Weighted, other: Weighted) -> bool:
+    return one.adapter is other.adapter and not one.edit.override and not other.edit.override
 
 
 def _same(one: Edit, other: Edit) -> bool:
-    """Whether two edits store the same bytes: a tied module that was saved twice."""
-    a, b = one.change.stored, other.change.stored
-    if a is None or b is None or (a.shape, a.dtype) != (b.shape, b.dtype):
+    """Whether two edits say the same: a tied module that was saved twice, as one tensor or as LoRA factors."""
+    a, b = one.change, other.change
+    if a.stored is not None and b.stored is not None:
+        return _equal(a.stored, False, b.stored, False)
+    if not a.factors or not b.factors or (a.how, a.scale) != (b.how, b.scale):
         return False
-    x, y = a.extent, b.extent
-    if x is None or y is None:
+    return all(_equal(*left, *right) for left, right in zip(a.factors, b.factors, strict=True))
+
+
+def _equal(one: Tensor, turned: bool, other: Tensor, other_turned: bool) -> bool:
+    """Whether two stored matrices are equal; a turned one counts as its transpose. Compares bytes, without torch."""
+    shape = other.shape if turned == other_turned else other.shape[::-1]
+    x, y = one.extent, other.extent
+    if (one.shape, one.dtype) != (shape, other.dtype) or x is None or y is None:
         return False
-    chunk = 1 << 20
-    return all(
-        x.source.read(x.offset + at, min(chunk, x.nbytes - at))
-        == y.source.read(y.offset + at, min(chunk, y.nbytes - at))
-        for at in range(0, x.nbytes, chunk)
-    )
+    if turned == other_turned:
+        chunk = 1 << 20
+        return all(
+            x.source.read(x.offset + at, min(chunk, x.nbytes - at))
+            == y.source.read(y.offset + at, min(chunk, y.nbytes - at))
+            for at in range(0, x.nbytes, chunk)
+        )
+    if len(shape) != 2 or one.dtype.bits not in _UNSIGNED:
+        return False
+    rows, columns = shape
+    width = columns * one.dtype.bits // 8
+    straight = x.source.read(x.offset, x.nbytes)
+    code: Any = _UNSIGNED[one.dtype.bits]
+    across = memoryview(y.source.read(y.offset, y.nbytes)).cast(code)
+    return all(straight[row * width : (row + 1) * width] == across[row::rows].tobytes() for row in range(rows))
 
 
 def _moved(item: Weighted, parameter: str, tensor: str) -> Weighted:

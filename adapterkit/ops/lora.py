@@ -26,19 +26,23 @@ def pooled(a: torch.Tensor, group: int) -> torch.Tensor:
     return a.repeat_interleave(group, dim=1) * (a.shape[1] / group)
 
 
-def residual(kind: str, w: torch.Tensor, rank: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def residual(
+    kind: str, w: torch.Tensor, rank: int, scale: float, turned: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The low-rank part that an initialisation took out of W before training, as factors ``left @ right``.
 
     Args:
         kind: ``pissa`` (arXiv:2404.02948: the ``rank`` largest singular triples), ``olora`` (arXiv:2406.01775: scale times
             the first ``rank`` columns of Q and rows of R) or ``kasa`` (arXiv:2412.06071: the ``rank`` smallest triples).
         w: ``[out, in]``.
+        turned: the module stores W as ``[in, out]``, which is what OLoRA then decomposes.
 
     PEFT repeats the same decomposition in float32 when it loads such an adapter, so this does too.
     """
     if kind == "olora":
-        q, r = torch.linalg.qr(w)
-        return scale * q[:, :rank], r[:rank]
+        q, r = torch.linalg.qr(w.T if turned else w)
+        left, right = scale * q[:, :rank], r[:rank]
+        return (right.T, left.T) if turned else (left, right)
     u, s, v = torch.linalg.svd(w, full_matrices=False)
     part = slice(None, rank) if kind == "pissa" else slice(len(s) - rank, None)
     return u[:, part] * s[part], v[part]

@@ -16,7 +16,8 @@ from adapterkit.adapters.method import Context, Edit, Method, Module, check_matr
 from adapterkit.adapters.methods.stacked import stacked_edit
 from adapterkit.adapters.methods.tokens import KEY as TOKENS
 from adapterkit.adapters.methods.tokens import token_edits
-from adapterkit.adapters.target import Target, transposed
+from adapterkit.adapters.orientation import is_turned
+from adapterkit.adapters.target import transposed
 from adapterkit.errors import AdapterError, TargetError
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Recipe:
     magnitude: Tensor | None = None
     residual: str = ""
     embedding: bool = False
+    turned: bool = False  # the module stores its weight as [in, out]
 
     def load(self, weights: Weights) -> Kernel:
         """Read the factors (and W, where a residual or a column norm needs it) and give the kernel."""
@@ -83,7 +85,8 @@ class Recipe:
             return added
         shift = None
         if self.residual:
-            shift = ops.residual(self.residual, weights.read(0, weights.shape[0]), right.shape[0], self.scale)
+            w = weights.read(0, weights.shape[0])
+            shift = ops.residual(self.residual, w, right.shape[0], self.scale, self.turned)
         magnitude = None if self.magnitude is None else matrix(self.magnitude).flatten()
         norms = column_norms(weights, added) if magnitude is not None and self.embedding else None
         return NormedLowRank(added, shift, magnitude, norms, weights.dtype)
@@ -114,20 +117,24 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
     if context.names.find(parameter) is None and context.names.find(f"{module.path}.in_proj_weight") is not None:
         parameter = f"{module.path}.in_proj_weight"  # torch.nn.MultiheadAttention keeps q, k and v in one parameter
     target = context.target(parameter, key)
-    if context.config.flag("fan_in_fan_out") and len(target.shape) == 2:
-        target = transposed(target)
     blocks = _blocks(context.config)
     pool = int(context.config.number("qalora_group_size", 16)) if context.config.flag("use_qalora") else 0
+    turned = any(
+        is_turned(context, target, _expected(a, b, blocks, pool, shape[1]))
+        for shape in (target.matrix, target.matrix[::-1])
+    )
+    if turned:
+        target = transposed(target)
     rank = a.shape[0]
     scaled_as = parameter if wrapped else module.path
-    expected = _expected(a, b, blocks, pool, target)
+    expected = _expected(a, b, blocks, pool, target.matrix[1])
     check_matrix(target, expected, key, context.where)
     if len(a.shape) > 2 and len(target.shape) > 2 and a.shape[1:] != target.shape[1:]:
         raise TargetError(
             f"{context.where}: '{key}' spans {list(a.shape[1:])} of a grouped convolution {list(target.shape)}",
             "PEFT cannot merge it either; train without the convolution",
         )
-    scale = context.config.scaling(scaled_as, rank)
+    scale = context.config.scaling(scaled_as, rank) * _times_applied(module, context)
     recipe = Recipe(
         a,
         b,
@@ -137,6 +144,7 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
         diagonal=module.tensors.get(DIAGONAL),
         magnitude=module.tensors.get(MAGNITUDE),
         residual=_residual(context, module),
+        turned=turned,
     )
     _check_vector(recipe.magnitude, expected[0], f"{module.path}.{MAGNITUDE}", context.where)
     _check_vector(recipe.diagonal, rank, f"{module.path}.{DIAGONAL}", context.where)
@@ -145,10 +153,20 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
         yield _bias_edit(module, context, scale)
 
 
-def _expected(a: Tensor, b: Tensor, blocks: int, pool: int, target: Target) -> tuple[int, int]:
-    """The matrix that factors of these shapes are made for."""
+def _times_applied(module: Module, context: Context) -> int:
+    """How often PEFT adds the delta of this module, in training as in its own merge.
+
+    Its wrapper of ``torch.nn.MultiheadAttention`` adds that of ``out_proj`` itself and then calls ``out_proj.merge()``,
+    which adds it again (measured with 0.21.2: forward and merge agree on twice). That is what was trained.
+    """
+    parent, _, leaf = module.path.rpartition(".")
+    inside = leaf == "out_proj" and any(other.path == parent for other in context.siblings)
+    return 2 if inside and context.names.find(f"{parent}.in_proj_weight") is not None else 1
+
+
+def _expected(a: Tensor, b: Tensor, blocks: int, pool: int, wanted: int) -> tuple[int, int]:
+    """The matrix that factors of these shapes are made for, where the target has ``wanted`` columns."""
     rows, columns = b.shape[0], a.numel // a.shape[0]
-    wanted = target.matrix[1]
     if blocks > 1 and columns * blocks == wanted and b.numel // rows == a.shape[0]:
         columns = wanted
     if pool and columns * pool == wanted:
@@ -192,7 +210,17 @@ def _change(recipe: Recipe, rank: int, shape: tuple[int, int]) -> Change:
     held = 4 * (recipe.a.numel + recipe.b.numel) * max(recipe.blocks, recipe.pool, 1)
     if recipe.residual:
         held += 4 * 3 * shape[0] * shape[1]  # W and its decomposition
-    return Change(" ".join(words), recipe.load, recipe.a.nbytes + recipe.b.nbytes, held)
+    plain = recipe.magnitude is None and recipe.diagonal is None and not recipe.residual and recipe.blocks == 1
+    pair = (recipe.a, recipe.b) if recipe.embedding else (recipe.b, recipe.a)
+    factors = tuple((tensor, recipe.embedding) for tensor in pair) if plain and not recipe.pool else ()
+    return Change(
+        " ".join(words),
+        recipe.load,
+        recipe.a.nbytes + recipe.b.nbytes,
+        held,
+        factors=factors,
+        scale=recipe.scale,
+    )
 
 
 def _check_pair(a: Tensor, b: Tensor, key: str, where: str) -> None:

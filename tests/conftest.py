@@ -1,0 +1,41 @@
+"""Fixtures that every suite shares; the builders themselves are in `models`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# Before anything imports a library that reads them: no test may reach the network by accident, and none may find a token.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "1"
+os.environ.pop("HF_TOKEN", None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``make_base(kind, dtype, **config)``: a tiny transformers checkpoint, built once per session and shape."""
+    from models import build_base
+
+    built: dict[str, Path] = {}
+
+    def make(kind: str = "llama", dtype: str = "float32", **config: object) -> Path:
+        key = f"{kind}-{dtype}-{sorted(config.items())}"
+        if key not in built:
+            built[key] = build_base(tmp_path_factory.mktemp(kind), kind, dtype, **config)
+        return built[key]
+
+    return make
