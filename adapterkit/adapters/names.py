@@ -157,6 +157,10 @@ class Names:
                 return name
         return parameter
 
+    def turned(self, parameter: str) -> bool:
+        """Whether ``parameter`` is a stack of experts whose module keeps it as ``[experts, in, out]``, and says so."""
+        return ".".join(parameter.split(".")[-2:]) in self._loader.turned
+
     def find_module(self, module: str) -> tuple[str, ...]:
         """The parameters that the module called ``module`` holds itself, under that name (``{module}.weight``, ...)."""
         for name in (module, *self._repairs(module)):

@@ -123,9 +123,9 @@ class Loader:
 
     @staticmethod
     def _class(name: str) -> list[Any]:
-        """``[model type, base model prefix, sub-models, ties, stacked weights]`` of a class."""
+        """``[model type, base model prefix, sub-models, ties, stacked weights, turned weights]`` of a class."""
         row = table()["classes"].get(name, [])
-        return [*row, *["", "", [], {}, []][len(row) :]]
+        return [*row, *["", "", [], {}, [], []][len(row) :]]
 
     @staticmethod
     def _auto(model_type: str, like: str) -> str:
@@ -235,6 +235,11 @@ class Loader:
     def stacked(self) -> set[str]:
         """Last two parts of the names of three-dimensional weights that are stacked matrices, not convolutions."""
         return {leaf for _, name, _ in self.tree for leaf in self._class(name)[4]}
+
+    @cached_property
+    def turned(self) -> set[str]:
+        """Last two parts of the names of stacked experts that a module keeps as ``[experts, in, out]``, and says so."""
+        return {leaf for _, name, _ in self.tree for leaf in self._class(name)[5]}
 
     @cached_property
     def ties(self) -> list[tuple[str, str, str]]:

@@ -16,7 +16,7 @@ from adapterkit.adapters.rules import table
 if TYPE_CHECKING:
     from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def load(folder: str, name: str) -> Any:
