@@ -33,6 +33,9 @@ TEXT = (
 )
 HEAD = ("language_model.lm_head.", "model.language_model.lm_head.", "text_model.lm_head.", "lm_head.")
 
+# The part of an any-to-any model that is trained is a model with a head itself.
+OMNI = ("thinker.", "")
+
 # A longer name is nobody's parameter: it is only ever matched as it stands.
 LONGEST = 500
 
@@ -349,7 +352,7 @@ class Names:
         prefix = self._loader.outer + "." if self._loader.outer else ""
         if prefix:
             found += [name[len(prefix) :], prefix + name] if name.startswith(prefix) else [prefix + name]
-        for family in (TEXT, HEAD):
+        for family in (TEXT, HEAD, OMNI):
             start = next((start for start in family if name.startswith(start)), None)
             if start is not None:
                 found += [other + name[len(start) :] for other in family if other != start]

@@ -158,6 +158,30 @@ def test_a_language_model_is_found_inside_a_bigger_one(start: str, saved: Any) -
     assert sweep.same(start + name, llama.names, llama.old, llama.memory["model." + name])
 
 
+def test_the_trained_part_of_an_any_to_any_model(tmp_path: Path) -> None:
+    """Adapters are made on the thinker alone, which is published as a part of the whole."""
+    model, _ = zoo.build("qwen2_5_omni")
+    model.save_pretrained(tmp_path)
+    files = sweep.read(tmp_path)
+    names = names_of(files, sweep.config(tmp_path))
+    layer = "layers.0.self_attn.q_proj.weight"
+    text = model.state_dict()[f"thinker.model.language_model.{layer}"]
+    for start in ("thinker.model.language_model.", "model.language_model.", "thinker.model.", "model."):
+        assert sweep.same(start + layer, names, files, text), start
+
+
+@pytest.mark.parametrize(("model_type", "turned"), [("gpt_oss", True), ("llama4", False), ("mixtral", False)])
+def test_experts_stored_input_first(model_type: str, turned: bool, saved: Any) -> None:
+    """``is_transposed`` of the module; Llama 4 stores its experts so too but does not say it, and PEFT goes by that."""
+    model, _ = zoo.build(model_type)
+    experts = [(name, module) for name, module in model.named_modules() if hasattr(module, "gate_up_proj")]
+    experts = [(name, module) for name, module in experts if getattr(module.gate_up_proj, "ndim", 0) == 3]
+    assert experts
+    for name, module in experts:
+        assert bool(getattr(module, "is_transposed", False)) == turned
+        assert saved(model_type).names.turned(f"{name}.down_proj") == turned
+
+
 def test_a_name_never_slips_into_another_tower(saved: Any) -> None:
     """A text layer that is not there is not the vision tower's layer of the same name."""
     names = saved("gemma3").names
