@@ -91,7 +91,7 @@ class Sink:
             self._journal.start()
             tasks: deque[Callable[[], int]] = deque()
             for file in files:
-                fd = os.open(self._folder / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                fd = os.open(self._folder / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
                 opened.append(fd)
                 os.ftruncate(fd, file.nbytes)
                 tasks.extend(self._tasks(file, fd, proved))
