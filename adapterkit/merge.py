@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.adapter import Adapter, load_adapter
 from adapterkit.adapters.fold import FLOATS, Folded, fold
 from adapterkit.adapters.sidecars import side_files
+from adapterkit.bases import open_base
 from adapterkit.checkpoint.checkpoint import Checkpoint
-from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size, plan_safetensors
 from adapterkit.dtypes import BY_LABEL, DType
 from adapterkit.errors import CheckpointError, UsageError
@@ -44,6 +44,7 @@ class Merge:
     side: dict[str, bytes]
     dtype: DType | None
     notes: tuple[str, ...]
+    base_values: str = "as stored"
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -58,6 +59,7 @@ class Merge:
             out=str(out),
             base=self.base.ref,
             base_commit=self.base.commit,
+            base_values=self.base_values,
             adapters=tuple(AdapterUse(a.ref, a.config.peft_type, w, a.commit, a.config.base) for a, w in used),
             dtype="auto" if self.dtype is None else str(self.dtype),
             files=tuple(file.name for file in self.plan.files),
@@ -95,26 +97,44 @@ def plan_merge(
     jobs: int | None = None,
     residual_base: bool = False,
     allow_unknown: bool = False,
+    base16: Ref | None = None,
+    as_trained: str | None = None,
+    double_quant: bool = False,
+    quant_dtype: str = "auto",
+    skip_modules: Sequence[str] | None = None,
     headers_only: bool = True,
 ) -> Merge:
     """Plan a merge from headers alone; see `merge` for the arguments.
 
     With ``headers_only`` a base or adapter on the Hub is not downloaded, so the plan can be shown but not executed.
     """
-    opened = base if isinstance(base, Checkpoint) else open_checkpoint(base, headers_only=headers_only)
+    opened, values = open_base(
+        base,
+        base16=base16,
+        as_trained=as_trained,
+        double_quant=double_quant,
+        quant_dtype=quant_dtype,
+        skip_modules=skip_modules,
+        headers_only=headers_only,
+    )
     loaded = tuple(a if isinstance(a, Adapter) else load_adapter(a, headers_only=headers_only) for a in adapters)
     wanted = parse_dtype(dtype)
     folded = fold(opened, loaded, weights, dtype=wanted, residual_base=residual_base, allow_unknown=allow_unknown)
     side, notes = side_files(opened, folded, loaded, wanted)
     request = {
         "verb": "merge",
-        "base": opened.ref,
+        "base": str(base.ref if isinstance(base, Checkpoint) else base),
         "adapters": [adapter.ref for adapter in loaded],
         "weights": list(weights or ()),
         "dtype": dtype,
         "max_shard_size": max_shard_size,
         "residual_base": residual_base,
         "allow_unknown": allow_unknown,
+        "base16": None if base16 is None else str(base16),
+        "as_trained": as_trained,
+        "double_quant": double_quant,
+        "quant_dtype": quant_dtype,
+        "skip_modules": None if skip_modules is None else list(skip_modules),
     }
     plan = plan_safetensors(
         folded.checkpoint,
@@ -124,7 +144,7 @@ def plan_merge(
         request=request,
     )
     factors = tuple(float(w) for w in weights) if weights else (1.0,) * len(loaded)
-    return Merge(opened, loaded, factors, folded, plan, side, wanted, (*opened.notes, *folded.notes, *notes))
+    return Merge(opened, loaded, factors, folded, plan, side, wanted, (*opened.notes, *folded.notes, *notes), values)
 
 
 def merge(
@@ -140,6 +160,11 @@ def merge(
     resume: bool = False,
     residual_base: bool = False,
     allow_unknown: bool = False,
+    base16: Ref | None = None,
+    as_trained: str | None = None,
+    double_quant: bool = False,
+    quant_dtype: str = "auto",
+    skip_modules: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Fold adapters into a base and write a Hugging Face folder.
@@ -159,6 +184,9 @@ def merge(
         resume: continue an interrupted run, and leave the same behind if interrupted.
         residual_base: the base is what training left behind (PiSSA, LoRA-GA, ...), not the original model.
         allow_unknown: go on where an adapter's config has fields that are not known here.
+        base16: the original of a quantized base, to be folded onto in its place.
+        as_trained: ``nf4``, ``fp4`` or ``int8``: fold onto the values that QLoRA training saw; see `open_base` for this
+            and for ``double_quant``, ``quant_dtype`` and ``skip_modules``.
         progress: called now and then with bytes done and bytes in all.
 
     Raises:
@@ -177,6 +205,11 @@ def merge(
         jobs=jobs,
         residual_base=residual_base,
         allow_unknown=allow_unknown,
+        base16=base16,
+        as_trained=as_trained,
+        double_quant=double_quant,
+        quant_dtype=quant_dtype,
+        skip_modules=skip_modules,
         headers_only=False,
     )
     check_output(planned.plan, planned.sources, Path(out), force=force, inputs=_adapter_folders(planned))
@@ -216,7 +249,20 @@ def execute(plan: Plan, out: Ref, *, part: int | None = None, jobs: int | None =
         write_part(plan, part, planned.folded.checkpoint, planned.sources, Path(out), jobs=jobs)
 
 
-_REQUEST = ("base", "adapters", "weights", "dtype", "max_shard_size", "residual_base", "allow_unknown")
+_REQUEST = (
+    "base",
+    "adapters",
+    "weights",
+    "dtype",
+    "max_shard_size",
+    "residual_base",
+    "allow_unknown",
+    "base16",
+    "as_trained",
+    "double_quant",
+    "quant_dtype",
+    "skip_modules",
+)
 
 
 def _adapter_folders(planned: Merge) -> list[Path]:

@@ -25,6 +25,7 @@ class MergeReport:
     Sizes are bytes, times seconds.
 
     Attributes:
+        base_values: of the base, what was folded onto: as stored, decoded, the 16-bit original, or as trained.
         touched: tensors with a change folded in; ``copied`` are byte-identical to the base's.
         reused: of the touched ones, how many a resumed run found finished.
         peak_memory: measured over the process, or estimated for a dry run.
@@ -45,6 +46,7 @@ class MergeReport:
     parameters: int = 0
     seconds: float = 0.0
     peak_memory: int = 0
+    base_values: str = "as stored"
     dry_run: bool = False
     notes: tuple[str, ...] = field(default=())
 

@@ -12,6 +12,7 @@ from adapterkit.adapters.names import Names
 from adapterkit.adapters.replicate import replicated
 from adapterkit.adapters.target import Target
 from adapterkit.adapters.ties import Weighted, settle_ties
+from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.tensor import Cast, Renamed, Tensor
 from adapterkit.dtypes import BF16, F16, F32, F64
 from adapterkit.errors import AdapterError, TargetError, UsageError
@@ -75,7 +76,7 @@ def fold(
     factors = [1.0] * len(adapters) if not weights else [float(weight) for weight in weights]
     if len(factors) != len(adapters):
         raise UsageError(f"{len(factors)} weights for {len(adapters)} adapters", "give one --weight for each adapter")
-    base, notes = _replicated(base, adapters)
+    base, notes = _replicated(dequantized(base), adapters)
     names = Names(base.shapes, base.config)
     edits: list[Weighted] = []
     for adapter, factor in zip(adapters, factors, strict=True):

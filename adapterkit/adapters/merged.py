@@ -28,6 +28,9 @@ class StoredWeights(Weights):
         self.shape = shape or target.matrix
         self.dtype = tensors[target.pieces[0].tensor].dtype
 
+    def other(self, target: Target) -> StoredWeights:
+        return StoredWeights(target, self._tensors)
+
     def read(self, start: int, stop: int) -> torch.Tensor:
         import torch
 
@@ -42,12 +45,12 @@ class StoredWeights(Weights):
             tensor = self._tensors[piece.tensor]
             if piece.transposed:
                 width = tensor.shape[-1]
-                turned = tensor.read(piece.at * width, (piece.at + columns) * width).view(columns, width)
+                turned = tensor.read_wide(piece.at * width, (piece.at + columns) * width).view(columns, width)
                 out[where] = turned[:, piece.row_at + first : piece.row_at + first + len(wanted)].T.float()
             else:
                 low = piece.at + first * piece.at_step
                 high = low + (len(wanted) - 1) * piece.at_step + 1
-                rows = tensor.read(low * columns, high * columns).view(-1, columns)
+                rows = tensor.read_wide(low * columns, high * columns).view(-1, columns)
                 out[where] = rows[:: piece.at_step].float()
         return out
 
@@ -66,7 +69,7 @@ class Loaded:
     """A change's kernel, loaded once and shared by every tensor that holds a piece of the parameter."""
 
     def __init__(self, change: Change, weights: Weights, users: int = 1) -> None:
-        self._change, self._weights, self._users = change, weights, users
+        self.change, self._weights, self._users = change, weights, users
         self._lock = threading.Lock()
         self._kernel: Kernel | None = None
         self._whole: torch.Tensor | None = None
@@ -74,7 +77,7 @@ class Loaded:
     def kernel(self) -> Kernel:
         with self._lock:
             if self._kernel is None:
-                self._kernel = self._change.load(self._weights)
+                self._kernel = self.change.load(self._weights)
             return self._kernel
 
     def whole(self) -> torch.Tensor:
@@ -115,6 +118,8 @@ class Merged(Tensor):
 
     @property
     def block(self) -> int:
+        if self.base.block % self._columns == 0:
+            return self.base.block
         return max(1, BLOCK // self._columns) * self._columns
 
     @property
@@ -132,6 +137,9 @@ class Merged(Tensor):
         return " + ".join(dict.fromkeys(words))
 
     def read(self, start: int, stop: int) -> torch.Tensor:
+        return self.read_wide(start, stop).to(self.dtype.torch)
+
+    def read_wide(self, start: int, stop: int) -> torch.Tensor:
         import torch
 
         first = start - start % self.block
@@ -148,7 +156,7 @@ class Merged(Tensor):
         stop = min(start + self.block, self.numel)
         columns = self._columns
         low, high = start // columns, stop // columns
-        stored = self.base.read(start, stop).view(-1, columns)
+        stored = self.base.read_wide(start, stop).view(-1, columns)
         acc = stored.float()
         if acc.data_ptr() == stored.data_ptr():
             acc = acc.clone()
@@ -158,7 +166,7 @@ class Merged(Tensor):
                 _add_transposed(acc, stored, applied, loaded, low, high, alone)
             else:
                 _add(acc, stored, applied, loaded, low, high, alone)
-        return acc.to(self.dtype.torch).view(-1)
+        return acc.view(-1)
 
 
 def _overlap(rows: range, start: int, stop: int) -> range:

@@ -8,6 +8,7 @@ same bytes whoever asks, with any number of threads, alone or after a resume.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import prod
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
     from adapterkit.dtypes import DType
 
-BLOCK = 1 << 18  # elements per block: 1 MB in float32, so that a worker's buffers stay in its cache
+BLOCK = 1 << 19  # elements per block: few enough for a cache, enough that Python around them does not count
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,19 @@ class Tensor(ABC):
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Elements ``start:stop`` of the flattened tensor, a 1-D torch tensor of this handle's dtype."""
 
+    def read_wide(self, start: int, stop: int) -> torch.Tensor:
+        """As `read`, before the rounding to this handle's dtype where the node computes in a wider one."""
+        return self.read(start, stop)
+
+    def raw(self) -> bytes:
+        """All bytes, for small tensors: without torch where they lie in a file."""
+        extent = self.extent
+        if extent is not None:
+            return extent.source.read(extent.offset, extent.nbytes)
+        import torch
+
+        return bytes(self.read(0, self.numel).contiguous().view(torch.uint8).numpy())
+
     def release(self) -> None:
         """Drop what was loaded to compute; a later read loads it again."""
 
@@ -128,7 +142,46 @@ class Renamed(Tensor):
     def read(self, start: int, stop: int) -> torch.Tensor:
         return self.inner.read(start, stop)
 
+    def read_wide(self, start: int, stop: int) -> torch.Tensor:
+        return self.inner.read_wide(start, stop)
+
     def release(self) -> None:
+        self.inner.release()
+
+
+class Transposed(Tensor):
+    """A matrix on its side; it is held whole while it is read."""
+
+    def __init__(self, inner: Tensor) -> None:
+        self.name, self.dtype, self.shape, self.inner = inner.name, inner.dtype, inner.shape[::-1], inner
+        self._lock = threading.Lock()
+        self._whole: torch.Tensor | None = None
+
+    @property
+    def reads(self) -> int:
+        return self.inner.reads
+
+    @property
+    def memory(self) -> int:
+        return self.inner.memory + 8 * self.numel
+
+    @property
+    def how(self) -> str:
+        return self.inner.how
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return self.read_wide(start, stop).to(self.dtype.torch)
+
+    def read_wide(self, start: int, stop: int) -> torch.Tensor:
+        with self._lock:
+            if self._whole is None:
+                whole = self.inner.read_wide(0, self.numel).view(self.inner.shape)
+                self._whole = whole.T.contiguous().view(-1)
+            return self._whole[start:stop]
+
+    def release(self) -> None:
+        with self._lock:
+            self._whole = None
         self.inner.release()
 
 

@@ -1,0 +1,86 @@
+"""Which values of a base an adapter is folded onto: as stored, decoded, the 16-bit original, or as training saw them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from adapterkit.checkpoint.checkpoint import Checkpoint
+from adapterkit.checkpoint.decoded import dequantized
+from adapterkit.checkpoint.open import open_checkpoint
+from adapterkit.codecs.table import quantization
+from adapterkit.dtypes import BY_LABEL
+from adapterkit.errors import TargetError, UsageError
+
+Ref = str | Path
+
+
+def open_base(
+    base: Ref | Checkpoint,
+    *,
+    base16: Ref | Checkpoint | None = None,
+    as_trained: str | None = None,
+    double_quant: bool = False,
+    quant_dtype: str = "auto",
+    skip_modules: Sequence[str] | None = None,
+    headers_only: bool = False,
+) -> tuple[Checkpoint, str]:
+    """The base as a view of floating weights, and in a few words which values it has.
+
+    Args:
+        base: the base of the merge; when it is quantized, its decoded weights are used.
+        base16: the original of a quantized base, to be used in its place.
+        as_trained: ``nf4``, ``fp4`` or ``int8``: quantize and decode what bitsandbytes would have quantized in training.
+        double_quant, quant_dtype: of ``as_trained``: nested scales, and the dtype in which the base was loaded (``auto``:
+            its own).
+        skip_modules: ``llm_int8_skip_modules`` of training.
+        headers_only: do not download weights from the Hub.
+
+    Raises:
+        UsageError: options that contradict each other.
+        TargetError: ``base16`` is not the original of ``base``.
+        NotFound, CheckpointError, UnsafeError, AuthError, HubError
+    """
+    opened = base if isinstance(base, Checkpoint) else open_checkpoint(base, headers_only=headers_only)
+    stored = quantization(opened.config) is not None
+    view = dequantized(opened)
+    values = "decoded" if view is not opened else "as stored"
+    if base16 is not None:
+        original = base16 if isinstance(base16, Checkpoint) else open_checkpoint(base16, headers_only=headers_only)
+        view, values = _original(view, original), f"original ({original.ref})"
+    if as_trained is None:
+        if double_quant or quant_dtype != "auto" or skip_modules is not None:
+            raise UsageError(
+                "how training quantized was given, but not to what", "add --as-trained nf4, or leave the rest out"
+            )
+        return view, values
+    if stored and base16 is None:
+        raise UsageError(f"{opened.ref} is quantized itself", "leave out --as-trained: its decoded weights are used")
+    from adapterkit.adapters.as_trained import as_trained as trained
+    from adapterkit.codecs.grid import Grid
+
+    if quant_dtype != "auto" and quant_dtype not in ("bf16", "f16", "f32"):
+        raise UsageError(f"'{quant_dtype}' is no dtype that training loads a base in", "use bf16, f16 or f32")
+    grid = Grid(as_trained, double_quant, None if quant_dtype == "auto" else BY_LABEL[quant_dtype])
+    return trained(view, grid, skip=skip_modules), f"as trained in {grid}"
+
+
+def _original(quantized: Checkpoint, original: Checkpoint) -> Checkpoint:
+    """``original``, once it has the tensors of ``quantized``."""
+    if dequantized(original) is not original:
+        raise UsageError(f"{original.ref} is quantized itself", "give the 16-bit original to --base16")
+    different = sorted(
+        name
+        for name in quantized.shapes.keys() | original.shapes.keys()
+        if quantized.shapes.get(name) != original.shapes.get(name)
+    )
+    if different:
+        name = different[0]
+        there, here = original.shapes.get(name), quantized.shapes.get(name)
+        raise TargetError(
+            f"{original.ref} is not the original of {quantized.ref}: '{name}' is "
+            f"{list(there) if there else 'not in it'}, and {list(here) if here else 'not in the quantized base'}",
+            "give the base that was quantized",
+        )
+    return replace(original, notes=(*original.notes, f"folded onto {original.ref} in place of {quantized.ref}"))

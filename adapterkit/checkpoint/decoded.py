@@ -1,0 +1,130 @@
+"""`Decoded`: a quantized weight as the 16-bit tensor it stands for, and `dequantized`, a checkpoint of them."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.checkpoint.checkpoint import Checkpoint, SideFile
+from adapterkit.checkpoint.files import BytesFile
+from adapterkit.checkpoint.tensor import BLOCK, Tensor, Transposed
+from adapterkit.codecs.conv1d import is_conv1d
+from adapterkit.codecs.table import CACHE, find_weights, without_quantization
+from adapterkit.dtypes import BF16, F16, F32, DType
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from adapterkit.codecs.codec import Decode, Weight
+
+CONFIG = "config.json"
+STALE = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json", "recipe.yaml")
+_NAMED = {dtype.torch_name: dtype for dtype in (BF16, F16, F32)}
+
+
+class Decoded(Tensor):
+    """A quantized weight, decoded as it is read.
+
+    Args:
+        weight: where and how it is stored.
+        dtype: to round to, where the format's own library decodes to float32.
+    """
+
+    def __init__(self, weight: Weight, dtype: DType | None = None) -> None:
+        self.name, self.shape, self.weight = weight.name, weight.shape, weight
+        self.dtype = weight.dtype if dtype is None or weight.dtype is not F32 else dtype
+        self._lock = threading.Lock()
+        self._decode: Decode | None = None
+
+    @property
+    def block(self) -> int:
+        return max(1, BLOCK // self.weight.grain) * self.weight.grain
+
+    @property
+    def reads(self) -> int:
+        return sum(part.dtype.nbytes(part.shape) for part in self.weight.parts)
+
+    @property
+    def memory(self) -> int:
+        return self.weight.memory
+
+    @property
+    def how(self) -> str:
+        return f"{self.weight.how} to {self.dtype}"
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return self.read_wide(start, stop).to(self.dtype.torch)
+
+    def read_wide(self, start: int, stop: int) -> torch.Tensor:
+        grain = self.weight.grain
+        low = start - start % grain
+        high = min(-(-stop // grain) * grain, self.numel)
+        return self._decoder()(low, high)[start - low : stop - low]
+
+    def release(self) -> None:
+        with self._lock:
+            self._decode = None
+
+    def _decoder(self) -> Decode:
+        with self._lock:
+            if self._decode is None:
+                self._decode = self.weight.load()
+            return self._decode
+
+
+def dequantized(checkpoint: Checkpoint) -> Checkpoint:
+    """A view in which every quantized weight is one floating tensor and the config says nothing of quantization.
+
+    A checkpoint without quantized weights is given back as it is.
+
+    Raises:
+        CheckpointError: a format that is not known, or weights that are incomplete.
+    """
+    weights = find_weights(checkpoint.tensors, checkpoint.config, checkpoint.ref)
+    if not weights:
+        return checkpoint
+    dtype = config_dtype(checkpoint.config)
+    decoded: dict[str, Tensor] = {}
+    for weight in weights:
+        handle = Decoded(weight, dtype)
+        turned = is_conv1d(weight.name, checkpoint.config)
+        decoded[weight.parts[0].name] = Transposed(handle) if turned else handle
+    used = {part.name for weight in weights for part in weight.parts}
+    used.update(name for name in checkpoint if name.endswith(CACHE))
+    tensors: dict[str, Tensor] = {}
+    shards: dict[str, str] = {}
+    for name, tensor in checkpoint.tensors.items():
+        new = decoded.get(name, tensor)
+        if new is not tensor or name not in used:
+            tensors[new.name] = new
+            if name in checkpoint.shards:
+                shards[new.name] = checkpoint.shards[name]
+    config = without_quantization(checkpoint.config)
+    side_files = tuple(file for file in checkpoint.side_files if file.name not in (CONFIG, *STALE))
+    if checkpoint.side_file(CONFIG) is not None:
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        side_files += (SideFile(CONFIG, BytesFile(CONFIG, text.encode())),)
+    counts = Counter(weight.how for weight in weights)
+    shown = ", ".join(f"{count} weights in {how}" for how, count in counts.items())
+    return replace(
+        checkpoint,
+        tensors=tensors,
+        shards=shards,
+        config=config,
+        side_files=side_files,
+        notes=(*checkpoint.notes, f"decoded {shown}"),
+    )
+
+
+def config_dtype(config: Mapping[str, Any]) -> DType | None:
+    """The dtype that ``config.json`` names, at the top or in its language model."""
+    for part in (config, *(value for value in config.values() if hasattr(value, "get"))):
+        for key in ("dtype", "torch_dtype"):
+            if part.get(key) in _NAMED:
+                return _NAMED[part[key]]
+    return None

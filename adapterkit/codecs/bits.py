@@ -1,0 +1,71 @@
+"""Small numbers out of bytes and words: FP8, FP4 (e2m1), power-of-two scales (e8m0), and integers of 2 to 8 bits.
+
+Sources: OCP Microscaling Formats 1.0 (e2m1: table 5, e8m0: section 5.4.1) and the OCP 8-bit floating point
+specification.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+@cache
+def _bytes_of(dtype: torch.dtype) -> torch.Tensor:
+    """The float32 value of every byte of an 8-bit dtype: a lookup is faster than torch's conversion."""
+    return torch.arange(256, dtype=torch.int32).to(torch.uint8).view(dtype).float()
+
+
+@cache
+def _e2m1_pairs() -> torch.Tensor:
+    """For every byte the two float32 values of its halves, the low one first, seen as one int64."""
+    table = torch.tensor(E2M1)
+    return torch.stack([table.repeat(16), table.repeat_interleave(16)], 1).contiguous().view(torch.int64).view(-1)
+
+
+@cache
+def _e8m0() -> torch.Tensor:
+    return torch.exp2(torch.arange(256, dtype=torch.float64) - 127).float()
+
+
+def floats(codes: torch.Tensor) -> torch.Tensor:
+    """8-bit floats or integers as float32."""
+    if codes.dtype.is_floating_point and codes.element_size() == 1:
+        found = torch.index_select(_bytes_of(codes.dtype), 0, codes.view(torch.uint8).view(-1).int())
+        return found.view(codes.shape)
+    return codes.float()
+
+
+def e2m1(codes: torch.Tensor) -> torch.Tensor:
+    """Bytes of two 4-bit floats each, low half first, as float32 with twice as many columns."""
+    flat = codes.contiguous().view(torch.uint8).view(-1).int()
+    return torch.index_select(_e2m1_pairs(), 0, flat).view(torch.float32).view(*codes.shape[:-1], -1)
+
+
+def powers(codes: torch.Tensor) -> torch.Tensor:
+    """Scales 2^(byte - 127), stored as e8m0 or as plain bytes, as float32."""
+    flat = codes.contiguous().view(torch.uint8).view(-1).int()
+    return torch.index_select(_e8m0(), 0, flat).view(codes.shape)
+
+
+def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Rows of int32 words as ``count`` unsigned integers of ``bits`` bits each, first in the lowest bits; int32.
+
+    Values lie end to end, across words where ``bits`` does not divide 32.
+    """
+    words = words.contiguous()
+    rows = words.shape[0]
+    mask = (1 << bits) - 1
+    if 8 % bits == 0:
+        found = words.view(torch.uint8).view(rows, -1)
+        if bits < 8:
+            found = torch.stack([(found >> shift) & mask for shift in range(0, 8, bits)], -1).view(rows, -1)
+        return found[:, :count].int()
+    at = torch.arange(count) * bits
+    word, shift = at // 32, at % 32
+    wide = words.long() & 0xFFFFFFFF
+    wide = torch.nn.functional.pad(wide, (0, 1))
+    return (((wide[:, word] >> shift) | (wide[:, word + 1] << (32 - shift))) & mask).int()

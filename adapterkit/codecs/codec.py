@@ -1,0 +1,134 @@
+"""What a stored weight format is: a row of a table that finds its weights and decodes ranges of them.
+
+Detection works on headers; only what a header cannot say (the JSON that bitsandbytes keeps in a tensor, a stored shape)
+is read, as a few raw bytes. Decoding reads what a range needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from adapterkit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+    from adapterkit.dtypes import DType
+
+    Decode = Callable[[int, int], torch.Tensor]
+
+
+class Part(Protocol):
+    """A stored tensor, as far as a codec needs it."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Elements ``start:stop`` of the flattened tensor."""
+
+    def raw(self) -> bytes:
+        """All bytes, without torch."""
+
+
+Parts = Mapping[str, Part]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One logical weight, and the stored tensors that hold it.
+
+    Attributes:
+        name: of the weight when it is not quantized.
+        shape: of the decoded weight, in the orientation of the 16-bit checkpoint.
+        dtype: that the format's own library decodes to.
+        parts: the stored tensors, all of them: what is not named here stays in the checkpoint.
+        how: the format in a few words, as ``nf4 64``.
+        grain: ranges of elements that ``decode`` takes start and stop at multiples of it (or stop at the end).
+        load: reads what every range needs (scales, tables) and gives the decoder of ranges.
+        memory: bytes that the decoder holds.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    parts: tuple[Part, ...]
+    how: str
+    grain: int
+    load: Callable[[], Decode] = field(repr=False)
+    memory: int = 0
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A stored weight format.
+
+    Attributes:
+        name: as shown to users.
+        methods: values of ``quant_method`` in a ``quantization_config`` under which it is stored.
+        marks: ends of tensor names that no 16-bit checkpoint has.
+        find: the weights in a checkpoint, given its tensors and its ``quantization_config`` (``{}`` without one).
+        alone: the tensors say everything, so that a missing ``quantization_config`` does not matter.
+        source: where the layout is published.
+    """
+
+    name: str
+    methods: tuple[str, ...]
+    marks: tuple[str, ...]
+    find: Callable[[Parts, Mapping[str, Any]], Iterator[Weight]] = field(repr=False)
+    alone: bool
+    source: str
+
+
+AGAIN = "download or save it again"
+
+
+def stems(parts: Parts, mark: str) -> Iterator[str]:
+    """What comes before ``mark`` in the names that end with it, in order."""
+    return (name.removesuffix(mark) for name in parts if name.endswith(mark))
+
+
+def companion(parts: Parts, name: str, of: str, what: str) -> Part:
+    """A tensor that must be there.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if name not in parts:
+        raise CheckpointError(f"'{of}' is stored as {what} and its '{name}' is missing", AGAIN)
+    return parts[name]
+
+
+def check_shape(part: Part, shape: tuple[int, ...], what: str) -> Part:
+    """``part``, whose shape must be ``shape``; a dimension of -1 is not compared.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if len(part.shape) != len(shape) or any(want not in (-1, got) for want, got in zip(shape, part.shape, strict=True)):
+        shown = "x".join("*" if size < 0 else str(size) for size in shape)
+        raise CheckpointError(f"'{part.name}' is {list(part.shape)} where {what} needs {shown}", AGAIN)
+    return part
+
+
+def whole(part: Part) -> torch.Tensor:
+    """All of a stored tensor, in its shape."""
+    count = 1
+    for size in part.shape:
+        count *= size
+    return part.read(0, count).view(part.shape)
+
+
+def check_index(part: Part, count: int) -> torch.Tensor:
+    """A stored tensor of indices below ``count``, flat.
+
+    Raises:
+        CheckpointError: one of them is not.
+    """
+    found = whole(part).view(-1).long()
+    if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < count:
+        raise CheckpointError(f"'{part.name}' names group {int(found.max())} of {count}", AGAIN)
+    return found

@@ -1,0 +1,186 @@
+"""compressed-tensors (llm-compressor, vLLM): packed integers, int8, FP8, NVFP4, MXFP4 and MXFP8.
+
+`weight_packed` int32 holds integers of 2 to 8 bits end to end along a row, `weight_shape` the real shape; other formats
+keep `weight` in int8 or float8. `weight_scale` is per tensor, row, group of columns or block; a `weight_zero_point` is
+packed down the rows. NVFP4 divides its FP8 scales by `weight_global_scale`. What is not written in the tensors is taken
+from the ``config_groups`` (bits, block sizes) and must fit the shapes, so that no module pattern has to be matched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.codecs.codec import AGAIN, Codec, Part, Parts, Weight, check_shape, companion, stems
+from adapterkit.codecs.fp8 import FLOAT8, beside, describe
+from adapterkit.codecs.scaled import Scaled, check_like, grid_of, grid_scales
+from adapterkit.dtypes import BF16, DType
+from adapterkit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+FORMATS = (
+    "dense",
+    "naive-quantized",
+    "int-quantized",
+    "float-quantized",
+    "pack-quantized",
+    "mixed-precision",
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+    "mxfp8-quantized",
+)
+
+
+def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
+    schemes = [group.get("weights") or {} for group in (config.get("config_groups") or {}).values()]
+    named = [config.get("format"), *(g.get("format") for g in (config.get("config_groups") or {}).values())]
+    sparse = config.get("sparsity_config")
+    named.append(sparse.get("format") if isinstance(sparse, Mapping) else None)
+    unknown = next((name for name in named if name is not None and name not in FORMATS), None)
+    if unknown is not None:
+        raise CheckpointError(
+            f"compressed-tensors format '{unknown}' is not one that adapterkit reads", f"it reads {', '.join(FORMATS)}"
+        )
+    for stem in stems(parts, ".weight_packed"):
+        packed = parts[f"{stem}.weight_packed"]
+        scale = companion(parts, f"{stem}.weight_scale", packed.name, "compressed-tensors")
+        more = beside(parts, packed.name)
+        if packed.dtype.code == "I32":
+            yield _integers(f"{stem}.weight", packed, scale, more, schemes)
+        else:
+            yield _fp4(f"{stem}.weight", packed, scale, more)
+    for stem in stems(parts, ".weight_scale"):
+        codes = parts.get(f"{stem}.weight")
+        if codes is not None and codes.dtype.code in ("I8", *FLOAT8):
+            yield _plain(codes, parts[f"{stem}.weight_scale"], beside(parts, codes.name), schemes)
+
+
+def _natural(scale: Part) -> DType:
+    """compressed-tensors computes in the dtype of the scales, and in bfloat16 where those are powers of two."""
+    return scale.dtype if scale.dtype.is_float and scale.dtype.bits >= 16 else BF16
+
+
+def _named(more: tuple[Part, ...], leaf: str) -> Part | None:
+    return next((part for part in more if part.name.endswith("." + leaf)), None)
+
+
+def _plain(codes: Part, scale: Part, more: tuple[Part, ...], schemes: list[Mapping[str, Any]]) -> Weight:
+    structures = [scheme.get("block_structure") for scheme in schemes]
+    blocks = [(int(s[0]), int(s[1])) for s in structures if isinstance(s, list) and len(s) == 2]
+    block, grid = grid_of(codes.shape, scale, blocks)
+    zero, groups = _named(more, "weight_zero_point"), _named(more, "weight_g_idx")
+    if zero is not None:
+        check_like(zero, scale.shape, "a zero point per scale")
+
+    def unpack(rows: torch.Tensor) -> torch.Tensor:
+        from adapterkit.codecs.bits import floats
+
+        return floats(rows)
+
+    return Scaled(
+        codes.name,
+        codes.shape,
+        _natural(scale),
+        f"{codes.dtype} {describe(block, codes.shape)}",
+        codes,
+        unpack,
+        block,
+        grid,
+        lambda: grid_scales(scale, grid),
+        (codes, scale, *more),
+        None if zero is None else lambda: grid_scales(zero, grid),
+        groups,
+    ).weight()
+
+
+def _integers(name: str, packed: Part, scale: Part, more: tuple[Part, ...], schemes: list[Mapping[str, Any]]) -> Weight:
+    what = "packed integers"
+    stored = _named(more, "weight_shape")
+    if stored is None:
+        raise CheckpointError(f"'{packed.name}' has no weight_shape beside it", AGAIN)
+    size = stored.dtype.bits // 8
+    raw = check_shape(stored, (len(packed.shape),), what).raw()
+    shape = tuple(int.from_bytes(raw[at : at + size], "little", signed=True) for at in range(0, len(raw), size))
+    if len(shape) != 2 or min(shape) <= 0:
+        raise CheckpointError(f"'{stored.name}' says {list(shape)}, which is no matrix", AGAIN)
+    named = sorted({int(s["num_bits"]) for s in schemes if isinstance(s.get("num_bits"), int)}) or [4, 8]
+    fitting = [bits for bits in named if 1 < bits <= 8 and packed.shape == (shape[0], -(-shape[1] * bits // 32))]
+    if len(fitting) != 1:
+        raise CheckpointError(
+            f"'{packed.name}' is {list(packed.shape)}, which is no {'x'.join(map(str, shape))} weight of "
+            f"{' or '.join(map(str, named))} bits",
+            AGAIN,
+        )
+    bits = fitting[0]
+    block, grid = grid_of(shape, scale, [])
+    zero, groups = _named(more, "weight_zero_point"), _named(more, "weight_g_idx")
+    middle = 1 << (bits - 1)
+
+    def unpack(rows: torch.Tensor) -> torch.Tensor:
+        from adapterkit.codecs.bits import unpack
+
+        return (unpack(rows, bits, shape[1]) - middle).float()
+
+    def zeros() -> torch.Tensor:
+        from adapterkit.codecs.bits import floats, unpack
+        from adapterkit.codecs.codec import whole
+
+        assert zero is not None
+        if zero.dtype.code != "I32":
+            return floats(whole(zero)).reshape(-1, grid[1])
+        check_shape(zero, (-(-grid[0] * bits // 32), grid[1]), what)
+        return (unpack(whole(zero).T, bits, grid[0]).T - middle).float()
+
+    if groups is not None and prod(groups.shape) != shape[1]:
+        check_shape(groups, (shape[1],), what)
+    return Scaled(
+        name,
+        shape,
+        _natural(scale),
+        f"int{bits} {describe(block, shape)}",
+        packed,
+        unpack,
+        block,
+        grid,
+        lambda: grid_scales(scale, grid),
+        (packed, scale, *more),
+        None if zero is None else zeros,
+        groups,
+    ).weight()
+
+
+def _fp4(name: str, packed: Part, scale: Part, more: tuple[Part, ...]) -> Weight:
+    shape = (*packed.shape[:-1], packed.shape[-1] * 2)
+    block, grid = grid_of(shape, scale, [])
+    over = _named(more, "weight_global_scale")
+
+    def unpack(rows: torch.Tensor) -> torch.Tensor:
+        from adapterkit.codecs.bits import e2m1
+
+        return e2m1(rows)
+
+    return Scaled(
+        name,
+        shape,
+        BF16,
+        f"{'mxfp4' if over is None else 'nvfp4'} {describe(block, shape)}",
+        packed,
+        unpack,
+        block,
+        grid,
+        lambda: grid_scales(scale, grid, over, divide=True),
+        (packed, scale, *more),
+    ).weight()
+
+
+COMPRESSED = Codec(
+    "compressed-tensors",
+    ("compressed-tensors", "compressed_tensors", "sparseml"),
+    (".weight_packed", ".weight_shape", ".weight_zero_point", ".weight_g_idx", ".weight_global_scale"),
+    find,
+    False,
+    "compressed-tensors 0.20, compressors/: pack_quantized, naive_quantized, nvfp4, mxfp4, mxfp8",
+)

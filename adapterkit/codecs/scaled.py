@@ -1,0 +1,151 @@
+"""Formats that are codes times a grid of scales: FP8, MXFP8, NVFP4, integers; per tensor, row, group or block.
+
+The stored matrix has the rows of the weight; each row holds its columns, packed or not. A scale covers a block of rows
+and columns, given by the shapes, or where those do not divide, by the block size that the config names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from adapterkit.codecs.codec import AGAIN, Part, Weight, check_index, check_shape, whole
+from adapterkit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from adapterkit.codecs.codec import Decode
+    from adapterkit.dtypes import DType
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """How one weight is stored.
+
+    Attributes:
+        name, shape, dtype, how: of the `Weight`.
+        codes: ``[..., rows, stored columns]``.
+        unpack: rows of it ``[k, stored columns]`` to float32 ``[k, columns]``.
+        block: rows and columns that share a scale.
+        grid: scales per matrix, down and across.
+        scales: the scales, float32 ``[leading * down, across]``.
+        zeros: what to subtract from codes before they are scaled, on the same grid.
+        parts: all stored tensors.
+        scale_numel: how many scales there are, for plans.
+        groups: for each column the grid column that it belongs to, where that is stored.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: DType
+    how: str
+    codes: Part
+    unpack: Callable[[torch.Tensor], torch.Tensor]
+    block: tuple[int, int]
+    grid: tuple[int, int]
+    scales: Callable[[], torch.Tensor]
+    parts: tuple[Part, ...]
+    zeros: Callable[[], torch.Tensor] | None = None
+    groups: Part | None = None
+
+    def weight(self) -> Weight:
+        rows = prod(self.shape[:-1])
+        memory = 4 * (rows + prod(self.shape[:-2]) * prod(self.grid) * (1 if self.zeros is None else 2))
+        return Weight(self.name, self.shape, self.dtype, self.parts, self.how, self.shape[-1], self.load, memory)
+
+    def load(self) -> Decode:
+        import torch
+
+        columns, height = self.shape[-1], self.shape[-2]
+        stored = self.codes.shape[-1]
+        scales = self.scales()
+        zeros = None if self.zeros is None else self.zeros()
+        row = torch.arange(prod(self.shape[:-1]))
+        line = row // height * self.grid[0] + row % height // self.block[0]
+        groups = None if self.groups is None else check_index(self.groups, self.grid[1])
+
+        def spread(grid: torch.Tensor, first: int, last: int) -> torch.Tensor:
+            """Rows of a grid, to be combined with ``[rows, across, columns of a block]`` or with whole rows."""
+            found = torch.index_select(grid, 0, line[first:last])
+            if groups is not None:
+                return torch.index_select(found, 1, groups)
+            if self.grid[1] * self.block[1] == columns:
+                return found[:, :, None]
+            return found.repeat_interleave(self.block[1], 1)[:, :columns]
+
+        def decode(start: int, stop: int) -> torch.Tensor:
+            first, last = start // columns, stop // columns
+            codes = self.codes.read(first * stored, last * stored).view(last - first, stored)
+            found = self.unpack(codes)
+            factor = spread(scales, first, last)
+            found = found.view(last - first, self.grid[1], self.block[1]) if factor.dim() == 3 else found
+            if zeros is not None:
+                found = found - spread(zeros, first, last)
+            return (found * factor).view(-1).to(self.dtype.torch)
+
+        return decode
+
+
+def grid_of(
+    shape: tuple[int, ...], scale: Part, blocks: list[tuple[int, int]]
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The block and the grid of a scale tensor: one scale, one per row, per group of columns, or per block.
+
+    Args:
+        shape: of the decoded weight.
+        scale: its scales.
+        blocks: block sizes that the config names.
+
+    Raises:
+        CheckpointError: the shapes do not fit.
+    """
+    rows, columns = shape[-2:]
+    lead = prod(shape[:-2])
+    count = prod(scale.shape)
+    if count == lead:
+        return (rows, columns), (1, 1)
+    down, across = scale.shape[-2:] if len(scale.shape) >= 2 else (scale.shape[-1], 1)
+    if len(scale.shape) > 1 and down == 1 and across == rows and columns != rows:
+        down, across = rows, 1
+    if lead * down * across == count:
+        for height, width in blocks:
+            if (down, across) == (-(-rows // height), -(-columns // width)):
+                return (height, width), (down, across)
+        height, width = rows // down, columns // across
+        # Blocks are powers of two, or whole rows or columns: nobody has chosen others.
+        even = (down == 1 or height & (height - 1) == 0) and (across == 1 or width & (width - 1) == 0)
+        if rows % down == 0 and columns % across == 0 and even:
+            return (height, width), (down, across)
+    raise CheckpointError(
+        f"'{scale.name}' is {list(scale.shape)}, which covers no {'x'.join(map(str, shape))} weight in equal blocks",
+        AGAIN,
+    )
+
+
+def grid_scales(scale: Part, grid: tuple[int, int], over: Part | None = None, *, divide: bool = False) -> torch.Tensor:
+    """Scales as float32 ``[leading * down, across]``; e8m0 and bytes are powers of two.
+
+    ``over`` is one more scale for the whole tensor (or one per leading index), multiplied, or divided by.
+    """
+    from adapterkit.codecs.bits import floats, powers
+
+    stored = whole(scale)
+    found = powers(stored) if scale.dtype.code in ("U8", "F8_E8M0") else floats(stored)
+    found = found.reshape(-1, grid[1])
+    if over is not None:
+        factor = whole(over).float().view(-1, 1)
+        factor = factor.repeat_interleave(found.shape[0] // factor.shape[0], 0)
+        found = found / factor if divide else found * factor
+    return found
+
+
+def check_like(part: Part, shape: tuple[int, ...], what: str) -> Part:
+    """``part``, which must have ``shape`` up to dimensions of 1."""
+    wanted = tuple(size for size in shape if size != 1)
+    if tuple(size for size in part.shape if size != 1) != wanted:
+        check_shape(part, shape, what)
+    return part

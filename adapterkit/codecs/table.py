@@ -1,0 +1,113 @@
+"""The table of formats, and what a checkpoint's headers say of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from adapterkit.codecs.bnb4 import BNB4
+from adapterkit.codecs.bnb8 import BNB8
+from adapterkit.codecs.codec import Codec, Parts, Weight
+from adapterkit.codecs.compressed import COMPRESSED
+from adapterkit.codecs.fp8 import FP8
+from adapterkit.codecs.gptq import AWQ, GPTQ
+from adapterkit.codecs.mxfp4 import MXFP4
+from adapterkit.errors import CheckpointError
+
+CODECS: tuple[Codec, ...] = (BNB4, BNB8, FP8, MXFP4, COMPRESSED, GPTQ, AWQ)
+
+KEYS = ("quantization_config", "compression_config")
+# A multimodal config may keep it in the part that describes the language model.
+SECTIONS = ("text_config", "language_config", "llm_config", "thinker_config", "vision_config", "audio_config")
+# 16-bit weights never have these dtypes; buffers (position ids, masks) do, under other names.
+PACKED_ENDS = (".weight", ".qweight", ".weight_packed", "_blocks")
+# Scales of a quantized key-value cache, which a 16-bit checkpoint does not have.
+CACHE = (".k_scale", ".v_scale", ".q_scale", ".prob_scale")
+
+
+def quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The ``quantization_config`` of a ``config.json``, if it has one."""
+    for part in (config, *(config.get(section) for section in SECTIONS)):
+        if isinstance(part, Mapping):
+            for key in KEYS:
+                found = part.get(key)
+                if isinstance(found, Mapping) and found:
+                    return found
+    return None
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A ``config.json`` that no longer says that the weights are quantized."""
+    return {
+        key: without_quantization(value) if key in SECTIONS and isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in KEYS
+    }
+
+
+def method_of(config: Mapping[str, Any]) -> str:
+    """``quant_method`` of a ``quantization_config``, also where older files leave it out."""
+    method = config.get("quant_method")
+    if isinstance(method, str):
+        return method
+    return "bitsandbytes" if config.get("load_in_4bit") or config.get("load_in_8bit") else "unnamed"
+
+
+def known_methods() -> list[str]:
+    return sorted({method for codec in CODECS for method in codec.methods})
+
+
+def find_weights(parts: Parts, config: Mapping[str, Any], where: str) -> list[Weight]:
+    """The quantized weights of a checkpoint, none for a plain one.
+
+    Args:
+        parts: its tensors by name.
+        config: its ``config.json``.
+        where: what to call it in an error.
+
+    Raises:
+        CheckpointError: a format that is not in the table, or one whose tensors or config are missing or do not fit.
+    """
+    quantized = quantization(config)
+    if quantized is not None:
+        method = method_of(quantized)
+        rows = [codec for codec in CODECS if method in codec.methods]
+        if not rows:
+            raise CheckpointError(
+                f"{where} is quantized by '{method}', which adapterkit does not read",
+                f"it reads {', '.join(known_methods())}; give the 16-bit base",
+            )
+    else:
+        rows = [codec for codec in CODECS if any(name.endswith(codec.marks) for name in parts)]
+        lost = next((codec for codec in rows if not codec.alone), None)
+        if lost is not None:
+            name = next(name for name in parts if name.endswith(lost.marks))
+            raise CheckpointError(
+                f"{where} holds '{name}', a part of {lost.name} weights, and no quantization_config",
+                "restore the config.json that was saved with these weights",
+            )
+        quantized = {}
+    found = [weight for codec in rows for weight in codec.find(parts, quantized)]
+    if rows:
+        _check(parts, found, rows, where)
+    return found
+
+
+def _check(parts: Parts, found: list[Weight], rows: list[Codec], where: str) -> None:
+    """Nothing of a format may be left over."""
+    what = " or ".join(codec.name for codec in rows)
+    used = {part.name for weight in found for part in weight.parts}
+    marks = tuple(mark for codec in rows for mark in codec.marks)
+    for name, part in parts.items():
+        if name in used:
+            continue
+        if name.endswith(marks) or (name.endswith(PACKED_ENDS) and (not part.dtype.is_float or part.dtype.bits <= 8)):
+            raise CheckpointError(
+                f"{where} is only partly {what}: '{name}' ({part.dtype}) belongs to no weight that is complete",
+                "download or save it again",
+            )
+    if not found:
+        raise CheckpointError(
+            f"config.json of {where} says {what}, and no tensor is stored so",
+            "if the weights are 16-bit, remove quantization_config from config.json",
+        )
