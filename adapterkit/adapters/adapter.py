@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapters.config import AdapterConfig
 from adapterkit.checkpoint.checkpoint import SideFile
-from adapterkit.checkpoint.folder import ADAPTER_CONFIG, PICKLES, side_names
+from adapterkit.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLES, side_names
 from adapterkit.checkpoint.header import parse_header
 from adapterkit.checkpoint.open import locate
 from adapterkit.checkpoint.tensor import Stored
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.listing import Listing
     from adapterkit.checkpoint.tensor import Tensor
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = ADAPTER_WEIGHTS
 PREFIX = "base_model.model."
 
 
