@@ -10,6 +10,8 @@ Names are imported when they are first used, so that ``import adapterkit`` costs
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from adapterkit._version import __version__
@@ -80,3 +82,16 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+class _Package(ModuleType):
+    """Some verbs are functions in a module of the same name. Importing that module, as every other verb may do, would
+    put it in the function's place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and name in _WHERE:
+            value = getattr(value, _WHERE[name].partition(":")[2])
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

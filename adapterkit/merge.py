@@ -62,7 +62,8 @@ class Merge:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        return self.base.sources
+        """Every weight file that is read, the adapters' too."""
+        return (*self.base.sources, *(adapter.source for adapter in self.adapters))
 
     def report(self, out: Ref, **measured: Any) -> MergeReport:
         view = self.view
@@ -309,30 +310,34 @@ def execute(plan: Plan, out: Ref, *, part: int | None = None, jobs: int | None =
     """
     from adapterkit.checkpoint.parts import finish_parts, write_part
 
-    request = plan.request
-    planned = plan_merge(
-        request["base"],
-        request["adapters"],
-        weights=request["weights"],
-        dtype=request["dtype"],
-        max_shard_size=request["max_shard_size"],
-        residual_base=request["residual_base"],
-        allow_unknown=request["allow_unknown"],
-        base16=request["base16"],
-        as_trained=request["as_trained"],
-        double_quant=request["double_quant"],
-        quant_dtype=request["quant_dtype"],
-        skip_modules=request["skip_modules"],
-        quant=request["quant"],
-        quant_double=request["quant_double"],
-        headers_only=False,
-    )
+    arguments: dict[str, Any] = {name: plan.request[name] for name in _REQUEST if name in plan.request}
+    if plan.request.get("verb") != "merge" or not {"base", "adapters"} <= set(arguments):
+        raise CheckpointError("this plan does not say which merge it is of", "write one with merge --save-plan")
+    planned = plan_merge(**arguments, headers_only=False)
     if (planned.plan.files, planned.plan.inputs) != (plan.files, plan.inputs):
         raise CheckpointError("the base or an adapter changed since the plan was made", "make the plan again")
     if part is None:
         finish_parts(plan, Path(out), side_files=planned.side, force=force)
     else:
         write_part(plan, part, planned.view, planned.sources, Path(out), jobs=jobs)
+
+
+_REQUEST = (
+    "base",
+    "adapters",
+    "weights",
+    "dtype",
+    "max_shard_size",
+    "residual_base",
+    "allow_unknown",
+    "base16",
+    "as_trained",
+    "double_quant",
+    "quant_dtype",
+    "skip_modules",
+    "quant",
+    "quant_double",
+)
 
 
 def _adapter_folders(planned: Merge) -> list[Path]:

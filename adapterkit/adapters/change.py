@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from adapterkit.adapters.target import Target
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.dtypes import DType
 
@@ -29,6 +30,14 @@ class Weights(ABC):
     @abstractmethod
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows ``start:stop`` in float32."""
+
+    @abstractmethod
+    def other(self, target: Target) -> Weights:
+        """Another parameter of the same base, unmerged too."""
+
+    def whole(self) -> torch.Tensor:
+        """All of it, in float32."""
+        return self.read(0, self.shape[0])
 
     def blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
         """All rows, block by block: first row and float32 matrix."""
@@ -74,6 +83,16 @@ class Change:
     stored: Tensor | None = None
     factors: tuple[tuple[Tensor, bool], ...] = ()
     scale: float = 1.0
+
+
+class RowMap(Kernel):
+    """W' by a function of ``(rows of W, which rows)``."""
+
+    def __init__(self, function: Callable[[torch.Tensor, range], torch.Tensor]) -> None:
+        self._function = function
+
+    def new(self, w: torch.Tensor, rows: range) -> torch.Tensor:
+        return self._function(w, rows)
 
 
 class LowRank(Kernel):
@@ -153,4 +172,9 @@ def replace(tensor: Tensor, how: str = "replaced by the adapter's own") -> Chang
 
 def matrix(tensor: Tensor) -> torch.Tensor:
     """A whole tensor of the adapter in float32, in its own shape."""
-    return tensor.read(0, tensor.numel).view(tensor.shape).float()
+    return raw(tensor).float()
+
+
+def raw(tensor: Tensor) -> torch.Tensor:
+    """A whole tensor of the adapter as it is stored, in its own shape."""
+    return tensor.read(0, tensor.numel).view(tensor.shape)

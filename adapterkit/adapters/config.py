@@ -75,6 +75,19 @@ class AdapterConfig:
         value = self.raw.get("revision")
         return str(value) if value else None
 
+    @property
+    def peft_minor(self) -> tuple[int, int]:
+        """Major and minor version of the PEFT that wrote it; PEFT before 0.18 did not say, so (0, 17) when missing.
+
+        Raises:
+            AdapterError: it is there and not a version.
+        """
+        said = str(self.get("peft_version", "0.17"))
+        match = re.match(r"(\d+)\.(\d+)", said)
+        if match is None:
+            raise AdapterError(f"{self.where}: 'peft_version' is {said!r}, not a version", "correct the config")
+        return int(match.group(1)), int(match.group(2))
+
     def get(self, name: str, default: Any = None) -> Any:
         value = self.raw.get(name)
         return default if value is None else value
@@ -115,12 +128,34 @@ class AdapterConfig:
             raise AdapterError(f"{self.where}: '{name}' is not a list of names", "correct the config")
         return found
 
-    def scaling(self, module: str, rank: int) -> float:
+    def choice(self, name: str, known: tuple[Any, ...], default: Any = None) -> Any:
+        """A field that must have one of the values we know.
+
+        Raises:
+            AdapterError: it has another one.
+        """
+        value = self.get(name, default)
+        if not any(type(value) is type(one) and value == one for one in known):
+            words = ", ".join(repr(one) for one in known)
+            raise AdapterError(f"{self.where}: '{name}' is {value!r}; known are {words}", "update adapterkit")
+        return value
+
+    def patterned(self, name: str, patterns: str, module: str) -> float:
+        """A number that a map of patterns may give a module of its own.
+
+        Raises:
+            AdapterError: it is missing or not a number.
+        """
+        own = self.pattern(patterns, module)
+        return self.number(name) if own is None else own
+
+    def scaling(self, module: str, rank: int, alpha_field: str = "lora_alpha") -> float:
         """alpha/r, or alpha/sqrt(r) for rsLoRA (arXiv:2312.03732), with the module's own alpha.
 
         Args:
             module: path without ``base_model.model.``.
             rank: rank of the factors as stored.
+            alpha_field: what the method calls alpha.
 
         Raises:
             AdapterError: the config gives this module another rank than its factors have.
@@ -132,9 +167,7 @@ class AdapterConfig:
                 f"{self.where}: {module} has rank {rank} in the file and {expected} in the config",
                 "one of the two was edited; restore the config that was saved with the weights",
             )
-        alpha = self.pattern("alpha_pattern", module)
-        if alpha is None:
-            alpha = self.number("lora_alpha")
+        alpha = self.patterned(alpha_field, "alpha_pattern", module)
         return float(alpha) / (math.sqrt(rank) if self.flag("use_rslora") else rank)
 
     def pattern(self, name: str, module: str) -> float | None:
@@ -156,8 +189,16 @@ class AdapterConfig:
                 return value
         return None
 
-    def _matches(self, pattern: str, module: str) -> bool:
-        if _DOTTED.fullmatch(pattern):
+    def is_whole(self, pattern: str, module: str) -> bool:
+        """Whether a pattern is the whole path of a module, as PEFT matches ``target_modules`` given as one string.
+
+        Raises:
+            AdapterError, UnsafeError: as `pattern`.
+        """
+        return self._matches(pattern, module, whole=True)
+
+    def _matches(self, pattern: str, module: str, whole: bool = False) -> bool:
+        if _DOTTED.fullmatch(pattern) and not whole:
             return _dotted(pattern, module)
         if len(pattern) > MAX_PATTERN or _repeats(pattern) > MAX_REPEATS:
             raise UnsafeError(f"{self.where}: pattern '{pattern[:60]}' was made to hang", "do not use this adapter")
@@ -168,7 +209,7 @@ class AdapterConfig:
             left = PATTERN_TIMEOUT - self._spent[0]
             if left <= 0:
                 raise TimeoutError
-            return _compiled(pattern).match(module, timeout=left) is not None
+            return _compiled(pattern, whole).match(module, timeout=left) is not None
         except TimeoutError:
             raise UnsafeError(
                 f"{self.where}: pattern '{pattern[:60]}' takes too long to match", "do not use this adapter"
@@ -188,11 +229,11 @@ class AdapterConfig:
 
 
 @lru_cache(maxsize=4096)
-def _compiled(pattern: str) -> Any:
+def _compiled(pattern: str, whole: bool) -> Any:
     import regex
 
     # The groups stand as in PEFT's own expression, so that back-references count the same.
-    return regex.compile(rf"(.*\.)?({pattern})$")
+    return regex.compile(rf"({pattern})\Z" if whole else rf"(.*\.)?({pattern})$")
 
 
 def _repeats(pattern: str) -> int:

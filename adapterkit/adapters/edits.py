@@ -67,7 +67,7 @@ def group_modules(adapter: Adapter, method: Method) -> tuple[tuple[Module, ...],
     whole: dict[str, Tensor] = {}
     suffixes = sorted(method.suffixes, key=len, reverse=True)
     for key, tensor in adapter.tensors.items():
-        if any(f".{part}." in f".{key}." for part in method.ignored):
+        if _is_shared(key, method) or any(f".{part}." in f".{key}." for part in method.ignored):
             continue
         suffix = next((s for s in suffixes if key.endswith("." + s)), None)
         if suffix is None:
@@ -84,6 +84,27 @@ def group_modules(adapter: Adapter, method: Method) -> tuple[tuple[Module, ...],
                 tensors[f"{WRAPPED}.{name}"] = inner
         found.append(Module(path, depth, tensors))
     return tuple(found), whole
+
+
+def _is_shared(key: str, method: Method) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in method.shared)
+
+
+def _check_one_method(whole: Mapping[str, Tensor], method: Method, adapter: Adapter) -> None:
+    """Whether every tensor is this method's own or a parameter of the model, not another method's.
+
+    Raises:
+        AdapterError: the file mixes methods, or its config belongs to other weights.
+    """
+    for key in whole:
+        for other in METHODS.values():
+            for name in (*other.suffixes, *other.shared):
+                if key == name or key.endswith("." + name):
+                    raise AdapterError(
+                        f"{adapter.source.name}: '{key}' belongs to {other.peft_type} and the config says "
+                        f"{method.peft_type}",
+                        "save each method as an adapter of its own, with its own config",
+                    )
 
 
 def _unwrapped(path: str) -> tuple[str, int]:
@@ -114,7 +135,9 @@ def adapter_edits(
     if not adapter.tensors:
         raise AdapterError(f"{adapter.source.name} holds no tensors", "save the adapter again")
     modules, whole = group_modules(adapter, method)
-    context = Context(adapter, names, str(config.get("model_type", "")), residual_base, modules)
+    _check_one_method(whole, method, adapter)
+    shared = {key: tensor for key, tensor in adapter.tensors.items() if _is_shared(key, method)}
+    context = Context(adapter, names, str(config.get("model_type", "")), residual_base, modules, shared)
     edits = [_whole_edit(key, tensor, context, config) for key, tensor in whole.items()]
     unresolved: list[TargetError] = []
     for module in modules:

@@ -31,6 +31,9 @@ class StoredWeights(Weights):
         self.shape = shape or target.matrix
         self.dtype = tensors[target.pieces[0].tensor].dtype
 
+    def other(self, target: Target) -> StoredWeights:
+        return StoredWeights(target, self._tensors)
+
     def read(self, start: int, stop: int) -> torch.Tensor:
         import torch
 

@@ -69,6 +69,7 @@ class Context:
         model_type: of the base's config.
         residual_base: the base given is what training left behind, not the original model.
         siblings: all modules of the adapter.
+        shared: tensors that all modules use, by key.
     """
 
     adapter: Adapter
@@ -76,6 +77,7 @@ class Context:
     model_type: str
     residual_base: bool = False
     siblings: tuple[Module, ...] = ()
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def config(self) -> AdapterConfig:
@@ -113,10 +115,12 @@ class Method:
         formula, source: for the docs.
         suffixes: endings of the keys it owns, after the module path.
         ignored: endings it may ignore: state of training that the formula does not use.
+        shared: names of tensors that all modules use and that stand beside them (``vera_A``), not in one.
         fields: config fields it knows, beside the common ones.
         edits: makes the edits of one module.
         refuse: a reason why an adapter of this method cannot be merged, and the way out, or None.
         low_rank: whether its change is an addition of low rank.
+        notes: for the docs: what a user should know, above all where PEFT does something else.
     """
 
     peft_type: str
@@ -126,9 +130,11 @@ class Method:
     suffixes: tuple[str, ...]
     edits: Callable[[Module, Context], Iterable[Edit]]
     ignored: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     fields: frozenset[str] = field(default_factory=frozenset)
     refuse: Callable[[AdapterConfig, bool], tuple[str, str] | None] = lambda config, residual_base: None
     low_rank: bool = False
+    notes: str = ""
 
 
 def check_matrix(target: Target, expected: tuple[int, int], key: str, where: str) -> None:

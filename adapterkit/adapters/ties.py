@@ -166,7 +166,8 @@ def _equal(one: Tensor, turned: bool, other: Tensor, other_turned: bool) -> bool
     rows, columns = shape
     width = columns * one.dtype.bits // 8
     straight = x.source.read(x.offset, x.nbytes)
-    across = memoryview(y.source.read(y.offset, y.nbytes)).cast(_UNSIGNED[one.dtype.bits])
+    code: Any = _UNSIGNED[one.dtype.bits]
+    across = memoryview(y.source.read(y.offset, y.nbytes)).cast(code)
     return all(straight[row * width : (row + 1) * width] == across[row::rows].tobytes() for row in range(rows))
 
 

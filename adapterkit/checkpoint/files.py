@@ -69,18 +69,27 @@ class LocalFile(Source):
         return self._fd
 
     def read(self, offset: int, length: int) -> bytes:
-        data = os.pread(self.fd, length, offset)
+        data = b""
         while len(data) < length:
-            more = os.pread(self.fd, length - len(data), offset + len(data))
+            try:
+                more = os.pread(self.fd, length - len(data), offset + len(data))
+            except OSError as error:
+                raise self._failed(error) from error
             if not more:
                 break
-            data += more
+            data = data + more if data else more
         return data
+
+    def _failed(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"{self.name} cannot be read ({error.strerror})", "check the disk it lies on")
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         done = 0
         while done < len(buffer):
-            count = os.preadv(self.fd, [buffer[done:]], offset + done)
+            try:
+                count = os.preadv(self.fd, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise self._failed(error) from error
             if count == 0:
                 raise self._short(offset + done)
             done += count

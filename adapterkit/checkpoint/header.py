@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtypes import DTYPES, DType
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
 MAX_NAME = 1024
+MAX_DIMS = 32
+MAX_NUMEL = 1 << 63  # also of the dimensions that are not zero: torch multiplies them all
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,27 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key '{twice[:60]}' appears twice")
+        raise ValueError(f"key {twice[:60]!r} appears twice")
     return found
+
+
+def _count(text: str) -> int:
+    if text.startswith("-") or len(text) > 20:
+        raise ValueError(f"{text[:20]} is not a size")
+    return int(text)
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text[:20]} is not a whole number")
+
+
+_STRICT: Any = {
+    "object_pairs_hook": _unique,
+    "parse_int": _count,
+    "parse_float": _no_number,
+    "parse_constant": _no_number,
+}
+_ENTRY = {"dtype", "shape", "data_offsets"}
 
 
 def parse_header(read: Callable[[int, int], bytes], size: int, where: str) -> Header:
@@ -89,13 +111,13 @@ def parse_header(read: Callable[[int, int], bytes], size: int, where: str) -> He
         raise CheckpointError(f"{where}: its header claims {length} bytes of a file of {size}", again)
     raw = read(8, length)
     try:
-        found = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-        if not isinstance(found, dict):
-            raise ValueError("it is not an object")
+        if raw[:1] != b"{":
+            raise ValueError("it does not start with a brace")
+        found = json.loads(raw.decode("utf-8"), **_STRICT)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: its header is not valid JSON ({error})", again) from None
     metadata = found.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if not isinstance(metadata, dict) or not all(map(_is_text, (*metadata, *metadata.values()))):
         raise CheckpointError(f"{where}: its __metadata__ is not a map of strings", again)
     start = 8 + length
     tensors = sorted(
@@ -113,16 +135,29 @@ def parse_header(read: Callable[[int, int], bytes], size: int, where: str) -> He
     return Header({info.name: info for info in tensors}, metadata, start)
 
 
+def _is_text(value: Any) -> bool:
+    """A string that can be written again: JSON allows half a surrogate pair, UTF-8 does not."""
+    try:
+        return isinstance(value, str) and value.encode("utf-8") is not None
+    except UnicodeEncodeError:
+        return False
+
+
 def _info(name: str, entry: Any, data_start: int, where: str) -> TensorInfo:
     check_name(name, where)
     try:
-        dtype = DTYPES[entry["dtype"]]
-        shape = tuple(entry["shape"])
+        if set(entry) != _ENTRY or not isinstance(entry["shape"], list) or len(entry["shape"]) > MAX_DIMS:
+            raise ValueError
+        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
-        if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)) or end < begin:
+        if not all(type(n) is int for n in (*shape, begin, end)) or end < begin:
+            raise ValueError
+        if prod(size or 1 for size in shape) >= MAX_NUMEL or prod(shape) * dtype.bits % 8:
             raise ValueError
     except KeyError as error:
-        raise CheckpointError(f"{where}: tensor '{name}' has unknown or missing {error}", "update adapterkit") from None
+        raise CheckpointError(
+            f"{where}: tensor '{name}' has the unknown dtype {str(error)[:40]}", "update adapterkit"
+        ) from None
     except (TypeError, ValueError):
         raise CheckpointError(f"{where}: tensor '{name}' has a malformed entry", "download or save it again") from None
     if dtype.nbytes(shape) != end - begin:

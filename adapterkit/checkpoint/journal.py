@@ -38,6 +38,7 @@ class Journal:
 
     def __init__(self, path: Path, identity: str) -> None:
         self._path, self._identity = path, identity
+        self._fd: int | None = None
 
     def read(self) -> dict[tuple[str, str], str]:
         """The digests by (file, tensor) that an earlier run of the same plan wrote; a torn last line is ignored."""
@@ -65,10 +66,13 @@ class Journal:
         os.write(self._fd, self._first() + b"\n" if fresh else b"\n")
 
     def add(self, file: str, tensor: str, digest: str) -> None:
+        assert self._fd is not None
         os.write(self._fd, json.dumps({"file": file, "tensor": tensor, "digest": digest}).encode() + b"\n")
 
     def close(self) -> None:
-        os.close(self._fd)
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
 
     def _first(self) -> bytes:
         return json.dumps({"plan": self._identity}).encode()

@@ -41,21 +41,27 @@ class Listing(ABC):
         """Say which files will be opened next, so that a remote listing can fetch them together."""
 
     def json(self, name: str) -> dict[str, Any]:
-        """A JSON object.
+        """A file as a JSON object; see `read_json`."""
+        return read_json(self.open(name))
 
-        Raises:
-            CheckpointError: it is not one, or too large to be one.
-        """
-        source = self.open(name)
-        if source.size > MAX_JSON:
-            raise CheckpointError(f"{source.name} is {source.size} bytes, too large to be what its name says")
-        try:
-            found = json.loads(source.read(0, source.size).decode("utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{source.name} is not valid JSON ({error})", "download or save it again") from None
-        if not isinstance(found, dict):
-            raise CheckpointError(f"{source.name} is not a JSON object", "download or save it again")
-        return found
+
+def read_json(source: Source) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: it is not one, or too large to be one.
+    """
+    if source.size > MAX_JSON:
+        raise CheckpointError(
+            f"{source.name} is {source.size} bytes, too large to be what its name says", "do not use it"
+        )
+    try:
+        found = json.loads(source.read(0, source.size).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{source.name} is not valid JSON ({error})", "download or save it again") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{source.name} is not a JSON object", "download or save it again")
+    return found
 
 
 def check_plain(name: str, where: str) -> str:
@@ -72,8 +78,9 @@ class LocalFolder(Listing):
         self.path, self.ref, self.commit = path, ref or str(path), commit
         real = path.resolve()
         self._allowed = [real]
-        if real.parent.name == "snapshots" and real.parent.parent.name.startswith("models--"):
-            self._allowed.append(real.parent.parent.parent)  # the cache root: snapshots link to blobs below it
+        for folder in (real, *real.parents):
+            if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+                self._allowed.append(folder.parent.parent.parent)  # the cache root: snapshots link to blobs below it
         self._names = frozenset(self._walk(path, PurePosixPath()))
 
     def _walk(self, folder: Path, prefix: PurePosixPath) -> Iterable[str]:
@@ -87,8 +94,8 @@ class LocalFolder(Listing):
             if entry.is_dir(follow_symlinks=False):
                 if len(prefix.parts) < MAX_DEPTH:
                     yield from self._walk(Path(entry.path), prefix / entry.name)
-            else:
-                yield str(prefix / entry.name)
+            elif entry.is_file() or not os.path.exists(entry.path):
+                yield str(prefix / entry.name)  # a dead link is listed, so that whoever wants it hears of it
 
     @property
     def names(self) -> frozenset[str]:

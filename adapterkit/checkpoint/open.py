@@ -9,7 +9,7 @@ from pathlib import Path
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.files import LocalFile
 from adapterkit.checkpoint.folder import read_file, read_folder
-from adapterkit.checkpoint.listing import Listing, LocalFolder
+from adapterkit.checkpoint.listing import Listing, LocalFolder, read_json
 from adapterkit.errors import NotFound, UnsafeError
 
 _HUB = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?P<sub>(?:/[\w.-]+)*)(?:@(?P<revision>[\w./-]+))?")
@@ -68,7 +68,6 @@ def open_checkpoint(ref: str | Path, *, headers_only: bool = False) -> Checkpoin
     if path.is_file():
         if path.suffix != ".safetensors":
             raise UnsafeError(f"{ref} is not a safetensors file", "give a Hugging Face folder or a .safetensors file")
-        folder = LocalFolder(path.parent)
-        config = folder.json("config.json") if "config.json" in folder.names else {}
-        return read_file(LocalFile(path, str(ref)), config)
+        config = path.with_name("config.json")
+        return read_file(LocalFile(path, str(ref)), read_json(LocalFile(config)) if config.is_file() else {})
     return read_folder(locate(ref, headers_only=headers_only))

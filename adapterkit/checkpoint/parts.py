@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.journal import Journal
 from adapterkit.checkpoint.plan import default_jobs
-from adapterkit.checkpoint.publish import check_target, staging, write_file
+from adapterkit.checkpoint.publish import check_target, partial_folder, staging, write_file
 from adapterkit.checkpoint.sink import Sink
 from adapterkit.checkpoint.write import finish, identity
 from adapterkit.errors import OutputError, UsageError
@@ -44,7 +44,7 @@ def write_part(
         raise UsageError(f"there is no part {index}", f"this plan has parts 0 to {len(plan.files) - 1}")
     file = plan.files[index]
     inputs = [source.path.parent for source in sources if source.path is not None]
-    check_target(out, inputs, file.nbytes, force=True)
+    check_target(out, inputs, file.nbytes, force=True, held=[partial_folder(out) / file.name])
     with staging(out, resume=True, shared=True) as folder:
         journal = Journal(folder / f".journal.{index}.jsonl", identity(plan, sources))
         Sink(plan, tensors, sources, folder, jobs=jobs or default_jobs(), journal=journal, progress=progress).run(
@@ -61,6 +61,8 @@ def finish_parts(plan: Plan, out: Path, *, side_files: Mapping[str, bytes], forc
     """
     if out.exists() and not force:
         raise OutputError(f"{out} exists", "choose another name, or replace it with --force")
+    if not partial_folder(out).is_dir():
+        raise OutputError(f"{out}: no part is done", "execute the parts, then finish")
     with staging(out, resume=True) as folder:
         missing = [str(i) for i, file in enumerate(plan.files) if not _done(plan, folder, file.name, file.nbytes)]
         if missing:

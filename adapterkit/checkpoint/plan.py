@@ -10,11 +10,12 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.folder import SINGLE
 from adapterkit.checkpoint.header import build_header
+from adapterkit.checkpoint.listing import check_plain
 from adapterkit.checkpoint.tensor import Stored
 from adapterkit.dtypes import DTYPES
 from adapterkit.errors import CheckpointError, UsageError
@@ -43,7 +44,10 @@ def parse_size(text: str) -> int:
     if found is None:
         raise UsageError(f"'{text}' is not a size", "write it like 5GB")
     base = 1024 if found[3] else 1000
-    return int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
+    size = int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
+    if size == 0:
+        raise UsageError(f"'{text}' is no size for a file", "write it like 5GB")
+    return size
 
 
 def default_jobs() -> int:
@@ -115,8 +119,8 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """sha256 over everything that decides the output bytes."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """sha256 over everything that decides the output bytes; how many workers there are does not."""
+        return hashlib.sha256(json.dumps(asdict(replace(self, peak_memory=0)), sort_keys=True).encode()).hexdigest()
 
     def header(self, file: PlannedFile) -> bytes:
         return build_header([(s.tensor, DTYPES[s.dtype], s.shape) for s in file.steps], self.metadata)[0]
@@ -130,6 +134,7 @@ class Plan:
 
         Raises:
             CheckpointError: not one, or of another format.
+            UnsafeError: a file that it would write lies outside of the target.
         """
         try:
             data = json.loads(text)
@@ -137,15 +142,16 @@ class Plan:
                 raise CheckpointError(f"the plan has format {data['format']}, not {FORMAT}", "make it again")
             files = tuple(
                 PlannedFile(
-                    file["name"],
+                    check_plain(file["name"], "the plan"),
                     file["nbytes"],
                     tuple(Step(**{**step, "shape": tuple(step["shape"])}) for step in file["steps"]),
                     file["verbatim"],
                 )
                 for file in data["files"]
             )
-            return cls(files, data["metadata"], data["peak_memory"], data["inputs"], data["request"])
-        except (ValueError, KeyError, TypeError) as error:
+            maps = [dict(data[name]) for name in ("metadata", "inputs", "request")]
+            return cls(files, maps[0], int(data["peak_memory"]), maps[1], maps[2])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"this is not a plan file ({error!r})", "write one with --save-plan") from None
 
 
@@ -176,14 +182,22 @@ def _own_shards(view: Checkpoint) -> list[tuple[str, list[Tensor]]]:
 
 
 def _packed_shards(view: Checkpoint, limit: int) -> list[tuple[str, list[Tensor]]]:
-    groups: list[list[Tensor]] = [[]]
+    """Shards as huggingface_hub's ``split_state_dict_into_shards_factory`` makes them: filled in order, and a tensor that is
+    larger than the limit in a file of its own, without closing the one being filled."""
+    groups: list[list[Tensor]] = []
+    filling: list[Tensor] = []
     filled = 0
     for tensor in view.values():
-        if groups[-1] and filled + tensor.nbytes > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(tensor)
+        if tensor.nbytes > limit:
+            groups.append([tensor])
+            continue
+        if filled + tensor.nbytes > limit:
+            groups.append(filling)
+            filling, filled = [], 0
+        filling.append(tensor)
         filled += tensor.nbytes
+    if filling:
+        groups.append(filling)
     if len(groups) == 1:
         return [(SINGLE, groups[0])]
     count = len(groups)

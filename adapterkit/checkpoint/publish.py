@@ -31,24 +31,28 @@ def partial_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.partial"
 
 
-def check_target(out: Path, inputs: Iterable[Path], nbytes: int, *, force: bool) -> None:
+def check_target(out: Path, inputs: Iterable[Path], nbytes: int, *, force: bool, held: Iterable[Path] = ()) -> None:
     """Refuse a target before the first byte is written.
 
+    ``held`` are files of an earlier run whose room the new one takes over.
+
     Raises:
-        UsageError: it lies in an input, or an input in it.
+        UsageError: it has no name, lies in an input, or an input in it.
         OutputError: it exists already, its folder is not writable, or the disk has no room.
     """
+    if out.name in ("", ".."):
+        raise UsageError(f"the output {str(out)!r} is not a name for a new folder", "name the folder to make")
     real = out.resolve()
     for path in inputs:
         source = path.resolve()
         if real == source or source in real.parents or (force and real in source.parents):
             raise UsageError(f"the output {out} lies in or over the input {path}", "write to another folder")
-    if out.exists() and not force:
+    if os.path.lexists(out) and not force:
         raise OutputError(f"{out} exists", "choose another name, or replace it with --force")
     parent = next(folder for folder in real.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{parent} cannot be written to", "choose another place or change its permissions")
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(parent).free + sum(path.stat().st_blocks * 512 for path in held if path.is_file())
     if nbytes > free:
         raise OutputError(
             f"{out} needs {nbytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free",
@@ -67,28 +71,58 @@ def staging(out: Path, *, resume: bool, shared: bool = False) -> Iterator[Path]:
     """
     folder = partial_folder(out)
     created = [path for path in reversed(out.parents) if not path.exists()]
+    lock = -1
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        raise OutputError(f"{out.parent} cannot be written to ({error.strerror})", "choose another place") from None
-    try:
-        try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OutputError(f"another run is writing {out}", "wait for it, or choose another name") from None
+        lock = _locked(folder / LOCK, shared=shared)
         if not resume:
             _empty(folder)
-        try:
-            yield folder
-        except BaseException:
-            if not resume:
-                shutil.rmtree(folder, ignore_errors=True)
-                for path in reversed(created):
-                    path.rmdir()
-            raise
+        yield folder
+    except _BusyError:
+        raise OutputError(f"another run is writing {out}", "wait for it, or choose another name") from None
+    except BaseException as error:
+        if not resume and lock >= 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            _remove_empty(reversed(created))
+        if lock < 0 and isinstance(error, OSError):
+            _remove_empty([folder, *reversed(created)])
+            raise OutputError(f"{out.parent} cannot be written to ({error.strerror})", "choose another place") from None
+        raise
     finally:
+        if lock >= 0:
+            os.close(lock)
+
+
+class _BusyError(Exception):
+    """Another run holds the lock."""
+
+
+def _locked(path: Path, *, shared: bool) -> int:
+    """A descriptor that holds the lock on ``path``.
+
+    The run that held it before may have removed or renamed the folder in the meantime, lock and all; then the lock that
+    was opened here is nobody's any more, and that run was busy until just now.
+    """
+    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(lock), os.stat(path)):
+            raise _BusyError
+    except (BlockingIOError, FileNotFoundError):
         os.close(lock)
+        raise _BusyError from None
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
 
 
 def publish(folder: Path, out: Path, *, keep: set[str], force: bool) -> None:

@@ -45,6 +45,14 @@ class _Job:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
+@dataclass
+class _Queue:
+    """What is left to do for one file, and how many workers are at it."""
+
+    tasks: deque[Callable[[], int]]
+    workers: int = 0
+
+
 class Sink:
     """Executes a plan, or some of its files, into a folder.
 
@@ -85,17 +93,17 @@ class Sink:
             OutputError: the disk is full or fails.
             AdapterkitError: an input could not be read or a tensor not computed.
         """
-        proved = self._journal.read()
-        self._journal.start()
         opened: list[int] = []
         try:
-            tasks: deque[Callable[[], int]] = deque()
+            proved = self._journal.read()
+            self._journal.start()
+            queues = []
             for file in files:
                 fd = os.open(self._folder / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 opened.append(fd)
                 os.ftruncate(fd, file.nbytes)
-                tasks.extend(self._tasks(file, fd, proved))
-            self._work(tasks, sum(file.nbytes for file in files))
+                queues.append(_Queue(deque(self._tasks(file, fd, proved))))
+            self._work(queues, sum(file.nbytes for file in files))
             for fd in opened:
                 os.fsync(fd)
         except OSError as error:
@@ -105,8 +113,8 @@ class Sink:
             for fd in opened:
                 os.close(fd)
 
-    def _work(self, tasks: deque[Callable[[], int]], total: int) -> None:
-        threads = [threading.Thread(target=self._worker, args=(tasks,), daemon=True) for _ in range(self._jobs)]
+    def _work(self, queues: list[_Queue], total: int) -> None:
+        threads = [threading.Thread(target=self._worker, args=(queues,), daemon=True) for _ in range(self._jobs)]
         for thread in threads:
             thread.start()
         try:
@@ -125,18 +133,23 @@ class Sink:
         if self._progress is not None:
             self._progress(total, total)
 
-    def _worker(self, tasks: deque[Callable[[], int]]) -> None:
+    def _worker(self, queues: list[_Queue]) -> None:
         import torch
 
         # Threads of our own beat torch's: those wait for each other after every operation.
         torch.set_num_threads(1)
         try:
             with torch.inference_mode():
+                queue: _Queue | None = None
                 while not self._stop.is_set():
+                    if queue is None or not queue.tasks:
+                        queue = self._next(queues, queue)
+                        if queue is None:
+                            return
                     try:
-                        task = tasks.popleft()
+                        task = queue.tasks.popleft()
                     except IndexError:
-                        return
+                        continue
                     count = task()
                     with self._count:
                         self._done += count
@@ -144,6 +157,22 @@ class Sink:
             with self._count:
                 self._failure = self._failure or error
             self._stop.set()
+
+    def _next(self, queues: list[_Queue], left: _Queue | None) -> _Queue | None:
+        """The file that a worker turns to: one that nobody writes, in order, else the one with most left to do.
+
+        The kernel lets one thread at a time write into a file, so two of them in one file wait for each other.
+        """
+        with self._count:
+            if left is not None:
+                left.workers -= 1
+            open_ones = [queue for queue in queues if queue.tasks]
+            if not open_ones:
+                return None
+            free = [queue for queue in open_ones if queue.workers == 0]
+            found = free[0] if free else max(open_ones, key=lambda queue: len(queue.tasks))
+            found.workers += 1
+            return found
 
     def _tasks(self, file: PlannedFile, fd: int, proved: Mapping[tuple[str, str], str]) -> Iterator[Callable[[], int]]:
         if file.verbatim is not None:
@@ -222,7 +251,7 @@ def _copy(source: Source, start: int, fd: int, offset: int, nbytes: int) -> int:
             while done < nbytes:
                 count = os.copy_file_range(source.fd, fd, nbytes - done, start + done, offset + done)
                 if count == 0:
-                    raise CheckpointError(f"{source.name} ended while it was copied", "download or save it again")
+                    break  # the end of the file, or a file system that cannot: reading it tells which
                 done += count
         except OSError as error:
             # Two file systems, or one that cannot: the bytes go through this process instead.

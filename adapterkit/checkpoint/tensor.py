@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
     from adapterkit.dtypes import DType
 
-BLOCK = 1 << 18  # elements per block: 1 MB in float32, so that a worker's buffers stay in its cache
+BLOCK = 1 << 19  # elements per block: few enough for a cache, enough that Python around them does not count
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from adapterkit.checkpoint.folder import INDEX
 from adapterkit.checkpoint.journal import JOURNAL, Journal
 from adapterkit.checkpoint.plan import default_jobs
-from adapterkit.checkpoint.publish import check_target, publish, staging, write_file
+from adapterkit.checkpoint.publish import check_target, partial_folder, publish, staging, write_file
 from adapterkit.checkpoint.sink import Sink
 from adapterkit.errors import OutputError
 
@@ -64,7 +64,8 @@ def write_safetensors(
 def check_output(plan: Plan, sources: Sequence[Source], out: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
     """Refuse a target that exists, is read-only, lies in an input or has no room, before the first byte."""
     folders = [source.path.parent for source in sources if source.path is not None]
-    check_target(out, [*folders, *inputs], plan.nbytes, force=force)
+    held = [partial_folder(out) / file.name for file in plan.files]
+    check_target(out, [*folders, *inputs], plan.nbytes, force=force, held=held)
 
 
 def finish(plan: Plan, folder: Path, out: Path, side_files: Mapping[str, bytes], *, force: bool) -> None:
@@ -92,5 +93,7 @@ def identity(plan: Plan, sources: Sequence[Source]) -> str:
     digest = hashlib.sha256(plan.digest.encode())
     for source in sources:
         stat = os.stat(source.path) if source.path is not None else None
-        digest.update(f"{source.name}:{source.size}:{stat.st_mtime_ns if stat else ''}\n".encode())
+        # The change time also tells of a file that was swapped for one of the same age.
+        state = (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) if stat is not None else ()
+        digest.update(f"{source.name}:{source.size}:{state}\n".encode())
     return digest.hexdigest()

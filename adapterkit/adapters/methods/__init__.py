@@ -3,7 +3,38 @@
 from __future__ import annotations
 
 from adapterkit.adapters.method import Method
-from adapterkit.adapters.methods import lora, tokens, unmergeable
+from adapterkit.adapters.methods import (
+    adalora,
+    blocks,
+    decomposed,
+    lora,
+    lowrank,
+    lycoris,
+    pooled,
+    rotations,
+    sparse,
+    spectral,
+    tokens,
+    unmergeable,
+    vectors,
+    vera,
+)
 
-METHODS: dict[str, Method] = {method.peft_type: method for method in (*lora.METHODS, *tokens.METHODS)}
+_FAMILIES = (
+    lora,
+    adalora,
+    vera,
+    vectors,
+    lycoris,
+    rotations,
+    blocks,
+    lowrank,
+    spectral,
+    sparse,
+    decomposed,
+    pooled,
+    tokens,
+)
+
+METHODS: dict[str, Method] = {method.peft_type: method for family in _FAMILIES for method in family.METHODS}
 UNMERGEABLE = unmergeable.REASONS

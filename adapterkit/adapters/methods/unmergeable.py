@@ -18,5 +18,13 @@ REASONS: dict[str, tuple[str, str]] = {
     "XLORA": ("its router mixes adapters anew for every token", "merge one of its member adapters instead"),
     "POLY": ("its routing depends on a task id given at run time", "train one adapter per task"),
     "LILY": ("its router chooses experts from the input", "serve it with PEFT beside the base"),
+    "ADAMSS": (
+        "which rows of W its parts act on comes from a clustering that was not saved",
+        "merge it with the PEFT that trained it",
+    ),
+    "PSOFT": (
+        "its bases are singular vectors of W that were not saved, and their signs differ between machines",
+        "turn it into LoRA on the machine that trained it, with PEFT's save_as_lora, and merge that",
+    ),
     "SHADOW": ("it is a separate small model beside the base", "take it out with PEFT's unload_shadow()"),
 }

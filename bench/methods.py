@@ -1,0 +1,110 @@
+"""Every mergeable tuner of the installed PEFT x layer x switches: adapterkit's merge beside PEFT's, and ``docs/methods.md``.
+
+    python bench/methods.py            # the sweep, one line per case
+    python bench/methods.py --write    # and docs/methods.md, from the registrations and the sweep
+
+Errors are parts of the largest delta. ``forward`` compares outputs of the layers with adapterkit's weights to those of
+PEFT's adapter before any merge.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "methods"))
+
+from sweep import Case, Outcome, cases, run  # noqa: E402
+
+from adapterkit.adapters.methods import METHODS, UNMERGEABLE  # noqa: E402
+
+# Methods that PEFT's sweep cannot hold, and the test that does.
+ELSEWHERE = {"LORA": "tests/adapters", "BONE": "tests/methods/test_beyond_peft.py"}
+SWEEP = "tests/methods/test_sweep.py"
+
+HEAD = """# Methods
+
+What adapterkit folds into weights, and what it refuses. This page is written by `python bench/methods.py --write` from the
+registrations in `adapterkit/adapters/methods/` and a sweep against the installed PEFT.
+
+s is the scaling; `*` is elementwise; W is `[out, in]`, whichever way it is stored. Every adapter may also bring whole
+parameters (`modules_to_save`, biases, resized embeddings), which replace those of the base.
+"""
+
+LORA_FILES = """
+## Training recipes that write LoRA files
+LoRA+ (learning rates), LoRA-FA (frozen A), EVA, MiCA, CorDA, LoRA-GA and LoftQ (initialisations), rsLoRA (scaling), VeLoRA,
+MonteCLoRA, `lora_bias`, `trainable_token_indices` and `target_parameters` (stacked experts) all have the keys of LoRA; what of
+it changes the formula stands in the config. What the initialisation took out of W (PiSSA, OLoRA, KaSA) is taken out again;
+where that cannot be repeated (`pissa_niter`, CorDA, LoRA-GA, LoftQ) the adapter is refused unless the base given is the
+residual one (`--residual-base`). MoRA adapters come from another fork of PEFT and are refused by their config (`use_mora`).
+"""
+
+
+def registry_table() -> str:
+    """One row per registered method."""
+    lines = ["| type | method | formula | source | status | test |", "|---|---|---|---|---|---|"]
+    for kind, method in METHODS.items():
+        status = f"merged; {method.notes}" if method.notes else "merged"
+        row = (kind, method.title, f"`{method.formula}`", method.source, status, f"`{ELSEWHERE.get(kind, SWEEP)}`")
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+    return "\n".join(lines)
+
+
+def refused_table() -> str:
+    """One row per type that cannot be merged."""
+    lines = ["| type | why not | instead |", "|---|---|---|"]
+    lines += [f"| {kind} | {why} | {instead} |" for kind, (why, instead) in UNMERGEABLE.items()]
+    return "\n".join(lines)
+
+
+def sweep_table(results: Iterable[tuple[Case, Outcome]]) -> str:
+    """One row per tuner and kind of layer."""
+    grouped: dict[tuple[str, str], list[tuple[Case, Outcome]]] = {}
+    for case, outcome in results:
+        grouped.setdefault((case.config().peft_type.value, case.kind), []).append((case, outcome))
+    lines = ["| type | layer | switches | worst error | allowed |", "|---|---|---|---|---|"]
+    for (kind, layer), found in grouped.items():
+        names = sorted({name for case, _ in found for name in case.switches})
+        worst = max(outcome.merge for _, outcome in found)
+        words = f"{len(found)} cases: {', '.join(names)}" if names else "1 case"
+        lines.append(f"| {kind} | {layer} | {words} | {worst:.0e} | {found[0][0].tolerance:.0e} |")
+    return "\n".join(lines)
+
+
+def page(results: Iterable[tuple[Case, Outcome]]) -> str:
+    import peft
+
+    return (
+        f"{HEAD}\n{registry_table()}\n{LORA_FILES}\n## Refused\n{refused_table()}\n\n"
+        f"## The sweep\nFloat32, PEFT {peft.__version__}: the largest difference to PEFT's merged weights, as a part of "
+        f"the largest delta. bfloat16 bases: at least 99.99 % of entries are the float64 result, correctly rounded "
+        f"(`tests/methods/test_precision.py`). Where PEFT cannot merge or merges something else than was trained: "
+        f"`tests/methods/test_beyond_peft.py`.\n\n{sweep_table(results)}\n"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write docs/methods.md")
+    arguments = parser.parse_args()
+    results, bad = [], 0
+    for case in cases():
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = run(case, Path(folder))
+        results.append((case, outcome))
+        wrong = outcome.merge > case.tolerance
+        bad += wrong
+        print(f"{'WRONG' if wrong else 'ok':5} merge {outcome.merge:.1e}  forward {outcome.forward:.1e}  {case}")
+    print(f"{len(results)} cases, {bad} wrong")
+    if arguments.write:
+        (ROOT / "docs" / "methods.md").write_text(page(results), encoding="utf-8")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,190 @@
+"""The sink: same bytes with any number of workers, untouched bytes untouched, and failures that leave nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import INDEX, plain_adapter, plain_base, random_tensors, read_bytes, read_tensors, write_checkpoint
+
+import adapterkit
+from adapterkit.checkpoint import sink
+from adapterkit.errors import CheckpointError, OutputError
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Tensors of several blocks, so that workers share them."""
+    folder = tmp_path_factory.mktemp("large")
+    base = plain_base(folder / "base", layers=2, width=768, shards=2)
+    return base, plain_adapter(folder / "adapter", base)
+
+
+def test_same_bytes_with_any_number_of_workers(large: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = large
+    for jobs in (1, 2, 8):
+        adapterkit.merge(base, [adapter], tmp_path / str(jobs), jobs=jobs)
+    first = read_bytes(tmp_path / "1")
+    assert read_bytes(tmp_path / "2") == first
+    assert read_bytes(tmp_path / "8") == first
+
+
+def test_same_bytes_when_one_file_becomes_many(large: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = large
+    adapterkit.merge(base, [adapter], tmp_path / "few")
+    adapterkit.merge(base, [adapter], tmp_path / "many", max_shard_size="1MB")
+    few, many = read_tensors(tmp_path / "few"), read_tensors(tmp_path / "many")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 4
+    assert all(torch.equal(few[name].view(torch.uint8), many[name].view(torch.uint8)) for name in few)
+
+
+def test_untouched_file_is_kept_byte_for_byte(tmp_path: Path) -> None:
+    """Header, padding and metadata too: a shard no adapter touches is the base's own."""
+    base = plain_base(tmp_path / "base", shards=3)
+    file = base / "model-00001-of-00003.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    padded = data[8 : 8 + length].rstrip() + b" " * 37  # as another writer would pad it
+    file.write_bytes(len(padded).to_bytes(8, "little") + padded + data[8 + length :])
+    adapter = plain_adapter(tmp_path / "adapter", base, modules=["lm_head"])
+    adapterkit.merge(base, [adapter], tmp_path / "out")
+    before, after = read_bytes(base), read_bytes(tmp_path / "out")
+    assert {name for name in before if after[name] != before[name]} == {"model-00003-of-00003.safetensors", INDEX}
+    assert json.loads(after[INDEX]) == json.loads(before[INDEX])  # written anew, saying the same
+    assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("bf16", torch.bfloat16), ("f16", torch.float16), ("f32", torch.float32)])
+def test_conversion_is_one_rounding_to_nearest_even(dtype: str, kind: torch.dtype, tmp_path: Path) -> None:
+    import numpy as np
+
+    tensors = random_tensors({"model.embed_tokens.weight": (64, 33), "lm_head.weight": (8, 16)}, "float32", 3)
+    # Values half way between two bf16 numbers, on both sides of an even one.
+    tensors["model.embed_tokens.weight"].view(-1)[:4] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8), 2**-140])
+    base = write_checkpoint(tmp_path / "base", {**tensors, "step": torch.arange(5)}, {"torch_dtype": "float32"})
+    adapter = plain_adapter(tmp_path / "adapter", base, modules=["lm_head"])
+    adapterkit.merge(base, [adapter], tmp_path / "out", dtype=dtype)
+    out = read_tensors(tmp_path / "out")
+    assert torch.equal(out["step"], torch.arange(5))
+    value = tensors["model.embed_tokens.weight"].numpy()
+    if kind is torch.bfloat16:
+        bits = value.view(np.uint32).astype(np.uint64)
+        expected = (((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16).astype(np.uint32).view(np.float32)
+    else:
+        expected = value.astype(np.float16 if kind is torch.float16 else np.float32).astype(np.float32)
+    assert np.array_equal(out["model.embed_tokens.weight"].float().numpy(), expected)
+    assert {t.dtype for name, t in out.items() if name != "step"} == {kind}
+
+
+def broken_copy(error: int) -> Any:
+    def copy(*_: Any) -> int:
+        if error == 0:
+            return 0  # what some file systems answer instead of an error
+        raise OSError(error, os.strerror(error))
+
+    return copy
+
+
+@pytest.mark.parametrize("error", [errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, 0])
+def test_copies_where_the_kernel_cannot(
+    error: int, large: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = large
+    adapterkit.merge(base, [adapter], tmp_path / "one")
+    monkeypatch.setattr(os, "copy_file_range", broken_copy(error))
+    adapterkit.merge(base, [adapter], tmp_path / "other")
+    assert read_bytes(tmp_path / "one") == read_bytes(tmp_path / "other")
+
+
+def test_copies_across_file_systems(large: tuple[Path, Path], tmp_path: Path) -> None:
+    base, adapter = large
+    adapterkit.merge(base, [adapter], tmp_path / "here")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        adapterkit.merge(base, [adapter], Path(other) / "there")
+        assert read_bytes(Path(other) / "there") == read_bytes(tmp_path / "here")
+
+
+# ------------------------------------------------------------------ failures
+
+
+@pytest.mark.parametrize("nth", [1, 2, 5, 9])
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "disk is full"), (errno.EIO, "writing .* failed")],
+)
+def test_nth_write_fails(
+    nth: int, error: int, words: str, large: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = large
+    write, count = os.pwrite, iter(range(10**6))
+
+    def failing(*arguments: Any) -> int:
+        if next(count) + 1 >= nth:
+            raise OSError(error, os.strerror(error))
+        return write(*arguments)
+
+    monkeypatch.setattr(sink.os, "pwrite", failing)
+    with pytest.raises(OutputError, match=words):
+        adapterkit.merge(base, [adapter], tmp_path / "deep" / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unforeseen_failure_of_a_worker(
+    large: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(sink, "_bytes", out_of_memory)
+    with pytest.raises(MemoryError):
+        adapterkit.merge(large[0], [large[1]], tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("which", ["base", "adapter"])
+def test_input_that_shrinks_while_it_is_read(which: str, tmp_path: Path) -> None:
+    base = plain_base(tmp_path / "base", shards=2)
+    adapter = plain_adapter(tmp_path / "adapter", base)
+    planned = adapterkit.plan_merge(base, [adapter], headers_only=False)
+    file = base / "model-00002-of-00002.safetensors" if which == "base" else adapter / "adapter_model.safetensors"
+    os.truncate(file, file.stat().st_size - 200)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match="ended"):
+        adapterkit.checkpoint.write.write_safetensors(
+            planned.plan, planned.folded.checkpoint, planned.sources, tmp_path / "out", side_files={}
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_progress_is_whole_and_never_backwards(large: tuple[Path, Path], tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    report = adapterkit.merge(
+        large[0], [large[1]], tmp_path / "out", progress=lambda done, total: seen.append((done, total))
+    )
+    assert seen[-1] == (report.nbytes, report.nbytes)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_a_progress_callback_that_raises_stops_the_run(large: tuple[Path, Path], tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        adapterkit.merge(large[0], [large[1]], tmp_path / "out", progress=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_empty_and_scalar_tensors(tmp_path: Path) -> None:
+    tensors = {"lm_head.weight": torch.randn(4, 6), "empty": torch.zeros(0, 3), "scalar": torch.tensor(2.5)}
+    base = write_checkpoint(tmp_path / "base", tensors)
+    adapter = plain_adapter(tmp_path / "adapter", base, modules=["lm_head"])
+    adapterkit.merge(base, [adapter], tmp_path / "out", dtype="bf16", max_shard_size="50")
+    out = read_tensors(tmp_path / "out")
+    assert out["empty"].shape == (0, 3)
+    assert out["scalar"].item() == 2.5
