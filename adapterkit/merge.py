@@ -261,7 +261,7 @@ def merge(
     )
     check_output(planned.plan, planned.sources, Path(out), force=force, inputs=_adapter_folders(planned))
     lossy = _still_there(planned, yes_lossy=yes_lossy)
-    watch = Watch(planned.folded.checkpoint, quant) if fidelity else None
+    watch = Watch(planned.folded, quant) if fidelity else None
     reused = write_safetensors(
         planned.plan,
         planned.view,
@@ -288,9 +288,9 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
     Raises:
         CheckFailed: hardly anything, and nobody said that this is fine.
     """
-    if planned.quant is None or not already_on_grid(planned.folded.checkpoint, planned.quant):
+    if planned.quant is None or not already_on_grid(planned.folded, planned.quant):
         return None
-    found = left_on_grid(planned.folded.checkpoint, planned.quant, tensors=SAMPLED)
+    found = left_on_grid(planned.folded, planned.quant, tensors=SAMPLED)
     if found.retention < ENOUGH and not yes_lossy:
         raise CheckFailed(
             f"{planned.base.ref} is {planned.quant} already, and of this change {found.retention:.1%} would survive that "

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.adapters.fold import Folded
     from adapterkit.ops.fidelity import Sums
 
 ENOUGH = 0.9  # retention below which a report warns
@@ -83,17 +83,19 @@ class FidelityReport:
 
 
 class Watch:
-    """Collects the sums of the tensors of a view while they are computed.
+    """Collects the sums of the tensors that a fold touches while they are computed.
 
     Args:
-        view: what `fold` made; its merged tensors are watched from now on.
+        folded: what `fold` made; its touched tensors are watched from now on.
         kind: the format the view will be written in: None for its own dtypes, else ``nf4``, ``fp4``, ``int8`` or ``fp8``.
     """
 
-    def __init__(self, view: Checkpoint, kind: str | None = None) -> None:
+    def __init__(self, folded: Folded, kind: str | None = None) -> None:
+        view = folded.checkpoint
         self._sums: dict[str, dict[int, Sums]] = {}
         self._lock = threading.Lock()
-        self._tensors = {name: tensor for name, tensor in view.items() if isinstance(tensor, Merged)}
+        self._tensors = merged_tensors(folded)
+        self._sampled = kind is None  # a format's error is so much larger than a dtype's that every entry is needed
         dtypes = sorted({str(tensor.dtype) for tensor in self._tensors.values()})
         self._format = kind or "/".join(dtypes) or "its dtype"
         encoded = {name for target in quantized_targets(view) for name in target.tensors} if kind else set()
@@ -150,7 +152,7 @@ class Watch:
         from adapterkit.ops.fidelity import block_sums
 
         rows = base.shape[0]
-        if tensor.numel > WHOLE and rows >= SAMPLE:
+        if self._sampled and tensor.numel > WHOLE and rows >= SAMPLE:
             # Some rows of every block, not always the first.
             count = rows // SAMPLE
             first = start // tensor.block % SAMPLE * count
@@ -191,23 +193,30 @@ def _through_fp8(columns: int, rows: torch.Tensor) -> torch.Tensor:
     return (tiles / scales).to(torch.float8_e4m3fn).float() * scales
 
 
-def left_on_grid(view: Checkpoint, kind: str, *, tensors: int | None = None) -> FidelityReport:
+def merged_tensors(folded: Folded) -> dict[str, Merged]:
+    """The tensors that adapters change by adding to them; what they replace whole is kept as it is."""
+    found = ((name, folded.checkpoint[name]) for name in folded.touched)
+    return {name: tensor for name, tensor in found if isinstance(tensor, Merged)}
+
+
+def left_on_grid(folded: Folded, kind: str, *, tensors: int | None = None) -> FidelityReport:
     """How much of a merge is left when it is written in ``kind``, without writing it.
 
     From a base that already sits on that grid almost nothing is left until the change reaches half a step: a warning, or
     a question, belongs before such an output.
 
     Args:
-        view: what `fold` made.
+        folded: what `fold` made.
         kind: ``nf4``, ``fp4``, ``int8`` or ``fp8``.
         tensors: at most so many tensors, spread over the model; None measures all.
     """
-    watch = Watch(view, kind)
-    names = list(watch._tensors)
+    watch = Watch(folded, kind)
+    merged = merged_tensors(folded)
+    names = list(merged)
     if tensors is not None and len(names) > tensors:
         names = [names[index * len(names) // tensors] for index in range(tensors)]
     for name in names:
-        tensor = view[name]
+        tensor = merged[name]
         for start in range(0, tensor.numel, tensor.block):
             tensor.read(start, min(start + tensor.block, tensor.numel))
         tensor.release()
@@ -215,15 +224,14 @@ def left_on_grid(view: Checkpoint, kind: str, *, tensors: int | None = None) -> 
     return watch.report()
 
 
-def already_on_grid(view: Checkpoint, kind: str) -> list[str]:
+def already_on_grid(folded: Folded, kind: str) -> list[str]:
     """Merged tensors whose base values were decoded from ``kind``: writing them so again loses the change."""
     from adapterkit.checkpoint.decoded import Decoded
     from adapterkit.checkpoint.tensor import Transposed
 
     found = []
-    for name, tensor in view.items():
-        if isinstance(tensor, Merged):
-            base = tensor.base.inner if isinstance(tensor.base, Transposed) else tensor.base
-            if isinstance(base, Decoded) and base.weight.how.split()[0] == kind:
-                found.append(name)
+    for name, tensor in merged_tensors(folded).items():
+        base = tensor.base.inner if isinstance(tensor.base, Transposed) else tensor.base
+        if isinstance(base, Decoded) and base.weight.how.split()[0] == kind:
+            found.append(name)
     return found
