@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from adapterkit.adapters.fold import Folded
     from adapterkit.ops.fidelity import Sums
 
+    Through = Callable[[torch.Tensor], torch.Tensor]
+
 ENOUGH = 0.9  # retention below which a report warns
 SAMPLE = 16  # of a large tensor one row in so many is measured
 BASE = "\0base"  # after a tensor's name: the sums of the base below it
@@ -87,10 +89,18 @@ class Watch:
 
     Args:
         folded: what `fold` made; its touched tensors are watched from now on.
-        kind: the format the view will be written in: None for its own dtypes, else ``nf4``, ``fp4``, ``int8`` or ``fp8``.
+        kind: the format the view will be written in: None for its own dtypes, else ``nf4``, ``fp4``, ``int8`` or ``fp8``, or
+            a name for what ``through`` does.
+        through: for another format, a tensor's name and shape to a function that encodes and decodes some of its rows, or
+            to None where it stays in its dtype.
     """
 
-    def __init__(self, folded: Folded, kind: str | None = None) -> None:
+    def __init__(
+        self,
+        folded: Folded,
+        kind: str | None = None,
+        through: Callable[[str, tuple[int, ...]], Through | None] | None = None,
+    ) -> None:
         view = folded.checkpoint
         self._sums: dict[str, dict[int, Sums]] = {}
         self._lock = threading.Lock()
@@ -98,10 +108,15 @@ class Watch:
         self._sampled = kind is None  # a format's error is so much larger than a dtype's that every entry is needed
         dtypes = sorted({str(tensor.dtype) for tensor in self._tensors.values()})
         self._format = kind or "/".join(dtypes) or "its dtype"
-        encoded = {name for target in quantized_targets(view) for name in target.tensors} if kind else set()
+        if through is None:
+            targets = quantized_targets(view) if kind else []
+            encoded = {name for target in targets for name in target.tensors}
+
+            def through(name: str, shape: tuple[int, ...]) -> Through | None:
+                return _through(kind, shape) if kind and name in encoded else None
+
         for name, tensor in self._tensors.items():
-            through = _through(kind, tensor.shape) if kind and name in encoded else None
-            tensor.watch = partial(self._add, name, tensor, through)
+            tensor.watch = partial(self._add, name, tensor, through(name, tensor.shape))
             if isinstance(tensor.base, Merged):  # the base as trained: its change is what quantization did to it
                 tensor.base.watch = partial(self._add, name + BASE, tensor.base, None)
 
@@ -144,7 +159,7 @@ class Watch:
         self,
         key: str,
         tensor: Merged,
-        through: Callable[[torch.Tensor], torch.Tensor] | None,
+        through: Through | None,
         start: int,
         base: torch.Tensor,
         wanted: torch.Tensor,
@@ -164,7 +179,7 @@ class Watch:
             self._sums.setdefault(key, {})[start] = sums
 
 
-def _through(kind: str, shape: tuple[int, ...]) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def _through(kind: str, shape: tuple[int, ...]) -> Through | None:
     """decode(encode(.)) of whole rows, with scales from these rows alone and not quantized a second time."""
     columns = shape[-1]
     if kind == "fp8":
