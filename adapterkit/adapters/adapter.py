@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.config import AdapterConfig
+from adapterkit.adapters.formats import mlx
 from adapterkit.checkpoint.checkpoint import SideFile
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG, PICKLES, side_names
 from adapterkit.checkpoint.header import parse_header
@@ -61,7 +62,7 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
     """Open an adapter; no tensor is read.
 
     Args:
-        ref: a PEFT folder, or ``org/name[/sub/folder][@revision]`` on the Hub.
+        ref: a folder as PEFT or mlx-lm saves it, or ``org/name[/sub/folder][@revision]`` on the Hub.
         headers_only: for a Hub id, read only the headers, by HTTP range.
 
     Raises:
@@ -74,18 +75,26 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
     if ADAPTER_CONFIG not in listing.names:
         raise _no_config(listing)
     config = AdapterConfig(listing.json(ADAPTER_CONFIG), f"{listing.ref.rstrip('/')}/{ADAPTER_CONFIG}")
+    if mlx.is_mlx(listing.names, config.raw):
+        source, stored = _stored(listing, mlx.WEIGHTS)
+        config, tensors = mlx.read_mlx(stored, config.raw, config.where)
+        return Adapter(listing.ref, config, tensors, source, commit=listing.commit, notes=("read as an MLX adapter",))
     if not config.peft_type:
         raise AdapterError(f"{config.where} names no peft_type", "it is not a PEFT adapter config, or a damaged one")
     if WEIGHTS not in listing.names:
         raise _no_weights(listing)
-    source = listing.open(WEIGHTS)
-    header = parse_header(source.read, source.size, source.name)
-    stored = {name: Stored(name, t.dtype, t.shape, source, t.start) for name, t in header.tensors.items()}
+    source, stored = _stored(listing, WEIGHTS)
     tensors, notes = _plain_keys(stored, source.name)
     side_files = tuple(
         SideFile(name, listing.open(name)) for name in side_names(listing.names, {WEIGHTS}) if _own(name)
     )
     return Adapter(listing.ref, config, tensors, source, side_files, listing.commit, notes)
+
+
+def _stored(listing: Listing, name: str) -> tuple[Source, dict[str, Stored]]:
+    source = listing.open(name)
+    header = parse_header(source.read, source.size, source.name)
+    return source, {key: Stored(key, t.dtype, t.shape, source, t.start) for key, t in header.tensors.items()}
 
 
 # What an adapter folder may bring for the merged model to use; anything else in it is about training.
