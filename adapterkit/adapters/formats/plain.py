@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.edits import adapter_edits, check_config, group_modules
+from adapterkit.adapters.formats.kohya import FLAT, unflattened
 from adapterkit.adapters.merged import StoredWeights
 from adapterkit.adapters.methods import lora
 from adapterkit.adapters.names import Names
@@ -71,6 +72,7 @@ def bake(
     """
     if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1) or (rank and energy):
         raise UsageError("a rank of at least 1, or a share of energy up to 1, is expected", "give one of the two")
+    adapter = resolved(adapter, base)
     method = check_config(adapter)
     modules, whole = group_modules(adapter, method)
     if method.peft_type == "LORA" and all(_is_plain(module, adapter) for module in modules):
@@ -81,6 +83,20 @@ def bake(
             "name the base with --base",
         )
     return _computed(adapter, base, rank, energy), whole
+
+
+def resolved(adapter: Adapter, base: Checkpoint | None) -> Adapter:
+    """The adapter with module paths that need no base.
+
+    Raises:
+        UsageError: its paths are flat, and no base is given.
+        TargetError: see `unflattened`.
+    """
+    if not adapter.config.get(FLAT):
+        return adapter
+    if base is None:
+        raise UsageError(f"{adapter.ref} names modules without dots, which only a base can tell", "name it with --base")
+    return unflattened(adapter, Names(base.shapes, base.config))
 
 
 def _is_plain(module: Module, adapter: Adapter) -> bool:

@@ -12,7 +12,7 @@ from adapterkit.adapters.adapter import PREFIX
 from adapterkit.adapters.adapter import WEIGHTS as PEFT_WEIGHTS
 from adapterkit.adapters.edits import method_of
 from adapterkit.adapters.formats import mlx
-from adapterkit.adapters.formats.plain import Factors, bake
+from adapterkit.adapters.formats.plain import Factors, bake, resolved
 from adapterkit.adapters.formats.views import Made, turned
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG
 from adapterkit.checkpoint.plan import plan_file
@@ -48,12 +48,13 @@ class Written:
     notes: tuple[str, ...] = ()
 
 
-def write_peft(adapter: Adapter, out: str | Path, *, force: bool = False) -> Written:
-    """Write an adapter as PEFT saves it, whatever it was read from.
+def write_peft(adapter: Adapter, out: str | Path, *, base: Checkpoint | None = None, force: bool = False) -> Written:
+    """Write an adapter as PEFT saves it, whatever it was read from; ``base`` is needed where that has flat names.
 
     Raises:
-        OutputError, AdapterkitError
+        OutputError, UsageError, TargetError, AdapterkitError
     """
+    adapter = resolved(adapter, base)
     top = method_of(adapter).shared
     tensors: dict[str, Tensor] = {}
     for key, tensor in adapter.tensors.items():
@@ -191,4 +192,6 @@ def _write(
     plan = plan_file(name, list(named.values()), {"format": "pt"})
     text = json.dumps({key: value for key, value in config.items() if value is not None}, indent=2) + "\n"
     side = {ADAPTER_CONFIG: text.encode()} | {file.name: file.bytes() for file in adapter.side_files}
-    write_safetensors(plan, named, [adapter.source], out, side_files=side, jobs=1, force=force)
+    # A loose file has no folder of its own that the output could spoil by lying in it.
+    sources = [] if adapter.source.name == adapter.ref else [adapter.source]
+    write_safetensors(plan, named, sources, out, side_files=side, jobs=1, force=force)
