@@ -6,6 +6,7 @@ AdapterkitError                    exit 1   anything below; one sentence: what, 
 │   └── UnsupportedAdapter         exit 1   understood, and not mergeable: the sentence gives the way out
 ├── TargetError                    exit 1   adapter and base do not fit together
 ├── OutputError                    exit 1   the result cannot be written where it was asked for
+├── RegistryError                  exit 1   a record, blob, alias or bundle that is damaged or not understood
 ├── UsageError                     exit 2   arguments that contradict each other
 ├── CheckFailed                    exit 3   a check or verification did not hold
 ├── AuthError                      exit 4   the Hub wants a token, or another one
@@ -49,6 +50,10 @@ class TargetError(AdapterkitError):
 
 class OutputError(AdapterkitError):
     """The result cannot be written where it was asked for."""
+
+
+class RegistryError(AdapterkitError):
+    """A record, blob, alias or bundle that is damaged or not understood."""
 
 
 class UsageError(AdapterkitError):

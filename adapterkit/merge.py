@@ -103,10 +103,12 @@ def plan_merge(
     quant_dtype: str = "auto",
     skip_modules: Sequence[str] | None = None,
     headers_only: bool = True,
+    to_save: bool = False,
 ) -> Merge:
     """Plan a merge from headers alone; see `merge` for the arguments.
 
-    With ``headers_only`` a base or adapter on the Hub is not downloaded, so the plan can be shown but not executed.
+    With ``headers_only`` a base or adapter on the Hub is not downloaded, so the plan can be shown but not executed. A plan
+    that is ``to_save`` holds fingerprints of its inputs, so that `execute` sees whether they changed.
     """
     opened, values = open_base(
         base,
@@ -140,7 +142,7 @@ def plan_merge(
         folded.checkpoint,
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
         jobs=jobs or default_jobs(),
-        inputs={s.name: _fingerprint(s) for s in (*opened.sources, *(a.source for a in loaded))},
+        inputs={s.name: _fingerprint(s) for s in (*opened.sources, *(a.source for a in loaded))} if to_save else None,
         request=request,
     )
     factors = tuple(float(w) for w in weights) if weights else (1.0,) * len(loaded)
@@ -240,7 +242,7 @@ def execute(plan: Plan, out: Ref, *, part: int | None = None, jobs: int | None =
     arguments: dict[str, Any] = {name: plan.request[name] for name in _REQUEST if name in plan.request}
     if plan.request.get("verb") != "merge" or not {"base", "adapters"} <= set(arguments):
         raise CheckpointError("this plan does not say which merge it is of", "write one with merge --save-plan")
-    planned = plan_merge(**arguments, headers_only=False)
+    planned = plan_merge(**arguments, headers_only=False, to_save=True)
     if (planned.plan.files, planned.plan.inputs) != (plan.files, plan.inputs):
         raise CheckpointError("the base or an adapter changed since the plan was made", "make the plan again")
     if part is None:

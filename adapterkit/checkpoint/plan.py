@@ -6,7 +6,6 @@ too, and gives the same bytes. Nothing but headers is needed to make one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -120,6 +119,8 @@ class Plan:
     @property
     def digest(self) -> str:
         """sha256 over everything that decides the output bytes; how many workers there are does not."""
+        import hashlib
+
         return hashlib.sha256(json.dumps(asdict(replace(self, peak_memory=0)), sort_keys=True).encode()).hexdigest()
 
     def header(self, file: PlannedFile) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,6 +19,13 @@ from adapterkit.cli.output import Progress, count, note, say, show_json, size
 @click.option("--dtype", default="auto", show_default=True, help="auto keeps every tensor's own; or bf16, f16, f32.")
 @click.option("--max-shard-size", metavar="SIZE", help="Like 5GB; by default the base's own shards are kept.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
+@click.option("--as-trained", metavar="GRID", help="nf4, fp4 or int8: fold onto the values that QLoRA training saw.")
+@click.option("--double-quant", is_flag=True, help="With --as-trained: training used nested scales.")
+@click.option("--quant-dtype", default="auto", help="With --as-trained: the dtype in which training loaded the base.")
+@click.option(
+    "--skip-module", "skip_modules", multiple=True, help="With --as-trained: a module that stayed in 16 bits."
+)
+@click.option("--base16", metavar="REF", help="The original of a quantized BASE, to fold onto in its place.")
 @click.option("--residual-base", is_flag=True, help="BASE is what training left behind, not the original model.")
 @click.option("--allow-unknown", is_flag=True, help="Go on where an adapter's config has fields not known here.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done, from headers alone.")
@@ -33,6 +41,11 @@ def command(
     dtype: str,
     max_shard_size: str | None,
     jobs: int | None,
+    as_trained: str | None,
+    double_quant: bool,
+    quant_dtype: str,
+    skip_modules: tuple[str, ...],
+    base16: str | None,
     residual_base: bool,
     allow_unknown: bool,
     dry_run: bool,
@@ -56,17 +69,21 @@ def command(
     started = time.monotonic()
     if out is None and not (dry_run or save_plan):
         raise click.UsageError("Missing option '-o' / '--out': the folder to make.")
+    how: dict[str, Any] = {
+        "weights": weights or None,
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "jobs": jobs,
+        "as_trained": as_trained,
+        "double_quant": double_quant,
+        "quant_dtype": quant_dtype,
+        "skip_modules": skip_modules or None,
+        "base16": base16,
+        "residual_base": residual_base,
+        "allow_unknown": allow_unknown,
+    }
     if dry_run or save_plan is not None:
-        planned = plan_merge(
-            base,
-            adapters,
-            weights=weights or None,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            jobs=jobs,
-            residual_base=residual_base,
-            allow_unknown=allow_unknown,
-        )
+        planned = plan_merge(base, adapters, to_save=save_plan is not None, **how)
         if save_plan is not None:
             save_plan.write_text(planned.plan.to_json())
             note(f"plan of {len(planned.plan.files)} parts written to {save_plan}")
@@ -76,20 +93,7 @@ def command(
     else:
         assert out is not None
         progress = Progress("merging", enabled=not as_json)
-        report = merge(
-            base,
-            adapters,
-            out,
-            weights=weights or None,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            jobs=jobs,
-            force=force,
-            resume=resume,
-            residual_base=residual_base,
-            allow_unknown=allow_unknown,
-            progress=progress,
-        )
+        report = merge(base, adapters, out, force=force, resume=resume, progress=progress, **how)
         progress.close()
     if as_json:
         show_json(report)

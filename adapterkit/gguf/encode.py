@@ -1,0 +1,240 @@
+"""Float32 rows to the bytes of a GGUF tensor type, identical to what x86-64 builds of llama-quantize write.
+
+Other builds of llama.cpp (ARM, or compiled with FMA) round some sums differently and write slightly other bytes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal
+
+from adapterkit.errors import AdapterkitError, CheckpointError, UsageError
+from adapterkit.gguf.types import GGMLType, ggml_type
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+    Bytes = npt.NDArray[np.uint8]
+    Floats = npt.NDArray[np.float32]
+
+Backend = Literal["auto", "numba", "torch"]
+LARGE = 16384.0
+"""Weights below it cannot give a scale that float16 lacks."""
+HOPELESS = 1e9
+"""Weights above it are out of reach of every type with float16 scales, and their squares upset the searches."""
+
+
+class NonFiniteWeightError(CheckpointError):
+    """Weights with NaN, infinity, or values too large for the type: ``row`` and ``column`` of the first."""
+
+    def __init__(self, message: str, row: int, column: int) -> None:
+        super().__init__(message, "check the checkpoint, and the adapter's scaling if one was merged")
+        self.row = row
+        self.column = column
+
+
+def encode(
+    type_name: str,
+    rows: torch.Tensor | npt.NDArray[np.floating[Any]],
+    importance: torch.Tensor | Floats | None = None,
+    backend: Backend = "auto",
+) -> Bytes:
+    """The bytes of ``rows`` as a tensor of type ``type_name``.
+
+    Args:
+        type_name: a name of :data:`adapterkit.gguf.types.TYPES`, such as ``"Q4_K"``.
+        rows: float [n, columns]; other floats are widened to float32. A tensor on a GPU is encoded there.
+        importance: float32 [columns], how much each input column matters; types that have no use for it ignore it.
+        backend: ``"numba"`` (CPU, compiled), ``"torch"`` (any device), or the first that is there.
+
+    Returns:
+        uint8 [n, bytes per row].
+
+    Raises:
+        NonFiniteWeightError: a weight is NaN, infinite, or too large for the type's float16 scales.
+        UsageError: the shape does not fit the type, the type needs importance, or nothing installed encodes it.
+    """
+    import numpy as np
+
+    out = np.empty((rows.shape[0], ggml_type(type_name).row_bytes(rows.shape[1])), dtype=np.uint8)
+    encode_into(type_name, rows, out, importance, backend)
+    return out
+
+
+def encode_into(
+    type_name: str,
+    rows: torch.Tensor | npt.NDArray[np.floating[Any]],
+    out: Bytes,
+    importance: torch.Tensor | Floats | None = None,
+    backend: Backend = "auto",
+) -> None:
+    """:func:`encode` into ``out``, uint8 [n, bytes per row], C-contiguous, such as a slice of a memory map's rows.
+
+    Threads may call this at once on different rows; the compiled backend holds no lock while it works.
+    """
+    import torch
+
+    kind = ggml_type(type_name)
+    x = (rows if isinstance(rows, torch.Tensor) else torch.from_numpy(rows)).detach().to(torch.float32).contiguous()
+    if x.ndim != 2 or out.shape != (x.shape[0], kind.row_bytes(x.shape[1])) or not out.flags.c_contiguous:
+        message = f"rows of shape {tuple(x.shape)} and a buffer of shape {out.shape} do not fit {kind.name}"
+        raise UsageError(message, "pass [n, columns] and a contiguous [n, bytes per row]")
+    weights = _importance(kind, x, importance)
+    if not x.numel():
+        return
+    if kind.encoder == "cast":
+        cast = x.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind.name])
+        torch.from_numpy(out).copy_(cast.view(torch.uint8))
+        peak = _peak(x)
+        _check_weights(kind, x, peak)
+        if peak >= LARGE:
+            _refuse(kind, ~torch.isfinite(cast), 1)
+        return
+    if kind.encoder == "own":
+        peak = _run(kind, x, weights, out, backend)
+    elif kind.encoder == "ggml":
+        from adapterkit.gguf.kernels import native
+
+        peak = _peak(x)
+        _check_weights(kind, x, peak)  # ggml aborts the process on NaN
+        native.run(kind, x.cpu().numpy(), None if weights is None else weights.cpu().numpy(), out)
+    else:
+        raise UsageError(f"{kind.name} cannot be encoded", "choose another type")
+    _check_weights(kind, x, peak)
+    if peak >= LARGE and kind.halves:
+        blocks = torch.from_numpy(out.reshape(x.shape[0], -1, kind.size))
+        halves = [blocks[:, :, at : at + 2].contiguous().view(torch.float16)[..., 0] for at in kind.halves]
+        _refuse(kind, ~torch.isfinite(torch.stack(halves)).all(dim=0), kind.block)
+
+
+def find_non_finite(rows: torch.Tensor) -> tuple[int, int] | None:
+    """Row and column of the first NaN or infinity of ``rows`` [n, columns], or None."""
+    import torch
+
+    bad = torch.nonzero(~torch.isfinite(rows))
+    return None if bad.shape[0] == 0 else (int(bad[0, 0]), int(bad[0, 1]))
+
+
+def decode(type_name: str, data: Bytes, columns: int) -> Floats:
+    """Float32 [n, columns] from the bytes of a tensor, by the ``gguf`` package.
+
+    Raises:
+        UsageError: ``gguf`` is not installed or cannot decode the type.
+    """
+    kind = ggml_type(type_name)
+    try:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+    except ImportError as error:
+        raise UsageError("GGUF tensors are decoded by the package gguf", "pip install 'adapterkit[gguf]'") from error
+    import numpy as np
+
+    raw = np.ascontiguousarray(data).reshape(-1, kind.row_bytes(columns))
+    try:
+        return np.asarray(dequantize(raw, GGMLQuantizationType[kind.name]), dtype=np.float32).reshape(-1, columns)
+    except (KeyError, NotImplementedError) as error:
+        raise UsageError(f"the installed gguf cannot decode {kind.name}", "pip install -U gguf") from error
+
+
+def _importance(kind: GGMLType, x: torch.Tensor, importance: Any) -> torch.Tensor | None:
+    import torch
+
+    if importance is None:
+        if kind.needs_importance:
+            raise UsageError(f"{kind.name} needs an importance matrix", "pass one, or choose a type of more bits")
+        return None
+    weights = importance if isinstance(importance, torch.Tensor) else torch.from_numpy(importance)
+    weights = weights.to(dtype=torch.float32, device=x.device).contiguous()
+    if weights.shape != x.shape[1:]:
+        message = f"importance of shape {tuple(weights.shape)} does not fit rows of {x.shape[1]} weights"
+        raise UsageError(message, "pass one number per column")
+    if find_non_finite(weights[None]) is not None or bool((weights < 0).any()):
+        raise UsageError("importance has negative or non-finite numbers", "compute the importance matrix again")
+    return weights
+
+
+def _peak(x: torch.Tensor) -> float:
+    """The largest magnitude of ``x``; infinity when one is NaN."""
+    import torch
+
+    least, most = (float(v) for v in torch.aminmax(x))
+    return max(-least, most) if least == least else float("inf")
+
+
+def _check_weights(kind: GGMLType, x: torch.Tensor, peak: float) -> None:
+    if not peak < float("inf"):
+        found = find_non_finite(x)
+        assert found is not None
+        message = f"row {found[0]}, column {found[1]} is {float(x[found])}, which {kind.name} cannot hold"
+        raise NonFiniteWeightError(message, *found)
+    if peak >= HOPELESS and kind.encoder != "cast" and kind.name != "MXFP4":
+        _refuse(kind, x.abs() >= HOPELESS, 1)
+
+
+def _refuse(kind: GGMLType, bad: torch.Tensor, block: int) -> None:
+    """What ``ggml_validate_row_data`` refuses: numbers that became infinite in ``kind``, by row and block."""
+    import torch
+
+    places = torch.nonzero(bad)
+    if places.shape[0]:
+        row, column = int(places[0, 0]), int(places[0, 1]) * block
+        message = f"weights at row {row}, column {column} are too large for {kind.name}"
+        raise NonFiniteWeightError(message, row, column)
+
+
+def _run(kind: GGMLType, x: torch.Tensor, weights: torch.Tensor | None, out: Bytes, backend: Backend) -> float:
+    """Encode with the first backend that passes its self-test; the largest magnitude, infinity for NaN."""
+    from adapterkit.gguf.kernels.layouts import LAYOUTS
+    from adapterkit.gguf.kernels.selftest import passes
+
+    if LAYOUTS[kind.name].given is None:
+        weights = None
+    candidates = _candidates(x, backend)
+    for name in candidates:
+        if passes(name, kind.name, weights is not None, x.device.type):
+            return run_backend(name, kind.name, x, weights, out)
+        if name != candidates[-1]:
+            message = f"the {name} encoder gives other bytes for {kind.name} than llama.cpp on this machine"
+            warnings.warn(f"{message}; using {candidates[-1]}", RuntimeWarning, stacklevel=4)
+    message = f"this machine's arithmetic gives other bytes for {kind.name} than llama.cpp"
+    raise AdapterkitError(message, "choose another type, or report the processor and the versions of torch and numba")
+
+
+def _candidates(x: torch.Tensor, backend: Backend) -> list[str]:
+    """The backends to try in turn; more than one only when the caller left the choice."""
+    if backend not in ("auto", "numba", "torch"):
+        raise UsageError(f"backend {backend!r} does not exist", "use auto, numba or torch")
+    has_numba = x.device.type == "cpu" and find_spec("numba") is not None
+    if backend == "numba" and not has_numba:
+        message = "the compiled encoders need numba and tensors on the CPU"
+        raise UsageError(message, "pip install 'adapterkit[gguf]', or use backend torch")
+    if backend == "auto":
+        return ["numba", "torch"] if has_numba else ["torch"]
+    return [backend]
+
+
+def run_backend(backend: str, name: str, x: torch.Tensor, weights: torch.Tensor | None, out: Bytes) -> float:
+    """One of the encoders, unchecked: ``x`` float32 [n, columns], ``out`` uint8, contiguous; the largest magnitude."""
+    import numpy as np
+    import torch
+
+    if backend == "numba":
+        from adapterkit.gguf.kernels.compiled import kernel
+
+        given = np.empty(0, np.float32) if weights is None else weights.numpy()
+        peak = kernel(name, weights is not None)(x.numpy().reshape(-1), given, x.shape[1], out.reshape(-1))
+        return float(np.uint32(min(peak, 0x7F800000)).view(np.float32))
+    from adapterkit.gguf.kernels import eager
+    from adapterkit.gguf.kernels.layouts import LAYOUTS
+
+    target = torch.from_numpy(out)
+    if x.device.type == "cpu":
+        eager.run(LAYOUTS[name], x, weights, target)
+    else:
+        encoded = torch.empty(target.shape, dtype=torch.uint8, device=x.device)
+        eager.run(LAYOUTS[name], x, weights, encoded)
+        target.copy_(encoded)
+    return _peak(x)

@@ -1,0 +1,59 @@
+"""The record beside an output: ``adapterkit.json``, the same JSON as in the registry, laid out for readers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from adapterkit.errors import CheckFailed, RegistryError
+from adapterkit.registry import disk
+from adapterkit.registry.record import BESIDE, NOT_CONTENT, FileEntry, OpaqueRecord, Record, read
+
+
+def read_beside(path: Path) -> Record | None:
+    """The record beside an output, or None.
+
+    Raises:
+        RegistryError: it is damaged, or written by a newer adapterkit.
+    """
+    try:
+        data = (path / BESIDE).read_bytes()
+    except FileNotFoundError:
+        return None
+    record = read(data, str(path / BESIDE), exact=False)
+    if isinstance(record, OpaqueRecord):
+        raise RegistryError(
+            f"{path / BESIDE} was written by a newer adapterkit (schema {record.schema})", "upgrade adapterkit"
+        )
+    return record
+
+
+def write_beside(folder: Path, record: Record) -> Path:
+    """Writes ``adapterkit.json`` beside an output, laid out for readers; the file."""
+    target = folder / BESIDE
+    text = json.dumps(record.to_json(), indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n"
+    with disk.writing(BESIDE, folder):
+        fd, temporary = disk.fresh(folder)
+        try:
+            disk.write_all(fd, text.encode("ascii"))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, target)
+    return target
+
+
+def check_beside(path: Path, beside: Record, entries: Iterable[FileEntry]) -> None:
+    """
+    Raises:
+        CheckFailed: the record describes another content than these files.
+    """
+    here = {entry.path: entry.sha256 for entry in entries if entry.path not in NOT_CONTENT}
+    said = {file.path: file.sha256 for file in beside.files if file.path not in NOT_CONTENT}
+    if wrong := sorted(name for name in said if said[name] != here.get(name)):
+        raise CheckFailed(
+            f"{path / BESIDE} describes another {wrong[0]} than is there, so its evidence is not about these files",
+            "restore the file, or register with --ignore-record",
+        )

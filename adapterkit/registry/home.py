@@ -1,0 +1,220 @@
+"""Where the registry lives, and which file is where.
+
+    format                        the layout's number
+    objects/sha256/ab/<hex>       blobs, read-only, named by what they hold
+    records/<name>/<n>.json       immutable records; n counts from 1 without holes
+    journal/<name>                one line "n body digest" per record: finds a body again, and a record that vanished
+    refs/<name>/<alias>           where an alias is: a copy of the last line of its history
+    history/<name>/<alias>        every move of an alias, each line naming the sum of the one before
+    hidden/<name>/<n>             a mark that a version was removed from sight
+    trees/<hex>/<path>            symbolic links that give a record's blobs their names back; made when asked for
+    quarantine/                   what fsck moved out of the way
+    staging/, incoming/           temporary files of records and of blobs
+    locks/                        empty files to lock
+    index.db                      SQLite, rebuilt from the rest at any time
+
+Each change of records, refs or marks goes through ``staging``, so one look at that folder's time tells whether an index
+is still right (see ``index``).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapterkit.errors import RegistryError, UsageError
+from adapterkit.registry import disk
+from adapterkit.registry.canonical import sha256
+from adapterkit.registry.names import check_alias, check_name, check_sha256, is_name
+
+LAYOUT = b"adapterkit registry 1\n"
+FOLDERS = (
+    "objects/sha256",
+    "records",
+    "journal",
+    "refs",
+    "history",
+    "hidden",
+    "trees",
+    "quarantine",
+    "staging",
+    "incoming",
+    "locks",
+)
+
+
+def default_home() -> Path:
+    """``$ADAPTERKIT_HOME``, else ``adapterkit`` in the user's data folder of this platform.
+
+    Raises:
+        UsageError: ``$ADAPTERKIT_HOME`` is not an absolute path (it would name another home in each folder).
+    """
+    if given := os.environ.get("ADAPTERKIT_HOME", ""):
+        path = Path(given).expanduser()
+        if not path.is_absolute():
+            raise UsageError(f"ADAPTERKIT_HOME is '{given}'", "set it to an absolute path")
+        return path
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "adapterkit"
+    data = os.environ.get("XDG_DATA_HOME", "")
+    return (Path(data) if os.path.isabs(data) else Path.home() / ".local" / "share") / "adapterkit"
+
+
+@dataclass(frozen=True)
+class Home:
+    """The paths of one home. Names and digests are checked before they become part of a path."""
+
+    root: Path
+
+    @property
+    def format(self) -> Path:
+        return self.root / "format"
+
+    @property
+    def index(self) -> Path:
+        return self.root / "index.db"
+
+    @property
+    def staging(self) -> Path:
+        return self.root / "staging"
+
+    @property
+    def incoming(self) -> Path:
+        return self.root / "incoming"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.root / "quarantine"
+
+    def blob(self, digest: str) -> Path:
+        check_sha256(digest, "blob")
+        return self.root / "objects" / "sha256" / digest[:2] / digest
+
+    def tree(self, digest: str) -> Path:
+        return self.root / "trees" / check_sha256(digest, "record")
+
+    def records(self, name: str) -> Path:
+        return self.root / "records" / check_name(name)
+
+    def record(self, name: str, version: int) -> Path:
+        return self.records(name) / f"{version:d}.json"
+
+    def journal(self, name: str) -> Path:
+        return self.root / "journal" / check_name(name)
+
+    def refs(self, name: str) -> Path:
+        return self.root / "refs" / check_name(name)
+
+    def ref(self, name: str, alias: str) -> Path:
+        return self.refs(name) / check_alias(alias)
+
+    def history(self, name: str, alias: str) -> Path:
+        return self.root / "history" / check_name(name) / check_alias(alias)
+
+    def hidden(self, name: str, version: int) -> Path:
+        return self.root / "hidden" / check_name(name) / f"{version:d}"
+
+    def lock(self, name: str) -> AbstractContextManager[None]:
+        """The exclusive lock of a name; 256 lock files serve all names, and nobody holds two."""
+        return disk.locked(self.root / "locks" / f"{sha256(check_name(name).encode())[:2]}.lock")
+
+    def store_lock(self, shared: bool) -> AbstractContextManager[None]:
+        """Shared by everyone who adds, exclusive for gc: a blob found present stays until its record is there."""
+        return disk.locked(self.root / "locks" / "store.lock", shared=shared)
+
+    def index_lock(self) -> AbstractContextManager[None]:
+        """The exclusive lock of whoever writes the index."""
+        return disk.locked(self.root / "locks" / "index.lock")
+
+    def create(self) -> None:
+        """Makes the folders that are missing.
+
+        Raises:
+            RegistryError: the home is of a layout that this version does not know.
+            OutputError: the folders cannot be made.
+        """
+        if not self.format.exists():
+            with disk.writing("a registry", self.root):
+                self.root.mkdir(parents=True, exist_ok=True)
+                for name in FOLDERS:
+                    (self.root / name).mkdir(parents=True, exist_ok=True)
+                with disk.staged(self.staging, LAYOUT) as temporary:
+                    disk.publish_new(temporary, self.format)
+        self.check()
+
+    def check(self) -> None:
+        """
+        Raises:
+            RegistryError: the home is of a layout that this version does not know, or its mark is damaged.
+        """
+        try:
+            found = self.format.read_bytes()
+        except FileNotFoundError:
+            return
+        if found != LAYOUT:
+            raise RegistryError(
+                f"{self.format} is not the mark of a layout this version knows",
+                "use the newer adapterkit that made it, or run fsck if it is damaged",
+            )
+
+    @property
+    def exists(self) -> bool:
+        """Whether a registry was ever made here."""
+        return self.format.exists()
+
+    def names(self) -> Iterator[str]:
+        """All names that have records, in no order."""
+        for entry in entries(self.root / "records"):
+            if is_name(entry.name) and entry.is_dir():
+                yield entry.name
+
+    def versions(self, name: str) -> list[int]:
+        """All version numbers of a name that have a file, readable or not, ascending."""
+        found = (entry.name for entry in entries(self.records(name)))
+        return sorted(int(file[:-5]) for file in found if file.endswith(".json") and is_number(file[:-5]))
+
+    def hidden_versions(self, name: str) -> set[int]:
+        """The versions of a name that carry a mark of removal."""
+        found = (entry.name for entry in entries(self.root / "hidden" / check_name(name)))
+        return {int(file) for file in found if is_number(file)}
+
+    def alias_names(self, name: str) -> list[str]:
+        """The aliases of a name that have a file, sorted."""
+        return sorted(entry.name for entry in entries(self.refs(name)) if is_name(entry.name))
+
+
+def is_number(text: str) -> bool:
+    """Whether ``text`` is a version number as file names spell it."""
+    return text.isascii() and text.isdigit() and text[0] != "0" and len(text) <= 10
+
+
+def entries(folder: Path) -> list[os.DirEntry[str]]:
+    """The entries of a folder; none when it is missing."""
+    try:
+        with os.scandir(folder) as found:
+            return list(found)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def staging_stamp(home: Home) -> str:
+    """The time of ``staging/``, through which every change passes; empty when there is no registry."""
+    try:
+        return str(home.staging.stat().st_mtime_ns)
+    except FileNotFoundError:
+        return ""
+
+
+def open_home(home: Path | None = None) -> Home:
+    """The home to work on, whether or not it exists yet.
+
+    Raises:
+        RegistryError: it is of a layout that this version does not know.
+    """
+    found = Home(home if home is not None else default_home())
+    found.check()
+    return found

@@ -1,0 +1,186 @@
+"""Aliases: names such as ``prod`` that point to a version and can be moved, in one step and with history.
+
+Each move is one line of JSON with its own ``sum`` and the sum of the line before it (``prev``). The line is first
+appended to the history and then, as a file of its own, renamed over the ref: a ref is always a copy of a line of its
+history. A line behind it belongs to a move that was killed; the next move cuts it off, since nobody ever saw it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Final
+
+from adapterkit.errors import CheckFailed, NotFound, RegistryError
+from adapterkit.registry import disk
+from adapterkit.registry.canonical import canonical, parse, sha256
+from adapterkit.registry.home import Home
+from adapterkit.registry.names import check_alias, check_time
+from adapterkit.registry.record import now
+
+ANY: Final = -1
+"""``expected`` of a move that takes whatever the alias points to now."""
+_TAIL = 4096
+
+
+@dataclass(frozen=True)
+class Move:
+    """One move of an alias. ``version`` 0 (and no digest) means that it was taken off."""
+
+    name: str
+    alias: str
+    seq: int
+    version: int
+    digest: str
+    at: str
+    prev: str
+
+    @property
+    def _plain(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            "alias": self.alias,
+            "seq": self.seq,
+            "version": self.version,
+            "digest": self.digest,
+            "at": self.at,
+            "prev": self.prev,
+        }
+
+    @property
+    def sum(self) -> str:
+        """sha256 of the move, that the next one names as ``prev``."""
+        return sha256(canonical(self._plain))
+
+    @property
+    def line(self) -> bytes:
+        """The move as it stands in the ref and in the history."""
+        return canonical({**self._plain, "sum": self.sum}) + b"\n"
+
+
+@dataclass(frozen=True)
+class Tagged:
+    """Where an alias is now; ``before`` is the version it was at (0: none), ``moved`` False when it did not move."""
+
+    name: str
+    alias: str
+    version: int
+    digest: str
+    before: int
+    moved: bool
+
+
+def read_move(line: bytes, name: str, alias: str, where: str) -> Move:
+    """One line of a ref or history.
+
+    Raises:
+        RegistryError: it is damaged or belongs to another alias.
+    """
+    value = parse(line, where)
+    try:
+        move = Move(**{key: item for key, item in value.items() if key != "sum"})
+        good = move.line == line and (move.name, move.alias) == (name, alias) and type(move.version) is int
+        check_time(move.at, where)
+    except (TypeError, AttributeError, ValueError):
+        good = False
+    if not good:
+        raise RegistryError(f"{where} is damaged: a line of {name}@{alias} does not have the sum it states", "run fsck")
+    return move
+
+
+def get(home: Home, name: str, alias: str) -> Move | None:
+    """Where an alias points, or None when it points nowhere (also after ``untag``).
+
+    Raises:
+        RegistryError: the ref is damaged.
+    """
+    move = _current(home, name, alias)
+    return move if move and move.version else None
+
+
+def history(home: Home, name: str, alias: str) -> tuple[Move, ...]:
+    """All moves that took effect, oldest first.
+
+    Raises:
+        RegistryError: the history or the ref is damaged.
+    """
+    current = _current(home, name, alias)
+    found: list[Move] = []
+    path = home.history(name, alias)
+    for line in (path.read_bytes() if path.exists() else b"").splitlines(keepends=True):
+        if current is None or (found and found[-1].sum == current.sum):
+            break  # The rest is a move that never took effect.
+        found.append(read_move(line, name, alias, str(path)))
+    return tuple(found)
+
+
+def move(home: Home, name: str, alias: str, version: int, digest: str, expected: int = ANY) -> Tagged:
+    """Points an alias to a version, or to nothing (version 0).
+
+    ``expected`` is the version it must be at now (0: it must not exist); two writers that both expect the old one
+    cannot both win.
+
+    Raises:
+        CheckFailed: it is somewhere else than expected.
+        RegistryError: its ref or history is damaged.
+    """
+    check_alias(alias)
+    with disk.writing(f"the alias {name}@{alias}", home.root), home.lock(name):
+        current = _current(home, name, alias)
+        before = current.version if current else 0
+        if expected not in (ANY, before):
+            raise CheckFailed(
+                f"{name}@{alias} is at {_spell(before)}, not at {_spell(expected)}",
+                "somebody moved it; look at its history",
+            )
+        if before == version and (not current or current.digest == digest):
+            return Tagged(name, alias, version, digest, before, False)
+        seq, prev = (current.seq + 1, current.sum) if current else (1, "")
+        step = Move(name, alias, seq, version, digest, now(), prev)
+        for folder in (home.refs(name), home.history(name, alias).parent):
+            disk.make_folder(folder)
+        with disk.staged(home.staging, step.line) as temporary:
+            _append(home, current, step)
+            disk.publish_over(temporary, home.ref(name, alias))
+        return Tagged(name, alias, version, digest, before, True)
+
+
+def _spell(version: int) -> str:
+    return f"version {version}" if version else "no version"
+
+
+def _current(home: Home, name: str, alias: str) -> Move | None:
+    path = home.ref(name, alias)
+    try:
+        return read_move(path.read_bytes(), name, alias, str(path))
+    except FileNotFoundError:
+        return None
+
+
+def _append(home: Home, current: Move | None, step: Move) -> None:
+    """Writes the line behind that of the current ref; what is there instead can only be one unfinished move."""
+    path = home.history(step.name, step.alias)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        size = os.fstat(fd).st_size
+        start = max(0, size - _TAIL)
+        tail = os.pread(fd, _TAIL, start)
+        found = tail.rfind(current.line) if current else 0
+        end = found + len(current.line) if current else 0
+        if found < 0 or start + end > size or tail[end:].count(b"\n") > 1 or (not current and start):
+            raise RegistryError(f"{path} does not end with where {step.name}@{step.alias} is", "run fsck --repair")
+        os.ftruncate(fd, start + end)
+        os.pwrite(fd, step.line, start + end)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def require(found: Move | None, name: str, alias: str) -> Move:
+    """
+    Raises:
+        NotFound: the alias points nowhere.
+    """
+    if found is None:
+        raise NotFound(f"{name} has no alias '{alias}'", "show lists its aliases")
+    return found

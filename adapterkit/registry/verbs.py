@@ -1,0 +1,117 @@
+"""One function per command of the registry; each returns a frozen value that the command line only prints.
+
+``home`` is a folder (default: ``$ADAPTERKIT_HOME``, else the user's data folder). References are described in
+``resolve``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapterkit.errors import UsageError
+from adapterkit.registry import blobs, refs, resolve, store
+from adapterkit.registry.home import Home, open_home
+from adapterkit.registry.names import LATEST, check_alias
+from adapterkit.registry.record import (
+    Record,
+)
+from adapterkit.registry.refs import ANY, Move, Tagged
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One version: its record, its aliases, all versions of its name, and the files whose bytes are not here."""
+
+    record: Record
+    aliases: tuple[str, ...]
+    versions: tuple[int, ...]
+    hidden: bool
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A version that is out of sight (or back in it); ``changed`` is False when it was so before."""
+
+    name: str
+    version: int
+    changed: bool
+
+
+def show(ref: str, *, home: Path | None = None) -> Shown:
+    """One version with what belongs to it; read from the files."""
+    at = open_home(home)
+    record = resolve.find(at, ref)
+    hidden = at.hidden_versions(record.name)
+    missing = [file.path for file in record.files if file.stored and not blobs.has(at, file.sha256, file.size)]
+    return Shown(
+        record,
+        tuple(aliases(at, record.name, record.version)),
+        tuple(version for version in at.versions(record.name) if version not in hidden),
+        record.version in hidden,
+        tuple(missing),
+    )
+
+
+def aliases(at: Home, name: str, version: int) -> list[str]:
+    """The aliases that point to a version."""
+    found = ((alias, refs.get(at, name, alias)) for alias in at.alias_names(name))
+    return [alias for alias, move in found if move and move.version == version]
+
+
+def tag(ref: str, alias: str, *, expected: int = ANY, home: Path | None = None) -> Tagged:
+    """Points ``alias`` of the name in ``ref`` to the version that ``ref`` means.
+
+    ``expected`` makes it a compare-and-swap: the version it must be at now, 0 for none.
+
+    Raises:
+        CheckFailed: the alias is somewhere else than expected.
+    """
+    check_alias(alias)
+    at = open_home(home)
+    record = resolve.find(at, ref)
+    if record.version in at.hidden_versions(record.name):
+        raise UsageError(f"{record.ref} was removed and gets no alias", "bring it back with restore first")
+    return refs.move(at, record.name, alias, record.version, record.digest, expected)
+
+
+def untag(name: str, alias: str, *, expected: int = ANY, home: Path | None = None) -> Tagged:
+    """Takes an alias off; its history stays.
+
+    Raises:
+        NotFound: there is no such alias.
+    """
+    at = open_home(home)
+    refs.require(refs.get(at, name, alias), name, alias)
+    return refs.move(at, name, alias, 0, "", expected)
+
+
+def history(name: str, alias: str, *, home: Path | None = None) -> tuple[Move, ...]:
+    """Every move of an alias, oldest first."""
+    return refs.history(open_home(home), name, alias)
+
+
+def remove(ref: str, *, reason: str = "", home: Path | None = None) -> Removed:
+    """Takes a version out of sight. Nothing is deleted: ``restore`` brings it back until gc was asked to free its
+    blobs.
+
+    Raises:
+        UsageError: the reference names no version, or an alias points to it.
+    """
+    at = open_home(home)
+    if "@" not in ref and not ref.startswith("sha256:"):
+        raise UsageError(f"remove takes one version, and '{ref}' names none", f"say {ref}@{LATEST} or {ref}@1")
+    name, version, _ = resolve.resolve(at, ref)
+    if held := aliases(at, name, version):
+        raise UsageError(
+            f"{name}@{version} is what the alias '{held[0]}' points to", f"run untag {name} {held[0]} first"
+        )
+    return Removed(name, version, store.hide(at, name, version, reason))
+
+
+def restore(ref: str, *, home: Path | None = None) -> Removed:
+    """Brings a removed version back into sight; ``ref`` is ``name@number`` or a digest."""
+    at = open_home(home)
+    name, version, _ = resolve.resolve(at, ref)
+    return Removed(name, version, store.unhide(at, name, version))

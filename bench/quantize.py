@@ -1,0 +1,95 @@
+"""Encoding speed beside llama.cpp's C functions, in one run: ``python bench/quantize.py [--threads 1 2] [TYPE ...]``.
+
+The C functions are those of the library that xllamacpp ships (``pip install xllamacpp``), called through ctypes, which
+releases the GIL; both sides get the same rows, in turn, and the median counts. Bytes are compared before anything is
+timed. Numbers are million weights per second; ratio is ours over C's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from adapterkit.gguf.encode import encode_into
+from adapterkit.gguf.kernels import native
+from adapterkit.gguf.kernels.layouts import LAYOUTS
+from adapterkit.gguf.types import TYPES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROWS, COLUMNS = 2048, 4096
+
+
+def timed(pool: ThreadPoolExecutor, work: Callable[[slice], None], parts: list[slice]) -> float:
+    start = time.perf_counter()
+    list(pool.map(work, parts))
+    return time.perf_counter() - start
+
+
+def measure(name: str, weighted: bool, backend: Any, threads: int, repeats: int, budget: float) -> tuple[float, float]:
+    """Million weights per second of (ours, C), on as many rows as take C about ``budget`` seconds."""
+    kind = TYPES[name]
+    rng = np.random.default_rng(0)
+    importance = (rng.random(COLUMNS) + 0.01).astype(np.float32) if weighted else None
+    x = (rng.standard_normal((ROWS, COLUMNS), dtype=np.float32) * np.float32(0.02)).astype(np.float32)
+    quantize = native.library().ggml_quantize_chunk
+    pointer = None if importance is None else importance.ctypes.data_as(ctypes.c_void_p)
+
+    def c_encode(rows: np.ndarray, out: np.ndarray) -> None:
+        quantize(kind.id, rows.ctypes.data, out.ctypes.data, 0, *rows.shape, pointer)
+
+    out = np.empty((ROWS, kind.row_bytes(COLUMNS)), dtype=np.uint8)
+    probe = np.empty_like(out[:16])
+    c_encode(x[:16], probe)
+    encode_into(name, x[:16], out[:16], importance, backend)
+    if not np.array_equal(probe, out[:16]):
+        raise SystemExit(f"{name}: the bytes differ from llama.cpp's, nothing to compare")
+    start = time.perf_counter()
+    c_encode(x[:16], probe)
+    rows = int(max(32, min(ROWS, 16 * budget * threads / (time.perf_counter() - start))))
+    step = max(1, rows // (threads * 4))
+    parts = [slice(at, at + step) for at in range(0, rows, step)]
+    ours, theirs = [], []
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(repeats):
+            ours.append(timed(pool, lambda p: encode_into(name, x[p], out[p], importance, backend), parts))
+            theirs.append(timed(pool, lambda p: c_encode(x[p], out[p]), parts))
+    weights = rows * COLUMNS / 1e6
+    return weights / statistics.median(ours), weights / statistics.median(theirs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*", metavar="TYPE", help="all by default")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--budget", type=float, default=0.15, help="seconds of C per repeat")
+    parser.add_argument("--backends", nargs="+", default=["numba", "torch"])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{'type':8} {'importance':10} {'threads':>7} {'backend':8} {'ours':>8} {'C':>8} {'ratio':>6}")
+    lowest: dict[tuple[str, int], tuple[float, str]] = {}
+    for name in options.types or LAYOUTS:
+        for weighted in [False, True] if LAYOUTS[name].given else [False]:
+            for backend in options.backends:
+                for threads in options.threads:
+                    ours, theirs = measure(name, weighted, backend, threads, options.repeats, options.budget)
+                    ratio = ours / theirs
+                    label = f"{name:8} {'yes' if weighted else 'no':10} {threads:7} {backend:8}"
+                    print(f"{label} {ours:8.1f} {theirs:8.1f} {ratio:6.2f}", flush=True)
+                    key = (backend, threads)
+                    lowest[key] = min(lowest.get(key, (ratio, name)), (ratio, name))
+    for (backend, threads), (ratio, name) in lowest.items():
+        print(f"lowest ratio, {backend}, {threads} thread(s): {ratio:.2f} ({name})")
+
+
+if __name__ == "__main__":
+    main()

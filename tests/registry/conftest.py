@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home that is also the default one."""
+    root = tmp_path / "home"
+    monkeypatch.setenv("ADAPTERKIT_HOME", str(root))
+    return root
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Makes adapter folders; the content decides the bytes of the weights."""
+
+    def adapter(name: str = "adapter", content: bytes = b"weights", base: str = "org/base", **config: object) -> Path:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        settings = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "base_model_name_or_path": base, **config}
+        (folder / "adapter_config.json").write_text(json.dumps(settings))
+        (folder / "adapter_model.safetensors").write_bytes(content)
+        return folder
+
+    return adapter
