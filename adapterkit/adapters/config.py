@@ -29,6 +29,7 @@ COMMON_FIELDS = frozenset(
         "base_model_name_or_path",
         "bias",
         "exclude_modules",
+        "flat_module_names",  # our own: paths as single files of kohya's scripts have them
         "inference_mode",
         "init_weights",
         "layers_pattern",

@@ -173,6 +173,12 @@ def plan_safetensors(
     return Plan(files, metadata, peak, dict(inputs or {}), dict(request or {}))
 
 
+def plan_file(name: str, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> Plan:
+    """Plan one safetensors file of small tensors, such as an adapter's."""
+    memory = BASELINE_MEMORY + WORKER_MEMORY + max((tensor.memory for tensor in tensors), default=0)
+    return Plan((_plan_file(name, tensors, metadata),), dict(metadata), memory, {}, {})
+
+
 def _own_shards(view: Checkpoint) -> list[tuple[str, list[Tensor]]]:
     groups: dict[str, list[Tensor]] = {}
     for name, tensor in view.items():
