@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "methods"))
 
-from sweep import Case, Outcome, cases, run  # noqa: E402
+from method_cases import Case, Outcome, cases, run  # noqa: E402
 
 from adapterkit.adapters.methods import METHODS, UNMERGEABLE  # noqa: E402
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sweep import Case, cases, make_net, merged_tensors, save_base, train
+from method_cases import Case, cases, make_net, merged_tensors, save_base, train
 
 from adapterkit.errors import AdapterError, AdapterkitError, TargetError, UnsupportedAdapter
 

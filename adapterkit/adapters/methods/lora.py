@@ -118,7 +118,7 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
         parameter = f"{module.path}.in_proj_weight"  # torch.nn.MultiheadAttention keeps q, k and v in one parameter
     target = context.target(parameter, key)
     blocks = _blocks(context.config)
-    if b.shape[1] not in (a.shape[0], a.shape[0] / blocks):
+    if len(a.shape) == 2 and b.shape[1] not in (a.shape[0], a.shape[0] / blocks):
         raise AdapterError(
             f"{context.where}: '{key}' has rank {a.shape[0]} and its lora_B {b.shape[1]}", "save the adapter again"
         )
