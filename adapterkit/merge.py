@@ -118,10 +118,12 @@ def plan_merge(
     quant: str | None = None,
     quant_double: bool = False,
     headers_only: bool = True,
+    fingerprints: bool = True,
 ) -> Merge:
     """Plan a merge from headers alone; see `merge` for the arguments.
 
-    With ``headers_only`` a base or adapter on the Hub is not downloaded, so the plan can be shown but not executed.
+    With ``headers_only`` a base or adapter on the Hub is not downloaded, so the plan can be shown but not executed. The
+    ``fingerprints`` of its inputs let `execute` see whether they changed; a plan that is only shown can do without.
     """
     opened, values = open_base(
         base,
@@ -164,7 +166,9 @@ def plan_merge(
         folded.checkpoint if encoded is None else encoded,
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
         jobs=jobs or default_jobs(),
-        inputs={s.name: _fingerprint(s) for s in (*opened.sources, *(a.source for a in loaded))},
+        inputs={s.name: _fingerprint(s) for s in (*opened.sources, *(a.source for a in loaded))}
+        if fingerprints
+        else None,
         request=request,
     )
     factors = tuple(float(w) for w in weights) if weights else (1.0,) * len(loaded)
