@@ -10,7 +10,7 @@ from adapterkit.adapters.config import AdapterConfig
 from adapterkit.adapters.formats import kohya, mlx
 from adapterkit.checkpoint.checkpoint import SideFile
 from adapterkit.checkpoint.files import LocalFile
-from adapterkit.checkpoint.folder import ADAPTER_CONFIG, PICKLES, side_names
+from adapterkit.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLES, side_names
 from adapterkit.checkpoint.header import parse_header
 from adapterkit.checkpoint.open import locate
 from adapterkit.checkpoint.tensor import Stored
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.listing import Listing
     from adapterkit.checkpoint.tensor import Tensor
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = ADAPTER_WEIGHTS
 PREFIX = "base_model.model."
 
 

@@ -68,6 +68,7 @@ def main(arguments: list[str] | None = None) -> Any:
     debug = "--debug" in given
     try:
         code = app.main(args=given, prog_name="adapterkit", standalone_mode=False)
+        gc.freeze()  # nor is there anything to find at the end
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Abort:
         sys.exit(interrupted(given))
