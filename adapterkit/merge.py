@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,21 +10,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter, load_adapter
+from adapterkit.adapters.fidelity import ENOUGH, Watch, already_on_grid, left_on_grid
 from adapterkit.adapters.fold import FLOATS, Folded, fold
+from adapterkit.adapters.quantized import quantized
 from adapterkit.adapters.sidecars import side_files
 from adapterkit.bases import open_base
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size, plan_safetensors
 from adapterkit.dtypes import BY_LABEL, DType
-from adapterkit.errors import CheckpointError, UsageError
-from adapterkit.gguf.checkpoint import GGUFCheckpoint
-from adapterkit.gguf.fold import fold_gguf
-from adapterkit.gguf.plan import plan_gguf
+from adapterkit.errors import CheckFailed, CheckpointError, UsageError
 from adapterkit.report import AdapterUse, MergeReport
 
 if TYPE_CHECKING:
+    from adapterkit.adapters.fidelity import FidelityReport
     from adapterkit.checkpoint.files import Source
     from adapterkit.gguf.quantize import Quantization
+
+CONFIG = "config.json"
+SAMPLED = 8  # tensors that are measured before a base's own grid is written again
 
 Ref = str | Path
 Progress = Callable[[int, int], None]
@@ -49,6 +53,13 @@ class Merge:
     dtype: DType | None
     notes: tuple[str, ...]
     base_values: str = "as stored"
+    quant: str | None = None
+    encoded: Checkpoint | None = None
+
+    @property
+    def view(self) -> Checkpoint:
+        """What is written: the merge, or its quantized form."""
+        return self.folded.checkpoint if self.encoded is None else self.encoded
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -56,9 +67,8 @@ class Merge:
         return (*self.base.sources, *(adapter.source for adapter in self.adapters))
 
     def report(self, out: Ref, **measured: Any) -> MergeReport:
-        view = self.folded.checkpoint
+        view = self.view
         used = zip(self.adapters, self.weights, strict=True)
-        touched = sum(1 for step in self.plan.steps if step.source is None)
         return MergeReport(
             out=str(out),
             base=self.base.ref,
@@ -70,9 +80,9 @@ class Merge:
             nbytes=self.plan.nbytes,
             tensors=len(view),
             touched=len(self.folded.touched),
-            copied=len(view) - touched,
+            copied=sum(1 for step in self.plan.steps if step.source is not None),
             added=self.folded.added,
-            parameters=view.parameters,
+            parameters=self.folded.checkpoint.parameters,
             notes=self.notes,
             **measured,
         )
@@ -106,12 +116,16 @@ def plan_merge(
     double_quant: bool = False,
     quant_dtype: str = "auto",
     skip_modules: Sequence[str] | None = None,
+    quant: str | None = None,
+    quant_double: bool = False,
     quantization: Quantization | None = None,
     headers_only: bool = True,
+    fingerprints: bool = True,
 ) -> Merge:
     """Plan a merge from headers alone; see `merge` for the arguments.
 
-    With ``headers_only`` a base or adapter on the Hub is not downloaded, so the plan can be shown but not executed.
+    With ``headers_only`` a base or adapter on the Hub is not downloaded, so the plan can be shown but not executed. The
+    ``fingerprints`` of its inputs let `execute` see whether they changed; a plan that is only shown can do without.
     """
     opened, values = open_base(
         base,
@@ -138,14 +152,28 @@ def plan_merge(
         "double_quant": double_quant,
         "quant_dtype": quant_dtype,
         "skip_modules": None if skip_modules is None else list(skip_modules),
+        "quant": quant,
+        "quant_double": quant_double,
         "quantization": None if quantization is None else quantization.request(),
     }
-    limit = None if max_shard_size is None else parse_size(max_shard_size)
-    inputs = {s.name: _fingerprint(s) for s in (*opened.sources, *(a.source for a in loaded))}
+    settings: dict[str, Any] = {
+        "max_shard_size": None if max_shard_size is None else parse_size(max_shard_size),
+        "jobs": jobs or default_jobs(),
+        "inputs": {s.name: _fingerprint(s) for s in (*opened.sources, *(a.source for a in loaded))}
+        if fingerprints
+        else None,
+        "request": request,
+    }
     side: dict[str, bytes] = {}
     notes: Sequence[str]
-    if isinstance(opened, GGUFCheckpoint):
-        if wanted is not None or values != "as stored":
+    encoded = None
+    if opened.format == "gguf":
+        from adapterkit.gguf.checkpoint import GGUFCheckpoint
+        from adapterkit.gguf.fold import fold_gguf
+        from adapterkit.gguf.plan import plan_gguf
+
+        assert isinstance(opened, GGUFCheckpoint)
+        if wanted is not None or quant is not None or values != "as stored":
             raise UsageError(
                 f"{opened.ref} is a GGUF base, which has types of its own", "use --quant, as in --quant F16"
             )
@@ -158,7 +186,7 @@ def plan_merge(
             allow_unknown=allow_unknown,
         )
         folded, notes = made.folded, made.notes
-        plan = plan_gguf(made.layout, max_shard_size=limit, jobs=jobs or default_jobs(), inputs=inputs, request=request)
+        plan = plan_gguf(made.layout, **settings)
     else:
         if quantization is not None:
             raise UsageError(
@@ -166,11 +194,27 @@ def plan_merge(
             )
         folded = fold(opened, loaded, weights, dtype=wanted, residual_base=residual_base, allow_unknown=allow_unknown)
         side, notes = side_files(opened, folded, loaded, wanted)
-        plan = plan_safetensors(
-            folded.checkpoint, max_shard_size=limit, jobs=jobs or default_jobs(), inputs=inputs, request=request
-        )
+        if quant is not None:
+            encoded = quantized(folded.checkpoint, quant, double_quant=quant_double)
+            config = json.loads(side.get(CONFIG, b"{}"))
+            config["quantization_config"] = encoded.config["quantization_config"]
+            side[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+            notes = [*notes, encoded.notes[-1]]
+        plan = plan_safetensors(folded.checkpoint if encoded is None else encoded, **settings)
     factors = tuple(float(w) for w in weights) if weights else (1.0,) * len(loaded)
-    return Merge(opened, loaded, factors, folded, plan, side, wanted, (*opened.notes, *folded.notes, *notes), values)
+    return Merge(
+        opened,
+        loaded,
+        factors,
+        folded,
+        plan,
+        side,
+        wanted,
+        (*opened.notes, *folded.notes, *notes),
+        values,
+        quant,
+        encoded,
+    )
 
 
 def merge(
@@ -191,7 +235,11 @@ def merge(
     double_quant: bool = False,
     quant_dtype: str = "auto",
     skip_modules: Sequence[str] | None = None,
+    quant: str | None = None,
+    quant_double: bool = False,
     quantization: Quantization | None = None,
+    fidelity: bool = False,
+    yes_lossy: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Fold adapters into a base and write a Hugging Face folder, or a GGUF file when the base is one.
@@ -214,10 +262,15 @@ def merge(
         base16: the original of a quantized base, to be folded onto in its place.
         as_trained: ``nf4``, ``fp4`` or ``int8``: fold onto the values that QLoRA training saw; see `open_base` for this
             and for ``double_quant``, ``quant_dtype`` and ``skip_modules``.
+        quant: write ``nf4``, ``fp4``, ``int8`` (bitsandbytes) or ``fp8`` as transformers does; see `quantized`.
+        quant_double: with double quantization.
+        fidelity: measure what of the change survives in the output, in the same pass.
+        yes_lossy: write a quantized base's own format again although the change does not survive it.
         quantization: the types of a GGUF output; by default every tensor keeps its own.
         progress: called now and then with bytes done and bytes in all.
 
     Raises:
+        CheckFailed: the output would lose the change.
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError, AuthError, HubError
     """
     # Planning alone (`--dry-run`) never needs what writes.
@@ -238,6 +291,8 @@ def merge(
         double_quant=double_quant,
         quant_dtype=quant_dtype,
         skip_modules=skip_modules,
+        quant=quant,
+        quant_double=quant_double,
         quantization=quantization,
         headers_only=False,
     )
@@ -247,9 +302,11 @@ def merge(
             f"the output {out} does not go with the base: {kind}", "name the output so, or convert the base"
         )
     check_output(planned.plan, planned.sources, Path(out), force=force, inputs=_adapter_folders(planned))
+    lossy = _still_there(planned, yes_lossy=yes_lossy)
+    watch = Watch(planned.folded, quant) if fidelity else None
     reused = write_safetensors(
         planned.plan,
-        planned.folded.checkpoint,
+        planned.view,
         planned.sources,
         Path(out),
         side_files=planned.side,
@@ -258,7 +315,31 @@ def merge(
         resume=resume,
         progress=progress,
     )
-    return planned.report(out, reused=reused, seconds=time.monotonic() - started, peak_memory=peak_memory())
+    return planned.report(
+        out,
+        reused=reused,
+        seconds=time.monotonic() - started,
+        peak_memory=peak_memory(),
+        fidelity=lossy if watch is None else watch.report(),
+    )
+
+
+def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
+    """What is left of the change, when it is to be written on the grid that its base was decoded from.
+
+    Raises:
+        CheckFailed: hardly anything, and nobody said that this is fine.
+    """
+    if planned.quant is None or not already_on_grid(planned.folded, planned.quant):
+        return None
+    found = left_on_grid(planned.folded, planned.quant, tensors=SAMPLED)
+    if found.retention < ENOUGH and not yes_lossy:
+        raise CheckFailed(
+            f"{planned.base.ref} is {planned.quant} already, and of this change {found.retention:.1%} would survive that "
+            "grid again",
+            "give the 16-bit original with --base16, write 16 bits or another format, or insist with --yes-lossy",
+        )
+    return found
 
 
 def execute(plan: Plan, out: Ref, *, part: int | None = None, jobs: int | None = None, force: bool = False) -> None:
@@ -285,7 +366,7 @@ def execute(plan: Plan, out: Ref, *, part: int | None = None, jobs: int | None =
     if part is None:
         finish_parts(plan, Path(out), side_files=planned.side, force=force)
     else:
-        write_part(plan, part, planned.folded.checkpoint, planned.sources, Path(out), jobs=jobs)
+        write_part(plan, part, planned.view, planned.sources, Path(out), jobs=jobs)
 
 
 _REQUEST = (
@@ -301,6 +382,8 @@ _REQUEST = (
     "double_quant",
     "quant_dtype",
     "skip_modules",
+    "quant",
+    "quant_double",
 )
 
 

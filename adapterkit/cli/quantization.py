@@ -15,7 +15,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _OPTIONS = (
     click.option(
-        "--quant", "mix", metavar="MIX", help="Types of a GGUF output, as llama-quantize gives: Q4_K_M, Q8_0."
+        "--quant", "mix", metavar="MIX", help="Types of a GGUF output, as llama-quantize gives (Q4_K_M, Q8_0)."
     ),
     click.option(
         "--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix (GGUF or .dat)."
@@ -25,7 +25,7 @@ _OPTIONS = (
     click.option("--output-type", metavar="TYPE", help="Type of the output layer."),
     click.option("--token-embd-type", "token_embedding_type", metavar="TYPE", help="Type of the token embedding."),
     click.option("--leave-output", is_flag=True, help="Do not quantize the output layer."),
-    click.option("--yes-lossy", is_flag=True, help="Quantize again what is quantized below 8 bits already."),
+    click.option("--yes-lossy", is_flag=True, help="Go on although the change would hardly survive."),
 )
 NAMES = ("mix", "imatrix", "pure", "tensor_types", "output_type", "token_embedding_type", "leave_output", "yes_lossy")
 
@@ -39,6 +39,8 @@ def quantization_options(command: F) -> F:
 
 def quantization(given: dict[str, Any]) -> Quantization | None:
     """The options as a value, or None when none was given."""
+    if not any(given.values()):
+        return None
     from adapterkit.gguf.quantize import Quantization, parse_tensor_type
 
     pairs = tuple(parse_tensor_type(text) for text in given["tensor_types"])

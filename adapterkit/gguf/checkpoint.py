@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.files import LocalFile
@@ -33,6 +33,7 @@ class GGUFCheckpoint(Checkpoint):
         headers: of every file, in order; metadata stands in the first.
     """
 
+    format: ClassVar[str] = "gguf"
     headers: tuple[GGUFHeader, ...] = field(default=(), repr=False)
 
     @property
