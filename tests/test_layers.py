@@ -35,7 +35,6 @@ HEIGHT = {unit: len(LAYERS) - number for number, layer in enumerate(LAYERS) for 
 
 # Some know even less of what lies below them.
 ONLY = {
-    "gguf": {"checkpoint", "codecs", "ops", "dtypes", "errors"},
     "codecs": {"ops", "dtypes", "errors"},
     "ops": {"dtypes", "errors"},
 }
