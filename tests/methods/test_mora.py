@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from sweep import make_net, merged_tensors, save_base
+from tuners import make_net, merged_tensors, save_base
 
 from adapterkit.adapters.adapter import load_adapter
 from adapterkit.adapters.formats.write import write_plain
