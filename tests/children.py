@@ -40,7 +40,7 @@ def fork(work: Callable[[], object]) -> int:
     return 0
 
 
-def wait(pid: int, timeout: float = 60.0) -> int:
+def wait(pid: int, timeout: float = 120.0) -> int:
     """The exit status of a child (negative: the signal that ended it)."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
@@ -54,5 +54,5 @@ def wait(pid: int, timeout: float = 60.0) -> int:
     raise TimeoutError(f"child {pid} did not end within {timeout} s")
 
 
-def run(work: Callable[[], object], timeout: float = 60.0) -> int:
+def run(work: Callable[[], object], timeout: float = 120.0) -> int:
     return wait(fork(work), timeout)

@@ -46,7 +46,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sink.Sink, "_compute", wait_and_compute)
 
 
-def until(condition: Any, timeout: float = 20.0) -> None:
+def until(condition: Any, timeout: float = 60.0) -> None:
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, "it never happened"
