@@ -28,11 +28,14 @@ def fork(work: Callable[[], object]) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.setsid()
         quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
         os.dup2(quiet, 2)
         work()
         code = 0
     except KeyboardInterrupt:
         code = 130
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 98
     except BaseException as error:
         code = getattr(error, "exit_code", 99)
     finally:

@@ -291,6 +291,20 @@ def test_interrupt_in_the_middle(resume: bool, inputs: tuple[Path, list[Path]], 
     assert os.listdir(tmp_path / "deep") == ["out"]
 
 
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_command_line_that_is_told_to_stop(
+    how: signal.Signals, inputs: tuple[Path, list[Path]], tmp_path: Path, slow: None
+) -> None:
+    from adapterkit.cli import main
+
+    out = tmp_path / "out"
+    pid = fork(lambda: main(["merge", str(inputs[0]), str(inputs[1][0]), "-o", str(out), "--json", "--jobs", "1"]))
+    until(lambda: (partial_folder(out) / ".journal.jsonl").exists())
+    os.kill(pid, how)
+    assert wait(pid) == 130
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_two_runs_on_one_target(inputs: tuple[Path, list[Path]], tmp_path: Path, slow: None) -> None:
     out = tmp_path / "out"
     first = fork(lambda: adapterkit.merge(*inputs, out, jobs=1))
