@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.adapter import Adapter, load_adapter
 from adapterkit.adapters.fold import fold
+from adapterkit.bases import open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
-from adapterkit.checkpoint.open import open_checkpoint, parse_hub
+from adapterkit.checkpoint.open import parse_hub
 from adapterkit.errors import AdapterkitError, UnsafeError, UsageError
 from adapterkit.servers import FEATURES, SERVERS
 
@@ -67,14 +68,14 @@ def check(
     """
     if server is not None and server not in SERVERS:
         raise UsageError(f"'{server}' is no server that is known here", f"known: {', '.join(sorted(SERVERS))}")
-    opened = base if isinstance(base, Checkpoint) else open_checkpoint(base, headers_only=True)
+    opened = base if isinstance(base, Checkpoint) else open_model(base, headers_only=True)
     loaded = [a if isinstance(a, Adapter) else load_adapter(a, headers_only=True) for a in adapters]
     findings: list[Finding] = []
     touched = 0
     for adapter in loaded:
         findings += _named_base(adapter, opened)
         try:
-            folded = fold(opened, [adapter])
+            folded = _folded(opened, adapter)
         except UnsafeError:
             raise
         except AdapterkitError as error:
@@ -86,6 +87,18 @@ def check(
             findings += _expectations(adapter, server)
     ok = all(finding.level != ERROR for finding in findings)
     return CheckReport(opened.ref, opened.commit, tuple(a.ref for a in loaded), server, ok, touched, tuple(findings))
+
+
+def _folded(base: Checkpoint, adapter: Adapter) -> Folded:
+    if base.format != "gguf":
+        return fold(base, [adapter])
+    from adapterkit.gguf.checkpoint import GGUFCheckpoint
+    from adapterkit.gguf.fold import fold_gguf
+    from adapterkit.gguf.quantize import Quantization
+
+    assert isinstance(base, GGUFCheckpoint)
+    made = fold_gguf(base, [adapter], quantization=Quantization(yes_lossy=True))
+    return replace(made.folded, notes=(*made.folded.notes, *made.notes))
 
 
 def _named_base(adapter: Adapter, base: Checkpoint) -> list[Finding]:
@@ -130,11 +143,7 @@ def _expectations(adapter: Adapter, server: str) -> list[Finding]:
     for row in SERVERS[server]:
         title, present = FEATURES[row.feature]
         if present(adapter):
-            level = WARNING if row.feature.startswith("rank_") else ERROR
+            level = WARNING if row.verdict == "depends" else ERROR
             message = f"{server}, {title}: {row.verdict}: {row.says} [{row.source}]"
-            found.append(
-                Finding(
-                    level, f"{server}-{row.feature}", adapter.ref, message, "merge it, or fold it into a plain LoRA"
-                )
-            )
+            found.append(Finding(level, f"{server}-{row.feature}", adapter.ref, message, row.fix))
     return found

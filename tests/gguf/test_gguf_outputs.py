@@ -411,6 +411,17 @@ def test_inspect_and_dry_run(base: Path, adapter: Path, capsys: pytest.CaptureFi
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_check(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = command(["check", base, adapter], capsys)
+    assert (code, found["touched"], found["ok"]) == (0, 2, True)
+    code, found = command(["check", short(tmp_path), adapter], capsys)
+    assert (code, found["ok"]) == (3, False)
+    convert(base, tmp_path / "coarse.gguf", quantization=Quantization("Q4_0"))
+    code, found = command(["check", tmp_path / "coarse.gguf", adapter], capsys)
+    assert code == 0
+    assert any("coarse grids" in finding["message"] for finding in found["findings"])
+
+
 def test_headers_of_our_files_pass_our_own_reader(base: Path, adapter: Path, tmp_path: Path) -> None:
     convert(adapter, tmp_path / "lora.gguf", to="gguf-lora", base=base)
     data = (tmp_path / "lora.gguf").read_bytes()
