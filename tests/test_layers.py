@@ -102,7 +102,7 @@ def test_imports_point_down() -> None:
         ("adapters", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from adapterkit.merge import Merge"),
         ("merge", "from adapterkit import cli"),
         ("errors", "import adapterkit.dtypes"),
-        ("gguf", "from adapterkit.adapters.target import Target"),
+        ("gguf", "from adapterkit.convert import convert"),
         ("merge", "from . import report"),
         ("adapters", "import importlib\nimportlib.import_module('adapterkit.cli')"),
         ("merge", "import adapterkit.utils"),
