@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 from adapterkit.checkpoint.checkpoint import Checkpoint
@@ -59,7 +58,7 @@ def open_checkpoint(ref: str | Path, *, headers_only: bool = False) -> Checkpoin
     """Open a checkpoint; no tensor is read.
 
     Args:
-        ref: a folder, a safetensors or GGUF file, or a Hub id ``org/name[@revision]``.
+        ref: a folder, a safetensors file, or a Hub id ``org/name[@revision]``.
         headers_only: for a Hub id, read only the headers, by HTTP range.
 
     Raises:
@@ -67,10 +66,6 @@ def open_checkpoint(ref: str | Path, *, headers_only: bool = False) -> Checkpoin
     """
     path = Path(ref).expanduser()
     if path.is_file():
-        if path.suffix == ".gguf":
-            # Named, not imported: that layer lies above this one.
-            opened: Checkpoint = import_module("adapterkit.gguf.checkpoint").open_gguf(ref)
-            return opened
         if path.suffix != ".safetensors":
             raise UnsafeError(
                 f"{ref} is not a safetensors file", "give a Hugging Face folder, a .safetensors or a .gguf file"
