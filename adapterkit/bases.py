@@ -7,9 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapterkit.checkpoint.checkpoint import Checkpoint
-from adapterkit.checkpoint.decoded import dequantized
+from adapterkit.checkpoint.decoded import dequantized, is_plain
 from adapterkit.checkpoint.open import open_checkpoint
-from adapterkit.codecs.table import quantization
 from adapterkit.dtypes import BY_LABEL
 from adapterkit.errors import TargetError, UsageError
 
@@ -43,8 +42,8 @@ def open_base(
         NotFound, CheckpointError, UnsafeError, AuthError, HubError
     """
     opened = base if isinstance(base, Checkpoint) else open_checkpoint(base, headers_only=headers_only)
-    stored = quantization(opened.config) is not None
     view = dequantized(opened)
+    stored = not is_plain(opened) and _says_quantized(opened)
     values = "decoded" if view is not opened else "as stored"
     if base16 is not None:
         original = base16 if isinstance(base16, Checkpoint) else open_checkpoint(base16, headers_only=headers_only)
@@ -64,6 +63,12 @@ def open_base(
         raise UsageError(f"'{quant_dtype}' is no dtype that training loads a base in", "use bf16, f16 or f32")
     grid = Grid(as_trained, double_quant, None if quant_dtype == "auto" else BY_LABEL[quant_dtype])
     return trained(view, grid, skip=skip_modules), f"as trained in {grid}"
+
+
+def _says_quantized(checkpoint: Checkpoint) -> bool:
+    from adapterkit.codecs.table import quantization
+
+    return quantization(checkpoint.config) is not None
 
 
 def _original(quantized: Checkpoint, original: Checkpoint) -> Checkpoint:

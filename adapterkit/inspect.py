@@ -183,13 +183,13 @@ def _scalings(adapter: Adapter, pairs: list[tuple[Module, tuple[Any, Any]]]) -> 
 def _health(adapter: Adapter, pairs: list[tuple[Module, tuple[Any, Any]]]) -> tuple[ModuleHealth, ...]:
     import torch
 
-    from adapterkit.adapters.change import matrix
+    from adapterkit.adapters.change import raw
 
     found = []
     for module, (a, b) in pairs:
-        left, right = matrix(b).reshape(b.shape[0], -1), matrix(a).reshape(a.shape[0], -1)
+        left, right = raw(b).float().reshape(b.shape[0], -1), raw(a).float().reshape(a.shape[0], -1)
         if EMBEDDING_A in module.tensors:
-            left, right = matrix(a).T, matrix(b).T
+            left, right = raw(a).float().T, raw(b).float().T
         rank = a.shape[0]
         if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
             found.append(ModuleHealth(module.path, rank, float("nan"), 0.0, "nan"))

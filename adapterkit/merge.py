@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,17 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter, load_adapter
+from adapterkit.adapters.fidelity import ENOUGH, Watch, already_on_grid, left_on_grid
 from adapterkit.adapters.fold import FLOATS, Folded, fold
+from adapterkit.adapters.quantized import quantized
 from adapterkit.adapters.sidecars import side_files
 from adapterkit.bases import open_base
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size, plan_safetensors
 from adapterkit.dtypes import BY_LABEL, DType
-from adapterkit.errors import CheckpointError, UsageError
+from adapterkit.errors import CheckFailed, CheckpointError, UsageError
 from adapterkit.report import AdapterUse, MergeReport
 
 if TYPE_CHECKING:
+    from adapterkit.adapters.fidelity import FidelityReport
     from adapterkit.checkpoint.files import Source
+
+CONFIG = "config.json"
+SAMPLED = 8  # tensors that are measured before a base's own grid is written again
 
 Ref = str | Path
 Progress = Callable[[int, int], None]
@@ -45,6 +52,13 @@ class Merge:
     dtype: DType | None
     notes: tuple[str, ...]
     base_values: str = "as stored"
+    quant: str | None = None
+    encoded: Checkpoint | None = None
+
+    @property
+    def view(self) -> Checkpoint:
+        """What is written: the merge, or its quantized form."""
+        return self.folded.checkpoint if self.encoded is None else self.encoded
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -52,9 +66,8 @@ class Merge:
         return (*self.base.sources, *(adapter.source for adapter in self.adapters))
 
     def report(self, out: Ref, **measured: Any) -> MergeReport:
-        view = self.folded.checkpoint
+        view = self.view
         used = zip(self.adapters, self.weights, strict=True)
-        touched = sum(1 for step in self.plan.steps if step.source is None)
         return MergeReport(
             out=str(out),
             base=self.base.ref,
@@ -66,9 +79,9 @@ class Merge:
             nbytes=self.plan.nbytes,
             tensors=len(view),
             touched=len(self.folded.touched),
-            copied=len(view) - touched,
+            copied=sum(1 for step in self.plan.steps if step.source is not None),
             added=self.folded.added,
-            parameters=view.parameters,
+            parameters=self.folded.checkpoint.parameters,
             notes=self.notes,
             **measured,
         )
@@ -102,11 +115,15 @@ def plan_merge(
     double_quant: bool = False,
     quant_dtype: str = "auto",
     skip_modules: Sequence[str] | None = None,
+    quant: str | None = None,
+    quant_double: bool = False,
     headers_only: bool = True,
+    fingerprints: bool = True,
 ) -> Merge:
     """Plan a merge from headers alone; see `merge` for the arguments.
 
-    With ``headers_only`` a base or adapter on the Hub is not downloaded, so the plan can be shown but not executed.
+    With ``headers_only`` a base or adapter on the Hub is not downloaded, so the plan can be shown but not executed. The
+    ``fingerprints`` of its inputs let `execute` see whether they changed; a plan that is only shown can do without.
     """
     opened, values = open_base(
         base,
@@ -135,16 +152,39 @@ def plan_merge(
         "double_quant": double_quant,
         "quant_dtype": quant_dtype,
         "skip_modules": None if skip_modules is None else list(skip_modules),
+        "quant": quant,
+        "quant_double": quant_double,
     }
+    encoded = None
+    if quant is not None:
+        encoded = quantized(folded.checkpoint, quant, double_quant=quant_double)
+        config = json.loads(side.get(CONFIG, b"{}"))
+        config["quantization_config"] = encoded.config["quantization_config"]
+        side[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        notes = [*notes, encoded.notes[-1]]
     plan = plan_safetensors(
-        folded.checkpoint,
+        folded.checkpoint if encoded is None else encoded,
         max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
         jobs=jobs or default_jobs(),
-        inputs={s.name: _fingerprint(s) for s in (*opened.sources, *(a.source for a in loaded))},
+        inputs={s.name: _fingerprint(s) for s in (*opened.sources, *(a.source for a in loaded))}
+        if fingerprints
+        else None,
         request=request,
     )
     factors = tuple(float(w) for w in weights) if weights else (1.0,) * len(loaded)
-    return Merge(opened, loaded, factors, folded, plan, side, wanted, (*opened.notes, *folded.notes, *notes), values)
+    return Merge(
+        opened,
+        loaded,
+        factors,
+        folded,
+        plan,
+        side,
+        wanted,
+        (*opened.notes, *folded.notes, *notes),
+        values,
+        quant,
+        encoded,
+    )
 
 
 def merge(
@@ -165,6 +205,10 @@ def merge(
     double_quant: bool = False,
     quant_dtype: str = "auto",
     skip_modules: Sequence[str] | None = None,
+    quant: str | None = None,
+    quant_double: bool = False,
+    fidelity: bool = False,
+    yes_lossy: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Fold adapters into a base and write a Hugging Face folder.
@@ -187,9 +231,14 @@ def merge(
         base16: the original of a quantized base, to be folded onto in its place.
         as_trained: ``nf4``, ``fp4`` or ``int8``: fold onto the values that QLoRA training saw; see `open_base` for this
             and for ``double_quant``, ``quant_dtype`` and ``skip_modules``.
+        quant: write ``nf4``, ``fp4``, ``int8`` (bitsandbytes) or ``fp8`` as transformers does; see `quantized`.
+        quant_double: with double quantization.
+        fidelity: measure what of the change survives in the output, in the same pass.
+        yes_lossy: write a quantized base's own format again although the change does not survive it.
         progress: called now and then with bytes done and bytes in all.
 
     Raises:
+        CheckFailed: the output would lose the change.
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError, AuthError, HubError
     """
     # Planning alone (`--dry-run`) never needs what writes.
@@ -210,12 +259,16 @@ def merge(
         double_quant=double_quant,
         quant_dtype=quant_dtype,
         skip_modules=skip_modules,
+        quant=quant,
+        quant_double=quant_double,
         headers_only=False,
     )
     check_output(planned.plan, planned.sources, Path(out), force=force, inputs=_adapter_folders(planned))
+    lossy = _still_there(planned, yes_lossy=yes_lossy)
+    watch = Watch(planned.folded, quant) if fidelity else None
     reused = write_safetensors(
         planned.plan,
-        planned.folded.checkpoint,
+        planned.view,
         planned.sources,
         Path(out),
         side_files=planned.side,
@@ -224,7 +277,31 @@ def merge(
         resume=resume,
         progress=progress,
     )
-    return planned.report(out, reused=reused, seconds=time.monotonic() - started, peak_memory=_peak_memory())
+    return planned.report(
+        out,
+        reused=reused,
+        seconds=time.monotonic() - started,
+        peak_memory=_peak_memory(),
+        fidelity=lossy if watch is None else watch.report(),
+    )
+
+
+def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
+    """What is left of the change, when it is to be written on the grid that its base was decoded from.
+
+    Raises:
+        CheckFailed: hardly anything, and nobody said that this is fine.
+    """
+    if planned.quant is None or not already_on_grid(planned.folded, planned.quant):
+        return None
+    found = left_on_grid(planned.folded, planned.quant, tensors=SAMPLED)
+    if found.retention < ENOUGH and not yes_lossy:
+        raise CheckFailed(
+            f"{planned.base.ref} is {planned.quant} already, and of this change {found.retention:.1%} would survive that "
+            "grid again",
+            "give the 16-bit original with --base16, write 16 bits or another format, or insist with --yes-lossy",
+        )
+    return found
 
 
 def execute(plan: Plan, out: Ref, *, part: int | None = None, jobs: int | None = None, force: bool = False) -> None:
@@ -246,7 +323,7 @@ def execute(plan: Plan, out: Ref, *, part: int | None = None, jobs: int | None =
     if part is None:
         finish_parts(plan, Path(out), side_files=planned.side, force=force)
     else:
-        write_part(plan, part, planned.folded.checkpoint, planned.sources, Path(out), jobs=jobs)
+        write_part(plan, part, planned.view, planned.sources, Path(out), jobs=jobs)
 
 
 _REQUEST = (
@@ -262,6 +339,8 @@ _REQUEST = (
     "double_quant",
     "quant_dtype",
     "skip_modules",
+    "quant",
+    "quant_double",
 )
 
 

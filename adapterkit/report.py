@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.fidelity import FidelityReport
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class MergeReport:
 
     Attributes:
         base_values: of the base, what was folded onto: as stored, decoded, the 16-bit original, or as trained.
+        fidelity: what of the change survives in the output, when that was asked for.
         touched: tensors with a change folded in; ``copied`` are byte-identical to the base's.
         reused: of the touched ones, how many a resumed run found finished.
         peak_memory: measured over the process, or estimated for a dry run.
@@ -47,6 +51,7 @@ class MergeReport:
     seconds: float = 0.0
     peak_memory: int = 0
     base_values: str = "as stored"
+    fidelity: FidelityReport | None = None
     dry_run: bool = False
     notes: tuple[str, ...] = field(default=())
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.adapters.change import Checked
 from adapterkit.adapters.edits import adapter_edits
 from adapterkit.adapters.merged import Applied, Loaded, Merged, StoredWeights, merged_columns
 from adapterkit.adapters.names import Names
 from adapterkit.adapters.replicate import replicated
 from adapterkit.adapters.target import Target
-from adapterkit.adapters.ties import Weighted, settle_ties
+from adapterkit.adapters.ties import Weighted, same_bytes, settle_ties
 from adapterkit.checkpoint.decoded import dequantized
-from adapterkit.checkpoint.tensor import Cast, Renamed, Tensor
+from adapterkit.checkpoint.tensor import Cast, Tensor
 from adapterkit.dtypes import BF16, F16, F32, F64
 from adapterkit.errors import AdapterError, TargetError, UsageError
 
@@ -74,6 +76,8 @@ def fold(
     if not adapters:
         raise UsageError("no adapter was given", "name at least one")
     factors = [1.0] * len(adapters) if not weights else [float(weight) for weight in weights]
+    if not all(map(math.isfinite, factors)):
+        raise UsageError("a weight is not a finite number", "give each --weight a number")
     if len(factors) != len(adapters):
         raise UsageError(f"{len(factors)} weights for {len(adapters)} adapters", "give one --weight for each adapter")
     base, notes = _replicated(dequantized(base), adapters)
@@ -129,12 +133,13 @@ class _Fold:
         if not found:
             return
         first = found[0].edit.change.replaced
-        if first is None or any(item.edit.change.replaced is not first for item in found[1:]):
+        others = [item.edit.change.replaced for item in found[1:]]
+        if first is None or not all(new is first or (new is not None and same_bytes(first, new)) for new in others):
             raise TargetError(f"two adapters each bring their own '{name}'", "merge one of them first, then the other")
         for item in found:
             items.remove(item)
         dtype = base[name].dtype if name in base else first.dtype
-        stored: Tensor = Renamed(name, first)
+        stored: Tensor = Checked(name, first)
         self._tensors[name] = stored if dtype is first.dtype else Cast(stored, dtype)
 
     @staticmethod

@@ -6,7 +6,6 @@ too, and gives the same bytes. Nothing but headers is needed to make one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -120,6 +119,8 @@ class Plan:
     @property
     def digest(self) -> str:
         """sha256 over everything that decides the output bytes; how many workers there are does not."""
+        import hashlib
+
         return hashlib.sha256(json.dumps(asdict(replace(self, peak_memory=0)), sort_keys=True).encode()).hexdigest()
 
     def header(self, file: PlannedFile) -> bytes:
@@ -170,6 +171,12 @@ def plan_safetensors(
     memory = max((tensor.memory for tensor in view.values()), default=0)
     peak = BASELINE_MEMORY + jobs * WORKER_MEMORY + memory
     return Plan(files, metadata, peak, dict(inputs or {}), dict(request or {}))
+
+
+def plan_file(name: str, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> Plan:
+    """Plan one safetensors file of small tensors, such as an adapter's."""
+    memory = BASELINE_MEMORY + WORKER_MEMORY + max((tensor.memory for tensor in tensors), default=0)
+    return Plan((_plan_file(name, tensors, metadata),), dict(metadata), memory, {}, {})
 
 
 def _own_shards(view: Checkpoint) -> list[tuple[str, list[Tensor]]]:

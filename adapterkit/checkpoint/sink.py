@@ -99,7 +99,7 @@ class Sink:
             self._journal.start()
             queues = []
             for file in files:
-                fd = os.open(self._folder / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                fd = os.open(self._folder / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
                 opened.append(fd)
                 os.ftruncate(fd, file.nbytes)
                 queues.append(_Queue(deque(self._tasks(file, fd, proved))))

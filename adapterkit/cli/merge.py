@@ -83,7 +83,7 @@ def command(
         "allow_unknown": allow_unknown,
     }
     if dry_run or save_plan is not None:
-        planned = plan_merge(base, adapters, **how)
+        planned = plan_merge(base, adapters, fingerprints=save_plan is not None, **how)
         if save_plan is not None:
             save_plan.write_text(planned.plan.to_json())
             note(f"plan of {len(planned.plan.files)} parts written to {save_plan}")

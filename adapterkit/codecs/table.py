@@ -12,9 +12,10 @@ from adapterkit.codecs.compressed import COMPRESSED
 from adapterkit.codecs.fp8 import FP8
 from adapterkit.codecs.gptq import AWQ, GPTQ
 from adapterkit.codecs.mxfp4 import MXFP4
+from adapterkit.codecs.torchao import TORCHAO
 from adapterkit.errors import CheckpointError
 
-CODECS: tuple[Codec, ...] = (BNB4, BNB8, FP8, MXFP4, COMPRESSED, GPTQ, AWQ)
+CODECS: tuple[Codec, ...] = (BNB4, BNB8, FP8, MXFP4, COMPRESSED, GPTQ, AWQ, TORCHAO)
 
 KEYS = ("quantization_config", "compression_config")
 # A multimodal config may keep it in the part that describes the language model.

@@ -45,3 +45,13 @@ def test_every_config_field_of_peft_is_known() -> None:
             fields = {field.name for field in dataclasses.fields(config)}
             missing[kind.value] = fields - METHODS[kind.value].fields - COMMON_FIELDS
     assert {kind: fields for kind, fields in missing.items() if fields} == {}
+
+
+def test_every_family_registers_what_the_table_says() -> None:
+    import importlib
+
+    from adapterkit.adapters.methods import FAMILIES
+
+    for family, kinds in FAMILIES.items():
+        module = importlib.import_module(f"adapterkit.adapters.methods.{family}")
+        assert tuple(method.peft_type for method in module.METHODS) == kinds

@@ -118,6 +118,10 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
         parameter = f"{module.path}.in_proj_weight"  # torch.nn.MultiheadAttention keeps q, k and v in one parameter
     target = context.target(parameter, key)
     blocks = _blocks(context.config)
+    if b.shape[1] not in (a.shape[0], a.shape[0] / blocks):
+        raise AdapterError(
+            f"{context.where}: '{key}' has rank {a.shape[0]} and its lora_B {b.shape[1]}", "save the adapter again"
+        )
     pool = int(context.config.number("qalora_group_size", 16)) if context.config.flag("use_qalora") else 0
     turned = any(
         is_turned(context, target, _expected(a, b, blocks, pool, shape[1]))
@@ -180,6 +184,10 @@ def _embedding_edit(module: Module, context: Context) -> Edit:
     _check_pair(a, b, f"{module.path}.{EMBEDDING_A}/B", context.where)
     target = context.target(f"{module.path}.weight", key)
     rank, rows, columns = a.shape[0], a.shape[1], b.shape[0]
+    if b.shape[1] != rank:
+        raise AdapterError(
+            f"{context.where}: '{key}' has rank {rank} and its other factor {b.shape[1]}", "save the adapter again"
+        )
     override = module.tensors.get("base_layer.weight")
     if override is None or override.shape != (rows, columns):
         check_matrix(target, (rows, columns), key, context.where)
