@@ -14,11 +14,10 @@ from adapterkit.registry.identity import Identity, compare
 from adapterkit.registry.names import is_repo
 from adapterkit.registry.register import Registered, register_base
 from adapterkit.registry.register import register as store
-from adapterkit.registry.weights import identity_of
+from adapterkit.registry.weights import cheap, identity_of
 from adapterkit.secrets import check_public
 
 if TYPE_CHECKING:
-    from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.registry.record import Record
 
 
@@ -139,11 +138,6 @@ def _named(identity: Identity, repo: str) -> Identity:
     if identity.id not in ("", repo):
         raise UsageError(f"the base is {identity.id} on the Hub, and not {repo}", "leave out --base-id")
     return replace(identity, id=repo)
-
-
-def cheap(checkpoint: Checkpoint) -> str:
-    """Windows of every tensor where reading is a seek, of a few where it is a request."""
-    return "sampled" if all(source.path is not None for source in checkpoint.sources) else "probe"
 
 
 def _beside(folder: Path) -> Record | None:

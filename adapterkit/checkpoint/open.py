@@ -9,6 +9,7 @@ from pathlib import Path
 
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.files import LocalFile
+from adapterkit.checkpoint.finders import FINDERS
 from adapterkit.checkpoint.folder import read_file, read_folder
 from adapterkit.checkpoint.listing import Listing, LocalFolder, read_json
 from adapterkit.errors import NotFound, UnsafeError
@@ -51,11 +52,12 @@ def place_of(ref: str | Path) -> Place:
     text = str(ref)
     if isinstance(ref, Path) or "/" in text or Path(text).expanduser().exists():
         return Place(ref, text)
-    # Named, not imported: that layer lies above this one.
-    found = import_module("adapterkit.registry.finder").find(text)
-    if found is None:
-        return Place(ref, text)
-    return Place(found.folder or found.hub, found.shown if found.folder else found.hub, found.file)
+    for entry in FINDERS:
+        module, _, function = entry.partition(":")
+        found = getattr(import_module(module), function)(text)
+        if found is not None:
+            return Place(found.folder or found.hub, found.shown if found.folder else found.hub, found.file)
+    return Place(ref, text)
 
 
 def locate(ref: str | Path, *, headers_only: bool = False) -> Listing:

@@ -30,6 +30,7 @@ def write_safetensors(
     out: Path,
     *,
     side_files: Mapping[str, bytes],
+    record: Callable[[Path], Mapping[str, bytes]] | None = None,
     jobs: int | None = None,
     force: bool = False,
     resume: bool = False,
@@ -41,6 +42,7 @@ def write_safetensors(
         plan: what to write; ``tensors`` and ``sources`` are the handles and files it was made from.
         out: the folder to make.
         side_files: small files to write beside the weights, by relative name.
+        record: more small files, asked for when everything else lies in the hidden folder, which it is given.
         jobs: worker threads.
         force: replace an existing folder.
         resume: re-use what an interrupted run left and its content proves, and leave the same behind if interrupted.
@@ -57,7 +59,7 @@ def write_safetensors(
         journal = Journal(folder / JOURNAL, identity(plan, sources))
         sink = Sink(plan, tensors, sources, folder, jobs=jobs or default_jobs(), journal=journal, progress=progress)
         sink.run(plan.files)
-        finish(plan, folder, out, side_files, force=force)
+        finish(plan, folder, out, side_files, force=force, record=record)
     return sink.reused
 
 
@@ -68,7 +70,15 @@ def check_output(plan: Plan, sources: Sequence[Source], out: Path, *, force: boo
     check_target(out, [*folders, *inputs], plan.nbytes, force=force, held=held)
 
 
-def finish(plan: Plan, folder: Path, out: Path, side_files: Mapping[str, bytes], *, force: bool) -> None:
+def finish(
+    plan: Plan,
+    folder: Path,
+    out: Path,
+    side_files: Mapping[str, bytes],
+    *,
+    force: bool,
+    record: Callable[[Path], Mapping[str, bytes]] | None = None,
+) -> None:
     """Write the index and the side files into the hidden folder and make it the target."""
     extra = dict(side_files)
     if len(plan.files) > 1:
@@ -76,6 +86,9 @@ def finish(plan: Plan, folder: Path, out: Path, side_files: Mapping[str, bytes],
     try:
         for name, data in extra.items():
             write_file(folder / name, data)
+        for name, data in (record(folder) if record is not None else {}).items():
+            write_file(folder / name, data)
+            extra[name] = data
         keep = {file.name for file in plan.files} | {name.partition("/")[0] for name in extra}
         publish(folder, out, keep=keep, force=force)
     except OSError as error:

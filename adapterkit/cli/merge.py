@@ -28,6 +28,7 @@ from adapterkit.cli.output import Progress, count, note, say, show_json, size
 @click.option("--base16", metavar="REF", help="The original of a quantized BASE, to fold onto in its place.")
 @click.option("--residual-base", is_flag=True, help="BASE is what training left behind, not the original model.")
 @click.option("--allow-unknown", is_flag=True, help="Go on where an adapter's config has fields not known here.")
+@click.option("--full-record", is_flag=True, help="Hash every byte of BASE and OUT for the adapterkit.json beside it.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done, from headers alone.")
 @click.option("--save-plan", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan and stop.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run; keep finished work if interrupted again.")
@@ -48,6 +49,7 @@ def command(
     base16: str | None,
     residual_base: bool,
     allow_unknown: bool,
+    full_record: bool,
     dry_run: bool,
     save_plan: Path | None,
     resume: bool,
@@ -93,7 +95,9 @@ def command(
     else:
         assert out is not None
         progress = Progress("merging", enabled=not as_json)
-        report = merge(base, adapters, out, force=force, resume=resume, progress=progress, **how)
+        report = merge(
+            base, adapters, out, force=force, resume=resume, full_record=full_record, progress=progress, **how
+        )
         progress.close()
     if as_json:
         show_json(report)

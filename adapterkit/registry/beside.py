@@ -30,14 +30,19 @@ def read_beside(path: Path) -> Record | None:
     return record
 
 
+def beside_bytes(record: Record) -> bytes:
+    """The bytes of ``adapterkit.json``."""
+    text = json.dumps(record.to_json(), indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n"
+    return text.encode("ascii")
+
+
 def write_beside(folder: Path, record: Record) -> Path:
     """Writes ``adapterkit.json`` beside an output, laid out for readers; the file."""
     target = folder / BESIDE
-    text = json.dumps(record.to_json(), indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n"
     with disk.writing(BESIDE, folder):
         fd, temporary = disk.fresh(folder)
         try:
-            disk.write_all(fd, text.encode("ascii"))
+            disk.write_all(fd, beside_bytes(record))
             os.fsync(fd)
         finally:
             os.close(fd)

@@ -61,6 +61,14 @@ def identity_of(checkpoint: Checkpoint, upto: str = "probe", *, hub_files: bool 
     return identify(rows, reader, upto, known)
 
 
+def cheap(checkpoint: Checkpoint) -> str:
+    """The level that costs little: windows of every tensor where reading is a seek, of a few where it is a request, and
+    headers alone where tensors are computed."""
+    if any(tensor.extent is None for tensor in checkpoint.values()):
+        return "skeleton"
+    return "sampled" if all(source.path is not None for source in checkpoint.sources) else "probe"
+
+
 def tensor_rows(checkpoint: Checkpoint) -> list[Tensor]:
     """``(name, dtype code, shape, nbytes)`` of every tensor, from headers alone."""
     return [(name, tensor.dtype.code, tensor.shape, tensor.nbytes) for name, tensor in checkpoint.items()]
