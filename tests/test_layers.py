@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     (
         *("merge", "combine", "convert", "verify", "recipe", "check", "inspect", "demo", "servers", "bases"),
-        *("register", "provenance", "hub", "serve"),
+        *("register", "provenance", "fits", "hub", "serve"),
     ),
     ("report",),
     ("registry",),

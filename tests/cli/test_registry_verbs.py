@@ -207,7 +207,7 @@ def test_export_and_import(
     run("tag", "mine@1", "prod")
     run("export", "mine@prod", "-o", tmp_path / "mine.bundle")
     run("export", "mine@prod", "--folder", "-o", tmp_path / "plain")
-    plain = read_bytes(tmp_path / "plain")
+    plain = read_bytes(tmp_path / "plain", record=True)
     assert json.loads(plain.pop("adapterkit.json"))["name"] == "mine"
     assert plain == read_bytes(adapter)
     content = run("show", "mine", "--json")["content"]
