@@ -24,6 +24,7 @@ from adapterkit.report import AdapterUse, MergeReport
 if TYPE_CHECKING:
     from adapterkit.adapters.fidelity import FidelityReport
     from adapterkit.checkpoint.files import Source
+    from adapterkit.gguf.quantize import Quantization
 
 CONFIG = "config.json"
 SAMPLED = 8  # tensors that are measured before a base's own grid is written again
@@ -117,6 +118,7 @@ def plan_merge(
     skip_modules: Sequence[str] | None = None,
     quant: str | None = None,
     quant_double: bool = False,
+    quantization: Quantization | None = None,
     headers_only: bool = True,
     fingerprints: bool = True,
 ) -> Merge:
@@ -136,8 +138,6 @@ def plan_merge(
     )
     loaded = tuple(a if isinstance(a, Adapter) else load_adapter(a, headers_only=headers_only) for a in adapters)
     wanted = parse_dtype(dtype)
-    folded = fold(opened, loaded, weights, dtype=wanted, residual_base=residual_base, allow_unknown=allow_unknown)
-    side, notes = side_files(opened, folded, loaded, wanted)
     request = {
         "verb": "merge",
         "base": str(base.ref if isinstance(base, Checkpoint) else base),
@@ -154,23 +154,53 @@ def plan_merge(
         "skip_modules": None if skip_modules is None else list(skip_modules),
         "quant": quant,
         "quant_double": quant_double,
+        "quantization": None if quantization is None else quantization.request(),
     }
-    encoded = None
-    if quant is not None:
-        encoded = quantized(folded.checkpoint, quant, double_quant=quant_double)
-        config = json.loads(side.get(CONFIG, b"{}"))
-        config["quantization_config"] = encoded.config["quantization_config"]
-        side[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-        notes = [*notes, encoded.notes[-1]]
-    plan = plan_safetensors(
-        folded.checkpoint if encoded is None else encoded,
-        max_shard_size=None if max_shard_size is None else parse_size(max_shard_size),
-        jobs=jobs or default_jobs(),
-        inputs={s.name: _fingerprint(s) for s in (*opened.sources, *(a.source for a in loaded))}
+    settings: dict[str, Any] = {
+        "max_shard_size": None if max_shard_size is None else parse_size(max_shard_size),
+        "jobs": jobs or default_jobs(),
+        "inputs": {s.name: _fingerprint(s) for s in (*opened.sources, *(a.source for a in loaded))}
         if fingerprints
         else None,
-        request=request,
-    )
+        "request": request,
+    }
+    side: dict[str, bytes] = {}
+    notes: Sequence[str]
+    encoded = None
+    if opened.format == "gguf":
+        from adapterkit.gguf.checkpoint import GGUFCheckpoint
+        from adapterkit.gguf.fold import fold_gguf
+        from adapterkit.gguf.plan import plan_gguf
+
+        assert isinstance(opened, GGUFCheckpoint)
+        if wanted is not None or quant is not None or values != "as stored":
+            raise UsageError(
+                f"{opened.ref} is a GGUF base, which has types of its own", "use --quant, as in --quant F16"
+            )
+        made = fold_gguf(
+            opened,
+            loaded,
+            weights,
+            quantization=quantization,
+            residual_base=residual_base,
+            allow_unknown=allow_unknown,
+        )
+        folded, notes = made.folded, made.notes
+        plan = plan_gguf(made.layout, **settings)
+    else:
+        if quantization is not None:
+            raise UsageError(
+                f"{opened.ref} is not a GGUF base, and types were given for a GGUF output", "give a GGUF base"
+            )
+        folded = fold(opened, loaded, weights, dtype=wanted, residual_base=residual_base, allow_unknown=allow_unknown)
+        side, notes = side_files(opened, folded, loaded, wanted)
+        if quant is not None:
+            encoded = quantized(folded.checkpoint, quant, double_quant=quant_double)
+            config = json.loads(side.get(CONFIG, b"{}"))
+            config["quantization_config"] = encoded.config["quantization_config"]
+            side[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+            notes = [*notes, encoded.notes[-1]]
+        plan = plan_safetensors(folded.checkpoint if encoded is None else encoded, **settings)
     factors = tuple(float(w) for w in weights) if weights else (1.0,) * len(loaded)
     return Merge(
         opened,
@@ -207,20 +237,21 @@ def merge(
     skip_modules: Sequence[str] | None = None,
     quant: str | None = None,
     quant_double: bool = False,
+    quantization: Quantization | None = None,
     fidelity: bool = False,
     yes_lossy: bool = False,
     full_record: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Fold adapters into a base and write a Hugging Face folder.
+    """Fold adapters into a base and write a Hugging Face folder, or a GGUF file when the base is one.
 
     The model is never loaded: tensors stream through in blocks, untouched ones are copied by the kernel. Deltas of all
     adapters are summed in float32 and rounded once.
 
     Args:
-        base: folder, safetensors file or Hub id ``org/name[@revision]``, or an open `Checkpoint`.
+        base: folder, safetensors or GGUF file, or Hub id ``org/name[@revision]``, or an open `Checkpoint`.
         adapters: PEFT folders or Hub ids, or open `Adapter`s.
-        out: the folder to make; it appears whole or not at all.
+        out: the folder to make, or the ``.gguf`` file; it appears whole or not at all.
         weights: one per adapter, 1 each by default; may be negative.
         dtype: ``auto`` keeps every tensor's own; ``bf16``, ``f16`` or ``f32`` converts all floating tensors.
         max_shard_size: like ``5GB``; by default the base's own shards are kept.
@@ -236,6 +267,7 @@ def merge(
         quant_double: with double quantization.
         fidelity: measure what of the change survives in the output, in the same pass.
         yes_lossy: write a quantized base's own format again although the change does not survive it.
+        quantization: the types of a GGUF output; by default every tensor keeps its own.
         full_record: hash every byte of base and output for ``adapterkit.json``, instead of 16 KiB of each tensor.
         progress: called now and then with bytes done and bytes in all.
 
@@ -263,8 +295,14 @@ def merge(
         skip_modules=skip_modules,
         quant=quant,
         quant_double=quant_double,
+        quantization=quantization,
         headers_only=False,
     )
+    if (Path(out).suffix == ".gguf") != (planned.plan.layout == "file"):
+        kind = "a GGUF base becomes a .gguf file" if planned.plan.layout == "file" else "a folder becomes a folder"
+        raise UsageError(
+            f"the output {out} does not go with the base: {kind}", "name the output so, or convert the base"
+        )
     check_output(planned.plan, planned.sources, Path(out), force=force, inputs=_adapter_folders(planned))
     lossy = _still_there(planned, yes_lossy=yes_lossy)
     watch = Watch(planned.folded, quant) if fidelity else None
@@ -284,7 +322,7 @@ def merge(
         out,
         reused=reused,
         seconds=time.monotonic() - started,
-        peak_memory=_peak_memory(),
+        peak_memory=peak_memory(),
         fidelity=lossy if watch is None else watch.report(),
     )
 
@@ -303,7 +341,8 @@ def _recorder(planned: Merge, base: Ref | Checkpoint, *, full: bool = False) -> 
     if request.get("base16") is not None:
         parents.append(base_parent(open_checkpoint(request["base16"]), "original", full=full))
     parents += [adapter_parent(a, weight=w) for a, w in zip(planned.adapters, planned.weights, strict=True)]
-    kind = "merged" if planned.quant is None else "quantized"
+    changed = planned.quant is not None or request.get("quantization") is not None
+    kind = "quantized" if changed else "merged"
     return recorder("merge", kind, parameters_of(request), parents, method=planned.quant or "", full=full)
 
 
@@ -338,6 +377,11 @@ def execute(plan: Plan, out: Ref, *, part: int | None = None, jobs: int | None =
     arguments: dict[str, Any] = {name: plan.request[name] for name in _REQUEST if name in plan.request}
     if plan.request.get("verb") != "merge" or not {"base", "adapters"} <= set(arguments):
         raise CheckpointError("this plan does not say which merge it is of", "write one with merge --save-plan")
+    types = plan.request.get("quantization")
+    if types is not None:
+        from adapterkit.gguf.quantize import Quantization
+
+        arguments["quantization"] = Quantization.of_request(types)
     planned = plan_merge(**arguments, headers_only=False)
     if (planned.plan.files, planned.plan.inputs) != (plan.files, plan.inputs):
         raise CheckpointError("the base or an adapter changed since the plan was made", "make the plan again")
@@ -375,11 +419,14 @@ def _fingerprint(source: Source) -> str:
     """Size and hash of the header: enough to see that a plan belongs to these files, without reading them."""
     import hashlib
 
-    length = min(int.from_bytes(source.read(0, 8), "little"), source.size)
+    first = source.read(0, 8)
+    if first[:4] == b"GGUF":
+        return f"{source.size}:{hashlib.sha256(source.read(0, 1 << 20)).hexdigest()}"
+    length = min(int.from_bytes(first, "little"), source.size)
     return f"{source.size}:{hashlib.sha256(source.read(8, length)).hexdigest()}"
 
 
-def _peak_memory() -> int:
+def peak_memory() -> int:
     """The largest resident set of this process so far, in bytes.
 
     Linux's own high-water mark is used where there is one: ``getrusage`` also counts what the process was forked from.

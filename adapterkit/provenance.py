@@ -55,9 +55,12 @@ def recorder(
     def write(folder: Path) -> dict[str, bytes]:
         files: tuple[FileEntry, ...] = ()
         identity = None
-        if kind not in ("adapter", "combined"):
-            found = identity_of(open_checkpoint(folder), "merkle" if full else "sampled")
-            identity = Identity(**{level: getattr(found, level) for level in _LEVELS})
+        parts = sorted(folder.glob("*.gguf"))
+        if kind not in ("adapter", "combined") and len(parts) < 2:
+            opened = open_checkpoint(parts[0] if parts else folder)
+            level = cheap(opened)
+            found = identity_of(opened, "merkle" if full and level != "skeleton" else level)
+            identity = Identity(**{name: getattr(found, name) for name in _LEVELS})
         if full or identity is None:
             files = tuple(entry(path, real) for path, real in gather(folder).files)
         record = Record(
@@ -116,10 +119,15 @@ def adapter_parent(adapter: Adapter, role: str = "adapter", **parameters: Any) -
 def parameters_of(request: Mapping[str, Any], *leave: str) -> dict[str, Any]:
     """The parameters of a plan's request for a record: references by their labels, without the inputs themselves."""
     left = {"verb", "base", "adapters", "weights", "jobs", *leave}
-    found = {key: thaw(value) for key, value in request.items() if key not in left}
-    if found.get("base16") is not None:
-        found["base16"] = label(str(found["base16"]))
-    return found
+    return {key: _without_paths(thaw(value)) for key, value in request.items() if key not in left}
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_paths(item) for item in value]
+    return label(value) if isinstance(value, str) and ("/" in value or os.path.exists(value)) else value
 
 
 def label(ref: str, commit: str | None = None) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG
 from adapterkit.checkpoint.open import open_checkpoint, parse_hub
 from adapterkit.errors import CheckFailed, NotFound, UsageError
+from adapterkit.registry.beside import beside_path, read_beside
 from adapterkit.registry.identity import Identity, compare
 from adapterkit.registry.names import is_repo
 from adapterkit.registry.register import Registered, register_base
@@ -141,9 +142,7 @@ def _named(identity: Identity, repo: str) -> Identity:
 
 
 def _beside(folder: Path) -> Record | None:
-    from adapterkit.registry.beside import read_beside
-
-    return read_beside(folder) if folder.is_dir() else None
+    return read_beside(folder)
 
 
 def _own_identity(folder: Path, beside: Record | None, full: bool) -> Identity | None:
@@ -152,14 +151,15 @@ def _own_identity(folder: Path, beside: Record | None, full: bool) -> Identity |
     Raises:
         CheckFailed: these are other weights than the record is about.
     """
-    if not folder.is_dir() or (folder / ADAPTER_CONFIG).is_file() or not any(folder.glob("*.safetensors")):
-        return None
-    opened = open_checkpoint(folder)
-    found = identity_of(opened, "merkle" if full else "sampled")
     said = beside.identity if beside is not None else None
+    if folder.is_dir() and ((folder / ADAPTER_CONFIG).is_file() or not any(folder.glob("*.safetensors"))):
+        return None
+    if not folder.is_dir() and said is None:
+        return None
+    found = identity_of(open_checkpoint(folder), "merkle" if full else "sampled")
     if said is not None and compare(said, found).fits is False:
         raise CheckFailed(
-            f"{folder / 'adapterkit.json'} describes other weights than are there, so it is not about these files",
+            f"{beside_path(folder)} describes other weights than are there, so it is not about these files",
             "restore the files, or register with --ignore-record",
         )
     return replace(found, id="", commit="", files=())

@@ -56,6 +56,32 @@ class MergeReport:
     notes: tuple[str, ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did, or with ``dry_run`` would do; sizes are bytes, times seconds.
+
+    Attributes:
+        to: the format that was written.
+        copied: tensors that are byte-identical to the source's.
+        types: how many tensors have each type.
+        reused: of the computed ones, how many a resumed run found finished.
+    """
+
+    src: str
+    out: str
+    to: str
+    files: tuple[str, ...]
+    nbytes: int
+    tensors: int
+    copied: int
+    types: dict[str, int] = field(default_factory=dict)
+    reused: int = 0
+    seconds: float = 0.0
+    peak_memory: int = 0
+    dry_run: bool = False
+    notes: tuple[str, ...] = ()
+
+
 def to_json(report: Any) -> str:
     """A report (or any frozen value) as JSON."""
     return json.dumps(asdict(report), indent=2, ensure_ascii=False)

@@ -58,6 +58,7 @@ def fold(
     dtype: DType | None = None,
     residual_base: bool = False,
     allow_unknown: bool = False,
+    names: Names | None = None,
 ) -> Folded:
     """Fold adapters into a base: W + sum of w_k (f_k(W) - W), summed in float32, rounded once.
 
@@ -68,6 +69,7 @@ def fold(
         dtype: of all floating tensors; None keeps each tensor's own.
         residual_base: the base is what training left behind (PiSSA, LoRA-GA, ...), not the original model.
         allow_unknown: go on where a config has fields that we do not know.
+        names: where parameters are, for bases whose tensors have names of another format.
 
     Raises:
         UsageError: no adapters, or another number of weights.
@@ -81,7 +83,7 @@ def fold(
     if len(factors) != len(adapters):
         raise UsageError(f"{len(factors)} weights for {len(adapters)} adapters", "give one --weight for each adapter")
     base, notes = _replicated(dequantized(base), adapters)
-    names = Names(base.shapes, base.config)
+    names = names or Names(base.shapes, base.config)
     edits: list[Weighted] = []
     for adapter, factor in zip(adapters, factors, strict=True):
         found = adapter_edits(adapter, names, base.config, residual_base=residual_base, allow_unknown=allow_unknown)

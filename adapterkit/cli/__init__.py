@@ -19,6 +19,7 @@ VERBS = {
     "inspect": ("adapterkit.cli.inspect", "Show what an adapter or a checkpoint is, and how it is."),
     "check": ("adapterkit.cli.check", "Say whether adapters fit a base, and what a server makes of them."),
     "merge": ("adapterkit.cli.merge", "Fold adapters into a base, in one streaming pass."),
+    "convert": ("adapterkit.cli.convert", "Write a model or an adapter in another format."),
     "execute": ("adapterkit.cli.execute", "Execute a saved plan, or one part of it."),
     "register": ("adapterkit.cli.register", "Add a folder or file to the registry, as a new version of a name."),
     "list": ("adapterkit.cli.records:list_", "List what is registered."),

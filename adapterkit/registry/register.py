@@ -58,7 +58,7 @@ def register(
     """
     check_name(name)
     gathered = gather(path)
-    beside = None if ignore_beside or not path.is_dir() else read_beside(path)
+    beside = None if ignore_beside else read_beside(path)
     told = describe(path) if path.is_dir() and beside is None else Described()
     kind = kind or (beside.kind if beside else told.kind)
     if not kind:

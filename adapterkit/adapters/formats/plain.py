@@ -104,7 +104,9 @@ def _is_plain(module: Module, adapter: Adapter) -> bool:
     config = adapter.config
     pairs = ({lora.A, lora.B}, {lora.EMBEDDING_A, lora.EMBEDDING_B})
     mutated = str(config.get("init_lora_weights", "")).lower() in ("pissa", "olora")
-    special = mutated or any(config.get(name) for name in ("use_dora", "use_bdlora", "use_qalora", "kasa_config"))
+    special = mutated or any(
+        config.get(name) for name in ("use_dora", "use_bdlora", "use_qalora", "kasa_config", "use_mora")
+    )
     names = set(module.tensors) - {"base_layer.weight", "base_layer.bias"}
     matrices = all(len(module.tensors[name].shape) == 2 for name in names)
     return names in pairs and matrices and module.depth == 0 and not special and not config.get("target_parameters")
