@@ -20,15 +20,18 @@ ROOT = Path(adapterkit.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "__main__"),
     ("cli",),
-    ("registry", "hub"),
-    ("merge", "combine", "convert", "verify", "recipe", "check", "inspect", "demo", "servers", "bases"),
+    (
+        *("merge", "combine", "convert", "verify", "recipe", "check", "inspect", "demo", "servers", "bases"),
+        *("register", "provenance", "fits", "hub", "serve"),
+    ),
     ("report",),
+    ("registry",),
     ("gguf",),
     ("adapters",),
     ("checkpoint",),
     ("codecs",),
     ("ops",),
-    ("dtypes",),
+    ("dtypes", "secrets"),
     ("errors", "_version"),
 )
 HEIGHT = {unit: len(LAYERS) - number for number, layer in enumerate(LAYERS) for unit in layer}
@@ -38,6 +41,8 @@ ONLY = {
     "codecs": {"ops", "dtypes", "errors"},
     "ops": {"dtypes", "errors"},
 }
+# A format that is looked up by name when a file of it is met: the one way to reach up, and each is listed.
+BY_NAME = {("checkpoint/open.py", "adapterkit.gguf.checkpoint")}
 HEAVY = ("torch", "numpy", "transformers", "peft", "safetensors", "numba", "gguf", "scipy", "pandas")
 
 
@@ -62,10 +67,12 @@ def imported(tree: ast.AST) -> list[tuple[int, str]]:
     return found
 
 
-def upward(unit: str, tree: ast.AST) -> list[str]:
+def upward(unit: str, tree: ast.AST, allowed: frozenset[str] = frozenset()) -> list[str]:
     """What is wrong with the imports of a file of ``unit``."""
     wrong = []
     for line, name in imported(tree):
+        if name in allowed:
+            continue
         if name.startswith("."):
             wrong.append(f"line {line}: {name} is relative")
         if not name.startswith("adapterkit."):
@@ -86,11 +93,13 @@ def test_imports_point_down() -> None:
     files = sorted(ROOT.rglob("*.py"))
     assert len(files) > 40
     assert {unit_of(file) for file in files} <= set(HEIGHT), "a new unit needs a layer"
-    wrong = [
-        f"{file.relative_to(ROOT)} {what}"
-        for file in files
-        for what in upward(unit_of(file), ast.parse(file.read_text()))
-    ]
+    wrong = []
+    for file in files:
+        shown = file.relative_to(ROOT).as_posix()
+        allowed = frozenset(module for where, module in BY_NAME if where == shown)
+        tree = ast.parse(file.read_text())
+        assert allowed <= {name for _, name in imported(tree)}, "an exception that nobody needs any more"
+        wrong += [f"{shown} {what}" for what in upward(unit_of(file), tree, allowed)]
     assert wrong == []
 
 
@@ -102,7 +111,9 @@ def test_imports_point_down() -> None:
         ("adapters", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from adapterkit.merge import Merge"),
         ("merge", "from adapterkit import cli"),
         ("errors", "import adapterkit.dtypes"),
-        ("gguf", "from adapterkit.adapters.target import Target"),
+        ("gguf", "from adapterkit.convert import convert"),
+        ("adapters", "from adapterkit.gguf.reader import read"),
+        ("codecs", "from adapterkit.checkpoint.tensor import Tensor"),
         ("merge", "from . import report"),
         ("adapters", "import importlib\nimportlib.import_module('adapterkit.cli')"),
         ("merge", "import adapterkit.utils"),
@@ -157,7 +168,7 @@ def loaded(arguments: list[Any]) -> list[str]:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     folder = tmp_path_factory.mktemp("light")
     base = plain_base(folder / "base", layers=3, shards=2)
-    return base, plain_adapter(folder / "adapter", base, base_model_name_or_path=str(base)), folder / "out"
+    return base, plain_adapter(folder / "adapter", base, base_model_name_or_path="someone/base"), folder / "out"
 
 
 LIGHT = {

@@ -76,6 +76,9 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
     path = Path(ref).expanduser()
     if path.is_file() and path.suffix == ".safetensors":
         return _single_file(path, str(ref))
+    if path.is_file() and path.suffix == ".gguf":
+        road = f"make a PEFT adapter of it: adapterkit convert {path.name} --to peft --base BASE -o DIR"
+        raise AdapterError(f"{ref} is a GGUF file, which is not read as an adapter", road)
     listing = locate(ref, headers_only=headers_only)
     if ADAPTER_CONFIG not in listing.names:
         raise _no_config(listing)
