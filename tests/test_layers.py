@@ -108,6 +108,7 @@ def test_imports_point_down() -> None:
         ("adapters", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from adapterkit.merge import Merge"),
         ("merge", "from adapterkit import cli"),
         ("errors", "import adapterkit.dtypes"),
+        ("gguf", "from adapterkit.convert import convert"),
         ("adapters", "from adapterkit.gguf.reader import read"),
         ("codecs", "from adapterkit.checkpoint.tensor import Tensor"),
         ("merge", "from . import report"),
