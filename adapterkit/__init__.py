@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from adapterkit._version import __version__
+from adapterkit.checkpoint.finders import FINDERS
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter, load_adapter
@@ -69,6 +70,9 @@ __all__ = [
     "plan_merge",
     "save",
 ]
+
+
+FINDERS.append("adapterkit.registry.finder:find")  # registry names work wherever a path does
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.decoded import dequantized, is_plain
-from adapterkit.checkpoint.open import open_checkpoint
+from adapterkit.checkpoint.open import open_checkpoint, place_of
 from adapterkit.dtypes import BY_LABEL
 from adapterkit.errors import TargetError, UsageError
 
@@ -19,17 +19,18 @@ def open_model(ref: Ref, *, headers_only: bool = False) -> Checkpoint:
     """Open a checkpoint of any format; no tensor is read.
 
     Args:
-        ref: a folder, a safetensors or GGUF file, or a Hub id ``org/name[@revision]``.
+        ref: a folder, a safetensors or GGUF file, a registry name, or a Hub id ``org/name[@revision]``.
         headers_only: for a Hub id, read only the headers, by HTTP range.
 
     Raises:
         NotFound, CheckpointError, UnsafeError, AuthError, HubError
     """
-    path = Path(ref).expanduser()
+    meant = place_of(ref)
+    path = meant.file or Path(meant.place).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         from adapterkit.gguf.checkpoint import open_gguf
 
-        return open_gguf(ref)
+        return open_gguf(meant.file or ref)
     return open_checkpoint(ref, headers_only=headers_only)
 
 

@@ -240,6 +240,7 @@ def merge(
     quantization: Quantization | None = None,
     fidelity: bool = False,
     yes_lossy: bool = False,
+    full_record: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Fold adapters into a base and write a Hugging Face folder, or a GGUF file when the base is one.
@@ -267,6 +268,7 @@ def merge(
         fidelity: measure what of the change survives in the output, in the same pass.
         yes_lossy: write a quantized base's own format again although the change does not survive it.
         quantization: the types of a GGUF output; by default every tensor keeps its own.
+        full_record: hash every byte of base and output for ``adapterkit.json``, instead of 16 KiB of each tensor.
         progress: called now and then with bytes done and bytes in all.
 
     Raises:
@@ -310,6 +312,7 @@ def merge(
         planned.sources,
         Path(out),
         side_files=planned.side,
+        record=_recorder(planned, base, full=full_record),
         jobs=jobs,
         force=force,
         resume=resume,
@@ -322,6 +325,25 @@ def merge(
         peak_memory=peak_memory(),
         fidelity=lossy if watch is None else watch.report(),
     )
+
+
+def _recorder(planned: Merge, base: Ref | Checkpoint, *, full: bool = False) -> Callable[[Path], dict[str, bytes]]:
+    """What writes ``adapterkit.json`` when the weights are finished."""
+    from adapterkit.checkpoint.open import open_checkpoint
+    from adapterkit.provenance import adapter_parent, base_parent, parameters_of, recorder
+
+    request = planned.plan.request
+    # Values that are decoded or quantized on the way have no bytes of their own; what they were made from does.
+    stored = planned.base
+    if planned.base_values != "as stored":
+        stored = base if isinstance(base, Checkpoint) else open_checkpoint(base)
+    parents = [base_parent(stored, full=full)]
+    if request.get("base16") is not None:
+        parents.append(base_parent(open_checkpoint(request["base16"]), "original", full=full))
+    parents += [adapter_parent(a, weight=w) for a, w in zip(planned.adapters, planned.weights, strict=True)]
+    changed = planned.quant is not None or request.get("quantization") is not None
+    kind = "quantized" if changed else "merged"
+    return recorder("merge", kind, parameters_of(request), parents, method=planned.quant or "", full=full)
 
 
 def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
@@ -364,7 +386,9 @@ def execute(plan: Plan, out: Ref, *, part: int | None = None, jobs: int | None =
     if (planned.plan.files, planned.plan.inputs) != (plan.files, plan.inputs):
         raise CheckpointError("the base or an adapter changed since the plan was made", "make the plan again")
     if part is None:
-        finish_parts(plan, Path(out), side_files=planned.side, force=force)
+        finish_parts(
+            plan, Path(out), side_files=planned.side, force=force, record=_recorder(planned, plan.request["base"])
+        )
     else:
         write_part(plan, part, planned.view, planned.sources, Path(out), jobs=jobs)
 

@@ -20,15 +20,18 @@ ROOT = Path(adapterkit.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "__main__"),
     ("cli",),
-    ("registry", "hub"),
-    ("merge", "combine", "convert", "verify", "recipe", "check", "inspect", "demo", "servers", "bases"),
+    (
+        *("merge", "combine", "convert", "verify", "recipe", "check", "inspect", "demo", "servers", "bases"),
+        *("register", "provenance", "fits", "hub", "serve"),
+    ),
     ("report",),
+    ("registry",),
     ("gguf",),
     ("adapters",),
     ("checkpoint",),
     ("codecs",),
     ("ops",),
-    ("dtypes",),
+    ("dtypes", "secrets"),
     ("errors", "_version"),
 )
 HEIGHT = {unit: len(LAYERS) - number for number, layer in enumerate(LAYERS) for unit in layer}
@@ -159,7 +162,7 @@ def loaded(arguments: list[Any]) -> list[str]:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     folder = tmp_path_factory.mktemp("light")
     base = plain_base(folder / "base", layers=3, shards=2)
-    return base, plain_adapter(folder / "adapter", base, base_model_name_or_path=str(base)), folder / "out"
+    return base, plain_adapter(folder / "adapter", base, base_model_name_or_path="someone/base"), folder / "out"
 
 
 LIGHT = {

@@ -112,6 +112,19 @@ def hub_listing(ref: HubRef, *, headers_only: bool) -> Listing:
         return _snapshot(folder, ref, shown)
 
 
+def file_digests(repo: str, commit: str) -> dict[str, str]:
+    """sha256 of every large file of a repository at a commit, as the Hub states them: one request, no download.
+
+    Raises:
+        AuthError, HubError, NotFound
+    """
+    import huggingface_hub as hf
+
+    with hub_errors(f"{repo}@{commit}"):
+        info = hf.HfApi().model_info(repo, revision=commit, files_metadata=True)
+        return {s.rfilename: s.lfs.sha256 for s in info.siblings or () if s.lfs is not None}
+
+
 def _wanted(listing: Listing) -> list[str]:
     """The files to download: the weights that will be read, and what travels with them; nothing if there are no weights.
 

@@ -53,7 +53,14 @@ def write_part(
         write_file(folder / _note(file.name), plan.digest.encode())
 
 
-def finish_parts(plan: Plan, out: Path, *, side_files: Mapping[str, bytes], force: bool = False) -> None:
+def finish_parts(
+    plan: Plan,
+    out: Path,
+    *,
+    side_files: Mapping[str, bytes],
+    force: bool = False,
+    record: Callable[[Path], Mapping[str, bytes]] | None = None,
+) -> None:
     """Make the target once every part is done.
 
     Raises:
@@ -67,7 +74,7 @@ def finish_parts(plan: Plan, out: Path, *, side_files: Mapping[str, bytes], forc
         missing = [str(i) for i, file in enumerate(plan.files) if not _done(plan, folder, file.name, file.nbytes)]
         if missing:
             raise OutputError(f"{out}: parts {', '.join(missing[:8])} are not done", "execute them, then finish again")
-        finish(plan, folder, out, side_files, force=force)
+        finish(plan, folder, out, side_files, force=force, record=record)
 
 
 def _note(name: str) -> str:

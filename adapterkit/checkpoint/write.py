@@ -37,6 +37,7 @@ def write_safetensors(
     out: Path,
     *,
     side_files: Mapping[str, bytes],
+    record: Callable[[Path], Mapping[str, bytes]] | None = None,
     jobs: int | None = None,
     force: bool = False,
     resume: bool = False,
@@ -48,6 +49,8 @@ def write_safetensors(
         plan: what to write; ``tensors`` and ``sources`` are the handles and files it was made from.
         out: the folder to make, or the file; several files get ``-00001-of-00003`` and so on before its suffix.
         side_files: small files to write beside the weights, by relative name.
+        record: more small files, asked for when everything else lies in the hidden folder, which it is given; beside
+            an output that is a file they get its name and a dot before theirs.
         jobs: worker threads.
         force: replace an existing folder.
         resume: re-use what an interrupted run left and its content proves, and leave the same behind if interrupted.
@@ -64,7 +67,7 @@ def write_safetensors(
         journal = Journal(folder / JOURNAL, identity(plan, sources))
         sink = Sink(plan, tensors, sources, folder, jobs=jobs or default_jobs(), journal=journal, progress=progress)
         sink.run(plan.files)
-        finish(plan, folder, out, side_files, force=force)
+        finish(plan, folder, out, side_files, force=force, record=record)
     return sink.reused
 
 
@@ -98,17 +101,32 @@ def input_paths(plan: Plan, sources: Sequence[Source]) -> list[Path]:
     return [path if plan.layout == "file" or path.suffix == ".gguf" else path.parent for path in paths]
 
 
-def finish(plan: Plan, folder: Path, out: Path, side_files: Mapping[str, bytes], *, force: bool) -> None:
+def finish(
+    plan: Plan,
+    folder: Path,
+    out: Path,
+    side_files: Mapping[str, bytes],
+    *,
+    force: bool,
+    record: Callable[[Path], Mapping[str, bytes]] | None = None,
+) -> None:
     """Make the hidden folder the target, with the index and the side files; or its files the targets themselves."""
     extra = dict(side_files)
     if len(plan.files) > 1:
         extra[INDEX] = index_json(plan)
     try:
         if plan.layout == "file":
+            made = record(folder) if record is not None else {}
             publish_files(folder, file_names(plan, out), force=force)
+            for name, data in made.items():
+                write_file(out.with_name(f".{out.name}.{name}"), data)
+                os.replace(out.with_name(f".{out.name}.{name}"), out.with_name(f"{out.name}.{name}"))
             return
         for name, data in extra.items():
             write_file(folder / name, data)
+        for name, data in (record(folder) if record is not None else {}).items():
+            write_file(folder / name, data)
+            extra[name] = data
         keep = {file.name for file in plan.files} | {name.partition("/")[0] for name in extra}
         publish(folder, out, keep=keep, force=force)
     except OSError as error:

@@ -40,6 +40,7 @@ FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
 @click.option("--min-retention", type=float, metavar="X", help="Exit with 3 when less than this share survives.")
 @click.option("--residual-base", is_flag=True, help="BASE is what training left behind, not the original model.")
 @click.option("--allow-unknown", is_flag=True, help="Go on where an adapter's config has fields not known here.")
+@click.option("--full-record", is_flag=True, help="Hash every byte of BASE and OUT for the adapterkit.json beside it.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done, from headers alone.")
 @click.option("--save-plan", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan and stop.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run; keep finished work if interrupted again.")
@@ -62,6 +63,7 @@ def command(
     min_retention: float | None,
     residual_base: bool,
     allow_unknown: bool,
+    full_record: bool,
     dry_run: bool,
     save_plan: Path | None,
     resume: bool,
@@ -117,7 +119,7 @@ def command(
     else:
         assert out is not None
         progress = Progress("merging", enabled=not as_json)
-        how |= {"fidelity": fidelity or min_retention is not None, "yes_lossy": yes_lossy}
+        how |= {"fidelity": fidelity or min_retention is not None, "yes_lossy": yes_lossy, "full_record": full_record}
         report = merge(base, adapters, out, force=force, resume=resume, progress=progress, **how)
         progress.close()
     kept = report.fidelity is None or min_retention is None or report.fidelity.retention >= min_retention
