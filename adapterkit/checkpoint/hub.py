@@ -31,8 +31,8 @@ _WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onn
 
 
 @contextmanager
-def hub_errors(what: str) -> Iterator[None]:
-    """Turn huggingface_hub's exceptions into ours; ``what`` names the repository."""
+def hub_errors(what: str, may: str = "read") -> Iterator[None]:
+    """Turn huggingface_hub's exceptions into ours; ``what`` names the repository, ``may`` what a token must allow."""
     from huggingface_hub import errors as hf
 
     try:
@@ -61,7 +61,9 @@ def hub_errors(what: str) -> Iterator[None]:
     except hf.HfHubHTTPError as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
-            raise AuthError(f"the Hub refused {what} ({status})", "set HF_TOKEN to a token that may read it") from None
+            raise AuthError(
+                f"the Hub refused {what} ({status})", f"set HF_TOKEN to a token that may {may} it"
+            ) from None
         raise HubError(f"the Hub failed on {what} ({status or error})", "try again later") from None
     except OSError as error:
         raise HubError(f"{what} could not be fetched ({error})", "check the network and try again") from None

@@ -32,6 +32,9 @@ VERBS = {
     "gc": ("adapterkit.cli.upkeep:gc", "Free blobs that no visible version names."),
     "export": ("adapterkit.cli.bundles:export", "Write versions with all they were made from into one file."),
     "import": ("adapterkit.cli.bundles:import_", "Add what a bundle holds to the registry."),
+    "push": ("adapterkit.cli.hub:push", "Publish a version to the Hugging Face Hub, in one commit."),
+    "pull": ("adapterkit.cli.hub:pull", "Bring a repository from the Hugging Face Hub into the registry."),
+    "serve-args": ("adapterkit.cli.serve", "Print the command or Modelfile that loads versions in a server."),
     "demo": ("adapterkit.cli.demo", "Make a tiny model, train an adapter, merge it, and show that it worked."),
 }
 
