@@ -20,9 +20,9 @@ from adapterkit.checkpoint.finders import FINDERS
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter, load_adapter
     from adapterkit.adapters.fold import Folded, fold
+    from adapterkit.bases import open_model as open
     from adapterkit.check import CheckReport, check
     from adapterkit.checkpoint.checkpoint import Checkpoint
-    from adapterkit.checkpoint.open import open_checkpoint as open
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.save import save
     from adapterkit.errors import AdapterkitError
@@ -45,7 +45,7 @@ _WHERE = {
     "inspect": "adapterkit.inspect:inspect",
     "load_adapter": "adapterkit.adapters.adapter:load_adapter",
     "merge": "adapterkit.merge:merge",
-    "open": "adapterkit.checkpoint.open:open_checkpoint",
+    "open": "adapterkit.bases:open_model",
     "plan_merge": "adapterkit.merge:plan_merge",
     "save": "adapterkit.checkpoint.save:save",
 }

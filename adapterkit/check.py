@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapters.adapter import Adapter, load_adapter
 from adapterkit.adapters.fold import fold
+from adapterkit.bases import open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
-from adapterkit.checkpoint.open import open_checkpoint, parse_hub
+from adapterkit.checkpoint.open import parse_hub
 from adapterkit.errors import AdapterkitError, UnsafeError, UsageError
 from adapterkit.fits import compare_bases
 from adapterkit.servers import FEATURES, SERVERS
@@ -94,7 +95,7 @@ def check(
     """
     if server is not None and server not in SERVERS:
         raise UsageError(f"'{server}' is no server that is known here", f"known: {', '.join(sorted(SERVERS))}")
-    opened = base if isinstance(base, Checkpoint) else open_checkpoint(base, headers_only=True)
+    opened = base if isinstance(base, Checkpoint) else open_model(base, headers_only=True)
     loaded = [a if isinstance(a, Adapter) else load_adapter(a, headers_only=True) for a in adapters]
     findings: list[Finding] = []
     matches: list[BaseMatch] = []
@@ -184,11 +185,7 @@ def _expectations(adapter: Adapter, server: str) -> list[Finding]:
     for row in SERVERS[server]:
         title, present = FEATURES[row.feature]
         if present(adapter):
-            level = WARNING if row.feature.startswith("rank_") else ERROR
+            level = WARNING if row.verdict == "depends" else ERROR
             message = f"{server}, {title}: {row.verdict}: {row.says} [{row.source}]"
-            found.append(
-                Finding(
-                    level, f"{server}-{row.feature}", adapter.ref, message, "merge it, or fold it into a plain LoRA"
-                )
-            )
+            found.append(Finding(level, f"{server}-{row.feature}", adapter.ref, message, row.fix))
     return found

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.checkpoint.open import locate, open_checkpoint
+from adapterkit.bases import open_model
+from adapterkit.checkpoint.open import locate
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
 from adapterkit.errors import NotFound, UsageError
 from adapterkit.report import ConvertReport
@@ -99,7 +100,7 @@ def _plan_gguf(src: Ref, asked: Quantization | None, limit: int | None, jobs: in
     from adapterkit.gguf.plan import Layout, plan_gguf
     from adapterkit.gguf.quantize import Quantization, typed
 
-    opened = open_checkpoint(src) if Path(src).expanduser().is_file() else None
+    opened = open_model(src) if Path(src).expanduser().is_file() else None
     if not isinstance(opened, GGUFCheckpoint):
         _must_exist(src)
         raise UsageError(f"{src} is not a GGUF file", "convert the model to a 16-bit GGUF first")
@@ -122,7 +123,7 @@ def _plan_lora(src: Ref, base: Ref, limit: int | None, jobs: int) -> Conversion:
     if limit is not None:
         raise UsageError("llama.cpp loads a LoRA from one file", "leave out --max-shard-size")
     adapter = load_adapter(src)
-    tensors, entries = lora_tensors(adapter, gguf_names(open_checkpoint(base, headers_only=True)))
+    tensors, entries = lora_tensors(adapter, gguf_names(open_model(base, headers_only=True)))
     plan = plan_gguf(Layout(tensors, entries), jobs=jobs, request={"verb": "convert", "to": "gguf-lora"})
     handles = {tensor.name: tensor for tensor in tensors}
     return Conversion(
@@ -141,11 +142,11 @@ def _plan_peft(src: Ref, base: Ref, jobs: int) -> Conversion:
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
     from adapterkit.gguf.peft import to_peft
 
-    opened = open_checkpoint(src) if Path(src).expanduser().is_file() else None
+    opened = open_model(src) if Path(src).expanduser().is_file() else None
     if not isinstance(opened, GGUFCheckpoint):
         _must_exist(src)
         raise UsageError(f"{src} is not a GGUF LoRA", "give the .gguf file")
-    tensors, config = to_peft(opened, open_checkpoint(base, headers_only=True))
+    tensors, config = to_peft(opened, open_model(base, headers_only=True))
     handles = {tensor.name: tensor for tensor in tensors}
     view = Checkpoint(opened.ref, handles, dict.fromkeys(handles, WEIGHTS), sources=opened.sources)
     plan = plan_safetensors(view, jobs=jobs, request={"verb": "convert", "to": "peft"})

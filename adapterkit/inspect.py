@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.adapter import Adapter, load_adapter
 from adapterkit.adapters.edits import check_config, group_modules, method_of
 from adapterkit.adapters.methods.lora import EMBEDDING_A, EMBEDDING_B, MAGNITUDE, A, B
+from adapterkit.bases import open_model
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG
-from adapterkit.checkpoint.open import locate, open_checkpoint
+from adapterkit.checkpoint.open import locate
 from adapterkit.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ def inspect(ref: str | Path, *, base: str | Path | None = None, health: bool = F
     """
     if not Path(ref).is_file() and ADAPTER_CONFIG in locate(ref, headers_only=True).names:
         adapter = load_adapter(ref, headers_only=not health)
-        return inspect_adapter(adapter, None if base is None else open_checkpoint(base, headers_only=True), health)
-    return inspect_checkpoint(open_checkpoint(ref, headers_only=True))
+        return inspect_adapter(adapter, None if base is None else open_model(base, headers_only=True), health)
+    return inspect_checkpoint(open_model(ref, headers_only=True))
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:

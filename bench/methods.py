@@ -123,7 +123,7 @@ def speed() -> None:
 
     import peft
     import torch
-    from sweep import save_base, train
+    from method_cases import save_base, train
 
     from adapterkit.adapters.adapter import load_adapter
     from adapterkit.adapters.fold import fold

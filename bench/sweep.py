@@ -4,10 +4,13 @@
     python bench/sweep.py --only qwen3_moe --only gpt2     # some types, with tracebacks
     python bench/sweep.py --write docs/architectures.md    # the published table
 
-For each model type a tiny random model (`zoo`) is saved; PEFT puts a LoRA on all its linear layers and stacked experts.
+For each model type a tiny random model (`zoo`) is saved; PEFT puts a LoRA on all its linear layers and stacked experts,
+except those that share their memory with another one: there PEFT adds both changes to the one tensor. Types that could
+not be built give the error in the last column.
 
 * names: each adapted parameter, put together from the tensors that `Names.find` gives, equals the parameter in memory;
-* old on new: each tensor of the file, sought by its name in a file saved in the module tree's own format, likewise;
+* old on new: each tensor that has another name or shape in a file of the module tree's own format (version 5 of
+  transformers) is found there by its old name, likewise;
 * f32: the largest difference to PEFT's merged model, as a part of the largest change; untouched tensors byte-identical;
 * bf16: "equal" when all tensors are bit-equal to PEFT's; "nearest" when each number is PEFT's or what PEFT's merge in
   float64 rounds to, give or take float32's own error just at a rounding boundary (PEFT rounds the change of stacked
@@ -406,13 +409,21 @@ def _work(item: tuple[str, str], merge: bool, verbose: bool) -> Row:
 
 
 def write(path: Path, text: str) -> None:
-    from importlib.metadata import version
+    """The published page: what was run, the summary, what the columns mean, the table."""
+    from importlib.metadata import PackageNotFoundError, version
 
-    packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", "peft", "torch"))
+    packages = []
+    for name in ("transformers", "peft", "torch", "timm"):
+        try:
+            packages.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            packages.append(f"no {name}")
+    rows, _, summary = text.rpartition("\n\n")
     start = (__doc__ or "").index("For each model type")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        f"# Architectures\n\nWritten by `bench/sweep.py --write` with {packages}.\n\n{(__doc__ or '')[start:]}\n{text}\n",
+        f"# Architectures\n\nWritten by `bench/sweep.py --write` with {', '.join(packages)}.\n\n**{summary}**\n\n"
+        f"{(__doc__ or '')[start:]}\n{rows}\n",
         encoding="utf-8",
     )
 

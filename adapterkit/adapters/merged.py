@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import Weights
-from adapterkit.checkpoint.tensor import BLOCK, Tensor
+from adapterkit.checkpoint.tensor import BLOCK, Tensor, rounded
 from adapterkit.dtypes import F32
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class Merged(Tensor):
         return " + ".join(dict.fromkeys(words))
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        return self.read_wide(start, stop).to(self.dtype.torch)
+        return rounded(self.read_wide(start, stop), self.dtype, self.name)
 
     def read_wide(self, start: int, stop: int) -> torch.Tensor:
         import torch

@@ -87,7 +87,7 @@ def open_checkpoint(ref: str | Path, *, headers_only: bool = False) -> Checkpoin
     """Open a checkpoint; no tensor is read.
 
     Args:
-        ref: a folder, a safetensors or GGUF file, a registry name, or a Hub id ``org/name[@revision]``.
+        ref: a folder, a safetensors file, a registry name, or a Hub id ``org/name[@revision]``.
         headers_only: for a Hub id, read only the headers, by HTTP range.
 
     Raises:
@@ -96,10 +96,6 @@ def open_checkpoint(ref: str | Path, *, headers_only: bool = False) -> Checkpoin
     meant = place_of(ref)
     path = meant.file or Path(meant.place).expanduser()
     if path.is_file():
-        if path.suffix == ".gguf":
-            # Named, not imported: that layer lies above this one.
-            opened: Checkpoint = import_module("adapterkit.gguf.checkpoint").open_gguf(meant.file or ref)
-            return opened
         if path.suffix != ".safetensors":
             raise UnsafeError(
                 f"{ref} is not a safetensors file", "give a Hugging Face folder, a .safetensors or a .gguf file"

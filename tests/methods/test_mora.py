@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from method_cases import make_net, merged_tensors, save_base
 from safetensors.torch import save_file
-from sweep import make_net, merged_tensors, save_base
 
 from adapterkit.adapters.adapter import load_adapter
 from adapterkit.adapters.formats.write import write_plain

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sweep import Case, cases, make_net, save_base, train
+from method_cases import Case, cases, make_net, save_base, train
 
 from adapterkit.adapters.adapter import load_adapter
 from adapterkit.adapters.edits import adapter_edits

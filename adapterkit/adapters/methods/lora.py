@@ -142,6 +142,8 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
             f"{context.where}: '{key}' spans {list(a.shape[1:])} of a grouped convolution {list(target.shape)}",
             "PEFT cannot merge it either; train without the convolution",
         )
+    if len(b.shape) > 2 and b.shape[1] != rank:
+        raise AdapterError(f"{context.where}: '{key}' has rank {rank} and its lora_B {b.shape[1]}", "save it again")
     scale = context.config.scaling(scaled_as, rank) * _times_applied(module, context)
     recipe = Recipe(
         a,
