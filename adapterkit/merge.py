@@ -329,17 +329,17 @@ def merge(
 
 def _recorder(planned: Merge, base: Ref | Checkpoint, *, full: bool = False) -> Callable[[Path], dict[str, bytes]]:
     """What writes ``adapterkit.json`` when the weights are finished."""
-    from adapterkit.checkpoint.open import open_checkpoint
+    from adapterkit.bases import open_model
     from adapterkit.provenance import adapter_parent, base_parent, parameters_of, recorder
 
     request = planned.plan.request
     # Values that are decoded or quantized on the way have no bytes of their own; what they were made from does.
     stored = planned.base
     if planned.base_values != "as stored":
-        stored = base if isinstance(base, Checkpoint) else open_checkpoint(base)
+        stored = base if isinstance(base, Checkpoint) else open_model(base)
     parents = [base_parent(stored, full=full)]
     if request.get("base16") is not None:
-        parents.append(base_parent(open_checkpoint(request["base16"]), "original", full=full))
+        parents.append(base_parent(open_model(request["base16"]), "original", full=full))
     parents += [adapter_parent(a, weight=w) for a, w in zip(planned.adapters, planned.weights, strict=True)]
     changed = planned.quant is not None or request.get("quantization") is not None
     kind = "quantized" if changed else "merged"
