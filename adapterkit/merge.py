@@ -14,7 +14,7 @@ from adapterkit.adapters.fidelity import ENOUGH, Watch, already_on_grid, left_on
 from adapterkit.adapters.fold import FLOATS, Folded, fold
 from adapterkit.adapters.quantized import quantized
 from adapterkit.adapters.sidecars import side_files
-from adapterkit.bases import open_base
+from adapterkit.bases import open_base, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size, plan_safetensors
 from adapterkit.dtypes import BY_LABEL, DType
@@ -329,7 +329,6 @@ def merge(
 
 def _recorder(planned: Merge, base: Ref | Checkpoint, *, full: bool = False) -> Callable[[Path], dict[str, bytes]]:
     """What writes ``adapterkit.json`` when the weights are finished."""
-    from adapterkit.bases import open_model
     from adapterkit.provenance import adapter_parent, base_parent, parameters_of, recorder
 
     request = planned.plan.request

@@ -169,3 +169,30 @@ def test_labels_hold_no_paths(tmp_path: Path) -> None:
     assert label("org/name") == "org/name"
     assert label("mine@3") == "mine@3"
     assert label(str(tmp_path / "a\nb")) == "a?b"
+
+
+def test_a_gguf_file_has_its_record_beside_it(base: Path, tmp_path: Path, home: Path) -> None:
+    import gguf
+    import numpy as np
+
+    def write(path: Path, seed: int) -> None:
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_tensor("token_embd.weight", np.random.default_rng(seed).normal(size=(4, 32)).astype(np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    write(staging / "model.gguf", 1)
+    made = recorder("merge", "merged", {}, [base_parent(open_checkpoint(base))])(staging)
+    (staging / "model.gguf").rename(tmp_path / "model.gguf")
+    (tmp_path / "model.gguf.adapterkit.json").write_bytes(made["adapterkit.json"])
+    record = register(tmp_path / "model.gguf", "mine").record
+    assert (record.kind, record.operation.name) == ("merged", "merge")
+    assert record.identity.sampled
+    assert [file.path for file in record.files] == ["model.gguf"]
+    write(tmp_path / "model.gguf", 2)
+    with pytest.raises(CheckFailed, match="other weights"):
+        register(tmp_path / "model.gguf", "mine")
