@@ -14,7 +14,7 @@ from adapterkit.adapters.fidelity import ENOUGH, Watch, already_on_grid, left_on
 from adapterkit.adapters.fold import FLOATS, Folded, fold
 from adapterkit.adapters.quantized import quantized
 from adapterkit.adapters.sidecars import side_files
-from adapterkit.bases import open_base
+from adapterkit.bases import open_base, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size, plan_safetensors
 from adapterkit.dtypes import BY_LABEL, DType
@@ -329,17 +329,16 @@ def merge(
 
 def _recorder(planned: Merge, base: Ref | Checkpoint, *, full: bool = False) -> Callable[[Path], dict[str, bytes]]:
     """What writes ``adapterkit.json`` when the weights are finished."""
-    from adapterkit.checkpoint.open import open_checkpoint
     from adapterkit.provenance import adapter_parent, base_parent, parameters_of, recorder
 
     request = planned.plan.request
     # Values that are decoded or quantized on the way have no bytes of their own; what they were made from does.
     stored = planned.base
     if planned.base_values != "as stored":
-        stored = base if isinstance(base, Checkpoint) else open_checkpoint(base)
+        stored = base if isinstance(base, Checkpoint) else open_model(base)
     parents = [base_parent(stored, full=full)]
     if request.get("base16") is not None:
-        parents.append(base_parent(open_checkpoint(request["base16"]), "original", full=full))
+        parents.append(base_parent(open_model(request["base16"]), "original", full=full))
     parents += [adapter_parent(a, weight=w) for a, w in zip(planned.adapters, planned.weights, strict=True)]
     changed = planned.quant is not None or request.get("quantization") is not None
     kind = "quantized" if changed else "merged"

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.checkpoint.open import open_checkpoint, parse_hub
+from adapterkit.bases import open_model
+from adapterkit.checkpoint.open import parse_hub
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.registry import disk
 from adapterkit.registry.beside import beside_bytes, read_beside
@@ -57,7 +58,7 @@ def recorder(
         identity = None
         parts = sorted(folder.glob("*.gguf"))
         if kind not in ("adapter", "combined") and len(parts) < 2:
-            opened = open_checkpoint(parts[0] if parts else folder)
+            opened = open_model(parts[0] if parts else folder)
             level = cheap(opened)
             found = identity_of(opened, "merkle" if full and level != "skeleton" else level)
             identity = Identity(**{name: getattr(found, name) for name in _LEVELS})

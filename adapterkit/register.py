@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterkit.bases import open_model
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG
-from adapterkit.checkpoint.open import open_checkpoint, parse_hub
+from adapterkit.checkpoint.open import parse_hub
 from adapterkit.errors import CheckFailed, NotFound, UsageError
 from adapterkit.registry.beside import beside_path, read_beside
 from adapterkit.registry.identity import Identity, compare
@@ -102,7 +103,7 @@ def identify_base(ref: str | Path, *, full: bool = False, home: Path | None = No
     record = registered(ref, home=home)
     if record is not None and record.identity is not None and not full:
         return record.identity
-    opened = open_checkpoint(ref, headers_only=True)
+    opened = open_model(ref, headers_only=True)
     return identity_of(opened, "merkle" if full else cheap(opened), hub_files=True)
 
 
@@ -156,7 +157,7 @@ def _own_identity(folder: Path, beside: Record | None, full: bool) -> Identity |
         return None
     if not folder.is_dir() and said is None:
         return None
-    found = identity_of(open_checkpoint(folder), "merkle" if full else "sampled")
+    found = identity_of(open_model(folder), "merkle" if full else "sampled")
     if said is not None and compare(said, found).fits is False:
         raise CheckFailed(
             f"{beside_path(folder)} describes other weights than are there, so it is not about these files",
