@@ -33,7 +33,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path], di
     adapters = [plain_adapter(folder / "adapter", base)]
     (base / "tokenizer.json").write_text('{"a": 1}')
     adapterkit.merge(base, adapters, folder / "whole")
-    return base, adapters, read_bytes(folder / "whole")
+    return base, adapters, read_bytes(folder / "whole", record=True)
 
 
 def test_killed_at_random_moments(case: tuple[Path, list[Path], dict[str, bytes]], tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_killed_at_random_moments(case: tuple[Path, list[Path], dict[str, bytes]
     started = time.monotonic()
     assert wait(fork(lambda: adapterkit.merge(base, adapters, out, resume=True, jobs=2))) == 0
     duration = time.monotonic() - started
-    assert read_bytes(out) == whole
+    assert read_bytes(out, record=True) == whole
     os.rename(out, tmp_path / "old")
     chance, killed, reused = random.Random(7), 0, 0
     while killed < KILLS:
@@ -52,13 +52,13 @@ def test_killed_at_random_moments(case: tuple[Path, list[Path], dict[str, bytes]
             os.kill(pid, signal.SIGKILL)
         killed += wait(pid) == -signal.SIGKILL
         if out.exists():
-            assert read_bytes(out) == whole
+            assert read_bytes(out, record=True) == whole
         else:
             assert set(os.listdir(tmp_path)) <= {"old", partial_folder(out).name}
         if killed % WHOLE_PERIOD == 0 or out.exists():
             if not out.exists():
                 reused += adapterkit.merge(base, adapters, out, resume=True).reused
-            assert read_bytes(out) == whole
+            assert read_bytes(out, record=True) == whole
             assert set(os.listdir(tmp_path)) == {"old", "out"}
             for name in whole:
                 os.unlink(out / name)
@@ -94,7 +94,7 @@ def test_a_resume_uses_all_that_is_proved(
     assert done == 12
     report = adapterkit.merge(case[0], case[1], tmp_path / "out", resume=True, jobs=5)
     assert report.reused == done
-    assert read_bytes(tmp_path / "out") == case[2]
+    assert read_bytes(tmp_path / "out", record=True) == case[2]
 
 
 @pytest.mark.parametrize("damage", ["torn", "garbage", "empty", "joined", "no newline", "binary", "not a map"])
@@ -117,7 +117,7 @@ def test_damaged_journal(
     )
     report = adapterkit.merge(case[0], case[1], tmp_path / "out", resume=True)
     assert report.reused == {"torn": 11, "empty": 0, "joined": 8, "no newline": 0}.get(damage, 12)
-    assert read_bytes(tmp_path / "out") == case[2]
+    assert read_bytes(tmp_path / "out", record=True) == case[2]
 
 
 def test_damaged_block_is_computed_again(
@@ -130,7 +130,7 @@ def test_damaged_block_is_computed_again(
         handle.write(b"\x55\xaa")
     report = adapterkit.merge(case[0], case[1], tmp_path / "out", resume=True)
     assert report.reused == 11
-    assert read_bytes(tmp_path / "out") == case[2]
+    assert read_bytes(tmp_path / "out", record=True) == case[2]
 
 
 def test_damaged_copy_is_copied_again(
@@ -139,7 +139,7 @@ def test_damaged_copy_is_copied_again(
     for file in stopped.glob("*.safetensors"):
         os.truncate(file, 100)
     adapterkit.merge(case[0], case[1], tmp_path / "out", resume=True)
-    assert read_bytes(tmp_path / "out") == case[2]
+    assert read_bytes(tmp_path / "out", record=True) == case[2]
 
 
 def test_a_file_of_the_folder_became_something_else(
@@ -148,7 +148,7 @@ def test_a_file_of_the_folder_became_something_else(
     (stopped / "strange").mkdir()
     (stopped / "config.json").write_text("half a conf")
     adapterkit.merge(case[0], case[1], tmp_path / "out", resume=True)
-    assert read_bytes(tmp_path / "out") == case[2]
+    assert read_bytes(tmp_path / "out", record=True) == case[2]
 
 
 @pytest.mark.parametrize("which", ["base", "adapter"])
@@ -176,7 +176,7 @@ def test_an_input_that_changed_in_between_counts_for_nothing(which: str, tmp_pat
     report = adapterkit.merge(base, [adapter], tmp_path / "out", resume=True)
     assert report.reused == 0
     adapterkit.merge(base, [adapter], tmp_path / "whole")
-    assert read_bytes(tmp_path / "out") == read_bytes(tmp_path / "whole")
+    assert read_bytes(tmp_path / "out", record=True) == read_bytes(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("change", [{"weights": [2.0]}, {"dtype": "f32"}, {"max_shard_size": "300KB"}], ids=str)
@@ -186,4 +186,4 @@ def test_another_request_counts_for_nothing(
     report = adapterkit.merge(case[0], case[1], tmp_path / "out", resume=True, **change)  # type: ignore[arg-type]
     assert report.reused == 0
     adapterkit.merge(case[0], case[1], tmp_path / "whole", **change)  # type: ignore[arg-type]
-    assert read_bytes(tmp_path / "out") == read_bytes(tmp_path / "whole")
+    assert read_bytes(tmp_path / "out", record=True) == read_bytes(tmp_path / "whole")
