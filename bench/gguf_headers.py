@@ -13,8 +13,8 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "gguf"))
-from files import sample
-from mutants import as_gguf_reads, as_we_read, mutants
+from gguf_files import sample
+from gguf_mutants import as_gguf_reads, as_we_read, mutants
 
 from adapterkit.errors import AdapterkitError
 from adapterkit.gguf.reader import parse_gguf

@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.importorskip("gguf")
-from files import random_array, write_gguf
+from gguf_files import random_array, write_gguf
 from models import write_adapter
 
 import adapterkit

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from files import random_array, sample, write_gguf
-from mutants import as_gguf_reads, as_we_read, mutants
+from gguf_files import random_array, sample, write_gguf
+from gguf_mutants import as_gguf_reads, as_we_read, mutants
 
 from adapterkit.errors import AdapterkitError, CheckpointError, UnsafeError
 from adapterkit.gguf.reader import GGUFHeader, parse_gguf

@@ -13,9 +13,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 pytest.importorskip("xllamacpp")
 pytest.importorskip("gguf")
-import zoo
+import gguf_zoo as zoo
+from gguf_runtime import logprobs, of_model
 from models import load_model, make_adapter
-from runtime import logprobs, of_model
 
 import adapterkit
 from adapterkit.convert import convert

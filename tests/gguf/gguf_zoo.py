@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from files import add_value
+from gguf_files import add_value
 
 if TYPE_CHECKING:
     import numpy as np
