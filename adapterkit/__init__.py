@@ -24,27 +24,34 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.open import open_checkpoint as open
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.save import save
+    from adapterkit.combine import combine, combined
     from adapterkit.errors import AdapterkitError
+    from adapterkit.family import Family, open_family
     from adapterkit.inspect import Inspection, inspect
     from adapterkit.merge import execute, merge, plan_merge
-    from adapterkit.report import MergeReport
+    from adapterkit.report import CombineReport, MergeReport
 
 _WHERE = {
     "Adapter": "adapterkit.adapters.adapter:Adapter",
     "AdapterkitError": "adapterkit.errors:AdapterkitError",
     "CheckReport": "adapterkit.check:CheckReport",
     "Checkpoint": "adapterkit.checkpoint.checkpoint:Checkpoint",
+    "CombineReport": "adapterkit.report:CombineReport",
+    "Family": "adapterkit.family:Family",
     "Folded": "adapterkit.adapters.fold:Folded",
     "Inspection": "adapterkit.inspect:Inspection",
     "MergeReport": "adapterkit.report:MergeReport",
     "Plan": "adapterkit.checkpoint.plan:Plan",
     "check": "adapterkit.check:check",
+    "combine": "adapterkit.combine:combine",
+    "combined": "adapterkit.combine:combined",
     "execute": "adapterkit.merge:execute",
     "fold": "adapterkit.adapters.fold:fold",
     "inspect": "adapterkit.inspect:inspect",
     "load_adapter": "adapterkit.adapters.adapter:load_adapter",
     "merge": "adapterkit.merge:merge",
     "open": "adapterkit.checkpoint.open:open_checkpoint",
+    "open_family": "adapterkit.family:open_family",
     "plan_merge": "adapterkit.merge:plan_merge",
     "save": "adapterkit.checkpoint.save:save",
 }
@@ -54,18 +61,23 @@ __all__ = [
     "AdapterkitError",
     "CheckReport",
     "Checkpoint",
+    "CombineReport",
+    "Family",
     "Folded",
     "Inspection",
     "MergeReport",
     "Plan",
     "__version__",
     "check",
+    "combine",
+    "combined",
     "execute",
     "fold",
     "inspect",
     "load_adapter",
     "merge",
     "open",
+    "open_family",
     "plan_merge",
     "save",
 ]

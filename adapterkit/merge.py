@@ -16,6 +16,7 @@ from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size, plan_safetensors
 from adapterkit.dtypes import BY_LABEL, DType
 from adapterkit.errors import CheckpointError, UsageError
+from adapterkit.measured import peak_memory
 from adapterkit.report import AdapterUse, MergeReport
 
 if TYPE_CHECKING:
@@ -226,7 +227,7 @@ def merge(
         resume=resume,
         progress=progress,
     )
-    return planned.report(out, reused=reused, seconds=time.monotonic() - started, peak_memory=_peak_memory())
+    return planned.report(out, reused=reused, seconds=time.monotonic() - started, peak_memory=peak_memory())
 
 
 def execute(plan: Plan, out: Ref, *, part: int | None = None, jobs: int | None = None, force: bool = False) -> None:
@@ -277,20 +278,3 @@ def _fingerprint(source: Source) -> str:
 
     length = min(int.from_bytes(source.read(0, 8), "little"), source.size)
     return f"{source.size}:{hashlib.sha256(source.read(8, length)).hexdigest()}"
-
-
-def _peak_memory() -> int:
-    """The largest resident set of this process so far, in bytes.
-
-    Linux's own high-water mark is used where there is one: ``getrusage`` also counts what the process was forked from.
-    """
-    import resource
-    import sys
-
-    status = Path("/proc/self/status")
-    if status.exists():
-        found = next((line for line in status.read_text().splitlines() if line.startswith("VmHWM:")), "")
-        if found:
-            return int(found.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

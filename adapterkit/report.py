@@ -51,6 +51,60 @@ class MergeReport:
     notes: tuple[str, ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class ModuleRank:
+    """What was kept of one module.
+
+    Attributes:
+        module: the parameter.
+        shape: of its delta (of one expert's).
+        rank: of the result.
+        norm: Frobenius norm of the delta before it was cut to that rank.
+        error: Frobenius norm of what was cut, as a part of ``norm``.
+        before: the rank it had, where there was one.
+    """
+
+    module: str
+    shape: tuple[int, int]
+    rank: int
+    norm: float
+    error: float
+    before: int = 0
+
+    @property
+    def energy(self) -> float:
+        """The share of the squared norm that was kept."""
+        return 1.0 - self.error**2
+
+
+@dataclass(frozen=True)
+class CombineReport:
+    """What a combination gave.
+
+    Attributes:
+        scale: the lambda.
+        rank: of the modules, or of most of them when each has its own.
+        own_ranks: whether ranks differ.
+        carried: whole parameters and token rows taken over from one adapter.
+    """
+
+    out: str
+    method: str
+    space: str
+    scale: float
+    parameters: dict[str, Any]
+    adapters: tuple[AdapterUse, ...]
+    base: str
+    rank: int
+    own_ranks: bool
+    modules: tuple[ModuleRank, ...]
+    carried: tuple[str, ...]
+    nbytes: int
+    seconds: float
+    peak_memory: int
+    notes: tuple[str, ...] = ()
+
+
 def to_json(report: Any) -> str:
     """A report (or any frozen value) as JSON."""
     return json.dumps(asdict(report), indent=2, ensure_ascii=False)

@@ -67,7 +67,7 @@ def group_modules(adapter: Adapter, method: Method) -> tuple[tuple[Module, ...],
     whole: dict[str, Tensor] = {}
     suffixes = sorted(method.suffixes, key=len, reverse=True)
     for key, tensor in adapter.tensors.items():
-        if _is_shared(key, method) or any(f".{part}." in f".{key}." for part in method.ignored):
+        if is_shared(key, method) or any(f".{part}." in f".{key}." for part in method.ignored):
             continue
         suffix = next((s for s in suffixes if key.endswith("." + s)), None)
         if suffix is None:
@@ -86,7 +86,8 @@ def group_modules(adapter: Adapter, method: Method) -> tuple[tuple[Module, ...],
     return tuple(found), whole
 
 
-def _is_shared(key: str, method: Method) -> bool:
+def is_shared(key: str, method: Method) -> bool:
+    """Whether a tensor belongs to all modules of the method."""
     return any(key == name or key.startswith(name + ".") for name in method.shared)
 
 
@@ -136,7 +137,7 @@ def adapter_edits(
         raise AdapterError(f"{adapter.source.name} holds no tensors", "save the adapter again")
     modules, whole = group_modules(adapter, method)
     _check_one_method(whole, method, adapter)
-    shared = {key: tensor for key, tensor in adapter.tensors.items() if _is_shared(key, method)}
+    shared = {key: tensor for key, tensor in adapter.tensors.items() if is_shared(key, method)}
     context = Context(adapter, names, str(config.get("model_type", "")), residual_base, modules, shared)
     edits = [_whole_edit(key, tensor, context, config) for key, tensor in whole.items()]
     unresolved: list[TargetError] = []

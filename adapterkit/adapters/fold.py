@@ -76,7 +76,7 @@ def fold(
     factors = [1.0] * len(adapters) if not weights else [float(weight) for weight in weights]
     if len(factors) != len(adapters):
         raise UsageError(f"{len(factors)} weights for {len(adapters)} adapters", "give one --weight for each adapter")
-    base, notes = _replicated(dequantized(base), adapters)
+    base, notes = replicated_base(dequantized(base), adapters)
     names = Names(base.shapes, base.config)
     edits: list[Weighted] = []
     for adapter, factor in zip(adapters, factors, strict=True):
@@ -181,7 +181,7 @@ class _Fold:
         return self._loaded[id(change)]
 
 
-def _replicated(base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[Checkpoint, list[str]]:
+def replicated_base(base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[Checkpoint, list[str]]:
     """The base with its layers repeated, when an adapter was trained on such a model."""
     asked = {str(adapter.config.get("layer_replication")) for adapter in adapters}
     if asked == {"None"}:

@@ -148,6 +148,11 @@ def _same(one: Edit, other: Edit) -> bool:
     return all(_equal(*left, *right) for left, right in zip(a.factors, b.factors, strict=True))
 
 
+def equal_bytes(one: Tensor, other: Tensor) -> bool:
+    """Whether two stored tensors hold the same, byte by byte."""
+    return _equal(one, False, other, False)
+
+
 def _equal(one: Tensor, turned: bool, other: Tensor, other_turned: bool) -> bool:
     """Whether two stored matrices are equal; a turned one counts as its transpose. Compares bytes, without torch."""
     shape = other.shape if turned == other_turned else other.shape[::-1]

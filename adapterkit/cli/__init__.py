@@ -19,6 +19,7 @@ VERBS = {
     "inspect": ("adapterkit.cli.inspect", "Show what an adapter or a checkpoint is, and how it is."),
     "check": ("adapterkit.cli.check", "Say whether adapters fit a base, and what a server makes of them."),
     "merge": ("adapterkit.cli.merge", "Fold adapters into a base, in one streaming pass."),
+    "combine": ("adapterkit.cli.combine", "Make one adapter of several."),
     "execute": ("adapterkit.cli.execute", "Execute a saved plan, or one part of it."),
     "demo": ("adapterkit.cli.demo", "Make a tiny model, train an adapter, merge it, and show that it worked."),
 }
