@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from adapterkit.family import Family, open_family
     from adapterkit.inspect import Inspection, inspect
     from adapterkit.merge import execute, merge, plan_merge
-    from adapterkit.report import CombineReport, MergeReport
+    from adapterkit.report import CombineReport, MergeReport, ResizeReport
+    from adapterkit.resize import resize
 
 _WHERE = {
     "Adapter": "adapterkit.adapters.adapter:Adapter",
@@ -42,6 +43,7 @@ _WHERE = {
     "Inspection": "adapterkit.inspect:Inspection",
     "MergeReport": "adapterkit.report:MergeReport",
     "Plan": "adapterkit.checkpoint.plan:Plan",
+    "ResizeReport": "adapterkit.report:ResizeReport",
     "check": "adapterkit.check:check",
     "combine": "adapterkit.combine:combine",
     "combined": "adapterkit.combine:combined",
@@ -53,6 +55,7 @@ _WHERE = {
     "open": "adapterkit.checkpoint.open:open_checkpoint",
     "open_family": "adapterkit.family:open_family",
     "plan_merge": "adapterkit.merge:plan_merge",
+    "resize": "adapterkit.resize:resize",
     "save": "adapterkit.checkpoint.save:save",
 }
 
@@ -67,6 +70,7 @@ __all__ = [
     "Inspection",
     "MergeReport",
     "Plan",
+    "ResizeReport",
     "__version__",
     "check",
     "combine",
@@ -79,6 +83,7 @@ __all__ = [
     "open",
     "open_family",
     "plan_merge",
+    "resize",
     "save",
 ]
 

@@ -105,6 +105,23 @@ class CombineReport:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class ResizeReport:
+    """What resizing an adapter gave; ``rank`` is that of most layers when they differ (``own_ranks``)."""
+
+    out: str
+    adapter: str
+    method: str
+    rank: int
+    own_ranks: bool
+    modules: tuple[ModuleRank, ...]
+    nbytes_before: int
+    nbytes: int
+    seconds: float
+    peak_memory: int
+    notes: tuple[str, ...] = ()
+
+
 def to_json(report: Any) -> str:
     """A report (or any frozen value) as JSON."""
     return json.dumps(asdict(report), indent=2, ensure_ascii=False)
