@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.save import save
     from adapterkit.combine import combine, combined
+    from adapterkit.compare import CompareReport, compare
     from adapterkit.errors import AdapterkitError
     from adapterkit.family import Family, open_family
     from adapterkit.inspect import Inspection, inspect
@@ -38,6 +39,7 @@ _WHERE = {
     "CheckReport": "adapterkit.check:CheckReport",
     "Checkpoint": "adapterkit.checkpoint.checkpoint:Checkpoint",
     "CombineReport": "adapterkit.report:CombineReport",
+    "CompareReport": "adapterkit.compare:CompareReport",
     "Family": "adapterkit.family:Family",
     "Folded": "adapterkit.adapters.fold:Folded",
     "Inspection": "adapterkit.inspect:Inspection",
@@ -47,6 +49,7 @@ _WHERE = {
     "check": "adapterkit.check:check",
     "combine": "adapterkit.combine:combine",
     "combined": "adapterkit.combine:combined",
+    "compare": "adapterkit.compare:compare",
     "execute": "adapterkit.merge:execute",
     "fold": "adapterkit.adapters.fold:fold",
     "inspect": "adapterkit.inspect:inspect",
@@ -65,6 +68,7 @@ __all__ = [
     "CheckReport",
     "Checkpoint",
     "CombineReport",
+    "CompareReport",
     "Family",
     "Folded",
     "Inspection",
@@ -75,6 +79,7 @@ __all__ = [
     "check",
     "combine",
     "combined",
+    "compare",
     "execute",
     "fold",
     "inspect",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from adapterkit.measured import peak_memory
 from adapterkit.report import AdapterUse, MergeReport
 
 if TYPE_CHECKING:
+    from adapterkit.adapters.rule import Rule
     from adapterkit.checkpoint.files import Source
 
 Ref = str | Path
@@ -46,6 +47,7 @@ class Merge:
     dtype: DType | None
     notes: tuple[str, ...]
     base_values: str = "as stored"
+    method: str = "linear"
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -61,6 +63,7 @@ class Merge:
             base=self.base.ref,
             base_commit=self.base.commit,
             base_values=self.base_values,
+            method=self.method,
             adapters=tuple(AdapterUse(a.ref, a.config.peft_type, w, a.commit, a.config.base) for a, w in used),
             dtype="auto" if self.dtype is None else str(self.dtype),
             files=tuple(file.name for file in self.plan.files),
@@ -103,6 +106,10 @@ def plan_merge(
     double_quant: bool = False,
     quant_dtype: str = "auto",
     skip_modules: Sequence[str] | None = None,
+    method: str = "linear",
+    scale: float = 1.0,
+    space: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
     headers_only: bool = True,
     to_save: bool = False,
 ) -> Merge:
@@ -111,6 +118,7 @@ def plan_merge(
     With ``headers_only`` a base or adapter on the Hub is not downloaded, so the plan can be shown but not executed. A plan
     that is ``to_save`` holds fingerprints of its inputs, so that `execute` sees whether they changed.
     """
+    rule = _rule(method, scale, space, parameters)
     opened, values = open_base(
         base,
         base16=base16,
@@ -122,7 +130,8 @@ def plan_merge(
     )
     loaded = tuple(a if isinstance(a, Adapter) else load_adapter(a, headers_only=headers_only) for a in adapters)
     wanted = parse_dtype(dtype)
-    folded = fold(opened, loaded, weights, dtype=wanted, residual_base=residual_base, allow_unknown=allow_unknown)
+    how: dict[str, Any] = {"residual_base": residual_base, "allow_unknown": allow_unknown, "rule": rule}
+    folded = fold(opened, loaded, weights, dtype=wanted, **how)
     side, notes = side_files(opened, folded, loaded, wanted)
     request = {
         "verb": "merge",
@@ -138,6 +147,10 @@ def plan_merge(
         "double_quant": double_quant,
         "quant_dtype": quant_dtype,
         "skip_modules": None if skip_modules is None else list(skip_modules),
+        "method": method,
+        "scale": scale,
+        "space": space,
+        "parameters": dict(parameters or {}),
     }
     plan = plan_safetensors(
         folded.checkpoint,
@@ -147,7 +160,18 @@ def plan_merge(
         request=request,
     )
     factors = tuple(float(w) for w in weights) if weights else (1.0,) * len(loaded)
-    return Merge(opened, loaded, factors, folded, plan, side, wanted, (*opened.notes, *folded.notes, *notes), values)
+    said = "linear" if rule is None else str(rule)
+    notes = [*opened.notes, *folded.notes, *notes]
+    return Merge(opened, loaded, factors, folded, plan, side, wanted, tuple(notes), values, said)
+
+
+def _rule(method: str, scale: float, space: str | None, parameters: Mapping[str, Any] | None) -> Rule | None:
+    """The rule asked for; None for the plain weighted sum, which needs none."""
+    if (method, scale, space) == ("linear", 1.0, None) and not parameters:
+        return None
+    from adapterkit.adapters.rule import Rule
+
+    return Rule(method, space, scale, dict(parameters or {}))
 
 
 def merge(
@@ -168,6 +192,10 @@ def merge(
     double_quant: bool = False,
     quant_dtype: str = "auto",
     skip_modules: Sequence[str] | None = None,
+    method: str = "linear",
+    scale: float = 1.0,
+    space: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Fold adapters into a base and write a Hugging Face folder.
@@ -190,6 +218,9 @@ def merge(
         base16: the original of a quantized base, to be folded onto in its place.
         as_trained: ``nf4``, ``fp4`` or ``int8``: fold onto the values that QLoRA training saw; see `open_base` for this
             and for ``double_quant``, ``quant_dtype`` and ``skip_modules``.
+        method: how deltas of several adapters become one, a row of `adapterkit.ops.methods.METHODS`; nothing is
+            truncated. Whole parameters, token rows and biases are not combined by it.
+        scale, space, parameters: of the method, as in `combine`.
         progress: called now and then with bytes done and bytes in all.
 
     Raises:
@@ -213,6 +244,10 @@ def merge(
         double_quant=double_quant,
         quant_dtype=quant_dtype,
         skip_modules=skip_modules,
+        method=method,
+        scale=scale,
+        space=space,
+        parameters=parameters,
         headers_only=False,
     )
     check_output(planned.plan, planned.sources, Path(out), force=force, inputs=_adapter_folders(planned))
@@ -265,6 +300,10 @@ _REQUEST = (
     "double_quant",
     "quant_dtype",
     "skip_modules",
+    "method",
+    "scale",
+    "space",
+    "parameters",
 )
 
 

@@ -26,6 +26,7 @@ class MergeReport:
 
     Attributes:
         base_values: of the base, what was folded onto: as stored, decoded, the 16-bit original, or as trained.
+        method: how the deltas of several adapters became one.
         touched: tensors with a change folded in; ``copied`` are byte-identical to the base's.
         reused: of the touched ones, how many a resumed run found finished.
         peak_memory: measured over the process, or estimated for a dry run.
@@ -47,6 +48,7 @@ class MergeReport:
     seconds: float = 0.0
     peak_memory: int = 0
     base_values: str = "as stored"
+    method: str = "linear"
     dry_run: bool = False
     notes: tuple[str, ...] = field(default=())
 

@@ -11,7 +11,7 @@ from adapterkit.adapters.merged import Applied, Loaded, Merged, StoredWeights, m
 from adapterkit.adapters.names import Names
 from adapterkit.adapters.replicate import replicated
 from adapterkit.adapters.target import Target
-from adapterkit.adapters.ties import Weighted, settle_ties
+from adapterkit.adapters.ties import Weighted, equal_bytes, settle_ties
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.tensor import Cast, Renamed, Tensor
 from adapterkit.dtypes import BF16, F16, F32, F64
@@ -19,6 +19,7 @@ from adapterkit.errors import AdapterError, TargetError, UsageError
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
+    from adapterkit.adapters.rule import Rule
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.dtypes import DType
 
@@ -56,6 +57,7 @@ def fold(
     dtype: DType | None = None,
     residual_base: bool = False,
     allow_unknown: bool = False,
+    rule: Rule | None = None,
 ) -> Folded:
     """Fold adapters into a base: W + sum of w_k (f_k(W) - W), summed in float32, rounded once.
 
@@ -66,6 +68,7 @@ def fold(
         dtype: of all floating tensors; None keeps each tensor's own.
         residual_base: the base is what training left behind (PiSSA, LoRA-GA, ...), not the original model.
         allow_unknown: go on where a config has fields that we do not know.
+        rule: how deltas of several adapters become one; None is their weighted sum.
 
     Raises:
         UsageError: no adapters, or another number of weights.
@@ -86,7 +89,7 @@ def fold(
     settled = settle_ties(edits, names, base, base.config)
     tensors: dict[str, Tensor] = {**base.tensors, **settled.added}
     by_tensor: dict[str, list[Weighted]] = {}
-    for item in settled.edits:
+    for item in settled.edits if rule is None else _ruled(settled.edits, rule):
         for name in item.edit.target.tensors:
             by_tensor.setdefault(name, []).append(item)
     added = [name for name in by_tensor if name not in base]
@@ -103,6 +106,17 @@ def fold(
     resized = [(base[n].shape[0], merged[n].shape[0]) for n in by_tensor if n in base and _resized(base[n], merged[n])]
     vocab = resized[0] if resized else None
     return Folded(checkpoint, tuple(by_tensor), tuple(added), vocab, settled.untied, heads, (*notes, *settled.notes))
+
+
+def _same(one: Tensor | None, other: Tensor) -> bool:
+    """Whether two adapters bring the same tensor, as when PEFT saved the base's embedding with both."""
+    return one is other or (one is not None and equal_bytes(one, other))
+
+
+def _ruled(edits: Sequence[Weighted], rule: Rule) -> Sequence[Weighted]:
+    from adapterkit.adapters.combined import combined_edits
+
+    return combined_edits(edits, rule)
 
 
 class _Fold:
@@ -129,7 +143,7 @@ class _Fold:
         if not found:
             return
         first = found[0].edit.change.replaced
-        if first is None or any(item.edit.change.replaced is not first for item in found[1:]):
+        if first is None or any(not _same(item.edit.change.replaced, first) for item in found[1:]):
             raise TargetError(f"two adapters each bring their own '{name}'", "merge one of them first, then the other")
         for item in found:
             items.remove(item)

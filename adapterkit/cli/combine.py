@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--base", help="Their base, for methods whose change depends on the weights (DoRA, LoKr, ...).")
 @click.option("--dtype", default="f32", show_default=True, help="Of the factors: f32, bf16 or f16.")
 @click.option("--own-ranks", is_flag=True, help="Each layer keeps its own rank; vLLM and llama.cpp want one for all.")
-@method_options
+@partial(method_options, taken=("rank",))
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
 @click.option("--residual-base", is_flag=True, help="The base is what training left behind, not the original model.")
 @click.option("--allow-unknown", is_flag=True, help="Go on where a config has fields not known here.")

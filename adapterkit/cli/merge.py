@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from adapterkit.cli.methods import NAMES, SPACES, given, method_options, methods_flag
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
 
 
@@ -16,6 +17,10 @@ from adapterkit.cli.output import Progress, count, note, say, show_json, size
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The folder to make.")
 @click.option("--weight", "weights", type=float, multiple=True, help="How strongly an adapter counts; once for each.")
+@click.option("--method", type=NAMES, default="linear", show_default=True, help="How deltas become one; see --methods.")
+@methods_flag
+@click.option("--lambda", "scale", type=float, default=1.0, help="Factor of the combined deltas.")
+@click.option("--space", type=SPACES, help="Align the adapters there; --method is the rule inside.")
 @click.option("--dtype", default="auto", show_default=True, help="auto keeps every tensor's own; or bf16, f16, f32.")
 @click.option("--max-shard-size", metavar="SIZE", help="Like 5GB; by default the base's own shards are kept.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
@@ -28,6 +33,7 @@ from adapterkit.cli.output import Progress, count, note, say, show_json, size
 @click.option("--base16", metavar="REF", help="The original of a quantized BASE, to fold onto in its place.")
 @click.option("--residual-base", is_flag=True, help="BASE is what training left behind, not the original model.")
 @click.option("--allow-unknown", is_flag=True, help="Go on where an adapter's config has fields not known here.")
+@method_options
 @click.option("--dry-run", is_flag=True, help="Show what would be done, from headers alone.")
 @click.option("--save-plan", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan and stop.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run; keep finished work if interrupted again.")
@@ -38,6 +44,9 @@ def command(
     adapters: tuple[str, ...],
     out: Path | None,
     weights: tuple[float, ...],
+    method: str,
+    scale: float,
+    space: str | None,
     dtype: str,
     max_shard_size: str | None,
     jobs: int | None,
@@ -53,6 +62,7 @@ def command(
     resume: bool,
     force: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Fold ADAPTERs into BASE and write a Hugging Face folder.
 
@@ -63,6 +73,7 @@ def command(
     Example:
       adapterkit merge meta-llama/Llama-3.2-1B ./my-adapter -o merged --dry-run
       adapterkit merge meta-llama/Llama-3.2-1B ./my-adapter -o merged
+      adapterkit merge meta-llama/Llama-3.2-1B ./math ./code -o merged --method ties --density 0.2
     """
     from adapterkit.merge import merge, plan_merge
 
@@ -71,6 +82,10 @@ def command(
         raise click.UsageError("Missing option '-o' / '--out': the folder to make.")
     how: dict[str, Any] = {
         "weights": weights or None,
+        "method": method,
+        "scale": scale,
+        "space": space,
+        "parameters": given(options),
         "dtype": dtype,
         "max_shard_size": max_shard_size,
         "jobs": jobs,
@@ -103,6 +118,8 @@ def command(
     for used in report.adapters:
         weight = "" if used.weight == 1 else f" x {used.weight:g}"
         say(f"{used.ref} ({used.method}){weight}")
+    if report.method != "linear":
+        say(f"  by {report.method}")
     say(f"  into {report.base}: {count(report.touched)} of {count(report.tensors)} tensors changed, the rest copied")
     for name in report.added:
         say(f"  new: {name}")

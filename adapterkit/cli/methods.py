@@ -13,17 +13,14 @@ if TYPE_CHECKING:
 
     from adapterkit.ops.methods import Parameter
 
-# `--rank` is an option of the verb; `--method ties --space core` says what `--method core --rule ties` says.
-_TAKEN = ("rank",)
 
-
-def method_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add an option for every parameter of every method; what is not given stays out of the call."""
+def method_options(command: Callable[..., Any], taken: tuple[str, ...] = ()) -> Callable[..., Any]:
+    """Add an option for every parameter of every method but those ``taken``; what is not given stays out of the call."""
     owners: dict[str, list[str]] = {}
     parameters: dict[str, Parameter] = {}
     for row in METHODS.values():
         for parameter in row.parameters:
-            if parameter.name not in _TAKEN:
+            if parameter.name not in taken:
                 owners.setdefault(parameter.name, []).append(row.name)
                 parameters.setdefault(parameter.name, parameter)
     for name, parameter in reversed(parameters.items()):
