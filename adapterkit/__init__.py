@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from adapterkit.combine import combine, combined
     from adapterkit.compare import CompareReport, compare
     from adapterkit.errors import AdapterkitError
+    from adapterkit.extract import extract
     from adapterkit.family import Family, open_family
     from adapterkit.inspect import Inspection, inspect
     from adapterkit.merge import execute, merge, plan_merge
-    from adapterkit.report import CombineReport, MergeReport, ResizeReport
+    from adapterkit.report import CombineReport, ExtractReport, MergeReport, ResizeReport
     from adapterkit.resize import resize
 
 _WHERE = {
@@ -40,6 +41,7 @@ _WHERE = {
     "Checkpoint": "adapterkit.checkpoint.checkpoint:Checkpoint",
     "CombineReport": "adapterkit.report:CombineReport",
     "CompareReport": "adapterkit.compare:CompareReport",
+    "ExtractReport": "adapterkit.report:ExtractReport",
     "Family": "adapterkit.family:Family",
     "Folded": "adapterkit.adapters.fold:Folded",
     "Inspection": "adapterkit.inspect:Inspection",
@@ -51,6 +53,7 @@ _WHERE = {
     "combined": "adapterkit.combine:combined",
     "compare": "adapterkit.compare:compare",
     "execute": "adapterkit.merge:execute",
+    "extract": "adapterkit.extract:extract",
     "fold": "adapterkit.adapters.fold:fold",
     "inspect": "adapterkit.inspect:inspect",
     "load_adapter": "adapterkit.adapters.adapter:load_adapter",
@@ -69,6 +72,7 @@ __all__ = [
     "Checkpoint",
     "CombineReport",
     "CompareReport",
+    "ExtractReport",
     "Family",
     "Folded",
     "Inspection",
@@ -81,6 +85,7 @@ __all__ = [
     "combined",
     "compare",
     "execute",
+    "extract",
     "fold",
     "inspect",
     "load_adapter",

@@ -124,6 +124,29 @@ class ResizeReport:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class ExtractReport:
+    """What an extraction gave.
+
+    Attributes:
+        saved: parameters that are stored whole.
+        unchanged: parameters that do not differ.
+    """
+
+    out: str
+    base: str
+    tuned: str
+    rank: int
+    own_ranks: bool
+    modules: tuple[ModuleRank, ...]
+    saved: tuple[str, ...]
+    unchanged: int
+    nbytes: int
+    seconds: float
+    peak_memory: int
+    notes: tuple[str, ...] = ()
+
+
 def to_json(report: Any) -> str:
     """A report (or any frozen value) as JSON."""
     return json.dumps(asdict(report), indent=2, ensure_ascii=False)

@@ -156,7 +156,8 @@ def adapter_edits(
 def _whole_edit(key: str, tensor: Tensor, context: Context, config: Mapping[str, Any]) -> Edit:
     """A parameter that the adapter stores whole: `modules_to_save`, trained biases, a resized embedding."""
     wrapped = f".{WRAPPED}." in key
-    parameter = key.replace(f".{TOKEN_WRAPPED}.", ".").replace(f".{WRAPPED}.", ".")
+    plain = key.replace(f".{TOKEN_WRAPPED}.", ".")
+    parameter = ".".join(part for part in plain.split(".") if part != WRAPPED)
     saved = context.config.names("modules_to_save")
     asked = any(_within(parameter, module) for module in saved)
     try:

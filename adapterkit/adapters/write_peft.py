@@ -148,7 +148,7 @@ class PeftWriter:
     def _write(
         self, file: BinaryIO, ranks: Mapping[Slot, int], names: Mapping[Slot, tuple[str, str]], extras: Extras
     ) -> None:
-        carried = dict(_carried(extras, {slot.module for slot in ranks}))
+        carried = dict(_carried(extras, Counter(slot.module for slot in ranks)))
         entries = []
         for slot, rank in ranks.items():
             for name, shape in zip(names[slot], _shapes(slot, rank), strict=True):
@@ -289,16 +289,16 @@ def _starts(path: str) -> Iterator[int]:
             yield at + 1
 
 
-def _carried(extras: Extras, wrapped: set[str]) -> Iterator[tuple[str, Tensor]]:
-    """Tensors that are written as they are, by key; one that a wrapped module holds lies in its ``base_layer``."""
+def _carried(extras: Extras, wrappers: Mapping[str, int]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors that are written as they are, by key; what a wrapped module holds lies in its ``base_layer``."""
     for module, tensor in extras.magnitudes.items():
         yield f"{module}.lora_magnitude_vector", tensor
     for module, (_, rows) in extras.tokens.items():
         yield f"{module}.token_adapter.trainable_tokens_delta", rows
     for key, tensor in extras.whole.items():
-        module, _, leaf = key.replace(".base_layer.", ".").rpartition(".")
-        inside = module in wrapped and leaf in ("weight", "bias")
-        yield (f"{module}.base_layer.{leaf}" if inside else key), tensor
+        module, _, leaf = ".".join(part for part in key.split(".") if part != "base_layer").rpartition(".")
+        around = wrappers.get(module, 0)
+        yield (f"{module}{'.base_layer' * around}.{leaf}" if around else key), tensor
 
 
 def peft_config(

@@ -20,6 +20,7 @@ VERBS = {
     "check": ("adapterkit.cli.check", "Say whether adapters fit a base, and what a server makes of them."),
     "merge": ("adapterkit.cli.merge", "Fold adapters into a base, in one streaming pass."),
     "combine": ("adapterkit.cli.combine", "Make one adapter of several."),
+    "extract": ("adapterkit.cli.extract", "Make an adapter of the difference of two checkpoints."),
     "resize": ("adapterkit.cli.resize", "Bring an adapter to another rank."),
     "execute": ("adapterkit.cli.execute", "Execute a saved plan, or one part of it."),
     "demo": ("adapterkit.cli.demo", "Make a tiny model, train an adapter, merge it, and show that it worked."),
