@@ -21,7 +21,7 @@ from models import (
     write_adapter,
 )
 
-from adapterkit import combine, merge, open_family
+from adapterkit import check, combine, merge, open_family
 from adapterkit.errors import (
     AdapterError,
     AdapterkitError,
@@ -362,3 +362,16 @@ def test_a_base_named_settles_different_names(left: str, tmp_path: Path) -> None
         plain_adapter(tmp_path / n, base, base_model_name_or_path=f"org/{n}", seed=i) for i, n in enumerate(("x", "y"))
     ]
     assert combine(named, tmp_path / "out", base=base, method=left).base == "org/x"
+
+
+@pytest.mark.parametrize("server", ["vllm", "llama.cpp"])
+def test_servers_have_nothing_against_the_result(server: str, tmp_path: Path) -> None:
+    told = {"base_model_name_or_path": "org/base"}
+    base = plain_base(tmp_path / "base")
+    one = plain_adapter(tmp_path / "a", base, use_rslora=True, alpha_pattern={"q_proj": 3}, **told)
+    other = plain_adapter(tmp_path / "b", base, rank=8, modules=["q_proj"], **told)
+    assert not check(base, [one], server=server).ok
+    combine([one, other], tmp_path / "out", energy=0.9)
+    report = check(base, [tmp_path / "out"], server=server)
+    assert report.ok
+    assert not [finding for finding in report.findings if finding.code.startswith(server)]
