@@ -15,13 +15,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from adapterkit._version import __version__
+from adapterkit.checkpoint.finders import FINDERS
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter, load_adapter
     from adapterkit.adapters.fold import Folded, fold
+    from adapterkit.bases import open_model as open
     from adapterkit.check import CheckReport, check
     from adapterkit.checkpoint.checkpoint import Checkpoint
-    from adapterkit.checkpoint.open import open_checkpoint as open
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.save import save
     from adapterkit.combine import combine, combined
@@ -58,7 +59,7 @@ _WHERE = {
     "inspect": "adapterkit.inspect:inspect",
     "load_adapter": "adapterkit.adapters.adapter:load_adapter",
     "merge": "adapterkit.merge:merge",
-    "open": "adapterkit.checkpoint.open:open_checkpoint",
+    "open": "adapterkit.bases:open_model",
     "open_family": "adapterkit.family:open_family",
     "plan_merge": "adapterkit.merge:plan_merge",
     "resize": "adapterkit.resize:resize",
@@ -96,6 +97,9 @@ __all__ = [
     "resize",
     "save",
 ]
+
+
+FINDERS.append("adapterkit.registry.finder:find")  # registry names work wherever a path does
 
 
 def __getattr__(name: str) -> Any:

@@ -7,13 +7,31 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapterkit.checkpoint.checkpoint import Checkpoint
-from adapterkit.checkpoint.decoded import dequantized
-from adapterkit.checkpoint.open import open_checkpoint
-from adapterkit.codecs.table import quantization
+from adapterkit.checkpoint.decoded import dequantized, is_plain
+from adapterkit.checkpoint.open import open_checkpoint, place_of
 from adapterkit.dtypes import BY_LABEL
 from adapterkit.errors import TargetError, UsageError
 
 Ref = str | Path
+
+
+def open_model(ref: Ref, *, headers_only: bool = False) -> Checkpoint:
+    """Open a checkpoint of any format; no tensor is read.
+
+    Args:
+        ref: a folder, a safetensors or GGUF file, a registry name, or a Hub id ``org/name[@revision]``.
+        headers_only: for a Hub id, read only the headers, by HTTP range.
+
+    Raises:
+        NotFound, CheckpointError, UnsafeError, AuthError, HubError
+    """
+    meant = place_of(ref)
+    path = meant.file or Path(meant.place).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        from adapterkit.gguf.checkpoint import open_gguf
+
+        return open_gguf(meant.file or ref)
+    return open_checkpoint(ref, headers_only=headers_only)
 
 
 def open_base(
@@ -42,12 +60,12 @@ def open_base(
         TargetError: ``base16`` is not the original of ``base``.
         NotFound, CheckpointError, UnsafeError, AuthError, HubError
     """
-    opened = base if isinstance(base, Checkpoint) else open_checkpoint(base, headers_only=headers_only)
-    stored = quantization(opened.config) is not None
+    opened = base if isinstance(base, Checkpoint) else open_model(base, headers_only=headers_only)
     view = dequantized(opened)
+    stored = not is_plain(opened) and _says_quantized(opened)
     values = "decoded" if view is not opened else "as stored"
     if base16 is not None:
-        original = base16 if isinstance(base16, Checkpoint) else open_checkpoint(base16, headers_only=headers_only)
+        original = base16 if isinstance(base16, Checkpoint) else open_model(base16, headers_only=headers_only)
         view, values = _original(view, original), f"original ({original.ref})"
     if as_trained is None:
         if double_quant or quant_dtype != "auto" or skip_modules is not None:
@@ -64,6 +82,12 @@ def open_base(
         raise UsageError(f"'{quant_dtype}' is no dtype that training loads a base in", "use bf16, f16 or f32")
     grid = Grid(as_trained, double_quant, None if quant_dtype == "auto" else BY_LABEL[quant_dtype])
     return trained(view, grid, skip=skip_modules), f"as trained in {grid}"
+
+
+def _says_quantized(checkpoint: Checkpoint) -> bool:
+    from adapterkit.codecs.table import quantization
+
+    return quantization(checkpoint.config) is not None
 
 
 def _original(quantized: Checkpoint, original: Checkpoint) -> Checkpoint:

@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapters.adapter import Adapter, load_adapter
 from adapterkit.adapters.fold import fold
+from adapterkit.bases import open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
-from adapterkit.checkpoint.open import open_checkpoint, parse_hub
+from adapterkit.checkpoint.open import parse_hub
 from adapterkit.errors import AdapterkitError, UnsafeError, UsageError
+from adapterkit.fits import compare_bases
 from adapterkit.servers import FEATURES, SERVERS
 
 if TYPE_CHECKING:
     from adapterkit.adapters.fold import Folded
+    from adapterkit.registry.identity import Comparison
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 
@@ -39,6 +42,25 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class BaseMatch:
+    """What is proved about the base given and the one that an adapter's record names.
+
+    Attributes:
+        adapter: whose record it is.
+        verdict, level: a key of `adapterkit.registry.identity.VERDICTS`, and the evidence that decided.
+        agree, differ: the levels known of both.
+        sentence: the same in words.
+    """
+
+    adapter: str
+    verdict: str
+    level: str
+    agree: tuple[str, ...]
+    differ: tuple[str, ...]
+    sentence: str
+
+
+@dataclass(frozen=True)
 class CheckReport:
     """What a check found; ``ok`` when nothing of it is an error."""
 
@@ -49,17 +71,23 @@ class CheckReport:
     ok: bool
     touched: int
     findings: tuple[Finding, ...]
+    bases: tuple[BaseMatch, ...] = ()
 
 
 def check(
-    base: str | Path | Checkpoint, adapters: Sequence[str | Path | Adapter], *, server: str | None = None
+    base: str | Path | Checkpoint,
+    adapters: Sequence[str | Path | Adapter],
+    *,
+    server: str | None = None,
+    full: bool = False,
 ) -> CheckReport:
-    """Check adapters against a base from headers alone.
+    """Check adapters against a base from headers alone, and from a few windows of its weights where a record names the base.
 
     Args:
         base: folder, file, Hub id or open checkpoint.
         adapters: one or more.
         server: also say what this server would refuse or get wrong: a key of `adapterkit.servers.SERVERS`.
+        full: read every byte of the base where the record holds its strongest identity.
 
     Raises:
         NotFound, CheckpointError, UnsafeError, AuthError, HubError: something cannot be read at all.
@@ -67,12 +95,17 @@ def check(
     """
     if server is not None and server not in SERVERS:
         raise UsageError(f"'{server}' is no server that is known here", f"known: {', '.join(sorted(SERVERS))}")
-    opened = base if isinstance(base, Checkpoint) else open_checkpoint(base, headers_only=True)
+    opened = base if isinstance(base, Checkpoint) else open_model(base, headers_only=True)
     loaded = [a if isinstance(a, Adapter) else load_adapter(a, headers_only=True) for a in adapters]
     findings: list[Finding] = []
+    matches: list[BaseMatch] = []
     touched = 0
     for adapter in loaded:
         findings += _named_base(adapter, opened)
+        compared = compare_bases(adapter, opened, full=full)
+        if compared is not None:
+            matches.append(BaseMatch(adapter.ref, *(getattr(compared, field) for field in _COMPARED)))
+            findings += _proved(adapter, compared)
         try:
             folded = fold(opened, [adapter])
         except UnsafeError:
@@ -85,7 +118,29 @@ def check(
         if server is not None:
             findings += _expectations(adapter, server)
     ok = all(finding.level != ERROR for finding in findings)
-    return CheckReport(opened.ref, opened.commit, tuple(a.ref for a in loaded), server, ok, touched, tuple(findings))
+    refs = tuple(adapter.ref for adapter in loaded)
+    return CheckReport(opened.ref, opened.commit, refs, server, ok, touched, tuple(findings), tuple(matches))
+
+
+_COMPARED = ("verdict", "level", "agree", "differ", "sentence")
+# verdict of a comparison: how bad, and a word for scripts. Whether other shapes fit is what the fold itself says: an
+# adapter trained on a quantized base is merged into the original all the time.
+_VERDICTS = {
+    "same": (NOTE, "same-base"),
+    "likely": (NOTE, "same-base"),
+    "other": (ERROR, "other-weights"),
+    "misfit": (WARNING, "other-tensors"),
+    "shapes": (NOTE, "base-not-compared"),
+    "dtype": (NOTE, "base-not-compared"),
+}
+
+
+def _proved(adapter: Adapter, compared: Comparison) -> list[Finding]:
+    if compared.verdict not in _VERDICTS:
+        return []
+    level, code = _VERDICTS[compared.verdict]
+    hint = "give the base that its record names" if level == ERROR else ""
+    return [Finding(level, code, adapter.ref, compared.sentence, hint)]
 
 
 def _named_base(adapter: Adapter, base: Checkpoint) -> list[Finding]:
@@ -130,11 +185,7 @@ def _expectations(adapter: Adapter, server: str) -> list[Finding]:
     for row in SERVERS[server]:
         title, present = FEATURES[row.feature]
         if present(adapter):
-            level = WARNING if row.feature.startswith("rank_") else ERROR
+            level = WARNING if row.verdict == "depends" else ERROR
             message = f"{server}, {title}: {row.verdict}: {row.says} [{row.source}]"
-            found.append(
-                Finding(
-                    level, f"{server}-{row.feature}", adapter.ref, message, "merge it, or fold it into a plain LoRA"
-                )
-            )
+            found.append(Finding(level, f"{server}-{row.feature}", adapter.ref, message, row.fix))
     return found

@@ -15,7 +15,7 @@ from adapterkit.checkpoint.publish import check_target, staging
 from adapterkit.dtypes import F32
 from adapterkit.errors import TargetError, UsageError
 from adapterkit.family import Family, carried, open_family
-from adapterkit.measured import peak_memory
+from adapterkit.merge import peak_memory
 from adapterkit.ordered import in_order
 from adapterkit.report import AdapterUse, CombineReport, ModuleRank
 

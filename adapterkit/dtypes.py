@@ -20,17 +20,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DType:
-    """One row of the table: the code in safetensors headers, bits per element, torch's name for it."""
+    """One row of the table: the code in safetensors headers, bits per element, torch's name for it.
+
+    Types that share scales among elements (GGUF's) count ``bits`` per ``block`` of elements; torch sees their bytes.
+    """
 
     code: str
     bits: int
     torch_name: str
     is_float: bool
     label: str
+    block: int = 1
 
     def nbytes(self, shape: Sequence[int]) -> int:
         """Bytes of a dense tensor of ``shape``; sub-byte types are packed and must fill whole bytes."""
-        return prod(shape) * self.bits // 8
+        return prod(shape) // self.block * self.bits // 8
 
     @property
     def torch(self) -> torch.dtype:

@@ -12,7 +12,6 @@ from adapterkit.adapters.adapter import is_brought
 from adapterkit.adapters.factors import Kind, Slot
 from adapterkit.adapters.linear import linear_modules
 from adapterkit.adapters.merged import StoredWeights
-from adapterkit.adapters.methods.stacked import TRANSPOSED
 from adapterkit.adapters.names import Names
 from adapterkit.adapters.orientation import is_conv1d
 from adapterkit.adapters.target import Target, transposed
@@ -24,7 +23,7 @@ from adapterkit.checkpoint.publish import check_target, staging
 from adapterkit.checkpoint.tensor import Renamed, Tensor
 from adapterkit.combine import check_rank, module_rank, output_dtype
 from adapterkit.errors import CheckpointError, TargetError
-from adapterkit.measured import peak_memory
+from adapterkit.merge import peak_memory
 from adapterkit.ordered import in_order
 from adapterkit.report import ExtractReport, ModuleRank
 
@@ -168,7 +167,6 @@ class _Pair:
         one, other = str(base.config.get("model_type", "")), str(tuned.config.get("model_type", ""))
         if one != other:
             raise TargetError(f"{base.ref} is a {one or 'model'} and {tuned.ref} a {other or 'model'}", "give its base")
-        self.model_type = one
         self.names = Names(base.shapes, base.config), Names(tuned.shapes, tuned.config)
         parameters = dict.fromkeys(self.names[1].parameters())
         self.targets = {name: target for name in parameters if (target := self.names[1].find(name)) is not None}
@@ -269,7 +267,8 @@ class _Pair:
         module = name.rpartition(".")[0]
         if target.stacked and len(target.shape) == 3:
             shape = (target.shape[1], target.shape[2])
-            return Slot(name, module, "stacked", shape, target.shape[0], swapped=self.model_type in TRANSPOSED)
+            swapped = self.names[1].turned(name)
+            return Slot(name, module, "stacked", shape, target.shape[0], swapped=swapped)
         if len(target.shape) > 2:
             return Slot(name, module, "conv", target.matrix, kernel=target.shape[2:])
         if module in self._linear:

@@ -11,7 +11,7 @@ from adapterkit.adapters.adapter import Adapter, load_adapter
 from adapterkit.adapters.factors import ModuleDelta, Parts, Slot, take_apart
 from adapterkit.adapters.fold import replicated_base
 from adapterkit.adapters.names import Names
-from adapterkit.adapters.ties import equal_bytes
+from adapterkit.adapters.ties import same_bytes
 from adapterkit.bases import open_base
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.errors import TargetError, UsageError
@@ -163,7 +163,7 @@ def carried(family: Family) -> Carried:
     owner: dict[str, Adapter] = {}
     for part in family.parts:
         for key, tensor in part.whole.items():
-            _claim(key, key in whole and not equal_bytes(whole[key], tensor), owner, part.adapter)
+            _claim(key, key in whole and not same_bytes(whole[key], tensor), owner, part.adapter)
             whole.setdefault(key, tensor)
             if key in family.slots:
                 other = _first(family.parts, key)
@@ -173,7 +173,7 @@ def carried(family: Family) -> Carried:
                 )
         for module, (ids, rows) in part.tokens.items():
             other_ids, other_rows = tokens.get(module, (ids, rows))
-            differs = other_ids != ids or not (other_rows is rows or equal_bytes(other_rows, rows))
+            differs = other_ids != ids or not (other_rows is rows or same_bytes(other_rows, rows))
             _claim(module, differs, owner, part.adapter)
             tokens.setdefault(module, (ids, rows))
     return Carried(whole, tokens, owner)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.adapter import Adapter, load_adapter
 from adapterkit.adapters.edits import check_config, group_modules, method_of
 from adapterkit.adapters.methods.lora import EMBEDDING_A, EMBEDDING_B, MAGNITUDE, A, B
+from adapterkit.bases import open_model
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG
-from adapterkit.checkpoint.open import locate, open_checkpoint
+from adapterkit.checkpoint.open import locate
 from adapterkit.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -88,8 +89,8 @@ def inspect(ref: str | Path, *, base: str | Path | None = None, health: bool = F
     """
     if not Path(ref).is_file() and ADAPTER_CONFIG in locate(ref, headers_only=True).names:
         adapter = load_adapter(ref, headers_only=not health)
-        return inspect_adapter(adapter, None if base is None else open_checkpoint(base, headers_only=True), health)
-    return inspect_checkpoint(open_checkpoint(ref, headers_only=True))
+        return inspect_adapter(adapter, None if base is None else open_model(base, headers_only=True), health)
+    return inspect_checkpoint(open_model(ref, headers_only=True))
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
@@ -183,13 +184,13 @@ def _scalings(adapter: Adapter, pairs: list[tuple[Module, tuple[Any, Any]]]) -> 
 def _health(adapter: Adapter, pairs: list[tuple[Module, tuple[Any, Any]]]) -> tuple[ModuleHealth, ...]:
     import torch
 
-    from adapterkit.adapters.change import matrix
+    from adapterkit.adapters.change import raw
 
     found = []
     for module, (a, b) in pairs:
-        left, right = matrix(b).reshape(b.shape[0], -1), matrix(a).reshape(a.shape[0], -1)
+        left, right = raw(b).float().reshape(b.shape[0], -1), raw(a).float().reshape(a.shape[0], -1)
         if EMBEDDING_A in module.tensors:
-            left, right = matrix(a).T, matrix(b).T
+            left, right = raw(a).float().T, raw(b).float().T
         rank = a.shape[0]
         if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
             found.append(ModuleHealth(module.path, rank, float("nan"), 0.0, "nan"))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.fidelity import FidelityReport
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class MergeReport:
     Attributes:
         base_values: of the base, what was folded onto: as stored, decoded, the 16-bit original, or as trained.
         method: how the deltas of several adapters became one.
+        fidelity: what of the change survives in the output, when that was asked for.
         touched: tensors with a change folded in; ``copied`` are byte-identical to the base's.
         reused: of the touched ones, how many a resumed run found finished.
         peak_memory: measured over the process, or estimated for a dry run.
@@ -49,8 +53,35 @@ class MergeReport:
     peak_memory: int = 0
     base_values: str = "as stored"
     method: str = "linear"
+    fidelity: FidelityReport | None = None
     dry_run: bool = False
     notes: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did, or with ``dry_run`` would do; sizes are bytes, times seconds.
+
+    Attributes:
+        to: the format that was written.
+        copied: tensors that are byte-identical to the source's.
+        types: how many tensors have each type.
+        reused: of the computed ones, how many a resumed run found finished.
+    """
+
+    src: str
+    out: str
+    to: str
+    files: tuple[str, ...]
+    nbytes: int
+    tensors: int
+    copied: int
+    types: dict[str, int] = field(default_factory=dict)
+    reused: int = 0
+    seconds: float = 0.0
+    peak_memory: int = 0
+    dry_run: bool = False
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from adapterkit.checkpoint.publish import check_target, staging
 from adapterkit.combine import check_rank, module_rank, output_dtype, side_files
 from adapterkit.errors import UnsupportedAdapter, UsageError
 from adapterkit.family import Family, carried, open_family
-from adapterkit.measured import peak_memory
+from adapterkit.merge import peak_memory
 from adapterkit.ordered import in_order
 from adapterkit.report import ModuleRank, ResizeReport
 

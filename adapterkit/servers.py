@@ -1,6 +1,7 @@
 """What serving software makes of an adapter, as data: one row per feature and server, with its source.
 
-``refused`` means the server says no, ``wrong`` that it goes on and computes something else than what was trained.
+``refused`` means the server says no, ``wrong`` that it goes on and computes something else than what was trained, ``depends``
+that it can be started or addressed so that it works.
 """
 
 from __future__ import annotations
@@ -77,14 +78,14 @@ SERVERS: dict[str, tuple[Expectation, ...]] = {
         Expectation("rank_pattern", "wrong", "one alpha/r is used for all modules", _VLLM_HELPER),
         Expectation("experts", "wrong", "the factors' order is taken from an older PEFT", "vllm-project/vllm#52194"),
         Expectation(
-            "rank_16", "refused", "start it with --max-lora-rank of at least the rank", "vllm-project/vllm#2847"
+            "rank_16", "depends", "start it with --max-lora-rank of at least the rank", "vllm-project/vllm#2847"
         ),
         Expectation("rank_512", "refused", "512 is the largest rank it can be started with", "vllm-project/vllm#2847"),
         Expectation(
-            "no_base", "refused", "the file-system resolver compares names as text", "fastino-ai/GLiNER2#108", _NAME
+            "no_base", "depends", "the file-system resolver compares names as text", "fastino-ai/GLiNER2#108", _NAME
         ),
         Expectation(
-            "local_base", "refused", "the file-system resolver compares names as text", "fastino-ai/GLiNER2#108"
+            "local_base", "depends", "the file-system resolver compares names as text", "fastino-ai/GLiNER2#108"
         ),
     ),
     "sglang": (
@@ -106,7 +107,7 @@ SERVERS: dict[str, tuple[Expectation, ...]] = {
         Expectation("not_lora", "refused", "LoRA (and Medusa) only", "predibase/lorax docs"),
         Expectation("dora", "refused", "magnitude vectors are not read", "predibase/lorax docs"),
         Expectation(
-            "no_base", "wrong", "it then assumes that base and adapter fit", "predibase/lorax check_architectures"
+            "no_base", "depends", "it then assumes that base and adapter fit", "predibase/lorax check_architectures"
         ),
     ),
     "mlx": (

@@ -2,6 +2,7 @@
 
     python bench/methods.py            # the sweep, one line per case
     python bench/methods.py --write    # and docs/methods.md, from the registrations and the sweep
+    python bench/methods.py --speed    # a bfloat16 layer pair of a 1B model instead, one thread, beside PEFT's merge
 
 Errors are parts of the largest delta. ``forward`` compares outputs of the layers with adapterkit's weights to those of
 PEFT's adapter before any merge.
@@ -18,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "methods"))
 
-from sweep import Case, Outcome, cases, run  # noqa: E402
+from method_cases import Case, Outcome, cases, run  # noqa: E402
 
 from adapterkit.adapters.methods import METHODS, UNMERGEABLE  # noqa: E402
 
@@ -36,12 +37,23 @@ parameters (`modules_to_save`, biases, resized embeddings), which replace those 
 """
 
 LORA_FILES = """
+## Files
+| format | read | written | what |
+|---|---|---|---|
+| PEFT folder | all of the above | `write_peft` | as it is |
+| plain PEFT | | `write_plain` | LoRA of one rank and one alpha: scalings folded in, other methods by SVD of W' - W |
+| MLX folder (mlx-lm) | LoRA, DoRA, stacked experts, full | `write_mlx` | LoRA |
+| single file (kohya, LyCORIS) | LoRA, LoHa, LoKr | | names resolved against the base |
+
+Not read from single files: DoRA, `diff`, Tucker cores of LoRA (`lora_mid`), OFT, BOFT, IA3 and GLoRA of LyCORIS.
+
 ## Training recipes that write LoRA files
 LoRA+ (learning rates), LoRA-FA (frozen A), EVA, MiCA, CorDA, LoRA-GA and LoftQ (initialisations), rsLoRA (scaling), VeLoRA,
 MonteCLoRA, `lora_bias`, `trainable_token_indices` and `target_parameters` (stacked experts) all have the keys of LoRA; what of
 it changes the formula stands in the config. What the initialisation took out of W (PiSSA, OLoRA, KaSA) is taken out again;
 where that cannot be repeated (`pissa_niter`, CorDA, LoRA-GA, LoftQ) the adapter is refused unless the base given is the
-residual one (`--residual-base`). MoRA adapters come from another fork of PEFT and are refused by their config (`use_mora`).
+residual one (`--residual-base`). MoRA (arXiv:2405.12130) writes LoRA's keys from a fork of PEFT: a square matrix between a
+compression of the input and its inverse, types 1 to 4 and 6 (`tests/methods/test_mora.py`).
 """
 
 
@@ -88,10 +100,72 @@ def page(results: Iterable[tuple[Case, Outcome]]) -> str:
     )
 
 
+SPEED = {
+    "Lora": {"r": 16, "use_dora": True},
+    "Vera": {"r": 256},
+    "LoHa": {"r": 16},
+    "LoKr": {"r": 16},
+    "OFT": {"r": 0, "oft_block_size": 32},
+    "BOFT": {"boft_block_size": 32},
+    "HRA": {"r": 8},
+    "FourierFT": {"n_frequency": 1000},
+    "WaveFT": {},
+    "Hira": {"r": 32},
+    "Road": {"group_size": 64},
+    "RandLora": {"r": 32},
+}
+
+
+def speed() -> None:
+    """Times of one merge of W 8192 x 2048 and 2048 x 2048, both tools on the same files, side by side."""
+    import time
+    import warnings
+
+    import peft
+    import torch
+    from method_cases import save_base, train
+
+    from adapterkit.adapters.adapter import load_adapter
+    from adapterkit.adapters.fold import fold
+    from adapterkit.checkpoint.open import open_checkpoint
+
+    class Pair(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = torch.nn.Linear(2048, 8192, bias=False)
+            self.q = torch.nn.Linear(2048, 2048, bias=False)
+
+    def model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return Pair().bfloat16()
+
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for name, switches in SPEED.items():
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            base, adapter = Path(folder) / "base", Path(folder) / "adapter"
+            save_base(model(), base, torch.bfloat16)
+            train(model(), getattr(peft, f"{name}Config")(target_modules=["up", "q"], **switches), adapter, 0.02)
+            started = time.perf_counter()
+            for tensor in fold(open_checkpoint(base), [load_adapter(adapter)]).checkpoint.tensors.values():
+                for start in range(0, tensor.numel, tensor.block):  # as the writer reads, block by block
+                    tensor.read(start, min(tensor.numel, start + tensor.block))
+            ours = time.perf_counter() - started
+            loaded = peft.PeftModel.from_pretrained(model(), str(adapter))
+            started = time.perf_counter()
+            loaded.merge_and_unload()
+            theirs = time.perf_counter() - started
+        print(f"{name:10} adapterkit {ours:5.2f} s   PEFT {theirs:5.2f} s   {theirs / ours:4.1f} x")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write docs/methods.md")
+    parser.add_argument("--speed", action="store_true", help="time merges instead")
     arguments = parser.parse_args()
+    if arguments.speed:
+        speed()
+        return 0
     results, bad = [], 0
     for case in cases():
         with tempfile.TemporaryDirectory() as folder:

@@ -4,13 +4,17 @@
     python bench/sweep.py --only qwen3_moe --only gpt2     # some types, with tracebacks
     python bench/sweep.py --write docs/architectures.md    # the published table
 
-For each model type a tiny random model (`zoo`) is saved; PEFT puts a LoRA on all its linear layers and stacked experts.
+For each model type a tiny random model (`zoo`) is saved; PEFT puts a LoRA on all its linear layers and stacked experts,
+except those that share their memory with another one: there PEFT adds both changes to the one tensor. Types that could
+not be built give the error in the last column.
 
 * names: each adapted parameter, put together from the tensors that `Names.find` gives, equals the parameter in memory;
-* old on new: each tensor of the file, sought by its name in a file saved in the module tree's own format, likewise;
+* old on new: each tensor that has another name or shape in a file of the module tree's own format (version 5 of
+  transformers) is found there by its old name, likewise;
 * f32: the largest difference to PEFT's merged model, as a part of the largest change; untouched tensors byte-identical;
 * bf16: "equal" when all tensors are bit-equal to PEFT's; "nearest" when each number is PEFT's or what PEFT's merge in
-  float64 rounds to (PEFT rounds the change of stacked experts to bfloat16 before it adds it, so it rounds twice).
+  float64 rounds to, give or take float32's own error just at a rounding boundary (PEFT rounds the change of stacked
+  experts to bfloat16 before it adds it, so it rounds twice).
 """
 
 from __future__ import annotations
@@ -24,7 +28,9 @@ import time
 import traceback
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,7 +225,20 @@ def compare(base: Path, out: Path, wanted: Path) -> tuple[float, bool, list[str]
     return error / max(change, 1e-30), equal, wrong
 
 
-def examine(model_type: str, kind: str, merge: bool = True) -> Row:
+def nearest(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> bool:
+    """Whether each number of ``ours`` is that of ``theirs`` or what ``exact`` rounds to."""
+    for name, a in ours.items():
+        best = exact[name]
+        if not a.is_floating_point():
+            continue
+        slack = 1e-6 * (best.abs().max() if best.numel() else 0)
+        near = (a >= (best - slack).to(a.dtype)) & (a <= (best + slack).to(a.dtype))
+        if not bool((near | (a == theirs[name])).all()):
+            return False
+    return True
+
+
+def examine(model_type: str, kind: str, merge: bool = True, verbose: bool = False) -> Row:
     """Everything about one type; never raises."""
     import torch
     import zoo
@@ -236,9 +255,9 @@ def examine(model_type: str, kind: str, merge: bool = True) -> Row:
         with tempfile.TemporaryDirectory(prefix="sweep-") as folder:
             for dtype in ("float32", "bfloat16") if merge else ("float32",):
                 model, _ = zoo.build(model_type)
-                _examine(row, model.to(getattr(torch, dtype)), Path(folder) / dtype, dtype, merge)
+                _examine(row, model.to(getattr(torch, dtype)), Path(folder) / dtype, dtype, merge, verbose)
     except Exception as error:
-        if VERBOSE:
+        if verbose:
             traceback.print_exc()
         row.notes.append(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
     row.seconds = time.perf_counter() - started
@@ -246,10 +265,7 @@ def examine(model_type: str, kind: str, merge: bool = True) -> Row:
     return row
 
 
-VERBOSE = False
-
-
-def _examine(row: Row, model: Any, folder: Path, dtype: str, merge: bool) -> None:
+def _examine(row: Row, model: Any, folder: Path, dtype: str, merge: bool, verbose: bool) -> None:
     import torch
     import zoo
 
@@ -262,7 +278,7 @@ def _examine(row: Row, model: Any, folder: Path, dtype: str, merge: bool) -> Non
         files = read(base)
         row.tensors = len(files)
         names = Names({name: tuple(tensor.shape) for name, tensor in files.items()}, config(base))
-        row.old_on_new = _old_on_new(model, folder / "new", files)
+        row.old_on_new = _old_on_new(model, folder / "new", files, verbose)
         lost = [
             name
             for name, tensor in memory.items()
@@ -270,10 +286,13 @@ def _examine(row: Row, model: Any, folder: Path, dtype: str, merge: bool) -> Non
             and not same(name, names, files, tensor)
             and not _tied(name, names, files, tensor)
         ]
-        if lost and VERBOSE:
+        if lost and verbose:
             print("not found:", *lost[:12], sep="\n  ")
         if lost:
             row.notes.append(f"{len(lost)} of {len(memory)} parameters not found ({lost[0]})")
+        strange = _without_head(model, folder / "inner", names, files)
+        if strange:
+            row.notes.append(f"{len(strange)} names of the model with and without its head not found ({strange[0]})")
     wrapped = lora(model)
     if dtype == "float32":
         places = list(adapted(wrapped))
@@ -295,8 +314,7 @@ def _examine(row: Row, model: Any, folder: Path, dtype: str, merge: bool) -> Non
     if not equal:
         exact, _ = zoo.build(row.type)
         lora(exact.to(torch.bfloat16).double()).merge_and_unload().save_pretrained(folder / "exact")
-        ours, theirs, best = read(folder / "out"), read(folder / "wanted"), read(folder / "exact")
-        if all(bool(((a == theirs[name]) | (a == best[name].to(a.dtype))).all()) for name, a in ours.items()):
+        if nearest(read(folder / "out"), read(folder / "wanted"), read(folder / "exact")):
             row.bf16 = "nearest"
 
 
@@ -305,7 +323,7 @@ def _tied(name: str, names: Any, files: Mapping[str, Tensor], expected: Tensor) 
     return other is not None and same(other, names, files, expected)
 
 
-def _old_on_new(model: Any, folder: Path, files: Mapping[str, Tensor]) -> str:
+def _old_on_new(model: Any, folder: Path, files: Mapping[str, Tensor], verbose: bool) -> str:
     """How many tensors of ``files`` are found by their names in a file of the module tree's own format."""
     from adapterkit.adapters.names import Names
 
@@ -314,9 +332,28 @@ def _old_on_new(model: Any, folder: Path, files: Mapping[str, Tensor]) -> str:
     names = Names({name: tuple(tensor.shape) for name, tensor in new.items()}, config(folder))
     moved = [name for name in files if name not in new or new[name].shape != files[name].shape]
     lost = [name for name in moved if not same(name, names, new, files[name])]
-    if lost and VERBOSE:
+    if lost and verbose:
         print("old names not found:", *lost[:12], sep="\n  ")
     return f"{len(moved) - len(lost)}/{len(moved)}" if moved else ""
+
+
+def _without_head(model: Any, folder: Path, names: Any, files: Mapping[str, Tensor]) -> list[str]:
+    """Names of the inner model not found in the file of the whole, and the other way round."""
+    from adapterkit.adapters.names import Names
+
+    inner = model.base_model
+    if inner is model or not hasattr(inner, "save_pretrained"):
+        return []
+    memory = inner.state_dict()
+    try:
+        inner.save_pretrained(folder)
+    except RuntimeError:  # some inner models share weights and do not say so
+        return []
+    small = read(folder)
+    few = Names({name: tuple(tensor.shape) for name, tensor in small.items()}, config(folder))
+    outer = {f"{model.base_model_prefix}.{name}": tensor for name, tensor in memory.items()}
+    lost = [n for n, t in memory.items() if not same(n, names, files, t) and not _tied(n, names, files, t)]
+    return lost + [n for n, t in outer.items() if not same(n, few, small, t) and not _tied(n, few, small, t)]
 
 
 def table(rows: list[Row]) -> str:
@@ -345,8 +382,6 @@ def main() -> int:
     parser.add_argument("--write", type=Path, help="markdown file to write the table to")
     parser.add_argument("--json", type=Path, help="file for the rows as JSON")
     arguments = parser.parse_args()
-    global VERBOSE
-    VERBOSE = bool(arguments.only)
     warnings.simplefilter("ignore")
     todo = [
         (model_type, kind)
@@ -355,12 +390,11 @@ def main() -> int:
         if (not arguments.only or model_type in arguments.only) and (not arguments.kind or kind in arguments.kind)
     ]
     rows: list[Row] = []
-    with ProcessPoolExecutor(arguments.jobs, max_tasks_per_child=None) as pool:
-        tasks = [pool.submit(examine, *item, not arguments.names_only) for item in todo] if arguments.jobs > 1 else []
-        for index, item in enumerate(todo):
-            row = tasks[index].result() if tasks else examine(*item, not arguments.names_only)
+    work = partial(_work, merge=not arguments.names_only, verbose=bool(arguments.only))
+    with ProcessPoolExecutor(arguments.jobs) if arguments.jobs > 1 else nullcontext() as pool:
+        for row in pool.map(work, todo) if pool else map(work, todo):
             rows.append(row)
-            print(f"{index + 1}/{len(todo)} {row.seconds:5.1f}s", *row.cells, file=sys.stderr, flush=True)
+            print(f"{len(rows)}/{len(todo)} {row.seconds:5.1f}s", *row.cells, file=sys.stderr, flush=True)
     text = table(rows)
     print(text)
     if arguments.json:
@@ -370,14 +404,26 @@ def main() -> int:
     return 0
 
 
-def write(path: Path, text: str) -> None:
-    from importlib.metadata import version
+def _work(item: tuple[str, str], merge: bool, verbose: bool) -> Row:
+    return examine(*item, merge, verbose)
 
-    packages = ", ".join(f"{name} {version(name)}" for name in ("transformers", "peft", "torch"))
+
+def write(path: Path, text: str) -> None:
+    """The published page: what was run, the summary, what the columns mean, the table."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    packages = []
+    for name in ("transformers", "peft", "torch", "timm"):
+        try:
+            packages.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            packages.append(f"no {name}")
+    rows, _, summary = text.rpartition("\n\n")
     start = (__doc__ or "").index("For each model type")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        f"# Architectures\n\nWritten by `bench/sweep.py --write` with {packages}.\n\n{(__doc__ or '')[start:]}\n{text}\n",
+        f"# Architectures\n\nWritten by `bench/sweep.py --write` with {', '.join(packages)}.\n\n**{summary}**\n\n"
+        f"{(__doc__ or '')[start:]}\n{rows}\n",
         encoding="utf-8",
     )
 

@@ -28,11 +28,14 @@ def fork(work: Callable[[], object]) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.setsid()
         quiet = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(quiet, 1)
         os.dup2(quiet, 2)
         work()
         code = 0
     except KeyboardInterrupt:
         code = 130
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 98
     except BaseException as error:
         code = getattr(error, "exit_code", 99)
     finally:
@@ -40,7 +43,7 @@ def fork(work: Callable[[], object]) -> int:
     return 0
 
 
-def wait(pid: int, timeout: float = 60.0) -> int:
+def wait(pid: int, timeout: float = 120.0) -> int:
     """The exit status of a child (negative: the signal that ended it)."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
@@ -54,5 +57,5 @@ def wait(pid: int, timeout: float = 60.0) -> int:
     raise TimeoutError(f"child {pid} did not end within {timeout} s")
 
 
-def run(work: Callable[[], object], timeout: float = 60.0) -> int:
+def run(work: Callable[[], object], timeout: float = 120.0) -> int:
     return wait(fork(work), timeout)

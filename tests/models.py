@@ -116,9 +116,10 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def read_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, hidden ones too."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+def read_bytes(folder: Path, *, record: bool = False) -> dict[str, bytes]:
+    """Every file of a folder, hidden ones too; its record, which names the inputs by digest, only when asked for."""
+    found = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return found if record else {name: data for name, data in found.items() if name != "adapterkit.json"}
 
 
 def edit_config(folder: Path, **fields: Any) -> Path:

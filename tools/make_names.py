@@ -2,7 +2,8 @@
 
 The facts come from the installed ``transformers`` (Apache-2.0): its checkpoint conversion tables, and, for every model
 class, which sub-models it holds (the tables are scoped to them), its ``base_model_prefix`` and its tied weights.
-Classes are built on the meta device, so no weights are made. Run it after a new release of transformers:
+Classes are built on the meta device, so no weights are made. Run it after a new release of transformers, with pillow
+and timm installed (what cannot be built is written as far as its class tells):
 
     python tools/make_names.py [--check]
 """
@@ -187,6 +188,16 @@ def meta(cls: Any) -> Any:
             return cls(cls.config_class())
 
 
+def turned(model: Any) -> set[str]:
+    """Leaf names of experts stored ``[experts, in, out]``, which is what transformers' ``is_transposed`` says."""
+    return {
+        ".".join(f"{path}.{name}".split(".")[-2:])
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if getattr(module, "is_transposed", False) and parameter.dim() == 3
+    }
+
+
 def build() -> dict[str, Any]:
     from transformers import conversion_mapping
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
@@ -210,21 +221,21 @@ def build() -> dict[str, Any]:
             model = meta(cls)
             entry["in"] = children(model)
             entry["tied"] = ties(model._tied_weights_keys)  # some classes fill it in for each instance
-            entry["stacked"] = sorted(stacked(model))
+            entry["stacked"], entry["turned"] = sorted(stacked(model)), sorted(turned(model))
         except Exception as error:
             print(f"make_names: {name} not built ({type(error).__name__}: {str(error)[:100]})", file=sys.stderr)
             base = getattr(importlib.import_module(cls.__module__), re.sub(r"(For|With)[A-Z]\w*$", "Model", name), None)
             if base is not None and base is not cls and entry["prefix"]:
                 entry["in"] = [[entry["prefix"], base.__name__, ""]]
         classes[name] = entry
-        prefixes.setdefault(entry["type"], entry["prefix"])
+        prefixes[entry["type"]] = prefixes.get(entry["type"]) or entry["prefix"]
 
     known = set(rules) | set(same)
     types = {}
     for model_type, value in MODEL_MAPPING_NAMES.items():
         auto = value if isinstance(value, str) else value[0]
         if auto in classes:
-            types[model_type] = [auto, classes[auto]["prefix"]]
+            types[model_type] = [auto, classes[auto]["prefix"] or prefixes[classes[auto]["type"]]]
     # keep what resolution needs: sub-models whose subtree has a rule or a tie, or whose class depends on the config
     needed: dict[str, bool] = {}
 
@@ -244,7 +255,7 @@ def build() -> dict[str, Any]:
     packed: dict[str, list[Any]] = {}
     for name, entry in sorted(classes.items()):
         inside = [c for c in entry["in"] if c[2] or needs(c[1])]
-        row = [entry["type"], entry["prefix"], inside, entry["tied"], entry.get("stacked")]
+        row = [entry["type"], entry["prefix"], inside, entry["tied"], entry.get("stacked", []), entry.get("turned")]
         while row and not row[-1]:
             row.pop()
         packed[name] = row
@@ -256,7 +267,7 @@ def build() -> dict[str, Any]:
     }
     for name in sorted(plain):
         base, prefix = types.get(classes[name]["type"], ["", ""])
-        if prefix == classes[name]["prefix"] and base in plain:
+        if prefix == classes[name]["prefix"] and (base in plain or base not in packed):
             del packed[name]
     return {
         "about": {

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.config import AdapterConfig
+from adapterkit.adapters.formats import kohya, mlx
 from adapterkit.checkpoint.checkpoint import SideFile
-from adapterkit.checkpoint.folder import ADAPTER_CONFIG, PICKLES, side_names
+from adapterkit.checkpoint.files import LocalFile
+from adapterkit.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLES, side_names
 from adapterkit.checkpoint.header import parse_header
 from adapterkit.checkpoint.open import locate
 from adapterkit.checkpoint.tensor import Stored
@@ -15,13 +18,12 @@ from adapterkit.errors import AdapterError, NotFound, UnsafeError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.listing import Listing
     from adapterkit.checkpoint.tensor import Tensor
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = ADAPTER_WEIGHTS
 PREFIX = "base_model.model."
 
 
@@ -61,7 +63,8 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
     """Open an adapter; no tensor is read.
 
     Args:
-        ref: a PEFT folder, or ``org/name[/sub/folder][@revision]`` on the Hub.
+        ref: a folder as PEFT or mlx-lm saves it, ``org/name[/sub/folder][@revision]`` on the Hub, or a single
+            ``.safetensors`` of kohya's scripts or LyCORIS.
         headers_only: for a Hub id, read only the headers, by HTTP range.
 
     Raises:
@@ -70,22 +73,44 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
         AdapterError: config or weights are damaged or contradict each other.
         AuthError, HubError: the Hub said so.
     """
+    path = Path(ref).expanduser()
+    if path.is_file() and path.suffix == ".safetensors":
+        return _single_file(path, str(ref))
     listing = locate(ref, headers_only=headers_only)
     if ADAPTER_CONFIG not in listing.names:
         raise _no_config(listing)
     config = AdapterConfig(listing.json(ADAPTER_CONFIG), f"{listing.ref.rstrip('/')}/{ADAPTER_CONFIG}")
+    if mlx.is_mlx(listing.names, config.raw):
+        source, stored = _stored(listing, mlx.WEIGHTS)
+        config, tensors = mlx.read_mlx(stored, config.raw, config.where)
+        return Adapter(listing.ref, config, tensors, source, commit=listing.commit, notes=("read as an MLX adapter",))
     if not config.peft_type:
         raise AdapterError(f"{config.where} names no peft_type", "it is not a PEFT adapter config, or a damaged one")
     if WEIGHTS not in listing.names:
         raise _no_weights(listing)
-    source = listing.open(WEIGHTS)
-    header = parse_header(source.read, source.size, source.name)
-    stored = {name: Stored(name, t.dtype, t.shape, source, t.start) for name, t in header.tensors.items()}
+    source, stored = _stored(listing, WEIGHTS)
     tensors, notes = _plain_keys(stored, source.name)
     side_files = tuple(
         SideFile(name, listing.open(name)) for name in side_names(listing.names, {WEIGHTS}) if is_brought(name)
     )
     return Adapter(listing.ref, config, tensors, source, side_files, listing.commit, notes)
+
+
+def _single_file(path: Path, ref: str) -> Adapter:
+    """A file that is an adapter by itself, as kohya's scripts and LyCORIS write it."""
+    source = LocalFile(path, ref)
+    header = parse_header(source.read, source.size, source.name)
+    stored = {key: Stored(key, t.dtype, t.shape, source, t.start) for key, t in header.tensors.items()}
+    if not kohya.is_kohya(stored):
+        raise AdapterError(f"{ref} has no keys of a single-file adapter", "give the folder with adapter_config.json")
+    config, tensors = kohya.read_kohya(stored, ref)
+    return Adapter(ref, config, tensors, source, notes=("read as a kohya or LyCORIS file",))
+
+
+def _stored(listing: Listing, name: str) -> tuple[Source, dict[str, Stored]]:
+    source = listing.open(name)
+    header = parse_header(source.read, source.size, source.name)
+    return source, {key: Stored(key, t.dtype, t.shape, source, t.start) for key, t in header.tensors.items()}
 
 
 # What an adapter folder may bring for the merged model to use; anything else in it is about training.

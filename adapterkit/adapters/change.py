@@ -8,8 +8,12 @@ their factors can be transposed, sliced and summed without ever forming the delt
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from adapterkit.checkpoint.tensor import Renamed
+from adapterkit.errors import AdapterError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -144,7 +148,10 @@ class Replacement(Kernel):
     def new(self, w: torch.Tensor, rows: range) -> torch.Tensor:
         start, stop = rows.start, rows[-1] + 1
         found = self._tensor.read(start * self._columns, stop * self._columns).view(-1, self._columns)
-        return found[:: rows.step].float()
+        found = found[:: rows.step].float()
+        if found.isnan().any():
+            raise _broken(self._tensor, "NaN")
+        return found
 
 
 class RowReplacement(Kernel):
@@ -152,11 +159,12 @@ class RowReplacement(Kernel):
 
     def __init__(self, indices: list[int], values: torch.Tensor) -> None:
         self._values = values
-        self._at = {index: position for position, index in enumerate(indices)}
+        self._at = sorted((index, position) for position, index in enumerate(indices))
 
     def new(self, w: torch.Tensor, rows: range) -> torch.Tensor:
         out = w.clone()
-        for index, position in self._at.items():
+        low, high = (bisect_left(self._at, (end, 0)) for end in (rows.start, rows.stop))
+        for index, position in self._at[low:high]:
             if index in rows:
                 out[rows.index(index)] = self._values[position]
         return out
@@ -171,8 +179,44 @@ def replace(tensor: Tensor, how: str = "replaced by the adapter's own") -> Chang
 
 
 def matrix(tensor: Tensor) -> torch.Tensor:
-    """A whole tensor of the adapter in float32, in its own shape."""
-    return raw(tensor).float()
+    """A whole tensor of the adapter in float32, in its own shape.
+
+    Raises:
+        AdapterError: it holds NaN or infinite values, which would spread over every weight it touches.
+    """
+    import torch
+
+    found = raw(tensor).float()
+    if not torch.isfinite(found).all():
+        raise _broken(tensor, "NaN or infinite values")
+    return found
+
+
+def _broken(tensor: Tensor, what: str) -> AdapterError:
+    return AdapterError(
+        f"the adapter's '{tensor.name}' holds {what}", "its training diverged; take an earlier checkpoint"
+    )
+
+
+class Checked(Renamed):
+    """A tensor of an adapter's own that takes the place of a base's. It may be infinite (masks are), but not NaN."""
+
+    @property
+    def extent(self) -> None:
+        return None  # not copied by the kernel: every value is looked at
+
+    @property
+    def how(self) -> str:
+        return "replaced by the adapter's own"
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        found = self.inner.read(start, stop)
+        if found.is_floating_point() and found.isnan().any():
+            raise _broken(self.inner, "NaN")
+        return found
+
+    def read_wide(self, start: int, stop: int) -> torch.Tensor:
+        return self.read(start, stop)
 
 
 def raw(tensor: Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ PATTERN_TIMEOUT = 2.0  # seconds for all matches of one config; patterns that ne
 MAX_PATTERN = 4096  # characters
 MAX_REPEATS = 100_000  # product of all counted repeats of a pattern: compiling takes time and memory with it
 _DOTTED = re.compile(r"[A-Za-z0-9_.-]+")
+_FUZZY = re.compile(r"\{(?!\d*,?\d*\})")
 _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 
 # Fields every PEFT method has, and what PEFT's own loader does with them; none changes a merged weight by itself.
@@ -28,6 +29,7 @@ COMMON_FIELDS = frozenset(
         "base_model_name_or_path",
         "bias",
         "exclude_modules",
+        "flat_module_names",  # our own: paths as single files of kohya's scripts have them
         "inference_mode",
         "init_weights",
         "layers_pattern",
@@ -210,11 +212,11 @@ class AdapterConfig:
             if left <= 0:
                 raise TimeoutError
             return _compiled(pattern, whole).match(module, timeout=left) is not None
-        except TimeoutError:
+        except (TimeoutError, MemoryError):
             raise UnsafeError(
                 f"{self.where}: pattern '{pattern[:60]}' takes too long to match", "do not use this adapter"
             ) from None
-        except (regex.error, RecursionError, ValueError) as error:
+        except (regex.error, re.error, RecursionError, OverflowError, ValueError) as error:
             raise AdapterError(
                 f"{self.where}: pattern '{pattern[:60]}' is not valid ({error})", "correct the config"
             ) from None
@@ -230,10 +232,22 @@ class AdapterConfig:
 
 @lru_cache(maxsize=4096)
 def _compiled(pattern: str, whole: bool) -> Any:
+    """``regex`` matches, for it can stop in time; but only what ``re`` takes, which is what training used.
+
+    So there is no recursion (which eats memory faster than any limit of time stops it) and no fuzzy matching.
+    """
+    import warnings
+
     import regex
 
+    if _FUZZY.search(pattern):
+        raise ValueError("a brace without a count")
     # The groups stand as in PEFT's own expression, so that back-references count the same.
-    return regex.compile(rf"({pattern})\Z" if whole else rf"(.*\.)?({pattern})$")
+    text = rf"({pattern})\Z" if whole else rf"(.*\.)?({pattern})$"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        re.compile(text)
+    return regex.compile(text)
 
 
 def _repeats(pattern: str) -> int:

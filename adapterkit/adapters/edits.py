@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import replace
 from adapterkit.adapters.config import COMMON_FIELDS
+from adapterkit.adapters.formats.kohya import unflattened
 from adapterkit.adapters.method import Context, Edit, Method, Module
 from adapterkit.adapters.methods import METHODS, UNMERGEABLE
 from adapterkit.adapters.target import Piece, Target
@@ -132,6 +133,7 @@ def adapter_edits(
         TargetError: a tensor has no target, or the shapes do not fit.
         AdapterError, UnsupportedAdapter: see `check_config`.
     """
+    adapter = unflattened(adapter, names)
     method = check_config(adapter, residual_base=residual_base, allow_unknown=allow_unknown)
     if not adapter.tensors:
         raise AdapterError(f"{adapter.source.name} holds no tensors", "save the adapter again")

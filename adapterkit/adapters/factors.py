@@ -15,7 +15,6 @@ from adapterkit.adapters.linear import linear_modules
 from adapterkit.adapters.merged import StoredWeights
 from adapterkit.adapters.method import Context
 from adapterkit.adapters.methods.lora import EMBEDDING_A, EMBEDDING_B, MAGNITUDE, A, B, times_applied
-from adapterkit.adapters.methods.stacked import TRANSPOSED
 from adapterkit.adapters.methods.tokens import ALONE, KEY, token_indices
 from adapterkit.adapters.names import Names
 from adapterkit.errors import AdapterError, UnsupportedAdapter, UsageError
@@ -83,10 +82,13 @@ class ModuleDelta:
             AdapterError: NaN, or infinite entries.
             UsageError: the method needs the base and there is none.
         """
-        kernel = self.change.load(self.weights)
         rows = self.slot.shape[0]
-        found = [self._matrix(kernel, range(i * rows, (i + 1) * rows)) for i in range(self.slot.count)]
-        return tuple(found)
+        try:
+            kernel = self.change.load(self.weights)
+            return tuple(self._matrix(kernel, range(i * rows, (i + 1) * rows)) for i in range(self.slot.count))
+        except AdapterError as error:
+            # Of several adapters, the sentence must say which.
+            raise AdapterError(f"{self.adapter.ref}: {self.slot.parameter}: {error.message}", error.hint) from None
 
     def _matrix(self, kernel: Kernel, rows: range) -> DeltaRows:
         parts = kernel.parts(rows)
@@ -95,10 +97,7 @@ class ModuleDelta:
         _, left, right, scale = next(iter(parts))
         if scale != 1:
             left = (left.double() * scale).float()
-        try:
-            return Factors(left.contiguous(), right.contiguous())
-        except AdapterError as error:
-            raise AdapterError(f"{self.adapter.ref}: {self.slot.parameter}: {error.message}", error.hint) from None
+        return Factors(left.contiguous(), right.contiguous())
 
 
 class StreamedDelta:
@@ -268,7 +267,7 @@ def _slot(module: Module, edit: Edit, context: Context, kinds: _Kinds) -> Slot:
         a, b = module.tensors[EMBEDDING_A], module.tensors[EMBEDDING_B]
         return Slot(name, module.path, "embedding", (a.shape[1], b.shape[0]))
     if target.stacked and len(target.shape) == 3:
-        swapped = context.model_type in TRANSPOSED
+        swapped = context.names.turned(name)
         return Slot(name, module.path, "stacked", (target.shape[1], target.shape[2]), target.shape[0], swapped=swapped)
     named = context.config.names("target_parameters")
     if A in module.tensors and any(name == one or name.endswith("." + one) for one in named):

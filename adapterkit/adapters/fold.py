@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.adapters.change import Checked
 from adapterkit.adapters.edits import adapter_edits
 from adapterkit.adapters.merged import Applied, Loaded, Merged, StoredWeights, merged_columns
 from adapterkit.adapters.names import Names
 from adapterkit.adapters.replicate import replicated
 from adapterkit.adapters.target import Target
-from adapterkit.adapters.ties import Weighted, equal_bytes, settle_ties
+from adapterkit.adapters.ties import Weighted, same_bytes, settle_ties
 from adapterkit.checkpoint.decoded import dequantized
-from adapterkit.checkpoint.tensor import Cast, Renamed, Tensor
+from adapterkit.checkpoint.tensor import Cast, Tensor
 from adapterkit.dtypes import BF16, F16, F32, F64
 from adapterkit.errors import AdapterError, TargetError, UsageError
 
@@ -57,6 +59,7 @@ def fold(
     dtype: DType | None = None,
     residual_base: bool = False,
     allow_unknown: bool = False,
+    names: Names | None = None,
     rule: Rule | None = None,
 ) -> Folded:
     """Fold adapters into a base: W + sum of w_k (f_k(W) - W), summed in float32, rounded once.
@@ -68,6 +71,7 @@ def fold(
         dtype: of all floating tensors; None keeps each tensor's own.
         residual_base: the base is what training left behind (PiSSA, LoRA-GA, ...), not the original model.
         allow_unknown: go on where a config has fields that we do not know.
+        names: where parameters are, for bases whose tensors have names of another format.
         rule: how deltas of several adapters become one; None is their weighted sum.
 
     Raises:
@@ -77,10 +81,12 @@ def fold(
     if not adapters:
         raise UsageError("no adapter was given", "name at least one")
     factors = [1.0] * len(adapters) if not weights else [float(weight) for weight in weights]
+    if not all(map(math.isfinite, factors)):
+        raise UsageError("a weight is not a finite number", "give each --weight a number")
     if len(factors) != len(adapters):
         raise UsageError(f"{len(factors)} weights for {len(adapters)} adapters", "give one --weight for each adapter")
     base, notes = replicated_base(dequantized(base), adapters)
-    names = Names(base.shapes, base.config)
+    names = names or Names(base.shapes, base.config)
     edits: list[Weighted] = []
     for adapter, factor in zip(adapters, factors, strict=True):
         found = adapter_edits(adapter, names, base.config, residual_base=residual_base, allow_unknown=allow_unknown)
@@ -106,11 +112,6 @@ def fold(
     resized = [(base[n].shape[0], merged[n].shape[0]) for n in by_tensor if n in base and _resized(base[n], merged[n])]
     vocab = resized[0] if resized else None
     return Folded(checkpoint, tuple(by_tensor), tuple(added), vocab, settled.untied, heads, (*notes, *settled.notes))
-
-
-def _same(one: Tensor | None, other: Tensor) -> bool:
-    """Whether two adapters bring the same tensor, as when PEFT saved the base's embedding with both."""
-    return one is other or (one is not None and equal_bytes(one, other))
 
 
 def _ruled(edits: Sequence[Weighted], rule: Rule) -> Sequence[Weighted]:
@@ -143,12 +144,13 @@ class _Fold:
         if not found:
             return
         first = found[0].edit.change.replaced
-        if first is None or any(not _same(item.edit.change.replaced, first) for item in found[1:]):
+        others = [item.edit.change.replaced for item in found[1:]]
+        if first is None or not all(new is first or (new is not None and same_bytes(first, new)) for new in others):
             raise TargetError(f"two adapters each bring their own '{name}'", "merge one of them first, then the other")
         for item in found:
             items.remove(item)
         dtype = base[name].dtype if name in base else first.dtype
-        stored: Tensor = Renamed(name, first)
+        stored: Tensor = Checked(name, first)
         self._tensors[name] = stored if dtype is first.dtype else Cast(stored, dtype)
 
     @staticmethod

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     Op = Sequence[Any]
 
 
+# No model has more experts than this; a header that says so is not followed.
+MOST_BLOCKS = 1 << 16
+
+
 class UnmappableError(Exception):
     """The tensors do not have the shapes that the rule expects."""
 
@@ -81,7 +85,7 @@ class Layout:
 def whole(name: str, shape: Sequence[int], lead: int) -> Layout:
     """A tensor as it is stored."""
     shape = tuple(shape)
-    if len(shape) < lead:
+    if len(shape) < lead + (lead > 1):  # only vectors have no columns
         raise UnmappableError
     return Layout(shape, lead, (Piece(name, prod(shape[:lead])),))
 
@@ -101,7 +105,7 @@ def rearranged(shape: Sequence[int], lead: int, runs: Iterable[tuple[Layout, int
 
 def _axis(layout: Layout, dim: int) -> tuple[int, int, int]:
     """``(blocks, length, rows per index)`` around dimension ``dim`` of the rows."""
-    if dim >= layout.lead:
+    if dim >= layout.lead or prod(layout.shape[:dim]) > MOST_BLOCKS:
         raise UnmappableError
     return prod(layout.shape[:dim]), layout.shape[dim], prod(layout.shape[dim + 1 : layout.lead])
 
@@ -162,12 +166,11 @@ def transpose(layout: Layout, a: int, b: int) -> Layout:
     lead = layout.lead
     if {a, b} != {lead - 1, lead} or len(layout.shape) != lead + 1 or len(layout.pieces) != 1:
         raise UnmappableError
-    piece, (old, new) = layout.pieces[0], layout.shape[lead - 1 :]
-    if piece.transposed or piece.at_step != 1:
+    piece, (old, new), blocks = layout.pieces[0], layout.shape[lead - 1 :], prod(layout.shape[: lead - 1])
+    if piece.transposed or piece.at_step != 1 or blocks > MOST_BLOCKS:
         raise UnmappableError
     pieces = tuple(
-        Piece(piece.tensor, new, row=block * new, at=piece.at + block * old, transposed=True)
-        for block in range(prod(layout.shape[: lead - 1]))
+        Piece(piece.tensor, new, row=block * new, at=piece.at + block * old, transposed=True) for block in range(blocks)
     )
     return Layout((*layout.shape[: lead - 1], new, old), lead, pieces)
 

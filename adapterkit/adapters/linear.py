@@ -48,7 +48,8 @@ HEADS_OF = {
     "git": ("output",),
     "modernbert-decoder": ("decoder",),
     "rwkv": ("head",),
-    "whisper": ("proj_out",),
+    "dia": ("logits_dense",),
+    **dict.fromkeys(("whisper", "cohere_asr", "moonshine_streaming"), ("proj_out",)),
     **dict.fromkeys(
         ("altclip", "blip", "chinese_clip", "clip", "clipseg", "aimv2", "metaclip_2", "owlv2", "owlvit"),
         ("text_projection",),
@@ -62,7 +63,7 @@ SUBCLASSED = {
 # _keep_in_fp32_modules of the model classes, by model type.
 INDEXER = ("indexer.weights_proj",)
 KEPT = {
-    **dict.fromkeys(("t5", "mt5", "umt5", "udop"), ("wo",)),
+    **dict.fromkeys(("t5", "mt5", "umt5", "udop", "pop2piano"), ("wo",)),
     **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa", "mistral_large4", "mistral_large4_text"), INDEXER),
     "deepseek_v4": ("self_attn.compressor.kv_proj", "self_attn.compressor.gate_proj"),
     "blip-2": ("qformer",),

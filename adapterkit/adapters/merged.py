@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import Weights
-from adapterkit.checkpoint.tensor import BLOCK, Tensor
+from adapterkit.checkpoint.tensor import BLOCK, Tensor, rounded
 from adapterkit.dtypes import F32
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     import torch
 
     from adapterkit.adapters.change import Change, Kernel
     from adapterkit.adapters.target import Piece, Target
     from adapterkit.dtypes import DType
+
+    # Told of each block: the element it starts at, W as stored, and W' before rounding; both ``[rows, columns]``.
+    Watcher = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 class StoredWeights(Weights):
@@ -115,6 +118,7 @@ class Merged(Tensor):
         self.name, self.base, self.applied, self.dtype = name, base, applied, dtype
         self.shape = base.shape
         self._columns = max(columns, 1)
+        self.watch: Watcher | None = None
 
     @property
     def block(self) -> int:
@@ -137,7 +141,7 @@ class Merged(Tensor):
         return " + ".join(dict.fromkeys(words))
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        return self.read_wide(start, stop).to(self.dtype.torch)
+        return rounded(self.read_wide(start, stop), self.dtype, self.name)
 
     def read_wide(self, start: int, stop: int) -> torch.Tensor:
         import torch
@@ -166,6 +170,8 @@ class Merged(Tensor):
                 _add_transposed(acc, stored, applied, loaded, low, high, alone)
             else:
                 _add(acc, stored, applied, loaded, low, high, alone)
+        if self.watch is not None:
+            self.watch(start, stored, acc)
         return acc.view(-1)
 
 

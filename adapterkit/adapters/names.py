@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.layout import Layout, UnmappableError, lead_of, run, unrun, whole
+from adapterkit.adapters.layout import MOST_BLOCKS, Layout, UnmappableError, lead_of, run, unrun, whole
 from adapterkit.adapters.rules import Loader
 from adapterkit.adapters.target import Piece, Target
 
@@ -32,6 +33,9 @@ TEXT = (
 )
 HEAD = ("language_model.lm_head.", "model.language_model.lm_head.", "text_model.lm_head.", "lm_head.")
 
+# The part of an any-to-any model that is trained is a model with a head itself.
+OMNI = ("thinker.", "")
+
 # A longer name is nobody's parameter: it is only ever matched as it stands.
 LONGEST = 500
 
@@ -43,6 +47,10 @@ FIELDS = {
     "moe_intermediate_size": ("moe_intermediate_size", "intermediate_size"),
 }
 TEXT_CONFIGS = ("text_config", "thinker_config", "llm_config", "language_config")
+
+
+# The shape of each source tensor of a rule, and the (target, rows) that take from "key:number".
+_Takers = tuple[list[tuple[int, ...]], dict[str, list[tuple[int, Piece]]]]
 
 
 class _Group:
@@ -66,6 +74,7 @@ class Names:
         self._shapes = shapes
         self._config = config
         self._targets: dict[str, Target | None] = {}
+        self._parts: dict[tuple[int, tuple[tuple[int, ...], ...]], _Takers] = {}
         self._called: dict[str, str] = {}  # tensor -> its name in the module tree, filled in with `_known`
         self._layouts: dict[int, list[Layout] | None] = {}
 
@@ -92,6 +101,8 @@ class Names:
 
     def tied(self, parameter: str) -> str | None:
         """The stored parameter that ``parameter`` shares its values with, when it is not stored under its own name."""
+        if self.find(parameter) is not None:
+            return None
         seen = {parameter}
         queue = [parameter, *self._repairs(parameter)]
         for name in queue:
@@ -149,6 +160,10 @@ class Names:
                 return name
         return parameter
 
+    def turned(self, parameter: str) -> bool:
+        """Whether ``parameter`` is a stack of experts whose module keeps it as ``[experts, in, out]``, and says so."""
+        return ".".join(parameter.split(".")[-2:]) in self._loader.turned
+
     def find_module(self, module: str) -> tuple[str, ...]:
         """The parameters that the module called ``module`` holds itself, under that name (``{module}.weight``, ...)."""
         for name in (module, *self._repairs(module)):
@@ -164,7 +179,7 @@ class Names:
         number = re.compile(r"(?<=\.)\d+(?=\.)")
         numbers = number.findall(parameter)
         alike: dict[str, str] = {}
-        for name in self.parameters():
+        for name in chain(self._shapes, self.parameters()):
             shape = number.sub("0", name)
             if shape not in alike or number.findall(name) == numbers:
                 alike[shape] = name
@@ -285,29 +300,44 @@ class Names:
 
     def _part(self, rule: Rule, source: int, name: str, found: list[Layout], lead: int) -> Layout | None:
         """The layout of one source of ``rule``, from the layouts of the parameters that the rule makes."""
-        makes = [layout.shape for layout in found]
-        keys = range(len(rule.branches))
-        shapes = [unrun(rule.ops, makes, len(keys))]
+        makes = tuple(layout.shape for layout in found)
+        if (id(rule), makes) not in self._parts:
+            self._parts[id(rule), makes] = self._takers(rule, makes, lead)
+        shapes, takers = self._parts[id(rule), makes]
         place = 0
-        if any(op[0] in ("stack", "deal") for op in rule.ops):
-            shapes = [
-                unrun(rule.ops, makes, len(keys), target) for target, made in enumerate(makes) for _ in range(made[0])
-            ]
+        if len(shapes) > 1:
             matched = rule.match(self._renamed(name))
             digits = re.search(r"\d+", matched[1].group(0)) if matched else None
             place = int(digits.group(0)) if digits else len(shapes)
         if place >= len(shapes):
             return None
-        sources = [[whole(f"{key}:{index}", shape, lead) for index, shape in enumerate(shapes)] for key in keys]
-        patterns = [branch.pattern for branch in rule.branches]
-        pieces: list[Piece] = []
-        for made, stored in zip(run(rule.ops, sources, patterns, rule.targets, self._number), found, strict=True):
-            if made.shape != stored.shape:
-                return None
-            for piece in made.pieces:
-                if piece.tensor == f"{source}:{place}":
-                    pieces += _through(piece, stored, shapes[place])
+        pieces = [
+            part
+            for target, piece in takers.get(f"{source}:{place}", ())
+            for part in _through(piece, found[target], shapes[place])
+        ]
         return Layout(shapes[place], lead, tuple(sorted(pieces, key=lambda piece: piece.row)))
+
+    def _takers(self, rule: Rule, makes: tuple[tuple[int, ...], ...], lead: int) -> _Takers:
+        """What ``rule`` does with each of its sources, when it makes parameters of these shapes."""
+        keys = range(len(rule.branches))
+        if any(op[0] in ("stack", "deal") for op in rule.ops):
+            if sum(made[0] for made in makes) > MOST_BLOCKS:
+                raise UnmappableError
+            shapes = [
+                unrun(rule.ops, makes, len(keys), target) for target, made in enumerate(makes) for _ in range(made[0])
+            ]
+        else:
+            shapes = [unrun(rule.ops, makes, len(keys))]
+        sources = [[whole(f"{key}:{index}", shape, lead) for index, shape in enumerate(shapes)] for key in keys]
+        layouts = run(rule.ops, sources, [branch.pattern for branch in rule.branches], rule.targets, self._number)
+        if tuple(layout.shape for layout in layouts) != makes:
+            raise UnmappableError
+        takers: dict[str, list[tuple[int, Piece]]] = {}
+        for target, layout in enumerate(layouts):
+            for piece in layout.pieces:
+                takers.setdefault(piece.tensor, []).append((target, piece))
+        return shapes, takers
 
     def _renamed(self, name: str) -> str:
         """``name`` after the renamings, before any converter."""
@@ -319,10 +349,10 @@ class Names:
     def _repairs(self, name: str) -> list[str]:
         """Other names of the same parameter: with or without the base model's prefix, and as part of a bigger model."""
         found = []
-        prefix = self._loader.prefix + "." if self._loader.prefix else ""
+        prefix = self._loader.outer + "." if self._loader.outer else ""
         if prefix:
-            found.append(name[len(prefix) :] if name.startswith(prefix) else prefix + name)
-        for family in (TEXT, HEAD):
+            found += [name[len(prefix) :], prefix + name] if name.startswith(prefix) else [prefix + name]
+        for family in (TEXT, HEAD, OMNI):
             start = next((start for start in family if name.startswith(start)), None)
             if start is not None:
                 found += [other + name[len(start) :] for other in family if other != start]

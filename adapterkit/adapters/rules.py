@@ -116,13 +116,16 @@ class Loader:
         self.model_type = str(config.get("model_type") or "")
         known = isinstance(first, str) and first in data["classes"]
         self.name = str(first) if known else self._auto(self.model_type, "Model")
-        self.prefix = self._class(self.name)[1] or data["types"].get(self.model_type, ["", ""])[1]
+        usual = data["types"].get(self.model_type, ["", ""])[1]
+        self.prefix: str = self._class(self.name)[1] if self.name in data["classes"] else usual
+        # what a model with a head calls this model, where the model itself has no word for it
+        self.outer: str = self.prefix or usual
 
     @staticmethod
     def _class(name: str) -> list[Any]:
-        """``[model type, base model prefix, sub-models, ties, stacked weights]`` of a class."""
+        """``[model type, base model prefix, sub-models, ties, stacked weights, turned weights]`` of a class."""
         row = table()["classes"].get(name, [])
-        return [*row, *["", "", [], {}, []][len(row) :]]
+        return [*row, *["", "", [], {}, [], []][len(row) :]]
 
     @staticmethod
     def _auto(model_type: str, like: str) -> str:
@@ -232,6 +235,11 @@ class Loader:
     def stacked(self) -> set[str]:
         """Last two parts of the names of three-dimensional weights that are stacked matrices, not convolutions."""
         return {leaf for _, name, _ in self.tree for leaf in self._class(name)[4]}
+
+    @cached_property
+    def turned(self) -> set[str]:
+        """Last two parts of the names of stacked experts that a module keeps as ``[experts, in, out]``, and says so."""
+        return {leaf for _, name, _ in self.tree for leaf in self._class(name)[5]}
 
     @cached_property
     def ties(self) -> list[tuple[str, str, str]]:

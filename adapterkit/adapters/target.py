@@ -9,6 +9,7 @@ that one rule carries weights, low-rank factors and their inverses alike.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -61,11 +62,11 @@ class Target:
     pieces: tuple[Piece, ...]
     stacked: bool = False
 
-    @property
+    @cached_property
     def matrix(self) -> tuple[int, int]:
         return as_matrix(self.shape, self.stacked)
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[str, ...]:
         """The checkpoint tensors touched, in order, each once."""
         return tuple(dict.fromkeys(piece.tensor for piece in self.pieces))

@@ -142,14 +142,14 @@ def _same(one: Edit, other: Edit) -> bool:
     """Whether two edits say the same: a tied module that was saved twice, as one tensor or as LoRA factors."""
     a, b = one.change, other.change
     if a.stored is not None and b.stored is not None:
-        return _equal(a.stored, False, b.stored, False)
+        return same_bytes(a.stored, b.stored)
     if not a.factors or not b.factors or (a.how, a.scale) != (b.how, b.scale):
         return False
     return all(_equal(*left, *right) for left, right in zip(a.factors, b.factors, strict=True))
 
 
-def equal_bytes(one: Tensor, other: Tensor) -> bool:
-    """Whether two stored tensors hold the same, byte by byte."""
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Whether two stored tensors are the same."""
     return _equal(one, False, other, False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
@@ -38,6 +38,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
         notes: what a user should know about how it was read.
     """
 
+    format: ClassVar[str] = "safetensors"
     ref: str
     tensors: Mapping[str, Tensor]
     shards: Mapping[str, str] = field(default_factory=dict)

@@ -85,6 +85,9 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     Raises:
         CheckpointError: a format that is not known, or weights that are incomplete.
     """
+    if is_plain(checkpoint):
+        return checkpoint
+
     weights = find_weights(checkpoint.tensors, checkpoint.config, checkpoint.ref)
     if not weights:
         return checkpoint
@@ -119,6 +122,16 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
         side_files=side_files,
         notes=(*checkpoint.notes, f"decoded {shown}"),
     )
+
+
+def is_plain(checkpoint: Checkpoint) -> bool:
+    """Whether nothing can be quantized: wide floating tensors only, and a config that does not say otherwise.
+
+    Most checkpoints are, and for them the table of formats need not be loaded.
+    """
+    parts = (checkpoint.config, *(value for value in checkpoint.config.values() if hasattr(value, "get")))
+    said = any(key in part for part in parts for key in ("quantization_config", "compression_config"))
+    return not said and all(t.dtype.is_float and t.dtype.bits >= 16 for t in checkpoint.tensors.values())
 
 
 def config_dtype(config: Mapping[str, Any]) -> DType | None:

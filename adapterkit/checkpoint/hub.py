@@ -6,13 +6,14 @@ taken for today's ``main``. With ``headers_only`` weight files are read by HTTP 
 
 from __future__ import annotations
 
+import glob
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.files import LocalFile, Source
-from adapterkit.checkpoint.folder import PICKLES
+from adapterkit.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, PICKLES, SINGLE, read_index, side_names
 from adapterkit.checkpoint.listing import Listing, LocalFolder
 from adapterkit.errors import AdapterkitError, AuthError, CheckpointError, HubError, NotFound
 
@@ -23,20 +24,23 @@ if TYPE_CHECKING:
 
 FIRST_BYTES = 1 << 17  # one request fetches a header of up to this size whole
 PARALLEL = 16
+RETRIES = 3  # of one request, when the server is busy or the connection drops
 
 # A weight file is only read where headers are wanted, so these never come down with the side files.
 _WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".npz", ".tflite")
 
 
 @contextmanager
-def hub_errors(what: str) -> Iterator[None]:
-    """Turn huggingface_hub's exceptions into ours; ``what`` names the repository."""
+def hub_errors(what: str, may: str = "read") -> Iterator[None]:
+    """Turn huggingface_hub's exceptions into ours; ``what`` names the repository, ``may`` what a token must allow."""
     from huggingface_hub import errors as hf
 
     try:
         yield
     except AdapterkitError:
         raise
+    except hf.HFValidationError:
+        raise NotFound(f"{what} is no repository name", "it looks like org/name") from None
     except hf.GatedRepoError:
         raise AuthError(f"{what} is gated", "accept its terms on the Hub and set HF_TOKEN") from None
     except hf.RepositoryNotFoundError as error:
@@ -57,7 +61,9 @@ def hub_errors(what: str) -> Iterator[None]:
     except hf.HfHubHTTPError as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403):
-            raise AuthError(f"the Hub refused {what} ({status})", "set HF_TOKEN to a token that may read it") from None
+            raise AuthError(
+                f"the Hub refused {what} ({status})", f"set HF_TOKEN to a token that may {may} it"
+            ) from None
         raise HubError(f"the Hub failed on {what} ({status or error})", "try again later") from None
     except OSError as error:
         raise HubError(f"{what} could not be fetched ({error})", "check the network and try again") from None
@@ -97,11 +103,49 @@ def hub_listing(ref: HubRef, *, headers_only: bool) -> Listing:
         names = {name for name in names if name.count("/") <= 2 and not name.startswith(".")}
         if not names:
             raise NotFound(f"{shown} has no such folder", "check the sub-folder's name")
-        if headers_only:
-            return HubFolder(ref, commit, frozenset(names), shown)
-        patterns = [prefix + name for name in names if not name.endswith(PICKLES)]
-        folder = hf.snapshot_download(ref.repo, revision=commit, allow_patterns=patterns)
+        listing = HubFolder(ref, commit, frozenset(names), shown)
+        wanted = [glob.escape(prefix + name) for name in _wanted(listing)]
+        if headers_only or not wanted:
+            return listing
+        # By the name that was asked for, so that the cache knows it when the network is gone.
+        folder = hf.snapshot_download(ref.repo, revision=ref.revision, allow_patterns=wanted)
+        if Path(folder).name != commit:
+            folder = hf.snapshot_download(ref.repo, revision=commit, allow_patterns=wanted)
         return _snapshot(folder, ref, shown)
+
+
+def file_digests(repo: str, commit: str) -> dict[str, str]:
+    """sha256 of every large file of a repository at a commit, as the Hub states them: one request, no download.
+
+    Raises:
+        AuthError, HubError, NotFound
+    """
+    import huggingface_hub as hf
+
+    with hub_errors(f"{repo}@{commit}"):
+        info = hf.HfApi().model_info(repo, revision=commit, files_metadata=True)
+        return {s.rfilename: s.lfs.sha256 for s in info.siblings or () if s.lfs is not None}
+
+
+def _wanted(listing: Listing) -> list[str]:
+    """The files to download: the weights that will be read, and what travels with them; nothing if there are no weights.
+
+    Repositories hold the same weights many times over (GGUF, ONNX, consolidated files).
+    """
+    names = listing.names
+    loose = {name for name in names if name.endswith(".safetensors") and "/" not in name}
+    if SINGLE in names:
+        weights = {SINGLE}
+    elif INDEX in names:
+        weights = {INDEX, *read_index(listing, INDEX).values()} & names
+    else:
+        weights = loose
+    if ADAPTER_CONFIG in names:  # the folders beside an adapter are checkpoints of its training
+        weights = loose & {ADAPTER_WEIGHTS}
+        return sorted(
+            {ADAPTER_CONFIG, *weights, *(n for n in side_names(names, weights) if "/" not in n)} if weights else ()
+        )
+    return sorted({*weights, *side_names(names, weights)}) if weights else []
 
 
 def _snapshot(folder: str, ref: HubRef, shown: str) -> LocalFolder:
@@ -152,7 +196,7 @@ class HubFile(Source):
         self._head, self.size = self._range(0, FIRST_BYTES)
 
     def _range(self, offset: int, length: int) -> tuple[bytes, int]:
-        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # type: ignore[attr-defined]
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
 
         with hub_errors(self.name):
             headers = {
@@ -161,7 +205,7 @@ class HubFile(Source):
                 "Accept-Encoding": "identity",
             }
             # The session follows redirects to the storage host and drops the token on the way.
-            response = get_session().get(self.url, headers=headers, follow_redirects=True)
+            response = http_backoff("GET", self.url, headers=headers, follow_redirects=True, max_retries=RETRIES)
             hf_raise_for_status(response)
             data = response.content
             total = response.headers.get("Content-Range", "").rpartition("/")[2]

@@ -72,7 +72,8 @@ def check_plain(name: str, where: str) -> str:
 
 
 class LocalFolder(Listing):
-    """A folder on disk. Links may point into the folder or, for a Hugging Face cache snapshot, into that cache."""
+    """A folder on disk. Links may point into the folder or, for a Hugging Face cache snapshot or a registry's tree, into that
+    cache or among that registry's blobs."""
 
     def __init__(self, path: Path, ref: str | None = None, commit: str | None = None) -> None:
         self.path, self.ref, self.commit = path, ref or str(path), commit
@@ -81,6 +82,8 @@ class LocalFolder(Listing):
         for folder in (real, *real.parents):
             if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
                 self._allowed.append(folder.parent.parent.parent)  # the cache root: snapshots link to blobs below it
+            if folder.name == "trees" and (folder.parent / "format").is_file():
+                self._allowed += [folder.parent / "objects", folder.parent / "records"]
         self._names = frozenset(self._walk(path, PurePosixPath()))
 
     def _walk(self, folder: Path, prefix: PurePosixPath) -> Iterable[str]:

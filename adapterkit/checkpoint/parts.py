@@ -12,7 +12,7 @@ from adapterkit.checkpoint.journal import Journal
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import check_target, partial_folder, staging, write_file
 from adapterkit.checkpoint.sink import Sink
-from adapterkit.checkpoint.write import finish, identity
+from adapterkit.checkpoint.write import finish, identity, input_paths
 from adapterkit.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def write_part(
     if not 0 <= index < len(plan.files):
         raise UsageError(f"there is no part {index}", f"this plan has parts 0 to {len(plan.files) - 1}")
     file = plan.files[index]
-    inputs = [source.path.parent for source in sources if source.path is not None]
+    inputs = input_paths(plan, sources)
     check_target(out, inputs, file.nbytes, force=True, held=[partial_folder(out) / file.name])
     with staging(out, resume=True, shared=True) as folder:
         journal = Journal(folder / f".journal.{index}.jsonl", identity(plan, sources))
@@ -53,7 +53,14 @@ def write_part(
         write_file(folder / _note(file.name), plan.digest.encode())
 
 
-def finish_parts(plan: Plan, out: Path, *, side_files: Mapping[str, bytes], force: bool = False) -> None:
+def finish_parts(
+    plan: Plan,
+    out: Path,
+    *,
+    side_files: Mapping[str, bytes],
+    force: bool = False,
+    record: Callable[[Path], Mapping[str, bytes]] | None = None,
+) -> None:
     """Make the target once every part is done.
 
     Raises:
@@ -67,7 +74,7 @@ def finish_parts(plan: Plan, out: Path, *, side_files: Mapping[str, bytes], forc
         missing = [str(i) for i, file in enumerate(plan.files) if not _done(plan, folder, file.name, file.nbytes)]
         if missing:
             raise OutputError(f"{out}: parts {', '.join(missing[:8])} are not done", "execute them, then finish again")
-        finish(plan, folder, out, side_files, force=force)
+        finish(plan, folder, out, side_files, force=force, record=record)
 
 
 def _note(name: str) -> str:

@@ -6,6 +6,7 @@ too, and gives the same bytes. Nothing but headers is needed to make one.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -70,13 +71,47 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Bytes of an output file beside its tensors: a range of ``source`` when that is set, else ``data`` (base64)."""
+
+    offset: int
+    nbytes: int
+    data: str = ""
+    source: str | None = None
+    source_offset: int = 0
+
+    @property
+    def content(self) -> bytes:
+        return base64.b64decode(self.data)
+
+
+@dataclass(frozen=True)
 class PlannedFile:
-    """One output file. ``verbatim`` names an input file that it equals byte for byte."""
+    """One output file.
+
+    Attributes:
+        verbatim: an input file that it equals byte for byte.
+        head: what stands before the tensors, in formats whose header does not follow from the steps alone.
+    """
 
     name: str
     nbytes: int
     steps: tuple[Step, ...]
     verbatim: str | None = None
+    head: tuple[Chunk, ...] = ()
+
+    @property
+    def gaps(self) -> list[tuple[int, int]]:
+        """Offset and length of what lies between the parts: padding, written as zeros."""
+        if not self.head:
+            return []
+        found, position = [], 0
+        places = [(chunk.offset, chunk.nbytes) for chunk in self.head] + [(s.offset, s.nbytes) for s in self.steps]
+        for offset, nbytes in places:
+            if offset > position:
+                found.append((position, offset - position))
+            position = offset + nbytes
+        return [*found, (position, self.nbytes - position)] if self.nbytes > position else found
 
 
 @dataclass(frozen=True)
@@ -89,6 +124,7 @@ class Plan:
         peak_memory: bytes, estimated for ``jobs`` workers.
         inputs: fingerprint of each input file, by name.
         request: what was asked for, enough to make the same plan again.
+        layout: ``folder`` when the files stand in the output folder, ``file`` when they are the output themselves.
     """
 
     files: tuple[PlannedFile, ...]
@@ -97,6 +133,7 @@ class Plan:
     inputs: Mapping[str, str] = field(default_factory=dict)
     request: Mapping[str, Any] = field(default_factory=dict)
     format: int = FORMAT
+    layout: str = "folder"
 
     @property
     def nbytes(self) -> int:
@@ -147,11 +184,12 @@ class Plan:
                     file["nbytes"],
                     tuple(Step(**{**step, "shape": tuple(step["shape"])}) for step in file["steps"]),
                     file["verbatim"],
+                    tuple(Chunk(**chunk) for chunk in file["head"]),
                 )
                 for file in data["files"]
             )
             maps = [dict(data[name]) for name in ("metadata", "inputs", "request")]
-            return cls(files, maps[0], int(data["peak_memory"]), maps[1], maps[2])
+            return cls(files, maps[0], int(data["peak_memory"]), maps[1], maps[2], FORMAT, str(data["layout"]))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"this is not a plan file ({error!r})", "write one with --save-plan") from None
 
@@ -171,6 +209,12 @@ def plan_safetensors(
     memory = max((tensor.memory for tensor in view.values()), default=0)
     peak = BASELINE_MEMORY + jobs * WORKER_MEMORY + memory
     return Plan(files, metadata, peak, dict(inputs or {}), dict(request or {}))
+
+
+def plan_file(name: str, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> Plan:
+    """Plan one safetensors file of small tensors, such as an adapter's."""
+    memory = BASELINE_MEMORY + WORKER_MEMORY + max((tensor.memory for tensor in tensors), default=0)
+    return Plan((_plan_file(name, tensors, metadata),), dict(metadata), memory, {}, {})
 
 
 def _own_shards(view: Checkpoint) -> list[tuple[str, list[Tensor]]]:
@@ -208,10 +252,10 @@ def _packed_shards(view: Checkpoint, limit: int) -> list[tuple[str, list[Tensor]
 def _plan_file(name: str, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> PlannedFile:
     source = _unchanged_file(tensors)
     if source is not None:
-        steps = tuple(_step(tensor, tensor.extent.offset) for tensor in tensors if tensor.extent is not None)
+        steps = tuple(step_of(tensor, tensor.extent.offset) for tensor in tensors if tensor.extent is not None)
         return PlannedFile(name, source.size, steps, verbatim=source.name)
     header, offsets = build_header([(t.name, t.dtype, t.shape) for t in tensors], metadata)
-    steps = tuple(_step(tensor, offsets[tensor.name]) for tensor in tensors)
+    steps = tuple(step_of(tensor, offsets[tensor.name]) for tensor in tensors)
     return PlannedFile(name, steps[-1].offset + steps[-1].nbytes if steps else len(header), steps)
 
 
@@ -225,7 +269,8 @@ def _unchanged_file(tensors: Sequence[Tensor]) -> Source | None:
     return source if data_start + sum(tensor.nbytes for tensor in tensors) == source.size else None
 
 
-def _step(tensor: Tensor, offset: int) -> Step:
+def step_of(tensor: Tensor, offset: int) -> Step:
+    """The step that puts ``tensor`` at ``offset`` of its file."""
     extent = tensor.extent
     source = None if extent is None else extent.source.name
     return Step(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from adapterkit.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
 LOCK = ".lock"
 _RENAME_EXCHANGE = 2
@@ -145,6 +145,20 @@ def publish(folder: Path, out: Path, *, keep: set[str], force: bool) -> None:
     else:
         os.rename(folder, out)
     sync_folder(out.parent)
+
+
+def publish_files(folder: Path, targets: Mapping[str, Path], *, force: bool) -> None:
+    """Give finished files of the hidden folder their names beside it, and drop the folder.
+
+    Each file appears whole, by one rename; of several, the first of ``targets`` comes last, since it is what readers open.
+    """
+    for name in reversed(list(targets)):
+        target = targets[name]
+        if target.exists() and not force:
+            raise OutputError(f"{target} appeared while it was being made", "choose another name, or use --force")
+        os.replace(folder / name, target)
+        sync_folder(target.parent)
+    shutil.rmtree(folder)
 
 
 def write_file(path: Path, data: bytes) -> None:

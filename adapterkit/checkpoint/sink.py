@@ -99,7 +99,7 @@ class Sink:
             self._journal.start()
             queues = []
             for file in files:
-                fd = os.open(self._folder / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                fd = os.open(self._folder / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
                 opened.append(fd)
                 os.ftruncate(fd, file.nbytes)
                 queues.append(_Queue(deque(self._tasks(file, fd, proved))))
@@ -178,8 +178,16 @@ class Sink:
         if file.verbatim is not None:
             yield from _copy_tasks(self._sources[file.verbatim], 0, fd, 0, file.nbytes)
             return
-        header = self._plan.header(file)
-        yield lambda: _write(fd, memoryview(header), 0)
+        if not file.head:
+            header = self._plan.header(file)
+            yield lambda: _write(fd, memoryview(header), 0)
+        for chunk in file.head:
+            if chunk.source is not None:
+                source = self._sources[chunk.source]
+                yield from _copy_tasks(source, chunk.source_offset, fd, chunk.offset, chunk.nbytes)
+            else:
+                yield lambda chunk=chunk: _write(fd, memoryview(chunk.content), chunk.offset)  # type: ignore[misc]
+        yield from (lambda gap=gap: _write(fd, memoryview(bytes(gap[1])), gap[0]) for gap in file.gaps)
         for step in file.steps:
             tensor = self._tensors[step.tensor]
             extent = tensor.extent
@@ -199,7 +207,7 @@ class Sink:
         tensor = job.tensor
         stop = min(start + tensor.block, tensor.numel)
         data = _bytes(tensor.read(start, stop))
-        _write(job.fd, data, job.step.offset + start * tensor.dtype.bits // 8)
+        _write(job.fd, data, job.step.offset + tensor.dtype.nbytes((start,)))
         job.digests[index] = block_digest(data)
         with job.lock:
             job.missing -= 1
@@ -211,11 +219,11 @@ class Sink:
 
     def _check(self, job: _Job) -> int:
         """Re-use a tensor that an earlier run wrote if its bytes are what the journal says; else compute it."""
-        tensor, bits = job.tensor, job.tensor.dtype.bits
+        tensor, nbytes = job.tensor, job.tensor.dtype.nbytes
         digests = []
         for start in range(0, tensor.numel, tensor.block):
-            count = min(tensor.block, tensor.numel - start) * bits // 8
-            digests.append(block_digest(os.pread(job.fd, count, job.step.offset + start * bits // 8)))
+            count = nbytes((min(tensor.block, tensor.numel - start),))
+            digests.append(block_digest(os.pread(job.fd, count, job.step.offset + nbytes((start,)))))
         if tensor_digest(digests) == job.proof:
             tensor.release()
             with self._count:

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
+from adapterkit.dtypes import F16
+from adapterkit.errors import CheckpointError
+
 if TYPE_CHECKING:
     import torch
 
@@ -185,6 +188,19 @@ class Transposed(Tensor):
         self.inner.release()
 
 
+def rounded(wide: torch.Tensor, dtype: DType, name: str) -> torch.Tensor:
+    """``wide`` rounded to nearest even in ``dtype``; ``name`` is for the error.
+
+    Raises:
+        CheckpointError: float16 (up to 65504) cannot hold a value, which would become infinite.
+    """
+    found = wide.to(dtype.torch)
+    if dtype is F16 and found.isinf().any() and (found.isinf() & ~wide.isinf()).any():
+        largest = wide[~wide.isinf()].abs().max().item()
+        raise CheckpointError(f"'{name}' holds {largest:.6g}, more than float16 can", "write bf16 or f32")
+    return found
+
+
 class Cast(Tensor):
     """A tensor in another floating dtype, rounded once to nearest even."""
 
@@ -204,7 +220,7 @@ class Cast(Tensor):
         return f"{self.inner.dtype} to {self.dtype}"
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        return self.inner.read(start, stop).to(self.dtype.torch)
+        return rounded(self.inner.read(start, stop), self.dtype, self.name)
 
     def release(self) -> None:
         self.inner.release()

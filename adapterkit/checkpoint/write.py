@@ -1,4 +1,4 @@
-"""`write_safetensors`: a view and its plan become a folder."""
+"""`write_safetensors`: a view and its plan become a folder (or, for plans of other files, those files)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 from adapterkit.checkpoint.folder import INDEX
 from adapterkit.checkpoint.journal import JOURNAL, Journal
 from adapterkit.checkpoint.plan import default_jobs
-from adapterkit.checkpoint.publish import check_target, partial_folder, publish, staging, write_file
+from adapterkit.checkpoint.publish import (
+    check_target,
+    partial_folder,
+    publish,
+    publish_files,
+    staging,
+    write_file,
+)
 from adapterkit.checkpoint.sink import Sink
 from adapterkit.errors import OutputError
 
@@ -30,17 +37,20 @@ def write_safetensors(
     out: Path,
     *,
     side_files: Mapping[str, bytes],
+    record: Callable[[Path], Mapping[str, bytes]] | None = None,
     jobs: int | None = None,
     force: bool = False,
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Execute a plan into a folder that appears whole or not at all.
+    """Execute a plan into a folder, or the files it is of, which appear whole or not at all.
 
     Args:
         plan: what to write; ``tensors`` and ``sources`` are the handles and files it was made from.
-        out: the folder to make.
+        out: the folder to make, or the file; several files get ``-00001-of-00003`` and so on before its suffix.
         side_files: small files to write beside the weights, by relative name.
+        record: more small files, asked for when everything else lies in the hidden folder, which it is given; beside
+            an output that is a file they get its name and a dot before theirs.
         jobs: worker threads.
         force: replace an existing folder.
         resume: re-use what an interrupted run left and its content proves, and leave the same behind if interrupted.
@@ -57,25 +67,66 @@ def write_safetensors(
         journal = Journal(folder / JOURNAL, identity(plan, sources))
         sink = Sink(plan, tensors, sources, folder, jobs=jobs or default_jobs(), journal=journal, progress=progress)
         sink.run(plan.files)
-        finish(plan, folder, out, side_files, force=force)
+        finish(plan, folder, out, side_files, force=force, record=record)
     return sink.reused
+
+
+def file_names(plan: Plan, out: Path) -> dict[str, Path]:
+    """The names of a plan's files, in the hidden folder and in the end."""
+    names = [file.name for file in plan.files]
+    if len(names) == 1:
+        return {names[0]: out}
+    return {
+        name: out.with_name(f"{out.stem}-{number:05d}-of-{len(names):05d}{out.suffix}")
+        for number, name in enumerate(names, 1)
+    }
 
 
 def check_output(plan: Plan, sources: Sequence[Source], out: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
     """Refuse a target that exists, is read-only, lies in an input or has no room, before the first byte."""
-    folders = [source.path.parent for source in sources if source.path is not None]
+    paths = input_paths(plan, sources)
     held = [partial_folder(out) / file.name for file in plan.files]
-    check_target(out, [*folders, *inputs], plan.nbytes, force=force, held=held)
+    if plan.layout == "folder":
+        check_target(out, [*paths, *inputs], plan.nbytes, force=force, held=held)
+        return
+    for target in file_names(plan, out).values():
+        if target.is_dir():
+            raise OutputError(f"{target} is a folder", "name a file")
+        check_target(target, [*paths, *inputs], plan.nbytes, force=force, held=held)
 
 
-def finish(plan: Plan, folder: Path, out: Path, side_files: Mapping[str, bytes], *, force: bool) -> None:
-    """Write the index and the side files into the hidden folder and make it the target."""
+def input_paths(plan: Plan, sources: Sequence[Source]) -> list[Path]:
+    """What an output may not lie in or over: the folders of the inputs; files, where files stand for themselves."""
+    paths = [source.path for source in sources if source.path is not None]
+    return [path if plan.layout == "file" or path.suffix == ".gguf" else path.parent for path in paths]
+
+
+def finish(
+    plan: Plan,
+    folder: Path,
+    out: Path,
+    side_files: Mapping[str, bytes],
+    *,
+    force: bool,
+    record: Callable[[Path], Mapping[str, bytes]] | None = None,
+) -> None:
+    """Make the hidden folder the target, with the index and the side files; or its files the targets themselves."""
     extra = dict(side_files)
     if len(plan.files) > 1:
         extra[INDEX] = index_json(plan)
     try:
+        if plan.layout == "file":
+            made = record(folder) if record is not None else {}
+            publish_files(folder, file_names(plan, out), force=force)
+            for name, data in made.items():
+                write_file(out.with_name(f".{out.name}.{name}"), data)
+                os.replace(out.with_name(f".{out.name}.{name}"), out.with_name(f"{out.name}.{name}"))
+            return
         for name, data in extra.items():
             write_file(folder / name, data)
+        for name, data in (record(folder) if record is not None else {}).items():
+            write_file(folder / name, data)
+            extra[name] = data
         keep = {file.name for file in plan.files} | {name.partition("/")[0] for name in extra}
         publish(folder, out, keep=keep, force=force)
     except OSError as error:

@@ -14,7 +14,7 @@ from adapterkit._version import __version__
 from adapterkit.cli.output import fail, interrupted
 from adapterkit.errors import AdapterkitError
 
-# verb: (module, one line for --help)
+# verb: (module, or module:attribute where one file holds several; one line for --help)
 VERBS = {
     "inspect": ("adapterkit.cli.inspect", "Show what an adapter or a checkpoint is, and how it is."),
     "check": ("adapterkit.cli.check", "Say whether adapters fit a base, and what a server makes of them."),
@@ -22,7 +22,22 @@ VERBS = {
     "combine": ("adapterkit.cli.combine", "Make one adapter of several."),
     "extract": ("adapterkit.cli.extract", "Make an adapter of the difference of two checkpoints."),
     "resize": ("adapterkit.cli.resize", "Bring an adapter to another rank."),
+    "convert": ("adapterkit.cli.convert", "Write a model or an adapter in another format."),
     "execute": ("adapterkit.cli.execute", "Execute a saved plan, or one part of it."),
+    "register": ("adapterkit.cli.register", "Add a folder or file to the registry, as a new version of a name."),
+    "list": ("adapterkit.cli.records:list_", "List what is registered."),
+    "show": ("adapterkit.cli.records:show", "Show one version: its files, base, parents and evidence."),
+    "lineage": ("adapterkit.cli.records:lineage", "Show what a version was made from, and what was made of it."),
+    "tag": ("adapterkit.cli.aliases:tag", "Point an alias such as prod to a version."),
+    "untag": ("adapterkit.cli.aliases:untag", "Take an alias off."),
+    "remove": ("adapterkit.cli.aliases:remove", "Take a version out of sight, or bring it back."),
+    "fsck": ("adapterkit.cli.upkeep:fsck", "Read the whole registry and say what is damaged."),
+    "gc": ("adapterkit.cli.upkeep:gc", "Free blobs that no visible version names."),
+    "export": ("adapterkit.cli.bundles:export", "Write versions with all they were made from into one file."),
+    "import": ("adapterkit.cli.bundles:import_", "Add what a bundle holds to the registry."),
+    "push": ("adapterkit.cli.hub:push", "Publish a version to the Hugging Face Hub, in one commit."),
+    "pull": ("adapterkit.cli.hub:pull", "Bring a repository from the Hugging Face Hub into the registry."),
+    "serve-args": ("adapterkit.cli.serve", "Print the command or Modelfile that loads versions in a server."),
     "demo": ("adapterkit.cli.demo", "Make a tiny model, train an adapter, merge it, and show that it worked."),
 }
 
@@ -36,8 +51,8 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        module = importlib.import_module(VERBS[cmd_name][0])
-        return module.command  # type: ignore[no-any-return]
+        module, _, attribute = VERBS[cmd_name][0].partition(":")
+        return getattr(importlib.import_module(module), attribute or "command")  # type: ignore[no-any-return]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -53,7 +68,7 @@ def app(debug: bool) -> None:
     \b
     A first merge:
       adapterkit merge BASE ADAPTER -o merged
-    BASE and ADAPTER are folders or Hub ids (org/name[@revision]).
+    BASE and ADAPTER are folders, registry names (name[@version|@alias]) or Hub ids (org/name[@revision]).
 
     \b
     Exit codes: 0 ok, 1 failure, 2 usage, 3 a check did not hold, 4 authentication, 5 network or Hub,
@@ -71,6 +86,7 @@ def main(arguments: list[str] | None = None) -> Any:
     debug = "--debug" in given
     try:
         code = app.main(args=given, prog_name="adapterkit", standalone_mode=False)
+        gc.freeze()  # nor is there anything to find at the end
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Abort:
         sys.exit(interrupted(given))

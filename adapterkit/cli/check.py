@@ -11,9 +11,13 @@ from adapterkit.cli.output import say, show_json
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("--for", "server", metavar="SERVER", help="vllm, sglang, llama.cpp, ollama, lorax or mlx.")
+@click.option("--full", is_flag=True, help="Read every byte of BASE, where a record holds its strongest identity.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def command(base: str, adapters: tuple[str, ...], server: str | None, as_json: bool) -> int:
+def command(base: str, adapters: tuple[str, ...], server: str | None, full: bool, as_json: bool) -> int:
     """Check ADAPTERs against BASE: names, shapes, vocabulary, what they say of their base. Headers only.
+
+    Where an adapter has a record (see register), it is also checked that BASE has the weights it was trained on: from
+    digests, else from at most 512 KiB of them.
 
     Exits with 3 when something does not hold.
 
@@ -23,7 +27,7 @@ def command(base: str, adapters: tuple[str, ...], server: str | None, as_json: b
     """
     from adapterkit.check import check
 
-    report = check(base, adapters, server=server)
+    report = check(base, adapters, server=server, full=full)
     if as_json:
         show_json(report)
     else:

@@ -4,36 +4,50 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adapterkit.cli.methods import NAMES, SPACES, given, method_options, methods_flag
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
+from adapterkit.cli.quantization import NAMES as TYPES
+from adapterkit.cli.quantization import quantization, quantization_options
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.fidelity import FidelityReport
+
+FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
 
 
 @click.command(name="merge", short_help="Fold adapters into a base, in one streaming pass.")
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="The folder to make.")
+@click.option(
+    "-o", "--out", type=click.Path(path_type=Path), help="The folder to make, or the .gguf file when BASE is one."
+)
 @click.option("--weight", "weights", type=float, multiple=True, help="How strongly an adapter counts; once for each.")
 @click.option("--method", type=NAMES, default="linear", show_default=True, help="How deltas become one; see --methods.")
 @methods_flag
 @click.option("--lambda", "scale", type=float, default=1.0, help="Factor of the combined deltas.")
 @click.option("--space", type=SPACES, help="Align the adapters there; --method is the rule inside.")
 @click.option("--dtype", default="auto", show_default=True, help="auto keeps every tensor's own; or bf16, f16, f32.")
+@quantization_options
+@click.option("--keep-touched", metavar="TYPE", help="Of a GGUF output: at least this type for what adapters change.")
 @click.option("--max-shard-size", metavar="SIZE", help="Like 5GB; by default the base's own shards are kept.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
 @click.option("--as-trained", metavar="GRID", help="nf4, fp4 or int8: fold onto the values that QLoRA training saw.")
-@click.option("--double-quant", is_flag=True, help="With --as-trained: training used nested scales.")
+@click.option("--double-quant", is_flag=True, help="With --as-trained or --quant nf4: nested scales.")
 @click.option("--quant-dtype", default="auto", help="With --as-trained: the dtype in which training loaded the base.")
 @click.option(
     "--skip-module", "skip_modules", multiple=True, help="With --as-trained: a module that stayed in 16 bits."
 )
 @click.option("--base16", metavar="REF", help="The original of a quantized BASE, to fold onto in its place.")
+@click.option("--fidelity", is_flag=True, help="Measure, in the same pass, what of the change survives in the output.")
+@click.option("--min-retention", type=float, metavar="X", help="Exit with 3 when less than this share survives.")
 @click.option("--residual-base", is_flag=True, help="BASE is what training left behind, not the original model.")
 @click.option("--allow-unknown", is_flag=True, help="Go on where an adapter's config has fields not known here.")
 @method_options
+@click.option("--full-record", is_flag=True, help="Hash every byte of BASE and OUT for the adapterkit.json beside it.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done, from headers alone.")
 @click.option("--save-plan", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan and stop.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run; keep finished work if interrupted again.")
@@ -55,16 +69,19 @@ def command(
     quant_dtype: str,
     skip_modules: tuple[str, ...],
     base16: str | None,
+    fidelity: bool,
+    min_retention: float | None,
     residual_base: bool,
     allow_unknown: bool,
+    full_record: bool,
     dry_run: bool,
     save_plan: Path | None,
     resume: bool,
     force: bool,
     as_json: bool,
     **options: Any,
-) -> None:
-    """Fold ADAPTERs into BASE and write a Hugging Face folder.
+) -> int:
+    """Fold ADAPTERs into BASE and write a Hugging Face folder, or a GGUF file when BASE is one.
 
     The model is never loaded: weights stream through in blocks, untouched tensors are copied byte for byte, and the
     result appears whole or not at all.
@@ -72,14 +89,21 @@ def command(
     \b
     Example:
       adapterkit merge meta-llama/Llama-3.2-1B ./my-adapter -o merged --dry-run
-      adapterkit merge meta-llama/Llama-3.2-1B ./my-adapter -o merged
+      adapterkit merge meta-llama/Llama-3.2-1B ./my-adapter -o merged --fidelity
       adapterkit merge meta-llama/Llama-3.2-1B ./math ./code -o merged --method ties --density 0.2
+      adapterkit merge Llama-3.2-1B-F16.gguf ./my-adapter -o merged-Q4_K_M.gguf --quant Q4_K_M
     """
     from adapterkit.merge import merge, plan_merge
 
     started = time.monotonic()
     if out is None and not (dry_run or save_plan):
         raise click.UsageError("Missing option '-o' / '--out': the folder to make.")
+    types = {name: options.pop(name) for name in (*TYPES, "keep_touched")}
+    # `--quant` takes the formats of a folder too; the rest of its values are mixes of a GGUF file.
+    folder_quant = types["mix"] if types["mix"] in FOLDER_FORMATS else None
+    yes_lossy = types["yes_lossy"]
+    if folder_quant is not None:
+        types |= {"mix": None, "yes_lossy": False}
     how: dict[str, Any] = {
         "weights": weights or None,
         "method": method,
@@ -90,15 +114,18 @@ def command(
         "max_shard_size": max_shard_size,
         "jobs": jobs,
         "as_trained": as_trained,
-        "double_quant": double_quant,
+        "double_quant": double_quant and as_trained is not None,
+        "quant": folder_quant,
+        "quant_double": double_quant and folder_quant is not None,
         "quant_dtype": quant_dtype,
         "skip_modules": skip_modules or None,
         "base16": base16,
         "residual_base": residual_base,
         "allow_unknown": allow_unknown,
+        "quantization": quantization(types),
     }
     if dry_run or save_plan is not None:
-        planned = plan_merge(base, adapters, to_save=save_plan is not None, **how)
+        planned = plan_merge(base, adapters, fingerprints=save_plan is not None, **how)
         if save_plan is not None:
             save_plan.write_text(planned.plan.to_json())
             note(f"plan of {len(planned.plan.files)} parts written to {save_plan}")
@@ -108,11 +135,13 @@ def command(
     else:
         assert out is not None
         progress = Progress("merging", enabled=not as_json)
+        how |= {"fidelity": fidelity or min_retention is not None, "yes_lossy": yes_lossy, "full_record": full_record}
         report = merge(base, adapters, out, force=force, resume=resume, progress=progress, **how)
         progress.close()
+    kept = report.fidelity is None or min_retention is None or report.fidelity.retention >= min_retention
     if as_json:
         show_json(report)
-        return
+        return 0 if kept else 3
     for text in report.notes:
         note(f"note: {text}")
     for used in report.adapters:
@@ -127,6 +156,21 @@ def command(
         say(
             f"would write {size(report.nbytes)} in {len(report.files)} files, about {size(report.peak_memory)} of memory"
         )
-        return
+        return 0
     resumed = f", {report.reused} tensors re-used" if report.reused else ""
     say(f"{report.out}: {size(report.nbytes)} in {len(report.files)} files, {report.seconds:.1f} s{resumed}")
+    if report.fidelity is not None:
+        show_fidelity(report.fidelity)
+    if not kept:
+        note(f"error: less than {min_retention:.1%} of the change survives")
+    return 0 if kept else 3
+
+
+def show_fidelity(found: FidelityReport) -> None:
+    """What survives, and the tensors that keep least."""
+    say(found.summary)
+    say(f"  {'retention':>9} {'cosine':>7} {'unmoved':>8} {'|d|/|W|':>8}  tensor")
+    for row in found.tensors[:5]:
+        say(f"  {row.retention:>9.1%} {row.cosine:>7.4f} {row.unmoved:>8.1%} {row.relative:>8.1e}  {row.name}")
+    if found.advice:
+        note(f"warning: {found.advice}")

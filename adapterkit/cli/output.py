@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from dataclasses import asdict, is_dataclass
@@ -11,12 +10,12 @@ from typing import Any
 
 import click
 
-_SECRET = re.compile(r"hf_[A-Za-z0-9]{8,}|hf_jwt_[\w.-]+|(?i:bearer)\s+\S+|X-Amz-[\w-]+=[^&\s]+|Signature=[^&\s]+")
+from adapterkit.secrets import redact
 
 
 def clean(text: str) -> str:
     """Text without secrets and without control characters, for a terminal or a log."""
-    text = _SECRET.sub("<redacted>", text)
+    text = redact(text)
     return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -33,7 +32,7 @@ def note(text: str) -> None:
 def show_json(value: Any) -> None:
     """A frozen value as JSON on stdout."""
     data = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    click.echo(_SECRET.sub("<redacted>", json.dumps(data, indent=2, ensure_ascii=False)))
+    click.echo(redact(json.dumps(data, indent=2, ensure_ascii=False)))
 
 
 def fail(arguments: list[str], exit_code: int, code: str, message: str, hint: str) -> int:

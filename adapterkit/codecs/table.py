@@ -11,16 +11,18 @@ from adapterkit.codecs.codec import Codec, Parts, Weight
 from adapterkit.codecs.compressed import COMPRESSED
 from adapterkit.codecs.fp8 import FP8
 from adapterkit.codecs.gptq import AWQ, GPTQ
+from adapterkit.codecs.hqq import HQQ
 from adapterkit.codecs.mxfp4 import MXFP4
+from adapterkit.codecs.torchao import TORCHAO
 from adapterkit.errors import CheckpointError
 
-CODECS: tuple[Codec, ...] = (BNB4, BNB8, FP8, MXFP4, COMPRESSED, GPTQ, AWQ)
+CODECS: tuple[Codec, ...] = (BNB4, BNB8, FP8, MXFP4, COMPRESSED, GPTQ, AWQ, HQQ, TORCHAO)
 
 KEYS = ("quantization_config", "compression_config")
 # A multimodal config may keep it in the part that describes the language model.
 SECTIONS = ("text_config", "language_config", "llm_config", "thinker_config", "vision_config", "audio_config")
 # 16-bit weights never have these dtypes; buffers (position ids, masks) do, under other names.
-PACKED_ENDS = (".weight", ".qweight", ".weight_packed", "_blocks")
+PACKED_ENDS = (".weight", ".qweight", ".W_q", ".weight_packed", "_blocks")
 # Scales of a quantized key-value cache, which a 16-bit checkpoint does not have.
 CACHE = (".k_scale", ".v_scale", ".q_scale", ".prob_scale")
 

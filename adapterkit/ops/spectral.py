@@ -57,11 +57,11 @@ def fourier_rows(
 
 def synthesis(low: torch.Tensor, high: torch.Tensor, filters: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """One level of the inverse wavelet transform along the last dimension: ``[k, n]`` twice to ``[k, 2n + 2 - taps]``."""
-    pairs = torch.stack((low, high), dim=1)
-    kernel = torch.stack(filters).unsqueeze(1)
-    out = torch.nn.functional.conv_transpose1d(pairs, kernel, stride=2).squeeze(1)
-    cut = kernel.shape[-1] - 2
-    return out[:, cut : out.shape[1] - cut] if cut else out
+    taps, count = len(filters[0]), low.shape[1]
+    out = low.new_zeros(len(low), 2 * count + taps - 2)
+    for tap, (smooth, rough) in enumerate(zip(filters[0].tolist(), filters[1].tolist(), strict=True)):
+        out[:, tap : tap + 2 * count : 2].add_(low, alpha=smooth).add_(high, alpha=rough)
+    return out[:, taps - 2 : out.shape[1] - (taps - 2)]
 
 
 def wavelet_rows(
@@ -93,8 +93,11 @@ def wavelet_rows(
     tap = (rows[:, None] + cut) - 2 * (down % half_down)
     inside = (tap >= 0) & (tap < length)
     filters = torch.stack((low, high))
-    along = filters[vertical.long(), tap.clamp(0, length - 1)] * inside
+    here = inside.any(0)  # few coefficients reach these rows: filters are short
+    along = (
+        filters[vertical.long()[here], tap[:, here].clamp(0, length - 1)] * inside[:, here] * spectrum[here].double()
+    )
     middle = torch.zeros(len(rows), padded[1], dtype=torch.float64)
-    middle.index_add_(1, across % half_across + half_across * horizontal.long(), along * spectrum.double())
+    middle.index_add_(1, (across % half_across + half_across * horizontal.long())[here], along)
     out = synthesis(middle[:, :half_across], middle[:, half_across:], (low, high))
     return out[:, : shape[1]].float()

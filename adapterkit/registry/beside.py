@@ -12,32 +12,42 @@ from adapterkit.registry import disk
 from adapterkit.registry.record import BESIDE, NOT_CONTENT, FileEntry, OpaqueRecord, Record, read
 
 
+def beside_path(path: Path) -> Path:
+    """Where the record of an output lies: in a folder, or beside a file under its name."""
+    return path / BESIDE if path.is_dir() else path.with_name(f"{path.name}.{BESIDE}")
+
+
 def read_beside(path: Path) -> Record | None:
-    """The record beside an output, or None.
+    """The record of an output (a folder, or a file), or None.
 
     Raises:
         RegistryError: it is damaged, or written by a newer adapterkit.
     """
     try:
-        data = (path / BESIDE).read_bytes()
+        data = beside_path(path).read_bytes()
     except FileNotFoundError:
         return None
-    record = read(data, str(path / BESIDE), exact=False)
+    record = read(data, str(beside_path(path)), exact=False)
     if isinstance(record, OpaqueRecord):
         raise RegistryError(
-            f"{path / BESIDE} was written by a newer adapterkit (schema {record.schema})", "upgrade adapterkit"
+            f"{beside_path(path)} was written by a newer adapterkit (schema {record.schema})", "upgrade adapterkit"
         )
     return record
+
+
+def beside_bytes(record: Record) -> bytes:
+    """The bytes of ``adapterkit.json``."""
+    text = json.dumps(record.to_json(), indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n"
+    return text.encode("ascii")
 
 
 def write_beside(folder: Path, record: Record) -> Path:
     """Writes ``adapterkit.json`` beside an output, laid out for readers; the file."""
     target = folder / BESIDE
-    text = json.dumps(record.to_json(), indent=2, sort_keys=True, ensure_ascii=True, allow_nan=False) + "\n"
     with disk.writing(BESIDE, folder):
         fd, temporary = disk.fresh(folder)
         try:
-            disk.write_all(fd, text.encode("ascii"))
+            disk.write_all(fd, beside_bytes(record))
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -54,6 +64,6 @@ def check_beside(path: Path, beside: Record, entries: Iterable[FileEntry]) -> No
     said = {file.path: file.sha256 for file in beside.files if file.path not in NOT_CONTENT}
     if wrong := sorted(name for name in said if said[name] != here.get(name)):
         raise CheckFailed(
-            f"{path / BESIDE} describes another {wrong[0]} than is there, so its evidence is not about these files",
+            f"{beside_path(path)} describes another {wrong[0]} than is there, so its evidence is not about these files",
             "restore the file, or register with --ignore-record",
         )

@@ -177,7 +177,7 @@ class _Walk:
     def _unregistered(self, parent: Parent) -> str:
         identity = parent.identity
         label = parent.label or (identity.label if identity else f"sha256 {parent.content[:12]}")
-        key = parent.content or f"identity:{identity.label if identity else ''}"
+        key = parent.content or f"identity:{(identity.sampled or identity.label) if identity else ''}"
         self.nodes.setdefault(key, Node(key, label, "base" if parent.role == "base" else "", "", (), (), "", False))
         return key
 

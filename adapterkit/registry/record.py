@@ -39,6 +39,8 @@ KINDS = {
     "converted": "the same weights in another format",
     "base": "a reference to a base; its bytes are not stored",
 }
+UNDATED = "1970-01-01T00:00:00Z"
+"""The time of a record beside an output that states none, so that the same run gives the same bytes."""
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._+ -]{0,63}"
 
 

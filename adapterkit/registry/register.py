@@ -14,7 +14,7 @@ from adapterkit.registry.gather import Described, describe, gather
 from adapterkit.registry.home import open_home
 from adapterkit.registry.identity import Identity
 from adapterkit.registry.names import check_name
-from adapterkit.registry.record import FileEntry, Operation, Origin, Parent, Record
+from adapterkit.registry.record import UNDATED, FileEntry, Operation, Origin, Parent, Record
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def register(
     """
     check_name(name)
     gathered = gather(path)
-    beside = None if ignore_beside or not path.is_dir() else read_beside(path)
+    beside = None if ignore_beside else read_beside(path)
     told = describe(path) if path.is_dir() and beside is None else Described()
     kind = kind or (beside.kind if beside else told.kind)
     if not kind:
@@ -87,7 +87,7 @@ def register(
             evidence={**(beside.evidence if beside else {}), **(evidence or {})},
             meta={**(beside.meta if beside else {}), **(meta or {})},
             origin=origin or (beside.origin if beside else None),
-            created=beside.created if beside else "",
+            created=beside.created if beside and beside.created != UNDATED else "",
         )
         added = store.add_record(at, draft, name, new_version)
     return Registered(added.record, added.new, stored, gathered.skipped)

@@ -46,7 +46,7 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sink.Sink, "_compute", wait_and_compute)
 
 
-def until(condition: Any, timeout: float = 20.0) -> None:
+def until(condition: Any, timeout: float = 60.0) -> None:
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, "it never happened"
@@ -289,6 +289,20 @@ def test_interrupt_in_the_middle(resume: bool, inputs: tuple[Path, list[Path]], 
     adapterkit.merge(*inputs, tmp_path / "whole")
     assert read_bytes(out) == read_bytes(tmp_path / "whole")
     assert os.listdir(tmp_path / "deep") == ["out"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_command_line_that_is_told_to_stop(
+    how: signal.Signals, inputs: tuple[Path, list[Path]], tmp_path: Path, slow: None
+) -> None:
+    from adapterkit.cli import main
+
+    out = tmp_path / "out"
+    pid = fork(lambda: main(["merge", str(inputs[0]), str(inputs[1][0]), "-o", str(out), "--json", "--jobs", "1"]))
+    until(lambda: (partial_folder(out) / ".journal.jsonl").exists())
+    os.kill(pid, how)
+    assert wait(pid) == 130
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_two_runs_on_one_target(inputs: tuple[Path, list[Path]], tmp_path: Path, slow: None) -> None:

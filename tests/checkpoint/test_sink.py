@@ -188,3 +188,20 @@ def test_empty_and_scalar_tensors(tmp_path: Path) -> None:
     out = read_tensors(tmp_path / "out")
     assert out["empty"].shape == (0, 3)
     assert out["scalar"].item() == 2.5
+
+
+@pytest.mark.parametrize("where", ["touched", "untouched"])
+def test_value_that_float16_cannot_hold(where: str, tmp_path: Path) -> None:
+    """MiniCPM-V#502 and others: it would silently become infinite. What is infinite already stays so."""
+    tensors = random_tensors({"lm_head.weight": (4, 6), "other.weight": (4, 6), "mask": (3,)}, "bfloat16")
+    tensors["mask"][0] = float("-inf")
+    base = write_checkpoint(tmp_path / "base", tensors)
+    adapter = plain_adapter(tmp_path / "adapter", base, modules=["lm_head"])
+    adapterkit.merge(base, [adapter], tmp_path / "fits", dtype="f16")
+    assert read_tensors(tmp_path / "fits")["mask"][0] == float("-inf")
+    name = "lm_head.weight" if where == "touched" else "other.weight"
+    tensors[name][1, 1] = -70_000
+    write_checkpoint(base, tensors)
+    with pytest.raises(CheckpointError, match=rf"'{name}' holds .*, more than float16 can"):
+        adapterkit.merge(base, [adapter], tmp_path / "out", dtype="f16")
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -189,3 +191,21 @@ def test_contradictions(bnb, tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             plan_merge(tmp_path / "llama", [tuned], **options)
+
+
+def test_planning_needs_no_torch(bnb, tmp_path: Path) -> None:
+    """A dry run over a quantized base, as trained, or towards one, reads headers only."""
+    model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "llama")
+    how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    saved_quantized(tmp_path / "llama", tmp_path / "q", torch.bfloat16, **how)
+    tuned = adapter(tmp_path / "adapter")
+    script = (
+        "import sys; from adapterkit.merge import plan_merge\n"
+        f"base, quantized, adapter = {str(tmp_path / 'llama')!r}, {str(tmp_path / 'q')!r}, {str(tuned)!r}\n"
+        "print(plan_merge(quantized, [adapter]).plan.steps[5].how)\n"
+        "print(len(plan_merge(base, [adapter], as_trained='nf4', double_quant=True).plan.steps))\n"
+        "print(len(plan_merge(base, [adapter], quant='nf4', quant_double=True).plan.steps))\n"
+        "assert not {'torch', 'numpy', 'transformers', 'bitsandbytes'} & set(sys.modules), 'heavy'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1] == str(len(open_checkpoint(tmp_path / "llama")))

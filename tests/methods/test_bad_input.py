@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from method_cases import Case, cases, make_net, merged_tensors, save_base, train
 from safetensors.torch import load_file, save_file
-from sweep import Case, cases, make_net, merged_tensors, save_base, train
 
 from adapterkit.errors import AdapterError, AdapterkitError, TargetError, UnsupportedAdapter
 

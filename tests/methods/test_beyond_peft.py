@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from sweep import Case, example, make_net, merged_tensors, save_base, train
+from method_cases import Case, example, make_net, merged_tensors, save_base, train
 
 from adapterkit.errors import UnsupportedAdapter
 

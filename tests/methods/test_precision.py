@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sweep import Case, correctly_rounded
+from method_cases import Case, correctly_rounded
 
 CASES = [
     Case("AdaLora", "Linear", {"init_r": 6, "total_step": 9}),

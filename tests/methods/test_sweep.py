@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sweep import Case, cases, run
+from method_cases import Case, cases, run
 
 from adapterkit.adapters.methods import METHODS, UNMERGEABLE
 

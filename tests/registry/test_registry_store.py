@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
 import stat
 import subprocess
 import sys
 import textwrap
-import time
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -396,24 +396,34 @@ def test_a_lock_that_is_kept_ends_in_a_sentence(tmp_path: Path) -> None:
         pass
 
 
-def test_time_that_a_machine_slept_is_not_waited(tmp_path: Path) -> None:
-    """A waiter that is stopped for longer than its patience goes on waiting; the holder may have been stopped too."""
-    with disk.locked(tmp_path / "lock"):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                with disk.locked(tmp_path / "lock", timeout=1.0):
-                    code = 0
-            finally:
-                os._exit(code)
-        time.sleep(0.1)
-        os.kill(child, signal.SIGSTOP)
-        time.sleep(1.3)
-        os.kill(child, signal.SIGCONT)
-        time.sleep(0.1)
-        assert os.waitpid(child, os.WNOHANG) == (0, 0), "the waiter gave up"
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+def test_time_that_a_machine_slept_is_not_waited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every clock jumps an hour at each pause of a waiter with one second of patience, and it goes on waiting."""
+    hours = [0.0]
+    holder = ExitStack()
+
+    def sleep(_: float) -> None:
+        hours[0] += 3600.0
+        if hours[0] == 5 * 3600.0:
+            holder.close()
+
+    clock = {name: lambda: hours[0] for name in ("time", "monotonic", "perf_counter")}
+    with holder:
+        holder.enter_context(disk.locked(tmp_path / "lock"))
+        monkeypatch.setattr(disk, "time", SimpleNamespace(sleep=sleep, **clock))
+        with disk.locked(tmp_path / "lock", timeout=1.0):
+            assert hours[0] == 5 * 3600.0
+
+
+def test_a_waiter_gives_up_after_its_own_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(disk, "time", SimpleNamespace(sleep=slept.append))
+    with (
+        disk.locked(tmp_path / "lock"),
+        pytest.raises(OutputError, match="1 seconds"),
+        disk.locked(tmp_path / "lock", timeout=1.0),
+    ):
+        pass
+    assert 0.5 < sum(slept) < 2.0
 
 
 def test_a_home_of_another_layout_is_left_alone(home: Path, make: Any) -> None:

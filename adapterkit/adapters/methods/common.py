@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import Change
 from adapterkit.adapters.method import Context, Edit, Module, check_matrix
+from adapterkit.adapters.orientation import is_turned
 from adapterkit.adapters.target import Target, transposed
 from adapterkit.errors import AdapterError, TargetError
 
@@ -24,40 +25,23 @@ def weight_of(module: Module, context: Context) -> Target:
 def oriented(module: Module, context: Context, expected: tuple[int, int]) -> Target:
     """The module's weight as the method's ``[out, in]`` matrix.
 
-    transformers' Conv1D stores ``[in, out]``. Its shape says so when it is not square; when it is, the architecture does,
-    or else the config (``fan_in_fan_out``). One config may stand for modules of both kinds, and some tuners do not write
-    what they found into it, so the flag alone does not decide.
-
     Raises:
         TargetError: the weight has another shape.
     """
     target = weight_of(module, context)
-    if len(target.shape) == 2 and "fan_in_fan_out" in context.config.raw:
-        turned = transposed(target)
-        square = target.matrix == turned.matrix
-        target = turned if turned.matrix == expected and (not square or stored_turned(module, context)) else target
+    if is_turned(context, target, expected):
+        target = transposed(target)
     own = module.tensors.get("base_layer.weight")  # a vocabulary that was resized for training
     if own is None or own.shape != expected:
         check_matrix(target, expected, _key(module), context.where)
     return target
 
 
-# Models whose linear layers of these names are Conv1D (transformers 5.23).
-_CONV1D = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
-_CONV1D_NAMES = frozenset({"c_attn", "q_attn", "c_proj", "c_fc"})
-
-
 def matrix_of(module: Module, context: Context) -> tuple[int, int]:
     """``(out, in)`` of a module whose tensors do not say both."""
-    rows, columns = weight_of(module, context).matrix
-    return (columns, rows) if stored_turned(module, context) else (rows, columns)
-
-
-def stored_turned(module: Module, context: Context) -> bool:
-    """Whether a module's weight is stored ``[in, out]``, where its shape does not tell."""
-    if context.model_type in _CONV1D:
-        return module.path.rpartition(".")[2] in _CONV1D_NAMES
-    return context.config.flag("fan_in_fan_out")
+    target = weight_of(module, context)
+    rows, columns = target.matrix
+    return (columns, rows) if is_turned(context, target, (columns, rows)) else (rows, columns)
 
 
 def bias_of(module: Module, context: Context) -> Target | None:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import Change, LowRank, matrix
 from adapterkit.adapters.method import Context, Edit, Method, Module, check_matrix
+from adapterkit.adapters.methods.mora import FIELDS as MORA_FIELDS
+from adapterkit.adapters.methods.mora import mora_edits
 from adapterkit.adapters.methods.stacked import stacked_edit
 from adapterkit.adapters.methods.tokens import KEY as TOKENS
 from adapterkit.adapters.methods.tokens import token_edits
@@ -95,7 +97,9 @@ class Recipe:
 def lora_edits(module: Module, context: Context) -> Iterator[Edit]:
     """The edits of one module: its weight, its bias, its trained token rows."""
     yield from token_edits(module, context)
-    if EMBEDDING_A in module.tensors or EMBEDDING_B in module.tensors:
+    if context.config.flag("use_mora"):
+        yield from mora_edits(module, context)
+    elif EMBEDDING_A in module.tensors or EMBEDDING_B in module.tensors:
         yield _embedding_edit(module, context)
     elif A in module.tensors or B in module.tensors:
         yield from _weight_edits(module, context)
@@ -118,6 +122,10 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
         parameter = f"{module.path}.in_proj_weight"  # torch.nn.MultiheadAttention keeps q, k and v in one parameter
     target = context.target(parameter, key)
     blocks = _blocks(context.config)
+    if len(a.shape) == 2 and b.shape[1] not in (a.shape[0], a.shape[0] / blocks):
+        raise AdapterError(
+            f"{context.where}: '{key}' has rank {a.shape[0]} and its lora_B {b.shape[1]}", "save the adapter again"
+        )
     pool = int(context.config.number("qalora_group_size", 16)) if context.config.flag("use_qalora") else 0
     turned = any(
         is_turned(context, target, _expected(a, b, blocks, pool, shape[1]))
@@ -134,6 +142,8 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
             f"{context.where}: '{key}' spans {list(a.shape[1:])} of a grouped convolution {list(target.shape)}",
             "PEFT cannot merge it either; train without the convolution",
         )
+    if len(b.shape) > 2 and b.shape[1] != rank:
+        raise AdapterError(f"{context.where}: '{key}' has rank {rank} and its lora_B {b.shape[1]}", "save it again")
     scale = context.config.scaling(scaled_as, rank) * times_applied(module, context)
     recipe = Recipe(
         a,
@@ -180,6 +190,10 @@ def _embedding_edit(module: Module, context: Context) -> Edit:
     _check_pair(a, b, f"{module.path}.{EMBEDDING_A}/B", context.where)
     target = context.target(f"{module.path}.weight", key)
     rank, rows, columns = a.shape[0], a.shape[1], b.shape[0]
+    if b.shape[1] != rank:
+        raise AdapterError(
+            f"{context.where}: '{key}' has rank {rank} and its other factor {b.shape[1]}", "save the adapter again"
+        )
     override = module.tensors.get("base_layer.weight")
     if override is None or override.shape != (rows, columns):
         check_matrix(target, (rows, columns), key, context.where)
@@ -280,8 +294,8 @@ def refuse(config: AdapterConfig, residual_base: bool) -> tuple[str, str] | None
 METHODS = (
     Method(
         peft_type="LORA",
-        title="LoRA, rsLoRA, DoRA, PiSSA, OLoRA, KaSA, BD-LoRA, QA-LoRA, MiCA, EVA, VeLoRA, MonteCLoRA, LoRA+, LoRA-FA",
-        formula="W' = W + s B A (DoRA: rows then brought to norm m)",
+        title="LoRA, rsLoRA, DoRA, PiSSA, OLoRA, KaSA, BD-LoRA, QA-LoRA, MiCA, EVA, VeLoRA, MonteCLoRA, LoRA+, LoRA-FA, MoRA",
+        formula="W' = W + s B A (DoRA: rows then brought to norm m; MoRA: one square matrix between counts)",
         source="arXiv:2106.09685, 2312.03732, 2402.09353, 2404.02948, 2406.01775, 2412.06071",
         suffixes=(A, B, B_BIAS, MAGNITUDE, MAGNITUDE + ".weight", DIAGONAL, EMBEDDING_A, EMBEDDING_B, TOKENS),
         ignored=("lora_velora_embed", "lora_monteclora_sampler"),
@@ -313,7 +327,8 @@ METHODS = (
                 "kasa_config",
                 "ensure_weight_tying",
             }
-        ),
+        )
+        | MORA_FIELDS,
         refuse=refuse,
         low_rank=True,
     ),

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from adapterkit.adapters.target import Target
     from adapterkit.checkpoint.tensor import Tensor
 
-# Experts whose parameter is stored [experts, in, out] and says so (`is_transposed` in transformers 5.23).
-TRANSPOSED = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
-
 # The order in which expert modules register their parameters; wrappers nest in it, the first innermost.
 _REGISTERED = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias")
 
@@ -70,7 +67,7 @@ def stacked_edit(module: Module, context: Context, a: Tensor, b: Tensor) -> Edit
     experts = target.shape[0]
     rank = a.shape[0] // experts
     scale = context.config.scaling(parameter, rank)
-    swapped = fits[0] if len(fits) == 1 else _swapped_by_version(context)
+    swapped = fits[0] if len(fits) == 1 else _swapped_by_version(context, parameter)
 
     def load(weights: Weights) -> Kernel:
         lower = matrix(a).view(experts, rank, a.shape[1])
@@ -92,7 +89,7 @@ def _orientations(target: Target, a: Tensor, b: Tensor) -> list[bool]:
     return found + ([True] if (a.shape[1], b.shape[0]) == (first, second) else [])
 
 
-def _swapped_by_version(context: Context) -> bool:
+def _swapped_by_version(context: Context, parameter: str) -> bool:
     """Square matrices: PEFT up to 0.18 always turned the delta, 0.19.0 had its rule the wrong way round."""
     numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", str(context.config.get("peft_version", "0.17.0")))
     if numbers is None:
@@ -100,5 +97,5 @@ def _swapped_by_version(context: Context) -> bool:
     version = tuple(int(part or 0) for part in numbers.groups())
     if version < (0, 19, 0):
         return True
-    stored_transposed = context.model_type in TRANSPOSED
+    stored_transposed = context.names.turned(parameter)
     return not stored_transposed if version == (0, 19, 0) else stored_transposed

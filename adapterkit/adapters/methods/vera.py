@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import LowRank, matrix
 from adapterkit.adapters.method import Context, Edit, Method, Module
-from adapterkit.adapters.methods.common import dims, edit, oriented, stored_turned, weight_of
+from adapterkit.adapters.methods.common import dims, edit, oriented, weight_of
 from adapterkit.adapters.methods.common import shared as shared_tensor
+from adapterkit.adapters.orientation import is_turned
 from adapterkit.errors import AdapterError, TargetError
 
 if TYPE_CHECKING:
@@ -70,9 +71,9 @@ def _edits(kind: _Kind, module: Module, context: Context) -> Iterator[Edit]:
 
 def _columns(module: Module, context: Context, rows: int) -> int:
     """The module's input size: the file says the output size, the base says both."""
-    first, second = weight_of(module, context).matrix
-    turned = second == rows and (first != rows or stored_turned(module, context))
-    return first if turned and "fan_in_fan_out" in context.config.raw else second
+    target = weight_of(module, context)
+    first, second = target.matrix
+    return first if second == rows and is_turned(context, target, (rows, first)) else second
 
 
 def _matrices(

@@ -1,0 +1,252 @@
+"""The fidelity of a merge, measured while it is written: what of each change survives the output's dtype or format."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from functools import partial
+from math import gcd, sqrt
+from typing import TYPE_CHECKING
+
+from adapterkit.adapters.as_trained import quantized_targets
+from adapterkit.adapters.merged import Merged
+from adapterkit.codecs.encode import FP8_BLOCK
+from adapterkit.codecs.grid import Grid
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from adapterkit.adapters.fold import Folded
+    from adapterkit.ops.fidelity import Sums
+
+    Through = Callable[[torch.Tensor], torch.Tensor]
+
+ENOUGH = 0.9  # retention below which a report warns
+SAMPLE = 16  # of a large tensor one row in so many is measured
+BASE = "\0base"  # after a tensor's name: the sums of the base below it
+WHOLE = 1 << 20  # elements up to which a tensor is measured whole
+
+
+@dataclass(frozen=True)
+class TensorFidelity:
+    """One tensor: |delta|/|W|, share of entries that did not move, retention, cosine; see `adapterkit.ops.fidelity`.
+
+    ``base_error`` is |W - decode(encode(W))| / |delta| where the base is taken as trained: what the adapter would have to
+    do without if it were folded onto W instead.
+    """
+
+    name: str
+    relative: float
+    unmoved: float
+    retention: float
+    cosine: float
+    base_error: float | None = None
+
+
+@dataclass(frozen=True)
+class FidelityReport:
+    """What survives of a merge.
+
+    Attributes:
+        retention, cosine, relative, unmoved: over all measured tensors together.
+        worst: the tensor that keeps least.
+        tensors: every measured tensor, those that keep least first.
+        format: what the numbers are for, as ``bf16`` or ``nf4``.
+    """
+
+    retention: float
+    cosine: float
+    relative: float
+    unmoved: float
+    worst: TensorFidelity | None
+    tensors: tuple[TensorFidelity, ...]
+    format: str
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        if self.worst is None:
+            return "nothing was changed"
+        return (
+            f"{self.retention:.1%} of the change survives in {self.format}; "
+            f"worst: {self.worst.name} {self.worst.retention:.1%}"
+        )
+
+    @property
+    def advice(self) -> str:
+        """What to do when little survives; empty when enough does."""
+        if self.retention >= ENOUGH:
+            return ""
+        if self.format in ("bf16", "fp8"):
+            return "write --dtype f16, or keep the adapter beside the base"
+        return "start from the 16-bit base (--base16), keep these layers at 8 bits, or keep the adapter beside the base"
+
+
+class Watch:
+    """Collects the sums of the tensors that a fold touches while they are computed.
+
+    Args:
+        folded: what `fold` made; its touched tensors are watched from now on.
+        kind: the format the view will be written in: None for its own dtypes, else ``nf4``, ``fp4``, ``int8`` or ``fp8``, or
+            a name for what ``through`` does.
+        through: for another format, a tensor's name and shape to a function that encodes and decodes some of its rows, or
+            to None where it stays in its dtype.
+    """
+
+    def __init__(
+        self,
+        folded: Folded,
+        kind: str | None = None,
+        through: Callable[[str, tuple[int, ...]], Through | None] | None = None,
+    ) -> None:
+        view = folded.checkpoint
+        self._sums: dict[str, dict[int, Sums]] = {}
+        self._lock = threading.Lock()
+        self._tensors = merged_tensors(folded)
+        self._sampled = kind is None  # a format's error is so much larger than a dtype's that every entry is needed
+        dtypes = sorted({str(tensor.dtype) for tensor in self._tensors.values()})
+        self._format = kind or "/".join(dtypes) or "its dtype"
+        if through is None:
+            targets = quantized_targets(view) if kind else []
+            encoded = {name for target in targets for name in target.tensors}
+
+            def through(name: str, shape: tuple[int, ...]) -> Through | None:
+                return _through(kind, shape) if kind and name in encoded else None
+
+        for name, tensor in self._tensors.items():
+            tensor.watch = partial(self._add, name, tensor, through(name, tensor.shape))
+            if isinstance(tensor.base, Merged):  # the base as trained: its change is what quantization did to it
+                tensor.base.watch = partial(self._add, name + BASE, tensor.base, None)
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        for tensor in self._tensors.values():
+            tensor.watch = None
+            if isinstance(tensor.base, Merged):
+                tensor.base.watch = None
+
+    def report(self) -> FidelityReport:
+        """The numbers of all blocks seen so far."""
+        from adapterkit.ops.fidelity import Fidelity, Sums
+
+        total = Sums()
+        found = []
+        for name in self._tensors:
+            blocks = self._sums.get(name, {})
+            if blocks:
+                # In the order of the blocks, so that the last bit does not depend on the threads.
+                sums = sum((blocks[start] for start in sorted(blocks)), Sums())
+                total += sums
+                one = Fidelity.of(sums)
+                below = sum(self._sums.get(name + BASE, {}).values(), Sums())
+                error = sqrt(below.dd / below.count / (sums.dd / sums.count)) if below.count and sums.dd else None
+                found.append(TensorFidelity(name, one.relative, one.unmoved, one.retention, one.cosine, error))
+        found.sort(key=lambda item: (item.retention, item.name))
+        whole = Fidelity.of(total)
+        return FidelityReport(
+            whole.retention,
+            whole.cosine,
+            whole.relative,
+            whole.unmoved,
+            found[0] if found else None,
+            tuple(found),
+            self._format,
+        )
+
+    def _add(
+        self,
+        key: str,
+        tensor: Merged,
+        through: Through | None,
+        start: int,
+        base: torch.Tensor,
+        wanted: torch.Tensor,
+    ) -> None:
+        from adapterkit.ops.fidelity import block_sums
+
+        rows = base.shape[0]
+        if self._sampled and tensor.numel > WHOLE and rows >= SAMPLE:
+            # Some rows of every block, not always the first.
+            count = rows // SAMPLE
+            first = start // tensor.block % SAMPLE * count
+            base, wanted = base[first : first + count], wanted[first : first + count]
+        got = wanted.to(tensor.dtype.torch)
+        written = got if through is None else through(got)
+        sums = block_sums(base, wanted, written)
+        with self._lock:
+            self._sums.setdefault(key, {})[start] = sums
+
+
+def _through(kind: str, shape: tuple[int, ...]) -> Through | None:
+    """decode(encode(.)) of whole rows, with scales from these rows alone and not quantized a second time."""
+    columns = shape[-1]
+    if kind == "fp8":
+        return None if any(size % FP8_BLOCK for size in shape) else partial(_through_fp8, columns)
+    grid = Grid(kind)
+
+    def through(rows: torch.Tensor) -> torch.Tensor:
+        from adapterkit.codecs import blockwise
+
+        if kind == "int8":
+            return blockwise.decode_int8(*blockwise.encode_int8(rows.view(-1, columns)))
+        flat = rows.reshape(-1)
+        absmax = blockwise.absmax_of(flat, grid.blocksize)
+        codes = blockwise.encode_4bit(flat, absmax, kind, grid.blocksize)
+        return blockwise.decode_4bit(codes, absmax, kind, grid.blocksize, flat.numel())
+
+    return through
+
+
+def _through_fp8(columns: int, rows: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    height = gcd(rows.numel() // columns, FP8_BLOCK)
+    tiles = rows.float().view(-1, height, columns // FP8_BLOCK, FP8_BLOCK)
+    scales = tiles.abs().amax((1, 3), keepdim=True).clamp(min=1e-30) / 448.0
+    return (tiles / scales).to(torch.float8_e4m3fn).float() * scales
+
+
+def merged_tensors(folded: Folded) -> dict[str, Merged]:
+    """The tensors that adapters change by adding to them; what they replace whole is kept as it is."""
+    found = ((name, folded.checkpoint[name]) for name in folded.touched)
+    return {name: tensor for name, tensor in found if isinstance(tensor, Merged)}
+
+
+def left_on_grid(folded: Folded, kind: str, *, tensors: int | None = None) -> FidelityReport:
+    """How much of a merge is left when it is written in ``kind``, without writing it.
+
+    From a base that already sits on that grid almost nothing is left until the change reaches half a step: a warning, or
+    a question, belongs before such an output.
+
+    Args:
+        folded: what `fold` made.
+        kind: ``nf4``, ``fp4``, ``int8`` or ``fp8``.
+        tensors: at most so many tensors, spread over the model; None measures all.
+    """
+    watch = Watch(folded, kind)
+    merged = merged_tensors(folded)
+    names = list(merged)
+    if tensors is not None and len(names) > tensors:
+        names = [names[index * len(names) // tensors] for index in range(tensors)]
+    for name in names:
+        tensor = merged[name]
+        for start in range(0, tensor.numel, tensor.block):
+            tensor.read(start, min(start + tensor.block, tensor.numel))
+        tensor.release()
+    watch.stop()
+    return watch.report()
+
+
+def already_on_grid(folded: Folded, kind: str) -> list[str]:
+    """Merged tensors whose base values were decoded from ``kind``: writing them so again loses the change."""
+    from adapterkit.checkpoint.decoded import Decoded
+    from adapterkit.checkpoint.tensor import Transposed
+
+    found = []
+    for name, tensor in merged_tensors(folded).items():
+        base = tensor.base.inner if isinstance(tensor.base, Transposed) else tensor.base
+        if isinstance(base, Decoded) and base.weight.how.split()[0] == kind:
+            found.append(name)
+    return found

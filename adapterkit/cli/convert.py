@@ -1,0 +1,89 @@
+"""`adapterkit convert`"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adapterkit.cli.output import Progress, count, note, say, show_json, size
+from adapterkit.cli.quantization import quantization, quantization_options
+
+
+@click.command(name="convert", short_help="Write a model or an adapter in another format.")
+@click.argument("src")
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The file or folder to make.")
+@click.option("--to", help="gguf, gguf-lora or peft; by default what OUT's suffix says.")
+@click.option("--base", help="The adapter's base: a GGUF file or a Hugging Face folder.")
+@quantization_options
+@click.option("--max-shard-size", metavar="SIZE", help="Like 5GB: write a set of GGUF parts.")
+@click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
+@click.option("--dry-run", is_flag=True, help="Show what would be done, from headers alone.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run; keep finished work if interrupted again.")
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(
+    src: str,
+    out: Path | None,
+    to: str | None,
+    base: str | None,
+    max_shard_size: str | None,
+    jobs: int | None,
+    dry_run: bool,
+    resume: bool,
+    force: bool,
+    as_json: bool,
+    **types: Any,
+) -> None:
+    """Write SRC in another format: a GGUF model in other types, an adapter as GGUF LoRA, or back.
+
+    \b
+    Example:
+      adapterkit convert model-F16.gguf -o model-Q4_K_M.gguf --quant Q4_K_M
+      adapterkit convert ./my-adapter --to gguf-lora --base model-F16.gguf -o my-adapter.gguf
+      adapterkit convert my-adapter.gguf --to peft --base ./base -o my-adapter
+    """
+    from adapterkit.convert import convert, plan_convert
+
+    started = time.monotonic()
+    asked = quantization(types)
+    if out is None and not dry_run:
+        raise click.UsageError("Missing option '-o' / '--out': the file or folder to make.")
+    if dry_run:
+        planned = plan_convert(
+            src, to=to, out=out, base=base, quantization=asked, max_shard_size=max_shard_size, jobs=jobs
+        )
+        peak = planned.plan.peak_memory
+        report = planned.report(out or "", seconds=time.monotonic() - started, peak_memory=peak, dry_run=True)
+    else:
+        assert out is not None
+        progress = Progress("converting", enabled=not as_json)
+        report = convert(
+            src,
+            out,
+            to=to,
+            base=base,
+            quantization=asked,
+            max_shard_size=max_shard_size,
+            jobs=jobs,
+            force=force,
+            resume=resume,
+            progress=progress,
+        )
+        progress.close()
+    if as_json:
+        show_json(report)
+        return
+    for text in report.notes:
+        note(f"note: {text}")
+    kinds = ", ".join(f"{name} ({times})" for name, times in sorted(report.types.items(), key=lambda kv: -kv[1]))
+    say(f"{report.src} to {report.to}: {count(report.tensors)} tensors, {count(report.copied)} copied; {kinds}")
+    if dry_run:
+        say(
+            f"would write {size(report.nbytes)} in {len(report.files)} files, about {size(report.peak_memory)} of memory"
+        )
+        return
+    resumed = f", {report.reused} tensors re-used" if report.reused else ""
+    say(f"{report.out}: {size(report.nbytes)} in {len(report.files)} files, {report.seconds:.1f} s{resumed}")

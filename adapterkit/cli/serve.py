@@ -1,0 +1,36 @@
+"""`adapterkit serve-args`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from adapterkit.cli.output import note, say, show_json
+
+
+@click.command(name="serve-args", short_help="Print the command or Modelfile that loads versions in a server.")
+@click.argument("refs", nargs=-1, required=True, metavar="REF...")
+@click.option("--for", "server", required=True, metavar="SERVER", help="vllm, sglang, lorax, llama.cpp or ollama.")
+@click.option("--base", default="", help="What to serve adapters on; by default the Hub id of their base.")
+@click.option("--copy", type=click.Path(path_type=Path), metavar="DIR", help="Copy the files there instead of linking.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(refs: tuple[str, ...], server: str, base: str, copy: Path | None, as_json: bool) -> None:
+    """Print what loads exactly these registered versions: one model, or several adapters on one base.
+
+    Exits with 2 when the server cannot take them, 7 when a version or the base is not known.
+
+    \b
+    Example:
+      adapterkit serve-args support@prod billing@prod --for vllm
+      adapterkit serve-args my-merge@prod --for ollama > Modelfile
+    """
+    from adapterkit.serve import serve_args
+
+    found = serve_args(refs, server, base=base, copy=copy)
+    if as_json:
+        show_json(found)
+        return
+    say(found.text)
+    for request in found.requests:
+        note(f"request: {request}")

@@ -1,0 +1,71 @@
+"""`adapterkit fsck`, `adapterkit gc`"""
+
+from __future__ import annotations
+
+import click
+
+from adapterkit.cli.output import count, note, say, show_json, size
+
+
+@click.command(name="fsck", short_help="Read the whole registry and say what is damaged.")
+@click.option("--repair", is_flag=True, help="Set rotten blobs aside and write again what other files still say.")
+@click.option("--reindex", is_flag=True, help="Build the index again from the files first.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def fsck(repair: bool, reindex: bool, as_json: bool) -> int:
+    """Read and check every record, blob, alias and the index. Nothing is changed unless asked for, nothing ever deleted.
+
+    Exits with 3 when something is damaged and not repaired.
+
+    \b
+    Example:
+      adapterkit fsck
+      adapterkit fsck --repair
+    """
+    from adapterkit.registry.fsck import fsck as verb
+
+    if reindex:
+        from adapterkit.registry.home import open_home
+        from adapterkit.registry.index import reindex as build
+
+        build(open_home())
+    found = verb(repair=repair)
+    if as_json:
+        from dataclasses import asdict
+
+        show_json({**asdict(found), "clean": found.clean})
+        return 0 if found.clean else 3
+    for text in found.notes:
+        note(f"note: {text}")
+    for problem in found.problems:
+        say(f"{'repaired' if problem.repaired else 'damaged'}: {problem.path}: {problem.sentence}")
+    say(
+        f"{'clean' if found.clean else 'damaged'}: {count(found.records)} records, {count(found.aliases)} aliases, "
+        f"{count(found.blobs)} blobs ({size(found.bytes)})"
+    )
+    return 0 if found.clean else 3
+
+
+@click.command(name="gc", short_help="Free blobs that no visible version names.")
+@click.option("--apply", is_flag=True, help="Delete; without it, only say what would be.")
+@click.option("--keep-days", type=click.FloatRange(0), default=14.0, show_default=True, help="Keep what is younger.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def gc(apply: bool, keep_days: float, as_json: bool) -> None:
+    """Say which blobs no visible version names, or free them with --apply. Records and aliases always stay.
+
+    Exits with 3, and frees nothing, while a record cannot be read.
+
+    \b
+    Example:
+      adapterkit gc
+      adapterkit gc --apply
+    """
+    from adapterkit.registry.gc import gc as verb
+
+    found = verb(apply=apply, keep_days=keep_days)
+    if as_json:
+        show_json(found)
+        return
+    done = "freed" if apply else "would free"
+    say(f"{done} {len(found.blobs)} blobs ({size(found.bytes)}) and {found.temporary} temporary files")
+    if found.young:
+        note(f"note: {found.young} more are younger than {keep_days:g} days")

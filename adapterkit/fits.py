@@ -1,0 +1,73 @@
+"""Is this the base that an adapter was trained on? By what its record says of the base, cheapest evidence first."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapterkit.checkpoint.open import locate
+from adapterkit.errors import AdapterkitError
+from adapterkit.registry.beside import read_beside
+from adapterkit.registry.identity import Comparison, Identity, compare
+from adapterkit.registry.record import BESIDE, OpaqueRecord, Record, read
+from adapterkit.registry.weights import cheap, identity_of
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.adapter import Adapter
+    from adapterkit.checkpoint.checkpoint import Checkpoint
+
+
+def record_of(adapter: Adapter) -> Record | None:
+    """The record of an adapter: the registry's, or ``adapterkit.json`` beside it; None if there is none to be read."""
+    try:
+        if adapter.source.path is not None:
+            return read_beside(adapter.source.path.parent)
+        listing = locate(adapter.ref, headers_only=True)
+        if BESIDE not in listing.names:
+            return None
+        source = listing.open(BESIDE)
+        found = read(source.read(0, source.size), source.name, exact=False)
+        return None if isinstance(found, OpaqueRecord) else found
+    except AdapterkitError:
+        return None
+
+
+def compare_bases(adapter: Adapter, base: Checkpoint, *, full: bool = False) -> Comparison | None:
+    """What is proved about the base given and the one recorded; None when nothing is recorded.
+
+    Headers, then the Hub's own digests, then at most 512 KiB of the weights (16 KiB of each tensor where they are local,
+    all of it with ``full``), and no more than is needed.
+
+    Raises:
+        AuthError, HubError, CheckpointError: the base cannot be read.
+    """
+    record = record_of(adapter)
+    if record is None or record.base is None or not record.base.known:
+        return None
+    said = record.base
+    found = identity_of(base, "skeleton")
+    comparison = _compare(said, found, base)
+    if comparison.verdict in ("same", "misfit"):
+        return comparison
+    if said.files and not found.files and found.id and found.commit:
+        found = identity_of(base, "skeleton", hub_files=True)
+        comparison = _compare(said, found, base)
+        if comparison.verdict == "same":
+            return comparison
+    level = _next(said, base, full)
+    return _compare(said, identity_of(base, level), base) if level else comparison
+
+
+def _next(said: Identity, base: Checkpoint, full: bool) -> str:
+    """The strongest level that is recorded and may be read."""
+    affordable = cheap(base)
+    if affordable == "skeleton":
+        return ""
+    if full and said.merkle:
+        return "merkle"
+    if said.sampled and affordable == "sampled":
+        return "sampled"
+    return "probe" if said.probe else ""
+
+
+def _compare(said: Identity, found: Identity, base: Checkpoint) -> Comparison:
+    return compare(said, found, said.label, found.label if found.id else base.ref)

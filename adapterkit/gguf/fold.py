@@ -1,0 +1,89 @@
+"""Adapters folded into a GGUF model: only the tensors that they change are decoded and encoded again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.adapters.fold import Folded, fold
+from adapterkit.errors import TargetError, UsageError
+from adapterkit.gguf.archs import ALWAYS_TIED, SHIFTED_NORMS
+from adapterkit.gguf.checkpoint import GGUFCheckpoint
+from adapterkit.gguf.names import OUTPUT, GGUFNames, Model
+from adapterkit.gguf.plan import Layout
+from adapterkit.gguf.quantize import Quantization, typed
+from adapterkit.gguf.tensors import decoded
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.adapter import Adapter
+    from adapterkit.adapters.rule import Rule
+
+
+@dataclass(frozen=True)
+class GGUFFolded:
+    """The fold, and what a GGUF output of it is made of."""
+
+    folded: Folded
+    layout: Layout
+    notes: tuple[str, ...]
+
+
+def fold_gguf(
+    base: GGUFCheckpoint,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    *,
+    quantization: Quantization | None = None,
+    residual_base: bool = False,
+    allow_unknown: bool = False,
+    rule: Rule | None = None,
+) -> GGUFFolded:
+    """Fold adapters into a GGUF model; every other byte of it stays.
+
+    Args:
+        base: the model.
+        adapters: one or more.
+        weights: one per adapter, 1 each by default.
+        quantization: the types of the output; by default each tensor keeps its own.
+        residual_base, allow_unknown, rule: as for `fold`.
+
+    Raises:
+        UsageError: the change would drown in a coarse grid, or options contradict each other.
+        TargetError: an adapter does not fit, or the architecture is not known here.
+    """
+    if base.kind != "model":
+        raise UsageError(f"{base.ref} is a GGUF {base.kind}, not a model", "give the model first, then the adapter")
+    names = GGUFNames(base.shapes, base.config, Model.of(base))
+    view = replace(base, tensors={name: decoded(tensor) for name, tensor in base.items()})
+    how: dict[str, Any] = {"residual_base": residual_base, "allow_unknown": allow_unknown, "rule": rule}
+    folded = fold(view, adapters, weights, names=names, **how)
+    _check(base, folded)
+    touched = set(folded.touched)
+    tensors = {name: t if name in touched else base[name] for name, t in folded.checkpoint.items()}
+    found = typed(tensors, base, quantization or Quantization(), folded.touched)
+    written = {tensor.name: tensor for tensor in found.tensors}
+    checkpoint = replace(folded.checkpoint, tensors=written)
+    layout = Layout(found.tensors, found.entries, base.header.alignment, base.sources[0])
+    return GGUFFolded(replace(folded, checkpoint=checkpoint), layout, found.notes)
+
+
+def _check(base: GGUFCheckpoint, folded: Folded) -> None:
+    """Changes that a GGUF file has no room for."""
+    road = "merge into the Hugging Face base and convert the result"
+    if folded.vocab is not None:
+        old, new = folded.vocab
+        raise TargetError(
+            f"the adapter resizes the vocabulary from {old} to {new}, and the tokenizer in {base.ref}", road
+        )
+    shifted = [name for name in folded.touched if name.endswith("_norm.weight") and base.arch in SHIFTED_NORMS]
+    if shifted:
+        raise TargetError(f"the adapter trains '{shifted[0]}', which a GGUF {base.arch} stores with other values", road)
+    strange = [name for name in folded.added if name != OUTPUT]
+    if strange:
+        raise TargetError(f"the adapter adds '{strange[0]}', which a GGUF {base.arch} has no place for", road)
+    if folded.untied and base.arch in ALWAYS_TIED:
+        raise TargetError(
+            f"the adapter changes the embedding or the output layer alone, and {base.arch} in GGUF has one for both",
+            road,
+        )

@@ -1,0 +1,218 @@
+"""LoRA as GGUF, as llama.cpp loads it beside a model.
+
+Tensors ``<weight>.lora_a`` ``[r, in]`` and ``<weight>.lora_b`` ``[out, r]`` (with experts in front for stacks; for the
+token embedding ``[vocabulary, r]`` and ``[width, r]``), applied with ``alpha / r`` (llama-adapter.cpp). One alpha serves
+all tensors, so every other scaling is folded into ``lora_b``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adapterkit.adapters.change import Weights
+from adapterkit.adapters.edits import adapter_edits
+from adapterkit.checkpoint.tensor import Tensor
+from adapterkit.dtypes import F32
+from adapterkit.errors import UnsupportedAdapter
+from adapterkit.gguf.metadata import Entry, f32, text, u32
+from adapterkit.gguf.names import EMBEDDING, OUTPUT, GGUFNames
+from adapterkit.gguf.quantize import place
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    import torch
+
+    from adapterkit.adapters.adapter import Adapter
+    from adapterkit.adapters.change import Kernel
+    from adapterkit.adapters.method import Edit
+    from adapterkit.adapters.target import Piece, Target
+
+ALPHA, A, B = "adapter.lora.alpha", ".lora_a", ".lora_b"
+
+
+class Held(Tensor):
+    """A small tensor that was computed while planning: the factor of an adapter."""
+
+    dtype = F32
+
+    def __init__(self, name: str, values: torch.Tensor, how: str) -> None:
+        self.name, self.shape, self._how = name, tuple(values.shape), how
+        self._values = values.float().contiguous().view(-1)
+
+    @property
+    def how(self) -> str:
+        return self._how
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return self._values[start:stop]
+
+
+class _NoWeights(Weights):
+    """What a low-rank change may ask of W: its shape. A change that asks for values depends on the base."""
+
+    def __init__(self, target: Target) -> None:
+        self.shape, self.dtype = target.matrix, F32
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        raise _NeedsBaseError
+
+    def other(self, target: Target) -> Weights:
+        return _NoWeights(target)
+
+
+class _NeedsBaseError(Exception):
+    """The change is computed from the values of W."""
+
+
+@dataclass
+class _Part:
+    """Rows of one GGUF matrix that get ``left @ right``: ``rows`` within the matrix ``index`` of its stack."""
+
+    index: int
+    rows: range
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: float
+    columns: slice
+
+
+def lora_tensors(
+    adapter: Adapter, names: GGUFNames, *, allow_unknown: bool = False
+) -> tuple[list[Tensor], list[Entry]]:
+    """The tensors and the metadata of an adapter as GGUF LoRA.
+
+    Args:
+        adapter: LoRA in any scaling (rsLoRA, alpha and rank patterns), on linear layers, embeddings, experts.
+        names: of the base.
+        allow_unknown: go on where the config has fields that are not known here.
+
+    Raises:
+        UnsupportedAdapter: it changes what a LoRA file cannot hold; the sentence names the road that works.
+        TargetError, AdapterError: see `adapter_edits`.
+    """
+    edits = adapter_edits(adapter, names, names.config, allow_unknown=allow_unknown)
+    shapes = names.shapes
+    parts: dict[str, list[_Part]] = {}
+    for edit in edits:
+        kernel = _kernel(edit, adapter, names)
+        for piece in edit.target.pieces:
+            shape = shapes[piece.tensor]
+            found = _turned(piece, kernel, edit.target, shape) if piece.transposed else _parts(piece, kernel, shape)
+            parts.setdefault(piece.tensor, []).extend(found)
+    alpha = float(adapter.config.number("lora_alpha", 0)) or 1.0
+    tensors: list[Tensor] = []
+    for name in sorted(parts, key=place):
+        a, b = _factors(parts[name], shapes[name], alpha)
+        if name == EMBEDDING:
+            a, b = b, a.T  # looked up by row: the factor with the vocabulary is called A
+        tensors += [Held(name + A, a, "lora a"), Held(name + B, b, "lora b")]
+    return tensors, _entries(adapter, names.arch, alpha)
+
+
+def _kernel(edit: Edit, adapter: Adapter, names: GGUFNames) -> Kernel:
+    road = "merge it instead: adapterkit merge BASE.gguf ADAPTER -o merged.gguf"
+    parameter, how = edit.target.parameter, edit.change.how
+    try:
+        kernel = edit.change.load(_NoWeights(edit.target)) if edit.change.replaced is None else None
+    except _NeedsBaseError:
+        kernel = None
+    matrices = all(len(names.shapes[tensor]) > 1 for tensor in edit.target.tensors)
+    if kernel is None or not matrices or kernel.parts(range(1)) is None:
+        raise UnsupportedAdapter(f"{adapter.ref}: a LoRA file cannot hold what it does to {parameter} ({how})", road)
+    if EMBEDDING in edit.target.tensors and OUTPUT not in names.shapes:
+        raise UnsupportedAdapter(
+            f"{adapter.ref} changes {parameter}, and this model uses one tensor for the embedding and the output layer, "
+            "on which llama.cpp cannot apply a LoRA",
+            road,
+        )
+    return kernel
+
+
+def _parts(piece: Piece, kernel: Kernel, shape: tuple[int, ...]) -> Iterable[_Part]:
+    """The low-rank parts of one piece, by the matrix of the stack that they lie in."""
+    height = shape[-2] if len(shape) > 1 else shape[0]
+    rows = range(piece.row, piece.row + piece.count * piece.row_step, piece.row_step)
+    found = kernel.parts(rows)
+    assert found is not None
+    for where, left, right, scale in found:
+        held = range(piece.at, piece.at + piece.count * piece.at_step, piece.at_step)[where]
+        while len(held):
+            index, first = divmod(held[0], height)
+            inside = min(len(held), -((first - height) // held.step))
+            at = range(first, first + inside * held.step, held.step)
+            yield _Part(index, at, left[:inside], right, scale, slice(None))
+            held, left = held[inside:], left[inside:]
+
+
+def _turned(piece: Piece, kernel: Kernel, target: Target, shape: tuple[int, ...]) -> Iterable[_Part]:
+    """A piece whose tensor lies on its side: the factors change places."""
+    rows = range(piece.row, piece.row + piece.count * piece.row_step, piece.row_step)
+    found = kernel.parts(rows)
+    assert found is not None
+    width = target.matrix[1]
+    for where, left, right, scale in found:
+        beside = range(piece.row_at, piece.row_at + piece.count)[where]
+        yield _Part(
+            0,
+            range(piece.at, piece.at + width),
+            right.T,
+            left.T,
+            scale,
+            slice(beside.start, beside.stop, beside.step),
+        )
+
+
+def _factors(parts: list[_Part], shape: tuple[int, ...], alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A ``[.., r, in]`` and B ``[.., out, r]``; parts with the same right factor share its place.
+
+    B holds ``scale * r / alpha`` besides, for the runtime multiplies with ``alpha / r``.
+    """
+    import torch
+
+    matrices = shape[0] if len(shape) > 2 else 1
+    groups: list[dict[tuple[int, ...], list[_Part]]] = [{} for _ in range(matrices)]
+    for part in parts:
+        key = (part.right.data_ptr(), part.right.shape[0], part.columns.start or 0)
+        groups[part.index].setdefault(key, []).append(part)
+    rank = max(sum(same[0].right.shape[0] for same in group.values()) for group in groups)
+    a, b = torch.zeros(matrices, rank, shape[-1]), torch.zeros(matrices, shape[-2], rank)
+    for index, group in enumerate(groups):
+        at = 0
+        for same in group.values():
+            size = same[0].right.shape[0]
+            a[index, at : at + size, same[0].columns] = same[0].right
+            for part in same:
+                where = slice(part.rows.start, part.rows[-1] + 1, part.rows.step)
+                b[index, where, at : at + size] = part.left * (part.scale * rank / alpha)
+            at += size
+    return (a, b) if len(shape) > 2 else (a[0], b[0])
+
+
+def _entries(adapter: Adapter, arch: str, alpha: float) -> list[Entry]:
+    entries = [
+        text("general.architecture", arch),
+        text("general.type", "adapter"),
+        text("adapter.type", "lora"),
+        f32(ALPHA, alpha),
+        u32("general.file_type", 0),
+    ]
+    if adapter.config.base:
+        entries += [u32("general.base_model.count", 1), text("general.base_model.0.name", adapter.config.base)]
+    return entries
+
+
+def lora_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The pairs of a GGUF LoRA by the weight they change.
+
+    Raises:
+        UnsupportedAdapter: a tensor that is no factor, or a factor without its partner.
+    """
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    for name in tensors:
+        stem = name.removesuffix(A).removesuffix(B)
+        if stem == name or stem + A not in tensors or stem + B not in tensors:
+            raise UnsupportedAdapter(f"'{name}' is no pair of LoRA factors", "convert the adapter again")
+        pairs[stem] = (tensors[stem + A], tensors[stem + B])
+    return pairs

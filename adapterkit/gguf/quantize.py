@@ -1,0 +1,241 @@
+"""Which type every tensor of a GGUF output gets, and the handles that give it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.errors import NotFound, UsageError
+from adapterkit.gguf.checkpoint import SPLIT_KEYS, GGUFCheckpoint
+from adapterkit.gguf.filetypes import FILE_TYPES, file_type
+from adapterkit.gguf.metadata import Entry, kept, text, u32
+from adapterkit.gguf.mixes import choose_types, needs_importance
+from adapterkit.gguf.names import EMBEDDING
+from adapterkit.gguf.tensors import Encoded, bits_per_weight, decoded, encoded, kind_of
+from adapterkit.gguf.types import TYPES, ggml_type
+
+if TYPE_CHECKING:
+    from adapterkit.checkpoint.tensor import Tensor
+    from adapterkit.gguf.importance import Importance
+
+FILE_TYPE, QUANTIZATION_VERSION = "general.file_type", "general.quantization_version"
+GRID_BITS = 8  # below, a tensor's grid is coarser than what training changes
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What types the user asked for.
+
+    Attributes:
+        mix: such as ``Q4_K_M``; None keeps every tensor's own type.
+        imatrix: an importance matrix, GGUF or the older .dat.
+        pure: every tensor the mix's default type.
+        tensor_types: (regular expression, type) pairs that go before the mix.
+        output_type, token_embedding_type: of those tensors.
+        leave_output: ``output.weight`` keeps its type.
+        keep_touched: the type of tensors that an adapter changed, unless the mix gives them more bits.
+        yes_lossy: write tensors back onto coarse grids all the same.
+    """
+
+    mix: str | None = None
+    imatrix: str | Path | None = None
+    pure: bool = False
+    tensor_types: tuple[tuple[str, str], ...] = ()
+    output_type: str | None = None
+    token_embedding_type: str | None = None
+    leave_output: bool = False
+    keep_touched: str | None = None
+    yes_lossy: bool = False
+
+    def request(self) -> dict[str, Any]:
+        """The options as JSON, for a plan file."""
+        found = {**self.__dict__, "tensor_types": [list(pair) for pair in self.tensor_types]}
+        return {**found, "imatrix": None if self.imatrix is None else str(self.imatrix)}
+
+    @classmethod
+    def of_request(cls, data: Mapping[str, Any]) -> Quantization:
+        return cls(**{**data, "tensor_types": tuple((a, b) for a, b in data["tensor_types"])})
+
+
+def parse_tensor_type(given: str) -> tuple[str, str]:
+    """``REGEX=TYPE``.
+
+    Raises:
+        UsageError: not of that form, or no such type.
+    """
+    pattern, equals, kind = given.rpartition("=")
+    if not equals or not pattern:
+        raise UsageError(f"'{given}' is not REGEX=TYPE", "write it like attn_v=Q8_0")
+    return pattern, ggml_type(kind).name
+
+
+@dataclass(frozen=True)
+class Typed:
+    """Handles as they will be written, the metadata beside them, and what to say about it."""
+
+    tensors: tuple[Tensor, ...]
+    entries: tuple[Entry, ...]
+    types: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def typed(
+    view: Mapping[str, Tensor],
+    base: GGUFCheckpoint,
+    asked: Quantization,
+    touched: Sequence[str] = (),
+) -> Typed:
+    """Give every tensor of a view of ``base`` its type.
+
+    Args:
+        view: handles by name; those in ``touched`` give floats, the others are the base's own.
+        base: where the tensors' present types and the metadata are.
+        asked: the user's wishes.
+        touched: tensors that an adapter changed.
+
+    Raises:
+        UsageError: a wish that cannot be met, or one that would lose what was trained.
+    """
+    # An output layer that got values of its own shared those of the embedding, and so its type.
+    now = {name: kind_of(base[name if name in base else EMBEDDING]).name for name in view}
+    wanted = _wanted(view, base, asked, now)
+    for name in touched:
+        wanted[name] = _for_touched(wanted[name], asked)
+    lost = _check_loss(wanted, now, set(touched), asked)
+    matrix = _importance(asked, wanted)
+    order = sorted(view, key=place) if asked.mix else list(view)
+    tensors = [_tensor(view[name], TYPES[wanted[name]], matrix, name in touched) for name in order]
+    counts: dict[str, int] = {}
+    for name in order:
+        counts[wanted[name]] = counts.get(wanted[name], 0) + 1
+    entries = _entries(base, asked, wanted, now, matrix)
+    return Typed(tuple(tensors), tuple(entries), counts, tuple(lost))
+
+
+def _wanted(
+    view: Mapping[str, Tensor], base: GGUFCheckpoint, asked: Quantization, now: Mapping[str, str]
+) -> dict[str, str]:
+    options = (asked.imatrix, asked.pure, asked.tensor_types, asked.output_type, asked.token_embedding_type)
+    if asked.mix is None:
+        if any((*options, asked.leave_output)):
+            raise UsageError("options of a quantization were given without one", "add --quant, as in --quant Q4_K_M")
+        return dict(now)
+    mix, _ = file_type(asked.mix)
+    hparams = {
+        "n_layer": base.number("block_count"),
+        "n_expert": base.number("expert_count"),
+        "n_head": base.header.get(f"{base.arch}.attention.head_count", 0),
+        "n_head_kv": base.header.get(f"{base.arch}.attention.head_count_kv", 0),
+    }
+    found = choose_types(
+        [(name, tensor.shape, now[name]) for name, tensor in view.items()],
+        mix,
+        base.arch,
+        hparams,
+        has_imatrix=asked.imatrix is not None,
+        pure=asked.pure,
+        tensor_types=asked.tensor_types,
+        output_type=asked.output_type,
+        token_embedding_type=asked.token_embedding_type,
+        leave_output=asked.leave_output,
+    )
+    if asked.imatrix is None:
+        bare = next(
+            (name for name, kind in found.items() if kind != now[name] and needs_importance(name, kind, mix)), None
+        )
+        if bare is not None:
+            raise UsageError(
+                f"'{bare}' as {found[bare]} needs an importance matrix", "add --imatrix, or choose more bits"
+            )
+    return found
+
+
+def _for_touched(kind: str, asked: Quantization) -> str:
+    if asked.keep_touched is None:
+        return kind
+    floor = ggml_type(asked.keep_touched)
+    return floor.name if bits_per_weight(floor) > bits_per_weight(TYPES[kind]) else kind
+
+
+def _check_loss(wanted: Mapping[str, str], now: Mapping[str, str], touched: set[str], asked: Quantization) -> list[str]:
+    """Refuse, or with ``yes_lossy`` say, what a second coarse grid would lose."""
+
+    def coarse(kind: str) -> bool:
+        return bits_per_weight(TYPES[kind]) < GRID_BITS
+
+    drowned = [name for name in touched if coarse(now[name]) and coarse(wanted[name])]
+    again = [name for name in wanted if name not in touched and coarse(now[name]) and wanted[name] != now[name]]
+    if drowned and not asked.yes_lossy:
+        first = sorted(drowned, key=place)[0]
+        raise UsageError(
+            f"{len(drowned)} tensors that the adapter changes lie on a grid coarser than what it learnt, as '{first}' in "
+            f"{now[first]}; written back as {wanted[first]} most of the change would be rounded away",
+            "merge into the 16-bit or Q8_0 file, or add --keep-touched Q8_0, or --yes-lossy to do it all the same",
+        )
+    if again and not asked.yes_lossy:
+        raise UsageError(
+            f"{len(again)} tensors are quantized already, as '{again[0]}' in {now[again[0]]}, and would be a second time",
+            "start from the 16-bit or Q8_0 file, or add --yes-lossy to do it all the same",
+        )
+    notes = []
+    if drowned:
+        notes.append(f"{len(drowned)} changed tensors went back onto coarse grids; much of the change is rounded away")
+    if again:
+        notes.append(f"{len(again)} tensors were quantized a second time, which loses more than once from 16 bits")
+    return notes
+
+
+def _importance(asked: Quantization, wanted: Mapping[str, str]) -> Importance | None:
+    if asked.imatrix is None:
+        return None
+    from adapterkit.gguf.importance import load_importance
+
+    if not Path(asked.imatrix).is_file():
+        raise NotFound(f"{asked.imatrix} does not exist", "give the file that llama-imatrix wrote")
+    found = load_importance(Path(asked.imatrix))
+    if not any(name in found.values for name in wanted):
+        raise UsageError(f"{asked.imatrix} names no tensor of this model", "use the one made for it")
+    return found
+
+
+def _tensor(tensor: Tensor, kind: Any, matrix: Importance | None, touched: bool) -> Tensor:
+    if not touched and tensor.dtype.code == kind.name:
+        return tensor
+    made = encoded(decoded(tensor), kind)
+    if isinstance(made, Encoded) and matrix is not None:
+        made.importance = matrix.of(made.name, made.shape)
+    return made
+
+
+def _entries(
+    base: GGUFCheckpoint,
+    asked: Quantization,
+    wanted: Mapping[str, str],
+    now: Mapping[str, str],
+    matrix: Importance | None,
+) -> list[Entry]:
+    """The base's metadata; what llama-quantize sets is set as it does, after the rest."""
+    changed = [FILE_TYPE, QUANTIZATION_VERSION] if asked.mix is not None else []
+    entries = kept(base.header, without=(*SPLIT_KEYS, *changed))
+    if asked.mix is not None:
+        number = FILE_TYPES[file_type(asked.mix)[0]].number
+        entries += [u32(QUANTIZATION_VERSION, 2), u32(FILE_TYPE, number)]
+    elif QUANTIZATION_VERSION not in base.header.keys and any(TYPES[kind].is_quantized for kind in wanted.values()):
+        entries.append(u32(QUANTIZATION_VERSION, 2))
+    if matrix is not None:
+        entries += [
+            text("quantize.imatrix.file", Path(str(asked.imatrix)).name),
+            text("quantize.imatrix.dataset", matrix.dataset),
+            u32("quantize.imatrix.entries_count", len(matrix.values)),
+            u32("quantize.imatrix.chunks_count", matrix.chunks),
+        ]
+    return entries
+
+
+def place(name: str) -> tuple[int, str]:
+    """The order in which llama-quantize writes tensors: by layer, then by name."""
+    found = re.match(r"blk\.(\d+)\.", name)
+    return (int(found[1]) if found else -1, name)

@@ -1,0 +1,189 @@
+"""Handles of GGUF tensors: as they lie in the file, decoded, and encoded."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+from adapterkit.checkpoint.tensor import BLOCK, Cast, Stored, Tensor
+from adapterkit.dtypes import DTYPES, F32, DType
+from adapterkit.errors import CheckpointError
+from adapterkit.gguf.types import TYPES, GGMLType
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+    from adapterkit.checkpoint.files import Source
+    from adapterkit.gguf.reader import GGUFTensor
+
+_PACKED = {
+    kind.name: DType(kind.name, kind.size * 8, "uint8", False, kind.name.lower(), kind.block)
+    for kind in TYPES.values()
+    if kind.name not in DTYPES
+}
+
+
+def dtype_of(kind: GGMLType) -> DType:
+    """The dtype of tensors of a GGUF type: a plain one where safetensors has it too, else a packed one."""
+    return DTYPES.get(kind.name) or _PACKED[kind.name]
+
+
+def is_plain(kind: GGMLType) -> bool:
+    return kind.name in DTYPES
+
+
+def kind_of(tensor: Tensor) -> GGMLType:
+    """The GGUF type as which a handle can be written as it is.
+
+    Raises:
+        CheckpointError: GGUF has no such type.
+    """
+    found = TYPES.get(tensor.dtype.code)
+    if found is None:
+        raise CheckpointError(f"'{tensor.name}' is {tensor.dtype}, which GGUF has no type for", "encode it first")
+    return found
+
+
+def bits_per_weight(kind: GGMLType) -> float:
+    return kind.size * 8 / kind.block
+
+
+class Packed(Stored):
+    """A quantized tensor as it lies in a GGUF file; ``read`` gives its bytes, whole blocks of elements at a time."""
+
+    def __init__(self, info: GGUFTensor, source: Source) -> None:
+        super().__init__(info.name, dtype_of(info.type), info.shape, source, info.start)
+        self.kind = info.type
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        low, high = self.dtype.nbytes((start,)), self.dtype.nbytes((stop,))
+        out = torch.empty(high - low, dtype=torch.uint8)
+        if high > low:
+            self.source.read_into(memoryview(out.numpy()), self.offset + low)  # type: ignore[arg-type]
+        return out
+
+
+def stored(info: GGUFTensor, source: Source) -> Tensor:
+    """The handle of a tensor in a GGUF file."""
+    if is_plain(info.type):
+        return Stored(info.name, dtype_of(info.type), info.shape, source, info.start)
+    return Packed(info, source)
+
+
+class Decoded(Tensor):
+    """A quantized tensor as float32 values."""
+
+    dtype = F32
+
+    def __init__(self, inner: Packed) -> None:
+        self.name, self.shape, self.inner = inner.name, inner.shape, inner
+
+    @property
+    def block(self) -> int:
+        return _rows(self.shape)
+
+    @property
+    def reads(self) -> int:
+        return self.inner.reads
+
+    @property
+    def how(self) -> str:
+        return f"{self.inner.dtype} to f32"
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        from adapterkit.gguf.encode import decode
+
+        size = self.inner.kind.block
+        low, high = start - start % size, stop + -stop % size
+        if high <= low:
+            return torch.empty(0)
+        values = decode(self.inner.kind.name, self.inner.read(low, high).numpy(), high - low)
+        return torch.from_numpy(values).view(-1)[start - low : stop - low]
+
+
+class Encoded(Tensor):
+    """A float tensor in a quantized GGUF type, encoded from its float32 values row block by row block."""
+
+    def __init__(self, inner: Tensor, kind: GGMLType) -> None:
+        self.name, self.shape, self.inner, self.kind = inner.name, inner.shape, inner, kind
+        self.dtype = dtype_of(kind)
+        self.importance: npt.NDArray[np.float32] | None = None  # [matrices, columns], set once before reading
+
+    @property
+    def block(self) -> int:
+        return _rows(self.shape)
+
+    @property
+    def reads(self) -> int:
+        return self.inner.reads
+
+    @property
+    def memory(self) -> int:
+        return self.inner.memory
+
+    @property
+    def how(self) -> str:
+        to = f"to {self.dtype}"
+        how = self.inner.how.removesuffix("to f32").rstrip()
+        return f"{self.inner.dtype} {to}" if how == "copy" else f"{how} {to}"
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        from adapterkit.gguf.encode import NonFiniteWeightError, encode
+
+        columns = self.shape[-1]
+        first = start // columns * columns
+        rows = self.inner.read_wide(first, -(-stop // columns) * columns).float().view(-1, columns)
+        parts = []
+        for at, count, importance in self._runs(first // columns, len(rows)):
+            try:
+                parts.append(torch.from_numpy(encode(self.kind.name, rows[at : at + count], importance)).view(-1))
+            except NonFiniteWeightError as error:
+                place = f"row {first // columns + at + error.row}, column {error.column}"
+                raise CheckpointError(
+                    f"'{self.name}' cannot be {self.kind.name}: its value at {place} is not finite or too large",
+                    error.hint,
+                ) from None
+        low, high = self.dtype.nbytes((start - first,)), self.dtype.nbytes((stop - first,))
+        return torch.cat(parts)[low:high]
+
+    def _runs(self, first: int, rows: int) -> Iterator[tuple[int, int, npt.NDArray[np.float32] | None]]:
+        """Rows with one importance: all of them, or those of one expert after the other."""
+        if self.importance is None:
+            yield 0, rows, None
+            return
+        height, at = self.shape[-2], 0
+        while at < rows:
+            matrix, inside = divmod(first + at, height)
+            count = min(height - inside, rows - at)
+            yield at, count, self.importance[matrix]
+            at += count
+
+    def release(self) -> None:
+        self.inner.release()
+
+
+def decoded(tensor: Tensor) -> Tensor:
+    """A handle of floats: packed tensors are decoded, others are what they are."""
+    return Decoded(tensor) if isinstance(tensor, Packed) else tensor
+
+
+def encoded(tensor: Tensor, kind: GGMLType) -> Tensor:
+    """A handle of floats as one of GGUF type ``kind``; unchanged where it is that already."""
+    if tensor.dtype is dtype_of(kind):
+        return tensor
+    return Cast(tensor, dtype_of(kind)) if is_plain(kind) else Encoded(tensor, kind)
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    columns = shape[-1] if shape else 1
+    return min(max(1, BLOCK // columns) * columns, max(prod(shape), 1))

@@ -1,0 +1,137 @@
+"""`pull`: a repository on the Hub becomes a version in the registry, with every byte checked.
+
+The revision is resolved to its commit first, by asking the Hub and no cache; the digests of all files come with that
+answer, and the download has to have them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapterkit.checkpoint.hub import hub_errors
+from adapterkit.checkpoint.open import parse_hub
+from adapterkit.errors import CheckFailed, HubError, NotFound, OutputError, UsageError
+from adapterkit.hub.files import allowed
+from adapterkit.registry import disk
+from adapterkit.registry.home import Home, entries, open_home
+from adapterkit.registry.names import check_name, check_path
+from adapterkit.registry.record import BESIDE, Origin, Record
+from adapterkit.registry.register import register
+
+PARALLEL = 8
+_OLD = 86400.0  # seconds after which the folder of a pull belongs to one that was killed
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """``record`` as registered; ``new`` is False when it was there; ``left_out`` was not fetched."""
+
+    record: Record
+    repo: str
+    commit: str
+    new: bool
+    stored: int
+    left_out: tuple[str, ...]
+
+
+def pull(ref: str, *, name: str = "", ignore_record: bool = False, home: Path | None = None) -> Pulled:
+    """Register what a repository holds at a revision.
+
+    Args:
+        ref: ``org/name[@revision]``.
+        name: of the registry entry; by default the repository's.
+        ignore_record: do not use the repository's ``adapterkit.json``.
+
+    Raises:
+        CheckFailed: bytes that are not those of the commit, or a record that is about other files.
+        HubError: the Hub cannot be reached, also in offline mode: no cache is believed.
+        AuthError, NotFound, UsageError, OutputError, RegistryError
+    """
+    import huggingface_hub as hf
+    from huggingface_hub import constants
+
+    hub = parse_hub(ref)
+    if hub is None or hub.subfolder:
+        raise UsageError(f"'{ref}' is not a repository", "give it as org/name or org/name@revision")
+    name = check_name(name) if name else _default_name(hub.repo)
+    if constants.HF_HUB_OFFLINE:
+        raise HubError(f"{ref} cannot be pulled while the Hub is switched off", "unset HF_HUB_OFFLINE")
+    with hub_errors(ref):
+        info = hf.HfApi().model_info(hub.repo, revision=hub.revision, files_metadata=True)
+    commit = str(info.sha)
+    siblings = {check_path(s.rfilename, ref): s for s in info.siblings or ()}
+    wanted = [path for path in siblings if allowed(path) or path == BESIDE]
+    if not any(path.endswith((".safetensors", ".gguf")) for path in wanted):
+        raise NotFound(f"{ref} holds no safetensors or GGUF weights", "check the repository's files")
+    at = open_home(home)
+    at.create()
+    folder = _folder(at, sum(siblings[path].size or 0 for path in wanted), ref)
+    try:
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            list(pool.map(lambda path: _fetch(hub.repo, commit, path, siblings[path], folder), wanted))
+        shutil.rmtree(folder / ".cache", ignore_errors=True)
+        found = register(
+            folder, name, origin=Origin(hub.repo, commit), link=True, ignore_beside=ignore_record, home=home
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    left = tuple(sorted(set(siblings) - set(wanted)))
+    return Pulled(found.record, hub.repo, commit, found.new, found.stored, left)
+
+
+def _fetch(repo: str, commit: str, path: str, sibling: Any, folder: Path) -> None:
+    """One file into the folder.
+
+    Raises:
+        CheckFailed: its bytes are not those that the commit names.
+    """
+    import huggingface_hub as hf
+
+    shown = f"{repo}/{path}"
+    with hub_errors(shown):
+        local = Path(hf.hf_hub_download(repo, path, revision=commit, local_dir=folder))
+    if local.is_symlink() or not local.resolve().is_relative_to(folder.resolve()):
+        raise CheckFailed(f"{shown} was not downloaded as a plain file", "try again")
+    if sibling.lfs is not None:
+        right = disk.hash_file(local)[0] == sibling.lfs.sha256
+    else:
+        right = _git_blob(local) == sibling.blob_id
+    if not right:
+        raise CheckFailed(f"the bytes of {shown} are not those of commit {commit[:7]}", "pull it again")
+
+
+def _git_blob(path: Path) -> str:
+    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _folder(at: Home, nbytes: int, ref: str) -> Path:
+    """A folder on the disk of the registry, so that files become blobs by a link; those of killed pulls are taken away."""
+    top = at.root / "pulling"
+    with disk.writing("a download", at.root):
+        top.mkdir(exist_ok=True)
+        for entry in entries(top):
+            if time.time() - entry.stat(follow_symlinks=False).st_mtime > _OLD:
+                shutil.rmtree(entry.path, ignore_errors=True)
+        free = shutil.disk_usage(top).free
+        if nbytes > free:
+            raise OutputError(
+                f"{ref} takes {nbytes / 1e9:.2f} GB and {at.root} has {free / 1e9:.2f} GB free", "free some space"
+            )
+        return Path(tempfile.mkdtemp(dir=top))
+
+
+def _default_name(repo: str) -> str:
+    name = re.sub(r"[^a-z0-9._-]+", "-", repo.rpartition("/")[2].lower())
+    return check_name(re.sub(r"\.{2,}", ".", name).lstrip("._-"))

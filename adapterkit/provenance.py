@@ -1,0 +1,188 @@
+"""`adapterkit.json` beside an output: what was done, with which parameters, to what.
+
+The same inputs give the same record, byte for byte: no paths, hosts or times are in it. Its time is
+``$SOURCE_DATE_EPOCH`` where that is set, else none is stated (registering states one). Adapters are named by the digest
+of their files; a base by its identity, read as far as it is cheap (16 KiB of each tensor) unless ``full``.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.checkpoint.open import open_checkpoint, parse_hub
+from adapterkit.errors import AdapterkitError, UsageError
+from adapterkit.registry import disk
+from adapterkit.registry.beside import beside_bytes, read_beside
+from adapterkit.registry.canonical import sha256, thaw
+from adapterkit.registry.gather import gather
+from adapterkit.registry.identity import Identity
+from adapterkit.registry.record import BESIDE, UNDATED, FileEntry, Operation, Parent, Record
+from adapterkit.registry.weights import cheap, identity_of
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.adapter import Adapter
+    from adapterkit.checkpoint.checkpoint import Checkpoint
+
+_MOST = 2 << 30  # bytes that are hashed to name an adapter's folder; of a larger one only the adapter itself
+
+
+def recorder(
+    operation: str,
+    kind: str,
+    parameters: Mapping[str, Any],
+    parents: Sequence[Parent],
+    *,
+    method: str = "",
+    evidence: Callable[[], Mapping[str, Any]] | None = None,
+    full: bool = False,
+) -> Callable[[Path], dict[str, bytes]]:
+    """A function from a finished folder of weights (not yet in its place) to its record, as a file to write beside them.
+
+    Args:
+        operation: the verb.
+        kind: of the result: a key of `adapterkit.registry.record.KINDS`.
+        parameters: of the operation, as plain JSON; no paths (see `label`).
+        parents: see `base_parent` and `adapter_parent`; the base of the record is the first one with the role ``base``.
+        method: of the result.
+        evidence: asked when the weights are finished.
+        full: hash every byte. Files of adapters always are.
+    """
+
+    def write(folder: Path) -> dict[str, bytes]:
+        files: tuple[FileEntry, ...] = ()
+        identity = None
+        parts = sorted(folder.glob("*.gguf"))
+        if kind not in ("adapter", "combined") and len(parts) < 2:
+            opened = open_checkpoint(parts[0] if parts else folder)
+            level = cheap(opened)
+            found = identity_of(opened, "merkle" if full and level != "skeleton" else level)
+            identity = Identity(**{name: getattr(found, name) for name in _LEVELS})
+        if full or identity is None:
+            files = tuple(entry(path, real) for path, real in gather(folder).files)
+        record = Record(
+            kind=kind,
+            files=files,
+            method=method,
+            base=next((parent.identity for parent in parents if parent.role == "base"), None),
+            identity=identity,
+            operation=Operation(operation, parameters),
+            parents=tuple(parents),
+            evidence=evidence() if evidence is not None else {},
+            created=created(),
+        )
+        return {BESIDE: beside_bytes(record)}
+
+    return write
+
+
+_LEVELS = ("shapes", "skeleton", "probe", "sampled", "merkle")
+
+
+def base_parent(base: Checkpoint, role: str = "base", *, full: bool = False) -> Parent:
+    """A whole model as a parent: by its identity, and by content where a registry knows that."""
+    level = cheap(base)
+    identity = identity_of(base, "merkle" if full and level != "skeleton" else level)
+    folder = base.sources[0].path.parent if base.sources and base.sources[0].path is not None else None
+    record = _in_registry(folder) if folder is not None else None
+    if record is None:
+        return Parent(role, identity=identity, label=label(base.ref, base.commit))
+    return Parent(role, record.content, identity, record.digest, record.ref)
+
+
+def adapter_parent(adapter: Adapter, role: str = "adapter", **parameters: Any) -> Parent:
+    """An adapter as a parent: by the digest of its files, the same whether or not it is registered."""
+    if adapter.source.path is None:  # read by range from the Hub: named by its weights alone
+        data = adapter.source.read(0, adapter.source.size)
+        weights = FileEntry("adapter_model.safetensors", len(data), sha256(data))
+        content = Record("adapter", files=(weights,)).content
+        return Parent(role, content, label=label(adapter.ref, adapter.commit), parameters=parameters)
+    folder = adapter.source.path.parent
+    record = _in_registry(folder)
+    if record is not None:
+        return Parent(role, record.content, record=record.digest, label=record.ref, parameters=parameters)
+    content = Record("adapter", files=tuple(entry(path, real) for path, real in _files(folder, adapter))).content
+    beside = _beside(folder)
+    known = beside is not None and beside.content == content
+    return Parent(
+        role,
+        content,
+        record=beside.digest if beside is not None and known and beside.version else "",
+        label=beside.ref if beside is not None and known and beside.ref else label(adapter.ref, adapter.commit),
+        parameters=parameters,
+    )
+
+
+def parameters_of(request: Mapping[str, Any], *leave: str) -> dict[str, Any]:
+    """The parameters of a plan's request for a record: references by their labels, without the inputs themselves."""
+    left = {"verb", "base", "adapters", "weights", "jobs", *leave}
+    return {key: _without_paths(thaw(value)) for key, value in request.items() if key not in left}
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_paths(item) for item in value]
+    return label(value) if isinstance(value, str) and ("/" in value or os.path.exists(value)) else value
+
+
+def label(ref: str, commit: str | None = None) -> str:
+    """A name for readers: ``org/name@1234567``, a registry name as it is, or the last part of a path."""
+    hub = parse_hub(ref)
+    if hub is not None and (commit or not os.path.exists(ref)) and not os.path.isabs(ref):
+        return f"{hub.repo}@{commit[:7]}" if commit else hub.repo
+    name = Path(ref).expanduser().resolve().name if "/" in ref or os.path.exists(ref) else ref
+    return "".join(char if char.isprintable() else "?" for char in name)[:200]
+
+
+def created() -> str:
+    """The time that a record states: ``$SOURCE_DATE_EPOCH``, else none.
+
+    Raises:
+        UsageError: it is not a number of seconds.
+    """
+    given = os.environ.get("SOURCE_DATE_EPOCH", "")
+    if not given:
+        return UNDATED
+    if not given.isascii() or not given.isdigit() or int(given) >= 253402300800:  # the year 10000
+        raise UsageError(f"SOURCE_DATE_EPOCH is '{given}'", "set it to seconds since 1970")
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(int(given)))
+
+
+def entry(path: str, real: Path) -> FileEntry:
+    """A file of an output, hashed."""
+    digest, size = disk.hash_file(real)
+    return FileEntry(path, size, digest)
+
+
+def _files(folder: Path, adapter: Adapter) -> list[tuple[str, Path]]:
+    """The files that registering the folder would take; of one that cannot be registered, the adapter itself."""
+    try:
+        found = list(gather(folder).files)
+    except AdapterkitError:
+        found = []
+    if found and sum(real.stat().st_size for _, real in found) <= _MOST:
+        return found
+    assert adapter.source.path is not None
+    own = [adapter.source.path, folder / "adapter_config.json"]
+    return [(path.name, path) for path in own if path.is_file()]
+
+
+def _in_registry(folder: Path) -> Record | None:
+    """The record of a folder that a registry keeps; its bytes were checked when they were stored."""
+    if folder.parent.name != "trees" or not (folder.parent.parent / "format").is_file():
+        return None
+    record = _beside(folder)
+    return record if record is not None and record.version and record.digest == folder.name else None
+
+
+def _beside(folder: Path) -> Record | None:
+    """The record beside an input; one that cannot be read is no reason to stop."""
+    try:
+        return read_beside(folder)
+    except AdapterkitError:
+        return None

@@ -1,0 +1,111 @@
+"""What a merge keeps, by size of the change and format of the output; and what measuring it costs.
+
+    python bench/fidelity.py             # the table, on a 2048x2048 Gaussian weight and a rank-16 change
+    python bench/fidelity.py --cost      # a merge with and without the report, in alternation
+
+"from W16" folds the change onto the 16-bit weights; "from the grid" onto weights that sit on the output's grid already, as
+a merge into a quantized base and back does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from merge import OURS, run
+from shapes import SHAPES, write_adapter, write_base
+
+from adapterkit.codecs import blockwise
+from adapterkit.codecs.encode import Float8
+from adapterkit.gguf.encode import decode, encode
+from adapterkit.ops.fidelity import Fidelity, block_sums
+
+SIDE, RANK = 2048, 16
+SIZES = (0.001, 0.003, 0.01, 0.03, 0.1)
+
+
+def nf4(w: torch.Tensor) -> torch.Tensor:
+    flat = w.reshape(-1)
+    absmax = blockwise.absmax_of(flat, 64)
+    codes = blockwise.encode_4bit(flat, absmax, "nf4", 64)
+    return blockwise.decode_4bit(codes, absmax, "nf4", 64, flat.numel()).view(w.shape)
+
+
+def fp8(w: torch.Tensor) -> torch.Tensor:
+    codes, scales = Float8(tuple(w.shape)).encode(w.reshape(-1))
+    tiles = codes.float().view(-1, 128, w.shape[1] // 128, 128) * scales.view(-1, 1, w.shape[1] // 128, 1)
+    return tiles.view(w.shape)
+
+
+def gguf(kind: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Encoded by adapterkit (llama.cpp's bytes), decoded by the gguf package."""
+    return lambda w: torch.from_numpy(decode(kind, encode(kind, w), w.shape[1]).copy())
+
+
+FORMATS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "bf16": lambda w: w.bfloat16().float(),
+    "f16": lambda w: w.half().float(),
+    "fp8": fp8,
+    "int8": lambda w: blockwise.decode_int8(*blockwise.encode_int8(w)),
+    "Q8_0": gguf("Q8_0"),
+    "nf4": nf4,
+    "Q4_K": gguf("Q4_K"),
+}
+
+
+def table() -> None:
+    torch.manual_seed(0)
+    w16 = (torch.randn(SIDE, SIDE) * 0.02).bfloat16().float()
+    change = torch.randn(SIDE, RANK) @ torch.randn(RANK, SIDE)
+    print(f"{'|D|/|W|':>8}  {'':<6} {'from W16':>28}   {'from the grid':>28}")
+    print(f"{'':>8}  {'':<6} {'unmoved  retention  cosine':>28}   {'unmoved  retention  cosine':>28}")
+    for size in SIZES:
+        for name, through in FORMATS.items():
+            cells = []
+            for base in (w16, through(w16)):
+                wanted = base + change * (size * base.norm() / change.norm())
+                one = Fidelity.of(block_sums(base, wanted, through(wanted)))
+                cells.append(f"{one.unmoved:>10.1%} {one.retention:>8.3f} {one.cosine:>8.3f}")
+            print(f"{size:>8.3f}  {name:<6} {cells[0]:>28}   {cells[1]:>28}")
+
+
+def cost(options: argparse.Namespace) -> None:
+    root = options.dir / options.shape
+    base, adapter, out = root / "base", root / "adapter", root / "out"
+    if not base.exists():
+        write_base(base, SHAPES[options.shape])
+        write_adapter(adapter, SHAPES[options.shape])
+    reporting = OURS.replace("jobs=int(sys.argv[4]) or None", "jobs=int(sys.argv[4]) or None, fidelity=True")
+    assert reporting != OURS
+    pairs = []
+    for index in range(options.runs + 1):
+        seconds = []
+        for script in (OURS, reporting):
+            shutil.rmtree(out, ignore_errors=True)
+            seconds.append(run(script, str(base), str(adapter), str(out), str(options.jobs))["work"])
+        if index:  # the first round warms the caches
+            pairs.append(seconds)
+    shutil.rmtree(out, ignore_errors=True)
+    plain, told = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
+    ratios = [pair[1] / pair[0] for pair in pairs]
+    print(f"{options.shape}: plain {plain:.2f} s, with the report {told:.2f} s; pair by pair "
+          f"{statistics.median(ratios) - 1:+.0%} ({min(ratios) - 1:+.0%} to {max(ratios) - 1:+.0%})")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
+    parser.add_argument("--dir", type=Path, default=Path("/dev/shm/adapterkit-bench"))
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    cost(options) if options.cost else table()
+
+
+if __name__ == "__main__":
+    main()

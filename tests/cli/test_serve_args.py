@@ -1,0 +1,79 @@
+"""`serve-args`: what is printed is what the servers' documentation asks for, with paths that exist."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from models import plain_adapter, plain_base
+
+from adapterkit.errors import AdapterkitError, NotFound, UsageError
+from adapterkit.register import register
+from adapterkit.serve import serve_args
+
+
+@pytest.fixture(autouse=True)
+def _versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPTERKIT_HOME", str(tmp_path / "home"))
+    base = plain_base(tmp_path / "base")
+    for name, rank in (("support", 4), ("billing", 24)):
+        folder = plain_adapter(tmp_path / name, base, rank=rank, base_model_name_or_path="org/base")
+        register(folder, name)
+    register(plain_adapter(tmp_path / "stray", base, base_model_name_or_path="org/other"), "stray")
+    register(base, "model", kind="merged")
+    (tmp_path / "lora.gguf").write_bytes(b"GGUF")
+    register(tmp_path / "lora.gguf", "lora", kind="adapter")
+
+
+def test_vllm_gets_every_adapter_and_a_rank_that_it_takes() -> None:
+    words = shlex.split(serve_args(["support@1", "billing"], "vllm").text)
+    assert words[:3] == ["vllm", "serve", "org/base"]
+    assert words[words.index("--max-loras") + 1] == "2"
+    assert words[words.index("--max-lora-rank") + 1] == "32"
+    modules = dict(word.split("=") for word in words[words.index("--lora-modules") + 1 :])
+    assert set(modules) == {"support", "billing"}
+    assert all((Path(path) / "adapter_model.safetensors").is_file() for path in modules.values())
+
+
+def test_sglang_and_lorax() -> None:
+    words = shlex.split(serve_args(["billing"], "sglang").text)
+    assert words[words.index("--max-lora-rank") + 1] == "24"
+    assert words[words.index("--lora-paths") + 1].startswith("billing=/")
+    found = serve_args(["billing"], "lorax")
+    assert shlex.split(found.text) == ["lorax-launcher", "--model-id", "org/base"]
+    assert json.loads(found.requests[0])["parameters"] == {"adapter_source": "local", "adapter_id": found.paths[0]}
+
+
+def test_gguf_servers(tmp_path: Path) -> None:
+    found = serve_args(["lora"], "llama.cpp", base="base.gguf")
+    assert shlex.split(found.text) == ["llama-server", "-m", "base.gguf", "--lora", found.paths[0]]
+    assert Path(found.paths[0]).read_bytes() == b"GGUF"
+    copied = serve_args(["support"], "ollama", base="llama3.2", copy=tmp_path / "served")
+    assert copied.text == f"FROM llama3.2\nADAPTER {tmp_path}/served/support-1"
+    assert not any(path.is_symlink() for path in (tmp_path / "served").rglob("*"))
+
+
+def test_a_whole_model_is_served_as_it_is() -> None:
+    found = serve_args(["model"], "vllm")
+    assert shlex.split(found.text) == ["vllm", "serve", found.paths[0]]
+    assert (Path(found.paths[0]) / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("refs", "server", "error", "words"),
+    [
+        (["support"], "nobody", UsageError, "known: "),
+        (["support", "stray"], "vllm", UsageError, "several bases"),
+        (["support", "model"], "vllm", UsageError, "one"),
+        (["support", "billing"], "ollama", UsageError, "one adapter"),
+        (["support"], "llama.cpp", UsageError, "convert"),
+        (["support"], "ollama", NotFound, "--base"),
+        (["nobody"], "vllm", NotFound, "registry"),
+    ],
+)
+def test_what_cannot_be_served(refs: list[str], server: str, error: type[AdapterkitError], words: str) -> None:
+    with pytest.raises(error) as raised:
+        serve_args(refs, server)
+    assert words in str(raised.value)

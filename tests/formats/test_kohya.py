@@ -1,0 +1,124 @@
+"""Single files of kohya's scripts and LyCORIS: the same tensors as PEFT's under other names, so PEFT is the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import make_adapter, peft_merged, read_tensors
+from safetensors.torch import save_file
+
+from adapterkit.adapters.adapter import load_adapter
+from adapterkit.adapters.fold import fold
+from adapterkit.adapters.formats.write import write_mlx, write_peft
+from adapterkit.checkpoint.open import open_checkpoint
+from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter, UsageError
+
+MODULES = ["q_proj", "down_proj"]
+NAMES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+
+
+def configs() -> dict[str, Any]:
+    import peft
+
+    pattern = {"rank_pattern": {"q_proj": 3}}
+    return {
+        "lora": peft.LoraConfig(target_modules=MODULES, r=6, lora_alpha=9, **pattern),
+        "loha": peft.LoHaConfig(target_modules=MODULES, r=4, alpha=7, **pattern),
+        "lokr": peft.LoKrConfig(target_modules=MODULES, r=2, alpha=3),
+        "lokr_both": peft.LoKrConfig(target_modules=MODULES, r=2, alpha=3, decompose_both=True),
+        "lokr_whole": peft.LoKrConfig(target_modules=MODULES, r=64, alpha=64),
+    }
+
+
+def flattened(adapter: Path, out: Path, alpha: float | None, dtype: torch.dtype = torch.float32) -> Path:
+    """A PEFT adapter as such a file; ``alpha`` becomes a tensor beside every module."""
+    tensors: dict[str, torch.Tensor] = {}
+    for key, tensor in read_tensors(adapter).items():
+        path, _, leaf = key.removeprefix("base_model.model.").partition(
+            next(f".{word}" for word in ("lora_", "hada_", "lokr_") if f".{word}" in key)
+        )
+        word = key.removeprefix("base_model.model.")[len(path) + 1 :]
+        flat = "lora_te_" + path.replace(".", "_")
+        tensors[f"{flat}.{NAMES.get(word, word)}"] = tensor.contiguous()
+        if alpha is not None:
+            tensors[f"{flat}.alpha"] = torch.tensor(alpha, dtype=dtype)
+        del leaf
+    save_file(tensors, out)
+    return out
+
+
+def merged(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    found = fold(open_checkpoint(base), [load_adapter(adapter)]).checkpoint
+    return {name: tensor.read(0, tensor.numel).view(tensor.shape) for name, tensor in found.tensors.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", sorted(configs()))
+def test_merges_as_the_peft_adapter_of_the_same_tensors(
+    kind: str, dtype: torch.dtype, make_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    base, config = make_base("llama"), configs()[kind]
+    adapter = make_adapter(tmp_path / "adapter", base, config)
+    alpha = getattr(config, "lora_alpha", None) or config.alpha
+    single = flattened(adapter, tmp_path / "file.safetensors", float(alpha), dtype)
+    ours, exact = merged(base, single), peft_merged(base, adapter, tmp_path / "peft").exact
+    before = read_tensors(base)
+    for name, tensor in exact.items():
+        delta = (tensor - before[name]).abs().max()
+        assert (ours[name] - tensor).abs().max() <= 2e-6 * delta
+    assert sum(not torch.equal(ours[name], before[name]) for name in before) == 4
+
+
+def test_without_alpha_the_scale_is_one(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    import peft
+
+    base = make_base("llama")
+    adapter = make_adapter(tmp_path / "adapter", base, peft.LoraConfig(target_modules=MODULES, r=5, lora_alpha=5))
+    ours = merged(base, flattened(adapter, tmp_path / "file.safetensors", None))
+    exact = merged(base, adapter)
+    assert all(torch.equal(ours[name], exact[name]) for name in exact)
+
+
+def test_to_peft_and_to_mlx(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    base = make_base("llama")
+    adapter = make_adapter(tmp_path / "adapter", base, configs()["lora"])
+    single = flattened(adapter, tmp_path / "file.safetensors", 9.0)
+    with pytest.raises(UsageError, match="names modules without dots"):
+        write_peft(load_adapter(single), tmp_path / "peft")
+    write_peft(load_adapter(single), tmp_path / "peft", base=open_checkpoint(base))
+    before, after = read_tensors(adapter), read_tensors(tmp_path / "peft")
+    assert set(before) == set(after)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    exact = peft_merged(base, tmp_path / "peft", tmp_path / "one").exact
+    write_mlx(load_adapter(single), tmp_path / "mlx", base=open_checkpoint(base))
+    ours = merged(base, tmp_path / "mlx")
+    assert max(float((ours[name] - exact[name]).abs().max()) for name in exact) <= 2e-6
+
+
+ONE = {"lora_te_a_b.lora_down.weight": (4, 8), "lora_te_a_b.lora_up.weight": (8, 4)}
+BAD = [
+    ({**ONE, "lora_te_a_b.dora_scale": (8, 1)}, UnsupportedAdapter, "'lora_te_a_b.dora_scale' belongs to an algorithm"),
+    ({**ONE, "lora_te_a_c.hada_w1_a": (8, 4)}, UnsupportedAdapter, "mixes algorithms"),
+    ({**ONE, "lora_te1_a_b.lora_up.weight": (8, 4)}, AdapterError, "two modules called 'a_b'"),
+    ({**ONE, "lora_te_x.alpha": ()}, AdapterError, "'x' has an alpha and nothing else"),
+    ({**ONE, "lora_te_a_b.alpha": (2,)}, AdapterError, "is no number"),
+    ({"lora_te_a_b.lora_down.weight": (4,)}, AdapterError, "no factor"),
+    ({"some.weight": (4, 4)}, AdapterError, "no keys of a single-file adapter"),
+]
+
+
+@pytest.mark.parametrize(("shapes", "kind", "words"), BAD, ids=lambda x: x if isinstance(x, str) else "")
+def test_bad_files(shapes: dict[str, tuple[int, ...]], kind: type[Exception], words: str, tmp_path: Path) -> None:
+    save_file({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "file.safetensors")
+    with pytest.raises(kind, match=words):
+        load_adapter(tmp_path / "file.safetensors")
+
+
+def test_a_name_without_a_module_is_told(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    save_file({name: torch.ones(shape) for name, shape in ONE.items()}, tmp_path / "file.safetensors")
+    with pytest.raises(TargetError, match="'a_b' stands for no module"):
+        merged(make_base("llama"), tmp_path / "file.safetensors")

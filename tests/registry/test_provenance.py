@@ -1,0 +1,171 @@
+"""What a merge writes beside its output: the same bytes for the same inputs, and enough to find back where it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from models import plain_adapter, plain_base, read_bytes, read_tensors, write_checkpoint
+
+import adapterkit
+from adapterkit.adapters.adapter import load_adapter
+from adapterkit.checkpoint.open import open_checkpoint
+from adapterkit.errors import CheckFailed, UsageError
+from adapterkit.provenance import adapter_parent, base_parent, created, label, recorder
+from adapterkit.register import register
+from adapterkit.registry import beside, lineage, verbs
+from adapterkit.registry.identity import compare
+from adapterkit.registry.weights import identity_of
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return plain_base(tmp_path / "base-7b", shards=2)
+
+
+@pytest.fixture
+def adapter(tmp_path: Path, base: Path) -> Path:
+    return plain_adapter(tmp_path / "adapter", base)
+
+
+def record_of(folder: Path) -> Any:
+    return json.loads((folder / "adapterkit.json").read_text())
+
+
+def content_of(folder: Path) -> str:
+    """The published rule: sha256 over the sorted sha256 of the files, cards and records left out."""
+    digests = sorted(
+        hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if path.name not in ("adapterkit.json", "README.md")
+    )
+    return hashlib.sha256(json.dumps({"files": digests}, separators=(",", ":")).encode()).hexdigest()
+
+
+def test_merge_says_what_it_did_to_what(base: Path, adapter: Path, tmp_path: Path, home: Path) -> None:
+    other = plain_adapter(tmp_path / "other", base, seed=3)
+    adapterkit.merge(base, [adapter, other], tmp_path / "out", weights=[0.5, -1], dtype="f32")
+    record = record_of(tmp_path / "out")
+    schema = json.loads((Path(adapterkit.__file__).parent / "registry/record.schema.json").read_text())
+    jsonschema.validate(record, schema)
+    assert (record["kind"], record["name"], record["version"]) == ("merged", "", 0)
+    assert record["operation"]["name"] == "merge"
+    assert record["operation"]["tool_version"] == adapterkit.__version__
+    assert record["operation"]["parameters"]["dtype"] == "f32"
+    assert [(p["role"], p["label"]) for p in record["parents"]] == [
+        ("base", "base-7b"),
+        ("adapter", "adapter"),
+        ("adapter", "other"),
+    ]
+    assert [p["content"] for p in record["parents"]] == ["", content_of(adapter), content_of(other)]
+    assert [p["parameters"] for p in record["parents"]] == [{}, {"weight": 0.5}, {"weight": -1.0}]
+    assert str(tmp_path) not in json.dumps(record)
+    # The identities are of what lies there, also in other shards.
+    again = write_checkpoint(tmp_path / "again", read_tensors(tmp_path / "out"))
+    assert record["identity"]["sampled"] == identity_of(open_checkpoint(again), "sampled").sampled
+    assert record["base"]["sampled"] == identity_of(open_checkpoint(base), "sampled").sampled
+    assert not home.exists()
+
+
+def test_the_same_merge_elsewhere_writes_the_same_record(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapterkit.merge(base, [adapter], tmp_path / "one", jobs=1)
+    monkeypatch.chdir(tmp_path)
+    adapterkit.merge("base-7b", ["./adapter"], "two", jobs=3)
+    assert read_bytes(tmp_path / "one", record=True) == read_bytes(tmp_path / "two", record=True)
+    assert record_of(tmp_path / "one")["created"] == "1970-01-01T00:00:00Z"
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1767225600")
+    adapterkit.merge(base, [adapter], tmp_path / "three")
+    assert record_of(tmp_path / "three")["created"] == "2026-01-01T00:00:00Z"
+    weights = [path.name for path in (tmp_path / "one").glob("*.safetensors")]
+    assert all((tmp_path / "one" / n).read_bytes() == (tmp_path / "three" / n).read_bytes() for n in weights)
+
+
+@pytest.mark.parametrize("text", ["yesterday", "-5", "253402300800", "1e9", "٣"])
+def test_a_time_that_is_none_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", text)
+    with pytest.raises(UsageError, match="SOURCE_DATE_EPOCH"):
+        created()
+
+
+def test_full_record_names_every_byte(base: Path, adapter: Path, tmp_path: Path) -> None:
+    adapterkit.merge(base, [adapter], tmp_path / "out", full_record=True)
+    record = record_of(tmp_path / "out")
+    assert {file["path"]: file["sha256"] for file in record["files"]} == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in (tmp_path / "out").iterdir()
+        if path.name != "adapterkit.json"
+    }
+    assert set(record["base"]["files"].values()) == {
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in base.glob("*.safetensors")
+    }
+    assert record["identity"]["merkle"] != record["base"]["merkle"]
+
+
+def test_lineage_from_records_alone(base: Path, adapter: Path, tmp_path: Path, home: Path) -> None:
+    """Merged before anything was registered, registered later, in another order."""
+    adapterkit.merge(base, [adapter], tmp_path / "out")
+    merged = register(tmp_path / "out", "merged").record
+    register(adapter, "mine", base=base)
+    register(base, "base", kind="base")
+    assert merged.created > "2026"
+    assert merged.kind == "merged"
+    found = lineage.lineage("merged")
+    labels = {node.label for node in found.nodes}
+    assert labels == {"merged@1", "mine@1", "base@1"}
+    edges = {(edge.parent, edge.child): edge.role for edge in found.edges}
+    contents = {name: verbs.show(name).record.content for name in ("merged", "mine", "base")}
+    assert edges[contents["mine"], contents["merged"]] == "adapter"
+    assert edges[contents["base"], contents["merged"]] == "base"
+    assert {node.label for node in lineage.lineage("mine", up=False).nodes} == {"mine@1", "merged@1"}
+
+
+def test_registered_parents_are_named_by_version(base: Path, adapter: Path, tmp_path: Path, home: Path) -> None:
+    register(adapter, "mine", base=base)
+    register(base, "llama", kind="merged")
+    adapterkit.merge("llama", ["mine@1"], tmp_path / "out")
+    parents = record_of(tmp_path / "out")["parents"]
+    assert [p["label"] for p in parents] == ["llama@1", "mine@1"]
+    assert [p["content"] for p in parents] == [verbs.show(name).record.content for name in ("llama", "mine")]
+    assert [p["record"] for p in parents] == [verbs.show(name).record.digest for name in ("llama", "mine")]
+
+
+def test_weights_that_are_not_those_of_the_record_are_not_registered(
+    base: Path, adapter: Path, tmp_path: Path, home: Path
+) -> None:
+    adapterkit.merge(base, [adapter], tmp_path / "out")
+    shard = next((tmp_path / "out").glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(CheckFailed, match="other weights"):
+        register(tmp_path / "out", "merged")
+    assert register(tmp_path / "out", "merged", ignore_record=True).record.parents == ()
+
+
+def test_records_of_adapters_hash_their_files(base: Path, adapter: Path) -> None:
+    parents = [base_parent(open_checkpoint(base)), adapter_parent(load_adapter(adapter), weight=2.0)]
+    write = recorder(
+        "resize", "adapter", {"rank": 2}, parents, method="lora", evidence=lambda: {"fidelity": {"kl": 0.5}}
+    )
+    (adapter / "adapterkit.json").write_bytes(write(adapter)["adapterkit.json"])
+    record = beside.read_beside(adapter)
+    assert record is not None
+    assert record.content == content_of(adapter)
+    assert record.evidence["fidelity"]["kl"] == 0.5
+    assert record.identity is None
+    assert compare(record.base, identity_of(open_checkpoint(base), "probe")).verdict == "likely"
+
+
+def test_labels_hold_no_paths(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    assert label(str(tmp_path / "x")) == "x"
+    assert label("org/name@main", "0123456789" * 4) == "org/name@0123456"
+    assert label("org/name") == "org/name"
+    assert label("mine@3") == "mine@3"
+    assert label(str(tmp_path / "a\nb")) == "a?b"

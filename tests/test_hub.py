@@ -1,0 +1,347 @@
+"""Checkpoints and adapters on the Hub: the real client against a Hub on the loopback interface."""
+
+from __future__ import annotations
+
+import io
+import logging
+from contextlib import redirect_stderr, redirect_stdout
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hub import TOKEN, Hub
+from models import plain_adapter, plain_base, read_bytes, read_tensors
+
+import adapterkit
+from adapterkit.adapters.adapter import load_adapter
+from adapterkit.checkpoint.open import open_checkpoint
+from adapterkit.errors import AdapterkitError, AuthError, CheckpointError, HubError, NotFound, UnsafeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub of our own, an empty cache, and a client that asks nobody else and has no token."""
+    import huggingface_hub as hf
+    from huggingface_hub import constants, file_download, hf_api
+    from huggingface_hub.utils import _http
+
+    with Hub() as served:
+        for module in (constants, file_download, hf_api, _http):
+            for name, value in {
+                "ENDPOINT": served.url,
+                "HF_ENDPOINT": served.url,
+                "HUGGINGFACE_CO_URL_TEMPLATE": served.url + "/{repo_id}/resolve/{revision}/{filename}",
+                "HF_HUB_OFFLINE": False,
+                "HF_HUB_CACHE": str(tmp_path / "cache"),
+                "HF_HUB_DISABLE_XET": True,
+                "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
+                "HF_TOKEN_PATH": str(tmp_path / "no-token"),
+                "HF_HUB_DISABLE_PROGRESS_BARS": True,
+                "HF_URL_HOSTS": frozenset({"127.0.0.1"}),
+            }.items():
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", served.url)
+        monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # the client's waits between attempts
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        hf.close_session()
+        yield served
+        hf.close_session()
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """3.4 MB, so that a header is a small part of it."""
+    return plain_base(tmp_path / "base", layers=3, width=512, shards=2)
+
+
+@pytest.fixture
+def adapter(base: Path, tmp_path: Path) -> Path:
+    return plain_adapter(tmp_path / "adapter", base)
+
+
+# ------------------------------------------------------------------ what is fetched
+
+
+def test_headers_only_come_by_range(hub: Hub, base: Path) -> None:
+    hub.add("org/base", base)
+    opened = open_checkpoint("org/base", headers_only=True)
+    local = open_checkpoint(base)
+    assert opened.shapes == local.shapes
+    assert opened.shards == local.shards
+    assert opened.commit == hub.repos["org/base"].refs["main"]
+    weights = [call for call in hub.calls if "/storage/" in call.path and call.sent]
+    assert len(weights) == 2
+    assert all(call.ranged and call.status == 206 and call.sent <= 1 << 17 for call in weights)
+    assert hub.sent < local.nbytes / 4
+
+
+def test_header_that_is_longer_than_the_first_range(hub: Hub, tmp_path: Path) -> None:
+    from models import write_checkpoint
+
+    tensors = {f"{'x' * 200}.{index}": torch.zeros(2) for index in range(1000)}
+    hub.add("org/wide", write_checkpoint(tmp_path / "wide", tensors))
+    assert set(open_checkpoint("org/wide", headers_only=True)) == set(tensors)
+    assert 2 <= sum("/storage/" in call.path and call.sent > 0 for call in hub.calls) <= 3
+
+
+def test_rows_can_be_read_by_range(hub: Hub, base: Path) -> None:
+    hub.add("org/base", base)
+    opened = open_checkpoint("org/base", headers_only=True)
+    before = hub.sent
+    name = "model.layers.2.mlp.up_proj.weight"
+    assert torch.equal(opened[name].read(512, 1024), read_tensors(base)[name][1])
+    assert hub.sent - before == 1024
+
+
+def test_server_without_ranges(hub: Hub, base: Path) -> None:
+    hub.add("org/base", base)
+    hub.ranges = False
+    assert open_checkpoint("org/base", headers_only=True).shapes == open_checkpoint(base).shapes
+
+
+def test_file_that_changes_while_it_is_read(hub: Hub, base: Path) -> None:
+    hub.add("org/base", base)
+    opened = open_checkpoint("org/base", headers_only=True)
+    files = hub.repos["org/base"].commits[opened.commit or ""]
+    files.update({name: data + b"more" for name, data in files.items()})
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        opened["model.layers.2.mlp.up_proj.weight"].read(0, 512)
+
+
+def test_dry_run_downloads_no_weights(hub: Hub, base: Path, adapter: Path) -> None:
+    hub.add("org/base", base)
+    hub.add("org/adapter", adapter)
+    planned = adapterkit.plan_merge("org/base", ["org/adapter"])
+    assert [step.tensor for step in planned.plan.steps] == [
+        step.tensor for step in adapterkit.plan_merge(base, [adapter]).plan.steps
+    ]
+    assert hub.sent < 600_000
+    assert planned.report("").base_commit == hub.repos["org/base"].refs["main"]
+
+
+def test_merge_from_the_hub(hub: Hub, base: Path, adapter: Path, tmp_path: Path) -> None:
+    hub.add("org/base", base)
+    hub.add("org/adapter", adapter)
+    adapterkit.merge(base, [adapter], tmp_path / "local")
+    report = adapterkit.merge("org/base", ["org/adapter"], tmp_path / "out")
+    assert read_bytes(tmp_path / "out") == read_bytes(tmp_path / "local")
+    assert report.adapters[0].commit == hub.repos["org/adapter"].refs["main"]
+    before = len(hub.calls)
+    adapterkit.merge("org/base", ["org/adapter"], tmp_path / "again")
+    assert not any("/storage/" in call.path for call in hub.calls[before:])  # all of it was in the cache
+
+
+def test_adapter_in_a_sub_folder(hub: Hub, base: Path, adapter: Path, tmp_path: Path) -> None:
+    files = {f"runs/last/{name}": data for name, data in read_bytes(adapter).items()}
+    hub.add("org/many", {**files, "runs/first/adapter_config.json": b"{}", "README.md": b"x"})
+    adapterkit.merge(base, [adapter], tmp_path / "local")
+    adapterkit.merge(base, ["org/many/runs/last"], tmp_path / "out")
+    assert read_bytes(tmp_path / "out") == read_bytes(tmp_path / "local")
+    headers = load_adapter("org/many/runs/last", headers_only=True)
+    assert set(headers.tensors) == set(load_adapter(adapter).tensors)
+    with pytest.raises(NotFound, match=r"sub-folders \(runs/first, runs/last\)"):
+        load_adapter("org/many", headers_only=True)
+    with pytest.raises(NotFound, match="no such folder"):
+        load_adapter("org/many/runs/none")
+
+
+def test_revisions(hub: Hub, base: Path, tmp_path: Path) -> None:
+    first = hub.add("org/base", base, "main", "v1")
+    other = plain_base(tmp_path / "other", layers=2, width=512)
+    second = hub.add("org/base", other, "main", "refs/pr/3")
+    for revision, sha, layers in (("v1", first, 3), (first, first, 3), ("main", second, 2), ("refs/pr/3", second, 2)):
+        for headers_only in (True, False):
+            opened = open_checkpoint(f"org/base@{revision}", headers_only=headers_only)
+            assert opened.commit == sha
+            assert sum("q_proj" in name for name in opened) == layers
+    with pytest.raises(NotFound, match="no such revision") as caught:
+        open_checkpoint("org/base@nope")
+    assert caught.value.exit_code == 7
+
+
+def test_a_moved_branch_is_not_taken_from_the_cache(hub: Hub, base: Path, tmp_path: Path) -> None:
+    hub.add("org/base", base)
+    assert len(open_checkpoint("org/base")) == 11
+    hub.add("org/base", plain_base(tmp_path / "other", layers=1, width=512))
+    assert len(open_checkpoint("org/base")) == 5
+
+
+def test_other_copies_of_the_weights_are_not_downloaded(hub: Hub, base: Path, adapter: Path, tmp_path: Path) -> None:
+    extra = {"model.Q4_K_M.gguf": b"g" * 999, "pytorch_model.bin": b"p" * 999, "onnx/model.onnx": b"o" * 999}
+    hub.add("org/base", {**read_bytes(base), **extra, "tokenizer.json": b"{}", "odd[1].json": b"{}"})
+    adapterkit.merge("org/base", [adapter], tmp_path / "out")
+    asked = " ".join(call.path for call in hub.calls)
+    assert not any(name in asked for name in extra)
+    assert {"tokenizer.json", "odd[1].json"} <= set(read_bytes(tmp_path / "out"))
+
+
+# ------------------------------------------------------------------ what goes wrong
+
+BOTH = pytest.mark.parametrize("headers_only", [True, False], ids=["headers", "whole"])
+
+
+@BOTH
+def test_unknown_repository(hub: Hub, headers_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a token the Hub does not say whether a repository is private or not there."""
+    with pytest.raises(AuthError, match="does not show org/none") as caught:
+        open_checkpoint("org/none", headers_only=headers_only)
+    assert caught.value.exit_code == 4
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(NotFound, match="org/none is not on the Hub") as missing:
+        open_checkpoint("org/none", headers_only=headers_only)
+    assert missing.value.exit_code == 7
+
+
+@BOTH
+def test_private_repository(hub: Hub, base: Path, headers_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("org/base", base, private=True)
+    with pytest.raises(AuthError, match="set HF_TOKEN"):
+        open_checkpoint("org/base", headers_only=headers_only)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert len(open_checkpoint("org/base", headers_only=headers_only)) == 11
+
+
+@BOTH
+def test_wrong_token(hub: Hub, base: Path, headers_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("org/base", base, private=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_anotherTokenOfSomebodyElse")
+    with pytest.raises(AuthError) as caught:
+        open_checkpoint("org/base", headers_only=headers_only)
+    assert "hf_anotherTokenOfSomebodyElse" not in str(caught.value)
+
+
+@BOTH
+def test_gated_repository(hub: Hub, base: Path, headers_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("org/base", base, gated=True)
+    with pytest.raises(AuthError, match=r"gated.*accept its terms") as caught:
+        open_checkpoint("org/base", headers_only=headers_only)
+    assert caught.value.exit_code == 4
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert len(open_checkpoint("org/base", headers_only=headers_only)) == 11
+
+
+@BOTH
+@pytest.mark.parametrize("status", [500, 502, 503, 504, 429])
+@pytest.mark.parametrize("where", ["/api/models/", "/resolve/", "/storage/"])
+def test_server_that_fails(hub: Hub, base: Path, where: str, status: int, headers_only: bool) -> None:
+    hub.add("org/base", base)
+    hub.fail(where, status, times=10**6)
+    with pytest.raises(HubError) as caught:
+        open_checkpoint("org/base", headers_only=headers_only)
+    assert caught.value.exit_code == 5
+    assert "\n" not in str(caught.value)
+
+
+@BOTH
+@pytest.mark.parametrize("where", ["/api/models/", "/resolve/", "/storage/"])
+def test_connection_that_drops(hub: Hub, base: Path, where: str, headers_only: bool) -> None:
+    hub.add("org/base", base)
+    hub.fail(where, None, times=10**6, after=7)
+    with pytest.raises(HubError) as caught:
+        open_checkpoint("org/base", headers_only=headers_only)
+    assert caught.value.exit_code == 5
+    assert str(caught.value).isprintable()
+
+
+def test_one_failure_of_many_requests_is_tried_again(hub: Hub, base: Path) -> None:
+    """A checkpoint of two hundred shards is two hundred requests; one of them will meet a busy server."""
+    hub.add("org/base", base)
+    hub.fail("/storage/", 503, times=1)
+    assert len(open_checkpoint("org/base", headers_only=True)) == 11
+
+
+@BOTH
+def test_no_network(hub: Hub, headers_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    hub.__exit__()
+    hub.__enter__()  # another port: nobody listens where the client asks
+    assert hub.url != constants.ENDPOINT
+    with pytest.raises(HubError) as caught:
+        open_checkpoint("org/base", headers_only=headers_only)
+    assert caught.value.exit_code == 5
+
+
+@BOTH
+def test_offline(hub: Hub, base: Path, headers_only: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in the cache is used, what is not is said."""
+    from huggingface_hub import constants
+
+    sha = hub.add("org/base", base)
+    open_checkpoint("org/base")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    before = len(hub.calls)
+    assert open_checkpoint("org/base", headers_only=headers_only).commit == sha
+    with pytest.raises(HubError, match=r"not in the cache") as caught:
+        open_checkpoint("org/none", headers_only=headers_only)
+    assert caught.value.exit_code == 5
+    assert len(hub.calls) == before
+
+
+@BOTH
+def test_pickles_on_the_hub_are_not_even_fetched(hub: Hub, headers_only: bool) -> None:
+    hub.add("org/old", {"pytorch_model.bin": b"\x80\x04.", "config.json": b"{}"})
+    with pytest.raises(UnsafeError, match="only as a pickle"):
+        open_checkpoint("org/old", headers_only=headers_only)
+    assert not any("pytorch_model" in call.path for call in hub.calls)
+
+
+@BOTH
+@pytest.mark.parametrize("file", ["../../escaped.safetensors", "/etc/passwd", "https://example.com/x.safetensors"])
+def test_index_on_the_hub_that_leads_out(hub: Hub, base: Path, file: str, headers_only: bool) -> None:
+    files = read_bytes(base)
+    index = files["model.safetensors.index.json"].replace(b"model-00001-of-00002.safetensors", file.encode(), 1)
+    hub.add("org/base", {**files, "model.safetensors.index.json": index})
+    with pytest.raises(UnsafeError, match="out of its folder"):
+        open_checkpoint("org/base", headers_only=headers_only)
+
+
+@BOTH
+@pytest.mark.parametrize("ref", ["org/na--me", "org/name.git", "org/a..b", f"org/{'x' * 200}", "-org/name"])
+def test_what_is_no_repository_name(hub: Hub, ref: str, headers_only: bool) -> None:
+    with pytest.raises(AdapterkitError) as caught:
+        open_checkpoint(ref, headers_only=headers_only)
+    assert caught.value.exit_code in (4, 7)
+
+
+# ------------------------------------------------------------------ the token
+
+
+@BOTH
+def test_token_goes_to_the_hub_alone(
+    hub: Hub, base: Path, adapter: Path, headers_only: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.add("org/base", base, private=True)
+    hub.add("org/adapter", adapter, private=True)
+    said, logged = io.StringIO(), io.StringIO()
+    handler = logging.StreamHandler(logged)
+    logging.getLogger().addHandler(handler)
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.DEBUG)
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            planned = adapterkit.plan_merge("org/base", ["org/adapter"], headers_only=headers_only)
+            text = planned.plan.to_json() + repr(planned) + repr(planned.report(""))
+            hub.fail("/storage/", 500, times=10**6)
+            with pytest.raises(HubError) as caught:
+                if headers_only:
+                    planned.base["model.layers.2.mlp.up_proj.weight"].read(0, 10)
+                else:
+                    hub.add("org/more", {**read_bytes(base), "model-00001-of-00002.safetensors": b"x"}, private=True)
+                    open_checkpoint("org/more")
+            text += repr(caught.value) + str(caught.value)
+    finally:
+        logging.getLogger().removeHandler(handler)
+        logging.getLogger().setLevel(level)
+    storage = [call for call in hub.calls if call.host.startswith("localhost")]
+    assert storage
+    assert not any(call.token for call in storage)
+    assert any(call.token == f"Bearer {TOKEN}" for call in hub.calls)
+    assert TOKEN not in text + said.getvalue() + logged.getvalue()
+    assert TOKEN.encode() not in b"".join(p.read_bytes() for p in (tmp_path / "cache").rglob("*") if p.is_file())
