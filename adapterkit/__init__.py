@@ -25,28 +25,44 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.save import save
+    from adapterkit.combine import combine, combined
+    from adapterkit.compare import CompareReport, compare
     from adapterkit.errors import AdapterkitError
+    from adapterkit.extract import extract
+    from adapterkit.family import Family, open_family
     from adapterkit.inspect import Inspection, inspect
     from adapterkit.merge import execute, merge, plan_merge
-    from adapterkit.report import MergeReport
+    from adapterkit.report import CombineReport, ExtractReport, MergeReport, ResizeReport
+    from adapterkit.resize import resize
 
 _WHERE = {
     "Adapter": "adapterkit.adapters.adapter:Adapter",
     "AdapterkitError": "adapterkit.errors:AdapterkitError",
     "CheckReport": "adapterkit.check:CheckReport",
     "Checkpoint": "adapterkit.checkpoint.checkpoint:Checkpoint",
+    "CombineReport": "adapterkit.report:CombineReport",
+    "CompareReport": "adapterkit.compare:CompareReport",
+    "ExtractReport": "adapterkit.report:ExtractReport",
+    "Family": "adapterkit.family:Family",
     "Folded": "adapterkit.adapters.fold:Folded",
     "Inspection": "adapterkit.inspect:Inspection",
     "MergeReport": "adapterkit.report:MergeReport",
     "Plan": "adapterkit.checkpoint.plan:Plan",
+    "ResizeReport": "adapterkit.report:ResizeReport",
     "check": "adapterkit.check:check",
+    "combine": "adapterkit.combine:combine",
+    "combined": "adapterkit.combine:combined",
+    "compare": "adapterkit.compare:compare",
     "execute": "adapterkit.merge:execute",
+    "extract": "adapterkit.extract:extract",
     "fold": "adapterkit.adapters.fold:fold",
     "inspect": "adapterkit.inspect:inspect",
     "load_adapter": "adapterkit.adapters.adapter:load_adapter",
     "merge": "adapterkit.merge:merge",
     "open": "adapterkit.bases:open_model",
+    "open_family": "adapterkit.family:open_family",
     "plan_merge": "adapterkit.merge:plan_merge",
+    "resize": "adapterkit.resize:resize",
     "save": "adapterkit.checkpoint.save:save",
 }
 
@@ -55,19 +71,30 @@ __all__ = [
     "AdapterkitError",
     "CheckReport",
     "Checkpoint",
+    "CombineReport",
+    "CompareReport",
+    "ExtractReport",
+    "Family",
     "Folded",
     "Inspection",
     "MergeReport",
     "Plan",
+    "ResizeReport",
     "__version__",
     "check",
+    "combine",
+    "combined",
+    "compare",
     "execute",
+    "extract",
     "fold",
     "inspect",
     "load_adapter",
     "merge",
     "open",
+    "open_family",
     "plan_merge",
+    "resize",
     "save",
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from adapterkit.report import AdapterUse, MergeReport
 
 if TYPE_CHECKING:
     from adapterkit.adapters.fidelity import FidelityReport
+    from adapterkit.adapters.rule import Rule
     from adapterkit.checkpoint.files import Source
     from adapterkit.gguf.quantize import Quantization
 
@@ -55,6 +56,7 @@ class Merge:
     base_values: str = "as stored"
     quant: str | None = None
     encoded: Checkpoint | None = None
+    method: str = "linear"
 
     @property
     def view(self) -> Checkpoint:
@@ -74,6 +76,7 @@ class Merge:
             base=self.base.ref,
             base_commit=self.base.commit,
             base_values=self.base_values,
+            method=self.method,
             adapters=tuple(AdapterUse(a.ref, a.config.peft_type, w, a.commit, a.config.base) for a, w in used),
             dtype="auto" if self.dtype is None else str(self.dtype),
             files=tuple(path.name for path in self.plan.targets(Path(out)).values()),
@@ -119,6 +122,10 @@ def plan_merge(
     quant: str | None = None,
     quant_double: bool = False,
     quantization: Quantization | None = None,
+    method: str = "linear",
+    scale: float = 1.0,
+    space: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
     headers_only: bool = True,
     fingerprints: bool = True,
 ) -> Merge:
@@ -127,6 +134,7 @@ def plan_merge(
     With ``headers_only`` a base or adapter on the Hub is not downloaded, so the plan can be shown but not executed. The
     ``fingerprints`` of its inputs let `execute` see whether they changed; a plan that is only shown can do without.
     """
+    rule = _rule(method, scale, space, parameters)
     opened, values = open_base(
         base,
         base16=base16,
@@ -155,6 +163,10 @@ def plan_merge(
         "quant": quant,
         "quant_double": quant_double,
         "quantization": None if quantization is None else quantization.request(),
+        "method": method,
+        "scale": scale,
+        "space": space,
+        "parameters": dict(parameters or {}),
     }
     settings: dict[str, Any] = {
         "max_shard_size": None if max_shard_size is None else parse_size(max_shard_size),
@@ -184,6 +196,7 @@ def plan_merge(
             quantization=quantization,
             residual_base=residual_base,
             allow_unknown=allow_unknown,
+            rule=rule,
         )
         folded, notes = made.folded, made.notes
         plan = plan_gguf(made.layout, **settings)
@@ -192,7 +205,8 @@ def plan_merge(
             raise UsageError(
                 f"{opened.ref} is not a GGUF base, and types were given for a GGUF output", "give a GGUF base"
             )
-        folded = fold(opened, loaded, weights, dtype=wanted, residual_base=residual_base, allow_unknown=allow_unknown)
+        how: dict[str, Any] = {"residual_base": residual_base, "allow_unknown": allow_unknown, "rule": rule}
+        folded = fold(opened, loaded, weights, dtype=wanted, **how)
         side, notes = side_files(opened, folded, loaded, wanted)
         if quant is not None:
             encoded = quantized(folded.checkpoint, quant, double_quant=quant_double)
@@ -214,7 +228,17 @@ def plan_merge(
         values,
         quant,
         encoded,
+        "linear" if rule is None else str(rule),
     )
+
+
+def _rule(method: str, scale: float, space: str | None, parameters: Mapping[str, Any] | None) -> Rule | None:
+    """The rule asked for; None for the plain weighted sum, which needs none."""
+    if (method, scale, space) == ("linear", 1.0, None) and not parameters:
+        return None
+    from adapterkit.adapters.rule import Rule
+
+    return Rule(method, space, scale, dict(parameters or {}))
 
 
 def merge(
@@ -241,6 +265,10 @@ def merge(
     fidelity: bool = False,
     yes_lossy: bool = False,
     full_record: bool = False,
+    method: str = "linear",
+    scale: float = 1.0,
+    space: str | None = None,
+    parameters: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> MergeReport:
     """Fold adapters into a base and write a Hugging Face folder, or a GGUF file when the base is one.
@@ -268,6 +296,9 @@ def merge(
         fidelity: measure what of the change survives in the output, in the same pass.
         yes_lossy: write a quantized base's own format again although the change does not survive it.
         quantization: the types of a GGUF output; by default every tensor keeps its own.
+        method: how deltas of several adapters become one, a row of `adapterkit.ops.methods.METHODS`; nothing is
+            truncated. Whole parameters, token rows and biases are not combined by it.
+        scale, space, parameters: of the method, as in `combine`.
         full_record: hash every byte of base and output for ``adapterkit.json``, instead of 16 KiB of each tensor.
         progress: called now and then with bytes done and bytes in all.
 
@@ -296,6 +327,10 @@ def merge(
         quant=quant,
         quant_double=quant_double,
         quantization=quantization,
+        method=method,
+        scale=scale,
+        space=space,
+        parameters=parameters,
         headers_only=False,
     )
     if (Path(out).suffix == ".gguf") != (planned.plan.layout == "file"):
@@ -407,6 +442,10 @@ _REQUEST = (
     "skip_modules",
     "quant",
     "quant_double",
+    "method",
+    "scale",
+    "space",
+    "parameters",
 )
 
 

@@ -29,6 +29,7 @@ class MergeReport:
 
     Attributes:
         base_values: of the base, what was folded onto: as stored, decoded, the 16-bit original, or as trained.
+        method: how the deltas of several adapters became one.
         fidelity: what of the change survives in the output, when that was asked for.
         touched: tensors with a change folded in; ``copied`` are byte-identical to the base's.
         reused: of the touched ones, how many a resumed run found finished.
@@ -51,6 +52,7 @@ class MergeReport:
     seconds: float = 0.0
     peak_memory: int = 0
     base_values: str = "as stored"
+    method: str = "linear"
     fidelity: FidelityReport | None = None
     dry_run: bool = False
     notes: tuple[str, ...] = field(default=())
@@ -79,6 +81,100 @@ class ConvertReport:
     seconds: float = 0.0
     peak_memory: int = 0
     dry_run: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModuleRank:
+    """What was kept of one module.
+
+    Attributes:
+        module: the parameter.
+        shape: of its delta (of one expert's).
+        rank: of the result.
+        norm: Frobenius norm of the delta before it was cut to that rank.
+        error: Frobenius norm of what was cut, as a part of ``norm``.
+        before: the rank it had, where there was one.
+    """
+
+    module: str
+    shape: tuple[int, int]
+    rank: int
+    norm: float
+    error: float
+    before: int = 0
+
+    @property
+    def energy(self) -> float:
+        """The share of the squared norm that was kept."""
+        return 1.0 - self.error**2
+
+
+@dataclass(frozen=True)
+class CombineReport:
+    """What a combination gave.
+
+    Attributes:
+        scale: the lambda.
+        rank: of the modules, or of most of them when each has its own.
+        own_ranks: whether ranks differ.
+        carried: whole parameters and token rows taken over from one adapter.
+    """
+
+    out: str
+    method: str
+    space: str
+    scale: float
+    parameters: dict[str, Any]
+    adapters: tuple[AdapterUse, ...]
+    base: str
+    rank: int
+    own_ranks: bool
+    modules: tuple[ModuleRank, ...]
+    carried: tuple[str, ...]
+    nbytes: int
+    seconds: float
+    peak_memory: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ResizeReport:
+    """What resizing an adapter gave; ``rank`` is that of most layers when they differ (``own_ranks``)."""
+
+    out: str
+    adapter: str
+    method: str
+    rank: int
+    own_ranks: bool
+    modules: tuple[ModuleRank, ...]
+    nbytes_before: int
+    nbytes: int
+    seconds: float
+    peak_memory: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExtractReport:
+    """What an extraction gave.
+
+    Attributes:
+        saved: parameters that are stored whole.
+        unchanged: parameters that do not differ.
+    """
+
+    out: str
+    base: str
+    tuned: str
+    rank: int
+    own_ranks: bool
+    modules: tuple[ModuleRank, ...]
+    saved: tuple[str, ...]
+    unchanged: int
+    nbytes: int
+    seconds: float
+    peak_memory: int
     notes: tuple[str, ...] = ()
 
 

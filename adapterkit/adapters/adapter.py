@@ -94,7 +94,7 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
     source, stored = _stored(listing, WEIGHTS)
     tensors, notes = _plain_keys(stored, source.name)
     side_files = tuple(
-        SideFile(name, listing.open(name)) for name in side_names(listing.names, {WEIGHTS}) if _own(name)
+        SideFile(name, listing.open(name)) for name in side_names(listing.names, {WEIGHTS}) if is_brought(name)
     )
     return Adapter(listing.ref, config, tensors, source, side_files, listing.commit, notes)
 
@@ -129,7 +129,8 @@ _BROUGHT = (
 )
 
 
-def _own(name: str) -> bool:
+def is_brought(name: str) -> bool:
+    """Whether a file beside an adapter is a tokenizer's."""
     return name.startswith(_BROUGHT)
 
 

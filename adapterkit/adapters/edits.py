@@ -68,7 +68,7 @@ def group_modules(adapter: Adapter, method: Method) -> tuple[tuple[Module, ...],
     whole: dict[str, Tensor] = {}
     suffixes = sorted(method.suffixes, key=len, reverse=True)
     for key, tensor in adapter.tensors.items():
-        if _is_shared(key, method) or any(f".{part}." in f".{key}." for part in method.ignored):
+        if is_shared(key, method) or any(f".{part}." in f".{key}." for part in method.ignored):
             continue
         suffix = next((s for s in suffixes if key.endswith("." + s)), None)
         if suffix is None:
@@ -87,7 +87,8 @@ def group_modules(adapter: Adapter, method: Method) -> tuple[tuple[Module, ...],
     return tuple(found), whole
 
 
-def _is_shared(key: str, method: Method) -> bool:
+def is_shared(key: str, method: Method) -> bool:
+    """Whether a tensor belongs to all modules of the method."""
     return any(key == name or key.startswith(name + ".") for name in method.shared)
 
 
@@ -138,7 +139,7 @@ def adapter_edits(
         raise AdapterError(f"{adapter.source.name} holds no tensors", "save the adapter again")
     modules, whole = group_modules(adapter, method)
     _check_one_method(whole, method, adapter)
-    shared = {key: tensor for key, tensor in adapter.tensors.items() if _is_shared(key, method)}
+    shared = {key: tensor for key, tensor in adapter.tensors.items() if is_shared(key, method)}
     context = Context(adapter, names, str(config.get("model_type", "")), residual_base, modules, shared)
     edits = [_whole_edit(key, tensor, context, config) for key, tensor in whole.items()]
     unresolved: list[TargetError] = []
@@ -157,7 +158,8 @@ def adapter_edits(
 def _whole_edit(key: str, tensor: Tensor, context: Context, config: Mapping[str, Any]) -> Edit:
     """A parameter that the adapter stores whole: `modules_to_save`, trained biases, a resized embedding."""
     wrapped = f".{WRAPPED}." in key
-    parameter = key.replace(f".{TOKEN_WRAPPED}.", ".").replace(f".{WRAPPED}.", ".")
+    plain = key.replace(f".{TOKEN_WRAPPED}.", ".")
+    parameter = ".".join(part for part in plain.split(".") if part != WRAPPED)
     saved = context.config.names("modules_to_save")
     asked = any(_within(parameter, module) for module in saved)
     try:

@@ -21,6 +21,7 @@ from adapterkit.errors import AdapterError, TargetError, UsageError
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
+    from adapterkit.adapters.rule import Rule
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.dtypes import DType
 
@@ -59,6 +60,7 @@ def fold(
     residual_base: bool = False,
     allow_unknown: bool = False,
     names: Names | None = None,
+    rule: Rule | None = None,
 ) -> Folded:
     """Fold adapters into a base: W + sum of w_k (f_k(W) - W), summed in float32, rounded once.
 
@@ -70,6 +72,7 @@ def fold(
         residual_base: the base is what training left behind (PiSSA, LoRA-GA, ...), not the original model.
         allow_unknown: go on where a config has fields that we do not know.
         names: where parameters are, for bases whose tensors have names of another format.
+        rule: how deltas of several adapters become one; None is their weighted sum.
 
     Raises:
         UsageError: no adapters, or another number of weights.
@@ -82,7 +85,7 @@ def fold(
         raise UsageError("a weight is not a finite number", "give each --weight a number")
     if len(factors) != len(adapters):
         raise UsageError(f"{len(factors)} weights for {len(adapters)} adapters", "give one --weight for each adapter")
-    base, notes = _replicated(dequantized(base), adapters)
+    base, notes = replicated_base(dequantized(base), adapters)
     names = names or Names(base.shapes, base.config)
     edits: list[Weighted] = []
     for adapter, factor in zip(adapters, factors, strict=True):
@@ -92,7 +95,7 @@ def fold(
     settled = settle_ties(edits, names, base, base.config)
     tensors: dict[str, Tensor] = {**base.tensors, **settled.added}
     by_tensor: dict[str, list[Weighted]] = {}
-    for item in settled.edits:
+    for item in settled.edits if rule is None else _ruled(settled.edits, rule):
         for name in item.edit.target.tensors:
             by_tensor.setdefault(name, []).append(item)
     added = [name for name in by_tensor if name not in base]
@@ -109,6 +112,12 @@ def fold(
     resized = [(base[n].shape[0], merged[n].shape[0]) for n in by_tensor if n in base and _resized(base[n], merged[n])]
     vocab = resized[0] if resized else None
     return Folded(checkpoint, tuple(by_tensor), tuple(added), vocab, settled.untied, heads, (*notes, *settled.notes))
+
+
+def _ruled(edits: Sequence[Weighted], rule: Rule) -> Sequence[Weighted]:
+    from adapterkit.adapters.combined import combined_edits
+
+    return combined_edits(edits, rule)
 
 
 class _Fold:
@@ -188,7 +197,7 @@ class _Fold:
         return self._loaded[id(change)]
 
 
-def _replicated(base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[Checkpoint, list[str]]:
+def replicated_base(base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[Checkpoint, list[str]]:
     """The base with its layers repeated, when an adapter was trained on such a model."""
     asked = {str(adapter.config.get("layer_replication")) for adapter in adapters}
     if asked == {"None"}:

@@ -29,3 +29,8 @@ def is_turned(context: Context, target: Target, expected: tuple[int, int]) -> bo
         # The shape tells; that a weight fits only when turned is no reason to turn one that nobody says is a Conv1D.
         return target.matrix != expected and (turned or flag)
     return turned
+
+
+def is_conv1d(model_types: frozenset[str], module: str) -> bool:
+    """Whether a module of such a model is a ``Conv1D``, by the architecture alone."""
+    return bool(_TYPES & model_types) and module.rpartition(".")[2] in _MODULES

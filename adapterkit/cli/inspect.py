@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -9,24 +10,35 @@ import click
 from adapterkit.cli.output import count, note, say, show_json, size
 
 if TYPE_CHECKING:
+    from adapterkit.compare import Pair
     from adapterkit.inspect import Inspection
 
 
 @click.command(name="inspect", short_help="Show what an adapter or a checkpoint is, and how it is.")
-@click.argument("ref", metavar="ADAPTER|CHECKPOINT")
+@click.argument("refs", nargs=-1, required=True, metavar="ADAPTER|CHECKPOINT...")
 @click.option("--base", help="The adapter's base, to give its share of the parameters.")
+@click.option("--compare", "comparing", is_flag=True, help="Hold several adapters against each other.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="With --compare: also write a heat map.")
 @click.option("--health", is_flag=True, help="Read the factors: NaN, untrained modules, norms, effective ranks.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(ref: str, base: str | None, health: bool, as_json: bool) -> None:
+def command(
+    refs: tuple[str, ...], base: str | None, comparing: bool, html: Path | None, health: bool, as_json: bool
+) -> None:
     """Show what an ADAPTER or a CHECKPOINT is; only headers are read, also from the Hub.
 
     \b
     Example:
       adapterkit inspect ./my-adapter --base meta-llama/Llama-3.2-1B
+      adapterkit inspect ./math ./code --compare --html fight.html
     """
     from adapterkit.inspect import inspect
 
-    found = inspect(ref, base=base, health=health)
+    if comparing:
+        _compare(refs, base, html, as_json)
+        return
+    if len(refs) > 1 or html is not None:
+        raise click.UsageError("Several adapters and --html go with --compare.")
+    found = inspect(refs[0], base=base, health=health)
     if as_json:
         show_json(found)
         return
@@ -38,6 +50,36 @@ def command(ref: str, base: str | None, health: bool, as_json: bool) -> None:
         say(f"{name:<{width}}  {value}")
     if found.health:
         _show_health(found)
+
+
+def _compare(refs: tuple[str, ...], base: str | None, html: Path | None, as_json: bool) -> None:
+    from adapterkit.compare import compare
+    from adapterkit.heatmap import heat_map
+
+    report = compare(refs, base=base)
+    if html is not None:
+        html.write_text(heat_map(report), encoding="utf-8")
+        note(f"heat map written to {html}")
+    if as_json:
+        show_json(report)
+        return
+    for index, (ref, size_) in enumerate(zip(report.adapters, report.norms, strict=True), 1):
+        say(f"{index}  {ref}, norm {size_:.4g}")
+    say()
+    say(f"{'pair':>7} {'cosine':>7} {'output overlap':>23} {'input overlap':>23} {'sign conflict':>14}")
+    for pair in report.total:
+        say(_pair_row(pair))
+    for layer in report.layers:
+        for pair in layer.pairs:
+            say(f"{_pair_row(pair)}  {layer.module}")
+    say(f"{report.shared} of {len(report.layers)} layers are changed by more than one adapter")
+
+
+def _pair_row(pair: Pair) -> str:
+    output = f"{pair.output_overlap:.3f} ({pair.expected_output:.3f} by chance)"
+    read = f"{pair.input_overlap:.3f} ({pair.expected_input:.3f} by chance)"
+    name = f"{pair.one + 1}, {pair.other + 1}"
+    return f"{name:>7} {pair.cosine:>7.3f} {output:>23} {read:>23} {pair.sign_conflict:>14.1%}"
 
 
 def _several(values: dict[str, int]) -> str:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit.cli.methods import NAMES, SPACES, given, method_options, methods_flag
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
+from adapterkit.cli.quantization import NAMES as TYPES
 from adapterkit.cli.quantization import quantization, quantization_options
 
 if TYPE_CHECKING:
@@ -24,6 +26,10 @@ FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
     "-o", "--out", type=click.Path(path_type=Path), help="The folder to make, or the .gguf file when BASE is one."
 )
 @click.option("--weight", "weights", type=float, multiple=True, help="How strongly an adapter counts; once for each.")
+@click.option("--method", type=NAMES, default="linear", show_default=True, help="How deltas become one; see --methods.")
+@methods_flag
+@click.option("--lambda", "scale", type=float, default=1.0, help="Factor of the combined deltas.")
+@click.option("--space", type=SPACES, help="Align the adapters there; --method is the rule inside.")
 @click.option("--dtype", default="auto", show_default=True, help="auto keeps every tensor's own; or bf16, f16, f32.")
 @quantization_options
 @click.option("--keep-touched", metavar="TYPE", help="Of a GGUF output: at least this type for what adapters change.")
@@ -40,6 +46,7 @@ FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
 @click.option("--min-retention", type=float, metavar="X", help="Exit with 3 when less than this share survives.")
 @click.option("--residual-base", is_flag=True, help="BASE is what training left behind, not the original model.")
 @click.option("--allow-unknown", is_flag=True, help="Go on where an adapter's config has fields not known here.")
+@method_options
 @click.option("--full-record", is_flag=True, help="Hash every byte of BASE and OUT for the adapterkit.json beside it.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done, from headers alone.")
 @click.option("--save-plan", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan and stop.")
@@ -51,6 +58,9 @@ def command(
     adapters: tuple[str, ...],
     out: Path | None,
     weights: tuple[float, ...],
+    method: str,
+    scale: float,
+    space: str | None,
     dtype: str,
     max_shard_size: str | None,
     jobs: int | None,
@@ -69,7 +79,7 @@ def command(
     resume: bool,
     force: bool,
     as_json: bool,
-    **types: Any,
+    **options: Any,
 ) -> int:
     """Fold ADAPTERs into BASE and write a Hugging Face folder, or a GGUF file when BASE is one.
 
@@ -80,6 +90,7 @@ def command(
     Example:
       adapterkit merge meta-llama/Llama-3.2-1B ./my-adapter -o merged --dry-run
       adapterkit merge meta-llama/Llama-3.2-1B ./my-adapter -o merged --fidelity
+      adapterkit merge meta-llama/Llama-3.2-1B ./math ./code -o merged --method ties --density 0.2
       adapterkit merge Llama-3.2-1B-F16.gguf ./my-adapter -o merged-Q4_K_M.gguf --quant Q4_K_M
     """
     from adapterkit.merge import merge, plan_merge
@@ -87,6 +98,7 @@ def command(
     started = time.monotonic()
     if out is None and not (dry_run or save_plan):
         raise click.UsageError("Missing option '-o' / '--out': the folder to make.")
+    types = {name: options.pop(name) for name in (*TYPES, "keep_touched")}
     # `--quant` takes the formats of a folder too; the rest of its values are mixes of a GGUF file.
     folder_quant = types["mix"] if types["mix"] in FOLDER_FORMATS else None
     yes_lossy = types["yes_lossy"]
@@ -94,6 +106,10 @@ def command(
         types |= {"mix": None, "yes_lossy": False}
     how: dict[str, Any] = {
         "weights": weights or None,
+        "method": method,
+        "scale": scale,
+        "space": space,
+        "parameters": given(options),
         "dtype": dtype,
         "max_shard_size": max_shard_size,
         "jobs": jobs,
@@ -131,6 +147,8 @@ def command(
     for used in report.adapters:
         weight = "" if used.weight == 1 else f" x {used.weight:g}"
         say(f"{used.ref} ({used.method}){weight}")
+    if report.method != "linear":
+        say(f"  by {report.method}")
     say(f"  into {report.base}: {count(report.touched)} of {count(report.tensors)} tensors changed, the rest copied")
     for name in report.added:
         say(f"  new: {name}")

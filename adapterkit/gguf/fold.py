@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.fold import Folded, fold
 from adapterkit.errors import TargetError, UsageError
@@ -17,6 +17,7 @@ from adapterkit.gguf.tensors import decoded
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
+    from adapterkit.adapters.rule import Rule
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ def fold_gguf(
     quantization: Quantization | None = None,
     residual_base: bool = False,
     allow_unknown: bool = False,
+    rule: Rule | None = None,
 ) -> GGUFFolded:
     """Fold adapters into a GGUF model; every other byte of it stays.
 
@@ -44,7 +46,7 @@ def fold_gguf(
         adapters: one or more.
         weights: one per adapter, 1 each by default.
         quantization: the types of the output; by default each tensor keeps its own.
-        residual_base, allow_unknown: as for `fold`.
+        residual_base, allow_unknown, rule: as for `fold`.
 
     Raises:
         UsageError: the change would drown in a coarse grid, or options contradict each other.
@@ -54,7 +56,8 @@ def fold_gguf(
         raise UsageError(f"{base.ref} is a GGUF {base.kind}, not a model", "give the model first, then the adapter")
     names = GGUFNames(base.shapes, base.config, Model.of(base))
     view = replace(base, tensors={name: decoded(tensor) for name, tensor in base.items()})
-    folded = fold(view, adapters, weights, residual_base=residual_base, allow_unknown=allow_unknown, names=names)
+    how: dict[str, Any] = {"residual_base": residual_base, "allow_unknown": allow_unknown, "rule": rule}
+    folded = fold(view, adapters, weights, names=names, **how)
     _check(base, folded)
     touched = set(folded.touched)
     tensors = {name: t if name in touched else base[name] for name, t in folded.checkpoint.items()}

@@ -144,7 +144,7 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
         )
     if len(b.shape) > 2 and b.shape[1] != rank:
         raise AdapterError(f"{context.where}: '{key}' has rank {rank} and its lora_B {b.shape[1]}", "save it again")
-    scale = context.config.scaling(scaled_as, rank) * _times_applied(module, context)
+    scale = context.config.scaling(scaled_as, rank) * times_applied(module, context)
     recipe = Recipe(
         a,
         b,
@@ -163,7 +163,7 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
         yield _bias_edit(module, context, scale)
 
 
-def _times_applied(module: Module, context: Context) -> int:
+def times_applied(module: Module, context: Context) -> int:
     """How often PEFT adds the delta of this module, in training as in its own merge.
 
     Its wrapper of ``torch.nn.MultiheadAttention`` adds that of ``out_proj`` itself and then calls ``out_proj.merge()``,
@@ -216,7 +216,7 @@ def _bias_edit(module: Module, context: Context, scale: float) -> Edit:
 
         return LowRank(matrix(bias).view(-1, 1), torch.ones(1, 1), scale)
 
-    return Edit(target, Change("lora bias", load, bias.nbytes, bias.numel * 4))
+    return Edit(target, Change("lora bias", load, bias.nbytes, bias.numel * 4, scale=scale))
 
 
 def _change(recipe: Recipe, rank: int, shape: tuple[int, int]) -> Change:

@@ -1,0 +1,148 @@
+"""How several deltas of one weight become one: a row of the table of combination methods with its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.errors import UsageError
+
+if TYPE_CHECKING:
+    from adapterkit.ops.methods import Method
+    from adapterkit.ops.rows import DeltaRows
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A combination method as asked for.
+
+    Attributes:
+        method: its name in `adapterkit.ops.methods.METHODS`.
+        space: ``knots``, ``core`` or ``ctm``: align there, with ``method`` as the inner rule.
+        scale: factor of the result, the lambda of the papers.
+        parameters: those of the method that differ from its defaults.
+    """
+
+    method: str = "linear"
+    space: str | None = None
+    scale: float = 1.0
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    @property
+    def row(self) -> Method:
+        """The row of the table that does the work: the outer one of two."""
+        from adapterkit.ops.methods import find
+
+        return find(self.space if self.space not in (None, "dense") else self.method)
+
+    def check(self) -> None:
+        """Refuse what cannot be computed, before anything is read.
+
+        Raises:
+            UsageError: an unknown method, space or parameter, or a value out of range.
+        """
+        from math import isfinite
+
+        from adapterkit.ops.methods import find
+
+        inner, row = find(self.method), self.row
+        if row is not inner:
+            if not (row.nested and inner.inner):
+                raise UsageError(
+                    f"method {inner.name} cannot run in space {self.space}", "spaces are knots, core and ctm"
+                )
+            row.bind({**self.parameters, "rule": inner.name})
+        else:
+            row.bind(dict(self.parameters))
+        if not isfinite(self.scale):
+            raise UsageError(f"lambda must be a finite number, got {self.scale}", "leave it out for 1")
+
+    @property
+    def dense(self) -> bool:
+        """Whether the result has no low rank."""
+        return self.row.space == "dense"
+
+    @property
+    def has_rank(self) -> bool:
+        """Whether the rank of the result is one of the method's own parameters."""
+        return any(parameter.name == "rank" for parameter in self.row.parameters)
+
+    @property
+    def needs_factors(self) -> bool:
+        """Whether the method combines low-rank deltas only."""
+        return self.row.space != "dense" and self.row.name != "linear"
+
+    def __str__(self) -> str:
+        words = [self.method, *([f"in {self.space}"] if self.space else [])]
+        words += [
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in self.parameters.items()
+        ]
+        words += [f"lambda={self.scale:g}"] if self.scale != 1 else []
+        return " ".join(words)
+
+    def apply(
+        self,
+        parts: Sequence[DeltaRows],
+        weights: Sequence[float],
+        refs: Sequence[str],
+        key: str,
+        rank: int | None = None,
+    ) -> DeltaRows:
+        """One delta out of those of several adapters.
+
+        Args:
+            parts: of one weight.
+            weights: one per part, not all zero.
+            refs: what the adapters are called, for errors.
+            key: the parameter's name, part of the seed of random masks.
+            rank: passed to a method that has such a parameter of its own.
+
+        Raises:
+            UsageError: a delta without low rank, and a method that needs one.
+        """
+        from adapterkit.ops.lowrank import Factors
+        from adapterkit.ops.methods import combine
+
+        if self.needs_factors:
+            for part, ref in zip(parts, refs, strict=True):
+                if not isinstance(part, Factors):
+                    raise UsageError(
+                        f"{ref} has no low rank at {key}, and method {self.row.name} combines low-rank deltas only",
+                        "use --method linear or ties with --rank, or fold it in with merge",
+                    )
+        own = {"rank": rank} if rank is not None and self.has_rank else {}
+        return combine(
+            parts,
+            self.method,
+            weights=weights,
+            scale=self.scale,
+            space=self.space,
+            key=key,
+            **{**own, **self.parameters},
+        )
+
+
+def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """One finite weight per adapter, not all of them zero.
+
+    Raises:
+        UsageError
+    """
+    from math import isfinite
+
+    # An array of numpy or torch has no truth value, so its length is asked.
+    given = () if weights is None else tuple(float(weight) for weight in weights)
+    found = given or (1.0,) * count
+    if len(found) != count:
+        raise UsageError(f"{len(found)} weights for {count} adapters", "give one --weight for each adapter")
+    bad = next((weight for weight in found if not isfinite(weight)), None)
+    if bad is not None:
+        raise UsageError(f"a weight must be a finite number, got {bad}", "correct it")
+    if not any(found):
+        raise UsageError("every weight is 0, so nothing is left to combine", "give at least one adapter a weight")
+    return found
