@@ -52,12 +52,20 @@ def check_target(out: Path, inputs: Iterable[Path], nbytes: int, *, force: bool,
     parent = next(folder for folder in real.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{parent} cannot be written to", "choose another place or change its permissions")
-    free = shutil.disk_usage(parent).free + sum(path.stat().st_blocks * 512 for path in held if path.is_file())
+    free = shutil.disk_usage(parent).free + sum(map(_held, held))
     if nbytes > free:
         raise OutputError(
             f"{out} needs {nbytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free",
             "free some space or write elsewhere",
         )
+
+
+def _held(path: Path) -> int:
+    """Bytes on disk of a file that another run may take away at any moment."""
+    try:
+        return path.stat().st_blocks * 512
+    except OSError:
+        return 0
 
 
 @contextmanager
