@@ -21,7 +21,6 @@ from adapterkit.errors import OutputError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-LOCK = ".lock"
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -82,7 +81,7 @@ def staging(out: Path, *, resume: bool, shared: bool = False) -> Iterator[Path]:
     lock = -1
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _locked(folder / LOCK, shared=shared)
+        lock = _locked(folder, shared=shared)
         if not resume:
             _empty(folder)
         yield folder
@@ -105,20 +104,28 @@ class _BusyError(Exception):
     """Another run holds the lock."""
 
 
-def _locked(path: Path, *, shared: bool) -> int:
-    """A descriptor that holds the lock on ``path``.
+def _locked(folder: Path, *, shared: bool) -> int:
+    """A descriptor of the hidden folder that holds the lock on it.
 
-    The run that held it before may have removed or renamed the folder in the meantime, lock and all; then the lock that
-    was opened here is nobody's any more, and that run was busy until just now.
+    The folder itself is locked, not a file in it: it takes the lock along when it is renamed to be the target, so there is
+    no moment at which its name is still there and its lock is not. Who opened it just before that finds another folder, or
+    none, under the name, and was too late.
     """
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(lock), os.stat(path)):
-            raise _BusyError
-    except (BlockingIOError, FileNotFoundError):
-        os.close(lock)
-        raise _BusyError from None
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _BusyError from None
+        except OSError as error:
+            # Some network file systems cannot lock a folder; there, runs on one target are the user's to keep apart.
+            if error.errno not in (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        try:
+            if not os.path.samestat(os.fstat(lock), os.stat(folder)):
+                raise _BusyError
+        except FileNotFoundError:
+            raise _BusyError from None
     except BaseException:
         os.close(lock)
         raise
@@ -189,8 +196,6 @@ def sync_folder(path: Path) -> None:
 
 def _empty(folder: Path) -> None:
     for entry in os.scandir(folder):
-        if entry.name == LOCK:
-            continue
         if entry.is_dir(follow_symlinks=False):
             shutil.rmtree(entry.path)
         else:
