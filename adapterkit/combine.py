@@ -17,6 +17,7 @@ from adapterkit.errors import TargetError, UsageError
 from adapterkit.family import Family, carried, open_family
 from adapterkit.merge import peak_memory
 from adapterkit.ordered import in_order
+from adapterkit.provenance import adapter_parent, base_parent, recorder
 from adapterkit.report import AdapterUse, CombineReport, ModuleRank
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.ops.lowrank import Factors, Truncated
     from adapterkit.ops.rows import DeltaRows
+    from adapterkit.registry.record import Parent
 
 Ref = str | Path
 Progress = Callable[[int, int], None]
@@ -118,7 +120,9 @@ def combine(
                 extras,
                 base=None if family.base is None else family.base.ref,
             )
-            config = writer.finish(target, config, extras, own_ranks=own_ranks, force=force)
+            asked = {"method": method, "scale": scale, "space": space, "rank": rank, "energy": energy, "dtype": dtype}
+            record = recorder("combine", "combined", asked | dict(parameters), parents(family, factors), method="lora")
+            config = writer.finish(target, config, extras, own_ranks=own_ranks, force=force, record=record)
         finally:
             writer.close()
     return CombineReport(
@@ -235,6 +239,12 @@ def module_rank(slot: Slot, found: Sequence[Truncated], before: int = 0) -> Modu
         (lost / total) ** 0.5 if total else 0.0,
         before,
     )
+
+
+def parents(family: Family, weights: Sequence[float]) -> list[Parent]:
+    """What a record says an adapter was made from."""
+    found = [] if family.base is None else [base_parent(family.base)]
+    return found + [adapter_parent(a, weight=w) for a, w in zip(family.adapters, weights, strict=True)]
 
 
 def check_rank(rank: int | None, energy: float | None, slots: Any, max_error: float | None = None) -> list[str]:

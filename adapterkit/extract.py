@@ -25,6 +25,7 @@ from adapterkit.combine import check_rank, module_rank, output_dtype
 from adapterkit.errors import CheckpointError, TargetError
 from adapterkit.merge import peak_memory
 from adapterkit.ordered import in_order
+from adapterkit.provenance import base_parent, recorder
 from adapterkit.report import ExtractReport, ModuleRank
 
 if TYPE_CHECKING:
@@ -113,7 +114,10 @@ def extract(
                 raise TargetError(f"{pair.tuned.ref} is the same as {pair.base.ref}", "there is nothing to extract")
             extras = Extras(found.whole, side=_side(pair, notes))
             config = peft_config(used, [pair.config(used, found.whole)], extras)
-            config = writer.finish(target, config, extras, own_ranks=own_ranks, force=force)
+            asked = {"rank": rank, "energy": energy, "exact": exact, "dtype": dtype}
+            made_of = [base_parent(pair.base), base_parent(pair.tuned, "tuned")]
+            record = recorder("extract", "adapter", asked, made_of, method="lora")
+            config = writer.finish(target, config, extras, own_ranks=own_ranks, force=force, record=record)
         finally:
             writer.close()
     return ExtractReport(

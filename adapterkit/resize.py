@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 from adapterkit.adapters.write_peft import Extras, PeftWriter, peft_config
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import check_target, staging
-from adapterkit.combine import check_rank, module_rank, output_dtype, side_files
+from adapterkit.combine import check_rank, module_rank, output_dtype, parents, side_files
 from adapterkit.errors import UnsupportedAdapter, UsageError
 from adapterkit.family import Family, carried, open_family
 from adapterkit.merge import peak_memory
 from adapterkit.ordered import in_order
+from adapterkit.provenance import recorder
 from adapterkit.report import ModuleRank, ResizeReport
 
 if TYPE_CHECKING:
@@ -95,7 +96,9 @@ def resize(
             biases = {module: _scaled(*bias) for module, bias in part.biases.items()}
             extras = Extras(over.whole, over.tokens, part.magnitudes, biases, side_files([one], notes))
             config = peft_config(list(family.slots.values()), [one.config.raw], extras, dora=bool(part.magnitudes))
-            config = writer.finish(target, config, extras, own_ranks=own_ranks, force=force)
+            asked = {"rank": rank, "energy": energy, "max_error": max_error, "dtype": dtype}
+            record = recorder("resize", "adapter", asked, parents(family, [1.0]), method="lora")
+            config = writer.finish(target, config, extras, own_ranks=own_ranks, force=force, record=record)
         finally:
             writer.close()
     return ResizeReport(

@@ -23,7 +23,7 @@ from adapterkit.dtypes import F32, DType
 from adapterkit.errors import OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
     from typing import BinaryIO
 
@@ -108,7 +108,14 @@ class PeftWriter:
         return max((one.rank for kept in self._kept.values() for one in kept), default=1)
 
     def finish(
-        self, out: Path, config: Mapping[str, Any], extras: Extras, *, own_ranks: bool, force: bool
+        self,
+        out: Path,
+        config: Mapping[str, Any],
+        extras: Extras,
+        *,
+        own_ranks: bool,
+        force: bool,
+        record: Callable[[Path], Mapping[str, bytes]] | None = None,
     ) -> dict[str, Any]:
         """Write the files and publish the folder; gives the config as written.
 
@@ -118,6 +125,7 @@ class PeftWriter:
             extras: what goes in beside the factors.
             own_ranks: every module keeps its own rank.
             force: replace an existing folder.
+            record: more small files, asked for when everything else lies in the hidden folder, which it is given.
 
         Raises:
             OutputError: it cannot be written.
@@ -136,6 +144,9 @@ class PeftWriter:
             for name, data in files.items():
                 write_file(self._folder / name, data)
             sync_file(self._folder / WEIGHTS)
+            for name, data in (record(self._folder) if record is not None else {}).items():
+                write_file(self._folder / name, data)
+                files[name] = data
             publish(self._folder, out, keep={WEIGHTS, *(name.partition("/")[0] for name in files)}, force=force)
         except OSError as error:
             raise OutputError(f"{out} could not be written ({error.strerror})", "check the disk") from error

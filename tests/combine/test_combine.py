@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from models import (
     write_adapter,
 )
 
-from adapterkit import check, combine, merge, open_family
+from adapterkit import check, combine, extract, merge, open_family, resize
 from adapterkit.errors import (
     AdapterError,
     AdapterkitError,
@@ -235,6 +236,22 @@ def test_the_tokenizer_the_base_and_its_revision_are_carried(tmp_path: Path) -> 
         "adapter_model.safetensors",
         "tokenizer.json",
     ]
+
+
+def test_the_record_says_what_it_was_made_from(tmp_path: Path) -> None:
+    base = plain_base(tmp_path / "base")
+    one = plain_adapter(tmp_path / "a", base)
+    combine([one, one], tmp_path / "out", weights=[0.5, 2], method="svd", rank=3)
+    resize(tmp_path / "out", tmp_path / "small", rank=2)
+    merge(base, [one], tmp_path / "merged")
+    extract(base, tmp_path / "merged", tmp_path / "back", rank=4)
+    made, small, back = (json.loads((tmp_path / n / "adapterkit.json").read_text()) for n in ("out", "small", "back"))
+    assert (made["kind"], made["operation"]["name"]) == ("combined", "combine")
+    assert [parent["parameters"]["weight"] for parent in made["parents"]] == [0.5, 2]
+    weights = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() in {file["sha256"] for file in made["files"]}
+    assert len(small["parents"]) == 1
+    assert [parent["role"] for parent in back["parents"]] == ["base", "tuned"]
 
 
 def test_weights_of_zero_leave_an_adapter_out(tmp_path: Path) -> None:
