@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter, load_adapter
-from adapterkit.adapters.fidelity import ENOUGH, Watch, already_on_grid, left_on_grid
 from adapterkit.adapters.fold import FLOATS, Folded, fold
-from adapterkit.adapters.quantized import quantized
 from adapterkit.adapters.sidecars import side_files
 from adapterkit.bases import open_base, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
@@ -209,6 +207,8 @@ def plan_merge(
         folded = fold(opened, loaded, weights, dtype=wanted, **how)
         side, notes = side_files(opened, folded, loaded, wanted)
         if quant is not None:
+            from adapterkit.adapters.quantized import quantized
+
             encoded = quantized(folded.checkpoint, quant, double_quant=quant_double)
             config = json.loads(side.get(CONFIG, b"{}"))
             config["quantization_config"] = encoded.config["quantization_config"]
@@ -340,7 +340,11 @@ def merge(
         )
     check_output(planned.plan, planned.sources, Path(out), force=force, inputs=_adapter_folders(planned))
     lossy = _still_there(planned, yes_lossy=yes_lossy)
-    watch = Watch(planned.folded, quant) if fidelity else None
+    watch = None
+    if fidelity:
+        from adapterkit.adapters.fidelity import Watch
+
+        watch = Watch(planned.folded, quant)
     reused = write_safetensors(
         planned.plan,
         planned.view,
@@ -386,7 +390,11 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
     Raises:
         CheckFailed: hardly anything, and nobody said that this is fine.
     """
-    if planned.quant is None or not already_on_grid(planned.folded, planned.quant):
+    if planned.quant is None:
+        return None
+    from adapterkit.adapters.fidelity import ENOUGH, already_on_grid, left_on_grid
+
+    if not already_on_grid(planned.folded, planned.quant):
         return None
     found = left_on_grid(planned.folded, planned.quant, tensors=SAMPLED)
     if found.retention < ENOUGH and not yes_lossy:
