@@ -18,7 +18,7 @@ from adapterkit.convert import convert
 from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter, UsageError
 
 MODULES = ["q_proj", "down_proj"]
-NAMES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+NAMES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
 
 
 def configs() -> dict[str, Any]:
@@ -27,6 +27,7 @@ def configs() -> dict[str, Any]:
     pattern = {"rank_pattern": {"q_proj": 3}}
     return {
         "lora": peft.LoraConfig(target_modules=MODULES, r=6, lora_alpha=9, **pattern),
+        "dora": peft.LoraConfig(target_modules=MODULES, r=6, lora_alpha=9, use_dora=True),
         "loha": peft.LoHaConfig(target_modules=MODULES, r=4, alpha=7, **pattern),
         "lokr": peft.LoKrConfig(target_modules=MODULES, r=2, alpha=3),
         "lokr_both": peft.LoKrConfig(target_modules=MODULES, r=2, alpha=3, decompose_both=True),
@@ -43,7 +44,8 @@ def flattened(adapter: Path, out: Path, alpha: float | None, dtype: torch.dtype 
         )
         word = key.removeprefix("base_model.model.")[len(path) + 1 :]
         flat = "lora_te_" + path.replace(".", "_")
-        tensors[f"{flat}.{NAMES.get(word, word)}"] = tensor.contiguous()
+        # LyCORIS keeps the norms of the outputs as a column.
+        tensors[f"{flat}.{NAMES.get(word, word)}"] = tensor.unsqueeze(1) if tensor.ndim == 1 else tensor.contiguous()
         if alpha is not None:
             tensors[f"{flat}.alpha"] = torch.tensor(alpha, dtype=dtype)
         del leaf
@@ -101,7 +103,8 @@ def test_to_peft_and_to_mlx(make_base: Callable[..., Path], tmp_path: Path) -> N
 
 ONE = {"lora_te_a_b.lora_down.weight": (4, 8), "lora_te_a_b.lora_up.weight": (8, 4)}
 BAD = [
-    ({**ONE, "lora_te_a_b.dora_scale": (8, 1)}, UnsupportedAdapter, "'lora_te_a_b.dora_scale' belongs to an algorithm"),
+    ({**ONE, "lora_te_a_b.dora_scale": (1, 8)}, UnsupportedAdapter, r"dora_scale' \[1, 8\] holds norms of inputs"),
+    ({**ONE, "lora_te_a_b.oft_blocks": (8, 4)}, UnsupportedAdapter, "'lora_te_a_b.oft_blocks' belongs to an algorithm"),
     ({**ONE, "lora_te_a_c.hada_w1_a": (8, 4)}, UnsupportedAdapter, "mixes algorithms"),
     ({**ONE, "lora_te1_a_b.lora_up.weight": (8, 4)}, AdapterError, "two modules called 'a_b'"),
     ({**ONE, "lora_te_x.alpha": ()}, AdapterError, "'x' has an alpha and nothing else"),
