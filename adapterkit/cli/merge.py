@@ -125,7 +125,7 @@ def command(
         "quantization": quantization(types),
     }
     if dry_run or save_plan is not None:
-        planned = plan_merge(base, adapters, fingerprints=save_plan is not None, **how)
+        planned = plan_merge(base, adapters, out=out, fingerprints=save_plan is not None, **how)
         if save_plan is not None:
             save_plan.write_text(planned.plan.to_json())
             note(f"plan of {len(planned.plan.files)} parts written to {save_plan}")

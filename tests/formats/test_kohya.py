@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from adapterkit.adapters.adapter import load_adapter
 from adapterkit.adapters.fold import fold
-from adapterkit.adapters.formats.write import write_mlx, write_peft
 from adapterkit.checkpoint.open import open_checkpoint
+from adapterkit.convert import convert
 from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter, UsageError
 
 MODULES = ["q_proj", "down_proj"]
@@ -88,13 +88,13 @@ def test_to_peft_and_to_mlx(make_base: Callable[..., Path], tmp_path: Path) -> N
     adapter = make_adapter(tmp_path / "adapter", base, configs()["lora"])
     single = flattened(adapter, tmp_path / "file.safetensors", 9.0)
     with pytest.raises(UsageError, match="names modules without dots"):
-        write_peft(load_adapter(single), tmp_path / "peft")
-    write_peft(load_adapter(single), tmp_path / "peft", base=open_checkpoint(base))
+        convert(single, tmp_path / "peft", to="peft")
+    convert(single, tmp_path / "peft", to="peft", base=base)
     before, after = read_tensors(adapter), read_tensors(tmp_path / "peft")
     assert set(before) == set(after)
     assert all(torch.equal(before[name], after[name]) for name in before)
     exact = peft_merged(base, tmp_path / "peft", tmp_path / "one").exact
-    write_mlx(load_adapter(single), tmp_path / "mlx", base=open_checkpoint(base))
+    convert(single, tmp_path / "mlx", to="mlx", base=base)
     ours = merged(base, tmp_path / "mlx")
     assert max(float((ours[name] - exact[name]).abs().max()) for name in exact) <= 2e-6
 
