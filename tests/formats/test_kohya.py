@@ -125,3 +125,19 @@ def test_a_name_without_a_module_is_told(make_base: Callable[..., Path], tmp_pat
     save_file({name: torch.ones(shape) for name, shape in ONE.items()}, tmp_path / "file.safetensors")
     with pytest.raises(TargetError, match="'a_b' stands for no module"):
         merged(make_base("llama"), tmp_path / "file.safetensors")
+
+
+def test_a_loose_file_may_lie_beside_the_output(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    import adapterkit
+
+    base = make_base("llama")
+    single = flattened(make_adapter(tmp_path / "adapter", base, configs()["lora"]), tmp_path / "file.safetensors", 9.0)
+    (tmp_path / "something else.txt").write_text("not the adapter's")
+    adapterkit.merge(base, [single], tmp_path / "merged")
+    adapterkit.merge(base, [single], tmp_path / "merged", force=True)
+    record = (tmp_path / "merged" / "adapterkit.json").read_bytes()
+    (tmp_path / "something else.txt").unlink()
+    adapterkit.merge(base, [single], tmp_path / "merged", force=True)
+    assert (tmp_path / "merged" / "adapterkit.json").read_bytes() == record  # what lies beside it is not its own
+    with pytest.raises(UsageError, match="lies in or over"):
+        adapterkit.merge(base, [single], single, force=True)
