@@ -9,6 +9,7 @@ from adapterkit.gguf.arch.ops import Add, ByGroup, Each, Interleave, RotaryHalve
 from adapterkit.gguf.arch.shared import (
     AFTER_NORMS,
     EMBEDDINGS,
+    FEED_FORWARD,
     FOUR_NORMS,
     FUSED_MLP,
     LLAMA3,
@@ -26,7 +27,7 @@ from adapterkit.gguf.arch.shared import (
     original_context,
     window_pattern,
 )
-from adapterkit.gguf.arch.spec import ArchSpec, Key, block, blocks, rule
+from adapterkit.gguf.arch.spec import ArchSpec, Key, Rule, block, blocks, rule
 
 if TYPE_CHECKING:
     from adapterkit.gguf.arch.config import Config
@@ -52,11 +53,32 @@ _GEMMA_KEYS = (
 )
 
 
-def _plus_one(rules: tuple) -> tuple:  # type: ignore[type-arg]
-    """Norms that are stored without the 1 that is added to them."""
-    return tuple(
-        type(one)(one.hf, one.gguf, (Add(1.0),), one.writes) if one.hf.endswith("norm") else one for one in rules
-    )
+def _plus_one(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Norms that are stored without the 1 that is added to their weights."""
+    found: list[Rule] = []
+    for one in rules:
+        if one.hf.endswith("norm"):
+            found += [Rule(f"{one.hf}.weight", (f"{one.gguf[0]}.weight",), (Add(1.0),))]
+            found += [Rule(f"{one.hf}.bias", (f"{one.gguf[0]}.bias",))]
+        else:
+            found.append(one)
+    return tuple(found)
+
+
+def _no_qk_norm(config: Config) -> None:
+    if config.get("use_qk_norm", default=False) and config.number("layers") < 64:
+        raise CheckpointError(
+            f"{config.ref}: llama.cpp reads norms of q and k only in a command-r of 64 layers",
+            "run it with transformers",
+        )
+
+
+def _window_of_32b(config: Config) -> None:
+    if config.get("sliding_window") is not None and config.number("layers") != 64:
+        raise CheckpointError(
+            f"{config.ref}: llama.cpp gives an exaone4 a sliding window only when it has 64 layers",
+            "run it with transformers",
+        )
 
 
 def _no_cap(config: Config) -> None:
@@ -282,7 +304,7 @@ SPECS = (
         (
             Key("context_length", ("n_positions", "max_position_embeddings"), field="max_position_embeddings"),
             Key("embedding_length", "hidden", field="hidden_size"),
-            Key("feed_forward_length", lambda c: 4 * c.number("hidden")),
+            FEED_FORWARD,
             Key("block_count", lambda c: c.number("layers")),
             Key("attention.head_count", "heads", field="num_attention_heads"),
             Key("attention.head_count_kv", lambda c: c.number("kv_heads"), field="num_key_value_heads"),
@@ -372,6 +394,7 @@ SPECS = (
             NO_SCALING,
         ),
         tied=True,
+        check=_no_qk_norm,
     ),
     ArchSpec(
         "cohere2",
@@ -476,6 +499,7 @@ SPECS = (
             Key("attention.sliding_window_pattern", _sliding),
         ),
         factors=(type(LLAMA3)("rope_freqs.weight", _exaone_factors),),
+        check=_window_of_32b,
     ),
     ArchSpec(
         "nemotron",

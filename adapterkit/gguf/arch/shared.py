@@ -77,6 +77,11 @@ VOCAB_SIZE = Key("vocab_size", "vocab_size", needed=True)
 ROPE_DIM = Key("rope.dimension_count", lambda c: _head_dim(c))
 PARTIAL_ROPE = Key("rope.dimension_count", lambda c: rotary_dim(c))
 NO_SCALING = Key("rope.scaling.type", lambda c: "none")
+FEED_FORWARD = Key(
+    "feed_forward_length",
+    lambda c: c.get("intermediate_size", "n_inner", "ffn_hidden_size", default=4 * c.number("hidden")),
+    field="intermediate_size",
+)
 EXPERT_WIDTH = Key("expert_feed_forward_length", "moe_intermediate_size")
 
 
