@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.plan import default_jobs, parse_size
-from adapterkit.conversions.conversion import Conversion, ConvertOptions, Ref
+from adapterkit.conversions.conversion import Conversion, ConvertOptions, Progress, Ref
 from adapterkit.conversions.formats import find_format
 
 if TYPE_CHECKING:
     from adapterkit.report import ConvertReport
-
-Progress = Callable[[int, int], None]
 
 
 def plan_convert(
@@ -62,22 +59,9 @@ def convert(
     Raises:
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError
     """
-    from adapterkit.checkpoint.write import check_output, write_safetensors
     from adapterkit.merge import peak_memory
 
     started = time.monotonic()
     planned = plan_convert(src, to=to, out=out, max_shard_size=max_shard_size, jobs=jobs, **options)
-    target = Path(out)
-    check_output(planned.plan, planned.sources, target, force=force)
-    reused = write_safetensors(
-        planned.plan,
-        planned.tensors,
-        planned.sources,
-        target,
-        side_files=planned.side,
-        jobs=jobs,
-        force=force,
-        resume=resume,
-        progress=progress,
-    )
-    return planned.report(out, reused=reused, seconds=time.monotonic() - started, peak_memory=peak_memory())
+    measured = planned.write(Path(out), jobs=jobs, force=force, resume=resume, progress=progress)
+    return planned.report(out, **measured, seconds=time.monotonic() - started, peak_memory=peak_memory())

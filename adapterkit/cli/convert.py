@@ -15,8 +15,11 @@ from adapterkit.cli.quantization import quantization, quantization_options
 @click.command(name="convert", short_help="Write a model or an adapter in another format.")
 @click.argument("src")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The file or folder to make.")
-@click.option("--to", help="gguf, gguf-lora or peft; by default what OUT's suffix says.")
+@click.option("--to", help="gguf, gguf-lora, peft or mlx; by default what OUT's suffix says.")
 @click.option("--base", help="The adapter's base: a GGUF file or a Hugging Face folder.")
+@click.option("--plain", is_flag=True, help="An adapter as plain LoRA: one rank, one alpha, whatever it was.")
+@click.option("--rank", type=click.IntRange(1), help="Of what has to be decomposed: at most this rank.")
+@click.option("--energy", type=float, help="Or the smallest rank that keeps this share of the squared norm.")
 @quantization_options
 @click.option("--max-shard-size", metavar="SIZE", help="Like 5GB: write a set of GGUF parts.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
@@ -29,6 +32,9 @@ def command(
     out: Path | None,
     to: str | None,
     base: str | None,
+    plain: bool,
+    rank: int | None,
+    energy: float | None,
     max_shard_size: str | None,
     jobs: int | None,
     dry_run: bool,
@@ -37,41 +43,41 @@ def command(
     as_json: bool,
     **types: Any,
 ) -> None:
-    """Write SRC in another format: a GGUF model in other types, an adapter as GGUF LoRA, or back.
+    """Write SRC in another format: a GGUF model in other types, an adapter for another trainer or server, or back.
 
     \b
     Example:
       adapterkit convert model-F16.gguf -o model-Q4_K_M.gguf --quant Q4_K_M
       adapterkit convert ./my-adapter --to gguf-lora --base model-F16.gguf -o my-adapter.gguf
       adapterkit convert my-adapter.gguf --to peft --base ./base -o my-adapter
+      adapterkit convert ./my-dora --to peft --plain --base ./base --energy 0.999 -o my-lora
+      adapterkit convert ./my-adapter --to mlx -o my-mlx-adapter
     """
+    from adapterkit.cli.combine import kept
     from adapterkit.convert import convert, plan_convert
 
     started = time.monotonic()
     asked = quantization(types)
     if out is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--out': the file or folder to make.")
+    how: dict[str, Any] = {
+        "to": to,
+        "base": base,
+        "plain": plain,
+        "rank": rank,
+        "energy": energy,
+        "quantization": asked,
+        "max_shard_size": max_shard_size,
+        "jobs": jobs,
+    }
     if dry_run:
-        planned = plan_convert(
-            src, to=to, out=out, base=base, quantization=asked, max_shard_size=max_shard_size, jobs=jobs
-        )
-        peak = planned.plan.peak_memory
+        planned = plan_convert(src, out=out, **how)
+        peak = planned.peak_memory
         report = planned.report(out or "", seconds=time.monotonic() - started, peak_memory=peak, dry_run=True)
     else:
         assert out is not None
         progress = Progress("converting", enabled=not as_json)
-        report = convert(
-            src,
-            out,
-            to=to,
-            base=base,
-            quantization=asked,
-            max_shard_size=max_shard_size,
-            jobs=jobs,
-            force=force,
-            resume=resume,
-            progress=progress,
-        )
+        report = convert(src, out, force=force, resume=resume, progress=progress, **how)
         progress.close()
     if as_json:
         show_json(report)
@@ -80,6 +86,8 @@ def command(
         note(f"note: {text}")
     kinds = ", ".join(f"{name} ({times})" for name, times in sorted(report.types.items(), key=lambda kv: -kv[1]))
     say(f"{report.src} to {report.to}: {count(report.tensors)} tensors, {count(report.copied)} copied; {kinds}")
+    if report.modules:
+        say(f"  {kept(report.modules)}")
     if dry_run:
         say(
             f"would write {size(report.nbytes)} in {len(report.files)} files, about {size(report.peak_memory)} of memory"

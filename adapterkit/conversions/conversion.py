@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from adapterkit.gguf.quantize import Quantization
 
 Ref = str | Path
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,17 @@ class ConvertOptions:
         base: the base of an adapter: a GGUF file or a Hugging Face folder.
         quantization: the types of a GGUF output, as ``Quantization("Q4_K_M")``.
         max_shard_size: bytes of tensors in each file of a set.
+        plain: an adapter as plain LoRA of one rank and one alpha, whatever it was.
+        rank, energy: of a delta that has to be decomposed: at most this rank, or the smallest that keeps this share of its
+            squared norm; by default all of it.
     """
 
     base: Ref | None = None
     quantization: Quantization | None = None
     max_shard_size: int | None = None
+    plain: bool = False
+    rank: int | None = None
+    energy: float | None = None
 
     def given(self) -> set[str]:
         """The names of the options that differ from their defaults."""
@@ -73,19 +81,51 @@ class Conversion:
     side: dict[str, bytes]
     notes: tuple[str, ...] = ()
 
-    def report(self, out: Ref, **measured: Any) -> ConvertReport:
-        return ConvertReport(
-            src=self.src,
-            out=str(out),
-            to=self.to,
-            files=tuple(path.name for path in self.plan.targets(Path(out)).values()),
-            nbytes=self.plan.nbytes,
-            tensors=len(self.plan.steps),
-            copied=sum(1 for step in self.plan.steps if step.source is not None),
-            types=self.types,
-            notes=self.notes,
-            **measured,
+    @property
+    def peak_memory(self) -> int:
+        """The estimate, in bytes."""
+        return self.plan.peak_memory
+
+    def write(
+        self,
+        out: Path,
+        *,
+        jobs: int | None = None,
+        force: bool = False,
+        resume: bool = False,
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Write it, whole or not at all; gives what the report says beyond the plan.
+
+        Raises:
+            OutputError, CheckpointError, UnsafeError
+        """
+        from adapterkit.checkpoint.write import check_output, write_safetensors
+
+        check_output(self.plan, self.sources, out, force=force)
+        reused = write_safetensors(
+            self.plan,
+            self.tensors,
+            self.sources,
+            out,
+            side_files=self.side,
+            jobs=jobs,
+            force=force,
+            resume=resume,
+            progress=progress,
         )
+        return {"reused": reused}
+
+    def report(self, out: Ref, **measured: Any) -> ConvertReport:
+        planned: dict[str, Any] = {
+            "files": tuple(path.name for path in self.plan.targets(Path(out)).values()),
+            "nbytes": self.plan.nbytes,
+            "tensors": len(self.plan.steps),
+            "copied": sum(1 for step in self.plan.steps if step.source is not None),
+            "types": self.types,
+            "notes": self.notes,
+        }
+        return ConvertReport(src=self.src, out=str(out), to=self.to, **(planned | measured))
 
 
 def gguf_file(src: Ref) -> GGUFCheckpoint | None:

@@ -57,10 +57,18 @@ FORMATS = {
             "gguf", "gguf:plan", "a GGUF model in other types", frozenset({"quantization", "max_shard_size"}), ".gguf"
         ),
         Format("gguf-lora", "gguf_lora:plan", "an adapter as GGUF LoRA", frozenset({"base"})),
-        Format("peft", "peft:plan", "a GGUF LoRA as PEFT adapter", frozenset({"base"})),
+        Format("peft", "peft:plan", "an adapter as PEFT's", frozenset({"base", "plain", "rank", "energy"})),
+        Format("mlx", "mlx:plan", "an adapter as mlx-lm's", frozenset({"base", "rank", "energy"})),
     )
 }
-_WORDS = {"quantization": "options of a quantization", "max_shard_size": "parts of a size"}
+_WORDS = {
+    "quantization": "options of a quantization",
+    "max_shard_size": "parts of a size",
+    "plain": "words about scalings",
+    "rank": "ranks",
+    "energy": "shares of the energy",
+    "base": "bases",
+}
 
 
 def find_format(name: str | None, out: Ref | None) -> Format:
