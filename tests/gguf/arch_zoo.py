@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,6 @@ class Tiny:
         lora: module leaves (or ``all-linear``) that an adapter changes.
         parameters: ``target_parameters`` beside them.
         scale: of the random weights.
-        mlm: the sentence embedding is compared, not the next token.
     """
 
     cls: str
@@ -60,11 +58,39 @@ class Tiny:
     scale: float = 0.15
     encoder: bool = False
     reads: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 _EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+_MLA = {
+    **{k: v for k, v in _BASE.items() if k != "num_key_value_heads"},
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "norm_topk_prob": True,
+}
+_MLA_LORA = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+_NO_KV = {k: v for k, v in _BASE.items() if k != "num_key_value_heads"}
+_GPT2 = {"n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": VOCAB, "n_positions": 128, "bos_token_id": 1}
+_FALCON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "alibi": False,
+    "bias": False,
+    "parallel_attn": True,
+}
 
 ZOO: dict[str, Tiny] = {
     "llama": Tiny("LlamaForCausalLM", _BASE, reads=True),
@@ -147,6 +173,150 @@ ZOO: dict[str, Tiny] = {
     "nemotron": Tiny("NemotronForCausalLM", {**_HALF, "partial_rotary_factor": 0.5}, reads=True),
     "ernie4_5": Tiny("Ernie4_5ForCausalLM", _HALF),
     "hunyuan_dense": Tiny("HunYuanDenseV1ForCausalLM", _HALF),
+    "mixtral": Tiny(
+        "MixtralForCausalLM",
+        {**_BASE, "num_local_experts": 4, "num_experts_per_tok": 2},
+        lora=_ATTENTION,
+        parameters=_EXPERTS,
+    ),
+    "qwen2_moe": Tiny(
+        "Qwen2MoeForCausalLM",
+        {
+            **_BASE,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+        },
+        lora=_ATTENTION,
+        parameters=_EXPERTS,
+        reads=True,
+    ),
+    "qwen3_moe": Tiny("Qwen3MoeForCausalLM", _MOE, lora=_ATTENTION, parameters=_EXPERTS, reads=True),
+    "phimoe": Tiny(
+        "PhimoeForCausalLM",
+        {**_BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
+        lora=_ATTENTION,
+        parameters=_EXPERTS,
+    ),
+    "olmoe": Tiny(
+        "OlmoeForCausalLM",
+        {**_BASE, "num_experts": 4, "num_experts_per_tok": 2},
+        lora=_ATTENTION,
+        parameters=_EXPERTS,
+    ),
+    "granitemoe": Tiny(
+        "GraniteMoeForCausalLM",
+        {**_BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "attention_multiplier": 0.2},
+        lora=_ATTENTION,
+    ),
+    "granitemoeshared": Tiny(
+        "GraniteMoeSharedForCausalLM",
+        {
+            **_BASE,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "attention_multiplier": 0.2,
+            "shared_intermediate_size": 48,
+        },
+        lora=_ATTENTION,
+    ),
+    "deepseek_v2": Tiny(
+        "DeepseekV2ForCausalLM", {**_MLA, "topk_method": "greedy"}, lora=_MLA_LORA, parameters=_EXPERTS
+    ),
+    "deepseek_v2_lite": Tiny(
+        "DeepseekV2ForCausalLM",
+        {**_MLA, "topk_method": "greedy", "q_lora_rank": None},
+        lora=["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+        parameters=_EXPERTS,
+    ),
+    "deepseek_v3": Tiny(
+        "DeepseekV3ForCausalLM",
+        {**_MLA, "n_group": 2, "topk_group": 1, "n_routed_experts": 8},
+        lora=_MLA_LORA,
+        parameters=_EXPERTS,
+    ),
+    "glm4_moe": Tiny(
+        "Glm4MoeForCausalLM",
+        {
+            **_HALF,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "use_qk_norm": True,
+        },
+        lora=_ATTENTION,
+        parameters=_EXPERTS,
+    ),
+    "gpt_oss": Tiny(
+        "GptOssForCausalLM",
+        {**_HALF, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
+        lora=_ATTENTION,
+        parameters=_EXPERTS,
+        reads=True,
+    ),
+    "llama4": Tiny(
+        "Llama4ForCausalLM",
+        {
+            **_HALF,
+            "intermediate_size_mlp": 128,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "num_hidden_layers": 4,
+            "attention_chunk_size": 64,
+        },
+        lora=_ATTENTION,
+        parameters=("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
+    ),
+    "ernie4_5_moe": Tiny(
+        "Ernie4_5_MoeForCausalLM",
+        {
+            **_HALF,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 32,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 1,
+            "moe_layer_interval": 1,
+        },
+        lora=_ATTENTION,
+        parameters=_EXPERTS,
+    ),
+    "hunyuan_moe": Tiny(
+        "HunYuanMoEV1ForCausalLM",
+        {**_HALF, "num_experts": 4, "moe_topk": 2},
+        lora=_ATTENTION,
+        parameters=_EXPERTS,
+    ),
+    "gpt2": Tiny("GPT2LMHeadModel", _GPT2, GELU, "GELU", reads=True),
+    "starcoder": Tiny("GPTBigCodeForCausalLM", {**_GPT2, "multi_query": True}, GELU, "GELU"),
+    "gpt_neox": Tiny("GPTNeoXForCausalLM", {**_NO_KV, "use_parallel_residual": True}, GELU, "GELU"),
+    "gpt_neox_serial": Tiny("GPTNeoXForCausalLM", {**_NO_KV, "use_parallel_residual": False}, GELU, "GELU"),
+    "bloom": Tiny(
+        "BloomForCausalLM", {"vocab_size": VOCAB, "hidden_size": 64, "n_head": 4, "n_layer": 2}, GELU, "GELU"
+    ),
+    "falcon": Tiny(
+        "FalconForCausalLM",
+        {**_FALCON, "multi_query": True, "new_decoder_architecture": False},
+        GELU,
+        "GELU",
+        reads=True,
+    ),
+    "falcon40b": Tiny(
+        "FalconForCausalLM", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}, GELU, "GELU"
+    ),
+    "mpt": Tiny(
+        "MptForCausalLM",
+        {"vocab_size": VOCAB, "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
+        GELU,
+        "GELU",
+    ),
 }
 
 
@@ -165,30 +335,20 @@ def build(folder: Path, kind: str) -> Any:
     return model
 
 
-def fake_vocab() -> None:
-    """A vocabulary for models without a tokenizer, where the real reader is not wanted."""
-    import sys
-    import types
-
+def read_vocab(files: Any, config: Any, *, kind: str, rows: int, pre: str | None = None) -> Any:
+    """A vocabulary of numbered tokens in the place of `adapterkit.gguf.vocab.read_vocab`: these models have none."""
     from adapterkit.gguf.metadata import array, text, u32
     from adapterkit.gguf.reader import F32, I32, STRING
+    from adapterkit.gguf.vocab import Vocab
 
-    def read_vocab(files: Any, config: Any, *, kind: str, rows: int, pre: str | None = None) -> Any:
-        tokens = ["<unk>", "<s>", "</s>"] + [f"t{number}" for number in range(rows - 3)]
-        entries = (
-            text("tokenizer.ggml.model", "llama"),
-            array("tokenizer.ggml.tokens", STRING, tokens),
-            array("tokenizer.ggml.scores", F32, [float(-number) for number in range(rows)]),
-            array("tokenizer.ggml.token_type", I32, [2, 3, 3] + [1] * (rows - 3)),
-            u32("tokenizer.ggml.unknown_token_id", 0),
-            u32("tokenizer.ggml.bos_token_id", 1),
-            u32("tokenizer.ggml.eos_token_id", 2),
-        )
-        return types.SimpleNamespace(entries=entries, size=rows, notes=())
-
-    module = types.ModuleType("adapterkit.gguf.vocab")
-    module.read_vocab = read_vocab  # type: ignore[attr-defined]
-    sys.modules["adapterkit.gguf.vocab"] = module
-
-
-__all__ = ["ZOO", "Tiny", "build", "json"]
+    tokens = ["<unk>", "<s>", "</s>"] + [f"t{number}" for number in range(rows - 3)]
+    entries = (
+        text("tokenizer.ggml.model", "llama"),
+        array("tokenizer.ggml.tokens", STRING, tokens),
+        array("tokenizer.ggml.scores", F32, [float(-number) for number in range(rows)]),
+        array("tokenizer.ggml.token_type", I32, [2, 3, 3] + [1] * (rows - 3)),
+        u32("tokenizer.ggml.unknown_token_id", 0),
+        u32("tokenizer.ggml.bos_token_id", 1),
+        u32("tokenizer.ggml.eos_token_id", 2),
+    )
+    return Vocab(entries, rows)

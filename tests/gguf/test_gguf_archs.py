@@ -22,8 +22,8 @@ FAST = ("llama", "gemma2", "phi3_longrope")
 
 
 @pytest.fixture(autouse=True)
-def _vocab() -> None:
-    zoo.fake_vocab()
+def _vocab(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapterkit.gguf.vocab.read_vocab", zoo.read_vocab)
 
 
 @pytest.mark.parametrize("kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in zoo.ZOO])

@@ -148,6 +148,7 @@ SPECS = (
         (VOCAB_SIZE, ROPE_DIM),
         factors=(LLAMA3,),
         types=("mistral", "internlm3"),
+        experts=False,
     ),
     ArchSpec(
         "mistral3",

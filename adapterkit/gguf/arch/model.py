@@ -191,11 +191,9 @@ def vocabulary(
     """
     if model.spec.vocab == "none":
         return (), ()
-    from importlib import import_module
+    from adapterkit.gguf.vocab import read_vocab
 
-    found = import_module("adapterkit.gguf.vocab").read_vocab(
-        files, config, kind=model.spec.vocab, rows=model.rows, pre=pre
-    )
+    found = read_vocab(files, config, kind=model.spec.vocab, rows=model.rows, pre=pre)
     if found.size > model.rows:
         raise CheckpointError(
             f"{model.config.ref}: its tokenizer has {found.size} tokens and its embedding {model.rows} rows",

@@ -91,6 +91,7 @@ class ArchSpec:
         check: what refuses a config that this architecture's runtime cannot run.
         defaults: fields of a config made from GGUF that its metadata does not say.
         encoder: no text comes out of it.
+        experts: of rows of one architecture, the one with (without) experts; told apart by that in a GGUF.
         variant: the model type of another row of the same classes, for configs that are better read by it.
     """
 
@@ -112,6 +113,7 @@ class ArchSpec:
     check: Callable[[Config], None] | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     encoder: bool = False
+    experts: bool | None = None
     variant: Callable[[Config], str | None] | None = None
 
     @property
