@@ -92,6 +92,23 @@ _FALCON = {
     "parallel_attn": True,
 }
 
+_LINEAR = {
+    **_HALF,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_NEXT_MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+_LINEAR_LORA = [*_ATTENTION, "in_proj_qkvz", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_ba", "out_proj"]
+_SSM = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_expand": 2}
+
 ZOO: dict[str, Tiny] = {
     "llama": Tiny("LlamaForCausalLM", _BASE, reads=True),
     "llama_tied": Tiny("LlamaForCausalLM", {**_BASE, "tie_word_embeddings": True}),
@@ -201,7 +218,7 @@ ZOO: dict[str, Tiny] = {
     ),
     "olmoe": Tiny(
         "OlmoeForCausalLM",
-        {**_BASE, "num_experts": 4, "num_experts_per_tok": 2},
+        {**_BASE, "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4},
         lora=_ATTENTION,
         parameters=_EXPERTS,
     ),
@@ -222,11 +239,14 @@ ZOO: dict[str, Tiny] = {
         lora=_ATTENTION,
     ),
     "deepseek_v2": Tiny(
-        "DeepseekV2ForCausalLM", {**_MLA, "topk_method": "greedy"}, lora=_MLA_LORA, parameters=_EXPERTS
+        "DeepseekV2ForCausalLM",
+        {**_MLA, "topk_method": "greedy", "norm_topk_prob": False},
+        lora=_MLA_LORA,
+        parameters=_EXPERTS,
     ),
     "deepseek_v2_lite": Tiny(
         "DeepseekV2ForCausalLM",
-        {**_MLA, "topk_method": "greedy", "q_lora_rank": None},
+        {**_MLA, "topk_method": "greedy", "norm_topk_prob": False, "q_lora_rank": None, "num_hidden_layers": 26},
         lora=["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
         parameters=_EXPERTS,
     ),
@@ -316,6 +336,114 @@ ZOO: dict[str, Tiny] = {
         {"vocab_size": VOCAB, "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
         GELU,
         "GELU",
+    ),
+    "qwen3_next": Tiny("Qwen3NextForCausalLM", {**_LINEAR, **_NEXT_MOE}, lora=_LINEAR_LORA, parameters=_EXPERTS),
+    "qwen3_5": Tiny("Qwen3_5ForCausalLM", _LINEAR, lora=_LINEAR_LORA),
+    "qwen3_5_moe": Tiny("Qwen3_5MoeForCausalLM", {**_LINEAR, **_NEXT_MOE}, lora=_LINEAR_LORA, parameters=_EXPERTS),
+    "lfm2": Tiny(
+        "Lfm2ForCausalLM",
+        {**_BASE, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        reads=True,
+    ),
+    "mamba": Tiny(
+        "MambaForCausalLM",
+        {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
+        lora=["in_proj", "x_proj", "out_proj"],
+        reads=True,
+    ),
+    "falcon_mamba": Tiny(
+        "FalconMambaForCausalLM",
+        {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
+        lora=["in_proj", "x_proj", "out_proj"],
+    ),
+    "mamba2": Tiny(
+        "Mamba2ForCausalLM",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "state_size": 16,
+            "num_heads": 8,
+            "head_dim": 16,
+            "n_groups": 2,
+            "expand": 2,
+        },
+        lora=["in_proj", "out_proj"],
+    ),
+    "jamba": Tiny(
+        "JambaForCausalLM",
+        {
+            **_BASE,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 2,
+            "mamba_d_state": 8,
+            "use_mamba_kernels": False,
+        },
+        lora=[*_ATTENTION, "in_proj", "x_proj", "out_proj"],
+    ),
+    "falcon_h1": Tiny(
+        "FalconH1ForCausalLM",
+        {
+            **_HALF,
+            **_SSM,
+            "mamba_d_ssm": 128,
+            "mamba_rms_norm": True,
+            "attention_in_multiplier": 0.8,
+            "attention_out_multiplier": 1.2,
+            "key_multiplier": 0.7,
+            "ssm_in_multiplier": 1.1,
+            "ssm_out_multiplier": 0.9,
+            "mlp_multipliers": [1.3, 0.6],
+            "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 1.05],
+            "lm_head_multiplier": 0.5,
+            "embedding_multiplier": 1.5,
+        },
+        lora=[*_ATTENTION, "in_proj", "gate_proj", "up_proj", "down_proj"],
+    ),
+    "granite_hybrid": Tiny(
+        "GraniteMoeHybridForCausalLM",
+        {
+            **_BASE,
+            **_SSM,
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 48,
+            "attention_multiplier": 0.2,
+            "position_embedding_type": "nope",
+        },
+        lora=[*_ATTENTION, "in_proj"],
+    ),
+    "granite_hybrid_dense": Tiny(
+        "GraniteMoeHybridForCausalLM",
+        {
+            **_BASE,
+            **_SSM,
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 96,
+            "attention_multiplier": 0.2,
+            "position_embedding_type": "nope",
+        },
+        lora=[*_ATTENTION, "in_proj", "input_linear", "output_linear"],
+    ),
+    "granite4_micro": Tiny(
+        "GraniteMoeHybridForCausalLM",
+        {
+            **_BASE,
+            **_SSM,
+            "layer_types": ["attention", "attention"],
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 96,
+            "attention_multiplier": 0.2,
+            "position_embedding_type": "rope",
+        },
+        lora=[*_ATTENTION, "input_linear", "output_linear"],
     ),
 }
 

@@ -113,7 +113,7 @@ def as_gguf(
         TargetError: an architecture or a tensor that the table does not know, or a change that GGUF has no place for.
         CheckpointError: a config or tensors that are incomplete or do not fit each other.
     """
-    read = Config(config, base.ref)
+    read = Config(config, base.ref, files)
     spec = spec_of(read)
     mapper = Mapper(spec, read)
     mapped = mapper.to_gguf(view.shapes, base.ref)

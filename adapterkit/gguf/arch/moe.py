@@ -112,6 +112,24 @@ def _ernie_shared(config: Config) -> int | None:
     return int(count) * config.number("moe_intermediate_size") if count else None
 
 
+def _no_groups(config: Config) -> None:
+    if config.number("kv_heads") != config.number("heads"):
+        raise CheckpointError(
+            f"{config.ref}: llama.cpp's olmoe has as many key and value heads as heads", "run it with transformers"
+        )
+
+
+def _lite(config: Config) -> None:
+    """llama.cpp knows a model without a low-rank q by its number of layers."""
+    layers = config.number("layers")
+    known = layers in (26, 27) or (layers == 48 and config.get("vocab_size") == 128256)
+    if config.get("q_lora_rank") is None and not known:
+        raise CheckpointError(
+            f"{config.ref}: llama.cpp reads a deepseek2 without q_lora_rank only when it has 26 or 27 layers",
+            "run it with transformers",
+        )
+
+
 SPECS = (
     ArchSpec(
         "llama",
@@ -190,6 +208,7 @@ SPECS = (
         "olmoe",
         (*EMBEDDINGS, *NORMS, *attention(), *QK_NORMS, *experts()),
         (constant("attention.layer_norm_rms_epsilon", 1e-5),),
+        check=_no_groups,
     ),
     ArchSpec(
         "granitemoe",
@@ -253,6 +272,7 @@ SPECS = (
             Key("rope.scaling.yarn_log_multiplier", _yarn_log),
         ),
         types=("deepseek_v3", "kimi_k2"),
+        check=_lite,
     ),
     ArchSpec(
         "glm4moe",
@@ -372,7 +392,10 @@ SPECS = (
         ),
         (
             Key("expert_shared_feed_forward_length", "intermediate_size"),
-            Key("expert_feed_forward_length", _all_same("moe_intermediate_size")),
+            Key(
+                "expert_feed_forward_length",
+                lambda c: _all_same("moe_intermediate_size")(c) or c.number("intermediate_size"),
+            ),
             Key("expert_used_count", _all_same("moe_topk")),
             Key("expert_shared_count", _all_same("num_shared_expert")),
         ),

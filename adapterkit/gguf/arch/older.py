@@ -68,6 +68,7 @@ SPECS = (
         ),
         common=False,
         prefixes=("transformer.",),
+        root="transformer.",
         drops=(r"(^|\.)attn\.(masked_)?bias$",),
     ),
     ArchSpec(
@@ -102,6 +103,7 @@ SPECS = (
         ),
         common=False,
         prefixes=("transformer.",),
+        root="transformer.",
         drops=(r"(^|\.)attn\.(masked_)?bias$",),
     ),
     ArchSpec(
@@ -138,6 +140,7 @@ SPECS = (
         ),
         common=False,
         prefixes=("gpt_neox.",),
+        root="gpt_neox.",
     ),
     ArchSpec(
         "bloom",
@@ -172,6 +175,7 @@ SPECS = (
         ),
         common=False,
         prefixes=("transformer.",),
+        root="transformer.",
     ),
     ArchSpec(
         "falcon",
@@ -207,6 +211,7 @@ SPECS = (
         ),
         common=False,
         prefixes=("transformer.",),
+        root="transformer.",
     ),
     ArchSpec(
         "mpt",
@@ -241,5 +246,6 @@ SPECS = (
         ),
         common=False,
         prefixes=("transformer.",),
+        root="transformer.",
     ),
 )
