@@ -35,6 +35,20 @@ LLAMA3 = {
 }
 
 
+def softmax_router(model: Any) -> None:
+    """What llama.cpp has in the place of PhiMoE's sparse mixer: the two largest of a softmax, normalised."""
+    import torch
+
+    def forward(self: Any, hidden: Any) -> Any:
+        logits = torch.nn.functional.linear(hidden, self.weight)
+        weights, chosen = logits.softmax(-1).topk(self.top_k, -1)
+        return logits, weights / weights.sum(-1, keepdim=True), chosen
+
+    for module in model.modules():
+        if type(module).__name__ == "PhimoeTopKRouter":
+            module.forward = forward.__get__(module)
+
+
 @dataclass(frozen=True)
 class Tiny:
     """One model of the sweep.
@@ -58,6 +72,7 @@ class Tiny:
     scale: float = 0.15
     encoder: bool = False
     reads: bool = False
+    patch: Any = None
 
 
 _EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -99,6 +114,14 @@ _LINEAR = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
     "layer_types": ["linear_attention", "full_attention"],
+}
+_MROPE = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+    }
 }
 _NEXT_MOE = {
     "num_experts": 4,
@@ -213,8 +236,10 @@ ZOO: dict[str, Tiny] = {
     "phimoe": Tiny(
         "PhimoeForCausalLM",
         {**_BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
+        why="llama.cpp has a softmax over the experts in the place of the sparse mixer; compared with that",
         lora=_ATTENTION,
         parameters=_EXPERTS,
+        patch=softmax_router,
     ),
     "olmoe": Tiny(
         "OlmoeForCausalLM",
@@ -277,6 +302,7 @@ ZOO: dict[str, Tiny] = {
         {**_HALF, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
         lora=_ATTENTION,
         parameters=_EXPERTS,
+        scale=0.1,
         reads=True,
     ),
     "llama4": Tiny(
@@ -337,9 +363,13 @@ ZOO: dict[str, Tiny] = {
         GELU,
         "GELU",
     ),
-    "qwen3_next": Tiny("Qwen3NextForCausalLM", {**_LINEAR, **_NEXT_MOE}, lora=_LINEAR_LORA, parameters=_EXPERTS),
-    "qwen3_5": Tiny("Qwen3_5ForCausalLM", _LINEAR, lora=_LINEAR_LORA),
-    "qwen3_5_moe": Tiny("Qwen3_5MoeForCausalLM", {**_LINEAR, **_NEXT_MOE}, lora=_LINEAR_LORA, parameters=_EXPERTS),
+    "qwen3_next": Tiny(
+        "Qwen3NextForCausalLM", {**_LINEAR, **_NEXT_MOE}, lora=_LINEAR_LORA, parameters=_EXPERTS, scale=0.1
+    ),
+    "qwen3_5": Tiny("Qwen3_5ForCausalLM", {**_LINEAR, **_MROPE}, lora=_LINEAR_LORA),
+    "qwen3_5_moe": Tiny(
+        "Qwen3_5MoeForCausalLM", {**_LINEAR, **_MROPE, **_NEXT_MOE}, lora=_LINEAR_LORA, parameters=_EXPERTS
+    ),
     "lfm2": Tiny(
         "Lfm2ForCausalLM",
         {**_BASE, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
@@ -348,13 +378,15 @@ ZOO: dict[str, Tiny] = {
     "mamba": Tiny(
         "MambaForCausalLM",
         {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
-        lora=["in_proj", "x_proj", "out_proj"],
+        lora=["in_proj", "x_proj"],
+        scale=0.4,
         reads=True,
     ),
+    # Its B, C and dt are normalised with an epsilon of their own, for which llama.cpp takes that of the layers.
     "falcon_mamba": Tiny(
         "FalconMambaForCausalLM",
-        {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
-        lora=["in_proj", "x_proj", "out_proj"],
+        {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "mixer_rms_eps": 1e-5},
+        lora=["in_proj", "x_proj"],
     ),
     "mamba2": Tiny(
         "Mamba2ForCausalLM",
@@ -368,7 +400,7 @@ ZOO: dict[str, Tiny] = {
             "n_groups": 2,
             "expand": 2,
         },
-        lora=["in_proj", "out_proj"],
+        lora=["in_proj"],
     ),
     "jamba": Tiny(
         "JambaForCausalLM",
@@ -382,7 +414,7 @@ ZOO: dict[str, Tiny] = {
             "mamba_d_state": 8,
             "use_mamba_kernels": False,
         },
-        lora=[*_ATTENTION, "in_proj", "x_proj", "out_proj"],
+        lora=[*_ATTENTION, "in_proj", "x_proj"],
     ),
     "falcon_h1": Tiny(
         "FalconH1ForCausalLM",
@@ -391,6 +423,7 @@ ZOO: dict[str, Tiny] = {
             **_SSM,
             "mamba_d_ssm": 128,
             "mamba_rms_norm": True,
+            "mamba_norm_before_gate": False,
             "attention_in_multiplier": 0.8,
             "attention_out_multiplier": 1.2,
             "key_multiplier": 0.7,
@@ -460,6 +493,8 @@ def build(folder: Path, kind: str) -> Any:
     model = cls(cls.config_class(**tiny.config)).float().eval()
     randomize(model, scale=tiny.scale)
     model.save_pretrained(folder)
+    if tiny.patch is not None:
+        tiny.patch(model)
     return model
 
 

@@ -138,7 +138,12 @@ _GRANITE_KEYS = (
 )
 
 
-def _untied(config: Config) -> None:
+def _falcon_h1(config: Config) -> None:
+    if config.get("mamba_rms_norm") and config.get("mamba_norm_before_gate", default=True):
+        raise CheckpointError(
+            f"{config.ref}: llama.cpp normalises a falcon-h1's mixer after its gate, and this one does before",
+            "run it with transformers",
+        )
     if config.get("tie_word_embeddings", default=False):
         raise CheckpointError(
             f"{config.ref}: its output layer is its embedding times another number, which GGUF cannot say",
@@ -368,7 +373,7 @@ SPECS = (
             block("feed_forward.down_proj.weight", "ffn_down.weight", ops=[Scale(("mlp_multipliers.1",))]),
             block("input_layernorm", "attn_norm"),
             # llama.cpp reads this norm under a name without its suffix.
-            block("pre_ff_layernorm.weight", "ffn_norm.weight"),
+            block("pre_ff_layernorm.weight", "ffn_norm"),
             block(
                 "mamba.in_proj.weight",
                 "ssm_in.weight",
@@ -402,7 +407,7 @@ SPECS = (
             Key("rope.freq_base", lambda c: c.rope.get("rope_theta")),
         ),
         common=False,
-        check=_untied,
+        check=_falcon_h1,
     ),
     ArchSpec(
         "granitehybrid",
