@@ -134,11 +134,11 @@ class Sink:
             self._progress(total, total)
 
     def _worker(self, queues: list[_Queue]) -> None:
-        import torch
-
-        # Threads of our own beat torch's: those wait for each other after every operation.
-        torch.set_num_threads(1)
         try:
+            import torch
+
+            # Threads of our own beat torch's: those wait for each other after every operation.
+            torch.set_num_threads(1)
             with torch.inference_mode():
                 queue: _Queue | None = None
                 while not self._stop.is_set():
