@@ -292,7 +292,7 @@ def execute(plan: Plan, out: Ref, *, part: int | None = None, jobs: int | None =
 
 
 def _adapter_folders(planned: Merge) -> list[Path]:
-    return [adapter.source.path.parent for adapter in planned.adapters if adapter.source.path is not None]
+    return [adapter.folder for adapter in planned.adapters if adapter.folder is not None]
 
 
 def _fingerprint(source: Source) -> str:

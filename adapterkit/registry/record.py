@@ -22,6 +22,7 @@ from typing import Any
 
 from adapterkit._version import __version__
 from adapterkit.errors import AdapterkitError, RegistryError
+from adapterkit.registry import verification
 from adapterkit.registry.canonical import canonical, freeze, parse, sha256, thaw
 from adapterkit.registry.identity import Identity
 from adapterkit.registry.names import check_commit, check_name, check_path, check_repo, check_sha256, check_time
@@ -161,6 +162,7 @@ class Record:
             raise RegistryError("meta holds a value that is not text")
         if not all(isinstance(value, Mapping) for value in self.evidence.values()):
             raise RegistryError("evidence holds a value that is not an object")
+        verification.read(self.evidence)
         if not self._content_files() and (self.identity is None or not self.identity.known):
             raise RegistryError("a record needs at least one file or an identity")
 
