@@ -34,6 +34,7 @@ from adapterkit.conversions.formats import FORMATS
 )
 @click.option("--max-shard-size", metavar="SIZE", help="Like 5GB: write several files of at most this size.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
+@click.option("--allow-pickle", is_flag=True, help="Load pickled weights (.bin), as tensors only, in another process.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done, from headers alone.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run; keep finished work if interrupted again.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
@@ -52,6 +53,7 @@ def command(
     compressor: Path | None,
     max_shard_size: str | None,
     jobs: int | None,
+    allow_pickle: bool,
     dry_run: bool,
     resume: bool,
     force: bool,
@@ -69,6 +71,7 @@ def command(
       adapterkit convert my-adapter.gguf --to peft --base ./base -o my-adapter
       adapterkit convert ./my-dora --to peft --plain --base ./base --energy 0.999 -o my-lora
       adapterkit convert ./my-adapter --to mlx -o my-mlx-adapter
+      adapterkit convert ./old-adapter --to peft --allow-pickle -o my-adapter
     """
     from adapterkit.cli.combine import kept
     from adapterkit.convert import convert, plan_convert
@@ -98,7 +101,8 @@ def command(
     else:
         assert out is not None
         progress = Progress("converting", enabled=not as_json)
-        report = convert(src, out, force=force, resume=resume, progress=progress, **how)
+        how |= {"allow_pickle": allow_pickle, "force": force, "resume": resume, "progress": progress}
+        report = convert(src, out, **how)
         progress.close()
     if as_json:
         show_json(report)
