@@ -20,7 +20,7 @@ def record_of(adapter: Adapter) -> Record | None:
     """The record of an adapter: the registry's, or ``adapterkit.json`` beside it; None if there is none to be read."""
     try:
         if adapter.source.path is not None:
-            return read_beside(adapter.source.path.parent)
+            return None if adapter.folder is None else read_beside(adapter.folder)
         listing = locate(adapter.ref, headers_only=True)
         if BESIDE not in listing.names:
             return None

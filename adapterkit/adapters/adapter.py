@@ -55,6 +55,11 @@ class Adapter:
         return sum(tensor.numel for tensor in self.tensors.values())
 
     @property
+    def folder(self) -> Path | None:
+        """The folder that is the adapter; None for a loose file, and for one that is read from the Hub by range."""
+        return None if self.source.path is None or self.source.loose else self.source.path.parent
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
@@ -101,7 +106,7 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
 
 def _single_file(path: Path, ref: str) -> Adapter:
     """A file that is an adapter by itself, as kohya's scripts and LyCORIS write it."""
-    source = LocalFile(path, ref)
+    source = LocalFile(path, ref, loose=True)
     header = parse_header(source.read, source.size, source.name)
     stored = {key: Stored(key, t.dtype, t.shape, source, t.start) for key, t in header.tensors.items()}
     if not kohya.is_kohya(stored):
@@ -194,6 +199,6 @@ def _no_weights(listing: Listing) -> Exception:
     if pickled:
         return UnsafeError(
             f"{listing.ref} holds its weights only as a pickle ({pickled[0]}), which can run code when loaded",
-            "load it with PEFT where you trust it and save it again",
+            f"if you trust it: adapterkit convert {listing.ref} --to peft --allow-pickle -o DIR",
         )
     return NotFound(f"{listing.ref} has no {WEIGHTS}", "download the missing file")

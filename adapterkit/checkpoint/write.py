@@ -86,8 +86,12 @@ def check_output(plan: Plan, sources: Sequence[Source], out: Path, *, force: boo
 
 def input_paths(plan: Plan, sources: Sequence[Source]) -> list[Path]:
     """What an output may not lie in or over: the folders of the inputs; files, where files stand for themselves."""
-    paths = [source.path for source in sources if source.path is not None]
-    return [path if plan.layout == "file" or path.suffix == ".gguf" else path.parent for path in paths]
+    found = []
+    for source in sources:
+        if source.path is not None:
+            alone = source.loose or plan.layout == "file" or source.path.suffix == ".gguf"
+            found.append(source.path if alone else source.path.parent)
+    return found
 
 
 def finish(
