@@ -33,6 +33,14 @@ from adapterkit.conversions.formats import FORMATS
     "--compressor", type=click.Path(path_type=Path), metavar="PYTHON", help="The Python that has llm-compressor."
 )
 @click.option("--max-shard-size", metavar="SIZE", help="Like 5GB: write several files of at most this size.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bf16", "f16", "f32"]),
+    default="auto",
+    show_default=True,
+    help="Float type of a GGUF made from a Hugging Face model.",
+)
+@click.option("--pre", metavar="NAME", help="Its pre-tokenizer, by llama.cpp's name, where it is not recognised.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
 @click.option("--allow-pickle", is_flag=True, help="Load pickled weights (.bin), as tensors only, in another process.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done, from headers alone.")
@@ -51,6 +59,8 @@ def command(
     skip_modules: tuple[str, ...],
     calibration: Path | None,
     compressor: Path | None,
+    dtype: str,
+    pre: str | None,
     max_shard_size: str | None,
     jobs: int | None,
     allow_pickle: bool,
@@ -64,6 +74,7 @@ def command(
 
     \b
     Example:
+      adapterkit convert ./model -o model-Q4_K_M.gguf --quant Q4_K_M
       adapterkit convert model-F16.gguf -o model-Q4_K_M.gguf --quant Q4_K_M
       adapterkit convert ./merged --to nf4 --double-quant -o merged-nf4
       adapterkit convert ./model-gptq --to bf16 -o model
@@ -91,6 +102,8 @@ def command(
         "skip_modules": skip_modules,
         "calibration": calibration,
         "compressor": compressor,
+        "dtype": dtype,
+        "pre": pre,
         "max_shard_size": max_shard_size,
         "jobs": jobs,
     }
