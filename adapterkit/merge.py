@@ -255,7 +255,8 @@ def write_merges(
 def _watch(planned: Merge) -> Watch:
     from adapterkit.adapters.fidelity import Watch
 
-    return Watch(planned.folded, planned.options.quant)
+    kind = planned.options.quant or _grid_name(planned)
+    return Watch(planned.folded, kind, planned.output.through)
 
 
 def _recorder(planned: Merge, base: Ref | Checkpoint, *, full: bool = False) -> Callable[[Path], dict[str, bytes]]:
@@ -274,6 +275,12 @@ def _recorder(planned: Merge, base: Ref | Checkpoint, *, full: bool = False) -> 
     changed = options.quant is not None or options.quantization is not None
     kind = "quantized" if changed else "merged"
     return recorder("merge", kind, parameters_of(planned.plan.request), parents, method=options.quant or "", full=full)
+
+
+def _grid_name(planned: Merge) -> str | None:
+    """What a GGUF output's types are called, when they are not the base's own."""
+    asked = planned.options.quantization
+    return asked.mix if planned.output.through is not None and asked is not None else None
 
 
 def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:

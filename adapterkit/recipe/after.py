@@ -112,7 +112,7 @@ class After:
         if verify is not None:
             prompts = None if verify.prompts is None else self._state.sha256(self._file.folder / verify.prompts)
             key = key_of([made.digest, asdict(verify), prompts])
-            yield VERIFY, key, lambda: self._verify(step, origin)
+            yield VERIFY, key, lambda: self._verify(step, report)
         if register is not None:
             key = key_of([made.digest, asdict(register), done.get(VERIFY, {}).get("key")])
             yield REGISTER, key, lambda: self._register(step, done)
@@ -120,8 +120,25 @@ class After:
             key = key_of([made.digest, asdict(push), done.get(REGISTER, {}).get("ref")])
             yield PUSH, key, lambda: self._push(step, done)
 
-    def _verify(self, step: Step, origin: Step) -> dict[str, Any]:
-        raise RecipeError("not here yet")
+    def _verify(self, step: Step, report: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What survived of the change, measured while it was written, against the recipe.
+
+        Raises:
+            CheckFailed: less than it asks for.
+            RecipeError: more than this was asked.
+        """
+        asked = step.verify
+        found = None if report is None else report.get("fidelity")
+        if asked is None or asked.min_retention is None or asked.level != "tensors" or found is None:
+            raise RecipeError(
+                "a build holds min-retention of merges at level tensors so far", "verify the rest by hand"
+            )
+        if found["retention"] < asked.min_retention:
+            raise CheckFailed(
+                f"{found['retention']:.1%} of the change survives, and the recipe asks for {asked.min_retention:.1%}",
+                "write more bits, or ask for less",
+            )
+        return {"summary": f"{found['retention']:.1%} of the change survives in {found['format']}"}
 
     def _register(self, step: Step, done: Mapping[str, Any]) -> dict[str, Any]:
         from adapterkit.register import register
@@ -155,22 +172,6 @@ class After:
         )
         self._note(f"{step.name}: {found.pull_request or found.url}")
         return {"repo": found.repo, "commit": found.commit, "url": found.pull_request or found.url, "new": found.new}
-
-
-def check_retention(step: Step, report: Mapping[str, Any] | None) -> None:
-    """Hold what survived of the change, measured while it was written, against the recipe.
-
-    Raises:
-        CheckFailed: less than it asks for.
-    """
-    least = None if step.verify is None else step.verify.min_retention
-    found = None if report is None else report.get("fidelity")
-    if least is None or found is None or found["retention"] >= least:
-        return
-    raise CheckFailed(
-        f"outputs.{step.name}: {found['retention']:.1%} of the change survives, and the recipe asks for {least:.1%}",
-        "write more bits, or ask for less",
-    )
 
 
 def in_folder(path: Path, folder: Path) -> str:

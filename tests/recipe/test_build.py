@@ -400,6 +400,24 @@ def test_registry_names_are_pinned_to_their_version(recipe: Path) -> None:
 # ------------------------------------------------------------------ what follows
 
 
+def test_a_threshold_that_does_not_hold_stops_what_follows(recipe: Path) -> None:
+    from adapterkit.registry import verbs
+
+    text = recipe.read_text() + '[outputs.merged.register]\nname = "demo"\n'
+    recipe.write_text(text + "[outputs.merged.verify]\nmin-retention = 1.0\n")
+    with pytest.raises(CheckFailed, match=r"and the recipe asks for 100\.0%") as caught:  # bf16 keeps a little less
+        build(recipe)
+    assert caught.value.place is not None
+    assert (recipe.parent / "build/merged").is_dir()
+    with pytest.raises(NotFound):
+        verbs.show("demo")
+    shutil.rmtree(recipe.parent / "build")
+    recipe.write_text(text + "[outputs.merged.verify]\nmin-retention = 0.9\n")
+    report = build(recipe)
+    assert "of the change survives in bf16" in report.outputs[0].after["verify"]["summary"]
+    assert verbs.show("demo").record.version == 1
+
+
 def test_an_output_is_registered_once(recipe: Path) -> None:
     from adapterkit.registry import verbs
 
