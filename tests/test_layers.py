@@ -22,9 +22,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     (
         *("merge", "combine", "convert", "verify", "recipe", "check", "inspect", "demo", "servers", "bases"),
-        *("register", "provenance", "fits", "hub", "serve"),
+        *("register", "provenance", "fits", "hub", "serve", "ui"),
         *("resize", "extract", "compare", "heatmap", "family", "ordered"),
-        *("options", "outputs", "conversions"),
+        *("options", "outputs", "conversions", "pickles"),
     ),
     ("report",),
     ("registry",),

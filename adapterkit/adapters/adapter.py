@@ -201,6 +201,6 @@ def _no_weights(listing: Listing) -> Exception:
     if pickled:
         return UnsafeError(
             f"{listing.ref} holds its weights only as a pickle ({pickled[0]}), which can run code when loaded",
-            "load it with PEFT where you trust it and save it again",
+            f"if you trust it: adapterkit convert {listing.ref} --to peft --allow-pickle -o DIR",
         )
     return NotFound(f"{listing.ref} has no {WEIGHTS}", "download the missing file")
