@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from adapterkit.inspect import Inspection, inspect
     from adapterkit.merge import execute, merge, plan_merge
     from adapterkit.report import CombineReport, ConvertReport, ExtractReport, MergeReport, ResizeReport
+    from adapterkit.recipe.run import build, plan_build
     from adapterkit.resize import resize
 
 _WHERE = {
@@ -51,6 +52,7 @@ _WHERE = {
     "MergeReport": "adapterkit.report:MergeReport",
     "Plan": "adapterkit.checkpoint.plan:Plan",
     "ResizeReport": "adapterkit.report:ResizeReport",
+    "build": "adapterkit.recipe.run:build",
     "check": "adapterkit.check:check",
     "combine": "adapterkit.combine:combine",
     "combined": "adapterkit.combine:combined",
@@ -64,6 +66,7 @@ _WHERE = {
     "merge": "adapterkit.merge:merge",
     "open": "adapterkit.bases:open_model",
     "open_family": "adapterkit.family:open_family",
+    "plan_build": "adapterkit.recipe.run:plan_build",
     "plan_convert": "adapterkit.convert:plan_convert",
     "plan_merge": "adapterkit.merge:plan_merge",
     "resize": "adapterkit.resize:resize",
@@ -86,6 +89,7 @@ __all__ = [
     "Plan",
     "ResizeReport",
     "__version__",
+    "build",
     "check",
     "combine",
     "combined",
@@ -99,6 +103,7 @@ __all__ = [
     "merge",
     "open",
     "open_family",
+    "plan_build",
     "plan_convert",
     "plan_merge",
     "resize",
