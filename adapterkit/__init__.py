@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from adapterkit.family import Family, open_family
     from adapterkit.inspect import Inspection, inspect
     from adapterkit.merge import execute, merge, plan_merge
-    from adapterkit.report import CombineReport, ConvertReport, ExtractReport, MergeReport, ResizeReport
     from adapterkit.recipe.run import build, plan_build
+    from adapterkit.report import CombineReport, ConvertReport, ExtractReport, MergeReport, ResizeReport
     from adapterkit.resize import resize
 
 _WHERE = {
