@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from adapterkit.family import Family, open_family
     from adapterkit.inspect import Inspection, inspect
     from adapterkit.merge import execute, merge, plan_merge
+    from adapterkit.recipe.run import build, plan_build
     from adapterkit.report import CombineReport, ExtractReport, MergeReport, ResizeReport
     from adapterkit.resize import resize
 
@@ -49,6 +50,7 @@ _WHERE = {
     "MergeReport": "adapterkit.report:MergeReport",
     "Plan": "adapterkit.checkpoint.plan:Plan",
     "ResizeReport": "adapterkit.report:ResizeReport",
+    "build": "adapterkit.recipe.run:build",
     "check": "adapterkit.check:check",
     "combine": "adapterkit.combine:combine",
     "combined": "adapterkit.combine:combined",
@@ -61,6 +63,7 @@ _WHERE = {
     "merge": "adapterkit.merge:merge",
     "open": "adapterkit.bases:open_model",
     "open_family": "adapterkit.family:open_family",
+    "plan_build": "adapterkit.recipe.run:plan_build",
     "plan_merge": "adapterkit.merge:plan_merge",
     "resize": "adapterkit.resize:resize",
     "save": "adapterkit.checkpoint.save:save",
@@ -81,6 +84,7 @@ __all__ = [
     "Plan",
     "ResizeReport",
     "__version__",
+    "build",
     "check",
     "combine",
     "combined",
@@ -93,6 +97,7 @@ __all__ = [
     "merge",
     "open",
     "open_family",
+    "plan_build",
     "plan_merge",
     "resize",
     "save",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ def convert(
     jobs: int | None = None,
     force: bool = False,
     resume: bool = False,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> ConvertReport:
@@ -53,6 +55,7 @@ def convert(
         jobs: worker threads; the output bytes do not depend on it.
         force: replace an existing output.
         resume: continue an interrupted run, and leave the same behind if interrupted.
+        allow_pickle: load weights that are pickles, in a process of its own and as tensors only; see `unpickled`.
         progress: called now and then with bytes done and bytes in all.
         options: those of `ConvertOptions`, as ``base`` and ``quantization``.
 
@@ -62,6 +65,12 @@ def convert(
     from adapterkit.merge import peak_memory
 
     started = time.monotonic()
+    if allow_pickle:
+        from adapterkit.pickles import unpickled
+
+        how: dict[str, Any] = {"jobs": jobs, "force": force, "progress": progress, "max_shard_size": max_shard_size}
+        with unpickled(src, Path(out).absolute().parent) as folder:
+            return replace(convert(folder, out, to=to, **how, **options), src=str(src))
     planned = plan_convert(src, to=to, out=out, max_shard_size=max_shard_size, jobs=jobs, **options)
     measured = planned.write(Path(out), jobs=jobs, force=force, resume=resume, progress=progress)
     return planned.report(out, **measured, seconds=time.monotonic() - started, peak_memory=peak_memory())

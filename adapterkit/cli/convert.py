@@ -21,8 +21,17 @@ from adapterkit.cli.quantization import quantization, quantization_options
 @click.option("--rank", type=click.IntRange(1), help="Of what has to be decomposed: at most this rank.")
 @click.option("--energy", type=float, help="Or the smallest rank that keeps this share of the squared norm.")
 @quantization_options
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bf16", "f16", "f32"]),
+    default="auto",
+    show_default=True,
+    help="Float type of a GGUF made from a Hugging Face model.",
+)
+@click.option("--pre", metavar="NAME", help="Its pre-tokenizer, by llama.cpp's name, where it is not recognised.")
 @click.option("--max-shard-size", metavar="SIZE", help="Like 5GB: write a set of GGUF parts.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
+@click.option("--allow-pickle", is_flag=True, help="Load pickled weights (.bin), as tensors only, in another process.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done, from headers alone.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run; keep finished work if interrupted again.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
@@ -35,8 +44,11 @@ def command(
     plain: bool,
     rank: int | None,
     energy: float | None,
+    dtype: str,
+    pre: str | None,
     max_shard_size: str | None,
     jobs: int | None,
+    allow_pickle: bool,
     dry_run: bool,
     resume: bool,
     force: bool,
@@ -47,11 +59,13 @@ def command(
 
     \b
     Example:
+      adapterkit convert ./model -o model-Q4_K_M.gguf --quant Q4_K_M
       adapterkit convert model-F16.gguf -o model-Q4_K_M.gguf --quant Q4_K_M
       adapterkit convert ./my-adapter --to gguf-lora --base model-F16.gguf -o my-adapter.gguf
       adapterkit convert my-adapter.gguf --to peft --base ./base -o my-adapter
       adapterkit convert ./my-dora --to peft --plain --base ./base --energy 0.999 -o my-lora
       adapterkit convert ./my-adapter --to mlx -o my-mlx-adapter
+      adapterkit convert ./old-adapter --to peft --allow-pickle -o my-adapter
     """
     from adapterkit.cli.combine import kept
     from adapterkit.convert import convert, plan_convert
@@ -67,6 +81,8 @@ def command(
         "rank": rank,
         "energy": energy,
         "quantization": asked,
+        "dtype": dtype,
+        "pre": pre,
         "max_shard_size": max_shard_size,
         "jobs": jobs,
     }
@@ -77,7 +93,8 @@ def command(
     else:
         assert out is not None
         progress = Progress("converting", enabled=not as_json)
-        report = convert(src, out, force=force, resume=resume, progress=progress, **how)
+        how |= {"allow_pickle": allow_pickle, "force": force, "resume": resume, "progress": progress}
+        report = convert(src, out, **how)
         progress.close()
     if as_json:
         show_json(report)
