@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.adapters.adapter import WEIGHTS
 from adapterkit.adapters.merged import StoredWeights
 from adapterkit.adapters.rule import Rule, check_weights
 from adapterkit.adapters.write_peft import Extras, Held, PeftWriter, peft_config
@@ -27,9 +29,12 @@ if TYPE_CHECKING:
     from adapterkit.adapters.factors import Slot
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.checkpoint.tensor import Tensor
+    from adapterkit.dtypes import DType
     from adapterkit.ops.lowrank import Factors, Truncated
     from adapterkit.ops.rows import DeltaRows
     from adapterkit.registry.record import Parent
+
+NOISE = 1e-6  # relative error that float32 leaves in W' - W anyway
 
 Ref = str | Path
 Progress = Callable[[int, int], None]
@@ -97,34 +102,23 @@ def combine(
             f"method {rule.row.name} gives deltas of full rank",
             "give --rank R or --energy E, or --space core, or fold them in with merge --method",
         )
-    over = carried(family)
-    if over.whole or over.tokens:
-        notes.append(f"carried over as they are: {', '.join([*over.whole, *over.tokens])[:400]}")
-    target = Path(out)
-    check_target(
-        target, [a.source.path.parent for a in family.adapters if a.source.path], _estimate(family, rank), force=force
+    asked = {"method": method, "scale": scale, "space": space, "rank": rank, "energy": energy, "dtype": dtype}
+    made = make_adapter(
+        family,
+        rule,
+        factors,
+        Path(out),
+        record=recorder("combine", "combined", asked | dict(parameters), parents(family, factors), method="lora"),
+        dtype=stored,
+        rank=rank,
+        energy=energy,
+        own_ranks=own_ranks,
+        jobs=jobs,
+        force=force,
+        progress=progress,
     )
-    rows: list[ModuleRank] = []
-    with staging(target, resume=False) as folder:
-        writer = PeftWriter(folder, stored)
-        try:
-            for slot, found in combined(family, rule, factors, rank=rank, energy=energy, jobs=jobs, progress=progress):
-                writer.add(slot, [one.factors for one in found])
-                rows.append(module_rank(slot, found))
-            biases, summed = _biases(family, factors, scale, over.whole)
-            side = side_files(family.adapters, notes)
-            extras = Extras({**over.whole, **summed}, over.tokens, {}, biases, side)
-            config = peft_config(
-                [slot for slot in family.slots.values() if any(factors[i] for i, _ in family.deltas(slot.parameter))],
-                [adapter.config.raw for adapter in family.adapters],
-                extras,
-                base=None if family.base is None else family.base.ref,
-            )
-            asked = {"method": method, "scale": scale, "space": space, "rank": rank, "energy": energy, "dtype": dtype}
-            record = recorder("combine", "combined", asked | dict(parameters), parents(family, factors), method="lora")
-            config = writer.finish(target, config, extras, own_ranks=own_ranks, force=force, record=record)
-        finally:
-            writer.close()
+    notes += made.notes
+    config = made.config
     return CombineReport(
         out=str(out),
         method=rule.method,
@@ -138,13 +132,81 @@ def combine(
         base=str(config["base_model_name_or_path"] or ""),
         rank=int(config["r"]),
         own_ranks=bool(config["rank_pattern"]),
-        modules=tuple(rows),
-        carried=(*over.whole, *over.tokens),
-        nbytes=(target / "adapter_model.safetensors").stat().st_size,
+        modules=made.modules,
+        carried=made.carried,
+        nbytes=made.nbytes,
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
         notes=tuple(notes),
     )
+
+
+@dataclass(frozen=True)
+class MadeAdapter:
+    """What `make_adapter` wrote.
+
+    Attributes:
+        config: as written.
+        modules: what was kept of each.
+        carried: whole parameters and token rows taken over.
+        nbytes: of the weight file.
+    """
+
+    config: Mapping[str, Any]
+    modules: tuple[ModuleRank, ...]
+    carried: tuple[str, ...]
+    nbytes: int
+    notes: tuple[str, ...]
+
+
+def make_adapter(
+    family: Family,
+    rule: Rule,
+    weights: Sequence[float],
+    target: Path,
+    *,
+    record: Callable[[Path], Mapping[str, bytes]],
+    dtype: DType = F32,
+    rank: int | None = None,
+    energy: float | None = None,
+    full: bool = False,
+    own_ranks: bool = False,
+    jobs: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> MadeAdapter:
+    """Write the combination of a family as one plain LoRA; see `combine`, and `combined` for ``full``.
+
+    Raises:
+        OutputError, TargetError, UsageError
+    """
+    over = carried(family)
+    notes = []
+    if over.whole or over.tokens:
+        notes.append(f"carried over as they are: {', '.join([*over.whole, *over.tokens])[:400]}")
+    folders = [adapter.folder for adapter in family.adapters if adapter.folder is not None]
+    check_target(target, folders, _estimate(family, rank), force=force)
+    bounds: dict[str, Any] = {"rank": rank, "energy": energy, "full": full}
+    rows: list[ModuleRank] = []
+    with staging(target, resume=False) as folder:
+        writer = PeftWriter(folder, dtype)
+        try:
+            for slot, found in combined(family, rule, weights, jobs=jobs, progress=progress, **bounds):
+                writer.add(slot, [one.factors for one in found])
+                rows.append(module_rank(slot, found))
+            biases, summed = _biases(family, weights, rule.scale, over.whole)
+            extras = Extras({**over.whole, **summed}, over.tokens, {}, biases, side_files(family.adapters, notes))
+            config = peft_config(
+                [slot for slot in family.slots.values() if any(weights[i] for i, _ in family.deltas(slot.parameter))],
+                [adapter.config.raw for adapter in family.adapters],
+                extras,
+                base=None if family.base is None else family.base.ref,
+            )
+            config = writer.finish(target, config, extras, own_ranks=own_ranks, force=force, record=record)
+        finally:
+            writer.close()
+    nbytes = (target / WEIGHTS).stat().st_size
+    return MadeAdapter(config, tuple(rows), (*over.whole, *over.tokens), nbytes, tuple(notes))
 
 
 def combined(
@@ -154,12 +216,14 @@ def combined(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    full: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[Slot, tuple[Truncated, ...]]]:
     """The combination in memory, module by module: what a search over weights needs, without a file.
 
-    Gives each slot with its deltas as factors, one per expert, and what truncating them cost.
+    Gives each slot with its deltas as factors, one per expert, and what truncating them cost. A delta without a low rank
+    that no bound was given for is refused, or with ``full`` decomposed down to the noise of float32.
 
     Raises:
         UsageError: the result has no low rank, and no rank was given.
@@ -175,7 +239,7 @@ def combined(
         found = []
         for index, parts in enumerate(experts):
             key = slot.parameter if slot.count == 1 else f"{slot.parameter}.{index}"
-            found.append(_combined(rule, parts, used, refs, key, rank, energy))
+            found.append(_combined(rule, parts, used, refs, key, rank, energy, full))
         return slot, tuple(found)
 
     slots = list(family.slots.values())
@@ -193,6 +257,7 @@ def _combined(
     key: str,
     rank: int | None,
     energy: float | None,
+    full: bool,
 ) -> Truncated:
     from adapterkit.ops.extract import low_rank
     from adapterkit.ops.lowrank import Factors, Truncated, stack
@@ -202,6 +267,11 @@ def _combined(
     if rule.has_rank and rank is None and energy is not None:
         wanted = sum(part.rank for part in parts if isinstance(part, Factors)) or None  # the energy decides
     result = rule.apply(parts, weights, refs, key, wanted)
+    if full and rank is None and energy is None:
+        if isinstance(result, Factors) and result.rank <= min(result.shape):
+            size = norm(result)
+            return _cut(result, size, size)
+        return low_rank(result, max_error=NOISE, exact=True)
     if not isinstance(result, Factors) and rank is None and energy is None:
         dense = next((ref for part, ref in zip(parts, refs, strict=True) if not isinstance(part, Factors)), refs[0])
         raise UsageError(

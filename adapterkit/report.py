@@ -59,32 +59,6 @@ class MergeReport:
 
 
 @dataclass(frozen=True)
-class ConvertReport:
-    """What a conversion did, or with ``dry_run`` would do; sizes are bytes, times seconds.
-
-    Attributes:
-        to: the format that was written.
-        copied: tensors that are byte-identical to the source's.
-        types: how many tensors have each type.
-        reused: of the computed ones, how many a resumed run found finished.
-    """
-
-    src: str
-    out: str
-    to: str
-    files: tuple[str, ...]
-    nbytes: int
-    tensors: int
-    copied: int
-    types: dict[str, int] = field(default_factory=dict)
-    reused: int = 0
-    seconds: float = 0.0
-    peak_memory: int = 0
-    dry_run: bool = False
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class ModuleRank:
     """What was kept of one module.
 
@@ -108,6 +82,34 @@ class ModuleRank:
     def energy(self) -> float:
         """The share of the squared norm that was kept."""
         return 1.0 - self.error**2
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What a conversion did, or with ``dry_run`` would do; sizes are bytes, times seconds.
+
+    Attributes:
+        to: the format that was written.
+        copied: tensors that are byte-identical to the source's.
+        types: how many tensors have each type.
+        reused: of the computed ones, how many a resumed run found finished.
+        modules: what was kept of each delta, where they were decomposed.
+    """
+
+    src: str
+    out: str
+    to: str
+    files: tuple[str, ...]
+    nbytes: int
+    tensors: int
+    copied: int
+    types: dict[str, int] = field(default_factory=dict)
+    reused: int = 0
+    seconds: float = 0.0
+    peak_memory: int = 0
+    dry_run: bool = False
+    modules: tuple[ModuleRank, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

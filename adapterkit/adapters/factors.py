@@ -94,10 +94,15 @@ class ModuleDelta:
         parts = kernel.parts(rows)
         if parts is None:
             return StreamedDelta(self, kernel, rows)
-        _, left, right, scale = next(iter(parts))
-        if scale != 1:
-            left = (left.double() * scale).float()
-        return Factors(left.contiguous(), right.contiguous())
+        scaled = [(left if scale == 1 else (left.double() * scale).float(), right) for _, left, right, scale in parts]
+        if len(scaled) == 1:
+            ((left, right),) = scaled
+            return Factors(left.contiguous(), right.contiguous())
+        # Each run of rows has factors of its own (GraLoRA): side by side, they are one product.
+        import torch
+
+        left = torch.block_diag(*(left for left, _ in scaled))  # type: ignore[no-untyped-call]
+        return Factors(left, torch.cat([right for _, right in scaled]))
 
 
 class StreamedDelta:

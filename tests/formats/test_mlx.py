@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from adapterkit.adapters.adapter import load_adapter
 from adapterkit.adapters.fold import fold
-from adapterkit.adapters.formats.write import write_mlx, write_peft
 from adapterkit.checkpoint.open import open_checkpoint
+from adapterkit.convert import convert
 from adapterkit.errors import AdapterError, UnsupportedAdapter
 
 PARAMETERS = {"rank": 4, "scale": 7.5, "dropout": 0.0}
@@ -106,7 +106,7 @@ def test_peft_to_mlx_to_peft_is_bit_equal(make_base: Callable[..., Path], tmp_pa
     adapter = make_adapter(tmp_path / "adapter", base, config)
     before = {name: tensor for name, tensor in read_tensors(adapter).items() if "base_layer" not in name}
     save_file(before, adapter / "adapter_model.safetensors")
-    write_mlx(load_adapter(adapter), tmp_path / "mlx")
+    convert(adapter, tmp_path / "mlx", to="mlx")
     written = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())["lora_parameters"]
     assert written["rank"] == 8
     assert written["scale"] == pytest.approx(20 / 8**0.5, rel=1e-15)
@@ -114,7 +114,7 @@ def test_peft_to_mlx_to_peft_is_bit_equal(make_base: Callable[..., Path], tmp_pa
     turned = read_tensors(tmp_path / "mlx")
     q = "model.layers.0.self_attn.q_proj"
     assert torch.equal(turned[f"{q}.lora_a"], before[f"base_model.model.{q}.lora_A.weight"].T)
-    write_peft(load_adapter(tmp_path / "mlx"), tmp_path / "back")
+    convert(tmp_path / "mlx", tmp_path / "back", to="peft")
     after = read_tensors(tmp_path / "back")
     assert set(after) == set(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -129,7 +129,7 @@ def test_what_mlx_cannot_hold(make_base: Callable[..., Path], tmp_path: Path) ->
     config = LoraConfig(r=8, target_modules=["q_proj"], modules_to_save=["lm_head"])
     adapter = make_adapter(tmp_path / "adapter", base, config)
     with pytest.raises(UnsupportedAdapter, match=r"whole parameters \(lm_head.weight\)"):
-        write_mlx(load_adapter(adapter), tmp_path / "mlx")
+        convert(adapter, tmp_path / "mlx", to="mlx")
     assert not (tmp_path / "mlx").exists()
 
 

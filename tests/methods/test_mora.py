@@ -11,8 +11,7 @@ import torch
 from method_cases import make_net, merged_tensors, save_base
 from safetensors.torch import save_file
 
-from adapterkit.adapters.adapter import load_adapter
-from adapterkit.adapters.formats.write import write_plain
+from adapterkit.convert import convert
 from adapterkit.errors import AdapterError, TargetError, UsageError
 
 
@@ -92,7 +91,7 @@ def test_every_type_merges_what_it_computes(kind: int, tmp_path: Path) -> None:
 def test_it_is_no_plain_lora(tmp_path: Path) -> None:
     write(tmp_path, 1, SIZES)
     with pytest.raises(UsageError, match="computed against its base"):
-        write_plain(load_adapter(tmp_path / "adapter"), tmp_path / "plain")
+        convert(tmp_path / "adapter", tmp_path / "plain", to="peft", plain=True)
 
 
 def test_other_types_and_sizes(tmp_path: Path) -> None:
