@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.config import AdapterConfig
-from adapterkit.adapters.formats import kohya, mlx
+from adapterkit.adapters.formats import mlx
 from adapterkit.checkpoint.checkpoint import SideFile
 from adapterkit.checkpoint.files import LocalFile
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLES, side_names
@@ -106,6 +106,8 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
 
 def _single_file(path: Path, ref: str) -> Adapter:
     """A file that is an adapter by itself, as kohya's scripts and LyCORIS write it."""
+    from adapterkit.adapters.formats import kohya
+
     source = LocalFile(path, ref, loose=True)
     header = parse_header(source.read, source.size, source.name)
     stored = {key: Stored(key, t.dtype, t.shape, source, t.start) for key, t in header.tensors.items()}
