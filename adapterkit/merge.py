@@ -203,7 +203,8 @@ def merge(
     if fidelity:
         from adapterkit.adapters.fidelity import Watch
 
-        watch = Watch(planned.folded, planned.options.quant)
+        kind = planned.options.quant or _grid_name(planned)
+        watch = Watch(planned.folded, kind, planned.output.through)
     reused = write_safetensors(
         planned.plan,
         planned.view,
@@ -241,6 +242,12 @@ def _recorder(planned: Merge, base: Ref | Checkpoint, *, full: bool = False) -> 
     changed = options.quant is not None or options.quantization is not None
     kind = "quantized" if changed else "merged"
     return recorder("merge", kind, parameters_of(planned.plan.request), parents, method=options.quant or "", full=full)
+
+
+def _grid_name(planned: Merge) -> str | None:
+    """What a GGUF output's types are called, when they are not the base's own."""
+    asked = planned.options.quantization
+    return asked.mix if planned.output.through is not None and asked is not None else None
 
 
 def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:

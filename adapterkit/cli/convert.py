@@ -21,6 +21,14 @@ from adapterkit.cli.quantization import quantization, quantization_options
 @click.option("--rank", type=click.IntRange(1), help="Of what has to be decomposed: at most this rank.")
 @click.option("--energy", type=float, help="Or the smallest rank that keeps this share of the squared norm.")
 @quantization_options
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bf16", "f16", "f32"]),
+    default="auto",
+    show_default=True,
+    help="Float type of a GGUF made from a Hugging Face model.",
+)
+@click.option("--pre", metavar="NAME", help="Its pre-tokenizer, by llama.cpp's name, where it is not recognised.")
 @click.option("--max-shard-size", metavar="SIZE", help="Like 5GB: write a set of GGUF parts.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
 @click.option("--allow-pickle", is_flag=True, help="Load pickled weights (.bin), as tensors only, in another process.")
@@ -36,6 +44,8 @@ def command(
     plain: bool,
     rank: int | None,
     energy: float | None,
+    dtype: str,
+    pre: str | None,
     max_shard_size: str | None,
     jobs: int | None,
     allow_pickle: bool,
@@ -49,6 +59,7 @@ def command(
 
     \b
     Example:
+      adapterkit convert ./model -o model-Q4_K_M.gguf --quant Q4_K_M
       adapterkit convert model-F16.gguf -o model-Q4_K_M.gguf --quant Q4_K_M
       adapterkit convert ./my-adapter --to gguf-lora --base model-F16.gguf -o my-adapter.gguf
       adapterkit convert my-adapter.gguf --to peft --base ./base -o my-adapter
@@ -70,6 +81,8 @@ def command(
         "rank": rank,
         "energy": energy,
         "quantization": asked,
+        "dtype": dtype,
+        "pre": pre,
         "max_shard_size": max_shard_size,
         "jobs": jobs,
     }

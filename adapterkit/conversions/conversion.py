@@ -34,6 +34,8 @@ class ConvertOptions:
         base: the base of an adapter: a GGUF file or a Hugging Face folder.
         quantization: the types of a GGUF output, as ``Quantization("Q4_K_M")``.
         max_shard_size: bytes of tensors in each file of a set.
+        dtype: of a GGUF made from a Hugging Face model: ``auto``, ``bf16``, ``f16`` or ``f32``.
+        pre: the name of its pre-tokenizer; by default recognised.
         plain: an adapter as plain LoRA of one rank and one alpha, whatever it was.
         rank, energy: of a delta that has to be decomposed: at most this rank, or the smallest that keeps this share of its
             squared norm; by default all of it.
@@ -42,6 +44,8 @@ class ConvertOptions:
     base: Ref | None = None
     quantization: Quantization | None = None
     max_shard_size: int | None = None
+    dtype: str = "auto"
+    pre: str | None = None
     plain: bool = False
     rank: int | None = None
     energy: float | None = None

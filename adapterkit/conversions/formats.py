@@ -54,7 +54,11 @@ FORMATS = {
     row.name: row
     for row in (
         Format(
-            "gguf", "gguf:plan", "a GGUF model in other types", frozenset({"quantization", "max_shard_size"}), ".gguf"
+            "gguf",
+            "gguf:plan",
+            "a model as GGUF, or a GGUF model in other types",
+            frozenset({"quantization", "max_shard_size", "dtype", "pre"}),
+            ".gguf",
         ),
         Format("gguf-lora", "gguf_lora:plan", "an adapter as GGUF LoRA", frozenset({"base"})),
         Format("peft", "peft:plan", "an adapter as PEFT's", frozenset({"base", "plain", "rank", "energy"})),
@@ -68,6 +72,8 @@ _WORDS = {
     "rank": "ranks",
     "energy": "shares of the energy",
     "base": "bases",
+    "dtype": "dtypes",
+    "pre": "names of pre-tokenizers",
 }
 
 
