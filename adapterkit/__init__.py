@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from adapterkit.merge import execute, merge, plan_merge
     from adapterkit.report import CombineReport, ExtractReport, MergeReport, ResizeReport
     from adapterkit.resize import resize
+    from adapterkit.verify import VerifyReport, verify
 
 _WHERE = {
     "Adapter": "adapterkit.adapters.adapter:Adapter",
@@ -49,6 +50,7 @@ _WHERE = {
     "MergeReport": "adapterkit.report:MergeReport",
     "Plan": "adapterkit.checkpoint.plan:Plan",
     "ResizeReport": "adapterkit.report:ResizeReport",
+    "VerifyReport": "adapterkit.verify.report:VerifyReport",
     "check": "adapterkit.check:check",
     "combine": "adapterkit.combine:combine",
     "combined": "adapterkit.combine:combined",
@@ -64,6 +66,7 @@ _WHERE = {
     "plan_merge": "adapterkit.merge:plan_merge",
     "resize": "adapterkit.resize:resize",
     "save": "adapterkit.checkpoint.save:save",
+    "verify": "adapterkit.verify:verify",
 }
 
 __all__ = [
@@ -80,6 +83,7 @@ __all__ = [
     "MergeReport",
     "Plan",
     "ResizeReport",
+    "VerifyReport",
     "__version__",
     "check",
     "combine",
@@ -96,6 +100,7 @@ __all__ = [
     "plan_merge",
     "resize",
     "save",
+    "verify",
 ]
 
 
