@@ -141,10 +141,7 @@ def write(report: VerifyReport, html: Path | None, markdown: Path | None, *, ste
 
     try:
         if html is not None:
-            from adapterkit.verify.html import html as as_page
-
-            html.write_text(as_page(report), encoding="utf-8")
-            note(f"page written to {html}")
+            raise UsageError("the page is not there yet", "use --markdown")
         if markdown is not None:
             markdown.write_text(as_markdown(report), encoding="utf-8")
             note(f"summary written to {markdown}")

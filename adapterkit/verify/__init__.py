@@ -88,9 +88,7 @@ def verify(
     every += _retention(tensors.retention, min_retention, wrong)
     layers = model = None
     if deepest >= 1:
-        raise NotImplementedError
-    if deepest >= 2:
-        raise NotImplementedError
+        raise UsageError("this level is not there yet", "use --level tensors")
     return VerifyReport(
         ok=not any(finding.severity == ERROR for finding in every),
         merged=found.ref,

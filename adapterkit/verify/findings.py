@@ -62,9 +62,7 @@ def _finding(subject: Subject, verdict: Verdict, names: list[str], touched: list
     words, layers = where(names, touched)
     if kind == "not applied" and layers and right & set(touched):
         kind, hint = "layer missing", "merge again: the adapter trained these layers too"
-    text = f"{words} {verdict.says}"
-    if len(names) == 1:
-        text = f"{words} {_singular(verdict.says)}"
+    text = f"{words} {_singular(verdict.says) if len(names) == 1 else verdict.alike or verdict.says}"
     return Finding(kind, verdict.severity, text, hint, tuple(names), verdict.figure)
 
 

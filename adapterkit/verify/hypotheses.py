@@ -7,12 +7,12 @@ unexplained (0: it explains everything but noise), or None where it does not app
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isclose, sqrt
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.verify.report import ERROR, WARNING
-from adapterkit.verify.suspect import NUMBER, Suspect, values, window
+from adapterkit.verify.suspect import NUMBER, SKETCH, Suspect, values
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,8 @@ class Verdict:
         kind: the plain name.
         left: share of what is wrong that stays unexplained.
         detail: what goes with it, as ``factor 2.00``; verdicts of one kind and detail are one finding.
-        says: the middle of a sentence: "{tensors} {says}".
+        says: the middle of a sentence: "{tensors} {says}", in the plural.
+        alike: the same for several weights, where ``says`` is about one.
         hint: what to do.
         figure: the number that shows it.
     """
@@ -43,6 +44,7 @@ class Verdict:
     detail: str = ""
     figure: float | None = None
     severity: str = ERROR
+    alike: str = ""
 
 
 def diagnose(suspect: Suspect) -> Verdict:
@@ -171,21 +173,18 @@ def expert_order(s: Suspect) -> Verdict | None:
     import torch
 
     count = s.there.shape[0]
-    if count < 2:
-        return None
+    found: list[Verdict] = []
     for what, mine, theirs in (("changes", s.beyond, s.change), ("weights", s.there, s.base + s.change)):
-        if not theirs.any():
+        if count < 2 or not theirs.any():
             continue
-        one, other = (t.reshape(count, -1) for t in (mine, theirs))
-        nearest = torch.cdist(one.double(), other.double()).argmin(1)
-        if bool((nearest == torch.arange(count)).all()):
-            continue
-        explained = theirs[nearest] if what == "changes" else theirs[nearest] - s.base
-        left = s.left(explained)
+        one, other = (t.reshape(count, -1).double() for t in (mine, theirs))
+        nearest = torch.cdist(one, other).argmin(1)
         moved = [f"{i} has that of {int(n)}" for i, n in enumerate(nearest) if i != int(n)]
-        says = f"have the {what} of their experts in another order (expert {', '.join(moved[:3])})"
-        return Verdict("wrong expert order", left, says, "sort experts by number, not by name", what)
-    return None
+        if moved:
+            left = s.left(theirs[nearest] - (0 if what == "changes" else s.base))
+            says = f"have the {what} of their experts in another order (expert {', '.join(moved[:3])})"
+            found.append(Verdict("wrong expert order", left, says, "sort experts by number, not by name", what))
+    return min(found, key=lambda one: one.left) if found else None
 
 
 def rotary_order(s: Suspect) -> Verdict | None:
@@ -244,7 +243,7 @@ def _halves(width: int, rows: int) -> list[int]:
 def other_place(s: Suspect) -> Verdict | None:
     """The change, or the whole weight, of another module of the same shape."""
     best: tuple[float, Item, str] | None = None
-    small_w, small_f = s.family.base_sketch(s.item), _sketch_of(s)
+    small_w, small_f = s.family.base_sketch(s.item), values(s.item.values, SKETCH)
     small_e = small_f - small_w
     family = s.family
     for other in s.relatives:
@@ -267,12 +266,6 @@ def other_place(s: Suspect) -> Verdict | None:
     return Verdict(
         kind, left, f"hold the {what} that belongs to {other.name}", hint, _relation(s.name, other.name, what)
     )
-
-
-def _sketch_of(s: Suspect) -> torch.Tensor:
-    from adapterkit.verify.suspect import SKETCH
-
-    return values(s.item.values, SKETCH)
 
 
 def _misplaced(s: Suspect, other: Item) -> tuple[str, str]:
@@ -382,16 +375,39 @@ def rounded_through(s: Suspect) -> Verdict | None:
     return None
 
 
+def same_grid(s: Suspect) -> Verdict | None:
+    """Put back on the grid that the base sits on: the format cannot hold the change, however it is encoded."""
+    if s.item.format is None or s.item.merged is None or s.judged.sums.retention >= 0.5:
+        return None
+    # A base of this very format, whose values are its own grid points.
+    if not s.item.merged.base.how.startswith(f"{s.item.format.lower()} "):
+        return None
+    says = f"lie on the {s.item.format} grid of the base again, and the change fell between its points"
+    hint = "start from the 16-bit base (--base16), keep these tensors at 8 bits, or keep the adapter beside the base"
+    return Verdict("swallowed", 0.0, says, hint, figure=s.judged.sums.retention)
+
+
 def swallowed(s: Suspect) -> Verdict | None:
-    """Near the formula everywhere, and yet the change is not there: it was added in steps that the dtype cannot hold."""
-    judged = s.judged
-    if judged.steps is None or judged.steps > 4 or not s.change.any():
+    """What is large against a step of the dtype is there, what is small is not: it was added in parts, or in that dtype."""
+    import torch
+
+    dtype = s.item.values.dtype
+    if s.item.format is not None or dtype.bits > 16 or not s.change.any():
         return None
-    there, ours = judged.sums.retention, judged.ours.retention
-    if there >= ours - 0.05:
+    kept, ours = s.judged.sums.retention, s.judged.ours.retention
+    still = s.beyond == 0
+    if not 0 <= kept < ours - 0.05 or not still.any() or still.all():
         return None
-    says = f"hold {there:.0%} of the change, where one rounding keeps {ours:.0%}: it was swallowed in {s.item.values.dtype}"
-    return Verdict("swallowed", 0.0, says, "sum in float32 and round once", figure=there)
+    step = torch.finfo(dtype.torch).eps * s.base.abs().clamp(min=1e-30)
+    size = s.change.abs() / step
+    moved = size[~still & (s.change != 0)]
+    if not moved.numel() or float(size[still].median()) > 0.5 * float(moved.median()):
+        return None
+    says = f"hold {kept:.0%} of the change, where one rounding keeps {ours:.0%}: the rest was swallowed by {dtype}"
+    alike = (
+        f"hold only what is large of the change: the rest was swallowed by {dtype} (in '{s.name}' {kept:.0%} is left)"
+    )
+    return Verdict("swallowed", EXPLAINED, says, "sum in float32 and round once", figure=kept, alike=alike)
 
 
 def other_base(s: Suspect) -> Verdict | None:
@@ -423,6 +439,7 @@ Hypothesis = Callable[[Suspect], Verdict | None]
 HYPOTHESES: tuple[Hypothesis, ...] = (
     not_finite,
     zeros,
+    same_grid,
     not_applied,
     rounded_through,
     other_strength,
@@ -436,5 +453,3 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     swallowed,
     other_base,
 )
-
-__all__ = ["HYPOTHESES", "Verdict", "diagnose", "replace", "window"]

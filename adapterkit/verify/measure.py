@@ -11,8 +11,6 @@ from math import sqrt
 import torch
 
 _SPACING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-23, torch.float64: 2.0**-52}
-# Other tools round the delta too before they add it, and sum its products in another order.
-_SLACK = 4.0
 
 
 @dataclass(frozen=True)
@@ -80,14 +78,15 @@ def steps(base: torch.Tensor, wanted: torch.Tensor, found: torch.Tensor) -> floa
     """The largest distance of ``found`` to ``wanted``, in steps of found's dtype at that value: 0.5 is what rounding
     to the nearest gives, up to 1 what rounding once more gives. Infinite where the one is finite and the other not.
 
-    Beside the step of the value itself, a step of the largest change of the block counts: a tool that multiplies the
-    factors in that dtype, or sums in another order, is off by so much where W' is near zero.
+    Beside the step of the value itself, that of the change counts, and that of the block's root mean square change: a tool
+    that rounds the change, or sums its products in another order, is off by so much where W' is near zero.
     """
     w, new, there = (t.reshape(-1).double() for t in (base, wanted, found))
     spacing = _SPACING[found.dtype]
-    change = float((new - w).abs().nan_to_num(0, 0, 0).max()) if new.numel() else 0.0
+    change = (new - w).nan_to_num(0, 0, 0).abs()
+    change += change.square().mean().sqrt() if new.numel() else 0.0
     exponent = torch.maximum(new.abs(), there.abs()).nan_to_num(0, 0, 0).clamp(min=1e-38).log2().floor()
-    step = torch.exp2(exponent) * spacing + _SLACK * spacing * change
+    step = torch.exp2(exponent) * spacing + spacing * change
     off = (there - new).abs() / step
     same = (there == new) | (there.isnan() & new.isnan())
     return float(torch.where(same, torch.zeros_like(off), off).nan_to_num(torch.inf, torch.inf).max())

@@ -107,8 +107,9 @@ def _folder(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], op
     plain = {name: value for name, value in options.items() if name not in ("quant", "quant_double", "quantization")}
     planned = plan_merge(base, adapters, headers_only=False, fingerprints=False, **{**plain, "to": "folder"})
     floats = planned.folded.checkpoint
-    values = dequantized(found)
-    kind, double, skip = _written_in(found)
+    packed = _holds_packed(found)
+    values = dequantized(found) if packed else found
+    kind, double, skip = _written_in(found) if packed else (None, False, None)
     values = aligned(values, floats)
     how: dict[str, Any] = {
         "found": found,
@@ -165,6 +166,15 @@ def retyped(tensor: Tensor, dtype: DType) -> Tensor:
 # ------------------------------------------------------------------ folders that are quantized
 
 _BITS = {"nf4": 4.0, "fp4": 4.0, "int8": 8.0, "fp8": 8.0}
+
+
+def _holds_packed(found: Checkpoint) -> bool:
+    """Whether any weight is quantized, whatever the config says."""
+    from adapterkit.codecs.table import PACKED_ENDS
+
+    return any(
+        not tensor.dtype.is_float or tensor.dtype.bits < 16 for n, tensor in found.items() if n.endswith(PACKED_ENDS)
+    )
 
 
 def _written_in(found: Checkpoint) -> tuple[str | None, bool, Sequence[str] | None]:
