@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,7 +117,7 @@ def check(
             touched += len(folded.touched)
             findings += _consequences(adapter, folded)
         if server is not None:
-            findings += _expectations(adapter, server)
+            findings += _expectations(adapter, opened.ref, server)
     ok = all(finding.level != ERROR for finding in findings)
     refs = tuple(adapter.ref for adapter in loaded)
     return CheckReport(opened.ref, opened.commit, refs, server, ok, touched, tuple(findings), tuple(matches))
@@ -192,12 +193,13 @@ def _consequences(adapter: Adapter, folded: Folded) -> list[Finding]:
     return found
 
 
-def _expectations(adapter: Adapter, server: str) -> list[Finding]:
+def _expectations(adapter: Adapter, base: str, server: str) -> list[Finding]:
     found = []
     for row in SERVERS[server]:
         title, present = FEATURES[row.feature]
         if present(adapter):
             level = WARNING if row.verdict == "depends" else ERROR
             message = f"{server}, {title}: {row.verdict}: {row.says} [{row.source}]"
-            found.append(Finding(level, f"{server}-{row.feature}", adapter.ref, message, row.fix))
+            fix = row.fix.format(adapter=shlex.quote(adapter.ref), base=shlex.quote(base))
+            found.append(Finding(level, f"{server}-{row.feature}", adapter.ref, message, fix))
     return found

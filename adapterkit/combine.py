@@ -184,7 +184,7 @@ def make_adapter(
     notes = []
     if over.whole or over.tokens:
         notes.append(f"carried over as they are: {', '.join([*over.whole, *over.tokens])[:400]}")
-    folders = [a.source.path.parent for a in family.adapters if a.source.path]
+    folders = [adapter.folder for adapter in family.adapters if adapter.folder is not None]
     check_target(target, folders, _estimate(family, rank), force=force)
     bounds: dict[str, Any] = {"rank": rank, "energy": energy, "full": full}
     rows: list[ModuleRank] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,16 @@ def plan_convert(
     out: Ref | None = None,
     max_shard_size: str | None = None,
     jobs: int | None = None,
+    headers_only: bool = True,
     **options: Any,
 ) -> Conversion:
-    """Plan a conversion from headers alone; see `convert` for the arguments."""
+    """Plan a conversion from headers alone; see `convert` for the arguments.
+
+    With ``headers_only`` a source on the Hub is not downloaded, so the plan can be shown but not executed.
+    """
     form = find_format(to, out)
     limit = None if max_shard_size is None else parse_size(max_shard_size)
-    asked = ConvertOptions(max_shard_size=limit, **options)
+    asked = ConvertOptions(max_shard_size=limit, headers_only=headers_only, **options)
     form.check(asked)
     return form.planner()(src, asked, jobs or default_jobs())
 
@@ -40,6 +45,7 @@ def convert(
     jobs: int | None = None,
     force: bool = False,
     resume: bool = False,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> ConvertReport:
@@ -53,6 +59,7 @@ def convert(
         jobs: worker threads; the output bytes do not depend on it.
         force: replace an existing output.
         resume: continue an interrupted run, and leave the same behind if interrupted.
+        allow_pickle: load weights that are pickles, in a process of its own and as tensors only; see `unpickled`.
         progress: called now and then with bytes done and bytes in all.
         options: those of `ConvertOptions`, as ``base`` and ``quantization``.
 
@@ -62,6 +69,13 @@ def convert(
     from adapterkit.merge import peak_memory
 
     started = time.monotonic()
-    planned = plan_convert(src, to=to, out=out, max_shard_size=max_shard_size, jobs=jobs, **options)
+    if allow_pickle:
+        from adapterkit.pickles import unpickled
+
+        how: dict[str, Any] = {"jobs": jobs, "force": force, "progress": progress, "max_shard_size": max_shard_size}
+        with unpickled(src, Path(out).absolute().parent) as folder:
+            return replace(convert(folder, out, to=to, **how, **options), src=str(src))
+    how = {"max_shard_size": max_shard_size, "jobs": jobs, "headers_only": False}
+    planned = plan_convert(src, to=to, out=out, **how, **options)
     measured = planned.write(Path(out), jobs=jobs, force=force, resume=resume, progress=progress)
     return planned.report(out, **measured, seconds=time.monotonic() - started, peak_memory=peak_memory())

@@ -35,6 +35,7 @@ class MergeOptions:
         quant: of a folder: write ``nf4``, ``fp4``, ``int8`` (bitsandbytes) or ``fp8`` as transformers does.
         quant_double: with double quantization.
         quantization: the types of a GGUF output; by default every tensor keeps its own.
+        pre: the pre-tokenizer of a GGUF output, by llama.cpp's name; by default recognised.
         method: how deltas of several adapters become one, a row of `adapterkit.ops.methods.METHODS`; nothing is
             truncated. Whole parameters, token rows and biases are not combined by it.
         scale, space, parameters: of the method, as in `combine`.
@@ -54,6 +55,7 @@ class MergeOptions:
     quant: str | None = None
     quant_double: bool = False
     quantization: Quantization | None = None
+    pre: str | None = None
     method: str = "linear"
     scale: float = 1.0
     space: str | None = None
@@ -82,11 +84,7 @@ class MergeOptions:
         Raises:
             UsageError: no dtype that a merge writes.
         """
-        if self.dtype == "auto":
-            return None
-        if self.dtype not in BY_LABEL or BY_LABEL[self.dtype] not in FLOATS:
-            raise UsageError(f"'{self.dtype}' is no output dtype", "use auto, bf16, f16 or f32")
-        return BY_LABEL[self.dtype]
+        return parse_floats(self.dtype)
 
     @property
     def rule(self) -> Rule | None:
@@ -132,6 +130,19 @@ class MergeOptions:
 
 def _floats(values: Sequence[Any]) -> tuple[float, ...]:
     return tuple(float(value) for value in values)
+
+
+def parse_floats(dtype: str) -> DType | None:
+    """The dtype of all floating tensors; None for ``auto``.
+
+    Raises:
+        UsageError: no dtype that is written.
+    """
+    if dtype == "auto":
+        return None
+    if dtype not in BY_LABEL or BY_LABEL[dtype] not in FLOATS:
+        raise UsageError(f"'{dtype}' is no output dtype", "use auto, bf16, f16 or f32")
+    return BY_LABEL[dtype]
 
 
 _SEQUENCES: dict[str, Any] = {"weights": _floats, "skip_modules": tuple}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.fold import Folded, fold
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from adapterkit.adapters.adapter import Adapter
+    from adapterkit.adapters.fidelity import Through
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.options import MergeOptions
 
@@ -31,6 +32,8 @@ class Output:
         view: what is written: the fold, or its quantized form.
         plan: what the sink will do.
         side: small files beside the weights, where the output is a folder.
+        through: where changed tensors are quantized: a tensor's name and shape to a function that encodes and decodes
+            some of its rows, for the report on fidelity.
     """
 
     folded: Folded
@@ -38,6 +41,7 @@ class Output:
     plan: Plan
     side: dict[str, bytes]
     notes: tuple[str, ...]
+    through: Callable[[str, tuple[int, ...]], Through | None] | None = None
 
 
 def output(
@@ -60,16 +64,18 @@ def output(
     """
     found = _OUTPUTS.get((base.format == "gguf", options.to))
     if found is None:
-        kind = "a GGUF base becomes a .gguf file" if base.format == "gguf" else "a folder becomes a folder"
-        raise UsageError(f"{options.to} does not go with {base.ref}: {kind}", "name the output so, or convert the base")
+        raise UsageError(
+            f"{base.ref} is a GGUF base and becomes a .gguf file, not a folder",
+            "name the output so, or convert it first: adapterkit convert BASE.gguf --to hf -o DIR",
+        )
     return found(base, adapters, options, settings, values)
 
 
 def _folder(
     base: Checkpoint, adapters: Sequence[Adapter], options: MergeOptions, settings: Mapping[str, Any], values: str
 ) -> Output:
-    if options.quantization is not None:
-        raise UsageError(f"{base.ref} is not a GGUF base, and types were given for a GGUF output", "give a GGUF base")
+    if options.quantization is not None or options.pre is not None:
+        raise UsageError("options of a GGUF output were given for a folder", "name the output like OUT.gguf")
     dtype = options.floats
     folded = fold(base, adapters, options.weights, dtype=dtype, **_how(options))
     side, notes = side_files(base, folded, adapters, dtype)
@@ -93,10 +99,40 @@ def _gguf(
     from adapterkit.gguf.plan import plan_gguf
 
     assert isinstance(base, GGUFCheckpoint)
+    if options.pre is not None:
+        raise UsageError(f"{base.ref} is a GGUF base, which has a tokenizer of its own", "leave out --pre")
     if options.dtype != "auto" or options.quant is not None or values != "as stored":
         raise UsageError(f"{base.ref} is a GGUF base, which has types of its own", "use --quant, as in --quant F16")
     made = fold_gguf(base, adapters, options.weights, quantization=options.quantization, **_how(options))
     return Output(made.folded, made.folded.checkpoint, plan_gguf(made.layout, **settings), {}, tuple(made.notes))
+
+
+def _hf_to_gguf(
+    base: Checkpoint, adapters: Sequence[Adapter], options: MergeOptions, settings: Mapping[str, Any], values: str
+) -> Output:
+    from adapterkit.adapters.sidecars import patched_config
+    from adapterkit.gguf.from_hf import from_hf
+    from adapterkit.gguf.plan import plan_gguf
+
+    if options.quant is not None:
+        raise UsageError(f"{options.quant} is a format of folders", "use a GGUF type, as in --quant Q4_K_M")
+    folded = fold(base, adapters, options.weights, **_how(options))
+    files, notes = side_files(base, folded, adapters, None)
+    made = from_hf(
+        folded.checkpoint,
+        base=base,
+        config=patched_config(base, folded, adapters, None),
+        adapters=adapters,
+        touched=folded.touched,
+        files=files,
+        asked=options.quantization,
+        dtype=options.floats,
+        pre=options.pre,
+    )
+    folded = replace(folded, checkpoint=made.folded)
+    view = replace(folded.checkpoint, tensors=made.tensors)
+    plan = plan_gguf(made.layout, **settings)
+    return Output(folded, view, plan, {}, (*notes, *made.notes), made.through)
 
 
 def _how(options: MergeOptions) -> dict[str, Any]:
@@ -113,5 +149,6 @@ _OUTPUTS: dict[
     Callable[[Checkpoint, Sequence[Adapter], MergeOptions, Mapping[str, Any], str], Output],
 ] = {
     (False, FOLDER): _folder,
+    (False, GGUF): _hf_to_gguf,
     (True, GGUF): _gguf,
 }

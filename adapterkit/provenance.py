@@ -96,12 +96,12 @@ def base_parent(base: Checkpoint, role: str = "base", *, full: bool = False) -> 
 
 def adapter_parent(adapter: Adapter, role: str = "adapter", **parameters: Any) -> Parent:
     """An adapter as a parent: by the digest of its files, the same whether or not it is registered."""
-    if adapter.source.path is None:  # read by range from the Hub: named by its weights alone
+    folder = adapter.folder
+    if folder is None:  # a loose file, or read by range from the Hub: named by its weights alone
         data = adapter.source.read(0, adapter.source.size)
         weights = FileEntry("adapter_model.safetensors", len(data), sha256(data))
         content = Record("adapter", files=(weights,)).content
         return Parent(role, content, label=label(adapter.ref, adapter.commit), parameters=parameters)
-    folder = adapter.source.path.parent
     record = _in_registry(folder)
     if record is not None:
         return Parent(role, record.content, record=record.digest, label=record.ref, parameters=parameters)

@@ -77,7 +77,7 @@ def resize(
     notes = [*family.notes, *check_rank(rank, energy, family.slots.values(), max_error)]
     over = carried(family)
     target = Path(out)
-    folders = [] if one.source.path is None else [one.source.path.parent]
+    folders = [] if one.folder is None else [one.folder]
     check_target(target, folders, 2 * one.nbytes, force=force)
     rows: list[ModuleRank] = []
     with staging(target, resume=False) as folder:

@@ -6,6 +6,7 @@ that it can be started or addressed so that it works.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from adapterkit.adapters.adapter import Adapter
+
+
+_LAYER = re.compile(r"\.(?:layers|h|blocks|block)\.(\d+)\.")
 
 
 def _has(*endings: str) -> Callable[[Adapter], bool]:
@@ -32,6 +36,20 @@ def _largest_rank(adapter: Adapter) -> int:
     )
 
 
+_RESIDUAL = ("pissa", "olora", "corda", "loftq")
+
+
+def _in_some_layers(adapter: Adapter) -> bool:
+    """Whether a kind of module has factors in one layer and none in another of those that the adapter touches."""
+    found: dict[str, set[str]] = {}
+    for key in adapter.tensors:
+        match = _LAYER.search(key)
+        if match is not None and ".lora_A" in key:
+            found.setdefault(key[match.end() :].partition(".lora_A")[0], set()).add(match[1])
+    layers = set().union(*found.values()) if found else set()
+    return any(one != layers for one in found.values())
+
+
 FEATURES: dict[str, tuple[str, Callable[[Adapter], bool]]] = {
     "not_lora": ("it is not a LoRA", lambda adapter: adapter.config.peft_type != "LORA"),
     "dora": ("DoRA magnitudes", _has(MAGNITUDE, MAGNITUDE + ".weight")),
@@ -43,6 +61,13 @@ FEATURES: dict[str, tuple[str, Callable[[Adapter], bool]]] = {
     "tokens": ("trained token rows", _has(TOKENS)),
     "embedding": ("LoRA on embeddings", _has(EMBEDDING_A)),
     "experts": ("LoRA on stacked experts (target_parameters)", _says("target_parameters")),
+    "residual": (
+        "an initialisation that took its factors out of the base",
+        lambda adapter: str(adapter.config.get("init_lora_weights", "")).lower().startswith(_RESIDUAL),
+    ),
+    "block_diagonal": ("block-diagonal factors", _says("use_bdlora")),
+    "pooled": ("QA-LoRA's pooled inputs", _says("use_qalora")),
+    "some_layers": ("modules adapted in some layers only", _in_some_layers),
     "rank_16": ("a rank above 16", lambda adapter: _largest_rank(adapter) > 16),
     "rank_512": ("a rank above 512", lambda adapter: _largest_rank(adapter) > 512),
     "local_base": (
@@ -55,66 +80,131 @@ FEATURES: dict[str, tuple[str, Callable[[Adapter], bool]]] = {
 
 @dataclass(frozen=True)
 class Expectation:
-    """What one server does with one feature, and what to do about it."""
+    """What one server does with one feature, where that is written, and what to do about it.
+
+    ``{adapter}`` and ``{base}`` in ``fix`` stand for what `check` was given.
+    """
 
     feature: str
     verdict: str
     says: str
     source: str
-    fix: str = "merge the adapter and serve the result"
+    fix: str = "merge the adapter and serve the result: adapterkit merge {base} {adapter} -o merged"
 
 
 _NAME = "set base_model_name_or_path to the name under which the base is served"
-_VLLM_HELPER = "vllm/lora/peft_helper.py"
+_SCALED = "fold the scalings into the factors: adapterkit convert {adapter} --to peft --plain -o plain"
+_PLAIN = "make plain LoRA of it: adapterkit convert {adapter} --to peft --plain --base {base} -o plain"
+_GGUF = (
+    "write it with all scalings folded in: adapterkit convert {adapter} --to gguf-lora --base {base} -o adapter.gguf"
+)
+_MLX = "adapterkit convert {adapter} --to mlx --base {base} -o mlx"
+_VLLM = "vllm/lora/peft_helper.py"
+_VLLM_TESTS = "vllm tests/lora/test_peft_helper.py"
+_TGI = "text-generation-inference server/text_generation_server/adapters/lora.py"
+_LORAX = "lorax server/lorax_server/adapters/lora.py"
+_GGUF_TOOL = "llama.cpp convert_lora_to_gguf.py"
+
+
+def _punica(source: str) -> tuple[Expectation, ...]:
+    """LoRAX, and TGI, whose adapters' code comes from it: pairs of A and B by name and one scale; the rest is not read."""
+    return (
+        Expectation("not_lora", "refused", "only LoRA adapters are loaded", source, _PLAIN),
+        Expectation("dora", "wrong", "magnitudes are not read", source, _PLAIN),
+        Expectation("alpha_pattern", "wrong", "one alpha/r is used for all modules", source, _SCALED),
+        Expectation("rank_pattern", "wrong", "one alpha/r is used for all modules", source, _SCALED),
+        Expectation("residual", "wrong", "the base is not brought to the residual", source, _PLAIN),
+        Expectation("whole", "wrong", "whole modules are not read", source),
+        Expectation("bias", "wrong", "biases are not read", source),
+        Expectation("tokens", "wrong", "token rows are not read", source),
+        Expectation("embedding", "wrong", "factors of embeddings are not read", source),
+        Expectation("experts", "wrong", "target_parameters is not read", source),
+        Expectation(
+            "some_layers", "wrong", "a kind of module that lacks factors in one layer is left out in all", source
+        ),
+    )
+
 
 SERVERS: dict[str, tuple[Expectation, ...]] = {
     "vllm": (
-        Expectation("not_lora", "refused", "only LoRA adapters are loaded", _VLLM_HELPER),
-        Expectation("dora", "refused", "magnitude vectors are an unsupported weight", "vllm-project/vllm#6983"),
+        Expectation("not_lora", "refused", "only LoRA adapters are loaded", _VLLM, _PLAIN),
+        Expectation("dora", "refused", "DoRA is refused", _VLLM_TESTS, _PLAIN),
         Expectation("whole", "refused", "modules_to_save is refused at load", "vllm-project/vllm#9280"),
-        Expectation("bias", "refused", "biases are refused", _VLLM_HELPER),
-        Expectation("tokens", "refused", "trained token rows are an unsupported weight", _VLLM_HELPER),
-        Expectation("alpha_pattern", "wrong", "one alpha/r is used for all modules", _VLLM_HELPER),
-        Expectation("rank_pattern", "wrong", "one alpha/r is used for all modules", _VLLM_HELPER),
+        Expectation("bias", "refused", "biases are refused", _VLLM_TESTS),
+        Expectation("tokens", "refused", "trained token rows are an unsupported weight", _VLLM),
+        Expectation(
+            "alpha_pattern", "wrong", "releases before the summer of 2026 use one alpha/r", _VLLM_TESTS, _SCALED
+        ),
+        Expectation(
+            "rank_pattern", "wrong", "releases before the summer of 2026 use one alpha/r", _VLLM_TESTS, _SCALED
+        ),
+        Expectation(
+            "residual",
+            "refused",
+            "such initialisations are refused; older releases go wrong",
+            _VLLM_TESTS,
+            _PLAIN,
+        ),
+        Expectation("block_diagonal", "refused", "BD-LoRA is refused", _VLLM_TESTS, _PLAIN),
+        Expectation("pooled", "refused", "QA-LoRA is refused", _VLLM_TESTS, _PLAIN),
         Expectation("experts", "wrong", "the factors' order is taken from an older PEFT", "vllm-project/vllm#52194"),
         Expectation(
-            "rank_16", "depends", "start it with --max-lora-rank of at least the rank", "vllm-project/vllm#2847"
+            "rank_16",
+            "depends",
+            "16 is the largest rank it loads unless told otherwise",
+            "vllm-project/vllm#2847",
+            "start it with --max-lora-rank of at least the rank",
         ),
-        Expectation("rank_512", "refused", "512 is the largest rank it can be started with", "vllm-project/vllm#2847"),
+        Expectation(
+            "rank_512",
+            "refused",
+            "512 is the largest rank it can be started with",
+            "vllm-project/vllm#2847",
+            "bring it to a smaller one: adapterkit resize {adapter} --rank 512 -o smaller",
+        ),
         Expectation(
             "no_base", "depends", "the file-system resolver compares names as text", "fastino-ai/GLiNER2#108", _NAME
         ),
         Expectation(
-            "local_base", "depends", "the file-system resolver compares names as text", "fastino-ai/GLiNER2#108"
+            "local_base", "depends", "the file-system resolver compares names as text", "fastino-ai/GLiNER2#108", _NAME
         ),
     ),
     "sglang": (
-        Expectation("not_lora", "refused", "only LoRA adapters are loaded", "sgl-project/sglang docs, LoRA serving"),
-        Expectation("rslora", "wrong", "the scale is taken as alpha/r", "sgl-project/sglang#40835"),
+        Expectation("not_lora", "refused", "only LoRA adapters are loaded", "sglang docs, LoRA serving", _PLAIN),
+        Expectation("rslora", "wrong", "the scale is taken as alpha/r", "sgl-project/sglang#40835", _SCALED),
+        Expectation(
+            "alpha_pattern", "refused", "other alphas are refused at load", "sglang srt/lora/lora_config.py", _SCALED
+        ),
+        Expectation(
+            "rank_pattern", "refused", "other ranks are refused at load", "sglang srt/lora/lora_config.py", _SCALED
+        ),
         Expectation("experts", "wrong", "target_parameters is not read", "sgl-project/sglang#27381"),
     ),
-    "llama.cpp": (
-        Expectation("not_lora", "refused", "convert_lora_to_gguf.py reads LoRA only", "ggml-org/llama.cpp"),
-        Expectation("dora", "refused", "magnitude vectors stop the conversion", "ggml-org/llama.cpp#6536"),
-        Expectation("whole", "refused", "whole modules stop the conversion", "ggml-org/llama.cpp#11554"),
-        Expectation("bias", "refused", "biases stop the conversion", "convert_lora_to_gguf.py"),
-        Expectation("tokens", "refused", "token rows stop the conversion", "convert_lora_to_gguf.py"),
-        Expectation("rslora", "wrong", "the scale is written as alpha/r", "convert_lora_to_gguf.py, lines 528-539"),
-        Expectation("alpha_pattern", "wrong", "one alpha is written for all", "convert_lora_to_gguf.py, lines 528-539"),
-        Expectation("experts", "refused", "target_parameters is not read", "convert_lora_to_gguf.py"),
-    ),
+    "tgi": _punica(_TGI),
     "lorax": (
-        Expectation("not_lora", "refused", "LoRA (and Medusa) only", "predibase/lorax docs"),
-        Expectation("dora", "refused", "magnitude vectors are not read", "predibase/lorax docs"),
+        *_punica(_LORAX),
         Expectation(
-            "no_base", "depends", "it then assumes that base and adapter fit", "predibase/lorax check_architectures"
+            "no_base", "depends", "it then assumes that base and adapter fit", "lorax check_architectures", _NAME
         ),
+    ),
+    "llama.cpp": (
+        Expectation("not_lora", "refused", "the converter reads LoRA only", _GGUF_TOOL, _PLAIN),
+        Expectation("dora", "refused", "magnitudes stop the conversion", "ggml-org/llama.cpp#6536", _PLAIN),
+        Expectation("residual", "wrong", "the base is not brought to the residual", _GGUF_TOOL, _PLAIN),
+        Expectation("whole", "refused", "whole modules stop the conversion", "ggml-org/llama.cpp#11554"),
+        Expectation("bias", "refused", "biases stop the conversion", _GGUF_TOOL),
+        Expectation("tokens", "refused", "token rows stop the conversion", _GGUF_TOOL),
+        Expectation("rslora", "wrong", "the scale is written as alpha/r", f"{_GGUF_TOOL}, lines 528-539", _GGUF),
+        Expectation("alpha_pattern", "wrong", "one alpha is written for all", f"{_GGUF_TOOL}, lines 528-539", _GGUF),
+        Expectation("experts", "refused", "target_parameters is not read", _GGUF_TOOL, _GGUF),
     ),
     "mlx": (
-        Expectation(
-            "not_lora", "refused", "mlx-lm reads its own LoRA and DoRA files", "ml-explore/mlx-lm tuner/utils.py"
-        ),
-        Expectation("rslora", "wrong", "the scale in its config must be given as a number", "mlx-vlm#986"),
+        Expectation("not_lora", "refused", "mlx-lm reads its own LoRA and DoRA files", "mlx-lm tuner/utils.py", _MLX),
+        Expectation("rslora", "wrong", "the scale in its config must be given as a number", "mlx-vlm#986", _MLX),
+        Expectation("alpha_pattern", "refused", "it has one scale for all modules", "mlx-lm tuner/utils.py", _MLX),
+        Expectation("rank_pattern", "refused", "it has one rank for all modules", "mlx-lm tuner/utils.py", _MLX),
+        Expectation("whole", "refused", "it has no place for whole modules beside factors", "mlx-lm tuner/utils.py"),
+        Expectation("experts", "refused", "it has its own layout of stacked experts", "mlx-lm tuner/utils.py"),
     ),
 }
 SERVERS["ollama"] = SERVERS["llama.cpp"]

@@ -43,9 +43,9 @@ LORA_FILES = """
 | PEFT folder | all of the above | `convert --to peft` | as it is |
 | plain PEFT | | `convert --to peft --plain` | LoRA of one rank and one alpha; others by SVD of W' - W |
 | MLX folder (mlx-lm) | LoRA, DoRA, stacked experts, full | `convert --to mlx` | LoRA; others as with `--plain` |
-| single file (kohya, LyCORIS) | LoRA, LoHa, LoKr | | names resolved against the base |
+| single file (kohya, LyCORIS) | LoRA, DoRA, LoHa, LoKr | | names resolved against the base |
 
-Not read from single files: DoRA, `diff`, Tucker cores of LoRA (`lora_mid`), OFT, BOFT, IA3 and GLoRA of LyCORIS.
+Not read from single files: DoRA with norms of inputs, `diff`, `lora_mid` (Tucker), OFT, BOFT, IA3 and GLoRA of LyCORIS.
 
 ## Training recipes that write LoRA files
 LoRA+ (learning rates), LoRA-FA (frozen A), EVA, MiCA, CorDA, LoRA-GA and LoftQ (initialisations), rsLoRA (scaling), VeLoRA,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from browser import browser, new_page, page  # noqa: F401  (fixtures)
 
 if TYPE_CHECKING:
     from collections.abc import Callable

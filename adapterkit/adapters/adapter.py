@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.config import AdapterConfig
-from adapterkit.adapters.formats import kohya, mlx
+from adapterkit.adapters.formats import mlx
 from adapterkit.checkpoint.checkpoint import SideFile
 from adapterkit.checkpoint.files import LocalFile
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLES, side_names
@@ -53,6 +53,11 @@ class Adapter:
     def parameters(self) -> int:
         """Elements of all its tensors."""
         return sum(tensor.numel for tensor in self.tensors.values())
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that is the adapter; None for a loose file, and for one that is read from the Hub by range."""
+        return None if self.source.path is None or self.source.loose else self.source.path.parent
 
     @property
     def nbytes(self) -> int:
@@ -101,7 +106,9 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
 
 def _single_file(path: Path, ref: str) -> Adapter:
     """A file that is an adapter by itself, as kohya's scripts and LyCORIS write it."""
-    source = LocalFile(path, ref)
+    from adapterkit.adapters.formats import kohya
+
+    source = LocalFile(path, ref, loose=True)
     header = parse_header(source.read, source.size, source.name)
     stored = {key: Stored(key, t.dtype, t.shape, source, t.start) for key, t in header.tensors.items()}
     if not kohya.is_kohya(stored):
@@ -194,6 +201,6 @@ def _no_weights(listing: Listing) -> Exception:
     if pickled:
         return UnsafeError(
             f"{listing.ref} holds its weights only as a pickle ({pickled[0]}), which can run code when loaded",
-            "load it with PEFT where you trust it and save it again",
+            f"if you trust it: adapterkit convert {listing.ref} --to peft --allow-pickle -o DIR",
         )
     return NotFound(f"{listing.ref} has no {WEIGHTS}", "download the missing file")

@@ -18,6 +18,7 @@ class Source(ABC):
     name: str
     size: int
     path: Path | None = None
+    loose: bool = False  # the user named the file itself, so its folder is nobody's
 
     @abstractmethod
     def read(self, offset: int, length: int) -> bytes:
@@ -41,8 +42,8 @@ class Source(ABC):
 class LocalFile(Source):
     """A file on disk, read by ``pread``; opened at the first read, closed with the object."""
 
-    def __init__(self, path: Path, name: str | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, name: str | None = None, *, loose: bool = False) -> None:
+        self.path, self.loose = path, loose
         self.name = name or str(path)
         try:
             self.size = os.stat(path).st_size

@@ -116,7 +116,8 @@ def parse_header(read: Callable[[int, int], bytes], size: int, where: str) -> He
         found = json.loads(raw.decode("utf-8"), **_STRICT)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: its header is not valid JSON ({error})", again) from None
-    metadata = found.pop("__metadata__", {})
+    metadata = found.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # MLX writes null where it has none
     if not isinstance(metadata, dict) or not all(map(_is_text, (*metadata, *metadata.values()))):
         raise CheckpointError(f"{where}: its __metadata__ is not a map of strings", again)
     start = 8 + length

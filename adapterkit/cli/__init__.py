@@ -39,6 +39,8 @@ VERBS = {
     "push": ("adapterkit.cli.hub:push", "Publish a version to the Hugging Face Hub, in one commit."),
     "pull": ("adapterkit.cli.hub:pull", "Bring a repository from the Hugging Face Hub into the registry."),
     "serve-args": ("adapterkit.cli.serve", "Print the command or Modelfile that loads versions in a server."),
+    "build": ("adapterkit.cli.build", "Carry out a recipe: merge, convert, verify, register, push, reproducibly."),
+    "ui": ("adapterkit.cli.ui", "Look at the registry in a browser."),
     "demo": ("adapterkit.cli.demo", "Make a tiny model, train an adapter, merge it, and show that it worked."),
 }
 

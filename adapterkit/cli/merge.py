@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterkit.cli.methods import NAMES, SPACES, given, method_options, methods_flag
+from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, given, methods_flag
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
 from adapterkit.cli.quantization import NAMES as TYPES
 from adapterkit.cli.quantization import quantization, quantization_options
@@ -19,12 +19,10 @@ if TYPE_CHECKING:
 FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
 
 
-@click.command(name="merge", short_help="Fold adapters into a base, in one streaming pass.")
+@click.command(name="merge", cls=MethodCommand, short_help="Fold adapters into a base, in one streaming pass.")
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
-@click.option(
-    "-o", "--out", type=click.Path(path_type=Path), help="The folder to make, or the .gguf file when BASE is one."
-)
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="The folder to make, or a .gguf file.")
 @click.option("--weight", "weights", type=float, multiple=True, help="How strongly an adapter counts; once for each.")
 @click.option("--method", type=NAMES, default="linear", show_default=True, help="How deltas become one; see --methods.")
 @methods_flag
@@ -32,6 +30,7 @@ FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
 @click.option("--space", type=SPACES, help="Align the adapters there; --method is the rule inside.")
 @click.option("--dtype", default="auto", show_default=True, help="auto keeps every tensor's own; or bf16, f16, f32.")
 @quantization_options
+@click.option("--pre", metavar="NAME", help="Of a GGUF output: its pre-tokenizer, where it is not recognised.")
 @click.option("--keep-touched", metavar="TYPE", help="Of a GGUF output: at least this type for what adapters change.")
 @click.option("--max-shard-size", metavar="SIZE", help="Like 5GB; by default the base's own shards are kept.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
@@ -46,7 +45,6 @@ FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
 @click.option("--min-retention", type=float, metavar="X", help="Exit with 3 when less than this share survives.")
 @click.option("--residual-base", is_flag=True, help="BASE is what training left behind, not the original model.")
 @click.option("--allow-unknown", is_flag=True, help="Go on where an adapter's config has fields not known here.")
-@method_options
 @click.option("--full-record", is_flag=True, help="Hash every byte of BASE and OUT for the adapterkit.json beside it.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done, from headers alone.")
 @click.option("--save-plan", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan and stop.")
@@ -62,6 +60,7 @@ def command(
     scale: float,
     space: str | None,
     dtype: str,
+    pre: str | None,
     max_shard_size: str | None,
     jobs: int | None,
     as_trained: str | None,
@@ -81,7 +80,7 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> int:
-    """Fold ADAPTERs into BASE and write a Hugging Face folder, or a GGUF file when BASE is one.
+    """Fold ADAPTERs into BASE and write a Hugging Face folder, or a GGUF file where OUT ends in .gguf.
 
     The model is never loaded: weights stream through in blocks, untouched tensors are copied byte for byte, and the
     result appears whole or not at all.
@@ -91,6 +90,7 @@ def command(
       adapterkit merge meta-llama/Llama-3.2-1B ./my-adapter -o merged --dry-run
       adapterkit merge meta-llama/Llama-3.2-1B ./my-adapter -o merged --fidelity
       adapterkit merge meta-llama/Llama-3.2-1B ./math ./code -o merged --method ties --density 0.2
+      adapterkit merge meta-llama/Llama-3.2-1B ./my-adapter -o merged-Q4_K_M.gguf --quant Q4_K_M
       adapterkit merge Llama-3.2-1B-F16.gguf ./my-adapter -o merged-Q4_K_M.gguf --quant Q4_K_M
     """
     from adapterkit.merge import merge, plan_merge
@@ -111,6 +111,7 @@ def command(
         "space": space,
         "parameters": given(options),
         "dtype": dtype,
+        "pre": pre,
         "max_shard_size": max_shard_size,
         "jobs": jobs,
         "as_trained": as_trained,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--method", default="", help="Only this method, like lora or dora.")
 @click.option("--kind", default="", help="Only this kind: adapter, merged, combined, quantized, converted or base.")
 @click.option("--tag", default="", help="Only what this alias points to.")
-@click.option("--evidence", default="", help="Only what carries this kind of evidence, like fidelity.")
+@click.option("--evidence", default="", help="Only what carries this evidence: fidelity, verification (held).")
 @click.option("--latest", is_flag=True, help="Only the newest version of each name.")
 @click.option("--all", "hidden", is_flag=True, help="Removed versions too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the rows as JSON.")
@@ -125,6 +125,8 @@ def show(ref: str, as_json: bool) -> int:
 
 
 def _show(found: Shown) -> None:
+    from adapterkit.registry.verification import lines
+
     record = found.record
     operation = record.operation
     rows = [
@@ -137,10 +139,7 @@ def _show(found: Shown) -> None:
         *(("from", f"{p.role}: {p.label or p.content[:12]}") for p in record.parents),
         ("origin", f"{record.origin.repo}@{record.origin.commit}" if record.origin else ""),
         *((key, str(value)) for key, value in record.meta.items()),
-        *(
-            (f"{key} evidence", ", ".join(f"{k} {v}" for k, v in value.items()))
-            for key, value in record.evidence.items()
-        ),
+        *lines(record.evidence),
         ("created", record.created),
         ("content", f"sha256:{record.content}"),
         ("record", f"sha256:{record.digest}"),

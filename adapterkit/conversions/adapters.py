@@ -38,9 +38,7 @@ def open_adapter(src: Ref, options: ConvertOptions) -> tuple[Adapter, Checkpoint
 
 def planned_files(adapter: Adapter, files: AdapterFiles, to: str) -> Conversion:
     """The plan of an adapter's files."""
-    # A loose file has no folder of its own that the output could spoil by lying in it.
-    loose = adapter.source.name == adapter.ref
-    return planned_tensors(adapter.ref, files, () if loose else (adapter.source,), to, adapter.notes)
+    return planned_tensors(adapter.ref, files, (adapter.source,), to, adapter.notes)
 
 
 def planned_tensors(

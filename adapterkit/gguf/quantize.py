@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,23 @@ class Typed:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What the types of an output are chosen from.
+
+    Attributes:
+        arch: the architecture.
+        hparams: ``n_layer``, ``n_expert``, ``n_head``, ``n_head_kv``.
+        now: the type that each tensor has, or would have in a file that is not quantized.
+        entries: key-values without those of the types.
+    """
+
+    arch: str
+    hparams: Mapping[str, Any]
+    now: Mapping[str, str]
+    entries: tuple[Entry, ...] = ()
+
+
 def typed(
     view: Mapping[str, Tensor],
     base: GGUFCheckpoint,
@@ -101,40 +118,50 @@ def typed(
     """
     # An output layer that got values of its own shared those of the embedding, and so its type.
     now = {name: kind_of(base[name if name in base else EMBEDDING]).name for name in view}
-    wanted = _wanted(view, base, asked, now)
-    for name in touched:
-        wanted[name] = _for_touched(wanted[name], asked)
-    lost = _check_loss(wanted, now, set(touched), asked)
-    matrix = _importance(asked, wanted)
-    order = sorted(view, key=place) if asked.mix else list(view)
-    tensors = [_tensor(view[name], TYPES[wanted[name]], matrix, name in touched) for name in order]
-    counts: dict[str, int] = {}
-    for name in order:
-        counts[wanted[name]] = counts.get(wanted[name], 0) + 1
-    entries = _entries(base, asked, wanted, now, matrix)
-    return Typed(tuple(tensors), tuple(entries), counts, tuple(lost))
-
-
-def _wanted(
-    view: Mapping[str, Tensor], base: GGUFCheckpoint, asked: Quantization, now: Mapping[str, str]
-) -> dict[str, str]:
-    options = (asked.imatrix, asked.pure, asked.tensor_types, asked.output_type, asked.token_embedding_type)
-    if asked.mix is None:
-        if any((*options, asked.leave_output)):
-            raise UsageError("options of a quantization were given without one", "add --quant, as in --quant Q4_K_M")
-        return dict(now)
-    mix, _ = file_type(asked.mix)
     hparams = {
         "n_layer": base.number("block_count"),
         "n_expert": base.number("expert_count"),
         "n_head": base.header.get(f"{base.arch}.attention.head_count", 0),
         "n_head_kv": base.header.get(f"{base.arch}.attention.head_count_kv", 0),
     }
+    changed = [FILE_TYPE, QUANTIZATION_VERSION] if asked.mix is not None else []
+    entries = kept(base.header, without=(*SPLIT_KEYS, *changed))
+    found = typed_from(view, Origin(base.arch, hparams, now, tuple(entries)), asked, touched)
+    if asked.mix is not None or QUANTIZATION_VERSION in base.header.keys:
+        return found
+    if any(TYPES[kind].is_quantized for kind in found.types):
+        return replace(found, entries=(*found.entries, u32(QUANTIZATION_VERSION, 2)))
+    return found
+
+
+def typed_from(view: Mapping[str, Tensor], origin: Origin, asked: Quantization, touched: Sequence[str] = ()) -> Typed:
+    """The same for a view whose types and metadata come from elsewhere."""
+    wanted = _wanted(view, origin, asked)
+    for name in touched:
+        wanted[name] = _for_touched(wanted[name], asked)
+    lost = _check_loss(wanted, origin.now, set(touched), asked)
+    matrix = _importance(asked, wanted)
+    order = sorted(view, key=place) if asked.mix else list(view)
+    tensors = [_tensor(view[name], TYPES[wanted[name]], matrix, name in touched) for name in order]
+    counts: dict[str, int] = {}
+    for name in order:
+        counts[wanted[name]] = counts.get(wanted[name], 0) + 1
+    return Typed(tuple(tensors), (*origin.entries, *_entries(asked, matrix)), counts, tuple(lost))
+
+
+def _wanted(view: Mapping[str, Tensor], origin: Origin, asked: Quantization) -> dict[str, str]:
+    now = origin.now
+    options = (asked.imatrix, asked.pure, asked.tensor_types, asked.output_type, asked.token_embedding_type)
+    if asked.mix is None:
+        if any((*options, asked.leave_output)):
+            raise UsageError("options of a quantization were given without one", "add --quant, as in --quant Q4_K_M")
+        return dict(now)
+    mix, _ = file_type(asked.mix)
     found = choose_types(
         [(name, tensor.shape, now[name]) for name, tensor in view.items()],
         mix,
-        base.arch,
-        hparams,
+        origin.arch,
+        origin.hparams,
         has_imatrix=asked.imatrix is not None,
         pure=asked.pure,
         tensor_types=asked.tensor_types,
@@ -210,21 +237,12 @@ def _tensor(tensor: Tensor, kind: Any, matrix: Importance | None, touched: bool)
     return made
 
 
-def _entries(
-    base: GGUFCheckpoint,
-    asked: Quantization,
-    wanted: Mapping[str, str],
-    now: Mapping[str, str],
-    matrix: Importance | None,
-) -> list[Entry]:
-    """The base's metadata; what llama-quantize sets is set as it does, after the rest."""
-    changed = [FILE_TYPE, QUANTIZATION_VERSION] if asked.mix is not None else []
-    entries = kept(base.header, without=(*SPLIT_KEYS, *changed))
+def _entries(asked: Quantization, matrix: Importance | None) -> list[Entry]:
+    """What llama-quantize sets, after the rest as it does."""
+    entries = []
     if asked.mix is not None:
         number = FILE_TYPES[file_type(asked.mix)[0]].number
         entries += [u32(QUANTIZATION_VERSION, 2), u32(FILE_TYPE, number)]
-    elif QUANTIZATION_VERSION not in base.header.keys and any(TYPES[kind].is_quantized for kind in wanted.values()):
-        entries.append(u32(QUANTIZATION_VERSION, 2))
     if matrix is not None:
         entries += [
             text("quantize.imatrix.file", Path(str(asked.imatrix)).name),

@@ -29,7 +29,7 @@ MAX_DIMS = 4
 MAX_ELEMENTS = (1 << 63) - 1
 ALIGNMENT = 32
 
-U16, U32, I32, F32, BOOL, STRING, ARRAY = 2, 4, 5, 6, 7, 8, 9
+U8, U16, U32, I32, F32, BOOL, STRING, ARRAY = 0, 2, 4, 5, 6, 7, 8, 9
 # Value type: (name, struct code); strings and arrays have codes of their own.
 SCALARS = {
     0: ("uint8", "B"),

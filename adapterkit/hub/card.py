@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import RegistryError
 from adapterkit.hub.files import is_local
+from adapterkit.registry import verification
 from adapterkit.registry.canonical import thaw
 
 if TYPE_CHECKING:
@@ -84,7 +85,17 @@ def _front_matter(front: dict[str, Any], record: Record) -> str:
     theirs = [tag for tag in said if not str(tag).startswith("base_model:")] if isinstance(said, list) else []
     ours = ["adapterkit", *([record.method] if re.fullmatch(r"[A-Za-z0-9][\w.-]*", record.method) else [])]
     front["tags"] = list(dict.fromkeys([*theirs, *ours]))
+    if measured := _metrics(record):
+        said = front.get("metrics")
+        front["metrics"] = list(dict.fromkeys([*(said if isinstance(said, list) else []), *measured]))
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000)}---\n"
+
+
+def _metrics(record: Record) -> list[str]:
+    """The names of the numbers that verification measured; the numbers themselves are in the table."""
+    levels = verification.read(record.evidence)
+    names = (name for level in levels for name, value in level.figures.items() if isinstance(value, (int, float)))
+    return sorted({name for name in names if re.fullmatch(r"[a-z0-9][a-z0-9_]{0,39}", name)})
 
 
 def _library(record: Record) -> str:
@@ -120,7 +131,10 @@ def _block(record: Record, repo: str) -> str:
         named = f"sha256 `{parent.content}`" if parent.content else ""
         rows.append((f"from {parent.role}", " ".join(part for part in (_cell(parent.label), named) if part)))
     for kind, evidence in thaw(record.evidence).items():
-        rows += _values(evidence, f"{kind}: ")
+        if kind != verification.KEY:
+            rows += _values(evidence, f"{kind}: ")
+    for level in verification.read(record.evidence):
+        rows.append((f"{verification.KEY}: {level.level}", _cell(verification.sentence(level))))
     rows += [(key, _cell(value)) for key, value in record.meta.items()]
     rows += [(f"`{_cell(file.path)}`", f"sha256 `{file.sha256}`") for file in record.files]
     lines = [BEGIN, "## Where this comes from", "", "| | |", "|---|---|"]

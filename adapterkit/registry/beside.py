@@ -41,9 +41,10 @@ def beside_bytes(record: Record) -> bytes:
     return text.encode("ascii")
 
 
-def write_beside(folder: Path, record: Record) -> Path:
-    """Writes ``adapterkit.json`` beside an output, laid out for readers; the file."""
-    target = folder / BESIDE
+def write_beside(path: Path, record: Record) -> Path:
+    """Writes ``adapterkit.json`` beside an output (a folder, or a file), laid out for readers; the file."""
+    target = beside_path(path)
+    folder = target.parent
     with disk.writing(BESIDE, folder):
         fd, temporary = disk.fresh(folder)
         try:

@@ -21,14 +21,16 @@ from functools import cached_property
 from typing import Any
 
 from adapterkit._version import __version__
+from adapterkit.checkpoint.folder import RECORD
 from adapterkit.errors import AdapterkitError, RegistryError
+from adapterkit.registry import verification
 from adapterkit.registry.canonical import canonical, freeze, parse, sha256, thaw
 from adapterkit.registry.identity import Identity
 from adapterkit.registry.names import check_commit, check_name, check_path, check_repo, check_sha256, check_time
 
 SCHEMA = 1
 TYPE = "adapterkit.record"
-BESIDE = "adapterkit.json"
+BESIDE = RECORD
 # Prose, signatures and the record itself: they change when an artefact is published, and it stays the same artefact.
 NOT_CONTENT = frozenset({BESIDE, "adapterkit.intoto.json", "README.md", ".gitattributes", "model.sig"})
 KINDS = {
@@ -161,6 +163,7 @@ class Record:
             raise RegistryError("meta holds a value that is not text")
         if not all(isinstance(value, Mapping) for value in self.evidence.values()):
             raise RegistryError("evidence holds a value that is not an object")
+        verification.read(self.evidence)
         if not self._content_files() and (self.identity is None or not self.identity.known):
             raise RegistryError("a record needs at least one file or an identity")
 

@@ -11,6 +11,7 @@ from adapterkit.registry.home import Home, entries, staging_stamp
 from adapterkit.registry.identity import LEVELS, Identity
 from adapterkit.registry.names import check_sha256, is_name
 from adapterkit.registry.record import OpaqueRecord, Record
+from adapterkit.registry.verification import kinds
 
 RACY_NS = 2_000_000_000
 DEAD_SECONDS = 60.0
@@ -109,7 +110,7 @@ def _insert(db: sqlite3.Connection, record: Record) -> None:
             record.content,
             base.label if base else "",
             base.id if base else "",
-            ",".join(sorted(record.evidence)),
+            ",".join(kinds(record.evidence)),
             record.size,
             record.created,
         ),

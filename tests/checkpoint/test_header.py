@@ -247,3 +247,9 @@ def reader(data: bytes) -> Callable[[int, int], bytes]:
 def test_a_file_that_shrinks_while_it_is_read() -> None:
     with pytest.raises(CheckpointError, match="JSON"):
         parse_header(reader(GOOD[:40]), len(GOOD), "file")
+
+
+def test_null_metadata_as_mlx_writes_it() -> None:
+    data = file_of({"__metadata__": None, "a": entry(0, 8)}, b"\0" * 8)
+    assert parse(data).metadata == {}
+    assert load_bytes(data)["a"].tolist() == [0.0, 0.0]

@@ -18,7 +18,7 @@ from adapterkit.convert import convert
 from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter, UsageError
 
 MODULES = ["q_proj", "down_proj"]
-NAMES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+NAMES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
 
 
 def configs() -> dict[str, Any]:
@@ -27,6 +27,7 @@ def configs() -> dict[str, Any]:
     pattern = {"rank_pattern": {"q_proj": 3}}
     return {
         "lora": peft.LoraConfig(target_modules=MODULES, r=6, lora_alpha=9, **pattern),
+        "dora": peft.LoraConfig(target_modules=MODULES, r=6, lora_alpha=9, use_dora=True),
         "loha": peft.LoHaConfig(target_modules=MODULES, r=4, alpha=7, **pattern),
         "lokr": peft.LoKrConfig(target_modules=MODULES, r=2, alpha=3),
         "lokr_both": peft.LoKrConfig(target_modules=MODULES, r=2, alpha=3, decompose_both=True),
@@ -43,7 +44,8 @@ def flattened(adapter: Path, out: Path, alpha: float | None, dtype: torch.dtype 
         )
         word = key.removeprefix("base_model.model.")[len(path) + 1 :]
         flat = "lora_te_" + path.replace(".", "_")
-        tensors[f"{flat}.{NAMES.get(word, word)}"] = tensor.contiguous()
+        # LyCORIS keeps the norms of the outputs as a column.
+        tensors[f"{flat}.{NAMES.get(word, word)}"] = tensor.unsqueeze(1) if tensor.ndim == 1 else tensor.contiguous()
         if alpha is not None:
             tensors[f"{flat}.alpha"] = torch.tensor(alpha, dtype=dtype)
         del leaf
@@ -101,7 +103,8 @@ def test_to_peft_and_to_mlx(make_base: Callable[..., Path], tmp_path: Path) -> N
 
 ONE = {"lora_te_a_b.lora_down.weight": (4, 8), "lora_te_a_b.lora_up.weight": (8, 4)}
 BAD = [
-    ({**ONE, "lora_te_a_b.dora_scale": (8, 1)}, UnsupportedAdapter, "'lora_te_a_b.dora_scale' belongs to an algorithm"),
+    ({**ONE, "lora_te_a_b.dora_scale": (1, 8)}, UnsupportedAdapter, r"dora_scale' \[1, 8\] holds norms of inputs"),
+    ({**ONE, "lora_te_a_b.oft_blocks": (8, 4)}, UnsupportedAdapter, "'lora_te_a_b.oft_blocks' belongs to an algorithm"),
     ({**ONE, "lora_te_a_c.hada_w1_a": (8, 4)}, UnsupportedAdapter, "mixes algorithms"),
     ({**ONE, "lora_te1_a_b.lora_up.weight": (8, 4)}, AdapterError, "two modules called 'a_b'"),
     ({**ONE, "lora_te_x.alpha": ()}, AdapterError, "'x' has an alpha and nothing else"),
@@ -122,3 +125,19 @@ def test_a_name_without_a_module_is_told(make_base: Callable[..., Path], tmp_pat
     save_file({name: torch.ones(shape) for name, shape in ONE.items()}, tmp_path / "file.safetensors")
     with pytest.raises(TargetError, match="'a_b' stands for no module"):
         merged(make_base("llama"), tmp_path / "file.safetensors")
+
+
+def test_a_loose_file_may_lie_beside_the_output(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    import adapterkit
+
+    base = make_base("llama")
+    single = flattened(make_adapter(tmp_path / "adapter", base, configs()["lora"]), tmp_path / "file.safetensors", 9.0)
+    (tmp_path / "something else.txt").write_text("not the adapter's")
+    adapterkit.merge(base, [single], tmp_path / "merged")
+    adapterkit.merge(base, [single], tmp_path / "merged", force=True)
+    record = (tmp_path / "merged" / "adapterkit.json").read_bytes()
+    (tmp_path / "something else.txt").unlink()
+    adapterkit.merge(base, [single], tmp_path / "merged", force=True)
+    assert (tmp_path / "merged" / "adapterkit.json").read_bytes() == record  # what lies beside it is not its own
+    with pytest.raises(UsageError, match="lies in or over"):
+        adapterkit.merge(base, [single], single, force=True)

@@ -84,3 +84,56 @@ def test_mlx_lm_gives_the_logits_that_peft_gives(kind: str, make_base: Callable[
     assert effect > 0.01
     assert float((ours[0] - theirs[0]).abs().max()) <= 1e-5
     assert float((ours[1] - theirs[1]).abs().max()) <= 2e-5
+
+
+# What mlx-lm's trainer does around the steps themselves: wrap layers, train (here: random values), save.
+TRAINED = """
+import json, sys
+from pathlib import Path
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import load_model
+base, out, kind = sys.argv[1:4]
+model, _ = load_model(Path(base))
+model.freeze()
+settings = {"rank": 4, "scale": 7.5, "dropout": 0.0, "keys": json.loads(sys.argv[4])}
+linear_to_lora_layers(model, 2, settings, use_dora=kind == "dora")
+mx.random.seed(3)
+model.update(tree_map(lambda x: x + 0.1 * mx.random.normal(x.shape), model.trainable_parameters()))
+folder = Path(out)
+folder.mkdir()
+mx.save_safetensors(str(folder / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
+config = {"fine_tune_type": kind, "num_layers": 2, "lora_parameters": settings, "model": "org/base"}
+(folder / "adapter_config.json").write_text(json.dumps(config))
+np.save(folder / "logits.npy", np.array(model(mx.array(eval(sys.argv[5])))))
+"""
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_what_mlx_lm_trained_merges_into_the_same_model(
+    kind: str, make_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    import json
+
+    import numpy as np
+    from transformers import AutoModelForCausalLM
+
+    import adapterkit
+
+    base, adapter = make_base("llama"), tmp_path / "adapter"
+    keys = ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"]
+    command = [sys.executable, "-c", TRAINED, str(base), str(adapter), kind, json.dumps(keys), str(IDS)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    theirs = torch.from_numpy(np.load(adapter / "logits.npy"))
+    report = adapterkit.merge(base, [adapter], tmp_path / "merged")
+    assert report.touched == 6
+    with torch.no_grad():
+        before, ours = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor(IDS)).logits
+            for folder in (base, tmp_path / "merged")
+        )
+    assert float((theirs - before).abs().max()) > 0.05
+    assert float((theirs - ours).abs().max()) <= 2e-5

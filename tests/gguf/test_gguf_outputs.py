@@ -331,7 +331,7 @@ REFUSED: dict[str, tuple[list[Any], int, str]] = {
     "no format": (["convert", "{}/base.gguf", "-o", "{}/o"], 2, "add --to"),
     "no base": (["convert", "{}/adapter", "--to", "gguf-lora", "-o", "{}/o.gguf"], 2, "needs the base"),
     "not there": (["convert", "{}/none.gguf", "-o", "{}/o.gguf"], 7, "does not exist"),
-    "adapter as model": (["convert", "{}/adapter", "-o", "{}/o.gguf"], 2, "is not a GGUF file"),
+    "adapter as model": (["convert", "{}/adapter", "-o", "{}/o.gguf"], 2, "is an adapter, not a model"),
     "needs importance": (["convert", wide, "-o", "{}/o.gguf", "--quant", "IQ2_XXS"], 2, "needs an importance matrix"),
     "no imatrix": (
         ["convert", "{}/base.gguf", "-o", "{}/o.gguf", "--quant", "Q4_0", "--imatrix", "{}/none"],

@@ -1,9 +1,10 @@
-"""Single files of kohya's sd-scripts and of LyCORIS: LoRA, LoHa and LoKr under flattened module names.
+"""Single files of kohya's sd-scripts and of LyCORIS: LoRA, DoRA, LoHa and LoKr under flattened module names.
 
 A key is ``lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight``: a part of the pipeline, the module path with
 ``_`` for every dot, and the tensor. Which underscores were dots is known only beside a base, so the path stays flat until
 the adapter meets one (`unflattened`). ``alpha`` is a tensor of its own per module; without one, and where LoKr stores
-both factors whole, the scale is 1.
+both factors whole, the scale is 1. DoRA's ``dora_scale`` is ``[out, 1, ...]``, norms of rows as in PEFT, or with
+``wd_on_out=False`` ``[1, in, ...]``, norms of columns, which is not read.
 
 Sources: kohya-ss/sd-scripts ``networks/lora.py`` and LyCORIS ``modules/`` (both Apache-2.0), read for the formats only.
 """
@@ -15,7 +16,7 @@ import struct
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.config import AdapterConfig
+from adapterkit.adapters.config import FLAT, AdapterConfig
 from adapterkit.checkpoint.tensor import Renamed
 from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter
 
@@ -26,14 +27,17 @@ if TYPE_CHECKING:
     from adapterkit.adapters.names import Names
     from adapterkit.checkpoint.tensor import Stored, Tensor
 
-FLAT = "flat_module_names"
 _PART = re.compile(r"^(?:lora|lycoris)_(?:te\d*_|unet_|transformer_|llm_)?")
 # Leads that a text encoder's modules have in one version of its classes and not in another.
 _LEADS = ("text_model_", "model_", "transformer_", "model_language_model_", "language_model_", "encoder_")
 
 # method -> what the tensors are called in the file and in PEFT
 _LEAVES: dict[str, dict[str, str]] = {
-    "LORA": {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"},
+    "LORA": {
+        "lora_down.weight": "lora_A.weight",
+        "lora_up.weight": "lora_B.weight",
+        "dora_scale": "lora_magnitude_vector",
+    },
     "LOHA": {name: name for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")},
     "LOKR": {
         name: name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
@@ -67,7 +71,12 @@ def read_kohya(stored: Mapping[str, Stored], where: str) -> tuple[AdapterConfig,
         if kind is None:
             raise UnsupportedAdapter(
                 f"{where}: '{key}' belongs to an algorithm that is not read from such files",
-                "LoRA, LoHa and LoKr are; convert it with the tool that trained it",
+                "LoRA, DoRA, LoHa and LoKr are; convert it with the tool that trained it",
+            )
+        if leaf == "dora_scale" and tensor.numel != tensor.shape[0]:
+            raise UnsupportedAdapter(
+                f"{where}: '{key}' {list(tensor.shape)} holds norms of inputs, where DoRA has those of outputs",
+                "merge it with LyCORIS, which trained it with wd_on_out=False",
             )
         kinds.setdefault(kind, key)
         name = f"{path}.{_LEAVES[kind][leaf]}"
@@ -89,12 +98,13 @@ def read_kohya(stored: Mapping[str, Stored], where: str) -> tuple[AdapterConfig,
     raw = {
         "peft_type": kind,
         "r": one,
+        "use_dora": any(name.endswith("lora_magnitude_vector") for name in tensors) or None,
         field: one,
         "rank_pattern": {path: rank or 1 for path, rank in ranks.items()},
         "alpha_pattern": {path: (alphas.get(path, rank) if rank else 1) for path, rank in ranks.items()},
         FLAT: True,
     }
-    return AdapterConfig(raw, where), tensors
+    return AdapterConfig({name: value for name, value in raw.items() if value is not None}, where), tensors
 
 
 def _ranks(kind: str, tensors: Mapping[str, Tensor], where: str) -> dict[str, int]:
@@ -126,13 +136,11 @@ def _number(tensor: Stored, where: str) -> float:
 
 
 def unflattened(adapter: Adapter, names: Names) -> Adapter:
-    """The adapter with its flat module names resolved against a base; any other adapter as it is.
+    """The adapter with its flat module names resolved against a base.
 
     Raises:
         TargetError: a name stands for no module of the base, or for several.
     """
-    if not adapter.config.get(FLAT):
-        return adapter
     known: dict[str, set[str]] = {}
     for parameter in names.parameters():
         module = parameter.rpartition(".")[0]

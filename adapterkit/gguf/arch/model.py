@@ -1,0 +1,204 @@
+"""A Hugging Face checkpoint as a GGUF model: its tensors under GGUF's names, as handles, and its metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.adapters.merged import Merged, as_float32
+from adapterkit.checkpoint.tensor import Renamed, Tensor
+from adapterkit.dtypes import BF16, F16, F32
+from adapterkit.errors import CheckpointError, TargetError
+from adapterkit.gguf.arch.config import Config
+from adapterkit.gguf.arch.hyper import hyper_entries, hyperparameters
+from adapterkit.gguf.arch.mapping import Mapped, Mapper
+from adapterkit.gguf.arch.table import spec_of
+from adapterkit.gguf.arch.views import Constant, gathered
+from adapterkit.gguf.filetypes import FILE_TYPES
+from adapterkit.gguf.general import general, size_label
+from adapterkit.gguf.metadata import Entry, u32
+
+if TYPE_CHECKING:
+    import torch
+
+    from adapterkit.adapters.adapter import Adapter
+    from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.gguf.arch.spec import ArchSpec
+
+# Tensors that stay in float32 whatever the file's type, beside vectors, norms and what is no weight: small ones that
+# llama.cpp computes with directly. Source: prepare_tensors of llama.cpp's converter.
+FLOAT32 = (
+    "ffn_gate_inp.weight",
+    "ffn_gate_inp_shexp.weight",
+    "position_embd.weight",
+    "token_types.weight",
+    "ssm_conv1d.weight",
+    "shortconv.conv.weight",
+    "altup_correct_coef.weight",
+    "altup_predict_coef.weight",
+    "indexer.proj.weight",
+)
+EMBEDDING = "token_embd.weight"
+
+
+class Wide(Renamed):
+    """A computed tensor before it is rounded to 16 bits, so that only the output's own type rounds it."""
+
+    dtype = F32
+
+    def __init__(self, inner: Tensor) -> None:
+        super().__init__(inner.name, inner)
+        self.dtype = F32
+
+    @property
+    def memory(self) -> int:
+        return self.inner.memory
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return self.inner.read_wide(start, stop).float()
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in GGUF's terms.
+
+    Attributes:
+        spec: its row of the table.
+        tensors: handles by GGUF name, in the order of the file.
+        entries: key-values, without file type and tokenizer.
+        hparams: what the choice of quantized types depends on.
+        kinds: the type of each tensor in a file that is not quantized.
+        mapped: which stored tensor went where.
+        file_type: of such a file.
+    """
+
+    spec: ArchSpec
+    config: Config
+    tensors: dict[str, Tensor]
+    entries: tuple[Entry, ...]
+    hparams: dict[str, Any]
+    kinds: dict[str, str]
+    mapped: Mapped
+    file_type: str
+
+    @property
+    def rows(self) -> int:
+        """Of the embedding: as many tokens as the model knows."""
+        found = self.tensors.get(EMBEDDING)
+        return found.shape[0] if found is not None else 0
+
+
+def as_gguf(
+    view: Checkpoint,
+    *,
+    base: Checkpoint,
+    config: Mapping[str, Any],
+    adapters: Sequence[Adapter] = (),
+    touched: Sequence[str] = (),
+    files: Mapping[str, bytes] | None = None,
+    plain: str | None = None,
+) -> Model:
+    """A view of a Hugging Face checkpoint as a GGUF model.
+
+    Args:
+        view: its tensors, with adapters folded in or not.
+        base: where it comes from, for its name.
+        config: its ``config.json``, after what a merge changes in it.
+        adapters, touched: what was folded in, and the tensors that it changed.
+        files: side files by name.
+        plain: the float type of a file that is not quantized; by default that of the first matrix.
+
+    Raises:
+        TargetError: an architecture or a tensor that the table does not know, or a change that GGUF has no place for.
+        CheckpointError: a config or tensors that are incomplete or do not fit each other.
+    """
+    read = Config(config, base.ref)
+    spec = spec_of(read)
+    mapper = Mapper(spec, read)
+    mapped = mapper.to_gguf(view.shapes, base.ref)
+    lost = [name for name in touched if name not in mapped.sources]
+    if lost:
+        raise TargetError(
+            f"an adapter changes '{lost[0]}', which a GGUF {spec.arch} does not hold",
+            "merge into a Hugging Face folder, or train the text model alone",
+        )
+    wide = {name: _wide(tensor) for name, tensor in view.items()}
+    tensors = {name: gathered(name, array, wide) for name, array in mapped.arrays.items()}
+    for one in spec.factors:
+        factors = one.make(read)
+        if factors is not None:
+            tensors = {one.tensor: Constant(one.tensor, factors), **tensors}
+    values = hyperparameters(spec, read)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    label = size_label(shapes, _first(values.get("expert_count")))
+    entries = [*general(base, adapters, files or {}, label, spec.arch), *hyper_entries(spec.arch, values)]
+    own = plain or _own_type(view, mapped)
+    hparams = {
+        "n_layer": values["block_count"],
+        "n_expert": _first(values.get("expert_count")),
+        "n_head": values.get("attention.head_count", 0),
+        "n_head_kv": values.get("attention.head_count_kv", values.get("attention.head_count", 0)),
+    }
+    kinds = {name: kind_in_file(name, shape, own) for name, shape in shapes.items()}
+    return Model(spec, read, tensors, tuple(entries), hparams, kinds, mapped, own)
+
+
+def kind_in_file(name: str, shape: Sequence[int], plain: str) -> str:
+    """The type of a tensor in a file of floats."""
+    small = len(shape) <= 1 or name.endswith(("_norm.weight", *FLOAT32)) or not name.endswith(".weight")
+    return "F32" if small else plain
+
+
+def file_type_entries(name: str) -> list[Entry]:
+    """What says a file's type."""
+    return [u32("general.file_type", FILE_TYPES[name].number), u32("general.quantization_version", 2)]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, Merged):
+        return as_float32(tensor) if tensor.dtype is not F32 else tensor
+    return tensor if tensor.extent is not None else Wide(tensor)
+
+
+def widened(view: Checkpoint) -> Checkpoint:
+    """A view whose merged tensors are not rounded."""
+    tensors = {n: as_float32(t) if isinstance(t, Merged) and t.dtype is not F32 else t for n, t in view.items()}
+    return replace(view, tensors=tensors)
+
+
+def _own_type(view: Checkpoint, mapped: Mapped) -> str:
+    """The float type of the first matrix that GGUF keeps."""
+    for name, tensor in view.items():
+        if name in mapped.sources and len(tensor.shape) > 1 and tensor.dtype in (BF16, F16, F32):
+            return tensor.dtype.code
+    return "F32"
+
+
+def _first(value: Any) -> int:
+    if isinstance(value, list):
+        value = next((one for one in value if one), 0)
+    return int(value) if isinstance(value, int) else 0
+
+
+def vocabulary(
+    model: Model, files: Mapping[str, bytes], config: Mapping[str, Any], pre: str | None
+) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+    """The key-values of the tokenizer, and notes.
+
+    Raises:
+        CheckpointError: it is missing, damaged or does not fit the embedding.
+    """
+    if model.spec.vocab == "none":
+        return (), ()
+    from importlib import import_module
+
+    found = import_module("adapterkit.gguf.vocab").read_vocab(
+        files, config, kind=model.spec.vocab, rows=model.rows, pre=pre
+    )
+    if found.size > model.rows:
+        raise CheckpointError(
+            f"{model.config.ref}: its tokenizer has {found.size} tokens and its embedding {model.rows} rows",
+            "give the tokenizer of this model",
+        )
+    return found.entries, found.notes

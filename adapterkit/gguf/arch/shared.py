@@ -1,0 +1,144 @@
+"""Rules and keys that rows of several architectures use."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.errors import CheckpointError
+from adapterkit.gguf.arch.config import Config, _head_dim, llama3_factors
+from adapterkit.gguf.arch.hyper import rotary_dim
+from adapterkit.gguf.arch.ops import Interleave, Split, Stack
+from adapterkit.gguf.arch.spec import Factors, Key, Rule, block, blocks, rule
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from adapterkit.gguf.arch.ops import Op
+
+EMBEDDINGS = (
+    rule("model.embed_tokens", "token_embd"),
+    rule("model.norm", "output_norm"),
+    rule("lm_head", "output"),
+)
+NORMS = blocks(attn_norm="input_layernorm", ffn_norm="post_attention_layernorm")
+# Norms before and after attention and feed-forward.
+FOUR_NORMS = blocks(
+    attn_norm="input_layernorm",
+    post_attention_norm="post_attention_layernorm",
+    ffn_norm="pre_feedforward_layernorm",
+    post_ffw_norm="post_feedforward_layernorm",
+)
+AFTER_NORMS = blocks(post_attention_norm="post_attention_layernorm", post_ffw_norm="post_feedforward_layernorm")
+QK_NORMS = blocks(attn_q_norm="self_attn.q_norm", attn_k_norm="self_attn.k_norm")
+MLP = blocks(ffn_gate="mlp.gate_proj", ffn_up="mlp.up_proj", ffn_down="mlp.down_proj")
+FUSED_MLP = blocks(ffn_up="mlp.gate_up_proj", ffn_down="mlp.down_proj")
+
+
+def attention(*, interleave: bool = False, where: str = "self_attn.", out: str = "o_proj") -> tuple[Rule, ...]:
+    """q, k, v and the projection after them; ``interleave`` for ggml's normal order of rotary pairs."""
+    q: Sequence[Op] = [Interleave("heads")] if interleave else ()
+    k: Sequence[Op] = [Interleave("kv_heads")] if interleave else ()
+    return (
+        block(f"{where}q_proj", "attn_q", ops=q),
+        block(f"{where}k_proj", "attn_k", ops=k),
+        block(f"{where}v_proj", "attn_v"),
+        block(f"{where}{out}", "attn_output"),
+    )
+
+
+def experts(
+    where: str = "mlp.", *, gate: str = "gate_proj", up: str = "up_proj", down: str = "down_proj", router: str = "gate"
+) -> tuple[Rule, ...]:
+    """Experts as matrices of their own, or in one tensor each of ``gate_up_proj`` and ``down_proj``."""
+    return (
+        block(f"{where}{router}", "ffn_gate_inp"),
+        block(f"{where}experts.{{e}}.{gate}", "ffn_gate_exps", ops=[Stack()]),
+        block(f"{where}experts.{{e}}.{up}", "ffn_up_exps", ops=[Stack()]),
+        block(f"{where}experts.{{e}}.{down}", "ffn_down_exps", ops=[Stack()]),
+        block(
+            f"{where}experts.gate_up_proj", "ffn_gate_exps.weight", "ffn_up_exps.weight", ops=[Split()], writes=False
+        ),
+        block(f"{where}experts.down_proj", "ffn_down_exps.weight", writes=False),
+    )
+
+
+def shared_expert(where: str, plain: bool = True) -> tuple[Rule, ...]:
+    """An expert that every token passes; ``plain``: without a gate of its own."""
+    found = blocks(
+        ffn_gate_shexp=f"{where}.gate_proj", ffn_up_shexp=f"{where}.up_proj", ffn_down_shexp=f"{where}.down_proj"
+    )
+    return found if plain else (*found, block(f"{where}_gate", "ffn_gate_inp_shexp"))
+
+
+NEEDS_ATTENTION = ("token_embd.weight", "output_norm.weight")
+
+VOCAB_SIZE = Key("vocab_size", "vocab_size", needed=True)
+ROPE_DIM = Key("rope.dimension_count", lambda c: _head_dim(c))
+PARTIAL_ROPE = Key("rope.dimension_count", lambda c: rotary_dim(c))
+NO_SCALING = Key("rope.scaling.type", lambda c: "none")
+FEED_FORWARD = Key(
+    "feed_forward_length",
+    lambda c: c.get("intermediate_size", "n_inner", "ffn_hidden_size", default=4 * c.number("hidden")),
+    field="intermediate_size",
+)
+EXPERT_WIDTH = Key("expert_feed_forward_length", "moe_intermediate_size")
+
+
+def constant(name: str, value: Any) -> Key:
+    """A key that does not depend on the config."""
+    return Key(name, lambda config: value)
+
+
+def window_pattern(config: Config) -> list[bool] | None:
+    """Layers with a sliding window."""
+    kinds = config.get("layer_types")
+    return [kind == "sliding_attention" for kind in kinds] if isinstance(kinds, list) else None
+
+
+def _llama3(config: Config, default: float = 8.0) -> list[float] | None:
+    if str(config.rope.get("rope_type", "")).lower() != "llama3":
+        return None
+    return llama3_factors(config.rope, _head_dim(config), default)
+
+
+LLAMA3 = Factors("rope_freqs.weight", _llama3)
+
+
+def _long(name: str) -> Any:
+    def make(config: Config) -> list[float] | None:
+        rope = config.rope
+        found = rope.get(f"{name}_factor")
+        other = rope.get("long_factor" if name == "short" else "short_factor")
+        if not found and not other:
+            return None
+        half = (config.number("qk_rope_head_dim") if config.get("qk_rope_head_dim") else rotary_dim(config)) // 2
+        if not isinstance(found, list) or len(found) != half:
+            raise CheckpointError(
+                f"{config.ref}: 'long_factor' and 'short_factor' must be {half} numbers each",
+                "complete its config.json",
+            )
+        return [float(one) for one in found]
+
+    return make
+
+
+LONGROPE = (Factors("rope_factors_long.weight", _long("long")), Factors("rope_factors_short.weight", _long("short")))
+
+
+def long_attention_factor(config: Config) -> float | None:
+    """What longrope multiplies attention with: sqrt(1 + ln s / ln n), s the stretch of n positions."""
+    rope = config.rope
+    if not rope.get("long_factor"):
+        return None
+    new, old = config.number("context"), original_context(config)
+    scale = new / old
+    if rope.get("rope_type") == "yarn":
+        return 0.1 * math.log(scale) + 1.0 if scale > 1 else 1.0
+    return math.sqrt(1 + math.log(scale) / math.log(old)) if scale > 1 else 1.0
+
+
+def original_context(config: Config) -> int:
+    """Positions that the model was trained with before its rotary frequencies were stretched."""
+    found = config.rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    return int(found) if found else config.number("context")

@@ -1,0 +1,133 @@
+"""What a row of the table of architectures is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adapterkit.gguf.arch.config import Config
+    from adapterkit.gguf.arch.ops import Op
+
+    # A value for a key, or None where the key is left out.
+    Source = Callable[[Config], Any]
+
+LAYER, BLOCK = "model.layers.{i}.", "blk.{i}."
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Tensors of one kind, in a Hugging Face checkpoint and in GGUF.
+
+    Attributes:
+        hf: a name with ``{i}`` for the layer and ``{e}`` for what is stacked (experts). One without ``.weight`` or
+            ``.bias`` stands for both.
+        gguf: the tensors that they become, in the same way; none drops them.
+        ops: what happens on the way.
+        writes: False for a spelling that is read and never written.
+    """
+
+    hf: str
+    gguf: tuple[str, ...]
+    ops: tuple[Op, ...] = ()
+    writes: bool = True
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key-value of the architecture's own metadata.
+
+    Attributes:
+        name: without the architecture's name in front.
+        source: fields of the config, the first that is there; or what computes the value.
+        default: for a config without those fields; None leaves the key out.
+        needed: the config must say it.
+        field: the field that a config made from GGUF gets; by default the first of ``source``.
+    """
+
+    name: str
+    source: str | tuple[str, ...] | Source
+    default: Any = None
+    needed: bool = False
+    field: str | None = None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        if callable(self.source):
+            return (self.field,) if self.field else ()
+        names = (self.source,) if isinstance(self.source, str) else self.source
+        return (self.field or names[0],)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A small tensor that is computed from the config: divisors of rotary frequencies."""
+
+    tensor: str
+    make: Callable[[Config], Sequence[float] | None]
+
+
+@dataclass(frozen=True)
+class ArchSpec:
+    """One architecture.
+
+    Attributes:
+        arch: ``general.architecture``.
+        classes: of transformers' ``architectures``; the first is written into a config made from GGUF.
+        model_type: of such a config.
+        rules: of its tensors; the first that fits a name counts.
+        keys: of its metadata, after the common ones; a later one takes an earlier one's place.
+        common: whether the keys that most architectures share are written.
+        leave: common keys that are not.
+        factors: tensors that are made from the config.
+        vocab: kind of tokenizer, for `read_vocab`.
+        drops: parts of names of tensors that runtimes do not use.
+        prefixes: of tensor names that are taken off; the root of the rules' names stands there instead.
+        types: further model types that are this architecture.
+        needs: tensors that every file has; ``{i}`` stands for every layer.
+        uneven: layers may lack tensors that others have.
+        tied: the output layer is always the embedding.
+        check: what refuses a config that this architecture's runtime cannot run.
+        defaults: fields of a config made from GGUF that its metadata does not say.
+        encoder: no text comes out of it.
+        variant: the model type of another row of the same classes, for configs that are better read by it.
+    """
+
+    arch: str
+    classes: tuple[str, ...]
+    model_type: str
+    rules: tuple[Rule, ...]
+    keys: tuple[Key, ...] = ()
+    common: bool = True
+    leave: tuple[str, ...] = ()
+    factors: tuple[Factors, ...] = ()
+    vocab: str = "auto"
+    drops: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ()
+    types: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ("token_embd.weight", "output_norm.weight")
+    uneven: bool = False
+    tied: bool = False
+    check: Callable[[Config], None] | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)
+    encoder: bool = False
+    variant: Callable[[Config], str | None] | None = None
+
+    @property
+    def model_types(self) -> tuple[str, ...]:
+        return (self.model_type, *self.types)
+
+
+def rule(hf: str, *gguf: str, ops: Sequence[Op] = (), writes: bool = True) -> Rule:
+    return Rule(hf, gguf, tuple(ops), writes)
+
+
+def block(hf: str, *gguf: str, ops: Sequence[Op] = (), writes: bool = True) -> Rule:
+    """A rule for a tensor of every layer, by its names within the layer."""
+    return Rule(LAYER + hf, tuple(BLOCK + name for name in gguf), tuple(ops), writes)
+
+
+def blocks(**names: str) -> tuple[Rule, ...]:
+    """Rules without operations: GGUF name (``attn_q``) = name in the layer."""
+    return tuple(block(hf, gguf) for gguf, hf in names.items())

@@ -1,0 +1,68 @@
+"""The table of architectures."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+from adapterkit.errors import TargetError
+from adapterkit.gguf.arch import dense
+
+if TYPE_CHECKING:
+    from adapterkit.gguf.arch.config import Config
+    from adapterkit.gguf.arch.spec import ArchSpec
+
+SPECS: tuple[ArchSpec, ...] = (*dense.SPECS,)
+
+
+@cache
+def _by_class() -> dict[str, ArchSpec]:
+    found: dict[str, ArchSpec] = {}
+    for spec in SPECS:
+        for name in spec.classes:
+            found.setdefault(name, spec)
+    return found
+
+
+@cache
+def _by_type() -> dict[str, ArchSpec]:
+    found: dict[str, ArchSpec] = {}
+    for spec in SPECS:
+        for name in spec.model_types:
+            found.setdefault(name, spec)
+    return found
+
+
+def spec_of(config: Config) -> ArchSpec:
+    """The row of a Hugging Face model.
+
+    Raises:
+        TargetError: there is none; the sentence names the road that works.
+    """
+    for name in config.classes:
+        found = _by_class().get(name)
+        if found is not None:
+            return _variant(found, config)
+    raw = str(config.raw.get("model_type") or "")
+    for name in dict.fromkeys((config.model_type, raw)):
+        found = _by_type().get(name)
+        if found is not None:
+            return _variant(found, config)
+    named = (config.classes or (config.model_type or "no architecture",))[0]
+    raise TargetError(
+        f"{config.ref}: how GGUF stores a {named} is not known here",
+        "take a GGUF of the base as it is published, and merge into that: adapterkit merge BASE.gguf ADAPTER -o OUT.gguf",
+    )
+
+
+def _variant(found: ArchSpec, config: Config) -> ArchSpec:
+    """Of rows that share a class, the one for this config."""
+    if found.variant is None:
+        return found
+    other = found.variant(config)
+    return next(spec for spec in SPECS if spec.model_type == other) if other is not None else found
+
+
+def specs_of(arch: str) -> tuple[ArchSpec, ...]:
+    """The rows of an architecture as GGUF names it."""
+    return tuple(spec for spec in SPECS if spec.arch == arch)

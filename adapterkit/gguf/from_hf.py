@@ -1,0 +1,123 @@
+"""From a Hugging Face checkpoint to a GGUF file: names, index maps, types and metadata, as one view."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.errors import UsageError
+from adapterkit.gguf.arch.model import Model, as_gguf, file_type_entries, vocabulary, widened
+from adapterkit.gguf.plan import Layout
+from adapterkit.gguf.quantize import Origin, Quantization, typed_from
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from adapterkit.adapters.adapter import Adapter
+    from adapterkit.adapters.fidelity import Through
+    from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.checkpoint.tensor import Tensor
+    from adapterkit.dtypes import DType
+
+PLAIN = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class FromHF:
+    """What a GGUF output of a Hugging Face checkpoint is made of.
+
+    Attributes:
+        model: its tensors and metadata before types were chosen.
+        layout: the file.
+        folded: the checkpoint that is read, its merged tensors not rounded.
+        types: how many tensors have each type.
+        through: what a type does to rows of a changed tensor; see `adapterkit.outputs.Output`.
+    """
+
+    model: Model
+    layout: Layout
+    folded: Checkpoint
+    types: dict[str, int]
+    notes: tuple[str, ...]
+    through: Callable[[str, tuple[int, ...]], Through | None]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {tensor.name: tensor for tensor in self.layout.tensors}
+
+
+def from_hf(
+    view: Checkpoint,
+    *,
+    base: Checkpoint,
+    config: Mapping[str, Any],
+    adapters: Sequence[Adapter] = (),
+    touched: Sequence[str] = (),
+    files: Mapping[str, bytes] | None = None,
+    asked: Quantization | None = None,
+    dtype: DType | None = None,
+    pre: str | None = None,
+) -> FromHF:
+    """Plan a GGUF file of a view of a Hugging Face checkpoint; nothing is read but headers and the tokenizer.
+
+    Args:
+        view, base, config, adapters, touched, files: see `as_gguf`.
+        asked: the types; by default those of the checkpoint.
+        dtype: the float type of a file that is not quantized.
+        pre: the name of the pre-tokenizer, where it is not to be recognised.
+
+    Raises:
+        TargetError, CheckpointError: see `as_gguf` and `read_vocab`.
+        UsageError: types that cannot be had.
+    """
+    asked = asked or Quantization()
+    if dtype is not None and asked.mix is not None:
+        raise UsageError("--dtype and --quant both say the type of the output", "give one of them")
+    view = widened(view)
+    model = as_gguf(
+        view,
+        base=base,
+        config=config,
+        adapters=adapters,
+        touched=touched,
+        files=files,
+        plain=None if dtype is None else dtype.code,
+    )
+    tokens, notes = vocabulary(model, files or {}, config, pre)
+    changed = tuple(dict.fromkeys(one for name in touched for one in model.mapped.sources[name]))
+    entries = (*model.entries, *tokens)
+    if asked.mix is None:
+        entries = (*model.entries, *file_type_entries(model.file_type), *tokens)
+    origin = Origin(model.spec.arch, model.hparams, model.kinds, entries)
+    found = typed_from(model.tensors, origin, asked, changed)
+    layout = Layout(found.tensors, found.entries)
+    kinds = {tensor.name: tensor.dtype.code for tensor in found.tensors}
+    through = partial(_through, model.mapped.sources, kinds)
+    return FromHF(model, layout, view, found.types, (*notes, *found.notes), through)
+
+
+def _through(
+    sources: Mapping[str, tuple[str, ...]], kinds: Mapping[str, str], name: str, shape: tuple[int, ...]
+) -> Through | None:
+    """Rows of a checkpoint's tensor through the type of what it becomes: a row keeps its values under an index map."""
+    became = next((kinds[one] for one in sources.get(name, ()) if one in kinds), None)
+    if became is None or len(shape) < 2:
+        return None
+    columns = shape[-1]
+
+    def through(rows: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        from adapterkit.gguf.encode import decode, encode
+
+        matrix = rows.reshape(-1, columns)
+        if became in PLAIN:
+            kept = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[became]
+            return matrix.to(kept).float().view(rows.shape)
+        return torch.from_numpy(decode(became, encode(became, matrix), columns)).view(rows.shape)
+
+    return through

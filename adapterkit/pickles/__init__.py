@@ -1,0 +1,111 @@
+"""Folders whose weights are pickles, made into folders of safetensors: only when asked for, and in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from adapterkit.checkpoint.folder import ADAPTER_WEIGHTS, INDEX, SINGLE
+from adapterkit.checkpoint.listing import check_plain
+from adapterkit.dtypes import DTYPES
+from adapterkit.errors import CheckpointError, NotFound, UnsafeError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CHILD = Path(__file__).with_name("child.py")
+_NAMES = {"adapter_model.bin": ADAPTER_WEIGHTS, "pytorch_model.bin": SINGLE}
+_INDEX = "pytorch_model.bin.index.json"
+
+
+@contextmanager
+def unpickled(src: str | Path, beside: Path) -> Iterator[Path]:
+    """The same folder with its pickled weights as safetensors, for as long as the context lasts.
+
+    A child process loads each file with ``torch.load(weights_only=True)``, which builds tensors and nothing else, and
+    writes its tensors out. Other files come along. A folder that has no pickled weights is given back as it is.
+
+    Args:
+        src: a folder.
+        beside: where the temporary folder is made; it needs as much room as the weights.
+
+    Raises:
+        NotFound: no such folder.
+        UnsafeError: a pickle that is more than tensors, or names that lead out of the folder.
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    folder = Path(src).expanduser()
+    if not folder.is_dir():
+        raise NotFound(f"{src} is no folder here", "pickles are only converted from a folder; download it first")
+    found = _pickled(folder)
+    if not found:
+        yield folder
+        return
+    with TemporaryDirectory(dir=beside, prefix=".unpickled.") as made:
+        place = Path(made) / folder.resolve().name
+        place.mkdir()
+        weight_map: dict[str, str] = {}
+        for name, new in found.items():
+            for key in _convert(folder / name, place / new):
+                weight_map[key] = new
+        if len(found) > 1:
+            (place / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        for path in folder.iterdir():
+            if path.is_file() and path.name not in (*found, _INDEX):
+                _link(path, place / path.name)
+        yield place
+
+
+def _link(path: Path, new: Path) -> None:
+    """The same file in another folder; a copy where a link cannot be made."""
+    try:
+        os.link(path.resolve(), new)
+    except OSError:
+        shutil.copyfile(path, new)
+
+
+def _pickled(folder: Path) -> dict[str, str]:
+    """Pickled weights of a folder, and what their files are called as safetensors."""
+    for name, new in _NAMES.items():
+        if (folder / name).is_file() and not (folder / new).exists():
+            return {name: new}
+    index = folder / _INDEX
+    if not index.is_file() or (folder / SINGLE).exists() or (folder / INDEX).exists():
+        return {}
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise CheckpointError(f"{index} is damaged", "download it again") from None
+    for name in shards:
+        check_plain(str(name), str(index))
+        if not (folder / name).is_file():
+            raise NotFound(f"{folder / name} is missing", "download it too")
+    count = len(shards)
+    return {name: f"model-{number:05d}-of-{count:05d}.safetensors" for number, name in enumerate(shards, 1)}
+
+
+def _convert(path: Path, out: Path) -> list[str]:
+    """Convert one file; gives the names of its tensors."""
+    dtypes: dict[str, str] = {}
+    for code, dtype in DTYPES.items():
+        dtypes.setdefault(dtype.torch_name, code)
+    command = [sys.executable, "-I", str(CHILD), str(path), str(out), json.dumps(dtypes)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        raise CheckpointError(
+            f"{path} could not be read (the process that loaded it ended with {done.returncode})", "download it again"
+        ) from None
+    if "unsafe" in answer:
+        raise UnsafeError(f"{path} is more than tensors: {answer['unsafe']}", "do not load it")
+    if "error" in answer:
+        raise CheckpointError(f"{path} cannot be converted: {answer['error']}", "save it again as safetensors")
+    return list(answer["names"])

@@ -1,0 +1,82 @@
+"""Attaching evidence to what was recorded before: measured figures go where the record is.
+
+Records are immutable, so evidence about a registered version makes a new version of the name: the same files and the
+same content digest (lineage and blobs stay as they are), with what was measured. Aliases stay where they are: moving
+``prod`` to the version that carries the evidence is a decision. Beside an output, ``adapterkit.json`` is written anew.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adapterkit.errors import NotFound, UsageError
+from adapterkit.registry import resolve
+from adapterkit.registry.beside import beside_path, read_beside, write_beside
+from adapterkit.registry.canonical import thaw
+from adapterkit.registry.home import open_home
+from adapterkit.registry.record import Record
+from adapterkit.registry.register import register_record
+from adapterkit.registry.verification import KEY, Verification, evidence_of
+
+
+@dataclass(frozen=True)
+class Attached:
+    """Where the evidence is now: ``ref`` of the version that carries it, or ``path`` of the record beside an output."""
+
+    record: Record
+    ref: str = ""
+    path: Path | None = None
+    new: bool = True
+
+
+def attach_evidence(target: str | Path, kind: str, figures: Mapping[str, Any], *, home: Path | None = None) -> Attached:
+    """Adds evidence about a registered version, or about an output with ``adapterkit.json`` beside it.
+
+    Args:
+        target: a folder or file, else a registry name ``name[@version|@alias]`` or digest.
+        kind: of the evidence, such as ``fidelity``; of ``verification`` use `attach_verification`.
+        figures: plain JSON; each key takes the place of what was there under it, other keys stay.
+
+    Raises:
+        NotFound: there is no such version; or the output has no record beside it.
+        RegistryError: the record is damaged, or the figures are not plain JSON.
+        UsageError: the kind is not a word, or the version was removed.
+    """
+    if not kind.isascii() or not kind.replace("-", "").isalnum():
+        raise UsageError(f"{kind!a} cannot be a kind of evidence", "use letters, digits and '-'")
+    if isinstance(target, Path) or os.sep in target or os.path.exists(target):
+        path = Path(target).expanduser()
+        if path.parent.name == "trees" and (path.parent.parent / "format").is_file():  # a version, as a folder
+            return attach_evidence(f"sha256:{path.name}", kind, figures, home=path.parent.parent)
+        found = read_beside(path)
+        if found is None:
+            hint = "outputs of adapterkit have one; register takes any folder, and evidence goes to its version then"
+            raise NotFound(f"{beside_path(path)} does not exist", hint)
+        record = _with(found, kind, figures)
+        if record != found:
+            write_beside(path, record)
+        return Attached(record, path=beside_path(path), new=record != found)
+    at = open_home(home)
+    found = resolve.find(at, target)
+    if found.version in at.hidden_versions(found.name):
+        raise UsageError(f"{found.ref} was removed and gets no evidence", "bring it back with remove --restore first")
+    added = register_record(_with(found, kind, figures), found.name, home=home)
+    return Attached(added.record, ref=added.record.ref, new=added.new)
+
+
+def attach_verification(target: str | Path, levels: Iterable[Verification], *, home: Path | None = None) -> Attached:
+    """Adds what ``verify`` found, level by level.
+
+    Raises:
+        NotFound, RegistryError, UsageError: as for `attach_evidence`.
+    """
+    return attach_evidence(target, KEY, evidence_of(levels), home=home)
+
+
+def _with(record: Record, kind: str, figures: Mapping[str, Any]) -> Record:
+    before = thaw(record.evidence)
+    return replace(record, evidence={**before, kind: {**before.get(kind, {}), **figures}})

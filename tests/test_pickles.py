@@ -1,0 +1,119 @@
+"""Pickled weights: converted when asked for, refused as unsafe when they are more than tensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import plain_adapter, plain_base, read_tensors
+
+from adapterkit.adapters.adapter import load_adapter
+from adapterkit.bases import open_model
+from adapterkit.cli import main
+from adapterkit.convert import convert
+from adapterkit.errors import CheckpointError, NotFound, UnsafeError
+from adapterkit.pickles import unpickled
+
+
+@pytest.fixture
+def pickled(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """An adapter as PEFT saved it by default until 2023."""
+    folder = plain_adapter(tmp_path / "adapter", plain_base(tmp_path / "base"))
+    tensors = read_tensors(folder)
+    torch.save(tensors, folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    return folder, tensors
+
+
+def test_an_old_adapter_is_converted_when_asked(
+    pickled: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, tensors = pickled
+    with pytest.raises(UnsafeError, match="--allow-pickle"):
+        load_adapter(folder)
+    with pytest.raises(SystemExit) as stopped:
+        main(["convert", str(folder), "--to", "peft", "--allow-pickle", "-o", str(tmp_path / "new"), "--json"])
+    assert not stopped.value.code
+    assert json.loads(capsys.readouterr().out)["src"] == str(folder)
+    found = read_tensors(tmp_path / "new")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "new"]
+
+
+def test_every_dtype_and_layout(tmp_path: Path) -> None:
+    kinds = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
+    tensors: dict[str, torch.Tensor] = {f"t.{kind}": torch.randint(0, 2, (3, 4)).to(kind) for kind in kinds}
+    tensors |= {"turned": torch.randn(3, 5).T, "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4)}
+    tensors["tied"] = tensors["turned"]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    torch.save(tensors, folder / "pytorch_model.bin")
+    with unpickled(folder, tmp_path) as place:
+        found = read_tensors(place)
+        opened = open_model(place)
+        assert opened.shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in tensors.items()
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_shards(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    parts = {
+        "pytorch_model-00001-of-00002.bin": {"a": torch.ones(2)},
+        "pytorch_model-00002-of-00002.bin": {"b": torch.zeros(3)},
+    }
+    for name, tensors in parts.items():
+        torch.save(tensors, folder / name)
+    index = {"weight_map": {key: name for name, tensors in parts.items() for key in tensors}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with unpickled(folder, tmp_path) as place:
+        assert {name: tensor.tolist() for name, tensor in read_tensors(place).items()} == {"a": [1, 1], "b": [0, 0, 0]}
+        assert set(open_model(place).tensors) == {"a", "b"}
+    index["weight_map"]["c"] = "../outside.bin"
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(UnsafeError, match="out of its folder"), unpickled(folder, tmp_path):
+        pass
+
+
+class Harmful:
+    """A pickle that runs a command when it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.mark.parametrize("what", ["code", "noise", "list", "number"])
+def test_what_is_no_mapping_of_tensors(what: str, tmp_path: Path) -> None:
+    folder = plain_adapter(tmp_path / "adapter", plain_base(tmp_path / "base"))
+    (folder / "adapter_model.safetensors").unlink()
+    path = folder / "adapter_model.bin"
+    mark = tmp_path / "ran"
+    content: dict[str, Any] = {"code": {"a": Harmful(mark)}, "list": [torch.ones(1)], "number": {"a": 3}}
+    if what == "noise":
+        path.write_bytes(b"PK\3\4" + bytes(range(64)))
+    else:
+        torch.save(content[what], path)
+    kind = UnsafeError if what == "code" else CheckpointError
+    with pytest.raises(kind, match="more than tensors" if what == "code" else "adapter_model.bin c"):
+        convert(folder, tmp_path / "out", to="peft", allow_pickle=True)
+    assert not mark.exists()
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_only_folders_here(tmp_path: Path) -> None:
+    with pytest.raises(NotFound, match="download it first"), unpickled("org/name", tmp_path):
+        pass
