@@ -323,6 +323,13 @@ def one_adapter(root: Path) -> Broken:
     return Broken(peft_merge(base, [two], root / "merged"), base, (one, two), "adapter missing")
 
 
+def other_adapter(root: Path) -> Broken:
+    """The adapter of another run was folded in."""
+    base = base_model(root / "base")
+    adapter, other = lora(root / "adapter", base), lora(root / "other", base, seed=6)
+    return Broken(peft_merge(base, [other], root / "merged"), base, (adapter,), "other adapter")
+
+
 def shifted(root: Path) -> Broken:
     """Each layer got the change of the one before it."""
     base = base_model(root / "base")
@@ -433,6 +440,7 @@ CASES: dict[str, Case] = {
     "wrong expert order": experts,
     "transposed": transposed,
     "one of two adapters": one_adapter,
+    "another adapter": other_adapter,
     "layers shifted": shifted,
     "adapter files left": leftover,
     "GGUF: q/k not interleaved": gguf_rows,

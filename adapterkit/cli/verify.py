@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterkit.cli.methods import NAMES, SPACES, given, method_options, methods_flag
+from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, given, methods_flag
 from adapterkit.cli.output import Progress, count, note, say, show_json
 
 if TYPE_CHECKING:
     from adapterkit.verify.report import VerifyReport
 
 
-@click.command(name="verify", short_help="Prove that a merged model is the trained one.")
+@click.command(name="verify", cls=MethodCommand, short_help="Prove that a merged model is the trained one.")
 @click.argument("merged")
 @click.option("--base", required=True, metavar="BASE", help="What the adapters were folded onto.")
 @click.option("--adapter", "adapters", multiple=True, required=True, metavar="ADAPTER", help="Once for each, in order.")
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 @click.option("--base16", metavar="REF", help="The original of a quantized BASE, which was folded onto in its place.")
 @click.option("--residual-base", is_flag=True, help="BASE is what training left behind, not the original model.")
 @click.option("--allow-unknown", is_flag=True, help="Go on where an adapter's config has fields not known here.")
-@method_options
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the evidence as one HTML page.")
 @click.option("--markdown", type=click.Path(path_type=Path), metavar="FILE", help="Write a summary as Markdown.")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 EXPLAINED = 0.1  # of what is wrong, at most this may be left
 SURE = 1e-3
+LOOKED_AT = 256  # rows and columns of which singular values are taken
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,7 @@ def other_mixture(s: Suspect) -> Verdict | None:
     import torch
 
     owners = s.owners
-    if len(owners) < 2 or s.family.subject.options.get("method", "linear") != "linear":
+    if len(owners) < 2 or s.item.merged is None or s.family.subject.options.get("method", "linear") != "linear":
         return None
     parts = [s.alone(number) for number in owners]
     flat = torch.stack([part.reshape(-1) for part in parts], 1).double()
@@ -248,7 +249,7 @@ def other_place(s: Suspect) -> Verdict | None:
     family = s.family
     for other in s.relatives:
         tries = [("weight", family.wanted_sketch(other) - small_w)]
-        if other.merged is not None:
+        if other.touched:
             tries.append(("change", family.change_sketch(other)))
         for what, explained in tries:
             if not explained.any():
@@ -410,6 +411,27 @@ def swallowed(s: Suspect) -> Verdict | None:
     return Verdict("swallowed", EXPLAINED, says, "sum in float32 and round once", figure=kept, alike=alike)
 
 
+def other_adapter(s: Suspect) -> Verdict | None:
+    """A change of low rank, as an adapter's is, that has nothing to do with this one's."""
+    import torch
+
+    if not s.change.any():
+        return None
+    beyond, change = s.beyond[0], s.change[0]
+    beyond, change = (t[:LOOKED_AT, :LOOKED_AT].double() for t in (beyond, change))
+    if min(beyond.shape) < 8 or not beyond.any():
+        return None
+    overlap = float((beyond * change).sum() / (beyond.norm() * change.norm() or 1.0))
+    energy = torch.linalg.svdvals(beyond).square()
+    few = max(1, min(beyond.shape) // 4)
+    share = float(energy[:few].sum() / energy.sum())
+    if abs(overlap) > 0.3 or share < 0.9 or float(s.beyond.norm()) < 0.1 * float(s.change.norm()):
+        return None
+    rank = int((energy.cumsum(0) < 0.99 * energy.sum()).sum()) + 1
+    says = f"hold another change of low rank (about {rank}) in the place of this adapter's (cosine {overlap:.2f})"
+    return Verdict("other adapter", EXPLAINED, says, "give the adapter that was folded in", figure=overlap)
+
+
 def other_base(s: Suspect) -> Verdict | None:
     """Like the base, and not the base."""
     w, rest = s.base.double(), (s.beyond - s.change).double()
@@ -451,5 +473,6 @@ HYPOTHESES: tuple[Hypothesis, ...] = (
     as_trained,
     on_a_grid,
     swallowed,
+    other_adapter,
     other_base,
 )

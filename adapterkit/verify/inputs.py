@@ -150,7 +150,7 @@ def same_as_recorded(record: Record | None, base: Checkpoint, merged: Checkpoint
     from adapterkit.registry.weights import cheap, identity_of
 
     found = []
-    if record.base is not None and compare(record.base, identity_of(base, cheap(base))).fits is False:
+    if record.base is not None and compare(record.base, identity_of(base, cheap(base))).verdict == "other":
         text = f"{base.ref} is not the base that the record beside MERGED names ({record.base.label})"
         found.append(Finding("other base", WARNING, text, "give that base, or go by the tensors below"))
     if record.identity is not None and compare(record.identity, identity_of(merged, cheap(merged))).fits is False:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.dtypes import DType
+    from adapterkit.gguf.checkpoint import GGUFCheckpoint
+    from adapterkit.options import MergeOptions
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Item:
         floats: the weight before it is rounded or encoded.
         values: what is there, as floats.
         merged: the fold, where adapters add to this weight.
+        base: the weight without them, where it is touched and is no fold of its own (rows of a fold in another order).
         touched: adapters change it.
         format: a word for how values are encoded; None where they are floats.
         bits: per weight, in that format.
@@ -43,6 +46,7 @@ class Item:
     touched: bool
     format: str | None = None
     bits: float = 16.0
+    base: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -250,51 +254,109 @@ def _ties(folded: Folded, floats: Checkpoint, values: Checkpoint) -> tuple[tuple
 
 def _gguf(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str, Any]) -> Subject:
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
-    from adapterkit.gguf.fold import fold_values
-    from adapterkit.gguf.tensors import bits_per_weight, decoded, encoded, kind_of
-    from adapterkit.gguf.types import TYPES
     from adapterkit.options import MergeOptions
 
-    if not isinstance(base, GGUFCheckpoint):
-        raise UsageError(f"{found.ref} is a GGUF file and {base.ref} is not", "give the base as a GGUF file of 16 bits")
-    assert isinstance(found, GGUFCheckpoint)
-    if found.kind != "model":
-        raise CheckpointError(f"{found.ref} is a GGUF {found.kind}, not a model", "give the merged model")
+    if not isinstance(found, GGUFCheckpoint) or found.kind != "model":
+        raise CheckpointError(f"{found.ref} is a GGUF file, and no model", "give the merged model")
     asked = MergeOptions.of(**options)
-    how: dict[str, Any] = {
-        "residual_base": asked.residual_base,
-        "allow_unknown": asked.allow_unknown,
-        "rule": asked.rule,
-    }
-    folded = fold_values(base, adapters, asked.weights, **how)
-    floats = folded.checkpoint
+    if isinstance(base, GGUFCheckpoint):
+        return _gguf_of_gguf(found, base, adapters, asked)
+    return _gguf_of_folder(found, base, adapters, asked)
+
+
+def _how(asked: MergeOptions) -> dict[str, Any]:
+    return {"residual_base": asked.residual_base, "allow_unknown": asked.allow_unknown, "rule": asked.rule}
+
+
+def _gguf_of_gguf(
+    found: GGUFCheckpoint, base: GGUFCheckpoint, adapters: Sequence[Adapter], asked: MergeOptions
+) -> Subject:
+    from adapterkit.gguf.fold import fold_values
+    from adapterkit.gguf.tensors import decoded
+
+    folded = fold_values(base, adapters, asked.weights, **_how(asked))
     touched = frozenset(folded.touched)
-    items, misshapen = [], []
-    for name, tensor in floats.items():
-        if name not in found:
-            continue
-        there = found[name]
-        if there.shape != tensor.shape:
-            misshapen.append((name, tensor.shape, there.shape))
-            continue
-        kind = kind_of(there)
-        plain = kind.name in ("F32", "F16", "BF16")
-        if name not in touched and base[name].dtype is there.dtype:
-            # What adapters leave alone is copied, however the base has it.
-            items.append(Item(name, ((base[name], there),), tensor, decoded(there), None, False))
-        elif plain:
-            expected = retyped(tensor, there.dtype)
-            items.append(_item(expected, ((expected, there),), there, name in touched))
-        else:
-            writable = TYPES[kind.name].encoder == "own"
-            parts = ((encoded(tensor, kind), there),) if writable else ()
-            item = _item(tensor, parts, decoded(there), name in touched, kind.name, bits_per_weight(kind))
-            items.append(item)
-    missing = tuple(name for name in floats if name not in found)
-    extra = tuple(name for name in found if name not in floats)
-    weights = asked.weights or (1.0,) * len(adapters)
+    pairs = _Pairs(found)
+    for name, tensor in folded.checkpoint.items():
+        # What adapters leave alone is copied, however the base has it.
+        copied = base[name] if name not in touched and name in base else None
+        pairs.add(tensor, touched=name in touched, copied=copied)
     view = replace(base, tensors={name: decoded(tensor) for name, tensor in base.items()})
-    return Subject(
-        found, view, tuple(adapters), weights, folded, tuple(items), missing, extra, tuple(misshapen), None,
-        kind="gguf", notes=folded.notes, options=asked.request(),
-    )  # fmt: skip
+    return pairs.subject(view, adapters, asked, folded)
+
+
+def _gguf_of_folder(
+    found: GGUFCheckpoint, base: Checkpoint, adapters: Sequence[Adapter], asked: MergeOptions
+) -> Subject:
+    """A GGUF file of a merge into a Hugging Face folder: rows of the fold, in the order of GGUF."""
+    from adapterkit.adapters.fold import fold
+    from adapterkit.adapters.sidecars import patched_config
+    from adapterkit.bases import open_base
+    from adapterkit.gguf.arch.model import as_gguf
+
+    how = ("base16", "as_trained", "double_quant", "quant_dtype", "skip_modules")
+    opened, values = open_base(base, **{name: getattr(asked, name) for name in how})
+    folded = fold(opened, adapters, asked.weights, **_how(asked))
+    config = patched_config(opened, folded, adapters, None)
+    new = as_gguf(folded.checkpoint, base=opened, config=config, adapters=adapters, touched=folded.touched)
+    old = as_gguf(opened, base=opened, config=opened.config)
+    changed = {one for name in folded.touched for one in new.mapped.sources[name]}
+    pairs = _Pairs(found)
+    for name, tensor in new.tensors.items():
+        pairs.add(tensor, touched=name in changed, base=old.tensors.get(name))
+    added = tuple(name for name in new.tensors if name not in old.tensors)
+    view = replace(folded.checkpoint, tensors=new.tensors)
+    order = tuple(name for name in new.tensors if name in changed)
+    folded = replace(folded, checkpoint=view, touched=order, added=added)
+    return pairs.subject(opened, adapters, asked, folded, values)
+
+
+class _Pairs:
+    """Collects the weights of a GGUF file beside those that are expected."""
+
+    def __init__(self, found: GGUFCheckpoint) -> None:
+        self._found = found
+        self._items: list[Item] = []
+        self._misshapen: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+
+    def add(self, floats: Tensor, *, touched: bool, copied: Tensor | None = None, base: Tensor | None = None) -> None:
+        """A weight before it gets its type; ``copied`` is a tensor that is written as it is."""
+        from adapterkit.gguf.tensors import bits_per_weight, decoded, encoded, kind_of
+
+        there = self._found.get(floats.name)
+        if there is None:
+            return
+        if there.shape != floats.shape:
+            self._misshapen.append((floats.name, floats.shape, there.shape))
+            return
+        merged = floats if isinstance(floats, Merged) else None
+        kind = kind_of(there)
+        if copied is not None and copied.dtype is there.dtype:
+            item = Item(floats.name, ((copied, there),), floats, decoded(there), None, False)
+        elif kind.is_quantized:
+            parts = ((encoded(floats, kind), there),) if kind.encoder == "own" else ()
+            bits = bits_per_weight(kind)
+            item = Item(floats.name, parts, floats, decoded(there), merged, touched, kind.name, bits)
+        else:
+            expected = retyped(floats, there.dtype)
+            merged = expected if isinstance(expected, Merged) else None
+            item = Item(floats.name, ((expected, there),), expected, there, merged, touched)
+        self._items.append(replace(item, base=base if touched and merged is None else None))
+
+    def subject(
+        self,
+        base: Checkpoint,
+        adapters: Sequence[Adapter],
+        asked: MergeOptions,
+        folded: Folded,
+        values: str = "as stored",
+    ) -> Subject:
+        found, view = self._found, folded.checkpoint
+        missing = tuple(name for name in view if name not in found)
+        extra = tuple(name for name in found if name not in view)
+        weights = asked.weights or (1.0,) * len(adapters)
+        items, misshapen = tuple(self._items), tuple(self._misshapen)
+        return Subject(
+            found, base, tuple(adapters), weights, folded, items, missing, extra, misshapen, None, values,
+            kind="gguf", notes=folded.notes, options=asked.request(),
+        )  # fmt: skip

@@ -68,16 +68,16 @@ class Suspect:
 
     @cached_property
     def base(self) -> torch.Tensor:
-        item = self.item
-        return values(item.merged.base if item.merged is not None else item.floats, MOST)
+        return values(before(self.item), MOST)
 
     @cached_property
     def change(self) -> torch.Tensor:
         import torch
 
-        if self.item.merged is None:
+        item = self.item
+        if not item.touched or (item.merged is None and item.base is None):
             return torch.zeros_like(self.base)
-        return values(_wide(self.item.merged), MOST) - self.base
+        return values(after(item), MOST) - self.base
 
     @cached_property
     def there(self) -> torch.Tensor:
@@ -127,7 +127,9 @@ class Suspect:
     def owners(self) -> list[int]:
         """The adapters that change this weight."""
         merged = self.item.merged
-        owners = {applied.owner for applied, _ in merged.applied} if merged is not None else set()
+        if merged is None:
+            return list(range(len(self.family.subject.adapters))) if self.item.base is not None else []
+        owners = {applied.owner for applied, _ in merged.applied}
         refs = [adapter.ref for adapter in self.family.subject.adapters]
         return [number for number, ref in enumerate(refs) if ref in owners and refs.index(ref) == number]
 
@@ -159,11 +161,10 @@ class Family:
         self._sketches: dict[tuple[str, str], torch.Tensor] = {}
 
     def base_sketch(self, item: Item) -> torch.Tensor:
-        tensor = item.merged.base if item.merged is not None else item.floats
-        return self._sketch("base", item.name, tensor)
+        return self._sketch("base", item.name, before(item))
 
     def wanted_sketch(self, item: Item) -> torch.Tensor:
-        return self._sketch("wanted", item.name, item.floats if item.merged is None else _wide(item.merged))
+        return self._sketch("wanted", item.name, after(item))
 
     def change_sketch(self, item: Item) -> torch.Tensor:
         return self.wanted_sketch(item) - self.base_sketch(item)
@@ -174,5 +175,13 @@ class Family:
         return self._sketches[what, name]
 
 
-def _wide(merged: Merged) -> Merged:
-    return in_dtype(merged, F32)
+def before(item: Item) -> Tensor:
+    """The weight without its change."""
+    if item.merged is not None:
+        return item.merged.base
+    return item.base or item.floats
+
+
+def after(item: Item) -> Tensor:
+    """The weight with its change, not rounded."""
+    return in_dtype(item.merged, F32) if item.merged is not None else item.floats

@@ -190,7 +190,9 @@ class _Comparison:
         for at, base, new in self._seen.blocks:
             ready = (there, wanted) if item.format is None and at == start and len(new.view(-1)) == len(there) else None
             self._measure(tally, at, base, new, ready, same)
-        if item.merged is None and not same:
+        if item.merged is None and item.base is not None:
+            self._beside(tally, expected, there, wanted, start, same)
+        elif item.merged is None and not same:
             self._unwatched(tally, expected, there, wanted, start)
         self._seen.blocks = []
         self._finish(tally)
@@ -205,7 +207,9 @@ class _Comparison:
         for at, base, new in self._seen.blocks:
             self._measure(tally, at, base, new, None, False)
         if item.merged is None:
-            self._measure(tally, start, wide.view(-1, 1), wide.float().view(-1, 1), None, False)
+            columns = item.floats.shape[-1]
+            base = wide if item.base is None else item.base.read_wide(start, stop)
+            self._measure(tally, start, base.view(-1, columns), wide.float().view(-1, columns), None, False)
         self._seen.blocks = []
         self._finish(tally)
         return item.values.dtype.nbytes((stop - start,))
@@ -258,6 +262,19 @@ class _Comparison:
         if item.format is None or not item.parts:
             return None
         return through(item)(wanted)
+
+    def _beside(
+        self, tally: Tally, expected: Tensor, there: torch.Tensor, wanted: torch.Tensor, start: int, same: bool
+    ) -> None:
+        """A block of rows of a fold in another order: the base is read beside it."""
+        item = tally.item
+        assert item.base is not None
+        stop = min(start + expected.block, expected.numel)
+        columns = item.floats.shape[-1] if item.floats.shape else 1
+        new = item.floats.read_wide(start, stop).float().view(-1, columns)
+        base = item.base.read_wide(start, stop).view(-1, columns)
+        ready = (there, wanted) if item.format is None else None
+        self._measure(tally, start, base, new, ready, same)
 
     def _unwatched(self, tally: Tally, expected: Tensor, there: torch.Tensor, wanted: torch.Tensor, start: int) -> None:
         """A block that adapters do not add to, and that is other than it should be."""
