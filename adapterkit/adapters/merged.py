@@ -48,8 +48,10 @@ class StoredWeights(Weights):
             tensor = self._tensors[piece.tensor]
             if piece.transposed:
                 width = tensor.shape[-1]
-                turned = tensor.read_wide(piece.at * width, (piece.at + columns) * width).view(columns, width)
-                out[where] = turned[:, piece.row_at + first : piece.row_at + first + len(wanted)].T.float()
+                held = piece.columns or columns
+                turned = tensor.read_wide(piece.at * width, (piece.at + held) * width).view(held, width)
+                turned = turned[:, piece.row_at + first : piece.row_at + first + len(wanted)]
+                out[where, piece.held_columns(columns)] = turned.T.float()
             else:
                 low = piece.at + first * piece.at_step
                 high = low + (len(wanted) - 1) * piece.at_step + 1
@@ -165,7 +167,8 @@ class Merged(Tensor):
         acc = stored.float()
         if acc.data_ptr() == stored.data_ptr():
             acc = acc.clone()
-        alone = len(self.applied) == 1 and self.applied[0][0].weight == 1
+        one = self.applied[0][0]
+        alone = one.weight == 1 and all(applied.change is one.change for applied, _ in self.applied)
         for applied, loaded in self.applied:
             if applied.piece.transposed:
                 _add_transposed(acc, stored, applied, loaded, low, high, alone)
@@ -213,13 +216,14 @@ def _add(
 def _add_transposed(
     acc: torch.Tensor, stored: torch.Tensor, applied: Applied, loaded: Loaded, low: int, high: int, alone: bool
 ) -> None:
-    piece, kernel = applied.piece, loaded.kernel()
-    width = applied.target.matrix[1]
-    wanted = _overlap(range(piece.at, piece.at + width), low, high)
+    piece = applied.piece
+    held = range(applied.target.matrix[1])[piece.held_columns(applied.target.matrix[1])]
+    wanted = _overlap(range(piece.at, piece.at + len(held)), low, high)
     if not len(wanted):
         return
+    kernel = loaded.kernel()
     where = slice(wanted.start - low, wanted.stop - low)
-    columns = slice(wanted.start - piece.at, wanted.stop - piece.at)
+    columns = slice(held[wanted.start - piece.at], held[wanted.stop - piece.at - 1] + 1, held.step)
     rows = range(piece.row, piece.row + piece.count * piece.row_step, piece.row_step)
     beside = slice(piece.row_at, piece.row_at + piece.count)
     out = acc[where, beside]
