@@ -22,12 +22,16 @@ def plan_convert(
     out: Ref | None = None,
     max_shard_size: str | None = None,
     jobs: int | None = None,
+    headers_only: bool = True,
     **options: Any,
 ) -> Conversion:
-    """Plan a conversion from headers alone; see `convert` for the arguments."""
+    """Plan a conversion from headers alone; see `convert` for the arguments.
+
+    With ``headers_only`` a source on the Hub is not downloaded, so the plan can be shown but not executed.
+    """
     form = find_format(to, out)
     limit = None if max_shard_size is None else parse_size(max_shard_size)
-    asked = ConvertOptions(max_shard_size=limit, **options)
+    asked = ConvertOptions(max_shard_size=limit, headers_only=headers_only, **options)
     form.check(asked)
     return form.planner()(src, asked, jobs or default_jobs())
 
@@ -71,6 +75,7 @@ def convert(
         how: dict[str, Any] = {"jobs": jobs, "force": force, "progress": progress, "max_shard_size": max_shard_size}
         with unpickled(src, Path(out).absolute().parent) as folder:
             return replace(convert(folder, out, to=to, **how, **options), src=str(src))
-    planned = plan_convert(src, to=to, out=out, max_shard_size=max_shard_size, jobs=jobs, **options)
+    how = {"max_shard_size": max_shard_size, "jobs": jobs, "headers_only": False}
+    planned = plan_convert(src, to=to, out=out, **how, **options)
     measured = planned.write(Path(out), jobs=jobs, force=force, resume=resume, progress=progress)
     return planned.report(out, **measured, seconds=time.monotonic() - started, peak_memory=peak_memory())

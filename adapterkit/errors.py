@@ -8,6 +8,7 @@ AdapterkitError                    exit 1   anything below; one sentence: what, 
 ├── OutputError                    exit 1   the result cannot be written where it was asked for
 ├── RegistryError                  exit 1   a record, blob, alias or bundle that is damaged or not understood
 ├── UsageError                     exit 2   arguments that contradict each other
+│   └── RecipeError                exit 2   a recipe that cannot be understood or carried out
 ├── CheckFailed                    exit 3   a check or verification did not hold
 ├── AuthError                      exit 4   the Hub wants a token, or another one
 ├── HubError                       exit 5   the network or the Hub failed
@@ -19,14 +20,18 @@ from __future__ import annotations
 
 
 class AdapterkitError(Exception):
-    """Base of all errors; ``hint`` is what to do next, ``exit_code`` what the command line returns."""
+    """Base of all errors; ``hint`` is what to do next, ``exit_code`` what the command line returns.
+
+    ``place`` is the file and the line of it that the error is about, where there is one, for annotations.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str = "", place: tuple[str, int] | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.hint = hint
+        self.place = place
 
     def __str__(self) -> str:
         return f"{self.message}; {self.hint}" if self.hint else self.message
@@ -60,6 +65,10 @@ class UsageError(AdapterkitError):
     """Arguments that contradict each other."""
 
     exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe that cannot be understood or carried out."""
 
 
 class CheckFailed(AdapterkitError):

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adapterkit.checkpoint.folder import RECORD
 from adapterkit.checkpoint.open import locate
 from adapterkit.errors import AdapterkitError
-from adapterkit.registry.beside import read_beside
-from adapterkit.registry.identity import Comparison, Identity, compare
-from adapterkit.registry.record import BESIDE, OpaqueRecord, Record, read
-from adapterkit.registry.weights import cheap, identity_of
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.registry.identity import Comparison, Identity
+    from adapterkit.registry.record import Record
 
 
 def record_of(adapter: Adapter) -> Record | None:
     """The record of an adapter: the registry's, or ``adapterkit.json`` beside it; None if there is none to be read."""
     try:
         if adapter.source.path is not None:
-            return None if adapter.folder is None else read_beside(adapter.folder)
+            if adapter.folder is None or not (adapter.folder / RECORD).exists():
+                return None
+            from adapterkit.registry.beside import read_beside
+
+            return read_beside(adapter.folder)
         listing = locate(adapter.ref, headers_only=True)
-        if BESIDE not in listing.names:
+        if RECORD not in listing.names:
             return None
-        source = listing.open(BESIDE)
+        from adapterkit.registry.record import OpaqueRecord, read
+
+        source = listing.open(RECORD)
         found = read(source.read(0, source.size), source.name, exact=False)
         return None if isinstance(found, OpaqueRecord) else found
     except AdapterkitError:
@@ -43,6 +48,8 @@ def compare_bases(adapter: Adapter, base: Checkpoint, *, full: bool = False) -> 
     record = record_of(adapter)
     if record is None or record.base is None or not record.base.known:
         return None
+    from adapterkit.registry.weights import identity_of
+
     said = record.base
     found = identity_of(base, "skeleton")
     comparison = _compare(said, found, base)
@@ -59,6 +66,8 @@ def compare_bases(adapter: Adapter, base: Checkpoint, *, full: bool = False) -> 
 
 def _next(said: Identity, base: Checkpoint, full: bool) -> str:
     """The strongest level that is recorded and may be read."""
+    from adapterkit.registry.weights import cheap
+
     affordable = cheap(base)
     if affordable == "skeleton":
         return ""
@@ -70,4 +79,6 @@ def _next(said: Identity, base: Checkpoint, full: bool) -> str:
 
 
 def _compare(said: Identity, found: Identity, base: Checkpoint) -> Comparison:
+    from adapterkit.registry.identity import compare
+
     return compare(said, found, said.label, found.label if found.id else base.ref)

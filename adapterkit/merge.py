@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter, load_adapter
+from adapterkit.adapters.experts import in_order
 from adapterkit.bases import open_base, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
@@ -18,7 +19,7 @@ from adapterkit.outputs import Output, output
 from adapterkit.report import AdapterUse, MergeReport
 
 if TYPE_CHECKING:
-    from adapterkit.adapters.fidelity import FidelityReport
+    from adapterkit.adapters.fidelity import FidelityReport, Watch
     from adapterkit.adapters.fold import Folded
     from adapterkit.checkpoint.files import Source
 
@@ -138,7 +139,8 @@ def plan_merge(
     )
     if asked.to is None:
         asked = replace(asked, to=GGUF if opened.format == "gguf" else FOLDER)
-    loaded = tuple(a if isinstance(a, Adapter) else load_adapter(a, headers_only=headers_only) for a in adapters)
+    given = (a if isinstance(a, Adapter) else load_adapter(a, headers_only=headers_only) for a in adapters)
+    loaded = tuple(in_order(adapter, asked.expert_order) for adapter in given)
     inputs = None
     if fingerprints:
         inputs = {s.name: _fingerprint(s) for s in (*opened.sources, *(a.source for a in loaded))}
@@ -192,38 +194,71 @@ def merge(
         CheckFailed: the output would lose the change.
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError, AuthError, HubError
     """
-    # Planning alone (`--dry-run`) never needs what writes.
-    from adapterkit.checkpoint.write import check_output, write_safetensors
-
     started = time.monotonic()
     planned = plan_merge(base, adapters, out=out, jobs=jobs, headers_only=False, **options)
-    check_output(planned.plan, planned.sources, Path(out), force=force, inputs=_adapter_folders(planned))
-    lossy = _still_there(planned, yes_lossy=yes_lossy)
-    watch = None
-    if fidelity:
-        from adapterkit.adapters.fidelity import Watch
+    wanted = Wanted(planned, base, Path(out), force, fidelity, yes_lossy, full_record)
+    return write_merges([wanted], jobs=jobs, resume=resume, progress=progress, started=started)[0]
 
-        kind = planned.options.quant or _grid_name(planned)
-        watch = Watch(planned.folded, kind, planned.output.through)
-    reused = write_safetensors(
-        planned.plan,
-        planned.view,
-        planned.sources,
-        Path(out),
-        side_files=planned.side,
-        record=_recorder(planned, base, full=full_record),
-        jobs=jobs,
-        force=force,
-        resume=resume,
-        progress=progress,
-    )
-    return planned.report(
-        out,
-        reused=reused,
-        seconds=time.monotonic() - started,
-        peak_memory=peak_memory(),
-        fidelity=lossy if watch is None else watch.report(),
-    )
+
+@dataclass(frozen=True)
+class Wanted:
+    """A planned merge and where it goes; see `merge` for the rest.
+
+    Attributes:
+        base: as `plan_merge` was given it.
+    """
+
+    planned: Merge
+    base: Ref | Checkpoint
+    out: Path
+    force: bool = False
+    fidelity: bool = False
+    yes_lossy: bool = False
+    full_record: bool = False
+
+
+def write_merges(
+    wanted: Sequence[Wanted],
+    *,
+    jobs: int | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    started: float | None = None,
+) -> list[MergeReport]:
+    """Write planned merges, abreast: where they share a base its bytes come from the disk once. A report for each.
+
+    ``started`` is the time (`time.monotonic`) from which their seconds count.
+
+    Raises:
+        CheckFailed: an output would lose the change.
+        OutputError, CheckpointError, AdapterError, UnsafeError
+    """
+    from adapterkit.checkpoint.write import Writing, check_output, write_together
+
+    started = time.monotonic() if started is None else started
+    lossy, watches, writings = [], [], []
+    for one in wanted:
+        planned = one.planned
+        folders = _adapter_folders(planned)
+        check_output(planned.plan, planned.sources, one.out, force=one.force, inputs=folders)
+        lossy.append(_still_there(planned, yes_lossy=one.yes_lossy))
+        watches.append(_watch(planned) if one.fidelity else None)
+        record = _recorder(planned, one.base, full=one.full_record)
+        writings.append(Writing(planned.plan, planned.view, planned.sources, one.out, planned.side, record))
+    force = [one.force for one in wanted]
+    reused = write_together(writings, jobs=jobs, force=force, resume=resume, progress=progress)
+    spent = {"seconds": time.monotonic() - started, "peak_memory": peak_memory()}
+    return [
+        one.planned.report(one.out, reused=again, fidelity=lost if watch is None else watch.report(), **spent)
+        for one, again, lost, watch in zip(wanted, reused, lossy, watches, strict=True)
+    ]
+
+
+def _watch(planned: Merge) -> Watch:
+    from adapterkit.adapters.fidelity import Watch
+
+    kind = planned.options.quant or _grid_name(planned)
+    return Watch(planned.folded, kind, planned.output.through)
 
 
 def _recorder(planned: Merge, base: Ref | Checkpoint, *, full: bool = False) -> Callable[[Path], dict[str, bytes]]:

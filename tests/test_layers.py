@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     (
         *("merge", "combine", "convert", "verify", "recipe", "check", "inspect", "demo", "servers", "bases"),
-        *("register", "provenance", "fits", "hub", "serve"),
+        *("register", "provenance", "fits", "hub", "serve", "ui"),
         *("resize", "extract", "compare", "heatmap", "family", "ordered"),
         *("options", "outputs", "conversions", "pickles"),
     ),
@@ -127,10 +127,10 @@ def test_import_that_points_down_is_fine() -> None:
 
 
 def test_transformers_is_imported_by_nobody_who_merges() -> None:
-    """Only the demo trains something."""
+    """The demo trains something, and llm-compressor's child process loads a model."""
     for file in ROOT.rglob("*.py"):
         names = {name.partition(".")[0] for _, name in imported(ast.parse(file.read_text()))}
-        assert file.name == "demo.py" or not names & {"transformers", "peft", "safetensors"}, file
+        assert file.name in ("demo.py", "oneshot.py") or not names & {"transformers", "peft", "safetensors"}, file
 
 
 # ------------------------------------------------------------------ what a verb imports when it runs
@@ -151,9 +151,9 @@ os.write(kept, json.dumps([code, heavy]).encode())
 """
 
 
-def loaded(arguments: list[Any]) -> list[str]:
-    """The heavy modules that the process of a command line has imported in the end."""
-    command = [sys.executable, "-c", CHILD, json.dumps([str(a) for a in arguments]), json.dumps(HEAVY)]
+def loaded(arguments: list[Any], names: tuple[str, ...] = HEAVY) -> list[str]:
+    """Which of ``names`` the process of a command line has imported in the end."""
+    command = [sys.executable, "-c", CHILD, json.dumps([str(a) for a in arguments]), json.dumps(names)]
     done = subprocess.run(command, capture_output=True, timeout=120, check=False)
     code, heavy = json.loads(done.stdout)
     assert code in (0, 3), done.stderr.decode()  # 3: the check itself did not hold
@@ -201,3 +201,19 @@ def test_a_merge_is_seen_to_import_torch(folders: tuple[Path, Path, Path], tmp_p
     heavy = loaded(["merge", folders[0], folders[1], "-o", tmp_path / "out"])
     assert "torch" in heavy
     assert not {"transformers", "peft", "safetensors"} & set(heavy)
+
+
+TABLES = ("adapterkit.ops.methods", "adapterkit.registry.record", "adapterkit.adapters.formats.kohya")
+
+
+@pytest.mark.parametrize("name", ["check", "dry_run"])
+def test_tables_that_most_runs_do_not_need_stay_out(name: str, folders: tuple[Path, Path, Path]) -> None:
+    """Start-up is the sum of what is imported: methods to combine by, records and other formats come in when asked for."""
+    places = dict(zip(("BASE", "ADAPTER", "OUT"), folders, strict=True))
+    assert loaded([places.get(word, word) for word in LIGHT[name]], TABLES) == []
+
+
+def test_the_table_of_methods_is_read_when_a_method_is_named(folders: tuple[Path, Path, Path]) -> None:
+    base, adapter, out = folders
+    command = ["merge", base, adapter, adapter, "-o", out, "--dry-run", "--method", "ties", "--density", "0.5"]
+    assert loaded(command, TABLES) == ["adapterkit.ops.methods"]

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.config import AdapterConfig
-from adapterkit.adapters.formats import kohya, mlx
+from adapterkit.adapters.experts import order_notes
+from adapterkit.adapters.formats import mlx
 from adapterkit.checkpoint.checkpoint import SideFile
 from adapterkit.checkpoint.files import LocalFile
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLES, side_names
@@ -101,11 +102,13 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
     side_files = tuple(
         SideFile(name, listing.open(name)) for name in side_names(listing.names, {WEIGHTS}) if is_brought(name)
     )
-    return Adapter(listing.ref, config, tensors, source, side_files, listing.commit, notes)
+    return Adapter(listing.ref, config, tensors, source, side_files, listing.commit, (*notes, *order_notes(config)))
 
 
 def _single_file(path: Path, ref: str) -> Adapter:
     """A file that is an adapter by itself, as kohya's scripts and LyCORIS write it."""
+    from adapterkit.adapters.formats import kohya
+
     source = LocalFile(path, ref, loose=True)
     header = parse_header(source.read, source.size, source.name)
     stored = {key: Stored(key, t.dtype, t.shape, source, t.start) for key, t in header.tensors.items()}

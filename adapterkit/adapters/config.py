@@ -22,6 +22,7 @@ _DOTTED = re.compile(r"[A-Za-z0-9_.-]+")
 _FUZZY = re.compile(r"\{(?!\d*,?\d*\})")
 _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 
+FLAT = "flat_module_names"  # a field of our own: paths as single files of kohya's scripts have them
 # Fields every PEFT method has, and what PEFT's own loader does with them; none changes a merged weight by itself.
 COMMON_FIELDS = frozenset(
     {
@@ -29,7 +30,7 @@ COMMON_FIELDS = frozenset(
         "base_model_name_or_path",
         "bias",
         "exclude_modules",
-        "flat_module_names",  # our own: paths as single files of kohya's scripts have them
+        FLAT,
         "inference_mode",
         "init_weights",
         "layers_pattern",

@@ -6,8 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import replace
-from adapterkit.adapters.config import COMMON_FIELDS
-from adapterkit.adapters.formats.kohya import unflattened
+from adapterkit.adapters.config import COMMON_FIELDS, FLAT
 from adapterkit.adapters.method import Context, Edit, Method, Module
 from adapterkit.adapters.methods import METHODS, UNMERGEABLE
 from adapterkit.adapters.target import Piece, Target
@@ -133,7 +132,10 @@ def adapter_edits(
         TargetError: a tensor has no target, or the shapes do not fit.
         AdapterError, UnsupportedAdapter: see `check_config`.
     """
-    adapter = unflattened(adapter, names)
+    if adapter.config.get(FLAT):
+        from adapterkit.adapters.formats.kohya import unflattened
+
+        adapter = unflattened(adapter, names)
     method = check_config(adapter, residual_base=residual_base, allow_unknown=allow_unknown)
     if not adapter.tensors:
         raise AdapterError(f"{adapter.source.name} holds no tensors", "save the adapter again")

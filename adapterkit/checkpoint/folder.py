@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+RECORD = "adapterkit.json"  # beside every output
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 # What never travels with merged weights: other copies of the weights, training state, the base's own card.
 _LEFT_BEHIND = (*PICKLES, ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".npz", ".tflite", ".index.json")
-_LEFT_BEHIND_NAMES = frozenset({"README.md", "adapterkit.json", "adapter_config.json", "training_args.bin"})
+_LEFT_BEHIND_NAMES = frozenset({"README.md", RECORD, ADAPTER_CONFIG, "training_args.bin"})
 _LEFT_BEHIND_FOLDERS = frozenset({"original", "onnx", "openvino", "coreml"})
 
 

@@ -45,10 +45,11 @@ class _Job:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Queue:
-    """What is left to do for one file, and how many workers are at it."""
+    """What is left to do for one file of a sink, and how many workers are at it."""
 
+    sink: Sink
     tasks: deque[Callable[[], int]]
     workers: int = 0
 
@@ -80,10 +81,9 @@ class Sink:
         self._plan, self._tensors = plan, tensors
         self._sources = {source.name: source for source in sources}
         self._folder, self._jobs, self._journal, self._progress = folder, jobs, journal, progress
-        self._done = 0
         self._count = threading.Lock()
-        self._stop = threading.Event()
-        self._failure: BaseException | None = None
+        self._fds: list[int] = []
+        self.done = self.total = 0
         self.reused = 0
 
     def run(self, files: Sequence[PlannedFile]) -> None:
@@ -93,86 +93,34 @@ class Sink:
             OutputError: the disk is full or fails.
             AdapterkitError: an input could not be read or a tensor not computed.
         """
-        opened: list[int] = []
-        try:
-            proved = self._journal.read()
-            self._journal.start()
-            queues = []
-            for file in files:
-                fd = os.open(self._folder / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-                opened.append(fd)
-                os.ftruncate(fd, file.nbytes)
-                queues.append(_Queue(deque(self._tasks(file, fd, proved))))
-            self._work(queues, sum(file.nbytes for file in files))
-            for fd in opened:
-                os.fsync(fd)
-        except OSError as error:
-            raise _output_error(error, str(self._folder)) from error
-        finally:
-            self._journal.close()
-            for fd in opened:
-                os.close(fd)
+        run_together([(self, files)], jobs=self._jobs, progress=self._progress)
 
-    def _work(self, queues: list[_Queue], total: int) -> None:
-        threads = [threading.Thread(target=self._worker, args=(queues,), daemon=True) for _ in range(self._jobs)]
-        for thread in threads:
-            thread.start()
-        try:
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.1)
-                    if self._progress is not None:
-                        self._progress(min(self._done, total), total)
-        except BaseException:
-            self._stop.set()
-            for thread in threads:
-                thread.join()
-            raise
-        if self._failure is not None:
-            raise self._failure
-        if self._progress is not None:
-            self._progress(total, total)
+    def open(self, files: Sequence[PlannedFile]) -> list[_Queue]:
+        """Make the files, and give what is to be done for each."""
+        proved = self._journal.read()
+        self._journal.start()
+        queues = []
+        for file in files:
+            fd = os.open(self._folder / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            self._fds.append(fd)
+            os.ftruncate(fd, file.nbytes)
+            queues.append(_Queue(self, deque(self._tasks(file, fd, proved))))
+        self.total = sum(file.nbytes for file in files)
+        return queues
 
-    def _worker(self, queues: list[_Queue]) -> None:
-        import torch
+    def sync(self) -> None:
+        """Put the files on disk."""
+        for fd in self._fds:
+            os.fsync(fd)
 
-        # Threads of our own beat torch's: those wait for each other after every operation.
-        torch.set_num_threads(1)
-        try:
-            with torch.inference_mode():
-                queue: _Queue | None = None
-                while not self._stop.is_set():
-                    if queue is None or not queue.tasks:
-                        queue = self._next(queues, queue)
-                        if queue is None:
-                            return
-                    try:
-                        task = queue.tasks.popleft()
-                    except IndexError:
-                        continue
-                    count = task()
-                    with self._count:
-                        self._done += count
-        except BaseException as error:
-            with self._count:
-                self._failure = self._failure or error
-            self._stop.set()
+    def close(self) -> None:
+        self._journal.close()
+        while self._fds:
+            os.close(self._fds.pop())
 
-    def _next(self, queues: list[_Queue], left: _Queue | None) -> _Queue | None:
-        """The file that a worker turns to: one that nobody writes, in order, else the one with most left to do.
-
-        The kernel lets one thread at a time write into a file, so two of them in one file wait for each other.
-        """
-        with self._count:
-            if left is not None:
-                left.workers -= 1
-            open_ones = [queue for queue in queues if queue.tasks]
-            if not open_ones:
-                return None
-            free = [queue for queue in open_ones if queue.workers == 0]
-            found = free[0] if free else max(open_ones, key=lambda queue: len(queue.tasks))
-            found.workers += 1
-            return found
+    @property
+    def place(self) -> str:
+        return str(self._folder)
 
     def _tasks(self, file: PlannedFile, fd: int, proved: Mapping[tuple[str, str], str]) -> Iterator[Callable[[], int]]:
         if file.verbatim is not None:
@@ -230,6 +178,119 @@ class Sink:
                 self.reused += 1
             return job.step.nbytes
         return sum(self._compute(job, index, start) for index, start in enumerate(range(0, tensor.numel, tensor.block)))
+
+
+class _Pool:
+    """Worker threads that take the tasks of one sink, or of several abreast."""
+
+    def __init__(
+        self, sinks: Sequence[Sink], queues: list[_Queue], progress: Callable[[int, int], None] | None
+    ) -> None:
+        self._sinks, self._queues, self._progress = sinks, queues, progress
+        self._several = len(sinks) > 1
+        self._count = threading.Lock()
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+
+    def work(self, jobs: int) -> None:
+        threads = [threading.Thread(target=self._worker, daemon=True) for _ in range(jobs)]
+        for thread in threads:
+            thread.start()
+        total = sum(sink.total for sink in self._sinks)
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.1)
+                    if self._progress is not None:
+                        self._progress(min(sum(sink.done for sink in self._sinks), total), total)
+        except BaseException:
+            self._stop.set()
+            for thread in threads:
+                thread.join()
+            raise
+        if self._failure is not None:
+            raise self._failure
+        if self._progress is not None:
+            self._progress(total, total)
+
+    def _worker(self) -> None:
+        import torch
+
+        # Threads of our own beat torch's: those wait for each other after every operation.
+        torch.set_num_threads(1)
+        queue: _Queue | None = None
+        try:
+            with torch.inference_mode():
+                while not self._stop.is_set():
+                    if queue is None or not queue.tasks or self._several:
+                        queue = self._next(queue)
+                        if queue is None:
+                            return
+                    try:
+                        task = queue.tasks.popleft()
+                    except IndexError:
+                        continue
+                    count = task()
+                    with self._count:
+                        queue.sink.done += count
+        except BaseException as error:
+            if isinstance(error, OSError) and queue is not None:
+                error = _output_error(error, queue.sink.place)
+            with self._count:
+                self._failure = self._failure or error
+            self._stop.set()
+
+    def _next(self, left: _Queue | None) -> _Queue | None:
+        """The file that a worker turns to: one that nobody writes, in order, else the one with most left to do.
+
+        The kernel lets one thread at a time write into a file, so two of them in one file wait for each other. Of several
+        sinks the one that is furthest behind goes first: outputs of one base then read it side by side, and what the
+        first one had fetched from the disk is still in memory when the others want it.
+        """
+        with self._count:
+            if left is not None:
+                left.workers -= 1
+            open_ones = [queue for queue in self._queues if queue.tasks]
+            if not open_ones:
+                return None
+            free = [queue for queue in open_ones if queue.workers == 0]
+            if self._several and free:
+                found = min(free, key=lambda queue: queue.sink.done / max(queue.sink.total, 1))
+            else:
+                found = free[0] if free else max(open_ones, key=lambda queue: len(queue.tasks))
+            found.workers += 1
+            return found
+
+
+def run_together(
+    runs: Sequence[tuple[Sink, Sequence[PlannedFile]]],
+    *,
+    jobs: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write files of several sinks, abreast, with one set of workers.
+
+    Raises:
+        OutputError: the disk is full or fails.
+        AdapterkitError: an input could not be read or a tensor not computed.
+    """
+    sinks = [sink for sink, _ in runs]
+    try:
+        queues = []
+        for sink, files in runs:
+            try:
+                queues += sink.open(files)
+            except OSError as error:
+                raise _output_error(error, sink.place) from error
+        _Pool(sinks, queues, progress).work(jobs)
+        for sink in sinks:
+            try:
+                sink.sync()
+            except OSError as error:
+                raise _output_error(error, sink.place) from error
+    finally:
+        for sink in sinks:
+            sink.close()
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.folder import INDEX
@@ -18,7 +20,7 @@ from adapterkit.checkpoint.publish import (
     staging,
     write_file,
 )
-from adapterkit.checkpoint.sink import Sink
+from adapterkit.checkpoint.sink import Sink, run_together
 from adapterkit.errors import OutputError
 
 if TYPE_CHECKING:
@@ -62,13 +64,53 @@ def write_safetensors(
     Raises:
         OutputError, UsageError, AdapterkitError
     """
-    check_output(plan, sources, out, force=force)
-    with staging(out, resume=resume) as folder:
-        journal = Journal(folder / JOURNAL, identity(plan, sources))
-        sink = Sink(plan, tensors, sources, folder, jobs=jobs or default_jobs(), journal=journal, progress=progress)
-        sink.run(plan.files)
-        finish(plan, folder, out, side_files, force=force, record=record)
-    return sink.reused
+    one = Writing(plan, tensors, sources, out, side_files, record)
+    return write_together([one], jobs=jobs, force=[force], resume=resume, progress=progress)[0]
+
+
+@dataclass(frozen=True)
+class Writing:
+    """One output of several that are written together; see `write_safetensors` for the fields."""
+
+    plan: Plan
+    tensors: Mapping[str, Tensor]
+    sources: Sequence[Source]
+    out: Path
+    side_files: Mapping[str, bytes]
+    record: Callable[[Path], Mapping[str, bytes]] | None = None
+
+
+def write_together(
+    writings: Sequence[Writing],
+    *,
+    jobs: int | None = None,
+    force: Sequence[bool],
+    resume: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[int]:
+    """Execute several plans abreast, so that inputs they share come from the disk once; each output appears whole or not
+    at all, all of them after the last byte is written.
+
+    Returns:
+        For each, how many computed tensors were re-used.
+
+    Raises:
+        OutputError, UsageError, AdapterkitError
+    """
+    for one, replace in zip(writings, force, strict=True):
+        check_output(one.plan, one.sources, one.out, force=replace)
+    with ExitStack() as held:
+        runs = []
+        for one in writings:
+            folder = held.enter_context(staging(one.out, resume=resume))
+            journal = Journal(folder / JOURNAL, identity(one.plan, one.sources))
+            sink = Sink(one.plan, one.tensors, one.sources, folder, jobs=1, journal=journal)
+            runs.append((sink, folder))
+        files = [(sink, one.plan.files) for (sink, _), one in zip(runs, writings, strict=True)]
+        run_together(files, jobs=jobs or default_jobs(), progress=progress)
+        for (_, folder), one, replace in zip(runs, writings, force, strict=True):
+            finish(one.plan, folder, one.out, one.side_files, force=replace, record=one.record)
+    return [sink.reused for sink, _ in runs]
 
 
 def check_output(plan: Plan, sources: Sequence[Source], out: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:

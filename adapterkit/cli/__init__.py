@@ -23,6 +23,7 @@ VERBS = {
     "extract": ("adapterkit.cli.extract", "Make an adapter of the difference of two checkpoints."),
     "resize": ("adapterkit.cli.resize", "Bring an adapter to another rank."),
     "convert": ("adapterkit.cli.convert", "Write a model or an adapter in another format."),
+    "verify": ("adapterkit.cli.verify", "Prove that a merged model is the trained one."),
     "execute": ("adapterkit.cli.execute", "Execute a saved plan, or one part of it."),
     "register": ("adapterkit.cli.register", "Add a folder or file to the registry, as a new version of a name."),
     "list": ("adapterkit.cli.records:list_", "List what is registered."),
@@ -38,6 +39,8 @@ VERBS = {
     "push": ("adapterkit.cli.hub:push", "Publish a version to the Hugging Face Hub, in one commit."),
     "pull": ("adapterkit.cli.hub:pull", "Bring a repository from the Hugging Face Hub into the registry."),
     "serve-args": ("adapterkit.cli.serve", "Print the command or Modelfile that loads versions in a server."),
+    "build": ("adapterkit.cli.build", "Carry out a recipe: merge, convert, verify, register, push, reproducibly."),
+    "ui": ("adapterkit.cli.ui", "Look at the registry in a browser."),
     "demo": ("adapterkit.cli.demo", "Make a tiny model, train an adapter, merge it, and show that it worked."),
 }
 

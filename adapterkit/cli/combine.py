@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterkit.cli.methods import NAMES, SPACES, given, method_options, methods_flag
+from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, given, methods_flag
 from adapterkit.cli.output import Progress, note, say, show_json, size
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from adapterkit.report import ModuleRank
 
 
-@click.command(name="combine", short_help="Make one adapter of several.")
+@click.command(name="combine", cls=MethodCommand, taken=("rank",), short_help="Make one adapter of several.")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder to make.")
 @click.option("--method", type=NAMES, default="linear", show_default=True, help="See --methods.")
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 @click.option("--base", help="Their base, for methods whose change depends on the weights (DoRA, LoKr, ...).")
 @click.option("--dtype", default="f32", show_default=True, help="Of the factors: f32, bf16 or f16.")
 @click.option("--own-ranks", is_flag=True, help="Each layer keeps its own rank; vLLM and llama.cpp want one for all.")
-@partial(method_options, taken=("rank",))
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
 @click.option("--residual-base", is_flag=True, help="The base is what training left behind, not the original model.")
 @click.option("--allow-unknown", is_flag=True, help="Go on where a config has fields not known here.")

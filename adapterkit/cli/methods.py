@@ -1,4 +1,8 @@
-"""Options of the combination methods, made from the methods' own signatures."""
+"""Options of the combination methods, made from the methods' own signatures.
+
+The table of methods is read when a command line asks for it (by ``--help`` or a name that is not known otherwise): most
+merges have one adapter and no method to choose.
+"""
 
 from __future__ import annotations
 
@@ -6,35 +10,82 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterkit.ops.methods import METHODS
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from adapterkit.ops.methods import Parameter
+    from adapterkit.ops.methods import Method, Parameter
+
+    _ParamType = click.ParamType[Any]
+else:
+    _ParamType = click.ParamType
+
+LINEAR = "linear"
 
 
-def method_options(command: Callable[..., Any], taken: tuple[str, ...] = ()) -> Callable[..., Any]:
-    """Add an option for every parameter of every method but those ``taken``; what is not given stays out of the call."""
+def _table() -> dict[str, Method]:
+    from adapterkit.ops.methods import METHODS
+
+    return METHODS
+
+
+class MethodCommand(click.Command):
+    """A command that also takes an option for every parameter of every method, but for those in ``taken``."""
+
+    def __init__(self, *args: Any, taken: tuple[str, ...] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._plain, self._taken = tuple(self.params), taken
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        known = {name for parameter in self._plain for name in (*parameter.opts, *parameter.secondary_opts)}
+        if any(word.startswith("--") and word.partition("=")[0] not in known for word in args):
+            self._extend()
+        return super().parse_args(ctx, args)
+
+    def get_help(self, ctx: click.Context) -> str:
+        self._extend()
+        return super().get_help(ctx)
+
+    def _extend(self) -> None:
+        if len(self.params) == len(self._plain):
+            self.params = [*self._plain, *_options(self._taken)]
+
+
+def _options(taken: tuple[str, ...]) -> list[click.Option]:
     owners: dict[str, list[str]] = {}
     parameters: dict[str, Parameter] = {}
-    for row in METHODS.values():
+    for row in _table().values():
         for parameter in row.parameters:
             if parameter.name not in taken:
                 owners.setdefault(parameter.name, []).append(row.name)
                 parameters.setdefault(parameter.name, parameter)
-    for name, parameter in reversed(parameters.items()):
-        command = _option(parameter, owners[name])(command)
-    return command
+    return [_option(parameter, owners[name]) for name, parameter in parameters.items()]
 
 
-def _option(parameter: Parameter, owners: list[str]) -> Any:
+def _option(parameter: Parameter, owners: list[str]) -> click.Option:
     text = f"{parameter.help[0].upper()}{parameter.help[1:]} ({', '.join(owners)})."
     if parameter.type is bool:
         flag = f"{parameter.option}/--no-{parameter.option.removeprefix('--')}"
-        return click.option(flag, parameter.name, default=None, help=text)
+        return click.Option([flag, parameter.name], default=None, help=text)
     kind: Any = click.Choice(parameter.choices) if parameter.choices else parameter.type
-    return click.option(parameter.option, parameter.name, type=kind, default=None, help=text)
+    return click.Option([parameter.option, parameter.name], type=kind, default=None, help=text)
+
+
+class MethodName(_ParamType):
+    """One of the names in the table; ``nested``: of the methods that align adapters for another rule."""
+
+    name = "method"
+
+    def __init__(self, nested: bool = False) -> None:
+        self._nested = nested
+
+    def _choice(self) -> click.Choice[str]:
+        return click.Choice([row.name for row in _table().values() if row.nested or not self._nested])
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
+        return self._choice().get_metavar(param, ctx)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == LINEAR and not self._nested else self._choice().convert(value, param, ctx)
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
@@ -46,8 +97,8 @@ def show_methods(context: click.Context, _: click.Parameter, wanted: bool) -> No
     """Print the table of methods and stop."""
     if not wanted:
         return
-    width = max(map(len, METHODS))
-    for row in METHODS.values():
+    width = max(map(len, _table()))
+    for row in _table().values():
         click.echo(f"{row.name:<{width}}  {row.summary}")
         for parameter in row.parameters:
             default = "" if parameter.default is None else f" [{parameter.default}]"
@@ -70,5 +121,5 @@ def methods_flag(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-NAMES = click.Choice(list(METHODS))
-SPACES = click.Choice([row.name for row in METHODS.values() if row.nested])
+NAMES = MethodName()
+SPACES = MethodName(nested=True)

@@ -7,6 +7,7 @@ that changed nothing) make a loop, which is shown once and not followed.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class Edge:
 
 @dataclass(frozen=True)
 class Lineage:
-    """All ancestors and descendants of ``root`` (a node key); ``cut`` when there were more than 2000 nodes."""
+    """All ancestors and descendants of ``root`` (a node key); ``cut`` when there were more nodes than asked for."""
 
     root: str
     nodes: tuple[Node, ...]
@@ -68,8 +69,11 @@ class Lineage:
         }
 
 
-def lineage(ref: str, *, up: bool = True, down: bool = True, home: Path | None = None) -> Lineage:
-    """The lineage of a version; every record that takes part is read from its file and checked.
+def lineage(
+    ref: str, *, up: bool = True, down: bool = True, most: int = _MAX_NODES, home: Path | None = None
+) -> Lineage:
+    """The lineage of a version, at most ``most`` nodes and the nearest first; every record that takes part is read from
+    its file and checked.
 
     Raises:
         NotFound, UsageError: as for any reference.
@@ -77,7 +81,7 @@ def lineage(ref: str, *, up: bool = True, down: bool = True, home: Path | None =
     """
     at = open_home(home)
     record = resolve.find(at, ref)
-    return index.ask(at, lambda found: _Walk(at, found).run(record, up, down))
+    return index.ask(at, lambda found: _Walk(at, found, most).run(record, up, down))
 
 
 def parents_of(record: Record) -> tuple[Parent, ...]:
@@ -88,8 +92,9 @@ def parents_of(record: Record) -> tuple[Parent, ...]:
 
 
 class _Walk:
-    def __init__(self, home: Home, found: Index) -> None:
+    def __init__(self, home: Home, found: Index, most: int) -> None:
         self.home = home
+        self.most = most
         self.index = found
         self.nodes: dict[str, Node] = {}
         self.edges: dict[tuple[str, str, str, str], Edge] = {}
@@ -105,9 +110,9 @@ class _Walk:
         return Lineage(root, tuple(self.nodes.values()), tuple(self.edges.values()), self.cut)
 
     def _up(self, row: Row, seen: set[str]) -> None:
-        todo = [row]
+        todo = deque([row])
         while todo:
-            here = todo.pop()
+            here = todo.popleft()
             if here.digest in seen or self._full():
                 continue
             seen.add(here.digest)
@@ -119,17 +124,17 @@ class _Walk:
                     todo += rows[:1]
 
     def _down(self, row: Row, seen: set[str]) -> None:
-        todo = [row]
+        todo = deque([row])
         while todo:
-            here = todo.pop()
+            here = todo.popleft()
             if here.content in seen or self._full():
                 continue
             seen.add(here.content)
             for child in self.index.children(here):
-                record = self._record(child)
+                record = None if self._full() else self._record(child)
                 if record is None:
                     continue
-                self._node(child)
+                self._child(child)
                 for parent in parents_of(record):
                     rows = self._parent_rows(parent)
                     if any(found.content == here.content for found in rows):
@@ -137,7 +142,7 @@ class _Walk:
                 todo.append(child)
 
     def _full(self) -> bool:
-        self.cut = self.cut or len(self.nodes) >= _MAX_NODES
+        self.cut = self.cut or len(self.nodes) >= self.most
         return self.cut
 
     def _records(self, row: Row) -> list[Record]:
@@ -169,10 +174,16 @@ class _Walk:
             others = rows if rows is not None else self.index.by_content(row.content)
             names = [f"{other.name}@{other.version}" for other in (row, *others) if other.content == row.content]
             refs = tuple(dict.fromkeys(names))
+            aliases = tuple(dict.fromkeys(alias for other in (row, *others) for alias in other.aliases))
             self.nodes[row.content] = Node(
-                row.content, refs[0], row.kind, row.method, refs, row.aliases, row.digest, row.hidden
+                row.content, refs[0], row.kind, row.method, refs, aliases, row.digest, row.hidden
             )
         return row.content
+
+    def _child(self, row: Row) -> None:
+        """The node of what was made: its newest version in sight first, since later ones carry more evidence."""
+        same = [other for other in self.index.by_content(row.content) if other.name == row.name]
+        self._node(max(same, key=lambda other: (not other.hidden, other.version), default=row))
 
     def _unregistered(self, parent: Parent) -> str:
         identity = parent.identity

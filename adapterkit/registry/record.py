@@ -21,6 +21,7 @@ from functools import cached_property
 from typing import Any
 
 from adapterkit._version import __version__
+from adapterkit.checkpoint.folder import RECORD
 from adapterkit.errors import AdapterkitError, RegistryError
 from adapterkit.registry import verification
 from adapterkit.registry.canonical import canonical, freeze, parse, sha256, thaw
@@ -29,7 +30,7 @@ from adapterkit.registry.names import check_commit, check_name, check_path, chec
 
 SCHEMA = 1
 TYPE = "adapterkit.record"
-BESIDE = "adapterkit.json"
+BESIDE = RECORD
 # Prose, signatures and the record itself: they change when an artefact is published, and it stays the same artefact.
 NOT_CONTENT = frozenset({BESIDE, "adapterkit.intoto.json", "README.md", ".gitattributes", "model.sig"})
 KINDS = {

@@ -123,7 +123,7 @@ def test_show_and_the_card_say_it_in_words(home: Path, make) -> None:  # type: i
     shown = CliRunner().invoke(app, ["show", "math"]).output
     said = "held: kl 0.001235 (limit 0.01), top1 0.998 (limit 0.99); adapterkit"
     assert said in shown
-    assert re.search(r"verification: tensor +held: tensors 42, max_abs 0; 2026-01-31, adapterkit", shown)
+    assert re.search(r"verification: tensor +held: max_abs 0, tensors 42; 2026-01-31, adapterkit", shown)
     assert "kept 0.9877" in shown
     text = card(verbs.show("math").record, "org/math", None, "README.md").decode()
     assert "| verification: model | held: kl 0.001235 (limit 0.01)" in text

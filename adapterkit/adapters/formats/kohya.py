@@ -16,7 +16,7 @@ import struct
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.config import AdapterConfig
+from adapterkit.adapters.config import FLAT, AdapterConfig
 from adapterkit.checkpoint.tensor import Renamed
 from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from adapterkit.adapters.names import Names
     from adapterkit.checkpoint.tensor import Stored, Tensor
 
-FLAT = "flat_module_names"
 _PART = re.compile(r"^(?:lora|lycoris)_(?:te\d*_|unet_|transformer_|llm_)?")
 # Leads that a text encoder's modules have in one version of its classes and not in another.
 _LEADS = ("text_model_", "model_", "transformer_", "model_language_model_", "language_model_", "encoder_")
@@ -137,13 +136,11 @@ def _number(tensor: Stored, where: str) -> float:
 
 
 def unflattened(adapter: Adapter, names: Names) -> Adapter:
-    """The adapter with its flat module names resolved against a base; any other adapter as it is.
+    """The adapter with its flat module names resolved against a base.
 
     Raises:
         TargetError: a name stands for no module of the base, or for several.
     """
-    if not adapter.config.get(FLAT):
-        return adapter
     known: dict[str, set[str]] = {}
     for parameter in names.parameters():
         module = parameter.rpartition(".")[0]

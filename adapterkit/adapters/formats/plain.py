@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from adapterkit.adapters.config import FLAT
 from adapterkit.adapters.edits import check_config, group_modules
-from adapterkit.adapters.formats.kohya import FLAT, unflattened
 from adapterkit.adapters.methods import lora
 from adapterkit.adapters.names import Names
 from adapterkit.errors import UsageError
@@ -71,6 +71,8 @@ def resolved(adapter: Adapter, base: Checkpoint | None) -> Adapter:
         return adapter
     if base is None:
         raise UsageError(f"{adapter.ref} names modules without dots, which only a base can tell", "name it with --base")
+    from adapterkit.adapters.formats.kohya import unflattened
+
     return unflattened(adapter, Names(base.shapes, base.config))
 
 

@@ -1,0 +1,182 @@
+"""What is done with an output once it is there: verified, registered, pushed. In this order, each only if the one before
+it held, and none again for the same bytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from adapterkit.errors import CheckFailed, RecipeError
+from adapterkit.recipe.carry import How, Pins, opened_as
+from adapterkit.recipe.parse import RecipeFile
+from adapterkit.recipe.state import Made, State, key_of
+from adapterkit.recipe.steps import CONVERT, Step
+
+VERIFY, REGISTER, PUSH = "verify", "register", "push"
+# kind of a registered conversion, by its form; a merge and a combination say it in the record beside them
+_KINDS = {"gguf": "converted", "gguf-lora": "converted", "peft": "adapter", "mlx": "adapter"}
+
+Task = tuple[str, str, Callable[[], dict[str, Any]]]
+
+
+def words(step: Step) -> tuple[str, ...]:
+    """What is done after a step, for a plan."""
+    found = []
+    verify, register, push = step.verify, step.asked.register, step.asked.push
+    if verify is not None:
+        limits = [
+            f"{name.replace('_', '-')} {value:g}"
+            for name in ("max_kl", "min_top1", "min_retention")
+            if (value := getattr(verify, name)) is not None
+        ]
+        page = [f"a page in {verify.html}"] if verify.html is not None else []
+        found.append(", ".join([f"verify {verify.level}", *limits, *page]))
+    if register is not None:
+        found.append(f"register as {register.name}{f', alias {register.alias}' if register.alias else ''}")
+    if push is not None:
+        tag = f", tag {push.tag}" if push.tag else ""
+        found.append(f"push to {push.repo}{' (private)' if push.private else ''}{tag}")
+    return tuple(found)
+
+
+def check(file: RecipeFile, steps: tuple[Step, ...]) -> None:
+    """Names of the registry and the Hub, before anything is made.
+
+    Raises:
+        RecipeError, UnsafeError, UsageError: one that cannot be.
+    """
+    from adapterkit.recipe.steps import located
+    from adapterkit.registry.names import check_alias, check_name, is_repo
+    from adapterkit.secrets import check_public
+
+    for step in steps:
+        register, push = step.asked.register, step.asked.push
+        at = ("outputs", step.name)
+        if register is not None:
+            with located(file, *at, "register"):
+                check_name(register.name)
+                if register.alias is not None:
+                    check_alias(register.alias)
+                for key, value in register.meta.items():
+                    check_public(f"{key}={value}", f"the metadata '{key}'")
+        if push is None:
+            continue
+        if not is_repo(push.repo) or "/" not in push.repo:
+            file.fail((*at, "push"), f"'{push.repo}' is not a repository", "give it as org/name")
+        if push.tag is not None and not re.fullmatch(r"[\w][\w./-]{0,127}", push.tag):
+            file.fail((*at, "push", "tag"), f"'{push.tag}' cannot be a tag", "use letters, digits, '.', '_', '-'")
+        if step.is_file and register is None:
+            hint = f'add register = "NAME" to outputs.{step.name}'
+            file.fail((*at, "push"), "a file is pushed from the registry", hint)
+
+
+class After:
+    """Runs what follows the steps of one build.
+
+    Args:
+        note: told of what happens.
+    """
+
+    def __init__(self, file: RecipeFile, state: State, pins: Pins, how: How, note: Callable[[str], None]) -> None:
+        self._file, self._state, self._pins, self._how, self._note = file, state, pins, how, note
+
+    def run(self, step: Step, origin: Step, made: Made, report: Mapping[str, Any] | None) -> Made:
+        """Do what is left to do for an output; gives what is known of it then, which is saved at once.
+
+        Args:
+            step: that made it.
+            origin: the merge at its root, for a conversion.
+            report: of the verb, where it ran now.
+
+        Raises:
+            CheckFailed: a threshold does not hold; nothing after it is done.
+        """
+        done: dict[str, Mapping[str, Any]] = dict(made.after)
+        for name, key, task in self._tasks(step, origin, made, report, done):
+            if done.get(name, {}).get("key") != key:
+                done[name] = {"key": key, **task()}
+                made = Made(made.key, made.path, made.files, dict(done))
+                self._state.made[step.name] = made
+                self._state.save()
+        wanted = {VERIFY: step.verify, REGISTER: step.asked.register, PUSH: step.asked.push}
+        kept = {name: value for name, value in done.items() if wanted[name] is not None}
+        return Made(made.key, made.path, made.files, kept)
+
+    def _tasks(
+        self, step: Step, origin: Step, made: Made, report: Mapping[str, Any] | None, done: Mapping[str, Any]
+    ) -> Iterator[Task]:
+        verify, register, push = step.verify, step.asked.register, step.asked.push
+        if verify is not None:
+            prompts = None if verify.prompts is None else self._state.sha256(self._file.folder / verify.prompts)
+            key = key_of([made.digest, asdict(verify), prompts])
+            yield VERIFY, key, lambda: self._verify(step, report)
+        if register is not None:
+            key = key_of([made.digest, asdict(register), done.get(VERIFY, {}).get("key")])
+            yield REGISTER, key, lambda: self._register(step, done)
+        if push is not None:
+            key = key_of([made.digest, asdict(push), done.get(REGISTER, {}).get("ref")])
+            yield PUSH, key, lambda: self._push(step, done)
+
+    def _verify(self, step: Step, report: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What survived of the change, measured while it was written, against the recipe.
+
+        Raises:
+            CheckFailed: less than it asks for.
+            RecipeError: more than this was asked.
+        """
+        asked = step.verify
+        found = None if report is None else report.get("fidelity")
+        if asked is None or asked.min_retention is None or asked.level != "tensors" or found is None:
+            raise RecipeError(
+                "a build holds min-retention of merges at level tensors so far", "verify the rest by hand"
+            )
+        if found["retention"] < asked.min_retention:
+            raise CheckFailed(
+                f"{found['retention']:.1%} of the change survives, and the recipe asks for {asked.min_retention:.1%}",
+                "write more bits, or ask for less",
+            )
+        return {"summary": f"{found['retention']:.1%} of the change survives in {found['format']}"}
+
+    def _register(self, step: Step, done: Mapping[str, Any]) -> dict[str, Any]:
+        from adapterkit.register import register
+        from adapterkit.registry import verbs
+
+        asked = step.asked.register
+        assert asked is not None
+        converted = step.verb == CONVERT
+        found = register(
+            step.out,
+            asked.name,
+            base=opened_as(step.base, self._pins) if converted and step.base is not None else None,
+            base_id=asked.base_id if converted and step.base is not None else "",
+            kind=_KINDS[step.to] if converted else "",
+            meta=asked.meta,
+        )
+        record = found.record
+        self._note(f"{step.name}: {record.ref}{'' if found.new else ', was there already'}")
+        if asked.alias is not None:
+            verbs.tag(record.ref, asked.alias)
+        return {"ref": record.ref, "digest": record.digest, "new": found.new, "alias": asked.alias}
+
+    def _push(self, step: Step, done: Mapping[str, Any]) -> dict[str, Any]:
+        from adapterkit.hub.push import push
+
+        asked = step.asked.push
+        assert asked is not None
+        ref = done[REGISTER]["ref"] if REGISTER in done else str(step.out)
+        found = push(
+            ref, asked.repo, private=asked.private, tag=asked.tag, create_pr=asked.create_pr, base_id=asked.base_id
+        )
+        self._note(f"{step.name}: {found.pull_request or found.url}")
+        return {"repo": found.repo, "commit": found.commit, "url": found.pull_request or found.url, "new": found.new}
+
+
+def in_folder(path: Path, folder: Path) -> str:
+    """A path as the recipe would write it."""
+    try:
+        return path.relative_to(folder).as_posix()
+    except ValueError:
+        return str(path)

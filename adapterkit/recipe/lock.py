@@ -1,0 +1,272 @@
+"""``adapterkit.lock``: what a recipe's references meant, byte for byte, and what was made of them.
+
+A Hub id is pinned by its commit, a registry name by its version, a path by the sha256 of its files. Versions of what
+computes are pinned too, and the digests of the outputs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapterkit._version import __version__
+from adapterkit.checkpoint.folder import ADAPTER_CONFIG, INDEX, SINGLE, read_index, side_names
+from adapterkit.checkpoint.listing import LocalFolder
+from adapterkit.checkpoint.open import locate, parse_hub
+from adapterkit.errors import CheckFailed, NotFound, RecipeError
+from adapterkit.recipe.parse import RecipeFile, shown
+from adapterkit.recipe.state import State, digest_of, key_of, write_whole
+from adapterkit.recipe.steps import Input, Step, located
+
+FORMAT = 1
+TORCH = ("torch", "numpy")
+GGUF_TOO = ("numba", "llvmlite", "xllamacpp")  # what encodes K-quants and i-quants
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """What a reference means now.
+
+    Attributes:
+        ref: as the recipe says it.
+        kind: ``path``, ``registry`` or ``hub``.
+        pin: ``org/name@commit``, ``name@version``, or the path itself.
+        files: sha256 of what is read, by name; empty where the pin says it all.
+    """
+
+    ref: str
+    kind: str
+    pin: str
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """What decides the bytes that are read; a path's name does not."""
+        return digest_of(self.files) if self.files else key_of(self.pin)
+
+
+@dataclass(frozen=True)
+class Locked:
+    """An output as it was made."""
+
+    path: str
+    digest: str
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Lock:
+    """The content of a lock file.
+
+    Attributes:
+        recipe: digest of what the recipe says; comments and layout do not count.
+        versions: of what computes.
+        inputs: by the key of the recipe that names them.
+        outputs: by name.
+        machine: on which kind of processor they were made; another one may round the last bit of float32 otherwise.
+    """
+
+    recipe: str
+    versions: Mapping[str, str]
+    inputs: Mapping[str, Pinned]
+    outputs: Mapping[str, Locked] = field(default_factory=dict)
+    machine: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def lock_path(recipe: Path) -> Path:
+    """The lock of a recipe: ``adapterkit.lock``, or ``NAME.lock`` of another ``NAME.toml``."""
+    return recipe.with_name("adapterkit.lock" if recipe.name == "pyproject.toml" else f"{recipe.stem}.lock")
+
+
+def read_lock(path: Path) -> Lock | None:
+    """A lock, or None where there is none.
+
+    Raises:
+        RecipeError: it is damaged, or of another version.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+        if data.pop("format") != FORMAT:
+            raise RecipeError(f"{path} is of another version of adapterkit", "build without --locked to write it anew")
+        inputs = {name: Pinned(**entry) for name, entry in data.pop("inputs").items()}
+        outputs = {name: Locked(**entry) for name, entry in data.pop("outputs").items()}
+        return Lock(inputs=inputs, outputs=outputs, **data)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        hint = "restore it, or delete it and build without --locked"
+        raise RecipeError(f"{path} is not a lock file, or a damaged one", hint, (str(path), 1)) from None
+
+
+def write_lock(path: Path, lock: Lock) -> bool:
+    """Write a lock where it says something new; whether it did."""
+    data = lock.to_json().encode()
+    if path.is_file() and path.read_bytes() == data:
+        return False
+    write_whole(path, data)
+    return True
+
+
+class Resolver:
+    """Finds out what references mean; each is looked up once.
+
+    Args:
+        file: the recipe.
+        state: remembers hashes.
+        locked: pins to use in the place of what a Hub branch or an alias means today.
+    """
+
+    def __init__(self, file: RecipeFile, state: State, locked: Lock | None = None) -> None:
+        self._file, self._state, self._locked = file, state, locked
+        self._known: dict[tuple[str, bool], Pinned] = {}
+
+    def pinned(self, one: Input) -> Pinned:
+        """What an input of a step means.
+
+        Raises:
+            NotFound, AuthError, HubError, RegistryError
+        """
+        adapter = one.place[0] == "adapters"
+        if (one.ref, adapter) not in self._known:
+            with located(self._file, *one.place):
+                self._known[one.ref, adapter] = self._look(one, adapter)
+        return self._known[one.ref, adapter]
+
+    def _look(self, one: Input, adapter: bool) -> Pinned:
+        if one.path is not None:
+            files = read_files(one.path, adapter=adapter)
+            return Pinned(one.ref, "path", one.ref, self._state.hash_files(files))
+        before = self._locked.inputs.get(shown(one.place)) if self._locked is not None else None
+        ref = before.pin if before is not None and before.ref == one.ref and before.kind != "path" else one.ref
+        if "/" not in one.ref:
+            from adapterkit.register import registered
+
+            record = registered(ref)
+            if record is None:
+                raise NotFound(f"{ref} is not in the registry", "register or pull it first")
+            return Pinned(one.ref, "registry", record.ref, {file.path: file.sha256 for file in record.files})
+        hub = parse_hub(ref)
+        assert hub is not None
+        commit = hub.revision if hub.revision and len(hub.revision) == 40 else locate(ref, headers_only=True).commit
+        whole = f"{hub.repo}/{hub.subfolder}" if hub.subfolder else hub.repo
+        return Pinned(one.ref, "hub", f"{whole}@{commit}")
+
+
+def read_files(path: Path, *, adapter: bool = False) -> dict[str, Path]:
+    """The files of a path that a step reads: weights, config, and what travels with them; no pickle, no training state."""
+    if path.is_file():
+        beside = path.with_name("config.json")
+        with_config = path.suffix == ".safetensors" and not adapter and beside.is_file()
+        return {path.name: path, **({"config.json": beside} if with_config else {})}
+    listing = LocalFolder(path)
+    loose = {name for name in listing.names if name.endswith(".safetensors") and "/" not in name}
+    weights = loose
+    if ADAPTER_CONFIG not in listing.names:
+        weights = {SINGLE} if SINGLE in loose else loose
+        if SINGLE not in loose and INDEX in listing.names:
+            weights = {INDEX, *read_index(listing, INDEX).values()} & listing.names
+    names = {*weights, *side_names(listing.names, weights), *({ADAPTER_CONFIG} & listing.names)}
+    return {name: path / name for name in names if (path / name).is_file()}
+
+
+def versions(steps: Sequence[Step]) -> dict[str, str]:
+    """Versions of what computes the outputs; nothing of it is imported."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    names = [*TORCH, *(GGUF_TOO if any(step.to == "gguf" for step in steps) else ())]
+    found = {"adapterkit": __version__}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def recipe_digest(file: RecipeFile) -> str:
+    """A digest of what the recipe says."""
+    return key_of(asdict(file.recipe))
+
+
+def check_locked(path: Path, before: Lock | None, now: Lock) -> None:
+    """Hold what is there now against a lock.
+
+    Raises:
+        NotFound: there is no lock.
+        CheckFailed: something moved; the sentence names it.
+    """
+    if before is None:
+        raise NotFound(f"{path} does not exist", "build once without --locked and commit the lock")
+    moved = []
+    if before.recipe != now.recipe:
+        moved.append("the recipe changed")
+    for name in sorted(before.versions.keys() | now.versions.keys()):
+        old, new = before.versions.get(name, "none"), now.versions.get(name, "none")
+        if old != new:
+            moved.append(f"{name} {old} -> {new}")
+    for name, one in now.inputs.items():
+        moved += _moved(name, before.inputs.get(name), one)
+    if moved:
+        more = f" (and {len(moved) - 4} more)" if len(moved) > 4 else ""
+        raise CheckFailed(
+            f"{path} is of something else: {'; '.join(moved[:4])}{more}",
+            "restore it, or build without --locked to move the lock",
+            (str(path), 1),
+        )
+
+
+def _moved(name: str, before: Pinned | None, now: Pinned) -> list[str]:
+    if before is None:
+        return [f"{name} is not in it"]
+    if before.kind != now.kind:
+        return [f"{name} was a {before.kind} and is a {now.kind}"]
+    if before.kind != "path" and before.pin != now.pin:
+        return [f"{name} {before.pin} -> {now.pin}"]
+    found = []
+    for file in sorted(before.files.keys() | now.files.keys()):
+        old, new = before.files.get(file, ""), now.files.get(file, "")
+        if old != new:
+            how = "is gone" if not new else "is new" if not old else f"changed ({old[:12]} -> {new[:12]})"
+            found.append(f"{now.ref}/{file} {how}")
+    return found
+
+
+def check_outputs(path: Path, before: Lock, outputs: Mapping[str, Locked], machine: str) -> list[str]:
+    """Hold what was made against a lock; notes where another kind of processor made it.
+
+    Raises:
+        CheckFailed: an output has other bytes than the lock says, on the same kind of processor.
+    """
+    notes = []
+    for name, made in outputs.items():
+        said = before.outputs.get(name)
+        if said is None or said.digest == made.digest:
+            continue
+        file = next((f for f, digest in made.files.items() if said.files.get(f) != digest), "a file that is gone")
+        what = f"outputs.{name} has other bytes than {path.name} says, first in {file}"
+        if machine and before.machine and machine != before.machine:
+            notes.append(f"{what}: it was made on {before.machine}, and this is {machine}")
+            continue
+        hint = "build without --locked to see what changed, and look at the versions of what computes"
+        raise CheckFailed(what, hint, (str(path), 1))
+    return notes
+
+
+def machine() -> str:
+    """The kind of processor, as far as it decides how float32 is rounded."""
+    import platform
+
+    import torch
+
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def as_json(pins: Mapping[str, Pinned]) -> dict[str, Any]:
+    """Pins for a report."""
+    return {name: asdict(pin) for name, pin in pins.items()}

@@ -1,0 +1,372 @@
+"""A recipe is planned and carried out: what is unchanged stays, outputs of one fold are written in one pass."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from adapterkit.checkpoint.plan import BASELINE_MEMORY, WORKER_MEMORY, default_jobs
+from adapterkit.recipe import after
+from adapterkit.recipe.after import After, in_folder
+from adapterkit.recipe.carry import (
+    How,
+    combine_step,
+    convert_step,
+    plan_convert_step,
+    plan_merge_step,
+    settings,
+    wanted_merge,
+    write_merges,
+)
+from adapterkit.recipe.lock import (
+    Lock,
+    Locked,
+    Pinned,
+    Resolver,
+    check_locked,
+    check_outputs,
+    lock_path,
+    machine,
+    read_lock,
+    recipe_digest,
+    versions,
+    write_lock,
+)
+from adapterkit.recipe.parse import RecipeFile, read_recipe, shown
+from adapterkit.recipe.report import AGAIN, NEW, UNCHANGED, BuildPlan, BuildReport, BuiltOutput, PlannedOutput
+from adapterkit.recipe.state import Made, State, key_of, output_files
+from adapterkit.recipe.steps import COMBINE, CONVERT, MERGE, Input, Step, located, steps_of
+
+Note = Callable[[str], None]
+
+
+def plan_build(recipe: str | Path | None = None, *, locked: bool = False, jobs: int | None = None) -> BuildPlan:
+    """Everything that `build` will do, from headers alone: no tensor is read, nothing is written.
+
+    Args:
+        recipe: the file; by default ``adapterkit.toml``, else ``pyproject.toml``, here.
+        locked: hold it against the lock, and use what that pins.
+        jobs: worker threads, for the estimate of memory.
+
+    Raises:
+        RecipeError, CheckFailed, NotFound, CheckpointError, AdapterError, TargetError, UnsafeError, AuthError, HubError
+    """
+    work = _Build(read_recipe(recipe), locked=locked)
+    return work.plan(jobs or default_jobs())
+
+
+def build(
+    recipe: str | Path | None = None,
+    *,
+    locked: bool = False,
+    jobs: int | None = None,
+    force: bool = False,
+    resume: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    note: Note = lambda text: None,
+) -> BuildReport:
+    """Carry out a recipe: make what is not there or was made from something else, then verify, register and push it.
+
+    Args:
+        recipe, locked: see `plan_build`; without ``locked`` the lock is written anew.
+        jobs: worker threads; the output bytes do not depend on it.
+        force: replace outputs that this recipe did not make, or that were changed since.
+        resume: continue an interrupted run, and leave the same behind if interrupted.
+        progress: called now and then with bytes done and bytes in all.
+        note: told what happens.
+
+    Raises:
+        CheckFailed: something moved that the lock holds, or a threshold of a verification does not hold.
+        OutputError: an output is there that the recipe did not make.
+        RecipeError, NotFound, CheckpointError, AdapterError, TargetError, UnsafeError, AuthError, HubError
+    """
+    work = _Build(read_recipe(recipe), locked=locked)
+    return work.run(How(jobs, resume, progress), force=force, note=note)
+
+
+class _Build:
+    """A recipe with everything that is known of it before a byte is written."""
+
+    def __init__(self, file: RecipeFile, *, locked: bool) -> None:
+        self.file, self.locked = file, locked
+        self.steps = steps_of(file)
+        after.check(file, self.steps)
+        self.by_name = {step.name: step for step in self.steps}
+        self.state = State(file.path)
+        self.lock_file = lock_path(file.path)
+        self.before = read_lock(self.lock_file) if locked else None
+        self.versions = versions(self.steps)
+        self.resolver = Resolver(file, self.state, self.before)
+        self.pins: dict[str, Pinned] = {}
+        if locked:
+            check_locked(self.lock_file, self.before, self._lock({}))
+
+    # ------------------------------------------------------------------ what is there
+
+    def _lock(self, outputs: Mapping[str, Made], machine: str = "") -> Lock:
+        for step in self.steps:
+            self._pin(step)
+        made = {name: Locked(one.path, one.digest, one.files) for name, one in outputs.items()}
+        pins = dict(sorted(self.pins.items()))
+        return Lock(recipe_digest(self.file), self.versions, pins, made, machine)
+
+    def _pin(self, step: Step) -> None:
+        for one in step.inputs:
+            if one.output is None and shown(one.place) not in self.pins:
+                self.pins[shown(one.place)] = self.resolver.pinned(one)
+
+    def _key(self, step: Step, digests: Mapping[str, str]) -> str | None:
+        """What decides the bytes of a step; None while something that it needs is not made yet."""
+        self._pin(step)
+        inputs = []
+        roles = (("base", step.base), ("base16", step.base16), ("source", step.source), ("imatrix", step.imatrix))
+        for role, one in [*roles, *(("adapter", adapter) for adapter in step.adapters)]:
+            if one is None:
+                continue
+            if one.output is not None and one.output not in digests:
+                return None
+            digest = digests[one.output] if one.output is not None else self.pins[shown(one.place)].digest
+            inputs.append([role, self._label(one), digest, one.weight])
+        date = os.environ.get("SOURCE_DATE_EPOCH", "")
+        return key_of({**settings(step), "inputs": inputs, "versions": self.versions, "date": date})
+
+    def _label(self, one: Input) -> str:
+        """The name that a record of the output gives it."""
+        return one.path.resolve().name if one.path is not None else self.pins[shown(one.place)].pin
+
+    def _known(self, step: Step) -> Made | None:
+        """What this recipe made there before, if it lies there as it was made."""
+        made = self.state.made.get(step.name)
+        if made is None or made.path != in_folder(step.out, self.file.folder) or not os.path.lexists(step.out):
+            return None
+        return made if self.state.is_there(made, self.file.folder) else None
+
+    def _state(self, step: Step, digests: Mapping[str, str]) -> tuple[str, str, Made | None]:
+        """Whether there is something to do, why, and what is there."""
+        made = self._known(step)
+        if made is None:
+            there = os.path.lexists(step.out) or bool(self.state.made.get(step.name))
+            changed = there and step.name in self.state.made and os.path.lexists(step.out)
+            return NEW, "changed since it was made" if changed else "not made yet", None
+        key = self._key(step, digests)
+        if key == made.key:
+            return UNCHANGED, "as it was made", made
+        waits = [name for name in step.needs if name not in digests]
+        why = f"when {waits[0]} is there" if waits else "made from something else"
+        return AGAIN, why, made
+
+    def _origin(self, step: Step) -> Step:
+        """The merge at the root of a chain of conversions."""
+        while step.verb == CONVERT and step.source is not None and step.source.output is not None:
+            step = self.by_name[step.source.output]
+        return step
+
+    # ------------------------------------------------------------------ plan
+
+    def plan(self, jobs: int) -> BuildPlan:
+        digests: dict[str, str] = {}
+        states = {}
+        for step in self.steps:
+            state, why, made = self._state(step, digests)
+            states[step.name] = (state, why)
+            if state == UNCHANGED and made is not None:
+                digests[step.name] = made.digest
+        groups = _groups([step for step in self.steps if states[step.name][0] != UNCHANGED])
+        abreast = {name: group for group in groups for name in group}
+        rows = []
+        for step in self.steps:
+            self._pin(step)
+            group = tuple(name for name in abreast.get(step.name, ()) if name != step.name)
+            rows.append(self._row(step, *states[step.name], group, jobs))
+        made_now = {row.name: row for row in rows if row.state != UNCHANGED}
+        peak = max((_abreast([made_now[name] for name in group], jobs) for group in groups), default=0)
+        nbytes = sum(row.nbytes or 0 for row in made_now.values())
+        return BuildPlan(str(self.file.path), str(self.lock_file), self.locked, tuple(rows), len(groups), nbytes, peak)
+
+    def _row(self, step: Step, state: str, why: str, group: tuple[str, ...], jobs: int) -> PlannedOutput:
+        about: dict[str, Any] = {}
+        waits = any(one.output is not None and not one.path.exists() for one in step.inputs if one.path is not None)
+        with located(self.file, "outputs", step.name):
+            if step.verb == MERGE and not waits:
+                merge = plan_merge_step(step, self.pins, jobs=jobs)
+                report = merge.report(step.out)
+                about = {
+                    "files": report.files,
+                    "nbytes": report.nbytes,
+                    "peak_memory": merge.plan.peak_memory,
+                    "tensors": report.tensors,
+                    "touched": report.touched,
+                    "notes": report.notes,
+                }
+            elif step.verb == CONVERT and not waits:
+                conversion = plan_convert_step(step, self.pins, jobs=jobs)
+                made = conversion.report(step.out)
+                about = {
+                    "files": made.files,
+                    "nbytes": made.nbytes,
+                    "peak_memory": conversion.peak_memory,
+                    "tensors": made.tensors,
+                    "notes": made.notes,
+                }
+        return PlannedOutput(
+            name=step.name,
+            verb=step.verb,
+            to=step.to,
+            out=str(step.out),
+            state=state,
+            why=why,
+            reads=tuple(_reads(one) for one in step.inputs),
+            abreast=group,
+            then=after.words(step),
+            **about,
+        )
+
+    # ------------------------------------------------------------------ run
+
+    def run(self, how: How, *, force: bool, note: Note) -> BuildReport:
+        started = time.monotonic()
+        made: dict[str, Made] = {}
+        reports: dict[str, Mapping[str, Any]] = {}
+        states: dict[str, str] = {}
+        passes, notes = 0, []
+        for step in self.steps:
+            self._pin(step)
+        for step in self.steps:
+            if step.name in made:
+                continue
+            digests = {name: one.digest for name, one in made.items()}
+            state, why, there = self._state(step, digests)
+            if state == UNCHANGED and there is not None:
+                made[step.name], states[step.name] = there, UNCHANGED
+            else:
+                group = self._beside(step, made, digests)
+                note(f"{', '.join(one.name for one in group)}: {why}")
+                passes += 1
+                for one, report in zip(group, self._make(group, digests, how, force=force), strict=True):
+                    states[one.name] = NEW if one.name not in self.state.made else AGAIN
+                    made[one.name] = self._note_made(one, report, digests)
+                    reports[one.name] = report
+                if self.before is not None:
+                    fresh = {one.name: made[one.name] for one in group}
+                    notes += check_outputs(self.lock_file, self.before, self._locked(fresh), machine())
+        follow = After(self.file, self.state, self.pins, how, note)
+        for step in self.steps:
+            with located(self.file, "outputs", step.name):
+                made[step.name] = follow.run(step, self._origin(step), made[step.name], reports.get(step.name))
+            self.state.made[step.name] = made[step.name]
+        self._forget(made)
+        if self.before is not None and not passes:
+            notes += check_outputs(self.lock_file, self.before, self._locked(made), "")
+        written = False
+        if not self.locked:
+            kind = machine() if passes else self._machine_before()
+            written = write_lock(self.lock_file, self._lock(made, kind))
+        return BuildReport(
+            recipe=str(self.file.path),
+            lock=str(self.lock_file),
+            locked=self.locked,
+            outputs=tuple(self._built(step, states[step.name], made[step.name], reports) for step in self.steps),
+            changed=sum(state != UNCHANGED for state in states.values()),
+            passes=passes,
+            lock_written=written,
+            seconds=time.monotonic() - started,
+            peak_memory=_peak_memory(),
+            notes=tuple(notes),
+        )
+
+    def _beside(self, step: Step, made: Mapping[str, Made], digests: Mapping[str, str]) -> list[Step]:
+        """The step, and the merges of the same fold that have to be made too."""
+        if step.verb != MERGE:
+            return [step]
+        later = [one for one in self.steps if one.name not in made and one.name != step.name]
+        same = [one for one in later if one.verb == MERGE and one.fold() == step.fold()]
+        return [step, *(one for one in same if self._state(one, digests)[0] != UNCHANGED)]
+
+    def _make(
+        self, group: Sequence[Step], digests: Mapping[str, str], how: How, *, force: bool
+    ) -> list[dict[str, Any]]:
+        # What this recipe made and nobody touched since may be replaced without asking.
+        replace = [force or self._known(one) is not None for one in group]
+        step = group[0]
+        if step.verb == MERGE:
+            wanted = []
+            for one, again in zip(group, replace, strict=True):
+                with located(self.file, "outputs", one.name):
+                    wanted.append(wanted_merge(one, self.pins, how, force=again))
+            with located(self.file, "outputs", step.name):
+                found = write_merges(wanted, how)
+        else:
+            with located(self.file, "outputs", step.name):
+                make = combine_step if step.verb == COMBINE else convert_step
+                found = [make(step, self.pins, how, force=replace[0])]
+        return [asdict(report) for report in found]
+
+    def _note_made(self, step: Step, report: Mapping[str, Any], digests: Mapping[str, str]) -> Made:
+        key = self._key(step, digests)
+        assert key is not None
+        names = (*report.get("files", ()), f"{step.out.name}.adapterkit.json")
+        files = output_files(step.out, names) if step.is_file or step.out.is_dir() else {}
+        before = self.state.made.get(step.name)
+        if before is not None and step.is_file and before.path == in_folder(step.out, self.file.folder):
+            for name in set(before.files) - set(files):  # parts of a set that had more of them
+                (step.out.parent / name).unlink(missing_ok=True)
+        one = Made(key, in_folder(step.out, self.file.folder), self.state.hash_files(files))
+        self.state.made[step.name] = one
+        self.state.save()
+        return one
+
+    def _locked(self, made: Mapping[str, Made]) -> dict[str, Locked]:
+        return {name: Locked(one.path, one.digest, one.files) for name, one in made.items()}
+
+    def _machine_before(self) -> str:
+        before = read_lock(self.lock_file)
+        return "" if before is None else before.machine
+
+    def _forget(self, made: Mapping[str, Made]) -> None:
+        """Drop what is known of outputs that the recipe makes no more; the files stay."""
+        self.state.made = {name: one for name, one in self.state.made.items() if name in made}
+        self.state.save()
+
+    def _built(self, step: Step, state: str, made: Made, reports: Mapping[str, Mapping[str, Any]]) -> BuiltOutput:
+        files = output_files(step.out, made.files)
+        return BuiltOutput(
+            name=step.name,
+            verb=step.verb,
+            to=step.to,
+            out=str(step.out),
+            state=state,
+            digest=made.digest,
+            files=dict(made.files),
+            nbytes=sum(path.stat().st_size for path in files.values()),
+            report=reports.get(step.name),
+            after={name: {k: v for k, v in value.items() if k != "key"} for name, value in made.after.items()},
+        )
+
+
+def _groups(steps: Sequence[Step]) -> list[tuple[str, ...]]:
+    """Steps that are written abreast: merges of the same fold; every other one alone."""
+    found: dict[Any, list[str]] = {}
+    for step in steps:
+        found.setdefault(step.fold() if step.verb == MERGE else step.name, []).append(step.name)
+    return [tuple(names) for names in found.values()]
+
+
+def _abreast(rows: Sequence[PlannedOutput], jobs: int) -> int:
+    """Memory of outputs that are written together: each may hold a tensor, the rest is shared."""
+    shared = BASELINE_MEMORY + jobs * WORKER_MEMORY
+    return shared + sum(max(0, (row.peak_memory or shared) - shared) for row in rows)
+
+
+def _reads(one: Input) -> str:
+    text = f"outputs.{one.output}" if one.output is not None else one.ref
+    return f"{text} x {one.weight:g}" if one.weight != 1 else text
+
+
+def _peak_memory() -> int:
+    from adapterkit.merge import peak_memory
+
+    return peak_memory()

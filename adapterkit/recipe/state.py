@@ -1,0 +1,129 @@
+"""What a build remembers beside its recipe: hashes of files by their state on disk, and what each step made.
+
+Nothing in it is needed: without it inputs are hashed again and outputs made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapterkit.errors import OutputError
+from adapterkit.registry import disk
+
+FOLDER = ".adapterkit"
+FORMAT = 1
+_SETTLED = 100_000_000  # nanoseconds after which a change of a file shows in its times
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a step made.
+
+    Attributes:
+        key: digest of everything that decides its bytes.
+        path: where, relative to the recipe.
+        files: sha256 of each file, by its path relative to ``path`` (to the folder around it, where that is a file).
+        after: what was done with it then (``verify``, ``register``, ``push``): the key of each, and what came of it.
+    """
+
+    key: str
+    path: str
+    files: Mapping[str, str]
+    after: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over the lines that ``sha256sum`` prints of the files, in order of their names."""
+        return digest_of(self.files)
+
+
+def digest_of(files: Mapping[str, str]) -> str:
+    """One digest of many files: sha256 over lines of digest, two spaces and name, as ``sha256sum`` prints them."""
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def key_of(value: Any) -> str:
+    """sha256 of a value of plain JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+class State:
+    """The memory of one recipe's builds."""
+
+    def __init__(self, recipe: Path) -> None:
+        self.path = recipe.parent / FOLDER / f"{recipe.stem}.json"
+        self._hashes: dict[str, list[Any]] = {}
+        self.made: dict[str, Made] = {}
+        try:
+            data = json.loads(self.path.read_bytes())
+            if data["format"] == FORMAT:
+                self._hashes = {str(name): list(entry) for name, entry in data["hashes"].items()}
+                self.made = {str(name): Made(**entry) for name, entry in data["made"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            self._hashes, self.made = {}, {}  # nothing is known, then
+
+    def sha256(self, path: Path) -> str:
+        """The sha256 of a file, from memory where its size, times and inode are those that were hashed."""
+        name = str(path.resolve())
+        before = _state(path)
+        known = self._hashes.get(name)
+        if known is not None and known[:-1] == before:
+            return str(known[-1])
+        digest, _ = disk.hash_file(path)
+        if _state(path) == before and time.time_ns() - max(before[1], before[2]) > _SETTLED:
+            self._hashes[name] = [*before, digest]
+        return digest
+
+    def hash_files(self, files: Mapping[str, Path]) -> dict[str, str]:
+        """The sha256 of files, by name."""
+        return {name: self.sha256(path) for name, path in sorted(files.items())}
+
+    def is_there(self, made: Made, folder: Path) -> bool:
+        """Whether the files of an earlier step are all there, byte for byte, and no others beside them."""
+        files = output_files(folder / made.path, made.files)
+        return set(files) == set(made.files) and self.hash_files(files) == dict(made.files)
+
+    def save(self) -> None:
+        """Write it down; hashes of files that are gone are forgotten.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        hashes = {name: entry for name, entry in self._hashes.items() if os.path.exists(name)}
+        made = {name: asdict(entry) for name, entry in self.made.items()}
+        data = json.dumps({"format": FORMAT, "hashes": hashes, "made": made}, indent=1, sort_keys=True)
+        try:
+            self.path.parent.mkdir(exist_ok=True)
+            (self.path.parent / ".gitignore").write_text("*\n")
+            write_whole(self.path, data.encode())
+        except OSError as error:
+            raise OutputError(
+                f"{self.path} cannot be written ({error.strerror})", "check the folder's permissions"
+            ) from error
+
+
+def output_files(out: Path, known: Iterable[str] = ()) -> dict[str, Path]:
+    """The files of an output: all of a folder's; of a file's, those that are ``known`` and there."""
+    if out.is_dir():
+        return {p.relative_to(out).as_posix(): p for p in sorted(out.rglob("*")) if p.is_file()}
+    return {name: out.parent / name for name in known if (out.parent / name).is_file()}
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """A small file, whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(data)
+    os.replace(part, path)
+
+
+def _state(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]

@@ -1,0 +1,394 @@
+"""From a recipe to the steps that carry it out, in order; everything that can be wrong without opening a file is said here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from adapterkit.checkpoint.open import parse_hub
+from adapterkit.conversions.formats import FORMATS
+from adapterkit.errors import AdapterkitError, NotFound
+from adapterkit.options import FOLDER, GGUF
+from adapterkit.recipe.parse import Place, RecipeFile, key_of, nearest, shown
+from adapterkit.recipe.schema import BaseChoice, Combination, Output, Verification
+
+ADAPTER = "adapter"
+MERGE, COMBINE, CONVERT = "merge", "combine", "convert"
+FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
+
+_QUANT = ("quant", "imatrix", "pure", "tensor_types", "output_type", "token_embd_type", "leave_output", "yes_lossy")
+_ALWAYS = ("path", "to", "register", "push")
+# Which keys of an output mean something for what makes it.
+TAKES = {
+    MERGE: (
+        *_ALWAYS,
+        *_QUANT,
+        "adapters",
+        "base",
+        "merge",
+        "dtype",
+        "double_quant",
+        "max_shard_size",
+        "keep_touched",
+        "verify",
+    ),
+    COMBINE: (*_ALWAYS, "adapters", "base", "merge", "dtype", "rank", "energy", "own_ranks"),
+    CONVERT: (*_ALWAYS, *_QUANT, "from_", "adapters", "base", "max_shard_size", "plain", "rank", "energy", "verify"),
+}
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something that is read.
+
+    Attributes:
+        place: the key that names it.
+        ref: as the recipe says it; for what a step makes, its path.
+        path: where it lies, if it is a file or folder here.
+        output: the name of the step that makes it.
+        weight: of an adapter.
+    """
+
+    place: Place
+    ref: str
+    path: Path | None = None
+    output: str | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One output to make.
+
+    Attributes:
+        name: of the output.
+        verb: ``merge``, ``combine`` or ``convert``.
+        to: the form that is written.
+        out: where.
+        base, base16, source, imatrix, adapters: what is read; ``source`` is what a conversion starts from.
+        needs: steps that come before it.
+        asked, combination, choice: what the recipe says of it, of how deltas go together, and of the base.
+        verify: how it is verified, if it is.
+    """
+
+    name: str
+    verb: str
+    to: str
+    out: Path
+    asked: Output
+    combination: Combination
+    choice: BaseChoice | None
+    base: Input | None
+    base16: Input | None
+    source: Input | None
+    imatrix: Input | None
+    adapters: tuple[Input, ...]
+    verify: Verification | None
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        found = (self.base, self.base16, self.source, self.imatrix, *self.adapters)
+        return tuple(one for one in found if one is not None)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(one.output for one in self.inputs if one.output is not None))
+
+    @property
+    def is_file(self) -> bool:
+        """Whether the output is a file (or a set of them) and not a folder."""
+        return self.to in (GGUF, "gguf-lora")
+
+    def fold(self) -> tuple[Any, ...]:
+        """What decides the folded values: two merges that agree in it can share one pass over the base."""
+        refs = tuple((one.path or one.ref, one.weight) for one in self.adapters)
+        return (
+            self.choice,
+            None if self.base is None else self.base.path or self.base.ref,
+            refs,
+            repr(self.combination),
+        )
+
+
+@contextmanager
+def located(file: RecipeFile, *place: str | int) -> Iterator[None]:
+    """Give an error of the body the line of the recipe that it is about."""
+    try:
+        yield
+    except AdapterkitError as error:
+        if error.place is None:
+            error.place = file.at(*place)
+            error.message = f"{error.place[0]}:{error.place[1]}: {error.message}"
+            error.args = (error.message,)
+        raise
+
+
+def steps_of(file: RecipeFile) -> tuple[Step, ...]:
+    """The steps of a recipe, each after those that it needs.
+
+    Raises:
+        RecipeError: names that mean nothing, cycles, two outputs on one path, keys that do not go together.
+        NotFound: a file that is neither there nor made by a step.
+    """
+    if not file.recipe.outputs:
+        file.fail(("outputs",), "the recipe makes nothing", "add an output, as in [outputs.merged] with a path")
+    maker = _Maker(file)
+    steps = {name: maker.step(name, output) for name, output in file.recipe.outputs.items()}
+    _check_paths(file, steps)
+    return _ordered(file, steps)
+
+
+class _Maker:
+    def __init__(self, file: RecipeFile) -> None:
+        self.file, self.recipe = file, file.recipe
+        self.folder = file.folder
+        self.made = {_real(self.folder / one.path): name for name, one in self.recipe.outputs.items()}
+
+    def step(self, name: str, asked: Output) -> Step:
+        place: Place = ("outputs", name)
+        if not asked.path or Path(asked.path).name in ("", ".."):
+            self.file.fail(
+                (*place, "path"), f"'{asked.path}' is no path for an output", "name a folder or file to make"
+            )
+        to = self._form(asked, place)
+        verb = COMBINE if to == ADAPTER else MERGE if to in (FOLDER, GGUF) and asked.from_ is None else CONVERT
+        self._check_keys(verb, to, asked, place)
+        choice, at = self._base(asked, place)
+        adapters = self._adapters(asked, place) if verb != CONVERT or asked.from_ is None else ()
+        source = None
+        if verb == MERGE and choice is None:
+            self.file.fail(place, f"{shown(place)} is a merge, and the recipe names no base", "add base = ...")
+        if verb != CONVERT and not adapters:
+            self.file.fail(place, f"{shown(place)} has no adapters", "add some under [adapters]")
+        if verb == CONVERT:
+            source = self._source(asked, adapters, place)
+            adapters = ()
+        self._check_verify(verb, asked, place)
+        if verb == CONVERT and to == GGUF:
+            choice = None
+        base = None if choice is None else self._input((*at, "ref"), choice.ref)
+        base16 = (
+            None
+            if choice is None or choice.base16 is None or verb != MERGE
+            else self._input((*at, "base16"), choice.base16)
+        )
+        return Step(
+            name=name,
+            verb=verb,
+            to=to,
+            out=self.folder / asked.path,
+            asked=asked,
+            combination=asked.merge or self.recipe.merge,
+            choice=choice,
+            base=base,
+            base16=base16,
+            source=source,
+            imatrix=None if asked.imatrix is None else self._file((*place, "imatrix"), asked.imatrix),
+            adapters=adapters,
+            verify=self._verification(asked, verb),
+        )
+
+    def _form(self, asked: Output, place: Place) -> str:
+        known = [FOLDER, ADAPTER, *FORMATS]
+        if asked.to is None:
+            return GGUF if Path(asked.path).suffix == ".gguf" else FOLDER
+        if asked.to not in known:
+            self.file.fail((*place, "to"), f"'{asked.to}' is nothing to write", nearest(asked.to, known))
+        return asked.to
+
+    def _check_keys(self, verb: str, to: str, asked: Output, place: Place) -> None:
+        for one in fields(Output):
+            value = getattr(asked, one.name)
+            default = one.default if one.default_factory is MISSING else one.default_factory()
+            if value != default and one.name not in TAKES[verb]:
+                key = key_of(one)
+                self.file.fail(
+                    (*place, key), f"'{key}' means nothing for {shown(place)}, a {verb} to {to}", "leave it out"
+                )
+        if verb == CONVERT and to == FOLDER:
+            self.file.fail(
+                (*place, "from"),
+                f"{shown(place)} is converted to a folder, which is nothing new",
+                f"use {', '.join(FORMATS)}",
+            )
+        if to == FOLDER and asked.quant is not None and asked.quant not in FOLDER_FORMATS:
+            hint = f"use {', '.join(FOLDER_FORMATS)}, or give it a path that ends in .gguf"
+            self.file.fail((*place, "quant"), f"'{asked.quant}' is no format of a folder", hint)
+        if to == GGUF and asked.quant in FOLDER_FORMATS:
+            self.file.fail((*place, "quant"), f"'{asked.quant}' is no type of a GGUF file", "use a mix such as Q4_K_M")
+
+    def _base(self, asked: Output, place: Place) -> tuple[BaseChoice | None, Place]:
+        return (self.recipe.base, ("base",)) if asked.base is None else (asked.base, (*place, "base"))
+
+    def _adapters(self, asked: Output, place: Place) -> tuple[Input, ...]:
+        names = list(self.recipe.adapters) if asked.adapters is None else list(asked.adapters)
+        found = []
+        for number, name in enumerate(names):
+            if name not in self.recipe.adapters:
+                hint = nearest(name, list(self.recipe.adapters))
+                self.file.fail((*place, "adapters", number), f"there is no adapter '{name}'", hint)
+            found.append(self._adapter(name))
+        return tuple(found)
+
+    def _adapter(self, name: str) -> Input:
+        place: Place = ("adapters", name)
+        said = self.recipe.adapters[name]
+        if (said.ref is None) == (said.from_ is None):
+            what = "both a ref and an output it comes from" if said.ref is not None else "neither ref nor from"
+            self.file.fail(place, f"{shown(place)} has {what}", "give one of them")
+        if said.ref is not None:
+            return self._input((*place, "ref"), said.ref, said.weight)
+        assert said.from_ is not None
+        output = self._output((*place, "from"), said.from_)
+        form = self._form(output, ("outputs", said.from_))
+        if form not in (ADAPTER, "peft", "mlx"):
+            self.file.fail(
+                (*place, "from"), f"outputs.{said.from_} makes a {form}, not an adapter", 'give it to = "adapter"'
+            )
+        return Input((*place, "from"), said.from_, self.folder / output.path, said.from_, said.weight)
+
+    def _source(self, asked: Output, adapters: Sequence[Input], place: Place) -> Input:
+        if asked.from_ is not None:
+            output = self._output((*place, "from"), asked.from_)
+            return Input((*place, "from"), asked.from_, self.folder / output.path, asked.from_)
+        if len(adapters) != 1:
+            hint = 'name it, as in adapters = ["NAME"], or the output that it is converted from with from'
+            self.file.fail(place, f"{shown(place)} is a conversion of one adapter, and there are {len(adapters)}", hint)
+        return adapters[0]
+
+    def _output(self, place: Place, name: str) -> Output:
+        if name not in self.recipe.outputs:
+            self.file.fail(place, f"there is no output '{name}'", nearest(name, list(self.recipe.outputs)))
+        return self.recipe.outputs[name]
+
+    def _input(self, place: Place, ref: str, weight: float = 1.0) -> Input:
+        """A reference: a path beside the recipe if there is one, else a registry name or a Hub id."""
+        if not ref:
+            self.file.fail(place, f"{shown(place)} is empty", "name a folder, a file, a registry name or a Hub id")
+        path = self.folder / Path(ref).expanduser()
+        made = self.made.get(_real(path))
+        if made is not None:
+            hint = f'say from = "{made}"' if place[0] == "adapters" else f"use a base that outputs.{made} does not make"
+            self.file.fail(place, f"{ref} is what outputs.{made} makes", hint)
+        if path.exists():
+            return Input(place, ref, path, weight=weight)
+        local = ref.startswith((".", "/", "~")) or ref.endswith((".gguf", ".safetensors"))
+        if local or (parse_hub(ref) is None and not _registered(ref)):
+            hint = "give a path beside the recipe, a registry name or a Hub id like org/name"
+            self.file.fail(place, f"{ref} does not exist", hint, NotFound)
+        return Input(place, ref, weight=weight)
+
+    def _file(self, place: Place, name: str) -> Input:
+        path = self.folder / Path(name).expanduser()
+        if not path.is_file():
+            self.file.fail(place, f"{name} does not exist", "give a file beside the recipe", NotFound)
+        return Input(place, name, path)
+
+    def _verification(self, asked: Output, verb: str) -> Verification | None:
+        found = asked.verify or (self.recipe.verify if verb == MERGE else None)
+        return None if found is None or found.level == "none" else found
+
+    def _check_verify(self, verb: str, asked: Output, place: Place) -> None:
+        for said, at in ((asked.verify, (*place, "verify")), (self.recipe.verify, ("verify",))):
+            if said is None:
+                continue
+            if said.level != "model":
+                for name in ("max_kl", "min_top1", "prompts"):
+                    if getattr(said, name) is not None:
+                        key = name.replace("_", "-")
+                        what = f"{shown((*at, key))} needs the model's answers, and level {said.level} does not ask for them"
+                        self.file.fail((*at, key), what, 'use level = "model"')
+            if said.level == "none" and said.min_retention is not None:
+                self.file.fail(
+                    (*at, "min-retention"), "nothing is verified, so min-retention cannot be met", "raise the level"
+                )
+            if said.prompts is not None:
+                self._file((*at, "prompts"), said.prompts)
+        if asked.verify is not None and verb == CONVERT and asked.from_ is None:
+            self.file.fail(
+                (*place, "verify"),
+                f"{shown(place)} is an adapter, which is verified by what it was made from",
+                "leave it out",
+            )
+
+
+def _registered(ref: str) -> bool:
+    from adapterkit.errors import RegistryError
+    from adapterkit.registry.finder import is_known
+    from adapterkit.registry.home import open_home
+
+    try:
+        return is_known(open_home(None), ref)
+    except RegistryError:
+        return False
+
+
+def _check_paths(file: RecipeFile, steps: Mapping[str, Step]) -> None:
+    """No two outputs on one path or in each other, none over an input or the recipe."""
+    taken: dict[Path, tuple[str, Place]] = {}
+    for name, step in steps.items():
+        places: list[tuple[Path, Place]] = [(step.out, ("outputs", name, "path"))]
+        if step.asked.verify is not None and step.asked.verify.html is not None:
+            places.append((file.folder / step.asked.verify.html, ("outputs", name, "verify", "html")))
+        for path, place in places:
+            real = _real(path)
+            for other, (which, at) in taken.items():
+                if other == real or other in real.parents or real in other.parents:
+                    how = "is where" if other == real else "lies in or around where"
+                    line = file.at(*at)[1]
+                    file.fail(
+                        place, f"{_short(file, path)} {how} {which} goes (line {line})", "give each a path of its own"
+                    )
+            if real == _real(file.path) or real in _real(file.path).parents:
+                file.fail(
+                    place, f"{_short(file, path)} would be written over the recipe", "name a folder or file below it"
+                )
+            taken[real] = (shown(place[:-1]), place)
+    for step in steps.values():
+        for one in step.inputs:
+            if one.path is None or one.output is not None:
+                continue
+            real = _real(one.path)
+            for other, (which, at) in taken.items():
+                if other == real or other in real.parents or (real in other.parents and real.is_dir()):
+                    file.fail(at, f"{which} would be written in or over the input {one.ref}", "write it elsewhere")
+
+
+def _ordered(file: RecipeFile, steps: Mapping[str, Step]) -> tuple[Step, ...]:
+    """Every step after what it needs, else in the recipe's own order.
+
+    Raises:
+        RecipeError: a cycle.
+    """
+    done: dict[str, Step] = {}
+
+    def visit(name: str, road: tuple[str, ...]) -> None:
+        if name in done:
+            return
+        if name in road:
+            circle = " -> ".join((*road[road.index(name) :], name))
+            inner = steps[road[-1]]
+            place = next(one.place for one in inner.inputs if one.output == name)
+            file.fail(place, f"outputs need each other in a circle: {circle}", "make one of them from something else")
+        for other in steps[name].needs:
+            visit(other, (*road, name))
+        done[name] = steps[name]
+
+    for name in steps:
+        visit(name, ())
+    return tuple(done.values())
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _short(file: RecipeFile, path: Path) -> str:
+    try:
+        return str(path.relative_to(file.folder))
+    except ValueError:
+        return str(path)

@@ -1,0 +1,297 @@
+"""The first page: what is registered, by the base it belongs to. Answered by the index alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlencode
+
+from adapterkit.registry import index
+from adapterkit.registry.home import Home, open_home
+from adapterkit.registry.record import KINDS
+from adapterkit.ui.markup import Content, Markup, el
+from adapterkit.ui.parts import aliases, badges, code, frame, kind_mark, ref_link, when
+
+if TYPE_CHECKING:
+    from adapterkit.registry.index import Index, Row, Unreadable
+
+PAGE = 100
+NO_BASE = "no base recorded"
+_LEVELS = "('merkle', 'files', 'sampled', 'commit')"
+
+
+@dataclass(frozen=True)
+class Query:
+    """What of the registry is asked for; empty fields ask for all. ``page`` counts from 1."""
+
+    q: str = ""
+    kind: str = ""
+    base: str = ""
+    page: int = 1
+
+    def url(self, **changes: object) -> str:
+        """The address of this query with some fields changed."""
+        fields = {"q": self.q, "kind": self.kind, "base": self.base, "page": 1, **changes}
+        said = {key: value for key, value in fields.items() if value not in ("", 1)}
+        return f"/?{urlencode(said)}" if said else "/"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One name: its newest version in sight, how many there are, and its aliases as ``(alias, version)``."""
+
+    row: Row
+    versions: int
+    aliases: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The names that belong to one base; ``count`` of them pass the query, and ``entries`` are those of this page."""
+
+    base: str
+    count: int
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class Overview:
+    """The groups of one page; ``bases`` are all bases with the number of their names, ``names`` passed the query."""
+
+    query: Query
+    groups: tuple[Group, ...]
+    bases: tuple[tuple[str, int], ...]
+    kinds: tuple[tuple[str, int], ...]
+    names: int
+    total: int
+    versions: int
+    pages: int
+    unreadable: tuple[Unreadable, ...]
+
+
+def overview(query: Query, home: Path | None = None) -> Overview:
+    """What the first page shows."""
+    return index.ask(open_home(home), lambda found: _overview(found, query))
+
+
+def _overview(found: Index, query: Query) -> Overview:
+    rows = found.rows()
+    newest = {row.name: row for row in rows}
+    count: dict[str, int] = {}
+    pointed: dict[str, list[tuple[str, int]]] = {}
+    for row in rows:
+        count[row.name] = count.get(row.name, 0) + 1
+        if row.aliases:
+            pointed.setdefault(row.name, []).extend((alias, row.version) for alias in row.aliases)
+    named = base_names(found)
+    words = query.q.lower().split()
+    all_bases: dict[str, int] = {}
+    kinds: dict[str, int] = {}
+    passed: dict[str, list[Row]] = {}
+    for row in newest.values():
+        base = named.get(row.digest if row.kind == "base" else row.base, row.base) or NO_BASE
+        all_bases[base] = all_bases.get(base, 0) + 1
+        text = f"{row.name} {row.method} {base} {' '.join(alias for alias, _ in pointed.get(row.name, ()))}".lower()
+        if (query.base and base != query.base) or not all(word in text for word in words):
+            continue
+        kinds[row.kind] = kinds.get(row.kind, 0) + 1
+        if not query.kind or row.kind == query.kind:
+            passed.setdefault(base, []).append(row)
+    order = {kind: place for place, kind in enumerate(("base", *KINDS))}
+    flat = [
+        (base, row)
+        for base in sorted(passed, key=lambda base: (base == NO_BASE, -len(passed[base]), base.lower()))
+        for row in sorted(passed[base], key=lambda row: (order[row.kind], row.name))
+    ]
+    pages = max(1, -(-len(flat) // PAGE))
+    page = min(query.page, pages)
+    groups: dict[str, list[Entry]] = {}
+    for base, row in flat[(page - 1) * PAGE : page * PAGE]:
+        entry = Entry(row, count[row.name], tuple(sorted(pointed.get(row.name, ()))))
+        groups.setdefault(base, []).append(entry)
+    return Overview(
+        Query(query.q, query.kind, query.base, page),
+        tuple(Group(base, len(passed[base]), tuple(entries)) for base, entries in groups.items()),
+        tuple(sorted(all_bases.items(), key=lambda item: (item[0] == NO_BASE, -item[1], item[0].lower()))),
+        tuple((kind, kinds[kind]) for kind in order if kind in kinds),
+        len(flat),
+        len(newest),
+        len(rows),
+        pages,
+        found.unreadable(),
+    )
+
+
+def base_names(found: Index) -> dict[str, str]:
+    """One name for each base, by the label in a row's ``base`` (or the digest of a base's own record).
+
+    Labels of the same weights or the same Hub id are one base; a Hub id is the name if there is one, else the name under
+    which the base is registered, else a digest.
+    """
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    ids: dict[str, str] = {}
+    for label, repo in found.db.execute("select distinct base, base_id from records where base != ''"):
+        parent[root(label)] = root(f"id {repo}") if repo else root(label)
+        ids[label] = repo
+    of_base = f"""select distinct r.base, l.value from records r join levels l on l.digest = r.digest
+                  where l.own = 0 and l.level in {_LEVELS}"""
+    for label, value in found.db.execute(of_base):
+        parent[root(label)] = root(value)
+    own = f"""select r.digest, r.name, l.value from records r join levels l on l.digest = r.digest
+              where r.kind = 'base' and l.own = 1 and l.level in {_LEVELS}"""
+    registered: dict[str, str] = {}
+    for digest, name, value in found.db.execute(own):
+        parent[root(digest)] = root(value)
+        registered[digest] = name
+    best: dict[str, tuple[int, str]] = {}
+    for label, repo in ids.items():
+        best[root(label)] = min(best.get(root(label), (9, "")), (0, repo) if repo else (2, label))
+    for digest, name in registered.items():
+        best[root(digest)] = min(best.get(root(digest), (9, "")), (1, name))
+    return {key: best[root(key)][1] for key in (*ids, *registered)}
+
+
+def page(found: Overview, home: Home) -> bytes:
+    """The first page as HTML."""
+    if not found.total and not found.unreadable:
+        return frame("Registry", _empty(home), home=home)
+    query = found.query
+    title = query.base or "Registry"
+    body = (
+        _unreadable(found.unreadable),
+        el("nav", *_bases(found), class_="bases", aria_label="Bases"),
+        el(
+            "main",
+            el("h1", title) if query.base else el("h1", "Adapters", class_="quiet-title"),
+            _summary(found),
+            el("nav", *_kinds(found), class_="kinds", aria_label="Kinds"),
+            [_group(group, query) for group in found.groups] or _nothing(query),
+            _pager(found),
+            id="content",
+        ),
+    )
+    return frame(title, *body, home=home, query=query.q, hidden={"kind": query.kind, "base": query.base}, side=True)
+
+
+def _summary(found: Overview) -> Markup:
+    names = "name" if found.names == 1 else "names"
+    shown = f"{found.names:,} of {found.total:,} names" if found.names != found.total else f"{found.names:,} {names}"
+    return el("p", f"{shown}, {found.versions:,} versions in all", class_="summary")
+
+
+def _bases(found: Overview) -> Iterable[Content]:
+    query = found.query
+    yield el("h2", "Bases")
+    items: list[Markup] = [_base_item("All", found.total, query.url(base=""), not query.base)]
+    shown = found.bases[:40]
+    items += [_base_item(base, n, query.url(base=base), base == query.base) for base, n in shown]
+    yield el("ul", items)
+    if len(found.bases) > len(shown):
+        yield el("p", f"and {len(found.bases) - len(shown):,} more: search for them", class_="more")
+
+
+def _base_item(base: str, count: int, url: str, current: bool) -> Markup:
+    label = el("span", base, class_="label", title=base)
+    return el(
+        "li",
+        el("a", label, el("span", f"{count:,}", class_="count"), href=url, aria_current="page" if current else None),
+    )
+
+
+def _kinds(found: Overview) -> Iterable[Markup]:
+    query = found.query
+    total = sum(count for _, count in found.kinds)
+    for kind, count in (("", total), *found.kinds):
+        yield el(
+            "a",
+            kind_mark(kind) if kind else None,
+            kind or "all kinds",
+            el("span", f"{count:,}", class_="count"),
+            href=query.url(kind=kind),
+            aria_current="true" if kind == query.kind else None,
+            class_="chip",
+        )
+
+
+def _group(group: Group, query: Query) -> Markup:
+    head = el(
+        "tr",
+        [
+            el("th", name, scope="col", class_=name.lower())
+            for name in ("Name", "Kind", "Aliases", "Evidence", "Created")
+        ],
+    )
+    heading = None
+    if not query.base:
+        link = el("a", group.base, href=query.url(base=group.base)) if group.base != NO_BASE else group.base
+        heading = el("h2", el("span", link, class_="base"), el("span", f"{group.count:,}", class_="count"))
+    rows = el("table", el("thead", head), el("tbody", [_row(entry) for entry in group.entries]), class_="list")
+    return el("section", heading, rows, class_="group")
+
+
+def _row(entry: Entry) -> Markup:
+    row = entry.row
+    versions = el("span", f"{entry.versions:,} versions", class_="versions") if entry.versions > 1 else None
+    method = el("span", row.method, class_="method") if row.method else None
+    return el(
+        "tr",
+        el(
+            "td",
+            ref_link(row.name, row.version, row.name),
+            el("span", f"@{row.version}", class_="at"),
+            versions,
+            class_="name",
+        ),
+        el("td", kind_mark(row.kind), row.kind, " ", method, class_="kind"),
+        el("td", aliases(row.name, entry.aliases, row.version), class_="aliases"),
+        el("td", badges(row.evidence), class_="evidence"),
+        el("td", when(row.created), class_="created"),
+    )
+
+
+def _pager(found: Overview) -> Markup | None:
+    if found.pages < 2:
+        return None
+    page, query = found.query.page, found.query
+    back = el("a", "← Previous", href=query.url(page=page - 1), rel="prev") if page > 1 else el("span", "← Previous")
+    on = el("a", "Next →", href=query.url(page=page + 1), rel="next") if page < found.pages else el("span", "Next →")
+    return el("nav", back, el("span", f"page {page} of {found.pages}"), on, class_="pager", aria_label="Pages")
+
+
+def _unreadable(found: Sequence[Unreadable]) -> Markup | None:
+    if not found:
+        return None
+    first = found[0]
+    some = "1 record cannot" if len(found) == 1 else f"{len(found):,} records cannot"
+    said = f"{some} be read and {'is' if len(found) == 1 else 'are'} not shown, {first.name}@{first.version} for one."
+    return el("p", said, " Run ", code("adapterkit fsck"), " to see why.", class_="notice bad", role="alert")
+
+
+def _nothing(query: Query) -> Markup:
+    return el(
+        "div",
+        el("p", "Nothing fits."),
+        el("p", el("a", "Show everything", href="/")),
+        class_="nothing",
+    )
+
+
+def _empty(home: Home) -> Markup:
+    return el(
+        "main",
+        el("h1", "Nothing is registered yet"),
+        el("p", "The registry in ", code(str(home.root)), " is empty. Register an adapter, and it appears here:"),
+        el("pre", el("code", "adapterkit register my-adapter/ --name my-adapter --base org/base"), data_copy=True),
+        el("p", "No adapter at hand? ", code("adapterkit demo"), " trains a tiny one."),
+        class_="empty",
+        id="content",
+    )

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from adapterkit.ui.server import Server
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home that is also the default one."""
+    root = tmp_path / "home"
+    monkeypatch.setenv("ADAPTERKIT_HOME", str(root))
+    return root
+
+
+@pytest.fixture
+def serve(home: Path) -> Iterator[Callable[[], str]]:
+    """``serve()`` starts a server of the home and gives its address, without the last slash."""
+    servers = []
+
+    def start() -> str:
+        server = Server(0)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        servers.append((server, thread))
+        return server.url.rstrip("/")
+
+    yield start
+    for server, thread in servers:
+        server.shutdown()
+        thread.join()
+        server.server_close()
