@@ -68,6 +68,7 @@ class Applied:
     target: Target
     piece: Piece
     weight: float
+    owner: str = ""  # what the adapter is called
 
 
 class Loaded:
@@ -119,14 +120,14 @@ class Merged(Tensor):
     ) -> None:
         self.name, self.base, self.applied, self.dtype = name, base, applied, dtype
         self.shape = base.shape
-        self._columns = max(columns, 1)
+        self.columns = max(columns, 1)
         self.watch: Watcher | None = None
 
     @property
     def block(self) -> int:
-        if self.base.block % self._columns == 0:
+        if self.base.block % self.columns == 0:
             return self.base.block
-        return max(1, BLOCK // self._columns) * self._columns
+        return max(1, BLOCK // self.columns) * self.columns
 
     @property
     def reads(self) -> int:
@@ -160,7 +161,7 @@ class Merged(Tensor):
 
     def _block(self, start: int) -> torch.Tensor:
         stop = min(start + self.block, self.numel)
-        columns = self._columns
+        columns = self.columns
         low, high = start // columns, stop // columns
         stored = self.base.read_wide(start, stop).view(-1, columns)
         acc = stored.float()
@@ -249,4 +250,9 @@ def merged_columns(applied: tuple[Applied, ...], shape: tuple[int, ...]) -> int:
 
 def as_float32(tensor: Merged) -> Merged:
     """The same tensor before its one rounding, for what comes after the merge in the same pass."""
-    return Merged(tensor.name, tensor.base, tensor.applied, F32, tensor._columns)
+    return in_dtype(tensor, F32)
+
+
+def in_dtype(tensor: Merged, dtype: DType) -> Merged:
+    """The same tensor, rounded once to another dtype."""
+    return Merged(tensor.name, tensor.base, tensor.applied, dtype, tensor.columns)
