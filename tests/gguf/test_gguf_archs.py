@@ -22,6 +22,7 @@ from adapterkit.convert import convert
 from adapterkit.errors import UsageError
 from adapterkit.gguf.quantize import Quantization
 
+BACK = ("llama3", "deepseek_v3", "qwen3_5")
 FAST = ("llama", "gemma2", "phi3_longrope")
 
 
@@ -42,6 +43,22 @@ def test_the_runtime_agrees(kind: str, tmp_path: Path) -> None:
     assert far(expected, plain) > 0.01
     adapterkit.merge(hf, [adapter], tmp_path / "merged.gguf")
     assert far(logprobs(tmp_path / "merged.gguf")[0], expected) < tiny.tolerance
+
+
+@pytest.mark.parametrize("kind", [k if k in BACK else pytest.param(k, marks=pytest.mark.slow) for k in zoo.ZOO])
+def test_there_and_back(kind: str, tmp_path: Path) -> None:
+    """GGUF -> Hugging Face -> GGUF gives the same bytes, and transformers computes the same with what lies between."""
+    tiny, hf = zoo.ZOO[kind], tmp_path / "hf"
+    plain = of_model(zoo.build(hf, kind))
+    convert(hf, tmp_path / "one.gguf")
+    report = convert(tmp_path / "one.gguf", tmp_path / "back", to="hf")
+    assert report.to == "hf"
+    convert(tmp_path / "back", tmp_path / "two.gguf")
+    assert (tmp_path / "two.gguf").read_bytes() == (tmp_path / "one.gguf").read_bytes()
+    model = load_model(tmp_path / "back").float().eval()
+    if tiny.patch is not None:
+        tiny.patch(model)
+    assert far(of_model(model), plain) < 1e-5
 
 
 def lora(tiny: zoo.Tiny) -> Any:
