@@ -65,6 +65,8 @@ FORMATS = {
         Format("mlx", "mlx:plan", "an adapter as mlx-lm's", frozenset({"base", "rank", "energy"})),
     )
 }
+ADAPTERS = frozenset({"gguf-lora", "peft", "mlx"})
+"""The formats of adapters; the others are of models."""
 _WORDS = {
     "quantization": "options of a quantization",
     "max_shard_size": "parts of a size",
