@@ -27,14 +27,16 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.save import save
     from adapterkit.combine import combine, combined
     from adapterkit.compare import CompareReport, compare
+    from adapterkit.convert import convert, plan_convert
     from adapterkit.errors import AdapterkitError
     from adapterkit.extract import extract
     from adapterkit.family import Family, open_family
     from adapterkit.inspect import Inspection, inspect
     from adapterkit.merge import execute, merge, plan_merge
     from adapterkit.recipe.run import build, plan_build
-    from adapterkit.report import CombineReport, ExtractReport, MergeReport, ResizeReport
+    from adapterkit.report import CombineReport, ConvertReport, ExtractReport, MergeReport, ResizeReport
     from adapterkit.resize import resize
+    from adapterkit.verify import VerifyReport, verify
 
 _WHERE = {
     "Adapter": "adapterkit.adapters.adapter:Adapter",
@@ -43,6 +45,7 @@ _WHERE = {
     "Checkpoint": "adapterkit.checkpoint.checkpoint:Checkpoint",
     "CombineReport": "adapterkit.report:CombineReport",
     "CompareReport": "adapterkit.compare:CompareReport",
+    "ConvertReport": "adapterkit.report:ConvertReport",
     "ExtractReport": "adapterkit.report:ExtractReport",
     "Family": "adapterkit.family:Family",
     "Folded": "adapterkit.adapters.fold:Folded",
@@ -50,11 +53,13 @@ _WHERE = {
     "MergeReport": "adapterkit.report:MergeReport",
     "Plan": "adapterkit.checkpoint.plan:Plan",
     "ResizeReport": "adapterkit.report:ResizeReport",
+    "VerifyReport": "adapterkit.verify.report:VerifyReport",
     "build": "adapterkit.recipe.run:build",
     "check": "adapterkit.check:check",
     "combine": "adapterkit.combine:combine",
     "combined": "adapterkit.combine:combined",
     "compare": "adapterkit.compare:compare",
+    "convert": "adapterkit.convert:convert",
     "execute": "adapterkit.merge:execute",
     "extract": "adapterkit.extract:extract",
     "fold": "adapterkit.adapters.fold:fold",
@@ -64,9 +69,11 @@ _WHERE = {
     "open": "adapterkit.bases:open_model",
     "open_family": "adapterkit.family:open_family",
     "plan_build": "adapterkit.recipe.run:plan_build",
+    "plan_convert": "adapterkit.convert:plan_convert",
     "plan_merge": "adapterkit.merge:plan_merge",
     "resize": "adapterkit.resize:resize",
     "save": "adapterkit.checkpoint.save:save",
+    "verify": "adapterkit.verify:verify",
 }
 
 __all__ = [
@@ -76,6 +83,7 @@ __all__ = [
     "Checkpoint",
     "CombineReport",
     "CompareReport",
+    "ConvertReport",
     "ExtractReport",
     "Family",
     "Folded",
@@ -83,12 +91,14 @@ __all__ = [
     "MergeReport",
     "Plan",
     "ResizeReport",
+    "VerifyReport",
     "__version__",
     "build",
     "check",
     "combine",
     "combined",
     "compare",
+    "convert",
     "execute",
     "extract",
     "fold",
@@ -98,9 +108,11 @@ __all__ = [
     "open",
     "open_family",
     "plan_build",
+    "plan_convert",
     "plan_merge",
     "resize",
     "save",
+    "verify",
 ]
 
 

@@ -26,12 +26,16 @@ def plan_convert(
     out: Ref | None = None,
     max_shard_size: str | None = None,
     jobs: int | None = None,
+    headers_only: bool = True,
     **options: Any,
 ) -> Conversion:
-    """Plan a conversion from headers alone; see `convert` for the arguments."""
+    """Plan a conversion from headers alone; see `convert` for the arguments.
+
+    With ``headers_only`` a source on the Hub is not downloaded, so the plan can be shown but not executed.
+    """
     form = find_format(to, out)
     limit = None if max_shard_size is None else parse_size(max_shard_size)
-    asked = ConvertOptions(max_shard_size=limit, **options)
+    asked = ConvertOptions(max_shard_size=limit, headers_only=headers_only, **options)
     form.check(asked)
     return form.planner()(src, asked, jobs or default_jobs())
 
@@ -103,8 +107,9 @@ def _convert(
     from adapterkit.merge import peak_memory
 
     started = time.monotonic()
-    planned = plan_convert(src, to=to, out=out, max_shard_size=max_shard_size, jobs=jobs, **options)
-    record = _recorder(planned, original, Path(out), ConvertOptions(**options))
+    how: dict[str, Any] = {"max_shard_size": max_shard_size, "jobs": jobs, "headers_only": False}
+    planned = plan_convert(src, to=to, out=out, **how, **options)
+    record = planned.record() or _recorder(planned, original, Path(out), ConvertOptions(**options))
     measured = planned.write(Path(out), record=record, jobs=jobs, force=force, resume=resume, progress=progress)
     return planned.report(out, **measured, seconds=time.monotonic() - started, peak_memory=peak_memory())
 

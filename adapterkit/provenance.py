@@ -48,7 +48,8 @@ def recorder(
         operation: the verb.
         kind: of the result: a key of `adapterkit.registry.record.KINDS`.
         parameters: of the operation, as plain JSON; no paths (see `label`).
-        parents: see `base_parent` and `adapter_parent`; the base of the record is the first one with the role ``base``.
+        parents: see `base_parent` and `adapter_parent`; the base of the record is the first one with the role ``base``,
+            else ``source``.
         method: of the result.
         evidence: asked when the weights are finished.
         full: hash every byte. Files of adapters always are.
@@ -72,7 +73,9 @@ def recorder(
             kind=kind,
             files=files,
             method=method,
-            base=next((parent.identity for parent in parents if parent.role == "base"), None),
+            base=next(
+                (parent.identity for role in ("base", "source") for parent in parents if parent.role == role), None
+            ),
             identity=identity,
             operation=Operation(operation, parameters),
             parents=tuple(parents),

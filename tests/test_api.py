@@ -9,13 +9,14 @@ import pytest
 
 import adapterkit
 
-VERBS = ["merge", "check", "inspect", "execute", "plan_merge", "open", "save", "load_adapter", "fold"]
+VERBS = ["merge", "check", "inspect", "execute", "plan_merge", "open", "save", "load_adapter", "fold", "convert"]
 
 
 @pytest.mark.parametrize("first", VERBS)
 def test_using_one_verb_leaves_the_others(first: str) -> None:
     """Modules and functions share names: importing `adapterkit.merge` must not hide the function of that name."""
     code = f"import adapterkit as a; a.{first}; import adapterkit.merge, adapterkit.check, adapterkit.inspect; "
+    code += "import adapterkit.convert; "
     code += f"assert all(callable(getattr(a, name)) for name in {VERBS}), vars(a)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

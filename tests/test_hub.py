@@ -124,6 +124,17 @@ def test_dry_run_downloads_no_weights(hub: Hub, base: Path, adapter: Path) -> No
     assert planned.report("").base_commit == hub.repos["org/base"].refs["main"]
 
 
+def test_a_conversion_is_planned_from_headers_and_written_from_a_download(hub: Hub, base: Path, tmp_path: Path) -> None:
+    hub.add("org/base", base)
+    planned = adapterkit.plan_convert("org/base", to="nf4")
+    assert hub.sent < 600_000
+    made = adapterkit.convert("org/base", tmp_path / "nf4", to="nf4")
+    adapterkit.convert(base, tmp_path / "local", to="nf4")
+    assert (made.nbytes, made.tensors) == (planned.plan.nbytes, len(planned.plan.steps))
+    assert read_bytes(tmp_path / "nf4").keys() == read_bytes(tmp_path / "local").keys()
+    assert all((tmp_path / "nf4" / f).read_bytes() == (tmp_path / "local" / f).read_bytes() for f in made.files)
+
+
 def test_merge_from_the_hub(hub: Hub, base: Path, adapter: Path, tmp_path: Path) -> None:
     hub.add("org/base", base)
     hub.add("org/adapter", adapter)

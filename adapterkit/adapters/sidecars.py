@@ -60,13 +60,18 @@ def patched_config(
             if "tie_word_embeddings" in part:
                 part["tie_word_embeddings"] = False
     if dtype is not None:
-        for part in parts:
-            for key in ("torch_dtype", "dtype"):
-                if isinstance(part.get(key), str):
-                    part[key] = dtype.torch_name
+        name_dtype(config, dtype)
     for labels in list(folded.heads.values())[:1]:
         _add_head(config, labels, adapters)
     return config
+
+
+def name_dtype(config: dict[str, Any], dtype: DType) -> None:
+    """Write ``dtype`` wherever a ``config.json`` names the dtype of its weights."""
+    for part in [config, *(part for part in config.values() if isinstance(part, dict))]:
+        for key in ("torch_dtype", "dtype"):
+            if isinstance(part.get(key), str):
+                part[key] = dtype.torch_name
 
 
 def _add_head(config: dict[str, Any], labels: int, adapters: Sequence[Adapter]) -> None:

@@ -77,10 +77,14 @@ class Decoded(Tensor):
             return self._decode
 
 
-def dequantized(checkpoint: Checkpoint) -> Checkpoint:
+def dequantized(checkpoint: Checkpoint, dtype: DType | None = None) -> Checkpoint:
     """A view in which every quantized weight is one floating tensor and the config says nothing of quantization.
 
     A checkpoint without quantized weights is given back as it is.
+
+    Args:
+        checkpoint: of any format.
+        dtype: of weights that the format's own library decodes to float32; by default the one that the config names.
 
     Raises:
         CheckpointError: a format that is not known, or weights that are incomplete.
@@ -91,7 +95,7 @@ def dequantized(checkpoint: Checkpoint) -> Checkpoint:
     weights = find_weights(checkpoint.tensors, checkpoint.config, checkpoint.ref)
     if not weights:
         return checkpoint
-    dtype = config_dtype(checkpoint.config)
+    dtype = dtype or config_dtype(checkpoint.config)
     decoded: dict[str, Tensor] = {}
     for weight in weights:
         handle = Decoded(weight, dtype)

@@ -11,17 +11,29 @@ import click
 from adapterkit.cli.attest import attest_option, attested
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
 from adapterkit.cli.quantization import quantization, quantization_options
+from adapterkit.conversions.formats import FORMATS
 
 
 @click.command(name="convert", short_help="Write a model or an adapter in another format.")
 @click.argument("src")
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="The file or folder to make.")
-@click.option("--to", help="gguf, gguf-lora, peft or mlx; by default what OUT's suffix says.")
+@click.option("--to", metavar="FORMAT", help=f"{', '.join(FORMATS)}; by default what OUT's suffix says.")
 @click.option("--base", help="The adapter's base: a GGUF file or a Hugging Face folder.")
 @click.option("--plain", is_flag=True, help="An adapter as plain LoRA: one rank, one alpha, whatever it was.")
 @click.option("--rank", type=click.IntRange(1), help="Of what has to be decomposed: at most this rank.")
 @click.option("--energy", type=float, help="Or the smallest rank that keeps this share of the squared norm.")
 @quantization_options
+@click.option("--double-quant", is_flag=True, help="Of nf4 and fp4: nested scales.")
+@click.option(
+    "--skip-module", "skip_modules", multiple=True, help="Of a quantized folder: a module to keep in 16 bits."
+)
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), metavar="FILE", help="Of awq and gptq: text like the model's own."
+)
+@click.option(
+    "--compressor", type=click.Path(path_type=Path), metavar="PYTHON", help="The Python that has llm-compressor."
+)
+@click.option("--max-shard-size", metavar="SIZE", help="Like 5GB: write several files of at most this size.")
 @click.option(
     "--dtype",
     type=click.Choice(["auto", "bf16", "f16", "f32"]),
@@ -30,7 +42,6 @@ from adapterkit.cli.quantization import quantization, quantization_options
     help="Float type of a GGUF made from a Hugging Face model.",
 )
 @click.option("--pre", metavar="NAME", help="Its pre-tokenizer, by llama.cpp's name, where it is not recognised.")
-@click.option("--max-shard-size", metavar="SIZE", help="Like 5GB: write a set of GGUF parts.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
 @click.option("--allow-pickle", is_flag=True, help="Load pickled weights (.bin), as tensors only, in another process.")
 @attest_option
@@ -46,6 +57,10 @@ def command(
     plain: bool,
     rank: int | None,
     energy: float | None,
+    double_quant: bool,
+    skip_modules: tuple[str, ...],
+    calibration: Path | None,
+    compressor: Path | None,
     dtype: str,
     pre: str | None,
     max_shard_size: str | None,
@@ -58,12 +73,14 @@ def command(
     as_json: bool,
     **types: Any,
 ) -> None:
-    """Write SRC in another format: a GGUF model in other types, an adapter for another trainer or server, or back.
+    """Write SRC in another format: a model in other types, an adapter for another trainer or server, or back.
 
     \b
     Example:
       adapterkit convert ./model -o model-Q4_K_M.gguf --quant Q4_K_M
       adapterkit convert model-F16.gguf -o model-Q4_K_M.gguf --quant Q4_K_M
+      adapterkit convert ./merged --to nf4 --double-quant -o merged-nf4
+      adapterkit convert ./model-gptq --to bf16 -o model
       adapterkit convert ./my-adapter --to gguf-lora --base model-F16.gguf -o my-adapter.gguf
       adapterkit convert my-adapter.gguf --to peft --base ./base -o my-adapter
       adapterkit convert ./my-dora --to peft --plain --base ./base --energy 0.999 -o my-lora
@@ -84,6 +101,10 @@ def command(
         "rank": rank,
         "energy": energy,
         "quantization": asked,
+        "double_quant": double_quant,
+        "skip_modules": skip_modules,
+        "calibration": calibration,
+        "compressor": compressor,
         "dtype": dtype,
         "pre": pre,
         "max_shard_size": max_shard_size,

@@ -41,6 +41,11 @@ class ConvertOptions:
         plain: an adapter as plain LoRA of one rank and one alpha, whatever it was.
         rank, energy: of a delta that has to be decomposed: at most this rank, or the smallest that keeps this share of its
             squared norm; by default all of it.
+        double_quant: nested scales of a 4-bit format.
+        skip_modules: modules that stay in 16 bits, in the place of the output layer, as ``llm_int8_skip_modules``.
+        calibration: a text file for formats that need one.
+        compressor: the Python that has llm-compressor, where that is not this one.
+        headers_only: a source on the Hub is not downloaded, so the conversion can be shown but not written.
     """
 
     base: Ref | None = None
@@ -51,10 +56,16 @@ class ConvertOptions:
     plain: bool = False
     rank: int | None = None
     energy: float | None = None
+    double_quant: bool = False
+    skip_modules: tuple[str, ...] = ()
+    calibration: Path | None = None
+    compressor: Path | None = None
+    headers_only: bool = False
 
     def given(self) -> set[str]:
         """The names of the options that differ from their defaults."""
-        return {one.name for one in fields(self) if getattr(self, one.name) != one.default}
+        given = {one.name for one in fields(self) if getattr(self, one.name) != one.default}
+        return given - {"headers_only"}
 
     def need_base(self, form: str) -> Ref:
         """The base.
@@ -92,6 +103,10 @@ class Conversion:
         """The estimate, in bytes."""
         return self.plan.peak_memory
 
+    def record(self) -> Callable[[Path], dict[str, bytes]] | None:
+        """What writes ``adapterkit.json`` beside the output, if anything does."""
+        return None
+
     def write(
         self,
         out: Path,
@@ -116,7 +131,7 @@ class Conversion:
             self.sources,
             out,
             side_files=self.side,
-            record=record,
+            record=record or self.record(),
             jobs=jobs,
             force=force,
             resume=resume,

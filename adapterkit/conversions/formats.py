@@ -50,6 +50,7 @@ class Format:
             raise UsageError(f"{_WORDS.get(strange[0], strange[0])} mean nothing for {self.name}", "leave them out")
 
 
+_SHARDS = frozenset({"max_shard_size"})
 FORMATS = {
     row.name: row
     for row in (
@@ -63,6 +64,27 @@ FORMATS = {
         Format("gguf-lora", "gguf_lora:plan", "an adapter as GGUF LoRA", frozenset({"base"})),
         Format("peft", "peft:plan", "an adapter as PEFT's", frozenset({"base", "plain", "rank", "energy"})),
         Format("mlx", "mlx:plan", "an adapter as mlx-lm's", frozenset({"base", "rank", "energy"})),
+        *(Format(name, f"folder:{name}", "a plain folder of this dtype", _SHARDS) for name in ("bf16", "f16", "f32")),
+        *(
+            Format(
+                name,
+                f"folder:{name}",
+                "a folder as bitsandbytes quantizes it",
+                _SHARDS | {"double_quant", "skip_modules"},
+            )
+            for name in ("nf4", "fp4")
+        ),
+        Format("int8", "folder:int8", "a folder in LLM.int8 of bitsandbytes", _SHARDS | {"skip_modules"}),
+        Format("fp8", "folder:fp8", "a folder in FP8 blocks as transformers has them", _SHARDS | {"skip_modules"}),
+        *(
+            Format(
+                name,
+                f"compressor:{name}",
+                "a folder that llm-compressor calibrated",
+                frozenset({"calibration", "compressor", "skip_modules"}),
+            )
+            for name in ("awq", "gptq")
+        ),
     )
 }
 ADAPTERS = frozenset({"gguf-lora", "peft", "mlx"})
@@ -74,6 +96,10 @@ _WORDS = {
     "rank": "ranks",
     "energy": "shares of the energy",
     "base": "bases",
+    "double_quant": "nested scales",
+    "skip_modules": "modules to keep",
+    "calibration": "calibration texts",
+    "compressor": "programs that have llm-compressor",
     "dtype": "dtypes",
     "pre": "names of pre-tokenizers",
 }

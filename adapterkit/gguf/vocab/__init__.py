@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.errors import CheckpointError, UsageError
 from adapterkit.gguf.metadata import Entry, text, u32
 from adapterkit.gguf.vocab import bpe, pretokenizers, proto, special, spm, tekken, templates, unigram, wordpiece
+from adapterkit.gguf.vocab.inverse import tokenizer_files
 from adapterkit.gguf.vocab.sources import (
     GENERATION,
     MERGES,
@@ -30,7 +31,7 @@ from adapterkit.gguf.vocab.table import MODEL, UNKNOWN, TokenTable, Vocab
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["FILES", "Vocab", "read_vocab"]
+__all__ = ["FILES", "Vocab", "read_vocab", "tokenizer_files"]
 
 # Side files that say something of a tokenizer; templates of other names lie in a folder of their own.
 FILES = (
@@ -66,6 +67,8 @@ _ROLES = {
     },
     "tekken": tekken.ROLES,
 }
+# What a family's classes put before and after a text where no tokenizer.json says it.
+_ADDED = {"spm": (True, False), "tekken": (True, False), "wordpiece": (True, True), "unigram": (False, True)}
 # Roles that some models' configs leave out (conversion/base.py, _set_vocab_glm).
 _MODEL_ROLES = {
     ("glm4", "glm4_moe", "chatglm"): {
@@ -156,15 +159,18 @@ def _special(sources: Sources, table: TokenTable, kind: str) -> list[Entry]:
         if content in ids:
             found.ids.setdefault(role, ids[content])
     if "unk" not in found.ids:
-        unknown = next((number for number, one in sorted(table.types.items()) if one == UNKNOWN), None)
+        unknown = ids.get(str(sources.model.get("unk_token") or ""))
+        if unknown is None:
+            unknown = next((number for number, one in sorted(table.types.items()) if one == UNKNOWN), None)
         if unknown is not None:
             found.ids["unk"] = unknown
-    if kind == "tekken":
-        found.adds.setdefault("bos", True)
-    if kind != "wordpiece" and (kind != "spm" or TOKENIZER in sources):
-        # llama.cpp has defaults of its own for what a file does not say.
-        found.adds.setdefault("bos", False)
-        found.adds.setdefault("eos", False)
+    # llama.cpp has defaults of its own for what a file does not say.
+    stated = kind == "wordpiece" or TOKENIZER not in sources
+    both = _ADDED.get(kind, (False, False)) if stated else (False, False)
+    if kind == "unigram" and spm.file_of(sources) == unigram.FAIRSEQ_FILE:
+        both = (True, True)
+    for role, usual in zip(("bos", "eos"), both, strict=True):
+        found.adds.setdefault(role, usual)
     for role in ("bos", "eos"):
         if found.adds.get(role) and role not in found.ids:
             found.adds[role] = False

@@ -268,8 +268,13 @@ def recognise(
         notes = (f"this tokenizer {says}, llama.cpp's {same[0].name} does not; a few words may get other ids",)
         alike = same
     named = set(models)
-    chosen = next((row for row in alike if row.name == hint), None)
-    chosen = chosen or next((row for row in alike if named & set(row.models)), alike[0])
+    chosen = row_of(hint)
+    if (
+        chosen is None
+        or (*map(canonical, chosen.regexes),) != regexes
+        or chosen.ignore_merges != alike[0].ignore_merges
+    ):
+        chosen = next((row for row in alike if named & set(row.models)), alike[0])
     if chosen.limit:
         notes += (f"llama.cpp's {chosen.name} splits {chosen.limit} otherwise than this tokenizer",)
     return chosen, notes

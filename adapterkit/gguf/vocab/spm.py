@@ -18,7 +18,6 @@ from adapterkit.gguf.vocab.bpe import GPT2, checked_vocabulary, joined
 from adapterkit.gguf.vocab.sources import SENTENCEPIECE, TOKENIZER
 from adapterkit.gguf.vocab.spaces import Spaces, spaces
 from adapterkit.gguf.vocab.table import (
-    ADDED_SCORE,
     BYTE,
     MERGES,
     MODEL,
@@ -35,7 +34,8 @@ if TYPE_CHECKING:
 
     from adapterkit.gguf.vocab.sources import Sources
 
-LLAMA, DEFAULT, PREFIX = "llama", "default", "tokenizer.ggml.add_space_prefix"
+LLAMA, GEMMA4, DEFAULT, PREFIX = "llama", "gemma4", "default", "tokenizer.ggml.add_space_prefix"
+_GEMMA4 = frozenset(("gemma4", "gemma4_text"))  # their tokenizer has a kind of its own in llama.cpp
 # Merges over plain text with spaces escaped: what llama.cpp has for such lists that SentencePiece would not make.
 PLAIN_MERGES = "sarvam-moe"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -129,6 +129,8 @@ def _of_json(sources: Sources, table: TokenTable, pre: str | None) -> tuple[list
     if stated.others:
         missing = missing or f"the step {stated.others[0]}"
     _note_spaces(stated, table)
+    if sources.model_types & _GEMMA4:
+        return [text(MODEL, GEMMA4)], [boolean(PREFIX, stated.prefix), array(MERGES, STRING, merges)]
     if missing is None or pre == DEFAULT:
         return _llama(stated.prefix, sources, table)
     if pre in (None, PLAIN_MERGES) and not (stated.prefix or stated.others or stated.words or _over_lines(merges)):
@@ -178,7 +180,4 @@ def _llama(prefix: bool, sources: Sources, table: TokenTable) -> tuple[list[Entr
         prefix = stated
     if not any(kind == BYTE for kind in table.types.values()):
         table.notes.append("this vocabulary has no bytes; llama.cpp stops at a character that it lacks")
-    for number, kind in table.types.items():
-        if kind == USER_DEFINED:
-            table.scores[number] = ADDED_SCORE
     return [text(MODEL, LLAMA), text(PRE, DEFAULT)], [boolean(PREFIX, prefix)]

@@ -44,6 +44,11 @@ class Vocab:
     notes: tuple[str, ...] = ()
 
 
+def padding(number: int) -> str:
+    """The name of a row that no token belongs to."""
+    return f"[PAD{number}]"
+
+
 @dataclass
 class TokenTable:
     """Tokens by id, while they are gathered."""
@@ -63,7 +68,9 @@ class TokenTable:
         """
         for token in tokens:
             text = token.content if token.control else token.content.replace(SPACE, " ")
-            self.put(token.id, text, CONTROL if token.control else USER_DEFINED, ADDED_SCORE)
+            kind = CONTROL if token.control else USER_DEFINED
+            if (self.texts.get(token.id), self.types.get(token.id)) != (text, kind):
+                self.put(token.id, text, kind, ADDED_SCORE)
 
     def ids(self) -> dict[str, int]:
         """Ids by text."""
@@ -92,7 +99,7 @@ class TokenTable:
                 del self.texts[number], self.types[number], self.scores[number]
         missing = [number for number in range(rows) if number not in self.texts]
         for number in missing:
-            self.put(number, f"[PAD{number}]", UNUSED, PADDING_SCORE)
+            self.put(number, padding(number), UNUSED, PADDING_SCORE)
         if missing:
             self.notes.append(f"{len(missing)} rows of the embedding have no token; they are named as padding")
         self._check_unique()

@@ -46,14 +46,15 @@ def read(sources: Sources, table: TokenTable, pre: str | None) -> tuple[list[Ent
     for number, name in enumerate(names):
         table.put(number, name, CONTROL)
     alphabet = byte_alphabet()
-    for number, token in enumerate(tokens):
-        table.put(specials + number, "".join(alphabet[byte] for byte in token), NORMAL)
+    texts = ["".join(alphabet[byte] for byte in token) for token in tokens]
+    for number, shown in enumerate(texts):
+        table.put(specials + number, shown, NORMAL)
     if pre is None:
         regexes = (pretokenizers.canonical(str(config.get("pattern"))),)
         row, notes = pretokenizers.recognise(regexes, ignore_merges=True)
         table.notes.extend(notes)
         pre = row.name
-    return [text(MODEL, GPT2), text(PRE, pre)], [array(MERGES, STRING, _merges(tokens, alphabet))]
+    return [text(MODEL, GPT2), text(PRE, pre)], [array(MERGES, STRING, _merges(tokens, texts))]
 
 
 def _specials(listed: Any, count: int) -> list[str]:
@@ -63,7 +64,7 @@ def _specials(listed: Any, count: int) -> list[str]:
     return [names.get(number, f"<SPECIAL_{number}>") for number in range(count)]
 
 
-def _merges(tokens: list[bytes], alphabet: list[str]) -> list[str]:
+def _merges(tokens: list[bytes], texts: list[str]) -> list[str]:
     """Every way to make a token of two others, in the order of ranks."""
     ranks = {token: rank for rank, token in enumerate(tokens)}
     found = []
@@ -77,8 +78,7 @@ def _merges(tokens: list[bytes], alphabet: list[str]) -> list[str]:
         ]
         if not ways:
             raise CheckpointError(f"token {token!r} of {TEKKEN} cannot be made of two others", _AGAIN)
-        for left, right in sorted(ways):
-            found.append(" ".join("".join(alphabet[byte] for byte in tokens[part]) for part in (left, right)))
+        found += [f"{texts[left]} {texts[right]}" for left, right in sorted(ways)]
     return found
 
 

@@ -11,7 +11,18 @@ from adapterkit.gguf.vocab import proto
 from adapterkit.gguf.vocab.sources import TOKENIZER
 from adapterkit.gguf.vocab.spaces import spaces
 from adapterkit.gguf.vocab.spm import BYTE_TOKEN, PREFIX, file_of
-from adapterkit.gguf.vocab.table import BYTE, CONTROL, MODEL, NORMAL, PRE, UNKNOWN, TokenTable
+from adapterkit.gguf.vocab.table import (
+    BYTE,
+    CONTROL,
+    MODEL,
+    NORMAL,
+    PADDING_SCORE,
+    PRE,
+    UNKNOWN,
+    UNUSED,
+    TokenTable,
+    padding,
+)
 
 if TYPE_CHECKING:
     from adapterkit.gguf.vocab.sources import Sources
@@ -19,7 +30,7 @@ if TYPE_CHECKING:
 T5, DEFAULT = "t5", "default"
 TRIM, CHARSMAP = "tokenizer.ggml.remove_extra_whitespaces", "tokenizer.ggml.precompiled_charsmap"
 # XLM-RoBERTa's ids begin with four of fairseq's; its model file has three others there.
-_FAIRSEQ, _FAIRSEQ_FILE = (
+_FAIRSEQ, FAIRSEQ_FILE = (
     (("<s>", CONTROL), ("<pad>", CONTROL), ("</s>", CONTROL), ("<unk>", UNKNOWN)),
     "sentencepiece.bpe.model",
 )
@@ -60,6 +71,8 @@ def _of_json(sources: Sources, table: TokenTable) -> tuple[bool, bool, bytes]:
         kind = UNKNOWN if number == unknown else NORMAL
         if sources.model.get("byte_fallback") and BYTE_TOKEN.fullmatch(token):
             kind = BYTE
+        if score == PADDING_SCORE and token == padding(number):
+            kind = UNUSED
         table.put(number, token, kind, score)
     scores = dict(table.scores)
     table.add(token for token in sources.added.values() if token.id != unknown)
@@ -86,7 +99,7 @@ def _of_model(sources: Sources, name: str, table: TokenTable) -> tuple[bool, boo
             f"{name} is a BPE model, and this architecture is known with a unigram", "give its own tokenizer"
         )
     pieces = [(piece.text, piece.type, piece.score) for piece in model.pieces]
-    if name == _FAIRSEQ_FILE:
+    if name == FAIRSEQ_FILE:
         pieces = [(token, kind, 0.0) for token, kind in _FAIRSEQ] + pieces[len(_FAIRSEQ) - 1 :]
         pieces.append(("<mask>", CONTROL, 0.0))
     for number, (token, kind, score) in enumerate(pieces):

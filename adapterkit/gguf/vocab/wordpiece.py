@@ -9,7 +9,7 @@ from adapterkit.gguf.metadata import Entry, boolean, text
 from adapterkit.gguf.vocab.bpe import checked_vocabulary
 from adapterkit.gguf.vocab.pretokenizers import steps
 from adapterkit.gguf.vocab.sources import TOKENIZER, WORDS, Added
-from adapterkit.gguf.vocab.table import CONTROL, MODEL, PRE, SPACE, TokenTable
+from adapterkit.gguf.vocab.table import CONTROL, MODEL, PRE, SPACE, USER_DEFINED, TokenTable
 
 if TYPE_CHECKING:
     from adapterkit.gguf.vocab.sources import Sources
@@ -33,7 +33,7 @@ def read(sources: Sources, table: TokenTable, pre: str | None) -> tuple[list[Ent
         table.put(number, token)
     table.add(sources.added.values() if sources.added else _named(vocabulary))
     for number, token in table.texts.items():
-        if table.types[number] != CONTROL:
+        if table.types[number] not in (CONTROL, USER_DEFINED):
             table.texts[number] = token[len(INSIDE) :] if token.startswith(INSIDE) else SPACE + token
     lowercase, accents = _normalizer(sources, table)
     if accents:
