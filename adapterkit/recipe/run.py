@@ -270,6 +270,7 @@ class _Build:
             lock=str(self.lock_file),
             locked=self.locked,
             outputs=tuple(self._built(step, states[step.name], made[step.name], reports) for step in self.steps),
+            inputs={name: asdict(pin) for name, pin in sorted(self.pins.items())},
             changed=sum(state != UNCHANGED for state in states.values()),
             passes=passes,
             lock_written=written,
