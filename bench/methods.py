@@ -54,6 +54,10 @@ it changes the formula stands in the config. What the initialisation took out of
 where that cannot be repeated (`pissa_niter`, CorDA, LoRA-GA, LoftQ) the adapter is refused unless the base given is the
 residual one (`--residual-base`). MoRA (arXiv:2405.12130) writes LoRA's keys from a fork of PEFT: a square matrix between a
 compression of the input and its inverse, types 1 to 4 and 6 (`tests/methods/test_mora.py`).
+
+Unsloth kept the experts of a stacked `lora_B` in another order than PEFT until 2026-09-17 (unsloth-zoo#1269): its
+`lora_B_layout` in the config is followed, and where a config does not say, `merge --expert-order slowest` does
+(`tests/adapters/test_expert_order.py`). Other verbs follow the config: add `"lora_B_layout": "grouped_by_expert"` to it.
 """
 
 
