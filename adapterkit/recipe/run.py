@@ -256,7 +256,7 @@ class _Build:
         follow = After(self.file, self.state, self.pins, how, note)
         for step in self.steps:
             with located(self.file, "outputs", step.name):
-                made[step.name] = follow.run(step, self._origin(step), made[step.name], reports.get(step.name))
+                made[step.name] = follow.run(step, self._origin(step), made[step.name])
             self.state.made[step.name] = made[step.name]
         self._forget(made)
         if self.before is not None and not passes:

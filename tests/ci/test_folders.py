@@ -143,11 +143,9 @@ def test_pre_commit_runs_the_hook(adapter: Path, tmp_path: Path) -> None:
     """The real pre-commit on a real commit; the hook comes from a clone of this repository's files."""
     env = {
         **os.environ,
-
-            "GIT_CONFIG_GLOBAL": "/dev/null",
-            "GIT_CONFIG_SYSTEM": "/dev/null",
-            "PRE_COMMIT_HOME": str(tmp_path / "cache")
-        ,
+        "GIT_CONFIG_GLOBAL": "/dev/null",
+        "GIT_CONFIG_SYSTEM": "/dev/null",
+        "PRE_COMMIT_HOME": str(tmp_path / "cache"),
         **{f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
     }
     for name in ("GIT_DIR", "GIT_INDEX_FILE", "GIT_WORK_TREE"):
