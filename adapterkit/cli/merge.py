@@ -36,6 +36,7 @@ FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
 @click.option("--keep-touched", metavar="TYPE", help="Of a GGUF output: at least this type for what adapters change.")
 @click.option("--max-shard-size", metavar="SIZE", help="Like 5GB; by default the base's own shards are kept.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
+@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where blocks are computed.")
 @click.option("--as-trained", metavar="GRID", help="nf4, fp4 or int8: fold onto the values that QLoRA training saw.")
 @click.option("--double-quant", is_flag=True, help="With --as-trained or --quant nf4: nested scales.")
 @click.option("--quant-dtype", default="auto", help="With --as-trained: the dtype in which training loaded the base.")
@@ -71,6 +72,7 @@ def command(
     pre: str | None,
     max_shard_size: str | None,
     jobs: int | None,
+    device: str,
     as_trained: str | None,
     double_quant: bool,
     quant_dtype: str,
@@ -124,6 +126,7 @@ def command(
         "pre": pre,
         "max_shard_size": max_shard_size,
         "jobs": jobs,
+        "device": device,
         "as_trained": as_trained,
         "double_quant": double_quant and as_trained is not None,
         "quant": folder_quant,
