@@ -111,7 +111,7 @@ def lora_tensors(
     alpha = float(adapter.config.number("lora_alpha", 0)) or 1.0
     tensors: list[Tensor] = []
     for name in sorted(parts, key=place):
-        a, b = _factors(parts[name], shapes[name], alpha)
+        a, b = names.adjusted(name, *_factors(parts[name], shapes[name], alpha))
         if name == EMBEDDING:
             a, b = b, a.T  # looked up by row: the factor with the vocabulary is called A
         tensors += [Held(name + A, a, "lora a"), Held(name + B, b, "lora b")]
