@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.fold import Folded, fold
 from adapterkit.errors import TargetError, UsageError
+from adapterkit.gguf.arch.views import reordered
 from adapterkit.gguf.checkpoint import GGUFCheckpoint
 from adapterkit.gguf.hf import gguf_names
 from adapterkit.gguf.names import OUTPUT
@@ -79,9 +80,16 @@ def fold_values(
     if base.kind != "model":
         raise UsageError(f"{base.ref} is a GGUF {base.kind}, not a model", "give the model first, then the adapter")
     names = gguf_names(base)
-    view = replace(base, tensors={n: decoded(tensor) for n, tensor in base.items()}, config=names.config)
-    folded = fold(view, adapters, weights, names=names, **how)
+    tensors = {name: decoded(tensor) for name, tensor in base.items()}
+    turned = {name: columns for name in tensors if (columns := names.columns_of(name)) is not None}
+    own = {name: reordered(tensors[name], columns, undo=True) for name, columns in turned.items()}
+    folded = fold(replace(base, tensors={**tensors, **own}, config=names.config), adapters, weights, names=names, **how)
     _check(base, folded, names)
+    if turned:
+        after = dict(folded.checkpoint.tensors)
+        for name, columns in turned.items():
+            after[name] = reordered(after[name], columns) if name in folded.touched else tensors[name]
+        folded = replace(folded, checkpoint=replace(folded.checkpoint, tensors=after))
     return folded
 
 
@@ -93,7 +101,7 @@ def _check(base: GGUFCheckpoint, folded: Folded, names: GGUFNames) -> None:
         raise TargetError(
             f"the adapter resizes the vocabulary from {old} to {new}, and the tokenizer in {base.ref}", road
         )
-    moved = [name for name in folded.touched if names.moved(name)]
+    moved = [name for name in folded.touched if names.moved(name) and names.columns_of(name) is None]
     if moved:
         raise TargetError(f"the adapter trains '{moved[0]}', which a GGUF {base.arch} stores with other values", road)
     strange = [name for name in folded.added if name != OUTPUT]

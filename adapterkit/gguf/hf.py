@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.decoded import dequantized
+from adapterkit.errors import TargetError
 from adapterkit.gguf.arch.back import mapper_of_gguf
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.mapping import Mapper
@@ -25,6 +26,12 @@ def gguf_names(base: Checkpoint) -> GGUFNames:
     """
     if isinstance(base, GGUFCheckpoint):
         mapper = mapper_of_gguf(base)
+        if mapper.spec.scaled:
+            raise TargetError(
+                f"{base.ref}: numbers of its config are multiplied into the weights of a GGUF {base.arch}, and no adapter "
+                "was trained on those",
+                "merge into the Hugging Face base: adapterkit merge BASE ADAPTER -o OUT.gguf",
+            )
         return GGUFNames(mapper, mapper.hf_shapes(base.shapes, base.ref), base.ref)
     view = dequantized(base)
     config = Config(view.config, base.ref)

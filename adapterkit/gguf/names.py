@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.layout import Layout, UnmappableError
 from adapterkit.adapters.names import LONGEST, Names
 from adapterkit.adapters.target import Piece, Target
-from adapterkit.gguf.arch.maps import Box, Strided
+from adapterkit.gguf.arch.maps import Array, Box, MapError, Strided
 
 if TYPE_CHECKING:
     import torch
 
     from adapterkit.gguf.arch.mapping import Mapper
-    from adapterkit.gguf.arch.maps import Array
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 _EXPERT = re.compile(r"(?P<stack>.*\.experts)\.(?P<expert>\d+)\.(?P<leaf>\w+)")
@@ -72,7 +71,7 @@ class GGUFNames(Names):
     def find(self, parameter: str) -> Target | None:
         if parameter not in self._found:
             found = super().find(parameter) if len(parameter) <= LONGEST else None
-            self._found[parameter] = found or self._expert(parameter)
+            self._found[parameter] = found or self._expert(parameter) or self._spelled(parameter)
         return self._found[parameter]
 
     def stored_name(self, parameter: str, beside: str) -> str:
@@ -128,6 +127,38 @@ class GGUFNames(Names):
         if not pieces or columns != (shape[-1] if len(shape) > 1 else 1):
             raise UnmappableError
         return Layout(tuple(shape), lead, tuple(sorted(pieces, key=lambda piece: (piece.row, piece.column))))
+
+    def columns_of(self, tensor: str) -> Strided | None:
+        """Which columns of the checkpoint's matrix those of a GGUF tensor are, where their order is another."""
+        array = self._mapped.arrays.get(tensor)
+        box = array.boxes[0] if array is not None and len(array.boxes) == 1 else None
+        return box.columns if box is not None and not box.values and not _all_columns(box) else None
+
+    def _spelled(self, parameter: str) -> Target | None:
+        """A parameter of another module tree of the same architecture, such as one that has two projections in one."""
+        found = self._mapper.match(parameter)
+        if found is None or found.item is not None or not found.rule.gguf:
+            return None
+        names = [name.replace("{i}", str(found.layer)) + found.suffix for name in found.rule.gguf]
+        if any(name not in self._mapped.arrays for name in names):
+            return None
+        back = [self._mapped.arrays[name].shape for name in names]
+        try:
+            for op in reversed(found.rule.ops):
+                back = op.back(back, self._mapper.config)
+            arrays = [Array.stored(parameter, back[0])]
+            for op in found.rule.ops:
+                arrays = op.run(arrays, self._mapper.config)
+            pieces = []
+            for name, array in zip(names, arrays, strict=True):
+                at = 0
+                for box in array.boxes:
+                    pieces += _pieces(name, box, at, back[0])
+                    at += box.height
+        except (MapError, UnmappableError):
+            return None
+        ordered = tuple(sorted(pieces, key=lambda piece: (piece.row, piece.column)))
+        return Target(parameter, tuple(back[0]), ordered, stacked=len(back[0]) > 2)
 
     def _expert(self, parameter: str) -> Target | None:
         """A matrix of one expert, where the checkpoint has a stack of them on its side."""
