@@ -92,7 +92,8 @@ class Activations(TorchFunctionMode):
                 found.counts[first] += rows.numel() // width
             elif inputs.dim() == weight.dim() and inputs.shape[0] == seen:
                 found.squares[first : first + seen] += rows.sum(-2, dtype=torch.float64).cpu()
-                found.counts[first : first + seen] += rows.shape[-2]
+                # Some experts get every token, those of others as zeros.
+                found.counts[first : first + seen] += (rows.amax(-1) > 0).sum(-1).cpu()
 
 
 def in_gguf(
