@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit.adapters.experts import ORDERS
+from adapterkit.cli.attest import attest_option, attested
 from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, given, methods_flag
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
 from adapterkit.cli.quantization import NAMES as TYPES
@@ -53,6 +54,7 @@ FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
 )
 @click.option("--allow-unknown", is_flag=True, help="Go on where an adapter's config has fields not known here.")
 @click.option("--full-record", is_flag=True, help="Hash every byte of BASE and OUT for the adapterkit.json beside it.")
+@attest_option
 @click.option("--dry-run", is_flag=True, help="Show what would be done, from headers alone.")
 @click.option("--save-plan", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan and stop.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run; keep finished work if interrupted again.")
@@ -82,6 +84,7 @@ def command(
     expert_order: str | None,
     allow_unknown: bool,
     full_record: bool,
+    attest: bool,
     dry_run: bool,
     save_plan: Path | None,
     resume: bool,
@@ -150,6 +153,7 @@ def command(
         how |= {"fidelity": fidelity or min_retention is not None, "yes_lossy": yes_lossy, "full_record": full_record}
         report = merge(base, adapters, out, force=force, resume=resume, progress=progress, **how)
         progress.close()
+        attested(attest, out, [base, base16, *adapters])
     kept = report.fidelity is None or min_retention is None or report.fidelity.retention >= min_retention
     if as_json:
         show_json(report)
