@@ -109,12 +109,7 @@ class Progress:
             return
         self._last = now
         share = done / total if total else 1.0
-<<<<<<< HEAD
-        text = f"{self._label} {size(done)} of {size(total)}, {share:4.0%}{self._left(now, done, total)}"
-=======
-        left = (now - self._started) * (1 - share) / share if share > 0 else 0.0
-        text = f"{self._label} {self._form(done)} of {self._form(total)}, {share:4.0%}, {left:.0f} s left"
->>>>>>> main
+        text = f"{self._label} {self._form(done)} of {self._form(total)}, {share:4.0%}{self._left(now, done, total)}"
         if self._tty:
             Progress._bar = self
             filled = int(24 * share)
