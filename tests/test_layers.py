@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     (
         *("merge", "combine", "convert", "verify", "recipe", "check", "folders", "inspect", "demo", "servers", "bases"),
-        *("register", "provenance", "fits", "hub", "serve", "ui"),
+        *("register", "provenance", "fits", "hub", "serve", "ui", "attest", "signing"),
         *("resize", "extract", "compare", "heatmap", "family", "ordered"),
         *("options", "outputs", "conversions", "pickles"),
     ),

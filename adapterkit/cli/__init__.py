@@ -40,6 +40,9 @@ VERBS = {
     "pull": ("adapterkit.cli.hub:pull", "Bring a repository from the Hugging Face Hub into the registry."),
     "serve-args": ("adapterkit.cli.serve", "Print the command or Modelfile that loads versions in a server."),
     "build": ("adapterkit.cli.build", "Carry out a recipe: merge, convert, verify, register, push, reproducibly."),
+    "attest": ("adapterkit.cli.attest", "Write a provenance statement (in-toto, SLSA) beside an output."),
+    "sign": ("adapterkit.cli.sign:sign", "Sign an output or a version with a key of your own."),
+    "verify-signature": ("adapterkit.cli.sign:verify", "Say whether an output or a version is what was signed."),
     "ui": ("adapterkit.cli.ui", "Look at the registry in a browser."),
     "demo": ("adapterkit.cli.demo", "Make a tiny model, train an adapter, merge it, and show that it worked."),
 }

@@ -87,6 +87,8 @@ FORMATS = {
         ),
     )
 }
+ADAPTERS = frozenset({"gguf-lora", "peft", "mlx"})
+"""The formats of adapters; the others are of models."""
 _WORDS = {
     "quantization": "options of a quantization",
     "max_shard_size": "parts of a size",
