@@ -44,8 +44,8 @@ def _command(command: click.Command, verb: str, context: click.Context) -> list[
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     parts = [f"## {verb}", "", "```text", usage, "```", ""]
     for paragraph in (command.help or "").split("\n\n"):
-        if paragraph.startswith("\b"):
-            lines = paragraph.split("\n")[1:]
+        if paragraph.strip().startswith("\b"):
+            lines = paragraph.strip().split("\n")[1:]
             title = lines.pop(0) if lines and not lines[0].startswith(" ") else ""
             parts += [title, "", "```text", *(line.removeprefix("  ") for line in lines), "```", ""]
         else:
@@ -59,7 +59,7 @@ def _row(option: click.Option, context: click.Context) -> str:
     if record is None:
         return ""
     names, text = record
-    return f"| `{names.replace('|', chr(92) + '|')}` | {_plain(text)} |"
+    return f"| `{names}` | {_plain(text)} |"
 
 
 def _plain(text: str) -> str:
