@@ -433,6 +433,16 @@ def _bert(values: Values, config: Values, base: Any) -> dict[str, Any]:
     return {"type_vocab_size": types.shape[0] if types is not None else 0}
 
 
+def _distilbert(values: Values, config: Values, base: Any) -> dict[str, Any]:
+    return {
+        "dim": values["embedding_length"],
+        "hidden_dim": values["feed_forward_length"],
+        "n_heads": values["attention.head_count"],
+        "n_layers": values["block_count"],
+        **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")),
+    }
+
+
 def _cohere(values: Values, config: Values, base: Any) -> dict[str, Any]:
     kinds = None
     if config["model_type"] == "cohere2":
@@ -595,6 +605,7 @@ MORE: dict[str, Callable[[Values, Values, Any], dict[str, Any]]] = {
     "mamba2": _mamba2,
     "jamba": _jamba,
     "bert": _bert,
+    "distilbert": _distilbert,
     "roberta": _bert,
     "cohere": _cohere,
     "cohere2": _cohere,
