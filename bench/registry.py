@@ -28,7 +28,8 @@ from adapterkit.registry import disk, fsck, listing, register, store, verbs
 from adapterkit.registry.home import Home
 from adapterkit.registry.identity import Identity
 from adapterkit.registry.record import FileEntry, Operation, Parent, Record
-from adapterkit.ui import overview, version
+from adapterkit.ui import overview
+from adapterkit.ui import version as version_page
 
 VERBS = {
     "python -c pass": "pass",
@@ -41,6 +42,11 @@ VERBS = {
     "assert len(lineage.tree_text(lineage.lineage('chat-q4-7')).splitlines()) > 4",
     "lineage of a base with 200 children": "from adapterkit.registry import lineage; "
     "assert len(lineage.lineage('the-base').nodes) > 200",
+}
+
+PAGES = {
+    "page of ui: all": lambda home: overview.page(overview.overview(overview.Query(), home.root), home),
+    "page of ui: one version": lambda home: version_page.page("adapter-5", 1, home.root),
 }
 
 
@@ -109,14 +115,11 @@ def speed(folder: Path, count: int) -> None:
         listing.listing(home=home.root)
         for verb, code in VERBS.items():
             print(f"  {verb:<36} {timed(code.format(count=count, digest=digest[:16]), home.root)}")
-        for page, make in (
-            ("page of ui: all", lambda: overview.page(overview.overview(overview.Query(), home.root), home)),
-            ("page of ui: one version", lambda: version.page("adapter-5", 1, home.root)),
-        ):
+        for page, make in PAGES.items():
             times = []
             for _ in range(7):
                 start = time.perf_counter()
-                make()
+                make(home)
                 times.append((time.perf_counter() - start) * 1000)
             print(f"  {page:<36} {statistics.median(times):8.0f} ms in a server that runs")
         verbs.tag("adapter-1", "new", home=home.root)
