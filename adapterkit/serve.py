@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit.errors import NotFound, UsageError
+from adapterkit.handover import SUFFIXES, handover
 from adapterkit.registry import resolve
 from adapterkit.registry.checkout import checkout
 from adapterkit.registry.home import open_home
@@ -31,7 +32,7 @@ class Server:
         several: what is added to the command where there is more than one.
         after: a request that names an adapter, where it takes more than its name; ``{json}`` path, ``{place}`` from 0.
         after_one: whether a single adapter needs that request too.
-        parts: of a GGUF set, how its files are named: the first, or a pattern.
+        parts: a set of GGUF files is named by a pattern, not by its first.
         note: what a user has to know.
         gguf: reads GGUF files and no folders of safetensors.
         single: takes one adapter.
@@ -137,7 +138,12 @@ def serve_args(
     quoted = [shlex.quote(path) if server != "ollama" else path for path in paths]
     requests: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    if not adapters:
+    if not adapters and paths[0].endswith(".gguf") and server in SUFFIXES:
+        found = handover(paths[0], server)
+        text, notes = found.text.rstrip("\n"), found.notes
+        if row.parts:
+            text = text.replace(paths[0], _PART.sub("-*.gguf", paths[0]))
+    elif not adapters:
         text = row.model.format(path=quoted[0])
     else:
         on = base or _base(adapters, server, row)
@@ -169,8 +175,6 @@ def _path(record: Record, row: Server, server: str, copy: Path | None, home: Pat
         raise UsageError(
             f"{record.ref} is no GGUF file, and {server} reads nothing else", "convert it and register that"
         )
-    if len(ggufs) > 1 and row.parts:
-        return str((folder / _PART.sub("-*.gguf", ggufs[0])).absolute())
     return str((folder / ggufs[0] if ggufs else folder).absolute())
 
 

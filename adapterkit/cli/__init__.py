@@ -23,6 +23,7 @@ VERBS = {
     "extract": ("adapterkit.cli.extract", "Make an adapter of the difference of two checkpoints."),
     "resize": ("adapterkit.cli.resize", "Bring an adapter to another rank."),
     "convert": ("adapterkit.cli.convert", "Write a model or an adapter in another format."),
+    "imatrix": ("adapterkit.cli.imatrix", "Measure which columns of the weights matter, for quantizing a model."),
     "verify": ("adapterkit.cli.verify", "Prove that a merged model is the trained one."),
     "execute": ("adapterkit.cli.execute", "Execute a saved plan, or one part of it."),
     "register": ("adapterkit.cli.register", "Add a folder or file to the registry, as a new version of a name."),
