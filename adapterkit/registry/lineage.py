@@ -99,6 +99,7 @@ class _Walk:
         self.index = found
         self.nodes: dict[str, Node] = {}
         self.edges: dict[tuple[str, str, str, str], Edge] = {}
+        self.found: dict[tuple[str, Identity | None, str], list[Row]] = {}
         self.bases: dict[Identity, str] = {}
         self.cut = False
 
@@ -165,6 +166,12 @@ class _Walk:
             return None
 
     def _parent_rows(self, parent: Parent) -> list[Row]:
+        key = (parent.content, parent.identity, parent.record)
+        if key not in self.found:  # many children of one base ask the same
+            self.found[key] = self._find_parent(parent)
+        return self.found[key]
+
+    def _find_parent(self, parent: Parent) -> list[Row]:
         rows = self.index.by_content(parent.content) if parent.content else []
         if not rows and parent.identity is not None:
             rows = self.index.by_identity(parent.identity)
