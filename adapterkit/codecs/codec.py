@@ -73,6 +73,9 @@ class Codec:
         find: the weights in a checkpoint, given its tensors and its ``quantization_config`` (``{}`` without one).
         alone: the tensors say everything, so that a missing ``quantization_config`` does not matter.
         source: where the layout is published.
+        what: which variants are read, for readers.
+        writes: targets of ``convert`` that give this format.
+        test: the tests that hold it against the library that defines it, or against the published layout.
     """
 
     name: str
@@ -81,6 +84,9 @@ class Codec:
     find: Callable[[Parts, Mapping[str, Any]], Iterator[Weight]] = field(repr=False)
     alone: bool
     source: str
+    what: str
+    test: str
+    writes: tuple[str, ...] = ()
 
 
 AGAIN = "download or save it again"

@@ -125,4 +125,7 @@ FP8 = Codec(
     find,
     True,
     "transformers 5, integrations/finegrained_fp8.py: Fp8Dequantize; NVIDIA ModelOpt, torch/export/quant_utils.py",
+    what="FP8 per tensor, row or block (also short last blocks, stacked experts), MXFP8, FP4 pairs; NVFP4 of ModelOpt",
+    test="test_scaled.py: transformers; NVFP4 by its published layout",
+    writes=("fp8",),
 )

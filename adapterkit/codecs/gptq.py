@@ -144,7 +144,16 @@ GPTQ = Codec(
     find_gptq,
     False,
     "AutoGPTQ, nn_modules/qlinear; GPTQModel, nn_modules/qlinear/__init__.py: PackableQuantLinear",
+    what="2, 3, 4 and 8 bits, versions 1 and 2, activation order (g_idx); auto-round's export of it",
+    test="test_gptq.py: auto-round (slow), else by its published layout",
 )
 AWQ = Codec(
-    "AWQ", ("awq",), (".qweight", ".qzeros"), find_awq, False, "AutoAWQ, modules/linear/gemm.py; utils/packing_utils.py"
+    "AWQ",
+    ("awq",),
+    (".qweight", ".qzeros"),
+    find_awq,
+    False,
+    "AutoAWQ, modules/linear/gemm.py; utils/packing_utils.py",
+    what="gemm of 4 bits",
+    test="test_gptq.py: AutoAWQ where installed, else by its published layout",
 )

@@ -117,4 +117,6 @@ HQQ = Codec(
     find,
     True,
     "hqq 0.2, core/quantize.py: HQQLinear.state_dict, Quantizer.dequantize; core/bitpack.py",
+    what="1, 2, 3, 4 and 8 bits on either axis, plain scales",
+    test="test_hqq.py: hqq where installed, else by its published layout",
 )

@@ -78,4 +78,6 @@ MXFP4 = Codec(
     find,
     True,
     "OCP Microscaling Formats 1.0; transformers 5, integrations/mxfp4.py: convert_moe_packed_tensors",
+    what="stacked experts of gpt-oss",
+    test="test_scaled.py: transformers",
 )
