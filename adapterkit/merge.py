@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter, load_adapter
+from adapterkit.adapters.experts import in_order
 from adapterkit.bases import open_base, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
@@ -138,7 +139,8 @@ def plan_merge(
     )
     if asked.to is None:
         asked = replace(asked, to=GGUF if opened.format == "gguf" else FOLDER)
-    loaded = tuple(a if isinstance(a, Adapter) else load_adapter(a, headers_only=headers_only) for a in adapters)
+    given = (a if isinstance(a, Adapter) else load_adapter(a, headers_only=headers_only) for a in adapters)
+    loaded = tuple(in_order(adapter, asked.expert_order) for adapter in given)
     inputs = None
     if fingerprints:
         inputs = {s.name: _fingerprint(s) for s in (*opened.sources, *(a.source for a in loaded))}

@@ -39,6 +39,8 @@ class MergeOptions:
         method: how deltas of several adapters become one, a row of `adapterkit.ops.methods.METHODS`; nothing is
             truncated. Whole parameters, token rows and biases are not combined by it.
         scale, space, parameters: of the method, as in `combine`.
+        expert_order: ``fastest`` (as PEFT) or ``slowest`` (Unsloth until 2026-09-17): how experts lie in a stacked lora_B
+            of adapters whose config does not say.
     """
 
     to: str | None = None
@@ -60,6 +62,7 @@ class MergeOptions:
     scale: float = 1.0
     space: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    expert_order: str | None = None
 
     @classmethod
     def of(cls, **given: Any) -> MergeOptions:

@@ -21,11 +21,14 @@ def legacy(*entries: tuple[str, int, list[float]], tail: bytes = b"") -> bytes:
 def test_legacy_values_are_divided_by_the_calls() -> None:
     tail = struct.pack("<ii", 7, 4) + b"text"
     data = legacy(("blk.0.attn_q.weight", 4, [1.0, 2.0, 3.0]), ("x.weight", 0, [5.0]), tail=tail)
-    found = parse_legacy(data)
+    found, dataset, chunks = parse_legacy(data)
+    assert (dataset, chunks) == ("text", 7)
     assert list(found) == ["blk.0.attn_q.weight", "x.weight"]
     assert found["blk.0.attn_q.weight"].tolist() == [0.25, 0.5, 0.75]
     assert found["x.weight"].tolist() == [5.0]
-    third = parse_legacy(legacy(("w", 3, [1.0])))["w"]
+    found, dataset, chunks = parse_legacy(legacy(("w", 3, [1.0])))
+    assert (dataset, chunks) == ("", 0)
+    third = found["w"]
     assert third.dtype == np.float32
     assert third[0] == np.float32(1.0) / np.float32(3.0)
 

@@ -272,6 +272,8 @@ def test_a_type_by_hand_does_not_advance_the_count_of_layers() -> None:
         ("IQ4_XS", 96, "IQ4_NL"),
         ("TQ2_0", 96, "Q4_0"),
         ("Q4_K_S", 100, "F16"),
+        ("Q8_0", 100, "F16"),
+        ("Q4_0", 80, "F16"),
         ("IQ3_S", 100, "F16"),
     ],
 )
@@ -328,8 +330,10 @@ def test_errors() -> None:
     tensor: list[Tensor] = [("blk.0.attn_q.weight", (4, 100), "F16"), ("output.weight", (4, 256), "F16")]
     with pytest.raises(UsageError, match="'Q4_K_XL' is no quantization"):
         choose_types(tensor, "Q4_K_XL", "llama", hparams)
-    with pytest.raises(UsageError, match="rows of 100 weights, which Q8_0 cannot hold"):
-        choose_types(tensor, "Q8_0", "llama", hparams)
+    with pytest.raises(UsageError, match=r"'output.weight' has rows of 100 weights, which Q8_0 cannot hold"):
+        choose_types([("output.weight", (4, 100), "F16")], "Q4_0", "llama", hparams, output_type="Q8_0")
+    with pytest.raises(UsageError, match=r"'token_embd.weight' has rows of 96 weights, which Q6_K cannot hold"):
+        choose_types([("token_embd.weight", (4, 96), "F16")], "Q4_0", "llama", hparams, token_embedding_type="Q6_K")
     with pytest.raises(UsageError, match="is no regular expression"):
         choose_types(tensor, "Q4_K_M", "llama", hparams, tensor_types=[("attn_(", "Q8_0")])
     with pytest.raises(UsageError, match="'Q9' is no GGUF tensor type"):

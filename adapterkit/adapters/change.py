@@ -172,10 +172,7 @@ class RowReplacement(Kernel):
 
 def replace(tensor: Tensor, how: str = "replaced by the adapter's own") -> Change:
     """The change that puts ``tensor`` in the place of a parameter."""
-    columns = 1
-    for size in tensor.shape[1:]:
-        columns *= size
-    return Change(how, lambda weights: Replacement(tensor, columns), tensor.nbytes, 0, tensor, tensor)
+    return Change(how, lambda weights: Replacement(tensor, weights.shape[1]), tensor.nbytes, 0, tensor, tensor)
 
 
 def matrix(tensor: Tensor) -> torch.Tensor:

@@ -114,7 +114,7 @@ class Watch:
             encoded = {name for target in targets for name in target.tensors}
 
             def through(name: str, shape: tuple[int, ...]) -> Through | None:
-                return _through(kind, shape, self._tensors[name].dtype) if kind and name in encoded else None
+                return through_format(kind, shape, self._tensors[name].dtype) if kind and name in encoded else None
 
         for name, tensor in self._tensors.items():
             tensor.watch = partial(self._add, name, tensor, through(name, tensor.shape))
@@ -179,10 +179,10 @@ class Watch:
             self._sums.setdefault(key, {})[start] = sums
 
 
-def _through(kind: str, shape: tuple[int, ...], dtype: DType) -> Through | None:
+def through_format(kind: str, shape: tuple[int, ...], dtype: DType | None = None) -> Through | None:
     """decode(encode(.)) of whole rows, with scales from these rows alone and not quantized a second time.
 
-    4-bit weights are decoded to ``dtype``, as bitsandbytes does it.
+    4-bit weights are decoded to ``dtype`` where that is given, as bitsandbytes does it; else to float32.
     """
     columns = shape[-1]
     if kind == "fp8":
@@ -197,7 +197,8 @@ def _through(kind: str, shape: tuple[int, ...], dtype: DType) -> Through | None:
         flat = rows.reshape(-1)
         absmax = blockwise.absmax_of(flat, grid.blocksize)
         codes = blockwise.encode_4bit(flat, absmax, kind, grid.blocksize)
-        return blockwise.decode_4bit(codes, absmax, kind, grid.blocksize, flat.numel()).to(dtype.torch)
+        found = blockwise.decode_4bit(codes, absmax, kind, grid.blocksize, flat.numel())
+        return found if dtype is None else found.to(dtype.torch)
 
     return through
 

@@ -179,7 +179,7 @@ class _Fold:
                 "give the 16-bit base",
             )
         applied = tuple(
-            Applied(item.edit.change, item.edit.target, piece, item.weight)
+            Applied(item.edit.change, item.edit.target, piece, item.weight, item.adapter.ref)
             for item in items
             for piece in item.edit.target.pieces
             if piece.tensor == name

@@ -48,8 +48,10 @@ class StoredWeights(Weights):
             tensor = self._tensors[piece.tensor]
             if piece.transposed:
                 width = tensor.shape[-1]
-                turned = tensor.read_wide(piece.at * width, (piece.at + columns) * width).view(columns, width)
-                out[where] = turned[:, piece.row_at + first : piece.row_at + first + len(wanted)].T.float()
+                held = piece.columns or columns
+                turned = tensor.read_wide(piece.at * width, (piece.at + held) * width).view(held, width)
+                turned = turned[:, piece.row_at + first : piece.row_at + first + len(wanted)]
+                out[where, piece.held_columns(columns)] = turned.T.float()
             else:
                 low = piece.at + first * piece.at_step
                 high = low + (len(wanted) - 1) * piece.at_step + 1
@@ -66,6 +68,7 @@ class Applied:
     target: Target
     piece: Piece
     weight: float
+    owner: str = ""  # what the adapter is called
 
 
 class Loaded:
@@ -117,14 +120,14 @@ class Merged(Tensor):
     ) -> None:
         self.name, self.base, self.applied, self.dtype = name, base, applied, dtype
         self.shape = base.shape
-        self._columns = max(columns, 1)
+        self.columns = max(columns, 1)
         self.watch: Watcher | None = None
 
     @property
     def block(self) -> int:
-        if self.base.block % self._columns == 0:
+        if self.base.block % self.columns == 0:
             return self.base.block
-        return max(1, BLOCK // self._columns) * self._columns
+        return max(1, BLOCK // self.columns) * self.columns
 
     @property
     def reads(self) -> int:
@@ -158,13 +161,14 @@ class Merged(Tensor):
 
     def _block(self, start: int) -> torch.Tensor:
         stop = min(start + self.block, self.numel)
-        columns = self._columns
+        columns = self.columns
         low, high = start // columns, stop // columns
         stored = self.base.read_wide(start, stop).view(-1, columns)
         acc = stored.float()
         if acc.data_ptr() == stored.data_ptr():
             acc = acc.clone()
-        alone = len(self.applied) == 1 and self.applied[0][0].weight == 1
+        one = self.applied[0][0]
+        alone = one.weight == 1 and all(applied.change is one.change for applied, _ in self.applied)
         for applied, loaded in self.applied:
             if applied.piece.transposed:
                 _add_transposed(acc, stored, applied, loaded, low, high, alone)
@@ -212,13 +216,14 @@ def _add(
 def _add_transposed(
     acc: torch.Tensor, stored: torch.Tensor, applied: Applied, loaded: Loaded, low: int, high: int, alone: bool
 ) -> None:
-    piece, kernel = applied.piece, loaded.kernel()
-    width = applied.target.matrix[1]
-    wanted = _overlap(range(piece.at, piece.at + width), low, high)
+    piece = applied.piece
+    held = range(applied.target.matrix[1])[piece.held_columns(applied.target.matrix[1])]
+    wanted = _overlap(range(piece.at, piece.at + len(held)), low, high)
     if not len(wanted):
         return
+    kernel = loaded.kernel()
     where = slice(wanted.start - low, wanted.stop - low)
-    columns = slice(wanted.start - piece.at, wanted.stop - piece.at)
+    columns = slice(held[wanted.start - piece.at], held[wanted.stop - piece.at - 1] + 1, held.step)
     rows = range(piece.row, piece.row + piece.count * piece.row_step, piece.row_step)
     beside = slice(piece.row_at, piece.row_at + piece.count)
     out = acc[where, beside]
@@ -245,4 +250,9 @@ def merged_columns(applied: tuple[Applied, ...], shape: tuple[int, ...]) -> int:
 
 def as_float32(tensor: Merged) -> Merged:
     """The same tensor before its one rounding, for what comes after the merge in the same pass."""
-    return Merged(tensor.name, tensor.base, tensor.applied, F32, tensor._columns)
+    return in_dtype(tensor, F32)
+
+
+def in_dtype(tensor: Merged, dtype: DType) -> Merged:
+    """The same tensor, rounded once to another dtype."""
+    return Merged(tensor.name, tensor.base, tensor.applied, dtype, tensor.columns)

@@ -35,8 +35,9 @@ class Piece:
     """``count`` rows of a parameter, and the tensor rows that store them.
 
     Parameter rows ``row, row + row_step, ...`` are tensor rows ``at, at + at_step, ...``. When ``transposed``, tensor
-    rows ``at .. at + columns`` hold the parameter's columns instead, and its rows are tensor columns starting at ``row_at``
-    (the tensor's matrix then has the parameter's rows as columns).
+    rows from ``at`` hold the parameter's columns instead, and its rows are tensor columns starting at ``row_at`` (the
+    tensor's matrix then has the parameter's rows as columns). Those are all of its columns, or ``columns`` of them:
+    ``column, column + column_step, ...``.
     """
 
     tensor: str
@@ -47,6 +48,15 @@ class Piece:
     at_step: int = 1
     transposed: bool = False
     row_at: int = 0
+    column: int = 0
+    column_step: int = 1
+    columns: int | None = None
+
+    def held_columns(self, width: int) -> slice:
+        """Which of a parameter's ``width`` columns a transposed piece holds."""
+        if self.columns is None:
+            return slice(0, width)
+        return slice(self.column, self.column + (self.columns - 1) * self.column_step + 1, self.column_step)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit.adapters.experts import ORDERS
 from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, given, methods_flag
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
 from adapterkit.cli.quantization import NAMES as TYPES
@@ -44,6 +45,11 @@ FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
 @click.option("--fidelity", is_flag=True, help="Measure, in the same pass, what of the change survives in the output.")
 @click.option("--min-retention", type=float, metavar="X", help="Exit with 3 when less than this share survives.")
 @click.option("--residual-base", is_flag=True, help="BASE is what training left behind, not the original model.")
+@click.option(
+    "--expert-order",
+    type=click.Choice(ORDERS),
+    help="Of experts in a stacked lora_B whose config does not say: fastest as in PEFT, slowest as Unsloth until 2026-09.",
+)
 @click.option("--allow-unknown", is_flag=True, help="Go on where an adapter's config has fields not known here.")
 @click.option("--full-record", is_flag=True, help="Hash every byte of BASE and OUT for the adapterkit.json beside it.")
 @click.option("--dry-run", is_flag=True, help="Show what would be done, from headers alone.")
@@ -71,6 +77,7 @@ def command(
     fidelity: bool,
     min_retention: float | None,
     residual_base: bool,
+    expert_order: str | None,
     allow_unknown: bool,
     full_record: bool,
     dry_run: bool,
@@ -122,6 +129,7 @@ def command(
         "skip_modules": skip_modules or None,
         "base16": base16,
         "residual_base": residual_base,
+        "expert_order": expert_order,
         "allow_unknown": allow_unknown,
         "quantization": quantization(types),
     }

@@ -35,13 +35,37 @@ def show_json(value: Any) -> None:
     click.echo(redact(json.dumps(data, indent=2, ensure_ascii=False)))
 
 
-def fail(arguments: list[str], exit_code: int, code: str, message: str, hint: str) -> int:
-    """Print an error the way the caller asked for, and give the exit code."""
-    if "--json" in arguments:
+def fail(
+    arguments: list[str], exit_code: int, code: str, message: str, hint: str, place: tuple[str, int] | None = None
+) -> int:
+    """Print an error the way the caller asked for, and give the exit code.
+
+    Args:
+        place: file and line that the error is about.
+    """
+    asked = form_of(arguments)
+    if asked == "github":
+        from adapterkit.problems import ERROR, Problem, github
+
+        file, line = place or ("", 0)
+        told = message.removeprefix(f"{file}:{line}: ")  # the annotation stands there already
+        click.echo(github(Problem(ERROR, code, clean(told), clean(hint), file, line)))
+    if asked == "json":
         show_json({"error": {"code": code, "message": message, "hint": hint}})
     else:
         click.echo(f"error: {clean(message)}{'; ' + clean(hint) if hint else ''}", err=True)
     return exit_code
+
+
+def form_of(arguments: list[str]) -> str:
+    """The output format that a command line asks for."""
+    if "--json" in arguments:
+        return "json"
+    for number, word in enumerate(arguments):
+        name, equals, value = word.partition("=")
+        if name == "--output-format":
+            return value if equals else "".join(arguments[number + 1 : number + 2])
+    return "text"
 
 
 def interrupted(arguments: list[str]) -> int:

@@ -72,8 +72,9 @@ INTERLEAVED = frozenset(
 )
 # Norm weights are stored with 1 added (or subtracted); a trained norm would need the same.
 SHIFTED_NORMS = frozenset({"gemma", "gemma2", "gemma3", "nemotron"})
-# Experts' matrices lie on their side, and gate and up alternate: no rows of the one are rows of the other.
-TURNED_EXPERTS = frozenset({"gpt-oss", "llama4"})
+# Stacks of experts that checkpoints keep on their side, ``[experts, in, out]``. Where gate and up are one parameter,
+# this is the step from one of its gate columns to the next: 2 where they alternate, 1 where one follows the other.
+TURNED_EXPERTS = {"gpt-oss": 2, "llama4": 1}
 # No output layer of its own can be loaded.
 ALWAYS_TIED = frozenset({"gemma", "gemma2", "command-r", "cohere2"})
 # Classes whose linear layers are Conv1D, with weights [in, out].

@@ -52,13 +52,8 @@ def fold_gguf(
         UsageError: the change would drown in a coarse grid, or options contradict each other.
         TargetError: an adapter does not fit, or the architecture is not known here.
     """
-    if base.kind != "model":
-        raise UsageError(f"{base.ref} is a GGUF {base.kind}, not a model", "give the model first, then the adapter")
-    names = GGUFNames(base.shapes, base.config, Model.of(base))
-    view = replace(base, tensors={name: decoded(tensor) for name, tensor in base.items()})
     how: dict[str, Any] = {"residual_base": residual_base, "allow_unknown": allow_unknown, "rule": rule}
-    folded = fold(view, adapters, weights, names=names, **how)
-    _check(base, folded)
+    folded = fold_values(base, adapters, weights, **how)
     touched = set(folded.touched)
     tensors = {name: t if name in touched else base[name] for name, t in folded.checkpoint.items()}
     found = typed(tensors, base, quantization or Quantization(), folded.touched)
@@ -66,6 +61,24 @@ def fold_gguf(
     checkpoint = replace(folded.checkpoint, tensors=written)
     layout = Layout(found.tensors, found.entries, base.header.alignment, base.sources[0])
     return GGUFFolded(replace(folded, checkpoint=checkpoint), layout, found.notes)
+
+
+def fold_values(
+    base: GGUFCheckpoint, adapters: Sequence[Adapter], weights: Sequence[float] | None = None, **how: Any
+) -> Folded:
+    """The fold in floats, before every tensor gets its type; ``how`` as for `fold`.
+
+    Raises:
+        UsageError: this is no model.
+        TargetError: as for `fold_gguf`.
+    """
+    if base.kind != "model":
+        raise UsageError(f"{base.ref} is a GGUF {base.kind}, not a model", "give the model first, then the adapter")
+    names = GGUFNames(base.shapes, base.config, Model.of(base))
+    view = replace(base, tensors={name: decoded(tensor) for name, tensor in base.items()})
+    folded = fold(view, adapters, weights, names=names, **how)
+    _check(base, folded)
+    return folded
 
 
 def _check(base: GGUFCheckpoint, folded: Folded) -> None:

@@ -23,12 +23,11 @@ MAGIC = b"GGUF"
 SUMS, COUNTS = ".in_sum2", ".counts"
 
 
-def parse_legacy(data: bytes) -> dict[str, Floats]:
-    """The values of a ``.dat`` file by tensor name, float32 [columns * matrices].
+def parse_legacy(data: bytes) -> tuple[dict[str, Floats], str, int]:
+    """The values of a ``.dat`` file by tensor name, float32 [columns * matrices], the data set's name, the chunks.
 
     The file is little-endian: the number of entries, then for each the length of its name, the name, the number of
-    calls, the number of values, the values summed over the calls. What follows (the chunk count, the data set's name)
-    is not needed.
+    calls, the number of values, the values summed over the calls. The chunk count and the data set's name may follow.
 
     Raises:
         CheckpointError: the bytes are no such file, or end early.
@@ -63,7 +62,10 @@ def parse_legacy(data: bytes) -> dict[str, Floats]:
         calls = number()
         values = np.frombuffer(piece(4 * number(), f"values for {name}"), dtype="<f4").astype(np.float32)
         found[name] = _finite(name, values / np.float32(calls) if calls > 0 else values)
-    return found
+    chunks = number() if at + 4 <= len(data) else 0
+    length = number() if at + 4 <= len(data) else 0
+    dataset = data[at : at + length] if 0 < length <= len(data) - at else b""
+    return found, dataset.decode("utf-8", "replace"), chunks
 
 
 def from_tensors(tensors: Mapping[str, npt.NDArray[np.floating]]) -> dict[str, Floats]:

@@ -45,7 +45,7 @@ def load_importance(path: Path) -> Importance:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic != MAGIC:
-        return Importance(imatrix.parse_legacy(path.read_bytes()))
+        return Importance(*imatrix.parse_legacy(path.read_bytes()))
     from adapterkit.gguf.checkpoint import open_gguf
 
     found = open_gguf(path)

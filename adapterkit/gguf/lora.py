@@ -154,17 +154,19 @@ def _parts(piece: Piece, kernel: Kernel, shape: tuple[int, ...]) -> Iterable[_Pa
 
 
 def _turned(piece: Piece, kernel: Kernel, target: Target, shape: tuple[int, ...]) -> Iterable[_Part]:
-    """A piece whose tensor lies on its side: the factors change places."""
+    """A piece whose tensor lies on its side, in a matrix or in one of a stack: the factors change places."""
     rows = range(piece.row, piece.row + piece.count * piece.row_step, piece.row_step)
     found = kernel.parts(rows)
     assert found is not None
-    width = target.matrix[1]
+    columns = piece.held_columns(target.matrix[1])
+    width = piece.columns or target.matrix[1]
+    index, at = divmod(piece.at, shape[-2])
     for where, left, right, scale in found:
         beside = range(piece.row_at, piece.row_at + piece.count)[where]
         yield _Part(
-            0,
-            range(piece.at, piece.at + width),
-            right.T,
+            index,
+            range(at, at + width),
+            right[:, columns].T,
             left.T,
             scale,
             slice(beside.start, beside.stop, beside.step),

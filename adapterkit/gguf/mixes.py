@@ -247,8 +247,8 @@ def choose_types(
         leave_output: ``output.weight`` keeps its type.
 
     Raises:
-        UsageError: an unknown mix or type, a regular expression that is none, a row length that no type fits, or a
-            name without a layer number in a model with experts.
+        UsageError: an unknown mix or type, a regular expression that is none, a type by hand that a row does not fit,
+            or a name without a layer number in a model with experts.
     """
     mix, (_, default) = file_type(ftype)
     patterns = [(_compiled(pattern), ggml_type(name).name) for pattern, name in tensor_types]
@@ -260,15 +260,15 @@ def choose_types(
         if not quantizable(name, shape, leave_output):
             chosen[name] = source
         elif embedding and name in EMBEDDINGS:
-            chosen[name] = embedding
+            chosen[name] = _by_hand(name, shape[-1], embedding)
         elif output and name == "output.weight":
-            chosen[name] = output
+            chosen[name] = _by_hand(name, shape[-1], output)
         elif not TYPES[default].is_quantized:
             chosen[name] = default
         else:
             manual = next((wanted for pattern, wanted in patterns if pattern.search(name)), None)
             wanted = manual or (default if pure else state.choose(name, shape, default, output))
-            chosen[name] = _fitting(name, shape[-1], wanted)
+            chosen[name] = fitting(shape[-1], wanted)
     return {name: chosen[name] for name, _, _ in tensors}
 
 
@@ -359,12 +359,17 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise UsageError(f"{pattern!r} is no regular expression: {error}", "correct the tensor type option") from error
 
 
-def _fitting(name: str, columns: int, wanted: str) -> str:
+def _by_hand(name: str, columns: int, wanted: str) -> str:
+    if columns % TYPES[wanted].block:
+        raise UsageError(
+            f"'{name}' has rows of {columns} weights, which {wanted} cannot hold", "choose another type for it"
+        )
+    return wanted
+
+
+def fitting(columns: int, wanted: str) -> str:
     """The wanted type, or the one llama-quantize takes when rows of ``columns`` cannot have it."""
     if columns % TYPES[wanted].block == 0:
         return wanted
-    fallback = FALLBACKS.get(wanted)
-    if fallback is None:
-        message = f"tensor {name} has rows of {columns} weights, which {wanted} cannot hold"
-        raise UsageError(message, f"give it another type, such as {re.escape(name)}=F16")
+    fallback = FALLBACKS.get(wanted, wanted)
     return fallback if columns % TYPES[fallback].block == 0 else "F16"

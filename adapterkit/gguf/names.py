@@ -18,6 +18,8 @@ from adapterkit.gguf.checkpoint import GGUFCheckpoint
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 EMBEDDING_MODULE, OUTPUT_MODULE = "model.embed_tokens.weight", "lm_head.weight"
 _EXPERT = re.compile(r"(?P<stack>.*\.experts)\.(?P<expert>\d+)\.(?P<leaf>\w+)")
+_LISTED = re.compile(r"(?P<stack>.*\.experts)\.(?P<leaf>gate_up_proj|down_proj)s\.(?P<expert>\d+)")
+STACKS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _LAYER = re.compile(r"blk\.(\d+)\.(\w+)")
 
 
@@ -95,11 +97,10 @@ class GGUFNames(Names):
                 tensor = self._map.get_name(f"{expert['stack']}.{expert['leaf']}")
                 count = found.get(f"{tensor}.{leaf}", (0,))[0]
                 found[f"{tensor}.{leaf}"] = (max(count, int(expert["expert"]) + 1), *shape)
-            elif leaf == "gate_up_proj" and len(shape) == 3:
-                for part in ("gate_proj", "up_proj"):
-                    found[f"{self._map.get_name(f'{stem}.{part}')}.weight"] = (shape[0], shape[1] // 2, shape[2])
-            elif leaf == "down_proj" and len(shape) == 3:
-                found[f"{self._map.get_name(name)}.weight"] = shape
+            elif leaf in STACKS and len(shape) == 3:
+                experts, out, width = shape[::2] + shape[1:2] if self.arch in TURNED_EXPERTS else shape
+                for part in STACKS[leaf]:
+                    found[f"{self._map.get_name(f'{stem}.{part}')}.weight"] = (experts, out // len(STACKS[leaf]), width)
             else:
                 tensor = self._tensor(name)
                 turned = stem.rpartition(".")[2] in CONV1D.get(self.arch, ()) and len(shape) == 2
@@ -186,7 +187,7 @@ class GGUFNames(Names):
         stem, _, leaf = name.rpartition(".")
         if leaf not in ("weight", "bias"):
             return self._stack(stem, leaf, name)
-        expert = _EXPERT.fullmatch(stem)
+        expert = _EXPERT.fullmatch(stem) or _LISTED.fullmatch(stem)
         if expert is not None:
             return self._expert(expert, leaf, name)
         tensor = self._map.get_name(stem)
@@ -254,34 +255,66 @@ class GGUFNames(Names):
         return Target(name, (sum(shape[0] for shape in shapes), *shapes[0][1:]), _pieces(runs))
 
     def _expert(self, match: re.Match[str], leaf: str, name: str) -> Target | None:
-        """One expert of a stack."""
-        tensor = f"{self._map.get_name(match['stack'] + '.' + match['leaf'])}.{leaf}"
+        """A matrix of one expert of a stack: gate above up in a fused one, or each gate row before its up row."""
+        tensors, shapes = self._parts_of(match["stack"], match["leaf"], leaf)
         number = int(match["expert"])
-        if tensor not in self._shapes or self._model.arch in TURNED_EXPERTS:
+        if not tensors or number >= shapes[0][0]:
             return None
-        experts, *shape = self._shapes[tensor]
-        if number >= experts:
-            return None
-        return Target(name, tuple(shape), (Piece(tensor, shape[0], at=number * shape[0]),))
+        heights = [shape[1] for shape in shapes]
+        alternating = len(tensors) > 1 and TURNED_EXPERTS.get(self._model.arch, 1) > 1
+        rows = [part if alternating else sum(heights[:part]) for part in range(len(tensors))]
+        pieces = tuple(
+            Piece(tensor, height, row=row, row_step=len(tensors) if alternating else 1, at=number * height)
+            for tensor, height, row in zip(tensors, heights, rows, strict=True)
+        )
+        return Target(name, (sum(heights), *shapes[0][2:]), pieces)
+
+    def _parts_of(self, stack: str, part: str, leaf: str) -> tuple[list[str], list[tuple[int, ...]]]:
+        """The tensors that hold a parameter of a stack of experts, and their shapes; none when they are not all there."""
+        found = [self._map.get_name(f"{stack}.{one}") for one in STACKS.get(part, (part,))]
+        tensors = [f"{tensor}.{leaf}" for tensor in found]
+        shapes = [self._shapes.get(tensor, ()) for tensor in tensors]
+        alike = len({shape[:1] + shape[2:] for shape in shapes}) == 1 and len(shapes[0]) > 1
+        return (tensors, shapes) if alike else ([], [])
 
     def _stack(self, stem: str, leaf: str, name: str) -> Target | None:
-        """All experts in one parameter, gate above up in each."""
-        if not stem.endswith("experts") or self._model.arch in TURNED_EXPERTS:
-            return None
-        parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
-        found = [self._map.get_name(f"{stem}.{part}") for part in parts]
-        tensors = [f"{tensor}.weight" for tensor in found]
-        shapes = [self._shapes.get(tensor, ()) for tensor in tensors]
-        if len({shape[:1] + shape[2:] for shape in shapes}) != 1 or len(shapes[0]) != 3:
+        """All experts in one parameter, gate above up in each; or on their side."""
+        tensors, shapes = self._parts_of(stem, leaf, "weight") if stem.endswith("experts") else ([], [])
+        if not tensors or len(shapes[0]) != 3:
             return None
         experts, _, columns = shapes[0]
         heights = [shape[1] for shape in shapes]
+        step = TURNED_EXPERTS.get(self._model.arch)
+        if step is not None:
+            pieces = _turned(tensors, heights, columns, experts, step)
+            return Target(name, (experts, columns, sum(heights)), pieces, stacked=True)
         runs = [
             (tensor, [Run(expert * height, 1, height)])
             for expert in range(experts)
             for tensor, height in zip(tensors, heights, strict=True)
         ]
         return Target(name, (experts, sum(heights), columns), _pieces(runs), stacked=True)
+
+
+def _turned(tensors: list[str], heights: list[int], columns: int, experts: int, step: int) -> tuple[Piece, ...]:
+    """Experts on their side: a tensor's rows are columns of the parameter, every ``step``-th or a run of them."""
+    pieces = []
+    for expert in range(experts):
+        for part, (tensor, height) in enumerate(zip(tensors, heights, strict=True)):
+            alternating = step > 1 and len(tensors) > 1
+            pieces.append(
+                Piece(
+                    tensor,
+                    columns,
+                    row=expert * columns,
+                    at=expert * height,
+                    transposed=True,
+                    column=part if alternating else sum(heights[:part]),
+                    column_step=step if alternating else 1,
+                    columns=height,
+                )
+            )
+    return tuple(pieces)
 
 
 def _pieces(parts: list[tuple[str, list[Run]]]) -> tuple[Piece, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import PREFIX
@@ -34,6 +34,7 @@ class _Module:
     a: torch.Tensor
     b: torch.Tensor
     stacked: bool
+    turned: bool = False  # a stack whose factors PEFT keeps the other way round
 
     @property
     def rank(self) -> int:
@@ -77,7 +78,9 @@ def to_peft(lora: GGUFCheckpoint, base: Checkpoint) -> tuple[list[Tensor], dict[
         if target is None or not set(target.tensors) & set(pairs):
             continue
         used |= set(target.tensors) & set(pairs)
-        modules.append(_module(target, pairs, alpha, lora.ref))
+        module = _module(target, pairs, alpha, lora.ref)
+        on_side = any(piece.transposed for piece in target.pieces)
+        modules.append(replace(module, turned=target.stacked and on_side != names.turned(parameter)))
     unused = sorted(set(pairs) - used)
     if unused:
         raise TargetError(
@@ -101,9 +104,10 @@ def _module(target: Target, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]],
     import torch
 
     matrices = target.shape[0] if target.stacked else 1
-    rows, columns = target.matrix[0] // matrices, target.matrix[1]
+    height, columns = target.matrix[0] // matrices, target.matrix[1]
+    rows = height
     if any(piece.transposed for piece in target.pieces):
-        rows, columns = columns, rows  # a Conv1D: its factors are those of the matrix as GGUF has it
+        rows, columns = columns, rows  # on its side: the factors are those of the matrix as GGUF has it
     places: list[tuple[torch.Tensor, int]] = []
     rank = 0
     offsets = {}
@@ -133,16 +137,18 @@ def _module(target: Target, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]],
         b = a if piece.tensor == EMBEDDING else b
         size, at = b.shape[-1], offsets[piece.tensor]
         scale = alpha / size if alpha else 1.0
-        if piece.transposed:
-            left[0, :, at : at + size] = b * scale
-            continue
-        height = b.shape[-2]
-        if piece.at % height + (piece.count - 1) * piece.at_step >= height:
-            raise TargetError(f"{where}: '{piece.tensor}' has {height} rows, too few for {target.parameter}", "")
-        index, first = divmod(piece.at, height)
-        found = (b[index] if b.ndim == 3 else b)[first : first + (piece.count - 1) * piece.at_step + 1 : piece.at_step]
-        matrix_index, row = divmod(piece.row, rows)
-        left[matrix_index, row : row + piece.count, at : at + size] = found * scale
+        index, first = divmod(piece.at, b.shape[-2])
+        held = piece.held_columns(rows)
+        step, count = (1, len(range(rows)[held])) if piece.transposed else (piece.at_step, piece.count)
+        if first + (count - 1) * step >= b.shape[-2]:
+            raise TargetError(
+                f"{where}: '{piece.tensor}' has {b.shape[-2]} rows, too few for {target.parameter}",
+                "give the base it was trained on",
+            )
+        found = (b[index] if b.ndim == 3 else b)[first : first + (count - 1) * step + 1 : step]
+        matrix_index, row = divmod(piece.row, height)
+        place = held if piece.transposed else slice(row, row + count)
+        left[matrix_index, place, at : at + size] = found * scale
     right = torch.cat([a.reshape(-1, *a.shape[-2:]).expand(matrices, -1, -1) for a, _ in places], 1)
     return _Module(target.parameter, right, left, target.stacked)
 
@@ -155,8 +161,9 @@ def _stored(module: _Module, b: torch.Tensor, modules: list[_Module]) -> dict[st
         beside = sorted(one.parameter for one in modules if one.stacked and one.path == path)
         inner = len(beside) > 1 and module.parameter.endswith("gate_up_proj")
         key = path + (".base_layer" if inner else "")
-        stored_b = b.permute(1, 2, 0).reshape(b.shape[1], -1)
-        return {f"{key}.lora_A.weight": module.a.reshape(-1, module.a.shape[-1]), f"{key}.lora_B.weight": stored_b}
+        first, last = (b.mT, module.a.mT) if module.turned else (module.a, b)
+        stored_b = last.permute(1, 2, 0).reshape(last.shape[1], -1)
+        return {f"{key}.lora_A.weight": first.reshape(-1, first.shape[-1]), f"{key}.lora_B.weight": stored_b}
     a, b = module.a[0], b[0]
     if path.endswith(("embed_tokens", "wte", "embed_in")):
         return {f"{path}.lora_embedding_A": b.T, f"{path}.lora_embedding_B": a.T}

@@ -12,7 +12,7 @@ from adapterkit.errors import NotFound, UsageError
 from adapterkit.gguf.checkpoint import SPLIT_KEYS, GGUFCheckpoint
 from adapterkit.gguf.filetypes import FILE_TYPES, file_type
 from adapterkit.gguf.metadata import Entry, kept, text, u32
-from adapterkit.gguf.mixes import choose_types, needs_importance
+from adapterkit.gguf.mixes import choose_types, fitting, needs_importance
 from adapterkit.gguf.names import EMBEDDING
 from adapterkit.gguf.tensors import Encoded, bits_per_weight, decoded, encoded, kind_of
 from adapterkit.gguf.types import TYPES, ggml_type
@@ -138,7 +138,7 @@ def typed_from(view: Mapping[str, Tensor], origin: Origin, asked: Quantization, 
     """The same for a view whose types and metadata come from elsewhere."""
     wanted = _wanted(view, origin, asked)
     for name in touched:
-        wanted[name] = _for_touched(wanted[name], asked)
+        wanted[name] = _for_touched(wanted[name], view[name].shape[-1], asked)
     lost = _check_loss(wanted, origin.now, set(touched), asked)
     matrix = _importance(asked, wanted)
     order = sorted(view, key=place) if asked.mix else list(view)
@@ -180,10 +180,10 @@ def _wanted(view: Mapping[str, Tensor], origin: Origin, asked: Quantization) -> 
     return found
 
 
-def _for_touched(kind: str, asked: Quantization) -> str:
+def _for_touched(kind: str, columns: int, asked: Quantization) -> str:
     if asked.keep_touched is None:
         return kind
-    floor = ggml_type(asked.keep_touched)
+    floor = TYPES[fitting(columns, ggml_type(asked.keep_touched).name)]
     return floor.name if bits_per_weight(floor) > bits_per_weight(TYPES[kind]) else kind
 
 
@@ -244,13 +244,19 @@ def _entries(asked: Quantization, matrix: Importance | None) -> list[Entry]:
         number = FILE_TYPES[file_type(asked.mix)[0]].number
         entries += [u32(QUANTIZATION_VERSION, 2), u32(FILE_TYPE, number)]
     if matrix is not None:
-        entries += [
-            text("quantize.imatrix.file", Path(str(asked.imatrix)).name),
-            text("quantize.imatrix.dataset", matrix.dataset),
-            u32("quantize.imatrix.entries_count", len(matrix.values)),
-            u32("quantize.imatrix.chunks_count", matrix.chunks),
-        ]
+        # llama-quantize writes the path as it was given; the folders are nobody's business.
+        entries.append(text("quantize.imatrix.file", _short(Path(str(asked.imatrix)).name)))
+        if matrix.dataset:
+            entries.append(text("quantize.imatrix.dataset", _short(matrix.dataset)))
+        entries.append(u32("quantize.imatrix.entries_count", len(matrix.values)))
+        if matrix.chunks > 0:
+            entries.append(u32("quantize.imatrix.chunks_count", matrix.chunks))
     return entries
+
+
+def _short(value: str) -> str:
+    """What llama-quantize keeps of a string that it adds to the metadata."""
+    return value.encode("utf-8", "surrogateescape")[:127].decode("utf-8", "ignore")
 
 
 def place(name: str) -> tuple[int, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,3 +61,39 @@ def of_model(model: Any) -> Any:
             logits = model(input_ids=torch.tensor([prompt])).logits[0, -1].double()
             rows.append(torch.log_softmax(logits, -1).numpy())
     return np.array(rows)
+
+
+@dataclass
+class Tiny:
+    """A tiny model in both formats, and its own log-probabilities."""
+
+    hf: Path
+    gguf: Path
+    plain: Any
+
+
+def lora(**fields: Any) -> Any:
+    """A config of PEFT: LoRA of rank 4 on all linear layers, unless ``fields`` say otherwise."""
+    from peft import LoraConfig
+
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **fields})
+
+
+def live(base: Path, adapter: Path) -> Any:
+    """Log-probabilities of a base with an adapter beside it, in PEFT."""
+    from models import load_model
+    from peft import PeftModel
+
+    return of_model(PeftModel.from_pretrained(load_model(base), adapter).float().eval())
+
+
+def far(one: Any, other: Any) -> float:
+    """The largest difference."""
+    return float(abs(one - other).max())
+
+
+def divergence(expected: Any, found: Any) -> float:
+    """Kullback-Leibler divergence of ``found`` from ``expected``, the largest of the prompts."""
+    import numpy as np
+
+    return float((np.exp(expected) * (expected - found)).sum(-1).max())

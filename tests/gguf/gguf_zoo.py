@@ -41,6 +41,32 @@ KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen2": ("Qwen2ForCausalLM", _BASE, "qwen2"),
     "qwen3": ("Qwen3ForCausalLM", {**_BASE, "head_dim": 16}, "qwen3"),
     "qwen3_moe": ("Qwen3MoeForCausalLM", {**_BASE, **_EXPERTS, "norm_topk_prob": True}, "qwen3moe"),
+    "gpt_oss": (
+        "GptOssForCausalLM",
+        {
+            **_BASE,
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 64,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        "gpt-oss",
+    ),
+    "llama4": (
+        "Llama4ForCausalLM",
+        {
+            **_BASE,
+            "head_dim": 16,
+            "intermediate_size": 32,
+            "intermediate_size_mlp": 96,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 1,
+            "num_hidden_layers": 4,  # llama.cpp stops at a llama4 without a layer that has no rotary embedding
+        },
+        "llama4",
+    ),
     "gemma2": ("Gemma2ForCausalLM", {**_BASE, **_WINDOW, "tie_word_embeddings": True}, "gemma2"),
     "gemma3": ("Gemma3ForCausalLM", {**_BASE, **_WINDOW, "tie_word_embeddings": True}, "gemma3"),
     "phi3": ("Phi3ForCausalLM", {**_BASE, "num_key_value_heads": 4, "sliding_window": None}, "phi3"),
@@ -96,7 +122,7 @@ def to_gguf(folder: Path, kind: str, path: Path, dtype: str = "float32") -> Path
     for name, number in {"unknown": 0, "bos": 1, "eos": 2}.items():
         add_value(writer, f"tokenizer.ggml.{name}_token_id", number)
     number = {name: one for one, name in gguf.MODEL_ARCH_NAMES.items()}[arch]
-    names = gguf.get_tensor_name_map(number, 2)
+    names = gguf.get_tensor_name_map(number, config.get("num_hidden_layers", 2))
     stored = {name: tensor.float().numpy() for name, tensor in read_tensors(folder).items()}
     for name, tensor in converted(stored, kind, config).items():
         mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -117,7 +143,7 @@ def metadata(kind: str, config: dict[str, Any]) -> dict[str, Any]:
     head_dim = get("head_dim") or width // heads
     found: dict[str, Any] = {
         "general.file_type": 0,
-        ".block_count": 2,
+        ".block_count": get("num_hidden_layers", 2),
         ".context_length": 128,
         ".embedding_length": width,
         ".feed_forward_length": get("intermediate_size", 4 * width),
@@ -136,6 +162,12 @@ def metadata(kind: str, config: dict[str, Any]) -> dict[str, Any]:
         found |= {".attention.key_length": head_dim, ".attention.value_length": head_dim}
     if kind == "qwen3_moe":
         found |= {".expert_count": 4, ".expert_used_count": 2, ".expert_feed_forward_length": 32}
+    if kind == "gpt_oss":
+        found |= {".expert_count": 4, ".expert_used_count": 2, ".expert_feed_forward_length": 96}
+        found[".attention.sliding_window"] = 64
+    if kind == "llama4":
+        found |= {".expert_count": 4, ".expert_used_count": 1, ".expert_feed_forward_length": 32}
+        found |= {".feed_forward_length": 96, ".interleave_moe_layer_step": 1}
     if kind == "mixtral":
         found |= {".expert_count": 4, ".expert_used_count": 2}
     if kind in ("gemma2", "gemma3"):
@@ -167,6 +199,12 @@ def converted(tensors: dict[str, np.ndarray], kind: str, config: dict[str, Any])
         if name.endswith(("rotary_emb.inv_freq", "masked_bias", ".attn.bias")):
             continue
         value = tensor
+        fused = re.fullmatch(r"(.*experts\.)(gate_up|down)_proj(_bias)?", name)
+        if fused is not None and kind in ("gpt_oss", "llama4"):
+            found |= unturned(value, fused[1], fused[2], "bias" if fused[3] else "weight", kind)
+            continue
+        if name.endswith("sinks"):
+            name += ".weight"
         if kind in ("llama", "llama_tied", "mistral", "mixtral", "granite", "smollm3"):
             if re.search(r"q_proj\.(weight|bias)$", name):
                 value = interleave(value, heads)
@@ -185,6 +223,16 @@ def converted(tensors: dict[str, np.ndarray], kind: str, config: dict[str, Any])
     for name, stack in stacks.items():
         found[name] = np.stack([stack[number] for number in range(len(stack))])
     return found
+
+
+def unturned(stack: np.ndarray, stem: str, part: str, leaf: str, kind: str) -> dict[str, np.ndarray]:
+    """Experts ``[experts, in, out]`` (or their biases ``[experts, out]``) as GGUF has them, gate and up apart."""
+    rows = stack.swapaxes(1, 2) if leaf == "weight" else stack
+    if part == "down":
+        return {f"{stem}down_proj.{leaf}": rows.copy()}
+    half = rows.shape[1] // 2
+    gate, up = (rows[:, ::2], rows[:, 1::2]) if kind == "gpt_oss" else (rows[:, :half], rows[:, half:])
+    return {f"{stem}gate_proj.{leaf}": gate.copy(), f"{stem}up_proj.{leaf}": up.copy()}
 
 
 def interleave(rows: np.ndarray, heads: int) -> np.ndarray:

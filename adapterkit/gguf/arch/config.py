@@ -34,10 +34,13 @@ class Config:
     Args:
         config: the file as data.
         ref: what its checkpoint is called, for errors.
+        files: the files beside it, for what other files say of the model.
     """
 
-    def __init__(self, config: Mapping[str, Any], ref: str = "config.json") -> None:
-        self.raw, self.ref = dict(config), ref
+    def __init__(
+        self, config: Mapping[str, Any], ref: str = "config.json", files: Mapping[str, bytes] | None = None
+    ) -> None:
+        self.raw, self.ref, self.files = dict(config), ref, files or {}
         merged = dict(config)
         for key in TEXT_PARTS:
             part = config.get(key)
@@ -178,11 +181,8 @@ def _each(config: Config) -> int:
 
 
 def _ssm_inner(config: Config) -> int:
-    """Channels of a Mamba 2 mixer."""
-    given = config.get(
-        "mamba_d_ssm", "intermediate_size" if "mamba_expand" not in config.text else "d_inner", "d_inner"
-    )
-    return int(given) if given else int(config.get("mamba_expand", "expand", default=2) * config.number("hidden"))
+    """Channels of a Mamba 2 mixer beside attention."""
+    return int(config.get("mamba_d_ssm") or int(config.get("mamba_expand", default=2)) * config.number("hidden"))
 
 
 DERIVED: dict[str, Callable[[Config], int]] = {
@@ -201,7 +201,7 @@ DERIVED: dict[str, Callable[[Config], int]] = {
     "ssm_groups": lambda c: int(c.get("mamba_n_groups", "n_groups", default=1)),
     "ssm_inner": _ssm_inner,
     "ssm_bc": lambda c: int(c.get("mamba_n_groups", "n_groups", default=1)) * c.number("mamba_d_state"),
-    "ssm_heads": lambda c: int(c.get("mamba_n_heads", "num_heads", default=0)),
+    "ssm_heads": lambda c: int(c.get("mamba_n_heads", default=0)),
 }
 
 

@@ -113,7 +113,7 @@ def as_gguf(
         TargetError: an architecture or a tensor that the table does not know, or a change that GGUF has no place for.
         CheckpointError: a config or tensors that are incomplete or do not fit each other.
     """
-    read = Config(config, base.ref)
+    read = Config(config, base.ref, files)
     spec = spec_of(read)
     mapper = Mapper(spec, read)
     mapped = mapper.to_gguf(view.shapes, base.ref)
@@ -191,11 +191,9 @@ def vocabulary(
     """
     if model.spec.vocab == "none":
         return (), ()
-    from importlib import import_module
+    from adapterkit.gguf.vocab import read_vocab
 
-    found = import_module("adapterkit.gguf.vocab").read_vocab(
-        files, config, kind=model.spec.vocab, rows=model.rows, pre=pre
-    )
+    found = read_vocab(files, config, kind=model.spec.vocab, rows=model.rows, pre=pre)
     if found.size > model.rows:
         raise CheckpointError(
             f"{model.config.ref}: its tokenizer has {found.size} tokens and its embedding {model.rows} rows",

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from adapterkit.gguf.kernels import wide
 from adapterkit.gguf.kernels.lanes import (
     as_block,
     at,
     bits,
+    by_torch,
     div,
+    every,
     fabs,
     from_bits,
     put,
@@ -29,7 +32,7 @@ from adapterkit.gguf.kernels.search import TINY, largest
 from adapterkit.gguf.kernels.superblocks import given_weights, put_half, sum_squares
 
 
-@shared
+@by_torch(wide.nonlinear_index)
 def _nonlinear_index(value: Any) -> Any:
     """Which of IQ4's sixteen levels is nearest to ``value``; the upper one on a tie."""
     index = select(value >= -115.5, 1, splat_int(value))
@@ -75,7 +78,7 @@ def _nonlinear_value(value: Any) -> Any:
     return select(value >= 101.0, 113.0, level)
 
 
-@shared
+@by_torch(wide.nonlinear_sums)
 def _nonlinear_sums(x: Any, w: Any, sub: Any, inverse: Any) -> Any:
     sum_qx = splat(inverse, 0.0)
     sum_qq = splat(inverse, 0.0)
@@ -105,7 +108,7 @@ def _nonlinear(x: Any, w: Any, found: Any, sub: Any) -> None:
 
 @shared
 def _square_weights(x: Any, w: Any, sub: Any) -> None:
-    for i in range(32):
+    for i in every(32):
         v = at(x, sub, 32, i)
         put(w, sub, 32, i, v * v)
 
@@ -116,7 +119,7 @@ def _finish_nl(x: Any, scratch: Any, out: Any) -> None:
     _nonlinear(x, w, found, 0)
     scale = at(found[0], 0, 1, 0)
     inverse = inverse_or_zero(scale)
-    for i in range(32):
+    for i in every(32):
         put(q, 0, 32, i, _nonlinear_index(inverse * at(x, 0, 32, i)))
     put_half(out, 0, to_half(scale))
     put_four(q, out, 2)
@@ -153,7 +156,7 @@ def _finish_xs(x: Any, scratch: Any, out: Any, subs: Any) -> None:
         put(found[2], s, 1, 0, to_float(level + 32))
     for sub in subs:
         inverse = inverse_or_zero(at(found[1], sub, 1, 0))
-        for i in range(32):
+        for i in every(32):
             put(q, sub, 32, i, _nonlinear_index(inverse * at(x, sub, 32, i)))
     put_half(out, 0, to_half(d))
     for byte in range(2):
@@ -165,7 +168,7 @@ def _finish_xs(x: Any, scratch: Any, out: Any, subs: Any) -> None:
         low = to_int(at(found[2], 2 * j, 1, 0)) & 15
         put_byte(out, 4 + j, low | ((to_int(at(found[2], 2 * j + 1, 1, 0)) & 15) << 4))
     for s in range(8):
-        for i in range(16):
+        for i in every(16):
             put_byte(out, 8 + 16 * s + i, at(q, s, 32, i) | (at(q, s, 32, i + 16) << 4))
 
 
@@ -193,7 +196,7 @@ def _trits(x: Any, q: Any) -> Any:
     digits = as_block(q)
     size, _ = largest(flat, 0, 256)
     inverse = inverse_or_zero(size)
-    for i in range(256):
+    for i in every(256):
         v = at(flat, 0, 256, i) * inverse
         up = (v >= 0.5) & (v < 2.0)  # an infinite product is 0 in C's cast
         down = (v <= -0.5) & (v > -2.0)
@@ -212,14 +215,17 @@ def tq1_0(x: Any, importance: Any, sigma: Any, scratch: Any, out: Any, subs: Any
     """54 bytes: 48 of five trits, 4 of four, d."""
     q = as_block(scratch[2])
     put_half(out, 52, to_half(_trits(x, scratch[2])))
-    for i in range(48):
-        first = i if i < 32 else 128 + i
-        step = 32 if i < 32 else 16
-        value = at(q, 0, 256, first)
+    for i in every(32):
+        value = at(q, 0, 256, i)
         for digit in range(1, 5):
-            value = value * 3 + at(q, 0, 256, first + step * digit)
+            value = value * 3 + at(q, 0, 256, i + 32 * digit)
         put_byte(out, i, _five(value))
-    for i in range(4):
+    for i in every(16):
+        value = at(q, 0, 256, i + 160)
+        for digit in range(1, 5):
+            value = value * 3 + at(q, 0, 256, i + 160 + 16 * digit)
+        put_byte(out, i + 32, _five(value))
+    for i in every(4):
         value = at(q, 0, 256, 240 + i)
         for digit in range(1, 4):
             value = value * 3 + at(q, 0, 256, 240 + i + 4 * digit)
@@ -232,7 +238,7 @@ def tq2_0(x: Any, importance: Any, sigma: Any, scratch: Any, out: Any, subs: Any
     q = as_block(scratch[2])
     put_half(out, 64, to_half(_trits(x, scratch[2])))
     for half in range(2):
-        for i in range(32):
+        for i in every(32):
             e = 128 * half + i
             low = at(q, 0, 256, e) | (at(q, 0, 256, e + 32) << 2)
             put_byte(out, 32 * half + i, low | (at(q, 0, 256, e + 64) << 4) | (at(q, 0, 256, e + 96) << 6))
@@ -258,7 +264,7 @@ def mxfp4(x: Any, importance: Any, sigma: Any, scratch: Any, out: Any, subs: Any
     put_byte(out, 0, exponent)
     half = select(exponent < 2, (exponent + 1) << 21, (exponent - 1) << 23)
     unit = from_bits(half)
-    for i in range(32):
+    for i in every(32):
         v = at(x, 0, 32, i)
         r = div(fabs(v), unit)
         index = select(r > 0.5, 1, splat_int(v))

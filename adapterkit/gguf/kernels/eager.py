@@ -9,9 +9,9 @@ import torch
 if TYPE_CHECKING:
     from adapterkit.gguf.kernels.layouts import Layout
 
-LANES = {"cpu": 1 << 14}
-"""Sub-blocks per step: on a CPU what the caches hold, elsewhere enough to hide the launches of small kernels."""
-LANES_ELSEWHERE = 1 << 21
+STEP = {"cpu": 1 << 18}
+"""Weights per step: on a CPU what the caches hold, elsewhere enough to hide the launches of small kernels."""
+STEP_ELSEWHERE = 1 << 25
 
 
 def _row_means(x: torch.Tensor) -> torch.Tensor:
@@ -32,13 +32,13 @@ def run(layout: Layout, x: torch.Tensor, importance: torch.Tensor | None, out: t
     blocks = x.reshape(-1, n)
     target = out.reshape(-1, layout.size)
     means = _row_means(x).repeat_interleave(per_row) if layout.row_mean and importance is not None else None
-    step = max(1, LANES.get(x.device.type, LANES_ELSEWHERE) // subs)
+    step = max(1, STEP.get(x.device.type, STEP_ELSEWHERE) // n)
     for first in range(0, blocks.shape[0], step):
         part = blocks[first : first + step]
         lanes = part.shape[0]
 
         def shaped(values: torch.Tensor, lanes: int = lanes) -> torch.Tensor:
-            return values.t().contiguous().view(subs, n // subs, lanes)
+            return values.view(lanes, subs, n // subs).permute(2, 1, 0).contiguous()
 
         given = None
         if importance is not None:
@@ -49,7 +49,7 @@ def run(layout: Layout, x: torch.Tensor, importance: torch.Tensor | None, out: t
             torch.empty_like(rows),
             torch.empty_like(rows),
             torch.empty_like(rows, dtype=torch.int32),
-            tuple(torch.zeros(subs, 1, lanes, dtype=torch.float32, device=x.device) for _ in range(7)),
+            tuple(torch.zeros(1, subs, lanes, dtype=torch.float32, device=x.device) for _ in range(7)),
         )
         packed = torch.empty(layout.size, lanes, dtype=torch.uint8, device=x.device)
         sigma = None if means is None else means[first : first + lanes]

@@ -4,12 +4,15 @@ Written in torch here. :mod:`adapterkit.gguf.kernels.simd` teaches numba the sam
 one source gives both backends, and the same bytes, because each word is one IEEE operation in both. That rules out
 fused multiply-add, reciprocals in place of a division, reordered sums, and roots that are not correctly rounded.
 
-Arrays are rows of lanes, shaped ``[sub-blocks, elements, lanes]``. A sub-block index may be an int or, in torch, a
-slice that takes all sub-blocks in one call.
+Arrays are rows of lanes, in torch shaped ``[elements, sub-blocks, lanes]``. There a sub-block index may be a slice that
+takes all sub-blocks in one call, and an element a `Span` that takes many: loops over :func:`every` run once. What is
+summed keeps the order of the elements, so such loops are written over ``range``, or for torch by hand (`by_torch`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,11 +22,15 @@ if TYPE_CHECKING:
     Function = TypeVar("Function", bound=Callable[..., Any])
 
 try:
+    from numba.extending import overload as _overload
     from numba.extending import register_jitable as _register
 except ImportError:
 
     def _register(function: Any) -> Any:
         return function
+
+    def _overload(*_: Any, **__: Any) -> Any:
+        return _register
 
 
 def shared(function: Function) -> Function:
@@ -31,24 +38,63 @@ def shared(function: Function) -> Function:
     return _register(function)  # type: ignore[no-any-return]
 
 
-def at(rows: Any, sub: Any, n: int, i: int) -> Any:
+def by_torch(function: Function) -> Callable[[Function], Function]:
+    """Let torch run ``function`` in the place of the decorated loop, which numba compiles."""
+
+    def decorate(loop: Function) -> Function:
+        @wraps(loop)
+        def entry(*arguments: Any) -> Any:
+            return function(*arguments)
+
+        _overload(entry, strict=False)(lambda *_: loop)
+        return entry  # type: ignore[return-value]
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class Span:
+    """``count`` elements from ``start`` on, taken in one call."""
+
+    start: int
+    count: int
+
+    def __add__(self, offset: int) -> Span:
+        return Span(self.start + offset, self.count)
+
+    __radd__ = __add__
+
+
+def every(n: int) -> Any:
+    """The elements 0..n-1, for loops whose rounds do not depend on each other."""
+    return (Span(0, n),)
+
+
+_overload(every, strict=False)(lambda _: lambda n: range(n))
+
+
+def _place(i: Any) -> Any:
+    return slice(i.start, i.start + i.count) if isinstance(i, Span) else i
+
+
+def at(rows: Any, sub: Any, n: int, i: Any) -> Any:
     """Element ``i`` of sub-block ``sub``, where a sub-block has ``n`` elements."""
-    return rows[sub, i]
+    return rows[_place(i), sub]
 
 
-def put(rows: Any, sub: Any, n: int, i: int, value: Any) -> None:
+def put(rows: Any, sub: Any, n: int, i: Any, value: Any) -> None:
     """Store element ``i`` of sub-block ``sub``."""
-    rows[sub, i] = value
+    rows[_place(i), sub] = value
 
 
-def put_byte(rows: Any, i: int, value: Any) -> None:
+def put_byte(rows: Any, i: Any, value: Any) -> None:
     """Store the low eight bits of an integer value as byte ``i`` of every block."""
-    rows[i] = value & 255
+    rows[_place(i)] = value & 255
 
 
 def as_block(rows: Any) -> Any:
-    """One value per sub-block, seen as the elements of a single sub-block."""
-    return rows.view(1, -1, rows.shape[-1])
+    """All elements of all sub-blocks as those of a single one; where that takes a copy, only for reading."""
+    return rows.transpose(0, 1).reshape(-1, 1, rows.shape[-1])
 
 
 def splat(like: Any, value: float) -> Any:

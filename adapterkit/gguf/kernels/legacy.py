@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from adapterkit.gguf.kernels.lanes import at, div, put, put_byte, select, shared, to_int
+from adapterkit.gguf.kernels.lanes import at, div, every, put, put_byte, select, shared, to_int
 from adapterkit.gguf.kernels.rounding import away, to_half, truncated
 from adapterkit.gguf.kernels.search import grid, grid_level, largest, symmetric, symmetric_level
 from adapterkit.gguf.kernels.superblocks import GIVEN_15, GIVEN_31, given_weights, put_half, symmetric_steps
@@ -30,7 +30,7 @@ def q8_0(x: Any, importance: Any, sigma: Any, scratch: Any, out: Any, subs: Any)
     d = div(size, 127.0)
     inverse = inverse_or_zero(d)
     put_half(out, 0, to_half(d))
-    for i in range(32):
+    for i in every(32):
         put_byte(out, 2 + i, away(at(x, 0, 32, i) * inverse))
 
 
@@ -40,7 +40,7 @@ def _symmetric_plain(x: Any, scratch: Any, top: float) -> Any:
     _, value = largest(x, 0, 32)
     d = div(value, -top)
     inverse = inverse_or_zero(d)
-    for i in range(32):
+    for i in every(32):
         put(scratch[2], 0, 32, i, truncated(at(x, 0, 32, i) * inverse + (top + 0.5), top * 2.0 - 1.0))
     return d
 
@@ -49,11 +49,11 @@ def _symmetric_plain(x: Any, scratch: Any, top: float) -> Any:
 def _symmetric_given(x: Any, importance: Any, sigma: Any, scratch: Any, top: float, steps: Any) -> Any:
     w, codes, q, found = scratch
     given_weights(x, importance, w, 0, 32, sigma)
-    for i in range(32):
+    for i in every(32):
         put(codes, 0, 32, i, at(w, 0, 32, i) * at(x, 0, 32, i))
     symmetric(x, w, codes, found[0], found[2], 0, 32, top, steps)
     winner = at(found[2], 0, 1, 0)
-    for i in range(32):
+    for i in every(32):
         put(q, 0, 32, i, to_int(symmetric_level(at(x, 0, 32, i), winner, top)))
     return at(found[0], 0, 1, 0)
 
@@ -69,7 +69,7 @@ def _grid_plain(x: Any, scratch: Any, top: float) -> Any:
         high = select(v > high, v, high)
     d = div(high - low, top)
     inverse = inverse_or_zero(d)
-    for i in range(32):
+    for i in every(32):
         put(scratch[2], 0, 32, i, truncated((at(x, 0, 32, i) - low) * inverse + 0.5, top))
     return d, low
 
@@ -81,7 +81,7 @@ def _grid_given(x: Any, importance: Any, sigma: Any, scratch: Any, top: float, s
     grid(x, w, codes, found, 0, 32, top, steps, False, True)
     inverse = at(found[2], 0, 1, 0)
     least = at(found[3], 0, 1, 0)
-    for i in range(32):
+    for i in every(32):
         put(q, 0, 32, i, to_int(grid_level(at(x, 0, 32, i), inverse, least, top)))
     return at(found[0], 0, 1, 0), -at(found[1], 0, 1, 0)
 
@@ -89,7 +89,7 @@ def _grid_given(x: Any, importance: Any, sigma: Any, scratch: Any, top: float, s
 @shared
 def put_four(q: Any, out: Any, at_byte: int) -> None:
     """The low four bits of 32 levels: element i with element i + 16."""
-    for i in range(16):
+    for i in every(16):
         put_byte(out, at_byte + i, (at(q, 0, 32, i) & 15) | ((at(q, 0, 32, i + 16) & 15) << 4))
 
 

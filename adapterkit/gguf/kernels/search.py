@@ -10,13 +10,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from adapterkit.gguf.kernels.lanes import all_lanes, at, div, fabs, put, select, shared, splat, to_float
+from adapterkit.gguf.kernels import wide
+from adapterkit.gguf.kernels.lanes import (
+    all_lanes,
+    at,
+    by_torch,
+    div,
+    every,
+    fabs,
+    put,
+    select,
+    shared,
+    splat,
+    to_float,
+)
 from adapterkit.gguf.kernels.rounding import IN_RANGE, clamp, level, nearest
 
 TINY = 1e-15  # GROUP_MAX_EPS
 
 
-@shared
+@by_torch(wide.grid_sums)
 def _grid_sums(x: Any, w: Any, codes: Any, sub: Any, n: int, inverse: Any, low: Any, top: Any, exact: Any) -> Any:
     """Levels of one candidate into ``codes``; the weighted sums of level, level squared and level times x."""
     sum_l = splat(inverse, 0.0)
@@ -36,7 +49,7 @@ def _grid_sums(x: Any, w: Any, codes: Any, sub: Any, n: int, inverse: Any, low: 
     return sum_l, sum_ll, sum_xl
 
 
-@shared
+@by_torch(wide.grid_error)
 def _grid_error(x: Any, w: Any, codes: Any, sub: Any, n: int, scale: Any, low: Any, absolute: Any) -> Any:
     """Weighted error of ``scale * level + low``."""
     error = splat(scale, 0.0)
@@ -128,7 +141,7 @@ def largest(x: Any, sub: Any, n: int) -> Any:
     return size, value
 
 
-@shared
+@by_torch(wide.symmetric_sums)
 def _symmetric_sums(x: Any, w: Any, wx: Any, sub: Any, n: int, inverse: Any, low: Any, high: Any) -> Any:
     sum_lx = splat(inverse, 0.0)
     sum_ll = splat(inverse, 0.0)
@@ -203,7 +216,7 @@ def descent(x: Any, codes: Any, found: Any, sub: Any, n: int, top: Any) -> None:
             settled = settled & ~moved
         if all_lanes(settled):
             break
-    for i in range(n):
+    for i in every(n):
         put(codes, sub, n, i, select(empty, 0.0, at(codes, sub, n, i) + top))
     put(found[0], sub, 1, 0, select(empty | ~(sum_ll > 0.0), 0.0, sum_lx / sum_ll))
 
@@ -248,7 +261,7 @@ def positive(x: Any, w: Any, codes: Any, n: int, top: Any, steps: Any) -> Any:
         put(codes, 0, n, i, q)
         sum_lx += (w_i * v) * q
         sum_ll += (w_i * q) * q
-    for i in range(n):
+    for i in every(n):
         q = at(codes, 0, n, i)
         put(codes, 0, n, i, select(q < 0.0, to_float(nearest(q) & 255), q))
     for _sweep in range(5):
@@ -272,6 +285,6 @@ def positive(x: Any, w: Any, codes: Any, n: int, top: Any, steps: Any) -> Any:
             settled = settled & ~moved
         if all_lanes(settled):
             break
-    for i in range(n):
+    for i in every(n):
         put(codes, 0, n, i, select(empty, 0.0, at(codes, 0, n, i)))
     return select(empty | ~(sum_ll > 0.0), 0.0, sum_lx / sum_ll)

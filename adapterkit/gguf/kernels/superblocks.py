@@ -19,6 +19,7 @@ from adapterkit.gguf.kernels.lanes import (
     as_block,
     at,
     div,
+    every,
     fabs,
     put,
     put_byte,
@@ -81,7 +82,7 @@ def put_half(out: Any, i: int, half: Any) -> None:
 @shared
 def given_weights(x: Any, importance: Any, w: Any, sub: Any, n: int, sigma: Any) -> None:
     """``importance * sqrt(sigma + x*x)``."""
-    for i in range(n):
+    for i in every(n):
         v = at(x, sub, n, i)
         put(w, sub, n, i, at(importance, sub, n, i) * sqrt(sigma + v * v))
 
@@ -104,7 +105,7 @@ def _rms_weights(x: Any, w: Any, sub: Any, n: int) -> None:
         v = at(x, sub, n, i)
         total += v * v
     rms = sqrt(total * 0.03125)
-    for i in range(n):
+    for i in every(n):
         put(w, sub, n, i, rms + fabs(at(x, sub, n, i)))
 
 
@@ -124,13 +125,13 @@ def _requantize(x: Any, q: Any, found: Any, subs: Any, n: int, top: int) -> None
     for sub in subs:
         scale = at(found[5], sub, 1, 0)
         low = at(found[6], sub, 1, 0)
-        for i in range(n):
+        for i in every(n):
             r = nearest(div(at(x, sub, n, i) + low, scale))
             put(q, sub, n, i, clamp(r, 0, top))
         if not all_lanes(scale != 0.0):
             inverse = at(found[2], sub, 1, 0)
             least = at(found[3], sub, 1, 0)
-            for i in range(n):
+            for i in every(n):
                 kept = to_int(grid_level(at(x, sub, n, i), inverse, least, top * 1.0))
                 put(q, sub, n, i, select(scale == 0.0, kept, at(q, sub, n, i)))
 
@@ -200,7 +201,7 @@ def _six_bit_given(
 @shared
 def _pack_q4(q: Any, out: Any) -> None:
     for pair in range(4):
-        for i in range(32):
+        for i in every(32):
             put_byte(out, 16 + 32 * pair + i, at(q, 2 * pair, 32, i) | (at(q, 2 * pair + 1, 32, i) << 4))
 
 
@@ -220,7 +221,7 @@ def q4_k_given(x: Any, importance: Any, sigma: Any, scratch: Any, out: Any, subs
 
 @shared
 def _pack_q5(q: Any, out: Any) -> None:
-    for i in range(32):
+    for i in every(32):
         high = at(q, 0, 32, i) >> 4
         for s in range(1, 8):
             high = high | ((at(q, s, 32, i) >> 4) << s)
@@ -248,7 +249,7 @@ def _pack_two(q: Any, out: Any, at_byte: int) -> None:
     """256 levels, their low two bits, into 64 bytes."""
     flat = as_block(q)
     for half in range(2):
-        for i in range(32):
+        for i in every(32):
             e = 128 * half + i
             low = (at(flat, 0, 256, e) & 3) | ((at(flat, 0, 256, e + 32) & 3) << 2)
             high = ((at(flat, 0, 256, e + 64) & 3) << 4) | ((at(flat, 0, 256, e + 96) & 3) << 6)
@@ -274,7 +275,7 @@ def q2_k(x: Any, importance: Any, sigma: Any, scratch: Any, out: Any, subs: Any)
     """84 bytes: 16 of 4-bit scale and minimum, 64 of 2-bit levels, d, dmin."""
     w, codes, _q, found = scratch
     for sub in subs:
-        for i in range(16):
+        for i in every(16):
             put(w, sub, 16, i, fabs(at(x, sub, 16, i)))
         grid(x, w, codes, found, sub, 16, 3.0, Q2_STEPS, True, False)
     scale = _top_of(found[0], 16)
@@ -328,11 +329,11 @@ def _finish_q3(x: Any, scratch: Any, out: Any, subs: Any, d: Any) -> None:
         put(found[5], s, 1, 0, from_half(d) * (at(found[5], s, 1, 0) - 32.0))
     for sub in subs:
         scale = at(found[5], sub, 1, 0)
-        for i in range(16):
+        for i in every(16):
             r = clamp(nearest(div(at(x, sub, 16, i), scale)), -4, 3) + 4
             put(q, sub, 16, i, select(scale == 0.0, to_int(at(codes, sub, 16, i)), r))
     flat = as_block(q)
-    for i in range(32):
+    for i in every(32):
         high = at(flat, 0, 256, i) >> 2
         for bit in range(1, 8):
             high = high | ((at(flat, 0, 256, 32 * bit + i) >> 2) << bit)
@@ -370,7 +371,7 @@ def q3_k_given(x: Any, importance: Any, sigma: Any, scratch: Any, out: Any, subs
         put(found[4], sub, 1, 0, total)
         symmetric(x, w, codes, found[0], found[2], sub, 16, 4.0, SYMMETRIC_4)
         inverse = at(found[2], sub, 1, 0)
-        for i in range(16):
+        for i in every(16):
             put(codes, sub, 16, i, symmetric_level(at(x, sub, 16, i), inverse, 4.0))
     for s in range(16):
         put(found[1], s, 1, 0, at(found[4], s, 1, 0) * at(found[0], s, 1, 0))
@@ -388,7 +389,7 @@ def _weighted_q6(x: Any, scratch: Any, out: Any, subs: Any) -> None:
     """Q6_K for the weights in ``w``."""
     w, codes, q, found = scratch
     for sub in subs:
-        for i in range(16):
+        for i in every(16):
             put(codes, sub, 16, i, at(w, sub, 16, i) * at(x, sub, 16, i))
         symmetric(x, w, codes, found[0], found[2], sub, 16, 32.0, SYMMETRIC_32)
     largest = _largest_scale(found[0])
@@ -404,14 +405,14 @@ def _weighted_q6(x: Any, scratch: Any, out: Any, subs: Any) -> None:
     for sub in subs:
         scale = at(found[5], sub, 1, 0)
         winner = at(found[2], sub, 1, 0)
-        for i in range(16):
+        for i in every(16):
             v = at(x, sub, 16, i)
             r = clamp(nearest(div(v, scale)), -32, 31) + 32
             r = select(scale == 0.0, to_int(symmetric_level(v, winner, 32.0)), r)
             put(q, sub, 16, i, select(dead, 0, r))
     flat = as_block(q)
     for half in range(2):
-        for i in range(32):
+        for i in every(32):
             e = 128 * half + i
             q1 = at(flat, 0, 256, e)
             q2 = at(flat, 0, 256, e + 32)
@@ -426,7 +427,7 @@ def _weighted_q6(x: Any, scratch: Any, out: Any, subs: Any) -> None:
 def q6_k(x: Any, importance: Any, sigma: Any, scratch: Any, out: Any, subs: Any) -> None:
     """210 bytes: 128 of low four bits, 64 of high two, 16 of 8-bit scales, d."""
     for sub in subs:
-        for i in range(16):
+        for i in every(16):
             v = at(x, sub, 16, i)
             put(scratch[0], sub, 16, i, v * v)
     _weighted_q6(x, scratch, out, subs)
@@ -436,6 +437,6 @@ def q6_k(x: Any, importance: Any, sigma: Any, scratch: Any, out: Any, subs: Any)
 def q6_k_given(x: Any, importance: Any, sigma: Any, scratch: Any, out: Any, subs: Any) -> None:
     """Q6_K with importance, which is the weight itself here."""
     for sub in subs:
-        for i in range(16):
+        for i in every(16):
             put(scratch[0], sub, 16, i, at(importance, sub, 16, i))
     _weighted_q6(x, scratch, out, subs)
