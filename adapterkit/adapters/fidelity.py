@@ -66,6 +66,12 @@ class FidelityReport:
     format: str
 
     @property
+    def base_error(self) -> float | None:
+        """The median |W - decode(encode(W))| / |delta| over the tensors whose base is taken as trained."""
+        found = sorted(row.base_error for row in self.tensors if row.base_error is not None)
+        return found[len(found) // 2] if found else None
+
+    @property
     def summary(self) -> str:
         """One line."""
         if self.worst is None:
