@@ -14,6 +14,7 @@ from adapterkit.bases import open_base, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
 from adapterkit.errors import CheckFailed, CheckpointError
+from adapterkit.ops.device import check_name, check_there
 from adapterkit.options import FOLDER, GGUF, MergeOptions
 from adapterkit.outputs import Output, output
 from adapterkit.report import AdapterUse, MergeReport
@@ -128,6 +129,7 @@ def plan_merge(
     if out is not None and "to" not in options:
         options["to"] = GGUF if Path(out).suffix == ".gguf" else FOLDER
     asked = MergeOptions.of(**options)
+    check_name(asked.device) if headers_only else check_there(asked.device)
     opened, values = open_base(
         base,
         base16=asked.base16,

@@ -23,6 +23,7 @@ VERBS = {
     "extract": ("adapterkit.cli.extract", "Make an adapter of the difference of two checkpoints."),
     "resize": ("adapterkit.cli.resize", "Bring an adapter to another rank."),
     "convert": ("adapterkit.cli.convert", "Write a model or an adapter in another format."),
+    "imatrix": ("adapterkit.cli.imatrix", "Measure which columns of the weights matter, for quantizing a model."),
     "verify": ("adapterkit.cli.verify", "Prove that a merged model is the trained one."),
     "execute": ("adapterkit.cli.execute", "Execute a saved plan, or one part of it."),
     "register": ("adapterkit.cli.register", "Add a folder or file to the registry, as a new version of a name."),
@@ -40,6 +41,9 @@ VERBS = {
     "pull": ("adapterkit.cli.hub:pull", "Bring a repository from the Hugging Face Hub into the registry."),
     "serve-args": ("adapterkit.cli.serve", "Print the command or Modelfile that loads versions in a server."),
     "build": ("adapterkit.cli.build", "Carry out a recipe: merge, convert, verify, register, push, reproducibly."),
+    "attest": ("adapterkit.cli.attest", "Write a provenance statement (in-toto, SLSA) beside an output."),
+    "sign": ("adapterkit.cli.sign:sign", "Sign an output or a version with a key of your own."),
+    "verify-signature": ("adapterkit.cli.sign:verify", "Say whether an output or a version is what was signed."),
     "ui": ("adapterkit.cli.ui", "Look at the registry in a browser."),
     "demo": ("adapterkit.cli.demo", "Make a tiny model, train an adapter, merge it, and show that it worked."),
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from adapterkit.cli.attest import attest_option, attested
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
 from adapterkit.cli.quantization import quantization, quantization_options
 from adapterkit.conversions.formats import FORMATS
@@ -43,6 +44,7 @@ from adapterkit.conversions.formats import FORMATS
 @click.option("--pre", metavar="NAME", help="Its pre-tokenizer, by llama.cpp's name, where it is not recognised.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
 @click.option("--allow-pickle", is_flag=True, help="Load pickled weights (.bin), as tensors only, in another process.")
+@attest_option
 @click.option("--dry-run", is_flag=True, help="Show what would be done, from headers alone.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run; keep finished work if interrupted again.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
@@ -64,6 +66,7 @@ def command(
     max_shard_size: str | None,
     jobs: int | None,
     allow_pickle: bool,
+    attest: bool,
     dry_run: bool,
     resume: bool,
     force: bool,
@@ -117,6 +120,7 @@ def command(
         how |= {"allow_pickle": allow_pickle, "force": force, "resume": resume, "progress": progress}
         report = convert(src, out, **how)
         progress.close()
+        attested(attest, out, [base, src])
     if as_json:
         show_json(report)
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -87,12 +88,12 @@ def count(number: int) -> str:
 
 
 class Progress:
-    """A bar with bytes and ETA on a terminal, a line now and then elsewhere."""
+    """A bar with bytes (or what ``form`` shows) and ETA on a terminal, a line now and then elsewhere."""
 
     EVERY = 30.0  # seconds between lines where there is no terminal
 
-    def __init__(self, label: str, *, enabled: bool = True) -> None:
-        self._label, self._enabled = label, enabled
+    def __init__(self, label: str, *, enabled: bool = True, form: Callable[[int], str] = size) -> None:
+        self._label, self._enabled, self._form = label, enabled, form
         self._tty = sys.stderr.isatty()
         self._started = self._last = time.monotonic()
         self._shown = False
@@ -104,7 +105,7 @@ class Progress:
         self._last, self._shown = now, True
         share = done / total if total else 1.0
         left = (now - self._started) * (1 - share) / share if share > 0 else 0.0
-        text = f"{self._label} {size(done)} of {size(total)}, {share:4.0%}, {left:.0f} s left"
+        text = f"{self._label} {self._form(done)} of {self._form(total)}, {share:4.0%}, {left:.0f} s left"
         if self._tty:
             filled = int(24 * share)
             click.echo(f"\r{'#' * filled}{'.' * (24 - filled)} {text}\x1b[K", err=True, nl=False)

@@ -14,6 +14,7 @@ from adapterkit.gguf.names import OUTPUT, GGUFNames, Model
 from adapterkit.gguf.plan import Layout
 from adapterkit.gguf.quantize import Quantization, typed
 from adapterkit.gguf.tensors import decoded
+from adapterkit.ops.device import CPU
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
@@ -38,6 +39,7 @@ def fold_gguf(
     residual_base: bool = False,
     allow_unknown: bool = False,
     rule: Rule | None = None,
+    device: str = CPU,
 ) -> GGUFFolded:
     """Fold adapters into a GGUF model; every other byte of it stays.
 
@@ -46,13 +48,14 @@ def fold_gguf(
         adapters: one or more.
         weights: one per adapter, 1 each by default.
         quantization: the types of the output; by default each tensor keeps its own.
-        residual_base, allow_unknown, rule: as for `fold`.
+        residual_base, allow_unknown, rule, device: as for `fold`.
 
     Raises:
         UsageError: the change would drown in a coarse grid, or options contradict each other.
         TargetError: an adapter does not fit, or the architecture is not known here.
     """
     how: dict[str, Any] = {"residual_base": residual_base, "allow_unknown": allow_unknown, "rule": rule}
+    how["device"] = device
     folded = fold_values(base, adapters, weights, **how)
     touched = set(folded.touched)
     tensors = {name: t if name in touched else base[name] for name, t in folded.checkpoint.items()}

@@ -35,18 +35,23 @@ LLAMA3 = {
 }
 
 
-def softmax_router(model: Any) -> None:
-    """What llama.cpp has in the place of PhiMoE's sparse mixer: the two largest of a softmax, normalised."""
+def as_llama_cpp_has_phimoe(model: Any) -> None:
+    """The two largest of a softmax in the place of the sparse mixer, and RMS norms in the place of layer norms."""
     import torch
 
-    def forward(self: Any, hidden: Any) -> Any:
+    def route(self: Any, hidden: Any) -> Any:
         logits = torch.nn.functional.linear(hidden, self.weight)
         weights, chosen = logits.softmax(-1).topk(self.top_k, -1)
         return logits, weights / weights.sum(-1, keepdim=True), chosen
 
+    def norm(self: Any, x: Any) -> Any:
+        return torch.nn.functional.rms_norm(x, self.normalized_shape, self.weight, self.eps) + self.bias
+
     for module in model.modules():
         if type(module).__name__ == "PhimoeTopKRouter":
-            module.forward = forward.__get__(module)
+            module.forward = route.__get__(module)
+        elif isinstance(module, torch.nn.LayerNorm):
+            module.forward = norm.__get__(module)
 
 
 @dataclass(frozen=True)
@@ -236,10 +241,10 @@ ZOO: dict[str, Tiny] = {
     "phimoe": Tiny(
         "PhimoeForCausalLM",
         {**_BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
-        why="llama.cpp has a softmax over the experts in the place of the sparse mixer; compared with that",
+        why="llama.cpp has a softmax for the sparse mixer and RMS norms for layer norms; compared with that",
         lora=_ATTENTION,
         parameters=_EXPERTS,
-        patch=softmax_router,
+        patch=as_llama_cpp_has_phimoe,
     ),
     "olmoe": Tiny(
         "OlmoeForCausalLM",

@@ -455,6 +455,7 @@ SPECS = (
             ),
         ),
         types=("glm4v_text",),
+        when=lambda base: "glm4.rope.dimension_sections" in base.header.keys,
     ),
     ArchSpec(
         "exaone",

@@ -153,6 +153,7 @@ SPECS = (
         "qwen3_moe",
         (*EMBEDDINGS, *NORMS, *attention(), *QK_NORMS, *MLP, *experts()),
         (EXPERT_WIDTH,),
+        defaults={"norm_topk_prob": True},
     ),
     ArchSpec(
         "qwen3vlmoe",
@@ -180,7 +181,7 @@ SPECS = (
     ),
     ArchSpec(
         "phimoe",
-        ("PhiMoEForCausalLM", "PhimoeForCausalLM"),
+        ("PhimoeForCausalLM", "PhiMoEForCausalLM"),
         "phimoe",
         (*EMBEDDINGS, *NORMS, *attention(), *_SPARSE),
         (

@@ -35,6 +35,32 @@ def _neox_rope(config: Config) -> int:
     return int(float(share) * (config.number("hidden") // config.number("heads")))
 
 
+_FALCON = (
+    rule("word_embeddings", "token_embd"),
+    rule("ln_f", "output_norm"),
+    rule("lm_head", "output"),
+    *_tree(
+        "h.{i}.",
+        {
+            "attn_qkv": "self_attention.query_key_value",
+            "attn_output": "self_attention.dense",
+            "ffn_up": "mlp.dense_h_to_4h",
+            "ffn_down": "mlp.dense_4h_to_h",
+        },
+        {"attn_qkv": (ByGroup("heads", "falcon_kv"),)},
+    ),
+)
+_FALCON_KEYS = (
+    constant("context_length", 2048),
+    constant("tensor_data_layout", "jploski"),
+    Key("embedding_length", "hidden_size", needed=True),
+    FEED_FORWARD,
+    _LAYERS,
+    Key("attention.head_count", "heads", field="num_attention_heads"),
+    Key("attention.head_count_kv", lambda c: c.number("falcon_kv")),
+    Key("attention.layer_norm_epsilon", "layer_norm_epsilon", needed=True),
+)
+
 SPECS = (
     ArchSpec(
         "gpt2",
@@ -182,40 +208,35 @@ SPECS = (
         ("FalconForCausalLM", "RWForCausalLM"),
         "falcon",
         (
-            rule("word_embeddings", "token_embd"),
-            rule("ln_f", "output_norm"),
-            rule("lm_head", "output"),
-            *_tree(
-                "h.{i}.",
-                {
-                    "attn_norm": "input_layernorm",
-                    "attn_qkv": "self_attention.query_key_value",
-                    "attn_output": "self_attention.dense",
-                    "ffn_up": "mlp.dense_h_to_4h",
-                    "ffn_down": "mlp.dense_4h_to_h",
-                },
-                {"attn_qkv": (ByGroup("heads", "falcon_kv"),)},
-            ),
-            rule("h.{i}.ln_attn", "blk.{i}.attn_norm_2"),
+            *_FALCON,
+            rule("h.{i}.input_layernorm", "blk.{i}.attn_norm"),
+            rule("h.{i}.ln_attn", "blk.{i}.attn_norm_2", writes=False),
             rule("h.{i}.ln_mlp", "blk.{i}.attn_norm", writes=False),
         ),
-        (
-            constant("context_length", 2048),
-            constant("tensor_data_layout", "jploski"),
-            Key("embedding_length", "hidden_size", needed=True),
-            FEED_FORWARD,
-            _LAYERS,
-            Key("attention.head_count", "heads", field="num_attention_heads"),
-            Key("attention.head_count_kv", lambda c: c.number("falcon_kv")),
-            Key("attention.layer_norm_epsilon", "layer_norm_epsilon", needed=True),
-        ),
+        _FALCON_KEYS,
         common=False,
         prefixes=("transformer.",),
         root="transformer.",
     ),
     ArchSpec(
+        "falcon",
+        (),
+        "falcon_two_norms",
+        (
+            *_FALCON,
+            rule("h.{i}.ln_attn", "blk.{i}.attn_norm_2"),
+            rule("h.{i}.ln_mlp", "blk.{i}.attn_norm"),
+        ),
+        _FALCON_KEYS,
+        common=False,
+        prefixes=("transformer.",),
+        root="transformer.",
+        when=lambda base: "blk.0.attn_norm_2.weight" in base,
+        defaults={"model_type": "falcon", "architectures": ["FalconForCausalLM"]},
+    ),
+    ArchSpec(
         "mpt",
-        ("MPTForCausalLM", "MptForCausalLM"),
+        ("MptForCausalLM", "MPTForCausalLM"),
         "mpt",
         (
             rule("wte", "token_embd"),

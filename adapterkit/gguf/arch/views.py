@@ -239,10 +239,25 @@ def computed(rows: torch.Tensor, values: Sequence[Value]) -> torch.Tensor:
         elif value.kind == "scale":
             rows = rows * value.number
         elif value.kind == "log":
-            rows = (-rows).log()
+            rows = _log(-rows)
         else:
-            rows = -rows.exp()
+            rows = -rows.double().exp().float()
     return rows
+
+
+def _log(rows: torch.Tensor) -> torch.Tensor:
+    """The float32 numbers whose exponentials round to ``rows``: of those around the logarithm, the one that does."""
+    import torch
+
+    near = rows.double().log().float()
+    best = near
+    for up in (True, False):
+        tried, limit = near, torch.full_like(near, float("inf") if up else float("-inf"))
+        for _ in range(4):
+            tried = torch.nextafter(tried, limit)
+            wrong = best.double().exp().float() != rows
+            best = torch.where(wrong & (tried.double().exp().float() == rows), tried, best)
+    return best
 
 
 def inverted(values: Sequence[Value]) -> tuple[Value, ...]:
