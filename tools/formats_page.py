@@ -1,7 +1,7 @@
 """The table of stored formats in docs/quantized.md, from the table of codecs.
 
-    python tools/formats_page.py            # print it
-    python tools/formats_page.py --write    # put it into the page
+python tools/formats_page.py            # print it
+python tools/formats_page.py --write    # put it into the page
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def table() -> str:
 
 def page() -> str:
     """The page with the table as it is now."""
-    return re.sub(f"{START}.*?{END}", lambda _: START + table() + END, PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return re.sub(
+        f"{START}.*?{END}", lambda _: START + table() + END, PAGE.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
 
 
 if __name__ == "__main__":
