@@ -296,7 +296,8 @@ def _recorder(
     parents += [adapter_parent(a, weight=w) for a, w in zip(planned.adapters, planned.weights, strict=True)]
     changed = options.quant is not None or options.quantization is not None
     kind = "quantized" if changed else "merged"
-    asked = parameters_of(planned.plan.request)
+    # The words alone: which original it was stands among the parents.
+    asked = {**parameters_of(planned.plan.request), "base_values": planned.base_values.partition(" (")[0]}
     return recorder("merge", kind, asked, parents, method=options.quant or "", evidence=measured, full=full)
 
 
