@@ -4,16 +4,22 @@ it held, and none again for the same bytes."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import CheckFailed
+from adapterkit.provenance import created
 from adapterkit.recipe.carry import How, Pins, merge_options, opened_as
 from adapterkit.recipe.parse import RecipeFile
 from adapterkit.recipe.state import Made, State, key_of
 from adapterkit.recipe.steps import CONVERT, Step
+from adapterkit.registry.record import UNDATED
+from adapterkit.registry.verification import KEY, Verification, evidence_of
+
+if TYPE_CHECKING:
+    from adapterkit.verify.report import VerifyReport
 
 VERIFY, REGISTER, PUSH = "verify", "register", "push"
 # kind of a registered conversion, by its form; a merge and a combination say it in the record beside them
@@ -153,9 +159,12 @@ class After:
         if wrong:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             raise CheckFailed(f"outputs.{step.name} does not verify: {wrong[0].text}{more}", wrong[0].hint)
-        counts = ", ".join(f"{number} {status}" for status, number in found.tensors.counts.items() if number)
-        kept = f"{found.tensors.retention:.1%} of the change is there"
-        return {"level": found.level, "summary": f"{found.level}: {counts}; {kept}", "findings": _said(found.findings)}
+        return {
+            "level": found.level,
+            "summary": _summary(found),
+            "findings": [f"{finding.severity}: {finding.text}" for finding in found.findings],
+            "evidence": evidence_of(_levels(found)),
+        }
 
     def _register(self, step: Step, done: Mapping[str, Any]) -> dict[str, Any]:
         from adapterkit.register import register
@@ -171,6 +180,7 @@ class After:
             base_id=asked.base_id if converted and step.base is not None else "",
             kind=_KINDS[step.to] if converted else "",
             meta=asked.meta,
+            evidence={KEY: done[VERIFY]["evidence"]} if VERIFY in done else None,
         )
         record = found.record
         self._note(f"{step.name}: {record.ref}{'' if found.new else ', was there already'}")
@@ -191,8 +201,36 @@ class After:
         return {"repo": found.repo, "commit": found.commit, "url": found.pull_request or found.url, "new": found.new}
 
 
-def _said(findings: Iterable[Any]) -> list[str]:
-    return [f"{finding.severity}: {finding.text}" for finding in findings]
+def _summary(found: VerifyReport) -> str:
+    """One line about a verification that held."""
+    counts = ", ".join(f"{number} {status}" for status, number in found.tensors.counts.items() if number)
+    parts = [f"{counts}; {found.tensors.retention:.1%} of the change is there"]
+    if found.layers is not None:
+        parts.append(f"layers lose {found.layers.lost:.1%} of it")
+    if found.model is not None:
+        parts.append(f"{found.model.merged.top1:.1%} of tokens agree, mean KL {found.model.merged.mean_kl:.2g}")
+    return f"{found.level}: {'; '.join(parts)}"
+
+
+def _levels(found: VerifyReport) -> Iterator[Verification]:
+    """The levels of a verification as records carry them; undated unless $SOURCE_DATE_EPOCH says otherwise."""
+    when = created()
+    limits = {name: value for name, value in asdict(found.thresholds).items() if value is not None}
+    dated: dict[str, Any] = {"when": "" if when == UNDATED else when}
+    tensors = found.tensors
+    figures = {
+        "retention": tensors.retention,
+        "cosine": tensors.cosine,
+        "tensors": tensors.total,
+        "touched": tensors.touched,
+    }
+    yield Verification("tensor", found.ok, figures, {k: v for k, v in limits.items() if k == "min_retention"}, **dated)
+    if found.layers is not None:
+        layers = {"lost": found.layers.lost, "error": found.layers.error, "worst": found.layers.worst}
+        yield Verification("layer", found.ok, layers, {}, **dated)
+    if found.model is not None:
+        model = {"kl": found.model.merged.mean_kl, "top1": found.model.merged.top1, "tokens": found.model.tokens}
+        yield Verification("model", found.ok, model, {k: v for k, v in limits.items() if k != "min_retention"}, **dated)
 
 
 def in_folder(path: Path, folder: Path) -> str:

@@ -232,7 +232,7 @@ class _Build:
         made: dict[str, Made] = {}
         reports: dict[str, Mapping[str, Any]] = {}
         states: dict[str, str] = {}
-        passes, notes = 0, []
+        passes, notes = 0, list[str]()
         for step in self.steps:
             self._pin(step)
         for step in self.steps:
@@ -252,15 +252,15 @@ class _Build:
                     reports[one.name] = report
                 if self.before is not None:
                     fresh = {one.name: made[one.name] for one in group}
-                    notes += check_outputs(self.lock_file, self.before, self._locked(fresh), machine())
+                    check_outputs(self.lock_file, self.before, self._locked(fresh))
+        if self.before is not None:
+            notes += check_outputs(self.lock_file, self.before, self._locked(made))
         follow = After(self.file, self.state, self.pins, how, note)
         for step in self.steps:
             with located(self.file, "outputs", step.name):
                 made[step.name] = follow.run(step, self._origin(step), made[step.name])
             self.state.made[step.name] = made[step.name]
         self._forget(made)
-        if self.before is not None and not passes:
-            notes += check_outputs(self.lock_file, self.before, self._locked(made), "")
         written = False
         if not self.locked:
             kind = machine() if passes else self._machine_before()
