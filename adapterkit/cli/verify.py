@@ -136,11 +136,14 @@ def write(report: VerifyReport, html: Path | None, markdown: Path | None, *, ste
         UsageError: there is no job to summarise.
     """
     from adapterkit.errors import OutputError, UsageError
-    from adapterkit.verify.markdown import markdown as as_markdown
+    from adapterkit.verify.summary import markdown as as_markdown
 
     try:
         if html is not None:
-            raise UsageError("the page is not there yet", "use --markdown")
+            from adapterkit.verify.page import html as as_page
+
+            html.write_text(as_page(report), encoding="utf-8")
+            note(f"page written to {html}")
         if markdown is not None:
             markdown.write_text(as_markdown(report), encoding="utf-8")
             note(f"summary written to {markdown}")
@@ -156,7 +159,7 @@ def write(report: VerifyReport, html: Path | None, markdown: Path | None, *, ste
 
 def show(report: VerifyReport) -> None:
     """The verdict, what is wrong, and the figures."""
-    from adapterkit.verify.markdown import distance
+    from adapterkit.verify.summary import distance
 
     for text in report.notes:
         note(f"note: {text}")

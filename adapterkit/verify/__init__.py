@@ -18,6 +18,7 @@ from adapterkit.verify.report import ERROR, WARNING, Finding, Thresholds, Verify
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.verify.report import ModelLevel
 
 Ref = str | Path
 Progress = Callable[[int, int], None]
@@ -79,6 +80,10 @@ def verify(
         raise UsageError("no adapter was given", "name what was folded in with --adapter")
     found, stored = open_inputs(merged, base)
     loaded = tuple(a if isinstance(a, Loaded) else load_adapter(a) for a in adapters)
+    if deepest >= 2:
+        from adapterkit.verify.model import check_models
+
+        check_models(found, stored, prompts)
     how = asked(found, loaded, options)
     planned = subject(found, stored, loaded, how.given)
     judged = compare(planned, jobs=jobs, progress=progress)
@@ -88,7 +93,14 @@ def verify(
     every += _retention(tensors.retention, min_retention, wrong)
     layers = model = None
     if deepest >= 1:
-        raise UsageError("this level is not there yet", "use --level tensors")
+        from adapterkit.verify.layers import compare_layers
+
+        layers = compare_layers(planned, jobs=jobs)
+    if deepest >= 2:
+        from adapterkit.verify.model import compare_models
+
+        model = compare_models(planned, stored, prompts)
+        every += _answers(model, max_kl, min_top1)
     return VerifyReport(
         ok=not any(finding.severity == ERROR for finding in every),
         merged=found.ref,
@@ -135,12 +147,40 @@ def _retention(there: float, asked: float | None, wrong: Sequence[Finding]) -> l
     return []
 
 
+def _answers(found: ModelLevel, max_kl: float | None, min_top1: float | None) -> list[Finding]:
+    """Thresholds that do not hold."""
+    wrong = []
+    if max_kl is not None and not found.merged.mean_kl <= max_kl:
+        text = (
+            f"the mean KL divergence from base + adapters is {found.merged.mean_kl:.3g}, and --max-kl allows {max_kl:g}"
+        )
+        wrong.append(Finding("max-kl", ERROR, text, "write more bits, or allow more", figure=found.merged.mean_kl))
+    if min_top1 is not None and not found.merged.top1 >= min_top1:
+        text = f"{found.merged.top1:.2%} of the likeliest tokens agree, and --min-top1 asks for {min_top1:.2%}"
+        wrong.append(Finding("min-top1", ERROR, text, "write more bits, or ask for less", figure=found.merged.top1))
+    return wrong
+
+
 def _shown(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options that differ from what a merge does by itself."""
     from adapterkit.options import MergeOptions
 
     plain = MergeOptions().request() | {"to": options.get("to")}
     return {name: value for name, value in options.items() if value != plain.get(name)}
+
+
+def html(report: VerifyReport) -> str:
+    """The evidence as one page; see `adapterkit.verify.page`."""
+    from adapterkit.verify.page import html as page
+
+    return page(report)
+
+
+def markdown(report: VerifyReport) -> str:
+    """The evidence as a summary for a job; see `adapterkit.verify.summary`."""
+    from adapterkit.verify.summary import markdown as summary
+
+    return summary(report)
 
 
 __all__ = ["LEVELS", "Finding", "VerifyReport", "verify"]

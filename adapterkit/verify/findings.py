@@ -36,7 +36,9 @@ def _values(subject: Subject, judged: Sequence[Judged]) -> list[Finding]:
     groups: dict[tuple[str, str], tuple[Verdict, list[str]]] = {}
     chosen = _spread(off, DIAGNOSED)
     for one in chosen:
-        verdict = diagnose(Suspect(one, family))
+        suspect = Suspect(one, family)
+        verdict = diagnose(suspect)
+        suspect.release()
         groups.setdefault((verdict.kind, verdict.detail), (verdict, []))[1].append(one.item.name)
     touched = [one.item.name for one in judged if one.item.touched]
     right = {one.item.name for one in judged if one.status in RIGHT}

@@ -81,12 +81,20 @@ def steps(base: torch.Tensor, wanted: torch.Tensor, found: torch.Tensor) -> floa
     Beside the step of the value itself, that of the change counts, and that of the block's root mean square change: a tool
     that rounds the change, or sums its products in another order, is off by so much where W' is near zero.
     """
-    w, new, there = (t.reshape(-1).double() for t in (base, wanted, found))
+    w, new, there = (t.reshape(-1).float() for t in (base, wanted, found))
+    if not new.numel():
+        return 0.0
     spacing = _SPACING[found.dtype]
-    change = (new - w).nan_to_num(0, 0, 0).abs()
-    change += change.square().mean().sqrt() if new.numel() else 0.0
-    exponent = torch.maximum(new.abs(), there.abs()).nan_to_num(0, 0, 0).clamp(min=1e-38).log2().floor()
-    step = torch.exp2(exponent) * spacing + spacing * change
-    off = (there - new).abs() / step
-    same = (there == new) | (there.isnan() & new.isnan())
-    return float(torch.where(same, torch.zeros_like(off), off).nan_to_num(torch.inf, torch.inf).max())
+    off = (there - new).abs_()
+    if not torch.isfinite(off).all():
+        same = (there == new) | (there.isnan() & new.isnan())
+        if not bool(same[~torch.isfinite(off)].all()):
+            return float("inf")
+        off[same] = 0
+    change = (new - w).nan_to_num_(0, 0, 0).abs_()
+    change += change.square().mean().sqrt()
+    # The power of two below a float32 is its exponent's bits.
+    largest = torch.maximum(new.abs(), there.abs()).nan_to_num_(0, 0, 0)
+    step = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
+    step += change
+    return float((off / step.mul_(spacing).clamp_(min=1e-44)).max())

@@ -200,7 +200,7 @@ class PromptCheck:
         tokens: how many were scored.
         merged, base: distances of these to base + adapters.
         partings: where merged and trained part, the widest first.
-        kls: KL at every position, for drawing.
+        positions: the scored ones; ``kls`` is the divergence at each, for drawing.
     """
 
     text: str
@@ -208,6 +208,7 @@ class PromptCheck:
     merged: Distance
     base: Distance
     partings: tuple[Parting, ...]
+    positions: tuple[int, ...] = ()
     kls: tuple[float, ...] = ()
     truncated: bool = False
 

@@ -58,6 +58,11 @@ class Suspect:
     judged: Judged
     family: Family
 
+    def release(self) -> None:
+        """Drop what was loaded to compute its values."""
+        for tensor in (before(self.item), after(self.item), self.item.values):
+            tensor.release()
+
     @property
     def item(self) -> Item:
         return self.judged.item
@@ -172,6 +177,7 @@ class Family:
     def _sketch(self, what: str, name: str, tensor: Tensor) -> torch.Tensor:
         if (what, name) not in self._sketches:
             self._sketches[what, name] = values(tensor, SKETCH)
+            tensor.release()
         return self._sketches[what, name]
 
 

@@ -19,10 +19,11 @@ from models import load_model, make_adapter
 
 import adapterkit
 from adapterkit.convert import convert
-from adapterkit.errors import UsageError
+from adapterkit.errors import TargetError, UnsupportedAdapter, UsageError
 from adapterkit.gguf.quantize import Quantization
 
 BACK = ("llama3", "deepseek_v3", "qwen3_5")
+LIVE = ("granite4_micro", "qwen3_5")
 FAST = ("llama", "gemma2", "phi3_longrope")
 
 
@@ -43,6 +44,28 @@ def test_the_runtime_agrees(kind: str, tmp_path: Path) -> None:
     assert far(expected, plain) > 0.01
     adapterkit.merge(hf, [adapter], tmp_path / "merged.gguf")
     assert far(logprobs(tmp_path / "merged.gguf")[0], expected) < tiny.tolerance
+
+
+@pytest.mark.parametrize("kind", [k if k in LIVE else pytest.param(k, marks=pytest.mark.slow) for k in zoo.ZOO])
+def test_a_gguf_base_and_a_lora_beside_it(kind: str, tmp_path: Path) -> None:
+    """The same rules carry an adapter onto a GGUF base, and its factors into a LoRA file."""
+    tiny, hf, base = zoo.ZOO[kind], tmp_path / "hf", tmp_path / "base.gguf"
+    zoo.build(hf, kind)
+    convert(hf, base)
+    adapter = make_adapter(tmp_path / "adapter", hf, lora(tiny), scale=0.1)
+    expected = live(hf, adapter, tiny.patch)
+    if kind == "falcon_h1":
+        with pytest.raises(TargetError, match="multiplied into the weights"):
+            adapterkit.merge(base, [adapter], tmp_path / "merged.gguf")
+    else:
+        adapterkit.merge(base, [adapter], tmp_path / "merged.gguf")
+        assert far(logprobs(tmp_path / "merged.gguf")[0], expected) < tiny.tolerance
+    if kind.startswith("deepseek"):
+        with pytest.raises(UnsupportedAdapter, match="applies no LoRA"):
+            convert(adapter, tmp_path / "lora.gguf", to="gguf-lora", base=hf)
+        return
+    convert(adapter, tmp_path / "lora.gguf", to="gguf-lora", base=hf)
+    assert far(logprobs(base, lora=tmp_path / "lora.gguf")[0], expected) < tiny.tolerance
 
 
 @pytest.mark.parametrize("kind", [k if k in BACK else pytest.param(k, marks=pytest.mark.slow) for k in zoo.ZOO])

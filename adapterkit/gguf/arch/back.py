@@ -73,7 +73,7 @@ def spec_of_gguf(base: GGUFCheckpoint) -> ArchSpec:
 def mapper_of_gguf(base: GGUFCheckpoint) -> Mapper:
     """The rules of a GGUF model, with what stands for its config."""
     spec = spec_of_gguf(base)
-    return Mapper(spec, Config(config_of(base, spec), base.ref))
+    return Mapper(spec, Config(config_of(base, spec), base.ref, where="metadata"))
 
 
 def config_of(base: GGUFCheckpoint, spec: ArchSpec) -> dict[str, Any]:
