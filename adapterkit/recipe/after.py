@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import CheckFailed
+from adapterkit.errors import CheckFailed, OutputError
 from adapterkit.provenance import created
 from adapterkit.recipe.carry import How, Pins, merge_options, opened_as
 from adapterkit.recipe.parse import RecipeFile
-from adapterkit.recipe.state import Made, State, key_of
+from adapterkit.recipe.state import Made, State, key_of, write_whole
 from adapterkit.recipe.steps import CONVERT, Step
 from adapterkit.registry.record import UNDATED
 from adapterkit.registry.verification import KEY, Verification, evidence_of
@@ -107,7 +107,7 @@ class After:
         """
         done: dict[str, Mapping[str, Any]] = dict(made.after)
         for name, key, task in self._tasks(step, origin, made, done):
-            if done.get(name, {}).get("key") != key:
+            if done.get(name, {}).get("key") != key or (name == VERIFY and self._lost_page(step)):
                 done[name] = {"key": key, **task()}
                 made = Made(made.key, made.path, made.files, dict(done))
                 self._state.made[step.name] = made
@@ -115,6 +115,10 @@ class After:
         wanted = {VERIFY: step.verify, REGISTER: step.asked.register, PUSH: step.asked.push}
         kept = {name: value for name, value in done.items() if wanted[name] is not None}
         return Made(made.key, made.path, made.files, kept)
+
+    def _lost_page(self, step: Step) -> bool:
+        page = None if step.verify is None else step.verify.html
+        return page is not None and not (self._file.folder / page).is_file()
 
     def _tasks(self, step: Step, origin: Step, made: Made, done: Mapping[str, Any]) -> Iterator[Task]:
         verify, register, push = step.verify, step.asked.register, step.asked.push
@@ -155,6 +159,8 @@ class After:
             progress=self._how.progress,
             **{name: options[name] for name in _OF_VALUES},
         )
+        if asked.html is not None:
+            self._page(self._file.folder / asked.html, found)
         wrong = [finding for finding in found.findings if finding.severity == "error"]
         if wrong:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
@@ -165,6 +171,17 @@ class After:
             "findings": [f"{finding.severity}: {finding.text}" for finding in found.findings],
             "evidence": evidence_of(_levels(found)),
         }
+
+    def _page(self, path: Path, found: VerifyReport) -> None:
+        """The evidence as a page, whether it holds or not."""
+        from adapterkit.verify.page import html
+
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, html(found).encode())
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written ({error.strerror})", "check the path") from None
+        self._note(f"page written to {path}")
 
     def _register(self, step: Step, done: Mapping[str, Any]) -> dict[str, Any]:
         from adapterkit.register import register

@@ -322,14 +322,15 @@ def _check_paths(file: RecipeFile, steps: Mapping[str, Step]) -> None:
     taken: dict[Path, tuple[str, Place]] = {}
     for name, step in steps.items():
         places: list[tuple[Path, Place]] = [(step.out, ("outputs", name, "path"))]
-        if step.asked.verify is not None and step.asked.verify.html is not None:
-            places.append((file.folder / step.asked.verify.html, ("outputs", name, "verify", "html")))
+        if step.verify is not None and step.verify.html is not None:
+            at: Place = ("verify", "html") if step.asked.verify is None else ("outputs", name, "verify", "html")
+            places.append((file.folder / step.verify.html, at))
         for path, place in places:
             real = _real(path)
-            for other, (which, at) in taken.items():
+            for other, (which, there) in taken.items():
                 if other == real or other in real.parents or real in other.parents:
                     how = "is where" if other == real else "lies in or around where"
-                    line = file.at(*at)[1]
+                    line = file.at(*there)[1]
                     file.fail(
                         place, f"{_short(file, path)} {how} {which} goes (line {line})", "give each a path of its own"
                     )

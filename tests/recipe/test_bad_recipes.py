@@ -134,6 +134,12 @@ WRONG: dict[str, tuple[str, int, str, str]] = {
         "build/merged is where outputs.merged goes",
         "own",
     ),
+    "one_page_for_two": (
+        GOOD + 'b = "b"\n[verify]\nhtml = "page.html"\n',
+        10,
+        "page.html is where verify goes (line 10)",
+        "own",
+    ),
     "over_the_recipe": (GOOD + 'b = "."\n', 8, "'.' is no path for an output", "name a folder"),
     "over_an_input": (GOOD + 'b = "base"\n', 1, "base is what outputs.b makes", "a base that outputs.b does not make"),
     "into_an_input": (GOOD + 'b = "base/b"\n', 8, "would be written in or over the input base", "elsewhere"),

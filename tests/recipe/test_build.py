@@ -427,6 +427,20 @@ def test_a_threshold_that_does_not_hold_stops_what_follows(recipe: Path) -> None
     assert found["thresholds"] == {"min_retention": 0.9}
 
 
+def test_the_evidence_is_a_page_too(recipe: Path) -> None:
+    text = recipe.read_text()
+    recipe.write_text(text + '[outputs.merged.verify]\nhtml = "pages/merged.html"\nmin-retention = 1.0\n')
+    page = recipe.parent / "pages/merged.html"
+    with pytest.raises(CheckFailed):
+        build(recipe)
+    assert "<html" in page.read_text()  # it says why
+    recipe.write_text(text + '[outputs.merged.verify]\nhtml = "pages/merged.html"\n')
+    build(recipe)
+    page.unlink()
+    build(recipe)
+    assert page.is_file()
+
+
 def test_every_merge_is_verified_once(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe.write_text(recipe.read_text() + '[verify]\nlevel = "tensors"\n')
     first = build(recipe)
