@@ -16,6 +16,7 @@ from adapterkit.recipe.carry import (
     How,
     combine_step,
     convert_step,
+    hand_over,
     plan_convert_step,
     plan_merge_step,
     settings,
@@ -304,12 +305,16 @@ class _Build:
             with located(self.file, "outputs", step.name):
                 make = combine_step if step.verb == COMBINE else convert_step
                 found = [make(step, self.pins, how, force=replace[0])]
+        for one in group:
+            with located(self.file, "outputs", one.name):
+                hand_over(one, self.pins)
         return [asdict(report) for report in found]
 
     def _note_made(self, step: Step, report: Mapping[str, Any], digests: Mapping[str, str]) -> Made:
         key = self._key(step, digests)
         assert key is not None
-        names = (*report.get("files", ()), f"{step.out.name}.adapterkit.json")
+        beside = ("adapterkit.json", "Modelfile", "llama-server.sh")
+        names = (*report.get("files", ()), *(f"{step.out.name}.{name}" for name in beside))
         files = output_files(step.out, names) if step.is_file or step.out.is_dir() else {}
         before = self.state.made.get(step.name)
         if before is not None and step.is_file and before.path == in_folder(step.out, self.file.folder):

@@ -20,7 +20,17 @@ ADAPTER = "adapter"
 MERGE, COMBINE, CONVERT = "merge", "combine", "convert"
 FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
 
-_QUANT = ("quant", "imatrix", "pure", "tensor_types", "output_type", "token_embd_type", "leave_output", "yes_lossy")
+_QUANT = (
+    "for_",
+    "quant",
+    "imatrix",
+    "pure",
+    "tensor_types",
+    "output_type",
+    "token_embd_type",
+    "leave_output",
+    "yes_lossy",
+)
 _ALWAYS = ("path", "to", "register", "push")
 _WRITTEN = ("dtype", "double_quant", "max_shard_size")
 # Which keys of an output mean something for what makes it.
@@ -208,6 +218,10 @@ class _Maker:
         if to == FOLDER and asked.quant is not None and asked.quant not in FOLDER_FORMATS:
             hint = f"use {', '.join(FOLDER_FORMATS)}, or give it a path that ends in .gguf"
             self.file.fail((*place, "quant"), f"'{asked.quant}' is no format of a folder", hint)
+        if asked.for_ is not None and to != GGUF:
+            self.file.fail(
+                (*place, "for"), f"{asked.for_} serves a GGUF file, and {shown(place)} is none", "leave it out"
+            )
         if to == GGUF and asked.quant in FOLDER_FORMATS:
             self.file.fail((*place, "quant"), f"'{asked.quant}' is no type of a GGUF file", "use a mix such as Q4_K_M")
 

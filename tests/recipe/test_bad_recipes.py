@@ -167,6 +167,7 @@ WRONG: dict[str, tuple[str, int, str, str]] = {
     ),
     "folder_format": (GOOD + 'q = {path = "q", quant = "Q4_K_M"}\n', 8, "'Q4_K_M' is no format of a folder", ".gguf"),
     "gguf_format": (GOOD + 'q = {path = "q.gguf", quant = "nf4"}\n', 8, "'nf4' is no type of a GGUF file", "Q4_K_M"),
+    "served_folder": (GOOD + 'q = {path = "q", for = "ollama"}\n', 8, "ollama serves a GGUF file", "leave it out"),
     "form": (GOOD + 'q = {path = "q", to = "ggfu"}\n', 8, "'ggfu' is nothing to write", "did you mean 'gguf'?"),
     "not_for_a_merge": (
         GOOD + 'q = {path = "q", rank = 4}\n',
