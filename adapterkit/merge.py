@@ -278,7 +278,9 @@ def _recorder(planned: Merge, base: Ref | Checkpoint, *, full: bool = False) -> 
     parents += [adapter_parent(a, weight=w) for a, w in zip(planned.adapters, planned.weights, strict=True)]
     changed = options.quant is not None or options.quantization is not None
     kind = "quantized" if changed else "merged"
-    return recorder("merge", kind, parameters_of(planned.plan.request), parents, method=options.quant or "", full=full)
+    # The words alone: which original it was stands among the parents.
+    asked = {**parameters_of(planned.plan.request), "base_values": planned.base_values.partition(" (")[0]}
+    return recorder("merge", kind, asked, parents, method=options.quant or "", full=full)
 
 
 def _grid_name(planned: Merge) -> str | None:

@@ -170,7 +170,10 @@ def command(
         say(f"{used.ref} ({used.method}){weight}")
     if report.method != "linear":
         say(f"  by {report.method}")
-    say(f"  into {report.base}: {count(report.touched)} of {count(report.tensors)} tensors changed, the rest copied")
+    values = "" if report.base_values == "as stored" else f" ({report.base_values})"
+    say(
+        f"  into {report.base}{values}: {count(report.touched)} of {count(report.tensors)} tensors changed, the rest copied"
+    )
     for name in report.added:
         say(f"  new: {name}")
     if dry_run or save_plan is not None:
@@ -190,8 +193,12 @@ def command(
 def show_fidelity(found: FidelityReport) -> None:
     """What survives, and the tensors that keep least."""
     say(found.summary)
-    say(f"  {'retention':>9} {'cosine':>7} {'unmoved':>8} {'|d|/|W|':>8}  tensor")
+    trained = any(row.base_error is not None for row in found.tensors)
+    say(f"  {'retention':>9} {'cosine':>7} {'unmoved':>8} {'|d|/|W|':>8}{' |W-q|/|d|' if trained else ''}  tensor")
     for row in found.tensors[:5]:
-        say(f"  {row.retention:>9.1%} {row.cosine:>7.4f} {row.unmoved:>8.1%} {row.relative:>8.1e}  {row.name}")
+        error = f" {row.base_error:>9.2f}" if row.base_error is not None else " " * 10 * trained
+        say(f"  {row.retention:>9.1%} {row.cosine:>7.4f} {row.unmoved:>8.1%} {row.relative:>8.1e}{error}  {row.name}")
+    if found.base_error is not None:
+        say(f"quantizing the base moved it {found.base_error:.2g} times as far as the adapter does (the median layer)")
     if found.advice:
         note(f"warning: {found.advice}")

@@ -170,6 +170,37 @@ def test_inspect_health(capsys: pytest.CaptureFixture[str], base: Path, tmp_path
     assert "2 of 3 modules have a problem" in run(capsys, "inspect", adapter, "--health")[1]
 
 
+@pytest.mark.parametrize("layout", ["rank_major", "grouped_by_expert"])
+def test_inspect_health_of_stacked_experts(layout: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Expert by expert: the norm of all deltas together, the mean of their effective ranks."""
+    import torch
+    from models import write_adapter
+
+    experts, rank, rows, columns = 4, 3, 10, 12
+    generator = torch.Generator().manual_seed(1)
+    a = [torch.randn(rank, columns, generator=generator) for _ in range(experts)]
+    b = [torch.randn(rows, rank, generator=generator) for _ in range(experts)]
+    b[2].zero_()
+    order = (1, 2, 0) if layout == "rank_major" else (1, 0, 2)  # of [expert, row, factor]
+    key = "base_model.model.model.layers.0.mlp.experts"
+    tensors = {
+        f"{key}.lora_A.weight": torch.cat(a),
+        f"{key}.lora_B.weight": torch.stack(b).permute(order).reshape(rows, experts * rank),
+    }
+    fields = {"target_parameters": ["mlp.experts.down_proj"], "lora_B_layout": layout}
+    adapter = write_adapter(tmp_path / "stack", tensors, r=rank, lora_alpha=6, **fields)
+    found = json.loads(run(capsys, "inspect", adapter, "--health", "--json")[1])
+    (row,) = found["health"]
+    values = [torch.linalg.svdvals(y.double() @ x.double()) for x, y in zip(a, b, strict=True)]
+    shares = [one / one.sum() for one in values if one.sum() > 0]
+    effective = sum(float(torch.exp(-(p[p > 1e-12] * p[p > 1e-12].log()).sum())) for p in shares) / experts
+    assert found["ranks"] == {"3": 1}
+    assert (row["rank"], row["experts"], row["problem"]) == (rank, experts, "")
+    assert row["norm"] == pytest.approx(2 * float(torch.cat(values).norm()), rel=1e-6)
+    assert row["effective_rank"] == pytest.approx(effective, rel=1e-6)
+    assert "mlp.experts (4 experts)" in run(capsys, "inspect", adapter, "--health")[1]
+
+
 def test_inspect_checkpoint(capsys: pytest.CaptureFixture[str], base: Path) -> None:
     code, out, _ = run(capsys, "inspect", base, "--json")
     found = json.loads(out)
