@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ from adapterkit.outputs import Output, output
 from adapterkit.report import AdapterUse, MergeReport
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from adapterkit.adapters.fidelity import FidelityReport, Watch
     from adapterkit.adapters.fold import Folded
     from adapterkit.checkpoint.files import Source
@@ -245,7 +248,7 @@ def write_merges(
         check_output(planned.plan, planned.sources, one.out, force=one.force, inputs=folders)
         lossy.append(_still_there(planned, yes_lossy=one.yes_lossy))
         watches.append(_watch(planned) if one.fidelity else None)
-        record = _recorder(planned, one.base, full=one.full_record)
+        record = _recorder(planned, one.base, full=one.full_record, measured=partial(_measured, watches[-1], lossy[-1]))
         writings.append(Writing(planned.plan, planned.view, planned.sources, one.out, planned.side, record))
     force = [one.force for one in wanted]
     reused = write_together(writings, jobs=jobs, force=force, resume=resume, progress=progress)
@@ -263,7 +266,22 @@ def _watch(planned: Merge) -> Watch:
     return Watch(planned.folded, kind, planned.output.through)
 
 
-def _recorder(planned: Merge, base: Ref | Checkpoint, *, full: bool = False) -> Callable[[Path], dict[str, bytes]]:
+def _measured(watch: Watch | None, lossy: FidelityReport | None) -> dict[str, Any]:
+    """The evidence that a record gets when the weights are finished."""
+    found = lossy if watch is None else watch.report()
+    if found is None:
+        return {}
+    figures = {name: float(f"{getattr(found, name):.6g}") for name in ("retention", "cosine", "relative", "unmoved")}
+    return {"fidelity": {**figures, "format": found.format, "worst": found.worst.name if found.worst else ""}}
+
+
+def _recorder(
+    planned: Merge,
+    base: Ref | Checkpoint,
+    *,
+    full: bool = False,
+    measured: Callable[[], Mapping[str, Any]] | None = None,
+) -> Callable[[Path], dict[str, bytes]]:
     """What writes ``adapterkit.json`` when the weights are finished."""
     from adapterkit.provenance import adapter_parent, base_parent, parameters_of, recorder
 
@@ -280,7 +298,7 @@ def _recorder(planned: Merge, base: Ref | Checkpoint, *, full: bool = False) -> 
     kind = "quantized" if changed else "merged"
     # The words alone: which original it was stands among the parents.
     asked = {**parameters_of(planned.plan.request), "base_values": planned.base_values.partition(" (")[0]}
-    return recorder("merge", kind, asked, parents, method=options.quant or "", full=full)
+    return recorder("merge", kind, asked, parents, method=options.quant or "", evidence=measured, full=full)
 
 
 def _grid_name(planned: Merge) -> str | None:
