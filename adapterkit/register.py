@@ -64,6 +64,10 @@ def register(
     folder = Path(path).expanduser()
     beside = None if ignore_record else _beside(folder)
     known = None if base is None else _base_identity(base, base_id, folder, full, home)
+    if base is None and base_id:
+        if beside is None or beside.base is None:
+            raise UsageError(f"nothing says which weights {base_id} has", "give the base itself with --base")
+        known = _named(beside.base, base_id)
     own = _own_identity(folder, beside, full)
     return store(
         folder,
