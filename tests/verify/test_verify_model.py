@@ -128,7 +128,7 @@ def test_layers_work_for_a_model_type_that_transformers_does_not_know(trained: T
         ("p.jsonl", b'{"text": ""}', "line 1: not a prompt"),
         ("p.jsonl", b'{"ids": [1, -2]}', "line 1: not a prompt"),
         ("p.jsonl", b"[" * 100_000, "line 1: not a prompt"),
-        ("p.txt", b"sky", "no prompt has two tokens"),
+        ("p.jsonl", b'{"ids": [3]}', "no prompt has two tokens"),
         ("p.jsonl", b'{"ids": [1, 99999]}', "holds token 99999"),
         ("p.jsonl", b'{"messages": [{"role": "user", "content": "the sky"}]}', "no chat template"),
     ],
