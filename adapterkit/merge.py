@@ -323,9 +323,10 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
     found = left_on_grid(planned.folded, quant, tensors=SAMPLED)
     if found.retention < ENOUGH and not yes_lossy:
         raise CheckFailed(
-            f"{planned.base.ref} is {quant} already, and of this change {found.retention:.1%} would survive that "
-            "grid again",
-            "give the 16-bit original with --base16, write 16 bits or another format, or insist with --yes-lossy",
+            f"the values of {planned.base.ref} are {quant} already, and of this change {found.retention:.1%} would "
+            "survive that grid again",
+            "fold onto the 16-bit original (--base16, or no --as-trained), write 16 bits or another format, or insist "
+            "with --yes-lossy",
         )
     return found
 

@@ -15,11 +15,13 @@ from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, given, methods_
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
 from adapterkit.cli.quantization import NAMES as TYPES
 from adapterkit.cli.quantization import quantization, quantization_options
+from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
     from adapterkit.adapters.fidelity import FidelityReport
 
 FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
+CALIBRATED = ("awq", "gptq")
 
 
 @click.command(name="merge", cls=MethodCommand, short_help="Fold adapters into a base, in one streaming pass.")
@@ -118,6 +120,11 @@ def command(
     # `--quant` takes the formats of a folder too; the rest of its values are mixes of a GGUF file.
     folder_quant = types["mix"] if types["mix"] in FOLDER_FORMATS else None
     yes_lossy = types["yes_lossy"]
+    if types["mix"] in CALIBRATED:
+        raise UsageError(
+            f"{types['mix']} needs a calibration, which a merge has no text for",
+            f"merge to 16 bits, then convert that --to {types['mix']} --calibration FILE",
+        )
     if folder_quant is not None:
         types |= {"mix": None, "yes_lossy": False}
     how: dict[str, Any] = {
