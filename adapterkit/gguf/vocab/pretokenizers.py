@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ _SLASHED = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEKKEN = _CASED.replace("{0}", "") + r"|\p{N}|" + _SLASHED
 O200K = _CASED.replace("{0}", SHORT + "?") + r"|\p{N}{1,3}|" + _SLASHED
 _CJK = "[一-龥぀-ゟ゠-ヿ]+"
-_ASCII = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
+_ASCII = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
 _MARKS = _ASCII + r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+"
 DEEPSEEK3 = _MARKS + r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # Escaped, for some of these letters are equal to others in NFC.
@@ -53,7 +54,7 @@ _LETTERS = (
     "\U000118a0-\U000118df\U0001e900-\U0001e943]+"
 )
 _HAN = "[一-龥ࠀ-一가-퟿]+"
-BLOOM = " ?[^(\\s|.,!?…。，、।۔،)]+"
+BLOOM = " ?[^(\\s|[.,!?…。，、।۔،])]+"
 _WIDE_SPACES = "|".join(rf"\s{{{2**n}}}(?!\S)" for n in range(9, 1, -1)) + r"|\s{1,2}(?!\S)|\s{1}"
 
 
@@ -182,12 +183,14 @@ _SPELLINGS = (
     ("'(?i:[sdmt]|ll|ve|re)", SHORT),
     ("'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])", SHORT),
     (r"\p{N}{1}", r"\p{N}"),
+    ("(\\s|.,!?…。，、।۔،)", "(\\s|[.,!?…。，、।۔،])"),
 )
-_POSSESSIVE = re.compile(r"(?<!\\)([+*?])\+")
+_POSSESSIVE = re.compile(r"(?<!\\)([+*?])\+(?=[|()\[\\ ]|$)")
 
 
 def canonical(regex: str) -> str:
     """One spelling for expressions that split alike: escapes, short forms, possessive quantifiers, a redundant end."""
+    regex = unicodedata.normalize("NFC", regex)
     for spelling, usual in _SPELLINGS:
         regex = regex.replace(spelling, usual)
     return _POSSESSIVE.sub(r"\1", regex).removesuffix(r"|\s+")
