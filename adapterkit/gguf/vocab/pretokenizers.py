@@ -36,6 +36,12 @@ _CASED = (
 _SLASHED = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEKKEN = _CASED.replace("{0}", "") + r"|\p{N}|" + _SLASHED
 O200K = _CASED.replace("{0}", SHORT + "?") + r"|\p{N}{1,3}|" + _SLASHED
+_NO_HAN = "&&[^\\p{Han}]]"
+KIMI = (
+    r"[\p{Han}]+|[^\r\n\p{L}\p{N}]?" + _UPPER[:-1] + _NO_HAN + "*" + _LOWER[:-1] + _NO_HAN + "+" + SHORT + "?|"
+    r"[^\r\n\p{L}\p{N}]?" + _UPPER[:-1] + _NO_HAN + "+" + _LOWER[:-1] + _NO_HAN + "*" + SHORT + "?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _CJK = "[一-龥぀-ゟ゠-ヿ]+"
 _ASCII = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
 _MARKS = _ASCII + r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+"
@@ -110,6 +116,7 @@ ROWS: tuple[Pre, ...] = (
     Pre("gpt-4o", (O200K,), models=("gpt_oss",), limit=_MARKS_APART),
     Pre("llama4", (O200K,), models=("llama4", "llama4_text"), limit=_MARKS_APART),
     Pre("minimax-m2", (O200K,), models=("minimax_m2",), limit=_MARKS_APART),
+    Pre("kimi-k2", (KIMI,), limit=_MARKS_APART),
     Pre("deepseek-v3", (THREE_DIGITS, _CJK, DEEPSEEK3), models=("deepseek_v3",)),
     Pre("hunyuan-dense", (THREE_DIGITS, _CJK, DEEPSEEK3), models=("hunyuan_v1_dense",)),
     Pre("spark2_5", (THREE_DIGITS, _CJK, _MARKS + r"|[\r\n]|\s+(?!\S)|\s+", DIGIT)),
@@ -168,7 +175,7 @@ OTHER_NAMES = frozenset(
         ),
         *("jina-v1-en", "jina-v2-code", "whitespace", "deepseek-r1-qwen", "kormo", "f2llmv2", "poro-chat", "glm5"),
         *("codeshell", "gpt3-finnish", "chameleon", "megrez", "kanana2", "talkie", "granite-embed-multi-97m"),
-        *("cohere2moe", "trillion", "granite-docling", "bailingmoe2", "llada-moe", "hy_v4", "joyai-llm", "kimi-k2"),
+        *("cohere2moe", "trillion", "granite-docling", "bailingmoe2", "llada-moe", "hy_v4", "joyai-llm"),
         *("grok-2", "afmoe", "laguna", "solar-open", "mellum2"),
     )
 )
