@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from adapterkit.recipe.run import build, plan_build
     from adapterkit.report import CombineReport, ConvertReport, ExtractReport, MergeReport, ResizeReport
     from adapterkit.resize import resize
+    from adapterkit.verify import VerifyReport, verify
 
 _WHERE = {
     "Adapter": "adapterkit.adapters.adapter:Adapter",
@@ -52,6 +53,7 @@ _WHERE = {
     "MergeReport": "adapterkit.report:MergeReport",
     "Plan": "adapterkit.checkpoint.plan:Plan",
     "ResizeReport": "adapterkit.report:ResizeReport",
+    "VerifyReport": "adapterkit.verify.report:VerifyReport",
     "build": "adapterkit.recipe.run:build",
     "check": "adapterkit.check:check",
     "combine": "adapterkit.combine:combine",
@@ -71,6 +73,7 @@ _WHERE = {
     "plan_merge": "adapterkit.merge:plan_merge",
     "resize": "adapterkit.resize:resize",
     "save": "adapterkit.checkpoint.save:save",
+    "verify": "adapterkit.verify:verify",
 }
 
 __all__ = [
@@ -88,6 +91,7 @@ __all__ = [
     "MergeReport",
     "Plan",
     "ResizeReport",
+    "VerifyReport",
     "__version__",
     "build",
     "check",
@@ -108,6 +112,7 @@ __all__ = [
     "plan_merge",
     "resize",
     "save",
+    "verify",
 ]
 
 

@@ -7,9 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.bases import open_model
 from adapterkit.checkpoint.plan import default_jobs, parse_size
-from adapterkit.conversions.conversion import Conversion, ConvertOptions, Progress, Ref
-from adapterkit.conversions.formats import find_format
+from adapterkit.conversions.conversion import Conversion, ConvertOptions, Progress, Recorder, Ref
+from adapterkit.conversions.formats import ADAPTERS, find_format
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""Types that a model can be in and not be called quantized."""
 
 if TYPE_CHECKING:
     from adapterkit.report import ConvertReport
@@ -66,16 +70,64 @@ def convert(
     Raises:
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError
     """
-    from adapterkit.merge import peak_memory
-
-    started = time.monotonic()
     if allow_pickle:
         from adapterkit.pickles import unpickled
 
         how: dict[str, Any] = {"jobs": jobs, "force": force, "progress": progress, "max_shard_size": max_shard_size}
         with unpickled(src, Path(out).absolute().parent) as folder:
-            return replace(convert(folder, out, to=to, **how, **options), src=str(src))
-    how = {"max_shard_size": max_shard_size, "jobs": jobs, "headers_only": False}
+            return replace(_convert(folder, out, src, to=to, **how, **options), src=str(src))
+    return _convert(
+        src,
+        out,
+        src,
+        to=to,
+        max_shard_size=max_shard_size,
+        jobs=jobs,
+        force=force,
+        resume=resume,
+        progress=progress,
+        **options,
+    )
+
+
+def _convert(
+    src: Ref,
+    out: Ref,
+    original: Ref,
+    *,
+    to: str | None = None,
+    max_shard_size: str | None = None,
+    jobs: int | None = None,
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> ConvertReport:
+    """``original`` is what the record names where ``src`` is a passing copy of it."""
+    from adapterkit.merge import peak_memory
+
+    started = time.monotonic()
+    how: dict[str, Any] = {"max_shard_size": max_shard_size, "jobs": jobs, "headers_only": False}
     planned = plan_convert(src, to=to, out=out, **how, **options)
-    measured = planned.write(Path(out), jobs=jobs, force=force, resume=resume, progress=progress)
+    record = planned.record() or _recorder(planned, original, Path(out), ConvertOptions(**options))
+    measured = planned.write(Path(out), record=record, jobs=jobs, force=force, resume=resume, progress=progress)
     return planned.report(out, **measured, seconds=time.monotonic() - started, peak_memory=peak_memory())
+
+
+def _recorder(planned: Conversion, src: Ref, out: Path, options: ConvertOptions) -> Recorder:
+    """What writes ``adapterkit.json``: which source became this, and by which options."""
+    from adapterkit.provenance import base_parent, converted_parent, parameters_of, recorder
+
+    model = planned.to not in ADAPTERS
+    parents = [converted_parent(src, model)]
+    if options.base is not None:
+        parents.insert(0, base_parent(open_model(options.base)))
+    asked = {name: getattr(options, name) for name in sorted(options.given() - {"base", "quantization"})}
+    parameters = {"to": planned.to, **parameters_of({**asked, **planned.plan.request})}
+    if not model:
+        return recorder(
+            "convert", "adapter", parameters, parents, method="lora" if options.plain else "", name=out.name
+        )
+    kind = "converted" if set(planned.types) <= FLOATS else "quantized"
+    mix = options.quantization.mix if options.quantization is not None else None
+    return recorder("convert", kind, parameters, parents, method=mix or "")

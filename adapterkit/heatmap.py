@@ -70,12 +70,17 @@ def _grid(layers: Sequence[LayerComparison]) -> tuple[list[str], dict[str, dict[
     columns: dict[str, None] = {}
     rows: dict[str, dict[str, LayerComparison]] = {}
     for layer in layers:
-        numbers = _NUMBER.findall(layer.module)
-        column = _NUMBER.sub("*", layer.module.removesuffix(".weight"))
-        column = column.rpartition("*.")[2] if numbers else column
+        row, column = place(layer.module)
         columns[column] = None
-        rows.setdefault(".".join(numbers) or "-", {})[column] = layer
+        rows.setdefault(row, {})[column] = layer
     return list(columns), rows
+
+
+def place(name: str) -> tuple[str, str]:
+    """Row and column of a tensor in a map of layers: the layer's number (``-`` without one), and what it is called there."""
+    numbers = _NUMBER.findall(name)
+    column = _NUMBER.sub("*", name.removesuffix(".weight"))
+    return ".".join(numbers) or "-", column.rpartition("*.")[2] if numbers else column
 
 
 def _of(layer: LayerComparison | None, pair: Pair) -> Pair | None:

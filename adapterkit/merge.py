@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter, load_adapter
+from adapterkit.adapters.experts import in_order
 from adapterkit.bases import open_base, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
 from adapterkit.errors import CheckFailed, CheckpointError
+from adapterkit.ops.device import check_name, check_there
 from adapterkit.options import FOLDER, GGUF, MergeOptions
 from adapterkit.outputs import Output, output
 from adapterkit.report import AdapterUse, MergeReport
@@ -127,6 +129,7 @@ def plan_merge(
     if out is not None and "to" not in options:
         options["to"] = GGUF if Path(out).suffix == ".gguf" else FOLDER
     asked = MergeOptions.of(**options)
+    check_name(asked.device) if headers_only else check_there(asked.device)
     opened, values = open_base(
         base,
         base16=asked.base16,
@@ -138,7 +141,8 @@ def plan_merge(
     )
     if asked.to is None:
         asked = replace(asked, to=GGUF if opened.format == "gguf" else FOLDER)
-    loaded = tuple(a if isinstance(a, Adapter) else load_adapter(a, headers_only=headers_only) for a in adapters)
+    given = (a if isinstance(a, Adapter) else load_adapter(a, headers_only=headers_only) for a in adapters)
+    loaded = tuple(in_order(adapter, asked.expert_order) for adapter in given)
     inputs = None
     if fingerprints:
         inputs = {s.name: _fingerprint(s) for s in (*opened.sources, *(a.source for a in loaded))}

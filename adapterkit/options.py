@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.fold import FLOATS
 from adapterkit.dtypes import BY_LABEL, DType
 from adapterkit.errors import CheckpointError, UsageError
+from adapterkit.ops.device import CPU
 
 if TYPE_CHECKING:
     from adapterkit.adapters.rule import Rule
@@ -39,6 +40,9 @@ class MergeOptions:
         method: how deltas of several adapters become one, a row of `adapterkit.ops.methods.METHODS`; nothing is
             truncated. Whole parameters, token rows and biases are not combined by it.
         scale, space, parameters: of the method, as in `combine`.
+        expert_order: ``fastest`` (as PEFT) or ``slowest`` (Unsloth until 2026-09-17): how experts lie in a stacked lora_B
+            of adapters whose config does not say.
+        device: ``cpu``, ``cuda`` or ``cuda:1``: where blocks are computed. Another device may round last bits otherwise.
     """
 
     to: str | None = None
@@ -60,6 +64,8 @@ class MergeOptions:
     scale: float = 1.0
     space: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    expert_order: str | None = None
+    device: str = CPU
 
     @classmethod
     def of(cls, **given: Any) -> MergeOptions:

@@ -140,6 +140,7 @@ def _how(options: MergeOptions) -> dict[str, Any]:
         "residual_base": options.residual_base,
         "allow_unknown": options.allow_unknown,
         "rule": options.rule,
+        "device": options.device,
     }
 
 

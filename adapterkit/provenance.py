@@ -40,6 +40,7 @@ def recorder(
     method: str = "",
     evidence: Callable[[], Mapping[str, Any]] | None = None,
     full: bool = False,
+    name: str = "",
 ) -> Callable[[Path], dict[str, bytes]]:
     """A function from a finished folder of weights (not yet in its place) to its record, as a file to write beside them.
 
@@ -47,10 +48,12 @@ def recorder(
         operation: the verb.
         kind: of the result: a key of `adapterkit.registry.record.KINDS`.
         parameters: of the operation, as plain JSON; no paths (see `label`).
-        parents: see `base_parent` and `adapter_parent`; the base of the record is the first one with the role ``base``.
+        parents: see `base_parent` and `adapter_parent`; the base of the record is the first one with the role ``base``,
+            else ``source``.
         method: of the result.
         evidence: asked when the weights are finished.
         full: hash every byte. Files of adapters always are.
+        name: of an output that is one file, which has another name in the hidden folder.
     """
 
     def write(folder: Path) -> dict[str, bytes]:
@@ -63,12 +66,16 @@ def recorder(
             found = identity_of(opened, "merkle" if full and level != "skeleton" else level)
             identity = Identity(**{name: getattr(found, name) for name in _LEVELS})
         if full or identity is None:
-            files = tuple(entry(path, real) for path, real in gather(folder).files)
+            found_files = gather(folder).files
+            alone = name if len(found_files) == 1 and found_files[0][0].endswith(".gguf") else ""
+            files = tuple(entry(alone or path, real) for path, real in found_files)
         record = Record(
             kind=kind,
             files=files,
             method=method,
-            base=next((parent.identity for parent in parents if parent.role == "base"), None),
+            base=next(
+                (parent.identity for role in ("base", "source") for parent in parents if parent.role == role), None
+            ),
             identity=identity,
             operation=Operation(operation, parameters),
             parents=tuple(parents),
@@ -115,6 +122,25 @@ def adapter_parent(adapter: Adapter, role: str = "adapter", **parameters: Any) -
         label=beside.ref if beside is not None and known and beside.ref else label(adapter.ref, adapter.commit),
         parameters=parameters,
     )
+
+
+def converted_parent(ref: str | Path, model: bool) -> Parent:
+    """What is converted, as a parent: a model by its identity, an adapter by the digest of its files."""
+    from adapterkit.adapters.adapter import load_adapter
+
+    if model:
+        return base_parent(open_model(ref), "source")
+    path = Path(ref).expanduser()
+    if path.is_file():
+        record = _in_registry(path.parent)
+        if record is not None:
+            return Parent("adapter", record.content, record=record.digest, label=record.ref)
+        return Parent("adapter", Record("adapter", files=(entry(path.name, path),)).content, label=label(str(ref)))
+    try:
+        return adapter_parent(load_adapter(ref))
+    except AdapterkitError:  # weights that are pickles: nothing is loaded to name them
+        files = tuple(entry(inside, real) for inside, real in gather(path).files)
+        return Parent("adapter", Record("adapter", files=files).content, label=label(str(ref)))
 
 
 def parameters_of(request: Mapping[str, Any], *leave: str) -> dict[str, Any]:

@@ -21,10 +21,15 @@ def redact(text: str) -> str:
     return re.sub(_PRINTED, "<redacted>", text)
 
 
+def holds_secret(text: str) -> bool:
+    """Whether text holds something that looks like a secret."""
+    return re.search(_PUBLISHED, text) is not None
+
+
 def check_public(text: str, where: str) -> None:
     """
     Raises:
         UnsafeError: the text holds something that looks like a secret; the sentence does not repeat it.
     """
-    if re.search(_PUBLISHED, text):
+    if holds_secret(text):
         raise UnsafeError(f"{where} holds what looks like a token or key", "take it out, and revoke it if it is real")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.config import AdapterConfig
+from adapterkit.adapters.experts import order_notes
 from adapterkit.adapters.formats import mlx
 from adapterkit.checkpoint.checkpoint import SideFile
 from adapterkit.checkpoint.files import LocalFile
@@ -101,7 +102,7 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
     side_files = tuple(
         SideFile(name, listing.open(name)) for name in side_names(listing.names, {WEIGHTS}) if is_brought(name)
     )
-    return Adapter(listing.ref, config, tensors, source, side_files, listing.commit, notes)
+    return Adapter(listing.ref, config, tensors, source, side_files, listing.commit, (*notes, *order_notes(config)))
 
 
 def _single_file(path: Path, ref: str) -> Adapter:

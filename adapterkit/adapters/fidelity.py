@@ -113,7 +113,7 @@ class Watch:
             encoded = {name for target in targets for name in target.tensors}
 
             def through(name: str, shape: tuple[int, ...]) -> Through | None:
-                return _through(kind, shape) if kind and name in encoded else None
+                return through_format(kind, shape) if kind and name in encoded else None
 
         for name, tensor in self._tensors.items():
             tensor.watch = partial(self._add, name, tensor, through(name, tensor.shape))
@@ -179,7 +179,7 @@ class Watch:
             self._sums.setdefault(key, {})[start] = sums
 
 
-def _through(kind: str, shape: tuple[int, ...]) -> Through | None:
+def through_format(kind: str, shape: tuple[int, ...]) -> Through | None:
     """decode(encode(.)) of whole rows, with scales from these rows alone and not quantized a second time."""
     columns = shape[-1]
     if kind == "fp8":

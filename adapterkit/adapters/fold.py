@@ -18,6 +18,7 @@ from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.tensor import Cast, Tensor
 from adapterkit.dtypes import BF16, F16, F32, F64
 from adapterkit.errors import AdapterError, TargetError, UsageError
+from adapterkit.ops.device import CPU
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
@@ -61,6 +62,7 @@ def fold(
     allow_unknown: bool = False,
     names: Names | None = None,
     rule: Rule | None = None,
+    device: str = CPU,
 ) -> Folded:
     """Fold adapters into a base: W + sum of w_k (f_k(W) - W), summed in float32, rounded once.
 
@@ -73,6 +75,7 @@ def fold(
         allow_unknown: go on where a config has fields that we do not know.
         names: where parameters are, for bases whose tensors have names of another format.
         rule: how deltas of several adapters become one; None is their weighted sum.
+        device: where blocks are computed; see `Merged`.
 
     Raises:
         UsageError: no adapters, or another number of weights.
@@ -99,7 +102,7 @@ def fold(
         for name in item.edit.target.tensors:
             by_tensor.setdefault(name, []).append(item)
     added = [name for name in by_tensor if name not in base]
-    result = _Fold(base, tensors, by_tensor, dtype)
+    result = _Fold(base, tensors, by_tensor, dtype, device)
     merged = result.tensors()
     _check_vocabulary(base, merged, names)
     shards = _shards(base, merged)
@@ -129,8 +132,9 @@ class _Fold:
         tensors: Mapping[str, Tensor],
         by_tensor: Mapping[str, list[Weighted]],
         dtype: DType | None,
+        device: str,
     ) -> None:
-        self._tensors, self._by_tensor, self._dtype = dict(tensors), by_tensor, dtype
+        self._tensors, self._by_tensor, self._dtype, self._device = dict(tensors), by_tensor, dtype, device
         self._loaded: dict[int, Loaded] = {}
         for name, items in by_tensor.items():
             self._override(name, items, base)
@@ -179,14 +183,14 @@ class _Fold:
                 "give the 16-bit base",
             )
         applied = tuple(
-            Applied(item.edit.change, item.edit.target, piece, item.weight)
+            Applied(item.edit.change, item.edit.target, piece, item.weight, item.adapter.ref)
             for item in items
             for piece in item.edit.target.pieces
             if piece.tensor == name
         )
         targets = {id(item.edit.change): item.edit.target for item in items}
         pairs = tuple((one, self._load(one.change, targets[id(one.change)], name)) for one in applied)
-        return Merged(name, tensor, pairs, dtype, merged_columns(applied, tensor.shape))
+        return Merged(name, tensor, pairs, dtype, merged_columns(applied, tensor.shape), self._device)
 
     def _load(self, change: Any, target: Target, name: str) -> Loaded:
         if id(change) not in self._loaded:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from adapterkit.adapters.change import Weights
 from adapterkit.checkpoint.tensor import BLOCK, Tensor, rounded
 from adapterkit.dtypes import F32
+from adapterkit.ops.device import CPU
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -68,6 +69,7 @@ class Applied:
     target: Target
     piece: Piece
     weight: float
+    owner: str = ""  # what the adapter is called
 
 
 class Loaded:
@@ -112,21 +114,29 @@ class Merged(Tensor):
         applied: the changes and where they act.
         loaded: their kernels, shared between the pieces of one parameter.
         dtype: of the result.
+        columns: of the matrix as which it is walked.
+        device: where low-rank additions, sums and the rounding run; what else a method computes runs on the CPU.
     """
 
     def __init__(
-        self, name: str, base: Tensor, applied: tuple[tuple[Applied, Loaded], ...], dtype: DType, columns: int
+        self,
+        name: str,
+        base: Tensor,
+        applied: tuple[tuple[Applied, Loaded], ...],
+        dtype: DType,
+        columns: int,
+        device: str = CPU,
     ) -> None:
         self.name, self.base, self.applied, self.dtype = name, base, applied, dtype
         self.shape = base.shape
-        self._columns = max(columns, 1)
+        self.columns, self.device = max(columns, 1), device
         self.watch: Watcher | None = None
 
     @property
     def block(self) -> int:
-        if self.base.block % self._columns == 0:
+        if self.base.block % self.columns == 0:
             return self.base.block
-        return max(1, BLOCK // self._columns) * self._columns
+        return max(1, BLOCK // self.columns) * self.columns
 
     @property
     def reads(self) -> int:
@@ -143,9 +153,12 @@ class Merged(Tensor):
         return " + ".join(dict.fromkeys(words))
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        return rounded(self.read_wide(start, stop), self.dtype, self.name)
+        return rounded(self._wide(start, stop), self.dtype, self.name).cpu()
 
     def read_wide(self, start: int, stop: int) -> torch.Tensor:
+        return self._wide(start, stop).cpu()
+
+    def _wide(self, start: int, stop: int) -> torch.Tensor:
         import torch
 
         first = start - start % self.block
@@ -160,10 +173,10 @@ class Merged(Tensor):
 
     def _block(self, start: int) -> torch.Tensor:
         stop = min(start + self.block, self.numel)
-        columns = self._columns
+        columns = self.columns
         low, high = start // columns, stop // columns
         stored = self.base.read_wide(start, stop).view(-1, columns)
-        acc = stored.float()
+        acc = stored.to(self.device).float()
         if acc.data_ptr() == stored.data_ptr():
             acc = acc.clone()
         one = self.applied[0][0]
@@ -174,7 +187,7 @@ class Merged(Tensor):
             else:
                 _add(acc, stored, applied, loaded, low, high, alone)
         if self.watch is not None:
-            self.watch(start, stored, acc)
+            self.watch(start, stored, acc.cpu())
         return acc.view(-1)
 
 
@@ -202,14 +215,15 @@ def _add(
     parts = kernel.parts(rows)
     if parts is not None:
         for sub, left, right, scale in parts:
-            torch.addmm(out[sub], left, right, alpha=scale * applied.weight, out=out[sub])
+            there = (factor.to(acc.device) for factor in (left, right))
+            torch.addmm(out[sub], *there, alpha=scale * applied.weight, out=out[sub])
         return
     w = stored[where].float()
     new = kernel.new(w, rows)
     if alone:
         acc[where] = new
     else:
-        acc[where] += applied.weight * (new - w)
+        acc[where] += (applied.weight * (new - w)).to(acc.device)
 
 
 def _add_transposed(
@@ -230,13 +244,14 @@ def _add_transposed(
     if parts is not None:
         for sub, left, right, scale in parts:
             part = out[:, sub]
-            part.addmm_(right[:, columns].T, left.T, alpha=scale * applied.weight)
+            there = (factor.to(acc.device) for factor in (right[:, columns].T, left.T))
+            part.addmm_(*there, alpha=scale * applied.weight)
         return
     new = loaded.whole()[rows.start : rows.stop : rows.step, columns].T
     if alone:
         acc[where, beside] = new
     else:
-        out += applied.weight * (new - stored[where, beside].float())
+        out += (applied.weight * (new - stored[where, beside].float())).to(acc.device)
 
 
 def merged_columns(applied: tuple[Applied, ...], shape: tuple[int, ...]) -> int:
@@ -249,4 +264,9 @@ def merged_columns(applied: tuple[Applied, ...], shape: tuple[int, ...]) -> int:
 
 def as_float32(tensor: Merged) -> Merged:
     """The same tensor before its one rounding, for what comes after the merge in the same pass."""
-    return Merged(tensor.name, tensor.base, tensor.applied, F32, tensor._columns)
+    return in_dtype(tensor, F32)
+
+
+def in_dtype(tensor: Merged, dtype: DType) -> Merged:
+    """The same tensor, rounded once to another dtype."""
+    return Merged(tensor.name, tensor.base, tensor.applied, dtype, tensor.columns, tensor.device)

@@ -75,6 +75,11 @@ class Encoded(Tensor):
         self.name, self.dtype, self.shape, self._shared, self._end = name, dtype, shape, shared, end
 
     @property
+    def weight(self) -> Tensor:
+        """The floats that are encoded."""
+        return self._shared.weight
+
+    @property
     def block(self) -> int:
         return self._shared.step // self._shared.encoder.pack if self._end is None else BLOCK
 

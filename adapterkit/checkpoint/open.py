@@ -14,6 +14,7 @@ from adapterkit.checkpoint.folder import read_file, read_folder
 from adapterkit.checkpoint.listing import Listing, LocalFolder, read_json
 from adapterkit.errors import NotFound, UnsafeError
 
+_FILES = (".gguf", ".safetensors")  # of a file, never of a repository
 _HUB = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?P<sub>(?:/[\w.-]+)*)(?:@(?P<revision>[\w./-]+))?")
 
 
@@ -76,7 +77,7 @@ def locate(ref: str | Path, *, headers_only: bool = False) -> Listing:
     if path.is_dir():
         return LocalFolder(path, meant.shown)
     hub = parse_hub(str(meant.place))
-    if hub is None or path.exists() or str(ref).startswith((".", "/", "~")):
+    if hub is None or path.exists() or str(ref).startswith((".", "/", "~")) or path.suffix in _FILES:
         raise NotFound(f"{ref} does not exist", "give a folder, a registry name or a Hub id like org/name")
     from adapterkit.checkpoint.hub import hub_listing
 

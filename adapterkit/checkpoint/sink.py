@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -47,11 +46,24 @@ class _Job:
 
 @dataclass(eq=False)
 class _Queue:
-    """What is left to do for one file of a sink, and how many workers are at it."""
+    """What is left to do for one file of a sink, and how many workers are at it.
+
+    Tasks are made when they are taken: those of a large model, all at once, would need memory that grows with it.
+    """
 
     sink: Sink
-    tasks: deque[Callable[[], int]]
+    tasks: Iterator[Callable[[], int]]
+    left: int  # bytes
     workers: int = 0
+    empty: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def take(self) -> Callable[[], int] | None:
+        """The next task; None when there are no more."""
+        with self.lock:
+            task = next(self.tasks, None)
+            self.empty = task is None
+        return task
 
 
 class Sink:
@@ -104,7 +116,7 @@ class Sink:
             fd = os.open(self._folder / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             self._fds.append(fd)
             os.ftruncate(fd, file.nbytes)
-            queues.append(_Queue(self, deque(self._tasks(file, fd, proved))))
+            queues.append(_Queue(self, self._tasks(file, fd, proved), file.nbytes))
         self.total = sum(file.nbytes for file in files)
         return queues
 
@@ -222,17 +234,17 @@ class _Pool:
         try:
             with torch.inference_mode():
                 while not self._stop.is_set():
-                    if queue is None or not queue.tasks or self._several:
+                    if queue is None or queue.empty or self._several:
                         queue = self._next(queue)
                         if queue is None:
                             return
-                    try:
-                        task = queue.tasks.popleft()
-                    except IndexError:
+                    task = queue.take()
+                    if task is None:
                         continue
                     count = task()
                     with self._count:
                         queue.sink.done += count
+                        queue.left -= count
         except BaseException as error:
             if isinstance(error, OSError) and queue is not None:
                 error = _output_error(error, queue.sink.place)
@@ -250,14 +262,14 @@ class _Pool:
         with self._count:
             if left is not None:
                 left.workers -= 1
-            open_ones = [queue for queue in self._queues if queue.tasks]
+            open_ones = [queue for queue in self._queues if not queue.empty]
             if not open_ones:
                 return None
             free = [queue for queue in open_ones if queue.workers == 0]
             if self._several and free:
                 found = min(free, key=lambda queue: queue.sink.done / max(queue.sink.total, 1))
             else:
-                found = free[0] if free else max(open_ones, key=lambda queue: len(queue.tasks))
+                found = free[0] if free else max(open_ones, key=lambda queue: queue.left)
             found.workers += 1
             return found
 

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from adapterkit._version import __version__
-from adapterkit.cli.output import fail, interrupted
+from adapterkit.cli.output import fail, form_of, interrupted
 from adapterkit.errors import AdapterkitError
 
 # verb: (module, or module:attribute where one file holds several; one line for --help)
@@ -23,6 +23,8 @@ VERBS = {
     "extract": ("adapterkit.cli.extract", "Make an adapter of the difference of two checkpoints."),
     "resize": ("adapterkit.cli.resize", "Bring an adapter to another rank."),
     "convert": ("adapterkit.cli.convert", "Write a model or an adapter in another format."),
+    "imatrix": ("adapterkit.cli.imatrix", "Measure which columns of the weights matter, for quantizing a model."),
+    "verify": ("adapterkit.cli.verify", "Prove that a merged model is the trained one."),
     "execute": ("adapterkit.cli.execute", "Execute a saved plan, or one part of it."),
     "register": ("adapterkit.cli.register", "Add a folder or file to the registry, as a new version of a name."),
     "list": ("adapterkit.cli.records:list_", "List what is registered."),
@@ -39,6 +41,9 @@ VERBS = {
     "pull": ("adapterkit.cli.hub:pull", "Bring a repository from the Hugging Face Hub into the registry."),
     "serve-args": ("adapterkit.cli.serve", "Print the command or Modelfile that loads versions in a server."),
     "build": ("adapterkit.cli.build", "Carry out a recipe: merge, convert, verify, register, push, reproducibly."),
+    "attest": ("adapterkit.cli.attest", "Write a provenance statement (in-toto, SLSA) beside an output."),
+    "sign": ("adapterkit.cli.sign:sign", "Sign an output or a version with a key of your own."),
+    "verify-signature": ("adapterkit.cli.sign:verify", "Say whether an output or a version is what was signed."),
     "ui": ("adapterkit.cli.ui", "Look at the registry in a browser."),
     "demo": ("adapterkit.cli.demo", "Make a tiny model, train an adapter, merge it, and show that it worked."),
 }
@@ -95,14 +100,14 @@ def main(arguments: list[str] | None = None) -> Any:
     except KeyboardInterrupt:
         sys.exit(interrupted(given))
     except click.ClickException as error:
-        if "--json" in given:
+        if form_of(given) == "json":
             sys.exit(fail(given, error.exit_code, "usage", error.format_message(), ""))
         error.show()
         sys.exit(error.exit_code)
     except AdapterkitError as error:
         if debug:
             raise
-        sys.exit(fail(given, error.exit_code, type(error).__name__, error.message, error.hint))
+        sys.exit(fail(given, error.exit_code, type(error).__name__, error.message, error.hint, error.place))
     except BrokenPipeError:
         sys.exit(0)
     except Exception as error:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from adapterkit.cli.annotate import append_summary, output_format, write_report
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
 
 if TYPE_CHECKING:
@@ -19,9 +21,19 @@ if TYPE_CHECKING:
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run; keep finished work if interrupted again.")
 @click.option("--force", is_flag=True, help="Replace outputs that this recipe did not make, or that changed since.")
+@output_format("github")
 @click.option("--json", "as_json", is_flag=True, help="Print the report (with --plan: the plan) as JSON.")
 def command(
-    recipe: str | None, plan_only: bool, locked: bool, jobs: int | None, resume: bool, force: bool, as_json: bool
+    recipe: str | None,
+    plan_only: bool,
+    locked: bool,
+    jobs: int | None,
+    resume: bool,
+    force: bool,
+    form: str,
+    report_file: Path | None,
+    summary: Path | None,
+    as_json: bool,
 ) -> None:
     """Carry out RECIPE.toml (by default adapterkit.toml, or [tool.adapterkit] of pyproject.toml, here).
 
@@ -35,9 +47,13 @@ def command(
       adapterkit build RECIPE.toml --locked
     """
     from adapterkit.recipe.run import build, plan_build
+    from adapterkit.recipe.summary import of_build, of_plan
 
+    as_json = as_json or form == "json"
     if plan_only:
         planned = plan_build(recipe, locked=locked, jobs=jobs)
+        write_report(report_file, planned)
+        append_summary(summary, of_plan(planned) if summary is not None else "")
         if as_json:
             show_json(planned)
         else:
@@ -47,6 +63,8 @@ def command(
     quiet = (lambda text: None) if as_json else note
     report = build(recipe, locked=locked, jobs=jobs, force=force, resume=resume, progress=progress, note=quiet)
     progress.close()
+    write_report(report_file, report)
+    append_summary(summary, of_build(report) if summary is not None else "")
     if as_json:
         show_json(report)
     else:

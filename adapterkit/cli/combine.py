@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit.cli.attest import attest_option, attested
 from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, given, methods_flag
 from adapterkit.cli.output import Progress, note, say, show_json, size
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
 @click.option("--residual-base", is_flag=True, help="The base is what training left behind, not the original model.")
 @click.option("--allow-unknown", is_flag=True, help="Go on where a config has fields not known here.")
+@attest_option
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
@@ -49,6 +51,7 @@ def command(
     jobs: int | None,
     residual_base: bool,
     allow_unknown: bool,
+    attest: bool,
     force: bool,
     as_json: bool,
     **options: Any,
@@ -86,6 +89,7 @@ def command(
         **given(options),
     )
     progress.close()
+    attested(attest, out, [base, *adapters])
     if as_json:
         show_json(report)
         return

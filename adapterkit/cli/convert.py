@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from adapterkit.cli.attest import attest_option, attested
+from adapterkit.cli.handover import checked, for_option, handed
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
 from adapterkit.cli.quantization import quantization, quantization_options
 from adapterkit.conversions.formats import FORMATS
@@ -43,6 +45,8 @@ from adapterkit.conversions.formats import FORMATS
 @click.option("--pre", metavar="NAME", help="Its pre-tokenizer, by llama.cpp's name, where it is not recognised.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
 @click.option("--allow-pickle", is_flag=True, help="Load pickled weights (.bin), as tensors only, in another process.")
+@attest_option
+@for_option
 @click.option("--dry-run", is_flag=True, help="Show what would be done, from headers alone.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run; keep finished work if interrupted again.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
@@ -64,6 +68,8 @@ def command(
     max_shard_size: str | None,
     jobs: int | None,
     allow_pickle: bool,
+    attest: bool,
+    server: str | None,
     dry_run: bool,
     resume: bool,
     force: bool,
@@ -88,6 +94,7 @@ def command(
     from adapterkit.convert import convert, plan_convert
 
     started = time.monotonic()
+    checked(server, out)
     asked = quantization(types)
     if out is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--out': the file or folder to make.")
@@ -117,6 +124,8 @@ def command(
         how |= {"allow_pickle": allow_pickle, "force": force, "resume": resume, "progress": progress}
         report = convert(src, out, **how)
         progress.close()
+        attested(attest, out, [base, src])
+        handed(server, out, src)
     if as_json:
         show_json(report)
         return

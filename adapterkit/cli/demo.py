@@ -30,4 +30,5 @@ def command(folder: str, as_json: bool) -> None:
         f"largest logit difference, adapter against merged: {report.logit_difference:.1e} "
         f"(the logits' own spread is {report.logit_spread:.1f})"
     )
-    say(f"merged in {report.seconds:.2f} s; look at {report.folder}/base, adapter and merged")
+    say(f"merged in {report.seconds:.2f} s; every tensor recomputed and found right: {', '.join(report.verified)}")
+    say(f"what to try next, all of it in {report.folder}: inspect, check, convert, combine, verify, register, ui")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from adapterkit.cli.attest import attest_option, attested
 from adapterkit.cli.output import Progress, note, say, show_json, size
 from adapterkit.cli.resize import show_ranks
 
@@ -22,6 +23,7 @@ from adapterkit.cli.resize import show_ranks
 @click.option("--dtype", default="f32", show_default=True, help="Of the factors: f32, bf16 or f16.")
 @click.option("--own-ranks", is_flag=True, help="Each layer keeps its own rank; vLLM and llama.cpp want one for all.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
+@attest_option
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
@@ -35,6 +37,7 @@ def command(
     own_ranks: bool,
     jobs: int | None,
     force: bool,
+    attest: bool,
     as_json: bool,
 ) -> None:
     """Write what training made of BASE, TUNED - BASE, as a LoRA adapter; both checkpoints are streamed.
@@ -61,6 +64,7 @@ def command(
         progress=progress,
     )
     progress.close()
+    attested(attest, out, [base, tuned])
     if as_json:
         show_json(report)
         return

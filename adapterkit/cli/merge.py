@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit.adapters.experts import ORDERS
+from adapterkit.cli.attest import attest_option, attested
+from adapterkit.cli.handover import checked, for_option, handed
 from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, given, methods_flag
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
 from adapterkit.cli.quantization import NAMES as TYPES
@@ -34,6 +37,7 @@ FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
 @click.option("--keep-touched", metavar="TYPE", help="Of a GGUF output: at least this type for what adapters change.")
 @click.option("--max-shard-size", metavar="SIZE", help="Like 5GB; by default the base's own shards are kept.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
+@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where blocks are computed.")
 @click.option("--as-trained", metavar="GRID", help="nf4, fp4 or int8: fold onto the values that QLoRA training saw.")
 @click.option("--double-quant", is_flag=True, help="With --as-trained or --quant nf4: nested scales.")
 @click.option("--quant-dtype", default="auto", help="With --as-trained: the dtype in which training loaded the base.")
@@ -44,8 +48,15 @@ FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
 @click.option("--fidelity", is_flag=True, help="Measure, in the same pass, what of the change survives in the output.")
 @click.option("--min-retention", type=float, metavar="X", help="Exit with 3 when less than this share survives.")
 @click.option("--residual-base", is_flag=True, help="BASE is what training left behind, not the original model.")
+@click.option(
+    "--expert-order",
+    type=click.Choice(ORDERS),
+    help="Of experts in a stacked lora_B whose config does not say: fastest as in PEFT, slowest as Unsloth until 2026-09.",
+)
 @click.option("--allow-unknown", is_flag=True, help="Go on where an adapter's config has fields not known here.")
 @click.option("--full-record", is_flag=True, help="Hash every byte of BASE and OUT for the adapterkit.json beside it.")
+@attest_option
+@for_option
 @click.option("--dry-run", is_flag=True, help="Show what would be done, from headers alone.")
 @click.option("--save-plan", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan and stop.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run; keep finished work if interrupted again.")
@@ -63,6 +74,7 @@ def command(
     pre: str | None,
     max_shard_size: str | None,
     jobs: int | None,
+    device: str,
     as_trained: str | None,
     double_quant: bool,
     quant_dtype: str,
@@ -71,8 +83,11 @@ def command(
     fidelity: bool,
     min_retention: float | None,
     residual_base: bool,
+    expert_order: str | None,
     allow_unknown: bool,
     full_record: bool,
+    attest: bool,
+    server: str | None,
     dry_run: bool,
     save_plan: Path | None,
     resume: bool,
@@ -96,6 +111,7 @@ def command(
     from adapterkit.merge import merge, plan_merge
 
     started = time.monotonic()
+    checked(server, out)
     if out is None and not (dry_run or save_plan):
         raise click.UsageError("Missing option '-o' / '--out': the folder to make.")
     types = {name: options.pop(name) for name in (*TYPES, "keep_touched")}
@@ -114,6 +130,7 @@ def command(
         "pre": pre,
         "max_shard_size": max_shard_size,
         "jobs": jobs,
+        "device": device,
         "as_trained": as_trained,
         "double_quant": double_quant and as_trained is not None,
         "quant": folder_quant,
@@ -122,6 +139,7 @@ def command(
         "skip_modules": skip_modules or None,
         "base16": base16,
         "residual_base": residual_base,
+        "expert_order": expert_order,
         "allow_unknown": allow_unknown,
         "quantization": quantization(types),
     }
@@ -139,6 +157,8 @@ def command(
         how |= {"fidelity": fidelity or min_retention is not None, "yes_lossy": yes_lossy, "full_record": full_record}
         report = merge(base, adapters, out, force=force, resume=resume, progress=progress, **how)
         progress.close()
+        attested(attest, out, [base, base16, *adapters])
+        handed(server, out, base)
     kept = report.fidelity is None or min_retention is None or report.fidelity.retention >= min_retention
     if as_json:
         show_json(report)

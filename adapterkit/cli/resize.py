@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from adapterkit.cli.attest import attest_option, attested
 from adapterkit.cli.output import Progress, note, say, show_json, size
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 @click.option("--own-ranks", is_flag=True, help="Each layer keeps its own rank; vLLM and llama.cpp want one for all.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
 @click.option("--allow-unknown", is_flag=True, help="Go on where the config has fields not known here.")
+@attest_option
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
@@ -39,6 +41,7 @@ def command(
     own_ranks: bool,
     jobs: int | None,
     allow_unknown: bool,
+    attest: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -67,6 +70,7 @@ def command(
         progress=progress,
     )
     progress.close()
+    attested(attest, out, [base, adapter])
     if as_json:
         show_json(report)
         return

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.bases import open_model
-from adapterkit.conversions.conversion import Conversion, ConvertOptions, Progress, Ref, count_types
+from adapterkit.conversions.conversion import Conversion, ConvertOptions, Progress, Recorder, Ref, count_types
 from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -107,6 +107,7 @@ class Computed(Conversion):
         self,
         out: Path,
         *,
+        record: Recorder | None = None,
         jobs: int | None = None,
         force: bool = False,
         resume: bool = False,
@@ -114,18 +115,16 @@ class Computed(Conversion):
     ) -> dict[str, Any]:
         from adapterkit.adapters.adapter import WEIGHTS, load_adapter
         from adapterkit.adapters.rule import Rule
-        from adapterkit.combine import make_adapter, parents
+        from adapterkit.combine import make_adapter
         from adapterkit.family import open_family
-        from adapterkit.provenance import recorder
 
         options = self.options
         family = open_family([self.adapter], open_model(options.need_base(self.to)))
-        asked = {"to": self.to, "rank": options.rank, "energy": options.energy}
-        record = recorder("convert", "adapter", asked, parents(family, [1.0]), method="lora")
         bounds: dict[str, Any] = {"rank": options.rank, "energy": options.energy, "full": True}
 
-        def made(target: Path) -> dict[str, Any]:
-            how: dict[str, Any] = {"record": record, "jobs": jobs, "force": force, "progress": progress, **bounds}
+        def made(target: Path, record: Recorder | None) -> dict[str, Any]:
+            written = record or (lambda folder: {})
+            how: dict[str, Any] = {"record": written, "jobs": jobs, "force": force, "progress": progress, **bounds}
             found = make_adapter(family, Rule(), [1.0], target, **how)
             kept = {"modules": found.modules, "notes": (*self.notes, *found.notes)}
             plain = load_adapter(target)
@@ -137,17 +136,17 @@ class Computed(Conversion):
             }
 
         if self.to == "peft":
-            return made(out)
+            return made(out, record)
         from adapterkit.adapters.formats.plain import scaled_factors
         from adapterkit.checkpoint.publish import check_target
 
         check_target(out, [], 0, force=force)
         with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as folder:
-            kept = made(Path(folder) / "plain")
+            kept = made(Path(folder) / "plain", None)
             plain = load_adapter(Path(folder) / "plain")
             factors = scaled_factors(plain)
             assert factors is not None
             files = planned_files(plain, self.layout(plain, *factors), self.to)
-            files.write(out, jobs=jobs, force=force)
+            files.write(out, record=record, jobs=jobs, force=force)
             shown = files.report(out)
             return kept | {"files": shown.files, "nbytes": shown.nbytes, "types": shown.types}

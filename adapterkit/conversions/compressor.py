@@ -20,7 +20,7 @@ from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.folder import INDEX
 from adapterkit.checkpoint.plan import plan_file
 from adapterkit.conversions import oneshot
-from adapterkit.conversions.conversion import ConvertOptions, Progress, Ref, count_types
+from adapterkit.conversions.conversion import ConvertOptions, Progress, Recorder, Ref, count_types
 from adapterkit.conversions.folder import CONFIG, FolderConversion, open_folder
 from adapterkit.errors import AdapterkitError, CheckpointError, NotFound, UsageError
 
@@ -45,6 +45,7 @@ class Compressed(FolderConversion):
         self,
         out: Path,
         *,
+        record: Recorder | None = None,
         jobs: int | None = None,
         force: bool = False,
         resume: bool = False,
@@ -66,7 +67,7 @@ class Compressed(FolderConversion):
             for file in self.opened.side_files:
                 if file.name != CONFIG:
                     write_file(folder / file.name, file.bytes())
-            record = self.record()
+            record = record or self.record()
             for name, data in (record(folder) if record is not None else {}).items():
                 write_file(folder / name, data)
             measured = {

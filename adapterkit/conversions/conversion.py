@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Ref = str | Path
 Progress = Callable[[int, int], None]
+Recorder = Callable[[Path], "Mapping[str, bytes]"]
+"""Given the finished folder that is not in its place yet, the record to write beside it; see `adapterkit.provenance`."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +111,13 @@ class Conversion:
         self,
         out: Path,
         *,
+        record: Recorder | None = None,
         jobs: int | None = None,
         force: bool = False,
         resume: bool = False,
         progress: Progress | None = None,
     ) -> dict[str, Any]:
-        """Write it, whole or not at all; gives what the report says beyond the plan.
+        """Write it, whole or not at all, with the files that ``record`` makes; what the report says beyond the plan.
 
         Raises:
             OutputError, CheckpointError, UnsafeError
@@ -128,7 +131,7 @@ class Conversion:
             self.sources,
             out,
             side_files=self.side,
-            record=self.record(),
+            record=record or self.record(),
             jobs=jobs,
             force=force,
             resume=resume,

@@ -61,6 +61,7 @@ FORMATS = {
             frozenset({"quantization", "max_shard_size", "dtype", "pre"}),
             ".gguf",
         ),
+        Format("hf", "hf:plan", "a GGUF model as Hugging Face folder", frozenset({"max_shard_size", "dtype"})),
         Format("gguf-lora", "gguf_lora:plan", "an adapter as GGUF LoRA", frozenset({"base"})),
         Format("peft", "peft:plan", "an adapter as PEFT's", frozenset({"base", "plain", "rank", "energy"})),
         Format("mlx", "mlx:plan", "an adapter as mlx-lm's", frozenset({"base", "rank", "energy"})),
@@ -87,6 +88,8 @@ FORMATS = {
         ),
     )
 }
+ADAPTERS = frozenset({"gguf-lora", "peft", "mlx"})
+"""The formats of adapters; the others are of models."""
 _WORDS = {
     "quantization": "options of a quantization",
     "max_shard_size": "parts of a size",

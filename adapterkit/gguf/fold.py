@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.fold import Folded, fold
 from adapterkit.errors import TargetError, UsageError
-from adapterkit.gguf.archs import ALWAYS_TIED, SHIFTED_NORMS
+from adapterkit.gguf.arch.views import reordered
 from adapterkit.gguf.checkpoint import GGUFCheckpoint
-from adapterkit.gguf.names import OUTPUT, GGUFNames, Model
+from adapterkit.gguf.hf import gguf_names
+from adapterkit.gguf.names import OUTPUT
 from adapterkit.gguf.plan import Layout
 from adapterkit.gguf.quantize import Quantization, typed
 from adapterkit.gguf.tensors import decoded
+from adapterkit.ops.device import CPU
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.rule import Rule
+    from adapterkit.gguf.names import GGUFNames
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ def fold_gguf(
     residual_base: bool = False,
     allow_unknown: bool = False,
     rule: Rule | None = None,
+    device: str = CPU,
 ) -> GGUFFolded:
     """Fold adapters into a GGUF model; every other byte of it stays.
 
@@ -46,19 +50,15 @@ def fold_gguf(
         adapters: one or more.
         weights: one per adapter, 1 each by default.
         quantization: the types of the output; by default each tensor keeps its own.
-        residual_base, allow_unknown, rule: as for `fold`.
+        residual_base, allow_unknown, rule, device: as for `fold`.
 
     Raises:
         UsageError: the change would drown in a coarse grid, or options contradict each other.
         TargetError: an adapter does not fit, or the architecture is not known here.
     """
-    if base.kind != "model":
-        raise UsageError(f"{base.ref} is a GGUF {base.kind}, not a model", "give the model first, then the adapter")
-    names = GGUFNames(base.shapes, base.config, Model.of(base))
-    view = replace(base, tensors={name: decoded(tensor) for name, tensor in base.items()})
     how: dict[str, Any] = {"residual_base": residual_base, "allow_unknown": allow_unknown, "rule": rule}
-    folded = fold(view, adapters, weights, names=names, **how)
-    _check(base, folded)
+    how["device"] = device
+    folded = fold_values(base, adapters, weights, **how)
     touched = set(folded.touched)
     tensors = {name: t if name in touched else base[name] for name, t in folded.checkpoint.items()}
     found = typed(tensors, base, quantization or Quantization(), folded.touched)
@@ -68,21 +68,46 @@ def fold_gguf(
     return GGUFFolded(replace(folded, checkpoint=checkpoint), layout, found.notes)
 
 
-def _check(base: GGUFCheckpoint, folded: Folded) -> None:
+def fold_values(
+    base: GGUFCheckpoint, adapters: Sequence[Adapter], weights: Sequence[float] | None = None, **how: Any
+) -> Folded:
+    """The fold in floats, before every tensor gets its type; ``how`` as for `fold`.
+
+    Raises:
+        UsageError: this is no model.
+        TargetError: as for `fold_gguf`.
+    """
+    if base.kind != "model":
+        raise UsageError(f"{base.ref} is a GGUF {base.kind}, not a model", "give the model first, then the adapter")
+    names = gguf_names(base)
+    tensors = {name: decoded(tensor) for name, tensor in base.items()}
+    turned = {name: columns for name in tensors if (columns := names.columns_of(name)) is not None}
+    own = {name: reordered(tensors[name], columns, undo=True) for name, columns in turned.items()}
+    folded = fold(replace(base, tensors={**tensors, **own}, config=names.config), adapters, weights, names=names, **how)
+    _check(base, folded, names)
+    if turned:
+        after = dict(folded.checkpoint.tensors)
+        for name, columns in turned.items():
+            after[name] = reordered(after[name], columns) if name in folded.touched else tensors[name]
+        folded = replace(folded, checkpoint=replace(folded.checkpoint, tensors=after))
+    return folded
+
+
+def _check(base: GGUFCheckpoint, folded: Folded, names: GGUFNames) -> None:
     """Changes that a GGUF file has no room for."""
-    road = "merge into the Hugging Face base and convert the result"
+    road = "merge into the Hugging Face base: adapterkit merge BASE ADAPTER -o OUT.gguf"
     if folded.vocab is not None:
         old, new = folded.vocab
         raise TargetError(
             f"the adapter resizes the vocabulary from {old} to {new}, and the tokenizer in {base.ref}", road
         )
-    shifted = [name for name in folded.touched if name.endswith("_norm.weight") and base.arch in SHIFTED_NORMS]
-    if shifted:
-        raise TargetError(f"the adapter trains '{shifted[0]}', which a GGUF {base.arch} stores with other values", road)
+    moved = [name for name in folded.touched if names.moved(name) and names.columns_of(name) is None]
+    if moved:
+        raise TargetError(f"the adapter trains '{moved[0]}', which a GGUF {base.arch} stores with other values", road)
     strange = [name for name in folded.added if name != OUTPUT]
     if strange:
         raise TargetError(f"the adapter adds '{strange[0]}', which a GGUF {base.arch} has no place for", road)
-    if folded.untied and base.arch in ALWAYS_TIED:
+    if folded.untied and names.always_tied:
         raise TargetError(
             f"the adapter changes the embedding or the output layer alone, and {base.arch} in GGUF has one for both",
             road,

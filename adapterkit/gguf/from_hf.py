@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import UsageError
 from adapterkit.gguf.arch.model import Model, as_gguf, file_type_entries, vocabulary, widened
+from adapterkit.gguf.arch.mxfp4 import KIND, Repacked, on_mxfp4
+from adapterkit.gguf.filetypes import file_type
 from adapterkit.gguf.plan import Layout
-from adapterkit.gguf.quantize import Origin, Quantization, typed_from
+from adapterkit.gguf.quantize import GRID_BITS, Origin, Quantization, typed_from
+from adapterkit.gguf.tensors import bits_per_weight
+from adapterkit.gguf.types import TYPES
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,12 +97,32 @@ def from_hf(
     entries = (*model.entries, *tokens)
     if asked.mix is None:
         entries = (*model.entries, *file_type_entries(model.file_type), *tokens)
-    origin = Origin(model.spec.arch, model.hparams, model.kinds, entries)
+    asked, now, kept = _packed(model, asked, touched, view)
+    origin = Origin(model.spec.arch, model.hparams, now, entries)
     found = typed_from(model.tensors, origin, asked, changed)
     layout = Layout(found.tensors, found.entries)
     kinds = {tensor.name: tensor.dtype.code for tensor in found.tensors}
     through = partial(_through, model.mapped.sources, kinds)
-    return FromHF(model, layout, view, found.types, (*notes, *found.notes), through)
+    return FromHF(model, layout, view, found.types, (*notes, *kept, *found.notes), through)
+
+
+def _packed(
+    model: Model, asked: Quantization, touched: Sequence[str], view: Checkpoint
+) -> tuple[Quantization, dict[str, str], list[str]]:
+    """MXFP4 weights of the base: they stay as they are in a coarse mix, and changed ones do not go back onto their grid."""
+    now, notes = dict(model.kinds), []
+    held = [name for name, tensor in model.tensors.items() if isinstance(tensor, Repacked)]
+    if asked.mix is not None and held:
+        default = TYPES[file_type(asked.mix)[1].default]
+        if default.name != KIND.name and bits_per_weight(default) < GRID_BITS:
+            pattern = "^(" + "|".join(map(re.escape, held)) + ")$"
+            asked = replace(asked, tensor_types=(*asked.tensor_types, (pattern, KIND.name)))
+            notes.append(f"{len(held)} tensors stay {KIND.name}, as the checkpoint has them")
+    if asked.mix is not None and file_type(asked.mix)[1].default == KIND.name:
+        for name in touched:
+            if on_mxfp4(view[name]):
+                now |= dict.fromkeys(model.mapped.sources[name], KIND.name)
+    return asked, now, notes
 
 
 def _through(

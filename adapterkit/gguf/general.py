@@ -71,13 +71,16 @@ def general(
     card = read_card(base)
     own = Named.of(base.ref)
     said = card.get("model_name")
-    name = title(said) if isinstance(said, str) and said else own.name
+    name = said if isinstance(said, str) and said else own.name
     entries = [text("general.architecture", arch), text("general.type", "model"), *_sampling(files)]
     entries.append(text("general.name", name))
-    if own.organization and not adapters:
-        entries.append(text("general.organization", own.organization))
+    organization, finetune = card.get("organization") or own.organization, card.get("finetune")
+    if organization and not adapters:
+        entries.append(text("general.organization", str(organization)))
     if adapters:
-        entries.append(text("general.finetune", " + ".join(Named.of(adapter.ref).name for adapter in adapters)))
+        finetune = " + ".join(Named.of(adapter.ref).name for adapter in adapters)
+    if finetune:
+        entries.append(text("general.finetune", str(finetune)))
     entries.append(text("general.size_label", label))
     for key, field in {"": "license", ".name": "license_name", ".link": "license_link"}.items():
         value = card.get(field)

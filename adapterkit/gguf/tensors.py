@@ -174,6 +174,9 @@ class Encoded(Tensor):
 
 def decoded(tensor: Tensor) -> Tensor:
     """A handle of floats: packed tensors are decoded, others are what they are."""
+    floats = getattr(tensor, "decoded", None)  # a checkpoint's own packed weights know their values
+    if isinstance(floats, Tensor):
+        return floats
     return Decoded(tensor) if isinstance(tensor, Packed) else tensor
 
 

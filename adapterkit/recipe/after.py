@@ -4,13 +4,13 @@ it held, and none again for the same bytes."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from adapterkit.errors import CheckFailed, RecipeError
-from adapterkit.recipe.carry import How, Pins, opened_as
+from adapterkit.errors import CheckFailed
+from adapterkit.recipe.carry import How, Pins, merge_options, opened_as
 from adapterkit.recipe.parse import RecipeFile
 from adapterkit.recipe.state import Made, State, key_of
 from adapterkit.recipe.steps import CONVERT, Step
@@ -18,6 +18,12 @@ from adapterkit.recipe.steps import CONVERT, Step
 VERIFY, REGISTER, PUSH = "verify", "register", "push"
 # kind of a registered conversion, by its form; a merge and a combination say it in the record beside them
 _KINDS = {"gguf": "converted", "gguf-lora": "converted", "peft": "adapter", "mlx": "adapter"}
+
+# Options of a merge that decide values, as `verify` takes them.
+_OF_VALUES = (
+    *("weights", "method", "scale", "space", "parameters", "as_trained", "double_quant", "quant_dtype", "skip_modules"),
+    *("base16", "residual_base", "allow_unknown"),
+)
 
 Task = tuple[str, str, Callable[[], dict[str, Any]]]
 
@@ -83,19 +89,18 @@ class After:
     def __init__(self, file: RecipeFile, state: State, pins: Pins, how: How, note: Callable[[str], None]) -> None:
         self._file, self._state, self._pins, self._how, self._note = file, state, pins, how, note
 
-    def run(self, step: Step, origin: Step, made: Made, report: Mapping[str, Any] | None) -> Made:
+    def run(self, step: Step, origin: Step, made: Made) -> Made:
         """Do what is left to do for an output; gives what is known of it then, which is saved at once.
 
         Args:
             step: that made it.
             origin: the merge at its root, for a conversion.
-            report: of the verb, where it ran now.
 
         Raises:
             CheckFailed: a threshold does not hold; nothing after it is done.
         """
         done: dict[str, Mapping[str, Any]] = dict(made.after)
-        for name, key, task in self._tasks(step, origin, made, report, done):
+        for name, key, task in self._tasks(step, origin, made, done):
             if done.get(name, {}).get("key") != key:
                 done[name] = {"key": key, **task()}
                 made = Made(made.key, made.path, made.files, dict(done))
@@ -105,14 +110,12 @@ class After:
         kept = {name: value for name, value in done.items() if wanted[name] is not None}
         return Made(made.key, made.path, made.files, kept)
 
-    def _tasks(
-        self, step: Step, origin: Step, made: Made, report: Mapping[str, Any] | None, done: Mapping[str, Any]
-    ) -> Iterator[Task]:
+    def _tasks(self, step: Step, origin: Step, made: Made, done: Mapping[str, Any]) -> Iterator[Task]:
         verify, register, push = step.verify, step.asked.register, step.asked.push
         if verify is not None:
             prompts = None if verify.prompts is None else self._state.sha256(self._file.folder / verify.prompts)
             key = key_of([made.digest, asdict(verify), prompts])
-            yield VERIFY, key, lambda: self._verify(step, report)
+            yield VERIFY, key, lambda: self._verify(step, origin)
         if register is not None:
             key = key_of([made.digest, asdict(register), done.get(VERIFY, {}).get("key")])
             yield REGISTER, key, lambda: self._register(step, done)
@@ -120,25 +123,39 @@ class After:
             key = key_of([made.digest, asdict(push), done.get(REGISTER, {}).get("ref")])
             yield PUSH, key, lambda: self._push(step, done)
 
-    def _verify(self, step: Step, report: Mapping[str, Any] | None) -> dict[str, Any]:
-        """What survived of the change, measured while it was written, against the recipe.
+    def _verify(self, step: Step, origin: Step) -> dict[str, Any]:
+        """Hold an output against its base and adapters.
 
         Raises:
-            CheckFailed: less than it asks for.
-            RecipeError: more than this was asked.
+            CheckFailed: it is not what was trained, or a threshold does not hold.
         """
+        from adapterkit.verify import verify
+
         asked = step.verify
-        found = None if report is None else report.get("fidelity")
-        if asked is None or asked.min_retention is None or asked.level != "tensors" or found is None:
-            raise RecipeError(
-                "a build holds min-retention of merges at level tensors so far", "verify the rest by hand"
-            )
-        if found["retention"] < asked.min_retention:
-            raise CheckFailed(
-                f"{found['retention']:.1%} of the change survives, and the recipe asks for {asked.min_retention:.1%}",
-                "write more bits, or ask for less",
-            )
-        return {"summary": f"{found['retention']:.1%} of the change survives in {found['format']}"}
+        assert asked is not None
+        assert origin.base is not None
+        options = merge_options(origin, self._pins)
+        self._note(f"{step.name}: verifying {asked.level}")
+        found = verify(
+            step.out,
+            base=opened_as(origin.base, self._pins),
+            adapters=[opened_as(one, self._pins) for one in origin.adapters],
+            level=asked.level,
+            prompts=None if asked.prompts is None else self._file.folder / asked.prompts,
+            max_kl=asked.max_kl,
+            min_top1=asked.min_top1,
+            min_retention=asked.min_retention,
+            jobs=self._how.jobs,
+            progress=self._how.progress,
+            **{name: options[name] for name in _OF_VALUES},
+        )
+        wrong = [finding for finding in found.findings if finding.severity == "error"]
+        if wrong:
+            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+            raise CheckFailed(f"outputs.{step.name} does not verify: {wrong[0].text}{more}", wrong[0].hint)
+        counts = ", ".join(f"{number} {status}" for status, number in found.tensors.counts.items() if number)
+        kept = f"{found.tensors.retention:.1%} of the change is there"
+        return {"level": found.level, "summary": f"{found.level}: {counts}; {kept}", "findings": _said(found.findings)}
 
     def _register(self, step: Step, done: Mapping[str, Any]) -> dict[str, Any]:
         from adapterkit.register import register
@@ -172,6 +189,10 @@ class After:
         )
         self._note(f"{step.name}: {found.pull_request or found.url}")
         return {"repo": found.repo, "commit": found.commit, "url": found.pull_request or found.url, "new": found.new}
+
+
+def _said(findings: Iterable[Any]) -> list[str]:
+    return [f"{finding.severity}: {finding.text}" for finding in findings]
 
 
 def in_folder(path: Path, folder: Path) -> str:

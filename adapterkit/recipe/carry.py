@@ -94,7 +94,11 @@ def plan_merge_step(step: Step, pins: Pins, *, jobs: int | None = None, headers_
 def convert_options(step: Step, pins: Pins) -> dict[str, Any]:
     """The keywords of `plan_convert` for a step."""
     asked = step.asked
+    given: dict[str, Any] = {} if asked.dtype == "auto" else {"dtype": asked.dtype}
+    if asked.double_quant:
+        given["double_quant"] = True
     return {
+        **given,
         "to": step.to,
         "base": None if step.base is None else opened_as(step.base, pins),
         "quantization": quantization(step, pins),
@@ -128,8 +132,7 @@ def wanted_merge(step: Step, pins: Pins, how: How, *, force: bool) -> Wanted:
 
     assert step.base is not None
     planned = plan_merge_step(step, pins, jobs=how.jobs, headers_only=False)
-    measured = step.verify is not None and step.verify.min_retention is not None
-    return Wanted(planned, opened_as(step.base, pins), step.out, force, measured, step.asked.yes_lossy)
+    return Wanted(planned, opened_as(step.base, pins), step.out, force, yes_lossy=step.asked.yes_lossy)
 
 
 def write_merges(wanted: Sequence[Wanted], how: How) -> list[Any]:

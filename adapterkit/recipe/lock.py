@@ -10,7 +10,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from adapterkit._version import __version__
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG, INDEX, SINGLE, read_index, side_names
@@ -265,8 +264,3 @@ def machine() -> str:
     import torch
 
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-
-
-def as_json(pins: Mapping[str, Pinned]) -> dict[str, Any]:
-    """Pins for a report."""
-    return {name: asdict(pin) for name, pin in pins.items()}

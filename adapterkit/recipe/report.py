@@ -92,6 +92,7 @@ class BuildReport:
 
     Attributes:
         changed: how many outputs were made.
+        inputs: what each reference of the recipe meant: its pin and the sha256 of what was read, by its key.
         lock_written: whether the lock says something new.
     """
 
@@ -99,6 +100,7 @@ class BuildReport:
     lock: str
     locked: bool
     outputs: tuple[BuiltOutput, ...]
+    inputs: Mapping[str, Mapping[str, Any]]
     changed: int
     passes: int
     lock_written: bool

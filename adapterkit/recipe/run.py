@@ -256,7 +256,7 @@ class _Build:
         follow = After(self.file, self.state, self.pins, how, note)
         for step in self.steps:
             with located(self.file, "outputs", step.name):
-                made[step.name] = follow.run(step, self._origin(step), made[step.name], reports.get(step.name))
+                made[step.name] = follow.run(step, self._origin(step), made[step.name])
             self.state.made[step.name] = made[step.name]
         self._forget(made)
         if self.before is not None and not passes:
@@ -270,6 +270,7 @@ class _Build:
             lock=str(self.lock_file),
             locked=self.locked,
             outputs=tuple(self._built(step, states[step.name], made[step.name], reports) for step in self.steps),
+            inputs={name: asdict(pin) for name, pin in sorted(self.pins.items())},
             changed=sum(state != UNCHANGED for state in states.values()),
             passes=passes,
             lock_written=written,

@@ -22,22 +22,12 @@ FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
 
 _QUANT = ("quant", "imatrix", "pure", "tensor_types", "output_type", "token_embd_type", "leave_output", "yes_lossy")
 _ALWAYS = ("path", "to", "register", "push")
+_WRITTEN = ("dtype", "double_quant", "max_shard_size")
 # Which keys of an output mean something for what makes it.
 TAKES = {
-    MERGE: (
-        *_ALWAYS,
-        *_QUANT,
-        "adapters",
-        "base",
-        "merge",
-        "dtype",
-        "double_quant",
-        "max_shard_size",
-        "keep_touched",
-        "verify",
-    ),
+    MERGE: (*_ALWAYS, *_QUANT, "adapters", "base", "merge", *_WRITTEN, "keep_touched", "verify"),
     COMBINE: (*_ALWAYS, "adapters", "base", "merge", "dtype", "rank", "energy", "own_ranks"),
-    CONVERT: (*_ALWAYS, *_QUANT, "from_", "adapters", "base", "max_shard_size", "plain", "rank", "energy", "verify"),
+    CONVERT: (*_ALWAYS, *_QUANT, "from_", "adapters", "base", *_WRITTEN, "plain", "rank", "energy", "verify"),
 }
 
 
@@ -168,7 +158,7 @@ class _Maker:
             source = self._source(asked, adapters, place)
             adapters = ()
         self._check_verify(verb, asked, place)
-        if verb == CONVERT and to == GGUF:
+        if verb == CONVERT and "base" not in FORMATS[to].takes:
             choice = None
         base = None if choice is None else self._input((*at, "ref"), choice.ref)
         base16 = (

@@ -127,8 +127,8 @@ def _overview(found: Index, query: Query) -> Overview:
 def base_names(found: Index) -> dict[str, str]:
     """One name for each base, by the label in a row's ``base`` (or the digest of a base's own record).
 
-    Labels of the same weights or the same Hub id are one base; a Hub id is the name if there is one, else the name under
-    which the base is registered, else a digest.
+    Labels of the same weights or the same Hub id are one base, and so is a model that was itself made on it. A Hub id is
+    the name if there is one, else the name under which the base is registered, else a digest.
     """
     parent: dict[str, str] = {}
 
@@ -146,12 +146,15 @@ def base_names(found: Index) -> dict[str, str]:
                   where l.own = 0 and l.level in {_LEVELS}"""
     for label, value in found.db.execute(of_base):
         parent[root(label)] = root(value)
-    own = f"""select r.digest, r.name, l.value from records r join levels l on l.digest = r.digest
-              where r.kind = 'base' and l.own = 1 and l.level in {_LEVELS}"""
+    own = f"""select r.digest, r.name, r.kind, r.base, l.value from records r join levels l on l.digest = r.digest
+              where l.own = 1 and l.level in {_LEVELS}"""
     registered: dict[str, str] = {}
-    for digest, name, value in found.db.execute(own):
-        parent[root(digest)] = root(value)
-        registered[digest] = name
+    for digest, name, kind, label, value in found.db.execute(own):
+        if kind == "base":
+            parent[root(digest)] = root(value)
+            registered[digest] = name
+        elif label:  # what was made of a merged model belongs to the base of that model
+            parent[root(value)] = root(label)
     best: dict[str, tuple[int, str]] = {}
     for label, repo in ids.items():
         best[root(label)] = min(best.get(root(label), (9, "")), (0, repo) if repo else (2, label))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,25 @@ LLAMA3 = {
 }
 
 
+def as_llama_cpp_has_phimoe(model: Any) -> None:
+    """The two largest of a softmax in the place of the sparse mixer, and RMS norms in the place of layer norms."""
+    import torch
+
+    def route(self: Any, hidden: Any) -> Any:
+        logits = torch.nn.functional.linear(hidden, self.weight)
+        weights, chosen = logits.softmax(-1).topk(self.top_k, -1)
+        return logits, weights / weights.sum(-1, keepdim=True), chosen
+
+    def norm(self: Any, x: Any) -> Any:
+        return torch.nn.functional.rms_norm(x, self.normalized_shape, self.weight, self.eps) + self.bias
+
+    for module in model.modules():
+        if type(module).__name__ == "PhimoeTopKRouter":
+            module.forward = route.__get__(module)
+        elif isinstance(module, torch.nn.LayerNorm):
+            module.forward = norm.__get__(module)
+
+
 @dataclass(frozen=True)
 class Tiny:
     """One model of the sweep.
@@ -48,7 +66,6 @@ class Tiny:
         lora: module leaves (or ``all-linear``) that an adapter changes.
         parameters: ``target_parameters`` beside them.
         scale: of the random weights.
-        mlm: the sentence embedding is compared, not the next token.
     """
 
     cls: str
@@ -60,11 +77,65 @@ class Tiny:
     scale: float = 0.15
     encoder: bool = False
     reads: bool = False
-    extra: dict[str, Any] = field(default_factory=dict)
+    patch: Any = None
 
 
 _EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+_MLA = {
+    **{k: v for k, v in _BASE.items() if k != "num_key_value_heads"},
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "norm_topk_prob": True,
+}
+_MLA_LORA = ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"]
+_NO_KV = {k: v for k, v in _BASE.items() if k != "num_key_value_heads"}
+_GPT2 = {"n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": VOCAB, "n_positions": 128, "bos_token_id": 1}
+_FALCON = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "alibi": False,
+    "bias": False,
+    "parallel_attn": True,
+}
+
+_LINEAR = {
+    **_HALF,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_MROPE = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_section": [2, 1, 1],
+    }
+}
+_NEXT_MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+_LINEAR_LORA = [*_ATTENTION, "in_proj_qkvz", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_ba", "out_proj"]
+_SSM = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_expand": 2}
 
 ZOO: dict[str, Tiny] = {
     "llama": Tiny("LlamaForCausalLM", _BASE, reads=True),
@@ -147,6 +218,271 @@ ZOO: dict[str, Tiny] = {
     "nemotron": Tiny("NemotronForCausalLM", {**_HALF, "partial_rotary_factor": 0.5}, reads=True),
     "ernie4_5": Tiny("Ernie4_5ForCausalLM", _HALF),
     "hunyuan_dense": Tiny("HunYuanDenseV1ForCausalLM", _HALF),
+    "mixtral": Tiny(
+        "MixtralForCausalLM",
+        {**_BASE, "num_local_experts": 4, "num_experts_per_tok": 2},
+        lora=_ATTENTION,
+        parameters=_EXPERTS,
+    ),
+    "qwen2_moe": Tiny(
+        "Qwen2MoeForCausalLM",
+        {
+            **_BASE,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+        },
+        lora=_ATTENTION,
+        parameters=_EXPERTS,
+        reads=True,
+    ),
+    "qwen3_moe": Tiny("Qwen3MoeForCausalLM", _MOE, lora=_ATTENTION, parameters=_EXPERTS, reads=True),
+    "phimoe": Tiny(
+        "PhimoeForCausalLM",
+        {**_BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
+        why="llama.cpp has a softmax for the sparse mixer and RMS norms for layer norms; compared with that",
+        lora=_ATTENTION,
+        parameters=_EXPERTS,
+        patch=as_llama_cpp_has_phimoe,
+    ),
+    "olmoe": Tiny(
+        "OlmoeForCausalLM",
+        {**_BASE, "num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4},
+        lora=_ATTENTION,
+        parameters=_EXPERTS,
+    ),
+    "granitemoe": Tiny(
+        "GraniteMoeForCausalLM",
+        {**_BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "attention_multiplier": 0.2},
+        lora=_ATTENTION,
+    ),
+    "granitemoeshared": Tiny(
+        "GraniteMoeSharedForCausalLM",
+        {
+            **_BASE,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "attention_multiplier": 0.2,
+            "shared_intermediate_size": 48,
+        },
+        lora=_ATTENTION,
+    ),
+    "deepseek_v2": Tiny(
+        "DeepseekV2ForCausalLM",
+        {**_MLA, "topk_method": "greedy", "norm_topk_prob": False},
+        lora=_MLA_LORA,
+        parameters=_EXPERTS,
+    ),
+    "deepseek_v2_lite": Tiny(
+        "DeepseekV2ForCausalLM",
+        {**_MLA, "topk_method": "greedy", "norm_topk_prob": False, "q_lora_rank": None, "num_hidden_layers": 26},
+        lora=["q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"],
+        parameters=_EXPERTS,
+    ),
+    "deepseek_v3": Tiny(
+        "DeepseekV3ForCausalLM",
+        {**_MLA, "n_group": 2, "topk_group": 1, "n_routed_experts": 8},
+        lora=_MLA_LORA,
+        parameters=_EXPERTS,
+    ),
+    "glm4_moe": Tiny(
+        "Glm4MoeForCausalLM",
+        {
+            **_HALF,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "use_qk_norm": True,
+        },
+        lora=_ATTENTION,
+        parameters=_EXPERTS,
+    ),
+    "gpt_oss": Tiny(
+        "GptOssForCausalLM",
+        {**_HALF, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
+        lora=_ATTENTION,
+        parameters=_EXPERTS,
+        scale=0.1,
+        reads=True,
+    ),
+    "llama4": Tiny(
+        "Llama4ForCausalLM",
+        {
+            **_HALF,
+            "intermediate_size_mlp": 128,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "interleave_moe_layer_step": 2,
+            "num_hidden_layers": 4,
+            "attention_chunk_size": 64,
+        },
+        lora=_ATTENTION,
+        parameters=("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),
+    ),
+    "ernie4_5_moe": Tiny(
+        "Ernie4_5_MoeForCausalLM",
+        {
+            **_HALF,
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 32,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+            "moe_layer_end_index": 1,
+            "moe_layer_interval": 1,
+        },
+        lora=_ATTENTION,
+        parameters=_EXPERTS,
+    ),
+    "hunyuan_moe": Tiny(
+        "HunYuanMoEV1ForCausalLM",
+        {**_HALF, "num_experts": 4, "moe_topk": 2},
+        lora=_ATTENTION,
+        parameters=_EXPERTS,
+    ),
+    "gpt2": Tiny("GPT2LMHeadModel", _GPT2, GELU, "GELU", reads=True),
+    "starcoder": Tiny("GPTBigCodeForCausalLM", {**_GPT2, "multi_query": True}, GELU, "GELU"),
+    "gpt_neox": Tiny("GPTNeoXForCausalLM", {**_NO_KV, "use_parallel_residual": True}, GELU, "GELU"),
+    "gpt_neox_serial": Tiny("GPTNeoXForCausalLM", {**_NO_KV, "use_parallel_residual": False}, GELU, "GELU"),
+    "bloom": Tiny(
+        "BloomForCausalLM", {"vocab_size": VOCAB, "hidden_size": 64, "n_head": 4, "n_layer": 2}, GELU, "GELU"
+    ),
+    "falcon": Tiny(
+        "FalconForCausalLM",
+        {**_FALCON, "multi_query": True, "new_decoder_architecture": False},
+        GELU,
+        "GELU",
+        reads=True,
+    ),
+    "falcon40b": Tiny(
+        "FalconForCausalLM", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}, GELU, "GELU"
+    ),
+    "mpt": Tiny(
+        "MptForCausalLM",
+        {"vocab_size": VOCAB, "d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 128},
+        GELU,
+        "GELU",
+    ),
+    "qwen3_next": Tiny(
+        "Qwen3NextForCausalLM", {**_LINEAR, **_NEXT_MOE}, lora=_LINEAR_LORA, parameters=_EXPERTS, scale=0.1
+    ),
+    "qwen3_5": Tiny("Qwen3_5ForCausalLM", {**_LINEAR, **_MROPE}, lora=_LINEAR_LORA),
+    "qwen3_5_moe": Tiny(
+        "Qwen3_5MoeForCausalLM", {**_LINEAR, **_MROPE, **_NEXT_MOE}, lora=_LINEAR_LORA, parameters=_EXPERTS
+    ),
+    "lfm2": Tiny(
+        "Lfm2ForCausalLM",
+        {**_BASE, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        reads=True,
+    ),
+    "mamba": Tiny(
+        "MambaForCausalLM",
+        {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
+        lora=["in_proj", "x_proj"],
+        scale=0.4,
+        reads=True,
+    ),
+    # Its B, C and dt are normalised with an epsilon of their own, for which llama.cpp takes that of the layers.
+    "falcon_mamba": Tiny(
+        "FalconMambaForCausalLM",
+        {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "mixer_rms_eps": 1e-5},
+        lora=["in_proj", "x_proj"],
+    ),
+    "mamba2": Tiny(
+        "Mamba2ForCausalLM",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 64,
+            "num_hidden_layers": 2,
+            "state_size": 16,
+            "num_heads": 8,
+            "head_dim": 16,
+            "n_groups": 2,
+            "expand": 2,
+        },
+        lora=["in_proj"],
+    ),
+    "jamba": Tiny(
+        "JambaForCausalLM",
+        {
+            **_BASE,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "num_experts": 2,
+            "mamba_d_state": 8,
+            "use_mamba_kernels": False,
+        },
+        lora=[*_ATTENTION, "in_proj", "x_proj"],
+    ),
+    "falcon_h1": Tiny(
+        "FalconH1ForCausalLM",
+        {
+            **_HALF,
+            **_SSM,
+            "mamba_d_ssm": 128,
+            "mamba_rms_norm": True,
+            "mamba_norm_before_gate": False,
+            "attention_in_multiplier": 0.8,
+            "attention_out_multiplier": 1.2,
+            "key_multiplier": 0.7,
+            "ssm_in_multiplier": 1.1,
+            "ssm_out_multiplier": 0.9,
+            "mlp_multipliers": [1.3, 0.6],
+            "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 1.05],
+            "lm_head_multiplier": 0.5,
+            "embedding_multiplier": 1.5,
+        },
+        lora=[*_ATTENTION, "in_proj", "gate_proj", "up_proj", "down_proj"],
+    ),
+    "granite_hybrid": Tiny(
+        "GraniteMoeHybridForCausalLM",
+        {
+            **_BASE,
+            **_SSM,
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 48,
+            "attention_multiplier": 0.2,
+            "position_embedding_type": "nope",
+        },
+        lora=[*_ATTENTION, "in_proj"],
+    ),
+    "granite_hybrid_dense": Tiny(
+        "GraniteMoeHybridForCausalLM",
+        {
+            **_BASE,
+            **_SSM,
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 96,
+            "attention_multiplier": 0.2,
+            "position_embedding_type": "nope",
+        },
+        lora=[*_ATTENTION, "in_proj", "input_linear", "output_linear"],
+    ),
+    "granite4_micro": Tiny(
+        "GraniteMoeHybridForCausalLM",
+        {
+            **_BASE,
+            **_SSM,
+            "layer_types": ["attention", "attention"],
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 96,
+            "attention_multiplier": 0.2,
+            "position_embedding_type": "rope",
+        },
+        lora=[*_ATTENTION, "input_linear", "output_linear"],
+    ),
 }
 
 
@@ -162,33 +498,25 @@ def build(folder: Path, kind: str) -> Any:
     model = cls(cls.config_class(**tiny.config)).float().eval()
     randomize(model, scale=tiny.scale)
     model.save_pretrained(folder)
+    if tiny.patch is not None:
+        tiny.patch(model)
     return model
 
 
-def fake_vocab() -> None:
-    """A vocabulary for models without a tokenizer, where the real reader is not wanted."""
-    import sys
-    import types
-
+def read_vocab(files: Any, config: Any, *, kind: str, rows: int, pre: str | None = None) -> Any:
+    """A vocabulary of numbered tokens in the place of `adapterkit.gguf.vocab.read_vocab`: these models have none."""
     from adapterkit.gguf.metadata import array, text, u32
     from adapterkit.gguf.reader import F32, I32, STRING
+    from adapterkit.gguf.vocab import Vocab
 
-    def read_vocab(files: Any, config: Any, *, kind: str, rows: int, pre: str | None = None) -> Any:
-        tokens = ["<unk>", "<s>", "</s>"] + [f"t{number}" for number in range(rows - 3)]
-        entries = (
-            text("tokenizer.ggml.model", "llama"),
-            array("tokenizer.ggml.tokens", STRING, tokens),
-            array("tokenizer.ggml.scores", F32, [float(-number) for number in range(rows)]),
-            array("tokenizer.ggml.token_type", I32, [2, 3, 3] + [1] * (rows - 3)),
-            u32("tokenizer.ggml.unknown_token_id", 0),
-            u32("tokenizer.ggml.bos_token_id", 1),
-            u32("tokenizer.ggml.eos_token_id", 2),
-        )
-        return types.SimpleNamespace(entries=entries, size=rows, notes=())
-
-    module = types.ModuleType("adapterkit.gguf.vocab")
-    module.read_vocab = read_vocab  # type: ignore[attr-defined]
-    sys.modules["adapterkit.gguf.vocab"] = module
-
-
-__all__ = ["ZOO", "Tiny", "build", "json"]
+    tokens = ["<unk>", "<s>", "</s>"] + [f"t{number}" for number in range(rows - 3)]
+    entries = (
+        text("tokenizer.ggml.model", "llama"),
+        array("tokenizer.ggml.tokens", STRING, tokens),
+        array("tokenizer.ggml.scores", F32, [float(-number) for number in range(rows)]),
+        array("tokenizer.ggml.token_type", I32, [2, 3, 3] + [1] * (rows - 3)),
+        u32("tokenizer.ggml.unknown_token_id", 0),
+        u32("tokenizer.ggml.bos_token_id", 1),
+        u32("tokenizer.ggml.eos_token_id", 2),
+    )
+    return Vocab(entries, rows)

@@ -184,6 +184,9 @@ def test_the_overview_groups_by_the_weights(home: Path) -> None:
     add(home, "other-commit", 2, base=Identity("Qwen/Qwen3-8B", "b" * 40))
     add(home, "measured", 3, base=Identity("Qwen/Qwen3-8B", "", (), sampled=same))
     add(home, "from-a-folder", 4, "merged", base=Identity(sampled=same))  # the same weights without a name
+    merged = Identity(sampled="7" * 64)
+    add(home, "merge", 7, "merged", base=Identity(sampled=same), identity=merged)
+    add(home, "small", 8, "quantized", base=merged)
     add(home, "elsewhere", 5, base=Identity(sampled="6" * 64))
     add(home, "nameless", 6)
     base = Home(home)
@@ -193,7 +196,7 @@ def test_the_overview_groups_by_the_weights(home: Path) -> None:
     found = overview(Query(), home)
     names = {group.base: [entry.row.name for entry in group.entries] for group in found.groups}
     assert names == {
-        "Qwen/Qwen3-8B": ["from-hub", "measured", "other-commit", "from-a-folder", "qwen"],
+        "Qwen/Qwen3-8B": ["from-hub", "measured", "other-commit", "from-a-folder", "merge", "small", "qwen"],
         "house-model": ["elsewhere", "house-model"],
         "no base recorded": ["nameless"],
     }
@@ -201,7 +204,7 @@ def test_the_overview_groups_by_the_weights(home: Path) -> None:
     assert [entry.row.name for group in overview(Query(q="FOLDER qwen"), home).groups for entry in group.entries] == [
         "from-a-folder"
     ]
-    assert overview(Query(kind="merged"), home).names == 1
+    assert overview(Query(kind="merged"), home).names == 2
     assert overview(Query(q="nobody"), home).names == 0
 
 

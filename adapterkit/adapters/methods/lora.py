@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import Change, LowRank, matrix
+from adapterkit.adapters.experts import FIELDS as EXPERT_FIELDS
 from adapterkit.adapters.method import Context, Edit, Method, Module, check_matrix
 from adapterkit.adapters.methods.mora import FIELDS as MORA_FIELDS
 from adapterkit.adapters.methods.mora import mora_edits
@@ -328,7 +329,8 @@ METHODS = (
                 "ensure_weight_tying",
             }
         )
-        | MORA_FIELDS,
+        | MORA_FIELDS
+        | EXPERT_FIELDS,
         refuse=refuse,
         low_rank=True,
     ),

@@ -1,8 +1,9 @@
 """LoRA on stacked experts (PEFT's ``target_parameters``): one low-rank delta per expert of a 3-D parameter.
 
 Layout (PEFT 0.21, ``lora.ParamWrapper``): ``lora_A`` ``[experts*r, a]`` has the expert slowest, ``lora_B`` ``[b, r*experts]``
-has it fastest. Which of the parameter's two inner dimensions is ``a`` depends on the architecture and on the PEFT that
-wrote the file; shapes decide, and where the matrices are square, those two do.
+has it fastest, unless the config says otherwise (`adapterkit.adapters.experts`). Which of the parameter's two inner
+dimensions is ``a`` depends on the architecture and on the PEFT that wrote the file; shapes decide, and where the matrices
+are square, those two do.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import Change, Kernel, StackedLowRank, Weights, matrix
+from adapterkit.adapters.experts import SLOWEST, stated_order
 from adapterkit.adapters.method import Context, Edit, Module
 from adapterkit.errors import AdapterError, TargetError
 
@@ -68,10 +70,15 @@ def stacked_edit(module: Module, context: Context, a: Tensor, b: Tensor) -> Edit
     rank = a.shape[0] // experts
     scale = context.config.scaling(parameter, rank)
     swapped = fits[0] if len(fits) == 1 else _swapped_by_version(context, parameter)
+    slowest = stated_order(context.config, parameter.rpartition(".")[2]) == SLOWEST
 
     def load(weights: Weights) -> Kernel:
         lower = matrix(a).view(experts, rank, a.shape[1])
-        upper = matrix(b).view(b.shape[0], rank, experts).permute(2, 0, 1)
+        flat = matrix(b)
+        if slowest:
+            upper = flat.view(b.shape[0], experts, rank).permute(1, 0, 2)
+        else:
+            upper = flat.view(b.shape[0], rank, experts).permute(2, 0, 1)
         left, right = (lower.mT, upper.mT) if swapped else (upper, lower)
         return StackedLowRank(left.contiguous(), right.contiguous(), scale)
 

@@ -34,10 +34,19 @@ class Config:
     Args:
         config: the file as data.
         ref: what its checkpoint is called, for errors.
+        files: the files beside it, for what other files say of the model.
+        where: what it stands in, for errors.
     """
 
-    def __init__(self, config: Mapping[str, Any], ref: str = "config.json") -> None:
-        self.raw, self.ref = dict(config), ref
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        ref: str = "config.json",
+        files: Mapping[str, bytes] | None = None,
+        where: str = "config.json",
+    ) -> None:
+        self.where = where
+        self.raw, self.ref, self.files = dict(config), ref, files or {}
         merged = dict(config)
         for key in TEXT_PARTS:
             part = config.get(key)
@@ -83,7 +92,7 @@ class Config:
         if found is None:
             shown = "' or '".join(names[:3])
             raise CheckpointError(
-                f"{self.ref}: its config.json does not say '{shown}'", "complete it from the base model"
+                f"{self.ref}: its {self.where} does not say '{shown}'", "complete it from the base model"
             )
         return found
 
@@ -101,7 +110,7 @@ class Config:
         if isinstance(value, list):
             value = next((one for one in value if isinstance(one, int) and one > 0), 0)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value < 0:
-            raise CheckpointError(f"{self.ref}: '{name}' in its config.json is not a number", "correct it")
+            raise CheckpointError(f"{self.ref}: '{name}' in its {self.where} is not a number", "correct it")
         return int(value)
 
     def real(self, name: str) -> float:
@@ -115,7 +124,7 @@ class Config:
         try:
             return float(value[int(index)] if index else value)
         except (TypeError, ValueError, IndexError, KeyError):
-            raise CheckpointError(f"{self.ref}: '{name}' in its config.json is not a number", "correct it") from None
+            raise CheckpointError(f"{self.ref}: '{name}' in its {self.where} is not a number", "correct it") from None
 
     @property
     def rope(self) -> dict[str, Any]:
@@ -178,11 +187,8 @@ def _each(config: Config) -> int:
 
 
 def _ssm_inner(config: Config) -> int:
-    """Channels of a Mamba 2 mixer."""
-    given = config.get(
-        "mamba_d_ssm", "intermediate_size" if "mamba_expand" not in config.text else "d_inner", "d_inner"
-    )
-    return int(given) if given else int(config.get("mamba_expand", "expand", default=2) * config.number("hidden"))
+    """Channels of a Mamba 2 mixer beside attention."""
+    return int(config.get("mamba_d_ssm") or int(config.get("mamba_expand", default=2)) * config.number("hidden"))
 
 
 DERIVED: dict[str, Callable[[Config], int]] = {
@@ -201,7 +207,7 @@ DERIVED: dict[str, Callable[[Config], int]] = {
     "ssm_groups": lambda c: int(c.get("mamba_n_groups", "n_groups", default=1)),
     "ssm_inner": _ssm_inner,
     "ssm_bc": lambda c: int(c.get("mamba_n_groups", "n_groups", default=1)) * c.number("mamba_d_state"),
-    "ssm_heads": lambda c: int(c.get("mamba_n_heads", "num_heads", default=0)),
+    "ssm_heads": lambda c: int(c.get("mamba_n_heads", default=0)),
 }
 
 

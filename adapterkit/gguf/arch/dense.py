@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import CheckpointError
-from adapterkit.gguf.arch.ops import Add, ByGroup, Each, Interleave, RotaryHalves, Split, Stack
+from adapterkit.gguf.arch.ops import ByGroup, Each, Interleave, RotaryHalves, Split, Stack
 from adapterkit.gguf.arch.shared import (
     AFTER_NORMS,
     EMBEDDINGS,
@@ -27,7 +27,7 @@ from adapterkit.gguf.arch.shared import (
     original_context,
     window_pattern,
 )
-from adapterkit.gguf.arch.spec import ArchSpec, Key, Rule, block, blocks, rule
+from adapterkit.gguf.arch.spec import ArchSpec, Key, block, blocks, plus_one, rule
 
 if TYPE_CHECKING:
     from adapterkit.gguf.arch.config import Config
@@ -51,18 +51,6 @@ _GEMMA_KEYS = (
     Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", needed=True),
     *_HEAD_SIZES,
 )
-
-
-def _plus_one(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
-    """Norms that are stored without the 1 that is added to their weights."""
-    found: list[Rule] = []
-    for one in rules:
-        if one.hf.endswith("norm"):
-            found += [Rule(f"{one.hf}.weight", (f"{one.gguf[0]}.weight",), (Add(1.0),))]
-            found += [Rule(f"{one.hf}.bias", (f"{one.gguf[0]}.bias",))]
-        else:
-            found.append(one)
-    return tuple(found)
 
 
 def _no_qk_norm(config: Config) -> None:
@@ -148,6 +136,7 @@ SPECS = (
         (VOCAB_SIZE, ROPE_DIM),
         factors=(LLAMA3,),
         types=("mistral", "internlm3"),
+        experts=False,
     ),
     ArchSpec(
         "mistral3",
@@ -167,7 +156,12 @@ SPECS = (
         "granite",
         ("GraniteForCausalLM",),
         "granite",
-        _LLAMA,
+        (
+            *_LLAMA,
+            # Granite 4 without Mamba layers and experts is a hybrid's module tree.
+            block("shared_mlp.input_linear", "ffn_gate", "ffn_up", ops=[Split()], writes=False),
+            block("shared_mlp.output_linear", "ffn_down", writes=False),
+        ),
         (VOCAB_SIZE, ROPE_DIM, *_GRANITE),
         leave=("attention.key_length", "attention.value_length"),
         factors=(LLAMA3,),
@@ -254,13 +248,13 @@ SPECS = (
         ),
     ),
     ArchSpec(
-        "gemma", ("GemmaForCausalLM",), "gemma", _plus_one(_PLAIN), _GEMMA_KEYS, common=False, tied=True, vocab="spm"
+        "gemma", ("GemmaForCausalLM",), "gemma", plus_one(_PLAIN), _GEMMA_KEYS, common=False, tied=True, vocab="spm"
     ),
     ArchSpec(
         "gemma2",
         ("Gemma2ForCausalLM",),
         "gemma2",
-        _plus_one((*EMBEDDINGS, *FOUR_NORMS, *attention(), *MLP)),
+        plus_one((*EMBEDDINGS, *FOUR_NORMS, *attention(), *MLP)),
         (
             *_GEMMA_KEYS,
             Key("attn_logit_softcapping", "attn_logit_softcapping", needed=True),
@@ -275,7 +269,7 @@ SPECS = (
         "gemma3",
         ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
         "gemma3_text",
-        _plus_one((*EMBEDDINGS, *FOUR_NORMS, *attention(), *MLP, *QK_NORMS)),
+        plus_one((*EMBEDDINGS, *FOUR_NORMS, *attention(), *MLP, *QK_NORMS)),
         (
             Key("context_length", "max_position_embeddings", 131072),
             Key("attention.head_count", "num_attention_heads", 8),
@@ -461,6 +455,7 @@ SPECS = (
             ),
         ),
         types=("glm4v_text",),
+        when=lambda base: "glm4.rope.dimension_sections" in base.header.keys,
     ),
     ArchSpec(
         "exaone",
@@ -505,7 +500,7 @@ SPECS = (
         "nemotron",
         ("NemotronForCausalLM",),
         "nemotron",
-        _plus_one((*EMBEDDINGS, *NORMS, *attention(), *blocks(ffn_up="mlp.up_proj", ffn_down="mlp.down_proj"))),
+        plus_one((*EMBEDDINGS, *NORMS, *attention(), *blocks(ffn_up="mlp.up_proj", ffn_down="mlp.down_proj"))),
         (
             VOCAB_SIZE,
             Key("attention.layer_norm_epsilon", ("layer_norm_eps", "norm_epsilon", "norm_eps"), field="norm_eps"),
@@ -542,5 +537,44 @@ SPECS = (
             *blocks(attn_q_norm="self_attn.query_layernorm", attn_k_norm="self_attn.key_layernorm"),
         ),
         leave=("expert_count", "expert_used_count"),
+    ),
+    ArchSpec(
+        "arcee",
+        ("ArceeForCausalLM",),
+        "arcee",
+        (
+            *EMBEDDINGS,
+            *NORMS,
+            *attention(interleave=True),
+            *blocks(ffn_up="mlp.up_proj", ffn_down="mlp.down_proj"),
+        ),
+        (VOCAB_SIZE, ROPE_DIM),
+        factors=(LLAMA3,),
+    ),
+    ArchSpec(
+        "xverse",
+        ("XverseForCausalLM",),
+        "xverse",
+        _LLAMA,
+        (constant("tensor_data_layout", "Meta AI original pth"), ROPE_DIM),
+    ),
+    ArchSpec(
+        "orion",
+        ("OrionForCausalLM",),
+        "orion",
+        _PLAIN,
+        (
+            constant("tensor_data_layout", "Meta AI original pth"),
+            Key("context_length", ("max_sequence_length", "max_position_embeddings"), field="max_position_embeddings"),
+            Key("embedding_length", "hidden_size", needed=True),
+            Key("block_count", lambda c: c.number("layers")),
+            Key("feed_forward_length", "intermediate_size", needed=True),
+            Key("attention.head_count", "num_attention_heads", needed=True),
+            Key("attention.head_count_kv", lambda c: c.number("kv_heads"), field="num_key_value_heads"),
+            # Its config says rms, and its code has layer norms.
+            Key("attention.layer_norm_epsilon", "rms_norm_eps", needed=True),
+        ),
+        common=False,
+        vocab="spm",
     ),
 )

@@ -300,8 +300,11 @@ class Mapper:
             if len(back) > MOST:
                 raise CheckpointError(f"{ref}: {len(back)} experts", "convert the base again")
             for item, shape in enumerate(back):
-                result[_named(hf, layer).replace("{e}", str(item)) + suffix] = shape
+                result[self._written(_named(hf, layer).replace("{e}", str(item)) + suffix)] = shape
         return result
+
+    def _written(self, name: str) -> str:
+        return name if name.startswith(("lm_head", "embed_out", "classifier")) else self.spec.root + name
 
     def _match_gguf(self, name: str) -> tuple[Rule, int, str, int | None] | None:
         for text, suffix in ((name, ""), *((name[: -len(end)], end) for end in SUFFIXES if name.endswith(end))):

@@ -13,6 +13,7 @@ from adapterkit.errors import CheckpointError, TargetError
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.hyper import hyper_entries, hyperparameters
 from adapterkit.gguf.arch.mapping import Mapped, Mapper
+from adapterkit.gguf.arch.mxfp4 import Repacked, repacked
 from adapterkit.gguf.arch.table import spec_of
 from adapterkit.gguf.arch.views import Constant, gathered
 from adapterkit.gguf.filetypes import FILE_TYPES
@@ -113,7 +114,7 @@ def as_gguf(
         TargetError: an architecture or a tensor that the table does not know, or a change that GGUF has no place for.
         CheckpointError: a config or tensors that are incomplete or do not fit each other.
     """
-    read = Config(config, base.ref)
+    read = Config(config, base.ref, files)
     spec = spec_of(read)
     mapper = Mapper(spec, read)
     mapped = mapper.to_gguf(view.shapes, base.ref)
@@ -124,7 +125,10 @@ def as_gguf(
             "merge into a Hugging Face folder, or train the text model alone",
         )
     wide = {name: _wide(tensor) for name, tensor in view.items()}
-    tensors = {name: gathered(name, array, wide) for name, array in mapped.arrays.items()}
+    tensors = {}
+    for name, array in mapped.arrays.items():
+        floats = gathered(name, array, wide)
+        tensors[name] = repacked(name, array, view.tensors, floats) or floats
     for one in spec.factors:
         factors = one.make(read)
         if factors is not None:
@@ -141,7 +145,9 @@ def as_gguf(
         "n_head_kv": values.get("attention.head_count_kv", values.get("attention.head_count", 0)),
     }
     kinds = {name: kind_in_file(name, shape, own) for name, shape in shapes.items()}
-    return Model(spec, read, tensors, tuple(entries), hparams, kinds, mapped, own)
+    packed = {name: tensor.kind.name for name, tensor in tensors.items() if isinstance(tensor, Repacked)}
+    kinds |= packed
+    return Model(spec, read, tensors, tuple(entries), hparams, kinds, mapped, "MXFP4_MOE" if packed else own)
 
 
 def kind_in_file(name: str, shape: Sequence[int], plain: str) -> str:
@@ -191,11 +197,9 @@ def vocabulary(
     """
     if model.spec.vocab == "none":
         return (), ()
-    from importlib import import_module
+    from adapterkit.gguf.vocab import read_vocab
 
-    found = import_module("adapterkit.gguf.vocab").read_vocab(
-        files, config, kind=model.spec.vocab, rows=model.rows, pre=pre
-    )
+    found = read_vocab(files, config, kind=model.spec.vocab, rows=model.rows, pre=pre)
     if found.size > model.rows:
         raise CheckpointError(
             f"{model.config.ref}: its tokenizer has {found.size} tokens and its embedding {model.rows} rows",

@@ -84,6 +84,7 @@ class ArchSpec:
         vocab: kind of tokenizer, for `read_vocab`.
         drops: parts of names of tensors that runtimes do not use.
         prefixes: of tensor names that are taken off; the root of the rules' names stands there instead.
+        root: what names of a written checkpoint begin with, but for output layers.
         types: further model types that are this architecture.
         needs: tensors that every file has; ``{i}`` stands for every layer.
         uneven: layers may lack tensors that others have.
@@ -91,6 +92,9 @@ class ArchSpec:
         check: what refuses a config that this architecture's runtime cannot run.
         defaults: fields of a config made from GGUF that its metadata does not say.
         encoder: no text comes out of it.
+        experts: of rows of one architecture, the one with (without) experts; told apart by that in a GGUF.
+        when: of rows of one architecture, whether a GGUF file is this one; those without a condition come last.
+        scaled: numbers of the config are multiplied into weights and cannot be told from a GGUF file.
         variant: the model type of another row of the same classes, for configs that are better read by it.
     """
 
@@ -105,6 +109,7 @@ class ArchSpec:
     vocab: str = "auto"
     drops: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ()
+    root: str = ""
     types: tuple[str, ...] = ()
     needs: tuple[str, ...] = ("token_embd.weight", "output_norm.weight")
     uneven: bool = False
@@ -112,6 +117,9 @@ class ArchSpec:
     check: Callable[[Config], None] | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     encoder: bool = False
+    scaled: bool = False
+    experts: bool | None = None
+    when: Callable[[Any], bool] | None = None
     variant: Callable[[Config], str | None] | None = None
 
     @property
@@ -131,3 +139,17 @@ def block(hf: str, *gguf: str, ops: Sequence[Op] = (), writes: bool = True) -> R
 def blocks(**names: str) -> tuple[Rule, ...]:
     """Rules without operations: GGUF name (``attn_q``) = name in the layer."""
     return tuple(block(hf, gguf) for gguf, hf in names.items())
+
+
+def plus_one(rules: Sequence[Rule]) -> tuple[Rule, ...]:
+    """Norms that are stored without the 1 that is added to their weights."""
+    from adapterkit.gguf.arch.ops import Add
+
+    found: list[Rule] = []
+    for one in rules:
+        if one.hf.endswith("norm"):
+            found += [Rule(f"{one.hf}.weight", (f"{one.gguf[0]}.weight",), (Add(1.0),))]
+            found += [Rule(f"{one.hf}.bias", (f"{one.gguf[0]}.bias",))]
+        else:
+            found.append(one)
+    return tuple(found)

@@ -239,10 +239,25 @@ def computed(rows: torch.Tensor, values: Sequence[Value]) -> torch.Tensor:
         elif value.kind == "scale":
             rows = rows * value.number
         elif value.kind == "log":
-            rows = (-rows).log()
+            rows = _log(-rows)
         else:
-            rows = -rows.exp()
+            rows = -rows.double().exp().float()
     return rows
+
+
+def _log(rows: torch.Tensor) -> torch.Tensor:
+    """The float32 numbers whose exponentials round to ``rows``: of those around the logarithm, the one that does."""
+    import torch
+
+    near = rows.double().log().float()
+    best = near
+    for up in (True, False):
+        tried, limit = near, torch.full_like(near, float("inf") if up else float("-inf"))
+        for _ in range(4):
+            tried = torch.nextafter(tried, limit)
+            wrong = best.double().exp().float() != rows
+            best = torch.where(wrong & (tried.double().exp().float() == rows), tried, best)
+    return best
 
 
 def inverted(values: Sequence[Value]) -> tuple[Value, ...]:
@@ -301,6 +316,15 @@ def _upright(
 ) -> list[Part]:
     """A turned box seen from the stored tensor: its rows are columns of the source."""
     return [Part(source, width, held, Strided.all(width), rows, columns, True, values)]
+
+
+def reordered(tensor: Tensor, columns: Strided, *, undo: bool = False) -> Tensor:
+    """A matrix with its columns in the order of ``columns``, or back from it."""
+    width = width_of(tensor)
+    rows = Strided.all(_product(tensor.shape) // width)
+    every = Strided.all(width)
+    part = Part(tensor, width, rows, every, rows, columns) if undo else Part(tensor, width, rows, columns, rows, every)
+    return Gathered(tensor.name, tensor.shape, width, [part], F32)
 
 
 def width_of(tensor: Tensor) -> int:

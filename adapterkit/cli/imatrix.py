@@ -1,0 +1,52 @@
+"""`adapterkit imatrix`"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from adapterkit.cli.output import Progress, count, note, say, show_json
+
+
+@click.command(name="imatrix", short_help="Measure which columns of the weights matter, for quantizing a model.")
+@click.argument("model")
+@click.option(
+    "--text", required=True, type=click.Path(path_type=Path), metavar="FILE", help="Text like the model's own."
+)
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The .gguf file to make.")
+@click.option("--chunk", type=click.IntRange(2), default=512, show_default=True, help="Tokens at a time.")
+@click.option("--chunks", type=click.IntRange(1), help="At most so many; by default the whole text.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "bf16", "f16", "f32"]),
+    default="auto",
+    show_default=True,
+    help="To compute in.",
+)
+@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(
+    model: str, text: Path, out: Path, chunk: int, chunks: int | None, dtype: str, force: bool, as_json: bool
+) -> None:
+    """Run MODEL (a Hugging Face folder, merged if adapters belong to it) over a text and write an importance matrix.
+
+    The file is llama-imatrix's: `--imatrix` here and llama-quantize take it. Needs transformers.
+
+    \b
+    Example:
+      adapterkit imatrix ./merged --text calibration.txt -o imatrix.gguf
+      adapterkit convert ./merged -o model-IQ4_XS.gguf --quant IQ4_XS --imatrix imatrix.gguf
+    """
+    from adapterkit.imatrix import imatrix
+
+    progress = Progress("running over chunk", enabled=not as_json, form=count)
+    report = imatrix(model, text, out, chunk=chunk, chunks=chunks, dtype=dtype, force=force, progress=progress)
+    progress.close()
+    if as_json:
+        show_json(report)
+        return
+    for said in report.notes:
+        note(f"note: {said}")
+    ran = f"{report.chunks} chunks of {report.chunk} tokens"
+    say(f"{report.out}: {count(report.tensors)} weights over {ran}, {report.seconds:.1f} s")

@@ -1,0 +1,260 @@
+"""Rows: encoders, whose hidden states are pooled to embeddings."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from adapterkit.errors import CheckpointError
+from adapterkit.gguf.arch.config import Config
+from adapterkit.gguf.arch.hyper import POOLING
+from adapterkit.gguf.arch.ops import Cut
+from adapterkit.gguf.arch.shared import VOCAB_SIZE, constant
+from adapterkit.gguf.arch.spec import ArchSpec, Key, Rule, rule
+
+_MODES = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_lasttoken": "last",
+}
+_WORDS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
+
+
+def _json(config: Config, name: str) -> Any:
+    try:
+        return json.loads(config.files.get(name, b"null"))
+    except ValueError:
+        raise CheckpointError(f"{config.ref}: {name} is damaged", "download it again") from None
+
+
+def pooling(config: Config) -> int | None:
+    """How sentence-transformers pools this model, when its ``modules.json`` says it.
+
+    Raises:
+        CheckpointError: in a way that GGUF has no number for.
+    """
+    modules = _json(config, "modules.json")
+    for module in modules if isinstance(modules, list) else ():
+        if isinstance(module, dict) and str(module.get("type", "")).endswith("Pooling"):
+            found = _json(config, f"{module.get('path')}/config.json")
+            if not isinstance(found, dict):
+                return None
+            mode = next((word for key, word in _MODES.items() if found.get(key)), None)
+            mode = mode or _WORDS.get(str(found.get("pooling_mode")))
+            if mode is None:
+                raise CheckpointError(f"{config.ref}: GGUF has no number for how it is pooled", "use mean, cls or last")
+            return POOLING[mode]
+    return None
+
+
+def _tree(layer: str, names: dict[str, str]) -> tuple[Rule, ...]:
+    return tuple(rule(f"{layer}{hf}", f"blk.{{i}}.{gguf}") for gguf, hf in names.items())
+
+
+def _older_norms(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Norms as TensorFlow called their weights."""
+    found = []
+    for one in rules:
+        if one.hf.endswith("LayerNorm"):
+            for old, new in (("gamma", "weight"), ("beta", "bias")):
+                found.append(Rule(f"{one.hf}.{old}", (f"{one.gguf[0]}.{new}",), (), False))
+    return (*rules, *found)
+
+
+_BERT_LAYERS = _tree(
+    "encoder.layer.{i}.",
+    {
+        "attn_q": "attention.self.query",
+        "attn_k": "attention.self.key",
+        "attn_v": "attention.self.value",
+        "attn_output": "attention.output.dense",
+        "attn_output_norm": "attention.output.LayerNorm",
+        "ffn_up": "intermediate.dense",
+        "ffn_down": "output.dense",
+        "layer_output_norm": "output.LayerNorm",
+    },
+)
+_BERT_EMBEDDINGS = (
+    rule("embeddings.word_embeddings", "token_embd"),
+    rule("embeddings.token_type_embeddings", "token_types"),
+    rule("embeddings.LayerNorm", "token_embd_norm"),
+)
+_CAUSAL = constant("attention.causal", False)
+_POOLING = Key("pooling_type", pooling)
+_BERT_DROPS = (
+    r"^cls\.(predictions|seq_relationship)",
+    r"^(bert\.|roberta\.)?pooler\.",
+    r"^lm_head\.",
+    r"position_ids$",
+)
+_LABELS = Key(
+    "classifier.output_labels",
+    lambda c: (
+        [str(name) for _, name in sorted(c.need("id2label").items())]
+        if any(one.endswith("ForSequenceClassification") for one in c.classes) and c.get("id2label")
+        else None
+    ),
+)
+
+
+def _positions(config: Config) -> int:
+    return config.number("context") - config.number("position_offset")
+
+
+_T5 = _tree(
+    "encoder.block.{i}.",
+    {
+        "attn_q": "layer.0.SelfAttention.q",
+        "attn_k": "layer.0.SelfAttention.k",
+        "attn_v": "layer.0.SelfAttention.v",
+        "attn_o": "layer.0.SelfAttention.o",
+        "attn_rel_b": "layer.0.SelfAttention.relative_attention_bias",
+        "attn_norm": "layer.0.layer_norm",
+        "ffn_gate": "layer.1.DenseReluDense.wi_0",
+        "ffn_up": "layer.1.DenseReluDense.wi",
+        "ffn_down": "layer.1.DenseReluDense.wo",
+        "ffn_norm": "layer.1.layer_norm",
+    },
+)
+
+
+def _t5_rules() -> tuple[Rule, ...]:
+    found = [Rule(one.hf, tuple(name.replace("blk.", "enc.blk.") for name in one.gguf)) for one in _T5]
+    found.append(rule("encoder.block.{i}.layer.1.DenseReluDense.wi_1", "enc.blk.{i}.ffn_up", writes=False))
+    return (
+        rule("shared", "token_embd"),
+        rule("encoder.final_layer_norm", "enc.output_norm"),
+        *found,
+    )
+
+
+SPECS = (
+    ArchSpec(
+        "bert",
+        ("BertModel", "BertForMaskedLM", "CamembertModel", "BertForSequenceClassification"),
+        "bert",
+        _older_norms(
+            (
+                *_BERT_EMBEDDINGS,
+                rule("embeddings.position_embeddings", "position_embd"),
+                *_BERT_LAYERS,
+                rule("classifier", "cls.output"),
+            )
+        ),
+        (_CAUSAL, _POOLING, _LABELS),
+        prefixes=("bert.",),
+        drops=_BERT_DROPS,
+        needs=("token_embd.weight", "position_embd.weight"),
+        encoder=True,
+    ),
+    ArchSpec(
+        "bert",
+        ("RobertaModel", "RobertaForSequenceClassification", "XLMRobertaModel", "XLMRobertaForSequenceClassification"),
+        "roberta",
+        _older_norms(
+            (
+                *_BERT_EMBEDDINGS,
+                rule("embeddings.position_embeddings", "position_embd", ops=[Cut("position_offset")]),
+                *_BERT_LAYERS,
+                rule("classifier.dense", "cls"),
+                rule("classifier.out_proj", "cls.output"),
+            )
+        ),
+        (Key("context_length", _positions), _CAUSAL, _POOLING, _LABELS),
+        prefixes=("roberta.",),
+        drops=_BERT_DROPS,
+        types=("xlm-roberta",),
+        when=lambda base: base.header.get("tokenizer.ggml.model") in ("gpt2", "t5"),
+        needs=("token_embd.weight", "position_embd.weight"),
+        encoder=True,
+    ),
+    ArchSpec(
+        "bert",
+        ("DistilBertModel", "DistilBertForMaskedLM"),
+        "distilbert",
+        (
+            rule("embeddings.word_embeddings", "token_embd"),
+            rule("embeddings.LayerNorm", "token_embd_norm"),
+            rule("embeddings.position_embeddings", "position_embd"),
+            *_tree(
+                "transformer.layer.{i}.",
+                {
+                    "attn_q": "attention.q_lin",
+                    "attn_k": "attention.k_lin",
+                    "attn_v": "attention.v_lin",
+                    "attn_output": "attention.out_lin",
+                    "attn_output_norm": "sa_layer_norm",
+                    "ffn_up": "ffn.lin1",
+                    "ffn_down": "ffn.lin2",
+                    "layer_output_norm": "output_layer_norm",
+                },
+            ),
+        ),
+        (constant("attention.layer_norm_epsilon", 1e-12), _CAUSAL, _POOLING),
+        prefixes=("distilbert.",),
+        drops=(r"^vocab_",),
+        when=lambda base: "token_types.weight" not in base,
+        needs=("token_embd.weight", "position_embd.weight"),
+        encoder=True,
+    ),
+    ArchSpec(
+        "modern-bert",
+        ("ModernBertModel", "ModernBertForMaskedLM"),
+        "modernbert",
+        (
+            rule("embeddings.tok_embeddings", "token_embd"),
+            rule("embeddings.norm", "token_embd_norm"),
+            rule("final_norm", "output_norm"),
+            *_tree(
+                "layers.{i}.",
+                {
+                    "attn_norm": "attn_norm",
+                    "attn_qkv": "attn.Wqkv",
+                    "attn_output": "attn.Wo",
+                    "ffn_norm": "mlp_norm",
+                    "ffn_up": "mlp.Wi",
+                    "ffn_down": "mlp.Wo",
+                },
+            ),
+        ),
+        (
+            Key("attention.layer_norm_epsilon", "norm_eps", 1e-5),
+            _CAUSAL,
+            _POOLING,
+            Key("attention.sliding_window", "local_attention", needed=True),
+            Key("attention.sliding_window_pattern", "global_attn_every_n_layers"),
+            constant("rope.scaling.type", "none"),
+            VOCAB_SIZE,
+            Key("hidden_activation", "hidden_activation"),
+        ),
+        leave=("attention.layer_norm_rms_epsilon",),
+        prefixes=("model.",),
+        drops=(r"^head\.", r"^decoder\."),
+        uneven=True,
+        encoder=True,
+    ),
+    ArchSpec(
+        "t5encoder",
+        ("T5EncoderModel",),
+        "t5",
+        _t5_rules(),
+        (
+            Key("context_length", "n_positions", 512),
+            Key("embedding_length", "d_model", needed=True),
+            Key("feed_forward_length", "d_ff", needed=True),
+            Key("block_count", lambda c: c.number("layers")),
+            Key("attention.head_count", "num_heads", needed=True),
+            Key("attention.key_length", "d_kv", needed=True),
+            Key("attention.value_length", "d_kv", needed=True),
+            Key("attention.layer_norm_epsilon", "layer_norm_epsilon", needed=True),
+            Key("attention.relative_buckets_count", "relative_attention_num_buckets", needed=True),
+            Key("attention.layer_norm_rms_epsilon", "layer_norm_epsilon", needed=True),
+        ),
+        common=False,
+        drops=(r"^encoder\.embed_tokens\.",),
+        needs=("token_embd.weight", "enc.output_norm.weight"),
+        uneven=True,
+        encoder=True,
+        vocab="unigram",
+    ),
+)

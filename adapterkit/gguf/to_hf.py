@@ -1,0 +1,132 @@
+"""From a GGUF file to the Hugging Face folder that it is: tensors, config, tokenizer and card."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.checkpoint.checkpoint import Checkpoint
+from adapterkit.checkpoint.tensor import Cast
+from adapterkit.dtypes import BF16, F16, F32
+from adapterkit.errors import UsageError
+from adapterkit.gguf.arch.back import config_of, spec_of_gguf
+from adapterkit.gguf.arch.config import Config
+from adapterkit.gguf.arch.mapping import Mapper
+from adapterkit.gguf.arch.views import scattered
+from adapterkit.gguf.tensors import Packed, decoded
+
+if TYPE_CHECKING:
+    from adapterkit.checkpoint.tensor import Tensor
+    from adapterkit.dtypes import DType
+    from adapterkit.gguf.checkpoint import GGUFCheckpoint
+
+WEIGHTS = "model.safetensors"
+CARD = "README.md"
+
+
+def to_hf(base: GGUFCheckpoint, dtype: DType | None = None) -> tuple[Checkpoint, dict[str, bytes], list[str]]:
+    """A view of a GGUF model as a Hugging Face checkpoint, the files beside it, and notes.
+
+    Args:
+        base: the model.
+        dtype: of all weights; by default floats stay as they are, and quantized weights become float16.
+
+    Raises:
+        UsageError: this is no model.
+        TargetError: an architecture or a tensor that the table does not know.
+        CheckpointError: tensors or a tokenizer that are incomplete.
+    """
+    from adapterkit.gguf.vocab import tokenizer_files
+
+    if base.kind != "model":
+        raise UsageError(f"{base.ref} is a GGUF {base.kind}, not a model", "give a model")
+    spec = spec_of_gguf(base)
+    config = config_of(base, spec)
+    view = hf_view(base, Mapper(spec, Config(config, base.ref)))
+    packed = [name for name, tensor in base.items() if isinstance(tensor, Packed)]
+    own = dtype or (F16 if packed else _dtype_of(base))
+    tensors = {}
+    for name, tensor in view.items():
+        vector = len(tensor.shape) < 2 and dtype is None
+        wanted = own if tensor.extent is None and not vector else (dtype or tensor.dtype)
+        tensors[name] = tensor if tensor.dtype is wanted else Cast(tensor, wanted)
+    config["dtype"] = own.torch_name
+    side = {"config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
+    side |= tokenizer_files(base.header)
+    side |= {CARD: card(base)} | generation(base, config)
+    notes = [f"{len(packed)} quantized tensors were decoded and written as {own}"] if packed else []
+    return Checkpoint(base.ref, tensors, dict.fromkeys(tensors, WEIGHTS), config, sources=base.sources), side, notes
+
+
+def hf_view(base: GGUFCheckpoint, mapper: Mapper) -> dict[str, Tensor]:
+    """The tensors of the Hugging Face checkpoint that a GGUF model came from, as handles on its own."""
+    shapes = mapper.hf_shapes(base.shapes, base.ref)
+    mapped = mapper.to_gguf(shapes, base.ref)
+    floats = {name: decoded(base[name]) for name in mapped.arrays if name in base}
+    found = {}
+    for name, shape in shapes.items():
+        arrays = {one: mapped.arrays[one] for one in mapped.sources.get(name, ())}
+        found[name] = scattered(name, shape, arrays, floats)
+    return found
+
+
+def _dtype_of(base: GGUFCheckpoint) -> DType:
+    found = (tensor.dtype for tensor in base.values() if len(tensor.shape) > 1 and tensor.dtype in (BF16, F16, F32))
+    kinds = list(found)
+    return next((kind for kind in kinds if kind is not F32), F32)
+
+
+def card(base: GGUFCheckpoint) -> bytes:
+    """A model card whose front matter says what ``general.*`` says."""
+    import yaml
+
+    get = base.header.get
+    front: dict[str, Any] = {}
+    for key, field in {
+        "name": "model_name",
+        "organization": "organization",
+        "finetune": "finetune",
+        "size_label": "size_label",
+        "license": "license",
+        "license.name": "license_name",
+        "license.link": "license_link",
+        "tags": "tags",
+        "languages": "language",
+    }.items():
+        value = get(f"general.{key}")
+        if value:
+            front[field] = value
+    count = get("general.base_model.count", 0)
+    bases = []
+    for number in range(count if isinstance(count, int) and count < 64 else 0):
+        url = get(f"general.base_model.{number}.repo_url", "")
+        name = get(f"general.base_model.{number}.name", "")
+        bases.append(str(url).removeprefix("https://huggingface.co/") or name)
+    if bases:
+        front["base_model"] = bases
+    text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
+    return f"---\n{text}---\n\nMade from a GGUF file by adapterkit.\n".encode()
+
+
+_SAMPLING = {
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "temp": "temperature",
+    "penalty_repeat": "repetition_penalty",
+}
+
+
+def generation(base: GGUFCheckpoint, config: dict[str, Any]) -> dict[str, bytes]:
+    """``generation_config.json``, where the file names settings."""
+    from adapterkit.gguf.arch.back import _short
+
+    found = {
+        field: _short(base.header[f"general.sampling.{key}"])
+        for key, field in _SAMPLING.items()
+        if f"general.sampling.{key}" in base.header.keys
+    }
+    if not found:
+        return {}
+    tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    return {"generation_config.json": (json.dumps({**tokens, **found}, indent=2) + "\n").encode()}

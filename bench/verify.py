@@ -1,0 +1,82 @@
+"""How long `verify` takes at the level of tensors, beside the merge that it proves, in the same run.
+
+    python bench/verify.py --shape 1b --runs 3
+    python bench/verify.py --shape 1b --runs 3 --gguf Q8_0
+
+The two alternate, every run in a process of its own, all files in one folder (by default in /dev/shm). What is printed are
+medians over the runs, the ratio pair by pair, and the peak memory of both. ``--broken`` also verifies the base in the place
+of the merge, so that every tensor has to be diagnosed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from merge import HIGH_WATER, OURS, run
+from shapes import SHAPES, write_adapter, write_base
+
+VERIFY = (
+    HIGH_WATER
+    + """
+import json, sys, time
+start = time.monotonic()
+import torch, xxhash
+import adapterkit
+from adapterkit.verify import verify
+import adapterkit.verify.tensors, adapterkit.verify.measure, adapterkit.verify.subject, adapterkit.merge
+imported = time.monotonic()
+report = verify(sys.argv[1], base=sys.argv[2], adapters=[sys.argv[3]], jobs=int(sys.argv[4]) or None)
+work = time.monotonic() - imported
+told = {"imports": imported - start, "work": work, "memory": high_water(), "ok": float(report.ok)}
+print(json.dumps(told))
+"""
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
+    parser.add_argument("--dir", type=Path, default=Path("/dev/shm/adapterkit-bench"))
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=0, help="0: as many as adapterkit chooses")
+    parser.add_argument("--broken", action="store_true", help="also a merge in which nothing was merged")
+    options = parser.parse_args()
+    root = options.dir / options.shape
+    base, adapter, out = root / "base", root / "adapter", root / "out"
+    if not base.exists():
+        write_base(base, SHAPES[options.shape])
+        write_adapter(adapter, SHAPES[options.shape])
+    weights = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    print(f"{options.shape}: {weights / 1e9:.2f} GB of bf16, LoRA r=16 on all linear layers")
+    found: dict[str, list[dict[str, float]]] = {"merge": [], "verify": []}
+    jobs = str(options.jobs)
+    for index in range(options.runs + 1):
+        shutil.rmtree(out, ignore_errors=True)
+        merged = run(OURS, str(base), str(adapter), str(out), jobs)
+        verified = run(VERIFY, str(out), str(base), str(adapter), jobs)
+        assert verified["ok"] == 1.0
+        if index:  # the first round warms the caches
+            found["merge"].append(merged)
+            found["verify"].append(verified)
+    if options.broken:
+        found["verify of the base"] = [run(VERIFY, str(base), str(base), str(adapter), jobs)]
+    print(f"{'':<20} {'seconds':>8} {'imports':>8} {'peak memory':>12}")
+    for name, runs in found.items():
+        work, imports, memory = (statistics.median(one[key] for one in runs) for key in ("work", "imports", "memory"))
+        print(f"{name:<20} {work:>8.2f} {imports:>8.2f} {memory / 1e6:>9.0f} MB")
+    pairs = [theirs["work"] / ours["work"] for ours, theirs in zip(found["merge"], found["verify"], strict=True)]
+    print(
+        f"verify over merge, pair by pair: median {statistics.median(pairs):.2f}, {min(pairs):.2f} to {max(pairs):.2f}"
+    )
+    shutil.rmtree(root, ignore_errors=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,219 @@
+"""`imatrix`: the sums are those of a float64 formula, for dense layers and for experts, and quantizing takes the file."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import load_model
+from vocab_zoo import byte_level
+
+from adapterkit.convert import convert
+from adapterkit.errors import AdapterkitError, CheckpointError, NotFound, OutputError, UsageError
+from adapterkit.gguf.checkpoint import open_gguf
+from adapterkit.gguf.importance import load_importance
+from adapterkit.gguf.quantize import Quantization
+from adapterkit.gguf.vocab import pretokenizers
+from adapterkit.imatrix import imatrix
+
+CHUNK = 32
+COMMON: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 128,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> str:
+    row = pretokenizers.row_of("qwen2")
+    assert row is not None
+    return str(byte_level(pretokenizers.as_json(row), size=280).to_str())
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The quick brown fox jumps over 12 lazy dogs, and they do not mind.\n" * 12)
+    return path
+
+
+def build(folder: Path, cls: str, tokenizer: str, **config: Any) -> Path:
+    import transformers
+
+    torch.manual_seed(5)
+    made = getattr(transformers, cls.replace("ForCausalLM", "Config"))(**COMMON, **config)
+    made._experts_implementation = "eager"
+    model = getattr(transformers, cls)(made).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1) if parameter.dim() > 1 else None
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(tokenizer)
+    return folder
+
+
+def chunks(folder: Path, words: Path) -> list[list[int]]:
+    from tokenizers import Tokenizer
+
+    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(words.read_text(), add_special_tokens=False).ids
+    return [ids[at : at + CHUNK] for at in range(0, len(ids) - CHUNK + 1, CHUNK)]
+
+
+def values(path: Path) -> dict[str, Any]:
+    return {name: tensor.read(0, tensor.numel).view(tensor.shape).numpy() for name, tensor in open_gguf(path).items()}
+
+
+def inputs_of(model: Any, rows: list[list[int]]) -> dict[str, torch.Tensor]:
+    """The squares of what each linear layer was given, summed, in float64, by module."""
+    sums: dict[str, torch.Tensor] = {}
+    hooks = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+
+            def add(_: Any, given: Any, name: str = name) -> None:
+                squares = given[0].reshape(-1, given[0].shape[-1]).square().sum(0)
+                sums[name] = sums.get(name, 0) + squares
+
+            hooks.append(module.register_forward_pre_hook(add))
+    with torch.no_grad():
+        for row in rows:
+            model(input_ids=torch.tensor([row]))
+    for hook in hooks:
+        hook.remove()
+    return sums
+
+
+def test_dense_layers(tmp_path: Path, tokenizer: str, words: Path) -> None:
+    folder = build(tmp_path / "hf", "LlamaForCausalLM", tokenizer)
+    rows = chunks(folder, words)
+    report = imatrix(folder, words, tmp_path / "imatrix.gguf", chunk=CHUNK)
+    assert (report.chunks, report.tensors, report.missing) == (len(rows), 14, ())
+    found = values(tmp_path / "imatrix.gguf")
+    assert len(found) == 28
+    sums = inputs_of(load_model(folder).double(), rows)
+    theirs = {
+        "q_proj": "attn_q",
+        "v_proj": "attn_v",
+        "o_proj": "attn_output",
+        "down_proj": "ffn_down",
+        "up_proj": "ffn_up",
+    }
+    for layer in range(2):
+        for module, name in theirs.items():
+            part = "self_attn" if module in ("q_proj", "v_proj", "o_proj") else "mlp"
+            expected = sums[f"model.layers.{layer}.{part}.{module}"].numpy()
+            np.testing.assert_allclose(found[f"blk.{layer}.{name}.weight.in_sum2"], expected, rtol=1e-5)
+            assert found[f"blk.{layer}.{name}.weight.counts"] == [len(rows) * CHUNK]
+    header = open_gguf(tmp_path / "imatrix.gguf").header
+    assert header["general.type"] == "imatrix"
+    assert (header["imatrix.datasets"], header["imatrix.chunk_count"]) == ([str(words)], len(rows))
+    assert header["imatrix.chunk_size"] == CHUNK
+
+
+def test_experts_apart(tmp_path: Path, tokenizer: str, words: Path) -> None:
+    import transformers
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
+    folder = build(tmp_path / "hf", "Qwen3MoeForCausalLM", tokenizer, **experts)
+    rows = chunks(folder, words)
+    imatrix(folder, words, tmp_path / "imatrix.gguf", chunk=CHUNK)
+    found = values(tmp_path / "imatrix.gguf")
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").double()
+    up, down, counts = torch.zeros(4, 256), torch.zeros(4, 256), torch.zeros(4)
+    module = model.model.layers[1].mlp.experts
+
+    def add(_: Any, given: Any) -> None:
+        hidden, chosen = given[0].reshape(-1, 256), given[1].reshape(-1, 2)
+        for expert in range(4):
+            rows = hidden[(chosen == expert).any(-1)]
+            gate, linear = (rows @ module.gate_up_proj[expert].T).chunk(2, -1)
+            counts[expert] += len(rows)
+            up[expert] += rows.square().sum(0).float()
+            down[expert] += (torch.nn.functional.silu(gate) * linear).square().sum(0).float()
+
+    module.register_forward_pre_hook(add)
+    with torch.no_grad():
+        for row in rows:
+            model(input_ids=torch.tensor([row]))
+    assert sum(counts) == 2 * len(rows) * CHUNK
+    for name, expected in (("ffn_gate_exps", up), ("ffn_up_exps", up), ("ffn_down_exps", down)):
+        np.testing.assert_allclose(found[f"blk.1.{name}.weight.in_sum2"], expected.numpy(), rtol=1e-4)
+        assert found[f"blk.1.{name}.weight.counts"].reshape(-1).tolist() == counts.tolist()
+
+
+def test_a_kernel_on_its_side(tmp_path: Path, tokenizer: str, words: Path) -> None:
+    """GPT-2 multiplies from the other side, and its fused projection is one tensor in both formats."""
+    import transformers
+
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(
+        vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=1
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer.json").write_text(tokenizer)
+    rows = chunks(tmp_path / "hf", words)
+    imatrix(tmp_path / "hf", words, tmp_path / "imatrix.gguf", chunk=CHUNK, dtype="f32")
+    found = values(tmp_path / "imatrix.gguf")
+    model = load_model(tmp_path / "hf").double()
+    seen = torch.zeros(64, dtype=torch.float64)
+
+    def add(_: Any, given: Any) -> None:
+        seen.add_(given[0].square().sum((0, 1)))
+
+    model.transformer.h[1].attn.c_attn.register_forward_pre_hook(add)
+    with torch.no_grad():
+        for row in rows:
+            model(input_ids=torch.tensor([row]))
+    np.testing.assert_allclose(found["blk.1.attn_qkv.weight.in_sum2"], seen.numpy(), rtol=1e-5)
+
+
+def test_quantizing_takes_the_file(tmp_path: Path, tokenizer: str, words: Path) -> None:
+    folder = build(tmp_path / "hf", "LlamaForCausalLM", tokenizer)
+    command = [sys.executable, "-m", "adapterkit", "imatrix", folder, "--text", words, "-o", tmp_path / "im.gguf"]
+    done = subprocess.run([*command, "--chunk", "32", "--json"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tensors"] == 14
+    assert load_importance(tmp_path / "im.gguf").of("blk.0.ffn_down.weight", (256, 256)).shape == (1, 256)
+    for name, more in (("with", {"imatrix": tmp_path / "im.gguf"}), ("without", {})):
+        convert(folder, tmp_path / f"{name}.gguf", quantization=Quantization("Q4_K_M", **more))
+    both = [open_gguf(tmp_path / f"{name}.gguf")["blk.0.ffn_up.weight"] for name in ("with", "without")]
+    assert both[0].dtype == both[1].dtype
+    assert not torch.equal(both[0].read(0, 65536), both[1].read(0, 65536))
+
+
+def test_refused(tmp_path: Path, tokenizer: str, words: Path) -> None:
+    folder = build(tmp_path / "hf", "LlamaForCausalLM", tokenizer)
+    out = tmp_path / "im.gguf"
+    cases: list[tuple[type[AdapterkitError], str, dict[str, Any]]] = [
+        (NotFound, "does not exist", {"text": tmp_path / "no.txt"}),
+        (UsageError, "fewer than one chunk", {"chunk": 5000}),
+        (UsageError, "is no text", {"text": tmp_path}),
+        (UsageError, "says nothing", {"chunk": 1}),
+    ]
+    for kind, says, more in cases:
+        with pytest.raises(kind, match=says):
+            imatrix(folder, **{"text": words, "out": out, **more})
+        assert not out.exists()
+    out.write_bytes(b"x")
+    with pytest.raises(OutputError):
+        imatrix(folder, words, out)
+    assert out.read_bytes() == b"x"
+    convert(folder, tmp_path / "model.gguf")
+    with pytest.raises(UsageError, match="is a GGUF file"):
+        imatrix(tmp_path / "model.gguf", words, tmp_path / "other.gguf")
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="transformers cannot load"):
+        imatrix(folder, words, tmp_path / "other.gguf", chunk=CHUNK)
+    assert not (tmp_path / "other.gguf").exists()
