@@ -66,6 +66,7 @@ def quantization(step: Step, pins: Pins) -> Quantization | None:
         "token_embedding_type": asked.token_embd_type,
         "leave_output": asked.leave_output,
         "keep_touched": asked.keep_touched,
+        "keep_below": asked.keep_below,
         "yes_lossy": asked.yes_lossy and asked.quant not in FOLDER_FORMATS,
     }
     if not any(given.values()):

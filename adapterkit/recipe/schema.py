@@ -147,6 +147,7 @@ class Output:
     token_embd_type: str | None = None
     leave_output: bool = False
     keep_touched: str | None = None
+    keep_below: float | None = _within(0, 1)
     yes_lossy: bool = False
     plain: bool = False
     rank: int | None = field(default=None, metadata={"range": (1, None)})

@@ -25,7 +25,7 @@ _ALWAYS = ("path", "to", "register", "push")
 _WRITTEN = ("dtype", "double_quant", "max_shard_size")
 # Which keys of an output mean something for what makes it.
 TAKES = {
-    MERGE: (*_ALWAYS, *_QUANT, "adapters", "base", "merge", *_WRITTEN, "keep_touched", "verify"),
+    MERGE: (*_ALWAYS, *_QUANT, "adapters", "base", "merge", *_WRITTEN, "keep_touched", "keep_below", "verify"),
     COMBINE: (*_ALWAYS, "adapters", "base", "merge", "dtype", "rank", "energy", "own_ranks"),
     CONVERT: (*_ALWAYS, *_QUANT, "from_", "adapters", "base", *_WRITTEN, "plain", "rank", "energy", "verify"),
 }
