@@ -15,11 +15,13 @@ from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, given, methods_
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
 from adapterkit.cli.quantization import NAMES as TYPES
 from adapterkit.cli.quantization import quantization, quantization_options
+from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
     from adapterkit.adapters.fidelity import FidelityReport
 
 FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
+CALIBRATED = ("awq", "gptq")
 
 
 @click.command(name="merge", cls=MethodCommand, short_help="Fold adapters into a base, in one streaming pass.")
@@ -121,6 +123,11 @@ def command(
     # `--quant` takes the formats of a folder too; the rest of its values are mixes of a GGUF file.
     folder_quant = types["mix"] if types["mix"] in FOLDER_FORMATS else None
     yes_lossy = types["yes_lossy"]
+    if types["mix"] in CALIBRATED:
+        raise UsageError(
+            f"{types['mix']} needs a calibration, which a merge has no text for",
+            f"merge to 16 bits, then convert that --to {types['mix']} --calibration FILE",
+        )
     if folder_quant is not None:
         types |= {"mix": None, "yes_lossy": False}
     how: dict[str, Any] = {
@@ -173,7 +180,10 @@ def command(
         say(f"{used.ref} ({used.method}){weight}")
     if report.method != "linear":
         say(f"  by {report.method}")
-    say(f"  into {report.base}: {count(report.touched)} of {count(report.tensors)} tensors changed, the rest copied")
+    values = "" if report.base_values == "as stored" else f" ({report.base_values})"
+    say(
+        f"  into {report.base}{values}: {count(report.touched)} of {count(report.tensors)} tensors changed, the rest copied"
+    )
     for name in report.added:
         say(f"  new: {name}")
     if dry_run or save_plan is not None:
@@ -193,8 +203,12 @@ def command(
 def show_fidelity(found: FidelityReport) -> None:
     """What survives, and the tensors that keep least."""
     say(found.summary)
-    say(f"  {'retention':>9} {'cosine':>7} {'unmoved':>8} {'|d|/|W|':>8}  tensor")
+    trained = any(row.base_error is not None for row in found.tensors)
+    say(f"  {'retention':>9} {'cosine':>7} {'unmoved':>8} {'|d|/|W|':>8}{' |W-q|/|d|' if trained else ''}  tensor")
     for row in found.tensors[:5]:
-        say(f"  {row.retention:>9.1%} {row.cosine:>7.4f} {row.unmoved:>8.1%} {row.relative:>8.1e}  {row.name}")
+        error = f" {row.base_error:>9.2f}" if row.base_error is not None else " " * 10 * trained
+        say(f"  {row.retention:>9.1%} {row.cosine:>7.4f} {row.unmoved:>8.1%} {row.relative:>8.1e}{error}  {row.name}")
+    if found.base_error is not None:
+        say(f"quantizing the base moved it {found.base_error:.2g} times as far as the adapter does (the median layer)")
     if found.advice:
         note(f"warning: {found.advice}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.recipe.lock import Pinned
-from adapterkit.recipe.steps import FOLDER_FORMATS, Input, Step
+from adapterkit.recipe.steps import FOLDER_FORMATS, MERGE, Input, Step
 
 if TYPE_CHECKING:
     from adapterkit.conversions.conversion import Conversion
@@ -66,7 +66,6 @@ def quantization(step: Step, pins: Pins) -> Quantization | None:
         "token_embedding_type": asked.token_embd_type,
         "leave_output": asked.leave_output,
         "keep_touched": asked.keep_touched,
-        "keep_below": asked.keep_below,
         "yes_lossy": asked.yes_lossy and asked.quant not in FOLDER_FORMATS,
     }
     if not any(given.values()):
@@ -183,6 +182,21 @@ def combine_step(step: Step, pins: Pins, how: How, *, force: bool) -> Any:
         progress=how.progress,
         **dict(rule.parameters),
     )
+
+
+def hand_over(step: Step, pins: Pins) -> None:
+    """Write what loads a GGUF output in its server beside it, where the recipe asks for that."""
+    if step.asked.for_ is None:
+        return
+    from adapterkit.checkpoint.open import locate
+    from adapterkit.handover import write_handover
+
+    place = None
+    if step.base is not None and step.verb == MERGE:
+        opened = opened_as(step.base, pins)
+        found = locate(opened) if not Path(opened).is_file() else None
+        place = getattr(found, "path", None)
+    write_handover(step.out, step.asked.for_, beside=place)
 
 
 _LEFT_OUT = ("path", "to", "from_", "adapters", "base", "merge", "verify", "register", "push", "imatrix")
