@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from adapterkit.checkpoint.tensor import BLOCK
 from adapterkit.gguf.encode import encode_into
 from adapterkit.gguf.kernels import native
 from adapterkit.gguf.kernels.layouts import LAYOUTS
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ROWS, COLUMNS = 2048, 4096
+BLOCK_ROWS = BLOCK // COLUMNS  # what an output's encoder gets at a time
 
 
 def timed(pool: ThreadPoolExecutor, work: Callable[[slice], None], parts: list[slice]) -> tuple[float, float]:
@@ -56,9 +58,9 @@ def measure(name: str, weighted: bool, backend: Any, threads: int, repeats: int,
         raise SystemExit(f"{name}: the bytes differ from llama.cpp's, nothing to compare")
     start = time.perf_counter()
     c_encode(x[:16], probe)
-    rows = int(max(32, min(ROWS, 16 * budget * threads / (time.perf_counter() - start))))
-    step = max(1, rows // (threads * 4))
-    parts = [slice(at, at + step) for at in range(0, rows, step)]
+    rows = int(min(ROWS, 16 * budget * threads / (time.perf_counter() - start)))
+    rows = max(1, round(rows / BLOCK_ROWS / threads)) * threads * BLOCK_ROWS
+    parts = [slice(at, at + BLOCK_ROWS) for at in range(0, rows, BLOCK_ROWS)]
     ours, theirs = [], []
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(repeats):
