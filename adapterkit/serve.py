@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit.errors import NotFound, UsageError
+from adapterkit.handover import SUFFIXES, handover
 from adapterkit.registry import resolve
 from adapterkit.registry.checkout import checkout
 from adapterkit.registry.home import open_home
@@ -84,6 +85,7 @@ class ServeArgs:
     refs: tuple[str, ...]
     paths: tuple[str, ...]
     source: str
+    notes: tuple[str, ...] = ()
 
 
 def serve_args(
@@ -113,7 +115,11 @@ def serve_args(
     paths = [_path(record, row, server, copy, home) for record in records]
     quoted = [shlex.quote(path) if server != "ollama" else path for path in paths]
     requests: tuple[str, ...] = ()
-    if not adapters:
+    notes: tuple[str, ...] = ()
+    if not adapters and paths[0].endswith(".gguf") and server in SUFFIXES:
+        found = handover(paths[0], server)
+        text, notes = found.text.rstrip("\n"), found.notes
+    elif not adapters:
         text = row.model.format(path=quoted[0])
     else:
         on = base or _base(adapters, server, row)
@@ -125,7 +131,7 @@ def serve_args(
             rank=_rank(records, server),
         )
         requests = tuple(row.after.format(json=json.dumps(path)) for path in paths) if row.after else ()
-    return ServeArgs(server, text, requests, tuple(r.ref for r in records), tuple(paths), row.source)
+    return ServeArgs(server, text, requests, tuple(r.ref for r in records), tuple(paths), row.source, notes)
 
 
 def _path(record: Record, row: Server, server: str, copy: Path | None, home: Path | None) -> str:

@@ -294,6 +294,37 @@ def test_offline(hub: Hub, base: Path, headers_only: bool, monkeypatch: pytest.M
     assert len(hub.calls) == before
 
 
+@pytest.mark.parametrize("verb", ["check", "merge"])
+@pytest.mark.parametrize(("trouble", "code"), [("unknown", 7), ("no token", 4), ("no network", 5)])
+def test_exit_codes_of_the_command_line(
+    trouble: str,
+    code: int,
+    verb: str,
+    hub: Hub,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from adapterkit.cli import main
+
+    if trouble == "unknown":
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    if trouble == "no network":
+        hub.fail("/api/models/", None, times=10**6)
+    out = ["-o", str(tmp_path / "out")] if verb == "merge" else []
+    before = sorted(path for path in tmp_path.iterdir() if path.name != "cache")
+    with pytest.raises(SystemExit) as stopped:
+        main([verb, "org/none", str(adapter), *out])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == code
+    assert len(said) == 1
+    assert said[0].startswith("error: ")
+    assert "org/none" in said[0]
+    assert TOKEN not in said[0]
+    assert sorted(path for path in tmp_path.iterdir() if path.name != "cache") == before
+
+
 @BOTH
 def test_pickles_on_the_hub_are_not_even_fetched(hub: Hub, headers_only: bool) -> None:
     hub.add("org/old", {"pytorch_model.bin": b"\x80\x04.", "config.json": b"{}"})

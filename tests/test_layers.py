@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("merge", "combine", "convert", "verify", "recipe", "check", "folders", "inspect", "demo", "servers", "bases"),
         *("register", "provenance", "fits", "hub", "serve", "ui", "attest", "signing"),
         *("resize", "extract", "compare", "heatmap", "family", "ordered"),
-        *("imatrix", "options", "outputs", "conversions", "pickles"),
+        *("handover", "imatrix", "options", "outputs", "conversions", "pickles"),
     ),
     ("report", "problems"),
     ("registry",),

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from adapterkit.cli.attest import attest_option, attested
+from adapterkit.cli.handover import checked, for_option, handed
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
 from adapterkit.cli.quantization import quantization, quantization_options
 from adapterkit.conversions.formats import FORMATS
@@ -45,6 +46,7 @@ from adapterkit.conversions.formats import FORMATS
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
 @click.option("--allow-pickle", is_flag=True, help="Load pickled weights (.bin), as tensors only, in another process.")
 @attest_option
+@for_option
 @click.option("--dry-run", is_flag=True, help="Show what would be done, from headers alone.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run; keep finished work if interrupted again.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
@@ -67,6 +69,7 @@ def command(
     jobs: int | None,
     allow_pickle: bool,
     attest: bool,
+    server: str | None,
     dry_run: bool,
     resume: bool,
     force: bool,
@@ -91,6 +94,7 @@ def command(
     from adapterkit.convert import convert, plan_convert
 
     started = time.monotonic()
+    checked(server, out)
     asked = quantization(types)
     if out is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--out': the file or folder to make.")
@@ -121,6 +125,7 @@ def command(
         report = convert(src, out, **how)
         progress.close()
         attested(attest, out, [base, src])
+        handed(server, out, src)
     if as_json:
         show_json(report)
         return

@@ -10,6 +10,7 @@ import click
 
 from adapterkit.adapters.experts import ORDERS
 from adapterkit.cli.attest import attest_option, attested
+from adapterkit.cli.handover import checked, for_option, handed
 from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, given, methods_flag
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
 from adapterkit.cli.quantization import NAMES as TYPES
@@ -55,6 +56,7 @@ FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
 @click.option("--allow-unknown", is_flag=True, help="Go on where an adapter's config has fields not known here.")
 @click.option("--full-record", is_flag=True, help="Hash every byte of BASE and OUT for the adapterkit.json beside it.")
 @attest_option
+@for_option
 @click.option("--dry-run", is_flag=True, help="Show what would be done, from headers alone.")
 @click.option("--save-plan", type=click.Path(path_type=Path), metavar="FILE", help="Write the plan and stop.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run; keep finished work if interrupted again.")
@@ -85,6 +87,7 @@ def command(
     allow_unknown: bool,
     full_record: bool,
     attest: bool,
+    server: str | None,
     dry_run: bool,
     save_plan: Path | None,
     resume: bool,
@@ -108,6 +111,7 @@ def command(
     from adapterkit.merge import merge, plan_merge
 
     started = time.monotonic()
+    checked(server, out)
     if out is None and not (dry_run or save_plan):
         raise click.UsageError("Missing option '-o' / '--out': the folder to make.")
     types = {name: options.pop(name) for name in (*TYPES, "keep_touched")}
@@ -154,6 +158,7 @@ def command(
         report = merge(base, adapters, out, force=force, resume=resume, progress=progress, **how)
         progress.close()
         attested(attest, out, [base, base16, *adapters])
+        handed(server, out, base)
     kept = report.fidelity is None or min_retention is None or report.fidelity.retention >= min_retention
     if as_json:
         show_json(report)

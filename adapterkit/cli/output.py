@@ -27,6 +27,7 @@ def say(text: str = "") -> None:
 
 def note(text: str) -> None:
     """A line beside the result."""
+    Progress.clear()
     click.echo(clean(text), err=True)
 
 
@@ -44,6 +45,7 @@ def fail(
     Args:
         place: file and line that the error is about.
     """
+    Progress.clear()
     asked = form_of(arguments)
     if asked == "github":
         from adapterkit.problems import ERROR, Problem, github
@@ -91,27 +93,44 @@ class Progress:
     """A bar with bytes (or what ``form`` shows) and ETA on a terminal, a line now and then elsewhere."""
 
     EVERY = 30.0  # seconds between lines where there is no terminal
+    _bar: Progress | None = None  # the one that stands on the terminal now
 
     def __init__(self, label: str, *, enabled: bool = True, form: Callable[[int], str] = size) -> None:
         self._label, self._enabled, self._form = label, enabled, form
         self._tty = sys.stderr.isatty()
-        self._started = self._last = time.monotonic()
-        self._shown = False
+        self._last = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when bytes began to flow, and how many there were already
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
+        if self._first is None and done:
+            self._first = now, done
         if not self._enabled or now - self._last < (0.1 if self._tty else self.EVERY):
             return
-        self._last, self._shown = now, True
+        self._last = now
         share = done / total if total else 1.0
-        left = (now - self._started) * (1 - share) / share if share > 0 else 0.0
-        text = f"{self._label} {self._form(done)} of {self._form(total)}, {share:4.0%}, {left:.0f} s left"
+        text = f"{self._label} {self._form(done)} of {self._form(total)}, {share:4.0%}{self._left(now, done, total)}"
         if self._tty:
+            Progress._bar = self
             filled = int(24 * share)
             click.echo(f"\r{'#' * filled}{'.' * (24 - filled)} {text}\x1b[K", err=True, nl=False)
         else:
             click.echo(text, err=True)
 
+    def _left(self, now: float, done: int, total: int) -> str:
+        """How long it will still take, once there is a pace to tell it by; start-up is no part of that."""
+        if self._first is None or done <= self._first[1]:
+            return ""
+        began, before = self._first
+        return f", {(now - began) * (total - done) / (done - before):.0f} s left"
+
     def close(self) -> None:
-        if self._tty and self._shown:
+        if Progress._bar is self:
+            Progress.clear()
+
+    @classmethod
+    def clear(cls) -> None:
+        """Take a bar off the terminal, so that what comes next has a line of its own."""
+        if cls._bar is not None:
+            cls._bar = None
             click.echo("\r\x1b[K", err=True, nl=False)

@@ -32,5 +32,7 @@ def command(refs: tuple[str, ...], server: str, base: str, copy: Path | None, as
         show_json(found)
         return
     say(found.text)
+    for said in found.notes:
+        note(f"note: {said}")
     for request in found.requests:
         note(f"request: {request}")

@@ -75,9 +75,7 @@ def check(template: str, where: str) -> None:
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ModuleNotFoundError:
         return
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _generation_tag()]
-    )
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions())
     try:
         environment.parse(template)
     except (TemplateSyntaxError, RecursionError) as error:
@@ -85,6 +83,11 @@ def check(template: str, where: str) -> None:
         reason = getattr(error, "message", "") or "it nests too deeply"
         message = f"the chat template of {where} does not parse: line {line}: {reason}"
         raise CheckpointError(message, "repair it, or remove it to write none") from None
+
+
+def extensions() -> list[Any]:
+    """What chat templates may use beside jinja2 itself, as transformers has it."""
+    return ["jinja2.ext.loopcontrols", _generation_tag()]
 
 
 def _generation_tag() -> Any:

@@ -1,0 +1,1 @@
+"""An adapter: formats, methods, and the targets that its modules land on."""

@@ -1,0 +1,66 @@
+"""What MkDocs cannot do by itself: the command line's reference from click's own commands, and links out of docs/."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import click
+from mkdocs.structure.files import File, Files
+
+CLI = "reference/cli.md"
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the page of the command line."""
+    files.append(File.generated(config, CLI, content=cli_reference()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Links to files of the repository become plain names: the site stands alone."""
+    return re.sub(r"\[([^\]]+)\]\(\.\./(?!tutorials|reference|images)[\w./-]+\)", r"\1", markdown)
+
+
+def cli_reference() -> str:
+    """Every verb: what it does, its arguments and options, and its example."""
+    from adapterkit.cli import VERBS, app
+
+    about = (
+        "Every verb prints its result on standard output and everything else on standard error. `--json` prints the report "
+        "as it stands. Exit codes: 0 ok, 1 failure, 2 usage, 3 a check did not hold, 4 authentication, 5 network or Hub, "
+        "6 refused as unsafe, 7 not found, 130 interrupted."
+    )
+    parts = ["# Command line", "", about, ""]
+    context = click.Context(app, info_name="adapterkit")
+    for verb in VERBS:
+        command = app.get_command(context, verb)
+        assert command is not None
+        parts += _command(command, verb, click.Context(command, info_name=f"adapterkit {verb}"))
+    return "\n".join(parts)
+
+
+def _command(command: click.Command, verb: str, context: click.Context) -> list[str]:
+    usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
+    parts = [f"## {verb}", "", "```text", usage, "```", ""]
+    for paragraph in (command.help or "").split("\n\n"):
+        if paragraph.strip().startswith("\b"):
+            lines = paragraph.strip().split("\n")[1:]
+            title = lines.pop(0) if lines and not lines[0].startswith(" ") else ""
+            parts += [title, "", "```text", *(line.removeprefix("  ") for line in lines), "```", ""]
+        else:
+            parts += [_plain(" ".join(paragraph.split())), ""]
+    rows = [_row(parameter, context) for parameter in command.params if isinstance(parameter, click.Option)]
+    return [*parts, "| option | |", "|---|---|", *(row for row in rows if row), ""]
+
+
+def _row(option: click.Option, context: click.Context) -> str:
+    record = option.get_help_record(context)
+    if record is None:
+        return ""
+    names, text = record
+    return f"| `{names}` | {_plain(text)} |"
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[").replace("*", "\\*").replace("_", "\\_")
