@@ -102,8 +102,11 @@ def check(
     matches: list[BaseMatch] = []
     touched = 0
     for adapter in loaded:
-        findings += _named_base(adapter, opened)
         compared = compare_bases(adapter, opened, full=full)
+        named = _named_base(adapter, opened)
+        # Weights are believed over names: a base that is proved to be the same may be called anything.
+        same = compared is not None and compared.fits
+        findings += [one for one in named if not (same and one.code == OTHER_BASE)]
         if compared is not None:
             matches.append(BaseMatch(adapter.ref, *(getattr(compared, field) for field in _COMPARED)))
             findings += _proved(adapter, compared)
@@ -123,6 +126,7 @@ def check(
     return CheckReport(opened.ref, opened.commit, refs, server, ok, touched, tuple(findings), tuple(matches))
 
 
+OTHER_BASE = "other-base"
 _COMPARED = ("verdict", "level", "agree", "differ", "sentence")
 # verdict of a comparison: how bad, and a word for scripts. Whether other shapes fit is what the fold itself says: an
 # adapter trained on a quantized base is merged into the original all the time.
@@ -167,7 +171,7 @@ def _named_base(adapter: Adapter, base: Checkpoint) -> list[Finding]:
         found.append(Finding(WARNING, "local-base", adapter.ref, f"it names its base by a local path ({said})", hint))
     elif not _same_name(said, base.ref):
         message = f"it was trained on {said}, and the base given is {base.ref}"
-        found.append(Finding(WARNING, "other-base", adapter.ref, message, "shapes alone do not tell siblings apart"))
+        found.append(Finding(WARNING, OTHER_BASE, adapter.ref, message, "shapes alone do not tell siblings apart"))
     if adapter.config.revision is None:
         found.append(Finding(NOTE, "no-revision", adapter.ref, "it does not say which revision of its base"))
     elif base.commit and not base.commit.startswith(adapter.config.revision) and len(adapter.config.revision) >= 7:

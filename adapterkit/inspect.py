@@ -17,6 +17,8 @@ from adapterkit.errors import AdapterError
 from adapterkit.gguf.describe import details
 
 if TYPE_CHECKING:
+    import torch
+
     from adapterkit.adapters.method import Module
     from adapterkit.checkpoint.checkpoint import Checkpoint
 
@@ -27,10 +29,11 @@ class ModuleHealth:
 
     Attributes:
         module: its path.
-        rank: of the factors.
-        norm: Frobenius norm of s B A.
-        effective_rank: exp of the entropy of its normalised singular values (Roy and Vetterli 2007).
+        rank: of the factors; of stacked experts, of each.
+        norm: Frobenius norm of s B A; of stacked experts, of all of them together.
+        effective_rank: exp of the entropy of its normalised singular values (Roy and Vetterli 2007); the mean over experts.
         problem: ``nan``, ``untrained`` (B is all zero) or empty.
+        experts: how many are stacked; 0 for an ordinary module.
     """
 
     module: str
@@ -38,6 +41,7 @@ class ModuleHealth:
     norm: float
     effective_rank: float
     problem: str = ""
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ def inspect_adapter(adapter: Adapter, base: Checkpoint | None, health: bool) -> 
     except AdapterError as error:
         mergeable = str(error)
     pairs = [(module, pair) for module in modules if (pair := _pair(module)) is not None]
-    ranks = Counter(str(a.shape[0]) for _, (a, _) in pairs)
+    ranks = Counter(str(a.shape[0] // (_experts(adapter, module, a) or 1)) for module, (a, _) in pairs)
     return Inspection(
         ref=adapter.ref,
         kind="adapter",
@@ -185,31 +189,68 @@ def _scalings(adapter: Adapter, pairs: list[tuple[Module, tuple[Any, Any]]]) -> 
     return dict(found.most_common())
 
 
+def _experts(adapter: Adapter, module: Module, a: Any) -> int:
+    """How many experts the factors of a module are stacked of; 0 when it is an ordinary one.
+
+    The key does not say it: their rank does, which is that of one expert. Without a base there is nothing else to go by.
+    """
+    config = adapter.config
+    leaves = _leaves(adapter)
+    if not leaves or A not in module.tensors:
+        return 0
+    said = {config.pattern("rank_pattern", f"{module.path}.{leaf}") or config.get("r") for leaf in leaves}
+    rank = said.pop()
+    if said or not isinstance(rank, int) or rank < 1 or a.shape[0] % rank or a.shape[0] == rank:
+        return 0
+    return int(a.shape[0] // rank)
+
+
+def _leaves(adapter: Adapter) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in adapter.config.names("target_parameters")})
+
+
+def _factors(adapter: Adapter, module: Module, a: Any, b: Any, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """B and A in float32; of stacked experts ``[experts, rows, r]`` and ``[experts, r, columns]``."""
+    from adapterkit.adapters.change import raw
+    from adapterkit.adapters.experts import SLOWEST, stated_order
+
+    left, right = raw(b).float().reshape(b.shape[0], -1), raw(a).float().reshape(a.shape[0], -1)
+    if EMBEDDING_A in module.tensors:
+        return raw(a).float().T, raw(b).float().T
+    if not experts or left.shape[1] != right.shape[0]:
+        return left, right
+    rank = right.shape[0] // experts
+    order = (experts, rank) if stated_order(adapter.config) == SLOWEST else (rank, experts)
+    left = left.view(left.shape[0], *order)
+    left = left.permute(1, 0, 2) if order == (experts, rank) else left.permute(2, 0, 1)
+    return left, right.view(experts, rank, -1)
+
+
 def _health(adapter: Adapter, pairs: list[tuple[Module, tuple[Any, Any]]]) -> tuple[ModuleHealth, ...]:
     import torch
 
-    from adapterkit.adapters.change import raw
-
     found = []
     for module, (a, b) in pairs:
-        left, right = raw(b).float().reshape(b.shape[0], -1), raw(a).float().reshape(a.shape[0], -1)
-        if EMBEDDING_A in module.tensors:
-            left, right = raw(a).float().T, raw(b).float().T
-        rank = a.shape[0]
+        experts = _experts(adapter, module, a)
+        left, right = _factors(adapter, module, a, b, experts)
+        rank = a.shape[0] // (experts or 1)
         if not (torch.isfinite(left).all() and torch.isfinite(right).all()):
-            found.append(ModuleHealth(module.path, rank, float("nan"), 0.0, "nan"))
+            found.append(ModuleHealth(module.path, rank, float("nan"), 0.0, "nan", experts))
             continue
-        values = _singular_values(left, right) if left.shape[1] == right.shape[0] else torch.zeros(1)
-        total = float(values.sum())
-        share = values / total if total else values
-        entropy = float(-(share[share > 0] * share[share > 0].log()).sum()) if total else 0.0
+        fits = left.shape[-1] == right.shape[-2]
+        values = _singular_values(left, right) if fits else torch.zeros(1, dtype=torch.float64)
+        total = values.sum(-1, keepdim=True)
+        share = values / total.clamp_min(torch.finfo(values.dtype).tiny)
+        entropy = -torch.special.xlogy(share, share).sum(-1)
+        effective = torch.where(total[..., 0] > 0, entropy.exp(), 0.0).mean()
+        leaf = f".{_leaves(adapter)[0]}" if experts else ""
         try:
-            scale = adapter.config.scaling(module.path, rank)
+            scale = adapter.config.scaling(module.path + leaf, rank)
         except AdapterError:
             scale = 1.0
         norm = scale * float(values.square().sum().sqrt())
-        effective = float(torch.tensor(entropy).exp()) if total else 0.0
-        found.append(ModuleHealth(module.path, rank, norm, effective, "" if total else "untrained"))
+        problem = "" if total.any() else "untrained"
+        found.append(ModuleHealth(module.path, rank, norm, float(effective), problem, experts))
     return tuple(found)
 
 
@@ -218,5 +259,5 @@ def _singular_values(left: Any, right: Any) -> Any:
     import torch
 
     _, upper = torch.linalg.qr(left.double())
-    _, lower = torch.linalg.qr(right.double().T)
-    return torch.linalg.svdvals(upper @ lower.T)
+    _, lower = torch.linalg.qr(right.double().mT)
+    return torch.linalg.svdvals(upper @ lower.mT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,11 @@ from adapterkit.errors import CheckFailed, CheckpointError
 from adapterkit.ops.device import check_name, check_there
 from adapterkit.options import FOLDER, GGUF, MergeOptions
 from adapterkit.outputs import Output, output
-from adapterkit.report import AdapterUse, MergeReport
+from adapterkit.report import AdapterUse, MergeReport, PartReport
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from adapterkit.adapters.fidelity import FidelityReport, Watch
     from adapterkit.adapters.fold import Folded
     from adapterkit.checkpoint.files import Source
@@ -245,7 +248,7 @@ def write_merges(
         check_output(planned.plan, planned.sources, one.out, force=one.force, inputs=folders)
         lossy.append(_still_there(planned, yes_lossy=one.yes_lossy))
         watches.append(_watch(planned) if one.fidelity else None)
-        record = _recorder(planned, one.base, full=one.full_record)
+        record = _recorder(planned, one.base, full=one.full_record, measured=partial(_measured, watches[-1], lossy[-1]))
         writings.append(Writing(planned.plan, planned.view, planned.sources, one.out, planned.side, record))
     force = [one.force for one in wanted]
     reused = write_together(writings, jobs=jobs, force=force, resume=resume, progress=progress)
@@ -263,7 +266,22 @@ def _watch(planned: Merge) -> Watch:
     return Watch(planned.folded, kind, planned.output.through)
 
 
-def _recorder(planned: Merge, base: Ref | Checkpoint, *, full: bool = False) -> Callable[[Path], dict[str, bytes]]:
+def _measured(watch: Watch | None, lossy: FidelityReport | None) -> dict[str, Any]:
+    """The evidence that a record gets when the weights are finished."""
+    found = lossy if watch is None else watch.report()
+    if found is None:
+        return {}
+    figures = {name: float(f"{getattr(found, name):.6g}") for name in ("retention", "cosine", "relative", "unmoved")}
+    return {"fidelity": {**figures, "format": found.format, "worst": found.worst.name if found.worst else ""}}
+
+
+def _recorder(
+    planned: Merge,
+    base: Ref | Checkpoint,
+    *,
+    full: bool = False,
+    measured: Callable[[], Mapping[str, Any]] | None = None,
+) -> Callable[[Path], dict[str, bytes]]:
     """What writes ``adapterkit.json`` when the weights are finished."""
     from adapterkit.provenance import adapter_parent, base_parent, parameters_of, recorder
 
@@ -278,7 +296,9 @@ def _recorder(planned: Merge, base: Ref | Checkpoint, *, full: bool = False) -> 
     parents += [adapter_parent(a, weight=w) for a, w in zip(planned.adapters, planned.weights, strict=True)]
     changed = options.quant is not None or options.quantization is not None
     kind = "quantized" if changed else "merged"
-    return recorder("merge", kind, parameters_of(planned.plan.request), parents, method=options.quant or "", full=full)
+    # The words alone: which original it was stands among the parents.
+    asked = {**parameters_of(planned.plan.request), "base_values": planned.base_values.partition(" (")[0]}
+    return recorder("merge", kind, asked, parents, method=options.quant or "", evidence=measured, full=full)
 
 
 def _grid_name(planned: Merge) -> str | None:
@@ -303,23 +323,35 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
     found = left_on_grid(planned.folded, quant, tensors=SAMPLED)
     if found.retention < ENOUGH and not yes_lossy:
         raise CheckFailed(
-            f"{planned.base.ref} is {quant} already, and of this change {found.retention:.1%} would survive that "
-            "grid again",
-            "give the 16-bit original with --base16, write 16 bits or another format, or insist with --yes-lossy",
+            f"the values of {planned.base.ref} are {quant} already, and of this change {found.retention:.1%} would "
+            "survive that grid again",
+            "fold onto the 16-bit original (--base16, or no --as-trained), write 16 bits or another format, or insist "
+            "with --yes-lossy",
         )
     return found
 
 
-def execute(plan: Plan, out: Ref, *, part: int | None = None, jobs: int | None = None, force: bool = False) -> None:
+def execute(
+    plan: Plan,
+    out: Ref,
+    *,
+    part: int | None = None,
+    jobs: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> PartReport | MergeReport:
     """Execute a saved plan: one part of it into the hidden folder beside ``out``, or the end of it when all are done.
 
     The inputs are opened again and the plan is made again; it must come out the same.
 
     Raises:
         CheckpointError: the inputs are not those of the plan.
+        UsageError: there is no such part.
+        OutputError: parts are missing or the disk is full.
     """
     from adapterkit.checkpoint.parts import finish_parts, write_part
 
+    started = time.monotonic()
     if plan.request.get("verb") != "merge" or not {"base", "adapters"} <= set(plan.request):
         raise CheckpointError("this plan does not say which merge it is of", "write one with merge --save-plan")
     options = MergeOptions.of_request(plan.request)
@@ -328,11 +360,14 @@ def execute(plan: Plan, out: Ref, *, part: int | None = None, jobs: int | None =
     if (planned.plan.files, planned.plan.inputs) != (plan.files, plan.inputs):
         raise CheckpointError("the base or an adapter changed since the plan was made", "make the plan again")
     if part is None:
-        finish_parts(
-            plan, Path(out), side_files=planned.side, force=force, record=_recorder(planned, plan.request["base"])
-        )
-    else:
-        write_part(plan, part, planned.view, planned.sources, Path(out), jobs=jobs)
+        record = _recorder(planned, plan.request["base"])
+        finish_parts(plan, Path(out), side_files=planned.side, force=force, record=record)
+        return planned.report(out, seconds=time.monotonic() - started, peak_memory=peak_memory())
+    write_part(plan, part, planned.view, planned.sources, Path(out), jobs=jobs, progress=progress)
+    file = plan.files[part]
+    return PartReport(
+        str(out), part, len(plan.files), file.name, file.nbytes, time.monotonic() - started, peak_memory()
+    )
 
 
 def _adapter_folders(planned: Merge) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG
@@ -36,6 +36,7 @@ def register(
     new_version: bool = False,
     link: bool = False,
     ignore_record: bool = False,
+    evidence: Mapping[str, Any] | None = None,
     home: Path | None = None,
 ) -> Registered:
     """Register an artefact; what is not given is taken from ``adapterkit.json`` beside it, then from its config.
@@ -48,6 +49,7 @@ def register(
         meta: free text by key.
         full: read every byte of the base (and of a registered model) for the strongest identity.
         new_version, link, ignore_record: as in `adapterkit.registry.register.register`.
+        evidence: by kind, beside what the record there holds already.
 
     Raises:
         CheckFailed: ``adapterkit.json`` describes other files than are there.
@@ -64,6 +66,10 @@ def register(
     folder = Path(path).expanduser()
     beside = None if ignore_record else _beside(folder)
     known = None if base is None else _base_identity(base, base_id, folder, full, home)
+    if base is None and base_id:
+        if beside is None or beside.base is None:
+            raise UsageError(f"nothing says which weights {base_id} has", "give the base itself with --base")
+        known = _named(beside.base, base_id)
     own = _own_identity(folder, beside, full)
     return store(
         folder,
@@ -76,6 +82,7 @@ def register(
         new_version=new_version,
         link=link,
         ignore_beside=ignore_record,
+        evidence=evidence,
         home=home,
     )
 

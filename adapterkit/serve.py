@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from adapterkit.registry.record import NOT_CONTENT, Record
 
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes (vllm/config/lora.py)
 _ADAPTERS = ("adapter", "combined")
+_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf")
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,12 @@ class Server:
     Attributes:
         model: the command for a whole model; ``{path}``.
         adapters: the command for a base with adapters; ``{base}``, ``{each}``, ``{rank}``, ``{count}``.
-        each: one adapter in it; ``{name}``, ``{path}``.
-        after: a line for each adapter that is not part of the command, like a request.
+        each: one adapter in it; ``{name}``, ``{path}``; ``between`` stands between two.
+        several: what is added to the command where there is more than one.
+        after: a request that names an adapter, where it takes more than its name; ``{json}`` path, ``{place}`` from 0.
+        after_one: whether a single adapter needs that request too.
+        parts: a set of GGUF files is named by a pattern, not by its first.
+        note: what a user has to know.
         gguf: reads GGUF files and no folders of safetensors.
         single: takes one adapter.
         source: where the flags are documented.
@@ -36,7 +42,12 @@ class Server:
     model: str
     adapters: str
     each: str = ""
+    between: str = " "
+    several: str = ""
     after: str = ""
+    after_one: bool = True
+    parts: bool = False
+    note: str = ""
     gguf: bool = False
     single: bool = False
     source: str = ""
@@ -47,30 +58,41 @@ SERVERS = {
         "vllm serve {path}",
         "vllm serve {base} --enable-lora --max-loras {count} --max-lora-rank {rank} --lora-modules {each}",
         "{name}={path}",
-        source="docs.vllm.ai, LoRA Adapters",
+        source="docs.vllm.ai, Features, LoRA Adapters; vllm/config/lora.py",
     ),
     "sglang": Server(
         "python -m sglang.launch_server --model-path {path}",
         "python -m sglang.launch_server --model-path {base} --enable-lora --max-loras-per-batch {count} "
         "--max-lora-rank {rank} --lora-paths {each}",
         "{name}={path}",
-        source="docs.sglang.ai, LoRA Serving",
+        source="docs.sglang.io, Advanced Features, LoRA Serving",
     ),
     "lorax": Server(
         "lorax-launcher --model-id {path}",
         "lorax-launcher --model-id {base}",
         after='{{"inputs": "...", "parameters": {{"adapter_source": "local", "adapter_id": {json}}}}}',
-        source="loraexchange.ai, Adapters",
+        source="predibase/lorax, docs/models/adapters/index.md",
     ),
     "llama.cpp": Server(
         "llama-server -m {path}",
-        "llama-server -m {base} {each}",
-        "--lora {path}",
+        "llama-server -m {base} --lora {each}",
+        "{path}",
+        # An option that is given twice counts once, and all adapters are applied together unless told otherwise.
+        between=",",
+        several=" --lora-init-without-apply",
+        after='{{"prompt": "...", "lora": [{{"id": {place}, "scale": 1.0}}]}}',
+        after_one=False,
         gguf=True,
-        source="ggml-org/llama.cpp, tools/server/README.md",
+        source="ggml-org/llama.cpp, tools/server/README.md and common/arg.cpp",
     ),
     "ollama": Server(
-        "FROM {path}", "FROM {base}\nADAPTER {each}", "{path}", single=True, source="ollama, docs/modelfile.md"
+        "FROM {path}",
+        "FROM {base}\nADAPTER {each}",
+        "{path}",
+        single=True,
+        parts=True,
+        note="Ollama takes ADAPTER up to 0.34.0 only; for a newer one fold it in: adapterkit merge BASE.gguf {ref} -o OUT.gguf",
+        source="docs.ollama.com, Modelfile Reference and Importing a Model; ollama/ollama#14969",
     ),
 }
 
@@ -119,18 +141,26 @@ def serve_args(
     if not adapters and paths[0].endswith(".gguf") and server in SUFFIXES:
         found = handover(paths[0], server)
         text, notes = found.text.rstrip("\n"), found.notes
+        if row.parts:
+            text = text.replace(paths[0], _PART.sub("-*.gguf", paths[0]))
     elif not adapters:
         text = row.model.format(path=quoted[0])
     else:
         on = base or _base(adapters, server, row)
         each = [row.each.format(name=r.name, path=path) for r, path in zip(records, quoted, strict=True)]
+        if row.between == "," and any("," in path for path in paths):
+            raise UsageError(f"{server} takes paths apart at commas, and {paths[0]} has one", "use --copy DIR")
         text = row.adapters.format(
             base=shlex.quote(on) if server != "ollama" else on,
-            each=" ".join(each),
+            each=row.between.join(each),
             count=len(records),
             rank=_rank(records, server),
         )
-        requests = tuple(row.after.format(json=json.dumps(path)) for path in paths) if row.after else ()
+        if len(records) > 1:
+            text += row.several
+        if row.after and (row.after_one or len(records) > 1):
+            requests = tuple(row.after.format(json=json.dumps(path), place=i) for i, path in enumerate(paths))
+        notes = (row.note.format(ref=records[0].ref),) if row.note else ()
     return ServeArgs(server, text, requests, tuple(r.ref for r in records), tuple(paths), row.source, notes)
 
 

@@ -11,6 +11,7 @@ that has ``model.sig`` among its files, and aliases stay where they are.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -200,6 +201,8 @@ def _verify(model: Path, signature: Path, public: Path, what: str, *, links: boo
         raise CheckFailed(f"{what} was not signed with this key", "check whose key it is") from None
     except OSError as error:
         raise NotFound(f"{what} cannot be read ({error.strerror})", "check its files") from None
+    except ValueError as error:
+        raise CheckFailed(f"{what} is not what was signed: {_differences(error)}", "get it again") from None
     except Exception as error:  # what the package says about a bundle that is none differs with what is wrong in it
         raise CheckFailed(
             f"{what} is not what was signed: {_line(error)}", "get it again from where it was signed"
@@ -231,6 +234,20 @@ def _like(payload: Any) -> Any:
     else:
         config.use_file_serialization(hashing_algorithm=said["hash_type"])
     return config.set_allow_symlinks(True)
+
+
+def _differences(error: ValueError) -> str:
+    """Which files, from a message that gives their digests as bytes."""
+    text = str(error).replace("\\'", "'")
+    parts = []
+    for pattern, said in (
+        (r"Hash mismatch for '([^']+)'", "other bytes in"),
+        (r"Extra files found in model '[^']*': ([^'\"\]]+)", "not signed:"),
+        (r"Missing files in model '[^']*': ([^'\"\]]+)", "missing:"),
+    ):
+        if names := re.findall(pattern, text):
+            parts.append(f"{said} {', '.join(names)}")
+    return "; ".join(parts) or _line(error)
 
 
 def _line(error: Exception) -> str:

@@ -115,6 +115,9 @@ def main() -> None:
     parser.add_argument("--mergekit", metavar="PROGRAM", help="also mergekit-yaml, the program given")
     parser.add_argument("--threads", action="store_true", help="also compare the bytes of 1, 2 and 8 threads")
     parser.add_argument("--sync", action="store_true", help="a copy ends when its bytes are on the disk")
+    parser.add_argument(
+        "--cold", action="store_true", help="no first round that warms the caches: for shapes that outgrow them"
+    )
     parser.add_argument("--keep", action="store_true", help="leave the base and the adapter for another run")
     options = parser.parse_args()
     root = options.dir / options.shape
@@ -150,7 +153,7 @@ def main() -> None:
     if options.mergekit:
         commands["mergekit"] = lambda: theirs(options.mergekit)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
-    for index in range(options.runs + 1):
+    for index in range(options.cold, options.runs + 1):
         for name, command in commands.items():
             if name in ("PEFT", "mergekit") and not 1 <= index <= options.peer_runs:
                 continue

@@ -28,16 +28,25 @@ from adapterkit.registry import disk, fsck, listing, register, store, verbs
 from adapterkit.registry.home import Home
 from adapterkit.registry.identity import Identity
 from adapterkit.registry.record import FileEntry, Operation, Parent, Record
+from adapterkit.ui import overview
+from adapterkit.ui import version as version_page
 
 VERBS = {
     "python -c pass": "pass",
-    "list": "from adapterkit.registry import listing; assert len(listing.listing().rows) == {count}",
+    "list": "from adapterkit.registry import listing; assert len(listing.listing().rows) >= {count}",
     "list, filtered": "from adapterkit.registry import listing; "
     "assert listing.listing(method='dora', alias='prod').rows",
     "show": "from adapterkit.registry import verbs; assert verbs.show('adapter-5@prod').record.version",
     "show by digest": "from adapterkit.registry import verbs; assert verbs.show('sha256:{digest}')",
     "lineage": "from adapterkit.registry import lineage; "
     "assert len(lineage.tree_text(lineage.lineage('chat-q4-7')).splitlines()) > 4",
+    "lineage of a base with 200 children": "from adapterkit.registry import lineage; "
+    "assert len(lineage.lineage('the-base').nodes) > 200",
+}
+
+PAGES = {
+    "page of ui: all": lambda home: overview.page(overview.overview(overview.Query(), home.root), home),
+    "page of ui: one version": lambda home: version_page.page("adapter-5", 1, home.root),
 }
 
 
@@ -68,6 +77,14 @@ def fill(home: Home, count: int, names: int) -> str:
         if kind == "adapter" and number < names:
             verbs.tag(record.ref, "prod", home=home.root)
         last = record.digest
+    family = Identity("org/the-base", "f" * 40)
+    with home.store_lock(shared=True):
+        store.add_record(home, Record("base", identity=family), "the-base")
+        for number in range(200):
+            files = (
+                FileEntry("adapter_model.safetensors", 1, hashlib.sha256(b"child %d" % number).hexdigest(), False),
+            )
+            store.add_record(home, Record("adapter", files, method="lora", base=family), f"child-{number}")
     return last
 
 
@@ -98,6 +115,13 @@ def speed(folder: Path, count: int) -> None:
         listing.listing(home=home.root)
         for verb, code in VERBS.items():
             print(f"  {verb:<36} {timed(code.format(count=count, digest=digest[:16]), home.root)}")
+        for page, make in PAGES.items():
+            times = []
+            for _ in range(7):
+                start = time.perf_counter()
+                make(home)
+                times.append((time.perf_counter() - start) * 1000)
+            print(f"  {page:<36} {statistics.median(times):8.0f} ms in a server that runs")
         verbs.tag("adapter-1", "new", home=home.root)
         print(f"  {'list, just after a change':<36} {timed(VERBS['list'].format(count=count), home.root, 3)}")
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
 import yaml
 from hub import LARGE, Hub, Repo, _Handler, _Problem
 
@@ -254,3 +257,43 @@ def _upload_mode(file: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any
     oid = None if data is None else hashlib.sha256(data).hexdigest() if large else git_blob(data)
     mode = "lfs" if large else "regular"
     return {"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid}
+
+
+@pytest.fixture(name="hub")
+def writable_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Iterator[WritableHub]:
+    """A Hub of our own and a client with a token, which must be seen nowhere but in its own requests."""
+    import huggingface_hub as hf
+    from huggingface_hub import constants, file_download, hf_api
+    from huggingface_hub.utils import _http
+
+    caplog.set_level(logging.DEBUG)
+    with WritableHub() as served:
+        for module in (constants, file_download, hf_api, _http):
+            for name, value in {
+                "ENDPOINT": served.url,
+                "HF_ENDPOINT": served.url,
+                "HUGGINGFACE_CO_URL_TEMPLATE": served.url + "/{repo_id}/resolve/{revision}/{filename}",
+                "HF_HUB_OFFLINE": False,
+                "HF_HUB_CACHE": str(tmp_path / "cache"),
+                "HF_HUB_DISABLE_XET": True,
+                "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
+                "HF_TOKEN_PATH": str(tmp_path / "no-token"),
+                "HF_HUB_DISABLE_PROGRESS_BARS": True,
+                "HF_URL_HOSTS": frozenset({"127.0.0.1"}),
+            }.items():
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", served.url)
+        monkeypatch.setattr(
+            hf_api.HfApi.__init__, "__defaults__", (served.url, *hf_api.HfApi.__init__.__defaults__[1:])
+        )
+        monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # the client's waits between attempts
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setenv("ADAPTERKIT_HOME", str(tmp_path / "home"))
+        hf.close_session()
+        yield served
+        hf.close_session()
+        assert TOKEN not in caplog.text
+        assert not any(call.token for call in served.calls if call.host.startswith("localhost"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -87,13 +88,32 @@ def score(model: torch.nn.Module, tokenizer: object) -> float:
     return float((mood == mood[nearest]).float().mean())
 
 
-def test_minilm_tuned_merged_and_as_good(minilm: Path, tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Tuned:
+    """The model as PEFT trained it, its adapter on disk, and its scores before and after."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    adapter: Path
+    before: float
+    after: float
+
+
+@pytest.fixture(scope="module")
+def tuned(minilm: Path, tmp_path_factory: pytest.TempPathFactory) -> Tuned:
     import peft
     from transformers import AutoModel, AutoTokenizer
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(minilm)
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="FEATURE_EXTRACTION")
+    # The pooler is not part of a mean-pooled embedding, and GGUF has no place for it.
+    config = peft.LoraConfig(
+        r=8,
+        lora_alpha=16,
+        target_modules="all-linear",
+        exclude_modules=["pooler.dense"],
+        task_type="FEATURE_EXTRACTION",
+    )
     model = peft.get_peft_model(AutoModel.from_pretrained(minilm), config)
     before = score(model, tokenizer)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
@@ -105,9 +125,16 @@ def test_minilm_tuned_merged_and_as_good(minilm: Path, tmp_path: Path) -> None:
         loss.backward()
         optimizer.step()
     model.eval()
-    after = score(model, tokenizer)
-    assert before < 0.5 < after
-    model.save_pretrained(tmp_path / "adapter")
+    adapter = tmp_path_factory.mktemp("minilm") / "adapter"
+    model.save_pretrained(adapter)
+    return Tuned(model, tokenizer, adapter, before, score(model, tokenizer))
+
+
+def test_minilm_tuned_merged_and_as_good(minilm: Path, tuned: Tuned, tmp_path: Path) -> None:
+    from transformers import AutoModel, AutoTokenizer
+
+    model, tokenizer, after = tuned.model, tuned.tokenizer, tuned.after
+    assert tuned.before < 0.5 < after
 
     command = [
         sys.executable,
@@ -115,13 +142,13 @@ def test_minilm_tuned_merged_and_as_good(minilm: Path, tmp_path: Path) -> None:
         "adapterkit",
         "merge",
         minilm,
-        tmp_path / "adapter",
+        tuned.adapter,
         "-o",
         tmp_path / "out",
         "--json",
     ]
     report = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    assert (report["tensors"], report["touched"]) == (104, 37)
+    assert (report["tensors"], report["touched"]) == (104, 36)
 
     merged = AutoModel.from_pretrained(tmp_path / "out").eval()
     texts = GOOD + BAD
@@ -136,3 +163,38 @@ def test_minilm_tuned_merged_and_as_good(minilm: Path, tmp_path: Path) -> None:
         path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*") if path.is_file()
     }
     assert {"tokenizer.json", "vocab.txt", "modules.json", "1_Pooling/config.json", "model.safetensors"} <= carried
+
+
+_EMBED = """
+import json, sys
+import xllamacpp as x
+file, texts = json.loads(sys.stdin.read())
+p = x.CommonParams()
+p.model.path = file
+p.embedding = True; p.n_ctx = 256; p.n_parallel = 1; p.n_gpu_layers = 0; p.warmup = False; p.fit_params = False
+p.cpuparams.n_threads = 1; p.verbosity = -1; p.port = 0
+p.flash_attn_type = x.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+server = x.Server(p)
+found = [server.handle_embeddings({"input": text, "model": "m"})["data"][0]["embedding"] for text in texts]
+print("RESULT" + json.dumps(found))
+"""
+
+
+def test_minilm_tuned_folded_and_converted_embeds_the_same_in_llama_cpp(
+    minilm: Path, tuned: Tuned, tmp_path: Path
+) -> None:
+    import adapterkit
+
+    adapterkit.merge(minilm, [tuned.adapter], tmp_path / "tuned.gguf")
+    texts = GOOD + BAD
+    asked = json.dumps([str(tmp_path / "tuned.gguf"), texts])
+    done = subprocess.run([sys.executable, "-c", _EMBED], input=asked, capture_output=True, text=True, timeout=120)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
+    assert line is not None, done.stderr[-1500:]
+    runtime = torch.nn.functional.normalize(torch.tensor(json.loads(line.removeprefix("RESULT"))), dim=1)
+    with torch.no_grad():
+        live = embed(tuned.model, tuned.tokenizer, texts)
+        with tuned.model.disable_adapter():  # type: ignore[operator]
+            base = embed(tuned.model, tuned.tokenizer, texts)
+    assert (runtime * live).sum(1).min() > 0.9999
+    assert (runtime * base).sum(1).max() < 0.999

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from hub_writes import TOKEN, WritableHub
+from hub_writes import TOKEN, WritableHub, writable_hub  # noqa: F401  (the fixture hub)
 from models import edit_config, plain_adapter, plain_base, read_tensors, write_checkpoint
 
 import adapterkit
@@ -36,44 +34,6 @@ from adapterkit.registry import lineage, verbs
 REPO = "my-org/mine"
 # The client uploads with an argument that its own HTTP library has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[WritableHub]:
-    """A Hub of our own and a client with a token, which must be seen nowhere but in its own requests."""
-    import huggingface_hub as hf
-    from huggingface_hub import constants, file_download, hf_api
-    from huggingface_hub.utils import _http
-
-    caplog.set_level(logging.DEBUG)
-    with WritableHub() as served:
-        for module in (constants, file_download, hf_api, _http):
-            for name, value in {
-                "ENDPOINT": served.url,
-                "HF_ENDPOINT": served.url,
-                "HUGGINGFACE_CO_URL_TEMPLATE": served.url + "/{repo_id}/resolve/{revision}/{filename}",
-                "HF_HUB_OFFLINE": False,
-                "HF_HUB_CACHE": str(tmp_path / "cache"),
-                "HF_HUB_DISABLE_XET": True,
-                "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
-                "HF_TOKEN_PATH": str(tmp_path / "no-token"),
-                "HF_HUB_DISABLE_PROGRESS_BARS": True,
-                "HF_URL_HOSTS": frozenset({"127.0.0.1"}),
-            }.items():
-                if hasattr(module, name):
-                    monkeypatch.setattr(module, name, value)
-        monkeypatch.setattr(hf_api.api, "endpoint", served.url)
-        monkeypatch.setattr(
-            hf_api.HfApi.__init__, "__defaults__", (served.url, *hf_api.HfApi.__init__.__defaults__[1:])
-        )
-        monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # the client's waits between attempts
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setenv("ADAPTERKIT_HOME", str(tmp_path / "home"))
-        hf.close_session()
-        yield served
-        hf.close_session()
-        assert TOKEN not in caplog.text
-        assert not any(call.token for call in served.calls if call.host.startswith("localhost"))
 
 
 @pytest.fixture

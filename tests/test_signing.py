@@ -71,7 +71,7 @@ def test_a_folder_and_every_byte_of_it(out: Path, keys: tuple[Path, Path]) -> No
         kept = path.read_bytes()
         for place in (0, len(kept) // 2, -1):
             flip(path, place)
-            with pytest.raises(CheckFailed, match=f"Hash mismatch for '{path.name}'"):
+            with pytest.raises(CheckFailed, match=f"is not what was signed: other bytes in {path.name}; get"):
                 verify(out, public)
             path.write_bytes(kept)
     assert verify(out, public).files == len(files)
@@ -84,11 +84,11 @@ def test_files_more_or_less(out: Path, keys: tuple[Path, Path]) -> None:
     private, public = keys
     sign(out, private)
     (out / "extra.bin").write_bytes(b"x")
-    with pytest.raises(CheckFailed, match="Extra files found"):
+    with pytest.raises(CheckFailed, match=r"not signed: extra\.bin;"):
         verify(out, public)
     (out / "extra.bin").unlink()
     (out / "config.json").unlink()
-    with pytest.raises(CheckFailed, match="Missing files"):
+    with pytest.raises(CheckFailed, match=r"missing: config\.json;"):
         verify(out, public)
 
 
@@ -137,7 +137,7 @@ def test_a_single_file(out: Path, keys: tuple[Path, Path], tmp_path: Path) -> No
     assert sign(file, private).signature == tmp_path / "model-Q4_K_M.gguf.model.sig"
     assert verify(file, public).files == 1
     flip(file)
-    with pytest.raises(CheckFailed, match="Hash mismatch"):
+    with pytest.raises(CheckFailed, match=r"other bytes in \."):
         verify(file, public)
 
 

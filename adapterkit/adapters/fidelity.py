@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from adapterkit.adapters.fold import Folded
+    from adapterkit.dtypes import DType
     from adapterkit.ops.fidelity import Sums
 
     Through = Callable[[torch.Tensor], torch.Tensor]
@@ -63,6 +64,12 @@ class FidelityReport:
     worst: TensorFidelity | None
     tensors: tuple[TensorFidelity, ...]
     format: str
+
+    @property
+    def base_error(self) -> float | None:
+        """The median |W - decode(encode(W))| / |delta| over the tensors whose base is taken as trained."""
+        found = sorted(row.base_error for row in self.tensors if row.base_error is not None)
+        return found[len(found) // 2] if found else None
 
     @property
     def summary(self) -> str:
@@ -113,7 +120,7 @@ class Watch:
             encoded = {name for target in targets for name in target.tensors}
 
             def through(name: str, shape: tuple[int, ...]) -> Through | None:
-                return through_format(kind, shape) if kind and name in encoded else None
+                return through_format(kind, shape, self._tensors[name].dtype) if kind and name in encoded else None
 
         for name, tensor in self._tensors.items():
             tensor.watch = partial(self._add, name, tensor, through(name, tensor.shape))
@@ -172,15 +179,17 @@ class Watch:
             count = rows // SAMPLE
             first = start // tensor.block % SAMPLE * count
             base, wanted = base[first : first + count], wanted[first : first + count]
-        got = wanted.to(tensor.dtype.torch)
-        written = got if through is None else through(got)
+        written = wanted.to(tensor.dtype.torch) if through is None else through(wanted)
         sums = block_sums(base, wanted, written)
         with self._lock:
             self._sums.setdefault(key, {})[start] = sums
 
 
-def through_format(kind: str, shape: tuple[int, ...]) -> Through | None:
-    """decode(encode(.)) of whole rows, with scales from these rows alone and not quantized a second time."""
+def through_format(kind: str, shape: tuple[int, ...], dtype: DType | None = None) -> Through | None:
+    """decode(encode(.)) of whole rows, with scales from these rows alone and not quantized a second time.
+
+    4-bit weights are decoded to ``dtype`` where that is given, as bitsandbytes does it; else to float32.
+    """
     columns = shape[-1]
     if kind == "fp8":
         return None if any(size % FP8_BLOCK for size in shape) else partial(_through_fp8, columns)
@@ -194,7 +203,8 @@ def through_format(kind: str, shape: tuple[int, ...]) -> Through | None:
         flat = rows.reshape(-1)
         absmax = blockwise.absmax_of(flat, grid.blocksize)
         codes = blockwise.encode_4bit(flat, absmax, kind, grid.blocksize)
-        return blockwise.decode_4bit(codes, absmax, kind, grid.blocksize, flat.numel())
+        found = blockwise.decode_4bit(codes, absmax, kind, grid.blocksize, flat.numel())
+        return found if dtype is None else found.to(dtype.torch)
 
     return through
 
@@ -240,13 +250,18 @@ def left_on_grid(folded: Folded, kind: str, *, tensors: int | None = None) -> Fi
 
 
 def already_on_grid(folded: Folded, kind: str) -> list[str]:
-    """Merged tensors whose base values were decoded from ``kind``: writing them so again loses the change."""
+    """Merged tensors whose base values sit on the grid of ``kind``: writing them so again loses the change.
+
+    They were decoded from it, or are taken as trained on it.
+    """
     from adapterkit.checkpoint.decoded import Decoded
     from adapterkit.checkpoint.tensor import Transposed
 
     found = []
     for name, tensor in merged_tensors(folded).items():
         base = tensor.base.inner if isinstance(tensor.base, Transposed) else tensor.base
-        if isinstance(base, Decoded) and base.weight.how.split()[0] == kind:
+        decoded = isinstance(base, Decoded) and base.weight.how.split()[0] == kind
+        trained = isinstance(base, Merged) and f"{base.how} ".startswith(f"as trained in {kind} ")
+        if decoded or trained:
             found.append(name)
     return found

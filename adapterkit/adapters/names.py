@@ -260,16 +260,17 @@ class Names:
             leaf = ".".join(self._called.get(tensor, tensor).split(".")[-2:])
             experts = len(shape) > 2 and (not leaf.endswith(".weight") or leaf in self._loader.stacked)
             lead = len(shape) - 1 if experts else min(1, len(shape))
-        return whole(tensor, shape, lead)
+        return self._whole(tensor, lead)
+
+    def _whole(self, name: str, lead: int) -> Layout:
+        """A tensor with its first ``lead`` dimensions as rows, by where it is stored."""
+        return whole(name, self._shapes[name], lead)
 
     def _converted(self, group: _Group) -> list[Layout] | None:
         """The layouts of a group's parameters; None when its tensors are not what the rule expects."""
         if id(group) not in self._layouts:
             rule, lead = group.rule, lead_of(group.rule.ops)[0]
-            sources = [
-                [whole(name, self._shapes[name], lead) for name in sorted(names, key=_natural)]
-                for names in group.sources
-            ]
+            sources = [[self._whole(name, lead) for name in sorted(names, key=_natural)] for names in group.sources]
             self._layouts[id(group)] = None
             if all(sources):
                 keys = [branch.pattern for branch in rule.branches]

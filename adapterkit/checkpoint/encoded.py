@@ -36,7 +36,8 @@ class _Encoding:
     def codes(self, start: int) -> torch.Tensor:
         """The codes of the range that starts at element ``start``."""
         stop = min(start + self.step, self.weight.numel)
-        codes, scales = self.encoder.encode(self.weight.read(start, stop))
+        # Before a merge's rounding to 16 bits, where there is one: the grid is the only rounding.
+        codes, scales = self.encoder.encode(self.weight.read_wide(start, stop))
         at = self.encoder.scale_at(start)
         with self._lock:
             self._kept()[at : at + scales.numel()] = scales

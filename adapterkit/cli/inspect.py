@@ -123,7 +123,8 @@ def _show_health(found: Inspection) -> None:
     say(f"{'norm':>10} {'rank':>5} {'effective':>9}  module")
     for row in found.health:
         problem = f"  <- {row.problem}" if row.problem else ""
-        say(f"{row.norm:>10.4g} {row.rank:>5} {row.effective_rank:>9.2f}  {row.module}{problem}")
+        stack = f" ({row.experts} experts)" if row.experts else ""
+        say(f"{row.norm:>10.4g} {row.rank:>5} {row.effective_rank:>9.2f}  {row.module}{stack}{problem}")
     bad = [row for row in found.health if row.problem]
     say(
         f"{len(bad)} of {len(found.health)} modules have a problem"

@@ -155,4 +155,7 @@ BNB4 = Codec(
     find,
     True,
     "bitsandbytes 0.50, functional.py: QuantState.as_dict; transformers 5, quantizers/quantizer_bnb_4bit.py",
+    what="NF4 and FP4, every block size, with and without double quantization, any storage dtype",
+    test="test_bitsandbytes.py: bitsandbytes",
+    writes=("nf4", "fp4"),
 )

@@ -64,4 +64,7 @@ BNB8 = Codec(
     find,
     True,
     "bitsandbytes 0.50, nn/modules.py: Linear8bitLt; transformers 5, quantizers/quantizer_bnb_8bit.py",
+    what="LLM.int8 with row-wise scales",
+    test="test_bitsandbytes.py: bitsandbytes",
+    writes=("int8",),
 )

@@ -6,6 +6,7 @@ is read, as a few raw bytes. Decoding reads what a range needs.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -73,6 +74,9 @@ class Codec:
         find: the weights in a checkpoint, given its tensors and its ``quantization_config`` (``{}`` without one).
         alone: the tensors say everything, so that a missing ``quantization_config`` does not matter.
         source: where the layout is published.
+        what: which variants are read, for readers.
+        writes: targets of ``convert`` that give this format.
+        test: the tests that hold it against the library that defines it, or against the published layout.
     """
 
     name: str
@@ -81,6 +85,9 @@ class Codec:
     find: Callable[[Parts, Mapping[str, Any]], Iterator[Weight]] = field(repr=False)
     alone: bool
     source: str
+    what: str
+    test: str
+    writes: tuple[str, ...] = ()
 
 
 AGAIN = "download or save it again"
@@ -112,6 +119,49 @@ def check_shape(part: Part, shape: tuple[int, ...], what: str) -> Part:
         shown = "x".join("*" if size < 0 else str(size) for size in shape)
         raise CheckpointError(f"'{part.name}' is {list(part.shape)} where {what} needs {shown}", AGAIN)
     return part
+
+
+def check_dtype(part: Part, codes: tuple[str, ...], what: str) -> Part:
+    """``part``, whose dtype must be one of ``codes`` (of safetensors headers).
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if part.dtype.code not in codes:
+        raise CheckpointError(f"'{part.name}' is {part.dtype}, which {what} does not have there", AGAIN)
+    return part
+
+
+FLOATS = ("F16", "BF16", "F32", "F64")
+INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
+
+
+def setting(config: Mapping[str, Any], key: str, *kinds: type, default: Any = None) -> Any:
+    """A value of a ``quantization_config``: of one of ``kinds``, or ``default`` where there is none.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    found = config.get(key)
+    if found is None:
+        return default
+    if type(found) not in kinds:
+        raise CheckpointError(f"'{key}' of the quantization_config is {json.dumps(found)[:60]}", AGAIN)
+    return found
+
+
+def block_size(config: Mapping[str, Any], key: str) -> list[tuple[int, int]]:
+    """The rows and columns of a block that a ``quantization_config`` names: one pair, or none.
+
+    Raises:
+        CheckpointError: it is no such pair.
+    """
+    found = setting(config, key, list, default=[])
+    if not found or found == [None, None]:
+        return []
+    if len(found) != 2 or not all(type(size) is int and size > 0 for size in found):
+        raise CheckpointError(f"'{key}' of the quantization_config is {json.dumps(found)[:60]}", AGAIN)
+    return [(found[0], found[1])]
 
 
 def whole(part: Part) -> torch.Tensor:

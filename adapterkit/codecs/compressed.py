@@ -12,7 +12,21 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.codecs.codec import AGAIN, Codec, Part, Parts, Weight, check_shape, companion, stems
+from adapterkit.codecs.codec import (
+    AGAIN,
+    FLOATS,
+    INTEGERS,
+    Codec,
+    Part,
+    Parts,
+    Weight,
+    block_size,
+    check_dtype,
+    check_shape,
+    companion,
+    setting,
+    stems,
+)
 from adapterkit.codecs.fp8 import FLOAT8, beside, describe
 from adapterkit.codecs.scaled import Scaled, check_like, grid_of, grid_scales
 from adapterkit.dtypes import BF16, DType
@@ -35,10 +49,11 @@ FORMATS = (
 
 
 def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
-    schemes = [group.get("weights") or {} for group in (config.get("config_groups") or {}).values()]
-    named = [config.get("format"), *(g.get("format") for g in (config.get("config_groups") or {}).values())]
-    sparse = config.get("sparsity_config")
-    named.append(sparse.get("format") if isinstance(sparse, Mapping) else None)
+    every = setting(config, "config_groups", dict, default={})
+    groups = [setting(every, name, dict, default={}) for name in every]
+    schemes = [setting(group, "weights", dict, default={}) for group in groups]
+    sparse = setting(config, "sparsity_config", dict, default={})
+    named = [setting(one, "format", str) for one in (config, *groups, sparse)]
     unknown = next((name for name in named if name is not None and name not in FORMATS), None)
     if unknown is not None:
         raise CheckpointError(
@@ -48,6 +63,7 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
         packed = parts[f"{stem}.weight_packed"]
         scale = companion(parts, f"{stem}.weight_scale", packed.name, "compressed-tensors")
         more = beside(parts, packed.name)
+        check_dtype(scale, (*FLOATS, *FLOAT8, "U8", "F8_E8M0"), "a scale")
         if packed.dtype.code == "I32":
             yield _integers(f"{stem}.weight", packed, scale, more, schemes)
         else:
@@ -55,7 +71,8 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
     for stem in stems(parts, ".weight_scale"):
         codes = parts.get(f"{stem}.weight")
         if codes is not None and codes.dtype.code in ("I8", *FLOAT8):
-            yield _plain(codes, parts[f"{stem}.weight_scale"], beside(parts, codes.name), schemes)
+            scale = check_dtype(parts[f"{stem}.weight_scale"], (*FLOATS, *FLOAT8, "U8", "F8_E8M0"), "a scale")
+            yield _plain(codes, scale, beside(parts, codes.name), schemes)
 
 
 def _natural(scale: Part) -> DType:
@@ -68,8 +85,7 @@ def _named(more: tuple[Part, ...], leaf: str) -> Part | None:
 
 
 def _plain(codes: Part, scale: Part, more: tuple[Part, ...], schemes: list[Mapping[str, Any]]) -> Weight:
-    structures = [scheme.get("block_structure") for scheme in schemes]
-    blocks = [(int(s[0]), int(s[1])) for s in structures if isinstance(s, list) and len(s) == 2]
+    blocks = [block for scheme in schemes for block in block_size(scheme, "block_structure")]
     block, grid = grid_of(codes.shape, scale, blocks)
     zero, groups = _named(more, "weight_zero_point"), _named(more, "weight_g_idx")
     if zero is not None:
@@ -101,12 +117,12 @@ def _integers(name: str, packed: Part, scale: Part, more: tuple[Part, ...], sche
     stored = _named(more, "weight_shape")
     if stored is None:
         raise CheckpointError(f"'{packed.name}' has no weight_shape beside it", AGAIN)
-    size = stored.dtype.bits // 8
+    size = check_dtype(stored, INTEGERS, what).dtype.bits // 8
     raw = check_shape(stored, (len(packed.shape),), what).raw()
     shape = tuple(int.from_bytes(raw[at : at + size], "little", signed=True) for at in range(0, len(raw), size))
     if len(shape) != 2 or min(shape) <= 0:
         raise CheckpointError(f"'{stored.name}' says {list(shape)}, which is no matrix", AGAIN)
-    named = sorted({int(s["num_bits"]) for s in schemes if isinstance(s.get("num_bits"), int)}) or [4, 8]
+    named = sorted({setting(scheme, "num_bits", int, default=0) for scheme in schemes} - {0}) or [4, 8]
     fitting = [bits for bits in named if 1 < bits <= 8 and packed.shape == (shape[0], -(-shape[1] * bits // 32))]
     if len(fitting) != 1:
         raise CheckpointError(
@@ -114,7 +130,7 @@ def _integers(name: str, packed: Part, scale: Part, more: tuple[Part, ...], sche
             f"{' or '.join(map(str, named))} bits",
             AGAIN,
         )
-    bits = fitting[0]
+    bits: int = fitting[0]
     block, grid = grid_of(shape, scale, [])
     zero, groups = _named(more, "weight_zero_point"), _named(more, "weight_g_idx")
     middle = 1 << (bits - 1)
@@ -153,6 +169,7 @@ def _integers(name: str, packed: Part, scale: Part, more: tuple[Part, ...], sche
 
 
 def _fp4(name: str, packed: Part, scale: Part, more: tuple[Part, ...]) -> Weight:
+    check_dtype(check_shape(packed, (-1, -1), "FP4"), ("U8", "I8", "F4"), "FP4")
     shape = (*packed.shape[:-1], packed.shape[-1] * 2)
     block, grid = grid_of(shape, scale, [])
     over = _named(more, "weight_global_scale")
@@ -183,4 +200,7 @@ COMPRESSED = Codec(
     find,
     False,
     "compressed-tensors 0.20, compressors/: pack_quantized, naive_quantized, nvfp4, mxfp4, mxfp8",
+    what="packed integers of 2 to 8 bits (zero points, g_idx), int8, FP8, NVFP4, MXFP4, MXFP8",
+    test="test_scaled.py: compressed-tensors",
+    writes=("awq", "gptq"),
 )

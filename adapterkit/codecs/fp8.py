@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.codecs.codec import Codec, Part, Parts, Weight, stems
+from adapterkit.codecs.codec import Codec, Part, Parts, Weight, block_size, stems
 from adapterkit.codecs.scaled import Scaled, grid_of, grid_scales
 from adapterkit.dtypes import BF16, F32
 
@@ -39,8 +39,7 @@ BESIDE = (
 
 
 def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
-    size = config.get("weight_block_size")
-    blocks = [(int(size[0]), int(size[1]))] if isinstance(size, list) and len(size) == 2 else []
+    blocks = block_size(config, "weight_block_size")
     done: set[str] = set()
     for end, instead in SCALES:
         for stem in stems(parts, end):
@@ -125,4 +124,7 @@ FP8 = Codec(
     find,
     True,
     "transformers 5, integrations/finegrained_fp8.py: Fp8Dequantize; NVIDIA ModelOpt, torch/export/quant_utils.py",
+    what="FP8 per tensor, row or block (also short last blocks, stacked experts), MXFP8, FP4 pairs; NVFP4 of ModelOpt",
+    test="test_scaled.py: transformers; NVFP4 by its published layout",
+    writes=("fp8",),
 )

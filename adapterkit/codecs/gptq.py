@@ -11,7 +11,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.codecs.codec import AGAIN, Codec, Part, Parts, Weight, check_index, check_shape, companion, stems, whole
+from adapterkit.codecs.codec import (
+    AGAIN,
+    FLOATS,
+    INTEGERS,
+    Codec,
+    Part,
+    Parts,
+    Weight,
+    check_dtype,
+    check_index,
+    check_shape,
+    companion,
+    setting,
+    stems,
+    whole,
+)
 from adapterkit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -23,10 +38,10 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def find_gptq(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
-    bits = config.get("bits", config.get("w_bit"))
+    bits = _bits(config)
     if bits not in (2, 3, 4, 8):
         raise CheckpointError(f"GPTQ weights of {bits} bits are not known", "adapterkit reads 2, 3, 4 and 8 bits")
-    packing = str(config.get("packing_format", "auto_round:auto_gptq"))
+    packing = setting(config, "packing_format", str, default="auto_round:auto_gptq")
     if not packing.endswith("gptq"):
         raise CheckpointError(f"auto-round's packing '{packing}' is not known", "export it again as auto_gptq")
     off = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
@@ -40,9 +55,11 @@ def find_gptq(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
         zeros = check_shape(companion(parts, f"{stem}.qzeros", packed.name, what), (-1, -(-out * bits // 32)), what)
         scales = companion(parts, f"{stem}.scales", packed.name, what)
         check_shape(scales, (zeros.shape[0], out), what)
+        check_dtype(zeros, ("I32",), what)
+        check_dtype(scales, FLOATS, what)
         groups = parts.get(f"{stem}.g_idx")
         if groups is not None:
-            check_shape(groups, (rows,), what)
+            check_dtype(check_shape(groups, (rows,), what), INTEGERS, what)
         size = _group_size(config, rows, zeros.shape[0], packed.name)
 
         def values(held: torch.Tensor, first: int, last: int, rows: int = rows) -> torch.Tensor:
@@ -63,7 +80,7 @@ def find_gptq(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
 
 
 def find_awq(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
-    bits, version = config.get("bits", config.get("w_bit", 4)), str(config.get("version", "gemm")).lower()
+    bits, version = _bits(config, 4), setting(config, "version", str, default="gemm").lower()
     if bits != 4 or version != "gemm":
         raise CheckpointError(f"AWQ '{version}' of {bits} bits is not known", "adapterkit reads gemm of 4 bits")
     for stem in stems(parts, ".qweight"):
@@ -72,6 +89,8 @@ def find_awq(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
         zeros = check_shape(companion(parts, f"{stem}.qzeros", packed.name, "AWQ"), (-1, packed.shape[1]), "AWQ")
         scales = companion(parts, f"{stem}.scales", packed.name, "AWQ")
         check_shape(scales, (zeros.shape[0], out), "AWQ")
+        for part, kinds in ((packed, ("I32",)), (zeros, ("I32",)), (scales, FLOATS)):
+            check_dtype(part, kinds, "AWQ")
         size = _group_size(config, rows, zeros.shape[0], packed.name)
 
         def values(held: torch.Tensor, first: int, last: int) -> torch.Tensor:
@@ -88,9 +107,14 @@ def _awq(words: torch.Tensor) -> torch.Tensor:
     return found.view(words.shape[0], -1)
 
 
+def _bits(config: Mapping[str, Any], default: int | None = None) -> int | None:
+    found: int | None = setting(config, "bits", int, default=setting(config, "w_bit", int, default=default))
+    return found
+
+
 def _group_size(config: Mapping[str, Any], rows: int, groups: int, name: str) -> int:
-    size = config.get("group_size", config.get("q_group_size", -1))
-    size = size if isinstance(size, int) and size > 0 else rows
+    size = setting(config, "group_size", int, default=setting(config, "q_group_size", int, default=-1))
+    size = size if size > 0 else max(rows, 1)
     if -(-rows // size) != groups:
         raise CheckpointError(
             f"'{name}' has {groups} groups where {rows} inputs in groups of {size} have {-(-rows // size)}", AGAIN
@@ -144,7 +168,16 @@ GPTQ = Codec(
     find_gptq,
     False,
     "AutoGPTQ, nn_modules/qlinear; GPTQModel, nn_modules/qlinear/__init__.py: PackableQuantLinear",
+    what="2, 3, 4 and 8 bits, versions 1 and 2, activation order (g_idx); auto-round's export of it",
+    test="test_gptq.py: auto-round (slow), else by its published layout",
 )
 AWQ = Codec(
-    "AWQ", ("awq",), (".qweight", ".qzeros"), find_awq, False, "AutoAWQ, modules/linear/gemm.py; utils/packing_utils.py"
+    "AWQ",
+    ("awq",),
+    (".qweight", ".qzeros"),
+    find_awq,
+    False,
+    "AutoAWQ, modules/linear/gemm.py; utils/packing_utils.py",
+    what="gemm of 4 bits",
+    test="test_gptq.py: AutoAWQ where installed, else by its published layout",
 )

@@ -11,7 +11,19 @@ from collections.abc import Iterator, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.codecs.codec import AGAIN, Codec, Part, Parts, Weight, check_shape, companion, stems, whole
+from adapterkit.codecs.codec import (
+    AGAIN,
+    FLOATS,
+    Codec,
+    Part,
+    Parts,
+    Weight,
+    check_dtype,
+    check_shape,
+    companion,
+    stems,
+    whole,
+)
 from adapterkit.dtypes import BF16, F16, F32, DType
 from adapterkit.errors import CheckpointError
 
@@ -69,6 +81,9 @@ def _weight(parts: Parts, stem: str) -> Weight:
             f"adapterkit reads {', '.join(PACKINGS)} with plain scales",
         )
     bits, count = PACKINGS[packing]
+    check_dtype(packed, ("I32",) if packing.endswith("_32") else ("U8",), "HQQ")
+    for part in (scale, zero):
+        check_dtype(part, FLOATS, "HQQ")
     columns = packed.shape[1]
     if len(shape) != 2 or min(shape) <= 0 or axis not in (0, 1) or prod(shape) % columns:
         raise CheckpointError(f"the shape of '{packed.name}' does not fit its weight", AGAIN)
@@ -117,4 +132,6 @@ HQQ = Codec(
     find,
     True,
     "hqq 0.2, core/quantize.py: HQQLinear.state_dict, Quantizer.dequantize; core/bitpack.py",
+    what="1, 2, 3, 4 and 8 bits on either axis, plain scales",
+    test="test_hqq.py: hqq where installed, else by its published layout",
 )

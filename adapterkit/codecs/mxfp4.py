@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.codecs.codec import Codec, Part, Parts, Weight, check_shape, companion, stems
+from adapterkit.codecs.codec import Codec, Part, Parts, Weight, check_dtype, check_shape, companion, stems
 from adapterkit.dtypes import BF16
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
     for name in stems(parts, "_blocks"):
         blocks = check_shape(parts[f"{name}_blocks"], (-1, -1, -1, GROUP // 2), "mxfp4")
         scales = companion(parts, f"{name}_scales", blocks.name, "mxfp4")
+        check_dtype(blocks, ("U8",), "mxfp4")
+        check_dtype(scales, ("U8", "F8_E8M0"), "mxfp4")
         yield _weight(name, blocks, check_shape(scales, blocks.shape[:-1], "mxfp4"))
 
 
@@ -78,4 +80,6 @@ MXFP4 = Codec(
     find,
     True,
     "OCP Microscaling Formats 1.0; transformers 5, integrations/mxfp4.py: convert_moe_packed_tensors",
+    what="stacked experts of gpt-oss",
+    test="test_scaled.py: transformers",
 )

@@ -108,10 +108,10 @@ def grid_of(
     count = prod(scale.shape)
     if count == lead:
         return (rows, columns), (1, 1)
-    down, across = scale.shape[-2:] if len(scale.shape) >= 2 else (scale.shape[-1], 1)
+    down, across = scale.shape[-2:] if len(scale.shape) >= 2 else (count, 1)
     if len(scale.shape) > 1 and down == 1 and across == rows and columns != rows:
         down, across = rows, 1
-    if lead * down * across == count:
+    if count and lead * down * across == count:
         for height, width in blocks:
             if (down, across) == (-(-rows // height), -(-columns // width)):
                 return (height, width), (down, across)

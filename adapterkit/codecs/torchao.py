@@ -69,4 +69,6 @@ TORCHAO = Codec(
     find,
     True,
     "torchao 0.18, prototype/safetensors/safetensors_support.py; quantize_/workflows/{int8,float8}",
+    what="int8 and float8, plain layouts",
+    test="test_torchao.py: torchao where installed, else by its published layout",
 )

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.files import LocalFile
 from adapterkit.errors import CheckpointError, NotFound
-from adapterkit.gguf.archs import MODEL_TYPES
 from adapterkit.gguf.reader import STRING, GGUFHeader, parse_gguf
 from adapterkit.gguf.tensors import stored
 
@@ -125,10 +124,13 @@ def _checkpoint(ref: str, parts: list[tuple[LocalFile, GGUFHeader]]) -> GGUFChec
 
 def _config(header: GGUFHeader, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What of ``config.json`` can be said: enough for the rules that ask a config."""
-    arch = header.get("general.architecture", "")
+    from adapterkit.gguf.arch.table import specs_of
+
+    arch = str(header.get("general.architecture", ""))
+    rows = specs_of(arch)
     embedding = tensors.get("token_embd.weight")
     return {
-        "model_type": MODEL_TYPES.get(arch, str(arch)),
+        "model_type": rows[0].model_type if rows else arch,
         "architectures": [arch],
         "vocab_size": embedding.shape[0] if embedding is not None else 0,
         "tie_word_embeddings": embedding is not None and "output.weight" not in tensors,

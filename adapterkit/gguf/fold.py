@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.fold import Folded, fold
 from adapterkit.errors import TargetError, UsageError
-from adapterkit.gguf.archs import ALWAYS_TIED, SHIFTED_NORMS
+from adapterkit.gguf.arch.views import reordered
 from adapterkit.gguf.checkpoint import GGUFCheckpoint
-from adapterkit.gguf.names import OUTPUT, GGUFNames, Model
+from adapterkit.gguf.hf import gguf_names
+from adapterkit.gguf.names import OUTPUT
 from adapterkit.gguf.plan import Layout
 from adapterkit.gguf.quantize import Quantization, typed
 from adapterkit.gguf.tensors import decoded
@@ -19,6 +20,7 @@ from adapterkit.ops.device import CPU
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.rule import Rule
+    from adapterkit.gguf.names import GGUFNames
 
 
 @dataclass(frozen=True)
@@ -77,28 +79,35 @@ def fold_values(
     """
     if base.kind != "model":
         raise UsageError(f"{base.ref} is a GGUF {base.kind}, not a model", "give the model first, then the adapter")
-    names = GGUFNames(base.shapes, base.config, Model.of(base))
-    view = replace(base, tensors={name: decoded(tensor) for name, tensor in base.items()})
-    folded = fold(view, adapters, weights, names=names, **how)
-    _check(base, folded)
+    names = gguf_names(base)
+    tensors = {name: decoded(tensor) for name, tensor in base.items()}
+    turned = {name: columns for name in tensors if (columns := names.columns_of(name)) is not None}
+    own = {name: reordered(tensors[name], columns, undo=True) for name, columns in turned.items()}
+    folded = fold(replace(base, tensors={**tensors, **own}, config=names.config), adapters, weights, names=names, **how)
+    _check(base, folded, names)
+    if turned:
+        after = dict(folded.checkpoint.tensors)
+        for name, columns in turned.items():
+            after[name] = reordered(after[name], columns) if name in folded.touched else tensors[name]
+        folded = replace(folded, checkpoint=replace(folded.checkpoint, tensors=after))
     return folded
 
 
-def _check(base: GGUFCheckpoint, folded: Folded) -> None:
+def _check(base: GGUFCheckpoint, folded: Folded, names: GGUFNames) -> None:
     """Changes that a GGUF file has no room for."""
-    road = "merge into the Hugging Face base and convert the result"
+    road = "merge into the Hugging Face base: adapterkit merge BASE ADAPTER -o OUT.gguf"
     if folded.vocab is not None:
         old, new = folded.vocab
         raise TargetError(
             f"the adapter resizes the vocabulary from {old} to {new}, and the tokenizer in {base.ref}", road
         )
-    shifted = [name for name in folded.touched if name.endswith("_norm.weight") and base.arch in SHIFTED_NORMS]
-    if shifted:
-        raise TargetError(f"the adapter trains '{shifted[0]}', which a GGUF {base.arch} stores with other values", road)
+    moved = [name for name in folded.touched if names.moved(name) and names.columns_of(name) is None]
+    if moved:
+        raise TargetError(f"the adapter trains '{moved[0]}', which a GGUF {base.arch} stores with other values", road)
     strange = [name for name in folded.added if name != OUTPUT]
     if strange:
         raise TargetError(f"the adapter adds '{strange[0]}', which a GGUF {base.arch} has no place for", road)
-    if folded.untied and base.arch in ALWAYS_TIED:
+    if folded.untied and names.always_tied:
         raise TargetError(
             f"the adapter changes the embedding or the output layer alone, and {base.arch} in GGUF has one for both",
             road,

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from adapterkit.adapters.method import Edit
     from adapterkit.adapters.target import Piece, Target
 
+# Weights that llama.cpp multiplies with itself, without looking for a LoRA (build_attn of deepseek2).
+IGNORED = ("attn_k_b.weight", "attn_v_b.weight")
 ALPHA, A, B = "adapter.lora.alpha", ".lora_a", ".lora_b"
 
 
@@ -103,6 +105,12 @@ def lora_tensors(
             # PEFT saves embeddings that it did not train beside a LoRA on them; the model has them already.
             notes.append(f"{edit.target.parameter} was saved with the adapter and not trained; it is left out")
             continue
+        ignored = next((tensor for tensor in edit.target.tensors if tensor.endswith(IGNORED)), None)
+        if ignored is not None:
+            raise UnsupportedAdapter(
+                f"{adapter.ref} changes {edit.target.parameter}, and llama.cpp applies no LoRA to '{ignored}'",
+                "merge it instead: adapterkit merge BASE ADAPTER -o merged.gguf",
+            )
         kernel = _kernel(edit, adapter, names)
         for piece in edit.target.pieces:
             shape = shapes[piece.tensor]
@@ -111,7 +119,7 @@ def lora_tensors(
     alpha = float(adapter.config.number("lora_alpha", 0)) or 1.0
     tensors: list[Tensor] = []
     for name in sorted(parts, key=place):
-        a, b = _factors(parts[name], shapes[name], alpha)
+        a, b = names.adjusted(name, *_factors(parts[name], shapes[name], alpha))
         if name == EMBEDDING:
             a, b = b, a.T  # looked up by row: the factor with the vocabulary is called A
         tensors += [Held(name + A, a, "lora a"), Held(name + B, b, "lora b")]

@@ -69,7 +69,9 @@ def to_peft(lora: GGUFCheckpoint, base: Checkpoint) -> tuple[list[Tensor], dict[
         raise TargetError(
             f"{lora.ref} is made for '{lora.arch}', and {base.ref} is '{names.arch}'", "give its own base"
         )
-    pairs = {stem: (_values(a), _values(b)) for stem, (a, b) in lora_of(lora.tensors).items()}
+    pairs = {
+        stem: names.adjusted(stem, _values(a), _values(b), undo=True) for stem, (a, b) in lora_of(lora.tensors).items()
+    }
     alpha = float(lora.header.get(ALPHA, 0.0))
     modules = []
     used: set[str] = set()

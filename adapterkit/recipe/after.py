@@ -4,16 +4,22 @@ it held, and none again for the same bytes."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import CheckFailed
+from adapterkit.errors import CheckFailed, OutputError
+from adapterkit.provenance import created
 from adapterkit.recipe.carry import How, Pins, merge_options, opened_as
 from adapterkit.recipe.parse import RecipeFile
-from adapterkit.recipe.state import Made, State, key_of
+from adapterkit.recipe.state import Made, State, key_of, write_whole
 from adapterkit.recipe.steps import CONVERT, Step
+from adapterkit.registry.record import UNDATED
+from adapterkit.registry.verification import KEY, Verification, evidence_of
+
+if TYPE_CHECKING:
+    from adapterkit.verify.report import VerifyReport
 
 VERIFY, REGISTER, PUSH = "verify", "register", "push"
 # kind of a registered conversion, by its form; a merge and a combination say it in the record beside them
@@ -101,7 +107,7 @@ class After:
         """
         done: dict[str, Mapping[str, Any]] = dict(made.after)
         for name, key, task in self._tasks(step, origin, made, done):
-            if done.get(name, {}).get("key") != key:
+            if done.get(name, {}).get("key") != key or (name == VERIFY and self._lost_page(step)):
                 done[name] = {"key": key, **task()}
                 made = Made(made.key, made.path, made.files, dict(done))
                 self._state.made[step.name] = made
@@ -109,6 +115,10 @@ class After:
         wanted = {VERIFY: step.verify, REGISTER: step.asked.register, PUSH: step.asked.push}
         kept = {name: value for name, value in done.items() if wanted[name] is not None}
         return Made(made.key, made.path, made.files, kept)
+
+    def _lost_page(self, step: Step) -> bool:
+        page = None if step.verify is None else step.verify.html
+        return page is not None and not (self._file.folder / page).is_file()
 
     def _tasks(self, step: Step, origin: Step, made: Made, done: Mapping[str, Any]) -> Iterator[Task]:
         verify, register, push = step.verify, step.asked.register, step.asked.push
@@ -149,13 +159,29 @@ class After:
             progress=self._how.progress,
             **{name: options[name] for name in _OF_VALUES},
         )
+        if asked.html is not None:
+            self._page(self._file.folder / asked.html, found)
         wrong = [finding for finding in found.findings if finding.severity == "error"]
         if wrong:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
             raise CheckFailed(f"outputs.{step.name} does not verify: {wrong[0].text}{more}", wrong[0].hint)
-        counts = ", ".join(f"{number} {status}" for status, number in found.tensors.counts.items() if number)
-        kept = f"{found.tensors.retention:.1%} of the change is there"
-        return {"level": found.level, "summary": f"{found.level}: {counts}; {kept}", "findings": _said(found.findings)}
+        return {
+            "level": found.level,
+            "summary": _summary(found),
+            "findings": [f"{finding.severity}: {finding.text}" for finding in found.findings],
+            "evidence": evidence_of(_levels(found)),
+        }
+
+    def _page(self, path: Path, found: VerifyReport) -> None:
+        """The evidence as a page, whether it holds or not."""
+        from adapterkit.verify.page import html
+
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, html(found).encode())
+        except OSError as error:
+            raise OutputError(f"{path} cannot be written ({error.strerror})", "check the path") from None
+        self._note(f"page written to {path}")
 
     def _register(self, step: Step, done: Mapping[str, Any]) -> dict[str, Any]:
         from adapterkit.register import register
@@ -171,6 +197,7 @@ class After:
             base_id=asked.base_id if converted and step.base is not None else "",
             kind=_KINDS[step.to] if converted else "",
             meta=asked.meta,
+            evidence={KEY: done[VERIFY]["evidence"]} if VERIFY in done else None,
         )
         record = found.record
         self._note(f"{step.name}: {record.ref}{'' if found.new else ', was there already'}")
@@ -191,8 +218,36 @@ class After:
         return {"repo": found.repo, "commit": found.commit, "url": found.pull_request or found.url, "new": found.new}
 
 
-def _said(findings: Iterable[Any]) -> list[str]:
-    return [f"{finding.severity}: {finding.text}" for finding in findings]
+def _summary(found: VerifyReport) -> str:
+    """One line about a verification that held."""
+    counts = ", ".join(f"{number} {status}" for status, number in found.tensors.counts.items() if number)
+    parts = [f"{counts}; {found.tensors.retention:.1%} of the change is there"]
+    if found.layers is not None:
+        parts.append(f"layers lose {found.layers.lost:.1%} of it")
+    if found.model is not None:
+        parts.append(f"{found.model.merged.top1:.1%} of tokens agree, mean KL {found.model.merged.mean_kl:.2g}")
+    return f"{found.level}: {'; '.join(parts)}"
+
+
+def _levels(found: VerifyReport) -> Iterator[Verification]:
+    """The levels of a verification as records carry them; undated unless $SOURCE_DATE_EPOCH says otherwise."""
+    when = created()
+    limits = {name: value for name, value in asdict(found.thresholds).items() if value is not None}
+    dated: dict[str, Any] = {"when": "" if when == UNDATED else when}
+    tensors = found.tensors
+    figures = {
+        "retention": tensors.retention,
+        "cosine": tensors.cosine,
+        "tensors": tensors.total,
+        "touched": tensors.touched,
+    }
+    yield Verification("tensor", found.ok, figures, {k: v for k, v in limits.items() if k == "min_retention"}, **dated)
+    if found.layers is not None:
+        layers = {"lost": found.layers.lost, "error": found.layers.error, "worst": found.layers.worst}
+        yield Verification("layer", found.ok, layers, {}, **dated)
+    if found.model is not None:
+        model = {"kl": found.model.merged.mean_kl, "top1": found.model.merged.top1, "tokens": found.model.tokens}
+        yield Verification("model", found.ok, model, {k: v for k, v in limits.items() if k != "min_retention"}, **dated)
 
 
 def in_folder(path: Path, folder: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.recipe.lock import Pinned
-from adapterkit.recipe.steps import FOLDER_FORMATS, Input, Step
+from adapterkit.recipe.steps import FOLDER_FORMATS, MERGE, Input, Step
 
 if TYPE_CHECKING:
     from adapterkit.conversions.conversion import Conversion
@@ -182,6 +182,21 @@ def combine_step(step: Step, pins: Pins, how: How, *, force: bool) -> Any:
         progress=how.progress,
         **dict(rule.parameters),
     )
+
+
+def hand_over(step: Step, pins: Pins) -> None:
+    """Write what loads a GGUF output in its server beside it, where the recipe asks for that."""
+    if step.asked.for_ is None:
+        return
+    from adapterkit.checkpoint.open import locate
+    from adapterkit.handover import write_handover
+
+    place = None
+    if step.base is not None and step.verb == MERGE:
+        opened = opened_as(step.base, pins)
+        found = locate(opened) if not Path(opened).is_file() else None
+        place = getattr(found, "path", None)
+    write_handover(step.out, step.asked.for_, beside=place)
 
 
 _LEFT_OUT = ("path", "to", "from_", "adapters", "base", "merge", "verify", "register", "push", "imatrix")

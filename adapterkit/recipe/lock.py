@@ -236,7 +236,7 @@ def _moved(name: str, before: Pinned | None, now: Pinned) -> list[str]:
     return found
 
 
-def check_outputs(path: Path, before: Lock, outputs: Mapping[str, Locked], machine: str) -> list[str]:
+def check_outputs(path: Path, before: Lock, outputs: Mapping[str, Locked]) -> list[str]:
     """Hold what was made against a lock; notes where another kind of processor made it.
 
     Raises:
@@ -249,8 +249,9 @@ def check_outputs(path: Path, before: Lock, outputs: Mapping[str, Locked], machi
             continue
         file = next((f for f, digest in made.files.items() if said.files.get(f) != digest), "a file that is gone")
         what = f"outputs.{name} has other bytes than {path.name} says, first in {file}"
-        if machine and before.machine and machine != before.machine:
-            notes.append(f"{what}: it was made on {before.machine}, and this is {machine}")
+        here = machine()
+        if before.machine not in ("", here):
+            notes.append(f"{what}: it was made on {before.machine}, and this is {here}")
             continue
         hint = "build without --locked to see what changed, and look at the versions of what computes"
         raise CheckFailed(what, hint, (str(path), 1))

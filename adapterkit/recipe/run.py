@@ -16,6 +16,7 @@ from adapterkit.recipe.carry import (
     How,
     combine_step,
     convert_step,
+    hand_over,
     plan_convert_step,
     plan_merge_step,
     settings,
@@ -232,7 +233,7 @@ class _Build:
         made: dict[str, Made] = {}
         reports: dict[str, Mapping[str, Any]] = {}
         states: dict[str, str] = {}
-        passes, notes = 0, []
+        passes, notes = 0, list[str]()
         for step in self.steps:
             self._pin(step)
         for step in self.steps:
@@ -252,15 +253,15 @@ class _Build:
                     reports[one.name] = report
                 if self.before is not None:
                     fresh = {one.name: made[one.name] for one in group}
-                    notes += check_outputs(self.lock_file, self.before, self._locked(fresh), machine())
+                    check_outputs(self.lock_file, self.before, self._locked(fresh))
+        if self.before is not None:
+            notes += check_outputs(self.lock_file, self.before, self._locked(made))
         follow = After(self.file, self.state, self.pins, how, note)
         for step in self.steps:
             with located(self.file, "outputs", step.name):
                 made[step.name] = follow.run(step, self._origin(step), made[step.name])
             self.state.made[step.name] = made[step.name]
         self._forget(made)
-        if self.before is not None and not passes:
-            notes += check_outputs(self.lock_file, self.before, self._locked(made), "")
         written = False
         if not self.locked:
             kind = machine() if passes else self._machine_before()
@@ -304,12 +305,16 @@ class _Build:
             with located(self.file, "outputs", step.name):
                 make = combine_step if step.verb == COMBINE else convert_step
                 found = [make(step, self.pins, how, force=replace[0])]
+        for one in group:
+            with located(self.file, "outputs", one.name):
+                hand_over(one, self.pins)
         return [asdict(report) for report in found]
 
     def _note_made(self, step: Step, report: Mapping[str, Any], digests: Mapping[str, str]) -> Made:
         key = self._key(step, digests)
         assert key is not None
-        names = (*report.get("files", ()), f"{step.out.name}.adapterkit.json")
+        beside = ("adapterkit.json", "Modelfile", "llama-server.sh")
+        names = (*report.get("files", ()), *(f"{step.out.name}.{name}" for name in beside))
         files = output_files(step.out, names) if step.is_file or step.out.is_dir() else {}
         before = self.state.made.get(step.name)
         if before is not None and step.is_file and before.path == in_folder(step.out, self.file.folder):

@@ -126,6 +126,7 @@ class Output:
         imatrix ... yes_lossy: of a GGUF output, as in `adapterkit.gguf.quantize.Quantization`; ``tensor_types`` maps
             regular expressions to types.
         plain, rank, energy, own_ranks: of an adapter that is made.
+        for_: of a GGUF output: ``ollama`` or ``llama.cpp``, of which the Modelfile or the command is written beside it.
         register, push: what is done with it when it is there and verified.
     """
 
@@ -148,6 +149,7 @@ class Output:
     leave_output: bool = False
     keep_touched: str | None = None
     yes_lossy: bool = False
+    for_: str | None = field(default=None, metadata={"key": "for", "choices": ("ollama", "llama.cpp")})
     plain: bool = False
     rank: int | None = field(default=None, metadata={"range": (1, None)})
     energy: float | None = _within(0, 1)

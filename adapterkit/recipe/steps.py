@@ -20,7 +20,17 @@ ADAPTER = "adapter"
 MERGE, COMBINE, CONVERT = "merge", "combine", "convert"
 FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
 
-_QUANT = ("quant", "imatrix", "pure", "tensor_types", "output_type", "token_embd_type", "leave_output", "yes_lossy")
+_QUANT = (
+    "for_",
+    "quant",
+    "imatrix",
+    "pure",
+    "tensor_types",
+    "output_type",
+    "token_embd_type",
+    "leave_output",
+    "yes_lossy",
+)
 _ALWAYS = ("path", "to", "register", "push")
 _WRITTEN = ("dtype", "double_quant", "max_shard_size")
 # Which keys of an output mean something for what makes it.
@@ -208,6 +218,10 @@ class _Maker:
         if to == FOLDER and asked.quant is not None and asked.quant not in FOLDER_FORMATS:
             hint = f"use {', '.join(FOLDER_FORMATS)}, or give it a path that ends in .gguf"
             self.file.fail((*place, "quant"), f"'{asked.quant}' is no format of a folder", hint)
+        if asked.for_ is not None and to != GGUF:
+            self.file.fail(
+                (*place, "for"), f"{asked.for_} serves a GGUF file, and {shown(place)} is none", "leave it out"
+            )
         if to == GGUF and asked.quant in FOLDER_FORMATS:
             self.file.fail((*place, "quant"), f"'{asked.quant}' is no type of a GGUF file", "use a mix such as Q4_K_M")
 
@@ -322,14 +336,15 @@ def _check_paths(file: RecipeFile, steps: Mapping[str, Step]) -> None:
     taken: dict[Path, tuple[str, Place]] = {}
     for name, step in steps.items():
         places: list[tuple[Path, Place]] = [(step.out, ("outputs", name, "path"))]
-        if step.asked.verify is not None and step.asked.verify.html is not None:
-            places.append((file.folder / step.asked.verify.html, ("outputs", name, "verify", "html")))
+        if step.verify is not None and step.verify.html is not None:
+            at: Place = ("verify", "html") if step.asked.verify is None else ("outputs", name, "verify", "html")
+            places.append((file.folder / step.verify.html, at))
         for path, place in places:
             real = _real(path)
-            for other, (which, at) in taken.items():
+            for other, (which, there) in taken.items():
                 if other == real or other in real.parents or real in other.parents:
                     how = "is where" if other == real else "lies in or around where"
-                    line = file.at(*at)[1]
+                    line = file.at(*there)[1]
                     file.fail(
                         place, f"{_short(file, path)} {how} {which} goes (line {line})", "give each a path of its own"
                     )

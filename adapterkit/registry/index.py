@@ -64,6 +64,7 @@ class Index:
     def __init__(self, home: Home, db: sqlite3.Connection) -> None:
         self.home = home
         self.db = db
+        self._aliases: dict[tuple[str, int], tuple[str, ...]] | None = None
 
     def rows(self, where: str = "1", args: tuple[object, ...] = (), hidden: bool = False) -> list[Row]:
         """The rows that match an SQL condition, by name and version."""
@@ -78,10 +79,13 @@ class Index:
         ]
 
     def aliases(self) -> dict[tuple[str, int], tuple[str, ...]]:
-        """(name, version) -> its aliases."""
+        """(name, version) -> its aliases; read once, since an index answers one question."""
+        if self._aliases is not None:
+            return self._aliases
         found: dict[tuple[str, int], tuple[str, ...]] = {}
         for name, alias, version in self.db.execute("select name, alias, version from aliases order by name, alias"):
             found[name, version] = (*found.get((name, version), ()), alias)
+        self._aliases = found
         return found
 
     def unreadable(self) -> tuple[Unreadable, ...]:

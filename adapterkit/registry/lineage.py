@@ -17,6 +17,7 @@ from adapterkit.errors import NotFound, RegistryError
 from adapterkit.registry import index, resolve, store
 from adapterkit.registry.canonical import thaw
 from adapterkit.registry.home import Home, open_home
+from adapterkit.registry.identity import Identity, compare
 from adapterkit.registry.index import Index, Row
 from adapterkit.registry.record import Parent, Record
 
@@ -98,6 +99,8 @@ class _Walk:
         self.index = found
         self.nodes: dict[str, Node] = {}
         self.edges: dict[tuple[str, str, str, str], Edge] = {}
+        self.found: dict[tuple[str, Identity | None, str], list[Row]] = {}
+        self.bases: dict[Identity, str] = {}
         self.cut = False
 
     def run(self, record: Record, up: bool, down: bool) -> Lineage:
@@ -163,6 +166,12 @@ class _Walk:
             return None
 
     def _parent_rows(self, parent: Parent) -> list[Row]:
+        key = (parent.content, parent.identity, parent.record)
+        if key not in self.found:  # many children of one base ask the same
+            self.found[key] = self._find_parent(parent)
+        return self.found[key]
+
+    def _find_parent(self, parent: Parent) -> list[Row]:
         rows = self.index.by_content(parent.content) if parent.content else []
         if not rows and parent.identity is not None:
             rows = self.index.by_identity(parent.identity)
@@ -188,9 +197,18 @@ class _Walk:
     def _unregistered(self, parent: Parent) -> str:
         identity = parent.identity
         label = parent.label or (identity.label if identity else f"sha256 {parent.content[:12]}")
-        key = parent.content or f"identity:{(identity.sampled or identity.label) if identity else ''}"
+        key = parent.content or self._by_identity(identity)
         self.nodes.setdefault(key, Node(key, label, "base" if parent.role == "base" else "", "", (), (), "", False))
         return key
+
+    def _by_identity(self, identity: Identity | None) -> str:
+        """The key of a base that is known by identity alone; one base, also where its children know other levels of it."""
+        if identity is None:
+            return "identity:"
+        if identity not in self.bases:
+            same = (key for other, key in self.bases.items() if compare(identity, other).fits)
+            self.bases[identity] = next(same, f"identity:{identity.sampled or identity.label}")
+        return self.bases[identity]
 
     def _edge(self, parent_key: str, child: Record, parent: Parent) -> None:
         operation = child.operation.name if child.operation else ""

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from models import INDEX, plain_adapter, plain_base, random_tensors, read_bytes,
 
 import adapterkit
 from adapterkit.checkpoint import sink
+from adapterkit.checkpoint.open import open_checkpoint
+from adapterkit.checkpoint.plan import plan_safetensors
+from adapterkit.checkpoint.tensor import Tensor
+from adapterkit.checkpoint.write import Writing, write_together
 from adapterkit.errors import CheckpointError, OutputError
 
 
@@ -205,3 +210,54 @@ def test_value_that_float16_cannot_hold(where: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"'{name}' holds .*, more than float16 can"):
         adapterkit.merge(base, [adapter], tmp_path / "out", dtype="f16")
     assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------ several outputs of one base
+
+
+class Told(Tensor):
+    """A tensor that tells when it is read."""
+
+    def __init__(self, inner: Tensor, log: list[str], word: str) -> None:
+        self.name, self.dtype, self.shape, self.inner = inner.name, inner.dtype, inner.shape, inner
+        self._log, self._word = log, word
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        self._log.append(self._word)
+        return self.inner.read(start, stop)
+
+
+def test_several_outputs_are_written_abreast(tmp_path: Path) -> None:
+    """They go through the base side by side: no one is ever more than a tensor ahead of another."""
+    base = open_checkpoint(plain_base(tmp_path / "base", layers=20, width=32))
+    log: list[str] = []
+    writings = []
+    for word in "abc":
+        told = {name: Told(tensor, log, word) for name, tensor in base.items()}
+        view = replace(base, tensors=told)
+        writings.append(Writing(plan_safetensors(view, jobs=1), view, base.sources, tmp_path / word, {}))
+    assert write_together(writings, jobs=1, force=[False] * 3) == [0, 0, 0]
+    largest = max(tensor.nbytes for tensor in base.values())
+    sizes = {"a": 0, "b": 0, "c": 0}
+    walks = {word: iter(base.values()) for word in "abc"}
+    for word in log:
+        sizes[word] += next(walks[word]).nbytes
+        assert max(sizes.values()) - min(sizes.values()) <= 2 * largest
+    for word in "abc":
+        assert read_bytes(tmp_path / word) == read_bytes(tmp_path / "a")
+        assert read_tensors(tmp_path / word).keys() == base.keys()
+
+
+def test_when_one_of_several_fails_none_appears(tmp_path: Path) -> None:
+    base = open_checkpoint(plain_base(tmp_path / "base"))
+
+    class Broken(Told):
+        def read(self, start: int, stop: int) -> torch.Tensor:
+            raise CheckpointError("broken")
+
+    good = Writing(plan_safetensors(base), base, base.sources, tmp_path / "good", {})
+    view = replace(base, tensors={name: Broken(tensor, [], "") for name, tensor in base.items()})
+    bad = Writing(plan_safetensors(view), view, base.sources, tmp_path / "bad", {})
+    with pytest.raises(CheckpointError, match="broken"):
+        write_together([good, bad], force=[False, False])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]

@@ -244,3 +244,13 @@ def test_the_verbs_start_without_what_computes_or_connects(base: Path, adapter: 
         [sys.executable, "-c", script, json.dumps(calls)], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_weights_are_believed_over_names(run: Any, base: Path, adapter: Path, tmp_path: Path) -> None:
+    """The base has another name than the adapter's config says, and is proved to be the one that it was trained on."""
+    run("register", adapter, "--name", "mine", "--base", base)
+    base = base.rename(tmp_path / "renamed")
+    found = run("check", base, "mine", "--json")
+    assert "same-base" in {finding["code"] for finding in found["findings"]}
+    assert "other-base" not in {finding["code"] for finding in found["findings"]}
+    assert "other-base" in {finding["code"] for finding in run("check", base, adapter, "--json")["findings"]}

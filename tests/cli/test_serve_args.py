@@ -6,6 +6,7 @@ import json
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 from models import plain_adapter, plain_base
 
@@ -25,6 +26,8 @@ def _versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     register(base, "model", kind="merged")
     (tmp_path / "lora.gguf").write_bytes(b"GGUF")
     register(tmp_path / "lora.gguf", "lora", kind="adapter")
+    (tmp_path / "other.gguf").write_bytes(b"GGUF!")
+    register(tmp_path / "other.gguf", "other", kind="adapter")
 
 
 def test_vllm_gets_every_adapter_and_a_rank_that_it_takes() -> None:
@@ -50,9 +53,46 @@ def test_gguf_servers(tmp_path: Path) -> None:
     found = serve_args(["lora"], "llama.cpp", base="base.gguf")
     assert shlex.split(found.text) == ["llama-server", "-m", "base.gguf", "--lora", found.paths[0]]
     assert Path(found.paths[0]).read_bytes() == b"GGUF"
+    assert found.requests == ()  # a single one is applied to every request
     copied = serve_args(["support"], "ollama", base="llama3.2", copy=tmp_path / "served")
     assert copied.text == f"FROM llama3.2\nADAPTER {tmp_path}/served/support-1"
     assert not any(path.is_symlink() for path in (tmp_path / "served").rglob("*"))
+
+
+def test_llama_server_keeps_several_adapters_apart() -> None:
+    """A second --lora would take the place of the first, and without the last flag both would be applied at once."""
+    found = serve_args(["lora", "other"], "llama.cpp", base="base.gguf")
+    paths = ",".join(found.paths)
+    assert shlex.split(found.text) == ["llama-server", "-m", "base.gguf", "--lora", paths, "--lora-init-without-apply"]
+    assert [json.loads(request)["lora"] for request in found.requests] == [
+        [{"id": 0, "scale": 1.0}],
+        [{"id": 1, "scale": 1.0}],
+    ]
+
+
+def test_a_set_of_gguf_files(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    (tmp_path / "parts").mkdir()
+    writer = GGUFWriter(tmp_path / "parts" / "m.gguf", "llama", split_max_tensors=1)
+    writer.add_string("general.name", "in parts")
+    for name in ("token_embd.weight", "output.weight"):
+        writer.add_tensor(name, np.zeros((4, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    register(tmp_path / "parts", "parts", kind="quantized")
+    words = shlex.split(serve_args(["parts"], "llama.cpp").text)
+    assert words[words.index("-m") + 1].endswith("/m-00001-of-00002.gguf")
+    found = serve_args(["parts"], "ollama")
+    (line,) = [line for line in found.text.splitlines() if line.startswith("FROM ")]
+    assert line.endswith("/m-*.gguf")
+    assert not any("0.34.0" in note for note in found.notes)  # which is about adapters
+
+
+def test_what_newer_versions_of_ollama_refuse_is_said() -> None:
+    assert "up to 0.34.0" in serve_args(["lora"], "ollama", base="llama3.2").notes[0]
 
 
 def test_a_whole_model_is_served_as_it_is() -> None:

@@ -124,6 +124,24 @@ def test_finishing_before_all_parts_are_done_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_execute_as_json(capsys: pytest.CaptureFixture[str], base: Path, adapter: Path, tmp_path: Path) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    run(capsys, "merge", base, adapter, "--save-plan", plan)
+    for part in (0, 1):
+        code, said, err = run(capsys, "execute", plan, "-o", out, "--part", part, "--json")
+        assert (code, err) == (0, "")
+        found = json.loads(said)
+        assert (found["part"], found["parts"]) == (part, 2)
+        assert found["nbytes"] == (out.parent / ".out.partial" / found["file"]).stat().st_size
+    found = json.loads(run(capsys, "execute", plan, "-o", out, "--finish", "--json")[1])
+    assert found["touched"] == 6
+    assert {out / name for name in found["files"]} <= set(out.iterdir())
+    code, said, _ = run(capsys, "execute", plan, "-o", tmp_path / "other")
+    assert code == 0
+    assert "in 2 files" in said
+    assert read_bytes(tmp_path / "other", record=True) == read_bytes(out, record=True)
+
+
 def test_plan_of_other_inputs_is_refused(
     capsys: pytest.CaptureFixture[str], base: Path, adapter: Path, tmp_path: Path
 ) -> None:
@@ -168,6 +186,37 @@ def test_inspect_health(capsys: pytest.CaptureFixture[str], base: Path, tmp_path
     assert rows[0]["norm"] == pytest.approx(4.0)
     assert rows[0]["effective_rank"] == pytest.approx(4.0)
     assert "2 of 3 modules have a problem" in run(capsys, "inspect", adapter, "--health")[1]
+
+
+@pytest.mark.parametrize("layout", ["rank_major", "grouped_by_expert"])
+def test_inspect_health_of_stacked_experts(layout: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Expert by expert: the norm of all deltas together, the mean of their effective ranks."""
+    import torch
+    from models import write_adapter
+
+    experts, rank, rows, columns = 4, 3, 10, 12
+    generator = torch.Generator().manual_seed(1)
+    a = [torch.randn(rank, columns, generator=generator) for _ in range(experts)]
+    b = [torch.randn(rows, rank, generator=generator) for _ in range(experts)]
+    b[2].zero_()
+    order = (1, 2, 0) if layout == "rank_major" else (1, 0, 2)  # of [expert, row, factor]
+    key = "base_model.model.model.layers.0.mlp.experts"
+    tensors = {
+        f"{key}.lora_A.weight": torch.cat(a),
+        f"{key}.lora_B.weight": torch.stack(b).permute(order).reshape(rows, experts * rank),
+    }
+    fields = {"target_parameters": ["mlp.experts.down_proj"], "lora_B_layout": layout}
+    adapter = write_adapter(tmp_path / "stack", tensors, r=rank, lora_alpha=6, **fields)
+    found = json.loads(run(capsys, "inspect", adapter, "--health", "--json")[1])
+    (row,) = found["health"]
+    values = [torch.linalg.svdvals(y.double() @ x.double()) for x, y in zip(a, b, strict=True)]
+    shares = [one / one.sum() for one in values if one.sum() > 0]
+    effective = sum(float(torch.exp(-(p[p > 1e-12] * p[p > 1e-12].log()).sum())) for p in shares) / experts
+    assert found["ranks"] == {"3": 1}
+    assert (row["rank"], row["experts"], row["problem"]) == (rank, experts, "")
+    assert row["norm"] == pytest.approx(2 * float(torch.cat(values).norm()), rel=1e-6)
+    assert row["effective_rank"] == pytest.approx(effective, rel=1e-6)
+    assert "mlp.experts (4 experts)" in run(capsys, "inspect", adapter, "--health")[1]
 
 
 def test_inspect_checkpoint(capsys: pytest.CaptureFixture[str], base: Path) -> None:
@@ -243,6 +292,16 @@ def test_check_for_servers(capsys: pytest.CaptureFixture[str], base: Path, adapt
         (["merge", "{base}", "{adapter}", "-o", "{base}"], 2, "lies in or over the input"),
         (["merge", "{base}", "{adapter}", "-o", "{base}/inside"], 2, "lies in or over the input"),
         (["nothing"], 2, "No such command"),
+        (["merge", "{base}", "{adapter}", "--save-plan", "{tmp}/none/plan.json"], 1, "plan.json cannot be used"),
+        (["merge", "{base}", "{adapter}", "--save-plan", "{tmp}"], 1, "Is a directory"),
+        (["merge", "{base}", "", "-o", "{tmp}/o"], 7, "is empty"),
+        (["merge", "", "{adapter}", "-o", "{tmp}/o"], 7, "is empty"),
+        (["execute", "{adapter}/adapter_model.safetensors", "-o", "{tmp}/o"], 1, "not a plan file"),
+        (
+            ["execute", "{adapter}/adapter_config.json", "-o", "{tmp}/o", "--part", "0", "--finish"],
+            2,
+            "exclude each other",
+        ),
     ],
 )
 def test_errors_are_one_sentence_with_their_code_and_leave_nothing(

@@ -22,7 +22,8 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def bnb():
-    """bitsandbytes.functional; it warns at import where optional kernels are missing."""
+    """bitsandbytes.functional; it warns at import where optional kernels are missing, and would compile for a minute."""
+    torch._dynamo.config.disable = True
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import runpy
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from codec_reads import check_ranges, values
+from safetensors.torch import load_file
 
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.errors import CheckpointError
@@ -75,6 +82,58 @@ def test_awq(store) -> None:
     check_ranges(checkpoint, "a.weight")
     with pytest.raises(CheckpointError, match="AWQ 'gemv'"):
         dequantized(store(tensors, {**config, "version": "gemv"}))
+
+
+def test_awq_as_autoawq_itself_decodes_it(store) -> None:
+    """Where AutoAWQ is installed: any words, decoded by its own loop (of one file; the package wants old libraries)."""
+    found = importlib.util.find_spec("awq")
+    if found is None or found.origin is None:
+        pytest.skip("AutoAWQ is not installed")
+    utils = runpy.run_path(str(Path(found.origin).parent / "utils/packing_utils.py"))
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randint(-(2**31), 2**31, (96 + 3, 8), generator=generator).int()
+    scales = (torch.rand(3, 64, generator=generator) * 0.01).half()
+    tensors = {"a.qweight": words[:96].clone(), "a.qzeros": words[96:].clone(), "a.scales": scales}
+    wanted = utils["dequantize_gemm"](tensors["a.qweight"], tensors["a.qzeros"], scales, 4, 32).T
+    config = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
+    assert torch.equal(values(store(tensors, config), "a.weight"), wanted)
+
+
+PACK = """
+import sys, torch
+from auto_round_extension.torch.qlinear_torch_zp import QuantLinear
+from safetensors.torch import save_file
+torch.manual_seed(0)
+found = {}
+for bits in (2, 3, 4, 8):
+    linear = torch.nn.Linear(96, 64, bias=False)
+    scales = torch.rand(64, 3).mul(0.01).add(0.001).half().float()
+    zeros = torch.randint(1, 2**bits, (64, 3)).float()  # its version 1 cannot hold a zero point of 0
+    grid = scales.repeat_interleave(32, 1), zeros.repeat_interleave(32, 1)
+    codes = torch.randint(0, 2**bits, (64, 96)).float()
+    linear.weight.data = (codes - grid[1]) * grid[0]
+    layer = QuantLinear(bits, 32, 96, 64, bias=False)
+    layer.pack(linear, scales, zeros, device="cpu")
+    found |= {f"{bits}.{name}": value.contiguous() for name, value in layer.state_dict().items()}
+    found[f"{bits}.wanted"] = layer(torch.eye(96)).T.contiguous()
+save_file(found, sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_gptq_as_auto_round_packs_and_decodes_it(store, tmp_path: Path) -> None:
+    """auto-round comes with llm-compressor: its packing, and its layer's answer to the unit matrix."""
+    program = os.environ.get("ADAPTERKIT_LLMCOMPRESSOR")
+    if not program:
+        pytest.skip("ADAPTERKIT_LLMCOMPRESSOR names no Python that has llm-compressor")
+    subprocess.run([program, "-W", "ignore", "-c", PACK, tmp_path / "packed.safetensors"], check=True)
+    stored = load_file(tmp_path / "packed.safetensors")
+    for bits in (2, 3, 4, 8):
+        own = {name.partition(".")[2]: value for name, value in stored.items() if name.startswith(f"{bits}.")}
+        wanted = own.pop("wanted")
+        config = {"quant_method": "auto-round", "bits": bits, "group_size": 32}
+        got = values(store({f"a.{name}": value for name, value in own.items()}, config), "a.weight")
+        assert torch.equal(got, wanted.half()), bits
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from codec_reads import check_ranges, values
@@ -56,6 +58,21 @@ def test_decodes(store, bits: int, axis: int) -> None:
     assert torch.equal(values(checkpoint, "a.weight"), wanted)
     assert set(dequantized(checkpoint)) == {"a.weight", "a.bias"}
     check_ranges(checkpoint, "a.weight")
+
+
+def test_as_hqq_itself_stores_it(store) -> None:
+    """Where hqq is installed: what it writes is what it decodes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        quantize = pytest.importorskip("hqq.core.quantize", exc_type=ImportError)
+        for bits in PACKINGS:
+            for axis in (0, 1):
+                how = quantize.BaseQuantizeConfig(nbits=bits, group_size=32, axis=axis)
+                plain = torch.nn.Linear(96, 64, bias=False)
+                layer = quantize.HQQLinear(plain, how, compute_dtype=torch.bfloat16, device="cpu")
+                wanted = layer.dequantize().detach()
+                stored = {f"a.{name}": value for name, value in layer.state_dict().items()}
+                assert torch.equal(values(store(stored, CONFIG), "a.weight"), wanted), (bits, axis)
 
 
 @pytest.mark.parametrize(

@@ -132,15 +132,26 @@ def test_fp8_equals_transformers(tmp_path: Path) -> None:
         assert torch.equal(read[name].read(0, value.numel()).view(value.shape), value), name
 
 
-def test_a_merge_is_encoded_in_the_same_pass(bnb, tmp_path: Path) -> None:
-    """nf4 of the view of a merge is nf4 of the merged folder."""
+def test_a_merge_is_encoded_before_any_other_rounding(bnb, tmp_path: Path) -> None:
+    """The grid is the only rounding: bitsandbytes of the float64 sum, not of the sum rounded to bfloat16."""
     model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "llama")
     tuned = adapter(tmp_path / "adapter")
     folded = fold(open_checkpoint(tmp_path / "llama"), [load_adapter(tuned)]).checkpoint
-    save(folded, tmp_path / "merged")
     save(quantized(folded, "nf4"), tmp_path / "one")
-    save(quantized(open_checkpoint(tmp_path / "merged"), "nf4"), tmp_path / "two")
-    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+    got, base = stored(tmp_path / "one"), stored(tmp_path / "llama")
+    factors = load_file(tuned / "adapter_model.safetensors")
+    for module in ("self_attn.q_proj", "mlp.down_proj"):
+        name, key = f"model.layers.0.{module}.weight", f"base_model.model.model.layers.0.{module}.lora_"
+        exact = base[name].double() + 2 * factors[f"{key}B.weight"].double() @ factors[f"{key}A.weight"].double()
+        codes, state = bnb.quantize_4bit(exact.float(), quant_type="nf4", blocksize=64)
+        assert torch.allclose(got[name + ".absmax"], state.absmax, rtol=1e-6)
+        assert (got[name] != codes).float().mean() < 1e-3  # a sum in float32 may fall on the other side of a boundary
+        rounded, _ = bnb.quantize_4bit(exact.bfloat16(), quant_type="nf4", blocksize=64)
+        assert (got[name] != rounded).float().mean() > 5e-3
+        assert json.loads(bytes(got[name + ".quant_state.bitsandbytes__nf4"].tolist()))["dtype"] == "bfloat16"
+    untouched = "model.layers.1.self_attn.q_proj.weight"
+    save(quantized(open_checkpoint(tmp_path / "llama"), "nf4"), tmp_path / "two")
+    assert torch.equal(got[untouched], stored(tmp_path / "two")[untouched])
 
 
 def test_what_cannot_be_written(bnb, tmp_path: Path) -> None:

@@ -351,7 +351,11 @@ REFUSED: dict[str, tuple[list[Any], int, str]] = {
     "exists": (["merge", "{}/base.gguf", "{}/adapter", "-o", "{}/base.gguf"], 2, ""),
     "dtype": (["merge", "{}/base.gguf", "{}/adapter", "-o", "{}/o.gguf", "--dtype", "f16"], 2, "use --quant"),
     "unknown architecture": (["merge", strange, "{}/adapter", "-o", "{}/o.gguf"], 1, "not known here"),
-    "no heads": (["merge", no_heads, "{}/adapter", "-o", "{}/o.gguf"], 1, "attention heads"),
+    "no heads": (
+        ["merge", no_heads, "{}/adapter", "-o", "{}/o.gguf"],
+        1,
+        "metadata does not say 'num_attention_heads'",
+    ),
     "other base": (["merge", short, "{}/adapter", "-o", "{}/o.gguf"], 1, "another base"),
     "lora as base": (["merge", lora, "{}/adapter", "-o", "{}/o.gguf"], 2, "is a GGUF adapter"),
     "lora as model": (["convert", lora, "-o", "{}/o.gguf", "--quant", "Q8_0"], 2, "is a GGUF adapter"),

@@ -134,6 +134,12 @@ WRONG: dict[str, tuple[str, int, str, str]] = {
         "build/merged is where outputs.merged goes",
         "own",
     ),
+    "one_page_for_two": (
+        GOOD + 'b = "b"\n[verify]\nhtml = "page.html"\n',
+        10,
+        "page.html is where verify goes (line 10)",
+        "own",
+    ),
     "over_the_recipe": (GOOD + 'b = "."\n', 8, "'.' is no path for an output", "name a folder"),
     "over_an_input": (GOOD + 'b = "base"\n', 1, "base is what outputs.b makes", "a base that outputs.b does not make"),
     "into_an_input": (GOOD + 'b = "base/b"\n', 8, "would be written in or over the input base", "elsewhere"),
@@ -161,6 +167,7 @@ WRONG: dict[str, tuple[str, int, str, str]] = {
     ),
     "folder_format": (GOOD + 'q = {path = "q", quant = "Q4_K_M"}\n', 8, "'Q4_K_M' is no format of a folder", ".gguf"),
     "gguf_format": (GOOD + 'q = {path = "q.gguf", quant = "nf4"}\n', 8, "'nf4' is no type of a GGUF file", "Q4_K_M"),
+    "served_folder": (GOOD + 'q = {path = "q", for = "ollama"}\n', 8, "ollama serves a GGUF file", "leave it out"),
     "form": (GOOD + 'q = {path = "q", to = "ggfu"}\n', 8, "'ggfu' is nothing to write", "did you mean 'gguf'?"),
     "not_for_a_merge": (
         GOOD + 'q = {path = "q", rank = 4}\n',

@@ -43,7 +43,7 @@ def clones(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_two_clones_hold_the_same_bytes(clones: tuple[Path, Path]) -> None:
     one, other = (read_bytes(clone / "build", record=True) for clone in clones)
-    assert len(one) > 8
+    assert {"tiny-Q8_0.gguf", "tiny-Q8_0.gguf.llama-server.sh", "tiny-Q8_0.gguf.adapterkit.json"} <= set(one)
     assert one == other
 
 

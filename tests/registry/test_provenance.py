@@ -196,3 +196,28 @@ def test_a_gguf_file_has_its_record_beside_it(base: Path, tmp_path: Path, home: 
     write(tmp_path / "model.gguf", 2)
     with pytest.raises(CheckFailed, match="other weights"):
         register(tmp_path / "model.gguf", "mine")
+
+
+def test_fidelity_goes_into_the_record(base: Path, adapter: Path, tmp_path: Path, home: Path) -> None:
+    report = adapterkit.merge(base, [adapter], tmp_path / "out", fidelity=True)
+    found = record_of(tmp_path / "out")["evidence"]["fidelity"]
+    assert report.fidelity is not None
+    assert report.fidelity.worst is not None
+    assert found["retention"] == pytest.approx(report.fidelity.retention, rel=1e-5)
+    assert (found["format"], found["worst"]) == ("bf16", report.fidelity.worst.name)
+    # Any number of threads gives the same bytes.
+    adapterkit.merge(base, [adapter], tmp_path / "again", fidelity=True, jobs=3)
+    assert record_of(tmp_path / "again") == record_of(tmp_path / "out")
+    assert register(tmp_path / "out", "merged").record.evidence["fidelity"]["format"] == "bf16"
+
+
+def test_a_base_may_be_named_when_the_record_knows_its_weights(
+    base: Path, adapter: Path, tmp_path: Path, home: Path
+) -> None:
+    adapterkit.merge(base, [adapter], tmp_path / "out")
+    named = register(tmp_path / "out", "merged", base_id="org/base").record.base
+    assert named is not None
+    assert named.id == "org/base"
+    assert named.sampled == identity_of(open_checkpoint(base), "sampled").sampled
+    with pytest.raises(UsageError, match="nothing says which weights"):
+        register(adapter, "alone", base_id="org/base")

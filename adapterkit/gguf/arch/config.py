@@ -35,11 +35,17 @@ class Config:
         config: the file as data.
         ref: what its checkpoint is called, for errors.
         files: the files beside it, for what other files say of the model.
+        where: what it stands in, for errors.
     """
 
     def __init__(
-        self, config: Mapping[str, Any], ref: str = "config.json", files: Mapping[str, bytes] | None = None
+        self,
+        config: Mapping[str, Any],
+        ref: str = "config.json",
+        files: Mapping[str, bytes] | None = None,
+        where: str = "config.json",
     ) -> None:
+        self.where = where
         self.raw, self.ref, self.files = dict(config), ref, files or {}
         merged = dict(config)
         for key in TEXT_PARTS:
@@ -86,7 +92,7 @@ class Config:
         if found is None:
             shown = "' or '".join(names[:3])
             raise CheckpointError(
-                f"{self.ref}: its config.json does not say '{shown}'", "complete it from the base model"
+                f"{self.ref}: its {self.where} does not say '{shown}'", "complete it from the base model"
             )
         return found
 
@@ -104,7 +110,7 @@ class Config:
         if isinstance(value, list):
             value = next((one for one in value if isinstance(one, int) and one > 0), 0)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value < 0:
-            raise CheckpointError(f"{self.ref}: '{name}' in its config.json is not a number", "correct it")
+            raise CheckpointError(f"{self.ref}: '{name}' in its {self.where} is not a number", "correct it")
         return int(value)
 
     def real(self, name: str) -> float:
@@ -118,7 +124,7 @@ class Config:
         try:
             return float(value[int(index)] if index else value)
         except (TypeError, ValueError, IndexError, KeyError):
-            raise CheckpointError(f"{self.ref}: '{name}' in its config.json is not a number", "correct it") from None
+            raise CheckpointError(f"{self.ref}: '{name}' in its {self.where} is not a number", "correct it") from None
 
     @property
     def rope(self) -> dict[str, Any]:

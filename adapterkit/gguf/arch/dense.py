@@ -61,6 +61,13 @@ def _no_qk_norm(config: Config) -> None:
         )
 
 
+def _released_baichuan(config: Config) -> None:
+    if config.number("layers") not in (32, 40):
+        raise CheckpointError(
+            f"{config.ref}: llama.cpp tells how a baichuan counts positions by its 32 or 40 layers", "run its own code"
+        )
+
+
 def _window_of_32b(config: Config) -> None:
     if config.get("sliding_window") is not None and config.number("layers") != 64:
         raise CheckpointError(
@@ -198,6 +205,7 @@ SPECS = (
         ),
         (constant("tensor_data_layout", "Meta AI original pth"), ROPE_DIM),
         vocab="spm",
+        check=_released_baichuan,
     ),
     ArchSpec(
         "internlm2",
@@ -537,5 +545,44 @@ SPECS = (
             *blocks(attn_q_norm="self_attn.query_layernorm", attn_k_norm="self_attn.key_layernorm"),
         ),
         leave=("expert_count", "expert_used_count"),
+    ),
+    ArchSpec(
+        "arcee",
+        ("ArceeForCausalLM",),
+        "arcee",
+        (
+            *EMBEDDINGS,
+            *NORMS,
+            *attention(interleave=True),
+            *blocks(ffn_up="mlp.up_proj", ffn_down="mlp.down_proj"),
+        ),
+        (VOCAB_SIZE, ROPE_DIM),
+        factors=(LLAMA3,),
+    ),
+    ArchSpec(
+        "xverse",
+        ("XverseForCausalLM",),
+        "xverse",
+        _LLAMA,
+        (constant("tensor_data_layout", "Meta AI original pth"), ROPE_DIM),
+    ),
+    ArchSpec(
+        "orion",
+        ("OrionForCausalLM",),
+        "orion",
+        _PLAIN,
+        (
+            constant("tensor_data_layout", "Meta AI original pth"),
+            Key("context_length", ("max_sequence_length", "max_position_embeddings"), field="max_position_embeddings"),
+            Key("embedding_length", "hidden_size", needed=True),
+            Key("block_count", lambda c: c.number("layers")),
+            Key("feed_forward_length", "intermediate_size", needed=True),
+            Key("attention.head_count", "num_attention_heads", needed=True),
+            Key("attention.head_count_kv", lambda c: c.number("kv_heads"), field="num_key_value_heads"),
+            # Its config says rms, and its code has layer norms.
+            Key("attention.layer_norm_epsilon", "rms_norm_eps", needed=True),
+        ),
+        common=False,
+        vocab="spm",
     ),
 )

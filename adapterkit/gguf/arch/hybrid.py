@@ -408,6 +408,7 @@ SPECS = (
         ),
         common=False,
         check=_falcon_h1,
+        scaled=True,
     ),
     ArchSpec(
         "granitehybrid",

@@ -13,6 +13,7 @@ from adapterkit.gguf.arch.ops import (
     Each,
     Flat,
     HeadSplit,
+    Interleave,
     Split,
     Turn,
     TurnedHalves,
@@ -35,7 +36,7 @@ from adapterkit.gguf.arch.shared import (
     original_context,
     shared_expert,
 )
-from adapterkit.gguf.arch.spec import ArchSpec, Key, block, blocks
+from adapterkit.gguf.arch.spec import ArchSpec, Key, block, blocks, rule
 
 _SPARSE = experts("block_sparse_moe.", gate="w1", up="w3", down="w2")
 _CORRECTION = block("mlp.gate.e_score_correction_bias", "exp_probs_b.bias")
@@ -127,6 +128,13 @@ def _lite(config: Config) -> None:
         raise CheckpointError(
             f"{config.ref}: llama.cpp reads a deepseek2 without q_lora_rank only when it has 26 or 27 layers",
             "run it with transformers",
+        )
+
+
+def _no_head_norm(config: Config) -> None:
+    if config.get("norm_head"):
+        raise CheckpointError(
+            f"{config.ref}: its output layer is normalised when it is loaded (norm_head)", "take a published GGUF"
         )
 
 
@@ -400,5 +408,86 @@ SPECS = (
             Key("expert_used_count", _all_same("moe_topk")),
             Key("expert_shared_count", _all_same("num_shared_expert")),
         ),
+    ),
+    ArchSpec(
+        "deepseek",
+        ("DeepseekForCausalLM",),
+        "deepseek",
+        (
+            *EMBEDDINGS,
+            *NORMS,
+            *attention(interleave=True),
+            *MLP,
+            *experts(),
+            *shared_expert("mlp.shared_experts"),
+        ),
+        (
+            ROPE_DIM,
+            constant("rope.scaling.type", "none"),
+            Key("leading_dense_block_count", "first_k_dense_replace", needed=True),
+            VOCAB_SIZE,
+            EXPERT_WIDTH,
+            constant("expert_weights_scale", 1.0),
+            Key("expert_count", "n_routed_experts", needed=True),
+            Key("expert_shared_count", "n_shared_experts", needed=True),
+        ),
+    ),
+    ArchSpec(
+        "dots1",
+        ("Dots1ForCausalLM",),
+        "dots1",
+        (
+            *EMBEDDINGS,
+            *NORMS,
+            *attention(),
+            *QK_NORMS,
+            *MLP,
+            *experts(),
+            *shared_expert("mlp.shared_experts"),
+            _CORRECTION,
+        ),
+        (
+            EXPERT_WIDTH,
+            Key("leading_dense_block_count", "first_k_dense_replace", needed=True),
+            Key("expert_shared_count", "n_shared_experts", needed=True),
+            Key("expert_weights_scale", "routed_scaling_factor", needed=True),
+            Key("expert_weights_norm", "norm_topk_prob", needed=True),
+            Key("expert_gating_func", lambda c: None if c.get("scoring_func") else GATING["sigmoid"]),
+        ),
+    ),
+    ArchSpec(
+        "bailingmoe",
+        ("BailingMoeForCausalLM",),
+        "bailing_moe",
+        (
+            rule("model.word_embeddings", "token_embd"),
+            rule("model.norm", "output_norm"),
+            rule("lm_head", "output"),
+            *NORMS,
+            block(
+                "attention.query_key_value",
+                "attn_q",
+                "attn_k",
+                "attn_v",
+                ops=[
+                    Split(("q_rows", "kv_rows", "kv_rows")),
+                    Each((Interleave("heads"), Interleave("kv_heads"), None)),
+                ],
+            ),
+            block("attention.dense", "attn_output"),
+            *MLP,
+            *experts(),
+            *shared_expert("mlp.shared_experts"),
+        ),
+        (
+            ROPE_DIM,
+            Key("leading_dense_block_count", "first_k_dense_replace", needed=True),
+            VOCAB_SIZE,
+            EXPERT_WIDTH,
+            constant("expert_weights_scale", 1.0),
+            Key("expert_shared_count", "num_shared_experts", needed=True),
+            Key("expert_weights_norm", "norm_topk_prob", needed=True),
+        ),
+        check=_no_head_norm,
     ),
 )

@@ -94,6 +94,7 @@ class ArchSpec:
         encoder: no text comes out of it.
         experts: of rows of one architecture, the one with (without) experts; told apart by that in a GGUF.
         when: of rows of one architecture, whether a GGUF file is this one; those without a condition come last.
+        scaled: numbers of the config are multiplied into weights and cannot be told from a GGUF file.
         variant: the model type of another row of the same classes, for configs that are better read by it.
     """
 
@@ -116,6 +117,7 @@ class ArchSpec:
     check: Callable[[Config], None] | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     encoder: bool = False
+    scaled: bool = False
     experts: bool | None = None
     when: Callable[[Any], bool] | None = None
     variant: Callable[[Config], str | None] | None = None

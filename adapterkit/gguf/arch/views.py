@@ -318,6 +318,15 @@ def _upright(
     return [Part(source, width, held, Strided.all(width), rows, columns, True, values)]
 
 
+def reordered(tensor: Tensor, columns: Strided, *, undo: bool = False) -> Tensor:
+    """A matrix with its columns in the order of ``columns``, or back from it."""
+    width = width_of(tensor)
+    rows = Strided.all(_product(tensor.shape) // width)
+    every = Strided.all(width)
+    part = Part(tensor, width, rows, every, rows, columns) if undo else Part(tensor, width, rows, columns, rows, every)
+    return Gathered(tensor.name, tensor.shape, width, [part], F32)
+
+
 def width_of(tensor: Tensor) -> int:
     return tensor.shape[-1] if len(tensor.shape) > 1 else 1
 
