@@ -49,6 +49,12 @@ if TYPE_CHECKING:
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the evidence as one HTML page.")
 @click.option("--markdown", type=click.Path(path_type=Path), metavar="FILE", help="Write a summary as Markdown.")
 @click.option("--step-summary", is_flag=True, help="Append that summary to $GITHUB_STEP_SUMMARY.")
+@click.option(
+    "--attach/--no-attach",
+    default=None,
+    help="Write the figures into MERGED's record. By default into the adapterkit.json beside an output, and not into a "
+    "registered version, which would make a new one.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     merged: str,
@@ -74,6 +80,7 @@ def command(
     html: Path | None,
     markdown: Path | None,
     step_summary: bool,
+    attach: bool | None,
     as_json: bool,
     **options: Any,
 ) -> int:
@@ -121,11 +128,21 @@ def command(
     )
     progress.close()
     write(report, html, markdown, step_summary=step_summary)
+    if attach or (attach is None and report.record and Path(merged).exists()):
+        _attach(report, merged)
     if as_json:
         show_json(report)
     else:
         show(report)
     return 0 if report.ok else 3
+
+
+def _attach(report: VerifyReport, merged: str) -> None:
+    from adapterkit.verify.evidence import attach
+
+    found = attach(report, merged)
+    if found.new:
+        note(f"evidence written to {found.ref or found.path}")
 
 
 def write(report: VerifyReport, html: Path | None, markdown: Path | None, *, step_summary: bool = False) -> None:
