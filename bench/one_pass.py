@@ -1,4 +1,6 @@
-"""Base and adapter to a Q4_K_M file, beside the usual road, in the same run: ``python bench/one_pass.py [--shape 1b] [--runs 3]``.
+"""Base and adapter to a Q4_K_M file, beside the usual road, in the same run.
+
+    python bench/one_pass.py [--shape 1b] [--runs 3]
 
 The usual road is PEFT's merge into a 16-bit folder, a 16-bit GGUF of it, and llama.cpp's own C quantizer on that file
 (``ggml_quantize_chunk`` of the library in xllamacpp, as many threads as ours, the same types). The 16-bit GGUF is written by
