@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from adapterkit.inspect import Inspection, inspect
     from adapterkit.merge import execute, merge, plan_merge
     from adapterkit.recipe.run import build, plan_build
-    from adapterkit.report import CombineReport, ConvertReport, ExtractReport, MergeReport, ResizeReport
+    from adapterkit.report import CombineReport, ConvertReport, ExtractReport, MergeReport, PartReport, ResizeReport
     from adapterkit.resize import resize
     from adapterkit.verify import VerifyReport, verify
 
@@ -51,6 +51,7 @@ _WHERE = {
     "Folded": "adapterkit.adapters.fold:Folded",
     "Inspection": "adapterkit.inspect:Inspection",
     "MergeReport": "adapterkit.report:MergeReport",
+    "PartReport": "adapterkit.report:PartReport",
     "Plan": "adapterkit.checkpoint.plan:Plan",
     "ResizeReport": "adapterkit.report:ResizeReport",
     "VerifyReport": "adapterkit.verify.report:VerifyReport",
@@ -89,6 +90,7 @@ __all__ = [
     "Folded",
     "Inspection",
     "MergeReport",
+    "PartReport",
     "Plan",
     "ResizeReport",
     "VerifyReport",

@@ -18,7 +18,7 @@ from adapterkit.errors import CheckFailed, CheckpointError
 from adapterkit.ops.device import check_name, check_there
 from adapterkit.options import FOLDER, GGUF, MergeOptions
 from adapterkit.outputs import Output, output
-from adapterkit.report import AdapterUse, MergeReport
+from adapterkit.report import AdapterUse, MergeReport, PartReport
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -323,23 +323,35 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
     found = left_on_grid(planned.folded, quant, tensors=SAMPLED)
     if found.retention < ENOUGH and not yes_lossy:
         raise CheckFailed(
-            f"{planned.base.ref} is {quant} already, and of this change {found.retention:.1%} would survive that "
-            "grid again",
-            "give the 16-bit original with --base16, write 16 bits or another format, or insist with --yes-lossy",
+            f"the values of {planned.base.ref} are {quant} already, and of this change {found.retention:.1%} would "
+            "survive that grid again",
+            "fold onto the 16-bit original (--base16, or no --as-trained), write 16 bits or another format, or insist "
+            "with --yes-lossy",
         )
     return found
 
 
-def execute(plan: Plan, out: Ref, *, part: int | None = None, jobs: int | None = None, force: bool = False) -> None:
+def execute(
+    plan: Plan,
+    out: Ref,
+    *,
+    part: int | None = None,
+    jobs: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> PartReport | MergeReport:
     """Execute a saved plan: one part of it into the hidden folder beside ``out``, or the end of it when all are done.
 
     The inputs are opened again and the plan is made again; it must come out the same.
 
     Raises:
         CheckpointError: the inputs are not those of the plan.
+        UsageError: there is no such part.
+        OutputError: parts are missing or the disk is full.
     """
     from adapterkit.checkpoint.parts import finish_parts, write_part
 
+    started = time.monotonic()
     if plan.request.get("verb") != "merge" or not {"base", "adapters"} <= set(plan.request):
         raise CheckpointError("this plan does not say which merge it is of", "write one with merge --save-plan")
     options = MergeOptions.of_request(plan.request)
@@ -348,11 +360,14 @@ def execute(plan: Plan, out: Ref, *, part: int | None = None, jobs: int | None =
     if (planned.plan.files, planned.plan.inputs) != (plan.files, plan.inputs):
         raise CheckpointError("the base or an adapter changed since the plan was made", "make the plan again")
     if part is None:
-        finish_parts(
-            plan, Path(out), side_files=planned.side, force=force, record=_recorder(planned, plan.request["base"])
-        )
-    else:
-        write_part(plan, part, planned.view, planned.sources, Path(out), jobs=jobs)
+        record = _recorder(planned, plan.request["base"])
+        finish_parts(plan, Path(out), side_files=planned.side, force=force, record=record)
+        return planned.report(out, seconds=time.monotonic() - started, peak_memory=peak_memory())
+    write_part(plan, part, planned.view, planned.sources, Path(out), jobs=jobs, progress=progress)
+    file = plan.files[part]
+    return PartReport(
+        str(out), part, len(plan.files), file.name, file.nbytes, time.monotonic() - started, peak_memory()
+    )
 
 
 def _adapter_folders(planned: Merge) -> list[Path]:

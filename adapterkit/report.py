@@ -59,6 +59,19 @@ class MergeReport:
 
 
 @dataclass(frozen=True)
+class PartReport:
+    """One part of a plan that was executed alone: the file that it is, in bytes and seconds."""
+
+    out: str
+    part: int
+    parts: int
+    file: str
+    nbytes: int
+    seconds: float
+    peak_memory: int
+
+
+@dataclass(frozen=True)
 class ModuleRank:
     """What was kept of one module.
 

@@ -102,9 +102,20 @@ def fill(root: Path) -> Home:
     desk = filled.made(
         "support-desk", "merged", "merge", [(support, 0.7), (refunds, 0.5)], qwen, method="ties", dtype="bf16"
     )
-    attach_evidence(desk.ref, "fidelity", {"kept": 0.9964, "worst": "layers.31.mlp.down_proj"}, home=root)
+    attach_evidence(
+        desk.ref,
+        "fidelity",
+        {"retention": 0.9964, "cosine": 0.9991, "format": "bf16", "worst": "model.layers.31.mlp.down_proj.weight"},
+        home=root,
+    )
     held = [
-        Verification("tensor", True, {"tensors": 399, "max_abs": 0.0, "wrong": 0}, {}, "2026-02-14T10:12:00Z"),
+        Verification(
+            "tensors",
+            True,
+            {"equal": 399, "touched": 252, "retention": 0.9964},
+            {"min_retention": 0.95},
+            "2026-02-14T10:12:00Z",
+        ),
         Verification(
             "model",
             True,

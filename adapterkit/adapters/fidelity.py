@@ -250,13 +250,18 @@ def left_on_grid(folded: Folded, kind: str, *, tensors: int | None = None) -> Fi
 
 
 def already_on_grid(folded: Folded, kind: str) -> list[str]:
-    """Merged tensors whose base values were decoded from ``kind``: writing them so again loses the change."""
+    """Merged tensors whose base values sit on the grid of ``kind``: writing them so again loses the change.
+
+    They were decoded from it, or are taken as trained on it.
+    """
     from adapterkit.checkpoint.decoded import Decoded
     from adapterkit.checkpoint.tensor import Transposed
 
     found = []
     for name, tensor in merged_tensors(folded).items():
         base = tensor.base.inner if isinstance(tensor.base, Transposed) else tensor.base
-        if isinstance(base, Decoded) and base.weight.how.split()[0] == kind:
+        decoded = isinstance(base, Decoded) and base.weight.how.split()[0] == kind
+        trained = isinstance(base, Merged) and f"{base.how} ".startswith(f"as trained in {kind} ")
+        if decoded or trained:
             found.append(name)
     return found

@@ -72,6 +72,8 @@ def locate(ref: str | Path, *, headers_only: bool = False) -> Listing:
         NotFound: neither a path nor a Hub id.
         AuthError, HubError: the Hub said so.
     """
+    if not str(ref).strip():
+        raise NotFound("a reference is empty", "give a folder, a registry name or a Hub id like org/name")
     meant = place_of(ref)
     path = Path(meant.place).expanduser()
     if path.is_dir():

@@ -113,5 +113,8 @@ def main(arguments: list[str] | None = None) -> Any:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.filename is not None:  # a path of the user's own, as in --save-plan
+            text = f"{error.filename} cannot be used ({error.strerror})"
+            sys.exit(fail(given, 1, "OSError", text, "check the path and its permissions"))
         text = f"something unforeseen went wrong ({type(error).__name__}: {error})"
         sys.exit(fail(given, 1, "internal", text, "run it again with --debug and report what it prints"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from adapterkit.cli.output import say
+from adapterkit.cli.output import Progress, say, show_json, size
 
 
 @click.command(name="execute", short_help="Execute a saved plan, or one part of it.")
@@ -16,7 +16,10 @@ from adapterkit.cli.output import say
 @click.option("--finish", is_flag=True, help="All parts are done: make the folder.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-def command(plan: Path, out: Path, part: int | None, finish: bool, jobs: int | None, force: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(
+    plan: Path, out: Path, part: int | None, finish: bool, jobs: int | None, force: bool, as_json: bool
+) -> None:
     """Execute a PLAN that `merge --save-plan` wrote.
 
     The parts can run on several machines that share a file system, in any order; the bytes are those of a whole run.
@@ -30,13 +33,19 @@ def command(plan: Path, out: Path, part: int | None, finish: bool, jobs: int | N
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.merge import execute
 
-    loaded = Plan.from_json(plan.read_text())
-    if part is not None:
-        execute(loaded, out, part=part, jobs=jobs, force=force)
+    if part is not None and finish:
+        raise click.UsageError("--part and --finish exclude each other: parts come first.")
+    loaded = Plan.from_json(plan.read_bytes())
+    wanted = [part] if part is not None else [] if finish else list(range(len(loaded.files)))
+    for index in wanted:
+        progress = Progress(f"part {index} of {len(loaded.files)}", enabled=not as_json)
+        report = execute(loaded, out, part=index, jobs=jobs, force=force, progress=progress)
+        progress.close()
+    if part is None:
+        report = execute(loaded, out, force=force)
+    if as_json:
+        show_json(report)
+    elif part is not None:
         say(f"part {part} of {len(loaded.files)} is done")
-        return
-    if not finish:
-        for index in range(len(loaded.files)):
-            execute(loaded, out, part=index, jobs=jobs, force=force)
-    execute(loaded, out, force=force)
-    say(str(out))
+    else:
+        say(f"{out}: {size(loaded.nbytes)} in {len(loaded.files)} files")

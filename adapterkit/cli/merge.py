@@ -15,11 +15,13 @@ from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, given, methods_
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
 from adapterkit.cli.quantization import NAMES as TYPES
 from adapterkit.cli.quantization import quantization, quantization_options
+from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
     from adapterkit.adapters.fidelity import FidelityReport
 
 FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
+CALIBRATED = ("awq", "gptq")
 
 
 @click.command(name="merge", cls=MethodCommand, short_help="Fold adapters into a base, in one streaming pass.")
@@ -33,6 +35,12 @@ FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
 @click.option("--space", type=SPACES, help="Align the adapters there; --method is the rule inside.")
 @click.option("--dtype", default="auto", show_default=True, help="auto keeps every tensor's own; or bf16, f16, f32.")
 @quantization_options
+@click.option(
+    "--mmproj",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Of a GGUF output: the vision tower to copy beside it.",
+)
 @click.option("--pre", metavar="NAME", help="Of a GGUF output: its pre-tokenizer, where it is not recognised.")
 @click.option("--keep-touched", metavar="TYPE", help="Of a GGUF output: at least this type for what adapters change.")
 @click.option("--max-shard-size", metavar="SIZE", help="Like 5GB; by default the base's own shards are kept.")
@@ -72,6 +80,7 @@ def command(
     space: str | None,
     dtype: str,
     pre: str | None,
+    mmproj: Path | None,
     max_shard_size: str | None,
     jobs: int | None,
     device: str,
@@ -118,6 +127,11 @@ def command(
     # `--quant` takes the formats of a folder too; the rest of its values are mixes of a GGUF file.
     folder_quant = types["mix"] if types["mix"] in FOLDER_FORMATS else None
     yes_lossy = types["yes_lossy"]
+    if types["mix"] in CALIBRATED:
+        raise UsageError(
+            f"{types['mix']} needs a calibration, which a merge has no text for",
+            f"merge to 16 bits, then convert that --to {types['mix']} --calibration FILE",
+        )
     if folder_quant is not None:
         types |= {"mix": None, "yes_lossy": False}
     how: dict[str, Any] = {
@@ -152,10 +166,14 @@ def command(
             out or "", seconds=time.monotonic() - started, peak_memory=planned.plan.peak_memory, dry_run=True
         )
     else:
+        from adapterkit.gguf.projector import Projector
+
         assert out is not None
         progress = Progress("merging", enabled=not as_json)
         how |= {"fidelity": fidelity or min_retention is not None, "yes_lossy": yes_lossy, "full_record": full_record}
+        projector = Projector(mmproj, out, force=force)
         report = merge(base, adapters, out, force=force, resume=resume, progress=progress, **how)
+        projector.copy()
         progress.close()
         attested(attest, out, [base, base16, *adapters])
         handed(server, out, base)

@@ -15,7 +15,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _OPTIONS = (
     click.option(
-        "--quant", "mix", metavar="MIX", help="Types of a GGUF output, as llama-quantize gives (Q4_K_M, Q8_0)."
+        "--quant",
+        "mix",
+        metavar="MIX",
+        help="Types of a GGUF output, as llama-quantize gives (Q4_K_M, Q8_0); of a merged folder: nf4, fp4, int8, fp8.",
     ),
     click.option(
         "--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix (GGUF or .dat)."

@@ -98,6 +98,11 @@ def from_hf(
     if asked.mix is None:
         entries = (*model.entries, *file_type_entries(model.file_type), *tokens)
     asked, now, kept = _packed(model, asked, touched, view)
+    if model.config.has_vision and model.mapped.dropped:
+        count = len(model.mapped.dropped)
+        kept.append(
+            f"the text part alone: {count} other tensors belong in an mmproj file, which --mmproj copies beside it"
+        )
     origin = Origin(model.spec.arch, model.hparams, now, entries)
     found = typed_from(model.tensors, origin, asked, changed)
     layout = Layout(found.tensors, found.entries)

@@ -204,7 +204,7 @@ def test_empty_folder(tmp_path: Path) -> None:
 def test_neither_path_nor_hub_id(ref: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     if ref == "":
-        with pytest.raises(NotFound, match="no safetensors weights"):  # the current folder
+        with pytest.raises(NotFound, match="a reference is empty"):  # not the current folder
             open_checkpoint(ref)
         return
     with pytest.raises(NotFound, match="does not exist"):

@@ -124,6 +124,24 @@ def test_finishing_before_all_parts_are_done_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_execute_as_json(capsys: pytest.CaptureFixture[str], base: Path, adapter: Path, tmp_path: Path) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    run(capsys, "merge", base, adapter, "--save-plan", plan)
+    for part in (0, 1):
+        code, said, err = run(capsys, "execute", plan, "-o", out, "--part", part, "--json")
+        assert (code, err) == (0, "")
+        found = json.loads(said)
+        assert (found["part"], found["parts"]) == (part, 2)
+        assert found["nbytes"] == (out.parent / ".out.partial" / found["file"]).stat().st_size
+    found = json.loads(run(capsys, "execute", plan, "-o", out, "--finish", "--json")[1])
+    assert found["touched"] == 6
+    assert {out / name for name in found["files"]} <= set(out.iterdir())
+    code, said, _ = run(capsys, "execute", plan, "-o", tmp_path / "other")
+    assert code == 0
+    assert "in 2 files" in said
+    assert read_bytes(tmp_path / "other", record=True) == read_bytes(out, record=True)
+
+
 def test_plan_of_other_inputs_is_refused(
     capsys: pytest.CaptureFixture[str], base: Path, adapter: Path, tmp_path: Path
 ) -> None:
@@ -274,6 +292,16 @@ def test_check_for_servers(capsys: pytest.CaptureFixture[str], base: Path, adapt
         (["merge", "{base}", "{adapter}", "-o", "{base}"], 2, "lies in or over the input"),
         (["merge", "{base}", "{adapter}", "-o", "{base}/inside"], 2, "lies in or over the input"),
         (["nothing"], 2, "No such command"),
+        (["merge", "{base}", "{adapter}", "--save-plan", "{tmp}/none/plan.json"], 1, "plan.json cannot be used"),
+        (["merge", "{base}", "{adapter}", "--save-plan", "{tmp}"], 1, "Is a directory"),
+        (["merge", "{base}", "", "-o", "{tmp}/o"], 7, "is empty"),
+        (["merge", "", "{adapter}", "-o", "{tmp}/o"], 7, "is empty"),
+        (["execute", "{adapter}/adapter_model.safetensors", "-o", "{tmp}/o"], 1, "not a plan file"),
+        (
+            ["execute", "{adapter}/adapter_config.json", "-o", "{tmp}/o", "--part", "0", "--finish"],
+            2,
+            "exclude each other",
+        ),
     ],
 )
 def test_errors_are_one_sentence_with_their_code_and_leave_nothing(

@@ -183,6 +183,11 @@ def test_what_is_refused(tmp_path: Path, base: Path, capsys, arguments: list[str
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
 
 
+def test_merging_straight_to_a_calibrated_format(base: Path, tmp_path: Path, capsys) -> None:
+    assert run("merge", base, tmp_path, "-o", tmp_path / "out", "--quant", "awq") == 2
+    assert "then convert that --to awq --calibration FILE" in capsys.readouterr().err
+
+
 def test_sources_that_are_no_folder(tmp_path: Path, capsys) -> None:
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")

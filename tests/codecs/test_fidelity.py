@@ -164,6 +164,10 @@ def test_a_quantized_base_is_not_written_on_its_own_grid_in_silence(tmp_path: Pa
     with pytest.raises(CheckFailed, match=r"nf4 already, and of this change \d\.\d% would survive"):
         merge(quantized, [tuned], tmp_path / "out", quant="nf4")
     assert not (tmp_path / "out").exists()
+    for double in (False, True):
+        with pytest.raises(CheckFailed, match=r"nf4 already, and of this change -?\d\.\d% would survive"):
+            merge(tmp_path / "llama", [tuned], tmp_path / "out", quant="nf4", as_trained="nf4", double_quant=double)
+    merge(tmp_path / "llama", [tuned], tmp_path / "int8", quant="int8", as_trained="nf4")
     report = merge(quantized, [tuned], tmp_path / "out", quant="nf4", yes_lossy=True)
     assert report.fidelity is not None
     assert report.fidelity.retention < 0.1

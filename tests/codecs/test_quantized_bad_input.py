@@ -142,11 +142,15 @@ VALUES = st.sampled_from(
 )
 
 
+def words(*shape: int) -> torch.Tensor:
+    return torch.randint(-(2**31), 2**31, shape, generator=torch.Generator().manual_seed(0)).int()
+
+
 def compressed() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
     tensors = {
-        "a.weight_packed": torch.zeros(24, 12, dtype=torch.int32),
-        "a.weight_scale": torch.ones(24, 3),
+        "a.weight_packed": words(24, 12),
+        "a.weight_scale": torch.full((24, 3), 0.01),
         "a.weight_shape": torch.tensor([24, 96]),
     }
     groups = {"group_0": {"targets": ["Linear"], "weights": weights, "format": "pack-quantized"}}
@@ -155,14 +159,15 @@ def compressed() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def fp8() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    tensors = {"a.weight": torch.zeros(128, 256).to(torch.float8_e4m3fn), "a.weight_scale_inv": torch.ones(1, 2)}
+    codes = words(128, 256).float().mul(2.0**-24).to(torch.float8_e4m3fn)
+    tensors = {"a.weight": codes, "a.weight_scale_inv": torch.tensor([[0.001, 0.002]])}
     return tensors, {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
 def awq() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    words = {"a.qweight": torch.zeros(96, 8, dtype=torch.int32), "a.qzeros": torch.zeros(3, 8, dtype=torch.int32)}
+    packed = {"a.qweight": words(96, 8), "a.qzeros": words(3, 8)}
     config = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
-    return {**words, "a.scales": torch.ones(3, 64).half()}, config
+    return {**packed, "a.scales": torch.full((3, 64), 0.01).half()}, config
 
 
 def nf4() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -174,7 +179,7 @@ def nf4() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def int8() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    tensors = {"a.weight": torch.ones(24, 48, dtype=torch.int8), "a.SCB": torch.ones(24)}
+    tensors = {"a.weight": (words(24, 48) >> 24).to(torch.int8), "a.SCB": torch.full((24,), 0.2)}
     layout = {"a.weight_format": torch.tensor(0, dtype=torch.uint8)}
     return tensors | layout, {"quant_method": "bitsandbytes", "load_in_8bit": True}
 
