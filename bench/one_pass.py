@@ -1,4 +1,6 @@
-"""Base and adapter to a Q4_K_M file, beside the usual road, in the same run: ``python bench/gguf.py [--shape 1b] [--runs 3]``.
+"""Base and adapter to a Q4_K_M file, beside the usual road, in the same run.
+
+    python bench/one_pass.py [--shape 1b] [--runs 3]
 
 The usual road is PEFT's merge into a 16-bit folder, a 16-bit GGUF of it, and llama.cpp's own C quantizer on that file
 (``ggml_quantize_chunk`` of the library in xllamacpp, as many threads as ours, the same types). The 16-bit GGUF is written by
@@ -6,7 +8,7 @@ adapterkit here, in one streaming pass, which is kinder to that road than its ow
 
 Both alternate, every step in a process of its own; printed are medians, their ratio, the peak memory, and the bytes that
 lay on the disk at the worst moment. Start-up is shown apart: each process does the same on a tiny model first. A machine
-that others use too is best measured with priority (``nice -n -15 python bench/gguf.py``).
+that others use too is best measured with priority (``nice -n -15 python bench/one_pass.py``).
 """
 
 from __future__ import annotations
