@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-HERE = str(Path(__file__).resolve().parent)
-sys.path[:] = [place for place in sys.path if place != HERE]  # bench/gguf.py is not the gguf package
 for place in ("tests/gguf", "tests", ""):
     sys.path.insert(0, str(ROOT / place))
 DOC = ROOT / "docs" / "gguf-architectures.md"
@@ -297,8 +295,9 @@ embedding):
   onto that file; merge from the Hugging Face folder.
 * **LoRA files on `attn_k_b` and `attn_v_b`** (DeepSeek and others with latent attention) are refused: llama.cpp takes these
   weights without looking for a LoRA, and would be silently wrong. Merging works.
-* **transformers' reader** takes one number of each part for `float` in gpt_oss' scaling, has no key for the widths of gemma4's
-  per-layer embeddings, and wants qwen2_moe's shared gate without the axis of length one that llama.cpp's converter leaves.
+* **transformers' reader** takes gpt_oss' scaling factors from the wrong part of a field, has no key for the widths of
+  gemma4's per-layer embeddings, and wants qwen2_moe's shared gate without the axis of length one that llama.cpp's
+  converter leaves.
 * **roberta and xlm-roberta** are told from bert by their tokenizer when going back.
 
 Architectures in the last rows have no class in transformers; their checkpoints were made from a model that computes the same.
