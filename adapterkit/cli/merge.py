@@ -43,6 +43,9 @@ CALIBRATED = ("awq", "gptq")
 )
 @click.option("--pre", metavar="NAME", help="Of a GGUF output: its pre-tokenizer, where it is not recognised.")
 @click.option("--keep-touched", metavar="TYPE", help="Of a GGUF output: at least this type for what adapters change.")
+@click.option(
+    "--keep-below", type=float, metavar="X", help="Only where the change would come out with a cosine below X."
+)
 @click.option("--max-shard-size", metavar="SIZE", help="Like 5GB; by default the base's own shards are kept.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where blocks are computed.")
@@ -123,7 +126,7 @@ def command(
     checked(server, out)
     if out is None and not (dry_run or save_plan):
         raise click.UsageError("Missing option '-o' / '--out': the folder to make.")
-    types = {name: options.pop(name) for name in (*TYPES, "keep_touched")}
+    types = {name: options.pop(name) for name in (*TYPES, "keep_touched", "keep_below")}
     # `--quant` takes the formats of a folder too; the rest of its values are mixes of a GGUF file.
     folder_quant = types["mix"] if types["mix"] in FOLDER_FORMATS else None
     yes_lossy = types["yes_lossy"]

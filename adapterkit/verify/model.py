@@ -14,6 +14,7 @@ from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.adapters.experts import SLOWEST, stated_order
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.errors import UsageError
 from adapterkit.verify.answers import Answering, InTransformers, Tokenizer, check_known, need_transformers
@@ -239,6 +240,8 @@ def _live(subject: Subject) -> Path | None:
         return None
     if (subject.options.get("method"), subject.options.get("scale")) != ("linear", 1.0):
         return None
+    if stated_order(subject.adapters[0].config) == SLOWEST:
+        return None  # PEFT would read its experts in another order than they were trained in
     path = subject.adapters[0].source.path
     folder = path.parent if path is not None else None
     if folder is None or path is None or path.name != "adapter_model.safetensors":
