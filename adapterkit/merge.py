@@ -304,7 +304,11 @@ def _recorder(
 def _grid_name(planned: Merge) -> str | None:
     """What a GGUF output's types are called, when they are not the base's own."""
     asked = planned.options.quantization
-    return asked.mix if planned.output.through is not None and asked is not None else None
+    if planned.output.through is None:
+        return None
+    if asked is not None and asked.mix is not None:
+        return asked.mix
+    return "its GGUF types" if planned.base.format == "gguf" else None
 
 
 def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.fidelity import Through
     from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.gguf.quantize import Quantization
     from adapterkit.options import MergeOptions
 
 CONFIG = "config.json"
@@ -103,8 +104,14 @@ def _gguf(
         raise UsageError(f"{base.ref} is a GGUF base, which has a tokenizer of its own", "leave out --pre")
     if options.dtype != "auto" or options.quant is not None or values != "as stored":
         raise UsageError(f"{base.ref} is a GGUF base, which has types of its own", "use --quant, as in --quant F16")
-    made = fold_gguf(base, adapters, options.weights, quantization=options.quantization, **_how(options))
-    return Output(made.folded, made.folded.checkpoint, plan_gguf(made.layout, **settings), {}, tuple(made.notes))
+    how: dict[str, Any] = {**_how(options), "quantization": _freely(options.quantization)}
+    made = fold_gguf(base, adapters, options.weights, **how)
+    notes: tuple[str, ...] = ()
+    if options.quantization is not None and options.quantization.keep_below is not None:
+        how["drowned"], notes = _drowned(made.folded, made.through, options.quantization)
+        made = fold_gguf(base, adapters, options.weights, **{**how, "quantization": options.quantization})
+    plan = plan_gguf(made.layout, **settings)
+    return Output(made.folded, made.written, plan, {}, (*notes, *made.notes), made.through)
 
 
 def _hf_to_gguf(
@@ -118,21 +125,44 @@ def _hf_to_gguf(
         raise UsageError(f"{options.quant} is a format of folders", "use a GGUF type, as in --quant Q4_K_M")
     folded = fold(base, adapters, options.weights, **_how(options))
     files, notes = side_files(base, folded, adapters, None)
-    made = from_hf(
-        folded.checkpoint,
-        base=base,
-        config=patched_config(base, folded, adapters, None),
-        adapters=adapters,
-        touched=folded.touched,
-        files=files,
-        asked=options.quantization,
-        dtype=options.floats,
-        pre=options.pre,
-    )
+    how: dict[str, Any] = {
+        "base": base,
+        "config": patched_config(base, folded, adapters, None),
+        "adapters": adapters,
+        "touched": folded.touched,
+        "files": files,
+        "asked": _freely(options.quantization),
+        "dtype": options.floats,
+        "pre": options.pre,
+    }
+    made = from_hf(folded.checkpoint, **how)
+    if options.quantization is not None and options.quantization.keep_below is not None:
+        measured = replace(folded, checkpoint=made.folded)
+        how["drowned"], said = _drowned(measured, made.through, options.quantization)
+        notes = [*notes, *said]
+        made = from_hf(folded.checkpoint, **{**how, "asked": options.quantization})
     folded = replace(folded, checkpoint=made.folded)
     view = replace(folded.checkpoint, tensors=made.tensors)
     plan = plan_gguf(made.layout, **settings)
     return Output(folded, view, plan, {}, (*notes, *made.notes), made.through)
+
+
+def _freely(asked: Quantization | None) -> Quantization | None:
+    """The types without what keeps changed tensors wider, where that has to be measured first."""
+    if asked is None or asked.keep_below is None:
+        return asked
+    return replace(asked, keep_touched=None, keep_below=None, yes_lossy=True)
+
+
+def _drowned(
+    folded: Folded, through: Callable[[str, tuple[int, ...]], Through | None], asked: Quantization
+) -> tuple[frozenset[str], tuple[str, ...]]:
+    from adapterkit.gguf.drowned import drowned
+
+    assert asked.keep_below is not None
+    found, measured = drowned(folded, through, asked.keep_below)
+    note = f"{len(found)} of {measured} changed tensors would come out with a cosine below {asked.keep_below:g}"
+    return found, (f"{note}; they are kept as {asked.keep_touched}",)
 
 
 def _how(options: MergeOptions) -> dict[str, Any]:

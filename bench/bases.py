@@ -3,8 +3,9 @@
     python bench/bases.py                # a few minutes on one core; prints the table of docs/quantized.md
 
 A Llama of 0.9e6 weights learns Python from the standard library's own source, in bfloat16 it is the base W16. transformers
-and bitsandbytes quantize it to NF4, PEFT trains a LoRA on that (QLoRA) with the prose of this repository's docs. Then every
-way of using the adapter answers the same held-out prose, and is compared with what was trained: the adapter live on NF4.
+and bitsandbytes quantize it to NF4, PEFT trains LoRAs on that (QLoRA) with the prose of this repository's docs: one at a high
+learning rate, whose change is large, and one at a low rate, whose change is small. Then every way of using an adapter answers
+the same held-out prose, and is compared with what was trained: the adapter live on NF4.
 
 KL is the mean over tokens of KL(as trained || this), in nats; "same" how often both name the same most likely next byte;
 "loss" the mean negative log-likelihood of the held-out prose.
@@ -77,8 +78,8 @@ def load(folder: Path) -> torch.nn.Module:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def make(folder: Path, steps: int, tuning: int) -> torch.Tensor:
-    """The base, its NF4 form and the adapter; gives the held-out prose."""
+def make(folder: Path, steps: int, tuning: int, rates: list[float]) -> torch.Tensor:
+    """The base, its NF4 form and an adapter for each rate; gives the held-out prose."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
@@ -97,28 +98,31 @@ def make(folder: Path, steps: int, tuning: int) -> torch.Tensor:
     ).save_pretrained(folder / "nf4")
     rows = prose()
     held, rows = rows[: len(rows) // 10], rows[len(rows) // 10 :]
-    tuned = peft.get_peft_model(
-        load(folder / "nf4"), peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0)
-    )
-    picks = torch.randint(0, len(rows), (tuning, BATCH))
-    loss = train(tuned, [rows[pick] for pick in picks], 2e-3)
-    print(f"adapter on NF4: {tuning} steps, loss {loss:.3f}", flush=True)
-    tuned.save_pretrained(folder / "adapter")
+    for rate in rates:
+        tuned = peft.get_peft_model(
+            load(folder / "nf4"), peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", lora_dropout=0.0)
+        )
+        picks = torch.randint(0, len(rows), (tuning, BATCH))
+        loss = train(tuned, [rows[pick] for pick in picks], rate)
+        print(f"adapter on NF4: {tuning} steps at {rate:g}, loss {loss:.3f}", flush=True)
+        tuned.save_pretrained(folder / f"adapter-{rate:g}")
     return held
 
 
-def table(folder: Path, held: torch.Tensor) -> list[tuple[str, float, float, float]]:
+def table(folder: Path, held: torch.Tensor, rate: float) -> list[tuple[str, float, float, float]]:
     """Name, KL, share of equal most likely bytes, loss."""
-    adapter = folder / "adapter"
+    adapter = folder / f"adapter-{rate:g}"
 
     def live(base: str) -> torch.Tensor:
         return answers(peft.PeftModel.from_pretrained(load(folder / base), adapter), held)
 
     def merged(base: str, name: str, **options: object) -> torch.Tensor:
-        report = adapterkit.merge(folder / base, [adapter], folder / name, fidelity=True, **options)
+        report = adapterkit.merge(folder / base, [adapter], folder / name, fidelity=True, force=True, **options)
         if report.fidelity is not None and options.get("as_trained"):
             errors = [row.base_error for row in report.fidelity.tensors if row.base_error is not None]
-            print(f"|W - decode(encode(W))| / |delta|: {min(errors):.1f} to {max(errors):.1f} over the layers")
+            sizes = [row.relative for row in report.fidelity.tensors]
+            print(f"\nadapter at {rate:g}: |delta|/|W| {min(sizes):.1e} to {max(sizes):.1e} over the layers, "
+                  f"|W - decode(encode(W))| / |delta| {min(errors):.1f} to {max(errors):.1f}", flush=True)  # fmt: skip
         return answers(load(folder / name), held)
 
     trained = live("nf4")
@@ -142,16 +146,18 @@ def table(folder: Path, held: torch.Tensor) -> list[tuple[str, float, float, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=1200, help="of the base")
-    parser.add_argument("--tuning", type=int, default=300, help="steps of the adapter")
+    parser.add_argument("--steps", type=int, default=1000, help="of the base")
+    parser.add_argument("--tuning", type=int, default=200, help="steps of each adapter")
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 1e-4], help="learning rates of the adapters")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
-        held = make(Path(place), options.steps, options.tuning)
-        rows = table(Path(place), held)
-        print("\n| base, and how the adapter is used | KL | same | loss |\n|---|---|---|---|")
-        for name, kl, same, loss in rows:
-            print(f"| {name} | {kl:.1e} | {same:.1%} | {loss:.4f} |")
+        held = make(Path(place), options.steps, options.tuning, options.rates)
+        for rate in options.rates:
+            rows = table(Path(place), held, rate)
+            print("\n| base, and how the adapter is used | KL | same | loss |\n|---|---|---|---|")
+            for name, kl, same, loss in rows:
+                print(f"| {name} | {kl:.1e} | {same:.1%} | {loss:.4f} |", flush=True)
 
 
 if __name__ == "__main__":

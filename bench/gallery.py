@@ -2,6 +2,7 @@
 
     python bench/gallery.py                 # a table: what was broken, what verify says, how far the outputs moved
     python bench/gallery.py --only tied     # some of them
+    python bench/gallery.py --answers       # also lets the models answer: how far a mistake moves them
 
 Nothing here is made with adapterkit: bases and adapters by transformers and PEFT, merges by PEFT, numpy and torch, GGUF
 files by the gguf package. A case is a function of an empty folder that gives MERGED, the base, the adapters, and the name
@@ -20,10 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-for place in ("tests", "tests/gguf"):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / place))
+ROOT = Path(__file__).resolve().parents[1]
+BENCH = str(ROOT / "bench")
+# Behind everything else: a script there is called as the package gguf is.
+sys.path[:] = [*(place for place in sys.path if place != BENCH), BENCH]
+for place in ("tests/gguf", "tests", ""):
+    sys.path.insert(0, str(ROOT / place))
 
 TEXT = {
     "hidden_size": 64,
@@ -221,7 +224,9 @@ def tied_flag(root: Path) -> Broken:
     adapter = lora(root / "adapter", base, target_modules=["lm_head"])
     stored = tensors_of(base)
     stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
-    return Broken(save(root / "merged", base, added(stored, deltas(adapter))), base, (adapter,), "tied head")
+    return Broken(
+        save(root / "merged", base, added(stored, deltas(adapter))), base, (adapter,), "tied head", moved=False
+    )
 
 
 def bf16_steps(root: Path) -> Broken:
@@ -408,19 +413,20 @@ def gguf_experts(root: Path) -> Broken:
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     adapter = lora(root / "adapter", root / "hf", target_modules=[], target_parameters=names)
     merged = peft_merge(root / "hf", [adapter], root / "merged")
-    converted = gguf_zoo.converted
+    converted, metadata = gguf_zoo.converted, gguf_zoo.metadata
     order = sorted(range(12), key=str)
+    gguf_zoo.metadata = lambda kind, config: {**metadata(kind, config), ".expert_count": 12}  # type: ignore[assignment]
 
     def wrong(stored: Any, kind: str, config: Any) -> Any:
         found = converted(stored, kind, config)
         return {n: np.ascontiguousarray(t[order]) if ".experts." in n else t for n, t in found.items()}
 
-    base = gguf_zoo.to_gguf(root / "hf", "mixtral", root / "base.gguf")
-    gguf_zoo.converted = wrong
     try:
+        base = gguf_zoo.to_gguf(root / "hf", "mixtral", root / "base.gguf")
+        gguf_zoo.converted = wrong
         found = gguf_zoo.to_gguf(merged, "mixtral", root / "merged.gguf")
     finally:
-        gguf_zoo.converted = converted
+        gguf_zoo.converted, gguf_zoo.metadata = converted, metadata
     return Broken(found, base, (adapter,), "wrong expert order")
 
 
@@ -448,6 +454,18 @@ CASES: dict[str, Case] = {
     "GGUF: wrong expert order": gguf_experts,
 }
 
+
+def prompts(folder: Path) -> Path:
+    """Token numbers: a random model has no words."""
+    import random
+
+    draw = random.Random(1)
+    lines = [json.dumps({"ids": [1, *(draw.randrange(3, 288) for _ in range(11))]}) for _ in range(8)]
+    path = folder / "prompts.jsonl"
+    path.write_text("\n".join(lines))
+    return path
+
+
 # What a mistake brings along: a tied head also leaves the shared tensor with a change that is not its own.
 FOLLOWS: dict[str, set[str]] = {}
 
@@ -464,6 +482,7 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", action="append", help="cases whose name holds this")
+    parser.add_argument("--answers", action="store_true", help="also the level of the model")
     options = parser.parse_args()
     wrong = 0
     for name, case in CASES.items():
@@ -471,19 +490,23 @@ def main() -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             broken = case(Path(folder))
-            report = verify(broken.merged, base=broken.base, adapters=broken.adapters, **broken.options)
+            how: dict[str, Any] = {"base": broken.base, "adapters": broken.adapters, **broken.options}
+            if options.answers:
+                how |= {"level": "model", "prompts": prompts(Path(folder))}
+            report = verify(broken.merged, **how)
             kinds = [finding.kind for finding in report.errors]
             caught = not report.ok and broken.kind in kinds
             wrong += not caught
-            said = next(
-                (f.text for f in report.errors if f.kind == broken.kind),
-                "; ".join(f"{f.kind}: {f.text}" for f in report.errors),
-            )
-            print(
-                f"{'ok' if caught else 'MISSED':<7} {name:<36} {', '.join(dict.fromkeys(kinds)):<24} {said}".replace(
-                    folder, ""
+            every = "; ".join(f"{one.kind}: {one.text}" for one in report.errors)
+            said = next((one.text for one in report.errors if one.kind == broken.kind), every)
+            moved = ""
+            if report.model is not None:
+                model = report.model
+                moved = (
+                    f"KL {model.merged.mean_kl:8.1e} top-1 {model.merged.top1:6.1%} (base {model.base.mean_kl:7.1e})  "
                 )
-            )
+            told = f"{'ok' if caught else 'MISSED':<7} {name:<36} {', '.join(dict.fromkeys(kinds)):<20} {moved}{said}"
+            print(told.replace(folder, ""), flush=True)
     sys.exit(1 if wrong else 0)
 
 

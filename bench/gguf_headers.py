@@ -1,4 +1,5 @@
-"""Damaged GGUF headers: how many are refused, how many read as gguf reads them, the slowest, the peak memory.
+"""Damaged GGUF headers: how many are refused, how many read as gguf reads them, the slowest (in time of the processor,
+which other work on the machine does not add to), the peak memory.
 
 python bench/gguf_headers.py [COUNT] [SEED]
 """
@@ -29,12 +30,12 @@ def main(count: int = 10_000, seed: int = 1) -> int:
         header = parse_gguf(lambda at, n: data[at : at + n], len(data), "sample").data_start
         tracemalloc.start()
         for mutant in mutants(data, header, count, seed):
-            started = time.perf_counter()
+            started = time.thread_time()
             try:
                 found = parse_gguf(lambda at, n, m=mutant: m[at : at + n], len(mutant), "mutant")
             except AdapterkitError:
                 found = None
-            slowest = max(slowest, time.perf_counter() - started)
+            slowest = max(slowest, time.thread_time() - started)
             if found is None:
                 outcomes["refused"] += 1
                 continue
@@ -42,7 +43,9 @@ def main(count: int = 10_000, seed: int = 1) -> int:
             path.write_bytes(mutant)
             outcomes["as gguf" if as_gguf_reads(path) == as_we_read(found) else "DIFFERENT"] += 1
         peak = tracemalloc.get_traced_memory()[1]
-    print(f"{count} headers: {dict(outcomes)}, slowest {slowest * 1000:.1f} ms, peak {peak / 1e6:.1f} MB")
+    print(
+        f"{count} headers: {dict(outcomes)}, slowest {slowest * 1000:.1f} ms of the processor, peak {peak / 1e6:.1f} MB"
+    )
     return int("DIFFERENT" in outcomes or slowest > 1 or peak > 200e6)
 
 

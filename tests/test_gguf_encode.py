@@ -114,14 +114,18 @@ def test_any_shape_and_scale(
     assert np.array_equal(encode(name, values, importance), quantize(name, values, importance))
 
 
-@pytest.mark.parametrize("threads", [2, 8])
-def test_any_number_of_threads_gives_the_same_bytes(threads: int) -> None:
+@pytest.mark.parametrize("threads", [1, 2, 8])
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "Q3_K", "IQ4_XS"])
+def test_any_number_of_threads_gives_the_same_bytes(name: str, backend: Any, threads: int) -> None:
+    """Ours that call it, and torch's own."""
     rows = np.random.default_rng(5).standard_normal((96, 512)).astype(np.float32)
-    whole = encode("Q4_K", rows)
+    whole = encode(name, rows)
     out = np.zeros_like(whole)
+    torch.set_num_threads(threads)
     with ThreadPoolExecutor(threads) as pool:
         parts = [slice(i, i + 7) for i in range(0, 96, 7)]
-        list(pool.map(lambda part: encode_into("Q4_K", rows[part], out[part]), parts))
+        list(pool.map(lambda part: encode_into(name, rows[part], out[part], backend=backend), parts))
     assert np.array_equal(out, whole)
 
 
@@ -138,32 +142,73 @@ def test_the_self_test_expects_what_llama_cpp_gives_now() -> None:
 def test_a_backend_with_other_bytes_is_left_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
     wanted = encode("Q8_0", rows)
-    real = selftest.passes
+    real = selftest.complaint
 
-    def passes(backend: str, *rest: Any) -> bool:
-        return backend != "numba" and real(backend, *rest)
+    def complaint(backend: str, *rest: Any) -> str | None:
+        return "gives other bytes for Q8_0 than llama.cpp" if backend == "numba" else real(backend, *rest)
 
-    monkeypatch.setattr(selftest, "passes", passes)
+    monkeypatch.setattr(selftest, "complaint", complaint)
     with pytest.warns(RuntimeWarning, match="the numba encoder gives other bytes for Q8_0 .* using torch"):
         assert np.array_equal(encode("Q8_0", rows), wanted)
-    monkeypatch.setattr(selftest, "passes", lambda *_: False)
+    monkeypatch.setattr(selftest, "complaint", lambda *_: "gives other bytes for Q8_0 than llama.cpp")
     with pytest.raises(AdapterkitError, match=r"other bytes for Q8_0 than llama\.cpp"):
         encode("Q8_0", rows, backend="torch")
 
 
-def test_the_self_test_notices_a_wrong_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def _asked_again() -> Any:
+    selftest._outcome.cache_clear()
+    yield
+    selftest._outcome.cache_clear()
+
+
+@pytest.mark.usefixtures("_asked_again")
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_self_test_notices_a_wrong_byte(backend: str, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     real = module.run_backend
 
-    def broken(backend: str, name: str, x: Any, weights: Any, out: np.ndarray) -> None:
-        real(backend, name, x, weights, out)
+    def broken(name: str, kind: str, x: Any, weights: Any, out: np.ndarray) -> float:
+        peak = real(name, kind, x, weights, out)
         out[4, 7] ^= 1
+        return peak
 
+    assert selftest.complaint(backend, "Q4_K", weighted, "cpu") is None
     selftest._outcome.cache_clear()
     monkeypatch.setattr(module, "run_backend", broken)
-    assert not selftest.passes("torch", "Q8_0", False, "cpu")
-    monkeypatch.setattr(module, "run_backend", real)
-    selftest._outcome.cache_clear()
-    assert selftest.passes("torch", "Q8_0", False, "cpu")
+    assert selftest.complaint(backend, "Q4_K", weighted, "cpu") == "gives other bytes for Q4_K than llama.cpp"
+
+
+@pytest.mark.usefixtures("_asked_again")
+@pytest.mark.parametrize("weighted", [False, True])
+def test_each_first_use_of_a_type_asks_the_self_test(weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    real = selftest.complaint
+    monkeypatch.setattr(selftest, "complaint", lambda *what: asked.append(what) or real(*what))
+    rows, importance = np.ones((2, 256), np.float32), np.ones(256, np.float32) if weighted else None
+    for backend in ("auto", "torch"):
+        encode("Q6_K", rows, importance, backend=backend)
+    assert asked == [("numba", "Q6_K", weighted, "cpu"), ("torch", "Q6_K", weighted, "cpu")]
+    assert selftest._outcome.cache_info().misses == 2
+
+
+@pytest.mark.usefixtures("_asked_again")
+def test_a_compiler_that_fails_is_left_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    from adapterkit.gguf.kernels import compiled
+
+    def fails(*_: Any) -> Any:
+        raise NotImplementedError("no such processor\nand more")
+
+    rows = np.random.default_rng(0).standard_normal((3, 256)).astype(np.float32)
+    wanted = encode("Q4_K", rows, backend="torch")
+    monkeypatch.setattr(compiled, "kernel", fails)
+    sentence = (
+        r"numba encoder does not run for Q4_K \(NotImplementedError: no such processor\) on this machine; using torch"
+    )
+    with pytest.warns(RuntimeWarning, match=sentence):
+        assert np.array_equal(encode("Q4_K", rows), wanted)
+    with pytest.raises(AdapterkitError, match="does not run for Q4_K"):
+        encode("Q4_K", rows, backend="numba")
 
 
 @needs_oracle

@@ -172,6 +172,7 @@ LIGHT = {
     "help": ["--help"],
     "version": ["--version"],
     "merge_help": ["merge", "--help"],
+    "imatrix_help": ["imatrix", "--help"],
     "inspect_help": ["inspect", "--help"],
     "inspect_adapter": ["inspect", "ADAPTER"],
     "inspect_adapter_json": ["inspect", "ADAPTER", "--base", "BASE", "--json"],
@@ -204,7 +205,12 @@ def test_a_merge_is_seen_to_import_torch(folders: tuple[Path, Path, Path], tmp_p
     assert not {"transformers", "peft", "safetensors"} & set(heavy)
 
 
-TABLES = ("adapterkit.ops.methods", "adapterkit.registry.record", "adapterkit.adapters.formats.kohya")
+TABLES = (
+    "adapterkit.ops.methods",
+    "adapterkit.codecs.table",
+    "adapterkit.registry.record",
+    "adapterkit.adapters.formats.kohya",
+)
 
 
 @pytest.mark.parametrize("name", ["check", "dry_run"])

@@ -24,6 +24,8 @@ def is_turned(context: Context, target: Target, expected: tuple[int, int]) -> bo
         return False
     flag = context.config.flag("fan_in_fan_out")
     known = _TYPES & context.names.model_types
+    if not known and not flag:
+        return False
     turned = target.parameter.split(".")[-2:-1] in ([module] for module in _MODULES) if known else flag
     if expected[0] != expected[1]:
         # The shape tells; that a weight fits only when turned is no reason to turn one that nobody says is a Conv1D.

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.checkpoint.checkpoint import Checkpoint, SideFile
 from adapterkit.checkpoint.files import BytesFile
 from adapterkit.checkpoint.tensor import BLOCK, Tensor, Transposed
-from adapterkit.codecs.conv1d import is_conv1d
-from adapterkit.codecs.table import CACHE, find_weights, without_quantization
 from adapterkit.dtypes import BF16, F16, F32, DType
 
 if TYPE_CHECKING:
@@ -91,6 +89,8 @@ def dequantized(checkpoint: Checkpoint, dtype: DType | None = None) -> Checkpoin
     """
     if is_plain(checkpoint):
         return checkpoint
+    from adapterkit.codecs.conv1d import is_conv1d
+    from adapterkit.codecs.table import CACHE, find_weights, without_quantization
 
     weights = find_weights(checkpoint.tensors, checkpoint.config, checkpoint.ref)
     if not weights:

@@ -42,6 +42,12 @@ from adapterkit.conversions.formats import FORMATS
     show_default=True,
     help="Float type of a GGUF made from a Hugging Face model.",
 )
+@click.option(
+    "--mmproj",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Of a GGUF output: the vision tower to copy beside it.",
+)
 @click.option("--pre", metavar="NAME", help="Its pre-tokenizer, by llama.cpp's name, where it is not recognised.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
 @click.option("--allow-pickle", is_flag=True, help="Load pickled weights (.bin), as tensors only, in another process.")
@@ -65,6 +71,7 @@ def command(
     compressor: Path | None,
     dtype: str,
     pre: str | None,
+    mmproj: Path | None,
     max_shard_size: str | None,
     jobs: int | None,
     allow_pickle: bool,
@@ -119,10 +126,14 @@ def command(
         peak = planned.peak_memory
         report = planned.report(out or "", seconds=time.monotonic() - started, peak_memory=peak, dry_run=True)
     else:
+        from adapterkit.gguf.projector import Projector
+
         assert out is not None
         progress = Progress("converting", enabled=not as_json)
         how |= {"allow_pickle": allow_pickle, "force": force, "resume": resume, "progress": progress}
+        projector = Projector(mmproj, out, force=force)
         report = convert(src, out, **how)
+        projector.copy()
         progress.close()
         attested(attest, out, [base, src])
         handed(server, out, src)

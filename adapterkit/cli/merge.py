@@ -35,8 +35,17 @@ CALIBRATED = ("awq", "gptq")
 @click.option("--space", type=SPACES, help="Align the adapters there; --method is the rule inside.")
 @click.option("--dtype", default="auto", show_default=True, help="auto keeps every tensor's own; or bf16, f16, f32.")
 @quantization_options
+@click.option(
+    "--mmproj",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Of a GGUF output: the vision tower to copy beside it.",
+)
 @click.option("--pre", metavar="NAME", help="Of a GGUF output: its pre-tokenizer, where it is not recognised.")
 @click.option("--keep-touched", metavar="TYPE", help="Of a GGUF output: at least this type for what adapters change.")
+@click.option(
+    "--keep-below", type=float, metavar="X", help="Only where the change would come out with a cosine below X."
+)
 @click.option("--max-shard-size", metavar="SIZE", help="Like 5GB; by default the base's own shards are kept.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda", help="Where blocks are computed.")
@@ -74,6 +83,7 @@ def command(
     space: str | None,
     dtype: str,
     pre: str | None,
+    mmproj: Path | None,
     max_shard_size: str | None,
     jobs: int | None,
     device: str,
@@ -116,7 +126,7 @@ def command(
     checked(server, out)
     if out is None and not (dry_run or save_plan):
         raise click.UsageError("Missing option '-o' / '--out': the folder to make.")
-    types = {name: options.pop(name) for name in (*TYPES, "keep_touched")}
+    types = {name: options.pop(name) for name in (*TYPES, "keep_touched", "keep_below")}
     # `--quant` takes the formats of a folder too; the rest of its values are mixes of a GGUF file.
     folder_quant = types["mix"] if types["mix"] in FOLDER_FORMATS else None
     yes_lossy = types["yes_lossy"]
@@ -159,10 +169,14 @@ def command(
             out or "", seconds=time.monotonic() - started, peak_memory=planned.plan.peak_memory, dry_run=True
         )
     else:
+        from adapterkit.gguf.projector import Projector
+
         assert out is not None
         progress = Progress("merging", enabled=not as_json)
         how |= {"fidelity": fidelity or min_retention is not None, "yes_lossy": yes_lossy, "full_record": full_record}
+        projector = Projector(mmproj, out, force=force)
         report = merge(base, adapters, out, force=force, resume=resume, progress=progress, **how)
+        projector.copy()
         progress.close()
         attested(attest, out, [base, base16, *adapters])
         handed(server, out, base)

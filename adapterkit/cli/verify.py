@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit.adapters.experts import ORDERS
 from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, given, methods_flag
 from adapterkit.cli.output import Progress, count, note, say, show_json
 
@@ -44,11 +45,18 @@ if TYPE_CHECKING:
 )
 @click.option("--base16", metavar="REF", help="The original of a quantized BASE, which was folded onto in its place.")
 @click.option("--residual-base", is_flag=True, help="BASE is what training left behind, not the original model.")
+@click.option("--expert-order", type=click.Choice(ORDERS), help="Of experts in a stacked lora_B; see merge.")
 @click.option("--allow-unknown", is_flag=True, help="Go on where an adapter's config has fields not known here.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the evidence as one HTML page.")
 @click.option("--markdown", type=click.Path(path_type=Path), metavar="FILE", help="Write a summary as Markdown.")
 @click.option("--step-summary", is_flag=True, help="Append that summary to $GITHUB_STEP_SUMMARY.")
+@click.option(
+    "--attach/--no-attach",
+    default=None,
+    help="Write the figures into MERGED's record. By default into the adapterkit.json beside an output, and not into a "
+    "registered version, which would make a new one.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     merged: str,
@@ -69,11 +77,13 @@ def command(
     skip_modules: tuple[str, ...],
     base16: str | None,
     residual_base: bool,
+    expert_order: str | None,
     allow_unknown: bool,
     jobs: int | None,
     html: Path | None,
     markdown: Path | None,
     step_summary: bool,
+    attach: bool | None,
     as_json: bool,
     **options: Any,
 ) -> int:
@@ -104,6 +114,7 @@ def command(
         "skip_modules": skip_modules or None,
         "base16": base16,
         "residual_base": residual_base or None,
+        "expert_order": expert_order,
         "allow_unknown": allow_unknown or None,
     }
     report = verify(
@@ -121,11 +132,21 @@ def command(
     )
     progress.close()
     write(report, html, markdown, step_summary=step_summary)
+    if attach or (attach is None and report.record and Path(merged).exists()):
+        _attach(report, merged)
     if as_json:
         show_json(report)
     else:
         show(report)
     return 0 if report.ok else 3
+
+
+def _attach(report: VerifyReport, merged: str) -> None:
+    from adapterkit.verify.evidence import attach
+
+    found = attach(report, merged)
+    if found.new:
+        note(f"evidence written to {found.ref or found.path}")
 
 
 def write(report: VerifyReport, html: Path | None, markdown: Path | None, *, step_summary: bool = False) -> None:

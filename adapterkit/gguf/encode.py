@@ -188,19 +188,22 @@ def _refuse(kind: GGMLType, bad: torch.Tensor, block: int) -> None:
 def _run(kind: GGMLType, x: torch.Tensor, weights: torch.Tensor | None, out: Bytes, backend: Backend) -> float:
     """Encode with the first backend that passes its self-test; the largest magnitude, infinity for NaN."""
     from adapterkit.gguf.kernels.layouts import LAYOUTS
-    from adapterkit.gguf.kernels.selftest import passes
+    from adapterkit.gguf.kernels.selftest import complaint
 
     if LAYOUTS[kind.name].given is None:
         weights = None
     candidates = _candidates(x, backend)
     for name in candidates:
-        if passes(name, kind.name, weights is not None, x.device.type):
+        wrong = complaint(name, kind.name, weights is not None, x.device.type)
+        if wrong is None:
             return run_backend(name, kind.name, x, weights, out)
         if name != candidates[-1]:
-            message = f"the {name} encoder gives other bytes for {kind.name} than llama.cpp on this machine"
-            warnings.warn(f"{message}; using {candidates[-1]}", RuntimeWarning, stacklevel=4)
-    message = f"this machine's arithmetic gives other bytes for {kind.name} than llama.cpp"
-    raise AdapterkitError(message, "choose another type, or report the processor and the versions of torch and numba")
+            message = f"the {name} encoder {wrong} on this machine; using {candidates[-1]}"
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+    raise AdapterkitError(
+        f"the {candidates[-1]} encoder {wrong} on this machine",
+        "choose another type, or report the processor and the versions of torch and numba",
+    )
 
 
 def _candidates(x: torch.Tensor, backend: Backend) -> list[str]:

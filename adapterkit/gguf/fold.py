@@ -14,22 +14,38 @@ from adapterkit.gguf.hf import gguf_names
 from adapterkit.gguf.names import OUTPUT
 from adapterkit.gguf.plan import Layout
 from adapterkit.gguf.quantize import Quantization, typed
-from adapterkit.gguf.tensors import decoded
+from adapterkit.gguf.tensors import decoded, kind_of, round_trip
 from adapterkit.ops.device import CPU
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
+    from adapterkit.adapters.fidelity import Through
     from adapterkit.adapters.rule import Rule
+    from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.gguf.names import GGUFNames
 
 
 @dataclass(frozen=True)
 class GGUFFolded:
-    """The fold, and what a GGUF output of it is made of."""
+    """The fold, and what a GGUF output of it is made of.
+
+    Attributes:
+        folded: in floats, its merged tensors not rounded.
+        written: handles of the output's own types.
+        layout: the file.
+    """
 
     folded: Folded
+    written: Checkpoint
     layout: Layout
     notes: tuple[str, ...]
+
+    def through(self, name: str, shape: tuple[int, ...]) -> Through | None:
+        """What the type of a changed tensor does to its rows; see `adapterkit.outputs.Output`."""
+        if name not in self.written or len(shape) < 2:
+            return None
+        kind = kind_of(self.written[name])
+        return lambda rows: round_trip(kind, rows.reshape(-1, shape[-1])).view(rows.shape)
 
 
 def fold_gguf(
@@ -42,6 +58,7 @@ def fold_gguf(
     allow_unknown: bool = False,
     rule: Rule | None = None,
     device: str = CPU,
+    drowned: frozenset[str] | None = None,
 ) -> GGUFFolded:
     """Fold adapters into a GGUF model; every other byte of it stays.
 
@@ -51,6 +68,7 @@ def fold_gguf(
         weights: one per adapter, 1 each by default.
         quantization: the types of the output; by default each tensor keeps its own.
         residual_base, allow_unknown, rule, device: as for `fold`.
+        drowned: the changed tensors that alone are kept wider.
 
     Raises:
         UsageError: the change would drown in a coarse grid, or options contradict each other.
@@ -61,11 +79,10 @@ def fold_gguf(
     folded = fold_values(base, adapters, weights, **how)
     touched = set(folded.touched)
     tensors = {name: t if name in touched else base[name] for name, t in folded.checkpoint.items()}
-    found = typed(tensors, base, quantization or Quantization(), folded.touched)
-    written = {tensor.name: tensor for tensor in found.tensors}
-    checkpoint = replace(folded.checkpoint, tensors=written)
+    found = typed(tensors, base, quantization or Quantization(), folded.touched, drowned)
+    written = replace(folded.checkpoint, tensors={tensor.name: tensor for tensor in found.tensors})
     layout = Layout(found.tensors, found.entries, base.header.alignment, base.sources[0])
-    return GGUFFolded(replace(folded, checkpoint=checkpoint), layout, found.notes)
+    return GGUFFolded(folded, written, layout, found.notes)
 
 
 def fold_values(

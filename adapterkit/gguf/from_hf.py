@@ -14,7 +14,7 @@ from adapterkit.gguf.arch.mxfp4 import KIND, Repacked, on_mxfp4
 from adapterkit.gguf.filetypes import file_type
 from adapterkit.gguf.plan import Layout
 from adapterkit.gguf.quantize import GRID_BITS, Origin, Quantization, typed_from
-from adapterkit.gguf.tensors import bits_per_weight
+from adapterkit.gguf.tensors import bits_per_weight, round_trip
 from adapterkit.gguf.types import TYPES
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.dtypes import DType
-
-PLAIN = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,7 @@ def from_hf(
     asked: Quantization | None = None,
     dtype: DType | None = None,
     pre: str | None = None,
+    drowned: frozenset[str] | None = None,
 ) -> FromHF:
     """Plan a GGUF file of a view of a Hugging Face checkpoint; nothing is read but headers and the tokenizer.
 
@@ -74,6 +73,7 @@ def from_hf(
         asked: the types; by default those of the checkpoint.
         dtype: the float type of a file that is not quantized.
         pre: the name of the pre-tokenizer, where it is not to be recognised.
+        drowned: the changed tensors, by the checkpoint's names, that alone are kept wider.
 
     Raises:
         TargetError, CheckpointError: see `as_gguf` and `read_vocab`.
@@ -98,7 +98,15 @@ def from_hf(
     if asked.mix is None:
         entries = (*model.entries, *file_type_entries(model.file_type), *tokens)
     asked, now, kept = _packed(model, asked, touched, view)
-    origin = Origin(model.spec.arch, model.hparams, now, entries)
+    if model.config.has_vision and model.mapped.dropped:
+        count = len(model.mapped.dropped)
+        kept.append(
+            f"the text part alone: {count} other tensors belong in an mmproj file, which --mmproj copies beside it"
+        )
+    wider = None
+    if drowned is not None:
+        wider = frozenset(one for name in drowned for one in model.mapped.sources[name])
+    origin = Origin(model.spec.arch, model.hparams, now, entries, wider)
     found = typed_from(model.tensors, origin, asked, changed)
     layout = Layout(found.tensors, found.entries)
     kinds = {tensor.name: tensor.dtype.code for tensor in found.tensors}
@@ -135,14 +143,6 @@ def _through(
     columns = shape[-1]
 
     def through(rows: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        from adapterkit.gguf.encode import decode, encode
-
-        matrix = rows.reshape(-1, columns)
-        if became in PLAIN:
-            kept = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[became]
-            return matrix.to(kept).float().view(rows.shape)
-        return torch.from_numpy(decode(became, encode(became, matrix), columns)).view(rows.shape)
+        return round_trip(TYPES[became], rows.reshape(-1, columns)).view(rows.shape)
 
     return through

@@ -37,6 +37,7 @@ class Quantization:
         output_type, token_embedding_type: of those tensors.
         leave_output: ``output.weight`` keeps its type.
         keep_touched: the type of tensors that an adapter changed, unless the mix gives them more bits.
+        keep_below: only of those whose change would come out with a cosine below this; None keeps all of them.
         yes_lossy: write tensors back onto coarse grids all the same.
     """
 
@@ -48,7 +49,16 @@ class Quantization:
     token_embedding_type: str | None = None
     leave_output: bool = False
     keep_touched: str | None = None
+    keep_below: float | None = None
     yes_lossy: bool = False
+
+    def __post_init__(self) -> None:
+        if self.keep_below is None:
+            return
+        if self.keep_touched is None:
+            raise UsageError("--keep-below says which tensors are kept wider", "add --keep-touched, as in Q8_0")
+        if not 0 < self.keep_below <= 1:
+            raise UsageError(f"--keep-below {self.keep_below:g} is no cosine", "give a number between 0 and 1, as 0.5")
 
     def request(self) -> dict[str, Any]:
         """The options as JSON, for a plan file."""
@@ -91,12 +101,14 @@ class Origin:
         hparams: ``n_layer``, ``n_expert``, ``n_head``, ``n_head_kv``.
         now: the type that each tensor has, or would have in a file that is not quantized.
         entries: key-values without those of the types.
+        drowned: the changed tensors that are to be kept wider, where that was measured.
     """
 
     arch: str
     hparams: Mapping[str, Any]
     now: Mapping[str, str]
     entries: tuple[Entry, ...] = ()
+    drowned: frozenset[str] | None = None
 
 
 def typed(
@@ -104,6 +116,7 @@ def typed(
     base: GGUFCheckpoint,
     asked: Quantization,
     touched: Sequence[str] = (),
+    drowned: frozenset[str] | None = None,
 ) -> Typed:
     """Give every tensor of a view of ``base`` its type.
 
@@ -112,6 +125,7 @@ def typed(
         base: where the tensors' present types and the metadata are.
         asked: the user's wishes.
         touched: tensors that an adapter changed.
+        drowned: see `Origin`.
 
     Raises:
         UsageError: a wish that cannot be met, or one that would lose what was trained.
@@ -126,7 +140,7 @@ def typed(
     }
     changed = [FILE_TYPE, QUANTIZATION_VERSION] if asked.mix is not None else []
     entries = kept(base.header, without=(*SPLIT_KEYS, *changed))
-    found = typed_from(view, Origin(base.arch, hparams, now, tuple(entries)), asked, touched)
+    found = typed_from(view, Origin(base.arch, hparams, now, tuple(entries), drowned), asked, touched)
     if asked.mix is not None or QUANTIZATION_VERSION in base.header.keys:
         return found
     if any(TYPES[kind].is_quantized for kind in found.types):
@@ -137,9 +151,9 @@ def typed(
 def typed_from(view: Mapping[str, Tensor], origin: Origin, asked: Quantization, touched: Sequence[str] = ()) -> Typed:
     """The same for a view whose types and metadata come from elsewhere."""
     wanted = _wanted(view, origin, asked)
-    for name in touched:
+    for name in touched if origin.drowned is None else sorted(origin.drowned):
         wanted[name] = _for_touched(wanted[name], view[name].shape[-1], asked)
-    lost = _check_loss(wanted, origin.now, set(touched), asked)
+    lost = _check_loss(wanted, origin.now, set(touched), asked, measured=origin.drowned is not None)
     matrix = _importance(asked, wanted)
     order = sorted(view, key=place) if asked.mix else list(view)
     tensors = [_tensor(view[name], TYPES[wanted[name]], matrix, name in touched) for name in order]
@@ -187,13 +201,15 @@ def _for_touched(kind: str, columns: int, asked: Quantization) -> str:
     return floor.name if bits_per_weight(floor) > bits_per_weight(TYPES[kind]) else kind
 
 
-def _check_loss(wanted: Mapping[str, str], now: Mapping[str, str], touched: set[str], asked: Quantization) -> list[str]:
+def _check_loss(
+    wanted: Mapping[str, str], now: Mapping[str, str], touched: set[str], asked: Quantization, *, measured: bool
+) -> list[str]:
     """Refuse, or with ``yes_lossy`` say, what a second coarse grid would lose."""
 
     def coarse(kind: str) -> bool:
         return bits_per_weight(TYPES[kind]) < GRID_BITS
 
-    drowned = [name for name in touched if coarse(now[name]) and coarse(wanted[name])]
+    drowned = [name for name in touched if coarse(now[name]) and coarse(wanted[name]) and not measured]
     again = [name for name in wanted if name not in touched and coarse(now[name]) and wanted[name] != now[name]]
     if drowned and not asked.yes_lossy:
         first = sorted(drowned, key=place)[0]

@@ -187,6 +187,18 @@ def encoded(tensor: Tensor, kind: GGMLType) -> Tensor:
     return Cast(tensor, dtype_of(kind)) if is_plain(kind) else Encoded(tensor, kind)
 
 
+def round_trip(kind: GGMLType, rows: torch.Tensor) -> torch.Tensor:
+    """Rows as they come back from a type: ``decode(encode(rows))``."""
+    import torch
+
+    if is_plain(kind):
+        return rows.to(dtype_of(kind).torch).float()
+    from adapterkit.gguf.encode import decode, encode
+
+    matrix = rows.reshape(-1, rows.shape[-1])
+    return torch.from_numpy(decode(kind.name, encode(kind.name, matrix), rows.shape[-1])).view(rows.shape)
+
+
 def _rows(shape: tuple[int, ...]) -> int:
     columns = shape[-1] if shape else 1
     return min(max(1, BLOCK // columns) * columns, max(prod(shape), 1))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import UsageError
-from adapterkit.verify.report import ERROR, WARNING, Finding, Thresholds, VerifyReport
+from adapterkit.verify.report import ERROR, NOTE, WARNING, Finding, Thresholds, VerifyReport
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
@@ -94,12 +94,16 @@ def verify(
     layers = model = None
     if deepest >= 1:
         from adapterkit.verify.layers import compare_layers
+        from adapterkit.verify.replay import activations
 
-        layers = compare_layers(planned, jobs=jobs)
+        replayed, why = activations(planned, prompts)
+        layers = compare_layers(planned, inputs=replayed, jobs=jobs)
+        if why:
+            every.append(Finding("random inputs", NOTE, f"layers were fed random numbers: {why}"))
     if deepest >= 2:
         from adapterkit.verify.model import compare_models
 
-        model = compare_models(planned, stored, prompts)
+        model = compare_models(planned, stored, prompts, jobs=jobs)
         every += _answers(model, max_kl, min_top1)
     return VerifyReport(
         ok=not any(finding.severity == ERROR for finding in every),

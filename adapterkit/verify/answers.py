@@ -132,6 +132,28 @@ def _class(transformers: Any, config: Any) -> Any:
     return transformers.AutoModelForCausalLM
 
 
+def empty_model(config: Mapping[str, Any]) -> Any:
+    """A model of a config whose parameters have no values; its buffers have theirs."""
+    import torch
+
+    transformers = need_transformers()
+    made = transformers.AutoConfig.for_model(**{**config, "model_type": str(config["model_type"])})
+    made._attn_implementation = "eager"
+    register = torch.nn.Module.register_parameter
+
+    def empty(self: Any, name: str, parameter: Any) -> None:
+        register(self, name, parameter)
+        if parameter is not None:
+            self._parameters[name] = torch.nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    torch.nn.Module.register_parameter = empty  # type: ignore[assignment]
+    try:
+        with quiet():
+            return _class(transformers, made)(made).eval()
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
 class Tokenizer:
     """From prompts to token numbers and back.
 

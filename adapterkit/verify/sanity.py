@@ -97,7 +97,9 @@ def _tie(subject: Subject) -> Iterator[Finding]:
             text = f"config.json says tie_word_embeddings: false, and MERGED has no {head}"
             yield Finding("tied head", ERROR, text, "set it to true, or write the output layer")
         if other is not None and is_tied(found.config) and subject.folded.untied:
-            text = f"MERGED has a {head} of its own, and config.json ties it to the embedding, so it is not used"
+            text = (
+                f"MERGED has a {head} of its own, and config.json says that it is the embedding: servers will drop it"
+            )
             yield Finding("tied head", ERROR, text, "write tie_word_embeddings: false in config.json")
 
 

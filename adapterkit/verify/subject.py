@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.adapters.experts import in_order
 from adapterkit.adapters.fold import FLOATS, Folded
 from adapterkit.adapters.merged import Merged, in_dtype
 from adapterkit.checkpoint.decoded import dequantized
@@ -67,6 +68,8 @@ class Subject:
         misshapen: name, expected shape, found shape.
         config: what ``config.json`` should say; None where MERGED has none of that kind.
         values: which values of its own the base has; see `open_base`.
+        trained: the fold under the names of a Hugging Face base; None where the base is a GGUF file.
+        became: where MERGED has other names, what each tensor of ``trained`` became.
     """
 
     found: Checkpoint
@@ -83,6 +86,8 @@ class Subject:
     kind: str | None = None
     notes: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    trained: Checkpoint | None = None
+    became: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def subject(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str, Any]) -> Subject:
@@ -124,6 +129,7 @@ def _folder(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], op
         "values": planned.base_values,
         "config": _planned_config(planned.side, planned.base),
         "kind": kind,
+        "trained": floats,
         "options": planned.options.request(),
     }
     touched = frozenset(planned.folded.touched)
@@ -259,6 +265,7 @@ def _gguf(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], opti
     if not isinstance(found, GGUFCheckpoint) or found.kind != "model":
         raise CheckpointError(f"{found.ref} is a GGUF file, and no model", "give the merged model")
     asked = MergeOptions.of(**options)
+    adapters = [in_order(adapter, asked.expert_order) for adapter in adapters]
     if isinstance(base, GGUFCheckpoint):
         return _gguf_of_gguf(found, base, adapters, asked)
     return _gguf_of_folder(found, base, adapters, asked)
@@ -307,8 +314,11 @@ def _gguf_of_folder(
     added = tuple(name for name in new.tensors if name not in old.tensors)
     view = replace(folded.checkpoint, tensors=new.tensors)
     order = tuple(name for name in new.tensors if name in changed)
+    became = {name: tuple(tensors) for name, tensors in new.mapped.sources.items()}
+    trained = folded.checkpoint
     folded = replace(folded, checkpoint=view, touched=order, added=added)
-    return pairs.subject(opened, adapters, asked, folded, values)
+    made = pairs.subject(opened, adapters, asked, folded, values)
+    return replace(made, trained=trained, became=became)
 
 
 class _Pairs:

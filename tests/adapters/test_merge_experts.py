@@ -51,7 +51,9 @@ def check(base: Path, config: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("kind", EXPERTS)
-def test_target_parameters(kind: str, choice: str, dtype: str, make_base: Callable[..., Path], tmp_path: Path) -> None:
+def test_vllm_52194_target_parameters(
+    kind: str, choice: str, dtype: str, make_base: Callable[..., Path], tmp_path: Path
+) -> None:
     parameters = [f"{EXPERTS[kind]}.{name}" for name in CHOICES[choice]]
     check(make_base(kind, dtype), lora(target_parameters=parameters), tmp_path)
 
@@ -62,7 +64,7 @@ def test_named_the_other_way_round(make_base: Callable[..., Path], tmp_path: Pat
     check(make_base("gpt_oss"), lora(target_parameters=parameters), tmp_path)
 
 
-def test_scaling_per_parameter(make_base: Callable[..., Path], tmp_path: Path) -> None:
+def test_vllm_55545_scaling_per_parameter(make_base: Callable[..., Path], tmp_path: Path) -> None:
     """Patterns meet the path with the parameter's name; rsLoRA takes the rank of one expert."""
     config = lora(
         target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
@@ -85,7 +87,7 @@ def test_different_parameters_in_different_layers(make_base: Callable[..., Path]
     check(make_base("qwen3_moe"), config, tmp_path)
 
 
-def test_square_experts_of_older_peft(make_base: Callable[..., Path], tmp_path: Path) -> None:
+def test_unsloth_5410_square_experts_of_older_peft(make_base: Callable[..., Path], tmp_path: Path) -> None:
     """Llama-4-like stacks that are square: up to PEFT 0.18 the delta was turned round, since 0.19.1 it is not.
 
     The same file, read with its version changed, must give the transposed delta for each expert.

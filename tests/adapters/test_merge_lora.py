@@ -194,7 +194,7 @@ def grown(base: Path, folder: Path, rows: int) -> Path:
     return folder
 
 
-def test_half_a_resized_vocabulary_is_refused(make_base: Callable[..., Path], tmp_path: Path) -> None:
+def test_llamafactory_3125_half_a_resized_vocabulary_is_refused(make_base: Callable[..., Path], tmp_path: Path) -> None:
     """PEFT saves the resized embedding that LoRA targets, and not the output layer that was resized with it."""
     base = make_base("llama")
     bigger = grown(base, tmp_path / "grown", 104)
@@ -209,7 +209,7 @@ def test_half_a_resized_vocabulary_is_refused(make_base: Callable[..., Path], tm
     assert_merged(bigger, tmp_path / "out", exact)
 
 
-def test_resized_vocabulary_of_both_sides(make_base: Callable[..., Path], tmp_path: Path) -> None:
+def test_unsloth_3444_resized_vocabulary_of_both_sides(make_base: Callable[..., Path], tmp_path: Path) -> None:
     """``save_embedding_layers``: both come in their new size without being asked for, and replace the base's."""
     base = make_base("llama")
     bigger = grown(base, tmp_path / "grown", 104)
@@ -225,7 +225,7 @@ def test_resized_vocabulary_of_both_sides(make_base: Callable[..., Path], tmp_pa
     assert load_model(tmp_path / "out").config.vocab_size == 104
 
 
-def test_modules_to_save_with_a_resized_vocabulary(make_base: Callable[..., Path], tmp_path: Path) -> None:
+def test_vllm_9280_modules_to_save_with_a_resized_vocabulary(make_base: Callable[..., Path], tmp_path: Path) -> None:
     base = make_base("llama", "bfloat16")
     bigger = grown(base, tmp_path / "grown", 112)
     config = lora(modules_to_save=["embed_tokens", "lm_head"])
@@ -248,7 +248,7 @@ def test_standalone_trainable_tokens(make_base: Callable[..., Path], tmp_path: P
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_layer_replication(dtype: str, make_base: Callable[..., Path], tmp_path: Path) -> None:
+def test_peft_1707_layer_replication(dtype: str, make_base: Callable[..., Path], tmp_path: Path) -> None:
     """PEFT folds all copies onto one shared weight; the merged model must answer as the live one does."""
     import torch
 
@@ -270,7 +270,7 @@ def test_layer_replication(dtype: str, make_base: Callable[..., Path], tmp_path:
 # ------------------------------------------------------------------ output dtype
 
 
-def test_dtype_of_the_output_is_one_rounding(make_base: Callable[..., Path], tmp_path: Path) -> None:
+def test_torchtune_1101_dtype_of_the_output_is_one_rounding(make_base: Callable[..., Path], tmp_path: Path) -> None:
     import torch
 
     base = make_base("llama")

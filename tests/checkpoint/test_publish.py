@@ -181,7 +181,7 @@ def test_room_that_an_interrupted_run_holds_counts_as_free(tmp_path: Path, monke
         check_target(tmp_path / "out", [], 90_000, force=False)
 
 
-def test_disk_that_fills_up(inputs: tuple[Path, list[Path]], tmp_path: Path) -> None:
+def test_unsloth_534_disk_that_fills_up(inputs: tuple[Path, list[Path]], tmp_path: Path) -> None:
     """A limit of the kernel's, in a process of its own, met in the middle of the run."""
 
     def work() -> None:

@@ -162,7 +162,7 @@ def test_merging_as_trained_is_merging_the_quantized_checkpoint(bnb, tmp_path: P
     assert (tmp_path / "three/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
 
 
-def test_folding_onto_the_original(bnb, tmp_path: Path) -> None:
+def test_unsloth_2516_folding_onto_the_original(bnb, tmp_path: Path) -> None:
     model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "llama")
     how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     quantized = saved_quantized(tmp_path / "llama", tmp_path / "q", torch.bfloat16, **how)

@@ -17,6 +17,7 @@ from test_gptq import gptq
 
 from adapterkit.cli import main
 from adapterkit.convert import convert, plan_convert
+from adapterkit.errors import CheckpointError
 from adapterkit.registry.beside import read_beside
 
 BNB = {
@@ -154,6 +155,34 @@ def test_same_bytes_and_shards(bnb, tmp_path: Path, base: Path) -> None:
     report = convert(base, tmp_path / "three", to="nf4", double_quant=True, max_shard_size="50KB")
     assert len(report.files) > 1
     assert torch.equal(logits(tmp_path / "three"), logits(convert_whole(base, tmp_path / "four")))
+
+
+@pytest.mark.parametrize("calls", [1, 5, 9])
+def test_a_resumed_conversion_has_the_same_bytes(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """Scales that were found before the interruption are found again."""
+    from adapterkit.checkpoint.encoded import _Encoding
+
+    convert(base, tmp_path / "whole", to="nf4", double_quant=True)
+    codes, done = _Encoding.codes, [0]
+
+    def failing(self: _Encoding, start: int) -> torch.Tensor:
+        done[0] += 1
+        if done[0] > calls:
+            raise CheckpointError("interrupted")
+        return codes(self, start)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_Encoding, "codes", failing)
+        with pytest.raises(CheckpointError, match="interrupted"):
+            convert(base, tmp_path / "out", to="nf4", double_quant=True, resume=True, jobs=1)
+    assert not (tmp_path / "out").exists()
+    report = convert(base, tmp_path / "out", to="nf4", double_quant=True, resume=True)
+    assert report.reused >= calls - 1
+    for name in os.listdir(tmp_path / "whole"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert sorted(os.listdir(tmp_path)) == ["llama", "out", "whole"]
 
 
 def convert_whole(base: Path, out: Path) -> Path:

@@ -94,7 +94,7 @@ def scaled_adapter(folder: Path, size: float, base: Path) -> Path:
 
 
 @pytest.mark.parametrize(("size", "kept"), [(0.001, (0.40, 0.65)), (0.01, (0.97, 1.03))])
-def test_the_grid_of_bfloat16(tmp_path: Path, size: float, kept: tuple[float, float]) -> None:
+def test_peft_1388_the_grid_of_bfloat16(tmp_path: Path, size: float, kept: tuple[float, float]) -> None:
     """0.53 at 1e-3 and 1.00 at 1e-2 were measured on Gaussian weights with another program."""
     model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "llama")
     tuned = scaled_adapter(tmp_path / "adapter", size, tmp_path / "llama")
@@ -153,7 +153,7 @@ def check_fp8(folder: Path) -> None:
     assert from_w16.retention > 0.8
 
 
-def test_a_quantized_base_is_not_written_on_its_own_grid_in_silence(tmp_path: Path, bnb) -> None:
+def test_mlx_lm_1172_a_quantized_base_is_not_written_on_its_own_grid_in_silence(tmp_path: Path, bnb) -> None:
     model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "llama")
     tuned = scaled_adapter(tmp_path / "adapter", 0.01, tmp_path / "llama")
     how = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

@@ -30,7 +30,7 @@ BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 @pytest.mark.parametrize(
     ("shape", "grid"), [((256, 384), (2, 3)), ((128, 64), (128, 1)), ((48, 96), (1, 1)), ((3, 256, 128), (2, 1))]
 )
-def test_fp8_equals_transformers(store, shape: tuple[int, ...], grid: tuple[int, int]) -> None:
+def test_axolotl_3771_fp8_equals_transformers(store, shape: tuple[int, ...], grid: tuple[int, int]) -> None:
     codes = weight(*shape).mul(100).to(F8)
     scale = torch.rand(*shape[:-2], *grid, generator=torch.Generator().manual_seed(1)) * 0.01
     name = "a.weight" if len(shape) == 2 else "mlp.experts.gate_up_proj"
@@ -69,7 +69,7 @@ def test_mxfp8_and_packed_fp4_equal_transformers(store, stored: torch.dtype) -> 
     check_ranges(checkpoint, "a.weight")
 
 
-def test_modelopt_nvfp4(store) -> None:
+def test_axolotl_3773_modelopt_nvfp4(store) -> None:
     """value = e2m1 * (fp8 scale of 16 columns * weight_scale_2); ModelOpt, quantization/qtensor/nvfp4_tensor.py."""
     generator = torch.Generator().manual_seed(3)
     pairs = torch.randint(0, 256, (8, 32), generator=generator, dtype=torch.uint8)
@@ -83,7 +83,7 @@ def test_modelopt_nvfp4(store) -> None:
     assert torch.equal(wide(checkpoint, "a.weight"), wanted)
 
 
-def test_mxfp4_experts_equal_transformers(store) -> None:
+def test_tinker_cookbook_590_mxfp4_experts_equal_transformers(store) -> None:
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
     generator = torch.Generator().manual_seed(4)

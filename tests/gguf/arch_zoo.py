@@ -182,6 +182,39 @@ ZOO: dict[str, Tiny] = {
     "gemma": Tiny("GemmaForCausalLM", {**_HALF, "tie_word_embeddings": True}, GELU, "GELU"),
     "gemma2": Tiny("Gemma2ForCausalLM", _GEMMA, GELU, "GELU", reads=True),
     "gemma3": Tiny("Gemma3ForCausalLM", _GEMMA, GELU, "GELU", reads=True),
+    "gemma3n": Tiny(
+        "Gemma3nForCausalLM",
+        {
+            **_GEMMA,
+            "num_hidden_layers": 5,
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 256,
+            "num_kv_shared_layers": 0,
+            "laurel_rank": 64,
+            "layer_types": ["sliding_attention"] * 4 + ["full_attention"],
+            "activation_sparsity_pattern": [0.95] * 5,
+        },
+        GELU,
+        "GELU",
+        scale=0.1,
+        lora=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    ),
+    "gemma4": Tiny(
+        "Gemma4ForCausalLM",
+        {
+            **_GEMMA,
+            "num_hidden_layers": 6,
+            "global_head_dim": 32,
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 16,
+            "num_kv_shared_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+        },
+        GELU,
+        "GELU",
+        lora=["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        reads=True,
+    ),
     "phi2": Tiny("PhiForCausalLM", {**_BASE, "num_key_value_heads": 4, "partial_rotary_factor": 0.5}, GELU, "GELU"),
     "phi3": Tiny("Phi3ForCausalLM", {**_BASE, "num_key_value_heads": 4, "sliding_window": None}, reads=True),
     "phi3_longrope": Tiny(
@@ -486,13 +519,49 @@ ZOO: dict[str, Tiny] = {
 }
 
 
+# Encoders: hidden states of all tokens, pooled by their mean, are compared.
+ENCODERS: dict[str, Tiny] = {
+    "bert": Tiny("BertModel", _NO_KV, GELU, "GELU", lora=r".*(query|value|intermediate\.dense)"),
+    "roberta": Tiny("RobertaModel", {**_NO_KV, "max_position_embeddings": 130}, GELU, "GELU", lora=["query", "value"]),
+    "xlm_roberta": Tiny(
+        "XLMRobertaModel", {**_NO_KV, "max_position_embeddings": 130}, GELU, "GELU", lora=r".*(key|output\.dense)"
+    ),
+    "distilbert": Tiny(
+        "DistilBertModel",
+        {"vocab_size": VOCAB, "dim": 64, "n_heads": 4, "n_layers": 2, "hidden_dim": 96, "max_position_embeddings": 128},
+        GELU,
+        "GELU",
+        lora=["q_lin", "v_lin"],
+    ),
+    "modernbert": Tiny(
+        "ModernBertModel",
+        {
+            **_NO_KV,
+            "local_attention": 64,
+            "global_attn_every_n_layers": 3,
+            "num_hidden_layers": 3,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+        },
+        GELU,
+        "GELU",
+        lora=["Wqkv", "Wo"],
+    ),
+    "t5_encoder": Tiny(
+        "T5EncoderModel",
+        {"vocab_size": VOCAB, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4},
+        lora=["q", "v", "wo"],
+    ),
+}
+
+
 def build(folder: Path, kind: str) -> Any:
     """A random model saved in ``folder``, in float32."""
     import torch
     import transformers
     from models import randomize
 
-    tiny = ZOO[kind]
+    tiny = (ZOO | ENCODERS | ZOO_HIDDEN)[kind]
     cls = getattr(transformers, tiny.cls)
     torch.manual_seed(0)
     model = cls(cls.config_class(**tiny.config)).float().eval()
@@ -519,4 +588,141 @@ def read_vocab(files: Any, config: Any, *, kind: str, rows: int, pre: str | None
         u32("tokenizer.ggml.bos_token_id", 1),
         u32("tokenizer.ggml.eos_token_id", 2),
     )
-    return Vocab(entries, rows)
+    types = config.get("type_vocab_size")
+    more = (u32("tokenizer.ggml.token_type_count", types or 1),) if "bert" in str(config.get("model_type")) else ()
+    return Vocab((*entries, *more), rows)
+
+
+# ------------------------------------------------------------------ architectures that only their own code can run
+
+
+def disguise(kind: str, folder: Path) -> Any:
+    """A checkpoint of an architecture without a class in transformers, that computes what a known one computes.
+
+    The tensors of a model that transformers has are given the names and the layout of the other's module tree.
+    """
+    import json
+
+    import torch
+    from models import read_tensors
+    from safetensors.torch import save_file
+
+    base, change, given = DISGUISES[kind]
+    config = dict(given)
+    model = build(folder, base)
+    found: dict[str, Any] = {}
+    layers: dict[str, dict[str, Any]] = {}
+    for name, tensor in read_tensors(folder).items():
+        if ".layers." in name:
+            layer, _, stem = name.removeprefix("model.layers.").partition(".")
+            layers.setdefault(layer, {})[stem] = tensor
+        else:
+            found[name] = tensor
+    for layer, tensors in layers.items():
+        found |= {name.replace("{i}", layer): tensor for name, tensor in change(tensors, torch).items()}
+    renamed = {"model.embed_tokens.weight": config.pop("embed", None), "model.norm.weight": config.pop("norm", None)}
+    renamed["lm_head.weight"] = config.pop("head", None)
+    stored = {renamed.get(name) or name: tensor.contiguous() for name, tensor in found.items()}
+    (folder / "model.safetensors").unlink()
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**said, **config}))
+    return model
+
+
+def _baichuan(tensors: dict[str, Any], torch: Any) -> dict[str, Any]:
+    parts = [tensors.pop(f"self_attn.{one}_proj.weight") for one in "qkv"]
+    return {f"model.layers.{{i}}.{k}": v for k, v in {**tensors, "self_attn.W_pack.weight": torch.cat(parts)}.items()}
+
+
+def _internlm2(tensors: dict[str, Any], torch: Any) -> dict[str, Any]:
+    q, k, v = (tensors.pop(f"self_attn.{one}_proj.weight").view(-1, 16, 64) for one in "qkv")
+    groups = [torch.cat((q[2 * g : 2 * g + 2], k[g : g + 1], v[g : g + 1])) for g in range(2)]
+    names = {
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.up_proj": "feed_forward.w3",
+        "mlp.down_proj": "feed_forward.w2",
+    }
+    found = {f"model.layers.{{i}}.{names[k.removesuffix('.weight')]}.weight": v for k, v in tensors.items()}
+    return {**found, "model.layers.{i}.attention.wqkv.weight": torch.cat(groups).reshape(-1, 64)}
+
+
+def _exaone(tensors: dict[str, Any], torch: Any) -> dict[str, Any]:
+    names = {
+        "input_layernorm": "ln_1",
+        "post_attention_layernorm": "ln_2",
+        "self_attn.q_proj": "attn.attention.q_proj",
+        "self_attn.k_proj": "attn.attention.k_proj",
+        "self_attn.v_proj": "attn.attention.v_proj",
+        "self_attn.o_proj": "attn.attention.out_proj",
+        "mlp.gate_proj": "mlp.c_fc_0",
+        "mlp.up_proj": "mlp.c_fc_1",
+        "mlp.down_proj": "mlp.c_proj",
+    }
+    return {f"transformer.h.{{i}}.{names[k.removesuffix('.weight')]}.weight": v for k, v in tensors.items()}
+
+
+def _same(tensors: dict[str, Any], torch: Any) -> dict[str, Any]:
+    return {f"model.layers.{{i}}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _ernie_fused(tensors: dict[str, Any], torch: Any) -> dict[str, Any]:
+    parts = [tensors.pop(f"self_attn.{one}_proj.weight") for one in "qkv"]
+    both = [tensors.pop(f"mlp.{one}_proj.weight") for one in ("gate", "up")]
+    fused = {"self_attn.qkv_proj.weight": torch.cat(parts), "mlp.up_gate_proj.weight": torch.cat(both)}
+    return _same({**tensors, **fused}, torch)
+
+
+ZOO_HIDDEN = {
+    # llama.cpp tells Baichuan 7B by its 32 layers.
+    "llama_mha": Tiny("LlamaForCausalLM", {**_BASE, "num_key_value_heads": 4, "num_hidden_layers": 32}),
+    "granite_as_minicpm": Tiny(
+        "GraniteForCausalLM",
+        {
+            **_BASE,
+            "attention_multiplier": 0.25,
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 1.4 / 2**0.5,
+            "logits_scaling": 4.0,
+        },
+    ),
+}
+DISGUISES: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "baichuan": ("llama_mha", _baichuan, {"architectures": ["BaichuanForCausalLM"], "model_type": "baichuan"}),
+    "internlm2": (
+        "llama",
+        _internlm2,
+        {
+            "architectures": ["InternLM2ForCausalLM"],
+            "model_type": "internlm2",
+            "embed": "model.tok_embeddings.weight",
+            "head": "output.weight",
+        },
+    ),
+    "internlm3": ("llama", _same, {"architectures": ["InternLM3ForCausalLM"], "model_type": "internlm3"}),
+    "exaone": (
+        "llama",
+        _exaone,
+        {
+            "architectures": ["ExaoneForCausalLM"],
+            "model_type": "exaone",
+            "embed": "transformer.wte.weight",
+            "norm": "transformer.ln_f.weight",
+        },
+    ),
+    "minicpm": (
+        "granite_as_minicpm",
+        _same,
+        {
+            "architectures": ["MiniCPMForCausalLM"],
+            "model_type": "minicpm",
+            "scale_emb": 12,
+            "scale_depth": 1.4,
+            "dim_model_base": 16,
+        },
+    ),
+    "ernie4_5_fused": ("ernie4_5", _ernie_fused, {}),
+}

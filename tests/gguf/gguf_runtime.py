@@ -97,3 +97,43 @@ def divergence(expected: Any, found: Any) -> float:
     import numpy as np
 
     return float((np.exp(expected) * (expected - found)).sum(-1).max())
+
+
+_EMBEDDING = """
+import json, sys
+import xllamacpp as x
+file, prompts = json.loads(sys.argv[1])
+p = x.CommonParams()
+p.model.path = file
+p.n_ctx = 128; p.n_parallel = 1; p.n_gpu_layers = 0; p.warmup = False; p.fit_params = False
+p.cpuparams.n_threads = 1; p.verbosity = -1; p.port = 0; p.embedding = True
+p.pooling_type = x.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
+p.flash_attn_type = x.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+server = x.Server(p)
+rows = [server.handle_embeddings({"input": prompt})["data"][0]["embedding"] for prompt in prompts]
+print("RESULT" + json.dumps(rows))
+"""
+
+
+def embeddings(file: Path) -> Any:
+    """Float64 ``[prompts, width]``: llama.cpp's embeddings of `PROMPTS`, the mean over the tokens, of length 1."""
+    import numpy as np
+
+    asked = json.dumps([str(file), PROMPTS])
+    done = subprocess.run([sys.executable, "-c", _EMBEDDING, asked], capture_output=True, text=True, timeout=120)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
+    assert line is not None, f"llama.cpp gave no answer: {done.returncode} {done.stderr[-1500:]}"
+    return np.array(json.loads(line.removeprefix("RESULT")))
+
+
+def embeddings_of(model: Any) -> Any:
+    """The same from a transformers or PEFT encoder."""
+    import numpy as np
+    import torch
+
+    rows = []
+    with torch.no_grad():
+        for prompt in PROMPTS:
+            mean = model(input_ids=torch.tensor([prompt])).last_hidden_state[0].double().mean(0)
+            rows.append((mean / mean.norm()).numpy())
+    return np.array(rows)

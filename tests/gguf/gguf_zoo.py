@@ -88,8 +88,8 @@ KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-def build(folder: Path, kind: str, scale: float = 0.15) -> Any:
-    """A random model of a kind, saved in ``folder``, in float32."""
+def build(folder: Path, kind: str, scale: float = 0.15, **other: Any) -> Any:
+    """A random model of a kind, saved in ``folder``, in float32; ``other`` goes before the kind's own config."""
     import torch
     import transformers
     from models import randomize
@@ -97,18 +97,19 @@ def build(folder: Path, kind: str, scale: float = 0.15) -> Any:
     name, config, _ = KINDS[kind]
     cls = getattr(transformers, name)
     torch.manual_seed(0)
-    model = cls(cls.config_class(**config)).float().eval()
+    model = cls(cls.config_class(**{**config, **other})).float().eval()
     randomize(model, scale=scale)
     model.save_pretrained(folder)
     return model
 
 
-def to_gguf(folder: Path, kind: str, path: Path, dtype: str = "float32") -> Path:
-    """The GGUF file of a model saved by `build`."""
+def to_gguf(folder: Path, kind: str, path: Path, dtype: str = "float32", **other: Any) -> Path:
+    """The GGUF file of a model saved by `build` with the same ``other``."""
     import gguf
     from models import read_tensors
 
     _, config, arch = KINDS[kind]
+    config = {**config, **other}
     writer = gguf.GGUFWriter(path, arch)
     saved = json.loads((folder / "config.json").read_text())
     for key, value in metadata(kind, {**saved, **config}).items():
@@ -127,7 +128,7 @@ def to_gguf(folder: Path, kind: str, path: Path, dtype: str = "float32") -> Path
     for name, tensor in converted(stored, kind, config).items():
         mapped = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert mapped is not None, name
-        small = tensor.ndim == 1 or "norm" in mapped or "ffn_gate_inp" in mapped
+        small = tensor.ndim == 1 or "norm" in mapped or "ffn_gate_inp" in mapped or mapped.endswith(".bias")
         writer.add_tensor(mapped, tensor.astype("float32" if small else dtype))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -161,9 +162,11 @@ def metadata(kind: str, config: dict[str, Any]) -> dict[str, Any]:
     if get("head_dim"):
         found |= {".attention.key_length": head_dim, ".attention.value_length": head_dim}
     if kind == "qwen3_moe":
-        found |= {".expert_count": 4, ".expert_used_count": 2, ".expert_feed_forward_length": 32}
+        found |= {".expert_count": 4, ".expert_used_count": 2}
+        found[".expert_feed_forward_length"] = get("moe_intermediate_size")
     if kind == "gpt_oss":
-        found |= {".expert_count": 4, ".expert_used_count": 2, ".expert_feed_forward_length": 96}
+        found |= {".expert_count": 4, ".expert_used_count": 2}
+        found[".expert_feed_forward_length"] = get("intermediate_size")
         found[".attention.sliding_window"] = 64
     if kind == "llama4":
         found |= {".expert_count": 4, ".expert_used_count": 1, ".expert_feed_forward_length": 32}

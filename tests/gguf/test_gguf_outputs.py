@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,66 @@ def test_any_number_of_threads_writes_the_same_bytes(base: Path, adapter: Path, 
     assert (tmp_path / "1.gguf").read_bytes() == (tmp_path / "3.gguf").read_bytes()
 
 
+# ------------------------------------------------------------------ what is kept wider
+
+
+def kinds_of(path: Path) -> dict[str, str]:
+    return {name: kind for name, (kind, _) in read(path)[1].items()}
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> Path:
+    """An adapter that hardly changes layer 0, and layer 1 a lot."""
+    import torch
+
+    generator = torch.Generator().manual_seed(3)
+    tensors = {}
+    for layer, scale in ((0, 0.005), (1, 0.5)):
+        key = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        tensors[f"{key}.lora_A.weight"] = torch.randn(4, 64, generator=generator) * scale
+        tensors[f"{key}.lora_B.weight"] = torch.randn(64, 4, generator=generator)
+    return write_adapter(tmp_path / "uneven", tensors, target_modules=["q_proj"])
+
+
+def test_changed_tensors_are_kept_wider(base: Path, uneven: Path, tmp_path: Path) -> None:
+    """All of them, or those whose change would drown in the type that they would get."""
+    names = [f"blk.{layer}.attn_q.weight" for layer in range(2)]
+    asked = Quantization("Q4_0", keep_touched="Q8_0")
+    report = adapterkit.merge(base, [uneven], tmp_path / "all.gguf", quantization=asked, fidelity=True)
+    found = kinds_of(tmp_path / "all.gguf")
+    assert [found[name] for name in names] == ["Q8_0", "Q8_0"]
+    assert found["blk.0.attn_k.weight"] == "Q4_0"
+    assert min(one.cosine for one in report.fidelity.tensors) > 0.9
+
+    asked = Quantization("Q4_0", keep_touched="Q8_0", keep_below=0.5)
+    report = adapterkit.merge(base, [uneven], tmp_path / "some.gguf", quantization=asked)
+    found = kinds_of(tmp_path / "some.gguf")
+    assert [found[name] for name in names] == ["Q8_0", "Q4_0"]
+    assert any("1 of 2 changed tensors" in note and "kept as Q8_0" in note for note in report.notes)
+    plain = Quantization("Q4_0")
+    report = adapterkit.merge(base, [uneven], tmp_path / "none.gguf", quantization=plain, fidelity=True)
+    assert report.fidelity.format == "Q4_0"
+    assert {one.name: one.cosine < 0.5 for one in report.fidelity.tensors} == {names[0]: True, names[1]: False}
+
+
+def test_on_a_coarse_base_what_was_measured_decides(base: Path, uneven: Path, tmp_path: Path) -> None:
+    """A change of many steps may go back onto the grid; one that would vanish there is kept wider."""
+    convert(base, tmp_path / "coarse.gguf", quantization=Quantization("Q4_0"))
+    with pytest.raises(AdapterkitError, match="2 tensors that the adapter changes lie on a grid coarser"):
+        adapterkit.merge(tmp_path / "coarse.gguf", [uneven], tmp_path / "no.gguf")
+    asked = Quantization(keep_touched="Q8_0", keep_below=0.5)
+    adapterkit.merge(tmp_path / "coarse.gguf", [uneven], tmp_path / "out.gguf", quantization=asked)
+    found = kinds_of(tmp_path / "out.gguf")
+    assert [found[f"blk.{layer}.attn_q.weight"] for layer in range(2)] == ["Q8_0", "Q4_0"]
+
+
+def test_kept_types_fit_their_rows(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Q6_K cannot have rows of 64 weights; what llama-quantize takes in its place is wider too."""
+    asked = Quantization("Q4_0", keep_touched="Q6_K")
+    adapterkit.merge(base, [adapter], tmp_path / "out.gguf", quantization=asked)
+    assert kinds_of(tmp_path / "out.gguf")["blk.0.attn_q.weight"] == "Q8_0"
+
+
 # ------------------------------------------------------------------ interrupted runs
 
 
@@ -294,6 +355,38 @@ def other_imatrix(folder: Path) -> Path:
     return write_gguf(folder / "i.gguf", matrix, metadata={"general.type": "imatrix"})
 
 
+def nan_imatrix(folder: Path) -> Path:
+    import numpy as np
+
+    matrix = {"blk.0.attn_q.weight.in_sum2": np.full((1, 64), np.nan, "float32")}
+    matrix["blk.0.attn_q.weight.counts"] = np.ones((1, 1), "float32")
+    return write_gguf(folder / "i.gguf", matrix, metadata={"general.type": "imatrix"})
+
+
+def wide_imatrix(folder: Path) -> Path:
+    import numpy as np
+
+    matrix = {"blk.0.attn_q.weight.in_sum2": np.ones((1, 96), "float32")}
+    matrix["blk.0.attn_q.weight.counts"] = np.ones((1, 1), "float32")
+    return write_gguf(folder / "i.gguf", matrix, metadata={"general.type": "imatrix"})
+
+
+def damaged(what: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        from test_gguf_reader import BAD
+
+        (folder / "damaged.gguf").write_bytes(BAD[what][0])
+        return folder / "damaged.gguf"
+
+    return make
+
+
+def infinite(folder: Path) -> Path:
+    given = tensors()
+    given["blk.0.ffn_down.weight"][1, 2] = float("inf")
+    return write_gguf(folder / "inf.gguf", given, metadata=HEADS)
+
+
 def truncated(folder: Path) -> Path:
     path = folder / "cut.gguf"
     path.write_bytes((folder / "base.gguf").read_bytes()[:-5000])
@@ -327,6 +420,26 @@ REFUSED: dict[str, tuple[list[Any], int, str]] = {
     "no such mix": (["convert", "{}/base.gguf", "-o", "{}/o.gguf", "--quant", "Q9_K"], 2, "no quantization"),
     "no such type": (["convert", "{}/base.gguf", "-o", "{}/o.gguf", "--tensor-type", "a=Q9"], 2, "no GGUF tensor type"),
     "not regex=type": (["convert", "{}/base.gguf", "-o", "{}/o.gguf", "--tensor-type", "Q8_0"], 2, "not REGEX=TYPE"),
+    "no row fits": (
+        ["convert", "{}/base.gguf", "-o", "{}/o.gguf", "--quant", "Q4_0", "--output-type", "Q6_K"],
+        2,
+        "rows of 64 weights, which Q6_K cannot hold",
+    ),
+    "no type to keep": (
+        ["merge", "{}/base.gguf", "{}/adapter", "-o", "{}/o.gguf", "--keep-touched", "Q9"],
+        2,
+        "no GGUF tensor type",
+    ),
+    "below what": (
+        ["merge", "{}/base.gguf", "{}/adapter", "-o", "{}/o.gguf", "--quant", "Q4_0", "--keep-below", "0.5"],
+        2,
+        "add --keep-touched",
+    ),
+    "no cosine": (
+        ["merge", "{}/base.gguf", "{}/adapter", "-o", "{}/o.gguf", "--keep-touched", "Q8_0", "--keep-below", "7"],
+        2,
+        "no cosine",
+    ),
     "pure without mix": (["convert", "{}/base.gguf", "-o", "{}/o.gguf", "--pure"], 2, "add --quant"),
     "no format": (["convert", "{}/base.gguf", "-o", "{}/o"], 2, "add --to"),
     "no base": (["convert", "{}/adapter", "--to", "gguf-lora", "-o", "{}/o.gguf"], 2, "needs the base"),
@@ -344,6 +457,33 @@ REFUSED: dict[str, tuple[list[Any], int, str]] = {
         2,
         "no tensor of this model",
     ),
+    "imatrix with NaN": (
+        ["convert", "{}/base.gguf", "-o", "{}/o.gguf", "--quant", "Q4_0", "--imatrix", nan_imatrix],
+        1,
+        "NaN or infinity for blk.0.attn_q.weight",
+    ),
+    "imatrix of other widths": (
+        ["convert", "{}/base.gguf", "-o", "{}/o.gguf", "--quant", "Q4_0", "--imatrix", wide_imatrix],
+        1,
+        "96 values for blk.0.attn_q.weight, which needs 64",
+    ),
+    "infinite weights": (
+        ["convert", infinite, "-o", "{}/o.gguf", "--quant", "Q8_0"],
+        1,
+        "'blk.0.ffn_down.weight' cannot be Q8_0",
+    ),
+    **{
+        f"{what} in the header": (["convert", damaged(what), "-o", "{}/o.gguf", "--quant", "Q8_0"], 1, sentence)
+        for what, sentence in {
+            "many tensors": "1000 tensors",
+            "long array": "claims",
+            "five dims": "5 dimensions",
+            "offset far": "truncated",
+            "alignment 2^30": "1048576",
+            "overlap": "overlaps 'v'",
+            "type 200": "type 200",
+        }.items()
+    },
     "truncated": (["convert", truncated, "-o", "{}/o.gguf", "--quant", "Q8_0"], 1, "truncated"),
     "truncated base": (["merge", truncated, "{}/adapter", "-o", "{}/o.gguf"], 1, "truncated"),
     "folder for a file": (["merge", "{}/base.gguf", "{}/adapter", "-o", "{}/out"], 2, "becomes a .gguf file"),

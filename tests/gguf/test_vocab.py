@@ -234,6 +234,74 @@ def test_spellings_of_one_expression(pattern: str, behavior: str, invert: bool) 
     assert keys(packed(gpt2(pre_tokenizer=steps)), {"model_type": "llama"})["pre"] == "qwen2"
 
 
+def _split(regex: str, behavior: str = "Isolated", invert: bool = False) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": invert}
+
+
+DIGITS, USES_REGEX = {"type": "Digits", "individual_digits": True}, BYTES | {"use_regex": True}
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+DEEPSEEK3 = (
+    "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+|[^\r\n\\p{L}\\p{P}\\p{S}]?[\\p{L}\\p{M}]+| ?[\\p{P}\\p{S}]+"
+    "[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
+)
+# Steps of published tokenizers: the name that llama.cpp's table of hashes gives to the model.
+PUBLISHED: dict[str, tuple[str, str, list[dict[str, Any]]]] = {
+    "meta-llama/Llama-3.2-1B": ("llama", "llama-bpe", [_split(LLAMA3), BYTES]),
+    "ibm-granite/granite-4.1-3b": ("granitemoehybrid", "dbrx", [_split(LLAMA3, "Removed", True), BYTES]),
+    "openai/gpt-oss-20b": ("gpt_oss", "gpt-4o", [_split(O200K), BYTES]),
+    "MiniMaxAI/MiniMax-M2": ("minimax_m2", "minimax-m2", [_split(O200K, "Removed", True), BYTES]),
+    "HuggingFaceTB/SmolLM2-135M": ("llama", "smollm", [DIGITS, USES_REGEX]),
+    "bigcode/starcoder2-3b": ("starcoder2", "starcoder", [DIGITS, USES_REGEX]),
+    "deepseek-ai/DeepSeek-V3": (
+        "deepseek_v3",
+        "deepseek-v3",
+        [_split(r"\p{N}{1,3}"), _split("[一-龥\u3040-ゟ゠-ヿ]+"), _split(DEEPSEEK3), BYTES],
+    ),
+    "bigscience/bloomz-560m": ("bloom", "bloom", [_split(" ?[^(\\s|[.,!?…。，、।۔،])]+"), BYTES]),
+    "tiiuae/falcon-7b": (
+        "falcon",
+        "falcon",
+        [
+            {"type": "Punctuation", "behavior": "Contiguous"},
+            USES_REGEX,
+            {"type": "Digits", "individual_digits": False},
+            _split("[0-9][0-9][0-9]"),
+        ],
+    ),
+    "deepseek-ai/deepseek-coder-6.7b": (
+        "llama",
+        "deepseek-coder",
+        [_split("[\r\n]"), _split(r"\s?\p{L}+"), _split(r"\s?\p{P}+"), _split("[一-龥ࠀ-一가-퟿]+"), DIGITS, BYTES],
+    ),
+    "GSAI-ML/LLaDA-8B": (
+        "llada",
+        "bailingmoe",
+        [
+            _split(
+                r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+            ),
+            BYTES,
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("published", PUBLISHED)
+def test_published_tokenizers(published: str) -> None:
+    model_type, name, steps = PUBLISHED[published]
+    data = gpt2(pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
+    data["model"]["ignore_merges"] = name == "llama-bpe"
+    assert keys(packed(data), {"model_type": model_type})["pre"] == name
+
+
 def test_ends_of_turns_that_only_the_generation_config_names() -> None:
     data = gpt2()
     for place, text in enumerate(("<|myend|>", "<|eot_id|>")):
@@ -334,6 +402,23 @@ def test_added_tokens_beyond_the_embedding_are_left_out_and_named() -> None:
     assert "[PAD]" not in found["tokenizer.ggml.tokens"]
     assert "tokenizer.ggml.padding_token_id" not in found
     assert any("'[PAD]' left out" in note for note in vocab.notes)
+
+
+NOTED: dict[str, tuple[dict[str, Any], str]] = {
+    "nfc": ({"normalizer": {"type": "NFC"}}, "to NFC first"),
+    "prefix": ({"pre_tokenizer": BYTES | {"use_regex": True, "add_prefix_space": True}}, "a space before the text"),
+    "greedy": (
+        {"added_tokens": [{"id": 305, "content": "<m>", "special": True, "lstrip": True}]},
+        "'<m>' take away the spaces",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOTED)
+def test_what_llama_cpp_does_otherwise_is_said(name: str) -> None:
+    changes, says = NOTED[name]
+    assert any(says in note for note in read_vocab(packed(gpt2(**changes)), {}, kind="bpe", rows=0).notes)
+    assert read_vocab(packed(gpt2()), {}, kind="bpe", rows=0).notes == ()
 
 
 def test_merges_that_sentencepiece_would_not_make() -> None:

@@ -80,13 +80,16 @@ def test_a_right_merge_holds_any_threshold(trained: Trained) -> None:
     assert any("--max-kl allows 1e-06" in finding.text for finding in failed.errors)
 
 
-def test_outputs_of_layers_are_those_of_numpy(trained: Trained, broken_report: VerifyReport) -> None:
+def test_outputs_of_layers_are_those_of_numpy(trained: Trained) -> None:
     from models import read_tensors
 
-    from adapterkit.verify.layers import random_inputs
+    from adapterkit.adapters.adapter import load_adapter
+    from adapterkit.verify.inputs import open_inputs
+    from adapterkit.verify.layers import compare_layers, random_inputs
+    from adapterkit.verify.subject import subject
 
-    layers = broken_report.layers
-    assert layers is not None
+    layers = compare_layers(subject(*open_inputs(trained.broken, trained.base), (load_adapter(trained.adapter),), {}))
+    assert layers.inputs == "random"
     checks = {check.module: check for check in layers.modules}
     before, after = read_tensors(trained.base), read_tensors(trained.merged)
     name = "model.layers.1.self_attn.q_proj.weight"
@@ -276,3 +279,53 @@ def test_gguf_files_are_decoded_without_a_runtime(
     assert report.model is not None
     assert report.model.runtime == "transformers, decoded"
     assert report.model.merged.mean_kl < 1e-6
+
+
+def test_replayed_inputs_are_those_of_the_running_model(trained: Trained) -> None:
+    """What reaches a module of base + adapters, against hooks on PEFT's model."""
+    import peft
+    import transformers
+
+    from adapterkit.verify.inputs import open_inputs
+    from adapterkit.verify.replay import activations
+    from adapterkit.verify.subject import subject
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(trained.base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(trained.base)
+    live = peft.PeftModel.from_pretrained(model, trained.adapter).eval()
+    seen: dict[str, list[torch.Tensor]] = {}
+    for path, module in live.base_model.model.named_modules():
+        if path.endswith(("q_proj", "down_proj")):
+            name = f"{path}.weight"
+            module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0][0]))
+    texts = trained.prompts.read_text().split("\n\n")[:2]
+    with torch.no_grad():
+        for text in texts:
+            live(input_ids=torch.tensor([tokenizer(text.strip())["input_ids"]]))
+    found, stored = open_inputs(trained.merged, trained.base)
+    from adapterkit.adapters.adapter import load_adapter
+
+    planned = subject(found, stored, (load_adapter(trained.adapter),), {})
+    inputs, why = activations(planned, trained.prompts)
+    assert why == ""
+    assert len(inputs) == 14
+    for name, parts in seen.items():
+        wanted = torch.cat(parts)
+        assert torch.allclose(inputs[name], wanted[: len(inputs[name])], atol=1e-4), name
+
+
+def test_a_gguf_file_is_fed_what_its_base_is_fed(gguf: tuple[Path, Path, Path, Path], tmp_path: Path) -> None:
+    import adapterkit
+
+    folder, file, adapter, prompts = gguf
+    adapterkit.merge(file, [adapter], tmp_path / "m.gguf")
+    report = verify(tmp_path / "m.gguf", base=folder, adapters=[adapter], level="layers")
+    assert report.ok
+    assert report.layers is not None
+    # There is no tokenizer for text, so numbers stand in, and it is said.
+    assert report.layers.inputs == "random"
+    assert any("neither MERGED nor the base has a tokenizer" in finding.text for finding in report.findings)
+    report = verify(tmp_path / "m.gguf", base=folder, adapters=[adapter], level="model", prompts=prompts)
+    assert report.layers is not None
+    assert report.layers.inputs == "replayed"
+    assert report.layers.error < 1e-6 < 1e-2 < report.layers.change

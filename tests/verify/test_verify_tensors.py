@@ -315,3 +315,43 @@ def test_the_command_line(
     monkeypatch.delenv("GITHUB_STEP_SUMMARY")
     assert run(arguments) == 2
     assert run(["verify", tmp_path / "nowhere", "--base", base, "--adapter", adapter]) == 7
+
+
+def test_evidence_goes_into_the_record(
+    made: tuple[Path, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, adapter, merged = made
+    out = tmp_path / "out"
+    shutil.copytree(merged, out)
+    before = (out / "adapterkit.json").read_bytes()
+    command = ["verify", out, "--base", base, "--adapter", adapter, "--min-retention", "0.9"]
+    assert run([*command, "--no-attach"]) == 0
+    assert (out / "adapterkit.json").read_bytes() == before
+    assert run(command) == 0
+    capsys.readouterr()
+    once = (out / "adapterkit.json").read_bytes()
+    found = json.loads(once)["evidence"]["verification"]["tensors"]
+    assert found["ok"] is True
+    assert found["figures"]["equal"] == 11
+    assert found["thresholds"] == {"min_retention": 0.9}
+    # Again it is the same record, and the record is still one.
+    assert run(command) == 0
+    assert "evidence written" not in capsys.readouterr().err
+    assert (out / "adapterkit.json").read_bytes() == once
+    # What does not hold is written down too.
+    shutil.copy(base / "model-00001-of-00002.safetensors", out)
+    assert run(command) == 3
+    found = json.loads((out / "adapterkit.json").read_bytes())["evidence"]["verification"]["tensors"]
+    assert found["ok"] is False
+    assert "layer missing" in found["figures"]["findings"] or "not applied" in found["figures"]["findings"]
+
+
+def test_evidence_of_a_registered_version_is_a_new_one(
+    made: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ADAPTERKIT_HOME", str(tmp_path / "home"))
+    base, adapter, merged = made
+    assert run(["register", merged, "--name", "shop"]) == 0
+    assert run(["verify", "shop", "--base", base, "--adapter", adapter]) == 0
+    assert run(["verify", "shop", "--base", base, "--adapter", adapter, "--attach", "--min-retention", "0.8"]) == 0
+    assert "evidence written to shop@2" in capsys.readouterr().err

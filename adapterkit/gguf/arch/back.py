@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import TargetError
@@ -432,6 +433,16 @@ def _bert(values: Values, config: Values, base: Any) -> dict[str, Any]:
     return {"type_vocab_size": types.shape[0] if types is not None else 0}
 
 
+def _distilbert(values: Values, config: Values, base: Any) -> dict[str, Any]:
+    return {
+        "dim": values["embedding_length"],
+        "hidden_dim": values["feed_forward_length"],
+        "n_heads": values["attention.head_count"],
+        "n_layers": values["block_count"],
+        **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")),
+    }
+
+
 def _cohere(values: Values, config: Values, base: Any) -> dict[str, Any]:
     kinds = None
     if config["model_type"] == "cohere2":
@@ -521,6 +532,50 @@ def _falcon_h1(values: Values, config: Values, base: Any) -> dict[str, Any]:
     }
 
 
+def _gemma3n(values: Values, config: Values, base: Any) -> dict[str, Any]:
+    shares = [NormalDist().cdf(one) if one > float("-inf") else 0.0 for one in values["activation_sparsity_scale"]]
+    table = base.get("per_layer_token_embd.weight")
+    rank = base.get("blk.0.laurel_l.weight")
+    return {
+        "activation_sparsity_pattern": [round(one, 6) for one in shares],
+        "vocab_size_per_layer_input": table.shape[0] if table is not None else None,
+        "laurel_rank": rank.shape[0] if rank is not None else None,
+        "layer_types": _windows(values, config, base)["layer_types"],
+        # These are read where they are 0 too.
+        "num_kv_shared_layers": values["attention.shared_kv_layers"],
+        "altup_active_idx": values["altup.active_idx"],
+    }
+
+
+def _gemma4(values: Values, config: Values, base: Any) -> dict[str, Any]:
+    kinds = _windows(values, config, base)["layer_types"] or []
+    table = base.get("per_layer_token_embd.weight")
+    found: dict[str, Any] = {
+        "layer_types": kinds,
+        "global_head_dim": values["attention.key_length"],
+        "head_dim": values["attention.key_length_swa"],
+        "num_kv_shared_layers": values["attention.shared_kv_layers"],
+        "hidden_size_per_layer_input": values["embedding_length_per_layer_input"],
+        "vocab_size_per_layer_input": table.shape[0] if table is not None else None,
+        "enable_moe_block": "expert_count" in values,
+    }
+    heads = values["attention.head_count_kv"]
+    if isinstance(heads, list):
+        local = [one for one, kind in zip(heads, kinds, strict=True) if kind != "full_attention"]
+        full = [one for one, kind in zip(heads, kinds, strict=True) if kind == "full_attention"]
+        found |= {"num_key_value_heads": (local or full)[0], "num_global_key_value_heads": (full or local)[0]}
+    widths = values["feed_forward_length"]
+    if isinstance(widths, list):
+        found |= {"intermediate_size": min(widths), "use_double_wide_mlp": max(widths) > min(widths)}
+    rope = dict(config.get("rope_parameters", {}))
+    full_rope = dict(rope.get("full_attention", {}))
+    freqs = base.get("rope_freqs.weight")
+    turning = sum(1 for one in _floats(freqs) if one == 1.0) if freqs is not None else 0
+    full_rope |= {"rope_type": "proportional", "partial_rotary_factor": 2 * turning / values["attention.key_length"]}
+    rope["full_attention"] = full_rope
+    return {**found, "rope_parameters": rope}
+
+
 MORE: dict[str, Callable[[Values, Values, Any], dict[str, Any]]] = {
     "mixtral": _mixtral,
     "ministral3": _ministral,
@@ -550,6 +605,7 @@ MORE: dict[str, Callable[[Values, Values, Any], dict[str, Any]]] = {
     "mamba2": _mamba2,
     "jamba": _jamba,
     "bert": _bert,
+    "distilbert": _distilbert,
     "roberta": _bert,
     "cohere": _cohere,
     "cohere2": _cohere,
@@ -560,5 +616,7 @@ MORE: dict[str, Callable[[Values, Values, Any], dict[str, Any]]] = {
     "exaone4": _exaone4,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
+    "gemma3n_text": _gemma3n,
+    "gemma4_text": _gemma4,
     "minicpm": _minicpm,
 }

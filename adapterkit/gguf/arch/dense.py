@@ -61,6 +61,13 @@ def _no_qk_norm(config: Config) -> None:
         )
 
 
+def _released_baichuan(config: Config) -> None:
+    if config.number("layers") not in (32, 40):
+        raise CheckpointError(
+            f"{config.ref}: llama.cpp tells how a baichuan counts positions by its 32 or 40 layers", "run its own code"
+        )
+
+
 def _window_of_32b(config: Config) -> None:
     if config.get("sliding_window") is not None and config.number("layers") != 64:
         raise CheckpointError(
@@ -198,6 +205,7 @@ SPECS = (
         ),
         (constant("tensor_data_layout", "Meta AI original pth"), ROPE_DIM),
         vocab="spm",
+        check=_released_baichuan,
     ),
     ArchSpec(
         "internlm2",

@@ -249,6 +249,8 @@ SPECS = (
             Key("attention.layer_norm_epsilon", "layer_norm_epsilon", needed=True),
             Key("attention.relative_buckets_count", "relative_attention_num_buckets", needed=True),
             Key("attention.layer_norm_rms_epsilon", "layer_norm_epsilon", needed=True),
+            # llama.cpp's own converter leaves this out, and its server then masks what comes after each token.
+            _CAUSAL,
         ),
         common=False,
         drops=(r"^encoder\.embed_tokens\.",),

@@ -83,10 +83,10 @@ class Mapper:
     # ------------------------------------------------------------------ names
 
     @cached_property
-    def _by_hf(self) -> dict[str, Rule]:
-        found: dict[str, Rule] = {}
+    def _by_hf(self) -> dict[str, list[Rule]]:
+        found: dict[str, list[Rule]] = {}
         for one in self.spec.rules:
-            found.setdefault(_shape_of(one.hf), one)
+            found.setdefault(_shape_of(one.hf), []).append(one)
         return found
 
     @cached_property
@@ -122,10 +122,12 @@ class Mapper:
     def _match(self, name: str) -> Match | None:
         for text, suffix in ((name, ""), *((name[: -len(end)], end) for end in SUFFIXES if name.endswith(end))):
             shape = _NUMBER.sub("#", text + ".")[:-1] if text else ""
-            one = self._by_hf.get(shape)
-            if one is not None and not (suffix and one.gguf and one.gguf[0].endswith(SUFFIXES)):
-                numbers = [int(digits) for digits in _NUMBER.findall(text + ".")]
-                return _instance(one.hf, one, suffix, numbers)
+            for one in self._by_hf.get(shape, ()):
+                if suffix and one.gguf and one.gguf[0].endswith(SUFFIXES):
+                    continue
+                found = _instance(one.hf, one, suffix, [int(digits) for digits in _NUMBER.findall(text + ".")])
+                if found is not None:
+                    return found
         return None
 
     # ------------------------------------------------------------------ Hugging Face -> GGUF
@@ -316,7 +318,7 @@ class Mapper:
 
 
 def _shape_of(template: str) -> str:
-    return re.sub(r"\{\w\}", "#", template)
+    return _NUMBER.sub("#", re.sub(r"\{\w\}", "#", template) + ".")[:-1]
 
 
 def _instance(template: str, one: Rule, suffix: str, numbers: list[int]) -> Match | None:

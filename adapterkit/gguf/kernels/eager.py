@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from adapterkit.gguf.kernels import wide
+
 if TYPE_CHECKING:
     from adapterkit.gguf.kernels.layouts import Layout
 
@@ -55,3 +57,4 @@ def run(layout: Layout, x: torch.Tensor, importance: torch.Tensor | None, out: t
         sigma = None if means is None else means[first : first + lanes]
         block(rows, given, sigma, scratch, packed, (slice(None),))
         target[first : first + lanes] = packed.t()
+    wide.forget()

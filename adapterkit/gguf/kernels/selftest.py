@@ -76,7 +76,7 @@ def digest(data: npt.NDArray[np.uint8]) -> str:
 
 
 @cache
-def _outcome(backend: str, name: str, weighted: bool, device: str) -> bool:
+def _outcome(backend: str, name: str, weighted: bool, device: str) -> str | None:
     import numpy as np
     import torch
 
@@ -86,11 +86,17 @@ def _outcome(backend: str, name: str, weighted: bool, device: str) -> bool:
     rows, importance = vector()
     out = np.empty((ROWS, TYPES[name].row_bytes(COLUMNS)), dtype=np.uint8)
     weights = torch.from_numpy(importance).to(device) if weighted else None
-    run_backend(backend, name, torch.from_numpy(rows).to(device), weights, out)
-    return digest(out) == DIGESTS[name, weighted]
+    try:
+        run_backend(backend, name, torch.from_numpy(rows).to(device), weights, out)
+    except Exception as error:  # a compiler has many ways to fail, and there is another backend
+        first = next(iter(str(error).splitlines()), "")
+        return f"does not run for {name} ({type(error).__name__}: {first})"
+    if digest(out) != DIGESTS[name, weighted]:
+        return f"gives other bytes for {name} than llama.cpp"
+    return None
 
 
-def passes(backend: str, name: str, weighted: bool, device: str) -> bool:
-    """Whether the backend's bytes are llama.cpp's for the type, with or without importance."""
+def complaint(backend: str, name: str, weighted: bool, device: str) -> str | None:
+    """What is wrong with the backend for a type, with or without importance; None when its bytes are llama.cpp's."""
     with _LOCK:
         return _outcome(backend, name, weighted, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 from typing import Any
 
@@ -10,13 +11,45 @@ import torch
 LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
-def _summed(terms: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-    """``count`` sums over the first dimension of ``terms`` [elements, count, ...], one element after the other."""
-    first, *rows = terms.unbind(0)
-    total = first + 0.0  # C starts at 0, which turns a first -0 into 0
-    for row in rows:
+class Terms:
+    """Room for what is summed, ``[elements, count, ...]``, and views of its rows; kept, as new memory is slow memory."""
+
+    def __init__(self, x: torch.Tensor, count: int) -> None:
+        held = x.new_empty(x.shape[0], count, *x.shape[1:])
+        self.parts = held.unbind(1)
+        self._rows = held.unbind(0)
+        self._firsts = self.parts[0].unbind(0)
+
+    def sums(self) -> tuple[torch.Tensor, ...]:
+        """Of every part, over the elements, one after the other."""
+        return _sum(self._rows).unbind(0)
+
+    def sum(self) -> torch.Tensor:
+        """Of the first part."""
+        return _sum(self._firsts)
+
+
+def _sum(rows: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    total = rows[0] + 0.0  # C starts at 0, which turns a first -0 into 0
+    for row in rows[1:]:
         torch.add(total, row, out=total)
-    return total.unbind(0) if count > 1 else (total,)
+    return total
+
+
+_kept = threading.local()
+
+
+def _terms(x: torch.Tensor, count: int) -> Terms:
+    held: dict[Any, Terms] = _kept.__dict__.setdefault("terms", {})
+    key = (x.shape, x.device, count)
+    if key not in held:
+        held[key] = Terms(x, count)
+    return held[key]
+
+
+def forget() -> None:
+    """Give this thread's room back."""
+    _kept.__dict__.clear()
 
 
 def grid_sums(
@@ -32,23 +65,26 @@ def grid_sums(
         q.copy_(clamp(nearest(q).float(), 0.0, top))
     else:
         q.clamp_(0.0, top).round_()
-    terms = x.new_empty(n, 3, *x.shape[1:])
-    wq = torch.mul(w, q, out=terms[:, 0])
-    torch.mul(wq, q, out=terms[:, 1])
-    torch.mul(wq, x, out=terms[:, 2])
-    return _summed(terms, 3)
+    terms = _terms(x, 3)
+    wq, wqq, wqx = terms.parts
+    torch.mul(w, q, out=wq)
+    torch.mul(wq, q, out=wqq)
+    torch.mul(wq, x, out=wqx)
+    return terms.sums()
 
 
 def grid_error(x: Any, w: Any, codes: Any, sub: Any, n: int, scale: Any, low: Any, absolute: bool) -> torch.Tensor:
     """See ``search._grid_error``."""
-    d = codes[:, sub] * scale
-    d.add_(low).sub_(x[:, sub])
+    x = x[:, sub]
+    terms = _terms(x, 3)
+    d = terms.parts[0]
+    torch.mul(codes[:, sub], scale, out=d).add_(low).sub_(x)
     if absolute:
         d.abs_()
     else:
         torch.mul(d, d, out=d)
     d.mul_(w[:, sub])
-    return _summed(d, 1)[0]
+    return terms.sum()
 
 
 def symmetric_sums(
@@ -56,23 +92,25 @@ def symmetric_sums(
 ) -> tuple[torch.Tensor, ...]:
     """See ``search._symmetric_sums``."""
     x = x[:, sub]
-    q = x * inverse
-    q.clamp_(low, high).round_()
-    terms = x.new_empty(n, 2, *x.shape[1:])
-    torch.mul(wx[:, sub], q, out=terms[:, 0])
-    torch.mul(w[:, sub], q, out=terms[:, 1]).mul_(q)
-    return _summed(terms, 2)
+    (q,) = _terms(x, 1).parts
+    torch.mul(x, inverse, out=q).clamp_(low, high).round_()
+    terms = _terms(x, 2)
+    wxq, wqq = terms.parts
+    torch.mul(wx[:, sub], q, out=wxq)
+    torch.mul(w[:, sub], q, out=wqq).mul_(q)
+    return terms.sums()
 
 
 def nonlinear_sums(x: Any, w: Any, sub: Any, inverse: Any) -> tuple[torch.Tensor, ...]:
     """See ``codebooks._nonlinear_sums``."""
     x = x[:, sub]
     level = nonlinear_value(x * inverse)
-    terms = x.new_empty(x.shape[0], 2, *x.shape[1:])
-    wq = torch.mul(w[:, sub], level, out=terms[:, 1])
-    torch.mul(wq, x, out=terms[:, 0])
-    wq.mul_(level)
-    return _summed(terms, 2)
+    terms = _terms(x, 2)
+    wqx, wqq = terms.parts
+    torch.mul(w[:, sub], level, out=wqq)
+    torch.mul(wqq, x, out=wqx)
+    wqq.mul_(level)
+    return terms.sums()
 
 
 @cache

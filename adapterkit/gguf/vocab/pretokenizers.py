@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import unicodedata
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +36,14 @@ _CASED = (
 _SLASHED = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEKKEN = _CASED.replace("{0}", "") + r"|\p{N}|" + _SLASHED
 O200K = _CASED.replace("{0}", SHORT + "?") + r"|\p{N}{1,3}|" + _SLASHED
+_NO_HAN = "&&[^\\p{Han}]]"
+KIMI = (
+    r"[\p{Han}]+|[^\r\n\p{L}\p{N}]?" + _UPPER[:-1] + _NO_HAN + "*" + _LOWER[:-1] + _NO_HAN + "+" + SHORT + "?|"
+    r"[^\r\n\p{L}\p{N}]?" + _UPPER[:-1] + _NO_HAN + "+" + _LOWER[:-1] + _NO_HAN + "*" + SHORT + "?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _CJK = "[一-龥぀-ゟ゠-ヿ]+"
-_ASCII = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
+_ASCII = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"""
 _MARKS = _ASCII + r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+"
 DEEPSEEK3 = _MARKS + r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # Escaped, for some of these letters are equal to others in NFC.
@@ -53,7 +60,7 @@ _LETTERS = (
     "\U000118a0-\U000118df\U0001e900-\U0001e943]+"
 )
 _HAN = "[一-龥ࠀ-一가-퟿]+"
-BLOOM = " ?[^(\\s|.,!?…。，、।۔،)]+"
+BLOOM = " ?[^(\\s|[.,!?…。，、।۔،])]+"
 _WIDE_SPACES = "|".join(rf"\s{{{2**n}}}(?!\S)" for n in range(9, 1, -1)) + r"|\s{1,2}(?!\S)|\s{1}"
 
 
@@ -109,6 +116,7 @@ ROWS: tuple[Pre, ...] = (
     Pre("gpt-4o", (O200K,), models=("gpt_oss",), limit=_MARKS_APART),
     Pre("llama4", (O200K,), models=("llama4", "llama4_text"), limit=_MARKS_APART),
     Pre("minimax-m2", (O200K,), models=("minimax_m2",), limit=_MARKS_APART),
+    Pre("kimi-k2", (KIMI,), limit=_MARKS_APART),
     Pre("deepseek-v3", (THREE_DIGITS, _CJK, DEEPSEEK3), models=("deepseek_v3",)),
     Pre("hunyuan-dense", (THREE_DIGITS, _CJK, DEEPSEEK3), models=("hunyuan_v1_dense",)),
     Pre("spark2_5", (THREE_DIGITS, _CJK, _MARKS + r"|[\r\n]|\s+(?!\S)|\s+", DIGIT)),
@@ -167,7 +175,7 @@ OTHER_NAMES = frozenset(
         ),
         *("jina-v1-en", "jina-v2-code", "whitespace", "deepseek-r1-qwen", "kormo", "f2llmv2", "poro-chat", "glm5"),
         *("codeshell", "gpt3-finnish", "chameleon", "megrez", "kanana2", "talkie", "granite-embed-multi-97m"),
-        *("cohere2moe", "trillion", "granite-docling", "bailingmoe2", "llada-moe", "hy_v4", "joyai-llm", "kimi-k2"),
+        *("cohere2moe", "trillion", "granite-docling", "bailingmoe2", "llada-moe", "hy_v4", "joyai-llm"),
         *("grok-2", "afmoe", "laguna", "solar-open", "mellum2"),
     )
 )
@@ -182,12 +190,14 @@ _SPELLINGS = (
     ("'(?i:[sdmt]|ll|ve|re)", SHORT),
     ("'(?:[sSdDmMtT]|[lL][lL]|[vV][eE]|[rR][eE])", SHORT),
     (r"\p{N}{1}", r"\p{N}"),
+    ("(\\s|.,!?…。，、।۔،)", "(\\s|[.,!?…。，、।۔،])"),
 )
-_POSSESSIVE = re.compile(r"(?<!\\)([+*?])\+")
+_POSSESSIVE = re.compile(r"(?<!\\)([+*?])\+(?=[|()\[\\ ]|$)")
 
 
 def canonical(regex: str) -> str:
     """One spelling for expressions that split alike: escapes, short forms, possessive quantifiers, a redundant end."""
+    regex = unicodedata.normalize("NFC", regex)
     for spelling, usual in _SPELLINGS:
         regex = regex.replace(spelling, usual)
     return _POSSESSIVE.sub(r"\1", regex).removesuffix(r"|\s+")

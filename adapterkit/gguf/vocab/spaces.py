@@ -88,7 +88,7 @@ def _pre_tokenize(step: dict[str, Any], found: Spaces) -> None:
         found.escaped = True
     elif kind == "WhitespaceSplit":
         found.trim = found.ends = found.words = True
-    elif kind == "Split" and (step.get("pattern") or {}).get("String") == " " and found.escaped:
+    elif kind == "Split" and " " in (step.get("pattern") or {}).values() and found.escaped:
         pass  # no space is left to split at
     else:
         found.others += (kind,)
