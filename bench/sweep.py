@@ -18,7 +18,8 @@ not be built give the error in the last column.
 
 The last bit of a float32 product depends on the processor, PEFT's as well as ours. On another machine than that of this table
 errors of 1e-7 stood in the place of some zeros, and eight types (`dac`, `neucodec`, `rf_detr`, `sam3`, `sam3_video`,
-`swin2sr`, `swinv2`, `xcodec2`) were "nearest" where "equal" stands here; everything else came out the same.
+`swin2sr`, `swinv2`, `xcodec2`) were "nearest" where "equal" stands here; the rest came out the
+same (types that need timm were not run).
 """
 
 from __future__ import annotations
