@@ -17,6 +17,7 @@ from gguf_files import random_array, write_gguf
 from models import read_tensors, write_adapter
 
 import adapterkit
+from adapterkit.bases import open_model
 from adapterkit.cli import main
 from adapterkit.convert import convert
 from adapterkit.gguf.quantize import Quantization
@@ -235,3 +236,23 @@ def test_fidelity_of_a_gguf_output(llama: Path, tmp_path: Path) -> None:
         kept[mix] = report.fidelity.cosine
         assert report.fidelity.format == mix
     assert kept["F32"] > 0.999 > kept["Q8_0"] > kept["Q4_0"]
+
+
+@pytest.mark.parametrize("to", ["fp8", "nf4"])
+def test_a_quantized_base_is_decoded_on_the_way(to: str, tmp_path: Path) -> None:
+    import torch
+
+    tiny = zoo.ZOO["llama"]
+    zoo.ZOO["llama_128"] = zoo.Tiny(tiny.cls, {**tiny.config, "hidden_size": 128, "intermediate_size": 256})
+    zoo.build(tmp_path / "hf", "llama_128")
+    key = "base_model.model.model.layers.0.self_attn.q_proj"
+    shapes = {f"{key}.lora_A.weight": (4, 128), f"{key}.lora_B.weight": (128, 4)}
+    factors = {name: torch.from_numpy(random_array(*shape)) for name, shape in shapes.items()}
+    adapter = write_adapter(tmp_path / "adapter", factors, target_modules=["q_proj"])
+    convert(tmp_path / "hf", tmp_path / "small", to=to)
+    convert(tmp_path / "small", tmp_path / "decoded", to="f32")
+    adapterkit.merge(tmp_path / "small", [adapter], tmp_path / "one.gguf", dtype="f32")
+    adapterkit.merge(tmp_path / "decoded", [adapter], tmp_path / "two.gguf")
+    one, two = open_model(tmp_path / "one.gguf"), open_model(tmp_path / "two.gguf")
+    assert list(one) == list(two)
+    assert all(one[name].raw() == two[name].raw() for name in one)
