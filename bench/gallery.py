@@ -21,10 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-for place in ("tests", "tests/gguf"):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / place))
+ROOT = Path(__file__).resolve().parents[1]
+BENCH = str(ROOT / "bench")
+# Behind everything else: a script there is called as the package gguf is.
+sys.path[:] = [*(place for place in sys.path if place != BENCH), BENCH]
+for place in ("tests/gguf", "tests", ""):
+    sys.path.insert(0, str(ROOT / place))
 
 TEXT = {
     "hidden_size": 64,

@@ -17,7 +17,7 @@ import time
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.append(sys.path.pop(0))  # a script beside this one is called as the package gguf is
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 OTHERS = 8  # types of every kind but causal

@@ -1,4 +1,6 @@
-"""Base and adapter to a Q4_K_M file, beside the usual road, in the same run: ``python bench/one_pass.py [--shape 1b] [--runs 3]``.
+"""Base and adapter to a Q4_K_M file, beside the usual road, in the same run.
+
+    python bench/one_pass.py [--shape 1b] [--runs 3]
 
 The usual road is PEFT's merge into a 16-bit folder, a 16-bit GGUF of it, and llama.cpp's own C quantizer on that file
 (``ggml_quantize_chunk`` of the library in xllamacpp, as many threads as ours, the same types). The 16-bit GGUF is written by
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from shapes import SHAPES, write_adapter, write_base
@@ -35,9 +38,10 @@ start = time.monotonic()
 
 FINISH = """
 work(*sys.argv[2].split("|"))
-ready = time.monotonic()
+ready, used = time.monotonic(), time.process_time()
 work(*sys.argv[3].split("|"))
-print(json.dumps({"imports": ready - start, "work": time.monotonic() - ready, "memory": high_water()}))
+spent = {"work": time.monotonic() - ready, "cpu": time.process_time() - used}
+print(json.dumps({"imports": ready - start, "memory": high_water(), **spent}))
 """
 
 OURS = (
@@ -183,13 +187,17 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, default=Path("/dev/shm/adapterkit-bench-gguf"))
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--layers", type=int, default=0, help="fewer than the shape has, for a quick look")
     options = parser.parse_args()
     places = {}
     for name, shape in (("first", "tiny"), ("then", options.shape)):
         root = options.dir / name
         shutil.rmtree(root, ignore_errors=True)
-        write_base(root / "base", SHAPES[shape])
-        write_adapter(root / "adapter", SHAPES[shape])
+        built = SHAPES[shape]
+        if name == "then" and options.layers:
+            built = replace(built, layers=options.layers)
+        write_base(root / "base", built)
+        write_adapter(root / "adapter", built)
         tokenizer(root / "base")
         places[name] = root
     first, then = places["first"], places["then"]
@@ -225,6 +233,7 @@ def main() -> None:
                 size = next(then.glob("*.gguf")).stat().st_size if name == "adapterkit" else 0
                 row = {
                     "work": sum(step["work"] for step in steps),
+                    "cpu": sum(step["cpu"] for step in steps),
                     "imports": sum(step["imports"] for step in steps),
                     "memory": max(step["memory"] for step in steps),
                     "room": float(room.most),
@@ -232,22 +241,21 @@ def main() -> None:
                 }
                 found[name].append(row)
                 parts = " + ".join(f"{step['work']:.1f}" for step in steps)
-                print(
-                    f"  run {number + 1}, {name}: {parts} s ({time.monotonic() - began:.1f} s with start-up)",
-                    flush=True,
-                )
+                whole = f"{time.monotonic() - began:.1f} s with start-up, {row['cpu']:.1f} s of CPU"
+                held = f"{row['memory'] / 1e6:.0f} MB of memory, {row['room'] / 1e6:.1f} MB on the disk"
+                print(f"  run {number + 1}, {name}: {parts} s ({whole}, {held})", flush=True)
     finally:
         shutil.rmtree(options.dir, ignore_errors=True)
-    print(f"{'':12} {'work':>8} {'start-up':>9} {'peak memory':>12} {'on the disk':>12}")
+    print(f"{'':12} {'work':>8} {'CPU':>8} {'start-up':>9} {'peak memory':>12} {'on the disk':>12}")
     for name, rows in found.items():
         middle = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-        print(
-            f"{name:12} {middle['work']:>6.1f} s {middle['imports']:>7.1f} s {middle['memory'] / 1e6:>9.0f} MB "
-            f"{middle['room'] / 1e6:>9.0f} MB"
-        )
+        spent = f"{middle['work']:>6.1f} s {middle['cpu']:>6.1f} s {middle['imports']:>7.1f} s"
+        print(f"{name:12} {spent} {middle['memory'] / 1e6:>9.0f} MB {middle['room'] / 1e6:>9.0f} MB")
     ratios = [a["work"] / b["work"] for a, b in zip(found["adapterkit"], found["usual road"], strict=True)]
+    cpu = [a["cpu"] / b["cpu"] for a, b in zip(found["adapterkit"], found["usual road"], strict=True)]
     own = found["adapterkit"][0]
     print(f"wall time over the usual road's: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"CPU time over the usual road's: {statistics.median(cpu):.2f}")
     print(f"written: {own['room'] / 1e6:.1f} MB, of which the file {own['size'] / 1e6:.1f} MB")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit.adapters.experts import ORDERS
 from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, given, methods_flag
 from adapterkit.cli.output import Progress, count, note, say, show_json
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 )
 @click.option("--base16", metavar="REF", help="The original of a quantized BASE, which was folded onto in its place.")
 @click.option("--residual-base", is_flag=True, help="BASE is what training left behind, not the original model.")
+@click.option("--expert-order", type=click.Choice(ORDERS), help="Of experts in a stacked lora_B; see merge.")
 @click.option("--allow-unknown", is_flag=True, help="Go on where an adapter's config has fields not known here.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the evidence as one HTML page.")
@@ -75,6 +77,7 @@ def command(
     skip_modules: tuple[str, ...],
     base16: str | None,
     residual_base: bool,
+    expert_order: str | None,
     allow_unknown: bool,
     jobs: int | None,
     html: Path | None,
@@ -111,6 +114,7 @@ def command(
         "skip_modules": skip_modules or None,
         "base16": base16,
         "residual_base": residual_base or None,
+        "expert_order": expert_order,
         "allow_unknown": allow_unknown or None,
     }
     report = verify(

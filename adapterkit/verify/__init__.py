@@ -103,7 +103,7 @@ def verify(
     if deepest >= 2:
         from adapterkit.verify.model import compare_models
 
-        model = compare_models(planned, stored, prompts)
+        model = compare_models(planned, stored, prompts, jobs=jobs)
         every += _answers(model, max_kl, min_top1)
     return VerifyReport(
         ok=not any(finding.severity == ERROR for finding in every),

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 Ref = str | Path
 # Verbs whose record states how a base and adapters became a model.
 _MERGES = frozenset({"merge", "build"})
-# Where it goes and how it is split says nothing about values.
-_LAYOUT = frozenset({"to", "max_shard_size"})
+# Where it goes, how it is split and what computed it says nothing about values.
+_LAYOUT = frozenset({"to", "max_shard_size", "device"})
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.adapters.experts import SLOWEST, stated_order
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.errors import UsageError
 from adapterkit.verify.answers import Answering, InTransformers, Tokenizer, check_known, need_transformers
@@ -86,13 +87,14 @@ def _check_memory(checkpoint: Checkpoint) -> None:
         )
 
 
-def compare_models(subject: Subject, base: Checkpoint, prompts: Path | None) -> ModelLevel:
+def compare_models(subject: Subject, base: Checkpoint, prompts: Path | None, *, jobs: int | None = None) -> ModelLevel:
     """Let the models answer.
 
     Args:
         subject: what is compared at the level of tensors.
         base: the base as it is stored.
         prompts: a file; the built-in set when None.
+        jobs: threads of llama.cpp.
 
     Raises:
         UsageError, AdapterkitError, NotFound
@@ -104,7 +106,7 @@ def compare_models(subject: Subject, base: Checkpoint, prompts: Path | None) -> 
     with tempfile.TemporaryDirectory(prefix="adapterkit-verify-") as name:
         scratch = Path(name)
         tokenizer = _tokenizer(subject.found, base, scratch)
-        models = _models(subject, base, scratch)
+        models = _models(subject, base, scratch, jobs)
         trained = models.trained()
         try:
             texts = list(_texts(read, tokenizer, trained, models.few))
@@ -146,14 +148,14 @@ def compare_models(subject: Subject, base: Checkpoint, prompts: Path | None) -> 
 # ------------------------------------------------------------------ the models
 
 
-def _models(subject: Subject, base: Checkpoint, scratch: Path) -> Models:
+def _models(subject: Subject, base: Checkpoint, scratch: Path, jobs: int | None) -> Models:
     found = subject.found
     if found.format != "gguf":
         return Models(*_folder_base(subject, base, scratch), few=False)
     runtime = find_runtime()
     file = place(found)
     assert file is not None
-    merged = _gguf(file, runtime, found)
+    merged = _gguf(file, runtime, found, jobs)
     if base.format != "gguf":
         trained, plain, _, how = _folder_base(subject, base, scratch)
         return Models(trained, plain, merged, how, few=runtime is not None)
@@ -167,18 +169,18 @@ def _models(subject: Subject, base: Checkpoint, scratch: Path) -> Models:
         out = scratch / "trained.gguf"
         how = {k: v for k, v in subject.options.items() if k in ("residual_base", "allow_unknown", *_RULE)}
         merge(base, subject.adapters, out, weights=subject.weights, quantization=Quantization("F32"), **how)
-        return _gguf(out, runtime, found)()
+        return _gguf(out, runtime, found, jobs)()
 
-    return Models(folded, _gguf(before, runtime, base), merged, "folded in float32", few=runtime is not None)
+    return Models(folded, _gguf(before, runtime, base, jobs), merged, "folded in float32", few=runtime is not None)
 
 
 _RULE = ("method", "scale", "space", "parameters")
 
 
-def _gguf(file: Path, runtime: str | None, checkpoint: Checkpoint) -> Callable[[], Answering]:
+def _gguf(file: Path, runtime: str | None, checkpoint: Checkpoint, jobs: int | None) -> Callable[[], Answering]:
     vocabulary = checkpoint["token_embd.weight"].shape[0]
     if runtime is not None:
-        return lambda: InLlamaCpp(file, runtime, MOST_TOKENS + 8, vocabulary)
+        return lambda: InLlamaCpp(file, runtime, MOST_TOKENS + 8, vocabulary, jobs)
     return lambda: InTransformers(file.parent, "transformers, decoded", gguf=file.name)
 
 
@@ -238,6 +240,8 @@ def _live(subject: Subject) -> Path | None:
         return None
     if (subject.options.get("method"), subject.options.get("scale")) != ("linear", 1.0):
         return None
+    if stated_order(subject.adapters[0].config) == SLOWEST:
+        return None  # PEFT would read its experts in another order than they were trained in
     path = subject.adapters[0].source.path
     folder = path.parent if path is not None else None
     if folder is None or path is None or path.name != "adapter_model.safetensors":

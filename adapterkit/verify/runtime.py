@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.errors import AdapterkitError
 
 if TYPE_CHECKING:
@@ -72,15 +72,16 @@ class InLlamaCpp:
         runtime: what `find_runtime` found.
         context: tokens that have to fit.
         vocabulary: tokens that it knows.
+        jobs: threads; by default as many as a merge has.
 
     Raises:
         AdapterkitError: it does not start, as with an architecture that it does not know.
     """
 
-    def __init__(self, file: Path, runtime: str, context: int, vocabulary: int) -> None:
+    def __init__(self, file: Path, runtime: str, context: int, vocabulary: int, jobs: int | None = None) -> None:
         self._vocabulary = vocabulary
         self._folder = tempfile.TemporaryDirectory(prefix="adapterkit-verify-")
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = jobs or default_jobs()
         inside = runtime == "xllamacpp"
         self._server: _Inside | _Beside
         try:

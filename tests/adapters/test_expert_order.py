@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from models import assert_merged, edit_config, make_adapter, peft_merged, read_tensors, write_adapter
 
 import adapterkit
-from adapterkit.cli import app
+from adapterkit.cli import app, main
 from adapterkit.errors import AdapterError, UsageError
 
 EXPERTS, RANK, ALPHA = 4, 3, 5
@@ -118,6 +118,25 @@ def test_the_order_is_in_the_plan_and_in_the_record(
     assert_merged(base, tmp_path / "out", exact)
     record = json.loads((tmp_path / "out" / "adapterkit.json").read_text())
     assert record["operation"]["parameters"]["expert_order"] == "slowest"
+
+
+def test_verification_goes_by_the_record_and_by_the_switch(
+    trained: tuple[Path, Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    base, adapter, _ = trained
+    out = tmp_path / "out"
+    adapterkit.merge(base, [adapter], out, expert_order="slowest")
+    words = ["verify", str(out), "--base", str(base), "--adapter", str(adapter)]
+
+    def code(*more: str) -> object:
+        with pytest.raises(SystemExit) as end:
+            main([*words, *more])
+        return end.value.code
+
+    assert code("--no-attach") == 0
+    (out / "adapterkit.json").unlink()
+    assert code() == 3
+    assert code("--expert-order", "slowest") == 0
 
 
 def test_an_adapter_of_unsloth_that_does_not_say_is_told_of(

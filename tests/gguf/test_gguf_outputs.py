@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -354,6 +355,38 @@ def other_imatrix(folder: Path) -> Path:
     return write_gguf(folder / "i.gguf", matrix, metadata={"general.type": "imatrix"})
 
 
+def nan_imatrix(folder: Path) -> Path:
+    import numpy as np
+
+    matrix = {"blk.0.attn_q.weight.in_sum2": np.full((1, 64), np.nan, "float32")}
+    matrix["blk.0.attn_q.weight.counts"] = np.ones((1, 1), "float32")
+    return write_gguf(folder / "i.gguf", matrix, metadata={"general.type": "imatrix"})
+
+
+def wide_imatrix(folder: Path) -> Path:
+    import numpy as np
+
+    matrix = {"blk.0.attn_q.weight.in_sum2": np.ones((1, 96), "float32")}
+    matrix["blk.0.attn_q.weight.counts"] = np.ones((1, 1), "float32")
+    return write_gguf(folder / "i.gguf", matrix, metadata={"general.type": "imatrix"})
+
+
+def damaged(what: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        from test_gguf_reader import BAD
+
+        (folder / "damaged.gguf").write_bytes(BAD[what][0])
+        return folder / "damaged.gguf"
+
+    return make
+
+
+def infinite(folder: Path) -> Path:
+    given = tensors()
+    given["blk.0.ffn_down.weight"][1, 2] = float("inf")
+    return write_gguf(folder / "inf.gguf", given, metadata=HEADS)
+
+
 def truncated(folder: Path) -> Path:
     path = folder / "cut.gguf"
     path.write_bytes((folder / "base.gguf").read_bytes()[:-5000])
@@ -424,6 +457,33 @@ REFUSED: dict[str, tuple[list[Any], int, str]] = {
         2,
         "no tensor of this model",
     ),
+    "imatrix with NaN": (
+        ["convert", "{}/base.gguf", "-o", "{}/o.gguf", "--quant", "Q4_0", "--imatrix", nan_imatrix],
+        1,
+        "NaN or infinity for blk.0.attn_q.weight",
+    ),
+    "imatrix of other widths": (
+        ["convert", "{}/base.gguf", "-o", "{}/o.gguf", "--quant", "Q4_0", "--imatrix", wide_imatrix],
+        1,
+        "96 values for blk.0.attn_q.weight, which needs 64",
+    ),
+    "infinite weights": (
+        ["convert", infinite, "-o", "{}/o.gguf", "--quant", "Q8_0"],
+        1,
+        "'blk.0.ffn_down.weight' cannot be Q8_0",
+    ),
+    **{
+        f"{what} in the header": (["convert", damaged(what), "-o", "{}/o.gguf", "--quant", "Q8_0"], 1, sentence)
+        for what, sentence in {
+            "many tensors": "1000 tensors",
+            "long array": "claims",
+            "five dims": "5 dimensions",
+            "offset far": "truncated",
+            "alignment 2^30": "1048576",
+            "overlap": "overlaps 'v'",
+            "type 200": "type 200",
+        }.items()
+    },
     "truncated": (["convert", truncated, "-o", "{}/o.gguf", "--quant", "Q8_0"], 1, "truncated"),
     "truncated base": (["merge", truncated, "{}/adapter", "-o", "{}/o.gguf"], 1, "truncated"),
     "folder for a file": (["merge", "{}/base.gguf", "{}/adapter", "-o", "{}/out"], 2, "becomes a .gguf file"),

@@ -14,7 +14,7 @@ pytest.importorskip("xllamacpp")
 pytest.importorskip("gguf")
 import gguf_zoo as zoo
 from gguf_runtime import Tiny, far, live, logprobs, lora
-from models import make_adapter
+from models import make_adapter, read_tensors
 
 import adapterkit
 from adapterkit.convert import convert
@@ -51,10 +51,24 @@ def test_merged_and_live_agree_with_peft(kind: str, tiny: Callable[[str], Tiny],
     assert far(live(base.hf, tmp_path / "back"), expected) < 1e-6
 
 
-def test_alpha_and_rank_patterns(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
+ALPHAS = {"q_proj": 32, "layers.1.mlp.up_proj": 2}
+RANKS = {"k_proj": 2, "down_proj": 7}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"use_rslora": True},
+        {"alpha_pattern": ALPHAS},
+        {"rank_pattern": RANKS},
+        {"alpha_pattern": ALPHAS, "rank_pattern": RANKS},
+        {"alpha_pattern": ALPHAS, "rank_pattern": RANKS, "use_rslora": True},
+    ],
+)
+def test_scalings(fields: dict[str, Any], tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
     base = tiny("llama")
-    config = lora(alpha_pattern={"q_proj": 32, "layers.1.mlp.up_proj": 2}, rank_pattern={"k_proj": 2, "down_proj": 7})
-    adapter = make_adapter(tmp_path / "adapter", base.hf, config, scale=0.1)
+    adapter = make_adapter(tmp_path / "adapter", base.hf, lora(**fields), scale=0.1)
     expected = live(base.hf, adapter)
     convert(adapter, tmp_path / "lora.gguf", to="gguf-lora", base=base.gguf)
     adapterkit.merge(base.gguf, [adapter], tmp_path / "merged.gguf")
@@ -134,6 +148,28 @@ def test_quantized_results(mix: str, divergence: float, tiny: Callable[[str], Ti
     assert kl(found) < kl(base.plain) / 5
     if mix == "F16":
         assert far(found, expected) < 1e-2
+
+
+def test_what_would_drown_is_kept_wider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer's change is a thousandth of the other's; only that one needs more bits, from a folder and from a GGUF."""
+    import arch_zoo
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr("adapterkit.gguf.vocab.read_vocab", arch_zoo.read_vocab)
+    arch_zoo.build(tmp_path / "hf", "llama")
+    convert(tmp_path / "hf", tmp_path / "base.gguf")
+    config = lora(target_modules=["q_proj", "v_proj"])
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "hf", config, scale=0.1)
+    given = {name: t * (1e-3 if "layers.0" in name else 1) for name, t in read_tensors(adapter).items()}
+    save_file(given, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    asked = Quantization("Q4_0", keep_touched="F16", keep_below=0.3)
+    for source in ("hf", "base.gguf"):
+        out = tmp_path / f"{source}-out.gguf"
+        report = adapterkit.merge(tmp_path / source, [adapter], out, quantization=asked)
+        found = adapterkit.open(out)
+        kinds = {name: found[name].dtype.code for name in found if ".attn_q." in name or ".attn_v." in name}
+        assert kinds == {f"blk.{i}.attn_{p}.weight": ("F16", "Q4_0")[i] for i in range(2) for p in "qv"}
+        assert any("2 of 4 changed tensors" in note for note in report.notes)
 
 
 def test_quantized_bases(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 MIXES = ["Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M", "Q5_0", "Q5_1", "Q5_K_S", "Q5_K_M"]
 MIXES += ["Q6_K", "Q8_0", "IQ4_NL", "IQ4_XS", "IQ3_S", "IQ3_M", "TQ1_0", "TQ2_0", "MXFP4_MOE", "F16", "BF16"]
 WITH_IMATRIX = ["Q2_K", "Q2_K_S", "Q3_K_M", "Q4_0", "Q4_K_M", "Q5_0", "Q5_1", "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS"]
-WITH_IMATRIX += ["IQ3_XXS", "IQ3_XS", "IQ2_M", "IQ2_XS", "IQ1_S"]
+WITH_IMATRIX += ["IQ3_XXS", "IQ3_XS", "IQ2_M", "IQ2_XS"]
 
 
 @dataclass(frozen=True)

@@ -404,6 +404,23 @@ def test_added_tokens_beyond_the_embedding_are_left_out_and_named() -> None:
     assert any("'[PAD]' left out" in note for note in vocab.notes)
 
 
+NOTED: dict[str, tuple[dict[str, Any], str]] = {
+    "nfc": ({"normalizer": {"type": "NFC"}}, "to NFC first"),
+    "prefix": ({"pre_tokenizer": BYTES | {"use_regex": True, "add_prefix_space": True}}, "a space before the text"),
+    "greedy": (
+        {"added_tokens": [{"id": 305, "content": "<m>", "special": True, "lstrip": True}]},
+        "'<m>' take away the spaces",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOTED)
+def test_what_llama_cpp_does_otherwise_is_said(name: str) -> None:
+    changes, says = NOTED[name]
+    assert any(says in note for note in read_vocab(packed(gpt2(**changes)), {}, kind="bpe", rows=0).notes)
+    assert read_vocab(packed(gpt2()), {}, kind="bpe", rows=0).notes == ()
+
+
 def test_merges_that_sentencepiece_would_not_make() -> None:
     data = json.loads(spm_json().files["tokenizer.json"])
     data["model"]["merges"] = data["model"]["merges"][::2]

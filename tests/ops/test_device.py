@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from adapterkit.adapters.merged import Merged
 from adapterkit.cli import app, main
 from adapterkit.errors import UsageError
 from adapterkit.ops.device import check_name, check_there
+from adapterkit.registry.beside import beside_bytes, read_beside
+from adapterkit.registry.canonical import thaw
 
 
 @pytest.fixture
@@ -90,3 +93,17 @@ def test_every_touched_tensor_is_computed_there(inputs: tuple[Path, Path]) -> No
         assert isinstance(tensor, Merged)
         with pytest.raises(NotImplementedError, match="meta"):
             tensor.read(0, tensor.numel)
+
+
+def test_what_a_gpu_wrote_is_verified_without_one(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    adapterkit.merge(inputs[0], [inputs[1]], out)
+    record = read_beside(out)
+    assert record is not None
+    assert record.operation is not None
+    stated = replace(record.operation, parameters={**thaw(record.operation.parameters), "device": "cuda"})
+    (out / "adapterkit.json").write_bytes(beside_bytes(replace(record, operation=stated)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert adapterkit.verify(out, base=inputs[0], adapters=[inputs[1]]).ok

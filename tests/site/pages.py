@@ -2,13 +2,15 @@
 
 A fence ``sh`` is run line by line, in order, in one folder for each page; ``python`` is executed; a fence with a ``title`` is
 written to that file first. What this machine cannot have (servers, pip, make) is done by stand-ins that look at what they
-are given. A line whose comment says ``exits with 3`` must do so.
+are given. A line whose comment says ``exits with 3`` must do so; of one that says ``needs NAME`` only the words are looked at
+where that library is not installed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import glob
+import importlib.util
 import io
 import itertools
 import os
@@ -23,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 _FENCE = re.compile(r"^( *)```(\w*)(.*?)\n(.*?)^\1```[ \t]*$", re.DOTALL | re.MULTILINE)
 _TITLE = re.compile(r'title="([^"]+)"')
+_NEEDS = re.compile(r"#.*\bneeds (\w+)")
 _CODE = re.compile(r"#.*\bexits with (\d+)")
 
 
@@ -89,6 +92,9 @@ class Shell:
 
     def _one(self, command: str) -> tuple[int, str]:
         words = shlex.split(command, comments=True)
+        needed = _NEEDS.search(command)
+        if needed and importlib.util.find_spec(needed[1]) is None:
+            return _understood(words[1:])
         target = None
         if len(words) > 2 and words[-2] in (">", ">>"):
             target, words = (words[-2], words[-1]), words[:-2]
@@ -160,6 +166,23 @@ def _adapterkit(arguments: list[str]) -> tuple[int, str, str]:
         gc.unfreeze()
         signal.signal(signal.SIGTERM, handler)
     return int(code or 0), out.getvalue(), err.getvalue()  # type: ignore[call-overload]
+
+
+def _understood(arguments: list[str]) -> tuple[int, str]:
+    """Whether the command line is one, for a verb that needs a library that is not here."""
+    import click
+
+    from adapterkit.cli import app
+
+    context = click.Context(app, info_name="adapterkit")
+    command = app.get_command(context, arguments[0])
+    if command is None:
+        return 2, f"there is no verb {arguments[0]}"
+    try:
+        command.make_context(arguments[0], arguments[1:], parent=context)
+    except click.ClickException as error:
+        return error.exit_code, error.format_message()
+    return 0, ""
 
 
 # ------------------------------------------------------------------ stand-ins: they say what is wrong, or nothing

@@ -72,6 +72,8 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     convert(folder / "base", folder / "model-F16.gguf", dtype="f16")
     merge(folder / "base", [folder / "math"], folder / "finetune")
     write_imatrix(folder / "imatrix.dat", folder / "model-F16.gguf")
+    convert(folder / "base", folder / "base-nf4", to="nf4", double_quant=True)
+    (folder / "calibration.txt").write_text("the sky is blue and the sea is calm\n" * 40)
     (folder / "prompts.txt").write_text("the sky is\nthe sea is\n")
     return folder
 
@@ -105,6 +107,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory, things: Path) -> Iterator[Writ
         patch.setenv("HF_TOKEN", "hf_aTokenThatMustNeverBeSeen0123456789")
         hf.close_session()
         served.add("meta-llama/Llama-3.2-1B", things / "base")
+        served.add("org/model", things / "base")
+        served.add("org/model-bnb-4bit", things / "base-nf4")
         served.add("my-org/my-adapter", things / "my-adapter")
         yield served
         hf.close_session()
@@ -175,7 +179,9 @@ def test_commands_stand_where_they_are_run(name: str) -> None:
     inside = "".join(shown)
     assert not re.search(r"^\$? ?adapterkit ", inside, re.MULTILINE), "a command in a fence that is not run"
     outside = re.sub(r"^( *)```.*?^\1```", "", page, flags=re.DOTALL | re.MULTILINE)
-    assert not re.search(r"^    (?:adapterkit|import adapterkit) ", outside, re.MULTILINE), "a command without a fence"
+    assert not re.search(r"^    (?:\$ )?(?:adapterkit|import adapterkit|pip install) ", outside, re.MULTILINE), (
+        "a command without a fence"
+    )
 
 
 def test_all_pages_are_in_the_site() -> None:
@@ -196,6 +202,9 @@ def test_a_command_that_fails_is_seen(tmp_path: Path) -> None:
         shell.run(block)
     assert shell.ran == 1
     shell.run(Block("sh", "", "adapterkit inspect ./nothing   # exits with 7", 1))
+    shell.run(Block("sh", "", "adapterkit inspect ./nothing   # needs no_such_library", 1))
+    with pytest.raises(AssertionError, match="exited with 2, not 0"):
+        shell.run(Block("sh", "", "adapterkit inspect --nothing   # needs no_such_library", 1))
     with pytest.raises(AssertionError, match="nobody runs curl"):
         shell.run(Block("sh", "", "curl x", 1))
 

@@ -105,6 +105,10 @@ def read_vocab(
     table = TokenTable()
     before, after = _READERS[found](sources, table, pre)
     table.fit(rows or max(table.texts) + 1, sources.added)
+    greedy = [token.content for token in sources.added.values() if token.lstrip or token.rstrip]
+    if greedy and found in ("bpe", "spm"):
+        more = f" and {len(greedy) - 1} more" if len(greedy) > 1 else ""
+        table.notes.append(f"{greedy[0]!r}{more} take away the spaces beside them here, and not in llama.cpp")
     roles = _special(sources, table, found)
     chat = templates.templates(sources)
     types = sources.text_config().get("type_vocab_size")
