@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from adapterkit.errors import AdapterkitError
     from adapterkit.extract import extract
     from adapterkit.family import Family, open_family
+    from adapterkit.handover import Handover, handover
+    from adapterkit.imatrix import ImatrixReport, imatrix
     from adapterkit.inspect import Inspection, inspect
     from adapterkit.merge import execute, merge, plan_merge
     from adapterkit.recipe.run import build, plan_build
@@ -49,6 +51,8 @@ _WHERE = {
     "ExtractReport": "adapterkit.report:ExtractReport",
     "Family": "adapterkit.family:Family",
     "Folded": "adapterkit.adapters.fold:Folded",
+    "Handover": "adapterkit.handover:Handover",
+    "ImatrixReport": "adapterkit.imatrix:ImatrixReport",
     "Inspection": "adapterkit.inspect:Inspection",
     "MergeReport": "adapterkit.report:MergeReport",
     "PartReport": "adapterkit.report:PartReport",
@@ -64,6 +68,8 @@ _WHERE = {
     "execute": "adapterkit.merge:execute",
     "extract": "adapterkit.extract:extract",
     "fold": "adapterkit.adapters.fold:fold",
+    "handover": "adapterkit.handover:handover",
+    "imatrix": "adapterkit.imatrix:imatrix",
     "inspect": "adapterkit.inspect:inspect",
     "load_adapter": "adapterkit.adapters.adapter:load_adapter",
     "merge": "adapterkit.merge:merge",
@@ -88,6 +94,8 @@ __all__ = [
     "ExtractReport",
     "Family",
     "Folded",
+    "Handover",
+    "ImatrixReport",
     "Inspection",
     "MergeReport",
     "PartReport",
@@ -104,6 +112,8 @@ __all__ = [
     "execute",
     "extract",
     "fold",
+    "handover",
+    "imatrix",
     "inspect",
     "load_adapter",
     "merge",

@@ -172,6 +172,7 @@ LIGHT = {
     "help": ["--help"],
     "version": ["--version"],
     "merge_help": ["merge", "--help"],
+    "imatrix_help": ["imatrix", "--help"],
     "inspect_help": ["inspect", "--help"],
     "inspect_adapter": ["inspect", "ADAPTER"],
     "inspect_adapter_json": ["inspect", "ADAPTER", "--base", "BASE", "--json"],

@@ -398,6 +398,34 @@ def test_pull_refuses_a_record_about_other_files(hub: WritableHub, registered: s
 
 
 @pytest.mark.parametrize(
+    ("words", "status", "error"),
+    [
+        ("/api/models/", 401, AuthError),
+        ("/api/models/", 403, AuthError),
+        ("/api/models/", 429, HubError),
+        ("/api/models/", 500, HubError),
+        ("/api/models/", None, HubError),
+        ("/resolve/", 403, HubError),
+        ("/resolve/", 503, HubError),
+        ("/storage/", 500, HubError),
+        ("/storage/", None, HubError),
+    ],
+)
+def test_a_failed_pull_leaves_nothing_and_the_next_one_finishes(
+    hub: WritableHub, adapter: Path, tmp_path: Path, words: str, status: int | None, error: type[AdapterkitError]
+) -> None:
+    hub.add(REPO, adapter)
+    hub.fail(words, status, times=40)
+    with pytest.raises(error):
+        pull(REPO)
+    home = tmp_path / "home"
+    assert not (home / "records/mine").exists()
+    assert not (home / "pulling").exists() or list((home / "pulling").iterdir()) == []
+    hub.faults.clear()
+    assert pull(REPO).record.ref == "mine@1"
+
+
+@pytest.mark.parametrize(
     ("ref", "error"),
     [
         ("nobody/nothing", NotFound),

@@ -50,7 +50,8 @@ def _command(command: click.Command, verb: str, context: click.Context) -> list[
             parts += [title, "", "```text", *(line.removeprefix("  ") for line in lines), "```", ""]
         else:
             parts += [_plain(" ".join(paragraph.split())), ""]
-    rows = [_row(parameter, context) for parameter in command.params if isinstance(parameter, click.Option)]
+    options = (parameter for parameter in command.get_params(context) if isinstance(parameter, click.Option))
+    rows = [_row(option, context) for option in options if option.name != "help"]
     return [*parts, "| option | |", "|---|---|", *(row for row in rows if row), ""]
 
 

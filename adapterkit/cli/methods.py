@@ -20,6 +20,7 @@ else:
     _ParamType = click.ParamType
 
 LINEAR = "linear"
+_PLAIN = f"{__name__}.plain"  # of a context: this command line has no option of a method
 
 
 def _table() -> dict[str, Method]:
@@ -37,9 +38,13 @@ class MethodCommand(click.Command):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         known = {name for parameter in self._plain for name in (*parameter.opts, *parameter.secondary_opts)}
-        if any(word.startswith("--") and word.partition("=")[0] not in known for word in args):
-            self._extend()
+        ctx.meta[_PLAIN] = all(not word.startswith("--") or word.partition("=")[0] in known for word in args)
         return super().parse_args(ctx, args)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        if not ctx.meta.get(_PLAIN):
+            self._extend()
+        return super().get_params(ctx)
 
     def get_help(self, ctx: click.Context) -> str:
         self._extend()

@@ -73,6 +73,8 @@ def form_of(arguments: list[str]) -> str:
 
 def interrupted(arguments: list[str]) -> int:
     kept = "finished work is kept for --resume" if "--resume" in arguments else "nothing was left behind"
+    if "build" in arguments[:2] and "--resume" not in arguments:
+        kept = "outputs that were finished stay, nothing else was left behind"
     return fail(arguments, 130, "interrupted", "interrupted", kept)
 
 

@@ -62,7 +62,8 @@ def put_file(home: Home, path: Path, link: bool = False) -> Blob:
             target, temporary = disk.fresh(home.incoming)
             try:
                 try:
-                    digest, size = disk.copy_and_hash(source, target)
+                    with disk.flushing(target, info.st_size):
+                        digest, size = disk.copy_and_hash(source, target)
                     return _keep(home, target, temporary, digest, size)
                 finally:
                     os.close(target)

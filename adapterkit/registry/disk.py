@@ -22,6 +22,8 @@ FICLONE = 0x40049409  # linux/fs.h: share the extents of another file
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_COPY_RANGE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
 LOCK_SECONDS = 60.0
+_FLUSHED = 16 << 20  # bytes from which a file is put on disk while it is written
+_PAUSE = 0.02  # seconds between two helpings
 
 
 @contextmanager
@@ -158,6 +160,40 @@ def hash_file(path: Path) -> tuple[str, int]:
         return _hash_from(fd, 0, hashlib.sha256())
     finally:
         os.close(fd)
+
+
+@contextmanager
+def flushing(fd: int, size: int) -> Iterator[None]:
+    """Puts a large file on disk while it is being written and hashed, so that the fsync at the end finds little to do.
+
+    Raises:
+        OSError: the disk refused a part of it; the kernel says so once, and here is where.
+    """
+    if size < _FLUSHED:
+        yield
+        return
+    import threading  # No verb that only reads needs it.
+
+    done = threading.Event()
+    faults: list[OSError] = []
+
+    def flush() -> None:
+        while not done.wait(_PAUSE):
+            try:
+                os.fdatasync(fd)
+            except OSError as error:
+                faults.append(error)
+                return
+
+    helper = threading.Thread(target=flush, daemon=True)
+    helper.start()
+    try:
+        yield
+    finally:
+        done.set()
+        helper.join()
+    if faults:
+        raise faults[0]
 
 
 def copy_and_hash(source: int, target: int) -> tuple[str, int]:

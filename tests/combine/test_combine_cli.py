@@ -114,3 +114,16 @@ def test_errors_are_one_sentence_with_their_code_and_leave_nothing(
     assert sorted(tmp_path.rglob("*")) == before
     got, out, _ = run(capsys, *given, "--json")
     assert words in json.loads(out)["error"]["message"] + json.loads(out)["error"]["hint"]
+
+
+@pytest.mark.parametrize("verb", ["merge", "combine"])
+def test_every_option_of_a_method_is_told(verb: str) -> None:
+    """Also to who asks click for a command's parameters, as the reference of the documentation does."""
+    import click
+
+    from adapterkit.cli import app
+
+    command = app.get_command(click.Context(app), verb)
+    assert command is not None
+    told = {name for one in command.get_params(click.Context(command)) for name in one.opts}
+    assert {parameter.option for row in METHODS.values() for parameter in row.parameters} <= told

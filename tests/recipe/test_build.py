@@ -505,6 +505,20 @@ def test_what_the_command_line_prints(
     assert capsys.readouterr().out.endswith("nothing to do\n")
 
 
+def test_what_an_interruption_says(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from adapterkit.adapters.merged import Merged
+
+    def failing(self: Merged, start: int, stop: int) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Merged, "read", failing)
+    monkeypatch.chdir(recipe.parent)
+    assert run("build") == 130
+    assert "outputs that were finished stay" in capsys.readouterr().err
+
+
 def test_a_pyproject_holds_a_recipe(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(recipe.parent)
     recipe.unlink()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import resource
 import stat
@@ -445,3 +447,24 @@ def test_move_needs_no_index(home: Path, make: Any) -> None:
     verbs.tag("a@1", "prod")
     assert refs.get(Home(home), "a", "prod")
     assert not (home / "index.db").exists()
+
+
+def test_a_large_file_is_flushed_while_it_is_hashed(
+    home: Path, make: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A disk that refuses a part says so once, to whoever asked then; that must not be lost in the helper."""
+    folder = make(content=b"weights" * (3 << 20))
+    monkeypatch.setattr(disk, "_PAUSE", 0.0001)
+
+    def refuse(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fdatasync", refuse)
+        with pytest.raises(OutputError, match="does not fit on the disk"):
+            register.register(folder, "large")
+    assert list((home / "incoming").iterdir()) == []
+    record = register.register(folder, "large").record
+    weights = folder / "adapter_model.safetensors"
+    assert record.files[1].sha256 == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert Home(home).blob(record.files[1].sha256).read_bytes() == weights.read_bytes()
