@@ -45,7 +45,10 @@ class Gathered(Tensor):
         low, high = start // columns, -(-stop // columns)
         out = torch.zeros(high - low, columns)
         for piece, target in self._pieces:
-            rows = [r for r in range(piece.count) if low <= piece.at + r * piece.at_step < high]
+            # The rows of the piece that lie in low:high.
+            rows = range(
+                max(0, -((piece.at - low) // piece.at_step)), min(piece.count, -((piece.at - high) // piece.at_step))
+            )
             if not rows:
                 continue
             first = piece.row + rows[0] * piece.row_step

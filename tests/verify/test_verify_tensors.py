@@ -168,6 +168,18 @@ def test_a_config_that_lies(
     assert report.ok is (kind == "config" and "model_type" not in config)
 
 
+def test_a_tie_that_only_the_config_undid(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    """A loader would make an output layer of random numbers."""
+    base = make_base("llama", tie_word_embeddings=True)
+    adapter = plain_adapter(tmp_path / "adapter", base, modules=["q_proj"])
+    adapterkit.merge(base, [adapter], tmp_path / "out")
+    assert verify(tmp_path / "out", base=base, adapters=[adapter]).ok
+    out = rewritten(tmp_path / "out", tmp_path / "untied", lambda tensors: None, {"tie_word_embeddings": False})
+    (finding,) = verify(out, base=base, adapters=[adapter]).errors
+    assert finding.kind == "tied head"
+    assert "MERGED has no lm_head.weight" in finding.text
+
+
 def test_options_come_from_the_record(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, adapter, _ = made
     other = plain_adapter(tmp_path / "other", base, seed=9)
@@ -355,3 +367,33 @@ def test_evidence_of_a_registered_version_is_a_new_one(
     assert run(["verify", "shop", "--base", base, "--adapter", adapter]) == 0
     assert run(["verify", "shop", "--base", base, "--adapter", adapter, "--attach", "--min-retention", "0.8"]) == 0
     assert "evidence written to shop@2" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("mixtral", {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}),
+        ("gpt2", {"target_modules": ["c_attn", "c_fc"]}),
+    ],
+)
+def test_the_same_model_in_another_layout(
+    kind: str, fields: dict[str, Any], make_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Experts stacked, or names without the head's prefix: what transformers saves is not always what it loaded."""
+    peft = pytest.importorskip("peft")
+    from models import load_model, make_adapter
+
+    base = make_base(kind)
+    adapter = make_adapter(tmp_path / "adapter", base, peft.LoraConfig(r=4, lora_alpha=8, **fields), scale=0.1)
+    merged = peft.PeftModel.from_pretrained(load_model(base), adapter).merge_and_unload()
+    if kind == "gpt2":
+        merged.base_model.save_pretrained(tmp_path / "out")
+    else:
+        merged.save_pretrained(tmp_path / "out", save_original_format=False)
+    assert set(read_tensors(tmp_path / "out")) != set(read_tensors(base))
+    report = verify(tmp_path / "out", base=base, adapters=[adapter])
+    assert report.ok, report.errors
+    assert sum(report.tensors.counts.values()) == report.tensors.total
+    load_model(base).save_pretrained(tmp_path / "none", save_original_format=kind == "gpt2")
+    assert [one.kind for one in verify(tmp_path / "none", base=base, adapters=[adapter]).errors] == ["not applied"]
