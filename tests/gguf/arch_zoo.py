@@ -66,6 +66,7 @@ class Tiny:
         lora: module leaves (or ``all-linear``) that an adapter changes.
         parameters: ``target_parameters`` beside them.
         scale: of the random weights.
+        reads: what of the config is at its default for transformers' GGUF reader; none if it knows no such architecture.
     """
 
     cls: str
@@ -76,7 +77,7 @@ class Tiny:
     parameters: tuple[str, ...] = ()
     scale: float = 0.15
     encoder: bool = False
-    reads: bool = False
+    reads: dict[str, Any] | None = None
     patch: Any = None
 
 
@@ -138,7 +139,7 @@ _LINEAR_LORA = [*_ATTENTION, "in_proj_qkvz", "in_proj_qkv", "in_proj_z", "in_pro
 _SSM = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_expand": 2}
 
 ZOO: dict[str, Tiny] = {
-    "llama": Tiny("LlamaForCausalLM", _BASE, reads=True),
+    "llama": Tiny("LlamaForCausalLM", _BASE, reads={}),
     "llama_tied": Tiny("LlamaForCausalLM", {**_BASE, "tie_word_embeddings": True}),
     "llama_bias": Tiny("LlamaForCausalLM", {**_BASE, "attention_bias": True, "mlp_bias": True}),
     "llama3": Tiny("LlamaForCausalLM", {**_BASE, "rope_parameters": LLAMA3}),
@@ -146,7 +147,7 @@ ZOO: dict[str, Tiny] = {
         "LlamaForCausalLM",
         {**_BASE, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
     ),
-    "mistral": Tiny("MistralForCausalLM", {**_BASE, "sliding_window": None}, reads=True),
+    "mistral": Tiny("MistralForCausalLM", {**_BASE, "sliding_window": None}, reads={}),
     "ministral3": Tiny(
         "Ministral3ForCausalLM",
         {
@@ -176,12 +177,12 @@ ZOO: dict[str, Tiny] = {
             "logits_scaling": 2.0,
         },
     ),
-    "qwen2": Tiny("Qwen2ForCausalLM", _BASE, reads=True),
-    "qwen3": Tiny("Qwen3ForCausalLM", _HALF, reads=True),
+    "qwen2": Tiny("Qwen2ForCausalLM", _BASE, reads={}),
+    "qwen3": Tiny("Qwen3ForCausalLM", _HALF, reads={"head_dim": 128}),
     "seed_oss": Tiny("SeedOssForCausalLM", {**_HALF, "attention_bias": True, "attention_out_bias": False}),
     "gemma": Tiny("GemmaForCausalLM", {**_HALF, "tie_word_embeddings": True}, GELU, "GELU"),
-    "gemma2": Tiny("Gemma2ForCausalLM", _GEMMA, GELU, "GELU", reads=True),
-    "gemma3": Tiny("Gemma3ForCausalLM", _GEMMA, GELU, "GELU", reads=True),
+    "gemma2": Tiny("Gemma2ForCausalLM", _GEMMA, GELU, "GELU", reads={"query_pre_attn_scalar": 256}),
+    "gemma3": Tiny("Gemma3ForCausalLM", _GEMMA, GELU, "GELU", reads={"query_pre_attn_scalar": 256}),
     "gemma3n": Tiny(
         "Gemma3nForCausalLM",
         {
@@ -213,10 +214,12 @@ ZOO: dict[str, Tiny] = {
         GELU,
         "GELU",
         lora=["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        reads=True,
+        reads={},
     ),
     "phi2": Tiny("PhiForCausalLM", {**_BASE, "num_key_value_heads": 4, "partial_rotary_factor": 0.5}, GELU, "GELU"),
-    "phi3": Tiny("Phi3ForCausalLM", {**_BASE, "num_key_value_heads": 4, "sliding_window": None}, reads=True),
+    "phi3": Tiny(
+        "Phi3ForCausalLM", {**_BASE, "num_key_value_heads": 4, "sliding_window": None}, reads={"vocab_size": 32064}
+    ),
     "phi3_longrope": Tiny(
         "Phi3ForCausalLM",
         {
@@ -234,8 +237,8 @@ ZOO: dict[str, Tiny] = {
             },
         },
     ),
-    "starcoder2": Tiny("Starcoder2ForCausalLM", {**_BASE, "sliding_window": None}, GELU, "GELU", reads=True),
-    "stablelm": Tiny("StableLmForCausalLM", _BASE, reads=True),
+    "starcoder2": Tiny("Starcoder2ForCausalLM", {**_BASE, "sliding_window": None}, GELU, "GELU", reads={}),
+    "stablelm": Tiny("StableLmForCausalLM", _BASE, reads={}),
     "stablelm2": Tiny(
         "StableLmForCausalLM", {**_BASE, "qk_layernorm": True, "use_parallel_residual": True, "use_qkv_bias": True}
     ),
@@ -248,7 +251,7 @@ ZOO: dict[str, Tiny] = {
     ),
     "glm4": Tiny("Glm4ForCausalLM", _HALF),
     "exaone4": Tiny("Exaone4ForCausalLM", {**_HALF, "sliding_window": None, "layer_types": ["full_attention"] * 2}),
-    "nemotron": Tiny("NemotronForCausalLM", {**_HALF, "partial_rotary_factor": 0.5}, reads=True),
+    "nemotron": Tiny("NemotronForCausalLM", {**_HALF, "partial_rotary_factor": 0.5}, reads={}),
     "ernie4_5": Tiny("Ernie4_5ForCausalLM", _HALF),
     "hunyuan_dense": Tiny("HunYuanDenseV1ForCausalLM", _HALF),
     "mixtral": Tiny(
@@ -268,9 +271,11 @@ ZOO: dict[str, Tiny] = {
         },
         lora=_ATTENTION,
         parameters=_EXPERTS,
-        reads=True,
+        reads={"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},
     ),
-    "qwen3_moe": Tiny("Qwen3MoeForCausalLM", _MOE, lora=_ATTENTION, parameters=_EXPERTS, reads=True),
+    "qwen3_moe": Tiny(
+        "Qwen3MoeForCausalLM", _MOE, lora=_ATTENTION, parameters=_EXPERTS, reads={"moe_intermediate_size": 768}
+    ),
     "phimoe": Tiny(
         "PhimoeForCausalLM",
         {**_BASE, "num_local_experts": 4, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True},
@@ -341,7 +346,7 @@ ZOO: dict[str, Tiny] = {
         lora=_ATTENTION,
         parameters=_EXPERTS,
         scale=0.1,
-        reads=True,
+        reads={},
     ),
     "llama4": Tiny(
         "Llama4ForCausalLM",
@@ -378,19 +383,19 @@ ZOO: dict[str, Tiny] = {
         lora=_ATTENTION,
         parameters=_EXPERTS,
     ),
-    "gpt2": Tiny("GPT2LMHeadModel", _GPT2, GELU, "GELU", reads=True),
+    "gpt2": Tiny("GPT2LMHeadModel", _GPT2, GELU, "GELU", reads={"n_positions": 1024}),
     "starcoder": Tiny("GPTBigCodeForCausalLM", {**_GPT2, "multi_query": True}, GELU, "GELU"),
     "gpt_neox": Tiny("GPTNeoXForCausalLM", {**_NO_KV, "use_parallel_residual": True}, GELU, "GELU"),
     "gpt_neox_serial": Tiny("GPTNeoXForCausalLM", {**_NO_KV, "use_parallel_residual": False}, GELU, "GELU"),
     "bloom": Tiny(
-        "BloomForCausalLM", {"vocab_size": VOCAB, "hidden_size": 64, "n_head": 4, "n_layer": 2}, GELU, "GELU"
+        "BloomForCausalLM", {"vocab_size": VOCAB, "hidden_size": 64, "n_head": 4, "n_layer": 2}, GELU, "GELU", reads={}
     ),
     "falcon": Tiny(
         "FalconForCausalLM",
         {**_FALCON, "multi_query": True, "new_decoder_architecture": False},
         GELU,
         "GELU",
-        reads=True,
+        reads={},
     ),
     "falcon40b": Tiny(
         "FalconForCausalLM", {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}, GELU, "GELU"
@@ -411,14 +416,14 @@ ZOO: dict[str, Tiny] = {
     "lfm2": Tiny(
         "Lfm2ForCausalLM",
         {**_BASE, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
-        reads=True,
+        reads={},
     ),
     "mamba": Tiny(
         "MambaForCausalLM",
         {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
         lora=["in_proj", "x_proj"],
         scale=0.4,
-        reads=True,
+        reads={},
     ),
     # Its B, C and dt are normalised with an epsilon of their own, for which llama.cpp takes that of the layers.
     "falcon_mamba": Tiny(

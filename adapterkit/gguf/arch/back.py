@@ -87,7 +87,7 @@ def config_of(base: GGUFCheckpoint, spec: ArchSpec) -> dict[str, Any]:
     config: dict[str, Any] = {"architectures": [spec.classes[0]] if spec.classes else [], "model_type": spec.model_type}
     own = {key.name: field for key in spec.keys for field in key.fields if field not in ALIASES or key.field}
     for name, field in {**own, **{name: field for name, field in COMMON.items() if name not in own}}.items():
-        if values.get(name):
+        if values.get(name) or values.get(name) is False:
             config.setdefault(field, values[name])
     if isinstance(config.get("num_key_value_heads"), list):
         config["num_key_value_heads"] = next((n for n in config["num_key_value_heads"] if n), 0)
@@ -210,6 +210,7 @@ def _granite(values: Values, config: Values, base: Any) -> dict[str, Any]:
         "attention_multiplier": values.get("attention.scale", width**-0.5),
         "shared_intermediate_size": values.get("expert_shared_feed_forward_length"),
         "num_local_experts": values.get("expert_count"),
+        "num_experts_per_tok": values.get("expert_used_count"),
         "num_experts": None,
     }
 
