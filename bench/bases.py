@@ -146,9 +146,9 @@ def table(folder: Path, held: torch.Tensor, rate: float) -> list[tuple[str, floa
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=1000, help="of the base")
-    parser.add_argument("--tuning", type=int, default=200, help="steps of each adapter")
-    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 1e-4], help="learning rates of the adapters")
+    parser.add_argument("--steps", type=int, default=400, help="of the base")
+    parser.add_argument("--tuning", type=int, default=80, help="steps of each adapter")
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 2e-4], help="learning rates of the adapters")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:

@@ -172,6 +172,7 @@ LIGHT = {
     "help": ["--help"],
     "version": ["--version"],
     "merge_help": ["merge", "--help"],
+    "verify_help": ["verify", "--help"],
     "imatrix_help": ["imatrix", "--help"],
     "inspect_help": ["inspect", "--help"],
     "inspect_adapter": ["inspect", "ADAPTER"],

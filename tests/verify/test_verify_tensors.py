@@ -168,6 +168,18 @@ def test_a_config_that_lies(
     assert report.ok is (kind == "config" and "model_type" not in config)
 
 
+def test_a_tie_that_only_the_config_undid(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    """A loader would make an output layer of random numbers."""
+    base = make_base("llama", tie_word_embeddings=True)
+    adapter = plain_adapter(tmp_path / "adapter", base, modules=["q_proj"])
+    adapterkit.merge(base, [adapter], tmp_path / "out")
+    assert verify(tmp_path / "out", base=base, adapters=[adapter]).ok
+    out = rewritten(tmp_path / "out", tmp_path / "untied", lambda tensors: None, {"tie_word_embeddings": False})
+    (finding,) = verify(out, base=base, adapters=[adapter]).errors
+    assert finding.kind == "tied head"
+    assert "MERGED has no lm_head.weight" in finding.text
+
+
 def test_options_come_from_the_record(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     base, adapter, _ = made
     other = plain_adapter(tmp_path / "other", base, seed=9)
