@@ -19,6 +19,7 @@ import torch
 from merge import OURS, PEFT, run
 from safetensors.torch import save_file
 from shapes import SHAPES, write_base
+from shapes import write_adapter as write_plain_adapter
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -54,6 +55,13 @@ def write_adapter(folder: Path, base: Path, config: Any) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(said, default=str))
 
 
+def fresh(script: str, folders: tuple[Path, ...], *rest: str) -> dict[str, float]:
+    """One run into folders that are not there."""
+    for made in (folders[2], folders[5]):
+        shutil.rmtree(made, ignore_errors=True)
+    return run(script, *map(str, folders), *rest)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--methods", nargs="*", default=sorted(configs()), choices=sorted(configs()))
@@ -62,20 +70,22 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="of ours; PEFT has one")
     options = parser.parse_args()
     base = options.dir / options.shape / "base"
-    if not base.exists():
-        write_base(base, SHAPES[options.shape])
+    # A small merge first, as in bench/merge.py: imports are paid before the clock starts.
+    small = [options.dir / "first" / name for name in ("base", "adapter", "out")]
+    for folder, shape in ((base, options.shape), (small[0], "tiny")):
+        if not folder.exists():
+            write_base(folder, SHAPES[shape])
+    if not small[1].exists():
+        write_plain_adapter(small[1], SHAPES["tiny"])
     print(f"{'':<6} {'ours s':>7} {'PEFT s':>7} {'ratio':>6} {'our MB':>7} {'PEFT MB':>8}")
     for name in options.methods:
         adapter, out = options.dir / options.shape / name, options.dir / options.shape / "out"
         if not adapter.exists():
             write_adapter(adapter, base, configs()[name])
-        found = []
-        for _ in range(options.runs):
-            shutil.rmtree(out, ignore_errors=True)
-            found.append(run(OURS, str(base), str(adapter), str(out), "0"))
-        shutil.rmtree(out, ignore_errors=True)
-        theirs = run(PEFT, str(base), str(adapter), str(out))
-        shutil.rmtree(out, ignore_errors=True)
+
+        folders = (base, adapter, out, *small)
+        found = [fresh(OURS, folders, "0") for _ in range(options.runs)]
+        theirs = fresh(PEFT, folders)
         work = statistics.median(one["work"] for one in found)
         memory = max(one["memory"] for one in found)
         print(
