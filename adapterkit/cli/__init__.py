@@ -88,8 +88,10 @@ def main(arguments: list[str] | None = None) -> Any:
     given = sys.argv[1:] if arguments is None else arguments
     # Headers become many small values that live until the end; looking for garbage among them only costs time.
     gc.set_threshold(200_000)
-    # A job that is told to stop tidies up like one that is interrupted at the keyboard.
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))
+    # A job that is told to stop tidies up like one that is interrupted at the keyboard. (In the background a shell has that
+    # key ignored; being told to stop never is.)
+    asked = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGTERM, asked if callable(asked) else signal.default_int_handler)
     debug = "--debug" in given
     try:
         code = app.main(args=given, prog_name="adapterkit", standalone_mode=False)

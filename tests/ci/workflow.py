@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,9 @@ def run_action(path: Path, given: Mapping[str, str], where: Path, env: Mapping[s
         assert "${{" not in step["run"], "inputs go through env, so that they are never code"
         script.write_text(step["run"])
         names = {name: fill(str(value), context) for name, value in step.get("env", {}).items()}
-        around = {"PATH": os.environ["PATH"], "RUNNER_TEMP": str(temp), "GITHUB_ACTIONS": "true", **env, **names}
+        # The Python of the job is the one that runs the tests, whatever else a shell would find.
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        around = {"PATH": path, "RUNNER_TEMP": str(temp), "GITHUB_ACTIONS": "true", **env, **names}
         done = subprocess.run(
             ["bash", "--noprofile", "--norc", "-eo", "pipefail", str(script)],
             cwd=where / fill(step.get("working-directory", "."), context),
