@@ -60,16 +60,16 @@ Unsloth kept the experts of a stacked `lora_B` in another order than PEFT until 
 (`tests/adapters/test_expert_order.py`). Other verbs follow the config: add `"lora_B_layout": "grouped_by_expert"` to it.
 
 ## Speed
-Whole merges of a 1B Llama shape in bfloat16, adapters on all linear layers, two shared cores, beside PEFT's own load, merge and
+Whole merges of a 1B Llama shape in bfloat16, adapters on all linear layers, two cores, beside PEFT's own load, merge and
 save of the same files in the same run (`bench/method_merge.py`, imports not counted):
 
 | | seconds | PEFT 0.21.2 | ratio | peak memory | PEFT's |
 |---|---|---|---|---|---|
-| DoRA r=16 | 6.5 | 58 | 8.9 | 304 MB | 5069 MB |
-| VeRA r=256 | 13.3 | 45 | 3.3 | 381 MB | 2723 MB |
-| LoHa r=16 | 4.7 | 25 | 5.4 | 305 MB | 2829 MB |
-| LoKr r=16 | 2.0 | 24 | 12 | 291 MB | 2723 MB |
-| OFT, blocks of 32 | 7.6 | 144 | 19 | 302 MB | 2885 MB |
+| DoRA r=16 | 2.2 | 20 | 9.3 | 295 MB | 4747 MB |
+| VeRA r=256 | 4.2 | 14 | 3.3 | 400 MB | 2687 MB |
+| LoHa r=16 | 2.1 | 17 | 7.8 | 302 MB | 2779 MB |
+| LoKr r=16 | 0.9 | 13 | 14 | 290 MB | 2614 MB |
+| OFT, blocks of 32 | 2.0 | 50 | 25 | 298 MB | 2869 MB |
 """
 
 
