@@ -45,7 +45,13 @@ print("READY", flush=True)
 for line in sys.stdin:
     asked = json.loads(line)
     answer = server.handle_completions(asked)
-    if "choices" not in answer:
+    # A token that is only a part of a character is held back, and its figures with it. They are taken before a token is
+    # chosen, so another choice, one of the question's own tokens, leaves them as they are.
+    for token in dict.fromkeys(asked["prompt"]):
+        if "choices" not in answer or answer["choices"][0].get("logprobs"):
+            break
+        answer = server.handle_completions({**asked, "logit_bias": [[token, 1e9]]})
+    if "choices" not in answer or not answer["choices"][0].get("logprobs"):
         print("ERROR" + json.dumps(answer)[:500], flush=True)
         continue
     top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
