@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.tensor import Tensor
 
 COPY_CHUNK = 32 << 20  # bytes per copy task, so that a large tensor is shared among workers
+FLUSH = 256 << 20  # bytes after which what was written so far is sent to the disk, while the workers go on
 
 
 @dataclass
@@ -206,7 +207,8 @@ class _Pool:
 
     def work(self, jobs: int) -> None:
         threads = [threading.Thread(target=self._worker, daemon=True) for _ in range(jobs)]
-        for thread in threads:
+        flusher = threading.Thread(target=self._flusher, daemon=True)
+        for thread in (*threads, flusher):
             thread.start()
         total = sum(sink.total for sink in self._sinks)
         try:
@@ -216,10 +218,13 @@ class _Pool:
                     if self._progress is not None:
                         self._progress(min(sum(sink.done for sink in self._sinks), total), total)
         except BaseException:
+            # The flusher is not waited for: a slow disk would make stopping slow.
             self._stop.set()
             for thread in threads:
                 thread.join()
             raise
+        self._stop.set()
+        flusher.join()
         if self._failure is not None:
             raise self._failure
         if self._progress is not None:
@@ -251,6 +256,24 @@ class _Pool:
             with self._count:
                 self._failure = self._failure or error
             self._stop.set()
+
+    def _flusher(self) -> None:
+        """Keep the disk busy: what is only sent to it at the end has to be waited for at the end."""
+        flushed = 0  # bytes that had been written when the last flush began
+        while not self._stop.wait(0.02):
+            done = sum(sink.done for sink in self._sinks)
+            if done - flushed < FLUSH:
+                continue
+            flushed = done
+            for sink in self._sinks:
+                try:
+                    sink.sync()
+                except OSError as error:
+                    # The kernel tells of a failed write once, so nobody else would hear of it.
+                    with self._count:
+                        self._failure = self._failure or _output_error(error, sink.place)
+                    self._stop.set()
+                    return
 
     def _next(self, left: _Queue | None) -> _Queue | None:
         """The file that a worker turns to: one that nobody writes, in order, else the one with most left to do.

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -261,3 +262,67 @@ def test_when_one_of_several_fails_none_appears(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="broken"):
         write_together([good, bad], force=[False, False])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine where there is time between two blocks, and a disk that is given every byte at once."""
+    computed = sink.Sink._compute
+
+    def slowly(self: sink.Sink, *arguments: Any) -> int:
+        time.sleep(0.03)
+        return computed(self, *arguments)
+
+    monkeypatch.setattr(sink.Sink, "_compute", slowly)
+    monkeypatch.setattr(sink, "FLUSH", 1)
+
+
+@pytest.mark.usefixtures("unhurried")
+def test_what_is_written_goes_to_the_disk_meanwhile(
+    large: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only when the last byte is written, when all of it would have to be waited for."""
+    base, adapter = large
+    adapterkit.merge(base, [adapter], tmp_path / "wanted")
+    whole = sum(path.stat().st_size for path in (tmp_path / "wanted").glob("*.safetensors"))
+    seen = []
+    fsync = os.fsync
+
+    def noted(fd: int) -> None:
+        seen.append(sum(one.done for one in sinks))
+        fsync(fd)
+
+    sinks: list[sink.Sink] = []
+    opened = sink.Sink.open
+
+    def open_noted(self: sink.Sink, *arguments: Any) -> Any:
+        sinks.append(self)
+        return opened(self, *arguments)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(sink.Sink, "open", open_noted)
+    adapterkit.merge(base, [adapter], tmp_path / "out")
+    assert any(0 < done < whole for done in seen)
+    assert seen[-1] == whole
+    assert read_bytes(tmp_path / "out") == read_bytes(tmp_path / "wanted")
+
+
+@pytest.mark.usefixtures("unhurried")
+def test_a_disk_that_fails_meanwhile_is_heard_of(
+    large: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells of a failed write once; a later fsync of the same file succeeds."""
+    base, adapter = large
+    fsync = os.fsync
+    told: list[int] = []
+
+    def fails_once(fd: int) -> None:
+        if not told:
+            told.append(fd)
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", fails_once)
+    with pytest.raises(OutputError, match="Input/output error"):
+        adapterkit.merge(base, [adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
