@@ -12,6 +12,7 @@ from adapterkit.adapters.as_trained import quantized_targets
 from adapterkit.adapters.merged import Merged
 from adapterkit.codecs.encode import FP8_BLOCK
 from adapterkit.codecs.grid import Grid
+from adapterkit.dtypes import F32
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -205,8 +206,7 @@ def through_format(kind: str, shape: tuple[int, ...], dtype: DType | None = None
         flat = rows.reshape(-1)
         absmax = blockwise.absmax_of(flat, grid.blocksize)
         codes = blockwise.encode_4bit(flat, absmax, kind, grid.blocksize)
-        found = blockwise.decode_4bit(codes, absmax, kind, grid.blocksize, flat.numel())
-        return found if dtype is None else found.to(dtype.torch)
+        return blockwise.decode_4bit(codes, absmax, kind, grid.blocksize, flat.numel(), (dtype or F32).torch)
 
     return through
 

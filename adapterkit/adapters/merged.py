@@ -130,13 +130,13 @@ class Merged(Tensor):
         self.name, self.base, self.applied, self.dtype = name, base, applied, dtype
         self.shape = base.shape
         self.columns, self.device = max(columns, 1), device
+        held = base.block
+        self._step = held if held % self.columns == 0 else max(1, BLOCK // self.columns) * self.columns
         self.watch: Watcher | None = None
 
     @property
     def block(self) -> int:
-        if self.base.block % self.columns == 0:
-            return self.base.block
-        return max(1, BLOCK // self.columns) * self.columns
+        return self._step
 
     @property
     def reads(self) -> int:
@@ -161,8 +161,9 @@ class Merged(Tensor):
     def _wide(self, start: int, stop: int) -> torch.Tensor:
         import torch
 
-        first = start - start % self.block
-        blocks = [self._block(at) for at in range(first, stop, self.block)]
+        step = self._step
+        first = start - start % step
+        blocks = [self._block(at) for at in range(first, stop, step)]
         found = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         return found[start - first : stop - first]
 
@@ -172,7 +173,7 @@ class Merged(Tensor):
             loaded.release()
 
     def _block(self, start: int) -> torch.Tensor:
-        stop = min(start + self.block, self.numel)
+        stop = min(start + self._step, self.numel)
         columns = self.columns
         low, high = start // columns, stop // columns
         stored = self.base.read_wide(start, stop).view(-1, columns)

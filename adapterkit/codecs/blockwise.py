@@ -3,9 +3,8 @@
 A 4-bit weight is walked in blocks of its flattened elements. A block stores its largest magnitude (absmax) and, per
 element, which of 16 values comes nearest to element / absmax; two codes share a byte, the first in the high half.
 Double quantization stores absmax - mean(absmax) in the same way, in blocks of 256 on a map of 256 values. Everything
-here gives the bits of bitsandbytes 0.50, which the tests compare, and is as fast as its CPU kernels (bench/nf4.py).
-Those are not called: they take five seconds and 120 MB to import, and with AVX-512 they use wrong scales where a row
-is a multiple of 16 but not of the block (``cpu_ops.cpp``: dequantizeBlockwise4bitCpu).
+here gives the bits of bitsandbytes 0.50, which the tests compare, with it or without; where it is installed, its own
+function decodes NF4 (:mod:`adapterkit.codecs.bnb_kernel`), in a third of the time.
 
 Sources: QLoRA (arXiv:2305.14314, appendix E: the NF4 values), bitsandbytes (MIT): ``functional.py`` and
 ``backends/default/ops.py``; 8-bit map: arXiv:1511.04561.
@@ -16,6 +15,8 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+
+from adapterkit.codecs.bnb_kernel import decode_nf4
 
 NESTED = 256  # absmax values per block of the nested absmax
 
@@ -58,13 +59,33 @@ def _byte_pairs(kind: str) -> torch.Tensor:
     return pairs.view(torch.int64).view(-1)
 
 
-def decode_4bit(packed: torch.Tensor, absmax: torch.Tensor, kind: str, blocksize: int, count: int) -> torch.Tensor:
-    """``count`` weights, float32.
+def decode_4bit(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    kind: str,
+    blocksize: int,
+    count: int,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """``count`` weights, computed in float32 and rounded to ``dtype``.
 
     Args:
-        packed: uint8 ``[ceil(count / 2)]``, starting with a block.
-        absmax: float32, one per block.
+        packed: uint8 ``[ceil(count / 2)]``, contiguous, starting with a block.
+        absmax: float32, contiguous, one per block.
     """
+    found = torch.empty(count, dtype=dtype)
+    blocks = count // blocksize
+    done = blocks * blocksize
+    if kind != "nf4" or not decode_nf4(packed[: done // 2], absmax[:blocks], blocksize, found[:done]):
+        done = 0
+    if done < count:
+        rest = decode_by_table(packed[done // 2 :], absmax[done // blocksize :], kind, blocksize, count - done)
+        found[done:] = rest
+    return found
+
+
+def decode_by_table(packed: torch.Tensor, absmax: torch.Tensor, kind: str, blocksize: int, count: int) -> torch.Tensor:
+    """As `decode_4bit`, in float32 and without bitsandbytes."""
     found = torch.index_select(_byte_pairs(kind), 0, packed.int()).view(torch.float32)[:count]
     full = count - count % blocksize
     blocks = full // blocksize

@@ -136,14 +136,14 @@ def _decoder(state: State, packed: Part, absmax: Part, nested: tuple[Part, Part]
 
     def decode(start: int, stop: int) -> torch.Tensor:
         codes = packed.read(start * 4 // bits, min(-(-stop * 4 // bits), stored)).view(torch.uint8)
-        found = decode_4bit(
+        return decode_4bit(
             codes[: (stop - start + 1) // 2],
             scales[start // state.blocksize : -(-stop // state.blocksize)],
             state.kind,
             state.blocksize,
             stop - start,
+            state.dtype.torch,
         )
-        return found.to(state.dtype.torch)
 
     return decode
 

@@ -111,8 +111,8 @@ class RoundTrip:
         absmax = blockwise.absmax_of(flat, size)
         codes = blockwise.encode_4bit(flat, absmax, kind, size)
         scales = absmax if self._scales is None else self._scales[start // size : -(-stop // size)]
-        found = blockwise.decode_4bit(codes, scales, kind, size, stop - start)
-        return self._cast(found).float()[low - start : high - start].view(w.shape)
+        found = blockwise.decode_4bit(codes, scales, kind, size, stop - start, self._dtype.torch)
+        return found.float()[low - start : high - start].view(w.shape)
 
     def _cast(self, w: torch.Tensor) -> torch.Tensor:
         return w.to(self._dtype.torch)
