@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from adapterkit._version import __version__
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG, INDEX, SINGLE, read_index, side_names
@@ -189,8 +190,23 @@ def versions(steps: Sequence[Step]) -> dict[str, str]:
 
 
 def recipe_digest(file: RecipeFile) -> str:
-    """A digest of what the recipe says."""
-    return key_of(asdict(file.recipe))
+    """A digest of what the recipe says; what it leaves at the default counts no more than a comment, so that a key which
+    a later version knows moves no lock."""
+    return key_of(_said(file.recipe))
+
+
+def _said(value: Any) -> Any:
+    """A value of a recipe as plain JSON, without fields that have their default."""
+    if isinstance(value, Mapping):
+        return {name: _said(one) for name, one in value.items()}
+    if not is_dataclass(value):
+        return value
+    pairs = [(one, getattr(value, one.name)) for one in fields(value)]
+    return {
+        one.name: _said(given)
+        for one, given in pairs
+        if given != (one.default if one.default_factory is MISSING else one.default_factory())
+    }
 
 
 def check_locked(path: Path, before: Lock | None, now: Lock) -> None:
