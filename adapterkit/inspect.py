@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import Adapter, load_adapter
+from adapterkit.adapters.adapter import Adapter, is_adapter, load_adapter
+from adapterkit.adapters.config import PARTS
 from adapterkit.adapters.edits import check_config, group_modules, method_of
+from adapterkit.adapters.formats.plain import resolved
 from adapterkit.adapters.methods.lora import EMBEDDING_A, EMBEDDING_B, MAGNITUDE, A, B
 from adapterkit.bases import open_model
-from adapterkit.checkpoint.folder import ADAPTER_CONFIG
-from adapterkit.checkpoint.open import locate
 from adapterkit.errors import AdapterError
 from adapterkit.gguf.describe import details
 
@@ -94,9 +94,12 @@ def inspect(ref: str | Path, *, base: str | Path | None = None, health: bool = F
     Raises:
         NotFound, CheckpointError, AdapterError, UnsafeError, AuthError, HubError
     """
-    if not Path(ref).is_file() and ADAPTER_CONFIG in locate(ref, headers_only=True).names:
+    if is_adapter(ref):
+        opened = None if base is None else open_model(base, headers_only=True)
         adapter = load_adapter(ref, headers_only=not health)
-        return inspect_adapter(adapter, None if base is None else open_model(base, headers_only=True), health)
+        if opened is not None or adapter.config.get(PARTS):
+            adapter = resolved(adapter, opened)
+        return inspect_adapter(adapter, opened, health)
     return inspect_checkpoint(open_model(ref, headers_only=True))
 
 

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import replace
-from adapterkit.adapters.config import COMMON_FIELDS, FLAT
+from adapterkit.adapters.config import COMMON_FIELDS, FLAT, PARTS
 from adapterkit.adapters.method import Context, Edit, Method, Module
 from adapterkit.adapters.methods import METHODS, UNMERGEABLE
 from adapterkit.adapters.target import Piece, Target
@@ -136,6 +136,10 @@ def adapter_edits(
         from adapterkit.adapters.formats.kohya import unflattened
 
         adapter = unflattened(adapter, names)
+    if adapter.config.get(PARTS):
+        from adapterkit.adapters.formats.diffusers import selected
+
+        adapter = selected(adapter, names)
     method = check_config(adapter, residual_base=residual_base, allow_unknown=allow_unknown)
     if not adapter.tensors:
         raise AdapterError(f"{adapter.source.name} holds no tensors", "save the adapter again")

@@ -48,7 +48,7 @@ _FLOATS = {"F16": "<e", "F32": "<f", "F64": "<d"}
 
 def is_kohya(keys: Mapping[str, Any]) -> bool:
     """Whether these are the keys of such a file."""
-    return any(key.endswith(".lora_down.weight") or _PART.match(key) is not None for key in keys)
+    return any(key.partition(".")[2] == "lora_down.weight" or _PART.match(key) is not None for key in keys)
 
 
 def read_kohya(stored: Mapping[str, Stored], where: str) -> tuple[AdapterConfig, dict[str, Tensor]]:
@@ -65,7 +65,7 @@ def read_kohya(stored: Mapping[str, Stored], where: str) -> tuple[AdapterConfig,
         module, _, leaf = key.partition(".")
         path = _PART.sub("", module)
         if leaf == "alpha":
-            alphas[path] = _number(tensor, where)
+            alphas[path] = number(tensor, where)
             continue
         kind = next((kind for kind, leaves in _LEAVES.items() if leaf in leaves), None)
         if kind is None:
@@ -125,7 +125,7 @@ def _ranks(kind: str, tensors: Mapping[str, Tensor], where: str) -> dict[str, in
     return ranks
 
 
-def _number(tensor: Stored, where: str) -> float:
+def number(tensor: Stored, where: str) -> float:
     """A scalar, read without torch."""
     data = tensor.source.read(tensor.offset, tensor.nbytes)
     if tensor.numel != 1 or (tensor.dtype.code not in _FLOATS and tensor.dtype.code != "BF16"):
