@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.plan import default_jobs
+from adapterkit.ops.threads import settle
 from adapterkit.verify.report import (
     EQUAL,
     EXTRA,
@@ -118,7 +119,7 @@ class _Comparison:
         try:
             import torch
 
-            torch.set_num_threads(1)
+            settle()
             with torch.inference_mode():
                 while not self._stop.is_set():
                     try:
