@@ -11,7 +11,7 @@ from adapterkit.adapters.experts import order_notes
 from adapterkit.adapters.formats import mlx
 from adapterkit.checkpoint.checkpoint import SideFile
 from adapterkit.checkpoint.files import LocalFile
-from adapterkit.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLES, side_names
+from adapterkit.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLES, PIPELINE_WEIGHTS, side_names
 from adapterkit.checkpoint.header import parse_header
 from adapterkit.checkpoint.open import locate
 from adapterkit.checkpoint.tensor import Stored
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.tensor import Tensor
 
 WEIGHTS = ADAPTER_WEIGHTS
-PIPELINE_WEIGHTS = "pytorch_lora_weights.safetensors"  # as diffusers saves it, without a config beside
 PREFIX = "base_model.model."
 
 

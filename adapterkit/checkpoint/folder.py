@@ -17,6 +17,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PIPELINE = "diffusion_pytorch_"  # before both, in the parts of a diffusers pipeline
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PIPELINE_WEIGHTS = "pytorch_lora_weights.safetensors"  # an adapter as diffusers saves it, without a config beside
 RECORD = "adapterkit.json"  # beside every output
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 

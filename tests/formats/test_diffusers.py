@@ -22,6 +22,7 @@ from adapterkit.adapters.adapter import is_adapter, load_adapter
 from adapterkit.adapters.fold import fold
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.errors import AdapterError, NotFound, TargetError, UnsupportedAdapter, UsageError
+from adapterkit.register import register
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -305,3 +306,15 @@ def test_bad_input(
     save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, file, metadata)
     with pytest.raises(error, match=words):
         load_adapter(file)
+
+
+def test_it_is_registered_and_converted_as_an_adapter(
+    unet: tuple[Any, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, folder = unet
+    monkeypatch.setenv("ADAPTERKIT_HOME", str(tmp_path / "registry"))
+    file = saved(model, tmp_path / "lora", lora())
+    record = register(file.parent, "mine", base=folder).record
+    assert (record.kind, record.method) == ("adapter", "lora")
+    adapterkit.convert(file, tmp_path / "peft", to="peft")
+    check(folder, tmp_path / "peft", fused(model, file, None))

@@ -103,9 +103,11 @@ def test_to_peft_and_to_mlx(make_base: Callable[..., Path], tmp_path: Path) -> N
 
 ONE = {"lora_te_a_b.lora_down.weight": (4, 8), "lora_te_a_b.lora_up.weight": (8, 4)}
 BAD = [
-    ({**ONE, "lora_te_a_b.dora_scale": (1, 8)}, UnsupportedAdapter, r"dora_scale' \[1, 8\] holds norms of inputs"),
-    ({**ONE, "lora_te_a_b.oft_blocks": (8, 4)}, UnsupportedAdapter, "'lora_te_a_b.oft_blocks' belongs to an algorithm"),
-    ({**ONE, "lora_te_a_c.hada_w1_a": (8, 4)}, UnsupportedAdapter, "mixes algorithms"),
+    ({"lora_te_a_b.oft_diag": (8, 4, 4)}, UnsupportedAdapter, "'lora_te_a_b.oft_diag' belongs to an algorithm"),
+    ({"lora_te_a_b.lambda_layer": (1, 4)}, UnsupportedAdapter, "lambda_layer' belongs to T-LoRA"),
+    ({**ONE, "lora_te_a_b.bias_values": (4,)}, UnsupportedAdapter, "is the sparse remainder of an extraction"),
+    ({**ONE, "lora_te_a_b.scalar": ()}, UnsupportedAdapter, "scalar' is a scale that LyCORIS"),
+    ({**ONE, "lora_te_a_b.weight": (8, 8)}, UnsupportedAdapter, "belongs to an algorithm"),
     ({**ONE, "lora_te1_a_b.lora_up.weight": (8, 4)}, AdapterError, "two modules called 'a_b'"),
     ({**ONE, "lora_te_x.alpha": ()}, AdapterError, "'x' has an alpha and nothing else"),
     ({**ONE, "lora_te_a_b.alpha": (2,)}, AdapterError, "is no number"),
