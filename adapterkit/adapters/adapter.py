@@ -105,13 +105,28 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
     return Adapter(listing.ref, config, tensors, source, side_files, listing.commit, (*notes, *order_notes(config)))
 
 
+def is_single_file(path: Path) -> bool:
+    """Whether a file is an adapter by itself, by its keys.
+
+    Raises:
+        CheckpointError: its header is damaged.
+    """
+    from adapterkit.adapters.formats.kohya import is_kohya
+
+    return path.is_file() and path.suffix == ".safetensors" and is_kohya(_opened(path, str(path))[1])
+
+
+def _opened(path: Path, ref: str) -> tuple[Source, dict[str, Stored]]:
+    source = LocalFile(path, ref, loose=True)
+    header = parse_header(source.read, source.size, source.name)
+    return source, {key: Stored(key, t.dtype, t.shape, source, t.start) for key, t in header.tensors.items()}
+
+
 def _single_file(path: Path, ref: str) -> Adapter:
     """A file that is an adapter by itself, as kohya's scripts and LyCORIS write it."""
     from adapterkit.adapters.formats import kohya
 
-    source = LocalFile(path, ref, loose=True)
-    header = parse_header(source.read, source.size, source.name)
-    stored = {key: Stored(key, t.dtype, t.shape, source, t.start) for key, t in header.tensors.items()}
+    source, stored = _opened(path, ref)
     if not kohya.is_kohya(stored):
         raise AdapterError(f"{ref} has no keys of a single-file adapter", "give the folder with adapter_config.json")
     config, tensors = kohya.read_kohya(stored, ref)
