@@ -128,16 +128,19 @@ def is_adapter(ref: str | Path) -> bool:
 def _single_file(source: Source, ref: str, commit: str | None = None) -> Adapter:
     """A file that is an adapter by itself, as kohya's scripts, LyCORIS and diffusers write it."""
     from adapterkit.adapters.formats import diffusers, kohya
+    from adapterkit.adapters.formats.parts import selected
 
     header = parse_header(source.read, source.size, source.name)
     stored = {key: Stored(key, t.dtype, t.shape, source, t.start) for key, t in header.tensors.items()}
     if kohya.is_kohya(stored):
         config, tensors = kohya.read_kohya(stored, ref)
-        return Adapter(ref, config, tensors, source, commit=commit, notes=("read as a kohya or LyCORIS file",))
+        parts = "".join(f", {part or 'one model'}" for part in config.raw.get(PARTS, ()))
+        note = f"read as a kohya or LyCORIS file{parts and f' for {parts[2:]}'}"
+        return Adapter(ref, config, tensors, source, commit=commit, notes=(note,))
     if diffusers.is_diffusers(stored):
         config, tensors, notes = diffusers.read_diffusers(stored, header.metadata, ref)
         adapter = Adapter(ref, config, tensors, source, commit=commit, notes=notes)
-        return adapter if len(config.raw[PARTS]) > 1 else diffusers.selected(adapter, None)
+        return adapter if len(config.raw[PARTS]) > 1 else selected(adapter, None, {})
     raise AdapterError(f"{ref} has no keys of a single-file adapter", "give the folder with adapter_config.json")
 
 

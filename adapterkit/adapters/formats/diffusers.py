@@ -4,7 +4,7 @@ A key is ``transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight``: a 
 itself), the module path, the tensor. Older files call the factors ``lora.down``, ``lora_linear_layer.down`` or
 ``processor.to_q_lora.down``, other trainers ``lora_down``. Newer ones carry PEFT's config of each part in their metadata;
 without it and without ``alpha`` tensors every scale is 1, as diffusers takes it. One part is merged at a time: the one
-that the base is (`selected`).
+that the base is (`adapterkit.adapters.formats.parts`).
 
 Source: huggingface/diffusers (Apache-2.0) ``loaders/peft.py``, ``loaders/lora_base.py``, ``utils/state_dict_utils.py``, read
 for the formats only; held against diffusers itself by the tests.
@@ -15,18 +15,15 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.config import PARTS, AdapterConfig
 from adapterkit.checkpoint.tensor import Renamed
-from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter, UsageError
+from adapterkit.errors import AdapterError, UnsupportedAdapter
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from adapterkit.adapters.adapter import Adapter
-    from adapterkit.adapters.names import Names
     from adapterkit.checkpoint.tensor import Stored, Tensor
 
 METADATA = "lora_adapter_metadata"
@@ -160,65 +157,3 @@ def _fields(
             # A pattern fits whatever ends with it, and the first one that fits is taken.
             found[pattern] = {path: values[path] for path in sorted(values, key=len, reverse=True)}
     return found
-
-
-def selected(adapter: Adapter, names: Names | None) -> Adapter:
-    """The adapter of one part of the pipeline: the one that the base is, or the only one.
-
-    Raises:
-        TargetError: no part fits the base, or several do.
-        UsageError: several parts, and no base is given.
-    """
-    parts: Mapping[str, Mapping[str, Any]] = adapter.config.raw[PARTS]
-    if len(parts) == 1:
-        return _of(adapter, next(iter(parts)))
-    if names is None:
-        listed = ", ".join(part or "one without a name" for part in parts)
-        raise UsageError(f"{adapter.ref} is for several parts of a pipeline ({listed})", "name one with --base")
-    fitting = [part for part in parts if _fits(_of(adapter, part), names)]
-    if len(fitting) == 1:
-        return _of(adapter, fitting[0])
-    if fitting:
-        raise TargetError(
-            f"{adapter.source.name}: {' and '.join(fitting)} have modules of the same names and shapes as the base",
-            "split the file by part",
-        )
-    # None fits whole: the part with the most modules in the base tells best what is wrong with it.
-    nearest = max(parts, key=lambda part: _found(_of(adapter, part), names))
-    if _found(_of(adapter, nearest), names) == 0:
-        raise TargetError(
-            f"{adapter.source.name} is for {', '.join(parts)}, and none of its modules is in the base",
-            "give the folder of one of these parts as the base",
-        )
-    return _of(adapter, nearest)
-
-
-def _of(adapter: Adapter, part: str) -> Adapter:
-    lead = part + "." if part else ""
-    tensors: dict[str, Tensor] = {}
-    for key, tensor in adapter.tensors.items():
-        if _part(key) == part:
-            name = key.removeprefix(lead)
-            tensors[name] = Renamed(name, tensor)
-    fields = dict(adapter.config.raw[PARTS][part])
-    return replace(adapter, config=AdapterConfig(fields, adapter.config.where), tensors=tensors)
-
-
-def _fits(adapter: Adapter, names: Names) -> bool:
-    """Whether every module is in the base and has the shape of its factors."""
-    for key, tensor in adapter.tensors.items():
-        path, is_b, _ = key.partition("." + B)
-        target = names.find(path + ".weight") if is_b else None
-        if is_b and (target is None or tensor.shape[0] not in target.matrix):
-            return False
-        path, is_a, _ = key.partition("." + A)
-        target = names.find(path + ".weight") if is_a else None
-        if is_a and (target is None or tensor.numel // tensor.shape[0] not in target.matrix):
-            return False
-    return True
-
-
-def _found(adapter: Adapter, names: Names) -> int:
-    return sum(
-        names.find(key.removesuffix("." + A) + ".weight") is not None for key in adapter.tensors if key.endswith(A)
-    )

@@ -20,7 +20,7 @@ import struct
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.config import FLAT, AdapterConfig
+from adapterkit.adapters.config import FLAT, PARTS, AdapterConfig
 from adapterkit.checkpoint.tensor import Renamed
 from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.names import Names
     from adapterkit.checkpoint.tensor import Stored, Tensor
 
-_PART = re.compile(r"^(?:lora|lycoris|oft)_(?:te\d*_|unet_|transformer_|llm_)?")
+_PART = re.compile(r"^(?:lora|lycoris|oft)_(?:(te\d*|unet|transformer|llm)_)?")
 # Leads that a text encoder's modules have in one version of its classes and not in another.
 _LEADS = ("text_model_", "model_", "transformer_", "model_language_model_", "language_model_", "encoder_")
 
@@ -102,12 +102,29 @@ def is_kohya(keys: Mapping[str, Any]) -> bool:
 
 
 def read_kohya(stored: Mapping[str, Stored], where: str) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """The config and tensors in PEFT's terms or those of our own method, module paths still flat.
+    """The config and tensors in PEFT's terms or those of our own method, module paths still flat; of each part of a pipeline
+    that the file has adapters for, if there are several.
 
     Raises:
         UnsupportedAdapter: tensors of an algorithm that is not read.
         AdapterError: a factor is no matrix, or a path is named twice.
     """
+    parts: dict[str, dict[str, Stored]] = {}
+    for key, tensor in stored.items():
+        match = _PART.match(key)
+        parts.setdefault((match and match.group(1)) or "", {})[key] = tensor
+    if len(parts) == 1:
+        return _read_part(stored, where)
+    configs: dict[str, Mapping[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    for part, own in parts.items():
+        config, found = _read_part(own, where)
+        configs[part] = config.raw
+        tensors |= {name: Renamed(name, t) for name, t in ((f"{part}.{n}" if part else n, t) for n, t in found.items())}
+    return AdapterConfig({"peft_type": next(iter(configs.values()))["peft_type"], PARTS: configs}, where), tensors
+
+
+def _read_part(stored: Mapping[str, Stored], where: str) -> tuple[AdapterConfig, dict[str, Tensor]]:
     modules: dict[str, dict[str, Stored]] = {}
     for key, tensor in stored.items():
         module, _, leaf = key.partition(".")

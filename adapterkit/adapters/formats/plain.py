@@ -68,9 +68,10 @@ def resolved(adapter: Adapter, base: Checkpoint | None) -> Adapter:
         TargetError: see `unflattened`, `selected`.
     """
     if adapter.config.get(PARTS):
-        from adapterkit.adapters.formats.diffusers import selected
+        from adapterkit.adapters.formats.parts import selected
 
-        return selected(adapter, None if base is None else Names(base.shapes, base.config))
+        names = None if base is None else Names(base.shapes, base.config)
+        adapter = selected(adapter, names, {} if base is None else base.config)
     if not adapter.config.get(FLAT):
         return adapter
     if base is None:
