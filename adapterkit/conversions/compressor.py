@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.decoded import dequantized
-from adapterkit.checkpoint.folder import INDEX
 from adapterkit.checkpoint.plan import plan_file
 from adapterkit.conversions import oneshot
 from adapterkit.conversions.conversion import ConvertOptions, Ref, Run, count_types
@@ -84,7 +83,8 @@ class Compressed(FolderConversion):
         for file in self.opened.side_files:
             write_file(folder / file.name, file.bytes())
         if len(set(self.opened.shards.values())) > 1:
-            write_file(folder / INDEX, index_json(plan_safetensors(self.opened)))
+            plan = plan_safetensors(self.opened)
+            write_file(folder / plan.index_name, index_json(plan))
 
     def _run(self, source: Path, folder: Path) -> None:
         skip = list(self.options.skip_modules) or [OUTPUT_LAYER]

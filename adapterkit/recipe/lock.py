@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit._version import __version__
-from adapterkit.checkpoint.folder import ADAPTER_CONFIG, INDEX, SINGLE, read_index, side_names
+from adapterkit.checkpoint.folder import ADAPTER_CONFIG, read_index, side_names, weight_names
 from adapterkit.checkpoint.listing import LocalFolder
 from adapterkit.checkpoint.open import locate, parse_hub
 from adapterkit.errors import CheckFailed, NotFound, RecipeError
@@ -168,9 +168,10 @@ def read_files(path: Path, *, adapter: bool = False) -> dict[str, Path]:
     loose = {name for name in listing.names if name.endswith(".safetensors") and "/" not in name}
     weights = loose
     if ADAPTER_CONFIG not in listing.names:
-        weights = {SINGLE} if SINGLE in loose else loose
-        if SINGLE not in loose and INDEX in listing.names:
-            weights = {INDEX, *read_index(listing, INDEX).values()} & listing.names
+        single, index = weight_names(listing.names)
+        weights = {single} if single in loose else loose
+        if single not in loose and index in listing.names:
+            weights = {index, *read_index(listing, index).values()} & listing.names
     names = {*weights, *side_names(listing.names, weights), *({ADAPTER_CONFIG} & listing.names)}
     return {name: path / name for name in names if (path / name).is_file()}
 

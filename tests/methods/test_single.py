@@ -186,3 +186,45 @@ def test_merges_what_lycoris_trained(case: Case, tmp_path: Path) -> None:
         for path, expected in outputs.items():
             found = plain.get_submodule(path)(inputs[path].double())
             assert float((found - expected).abs().max()) <= 5e-6 * float(expected.abs().max()), path
+
+
+@pytest.mark.parametrize("name", ["LohaModule", "LokrModule"])
+def test_what_lycoris_merges_itself_is_not_what_it_trained(name: str) -> None:
+    """Why its training is followed: the day this fails, the note in docs/methods.md goes."""
+    net = make_net().double()
+    module = train(Case(name, LINEAR[:1], R), net)[LINEAR[0]].double()
+    with torch.no_grad():
+        delta = trained(module)[0] - module.org_weight
+        own = module.get_merged_weight()[0] - module.org_weight
+    torch.testing.assert_close(own, delta * 5 / 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("algorithm", "switches"), [("lokr", {"factor": 4}), ("boft", {}), ("ia3", {})])
+def test_a_whole_network_as_lycoris_saves_it(
+    algorithm: str, switches: dict[str, Any], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Its own wrapper, with norms beside the algorithm and its own names, saved and applied by its own functions."""
+    from lycoris import LycorisNetwork, create_lycoris
+
+    base = make_net()
+    save_base(base, tmp_path / "base")
+    LycorisNetwork.apply_preset({"target_module": ["Layer", "Conv2d"]})
+    net = make_net()
+    network = create_lycoris(net, 1.0, linear_dim=4, linear_alpha=2, algo=algorithm, train_norm=True, **switches)
+    generator = torch.Generator().manual_seed(2)
+    network.apply_to()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            # What is saved rounded must be what was trained.
+            parameter.copy_((parameter + 0.1 * torch.randn(parameter.shape, generator=generator)).to(dtype))
+    network.save_weights(str(tmp_path / "net.safetensors"), dtype, {})
+    ours = merged_tensors(tmp_path / "base", tmp_path / "net.safetensors")
+    changed = {name for name, tensor in base.state_dict().items() if not torch.equal(tensor, ours[name])}
+    assert {"layers.0.norm.weight", "layers.1.norm.bias", "layers.0.wide.weight", "conv2.weight"} <= changed
+    plain = make_net()
+    plain.load_state_dict(ours)
+    with torch.no_grad():
+        for path in ("layers.0.norm", "layers.0.wide", "layers.1.narrow", "conv2"):
+            x = example(plain.get_submodule(path))
+            torch.testing.assert_close(plain.get_submodule(path)(x), net.get_submodule(path)(x), rtol=2e-5, atol=2e-5)

@@ -20,7 +20,7 @@ import struct
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.config import FLAT, AdapterConfig
+from adapterkit.adapters.config import FLAT, PARTS, AdapterConfig
 from adapterkit.checkpoint.tensor import Renamed
 from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.names import Names
     from adapterkit.checkpoint.tensor import Stored, Tensor
 
-_PART = re.compile(r"^(?:lora|lycoris|oft)_(?:te\d*_|unet_|transformer_|llm_)?")
+_PART = re.compile(r"^(?:lora|lycoris|oft)_(?:(te\d*|unet|transformer|llm)_)?")
 # Leads that a text encoder's modules have in one version of its classes and not in another.
 _LEADS = ("text_model_", "model_", "transformer_", "model_language_model_", "language_model_", "encoder_")
 
@@ -98,16 +98,33 @@ _RANKED = ("lora_A.weight", "lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_
 
 def is_kohya(keys: Mapping[str, Any]) -> bool:
     """Whether these are the keys of such a file."""
-    return any(key.endswith(".lora_down.weight") or _PART.match(key) is not None for key in keys)
+    return any(key.partition(".")[2] == "lora_down.weight" or _PART.match(key) is not None for key in keys)
 
 
 def read_kohya(stored: Mapping[str, Stored], where: str) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """The config and tensors in PEFT's terms or those of our own method, module paths still flat.
+    """The config and tensors in PEFT's terms or those of our own method, module paths still flat; of each part of a pipeline
+    that the file has adapters for, if there are several.
 
     Raises:
         UnsupportedAdapter: tensors of an algorithm that is not read.
         AdapterError: a factor is no matrix, or a path is named twice.
     """
+    parts: dict[str, dict[str, Stored]] = {}
+    for key, tensor in stored.items():
+        match = _PART.match(key)
+        parts.setdefault((match and match.group(1)) or "", {})[key] = tensor
+    if len(parts) == 1:
+        return _read_part(stored, where)
+    configs: dict[str, Mapping[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    for part, own in parts.items():
+        config, found = _read_part(own, where)
+        configs[part] = config.raw
+        tensors |= {name: Renamed(name, t) for name, t in ((f"{part}.{n}" if part else n, t) for n, t in found.items())}
+    return AdapterConfig({"peft_type": next(iter(configs.values()))["peft_type"], PARTS: configs}, where), tensors
+
+
+def _read_part(stored: Mapping[str, Stored], where: str) -> tuple[AdapterConfig, dict[str, Tensor]]:
     modules: dict[str, dict[str, Stored]] = {}
     for key, tensor in stored.items():
         module, _, leaf = key.partition(".")
@@ -116,7 +133,7 @@ def read_kohya(stored: Mapping[str, Stored], where: str) -> tuple[AdapterConfig,
             raise AdapterError(f"{where} holds two modules called '{path}'", "split the file by model")
         modules[_PART.sub("", module)][leaf] = tensor
     numbers = {
-        name: {path: _number(found.pop(name), where) for path, found in modules.items() if name in found}
+        name: {path: number(found.pop(name), where) for path, found in modules.items() if name in found}
         for name in ("alpha", "on_input")
     }
     lost = next((path for path, found in modules.items() if not found), None)
@@ -184,7 +201,7 @@ def _ranks(tensors: Mapping[str, Tensor], where: str) -> dict[str, int]:
     return ranks
 
 
-def _number(tensor: Stored, where: str) -> float:
+def number(tensor: Stored, where: str) -> float:
     """A scalar, read without torch."""
     data = tensor.source.read(tensor.offset, tensor.nbytes)
     if tensor.numel != 1 or (tensor.dtype.code not in _NUMBERS and tensor.dtype.code != "BF16"):

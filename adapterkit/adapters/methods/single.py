@@ -41,11 +41,30 @@ GLORA = tuple(f"lycoris_{name}.weight" for name in ("a1", "a2", "b1", "b2", "bm"
 
 @dataclass(frozen=True)
 class Algorithm:
-    """One algorithm of LyCORIS: the tensors it owns and the edit it makes of them; ``decomposed`` may have DoRA's norms."""
+    """One algorithm of LyCORIS.
 
+    Attributes:
+        title: as people call it.
+        tensors: those it owns.
+        edits: makes the edit of them.
+        decomposed: whether it may have DoRA's norms.
+    """
+
+    title: str
     tensors: tuple[str, ...]
     edits: Callable[[Module, Context], Iterator[Edit]]
     decomposed: bool = False
+
+
+def algorithms(module: Module) -> tuple[str, ...]:
+    """What a module holds, in a word each."""
+    names = module.tensors.keys()
+    words = [one.title for one in ALGORITHMS if not names.isdisjoint(one.tensors)]
+    if BLOCKS in names and len(module.tensors[BLOCKS].shape) == 4:
+        words = ["boft"]
+    words += ["tucker"] if not names.isdisjoint((MID, "hada_t1", "lokr_t2")) else []
+    words += ["dora"] if DORA in names else []
+    return (*words, *(["differences"] if not names.isdisjoint(DIFFERENCES) else []))
 
 
 def _single(module: Module, context: Context) -> Iterator[Edit]:
@@ -304,16 +323,22 @@ def _alpha(module: Module, context: Context, default: float) -> float:
 
 
 ALGORITHMS = (
-    Algorithm((UP, DOWN, MID), _lora, decomposed=True),
-    Algorithm(("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"), loha_edits, decomposed=True),
+    Algorithm("lora", (UP, DOWN, MID), _lora, decomposed=True),
     Algorithm(
+        "loha",
+        ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+        loha_edits,
+        decomposed=True,
+    ),
+    Algorithm(
+        "lokr",
         ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
         lokr_edits,
         decomposed=True,
     ),
-    Algorithm((BLOCKS, RESCALE), _turned),
-    Algorithm((IA3,), _ia3),
-    Algorithm(GLORA, _glora),
+    Algorithm("oft", (BLOCKS, RESCALE), _turned),
+    Algorithm("ia3", (IA3,), _ia3),
+    Algorithm("glora", GLORA, _glora),
 )
 
 METHODS = (
