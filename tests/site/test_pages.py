@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hub import TOKEN, client_of
 from hub_writes import WritableHub
 from pages import ROOT, Block, Shell, blocks
 
@@ -81,37 +82,14 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory, things: Path) -> Iterator[WritableHub]:
     """The Hub of the pages, on the loopback interface."""
-    import huggingface_hub as hf
-    from huggingface_hub import constants, file_download, hf_api
-    from huggingface_hub.utils import _http
-
     patch = pytest.MonkeyPatch()
-    cache = tmp_path_factory.mktemp("cache")
-    with WritableHub() as served:
-        for module in (constants, file_download, hf_api, _http):
-            for name, value in {
-                "ENDPOINT": served.url,
-                "HF_ENDPOINT": served.url,
-                "HUGGINGFACE_CO_URL_TEMPLATE": served.url + "/{repo_id}/resolve/{revision}/{filename}",
-                "HF_HUB_OFFLINE": False,
-                "HF_HUB_CACHE": str(cache),
-                "HF_HUB_DISABLE_XET": True,
-                "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
-                "HF_TOKEN_PATH": str(cache / "no-token"),
-                "HF_HUB_DISABLE_PROGRESS_BARS": True,
-                "HF_URL_HOSTS": frozenset({"127.0.0.1"}),
-            }.items():
-                if hasattr(module, name):
-                    patch.setattr(module, name, value)
-        patch.setattr(hf_api.api, "endpoint", served.url)
-        patch.setenv("HF_TOKEN", "hf_aTokenThatMustNeverBeSeen0123456789")
-        hf.close_session()
+    cache = tmp_path_factory.mktemp("cache") / "hub"
+    with WritableHub() as served, client_of(served, cache, patch, TOKEN):
         served.add("meta-llama/Llama-3.2-1B", things / "base")
         served.add("org/model", things / "base")
         served.add("org/model-bnb-4bit", things / "base-nf4")
         served.add("my-org/my-adapter", things / "my-adapter")
         yield served
-        hf.close_session()
     patch.undo()
 
 
