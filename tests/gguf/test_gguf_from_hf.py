@@ -67,7 +67,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
         config(architectures=["RwkvForCausalLM"], model_type="rwkv"),
         "how GGUF stores a RwkvForCausalLM is not known here",
     ),
-    "no architecture": (config(architectures=None, model_type=None), "is not known here"),
+    "no architecture": (config(architectures=None, model_type=None), "its config.json names no architecture"),
     "strange tensor": (
         added("model.layers.0.self_attn.q_gate.weight", 4, 4),
         "nothing is known of 'model.layers.0.self_attn.q_gate.weight'",

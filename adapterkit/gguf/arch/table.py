@@ -48,9 +48,14 @@ def spec_of(config: Config) -> ArchSpec:
         found = _by_type().get(name)
         if found is not None:
             return _variant(found, config)
-    named = (config.classes or (config.model_type or "no architecture",))[0]
+    named = (*config.classes, str(raw), str(config.raw.get("_class_name") or ""))
+    if not any(named):
+        raise TargetError(
+            f"{config.ref}: its config.json names no architecture, so nobody can tell how GGUF stores it",
+            "add the config.json that the base was published with",
+        )
     raise TargetError(
-        f"{config.ref}: how GGUF stores a {named} is not known here",
+        f"{config.ref}: how GGUF stores a {next(filter(None, named))} is not known here",
         "take a GGUF of the base as it is published, and merge into that: adapterkit merge BASE.gguf ADAPTER -o OUT.gguf",
     )
 
