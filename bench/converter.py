@@ -1,13 +1,13 @@
 """Our files beside those of llama.cpp's own converter, tensor by tensor and key by key.
 
-    python bench/converter.py --converter LLAMA_CPP/convert_hf_to_gguf.py --python PYTHON [--write] [KIND ...]
+    python bench/converter.py --converter LLAMA_CPP/convert_hf_to_gguf.py --python PYTHON [KIND ...]
 
 PYTHON is one that has what the converter wants (``requirements/requirements-convert_hf_to_gguf.txt`` beside it: torch,
 transformers 4.57, sentencepiece). For each architecture of the table a tiny random model is made as the Hub has such models
-(`converter_zoo`), and converted by both to F32, F16 and BF16, and once more from a BF16 checkpoint. Compared are the set of
-tensors, and of each its shape, its type and its bytes; and every key with its type and value, the tokenizer's among them,
-except what a file is called. ``converter_differs`` lists the differences that are meant, with the reason of each.
-Exits with 1 if there are others.
+(`converter_zoo`), and converted by both to F32, F16 and BF16, and once more from a BF16 checkpoint, whose type is kept.
+Compared are the set of tensors, and of each its shape, its type and its bytes; and every key with its type and value, the
+tokenizer's among them, except what a file is called. `converter_differs` lists the differences that are meant, with the
+reason of each. Exits with 1 if there are others. The table sums the four files of each model.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Compared:
     equal_tensors: int = 0
     keys: int = 0
     equal_keys: int = 0
+    arch: str = ""
     found: list[tuple[str, str, str]] = field(default_factory=list)
 
 
@@ -54,7 +55,7 @@ def compare(ours: Path, theirs: Path) -> Compared:
     import numpy as np
 
     one, two = gguf.GGUFReader(ours), gguf.GGUFReader(theirs)
-    result = Compared()
+    result = Compared(arch=str(two.fields["general.architecture"].contents()))
     left, right = ({t.name: t for t in reader.tensors} for reader in (one, two))
     for name in sorted({*left, *right}):
         result.tensors += 1
@@ -97,7 +98,7 @@ def _fields(reader: Any) -> dict[str, Any]:
     return {
         key: ([kind.name for kind in one.types], one.contents())
         for key, one in reader.fields.items()
-        if key not in skip and not key.startswith("general.base_model.")
+        if key not in skip
     }
 
 
@@ -188,6 +189,7 @@ def run(kinds: list[str], at: Path, options: Any) -> list[dict[str, Any]]:
 def main() -> None:
     """Run the comparison."""
     import arch_zoo as zoo
+    from converter_zoo import VARIANTS
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kinds", nargs="*")
@@ -196,24 +198,56 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="leave folders, files and the converter's log here")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    kinds = options.kinds or [*zoo.ZOO, *zoo.ENCODERS, *zoo.DISGUISES]
+    kinds = options.kinds or [*zoo.ZOO, *zoo.ENCODERS, *zoo.DISGUISES, *VARIANTS]
     with tempfile.TemporaryDirectory(prefix="converter-") as folder:
         at = options.keep or Path(folder)
         at.mkdir(exist_ok=True)
         rows = run(kinds, at, options)
+    print(f"{options.converter}, with {_version(options)}\n")
+    lines, meant, left = table(rows)
+    print("\n".join([*lines, "", *(f"{number}. {why}" for why, number in meant.items())]))
+    print(f"\n{len(rows)} models, {len(left)} differences that no row explains")
+    print("\n".join(left))
+    sys.exit(1 if left else 0)
+
+
+def _version(options: Any) -> str:
+    show = "import torch, transformers; print(f'transformers {transformers.__version__}, torch {torch.__version__}')"
+    return subprocess.run([str(options.python), "-c", show], capture_output=True, text=True, check=False).stdout.strip()
+
+
+def table(rows: list[dict[str, Any]]) -> tuple[list[str], dict[str, int], list[str]]:
+    """Lines of Markdown, the reasons of meant differences with their numbers, and the other differences."""
+    from converter_differs import reason, refusal
+
+    lines = ["| model | GGUF | tensors equal | keys equal | differences |", "|---|---|---|---|---|"]
+    meant: dict[str, int] = {}
+    left: list[str] = []
     for row in rows:
+        kind, notes = row["kind"], []
+        done = [file["compared"] for file in row["files"].values() if "compared" in file]
         for one, file in row["files"].items():
-            got = file.get("compared")
-            if got is None:
-                print(
-                    f"{row['kind']:16} {one:5} ours: {file['ours'][:200] or 'ok'}; theirs: {file['theirs'][:300] or 'ok'}"
-                )
+            if "compared" not in file:
+                why = None if file["ours"] else refusal(kind, file["theirs"])
+                if why is None:
+                    left.append(f"{kind} {one}: ours: {file['ours'] or 'ok'}; theirs: {file['theirs'] or 'ok'}"[:400])
+                notes.append(why or "not compared")
                 continue
-            print(
-                f"{row['kind']:16} {one:5} tensors {got.equal_tensors}/{got.tensors} keys {got.equal_keys}/{got.keys}"
-            )
-            for name, ours, theirs in got.found:
-                print(f"    {name}: {ours} | {theirs}")
+            for where, ours, theirs in file["compared"].found:
+                why = reason(kind, where, ours, theirs)
+                if why is None:
+                    left.append(f"{kind} {one} {where}: {ours} | {theirs}")
+                notes.append(why or "unexplained")
+        counts = {
+            name: f"{sum(getattr(d, f'equal_{name}') for d in done)}/{sum(getattr(d, name) for d in done)}"
+            if done
+            else ""
+            for name in ("tensors", "keys")
+        }
+        shown = [str(meant.setdefault(why, len(meant) + 1)) for why in dict.fromkeys(notes)]
+        arch = next((d.arch for d in done), "")
+        lines.append(f"| {kind} | {arch} | {counts['tensors']} | {counts['keys']} | {', '.join(shown)} |")
+    return lines, meant, left
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def main() -> None:
             converter.main()
         except (Exception, SystemExit) as error:  # one that fails must not lose the others
             logging.exception(job["out"])
-            said = f"{type(error).__name__}: {error}" or "?"
+            said = f"{type(error).__name__}: {error}"
         print(json.dumps({"out": job["out"], "error": said}), file=answers, flush=True)
 
 

