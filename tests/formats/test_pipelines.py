@@ -1,8 +1,9 @@
-"""Files that hold several parts of a pipeline, and bases of one file: LyCORIS's own names of both are the oracle."""
+"""Files that hold several parts of a pipeline, and bases of one file."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapterkit.adapters.adapter import load_adapter
-from adapterkit.adapters.formats.pipelines import aliases, split
+from adapterkit.adapters.formats.pipelines import split
 from adapterkit.cli import main
 from adapterkit.combine import combine
 from adapterkit.errors import AdapterError, TargetError
@@ -21,39 +22,6 @@ from adapterkit.resize import resize
 TE = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
 TE2 = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
 UNET = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
-
-
-def unet_names() -> list[str]:
-    """Modules of Stable Diffusion's UNet, as diffusers calls them."""
-    names = ["conv_in", "conv_out", "time_embedding_linear_1", "time_embedding_linear_2"]
-    inner = {
-        "resnets": ("conv1", "conv2", "norm1", "norm2", "time_emb_proj", "conv_shortcut"),
-        "attentions": (
-            "norm",
-            "proj_in",
-            "proj_out",
-            "transformer_blocks_0_attn1_to_out_0",
-            "transformer_blocks_0_ff_net_2",
-        ),
-    }
-    for kind, rests in inner.items():
-        for rest in rests:
-            names += [f"down_blocks_{i}_{kind}_{j}_{rest}" for i in range(4) for j in range(2)]
-            names += [f"up_blocks_{i}_{kind}_{j}_{rest}" for i in range(4) for j in range(3)]
-            names += [f"mid_block_{kind}_{j}_{rest}" for j in range(2 if kind == "resnets" else 1)]
-    names += [f"down_blocks_{i}_downsamplers_0_conv" for i in range(3)]
-    return names + [f"up_blocks_{i}_upsamplers_0_conv" for i in range(3)]
-
-
-@pytest.mark.parametrize("name", unet_names())
-def test_older_names_of_the_unet(name: str) -> None:
-    from lycoris.utils import convert_diffusers_name_to_compvis
-
-    found = set(aliases(name))
-    older = convert_diffusers_name_to_compvis(f"lora_unet_{name}").removeprefix("lora_unet_")
-    assert older != name
-    assert {older, f"model_diffusion_model_{older}"} <= found
-    assert found.isdisjoint(set(unet_names()) - {name})  # no other module is meant
 
 
 @pytest.mark.parametrize(
@@ -198,6 +166,42 @@ def test_a_part_of_a_diffusers_file(pipeline: Path) -> None:
     merge(pipeline / "unet", [f"{pipeline}/two.safetensors#unet"], pipeline / "out")
     with pytest.raises(AdapterError, match="names several parts of a diffusers file"):
         load_adapter(f"{pipeline}/two.safetensors#unet+controlnet")
+
+
+def test_every_module_of_a_unet_under_its_older_name(tmp_path: Path) -> None:
+    """The names as LyCORIS maps them, in a checkpoint of one file."""
+    from lycoris.utils import convert_diffusers_name_to_compvis
+
+    inner = {
+        "resnets": ("conv1", "conv2", "time_emb_proj", "conv_shortcut"),
+        "attentions": ("proj_in", "transformer_blocks_0_attn1_to_q"),
+    }
+    names = ["conv_in", "conv_out", "time_embedding_linear_1", "time_embedding_linear_2"]
+    for kind, rests in inner.items():
+        for rest in rests:
+            names += [f"down_blocks_{i}_{kind}_{j}_{rest}" for i in range(4) for j in range(2)]
+            names += [f"up_blocks_{i}_{kind}_{j}_{rest}" for i in range(4) for j in range(3)]
+            names += [f"mid_block_{kind}_{j}_{rest}" for j in range(2 if kind == "resnets" else 1)]
+    names += [f"down_blocks_{i}_downsamplers_0_conv" for i in range(3)]
+    names += [f"up_blocks_{i}_upsamplers_0_conv" for i in range(3)]
+    base: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    expected: dict[str, torch.Tensor] = {}
+    for index, name in enumerate(names):
+        older = convert_diffusers_name_to_compvis(f"lora_unet_{name}").removeprefix("lora_unet_")
+        assert older != name
+        # Dots where the model has them: after every block's and list's number.
+        stored = f"model.diffusion_model.{re.sub(r'_(?=[0-9])|(?<=[0-9])_', '.', older)}.weight"
+        base[stored] = torch.ones(4, 4)
+        tensors[f"lora_unet_{name}.diff"] = torch.full((4, 4), float(index))
+        expected[stored] = torch.full((4, 4), 1.0 + index)
+    assert len(base) == len(names)
+    (tmp_path / "whole").mkdir()
+    save_file(base, tmp_path / "whole" / "sd.safetensors")
+    save_file(tensors, tmp_path / "full.safetensors")
+    merge(tmp_path / "whole" / "sd.safetensors", [tmp_path / "full.safetensors"], tmp_path / "out")
+    merged = written(tmp_path / "out")
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_recipe_names_a_part(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:

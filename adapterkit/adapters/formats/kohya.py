@@ -20,8 +20,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.config import FLAT, PARTS, AdapterConfig
+from adapterkit.adapters.formats.ldm import diffusers_name
 from adapterkit.adapters.formats.parts import check_parts
-from adapterkit.adapters.formats.pipelines import aliases, is_prefixed, split
+from adapterkit.adapters.formats.pipelines import aliases, in_diffusers, is_prefixed, split
 from adapterkit.checkpoint.tensor import Renamed
 from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter
 
@@ -224,7 +225,10 @@ def unflattened(adapter: Adapter, names: Names) -> Adapter:
     known: dict[str, set[str]] = {}
     for parameter in names.parameters():
         module = parameter.rpartition(".")[0]
-        known.setdefault(module.replace(".", "_"), set()).add(module)
+        flat_name = module.replace(".", "_")
+        for name in (flat_name, in_diffusers(flat_name)):
+            if name is not None:
+                known.setdefault(name, set()).add(module)
     flat = dict.fromkeys(key.partition(".")[0] for key in adapter.tensors)
     paths = {name: _module(name, known, adapter) for name in flat}
     tensors = {}
@@ -242,7 +246,11 @@ def unflattened(adapter: Adapter, names: Names) -> Adapter:
 
 
 def _module(name: str, known: Mapping[str, set[str]], adapter: Adapter) -> str:
-    found = known.get(name) or {module for other in aliases(name) for module in known.get(other, ())}
+    found = (
+        known.get(name)
+        or known.get(diffusers_name(name) or "")
+        or {module for other in aliases(name) for module in known.get(other, ())}
+    )
     if len(found) != 1:
         words = "several modules" if found else "no module"
         raise TargetError(
