@@ -47,7 +47,7 @@ LORA_FILES = """
 | PEFT folder | all of the above | `convert --to peft` | as it is |
 | plain PEFT | | `convert --to peft --plain` | LoRA of one rank and one alpha; others by SVD of W' - W |
 | MLX folder (mlx-lm) | LoRA, DoRA, stacked experts, full | `convert --to mlx` | LoRA; others as with `--plain` |
-| single file (kohya, LyCORIS) | LoRA, DoRA, LoHa, LoKr and LYCORIS, mixed or not | | named by the base; its part of a pipeline |
+| single file (kohya, LyCORIS) | LoRA, DoRA, LoHa, LoKr and LYCORIS, mixed or not | | as the base names them |
 | single file, or a folder of it, of diffusers | LoRA, DoRA | | the part that the base is, like `unet` |
 
 A single file whose modules are all LoRA, DoRA, LoHa or LoKr as PEFT has them is an adapter of that type and converts to PEFT

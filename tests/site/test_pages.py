@@ -51,6 +51,33 @@ def write_imatrix(path: Path, model: Path) -> None:
     path.write_bytes(data)
 
 
+def write_pipeline(folder: Path) -> None:
+    """A pipeline of a UNet and a text encoder, and a file of kohya's scripts for both."""
+    import torch
+    from models import write_checkpoint
+    from safetensors.torch import save_file
+
+    parts = {
+        "unet": (
+            "down_blocks.1.attentions.0.proj_in",
+            "input_blocks_4_1_proj_in",
+            {"_class_name": "UNet2DConditionModel"},
+        ),
+        "text_encoder": ("text_model.encoder.layers.0.mlp.fc1", "", {"model_type": "clip_text_model"}),
+    }
+    tensors = {}
+    for part, (path, flat, config) in parts.items():
+        weights = {f"{path}.weight": torch.randn(16, 8), "norm.weight": torch.ones(8)}
+        write_checkpoint(folder / "pipeline" / part, weights, config)
+        name = f"lora_{'unet' if part == 'unet' else 'te'}_{flat or path.replace('.', '_')}"
+        tensors |= {f"{name}.lora_up.weight": torch.randn(16, 2), f"{name}.lora_down.weight": torch.randn(2, 8)}
+    (folder / "pipeline" / "unet" / "model.safetensors").rename(
+        folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    )
+    (folder / "pipeline" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    save_file(tensors, folder / "style.safetensors")
+
+
 @pytest.fixture(scope="module")
 def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages call by name: a base, adapters, GGUF files, an importance matrix, prompts."""
@@ -73,6 +100,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     convert(folder / "base", folder / "model-F16.gguf", dtype="f16")
     merge(folder / "base", [folder / "math"], folder / "finetune")
     write_imatrix(folder / "imatrix.dat", folder / "model-F16.gguf")
+    write_pipeline(folder)
     convert(folder / "base", folder / "base-nf4", to="nf4", double_quant=True)
     (folder / "calibration.txt").write_text("the sky is blue and the sea is calm\n" * 40)
     (folder / "prompts.txt").write_text("the sky is\nthe sea is\n")

@@ -21,6 +21,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.config import FLAT, PARTS, AdapterConfig
+from adapterkit.adapters.formats.ldm import diffusers_name
 from adapterkit.checkpoint.tensor import Renamed
 from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter
 
@@ -239,9 +240,11 @@ def unflattened(adapter: Adapter, names: Names) -> Adapter:
 
 def _module(name: str, known: Mapping[str, set[str]], adapter: Adapter) -> str:
     shorter = [name.removeprefix(lead) for lead in _LEADS if name.startswith(lead)]
-    found = known.get(name) or {
-        module for other in (*shorter, *(lead + name for lead in _LEADS)) for module in known.get(other, ())
-    }
+    found = (
+        known.get(name)
+        or known.get(diffusers_name(name) or "")
+        or {module for other in (*shorter, *(lead + name for lead in _LEADS)) for module in known.get(other, ())}
+    )
     if len(found) != 1:
         words = "several modules" if found else "no module"
         raise TargetError(
