@@ -208,6 +208,30 @@ def _with_list(path: Path, out: Path, key: str, values: list[int]) -> Path:
         return rewritten(path, out, {})
 
 
+def test_what_llama_cpp_s_converter_writes_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of tokens that are no pieces, and vectors of one more dimension."""
+    import gguf
+
+    monkeypatch.setattr("adapterkit.gguf.vocab.read_vocab", arch_zoo.read_vocab)
+    arch_zoo.build(tmp_path / "hf", "llama")
+    adapter = adapter_of(tmp_path / "adapter", tmp_path / "hf", ["q_proj"])
+    ours = tmp_path / "merged.gguf"
+    adapterkit.merge(tmp_path / "hf", [adapter], ours)
+    scores = gguf.GGUFReader(ours).fields["tokenizer.ggml.scores"].contents()
+    key, add = "tokenizer.ggml.scores", gguf.GGUFWriter.add_tensor
+
+    def with_one_more(self: Any, name: str, tensor: Any, **how: Any) -> None:
+        add(self, name, tensor.reshape(1, -1) if name == "output_norm.weight" else tensor, **how)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", with_one_more)
+    theirs = rewritten(ours, tmp_path / "theirs.gguf", {key: [-1000.0] * 3 + scores[3:]})
+    report = verify(theirs, base=tmp_path / "hf", adapters=[adapter])
+    assert (report.ok, alarms(report)) == (True, [])
+    theirs = rewritten(ours, tmp_path / "wrong.gguf", {key: [*scores[:9], 5.0, *scores[10:]]})
+    report = verify(theirs, base=tmp_path / "hf", adapters=[adapter])
+    assert (report.ok, alarms(report)) == (True, [("token scores", "warning")])
+
+
 def test_another_end_of_the_answer_is_a_warning(made: dict[str, Path], tmp_path: Path) -> None:
     """Publishers write the token that ends a turn as eos: answers still end there."""
     base = shutil.copytree(made["base"], tmp_path / "base")
@@ -225,6 +249,12 @@ def test_another_architecture(made: dict[str, Path], tmp_path: Path) -> None:
     merged.write_bytes(made["merged.gguf"].read_bytes().replace(b"llama", b"qwen2"))
     report = examined(made, merged)
     assert [one.kind for one in report.errors] == ["other architecture"]
+
+
+def adapter_of(folder: Path, base: Path, modules: Any) -> Path:
+    from peft import LoraConfig
+
+    return make_adapter(folder, base, LoraConfig(r=4, lora_alpha=8, target_modules=modules), scale=0.1)
 
 
 # ------------------------------------------------------------------ what is meant
@@ -309,12 +339,10 @@ def test_the_command_line(made: dict[str, Path], tmp_path: Path, capsys: pytest.
 
 @pytest.mark.parametrize("kind", [*arch_zoo.ZOO, *arch_zoo.ENCODERS])
 def test_our_own_outputs_raise_no_alarm(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft import LoraConfig
-
     monkeypatch.setattr("adapterkit.gguf.vocab.read_vocab", arch_zoo.read_vocab)
     tiny, hf = (arch_zoo.ZOO | arch_zoo.ENCODERS)[kind], tmp_path / "hf"
     arch_zoo.build(hf, kind)
-    adapter = make_adapter(tmp_path / "adapter", hf, LoraConfig(r=4, lora_alpha=8, target_modules=tiny.lora), scale=0.1)
+    adapter = adapter_of(tmp_path / "adapter", hf, tiny.lora)
     adapterkit.merge(hf, [adapter], tmp_path / "merged.gguf")
     report = verify(tmp_path / "merged.gguf", base=hf, adapters=[adapter])
     assert (report.ok, alarms(report)) == (True, [])
@@ -324,12 +352,8 @@ def test_our_own_outputs_raise_no_alarm(kind: str, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("kind", list(gguf_zoo.KINDS))
 def test_another_converter_raises_no_alarm(kind: str, tmp_path: Path) -> None:
     """The tests' own converter, which writes fewer keys and others."""
-    from peft import LoraConfig
-
     gguf_zoo.build(tmp_path / "hf", kind)
-    adapter = make_adapter(
-        tmp_path / "adapter", tmp_path / "hf", LoraConfig(r=4, target_modules="all-linear"), scale=0.1
-    )
+    adapter = adapter_of(tmp_path / "adapter", tmp_path / "hf", "all-linear")
     adapterkit.merge(tmp_path / "hf", [adapter], tmp_path / "merged")
     gguf_zoo.to_gguf(tmp_path / "merged", kind, tmp_path / "merged.gguf")
     report = verify(tmp_path / "merged.gguf", base=tmp_path / "hf", adapters=[adapter])
