@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.plan import default_jobs, parse_size
-from adapterkit.conversions.conversion import Conversion, ConvertOptions, Progress, Recorder, Ref
+from adapterkit.conversions.conversion import Conversion, ConvertOptions, Progress, Recorder, Ref, Run
 from adapterkit.conversions.formats import ADAPTERS, find_format
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -110,7 +110,7 @@ def _convert(
     how: dict[str, Any] = {"max_shard_size": max_shard_size, "jobs": jobs, "headers_only": False}
     planned = plan_convert(src, to=to, out=out, **how, **options)
     record = planned.record() or _recorder(planned, original, Path(out), ConvertOptions(**options))
-    measured = planned.write(Path(out), record=record, jobs=jobs, force=force, resume=resume, progress=progress)
+    measured = planned.write(Path(out), Run(record, jobs, force, resume, progress))
     return planned.report(out, **measured, seconds=time.monotonic() - started, peak_memory=peak_memory())
 
 

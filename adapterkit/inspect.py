@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import Adapter, load_adapter
+from adapterkit.adapters.adapter import Adapter, is_adapter, load_adapter
+from adapterkit.adapters.config import FLAT, PARTS
 from adapterkit.adapters.edits import check_config, group_modules, method_of
+from adapterkit.adapters.formats.plain import resolved
 from adapterkit.adapters.methods.lora import EMBEDDING_A, EMBEDDING_B, MAGNITUDE, A, B
 from adapterkit.bases import open_model
-from adapterkit.checkpoint.folder import ADAPTER_CONFIG
-from adapterkit.checkpoint.open import locate
 from adapterkit.errors import AdapterError
 from adapterkit.gguf.describe import details
 
@@ -94,9 +95,12 @@ def inspect(ref: str | Path, *, base: str | Path | None = None, health: bool = F
     Raises:
         NotFound, CheckpointError, AdapterError, UnsafeError, AuthError, HubError
     """
-    if not Path(ref).is_file() and ADAPTER_CONFIG in locate(ref, headers_only=True).names:
+    if is_adapter(ref):
+        opened = None if base is None else open_model(base, headers_only=True)
         adapter = load_adapter(ref, headers_only=not health)
-        return inspect_adapter(adapter, None if base is None else open_model(base, headers_only=True), health)
+        if adapter.config.get(PARTS):
+            adapter = resolved(adapter, opened)
+        return inspect_adapter(adapter, opened, health)
     return inspect_checkpoint(open_model(ref, headers_only=True))
 
 
@@ -131,6 +135,8 @@ def inspect_adapter(adapter: Adapter, base: Checkpoint | None, health: bool) -> 
         mergeable = str(error)
     pairs = [(module, pair) for module in modules if (pair := _pair(module)) is not None]
     ranks = Counter(str(a.shape[0] // (_experts(adapter, module, a) or 1)) for module, (a, _) in pairs)
+    if config.get(FLAT) and not pairs:
+        ranks = Counter(map(str, config.mapping("rank_pattern").values()))
     return Inspection(
         ref=adapter.ref,
         kind="adapter",
@@ -141,7 +147,7 @@ def inspect_adapter(adapter: Adapter, base: Checkpoint | None, health: bool) -> 
         method=describe_method(adapter, modules),
         ranks=dict(ranks.most_common()),
         scalings=_scalings(adapter, pairs),
-        targets=dict(sorted(Counter(module.path.rpartition(".")[2] for module in modules).items())),
+        targets=dict(sorted(Counter(_target(module, adapter) for module in modules).items())),
         whole=whole,
         base=config.base or "",
         revision=config.revision or "",
@@ -155,14 +161,18 @@ def inspect_adapter(adapter: Adapter, base: Checkpoint | None, health: bool) -> 
 
 
 def describe_method(adapter: Adapter, modules: tuple[Module, ...]) -> str:
-    """The method and its variants in a few words: ``LORA (rslora, dora)``."""
+    """The method and its variants in a few words: ``LORA (rslora, dora)``, ``LYCORIS (oft, tucker)``."""
     config = adapter.config
+    if config.peft_type == "LYCORIS":
+        from adapterkit.adapters.methods.single import algorithms
+
+        return f"LYCORIS ({', '.join(sorted({word for module in modules for word in algorithms(module)}))})"
     init = config.get("init_lora_weights")
     said = {
         "rslora": config.get("use_rslora"),
         "dora": any(MAGNITUDE in module.tensors for module in modules),
-        "rank_pattern": config.get("rank_pattern"),
-        "alpha_pattern": config.get("alpha_pattern"),
+        "rank_pattern": config.get("rank_pattern") and not config.get(FLAT),  # a single file says it of every module
+        "alpha_pattern": config.get("alpha_pattern") and not config.get(FLAT),
         "lora_bias": config.get("lora_bias"),
         "experts": config.get("target_parameters"),
         "tokens": config.get("trainable_token_indices"),
@@ -170,6 +180,12 @@ def describe_method(adapter: Adapter, modules: tuple[Module, ...]) -> str:
     }
     words = [name for name, value in said.items() if value]
     return f"{config.peft_type} ({', '.join(words)})" if words else config.peft_type
+
+
+def _target(module: Module, adapter: Adapter) -> str:
+    """The name of a module without its place; of a flat one, what follows its last number."""
+    path = module.path
+    return re.sub(r"^.*_\d+_", "", path) if adapter.config.get(FLAT) else path.rpartition(".")[2]
 
 
 def _pair(module: Module) -> tuple[Any, Any] | None:

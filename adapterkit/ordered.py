@@ -6,6 +6,8 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
+from adapterkit.ops.threads import settle
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
@@ -27,7 +29,7 @@ def in_order(
     """
     sizes = [1] * len(items) if sizes is None else sizes
     total, done = sum(sizes), 0
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs, initializer=settle) as pool:
         waiting: deque[tuple[Future[R], int]] = deque()
         rest = iter(zip(items, sizes, strict=True))
         try:

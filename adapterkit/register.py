@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.adapters.adapter import is_adapter
 from adapterkit.bases import open_model
-from adapterkit.checkpoint.folder import ADAPTER_CONFIG
 from adapterkit.checkpoint.open import parse_hub
 from adapterkit.errors import CheckFailed, NotFound, UsageError
 from adapterkit.registry.beside import beside_path, read_beside
@@ -160,7 +160,7 @@ def _own_identity(folder: Path, beside: Record | None, full: bool) -> Identity |
         CheckFailed: these are other weights than the record is about.
     """
     said = beside.identity if beside is not None else None
-    if folder.is_dir() and ((folder / ADAPTER_CONFIG).is_file() or not any(folder.glob("*.safetensors"))):
+    if folder.is_dir() and (not any(folder.glob("*.safetensors")) or is_adapter(folder)):
         return None
     if not folder.is_dir() and said is None:
         return None

@@ -7,7 +7,7 @@ that it can be started or addressed so that it works.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.methods.lora import B_BIAS, EMBEDDING_A, MAGNITUDE
@@ -51,6 +51,7 @@ def _in_some_layers(adapter: Adapter) -> bool:
 
 
 FEATURES: dict[str, tuple[str, Callable[[Adapter], bool]]] = {
+    "adapter": ("an adapter beside its base", lambda adapter: True),
     "not_lora": ("it is not a LoRA", lambda adapter: adapter.config.peft_type != "LORA"),
     "dora": ("DoRA magnitudes", _has(MAGNITUDE, MAGNITUDE + ".weight")),
     "rslora": ("rsLoRA scaling", _says("use_rslora")),
@@ -98,6 +99,7 @@ _PLAIN = "make plain LoRA of it: adapterkit convert {adapter} --to peft --plain 
 _GGUF = (
     "write it with all scalings folded in: adapterkit convert {adapter} --to gguf-lora --base {base} -o adapter.gguf"
 )
+_FOLDED = "fold it in: adapterkit merge {base} {adapter} -o merged.gguf --for ollama"
 _MLX = "adapterkit convert {adapter} --to mlx --base {base} -o mlx"
 _VLLM = "vllm/lora/peft_helper.py"
 _VLLM_TESTS = "vllm tests/lora/test_peft_helper.py"
@@ -207,4 +209,15 @@ SERVERS: dict[str, tuple[Expectation, ...]] = {
         Expectation("experts", "refused", "it has its own layout of stacked experts", "mlx-lm tuner/utils.py"),
     ),
 }
-SERVERS["ollama"] = SERVERS["llama.cpp"]
+# Ollama took adapters as llama.cpp has them, until it took none: what is wrong with one is mended by folding it in.
+SERVERS["ollama"] = (
+    Expectation(
+        "adapter",
+        "refused",
+        "releases from 0.34.1 create no model from a Modelfile with ADAPTER; older ones load it as GGUF, and as "
+        "safetensors of Llama, Mistral and Gemma; a model that an older one created still runs",
+        "ollama/ollama#14969; generative-computing/mellea#1651; docs.ollama.com, Importing a Model",
+        _FOLDED,
+    ),
+    *(replace(row, says=f"up to 0.34.0, {row.says}", fix=_FOLDED) for row in SERVERS["llama.cpp"]),
+)

@@ -18,9 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from merge import run
-from nf4 import OURS
-from shapes import SHAPES, write_adapter, write_base
+from nf4 import ours, prepare
+from shapes import SHAPES
 
 from adapterkit.codecs import blockwise
 from adapterkit.codecs.encode import Float8
@@ -106,23 +105,18 @@ def markdown() -> str:
 
 def cost(options: argparse.Namespace) -> None:
     root = options.dir / options.shape
-    base, adapter, out = root / "base", root / "adapter", root / "out"
-    if not base.exists():
-        write_base(base, SHAPES[options.shape])
-        write_adapter(adapter, SHAPES[options.shape])
-    pairs = []
-    for index in range(options.runs + 1):
-        seconds = []
-        for told in ([], ["fidelity"]):
-            shutil.rmtree(out, ignore_errors=True)
-            seconds.append(run(OURS, str(base), str(adapter), str(out), str(options.jobs), *told)["work"])
-        if index:  # the first round warms the caches
-            pairs.append(seconds)
-    shutil.rmtree(out, ignore_errors=True)
-    plain, reported = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
-    ratios = [pair[1] / pair[0] for pair in pairs]
-    print(f"{options.shape}: plain {plain:.2f} s, with the report {reported:.2f} s; pair by pair "
-          f"{statistics.median(ratios) - 1:+.0%} ({min(ratios) - 1:+.0%} to {max(ratios) - 1:+.0%})")  # fmt: skip
+    prepare(root, options.shape)
+    for name in ("base", "nf4"):
+        pairs = []
+        for index in range(options.runs + 1):
+            pair = [ours(root, name, options.jobs, *told)["work"] for told in ([], ["fidelity"])]
+            if index:  # the first round warms the caches
+                pairs.append(pair)
+        plain, reported = (statistics.median(pair[i] for pair in pairs) for i in (0, 1))
+        ratios = [pair[1] / pair[0] for pair in pairs]
+        print(f"{options.shape}, {name}: plain {plain:.2f} s, with the report {reported:.2f} s; pair by pair "
+              f"{statistics.median(ratios) - 1:+.0%} ({min(ratios) - 1:+.0%} to {max(ratios) - 1:+.0%})")  # fmt: skip
+    shutil.rmtree(root / "out", ignore_errors=True)
 
 
 def main() -> None:

@@ -407,26 +407,26 @@ def gguf_experts(root: Path) -> Broken:
     import gguf_zoo
     import numpy as np
 
-    kind = ("MixtralForCausalLM", {**gguf_zoo._BASE, "num_local_experts": 12, "num_experts_per_tok": 2}, "llama")
-    gguf_zoo.KINDS["mixtral"] = kind
-    gguf_zoo.build(root / "hf", "mixtral")
-    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    adapter = lora(root / "adapter", root / "hf", target_modules=[], target_parameters=names)
-    merged = peft_merge(root / "hf", [adapter], root / "merged")
-    converted, metadata = gguf_zoo.converted, gguf_zoo.metadata
+    before, converted, metadata = gguf_zoo.KINDS["mixtral"], gguf_zoo.converted, gguf_zoo.metadata
     order = sorted(range(12), key=str)
-    gguf_zoo.metadata = lambda kind, config: {**metadata(kind, config), ".expert_count": 12}  # type: ignore[assignment]
 
     def wrong(stored: Any, kind: str, config: Any) -> Any:
         found = converted(stored, kind, config)
         return {n: np.ascontiguousarray(t[order]) if ".experts." in n else t for n, t in found.items()}
 
     try:
+        config = {**gguf_zoo._BASE, "num_local_experts": 12, "num_experts_per_tok": 2}
+        gguf_zoo.KINDS["mixtral"] = ("MixtralForCausalLM", config, "llama")
+        gguf_zoo.metadata = lambda kind, config: {**metadata(kind, config), ".expert_count": 12}  # type: ignore[assignment]
+        gguf_zoo.build(root / "hf", "mixtral")
+        names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        adapter = lora(root / "adapter", root / "hf", target_modules=[], target_parameters=names)
+        merged = peft_merge(root / "hf", [adapter], root / "merged")
         base = gguf_zoo.to_gguf(root / "hf", "mixtral", root / "base.gguf")
         gguf_zoo.converted = wrong
         found = gguf_zoo.to_gguf(merged, "mixtral", root / "merged.gguf")
     finally:
-        gguf_zoo.converted, gguf_zoo.metadata = converted, metadata
+        gguf_zoo.KINDS["mixtral"], gguf_zoo.converted, gguf_zoo.metadata = before, converted, metadata
     return Broken(found, base, (adapter,), "wrong expert order")
 
 

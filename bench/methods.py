@@ -24,7 +24,11 @@ from method_cases import Case, Outcome, cases, run  # noqa: E402
 from adapterkit.adapters.methods import METHODS, UNMERGEABLE  # noqa: E402
 
 # Methods that PEFT's sweep cannot hold, and the test that does.
-ELSEWHERE = {"LORA": "tests/adapters", "BONE": "tests/methods/test_beyond_peft.py"}
+ELSEWHERE = {
+    "LORA": "tests/adapters",
+    "BONE": "tests/methods/test_beyond_peft.py",
+    "LYCORIS": "tests/methods/test_single.py",
+}
 SWEEP = "tests/methods/test_sweep.py"
 
 HEAD = """# Methods
@@ -43,9 +47,21 @@ LORA_FILES = """
 | PEFT folder | all of the above | `convert --to peft` | as it is |
 | plain PEFT | | `convert --to peft --plain` | LoRA of one rank and one alpha; others by SVD of W' - W |
 | MLX folder (mlx-lm) | LoRA, DoRA, stacked experts, full | `convert --to mlx` | LoRA; others as with `--plain` |
-| single file (kohya, LyCORIS) | LoRA, DoRA, LoHa, LoKr | | names resolved against the base |
+| single file (kohya, LyCORIS) | LoRA, DoRA, LoHa, LoKr and LYCORIS, mixed or not | | as the base names them |
+| single file, or a folder of it, of diffusers | LoRA, DoRA | | the part that the base is, like `unet` |
 
-Not read from single files: DoRA with norms of inputs, `diff`, `lora_mid` (Tucker), OFT, BOFT, IA3 and GLoRA of LyCORIS.
+A single file whose modules are all LoRA, DoRA, LoHa or LoKr as PEFT has them is an adapter of that type and converts to PEFT
+as it is. Anything else that LyCORIS 4.1.3 or sd-scripts write is of type LYCORIS: Tucker cores (`lora_mid`, also under DoRA),
+`dora_scale` over inputs or on LoHa and LoKr, `diff` and `diff_b`, `w_norm` and `b_norm`, `oft_blocks` of OFT and BOFT with
+`rescale` and the constraint in `alpha`, (IA)^3 over inputs or outputs, GLoRA in both orders of its factors, and files that mix
+these; `convert --to peft --plain` makes LoRA of it. sd-scripts' OFT is LyCORIS's, under `oft_unet_`. Not read: T-LoRA (its rank
+depends on the timestep), the sparse remainder of old extractions (`bias_indices`), a `scalar` beside factors (LyCORIS folds
+it into them).
+
+A file with several parts of a pipeline gives each base its own; `FILE#te`, `FILE#te1`, `FILE#unet` names one where several fit,
+and `FILE#te+unet` several that one base holds. That is a checkpoint of a whole pipeline in one file: the UNet of Stable
+Diffusion 1 and 2 is found there under its older names, CLIP under its lead (SDXL's second text encoder is not: it has
+OpenCLIP's fused weights there; give its own folder).
 
 ## Training recipes that write LoRA files
 LoRA+ (learning rates), LoRA-FA (frozen A), EVA, MiCA, CorDA, LoRA-GA and LoftQ (initialisations), rsLoRA (scaling), VeLoRA,

@@ -42,11 +42,12 @@ OURS = (
 import json, sys, time
 start = time.monotonic()
 from adapterkit import merge
-base, adapter, out, tiny_base, tiny_adapter, tiny_out, jobs, count = sys.argv[1:]
-merge(tiny_base, [tiny_adapter], tiny_out, jobs=int(jobs))
+base, adapter, out, tiny_base, tiny_adapter, tiny_out, jobs, count, *told = sys.argv[1:]
+fidelity = told == ["fidelity"]
+merge(tiny_base, [tiny_adapter], tiny_out, jobs=int(jobs), fidelity=fidelity)
 touch(os.path.dirname(out), int(count))
 imported = time.monotonic()
-merge(base, [adapter], out, jobs=int(jobs))
+merge(base, [adapter], out, jobs=int(jobs), fidelity=fidelity)
 print(json.dumps({"imports": imported - start, "work": time.monotonic() - imported, "memory": high_water()}))
 """
 )
@@ -106,6 +107,28 @@ print(json.dumps({"imports": imported - start, "work": time.monotonic() - import
 )
 
 
+def prepare(root: Path, shape: str) -> None:
+    """The base and the adapter of a shape, NF4 of the base, and the same of a tiny one in ``tiny``."""
+    for folder, name in ((root, shape), (root / "tiny", "tiny")):
+        if not (folder / "base").exists():
+            write_base(folder / "base", SHAPES[name])
+            write_adapter(folder / "adapter", SHAPES[name])
+        if not (folder / "nf4").exists():
+            adapterkit.save(quantized(adapterkit.open(folder / "base"), "nf4", double_quant=True), folder / "nf4")
+
+
+def ours(root: Path, base: str, jobs: int, *told: str) -> dict[str, float]:
+    """One merge of ``base`` (or ``nf4``) by adapterkit in a process of its own."""
+    for folder in (root / "out", root / "tiny" / "out"):
+        shutil.rmtree(folder, ignore_errors=True)
+    folders = [str(folder / name) for folder in (root, root / "tiny") for name in (base, "adapter", "out")]
+    return run(OURS, *folders, str(jobs), written_bytes(root), *told)
+
+
+def written_bytes(root: Path) -> str:
+    return str(sum(path.stat().st_size for path in (root / "base").glob("*.safetensors")))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
@@ -115,28 +138,15 @@ def main() -> None:
     parser.add_argument("--usual", action="store_true", help="also transformers + PEFT, once")
     options = parser.parse_args()
     root = options.dir / options.shape
-    base, adapter, out = root / "base", root / "adapter", root / "out"
-    if not base.exists():
-        write_base(base, SHAPES[options.shape])
-        write_adapter(adapter, SHAPES[options.shape])
-    nf4, tiny, written = root / "nf4", root / "tiny", root / "decoded"
-    if not nf4.exists():
-        adapterkit.save(quantized(adapterkit.open(base), "nf4", double_quant=True), nf4)
-    if not tiny.exists():
-        write_base(tiny / "base", SHAPES["tiny"])
-        write_adapter(tiny / "adapter", SHAPES["tiny"])
-        adapterkit.save(quantized(adapterkit.open(tiny / "base"), "nf4", double_quant=True), tiny / "nf4")
+    adapter, out, nf4, written = root / "adapter", root / "out", root / "nf4", root / "decoded"
+    prepare(root, options.shape)
     jobs = str(options.jobs)
-    count = str(sum(path.stat().st_size for path in base.glob("*.safetensors")))
+    kernel = (str(nf4), str(root / "tiny" / "nf4"), jobs, written_bytes(root))
     found: dict[str, list[dict[str, float]]] = {"bitsandbytes": [], "and written": [], "adapterkit": []}
     for index in range(options.runs + 1):
-        for folder in (out, tiny / "out"):
-            shutil.rmtree(folder, ignore_errors=True)
-        folders = [str(path) for path in (nf4, adapter, out, tiny / "nf4", tiny / "adapter", tiny / "out")]
-        done = {"bitsandbytes": run(KERNEL, str(nf4), str(tiny / "nf4"), jobs, count, "")}
-        done["and written"] = run(KERNEL, str(nf4), str(tiny / "nf4"), jobs, count, str(written))
+        done = {"bitsandbytes": run(KERNEL, *kernel, ""), "and written": run(KERNEL, *kernel, str(written))}
         written.unlink()
-        done["adapterkit"] = run(OURS, *folders, jobs, count)
+        done["adapterkit"] = ours(root, "nf4", options.jobs)
         for name, one in done.items():
             if index:  # the first round warms the caches
                 found[name].append(one)

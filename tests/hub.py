@@ -12,13 +12,17 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
+if TYPE_CHECKING:
+    import pytest
+
+H = TypeVar("H", bound="Hub")
 TOKEN = "hf_aTokenThatMustNeverBeSeen0123456789"
 LARGE = (".safetensors", ".bin", ".gguf")
 
@@ -71,8 +75,13 @@ class Hub:
         self.faults: list[Fault] = []
         self.ranges = True
 
-    def __enter__(self) -> Hub:
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+    @property
+    def handler(self) -> type[BaseHTTPRequestHandler]:
+        """What answers requests."""
+        return _Handler
+
+    def __enter__(self: H) -> H:
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (self.handler,), {"hub": self}))
         self._server.daemon_threads = True
         port = self._server.server_port
         self.url, self.storage = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
@@ -211,3 +220,42 @@ def _entry(name: str, data: bytes) -> dict[str, Any]:
     if name.endswith(LARGE):
         entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
     return entry
+
+
+@contextlib.contextmanager
+def client_of(served: H, cache: Path, patch: pytest.MonkeyPatch, token: str | None = None) -> Iterator[H]:
+    """The real client with an empty cache and this token; it asks nobody else."""
+    import huggingface_hub as hf
+    from huggingface_hub import constants, file_download, hf_api
+    from huggingface_hub.utils import _http
+
+    for module in (constants, file_download, hf_api, _http):
+        for name, value in {
+            "ENDPOINT": served.url,
+            "HF_ENDPOINT": served.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": served.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_CACHE": str(cache),
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
+            "HF_TOKEN_PATH": str(cache.with_name("no-token")),
+            "HF_HUB_DISABLE_PROGRESS_BARS": True,
+            "HF_URL_HOSTS": frozenset({"127.0.0.1"}),
+        }.items():
+            if hasattr(module, name):
+                patch.setattr(module, name, value)
+    patch.setattr(hf_api.api, "endpoint", served.url)
+    if token is None:
+        patch.delenv("HF_TOKEN", raising=False)
+    else:
+        patch.setenv("HF_TOKEN", token)
+    hf.close_session()
+    yield served
+    hf.close_session()
+
+
+def without_waits(patch: pytest.MonkeyPatch) -> None:
+    """The client's waits between attempts take no time."""
+    from huggingface_hub.utils import _http
+
+    patch.setattr(_http.time, "sleep", lambda seconds: None)

@@ -7,19 +7,16 @@ import hashlib
 import json
 import logging
 import re
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 import yaml
-from hub import LARGE, Hub, Repo, _Handler, _Problem
+from hub import LARGE, TOKEN, Hub, Repo, _Handler, _Problem, client_of, without_waits
 
-TOKEN = "hf_aTokenThatMustNeverBeSeen0123456789"
 NOW = "2026-01-01T00:00:00.000Z"
 
 
@@ -50,14 +47,9 @@ class WritableHub(Hub):
         self.commits_made = 0
         self.public_names: set[str] = set()
 
-    def __enter__(self) -> WritableHub:
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Writes,), {"hub": self}))
-        self._server.daemon_threads = True
-        port = self._server.server_port
-        self.url, self.storage = f"http://127.0.0.1:{port}", f"http://localhost:{port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-        self._thread.start()
-        return self
+    @property
+    def handler(self) -> type[_Handler]:
+        return _Writes
 
     def break_write(self, words: str, status: int | None = 503, times: int = 1, *, after: bool = False) -> None:
         """Fail the next calls whose ``METHOD path`` holds ``words``."""
@@ -264,36 +256,14 @@ def writable_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> Iterator[WritableHub]:
     """A Hub of our own and a client with a token, which must be seen nowhere but in its own requests."""
-    import huggingface_hub as hf
-    from huggingface_hub import constants, file_download, hf_api
-    from huggingface_hub.utils import _http
+    from huggingface_hub import hf_api
 
     caplog.set_level(logging.DEBUG)
-    with WritableHub() as served:
-        for module in (constants, file_download, hf_api, _http):
-            for name, value in {
-                "ENDPOINT": served.url,
-                "HF_ENDPOINT": served.url,
-                "HUGGINGFACE_CO_URL_TEMPLATE": served.url + "/{repo_id}/resolve/{revision}/{filename}",
-                "HF_HUB_OFFLINE": False,
-                "HF_HUB_CACHE": str(tmp_path / "cache"),
-                "HF_HUB_DISABLE_XET": True,
-                "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
-                "HF_TOKEN_PATH": str(tmp_path / "no-token"),
-                "HF_HUB_DISABLE_PROGRESS_BARS": True,
-                "HF_URL_HOSTS": frozenset({"127.0.0.1"}),
-            }.items():
-                if hasattr(module, name):
-                    monkeypatch.setattr(module, name, value)
-        monkeypatch.setattr(hf_api.api, "endpoint", served.url)
-        monkeypatch.setattr(
-            hf_api.HfApi.__init__, "__defaults__", (served.url, *hf_api.HfApi.__init__.__defaults__[1:])
-        )
-        monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # the client's waits between attempts
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setenv("ADAPTERKIT_HOME", str(tmp_path / "home"))
-        hf.close_session()
+    without_waits(monkeypatch)
+    monkeypatch.setenv("ADAPTERKIT_HOME", str(tmp_path / "home"))
+    with WritableHub() as served, client_of(served, tmp_path / "cache", monkeypatch, TOKEN):
+        defaults = (served.url, *hf_api.HfApi.__init__.__defaults__[1:])
+        monkeypatch.setattr(hf_api.HfApi.__init__, "__defaults__", defaults)
         yield served
-        hf.close_session()
         assert TOKEN not in caplog.text
         assert not any(call.token for call in served.calls if call.host.startswith("localhost"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from hub import TOKEN, Hub
+from hub import TOKEN, Hub, client_of, without_waits
 from models import plain_adapter, plain_base, read_bytes, read_tensors
 
 import adapterkit
@@ -25,32 +25,9 @@ if TYPE_CHECKING:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub of our own, an empty cache, and a client that asks nobody else and has no token."""
-    import huggingface_hub as hf
-    from huggingface_hub import constants, file_download, hf_api
-    from huggingface_hub.utils import _http
-
-    with Hub() as served:
-        for module in (constants, file_download, hf_api, _http):
-            for name, value in {
-                "ENDPOINT": served.url,
-                "HF_ENDPOINT": served.url,
-                "HUGGINGFACE_CO_URL_TEMPLATE": served.url + "/{repo_id}/resolve/{revision}/{filename}",
-                "HF_HUB_OFFLINE": False,
-                "HF_HUB_CACHE": str(tmp_path / "cache"),
-                "HF_HUB_DISABLE_XET": True,
-                "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
-                "HF_TOKEN_PATH": str(tmp_path / "no-token"),
-                "HF_HUB_DISABLE_PROGRESS_BARS": True,
-                "HF_URL_HOSTS": frozenset({"127.0.0.1"}),
-            }.items():
-                if hasattr(module, name):
-                    monkeypatch.setattr(module, name, value)
-        monkeypatch.setattr(hf_api.api, "endpoint", served.url)
-        monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # the client's waits between attempts
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        hf.close_session()
+    without_waits(monkeypatch)
+    with Hub() as served, client_of(served, tmp_path / "cache", monkeypatch):
         yield served
-        hf.close_session()
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from models import make_adapter, peft_merged, read_tensors
 from adapterkit.check import check
 from adapterkit.cli import main
 from adapterkit.servers import FEATURES, SERVERS
+from adapterkit.verify import verify
 
 
 def test_every_row_names_a_known_feature_its_source_and_a_way_out() -> None:
@@ -76,6 +79,41 @@ def test_the_printed_command_mends_it(
     for name, tensor in one.items():
         scale = float((tensor - weights[name]).abs().max())
         assert float((two[name] - tensor).abs().max()) <= 2e-5 * scale
+
+
+@pytest.mark.parametrize("kind", ["plain", "rslora", "loha"])
+def test_ollama_takes_no_adapter_and_the_printed_command_folds_it_in(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0.34.1 refuses ADAPTER (ollama#14969), so whatever the adapter is, the way is a GGUF file with a Modelfile."""
+    import peft
+
+    script = Path(__file__).parents[1] / "examples/recipe/make_inputs.py"
+    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=120)
+    base = tmp_path / "base"
+    plain = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    adapter = make_adapter(tmp_path / "it's mine", base, {**configs(), "plain": plain}[kind])
+    report = check(base, [adapter], server="ollama")
+    assert not report.ok
+    errors = [finding for finding in report.findings if finding.level == "error"]
+    assert errors[0].code == "ollama-adapter"
+    assert "from 0.34.1" in errors[0].message
+    assert "ollama/ollama#14969" in errors[0].message
+    assert {one.code for one in errors[1:]} == {
+        "plain": set(),
+        "rslora": {"ollama-rslora"},
+        "loha": {"ollama-not_lora"},
+    }[kind]
+    assert all("up to 0.34.0" in one.message for one in errors[1:])
+    (hint,) = {one.hint for one in errors}
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(shlex.split(hint.partition("adapterkit ")[2]))
+    assert not stopped.value.code
+    modelfile = (tmp_path / "merged.gguf.Modelfile").read_text()
+    assert modelfile.startswith("FROM ./merged.gguf\n")
+    assert "ADAPTER" not in modelfile
+    assert verify(tmp_path / "merged.gguf", base=base, adapters=[adapter]).ok
 
 
 def test_a_module_that_lacks_factors_in_some_layer_is_told_where_that_matters(

@@ -181,12 +181,18 @@ def matrix(tensor: Tensor) -> torch.Tensor:
     Raises:
         AdapterError: it holds NaN or infinite values, which would spread over every weight it touches.
     """
-    import torch
+    return finite(raw(tensor).float(), tensor)
 
-    found = raw(tensor).float()
-    if not torch.isfinite(found).all():
+
+def finite(values: torch.Tensor, tensor: Tensor) -> torch.Tensor:
+    """Values of a tensor of the adapter, once none is NaN or infinite.
+
+    Raises:
+        AdapterError: one is.
+    """
+    if not values.isfinite().all():
         raise _broken(tensor, "NaN or infinite values")
-    return found
+    return values
 
 
 def _broken(tensor: Tensor, what: str) -> AdapterError:

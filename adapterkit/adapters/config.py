@@ -22,6 +22,7 @@ _DOTTED = re.compile(r"[A-Za-z0-9_.-]+")
 _FUZZY = re.compile(r"\{(?!\d*,?\d*\})")
 _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 
+PARTS = "pipeline_parts"  # a field of our own: the configs of several parts of a pipeline, by their names
 FLAT = "flat_module_names"  # a field of our own: paths as single files of kohya's scripts have them
 # Fields every PEFT method has, and what PEFT's own loader does with them; none changes a merged weight by itself.
 COMMON_FIELDS = frozenset(
@@ -31,6 +32,7 @@ COMMON_FIELDS = frozenset(
         "bias",
         "exclude_modules",
         FLAT,
+        PARTS,
         "inference_mode",
         "init_weights",
         "layers_pattern",

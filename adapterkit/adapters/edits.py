@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import replace
-from adapterkit.adapters.config import COMMON_FIELDS, FLAT
+from adapterkit.adapters.config import COMMON_FIELDS, FLAT, PARTS
 from adapterkit.adapters.method import Context, Edit, Method, Module
 from adapterkit.adapters.methods import METHODS, UNMERGEABLE
 from adapterkit.adapters.target import Piece, Target
@@ -132,6 +132,10 @@ def adapter_edits(
         TargetError: a tensor has no target, or the shapes do not fit.
         AdapterError, UnsupportedAdapter: see `check_config`.
     """
+    if adapter.config.get(PARTS):
+        from adapterkit.adapters.formats.parts import selected
+
+        adapter = selected(adapter, names, config)
     if adapter.config.get(FLAT):
         from adapterkit.adapters.formats.kohya import unflattened
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapterkit.adapters.change import Weights
+from adapterkit.adapters.config import FLAT, PARTS
 from adapterkit.adapters.edits import WRAPPED, adapter_edits, check_config, group_modules, is_shared
 from adapterkit.adapters.linear import linear_modules
 from adapterkit.adapters.merged import StoredWeights
@@ -190,12 +191,22 @@ def take_apart(
         AdapterError, TargetError, UnsupportedAdapter: see `adapter_edits`.
         UsageError: the base is needed.
     """
+    if base is not None and names is None:
+        names = Names(base.shapes, base.config)
+    if adapter.config.get(PARTS):
+        from adapterkit.adapters.formats.parts import selected
+
+        adapter = selected(adapter, names, {} if base is None else base.config)
+    if adapter.config.get(FLAT):
+        from adapterkit.adapters.formats.kohya import unflattened
+
+        if names is None:
+            raise UsageError(f"{adapter.ref} names modules without dots, which only a base can tell", "add --base BASE")
+        adapter = unflattened(adapter, names)
     method = check_config(adapter, residual_base=residual_base, allow_unknown=allow_unknown)
     config: Mapping[str, Any] = {} if base is None else base.config
     if base is None:
         names = Names(_shapes(adapter), {})
-    elif names is None:
-        names = Names(base.shapes, base.config)
     assert names is not None
     if base is not None:
         # Everything that a merge would refuse is refused here too.

@@ -120,6 +120,7 @@ class Method:
         edits: makes the edits of one module.
         refuse: a reason why an adapter of this method cannot be merged, and the way out, or None.
         low_rank: whether its change is an addition of low rank.
+        only_in_files: it is read from single files, and PEFT has no form for it.
         notes: for the docs: what a user should know, above all where PEFT does something else.
     """
 
@@ -134,6 +135,7 @@ class Method:
     fields: frozenset[str] = field(default_factory=frozenset)
     refuse: Callable[[AdapterConfig, bool], tuple[str, str] | None] = lambda config, residual_base: None
     low_rank: bool = False
+    only_in_files: bool = False
     notes: str = ""
 
 

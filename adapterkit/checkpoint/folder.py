@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PIPELINE = "diffusion_pytorch_"  # before both, in the parts of a diffusers pipeline
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PIPELINE_WEIGHTS = "pytorch_lora_weights.safetensors"  # an adapter as diffusers saves it, without a config beside
 RECORD = "adapterkit.json"  # beside every output
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -37,10 +39,11 @@ def read_folder(listing: Listing) -> Checkpoint:
     """
     notes: list[str] = []
     weight_map: dict[str, str] | None = None
-    if SINGLE in listing.names:
-        files = [SINGLE]
-    elif INDEX in listing.names:
-        weight_map = read_index(listing, INDEX)
+    single, index = weight_names(listing.names)
+    if single in listing.names:
+        files = [single]
+    elif index in listing.names:
+        weight_map = read_index(listing, index)
         files = list(dict.fromkeys(weight_map.values()))
     else:
         files = [_only_weights(listing)]
@@ -64,6 +67,12 @@ def read_folder(listing: Listing) -> Checkpoint:
     return Checkpoint(
         listing.ref, tensors, shards, config, side_files, metadata, listing.commit, tuple(sources), tuple(notes)
     )
+
+
+def weight_names(names: frozenset[str]) -> tuple[str, str]:
+    """What a folder with these files calls its weights, where they are one file, and the index, where they are several."""
+    pipeline = not {SINGLE, INDEX} & names and {PIPELINE + SINGLE, PIPELINE + INDEX} & names
+    return (PIPELINE + SINGLE, PIPELINE + INDEX) if pipeline else (SINGLE, INDEX)
 
 
 def read_file(source: Source, config: dict[str, Any]) -> Checkpoint:
@@ -104,6 +113,12 @@ def _only_weights(listing: Listing) -> str:
         raise UnsafeError(
             f"{listing.ref} holds its weights only as a pickle ({pickled[0]}), which can run code when loaded",
             "save it again with safe_serialization=True",
+        )
+    if "model_index.json" in listing.names:
+        parts = sorted({name.partition("/")[0] for name in listing.names if name.endswith(".safetensors")})
+        raise NotFound(
+            f"{listing.ref} is a pipeline, whose parts are merged one at a time",
+            f"name one of its folders as the base ({', '.join(parts)})",
         )
     raise NotFound(f"{listing.ref} holds no safetensors weights", "give a Hugging Face model folder")
 

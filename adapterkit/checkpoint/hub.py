@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.files import LocalFile, Source
-from adapterkit.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, INDEX, PICKLES, SINGLE, read_index, side_names
+from adapterkit.checkpoint.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    PICKLES,
+    read_index,
+    side_names,
+    weight_names,
+)
 from adapterkit.checkpoint.listing import Listing, LocalFolder
 from adapterkit.errors import AdapterkitError, AuthError, CheckpointError, HubError, NotFound
 
@@ -134,10 +141,11 @@ def _wanted(listing: Listing) -> list[str]:
     """
     names = listing.names
     loose = {name for name in names if name.endswith(".safetensors") and "/" not in name}
-    if SINGLE in names:
-        weights = {SINGLE}
-    elif INDEX in names:
-        weights = {INDEX, *read_index(listing, INDEX).values()} & names
+    single, index = weight_names(names)
+    if single in names:
+        weights = {single}
+    elif index in names:
+        weights = {index, *read_index(listing, index).values()} & names
     else:
         weights = loose
     if ADAPTER_CONFIG in names:  # the folders beside an adapter are checkpoints of its training

@@ -13,7 +13,7 @@ import re
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.checkpoint.folder import SINGLE
+from adapterkit.checkpoint.folder import INDEX, PIPELINE, SINGLE
 from adapterkit.checkpoint.header import build_header
 from adapterkit.checkpoint.listing import check_plain
 from adapterkit.checkpoint.tensor import Stored
@@ -154,6 +154,11 @@ class Plan:
     def weight_map(self) -> dict[str, str]:
         return {step.tensor: file.name for file in self.files for step in file.steps}
 
+    @property
+    def index_name(self) -> str:
+        """What the index of the files is called."""
+        return PIPELINE + INDEX if all(file.name.startswith(PIPELINE) for file in self.files) else INDEX
+
     def targets(self, out: Path) -> dict[str, Path]:
         """Where the files of a plan for ``out`` end up; several of ``layout`` file are numbered before the suffix."""
         names = [file.name for file in self.files]
@@ -235,8 +240,13 @@ def _own_shards(view: Checkpoint) -> list[tuple[str, list[Tensor]]]:
     for name, tensor in view.items():
         groups.setdefault(view.shards[name], []).append(tensor)
     if len(groups) == 1:
-        return [(SINGLE, next(iter(groups.values())))]
+        return [(_lead(view) + SINGLE, next(iter(groups.values())))]
     return list(groups.items())
+
+
+def _lead(view: Checkpoint) -> str:
+    """What stands before ``model`` in the names of weight files: the models of diffusers name their class themselves."""
+    return PIPELINE if "_class_name" in view.config else ""
 
 
 def _packed_shards(view: Checkpoint, limit: int) -> list[tuple[str, list[Tensor]]]:
@@ -257,9 +267,9 @@ def _packed_shards(view: Checkpoint, limit: int) -> list[tuple[str, list[Tensor]
     if filling:
         groups.append(filling)
     if len(groups) == 1:
-        return [(SINGLE, groups[0])]
+        return [(_lead(view) + SINGLE, groups[0])]
     count = len(groups)
-    return [(f"model-{i:05d}-of-{count:05d}.safetensors", group) for i, group in enumerate(groups, 1)]
+    return [(f"{_lead(view)}model-{i:05d}-of-{count:05d}.safetensors", group) for i, group in enumerate(groups, 1)]
 
 
 def _plan_file(name: str, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> PlannedFile:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from adapterkit.checkpoint.files import LocalFile
 from adapterkit.checkpoint.journal import Journal, block_digest, tensor_digest
 from adapterkit.errors import AdapterkitError, CheckpointError, OutputError
+from adapterkit.ops.threads import settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -234,7 +235,7 @@ class _Pool:
         import torch
 
         # Threads of our own beat torch's: those wait for each other after every operation.
-        torch.set_num_threads(1)
+        settle()
         queue: _Queue | None = None
         try:
             with torch.inference_mode():

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapterkit.checkpoint.folder import INDEX
 from adapterkit.checkpoint.journal import JOURNAL, Journal
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import (
@@ -148,7 +147,7 @@ def finish(
     """Make the hidden folder the target, with the index and the side files; or its files the targets themselves."""
     extra = dict(side_files)
     if len(plan.files) > 1:
-        extra[INDEX] = index_json(plan)
+        extra[plan.index_name] = index_json(plan)
     try:
         if plan.layout == "file":
             made = record(folder) if record is not None else {}

@@ -13,7 +13,7 @@ from adapterkit.cli.output import say, show_json
 @click.command(name="check", short_help="Say whether adapters fit a base, and what a server makes of them.")
 @click.argument("base")
 @click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
-@click.option("--for", "server", metavar="SERVER", help="vllm, sglang, llama.cpp, ollama, lorax or mlx.")
+@click.option("--for", "server", metavar="SERVER", help="vllm, sglang, tgi, lorax, llama.cpp, ollama or mlx.")
 @click.option("--full", is_flag=True, help="Read every byte of BASE, where a record holds its strongest identity.")
 @output_format("github", "sarif")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")

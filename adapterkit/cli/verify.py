@@ -33,6 +33,13 @@ if TYPE_CHECKING:
 @click.option("--max-kl", type=float, metavar="X", help="Exit with 3 when the mean KL divergence is larger (nats).")
 @click.option("--min-top1", type=float, metavar="Y", help="Exit with 3 when fewer tokens agree, as 0.99.")
 @click.option("--min-retention", type=float, metavar="Z", help="Exit with 3 when less of the change survives [0.5].")
+@click.option(
+    "--on-purpose",
+    "on_purpose",
+    multiple=True,
+    metavar="KEY",
+    help="Metadata of a GGUF file that was set otherwise than the base's on purpose, as tokenizer.chat_template.",
+)
 @click.option("--method", type=NAMES, help="How the deltas of several adapters became one; see --methods.")
 @methods_flag
 @click.option("--lambda", "scale", type=float, help="Factor of the combined deltas.")
@@ -68,6 +75,7 @@ def command(
     max_kl: float | None,
     min_top1: float | None,
     min_retention: float | None,
+    on_purpose: tuple[str, ...],
     method: str | None,
     scale: float | None,
     space: str | None,
@@ -126,6 +134,7 @@ def command(
         max_kl=max_kl,
         min_top1=min_top1,
         min_retention=min_retention,
+        on_purpose=on_purpose,
         jobs=jobs,
         progress=progress,
         **how,

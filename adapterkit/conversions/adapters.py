@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.bases import open_model
-from adapterkit.conversions.conversion import Conversion, ConvertOptions, Progress, Recorder, Ref, count_types
+from adapterkit.conversions.conversion import Conversion, ConvertOptions, Recorder, Ref, Run, count_types
 from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -103,16 +103,7 @@ class Computed(Conversion):
     options: ConvertOptions = field(kw_only=True)
     layout: Layout = field(kw_only=True)
 
-    def write(
-        self,
-        out: Path,
-        *,
-        record: Recorder | None = None,
-        jobs: int | None = None,
-        force: bool = False,
-        resume: bool = False,
-        progress: Progress | None = None,
-    ) -> dict[str, Any]:
+    def write(self, out: Path, run: Run) -> dict[str, Any]:
         from adapterkit.adapters.adapter import WEIGHTS, load_adapter
         from adapterkit.adapters.rule import Rule
         from adapterkit.combine import make_adapter
@@ -124,8 +115,8 @@ class Computed(Conversion):
 
         def made(target: Path, record: Recorder | None) -> dict[str, Any]:
             written = record or (lambda folder: {})
-            how: dict[str, Any] = {"record": written, "jobs": jobs, "force": force, "progress": progress, **bounds}
-            found = make_adapter(family, Rule(), [1.0], target, **how)
+            how: dict[str, Any] = {"jobs": run.jobs, "force": run.force, "progress": run.progress, **bounds}
+            found = make_adapter(family, Rule(), [1.0], target, record=written, **how)
             kept = {"modules": found.modules, "notes": (*self.notes, *found.notes)}
             plain = load_adapter(target)
             return kept | {
@@ -136,17 +127,17 @@ class Computed(Conversion):
             }
 
         if self.to == "peft":
-            return made(out, record)
+            return made(out, run.record)
         from adapterkit.adapters.formats.plain import scaled_factors
         from adapterkit.checkpoint.publish import check_target
 
-        check_target(out, [], 0, force=force)
+        check_target(out, [], 0, force=run.force)
         with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.") as folder:
             kept = made(Path(folder) / "plain", None)
             plain = load_adapter(Path(folder) / "plain")
             factors = scaled_factors(plain)
             assert factors is not None
             files = planned_files(plain, self.layout(plain, *factors), self.to)
-            files.write(out, record=record, jobs=jobs, force=force)
+            files.write(out, Run(run.record, run.jobs, run.force))
             shown = files.report(out)
             return kept | {"files": shown.files, "nbytes": shown.nbytes, "types": shown.types}

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.decoded import dequantized
-from adapterkit.checkpoint.folder import INDEX
 from adapterkit.checkpoint.plan import plan_file
 from adapterkit.conversions import oneshot
-from adapterkit.conversions.conversion import ConvertOptions, Progress, Recorder, Ref, count_types
+from adapterkit.conversions.conversion import ConvertOptions, Ref, Run, count_types
 from adapterkit.conversions.folder import CONFIG, FolderConversion, open_folder
 from adapterkit.errors import AdapterkitError, CheckpointError, NotFound, UsageError
 
@@ -41,24 +40,15 @@ class Compressed(FolderConversion):
 
     options: ConvertOptions = field(kw_only=True)
 
-    def write(
-        self,
-        out: Path,
-        *,
-        record: Recorder | None = None,
-        jobs: int | None = None,
-        force: bool = False,
-        resume: bool = False,
-        progress: Progress | None = None,
-    ) -> dict[str, Any]:
+    def write(self, out: Path, run: Run) -> dict[str, Any]:
         from adapterkit.bases import open_model
         from adapterkit.checkpoint.publish import check_target, publish, staging, write_file
 
-        if resume:
+        if run.resume:
             raise UsageError("llm-compressor cannot continue an interrupted run", "leave out --resume")
         room = sum(tensor.nbytes for tensor in self.opened.values())
         inputs = [source.path.parent for source in self.sources if source.path is not None]
-        check_target(out, inputs, room, force=force)
+        check_target(out, inputs, room, force=run.force)
         with staging(out, resume=False) as folder, tempfile.TemporaryDirectory() as lent:
             self._lend(Path(lent))
             self._run(Path(lent), folder)
@@ -67,7 +57,7 @@ class Compressed(FolderConversion):
             for file in self.opened.side_files:
                 if file.name != CONFIG:
                     write_file(folder / file.name, file.bytes())
-            record = record or self.record()
+            record = run.record or self.record()
             for name, data in (record(folder) if record is not None else {}).items():
                 write_file(folder / name, data)
             measured = {
@@ -77,7 +67,7 @@ class Compressed(FolderConversion):
                 "types": count_types(made.tensors),
                 "notes": (*self.notes, dequantized(made).notes[-1].replace("decoded", "wrote")),
             }
-            publish(folder, out, keep={entry.name for entry in os.scandir(folder)}, force=force)
+            publish(folder, out, keep={entry.name for entry in os.scandir(folder)}, force=run.force)
         return measured
 
     def _lend(self, folder: Path) -> None:
@@ -93,7 +83,8 @@ class Compressed(FolderConversion):
         for file in self.opened.side_files:
             write_file(folder / file.name, file.bytes())
         if len(set(self.opened.shards.values())) > 1:
-            write_file(folder / INDEX, index_json(plan_safetensors(self.opened)))
+            plan = plan_safetensors(self.opened)
+            write_file(folder / plan.index_name, index_json(plan))
 
     def _run(self, source: Path, folder: Path) -> None:
         skip = list(self.options.skip_modules) or [OUTPUT_LAYER]

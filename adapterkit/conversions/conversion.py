@@ -79,6 +79,17 @@ class ConvertOptions:
 
 
 @dataclass(frozen=True)
+class Run:
+    """How a conversion is written: ``record`` makes the files beside it, for the rest see `convert`."""
+
+    record: Recorder | None = None
+    jobs: int | None = None
+    force: bool = False
+    resume: bool = False
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True)
 class Conversion:
     """A conversion that is planned: everything is checked, no tensor is read.
 
@@ -107,35 +118,26 @@ class Conversion:
         """What writes ``adapterkit.json`` beside the output, if anything does."""
         return None
 
-    def write(
-        self,
-        out: Path,
-        *,
-        record: Recorder | None = None,
-        jobs: int | None = None,
-        force: bool = False,
-        resume: bool = False,
-        progress: Progress | None = None,
-    ) -> dict[str, Any]:
-        """Write it, whole or not at all, with the files that ``record`` makes; what the report says beyond the plan.
+    def write(self, out: Path, run: Run) -> dict[str, Any]:
+        """Write it, whole or not at all, with the files of its record; what the report says beyond the plan.
 
         Raises:
             OutputError, CheckpointError, UnsafeError
         """
         from adapterkit.checkpoint.write import check_output, write_safetensors
 
-        check_output(self.plan, self.sources, out, force=force)
+        check_output(self.plan, self.sources, out, force=run.force)
         reused = write_safetensors(
             self.plan,
             self.tensors,
             self.sources,
             out,
             side_files=self.side,
-            record=record or self.record(),
-            jobs=jobs,
-            force=force,
-            resume=resume,
-            progress=progress,
+            record=run.record or self.record(),
+            jobs=run.jobs,
+            force=run.force,
+            resume=run.resume,
+            progress=run.progress,
         )
         return {"reused": reused}
 

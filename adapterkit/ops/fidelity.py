@@ -7,7 +7,7 @@ cosine <G, D>/(|G||D|), less than 1 by what rounding adds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from math import sqrt
 
 import torch
@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class Sums:
-    """What is added up over blocks: entries, entries that moved, <W, W>, <D, D>, <G, D>, <G, G>."""
+    """Sums over entries: how many, how many moved, <W, W>, <D, D>, <G, D>, <G, G>, and <G-D, G-D> where it is asked for."""
 
     count: float = 0.0
     moved: float = 0.0
@@ -23,34 +23,70 @@ class Sums:
     dd: float = 0.0
     gd: float = 0.0
     gg: float = 0.0
+    ee: float = 0.0
 
     def __add__(self, other: Sums) -> Sums:
-        return Sums(
-            self.count + other.count,
-            self.moved + other.moved,
-            self.ww + other.ww,
-            self.dd + other.dd,
-            self.gd + other.gd,
-            self.gg + other.gg,
-        )
+        return Sums(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+
+    def scaled(self, factor: float) -> Sums:
+        """As of so many times the entries."""
+        return Sums(*(value * factor for value in astuple(self)))
+
+    @property
+    def relative(self) -> float:
+        """\\|D|/|W|"""
+        return sqrt(self.dd / self.ww) if self.ww else 0.0
+
+    @property
+    def retention(self) -> float:
+        """<G, D>/|D|^2; 1 for a change of nothing."""
+        return self.gd / self.dd if self.dd else 1.0
+
+    @property
+    def cosine(self) -> float:
+        if not self.dd:
+            return 1.0
+        return self.gd / sqrt(self.gg * self.dd) if self.gg else 0.0
+
+    @property
+    def unmoved(self) -> float:
+        return 1 - self.moved / self.count if self.count else 0.0
+
+    @property
+    def error(self) -> float:
+        """\\|G-D|/|D|; as a part of |W| where nothing was trained."""
+        return sqrt(self.ee / self.dd) if self.dd else self.off
+
+    @property
+    def off(self) -> float:
+        """\\|G-D|/|W|"""
+        return sqrt(self.ee / self.ww) if self.ww else (1.0 if self.ee else 0.0)
+
+    @property
+    def uncertainty(self) -> float:
+        """Standard error of the retention, were the error noise that knows nothing of D."""
+        return sqrt(self.ee / self.dd / self.count) if self.dd and self.count else 0.0
 
 
-def block_sums(base: torch.Tensor, wanted: torch.Tensor, got: torch.Tensor) -> Sums:
+def block_sums(base: torch.Tensor, wanted: torch.Tensor, got: torch.Tensor, *, error: bool = False) -> Sums:
     """The sums of one block.
 
     Products are summed in float32, which a block of 1 MB can bear, and blocks in float64.
 
     Args:
         base: W, of any floating dtype.
-        wanted: W' before rounding, float32.
+        wanted: W' before rounding, of any floating dtype.
         got: what was written, of any floating dtype.
+        error: <G-D, G-D> too.
     """
-    w = base.reshape(-1).float()
-    d = wanted.reshape(-1) - w
-    g = got.reshape(-1).float() - w
+    w, new, there = (tensor.reshape(-1).float() for tensor in (base, wanted, got))
+    d, g = new - w, there - w
     # 1 where an entry moved: arithmetic, because comparisons are ten times slower than it.
     moved = (g * 1e38).clamp_(-1, 1)
-    dots = (moved.dot(moved), w.dot(w), d.dot(d), g.dot(d), g.dot(g))
+    dots = [moved.dot(moved), w.dot(w), d.dot(d), g.dot(d), g.dot(g)]
+    if error:
+        e = there - new
+        dots.append(e.dot(e))
     return Sums(float(w.numel()), *(float(dot) for dot in dots))
 
 
@@ -66,9 +102,6 @@ class Fidelity:
     @classmethod
     def of(cls, sums: Sums) -> Fidelity:
         """From summed blocks; a change of nothing is kept whole."""
-        unmoved = 1 - sums.moved / sums.count if sums.count else 0.0
         if sums.dd == 0:
-            return cls(0.0, unmoved, 1.0, 1.0)
-        relative = sqrt(sums.dd / sums.ww) if sums.ww else float("inf")
-        cosine = sums.gd / sqrt(sums.gg * sums.dd) if sums.gg else 0.0
-        return cls(relative, unmoved, sums.gd / sums.dd, cosine)
+            return cls(0.0, sums.unmoved, 1.0, 1.0)
+        return cls(sums.relative if sums.ww else float("inf"), sums.unmoved, sums.retention, sums.cosine)

@@ -97,3 +97,13 @@ def delora_diagonal(a: torch.Tensor, b: torch.Tensor, strength: torch.Tensor) ->
     """DeLoRA's scale of each rank (arXiv:2503.18225): lambda / (r |A_k| |B_k|), norms at least 1e-4."""
     norms: torch.Tensor = a.norm(dim=1).clamp(min=1e-4) * b.norm(dim=0).clamp(min=1e-4)
     return strength / len(a) / norms
+
+
+def times_inputs(w: torch.Tensor, a1: torch.Tensor, a2: torch.Tensor) -> torch.Tensor:
+    """``W a1 a2`` over the inputs of a layer, at every position of a convolution's kernel alike (GLoRA in LyCORIS).
+
+    Args:
+        w: ``[rows, in*k]``, input by input; a1: ``[in, r]``; a2: ``[r, in]``.
+    """
+    inputs = w.view(len(w), len(a1), -1).transpose(1, 2)
+    return (inputs @ a1 @ a2).transpose(1, 2).reshape(w.shape)

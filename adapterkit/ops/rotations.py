@@ -73,6 +73,17 @@ def times_butterfly(w: torch.Tensor, factors: torch.Tensor, orders: list[torch.T
     return w
 
 
+def woven_order(n: int, half: int) -> torch.Tensor:
+    """LyCORIS's permutation of one butterfly factor (LyCORIS 4.1.3): two runs of ``half`` entries become one of pairs."""
+    return torch.arange(n).view(-1, half, 2).transpose(1, 2).flatten()
+
+
+def within(q: torch.Tensor, limit: float) -> torch.Tensor:
+    """LyCORIS's and sd-scripts' constraint of OFT: all blocks scaled back together where their norm passes ``limit``."""
+    norm = torch.linalg.vector_norm(q) + 1e-8
+    return q * (limit / norm) if norm > limit else q
+
+
 def orthonormal(u: torch.Tensor) -> torch.Tensor:
     """The columns of ``u`` made orthonormal in their order (Gram-Schmidt)."""
     q: torch.Tensor

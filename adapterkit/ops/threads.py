@@ -1,4 +1,4 @@
-"""Linear algebra whose bits do not depend on the number of threads."""
+"""Torch in threads of our own, and linear algebra whose bits do not depend on the number of threads."""
 
 from __future__ import annotations
 
@@ -11,6 +11,20 @@ if TYPE_CHECKING:
     import torch
 else:
     from adapterkit.ops._torch import torch
+
+KEPT = 16 << 20
+"""Bytes that one step of a block holds for a moment, at most."""
+
+
+def settle() -> None:
+    """What a worker thread does first: from now on torch uses no other threads, and memory that is freed is kept.
+
+    glibc hands freed memory back to the kernel and asks for it again with the next block, page by page, up to half of the
+    time of a merge. How much it keeps follows the largest piece that was ever freed (mallopt(3), M_MMAP_THRESHOLD): one
+    untouched piece, which costs nothing, is enough. Elsewhere this does no harm.
+    """
+    torch.set_num_threads(1)
+    torch.empty(KEPT, dtype=torch.uint8)
 
 
 @contextmanager

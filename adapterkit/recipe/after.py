@@ -28,7 +28,7 @@ _KINDS = {"gguf": "converted", "gguf-lora": "converted", "peft": "adapter", "mlx
 # Options of a merge that decide values, as `verify` takes them.
 _OF_VALUES = (
     *("weights", "method", "scale", "space", "parameters", "as_trained", "double_quant", "quant_dtype", "skip_modules"),
-    *("base16", "residual_base", "allow_unknown"),
+    *("base16", "residual_base", "expert_order", "allow_unknown"),
 )
 
 Task = tuple[str, str, Callable[[], dict[str, Any]]]

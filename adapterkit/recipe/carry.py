@@ -12,6 +12,7 @@ from adapterkit.recipe.steps import FOLDER_FORMATS, MERGE, Input, Step
 
 if TYPE_CHECKING:
     from adapterkit.conversions.conversion import Conversion
+    from adapterkit.gguf.projector import Projector
     from adapterkit.gguf.quantize import Quantization
     from adapterkit.merge import Merge, Wanted
 
@@ -37,6 +38,9 @@ def merge_options(step: Step, pins: Pins) -> dict[str, Any]:
         "weights": [one.weight for one in step.adapters],
         "dtype": asked.dtype,
         "max_shard_size": asked.max_shard_size,
+        "pre": asked.pre,
+        "device": asked.device,
+        "expert_order": how.expert_order,
         "residual_base": choice.residual,
         "allow_unknown": how.allow_unknown,
         "base16": None if step.base16 is None else opened_as(step.base16, pins),
@@ -66,6 +70,7 @@ def quantization(step: Step, pins: Pins) -> Quantization | None:
         "token_embedding_type": asked.token_embd_type,
         "leave_output": asked.leave_output,
         "keep_touched": asked.keep_touched,
+        "keep_below": asked.keep_below,
         "yes_lossy": asked.yes_lossy and asked.quant not in FOLDER_FORMATS,
     }
     if not any(given.values()):
@@ -97,12 +102,17 @@ def convert_options(step: Step, pins: Pins) -> dict[str, Any]:
     given: dict[str, Any] = {} if asked.dtype == "auto" else {"dtype": asked.dtype}
     if asked.double_quant:
         given["double_quant"] = True
+    if step.compressor is not None:
+        given["compressor"] = step.compressor
     return {
         **given,
         "to": step.to,
         "base": None if step.base is None else opened_as(step.base, pins),
         "quantization": quantization(step, pins),
         "max_shard_size": asked.max_shard_size,
+        "pre": asked.pre,
+        "skip_modules": asked.skip_modules,
+        "calibration": None if step.calibration is None else step.calibration.path,
         "plain": asked.plain,
         "rank": asked.rank,
         "energy": asked.energy,
@@ -132,7 +142,9 @@ def wanted_merge(step: Step, pins: Pins, how: How, *, force: bool) -> Wanted:
 
     assert step.base is not None
     planned = plan_merge_step(step, pins, jobs=how.jobs, headers_only=False)
-    return Wanted(planned, opened_as(step.base, pins), step.out, force, yes_lossy=step.asked.yes_lossy)
+    asked = step.asked
+    base = opened_as(step.base, pins)
+    return Wanted(planned, base, step.out, force, yes_lossy=asked.yes_lossy, full_record=asked.full_record)
 
 
 def write_merges(wanted: Sequence[Wanted], how: How) -> list[Any]:
@@ -160,11 +172,13 @@ def convert_step(step: Step, pins: Pins, how: How, *, force: bool) -> Any:
 
 def combine_step(step: Step, pins: Pins, how: How, *, force: bool) -> Any:
     """Write a combination of adapters."""
+    from adapterkit.adapters.adapter import load_adapter
+    from adapterkit.adapters.experts import in_order
     from adapterkit.combine import combine
 
     asked, rule, choice = step.asked, step.combination, step.choice
     return combine(
-        [opened_as(one, pins) for one in step.adapters],
+        [in_order(load_adapter(opened_as(one, pins)), rule.expert_order) for one in step.adapters],
         step.out,
         method=rule.method,
         weights=[one.weight for one in step.adapters],
@@ -184,6 +198,13 @@ def combine_step(step: Step, pins: Pins, how: How, *, force: bool) -> Any:
     )
 
 
+def projector(step: Step, *, force: bool) -> Projector:
+    """The mmproj file that goes beside an output, checked; see `Projector` for what is raised."""
+    from adapterkit.gguf.projector import Projector
+
+    return Projector(None if step.mmproj is None else step.mmproj.path, step.out, force=force)
+
+
 def hand_over(step: Step, pins: Pins) -> None:
     """Write what loads a GGUF output in its server beside it, where the recipe asks for that."""
     if step.asked.for_ is None:
@@ -199,7 +220,10 @@ def hand_over(step: Step, pins: Pins) -> None:
     write_handover(step.out, step.asked.for_, beside=place)
 
 
-_LEFT_OUT = ("path", "to", "from_", "adapters", "base", "merge", "verify", "register", "push", "imatrix")
+_LEFT_OUT = (
+    *("path", "to", "from_", "adapters", "base", "merge", "verify", "register", "push"),
+    *("imatrix", "mmproj", "calibration"),
+)
 
 
 def settings(step: Step) -> dict[str, Any]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from adapterkit._version import __version__
-from adapterkit.checkpoint.folder import ADAPTER_CONFIG, INDEX, SINGLE, read_index, side_names
+from adapterkit.adapters.adapter import file_and_parts
+from adapterkit.checkpoint.folder import ADAPTER_CONFIG, read_index, side_names, weight_names
 from adapterkit.checkpoint.listing import LocalFolder
 from adapterkit.checkpoint.open import locate, parse_hub
 from adapterkit.errors import CheckFailed, NotFound, RecipeError
@@ -159,6 +161,7 @@ class Resolver:
 
 def read_files(path: Path, *, adapter: bool = False) -> dict[str, Path]:
     """The files of a path that a step reads: weights, config, and what travels with them; no pickle, no training state."""
+    path, _ = file_and_parts(path)
     if path.is_file():
         beside = path.with_name("config.json")
         with_config = path.suffix == ".safetensors" and not adapter and beside.is_file()
@@ -167,9 +170,10 @@ def read_files(path: Path, *, adapter: bool = False) -> dict[str, Path]:
     loose = {name for name in listing.names if name.endswith(".safetensors") and "/" not in name}
     weights = loose
     if ADAPTER_CONFIG not in listing.names:
-        weights = {SINGLE} if SINGLE in loose else loose
-        if SINGLE not in loose and INDEX in listing.names:
-            weights = {INDEX, *read_index(listing, INDEX).values()} & listing.names
+        single, index = weight_names(listing.names)
+        weights = {single} if single in loose else loose
+        if single not in loose and index in listing.names:
+            weights = {index, *read_index(listing, index).values()} & listing.names
     names = {*weights, *side_names(listing.names, weights), *({ADAPTER_CONFIG} & listing.names)}
     return {name: path / name for name in names if (path / name).is_file()}
 
@@ -189,8 +193,23 @@ def versions(steps: Sequence[Step]) -> dict[str, str]:
 
 
 def recipe_digest(file: RecipeFile) -> str:
-    """A digest of what the recipe says."""
-    return key_of(asdict(file.recipe))
+    """A digest of what the recipe says; what it leaves at the default counts no more than a comment, so that a key which
+    a later version knows moves no lock."""
+    return key_of(_said(file.recipe))
+
+
+def _said(value: Any) -> Any:
+    """A value of a recipe as plain JSON, without fields that have their default."""
+    if isinstance(value, Mapping):
+        return {name: _said(one) for name, one in value.items()}
+    if not is_dataclass(value):
+        return value
+    pairs = [(one, getattr(value, one.name)) for one in fields(value)]
+    return {
+        one.name: _said(given)
+        for one, given in pairs
+        if given != (one.default if one.default_factory is MISSING else one.default_factory())
+    }
 
 
 def check_locked(path: Path, before: Lock | None, now: Lock) -> None:

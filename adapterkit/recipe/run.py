@@ -19,6 +19,7 @@ from adapterkit.recipe.carry import (
     hand_over,
     plan_convert_step,
     plan_merge_step,
+    projector,
     settings,
     wanted_merge,
     write_merges,
@@ -124,10 +125,7 @@ class _Build:
         """What decides the bytes of a step; None while something that it needs is not made yet."""
         self._pin(step)
         inputs = []
-        roles = (("base", step.base), ("base16", step.base16), ("source", step.source), ("imatrix", step.imatrix))
-        for role, one in [*roles, *(("adapter", adapter) for adapter in step.adapters)]:
-            if one is None:
-                continue
+        for role, one in step.roles:
             if one.output is not None and one.output not in digests:
                 return None
             digest = digests[one.output] if one.output is not None else self.pins[shown(one.place)].digest
@@ -192,6 +190,7 @@ class _Build:
         about: dict[str, Any] = {}
         waits = any(one.output is not None and not one.path.exists() for one in step.inputs if one.path is not None)
         with located(self.file, "outputs", step.name):
+            projector(step, force=True)
             if step.verb == MERGE and not waits:
                 merge = plan_merge_step(step, self.pins, jobs=jobs)
                 report = merge.report(step.out)
@@ -294,6 +293,10 @@ class _Build:
         # What this recipe made and nobody touched since may be replaced without asking.
         replace = [force or self._known(one) is not None for one in group]
         step = group[0]
+        projectors = []
+        for one, again in zip(group, replace, strict=True):
+            with located(self.file, "outputs", one.name):
+                projectors.append(projector(one, force=again))
         if step.verb == MERGE:
             wanted = []
             for one, again in zip(group, replace, strict=True):
@@ -305,8 +308,9 @@ class _Build:
             with located(self.file, "outputs", step.name):
                 make = combine_step if step.verb == COMBINE else convert_step
                 found = [make(step, self.pins, how, force=replace[0])]
-        for one in group:
+        for one, tower in zip(group, projectors, strict=True):
             with located(self.file, "outputs", one.name):
+                tower.copy()
                 hand_over(one, self.pins)
         return [asdict(report) for report in found]
 
@@ -314,7 +318,9 @@ class _Build:
         key = self._key(step, digests)
         assert key is not None
         beside = ("adapterkit.json", "Modelfile", "llama-server.sh")
-        names = (*report.get("files", ()), *(f"{step.out.name}.{name}" for name in beside))
+        names = [*report.get("files", ()), *(f"{step.out.name}.{name}" for name in beside)]
+        if step.projector is not None:
+            names.append(step.projector.name)
         files = output_files(step.out, names) if step.is_file or step.out.is_dir() else {}
         before = self.state.made.get(step.name)
         if before is not None and step.is_file and before.path == in_folder(step.out, self.file.folder):

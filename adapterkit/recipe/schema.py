@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from adapterkit.adapters.experts import ORDERS
+from adapterkit.ops.device import CPU
+
 LEVELS = ("none", "tensors", "layers", "model")
 
 
@@ -59,12 +62,18 @@ class AdapterChoice:
 
 @dataclass(frozen=True)
 class Combination:
-    """How several deltas become one: see `adapterkit.ops.methods`."""
+    """How several deltas become one: see `adapterkit.ops.methods`.
+
+    Attributes:
+        expert_order: of experts in a stacked ``lora_B`` of adapters whose config does not say; see `MergeOptions`.
+        allow_unknown: go on where an adapter's config has fields that are not known here.
+    """
 
     method: str = "linear"
     scale: float = field(default=1.0, metadata={"key": "lambda"})
     space: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    expert_order: str | None = _choice(*ORDERS)
     allow_unknown: bool = False
 
 
@@ -123,8 +132,13 @@ class Output:
         adapters: the names of those that count here; by default all of them.
         base, merge, verify: in the place of the recipe's own.
         dtype, quant, double_quant, max_shard_size: as in `merge`.
+        device, full_record: of a merge: where blocks are computed; hash every byte of base and output for its record.
+        pre, mmproj: of a GGUF output: its pre-tokenizer, where it is not recognised; the vision tower to copy beside it.
         imatrix ... yes_lossy: of a GGUF output, as in `adapterkit.gguf.quantize.Quantization`; ``tensor_types`` maps
             regular expressions to types.
+        skip_modules: of a quantized folder that is converted: modules that stay in 16 bits.
+        calibration, compressor: of ``awq`` and ``gptq``: a text like the model's own, and the Python that has
+            llm-compressor.
         plain, rank, energy, own_ranks: of an adapter that is made.
         for_: of a GGUF output: ``ollama`` or ``llama.cpp``, of which the Modelfile or the command is written beside it.
         register, push: what is done with it when it is there and verified.
@@ -141,6 +155,10 @@ class Output:
     quant: str | None = None
     double_quant: bool = False
     max_shard_size: str | None = None
+    device: str = CPU
+    full_record: bool = False
+    pre: str | None = None
+    mmproj: str | None = None
     imatrix: str | None = None
     pure: bool = False
     tensor_types: Mapping[str, str] = field(default_factory=dict)
@@ -148,8 +166,12 @@ class Output:
     token_embd_type: str | None = None
     leave_output: bool = False
     keep_touched: str | None = None
+    keep_below: float | None = _within(0, 1)
     yes_lossy: bool = False
     for_: str | None = field(default=None, metadata={"key": "for", "choices": ("ollama", "llama.cpp")})
+    skip_modules: tuple[str, ...] = ()
+    calibration: str | None = None
+    compressor: str | None = None
     plain: bool = False
     rank: int | None = field(default=None, metadata={"range": (1, None)})
     energy: float | None = _within(0, 1)

@@ -9,6 +9,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from adapterkit.adapters.adapter import file_and_parts
 from adapterkit.checkpoint.open import parse_hub
 from adapterkit.conversions.formats import FORMATS
 from adapterkit.errors import AdapterkitError, NotFound
@@ -22,6 +23,8 @@ FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
 
 _QUANT = (
     "for_",
+    "pre",
+    "mmproj",
     "quant",
     "imatrix",
     "pure",
@@ -33,11 +36,13 @@ _QUANT = (
 )
 _ALWAYS = ("path", "to", "register", "push")
 _WRITTEN = ("dtype", "double_quant", "max_shard_size")
+_MERGED = ("keep_touched", "keep_below", "device", "full_record")
+_CONVERTED = ("plain", "rank", "energy", "skip_modules", "calibration", "compressor")
 # Which keys of an output mean something for what makes it.
 TAKES = {
-    MERGE: (*_ALWAYS, *_QUANT, "adapters", "base", "merge", *_WRITTEN, "keep_touched", "verify"),
+    MERGE: (*_ALWAYS, *_QUANT, "adapters", "base", "merge", *_WRITTEN, *_MERGED, "verify"),
     COMBINE: (*_ALWAYS, "adapters", "base", "merge", "dtype", "rank", "energy", "own_ranks"),
-    CONVERT: (*_ALWAYS, *_QUANT, "from_", "adapters", "base", *_WRITTEN, "plain", "rank", "energy", "verify"),
+    CONVERT: (*_ALWAYS, *_QUANT, "from_", "adapters", "base", *_WRITTEN, *_CONVERTED, "verify"),
 }
 
 
@@ -69,9 +74,11 @@ class Step:
         verb: ``merge``, ``combine`` or ``convert``.
         to: the form that is written.
         out: where.
-        base, base16, source, imatrix, adapters: what is read; ``source`` is what a conversion starts from.
+        base, base16, source, imatrix, mmproj, calibration, adapters: what is read; ``source`` is what a conversion starts
+            from.
         needs: steps that come before it.
         asked, combination, choice: what the recipe says of it, of how deltas go together, and of the base.
+        compressor: the Python that has llm-compressor, where the recipe names one.
         verify: how it is verified, if it is.
     """
 
@@ -86,13 +93,28 @@ class Step:
     base16: Input | None
     source: Input | None
     imatrix: Input | None
+    mmproj: Input | None
+    calibration: Input | None
     adapters: tuple[Input, ...]
+    compressor: Path | None
     verify: Verification | None
 
     @property
+    def roles(self) -> tuple[tuple[str, Input], ...]:
+        """What is read, each with what it is read as."""
+        names = ("base", "base16", "source", "imatrix", "mmproj", "calibration")
+        found = [(name, getattr(self, name)) for name in names]
+        return (*(pair for pair in found if pair[1] is not None), *(("adapter", one) for one in self.adapters))
+
+    @property
     def inputs(self) -> tuple[Input, ...]:
-        found = (self.base, self.base16, self.source, self.imatrix, *self.adapters)
-        return tuple(one for one in found if one is not None)
+        return tuple(one for _, one in self.roles)
+
+    @property
+    def projector(self) -> Path | None:
+        """Where the copy of the mmproj file goes, if there is one."""
+        path = None if self.mmproj is None else self.mmproj.path
+        return None if path is None else self.out.parent / path.name
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -187,8 +209,11 @@ class _Maker:
             base=base,
             base16=base16,
             source=source,
-            imatrix=None if asked.imatrix is None else self._file((*place, "imatrix"), asked.imatrix),
+            imatrix=self._file((*place, "imatrix"), asked.imatrix),
+            mmproj=self._file((*place, "mmproj"), asked.mmproj),
+            calibration=self._file((*place, "calibration"), asked.calibration),
             adapters=adapters,
+            compressor=self._program(asked.compressor),
             verify=self._verification(asked, verb),
         )
 
@@ -221,6 +246,16 @@ class _Maker:
         if asked.for_ is not None and to != GGUF:
             self.file.fail(
                 (*place, "for"), f"{asked.for_} serves a GGUF file, and {shown(place)} is none", "leave it out"
+            )
+        if asked.mmproj is not None and to != GGUF:
+            self.file.fail(
+                (*place, "mmproj"),
+                f"an mmproj file belongs beside a GGUF file, and {shown(place)} is none",
+                "leave it out",
+            )
+        if asked.keep_below is not None and asked.keep_touched is None:
+            self.file.fail(
+                (*place, "keep-below"), "keep-below says which tensors are kept wider", 'add keep-touched = "Q8_0"'
             )
         if to == GGUF and asked.quant in FOLDER_FORMATS:
             self.file.fail((*place, "quant"), f"'{asked.quant}' is no type of a GGUF file", "use a mix such as Q4_K_M")
@@ -278,7 +313,7 @@ class _Maker:
         if made is not None:
             hint = f'say from = "{made}"' if place[0] == "adapters" else f"use a base that outputs.{made} does not make"
             self.file.fail(place, f"{ref} is what outputs.{made} makes", hint)
-        if path.exists():
+        if path.exists() or file_and_parts(path)[1]:
             return Input(place, ref, path, weight=weight)
         local = ref.startswith((".", "/", "~")) or ref.endswith((".gguf", ".safetensors"))
         if local or (parse_hub(ref) is None and not _registered(ref)):
@@ -286,11 +321,18 @@ class _Maker:
             self.file.fail(place, f"{ref} does not exist", hint, NotFound)
         return Input(place, ref, weight=weight)
 
-    def _file(self, place: Place, name: str) -> Input:
+    def _file(self, place: Place, name: str | None) -> Input | None:
+        if name is None:
+            return None
         path = self.folder / Path(name).expanduser()
         if not path.is_file():
             self.file.fail(place, f"{name} does not exist", "give a file beside the recipe", NotFound)
         return Input(place, name, path)
+
+    def _program(self, name: str | None) -> Path | None:
+        """A program: a path beside the recipe, or a bare name that $PATH knows."""
+        given = Path(name or "").expanduser()
+        return None if name is None else given if given.name == name else self.folder / given
 
     def _verification(self, asked: Output, verb: str) -> Verification | None:
         found = asked.verify or (self.recipe.verify if verb == MERGE else None)
@@ -310,8 +352,7 @@ class _Maker:
                 self.file.fail(
                     (*at, "min-retention"), "nothing is verified, so min-retention cannot be met", "raise the level"
                 )
-            if said.prompts is not None:
-                self._file((*at, "prompts"), said.prompts)
+            self._file((*at, "prompts"), said.prompts)
         if asked.verify is not None and verb == CONVERT and asked.from_ is None:
             self.file.fail(
                 (*place, "verify"),
@@ -339,6 +380,8 @@ def _check_paths(file: RecipeFile, steps: Mapping[str, Step]) -> None:
         if step.verify is not None and step.verify.html is not None:
             at: Place = ("verify", "html") if step.asked.verify is None else ("outputs", name, "verify", "html")
             places.append((file.folder / step.verify.html, at))
+        if step.projector is not None:
+            places.append((step.projector, ("outputs", name, "mmproj")))
         for path, place in places:
             real = _real(path)
             for other, (which, there) in taken.items():

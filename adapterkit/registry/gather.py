@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapterkit.checkpoint.folder import PIPELINE_WEIGHTS
 from adapterkit.errors import NotFound, RegistryError, UnsafeError, UsageError
 from adapterkit.registry.canonical import MAX_BYTES, parse
 from adapterkit.registry.identity import Identity
@@ -101,6 +102,8 @@ def describe(path: Path) -> Described:
         names = ("r", "lora_alpha", "use_rslora", "target_modules", "modules_to_save", "rank_pattern", "alpha_pattern")
         parameters = tuple((name, config[name]) for name in names if config.get(name) not in (None, [], {}))
         return Described("adapter", method, parameters, _base(config))
+    if (path / PIPELINE_WEIGHTS).is_file():
+        return Described("adapter", "lora")
     if _json(path / "config.json") is not None:
         return Described("merged")
     return Described()

@@ -40,6 +40,7 @@ def verify(
     max_kl: float | None = None,
     min_top1: float | None = None,
     min_retention: float | None = None,
+    on_purpose: Sequence[str] = (),
     jobs: int | None = None,
     progress: Progress | None = None,
     **options: Any,
@@ -55,6 +56,7 @@ def verify(
         max_kl: the largest mean KL divergence (nats) from base + adapters that will do; asks for the level ``model``.
         min_top1: the least share of tokens on which both agree; asks for the level ``model``.
         min_retention: the least share of the change that has to be there; one half unless given.
+        on_purpose: keys of a GGUF file's metadata that were set otherwise than the base's on purpose.
         jobs: worker threads.
         progress: called now and then with bytes done and bytes in all.
         options: those of `adapterkit.options.MergeOptions` that decide values: ``weights``, ``method``, ``as_trained``,
@@ -86,10 +88,11 @@ def verify(
         check_models(found, stored, prompts)
     how = asked(found, loaded, options)
     planned = subject(found, stored, loaded, how.given)
+    around = sanity(planned, on_purpose)
     judged = compare(planned, jobs=jobs, progress=progress)
     wrong, named = findings(planned, judged)
     tensors = tensor_level(planned, judged, named, started)
-    every = [*how.findings, *same_as_recorded(how.record, stored, found), *wrong, *sanity(planned)]
+    every = [*how.findings, *same_as_recorded(how.record, stored, found), *wrong, *around]
     every += _retention(tensors.retention, min_retention, wrong)
     layers = model = None
     if deepest >= 1:

@@ -13,6 +13,7 @@ from math import sqrt
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.plan import default_jobs
+from adapterkit.ops.threads import settle
 from adapterkit.verify.report import LayerCheck, LayerLevel
 from adapterkit.verify.suspect import after, before
 
@@ -67,11 +68,10 @@ def compare_layers(
     given = inputs or {}
 
     def one(item: Item) -> Outputs:
-        torch.set_num_threads(1)
         with torch.inference_mode():
             return outputs(item, given.get(item.name), turned=_turned(subject, item))
 
-    with ThreadPoolExecutor(jobs or default_jobs()) as pool:
+    with ThreadPoolExecutor(jobs or default_jobs(), initializer=settle) as pool:
         found = list(pool.map(one, items))
     total = sum(found, Outputs())
     checks = tuple(each.check(item.name) for each, item in zip(found, items, strict=True))

@@ -49,6 +49,7 @@ class Finding:
         hint: what to do.
         tensors: the names it is about.
         figure: the number that shows it, where there is one.
+        keys: of a GGUF file's metadata that it is about.
     """
 
     kind: str
@@ -57,6 +58,7 @@ class Finding:
     hint: str = ""
     tensors: tuple[str, ...] = ()
     figure: float | None = None
+    keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

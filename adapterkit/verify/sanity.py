@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.verify.inputs import place
+from adapterkit.verify.metadata import metadata
 from adapterkit.verify.report import ERROR, NOTE, WARNING, Finding
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.verify.subject import Subject
@@ -32,14 +33,13 @@ _SHAPING = frozenset(
         *("n_embd", "n_layer", "n_head", "attention_bias", "mlp_bias", "max_position_embeddings"),
     }
 )
-# Keys of GGUF metadata that a merge leaves alone.
-_GGUF_FREE = ("general.", "quantize.", "split.", "adapterkit.")
 
 
-def sanity(subject: Subject) -> list[Finding]:
-    """What is wrong beside the weights."""
+def sanity(subject: Subject, on_purpose: Sequence[str] = ()) -> list[Finding]:
+    """What is wrong beside the weights; see `metadata` for ``on_purpose``."""
+    found = list(metadata(subject, on_purpose))
     if subject.found.format == "gguf":
-        return list(_metadata(subject))
+        return found
     return [*_config(subject), *_files(subject.found)]
 
 
@@ -127,27 +127,3 @@ def _files(found: Checkpoint) -> Iterator[Finding]:
     names = {path.name for path in folder.iterdir()}
     if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json"}:
         yield Finding("no tokenizer", NOTE, "MERGED has no tokenizer", "copy the base's, if it is a language model")
-
-
-def _metadata(subject: Subject) -> Iterator[Finding]:
-    from adapterkit.gguf.checkpoint import GGUFCheckpoint
-
-    found, base = subject.found, subject.base
-    if not isinstance(found, GGUFCheckpoint) or not isinstance(base, GGUFCheckpoint):
-        return
-    mine, theirs = base.header, found.header
-    if mine.get("general.architecture") != theirs.get("general.architecture"):
-        text = f"MERGED is a '{found.arch}' and the base a '{base.arch}'"
-        yield Finding("config", ERROR, text, "give the base that MERGED was made from")
-        return
-    keys = [key for key in (*mine.keys, *theirs.keys) if not key.startswith(_GGUF_FREE)]
-    other = [key for key in dict.fromkeys(keys) if mine.get(key) != theirs.get(key)]
-    shaping = [key for key in other if not key.startswith("tokenizer.")]
-    if shaping:
-        key = shaping[0]
-        more = f" (and {len(shaping) - 1} more)" if len(shaping) > 1 else ""
-        text = f"metadata '{key}' is {_short(theirs.get(key))} and the base has {_short(mine.get(key))}{more}"
-        yield Finding("config", WARNING, text, "convert again with the base's config")
-    if len(other) > len(shaping):
-        key = next(key for key in other if key.startswith("tokenizer."))
-        yield Finding("tokenizer", WARNING, f"metadata '{key}' is other than the base's", "convert with its tokenizer")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from adapterkit.dtypes import DType
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
     from adapterkit.options import MergeOptions
+    from adapterkit.verify.metadata import Expected
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class Subject:
         values: which values of its own the base has; see `open_base`.
         trained: the fold under the names of a Hugging Face base; None where the base is a GGUF file.
         became: where MERGED has other names, what each tensor of ``trained`` became.
+        metadata: what the metadata of a GGUF file should be; None where MERGED is a folder.
     """
 
     found: Checkpoint
@@ -88,6 +90,7 @@ class Subject:
     options: Mapping[str, Any] = field(default_factory=dict)
     trained: Checkpoint | None = None
     became: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    metadata: Expected | None = None
 
 
 def subject(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str, Any]) -> Subject:
@@ -280,6 +283,7 @@ def _gguf_of_gguf(
 ) -> Subject:
     from adapterkit.gguf.fold import fold_values
     from adapterkit.gguf.tensors import decoded
+    from adapterkit.verify.metadata import Expected
 
     folded = fold_values(base, adapters, asked.weights, **_how(asked))
     touched = frozenset(folded.touched)
@@ -289,7 +293,7 @@ def _gguf_of_gguf(
         copied = base[name] if name not in touched and name in base else None
         pairs.add(tensor, touched=name in touched, copied=copied)
     view = replace(base, tensors={name: decoded(tensor) for name, tensor in base.items()})
-    return pairs.subject(view, adapters, asked, folded)
+    return replace(pairs.subject(view, adapters, asked, folded), metadata=Expected(base.header))
 
 
 def _gguf_of_folder(
@@ -297,15 +301,17 @@ def _gguf_of_folder(
 ) -> Subject:
     """A GGUF file of a merge into a Hugging Face folder: rows of the fold, in the order of GGUF."""
     from adapterkit.adapters.fold import fold
-    from adapterkit.adapters.sidecars import patched_config
+    from adapterkit.adapters.sidecars import patched_config, side_files
     from adapterkit.bases import open_base
     from adapterkit.gguf.arch.model import as_gguf
+    from adapterkit.verify.metadata import of_base
 
     how = ("base16", "as_trained", "double_quant", "quant_dtype", "skip_modules")
     opened, values = open_base(base, **{name: getattr(asked, name) for name in how})
     folded = fold(opened, adapters, asked.weights, **_how(asked))
-    config = patched_config(opened, folded, adapters, None)
-    new = as_gguf(folded.checkpoint, base=opened, config=config, adapters=adapters, touched=folded.touched)
+    files, _ = side_files(opened, folded, adapters, None)
+    said: dict[str, Any] = {"config": patched_config(opened, folded, adapters, None), "files": files}
+    new = as_gguf(folded.checkpoint, base=opened, adapters=adapters, touched=folded.touched, **said)
     old = as_gguf(opened, base=opened, config=opened.config)
     changed = {one for name in folded.touched for one in new.mapped.sources[name]}
     pairs = _Pairs(found)
@@ -318,7 +324,13 @@ def _gguf_of_folder(
     trained = folded.checkpoint
     folded = replace(folded, checkpoint=view, touched=order, added=added)
     made = pairs.subject(opened, adapters, asked, folded, values)
-    return replace(made, trained=trained, became=became)
+    expected = of_base(new, found, pre=asked.pre, **said)
+    return replace(made, trained=trained, became=became, metadata=expected)
+
+
+def _filled(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape in four dimensions, as ggml has every one: leading ones are not told apart."""
+    return (*(1,) * (4 - len(shape)), *shape)
 
 
 class _Pairs:
@@ -336,7 +348,7 @@ class _Pairs:
         there = self._found.get(floats.name)
         if there is None:
             return
-        if there.shape != floats.shape:
+        if _filled(there.shape) != _filled(floats.shape):
             self._misshapen.append((floats.name, floats.shape, there.shape))
             return
         merged = floats if isinstance(floats, Merged) else None

@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.plan import default_jobs
+from adapterkit.ops.threads import settle
 from adapterkit.verify.report import (
     EQUAL,
     EXTRA,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from adapterkit.checkpoint.tensor import Tensor
-    from adapterkit.verify.measure import Sums
+    from adapterkit.ops.fidelity import Sums
     from adapterkit.verify.subject import Item, Subject
 
 CHUNK = 8 << 20  # bytes of untouched tensors per task
@@ -118,7 +119,7 @@ class _Comparison:
         try:
             import torch
 
-            torch.set_num_threads(1)
+            settle()
             with torch.inference_mode():
                 while not self._stop.is_set():
                     try:
@@ -224,7 +225,8 @@ class _Comparison:
         same: bool,
     ) -> None:
         """Sums of one block of the fold: W and W' as they were computed, and what is there."""
-        from adapterkit.verify.measure import block_sums, steps
+        from adapterkit.ops.fidelity import block_sums
+        from adapterkit.verify.measure import steps
 
         item = tally.item
         columns = base.shape[-1]
@@ -239,11 +241,11 @@ class _Comparison:
             first = at // item.floats.block % SAMPLE * count
             rows = slice(first, first + count)
         base, wanted, there = base[rows], wanted.view(-1, columns)[rows], there[rows]
-        sums = block_sums(base, wanted, there)
+        sums = block_sums(base, wanted, there, error=True)
         ours = sums
         if not same:
             mine = self._ours(item, wanted, ready, rows, columns)
-            ours = sums if mine is None else block_sums(base, wanted, mine)
+            ours = sums if mine is None else block_sums(base, wanted, mine, error=True)
         with tally.lock:
             tally.found[at], tally.ours[at] = sums, ours
             tally.steps = max(tally.steps, off)
@@ -278,7 +280,8 @@ class _Comparison:
 
     def _unwatched(self, tally: Tally, expected: Tensor, there: torch.Tensor, wanted: torch.Tensor, start: int) -> None:
         """A block that adapters do not add to, and that is other than it should be."""
-        from adapterkit.verify.measure import block_sums, steps
+        from adapterkit.ops.fidelity import block_sums
+        from adapterkit.verify.measure import steps
 
         item = tally.item
         if item.format is None:
@@ -288,17 +291,17 @@ class _Comparison:
                 return
             one = wanted.view(-1, 1)
             off = steps(one, expected.read_wide(start, start + len(wanted)).view(-1, 1), there.view(-1, 1))
-            sums = block_sums(one, one, there)
+            sums = block_sums(one, one, there, error=True)
             with tally.lock:
                 tally.steps = max(tally.steps, off)
-                tally.found[start], tally.ours[start] = sums, block_sums(one, one, one)
+                tally.found[start], tally.ours[start] = sums, block_sums(one, one, one, error=True)
             return
         stop = min(start + expected.block, expected.numel) * _pack(expected)
         start *= _pack(expected)
         new = item.floats.read_wide(start, stop).float().view(-1, item.floats.shape[-1])
-        sums = block_sums(new, new, item.values.read(start, stop))
+        sums = block_sums(new, new, item.values.read(start, stop), error=True)
         with tally.lock:
-            tally.found[start], tally.ours[start] = sums, block_sums(new, new, through(item)(new))
+            tally.found[start], tally.ours[start] = sums, block_sums(new, new, through(item)(new), error=True)
 
     def _finish(self, tally: Tally) -> None:
         with tally.lock:
@@ -356,7 +359,7 @@ def _through_gguf(kind: str, rows: torch.Tensor) -> torch.Tensor:
 
 def judge(tally: Tally) -> Judged:
     """Whether a weight is right, from what its blocks showed."""
-    from adapterkit.verify.measure import Sums
+    from adapterkit.ops.fidelity import Sums
 
     item = tally.item
     sums = sum((tally.found[at] for at in sorted(tally.found)), Sums())
@@ -381,7 +384,7 @@ def judge(tally: Tally) -> Judged:
 
 def level(subject: Subject, judged: tuple[Judged, ...], named: dict[str, str], started: float) -> TensorLevel:
     """The figures of the level; ``named`` says which finding a tensor is part of."""
-    from adapterkit.verify.measure import Sums
+    from adapterkit.ops.fidelity import Sums
 
     counts: dict[str, int] = {}
     rows: list[TensorCheck] = []
@@ -391,7 +394,7 @@ def level(subject: Subject, judged: tuple[Judged, ...], named: dict[str, str], s
         if one.item.touched and one.sums.count:
             # Sampled tensors count as whole ones.
             scale = one.item.floats.numel / one.sums.count
-            total += Sums(*(value * scale for value in _values(one.sums)))
+            total += one.sums.scaled(scale)
         if one.item.touched or one.status not in RIGHT:
             rows.append(_row(one, named.get(one.item.name, "")))
     for status, names in ((MISSING, subject.missing), (EXTRA, subject.extra)):
@@ -421,10 +424,6 @@ def level(subject: Subject, judged: tuple[Judged, ...], named: dict[str, str], s
         sum(one.item.nbytes for one in judged),
         time.monotonic() - started,
     )
-
-
-def _values(sums: Sums) -> tuple[float, ...]:
-    return (sums.count, sums.moved, sums.ww, sums.dd, sums.gd, sums.gg, sums.ee)
 
 
 def _row(one: Judged, finding: str) -> TensorCheck:

@@ -157,3 +157,26 @@ def test_orders_that_are_not_known(trained: tuple[Path, Path, dict[str, torch.Te
     edit_config(adapter, lora_B_layout="sideways")
     with pytest.raises(AdapterError, match="'lora_B_layout' is 'sideways'"):
         adapterkit.plan_merge(base, [adapter])
+
+
+def test_a_recipe_says_it_for_its_merges_and_combinations(
+    trained: tuple[Path, Path, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    from adapterkit.recipe.run import build
+
+    base, adapter, exact = trained
+    recipe = tmp_path / "adapterkit.toml"
+    recipe.write_text(
+        f'base = "{base}"\nadapters.one = "{adapter}"\nmerge.expert-order = "slowest"\nverify = "tensors"\n'
+        'outputs.merged = "merged"\noutputs.same = {path = "same", to = "adapter"}\n'
+        'outputs.again = {path = "again", from = "merged", to = "f32"}\n'
+    )
+    build(recipe)
+    assert_merged(base, tmp_path / "merged", exact)
+    adapterkit.merge(base, [tmp_path / "same"], tmp_path / "by-the-combination")
+    assert_merged(base, tmp_path / "by-the-combination", exact)
+    recipe.write_text(recipe.read_text().replace("slowest", "fastest"))
+    report = build(recipe)
+    assert report.changed == 3
+    with pytest.raises(AssertionError):
+        assert_merged(base, tmp_path / "merged", exact)

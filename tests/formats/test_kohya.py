@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import make_adapter, peft_merged, read_tensors
+from models import make_adapter, peft_merged, read_tensors, write_checkpoint
 from safetensors.torch import save_file
 
 from adapterkit.adapters.adapter import load_adapter
@@ -103,10 +103,12 @@ def test_to_peft_and_to_mlx(make_base: Callable[..., Path], tmp_path: Path) -> N
 
 ONE = {"lora_te_a_b.lora_down.weight": (4, 8), "lora_te_a_b.lora_up.weight": (8, 4)}
 BAD = [
-    ({**ONE, "lora_te_a_b.dora_scale": (1, 8)}, UnsupportedAdapter, r"dora_scale' \[1, 8\] holds norms of inputs"),
-    ({**ONE, "lora_te_a_b.oft_blocks": (8, 4)}, UnsupportedAdapter, "'lora_te_a_b.oft_blocks' belongs to an algorithm"),
-    ({**ONE, "lora_te_a_c.hada_w1_a": (8, 4)}, UnsupportedAdapter, "mixes algorithms"),
-    ({**ONE, "lora_te1_a_b.lora_up.weight": (8, 4)}, AdapterError, "two modules called 'a_b'"),
+    ({"lora_te_a_b.oft_diag": (8, 4, 4)}, UnsupportedAdapter, "'lora_te_a_b.oft_diag' belongs to an algorithm"),
+    ({"lora_te_a_b.lambda_layer": (1, 4)}, UnsupportedAdapter, "lambda_layer' belongs to T-LoRA"),
+    ({**ONE, "lora_te_a_b.bias_values": (4,)}, UnsupportedAdapter, "is the sparse remainder of an extraction"),
+    ({**ONE, "lora_te_a_b.scalar": ()}, UnsupportedAdapter, "scalar' is a scale that LyCORIS"),
+    ({**ONE, "lora_te_a_b.weight": (8, 8)}, UnsupportedAdapter, "belongs to an algorithm"),
+    ({**ONE, "lycoris_te_a_b.lora_up.weight": (8, 4)}, AdapterError, "two modules called 'a_b'"),
     ({**ONE, "lora_te_x.alpha": ()}, AdapterError, "'x' has an alpha and nothing else"),
     ({**ONE, "lora_te_a_b.alpha": (2,)}, AdapterError, "is no number"),
     ({"lora_te_a_b.lora_down.weight": (4,)}, AdapterError, "no factor"),
@@ -141,3 +143,40 @@ def test_a_loose_file_may_lie_beside_the_output(make_base: Callable[..., Path], 
     assert (tmp_path / "merged" / "adapterkit.json").read_bytes() == record  # what lies beside it is not its own
     with pytest.raises(UsageError, match="lies in or over"):
         adapterkit.merge(base, [single], single, force=True)
+
+
+@pytest.mark.parametrize("kind", ["lora", "loha", "mixed"])
+def test_each_base_takes_its_part(kind: str, tmp_path: Path) -> None:
+    """As SDXL's files: two text encoders whose first layers have the same names, and a UNet; the shapes tell."""
+    widths = {"te1": 8, "te2": 12, "unet": 8}
+    paths = {
+        "te1": [f"text_model.encoder.layers.{i}.mlp.fc1" for i in range(2)],
+        "te2": [f"text_model.encoder.layers.{i}.mlp.fc1" for i in range(3)],
+        "unet": ["down_blocks.0.attentions.0.to_q"],
+    }
+    tensors: dict[str, torch.Tensor] = {}
+    deltas: dict[tuple[str, str], torch.Tensor] = {}
+    for part, width in widths.items():
+        for path in paths[part]:
+            flat = f"lora_{part}_{path.replace('.', '_')}"
+            up, down = torch.randn(width, 2), torch.randn(2, width)
+            if kind == "loha" or (kind == "mixed" and part == "te2"):
+                other_up, other_down = torch.randn(width, 2), torch.randn(2, width)
+                names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+                tensors |= {f"{flat}.{n}": t for n, t in zip(names, (up, down, other_up, other_down), strict=True)}
+                delta = (up.double() @ down.double()) * (other_up.double() @ other_down.double())
+            else:
+                tensors |= {f"{flat}.lora_up.weight": up, f"{flat}.lora_down.weight": down}
+                delta = up.double() @ down.double()
+            tensors[f"{flat}.alpha"] = torch.tensor(1.0)
+            deltas[part, path] = delta / 2
+    save_file(tensors, tmp_path / "file.safetensors")
+    assert load_adapter(tmp_path / "file.safetensors").notes == ("read as a kohya or LyCORIS file for te1, te2, unet",)
+    for part, width in widths.items():
+        weights = {f"{path}.weight": torch.randn(width, width) for path in paths[part]}
+        base = write_checkpoint(tmp_path / part, weights, {"model_type": "clip_text_model"} if part != "unet" else {})
+        ours = merged(base, tmp_path / "file.safetensors")
+        for path in paths[part]:
+            assert torch.allclose(
+                ours[f"{path}.weight"].double(), weights[f"{path}.weight"] + deltas[part, path], atol=1e-5
+            )

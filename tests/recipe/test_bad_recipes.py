@@ -169,6 +169,28 @@ WRONG: dict[str, tuple[str, int, str, str]] = {
     "gguf_format": (GOOD + 'q = {path = "q.gguf", quant = "nf4"}\n', 8, "'nf4' is no type of a GGUF file", "Q4_K_M"),
     "served_folder": (GOOD + 'q = {path = "q", for = "ollama"}\n', 8, "ollama serves a GGUF file", "leave it out"),
     "form": (GOOD + 'q = {path = "q", to = "ggfu"}\n', 8, "'ggfu' is nothing to write", "did you mean 'gguf'?"),
+    "tower_of_a_folder": (
+        GOOD + 'q = {path = "q", mmproj = "prompts.txt"}\n',
+        8,
+        "belongs beside a GGUF file, and outputs.q is none",
+        "leave it out",
+    ),
+    "no_tower": (GOOD + 'q = {path = "q.gguf", mmproj = "m.gguf"}\n', 8, "m.gguf does not exist", "beside the recipe"),
+    "two_towers_on_one_path": (
+        GOOD + 'q = {path = "q/q.gguf", mmproj = "prompts.txt"}\nr = {path = "q/r.gguf", mmproj = "prompts.txt"}\n',
+        9,
+        "q/prompts.txt is where outputs.q goes (line 8)",
+        "path of its own",
+    ),
+    "kept_below_what": (GOOD + 'q = {path = "q.gguf", keep-below = 0.5}\n', 8, "which tensors", "add keep-touched"),
+    "kept_below_2": (GOOD + 'q = {path = "q.gguf", keep-below = 2}\n', 8, "keep-below is 2", "between 0 and 1"),
+    "order_of_experts": (
+        GOOD + '[merge]\nexpert-order = "slow"\n',
+        9,
+        "merge.expert-order is 'slow'",
+        "use fastest, slowest",
+    ),
+    "calibrated_merge": (GOOD + 'q = {path = "q", calibration = "prompts.txt"}\n', 8, "'calibration' means", "leave"),
     "not_for_a_merge": (
         GOOD + 'q = {path = "q", rank = 4}\n',
         8,

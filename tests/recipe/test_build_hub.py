@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_writes import TOKEN, WritableHub
+from hub_writes import TOKEN, WritableHub, writable_hub  # noqa: F401  (the fixture hub)
 from models import plain_adapter, plain_base, read_bytes
 
 from adapterkit.errors import AuthError, CheckFailed, NotFound
@@ -30,41 +29,13 @@ path = "build/merged"
 """
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[WritableHub]:
-    """A Hub of our own, with a base and an adapter, and a client that asks nobody else."""
-    import huggingface_hub as hf
-    from huggingface_hub import constants, file_download, hf_api
-    from huggingface_hub.utils import _http
-
-    with WritableHub() as served:
-        for module in (constants, file_download, hf_api, _http):
-            for name, value in {
-                "ENDPOINT": served.url,
-                "HF_ENDPOINT": served.url,
-                "HUGGINGFACE_CO_URL_TEMPLATE": served.url + "/{repo_id}/resolve/{revision}/{filename}",
-                "HF_HUB_OFFLINE": False,
-                "HF_HUB_CACHE": str(tmp_path / "cache"),
-                "HF_HUB_DISABLE_XET": True,
-                "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
-                "HF_TOKEN_PATH": str(tmp_path / "no-token"),
-                "HF_HUB_DISABLE_PROGRESS_BARS": True,
-                "HF_URL_HOSTS": frozenset({"127.0.0.1"}),
-            }.items():
-                if hasattr(module, name):
-                    monkeypatch.setattr(module, name, value)
-        monkeypatch.setattr(hf_api.api, "endpoint", served.url)
-        monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setenv("ADAPTERKIT_HOME", str(tmp_path / "home"))
-        hf.close_session()
-        base = plain_base(tmp_path / "base")
-        served.add("org/base", base)
-        served.add(
-            "org/style", plain_adapter(tmp_path / "style", base, base_model_name_or_path="org/base"), "main", "v1"
-        )
-        yield served
-        hf.close_session()
+@pytest.fixture(autouse=True)
+def _published(hub: WritableHub, tmp_path: Path) -> None:
+    """A base and an adapter on the Hub."""
+    base = plain_base(tmp_path / "base")
+    adapter = plain_adapter(tmp_path / "style", base, base_model_name_or_path="org/base")
+    hub.add("org/base", base)
+    hub.add("org/style", adapter, "main", "v1")
 
 
 @pytest.fixture

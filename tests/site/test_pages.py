@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hub import TOKEN, client_of
 from hub_writes import WritableHub
 from pages import ROOT, Block, Shell, blocks
 
@@ -50,6 +51,33 @@ def write_imatrix(path: Path, model: Path) -> None:
     path.write_bytes(data)
 
 
+def write_pipeline(folder: Path) -> None:
+    """A pipeline of a UNet and a text encoder, and a file of kohya's scripts for both."""
+    import torch
+    from models import write_checkpoint
+    from safetensors.torch import save_file
+
+    parts = {
+        "unet": (
+            "down_blocks.1.attentions.0.proj_in",
+            "input_blocks_4_1_proj_in",
+            {"_class_name": "UNet2DConditionModel"},
+        ),
+        "text_encoder": ("text_model.encoder.layers.0.mlp.fc1", "", {"model_type": "clip_text_model"}),
+    }
+    tensors = {}
+    for part, (path, flat, config) in parts.items():
+        weights = {f"{path}.weight": torch.randn(16, 8), "norm.weight": torch.ones(8)}
+        write_checkpoint(folder / "pipeline" / part, weights, config)
+        name = f"lora_{'unet' if part == 'unet' else 'te'}_{flat or path.replace('.', '_')}"
+        tensors |= {f"{name}.lora_up.weight": torch.randn(16, 2), f"{name}.lora_down.weight": torch.randn(2, 8)}
+    (folder / "pipeline" / "unet" / "model.safetensors").rename(
+        folder / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors"
+    )
+    (folder / "pipeline" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    save_file(tensors, folder / "style.safetensors")
+
+
 @pytest.fixture(scope="module")
 def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages call by name: a base, adapters, GGUF files, an importance matrix, prompts."""
@@ -72,6 +100,7 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     convert(folder / "base", folder / "model-F16.gguf", dtype="f16")
     merge(folder / "base", [folder / "math"], folder / "finetune")
     write_imatrix(folder / "imatrix.dat", folder / "model-F16.gguf")
+    write_pipeline(folder)
     convert(folder / "base", folder / "base-nf4", to="nf4", double_quant=True)
     (folder / "calibration.txt").write_text("the sky is blue and the sea is calm\n" * 40)
     (folder / "prompts.txt").write_text("the sky is\nthe sea is\n")
@@ -81,37 +110,14 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory, things: Path) -> Iterator[WritableHub]:
     """The Hub of the pages, on the loopback interface."""
-    import huggingface_hub as hf
-    from huggingface_hub import constants, file_download, hf_api
-    from huggingface_hub.utils import _http
-
     patch = pytest.MonkeyPatch()
-    cache = tmp_path_factory.mktemp("cache")
-    with WritableHub() as served:
-        for module in (constants, file_download, hf_api, _http):
-            for name, value in {
-                "ENDPOINT": served.url,
-                "HF_ENDPOINT": served.url,
-                "HUGGINGFACE_CO_URL_TEMPLATE": served.url + "/{repo_id}/resolve/{revision}/{filename}",
-                "HF_HUB_OFFLINE": False,
-                "HF_HUB_CACHE": str(cache),
-                "HF_HUB_DISABLE_XET": True,
-                "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
-                "HF_TOKEN_PATH": str(cache / "no-token"),
-                "HF_HUB_DISABLE_PROGRESS_BARS": True,
-                "HF_URL_HOSTS": frozenset({"127.0.0.1"}),
-            }.items():
-                if hasattr(module, name):
-                    patch.setattr(module, name, value)
-        patch.setattr(hf_api.api, "endpoint", served.url)
-        patch.setenv("HF_TOKEN", "hf_aTokenThatMustNeverBeSeen0123456789")
-        hf.close_session()
+    cache = tmp_path_factory.mktemp("cache") / "hub"
+    with WritableHub() as served, client_of(served, cache, patch, TOKEN):
         served.add("meta-llama/Llama-3.2-1B", things / "base")
         served.add("org/model", things / "base")
         served.add("org/model-bnb-4bit", things / "base-nf4")
         served.add("my-org/my-adapter", things / "my-adapter")
         yield served
-        hf.close_session()
     patch.undo()
 
 

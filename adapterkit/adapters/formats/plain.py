@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.config import FLAT
+from adapterkit.adapters.config import FLAT, PARTS
 from adapterkit.adapters.edits import check_config, group_modules
 from adapterkit.adapters.methods import lora
 from adapterkit.adapters.names import Names
@@ -64,9 +64,14 @@ def resolved(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     """The adapter with module paths that need no base.
 
     Raises:
-        UsageError: its paths are flat, and no base is given.
-        TargetError: see `unflattened`.
+        UsageError: its paths are flat, or it is for several models, and no base is given.
+        TargetError: see `unflattened`, `selected`.
     """
+    if adapter.config.get(PARTS):
+        from adapterkit.adapters.formats.parts import selected
+
+        names = None if base is None else Names(base.shapes, base.config)
+        adapter = selected(adapter, names, {} if base is None else base.config)
     if not adapter.config.get(FLAT):
         return adapter
     if base is None:

@@ -51,9 +51,16 @@ def as_peft(adapter: Adapter, base: Checkpoint | None = None) -> AdapterFiles:
     Raises:
         UsageError: the base is needed.
         TargetError: a flat name fits none of its modules.
+        UnsupportedAdapter: PEFT has no such method.
     """
     adapter = resolved(adapter, base)
-    top = method_of(adapter).shared
+    method = method_of(adapter)
+    if method.only_in_files:
+        raise UnsupportedAdapter(
+            f"{adapter.ref} holds what PEFT has no form for ({method.peft_type})",
+            "add --plain for a LoRA of it, or fold it in with merge",
+        )
+    top = method.shared
     tensors: dict[str, Tensor] = {}
     for key, tensor in adapter.tensors.items():
         shared = any(key == name or key.startswith(name + ".") for name in top)

@@ -23,6 +23,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "decomposed": ("OSF", "DEFT", "PEANUT", "FROD"),
     "pooled": ("TINYLORA", "UNILORA"),
     "tokens": ("TRAINABLE_TOKENS",),
+    "single": ("LYCORIS",),
 }
 
 

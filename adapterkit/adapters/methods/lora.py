@@ -65,7 +65,7 @@ class Recipe:
 
     def load(self, weights: Weights) -> Kernel:
         """Read the factors (and W, where a residual or a column norm needs it) and give the kernel."""
-        from adapterkit.adapters.methods.normed import NormedLowRank, column_norms
+        from adapterkit.adapters.methods.normed import Normed, column_norms
         from adapterkit.ops import lora as ops
 
         a, b = matrix(self.a), matrix(self.b)
@@ -92,7 +92,7 @@ class Recipe:
             shift = ops.residual(self.residual, w, right.shape[0], self.scale, self.turned)
         magnitude = None if self.magnitude is None else matrix(self.magnitude).flatten()
         norms = column_norms(weights, added) if magnitude is not None and self.embedding else None
-        return NormedLowRank(added, shift, magnitude, norms, weights.dtype)
+        return Normed(added, shift, magnitude, norms, weights.dtype)
 
 
 def lora_edits(module: Module, context: Context) -> Iterator[Edit]:

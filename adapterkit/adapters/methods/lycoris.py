@@ -46,7 +46,8 @@ def _factors(pair: tuple[Tensor, Tensor, Tensor | None]) -> tuple[torch.Tensor, 
     return conv_factors(matrix(a), matrix(b), None if t is None else matrix(t))
 
 
-def _loha(module: Module, context: Context) -> Iterator[Edit]:
+def loha_edits(module: Module, context: Context) -> Iterator[Edit]:
+    """The edit of a module with two pairs of factors."""
     first = _pair(module, context, "hada_w1_a", "hada_w1_b", "hada_t1")
     second = _pair(module, context, "hada_w2_a", "hada_w2_b", "hada_t2")
     rows, columns, rank = _size(*first)
@@ -65,7 +66,8 @@ def _loha(module: Module, context: Context) -> Iterator[Edit]:
     yield edit(target, f"loha r={rank}", load, used, 2 * rank * (rows + columns))
 
 
-def _lokr(module: Module, context: Context) -> Iterator[Edit]:
+def lokr_edits(module: Module, context: Context) -> Iterator[Edit]:
+    """The edit of a module with two factors of a Kronecker product, each whole or a pair."""
     used: list[Tensor] = []
     sizes: list[tuple[int, int]] = []
     sides: list[tuple[Tensor, Tensor, Tensor | None] | Tensor] = []
@@ -93,7 +95,7 @@ def _lokr(module: Module, context: Context) -> Iterator[Edit]:
         from adapterkit.ops.products import kron_conv1d, kron_rows
 
         one, two = (matrix(side) if not isinstance(side, tuple) else torch.mm(*_factors(side)) for side in sides)
-        if two.ndim == 3:
+        if two.ndim == 3 and context.config.peft_type == "LOKR":
             delta = scale * kron_conv1d(one, two)
             return RowMap(lambda w, rows: w + delta[at(rows)])
         one, two = one.flatten(1), scale * two.flatten(1)
@@ -113,7 +115,7 @@ METHODS = (
         formula="W' = W + s (a1 b1) * (a2 b2), s = alpha/r",
         source="arXiv:2108.06098, 2309.14859",
         suffixes=("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
-        edits=_loha,
+        edits=loha_edits,
         fields=_FIELDS,
     ),
     Method(
@@ -122,8 +124,8 @@ METHODS = (
         formula="W' = W + s kron(w1, w2), s = alpha/r",
         source="arXiv:2309.14859",
         suffixes=("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-        edits=_lokr,
+        edits=lokr_edits,
         fields=_FIELDS | {"decompose_both", "decompose_factor", "rank_dropout_scale"},
-        notes="one-dimensional convolutions have PEFT's own layout, not that of LyCORIS",
+        notes="one-dimensional convolutions have PEFT's own layout here; those of a LyCORIS file have its own",
     ),
 )

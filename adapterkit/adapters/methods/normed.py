@@ -1,4 +1,4 @@
-"""The kernel of the LoRA variants that need more of W than its sum with a delta."""
+"""The kernel of the variants that need more of W than its sum with a delta: DoRA and residual bases."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from adapterkit.adapters.change import Kernel, LowRank, Weights
+from adapterkit.adapters.change import Kernel, Weights
 from adapterkit.ops.lora import to_norm
 
 if TYPE_CHECKING:
     from adapterkit.dtypes import DType
 
 
-class NormedLowRank(Kernel):
-    """m * V / ||V|| with V = W0 + s B A, where W0 is W or what the initialisation left of it.
+class Normed(Kernel):
+    """m * V / ||V|| with V = W0 + delta, where W0 is W or what the initialisation left of it.
 
     Args:
-        added: s B A.
+        added: what makes V of W0, as a low-rank addition does.
         shift: factors of what was taken out of W, or None. Training kept W0 in W's dtype, so it is rounded to that.
         magnitude: m, one per row, or per column when ``norms`` is given; None leaves V as it is.
         norms: ||V|| per column, where norms go over rows (embeddings).
@@ -26,7 +26,7 @@ class NormedLowRank(Kernel):
 
     def __init__(
         self,
-        added: LowRank,
+        added: Kernel,
         shift: tuple[torch.Tensor, torch.Tensor] | None,
         magnitude: torch.Tensor | None,
         norms: torch.Tensor | None,
@@ -48,10 +48,10 @@ class NormedLowRank(Kernel):
         return to_norm(v, magnitude, torch.linalg.vector_norm(v, dim=1, keepdim=True))
 
 
-def column_norms(weights: Weights, added: LowRank) -> torch.Tensor:
-    """||V|| of every column, V = W + s B A, streamed; ``[columns]``."""
+def column_norms(weights: Weights, added: Kernel, group: int = 1) -> torch.Tensor:
+    """||V|| of every column, streamed; ``[columns]``, those of each ``group`` taken together (a convolution's input)."""
     total = torch.zeros(weights.shape[1], dtype=torch.float64)
     for start, w in weights.blocks():
         v = added.new(w, range(start, start + len(w)))
         total += v.double().square().sum(0)
-    return total.sqrt().float()
+    return total.view(-1, group).sum(1).sqrt().float().repeat_interleave(group)
