@@ -58,6 +58,11 @@ these; `convert --to peft --plain` makes LoRA of it. sd-scripts' OFT is LyCORIS'
 depends on the timestep), the sparse remainder of old extractions (`bias_indices`), a `scalar` beside factors (LyCORIS folds
 it into them).
 
+A file with several parts of a pipeline gives each base its own; `FILE#te`, `FILE#te1`, `FILE#unet` names one where several fit,
+and `FILE#te+unet` several that one base holds. That is a checkpoint of a whole pipeline in one file: the UNet of Stable
+Diffusion 1 and 2 is found there under its older names, CLIP under its lead (SDXL's second text encoder is not: it has
+OpenCLIP's fused weights there; give its own folder).
+
 ## Training recipes that write LoRA files
 LoRA+ (learning rates), LoRA-FA (frozen A), EVA, MiCA, CorDA, LoRA-GA and LoftQ (initialisations), rsLoRA (scaling), VeLoRA,
 MonteCLoRA, `lora_bias`, `trainable_token_indices` and `target_parameters` (stacked experts) all have the keys of LoRA; what of
