@@ -298,7 +298,8 @@ embedding):
 * **transformers' reader** takes gpt_oss' scaling factors from the wrong part of a field, has no key for the widths of
   gemma4's per-layer embeddings, and wants qwen2_moe's shared gate without the axis of length one that llama.cpp's
   converter leaves.
-* **roberta and xlm-roberta** are told from bert by their tokenizer when going back.
+* **roberta and xlm-roberta** are told from bert by their tokenizer when going back, which the models above do not have. With it
+  they give the same bytes too (`tests/gguf/test_gguf_there_and_back.py`).
 
 Architectures in the last rows have no class in transformers; their checkpoints were made from a model that computes the same.
 

@@ -434,6 +434,14 @@ def _bert(values: Values, config: Values, base: Any) -> dict[str, Any]:
     return {"type_vocab_size": types.shape[0] if types is not None else 0}
 
 
+def _roberta(values: Values, config: Values, base: Any) -> dict[str, Any]:
+    pad = config.get("pad_token_id")
+    return {
+        **_bert(values, config, base),
+        "max_position_embeddings": values["context_length"] + (1 + pad if isinstance(pad, int) else 0),
+    }
+
+
 def _modernbert(values: Values, config: Values, base: Any) -> dict[str, Any]:
     words = {number: word for word, number in POOLING.items()}
     return {"classifier_pooling": words.get(values.get("classifier.pooling_type", -1))}
@@ -613,7 +621,7 @@ MORE: dict[str, Callable[[Values, Values, Any], dict[str, Any]]] = {
     "bert": _bert,
     "distilbert": _distilbert,
     "modernbert": _modernbert,
-    "roberta": _bert,
+    "roberta": _roberta,
     "cohere": _cohere,
     "cohere2": _cohere,
     "glm4_moe": _glm_moe,

@@ -67,10 +67,10 @@ def _dense_first(config: Config) -> int:
 
 
 def _scoring(config: Config) -> int | None:
-    """How experts are chosen, where the config has no word for it: V3 and what came of it by sigmoid."""
+    """How experts are chosen; where the config has no word for it, V3 and what came of it by sigmoid."""
     found = config.get("scoring_func")
     if found is not None:
-        return None
+        return GATING.get(str(found))
     return GATING["sigmoid"] if config.model_type in ("deepseek_v3", "kimi_k2") else None
 
 
