@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import TargetError
 from adapterkit.gguf.arch.config import ALIASES, Config, llama3_factors, single
-from adapterkit.gguf.arch.hyper import GATING
+from adapterkit.gguf.arch.hyper import GATING, POOLING
 from adapterkit.gguf.arch.mapping import Mapper
 from adapterkit.gguf.arch.table import specs_of
 
@@ -434,6 +434,11 @@ def _bert(values: Values, config: Values, base: Any) -> dict[str, Any]:
     return {"type_vocab_size": types.shape[0] if types is not None else 0}
 
 
+def _modernbert(values: Values, config: Values, base: Any) -> dict[str, Any]:
+    words = {number: word for word, number in POOLING.items()}
+    return {"classifier_pooling": words.get(values.get("classifier.pooling_type", -1))}
+
+
 def _distilbert(values: Values, config: Values, base: Any) -> dict[str, Any]:
     return {
         "dim": values["embedding_length"],
@@ -607,6 +612,7 @@ MORE: dict[str, Callable[[Values, Values, Any], dict[str, Any]]] = {
     "jamba": _jamba,
     "bert": _bert,
     "distilbert": _distilbert,
+    "modernbert": _modernbert,
     "roberta": _bert,
     "cohere": _cohere,
     "cohere2": _cohere,
