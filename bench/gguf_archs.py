@@ -301,6 +301,38 @@ embedding):
 * **roberta and xlm-roberta** are told from bert by their tokenizer when going back.
 
 Architectures in the last rows have no class in transformers; their checkpoints were made from a model that computes the same.
+
+## Beside llama.cpp's own converter
+
+`bench/converter.py --converter LLAMA.CPP/convert_hf_to_gguf.py --python PYTHON` makes folders as the Hub has them, with a
+tokenizer of the model's family, and converts each by both: to F32, F16 and BF16, and once more from a BF16 checkpoint. It
+compares the set of tensors, their shapes, types and bytes, and every key with its type and value, tokens, scores, types and
+merges among them. The converter is that of llama-cpp-python 0.3.36, with transformers 4.57.6. 93 models: those of the table,
+and yarn, windows, a model card, MXFP4 experts, a language model inside one that sees, layers that predict further tokens,
+Phi-4's tokenizer, three of Mistral's real ones, and the real MiniLM.
+
+**The 91 that it converts have the same tensors, shapes and types; 12,176 of 12,200 have the same bytes. 10,496 of 10,820 keys
+are the same, all of 54 models. Every difference is one of these** (`bench/converter_differs.py`), and the script fails when
+there is another:
+
+* **-exp(x)** (`ssm_a` of Mamba and Jamba, the 24 tensors above): ours are the nearest float32, torch's are off by one unit now
+  and then.
+* Said here, where llama.cpp takes the same by default: `add_space_prefix`, `add_bos_token`, `add_eos_token`, `strip_accents`.
+  `cls_token_id`, which llama.cpp reads no more, is kept for the way back.
+* A `tokenizer.model` alone: symbols that the user defined are marked as such, and the unknown token is named.
+* Ids that the converter writes whatever the tokenizer is: Gemma's end of turn (107), Nemotron's padding and unknown tokens (0
+  and 1), XLM-RoBERTa's mask (250001). Ours are looked up.
+* Left out by the converter: the file type of gpt_neox and mpt, the rotary base of gpt_neox, and that T5 encoders are not
+  causal.
+* Ernie 4.5's shared experts: the converter computes their width in a way that is right for the published sizes alone.
+* Granite 4 without mixers: the converter writes keys of the mixer.
+* Model cards: links to datasets have `datasets/` in them, and underscores in their names are spaces. A `tekken.json` without a
+  chat template gets none, and no scores.
+* MiniLM: the converter takes the hash of its WordPiece for that of another tokenizer; llama.cpp has no pre-tokenizer there.
+
+StableLM 2 12B (its query and key norms are lost) and Baichuan (it calls itself without end) are not converted by it. A
+byte-level tokenizer that was trained here has no hash that it knows: it is told the name of the pre-tokenizer, which with us
+comes from the regexes. Layers that predict further tokens are left out by both (`--no-nextn`).
 """
 
 

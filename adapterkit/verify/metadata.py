@@ -254,6 +254,8 @@ def _types(mine: GGUFHeader, theirs: GGUFHeader) -> str | None:
 
 
 def _scores(mine: GGUFHeader, theirs: GGUFHeader) -> str | None:
+    if mine.get(MODEL) not in ("llama", "t5"):  # the others never ask for one
+        return None
     return _apart(SCORES, "the score of token", mine, theirs, lambda score: float(f"{score:.6g}"))
 
 

@@ -515,7 +515,6 @@ SPECS = (
             PARTIAL_ROPE,
             NO_SCALING,
         ),
-        leave=("attention.layer_norm_rms_epsilon",),
         vocab="spm",
     ),
     ArchSpec(

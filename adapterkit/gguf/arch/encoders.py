@@ -226,8 +226,12 @@ SPECS = (
             constant("rope.scaling.type", "none"),
             VOCAB_SIZE,
             Key("hidden_activation", "hidden_activation"),
+            Key(
+                "classifier.pooling_type",
+                lambda c: POOLING.get(c.get("classifier_pooling")),
+                field="classifier_pooling",
+            ),
         ),
-        leave=("attention.layer_norm_rms_epsilon",),
         prefixes=("model.",),
         drops=(r"^head\.", r"^decoder\."),
         uneven=True,

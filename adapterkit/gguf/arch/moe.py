@@ -11,7 +11,6 @@ from adapterkit.gguf.arch.ops import (
     Alternate,
     AlternateLast,
     Each,
-    Flat,
     HeadSplit,
     Interleave,
     Split,
@@ -373,7 +372,7 @@ SPECS = (
             *MLP,
             *experts(),
             *shared_expert("mlp.shared_experts"),
-            block("mlp.moe_statics.e_score_correction_bias", "exp_probs_b.bias", ops=[Flat()]),
+            block("mlp.moe_statics.e_score_correction_bias", "exp_probs_b.bias"),
         ),
         (
             Key("expert_count", "moe_num_experts"),

