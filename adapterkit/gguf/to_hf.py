@@ -144,10 +144,10 @@ _SAMPLING = {
 
 def generation(base: GGUFCheckpoint, config: dict[str, Any]) -> dict[str, bytes]:
     """``generation_config.json``, where the file names settings."""
-    from adapterkit.gguf.arch.back import _short
+    from adapterkit.gguf.arch.fields import shortest
 
     found = {
-        field: _short(base.header[f"general.sampling.{key}"])
+        field: shortest(base.header[f"general.sampling.{key}"])
         for key, field in _SAMPLING.items()
         if f"general.sampling.{key}" in base.header.keys
     }

@@ -196,10 +196,9 @@ def test_every_module_of_a_unet_under_its_older_name(tmp_path: Path) -> None:
         tensors[f"lora_unet_{name}.diff"] = torch.full((4, 4), float(index))
         expected[stored] = torch.full((4, 4), 1.0 + index)
     assert len(base) == len(names)
-    (tmp_path / "whole").mkdir()
-    save_file(base, tmp_path / "whole" / "sd.safetensors")
+    save_file(base, tmp_path / "sd.safetensors")
     save_file(tensors, tmp_path / "full.safetensors")
-    merge(tmp_path / "whole" / "sd.safetensors", [tmp_path / "full.safetensors"], tmp_path / "out")
+    merge(tmp_path / "sd.safetensors", [tmp_path / "full.safetensors"], tmp_path / "out")
     merged = written(tmp_path / "out")
     assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
 

@@ -272,6 +272,11 @@ def test_a_merge_that_was_told_otherwise(made: dict[str, Path], tmp_path: Path) 
     """`--pre` stands in the record; the adapter's own tokenizer is what the merge takes."""
     adapterkit.merge(made["base"], [made["style"]], tmp_path / "pre.gguf", pre="llama-bpe")
     assert alarms(examined(made, tmp_path / "pre.gguf")) == []
+    adapterkit.merge(made["base"], [made["style"]], tmp_path / "merged")
+    convert(tmp_path / "merged", tmp_path / "later.gguf", pre="llama-bpe")
+    assert alarms(examined(made, tmp_path / "later.gguf")) == []
+    (tmp_path / "later.gguf.adapterkit.json").unlink()
+    assert alarms(examined(made, tmp_path / "later.gguf")) == [("pre-tokenizer", "error")]
     adapter = shutil.copytree(made["style"], tmp_path / "adapter")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(made["base"] / name, adapter / name)

@@ -55,6 +55,7 @@ _OTHER = {
         for name in (
             *("diff", "diff_b", "w_norm", "b_norm", "oft_blocks", "rescale"),
             *("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"),
+            *("bias_indices", "bias_values", "bias_size"),
         )
     },
 }
@@ -65,13 +66,6 @@ _REFUSED = {
         (
             "belongs to T-LoRA, whose rank depends on the timestep, so that no one weight stands for it",
             "load it with LyCORIS beside the base",
-        ),
-    ),
-    **dict.fromkeys(
-        ("bias_indices", "bias_values", "bias_size"),
-        (
-            "is the sparse remainder of an extraction, which no trainer of today reads",
-            "extract the difference again: adapterkit extract BASE TUNED -o OUT",
         ),
     ),
     "scalar": (
