@@ -117,15 +117,16 @@ def _brief(ours: Any, theirs: Any) -> tuple[str, str]:
 
 def bf16_copy(folder: Path, out: Path) -> None:
     """The same folder with weights in BF16, as most are published."""
-    import torch
     from models import read_tensors
     from safetensors.torch import save_file
 
     shutil.copytree(folder, out, ignore=shutil.ignore_patterns("*.safetensors*"))
-    tensors = {name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in read_tensors(folder).items()}
+    config = json.loads((folder / "config.json").read_text())
+    packed = config.get("quantization_config", {}).get("quant_method") not in (None, "mxfp4")
+    tensors = {n: t if packed or not t.is_floating_point() else t.bfloat16() for n, t in read_tensors(folder).items()}
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}, indent=2))
+    if not packed:
+        (out / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}, indent=2))
 
 
 def run(kinds: list[str], at: Path, options: Any) -> list[dict[str, Any]]:

@@ -112,6 +112,12 @@ ROWS = (
         "both",
         "ours are the nearest float32 of -exp(x); torch's are off by one unit now and then",
     ),
+    Meant(
+        "llama gptq",
+        "blk.*.weight",
+        "both",
+        "decoded in float16, as GPTQ's own loop does and as adapters were trained; the converter decodes in float32",
+    ),
 )
 # What the converter answers where it cannot convert a published model.
 REFUSED = {

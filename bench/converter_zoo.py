@@ -290,7 +290,44 @@ def _mxfp4(folder: Path) -> None:
     (folder / "generation_config.json").unlink(missing_ok=True)
 
 
+def _gptq(folder: Path) -> None:
+    from packed import pack
+
+    pack(folder, "gptq")
+
+
+def _scaled(folder: Path, method: str) -> None:
+    """Linear weights in FP8: with a scale of each block, as DeepSeek and Qwen publish them, or of each row."""
+    import torch
+    from models import read_tensors
+    from safetensors.torch import save_file
+
+    stored: dict[str, Any] = {}
+    for name, tensor in read_tensors(folder).items():
+        if not name.endswith("_proj.weight"):
+            stored[name] = tensor.bfloat16()
+            continue
+        size = 32 if method == "fp8" else tensor.shape[1]
+        blocks = tensor.unfold(0, 32 if method == "fp8" else 1, 32 if method == "fp8" else 1).unfold(1, size, size)
+        scale = blocks.abs().amax((2, 3)).clamp(min=1e-6) / 448
+        spread = scale.repeat_interleave(tensor.shape[0] // scale.shape[0], 0).repeat_interleave(size, 1)
+        stored[name] = (tensor / spread).to(torch.float8_e4m3fn)
+        stored[f"{name}_scale_inv" if method == "fp8" else f"{name}_scale"] = scale
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    if method == "fp8":
+        said: dict[str, Any] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [32, 32]}
+    else:
+        weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+        said = {"quant_method": "compressed-tensors", "format": "float-quantized", "ignore": ["lm_head"]}
+        said |= {"config_groups": {"group_0": group}, "quantization_status": "compressed"}
+    _config(folder, quantization_config=said, torch_dtype="bfloat16")
+
+
 VARIANTS: dict[str, tuple[str, Any]] = {
+    "qwen3 fp8": ("qwen3", lambda folder: _scaled(folder, "fp8")),
+    "qwen3 fp8 rows": ("qwen3", lambda folder: _scaled(folder, "compressed-tensors")),
+    "llama gptq": ("llama", _gptq),
     "qwen2 yarn": ("qwen2", _yarn),
     "qwen2 card": ("qwen2", _card),
     "mistral window": ("mistral", _windowed),

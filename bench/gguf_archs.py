@@ -308,16 +308,17 @@ Architectures in the last rows have no class in transformers; their checkpoints 
 `bench/converter.py --converter LLAMA.CPP/convert_hf_to_gguf.py --python PYTHON` makes folders as the Hub has them, with a
 tokenizer of the model's family, and converts each by both: to F32, F16 and BF16, and once more from a BF16 checkpoint. It
 compares the set of tensors, their shapes, types and bytes, and every key with its type and value, tokens, scores, types and
-merges among them. The converter is that of llama-cpp-python 0.3.36, with transformers 4.57.6. 93 models: those of the table,
-and yarn, windows, a model card, MXFP4 experts, a language model inside one that sees, layers that predict further tokens,
-Phi-4's tokenizer, three of Mistral's real ones, and the real MiniLM.
+merges among them. The converter is that of llama-cpp-python 0.3.36, with transformers 4.57.6. 96 models: those of the table,
+and yarn, windows, a model card, FP8, GPTQ, MXFP4 experts, a language model inside one that sees, layers that predict further
+tokens, Phi-4's tokenizer, three of Mistral's real ones, and the real MiniLM.
 
-**The 91 that it converts have the same tensors, shapes and types; 12,176 of 12,200 have the same bytes. 10,496 of 10,820 keys
-are the same, all of 54 models. Every difference is one of these** (`bench/converter_differs.py`), and the script fails when
+**The 94 that it converts have the same tensors, shapes and types; 12,432 of 12,484 have the same bytes. 10,808 of 11,136 keys
+are the same, all of 56 models. Every difference is one of these** (`bench/converter_differs.py`), and the script fails when
 there is another:
 
-* **-exp(x)** (`ssm_a` of Mamba and Jamba, the 24 tensors above): ours are the nearest float32, torch's are off by one unit now
-  and then.
+* **-exp(x)** (`ssm_a` of Mamba and Jamba, 24 tensors): ours are the nearest float32, torch's are off by one unit now and then.
+* **GPTQ** (28 tensors) is decoded in float16, as its own loop does and adapters were trained; the converter decodes in float32,
+  which differs where the output is finer than float16. AWQ and bitsandbytes it does not convert.
 * Said here, where llama.cpp takes the same by default: `add_space_prefix`, `add_bos_token`, `add_eos_token`, `strip_accents`.
   `cls_token_id`, which llama.cpp reads no more, is kept for the way back.
 * A `tokenizer.model` alone: symbols that the user defined are marked as such, and the unknown token is named.

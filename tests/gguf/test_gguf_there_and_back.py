@@ -19,8 +19,8 @@ zoo = pytest.importorskip("arch_zoo")
 
 
 def build(folder: Path, kind: str, family: str) -> dict[str, int]:
-    """A tiny encoder with a tokenizer of its own; gives special tokens."""
-    tiny = zoo.ENCODERS[kind]
+    """A tiny model with a tokenizer of its own; gives special tokens."""
+    tiny = (zoo.ZOO | zoo.ENCODERS)[kind]
     zoo.ZOO["sized"] = replace(tiny, config={**tiny.config, "vocab_size": folders.SIZE, "pad_token_id": 1})
     zoo.build(folder, "sized")
     roles = folders.tokenizer(folder, family, ())
@@ -63,6 +63,13 @@ def test_robertas(kind: str, family: str, model: str, tmp_path: Path) -> None:
             found.append((ids.tolist(), model_of(ids).last_hidden_state))
     assert found[0][0] == found[1][0]
     assert (found[0][1] - found[1][1]).abs().max() < 1e-6
+
+
+def test_symbols_of_the_user_stay_such(tmp_path: Path) -> None:
+    build(tmp_path / "hf", "llama", folders.BARE)
+    reader, _ = there_and_back(tmp_path)
+    tokens, types = (reader.fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
+    assert (types[tokens.index("<|user|>")], types[tokens.index("<tool>")]) == (4, 4)
 
 
 def test_pooling_and_card(tmp_path: Path) -> None:

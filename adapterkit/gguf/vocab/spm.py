@@ -94,6 +94,11 @@ def _of_model(model: proto.SentencePieceModel, sources: Sources, table: TokenTab
     check_agreement(model, sources)
     table.add(sources.added.values())
     table.scores |= {number: ADDED_SCORE for number in sources.decoded if number in table.scores}
+    for number, piece in enumerate(model.pieces):
+        # Symbols of the user stay what they are, however they look, unless a file calls them special.
+        added = sources.added.get(number)
+        if piece.type == USER_DEFINED and added and not added.special and number not in sources.decoded:
+            table.put(number, piece.text.replace(SPACE, " "), USER_DEFINED, piece.score)
     prefix = model.prefix
     if TOKENIZER in sources and sources.model_kind == "BPE":
         stated = spaces(sources.tokenizer)
