@@ -190,7 +190,7 @@ def run(kinds: list[str], at: Path, options: Any) -> list[dict[str, Any]]:
 def main() -> None:
     """Run the comparison."""
     import arch_zoo as zoo
-    from converter_zoo import VARIANTS
+    from converter_zoo import EXTRA, VARIANTS
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kinds", nargs="*")
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="leave folders, files and the converter's log here")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    kinds = options.kinds or [*zoo.ZOO, *zoo.ENCODERS, *zoo.DISGUISES, *VARIANTS]
+    kinds = options.kinds or [*zoo.ZOO, *EXTRA, *zoo.ENCODERS, *zoo.DISGUISES, *VARIANTS]
     with tempfile.TemporaryDirectory(prefix="converter-") as folder:
         at = options.keep or Path(folder)
         at.mkdir(exist_ok=True)

@@ -64,6 +64,7 @@ ROWS = (
         "both",
         "the converter writes 0 and 1 for these, whatever the tokenizer",
     ),
+    Meant("xverse", f"{_TOKEN}scores", "ours", "without them llama.cpp does not know which tokens to join first"),
     Meant("xlm_roberta", f"{_TOKEN}scores", "both", _MASK),
     Meant("xlm_roberta", f"{_TOKEN}token*", "both", _MASK),
     Meant("mistral tekken", f"{_TOKEN}scores", "theirs", "zeros, which no byte-level BPE has a use for"),

@@ -41,19 +41,22 @@ _OF: dict[str, tuple[str, ...]] = {
         *("ernie4_5", "ernie4_5_moe", "ernie4_5_fused", "nemotron", "baichuan", "internlm3", "minicpm"),
     ),
     BARE: ("llama_tied",),
-    WHOLE: ("internlm2",),
+    WHOLE: ("internlm2", "llama_heads"),
     GEMMA: ("gemma", "gemma2", "gemma3", "gemma3n"),
     GEMMA4: ("gemma4",),
     "llama-bpe": ("llama3", "smollm3"),
     "tekken": ("ministral3",),
-    "qwen2": ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "qwen3_next"),
+    "qwen2": (
+        *("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "qwen3_next", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe"),
+        *("dots1", "dots1_sparse"),
+    ),
     "qwen35": ("qwen3_5", "qwen3_5_moe"),
     "seed-coder": ("seed_oss",),
     "llama4": ("llama4",),
     "gpt-4o": ("gpt_oss",),
     "deepseek-llm": ("deepseek_v2", "deepseek_v2_lite"),
     "deepseek-v3": ("deepseek_v3",),
-    "glm4": ("glm4", "glm4_moe"),
+    "glm4": ("glm4", "glm4_moe", "glm4v"),
     "command-r": ("cohere", "cohere2"),
     "exaone": ("exaone",),
     "exaone4": ("exaone4",),
@@ -80,13 +83,15 @@ FAMILY = {kind: family for family, kinds in _OF.items() for kind in kinds}
 # What the converter is told where it knows no hash; byte-level BPEs go by their own name.
 TOLD = {ROBERTA: "roberta-bpe", MODERN: "modern-bert", WORDS: "default"}
 GLM = ("[gMASK]", "<|user|>", "<|endoftext|>", "<|observation|>")
-MORE = {"glm4": GLM, "glm4_moe": GLM}
+MORE = dict.fromkeys(("glm4", "glm4_moe", "glm4v"), GLM)
 # What tiny models have otherwise than `arch_zoo`, since the converter takes it for granted.
 SIZED: dict[str, dict[str, Any]] = {"phi2": {"intermediate_size": 256}}
 # What published configs say.
 SAID: dict[str, dict[str, Any]] = {
     "cohere2": {"rotary_pct": 1.0},
     "deepseek_v3": {"scoring_func": "sigmoid", "num_nextn_predict_layers": 1},
+    "dots1": {"scoring_func": "sigmoid"},
+    "dots1_sparse": {"scoring_func": "sigmoid"},
     "exaone": {"activation_function": "silu"},
     "falcon": {"num_kv_heads": 1},
     "glm4_moe": {"num_nextn_predict_layers": 1},
@@ -101,6 +106,43 @@ SAID: dict[str, dict[str, Any]] = {
 }
 # Of the converter: layers that predict further tokens are left out, as transformers leaves them out.
 FLAGS = {kind: ["--no-nextn"] for kind in ("qwen3_next", "qwen3_5", "qwen3_5_moe", "glm4_moe")}
+
+
+# Rows of the table without a model in `arch_zoo`.
+_TINY = zoo.ZOO["qwen3"].config
+_SEEN = {"depth": 1, "num_heads": 2, "patch_size": 4}
+_VL = {
+    "text_config": {
+        **_TINY,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2]},
+    },
+    "tie_word_embeddings": False,
+}
+_VL3 = {**_VL, "vision_config": {**_SEEN, "hidden_size": 16, "out_hidden_size": 64, "deepstack_visual_indexes": [0]}}
+_SHARED_EXPERTS = {
+    **{key: value for key, value in zoo.ZOO["glm4_moe"].config.items() if key != "use_qk_norm"},
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5,
+}
+EXTRA = {
+    "llama_heads": zoo.Tiny("LlamaForCausalLM", {**zoo.ZOO["llama"].config, "num_key_value_heads": 4}),
+    "arcee": zoo.Tiny("ArceeForCausalLM", zoo.ZOO["llama"].config),
+    "dots1": zoo.Tiny("Dots1ForCausalLM", _SHARED_EXPERTS),
+    "dots1_sparse": zoo.Tiny("Dots1ForCausalLM", {**_SHARED_EXPERTS, "first_k_dense_replace": 0}),
+    "qwen2_vl": zoo.Tiny(
+        "Qwen2VLForConditionalGeneration",
+        {**_VL, "vision_config": {**_SEEN, "embed_dim": 16, "hidden_size": 64, "mlp_ratio": 2}},
+    ),
+    "qwen3_vl": zoo.Tiny("Qwen3VLForConditionalGeneration", _VL3),
+    "qwen3_vl_moe": zoo.Tiny(
+        "Qwen3VLMoeForConditionalGeneration",
+        {**_VL3, "text_config": {**_VL["text_config"], **zoo.ZOO["qwen3_moe"].config}},
+    ),
+    "glm4v": zoo.Tiny(
+        "Glm4vForConditionalGeneration", {**_VL, "vision_config": {**_SEEN, "hidden_size": 16, "out_hidden_size": 64}}
+    ),
+}
+zoo.ZOO_HIDDEN.update(EXTRA)
 
 
 def make(kind: str, folder: Path) -> str | None:
@@ -130,7 +172,10 @@ def _sized() -> None:
     """Room for a tokenizer in every model of the zoo."""
     for table in (zoo.ZOO, zoo.ENCODERS, zoo.ZOO_HIDDEN):
         for kind, tiny in table.items():
-            sizes = {key: SIZE for key, value in tiny.config.items() if value == zoo.VOCAB}
+            text = tiny.config.get("text_config", tiny.config)
+            sizes = {key: SIZE for key, value in text.items() if value == zoo.VOCAB}
+            if text is not tiny.config:
+                sizes = {"text_config": {**text, **sizes}}
             table[kind] = replace(tiny, config={**tiny.config, **sizes, **SIZED.get(kind, {})})
 
 
@@ -276,6 +321,45 @@ def _minilm(folder: Path) -> str:
     return ""
 
 
+def _renamed(change: Any, **said: Any) -> Any:
+    """Another architecture that lays out its weights like this one: names changed, or None for those it has not."""
+
+    def make_of(folder: Path) -> None:
+        from models import read_tensors
+        from safetensors.torch import save_file
+
+        tensors = change(read_tensors(folder))
+        save_file(
+            {n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"}
+        )
+        _config(folder, **said)
+
+    return make_of
+
+
+def _orion(tensors: dict[str, Any]) -> dict[str, Any]:
+    norms = {n.replace(".weight", ".bias"): t * 0.5 for n, t in tensors.items() if "norm" in n}
+    return {**tensors, **norms}
+
+
+def _deepseek1(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {n: t for n, t in tensors.items() if not any(one in n for one in ("q_norm", "k_norm", "e_score_correction"))}
+
+
+def _bailing(tensors: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    found = {}
+    for name, tensor in _deepseek1(tensors).items():
+        if "q_proj" in name:
+            parts = [tensors[name.replace("q_proj", f"{one}_proj")] for one in "qkv"]
+            found[name.replace("self_attn.q_proj", "attention.query_key_value")] = torch.cat(parts)
+        elif "k_proj" not in name and "v_proj" not in name:
+            moved = name.replace("self_attn.o_proj", "attention.dense").replace("embed_tokens", "word_embeddings")
+            found[moved] = tensor
+    return found
+
+
 def _mxfp4(folder: Path) -> None:
     """Experts as gpt-oss is published with."""
     from test_gguf_archs import as_mxfp4
@@ -325,6 +409,19 @@ def _scaled(folder: Path, method: str) -> None:
 
 
 VARIANTS: dict[str, tuple[str, Any]] = {
+    "xverse": ("llama_heads", _renamed(dict, architectures=["XverseForCausalLM"], model_type="xverse")),
+    "orion": ("llama_heads", _renamed(_orion, architectures=["OrionForCausalLM"], model_type="orion")),
+    "deepseek": ("dots1", _renamed(_deepseek1, architectures=["DeepseekForCausalLM"], model_type="deepseek")),
+    "bailing_moe": (
+        "dots1_sparse",
+        _renamed(
+            _bailing,
+            architectures=["BailingMoeForCausalLM"],
+            model_type="bailing_moe",
+            num_experts=4,
+            num_shared_experts=1,
+        ),
+    ),
     "qwen3 fp8": ("qwen3", lambda folder: _scaled(folder, "fp8")),
     "qwen3 fp8 rows": ("qwen3", lambda folder: _scaled(folder, "compressed-tensors")),
     "llama gptq": ("llama", _gptq),

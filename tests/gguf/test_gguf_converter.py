@@ -134,6 +134,7 @@ GLM = ("[gMASK]", "<|user|>", "<|endoftext|>", "<|observation|>")
     ("model", "expected"),
     [
         ("glm4", {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "eot": "<|user|>", "unknown": "<|endoftext|>"}),
+        ("glm4v", {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "eot": "<|user|>", "unknown": "<|endoftext|>"}),
         ("glm4_moe", {"bos": "[gMASK]", "eot": "<|user|>", "unknown": "<|endoftext|>", "eom": "<|observation|>"}),
     ],
 )
@@ -147,6 +148,7 @@ def test_special_tokens_of_glm(model: str, expected: dict[str, str]) -> None:
     tokenizer.add_special_tokens(list(GLM))
     files = {"tokenizer.json": tokenizer.to_str().encode()}
     found = values(read_vocab(files, {"model_type": model}, kind="auto", rows=0).entries)
+    assert found[TOKEN + "pre"] == "glm4"
     roles = {role: f"{TOKEN}{role}_token_id" for role in ("bos", "eos", "eot", "eom", "unknown")}
     tokens = found[TOKEN + "tokens"]
     assert {role: tokens[found[name]] for role, name in roles.items() if name in found} == expected

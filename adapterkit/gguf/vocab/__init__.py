@@ -71,13 +71,13 @@ _ROLES = {
 _ADDED = {"spm": (True, False), "tekken": (True, False), "wordpiece": (True, True), "unigram": (False, True)}
 # Roles that some models' configs leave out (conversion/base.py, _set_vocab_glm; glm.py; gemma.py).
 _MODEL_ROLES = {
-    ("glm4_moe", "chatglm"): {
+    ("glm4_moe", "glm4v_moe", "glm4v_moe_text", "chatglm"): {
         "bos": "[gMASK]",
         "eot": "<|user|>",
         "unk": "<|endoftext|>",
         "eom": "<|observation|>",
     },
-    ("glm4",): {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "eot": "<|user|>", "unk": "<|endoftext|>"},
+    ("glm4", "glm4v", "glm4v_text"): {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "eot": "<|user|>", "unk": "<|endoftext|>"},
     ("gemma",): {"eot": "<end_of_turn>"},
 }
 

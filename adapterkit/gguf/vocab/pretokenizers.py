@@ -104,7 +104,7 @@ ROWS: tuple[Pre, ...] = (
     Pre("llama-bpe", (LLAMA3,), True, ("llama", "smollm3")),
     Pre("falcon-h1", (LLAMA3,), True, ("falcon_h1",)),
     Pre("lfm2", (LLAMA3,), True, ("lfm2", "lfm2_moe")),
-    Pre("glm4", (LLAMA3,), True, ("glm", "glm4", "glm4_moe")),
+    Pre("glm4", (LLAMA3,), True, ("glm", "glm4", "glm4_moe", "glm4v", "glm4v_moe")),
     Pre("smaug-bpe", (LLAMA3,)),
     Pre("dbrx", (LLAMA3,), models=("dbrx", "olmo2", "olmo3", "phi3", "granite", "granitemoehybrid")),
     Pre("chatglm-bpe", (LLAMA3,), models=("chatglm",)),
