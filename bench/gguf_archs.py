@@ -308,13 +308,14 @@ Architectures in the last rows have no class in transformers; their checkpoints 
 `bench/converter.py --converter LLAMA.CPP/convert_hf_to_gguf.py --python PYTHON` makes folders as the Hub has them, with a
 tokenizer of the model's family, and converts each by both: to F32, F16 and BF16, and once more from a BF16 checkpoint. It
 compares the set of tensors, their shapes, types and bytes, and every key with its type and value, tokens, scores, types and
-merges among them. The converter is that of llama-cpp-python 0.3.36, with transformers 4.57.6. 96 models: those of the table,
-and yarn, windows, a model card, FP8, GPTQ, MXFP4 experts, a language model inside one that sees, layers that predict further
-tokens, Phi-4's tokenizer, three of Mistral's real ones, and the real MiniLM.
+merges among them. The converter is that of llama-cpp-python 0.3.36, with transformers 4.57.6. 108 models: those of the table
+above; Arcee, Dots, DeepSeek 1, Bailing, Orion, Xverse and the text parts of Qwen2-VL, Qwen3-VL and GLM-4.1V; and yarn, windows,
+a model card, FP8, GPTQ, MXFP4 experts, a language model inside one that sees, layers that predict further tokens, Phi-4's
+tokenizer, three of Mistral's real ones, and the real MiniLM.
 
-**The 94 that it converts have the same tensors, shapes and types; 12,432 of 12,484 have the same bytes. 10,808 of 11,136 keys
-are the same, all of 56 models. Every difference is one of these** (`bench/converter_differs.py`), and the script fails when
-there is another:
+**The 106 that it converts, of 66 GGUF architectures, have the same tensors, shapes and types; 13,688 of 13,740 tensors have
+the same bytes. 12,256 of 12,600 keys are the same, all of 65 models. Every difference is one of these**
+(`bench/converter_differs.py`), and the script fails when there is another:
 
 * **-exp(x)** (`ssm_a` of Mamba and Jamba, 24 tensors): ours are the nearest float32, torch's are off by one unit now and then.
 * **GPTQ** (28 tensors) is decoded in float16, as its own loop does and adapters were trained; the converter decodes in float32,
@@ -327,7 +328,8 @@ there is another:
 * Left out by the converter: the file type of gpt_neox and mpt, the rotary base of gpt_neox, and that T5 encoders are not
   causal.
 * Ernie 4.5's shared experts: the converter computes their width in a way that is right for the published sizes alone.
-* Granite 4 without mixers: the converter writes keys of the mixer.
+* Granite 4 without mixers: the converter writes keys of the mixer. Xverse: it writes no scores, without which llama.cpp does
+  not know what to join first.
 * Model cards: links to datasets have `datasets/` in them, and underscores in their names are spaces. A `tekken.json` without a
   chat template gets none, and no scores.
 * MiniLM: the converter takes the hash of its WordPiece for that of another tokenizer; llama.cpp has no pre-tokenizer there.

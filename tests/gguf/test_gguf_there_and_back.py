@@ -105,6 +105,17 @@ def test_the_config_says_how_experts_are_chosen(tmp_path: Path, monkeypatch: pyt
     assert reader.fields["deepseek2.expert_gating_func"].contents() == 2
 
 
+def test_what_is_needed_may_be_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose every layer has experts says so with a 0, without which its config would not be read again."""
+    monkeypatch.setattr("adapterkit.gguf.vocab.read_vocab", zoo.read_vocab)
+    config = {**zoo.ZOO["glm4_moe"].config, "first_k_dense_replace": 0}
+    zoo.ZOO["dots1"] = zoo.Tiny("Dots1ForCausalLM", config)
+    zoo.build(tmp_path / "hf", "dots1")
+    reader, back = there_and_back(tmp_path)
+    assert reader.fields["dots1.leading_dense_block_count"].contents() == 0
+    assert json.loads((back / "config.json").read_text())["first_k_dense_replace"] == 0
+
+
 def test_floats_beside_quantized_weights_are_not_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Biases of experts are matrices, and in float32 in a GGUF file."""
     from models import read_tensors

@@ -85,8 +85,9 @@ def config_of(base: GGUFCheckpoint, spec: ArchSpec) -> dict[str, Any]:
     values = {key[len(prefix) :]: shortest(base.header[key]) for key in base.header.keys if key.startswith(prefix)}
     config: dict[str, Any] = {"architectures": [spec.classes[0]] if spec.classes else [], "model_type": spec.model_type}
     own = {key.name: field for key in spec.keys for field in key.fields if field not in ALIASES or key.field}
+    needed = {key.name for key in spec.keys if key.needed}
     for name, field in {**own, **{name: field for name, field in COMMON.items() if name not in own}}.items():
-        if values.get(name) or values.get(name) is False:
+        if values.get(name) or values.get(name) is False or (name in values and name in needed):
             config.setdefault(field, values[name])
     if isinstance(config.get("num_key_value_heads"), list):
         config["num_key_value_heads"] = next((n for n in config["num_key_value_heads"] if n), 0)

@@ -18,6 +18,7 @@ from adapterkit.gguf.arch.ops import (
     TurnedHalves,
 )
 from adapterkit.gguf.arch.shared import (
+    DEEPSTACK,
     EMBEDDINGS,
     EXPERT_WIDTH,
     LLAMA3,
@@ -180,9 +181,7 @@ SPECS = (
         ),
         (
             EXPERT_WIDTH,
-            Key(
-                "n_deepstack_layers", lambda c: len(c.raw.get("vision_config", {}).get("deepstack_visual_indexes", ()))
-            ),
+            DEEPSTACK,
         ),
         types=("qwen3_vl_moe_text",),
     ),
@@ -451,7 +450,7 @@ SPECS = (
             Key("expert_shared_count", "n_shared_experts", needed=True),
             Key("expert_weights_scale", "routed_scaling_factor", needed=True),
             Key("expert_weights_norm", "norm_topk_prob", needed=True),
-            Key("expert_gating_func", lambda c: None if c.get("scoring_func") else GATING["sigmoid"]),
+            Key("expert_gating_func", lambda c: GATING.get(c.get("scoring_func"), GATING["sigmoid"])),
         ),
     ),
     ArchSpec(

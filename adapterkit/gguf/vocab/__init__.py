@@ -77,7 +77,12 @@ _MODEL_ROLES = {
         "unk": "<|endoftext|>",
         "eom": "<|observation|>",
     },
-    ("glm4", "glm4v", "glm4v_text"): {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "eot": "<|user|>", "unk": "<|endoftext|>"},
+    ("glm4", "glm4v", "glm4v_text"): {
+        "bos": "<|endoftext|>",
+        "eos": "<|endoftext|>",
+        "eot": "<|user|>",
+        "unk": "<|endoftext|>",
+    },
     ("gemma",): {"eot": "<end_of_turn>"},
 }
 
