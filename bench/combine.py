@@ -20,16 +20,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from shapes import SHAPES, linears
+from shapes import HIGH_WATER, SHAPES, linears
 
 RANK = 16
 LAYER = "model.layers.0.self_attn.q_proj"
-
-HIGH_WATER = """
-def high_water():
-    line = next(l for l in open("/proc/self/status") if l.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
-"""
 
 OURS = (
     HIGH_WATER

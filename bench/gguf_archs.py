@@ -298,9 +298,45 @@ embedding):
 * **transformers' reader** takes gpt_oss' scaling factors from the wrong part of a field, has no key for the widths of
   gemma4's per-layer embeddings, and wants qwen2_moe's shared gate without the axis of length one that llama.cpp's
   converter leaves.
-* **roberta and xlm-roberta** are told from bert by their tokenizer when going back.
+* **roberta and xlm-roberta** are told from bert by their tokenizer when going back, which the models above do not have. With it
+  they give the same bytes too (`tests/gguf/test_gguf_there_and_back.py`).
 
 Architectures in the last rows have no class in transformers; their checkpoints were made from a model that computes the same.
+
+## Beside llama.cpp's own converter
+
+`bench/converter.py --converter LLAMA.CPP/convert_hf_to_gguf.py --python PYTHON` makes folders as the Hub has them, with a
+tokenizer of the model's family, and converts each by both: to F32, F16 and BF16, and once more from a BF16 checkpoint. It
+compares the set of tensors, their shapes, types and bytes, and every key with its type and value, tokens, scores, types and
+merges among them. The converter is that of llama-cpp-python 0.3.36, with transformers 4.57.6. 108 models: those of the table
+above; Arcee, Dots, DeepSeek 1, Bailing, Orion, Xverse and the text parts of Qwen2-VL, Qwen3-VL and GLM-4.1V; and yarn, windows,
+a model card, FP8, GPTQ, MXFP4 experts, a language model inside one that sees, layers that predict further tokens, Phi-4's
+tokenizer, three of Mistral's real ones, and the real MiniLM.
+
+**The 106 that it converts, of 66 GGUF architectures, have the same tensors, shapes and types; 13,688 of 13,740 tensors have
+the same bytes. 12,256 of 12,600 keys are the same, all of 65 models. Every difference is one of these**
+(`bench/converter_differs.py`), and the script fails when there is another:
+
+* **-exp(x)** (`ssm_a` of Mamba and Jamba, 24 tensors): ours are the nearest float32, torch's are off by one unit now and then.
+* **GPTQ** (28 tensors) is decoded in float16, as its own loop does and adapters were trained; the converter decodes in float32,
+  which differs where the output is finer than float16. AWQ and bitsandbytes it does not convert.
+* Said here, where llama.cpp takes the same by default: `add_space_prefix`, `add_bos_token`, `add_eos_token`, `strip_accents`.
+  `cls_token_id`, which llama.cpp reads no more, is kept for the way back.
+* A `tokenizer.model` alone: symbols that the user defined are marked as such, and the unknown token is named.
+* Ids that the converter writes whatever the tokenizer is: Gemma's end of turn (107), Nemotron's padding and unknown tokens (0
+  and 1), XLM-RoBERTa's mask (250001). Ours are looked up.
+* Left out by the converter: the file type of gpt_neox and mpt, the rotary base of gpt_neox, and that T5 encoders are not
+  causal.
+* Ernie 4.5's shared experts: the converter computes their width in a way that is right for the published sizes alone.
+* Granite 4 without mixers: the converter writes keys of the mixer. Xverse: it writes no scores, without which llama.cpp does
+  not know what to join first.
+* Model cards: links to datasets have `datasets/` in them, and underscores in their names are spaces. A `tekken.json` without a
+  chat template gets none, and no scores.
+* MiniLM: the converter takes the hash of its WordPiece for that of another tokenizer; llama.cpp has no pre-tokenizer there.
+
+StableLM 2 12B (its query and key norms are lost) and Baichuan (it calls itself without end) are not converted by it. A
+byte-level tokenizer that was trained here has no hash that it knows: it is told the name of the pre-tokenizer, which with us
+comes from the regexes. Layers that predict further tokens are left out by both (`--no-nextn`).
 """
 
 

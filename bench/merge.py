@@ -23,13 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from shapes import SHAPES, write_adapter, write_base
-
-HIGH_WATER = """
-def high_water():
-    line = next(l for l in open("/proc/self/status") if l.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
-"""
+from shapes import HIGH_WATER, SHAPES, write_adapter, write_base
 
 OURS = (
     HIGH_WATER

@@ -54,9 +54,14 @@ A single file whose modules are all LoRA, DoRA, LoHa or LoKr as PEFT has them is
 as it is. Anything else that LyCORIS 4.1.3 or sd-scripts write is of type LYCORIS: Tucker cores (`lora_mid`, also under DoRA),
 `dora_scale` over inputs or on LoHa and LoKr, `diff` and `diff_b`, `w_norm` and `b_norm`, `oft_blocks` of OFT and BOFT with
 `rescale` and the constraint in `alpha`, (IA)^3 over inputs or outputs, GLoRA in both orders of its factors, and files that mix
-these; `convert --to peft --plain` makes LoRA of it. sd-scripts' OFT is LyCORIS's, under `oft_unet_`. Not read: T-LoRA (its rank
-depends on the timestep), the sparse remainder of old extractions (`bias_indices`), a `scalar` beside factors (LyCORIS folds
-it into them).
+these; so are extractions with a sparse remainder (`bias_indices`). `convert --to peft --plain` makes LoRA of it. The OFT of
+sd-scripts is LyCORIS's, under `oft_unet_`. Not read: T-LoRA (its rank depends on the timestep), a `scalar` beside factors
+(LyCORIS folds it into them).
+
+A file with several parts of a pipeline gives each base its own; `FILE#te`, `FILE#te1`, `FILE#unet` names one where several fit,
+and `FILE#te+unet` several that one base holds. That is a checkpoint of a whole pipeline in one file: the UNet of Stable
+Diffusion 1 and 2 is found there under its older names, CLIP under its lead (SDXL's second text encoder is not: it has
+OpenCLIP's fused weights there; give its own folder).
 
 ## Training recipes that write LoRA files
 LoRA+ (learning rates), LoRA-FA (frozen A), EVA, MiCA, CorDA, LoRA-GA and LoftQ (initialisations), rsLoRA (scaling), VeLoRA,

@@ -25,16 +25,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from shapes import SHAPES, write_adapter, write_base
+from shapes import HIGH_WATER, SHAPES, write_adapter, write_base
 
-COMMON = """
+COMMON = (
+    HIGH_WATER
+    + """
 import json, sys, time
-def high_water():
-    line = next(l for l in open("/proc/self/status") if l.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
 jobs = int(sys.argv[1])
 start = time.monotonic()
 """
+)
 
 FINISH = """
 work(*sys.argv[2].split("|"))

@@ -31,6 +31,14 @@ def _few_threads() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home of the registry that is also the default one."""
+    root = tmp_path / "home"
+    monkeypatch.setenv("ADAPTERKIT_HOME", str(root))
+    return root
+
+
 @pytest.fixture(scope="session")
 def make_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``make_base(kind, dtype, **config)``: a tiny transformers checkpoint, built once per session and shape."""

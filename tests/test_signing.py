@@ -24,12 +24,6 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("ADAPTERKIT_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
-
-
 def key_pair(folder: Path, name: str = "key", password: bytes | None = None) -> tuple[Path, Path]:
     """Private and public key as PEM, as openssl writes them."""
     key = ec.generate_private_key(ec.SECP256R1())

@@ -70,7 +70,8 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
 
     Args:
         ref: a folder as PEFT or mlx-lm saves it, ``org/name[/sub/folder][@revision]`` on the Hub, or a single
-            ``.safetensors`` of kohya's scripts, LyCORIS or diffusers.
+            ``.safetensors`` of kohya's scripts, LyCORIS or diffusers, ``FILE#PART`` for one part of the pipeline in it
+            and ``FILE#te+unet`` for several that one base holds.
         headers_only: for a Hub id, read only the headers, by HTTP range.
 
     Raises:
@@ -79,9 +80,9 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
         AdapterError: config or weights are damaged or contradict each other.
         AuthError, HubError: the Hub said so.
     """
-    path = Path(ref).expanduser()
+    path, parts = file_and_parts(ref)
     if path.is_file() and path.suffix == ".safetensors":
-        return _single_file(LocalFile(path, str(ref), loose=True), str(ref))
+        return _single_file(LocalFile(path, str(ref), loose=True), str(ref), only=parts)
     if path.is_file() and path.suffix == ".gguf":
         road = f"make a PEFT adapter of it: adapterkit convert {path.name} --to peft --base BASE -o DIR"
         raise AdapterError(f"{ref} is a GGUF file, which is not read as an adapter", road)
@@ -107,6 +108,14 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
     return Adapter(listing.ref, config, tensors, source, side_files, listing.commit, (*notes, *order_notes(config)))
 
 
+def file_and_parts(ref: str | Path) -> tuple[Path, tuple[str, ...]]:
+    """A path, and the parts of a pipeline that ``FILE#PART`` or ``FILE#PART+PART`` names."""
+    path = Path(ref).expanduser()
+    head, _, parts = str(path).rpartition("#")
+    named = parts and not path.exists() and Path(head).is_file()
+    return (Path(head), tuple(parts.split("+"))) if named else (path, ())
+
+
 def is_adapter(ref: str | Path) -> bool:
     """Whether `load_adapter` is what opens ``ref``: a folder or Hub id with an adapter in it, or a file of one.
 
@@ -115,7 +124,7 @@ def is_adapter(ref: str | Path) -> bool:
     """
     from adapterkit.adapters.formats import diffusers, kohya
 
-    path = Path(ref).expanduser()
+    path, _ = file_and_parts(ref)
     if path.is_file():
         if path.suffix != ".safetensors":
             return False
@@ -125,21 +134,23 @@ def is_adapter(ref: str | Path) -> bool:
     return bool({ADAPTER_CONFIG, PIPELINE_WEIGHTS} & locate(ref, headers_only=True).names)
 
 
-def _single_file(source: Source, ref: str, commit: str | None = None) -> Adapter:
+def _single_file(source: Source, ref: str, commit: str | None = None, only: tuple[str, ...] = ()) -> Adapter:
     """A file that is an adapter by itself, as kohya's scripts, LyCORIS and diffusers write it."""
     from adapterkit.adapters.formats import diffusers, kohya
-    from adapterkit.adapters.formats.parts import selected
+    from adapterkit.adapters.formats.parts import named, selected
 
     header = parse_header(source.read, source.size, source.name)
     stored = {key: Stored(key, t.dtype, t.shape, source, t.start) for key, t in header.tensors.items()}
     if kohya.is_kohya(stored):
-        config, tensors = kohya.read_kohya(stored, ref)
+        config, tensors = kohya.read_kohya(stored, ref, only)
         parts = "".join(f", {part or 'one model'}" for part in config.raw.get(PARTS, ()))
         note = f"read as a kohya or LyCORIS file{parts and f' for {parts[2:]}'}"
         return Adapter(ref, config, tensors, source, commit=commit, notes=(note,))
     if diffusers.is_diffusers(stored):
         config, tensors, notes = diffusers.read_diffusers(stored, header.metadata, ref)
         adapter = Adapter(ref, config, tensors, source, commit=commit, notes=notes)
+        if only:
+            return named(adapter, only)
         return adapter if len(config.raw[PARTS]) > 1 else selected(adapter, None, {})
     raise AdapterError(f"{ref} has no keys of a single-file adapter", "give the folder with adapter_config.json")
 

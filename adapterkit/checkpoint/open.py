@@ -104,5 +104,7 @@ def open_checkpoint(ref: str | Path, *, headers_only: bool = False) -> Checkpoin
                 f"{ref} is not a safetensors file", "give a Hugging Face folder, a .safetensors or a .gguf file"
             )
         config = path.with_name("config.json")
-        return read_file(LocalFile(path, meant.shown), read_json(LocalFile(config)) if config.is_file() else {})
+        if not config.is_file():
+            return read_file(LocalFile(path, meant.shown, loose=True), {})  # what lies beside it is not its own
+        return read_file(LocalFile(path, meant.shown), read_json(LocalFile(config)))
     return read_folder(locate(ref, headers_only=headers_only))

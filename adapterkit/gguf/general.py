@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.checkpoint import Checkpoint
 
 CARD = "README.md"
+HUB = "https://huggingface.co/"
 MOST_CARD = 1 << 20  # bytes of a model card that are read
 # general.sampling.*: (key, fields of generation_config.json, whether it is a whole number)
 _SAMPLING = (
@@ -52,7 +53,7 @@ class Named:
         hub = parse_hub(ref) if not Path(ref).expanduser().exists() else None
         if hub is not None:
             org, _, name = hub.repo.partition("/")
-            return cls(title(name), title(org), f"https://huggingface.co/{hub.repo}")
+            return cls(title(name), title(org), f"{HUB}{hub.repo}")
         return cls(title(Path(ref).expanduser().resolve().name if ref else ""))
 
 
@@ -86,26 +87,29 @@ def general(
         value = card.get(field)
         if isinstance(value, str) and value:
             entries.append(text(f"general.license{key}", value))
-    entries += _bases([base.ref] if adapters else _texts(card.get("base_model")))
-    for key, field in {"tags": "tags", "languages": "language"}.items():
-        values = _texts(card.get(field))
+    entries += _sources("base_model", [base.ref] if adapters else _texts(card.get("base_model")))
+    if not adapters:
+        entries += _sources("dataset", _texts(card.get("datasets", card.get("dataset"))), "datasets/")
+    for key, fields in {"tags": ("tags", "pipeline_tag"), "languages": ("languages", "language")}.items():
+        values = [one for field in fields for one in _texts(card.get(field))]
         if values:
             entries.append(array(f"general.{key}", STRING, values))
     return entries
 
 
-def _bases(refs: Sequence[str]) -> list[Entry]:
+def _sources(kind: str, refs: Sequence[str], where: str = "") -> list[Entry]:
+    """What a model was made of: base models, or datasets, which the Hub has in a place of their own (``where``)."""
     if not refs:
         return []
-    entries = [u32("general.base_model.count", len(refs))]
+    entries = [u32(f"general.{kind}.count", len(refs))]
     for number, ref in enumerate(refs):
         found = Named.of(ref)
-        key = f"general.base_model.{number}"
+        key = f"general.{kind}.{number}"
         entries.append(text(f"{key}.name", found.name))
         if found.organization:
             entries.append(text(f"{key}.organization", found.organization))
         if found.url:
-            entries.append(text(f"{key}.repo_url", found.url))
+            entries.append(text(f"{key}.repo_url", found.url.replace(HUB, HUB + where)))
     return entries
 
 

@@ -11,8 +11,11 @@ from adapterkit.dtypes import BF16, F16, F32
 from adapterkit.errors import UsageError
 from adapterkit.gguf.arch.back import config_of, spec_of_gguf
 from adapterkit.gguf.arch.config import Config
+from adapterkit.gguf.arch.encoders import MODES
+from adapterkit.gguf.arch.hyper import POOLING
 from adapterkit.gguf.arch.mapping import Mapper
 from adapterkit.gguf.arch.views import scattered
+from adapterkit.gguf.general import CARD, HUB
 from adapterkit.gguf.tensors import Packed, decoded
 
 if TYPE_CHECKING:
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
 
 WEIGHTS = "model.safetensors"
-CARD = "README.md"
+POOL = "1_Pooling"
 
 
 def to_hf(base: GGUFCheckpoint, dtype: DType | None = None) -> tuple[Checkpoint, dict[str, bytes], list[str]]:
@@ -42,32 +45,34 @@ def to_hf(base: GGUFCheckpoint, dtype: DType | None = None) -> tuple[Checkpoint,
         raise UsageError(f"{base.ref} is a GGUF {base.kind}, not a model", "give a model")
     spec = spec_of_gguf(base)
     config = config_of(base, spec)
-    view = hf_view(base, Mapper(spec, Config(config, base.ref)))
-    packed = [name for name, tensor in base.items() if isinstance(tensor, Packed)]
+    view, sources = hf_view(base, Mapper(spec, Config(config, base.ref)))
+    packed = {name for name, tensor in base.items() if isinstance(tensor, Packed)}
     own = dtype or (F16 if packed else _dtype_of(base))
     tensors = {}
     for name, tensor in view.items():
-        vector = len(tensor.shape) < 2 and dtype is None
-        wanted = own if tensor.extent is None and not vector else (dtype or tensor.dtype)
+        # Beside quantized weights stand floats that were never rounded to 16 bits, as biases of experts.
+        exact = dtype is None and (len(tensor.shape) < 2 or (packed and packed.isdisjoint(sources[name])))
+        wanted = own if tensor.extent is None and not exact else (dtype or tensor.dtype)
         tensors[name] = tensor if tensor.dtype is wanted else Cast(tensor, wanted)
     config["dtype"] = own.torch_name
     side = {"config.json": (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
     side |= tokenizer_files(base.header)
-    side |= {CARD: card(base)} | generation(base, config)
+    side |= {CARD: card(base)} | generation(base, config) | pooled(base)
     notes = [f"{len(packed)} quantized tensors were decoded and written as {own}"] if packed else []
     return Checkpoint(base.ref, tensors, dict.fromkeys(tensors, WEIGHTS), config, sources=base.sources), side, notes
 
 
-def hf_view(base: GGUFCheckpoint, mapper: Mapper) -> dict[str, Tensor]:
-    """The tensors of the Hugging Face checkpoint that a GGUF model came from, as handles on its own."""
+def hf_view(base: GGUFCheckpoint, mapper: Mapper) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
+    """The tensors of the Hugging Face checkpoint that a GGUF model came from, as handles on its own; and which own each
+    is made of."""
     shapes = mapper.hf_shapes(base.shapes, base.ref)
     mapped = mapper.to_gguf(shapes, base.ref)
     floats = {name: decoded(base[name]) for name in mapped.arrays if name in base}
-    found = {}
+    found, sources = {}, {}
     for name, shape in shapes.items():
-        arrays = {one: mapped.arrays[one] for one in mapped.sources.get(name, ())}
-        found[name] = scattered(name, shape, arrays, floats)
-    return found
+        sources[name] = mapped.sources.get(name, ())
+        found[name] = scattered(name, shape, {one: mapped.arrays[one] for one in sources[name]}, floats)
+    return found, sources
 
 
 def _dtype_of(base: GGUFCheckpoint) -> DType:
@@ -96,16 +101,36 @@ def card(base: GGUFCheckpoint) -> bytes:
         value = get(f"general.{key}")
         if value:
             front[field] = value
-    count = get("general.base_model.count", 0)
-    bases = []
-    for number in range(count if isinstance(count, int) and count < 64 else 0):
-        url = get(f"general.base_model.{number}.repo_url", "")
-        name = get(f"general.base_model.{number}.name", "")
-        bases.append(str(url).removeprefix("https://huggingface.co/") or name)
-    if bases:
-        front["base_model"] = bases
+    for key, field in {"base_model": "base_model", "dataset": "datasets"}.items():
+        count = get(f"general.{key}.count", 0)
+        refs = []
+        for number in range(count if isinstance(count, int) and count < 64 else 0):
+            url = str(get(f"general.{key}.{number}.repo_url", ""))
+            name = get(f"general.{key}.{number}.name", "")
+            refs.append(url.removeprefix(HUB).removeprefix("datasets/") or name)
+        if refs:
+            front[field] = refs
     text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     return f"---\n{text}---\n\nMade from a GGUF file by adapterkit.\n".encode()
+
+
+def pooled(base: GGUFCheckpoint) -> dict[str, bytes]:
+    """``modules.json`` and what it names, by which sentence-transformers pools as the file says."""
+    words = {number: word for word, number in POOLING.items()}
+    mode = words.get(base.number("pooling_type") if f"{base.arch}.pooling_type" in base.header.keys else -1)
+    if mode not in MODES.values():
+        return {}
+    kind = "sentence_transformers.models."
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": f"{kind}Transformer"},
+        {"idx": 1, "name": "1", "path": POOL, "type": f"{kind}Pooling"},
+    ]
+    found = {"word_embedding_dimension": base.number("embedding_length")}
+    found |= {key: word == mode for key, word in MODES.items()}
+    return {
+        "modules.json": (json.dumps(modules, indent=2) + "\n").encode(),
+        f"{POOL}/config.json": (json.dumps(found, indent=2) + "\n").encode(),
+    }
 
 
 _SAMPLING = {
@@ -119,10 +144,10 @@ _SAMPLING = {
 
 def generation(base: GGUFCheckpoint, config: dict[str, Any]) -> dict[str, bytes]:
     """``generation_config.json``, where the file names settings."""
-    from adapterkit.gguf.arch.back import _short
+    from adapterkit.gguf.arch.fields import shortest
 
     found = {
-        field: _short(base.header[f"general.sampling.{key}"])
+        field: shortest(base.header[f"general.sampling.{key}"])
         for key, field in _SAMPLING.items()
         if f"general.sampling.{key}" in base.header.keys
     }

@@ -73,9 +73,18 @@ def times_butterfly(w: torch.Tensor, factors: torch.Tensor, orders: list[torch.T
     return w
 
 
-def woven_order(n: int, half: int) -> torch.Tensor:
-    """LyCORIS's permutation of one butterfly factor (LyCORIS 4.1.3): two runs of ``half`` entries become one of pairs."""
-    return torch.arange(n).view(-1, half, 2).transpose(1, 2).flatten()
+def woven(w: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """``M_f ... M_1 W``, BOFT as LyCORIS 4.1.3 has it; ``w`` ``[n*b, columns]``, factors ``[f, n, b, b]``.
+
+    Before the blocks of factor i, two runs of ``2^i b/2`` rows become one run of pairs, and are parted again after them.
+    """
+    rows, columns = w.shape
+    _, count, size, _ = factors.shape
+    for stage, blocks in enumerate(factors):
+        half = size // 2 << stage
+        paired = w.view(-1, 2, half, columns).transpose(1, 2).reshape(count, size, columns)
+        w = torch.bmm(blocks, paired).view(-1, half, 2, columns).transpose(1, 2).reshape(rows, columns)
+    return w
 
 
 def within(q: torch.Tensor, limit: float) -> torch.Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit._version import __version__
+from adapterkit.adapters.adapter import file_and_parts
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG, read_index, side_names, weight_names
 from adapterkit.checkpoint.listing import LocalFolder
 from adapterkit.checkpoint.open import locate, parse_hub
@@ -160,6 +161,7 @@ class Resolver:
 
 def read_files(path: Path, *, adapter: bool = False) -> dict[str, Path]:
     """The files of a path that a step reads: weights, config, and what travels with them; no pickle, no training state."""
+    path, _ = file_and_parts(path)
     if path.is_file():
         beside = path.with_name("config.json")
         with_config = path.suffix == ".safetensors" and not adapter and beside.is_file()

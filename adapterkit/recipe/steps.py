@@ -9,6 +9,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from adapterkit.adapters.adapter import file_and_parts
 from adapterkit.checkpoint.open import parse_hub
 from adapterkit.conversions.formats import FORMATS
 from adapterkit.errors import AdapterkitError, NotFound
@@ -312,7 +313,7 @@ class _Maker:
         if made is not None:
             hint = f'say from = "{made}"' if place[0] == "adapters" else f"use a base that outputs.{made} does not make"
             self.file.fail(place, f"{ref} is what outputs.{made} makes", hint)
-        if path.exists():
+        if path.exists() or file_and_parts(path)[1]:
             return Input(place, ref, path, weight=weight)
         local = ref.startswith((".", "/", "~")) or ref.endswith((".gguf", ".safetensors"))
         if local or (parse_hub(ref) is None and not _registered(ref)):

@@ -65,8 +65,11 @@ def asked(merged: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str,
     except RegistryError as error:
         text = f"the record beside MERGED cannot be used: {error.message}"
         return Asked(given, None, (Finding("damaged record", ERROR, text, "restore it, or remove it"),))
-    if record is None or record.operation is None or record.operation.name not in _MERGES:
+    if record is None or record.operation is None:
         return Asked(given, None, ())
+    if record.operation.name not in _MERGES:  # a conversion says nothing of values, and may name a pre-tokenizer
+        named = record.operation.parameters.get("pre")
+        return Asked({**({} if named is None else {"pre": named}), **given}, None, ())
     stated = _stated(record)
     if stated.get("base16") is not None and "base16" not in given:
         raise UsageError(

@@ -33,15 +33,23 @@ DEFAULTS: dict[str, Any] = {
     "logit_scale": 0.0,
     "residual_scale": 0.0,
     "embedding_scale": 0.0,
-    special.ADDS["sep"]: False,
+    "tokenizer.ggml.normalizer.lowercase": True,
+    "tokenizer.ggml.normalizer.strip_accents": True,
     "gemma2.attn_logit_softcapping": 50.0,
     "gemma2.final_logit_softcapping": 30.0,
     "gemma2.attention.sliding_window": 4096,
     "gemma3.rope.freq_base_swa": 10000.0,
+    "t5encoder.attention.causal": False,
 }
-# By kind of tokenizer.
-_BOS_EOS = {"llama": (1, 2), "gpt2": (11, 11), "bert": (101, None), "t5": (None, 1)}
-_ADDED = {"llama": (True, False), "bert": (True, None), "t5": (False, True)}
+# The same by kind of tokenizer.
+BY_TOKENIZER: dict[str, dict[str, Any]] = {
+    special.KEYS["bos"]: {"llama": 1, "gpt2": 11, "bert": 101},
+    special.KEYS["eos"]: {"llama": 2, "gpt2": 11, "t5": 1},
+    special.ADDS["bos"]: {"llama": True, "bert": True, "t5": False},
+    special.ADDS["eos"]: {"llama": False, "t5": True},
+    special.ADDS["sep"]: {"llama": False, "gpt2": False, "t5": False},
+    "tokenizer.ggml.add_space_prefix": {"llama": True},
+}
 
 
 def value(name: str, arch: str, header: GGUFHeader) -> Any:
@@ -67,10 +75,10 @@ def value(name: str, arch: str, header: GGUFHeader) -> Any:
     if name == "vocab_size":
         tokens = header.keys.get(TOKENS)
         return None if tokens is None else tokens.count
-    for keys, defaults in (((special.KEYS[r] for r in ("bos", "eos")), _BOS_EOS), (special.ADDS.values(), _ADDED)):
-        both = dict(zip(keys, defaults.get(str(header.get(MODEL)), ()), strict=False))
-        if name in both:
-            return both[name]
+    if name == special.KEYS["cls"]:
+        return value(special.KEYS["bos"], arch, header)
+    if name in BY_TOKENIZER:
+        return BY_TOKENIZER[name].get(str(header.get(MODEL)))
     return None
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import CheckpointError, UsageError
 from adapterkit.gguf.vocab import special, templates
-from adapterkit.gguf.vocab.table import MERGES, MODEL, PRE, SCORES, SPACE, TOKENS, TYPES, UNUSED
+from adapterkit.gguf.vocab.table import MERGES, MODEL, NORMAL, PRE, SCORES, SPACE, TOKENS, TYPES, UNUSED
 from adapterkit.verify.meaning import same, shown, value
 from adapterkit.verify.report import ERROR, NOTE, WARNING, Finding
 
@@ -72,6 +72,12 @@ ROWS = (
         "q, k and v are cut at other places",
     ),
     Row("context length", ("context_length",), WARNING, "servers allow more or less text than the base was made for"),
+    Row(
+        "sizes",
+        ("*feed_forward_length", "embedding_length*", "block_count", "vocab_size"),
+        WARNING,
+        "servers may refuse to load it",
+    ),
     Row("experts", ("expert*",), ERROR, "tokens go to other experts, or with other weights"),
     Row("attention", ("attention.*", "*softcapping", "*_scale"), ERROR, "attention or its scales are others"),
     Row("tokenizer", (MODEL, TOKENS, MERGES), ERROR, "text becomes other tokens"),
@@ -248,6 +254,8 @@ def _types(mine: GGUFHeader, theirs: GGUFHeader) -> str | None:
 
 
 def _scores(mine: GGUFHeader, theirs: GGUFHeader) -> str | None:
+    if mine.get(MODEL) not in ("llama", "t5"):  # the others never ask for one
+        return None
     return _apart(SCORES, "the score of token", mine, theirs, lambda score: float(f"{score:.6g}"))
 
 
@@ -269,7 +277,8 @@ def _apart(key: str, word: str, mine: GGUFHeader, theirs: GGUFHeader, read: Call
     if len(wanted) != len(there):
         return f"{key} has {len(there)} entries, and the base's {len(wanted)}"
     kinds = mine.get(TYPES, []) if key != MERGES else []
-    unused = {number for number, kind in enumerate(kinds) if kind == UNUSED}
+    # Only a score of a normal token is ever asked for.
+    unused = {n for n, kind in enumerate(kinds) if kind == UNUSED or (key == SCORES and kind != NORMAL)}
     pairs = enumerate(zip(wanted, there, strict=True))
     off = [n for n, (a, b) in pairs if a != b and n not in unused and read(a) != read(b)]
     if not off:

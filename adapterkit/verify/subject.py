@@ -328,6 +328,11 @@ def _gguf_of_folder(
     return replace(made, trained=trained, became=became, metadata=expected)
 
 
+def _filled(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape in four dimensions, as ggml has every one: leading ones are not told apart."""
+    return (*(1,) * (4 - len(shape)), *shape)
+
+
 class _Pairs:
     """Collects the weights of a GGUF file beside those that are expected."""
 
@@ -343,7 +348,7 @@ class _Pairs:
         there = self._found.get(floats.name)
         if there is None:
             return
-        if there.shape != floats.shape:
+        if _filled(there.shape) != _filled(floats.shape):
             self._misshapen.append((floats.name, floats.shape, there.shape))
             return
         merged = floats if isinstance(floats, Merged) else None

@@ -17,12 +17,6 @@ from adapterkit.cli import main
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("ADAPTERKIT_HOME", str(tmp_path / "home"))
-    return tmp_path / "home"
-
-
-@pytest.fixture
 def base(tmp_path: Path) -> Path:
     return plain_base(tmp_path / "org-base", shards=2)
 

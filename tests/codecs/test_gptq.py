@@ -11,20 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from codec_reads import check_ranges, values
+from packed import awq_words, bits_of
 from safetensors.torch import load_file
 
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.errors import CheckpointError
-
-
-def bits_of(numbers: torch.Tensor, bits: int) -> torch.Tensor:
-    """Rows of numbers as int32 words, lowest bit first: the layout of AutoGPTQ's qlinear, in the simplest way."""
-    rows = []
-    for row in numbers.tolist():
-        whole = sum(value << (index * bits) for index, value in enumerate(row))
-        words = [(whole >> (32 * at)) & 0xFFFFFFFF for at in range(-(-len(row) * bits // 32))]
-        rows.append([word - (1 << 32) if word >> 31 else word for word in words])
-    return torch.tensor(rows, dtype=torch.int32)
 
 
 def gptq(bits: int, version: int, group: int, order: bool, out: int = 64, inside: int = 96, seed: int = 0):
@@ -70,11 +61,7 @@ def test_awq(store) -> None:
     z = torch.randint(0, 16, (inside // group, out), generator=generator)
     s = (torch.rand(inside // group, out, generator=generator) * 0.01).half()
 
-    def pack(numbers: torch.Tensor) -> torch.Tensor:
-        order = [0, 2, 4, 6, 1, 3, 5, 7]
-        return bits_of(numbers.view(-1, 8)[:, order], 4).view(numbers.shape[0], -1)
-
-    tensors = {"a.qweight": pack(q), "a.qzeros": pack(z), "a.scales": s}
+    tensors = {"a.qweight": awq_words(q), "a.qzeros": awq_words(z), "a.scales": s}
     config = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm", "zero_point": True}
     index = torch.arange(inside) // group
     checkpoint = store(tensors, config)

@@ -105,7 +105,6 @@ ONE = {"lora_te_a_b.lora_down.weight": (4, 8), "lora_te_a_b.lora_up.weight": (8,
 BAD = [
     ({"lora_te_a_b.oft_diag": (8, 4, 4)}, UnsupportedAdapter, "'lora_te_a_b.oft_diag' belongs to an algorithm"),
     ({"lora_te_a_b.lambda_layer": (1, 4)}, UnsupportedAdapter, "lambda_layer' belongs to T-LoRA"),
-    ({**ONE, "lora_te_a_b.bias_values": (4,)}, UnsupportedAdapter, "is the sparse remainder of an extraction"),
     ({**ONE, "lora_te_a_b.scalar": ()}, UnsupportedAdapter, "scalar' is a scale that LyCORIS"),
     ({**ONE, "lora_te_a_b.weight": (8, 8)}, UnsupportedAdapter, "belongs to an algorithm"),
     ({**ONE, "lycoris_te_a_b.lora_up.weight": (8, 4)}, AdapterError, "two modules called 'a_b'"),

@@ -135,24 +135,23 @@ def sentencepiece_case(name: str, file: str, model: bytes) -> Case:
     return Case(name, {file: model}, lambda text: list(processor.encode(text)), texts)
 
 
-def spm_json() -> Case:
-    """The same SentencePiece BPE as transformers converts it: all pairs as merges, in the order of scores."""
+def spm_json(trained: bytes | None = None, names: tuple[str, str, str] = ("<unk>", "<s>", "</s>")) -> Case:
+    """A SentencePiece BPE as transformers converts it: all pairs as merges, in the order of scores."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
-    model = proto.parse(sentencepiece_model("bpe"), "model")
+    model = proto.parse(trained or sentencepiece_model("bpe"), "model")
     ids = {piece.text: number for number, piece in enumerate(model.pieces)}
     merges = []
     for piece in sorted((p for p in model.pieces if p.type == 1), key=lambda piece: -piece.score):
         ways = [(piece.text[:at], piece.text[at:]) for at in range(1, len(piece.text))]
         merges += sorted((w for w in ways if w[0] in ids and w[1] in ids), key=lambda w: (ids[w[0]], ids[w[1]]))
-    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token=names[0], fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens(
-        [AddedToken(name, normalized=False, special=True) for name in ("<unk>", "<s>", "</s>")]
-    )
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    first = names[1]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B:1", special_tokens=[("<s>", ids["<s>"])]
+        single=f"{first} $A", pair=f"{first} $A {first} $B:1", special_tokens=[(first, ids[first])]
     )
     texts = (*(text for text in awkward() if text), "<s>a </s> b", "x</s>", "</s>\n")
     return _case("spm-json", tokenizer, texts, special=True)

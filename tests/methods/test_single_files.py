@@ -105,10 +105,35 @@ def test_a_file_of_several_algorithms(base: Path) -> None:
     assert seen.targets == {"conv1": 1, "norm": 2, "square": 1}
 
 
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+def test_an_extraction_with_what_it_leaves_out(sparsity: float, base: Path) -> None:
+    """As LyCORIS extracts: low ranks and the largest entries of the rest, in float16; with no sparsity that is all of it."""
+    from lycoris.utils import extract_diff
+
+    before, tuned = make_net(), make_net()
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            parameter += drawn(*parameter.shape, seed=len(name))
+    how = {"linear_mode_param": 3, "conv_mode_param": 2, "use_bias": True, "sparsity": sparsity, "small_conv": False}
+    found = extract_diff([], [], before, tuned, "fixed", **how)
+    assert any(key.endswith("bias_indices") for key in found)
+    save_file({key: tensor.contiguous() for key, tensor in found.items()}, base.parent / "file.safetensors")
+    ours = merged_tensors(base, base.parent / "file.safetensors")
+    exact, plain = tuned.state_dict(), make_net().state_dict()
+    for name in ("layers.0.wide.weight", "layers.1.narrow.weight", "conv2.weight"):
+        left = (ours[name] - exact[name]).norm() / (exact[name] - plain[name]).norm()
+        flat = (exact[name] - plain[name]).flatten(1).double()
+        values = torch.linalg.svdvals(flat)
+        beyond = values[3 if "layers" in name else 2 :].norm() / values.norm()
+        assert left < 1e-3 if sparsity == 0 else 0.5 * beyond < left < 0.95 * beyond
+
+
 LORA = {"lora_up.weight": (32, 2), "lora_down.weight": (2, 32)}
 BAD = [
     ({**LORA, "diff": (32, 32)}, AdapterError, "mixes algorithms"),
     ({**LORA, "oft_blocks": (4, 8, 8)}, AdapterError, "mixes algorithms"),
+    ({**LORA, "bias_indices": (2, 5), "bias_values": (4,)}, TargetError, r"bias_indices' is \[2, 5\], not \[2, 4\]"),
+    ({**LORA, "bias_values": (4,)}, AdapterError, "has no lycoris_bias_indices"),
     ({"oft_blocks": (4, 8, 8), "dora_scale": (32, 1)}, AdapterError, "dora_scale' stands without"),
     ({"dora_scale": (1, 32), "diff_b": (32,)}, AdapterError, "dora_scale' stands without"),
     ({**LORA, "dora_scale": (1, 31)}, TargetError, r"dora_scale' is \[1, 31\], not \[32, 1\]"),

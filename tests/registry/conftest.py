@@ -10,14 +10,6 @@ Make = Callable[..., Path]
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home that is also the default one."""
-    root = tmp_path / "home"
-    monkeypatch.setenv("ADAPTERKIT_HOME", str(root))
-    return root
-
-
-@pytest.fixture
 def make(tmp_path: Path) -> Make:
     """Makes adapter folders; the content decides the bytes of the weights."""
 

@@ -10,14 +10,6 @@ from adapterkit.ui.server import Server
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty home that is also the default one."""
-    root = tmp_path / "home"
-    monkeypatch.setenv("ADAPTERKIT_HOME", str(root))
-    return root
-
-
-@pytest.fixture
 def serve(home: Path) -> Iterator[Callable[[], str]]:
     """``serve()`` starts a server of the home and gives its address, without the last slash."""
     servers = []

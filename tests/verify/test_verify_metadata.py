@@ -64,7 +64,8 @@ def rewritten(path: Path, out: Path, changes: dict[str, Any]) -> Path:
     for name, value in changes.items():
         if name not in fields and value is not None:
             kind = gguf.GGUFValueType.get_type(value)
-            writer.add_key_value(name, value, gguf.GGUFValueType.UINT32 if isinstance(value, int) else kind)
+            inner = gguf.GGUFValueType.get_type(value[0]) if isinstance(value, list) else None
+            writer.add_key_value(name, value, gguf.GGUFValueType.UINT32 if isinstance(value, int) else kind, inner)
     for tensor in reader.tensors:
         writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
@@ -171,6 +172,7 @@ SAME_MEANING: dict[str, dict[str, Any]] = {
         "llama.rope.dimension_count": None,
         "llama.rope.scaling.type": None,
     },
+    "scores that byte-level BPE has no use for": {"tokenizer.ggml.scores": [0.0] * 298},
     "what says nothing of answers": {
         "general.name": "mine",
         "general.license": "mit",
@@ -187,25 +189,35 @@ def test_what_means_the_same_is_no_alarm(name: str, made: dict[str, Path], tmp_p
 
 
 def test_one_number_for_all_layers_or_one_for_each(made: dict[str, Path], tmp_path: Path) -> None:
-    per_layer = {"llama.attention.head_count_kv": None}
-    merged = rewritten(made["merged.gguf"], tmp_path / "m.gguf", per_layer)
+    key = "llama.attention.head_count_kv"
+    bare = rewritten(made["merged.gguf"], tmp_path / "m.gguf", {key: None})
     for counts, wanted in (([2, 2], []), ([2, 4], [("head count", "error")])):
-        out = tmp_path / f"{counts[1]}.gguf"
-        assert alarms(examined(made, _with_list(merged, out, "llama.attention.head_count_kv", counts))) == wanted
+        merged = rewritten(bare, tmp_path / f"{counts[1]}.gguf", {key: counts})
+        assert alarms(examined(made, merged)) == wanted
 
 
-def _with_list(path: Path, out: Path, key: str, values: list[int]) -> Path:
+def test_what_llama_cpp_s_converter_writes_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of tokens that are no pieces, and vectors of one more dimension."""
     import gguf
 
-    add = gguf.GGUFWriter.write_header_to_file
+    monkeypatch.setattr("adapterkit.gguf.vocab.read_vocab", arch_zoo.read_vocab)
+    arch_zoo.build(tmp_path / "hf", "llama")
+    adapter = adapter_of(tmp_path / "adapter", tmp_path / "hf", ["q_proj"])
+    ours = tmp_path / "merged.gguf"
+    adapterkit.merge(tmp_path / "hf", [adapter], ours)
+    scores = gguf.GGUFReader(ours).fields["tokenizer.ggml.scores"].contents()
+    key, add = "tokenizer.ggml.scores", gguf.GGUFWriter.add_tensor
 
-    def adding(self: Any) -> None:
-        self.add_key_value(key, values, gguf.GGUFValueType.ARRAY, sub_type=gguf.GGUFValueType.INT32)
-        add(self)
+    def with_one_more(self: Any, name: str, tensor: Any, **how: Any) -> None:
+        add(self, name, tensor.reshape(1, -1) if name == "output_norm.weight" else tensor, **how)
 
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(gguf.GGUFWriter, "write_header_to_file", adding)
-        return rewritten(path, out, {})
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", with_one_more)
+    theirs = rewritten(ours, tmp_path / "theirs.gguf", {key: [-1000.0] * 3 + scores[3:]})
+    report = verify(theirs, base=tmp_path / "hf", adapters=[adapter])
+    assert (report.ok, alarms(report)) == (True, [])
+    theirs = rewritten(ours, tmp_path / "wrong.gguf", {key: [*scores[:9], 5.0, *scores[10:]]})
+    report = verify(theirs, base=tmp_path / "hf", adapters=[adapter])
+    assert (report.ok, alarms(report)) == (True, [("token scores", "warning")])
 
 
 def test_another_end_of_the_answer_is_a_warning(made: dict[str, Path], tmp_path: Path) -> None:
@@ -225,6 +237,12 @@ def test_another_architecture(made: dict[str, Path], tmp_path: Path) -> None:
     merged.write_bytes(made["merged.gguf"].read_bytes().replace(b"llama", b"qwen2"))
     report = examined(made, merged)
     assert [one.kind for one in report.errors] == ["other architecture"]
+
+
+def adapter_of(folder: Path, base: Path, modules: Any) -> Path:
+    from peft import LoraConfig
+
+    return make_adapter(folder, base, LoraConfig(r=4, lora_alpha=8, target_modules=modules), scale=0.1)
 
 
 # ------------------------------------------------------------------ what is meant
@@ -254,6 +272,11 @@ def test_a_merge_that_was_told_otherwise(made: dict[str, Path], tmp_path: Path) 
     """`--pre` stands in the record; the adapter's own tokenizer is what the merge takes."""
     adapterkit.merge(made["base"], [made["style"]], tmp_path / "pre.gguf", pre="llama-bpe")
     assert alarms(examined(made, tmp_path / "pre.gguf")) == []
+    adapterkit.merge(made["base"], [made["style"]], tmp_path / "merged")
+    convert(tmp_path / "merged", tmp_path / "later.gguf", pre="llama-bpe")
+    assert alarms(examined(made, tmp_path / "later.gguf")) == []
+    (tmp_path / "later.gguf.adapterkit.json").unlink()
+    assert alarms(examined(made, tmp_path / "later.gguf")) == [("pre-tokenizer", "error")]
     adapter = shutil.copytree(made["style"], tmp_path / "adapter")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(made["base"] / name, adapter / name)
@@ -309,12 +332,10 @@ def test_the_command_line(made: dict[str, Path], tmp_path: Path, capsys: pytest.
 
 @pytest.mark.parametrize("kind", [*arch_zoo.ZOO, *arch_zoo.ENCODERS])
 def test_our_own_outputs_raise_no_alarm(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft import LoraConfig
-
     monkeypatch.setattr("adapterkit.gguf.vocab.read_vocab", arch_zoo.read_vocab)
     tiny, hf = (arch_zoo.ZOO | arch_zoo.ENCODERS)[kind], tmp_path / "hf"
     arch_zoo.build(hf, kind)
-    adapter = make_adapter(tmp_path / "adapter", hf, LoraConfig(r=4, lora_alpha=8, target_modules=tiny.lora), scale=0.1)
+    adapter = adapter_of(tmp_path / "adapter", hf, tiny.lora)
     adapterkit.merge(hf, [adapter], tmp_path / "merged.gguf")
     report = verify(tmp_path / "merged.gguf", base=hf, adapters=[adapter])
     assert (report.ok, alarms(report)) == (True, [])
@@ -324,12 +345,8 @@ def test_our_own_outputs_raise_no_alarm(kind: str, tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("kind", list(gguf_zoo.KINDS))
 def test_another_converter_raises_no_alarm(kind: str, tmp_path: Path) -> None:
     """The tests' own converter, which writes fewer keys and others."""
-    from peft import LoraConfig
-
     gguf_zoo.build(tmp_path / "hf", kind)
-    adapter = make_adapter(
-        tmp_path / "adapter", tmp_path / "hf", LoraConfig(r=4, target_modules="all-linear"), scale=0.1
-    )
+    adapter = adapter_of(tmp_path / "adapter", tmp_path / "hf", "all-linear")
     adapterkit.merge(tmp_path / "hf", [adapter], tmp_path / "merged")
     gguf_zoo.to_gguf(tmp_path / "merged", kind, tmp_path / "merged.gguf")
     report = verify(tmp_path / "merged.gguf", base=tmp_path / "hf", adapters=[adapter])

@@ -15,26 +15,23 @@ for the formats only.
 
 from __future__ import annotations
 
-import re
 import struct
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.config import FLAT, PARTS, AdapterConfig
 from adapterkit.adapters.formats.ldm import diffusers_name
+from adapterkit.adapters.formats.parts import check_parts
+from adapterkit.adapters.formats.pipelines import aliases, in_diffusers, is_prefixed, split
 from adapterkit.checkpoint.tensor import Renamed
 from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.names import Names
     from adapterkit.checkpoint.tensor import Stored, Tensor
-
-_PART = re.compile(r"^(?:lora|lycoris|oft)_(?:(te\d*|unet|transformer|llm)_)?")
-# Leads that a text encoder's modules have in one version of its classes and not in another.
-_LEADS = ("text_model_", "model_", "transformer_", "model_language_model_", "language_model_", "encoder_")
 
 # PEFT's method -> what the tensors are called in the file and in PEFT
 _PEFT: dict[str, dict[str, str]] = {
@@ -58,6 +55,7 @@ _OTHER = {
         for name in (
             *("diff", "diff_b", "w_norm", "b_norm", "oft_blocks", "rescale"),
             *("a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight"),
+            *("bias_indices", "bias_values", "bias_size"),
         )
     },
 }
@@ -68,13 +66,6 @@ _REFUSED = {
         (
             "belongs to T-LoRA, whose rank depends on the timestep, so that no one weight stands for it",
             "load it with LyCORIS beside the base",
-        ),
-    ),
-    **dict.fromkeys(
-        ("bias_indices", "bias_values", "bias_size"),
-        (
-            "is the sparse remainder of an extraction, which no trainer of today reads",
-            "extract the difference again: adapterkit extract BASE TUNED -o OUT",
         ),
     ),
     "scalar": (
@@ -99,21 +90,28 @@ _RANKED = ("lora_A.weight", "lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_
 
 def is_kohya(keys: Mapping[str, Any]) -> bool:
     """Whether these are the keys of such a file."""
-    return any(key.partition(".")[2] == "lora_down.weight" or _PART.match(key) is not None for key in keys)
+    return any(key.partition(".")[2] == "lora_down.weight" or is_prefixed(key) for key in keys)
 
 
-def read_kohya(stored: Mapping[str, Stored], where: str) -> tuple[AdapterConfig, dict[str, Tensor]]:
+def read_kohya(
+    stored: Mapping[str, Stored], where: str, only: Sequence[str] = ()
+) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """The config and tensors in PEFT's terms or those of our own method, module paths still flat; of each part of a pipeline
     that the file has adapters for, if there are several.
 
+    Args:
+        only: parts to read, as if they were one.
+
     Raises:
         UnsupportedAdapter: tensors of an algorithm that is not read.
-        AdapterError: a factor is no matrix, or a path is named twice.
+        AdapterError: a factor is no matrix, a path is named twice, or there is no such part.
     """
     parts: dict[str, dict[str, Stored]] = {}
     for key, tensor in stored.items():
-        match = _PART.match(key)
-        parts.setdefault((match and match.group(1)) or "", {})[key] = tensor
+        parts.setdefault(split(key)[0], {})[key] = tensor
+    if only:
+        check_parts(only, parts, where)
+        return _read_part({key: tensor for part in only for key, tensor in parts[part].items()}, where)
     if len(parts) == 1:
         return _read_part(stored, where)
     configs: dict[str, Mapping[str, Any]] = {}
@@ -129,10 +127,10 @@ def _read_part(stored: Mapping[str, Stored], where: str) -> tuple[AdapterConfig,
     modules: dict[str, dict[str, Stored]] = {}
     for key, tensor in stored.items():
         module, _, leaf = key.partition(".")
-        if leaf in modules.setdefault(_PART.sub("", module), {}):
-            path = _PART.sub("", module)
-            raise AdapterError(f"{where} holds two modules called '{path}'", "split the file by model")
-        modules[_PART.sub("", module)][leaf] = tensor
+        path = split(module)[1]
+        if leaf in modules.setdefault(path, {}):
+            raise AdapterError(f"{where} holds two modules called '{path}'", "name one part of the file, as FILE#te1")
+        modules[path][leaf] = tensor
     numbers = {
         name: {path: number(found.pop(name), where) for path, found in modules.items() if name in found}
         for name in ("alpha", "on_input")
@@ -221,7 +219,10 @@ def unflattened(adapter: Adapter, names: Names) -> Adapter:
     known: dict[str, set[str]] = {}
     for parameter in names.parameters():
         module = parameter.rpartition(".")[0]
-        known.setdefault(module.replace(".", "_"), set()).add(module)
+        flat_name = module.replace(".", "_")
+        for name in (flat_name, in_diffusers(flat_name)):
+            if name is not None:
+                known.setdefault(name, set()).add(module)
     flat = dict.fromkeys(key.partition(".")[0] for key in adapter.tensors)
     paths = {name: _module(name, known, adapter) for name in flat}
     tensors = {}
@@ -239,11 +240,10 @@ def unflattened(adapter: Adapter, names: Names) -> Adapter:
 
 
 def _module(name: str, known: Mapping[str, set[str]], adapter: Adapter) -> str:
-    shorter = [name.removeprefix(lead) for lead in _LEADS if name.startswith(lead)]
     found = (
         known.get(name)
         or known.get(diffusers_name(name) or "")
-        or {module for other in (*shorter, *(lead + name for lead in _LEADS)) for module in known.get(other, ())}
+        or {module for other in aliases(name) for module in known.get(other, ())}
     )
     if len(found) != 1:
         words = "several modules" if found else "no module"

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.config import PARTS, AdapterConfig
 from adapterkit.checkpoint.tensor import Renamed
-from adapterkit.errors import TargetError, UsageError
+from adapterkit.errors import AdapterError, TargetError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.names import Names
@@ -48,12 +48,38 @@ def selected(adapter: Adapter, names: Names | None, config: Mapping[str, Any]) -
     if fitting:
         raise TargetError(
             f"{adapter.source.name}: its parts {' and '.join(fitting)} have modules of the same names and shapes as the base",
-            "split the file by part",
+            f"name the one to merge, as {adapter.ref}#{fitting[0]}, or several that go together, as "
+            f"{adapter.ref}#{'+'.join(fitting)}",
         )
     raise TargetError(
         f"none of the parts of {adapter.source.name} fits the base: {'; '.join(misfits)}",
         "give the folder of one of these parts as the base",
     )
+
+
+def named(adapter: Adapter, only: Sequence[str]) -> Adapter:
+    """The adapter of the part that a user named.
+
+    Raises:
+        AdapterError: there is no such part, or several were named.
+    """
+    check_parts(only, adapter.config.raw[PARTS], adapter.ref)
+    if len(only) > 1:
+        raise AdapterError(f"{adapter.ref} names several parts of a diffusers file", "merge them one after the other")
+    return _of(adapter, only[0])
+
+
+def check_parts(only: Iterable[str], parts: Iterable[str], where: str) -> None:
+    """Whether a file has the parts that a user named.
+
+    Raises:
+        AdapterError: it has not.
+    """
+    held = [part for part in parts if part]
+    lost = next((part for part in only if part not in held), None)
+    if lost is not None:
+        hint = f"it holds {', '.join(held)}" if held else "its keys name no part of a pipeline; leave it out"
+        raise AdapterError(f"{where}: the file has no part '{lost}'", hint)
 
 
 def _of(adapter: Adapter, part: str) -> Adapter:

@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.change import LowRank, RowMap, matrix
+from adapterkit.adapters.change import LowRank, RowMap, matrix, raw
 from adapterkit.adapters.method import Context, Edit, Method, Module
 from adapterkit.adapters.methods.common import at, bias_of, check_shape, dims, edit, oriented, take, weight_of
 from adapterkit.adapters.methods.lycoris import loha_edits, lokr_edits
+from adapterkit.adapters.methods.sparse import Entries
 from adapterkit.errors import AdapterError, TargetError
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ DIFFERENCES = {
     "lycoris_diff_b": "bias",
     "lycoris_b_norm": "bias",
 }
+INDICES, VALUES, SIZE = (
+    "lycoris_bias_indices",
+    "lycoris_bias_values",
+    "lycoris_bias_size",
+)  # of an extraction's remainder
 UP, DOWN, MID = "lora_up.weight", "lora_down.weight", "lora_mid.weight"
 BLOCKS, RESCALE = "lycoris_oft_blocks", "lycoris_rescale"
 IA3 = "lycoris_ia3.weight"
@@ -141,7 +147,10 @@ def _normed(made: Edit, module: Module, context: Context) -> Edit:
 
 
 def _lora(module: Module, context: Context) -> Iterator[Edit]:
-    """up x down, with a Tucker core between them (arXiv:2309.14859, LoCon) where there is one."""
+    """up x down, with a Tucker core between them (arXiv:2309.14859, LoCon) where there is one.
+
+    LyCORIS's extraction may keep the largest entries of what these leave out, as ``[2, n]`` places in 16 bits and values.
+    """
     up, down = take(module, context, UP, DOWN)
     mid = module.tensors.get(MID)
     rank, rows = down.shape[0], up.shape[0]
@@ -158,16 +167,27 @@ def _lora(module: Module, context: Context) -> Iterator[Edit]:
     target = oriented(module, context, (rows, columns))
     scale = context.config.scaling(module.path, rank, "alpha")
 
+    rest = take(module, context, INDICES, VALUES) if INDICES in module.tensors or VALUES in module.tensors else ()
+    if rest:
+        check_shape(rest[0], (2, rest[1].numel), INDICES, module, context)
+
     def load(weights: Weights) -> Kernel:
         from adapterkit.ops.products import conv_factors
 
         left, right = matrix(up).view(rows, rank), matrix(down).view(rank, -1)
         if mid is not None:
             left, right = conv_factors(left.T, right, matrix(mid))
-        return LowRank(left, right, scale)
+        added = LowRank(left, right, scale)
+        if not rest:
+            return added
+        places = raw(rest[0]).long() & 0xFFFF  # written as signed numbers, also beyond those
+        key = f"{context.where}: '{module.path}.{INDICES}'"
+        entries = Entries(places[0], places[1], scale * matrix(rest[1]), (rows, columns), key)
+        return RowMap(lambda w, here: entries.add(added.new(w, here), here))
 
-    used = (up, down) if mid is None else (up, down, mid)
-    yield edit(target, f"lora r={rank}", load, used, rank * (rows + columns))
+    used = (up, down, *(() if mid is None else (mid,)), *rest)
+    held = rank * (rows + columns) + (5 * rest[1].numel if rest else 0)
+    yield edit(target, f"lora r={rank}{' and entries' if rest else ''}", load, used, held)
 
 
 def _turned(module: Module, context: Context) -> Iterator[Edit]:
@@ -225,7 +245,6 @@ def _of_blocks(weights: Weights, r: torch.Tensor, here: range) -> torch.Tensor:
 
 def _woven(weights: Weights, r: torch.Tensor) -> torch.Tensor:
     """``M_f ... M_1 W`` of BOFT: every row needs all of W, so it is made once, in float64, some columns at a time."""
-
     import torch
 
     from adapterkit.ops import rotations as ops
@@ -233,11 +252,10 @@ def _woven(weights: Weights, r: torch.Tensor) -> torch.Tensor:
     rows, columns = weights.shape
     w = weights.whole()
     out = torch.empty_like(w)
-    orders = [ops.woven_order(rows, r.shape[-1] // 2 << stage) for stage in range(len(r))]
     step = max(1, (1 << 20) // rows)
     for start in range(0, columns, step):
         here = slice(start, min(start + step, columns))
-        out[:, here] = ops.times_butterfly(w[:, here].T.double().contiguous(), r, orders).T.float()
+        out[:, here] = ops.woven(w[:, here].double(), r).float()
     return out
 
 
@@ -292,18 +310,19 @@ def _glora(module: Module, context: Context) -> Iterator[Edit]:
     def load(weights: Weights) -> Kernel:
         from adapterkit.ops.products import conv_factors, times_inputs
 
-        first, second = matrix(a1).view(inputs, rank), matrix(a2).view(rank, inputs)
-        left, right = matrix(b1).view(rows, rank), matrix(b2).view(rank, -1)
+        # In float64: the two products may cancel each other, and most of W.
+        first, second, left, right = (matrix(tensor).flatten(1).double() for tensor in (a1, a2, b1, b2))
         if mid is not None:
-            left, right = conv_factors(left.T, right, matrix(mid))
+            left, right = conv_factors(left.T, right, matrix(mid).double())
 
         def new_rows(w: torch.Tensor, here: range) -> torch.Tensor:
-            return w + scale * (times_inputs(w, first, second) + left[at(here)] @ right)
+            wide = w.double()
+            return (wide + scale * (times_inputs(wide, first, second) + left[at(here)] @ right)).float()
 
         return RowMap(new_rows)
 
     tensors = used if mid is None else (*used, mid)
-    yield edit(target, f"glora r={rank}", load, tensors, rank * (2 * inputs + rows + columns))
+    yield edit(target, f"glora r={rank}", load, tensors, 2 * rank * (2 * inputs + rows + columns))
 
 
 def _fits(factors: tuple[Tensor, ...], inputs: int, rows: int, wide: int) -> bool:
@@ -323,7 +342,7 @@ def _alpha(module: Module, context: Context, default: float) -> float:
 
 
 ALGORITHMS = (
-    Algorithm("lora", (UP, DOWN, MID), _lora, decomposed=True),
+    Algorithm("lora", (UP, DOWN, MID, INDICES, VALUES, SIZE), _lora, decomposed=True),
     Algorithm(
         "loha",
         ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),

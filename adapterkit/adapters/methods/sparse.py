@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.config import AdapterConfig
 
 
-class _Entries:
+class Entries:
     """Values to add at places of a matrix, sorted by row."""
 
     def __init__(
@@ -50,7 +50,7 @@ def _shira(module: Module, context: Context) -> Iterator[Edit]:
 
     def load(weights: Weights) -> Kernel:
         places = raw(indices).long()
-        return RowMap(_Entries(places[0], places[1], matrix(values), shape, key).add)
+        return RowMap(Entries(places[0], places[1], matrix(values), shape, key).add)
 
     yield edit(target, f"shira n={count}", load, (values, indices), 5 * count)
 
@@ -75,7 +75,7 @@ def _supertuning(module: Module, context: Context) -> Iterator[Edit]:
 
     def load(weights: Weights) -> Kernel:
         flat = raw(indices).long()
-        entries = _Entries(flat // columns, flat % columns, matrix(values), (rows, columns), key)
+        entries = Entries(flat // columns, flat % columns, matrix(values), (rows, columns), key)
         if not factors:
             return RowMap(entries.add)
         added = LowRank(matrix(factors[1]), matrix(factors[0]), scale)

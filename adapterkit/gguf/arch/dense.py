@@ -8,6 +8,7 @@ from adapterkit.errors import CheckpointError
 from adapterkit.gguf.arch.ops import ByGroup, Each, Interleave, RotaryHalves, Split, Stack
 from adapterkit.gguf.arch.shared import (
     AFTER_NORMS,
+    DEEPSTACK,
     EMBEDDINGS,
     FEED_FORWARD,
     FOUR_NORMS,
@@ -241,7 +242,7 @@ SPECS = (
         ("Qwen3VLForConditionalGeneration",),
         "qwen3_vl",
         (*_PLAIN, *QK_NORMS),
-        (Key("n_deepstack_layers", lambda c: len(c.raw.get("vision_config", {}).get("deepstack_visual_indexes", ()))),),
+        (DEEPSTACK,),
         types=("qwen3_vl_text",),
     ),
     ArchSpec(
@@ -515,7 +516,6 @@ SPECS = (
             PARTIAL_ROPE,
             NO_SCALING,
         ),
-        leave=("attention.layer_norm_rms_epsilon",),
         vocab="spm",
     ),
     ArchSpec(

@@ -12,7 +12,7 @@ from adapterkit.gguf.arch.ops import Cut
 from adapterkit.gguf.arch.shared import VOCAB_SIZE, constant
 from adapterkit.gguf.arch.spec import ArchSpec, Key, Rule, rule
 
-_MODES = {
+MODES = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
     "pooling_mode_lasttoken": "last",
@@ -39,7 +39,7 @@ def pooling(config: Config) -> int | None:
             found = _json(config, f"{module.get('path')}/config.json")
             if not isinstance(found, dict):
                 return None
-            mode = next((word for key, word in _MODES.items() if found.get(key)), None)
+            mode = next((word for key, word in MODES.items() if found.get(key)), None)
             mode = mode or _WORDS.get(str(found.get("pooling_mode")))
             if mode is None:
                 raise CheckpointError(f"{config.ref}: GGUF has no number for how it is pooled", "use mean, cls or last")
@@ -226,8 +226,12 @@ SPECS = (
             constant("rope.scaling.type", "none"),
             VOCAB_SIZE,
             Key("hidden_activation", "hidden_activation"),
+            Key(
+                "classifier.pooling_type",
+                lambda c: POOLING.get(c.get("classifier_pooling")),
+                field="classifier_pooling",
+            ),
         ),
-        leave=("attention.layer_norm_rms_epsilon",),
         prefixes=("model.",),
         drops=(r"^head\.", r"^decoder\."),
         uneven=True,

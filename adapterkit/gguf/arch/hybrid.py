@@ -364,7 +364,7 @@ SPECS = (
             block(
                 "self_attn.k_proj.weight",
                 "attn_k.weight",
-                ops=[Scale(("key_multiplier", "attention_in_multiplier"))],
+                ops=[Scale(("key_multiplier",)), Scale(("attention_in_multiplier",))],
             ),
             block("self_attn.v_proj.weight", "attn_v.weight", ops=[Scale(("attention_in_multiplier",))]),
             block("self_attn.o_proj.weight", "attn_output.weight", ops=[Scale(("attention_out_multiplier",))]),
@@ -437,7 +437,7 @@ SPECS = (
             block("shared_mlp.output_linear", "ffn_down"),
         ),
         _GRANITE_KEYS,
-        leave=("attention.key_length", "attention.value_length", "expert_count", "expert_used_count"),
+        leave=("attention.key_length", "attention.value_length"),
         experts=False,
         defaults={"model_type": "granitemoehybrid", "architectures": ["GraniteMoeHybridForCausalLM"]},
     ),

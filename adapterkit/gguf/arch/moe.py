@@ -11,7 +11,6 @@ from adapterkit.gguf.arch.ops import (
     Alternate,
     AlternateLast,
     Each,
-    Flat,
     HeadSplit,
     Interleave,
     Split,
@@ -19,6 +18,7 @@ from adapterkit.gguf.arch.ops import (
     TurnedHalves,
 )
 from adapterkit.gguf.arch.shared import (
+    DEEPSTACK,
     EMBEDDINGS,
     EXPERT_WIDTH,
     LLAMA3,
@@ -68,10 +68,10 @@ def _dense_first(config: Config) -> int:
 
 
 def _scoring(config: Config) -> int | None:
-    """How experts are chosen, where the config has no word for it: V3 and what came of it by sigmoid."""
+    """How experts are chosen; where the config has no word for it, V3 and what came of it by sigmoid."""
     found = config.get("scoring_func")
     if found is not None:
-        return None
+        return GATING.get(str(found))
     return GATING["sigmoid"] if config.model_type in ("deepseek_v3", "kimi_k2") else None
 
 
@@ -181,9 +181,7 @@ SPECS = (
         ),
         (
             EXPERT_WIDTH,
-            Key(
-                "n_deepstack_layers", lambda c: len(c.raw.get("vision_config", {}).get("deepstack_visual_indexes", ()))
-            ),
+            DEEPSTACK,
         ),
         types=("qwen3_vl_moe_text",),
     ),
@@ -373,7 +371,7 @@ SPECS = (
             *MLP,
             *experts(),
             *shared_expert("mlp.shared_experts"),
-            block("mlp.moe_statics.e_score_correction_bias", "exp_probs_b.bias", ops=[Flat()]),
+            block("mlp.moe_statics.e_score_correction_bias", "exp_probs_b.bias"),
         ),
         (
             Key("expert_count", "moe_num_experts"),
@@ -452,7 +450,7 @@ SPECS = (
             Key("expert_shared_count", "n_shared_experts", needed=True),
             Key("expert_weights_scale", "routed_scaling_factor", needed=True),
             Key("expert_weights_norm", "norm_topk_prob", needed=True),
-            Key("expert_gating_func", lambda c: None if c.get("scoring_func") else GATING["sigmoid"]),
+            Key("expert_gating_func", lambda c: GATING.get(c.get("scoring_func"), GATING["sigmoid"])),
         ),
     ),
     ArchSpec(

@@ -434,19 +434,6 @@ class Column(Op):
 
 
 @dataclass(frozen=True)
-class Flat(Op):
-    """A tensor as a vector: dimensions of 1 dropped, as in ``[1, 1, n]``; ``before`` is its number of dimensions."""
-
-    before: int = 2
-
-    def run(self, arrays: Sequence[Array], config: Config) -> list[Array]:
-        return [Array((array.rows * array.width,), array.boxes) for array in arrays]
-
-    def back(self, shapes: Sequence[Shape], config: Config) -> list[Shape]:
-        return [(*(1,) * (self.before - 1), shape[0]) for shape in shapes]
-
-
-@dataclass(frozen=True)
 class Grouped(Op):
     """A vector ``[n]`` as ``[groups, n / groups]``."""
 

@@ -85,6 +85,15 @@ FEED_FORWARD = Key(
 EXPERT_WIDTH = Key("expert_feed_forward_length", "moe_intermediate_size")
 
 
+def _deepstack(config: Config) -> int:
+    """Layers that take what a vision part saw; a text part that came from a GGUF file says their number itself."""
+    found = config.get("n_deepstack_layers")
+    return len(config.raw.get("vision_config", {}).get("deepstack_visual_indexes", ())) if found is None else int(found)
+
+
+DEEPSTACK = Key("n_deepstack_layers", _deepstack, field="n_deepstack_layers")
+
+
 def constant(name: str, value: Any) -> Key:
     """A key that does not depend on the config."""
     return Key(name, lambda config: value)

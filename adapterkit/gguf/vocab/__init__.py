@@ -69,14 +69,21 @@ _ROLES = {
 }
 # What a family's classes put before and after a text where no tokenizer.json says it.
 _ADDED = {"spm": (True, False), "tekken": (True, False), "wordpiece": (True, True), "unigram": (False, True)}
-# Roles that some models' configs leave out (conversion/base.py, _set_vocab_glm).
+# Roles that some models' configs leave out (conversion/base.py, _set_vocab_glm; glm.py; gemma.py).
 _MODEL_ROLES = {
-    ("glm4", "glm4_moe", "chatglm"): {
+    ("glm4_moe", "glm4v_moe", "glm4v_moe_text", "chatglm"): {
         "bos": "[gMASK]",
         "eot": "<|user|>",
         "unk": "<|endoftext|>",
         "eom": "<|observation|>",
     },
+    ("glm4", "glm4v", "glm4v_text"): {
+        "bos": "<|endoftext|>",
+        "eos": "<|endoftext|>",
+        "eot": "<|user|>",
+        "unk": "<|endoftext|>",
+    },
+    ("gemma",): {"eot": "<end_of_turn>"},
 }
 
 

@@ -148,6 +148,12 @@ class Sources:
                 )
         return dict(sorted(found.items()))
 
+    @cached_property
+    def decoded(self) -> frozenset[int]:
+        """Ids of the added tokens that ``tokenizer_config.json`` lists: it alone is asked for scores by the converter."""
+        listed = self.settings.get("added_tokens_decoder") or {}
+        return frozenset(number for number in self.added if str(number) in listed)
+
     def _listed(self) -> Iterator[tuple[Added, str]]:
         for entry in self.tokenizer.get("added_tokens") or ():
             yield _added(entry.get("id"), entry, TOKENIZER), TOKENIZER

@@ -18,6 +18,7 @@ from adapterkit.gguf.vocab.bpe import GPT2, checked_vocabulary, joined
 from adapterkit.gguf.vocab.sources import SENTENCEPIECE, TOKENIZER
 from adapterkit.gguf.vocab.spaces import Spaces, spaces
 from adapterkit.gguf.vocab.table import (
+    ADDED_SCORE,
     BYTE,
     MERGES,
     MODEL,
@@ -36,6 +37,13 @@ if TYPE_CHECKING:
 
 LLAMA, GEMMA4, DEFAULT, PREFIX = "llama", "gemma4", "default", "tokenizer.ggml.add_space_prefix"
 _GEMMA4 = frozenset(("gemma4", "gemma4_text"))  # their tokenizer has a kind of its own in llama.cpp
+# Of these, what runs of a chat are told apart by: shown as text although they are special.
+_SHOWN = frozenset(
+    (
+        *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>"),
+        '<|"|>',
+    )
+)
 # Merges over plain text with spaces escaped: what llama.cpp has for such lists that SentencePiece would not make.
 PLAIN_MERGES = "sarvam-moe"
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -63,7 +71,7 @@ def file_of(sources: Sources) -> str | None:
 
 def _model(sources: Sources) -> proto.SentencePieceModel | None:
     name = file_of(sources)
-    if name is None:
+    if name is None or (sources.model_types & _GEMMA4 and TOKENIZER in sources):
         return None
     try:
         model = proto.parse(sources.files[name], name)
@@ -85,6 +93,12 @@ def _of_model(model: proto.SentencePieceModel, sources: Sources, table: TokenTab
         table.put(number, shown, piece.type, piece.score)
     check_agreement(model, sources)
     table.add(sources.added.values())
+    table.scores |= {number: ADDED_SCORE for number in sources.decoded if number in table.scores}
+    for number, piece in enumerate(model.pieces):
+        # Symbols of the user stay what they are, however they look, unless a file calls them special.
+        added = sources.added.get(number)
+        if piece.type == USER_DEFINED and added and not added.special and number not in sources.decoded:
+            table.put(number, piece.text.replace(SPACE, " "), USER_DEFINED, piece.score)
     prefix = model.prefix
     if TOKENIZER in sources and sources.model_kind == "BPE":
         stated = spaces(sources.tokenizer)
@@ -130,6 +144,8 @@ def _of_json(sources: Sources, table: TokenTable, pre: str | None) -> tuple[list
         missing = missing or f"the step {stated.others[0]}"
     _note_spaces(stated, table)
     if sources.model_types & _GEMMA4:
+        table.types |= {number: USER_DEFINED for number, token in table.texts.items() if token in _SHOWN}
+        table.scores = dict.fromkeys(table.scores, ADDED_SCORE)
         return [text(MODEL, GEMMA4)], [boolean(PREFIX, stated.prefix), array(MERGES, STRING, merges)]
     if missing is None or pre == DEFAULT:
         return _llama(stated.prefix, sources, table)
