@@ -81,11 +81,11 @@ save of the same files in the same run (`bench/method_merge.py`, imports not cou
 
 | | seconds | PEFT 0.21.2 | ratio | peak memory | PEFT's |
 |---|---|---|---|---|---|
-| DoRA r=16 | 2.2 | 20 | 9.3 | 295 MB | 4747 MB |
-| VeRA r=256 | 4.2 | 14 | 3.3 | 400 MB | 2687 MB |
-| LoHa r=16 | 2.1 | 17 | 7.8 | 302 MB | 2779 MB |
-| LoKr r=16 | 0.9 | 13 | 14 | 290 MB | 2614 MB |
-| OFT, blocks of 32 | 2.0 | 50 | 25 | 298 MB | 2869 MB |
+| DoRA r=16 | 1.0 | 12.5 | 13 | 310 MB | 4744 MB |
+| VeRA r=256 | 3.3 | 10.6 | 3.2 | 378 MB | 2736 MB |
+| LoHa r=16 | 1.4 | 10.8 | 7.9 | 302 MB | 2763 MB |
+| LoKr r=16 | 0.9 | 7.9 | 9.0 | 304 MB | 2674 MB |
+| OFT, blocks of 32 | 1.1 | 43.1 | 38 | 312 MB | 2868 MB |
 """
 
 
