@@ -67,6 +67,9 @@ def decode_nf4(packed: torch.Tensor, absmax: torch.Tensor, blocksize: int, out: 
         packed: uint8 ``[blocks * blocksize / 2]``, contiguous.
         absmax: float32 ``[blocks]``, contiguous.
         out: float32, bfloat16 or float16 ``[blocks * blocksize]``, contiguous.
+
+    Raises:
+        ValueError: they are something else, which the function itself would not see.
     """
     function = _function(out.dtype) if blocksize <= LARGEST_BLOCK and out.device.type == "cpu" else None
     if function is None:
@@ -74,6 +77,10 @@ def decode_nf4(packed: torch.Tensor, absmax: torch.Tensor, blocksize: int, out: 
     blocks = absmax.numel()
     if packed.numel() * 2 != out.numel() or blocks * blocksize != out.numel():
         raise ValueError(f"{packed.numel()} bytes and {blocks} blocks of {blocksize} for {out.numel()} weights")
+    if packed.dtype is not torch.uint8 or absmax.dtype is not torch.float32:
+        raise ValueError(f"{packed.dtype} codes and {absmax.dtype} scales, not uint8 and float32")
+    if not all(tensor.is_contiguous() for tensor in (packed, absmax, out)):
+        raise ValueError("codes, scales or weights do not lie one after the other")
     if not blocks:
         return True
     if out.dtype is torch.bfloat16 and _subnormal(absmax):

@@ -63,6 +63,14 @@ def test_it_takes_no_other_sizes() -> None:
         bnb_kernel.decode_nf4(packed, absmax, 64, torch.empty(96))
 
 
+def test_it_takes_nothing_that_lies_otherwise() -> None:
+    codes, scales = torch.zeros(64, dtype=torch.uint8), torch.zeros(2)
+    with pytest.raises(ValueError, match="float64 scales"):
+        bnb_kernel.decode_nf4(codes, scales.double(), 64, torch.empty(128))
+    with pytest.raises(ValueError, match="one after the other"):
+        bnb_kernel.decode_nf4(torch.zeros(128, dtype=torch.uint8)[::2], scales, 64, torch.empty(128))
+
+
 def _decode() -> torch.Tensor:
     packed = torch.arange(256).to(torch.uint8)
     return blockwise.decode_4bit(packed, torch.linspace(0.1, 2, 8), "nf4", 64, 512, torch.bfloat16)

@@ -130,15 +130,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "patterns": {"rank_pattern": {"conv1": 2}, "alpha_pattern": {"to_q": 3}},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True, "target_modules": ["to_q", "to_k"]},
-    "bias": {"lora_bias": True, "target_modules": ["to_q", "to_out.0"]},
+    "bias": {"lora_bias": True, "target_modules": ["to_out.0"]},  # diffusers' to_q has no bias to add to
 }
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_as_the_model_saves_it(kind: str, unet: tuple[Any, Path], tmp_path: Path) -> None:
     model, folder = unet
-    if kind == "bias":
-        CONFIGS[kind]["target_modules"] = ["to_out.0"]  # diffusers' to_q has no bias to add to
     file = saved(model, tmp_path / "lora", lora(**CONFIGS[kind]))
     check(folder, file, fused(model, file, None))
 
@@ -320,3 +318,18 @@ def test_it_is_registered_and_converted_as_an_adapter(
     assert (record.kind, record.method) == ("adapter", "lora")
     adapterkit.convert(file, tmp_path / "peft", to="peft")
     check(folder, tmp_path / "peft", fused(model, file, None))
+
+
+def test_a_config_of_one_part_says_nothing_of_another(tmp_path: Path) -> None:
+    """The UNet's config is in the metadata, the text encoder's is not, and only one of them has biases."""
+    shapes = {"lora_A.weight": (2, 8), "lora_B.weight": (8, 2), "lora_B.bias": (8,)}
+    parts = ("unet", "text_encoder")
+    tensors = {f"{part}.a.to_q.{leaf}": torch.randn(shape) for part in parts for leaf, shape in shapes.items()}
+    del tensors["text_encoder.a.to_q.lora_B.bias"]
+    told = {"unet.r": 2, "unet.lora_alpha": 5, "unet.lora_bias": True}
+    save_file(tensors, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(told)})
+    adapter = load_adapter(tmp_path / "x.safetensors")
+    configs = adapter.config.raw["pipeline_parts"]
+    assert [configs[part]["lora_alpha"] for part in parts] == [5, 2]
+    assert [configs[part].get("lora_bias", False) for part in parts] == [True, False]
+    assert adapter.notes[1] == "the file tells no alpha of text_encoder, so every scale is 1, as diffusers takes it"

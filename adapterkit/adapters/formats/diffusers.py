@@ -84,11 +84,13 @@ def read_diffusers(
         tensors[name] = Renamed(name, tensor)
         counts[_part(path)] += 1
     said = _said(metadata, where)
-    parts = {part: _fields(part, said, tensors, alphas, where) for part in counts}
+    parts = {part: _told(part, said) or _fields(part, tensors, alphas, where) for part in counts}
     held = ", ".join(f"{count} tensors of {part or 'one model'}" for part, count in counts.items())
     notes = [f"read as a diffusers file: {held}"]
-    if not said and not alphas:
-        notes.append("the file tells no alpha, so every scale is 1, as diffusers takes it")
+    untold = [part for part in counts if not _told(part, said) and not any(_part(path) == part for path in alphas)]
+    if untold:
+        of = f" of {', '.join(untold)}" if len(counts) > 1 else ""
+        notes.append(f"the file tells no alpha{of}, so every scale is 1, as diffusers takes it")
     return AdapterConfig({"peft_type": "LORA", PARTS: parts}, where), tensors, tuple(notes)
 
 
@@ -126,30 +128,30 @@ def _said(metadata: Mapping[str, str], where: str) -> Mapping[str, Any]:
     return found
 
 
-def _fields(
-    part: str, said: Mapping[str, Any], tensors: Mapping[str, Tensor], alphas: Mapping[str, float], where: str
-) -> dict[str, Any]:
-    """The fields of a ``LoraConfig`` for a part, its module paths without the part."""
+def _told(part: str, said: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a part in the metadata; empty where it tells none."""
     lead = part + "." if part else ""
     own = {key.removeprefix(lead): value for key, value in said.items() if key.startswith(lead)}
-    if "r" in own:
-        return {"peft_type": "LORA", **own}
+    return {"peft_type": "LORA", **own} if "r" in own else {}
+
+
+def _fields(part: str, tensors: Mapping[str, Tensor], alphas: Mapping[str, float], where: str) -> dict[str, Any]:
+    """The fields of a ``LoraConfig`` for a part, as the tensors tell them; its module paths without the part."""
+    lead = part + "." if part else ""
+    own = {name.removeprefix(lead): tensor for name, tensor in tensors.items() if _part(name) == part}
     ranks: dict[str, int] = {}
-    dora = False
-    for name, tensor in tensors.items():
-        if _part(name) != part:
-            continue
-        dora = dora or name.endswith("lora_magnitude_vector")
+    for name, tensor in own.items():
         if name.endswith(A):
             if len(tensor.shape) < 2:
-                raise AdapterError(f"{where}: '{name}' is {list(tensor.shape)}, no factor", "save the adapter again")
-            ranks[name.removeprefix(lead).removesuffix("." + A)] = tensor.shape[0]
+                raise AdapterError(
+                    f"{where}: '{lead}{name}' is {list(tensor.shape)}, no factor", "save the adapter again"
+                )
+            ranks[name.removesuffix("." + A)] = tensor.shape[0]
     strengths = {path: alphas.get(lead + path, rank) for path, rank in ranks.items()}
     found: dict[str, Any] = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": list(ranks)}
-    if dora:
-        found["use_dora"] = True
-    if any(name.startswith(lead) and name.endswith("lora_B.bias") for name in tensors):
-        found["lora_bias"] = True
+    for field, leaf in (("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")):
+        if any(name.endswith(leaf) for name in own):
+            found[field] = True
     for field, pattern, values in (("r", "rank_pattern", ranks), ("lora_alpha", "alpha_pattern", strengths)):
         if len(set(values.values())) == 1:
             found[field] = next(iter(values.values()))
