@@ -24,7 +24,7 @@ CHILD = """
 import json, os, sys, time
 from pathlib import Path
 import torch  # imports do not count
-from adapterkit.merge import Wanted, merge, plan_merge, write_merges
+from adapterkit.verbs.merge import Wanted, merge, plan_merge, write_merges
 def io():
     lines = dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())
     return int(lines["read_bytes"])

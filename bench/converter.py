@@ -134,9 +134,9 @@ def run(kinds: list[str], at: Path, options: Any) -> list[dict[str, Any]]:
     import converter_zoo as zoo
     from transformers.utils import logging
 
-    from adapterkit.convert import convert
     from adapterkit.gguf.metadata import text
     from adapterkit.gguf.vocab import Vocab
+    from adapterkit.verbs.convert import convert
 
     def none(rows: int) -> Vocab:
         return Vocab((text("tokenizer.ggml.model", "none"),), rows)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from adapterkit.ops.lowrank import Factors
-from adapterkit.ops.methods import combine
+from adapterkit.ops.rules import combine
 
 RANK = 16
 WEIGHTS = (0.7, 0.3)

@@ -475,7 +475,7 @@ def main() -> None:
 
     import transformers
 
-    from adapterkit.verify import verify
+    from adapterkit.verbs.verify import verify
 
     warnings.simplefilter("ignore")
     transformers.utils.logging.disable_progress_bar()

@@ -59,8 +59,8 @@ def _model(kind: str, at: Path, found: dict[str, Any]) -> None:
     from peft import PeftModel
 
     import adapterkit
-    from adapterkit.convert import convert
     from adapterkit.errors import AdapterkitError
+    from adapterkit.verbs.convert import convert
 
     tiny, hf, base = zoo.ZOO[kind], at / "hf", at / "base.gguf"
     plain = of_model(zoo.build(hf, kind))
@@ -105,7 +105,7 @@ def _read(at: Path, kind: str) -> Any:
     import transformers
     from gguf_runtime import of_model
 
-    from adapterkit.convert import convert
+    from adapterkit.verbs.convert import convert
 
     tiny = zoo.ZOO[kind]
     zoo.ZOO["read"] = replace(tiny, config={**tiny.config, **tiny.reads})
@@ -127,7 +127,7 @@ def _encoder(kind: str, at: Path, found: dict[str, Any]) -> None:
     from peft import PeftModel
 
     import adapterkit
-    from adapterkit.convert import convert
+    from adapterkit.verbs.convert import convert
 
     tiny, hf, base = zoo.ENCODERS[kind], at / "hf", at / "base.gguf"
     plain = embeddings_of(zoo.build(hf, kind))
@@ -150,7 +150,7 @@ def _disguise(kind: str, at: Path, found: dict[str, Any]) -> None:
     import arch_zoo as zoo
     from gguf_runtime import logprobs, of_model
 
-    from adapterkit.convert import convert
+    from adapterkit.verbs.convert import convert
 
     plain = of_model(zoo.disguise(kind, at / "hf"))
     said = json.loads((at / "hf" / "config.json").read_text())

@@ -27,7 +27,7 @@ LIMIT = 500e6
 
 _CHILD = """
 import sys
-from adapterkit.convert import convert
+from adapterkit.verbs.convert import convert
 from adapterkit.gguf.quantize import Quantization
 convert(sys.argv[1], sys.argv[2], quantization=Quantization(sys.argv[3]), jobs=int(sys.argv[4]), force=True)
 """

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import adapterkit
-from adapterkit.convert import convert
 from adapterkit.gguf.quantize import Quantization
+from adapterkit.verbs.convert import convert
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent / "tests" / part) for part in ("gguf", "")]
 

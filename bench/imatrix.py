@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from adapterkit.convert import convert
 from adapterkit.gguf.checkpoint import open_gguf
 from adapterkit.gguf.vocab import pretokenizers
-from adapterkit.imatrix import imatrix
+from adapterkit.verbs.convert import convert
+from adapterkit.verbs.imatrix import imatrix
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests" / "gguf"), str(ROOT / "tests")]

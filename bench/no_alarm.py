@@ -30,7 +30,7 @@ def examine(model_type: str) -> tuple[list[str], list[str]]:
     import zoo
 
     import adapterkit
-    from adapterkit.verify import verify
+    from adapterkit.verbs.verify import verify
 
     done, wrong = [], []
     with tempfile.TemporaryDirectory(prefix="no-alarm-") as name:

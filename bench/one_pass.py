@@ -72,7 +72,7 @@ def work(base, adapter, out):
 CONVERT = (
     COMMON
     + """
-from adapterkit.convert import convert
+from adapterkit.verbs.convert import convert
 def work(folder, out):
     convert(folder, out, jobs=jobs, force=True)
 """
@@ -85,7 +85,7 @@ QUANTIZE = (
 import ctypes
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
-from adapterkit.convert import plan_convert
+from adapterkit.verbs.convert import plan_convert
 from adapterkit.gguf.checkpoint import open_gguf
 from adapterkit.gguf.kernels import native
 from adapterkit.gguf.quantize import Quantization

@@ -126,9 +126,9 @@ def main() -> int:
 
     import adapterkit
     from adapterkit.gguf.quantize import Quantization
-    from adapterkit.verify import html, verify
-    from adapterkit.verify.answers import InTransformers
-    from adapterkit.verify.runtime import InLlamaCpp, find_runtime
+    from adapterkit.verbs.verify import html, verify
+    from adapterkit.verbs.verify.answers import InTransformers
+    from adapterkit.verbs.verify.runtime import InLlamaCpp, find_runtime
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=500, help="of training, each")

@@ -25,7 +25,7 @@ VERIFY = (
     + """
 import json, sys, time
 start = time.monotonic()
-from adapterkit.verify import verify
+from adapterkit.verbs.verify import verify
 verify(sys.argv[6], base=sys.argv[4], adapters=[sys.argv[5]], jobs=int(sys.argv[7]) or None)
 imported = time.monotonic()
 report = verify(sys.argv[3], base=sys.argv[1], adapters=[sys.argv[2]], jobs=int(sys.argv[7]) or None)

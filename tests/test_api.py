@@ -14,9 +14,9 @@ VERBS = ["merge", "check", "inspect", "execute", "plan_merge", "open", "save", "
 
 @pytest.mark.parametrize("first", VERBS)
 def test_using_one_verb_leaves_the_others(first: str) -> None:
-    """Modules and functions share names: importing `adapterkit.merge` must not hide the function of that name."""
-    code = f"import adapterkit as a; a.{first}; import adapterkit.merge, adapterkit.check, adapterkit.inspect; "
-    code += "import adapterkit.convert; "
+    """Importing the modules of the verbs must not hide the functions."""
+    code = f"import adapterkit as a; a.{first}; import adapterkit.verbs.merge, adapterkit.verbs.check, "
+    code += "adapterkit.verbs.verify, adapterkit.verbs.inspect, adapterkit.verbs.convert; "
     code += f"assert all(callable(getattr(a, name)) for name in {VERBS}), vars(a)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 

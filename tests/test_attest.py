@@ -19,10 +19,10 @@ import pytest
 from models import plain_adapter, plain_base, read_bytes
 
 import adapterkit
-from adapterkit.attest import attest
 from adapterkit.cli import main
 from adapterkit.errors import CheckFailed, NotFound, UsageError
-from adapterkit.register import register
+from adapterkit.provenance.attest import attest
+from adapterkit.provenance.register import register
 from adapterkit.registry import lineage
 
 pytest.importorskip(
@@ -219,7 +219,7 @@ def test_registered_inputs_are_found_by_themselves(base: Path, adapter: Path, tm
 
 
 def test_a_hub_base_is_named_by_its_commit(tmp_path: Path, base: Path, adapter: Path) -> None:
-    from adapterkit.attest import statement
+    from adapterkit.provenance.attest import statement
     from adapterkit.registry.identity import Identity
     from adapterkit.registry.record import FileEntry, Operation, Parent, Record
 
@@ -252,7 +252,7 @@ def test_what_cannot_be_attested(base: Path, adapter: Path, tmp_path: Path) -> N
 def test_nothing_heavy_is_imported(base: Path, adapter: Path, tmp_path: Path) -> None:
     adapterkit.combine([adapter, adapter], tmp_path / "out", method="cat")
     code = (
-        "import sys; from adapterkit.attest import attest; attest(sys.argv[1]);"
+        "import sys; from adapterkit.provenance.attest import attest; attest(sys.argv[1]);"
         "print([m for m in ('torch', 'transformers', 'numpy', 'sigstore') if m in sys.modules])"
     )
     done = subprocess.run(

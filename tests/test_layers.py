@@ -20,20 +20,24 @@ ROOT = Path(adapterkit.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "__main__"),
     ("cli",),
-    (
-        *("merge", "combine", "convert", "verify", "recipe", "check", "folders", "inspect", "demo", "servers", "bases"),
-        *("register", "provenance", "fits", "hub", "serve", "ui", "attest", "signing"),
-        *("resize", "extract", "compare", "heatmap", "family", "ordered"),
-        *("handover", "imatrix", "options", "outputs", "conversions", "pickles"),
-    ),
-    ("report", "problems"),
+    ("recipe",),
+    ("ui",),
+    ("verbs",),
+    ("serving",),
+    ("hub",),
+    ("provenance",),
+    ("folders",),
+    ("lint",),
+    ("bases",),
+    ("pickles",),
     ("registry",),
     ("gguf",),
     ("adapters",),
     ("checkpoint",),
     ("codecs",),
     ("ops",),
-    ("dtypes", "secrets"),
+    ("dtypes",),
+    ("redaction",),
     ("errors", "_version"),
 )
 HEIGHT = {unit: len(LAYERS) - number for number, layer in enumerate(LAYERS) for unit in layer}
@@ -104,15 +108,18 @@ def test_imports_point_down() -> None:
     [
         ("checkpoint", "from adapterkit.adapters.fold import fold"),
         ("ops", "def f():\n    import adapterkit.checkpoint.open"),
-        ("adapters", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from adapterkit.merge import Merge"),
-        ("merge", "from adapterkit import cli"),
+        (
+            "adapters",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from adapterkit.verbs.merge import Merge",
+        ),
+        ("verbs", "from adapterkit import cli"),
         ("errors", "import adapterkit.dtypes"),
-        ("gguf", "from adapterkit.convert import convert"),
+        ("gguf", "from adapterkit.verbs.convert import convert"),
         ("adapters", "from adapterkit.gguf.reader import read"),
         ("codecs", "from adapterkit.checkpoint.tensor import Tensor"),
-        ("merge", "from . import report"),
+        ("verbs", "from . import report"),
         ("adapters", "import importlib\nimportlib.import_module('adapterkit.cli')"),
-        ("merge", "import adapterkit.utils"),
+        ("verbs", "import adapterkit.utils"),
     ],
 )
 def test_an_import_that_points_up_is_seen(unit: str, text: str) -> None:
@@ -128,7 +135,10 @@ def test_import_that_points_down_is_fine() -> None:
 
 def test_transformers_is_imported_by_nobody_who_merges() -> None:
     """But by what runs a model: the demo, importance, llm-compressor's child process, and answers to verify."""
-    allowed = [ROOT / name for name in ("demo.py", "imatrix.py", "conversions/oneshot.py", "verify/answers.py")]
+    allowed = [
+        ROOT / name
+        for name in ("verbs/demo.py", "verbs/imatrix.py", "verbs/conversions/oneshot.py", "verbs/verify/answers.py")
+    ]
     for file in ROOT.rglob("*.py"):
         names = {name.partition(".")[0] for _, name in imported(ast.parse(file.read_text()))}
         assert file in allowed or not names & {"transformers", "peft", "safetensors"}, file
@@ -207,7 +217,7 @@ def test_a_merge_is_seen_to_import_torch(folders: tuple[Path, Path, Path], tmp_p
 
 
 TABLES = (
-    "adapterkit.ops.methods",
+    "adapterkit.ops.rules",
     "adapterkit.codecs.table",
     "adapterkit.registry.record",
     "adapterkit.adapters.formats.kohya",
@@ -224,4 +234,4 @@ def test_tables_that_most_runs_do_not_need_stay_out(name: str, folders: tuple[Pa
 def test_the_table_of_methods_is_read_when_a_method_is_named(folders: tuple[Path, Path, Path]) -> None:
     base, adapter, out = folders
     command = ["merge", base, adapter, adapter, "-o", out, "--dry-run", "--method", "ties", "--density", "0.5"]
-    assert loaded(command, TABLES) == ["adapterkit.ops.methods"]
+    assert loaded(command, TABLES) == ["adapterkit.ops.rules"]

@@ -15,9 +15,9 @@ from models import plain_adapter, plain_base, read_tensors
 from adapterkit.adapters.adapter import load_adapter
 from adapterkit.bases import open_model
 from adapterkit.cli import main
-from adapterkit.convert import convert
 from adapterkit.errors import CheckpointError, NotFound, UnsafeError
 from adapterkit.pickles import unpickled
+from adapterkit.verbs.convert import convert
 
 
 @pytest.fixture

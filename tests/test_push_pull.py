@@ -12,7 +12,6 @@ from hub_writes import TOKEN, WritableHub, writable_hub  # noqa: F401  (the fixt
 from models import edit_config, plain_adapter, plain_base, read_tensors, write_checkpoint
 
 import adapterkit
-from adapterkit.check import check
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.errors import (
     AdapterkitError,
@@ -28,8 +27,9 @@ from adapterkit.errors import (
 from adapterkit.hub.files import allowed
 from adapterkit.hub.pull import pull
 from adapterkit.hub.push import push
-from adapterkit.register import register
+from adapterkit.provenance.register import register
 from adapterkit.registry import lineage, verbs
+from adapterkit.verbs.check import check
 
 REPO = "my-org/mine"
 # The client uploads with an argument that its own HTTP library has deprecated.

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from models import make_adapter, peft_merged, read_tensors
 
-from adapterkit.check import check
 from adapterkit.cli import main
-from adapterkit.servers import FEATURES, SERVERS
-from adapterkit.verify import verify
+from adapterkit.serving.expectations import FEATURES, SERVERS
+from adapterkit.verbs.check import check
+from adapterkit.verbs.verify import verify
 
 
 def test_every_row_names_a_known_feature_its_source_and_a_way_out() -> None:

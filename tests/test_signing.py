@@ -15,9 +15,9 @@ from models import plain_adapter, plain_base
 import adapterkit
 from adapterkit.cli import main
 from adapterkit.errors import CheckFailed, NotFound, UnsafeError, UsageError
+from adapterkit.provenance.signing import sign, verify
 from adapterkit.registry import fsck, register, verbs
 from adapterkit.registry.home import Home
-from adapterkit.signing import sign, verify
 
 pytest.importorskip("model_signing", reason="model-signing is missing: pip install 'adapterkit[sign]'")
 from cryptography.hazmat.primitives import serialization

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from adapterkit.ops.methods import Method
     from adapterkit.ops.rows import DeltaRows
+    from adapterkit.ops.rules import Method
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Rule:
     """A combination method as asked for.
 
     Attributes:
-        method: its name in `adapterkit.ops.methods.METHODS`.
+        method: its name in `adapterkit.ops.rules.METHODS`.
         space: ``knots``, ``core`` or ``ctm``: align there, with ``method`` as the inner rule.
         scale: factor of the result, the lambda of the papers.
         parameters: those of the method that differ from its defaults.
@@ -35,7 +35,7 @@ class Rule:
     @property
     def row(self) -> Method:
         """The row of the table that does the work: the outer one of two."""
-        from adapterkit.ops.methods import find
+        from adapterkit.ops.rules import find
 
         return find(self.space if self.space not in (None, "dense") else self.method)
 
@@ -47,7 +47,7 @@ class Rule:
         """
         from math import isfinite
 
-        from adapterkit.ops.methods import find
+        from adapterkit.ops.rules import find
 
         inner, row = find(self.method), self.row
         if row is not inner:
@@ -106,7 +106,7 @@ class Rule:
             UsageError: a delta without low rank, and a method that needs one.
         """
         from adapterkit.ops.lowrank import Factors
-        from adapterkit.ops.methods import combine
+        from adapterkit.ops.rules import combine
 
         if self.needs_factors:
             for part, ref in zip(parts, refs, strict=True):

@@ -13,8 +13,8 @@ import click
 from adapterkit.cli.output import clean, say, show_json
 
 if TYPE_CHECKING:
-    from adapterkit.check import CheckReport, Finding
-    from adapterkit.problems import Problem
+    from adapterkit.lint.problems import Problem
+    from adapterkit.verbs.check import CheckReport, Finding
 
 F = TypeVar("F", bound=Callable[..., Any])
 CONFIG = "adapter_config.json"
@@ -93,7 +93,7 @@ def problems_of(report: CheckReport) -> list[Problem]:
 
 
 def _problem(finding: Finding, server: str | None) -> Problem:
-    from adapterkit.problems import Problem, line_of_key
+    from adapterkit.lint.problems import Problem, line_of_key
 
     path = Path(finding.adapter).expanduser() / CONFIG
     if not path.is_file():
@@ -105,7 +105,7 @@ def _problem(finding: Finding, server: str | None) -> Problem:
 
 def show_problems(problems: Sequence[Problem], form: str) -> None:
     """Problems as annotations or as a SARIF log."""
-    from adapterkit.problems import github, sarif
+    from adapterkit.lint.problems import github, sarif
 
     if form == "sarif":
         show_json(sarif(problems, RULES))
@@ -117,8 +117,8 @@ def show_problems(problems: Sequence[Problem], form: str) -> None:
 def write_report(path: Path | None, report: Any) -> None:
     """Write a frozen value as JSON, where a file was asked for."""
     if path is not None:
-        from adapterkit.report import to_json
-        from adapterkit.secrets import redact
+        from adapterkit.redaction import redact
+        from adapterkit.verbs.report import to_json
 
         path.write_text(redact(to_json(report)) + "\n", encoding="utf-8")
 

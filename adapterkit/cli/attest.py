@@ -28,7 +28,7 @@ def command(path: Path, inputs: tuple[str, ...], as_json: bool) -> None:
     Example:
       adapterkit attest merged --input ./base --input ./my-adapter
     """
-    from adapterkit.attest import attest
+    from adapterkit.provenance.attest import attest
 
     made = attest(path, inputs)
     if as_json:
@@ -41,7 +41,7 @@ def attested(wanted: bool, out: Path, inputs: Iterable[object]) -> None:
     """What ``--attest`` does when a verb has made ``out`` from ``inputs``; those on the Hub are named by the record."""
     if not wanted:
         return
-    from adapterkit.attest import attest
+    from adapterkit.provenance.attest import attest
 
     here = [str(ref) for ref in inputs if ref is not None and (os.path.exists(str(ref)) or "/" not in str(ref))]
     note(f"attested in {attest(out, here, strict=False).path}")

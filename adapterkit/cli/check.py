@@ -39,13 +39,13 @@ def command(
       adapterkit check meta-llama/Llama-3.2-1B ./my-adapter --for vllm
       adapterkit check meta-llama/Llama-3.2-1B ./my-adapter --output-format sarif > check.sarif
     """
-    from adapterkit.check import check
+    from adapterkit.verbs.check import check
 
     report = check(base, adapters, server=server, full=full)
     write_report(report_file, report)
     verdict = f"{'fits' if report.ok else 'does not hold'}: {report.touched} tensors of {report.base}"
     if summary is not None:
-        from adapterkit.problems import summary as markdown
+        from adapterkit.lint.problems import summary as markdown
 
         append_summary(summary, markdown(f"adapterkit check {' '.join(adapters)}", problems_of(report), verdict))
     if as_json or form == "json":

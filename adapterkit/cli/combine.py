@@ -14,7 +14,7 @@ from adapterkit.cli.output import Progress, note, say, show_json, size
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from adapterkit.report import ModuleRank
+    from adapterkit.verbs.report import ModuleRank
 
 
 @click.command(name="combine", cls=MethodCommand, taken=("rank",), short_help="Make one adapter of several.")
@@ -66,7 +66,7 @@ def command(
       adapterkit combine ./math ./code -o both --method svd --rank 32 --weight 0.6 --weight 0.4
       adapterkit combine ./math ./code -o both --method ties --space core --lambda 0.8
     """
-    from adapterkit.combine import combine
+    from adapterkit.verbs.combine import combine
 
     progress = Progress("combining", enabled=not as_json)
     report = combine(

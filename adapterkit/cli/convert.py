@@ -12,7 +12,7 @@ from adapterkit.cli.attest import attest_option, attested
 from adapterkit.cli.handover import checked, for_option, handed
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
 from adapterkit.cli.quantization import quantization, quantization_options
-from adapterkit.conversions.formats import FORMATS
+from adapterkit.verbs.conversions.formats import FORMATS
 
 
 @click.command(name="convert", short_help="Write a model or an adapter in another format.")
@@ -98,7 +98,7 @@ def command(
       adapterkit convert ./old-adapter --to peft --allow-pickle -o my-adapter
     """
     from adapterkit.cli.combine import kept
-    from adapterkit.convert import convert, plan_convert
+    from adapterkit.verbs.convert import convert, plan_convert
 
     started = time.monotonic()
     checked(server, out)

@@ -17,7 +17,7 @@ def command(folder: str, as_json: bool) -> None:
     Example:
       adapterkit demo
     """
-    from adapterkit.demo import demo
+    from adapterkit.verbs.demo import demo
 
     report = demo(folder, note)
     if as_json:

@@ -31,7 +31,7 @@ def command(
       adapterkit execute plan.json -o merged --finish
     """
     from adapterkit.checkpoint.plan import Plan
-    from adapterkit.merge import execute
+    from adapterkit.verbs.merge import execute
 
     if part is not None and finish:
         raise click.UsageError("--part and --finish exclude each other: parts come first.")

@@ -46,8 +46,8 @@ def command(
     Example:
       adapterkit extract meta-llama/Llama-3.2-1B ./my-finetune -o adapter --energy 0.99
     """
-    from adapterkit.extract import extract
-    from adapterkit.resize import total_kept
+    from adapterkit.verbs.extract import extract
+    from adapterkit.verbs.resize import total_kept
 
     progress = Progress("extracting", enabled=not as_json)
     report = extract(

@@ -26,7 +26,7 @@ def handed(server: str | None, out: Path, source: str) -> None:
     """Write it; ``source`` is the model that the output was made from."""
     if server is None:
         return
-    from adapterkit.handover import write_handover
+    from adapterkit.serving.handover import write_handover
 
     folder = Path(source).expanduser()
     found = write_handover(out, server, beside=folder if folder.is_dir() else None)

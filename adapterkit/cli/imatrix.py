@@ -38,7 +38,7 @@ def command(
       adapterkit imatrix ./merged --text calibration.txt -o imatrix.gguf
       adapterkit convert ./merged -o model-IQ4_XS.gguf --quant IQ4_XS --imatrix imatrix.gguf
     """
-    from adapterkit.imatrix import imatrix
+    from adapterkit.verbs.imatrix import imatrix
 
     progress = Progress("running over chunk", enabled=not as_json, form=count)
     report = imatrix(model, text, out, chunk=chunk, chunks=chunks, dtype=dtype, force=force, progress=progress)

@@ -10,8 +10,8 @@ import click
 from adapterkit.cli.output import count, note, say, show_json, size
 
 if TYPE_CHECKING:
-    from adapterkit.compare import Pair
-    from adapterkit.inspect import Inspection
+    from adapterkit.verbs.compare import Pair
+    from adapterkit.verbs.inspect import Inspection
 
 
 @click.command(name="inspect", short_help="Show what an adapter or a checkpoint is, and how it is.")
@@ -31,7 +31,7 @@ def command(
       adapterkit inspect ./my-adapter --base meta-llama/Llama-3.2-1B
       adapterkit inspect ./math ./code --compare --html fight.html
     """
-    from adapterkit.inspect import inspect
+    from adapterkit.verbs.inspect import inspect
 
     if comparing:
         _compare(refs, base, html, as_json)
@@ -53,8 +53,8 @@ def command(
 
 
 def _compare(refs: tuple[str, ...], base: str | None, html: Path | None, as_json: bool) -> None:
-    from adapterkit.compare import compare
-    from adapterkit.heatmap import heat_map
+    from adapterkit.verbs.compare import compare
+    from adapterkit.verbs.heatmap import heat_map
 
     report = compare(refs, base=base)
     if html is not None:

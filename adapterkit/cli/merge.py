@@ -120,7 +120,7 @@ def command(
       adapterkit merge meta-llama/Llama-3.2-1B ./my-adapter -o merged-Q4_K_M.gguf --quant Q4_K_M
       adapterkit merge Llama-3.2-1B-F16.gguf ./my-adapter -o merged-Q4_K_M.gguf --quant Q4_K_M
     """
-    from adapterkit.merge import merge, plan_merge
+    from adapterkit.verbs.merge import merge, plan_merge
 
     started = time.monotonic()
     checked(server, out)

@@ -13,7 +13,7 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from adapterkit.ops.methods import Method, Parameter
+    from adapterkit.ops.rules import Method, Parameter
 
     _ParamType = click.ParamType[Any]
 else:
@@ -24,7 +24,7 @@ _PLAIN = f"{__name__}.plain"  # of a context: this command line has no option of
 
 
 def _table() -> dict[str, Method]:
-    from adapterkit.ops.methods import METHODS
+    from adapterkit.ops.rules import METHODS
 
     return METHODS
 

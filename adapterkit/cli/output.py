@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from adapterkit.secrets import redact
+from adapterkit.redaction import redact
 
 
 def clean(text: str) -> str:
@@ -48,7 +48,7 @@ def fail(
     Progress.clear()
     asked = form_of(arguments)
     if asked == "github":
-        from adapterkit.problems import ERROR, Problem, github
+        from adapterkit.lint.problems import ERROR, Problem, github
 
         file, line = place or ("", 0)
         told = message.removeprefix(f"{file}:{line}: ")  # the annotation stands there already

@@ -70,7 +70,7 @@ def list_(
 
 
 def _identity(ref: str) -> Identity:
-    from adapterkit.register import identify_base
+    from adapterkit.provenance.register import identify_base
 
     return identify_base(ref)
 

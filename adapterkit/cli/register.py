@@ -55,7 +55,7 @@ def command(
       adapterkit register ./my-adapter --name my-adapter --base meta-llama/Llama-3.2-1B --meta dataset=tickets-v3
       adapterkit merge meta-llama/Llama-3.2-1B my-adapter@1 -o merged
     """
-    from adapterkit.register import register
+    from adapterkit.provenance.register import register
 
     found = register(
         path,

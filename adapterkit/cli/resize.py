@@ -13,7 +13,7 @@ from adapterkit.cli.output import Progress, note, say, show_json, size
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from adapterkit.report import ModuleRank
+    from adapterkit.verbs.report import ModuleRank
 
 
 @click.command(name="resize", short_help="Bring an adapter to another rank.")
@@ -52,7 +52,7 @@ def command(
       adapterkit resize ./my-adapter -o small --energy 0.99
       adapterkit resize ./my-adapter -o small --rank 8
     """
-    from adapterkit.resize import resize, total_kept
+    from adapterkit.verbs.resize import resize, total_kept
 
     progress = Progress("resizing", enabled=not as_json)
     report = resize(

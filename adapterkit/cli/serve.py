@@ -25,7 +25,7 @@ def command(refs: tuple[str, ...], server: str, base: str, copy: Path | None, as
       adapterkit serve-args support@prod billing@prod --for vllm
       adapterkit serve-args my-merge@prod --for ollama > Modelfile
     """
-    from adapterkit.serve import serve_args
+    from adapterkit.serving.command import serve_args
 
     found = serve_args(refs, server, base=base, copy=copy)
     if as_json:

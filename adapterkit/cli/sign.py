@@ -27,7 +27,7 @@ def sign(target: str, key: Path, as_json: bool) -> None:
       openssl ec -in private.pem -pubout -out public.pem
       adapterkit sign merged --key private.pem
     """
-    from adapterkit.signing import sign as verb
+    from adapterkit.provenance.signing import sign as verb
 
     made = verb(target, key)
     if as_json:
@@ -52,7 +52,7 @@ def verify(target: str, key: Path, signature: Path | None, as_json: bool) -> Non
     Example:
       adapterkit verify-signature merged --key public.pem
     """
-    from adapterkit.signing import verify as verb
+    from adapterkit.provenance.signing import verify as verb
 
     found = verb(target, key, signature=signature)
     if as_json:

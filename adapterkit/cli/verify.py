@@ -13,7 +13,7 @@ from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, given, methods_
 from adapterkit.cli.output import Progress, count, note, say, show_json
 
 if TYPE_CHECKING:
-    from adapterkit.verify.report import VerifyReport
+    from adapterkit.verbs.verify.report import VerifyReport
 
 
 @click.command(name="verify", cls=MethodCommand, short_help="Prove that a merged model is the trained one.")
@@ -106,7 +106,7 @@ def command(
       adapterkit verify merged-Q4_K_M.gguf --base Llama-3.2-1B-F16.gguf --adapter ./my-adapter --html report.html
       adapterkit verify merged --base BASE --adapter ./my-adapter --prompts prompts.txt --max-kl 0.01 --min-top1 0.99
     """
-    from adapterkit.verify import verify
+    from adapterkit.verbs.verify import verify
 
     deep = prompts is not None or max_kl is not None or min_top1 is not None
     progress = Progress("verifying", enabled=not as_json)
@@ -151,7 +151,7 @@ def command(
 
 
 def _attach(report: VerifyReport, merged: str) -> None:
-    from adapterkit.verify.evidence import attach
+    from adapterkit.verbs.verify.evidence import attach
 
     found = attach(report, merged)
     if found.new:
@@ -166,11 +166,11 @@ def write(report: VerifyReport, html: Path | None, markdown: Path | None, *, ste
         UsageError: there is no job to summarise.
     """
     from adapterkit.errors import OutputError, UsageError
-    from adapterkit.verify.summary import markdown as as_markdown
+    from adapterkit.verbs.verify.summary import markdown as as_markdown
 
     try:
         if html is not None:
-            from adapterkit.verify.page import html as as_page
+            from adapterkit.verbs.verify.page import html as as_page
 
             html.write_text(as_page(report), encoding="utf-8")
             note(f"page written to {html}")
@@ -189,7 +189,7 @@ def write(report: VerifyReport, html: Path | None, markdown: Path | None, *, ste
 
 def show(report: VerifyReport) -> None:
     """The verdict, what is wrong, and the figures."""
-    from adapterkit.verify.summary import distance
+    from adapterkit.verbs.verify.summary import distance
 
     for text in report.notes:
         note(f"note: {text}")

@@ -25,7 +25,7 @@ def drowned(
 
     Args:
         folded: what `fold` made, in floats.
-        through: what the types do to rows; see `adapterkit.outputs.Output`.
+        through: what the types do to rows; see `adapterkit.verbs.outputs.Output`.
     """
     watch = Watch(folded, "gguf", through)
     for tensor in merged_tensors(folded).values():

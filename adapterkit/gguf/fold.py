@@ -41,7 +41,7 @@ class GGUFFolded:
     notes: tuple[str, ...]
 
     def through(self, name: str, shape: tuple[int, ...]) -> Through | None:
-        """What the type of a changed tensor does to its rows; see `adapterkit.outputs.Output`."""
+        """What the type of a changed tensor does to its rows; see `adapterkit.verbs.outputs.Output`."""
         if name not in self.written or len(shape) < 2:
             return None
         kind = kind_of(self.written[name])

@@ -38,7 +38,7 @@ class FromHF:
         layout: the file.
         folded: the checkpoint that is read, its merged tensors not rounded.
         types: how many tensors have each type.
-        through: what a type does to rows of a changed tensor; see `adapterkit.outputs.Output`.
+        through: what a type does to rows of a changed tensor; see `adapterkit.verbs.outputs.Output`.
     """
 
     model: Model

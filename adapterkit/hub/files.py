@@ -15,12 +15,12 @@ from adapterkit.checkpoint.files import LocalFile
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG
 from adapterkit.checkpoint.header import parse_header
 from adapterkit.errors import CheckFailed, UnsafeError
+from adapterkit.redaction import check_public
 from adapterkit.registry import disk
 from adapterkit.registry.beside import beside_bytes
 from adapterkit.registry.canonical import sha256
 from adapterkit.registry.names import is_repo
 from adapterkit.registry.record import BESIDE, NOT_CONTENT, FileEntry, Parent, Record
-from adapterkit.secrets import check_public
 
 CARD = "README.md"
 # By name, anywhere at most one folder deep where the pattern says so. A pickle is never on it.

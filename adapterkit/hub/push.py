@@ -330,7 +330,7 @@ def _source(ref: str, home: Path | None) -> tuple[Record, list[tuple[FileEntry, 
 
 
 def _folder(path: Path) -> tuple[Record, list[tuple[FileEntry, Path]]]:
-    from adapterkit.provenance import entry
+    from adapterkit.provenance.record import entry
 
     found = []
     for inside, _ in gather(path).files:

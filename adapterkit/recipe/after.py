@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import CheckFailed, OutputError
-from adapterkit.provenance import created
+from adapterkit.provenance.record import created
 from adapterkit.recipe.carry import How, Pins, merge_options, opened_as
 from adapterkit.recipe.parse import RecipeFile
 from adapterkit.recipe.state import Made, State, key_of, write_whole
@@ -19,7 +19,7 @@ from adapterkit.registry.record import UNDATED
 from adapterkit.registry.verification import KEY, Verification, evidence_of
 
 if TYPE_CHECKING:
-    from adapterkit.verify.report import VerifyReport
+    from adapterkit.verbs.verify.report import VerifyReport
 
 VERIFY, REGISTER, PUSH = "verify", "register", "push"
 # kind of a registered conversion, by its form; a merge and a combination say it in the record beside them
@@ -61,8 +61,8 @@ def check(file: RecipeFile, steps: tuple[Step, ...]) -> None:
         RecipeError, UnsafeError, UsageError: one that cannot be.
     """
     from adapterkit.recipe.steps import located
+    from adapterkit.redaction import check_public
     from adapterkit.registry.names import check_alias, check_name, is_repo
-    from adapterkit.secrets import check_public
 
     for step in steps:
         register, push = step.asked.register, step.asked.push
@@ -139,7 +139,7 @@ class After:
         Raises:
             CheckFailed: it is not what was trained, or a threshold does not hold.
         """
-        from adapterkit.verify import verify
+        from adapterkit.verbs.verify import verify
 
         asked = step.verify
         assert asked is not None
@@ -174,7 +174,7 @@ class After:
 
     def _page(self, path: Path, found: VerifyReport) -> None:
         """The evidence as a page, whether it holds or not."""
-        from adapterkit.verify.page import html
+        from adapterkit.verbs.verify.page import html
 
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +184,7 @@ class After:
         self._note(f"page written to {path}")
 
     def _register(self, step: Step, done: Mapping[str, Any]) -> dict[str, Any]:
-        from adapterkit.register import register
+        from adapterkit.provenance.register import register
         from adapterkit.registry import verbs
 
         asked = step.asked.register

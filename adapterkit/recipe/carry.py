@@ -11,10 +11,10 @@ from adapterkit.recipe.lock import Pinned
 from adapterkit.recipe.steps import FOLDER_FORMATS, MERGE, Input, Step
 
 if TYPE_CHECKING:
-    from adapterkit.conversions.conversion import Conversion
     from adapterkit.gguf.projector import Projector
     from adapterkit.gguf.quantize import Quantization
-    from adapterkit.merge import Merge, Wanted
+    from adapterkit.verbs.conversions.conversion import Conversion
+    from adapterkit.verbs.merge import Merge, Wanted
 
 Ref = str | Path
 Progress = Callable[[int, int], None]
@@ -85,7 +85,7 @@ def quantization(step: Step, pins: Pins) -> Quantization | None:
 
 def plan_merge_step(step: Step, pins: Pins, *, jobs: int | None = None, headers_only: bool = True) -> Merge:
     """Plan a merge from headers alone."""
-    from adapterkit.merge import plan_merge
+    from adapterkit.verbs.merge import plan_merge
 
     assert step.base is not None
     adapters = [opened_as(one, pins) for one in step.adapters]
@@ -121,7 +121,7 @@ def convert_options(step: Step, pins: Pins) -> dict[str, Any]:
 
 def plan_convert_step(step: Step, pins: Pins, *, jobs: int | None = None) -> Conversion:
     """Plan a conversion from headers alone."""
-    from adapterkit.convert import plan_convert
+    from adapterkit.verbs.convert import plan_convert
 
     assert step.source is not None
     return plan_convert(opened_as(step.source, pins), out=step.out, jobs=jobs, **convert_options(step, pins))
@@ -138,7 +138,7 @@ class How:
 
 def wanted_merge(step: Step, pins: Pins, how: How, *, force: bool) -> Wanted:
     """A merge that is planned and ready to be written."""
-    from adapterkit.merge import Wanted
+    from adapterkit.verbs.merge import Wanted
 
     assert step.base is not None
     planned = plan_merge_step(step, pins, jobs=how.jobs, headers_only=False)
@@ -149,14 +149,14 @@ def wanted_merge(step: Step, pins: Pins, how: How, *, force: bool) -> Wanted:
 
 def write_merges(wanted: Sequence[Wanted], how: How) -> list[Any]:
     """Write merges abreast; a report for each."""
-    from adapterkit.merge import write_merges as write
+    from adapterkit.verbs.merge import write_merges as write
 
     return list(write(wanted, jobs=how.jobs, resume=how.resume, progress=how.progress))
 
 
 def convert_step(step: Step, pins: Pins, how: How, *, force: bool) -> Any:
     """Write a conversion."""
-    from adapterkit.convert import convert
+    from adapterkit.verbs.convert import convert
 
     assert step.source is not None
     return convert(
@@ -174,7 +174,7 @@ def combine_step(step: Step, pins: Pins, how: How, *, force: bool) -> Any:
     """Write a combination of adapters."""
     from adapterkit.adapters.adapter import load_adapter
     from adapterkit.adapters.experts import in_order
-    from adapterkit.combine import combine
+    from adapterkit.verbs.combine import combine
 
     asked, rule, choice = step.asked, step.combination, step.choice
     return combine(
@@ -210,7 +210,7 @@ def hand_over(step: Step, pins: Pins) -> None:
     if step.asked.for_ is None:
         return
     from adapterkit.checkpoint.open import locate
-    from adapterkit.handover import write_handover
+    from adapterkit.serving.handover import write_handover
 
     place = None
     if step.base is not None and step.verb == MERGE:

@@ -146,7 +146,7 @@ class Resolver:
         before = self._locked.inputs.get(shown(one.place)) if self._locked is not None else None
         ref = before.pin if before is not None and before.ref == one.ref and before.kind != "path" else one.ref
         if "/" not in one.ref:
-            from adapterkit.register import registered
+            from adapterkit.provenance.register import registered
 
             record = registered(ref)
             if record is None:

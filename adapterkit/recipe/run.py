@@ -379,6 +379,6 @@ def _reads(one: Input) -> str:
 
 
 def _peak_memory() -> int:
-    from adapterkit.merge import peak_memory
+    from adapterkit.verbs.merge import peak_memory
 
     return peak_memory()

@@ -62,7 +62,7 @@ class AdapterChoice:
 
 @dataclass(frozen=True)
 class Combination:
-    """How several deltas become one: see `adapterkit.ops.methods`.
+    """How several deltas become one: see `adapterkit.ops.rules`.
 
     Attributes:
         expert_order: of experts in a stacked ``lora_B`` of adapters whose config does not say; see `MergeOptions`.

@@ -11,11 +11,11 @@ from typing import Any
 
 from adapterkit.adapters.adapter import file_and_parts
 from adapterkit.checkpoint.open import parse_hub
-from adapterkit.conversions.formats import FORMATS
 from adapterkit.errors import AdapterkitError, NotFound
-from adapterkit.options import FOLDER, GGUF
 from adapterkit.recipe.parse import Place, RecipeFile, key_of, nearest, shown
 from adapterkit.recipe.schema import BaseChoice, Combination, Output, Verification
+from adapterkit.verbs.conversions.formats import FORMATS
+from adapterkit.verbs.options import FOLDER, GGUF
 
 ADAPTER = "adapter"
 MERGE, COMBINE, CONVERT = "merge", "combine", "convert"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-from adapterkit.secrets import redact
+from adapterkit.redaction import redact
 
 _VOID = frozenset({"meta", "link", "input", "br", "img"})
 

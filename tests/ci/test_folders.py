@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from models import edit_config, plain_adapter, plain_base
 
-from adapterkit.folders import RULES, check_folder, check_folders, main
+from adapterkit.lint.folders import RULES, check_folder, check_folders, main
 
 ROOT = Path(__file__).parents[2]
 

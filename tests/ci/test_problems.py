@@ -12,7 +12,7 @@ from models import edit_config, plain_adapter, plain_base
 
 from adapterkit.cli import main
 from adapterkit.cli.annotate import LIMIT, append_summary
-from adapterkit.problems import Problem, github, line_of_key, sarif, summary, text
+from adapterkit.lint.problems import Problem, github, line_of_key, sarif, summary, text
 
 # The part of the SARIF 2.1.0 schema (OASIS, sections 3.13 to 3.32) that a log of ours may use, closed at every level.
 TEXT = {"type": "object", "properties": {"text": {"type": "string", "minLength": 1}}, "required": ["text"]}

@@ -11,8 +11,8 @@ import pytest
 from models import plain_adapter, plain_base
 
 from adapterkit.errors import AdapterkitError, NotFound, UsageError
-from adapterkit.register import register
-from adapterkit.serve import serve_args
+from adapterkit.provenance.register import register
+from adapterkit.serving.command import serve_args
 
 
 @pytest.fixture(autouse=True)

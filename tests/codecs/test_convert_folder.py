@@ -16,9 +16,9 @@ from test_as_trained import model, saved_quantized
 from test_gptq import gptq
 
 from adapterkit.cli import main
-from adapterkit.convert import convert, plan_convert
 from adapterkit.errors import CheckpointError
 from adapterkit.registry.beside import read_beside
+from adapterkit.verbs.convert import convert, plan_convert
 
 BNB = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},

@@ -20,10 +20,10 @@ from adapterkit.checkpoint.save import save
 from adapterkit.cli import main
 from adapterkit.codecs.grid import Grid
 from adapterkit.errors import CheckFailed
-from adapterkit.merge import merge
 from adapterkit.ops.fidelity import Fidelity, Sums, block_sums
 from adapterkit.registry.beside import read_beside
-from adapterkit.report import to_json
+from adapterkit.verbs.merge import merge
+from adapterkit.verbs.report import to_json
 
 Q, DOWN = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"
 

@@ -6,7 +6,7 @@ import runpy
 from pathlib import Path
 
 from adapterkit.codecs.table import CODECS
-from adapterkit.conversions.formats import FORMATS
+from adapterkit.verbs.conversions.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapterkit.merge import merge
+from adapterkit.verbs.merge import merge
 
 TOKENS = torch.arange(1, 33).view(2, 16)
 

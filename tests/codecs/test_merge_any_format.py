@@ -12,7 +12,7 @@ from test_quantized_bad_input import SOURCES
 
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.open import open_checkpoint
-from adapterkit.merge import merge
+from adapterkit.verbs.merge import merge
 
 MODULE = "model.layers.0.self_attn.q_proj"
 UNIT = {torch.bfloat16: 7, torch.float16: 10}  # bits of the mantissa

@@ -31,7 +31,7 @@ from adapterkit.errors import (
     UnsupportedAdapter,
     UsageError,
 )
-from adapterkit.ops.methods import METHODS
+from adapterkit.ops.rules import METHODS
 
 
 def config(**fields: Any) -> Any:

@@ -10,7 +10,7 @@ from models import plain_adapter, plain_base, read_bytes
 
 from adapterkit import combine
 from adapterkit.cli import main
-from adapterkit.ops.methods import METHODS
+from adapterkit.ops.rules import METHODS
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

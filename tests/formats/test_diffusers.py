@@ -22,7 +22,7 @@ from adapterkit.adapters.adapter import is_adapter, load_adapter
 from adapterkit.adapters.fold import fold
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.errors import AdapterError, NotFound, TargetError, UnsupportedAdapter, UsageError
-from adapterkit.register import register
+from adapterkit.provenance.register import register
 
 FILE = "pytorch_lora_weights.safetensors"
 

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from adapterkit.adapters.adapter import load_adapter
 from adapterkit.adapters.fold import fold
 from adapterkit.checkpoint.open import open_checkpoint
-from adapterkit.convert import convert
 from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter, UsageError
+from adapterkit.verbs.convert import convert
 
 MODULES = ["q_proj", "down_proj"]
 NAMES = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}

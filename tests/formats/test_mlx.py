@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from adapterkit.adapters.adapter import load_adapter
 from adapterkit.adapters.fold import fold
 from adapterkit.checkpoint.open import open_checkpoint
-from adapterkit.convert import convert
 from adapterkit.errors import AdapterError, UnsupportedAdapter
+from adapterkit.verbs.convert import convert
 
 PARAMETERS = {"rank": 4, "scale": 7.5, "dropout": 0.0}
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import make_adapter
 
-from adapterkit.convert import convert
+from adapterkit.verbs.convert import convert
 
 pytest.importorskip("mlx_lm", reason="mlx-lm has no build for this machine")
 

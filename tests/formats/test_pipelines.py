@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from adapterkit.adapters.adapter import load_adapter
 from adapterkit.adapters.formats.pipelines import split
 from adapterkit.cli import main
-from adapterkit.combine import combine
 from adapterkit.errors import AdapterError, TargetError
-from adapterkit.inspect import inspect
-from adapterkit.merge import merge
-from adapterkit.resize import resize
+from adapterkit.verbs.combine import combine
+from adapterkit.verbs.inspect import inspect
+from adapterkit.verbs.merge import merge
+from adapterkit.verbs.resize import resize
 
 TE = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
 TE2 = "lora_te2_text_model_encoder_layers_0_mlp_fc1"

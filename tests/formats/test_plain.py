@@ -14,8 +14,8 @@ from models import edit_config, make_adapter, peft_merged, read_tensors
 from adapterkit.adapters.adapter import load_adapter
 from adapterkit.adapters.fold import fold
 from adapterkit.checkpoint.open import open_checkpoint
-from adapterkit.convert import convert
 from adapterkit.errors import UnsupportedAdapter, UsageError
+from adapterkit.verbs.convert import convert
 
 MODULES = ["q_proj", "up_proj"]
 PATTERNS = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"layers.0.*": 5}}

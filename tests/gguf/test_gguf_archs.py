@@ -18,9 +18,9 @@ from gguf_runtime import embeddings, embeddings_of, logprobs, of_model
 from models import load_model, make_adapter
 
 import adapterkit
-from adapterkit.convert import convert
 from adapterkit.errors import TargetError, UnsupportedAdapter, UsageError
 from adapterkit.gguf.quantize import Quantization
+from adapterkit.verbs.convert import convert
 
 BACK = ("llama3", "deepseek_v3", "qwen3_5")
 LIVE = ("granite4_micro", "qwen3_5")

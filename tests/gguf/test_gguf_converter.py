@@ -13,8 +13,8 @@ import pytest
 from vocab_runtime import values
 from vocab_zoo import spm_json
 
-from adapterkit.convert import convert
 from adapterkit.gguf.vocab import read_vocab
+from adapterkit.verbs.convert import convert
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,9 +17,9 @@ from gguf_runtime import Tiny, divergence, far, live, logprobs, lora
 from models import make_adapter, read_tensors, write_adapter
 
 import adapterkit
-from adapterkit.convert import convert
 from adapterkit.errors import TargetError
 from adapterkit.gguf.quantize import Quantization
+from adapterkit.verbs.convert import convert
 
 PARENTS = {"gpt_oss": "mlp", "llama4": "feed_forward"}
 

@@ -19,8 +19,8 @@ from models import read_tensors, write_adapter
 import adapterkit
 from adapterkit.bases import open_model
 from adapterkit.cli import main
-from adapterkit.convert import convert
 from adapterkit.gguf.quantize import Quantization
+from adapterkit.verbs.convert import convert
 
 
 @pytest.fixture(autouse=True)

@@ -18,11 +18,11 @@ from models import write_adapter
 
 import adapterkit
 from adapterkit.cli import main
-from adapterkit.convert import convert
 from adapterkit.errors import AdapterkitError, CheckpointError, NotFound
 from adapterkit.gguf.quantize import Quantization
 from adapterkit.gguf.reader import parse_gguf
 from adapterkit.gguf.tensors import Encoded, decoded
+from adapterkit.verbs.convert import convert
 
 HEADS = {"llama.block_count": 2, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2}
 OTHERS = {"general.name": "tiny", "tokenizer.ggml.tokens": ["a", "b", "ü"], "tokenizer.ggml.scores": [0.0, -1.0, 2.0]}

@@ -17,9 +17,9 @@ from gguf_runtime import Tiny, far, live, logprobs, lora
 from models import make_adapter, read_tensors
 
 import adapterkit
-from adapterkit.convert import convert
 from adapterkit.errors import UnsupportedAdapter, UsageError
 from adapterkit.gguf.quantize import Quantization
+from adapterkit.verbs.convert import convert
 
 MOE = {"mixtral": "mlp", "qwen3_moe": "mlp", "gpt_oss": "mlp", "llama4": "feed_forward"}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]

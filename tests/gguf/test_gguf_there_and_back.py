@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import vocab_folders as folders
 
-from adapterkit.convert import convert
+from adapterkit.verbs.convert import convert
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 pytest.importorskip("gguf")
 from gguf_files import write_gguf
 
-from adapterkit.convert import convert
 from adapterkit.gguf.quantize import Quantization
+from adapterkit.verbs.convert import convert
 
 PROGRAM = os.environ.get("LLAMA_QUANTIZE") or shutil.which("llama-quantize") or ""
 pytestmark = pytest.mark.skipif(

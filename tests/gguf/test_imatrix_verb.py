@@ -14,13 +14,13 @@ import torch
 from models import load_model
 from vocab_zoo import byte_level
 
-from adapterkit.convert import convert
 from adapterkit.errors import AdapterkitError, CheckpointError, NotFound, OutputError, UsageError
 from adapterkit.gguf.checkpoint import open_gguf
 from adapterkit.gguf.importance import load_importance
 from adapterkit.gguf.quantize import Quantization
 from adapterkit.gguf.vocab import pretokenizers
-from adapterkit.imatrix import imatrix
+from adapterkit.verbs.convert import convert
+from adapterkit.verbs.imatrix import imatrix
 
 CHUNK = 32
 COMMON: dict[str, Any] = {

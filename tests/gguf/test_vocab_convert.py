@@ -12,9 +12,9 @@ import pytest
 from test_vocab import gpt2, other_split
 from vocab_zoo import sentencepiece_model
 
-from adapterkit.convert import convert
 from adapterkit.errors import CheckpointError
 from adapterkit.gguf.checkpoint import open_gguf
+from adapterkit.verbs.convert import convert
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ import torch
 from method_cases import make_net, merged_tensors, save_base
 from safetensors.torch import save_file
 
-from adapterkit.convert import convert
 from adapterkit.errors import AdapterError, TargetError, UsageError
+from adapterkit.verbs.convert import convert
 
 
 def runs(x: list[float], count: int) -> list[list[float]]:

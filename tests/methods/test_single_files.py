@@ -10,10 +10,10 @@ from method_cases import make_net, merged_tensors, save_base
 from safetensors.torch import save_file
 
 from adapterkit.adapters.adapter import load_adapter
-from adapterkit.combine import combine
-from adapterkit.convert import convert
 from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter, UsageError
-from adapterkit.inspect import inspect
+from adapterkit.verbs.combine import combine
+from adapterkit.verbs.convert import convert
+from adapterkit.verbs.inspect import inspect
 
 SQUARE = "layers_0_square"  # 32 x 32 with a bias
 

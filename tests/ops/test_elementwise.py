@@ -8,8 +8,8 @@ from adapters import adapters
 from adapterkit.errors import UsageError
 from adapterkit.ops import rows
 from adapterkit.ops.lowrank import Factors
-from adapterkit.ops.methods import combine
 from adapterkit.ops.rows import Computed, DeltaRows, Dense, materialize
+from adapterkit.ops.rules import combine
 
 WEIGHTS = [1.0, 0.7, -0.4]
 

@@ -7,8 +7,8 @@ from adapters import adapter, adapters, dense
 from adapterkit.errors import UsageError
 from adapterkit.ops import extract, rows
 from adapterkit.ops.extract import low_rank
-from adapterkit.ops.methods import combine
 from adapterkit.ops.rows import Computed, Dense, materialize
+from adapterkit.ops.rules import combine
 
 M, N = 220, 180
 

@@ -7,7 +7,7 @@ import torch
 from adapters import adapter, adapters, dense
 
 from adapterkit.ops.lowrank import Factors
-from adapterkit.ops.methods import combine
+from adapterkit.ops.rules import combine
 
 
 def matrix(found: object) -> torch.Tensor:

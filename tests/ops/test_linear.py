@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapterkit.ops.lowrank import Factors
-from adapterkit.ops.methods import combine
-from adapterkit.ops.methods.linear import stock_ratio
 from adapterkit.ops.rows import Dense, materialize
+from adapterkit.ops.rules import combine
+from adapterkit.ops.rules.linear import stock_ratio
 
 few = settings(max_examples=40, deadline=None)
 signed = st.one_of(st.floats(1e-3, 4), st.floats(-4, -1e-3))

@@ -9,8 +9,8 @@ from adapters import adapter, adapters
 
 from adapterkit.errors import AdapterError, UsageError
 from adapterkit.ops.lowrank import Factors
-from adapterkit.ops.methods import METHODS, Method, Parameter, combine, find
 from adapterkit.ops.rows import Dense, materialize
+from adapterkit.ops.rules import METHODS, Method, Parameter, combine, find
 
 EVERY = sorted(METHODS)
 SETTINGS = [(m, p) for m in METHODS.values() for p in m.parameters]
@@ -187,7 +187,7 @@ def test_deltas_that_cannot_be_combined() -> None:
 
 def test_the_table_is_read_without_torch() -> None:
     program = (
-        "import sys; from adapterkit.ops.methods import METHODS; "
+        "import sys; from adapterkit.ops.rules import METHODS; "
         "assert METHODS['ties'].parameters[0].default == 0.2; "
         "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'transformers')))"
     )

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 
 from adapterkit.errors import UsageError
 from adapterkit.ops.lowrank import Factors
-from adapterkit.ops.methods import METHODS, combine
-from adapterkit.ops.methods.spaces import tucker2
+from adapterkit.ops.rules import METHODS, combine
+from adapterkit.ops.rules.spaces import tucker2
 
 
 def matrix(found: object) -> torch.Tensor:

@@ -6,8 +6,8 @@ import torch
 from adapters import adapter, adapters, dense
 
 from adapterkit.ops.lowrank import Factors
-from adapterkit.ops.methods import combine
-from adapterkit.ops.methods.spectral import nearest_orthonormal
+from adapterkit.ops.rules import combine
+from adapterkit.ops.rules.spectral import nearest_orthonormal
 
 
 def deltas(parts: list[Factors]) -> list[torch.Tensor]:

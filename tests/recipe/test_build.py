@@ -17,10 +17,10 @@ from models import edit_config, plain_adapter, plain_base, read_bytes, read_tens
 
 from adapterkit.cli import main
 from adapterkit.errors import CheckFailed, NotFound, OutputError, RecipeError
-from adapterkit.merge import merge
 from adapterkit.recipe import state
 from adapterkit.recipe.report import AGAIN, NEW, UNCHANGED
 from adapterkit.recipe.run import build, plan_build
+from adapterkit.verbs.merge import merge
 
 RECIPE = """\
 base = "base"
@@ -379,7 +379,7 @@ def test_locked_fails_when_other_bytes_come_out(recipe: Path) -> None:
 
 
 def test_registry_names_are_pinned_to_their_version(recipe: Path) -> None:
-    from adapterkit.register import register
+    from adapterkit.provenance.register import register
     from adapterkit.registry import verbs
 
     folder = recipe.parent
@@ -446,7 +446,7 @@ def test_every_merge_is_verified_once(recipe: Path, monkeypatch: pytest.MonkeyPa
     first = build(recipe)
     assert {row.name for row in first.outputs if "verify" in row.after} == {"merged", "half"}
     with monkeypatch.context() as patched:
-        patched.delattr(sys.modules["adapterkit.verify"], "verify")
+        patched.delattr(sys.modules["adapterkit.verbs.verify"], "verify")
         second = build(recipe)
     assert [row.after for row in second.outputs] == [row.after for row in first.outputs]
     # Only in the recipe's memory: the bytes of an output do not depend on what was found about it.

@@ -17,7 +17,7 @@ import adapterkit
 from adapterkit.cli import main
 from adapterkit.errors import AdapterkitError, OutputError, UsageError
 from adapterkit.gguf.quantize import Quantization
-from adapterkit.ops.methods import METHODS
+from adapterkit.ops.rules import METHODS
 from adapterkit.recipe import schema
 from adapterkit.recipe.parse import key_of
 from adapterkit.recipe.report import UNCHANGED

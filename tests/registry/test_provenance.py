@@ -15,8 +15,8 @@ import adapterkit
 from adapterkit.adapters.adapter import load_adapter
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.errors import CheckFailed, UsageError
-from adapterkit.provenance import adapter_parent, base_parent, created, label, recorder
-from adapterkit.register import register
+from adapterkit.provenance.record import adapter_parent, base_parent, created, label, recorder
+from adapterkit.provenance.register import register
 from adapterkit.registry import beside, lineage, verbs
 from adapterkit.registry.identity import compare
 from adapterkit.registry.weights import identity_of

@@ -83,8 +83,8 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the pages call by name: a base, adapters, GGUF files, an importance matrix, prompts."""
     from models import edit_config
 
-    from adapterkit.convert import convert
-    from adapterkit.merge import merge
+    from adapterkit.verbs.convert import convert
+    from adapterkit.verbs.merge import merge
 
     make, folder = example(), tmp_path_factory.mktemp("things")
     make.write_base(folder / "base")

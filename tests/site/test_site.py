@@ -76,7 +76,7 @@ def test_the_command_line_is_all_there(built: Path) -> None:
 
 def test_the_python_reference_has_signatures_and_sentences(built: Path) -> None:
     text = (built / "reference/api/index.html").read_text()
-    for name in ("adapterkit.merge.merge", "adapterkit.recipe.run.build", "adapterkit.errors.AdapterkitError"):
+    for name in ("adapterkit.verbs.merge.merge", "adapterkit.recipe.run.build", "adapterkit.errors.AdapterkitError"):
         assert f'id="{name}"' in text
     assert "Fold adapters into a base and write a Hugging Face folder" in text
 

@@ -10,7 +10,7 @@ import pytest
 from models import plain_adapter, plain_base
 
 import adapterkit
-from adapterkit.register import register
+from adapterkit.provenance.register import register
 from adapterkit.registry import verbs
 from adapterkit.registry.evidence import attach_verification
 from adapterkit.registry.verification import Verification

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from adapterkit.verify import verify
-from adapterkit.verify.report import VerifyReport
+from adapterkit.verbs.verify import verify
+from adapterkit.verbs.verify.report import VerifyReport
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     pytest.importorskip("transformers")
     from models import read_tensors, write_checkpoint
 
-    from adapterkit.demo import demo
+    from adapterkit.verbs.demo import demo
 
     folder = tmp_path_factory.mktemp("trained")
     demo(folder)

@@ -13,7 +13,7 @@ pytest.importorskip("peft")
 pytest.importorskip("gguf")
 import gallery
 
-from adapterkit.verify import verify
+from adapterkit.verbs.verify import verify
 
 if TYPE_CHECKING:
     from gallery import Broken

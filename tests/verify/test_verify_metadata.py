@@ -20,10 +20,10 @@ from models import make_adapter
 
 import adapterkit
 from adapterkit.cli import main
-from adapterkit.convert import convert
 from adapterkit.errors import UsageError
-from adapterkit.verify import verify
-from adapterkit.verify.report import VerifyReport
+from adapterkit.verbs.convert import convert
+from adapterkit.verbs.verify import verify
+from adapterkit.verbs.verify.report import VerifyReport
 
 TEMPLATE = "{% for m in messages %}<|begin|>{{ m.role }} {{ m.content }}<|end|>{% endfor %}"
 BOS, EOS = 296, 297

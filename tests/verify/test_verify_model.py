@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from adapterkit.errors import NotFound, UsageError
-from adapterkit.verify import verify
-from adapterkit.verify.prompts import read_prompts
+from adapterkit.verbs.verify import verify
+from adapterkit.verbs.verify.prompts import read_prompts
 
 if TYPE_CHECKING:
     from conftest import Trained
 
-    from adapterkit.verify.report import VerifyReport
+    from adapterkit.verbs.verify.report import VerifyReport
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:FutureWarning")
 
@@ -84,9 +84,9 @@ def test_outputs_of_layers_are_those_of_numpy(trained: Trained) -> None:
     from models import read_tensors
 
     from adapterkit.adapters.adapter import load_adapter
-    from adapterkit.verify.inputs import open_inputs
-    from adapterkit.verify.layers import compare_layers, random_inputs
-    from adapterkit.verify.subject import subject
+    from adapterkit.verbs.verify.inputs import open_inputs
+    from adapterkit.verbs.verify.layers import compare_layers, random_inputs
+    from adapterkit.verbs.verify.subject import subject
 
     layers = compare_layers(subject(*open_inputs(trained.broken, trained.base), (load_adapter(trained.adapter),), {}))
     assert layers.inputs == "random"
@@ -252,7 +252,7 @@ def test_gguf_files_answer_in_llama_cpp(
         program = tmp_path / "llama-server"
         program.write_text(SERVER.format(python=sys.executable))
         program.chmod(0o755)
-        monkeypatch.setattr(import_module("adapterkit.verify.model"), "find_runtime", lambda: str(program))
+        monkeypatch.setattr(import_module("adapterkit.verbs.verify.model"), "find_runtime", lambda: str(program))
     adapterkit.merge(file, [adapter], tmp_path / "m.gguf", quantization=Quantization("Q8_0"))
     base = folder if kind == "folder" else file
     report = verify(tmp_path / "m.gguf", base=base, adapters=[adapter], level="model", prompts=prompts)
@@ -272,7 +272,7 @@ def test_gguf_files_are_decoded_without_a_runtime(
     import adapterkit
 
     folder, file, adapter, prompts = gguf
-    monkeypatch.setattr(import_module("adapterkit.verify.model"), "find_runtime", lambda: None)
+    monkeypatch.setattr(import_module("adapterkit.verbs.verify.model"), "find_runtime", lambda: None)
     adapterkit.merge(file, [adapter], tmp_path / "m.gguf")
     report = verify(tmp_path / "m.gguf", base=folder, adapters=[adapter], level="model", prompts=prompts)
     assert report.ok
@@ -286,9 +286,9 @@ def test_replayed_inputs_are_those_of_the_running_model(trained: Trained) -> Non
     import peft
     import transformers
 
-    from adapterkit.verify.inputs import open_inputs
-    from adapterkit.verify.replay import activations
-    from adapterkit.verify.subject import subject
+    from adapterkit.verbs.verify.inputs import open_inputs
+    from adapterkit.verbs.verify.replay import activations
+    from adapterkit.verbs.verify.subject import subject
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(trained.base)
     model = transformers.AutoModelForCausalLM.from_pretrained(trained.base)

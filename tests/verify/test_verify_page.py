@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from adapterkit.verify import html, markdown
-from adapterkit.verify.report import Finding
+from adapterkit.verbs.verify import html, markdown
+from adapterkit.verbs.verify.report import Finding
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from browser import NewPage
     from playwright.sync_api import Page
 
-    from adapterkit.verify.report import VerifyReport
+    from adapterkit.verbs.verify.report import VerifyReport
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:FutureWarning")
 

@@ -9,7 +9,7 @@ import torch
 
 import adapterkit
 from adapterkit.gguf.quantize import Quantization
-from adapterkit.verify.runtime import InLlamaCpp
+from adapterkit.verbs.verify.runtime import InLlamaCpp
 
 pytest.importorskip("xllamacpp", reason="xllamacpp has no build for this machine")
 

@@ -13,8 +13,8 @@ from models import plain_adapter, plain_base, random_tensors, read_tensors, writ
 import adapterkit
 from adapterkit.cli import main
 from adapterkit.errors import UsageError
-from adapterkit.verify import verify
-from adapterkit.verify.report import EQUAL, FORMAT, ROUNDING
+from adapterkit.verbs.verify import verify
+from adapterkit.verbs.verify.report import EQUAL, FORMAT, ROUNDING
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,0 +1,103 @@
+"""The one door to the methods: scale, combine, compress."""
+
+from __future__ import annotations
+
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.errors import UsageError
+from adapterkit.ops.extract import low_rank
+from adapterkit.ops.lowrank import Factors
+from adapterkit.ops.rows import DeltaRows, common_shape, scaled
+from adapterkit.ops.rules.registry import METHODS, Method, find
+from adapterkit.ops.threads import one_thread
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def combine(
+    parts: Sequence[DeltaRows],
+    method: str = "linear",
+    *,
+    weights: Sequence[float] | None = None,
+    scale: float = 1.0,
+    space: str | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    key: str = "",
+    **parameters: Any,
+) -> DeltaRows:
+    """One delta out of several of the same weight.
+
+    Args:
+        parts: the deltas, [m, n] each; factors for every method that is not dense.
+        method: a name of the table, ``METHODS``.
+        weights: one per part, any sign, 1 when left out. A rule sees w_t delta_t: weights come before trimming and
+            election. A part of weight 0 is left out.
+        scale: factor of the result (the lambda of the papers).
+        space: ``knots``, ``core`` or ``ctm``: combine there, with ``method`` as the inner rule.
+        rank: at most this rank in the result, which then is ``Factors``.
+        energy: the smallest rank that keeps this share of the squared norm; the result then is ``Factors``.
+        key: name of the tensor, part of the seed of random masks, so that each tensor gets its own.
+        **parameters: those of the method.
+
+    Returns:
+        ``Factors`` from methods that are not dense, or when a rank or energy is asked for; else rows, computed
+        when they are asked for.
+
+    Raises:
+        UsageError: an unknown method or parameter, a value out of range, or a delta that is not low-rank given to a
+            method that needs factors.
+        AdapterError: the shapes differ.
+    """
+    chosen, parameters = _chosen(method, space, parameters)
+    common_shape(parts)
+    weighted = _weighted(parts, weights)
+    if chosen.space != "dense" and chosen.name != "linear":
+        for part in weighted:
+            if not isinstance(part, Factors):
+                raise UsageError(
+                    f"method {chosen.name} combines low-rank factors only",
+                    "use a dense method, or extract factors first",
+                )
+    if rank is not None and any(p.name == "rank" for p in chosen.parameters):
+        parameters.setdefault("rank", rank)
+    bound: dict[str, Any] = dict(chosen.bind(parameters))
+    if chosen.keyed:
+        bound["key"] = key
+    with one_thread():
+        result = scaled(chosen.function(weighted, **bound), _finite(scale, "scale"))
+    if rank is None and energy is None:
+        return result
+    if isinstance(result, Factors) and energy is None and rank is not None and result.rank <= rank:
+        return result
+    return low_rank(result, rank=rank, energy=energy).factors
+
+
+def _chosen(method: str, space: str | None, parameters: dict[str, Any]) -> tuple[Method, dict[str, Any]]:
+    chosen = find(method)
+    if space is None or space == "dense":
+        return chosen, dict(parameters)
+    outer = find(space)
+    if not (outer.nested and chosen.inner):
+        spaces = ", ".join(m.name for m in METHODS.values() if m.nested)
+        raise UsageError(f"method {chosen.name} cannot run in space {space!r}", f"dense and core rules run in {spaces}")
+    return outer, {**parameters, "rule": chosen.name}
+
+
+def _weighted(parts: Sequence[DeltaRows], weights: Sequence[float] | None) -> list[DeltaRows]:
+    if weights is None:
+        return list(parts)
+    if len(weights) != len(parts):
+        raise UsageError(f"{len(weights)} weights were given for {len(parts)} adapters", "give one weight per adapter")
+    kept = [scaled(part, _finite(w, "weight")) for part, w in zip(parts, weights, strict=True) if w != 0]
+    if not kept:
+        raise UsageError("every weight is 0, so nothing is left to combine", "give at least one adapter a weight")
+    return kept
+
+
+def _finite(value: float, name: str) -> float:
+    if not isfinite(value):
+        raise UsageError(f"{name} must be a finite number, got {value}")
+    return value

@@ -1,0 +1,249 @@
+"""Rules on the entries of the true deltas, streamed by blocks of rows.
+
+Where a rule needs a threshold over a whole matrix, a first pass finds it exactly (``ops/select.py``); random masks
+come from the position of an entry (``ops/counter.py``). So no result depends on the block size. Every rule works on
+one weight at a time; entries that tie with a threshold are kept. Sums over adapters run in float64.
+"""
+
+from __future__ import annotations
+
+from math import fsum
+from typing import TYPE_CHECKING, Annotated
+
+from adapterkit.errors import UsageError
+from adapterkit.ops.counter import stream, uniform
+from adapterkit.ops.rows import Computed, DeltaRows, add, blocks, common_shape
+from adapterkit.ops.rules.parameters import Density, Election, Seed
+from adapterkit.ops.rules.registry import Range, method
+from adapterkit.ops.select import kth_magnitudes, row_energies
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    import torch
+else:
+    from adapterkit.ops._torch import torch
+
+
+@method(paper="2306.01708", space="dense")
+def ties(deltas: Sequence[DeltaRows], *, density: Density = 0.2, majority: Election = "total") -> DeltaRows:
+    """Keep the largest entries of each delta, elect a sign per entry, average those that agree (TIES).
+
+    Yadav et al., algorithm 1: trim to the top ``density`` by magnitude; gamma = sgn(sum_t tau_t);
+    mean of the tau_t whose sign is gamma. An entry whose sum is exactly 0 has no elected sign and becomes 0. By
+    ``frequency`` the sign that more adapters have wins, as in PEFT, and where they draw, that of the sum.
+    """
+    cuts = [_cut(delta, density) for delta in deltas]
+    return _streamed(deltas, lambda rows, _: disjoint_mean(_trimmed(rows, cuts), majority))
+
+
+@method(paper="2311.03099", space="dense")
+def dare(deltas: Sequence[DeltaRows], *, density: Density = 0.5, seed: Seed = 0, key: str = "") -> DeltaRows:
+    """Drop entries at random, rescale the rest by 1/density, sum (DARE).
+
+    Yu et al.: m ~ Bernoulli(p), (1 - m) delta / (1 - p) with drop rate p = 1 - ``density``, so the expected result is
+    the weighted sum.
+    """
+    masked = _dropper(deltas, density, seed, key)
+    return _streamed(deltas, lambda rows, start: add(masked(rows, start)))
+
+
+@method(paper="2311.03099", space="dense")
+def dare_ties(
+    deltas: Sequence[DeltaRows],
+    *,
+    density: Density = 0.5,
+    majority: Election = "total",
+    seed: Seed = 0,
+    key: str = "",
+) -> DeltaRows:
+    """DARE's random drop in place of TIES's trim, then elected signs and the mean of those that agree."""
+    masked = _dropper(deltas, density, seed, key)
+    return _streamed(deltas, lambda rows, start: disjoint_mean(masked(rows, start), majority))
+
+
+@method(paper="", space="dense")
+def magnitude_prune(deltas: Sequence[DeltaRows], *, density: Density = 0.2) -> DeltaRows:
+    """Keep the largest entries of each delta and sum; no election, no rescaling."""
+    cuts = [_cut(delta, density) for delta in deltas]
+    return _streamed(deltas, lambda rows, _: add(_trimmed(rows, cuts)))
+
+
+@method(paper="2406.11617", space="dense")
+def della(
+    deltas: Sequence[DeltaRows],
+    *,
+    density: Density = 0.5,
+    epsilon: Annotated[float, Range(0, 0.5), "half-width of the range of keep probabilities around density"] = 0.1,
+    elect: Annotated[bool, "elect signs and average as TIES does, instead of the sum"] = True,
+    seed: Seed = 0,
+    key: str = "",
+) -> DeltaRows:
+    """Drop at random, small entries of a row more often than large ones, rescale, elect, average (DELLA).
+
+    Deep et al. (MAGPRUNE, row-wise): the keep probability of an entry grows linearly with the rank of its
+    magnitude in its row, from density - epsilon to density + epsilon as in the authors' released code; what is kept is
+    divided by its probability. ``density=1`` keeps everything.
+    """
+    if density < 1 and not (epsilon < density and density + epsilon <= 1):
+        raise UsageError(
+            f"density {density:g} with epsilon {epsilon:g} gives keep probabilities outside (0, 1]",
+            "choose epsilon below density and at most 1 - density",
+        )
+    n = common_shape(deltas)[1]
+    streams = [stream(seed, i, key) for i in range(len(deltas))]
+
+    def masked(rows: list[torch.Tensor], start: int) -> list[torch.Tensor]:
+        if density == 1:
+            return rows
+        out = []
+        for x, source in zip(rows, streams, strict=True):
+            keep = _keep_probabilities(x, density, epsilon)
+            drawn = uniform(source, start * n, x.numel()).view_as(x)
+            out.append(torch.where(drawn < keep, x.double() / keep, 0.0))
+        return out
+
+    fuse: Callable[[list[torch.Tensor]], torch.Tensor] = disjoint_mean if elect else add
+    return _streamed(deltas, lambda rows, start: fuse(masked(rows, start)))
+
+
+@method(paper="2312.06795", space="dense")
+def breadcrumbs(
+    deltas: Sequence[DeltaRows],
+    *,
+    density: Density = 0.85,
+    gamma: Annotated[float, Range(0, 1), "share of entries dropped as outliers, the largest ones"] = 0.01,
+) -> DeltaRows:
+    """Drop the largest outliers and the smallest entries of each delta, sum the rest (Model Breadcrumbs).
+
+    Davari and Belilovsky: the mask of a layer is 0 beyond the top ``gamma`` and below the part that
+    leaves ``density`` of the entries; then the sum. ``gamma=0`` keeps the outliers.
+    """
+    if density + gamma > 1:
+        raise UsageError(
+            f"density {density:g} and gamma {gamma:g} add up to more than 1", "keep at most what gamma leaves"
+        )
+    bands = [_band(delta, density, gamma) for delta in deltas]
+
+    def block(rows: list[torch.Tensor], _: int) -> torch.Tensor:
+        kept = []
+        for x, (low, high) in zip(rows, bands, strict=True):
+            size = x.abs()
+            kept.append(torch.where((size >= low) & (size <= high), x, 0.0))
+        return add(kept)
+
+    return _streamed(deltas, block)
+
+
+@method(paper="2408.07990", space="dense")
+def sce(
+    deltas: Sequence[DeltaRows],
+    *,
+    density: Density = 0.2,
+    renormalize: Annotated[bool, "divide each entry by the coefficients of the adapters that remain in it"] = True,
+) -> DeltaRows:
+    """Select the entries that vary most across adapters, weigh adapters by energy, erase minority signs (SCE).
+
+    Wan et al. (FuseChat): Select the top ``density`` of entries by variance over the deltas; Calculate
+    eta_t = sum(delta_t^2) / sum over t of the same, on what was selected; Erase entries against the sign of the
+    sum; then sum eta_t delta_t. ``renormalize`` divides by the eta that remain at an entry, as their merger does.
+    """
+    shape = common_shape(deltas)
+    spread = Computed(shape, lambda start, stop: _variance([d.rows(start, stop) for d in deltas]))
+    cut = _cut(spread, density)
+    energies: list[list[float]] = [[] for _ in deltas]
+    for start, stop in blocks(shape):
+        selected = _select([d.rows(start, stop) for d in deltas], cut)
+        for mine, x in zip(energies, selected, strict=True):
+            mine += row_energies(x)
+    sums = [fsum(mine) for mine in energies]
+    whole = fsum(sums)
+    eta = [value / whole if whole else 1 / len(sums) for value in sums]
+
+    def block(rows: list[torch.Tensor], _: int) -> torch.Tensor:
+        selected = _select(rows, cut)
+        sign = add(selected).sign()
+        kept = [torch.where((x.sign() == sign) & (x != 0), x.double(), 0.0) for x in selected]
+        merged = add([x * e for x, e in zip(kept, eta, strict=True)])
+        if not renormalize:
+            return merged
+        weight = add([(x != 0) * e for x, e in zip(kept, eta, strict=True)])
+        return torch.where(weight > 0, merged / weight, 0.0)
+
+    return _streamed(deltas, block)
+
+
+def disjoint_mean(tensors: Sequence[torch.Tensor], majority: str = "total") -> torch.Tensor:
+    """The mean, entry by entry, of the tensors that have the elected sign there (TIES, algorithm 1, steps 2 and 3)."""
+    sign = add(tensors).sign()
+    if majority == "frequency":
+        votes = add([x.sign() for x in tensors]).sign()
+        sign = torch.where(votes == 0, sign, votes)
+    agree = [(x.sign() == sign) & (x != 0) for x in tensors]
+    count = add([mask.to(torch.float32) for mask in agree])
+    return add([torch.where(mask, x, 0.0) for x, mask in zip(tensors, agree, strict=True)]) / count.clamp(min=1)
+
+
+def _streamed(deltas: Sequence[DeltaRows], rule: Callable[[list[torch.Tensor], int], torch.Tensor]) -> DeltaRows:
+    """The delta whose rows are ``rule(rows of each delta, first row)``, rounded to float32."""
+    return Computed(
+        common_shape(deltas), lambda start, stop: rule([d.rows(start, stop) for d in deltas], start).float()
+    )
+
+
+def _cut(delta: DeltaRows, density: float) -> float:
+    """The magnitude at or above which the largest ``density`` of the entries lie."""
+    entries = delta.shape[0] * delta.shape[1]
+    return kth_magnitudes(delta, [max(1, round(density * entries))])[0] if density < 1 else 0.0
+
+
+def _band(delta: DeltaRows, density: float, gamma: float) -> tuple[float, float]:
+    """The magnitudes between which entries are kept, both ends included."""
+    entries = delta.shape[0] * delta.shape[1]
+    outliers = min(int(gamma * entries), entries - 1)
+    last = min(entries, outliers + max(1, round(density * entries)))
+    high, low = kth_magnitudes(delta, [outliers + 1, last])
+    return (low if last < entries else 0.0), high
+
+
+def _trimmed(rows: Sequence[torch.Tensor], cuts: Sequence[float]) -> list[torch.Tensor]:
+    return [torch.where(x.abs() >= cut, x, 0.0) for x, cut in zip(rows, cuts, strict=True)]
+
+
+def _dropper(
+    deltas: Sequence[DeltaRows], density: float, seed: int, key: str
+) -> Callable[[list[torch.Tensor], int], list[torch.Tensor]]:
+    """DARE's mask: each entry kept with probability ``density`` and divided by it."""
+    n = common_shape(deltas)[1]
+    streams = [stream(seed, i, key) for i in range(len(deltas))]
+
+    def masked(rows: list[torch.Tensor], start: int) -> list[torch.Tensor]:
+        if density == 1:
+            return rows
+        kept = []
+        for x, source in zip(rows, streams, strict=True):
+            drawn = uniform(source, start * n, x.numel()).view_as(x)
+            kept.append(torch.where(drawn < density, x.double() / density, 0.0))
+        return kept
+
+    return masked
+
+
+def _keep_probabilities(x: torch.Tensor, density: float, epsilon: float) -> torch.Tensor:
+    """Per row, from density - epsilon for the smallest magnitude to density + epsilon for the largest."""
+    n = x.shape[1]
+    order = x.abs().argsort(dim=1, stable=True)
+    places = torch.linspace(-1, 1, n, dtype=torch.float64) if n > 1 else torch.zeros(1, dtype=torch.float64)
+    keep = torch.empty(x.shape, dtype=torch.float64)
+    return keep.scatter_(1, order, (density + epsilon * places).expand_as(keep))
+
+
+def _variance(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The variance over adapters at each entry, around their mean, in float32."""
+    mean = add(rows) / len(rows)
+    return (add([(x - mean).square() for x in rows]) / len(rows)).float()
+
+
+def _select(rows: Sequence[torch.Tensor], cut: float) -> list[torch.Tensor]:
+    varied = _variance(rows) >= cut
+    return [torch.where(varied, x, 0.0) for x in rows]

@@ -1,0 +1,64 @@
+"""Weighted sums: exact, concatenated, truncated, or weighted by how well the adapters agree."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adapterkit.ops.lowrank import Factors, core_of, stack, truncate
+from adapterkit.ops.measure import cosine
+from adapterkit.ops.rows import DeltaRows, add, total
+from adapterkit.ops.rules.parameters import Rank
+from adapterkit.ops.rules.registry import method
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@method(paper="2212.04089", space="core", inner=True)
+def linear(parts: Sequence[DeltaRows]) -> DeltaRows:
+    """The exact weighted sum of the deltas, at the smallest rank that holds it (task arithmetic).
+
+    Task arithmetic (Ilharco et al.): tau_new = sum_t tau_t, here with tau_t = w_t delta_t. Deltas that
+    are not low-rank are summed row by row.
+    """
+    factors = [part for part in parts if isinstance(part, Factors)]
+    if len(factors) < len(parts):
+        return total(parts)
+    if len(factors) == 1:
+        return factors[0]
+    core = core_of(factors)
+    return core.lift(add(core.cores))
+
+
+@method(paper="", space="factors")
+def cat(parts: Sequence[Factors]) -> Factors:
+    """The exact weighted sum with the factors side by side; the rank is the sum of the ranks."""
+    return stack(parts)
+
+
+@method(paper="", space="core")
+def svd(parts: Sequence[Factors], *, rank: Rank = None) -> Factors:
+    """The best approximation of the weighted sum at a given rank (Eckart-Young, by QR and a small SVD)."""
+    return truncate(stack(parts), rank=rank or max(part.rank for part in parts)).factors
+
+
+@method(paper="2403.19522", space="factors")
+def model_stock(parts: Sequence[Factors]) -> Factors:
+    """The mean of the deltas, shrunk towards the base the more they disagree (Model Stock).
+
+    Jang et al.: W = t mean(W_t) + (1 - t) W_0 with t = N c / (1 + (N - 1) c) and c the
+    cosine between deltas, here the mean over pairs. Deltas that point apart (c < 0) are outside the geometry of the
+    paper; c is taken as 0 then. LoRA deltas are often near orthogonal, and t near 0 with them.
+    """
+    share = stock_ratio(parts) / len(parts)
+    return stack(parts, [share] * len(parts))
+
+
+def stock_ratio(parts: Sequence[Factors]) -> float:
+    """The interpolation ratio t of Model Stock; 1 for one adapter."""
+    n = len(parts)
+    if n == 1:
+        return 1.0
+    pairs = [cosine(x, y) for i, x in enumerate(parts) for y in parts[:i]]
+    c = max(0.0, sum(pairs) / len(pairs))
+    return n * c / (1 + (n - 1) * c)

@@ -1,0 +1,1 @@
+"""Where an output came from: its record, its provenance statement, its signature, its registration."""

@@ -1,0 +1,173 @@
+"""`register`: a folder or file becomes a version in the registry, with the base it belongs to identified by its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.adapters.adapter import is_adapter
+from adapterkit.bases import open_model
+from adapterkit.checkpoint.open import parse_hub
+from adapterkit.errors import CheckFailed, NotFound, UsageError
+from adapterkit.redaction import check_public
+from adapterkit.registry.beside import beside_path, read_beside
+from adapterkit.registry.identity import Identity, compare
+from adapterkit.registry.names import is_repo
+from adapterkit.registry.register import Registered, register_base
+from adapterkit.registry.register import register as store
+from adapterkit.registry.weights import cheap, identity_of
+
+if TYPE_CHECKING:
+    from adapterkit.registry.record import Record
+
+
+def register(
+    path: str | Path,
+    name: str,
+    *,
+    base: str | Path | None = None,
+    base_id: str = "",
+    kind: str = "",
+    method: str = "",
+    meta: Mapping[str, str] | None = None,
+    full: bool = False,
+    new_version: bool = False,
+    link: bool = False,
+    ignore_record: bool = False,
+    evidence: Mapping[str, Any] | None = None,
+    home: Path | None = None,
+) -> Registered:
+    """Register an artefact; what is not given is taken from ``adapterkit.json`` beside it, then from its config.
+
+    Args:
+        path: a folder or file; with ``kind="base"`` also a Hub id, of which only the identity is kept.
+        name: of the registry entry.
+        base: what it was trained on or made from: folder, file, registry name or Hub id.
+        base_id: the Hub id of ``base``, when that is a local folder.
+        meta: free text by key.
+        full: read every byte of the base (and of a registered model) for the strongest identity.
+        new_version, link, ignore_record: as in `adapterkit.registry.register.register`.
+        evidence: by kind, beside what the record there holds already.
+
+    Raises:
+        CheckFailed: ``adapterkit.json`` describes other files than are there.
+        UsageError, UnsafeError, NotFound, RegistryError, OutputError, CheckpointError, AuthError, HubError
+    """
+    for key, value in (meta or {}).items():
+        check_public(f"{key}={value}", f"the metadata '{key}'")
+    if kind == "base":
+        return _register_base(path, name, base_id, method, meta, full, new_version, home)
+    if not Path(path).expanduser().exists():
+        hub = parse_hub(str(path))
+        hint = f"pull {path} brings it from the Hub" if hub is not None else "give a folder or a file"
+        raise NotFound(f"{path} does not exist", hint)
+    folder = Path(path).expanduser()
+    beside = None if ignore_record else _beside(folder)
+    known = None if base is None else _base_identity(base, base_id, folder, full, home)
+    if base is None and base_id:
+        if beside is None or beside.base is None:
+            raise UsageError(f"nothing says which weights {base_id} has", "give the base itself with --base")
+        known = _named(beside.base, base_id)
+    own = _own_identity(folder, beside, full)
+    return store(
+        folder,
+        name,
+        kind=kind,
+        method=method,
+        base=known,
+        identity=own,
+        meta=meta,
+        new_version=new_version,
+        link=link,
+        ignore_beside=ignore_record,
+        evidence=evidence,
+        home=home,
+    )
+
+
+def _register_base(
+    path: str | Path,
+    name: str,
+    base_id: str,
+    method: str,
+    meta: Mapping[str, str] | None,
+    full: bool,
+    new_version: bool,
+    home: Path | None,
+) -> Registered:
+    identity = _named(identify_base(path, full=full, home=home), base_id)
+    return register_base(identity, name, method=method, meta=meta, new_version=new_version, home=home)
+
+
+def identify_base(ref: str | Path, *, full: bool = False, home: Path | None = None) -> Identity:
+    """Which base ``ref`` is: as recorded for a registered one, else from its weights, cheap levels unless ``full``.
+
+    Raises:
+        NotFound, CheckpointError, UnsafeError, AuthError, HubError
+    """
+    record = registered(ref, home=home)
+    if record is not None and record.identity is not None and not full:
+        return record.identity
+    opened = open_model(ref, headers_only=True)
+    return identity_of(opened, "merkle" if full else cheap(opened), hub_files=True)
+
+
+def registered(ref: str | Path, *, home: Path | None = None) -> Record | None:
+    """The record that a registry name means; None for a path, a Hub id or an unknown name.
+
+    Raises:
+        NotFound: the name is there, and not this version or alias of it.
+    """
+    from adapterkit.registry import resolve
+    from adapterkit.registry.finder import is_known
+    from adapterkit.registry.home import open_home
+
+    text = str(ref)
+    if isinstance(ref, Path) or "/" in text or Path(text).expanduser().exists():
+        return None
+    at = open_home(home)
+    return resolve.find(at, text) if is_known(at, text) else None
+
+
+def _base_identity(base: str | Path, base_id: str, folder: Path, full: bool, home: Path | None) -> Identity:
+    from adapterkit.registry.gather import describe
+
+    identity = _named(identify_base(base, full=full, home=home), base_id)
+    said = describe(folder).base if folder.is_dir() and not identity.id else None
+    return replace(identity, id=said.id) if said is not None else identity
+
+
+def _named(identity: Identity, repo: str) -> Identity:
+    if not repo:
+        return identity
+    if not is_repo(repo):
+        raise UsageError(f"'{repo}' is not a Hub id", "give --base-id like org/name")
+    if identity.id not in ("", repo):
+        raise UsageError(f"the base is {identity.id} on the Hub, and not {repo}", "leave out --base-id")
+    return replace(identity, id=repo)
+
+
+def _beside(folder: Path) -> Record | None:
+    return read_beside(folder)
+
+
+def _own_identity(folder: Path, beside: Record | None, full: bool) -> Identity | None:
+    """The identity of a whole model, held against what the record beside it says.
+
+    Raises:
+        CheckFailed: these are other weights than the record is about.
+    """
+    said = beside.identity if beside is not None else None
+    if folder.is_dir() and (not any(folder.glob("*.safetensors")) or is_adapter(folder)):
+        return None
+    if not folder.is_dir() and said is None:
+        return None
+    found = identity_of(open_model(folder), "merkle" if full else "sampled")
+    if said is not None and compare(said, found).fits is False:
+        raise CheckFailed(
+            f"{beside_path(folder)} describes other weights than are there, so it is not about these files",
+            "restore the files, or register with --ignore-record",
+        )
+    return replace(found, id="", commit="", files=())

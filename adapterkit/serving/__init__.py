@@ -1,0 +1,1 @@
+"""What servers take, the commands that load an adapter there, and the files they want."""

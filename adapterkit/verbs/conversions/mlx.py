@@ -1,0 +1,14 @@
+"""To the folder that mlx-lm loads."""
+
+from __future__ import annotations
+
+from adapterkit.verbs.conversions.adapters import laid_out, open_adapter
+from adapterkit.verbs.conversions.conversion import Conversion, ConvertOptions, Ref
+
+
+def plan(src: Ref, options: ConvertOptions, jobs: int) -> Conversion:
+    """An adapter as MLX LoRA with one scale and one rank; what is not LoRA becomes it on the way."""
+    from adapterkit.adapters.formats.write import as_mlx
+
+    adapter, base = open_adapter(src, options)
+    return laid_out(adapter, base, options, "mlx", as_mlx)

@@ -1,0 +1,220 @@
+"""`imatrix`: run a model over a text, and write how much each input column of each weight matters for quantizing it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.errors import CheckpointError, NotFound, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.checkpoint.tensor import Tensor
+
+Progress = Callable[[int, int], None]
+CHUNK = 512  # tokens, as llama-imatrix
+
+
+@dataclass(frozen=True)
+class ImatrixReport:
+    """What was gathered.
+
+    Attributes:
+        tensors: weights that the file has values for.
+        chunks, chunk: how many stretches of how many tokens the model ran over.
+        missing: weights that nothing was multiplied by.
+    """
+
+    model: str
+    out: str
+    text: str
+    tensors: int
+    chunks: int
+    chunk: int
+    missing: tuple[str, ...] = ()
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+def imatrix(
+    model: str | Path,
+    text: str | Path,
+    out: str | Path,
+    *,
+    chunk: int = CHUNK,
+    chunks: int | None = None,
+    dtype: str = "auto",
+    force: bool = False,
+    progress: Progress | None = None,
+) -> ImatrixReport:
+    """Gather an importance matrix with transformers, and write it as llama-imatrix would.
+
+    The text is cut into chunks; each begins with the token that the tokenizer puts before texts, and is run alone.
+
+    Args:
+        model: a Hugging Face folder (merged, if adapters are to be in it), a registry name or a Hub id.
+        text: a file of plain text like what the model will see.
+        out: the ``.gguf`` to make; it appears whole or not at all.
+        chunk: tokens at a time.
+        chunks: at most so many; by default all of the text.
+        dtype: to compute in: ``auto`` (the model's own), ``bf16``, ``f16`` or ``f32``.
+        force: replace an existing output.
+        progress: called with chunks done and chunks in all.
+
+    Raises:
+        NotFound, UsageError: no such file, or too little text.
+        CheckpointError, TargetError: a model that transformers cannot run here, or that GGUF has no names for.
+        OutputError
+    """
+    from adapterkit.bases import open_model
+    from adapterkit.checkpoint.write import check_output, write_safetensors
+    from adapterkit.gguf.activations import in_gguf
+    from adapterkit.gguf.checkpoint import GGUFCheckpoint
+    from adapterkit.gguf.plan import plan_gguf
+
+    started = time.monotonic()
+    if chunk < 2:
+        raise UsageError(f"a chunk of {chunk} tokens says nothing", "use --chunk 512")
+    said = _text(Path(text))
+    opened = open_model(model)
+    if isinstance(opened, GGUFCheckpoint):
+        raise UsageError(f"{opened.ref} is a GGUF file", "give the Hugging Face folder that it was made from")
+    names, shapes, arrays = _maps(opened)
+    # The plan is made again when the values are there; this one has the same sizes, and finds out what cannot be written.
+    blank = _layout({name: _zeros(array.shape) for name, array in arrays.items()}, str(text), 0, chunk)
+    check_output(plan_gguf(blank), opened.sources, Path(out), force=force)
+    sums, done = _run(opened, said, chunk, chunks, dtype, progress)
+    found = in_gguf(sums, names, shapes, arrays)
+    if not found:
+        raise CheckpointError(
+            f"{opened.ref}: nothing was seen of its weights", "give the model in 16 bits, not quantized by a library"
+        )
+    layout = _layout(found, str(text), done, chunk)
+    planned = plan_gguf(layout, request={"verb": "imatrix"})
+    tensors: dict[str, Tensor] = {one.name: one for one in layout.tensors}
+    write_safetensors(planned, tensors, (), Path(out), side_files={}, force=force)
+    missing = tuple(name for name in arrays if name not in found)
+    notes: tuple[str, ...] = (
+        () if not missing else (f"{len(missing)} weights were not seen, as {missing[0]}; they get no values",)
+    )
+    unused = sum(bool((counts == 0).any()) for _, counts in found.values())
+    if unused:
+        notes += (f"{unused} stacks have experts that no token of this text was sent to; use more text",)
+    seconds = time.monotonic() - started
+    return ImatrixReport(opened.ref, str(out), str(text), len(found), done, chunk, missing, seconds, notes)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise NotFound(f"{path} does not exist", "give a file of plain text") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is no text ({error})", "give a file of plain text in UTF-8") from None
+
+
+def _maps(opened: Checkpoint) -> tuple[Any, dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Names of parameters, shapes of tensors, and the weights of layers as GGUF has them."""
+    from adapterkit.adapters.names import Names
+    from adapterkit.checkpoint.decoded import dequantized
+    from adapterkit.gguf.arch.config import Config
+    from adapterkit.gguf.arch.mapping import Mapper
+    from adapterkit.gguf.arch.table import spec_of
+
+    view = dequantized(opened)
+    config = Config(view.config, view.ref)
+    mapped = Mapper(spec_of(config), config).to_gguf(view.shapes, view.ref)
+    weights = {
+        name: array
+        for name, array in mapped.arrays.items()
+        if name.startswith("blk.") and name.endswith(".weight") and len(array.shape) > 1 and "_norm." not in name
+    }
+    return Names(view.shapes, view.config), view.shapes, weights
+
+
+def _run(
+    opened: Checkpoint, said: str, chunk: int, most: int | None, dtype: str, progress: Progress | None
+) -> tuple[dict[str, Any], int]:
+    """Sums by parameter, and how many chunks the model ran over."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from adapterkit.gguf.activations import Activations
+    from adapterkit.verbs.options import parse_floats
+
+    folder = opened.sources[0].path
+    assert folder is not None
+    floats = parse_floats(dtype)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder.parent)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder.parent, dtype="auto" if floats is None else floats.torch, experts_implementation="eager"
+        ).eval()
+    except (ImportError, OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise CheckpointError(
+            f"transformers cannot load {opened.ref} ({reason})", "give a model that it can run"
+        ) from None
+    first, ids = _ids(tokenizer, said)
+    count = len(ids) // chunk
+    if most is not None:
+        count = min(count, most)
+    if count < 1:
+        message = f"the text has {len(ids)} tokens, fewer than one chunk of {chunk}"
+        raise UsageError(message, "give more text, or a smaller --chunk")
+    gathering = Activations(model)
+    with torch.no_grad():
+        for number in range(count):
+            row = ids[number * chunk : (number + 1) * chunk]
+            if first is not None:
+                row[0] = first
+            with gathering:
+                model(input_ids=torch.tensor([row]), use_cache=False, logits_to_keep=1)
+            if progress is not None:
+                progress(number + 1, count)
+    return gathering.sums, count
+
+
+def _ids(tokenizer: Any, said: str) -> tuple[int | None, list[int]]:
+    """The token that begins a text, if the tokenizer adds one, and the text's own."""
+    plain = list(tokenizer(said, add_special_tokens=False, verbose=False)["input_ids"])
+    framed = list(tokenizer("a")["input_ids"])
+    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    first = framed[0] if len(framed) > len(bare) and framed[0] != bare[0] else None
+    return first, plain if first is None else [first, *plain]
+
+
+def _zeros(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    matrices = shape[0] if len(shape) == 3 else 1
+    return torch.zeros(matrices, shape[-1]), torch.zeros(matrices)
+
+
+def _layout(found: dict[str, tuple[torch.Tensor, torch.Tensor]], text: str, done: int, chunk: int) -> Any:
+    """The file, keys and order as llama-imatrix has them."""
+    from adapterkit.gguf.imatrix import COUNTS, SUMS
+    from adapterkit.gguf.lora import Held
+    from adapterkit.gguf.metadata import array, u32
+    from adapterkit.gguf.metadata import text as string
+    from adapterkit.gguf.plan import Layout
+    from adapterkit.gguf.reader import STRING
+
+    entries = [
+        string("general.type", "imatrix"),
+        array("imatrix.datasets", STRING, [text]),
+        u32("imatrix.chunk_count", done),
+        u32("imatrix.chunk_size", chunk),
+    ]
+    tensors = []
+    for name in sorted(found):
+        squares, counts = found[name]
+        one = len(counts) == 1  # ggml leaves out a last dimension of 1
+        tensors.append(Held(name + SUMS, squares[0].float() if one else squares.float(), "activations"))
+        tensors.append(Held(name + COUNTS, counts.float() if one else counts.float()[:, None], "activations"))
+    return Layout(tensors, entries)

@@ -1,0 +1,185 @@
+"""What a merge becomes on disk: a folder of safetensors, or a GGUF file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.adapters.fold import Folded, fold
+from adapterkit.adapters.sidecars import side_files
+from adapterkit.checkpoint.plan import Plan, plan_safetensors
+from adapterkit.errors import UsageError
+from adapterkit.verbs.options import FOLDER, GGUF
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from adapterkit.adapters.adapter import Adapter
+    from adapterkit.adapters.fidelity import Through
+    from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.gguf.quantize import Quantization
+    from adapterkit.verbs.options import MergeOptions
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Output:
+    """A merge in the form in which it will be written.
+
+    Attributes:
+        folded: the view and what changed in it.
+        view: what is written: the fold, or its quantized form.
+        plan: what the sink will do.
+        side: small files beside the weights, where the output is a folder.
+        through: where changed tensors are quantized: a tensor's name and shape to a function that encodes and decodes
+            some of its rows, for the report on fidelity.
+    """
+
+    folded: Folded
+    view: Checkpoint
+    plan: Plan
+    side: dict[str, bytes]
+    notes: tuple[str, ...]
+    through: Callable[[str, tuple[int, ...]], Through | None] | None = None
+
+
+def output(
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    options: MergeOptions,
+    settings: Mapping[str, Any],
+    *,
+    values: str = "as stored",
+) -> Output:
+    """Fold, and plan what is written in the form that was asked for.
+
+    Args:
+        values: which values of its own the base has; see `open_base`.
+        settings: of the planner: shard size, jobs, fingerprints, the request.
+
+    Raises:
+        UsageError: no such form, or options that mean nothing for it.
+        AdapterError, TargetError, CheckpointError
+    """
+    found = _OUTPUTS.get((base.format == "gguf", options.to))
+    if found is None:
+        raise UsageError(
+            f"{base.ref} is a GGUF base and becomes a .gguf file, not a folder",
+            "name the output so, or convert it first: adapterkit convert BASE.gguf --to hf -o DIR",
+        )
+    return found(base, adapters, options, settings, values)
+
+
+def _folder(
+    base: Checkpoint, adapters: Sequence[Adapter], options: MergeOptions, settings: Mapping[str, Any], values: str
+) -> Output:
+    if options.quantization is not None or options.pre is not None:
+        raise UsageError("options of a GGUF output were given for a folder", "name the output like OUT.gguf")
+    dtype = options.floats
+    folded = fold(base, adapters, options.weights, dtype=dtype, **_how(options))
+    side, notes = side_files(base, folded, adapters, dtype)
+    view = folded.checkpoint
+    if options.quant is not None:
+        from adapterkit.adapters.quantized import quantized
+
+        view = quantized(view, options.quant, double_quant=options.quant_double)
+        config = json.loads(side.get(CONFIG, b"{}"))
+        config["quantization_config"] = view.config["quantization_config"]
+        side[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+        notes = [*notes, view.notes[-1]]
+    return Output(folded, view, plan_safetensors(view, **settings), side, tuple(notes))
+
+
+def _gguf(
+    base: Checkpoint, adapters: Sequence[Adapter], options: MergeOptions, settings: Mapping[str, Any], values: str
+) -> Output:
+    from adapterkit.gguf.checkpoint import GGUFCheckpoint
+    from adapterkit.gguf.fold import fold_gguf
+    from adapterkit.gguf.plan import plan_gguf
+
+    assert isinstance(base, GGUFCheckpoint)
+    if options.pre is not None:
+        raise UsageError(f"{base.ref} is a GGUF base, which has a tokenizer of its own", "leave out --pre")
+    if options.dtype != "auto" or options.quant is not None or values != "as stored":
+        raise UsageError(f"{base.ref} is a GGUF base, which has types of its own", "use --quant, as in --quant F16")
+    how: dict[str, Any] = {**_how(options), "quantization": _freely(options.quantization)}
+    made = fold_gguf(base, adapters, options.weights, **how)
+    notes: tuple[str, ...] = ()
+    if options.quantization is not None and options.quantization.keep_below is not None:
+        how["drowned"], notes = _drowned(made.folded, made.through, options.quantization)
+        made = fold_gguf(base, adapters, options.weights, **{**how, "quantization": options.quantization})
+    plan = plan_gguf(made.layout, **settings)
+    return Output(made.folded, made.written, plan, {}, (*notes, *made.notes), made.through)
+
+
+def _hf_to_gguf(
+    base: Checkpoint, adapters: Sequence[Adapter], options: MergeOptions, settings: Mapping[str, Any], values: str
+) -> Output:
+    from adapterkit.adapters.sidecars import patched_config
+    from adapterkit.gguf.from_hf import from_hf
+    from adapterkit.gguf.plan import plan_gguf
+
+    if options.quant is not None:
+        raise UsageError(f"{options.quant} is a format of folders", "use a GGUF type, as in --quant Q4_K_M")
+    folded = fold(base, adapters, options.weights, **_how(options))
+    files, notes = side_files(base, folded, adapters, None)
+    how: dict[str, Any] = {
+        "base": base,
+        "config": patched_config(base, folded, adapters, None),
+        "adapters": adapters,
+        "touched": folded.touched,
+        "files": files,
+        "asked": _freely(options.quantization),
+        "dtype": options.floats,
+        "pre": options.pre,
+    }
+    made = from_hf(folded.checkpoint, **how)
+    if options.quantization is not None and options.quantization.keep_below is not None:
+        measured = replace(folded, checkpoint=made.folded)
+        how["drowned"], said = _drowned(measured, made.through, options.quantization)
+        notes = [*notes, *said]
+        made = from_hf(folded.checkpoint, **{**how, "asked": options.quantization})
+    folded = replace(folded, checkpoint=made.folded)
+    view = replace(folded.checkpoint, tensors=made.tensors)
+    plan = plan_gguf(made.layout, **settings)
+    return Output(folded, view, plan, {}, (*notes, *made.notes), made.through)
+
+
+def _freely(asked: Quantization | None) -> Quantization | None:
+    """The types without what keeps changed tensors wider, where that has to be measured first."""
+    if asked is None or asked.keep_below is None:
+        return asked
+    return replace(asked, keep_touched=None, keep_below=None, yes_lossy=True)
+
+
+def _drowned(
+    folded: Folded, through: Callable[[str, tuple[int, ...]], Through | None], asked: Quantization
+) -> tuple[frozenset[str], tuple[str, ...]]:
+    from adapterkit.gguf.drowned import drowned
+
+    assert asked.keep_below is not None
+    found, measured = drowned(folded, through, asked.keep_below)
+    note = f"{len(found)} of {measured} changed tensors would come out with a cosine below {asked.keep_below:g}"
+    return found, (f"{note}; they are kept as {asked.keep_touched}",)
+
+
+def _how(options: MergeOptions) -> dict[str, Any]:
+    return {
+        "residual_base": options.residual_base,
+        "allow_unknown": options.allow_unknown,
+        "rule": options.rule,
+        "device": options.device,
+    }
+
+
+# (the base is a GGUF file, the form of the output): what makes it
+_OUTPUTS: dict[
+    tuple[bool, str | None],
+    Callable[[Checkpoint, Sequence[Adapter], MergeOptions, Mapping[str, Any], str], Output],
+] = {
+    (False, FOLDER): _folder,
+    (False, GGUF): _hf_to_gguf,
+    (True, GGUF): _gguf,
+}

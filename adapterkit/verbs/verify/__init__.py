@@ -1,0 +1,193 @@
+"""`verify`: proof that a merged model is the trained one.
+
+Three levels, each as deep as asked: *tensors* recomputes every weight from base and adapters and compares, without a
+model; *layers* feeds the same inputs through base with adapters and through MERGED, one module at a time; *model* lets
+both answer prompts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.errors import UsageError
+from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, Thresholds, VerifyReport
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.adapter import Adapter
+    from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.verbs.verify.report import ModelLevel
+
+Ref = str | Path
+Progress = Callable[[int, int], None]
+
+LEVELS = ("tensors", "layers", "model")
+LEAST_RETENTION = (
+    0.5  # below, more of the change is lost than kept: not what was trained, unless a user says it will do
+)
+ENOUGH = 0.9  # retention below which a report warns
+
+
+def verify(
+    merged: Ref | Checkpoint,
+    *,
+    base: Ref | Checkpoint,
+    adapters: Sequence[Ref | Adapter],
+    level: str = "tensors",
+    prompts: Path | None = None,
+    max_kl: float | None = None,
+    min_top1: float | None = None,
+    min_retention: float | None = None,
+    on_purpose: Sequence[str] = (),
+    jobs: int | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> VerifyReport:
+    """Whether MERGED is the base with these adapters folded in.
+
+    Args:
+        merged: a folder, a GGUF file, a registry name or a Hub id.
+        base: what the adapters were folded onto, in the format of ``merged``.
+        adapters: those that were folded in, in order.
+        level: ``tensors``, ``layers`` or ``model``; each does the ones before it too.
+        prompts: a text file for the level ``model``; see `adapterkit.verbs.verify.prompts`.
+        max_kl: the largest mean KL divergence (nats) from base + adapters that will do; asks for the level ``model``.
+        min_top1: the least share of tokens on which both agree; asks for the level ``model``.
+        min_retention: the least share of the change that has to be there; one half unless given.
+        on_purpose: keys of a GGUF file's metadata that were set otherwise than the base's on purpose.
+        jobs: worker threads.
+        progress: called now and then with bytes done and bytes in all.
+        options: those of `adapterkit.verbs.options.MergeOptions` that decide values: ``weights``, ``method``, ``as_trained``,
+            ``base16``, ``residual_base``, ``allow_unknown``, ... What is not given is taken from the record beside
+            ``merged``, where there is one.
+
+    Raises:
+        NotFound, CheckpointError, AdapterError, TargetError, UsageError, UnsafeError, AuthError, HubError
+    """
+    from adapterkit.adapters.adapter import Adapter as Loaded
+    from adapterkit.adapters.adapter import load_adapter
+    from adapterkit.verbs.merge import peak_memory
+    from adapterkit.verbs.verify.findings import findings
+    from adapterkit.verbs.verify.inputs import asked, inputs, open_inputs, same_as_recorded
+    from adapterkit.verbs.verify.sanity import sanity
+    from adapterkit.verbs.verify.subject import subject
+    from adapterkit.verbs.verify.tensors import compare
+    from adapterkit.verbs.verify.tensors import level as tensor_level
+
+    started = time.monotonic()
+    deepest = _depth(level, max_kl, min_top1, prompts)
+    if not adapters:
+        raise UsageError("no adapter was given", "name what was folded in with --adapter")
+    found, stored = open_inputs(merged, base)
+    loaded = tuple(a if isinstance(a, Loaded) else load_adapter(a) for a in adapters)
+    if deepest >= 2:
+        from adapterkit.verbs.verify.model import check_models
+
+        check_models(found, stored, prompts)
+    how = asked(found, loaded, options)
+    planned = subject(found, stored, loaded, how.given)
+    around = sanity(planned, on_purpose)
+    judged = compare(planned, jobs=jobs, progress=progress)
+    wrong, named = findings(planned, judged)
+    tensors = tensor_level(planned, judged, named, started)
+    every = [*how.findings, *same_as_recorded(how.record, stored, found), *wrong, *around]
+    every += _retention(tensors.retention, min_retention, wrong)
+    layers = model = None
+    if deepest >= 1:
+        from adapterkit.verbs.verify.layers import compare_layers
+        from adapterkit.verbs.verify.replay import activations
+
+        replayed, why = activations(planned, prompts)
+        layers = compare_layers(planned, inputs=replayed, jobs=jobs)
+        if why:
+            every.append(Finding("random inputs", NOTE, f"layers were fed random numbers: {why}"))
+    if deepest >= 2:
+        from adapterkit.verbs.verify.model import compare_models
+
+        model = compare_models(planned, stored, prompts, jobs=jobs)
+        every += _answers(model, max_kl, min_top1)
+    return VerifyReport(
+        ok=not any(finding.severity == ERROR for finding in every),
+        merged=found.ref,
+        base=stored.ref,
+        adapters=tuple(adapter.ref for adapter in loaded),
+        level=LEVELS[deepest],
+        findings=tuple(every),
+        tensors=tensors,
+        layers=layers,
+        model=model,
+        thresholds=Thresholds(max_kl, min_top1, min_retention),
+        options=_shown(planned.options),
+        record=how.record is not None,
+        inputs=inputs(found, stored, loaded, planned.weights, None),
+        notes=tuple(dict.fromkeys(planned.notes)),
+        seconds=time.monotonic() - started,
+        peak_memory=peak_memory(),
+    )
+
+
+def _depth(level: str, max_kl: float | None, min_top1: float | None, prompts: Path | None) -> int:
+    if level not in LEVELS:
+        raise UsageError(f"'{level}' is no level", f"use {', '.join(LEVELS)}")
+    deepest = LEVELS.index(level)
+    if (max_kl is not None or min_top1 is not None or prompts is not None) and deepest < 2:
+        asked = "--max-kl" if max_kl is not None else "--min-top1" if min_top1 is not None else "--prompts"
+        raise UsageError(f"{asked} needs the models to answer", "add --level model")
+    return deepest
+
+
+def _retention(there: float, asked: float | None, wrong: Sequence[Finding]) -> list[Finding]:
+    """What the share of the change that survives means."""
+    least = LEAST_RETENTION if asked is None else asked
+    if any(finding.severity == ERROR for finding in wrong) and asked is None:
+        return []  # the mistake itself is named
+    if there < least:
+        bound = f"--min-retention asks for {least:.1%}" if asked is not None else "less than half"
+        text = f"{there:.1%} of the change survives ({bound}): the rest was swallowed by the output's dtype or format"
+        hint = "write --dtype f16 or f32, start from the 16-bit base, or keep the adapter beside the base"
+        return [Finding("swallowed", ERROR, text, hint, figure=there)]
+    if there < ENOUGH:
+        text = f"{there:.1%} of the change survives: the rest is less than the output's dtype or format can hold"
+        return [Finding("swallowed", WARNING, text, "write --dtype f16 or f32 if that matters", figure=there)]
+    return []
+
+
+def _answers(found: ModelLevel, max_kl: float | None, min_top1: float | None) -> list[Finding]:
+    """Thresholds that do not hold."""
+    wrong = []
+    if max_kl is not None and not found.merged.mean_kl <= max_kl:
+        text = (
+            f"the mean KL divergence from base + adapters is {found.merged.mean_kl:.3g}, and --max-kl allows {max_kl:g}"
+        )
+        wrong.append(Finding("max-kl", ERROR, text, "write more bits, or allow more", figure=found.merged.mean_kl))
+    if min_top1 is not None and not found.merged.top1 >= min_top1:
+        text = f"{found.merged.top1:.2%} of the likeliest tokens agree, and --min-top1 asks for {min_top1:.2%}"
+        wrong.append(Finding("min-top1", ERROR, text, "write more bits, or ask for less", figure=found.merged.top1))
+    return wrong
+
+
+def _shown(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that differ from what a merge does by itself."""
+    from adapterkit.verbs.options import MergeOptions
+
+    plain = MergeOptions().request() | {"to": options.get("to")}
+    return {name: value for name, value in options.items() if value != plain.get(name)}
+
+
+def html(report: VerifyReport) -> str:
+    """The evidence as one page; see `adapterkit.verbs.verify.page`."""
+    from adapterkit.verbs.verify.page import html as page
+
+    return page(report)
+
+
+def markdown(report: VerifyReport) -> str:
+    """The evidence as a summary for a job; see `adapterkit.verbs.verify.summary`."""
+    from adapterkit.verbs.verify.summary import markdown as summary
+
+    return summary(report)
+
+
+__all__ = ["LEVELS", "Finding", "VerifyReport", "verify"]

@@ -1,0 +1,175 @@
+"""What a verification reads: MERGED with the record beside it, the options that it states, and digests of all inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.bases import open_model
+from adapterkit.errors import RegistryError, UsageError
+from adapterkit.registry.beside import beside_path, read_beside
+from adapterkit.verbs.options import MergeOptions
+from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, Input
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from adapterkit.adapters.adapter import Adapter
+    from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.registry.record import Parent, Record
+
+Ref = str | Path
+# Verbs whose record states how a base and adapters became a model.
+_MERGES = frozenset({"merge", "build"})
+# Where it goes, how it is split and what computed it says nothing about values.
+_LAYOUT = frozenset({"to", "max_shard_size", "device"})
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of the merge, and where they come from.
+
+    Attributes:
+        given: options by name, those of the record under those of the caller.
+        record: the record beside MERGED, where there is one of a merge.
+        findings: what is wrong with it.
+    """
+
+    given: Mapping[str, Any]
+    record: Record | None
+    findings: tuple[Finding, ...]
+
+
+def place(checkpoint: Checkpoint) -> Path | None:
+    """The folder, or the GGUF file, that a checkpoint was read from; None where it is not on this disk."""
+    path = checkpoint.sources[0].path if checkpoint.sources else None
+    if path is None:
+        return None
+    return path if path.suffix == ".gguf" else path.parent
+
+
+def asked(merged: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str, Any]) -> Asked:
+    """The options of the merge: as given, else as the record beside MERGED states them, else the defaults.
+
+    Raises:
+        UsageError: an option that a merge does not have, or a base of 16 bits that only its record knows.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    MergeOptions.of(**given)
+    where = place(merged)
+    if where is None:
+        return Asked(given, None, ())
+    try:
+        record = read_beside(where)
+    except RegistryError as error:
+        text = f"the record beside MERGED cannot be used: {error.message}"
+        return Asked(given, None, (Finding("damaged record", ERROR, text, "restore it, or remove it"),))
+    if record is None or record.operation is None:
+        return Asked(given, None, ())
+    if record.operation.name not in _MERGES:  # a conversion says nothing of values, and may name a pre-tokenizer
+        named = record.operation.parameters.get("pre")
+        return Asked({**({} if named is None else {"pre": named}), **given}, None, ())
+    stated = _stated(record)
+    if stated.get("base16") is not None and "base16" not in given:
+        raise UsageError(
+            f"MERGED was made on {stated['base16']}, the original of its quantized base", "name it with --base16"
+        )
+    findings = _same_adapters(record, adapters)
+    if not findings and "weights" not in given:
+        stated["weights"] = _weights(record)
+    return Asked({**stated, **given}, record, findings)
+
+
+def _stated(record: Record) -> dict[str, Any]:
+    from dataclasses import fields
+
+    from adapterkit.registry.canonical import thaw
+
+    assert record.operation is not None
+    known = {one.name for one in fields(MergeOptions)} - _LAYOUT
+    found = {name: value for name, value in thaw(record.operation.parameters).items() if name in known}
+    if found.get("quantization") is not None:
+        # The types are read from MERGED itself; an importance matrix has no path in a record.
+        del found["quantization"]
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _parents(record: Record) -> list[Parent]:
+    return [parent for parent in record.parents if parent.role == "adapter"]
+
+
+def _weights(record: Record) -> list[float]:
+    return [float(parent.parameters.get("weight", 1.0)) for parent in _parents(record)]
+
+
+def _same_adapters(record: Record, adapters: Sequence[Adapter]) -> tuple[Finding, ...]:
+    """Whether the adapters that are given are those that the record names, in order."""
+    from adapterkit.provenance.record import adapter_parent
+
+    stated = _parents(record)
+    given = [adapter_parent(adapter) for adapter in adapters]
+    if [parent.content for parent in stated] == [parent.content for parent in given]:
+        return ()
+    names = ", ".join(parent.label or parent.content[:12] for parent in stated) or "none"
+    text = f"the record beside MERGED names other adapters than were given ({names})"
+    same = sorted(parent.content for parent in stated) == sorted(parent.content for parent in given)
+    hint = "give them in that order" if same else "give the files that were merged, or go by the tensors below"
+    return (Finding("other adapter", WARNING, text, hint),)
+
+
+def inputs(
+    merged: Checkpoint,
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    base16: Checkpoint | None,
+) -> tuple[Input, ...]:
+    """Everything that was read, by digest: 16 KiB of each tensor of models, every byte of adapters."""
+    from adapterkit.provenance.record import adapter_parent
+
+    found = [Input("merged", merged.ref, digest(merged)), Input("base", base.ref, digest(base), commit=base.commit)]
+    if base16 is not None:
+        found.append(Input("original", base16.ref, digest(base16), commit=base16.commit))
+    for adapter, weight in zip(adapters, weights, strict=True):
+        content = f"sha256:{adapter_parent(adapter).content}"
+        found.append(Input("adapter", adapter.ref, content, weight, adapter.config.peft_type, adapter.commit))
+    return tuple(found)
+
+
+def digest(checkpoint: Checkpoint) -> str:
+    """The identity of a model as text: the strongest level that costs little."""
+    from adapterkit.registry.weights import cheap, identity_of
+
+    level = cheap(checkpoint)
+    return f"{level}:{identity_of(checkpoint, level).level(level)}"
+
+
+def same_as_recorded(record: Record | None, base: Checkpoint, merged: Checkpoint) -> tuple[Finding, ...]:
+    """Whether base and MERGED are those that the record beside MERGED names."""
+    if record is None:
+        return ()
+    from adapterkit.registry.identity import compare
+    from adapterkit.registry.weights import cheap, identity_of
+
+    found = []
+    if record.base is not None and compare(record.base, identity_of(base, cheap(base))).verdict == "other":
+        text = f"{base.ref} is not the base that the record beside MERGED names ({record.base.label})"
+        found.append(Finding("other base", WARNING, text, "give that base, or go by the tensors below"))
+    if record.identity is not None and compare(record.identity, identity_of(merged, cheap(merged))).fits is False:
+        text = "MERGED changed since its record was written"
+        found.append(Finding("changed since", NOTE, text, f"see {beside_path(place(merged) or Path()).name}"))
+    return tuple(found)
+
+
+def open_inputs(merged: Ref | Checkpoint, base: Ref | Checkpoint) -> tuple[Checkpoint, Checkpoint]:
+    """MERGED and the base as they are stored.
+
+    Raises:
+        NotFound, CheckpointError, UnsafeError, AuthError, HubError
+    """
+    from adapterkit.checkpoint.checkpoint import Checkpoint as Opened
+
+    found = merged if isinstance(merged, Opened) else open_model(merged)
+    stored = base if isinstance(base, Opened) else open_model(base)
+    return found, stored

@@ -1,0 +1,449 @@
+"""The tensor level: every tensor of MERGED beside the view that `merge` would write, streamed in the same blocks.
+
+Two views are compared, so nothing is held but the blocks at hand. Where bytes are equal nothing more is asked. Where they
+are not, values decide: a merge by another tool is rounded otherwise, and a quantized file may be encoded otherwise; both
+are right as long as what differs is no more than rounding or the format explains, and the change is all there.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+from adapterkit.checkpoint.plan import default_jobs
+from adapterkit.ops.threads import settle
+from adapterkit.verbs.verify.report import (
+    EQUAL,
+    EXTRA,
+    FORMAT,
+    MISSING,
+    OFF,
+    RIGHT,
+    ROUNDING,
+    SHAPE,
+    TensorCheck,
+    TensorLevel,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import torch
+
+    from adapterkit.checkpoint.tensor import Tensor
+    from adapterkit.ops.fidelity import Sums
+    from adapterkit.verbs.verify.subject import Item, Subject
+
+CHUNK = 8 << 20  # bytes of untouched tensors per task
+WHOLE = 1 << 20  # elements up to which every row is measured
+SAMPLE = 16  # of a larger float tensor, one row in so many is
+MOST_STEPS = 4.0  # of the dtype: what a tool that rounds several times is off by
+AS_GOOD = 1.6  # squared error over that of our encoding; an importance matrix shifts it so much
+NEAR = 0.05  # of the retention, beside five standard errors
+NEAR_FORMAT = 0.1
+UNKNOWN_FORMAT = 3.0  # relative error of a format with b bits is at most this times 2^-b
+
+
+@dataclass
+class Tally:
+    """What the blocks of one weight showed so far; by the element a block starts at, so that sums keep their order."""
+
+    item: Item
+    missing: int
+    found: dict[int, Sums] = field(default_factory=dict)
+    ours: dict[int, Sums] = field(default_factory=dict)
+    differing: int = 0
+    steps: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A weight and what became of it."""
+
+    item: Item
+    status: str
+    sums: Sums
+    ours: Sums
+    differing: int
+    steps: float | None
+
+
+def compare(
+    subject: Subject, *, jobs: int | None = None, progress: Callable[[int, int], None] | None = None
+) -> tuple[Judged, ...]:
+    """Compare every weight that is in both.
+
+    Raises:
+        CheckpointError, AdapterError: something cannot be read or computed.
+    """
+    return _Comparison(subject, progress).run(jobs or default_jobs())
+
+
+class _Comparison:
+    def __init__(self, subject: Subject, progress: Callable[[int, int], None] | None) -> None:
+        self._subject, self._progress = subject, progress
+        self._total = sum(item.nbytes for item in subject.items)
+        self._done = 0
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._failure: BaseException | None = None
+        self._seen = threading.local()
+        self._judged: dict[str, Judged] = {}
+
+    def run(self, jobs: int) -> tuple[Judged, ...]:
+        # Large weights first would be quicker at the end; in order of the files is quicker on a disk.
+        tasks = deque(task for item in self._subject.items for task in self._tasks(item))
+        threads = [threading.Thread(target=self._worker, args=(tasks,), daemon=True) for _ in range(jobs)]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.1)
+                    if self._progress is not None:
+                        self._progress(min(self._done, self._total), self._total)
+        except BaseException:
+            self._stop.set()
+            for thread in threads:
+                thread.join()
+            raise
+        if self._failure is not None:
+            raise self._failure
+        return tuple(self._judged[item.name] for item in self._subject.items)
+
+    def _worker(self, tasks: deque[Callable[[], int]]) -> None:
+        try:
+            import torch
+
+            settle()
+            with torch.inference_mode():
+                while not self._stop.is_set():
+                    try:
+                        task = tasks.popleft()
+                    except IndexError:
+                        return
+                    count = task()
+                    with self._lock:
+                        self._done += count
+        except BaseException as error:
+            with self._lock:
+                self._failure = self._failure or error
+            self._stop.set()
+
+    def _tasks(self, item: Item) -> Iterator[Callable[[], int]]:
+        """Each task gives the bytes it compared."""
+        if item.merged is not None:
+            item.merged.watch = partial(self._watch, item.name)
+        if not item.parts:
+            tally = Tally(item, len(range(0, item.floats.numel, item.floats.block)))
+            for start in range(0, item.floats.numel, item.floats.block):
+                yield partial(self._values_only, tally, start)
+            return
+        expected, found = item.parts[0]
+        if expected.extent is not None and found.extent is not None and not item.touched:
+            chunks = range(0, expected.nbytes, CHUNK)
+            tally = Tally(item, len(chunks))
+            yield from (partial(self._bytes, tally, at) for at in chunks)
+            return
+        blocks = range(0, expected.numel, expected.block)
+        tally = Tally(item, len(blocks))
+        for start in blocks:
+            yield partial(self._block, tally, expected, found, start)
+
+    def _watch(self, name: str, start: int, base: torch.Tensor, wanted: torch.Tensor) -> None:
+        """Called by `Merged` while a block is computed, in the thread that asked for it."""
+        self._seen.__dict__.setdefault("blocks", []).append((start, base, wanted))
+
+    def _bytes(self, tally: Tally, at: int) -> int:
+        """Untouched on both sides: bytes against bytes."""
+        (expected, found) = tally.item.parts[0]
+        mine, theirs = expected.extent, found.extent
+        assert mine is not None
+        assert theirs is not None
+        count = min(CHUNK, mine.nbytes - at)
+        one = mine.source.read(mine.offset + at, count)
+        other = theirs.source.read(theirs.offset + at, count)
+        if one != other:
+            size = max(1, expected.dtype.bits // 8)
+            differing = _differing(one, other, size)
+            with tally.lock:
+                tally.differing += differing
+        self._finish(tally)
+        return count
+
+    def _block(self, tally: Tally, expected: Tensor, found: Tensor, start: int) -> int:
+        import torch
+
+        stop = min(start + expected.block, expected.numel)
+        self._seen.blocks = []
+        wanted = expected.read(start, stop)
+        there = found.read(start, stop)
+        same = torch.equal(wanted.view(torch.uint8), there.view(torch.uint8))
+        if not same:
+            unequal = int((wanted.view(torch.uint8) != there.view(torch.uint8)).view(len(wanted), -1).any(1).sum())
+            with tally.lock:
+                tally.differing += unequal
+        item = tally.item
+        for at, base, new in self._seen.blocks:
+            ready = (there, wanted) if item.format is None and at == start and len(new.view(-1)) == len(there) else None
+            self._measure(tally, at, base, new, ready, same)
+        if item.merged is None and item.base is not None:
+            self._beside(tally, expected, there, wanted, start, same)
+        elif item.merged is None and not same:
+            self._unwatched(tally, expected, there, wanted, start)
+        self._seen.blocks = []
+        self._finish(tally)
+        return int(there.numel()) * there.element_size()
+
+    def _values_only(self, tally: Tally, start: int) -> int:
+        """A format that is only read here: values against values."""
+        item = tally.item
+        self._seen.blocks = []
+        stop = min(start + item.floats.block, item.floats.numel)
+        wide = item.floats.read_wide(start, stop)
+        for at, base, new in self._seen.blocks:
+            self._measure(tally, at, base, new, None, False)
+        if item.merged is None:
+            columns = item.floats.shape[-1]
+            base = wide if item.base is None else item.base.read_wide(start, stop)
+            self._measure(tally, start, base.view(-1, columns), wide.float().view(-1, columns), None, False)
+        self._seen.blocks = []
+        self._finish(tally)
+        return item.values.dtype.nbytes((stop - start,))
+
+    def _measure(
+        self,
+        tally: Tally,
+        at: int,
+        base: torch.Tensor,
+        wanted: torch.Tensor,
+        ready: tuple[torch.Tensor, torch.Tensor] | None,
+        same: bool,
+    ) -> None:
+        """Sums of one block of the fold: W and W' as they were computed, and what is there."""
+        from adapterkit.ops.fidelity import block_sums
+        from adapterkit.verbs.verify.measure import steps
+
+        item = tally.item
+        columns = base.shape[-1]
+        there = (ready[0] if ready is not None else item.values.read(at, at + wanted.numel())).view(-1, columns)
+        off = 0.0
+        if not same and item.format is None and there.dtype.is_floating_point:
+            off = steps(base, wanted, there)
+        rows = slice(None)
+        if item.format is None and item.floats.numel > WHOLE and base.shape[0] >= SAMPLE:
+            # Some rows of every block, not always the first.
+            count = base.shape[0] // SAMPLE
+            first = at // item.floats.block % SAMPLE * count
+            rows = slice(first, first + count)
+        base, wanted, there = base[rows], wanted.view(-1, columns)[rows], there[rows]
+        sums = block_sums(base, wanted, there, error=True)
+        ours = sums
+        if not same:
+            mine = self._ours(item, wanted, ready, rows, columns)
+            ours = sums if mine is None else block_sums(base, wanted, mine, error=True)
+        with tally.lock:
+            tally.found[at], tally.ours[at] = sums, ours
+            tally.steps = max(tally.steps, off)
+
+    def _ours(
+        self,
+        item: Item,
+        wanted: torch.Tensor,
+        ready: tuple[torch.Tensor, torch.Tensor] | None,
+        rows: slice,
+        columns: int,
+    ) -> torch.Tensor | None:
+        """These rows as `merge` would write them, as floats again."""
+        if ready is not None:
+            return ready[1].view(-1, columns)[rows]
+        if item.format is None or not item.parts:
+            return None
+        return through(item)(wanted)
+
+    def _beside(
+        self, tally: Tally, expected: Tensor, there: torch.Tensor, wanted: torch.Tensor, start: int, same: bool
+    ) -> None:
+        """A block of rows of a fold in another order: the base is read beside it."""
+        item = tally.item
+        assert item.base is not None
+        stop = min(start + expected.block, expected.numel)
+        columns = item.floats.shape[-1] if item.floats.shape else 1
+        new = item.floats.read_wide(start, stop).float().view(-1, columns)
+        base = item.base.read_wide(start, stop).view(-1, columns)
+        ready = (there, wanted) if item.format is None else None
+        self._measure(tally, start, base, new, ready, same)
+
+    def _unwatched(self, tally: Tally, expected: Tensor, there: torch.Tensor, wanted: torch.Tensor, start: int) -> None:
+        """A block that adapters do not add to, and that is other than it should be."""
+        from adapterkit.ops.fidelity import block_sums
+        from adapterkit.verbs.verify.measure import steps
+
+        item = tally.item
+        if item.format is None:
+            if not there.dtype.is_floating_point:
+                with tally.lock:
+                    tally.steps = float("inf")
+                return
+            one = wanted.view(-1, 1)
+            off = steps(one, expected.read_wide(start, start + len(wanted)).view(-1, 1), there.view(-1, 1))
+            sums = block_sums(one, one, there, error=True)
+            with tally.lock:
+                tally.steps = max(tally.steps, off)
+                tally.found[start], tally.ours[start] = sums, block_sums(one, one, one, error=True)
+            return
+        stop = min(start + expected.block, expected.numel) * _pack(expected)
+        start *= _pack(expected)
+        new = item.floats.read_wide(start, stop).float().view(-1, item.floats.shape[-1])
+        sums = block_sums(new, new, item.values.read(start, stop), error=True)
+        with tally.lock:
+            tally.found[start], tally.ours[start] = sums, block_sums(new, new, through(item)(new), error=True)
+
+    def _finish(self, tally: Tally) -> None:
+        with tally.lock:
+            tally.missing -= 1
+            if tally.missing:
+                return
+        item = tally.item
+        for expected, found in item.parts[1:]:
+            self._seen.blocks = []
+            one, other = (tensor.read(0, tensor.numel) for tensor in (expected, found))
+            tally.differing += int((one != other).sum())
+            expected.release()
+        (item.parts[0][0] if item.parts else item.floats).release()
+        item.values.release()
+        judged = judge(tally)
+        with self._lock:
+            self._judged[item.name] = judged
+
+
+def _pack(expected: Tensor) -> int:
+    """Weights per element of what is compared: codes of four bits share a byte."""
+    from adapterkit.checkpoint.encoded import Encoded
+
+    return expected.weight.numel // expected.numel if isinstance(expected, Encoded) else 1
+
+
+def _differing(one: bytes, other: bytes, size: int) -> int:
+    import torch
+
+    mine, theirs = (torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in (one, other))
+    count = len(mine) // size * size
+    odd = bool((mine[count:] != theirs[count:]).any())
+    return int((mine[:count] != theirs[:count]).view(-1, size).any(1).sum()) + odd
+
+
+def through(item: Item) -> Callable[[torch.Tensor], torch.Tensor]:
+    """decode(encode(.)) of whole rows, by this weight's format."""
+    from adapterkit.adapters.fidelity import through_format
+    from adapterkit.gguf.types import TYPES
+
+    if item.format in TYPES:
+        return partial(_through_gguf, item.format)
+    found = through_format(item.format or "", item.floats.shape)
+    assert found is not None
+    return found
+
+
+def _through_gguf(kind: str, rows: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    from adapterkit.gguf.encode import decode, encode
+
+    return torch.from_numpy(decode(kind, encode(kind, rows.float()), rows.shape[-1]))
+
+
+def judge(tally: Tally) -> Judged:
+    """Whether a weight is right, from what its blocks showed."""
+    from adapterkit.ops.fidelity import Sums
+
+    item = tally.item
+    sums = sum((tally.found[at] for at in sorted(tally.found)), Sums())
+    ours = sum((tally.ours[at] for at in sorted(tally.ours)), Sums())
+    near = abs(sums.retention - ours.retention) - 5 * sums.uncertainty
+    steps: float | None = None
+    if item.parts and not tally.differing:
+        status = EQUAL
+    elif item.format is None:
+        steps = tally.steps
+        # Untouched tensors that are both plain bytes are never measured: they are equal or they are not.
+        measured = bool(tally.found)
+        status = ROUNDING if measured and steps <= MOST_STEPS and near <= NEAR else OFF
+    elif item.parts:
+        status = FORMAT if sums.ee <= AS_GOOD * ours.ee and near <= NEAR_FORMAT else OFF
+    else:
+        limit = UNKNOWN_FORMAT * 2.0**-item.bits
+        near = abs(sums.retention - 1) - 5 * sums.uncertainty
+        status = FORMAT if sums.off <= limit and near <= NEAR_FORMAT else OFF
+    return Judged(item, status, sums, ours, tally.differing, steps)
+
+
+def level(subject: Subject, judged: tuple[Judged, ...], named: dict[str, str], started: float) -> TensorLevel:
+    """The figures of the level; ``named`` says which finding a tensor is part of."""
+    from adapterkit.ops.fidelity import Sums
+
+    counts: dict[str, int] = {}
+    rows: list[TensorCheck] = []
+    total = Sums()
+    for one in judged:
+        counts[one.status] = counts.get(one.status, 0) + 1
+        if one.item.touched and one.sums.count:
+            # Sampled tensors count as whole ones.
+            scale = one.item.floats.numel / one.sums.count
+            total += one.sums.scaled(scale)
+        if one.item.touched or one.status not in RIGHT:
+            rows.append(_row(one, named.get(one.item.name, "")))
+    for status, names in ((MISSING, subject.missing), (EXTRA, subject.extra)):
+        for name in names:
+            counts[status] = counts.get(status, 0) + 1
+            tensor = subject.found.get(name) or subject.folded.checkpoint.get(name)
+            shape, dtype = (tensor.shape, str(tensor.dtype)) if tensor is not None else ((), "")
+            rows.append(
+                TensorCheck(name, status, name in subject.folded.touched, dtype, shape, finding=named.get(name, ""))
+            )
+    for name, shape, _ in subject.misshapen:
+        counts[SHAPE] = counts.get(SHAPE, 0) + 1
+        touched = name in subject.folded.touched
+        rows.append(TensorCheck(name, SHAPE, touched, "", shape, finding=named.get(name, "")))
+    untouched = sum(1 for one in judged if not one.item.touched and one.status == EQUAL)
+    return TensorLevel(
+        len(subject.folded.checkpoint),
+        len(subject.folded.touched),
+        counts,
+        untouched,
+        total.retention,
+        total.cosine,
+        total.relative,
+        total.unmoved,
+        total.error,
+        tuple(rows),
+        sum(one.item.nbytes for one in judged),
+        time.monotonic() - started,
+    )
+
+
+def _row(one: Judged, finding: str) -> TensorCheck:
+    item, sums = one.item, one.sums
+    dtype = item.format or str(item.values.dtype)
+    known = item.touched and sums.count > 0
+    return TensorCheck(
+        item.name,
+        one.status,
+        item.touched,
+        dtype,
+        item.values.shape,
+        item.floats.how,
+        relative=sums.relative if known else None,
+        retention=sums.retention if known else None,
+        cosine=sums.cosine if known else None,
+        unmoved=sums.unmoved if known else None,
+        error=sums.error if sums.count else None,
+        ours=one.ours.error if sums.count else None,
+        differing=one.differing,
+        steps=one.steps if one.steps is not None and one.steps != float("inf") else None,
+        finding=finding,
+    )
