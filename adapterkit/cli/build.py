@@ -7,21 +7,24 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adapterkit.cli.annotate import append_summary, output_format, write_report
+from adapterkit.cli.annotate import append_summary, output_options, write_report
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
 
 if TYPE_CHECKING:
     from adapterkit.recipe.report import BuildPlan, BuildReport
 
 
-@click.command(name="build", short_help="Carry out a recipe: merge, convert, verify, register, push, reproducibly.")
+@click.command(
+    name="build",
+    short_help="Carry out a recipe: merge, convert, verify, register, push, reproducibly.",
+    params=[*output_options("github")],
+)
 @click.argument("recipe", required=False, metavar="[RECIPE.toml]")
 @click.option("--plan", "plan_only", is_flag=True, help="Print everything that will happen, from headers, and stop.")
 @click.option("--locked", is_flag=True, help="Use the lock, and exit with 3 if anything that it holds moved.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run; keep finished work if interrupted again.")
 @click.option("--force", is_flag=True, help="Replace outputs that this recipe did not make, or that changed since.")
-@output_format("github")
 @click.option("--json", "as_json", is_flag=True, help="Print the report (with --plan: the plan) as JSON.")
 def command(
     recipe: str | None,
