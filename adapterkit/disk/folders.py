@@ -6,8 +6,8 @@ first. It is used, and emptied, only if it is
 
 * a folder and no link, opened by ``O_NOFOLLOW`` and locked by that same handle;
 * of the same owner as what this user makes there;
-* marked as ours, or empty. The mark is the sticky bit, which no clone of a repository and no plain copy carries over, and
-  which the folder loses when it has become the target. Where a file system keeps no such bit, a file marks the folder; it
+* marked as ours, or empty. The mark is the sticky bit, which no clone of a repository carries over, and which the folder
+  loses when it has become the target. Where a file system keeps no such bit, a file marks the folder; it
   names the folder's inode, so that it is worth nothing anywhere else.
 
 Replacing a target (``--force``) takes one exchange of names, or two renames where the system has no exchange. In between

@@ -129,13 +129,25 @@ def _keep(home: Home, fd: int, temporary: Path, digest: str, size: int) -> Blob:
     if has(home, digest, size):
         _touch(target)
         return Blob(digest, size, False)
-    os.fchmod(fd, 0o444) if hasattr(os, "fchmod") else temporary.chmod(0o444)
+    _protect(fd, temporary)
     disk.fsync(fd)
     disk.make_folder(target.parent)
     if target.exists():
         set_aside(home, target, "wrong-size")
     disk.publish_over(temporary, target)
     return Blob(digest, size, True)
+
+
+def _protect(fd: int, path: Path) -> None:
+    """Takes the permission to write, where the file system knows any."""
+    try:
+        if hasattr(os, "fchmod"):
+            os.fchmod(fd, 0o444)
+        else:
+            path.chmod(0o444)
+    except OSError as error:
+        if error.errno not in disk.calls.LACKING:
+            raise
 
 
 def _put_link(home: Home, path: Path) -> Blob | None:
