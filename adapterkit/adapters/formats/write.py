@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import PREFIX
+from adapterkit.adapters.keys import PREFIX
 from adapterkit.adapters.adapter import WEIGHTS as PEFT_WEIGHTS
 from adapterkit.adapters.edits import method_of
 from adapterkit.adapters.formats import mlx
