@@ -59,7 +59,7 @@ class Extras:
     side: Mapping[str, bytes] = field(default_factory=dict)
 
 
-class Held(Tensor):
+class InMemory(Tensor):
     """A small float32 tensor in memory, as a handle."""
 
     def __init__(self, name: str, values: torch.Tensor) -> None:
