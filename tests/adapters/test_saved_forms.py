@@ -63,7 +63,8 @@ def test_every_form_of_the_keys_means_the_same(form: str) -> None:
 
 def test_keys_as_peft_writes_them_need_no_note() -> None:
     found, notes = plain_keys(dict.fromkeys(KEYS), "file")
-    assert set(found) == {key.removeprefix("base_model.model.") for key in KEYS} and notes == ()
+    assert set(found) == {key.removeprefix("base_model.model.") for key in KEYS}
+    assert notes == ()
 
 
 def test_a_module_called_module_is_kept_where_others_are_beside_it() -> None:
@@ -148,7 +149,8 @@ def test_a_sharded_adapter_converts_to_one_file(sharded: tuple[Path, Path, Path]
     _, whole, adapter = sharded
     adapterkit.convert(adapter, tmp_path / "out", to="peft")
     found, want = read_tensors(tmp_path / "out"), read_tensors(whole)
-    assert set(found) == set(want) and all(found[name].equal(want[name]) for name in want)
+    assert set(found) == set(want)
+    assert all(found[name].equal(want[name]) for name in want)
 
 
 def test_a_missing_shard_is_named(sharded: tuple[Path, Path, Path]) -> None:
