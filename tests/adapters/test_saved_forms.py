@@ -73,7 +73,7 @@ def test_a_module_called_module_is_kept_where_others_are_beside_it() -> None:
 
 
 def test_two_keys_that_become_one_are_refused() -> None:
-    with pytest.raises(AdapterError, match="two tensors for 'model.layers.0.self_attn.q_proj.lora_A.weight'"):
+    with pytest.raises(AdapterError, match=r"two tensors for 'model.layers.0.self_attn.q_proj.lora_A.weight'"):
         plain_keys(dict.fromkeys([KEYS[0], "_orig_mod." + KEYS[0]]), "file")
 
 
