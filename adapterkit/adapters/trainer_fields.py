@@ -24,6 +24,7 @@ TRAINER_FIELDS: Mapping[str, str] = {
     "dtype": "the dtype of the base at training time",
 }
 
+
 def decides_nothing(name: str, value: Any) -> bool:
     """Whether a field of that value leaves the merged weights as they are."""
     return value in (None, False, "", [], {}) or name in TRAINER_FIELDS
