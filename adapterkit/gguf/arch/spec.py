@@ -61,7 +61,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Factors:
+class ComputedTensor:
     """A small tensor that is computed from the config: divisors of rotary frequencies."""
 
     tensor: str
@@ -125,7 +125,7 @@ class ArchSpec:
     keys: tuple[Key, ...] = ()
     common: bool = True
     leave: tuple[str, ...] = ()
-    factors: tuple[Factors, ...] = ()
+    factors: tuple[ComputedTensor, ...] = ()
     vocab: str = "auto"
     drops: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ()

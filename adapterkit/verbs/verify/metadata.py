@@ -45,7 +45,7 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class Row:
+class MetadataRow:
     """Keys whose difference is one finding.
 
     Attributes:
@@ -62,35 +62,37 @@ class Row:
 
 
 ROWS = (
-    Row("rope base", ("rope.freq_base*",), ERROR, "positions are read otherwise than in training"),
-    Row("rope scaling", ("rope.*",), ERROR, "positions are read otherwise than in training"),
-    Row("norm epsilon", ("*epsilon",), ERROR, "every norm gives other values"),
-    Row(
+    MetadataRow("rope base", ("rope.freq_base*",), ERROR, "positions are read otherwise than in training"),
+    MetadataRow("rope scaling", ("rope.*",), ERROR, "positions are read otherwise than in training"),
+    MetadataRow("norm epsilon", ("*epsilon",), ERROR, "every norm gives other values"),
+    MetadataRow(
         "head count",
         ("attention.head_count*", "attention.key_length*", "attention.value_length*"),
         ERROR,
         "q, k and v are cut at other places",
     ),
-    Row("context length", ("context_length",), WARNING, "servers allow more or less text than the base was made for"),
-    Row(
+    MetadataRow(
+        "context length", ("context_length",), WARNING, "servers allow more or less text than the base was made for"
+    ),
+    MetadataRow(
         "sizes",
         ("*feed_forward_length", "embedding_length*", "block_count", "vocab_size"),
         WARNING,
         "servers may refuse to load it",
     ),
-    Row("experts", ("expert*",), ERROR, "tokens go to other experts, or with other weights"),
-    Row("attention", ("attention.*", "*softcapping", "*_scale"), ERROR, "attention or its scales are others"),
-    Row("tokenizer", (MODEL, TOKENS, MERGES), ERROR, "text becomes other tokens"),
-    Row("pre-tokenizer", (PRE,), ERROR, "text is cut at other places before it becomes tokens"),
-    Row("token types", (TYPES,), WARNING, "special tokens are read or shown otherwise"),
-    Row("token scores", (SCORES,), WARNING, "text may become other tokens"),
-    Row("bos token", (special.KEYS["bos"],), ERROR, "texts begin otherwise than in training"),
-    Row("eos token", (special.KEYS["eos"],), ERROR, "answers end too early, or not at all"),
-    Row("special tokens", ("tokenizer.ggml.*_token_id",), WARNING, "some special tokens are others"),
-    Row("added tokens", tuple(special.ADDS.values()), ERROR, "texts begin or end otherwise than in training"),
-    Row("chat template", (templates.TEMPLATE,), WARNING, "messages are put together otherwise"),
-    Row("tokenizer", ("tokenizer.*",), WARNING, "it may treat text otherwise"),
-    Row("config", ("*",), WARNING, "the model may be computed otherwise"),
+    MetadataRow("experts", ("expert*",), ERROR, "tokens go to other experts, or with other weights"),
+    MetadataRow("attention", ("attention.*", "*softcapping", "*_scale"), ERROR, "attention or its scales are others"),
+    MetadataRow("tokenizer", (MODEL, TOKENS, MERGES), ERROR, "text becomes other tokens"),
+    MetadataRow("pre-tokenizer", (PRE,), ERROR, "text is cut at other places before it becomes tokens"),
+    MetadataRow("token types", (TYPES,), WARNING, "special tokens are read or shown otherwise"),
+    MetadataRow("token scores", (SCORES,), WARNING, "text may become other tokens"),
+    MetadataRow("bos token", (special.KEYS["bos"],), ERROR, "texts begin otherwise than in training"),
+    MetadataRow("eos token", (special.KEYS["eos"],), ERROR, "answers end too early, or not at all"),
+    MetadataRow("special tokens", ("tokenizer.ggml.*_token_id",), WARNING, "some special tokens are others"),
+    MetadataRow("added tokens", tuple(special.ADDS.values()), ERROR, "texts begin or end otherwise than in training"),
+    MetadataRow("chat template", (templates.TEMPLATE,), WARNING, "messages are put together otherwise"),
+    MetadataRow("tokenizer", ("tokenizer.*",), WARNING, "it may treat text otherwise"),
+    MetadataRow("config", ("*",), WARNING, "the model may be computed otherwise"),
 )
 
 # Keys that change answers wherever they stand.
@@ -233,7 +235,7 @@ def _idle(name: str, arch: str, mine: GGUFHeader, theirs: GGUFHeader) -> bool:
     return detail and all(value(kind, arch, one) == "none" for one in (mine, theirs))
 
 
-def _finding(row: Row, says: str) -> Finding:
+def _finding(row: MetadataRow, says: str) -> Finding:
     return Finding(row.kind, row.severity, f"{says}: {row.does}", "convert again with the base's own files")
 
 
