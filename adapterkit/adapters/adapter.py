@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.tensor import Tensor
 
 WEIGHTS = ADAPTER_WEIGHTS
-PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class Adapter:
         side_files: tokenizer and chat template, if it brings its own.
         commit: the Hub commit it was read from.
         notes: what a user should know about how it was read.
+        shards: the other weight files, where it has several.
     """
 
     ref: str
@@ -41,6 +41,12 @@ class Adapter:
     side_files: tuple[SideFile, ...] = ()
     commit: str | None = None
     notes: tuple[str, ...] = field(default=())
+    shards: tuple[Source, ...] = field(default=())
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Every weight file."""
+        return (self.source, *self.shards)
 
     @property
     def parameters(self) -> int:

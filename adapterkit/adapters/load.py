@@ -5,13 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.adapter import PREFIX, WEIGHTS, Adapter
+from adapterkit.adapters.adapter import WEIGHTS, Adapter
 from adapterkit.adapters.config import PARTS, AdapterConfig
 from adapterkit.adapters.experts import order_notes
 from adapterkit.adapters.formats import mlx
+from adapterkit.adapters.keys import plain_keys
 from adapterkit.checkpoint.checkpoint import SideFile
 from adapterkit.checkpoint.files import LocalFile
-from adapterkit.checkpoint.folder import ADAPTER_CONFIG, PICKLES, PIPELINE_WEIGHTS, side_names
+from adapterkit.checkpoint.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_INDEX,
+    PICKLES,
+    PIPELINE_WEIGHTS,
+    read_shards,
+    side_names,
+)
 from adapterkit.checkpoint.header import parse_header
 from adapterkit.checkpoint.open import locate
 from adapterkit.checkpoint.tensor import Stored
@@ -58,14 +66,13 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
         return Adapter(listing.ref, config, tensors, source, commit=listing.commit, notes=("read as an MLX adapter",))
     if not config.peft_type:
         raise AdapterError(f"{config.where} names no peft_type", "it is not a PEFT adapter config, or a damaged one")
-    if WEIGHTS not in listing.names:
-        raise _no_weights(listing)
-    source, stored = _stored(listing, WEIGHTS)
-    tensors, notes = _plain_keys(stored, source.name)
+    sources, weights = _weights(listing)
+    tensors, notes = plain_keys(weights, sources[0].name)
     side_files = tuple(
         SideFile(name, listing.open(name)) for name in side_names(listing.names, {WEIGHTS}) if is_brought(name)
     )
-    return Adapter(listing.ref, config, tensors, source, side_files, listing.commit, (*notes, *order_notes(config)))
+    notes = (*notes, *order_notes(config))
+    return Adapter(listing.ref, config, tensors, sources[0], side_files, listing.commit, notes, sources[1:])
 
 
 def file_and_parts(ref: str | Path) -> tuple[Path, tuple[str, ...]]:
@@ -115,6 +122,22 @@ def _single_file(source: Source, ref: str, commit: str | None = None, only: tupl
     raise AdapterError(f"{ref} has no keys of a single-file adapter", "give the folder with adapter_config.json")
 
 
+def _weights(listing: Listing) -> tuple[tuple[Source, ...], Mapping[str, Tensor]]:
+    """The weight file of a PEFT folder, or the several that an index names (transformers splits large adapters).
+
+    Raises:
+        NotFound: there are none, or one that the index names is missing.
+        UnsafeError: pickles only, or an index that leads out of the folder.
+        CheckpointError: the index and the files contradict each other.
+    """
+    if WEIGHTS in listing.names:
+        source, stored = _stored(listing, WEIGHTS)
+        return (source,), stored
+    if ADAPTER_INDEX not in listing.names:
+        raise _no_weights(listing)
+    return read_shards(listing, ADAPTER_INDEX)
+
+
 def _stored(listing: Listing, name: str) -> tuple[Source, dict[str, Stored]]:
     source = listing.open(name)
     header = parse_header(source.read, source.size, source.name)
@@ -137,51 +160,6 @@ _BROUGHT = (
 def is_brought(name: str) -> bool:
     """Whether a file beside an adapter is a tokenizer's."""
     return name.startswith(_BROUGHT)
-
-
-def _plain_keys(stored: Mapping[str, Stored], where: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Keys without ``base_model.model.`` and without an adapter's name left in them."""
-    tensors: dict[str, Tensor] = {}
-    bare, named = 0, 0
-    for name, tensor in stored.items():
-        key = name
-        if key.startswith(PREFIX):
-            key = key.removeprefix(PREFIX)
-        elif key.startswith("base_model."):
-            key = key.removeprefix("base_model.")  # tensors shared by all modules lie one level higher
-        else:
-            bare += 1
-        plain = _without_adapter_name(key)
-        named += plain != key
-        if plain in tensors:
-            raise AdapterError(f"{where} holds two tensors for '{plain}'", "it mixes several adapters; save one alone")
-        tensors[plain] = tensor
-    notes = []
-    if bare:
-        notes.append(f"{bare} keys lack the prefix base_model.model.; read as module paths")
-    if named:
-        notes.append(f"{named} keys carry an adapter's name, as in lora_A.default.weight; it was dropped")
-    return tensors, tuple(notes)
-
-
-_INFIXED = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "modules_to_save")
-
-
-def _without_adapter_name(key: str) -> str:
-    parts = key.split(".")
-    for at, part in enumerate(parts):
-        if part not in _INFIXED:
-            continue
-        rest = parts[at + 1 :]
-        if part == "modules_to_save":
-            return ".".join([*parts[:at], *rest[1:]]) if len(rest) > 1 else key
-        if part == "lora_magnitude_vector" and rest in ([], ["weight"]):
-            return ".".join(parts[: at + 1])
-        if len(rest) == 2 and rest[1] in ("weight", "bias"):
-            return ".".join([*parts[: at + 1], rest[1]])
-        if part.startswith("lora_embedding") and len(rest) == 1:
-            return ".".join(parts[: at + 1])
-    return key
 
 
 def _no_config(listing: Listing) -> Exception:

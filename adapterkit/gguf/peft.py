@@ -6,8 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import PREFIX
 from adapterkit.adapters.change import matrix
+from adapterkit.adapters.keys import PREFIX
 from adapterkit.adapters.names import Names
 from adapterkit.errors import TargetError, UsageError
 from adapterkit.gguf.checkpoint import GGUFCheckpoint

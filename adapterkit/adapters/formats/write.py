@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import PREFIX
 from adapterkit.adapters.adapter import WEIGHTS as PEFT_WEIGHTS
 from adapterkit.adapters.edits import method_of
 from adapterkit.adapters.formats import mlx
 from adapterkit.adapters.formats.plain import PlainFactors, resolved
 from adapterkit.adapters.formats.views import FunctionTensor, turned
+from adapterkit.adapters.keys import PREFIX
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG
 from adapterkit.checkpoint.tensor import Renamed
 from adapterkit.dtypes import F32

@@ -38,7 +38,7 @@ def open_adapter(src: Ref, options: ConvertOptions) -> tuple[Adapter, Checkpoint
 
 def planned_files(adapter: Adapter, files: AdapterFiles, to: str) -> Conversion:
     """The plan of an adapter's files."""
-    return planned_tensors(adapter.ref, files, (adapter.source,), to, adapter.notes)
+    return planned_tensors(adapter.ref, files, adapter.sources, to, adapter.notes)
 
 
 def planned_tensors(
@@ -87,7 +87,7 @@ def _computed(
     notes = check_rank(options.rank, options.energy, open_family([adapter], base).slots.values())
     nothing = plan_file("nothing", [], {})
     return Computed(
-        adapter.ref, to, nothing, {}, (adapter.source,), {}, {}, (*adapter.notes, *notes),
+        adapter.ref, to, nothing, {}, adapter.sources, {}, {}, (*adapter.notes, *notes),
         adapter=adapter, options=options, layout=layout,
     )  # fmt: skip
 

@@ -19,4 +19,4 @@ def plan(src: Ref, options: ConvertOptions, jobs: int) -> Conversion:
     planned = plan_gguf(FileLayout(tensors, entries), jobs=jobs, request={"verb": "convert", "to": "gguf-lora"})
     handles = {tensor.name: tensor for tensor in tensors}
     notes = (*adapter.notes, *notes)
-    return Conversion(adapter.ref, "gguf-lora", planned, handles, (adapter.source,), count_types(handles), {}, notes)
+    return Conversion(adapter.ref, "gguf-lora", planned, handles, adapter.sources, count_types(handles), {}, notes)
