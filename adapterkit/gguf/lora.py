@@ -105,7 +105,8 @@ def lora_tensors(
             # PEFT saves embeddings that it did not train beside a LoRA on them; the model has them already.
             notes.append(f"{edit.target.parameter} was saved with the adapter and not trained; it is left out")
             continue
-        ignored = next((tensor for tensor in edit.target.tensors if tensor.endswith(IGNORED)), None)
+        deaf = (*IGNORED, *names.no_lora)
+        ignored = next((tensor for tensor in edit.target.tensors if tensor.endswith(deaf)), None)
         if ignored is not None:
             raise UnsupportedAdapter(
                 f"{adapter.ref} changes {edit.target.parameter}, and llama.cpp applies no LoRA to '{ignored}'",

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.adapter import Adapter, load_adapter
+from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.fold import fold
+from adapterkit.adapters.load import load_adapter
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
-from adapterkit.checkpoint.open import parse_hub
+from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import AdapterkitError, UnsafeError, UsageError
 from adapterkit.provenance.fits import compare_bases
 from adapterkit.serving.expectations import FEATURES, SERVERS

@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import Adapter, load_adapter
+from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.experts import in_order
+from adapterkit.adapters.load import load_adapter
 from adapterkit.bases import open_base, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_as_trained import adapter, model, saved_quantized
 
-from adapterkit.adapters.adapter import load_adapter
 from adapterkit.adapters.as_trained import as_trained
 from adapterkit.adapters.fidelity import Watch, already_on_grid, left_on_grid
 from adapterkit.adapters.fold import fold
+from adapterkit.adapters.load import load_adapter
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.checkpoint.save import save
