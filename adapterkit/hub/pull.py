@@ -18,7 +18,7 @@ from typing import Any
 
 from adapterkit import disk
 from adapterkit.checkpoint.hub import hub_errors
-from adapterkit.checkpoint.open import parse_hub
+from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import CheckFailed, HubError, NotFound, OutputError, UsageError
 from adapterkit.hub.files import allowed
 from adapterkit.registry.home import Home, entries, open_home

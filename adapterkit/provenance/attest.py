@@ -25,7 +25,7 @@ from typing import Any
 
 from adapterkit import disk
 from adapterkit.bases import open_model
-from adapterkit.checkpoint.open import parse_hub
+from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import AdapterkitError, NotFound, UsageError
 from adapterkit.provenance.record import entry
 from adapterkit.registry import index, store
