@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import PREFIX
+from adapterkit.adapters.keys import PREFIX
 from adapterkit.checkpoint.journal import block_digest, tensor_digest
 from adapterkit.checkpoint.tensor import Renamed, Tensor
 from adapterkit.dtypes import F32, DType
@@ -56,7 +56,7 @@ class Extras:
     side: Mapping[str, bytes] = field(default_factory=dict)
 
 
-class Held(Tensor):
+class InMemory(Tensor):
     """A small float32 tensor in memory, as a handle."""
 
     def __init__(self, name: str, values: torch.Tensor) -> None:

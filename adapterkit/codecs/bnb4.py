@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.codecs.codec import AGAIN, Codec, Part, Parts, Weight, check_shape, companion, stems, whole
+from adapterkit.codecs.codec import AGAIN, Codec, Parts, StoredTensor, Weight, check_shape, companion, stems, whole
 from adapterkit.dtypes import BF16, F16, F32, DType
 from adapterkit.errors import CheckpointError
 
@@ -32,7 +32,7 @@ MAX_STATE = 4096  # bytes of JSON
 
 
 @dataclass(frozen=True)
-class State:
+class QuantState:
     """What the JSON of a 4-bit weight says."""
 
     kind: str
@@ -51,7 +51,7 @@ class State:
         return -(-self.count // self.blocksize)
 
 
-def read_state(part: Part) -> State:
+def read_state(part: StoredTensor) -> QuantState:
     """The state of a weight.
 
     Raises:
@@ -62,7 +62,7 @@ def read_state(part: Part) -> State:
     try:
         found = json.loads(part.raw().decode("utf-8"))
         shape = tuple(found["shape"])
-        state = State(
+        state = QuantState(
             found["quant_type"],
             found["blocksize"],
             DTYPES[found["dtype"]],
@@ -98,7 +98,7 @@ def _weight(parts: Parts, name: str, kind: str) -> Weight:
     absmax = check_shape(companion(parts, f"{name}.absmax", name, what), (state.blocks,), what)
     table = check_shape(companion(parts, f"{name}.quant_map", name, what), (16,), what)
     used = [packed, absmax, table, state_part]
-    nested: tuple[Part, Part] | None = None
+    nested: tuple[StoredTensor, StoredTensor] | None = None
     if f"{name}.nested_absmax" in parts or state.nested_blocksize:
         blocks = -(-state.blocks // max(state.nested_blocksize, 1))
         nested = (
@@ -121,7 +121,9 @@ def _weight(parts: Parts, name: str, kind: str) -> Weight:
     return Weight(name, state.shape, state.dtype, tuple(used), how, grain, load, 4 * state.blocks)
 
 
-def _decoder(state: State, packed: Part, absmax: Part, nested: tuple[Part, Part] | None) -> Decode:
+def _decoder(
+    state: QuantState, packed: StoredTensor, absmax: StoredTensor, nested: tuple[StoredTensor, StoredTensor] | None
+) -> Decode:
     import torch
 
     from adapterkit.codecs.blockwise import decode_4bit, unnest

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.codecs.codec import AGAIN, Codec, Part, Parts, Weight, check_shape, companion, stems, whole
+from adapterkit.codecs.codec import AGAIN, Codec, Parts, StoredTensor, Weight, check_shape, companion, stems, whole
 from adapterkit.dtypes import F32
 from adapterkit.errors import CheckpointError
 
@@ -40,7 +40,7 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
         yield _weight(weight, scales, tuple(used))
 
 
-def _weight(weight: Part, scales: Part, used: tuple[Part, ...]) -> Weight:
+def _weight(weight: StoredTensor, scales: StoredTensor, used: tuple[StoredTensor, ...]) -> Weight:
     rows, columns = weight.shape
 
     def load() -> Decode:

@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.codecs.codec import Codec, Part, Parts, Weight, block_size, stems
-from adapterkit.codecs.scaled import Scaled, grid_of, grid_scales
+from adapterkit.codecs.codec import Codec, Parts, StoredTensor, Weight, block_size, stems
+from adapterkit.codecs.scaled import ScaledWeight, grid_of, grid_scales
 from adapterkit.dtypes import BF16, F32
 
 if TYPE_CHECKING:
@@ -54,13 +54,15 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
                 yield _pairs(codes, parts[stem + end], blocks, beside(parts, name))
 
 
-def beside(parts: Parts, name: str) -> tuple[Part, ...]:
+def beside(parts: Parts, name: str) -> tuple[StoredTensor, ...]:
     """The tensors of the same module that only quantized inference uses."""
     stem = name.rpartition(".")[0]
     return tuple(parts[f"{stem}.{leaf}"] for leaf in BESIDE if f"{stem}.{leaf}" in parts)
 
 
-def _float8(codes: Part, scale: Part, blocks: list[tuple[int, int]], more: tuple[Part, ...]) -> Weight:
+def _float8(
+    codes: StoredTensor, scale: StoredTensor, blocks: list[tuple[int, int]], more: tuple[StoredTensor, ...]
+) -> Weight:
     from_floats = scale.dtype.is_float and scale.dtype.bits >= 16
     block, grid = grid_of(codes.shape, scale, blocks)
 
@@ -69,7 +71,7 @@ def _float8(codes: Part, scale: Part, blocks: list[tuple[int, int]], more: tuple
 
         return floats(rows)
 
-    return Scaled(
+    return ScaledWeight(
         codes.name,
         codes.shape,
         F32 if from_floats else BF16,
@@ -83,7 +85,9 @@ def _float8(codes: Part, scale: Part, blocks: list[tuple[int, int]], more: tuple
     ).weight()
 
 
-def _pairs(codes: Part, scale: Part, blocks: list[tuple[int, int]], more: tuple[Part, ...]) -> Weight:
+def _pairs(
+    codes: StoredTensor, scale: StoredTensor, blocks: list[tuple[int, int]], more: tuple[StoredTensor, ...]
+) -> Weight:
     """FP4: two values per byte; with `weight_scale_2` it is NVFP4."""
     shape = (*codes.shape[:-1], codes.shape[-1] * 2)
     block, grid = grid_of(shape, scale, [])
@@ -94,7 +98,7 @@ def _pairs(codes: Part, scale: Part, blocks: list[tuple[int, int]], more: tuple[
 
         return e2m1(rows)
 
-    return Scaled(
+    return ScaledWeight(
         codes.name,
         shape,
         BF16 if over is None else F32,

@@ -15,8 +15,8 @@ from adapterkit.codecs.codec import (
     AGAIN,
     FLOATS,
     Codec,
-    Part,
     Parts,
+    StoredTensor,
     Weight,
     check_dtype,
     check_shape,
@@ -60,7 +60,7 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
         yield _weight(parts, stem)
 
 
-def _number(part: Part) -> int:
+def _number(part: StoredTensor) -> int:
     return int.from_bytes(part.raw(), "little", signed=part.dtype.code.startswith("I"))
 
 
@@ -102,7 +102,9 @@ def _weight(parts: Parts, stem: str) -> Weight:
     return Weight(f"{stem}.weight", shape, dtype, (packed, scale, zero, *used), how, columns, load, memory)
 
 
-def _decoder(packed: Part, scale: Part, zero: Part, dtype: DType, bits: int, count: int, axis: int) -> Decode:
+def _decoder(
+    packed: StoredTensor, scale: StoredTensor, zero: StoredTensor, dtype: DType, bits: int, count: int, axis: int
+) -> Decode:
     import torch
 
     scales, zeros = whole(scale).to(dtype.torch), whole(zero).to(dtype.torch)

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.codecs.codec import Codec, Part, Parts, Weight, check_dtype, check_shape, companion, stems
+from adapterkit.codecs.codec import Codec, Parts, StoredTensor, Weight, check_dtype, check_shape, companion, stems
 from adapterkit.dtypes import BF16
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
         yield _weight(name, blocks, check_shape(scales, blocks.shape[:-1], "mxfp4"))
 
 
-def _weight(name: str, blocks: Part, scales: Part) -> Weight:
+def _weight(name: str, blocks: StoredTensor, scales: StoredTensor) -> Weight:
     experts, out, groups, _ = blocks.shape
     height = groups * GROUP
 

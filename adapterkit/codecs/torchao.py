@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.codecs.codec import Codec, Parts, Weight, companion
 from adapterkit.codecs.fp8 import FLOAT8, describe
-from adapterkit.codecs.scaled import Scaled, check_like, grid_of, grid_scales
+from adapterkit.codecs.scaled import ScaledWeight, check_like, grid_of, grid_scales
 from adapterkit.dtypes import F32
 from adapterkit.errors import CheckpointError
 
@@ -41,7 +41,7 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
         block, grid = grid_of(codes.shape, scale, [])
         if zero is not None:
             check_like(zero, scale.shape, "a zero point per scale")
-        yield Scaled(
+        yield ScaledWeight(
             f"{found['module']}{found['leaf']}",
             codes.shape,
             F32,

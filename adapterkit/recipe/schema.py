@@ -36,6 +36,8 @@ class Known:
 def known_options(table: str) -> Mapping[str, Known]:
     """The options of a table by their keys; the first request that has a key says what it is."""
     found: dict[str, Known] = {}
+    if not table:
+        return found
     for request in REQUESTS:
         for name, option in request.options().items():
             place, _, key = option.recipe.partition(".")

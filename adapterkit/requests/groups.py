@@ -26,7 +26,7 @@ from adapterkit.requests.option import (
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
-    from adapterkit.adapters.rule import Rule
+    from adapterkit.adapters.bound_rule import BoundRule
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.gguf.quantize import Quantization
 
@@ -126,15 +126,15 @@ class OfAdapters(Request):
 
 
 def _methods() -> tuple[str, ...]:
-    from adapterkit.ops.rules import METHODS
+    from adapterkit.ops.rules import RULES
 
-    return tuple(METHODS)
+    return tuple(RULES)
 
 
 def _spaces() -> tuple[str, ...]:
-    from adapterkit.ops.rules import METHODS
+    from adapterkit.ops.rules import RULES
 
-    return tuple(row.name for row in METHODS.values() if row.nested)
+    return tuple(row.name for row in RULES.values() if row.nested)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +172,7 @@ class Ruled(Request):
     )  # fmt: skip
 
     @property
-    def rule(self) -> Rule | None:
+    def rule(self) -> BoundRule | None:
         """The method; None for the plain weighted sum, which needs none.
 
         Raises:
@@ -180,9 +180,9 @@ class Ruled(Request):
         """
         if (self.method, self.scale, self.space) == ("linear", 1.0, None) and not self.parameters:
             return None
-        from adapterkit.adapters.rule import Rule
+        from adapterkit.adapters.bound_rule import BoundRule
 
-        return Rule(self.method, self.space, self.scale, dict(self.parameters))
+        return BoundRule(self.method, self.space, self.scale, dict(self.parameters))
 
 
 # The options that make a `Quantization`, and its fields where they have another name.

@@ -319,9 +319,9 @@ class Request:
 
 def _with_parameters(given: dict[str, Any], strange: Sequence[str]) -> dict[str, Any]:
     """Keywords that are parameters of a combination method, as one mapping."""
-    from adapterkit.ops.rules import METHODS
+    from adapterkit.ops.rules import RULES
 
-    known = {parameter.name for row in METHODS.values() for parameter in row.parameters}
+    known = {parameter.name for row in RULES.values() for parameter in row.parameters}
     own = {name: given[name] for name in strange if name in known and given[name] is not None}
     rest = {name: value for name, value in given.items() if name not in known or name not in strange}
     if own:

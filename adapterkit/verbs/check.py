@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import Adapter, load_adapter
+from adapterkit.adapters.adapter import Adapter
+from adapterkit.adapters.load import load_adapter
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
-from adapterkit.checkpoint.open import parse_hub
+from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import AdapterkitError, CheckFailed, UnsafeError, UsageError
 from adapterkit.provenance.fits import compare_bases
 from adapterkit.requests.call import takes
@@ -20,13 +21,13 @@ from adapterkit.serving.expectations import FEATURES, SERVERS
 
 if TYPE_CHECKING:
     from adapterkit.adapters.fold import Folded
-    from adapterkit.registry.identity import Comparison
+    from adapterkit.registry.identity import IdentityComparison
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnostic:
     """One thing that was found.
 
     Attributes:
@@ -76,7 +77,7 @@ class CheckReport:
     server: str | None
     ok: bool
     touched: int
-    findings: tuple[Finding, ...]
+    findings: tuple[Diagnostic, ...]
     bases: tuple[BaseMatch, ...] = ()
     exit_code: int = 0
 
@@ -97,7 +98,7 @@ def check(request: CheckRequest) -> CheckReport:
         raise UsageError(f"'{server}' is no server that is known here", f"known: {', '.join(sorted(SERVERS))}")
     opened = open_model(request.base, headers_only=True)
     loaded = tuple(_loaded(adapter) for adapter in request.given_adapters)
-    findings: list[Finding] = []
+    findings: list[Diagnostic] = []
     matches: list[BaseMatch] = []
     for adapter in loaded:
         compared = compare_bases(adapter, opened, full=request.full)
@@ -122,12 +123,14 @@ def _loaded(adapter: Any) -> Adapter:
     return adapter if isinstance(adapter, Adapter) else load_adapter(adapter, headers_only=True)
 
 
-def _merged(request: CheckRequest, base: Checkpoint, adapters: tuple[Adapter, ...]) -> tuple[int, int, list[Finding]]:
+def _merged(
+    request: CheckRequest, base: Checkpoint, adapters: tuple[Adapter, ...]
+) -> tuple[int, int, list[Diagnostic]]:
     """What planning the merge says: how many tensors change, the exit code of a refusal, and findings."""
     from adapterkit.verbs.merge import planned
 
     touched, refused = 0, 0
-    findings: list[Finding] = []
+    findings: list[Diagnostic] = []
     # Several adapters that do not fit are named each; what refuses them together is found when they are planned so.
     alone = [(adapter,) for adapter in adapters]
     for some in [*alone, adapters] if len(adapters) > 1 else alone:
@@ -142,7 +145,7 @@ def _merged(request: CheckRequest, base: Checkpoint, adapters: tuple[Adapter, ..
         except AdapterkitError as error:
             refused = refused or error.exit_code
             ref = some[0].ref if one else ", ".join(adapter.ref for adapter in some)
-            findings.append(Finding(ERROR, type(error).__name__, ref, error.message, error.hint))
+            findings.append(Diagnostic(ERROR, type(error).__name__, ref, error.message, error.hint))
         else:
             if one:
                 touched += len(merge.folded.touched)
@@ -166,31 +169,33 @@ _VERDICTS = {
 }
 
 
-def _proved(adapter: Adapter, compared: Comparison) -> list[Finding]:
+def _proved(adapter: Adapter, compared: IdentityComparison) -> list[Diagnostic]:
     if compared.verdict not in _VERDICTS:
         return []
     level, code = _VERDICTS[compared.verdict]
     hint = "give the base that its record names" if level == ERROR else ""
-    return [Finding(level, code, adapter.ref, compared.sentence, hint)]
+    return [Diagnostic(level, code, adapter.ref, compared.sentence, hint)]
 
 
-def _named_base(adapter: Adapter, base: Checkpoint) -> list[Finding]:
+def _named_base(adapter: Adapter, base: Checkpoint) -> list[Diagnostic]:
     """What the adapter's config says of its base, held against the base given."""
     said = adapter.config.base
     if not said:
-        return [Finding(WARNING, "no-base", adapter.ref, "it does not say which base it was trained on")]
+        return [Diagnostic(WARNING, "no-base", adapter.ref, "it does not say which base it was trained on")]
     found = []
     if Path(said).is_absolute() or said.startswith((".", "~")):
         hint = "set base_model_name_or_path to the base's Hub id before publishing"
-        found.append(Finding(WARNING, "local-base", adapter.ref, f"it names its base by a local path ({said})", hint))
+        found.append(
+            Diagnostic(WARNING, "local-base", adapter.ref, f"it names its base by a local path ({said})", hint)
+        )
     elif not _same_name(said, base.ref) and not _made_from(base, said):
         message = f"it was trained on {said}, and the base given is {base.ref}"
-        found.append(Finding(WARNING, OTHER_BASE, adapter.ref, message, "shapes alone do not tell siblings apart"))
+        found.append(Diagnostic(WARNING, OTHER_BASE, adapter.ref, message, "shapes alone do not tell siblings apart"))
     if adapter.config.revision is None:
-        found.append(Finding(NOTE, "no-revision", adapter.ref, "it does not say which revision of its base"))
+        found.append(Diagnostic(NOTE, "no-revision", adapter.ref, "it does not say which revision of its base"))
     elif base.commit and not base.commit.startswith(adapter.config.revision) and len(adapter.config.revision) >= 7:
         message = f"it was trained on revision {adapter.config.revision}, and the base given is {base.commit}"
-        found.append(Finding(WARNING, "other-revision", adapter.ref, message))
+        found.append(Diagnostic(WARNING, "other-revision", adapter.ref, message))
     return found
 
 
@@ -216,17 +221,17 @@ def _made_from(base: Checkpoint, said: str) -> bool:
     return any(name.partition("@")[0] in (said, Path(said).name) for name in names if name)
 
 
-def _consequences(adapter: Adapter, folded: Folded, notes: Sequence[str]) -> list[Finding]:
-    found = [Finding(NOTE, "merge", adapter.ref, note) for note in notes]
+def _consequences(adapter: Adapter, folded: Folded, notes: Sequence[str]) -> list[Diagnostic]:
+    found = [Diagnostic(NOTE, "merge", adapter.ref, note) for note in notes]
     if folded.vocab is not None:
         old, new = folded.vocab
-        found.append(Finding(NOTE, "vocabulary", adapter.ref, f"the vocabulary changes from {old} to {new} rows"))
+        found.append(Diagnostic(NOTE, "vocabulary", adapter.ref, f"the vocabulary changes from {old} to {new} rows"))
     if folded.added:
-        found.append(Finding(NOTE, "added", adapter.ref, f"new tensors: {', '.join(folded.added[:5])}"))
+        found.append(Diagnostic(NOTE, "added", adapter.ref, f"new tensors: {', '.join(folded.added[:5])}"))
     return found
 
 
-def _expectations(adapter: Adapter, base: str, server: str) -> list[Finding]:
+def _expectations(adapter: Adapter, base: str, server: str) -> list[Diagnostic]:
     found = []
     for row in SERVERS[server]:
         title, present = FEATURES[row.feature]
@@ -234,5 +239,5 @@ def _expectations(adapter: Adapter, base: str, server: str) -> list[Finding]:
             level = WARNING if row.verdict == "depends" else ERROR
             message = f"{server}, {title}: {row.verdict}: {row.says} [{row.source}]"
             fix = row.fix.format(adapter=shlex.quote(adapter.ref), base=shlex.quote(base))
-            found.append(Finding(level, f"{server}-{row.feature}", adapter.ref, message, fix))
+            found.append(Diagnostic(level, f"{server}-{row.feature}", adapter.ref, message, fix))
     return found

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.adapters.bound_rule import BoundRule, check_weights
 from adapterkit.adapters.merged import StoredWeights
-from adapterkit.adapters.rule import Rule, check_weights
-from adapterkit.adapters.write_peft import Extras, Held, peft_config
+from adapterkit.adapters.write_peft import Extras, InMemory, peft_config
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.dtypes import F32
 from adapterkit.errors import TargetError, UsageError
@@ -121,7 +121,7 @@ class Making:
     """The combination of a family as one plain LoRA; see `combine`, and `combined` for ``full``."""
 
     family: Family
-    rule: Rule
+    rule: BoundRule
     weights: tuple[float, ...]
     target: Path | None = None
     dtype: DType = F32
@@ -184,7 +184,7 @@ class Making:
 def planned(request: CombineRequest) -> Combination:
     """Plan a combination from headers alone; see `combine`."""
     given: Any = request.adapters
-    rule = Rule(request.method, request.space, request.scale, dict(request.parameters))
+    rule = BoundRule(request.method, request.space, request.scale, dict(request.parameters))
     stored = output_dtype(request.dtype)
     family = (
         given
@@ -232,8 +232,8 @@ def planned(request: CombineRequest) -> Combination:
 def in_expert_order(adapter: Ref | Adapter, order: str | None) -> Adapter:
     """An adapter, opened, with its experts in the order that the user names."""
     from adapterkit.adapters.adapter import Adapter as Opened
-    from adapterkit.adapters.adapter import load_adapter
     from adapterkit.adapters.experts import in_order as ordered
+    from adapterkit.adapters.load import load_adapter
 
     opened = adapter if isinstance(adapter, Opened) else load_adapter(adapter)
     return ordered(opened, order)
@@ -269,7 +269,7 @@ def _refs(adapters: Any) -> list[Any]:
 
 def combined(
     family: Family,
-    rule: Rule,
+    rule: BoundRule,
     weights: Sequence[float] | torch.Tensor | None = None,
     *,
     rank: int | None = None,
@@ -304,7 +304,7 @@ Bounds = tuple["int | None", "float | None", bool]
 
 
 def _of_slot(
-    family: Family, slot: Slot, rule: Rule, weights: Sequence[float], bounds: Bounds
+    family: Family, slot: Slot, rule: BoundRule, weights: Sequence[float], bounds: Bounds
 ) -> tuple[Truncated, ...] | None:
     """The combined deltas of a slot, one per expert; None where every weight is 0."""
     users, experts = family.load(slot.parameter)
@@ -320,7 +320,7 @@ def _of_slot(
 
 
 def _combined(
-    rule: Rule,
+    rule: BoundRule,
     parts: Sequence[DeltaRows],
     weights: Sequence[float],
     refs: Sequence[str],
@@ -451,7 +451,7 @@ def _biases(
                 f"two adapters change '{key}', or the base has none", "fold one of them in with merge first"
             )
         before = StoredWeights(target, family.base.tensors)
-        done[key] = Held(key, before.read(0, add.numel()).double().view(-1) + add)
+        done[key] = InMemory(key, before.read(0, add.numel()).double().view(-1) + add)
     return {}, done
 
 

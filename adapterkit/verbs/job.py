@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from adapterkit.checkpoint.publish import write_file
+from adapterkit import disk
 from adapterkit.checkpoint.write import Stage, Writing, check_output, write_together
 from adapterkit.errors import OutputError, UsageError
 
@@ -171,7 +171,7 @@ def carry_out(job: Job, request: Any, started: float) -> Any:
         OutputError: the plan cannot be written.
     """
     if request.save_plan is not None:
-        write_file(Path(request.save_plan), job.plan.to_json().encode())
+        disk.deliver(Path(request.save_plan), job.plan.to_json().encode())
     if not request.writes:
         return show(job, started)
     return run([job], workers=request.jobs, resume=request.resume, progress=request.progress, started=started)[0]

@@ -242,10 +242,12 @@ def test_check_fits(capsys: pytest.CaptureFixture[str], base: Path, adapter: Pat
     assert [finding["code"] for finding in report["findings"]] == ["no-revision"]
 
 
-def test_check_other_shape_exits_with_3(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
+def test_check_refuses_what_merge_refuses(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
     wider = plain_base(tmp_path / "wider", width=32)
+    refused, _, said = run(capsys, "merge", wider, adapter, "-o", tmp_path / "out")
     code, out, _ = run(capsys, "check", wider, adapter)
-    assert code == 3
+    assert code == refused == 1
+    assert said.removeprefix("error: ").strip() in out
     assert "this adapter was trained on another base" in out
     assert "does not hold" in out
 
@@ -279,7 +281,7 @@ def test_check_for_servers(capsys: pytest.CaptureFixture[str], base: Path, adapt
     [
         (["merge"], 2, "Missing argument"),
         (["merge", "{base}", "{adapter}"], 2, "--out"),
-        (["merge", "{base}", "{adapter}", "-o", "{tmp}/o", "--dtype", "int3"], 2, "no output dtype"),
+        (["merge", "{base}", "{adapter}", "-o", "{tmp}/o", "--dtype", "int3"], 2, "is not one of 'auto'"),
         (
             ["merge", "{base}", "{adapter}", "-o", "{tmp}/o", "--weight", "1", "--weight", "2"],
             2,

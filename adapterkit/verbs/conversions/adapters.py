@@ -15,13 +15,13 @@ from adapterkit.verbs.conversions.conversion import Conversion, count_types
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
-    from adapterkit.adapters.formats.plain import Factors
+    from adapterkit.adapters.formats.plain import PlainFactors
     from adapterkit.adapters.formats.write import AdapterFiles
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.tensor import Tensor
 
-    Layout = Callable[[Adapter, list[Factors], Mapping[str, Tensor]], AdapterFiles]
+    Layout = Callable[[Adapter, list[PlainFactors], Mapping[str, Tensor]], AdapterFiles]
 
 
 def open_adapter(asked: ConvertRequest) -> tuple[Adapter, Checkpoint | None]:
@@ -30,8 +30,8 @@ def open_adapter(asked: ConvertRequest) -> tuple[Adapter, Checkpoint | None]:
     Raises:
         NotFound, AdapterError, TargetError, UsageError, UnsafeError, AuthError, HubError
     """
-    from adapterkit.adapters.adapter import load_adapter
     from adapterkit.adapters.formats.plain import resolved
+    from adapterkit.adapters.load import load_adapter
 
     base = None if asked.base is None else open_model(asked.base, headers_only=True)
     return resolved(load_adapter(asked.src), base), base
@@ -39,7 +39,7 @@ def open_adapter(asked: ConvertRequest) -> tuple[Adapter, Checkpoint | None]:
 
 def planned_files(adapter: Adapter, files: AdapterFiles, to: str) -> Conversion:
     """The plan of an adapter's files."""
-    return planned_tensors(adapter.ref, files, (adapter.source,), to, adapter.notes)
+    return planned_tensors(adapter.ref, files, adapter.sources, to, adapter.notes)
 
 
 def planned_tensors(
@@ -87,7 +87,7 @@ def _computed(adapter: Adapter, base: Checkpoint | None, asked: ConvertRequest, 
     nothing = plan_file("nothing", [], {})
     notes = [*notes, "ranks are known when the deltas are computed, so the plan has no bytes"]
     stage = Computed(adapter, asked, to, layout).run
-    return Conversion(adapter.ref, to, nothing, {}, (adapter.source,), {}, {}, (*adapter.notes, *notes), stage=stage)
+    return Conversion(adapter.ref, to, nothing, {}, adapter.sources, {}, {}, (*adapter.notes, *notes), stage=stage)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Computed:
     def run(self, room: Room) -> Writing:
         """Compute the factors; a plain LoRA of them, in the files of the layout."""
         from adapterkit.adapters.adapter import WEIGHTS
-        from adapterkit.adapters.rule import Rule
+        from adapterkit.adapters.bound_rule import BoundRule
         from adapterkit.verbs.combine import Making
         from adapterkit.verbs.family import open_family
 
@@ -110,7 +110,7 @@ class Computed:
         target = asked.target
         assert target is not None
         family = open_family([self.adapter], open_model(asked.need_base(self.to)))
-        making = Making(family, Rule(), (1.0,), target, rank=asked.rank, energy=asked.energy, full=True)
+        making = Making(family, BoundRule(), (1.0,), target, rank=asked.rank, energy=asked.energy, full=True)
         made = making.run(room)
         plain = _opened(self.adapter, made)
         facts: dict[str, Any] = {
@@ -131,8 +131,8 @@ class Computed:
 
 def _opened(adapter: Adapter, made: Writing) -> Adapter:
     """What will be written, as an adapter."""
-    from adapterkit.adapters.adapter import PREFIX
     from adapterkit.adapters.config import AdapterConfig
+    from adapterkit.adapters.keys import PREFIX
     from adapterkit.checkpoint.folder import ADAPTER_CONFIG
 
     config = AdapterConfig(json.loads(made.side_files[ADAPTER_CONFIG]), adapter.ref)

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterkit import disk
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.plan import plan_file
@@ -76,7 +77,6 @@ class Compressor:
     def _lend(self, folder: Path) -> None:
         """The source as one folder, whatever it was named by: links to its weights, and its side files."""
         from adapterkit.checkpoint.plan import plan_safetensors
-        from adapterkit.checkpoint.publish import write_file
         from adapterkit.checkpoint.write import index_json
 
         for name, tensor in self.opened.items():
@@ -84,10 +84,10 @@ class Compressor:
             if extent is not None and extent.source.path is not None and not link.exists():
                 link.symlink_to(extent.source.path.resolve())
         for file in self.opened.side_files:
-            write_file(folder / file.name, file.bytes())
+            disk.write_inside(folder, file.name, file.bytes())
         if len(set(self.opened.shards.values())) > 1:
             plan = plan_safetensors(self.opened)
-            write_file(folder / plan.index_name, index_json(plan))
+            disk.write_inside(folder, plan.index_name, index_json(plan))
 
     def _run(self, source: Path, folder: Path) -> None:
         skip = list(self.asked.skip_modules) or [OUTPUT_LAYER]

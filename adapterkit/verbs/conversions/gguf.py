@@ -30,14 +30,14 @@ def plan(asked: ConvertRequest, jobs: int) -> Conversion:
 
 
 def _of_gguf(opened: Any, request: ConvertRequest, jobs: int) -> Conversion:
-    from adapterkit.gguf.plan import Layout, plan_gguf
+    from adapterkit.gguf.plan import FileLayout, plan_gguf
     from adapterkit.gguf.quantize import Quantization, typed
 
     if opened.kind != "model":
         raise UsageError(f"{opened.ref} is a GGUF {opened.kind}, not a model", "add --to peft, or give a model")
     asked = request.types or Quantization()
     found = typed(opened, opened, asked)
-    layout = Layout(found.tensors, found.entries, opened.header.alignment, opened.sources[0])
+    layout = FileLayout(found.tensors, found.entries, opened.header.alignment, opened.sources[0])
     stated = {"verb": "convert", **asked.request()}
     planned = plan_gguf(layout, max_shard_size=request.shard_size, jobs=jobs, request=stated)
     tensors = {tensor.name: tensor for tensor in found.tensors}

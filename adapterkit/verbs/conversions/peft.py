@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def plan(asked: ConvertRequest, jobs: int) -> Conversion:
     """An adapter of any format as PEFT adapter: as it is, or as plain LoRA of one rank and one alpha."""
     from adapterkit.adapters.formats.write import as_peft, as_plain
+    from adapterkit.adapters.methods.expert_factors import in_three_dimensions
 
     if not asked.plain and (asked.rank or asked.energy):
         raise UsageError("a rank or a share of energy is for deltas that are decomposed", "add --plain")
@@ -25,7 +26,7 @@ def plan(asked: ConvertRequest, jobs: int) -> Conversion:
     if opened is not None:
         return _of_gguf(opened, asked)
     adapter, base = open_adapter(asked)
-    if asked.plain:
+    if asked.plain or in_three_dimensions(adapter):  # PEFT has no form for those, so the stacks are computed
         return laid_out(adapter, base, asked, "peft", as_plain)
     return planned_files(adapter, as_peft(adapter, base), "peft")
 
