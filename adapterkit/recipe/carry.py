@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.recipe.lock import Pinned
+from adapterkit.recipe.schema import Table, known_options
 from adapterkit.recipe.steps import COMBINE, MERGE, Input, Step
 from adapterkit.requests.adapters import CombineRequest
 from adapterkit.requests.convert import ConvertRequest
@@ -108,16 +109,16 @@ def combine_step(step: Step, pins: Pins, how: How, *, force: bool) -> Any:
 
 def settings(step: Step) -> dict[str, Any]:
     """What of a step, beside the content of its inputs, decides the bytes that it writes."""
-    request = {
-        name: dict(value) if name == "tensor_types" else value
-        for name, value in step.asked.options.items()
-        if name not in _FILES
-    }
-    base = {} if step.choice is None else {k: v for k, v in step.choice.options.items() if k != "base16"}
+    asked, combination = _said(step.asked), _said(step.combination)
+    base = {} if step.choice is None else _said(step.choice)
+    return {"verb": step.verb, "to": step.to, "asked": asked, "combination": combination, "base": base}
+
+
+def _said(table: Table) -> dict[str, Any]:
+    """The options of a table that are not at their defaults; files count by their content."""
+    known = {one.name: one for one in known_options(table.TABLE).values()}
     return {
-        "verb": step.verb,
-        "to": step.to,
-        "asked": request,
-        "combination": dict(step.combination.options),
-        "base": base,
+        name: value
+        for name, value in table.options.items()
+        if name not in (*_FILES, "base16") and value != known[name].default
     }

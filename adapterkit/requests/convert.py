@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.errors import UsageError
+from adapterkit.requests.formats import FORMATS, Format
 from adapterkit.requests.groups import (
     ADAPTERS,
     FLOAT_TYPES,
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 
 def _formats() -> tuple[str, ...]:
-    from adapterkit.requests.formats import FORMATS
-
     return tuple(FORMATS)
 
 
@@ -162,6 +161,16 @@ class ConvertRequest(Types, GGUFOutput, Running):
     def of_format(self) -> dict[str, Any]:
         """The options that a format may take or refuse: all that differ from their defaults and decide the output."""
         return {name: value for name, value in self.given(VALUES, BYTES).items() if name != "to"}
+
+    def check_format(self, form: Format) -> None:
+        """Refuse options that mean nothing for a format.
+
+        Raises:
+            UsageError: there is one.
+        """
+        for name in self.of_format():
+            if name not in form.takes:
+                raise UsageError(f"{self.spelled(name)} does not apply to --to {form.name}", "leave it out")
 
     def reading(self, src: Ref) -> ConvertRequest:
         """The same of another source."""

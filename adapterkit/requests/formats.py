@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from adapterkit.errors import UsageError
-
-if TYPE_CHECKING:
-    from adapterkit.requests.convert import ConvertRequest
 
 
 @dataclass(frozen=True)
@@ -31,16 +27,6 @@ class Format:
     takes: frozenset[str]
     suffix: str = ""
     adapter: bool = False
-
-    def check(self, request: ConvertRequest) -> None:
-        """Refuse options that mean nothing here.
-
-        Raises:
-            UsageError: there is one.
-        """
-        for name in request.of_format():
-            if name not in self.takes:
-                raise UsageError(f"{request.spelled(name)} does not apply to --to {self.name}", "leave it out")
 
 
 _SHARDS = frozenset({"max_shard_size"})

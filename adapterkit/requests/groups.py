@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.experts import ORDERS
+from adapterkit.errors import UsageError
 from adapterkit.requests.option import (
     BYTES,
     CALL,
@@ -338,6 +339,12 @@ class GGUFOutput(Request):
             role=RUN, group=BESIDE, flag="--for", choices=("ollama", "llama.cpp"), recipe="output.for",
         ),
     )  # fmt: skip
+
+    def check(self) -> None:
+        super().check()
+        out = getattr(self, "out", None)
+        if self.server is not None and out is not None and Path(out).suffix != ".gguf":
+            raise UsageError(f"--for {self.server} is for a GGUF output", "name it like OUT.gguf, or leave out --for")
 
 
 _OF_BUILD = "of build, since no byte depends on it"

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import UsageError
-
 if TYPE_CHECKING:
     from adapterkit.verbs.job import Beside
 
@@ -44,8 +42,7 @@ class Loader:
     source: Path | None
 
     def check(self) -> None:
-        if self.out.suffix != ".gguf":
-            raise UsageError(f"--for {self.server} is for a GGUF output", "name it like OUT.gguf, or leave out --for")
+        """Nothing: the request knows the name of its output."""
 
     def write(self) -> Sequence[str]:
         from adapterkit.serving.handover import write_handover

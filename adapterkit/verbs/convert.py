@@ -41,7 +41,7 @@ def planned(request: ConvertRequest, *, headers_only: bool = True, named: Any = 
         named: the source as the caller named it, where the request reads a passing copy of it.
     """
     form = find_format(request.to, request.out)
-    form.check(request)
+    request.check_format(form)
     asked = ConvertPlanRequest.of(request, headers_only=headers_only)
     found: Conversion = _planner(form)(asked, request.jobs or default_jobs())
     source = request.src if named is None else named
