@@ -8,7 +8,8 @@ from pathlib import Path
 
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.decoded import dequantized, is_plain
-from adapterkit.checkpoint.open import open_checkpoint, place_of
+from adapterkit.checkpoint.finders import place_of
+from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.dtypes import BY_LABEL
 from adapterkit.errors import TargetError, UsageError
 

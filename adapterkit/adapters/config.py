@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from adapterkit.adapters.trainer_fields import decides_nothing
 from adapterkit.errors import AdapterError, UnsafeError
 
 PATTERN_TIMEOUT = 2.0  # seconds for all matches of one config; patterns that need longer were made to hang
@@ -229,7 +230,7 @@ class AdapterConfig:
     def unknown_fields(self, known: frozenset[str]) -> list[str]:
         """Fields that are not known and say something: a newer PEFT may mean another formula by them."""
         return sorted(
-            name for name, value in self.raw.items() if name not in known and value not in (None, False, "", [], {})
+            name for name, value in self.raw.items() if name not in known and not decides_nothing(name, value)
         )
 
 

@@ -118,6 +118,20 @@ def _unwrapped(path: str) -> tuple[str, int]:
     return ".".join(part for part in parts if part != WRAPPED), depth
 
 
+def fitting_part(adapter: Adapter, names: Names | None, config: Mapping[str, Any]) -> Adapter:
+    """Of an adapter for several parts of a pipeline, the one that fits the base with these ``names``, or the only one.
+
+    Raises:
+        TargetError, UsageError: see `adapterkit.adapters.formats.parts.selected`.
+    """
+    from adapterkit.adapters.formats.parts import selected
+
+    if names is None:
+        return selected(adapter, None)
+    # What a user has to allow is asked when the part is merged.
+    return selected(adapter, lambda part: adapter_edits(part, names, config, residual_base=True, allow_unknown=True))
+
+
 def adapter_edits(
     adapter: Adapter,
     names: Names,
@@ -133,9 +147,7 @@ def adapter_edits(
         AdapterError, UnsupportedAdapter: see `check_config`.
     """
     if adapter.config.get(PARTS):
-        from adapterkit.adapters.formats.parts import selected
-
-        adapter = selected(adapter, names, config)
+        adapter = fitting_part(adapter, names, config)
     if adapter.config.get(FLAT):
         from adapterkit.adapters.formats.kohya import unflattened
 

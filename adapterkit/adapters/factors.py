@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from adapterkit.adapters.change import Weights
 from adapterkit.adapters.config import FLAT, PARTS
-from adapterkit.adapters.edits import WRAPPED, adapter_edits, check_config, group_modules, is_shared
+from adapterkit.adapters.edits import WRAPPED, adapter_edits, check_config, fitting_part, group_modules, is_shared
 from adapterkit.adapters.linear import linear_modules
 from adapterkit.adapters.merged import StoredWeights
 from adapterkit.adapters.method import Context
@@ -194,9 +194,7 @@ def take_apart(
     if base is not None and names is None:
         names = Names(base.shapes, base.config)
     if adapter.config.get(PARTS):
-        from adapterkit.adapters.formats.parts import selected
-
-        adapter = selected(adapter, names, {} if base is None else base.config)
+        adapter = fitting_part(adapter, names, {} if base is None else base.config)
     if adapter.config.get(FLAT):
         from adapterkit.adapters.formats.kohya import unflattened
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from adapterkit.adapters.fold import Folded
     from adapterkit.dtypes import DType
-    from adapterkit.ops.fidelity import Sums
+    from adapterkit.ops.fidelity import FidelitySums
 
     Through = Callable[[torch.Tensor], torch.Tensor]
 
@@ -111,7 +111,7 @@ class Watch:
         through: Callable[[str, tuple[int, ...]], Through | None] | None = None,
     ) -> None:
         view = folded.checkpoint
-        self._sums: dict[str, dict[int, Sums]] = {}
+        self._sums: dict[str, dict[int, FidelitySums]] = {}
         self._lock = threading.Lock()
         self._tensors = merged_tensors(folded)
         self._share = SAMPLE if kind is None else SAMPLE_FORMAT
@@ -138,18 +138,18 @@ class Watch:
 
     def report(self) -> FidelityReport:
         """The numbers of all blocks seen so far."""
-        from adapterkit.ops.fidelity import Fidelity, Sums
+        from adapterkit.ops.fidelity import Fidelity, FidelitySums
 
-        total = Sums()
+        total = FidelitySums()
         found = []
         for name in self._tensors:
             blocks = self._sums.get(name, {})
             if blocks:
                 # In the order of the blocks, so that the last bit does not depend on the threads.
-                sums = sum((blocks[start] for start in sorted(blocks)), Sums())
+                sums = sum((blocks[start] for start in sorted(blocks)), FidelitySums())
                 total += sums
                 one = Fidelity.of(sums)
-                below = sum(self._sums.get(name + BASE, {}).values(), Sums())
+                below = sum(self._sums.get(name + BASE, {}).values(), FidelitySums())
                 error = sqrt(below.dd / below.count / (sums.dd / sums.count)) if below.count and sums.dd else None
                 found.append(TensorFidelity(name, one.relative, one.unmoved, one.retention, one.cosine, error))
         found.sort(key=lambda item: (item.retention, item.name))

@@ -22,7 +22,7 @@ from adapterkit.ops.device import CPU
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
-    from adapterkit.adapters.rule import Rule
+    from adapterkit.adapters.bound_rule import BoundRule
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.dtypes import DType
 
@@ -61,7 +61,7 @@ def fold(
     residual_base: bool = False,
     allow_unknown: bool = False,
     names: Names | None = None,
-    rule: Rule | None = None,
+    rule: BoundRule | None = None,
     device: str = CPU,
 ) -> Folded:
     """Fold adapters into a base: W + sum of w_k (f_k(W) - W), summed in float32, rounded once.
@@ -117,7 +117,7 @@ def fold(
     return Folded(checkpoint, tuple(by_tensor), tuple(added), vocab, settled.untied, heads, (*notes, *settled.notes))
 
 
-def _ruled(edits: Sequence[Weighted], rule: Rule) -> Sequence[Weighted]:
+def _ruled(edits: Sequence[Weighted], rule: BoundRule) -> Sequence[Weighted]:
     from adapterkit.adapters.combined import combined_edits
 
     return combined_edits(edits, rule)

@@ -14,7 +14,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import PREFIX, WEIGHTS
+from adapterkit.adapters.adapter import WEIGHTS
+from adapterkit.adapters.keys import PREFIX
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG
 from adapterkit.checkpoint.header import build_header
 from adapterkit.checkpoint.publish import publish, write_file
@@ -58,7 +59,7 @@ class Extras:
     side: Mapping[str, bytes] = field(default_factory=dict)
 
 
-class Held(Tensor):
+class InMemory(Tensor):
     """A small float32 tensor in memory, as a handle."""
 
     def __init__(self, name: str, values: torch.Tensor) -> None:

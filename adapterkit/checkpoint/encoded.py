@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from adapterkit.codecs.encode import Encoder, Made
+    from adapterkit.codecs.encode import Encoder, TensorSpec
 
     # A range of a weight, new values and those that are stored now: flat, both.
     Both = Callable[[int, int], tuple[torch.Tensor, torch.Tensor | None]]
@@ -169,7 +169,7 @@ def _together(kept: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
 class Encoded(Tensor):
     """One of the tensors that an encoder makes of a weight."""
 
-    def __init__(self, made: Made, shared: Encoding, *, streams: bool) -> None:
+    def __init__(self, made: TensorSpec, shared: Encoding, *, streams: bool) -> None:
         self.name, self.dtype, self.shape = made.name, made.dtype, made.shape
         self.shared, self._streams = shared, streams
 

@@ -57,7 +57,7 @@ def default_jobs() -> int:
 
 
 @dataclass(frozen=True)
-class Step:
+class PlanStep:
     """One tensor of an output file: copied from ``source`` when that is set, else computed."""
 
     tensor: str
@@ -97,7 +97,7 @@ class PlannedFile:
 
     name: str
     nbytes: int
-    steps: tuple[Step, ...]
+    steps: tuple[PlanStep, ...]
     verbatim: str | None = None
     head: tuple[Chunk, ...] = ()
 
@@ -147,7 +147,7 @@ class Plan:
         return sum(step.nbytes for file in self.files for step in file.steps)
 
     @property
-    def steps(self) -> tuple[Step, ...]:
+    def steps(self) -> tuple[PlanStep, ...]:
         return tuple(step for file in self.files for step in file.steps)
 
     @property
@@ -200,7 +200,7 @@ class Plan:
                 PlannedFile(
                     check_plain(file["name"], "the plan"),
                     file["nbytes"],
-                    tuple(Step(**{**step, "shape": tuple(step["shape"])}) for step in file["steps"]),
+                    tuple(PlanStep(**{**step, "shape": tuple(step["shape"])}) for step in file["steps"]),
                     file["verbatim"],
                     tuple(Chunk(**chunk) for chunk in file["head"]),
                 )
@@ -323,11 +323,11 @@ def _same_header(tensors: Sequence[Tensor], like: Mapping[str, Tensor]) -> tuple
     return source, {tensor.name: tensor.offset for tensor in held}
 
 
-def step_of(tensor: Tensor, offset: int) -> Step:
+def step_of(tensor: Tensor, offset: int) -> PlanStep:
     """The step that puts ``tensor`` at ``offset`` of its file."""
     extent = tensor.extent
     source = None if extent is None else extent.source.name
-    return Step(
+    return PlanStep(
         tensor.name,
         tensor.dtype.code,
         tensor.shape,

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from adapterkit.checkpoint.files import Source
-    from adapterkit.checkpoint.plan import Plan, PlannedFile, Step
+    from adapterkit.checkpoint.plan import Plan, PlannedFile, PlanStep
     from adapterkit.checkpoint.tensor import Tensor
 
 COPY_CHUNK = 32 << 20  # bytes per copy task, so that a large tensor is shared among workers
@@ -37,7 +37,7 @@ class _Job:
     """A computed tensor on its way: its blocks' hashes, and how many blocks are still missing."""
 
     file: PlannedFile
-    step: Step
+    step: PlanStep
     tensor: Tensor
     fd: int
     digests: list[bytes]

@@ -19,8 +19,8 @@ from adapterkit.codecs.codec import (
     Codec,
     Kind,
     Layers,
-    Part,
     Parts,
+    StoredTensor,
     Weight,
     check_scales,
     check_shape,
@@ -28,7 +28,7 @@ from adapterkit.codecs.codec import (
     stems,
     whole,
 )
-from adapterkit.codecs.encode import Encoder, Made
+from adapterkit.codecs.encode import Encoder, TensorSpec
 from adapterkit.dtypes import BF16, DTYPES, F16, F32, DType
 from adapterkit.errors import CheckpointError
 
@@ -53,7 +53,7 @@ OFFSET_BYTES = 15  # the longest that nine digits of a float32 print
 
 
 @dataclass(frozen=True)
-class State:
+class QuantState:
     """What the JSON of a 4-bit weight says."""
 
     kind: str
@@ -72,7 +72,7 @@ class State:
         return -(-self.count // self.blocksize)
 
 
-def read_state(part: Part) -> State:
+def read_state(part: StoredTensor) -> QuantState:
     """The state of a weight.
 
     Raises:
@@ -83,7 +83,7 @@ def read_state(part: Part) -> State:
     try:
         found = json.loads(part.raw().decode("utf-8"))
         shape = tuple(found["shape"])
-        state = State(
+        state = QuantState(
             found["quant_type"],
             found["blocksize"],
             NAMED[found["dtype"]],
@@ -119,7 +119,7 @@ def _weight(parts: Parts, name: str, kind: str) -> Weight:
     absmax = check_shape(companion(parts, f"{name}.absmax", name, what), (state.blocks,), what)
     table = check_shape(companion(parts, f"{name}.quant_map", name, what), (16,), what)
     used = [packed, absmax, table, state_part]
-    nested: tuple[Part, Part] | None = None
+    nested: tuple[StoredTensor, StoredTensor] | None = None
     if f"{name}.nested_absmax" in parts or state.nested_blocksize:
         blocks = -(-state.blocks // max(state.nested_blocksize, 1))
         nested = (
@@ -145,7 +145,9 @@ def _weight(parts: Parts, name: str, kind: str) -> Weight:
     return Weight(name, state.shape, state.dtype, tuple(used), how, grain, load, 4 * state.blocks, encoder)
 
 
-def _decoder(state: State, packed: Part, absmax: Part, nested: tuple[Part, Part] | None) -> Decode:
+def _decoder(
+    state: QuantState, packed: StoredTensor, absmax: StoredTensor, nested: tuple[StoredTensor, StoredTensor] | None
+) -> Decode:
     import torch
 
     from adapterkit.codecs.blockwise import decode_4bit
@@ -168,7 +170,7 @@ def _decoder(state: State, packed: Part, absmax: Part, nested: tuple[Part, Part]
     return decode
 
 
-def _scales(state: State, absmax: Part, nested: tuple[Part, Part] | None) -> torch.Tensor:
+def _scales(state: QuantState, absmax: StoredTensor, nested: tuple[StoredTensor, StoredTensor] | None) -> torch.Tensor:
     """One float32 scale per block."""
     from adapterkit.codecs.blockwise import unnest
 
@@ -184,23 +186,23 @@ class FourBit(Encoder):
 
     def __init__(self, name: str, shape: tuple[int, ...], grid: Grid, dtype: DType) -> None:
         self._name, self._grid = name, grid
-        self._state = State(grid.kind, grid.blocksize, dtype, shape, NESTED if grid.double else 0)
+        self._state = QuantState(grid.kind, grid.blocksize, dtype, shape, NESTED if grid.double else 0)
         blocks = self._state.blocks
         self.unit, self.unit_codes, self.memory = grid.blocksize, grid.blocksize // 2, 8 * blocks
         size = STATE_BYTES if grid.double else len(state_json(self._state))
         self.made = (
-            Made(name, U8, (-(-self._state.count // 2), 1)),
-            Made(f"{name}.absmax", U8 if grid.double else F32, (blocks,)),
-            Made(f"{name}.quant_map", F32, (16,)),
+            TensorSpec(name, U8, (-(-self._state.count // 2), 1)),
+            TensorSpec(f"{name}.absmax", U8 if grid.double else F32, (blocks,)),
+            TensorSpec(f"{name}.quant_map", F32, (16,)),
             *(
                 (
-                    Made(f"{name}.nested_absmax", F32, (-(-blocks // NESTED),)),
-                    Made(f"{name}.nested_quant_map", F32, (256,)),
+                    TensorSpec(f"{name}.nested_absmax", F32, (-(-blocks // NESTED),)),
+                    TensorSpec(f"{name}.nested_quant_map", F32, (256,)),
                 )
                 if grid.double
                 else ()
             ),
-            Made(f"{name}{STATE}{grid.kind}", U8, (size,)),
+            TensorSpec(f"{name}{STATE}{grid.kind}", U8, (size,)),
         )
 
     def encode(self, start: int, new: torch.Tensor, old: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -231,7 +233,14 @@ class FourBit(Encoder):
 class FourBitAgain(Encoder):
     """A stored NF4 or FP4 weight, written again. Its tables stay as they are stored."""
 
-    def __init__(self, state: State, packed: Part, absmax: Part, nested: tuple[Part, Part] | None, text: Part) -> None:
+    def __init__(
+        self,
+        state: QuantState,
+        packed: StoredTensor,
+        absmax: StoredTensor,
+        nested: tuple[StoredTensor, StoredTensor] | None,
+        text: StoredTensor,
+    ) -> None:
         self._state, self._packed, self._absmax, self._nested, self._text = state, packed, absmax, nested, text
         self.unit = state.blocksize
         self.unit_codes = state.blocksize * 4 // packed.dtype.bits
@@ -242,7 +251,7 @@ class FourBitAgain(Encoder):
             # The offset takes as few digits as tell it from every other float32, so that the JSON keeps its length.
             longest = len(state_json(replace(state, offset=0.0))) - len("0.0") + OFFSET_BYTES
             size = max(text.shape[0], longest if not _has_room(state, text) else 0)
-            self.made += (_as_stored(nested[0]), Made(text.name, text.dtype, (size,)))
+            self.made += (_as_stored(nested[0]), TensorSpec(text.name, text.dtype, (size,)))
 
     def encode(self, start: int, new: torch.Tensor, old: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         import torch
@@ -309,11 +318,11 @@ class FourBitAgain(Encoder):
         return self._packed.read(first, last).view(torch.uint8)
 
 
-def _as_stored(part: Part) -> Made:
-    return Made(part.name, part.dtype, part.shape)
+def _as_stored(part: StoredTensor) -> TensorSpec:
+    return TensorSpec(part.name, part.dtype, part.shape)
 
 
-def _has_room(state: State, text: Part) -> bool:
+def _has_room(state: QuantState, text: StoredTensor) -> bool:
     return text.shape[0] >= len(state_json(replace(state, offset=0.0))) - len("0.0") + OFFSET_BYTES
 
 
@@ -324,14 +333,14 @@ def _filled(text: bytes, size: int) -> torch.Tensor:
     return torch.frombuffer(bytearray(text + b" " * (size - len(text))), dtype=torch.uint8)
 
 
-def _values(state: State, codes: torch.Tensor, absmax: torch.Tensor, start: int) -> torch.Tensor:
+def _values(state: QuantState, codes: torch.Tensor, absmax: torch.Tensor, start: int) -> torch.Tensor:
     from adapterkit.codecs.blockwise import decode_4bit
 
     count = min(2 * codes.numel(), state.count - start)
     return decode_4bit(codes, absmax, state.kind, state.blocksize, count, state.dtype.torch).float()
 
 
-def state_json(state: State) -> bytes:
+def state_json(state: QuantState) -> bytes:
     """The JSON of a weight, in the order in which bitsandbytes writes it."""
     found: dict[str, object] = {
         "quant_type": state.kind,

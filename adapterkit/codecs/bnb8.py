@@ -13,8 +13,8 @@ from adapterkit.codecs.codec import (
     AGAIN,
     Codec,
     Kind,
-    Part,
     Parts,
+    StoredTensor,
     Weight,
     check_scales,
     check_shape,
@@ -22,7 +22,7 @@ from adapterkit.codecs.codec import (
     stems,
     whole,
 )
-from adapterkit.codecs.encode import Encoder, Made
+from adapterkit.codecs.encode import Encoder, TensorSpec
 from adapterkit.dtypes import DTYPES, F32
 from adapterkit.errors import CheckpointError
 
@@ -55,7 +55,7 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
         yield _weight(weight, scales, tuple(used))
 
 
-def _weight(weight: Part, scales: Part, used: tuple[Part, ...]) -> Weight:
+def _weight(weight: StoredTensor, scales: StoredTensor, used: tuple[StoredTensor, ...]) -> Weight:
     rows, columns = weight.shape
 
     def load() -> Decode:
@@ -79,7 +79,7 @@ class Int8(Encoder):
     """LLM.int8 of ``[out, in]``, new, or a stored one that is written again (its `weight_format` stays as it is)."""
 
     def __init__(
-        self, name: str, shape: tuple[int, ...], codes: Part | None = None, scales: Part | None = None
+        self, name: str, shape: tuple[int, ...], codes: StoredTensor | None = None, scales: StoredTensor | None = None
     ) -> None:
         rows, self._columns = shape
         self._codes, self._scales = codes, scales
@@ -88,11 +88,13 @@ class Int8(Encoder):
         stem = name.removesuffix("weight")
         self._scb, self._format = f"{stem}SCB", f"{stem}weight_format"
         self.made = (
-            Made(name, DTYPES["I8"], shape),
-            Made(self._scb, F32, (rows,)) if scales is None else Made(scales.name, scales.dtype, scales.shape),
+            TensorSpec(name, DTYPES["I8"], shape),
+            TensorSpec(self._scb, F32, (rows,))
+            if scales is None
+            else TensorSpec(scales.name, scales.dtype, scales.shape),
         )
         if codes is None:
-            self.made += (Made(self._format, DTYPES["U8"], ()),)
+            self.made += (TensorSpec(self._format, DTYPES["U8"], ()),)
 
     def encode(self, start: int, new: torch.Tensor, old: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         import torch

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Decode = Callable[[int, int], torch.Tensor]
 
 
-class Part(Protocol):
+class StoredTensor(Protocol):
     """A stored tensor, as far as a codec needs it."""
 
     name: str
@@ -36,7 +36,7 @@ class Part(Protocol):
         """All bytes, without torch."""
 
 
-Parts = Mapping[str, Part]
+Parts = Mapping[str, StoredTensor]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Weight:
     name: str
     shape: tuple[int, ...]
     dtype: DType
-    parts: tuple[Part, ...]
+    parts: tuple[StoredTensor, ...]
     how: str
     grain: int
     load: Callable[[], Decode] = field(repr=False)
@@ -151,7 +151,7 @@ def stems(parts: Parts, mark: str) -> Iterator[str]:
     return (name.removesuffix(mark) for name in parts if name.endswith(mark))
 
 
-def companion(parts: Parts, name: str, of: str, what: str) -> Part:
+def companion(parts: Parts, name: str, of: str, what: str) -> StoredTensor:
     """A tensor that must be there.
 
     Raises:
@@ -162,7 +162,7 @@ def companion(parts: Parts, name: str, of: str, what: str) -> Part:
     return parts[name]
 
 
-def check_shape(part: Part, shape: tuple[int, ...], what: str) -> Part:
+def check_shape(part: StoredTensor, shape: tuple[int, ...], what: str) -> StoredTensor:
     """``part``, whose shape must be ``shape``; a dimension of -1 is not compared.
 
     Raises:
@@ -174,7 +174,7 @@ def check_shape(part: Part, shape: tuple[int, ...], what: str) -> Part:
     return part
 
 
-def check_dtype(part: Part, codes: tuple[str, ...], what: str) -> Part:
+def check_dtype(part: StoredTensor, codes: tuple[str, ...], what: str) -> StoredTensor:
     """``part``, whose dtype must be one of ``codes`` (of safetensors headers).
 
     Raises:
@@ -217,7 +217,7 @@ def block_size(config: Mapping[str, Any], key: str) -> list[tuple[int, int]]:
     return [(found[0], found[1])]
 
 
-def whole(part: Part) -> torch.Tensor:
+def whole(part: StoredTensor) -> torch.Tensor:
     """All of a stored tensor, in its shape."""
     count = 1
     for size in part.shape:
@@ -225,7 +225,7 @@ def whole(part: Part) -> torch.Tensor:
     return part.read(0, count).view(part.shape)
 
 
-def check_scales(scales: torch.Tensor, part: Part) -> torch.Tensor:
+def check_scales(scales: torch.Tensor, part: StoredTensor) -> torch.Tensor:
     """Scales of a weight, once none is NaN or infinite.
 
     Raises:
@@ -236,7 +236,7 @@ def check_scales(scales: torch.Tensor, part: Part) -> torch.Tensor:
     return scales
 
 
-def check_index(part: Part, count: int) -> torch.Tensor:
+def check_index(part: StoredTensor, count: int) -> torch.Tensor:
     """A stored tensor of indices below ``count``, flat.
 
     Raises:

@@ -18,8 +18,8 @@ from adapterkit.codecs.codec import (
     FLOATS,
     INTEGERS,
     Codec,
-    Part,
     Parts,
+    StoredTensor,
     Weight,
     block_size,
     check_dtype,
@@ -42,7 +42,7 @@ from adapterkit.codecs.fp8 import (
     unpack_floats,
     unpack_pairs,
 )
-from adapterkit.codecs.scaled import Scaled, Written, check_like, grid_of, grid_scales
+from adapterkit.codecs.scaled import ScaledWeight, Written, check_like, grid_of, grid_scales
 from adapterkit.dtypes import BF16, DType
 from adapterkit.errors import CheckpointError
 
@@ -91,16 +91,18 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
             yield _plain(codes, scale, beside(parts, codes.name), schemes)
 
 
-def _natural(scale: Part) -> DType:
+def _natural(scale: StoredTensor) -> DType:
     """compressed-tensors computes in the dtype of the scales, and in bfloat16 where those are powers of two."""
     return scale.dtype if scale.dtype.is_float and scale.dtype.bits >= 16 else BF16
 
 
-def _named(more: tuple[Part, ...], leaf: str) -> Part | None:
+def _named(more: tuple[StoredTensor, ...], leaf: str) -> StoredTensor | None:
     return next((part for part in more if part.name.endswith("." + leaf)), None)
 
 
-def _plain(codes: Part, scale: Part, more: tuple[Part, ...], schemes: list[Mapping[str, Any]]) -> Weight:
+def _plain(
+    codes: StoredTensor, scale: StoredTensor, more: tuple[StoredTensor, ...], schemes: list[Mapping[str, Any]]
+) -> Weight:
     blocks = [block for scheme in schemes for block in block_size(scheme, "block_structure")]
     block, grid = grid_of(codes.shape, scale, blocks)
     zero, groups = _named(more, "weight_zero_point"), _named(more, "weight_g_idx")
@@ -118,7 +120,7 @@ def _plain(codes: Part, scale: Part, more: tuple[Part, ...], schemes: list[Mappi
         )
     else:
         written = None if zero is not None else float8_written(codes, scale, lambda: float8(codes.dtype, scale.dtype))
-    return Scaled(
+    return ScaledWeight(
         codes.name,
         codes.shape,
         _natural(scale),
@@ -200,7 +202,13 @@ def integers(bits: int, scale: DType, *, symmetric: bool) -> Numbers:
     return Numbers(choose, code, value)
 
 
-def _integers(name: str, packed: Part, scale: Part, more: tuple[Part, ...], schemes: list[Mapping[str, Any]]) -> Weight:
+def _integers(
+    name: str,
+    packed: StoredTensor,
+    scale: StoredTensor,
+    more: tuple[StoredTensor, ...],
+    schemes: list[Mapping[str, Any]],
+) -> Weight:
     what = "packed integers"
     stored = _named(more, "weight_shape")
     if stored is None:
@@ -260,7 +268,7 @@ def _integers(name: str, packed: Part, scale: Part, more: tuple[Part, ...], sche
         scale,
         None if zero is None else (zero, pack_zeros),
     )
-    return Scaled(
+    return ScaledWeight(
         name,
         shape,
         _natural(scale),
@@ -277,7 +285,7 @@ def _integers(name: str, packed: Part, scale: Part, more: tuple[Part, ...], sche
     ).weight()
 
 
-def _fp4(name: str, packed: Part, scale: Part, more: tuple[Part, ...]) -> Weight:
+def _fp4(name: str, packed: StoredTensor, scale: StoredTensor, more: tuple[StoredTensor, ...]) -> Weight:
     check_dtype(check_shape(packed, (-1, -1), "FP4"), ("U8", "I8", "F4"), "FP4")
     shape = (*packed.shape[:-1], packed.shape[-1] * 2)
     block, grid = grid_of(shape, scale, [])
@@ -286,7 +294,7 @@ def _fp4(name: str, packed: Part, scale: Part, more: tuple[Part, ...]) -> Weight
     def numbers() -> Numbers:
         return e2m1_numbers(scale.dtype, over, multiply=False, power=mx_exponents)
 
-    return Scaled(
+    return ScaledWeight(
         name,
         shape,
         BF16,

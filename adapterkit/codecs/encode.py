@@ -20,7 +20,7 @@ LARGE = 1 << 22  # elements that share a scale, from which on they are read twic
 
 
 @dataclass(frozen=True)
-class Made:
+class TensorSpec:
     """A tensor that an encoder makes: its whole name, dtype and shape."""
 
     name: str
@@ -40,7 +40,7 @@ class Encoder(ABC):
         memory: bytes that are held until the last tensor is written.
     """
 
-    made: tuple[Made, ...]
+    made: tuple[TensorSpec, ...]
     unit: int
     unit_codes: int = 0
     streams: bool = True

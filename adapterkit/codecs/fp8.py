@@ -13,9 +13,9 @@ from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.codecs.codec import Codec, Kind, Layers, Part, Parts, Weight, block_size, setting, stems, whole
-from adapterkit.codecs.encode import Encoder, Made
-from adapterkit.codecs.scaled import Scaled, Written, grid_of, grid_scales
+from adapterkit.codecs.codec import Codec, Kind, Layers, Parts, StoredTensor, Weight, block_size, setting, stems, whole
+from adapterkit.codecs.encode import Encoder, TensorSpec
+from adapterkit.codecs.scaled import ScaledWeight, Written, grid_of, grid_scales
 from adapterkit.dtypes import BF16, DTYPES, F32, DType
 
 if TYPE_CHECKING:
@@ -63,21 +63,25 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
                 yield _pairs(codes, parts[stem + end], blocks, beside(parts, name))
 
 
-def beside(parts: Parts, name: str) -> tuple[Part, ...]:
+def beside(parts: Parts, name: str) -> tuple[StoredTensor, ...]:
     """The tensors of the same module that only quantized inference uses."""
     stem = name.rpartition(".")[0]
     return tuple(parts[f"{stem}.{leaf}"] for leaf in BESIDE if f"{stem}.{leaf}" in parts)
 
 
 def _float8(
-    codes: Part, scale: Part, blocks: list[tuple[int, int]], more: tuple[Part, ...], powers: bool = False
+    codes: StoredTensor,
+    scale: StoredTensor,
+    blocks: list[tuple[int, int]],
+    more: tuple[StoredTensor, ...],
+    powers: bool = False,
 ) -> Weight:
     from_floats = scale.dtype.is_float and scale.dtype.bits >= 16
     block, grid = grid_of(codes.shape, scale, blocks)
     written = float8_written(
         codes, scale, lambda: reciprocal(codes.dtype, scale.dtype, powers=powers or not from_floats)
     )
-    return Scaled(
+    return ScaledWeight(
         codes.name,
         codes.shape,
         F32 if from_floats else BF16,
@@ -105,7 +109,7 @@ def as_bytes(rows: torch.Tensor) -> torch.Tensor:
     return rows.view(torch.uint8)
 
 
-def float8_written(codes: Part, scale: Part, numbers: Callable[[], Numbers]) -> Written:
+def float8_written(codes: StoredTensor, scale: StoredTensor, numbers: Callable[[], Numbers]) -> Written:
     """How float8 codes are written: one byte each."""
     return Written(numbers, lambda rows: rows.contiguous().view(codes.dtype.torch), as_bytes, scale)
 
@@ -161,7 +165,9 @@ def float8_values(dtype: DType, codes: torch.Tensor, scale: torch.Tensor, zero: 
     return floats(codes.contiguous().view(dtype.torch)) * factors(scale)
 
 
-def _pairs(codes: Part, scale: Part, blocks: list[tuple[int, int]], more: tuple[Part, ...]) -> Weight:
+def _pairs(
+    codes: StoredTensor, scale: StoredTensor, blocks: list[tuple[int, int]], more: tuple[StoredTensor, ...]
+) -> Weight:
     """FP4: two values per byte; with `weight_scale_2` it is NVFP4."""
     shape = (*codes.shape[:-1], codes.shape[-1] * 2)
     block, grid = grid_of(shape, scale, [])
@@ -170,7 +176,7 @@ def _pairs(codes: Part, scale: Part, blocks: list[tuple[int, int]], more: tuple[
     def numbers() -> Numbers:
         return e2m1_numbers(scale.dtype, over, multiply=True)
 
-    return Scaled(
+    return ScaledWeight(
         codes.name,
         shape,
         BF16 if over is None else F32,
@@ -192,7 +198,7 @@ def unpack_pairs(rows: torch.Tensor) -> torch.Tensor:
     return e2m1(rows)
 
 
-def pairs_written(codes: Part, scale: Part, numbers: Callable[[], Numbers]) -> Written:
+def pairs_written(codes: StoredTensor, scale: StoredTensor, numbers: Callable[[], Numbers]) -> Written:
     """How 4-bit floats are written: two to a byte, the first in the low half."""
 
     def pack(rows: torch.Tensor) -> torch.Tensor:
@@ -208,7 +214,7 @@ def pairs_written(codes: Part, scale: Part, numbers: Callable[[], Numbers]) -> W
     return Written(numbers, pack, unpack, scale)
 
 
-def e2m1_numbers(scale: DType, over: Part | None, *, multiply: bool, power: MxRule | None = None) -> Numbers:
+def e2m1_numbers(scale: DType, over: StoredTensor | None, *, multiply: bool, power: MxRule | None = None) -> Numbers:
     """FP4 (e2m1) with FP8 scales under one over all (NVFP4), or with scales that are powers of two.
 
     NVFP4: scale = absmax / 6 over the scale of the whole tensor, rounded to FP8; a scale that becomes zero is the smallest
@@ -298,7 +304,7 @@ def short_blocks(name: str, shape: tuple[int, ...], dtype: DType, double: bool) 
     e4m3 = DTYPES["F8_E4M3"]
     across = -(-columns // BLOCK)
     return Tiles(
-        (Made(name, e4m3, shape), Made(scale, F32, (-(-rows // BLOCK), across))),
+        (TensorSpec(name, e4m3, shape), TensorSpec(scale, F32, (-(-rows // BLOCK), across))),
         Shape(rows, columns, rows, (BLOCK, BLOCK), across),
         reciprocal(e4m3, F32, powers=False),
         lambda found: found.contiguous().view(e4m3.torch),

@@ -17,8 +17,8 @@ from adapterkit.codecs.codec import (
     FLOATS,
     INTEGERS,
     Codec,
-    Part,
     Parts,
+    StoredTensor,
     Weight,
     check_dtype,
     check_index,
@@ -29,7 +29,7 @@ from adapterkit.codecs.codec import (
     stems,
     whole,
 )
-from adapterkit.codecs.encode import Made
+from adapterkit.codecs.encode import TensorSpec
 from adapterkit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -242,10 +242,10 @@ def _group_size(config: Mapping[str, Any], rows: int, groups: int, name: str) ->
 def _weight(
     stem: str,
     shape: tuple[int, int],
-    packed: Part,
-    zeros: Part,
-    scales: Part,
-    groups: Part | None,
+    packed: StoredTensor,
+    zeros: StoredTensor,
+    scales: StoredTensor,
+    groups: StoredTensor | None,
     size: int,
     packing: Packing,
     how: str,
@@ -307,7 +307,7 @@ def _weight(
             }
 
         return Tiles(
-            tuple(Made(part.name, part.dtype, part.shape) for part in (packed, zeros, scales)),
+            tuple(TensorSpec(part.name, part.dtype, part.shape) for part in (packed, zeros, scales)),
             Shape(out, rows, out, (1, size), count),
             replace(numbers, choose=choose),
             packing.pack,

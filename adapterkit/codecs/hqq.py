@@ -15,8 +15,8 @@ from adapterkit.codecs.codec import (
     AGAIN,
     FLOATS,
     Codec,
-    Part,
     Parts,
+    StoredTensor,
     Weight,
     check_dtype,
     check_scales,
@@ -25,7 +25,7 @@ from adapterkit.codecs.codec import (
     stems,
     whole,
 )
-from adapterkit.codecs.encode import Encoder, Made
+from adapterkit.codecs.encode import Encoder, TensorSpec
 from adapterkit.dtypes import BF16, F16, F32, DType
 from adapterkit.errors import CheckpointError
 
@@ -62,7 +62,7 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
         yield _weight(parts, stem)
 
 
-def _number(part: Part) -> int:
+def _number(part: StoredTensor) -> int:
     return int.from_bytes(part.raw(), "little", signed=part.dtype.code.startswith("I"))
 
 
@@ -114,7 +114,9 @@ def _weight(parts: Parts, stem: str) -> Weight:
     return Weight(f"{stem}.weight", shape, dtype, used, how, columns, load, memory, encoder)
 
 
-def _decoder(packed: Part, scale: Part, zero: Part, dtype: DType, bits: int, count: int, axis: int) -> Decode:
+def _decoder(
+    packed: StoredTensor, scale: StoredTensor, zero: StoredTensor, dtype: DType, bits: int, count: int, axis: int
+) -> Decode:
     import torch
 
     scales, zeros = check_scales(whole(scale), scale).to(dtype.torch), whole(zero).to(dtype.torch)
@@ -129,7 +131,7 @@ def _decoder(packed: Part, scale: Part, zero: Part, dtype: DType, bits: int, cou
     return decode
 
 
-def _numbers(packed: Part, bits: int, count: int, first: int, last: int) -> Iterator[torch.Tensor]:
+def _numbers(packed: StoredTensor, bits: int, count: int, first: int, last: int) -> Iterator[torch.Tensor]:
     """The stored numbers of some rows, slab by slab."""
     height, columns = packed.shape
     while first < last:
@@ -152,12 +154,21 @@ class Hqq(Encoder):
     P, BETA, KAPPA, STEPS = 0.7, 10.0, 1.01, 20
 
     def __init__(
-        self, packed: Part, scale: Part, zero: Part, bits: int, count: int, axis: int, *, search: bool, round_zero: bool
+        self,
+        packed: StoredTensor,
+        scale: StoredTensor,
+        zero: StoredTensor,
+        bits: int,
+        count: int,
+        axis: int,
+        *,
+        search: bool,
+        round_zero: bool,
     ) -> None:
         self._packed, self._scale, self._zero = packed, scale, zero
         self._bits, self._count, self._axis, self._search, self._round = bits, count, axis, search, round_zero
         self._columns = packed.shape[1]
-        self.made = tuple(Made(part.name, part.dtype, part.shape) for part in (packed, scale, zero))
+        self.made = tuple(TensorSpec(part.name, part.dtype, part.shape) for part in (packed, scale, zero))
         self.unit = prod(packed.shape) * count
         self.memory = 28 * self.unit
 

@@ -11,8 +11,8 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.codecs.codec import Codec, Part, Parts, Weight, check_dtype, check_shape, companion, stems
-from adapterkit.codecs.encode import Encoder, Made
+from adapterkit.codecs.codec import Codec, Parts, StoredTensor, Weight, check_dtype, check_shape, companion, stems
+from adapterkit.codecs.encode import Encoder, TensorSpec
 from adapterkit.codecs.fp8 import e2m1_numbers
 from adapterkit.dtypes import BF16
 
@@ -34,7 +34,7 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
         yield _weight(name, blocks, check_shape(scales, blocks.shape[:-1], "mxfp4"))
 
 
-def _weight(name: str, blocks: Part, scales: Part) -> Weight:
+def _weight(name: str, blocks: StoredTensor, scales: StoredTensor) -> Weight:
     experts, out, groups, _ = blocks.shape
     height = groups * GROUP
 
@@ -86,11 +86,14 @@ class Mxfp4(Encoder):
     it (transformers writes gpt-oss with that).
     """
 
-    def __init__(self, blocks: Part, scales: Part) -> None:
+    def __init__(self, blocks: StoredTensor, scales: StoredTensor) -> None:
         experts, self._out, groups, _ = blocks.shape
         self._in = groups * GROUP
         self.unit, self.unit_codes = self._in * self._out, self._out * groups * GROUP // 2
-        self.made = (Made(blocks.name, blocks.dtype, blocks.shape), Made(scales.name, scales.dtype, scales.shape))
+        self.made = (
+            TensorSpec(blocks.name, blocks.dtype, blocks.shape),
+            TensorSpec(scales.name, scales.dtype, scales.shape),
+        )
         self.memory = experts * self._out * groups + 16 * self.unit
         self._blocks, self._scales, self._across = blocks, scales, groups
         self._rows: Tiles | None = None

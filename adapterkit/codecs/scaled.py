@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from adapterkit.codecs.codec import AGAIN, Part, Weight, check_index, check_scales, check_shape, whole
-from adapterkit.codecs.encode import Made
+from adapterkit.codecs.codec import AGAIN, StoredTensor, Weight, check_index, check_scales, check_shape, whole
+from adapterkit.codecs.encode import TensorSpec
 from adapterkit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -40,12 +40,12 @@ class Written:
     numbers: Callable[[], Numbers]
     pack: Callable[[torch.Tensor], torch.Tensor]
     unpack: Callable[[torch.Tensor], torch.Tensor]
-    scale: Part
-    zero: tuple[Part, Callable[[torch.Tensor], torch.Tensor]] | None = None
+    scale: StoredTensor
+    zero: tuple[StoredTensor, Callable[[torch.Tensor], torch.Tensor]] | None = None
 
 
 @dataclass(frozen=True)
-class Scaled:
+class ScaledWeight:
     """How one weight is stored.
 
     Attributes:
@@ -66,14 +66,14 @@ class Scaled:
     shape: tuple[int, ...]
     dtype: DType
     how: str
-    codes: Part
+    codes: StoredTensor
     unpack: Callable[[torch.Tensor], torch.Tensor]
     block: tuple[int, int]
     grid: tuple[int, int]
     scales: Callable[[], torch.Tensor]
-    parts: tuple[Part, ...]
+    parts: tuple[StoredTensor, ...]
     zeros: Callable[[], torch.Tensor] | None = None
-    groups: Part | None = None
+    groups: StoredTensor | None = None
     written: Written | None = None
 
     def weight(self) -> Weight:
@@ -113,7 +113,7 @@ class Scaled:
         parts = (codes, scale, *(() if zero is None else zero[:1]))
         rows, columns, height = prod(self.shape[:-1]), self.shape[-1], self.shape[-2]
         return Tiles(
-            tuple(Made(part.name, part.dtype, part.shape) for part in parts),
+            tuple(TensorSpec(part.name, part.dtype, part.shape) for part in parts),
             Shape(rows, columns, height, self.block, across),
             written.numbers(),
             written.pack,
@@ -175,7 +175,7 @@ class Scaled:
 
 
 def grid_of(
-    shape: tuple[int, ...], scale: Part, blocks: list[tuple[int, int]]
+    shape: tuple[int, ...], scale: StoredTensor, blocks: list[tuple[int, int]]
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """The block and the grid of a scale tensor: one scale, one per row, per group of columns, or per block.
 
@@ -210,7 +210,9 @@ def grid_of(
     )
 
 
-def grid_scales(scale: Part, grid: tuple[int, int], over: Part | None = None, *, divide: bool = False) -> torch.Tensor:
+def grid_scales(
+    scale: StoredTensor, grid: tuple[int, int], over: StoredTensor | None = None, *, divide: bool = False
+) -> torch.Tensor:
     """Scales as float32 ``[leading * down, across]``; e8m0 and bytes are powers of two.
 
     ``over`` is one more scale for the whole tensor (or one per leading index), multiplied, or divided by.
@@ -227,7 +229,7 @@ def grid_scales(scale: Part, grid: tuple[int, int], over: Part | None = None, *,
     return found
 
 
-def check_like(part: Part, shape: tuple[int, ...], what: str) -> Part:
+def check_like(part: StoredTensor, shape: tuple[int, ...], what: str) -> StoredTensor:
     """``part``, which must have ``shape`` up to dimensions of 1."""
     wanted = tuple(size for size in shape if size != 1)
     if tuple(size for size in part.shape if size != 1) != wanted:

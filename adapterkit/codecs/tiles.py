@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from adapterkit.codecs.encode import LARGE, Encoder, Made
+from adapterkit.codecs.encode import LARGE, Encoder, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +95,7 @@ class Tiles(Encoder):
         row_codes: elements of the stored codes per row, where they stream.
     """
 
-    made: tuple[Made, ...]
+    made: tuple[TensorSpec, ...]
     shape: Shape
     numbers: Numbers
     pack: Callable[[torch.Tensor], torch.Tensor]

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.codecs.codec import Codec, Part, Parts, Weight, companion
+from adapterkit.codecs.codec import Codec, Parts, StoredTensor, Weight, companion
 from adapterkit.codecs.fp8 import FLOAT8, describe, factors, float8_values, float8_written, unpack_floats
-from adapterkit.codecs.scaled import Scaled, Written, check_like, grid_of, grid_scales
+from adapterkit.codecs.scaled import ScaledWeight, Written, check_like, grid_of, grid_scales
 from adapterkit.dtypes import F32, DType
 from adapterkit.errors import CheckpointError
 
@@ -44,7 +44,7 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
         block, grid = grid_of(codes.shape, scale, [])
         if zero is not None:
             check_like(zero, scale.shape, "a zero point per scale")
-        yield Scaled(
+        yield ScaledWeight(
             f"{found['module']}{found['leaf']}",
             codes.shape,
             F32,
@@ -60,7 +60,7 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
         ).weight()
 
 
-def _written(codes: Part, scale: Part, zero: Part | None) -> Written | None:
+def _written(codes: StoredTensor, scale: StoredTensor, zero: StoredTensor | None) -> Written | None:
     if codes.dtype.code != "I8":
         return float8_written(codes, scale, lambda: _float8(codes.dtype, scale.dtype)) if zero is None else None
     return Written(
@@ -72,7 +72,7 @@ def _written(codes: Part, scale: Part, zero: Part | None) -> Written | None:
     )
 
 
-def _integers(scale: DType, zero: Part | None) -> Numbers:
+def _integers(scale: DType, zero: StoredTensor | None) -> Numbers:
     """int8 by torchao's rule (`choose_qparams_affine`): scale = absmax / 127.5 where all zero points are zero, else
     (max - min) / 255; codes are of W times the reciprocal of the scale."""
     import torch

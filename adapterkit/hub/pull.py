@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.checkpoint.hub import hub_errors
-from adapterkit.checkpoint.open import parse_hub
+from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import CheckFailed, HubError, NotFound, OutputError, UsageError
 from adapterkit.hub.files import allowed
 from adapterkit.registry import disk

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.bases import open_model
-from adapterkit.checkpoint.open import parse_hub
+from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import AdapterkitError, NotFound, UsageError
 from adapterkit.provenance.record import entry
 from adapterkit.registry import disk, index, store

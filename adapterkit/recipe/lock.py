@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit._version import __version__
-from adapterkit.adapters.adapter import file_and_parts
+from adapterkit.adapters.load import file_and_parts
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG, read_index, side_names, weight_names
+from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.checkpoint.listing import LocalFolder
-from adapterkit.checkpoint.open import locate, parse_hub
+from adapterkit.checkpoint.open import locate
 from adapterkit.errors import CheckFailed, NotFound, RecipeError
 from adapterkit.recipe.parse import RecipeFile, shown
 from adapterkit.recipe.state import State, digest_of, key_of, write_whole

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.checkpoint.open import parse_hub
+from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import CheckpointError
 from adapterkit.registry import disk
 from adapterkit.registry.identity import Identity, Tensor, identify, probed, windows

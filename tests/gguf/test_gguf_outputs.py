@@ -21,7 +21,7 @@ from adapterkit.cli import main
 from adapterkit.errors import AdapterkitError, CheckpointError, NotFound
 from adapterkit.gguf.quantize import Quantization
 from adapterkit.gguf.reader import parse_gguf
-from adapterkit.gguf.tensors import Encoded, decoded
+from adapterkit.gguf.tensors import Quantized, decoded
 from adapterkit.verbs.convert import convert
 
 HEADS = {"llama.block_count": 2, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2}
@@ -253,9 +253,9 @@ def test_kept_types_fit_their_rows(base: Path, adapter: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_an_interrupted_run(resume: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = Encoded.read, []
+    real, calls = Quantized.read, []
 
-    def read_some(self: Encoded, start: int, stop: int) -> Any:
+    def read_some(self: Quantized, start: int, stop: int) -> Any:
         calls.append(self.name)
         if len(calls) > 3:
             raise KeyboardInterrupt
@@ -264,7 +264,7 @@ def test_an_interrupted_run(resume: bool, base: Path, tmp_path: Path, monkeypatc
     out = tmp_path / "out.gguf"
     asked = Quantization("Q8_0")
     with monkeypatch.context() as patched:
-        patched.setattr(Encoded, "read", read_some)
+        patched.setattr(Quantized, "read", read_some)
         with pytest.raises(KeyboardInterrupt):
             convert(base, out, quantization=asked, jobs=1, resume=resume)
     assert not out.exists()

@@ -2,7 +2,7 @@
 
 W' = W + s B A, s = alpha/r or alpha/sqrt(r) (arXiv:2106.09685, arXiv:2312.03732). The variants differ in three places:
 how A and B are put together from what is stored, what training did to W before it began, and whether rows are brought to
-a trained norm afterwards. Every combination is one `Recipe`.
+a trained norm afterwards. Every combination is one `LoraChange`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _LOST = {
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LoraChange:
     """How the change of one matrix is computed; tensors are handles until the kernel is loaded."""
 
     a: Tensor
@@ -146,7 +146,7 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
     if len(b.shape) > 2 and b.shape[1] != rank:
         raise AdapterError(f"{context.where}: '{key}' has rank {rank} and its lora_B {b.shape[1]}", "save it again")
     scale = context.config.scaling(scaled_as, rank) * times_applied(module, context)
-    recipe = Recipe(
+    recipe = LoraChange(
         a,
         b,
         scale,
@@ -201,7 +201,7 @@ def _embedding_edit(module: Module, context: Context) -> Edit:
     magnitude = module.tensors.get(MAGNITUDE)
     _check_vector(magnitude, columns, f"{module.path}.{MAGNITUDE}", context.where)
     scale = context.config.scaling(module.path, rank)
-    recipe = Recipe(a, b, scale, magnitude=magnitude, embedding=True)
+    recipe = LoraChange(a, b, scale, magnitude=magnitude, embedding=True)
     return Edit(target, _change(recipe, rank, (rows, columns)))
 
 
@@ -220,7 +220,7 @@ def _bias_edit(module: Module, context: Context, scale: float) -> Edit:
     return Edit(target, Change("lora bias", load, bias.nbytes, bias.numel * 4, scale=scale))
 
 
-def _change(recipe: Recipe, rank: int, shape: tuple[int, int]) -> Change:
+def _change(recipe: LoraChange, rank: int, shape: tuple[int, int]) -> Change:
     words = ["dora" if recipe.magnitude is not None else recipe.residual or "lora", f"r={rank}"]
     held = 4 * (recipe.a.numel + recipe.b.numel) * max(recipe.blocks, recipe.pool, 1)
     if recipe.residual:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adapterkit.dtypes import DType
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
     from adapterkit.verbs.options import MergeOptions
-    from adapterkit.verbs.verify.metadata import Expected
+    from adapterkit.verbs.verify.expected import Expected
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ def _gguf_of_gguf(
 ) -> Subject:
     from adapterkit.gguf.fold import fold_values
     from adapterkit.gguf.tensors import decoded
-    from adapterkit.verbs.verify.metadata import Expected
+    from adapterkit.verbs.verify.expected import Expected
 
     folded = fold_values(base, adapters, asked.weights, **_how(asked))
     touched = frozenset(folded.touched)
@@ -304,7 +304,7 @@ def _gguf_of_folder(
     from adapterkit.adapters.sidecars import patched_config, side_files
     from adapterkit.bases import open_base
     from adapterkit.gguf.arch.model import as_gguf
-    from adapterkit.verbs.verify.metadata import of_base
+    from adapterkit.verbs.verify.expected import of_base
 
     how = ("base16", "as_trained", "double_quant", "quant_dtype", "skip_modules")
     opened, values = open_base(base, **{name: getattr(asked, name) for name in how})
