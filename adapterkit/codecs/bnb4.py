@@ -29,6 +29,7 @@ from adapterkit.codecs.codec import (
     whole,
 )
 from adapterkit.codecs.encode import Encoder, TensorSpec
+from adapterkit.codecs.grid import BLOCKSIZES, Grid
 from adapterkit.dtypes import BF16, DTYPES, F16, F32, DType
 from adapterkit.errors import CheckpointError
 
@@ -38,11 +39,9 @@ if TYPE_CHECKING:
     import torch
 
     from adapterkit.codecs.codec import Decode
-    from adapterkit.codecs.grid import Grid
 
 KINDS = ("nf4", "fp4")
 STATE = ".quant_state.bitsandbytes__"
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 U8 = DTYPES["U8"]
 NAMED = {dtype.torch_name: dtype for dtype in (BF16, F16, F32)}
 MAX_STATE = 4096  # bytes of JSON
@@ -379,8 +378,6 @@ def config(layers: Layers, kind: str) -> dict[str, Any]:
 
 def _kind(name: str) -> Kind:
     def encoder(weight: str, shape: tuple[int, ...], dtype: DType, double: bool) -> Encoder:
-        from adapterkit.codecs.grid import Grid
-
         return FourBit(weight, shape, Grid(name, double), dtype)
 
     already = (f"{name} 64", f"{name} 64 double")
