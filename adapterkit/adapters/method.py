@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import AdapterError, TargetError
 
@@ -70,6 +70,7 @@ class Context:
         residual_base: the base given is what training left behind, not the original model.
         siblings: all modules of the adapter.
         shared: tensors that all modules use, by key.
+        scratch: what a method works out once for all modules, by a name of its own.
     """
 
     adapter: Adapter
@@ -78,6 +79,7 @@ class Context:
     residual_base: bool = False
     siblings: tuple[Module, ...] = ()
     shared: Mapping[str, Tensor] = field(default_factory=dict)
+    scratch: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def config(self) -> AdapterConfig:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.change import Change, LowRank, matrix
 from adapterkit.adapters.experts import FIELDS as EXPERT_FIELDS
 from adapterkit.adapters.method import Context, Edit, Method, Module, check_matrix
+from adapterkit.adapters.methods.expert_factors import expert_edits
 from adapterkit.adapters.methods.mora import FIELDS as MORA_FIELDS
 from adapterkit.adapters.methods.mora import mora_edits
-from adapterkit.adapters.methods.stacked import stacked_edit
+from adapterkit.adapters.methods.stacked import stacked_edit, wrapped_leaves
 from adapterkit.adapters.methods.tokens import KEY as TOKENS
 from adapterkit.adapters.methods.tokens import token_edits
 from adapterkit.adapters.orientation import is_turned
@@ -103,7 +104,8 @@ def lora_edits(module: Module, context: Context) -> Iterator[Edit]:
     elif EMBEDDING_A in module.tensors or EMBEDDING_B in module.tensors:
         yield _embedding_edit(module, context)
     elif A in module.tensors or B in module.tensors:
-        yield from _weight_edits(module, context)
+        experts = expert_edits(module, context)
+        yield from _weight_edits(module, context) if experts is None else experts
     elif TOKENS not in module.tensors:
         key = f"{module.path}.{next(iter(module.tensors))}"
         raise AdapterError(f"{context.where}: '{key}' stands without lora_A and lora_B", "save the adapter again")
@@ -114,9 +116,10 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
     key = f"{module.path}.{A}"
     _check_pair(a, b, f"{module.path}.lora_A/lora_B", context.where)
     parameter = f"{module.path}.weight"
-    named = context.config.names("target_parameters")
-    wrapped = any(parameter == name or parameter.endswith("." + name) for name in named)
-    if named and not wrapped and context.names.find(parameter) is None:
+    leaves = wrapped_leaves(module, context)
+    wrapped = "weight" in leaves
+    found = context.names.find(parameter)
+    if leaves and (len(found.shape) == 3 if wrapped and found is not None else found is None):
         yield stacked_edit(module, context, a, b)
         return
     if context.names.find(parameter) is None and context.names.find(f"{module.path}.in_proj_weight") is not None:
