@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("dtypes",),
     ("redaction",),
+    ("disk",),
     ("errors", "_version"),
 )
 HEIGHT = {unit: len(LAYERS) - number for number, layer in enumerate(LAYERS) for unit in layer}

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit import disk
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import AdapterkitError, UsageError
-from adapterkit.registry import disk
 from adapterkit.registry.beside import beside_bytes, read_beside
 from adapterkit.registry.canonical import sha256, thaw
 from adapterkit.registry.gather import gather

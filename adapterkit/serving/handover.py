@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit import disk
 from adapterkit.checkpoint.files import LocalFile
-from adapterkit.checkpoint.publish import write_file
 from adapterkit.errors import UsageError
 from adapterkit.gguf.checkpoint import read_header
 from adapterkit.gguf.vocab import special, templates
@@ -84,9 +84,8 @@ def write_handover(model: Path, server: str, *, beside: Path | None = None) -> H
     target = model.with_name(f"{model.name}.{SUFFIXES[server]}")
     if server == "llama.cpp":
         local = f'#!/bin/sh\ncd "$(dirname "$0")" || exit\nexec {local} "$@"\n'
-    write_file(target, local.encode())
-    if server == "llama.cpp":
-        target.chmod(0o755)
+    with disk.writing(target.name, target.parent):
+        disk.write_file(target, local.encode(), mode=0o755 if server == "llama.cpp" else 0o666)
     return Handover(server, local, found.notes, str(target))
 
 
