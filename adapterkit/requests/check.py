@@ -17,9 +17,9 @@ _OF_MERGE = {"recipe": "build --plan checks every output"}
 
 
 def _servers() -> Iterable[str]:
-    from adapterkit.serving.expectations import SERVERS
+    from adapterkit.serving.servers import servers
 
-    return sorted(SERVERS)
+    return servers()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -313,6 +313,12 @@ class Kept(Request):
     )  # fmt: skip
 
 
+def _with_file() -> Iterable[str]:
+    from adapterkit.serving.servers import with_file
+
+    return with_file()
+
+
 @dataclass(frozen=True, kw_only=True)
 class GGUFOutput(Request):
     """What belongs to a GGUF output."""
@@ -335,8 +341,8 @@ class GGUFOutput(Request):
     server: str | None = field(
         default=None,
         metadata=opt(
-            "Write what loads a GGUF output beside it: the Modelfile, or llama-server's command.",
-            role=RUN, group=BESIDE, flag="--for", choices=("ollama", "llama.cpp"), recipe="output.for",
+            "Write what loads a GGUF output beside it: ollama (a Modelfile) or llama.cpp (llama-server's command).",
+            role=RUN, group=BESIDE, flag="--for", choices=_with_file, metavar="SERVER", recipe="output.for",
         ),
     )  # fmt: skip
 

@@ -13,15 +13,17 @@ from adapterkit.adapters.load import load_adapter
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.hub_ref import parse_hub
-from adapterkit.errors import AdapterkitError, CheckFailed, UnsafeError, UsageError
+from adapterkit.errors import AdapterkitError, AuthError, CheckFailed, HubError, UnsafeError
 from adapterkit.provenance.fits import compare_bases
 from adapterkit.requests.call import takes
 from adapterkit.requests.check import CheckRequest
-from adapterkit.serving.expectations import FEATURES, SERVERS
+from adapterkit.serving.expectations import expected
+from adapterkit.serving.servers import find as find_server
 
 if TYPE_CHECKING:
     from adapterkit.adapters.fold import Folded
     from adapterkit.registry.identity import IdentityComparison
+    from adapterkit.serving.server import Server
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 
@@ -87,15 +89,13 @@ def check(request: CheckRequest) -> CheckReport:
     """Check adapters against a base from headers alone, and from a few windows of its weights where a record names the base.
 
     The merge that has the same options is planned: what `merge` refuses is refused here, in the same words. With
-    ``server``, a key of `adapterkit.serving.expectations.SERVERS`, it is also said what that server would make of them.
+    ``server``, a key of `adapterkit.serving.servers.servers`, it is also said what that server would make of them.
 
     Raises:
         NotFound, CheckpointError, UnsafeError, AuthError, HubError: something cannot be read at all.
         UsageError: an unknown server, or options that contradict each other.
     """
-    server = request.server
-    if server is not None and server not in SERVERS:
-        raise UsageError(f"'{server}' is no server that is known here", f"known: {', '.join(sorted(SERVERS))}")
+    row = None if request.server is None else find_server(request.server)
     opened = open_model(request.base, headers_only=True)
     loaded = tuple(_loaded(adapter) for adapter in request.given_adapters)
     findings: list[Diagnostic] = []
@@ -111,12 +111,15 @@ def check(request: CheckRequest) -> CheckReport:
             findings += _proved(adapter, compared)
     touched, refused, found = _merged(request, opened, loaded)
     findings += found
-    for adapter in loaded if server is not None else ():
-        findings += _expectations(adapter, opened.ref, str(server))
+    if row is not None:
+        for adapter in loaded:
+            findings += _expectations(adapter, opened, row)
     ok = all(finding.level != ERROR for finding in findings)
     refs = tuple(adapter.ref for adapter in loaded)
     code = 0 if ok else refused or CheckFailed.exit_code
-    return CheckReport(opened.ref, opened.commit, refs, server, ok, touched, tuple(findings), tuple(matches), code)
+    return CheckReport(
+        opened.ref, opened.commit, refs, request.server, ok, touched, tuple(findings), tuple(matches), code
+    )
 
 
 def _loaded(adapter: Any) -> Adapter:
@@ -140,7 +143,7 @@ def _merged(
         )
         try:
             merge = planned(asked.merge(base, some), fingerprints=False)
-        except (UsageError, UnsafeError):
+        except (UnsafeError, AuthError, HubError):
             raise
         except AdapterkitError as error:
             refused = refused or error.exit_code
@@ -231,13 +234,11 @@ def _consequences(adapter: Adapter, folded: Folded, notes: Sequence[str]) -> lis
     return found
 
 
-def _expectations(adapter: Adapter, base: str, server: str) -> list[Diagnostic]:
+def _expectations(adapter: Adapter, base: Checkpoint, server: Server) -> list[Diagnostic]:
     found = []
-    for row in SERVERS[server]:
-        title, present = FEATURES[row.feature]
-        if present(adapter):
-            level = WARNING if row.verdict == "depends" else ERROR
-            message = f"{server}, {title}: {row.verdict}: {row.says} [{row.source}]"
-            fix = row.fix.format(adapter=shlex.quote(adapter.ref), base=shlex.quote(base))
-            found.append(Diagnostic(level, f"{server}-{row.feature}", adapter.ref, message, fix))
+    for title, row in expected(server, adapter, base):
+        level = WARNING if row.verdict == "depends" else ERROR
+        message = f"{server.name}, {title}: {row.verdict}: {row.says} [{row.source}]"
+        fix = row.fix.format(adapter=shlex.quote(adapter.ref), base=shlex.quote(base.ref))
+        found.append(Diagnostic(level, f"{server.name}-{row.feature}", adapter.ref, message, fix))
     return found

@@ -563,9 +563,13 @@ def test_check(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.Capture
     code, found = command(["check", short(tmp_path), adapter], capsys)
     assert (code, found["ok"]) == (1, False)
     convert(base, tmp_path / "coarse.gguf", quantization=Quantization("Q4_0"))
-    code, found = command(["check", tmp_path / "coarse.gguf", adapter], capsys)
-    assert code == 0
-    assert any("coarse grids" in finding["message"] for finding in found["findings"])
+    coarse = tmp_path / "coarse.gguf"
+    refused, said = command(["merge", coarse, adapter, "-o", tmp_path / "m.gguf"], capsys)
+    code, found = command(["check", coarse, adapter], capsys)
+    assert (code, found["ok"]) == (refused, False) == (2, False)
+    assert said["error"]["message"] in {finding["message"] for finding in found["findings"]}
+    code, found = command(["check", coarse, adapter, "--yes-lossy"], capsys)
+    assert (code, found["ok"]) == (0, True)
 
 
 def test_headers_of_our_files_pass_our_own_reader(base: Path, adapter: Path, tmp_path: Path) -> None:
