@@ -101,10 +101,10 @@ def _folder(
 def _stored_in(base: Checkpoint) -> tuple[str, bool] | None:
     """The format of a quantized base, where it is one that 16-bit weights are written in too, and whether its scales are
     nested."""
-    from adapterkit.codecs.table import KINDS
-
     if base.stored is None:
         return None
+    from adapterkit.codecs.table import KINDS
+
     how = {weight.how for weight in base.stored.weights.values()}
     kind = next((kind.name for kind in KINDS.values() if how <= set(kind.already)), None)
     return None if kind is None else (kind, any(word.endswith(" double") for word in how))
