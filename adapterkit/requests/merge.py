@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from adapterkit.requests.groups import Adapters, Base
 
 FOLDER, GGUF = "folder", "gguf"
-FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
-"""The quantized formats of a folder; every other value of ``quant`` is a type of a GGUF file."""
+FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8", "keep")
+"""The quantized formats of a folder, and the base's own; every other value of ``quant`` is a type of a GGUF file."""
 NESTED = ("nf4", "fp4")
 CALIBRATED = ("awq", "gptq")
 

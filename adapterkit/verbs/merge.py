@@ -224,10 +224,16 @@ class Loss:
         if all(source.path is not None for source in self.merge.sources):
             self.sampled = _still_there(self.merge, yes_lossy=self.merge.request.yes_lossy)
         if self.watched and self.merge.request.writes and self.watch is None:
-            from adapterkit.adapters.fidelity import Watch
+            self.watch = self._watch()
 
-            kind = self.merge.request.folder_format or _grid_name(self.merge)
-            self.watch = Watch(self.merge.folded, kind, self.merge.output.through)
+    def _watch(self) -> Watch:
+        from adapterkit.adapters.fidelity import Watch, own_format
+
+        made = self.merge.output
+        if made.encodings:
+            return Watch(self.merge.folded, own_format(made.encodings), lambda name, shape: None, made.encodings)
+        kind = self.merge.request.folder_format or _grid_name(self.merge)
+        return Watch(self.merge.folded, kind, made.through)
 
     def report(self) -> FidelityReport | None:
         """What was measured, if anything was."""
@@ -296,7 +302,18 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
     quant = planned.request.folder_format
     if quant is None:
         return None
-    from adapterkit.adapters.fidelity import ENOUGH, already_on_grid, left_on_grid
+    from adapterkit.adapters.fidelity import ENOUGH, already_on_grid, left_in_own_format, left_on_grid
+
+    if planned.output.encodings:
+        found = left_in_own_format(planned.folded, planned.output.encodings, tensors=SAMPLED)
+        if found.worst is not None and found.retention < ENOUGH and not yes_lossy:
+            raise CheckFailed(
+                f"the values of {planned.base.ref} are {found.format} already, and of this change {found.retention:.1%} "
+                "would survive that grid again",
+                "fold onto the 16-bit original (--base16), write 16 bits (no --quant), keep the adapter beside the base, or "
+                "insist with --yes-lossy",
+            )
+        return found if found.worst is not None else None
 
     if not already_on_grid(planned.folded, quant):
         return None
