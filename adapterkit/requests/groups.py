@@ -201,7 +201,8 @@ class Types(Request):
     quant: str | None = field(
         default=None,
         metadata=opt(
-            "Types of a GGUF output, as llama-quantize gives them (Q4_K_M, Q8_0). Of a folder: nf4, fp4, int8, fp8, or keep for the base's own format.",
+            "Types of a GGUF output, as llama-quantize gives them (Q4_K_M, Q8_0). Of a folder: nf4, fp4, int8, fp8, or "
+            "keep for the base's own format.",
             role=BYTES, group=OUTPUT, metavar="TYPE", recipe="output.quant",
         ),
     )  # fmt: skip
