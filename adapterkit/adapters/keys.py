@@ -28,6 +28,9 @@ WRAPPERS = {
 # Attributes that models use too, so they are wrappers only in front of the whole model.
 LEADING = {"module": "data parallelism", "model": "a training class", "pretrained_model": "TRL's value head"}
 
+# What Tinker and transformers call the output layer.
+UNEMBED, OUTPUT = "unembed_tokens", "lm_head"
+
 # What PEFT puts an adapter's name after.
 _INFIXED = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "modules_to_save")
 
@@ -44,7 +47,7 @@ def plain_keys(stored: Mapping[str, Item], where: str) -> tuple[dict[str, Item],
     """
     unwrapped, wrappers = _unwrapped(stored)
     found: dict[str, Item] = {}
-    bare, named, twice = 0, 0, 0
+    bare, named, twice, tinker = 0, 0, 0, 0
     for name, value in stored.items():
         key = unwrapped[name]
         if key.startswith(PREFIX):
@@ -58,6 +61,8 @@ def plain_keys(stored: Mapping[str, Item], where: str) -> tuple[dict[str, Item],
             bare += 1
         plain = _without_adapter_name(key)
         named += plain != key
+        plain, renamed = _output_layer(plain)
+        tinker += renamed
         if plain in found:
             raise AdapterError(f"{where} holds two tensors for '{plain}'", "it mixes several adapters; save one alone")
         found[plain] = value
@@ -65,6 +70,8 @@ def plain_keys(stored: Mapping[str, Item], where: str) -> tuple[dict[str, Item],
     if wrappers:
         words = ", ".join(f"{name} ({by})" for name, by in wrappers.items())
         notes.append(f"its keys carry the names of training wrappers, which were dropped: {words}")
+    if tinker:
+        notes.append(f"{tinker} keys call the output layer {UNEMBED}, as Tinker does; read as {OUTPUT}")
     if twice:
         notes.append(f"{twice} keys carry the prefix base_model.model. twice; read as once")
     if bare:
@@ -105,6 +112,12 @@ def _split_leads(key: str) -> list[str]:
             return [*found, key]
         found.append(first)
         key = rest
+
+
+def _output_layer(key: str) -> tuple[str, bool]:
+    """A key with the output layer's name in transformers, and whether it had another."""
+    path, found, rest = key.partition(f"{UNEMBED}.")
+    return (f"{OUTPUT}.{rest}", True) if found and path in ("", "model.") else (key, False)
 
 
 def _without_adapter_name(key: str) -> str:

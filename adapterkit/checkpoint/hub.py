@@ -28,7 +28,7 @@ from adapterkit.errors import AdapterkitError, AuthError, CheckpointError, HubEr
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from adapterkit.checkpoint.open import HubRef
+    from adapterkit.checkpoint.hub_ref import HubRef
 
 FIRST_BYTES = 1 << 17  # one request fetches a header of up to this size whole
 PARALLEL = 16

@@ -117,10 +117,11 @@ def show_problems(problems: Sequence[Problem], form: str) -> None:
 def write_report(path: Path | None, report: Any) -> None:
     """Write a frozen value as JSON, where a file was asked for."""
     if path is not None:
+        from adapterkit.disk import deliver
         from adapterkit.redaction import redact
         from adapterkit.verbs.report import to_json
 
-        path.write_text(redact(to_json(report)) + "\n", encoding="utf-8")
+        deliver(path, (redact(to_json(report)) + "\n").encode())
 
 
 def append_summary(path: Path | None, markdown: str) -> None:

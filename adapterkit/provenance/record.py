@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit import disk
 from adapterkit.bases import open_model
-from adapterkit.checkpoint.open import parse_hub
+from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import AdapterkitError, UsageError
-from adapterkit.registry import disk
 from adapterkit.registry.beside import beside_bytes, read_beside
 from adapterkit.registry.canonical import sha256, thaw
 from adapterkit.registry.gather import gather
@@ -129,7 +129,7 @@ def adapter_parent(adapter: Adapter, role: str = "adapter", **parameters: Any) -
 
 def converted_parent(ref: str | Path, model: bool) -> Parent:
     """What is converted, as a parent: a model by its identity, an adapter by the digest of its files."""
-    from adapterkit.adapters.adapter import load_adapter
+    from adapterkit.adapters.load import load_adapter
 
     if model:
         return base_parent(open_model(ref), "source")

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from adapterkit import disk
 from adapterkit.errors import AdapterkitError, NotFound, RegistryError
-from adapterkit.registry import blobs, disk, index, refs, store
+from adapterkit.registry import blobs, index, refs, store
 from adapterkit.registry.home import LAYOUT, Home, default_home, entries, is_number
 from adapterkit.registry.names import is_name
 from adapterkit.registry.record import OpaqueRecord, Record

@@ -10,8 +10,8 @@ import pytest
 from models import edit_config, plain_adapter, plain_base, read_tensors, write_adapter
 
 import adapterkit
-from adapterkit.adapters.adapter import load_adapter
 from adapterkit.adapters.keys import plain_keys
+from adapterkit.adapters.load import load_adapter
 from adapterkit.errors import AdapterError, NotFound, UnsafeError
 from adapterkit.lint.folders import check_folder
 

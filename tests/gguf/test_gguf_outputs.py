@@ -18,6 +18,7 @@ from models import write_adapter
 
 import adapterkit
 from adapterkit.cli import main
+from adapterkit.disk import own_folder
 from adapterkit.errors import AdapterkitError, CheckpointError, NotFound
 from adapterkit.gguf.quantize import Quantization
 from adapterkit.gguf.reader import parse_gguf
@@ -280,7 +281,7 @@ def test_another_request_does_not_use_what_was_left(base: Path, tmp_path: Path) 
     """Padding and all: the hidden file of another run has other bytes where this one has none."""
     out = tmp_path / "out.gguf"
     folder = tmp_path / ".out.gguf.partial"
-    folder.mkdir()
+    own_folder(folder)
     (folder / "model.gguf").write_bytes(b"\xff" * 200_000)
     convert(base, out, quantization=Quantization("Q8_0"), resume=True)
     convert(base, tmp_path / "whole.gguf", quantization=Quantization("Q8_0"))

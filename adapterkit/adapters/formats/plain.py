@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.config import FLAT, PARTS
-from adapterkit.adapters.edits import check_config, group_modules
+from adapterkit.adapters.edits import check_config, fitting_part, group_modules
 from adapterkit.adapters.methods import lora
 from adapterkit.adapters.names import Names
 from adapterkit.errors import UsageError
@@ -68,10 +68,8 @@ def resolved(adapter: Adapter, base: Checkpoint | None) -> Adapter:
         TargetError: see `unflattened`, `selected`.
     """
     if adapter.config.get(PARTS):
-        from adapterkit.adapters.formats.parts import selected
-
         names = None if base is None else Names(base.shapes, base.config)
-        adapter = selected(adapter, names, {} if base is None else base.config)
+        adapter = fitting_part(adapter, names, {} if base is None else base.config)
     if not adapter.config.get(FLAT):
         return adapter
     if base is None:

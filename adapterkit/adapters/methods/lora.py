@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import Change, LowRank, matrix
 from adapterkit.adapters.experts import FIELDS as EXPERT_FIELDS
-from adapterkit.adapters.method import Context, Edit, Method, Module, check_matrix
+from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module, check_matrix
+from adapterkit.adapters.methods.expert_factors import expert_edits
 from adapterkit.adapters.methods.mora import FIELDS as MORA_FIELDS
 from adapterkit.adapters.methods.mora import mora_edits
-from adapterkit.adapters.methods.stacked import stacked_edit
+from adapterkit.adapters.methods.stacked import stacked_edit, wrapped_leaves
 from adapterkit.adapters.methods.tokens import KEY as TOKENS
 from adapterkit.adapters.methods.tokens import token_edits
 from adapterkit.adapters.orientation import is_turned
@@ -103,7 +104,8 @@ def lora_edits(module: Module, context: Context) -> Iterator[Edit]:
     elif EMBEDDING_A in module.tensors or EMBEDDING_B in module.tensors:
         yield _embedding_edit(module, context)
     elif A in module.tensors or B in module.tensors:
-        yield from _weight_edits(module, context)
+        experts = expert_edits(module, context)
+        yield from _weight_edits(module, context) if experts is None else experts
     elif TOKENS not in module.tensors:
         key = f"{module.path}.{next(iter(module.tensors))}"
         raise AdapterError(f"{context.where}: '{key}' stands without lora_A and lora_B", "save the adapter again")
@@ -114,9 +116,10 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
     key = f"{module.path}.{A}"
     _check_pair(a, b, f"{module.path}.lora_A/lora_B", context.where)
     parameter = f"{module.path}.weight"
-    named = context.config.names("target_parameters")
-    wrapped = any(parameter == name or parameter.endswith("." + name) for name in named)
-    if named and not wrapped and context.names.find(parameter) is None:
+    leaves = wrapped_leaves(module, context)
+    wrapped = "weight" in leaves
+    found = context.names.find(parameter)
+    if leaves and (len(found.shape) == 3 if wrapped and found is not None else found is None):
         yield stacked_edit(module, context, a, b)
         return
     if context.names.find(parameter) is None and context.names.find(f"{module.path}.in_proj_weight") is not None:
@@ -140,8 +143,8 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
     check_matrix(target, expected, key, context.where)
     if len(a.shape) > 2 and len(target.shape) > 2 and a.shape[1:] != target.shape[1:]:
         raise TargetError(
-            f"{context.where}: '{key}' spans {list(a.shape[1:])} of a grouped convolution {list(target.shape)}",
-            "PEFT cannot merge it either; train without the convolution",
+            f"{context.where}: '{key}' spans {list(a.shape[1:])} of a convolution {list(target.shape)}",
+            GIVE_BASE,
         )
     if len(b.shape) > 2 and b.shape[1] != rank:
         raise AdapterError(f"{context.where}: '{key}' has rank {rank} and its lora_B {b.shape[1]}", "save it again")

@@ -29,8 +29,8 @@ def open_adapter(src: Ref, options: ConvertOptions) -> tuple[Adapter, Checkpoint
     Raises:
         NotFound, AdapterError, TargetError, UsageError, UnsafeError, AuthError, HubError
     """
-    from adapterkit.adapters.adapter import load_adapter
     from adapterkit.adapters.formats.plain import resolved
+    from adapterkit.adapters.load import load_adapter
 
     base = None if options.base is None else open_model(options.base, headers_only=True)
     return resolved(load_adapter(src), base), base
@@ -104,8 +104,9 @@ class Computed(Conversion):
     layout: Layout = field(kw_only=True)
 
     def write(self, out: Path, run: Run) -> dict[str, Any]:
-        from adapterkit.adapters.adapter import WEIGHTS, load_adapter
+        from adapterkit.adapters.adapter import WEIGHTS
         from adapterkit.adapters.bound_rule import BoundRule
+        from adapterkit.adapters.load import load_adapter
         from adapterkit.verbs.combine import make_adapter
         from adapterkit.verbs.family import open_family
 

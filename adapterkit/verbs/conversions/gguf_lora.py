@@ -8,7 +8,7 @@ from adapterkit.verbs.conversions.conversion import Conversion, ConvertOptions, 
 
 def plan(src: Ref, options: ConvertOptions, jobs: int) -> Conversion:
     """An adapter as GGUF LoRA, with all scalings folded in."""
-    from adapterkit.adapters.adapter import load_adapter
+    from adapterkit.adapters.load import load_adapter
     from adapterkit.gguf.hf import gguf_names
     from adapterkit.gguf.lora import lora_tensors
     from adapterkit.gguf.plan import FileLayout, plan_gguf
