@@ -69,7 +69,6 @@ def _check(config: Config) -> None:
             "run it with transformers",
         )
 
-
     layers = config.number("num_layers")
     if int(config.get("num_decoder_layers", default=layers)) > layers:
         raise CheckpointError(
