@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.change import replace
 from adapterkit.adapters.config import COMMON_FIELDS, FLAT, PARTS
 from adapterkit.adapters.heads import ADDED, may_resize
-from adapterkit.adapters.method import Context, Edit, Method, Module
+from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module
 from adapterkit.adapters.methods import METHODS, UNMERGEABLE
+from adapterkit.adapters.orientation import check_squares
 from adapterkit.adapters.target import Piece, Target
 from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter
 
@@ -119,6 +120,20 @@ def _unwrapped(path: str) -> tuple[str, int]:
     return ".".join(part for part in parts if part != WRAPPED), depth
 
 
+def fitting_part(adapter: Adapter, names: Names | None, config: Mapping[str, Any]) -> Adapter:
+    """Of an adapter for several parts of a pipeline, the one that fits the base with these ``names``, or the only one.
+
+    Raises:
+        TargetError, UsageError: see `adapterkit.adapters.formats.parts.selected`.
+    """
+    from adapterkit.adapters.formats.parts import selected
+
+    if names is None:
+        return selected(adapter, None)
+    # What a user has to allow is asked when the part is merged.
+    return selected(adapter, lambda part: adapter_edits(part, names, config, residual_base=True, allow_unknown=True))
+
+
 def adapter_edits(
     adapter: Adapter,
     names: Names,
@@ -134,9 +149,7 @@ def adapter_edits(
         AdapterError, UnsupportedAdapter: see `check_config`.
     """
     if adapter.config.get(PARTS):
-        from adapterkit.adapters.formats.parts import selected
-
-        adapter = selected(adapter, names, config)
+        adapter = fitting_part(adapter, names, config)
     if adapter.config.get(FLAT):
         from adapterkit.adapters.formats.kohya import unflattened
 
@@ -158,7 +171,10 @@ def adapter_edits(
     if unresolved:
         first = unresolved[0]
         more = f" (and {len(unresolved) - 1} more modules)" if len(unresolved) > 1 else ""
-        raise TargetError(first.message + more, first.hint)
+        # One weight of another size has many reasons; that none of several fits has one.
+        other = 1 < len(modules) == len(unresolved) and all(one.hint == GIVE_BASE for one in unresolved)
+        raise TargetError(first.message + more, "this adapter was trained on another base" if other else first.hint)
+    check_squares(context, edits)
     return edits
 
 

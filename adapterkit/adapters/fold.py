@@ -12,6 +12,7 @@ from adapterkit.adapters.edits import adapter_edits
 from adapterkit.adapters.heads import Brought, brought, prefixed
 from adapterkit.adapters.merged import Applied, Loaded, Merged, StoredWeights, merged_columns
 from adapterkit.adapters.names import Names
+from adapterkit.adapters.orientation import orientation_notes
 from adapterkit.adapters.replicate import replicated
 from adapterkit.adapters.target import Target
 from adapterkit.adapters.ties import Weighted, same_bytes, settle_ties
@@ -23,7 +24,7 @@ from adapterkit.ops.device import CPU
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
-    from adapterkit.adapters.rule import Rule
+    from adapterkit.adapters.bound_rule import BoundRule
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.dtypes import DType
 
@@ -64,7 +65,7 @@ def fold(
     residual_base: bool = False,
     allow_unknown: bool = False,
     names: Names | None = None,
-    rule: Rule | None = None,
+    rule: BoundRule | None = None,
     device: str = CPU,
 ) -> Folded:
     """Fold adapters into a base: W + sum of w_k (f_k(W) - W), summed in float32, rounded once.
@@ -109,7 +110,9 @@ def fold(
         base = prefixed(base, head)
         names = Names(base.shapes, base.config)
         edits = found(base, names)
-    notes += [note for adapter in adapters for note in adapter.notes]
+    for adapter in adapters:
+        notes += orientation_notes(adapter, [one.edit for one in edits if one.adapter is adapter], names)
+        notes += adapter.notes
     settled = settle_ties(edits, names, base, base.config)
     tensors: dict[str, Tensor] = {**base.tensors, **settled.added}
     by_tensor: dict[str, list[Weighted]] = {}
@@ -130,7 +133,7 @@ def fold(
     return Folded(checkpoint, touched, tuple(added), vocab, settled.untied, head, every, settled.flag_off)
 
 
-def _ruled(edits: Sequence[Weighted], rule: Rule) -> Sequence[Weighted]:
+def _ruled(edits: Sequence[Weighted], rule: BoundRule) -> Sequence[Weighted]:
     from adapterkit.adapters.combined import combined_edits
 
     return combined_edits(edits, rule)

@@ -89,6 +89,8 @@ def examined(name: str, side: str, folder: Path) -> str:
     if plain is None:
         pytest.skip("more than tokens is needed")
     model.save_pretrained(folder / "base")
+    if not torch.equal(answers(cls.from_pretrained(folder / "base").eval()), plain):
+        pytest.skip("transformers does not load again what it saved")
     config = json.loads((folder / "base" / "config.json").read_text())
     config.pop("scale_decoder_outputs", None)  # as files from before that field have it
     (folder / "base" / "config.json").write_text(json.dumps(config))
