@@ -190,11 +190,12 @@ def flags() -> dict[str, list[str]]:
     return found
 
 
-def tying() -> list[Any]:
-    """Classes that declare tied weights."""
+def tying(only: str = "") -> list[Any]:
+    """Classes that declare tied weights, and whose name matches."""
     from make_names import model_classes
 
-    return [cls for cls in model_classes().values() if getattr(cls, "_tied_weights_keys", None)]
+    classes = [cls for cls in model_classes().values() if re.search(only, cls.__name__)]
+    return [cls for cls in classes if getattr(cls, "_tied_weights_keys", None)]
 
 
 def places(model: Any) -> dict[int, list[str]]:
@@ -215,6 +216,11 @@ def randomised(model: Any) -> Any:
     return model.float().eval()
 
 
+def inner(cls: Any) -> dict[str, Any]:
+    """The flag off in every config inside that of ``cls``."""
+    return {key: {FLAG: False} for key in getattr(cls.config_class, "sub_configs", None) or ()}
+
+
 def logits(model: Any) -> Any:
     """What a model answers to some tokens; None where it wants more than tokens."""
     import torch
@@ -232,13 +238,13 @@ def logits(model: Any) -> Any:
     return None
 
 
-def probe() -> dict[str, dict[str, Any]]:
+def probe(only: str = "") -> dict[str, dict[str, Any]]:
     """Class -> what else happens where the flag is off: ``scale`` (a field's power), ``stays`` tied, ``run`` or not."""
     import torch
     import transformers
 
     found: dict[str, dict[str, Any]] = {}
-    for cls in tying():
+    for cls in tying(only):
         name = cls.__name__
         if not hasattr(transformers, name):
             continue
@@ -249,7 +255,7 @@ def probe() -> dict[str, dict[str, Any]]:
             torch.manual_seed(0)
             tied = randomised(tiny(cls, **{FLAG: True}))
             torch.manual_seed(0)
-            apart = tiny(cls, **{FLAG: False}).float().eval()
+            apart = tiny(cls, **{FLAG: False}, **inner(cls)).float().eval()
         except Exception as error:
             print(f"make_classes: {name} not built ({type(error).__name__}: {str(error)[:80]})", file=sys.stderr)
             continue
