@@ -303,7 +303,7 @@ Architectures in the last rows have no class in transformers; their checkpoints 
 
 ## Beside llama.cpp's own converter
 
-`bench proofs converter --converter LLAMA.CPP/convert_hf_to_gguf.py --python PYTHON` makes folders as the Hub has them, with a
+`python -m bench proofs converter --converter CONVERT_HF_TO_GGUF.PY --python PYTHON` makes folders as the Hub has them, with a
 tokenizer of the model's family, and converts each by both: to F32, F16 and BF16, and once more from a BF16 checkpoint. It
 compares the set of tensors, their shapes, types and bytes, and every key with its type and value, tokens, scores, types and
 merges among them. The converter is that of llama-cpp-python 0.3.36, with transformers 4.57.6. 108 models: those of the table
