@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import Checked
+from adapterkit.adapters.composed import composed_edits
 from adapterkit.adapters.edits import adapter_edits
 from adapterkit.adapters.merged import Applied, Loaded, Merged, StoredWeights, merged_columns
 from adapterkit.adapters.names import Names
@@ -100,7 +101,9 @@ def fold(
     settled = settle_ties(edits, names, base, base.config)
     tensors: dict[str, Tensor] = {**base.tensors, **settled.added}
     by_tensor: dict[str, list[Weighted]] = {}
-    for item in settled.edits if rule is None else _ruled(settled.edits, rule):
+    together, order = composed_edits(settled.edits) if rule is None else (_ruled(settled.edits, rule), ())
+    notes += order
+    for item in together:
         for name in item.edit.target.tensors:
             by_tensor.setdefault(name, []).append(item)
     added = [name for name in by_tensor if name not in base]
