@@ -109,4 +109,5 @@ def _original(quantized: Checkpoint, original: Checkpoint) -> Checkpoint:
             "give the base that was quantized",
         )
     notes = (*original.notes, f"folded onto {original.ref} in place of {quantized.ref}")
-    return replace(original, notes=notes, stored=quantized.stored)
+    sources = (*original.sources, *quantized.sources)
+    return replace(original, notes=notes, stored=quantized.stored, sources=sources)
