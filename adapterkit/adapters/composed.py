@@ -61,6 +61,14 @@ def composed_edits(items: Sequence[Weighted]) -> tuple[tuple[Weighted, ...], tup
     return tuple(done), (words,)
 
 
+def separate_note(items: Sequence[Weighted]) -> tuple[str, ...]:
+    """What to say where a combination rule takes changes apart that would compose without one."""
+    dependent = {id(item.adapter) for item in items if item.weight and item.edit.change.composes != SUM}
+    if not dependent or len({id(item.adapter) for item in items}) == 1:
+        return ()
+    return ("the method combines each adapter's change of the unmerged weights; without a method they would compose",)
+
+
 def _ordered(group: Sequence[Weighted]) -> list[Weighted] | None:
     """The changes of one weight in the order in which they apply; None where they are simply summed.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import Checked
-from adapterkit.adapters.composed import composed_edits
+from adapterkit.adapters.composed import composed_edits, separate_note
 from adapterkit.adapters.edits import adapter_edits
 from adapterkit.adapters.merged import Applied, Loaded, Merged, StoredWeights, merged_columns
 from adapterkit.adapters.names import Names
@@ -101,7 +101,10 @@ def fold(
     settled = settle_ties(edits, names, base, base.config)
     tensors: dict[str, Tensor] = {**base.tensors, **settled.added}
     by_tensor: dict[str, list[Weighted]] = {}
-    together, order = composed_edits(settled.edits) if rule is None else (_ruled(settled.edits, rule), ())
+    if rule is None:
+        together, order = composed_edits(settled.edits)
+    else:
+        together, order = _ruled(settled.edits, rule), separate_note(settled.edits)
     notes += order
     for item in together:
         for name in item.edit.target.tensors:
@@ -122,7 +125,7 @@ def fold(
     return Folded(checkpoint, tuple(by_tensor), tuple(added), vocab, settled.untied, heads, (*notes, *settled.notes))
 
 
-def _ruled(edits: Sequence[Weighted], rule: BoundRule) -> Sequence[Weighted]:
+def _ruled(edits: Sequence[Weighted], rule: BoundRule) -> tuple[Weighted, ...]:
     from adapterkit.adapters.combined import combined_edits
 
     return combined_edits(edits, rule)
