@@ -142,11 +142,13 @@ def _run(
 ) -> tuple[dict[str, Any], int]:
     """Sums by parameter, and how many chunks the model ran over."""
     import torch
+
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"imatrix runs the model in transformers, and {error.name} is not installed", "pip install 'adapterkit[demo]'"
+            f"imatrix runs the model in transformers, and {error.name} is not installed",
+            "pip install 'adapterkit[demo]'",
         ) from None
 
     from adapterkit.gguf.activations import Activations
