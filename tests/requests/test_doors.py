@@ -17,7 +17,7 @@ import adapterkit
 from adapterkit.cli import app
 from adapterkit.errors import UsageError
 from adapterkit.recipe.parse import key_of
-from adapterkit.recipe.schema import AdapterChoice, BaseChoice, Output, Registration, Verification, known_options
+from adapterkit.recipe.schema import AdapterChoice, BaseChoice, OutputTable, Registration, VerifyTable, known_options
 from adapterkit.requests.adapters import CombineRequest, ExtractRequest, ResizeRequest
 from adapterkit.requests.check import CheckRequest
 from adapterkit.requests.convert import ConvertRequest
@@ -69,7 +69,7 @@ def test_an_option_is_a_keyword_of_the_function(verb: str, name: str) -> None:
 @pytest.mark.parametrize(("verb", "name"), [pair for pair in OPTIONS if pair[0] not in NO_STEP])
 def test_an_option_is_a_key_of_a_recipe(verb: str, name: str) -> None:
     option = option_of(verb, name)
-    tables = {"base": BaseChoice, "adapters": AdapterChoice, "verify": Verification, "output": Output}
+    tables = {"base": BaseChoice, "adapters": AdapterChoice, "verify": VerifyTable, "output": OutputTable}
     if verb == "verify" and option.role in (INPUT, VALUES):
         return  # a step is verified with the options of the merge that made it
     if "recipe" in option.elsewhere or (verb == "register" and option.role == INPUT):
