@@ -220,7 +220,7 @@ TABLES = (
     "adapterkit.ops.rules",
     "adapterkit.codecs.table",
     "adapterkit.registry.record",
-    "adapterkit.adapters.formats.kohya",
+    "adapterkit.adapters.formats.parts",
 )
 
 

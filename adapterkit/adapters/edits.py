@@ -132,14 +132,10 @@ def adapter_edits(
         TargetError: a tensor has no target, or the shapes do not fit.
         AdapterError, UnsupportedAdapter: see `check_config`.
     """
-    if adapter.config.get(PARTS):
-        from adapterkit.adapters.formats.parts import selected
+    if adapter.config.get(PARTS) or adapter.config.get(FLAT):
+        from adapterkit.adapters.formats.parts import settled
 
-        adapter = selected(adapter, names, config)
-    if adapter.config.get(FLAT):
-        from adapterkit.adapters.formats.kohya import unflattened
-
-        adapter = unflattened(adapter, names)
+        adapter = settled(adapter, names, config)
     method = check_config(adapter, residual_base=residual_base, allow_unknown=allow_unknown)
     if not adapter.tensors:
         raise AdapterError(f"{adapter.source.name} holds no tensors", "save the adapter again")

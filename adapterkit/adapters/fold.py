@@ -91,7 +91,8 @@ def fold(
     base, notes = replicated_base(dequantized(base), adapters)
     names = names or Names(base.shapes, base.config)
     edits: list[Weighted] = []
-    for adapter, factor in zip(adapters, factors, strict=True):
+    settle = [_settled(adapter, names, base.config) for adapter in adapters]
+    for adapter, factor in zip(settle, factors, strict=True):
         found = adapter_edits(adapter, names, base.config, residual_base=residual_base, allow_unknown=allow_unknown)
         edits += [Weighted(edit, adapter, factor) for edit in found]
         notes += adapter.notes
@@ -115,6 +116,14 @@ def fold(
     resized = [(base[n].shape[0], merged[n].shape[0]) for n in by_tensor if n in base and _resized(base[n], merged[n])]
     vocab = resized[0] if resized else None
     return Folded(checkpoint, tuple(by_tensor), tuple(added), vocab, settled.untied, heads, (*notes, *settled.notes))
+
+
+def _settled(adapter: Adapter, names: Names, config: Mapping[str, Any]) -> Adapter:
+    if adapter.contents is None:
+        return adapter
+    from adapterkit.adapters.formats.parts import settled
+
+    return settled(adapter, names, config)
 
 
 def _ruled(edits: Sequence[Weighted], rule: Rule) -> Sequence[Weighted]:
