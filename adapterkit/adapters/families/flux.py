@@ -166,6 +166,28 @@ _FLUX3 = (
 
 FAMILIES = (
     Family(
+        "Flux.1",
+        (*_ATTENTION, *_ENDS, *_FINAL, *_DOUBLE_MLP, *_SINGLE_LINEAR, *_MODULATION, *_EMBEDDERS, *_XLABS),
+        (
+            "double_blocks.{}.img_attn.qkv",
+            "double_blocks.{}.img_mlp.0",
+            "single_blocks.{}.linear1",
+            "single_blocks.{}.linear2",
+            "double_blocks.{}.img_attn.proj",
+            "double_blocks.{}.img_mod.lin",
+            "single_blocks.{}.modulation.lin",
+            "double_blocks.{}.processor.qkv_lora1",
+            "single_blocks.{}.processor.qkv_lora",
+        ),
+        (
+            "single_transformer_blocks.{}.proj_mlp",
+            "single_transformer_blocks.{}.proj_out",
+            "single_transformer_blocks.{}.attn.to_q",
+            "transformer_blocks.{}.ff_context.net.2",
+        ),
+        ("FluxTransformer2DModel",),
+    ),
+    Family(
         "Flux.2",
         _FLUX2,
         ("single_stream_modulation.lin", "double_stream_modulation_img.lin", "double_stream_modulation_txt.lin"),
@@ -195,27 +217,5 @@ FAMILIES = (
         ("distilled_guidance_layer.layers.{}.in_layer",),
         ("distilled_guidance_layer.layers.{}.linear_1",),
         ("ChromaTransformer2DModel",),
-    ),
-    Family(
-        "Flux.1",
-        (*_ATTENTION, *_ENDS, *_FINAL, *_DOUBLE_MLP, *_SINGLE_LINEAR, *_MODULATION, *_EMBEDDERS, *_XLABS),
-        (
-            "double_blocks.{}.img_attn.qkv",
-            "double_blocks.{}.img_mlp.0",
-            "single_blocks.{}.linear1",
-            "single_blocks.{}.linear2",
-            "double_blocks.{}.img_attn.proj",
-            "double_blocks.{}.img_mod.lin",
-            "single_blocks.{}.modulation.lin",
-            "double_blocks.{}.processor.qkv_lora1",
-            "single_blocks.{}.processor.qkv_lora",
-        ),
-        (
-            "single_transformer_blocks.{}.proj_mlp",
-            "single_transformer_blocks.{}.proj_out",
-            "single_transformer_blocks.{}.attn.to_q",
-            "transformer_blocks.{}.ff_context.net.2",
-        ),
-        ("FluxTransformer2DModel",),
     ),
 )

@@ -132,6 +132,14 @@ def _z_block(lead: str) -> tuple[Row, ...]:
             {lead}.attention.out -> {lead}.attention.to_out.0
             {lead}.attention.q_norm -> {lead}.attention.norm_q
             {lead}.attention.k_norm -> {lead}.attention.norm_k
+            {lead}.adaLN_modulation.0 -> {lead}.adaLN_modulation.0
+            {lead}.attention_norm1 -> {lead}.attention_norm1
+            {lead}.attention_norm2 -> {lead}.attention_norm2
+            {lead}.feed_forward.w1 -> {lead}.feed_forward.w1
+            {lead}.feed_forward.w2 -> {lead}.feed_forward.w2
+            {lead}.feed_forward.w3 -> {lead}.feed_forward.w3
+            {lead}.ffn_norm1 -> {lead}.ffn_norm1
+            {lead}.ffn_norm2 -> {lead}.ffn_norm2
         """),
     )
 
@@ -243,7 +251,7 @@ FAMILIES = (
     Family(
         "Lumina 2",
         _LUMINA,
-        ("cap_embedder.1", "noise_refiner.{}.attention.qkv"),
+        ("layers.{}.adaLN_modulation.1", "noise_refiner.{}.adaLN_modulation.1"),
         ("layers.{}.attn.to_q", "layers.{}.feed_forward.linear_1", "time_caption_embed.caption_embedder.1"),
         ("Lumina2Transformer2DModel",),
     ),
@@ -263,7 +271,12 @@ FAMILIES = (
             ),
         ),
         ("transformer_blocks.{}.img_mlp.gate_up",),
-        ("transformer_blocks.{}.img_mlp.net.2", "transformer_blocks.{}.img_mod.1", "transformer_blocks.{}.txt_mod.1"),
+        (
+            "transformer_blocks.{}.img_mlp.gate_layer",
+            "transformer_blocks.{}.img_mlp.net.2",
+            "transformer_blocks.{}.img_mod.1",
+            "transformer_blocks.{}.txt_mod.1",
+        ),
         ("QwenImageTransformer2DModel",),
     ),
     Family(

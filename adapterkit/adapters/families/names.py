@@ -7,7 +7,7 @@ read differently stand for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -42,6 +42,7 @@ DEPTH = 3  # tables between a name and the base's, at most
 class Entry:
     """A place in a table: a row, its part (None: the original), the endings of its parameter, and any path below."""
 
+    family: Family
     row: Row
     part: int | None
     leaves: tuple[str, str]
@@ -58,11 +59,11 @@ def index() -> tuple[dict[str, list[Entry]], dict[str, list[Entry]]]:
             for part, text in ((None, row.original), *enumerate(row.parts)):
                 pattern = Pattern(text)
                 if pattern.open:
-                    starts.setdefault(pattern.key, []).append(Entry(row, part, ("", ""), pattern))
+                    starts.setdefault(pattern.key, []).append(Entry(family, row, part, ("", ""), pattern))
                     continue
                 for leaves in row.leaves:
                     name = Pattern(text + leaves[0 if part is None else 1])
-                    exact.setdefault(name.key, []).append(Entry(row, part, leaves, name))
+                    exact.setdefault(name.key, []).append(Entry(family, row, part, leaves, name))
     return exact, starts
 
 
@@ -108,6 +109,7 @@ class FamilyNames:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
+        self._families: dict[str, Family | None] = {}
 
     @cached_property
     def leads(self) -> tuple[str, ...]:
@@ -154,14 +156,23 @@ class FamilyNames:
         if core in seen or len(seen) >= DEPTH:
             return []
         found: dict[object, Layout] = {}
+        own: dict[object, Layout] = {}
         for entry, captures, rest in entries(core):
             try:
                 layout = self._by(entry, captures, rest, lead, (*seen, core))
             except UnmappableError:
                 continue
             if layout is not None:
-                found[layout.pieces] = layout
-        return list(found.values())
+                (own if entry.family is self._family(lead) else found)[layout.pieces] = layout
+        return list((own or found).values())
+
+    def _family(self, lead: str) -> Family | None:
+        """The family of what has this lead: where two tables differ, its own counts."""
+        if lead not in self._families:
+            names = [name for name in self._shapes if name.startswith(lead)]
+            told = family_of(names)
+            self._families[lead] = None if told is None else told[0]
+        return self._families[lead]
 
     def _by(
         self, entry: Entry, captures: tuple[int, ...], rest: str, lead: str, seen: tuple[str, ...]
@@ -175,11 +186,11 @@ class FamilyNames:
                     return None
                 parts.append(found[0])
             joined = parts[0] if len(parts) == 1 else cat(parts, 0)
-            return _turned(row, _swapped(row, joined))
+            return _turned(row, _swapped(row, joined, self._width(row, captures, rest, lead)))
         found = self._resolve(lead, named(entry, None, captures, rest), seen)
         if len(found) != 1 or not found[0].shape:
             return None
-        layout = _swapped(row, _turned(row, found[0]))
+        layout = _swapped(row, _turned(row, found[0]), self._width(row, captures, rest, lead))
         if len(row.parts) == 1:
             return layout
         sizes = self._sizes(row, captures, lead, layout)
@@ -187,6 +198,12 @@ class FamilyNames:
         if size < 1 or min(sizes) < 0 or sum(sizes) != layout.shape[0]:
             raise UnmappableError
         return rearranged((size, *layout.shape[1:]), layout.lead, [(layout, start, 1, size)])
+
+    def _width(self, row: Row, captures: tuple[int, ...], rest: str, lead: str) -> int:
+        """The inputs of a row's weight, which are as many as the model is wide; 0 where the base has none."""
+        names = (Pattern(text).fill(captures, rest) + ".weight" for text in (row.original, *row.parts))
+        shapes = (self._shapes.get(lead + name, ()) for name in names)
+        return next((shape[1] for shape in shapes if len(shape) > 1), 0)
 
     def _sizes(self, row: Row, captures: tuple[int, ...], lead: str, layout: Layout) -> list[int]:
         """How many rows each part of an original has."""
@@ -201,15 +218,14 @@ class FamilyNames:
         return [width, *[(rows - width) // (count - 1)] * (count - 1)]
 
 
-def _swapped(row: Row, layout: Layout) -> Layout:
-    """The same rows with the halves changed."""
+def _swapped(row: Row, layout: Layout, width: int) -> Layout:
+    """The same rows with the halves changed; ``width`` is that of the model, 0 where it is unknown."""
     if not row.swap:
         return layout
     rows = layout.shape[0]
-    if row.swap == "pair" and (len(layout.shape) < 2 or rows != 2 * layout.shape[1]):
-        # A bias does not tell of how many vectors it is made; neither does a square of another row.
-        if len(layout.shape) < 2:
-            raise UnmappableError
+    if row.swap == "pair" and not width:
+        raise UnmappableError
+    if row.swap == "pair" and rows != 2 * width:
         return layout
     if rows % 2:
         raise UnmappableError
@@ -221,25 +237,58 @@ def _turned(row: Row, layout: Layout) -> Layout:
     return transpose(layout, 0, 1) if row.turned else layout
 
 
-def family_of(names: Mapping[str, object]) -> tuple[Family, str] | None:
+def family_of(names: Iterable[str]) -> tuple[Family, str] | None:
     """The family of a model or an adapter by the names of its parameters or modules, and its layout.
 
     Returns:
-        The family, and ``original`` or ``diffusers``; None where no family's own names are among them.
+        The family, and ``original`` or ``diffusers``; None where no family's own names are among them. Of several, the
+        one whose tables have most of the names.
     """
-    best: tuple[int, Family, str] | None = None
     cores = set()
     for name in names:
-        lead = next((one for one in sorted(LEADS, key=len, reverse=True) if name.startswith(one)), "")
-        for end in (name.removeprefix(lead), name.removeprefix(lead).rpartition(".")[0]):
-            cores.add(keyed(end))
-    for family in FAMILIES:
-        for layout, marks in (("original", family.original), ("diffusers", family.diffusers)):
-            count = sum(_marked(Pattern(mark), cores) for mark in marks)
-            if count and (best is None or count > best[0]):
-                best = (count, family, layout)
+        lead = next((one for one in _LONGEST if name.startswith(one)), "")
+        core = name.removeprefix(lead)
+        cores |= {core, core.rpartition(".")[0]}
+    best: tuple[int, Family, str] | None = None
+    for family, layout, marks, exact, starts in _layouts():
+        if not any(_marked(mark, cores) for mark in marks):
+            continue
+        keys = {keyed(core)[0] for core in cores}
+        count = len(keys & exact) + sum(any(key.startswith(start + ".") for key in keys) for start in starts)
+        count += sum(_marked(mark, cores) for mark in marks)
+        if best is None or count > best[0]:
+            best = (count, family, layout)
     return None if best is None else (best[1], best[2])
 
 
-def _marked(pattern: Pattern, cores: set[tuple[str, tuple[int, ...]]]) -> bool:
-    return any(key == pattern.key and pattern.captures(numbers) is not None for key, numbers in cores)
+_LONGEST = tuple(sorted(LEADS, key=len, reverse=True))
+
+
+@lru_cache(maxsize=1)
+def _layouts() -> tuple[tuple[Family, str, tuple[Pattern, ...], frozenset[str], frozenset[str]], ...]:
+    """Every family's two layouts: the names that only it has, those of its table, and the starts of open ones."""
+    found = []
+    for family in FAMILIES:
+        for layout, marks in (("original", family.original), ("diffusers", family.diffusers)):
+            texts = [
+                (text, row) for row in family.rows for text in ([row.original] if layout == "original" else row.parts)
+            ]
+            exact = {Pattern(text).key for text, _ in texts if not Pattern(text).open}
+            exact |= {
+                Pattern(text + leaves[layout != "original"]).key
+                for text, row in texts
+                for leaves in row.leaves
+                if not Pattern(text).open
+            }
+            starts = {Pattern(text).key for text, _ in texts if Pattern(text).open}
+            own = tuple(Pattern(mark) for mark in marks)
+            found.append((family, layout, own, frozenset(exact), frozenset(starts)))
+    return tuple(found)
+
+
+def _marked(pattern: Pattern, cores: set[str]) -> bool:
+    for core in cores:
+        key, numbers = keyed(core)
+        if key == pattern.key and pattern.captures(numbers) is not None:
+            return True
+    return False

@@ -110,16 +110,17 @@ _WAN = (
     Row("head.modulation", ("scale_shift_table",), leaves=BARE),
 )
 
-_LTX_NORMS = tuple(
-    Row(f"transformer_blocks.{{}}.{attention}.{name}_norm", (f"transformer_blocks.{{}}.{attention}.norm_{name}",))
-    for attention in (
-        *("attn1", "attn2", "audio_attn1", "audio_attn2"),
-        *("audio_to_video_attn", "video_to_audio_attn"),
+
+def _ltx_norms(*attentions: str) -> tuple[Row, ...]:
+    return tuple(
+        Row(f"transformer_blocks.{{}}.{attention}.{name}_norm", (f"transformer_blocks.{{}}.{attention}.norm_{name}",))
+        for attention in attentions
+        for name in "qk"
     )
-    for name in "qk"
-)
+
+
 _LTX = (
-    *_LTX_NORMS,
+    *_ltx_norms("attn1", "attn2"),
     *table("""
         patchify_proj -> proj_in
         adaln_single.* -> time_embed.*
@@ -127,6 +128,7 @@ _LTX = (
 )
 _LTX2 = (
     *_LTX,
+    *_ltx_norms("audio_attn1", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn"),
     *table("""
         audio_patchify_proj -> audio_proj_in
         audio_adaln_single.* -> audio_time_embed.*
