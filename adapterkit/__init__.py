@@ -13,13 +13,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from adapterkit._version import __version__
-from adapterkit.checkpoint.finders import FINDERS
+from adapterkit.checkpoint.finders import add_finder
 
 if TYPE_CHECKING:
-    from adapterkit.adapters.adapter import Adapter, load_adapter
+    from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.fold import Folded, fold
+    from adapterkit.adapters.load import load_adapter
     from adapterkit.bases import open_model as open
     from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.checkpoint.finders import Found
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.save import save
     from adapterkit.errors import AdapterkitError
@@ -76,7 +78,7 @@ _WHERE = {
     "handover": "adapterkit.serving.handover:handover",
     "imatrix": "adapterkit.verbs.imatrix:imatrix",
     "inspect": "adapterkit.verbs.inspect:inspect",
-    "load_adapter": "adapterkit.adapters.adapter:load_adapter",
+    "load_adapter": "adapterkit.adapters.load:load_adapter",
     "merge": "adapterkit.verbs.merge:merge",
     "open": "adapterkit.bases:open_model",
     "open_family": "adapterkit.verbs.family:open_family",
@@ -133,7 +135,13 @@ __all__ = [
 ]
 
 
-FINDERS.append("adapterkit.registry.finder:find")  # registry names work wherever a path does
+def _registered(ref: str) -> Found | None:
+    from adapterkit.registry.finder import find
+
+    return find(ref)
+
+
+add_finder(_registered)  # registry names work wherever a path does
 
 
 def __getattr__(name: str) -> Any:

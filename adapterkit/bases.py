@@ -8,7 +8,8 @@ from pathlib import Path
 
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.decoded import dequantized, is_plain
-from adapterkit.checkpoint.open import open_checkpoint, place_of
+from adapterkit.checkpoint.finders import place_of
+from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.dtypes import BY_LABEL
 from adapterkit.errors import TargetError, UsageError
 
@@ -107,4 +108,5 @@ def _original(quantized: Checkpoint, original: Checkpoint) -> Checkpoint:
             f"{list(there) if there else 'not in it'}, and {list(here) if here else 'not in the quantized base'}",
             "give the base that was quantized",
         )
-    return replace(original, notes=(*original.notes, f"folded onto {original.ref} in place of {quantized.ref}"))
+    notes = (*original.notes, f"folded onto {original.ref} in place of {quantized.ref}")
+    return replace(original, notes=notes, stored=quantized.stored)

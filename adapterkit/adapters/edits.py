@@ -6,9 +6,10 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import replace
-from adapterkit.adapters.config import COMMON_FIELDS, FLAT, PARTS
-from adapterkit.adapters.method import Context, Edit, Method, Module
+from adapterkit.adapters.config import COMMON_FIELDS
+from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module
 from adapterkit.adapters.methods import METHODS, UNMERGEABLE
+from adapterkit.adapters.orientation import check_squares
 from adapterkit.adapters.target import Piece, Target
 from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter
 
@@ -118,6 +119,24 @@ def _unwrapped(path: str) -> tuple[str, int]:
     return ".".join(part for part in parts if part != WRAPPED), depth
 
 
+def settle(adapter: Adapter, names: Names | None, config: Mapping[str, Any]) -> Adapter:
+    """An adapter of a single file as it goes onto the base with these ``names``; any other as it is.
+
+    Raises:
+        TargetError, UsageError: see `adapterkit.adapters.formats.parts.settled`.
+    """
+    if adapter.contents is None:
+        return adapter
+    from adapterkit.adapters.formats.parts import settled
+
+    if names is None:
+        return settled(adapter, None)
+    # What a user has to allow is asked when the part is merged.
+    return settled(
+        adapter, names, lambda part: adapter_edits(part, names, config, residual_base=True, allow_unknown=True)
+    )
+
+
 def adapter_edits(
     adapter: Adapter,
     names: Names,
@@ -132,10 +151,7 @@ def adapter_edits(
         TargetError: a tensor has no target, or the shapes do not fit.
         AdapterError, UnsupportedAdapter: see `check_config`.
     """
-    if adapter.config.get(PARTS) or adapter.config.get(FLAT):
-        from adapterkit.adapters.formats.parts import settled
-
-        adapter = settled(adapter, names, config)
+    adapter = settle(adapter, names, config)
     method = check_config(adapter, residual_base=residual_base, allow_unknown=allow_unknown)
     if not adapter.tensors:
         raise AdapterError(f"{adapter.source.name} holds no tensors", "save the adapter again")
@@ -153,7 +169,10 @@ def adapter_edits(
     if unresolved:
         first = unresolved[0]
         more = f" (and {len(unresolved) - 1} more modules)" if len(unresolved) > 1 else ""
-        raise TargetError(first.message + more, first.hint)
+        # One weight of another size has many reasons; that none of several fits has one.
+        other = 1 < len(modules) == len(unresolved) and all(one.hint == GIVE_BASE for one in unresolved)
+        raise TargetError(first.message + more, "this adapter was trained on another base" if other else first.hint)
+    check_squares(context, edits)
     return edits
 
 

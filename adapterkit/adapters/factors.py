@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapterkit.adapters.change import Weights
-from adapterkit.adapters.edits import WRAPPED, adapter_edits, check_config, group_modules, is_shared
+from adapterkit.adapters.edits import WRAPPED, adapter_edits, check_config, group_modules, is_shared, settle
 from adapterkit.adapters.linear import linear_modules
 from adapterkit.adapters.merged import StoredWeights
 from adapterkit.adapters.method import Context
@@ -192,10 +192,7 @@ def take_apart(
     """
     if base is not None and names is None:
         names = Names(base.shapes, base.config)
-    if adapter.contents is not None:
-        from adapterkit.adapters.formats.parts import settled
-
-        adapter = settled(adapter, names, {} if base is None else base.config)
+    adapter = settle(adapter, names, {} if base is None else base.config)
     method = check_config(adapter, residual_base=residual_base, allow_unknown=allow_unknown)
     config: Mapping[str, Any] = {} if base is None else base.config
     if base is None:
@@ -277,14 +274,23 @@ def _slot(module: Module, edit: Edit, context: Context, kinds: _Kinds) -> Slot:
         return Slot(name, module.path, "embedding", (a.shape[1], b.shape[0]))
     if target.stacked and len(target.shape) == 3:
         swapped = context.names.turned(name)
-        return Slot(name, module.path, "stacked", (target.shape[1], target.shape[2]), target.shape[0], swapped=swapped)
+        return Slot(
+            name,
+            name.rpartition(".")[0],
+            "stacked",
+            (target.shape[1], target.shape[2]),
+            target.shape[0],
+            swapped=swapped,
+        )
     named = context.config.names("target_parameters")
     if A in module.tensors and any(name == one or name.endswith("." + one) for one in named):
         return Slot(name, module.path, "parameter", target.matrix)
     if len(target.shape) > 2:
         return Slot(name, module.path, "conv", target.matrix, kernel=target.shape[2:])
     if A in module.tensors:
-        return Slot(name, module.path, "linear", target.matrix, applied=times_applied(module, context))
+        # One of several matrices that one pair of factors is for (experts) is a module of its own.
+        path = module.path if name.startswith(f"{module.path}.") else name.rpartition(".")[0]
+        return Slot(name, path, "linear", target.matrix, applied=times_applied(module, context))
     return Slot(name, module.path, kinds.of(module.path), target.matrix)
 
 
@@ -324,6 +330,8 @@ def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
             other = adapter.tensors.get(key.removesuffix(a) + b)
             if other is None or not other.shape:
                 continue
+            if len(tensor.shape) == 3 and len(other.shape) == 3 and tensor.shape[1] == other.shape[2]:
+                raise UsageError(f"{adapter.ref} holds factors of experts in three dimensions", "add --base BASE")
             if a == EMBEDDING_A:
                 shapes[parameter] = (tensor.shape[-1], other.shape[0])
             else:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from functools import partial
-from math import gcd, sqrt
+from math import sqrt
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.as_trained import quantized_targets
 from adapterkit.adapters.merged import Merged
-from adapterkit.codecs.encode import FP8_BLOCK
-from adapterkit.codecs.grid import Grid
+from adapterkit.codecs.table import find_kind
 from adapterkit.dtypes import F32
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
     from adapterkit.adapters.fold import Folded
     from adapterkit.dtypes import DType
-    from adapterkit.ops.fidelity import Sums
+    from adapterkit.ops.fidelity import FidelitySums
 
     Through = Callable[[torch.Tensor], torch.Tensor]
 
@@ -112,7 +111,7 @@ class Watch:
         through: Callable[[str, tuple[int, ...]], Through | None] | None = None,
     ) -> None:
         view = folded.checkpoint
-        self._sums: dict[str, dict[int, Sums]] = {}
+        self._sums: dict[str, dict[int, FidelitySums]] = {}
         self._lock = threading.Lock()
         self._tensors = merged_tensors(folded)
         self._share = SAMPLE if kind is None else SAMPLE_FORMAT
@@ -139,18 +138,18 @@ class Watch:
 
     def report(self) -> FidelityReport:
         """The numbers of all blocks seen so far."""
-        from adapterkit.ops.fidelity import Fidelity, Sums
+        from adapterkit.ops.fidelity import Fidelity, FidelitySums
 
-        total = Sums()
+        total = FidelitySums()
         found = []
         for name in self._tensors:
             blocks = self._sums.get(name, {})
             if blocks:
                 # In the order of the blocks, so that the last bit does not depend on the threads.
-                sums = sum((blocks[start] for start in sorted(blocks)), Sums())
+                sums = sum((blocks[start] for start in sorted(blocks)), FidelitySums())
                 total += sums
                 one = Fidelity.of(sums)
-                below = sum(self._sums.get(name + BASE, {}).values(), Sums())
+                below = sum(self._sums.get(name + BASE, {}).values(), FidelitySums())
                 error = sqrt(below.dd / below.count / (sums.dd / sums.count)) if below.count and sums.dd else None
                 found.append(TensorFidelity(name, one.relative, one.unmoved, one.retention, one.cosine, error))
         found.sort(key=lambda item: (item.retention, item.name))
@@ -191,33 +190,20 @@ class Watch:
 def through_format(kind: str, shape: tuple[int, ...], dtype: DType | None = None) -> Through | None:
     """decode(encode(.)) of whole rows, with scales from these rows alone and not quantized a second time.
 
-    4-bit weights are decoded to ``dtype`` where that is given, as bitsandbytes does it; else to float32.
+    Weights are decoded to ``dtype`` where the format does that and ``dtype`` is given; else to float32.
     """
-    columns = shape[-1]
-    if kind == "fp8":
-        return None if any(size % FP8_BLOCK for size in shape) else partial(_through_fp8, columns)
-    grid = Grid(kind)
+    form, columns = find_kind(kind), shape[-1]
+    if form.encoder("", shape, dtype or F32, False) is None:
+        return None
 
     def through(rows: torch.Tensor) -> torch.Tensor:
-        from adapterkit.codecs import blockwise
-
-        if kind == "int8":
-            return blockwise.decode_int8(*blockwise.encode_int8(rows.view(-1, columns)))
         flat = rows.reshape(-1)
-        absmax = blockwise.absmax_of(flat, grid.blocksize)
-        codes = blockwise.encode_4bit(flat, absmax, kind, grid.blocksize)
-        return blockwise.decode_4bit(codes, absmax, kind, grid.blocksize, flat.numel(), (dtype or F32).torch)
+        some = (flat.numel() // columns, columns)
+        encoder = (form.some or form.encoder)("", some, dtype or F32, False)
+        assert encoder is not None
+        return encoder.values(0, encoder.encode(0, flat, None)).view(rows.shape)
 
     return through
-
-
-def _through_fp8(columns: int, rows: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    height = gcd(rows.numel() // columns, FP8_BLOCK)
-    tiles = rows.float().view(-1, height, columns // FP8_BLOCK, FP8_BLOCK)
-    scales = tiles.abs().amax((1, 3), keepdim=True).clamp(min=1e-30) / 448.0
-    return (tiles / scales).to(torch.float8_e4m3fn).float() * scales
 
 
 def merged_tensors(folded: Folded) -> dict[str, Merged]:

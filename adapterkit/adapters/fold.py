@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import Checked
-from adapterkit.adapters.edits import adapter_edits
+from adapterkit.adapters.edits import adapter_edits, settle
 from adapterkit.adapters.merged import Applied, Loaded, Merged, StoredWeights, merged_columns
 from adapterkit.adapters.names import Names
+from adapterkit.adapters.orientation import orientation_notes
 from adapterkit.adapters.replicate import replicated
 from adapterkit.adapters.target import Target
 from adapterkit.adapters.ties import Weighted, same_bytes, settle_ties
@@ -22,7 +23,7 @@ from adapterkit.ops.device import CPU
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
-    from adapterkit.adapters.rule import Rule
+    from adapterkit.adapters.bound_rule import BoundRule
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.dtypes import DType
 
@@ -61,7 +62,7 @@ def fold(
     residual_base: bool = False,
     allow_unknown: bool = False,
     names: Names | None = None,
-    rule: Rule | None = None,
+    rule: BoundRule | None = None,
     device: str = CPU,
 ) -> Folded:
     """Fold adapters into a base: W + sum of w_k (f_k(W) - W), summed in float32, rounded once.
@@ -91,10 +92,11 @@ def fold(
     base, notes = replicated_base(dequantized(base), adapters)
     names = names or Names(base.shapes, base.config)
     edits: list[Weighted] = []
-    settle = [_settled(adapter, names, base.config) for adapter in adapters]
-    for adapter, factor in zip(settle, factors, strict=True):
+    settled_adapters = [settle(adapter, names, base.config) for adapter in adapters]
+    for adapter, factor in zip(settled_adapters, factors, strict=True):
         found = adapter_edits(adapter, names, base.config, residual_base=residual_base, allow_unknown=allow_unknown)
         edits += [Weighted(edit, adapter, factor) for edit in found]
+        notes += orientation_notes(adapter, found, names)
         notes += adapter.notes
     settled = settle_ties(edits, names, base, base.config)
     tensors: dict[str, Tensor] = {**base.tensors, **settled.added}
@@ -118,15 +120,7 @@ def fold(
     return Folded(checkpoint, tuple(by_tensor), tuple(added), vocab, settled.untied, heads, (*notes, *settled.notes))
 
 
-def _settled(adapter: Adapter, names: Names, config: Mapping[str, Any]) -> Adapter:
-    if adapter.contents is None:
-        return adapter
-    from adapterkit.adapters.formats.parts import settled
-
-    return settled(adapter, names, config)
-
-
-def _ruled(edits: Sequence[Weighted], rule: Rule) -> Sequence[Weighted]:
+def _ruled(edits: Sequence[Weighted], rule: BoundRule) -> Sequence[Weighted]:
     from adapterkit.adapters.combined import combined_edits
 
     return combined_edits(edits, rule)

@@ -14,14 +14,14 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.layout import MOST_BLOCKS, Layout, UnmappableError, lead_of, run, unrun, whole
-from adapterkit.adapters.rules import Loader
+from adapterkit.adapters.renamings import Loader, table
 from adapterkit.adapters.target import Piece, Target
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from adapterkit.adapters.families.names import FamilyNames
-    from adapterkit.adapters.rules import Rule
+    from adapterkit.adapters.renamings import Renaming
 
 # Where a language model sits inside multimodal classes, and alone, over the years.
 TEXT = (
@@ -57,7 +57,7 @@ _Takers = tuple[list[tuple[int, ...]], dict[str, list[tuple[int, Piece]]]]
 class _Group:
     """Tensors that one converter joins, and the parameters it makes of them."""
 
-    def __init__(self, rule: Rule, first: str) -> None:
+    def __init__(self, rule: Renaming, first: str) -> None:
         self.rule = rule
         self.sources: list[list[str]] = [[] for _ in rule.branches]
         head, found, tail = first.partition(rule.targets[0])
@@ -85,6 +85,11 @@ class Names:
         """The model type of the config and of the configs inside it."""
         parts = [self._config, *(part for part in self._config.values() if hasattr(part, "get"))]
         return frozenset(str(part.get("model_type") or "") for part in parts)
+
+    @cached_property
+    def known_class(self) -> bool:
+        """Whether the config names a model type that the table has, or a class of diffusers."""
+        return "_class_name" in self._config or not self.model_types.isdisjoint(table()["types"])
 
     def find(self, parameter: str) -> Target | None:
         """Where ``parameter`` (a module-tree name without ``base_model.model.``) is stored; None if nowhere or unclear.
@@ -310,7 +315,7 @@ class Names:
         except (UnmappableError, IndexError):
             return None
 
-    def _part(self, rule: Rule, source: int, name: str, found: list[Layout], lead: int) -> Layout | None:
+    def _part(self, rule: Renaming, source: int, name: str, found: list[Layout], lead: int) -> Layout | None:
         """The layout of one source of ``rule``, from the layouts of the parameters that the rule makes."""
         makes = tuple(layout.shape for layout in found)
         if (id(rule), makes) not in self._parts:
@@ -330,7 +335,7 @@ class Names:
         ]
         return Layout(shapes[place], lead, tuple(sorted(pieces, key=lambda piece: piece.row)))
 
-    def _takers(self, rule: Rule, makes: tuple[tuple[int, ...], ...], lead: int) -> _Takers:
+    def _takers(self, rule: Renaming, makes: tuple[tuple[int, ...], ...], lead: int) -> _Takers:
         """What ``rule`` does with each of its sources, when it makes parameters of these shapes."""
         keys = range(len(rule.branches))
         if any(op[0] in ("stack", "deal") for op in rule.ops):

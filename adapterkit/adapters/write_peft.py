@@ -14,13 +14,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import PREFIX, WEIGHTS
+from adapterkit import disk
+from adapterkit.adapters.adapter import WEIGHTS
+from adapterkit.adapters.keys import PREFIX
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG
 from adapterkit.checkpoint.header import build_header
-from adapterkit.checkpoint.publish import publish, write_file
+from adapterkit.checkpoint.publish import publish
 from adapterkit.checkpoint.tensor import Tensor
 from adapterkit.dtypes import F32, DType
-from adapterkit.errors import OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,7 +59,7 @@ class Extras:
     side: Mapping[str, bytes] = field(default_factory=dict)
 
 
-class Held(Tensor):
+class InMemory(Tensor):
     """A small float32 tensor in memory, as a handle."""
 
     def __init__(self, name: str, values: torch.Tensor) -> None:
@@ -90,7 +91,7 @@ class PeftWriter:
 
     def __init__(self, folder: Path, dtype: DType = F32) -> None:
         self._folder, self._dtype = folder, dtype
-        self._scratch = open(folder / SCRATCH, "w+b")  # noqa: SIM115  (closed by `finish` or with the object)
+        self._scratch = open(disk.open_new_inside(folder, SCRATCH), "w+b")  # noqa: SIM115  (closed by `finish` or with the object)
         self._kept: dict[Slot, list[_Kept]] = {}
 
     def add(self, slot: Slot, found: Sequence[Factors]) -> None:
@@ -136,20 +137,20 @@ class PeftWriter:
         names = _names(ranks, nested)
         said = {**config, **_ranks_config(ranks)}
         try:
-            with open(self._folder / WEIGHTS, "wb") as file:
+            with open(disk.open_new_inside(self._folder, WEIGHTS), "wb") as file:
                 self._write(file, ranks, names, extras)
                 file.flush()
+                disk.fsync(file.fileno())
             self._scratch.close()
             files = {**extras.side, ADAPTER_CONFIG: (json.dumps(said, indent=2, sort_keys=True) + "\n").encode()}
             for name, data in files.items():
-                write_file(self._folder / name, data)
-            sync_file(self._folder / WEIGHTS)
+                disk.write_inside(self._folder, name, data)
             for name, data in (record(self._folder) if record is not None else {}).items():
-                write_file(self._folder / name, data)
+                disk.write_inside(self._folder, name, data)
                 files[name] = data
             publish(self._folder, out, keep={WEIGHTS, *(name.partition("/")[0] for name in files)}, force=force)
         except OSError as error:
-            raise OutputError(f"{out} could not be written ({error.strerror})", "check the disk") from error
+            raise disk.refused(error, str(out), out.parent) from error
         return said
 
     def close(self) -> None:
@@ -188,17 +189,6 @@ class PeftWriter:
         self._scratch.seek(kept.offset)
         flat = torch.frombuffer(bytearray(self._scratch.read(4 * size)), dtype=torch.float32)
         return flat[: m * kept.rank].view(m, kept.rank), flat[m * kept.rank :].view(kept.rank, n)
-
-
-def sync_file(path: Path) -> None:
-    """Put a file that was written on disk."""
-    import os
-
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _bytes(tensor: torch.Tensor, dtype: DType) -> bytes:

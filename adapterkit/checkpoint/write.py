@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapterkit.checkpoint.journal import JOURNAL, Journal
+from adapterkit import disk
+from adapterkit.checkpoint.journal import Journal
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import (
     check_target,
@@ -17,7 +18,6 @@ from adapterkit.checkpoint.publish import (
     publish,
     publish_files,
     staging,
-    write_file,
 )
 from adapterkit.checkpoint.sink import Sink, run_together
 from adapterkit.errors import OutputError
@@ -102,7 +102,7 @@ def write_together(
         runs = []
         for one in writings:
             folder = held.enter_context(staging(one.out, resume=resume))
-            journal = Journal(folder / JOURNAL, identity(one.plan, one.sources))
+            journal = Journal(folder, identity(one.plan, one.sources))
             sink = Sink(one.plan, one.tensors, one.sources, folder, jobs=1, journal=journal)
             runs.append((sink, folder))
         files = [(sink, one.plan.files) for (sink, _), one in zip(runs, writings, strict=True)]
@@ -147,24 +147,23 @@ def finish(
     """Make the hidden folder the target, with the index and the side files; or its files the targets themselves."""
     extra = dict(side_files)
     if len(plan.files) > 1:
-        extra[plan.index_name] = index_json(plan)
+        extra.setdefault(plan.index_name, index_json(plan))
     try:
         if plan.layout == "file":
             made = record(folder) if record is not None else {}
             publish_files(folder, plan.targets(out), force=force)
             for name, data in made.items():
-                write_file(out.with_name(f".{out.name}.{name}"), data)
-                os.replace(out.with_name(f".{out.name}.{name}"), out.with_name(f"{out.name}.{name}"))
+                disk.write_file(out.with_name(f"{out.name}.{name}"), data)
             return
         for name, data in extra.items():
-            write_file(folder / name, data)
+            disk.write_inside(folder, name, data)
         for name, data in (record(folder) if record is not None else {}).items():
-            write_file(folder / name, data)
+            disk.write_inside(folder, name, data)
             extra[name] = data
         keep = {file.name for file in plan.files} | {name.partition("/")[0] for name in extra}
         publish(folder, out, keep=keep, force=force)
     except OSError as error:
-        raise OutputError(f"{out} could not be written ({error.strerror})", "check the disk") from error
+        raise disk.refused(error, str(out), out.parent) from error
 
 
 def index_json(plan: Plan) -> bytes:

@@ -14,7 +14,7 @@ from adapterkit.cli.output import clean, say, show_json
 
 if TYPE_CHECKING:
     from adapterkit.lint.problems import Problem
-    from adapterkit.verbs.check import CheckReport, Finding
+    from adapterkit.verbs.check import CheckReport, Diagnostic
 
 F = TypeVar("F", bound=Callable[..., Any])
 CONFIG = "adapter_config.json"
@@ -92,7 +92,7 @@ def problems_of(report: CheckReport) -> list[Problem]:
     return [_problem(finding, report.server) for finding in report.findings]
 
 
-def _problem(finding: Finding, server: str | None) -> Problem:
+def _problem(finding: Diagnostic, server: str | None) -> Problem:
     from adapterkit.lint.problems import Problem, line_of_key
 
     path = Path(finding.adapter).expanduser() / CONFIG
@@ -117,10 +117,11 @@ def show_problems(problems: Sequence[Problem], form: str) -> None:
 def write_report(path: Path | None, report: Any) -> None:
     """Write a frozen value as JSON, where a file was asked for."""
     if path is not None:
+        from adapterkit.disk import deliver
         from adapterkit.redaction import redact
         from adapterkit.verbs.report import to_json
 
-        path.write_text(redact(to_json(report)) + "\n", encoding="utf-8")
+        deliver(path, (redact(to_json(report)) + "\n").encode())
 
 
 def append_summary(path: Path | None, markdown: str) -> None:

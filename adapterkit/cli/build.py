@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run; keep finished work if interrupted again.")
 @click.option("--force", is_flag=True, help="Replace outputs that this recipe did not make, or that changed since.")
+@click.option("--outside", is_flag=True, help="Let outputs lie outside of the recipe's folder.")
 @output_format("github")
 @click.option("--json", "as_json", is_flag=True, help="Print the report (with --plan: the plan) as JSON.")
 def command(
@@ -30,6 +31,7 @@ def command(
     jobs: int | None,
     resume: bool,
     force: bool,
+    outside: bool,
     form: str,
     report_file: Path | None,
     summary: Path | None,
@@ -51,7 +53,7 @@ def command(
 
     as_json = as_json or form == "json"
     if plan_only:
-        planned = plan_build(recipe, locked=locked, jobs=jobs)
+        planned = plan_build(recipe, locked=locked, jobs=jobs, outside=outside)
         write_report(report_file, planned)
         append_summary(summary, of_plan(planned) if summary is not None else "")
         if as_json:
@@ -61,7 +63,16 @@ def command(
         return
     progress = Progress("building", enabled=not as_json)
     quiet = (lambda text: None) if as_json else note
-    report = build(recipe, locked=locked, jobs=jobs, force=force, resume=resume, progress=progress, note=quiet)
+    report = build(
+        recipe,
+        locked=locked,
+        jobs=jobs,
+        force=force,
+        resume=resume,
+        outside=outside,
+        progress=progress,
+        note=quiet,
+    )
     progress.close()
     write_report(report_file, report)
     append_summary(summary, of_build(report) if summary is not None else "")

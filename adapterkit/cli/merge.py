@@ -163,7 +163,9 @@ def command(
     if dry_run or save_plan is not None:
         planned = plan_merge(base, adapters, out=out, fingerprints=save_plan is not None, **how)
         if save_plan is not None:
-            save_plan.write_text(planned.plan.to_json())
+            from adapterkit.disk import deliver
+
+            deliver(save_plan, planned.plan.to_json().encode())
             note(f"plan of {len(planned.plan.files)} parts written to {save_plan}")
         report = planned.report(
             out or "", seconds=time.monotonic() - started, peak_memory=planned.plan.peak_memory, dry_run=True

@@ -13,7 +13,7 @@ import click
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from adapterkit.ops.rules import Method, Parameter
+    from adapterkit.ops.rules import CombinationRule, Parameter
 
     _ParamType = click.ParamType[Any]
 else:
@@ -23,10 +23,10 @@ LINEAR = "linear"
 _PLAIN = f"{__name__}.plain"  # of a context: this command line has no option of a method
 
 
-def _table() -> dict[str, Method]:
-    from adapterkit.ops.rules import METHODS
+def _table() -> dict[str, CombinationRule]:
+    from adapterkit.ops.rules import RULES
 
-    return METHODS
+    return RULES
 
 
 class MethodCommand(click.Command):

@@ -165,6 +165,7 @@ def write(report: VerifyReport, html: Path | None, markdown: Path | None, *, ste
         OutputError: a file cannot be written.
         UsageError: there is no job to summarise.
     """
+    from adapterkit.disk import deliver
     from adapterkit.errors import OutputError, UsageError
     from adapterkit.verbs.verify.summary import markdown as as_markdown
 
@@ -172,10 +173,10 @@ def write(report: VerifyReport, html: Path | None, markdown: Path | None, *, ste
         if html is not None:
             from adapterkit.verbs.verify.page import html as as_page
 
-            html.write_text(as_page(report), encoding="utf-8")
+            deliver(html, as_page(report).encode())
             note(f"page written to {html}")
         if markdown is not None:
-            markdown.write_text(as_markdown(report), encoding="utf-8")
+            deliver(markdown, as_markdown(report).encode())
             note(f"summary written to {markdown}")
         if step_summary:
             summary = os.environ.get("GITHUB_STEP_SUMMARY")

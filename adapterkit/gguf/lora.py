@@ -34,7 +34,7 @@ IGNORED = ("attn_k_b.weight", "attn_v_b.weight")
 ALPHA, A, B = "adapter.lora.alpha", ".lora_a", ".lora_b"
 
 
-class Held(Tensor):
+class PlannedFactor(Tensor):
     """A small tensor that was computed while planning: the factor of an adapter."""
 
     dtype = F32
@@ -105,7 +105,8 @@ def lora_tensors(
             # PEFT saves embeddings that it did not train beside a LoRA on them; the model has them already.
             notes.append(f"{edit.target.parameter} was saved with the adapter and not trained; it is left out")
             continue
-        ignored = next((tensor for tensor in edit.target.tensors if tensor.endswith(IGNORED)), None)
+        deaf = (*IGNORED, *names.no_lora)
+        ignored = next((tensor for tensor in edit.target.tensors if tensor.endswith(deaf)), None)
         if ignored is not None:
             raise UnsupportedAdapter(
                 f"{adapter.ref} changes {edit.target.parameter}, and llama.cpp applies no LoRA to '{ignored}'",
@@ -122,7 +123,7 @@ def lora_tensors(
         a, b = names.adjusted(name, *_factors(parts[name], shapes[name], alpha))
         if name == EMBEDDING:
             a, b = b, a.T  # looked up by row: the factor with the vocabulary is called A
-        tensors += [Held(name + A, a, "lora a"), Held(name + B, b, "lora b")]
+        tensors += [PlannedFactor(name + A, a, "lora a"), PlannedFactor(name + B, b, "lora b")]
     return tensors, _entries(adapter, names.arch, alpha), tuple(notes)
 
 

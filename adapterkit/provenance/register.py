@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import is_adapter
+from adapterkit.adapters.load import is_adapter
 from adapterkit.bases import open_model
-from adapterkit.checkpoint.open import parse_hub
+from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import CheckFailed, NotFound, UsageError
 from adapterkit.redaction import check_public
 from adapterkit.registry.beside import beside_path, read_beside

@@ -172,8 +172,8 @@ def convert_step(step: Step, pins: Pins, how: How, *, force: bool) -> Any:
 
 def combine_step(step: Step, pins: Pins, how: How, *, force: bool) -> Any:
     """Write a combination of adapters."""
-    from adapterkit.adapters.adapter import load_adapter
     from adapterkit.adapters.experts import in_order
+    from adapterkit.adapters.load import load_adapter
     from adapterkit.verbs.combine import combine
 
     asked, rule, choice = step.asked, step.combination, step.choice

@@ -12,14 +12,16 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from adapterkit import disk
 from adapterkit._version import __version__
-from adapterkit.adapters.adapter import file_and_parts
+from adapterkit.adapters.load import file_and_parts
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG, read_index, side_names, weight_names
+from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.checkpoint.listing import LocalFolder
-from adapterkit.checkpoint.open import locate, parse_hub
+from adapterkit.checkpoint.open import locate
 from adapterkit.errors import CheckFailed, NotFound, RecipeError
 from adapterkit.recipe.parse import RecipeFile, shown
-from adapterkit.recipe.state import State, digest_of, key_of, write_whole
+from adapterkit.recipe.state import State, digest_of, key_of
 from adapterkit.recipe.steps import Input, Step, located
 
 FORMAT = 1
@@ -110,7 +112,8 @@ def write_lock(path: Path, lock: Lock) -> bool:
     data = lock.to_json().encode()
     if path.is_file() and path.read_bytes() == data:
         return False
-    write_whole(path, data)
+    with disk.writing(path.name, path.parent):
+        disk.write_file(path, data)
     return True
 
 

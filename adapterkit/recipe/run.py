@@ -41,23 +41,26 @@ from adapterkit.recipe.lock import (
 from adapterkit.recipe.parse import RecipeFile, read_recipe, shown
 from adapterkit.recipe.report import AGAIN, NEW, UNCHANGED, BuildPlan, BuildReport, BuiltOutput, PlannedOutput
 from adapterkit.recipe.state import Made, State, key_of, output_files
-from adapterkit.recipe.steps import COMBINE, CONVERT, MERGE, Input, Step, located, steps_of
+from adapterkit.recipe.steps import COMBINE, CONVERT, MERGE, Input, Step, check_inside, located, steps_of
 
 Note = Callable[[str], None]
 
 
-def plan_build(recipe: str | Path | None = None, *, locked: bool = False, jobs: int | None = None) -> BuildPlan:
+def plan_build(
+    recipe: str | Path | None = None, *, locked: bool = False, jobs: int | None = None, outside: bool = False
+) -> BuildPlan:
     """Everything that `build` will do, from headers alone: no tensor is read, nothing is written.
 
     Args:
         recipe: the file; by default ``adapterkit.toml``, else ``pyproject.toml``, here.
         locked: hold it against the lock, and use what that pins.
         jobs: worker threads, for the estimate of memory.
+        outside: outputs may lie outside of the recipe's folder.
 
     Raises:
         RecipeError, CheckFailed, NotFound, CheckpointError, AdapterError, TargetError, UnsafeError, AuthError, HubError
     """
-    work = _Build(read_recipe(recipe), locked=locked)
+    work = _Build(read_recipe(recipe), locked=locked, outside=outside)
     return work.plan(jobs or default_jobs())
 
 
@@ -68,13 +71,14 @@ def build(
     jobs: int | None = None,
     force: bool = False,
     resume: bool = False,
+    outside: bool = False,
     progress: Callable[[int, int], None] | None = None,
     note: Note = lambda text: None,
 ) -> BuildReport:
     """Carry out a recipe: make what is not there or was made from something else, then verify, register and push it.
 
     Args:
-        recipe, locked: see `plan_build`; without ``locked`` the lock is written anew.
+        recipe, locked, outside: see `plan_build`; without ``locked`` the lock is written anew.
         jobs: worker threads; the output bytes do not depend on it.
         force: replace outputs that this recipe did not make, or that were changed since.
         resume: continue an interrupted run, and leave the same behind if interrupted.
@@ -86,16 +90,18 @@ def build(
         OutputError: an output is there that the recipe did not make.
         RecipeError, NotFound, CheckpointError, AdapterError, TargetError, UnsafeError, AuthError, HubError
     """
-    work = _Build(read_recipe(recipe), locked=locked)
+    work = _Build(read_recipe(recipe), locked=locked, outside=outside)
     return work.run(How(jobs, resume, progress), force=force, note=note)
 
 
 class _Build:
     """A recipe with everything that is known of it before a byte is written."""
 
-    def __init__(self, file: RecipeFile, *, locked: bool) -> None:
+    def __init__(self, file: RecipeFile, *, locked: bool, outside: bool) -> None:
         self.file, self.locked = file, locked
         self.steps = steps_of(file)
+        if not outside:
+            check_inside(file, self.steps)
         after.check(file, self.steps)
         self.by_name = {step.name: step for step in self.steps}
         self.state = State(file.path)
@@ -233,6 +239,8 @@ class _Build:
         reports: dict[str, Mapping[str, Any]] = {}
         states: dict[str, str] = {}
         passes, notes = 0, list[str]()
+        if not force:
+            after.check_pages(self.file, self.steps, self.state.pages)
         for step in self.steps:
             self._pin(step)
         for step in self.steps:

@@ -9,9 +9,9 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from adapterkit.adapters.adapter import file_and_parts
-from adapterkit.checkpoint.open import parse_hub
-from adapterkit.errors import AdapterkitError, NotFound
+from adapterkit.adapters.load import file_and_parts
+from adapterkit.checkpoint.hub_ref import parse_hub
+from adapterkit.errors import AdapterkitError, NotFound, UnsafeError
 from adapterkit.recipe.parse import Place, RecipeFile, key_of, nearest, shown
 from adapterkit.recipe.schema import BaseChoice, Combination, Output, Verification
 from adapterkit.verbs.conversions.formats import FORMATS
@@ -372,17 +372,40 @@ def _registered(ref: str) -> bool:
         return False
 
 
+def _written(file: RecipeFile, step: Step) -> list[tuple[Path, Place]]:
+    """Every path that a step writes, and the key that names it."""
+    places: list[tuple[Path, Place]] = [(step.out, ("outputs", step.name, "path"))]
+    if step.verify is not None and step.verify.html is not None:
+        at: Place = ("verify", "html") if step.asked.verify is None else ("outputs", step.name, "verify", "html")
+        places.append((file.folder / Path(step.verify.html).expanduser(), at))
+    if step.projector is not None:
+        places.append((step.projector, ("outputs", step.name, "mmproj")))
+    return places
+
+
+def check_inside(file: RecipeFile, steps: Sequence[Step]) -> None:
+    """Refuse outputs outside of the recipe's folder, also through links in it: a recipe may come with a repository of
+    somebody else's.
+
+    Raises:
+        UnsafeError: there is one.
+    """
+    project = _real(file.folder)
+    for step in steps:
+        for path, place in _written(file, step):
+            with located(file, *place):
+                if not _real(path.parent).joinpath(path.name).is_relative_to(project):
+                    raise UnsafeError(
+                        f"{shown(place)} lies outside of the recipe's folder, at {path}",
+                        "give it a path in there, or allow it with --outside",
+                    )
+
+
 def _check_paths(file: RecipeFile, steps: Mapping[str, Step]) -> None:
     """No two outputs on one path or in each other, none over an input or the recipe."""
     taken: dict[Path, tuple[str, Place]] = {}
-    for name, step in steps.items():
-        places: list[tuple[Path, Place]] = [(step.out, ("outputs", name, "path"))]
-        if step.verify is not None and step.verify.html is not None:
-            at: Place = ("verify", "html") if step.asked.verify is None else ("outputs", name, "verify", "html")
-            places.append((file.folder / step.verify.html, at))
-        if step.projector is not None:
-            places.append((step.projector, ("outputs", name, "mmproj")))
-        for path, place in places:
+    for step in steps.values():
+        for path, place in _written(file, step):
             real = _real(path)
             for other, (which, there) in taken.items():
                 if other == real or other in real.parents or real in other.parents:

@@ -8,24 +8,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.adapter import Adapter, load_adapter
+from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.fold import fold
+from adapterkit.adapters.load import load_adapter
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
-from adapterkit.checkpoint.open import parse_hub
-from adapterkit.errors import AdapterkitError, UnsafeError, UsageError
+from adapterkit.checkpoint.hub_ref import parse_hub
+from adapterkit.errors import AdapterkitError, UnsafeError
 from adapterkit.provenance.fits import compare_bases
-from adapterkit.serving.expectations import FEATURES, SERVERS
+from adapterkit.serving.expectations import expected
+from adapterkit.serving.servers import find as find_server
 
 if TYPE_CHECKING:
     from adapterkit.adapters.fold import Folded
-    from adapterkit.registry.identity import Comparison
+    from adapterkit.registry.identity import IdentityComparison
+    from adapterkit.serving.server import Server
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnostic:
     """One thing that was found.
 
     Attributes:
@@ -71,7 +74,7 @@ class CheckReport:
     server: str | None
     ok: bool
     touched: int
-    findings: tuple[Finding, ...]
+    findings: tuple[Diagnostic, ...]
     bases: tuple[BaseMatch, ...] = ()
 
 
@@ -87,18 +90,17 @@ def check(
     Args:
         base: folder, file, Hub id or open checkpoint.
         adapters: one or more.
-        server: also say what this server would refuse or get wrong: a key of `adapterkit.serving.expectations.SERVERS`.
+        server: also say what this server would refuse or get wrong: a key of `adapterkit.serving.servers.servers`.
         full: read every byte of the base where the record holds its strongest identity.
 
     Raises:
         NotFound, CheckpointError, UnsafeError, AuthError, HubError: something cannot be read at all.
         UsageError: unknown server.
     """
-    if server is not None and server not in SERVERS:
-        raise UsageError(f"'{server}' is no server that is known here", f"known: {', '.join(sorted(SERVERS))}")
+    row = None if server is None else find_server(server)
     opened = base if isinstance(base, Checkpoint) else open_model(base, headers_only=True)
     loaded = [a if isinstance(a, Adapter) else load_adapter(a, headers_only=True) for a in adapters]
-    findings: list[Finding] = []
+    findings: list[Diagnostic] = []
     matches: list[BaseMatch] = []
     touched = 0
     for adapter in loaded:
@@ -115,12 +117,12 @@ def check(
         except UnsafeError:
             raise
         except AdapterkitError as error:
-            findings.append(Finding(ERROR, type(error).__name__, adapter.ref, error.message, error.hint))
+            findings.append(Diagnostic(ERROR, type(error).__name__, adapter.ref, error.message, error.hint))
         else:
             touched += len(folded.touched)
             findings += _consequences(adapter, folded)
-        if server is not None:
-            findings += _expectations(adapter, opened.ref, server)
+        if row is not None:
+            findings += _expectations(adapter, opened, row)
     ok = all(finding.level != ERROR for finding in findings)
     refs = tuple(adapter.ref for adapter in loaded)
     return CheckReport(opened.ref, opened.commit, refs, server, ok, touched, tuple(findings), tuple(matches))
@@ -140,12 +142,12 @@ _VERDICTS = {
 }
 
 
-def _proved(adapter: Adapter, compared: Comparison) -> list[Finding]:
+def _proved(adapter: Adapter, compared: IdentityComparison) -> list[Diagnostic]:
     if compared.verdict not in _VERDICTS:
         return []
     level, code = _VERDICTS[compared.verdict]
     hint = "give the base that its record names" if level == ERROR else ""
-    return [Finding(level, code, adapter.ref, compared.sentence, hint)]
+    return [Diagnostic(level, code, adapter.ref, compared.sentence, hint)]
 
 
 def _folded(base: Checkpoint, adapter: Adapter) -> Folded:
@@ -160,23 +162,25 @@ def _folded(base: Checkpoint, adapter: Adapter) -> Folded:
     return replace(made.folded, notes=(*made.folded.notes, *made.notes))
 
 
-def _named_base(adapter: Adapter, base: Checkpoint) -> list[Finding]:
+def _named_base(adapter: Adapter, base: Checkpoint) -> list[Diagnostic]:
     """What the adapter's config says of its base, held against the base given."""
     said = adapter.config.base
     if not said:
-        return [Finding(WARNING, "no-base", adapter.ref, "it does not say which base it was trained on")]
+        return [Diagnostic(WARNING, "no-base", adapter.ref, "it does not say which base it was trained on")]
     found = []
     if Path(said).is_absolute() or said.startswith((".", "~")):
         hint = "set base_model_name_or_path to the base's Hub id before publishing"
-        found.append(Finding(WARNING, "local-base", adapter.ref, f"it names its base by a local path ({said})", hint))
+        found.append(
+            Diagnostic(WARNING, "local-base", adapter.ref, f"it names its base by a local path ({said})", hint)
+        )
     elif not _same_name(said, base.ref):
         message = f"it was trained on {said}, and the base given is {base.ref}"
-        found.append(Finding(WARNING, OTHER_BASE, adapter.ref, message, "shapes alone do not tell siblings apart"))
+        found.append(Diagnostic(WARNING, OTHER_BASE, adapter.ref, message, "shapes alone do not tell siblings apart"))
     if adapter.config.revision is None:
-        found.append(Finding(NOTE, "no-revision", adapter.ref, "it does not say which revision of its base"))
+        found.append(Diagnostic(NOTE, "no-revision", adapter.ref, "it does not say which revision of its base"))
     elif base.commit and not base.commit.startswith(adapter.config.revision) and len(adapter.config.revision) >= 7:
         message = f"it was trained on revision {adapter.config.revision}, and the base given is {base.commit}"
-        found.append(Finding(WARNING, "other-revision", adapter.ref, message))
+        found.append(Diagnostic(WARNING, "other-revision", adapter.ref, message))
     return found
 
 
@@ -187,23 +191,21 @@ def _same_name(said: str, ref: str) -> bool:
     return Path(ref).name == said.rpartition("/")[2]  # a local copy keeps at most the last part of the name
 
 
-def _consequences(adapter: Adapter, folded: Folded) -> list[Finding]:
-    found = [Finding(NOTE, "merge", adapter.ref, note) for note in folded.notes]
+def _consequences(adapter: Adapter, folded: Folded) -> list[Diagnostic]:
+    found = [Diagnostic(NOTE, "merge", adapter.ref, note) for note in folded.notes]
     if folded.vocab is not None:
         old, new = folded.vocab
-        found.append(Finding(NOTE, "vocabulary", adapter.ref, f"the vocabulary changes from {old} to {new} rows"))
+        found.append(Diagnostic(NOTE, "vocabulary", adapter.ref, f"the vocabulary changes from {old} to {new} rows"))
     if folded.added:
-        found.append(Finding(NOTE, "added", adapter.ref, f"new tensors: {', '.join(folded.added[:5])}"))
+        found.append(Diagnostic(NOTE, "added", adapter.ref, f"new tensors: {', '.join(folded.added[:5])}"))
     return found
 
 
-def _expectations(adapter: Adapter, base: str, server: str) -> list[Finding]:
+def _expectations(adapter: Adapter, base: Checkpoint, server: Server) -> list[Diagnostic]:
     found = []
-    for row in SERVERS[server]:
-        title, present = FEATURES[row.feature]
-        if present(adapter):
-            level = WARNING if row.verdict == "depends" else ERROR
-            message = f"{server}, {title}: {row.verdict}: {row.says} [{row.source}]"
-            fix = row.fix.format(adapter=shlex.quote(adapter.ref), base=shlex.quote(base))
-            found.append(Finding(level, f"{server}-{row.feature}", adapter.ref, message, fix))
+    for title, row in expected(server, adapter, base):
+        level = WARNING if row.verdict == "depends" else ERROR
+        message = f"{server.name}, {title}: {row.verdict}: {row.says} [{row.source}]"
+        fix = row.fix.format(adapter=shlex.quote(adapter.ref), base=shlex.quote(base.ref))
+        found.append(Diagnostic(level, f"{server.name}-{row.feature}", adapter.ref, message, fix))
     return found

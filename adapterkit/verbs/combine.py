@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import WEIGHTS
+from adapterkit.adapters.bound_rule import BoundRule, check_weights
 from adapterkit.adapters.merged import StoredWeights
-from adapterkit.adapters.rule import Rule, check_weights
-from adapterkit.adapters.write_peft import Extras, Held, PeftWriter, peft_config
+from adapterkit.adapters.write_peft import Extras, InMemory, PeftWriter, peft_config
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import check_target, staging
 from adapterkit.dtypes import F32
@@ -67,7 +67,7 @@ def combine(
     Args:
         adapters: PEFT folders or Hub ids, open adapters, or what `open_family` made of them.
         out: the folder to make; it appears whole or not at all.
-        method: a row of `adapterkit.ops.rules.METHODS`.
+        method: a row of `adapterkit.ops.rules.RULES`.
         weights: one per adapter, any sign, 1 each by default; a list, a numpy array or a torch tensor.
         scale: factor of the result, the lambda of the papers.
         space: ``knots``, ``core`` or ``ctm``: align the adapters there, with ``method`` as the inner rule.
@@ -88,7 +88,7 @@ def combine(
         NotFound, AdapterError, OutputError, CheckpointError, UnsafeError, AuthError, HubError
     """
     started = time.monotonic()
-    rule = Rule(method, space, scale, parameters)
+    rule = BoundRule(method, space, scale, parameters)
     stored = output_dtype(dtype)
     family = (
         adapters
@@ -161,7 +161,7 @@ class MadeAdapter:
 
 def make_adapter(
     family: Family,
-    rule: Rule,
+    rule: BoundRule,
     weights: Sequence[float],
     target: Path,
     *,
@@ -211,7 +211,7 @@ def make_adapter(
 
 def combined(
     family: Family,
-    rule: Rule,
+    rule: BoundRule,
     weights: Sequence[float] | torch.Tensor | None = None,
     *,
     rank: int | None = None,
@@ -250,7 +250,7 @@ def combined(
 
 
 def _combined(
-    rule: Rule,
+    rule: BoundRule,
     parts: Sequence[DeltaRows],
     weights: Sequence[float],
     refs: Sequence[str],
@@ -395,7 +395,7 @@ def _biases(
                 f"two adapters change '{key}', or the base has none", "fold one of them in with merge first"
             )
         before = StoredWeights(target, family.base.tensors)
-        done[key] = Held(key, before.read(0, add.numel()).double().view(-1) + add)
+        done[key] = InMemory(key, before.read(0, add.numel()).double().view(-1) + add)
     return {}, done
 
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import is_brought
 from adapterkit.adapters.factors import Kind, Slot
 from adapterkit.adapters.linear import linear_modules
+from adapterkit.adapters.load import is_brought
 from adapterkit.adapters.merged import StoredWeights
 from adapterkit.adapters.names import Names
 from adapterkit.adapters.orientation import is_conv1d
 from adapterkit.adapters.target import Target, transposed
 from adapterkit.adapters.ties import is_tied
-from adapterkit.adapters.write_peft import Extras, Held, PeftWriter, peft_config
+from adapterkit.adapters.write_peft import Extras, InMemory, PeftWriter, peft_config
 from adapterkit.bases import open_base
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import check_target, staging
@@ -308,7 +308,7 @@ class _Pair:
         if len(target.pieces) == 1 and not piece.transposed and stored.shape == target.shape:
             return Renamed(name, stored)
         whole = StoredWeights(target, self.tuned.tensors)
-        return Held(name, whole.read(0, whole.shape[0]).view(target.shape))
+        return InMemory(name, whole.read(0, whole.shape[0]).view(target.shape))
 
 
 def _embeds(name: str) -> bool:

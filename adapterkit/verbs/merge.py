@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import Adapter, load_adapter
+from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.experts import in_order
+from adapterkit.adapters.load import load_adapter
 from adapterkit.bases import open_base, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
@@ -80,7 +81,7 @@ class Merge:
     @property
     def sources(self) -> tuple[Source, ...]:
         """Every weight file that is read, the adapters' too."""
-        return (*self.base.sources, *(adapter.source for adapter in self.adapters))
+        return (*self.base.sources, *(source for adapter in self.adapters for source in adapter.sources))
 
     def report(self, out: Ref, **measured: Any) -> MergeReport:
         used = zip(self.adapters, self.weights, strict=True)
@@ -148,7 +149,7 @@ def plan_merge(
     loaded = tuple(in_order(adapter, asked.expert_order) for adapter in given)
     inputs = None
     if fingerprints:
-        inputs = {s.name: _fingerprint(s) for s in (*opened.sources, *(a.source for a in loaded))}
+        inputs = {s.name: _fingerprint(s) for s in (*opened.sources, *(source for a in loaded for source in a.sources))}
     settings: dict[str, Any] = {
         "max_shard_size": None if asked.max_shard_size is None else parse_size(asked.max_shard_size),
         "jobs": jobs or default_jobs(),

@@ -13,7 +13,7 @@ from adapterkit.errors import CheckpointError, UsageError
 from adapterkit.ops.device import CPU
 
 if TYPE_CHECKING:
-    from adapterkit.adapters.rule import Rule
+    from adapterkit.adapters.bound_rule import BoundRule
     from adapterkit.gguf.quantize import Quantization
 
 FOLDER, GGUF = "folder", "gguf"
@@ -37,7 +37,7 @@ class MergeOptions:
         quant_double: with double quantization.
         quantization: the types of a GGUF output; by default every tensor keeps its own.
         pre: the pre-tokenizer of a GGUF output, by llama.cpp's name; by default recognised.
-        method: how deltas of several adapters become one, a row of `adapterkit.ops.rules.METHODS`; nothing is
+        method: how deltas of several adapters become one, a row of `adapterkit.ops.rules.RULES`; nothing is
             truncated. Whole parameters, token rows and biases are not combined by it.
         scale, space, parameters: of the method, as in `combine`.
         expert_order: ``fastest`` (as PEFT) or ``slowest`` (Unsloth until 2026-09-17): how experts lie in a stacked lora_B
@@ -93,7 +93,7 @@ class MergeOptions:
         return parse_floats(self.dtype)
 
     @property
-    def rule(self) -> Rule | None:
+    def rule(self) -> BoundRule | None:
         """The method; None for the plain weighted sum, which needs none.
 
         Raises:
@@ -101,9 +101,9 @@ class MergeOptions:
         """
         if (self.method, self.scale, self.space) == ("linear", 1.0, None) and not self.parameters:
             return None
-        from adapterkit.adapters.rule import Rule
+        from adapterkit.adapters.bound_rule import BoundRule
 
-        return Rule(self.method, self.space, self.scale, dict(self.parameters))
+        return BoundRule(self.method, self.space, self.scale, dict(self.parameters))
 
     def request(self) -> dict[str, Any]:
         """The options as JSON, for a plan file and a record."""

@@ -1,11 +1,11 @@
-"""Files of every trainer's keys, merged into a model of diffusers and into the original layout, beside diffusers' own conversions.
+"""Files of every trainer's keys, merged into a model of diffusers and into the original layout.
 
-diffusers 0.42 converts a LoRA file (``loaders/lora_conversion_utils.py``); what its result adds to a weight is what a merge of the
-file has to add. Into the original layout the same file has to add its own product.
+diffusers 0.42 converts a LoRA file (``loaders/lora_conversion_utils.py``); what its result adds to a weight is what a merge of
+the file has to add. Into the original layout the same file has to add its own product.
 
-Not asked here: the last modulation of Flux, HunyuanVideo and Flux.2 (``final_layer.adaLN_modulation.1``). Its halves change places.
-diffusers 0.42 swaps those of ``lora_A`` too, which are ranks and no outputs, or swaps nothing; its conversion of whole
-checkpoints is right, and is asked in ``test_checkpoint_conversions.py``.
+Not asked here: the last modulation of Flux, HunyuanVideo and Flux.2 (``final_layer.adaLN_modulation.1``), whose halves change
+places. diffusers 0.42 swaps those of ``lora_A`` too, which are ranks and no outputs, or swaps nothing; its conversion of
+whole checkpoints is right, and is asked in ``test_checkpoint_conversions.py``.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch
 from models import write_checkpoint
 from safetensors.torch import save_file
 
-from adapterkit.adapters.adapter import load_adapter
 from adapterkit.adapters.fold import fold
+from adapterkit.adapters.load import load_adapter
 from adapterkit.checkpoint.open import open_checkpoint
 
 RANK, INPUTS, ALPHA, WIDE = 2, 8, 3.0, 3072  # diffusers splits Flux's rows at its own width
@@ -79,7 +79,7 @@ def lokr(lead: str, flat: bool) -> Callable[[str, int, int], tuple[Tensors, torc
 
 
 def sized(rows: int, *paths: str) -> Modules:
-    return {path: (rows, INPUTS) for path in paths}
+    return dict.fromkeys(paths, (rows, INPUTS))
 
 
 def flux_blocks() -> Modules:

@@ -524,6 +524,15 @@ ZOO: dict[str, Tiny] = {
 }
 
 
+def _more() -> dict[str, Tiny]:
+    from arch_zoo_more import MODELS
+
+    return {kind: Tiny(cls, config, **fields) for kind, (cls, config, fields) in MODELS.items()}
+
+
+ZOO |= _more()
+
+
 # Encoders: hidden states of all tokens, pooled by their mean, are compared.
 ENCODERS: dict[str, Tiny] = {
     "bert": Tiny("BertModel", _NO_KV, GELU, "GELU", lora=r".*(query|value|intermediate\.dense)"),

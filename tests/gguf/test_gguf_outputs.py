@@ -18,10 +18,11 @@ from models import write_adapter
 
 import adapterkit
 from adapterkit.cli import main
+from adapterkit.disk import own_folder
 from adapterkit.errors import AdapterkitError, CheckpointError, NotFound
 from adapterkit.gguf.quantize import Quantization
 from adapterkit.gguf.reader import parse_gguf
-from adapterkit.gguf.tensors import Encoded, decoded
+from adapterkit.gguf.tensors import Quantized, decoded
 from adapterkit.verbs.convert import convert
 
 HEADS = {"llama.block_count": 2, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2}
@@ -253,9 +254,9 @@ def test_kept_types_fit_their_rows(base: Path, adapter: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_an_interrupted_run(resume: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = Encoded.read, []
+    real, calls = Quantized.read, []
 
-    def read_some(self: Encoded, start: int, stop: int) -> Any:
+    def read_some(self: Quantized, start: int, stop: int) -> Any:
         calls.append(self.name)
         if len(calls) > 3:
             raise KeyboardInterrupt
@@ -264,7 +265,7 @@ def test_an_interrupted_run(resume: bool, base: Path, tmp_path: Path, monkeypatc
     out = tmp_path / "out.gguf"
     asked = Quantization("Q8_0")
     with monkeypatch.context() as patched:
-        patched.setattr(Encoded, "read", read_some)
+        patched.setattr(Quantized, "read", read_some)
         with pytest.raises(KeyboardInterrupt):
             convert(base, out, quantization=asked, jobs=1, resume=resume)
     assert not out.exists()
@@ -280,7 +281,7 @@ def test_another_request_does_not_use_what_was_left(base: Path, tmp_path: Path) 
     """Padding and all: the hidden file of another run has other bytes where this one has none."""
     out = tmp_path / "out.gguf"
     folder = tmp_path / ".out.gguf.partial"
-    folder.mkdir()
+    own_folder(folder)
     (folder / "model.gguf").write_bytes(b"\xff" * 200_000)
     convert(base, out, quantization=Quantization("Q8_0"), resume=True)
     convert(base, tmp_path / "whole.gguf", quantization=Quantization("Q8_0"))

@@ -17,7 +17,7 @@ import adapterkit
 from adapterkit.cli import main
 from adapterkit.errors import AdapterkitError, OutputError, UsageError
 from adapterkit.gguf.quantize import Quantization
-from adapterkit.ops.rules import METHODS
+from adapterkit.ops.rules import RULES
 from adapterkit.recipe import schema
 from adapterkit.recipe.parse import key_of
 from adapterkit.recipe.report import UNCHANGED
@@ -55,7 +55,7 @@ def test_every_option_is_a_key_or_said_elsewhere(verb: str) -> None:
     assert command is not None
     keys = {key_of(one).replace("-", "_") for table in TABLES for one in fields(table)}
     # Those of the methods, which come when help was asked for, are merge.parameters.
-    parameters = {parameter.name for method in METHODS.values() for parameter in method.parameters}
+    parameters = {parameter.name for method in RULES.values() for parameter in method.parameters}
     options = {one.name for one in command.params if isinstance(one, click.Option)}
     assert options - keys - ELSEWHERE.keys() - parameters == set()
 

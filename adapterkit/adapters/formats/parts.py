@@ -8,7 +8,7 @@ error, one that the base has not is left out and told. ``FILE#PART``, ``only`` a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -114,12 +114,12 @@ def section_of(path: str) -> str:
     return next((name for name, pattern in SECTIONS.items() if pattern.search(path)), TEXT)
 
 
-def settled(adapter: Adapter, names: Names | None, config: Mapping[str, Any]) -> Adapter:
+def settled(adapter: Adapter, names: Names | None, fit: Callable[[Adapter], object] | None = None) -> Adapter:
     """The adapter for one base: its parts in their places, its paths with dots.
 
     Args:
         names: those of the base; None where there is none.
-        config: that of the base.
+        fit: puts one part onto the base, and raises TargetError where it does not fit.
 
     Raises:
         TargetError: no part fits the base, one that the base holds does not, or a name stands for several modules.
@@ -144,7 +144,8 @@ def settled(adapter: Adapter, names: Names | None, config: Mapping[str, Any]) ->
         return _placed(adapter, contents, names, places)
     if len(parts) == 1:
         return _made(adapter, contents, _resolved(contents.modules, names, adapter), ())
-    return _chosen(adapter, contents, names, config)
+    assert fit is not None
+    return _chosen(adapter, contents, names, fit)
 
 
 def _places(names: Names) -> dict[str, str]:
@@ -181,14 +182,14 @@ def _placed(adapter: Adapter, contents: Contents, names: Names, places: Mapping[
     return _made(adapter, contents, modules, left)
 
 
-def _chosen(adapter: Adapter, contents: Contents, names: Names, config: Mapping[str, Any]) -> Adapter:
+def _chosen(adapter: Adapter, contents: Contents, names: Names, fit: Callable[[Adapter], object]) -> Adapter:
     """The one part that the base is; several where each finds modules of its own."""
     fitting: dict[str, Adapter] = {}
     misfits: dict[str, str] = {}
     for part in contents.parts:
         try:
             own = _made(adapter, contents, _resolved(contents.of(part), names, adapter), ())
-            _try(own, names, config)
+            fit(own)
             fitting[part] = own
         except TargetError as error:
             misfits[part] = error.message.removeprefix(f"{adapter.ref}: ")
@@ -207,7 +208,7 @@ def _chosen(adapter: Adapter, contents: Contents, names: Names, config: Mapping[
             f"{adapter.ref}#{'+'.join(fitting)}",
         )
     for part in misfits:
-        _check_not_held(part, contents, names, config, adapter, held)
+        _check_not_held(part, contents, names, fit, adapter, held)
     left = [f"{part or 'what names no part'} ({len(contents.of(part))} modules): not of this base" for part in misfits]
     chosen = [module for own in fitting.values() for module in _modules(own)]
     return _made(adapter, contents, chosen, left)
@@ -219,7 +220,12 @@ def _modules(adapter: Adapter) -> tuple[FileModule, ...]:
 
 
 def _check_not_held(
-    part: str, contents: Contents, names: Names, config: Mapping[str, Any], adapter: Adapter, held: set[str]
+    part: str,
+    contents: Contents,
+    names: Names,
+    fit: Callable[[Adapter], object],
+    adapter: Adapter,
+    held: set[str],
 ) -> None:
     """A part that is left out must not be one that the base holds in the main.
 
@@ -232,7 +238,7 @@ def _check_not_held(
             (one,) = _resolved([module], names, adapter)
             if one.path in held:
                 return  # the same names as the part that fits: another text encoder
-            _try(_made(adapter, contents, [one], ()), names, config)
+            fit(_made(adapter, contents, [one], ()))
             fits += 1
         except TargetError as error:
             missing = missing or error.message
@@ -267,13 +273,6 @@ def _made(adapter: Adapter, contents: Contents, modules: Sequence[FileModule], l
         contents=replace(contents, modules=tuple(modules), placed=True),
         left=(*adapter.left, *left),
     )
-
-
-def _try(adapter: Adapter, names: Names, config: Mapping[str, Any]) -> None:
-    from adapterkit.adapters.edits import adapter_edits
-
-    # What a user has to allow is asked when the part is merged.
-    adapter_edits(adapter, names, config, residual_base=True, allow_unknown=True)
 
 
 def _resolved(modules: Sequence[FileModule], names: Names, adapter: Adapter, lead: str = "") -> list[FileModule]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.edits import check_config, group_modules
+from adapterkit.adapters.edits import check_config, group_modules, settle
 from adapterkit.adapters.methods import lora
 from adapterkit.adapters.names import Names
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Factors:
+class PlainFactors:
     """The delta of one module, ``scale * b @ a``, in PEFT's shapes.
 
     Attributes:
@@ -42,7 +42,7 @@ class Factors:
     turned: bool = False
 
 
-def scaled_factors(adapter: Adapter) -> tuple[list[Factors], dict[str, Tensor]] | None:
+def scaled_factors(adapter: Adapter) -> tuple[list[PlainFactors], dict[str, Tensor]] | None:
     """Factors and scaling of every module, and the whole parameters that come along.
 
     None where the adapter is not LoRA, or is more than factors and scalings: then its deltas have to be computed, for
@@ -63,12 +63,10 @@ def resolved(adapter: Adapter, base: Checkpoint | None) -> Adapter:
 
     Raises:
         UsageError: its paths are flat, or it is for several models, and no base is given.
-        TargetError: see `settled`.
+        TargetError: see `settle`.
     """
-    from adapterkit.adapters.formats.parts import settled
-
     names = None if base is None else Names(base.shapes, base.config)
-    return settled(adapter, names, {} if base is None else base.config)
+    return settle(adapter, names, {} if base is None else base.config)
 
 
 def _is_plain(module: Module, adapter: Adapter) -> bool:
@@ -84,7 +82,7 @@ def _is_plain(module: Module, adapter: Adapter) -> bool:
     return names in pairs and matrices and module.depth == 0 and not special and not config.get("target_parameters")
 
 
-def _scaled(module: Module, adapter: Adapter) -> Factors:
+def _scaled(module: Module, adapter: Adapter) -> PlainFactors:
     embedding = lora.EMBEDDING_A in module.tensors
     names = (lora.EMBEDDING_A, lora.EMBEDDING_B) if embedding else (lora.A, lora.B)
     a, b = (module.tensors[name] for name in names)
@@ -95,4 +93,4 @@ def _scaled(module: Module, adapter: Adapter) -> Factors:
         return raw(a), raw(b)
 
     scale = adapter.config.scaling(module.path, a.shape[0])
-    return Factors(module.path, a.shape[0], scale, load, (a, b), embedding, adapter.config.flag("fan_in_fan_out"))
+    return PlainFactors(module.path, a.shape[0], scale, load, (a, b), embedding, adapter.config.flag("fan_in_fan_out"))

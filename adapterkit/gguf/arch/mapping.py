@@ -13,7 +13,7 @@ from adapterkit.gguf.arch.maps import Array, MapError
 
 if TYPE_CHECKING:
     from adapterkit.gguf.arch.config import Config
-    from adapterkit.gguf.arch.spec import ArchSpec, Rule
+    from adapterkit.gguf.arch.spec import ArchSpec, Rule, Scalars
 
 SUFFIXES = (".weight", ".bias")
 # Where a language model sits in a checkpoint: the root that rules use stands in the place of these.
@@ -240,7 +240,19 @@ class Mapper:
             raise CheckpointError(f"{self.config.ref}: {found} layers in its config.json", "correct it")
         return found
 
+    @cached_property
+    def _scalars(self) -> dict[str, Scalars]:
+        return {_shape_of(one.hf): one for one in self.spec.scalars}
+
+    def scalar(self, name: str) -> tuple[Scalars, int] | None:
+        """What a stored tensor is in the metadata of GGUF, and of which layer."""
+        name = self.canonical(name)
+        found = self._scalars.get(_NUMBER.sub("#", name + ".")[:-1])
+        return None if found is None else (found, int(_NUMBER.findall(name + ".")[0]))
+
     def _unused(self, name: str) -> bool:
+        if self.scalar(name) is not None:
+            return True
         if BUFFERS.search(name) or any(re.search(part, name) for part in self.spec.drops):
             return True
         found = re.match(r"model\.layers\.(\d+)\.", self.canonical(name))

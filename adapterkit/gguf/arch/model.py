@@ -118,7 +118,7 @@ def as_gguf(
     spec = spec_of(read)
     mapper = Mapper(spec, read)
     mapped = mapper.to_gguf(view.shapes, base.ref)
-    lost = [name for name in touched if name not in mapped.sources]
+    lost = [name for name in touched if name not in mapped.sources and mapper.scalar(name) is None]
     if lost:
         raise TargetError(
             f"an adapter changes '{lost[0]}', which a GGUF {spec.arch} does not hold",
@@ -133,7 +133,7 @@ def as_gguf(
         factors = one.make(read)
         if factors is not None:
             tensors = {one.tensor: Constant(one.tensor, factors), **tensors}
-    values = hyperparameters(spec, read)
+    values = hyperparameters(spec, read) | _scalars(view, mapper)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     label = size_label(shapes, _first(values.get("expert_count")))
     entries = [*general(base, adapters, files or {}, label, spec.arch), *hyper_entries(spec.arch, values)]
@@ -148,6 +148,29 @@ def as_gguf(
     packed = {name: tensor.kind.name for name, tensor in tensors.items() if isinstance(tensor, Repacked)}
     kinds |= packed
     return Model(spec, read, tensors, tuple(entries), hparams, kinds, mapped, "MXFP4_MOE" if packed else own)
+
+
+def _scalars(view: Checkpoint, mapper: Mapper) -> dict[str, Any]:
+    """Keys whose values are small tensors of the checkpoint, one per layer.
+
+    Raises:
+        CheckpointError: a layer has none, or more than one number.
+    """
+    found: dict[str, dict[int, float]] = {one.key: {} for one in mapper.spec.scalars}
+    for name, tensor in view.items() if found else ():
+        at = mapper.scalar(name)
+        if at is None:
+            continue
+        if tensor.numel != 1:
+            raise CheckpointError(f"{mapper.config.ref}: '{name}' is not one number", "download it again")
+        found[at[0].key][at[1]] = float(tensor.read(0, 1)[0])
+    for key, values in found.items():
+        if sorted(values) != list(range(mapper.layers)):
+            raise CheckpointError(
+                f"{mapper.config.ref}: the numbers that become '{key}' are there for {len(values)} of {mapper.layers} layers",
+                "download it again",
+            )
+    return {key: [value for _, value in sorted(values.items())] for key, values in found.items()}
 
 
 def kind_in_file(name: str, shape: Sequence[int], plain: str) -> str:

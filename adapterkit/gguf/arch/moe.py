@@ -47,6 +47,8 @@ _MULTIPLIERS = (
     Key("residual_scale", "residual_multiplier"),
     Key("logit_scale", "logits_scaling"),
 )
+# Latent attention: keys on their side, so that they can be multiplied into the query, and values, by head.
+SPLIT_KV = (HeadSplit("kv_heads", ("qk_nope_head_dim", "v_head_dim")), Each((Turn(), None)))
 GRANITE_EXPERTS = (
     block("block_sparse_moe.router.layer", "ffn_gate_inp"),
     block("block_sparse_moe.input_linear", "ffn_gate_exps", "ffn_up_exps", ops=[Split()]),
@@ -251,12 +253,7 @@ SPECS = (
                 attn_kv_a_norm="self_attn.kv_a_layernorm",
                 attn_output="self_attn.o_proj",
             ),
-            block(
-                "self_attn.kv_b_proj",
-                "attn_k_b",
-                "attn_v_b",
-                ops=[HeadSplit("kv_heads", ("qk_nope_head_dim", "v_head_dim")), Each((Turn(), None))],
-            ),
+            block("self_attn.kv_b_proj", "attn_k_b", "attn_v_b", ops=SPLIT_KV),
         ),
         (
             constant("attention.head_count_kv", 1),

@@ -9,7 +9,7 @@ from adapterkit.errors import CheckpointError
 from adapterkit.gguf.arch.config import Config, _head_dim, llama3_factors
 from adapterkit.gguf.arch.hyper import rotary_dim
 from adapterkit.gguf.arch.ops import Interleave, Split, Stack
-from adapterkit.gguf.arch.spec import Factors, Key, Rule, block, blocks, rule
+from adapterkit.gguf.arch.spec import ComputedTensor, Key, Rule, block, blocks, rule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -111,7 +111,7 @@ def _llama3(config: Config, default: float = 8.0) -> list[float] | None:
     return llama3_factors(config.rope, _head_dim(config), default)
 
 
-LLAMA3 = Factors("rope_freqs.weight", _llama3)
+LLAMA3 = ComputedTensor("rope_freqs.weight", _llama3)
 
 
 def _long(name: str) -> Any:
@@ -132,7 +132,10 @@ def _long(name: str) -> Any:
     return make
 
 
-LONGROPE = (Factors("rope_factors_long.weight", _long("long")), Factors("rope_factors_short.weight", _long("short")))
+LONGROPE = (
+    ComputedTensor("rope_factors_long.weight", _long("long")),
+    ComputedTensor("rope_factors_short.weight", _long("short")),
+)
 
 
 def long_attention_factor(config: Config) -> float | None:

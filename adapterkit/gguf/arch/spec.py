@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -61,11 +61,26 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Factors:
+class ComputedTensor:
     """A small tensor that is computed from the config: divisors of rotary frequencies."""
 
     tensor: str
     make: Callable[[Config], Sequence[float] | None]
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """Numbers that the checkpoint has as one small tensor per layer, and GGUF as an array in its metadata.
+
+    Attributes:
+        hf: the tensor's name, with ``{i}`` for the layer.
+        key: of the metadata, without the architecture's name in front.
+        shape: of each tensor.
+    """
+
+    hf: str
+    key: str
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +111,11 @@ class ArchSpec:
         when: of rows of one architecture, whether a GGUF file is this one; those without a condition come last.
         scaled: numbers of the config are multiplied into weights and cannot be told from a GGUF file.
         variant: the model type of another row of the same classes, for configs that are better read by it.
+        scalars: small tensors that are metadata in GGUF.
+        back: fields of a config made from GGUF beyond those of the keys, from its key-values, the config so far and
+            the file's tensors.
+        no_lora: ends of names of weights that the runtime multiplies with itself, without looking for a LoRA (plain
+            ``ggml_mul_mat`` in its ``src/models``).
     """
 
     arch: str
@@ -105,7 +125,7 @@ class ArchSpec:
     keys: tuple[Key, ...] = ()
     common: bool = True
     leave: tuple[str, ...] = ()
-    factors: tuple[Factors, ...] = ()
+    factors: tuple[ComputedTensor, ...] = ()
     vocab: str = "auto"
     drops: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ()
@@ -121,6 +141,9 @@ class ArchSpec:
     experts: bool | None = None
     when: Callable[[Any], bool] | None = None
     variant: Callable[[Config], str | None] | None = None
+    scalars: tuple[Scalars, ...] = ()
+    no_lora: tuple[str, ...] = ()
+    back: Callable[[Mapping[str, Any], Mapping[str, Any], Any], dict[str, Any]] | None = None
 
     @property
     def model_types(self) -> tuple[str, ...]:

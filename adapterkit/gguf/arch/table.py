@@ -6,13 +6,23 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import TargetError
-from adapterkit.gguf.arch import dense, encoders, gemma, hybrid, moe, older
+from adapterkit.gguf.arch import dense, encoders, further, gemma, hybrid, latent, moe, older, windows
 
 if TYPE_CHECKING:
     from adapterkit.gguf.arch.config import Config
     from adapterkit.gguf.arch.spec import ArchSpec
 
-SPECS: tuple[ArchSpec, ...] = (*dense.SPECS, *gemma.SPECS, *moe.SPECS, *older.SPECS, *hybrid.SPECS, *encoders.SPECS)
+SPECS: tuple[ArchSpec, ...] = (
+    *dense.SPECS,
+    *gemma.SPECS,
+    *moe.SPECS,
+    *older.SPECS,
+    *hybrid.SPECS,
+    *encoders.SPECS,
+    *further.SPECS,
+    *windows.SPECS,
+    *latent.SPECS,
+)
 
 
 @cache

@@ -14,13 +14,13 @@ from adapterkit.verbs.conversions.conversion import Conversion, ConvertOptions, 
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
-    from adapterkit.adapters.formats.plain import Factors
+    from adapterkit.adapters.formats.plain import PlainFactors
     from adapterkit.adapters.formats.write import AdapterFiles
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.tensor import Tensor
 
-    Layout = Callable[[Adapter, list[Factors], Mapping[str, Tensor]], AdapterFiles]
+    Layout = Callable[[Adapter, list[PlainFactors], Mapping[str, Tensor]], AdapterFiles]
 
 
 def open_adapter(src: Ref, options: ConvertOptions) -> tuple[Adapter, Checkpoint | None]:
@@ -29,8 +29,8 @@ def open_adapter(src: Ref, options: ConvertOptions) -> tuple[Adapter, Checkpoint
     Raises:
         NotFound, AdapterError, TargetError, UsageError, UnsafeError, AuthError, HubError
     """
-    from adapterkit.adapters.adapter import load_adapter
     from adapterkit.adapters.formats.plain import resolved
+    from adapterkit.adapters.load import load_adapter
 
     base = None if options.base is None else open_model(options.base, headers_only=True)
     return resolved(load_adapter(src), base), base
@@ -38,7 +38,7 @@ def open_adapter(src: Ref, options: ConvertOptions) -> tuple[Adapter, Checkpoint
 
 def planned_files(adapter: Adapter, files: AdapterFiles, to: str) -> Conversion:
     """The plan of an adapter's files."""
-    return planned_tensors(adapter.ref, files, (adapter.source,), to, adapter.notes)
+    return planned_tensors(adapter.ref, files, adapter.sources, to, adapter.notes)
 
 
 def planned_tensors(
@@ -87,7 +87,7 @@ def _computed(
     notes = check_rank(options.rank, options.energy, open_family([adapter], base).slots.values())
     nothing = plan_file("nothing", [], {})
     return Computed(
-        adapter.ref, to, nothing, {}, (adapter.source,), {}, {}, (*adapter.notes, *notes),
+        adapter.ref, to, nothing, {}, adapter.sources, {}, {}, (*adapter.notes, *notes),
         adapter=adapter, options=options, layout=layout,
     )  # fmt: skip
 
@@ -104,8 +104,9 @@ class Computed(Conversion):
     layout: Layout = field(kw_only=True)
 
     def write(self, out: Path, run: Run) -> dict[str, Any]:
-        from adapterkit.adapters.adapter import WEIGHTS, load_adapter
-        from adapterkit.adapters.rule import Rule
+        from adapterkit.adapters.adapter import WEIGHTS
+        from adapterkit.adapters.bound_rule import BoundRule
+        from adapterkit.adapters.load import load_adapter
         from adapterkit.verbs.combine import make_adapter
         from adapterkit.verbs.family import open_family
 
@@ -116,7 +117,7 @@ class Computed(Conversion):
         def made(target: Path, record: Recorder | None) -> dict[str, Any]:
             written = record or (lambda folder: {})
             how: dict[str, Any] = {"jobs": run.jobs, "force": run.force, "progress": run.progress, **bounds}
-            found = make_adapter(family, Rule(), [1.0], target, record=written, **how)
+            found = make_adapter(family, BoundRule(), [1.0], target, record=written, **how)
             kept = {"modules": found.modules, "notes": (*self.notes, *found.notes)}
             plain = load_adapter(target)
             return kept | {

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit import disk
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.plan import plan_file
 from adapterkit.errors import AdapterkitError, CheckpointError, NotFound, UsageError
@@ -42,7 +43,7 @@ class Compressed(FolderConversion):
 
     def write(self, out: Path, run: Run) -> dict[str, Any]:
         from adapterkit.bases import open_model
-        from adapterkit.checkpoint.publish import check_target, publish, staging, write_file
+        from adapterkit.checkpoint.publish import check_target, publish, staging
 
         if run.resume:
             raise UsageError("llm-compressor cannot continue an interrupted run", "leave out --resume")
@@ -56,10 +57,10 @@ class Compressed(FolderConversion):
             self._check(made)
             for file in self.opened.side_files:
                 if file.name != CONFIG:
-                    write_file(folder / file.name, file.bytes())
+                    disk.write_inside(folder, file.name, file.bytes())
             record = run.record or self.record()
             for name, data in (record(folder) if record is not None else {}).items():
-                write_file(folder / name, data)
+                disk.write_inside(folder, name, data)
             measured = {
                 "files": tuple(sorted({made.shards[name] for name in made})),
                 "nbytes": sum(source.size for source in made.sources),
@@ -73,7 +74,6 @@ class Compressed(FolderConversion):
     def _lend(self, folder: Path) -> None:
         """The source as one folder, whatever it was named by: links to its weights, and its side files."""
         from adapterkit.checkpoint.plan import plan_safetensors
-        from adapterkit.checkpoint.publish import write_file
         from adapterkit.checkpoint.write import index_json
 
         for name, tensor in self.opened.items():
@@ -81,10 +81,10 @@ class Compressed(FolderConversion):
             if extent is not None and extent.source.path is not None and not link.exists():
                 link.symlink_to(extent.source.path.resolve())
         for file in self.opened.side_files:
-            write_file(folder / file.name, file.bytes())
+            disk.write_inside(folder, file.name, file.bytes())
         if len(set(self.opened.shards.values())) > 1:
             plan = plan_safetensors(self.opened)
-            write_file(folder / plan.index_name, index_json(plan))
+            disk.write_inside(folder, plan.index_name, index_json(plan))
 
     def _run(self, source: Path, folder: Path) -> None:
         skip = list(self.options.skip_modules) or [OUTPUT_LAYER]

@@ -28,14 +28,14 @@ def plan(src: Ref, options: ConvertOptions, jobs: int) -> Conversion:
 
 
 def _of_gguf(opened: Any, options: ConvertOptions, jobs: int) -> Conversion:
-    from adapterkit.gguf.plan import Layout, plan_gguf
+    from adapterkit.gguf.plan import FileLayout, plan_gguf
     from adapterkit.gguf.quantize import Quantization, typed
 
     if opened.kind != "model":
         raise UsageError(f"{opened.ref} is a GGUF {opened.kind}, not a model", "add --to peft, or give a model")
     asked = options.quantization or Quantization()
     found = typed(opened, opened, asked)
-    layout = Layout(found.tensors, found.entries, opened.header.alignment, opened.sources[0])
+    layout = FileLayout(found.tensors, found.entries, opened.header.alignment, opened.sources[0])
     request = {"verb": "convert", **asked.request()}
     planned = plan_gguf(layout, max_shard_size=options.max_shard_size, jobs=jobs, request=request)
     tensors = {tensor.name: tensor for tensor in found.tensors}

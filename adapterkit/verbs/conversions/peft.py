@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 def plan(src: Ref, options: ConvertOptions, jobs: int) -> Conversion:
     """An adapter of any format as PEFT adapter: as it is, or as plain LoRA of one rank and one alpha."""
     from adapterkit.adapters.formats.write import as_peft, as_plain
+    from adapterkit.adapters.methods.expert_factors import in_three_dimensions
 
     if not options.plain and (options.rank or options.energy):
         raise UsageError("a rank or a share of energy is for deltas that are decomposed", "add --plain")
@@ -24,7 +25,7 @@ def plan(src: Ref, options: ConvertOptions, jobs: int) -> Conversion:
     if opened is not None:
         return _of_gguf(opened, options)
     adapter, base = open_adapter(src, options)
-    if options.plain:
+    if options.plain or in_three_dimensions(adapter):  # PEFT has no form for those, so the stacks are computed
         return laid_out(adapter, base, options, "peft", as_plain)
     return planned_files(adapter, as_peft(adapter, base), "peft")
 

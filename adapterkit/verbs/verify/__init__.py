@@ -67,7 +67,7 @@ def verify(
         NotFound, CheckpointError, AdapterError, TargetError, UsageError, UnsafeError, AuthError, HubError
     """
     from adapterkit.adapters.adapter import Adapter as Loaded
-    from adapterkit.adapters.adapter import load_adapter
+    from adapterkit.adapters.load import load_adapter
     from adapterkit.verbs.merge import peak_memory
     from adapterkit.verbs.verify.findings import findings
     from adapterkit.verbs.verify.inputs import asked, inputs, open_inputs, same_as_recorded

@@ -10,7 +10,7 @@ from adapterkit.bases import open_model
 from adapterkit.errors import RegistryError, UsageError
 from adapterkit.registry.beside import beside_path, read_beside
 from adapterkit.verbs.options import MergeOptions
-from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, Input
+from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, VerifiedInput
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -124,16 +124,19 @@ def inputs(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     base16: Checkpoint | None,
-) -> tuple[Input, ...]:
+) -> tuple[VerifiedInput, ...]:
     """Everything that was read, by digest: 16 KiB of each tensor of models, every byte of adapters."""
     from adapterkit.provenance.record import adapter_parent
 
-    found = [Input("merged", merged.ref, digest(merged)), Input("base", base.ref, digest(base), commit=base.commit)]
+    found = [
+        VerifiedInput("merged", merged.ref, digest(merged)),
+        VerifiedInput("base", base.ref, digest(base), commit=base.commit),
+    ]
     if base16 is not None:
-        found.append(Input("original", base16.ref, digest(base16), commit=base16.commit))
+        found.append(VerifiedInput("original", base16.ref, digest(base16), commit=base16.commit))
     for adapter, weight in zip(adapters, weights, strict=True):
         content = f"sha256:{adapter_parent(adapter).content}"
-        found.append(Input("adapter", adapter.ref, content, weight, adapter.config.peft_type, adapter.commit))
+        found.append(VerifiedInput("adapter", adapter.ref, content, weight, adapter.config.peft_type, adapter.commit))
     return tuple(found)
 
 

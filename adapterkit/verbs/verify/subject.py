@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adapterkit.dtypes import DType
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
     from adapterkit.verbs.options import MergeOptions
-    from adapterkit.verbs.verify.metadata import Expected
+    from adapterkit.verbs.verify.expected import Expected
 
 
 @dataclass(frozen=True)
@@ -211,9 +211,9 @@ def _encoded_parts(
     floats: Checkpoint, found: Checkpoint, kind: str, double: bool, skip: Sequence[str] | None
 ) -> dict[str, tuple[tuple[Tensor, Tensor], ...]]:
     """For each weight that is encoded, the tensors that hold it: as adapterkit would write them, and as they are."""
-    from adapterkit.adapters.quantized import KINDS, quantized
+    from adapterkit.adapters.quantized import quantized
     from adapterkit.checkpoint.encoded import Encoded
-    from adapterkit.codecs.table import find_weights
+    from adapterkit.codecs.table import KINDS, find_weights
 
     if kind not in KINDS:
         return {}
@@ -283,7 +283,7 @@ def _gguf_of_gguf(
 ) -> Subject:
     from adapterkit.gguf.fold import fold_values
     from adapterkit.gguf.tensors import decoded
-    from adapterkit.verbs.verify.metadata import Expected
+    from adapterkit.verbs.verify.expected import Expected
 
     folded = fold_values(base, adapters, asked.weights, **_how(asked))
     touched = frozenset(folded.touched)
@@ -304,7 +304,7 @@ def _gguf_of_folder(
     from adapterkit.adapters.sidecars import patched_config, side_files
     from adapterkit.bases import open_base
     from adapterkit.gguf.arch.model import as_gguf
-    from adapterkit.verbs.verify.metadata import of_base
+    from adapterkit.verbs.verify.expected import of_base
 
     how = ("base16", "as_trained", "double_quant", "quant_dtype", "skip_modules")
     opened, values = open_base(base, **{name: getattr(asked, name) for name in how})

@@ -1,0 +1,205 @@
+"""Opening an adapter: a PEFT or MLX folder, or a single file of another trainer; no tensor is read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.adapters.adapter import WEIGHTS, Adapter
+from adapterkit.adapters.config import AdapterConfig
+from adapterkit.adapters.experts import order_notes
+from adapterkit.adapters.formats import mlx
+from adapterkit.adapters.keys import plain_keys
+from adapterkit.checkpoint.checkpoint import SideFile
+from adapterkit.checkpoint.files import LocalFile
+from adapterkit.checkpoint.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_INDEX,
+    PICKLES,
+    PIPELINE_WEIGHTS,
+    read_shards,
+    side_names,
+)
+from adapterkit.checkpoint.header import parse_header
+from adapterkit.checkpoint.open import locate
+from adapterkit.checkpoint.tensor import Stored
+from adapterkit.errors import AdapterError, NotFound, UnsafeError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from adapterkit.checkpoint.files import Source
+    from adapterkit.checkpoint.listing import Listing
+    from adapterkit.checkpoint.tensor import Tensor
+
+
+def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
+    """Open an adapter; no tensor is read.
+
+    Args:
+        ref: a folder as PEFT or mlx-lm saves it, ``org/name[/sub/folder][@revision]`` on the Hub, or a single
+            ``.safetensors`` of kohya's scripts, LyCORIS or diffusers, ``FILE#PART`` for one part of the pipeline in it
+            and ``FILE#te+unet`` for several that one base holds.
+        headers_only: for a Hub id, read only the headers, by HTTP range.
+
+    Raises:
+        NotFound: no adapter there.
+        UnsafeError: pickled weights only.
+        AdapterError: config or weights are damaged or contradict each other.
+        AuthError, HubError: the Hub said so.
+    """
+    path, parts = file_and_parts(ref)
+    if path.name == WEIGHTS and path.with_name(ADAPTER_CONFIG).is_file():
+        return load_adapter(path.parent)  # PEFT's own file, whose config lies beside it
+    if path.is_file() and path.suffix == ".safetensors":
+        return _single_file(LocalFile(path, str(ref), loose=True), str(ref), only=parts)
+    if path.is_file() and path.suffix == ".gguf":
+        road = f"make a PEFT adapter of it: adapterkit convert {path.name} --to peft --base BASE -o DIR"
+        raise AdapterError(f"{ref} is a GGUF file, which is not read as an adapter", road)
+    listing = locate(ref, headers_only=headers_only)
+    if ADAPTER_CONFIG not in listing.names:
+        if PIPELINE_WEIGHTS in listing.names:
+            return _single_file(listing.open(PIPELINE_WEIGHTS), listing.ref, listing.commit)
+        raise _no_config(listing)
+    config = AdapterConfig(listing.json(ADAPTER_CONFIG), f"{listing.ref.rstrip('/')}/{ADAPTER_CONFIG}")
+    if mlx.is_mlx(listing.names, config.raw):
+        source, stored = _stored(listing, mlx.WEIGHTS)
+        config, tensors = mlx.read_mlx(stored, config.raw, config.where)
+        return Adapter(listing.ref, config, tensors, source, commit=listing.commit, notes=("read as an MLX adapter",))
+    if not config.peft_type:
+        raise AdapterError(f"{config.where} names no peft_type", "it is not a PEFT adapter config, or a damaged one")
+    sources, weights = _weights(listing)
+    tensors, notes = plain_keys(weights, sources[0].name)
+    side_files = tuple(
+        SideFile(name, listing.open(name)) for name in side_names(listing.names, {WEIGHTS}) if is_brought(name)
+    )
+    notes = (*notes, *order_notes(config))
+    return Adapter(listing.ref, config, tensors, sources[0], side_files, listing.commit, notes, sources[1:])
+
+
+def file_and_parts(ref: str | Path) -> tuple[Path, tuple[str, ...]]:
+    """A path, and the parts of a pipeline that ``FILE#PART`` or ``FILE#PART+PART`` names."""
+    path = Path(ref).expanduser()
+    head, _, parts = str(path).rpartition("#")
+    named = parts and not path.exists() and Path(head).is_file()
+    return (Path(head), tuple(parts.split("+"))) if named else (path, ())
+
+
+def is_adapter(ref: str | Path) -> bool:
+    """Whether `load_adapter` is what opens ``ref``: a folder or Hub id with an adapter in it, or a file of one.
+
+    Raises:
+        NotFound, CheckpointError, AuthError, HubError
+    """
+    path, _ = file_and_parts(ref)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            return False
+        from adapterkit.adapters.formats.keys import is_single
+
+        source = LocalFile(path, str(ref), loose=True)
+        return is_single(parse_header(source.read, source.size, source.name).tensors)
+    return bool({ADAPTER_CONFIG, PIPELINE_WEIGHTS} & locate(ref, headers_only=True).names)
+
+
+def _single_file(source: Source, ref: str, commit: str | None = None, only: tuple[str, ...] = ()) -> Adapter:
+    """A file that is an adapter by itself, whoever wrote it."""
+    from adapterkit.adapters.formats.contents import read_contents
+    from adapterkit.adapters.formats.keys import is_single
+    from adapterkit.adapters.formats.parts import opened
+
+    header = parse_header(source.read, source.size, source.name)
+    stored = {key: Stored(key, t.dtype, t.shape, source, t.start) for key, t in header.tensors.items()}
+    if not is_single(stored):
+        raise AdapterError(f"{ref} has no keys of a single-file adapter", "give the folder with adapter_config.json")
+    contents = read_contents(stored, header.metadata, ref)
+    bare = Adapter(ref, AdapterConfig({}, ref), {}, source, commit=commit)
+    adapter = opened(bare, contents, only)
+    return replace(adapter, notes=_told(adapter))
+
+
+def _told(adapter: Adapter) -> tuple[str, ...]:
+    """How a single file was read."""
+    contents = adapter.contents
+    assert contents is not None
+    parts = contents.parts
+    notes = []
+    if any(module.flat for module in contents.modules):
+        several = f" for {', '.join(part or 'one model' for part in parts)}" if len(parts) > 1 else ""
+        notes.append(f"read as a kohya or LyCORIS file{several}")
+    else:
+        counts = {part: sum(len(module.tensors) for module in contents.of(part)) for part in parts}
+        held = ", ".join(f"{count} tensors of {part or 'one model'}" for part, count in counts.items())
+        notes.append(f"read as a {contents.style} file: {held}")
+        untold = [
+            part
+            for part in parts
+            if part not in contents.told and all(module.alpha is None for module in contents.of(part))
+        ]
+        if untold:
+            of = f" of {', '.join(untold)}" if len(parts) > 1 else ""
+            notes.append(f"the file tells no alpha{of}, so every scale is 1, as diffusers takes it")
+    if contents.apart:
+        notes.append(f"{len(contents.apart)} embeddings in the file are kept apart: {', '.join(contents.apart[:3])}")
+    return tuple(notes)
+
+
+def _weights(listing: Listing) -> tuple[tuple[Source, ...], Mapping[str, Tensor]]:
+    """The weight file of a PEFT folder, or the several that an index names (transformers splits large adapters).
+
+    Raises:
+        NotFound: there are none, or one that the index names is missing.
+        UnsafeError: pickles only, or an index that leads out of the folder.
+        CheckpointError: the index and the files contradict each other.
+    """
+    if WEIGHTS in listing.names:
+        source, stored = _stored(listing, WEIGHTS)
+        return (source,), stored
+    if ADAPTER_INDEX not in listing.names:
+        raise _no_weights(listing)
+    return read_shards(listing, ADAPTER_INDEX)
+
+
+def _stored(listing: Listing, name: str) -> tuple[Source, dict[str, Stored]]:
+    source = listing.open(name)
+    header = parse_header(source.read, source.size, source.name)
+    return source, {key: Stored(key, t.dtype, t.shape, source, t.start) for key, t in header.tensors.items()}
+
+
+# What an adapter folder may bring for the merged model to use; anything else in it is about training.
+_BROUGHT = (
+    "tokenizer",
+    "vocab",
+    "merges",
+    "special_tokens",
+    "added_tokens",
+    "chat_template",
+    "spiece",
+    "sentencepiece",
+)
+
+
+def is_brought(name: str) -> bool:
+    """Whether a file beside an adapter is a tokenizer's."""
+    return name.startswith(_BROUGHT)
+
+
+def _no_config(listing: Listing) -> Exception:
+    nested = sorted(name for name in listing.names if name.endswith("/" + ADAPTER_CONFIG))
+    if nested:
+        folders = ", ".join(name.rpartition("/")[0] for name in nested[:4])
+        return NotFound(f"{listing.ref} holds adapters in sub-folders ({folders})", "name one of them")
+    if "config.json" in listing.names:
+        return NotFound(f"{listing.ref} is a model, not an adapter", "give the base first, then the adapters")
+    return NotFound(f"{listing.ref} has no {ADAPTER_CONFIG}", "give the folder that PEFT saved")
+
+
+def _no_weights(listing: Listing) -> Exception:
+    pickled = sorted(name for name in listing.names if name.endswith(PICKLES) and "adapter" in name)
+    if pickled:
+        return UnsafeError(
+            f"{listing.ref} holds its weights only as a pickle ({pickled[0]}), which can run code when loaded",
+            f"if you trust it: adapterkit convert {listing.ref} --to peft --allow-pickle -o DIR",
+        )
+    return NotFound(f"{listing.ref} has no {WEIGHTS}", "download the missing file")
