@@ -14,11 +14,12 @@ from adapterkit.codecs.table import find_kind
 from adapterkit.dtypes import F32
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import torch
 
     from adapterkit.adapters.fold import Folded
+    from adapterkit.checkpoint.encoded import Encoding
     from adapterkit.dtypes import DType
     from adapterkit.ops.fidelity import FidelitySums
 
@@ -102,6 +103,7 @@ class Watch:
             a name for what ``through`` does.
         through: for another format, a tensor's name and shape to a function that encodes and decodes some of its rows, or
             to None where it stays in its dtype.
+        encodings: tensors that are written in the base's own format, where ``kind`` is the name of that.
     """
 
     def __init__(
@@ -109,8 +111,10 @@ class Watch:
         folded: Folded,
         kind: str | None = None,
         through: Callable[[str, tuple[int, ...]], Through | None] | None = None,
+        encodings: Mapping[str, Encoding] | None = None,
     ) -> None:
         view = folded.checkpoint
+        self._encodings = encodings or {}
         self._sums: dict[str, dict[int, FidelitySums]] = {}
         self._lock = threading.Lock()
         self._tensors = merged_tensors(folded)
@@ -118,13 +122,17 @@ class Watch:
         dtypes = sorted({str(tensor.dtype) for tensor in self._tensors.values()})
         self._format = kind or "/".join(dtypes) or "its dtype"
         if through is None:
-            targets = quantized_targets(view) if kind else []
+            targets = quantized_targets(view) if kind and not self._encodings else []
             encoded = {name for target in targets for name in target.tensors}
 
             def through(name: str, shape: tuple[int, ...]) -> Through | None:
                 return through_format(kind, shape, self._tensors[name].dtype) if kind and name in encoded else None
 
         for name, tensor in self._tensors.items():
+            encoding = self._encodings.get(name)
+            if encoding is not None:
+                encoding.witness = partial(self._written, name, tensor)
+                continue
             tensor.watch = partial(self._add, name, tensor, through(name, tensor.shape))
             if isinstance(tensor.base, Merged):  # the base as trained: its change is what quantization did to it
                 tensor.base.watch = partial(self._add, name + BASE, tensor.base, None)
@@ -135,6 +143,8 @@ class Watch:
             tensor.watch = None
             if isinstance(tensor.base, Merged):
                 tensor.base.watch = None
+        for encoding in self._encodings.values():
+            encoding.witness = None
 
     def report(self) -> FidelityReport:
         """The numbers of all blocks seen so far."""
@@ -163,6 +173,16 @@ class Watch:
             tuple(found),
             self._format,
         )
+
+    def _written(
+        self, name: str, tensor: Merged, start: int, base: torch.Tensor, wanted: torch.Tensor, written: torch.Tensor
+    ) -> None:
+        """A range that was encoded: every value is measured."""
+        from adapterkit.ops.fidelity import block_sums
+
+        sums = block_sums(base, wanted, written)
+        with self._lock:
+            self._sums.setdefault(name, {})[start] = sums
 
     def _add(
         self,
@@ -210,6 +230,31 @@ def merged_tensors(folded: Folded) -> dict[str, Merged]:
     """The tensors that adapters change by adding to them; what they replace whole is kept as it is."""
     found = ((name, folded.checkpoint[name]) for name in folded.touched)
     return {name: tensor for name, tensor in found if isinstance(tensor, Merged)}
+
+
+def left_in_own_format(
+    folded: Folded, encodings: Mapping[str, Encoding], *, tensors: int | None = None
+) -> FidelityReport:
+    """How much of a merge is left when it is written in its base's own format, without writing it.
+
+    Args:
+        folded: what `fold` made.
+        encodings: the weights that are encoded again.
+        tensors: at most so many tensors, spread over the model; None measures all.
+    """
+    names = list(encodings)
+    if tensors is not None and len(names) > tensors:
+        names = [names[index * len(names) // tensors] for index in range(tensors)]
+    watch = Watch(folded, own_format(encodings), lambda name, shape: None, encodings)
+    for name in names:
+        encodings[name].measure()
+    watch.stop()
+    return watch.report()
+
+
+def own_format(encodings: Mapping[str, Encoding]) -> str:
+    """What the formats of some encodings are called."""
+    return " and ".join(sorted({encoding.words for encoding in encodings.values()})) or "its own format"
 
 
 def left_on_grid(folded: Folded, kind: str, *, tensors: int | None = None) -> FidelityReport:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.fold import Folded
     from adapterkit.checkpoint.checkpoint import Checkpoint, StoredForm
     from adapterkit.checkpoint.encoded import Both
+    from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.codecs.codec import Weight
 
@@ -92,6 +93,13 @@ def kept(folded: Folded) -> Kept:
     return Kept(view, encodings)
 
 
+def keep_index(stored: Checkpoint, plan: Plan) -> dict[str, bytes]:
+    """The base's own index, where the shards of the output are those of the base."""
+    if stored.index is None or plan.weight_map != dict(stored.shards):
+        return {}
+    return {stored.index.name: stored.index.bytes()}
+
+
 def _encoded(weight: Weight, tensor: Tensor, stored: Checkpoint) -> list[Encoded]:
     if weight.encoder is None:
         raise UsageError(
@@ -104,7 +112,7 @@ def _encoded(weight: Weight, tensor: Tensor, stored: Checkpoint) -> list[Encoded
             "leave out keep, or merge without the resized vocabulary",
         )
     encoder = weight.encoder()
-    shared = Encoding(linear, encoder, _both(tensor, linear, weight))
+    shared = Encoding(linear, encoder, _both(tensor, linear, weight), weight.how)
     return list(_handles(shared))
 
 

@@ -61,16 +61,17 @@ class Encoding:
 
     Attributes:
         weight: the floats that are encoded.
+        words: what the format is called.
         witness: told of every range that is encoded.
     """
 
-    def __init__(self, weight: Tensor, encoder: Encoder, both: Both | None = None, users: int | None = None) -> None:
-        self.weight, self.encoder, self._both = weight, encoder, both
+    def __init__(self, weight: Tensor, encoder: Encoder, both: Both | None = None, words: str = "") -> None:
+        self.weight, self.encoder, self._both, self.words = weight, encoder, both, words
         factor = encoder.unit // gcd(encoder.unit, weight.block)
         self.step = weight.block * factor if factor <= 4 else max(1, BLOCK // encoder.unit) * encoder.unit
         self.witness: Witness | None = None
         self._lock = threading.Lock()
-        self._users = len(encoder.made) if users is None else users
+        self._users = len(encoder.made)
         self._clear()
 
     def _clear(self) -> None:

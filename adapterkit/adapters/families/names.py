@@ -35,6 +35,7 @@ ENCODERS: Mapping[str, tuple[str, ...]] = {
     "te3": ("text_encoders.t5xxl.transformer.",),
 }
 LEADS = (*DENOISER, *(lead for leads in ENCODERS.values() for lead in leads))
+LONGEST = 500  # characters; a longer name is of no table
 DEPTH = 3  # tables between a name and the base's, at most
 
 
@@ -69,6 +70,8 @@ def index() -> tuple[dict[str, list[Entry]], dict[str, list[Entry]]]:
 
 def entries(name: str) -> Iterator[tuple[Entry, tuple[int, ...], str]]:
     """The places of a parameter in the tables, with its block numbers and the path below an open pattern."""
+    if len(name) > LONGEST:
+        return
     exact, starts = index()
     key, numbers = keyed(name)
     for entry in exact.get(key, ()):
@@ -246,6 +249,8 @@ def family_of(names: Iterable[str]) -> tuple[Family, str] | None:
     """
     cores = set()
     for name in names:
+        if len(name) > LONGEST:
+            continue
         lead = next((one for one in _LONGEST if name.startswith(one)), "")
         core = name.removeprefix(lead)
         cores |= {core, core.rpartition(".")[0]}

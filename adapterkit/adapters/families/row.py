@@ -22,7 +22,7 @@ SCALE: Leaves = ((".scale", ".weight"),)
 BARE: Leaves = (("", ""),)
 JOINED: Leaves = (("_weight", ".weight"), ("_bias", ".bias"))  # torch.nn.MultiheadAttention's in_proj
 
-_NUMBER = re.compile(r"(?<![^.])(?:\d+|\{\})(?![^.])")
+_NUMBER = re.compile(r"(?<![^.])(?:[0-9]{1,9}|\{\})(?![^.])")
 
 
 @dataclass(frozen=True)
