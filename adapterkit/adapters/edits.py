@@ -6,12 +6,8 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import replace
-<<<<<<< HEAD
 from adapterkit.adapters.config import COMMON_FIELDS
-=======
-from adapterkit.adapters.config import COMMON_FIELDS, FLAT, PARTS
 from adapterkit.adapters.heads import ADDED, may_resize
->>>>>>> main
 from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module
 from adapterkit.adapters.methods import METHODS, UNMERGEABLE
 from adapterkit.adapters.orientation import check_squares

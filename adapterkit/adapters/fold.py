@@ -8,12 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import Checked
-<<<<<<< HEAD
+from adapterkit.adapters.composed import composed_edits, separate_note
 from adapterkit.adapters.edits import adapter_edits, settle
-=======
-from adapterkit.adapters.edits import adapter_edits
 from adapterkit.adapters.heads import Brought, brought, prefixed
->>>>>>> main
 from adapterkit.adapters.merged import Applied, Loaded, Merged, StoredWeights, merged_columns
 from adapterkit.adapters.names import Names
 from adapterkit.adapters.orientation import orientation_notes
@@ -98,14 +95,7 @@ def fold(
         raise UsageError(f"{len(factors)} weights for {len(adapters)} adapters", "give one --weight for each adapter")
     base, notes = replicated_base(dequantized(base), adapters)
     names = names or Names(base.shapes, base.config)
-<<<<<<< HEAD
-    edits: list[Weighted] = []
-    settled_adapters = [settle(adapter, names, base.config) for adapter in adapters]
-    for adapter, factor in zip(settled_adapters, factors, strict=True):
-        found = adapter_edits(adapter, names, base.config, residual_base=residual_base, allow_unknown=allow_unknown)
-        edits += [Weighted(edit, adapter, factor) for edit in found]
-        notes += orientation_notes(adapter, found, names)
-=======
+    adapters = [settle(adapter, names, base.config) for adapter in adapters]
 
     def found(base: Checkpoint, names: Names) -> list[Weighted]:
         how = {"residual_base": residual_base, "allow_unknown": allow_unknown}
@@ -124,12 +114,16 @@ def fold(
         edits = found(base, names)
     for adapter in adapters:
         notes += orientation_notes(adapter, [one.edit for one in edits if one.adapter is adapter], names)
->>>>>>> main
         notes += adapter.notes
     settled = settle_ties(edits, names, base, base.config)
     tensors: dict[str, Tensor] = {**base.tensors, **settled.added}
     by_tensor: dict[str, list[Weighted]] = {}
-    for item in settled.edits if rule is None else _ruled(settled.edits, rule):
+    if rule is None:
+        together, order = composed_edits(settled.edits)
+    else:
+        together, order = _ruled(settled.edits, rule), separate_note(settled.edits)
+    notes += order
+    for item in together:
         for name in item.edit.target.tensors:
             by_tensor.setdefault(name, []).append(item)
     added = [name for name in by_tensor if name not in base]
@@ -146,7 +140,7 @@ def fold(
     return Folded(checkpoint, touched, tuple(added), vocab, settled.untied, head, every, settled.flag_off)
 
 
-def _ruled(edits: Sequence[Weighted], rule: BoundRule) -> Sequence[Weighted]:
+def _ruled(edits: Sequence[Weighted], rule: BoundRule) -> tuple[Weighted, ...]:
     from adapterkit.adapters.combined import combined_edits
 
     return combined_edits(edits, rule)
