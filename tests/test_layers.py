@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("dtypes",),
     ("redaction",),
+    ("places",),
     ("disk",),
     ("errors", "_version"),
 )
