@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("dtypes",),
     ("redaction",),
-    ("places",),
+    ("places", "rows"),
     ("disk",),
     ("errors", "_version"),
 )
@@ -48,7 +48,7 @@ HEIGHT = {unit: len(LAYERS) - number for number, layer in enumerate(LAYERS) for 
 
 # Some know even less of what lies below them.
 ONLY = {
-    "codecs": {"ops", "dtypes", "errors"},
+    "codecs": {"ops", "dtypes", "rows", "errors"},
     "ops": {"dtypes", "errors"},
 }
 HEAVY = ("torch", "numpy", "transformers", "peft", "safetensors", "numba", "gguf", "scipy", "pandas")
