@@ -54,7 +54,7 @@ def test_modules_that_the_base_has_not_are_left_out_by_name(style: str, words: t
         key = f"blocks.0.cross_attn.{name}.weight"
         delta = load_file(wan / f"{style}_{name}.safetensors")["delta"]
         assert torch.allclose(after[key], before[key] + delta, atol=1e-6)
-    found = adapterkit.verify(wan / "out.safetensors", wan / "wan.safetensors", [file])
+    found = adapterkit.verify(wan / "out.safetensors", base=wan / "wan.safetensors", adapters=[file])
     assert found.ok  # the record beside the file says what was left out
     assert found.record
 
@@ -85,12 +85,9 @@ def test_a_right_file_of_another_tool_is_right(wan: Path) -> None:
     for key, tensor in before.items():
         right[key] = tensor + load_file(wan / f"dotted_{key.split('.')[-2]}.safetensors")["delta"]
     save_file(right, wan / "comfy.safetensors")
-    skip = ("*_img",)
-    assert adapterkit.verify(
-        wan / "comfy.safetensors", wan / "wan.safetensors", [wan / "dotted.safetensors"], skip=skip
-    ).ok
-    found = adapterkit.verify(wan / "wan.safetensors", wan / "wan.safetensors", [wan / "dotted.safetensors"], skip=skip)
-    assert not found.ok
+    options = {"base": wan / "wan.safetensors", "adapters": [wan / "dotted.safetensors"], "skip": ("*_img",)}
+    assert adapterkit.verify(wan / "comfy.safetensors", **options).ok
+    assert not adapterkit.verify(wan / "wan.safetensors", **options).ok
 
 
 def test_words_that_name_nothing(wan: Path) -> None:
