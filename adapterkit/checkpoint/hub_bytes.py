@@ -103,7 +103,7 @@ def _check(memory: _Memory, what: str, commit: str, path: Path, stated: Stated) 
     real = path.resolve()
     sha256 = stated.sha256 or ("" if stated.git else cached_digest(path))
     if not sha256 and not stated.git:
-        if path.name.endswith(_WEIGHTS):
+        if what.endswith(_WEIGHTS):
             hint = "use a Hub that does, or accept it with --no-verify-download"
             raise CheckFailed(f"the Hub states no digest of {what}", hint)
         return

@@ -97,8 +97,9 @@ class LocalFolder(Listing):
             if entry.is_dir(follow_symlinks=False):
                 if len(prefix.parts) < MAX_DEPTH:
                     yield from self._walk(Path(entry.path), prefix / entry.name)
-            elif entry.is_file() or not os.path.exists(entry.path):
-                yield str(prefix / entry.name)  # a dead link is listed, so that whoever wants it hears of it
+            elif not entry.is_dir():
+                # A dead link, a pipe or a device is listed too, so that whoever wants it hears of it.
+                yield str(prefix / entry.name)
 
     @property
     def names(self) -> frozenset[str]:

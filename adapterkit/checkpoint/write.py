@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit import disk
+from adapterkit.checkpoint.files import check_unchanged
 from adapterkit.checkpoint.journal import Journal
+from adapterkit.checkpoint.memory import check_memory
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import (
     check_target,
@@ -98,6 +100,7 @@ def write_together(
     """
     for one, replace in zip(writings, force, strict=True):
         check_output(one.plan, one.sources, one.out, force=replace)
+        check_memory(one.plan.peak_memory, str(one.out))
     with ExitStack() as held:
         runs = []
         for one in writings:
@@ -108,8 +111,22 @@ def write_together(
         files = [(sink, one.plan.files) for (sink, _), one in zip(runs, writings, strict=True)]
         run_together(files, jobs=jobs or default_jobs(), progress=progress)
         for (_, folder), one, replace in zip(runs, writings, force, strict=True):
-            finish(one.plan, folder, one.out, one.side_files, force=replace, record=one.record)
+            finish(one.plan, folder, one.out, one.side_files, force=replace, record=_checked(one))
     return [sink.reused for sink, _ in runs]
+
+
+def _checked(one: Writing) -> Callable[[Path], Mapping[str, bytes]] | None:
+    """The record of an output, made while its inputs are still what they were: it may read them once more."""
+    record = one.record
+    if record is None:
+        return None
+
+    def made(folder: Path) -> Mapping[str, bytes]:
+        files = record(folder)
+        check_unchanged(one.sources)
+        return files
+
+    return made
 
 
 def check_output(plan: Plan, sources: Sequence[Source], out: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:

@@ -12,7 +12,7 @@ import click
 
 from adapterkit._version import __version__
 from adapterkit.cli.output import fail, form_of, interrupted
-from adapterkit.errors import AdapterkitError
+from adapterkit.errors import AdapterkitError, no_memory, out_of_memory
 
 # verb: (module, or module:attribute where one file holds several; one line for --help)
 VERBS = {
@@ -158,5 +158,8 @@ def main(arguments: list[str] | None = None) -> Any:
         if isinstance(error, OSError) and error.filename is not None:  # a path of the user's own, as in --save-plan
             text = f"{error.filename} cannot be used ({error.strerror})"
             sys.exit(fail(given, 1, "OSError", text, "check the path and its permissions"))
+        if no_memory(error):
+            sentence = out_of_memory(error)
+            sys.exit(fail(given, 1, "OutOfMemory", sentence.message, sentence.hint))
         text = f"something unforeseen went wrong ({type(error).__name__}: {error})"
         sys.exit(fail(given, 1, "internal", text, "run it again with --debug and report what it prints"))

@@ -12,6 +12,7 @@ from adapterkit.adapters.adapter import WEIGHTS
 from adapterkit.adapters.bound_rule import BoundRule, check_weights
 from adapterkit.adapters.merged import StoredWeights
 from adapterkit.adapters.write_peft import Extras, InMemory, PeftWriter, peft_config
+from adapterkit.checkpoint.files import check_unchanged
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import check_target, staging
 from adapterkit.dtypes import F32
@@ -202,6 +203,7 @@ def make_adapter(
                 extras,
                 base=None if family.base is None else family.base.ref,
             )
+            check_unchanged(family.sources)
             config = writer.finish(target, config, extras, own_ranks=own_ranks, force=force, record=record)
         finally:
             writer.close()

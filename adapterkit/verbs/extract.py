@@ -18,6 +18,7 @@ from adapterkit.adapters.target import Target, transposed
 from adapterkit.adapters.ties import is_tied
 from adapterkit.adapters.write_peft import Extras, InMemory, PeftWriter, peft_config
 from adapterkit.bases import open_base
+from adapterkit.checkpoint.files import check_unchanged
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import check_target, staging
 from adapterkit.checkpoint.tensor import Renamed, Tensor
@@ -117,6 +118,7 @@ def extract(
             asked = {"rank": rank, "energy": energy, "exact": exact, "dtype": dtype}
             made_of = [base_parent(pair.base), base_parent(pair.tuned, "tuned")]
             record = recorder("extract", "adapter", asked, made_of, method="lora")
+            check_unchanged((*pair.base.sources, *pair.tuned.sources))
             config = writer.finish(target, config, extras, own_ranks=own_ranks, force=force, record=record)
         finally:
             writer.close()

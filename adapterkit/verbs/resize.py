@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.write_peft import Extras, PeftWriter, peft_config
+from adapterkit.checkpoint.files import check_unchanged
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import check_target, staging
 from adapterkit.errors import UnsupportedAdapter, UsageError
@@ -98,6 +99,7 @@ def resize(
             config = peft_config(list(family.slots.values()), [one.config.raw], extras, dora=bool(part.magnitudes))
             asked = {"rank": rank, "energy": energy, "max_error": max_error, "dtype": dtype}
             record = recorder("resize", "adapter", asked, parents(family, [1.0]), method="lora")
+            check_unchanged(family.sources)
             config = writer.finish(target, config, extras, own_ranks=own_ranks, force=force, record=record)
         finally:
             writer.close()

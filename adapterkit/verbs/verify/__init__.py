@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.checkpoint.files import check_unchanged
 from adapterkit.errors import UsageError
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, Thresholds, VerifyReport
 
@@ -108,6 +109,7 @@ def verify(
 
         model = compare_models(planned, stored, prompts, jobs=jobs)
         every += _answers(model, max_kl, min_top1)
+    check_unchanged((*found.sources, *stored.sources, *(source for one in loaded for source in one.sources)))
     return VerifyReport(
         ok=not any(finding.severity == ERROR for finding in every),
         merged=found.ref,
