@@ -108,4 +108,6 @@ def _original(quantized: Checkpoint, original: Checkpoint) -> Checkpoint:
             f"{list(there) if there else 'not in it'}, and {list(here) if here else 'not in the quantized base'}",
             "give the base that was quantized",
         )
-    return replace(original, notes=(*original.notes, f"folded onto {original.ref} in place of {quantized.ref}"))
+    notes = (*original.notes, f"folded onto {original.ref} in place of {quantized.ref}")
+    sources = (*original.sources, *quantized.sources)
+    return replace(original, notes=notes, stored=quantized.stored, sources=sources)

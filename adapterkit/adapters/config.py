@@ -25,6 +25,7 @@ _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 
 PARTS = "pipeline_parts"  # a field of our own: the configs of several parts of a pipeline, by their names
 FLAT = "flat_module_names"  # a field of our own: paths as single files of kohya's scripts have them
+CONV1D = "conv1d_modules"  # a field of our own: modules that the user says keep their weights as [in, out]
 # Fields every PEFT method has, and what PEFT's own loader does with them; none changes a merged weight by itself.
 COMMON_FIELDS = frozenset(
     {
@@ -32,6 +33,7 @@ COMMON_FIELDS = frozenset(
         "base_model_name_or_path",
         "bias",
         "exclude_modules",
+        CONV1D,
         FLAT,
         PARTS,
         "inference_mode",

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import replace
 from adapterkit.adapters.config import COMMON_FIELDS, FLAT, PARTS
-from adapterkit.adapters.method import Context, Edit, Method, Module
+from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module
 from adapterkit.adapters.methods import METHODS, UNMERGEABLE
+from adapterkit.adapters.orientation import check_squares
 from adapterkit.adapters.target import Piece, Target
 from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter
 
@@ -169,7 +170,10 @@ def adapter_edits(
     if unresolved:
         first = unresolved[0]
         more = f" (and {len(unresolved) - 1} more modules)" if len(unresolved) > 1 else ""
-        raise TargetError(first.message + more, first.hint)
+        # One weight of another size has many reasons; that none of several fits has one.
+        other = 1 < len(modules) == len(unresolved) and all(one.hint == GIVE_BASE for one in unresolved)
+        raise TargetError(first.message + more, "this adapter was trained on another base" if other else first.hint)
+    check_squares(context, edits)
     return edits
 
 

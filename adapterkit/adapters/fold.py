@@ -11,6 +11,7 @@ from adapterkit.adapters.change import Checked
 from adapterkit.adapters.edits import adapter_edits
 from adapterkit.adapters.merged import Applied, Loaded, Merged, StoredWeights, merged_columns
 from adapterkit.adapters.names import Names
+from adapterkit.adapters.orientation import orientation_notes
 from adapterkit.adapters.replicate import replicated
 from adapterkit.adapters.target import Target
 from adapterkit.adapters.ties import Weighted, same_bytes, settle_ties
@@ -94,6 +95,7 @@ def fold(
     for adapter, factor in zip(adapters, factors, strict=True):
         found = adapter_edits(adapter, names, base.config, residual_base=residual_base, allow_unknown=allow_unknown)
         edits += [Weighted(edit, adapter, factor) for edit in found]
+        notes += orientation_notes(adapter, found, names)
         notes += adapter.notes
     settled = settle_ties(edits, names, base, base.config)
     tensors: dict[str, Tensor] = {**base.tensors, **settled.added}

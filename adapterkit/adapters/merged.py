@@ -167,12 +167,29 @@ class Merged(Tensor):
         found = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         return found[start - first : stop - first]
 
+    def both(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Elements ``start:stop`` of W' before rounding, and of W as stored, both float32 and flat."""
+        import torch
+
+        step = self._step
+        first = start - start % step
+        blocks = [self._pair(at) for at in range(first, stop, step)]
+        found = tuple(
+            part[0].view(-1) if len(part) == 1 else torch.cat([one.view(-1) for one in part])
+            for part in zip(*blocks, strict=True)
+        )
+        return found[1][start - first : stop - first].cpu(), found[0][start - first : stop - first].float()
+
     def release(self) -> None:
         self.base.release()
         for _, loaded in self.applied:
             loaded.release()
 
     def _block(self, start: int) -> torch.Tensor:
+        return self._pair(start)[1].view(-1)
+
+    def _pair(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A block of W as stored and of W', both ``[rows, columns]``."""
         stop = min(start + self._step, self.numel)
         columns = self.columns
         low, high = start // columns, stop // columns
@@ -189,7 +206,7 @@ class Merged(Tensor):
                 _add(acc, stored, applied, loaded, low, high, alone)
         if self.watch is not None:
             self.watch(start, stored, acc.cpu())
-        return acc.view(-1)
+        return stored, acc
 
 
 def _overlap(rows: range, start: int, stop: int) -> range:

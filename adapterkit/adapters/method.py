@@ -141,15 +141,36 @@ class Method:
     notes: str = ""
 
 
+GIVE_BASE = "give the base it was trained on"
+
+
 def check_matrix(target: Target, expected: tuple[int, int], key: str, where: str) -> None:
     """Whether a change of this shape fits its target.
 
     Raises:
-        TargetError: it does not: an adapter of another base.
+        TargetError: it does not; the sentence says why where the shapes tell.
     """
-    if target.matrix != expected:
+    if target.matrix == expected:
+        return
+    fact = (
+        f"{where}: '{key}' is made for a weight of {expected[0]} x {expected[1]}, and {target.parameter} is "
+        f"{' x '.join(map(str, target.shape))}"
+    )
+    module = target.parameter.rpartition(".")[0].rpartition(".")[2]
+    groups = expected[1] // max(target.matrix[1], 1)
+    grouped = expected == (target.matrix[0], groups * target.matrix[1]) and groups > 1 and expected[0] % groups == 0
+    if len(target.shape) > 2 and grouped:
         raise TargetError(
-            f"{where}: '{key}' is made for a weight of {expected[0]} x {expected[1]}, and {target.parameter} is "
-            f"{' x '.join(map(str, target.shape))}",
-            "this adapter was trained on another base",
+            f"{fact}: a convolution in {groups} groups, and a change over the inputs of all groups has no place in it",
+            "no tool can merge it; serve the adapter beside its base, or train without this convolution",
         )
+    if len(target.shape) == 2 and target.matrix == expected[::-1]:
+        raise TargetError(
+            f"{fact}: it fits only the other way round", f"if the module is transformers' Conv1D: --conv1d {module}"
+        )
+    if len(target.shape) == 2 and target.matrix[1] == expected[1]:
+        raise TargetError(
+            f"{fact}: the two have another number of rows (a vocabulary, labels or heads of another size)",
+            f"give the base whose {module} has {expected[0]} rows",
+        )
+    raise TargetError(fact, GIVE_BASE)

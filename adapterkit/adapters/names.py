@@ -14,7 +14,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.layout import MOST_BLOCKS, Layout, UnmappableError, lead_of, run, unrun, whole
-from adapterkit.adapters.renamings import Loader
+from adapterkit.adapters.renamings import Loader, table
 from adapterkit.adapters.target import Piece, Target
 
 if TYPE_CHECKING:
@@ -83,6 +83,11 @@ class Names:
         """The model type of the config and of the configs inside it."""
         parts = [self._config, *(part for part in self._config.values() if hasattr(part, "get"))]
         return frozenset(str(part.get("model_type") or "") for part in parts)
+
+    @cached_property
+    def known_class(self) -> bool:
+        """Whether the config names a model type that the table has, or a class of diffusers."""
+        return "_class_name" in self._config or not self.model_types.isdisjoint(table()["types"])
 
     def find(self, parameter: str) -> Target | None:
         """Where ``parameter`` (a module-tree name without ``base_model.model.``) is stored; None if nowhere or unclear.

@@ -66,7 +66,16 @@ def read_folder(listing: Listing) -> Checkpoint:
         notes.append("config.json names custom code (auto_map); adapterkit carries it over and never runs it")
     side_files = tuple(SideFile(name, listing.open(name)) for name in side_names(listing.names, set(files)))
     return Checkpoint(
-        listing.ref, tensors, shards, config, side_files, metadata, listing.commit, tuple(sources), tuple(notes)
+        listing.ref,
+        tensors,
+        shards,
+        config,
+        side_files,
+        metadata,
+        listing.commit,
+        tuple(sources),
+        tuple(notes),
+        None if weight_map is None else SideFile(index, listing.open(index)),
     )
 
 

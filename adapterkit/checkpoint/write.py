@@ -164,7 +164,7 @@ def finish(
     """Make the hidden folder the target, with the index and the side files; or its files the targets themselves."""
     extra = dict(side_files)
     if len(plan.files) > 1:
-        extra[plan.index_name] = index_json(plan)
+        extra.setdefault(plan.index_name, index_json(plan))
     try:
         if plan.layout == "file":
             made = record(folder) if record is not None else {}

@@ -20,7 +20,7 @@ from adapterkit.errors import UsageError
 if TYPE_CHECKING:
     from adapterkit.adapters.fidelity import FidelityReport
 
-FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
+FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8", "keep")
 CALIBRATED = ("awq", "gptq")
 
 

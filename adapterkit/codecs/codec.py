@@ -16,6 +16,7 @@ from adapterkit.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+    from adapterkit.codecs.encode import Encoder
     from adapterkit.dtypes import DType
 
     Decode = Callable[[int, int], torch.Tensor]
@@ -51,6 +52,7 @@ class Weight:
         grain: ranges of elements that ``decode`` takes start and stop at multiples of it (or stop at the end).
         load: reads what every range needs (scales, tables) and gives the decoder of ranges.
         memory: bytes that the decoder holds.
+        encoder: what writes other values in the same layout; None where that is not known.
     """
 
     name: str
@@ -61,6 +63,50 @@ class Weight:
     grain: int
     load: Callable[[], Decode] = field(repr=False)
     memory: int = 0
+    encoder: Callable[[], Encoder] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What a ``quantization_config`` is written of.
+
+    Attributes:
+        dtype: torch's name of the dtype of the 16-bit weights.
+        double: nested scales were asked for.
+        skip: modules that were named to be left alone, as given; None where the usual ones are.
+        left: linear layers and stacks of experts that stay in 16 bits.
+    """
+
+    dtype: str
+    double: bool
+    skip: tuple[str, ...] | None
+    left: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A format that 16-bit weights can be written in.
+
+    Attributes:
+        name: the word that asks for it.
+        what: one line for readers.
+        encoder: name, shape (as a linear layer), dtype of a weight, and whether scales are nested, to what writes it; None
+            for a weight that does not fit.
+        config: the ``quantization_config``.
+        bits: per weight, without scales.
+        already: `Weight.how` of weights that are stored so.
+        double: scales can be nested.
+        some: as ``encoder``, for some rows of a weight, to measure what the format does to them.
+    """
+
+    name: str
+    what: str
+    encoder: Callable[[str, tuple[int, ...], DType, bool], Encoder | None] = field(repr=False)
+    config: Callable[[Layers], dict[str, Any]] = field(repr=False)
+    bits: float
+    already: tuple[str, ...]
+    double: bool = False
+    some: Callable[[str, tuple[int, ...], DType, bool], Encoder | None] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -75,7 +121,8 @@ class Codec:
         alone: the tensors say everything, so that a missing ``quantization_config`` does not matter.
         source: where the layout is published.
         what: which variants are read, for readers.
-        writes: targets of ``convert`` that give this format.
+        kinds: how it is written anew.
+        elsewhere: targets of ``convert`` that another program writes in this format.
         test: the tests that hold it against the library that defines it, or against the published layout.
     """
 
@@ -87,7 +134,13 @@ class Codec:
     source: str
     what: str
     test: str
-    writes: tuple[str, ...] = ()
+    kinds: tuple[Kind, ...] = ()
+    elsewhere: tuple[str, ...] = ()
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Targets of ``convert`` that give this format."""
+        return (*(kind.name for kind in self.kinds), *self.elsewhere)
 
 
 AGAIN = "download or save it again"
@@ -170,6 +223,17 @@ def whole(part: StoredTensor) -> torch.Tensor:
     for size in part.shape:
         count *= size
     return part.read(0, count).view(part.shape)
+
+
+def check_scales(scales: torch.Tensor, part: StoredTensor) -> torch.Tensor:
+    """Scales of a weight, once none is NaN or infinite.
+
+    Raises:
+        CheckpointError: one is; every weight under it would be.
+    """
+    if not bool(scales.isfinite().all()):
+        raise CheckpointError(f"'{part.name}' holds scales that are NaN or infinite", AGAIN)
+    return scales
 
 
 def check_index(part: StoredTensor, count: int) -> torch.Tensor:

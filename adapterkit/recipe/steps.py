@@ -19,7 +19,7 @@ from adapterkit.verbs.options import FOLDER, GGUF
 
 ADAPTER = "adapter"
 MERGE, COMBINE, CONVERT = "merge", "combine", "convert"
-FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
+FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8", "keep")
 
 _QUANT = (
     "for_",

@@ -14,13 +14,15 @@ from adapterkit.adapters.load import load_adapter
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.hub_ref import parse_hub
-from adapterkit.errors import AdapterkitError, UnsafeError, UsageError
+from adapterkit.errors import AdapterkitError, UnsafeError
 from adapterkit.provenance.fits import compare_bases
-from adapterkit.serving.expectations import FEATURES, SERVERS
+from adapterkit.serving.expectations import expected
+from adapterkit.serving.servers import find as find_server
 
 if TYPE_CHECKING:
     from adapterkit.adapters.fold import Folded
     from adapterkit.registry.identity import IdentityComparison
+    from adapterkit.serving.server import Server
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 
@@ -88,15 +90,14 @@ def check(
     Args:
         base: folder, file, Hub id or open checkpoint.
         adapters: one or more.
-        server: also say what this server would refuse or get wrong: a key of `adapterkit.serving.expectations.SERVERS`.
+        server: also say what this server would refuse or get wrong: a key of `adapterkit.serving.servers.servers`.
         full: read every byte of the base where the record holds its strongest identity.
 
     Raises:
         NotFound, CheckpointError, UnsafeError, AuthError, HubError: something cannot be read at all.
         UsageError: unknown server.
     """
-    if server is not None and server not in SERVERS:
-        raise UsageError(f"'{server}' is no server that is known here", f"known: {', '.join(sorted(SERVERS))}")
+    row = None if server is None else find_server(server)
     opened = base if isinstance(base, Checkpoint) else open_model(base, headers_only=True)
     loaded = [a if isinstance(a, Adapter) else load_adapter(a, headers_only=True) for a in adapters]
     findings: list[Diagnostic] = []
@@ -120,8 +121,8 @@ def check(
         else:
             touched += len(folded.touched)
             findings += _consequences(adapter, folded)
-        if server is not None:
-            findings += _expectations(adapter, opened.ref, server)
+        if row is not None:
+            findings += _expectations(adapter, opened, row)
     ok = all(finding.level != ERROR for finding in findings)
     refs = tuple(adapter.ref for adapter in loaded)
     return CheckReport(opened.ref, opened.commit, refs, server, ok, touched, tuple(findings), tuple(matches))
@@ -200,13 +201,11 @@ def _consequences(adapter: Adapter, folded: Folded) -> list[Diagnostic]:
     return found
 
 
-def _expectations(adapter: Adapter, base: str, server: str) -> list[Diagnostic]:
+def _expectations(adapter: Adapter, base: Checkpoint, server: Server) -> list[Diagnostic]:
     found = []
-    for row in SERVERS[server]:
-        title, present = FEATURES[row.feature]
-        if present(adapter):
-            level = WARNING if row.verdict == "depends" else ERROR
-            message = f"{server}, {title}: {row.verdict}: {row.says} [{row.source}]"
-            fix = row.fix.format(adapter=shlex.quote(adapter.ref), base=shlex.quote(base))
-            found.append(Diagnostic(level, f"{server}-{row.feature}", adapter.ref, message, fix))
+    for title, row in expected(server, adapter, base):
+        level = WARNING if row.verdict == "depends" else ERROR
+        message = f"{server.name}, {title}: {row.verdict}: {row.says} [{row.source}]"
+        fix = row.fix.format(adapter=shlex.quote(adapter.ref), base=shlex.quote(base.ref))
+        found.append(Diagnostic(level, f"{server.name}-{row.feature}", adapter.ref, message, fix))
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.fold import Folded, fold
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.fidelity import Through
     from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.checkpoint.encoded import Encoding
     from adapterkit.gguf.quantize import Quantization
     from adapterkit.verbs.options import MergeOptions
 
 CONFIG = "config.json"
+KEEP = "keep"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Output:
         side: small files beside the weights, where the output is a folder.
         through: where changed tensors are quantized: a tensor's name and shape to a function that encodes and decodes
             some of its rows, for the report on fidelity.
+        encodings: changed tensors that are written in the base's own format.
     """
 
     folded: Folded
@@ -43,6 +46,7 @@ class Output:
     side: dict[str, bytes]
     notes: tuple[str, ...]
     through: Callable[[str, tuple[int, ...]], Through | None] | None = None
+    encodings: Mapping[str, Encoding] = field(default_factory=dict)
 
 
 def output(
@@ -77,6 +81,8 @@ def _folder(
 ) -> Output:
     if options.quantization is not None or options.pre is not None:
         raise UsageError("options of a GGUF output were given for a folder", "name the output like OUT.gguf")
+    if options.quant == KEEP or _stored_in(base) == (options.quant, options.quant_double):
+        return _kept(base, adapters, options, settings)
     dtype = options.floats
     folded = fold(base, adapters, options.weights, dtype=dtype, **_how(options))
     side, notes = side_files(base, folded, adapters, dtype)
@@ -90,6 +96,35 @@ def _folder(
         side[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         notes = [*notes, view.notes[-1]]
     return Output(folded, view, plan_safetensors(view, **settings), side, tuple(notes))
+
+
+def _stored_in(base: Checkpoint) -> tuple[str, bool] | None:
+    """The format of a quantized base, where it is one that 16-bit weights are written in too, and whether its scales are
+    nested."""
+    if base.stored is None:
+        return None
+    from adapterkit.codecs.table import KINDS
+
+    how = {weight.how for weight in base.stored.weights.values()}
+    kind = next((kind.name for kind in KINDS.values() if how <= set(kind.already)), None)
+    return None if kind is None else (kind, any(word.endswith(" double") for word in how))
+
+
+def _kept(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOptions, settings: Mapping[str, Any]) -> Output:
+    """In the format that the base is stored in."""
+    from adapterkit.adapters.kept import keep_index, kept, stored_form
+
+    form = stored_form(base)
+    if options.dtype != "auto" or (options.quant_double and options.quant == KEEP):
+        raise UsageError("an output in the base's own format has its types", "leave out --dtype and --double-quant")
+    folded = fold(base, adapters, options.weights, **_how(options))
+    made = kept(folded)
+    # The config is the base's own, with what else the merge changed.
+    said = replace(folded, checkpoint=replace(folded.checkpoint, config=form.checkpoint.config))
+    side, notes = side_files(form.checkpoint, said, adapters, None)
+    plan = plan_safetensors(made.view, like=form.checkpoint.tensors, **settings)
+    side |= keep_index(form.checkpoint, plan)
+    return Output(folded, made.view, plan, side, (*notes, made.view.notes[-1]), encodings=made.encodings)
 
 
 def _gguf(

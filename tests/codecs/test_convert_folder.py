@@ -162,19 +162,19 @@ def test_a_resumed_conversion_has_the_same_bytes(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
     """Scales that were found before the interruption are found again."""
-    from adapterkit.checkpoint.encoded import _Encoding
+    from adapterkit.checkpoint.encoded import Encoding
 
     convert(base, tmp_path / "whole", to="nf4", double_quant=True)
-    codes, done = _Encoding.codes, [0]
+    codes, done = Encoding.codes, [0]
 
-    def failing(self: _Encoding, start: int) -> torch.Tensor:
+    def failing(self: Encoding, start: int) -> torch.Tensor:
         done[0] += 1
         if done[0] > calls:
             raise CheckpointError("interrupted")
         return codes(self, start)
 
     with monkeypatch.context() as patched:
-        patched.setattr(_Encoding, "codes", failing)
+        patched.setattr(Encoding, "codes", failing)
         with pytest.raises(CheckpointError, match="interrupted"):
             convert(base, tmp_path / "out", to="nf4", double_quant=True, resume=True, jobs=1)
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import Change, LowRank, matrix
 from adapterkit.adapters.experts import FIELDS as EXPERT_FIELDS
-from adapterkit.adapters.method import Context, Edit, Method, Module, check_matrix
+from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module, check_matrix
 from adapterkit.adapters.methods.expert_factors import expert_edits
 from adapterkit.adapters.methods.mora import FIELDS as MORA_FIELDS
 from adapterkit.adapters.methods.mora import mora_edits
@@ -143,8 +143,8 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
     check_matrix(target, expected, key, context.where)
     if len(a.shape) > 2 and len(target.shape) > 2 and a.shape[1:] != target.shape[1:]:
         raise TargetError(
-            f"{context.where}: '{key}' spans {list(a.shape[1:])} of a grouped convolution {list(target.shape)}",
-            "PEFT cannot merge it either; train without the convolution",
+            f"{context.where}: '{key}' spans {list(a.shape[1:])} of a convolution {list(target.shape)}",
+            GIVE_BASE,
         )
     if len(b.shape) > 2 and b.shape[1] != rank:
         raise AdapterError(f"{context.where}: '{key}' has rank {rank} and its lora_B {b.shape[1]}", "save it again")

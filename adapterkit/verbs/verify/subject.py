@@ -211,9 +211,9 @@ def _encoded_parts(
     floats: Checkpoint, found: Checkpoint, kind: str, double: bool, skip: Sequence[str] | None
 ) -> dict[str, tuple[tuple[Tensor, Tensor], ...]]:
     """For each weight that is encoded, the tensors that hold it: as adapterkit would write them, and as they are."""
-    from adapterkit.adapters.quantized import KINDS, quantized
+    from adapterkit.adapters.quantized import quantized
     from adapterkit.checkpoint.encoded import Encoded
-    from adapterkit.codecs.table import find_weights
+    from adapterkit.codecs.table import KINDS, find_weights
 
     if kind not in KINDS:
         return {}
