@@ -98,7 +98,7 @@ class Verbs(click.Group):
         module, _, attribute = VERBS[cmd_name][0].partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute or "command")
         if cmd_name in DOWNLOADS and all(one.name != "no_verify_download" for one in command.params):
-            command.params.append(_no_verify_download())
+            getattr(command, "add_option", command.params.append)(_no_verify_download())
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
