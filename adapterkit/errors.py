@@ -134,10 +134,10 @@ def no_memory(error: BaseException | None) -> bool:
     return False
 
 
-def out_of_memory(error: BaseException) -> OutOfMemory:
-    """The one sentence about memory that ran out."""
+def out_of_memory(error: BaseException, limit: str = "") -> OutOfMemory:
+    """The one sentence about memory that ran out; ``limit`` says who allows how much, where that is known."""
     said = " ".join(str(error).split())[:120]
     return OutOfMemory(
-        f"memory ran out ({type(error).__name__}{': ' + said if said else ''})",
-        "give fewer --jobs, or raise the limit of this process or container",
+        f"memory ran out ({type(error).__name__}{': ' + said if said else ''}{'; ' + limit if limit else ''})",
+        "give fewer jobs, or raise the limit of this process or container",
     )

@@ -158,8 +158,10 @@ def main(arguments: list[str] | None = None) -> Any:
         if isinstance(error, OSError) and error.filename is not None:  # a path of the user's own, as in --save-plan
             text = f"{error.filename} cannot be used ({error.strerror})"
             sys.exit(fail(given, 1, "OSError", text, "check the path and its permissions"))
-        if no_memory(error):
-            sentence = out_of_memory(error)
+        from adapterkit.checkpoint.memory import cramped
+
+        if no_memory(error) or cramped():
+            sentence = out_of_memory(error, cramped())
             sys.exit(fail(given, 1, "OutOfMemory", sentence.message, sentence.hint))
         text = f"something unforeseen went wrong ({type(error).__name__}: {error})"
         sys.exit(fail(given, 1, "internal", text, "run it again with --debug and report what it prints"))

@@ -139,10 +139,12 @@ def test_limits_of_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_plan_that_does_not_fit_is_refused_before_the_first_byte(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "memory_limit", lambda: (100_000_000, "ulimit -v"))
-    with pytest.raises(OutOfMemory, match=r"needs about \d+ MB of memory, and ulimit -v allows 100 MB"):
-        adapterkit.merge(inputs[0], [inputs[1]], tmp_path / "out")
-    assert os.listdir(tmp_path) == []
+    for limit, words in ((100, "ulimit -v"), (700, "ulimit -v"), (100, "the container")):
+        monkeypatch.setattr(memory, "_limits", lambda: [(limit * 10**6, words)])  # noqa: B023
+        kind = "virtual memory" if words == "ulimit -v" else "memory"
+        with pytest.raises(OutOfMemory, match=rf"needs about \d+ MB of {kind}, and {words} allows {limit} MB"):
+            adapterkit.merge(inputs[0], [inputs[1]], tmp_path / "out")
+        assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("megabytes", [300, 550, 700])
