@@ -24,7 +24,7 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "adapterkit" / "adapters" / "names.json"
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.insert(0, str(ROOT))
 
 
 def needle(pattern: str) -> str:
@@ -211,7 +211,8 @@ def ties(found: Any) -> dict[str, str]:
 def meta(cls: Any) -> Any:
     """An instance of ``cls`` without weights: tiny where the zoo can make it, else with its default config."""
     import torch
-    import zoo
+
+    from bench.common import zoo
 
     with torch.device("meta"):
         try:

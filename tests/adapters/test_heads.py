@@ -7,7 +7,6 @@ Expected values are the parameters of PEFT's own merge.
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.adapters.classes import head, table
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 PEFT_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 OTHERS = (
@@ -47,10 +44,11 @@ def every() -> list[tuple[str, str]]:
 def examined(task: str, kind: str, folder: Path, labels: int = LABELS, before: int | None = None) -> str:
     """What is wrong with the merge of a head for one type; "" where nothing is."""
     import transformers
-    import zoo
     from peft import LoraConfig, get_peft_model
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
     from transformers.pytorch_utils import Conv1D
+
+    from bench.common import zoo
 
     warnings.simplefilter("ignore")
     name = table()["tasks"][task][kind]

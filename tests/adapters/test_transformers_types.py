@@ -1,7 +1,7 @@
 """Every model type of the installed transformers is known to the table of names, or stands here with the reason.
 
 A release with a new type makes this fail: run ``tools/make_names.py`` and ``tools/make_classes.py``, and look at what
-`bench/sweep.py --only TYPE` says of it.
+`python -m bench.proofs.sweep --only TYPE` says of it.
 """
 
 from __future__ import annotations
