@@ -112,6 +112,14 @@ class OfAdapters(Request):
             role=VALUES, group=ADAPTERS, choices=tuple(ORDERS), recipe="merge.expert-order",
         ),
     )  # fmt: skip
+    conv1d: tuple[str, ...] | str = field(
+        default=(),
+        metadata=opt(
+            "A module that keeps its weight as [in, out] (transformers' Conv1D), in a model whose class is not known; may be "
+            "given again.",
+            role=VALUES, group=ADAPTERS, many=True, metavar="NAME", recipe="merge.conv1d",
+        ),
+    )  # fmt: skip
     allow_unknown: bool = field(
         default=False,
         metadata=opt(
@@ -119,6 +127,12 @@ class OfAdapters(Request):
             role=VALUES, group=ADAPTERS, recipe="merge.allow-unknown",
         ),
     )  # fmt: skip
+
+    def told(self, adapter: Adapter) -> Adapter:
+        """The adapter, read as these options say."""
+        from adapterkit.adapters.told import as_told
+
+        return as_told(adapter, self.expert_order, tuple(self.conv1d))
 
     @property
     def adapter_weights(self) -> tuple[float, ...] | None:
