@@ -120,6 +120,21 @@ class OfAdapters(Request):
             role=VALUES, group=ADAPTERS, many=True, metavar="NAME", recipe="merge.conv1d",
         ),
     )  # fmt: skip
+    only: tuple[str, ...] | str = field(
+        default=(),
+        metadata=opt(
+            "Of each adapter only this part of a pipeline (unet, te1), section (text, vision) or these modules (a "
+            "pattern); may be given again.",
+            role=VALUES, group=ADAPTERS, many=True, metavar="PART", recipe="merge.only",
+        ),
+    )  # fmt: skip
+    skip: tuple[str, ...] | str = field(
+        default=(),
+        metadata=opt(
+            "Leave this part, section or these modules of each adapter out; may be given again.",
+            role=VALUES, group=ADAPTERS, many=True, metavar="PART", recipe="merge.skip",
+        ),
+    )  # fmt: skip
     allow_unknown: bool = field(
         default=False,
         metadata=opt(
@@ -132,12 +147,28 @@ class OfAdapters(Request):
         """The adapter, read as these options say."""
         from adapterkit.adapters.told import as_told
 
-        return as_told(adapter, self.expert_order, tuple(self.conv1d))
+        return as_told(adapter, self.expert_order, _words(self.conv1d))
+
+    def narrowed(self, adapter: Adapter) -> Adapter:
+        """What of an adapter is asked for.
+
+        Raises:
+            AdapterError: it has no such part, or nothing is left.
+        """
+        if not self.only and not self.skip:
+            return adapter
+        from adapterkit.adapters.formats.narrow import narrowed
+
+        return narrowed(adapter, _words(self.only), _words(self.skip))
 
     @property
     def adapter_weights(self) -> tuple[float, ...] | None:
         """One weight per adapter; None where none was named."""
         return None if self.weights is None else tuple(self.weights)  # type: ignore[arg-type]
+
+
+def _words(given: tuple[str, ...] | str) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def _methods() -> tuple[str, ...]:

@@ -190,7 +190,7 @@ def planned(request: CombineRequest) -> Combination:
         given
         if isinstance(given, Family)
         else open_family(
-            [told(a, request) for a in given] if request.expert_order is not None or request.conv1d else given,
+            [request.narrowed(told(a, request)) for a in given],
             request.base,
             residual_base=request.residual_base,
             allow_unknown=request.allow_unknown,
