@@ -379,8 +379,8 @@ class GGUFOutput(Request):
     mmproj: Ref | None = field(
         default=None,
         metadata=opt(
-            "The vision tower (mmproj) to copy beside a GGUF output.", PATH,
-            role=BYTES, group=BESIDE, metavar="FILE", recipe="output.mmproj",
+            "The tower (mmproj) to copy beside a GGUF output; auto makes it, with what adapters change in it.", PATH,
+            role=BYTES, group=BESIDE, metavar="FILE|auto", recipe="output.mmproj",
             elsewhere={"record": "a copy beside the output has no part in its bytes"},
         ),
     )  # fmt: skip
@@ -392,9 +392,16 @@ class GGUFOutput(Request):
         ),
     )  # fmt: skip
 
+    @property
+    def makes_tower(self) -> bool:
+        """Whether the tower's file is made of the base, and not copied."""
+        return str(self.mmproj) == "auto"
+
     def check(self) -> None:
         super().check()
         out = getattr(self, "out", None)
+        if self.makes_tower and out is not None and Path(out).suffix != ".gguf":
+            raise UsageError("an mmproj file belongs beside a GGUF file", "name the output like OUT.gguf")
         if self.server is not None and out is not None and Path(out).suffix != ".gguf":
             raise UsageError(f"--for {self.server} is for a GGUF output", "name it like OUT.gguf, or leave out --for")
 

@@ -138,6 +138,7 @@ class Merge:
             beside=beside_of(asked, [named, asked.base16, *asked.given_adapters], source=_folder_of(self.base)),
             ahead=loss.ahead,
             force=asked.force,
+            also=() if self.output.tower is None else (self.output.tower,),
         )
 
 
