@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.experts import in_order
 from adapterkit.adapters.fold import FLOATS, Folded
 from adapterkit.adapters.merged import Merged, in_dtype
 from adapterkit.checkpoint.decoded import dequantized
@@ -273,7 +272,7 @@ def _gguf(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], opti
     if not isinstance(found, GGUFCheckpoint) or found.kind != "model":
         raise CheckpointError(f"{found.ref} is a GGUF file, and no model", "give the merged model")
     asked = MergeRequest.bound({**options, "base": base, "adapters": adapters})
-    adapters = [in_order(adapter, asked.expert_order) for adapter in adapters]
+    adapters = [asked.told(adapter) for adapter in adapters]
     if isinstance(base, GGUFCheckpoint):
         return _gguf_of_gguf(found, base, adapters, asked)
     return _gguf_of_folder(found, base, adapters, asked)
