@@ -6,6 +6,7 @@ import gc
 import importlib
 import signal
 import sys
+from difflib import get_close_matches
 from typing import Any
 
 import click
@@ -100,6 +101,15 @@ class Verbs(click.Group):
         if cmd_name in DOWNLOADS and all(one.name != "no_verify_download" for one in command.params):
             getattr(command, "add_option", command.params.append)(_no_verify_download())
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the verb; of a word that is none, say which one is most like it."""
+        if args and not args[0].startswith("-") and args[0] not in VERBS:
+            close = get_close_matches(args[0], VERBS, n=1)
+            ctx.fail(f"No such command '{args[0]}'." + (f" Did you mean '{close[0]}'?" if close else ""))
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -231,6 +231,12 @@ class Ruled(Request):
         return BoundRule(self.method, self.space, self.scale, dict(self.parameters))
 
 
+def _types() -> Iterable[str]:
+    from adapterkit.gguf.filetypes import FILE_TYPES
+
+    return ("nf4", "fp4", "int8", "fp8", "keep", *FILE_TYPES)
+
+
 # The options that make a `Quantization`, and its fields where they have another name.
 _TYPES = {"quant": "mix", "token_embd_type": "token_embedding_type"}
 
@@ -248,7 +254,7 @@ class Types(Request):
         metadata=opt(
             "Types of a GGUF output, as llama-quantize gives them (Q4_K_M, Q8_0). Of a folder: nf4, fp4, int8, fp8, or "
             "keep for the base's own format.",
-            role=BYTES, group=OUTPUT, metavar="TYPE", recipe="output.quant",
+            role=BYTES, group=OUTPUT, metavar="TYPE", choices=_types, open=True, recipe="output.quant",
         ),
     )  # fmt: skip
     imatrix: Ref | None = field(
