@@ -8,6 +8,7 @@ all.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import prod
@@ -17,6 +18,7 @@ from adapterkit.codecs.codec import Codec, Kind, Layers, Parts, StoredTensor, We
 from adapterkit.codecs.encode import Encoder, TensorSpec
 from adapterkit.codecs.scaled import ScaledWeight, Written, grid_of, grid_scales
 from adapterkit.dtypes import BF16, DTYPES, F32, DType
+from adapterkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +30,15 @@ if TYPE_CHECKING:
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 # End of a scale's name, and what stands there in the weight's name.
-SCALES = (("_scale_inv", ""), (".qscale_weight", ".weight"), ("_scale", ""), (".scale", ".weight"))
+SCALES = (
+    ("_scale_inv", ""),
+    (".qscale_weight", ".weight"),
+    (".scale_weight", ".weight"),
+    ("_scale", ""),
+    (".scale", ".weight"),
+)
+COMFY = ("float8_e4m3fn", "float8_e5m2")
+MOST_SETTINGS = 4096  # bytes of JSON
 # What quantized inference needs beside the weight and a 16-bit checkpoint does not have.
 BESIDE = (
     "activation_scale",
@@ -38,6 +48,8 @@ BESIDE = (
     "input_global_scale",
     "output_scale",
     "qscale_act",
+    "scale_input",
+    "comfy_quant",
     "weight_scale_2",
     "weight_global_scale",
     "weight_zero_point",
@@ -58,7 +70,9 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
                 continue
             done.add(name)
             if codes.dtype.code in FLOAT8:
-                yield _float8(codes, parts[stem + end], blocks, beside(parts, name), powers)
+                more = beside(parts, name)
+                comfy = end == ".scale_weight" or _says_comfy(more)
+                yield _float8(codes, parts[stem + end], blocks, more, powers, comfy=comfy)
             elif codes.dtype.code in ("U8", "I8", "F4"):
                 yield _pairs(codes, parts[stem + end], blocks, beside(parts, name))
 
@@ -75,12 +89,17 @@ def _float8(
     blocks: list[tuple[int, int]],
     more: tuple[StoredTensor, ...],
     powers: bool = False,
+    *,
+    comfy: bool = False,
 ) -> Weight:
     from_floats = scale.dtype.is_float and scale.dtype.bits >= 16
     block, grid = grid_of(codes.shape, scale, blocks)
-    written = float8_written(
-        codes, scale, lambda: reciprocal(codes.dtype, scale.dtype, powers=powers or not from_floats)
-    )
+
+    def numbers() -> Numbers:
+        rule = by_reciprocal if comfy else reciprocal
+        return rule(codes.dtype, scale.dtype, powers=powers or not from_floats)
+
+    written = float8_written(codes, scale, numbers)
     return ScaledWeight(
         codes.name,
         codes.shape,
@@ -94,6 +113,27 @@ def _float8(
         (codes, scale, *more),
         written=written,
     ).weight()
+
+
+def _says_comfy(more: tuple[StoredTensor, ...]) -> bool:
+    """Whether ComfyUI's settings stand beside a weight.
+
+    Raises:
+        CheckpointError: they name a layout that is not known.
+    """
+    said = next((part for part in more if part.name.endswith(".comfy_quant")), None)
+    if said is None:
+        return False
+    try:
+        form = json.loads(said.raw().decode("utf-8"))["format"] if prod(said.shape) < MOST_SETTINGS else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        form = None
+    if form not in COMFY:
+        raise CheckpointError(
+            f"'{said.name}' names the format {json.dumps(form)}, which is not one that adapterkit reads",
+            f"it reads {', '.join(COMFY)}",
+        )
+    return True
 
 
 def unpack_floats(rows: torch.Tensor) -> torch.Tensor:
@@ -156,6 +196,22 @@ def reciprocal(codes: DType, scale: DType, *, powers: bool) -> Numbers:
         return (values * times).clamp(-most, most).to(codes.torch).view(torch.uint8)
 
     return Numbers(choose, code, partial(float8_values, codes))
+
+
+def by_reciprocal(codes: DType, scale: DType, *, powers: bool) -> Numbers:
+    """float8 as ComfyUI writes it (quant_ops.py): scale = absmax / 448, codes of W times its reciprocal."""
+    import torch
+
+    from adapterkit.codecs.tiles import Numbers
+
+    usual, most = reciprocal(codes, scale, powers=False), torch.finfo(codes.torch).max
+
+    def choose(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        largest = torch.maximum(-low, high)
+        found = torch.where(largest > 0, largest / most, 1.0).to(scale.torch)
+        return found, None, 1.0 / found.float()
+
+    return Numbers(choose, usual.code, usual.value)
 
 
 def float8_values(dtype: DType, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
@@ -327,11 +383,20 @@ def _config(layers: Layers) -> dict[str, Any]:
 FP8 = Codec(
     "fp8",
     ("fp8", "fbgemm_fp8", "modelopt", "modelopt_fp4", "finegrained_fp8"),
-    ("weight_scale_inv", "_proj_scale_inv", ".weight_scale_2", ".activation_scale", ".input_scale_ub"),
+    (
+        "weight_scale_inv",
+        "_proj_scale_inv",
+        ".weight_scale_2",
+        ".activation_scale",
+        ".input_scale_ub",
+        ".scale_weight",
+        ".comfy_quant",
+    ),
     find,
     True,
     "transformers 5, integrations/finegrained_fp8.py: Fp8Dequantize; NVIDIA ModelOpt, torch/export/quant_utils.py",
-    what="FP8 per tensor, row or block (also short last blocks, stacked experts), MXFP8, FP4 pairs; NVFP4 of ModelOpt",
+    what="FP8 per tensor, row or block (also short last blocks, stacked experts), MXFP8, FP4 pairs; NVFP4 of ModelOpt; "
+    "ComfyUI's scaled FP8",
     test="test_scaled.py: transformers; NVFP4 by its published layout",
     kinds=(
         Kind(
