@@ -10,10 +10,11 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.merged import Merged
+from adapterkit.adapters.merged import Merged, in_dtype
+from adapterkit.adapters.wider import RECORD, leaving, left_out, patched_record
 from adapterkit.checkpoint.decoded import Decoded
 from adapterkit.checkpoint.encoded import Encoded, Encoding
-from adapterkit.checkpoint.tensor import Transposed
+from adapterkit.checkpoint.tensor import Retyped, Transposed
 from adapterkit.codecs.conv1d import is_conv1d
 from adapterkit.errors import TargetError, UsageError
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.codecs.codec import Weight
+    from adapterkit.dtypes import DType
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,12 @@ class Kept:
     Attributes:
         view: what is written.
         encodings: the weights that are encoded again, by the names that they have when decoded.
+        wider: the weights that left the base's format.
     """
 
     view: Checkpoint
     encodings: dict[str, Encoding]
+    wider: tuple[str, ...] = ()
 
 
 def stored_form(view: Checkpoint) -> StoredForm:
@@ -54,8 +58,13 @@ def stored_form(view: Checkpoint) -> StoredForm:
     return view.stored
 
 
-def kept(folded: Folded) -> Kept:
+def kept(folded: Folded, touched_as: DType | None = None) -> Kept:
     """The view of a fold in which everything is stored as in the base.
+
+    Args:
+        folded: of a view of decoded weights.
+        touched_as: write changed weights, and those that servers run as one with them, in this dtype instead; the config
+            then names them among the modules that are not quantized.
 
     Raises:
         UsageError: the base is not quantized, or the format of a touched weight cannot be written.
@@ -67,10 +76,15 @@ def kept(folded: Folded) -> Kept:
     parts = {part.name: weight for weight in form.weights.values() for part in weight.parts}
     tensors: dict[str, Tensor] = {}
     encodings: dict[str, Encoding] = {}
+    wider = leaving(form, touched & set(form.weights)) if touched_as is not None else []
+    out = set(wider)
     for name, tensor in stored.items():
         weight = parts.get(name)
         if weight is None:
             tensors[name] = new[name] if name in touched and name in new else tensor
+        elif weight.name in out and touched_as is not None:
+            if weight.name not in tensors:
+                tensors[weight.name] = _in(new[weight.name], touched_as)
         elif weight.name not in touched:
             tensors[name] = tensor
         elif weight.name not in encodings:
@@ -79,18 +93,34 @@ def kept(folded: Folded) -> Kept:
             # Codes come first, whatever their names: what they find on the way is in what follows.
             tensors.update({one.name: one for one in made})
             tensors.update({part.name: stored[part.name] for part in weight.parts if part.name not in tensors})
+    places = {name: stored.shards[weight.parts[0].name] for name, weight in form.weights.items() if stored.shards}
     known = {weight.name for weight in form.weights.values()}
     tensors.update({name: tensor for name, tensor in new.items() if name not in known and name not in tensors})
     last = list(stored.shards.values())[-1] if stored.shards else "model.safetensors"
     counts = Counter(form.weights[name].how for name in encodings)
     said = ", ".join(f"{count} in {how}" for how, count in counts.items())
+    if wider:
+        said = f"{said or 'nothing'}; {len(wider)} weights left it and are {touched_as}"
+    config = left_out(stored.config, stored, wider, form.weights) if wider else stored.config
+    side_files = tuple(
+        patched_record(file, wider) if wider and file.name == RECORD else file for file in stored.side_files
+    )
     view = replace(
         stored,
         tensors=tensors,
-        shards={name: stored.shards.get(name, last) for name in tensors},
+        shards={name: stored.shards.get(name, places.get(name, last)) for name in tensors},
+        config=config,
+        side_files=side_files,
         notes=(*folded.checkpoint.notes, f"the base's own format kept; written again: {said or 'nothing'}"),
     )
-    return Kept(view, encodings)
+    return Kept(view, encodings, tuple(wider))
+
+
+def _in(tensor: Tensor, dtype: DType) -> Tensor:
+    """The same values in a dtype, rounded once."""
+    if isinstance(tensor, Merged):
+        return in_dtype(tensor, dtype)
+    return Retyped(tensor, dtype)
 
 
 def keep_index(stored: Checkpoint, plan: Plan) -> dict[str, bytes]:

@@ -135,8 +135,9 @@ def command(
             f"{types['mix']} needs a calibration, which a merge has no text for",
             f"merge to 16 bits, then convert that --to {types['mix']} --calibration FILE",
         )
+    wider = types["keep_touched"] if folder_quant is not None else None
     if folder_quant is not None:
-        types |= {"mix": None, "yes_lossy": False}
+        types |= {"mix": None, "yes_lossy": False, "keep_touched": None}
     how: dict[str, Any] = {
         "weights": weights or None,
         "method": method,
@@ -152,6 +153,7 @@ def command(
         "double_quant": double_quant and as_trained is not None,
         "quant": folder_quant,
         "quant_double": double_quant and folder_quant is not None,
+        "keep_touched": wider,
         "quant_dtype": quant_dtype,
         "skip_modules": skip_modules or None,
         "base16": base16,

@@ -7,7 +7,7 @@ is read, as a few raw bytes. Decoding reads what a range needs.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -66,6 +66,20 @@ class Weight:
     encoder: Callable[[], Encoder] | None = field(default=None, repr=False)
 
 
+Leave = Callable[[dict[str, Any], Sequence[str], Sequence[str]], None]
+
+
+def listed(key: str) -> Leave:
+    """Modules that are not quantized stand in the list ``key``; without one, loaders leave their usual ones alone, which a
+    list then has to name too."""
+
+    def leave(config: dict[str, Any], names: Sequence[str], plain: Sequence[str]) -> None:
+        before = config.get(key)
+        config[key] = list(dict.fromkeys([*(plain if before is None else before), *names]))
+
+    return leave
+
+
 @dataclass(frozen=True)
 class Layers:
     """What a ``quantization_config`` is written of.
@@ -121,6 +135,8 @@ class Codec:
         alone: the tensors say everything, so that a missing ``quantization_config`` does not matter.
         source: where the layout is published.
         what: which variants are read, for readers.
+        leave: writes names of modules into a ``quantization_config`` that are stored in 16 bits beside the others; takes the
+            config, those names, and the linear modules that are in 16 bits already. None: loaders go by the tensors alone.
         kinds: how it is written anew.
         elsewhere: targets of ``convert`` that another program writes in this format.
         test: the tests that hold it against the library that defines it, or against the published layout.
@@ -134,6 +150,7 @@ class Codec:
     source: str
     what: str
     test: str
+    leave: Leave | None = field(default=None, repr=False)
     kinds: tuple[Kind, ...] = ()
     elsewhere: tuple[str, ...] = ()
 

@@ -25,6 +25,7 @@ from adapterkit.codecs.codec import (
     check_dtype,
     check_shape,
     companion,
+    listed,
     setting,
     stems,
 )
@@ -318,5 +319,6 @@ COMPRESSED = Codec(
     "compressed-tensors 0.20, compressors/: pack_quantized, naive_quantized, nvfp4, mxfp4, mxfp8",
     what="packed integers of 2 to 8 bits (zero points, g_idx), int8, FP8, NVFP4, MXFP4, MXFP8",
     test="test_scaled.py: compressed-tensors",
+    leave=listed("ignore"),
     elsewhere=("awq", "gptq"),
 )

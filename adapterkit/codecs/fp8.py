@@ -9,12 +9,24 @@ all.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.codecs.codec import Codec, Kind, Layers, Parts, StoredTensor, Weight, block_size, setting, stems, whole
+from adapterkit.codecs.codec import (
+    Codec,
+    Kind,
+    Layers,
+    Parts,
+    StoredTensor,
+    Weight,
+    block_size,
+    listed,
+    setting,
+    stems,
+    whole,
+)
 from adapterkit.codecs.encode import Encoder, TensorSpec
 from adapterkit.codecs.scaled import ScaledWeight, Written, grid_of, grid_scales
 from adapterkit.dtypes import BF16, DTYPES, F32, DType
@@ -380,6 +392,18 @@ def _config(layers: Layers) -> dict[str, Any]:
     }
 
 
+def leave(config: dict[str, Any], names: Sequence[str], plain: Sequence[str]) -> None:
+    """transformers' list; vLLM reads that too, and a list of its own name, ModelOpt's, before it."""
+    if str(config.get("quant_method", "")).startswith("modelopt"):
+        inner = config.get("quantization")
+        place = inner if isinstance(inner, dict) else config
+        listed("exclude_modules" if "exclude_modules" in place else "ignore")(place, names, plain)
+        return
+    listed("modules_to_not_convert")(config, names, plain)
+    if config.get("ignored_layers") is not None:
+        listed("ignored_layers")(config, names, plain)
+
+
 FP8 = Codec(
     "fp8",
     ("fp8", "fbgemm_fp8", "modelopt", "modelopt_fp4", "finegrained_fp8"),
@@ -398,6 +422,7 @@ FP8 = Codec(
     what="FP8 per tensor, row or block (also short last blocks, stacked experts), MXFP8, FP4 pairs; NVFP4 of ModelOpt; "
     "ComfyUI's scaled FP8",
     test="test_scaled.py: transformers; NVFP4 by its published layout",
+    leave=leave,
     kinds=(
         Kind(
             "fp8",

@@ -7,7 +7,7 @@ for all layers and for single ones; they must fit the shapes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -247,6 +247,10 @@ def _float_numbers(
     return Numbers(choose, code, value)
 
 
+def _leave(config: dict[str, Any], names: Sequence[str], plain: Sequence[str]) -> None:
+    config.update(dict.fromkeys(names, False))
+
+
 MLX = Codec(
     "MLX",
     ("mlx",),
@@ -256,4 +260,5 @@ MLX = Codec(
     "mlx 0.32, mlx/backend/cpu/quantized.cpp; mlx-lm 0.32, utils.py: load_model",
     what="affine of 2, 3, 4, 5, 6 and 8 bits, mxfp4, mxfp8, nvfp4; single layers in other sizes",
     test="test_mlx_weights.py: mlx",
+    leave=_leave,
 )

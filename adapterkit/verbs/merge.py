@@ -263,9 +263,10 @@ def write_merges(
 def _watch(planned: Merge) -> Watch:
     from adapterkit.adapters.fidelity import Watch, own_format
 
-    if planned.output.encodings:
+    if planned.output.own:
         encodings = planned.output.encodings
-        return Watch(planned.folded, own_format(encodings), lambda name, shape: None, encodings)
+        words = own_format(encodings) if encodings else None
+        return Watch(planned.folded, words, lambda name, shape: None, encodings)
     kind = planned.options.quant or _grid_name(planned)
     return Watch(planned.folded, kind, planned.output.through)
 
@@ -326,14 +327,14 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
         return None
     from adapterkit.adapters.fidelity import ENOUGH, already_on_grid, left_in_own_format, left_on_grid
 
-    if planned.output.encodings:
+    if planned.output.own:
         found = left_in_own_format(planned.folded, planned.output.encodings, tensors=SAMPLED)
         if found.worst is not None and found.retention < ENOUGH and not yes_lossy:
             raise CheckFailed(
                 f"the values of {planned.base.ref} are {found.format} already, and of this change {found.retention:.1%} "
                 "would survive that grid again",
-                "fold onto the 16-bit original (--base16), write 16 bits (no --quant), keep the adapter beside the base, or "
-                "insist with --yes-lossy",
+                "keep what changed wider (--quant keep --keep-touched bf16), fold onto the 16-bit original (--base16), write "
+                "16 bits (no --quant), keep the adapter beside the base, or insist with --yes-lossy",
             )
         return found if found.worst is not None else None
 

@@ -34,7 +34,9 @@ class MergeOptions:
         as_trained: ``nf4``, ``fp4`` or ``int8``: fold onto the values that QLoRA training saw; see `open_base` for this
             and for ``double_quant``, ``quant_dtype`` and ``skip_modules``.
         quant: of a folder: write ``nf4``, ``fp4``, ``int8`` (bitsandbytes) or ``fp8`` as transformers does.
+            ``keep``: as the base is stored.
         quant_double: with double quantization.
+        keep_touched: with ``keep``: ``bf16``, ``f16`` or ``f32`` for changed weights, which leave the base's format.
         quantization: the types of a GGUF output; by default every tensor keeps its own.
         pre: the pre-tokenizer of a GGUF output, by llama.cpp's name; by default recognised.
         method: how deltas of several adapters become one, a row of `adapterkit.ops.rules.RULES`; nothing is
@@ -58,6 +60,7 @@ class MergeOptions:
     skip_modules: tuple[str, ...] | None = None
     quant: str | None = None
     quant_double: bool = False
+    keep_touched: str | None = None
     quantization: Quantization | None = None
     pre: str | None = None
     method: str = "linear"

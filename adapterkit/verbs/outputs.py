@@ -10,7 +10,7 @@ from adapterkit.adapters.fold import Folded, fold
 from adapterkit.adapters.sidecars import side_files
 from adapterkit.checkpoint.plan import Plan, plan_safetensors
 from adapterkit.errors import UsageError
-from adapterkit.verbs.options import FOLDER, GGUF
+from adapterkit.verbs.options import FOLDER, GGUF, parse_floats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -38,6 +38,7 @@ class Output:
         through: where changed tensors are quantized: a tensor's name and shape to a function that encodes and decodes
             some of its rows, for the report on fidelity.
         encodings: changed tensors that are written in the base's own format.
+        own: the output is in the base's own format.
     """
 
     folded: Folded
@@ -47,6 +48,7 @@ class Output:
     notes: tuple[str, ...]
     through: Callable[[str, tuple[int, ...]], Through | None] | None = None
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
+    own: bool = False
 
 
 def output(
@@ -81,8 +83,14 @@ def _folder(
 ) -> Output:
     if options.quantization is not None or options.pre is not None:
         raise UsageError("options of a GGUF output were given for a folder", "name the output like OUT.gguf")
-    if options.quant == KEEP or _stored_in(base) == (options.quant, options.quant_double):
+    same = options.quant == KEEP or _stored_in(base) == (options.quant, options.quant_double)
+    if same:
         return _kept(base, adapters, options, settings)
+    if options.keep_touched is not None:
+        raise UsageError(
+            "what changed can be kept wider only in a format that the rest has already",
+            "add --quant keep, or leave it out",
+        )
     dtype = options.floats
     folded = fold(base, adapters, options.weights, dtype=dtype, **_how(options))
     side, notes = side_files(base, folded, adapters, dtype)
@@ -118,13 +126,16 @@ def _kept(base: Checkpoint, adapters: Sequence[Adapter], options: MergeOptions, 
     if options.dtype != "auto" or (options.quant_double and options.quant == KEEP):
         raise UsageError("an output in the base's own format has its types", "leave out --dtype and --double-quant")
     folded = fold(base, adapters, options.weights, **_how(options))
-    made = kept(folded)
+    made = kept(folded, parse_floats(options.keep_touched or "auto"))
+    view = made.view
+    wider = {name: view[name] for name in made.wider}
+    folded = replace(folded, checkpoint=replace(folded.checkpoint, tensors={**folded.checkpoint.tensors, **wider}))
     # The config is the base's own, with what else the merge changed.
-    said = replace(folded, checkpoint=replace(folded.checkpoint, config=form.checkpoint.config))
-    side, notes = side_files(form.checkpoint, said, adapters, None)
-    plan = plan_safetensors(made.view, like=form.checkpoint.tensors, **settings)
+    said = replace(folded, checkpoint=replace(folded.checkpoint, config=view.config))
+    side, notes = side_files(replace(form.checkpoint, side_files=view.side_files), said, adapters, None)
+    plan = plan_safetensors(view, like=form.checkpoint.tensors, **settings)
     side |= keep_index(form.checkpoint, plan)
-    return Output(folded, made.view, plan, side, (*notes, made.view.notes[-1]), encodings=made.encodings)
+    return Output(folded, view, plan, side, (*notes, view.notes[-1]), encodings=made.encodings, own=True)
 
 
 def _gguf(
