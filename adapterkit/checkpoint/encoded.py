@@ -83,6 +83,11 @@ class Encoding:
         self._looked = not self.encoder.twice
 
     @property
+    def again(self) -> bool:
+        """Whether a stored weight is written again, so that the values that are stored now are known."""
+        return self._both is not None
+
+    @property
     def starts(self) -> range:
         return range(0, self.weight.numel, self.step)
 

@@ -26,7 +26,7 @@ KEYS = ("quantization_config", "compression_config", "quantization")
 # A multimodal config may keep it in the part that describes the language model.
 SECTIONS = ("text_config", "language_config", "llm_config", "thinker_config", "vision_config", "audio_config")
 # 16-bit weights never have these dtypes; buffers (position ids, masks) do, under other names.
-PACKED_ENDS = (".weight", ".qweight", ".W_q", ".weight_packed", "_blocks")
+PACKED_ENDS = (".weight", ".qweight", ".W_q", ".weight_packed", "_blocks", "_qdata")
 # What belongs to no weight and a 16-bit checkpoint does not have: scales of a quantized key-value cache, ComfyUI's mark.
 CACHE = (".k_scale", ".v_scale", ".q_scale", ".prob_scale", "scaled_fp8")
 
