@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
 from models import make_adapter, peft_merged, plain_adapter, plain_base, read_tensors
 
 from adapterkit.adapters.load import load_adapter
@@ -204,7 +207,7 @@ def test_ollama_takes_no_adapter_and_the_printed_command_folds_it_in(
     script = Path(__file__).parents[1] / "examples/recipe/make_inputs.py"
     subprocess.run([sys.executable, str(script), str(tmp_path)], check=True, timeout=120)
     base = tmp_path / "base"
-    plain = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    plain = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
     adapter = make_adapter(tmp_path / "it's mine", base, {**configs(), "plain": plain}[kind])
     report = check(base, [adapter], server="ollama")
     assert not report.ok
@@ -227,6 +230,19 @@ def test_ollama_takes_no_adapter_and_the_printed_command_folds_it_in(
     assert modelfile.startswith("FROM ./merged.gguf\n")
     assert "ADAPTER" not in modelfile
     assert verify(tmp_path / "merged.gguf", base=base, adapters=[adapter]).ok
+    # And by PEFT and llama.cpp's reader, which know nothing of us. (Rows of q are permuted in GGUF; those of up are not.)
+    exact = peft_merged(base, adapter, tmp_path / "peft").exact
+    stored = {one.name: one for one in GGUFReader(tmp_path / "merged.gguf").tensors}
+    before = read_tensors(base)
+    for name, wanted in exact.items():
+        if not name.endswith("up_proj.weight"):
+            continue
+        one = stored[f"blk.{name.split('.')[2]}.ffn_up.weight"]
+        got = torch.from_numpy(dequantize(one.data, one.tensor_type).copy()).view(wanted.shape)
+        change = float((wanted - before[name].float()).abs().max())
+        assert change > 0
+        assert float((got - wanted).abs().max()) <= 2**-8 * float(wanted.abs().max())
+        assert float((got - wanted).abs().mean()) < 0.1 * float((wanted - before[name].float()).abs().mean())
 
 
 def test_a_module_that_lacks_factors_in_some_layer_is_told_where_that_matters(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import replace
 from adapterkit.adapters.config import COMMON_FIELDS, FLAT, PARTS
+from adapterkit.adapters.heads import ADDED, may_resize
 from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module
 from adapterkit.adapters.methods import METHODS, UNMERGEABLE
 from adapterkit.adapters.orientation import check_squares
@@ -192,8 +193,9 @@ def _whole_edit(key: str, tensor: Tensor, context: Context, config: Mapping[str,
         # A head that the base does not have, trained from nothing.
         name = context.names.stored_name(parameter, "")
         target = Target(parameter, tensor.shape, (Piece(name, max(tensor.shape[0] if tensor.shape else 1, 1)),))
-        return Edit(target, replace(tensor, "added by the adapter"), override=True)
-    if target.shape != tensor.shape and not _grown(target.shape, tensor.shape, config):
+        return Edit(target, replace(tensor, ADDED), override=True)
+    sized = asked and may_resize(parameter, target.shape, tensor.shape, context.adapter, config)
+    if target.shape != tensor.shape and not sized and not _grown(target.shape, tensor.shape, config):
         raise TargetError(
             f"{context.where}: '{key}' is {list(tensor.shape)} and {parameter} is {list(target.shape)}",
             "this adapter was trained on another base",

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptFold:
     """A fold in the base's own format.
 
     Attributes:
@@ -58,7 +58,7 @@ def stored_form(view: Checkpoint) -> StoredForm:
     return view.stored
 
 
-def kept(folded: Folded, touched_as: DType | None = None) -> Kept:
+def kept(folded: Folded, touched_as: DType | None = None) -> KeptFold:
     """The view of a fold in which everything is stored as in the base.
 
     Args:
@@ -113,7 +113,7 @@ def kept(folded: Folded, touched_as: DType | None = None) -> Kept:
         side_files=side_files,
         notes=(*folded.checkpoint.notes, f"the base's own format kept; written again: {said or 'nothing'}"),
     )
-    return Kept(view, encodings, tuple(wider))
+    return KeptFold(view, encodings, tuple(wider))
 
 
 def _in(tensor: Tensor, dtype: DType) -> Tensor:

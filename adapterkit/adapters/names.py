@@ -153,6 +153,25 @@ class Names:
                 pairs.append((scope + source, scope + pattern))
         return pairs
 
+    def followers(self) -> list[tuple[str, str]]:
+        """``(stored parameter, one that shares its values and has no tensor of its own)`` of every tie declared by name."""
+        found: dict[tuple[str, str], None] = {}
+        for source, target in self.declared_ties():
+            for one, other in ((source, target), (target, source)):
+                if self.find(one) is not None and self.find(other) is None:
+                    found[one, other] = None
+        return list(found)
+
+    @cached_property
+    def ties_by_pattern(self) -> bool:
+        """Whether the model class declares ties that cannot be listed by name (layers that share blocks)."""
+        return any(not re.fullmatch(r"[\w.]+", pattern) for _, pattern, _ in self._loader.ties)
+
+    @property
+    def class_name(self) -> str:
+        """The model class that the config names, or the usual one of its model type; "" where neither is known."""
+        return self._loader.name
+
     def stored_name(self, parameter: str, beside: str) -> str:
         """The tensor name under which a new parameter belongs, next to the existing tensor ``beside``.
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterkit.cli.annotate import append_summary, output_format, write_report
+from adapterkit.cli.annotate import append_summary, output_options, write_report
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
 
 if TYPE_CHECKING:
     from adapterkit.recipe.report import BuildPlan, BuildReport
 
 
-@click.command(name="build", short_help="Carry out a recipe: merge, convert, verify, register, push, reproducibly.")
+@click.command(
+    name="build",
+    short_help="Carry out a recipe: merge, convert, verify, register, push, reproducibly.",
+    params=[*output_options("github")],
+)
 @click.argument("recipe", required=False, metavar="[RECIPE.toml]")
 @click.option("--plan", "plan_only", is_flag=True, help="Print everything that will happen, from headers, and stop.")
 @click.option("--locked", is_flag=True, help="Use the lock, and exit with 3 if anything that it holds moved.")
@@ -22,7 +26,6 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Continue an interrupted run; keep finished work if interrupted again.")
 @click.option("--force", is_flag=True, help="Replace outputs that this recipe did not make, or that changed since.")
 @click.option("--outside", is_flag=True, help="Let outputs lie outside of the recipe's folder.")
-@output_format("github")
 @click.option("--json", "as_json", is_flag=True, help="Print the report (with --plan: the plan) as JSON.")
 def command(
     recipe: str | None,
@@ -63,16 +66,8 @@ def command(
         return
     progress = Progress("building", enabled=not as_json)
     quiet = (lambda text: None) if as_json else note
-    report = build(
-        recipe,
-        locked=locked,
-        jobs=jobs,
-        force=force,
-        resume=resume,
-        outside=outside,
-        progress=progress,
-        note=quiet,
-    )
+    how: dict[str, Any] = {"jobs": jobs, "force": force, "resume": resume, "outside": outside}
+    report = build(recipe, locked=locked, progress=progress, note=quiet, **how)
     progress.close()
     write_report(report_file, report)
     append_summary(summary, of_build(report) if summary is not None else "")

@@ -184,6 +184,8 @@ def deliver(path: Path, data: bytes) -> None:
             mode = os.stat(path).st_mode
         except OSError:
             mode = 0
+        if stat.S_ISDIR(mode):
+            raise OutputError(f"{path} is a folder", "name a file")
         if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
             with open(path, "wb") as file:
                 file.write(data)

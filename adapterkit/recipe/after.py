@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit import disk
 from adapterkit.errors import CheckFailed, OutputError
 from adapterkit.provenance.record import created
-from adapterkit.recipe.carry import How, Pins, merge_options, opened_as
+from adapterkit.recipe.carry import How, Pins, opened_as, request_of
 from adapterkit.recipe.parse import RecipeFile
 from adapterkit.recipe.state import Made, State, key_of
 from adapterkit.recipe.steps import CONVERT, Step
@@ -27,12 +27,6 @@ if TYPE_CHECKING:
 VERIFY, REGISTER, PUSH = "verify", "register", "push"
 # kind of a registered conversion, by its form; a merge and a combination say it in the record beside them
 _KINDS = {"gguf": "converted", "gguf-lora": "converted", "peft": "adapter", "mlx": "adapter"}
-
-# Options of a merge that decide values, as `verify` takes them.
-_OF_VALUES = (
-    *("weights", "method", "scale", "space", "parameters", "as_trained", "double_quant", "quant_dtype", "skip_modules"),
-    *("base16", "residual_base", "expert_order", "allow_unknown"),
-)
 
 Task = tuple[str, str, Callable[[], dict[str, Any]]]
 
@@ -142,17 +136,18 @@ class After:
         Raises:
             CheckFailed: it is not what was trained, or a threshold does not hold.
         """
+        from adapterkit.requests.verify import merge_options
         from adapterkit.verbs.verify import verify
 
         asked = step.verify
         assert asked is not None
         assert origin.base is not None
-        options = merge_options(origin, self._pins)
+        merged = request_of(origin, self._pins, self._how)
         self._note(f"{step.name}: verifying {asked.level}")
         found = verify(
             step.out,
-            base=opened_as(origin.base, self._pins),
-            adapters=[opened_as(one, self._pins) for one in origin.adapters],
+            base=merged.base,
+            adapters=merged.adapters,
             level=asked.level,
             prompts=None if asked.prompts is None else self._file.folder / asked.prompts,
             max_kl=asked.max_kl,
@@ -160,7 +155,7 @@ class After:
             min_retention=asked.min_retention,
             jobs=self._how.jobs,
             progress=self._how.progress,
-            **{name: options[name] for name in _OF_VALUES},
+            **merge_options(merged),
         )
         if asked.html is not None:
             self._page(asked.html, found)
@@ -201,7 +196,7 @@ class After:
             base_id=asked.base_id if converted and step.base is not None else "",
             kind=_KINDS[step.to] if converted else "",
             meta=asked.meta,
-            evidence={KEY: done[VERIFY]["evidence"]} if VERIFY in done else None,
+            evidence={KEY: done[VERIFY]["evidence"]} if VERIFY in done else {},
         )
         record = found.record
         self._note(f"{step.name}: {record.ref}{'' if found.new else ', was there already'}")

@@ -20,9 +20,11 @@ from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.checkpoint.listing import LocalFolder
 from adapterkit.checkpoint.open import locate
 from adapterkit.errors import CheckFailed, NotFound, RecipeError
-from adapterkit.recipe.parse import RecipeFile, shown
+from adapterkit.recipe.parse import OPTIONS, RecipeFile, shown
+from adapterkit.recipe.schema import Table, known_options
 from adapterkit.recipe.state import State, digest_of, key_of
 from adapterkit.recipe.steps import Input, Step, located
+from adapterkit.requests.option import PAIRS
 
 FORMAT = 1
 TORCH = ("torch", "numpy")
@@ -207,12 +209,22 @@ def _said(value: Any) -> Any:
         return {name: _said(one) for name, one in value.items()}
     if not is_dataclass(value):
         return value
-    pairs = [(one, getattr(value, one.name)) for one in fields(value)]
-    return {
+    pairs = [(one, getattr(value, one.name)) for one in fields(value) if one.name != OPTIONS]
+    found = {
         one.name: _said(given)
         for one, given in pairs
         if given != (one.default if one.default_factory is MISSING else one.default_factory())
     }
+    for key, known in known_options(getattr(value, "TABLE", "")).items():
+        given = getattr(value, OPTIONS).get(known.name, known.default) if isinstance(value, Table) else known.default
+        if given != known.default:
+            plain = dict(given) if known.option.kind == PAIRS else given
+            found[_NAMES.get(key, key.replace("-", "_"))] = _said(plain)
+    return found
+
+
+# Keys that a lock calls by another name.
+_NAMES = {"for": "for_", "lambda": "scale"}
 
 
 def check_locked(path: Path, before: Lock | None, now: Lock) -> None:

@@ -12,18 +12,7 @@ from typing import Any
 from adapterkit.checkpoint.plan import BASELINE_MEMORY, WORKER_MEMORY, default_jobs
 from adapterkit.recipe import after
 from adapterkit.recipe.after import After, in_folder
-from adapterkit.recipe.carry import (
-    How,
-    combine_step,
-    convert_step,
-    hand_over,
-    plan_convert_step,
-    plan_merge_step,
-    projector,
-    settings,
-    wanted_merge,
-    write_merges,
-)
+from adapterkit.recipe.carry import How, carry, job_of, planned, settings
 from adapterkit.recipe.lock import (
     Lock,
     Locked,
@@ -41,7 +30,8 @@ from adapterkit.recipe.lock import (
 from adapterkit.recipe.parse import RecipeFile, read_recipe, shown
 from adapterkit.recipe.report import AGAIN, NEW, UNCHANGED, BuildPlan, BuildReport, BuiltOutput, PlannedOutput
 from adapterkit.recipe.state import Made, State, key_of, output_files
-from adapterkit.recipe.steps import COMBINE, CONVERT, MERGE, Input, Step, check_inside, located, steps_of
+from adapterkit.recipe.steps import CONVERT, MERGE, Input, Step, check_inside, located, steps_of
+from adapterkit.verbs.job import Measured, peak_memory
 
 Note = Callable[[str], None]
 
@@ -97,7 +87,7 @@ def build(
 class _Build:
     """A recipe with everything that is known of it before a byte is written."""
 
-    def __init__(self, file: RecipeFile, *, locked: bool, outside: bool) -> None:
+    def __init__(self, file: RecipeFile, *, locked: bool, outside: bool = False) -> None:
         self.file, self.locked = file, locked
         self.steps = steps_of(file)
         if not outside:
@@ -196,27 +186,19 @@ class _Build:
         about: dict[str, Any] = {}
         waits = any(one.output is not None and not one.path.exists() for one in step.inputs if one.path is not None)
         with located(self.file, "outputs", step.name):
-            projector(step, force=True)
-            if step.verb == MERGE and not waits:
-                merge = plan_merge_step(step, self.pins, jobs=jobs)
-                report = merge.report(step.out)
+            if not waits:
+                made = planned(step, self.pins, How(jobs), headers_only=True, force=True)
+                job = made.job()
+                for one in job.beside:
+                    one.check()
+                report = job.report(Measured(plan=job.plan, dry_run=True))
                 about = {
-                    "files": report.files,
-                    "nbytes": report.nbytes,
-                    "peak_memory": merge.plan.peak_memory,
-                    "tensors": report.tensors,
-                    "touched": report.touched,
+                    "files": tuple(path.name for path in job.plan.targets(step.out).values()),
+                    "nbytes": job.plan.nbytes,
+                    "peak_memory": job.plan.peak_memory,
+                    "tensors": len(job.plan.steps),
+                    "touched": getattr(report, "touched", None),
                     "notes": report.notes,
-                }
-            elif step.verb == CONVERT and not waits:
-                conversion = plan_convert_step(step, self.pins, jobs=jobs)
-                made = conversion.report(step.out)
-                about = {
-                    "files": made.files,
-                    "nbytes": made.nbytes,
-                    "peak_memory": conversion.peak_memory,
-                    "tensors": made.tensors,
-                    "notes": made.notes,
                 }
         return PlannedOutput(
             name=step.name,
@@ -283,7 +265,7 @@ class _Build:
             passes=passes,
             lock_written=written,
             seconds=time.monotonic() - started,
-            peak_memory=_peak_memory(),
+            peak_memory=peak_memory(),
             notes=tuple(notes),
         )
 
@@ -300,26 +282,12 @@ class _Build:
     ) -> list[dict[str, Any]]:
         # What this recipe made and nobody touched since may be replaced without asking.
         replace = [force or self._known(one) is not None for one in group]
-        step = group[0]
-        projectors = []
+        jobs = []
         for one, again in zip(group, replace, strict=True):
             with located(self.file, "outputs", one.name):
-                projectors.append(projector(one, force=again))
-        if step.verb == MERGE:
-            wanted = []
-            for one, again in zip(group, replace, strict=True):
-                with located(self.file, "outputs", one.name):
-                    wanted.append(wanted_merge(one, self.pins, how, force=again))
-            with located(self.file, "outputs", step.name):
-                found = write_merges(wanted, how)
-        else:
-            with located(self.file, "outputs", step.name):
-                make = combine_step if step.verb == COMBINE else convert_step
-                found = [make(step, self.pins, how, force=replace[0])]
-        for one, tower in zip(group, projectors, strict=True):
-            with located(self.file, "outputs", one.name):
-                tower.copy()
-                hand_over(one, self.pins)
+                jobs.append(job_of(one, self.pins, how, force=again))
+        with located(self.file, "outputs", group[0].name):
+            found = carry(jobs, how)
         return [asdict(report) for report in found]
 
     def _note_made(self, step: Step, report: Mapping[str, Any], digests: Mapping[str, str]) -> Made:
@@ -384,9 +352,3 @@ def _abreast(rows: Sequence[PlannedOutput], jobs: int) -> int:
 def _reads(one: Input) -> str:
     text = f"outputs.{one.output}" if one.output is not None else one.ref
     return f"{text} x {one.weight:g}" if one.weight != 1 else text
-
-
-def _peak_memory() -> int:
-    from adapterkit.verbs.merge import peak_memory
-
-    return peak_memory()

@@ -6,16 +6,17 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter
-from adapterkit.adapters.fold import fold
 from adapterkit.adapters.load import load_adapter
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.hub_ref import parse_hub
-from adapterkit.errors import AdapterkitError, UnsafeError
+from adapterkit.errors import AdapterkitError, AuthError, CheckFailed, HubError, UnsafeError
 from adapterkit.provenance.fits import compare_bases
+from adapterkit.requests.call import takes
+from adapterkit.requests.check import CheckRequest
 from adapterkit.serving.expectations import expected
 from adapterkit.serving.servers import find as find_server
 
@@ -66,7 +67,11 @@ class BaseMatch:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What a check found; ``ok`` when nothing of it is an error."""
+    """What a check found; ``ok`` when nothing of it is an error.
+
+    ``exit_code`` is what the command line returns: that of `merge` where it would refuse, 3 where something else does not
+    hold.
+    """
 
     base: str
     base_commit: str | None
@@ -76,35 +81,27 @@ class CheckReport:
     touched: int
     findings: tuple[Diagnostic, ...]
     bases: tuple[BaseMatch, ...] = ()
+    exit_code: int = 0
 
 
-def check(
-    base: str | Path | Checkpoint,
-    adapters: Sequence[str | Path | Adapter],
-    *,
-    server: str | None = None,
-    full: bool = False,
-) -> CheckReport:
+@takes(CheckRequest)
+def check(request: CheckRequest) -> CheckReport:
     """Check adapters against a base from headers alone, and from a few windows of its weights where a record names the base.
 
-    Args:
-        base: folder, file, Hub id or open checkpoint.
-        adapters: one or more.
-        server: also say what this server would refuse or get wrong: a key of `adapterkit.serving.servers.servers`.
-        full: read every byte of the base where the record holds its strongest identity.
+    The merge that has the same options is planned: what `merge` refuses is refused here, in the same words. With
+    ``server``, a key of `adapterkit.serving.servers.servers`, it is also said what that server would make of them.
 
     Raises:
         NotFound, CheckpointError, UnsafeError, AuthError, HubError: something cannot be read at all.
-        UsageError: unknown server.
+        UsageError: an unknown server, or options that contradict each other.
     """
-    row = None if server is None else find_server(server)
-    opened = base if isinstance(base, Checkpoint) else open_model(base, headers_only=True)
-    loaded = [a if isinstance(a, Adapter) else load_adapter(a, headers_only=True) for a in adapters]
+    row = None if request.server is None else find_server(request.server)
+    opened = open_model(request.base, headers_only=True)
+    loaded = tuple(_loaded(adapter) for adapter in request.given_adapters)
     findings: list[Diagnostic] = []
     matches: list[BaseMatch] = []
-    touched = 0
     for adapter in loaded:
-        compared = compare_bases(adapter, opened, full=full)
+        compared = compare_bases(adapter, opened, full=request.full)
         named = _named_base(adapter, opened)
         # Weights are believed over names: a base that is proved to be the same may be called anything.
         same = compared is not None and compared.fits
@@ -112,20 +109,53 @@ def check(
         if compared is not None:
             matches.append(BaseMatch(adapter.ref, *(getattr(compared, field) for field in _COMPARED)))
             findings += _proved(adapter, compared)
-        try:
-            folded = _folded(opened, adapter)
-        except UnsafeError:
-            raise
-        except AdapterkitError as error:
-            findings.append(Diagnostic(ERROR, type(error).__name__, adapter.ref, error.message, error.hint))
-        else:
-            touched += len(folded.touched)
-            findings += _consequences(adapter, folded)
-        if row is not None:
+    touched, refused, found = _merged(request, opened, loaded)
+    findings += found
+    if row is not None:
+        for adapter in loaded:
             findings += _expectations(adapter, opened, row)
     ok = all(finding.level != ERROR for finding in findings)
     refs = tuple(adapter.ref for adapter in loaded)
-    return CheckReport(opened.ref, opened.commit, refs, server, ok, touched, tuple(findings), tuple(matches))
+    code = 0 if ok else refused or CheckFailed.exit_code
+    return CheckReport(
+        opened.ref, opened.commit, refs, request.server, ok, touched, tuple(findings), tuple(matches), code
+    )
+
+
+def _loaded(adapter: Any) -> Adapter:
+    return adapter if isinstance(adapter, Adapter) else load_adapter(adapter, headers_only=True)
+
+
+def _merged(
+    request: CheckRequest, base: Checkpoint, adapters: tuple[Adapter, ...]
+) -> tuple[int, int, list[Diagnostic]]:
+    """What planning the merge says: how many tensors change, the exit code of a refusal, and findings."""
+    from adapterkit.verbs.merge import planned
+
+    touched, refused = 0, 0
+    findings: list[Diagnostic] = []
+    # Several adapters that do not fit are named each; what refuses them together is found when they are planned so.
+    alone = [(adapter,) for adapter in adapters]
+    for some in [*alone, adapters] if len(adapters) > 1 else alone:
+        one = len(some) == 1
+        asked = (
+            request if some == adapters else replace(request, weights=None, parameters={}, method="linear", space=None)
+        )
+        try:
+            merge = planned(asked.merge(base, some), fingerprints=False)
+        except (UnsafeError, AuthError, HubError):
+            raise
+        except AdapterkitError as error:
+            refused = refused or error.exit_code
+            ref = some[0].ref if one else ", ".join(adapter.ref for adapter in some)
+            findings.append(Diagnostic(ERROR, type(error).__name__, ref, error.message, error.hint))
+        else:
+            if one:
+                touched += len(merge.folded.touched)
+                findings += _consequences(some[0], merge.folded, merge.notes)
+        if refused and one and some == alone[-1]:
+            break
+    return touched, refused, findings
 
 
 OTHER_BASE = "other-base"
@@ -150,18 +180,6 @@ def _proved(adapter: Adapter, compared: IdentityComparison) -> list[Diagnostic]:
     return [Diagnostic(level, code, adapter.ref, compared.sentence, hint)]
 
 
-def _folded(base: Checkpoint, adapter: Adapter) -> Folded:
-    if base.format != "gguf":
-        return fold(base, [adapter])
-    from adapterkit.gguf.checkpoint import GGUFCheckpoint
-    from adapterkit.gguf.fold import fold_gguf
-    from adapterkit.gguf.quantize import Quantization
-
-    assert isinstance(base, GGUFCheckpoint)
-    made = fold_gguf(base, [adapter], quantization=Quantization(yes_lossy=True))
-    return replace(made.folded, notes=(*made.folded.notes, *made.notes))
-
-
 def _named_base(adapter: Adapter, base: Checkpoint) -> list[Diagnostic]:
     """What the adapter's config says of its base, held against the base given."""
     said = adapter.config.base
@@ -173,7 +191,7 @@ def _named_base(adapter: Adapter, base: Checkpoint) -> list[Diagnostic]:
         found.append(
             Diagnostic(WARNING, "local-base", adapter.ref, f"it names its base by a local path ({said})", hint)
         )
-    elif not _same_name(said, base.ref):
+    elif not _same_name(said, base.ref) and not _made_from(base, said):
         message = f"it was trained on {said}, and the base given is {base.ref}"
         found.append(Diagnostic(WARNING, OTHER_BASE, adapter.ref, message, "shapes alone do not tell siblings apart"))
     if adapter.config.revision is None:
@@ -191,8 +209,23 @@ def _same_name(said: str, ref: str) -> bool:
     return Path(ref).name == said.rpartition("/")[2]  # a local copy keeps at most the last part of the name
 
 
-def _consequences(adapter: Adapter, folded: Folded) -> list[Diagnostic]:
-    found = [Diagnostic(NOTE, "merge", adapter.ref, note) for note in folded.notes]
+def _made_from(base: Checkpoint, said: str) -> bool:
+    """Whether the record beside the base says that it was made from what the adapter names."""
+    from adapterkit.registry.beside import read_beside
+
+    path = base.sources[0].path if base.sources else None
+    if path is None:
+        return False
+    try:
+        record = read_beside(path if path.suffix == ".gguf" else path.parent)
+    except AdapterkitError:
+        return False  # a record that cannot be read proves nothing
+    names = [] if record is None else [parent.label for parent in record.parents]
+    return any(name.partition("@")[0] in (said, Path(said).name) for name in names if name)
+
+
+def _consequences(adapter: Adapter, folded: Folded, notes: Sequence[str]) -> list[Diagnostic]:
+    found = [Diagnostic(NOTE, "merge", adapter.ref, note) for note in notes]
     if folded.vocab is not None:
         old, new = folded.vocab
         found.append(Diagnostic(NOTE, "vocabulary", adapter.ref, f"the vocabulary changes from {old} to {new} rows"))

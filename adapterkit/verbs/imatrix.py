@@ -145,7 +145,7 @@ def _run(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from adapterkit.gguf.activations import Activations
-    from adapterkit.verbs.options import parse_floats
+    from adapterkit.requests.merge import parse_floats
 
     folder = opened.sources[0].path
     assert folder is not None

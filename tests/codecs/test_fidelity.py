@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_as_trained import adapter, model, saved_quantized
 
+from adapterkit import merge
 from adapterkit.adapters.as_trained import as_trained
 from adapterkit.adapters.fidelity import Watch, already_on_grid, left_on_grid
 from adapterkit.adapters.fold import fold
@@ -22,7 +23,6 @@ from adapterkit.codecs.grid import Grid
 from adapterkit.errors import CheckFailed
 from adapterkit.ops.fidelity import Fidelity, FidelitySums, block_sums
 from adapterkit.registry.beside import read_beside
-from adapterkit.verbs.merge import merge
 from adapterkit.verbs.report import to_json
 
 Q, DOWN = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"

@@ -12,12 +12,12 @@ from stored_formats import FORMATS, e2m1
 from test_hqq import CONFIG as HQQ
 from test_hqq import PACKINGS, hqq
 
+from adapterkit import merge
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.codecs.table import find_weights
 from adapterkit.errors import CheckFailed, CheckpointError, UsageError
-from adapterkit.verbs.merge import merge
 
 OUT, IN = 160, 192
 ATTENTION = "model.layers.0.self_attn."

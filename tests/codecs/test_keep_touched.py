@@ -13,11 +13,11 @@ from stored_formats import FORMATS
 from test_as_trained import adapter, model, saved_quantized
 from test_keep import IN, OUT, TOUCHED, adapter_of, base_of, same, stored
 
+from adapterkit import merge
 from adapterkit.adapters.wider import leaving
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.errors import UsageError
-from adapterkit.verbs.merge import merge
 
 KEYS = {
     "fp8 blocks": ["modules_to_not_convert"],

@@ -298,7 +298,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"rank": 17}, "rank 17 is larger than every layer"),
     ({"rank": 0}, "rank must be at least 1"),
     ({"energy": 1.5}, "energy must be in"),
-    ({"dtype": "int8"}, "no dtype for factors"),
+    ({"dtype": "int8"}, "is not a value of dtype"),
 ]
 
 

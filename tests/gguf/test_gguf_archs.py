@@ -80,6 +80,8 @@ def test_there_and_back(kind: str, tmp_path: Path) -> None:
     assert report.to == "hf"
     convert(tmp_path / "back", tmp_path / "two.gguf")
     assert (tmp_path / "two.gguf").read_bytes() == (tmp_path / "one.gguf").read_bytes()
+    if not tiny.alone:
+        return
     model = load_model(tmp_path / "back").float().eval()
     if tiny.patch is not None:
         tiny.patch(model)

@@ -439,7 +439,7 @@ REFUSED: dict[str, tuple[list[Any], int, str]] = {
     "no cosine": (
         ["merge", "{}/base.gguf", "{}/adapter", "-o", "{}/o.gguf", "--keep-touched", "Q8_0", "--keep-below", "7"],
         2,
-        "no cosine",
+        "give a number from 0 to 1",
     ),
     "pure without mix": (["convert", "{}/base.gguf", "-o", "{}/o.gguf", "--pure"], 2, "add --quant"),
     "no format": (["convert", "{}/base.gguf", "-o", "{}/o"], 2, "add --to"),
@@ -561,11 +561,15 @@ def test_check(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.Capture
     code, found = command(["check", base, adapter], capsys)
     assert (code, found["touched"], found["ok"]) == (0, 2, True)
     code, found = command(["check", short(tmp_path), adapter], capsys)
-    assert (code, found["ok"]) == (3, False)
+    assert (code, found["ok"]) == (1, False)
     convert(base, tmp_path / "coarse.gguf", quantization=Quantization("Q4_0"))
-    code, found = command(["check", tmp_path / "coarse.gguf", adapter], capsys)
-    assert code == 0
-    assert any("coarse grids" in finding["message"] for finding in found["findings"])
+    coarse = tmp_path / "coarse.gguf"
+    refused, said = command(["merge", coarse, adapter, "-o", tmp_path / "m.gguf"], capsys)
+    code, found = command(["check", coarse, adapter], capsys)
+    assert (code, found["ok"]) == (refused, False) == (2, False)
+    assert said["error"]["message"] in {finding["message"] for finding in found["findings"]}
+    code, found = command(["check", coarse, adapter, "--yes-lossy"], capsys)
+    assert (code, found["ok"]) == (0, True)
 
 
 def test_headers_of_our_files_pass_our_own_reader(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import arch_zoo as zoo
-from arch_zoo_more import MODELS
+import arch_zoo_more
+import arch_zoo_wholes
 
 from adapterkit.verbs.convert import convert
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", [*arch_zoo_more.MODELS, *arch_zoo_wholes.MODELS])
 def test_to_gguf_and_back_to_the_same_bytes(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The runtime's figures are `test_the_runtime_agrees`; here only that each row says both directions."""
     monkeypatch.setattr("adapterkit.gguf.vocab.read_vocab", zoo.read_vocab)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.change import LowRank, RowMap, matrix, raw
+from adapterkit.adapters.change import AFTER, LowRank, RowMap, matrix, raw
 from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module
 from adapterkit.adapters.methods.common import at, bias_of, check_shape, dims, edit, oriented, take, weight_of
 from adapterkit.adapters.methods.lycoris import loha_edits, lokr_edits
@@ -142,6 +142,7 @@ def _normed(made: Edit, module: Module, context: Context) -> Edit:
         load=load,
         reads=made.change.reads + scale.nbytes,
         memory=made.change.memory + 8 * (columns if of_inputs else rows),
+        composes=AFTER,  # ComfyUI and LyCORIS bring what is there already to the norm
     )
     return replace(made, change=change)
 
@@ -226,7 +227,9 @@ def _turned(module: Module, context: Context) -> Iterator[Edit]:
 
     used = (blocks,) if rescale is None else (blocks, rescale)
     words = f"boft {factors}x{count}x{size}" if butterfly else f"oft {count}x{size}"
-    yield edit(target, words, load, used, blocks.numel + (2 * rows * columns if butterfly else 2 * size * columns))
+    yield edit(
+        target, words, load, used, blocks.numel + (2 * rows * columns if butterfly else 2 * size * columns), AFTER
+    )
 
 
 def _of_blocks(weights: Weights, r: torch.Tensor, here: range) -> torch.Tensor:
@@ -281,7 +284,7 @@ def _ia3(module: Module, context: Context) -> Iterator[Edit]:
         wide = scale.repeat_interleave(group)
         return RowMap(lambda w, here: w * wide)
 
-    yield edit(target, "ia3", load, (vector,), vector.numel * group)
+    yield edit(target, "ia3", load, (vector,), vector.numel * group, AFTER)
 
 
 def _glora(module: Module, context: Context) -> Iterator[Edit]:

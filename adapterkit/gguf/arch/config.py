@@ -12,7 +12,7 @@ from typing import Any
 from adapterkit.errors import CheckpointError
 
 TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
-VISION_PARTS = ("vision_config", "audio_config", "vision_tower", "mm_vision_tower", "sound_config")
+VISION_PARTS = ("vision_config", "audio_config", "vision_tower", "mm_vision_tower", "sound_config", "encoder_config")
 
 # Names under which the same number stands in configs, the one of most architectures first.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -114,11 +114,13 @@ class Config:
         return int(value)
 
     def real(self, name: str) -> float:
-        """A number, or one of a list: ``mlp_multipliers.1``.
+        """A number, or one of a list: ``mlp_multipliers.1``; or one of `COMPUTED`.
 
         Raises:
             CheckpointError: the config does not say it.
         """
+        if name in COMPUTED:
+            return COMPUTED[name](self)
         field, _, index = name.partition(".")
         value = self.need(field)
         try:
@@ -228,10 +230,14 @@ DERIVED: dict[str, Callable[[Config], int]] = {
     "ssm_bc": lambda c: int(c.get("mamba_n_groups", "n_groups", default=1)) * c.number("mamba_d_state"),
     "linear_rows": lambda c: _kda(c, "linear_num_heads", "num_heads") * _kda(c, "linear_head_dim", "head_dim"),
     "linear_kernel": lambda c: _kda(c, "linear_conv_kernel_dim", "short_conv_kernel_size"),
+    "gate_up_rows": lambda c: 2 * c.number("moe_intermediate_size"),
     "nemotron_groups": lambda c: c.number("n_groups"),
     "dbrx_experts": lambda c: int(c.get("ffn_config", default={}).get("moe_num_experts", 0)),
     "ssm_heads": lambda c: int(c.get("mamba_n_heads", default=0)),
 }
+
+
+COMPUTED: dict[str, Callable[[Config], float]] = {"one_over_root_width": lambda c: c.number("hidden") ** -0.5}
 
 
 def llama3_factors(rope: Mapping[str, Any], dim: int, factor: float = 8.0) -> list[float]:

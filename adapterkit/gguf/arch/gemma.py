@@ -122,7 +122,7 @@ SPECS = (
     ),
     ArchSpec(
         "gemma4",
-        ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"),
+        ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration"),
         "gemma4_text",
         (
             *EMBEDDINGS,
@@ -158,7 +158,7 @@ SPECS = (
         ),
         factors=(ComputedTensor("rope_freqs.weight", _proportional),),
         drops=(r"\.rotary_emb\.",),
-        types=("gemma4",),
+        types=("gemma4", "gemma4_unified", "gemma4_unified_text"),
         uneven=True,
     ),
 )

@@ -43,6 +43,8 @@ REALS = frozenset(
         "rope.scaling.yarn_log_multiplier",
         "activation_sparsity_scale",
         "attention.value_scale",
+        "swiglu_clamp_exp",
+        "swiglu_clamp_shexp",
         "xielu.alpha_p",
         "xielu.alpha_n",
         "xielu.beta",

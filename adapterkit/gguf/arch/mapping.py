@@ -32,7 +32,7 @@ HEADS = ("model.language_model.lm_head.", "language_model.lm_head.", "thinker.lm
 TOWERS = re.compile(
     r"visual\.|vision[._]|audio[._]|talker\.|token2wav\.|code2wav\.|projector|image_newline|view_seperator|patch_embed"
     r"|patch_merg|connector\.|^vit\.|^vpm\.|^siglip|^merger\.|^resampler\.|^mlp\d?\.|embed_vision|embed_audio|sam_model"
-    r"|^model\.mm_|image_"
+    r"|^model\.mm_|image_|^model\.(aligner|generation_\w+|vqmodel|merger)\.|^encoder\.|^multi_modal_|^mlp_AR\."
 )
 # Buffers that older versions saved.
 BUFFERS = re.compile(
@@ -262,6 +262,8 @@ class Mapper:
 
     def _output_is_embedding(self, output: Array) -> bool:
         """An output layer that the config ties to the embedding, saved beside it all the same."""
+        if self.spec.output_apart:
+            return False
         return self.spec.tied or bool(self.config.get("tie_word_embeddings", default=False))
 
     def _check_whole(self, arrays: Mapping[str, Array], ref: str) -> None:

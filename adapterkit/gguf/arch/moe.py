@@ -11,6 +11,7 @@ from adapterkit.gguf.arch.ops import (
     Alternate,
     AlternateLast,
     Each,
+    EitherSide,
     HeadSplit,
     Interleave,
     Split,
@@ -33,8 +34,10 @@ from adapterkit.gguf.arch.shared import (
     constant,
     experts,
     long_attention_factor,
+    of_sections,
     original_context,
     shared_expert,
+    text_of,
 )
 from adapterkit.gguf.arch.spec import ArchSpec, Key, block, blocks, rule
 
@@ -164,6 +167,7 @@ SPECS = (
         (*EMBEDDINGS, *NORMS, *attention(), *QK_NORMS, *MLP, *experts()),
         (EXPERT_WIDTH,),
         defaults={"norm_topk_prob": True},
+        variant=lambda c: of_sections(c, "qwen3_omni_moe"),
     ),
     ArchSpec(
         "qwen3vlmoe",
@@ -175,17 +179,29 @@ SPECS = (
             *attention(),
             *QK_NORMS,
             *MLP,
-            block("mlp.gate", "ffn_gate_inp"),
+            # They lie on their side in what is published; the way back writes them one by one, as Qwen3-MoE has them.
             block(
-                "mlp.experts.gate_up_proj", "ffn_gate_exps.weight", "ffn_up_exps.weight", ops=[Turn(), TurnedHalves()]
+                "mlp.experts.gate_up_proj",
+                "ffn_gate_exps.weight",
+                "ffn_up_exps.weight",
+                ops=[EitherSide("gate_up_rows", "hidden", (Split(),), (Turn(), TurnedHalves()))],
+                writes=False,
             ),
-            block("mlp.experts.down_proj", "ffn_down_exps.weight", ops=[Turn()]),
+            block(
+                "mlp.experts.down_proj",
+                "ffn_down_exps.weight",
+                ops=[EitherSide("hidden", "moe_intermediate_size", (), (Turn(),))],
+                writes=False,
+            ),
+            *experts(),
         ),
         (
             EXPERT_WIDTH,
             DEEPSTACK,
         ),
         types=("qwen3_vl_moe_text",),
+        defaults={"norm_topk_prob": True},
+        back=text_of("qwen3_moe", "Qwen3MoeForCausalLM"),
     ),
     ArchSpec(
         "phimoe",

@@ -302,6 +302,49 @@ class Turn(Op):
 
 
 @dataclass(frozen=True)
+class EitherSide(Op):
+    """A stack that some versions of transformers save on its side: by its shape, one row of operations or another.
+
+    ``rows`` and ``columns`` are those of an upright matrix; one that fits both ways is upright, as it is for transformers.
+    """
+
+    rows: Number
+    columns: Number
+    upright: tuple[Op, ...]
+    turned: tuple[Op, ...]
+
+    def run(self, arrays: Sequence[Array], config: Config) -> list[Array]:
+        (array,) = arrays
+        wanted = (config.number(self.rows), config.number(self.columns))
+        if array.shape[-2:] not in (wanted, wanted[::-1]):
+            raise MapError(f"matrices of {array.shape[-2:]} are not {wanted} on either side")
+        found = [array]
+        for op in self.upright if array.shape[-2:] == wanted else self.turned:
+            found = op.run(found, config)
+        return found
+
+    def back(self, shapes: Sequence[Shape], config: Config) -> list[Shape]:
+        found = list(shapes)
+        for op in reversed(self.upright):
+            found = op.back(found, config)
+        return found
+
+
+@dataclass(frozen=True)
+class Copies(Op):
+    """The same tensor more than once, where GGUF needs it with other values or under another name too."""
+
+    count: int
+
+    def run(self, arrays: Sequence[Array], config: Config) -> list[Array]:
+        (array,) = arrays
+        return [array] * self.count
+
+    def back(self, shapes: Sequence[Shape], config: Config) -> list[Shape]:
+        return [shapes[0]]
+
+
+@dataclass(frozen=True)
 class Each(Op):
     """Another operation for each array; None leaves one as it is."""
 

@@ -12,7 +12,7 @@ from adapterkit.gguf.arch.ops import Interleave, Split, Stack
 from adapterkit.gguf.arch.spec import ComputedTensor, Key, Rule, block, blocks, rule
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from adapterkit.gguf.arch.ops import Op
 
@@ -92,6 +92,23 @@ def _deepstack(config: Config) -> int:
 
 
 DEEPSTACK = Key("n_deepstack_layers", _deepstack, field="n_deepstack_layers")
+
+
+def of_sections(config: Config, other: str) -> str | None:
+    """The row of a text part whose rotary dimensions have sections."""
+    return other if isinstance(config.rope_by_kind.get("mrope_section"), list) else None
+
+
+def text_of(model_type: str, cls: str) -> Callable[[Mapping[str, Any], Mapping[str, Any], Any], dict[str, Any]]:
+    """A config of the class that computes the same of text as the text part of a model that sees."""
+
+    def back(values: Mapping[str, Any], config: Mapping[str, Any], base: Any) -> dict[str, Any]:
+        sections = [one for one in values.get("rope.dimension_sections", ()) if one]
+        rope = {**config.get("rope_parameters", {}), "mrope_section": sections}
+        layers = values.get("n_deepstack_layers")
+        return {"model_type": model_type, "architectures": [cls], "rope_parameters": rope, "n_deepstack_layers": layers}
+
+    return back
 
 
 def constant(name: str, value: Any) -> Key:

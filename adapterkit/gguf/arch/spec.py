@@ -116,6 +116,7 @@ class ArchSpec:
             the file's tensors.
         no_lora: ends of names of weights that the runtime multiplies with itself, without looking for a LoRA (plain
             ``ggml_mul_mat`` in its ``src/models``).
+        output_apart: the output layer is other numbers than the embedding although the config ties them.
     """
 
     arch: str
@@ -143,6 +144,7 @@ class ArchSpec:
     variant: Callable[[Config], str | None] | None = None
     scalars: tuple[Scalars, ...] = ()
     no_lora: tuple[str, ...] = ()
+    output_apart: bool = False
     back: Callable[[Mapping[str, Any], Mapping[str, Any], Any], dict[str, Any]] | None = None
 
     @property

@@ -6,7 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import TargetError
-from adapterkit.gguf.arch import dense, encoders, further, gemma, hybrid, latent, moe, older, windows
+from adapterkit.gguf.arch import dense, encoders, further, gemma, hybrid, latent, moe, older, seq2seq, wholes, windows
 
 if TYPE_CHECKING:
     from adapterkit.gguf.arch.config import Config
@@ -22,6 +22,8 @@ SPECS: tuple[ArchSpec, ...] = (
     *further.SPECS,
     *windows.SPECS,
     *latent.SPECS,
+    *wholes.SPECS,
+    *seq2seq.SPECS,
 )
 
 
@@ -51,6 +53,8 @@ def spec_of(config: Config) -> ArchSpec:
     """
     for name in config.classes:
         found = _by_class().get(name)
+        if found is None and name in wholes.WRAPPERS:
+            found = _by_type().get(config.model_type)
         if found is not None:
             return _variant(found, config)
     raw = str(config.raw.get("model_type") or "")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.encoded import Encoding
     from adapterkit.dtypes import DType
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
-    from adapterkit.verbs.options import MergeOptions
+    from adapterkit.requests.merge import MergeRequest
     from adapterkit.verbs.verify.expected import Expected
 
 
@@ -109,7 +109,7 @@ def subject(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], op
         found: MERGED, as it is stored.
         base: the base, as it is stored.
         adapters: in the order of their weights.
-        options: those of `adapterkit.verbs.options.MergeOptions`.
+        options: those of `adapterkit.requests.merge.MergeRequest`.
 
     Raises:
         NotFound, CheckpointError, AdapterError, TargetError, UsageError, UnsafeError
@@ -122,15 +122,14 @@ def subject(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], op
 
 
 def _folder(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str, Any]) -> Subject:
-    from adapterkit.verbs.merge import plan_merge
+    from adapterkit.requests.merge import MergeRequest
+    from adapterkit.verbs.merge import planned as planned_merge
     from adapterkit.verbs.verify.aligned import aligned
 
-    plain = {
-        name: value
-        for name, value in options.items()
-        if name not in ("quant", "quant_double", "keep_touched", "quantization")
-    }
-    planned = plan_merge(base, adapters, headers_only=False, fingerprints=False, **{**plain, "to": "folder"})
+    layout = ("quant", "quant_double", "keep_touched", "quantization")
+    plain = {name: value for name, value in options.items() if name not in layout}
+    request = MergeRequest.bound({**plain, "base": base, "adapters": adapters, "to": "folder"})
+    planned = planned_merge(request, headers_only=False, fingerprints=False)
     floats = planned.folded.checkpoint
     packed = _holds_packed(found)
     form = planned.base.stored if packed else None
@@ -149,7 +148,7 @@ def _folder(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], op
         "config": _planned_config(planned.side, planned.base),
         "kind": kind,
         "trained": floats,
-        "options": planned.options.request(),
+        "options": planned.request.stated(),
     }
     touched = frozenset(planned.folded.touched)
     items, misshapen = [], []
@@ -363,29 +362,29 @@ def _ties(folded: Folded, floats: Checkpoint, values: Checkpoint) -> tuple[tuple
 
 def _gguf(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str, Any]) -> Subject:
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
-    from adapterkit.verbs.options import MergeOptions
+    from adapterkit.requests.merge import MergeRequest
 
     if not isinstance(found, GGUFCheckpoint) or found.kind != "model":
         raise CheckpointError(f"{found.ref} is a GGUF file, and no model", "give the merged model")
-    asked = MergeOptions.of(**options)
+    asked = MergeRequest.bound({**options, "base": base, "adapters": adapters})
     adapters = [in_order(adapter, asked.expert_order) for adapter in adapters]
     if isinstance(base, GGUFCheckpoint):
         return _gguf_of_gguf(found, base, adapters, asked)
     return _gguf_of_folder(found, base, adapters, asked)
 
 
-def _how(asked: MergeOptions) -> dict[str, Any]:
+def _how(asked: MergeRequest) -> dict[str, Any]:
     return {"residual_base": asked.residual_base, "allow_unknown": asked.allow_unknown, "rule": asked.rule}
 
 
 def _gguf_of_gguf(
-    found: GGUFCheckpoint, base: GGUFCheckpoint, adapters: Sequence[Adapter], asked: MergeOptions
+    found: GGUFCheckpoint, base: GGUFCheckpoint, adapters: Sequence[Adapter], asked: MergeRequest
 ) -> Subject:
     from adapterkit.gguf.fold import fold_values
     from adapterkit.gguf.tensors import decoded
     from adapterkit.verbs.verify.expected import Expected
 
-    folded = fold_values(base, adapters, asked.weights, **_how(asked))
+    folded = fold_values(base, adapters, asked.adapter_weights, **_how(asked))
     touched = frozenset(folded.touched)
     pairs = _Pairs(found)
     for name, tensor in folded.checkpoint.items():
@@ -397,7 +396,7 @@ def _gguf_of_gguf(
 
 
 def _gguf_of_folder(
-    found: GGUFCheckpoint, base: Checkpoint, adapters: Sequence[Adapter], asked: MergeOptions
+    found: GGUFCheckpoint, base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest
 ) -> Subject:
     """A GGUF file of a merge into a Hugging Face folder: rows of the fold, in the order of GGUF."""
     from adapterkit.adapters.fold import fold
@@ -408,7 +407,7 @@ def _gguf_of_folder(
 
     how = ("base16", "as_trained", "double_quant", "quant_dtype", "skip_modules")
     opened, values = open_base(base, **{name: getattr(asked, name) for name in how})
-    folded = fold(opened, adapters, asked.weights, **_how(asked))
+    folded = fold(opened, adapters, asked.adapter_weights, **_how(asked))
     files, _ = side_files(opened, folded, adapters, None)
     said: dict[str, Any] = {"config": patched_config(opened, folded, adapters, None), "files": files}
     new = as_gguf(folded.checkpoint, base=opened, adapters=adapters, touched=folded.touched, **said)
@@ -469,16 +468,16 @@ class _Pairs:
         self,
         base: Checkpoint,
         adapters: Sequence[Adapter],
-        asked: MergeOptions,
+        asked: MergeRequest,
         folded: Folded,
         values: str = "as stored",
     ) -> Subject:
         found, view = self._found, folded.checkpoint
         missing = tuple(name for name in view if name not in found)
         extra = tuple(name for name in found if name not in view)
-        weights = asked.weights or (1.0,) * len(adapters)
+        weights = asked.adapter_weights or (1.0,) * len(adapters)
         items, misshapen = tuple(self._items), tuple(self._misshapen)
         return Subject(
             found, base, tuple(adapters), weights, folded, items, missing, extra, misshapen, None, values,
-            kind="gguf", notes=folded.notes, options=asked.request(),
+            kind="gguf", notes=folded.notes, options=asked.stated(),
         )  # fmt: skip

@@ -125,7 +125,7 @@ class Suspect:
         mine = tuple(pair for pair in merged.applied if pair[0].owner == owner)
         if not mine:
             return self.base * 0
-        part = Merged(merged.name, merged.base, mine, F32, merged.columns)
+        part = Merged(merged.name, merged.base, mine, F32, merged.columns, factor=merged.factor)
         return values(part, MOST) - self.base
 
     @property
