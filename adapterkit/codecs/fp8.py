@@ -374,7 +374,7 @@ def short_blocks(name: str, shape: tuple[int, ...], dtype: DType, double: bool) 
     return Tiles(
         (TensorSpec(name, e4m3, shape), TensorSpec(scale, F32, (-(-rows // BLOCK), across))),
         Shape(rows, columns, rows, (BLOCK, BLOCK), across),
-        reciprocal(e4m3, F32, powers=False),
+        lambda: reciprocal(e4m3, F32, powers=False),
         lambda found: found.contiguous().view(e4m3.torch),
         lambda found: as_bytes(found.view(-1, columns)),
         lambda held: {scale: held[0].reshape(-1)},

@@ -103,6 +103,10 @@ def _folder(
         config["quantization_config"] = view.config["quantization_config"]
         side[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         notes = [*notes, view.notes[-1]]
+    if base.stored is not None:
+        from adapterkit.adapters.kept import sizes
+
+        notes = [*notes, f"{sizes(base.stored, view)}; --quant keep writes the base's own format"]
     return Output(folded, view, plan_safetensors(view, **settings), side, tuple(notes))
 
 
@@ -120,7 +124,7 @@ def _stored_in(base: Checkpoint) -> tuple[str, bool] | None:
 
 def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, settings: Mapping[str, Any]) -> Output:
     """In the format that the base is stored in."""
-    from adapterkit.adapters.kept import keep_index, kept, stored_form
+    from adapterkit.adapters.kept import keep_index, kept, sizes, stored_form
 
     form = stored_form(base)
     if asked.dtype != "auto" or (asked.quant_double and asked.quant == KEEP):
@@ -135,7 +139,8 @@ def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, se
     side, notes = side_files(replace(form.checkpoint, side_files=view.side_files), said, adapters, None)
     plan = plan_safetensors(view, like=form.checkpoint.tensors, **settings)
     side |= keep_index(form.checkpoint, plan)
-    return Output(folded, view, plan, side, (*notes, view.notes[-1]), encodings=made.encodings, own=True)
+    said_of = (*notes, view.notes[-1], sizes(form, view))
+    return Output(folded, view, plan, side, said_of, encodings=made.encodings, own=True)
 
 
 def _gguf(
