@@ -312,7 +312,7 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
 
     if planned.output.own:
         found = left_in_own_format(planned.folded, planned.output.encodings, tensors=SAMPLED)
-        if found.worst is not None and found.retention < ENOUGH and not yes_lossy:
+        if found.worst is not None and found.retention < ENOUGH and not (yes_lossy or planned.output.aware):
             raise CheckFailed(
                 f"the values of {planned.base.ref} are {found.format} already, and of this change {found.retention:.1%} "
                 "would survive that grid again",

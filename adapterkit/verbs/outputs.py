@@ -39,6 +39,7 @@ class Output:
             some of its rows, for the report on fidelity.
         encodings: changed tensors that are written in the base's own format.
         own: the output is in the base's own format.
+        aware: training saw the sum on that format's grid, so nothing of it is lost there.
     """
 
     folded: Folded
@@ -49,6 +50,7 @@ class Output:
     through: Callable[[str, tuple[int, ...]], Through | None] | None = None
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
     own: bool = False
+    aware: bool = False
 
 
 def output(
@@ -107,6 +109,10 @@ def _folder(
         from adapterkit.adapters.kept import sizes
 
         notes = [*notes, f"{sizes(base.stored, view)}; --quant keep writes the base's own format"]
+        if any(isinstance(adapter.config.get("nvfp4_merge_aware"), dict) for adapter in adapters):
+            notes.append(
+                "the adapter was trained with its sum on the NVFP4 grid, which --quant keep writes; this is not it"
+            )
     return Output(folded, view, plan_safetensors(view, **settings), side, tuple(notes))
 
 
@@ -126,13 +132,14 @@ def _stored_in(base: Checkpoint) -> set[tuple[str | None, bool]]:
 
 def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, settings: Mapping[str, Any]) -> Output:
     """In the format that the base is stored in."""
-    from adapterkit.adapters.kept import keep_index, kept, sizes, stored_form
+    from adapterkit.adapters.kept import keep_index, kept, sizes, stored_form, trained_on_the_grid
 
     form = stored_form(base)
     if asked.dtype != "auto" or (asked.quant_double and asked.quant == KEEP):
         raise UsageError("an output in the base's own format has its types", "leave out --dtype and --double-quant")
     folded = fold(base, adapters, asked.adapter_weights, **_how(asked))
-    made = kept(folded, parse_floats(asked.keep_touched or "auto"))
+    rule = trained_on_the_grid(adapters, asked.adapter_weights)
+    made = kept(folded, parse_floats(asked.keep_touched or "auto"), rule)
     view = made.view
     wider = {name: view[name] for name in made.wider}
     folded = replace(folded, checkpoint=replace(folded.checkpoint, tensors={**folded.checkpoint.tensors, **wider}))
@@ -141,8 +148,11 @@ def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, se
     side, notes = side_files(replace(form.checkpoint, side_files=view.side_files), said, adapters, None)
     plan = plan_safetensors(view, like=form.checkpoint.tensors, **settings)
     side |= keep_index(form.checkpoint, plan)
+    aware = rule is not None and all(rule in form.weights[name].others for name in made.encodings)
     said_of = (*notes, view.notes[-1], sizes(form, view))
-    return Output(folded, view, plan, side, said_of, encodings=made.encodings, own=True)
+    if aware:
+        said_of += ("the adapter was trained with its sum on this grid: what is written is what training saw",)
+    return Output(folded, view, plan, side, said_of, encodings=made.encodings, own=True, aware=aware)
 
 
 def _gguf(
