@@ -1,4 +1,4 @@
-"""Whether weights lie on a coarse grid, by their values alone: what was decoded from five bits or fewer keeps few of them per block."""
+"""Whether weights lie on a coarse grid, by their values alone: few of them are distinct in every block."""
 
 from __future__ import annotations
 
