@@ -31,6 +31,7 @@ ENOUGH = 0.9  # retention below which a report warns
 SAMPLE, SAMPLE_FORMAT = 16, 8
 BASE = "\0base"  # after a tensor's name: the sums of the base below it
 WHOLE = 1 << 20  # elements up to which a tensor is measured whole
+ROWS = 1 << 17  # elements of a tensor that are looked at for a coarse grid
 RANGES = 4  # of a tensor that is looked at before it is written
 
 
@@ -281,6 +282,30 @@ def left_on_grid(folded: Folded, kind: str, *, tensors: int | None = None) -> Fi
         tensor.release()
     watch.stop()
     return watch.report()
+
+
+def coarse_tensors(folded: Folded, *, tensors: int = 8) -> list[str]:
+    """Merged tensors, of some that are looked at, whose base values lie on a grid of five bits or fewer.
+
+    Values alone are asked, so that a folder that was decoded from a GGUF file, GPTQ or NF4 is known without a record.
+
+    Args:
+        folded: what `fold` made.
+        tensors: at most so many are looked at, spread over the model.
+    """
+    from adapterkit.ops.coarse import is_coarse
+
+    merged = [(name, tensor) for name, tensor in merged_tensors(folded).items() if len(tensor.shape) == 2]
+    chosen = merged if len(merged) <= tensors else [merged[i * len(merged) // tensors] for i in range(tensors)]
+    found = []
+    for name, tensor in chosen:
+        columns = tensor.shape[1]
+        rows = min(tensor.shape[0], max(64, ROWS // max(columns, 1)))
+        values = tensor.base.read_wide(0, rows * columns).view(rows, columns)
+        tensor.base.release()
+        if is_coarse(values):
+            found.append(name)
+    return found
 
 
 def already_on_grid(folded: Folded, kind: str) -> list[str]:

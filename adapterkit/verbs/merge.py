@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.fold import Folded
     from adapterkit.checkpoint.files import Source
 
+COARSE_BITS = 5  # formats of so many bits and fewer lose a change to values that lie on such a grid already
 SAMPLED = 8  # tensors that are measured before a base's own grid is written again
 
 
@@ -308,7 +309,14 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
     quant = planned.request.folder_format
     if quant is None:
         return None
-    from adapterkit.adapters.fidelity import ENOUGH, already_on_grid, left_in_own_format, left_on_grid
+    from adapterkit.adapters.fidelity import (
+        ENOUGH,
+        already_on_grid,
+        coarse_tensors,
+        left_in_own_format,
+        left_on_grid,
+    )
+    from adapterkit.codecs.table import find_kind
 
     if planned.output.own:
         found = left_in_own_format(planned.folded, planned.output.encodings, tensors=SAMPLED)
@@ -321,13 +329,14 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
             )
         return found if found.worst is not None else None
 
-    if not already_on_grid(planned.folded, quant):
+    same = bool(already_on_grid(planned.folded, quant))
+    if not same and (find_kind(quant).bits > COARSE_BITS or not coarse_tensors(planned.folded)):
         return None
     found = left_on_grid(planned.folded, quant, tensors=SAMPLED)
     if found.retention < ENOUGH and not yes_lossy:
         raise CheckFailed(
-            f"the values of {planned.base.ref} are {quant} already, and of this change {found.retention:.1%} would "
-            "survive that grid again",
+            f"the values of {planned.base.ref} are {quant if same else 'on a coarse grid'} already, and of this change "
+            f"{found.retention:.1%} would survive {'that grid again' if same else f'that of {quant}'}",
             "fold onto the 16-bit original (--base16, or no --as-trained), write 16 bits or another format, or insist "
             "with --yes-lossy",
         )
