@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Through = Callable[[torch.Tensor], torch.Tensor]
 
 ENOUGH = 0.9  # retention below which a report warns
+DEAD, DEAD_COSINE = 0.5, 0.1  # retention and cosine below which a tensor's change counts as lost
 # Of a large tensor one row in so many is measured. What a format adds is so much larger than what a dtype does that its
 # mean needs more of them: with an error of NF4's size (0.09 |W|) the retention of n entries is within 0.09 |W|/|delta|/sqrt(n).
 SAMPLE, SAMPLE_FORMAT = 16, 8
@@ -82,9 +83,23 @@ class FidelityReport:
         if self.worst is None:
             return "nothing was changed"
         return (
-            f"{self.retention:.1%} of the change survives in {self.format}; "
-            f"worst: {self.worst.name} {self.worst.retention:.1%}"
+            f"{self.retention:.1%} of the change survives in {self.format}, cosine {self.cosine:.3f}; "
+            f"worst: {self.worst.name} {self.worst.retention:.1%}{self._lost}"
         )
+
+    @property
+    def dead(self) -> tuple[TensorFidelity, ...]:
+        """Tensors of whose change less than half is left, or that point elsewhere: a mean over all hides them."""
+        return tuple(row for row in self.tensors if row.retention < DEAD or row.cosine < DEAD_COSINE)
+
+    @property
+    def _lost(self) -> str:
+        """Words for the tensors that a mean hides."""
+        if not self.dead or len(self.dead) == len(self.tensors):
+            return ""
+        names = ", ".join(row.name for row in self.dead[:4])
+        more = f" and {len(self.dead) - 4} more" if len(self.dead) > 4 else ""
+        return f"; {len(self.dead)} of {len(self.tensors)} tensors lose theirs: {names}{more}"
 
     @property
     def advice(self) -> str:
