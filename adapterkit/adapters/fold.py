@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import Checked
 from adapterkit.adapters.composed import composed_edits, separate_note
-from adapterkit.adapters.edits import adapter_edits
+from adapterkit.adapters.edits import adapter_edits, settle
 from adapterkit.adapters.heads import Brought, brought, prefixed
 from adapterkit.adapters.merged import Applied, Loaded, Merged, StoredWeights, merged_columns
 from adapterkit.adapters.names import Names
@@ -95,6 +95,7 @@ def fold(
         raise UsageError(f"{len(factors)} weights for {len(adapters)} adapters", "give one --weight for each adapter")
     base, notes = replicated_base(dequantized(base), adapters)
     names = names or Names(base.shapes, base.config)
+    adapters = [settle(adapter, names, base.config) for adapter in adapters]
 
     def found(base: Checkpoint, names: Names) -> list[Weighted]:
         how = {"residual_base": residual_base, "allow_unknown": allow_unknown}

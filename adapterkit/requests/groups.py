@@ -295,7 +295,7 @@ _TYPE_NAMES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kept(Request):
+class KeepOptions(Request):
     """What of a GGUF output is kept wider, because an adapter changed it."""
 
     keep_touched: str | None = field(

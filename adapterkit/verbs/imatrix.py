@@ -142,7 +142,14 @@ def _run(
 ) -> tuple[dict[str, Any], int]:
     """Sums by parameter, and how many chunks the model ran over."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"imatrix runs the model in transformers, and {error.name} is not installed",
+            "pip install 'adapterkit[demo]'",
+        ) from None
 
     from adapterkit.gguf.activations import Activations
     from adapterkit.requests.merge import parse_floats

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from adapterkit.adapters.change import Kernel, Weights
+    from adapterkit.adapters.target import Target
     from adapterkit.checkpoint.tensor import Tensor
 
 DORA = "dora_scale"
@@ -100,7 +101,7 @@ def _single(module: Module, context: Context) -> Iterator[Edit]:
 def _difference(module: Module, context: Context, name: str, leaf: str) -> Edit:
     """W' = W + difference, read row by row."""
     (tensor,) = take(module, context, name)
-    target = weight_of(module, context) if leaf == "weight" else bias_of(module, context)
+    target = _whole_of(module, context) if leaf == "weight" else bias_of(module, context)
     if target is None:
         raise TargetError(
             f"{context.where}: {module.path} has no bias in the base, and '{module.path}.{name}' adds to it",
@@ -116,6 +117,14 @@ def _difference(module: Module, context: Context, name: str, leaf: str) -> Edit:
         return w + finite(part[:: rows.step].float(), tensor)
 
     return edit(target, "difference", lambda weights: RowMap(add), (tensor,), 1)
+
+
+def _whole_of(module: Module, context: Context) -> Target:
+    """The parameter that a difference is of: a module's weight, a norm's scale, or what the path names itself."""
+    for name in (f"{module.path}.weight", f"{module.path}.scale", module.path):
+        if context.names.find(name) is not None:
+            return context.target(name, name)
+    return weight_of(module, context)
 
 
 def _normed(made: Edit, module: Module, context: Context) -> Edit:
