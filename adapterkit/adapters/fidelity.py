@@ -31,6 +31,7 @@ ENOUGH = 0.9  # retention below which a report warns
 SAMPLE, SAMPLE_FORMAT = 16, 8
 BASE = "\0base"  # after a tensor's name: the sums of the base below it
 WHOLE = 1 << 20  # elements up to which a tensor is measured whole
+RANGES = 4  # of a tensor that is looked at before it is written
 
 
 @dataclass(frozen=True)
@@ -240,14 +241,14 @@ def left_in_own_format(
     Args:
         folded: what `fold` made.
         encodings: the weights that are encoded again.
-        tensors: at most so many tensors, spread over the model; None measures all.
+        tensors: at most so many tensors, spread over the model, and some ranges of each; None measures all.
     """
     names = list(encodings)
     if tensors is not None and len(names) > tensors:
         names = [names[index * len(names) // tensors] for index in range(tensors)]
     watch = Watch(folded, own_format(encodings), lambda name, shape: None, encodings)
     for name in names:
-        encodings[name].measure()
+        encodings[name].measure(None if tensors is None else RANGES)
     watch.stop()
     return watch.report()
 

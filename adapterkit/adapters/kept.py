@@ -123,6 +123,23 @@ def _in(tensor: Tensor, dtype: DType) -> Tensor:
     return Retyped(tensor, dtype)
 
 
+def sizes(form: StoredForm, view: Checkpoint) -> str:
+    """In a sentence: what the base's tensors weigh, by kind, and what those of an output do."""
+    before: Counter[str] = Counter()
+    of = {part.name: weight.how for weight in form.weights.values() for part in weight.parts}
+    for name, tensor in form.checkpoint.items():
+        before[of.get(name, str(tensor.dtype))] += tensor.nbytes
+    after: Counter[str] = Counter()
+    for tensor in view.values():
+        after[str(tensor.dtype)] += tensor.nbytes
+    return f"the base's {_sum(before)} become {_sum(after)}"
+
+
+def _sum(counts: Counter[str]) -> str:
+    parts = ", ".join(f"{size / 1e9:.3g} GB {kind}" for kind, size in counts.most_common(4))
+    return f"{sum(counts.values()) / 1e9:.4g} GB ({parts})"
+
+
 def keep_index(stored: Checkpoint, plan: Plan) -> dict[str, bytes]:
     """The base's own index, where the shards of the output are those of the base."""
     if stored.index is None or plan.weight_map != dict(stored.shards):

@@ -43,22 +43,28 @@ def leaving(form: StoredForm, touched: Iterable[str]) -> list[str]:
     """The quantized weights that leave the grid when those of ``touched`` do, in the order of the checkpoint."""
     groups: dict[str, list[str]] = {}
     for name in form.weights:
-        for group in _groups(name):
+        for group in groups_of(name):
             groups.setdefault(group, []).append(name)
     chosen = set(touched)
     for name in tuple(chosen):
-        for group in _groups(name):
+        for group in groups_of(name):
             chosen.update(groups.get(group, ()))
     return [name for name in form.weights if name in chosen]
 
 
-def _groups(name: str) -> list[str]:
+def fused_with(name: str) -> list[str]:
+    """The fused projection that a weight is a part of in a server, if it is one; experts by themselves."""
+    parent, _, leaf = name.removesuffix(".weight").rpartition(".")
+    return [f"{parent} {'/'.join(group)}" for group in TOGETHER if leaf in group]
+
+
+def groups_of(name: str) -> list[str]:
+    """What a weight has to be stored alike with: the experts of its layer, or the parts of a fused projection."""
     module = name.removesuffix(".weight")
     expert = _EXPERT.fullmatch(module)
     if expert is not None:
         return [expert[1]]
-    parent, _, leaf = module.rpartition(".")
-    return [f"{parent} {'/'.join(group)}" for group in TOGETHER if leaf in group]
+    return fused_with(name)
 
 
 def modules_of(names: Sequence[str]) -> list[str]:

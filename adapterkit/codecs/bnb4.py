@@ -383,7 +383,7 @@ def _kind(name: str) -> Kind:
 
     already = (f"{name} 64", f"{name} 64 double")
     how = partial(config, kind=name)
-    return Kind(name, "a folder as bitsandbytes quantizes it", encoder, how, 4.0, already, double=True)
+    return Kind(name, encoder, how, 4.0, already)
 
 
 BNB4 = Codec(

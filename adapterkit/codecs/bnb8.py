@@ -137,7 +137,6 @@ BNB8 = Codec(
     kinds=(
         Kind(
             "int8",
-            "a folder in LLM.int8 of bitsandbytes",
             lambda name, shape, dtype, double: Int8(name, shape),
             partial(config, kind="int8"),
             8.0,

@@ -102,24 +102,22 @@ class Kind:
     """A format that 16-bit weights can be written in.
 
     Attributes:
-        name: the word that asks for it.
-        what: one line for readers.
+        name: the word that asks for it, a key of `adapterkit.codecs.kinds.WRITTEN`.
         encoder: name, shape (as a linear layer), dtype of a weight, and whether scales are nested, to what writes it; None
             for a weight that does not fit.
         config: the ``quantization_config``.
         bits: per weight, without scales.
         already: `Weight.how` of weights that are stored so.
-        double: scales can be nested.
+        together: the encoder is an `InStep`: weights that servers run as one share a scale.
         some: as ``encoder``, for some rows of a weight, to measure what the format does to them.
     """
 
     name: str
-    what: str
     encoder: Callable[[str, tuple[int, ...], DType, bool], Encoder | None] = field(repr=False)
     config: Callable[[Layers], dict[str, Any]] = field(repr=False)
     bits: float
     already: tuple[str, ...]
-    double: bool = False
+    together: bool = False
     some: Callable[[str, tuple[int, ...], DType, bool], Encoder | None] | None = field(default=None, repr=False)
 
 

@@ -282,7 +282,9 @@ def pairs_written(codes: StoredTensor, scale: StoredTensor, numbers: Callable[[]
     return Written(numbers, pack, unpack, scale)
 
 
-def e2m1_numbers(scale: DType, over: StoredTensor | None, *, multiply: bool, power: MxRule | None = None) -> Numbers:
+def e2m1_numbers(
+    scale: DType, over: StoredTensor | float | None, *, multiply: bool, power: MxRule | None = None
+) -> Numbers:
     """FP4 (e2m1) with FP8 scales under one over all (NVFP4), or with scales that are powers of two.
 
     NVFP4: scale = absmax / 6 over the scale of the whole tensor, rounded to FP8; a scale that becomes zero is the smallest
@@ -291,7 +293,7 @@ def e2m1_numbers(scale: DType, over: StoredTensor | None, *, multiply: bool, pow
 
     Args:
         scale: dtype of the scales.
-        over: the scale of the whole tensor.
+        over: the scale of the whole tensor, stored or known.
         multiply: it is multiplied with the others (ModelOpt), not divided by (compressed-tensors).
         power: absmax to the exponent of a scale, where scales are powers of two; rounded up by default.
     """
@@ -300,7 +302,7 @@ def e2m1_numbers(scale: DType, over: StoredTensor | None, *, multiply: bool, pow
     from adapterkit.codecs.bits import E2M1, to_e2m1
     from adapterkit.codecs.tiles import Numbers
 
-    whole_scale = None if over is None else float(whole(over).float().view(-1)[0])
+    whole_scale = over if over is None or isinstance(over, float) else float(whole(over).float().view(-1)[0])
 
     def meant(stored: torch.Tensor) -> torch.Tensor:
         found = factors(stored)
@@ -374,7 +376,7 @@ def short_blocks(name: str, shape: tuple[int, ...], dtype: DType, double: bool) 
     return Tiles(
         (TensorSpec(name, e4m3, shape), TensorSpec(scale, F32, (-(-rows // BLOCK), across))),
         Shape(rows, columns, rows, (BLOCK, BLOCK), across),
-        reciprocal(e4m3, F32, powers=False),
+        lambda: reciprocal(e4m3, F32, powers=False),
         lambda found: found.contiguous().view(e4m3.torch),
         lambda found: as_bytes(found.view(-1, columns)),
         lambda held: {scale: held[0].reshape(-1)},
@@ -426,7 +428,6 @@ FP8 = Codec(
     kinds=(
         Kind(
             "fp8",
-            "a folder in FP8 blocks as transformers has them",
             blocks,
             _config,
             8.0,

@@ -278,12 +278,14 @@ def _weight(
 
         from adapterkit.codecs.tiles import Held, Shape, Tiles
 
-        numbers = packing.numbers()
-        stored = scales.dtype.torch
+        def numbers() -> Numbers:
+            found = packing.numbers()
 
-        def choose(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-            scale, zero, _ = numbers.choose(low, high)
-            return scale.to(stored), zero, None
+            def choose(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+                scale, zero, _ = found.choose(low, high)
+                return scale.to(scales.dtype.torch), zero, None
+
+            return replace(found, choose=choose)
 
         def before() -> Callable[[int, int], torch.Tensor]:
             words = whole(packed)
@@ -311,7 +313,7 @@ def _weight(
         return Tiles(
             tuple(TensorSpec(part.name, part.dtype, part.shape) for part in (packed, zeros, scales)),
             Shape(out, rows, out, (1, size), count),
-            replace(numbers, choose=choose),
+            numbers,
             packing.pack,
             packing.unpack,
             complete,

@@ -165,7 +165,7 @@ def _weight(
         return Tiles(
             tuple(TensorSpec(part.name, part.dtype, part.shape) for part in parts),
             Shape(rows, columns, rows, (1, size), across),
-            numbers(),
+            numbers,
             lambda codes: pack(codes.int(), bits).view(torch.uint32),
             lambda found: unpack(found.view(torch.int32).view(-1, stored), bits, columns),
             complete,

@@ -123,7 +123,7 @@ class Mxfp4(Encoder):
             self._rows = Tiles(
                 self.made,
                 Shape(rows, self._in, rows, (1, GROUP), self._across),
-                e2m1_numbers(self._scales.dtype, None, multiply=True),
+                lambda: e2m1_numbers(self._scales.dtype, None, multiply=True),
                 pair,
                 lambda found: unpair(found.view(-1, stored)),
                 lambda held: {self._scales.name: held[0].reshape(-1)},

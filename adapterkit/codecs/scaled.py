@@ -115,7 +115,7 @@ class ScaledWeight:
         return Tiles(
             tuple(TensorSpec(part.name, part.dtype, part.shape) for part in parts),
             Shape(rows, columns, height, self.block, across),
-            written.numbers(),
+            written.numbers,
             written.pack,
             lambda rows: written.unpack(rows.view(-1, stored)),
             complete,

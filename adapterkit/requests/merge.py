@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.adapters.fold import FLOATS
+from adapterkit.codecs.kinds import NESTED, WRITTEN
 from adapterkit.dtypes import BY_LABEL, DType
 from adapterkit.errors import CheckpointError, UsageError
 from adapterkit.ops.device import CPU
@@ -31,9 +32,8 @@ if TYPE_CHECKING:
     from adapterkit.requests.groups import Adapters, Base
 
 FOLDER, GGUF = "folder", "gguf"
-FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8", "keep")
+FOLDER_FORMATS = (*WRITTEN, "keep")
 """The quantized formats of a folder, and the base's own; every other value of ``quant`` is a type of a GGUF file."""
-NESTED = ("nf4", "fp4")
 CALIBRATED = ("awq", "gptq")
 
 

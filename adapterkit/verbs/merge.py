@@ -76,7 +76,12 @@ class Merge:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (*self.base.notes, *self.folded.notes, *self.output.notes)
+        of_base = self.base.notes
+        if self.output.own:
+            from adapterkit.checkpoint.decoded import DECODED
+
+            of_base = tuple(text for text in of_base if not text.startswith(DECODED))  # they stay as they are stored
+        return (*of_base, *self.folded.notes, *self.output.notes)
 
     @property
     def sources(self) -> tuple[Source, ...]:

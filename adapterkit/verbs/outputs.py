@@ -81,7 +81,7 @@ def output(
 def _folder(
     base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, settings: Mapping[str, Any], values: str
 ) -> Output:
-    own = asked.quant == KEEP or _stored_in(base) == (asked.folder_format, asked.quant_double)
+    own = asked.quant == KEEP or (asked.folder_format, asked.quant_double) in _stored_in(base)
     if asked.keep_touched is not None and not own:
         raise UsageError(
             "what changed can be kept wider only in a format that the rest has already",
@@ -103,24 +103,30 @@ def _folder(
         config["quantization_config"] = view.config["quantization_config"]
         side[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         notes = [*notes, view.notes[-1]]
+    if base.stored is not None:
+        from adapterkit.adapters.kept import sizes
+
+        notes = [*notes, f"{sizes(base.stored, view)}; --quant keep writes the base's own format"]
     return Output(folded, view, plan_safetensors(view, **settings), side, tuple(notes))
 
 
-def _stored_in(base: Checkpoint) -> tuple[str, bool] | None:
-    """The format of a quantized base, where it is one that 16-bit weights are written in too, and whether its scales are
-    nested."""
+def _stored_in(base: Checkpoint) -> set[tuple[str | None, bool]]:
+    """The words for the format of a quantized base, where 16-bit weights are written in it too, each with whether its
+    scales are nested."""
     if base.stored is None:
-        return None
+        return set()
     from adapterkit.codecs.table import KINDS
 
     how = {weight.how for weight in base.stored.weights.values()}
-    kind = next((kind.name for kind in KINDS.values() if how <= set(kind.already)), None)
-    return None if kind is None else (kind, any(word.endswith(" double") for word in how))
+    nested = any(word.endswith(" double") for word in how)
+    # A weight no larger than a tile is called otherwise ("per row"); its numbers are the same.
+    alike = len({word.split()[0] for word in how}) == 1
+    return {(kind.name, nested) for kind in KINDS.values() if alike and how & set(kind.already)}
 
 
 def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, settings: Mapping[str, Any]) -> Output:
     """In the format that the base is stored in."""
-    from adapterkit.adapters.kept import keep_index, kept, stored_form
+    from adapterkit.adapters.kept import keep_index, kept, sizes, stored_form
 
     form = stored_form(base)
     if asked.dtype != "auto" or (asked.quant_double and asked.quant == KEEP):
@@ -135,7 +141,8 @@ def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, se
     side, notes = side_files(replace(form.checkpoint, side_files=view.side_files), said, adapters, None)
     plan = plan_safetensors(view, like=form.checkpoint.tensors, **settings)
     side |= keep_index(form.checkpoint, plan)
-    return Output(folded, view, plan, side, (*notes, view.notes[-1]), encodings=made.encodings, own=True)
+    said_of = (*notes, view.notes[-1], sizes(form, view))
+    return Output(folded, view, plan, side, said_of, encodings=made.encodings, own=True)
 
 
 def _gguf(

@@ -16,6 +16,7 @@ from adapterkit import merge
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.open import open_checkpoint
+from adapterkit.cli import main
 from adapterkit.codecs.table import find_weights
 from adapterkit.errors import CheckFailed, CheckpointError, UsageError
 
@@ -282,3 +283,34 @@ def test_threads_and_interruptions_do_not_change_the_bytes(tmp_path: Path) -> No
         merge(base, [tuned], folder / "one", quant="keep", yes_lossy=True, jobs=1)
         merge(base, [tuned], folder / "four", quant="keep", yes_lossy=True, jobs=4)
         assert raw(folder / "one") == raw(folder / "four")
+
+
+@pytest.mark.parametrize("name", ["fp8 short blocks", "comfy", "torchao int8", "int8"])
+def test_a_config_without_a_dtype_never_means_float32(tmp_path: Path, name: str) -> None:
+    """FP8 and integers decode to float32; they are written as the other tensors are, and that is said."""
+    base = base_of(tmp_path, name)
+    said = json.loads((base / "config.json").read_text())
+    del said["torch_dtype"]
+    (base / "config.json").write_text(json.dumps(said))
+    rows, columns = shape_of(base)
+    report = merge(base, [adapter_of(tmp_path, torch.ones(rows, 4) * 0.01, columns)], tmp_path / "out")
+    assert {t.dtype for n, t in stored(tmp_path / "out").items() if n.endswith("_proj.weight")} == {torch.bfloat16}
+    assert any("names no dtype; weights are decoded to bf16" in note for note in report.notes)
+    assert any("--quant keep writes the base's own format" in note for note in report.notes)
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = base_of(tmp_path, "ct fp8 blocks")
+    tuned = adapter_of(tmp_path, torch.full((OUT, 4), 0.05), IN)
+    how = ["merge", str(base), str(tuned), "-o", str(tmp_path / "out"), "--quant", "keep"]
+    with pytest.raises(SystemExit) as ended:
+        main([*how, "--dry-run", "--json"])
+    planned = json.loads(capsys.readouterr().out)
+    assert not ended.value.code
+    assert planned["nbytes"] == sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    with pytest.raises(SystemExit) as ended:
+        main([*how, "--keep-touched", "bf16", "--json"])
+    assert not ended.value.code
+    found = json.loads(capsys.readouterr().out)
+    assert any("left it and are bf16" in note for note in found["notes"])
+    assert TOUCHED in json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["ignore"]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.checkpoint.files import check_unchanged
 from adapterkit.requests.call import takes
 from adapterkit.requests.verify import LEVELS, VerifyRequest
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, Thresholds, VerifyReport
@@ -80,6 +81,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
 
         model = compare_models(planned, stored, prompts, jobs=jobs)
         every += _answers(model, request.max_kl, request.min_top1)
+    check_unchanged((*found.sources, *stored.sources, *(source for one in loaded for source in one.sources)))
     return VerifyReport(
         ok=not any(finding.severity == ERROR for finding in every),
         merged=found.ref,

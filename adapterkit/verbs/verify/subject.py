@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from adapterkit.verbs.verify.expected import Expected
 
 
+FLOAT8_BITS = 5.0
+
+
 @dataclass(frozen=True)
 class Item:
     """One weight of MERGED.
@@ -136,7 +139,7 @@ def _folder(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], op
     lost = () if form is None else _without_scales(form, found)
     found = found if form is None else _without(found, form, lost)
     values = dequantized(found) if packed else found
-    kind, double, skip = _written_in(found) if packed else (None, False, None)
+    kind, double, skip = _written_in(found, values) if packed else (None, False, None)
     values = aligned(values, floats)
     how: dict[str, Any] = {
         "found": found,
@@ -163,7 +166,7 @@ def _folder(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], op
         elif name in own and form is not None:
             items.append(_own_item(tensor, own[name], there, name in touched, form.weights[name].how))
         elif name in parts:
-            items.append(_item(tensor, parts[name], there, name in touched, kind, _BITS.get(kind or "", 8.0)))
+            items.append(_item(tensor, parts[name], there, name in touched, kind, _bits_of(kind)))
         elif there.how != "copy" and kind is not None:
             items.append(_item(tensor, (), there, name in touched, there.how.split()[0], _bits(there)))
         else:
@@ -277,8 +280,6 @@ def retyped(tensor: Tensor, dtype: DType) -> Tensor:
 
 # ------------------------------------------------------------------ folders that are quantized
 
-_BITS = {"nf4": 4.0, "fp4": 4.0, "int8": 8.0, "fp8": 8.0}
-
 
 def _holds_packed(found: Checkpoint) -> bool:
     """Whether any weight is quantized, whatever the config says."""
@@ -289,10 +290,10 @@ def _holds_packed(found: Checkpoint) -> bool:
     )
 
 
-def _written_in(found: Checkpoint) -> tuple[str | None, bool, Sequence[str] | None]:
+def _written_in(found: Checkpoint, values: Checkpoint) -> tuple[str | None, bool, Sequence[str] | None]:
     """The format of a quantized folder: one that adapterkit writes, or its own word; with its options."""
     from adapterkit.checkpoint.decoded import is_plain
-    from adapterkit.codecs.table import method_of, quantization
+    from adapterkit.codecs.table import CODECS, method_of, quantization
 
     said = None if is_plain(found) else quantization(found.config)
     if said is None:
@@ -303,6 +304,11 @@ def _written_in(found: Checkpoint) -> tuple[str | None, bool, Sequence[str] | No
         four = bool(said.get("load_in_4bit") or said.get("_load_in_4bit"))
         kind = str(said.get("bnb_4bit_quant_type") or "fp4") if four else "int8"
         return kind, bool(four and said.get("bnb_4bit_use_double_quant")), skip
+    how = {weight.how for weight in (values.stored.weights.values() if values.stored is not None else ())}
+    for codec in CODECS:
+        for one in codec.kinds if method in codec.methods else ():
+            if how & set(one.already):
+                return one.name, False, None
     return method, False, skip
 
 
@@ -330,9 +336,17 @@ def _encoded_parts(
     return parts
 
 
+def _bits_of(kind: str | None) -> float:
+    from adapterkit.codecs.table import KINDS
+
+    return KINDS[kind].bits if kind in KINDS else 8.0
+
+
 def _bits(tensor: Tensor) -> float:
     """Bits per weight of a decoded tensor."""
-    return 8 * tensor.reads / max(tensor.numel, 1)
+    found = 8 * tensor.reads / max(tensor.numel, 1)
+    # Eight bits that are a float round a weight as five bits of an integer do.
+    return min(found, FLOAT8_BITS) if " fp8" in f" {tensor.how}" or " mxfp8" in f" {tensor.how}" else found
 
 
 def _planned_config(side: Mapping[str, bytes], base: Checkpoint) -> Mapping[str, Any]:
