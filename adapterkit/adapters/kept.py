@@ -19,10 +19,11 @@ from adapterkit.codecs.conv1d import is_conv1d
 from adapterkit.errors import TargetError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import torch
 
+    from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.fold import Folded
     from adapterkit.checkpoint.checkpoint import Checkpoint, StoredForm
     from adapterkit.checkpoint.encoded import Both
@@ -58,13 +59,45 @@ def stored_form(view: Checkpoint) -> StoredForm:
     return view.stored
 
 
-def kept(folded: Folded, touched_as: DType | None = None) -> KeptFold:
+def trained_on_the_grid(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> str | None:
+    """The library whose rule put base + adapter on the NVFP4 grid in training; None where training did not do so.
+
+    axolotl states it in ``nvfp4_merge_aware``: fresh scales of the blocks, under the base's scale of the whole tensor.
+
+    Raises:
+        UsageError: several adapters or a weight, for which training does not speak; or a rule that is not known here.
+    """
+    stated = [adapter for adapter in adapters if isinstance(adapter.config.get("nvfp4_merge_aware"), dict)]
+    if not stated:
+        return None
+    said = stated[0].config.get("nvfp4_merge_aware")
+    encoder = str(said.get("encoder"))
+    if (
+        said.get("scale_mode") != "fresh"
+        or said.get("pts_policy") != "base_fused_max"
+        or not encoder.startswith("torchao")
+    ):
+        raise UsageError(
+            f"{stated[0].ref} was trained with its sum on the NVFP4 grid by a rule that is not known here "
+            f"({said.get('scale_mode')}, {said.get('pts_policy')}, {encoder})",
+            "merge to 16 bits (no --quant), or keep the adapter beside the base",
+        )
+    if len(adapters) > 1 or any(weight != 1 for weight in weights or ()):
+        raise UsageError(
+            f"{stated[0].ref} was trained with its sum on the NVFP4 grid, alone and with weight 1",
+            "merge it so, or merge to 16 bits (no --quant)",
+        )
+    return "torchao"
+
+
+def kept(folded: Folded, touched_as: DType | None = None, rule: str | None = None) -> KeptFold:
     """The view of a fold in which everything is stored as in the base.
 
     Args:
         folded: of a view of decoded weights.
         touched_as: write changed weights, and those that servers run as one with them, in this dtype instead; the config
             then names them among the modules that are not quantized.
+        rule: of another library than a format's own, for formats that have one; see `trained_on_the_grid`.
 
     Raises:
         UsageError: the base is not quantized, or the format of a touched weight cannot be written.
@@ -88,7 +121,7 @@ def kept(folded: Folded, touched_as: DType | None = None) -> KeptFold:
         elif weight.name not in touched:
             tensors[name] = tensor
         elif weight.name not in encodings:
-            made = _encoded(weight, new[weight.name], stored)
+            made = _encoded(weight, new[weight.name], stored, rule)
             encodings[weight.name] = made[0].shared
             # Codes come first, whatever their names: what they find on the way is in what follows.
             tensors.update({one.name: one for one in made})
@@ -147,7 +180,7 @@ def keep_index(stored: Checkpoint, plan: Plan) -> dict[str, bytes]:
     return {stored.index.name: stored.index.bytes()}
 
 
-def _encoded(weight: Weight, tensor: Tensor, stored: Checkpoint) -> list[Encoded]:
+def _encoded(weight: Weight, tensor: Tensor, stored: Checkpoint, rule: str | None) -> list[Encoded]:
     if weight.encoder is None:
         raise UsageError(
             f"'{weight.name}' is stored in {weight.how}, which adapterkit does not write", "leave out keep: 16 bits"
@@ -158,7 +191,7 @@ def _encoded(weight: Weight, tensor: Tensor, stored: Checkpoint) -> list[Encoded
             f"'{weight.name}' was {list(weight.shape)} and becomes {list(linear.shape)}, which its format cannot follow",
             "leave out keep, or merge without the resized vocabulary",
         )
-    encoder = weight.encoder()
+    encoder = weight.others.get(rule or "", weight.encoder)()
     shared = Encoding(linear, encoder, _both(tensor, linear, weight), weight.how)
     return list(_handles(shared))
 

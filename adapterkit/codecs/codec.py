@@ -53,6 +53,7 @@ class Weight:
         load: reads what every range needs (scales, tables) and gives the decoder of ranges.
         memory: bytes that the decoder holds.
         encoder: what writes other values in the same layout; None where that is not known.
+        others: the same by the rule of another library than the format's own, by its name: what training on the grid used.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Weight:
     load: Callable[[], Decode] = field(repr=False)
     memory: int = 0
     encoder: Callable[[], Encoder] | None = field(default=None, repr=False)
+    others: Mapping[str, Callable[[], Encoder]] = field(default_factory=dict, repr=False)
 
 
 Leave = Callable[[dict[str, Any], Sequence[str], Sequence[str]], None]

@@ -309,7 +309,9 @@ def _fp4(name: str, packed: StoredTensor, scale: StoredTensor, more: tuple[Store
         grid,
         lambda: grid_scales(scale, grid, over, divide=True),
         (packed, scale, *more),
-        written=pairs_written(packed, scale, numbers) if over is None or prod(over.shape) == 1 else None,
+        written=pairs_written(packed, scale, numbers, over, multiply=False)
+        if over is None or prod(over.shape) == 1
+        else None,
     ).weight()
 
 

@@ -255,7 +255,9 @@ def _pairs(
         grid,
         lambda: grid_scales(scale, grid, over),
         (codes, scale, *more),
-        written=pairs_written(codes, scale, numbers) if over is None or prod(over.shape) == 1 else None,
+        written=pairs_written(codes, scale, numbers, over, multiply=True)
+        if over is None or prod(over.shape) == 1
+        else None,
     ).weight()
 
 
@@ -266,8 +268,19 @@ def unpack_pairs(rows: torch.Tensor) -> torch.Tensor:
     return e2m1(rows)
 
 
-def pairs_written(codes: StoredTensor, scale: StoredTensor, numbers: Callable[[], Numbers]) -> Written:
+def pairs_written(
+    codes: StoredTensor,
+    scale: StoredTensor,
+    numbers: Callable[[], Numbers],
+    over: StoredTensor | None,
+    *,
+    multiply: bool,
+) -> Written:
     """How 4-bit floats are written: two to a byte, the first in the low half."""
+
+    def torchao() -> Numbers:
+        assert over is not None
+        return torchao_nvfp4(over, multiply=multiply)
 
     def pack(rows: torch.Tensor) -> torch.Tensor:
         from adapterkit.codecs.bits import pair
@@ -279,7 +292,37 @@ def pairs_written(codes: StoredTensor, scale: StoredTensor, numbers: Callable[[]
 
         return unpair(rows)
 
-    return Written(numbers, pack, unpack, scale)
+    others = {"torchao": torchao} if over is not None else {}
+    return Written(numbers, pack, unpack, scale, others=others)
+
+
+def torchao_nvfp4(over: StoredTensor, *, multiply: bool) -> Numbers:
+    """NVFP4 by torchao's rule (`nvfp4_quantize`, 0.16 to 0.18), which merge-aware training of axolotl puts the sum through.
+
+    scale = absmax / 6 over the scale of the whole tensor, at least 2^-6; values are multiplied by the reciprocals.
+    """
+    import torch
+
+    from adapterkit.codecs.bits import E2M1, to_e2m1
+    from adapterkit.codecs.tiles import Numbers
+
+    found = whole(over).float().view(-1)[0]
+    tensor_scale = found if multiply else 1.0 / found
+    least = torch.finfo(torch.float8_e4m3fn).tiny
+
+    def choose(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        scale = torch.maximum(-low, high) / 6.0 / tensor_scale
+        return scale.clamp(min=least, max=448.0).to(torch.float8_e4m3fn), None, None
+
+    def code(
+        values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, times: torch.Tensor | None
+    ) -> torch.Tensor:
+        return to_e2m1(values * ((1.0 / tensor_scale) / scale.float()))
+
+    def value(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        return torch.tensor(E2M1)[codes.int()] * (factors(scale) * tensor_scale)
+
+    return Numbers(choose, code, value)
 
 
 def e2m1_numbers(

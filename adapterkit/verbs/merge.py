@@ -170,7 +170,7 @@ def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: b
     form = request.form or (GGUF if opened.format == "gguf" else FOLDER)
     asked = replace(request, to=form)
     given = (a if isinstance(a, Adapter) else load_adapter(a, headers_only=headers_only) for a in asked.given_adapters)
-    loaded = tuple(in_order(adapter, asked.expert_order) for adapter in given)
+    loaded = tuple(asked.narrowed(in_order(adapter, asked.expert_order)) for adapter in given)
     inputs = None
     if fingerprints:
         inputs = {s.name: _fingerprint(s) for s in (*opened.sources, *(source for a in loaded for source in a.sources))}
@@ -312,7 +312,7 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
 
     if planned.output.own:
         found = left_in_own_format(planned.folded, planned.output.encodings, tensors=SAMPLED)
-        if found.worst is not None and found.retention < ENOUGH and not yes_lossy:
+        if found.worst is not None and found.retention < ENOUGH and not (yes_lossy or planned.output.aware):
             raise CheckFailed(
                 f"the values of {planned.base.ref} are {found.format} already, and of this change {found.retention:.1%} "
                 "would survive that grid again",

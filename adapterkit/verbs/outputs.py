@@ -39,6 +39,7 @@ class Output:
             some of its rows, for the report on fidelity.
         encodings: changed tensors that are written in the base's own format.
         own: the output is in the base's own format.
+        aware: training saw the sum on that format's grid, so nothing of it is lost there.
     """
 
     folded: Folded
@@ -49,6 +50,7 @@ class Output:
     through: Callable[[str, tuple[int, ...]], Through | None] | None = None
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
     own: bool = False
+    aware: bool = False
 
 
 def output(
@@ -90,7 +92,7 @@ def _folder(
     if asked.gguf_types is not None or asked.pre is not None:
         raise UsageError("options of a GGUF output were given for a folder", "name the output like OUT.gguf")
     if own:
-        return _kept(base, adapters, asked, settings)
+        return _one_file(_kept(base, adapters, asked, settings), asked)
     dtype = asked.floats
     folded = fold(base, adapters, asked.adapter_weights, dtype=dtype, **_how(asked))
     side, notes = side_files(base, folded, adapters, dtype)
@@ -107,7 +109,42 @@ def _folder(
         from adapterkit.adapters.kept import sizes
 
         notes = [*notes, f"{sizes(base.stored, view)}; --quant keep writes the base's own format"]
-    return Output(folded, view, plan_safetensors(view, **settings), side, tuple(notes))
+        if any(isinstance(adapter.config.get("nvfp4_merge_aware"), dict) for adapter in adapters):
+            notes.append(
+                "the adapter was trained with its sum on the NVFP4 grid, which --quant keep writes; this is not it"
+            )
+    if one_file(asked):
+        view = replace(view, metadata=_without_hashes(view.metadata), shards=dict.fromkeys(view, _ONE))
+    return _one_file(Output(folded, view, plan_safetensors(view, **settings), side, tuple(notes)), asked)
+
+
+_ONE = "model.safetensors"
+# What the metadata of a file say of its own bytes, which a merge changes.
+_HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+
+
+def one_file(asked: MergeRequest) -> bool:
+    """Whether the output is one safetensors file, not a folder."""
+    return asked.target is not None and asked.target.suffix == ".safetensors"
+
+
+def _without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in metadata.items() if name not in _HASHES}
+
+
+def _one_file(made: Output, asked: MergeRequest) -> Output:
+    """The same output as a file of the name that was asked for; what would stand beside it in a folder is left out.
+
+    Raises:
+        UsageError: it would be several files.
+    """
+    if not one_file(asked):
+        return made
+    if len(made.plan.files) != 1:
+        raise UsageError("one file was asked for, and this output is in shards", "name a folder, without .safetensors")
+    left = sorted(made.side)
+    said = (f"one file was asked for, so these are not written: {', '.join(left[:4])}",) if left else ()
+    return replace(made, plan=replace(made.plan, layout="file"), side={}, notes=(*made.notes, *said))
 
 
 def _stored_in(base: Checkpoint) -> set[tuple[str | None, bool]]:
@@ -126,13 +163,14 @@ def _stored_in(base: Checkpoint) -> set[tuple[str | None, bool]]:
 
 def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, settings: Mapping[str, Any]) -> Output:
     """In the format that the base is stored in."""
-    from adapterkit.adapters.kept import keep_index, kept, sizes, stored_form
+    from adapterkit.adapters.kept import keep_index, kept, sizes, stored_form, trained_on_the_grid
 
     form = stored_form(base)
     if asked.dtype != "auto" or (asked.quant_double and asked.quant == KEEP):
         raise UsageError("an output in the base's own format has its types", "leave out --dtype and --double-quant")
     folded = fold(base, adapters, asked.adapter_weights, **_how(asked))
-    made = kept(folded, parse_floats(asked.keep_touched or "auto"))
+    rule = trained_on_the_grid(adapters, asked.adapter_weights)
+    made = kept(folded, parse_floats(asked.keep_touched or "auto"), rule)
     view = made.view
     wider = {name: view[name] for name in made.wider}
     folded = replace(folded, checkpoint=replace(folded.checkpoint, tensors={**folded.checkpoint.tensors, **wider}))
@@ -141,8 +179,11 @@ def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, se
     side, notes = side_files(replace(form.checkpoint, side_files=view.side_files), said, adapters, None)
     plan = plan_safetensors(view, like=form.checkpoint.tensors, **settings)
     side |= keep_index(form.checkpoint, plan)
+    aware = rule is not None and all(rule in form.weights[name].others for name in made.encodings)
     said_of = (*notes, view.notes[-1], sizes(form, view))
-    return Output(folded, view, plan, side, said_of, encodings=made.encodings, own=True)
+    if aware:
+        said_of += ("the adapter was trained with its sum on this grid: what is written is what training saw",)
+    return Output(folded, view, plan, side, said_of, encodings=made.encodings, own=True, aware=aware)
 
 
 def _gguf(

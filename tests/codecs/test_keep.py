@@ -314,3 +314,41 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     found = json.loads(capsys.readouterr().out)
     assert any("left it and are bf16" in note for note in found["notes"])
     assert TOUCHED in json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]["ignore"]
+
+
+def torchao_nvfp4(weight: torch.Tensor, over: torch.Tensor) -> dict[str, torch.Tensor]:
+    """torchao 0.18, prototype/mx_formats/nvfp4_tensor.py: nvfp4_quantize with a given scale of the whole tensor."""
+    groups = weight.view(weight.shape[0], -1, 16)
+    scale = (groups.abs().amax(2) / 6 / over).clamp(min=2.0**-6, max=448).to(torch.float8_e4m3fn)
+    codes = e2m1(groups * ((1.0 / over) / scale.float())[:, :, None]).view(weight.shape)
+    return {"weight": codes[:, ::2] | codes[:, 1::2] << 4, "weight_scale": scale, "weight_scale_2": over}
+
+
+def test_axolotl_3822_an_adapter_that_was_trained_on_the_grid(tmp_path: Path) -> None:
+    """Training saw NVFP4(W + delta) with fresh scales under the base's own scale: the same bytes are written, unasked."""
+    base = base_of(tmp_path, "modelopt nvfp4")
+    b = torch.randn(OUT, 4, generator=torch.Generator().manual_seed(8)) * 1e-3
+    tuned = adapter_of(tmp_path, b, IN)
+    config = json.loads((tuned / "adapter_config.json").read_text())
+    said = {"scale_mode": "fresh", "pts_policy": "base_fused_max", "encoder": "torchao-0.16.0", "start_step": None}
+    handle = dequantized(open_checkpoint(base))[f"{TOUCHED}.weight"]
+    w = handle.read_wide(0, handle.numel).view(OUT, IN).float()
+    a = load_file(tuned / "adapter_model.safetensors")[f"base_model.model.{TOUCHED}.lora_A.weight"]
+    wanted = torchao_nvfp4(torch.addmm(w, b, a), stored(base)[f"{TOUCHED}.weight_scale_2"])
+    with pytest.raises(CheckFailed):  # an ordinary adapter of this size is lost there
+        merge(base, [tuned], tmp_path / "out", quant="keep")
+    (tuned / "adapter_config.json").write_text(json.dumps({**config, "nvfp4_merge_aware": said}))
+    report = merge(base, [tuned], tmp_path / "out", quant="keep")
+    assert any("what is written is what training saw" in note for note in report.notes)
+    after = stored(tmp_path / "out")
+    for leaf, tensor in wanted.items():
+        assert same(after[f"{TOUCHED}.{leaf}"], tensor), leaf
+    plain = merge(base, [tuned], tmp_path / "plain")
+    assert any("this is not it" in note for note in plain.notes)
+    with pytest.raises(UsageError, match="alone and with weight 1"):
+        merge(base, [tuned], tmp_path / "half", quant="keep", weights=[0.5])
+    (tuned / "adapter_config.json").write_text(
+        json.dumps({**config, "nvfp4_merge_aware": {**said, "scale_mode": "reuse"}})
+    )
+    with pytest.raises(UsageError, match="by a rule that is not known here"):
+        merge(base, [tuned], tmp_path / "half", quant="keep")
