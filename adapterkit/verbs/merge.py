@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter
-from adapterkit.adapters.experts import in_order
+from adapterkit.adapters.half_saved import half_saved_note
 from adapterkit.adapters.load import load_adapter
 from adapterkit.bases import open_base, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.fold import Folded
     from adapterkit.checkpoint.files import Source
 
+COARSE_BITS = 5  # formats of so many bits and fewer lose a change to values that lie on such a grid already
 SAMPLED = 8  # tensors that are measured before a base's own grid is written again
 
 
@@ -88,6 +89,10 @@ class Merge:
         """Every weight file that is read, the adapters' too."""
         return (*self.base.sources, *(source for adapter in self.adapters for source in adapter.sources))
 
+    def _half_saved(self) -> tuple[str, ...]:
+        found = ((adapter.ref, half_saved_note(adapter)) for adapter in self.adapters)
+        return tuple(f"{ref} {words}" for ref, words in found if words)
+
     def report(self, measured: Measured, fidelity: FidelityReport | None = None) -> MergeReport:
         """What was done, or would be."""
         used = zip(self.adapters, self.weights, strict=True)
@@ -114,7 +119,7 @@ class Merge:
             fidelity=fidelity,
             min_retention=asked.min_retention,
             dry_run=measured.dry_run,
-            notes=(*self.notes, *measured.notes),
+            notes=(*self.notes, *measured.notes, *self._half_saved()),
         )
 
     def job(self, base: Any = None) -> Job:
@@ -139,6 +144,7 @@ class Merge:
             beside=beside_of(asked, [named, asked.base16, *asked.given_adapters], source=_folder_of(self.base)),
             ahead=loss.ahead,
             force=asked.force,
+            also=() if self.output.tower is None else (self.output.tower,),
         )
 
 
@@ -170,7 +176,7 @@ def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: b
     form = request.form or (GGUF if opened.format == "gguf" else FOLDER)
     asked = replace(request, to=form)
     given = (a if isinstance(a, Adapter) else load_adapter(a, headers_only=headers_only) for a in asked.given_adapters)
-    loaded = tuple(asked.narrowed(in_order(adapter, asked.expert_order)) for adapter in given)
+    loaded = tuple(asked.narrowed(asked.told(adapter)) for adapter in given)
     inputs = None
     if fingerprints:
         inputs = {s.name: _fingerprint(s) for s in (*opened.sources, *(source for a in loaded for source in a.sources))}
@@ -308,7 +314,14 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
     quant = planned.request.folder_format
     if quant is None:
         return None
-    from adapterkit.adapters.fidelity import ENOUGH, already_on_grid, left_in_own_format, left_on_grid
+    from adapterkit.adapters.fidelity import (
+        ENOUGH,
+        already_on_grid,
+        coarse_tensors,
+        left_in_own_format,
+        left_on_grid,
+    )
+    from adapterkit.codecs.table import find_kind
 
     if planned.output.own:
         found = left_in_own_format(planned.folded, planned.output.encodings, tensors=SAMPLED)
@@ -321,13 +334,14 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
             )
         return found if found.worst is not None else None
 
-    if not already_on_grid(planned.folded, quant):
+    same = bool(already_on_grid(planned.folded, quant))
+    if not same and (find_kind(quant).bits > COARSE_BITS or not coarse_tensors(planned.folded)):
         return None
     found = left_on_grid(planned.folded, quant, tensors=SAMPLED)
     if found.retention < ENOUGH and not yes_lossy:
         raise CheckFailed(
-            f"the values of {planned.base.ref} are {quant} already, and of this change {found.retention:.1%} would "
-            "survive that grid again",
+            f"the values of {planned.base.ref} are {quant if same else 'on a coarse grid'} already, and of this change "
+            f"{found.retention:.1%} would survive {'that grid again' if same else f'that of {quant}'}",
             "fold onto the 16-bit original (--base16, or no --as-trained), write 16 bits or another format, or insist "
             "with --yes-lossy",
         )

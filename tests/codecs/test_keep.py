@@ -12,7 +12,7 @@ from stored_formats import FORMATS, e2m1
 from test_hqq import CONFIG as HQQ
 from test_hqq import PACKINGS, hqq
 
-from adapterkit import merge
+from adapterkit import convert, merge
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.open import open_checkpoint
@@ -352,3 +352,17 @@ def test_axolotl_3822_an_adapter_that_was_trained_on_the_grid(tmp_path: Path) ->
     )
     with pytest.raises(UsageError, match="by a rule that is not known here"):
         merge(base, [tuned], tmp_path / "half", quant="keep")
+
+
+@pytest.mark.parametrize(("name", "to"), [("nf4", "nf4"), ("fp4", "fp4"), ("ct mxfp4", "mxfp4")])
+def test_a_folder_that_was_decoded_from_four_bits_is_known_by_its_values(tmp_path: Path, name: str, to: str) -> None:
+    """Without a record and without a config that says so."""
+    base = base_of(tmp_path, name)
+    tuned = adapter_of(tmp_path, torch.full((OUT, 4), 1e-4), IN)
+    convert(base, tmp_path / "plain", to="bf16")
+    for file in (tmp_path / "plain").glob("adapterkit*"):
+        file.unlink()
+    with pytest.raises(CheckFailed, match=r"on a coarse grid already, and of this change -?\d+\.\d% would survive"):
+        merge(tmp_path / "plain", [tuned], tmp_path / "out", quant=to)
+    merge(tmp_path / "plain", [tuned], tmp_path / "eight", quant="int8")
+    merge(tmp_path / "plain", [tuned], tmp_path / "out", quant=to, yes_lossy=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.experts import in_order
 from adapterkit.adapters.fold import FLOATS, Folded
 from adapterkit.adapters.merged import Merged, in_dtype
 from adapterkit.checkpoint.decoded import dequantized
@@ -82,6 +81,7 @@ class Subject:
         metadata: what the metadata of a GGUF file should be; None where MERGED is a folder.
         layouts: weights that are quantized otherwise than in the base: name, how the base has it, how MERGED has it.
         scales_lost: weights whose codes are there and whose scales are not.
+        side: the small files that merge would write beside the weights of a folder.
     """
 
     found: Checkpoint
@@ -103,6 +103,7 @@ class Subject:
     metadata: Expected | None = None
     layouts: tuple[tuple[str, str, str], ...] = ()
     scales_lost: tuple[str, ...] = ()
+    side: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def subject(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str, Any]) -> Subject:
@@ -149,6 +150,7 @@ def _folder(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], op
         "folded": planned.folded,
         "values": planned.base_values,
         "config": _planned_config(planned.side, planned.base),
+        "side": planned.side,
         "kind": kind,
         "trained": floats,
         "options": planned.request.stated(),
@@ -381,7 +383,7 @@ def _gguf(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], opti
     if not isinstance(found, GGUFCheckpoint) or found.kind != "model":
         raise CheckpointError(f"{found.ref} is a GGUF file, and no model", "give the merged model")
     asked = MergeRequest.bound({**options, "base": base, "adapters": adapters})
-    adapters = [in_order(adapter, asked.expert_order) for adapter in adapters]
+    adapters = [asked.told(adapter) for adapter in adapters]
     if isinstance(base, GGUFCheckpoint):
         return _gguf_of_gguf(found, base, adapters, asked)
     return _gguf_of_folder(found, base, adapters, asked)
