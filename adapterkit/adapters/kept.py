@@ -19,7 +19,7 @@ from adapterkit.codecs.conv1d import is_conv1d
 from adapterkit.errors import TargetError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
 
@@ -106,6 +106,7 @@ def kept(folded: Folded, touched_as: DType | None = None, rule: str | None = Non
     form = stored_form(folded.checkpoint)
     stored, new = form.checkpoint, folded.checkpoint.tensors
     touched = set(folded.touched)
+    _check_layers(form, new)
     parts = {part.name: weight for weight in form.weights.values() for part in weight.parts}
     tensors: dict[str, Tensor] = {}
     encodings: dict[str, Encoding] = {}
@@ -147,6 +148,33 @@ def kept(folded: Folded, touched_as: DType | None = None, rule: str | None = Non
         notes=(*folded.checkpoint.notes, f"the base's own format kept; written again: {said or 'nothing'}"),
     )
     return KeptFold(view, encodings, tuple(wider))
+
+
+def _check_layers(form: StoredForm, new: Mapping[str, Tensor]) -> None:
+    """A model whose layers were repeated or left out has quantized weights that the base does not store.
+
+    Raises:
+        UsageError: it is one.
+    """
+    other = next((name for name in form.weights if name not in new), None)
+    if other is None:
+        other = next((n for n, tensor in new.items() if n not in form.weights and _is_decoded(tensor)), None)
+    if other is not None:
+        raise UsageError(
+            f"the merged model has other quantized layers than the base ('{other}'), which its own format cannot follow",
+            "leave out --quant keep",
+        )
+
+
+def _is_decoded(tensor: Tensor) -> bool:
+    """Whether a tensor's values come from a quantized weight."""
+    while True:
+        if isinstance(tensor, Decoded):
+            return True
+        below = getattr(tensor, "base", None) or getattr(tensor, "inner", None)
+        if below is None:
+            return False
+        tensor = below
 
 
 def _in(tensor: Tensor, dtype: DType) -> Tensor:

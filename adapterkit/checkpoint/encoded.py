@@ -113,6 +113,7 @@ class Encoding:
             if self._rest is None:
                 self._settle()
                 self._rest = self.encoder.finish(_together([self._kept[start] for start in self.starts]))
+                self._kept = {}
             return self._rest[name]
 
     def measure(self, most: int | None = None) -> None:

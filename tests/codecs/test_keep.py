@@ -366,3 +366,29 @@ def test_a_folder_that_was_decoded_from_four_bits_is_known_by_its_values(tmp_pat
         merge(tmp_path / "plain", [tuned], tmp_path / "out", quant=to)
     merge(tmp_path / "plain", [tuned], tmp_path / "eight", quant="int8")
     merge(tmp_path / "plain", [tuned], tmp_path / "out", quant=to, yes_lossy=True)
+
+
+def test_repeated_layers_are_refused(tmp_path: Path) -> None:
+    """The second copy of a layer has no stored form of its own."""
+    base = base_of(tmp_path, "ct fp8 blocks")
+    tuned = adapter_of(tmp_path, torch.full((OUT, 4), 0.05), IN)
+    config = json.loads((tuned / "adapter_config.json").read_text())
+    (tuned / "adapter_config.json").write_text(json.dumps({**config, "layer_replication": [[0, 1], [0, 1]]}))
+    with pytest.raises(UsageError, match="other quantized layers than the base"):
+        merge(base, [tuned], tmp_path / "out", quant="keep")
+
+
+def test_a_weight_that_an_adapter_brings_whole(tmp_path: Path) -> None:
+    """modules_to_save of a quantized layer: its own values in the base's format."""
+    base = base_of(tmp_path, "ct int4")
+    tuned = adapter_of(tmp_path, torch.zeros(OUT, 4), IN)
+    saved = load_file(tuned / "adapter_model.safetensors")
+    own = weight(7).bfloat16()
+    saved[f"base_model.model.{OTHER}.weight"] = own
+    save_file(saved, tuned / "adapter_model.safetensors")
+    config = json.loads((tuned / "adapter_config.json").read_text())
+    (tuned / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": ["o_proj"]}))
+    merge(base, [tuned], tmp_path / "out", quant="keep", yes_lossy=True)
+    after = stored(tmp_path / "out")
+    for leaf, tensor in FORMATS["ct int4"].encode(own.float()).items():
+        assert same(after[f"{OTHER}.{leaf}"], tensor), leaf
