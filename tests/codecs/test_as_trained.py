@@ -182,7 +182,7 @@ def test_contradictions(bnb, tmp_path: Path) -> None:
     model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "llama")
     tuned = adapter(tmp_path / "adapter")
     for options, message in (
-        ({"double_quant": True}, "not to what"),
+        ({"double_quant": True}, "means nothing here; add --as-trained"),
         ({"as_trained": "q4"}, "no grid"),
         ({"as_trained": "int8", "double_quant": True}, "no double quantization"),
         ({"as_trained": "nf4", "quant_dtype": "f8"}, "no dtype"),
