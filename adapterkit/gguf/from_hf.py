@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,7 @@ def from_hf(
     dtype: DType | None = None,
     pre: str | None = None,
     drowned: frozenset[str] | None = None,
+    approximate: Collection[str] = (),
 ) -> FromHF:
     """Plan a GGUF file of a view of a Hugging Face checkpoint; nothing is read but headers and the tokenizer.
 
@@ -74,6 +75,7 @@ def from_hf(
         dtype: the float type of a file that is not quantized.
         pre: the name of the pre-tokenizer, where it is not to be recognised.
         drowned: the changed tensors, by the checkpoint's names, that alone are kept wider.
+        approximate: see `as_gguf`.
 
     Raises:
         TargetError, CheckpointError: see `as_gguf` and `read_vocab`.
@@ -91,6 +93,7 @@ def from_hf(
         touched=touched,
         files=files,
         plain=None if dtype is None else dtype.code,
+        approximate=approximate,
     )
     tokens, notes = vocabulary(model, files or {}, config, pre)
     changed = tuple(dict.fromkeys(one for name in touched for one in model.mapped.sources[name]))
@@ -111,7 +114,7 @@ def from_hf(
     layout = Layout(found.tensors, found.entries)
     kinds = {tensor.name: tensor.dtype.code for tensor in found.tensors}
     through = partial(_through, model.mapped.sources, kinds)
-    return FromHF(model, layout, view, found.types, (*notes, *kept, *found.notes), through)
+    return FromHF(model, layout, view, found.types, (*model.notes, *notes, *kept, *found.notes), through)
 
 
 def _packed(

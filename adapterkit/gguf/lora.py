@@ -20,7 +20,7 @@ from adapterkit.gguf.names import EMBEDDING, OUTPUT, GGUFNames
 from adapterkit.gguf.quantize import place
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     import torch
 
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from adapterkit.adapters.method import Edit
     from adapterkit.adapters.target import Piece, Target
 
-# Weights that llama.cpp multiplies with itself, without looking for a LoRA (build_attn of deepseek2).
-IGNORED = ("attn_k_b.weight", "attn_v_b.weight")
 ALPHA, A, B = "adapter.lora.alpha", ".lora_a", ".lora_b"
 
 
@@ -105,10 +103,11 @@ def lora_tensors(
             # PEFT saves embeddings that it did not train beside a LoRA on them; the model has them already.
             notes.append(f"{edit.target.parameter} was saved with the adapter and not trained; it is left out")
             continue
-        ignored = next((tensor for tensor in edit.target.tensors if tensor.endswith(IGNORED)), None)
+        ignored = next((tensor for tensor in edit.target.tensors if ignores(tensor, names.no_lora)), None)
         if ignored is not None:
             raise UnsupportedAdapter(
-                f"{adapter.ref} changes {edit.target.parameter}, and llama.cpp applies no LoRA to '{ignored}'",
+                f"{adapter.ref} changes {edit.target.parameter}, and llama.cpp applies no LoRA to '{ignored}' in a "
+                f"{names.arch}",
                 "merge it instead: adapterkit merge BASE ADAPTER -o merged.gguf",
             )
         kernel = _kernel(edit, adapter, names)
@@ -124,6 +123,11 @@ def lora_tensors(
             a, b = b, a.T  # looked up by row: the factor with the vocabulary is called A
         tensors += [Held(name + A, a, "lora a"), Held(name + B, b, "lora b")]
     return tensors, _entries(adapter, names.arch, alpha), tuple(notes)
+
+
+def ignores(tensor: str, ends: Sequence[str]) -> bool:
+    """Whether llama.cpp multiplies a weight without looking for a LoRA, by the ends of such weights' names."""
+    return any(tensor == end or tensor.endswith("." + end) for end in ends)
 
 
 def _kernel(edit: Edit, adapter: Adapter, names: GGUFNames) -> Kernel:

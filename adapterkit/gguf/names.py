@@ -50,6 +50,11 @@ class GGUFNames(Names):
         return self._mapper.spec.arch
 
     @property
+    def no_lora(self) -> tuple[str, ...]:
+        """Ends of names of weights that the runtime applies no LoRA to."""
+        return self._mapper.spec.no_lora
+
+    @property
     def always_tied(self) -> bool:
         """Whether the architecture has no output layer of its own."""
         return self._mapper.spec.tied

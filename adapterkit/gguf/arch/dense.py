@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.errors import CheckpointError
 from adapterkit.gguf.arch.ops import ByGroup, Each, Interleave, RotaryHalves, Split, Stack
+from adapterkit.gguf.arch.rope import DIVISORS, divisors, original_context
 from adapterkit.gguf.arch.shared import (
     AFTER_NORMS,
     DEEPSTACK,
@@ -14,6 +15,7 @@ from adapterkit.gguf.arch.shared import (
     FOUR_NORMS,
     FUSED_MLP,
     LLAMA3,
+    LONG_ATTENTION,
     LONGROPE,
     MLP,
     NO_SCALING,
@@ -21,14 +23,14 @@ from adapterkit.gguf.arch.shared import (
     PARTIAL_ROPE,
     QK_NORMS,
     ROPE_DIM,
+    ROPE_TENSORS,
     VOCAB_SIZE,
     attention,
     constant,
-    long_attention_factor,
-    original_context,
+    unusual_pattern,
     window_pattern,
 )
-from adapterkit.gguf.arch.spec import ArchSpec, Key, block, blocks, plus_one, rule
+from adapterkit.gguf.arch.spec import ArchSpec, Factors, Key, block, blocks, plus_one, rule
 
 if TYPE_CHECKING:
     from adapterkit.gguf.arch.config import Config
@@ -97,10 +99,8 @@ def _command_r_context(config: Config) -> int:
     return int(config.need("model_max_length", "max_position_embeddings"))
 
 
-def _exaone_factors(config: Config) -> list[float] | None:
-    from adapterkit.gguf.arch.shared import _llama3
-
-    return _llama3(config, 16.0)
+def _exaone_divisors(config: Config) -> list[float] | None:
+    return divisors(config, config.number("head_dim"), 16.0)
 
 
 def _sliding(config: Config) -> list[bool] | None:
@@ -142,7 +142,7 @@ SPECS = (
         "llama",
         _LLAMA,
         (VOCAB_SIZE, ROPE_DIM),
-        factors=(LLAMA3,),
+        factors=ROPE_TENSORS,
         types=("mistral", "internlm3"),
         experts=False,
     ),
@@ -158,8 +158,9 @@ SPECS = (
             Key("attention.temperature_scale", _mistral3_yarn("llama_4_scaling_beta")),
         ),
         types=("mistral3",),
+        reads_yarn_bounds=True,
     ),
-    ArchSpec("smollm3", ("SmolLM3ForCausalLM",), "smollm3", _LLAMA, (VOCAB_SIZE, ROPE_DIM), factors=(LLAMA3,)),
+    ArchSpec("smollm3", ("SmolLM3ForCausalLM",), "smollm3", _LLAMA, (VOCAB_SIZE, ROPE_DIM)),
     ArchSpec(
         "granite",
         ("GraniteForCausalLM",),
@@ -172,7 +173,7 @@ SPECS = (
         ),
         (VOCAB_SIZE, ROPE_DIM, *_GRANITE),
         leave=("attention.key_length", "attention.value_length"),
-        factors=(LLAMA3,),
+        factors=ROPE_TENSORS,
     ),
     ArchSpec(
         "minicpm",
@@ -269,6 +270,7 @@ SPECS = (
             Key("attn_logit_softcapping", "attn_logit_softcapping", needed=True),
             Key("final_logit_softcapping", "final_logit_softcapping", needed=True),
             Key("attention.sliding_window", "sliding_window", needed=True),
+            unusual_pattern(2),
         ),
         common=False,
         tied=True,
@@ -287,6 +289,7 @@ SPECS = (
             Key("rope.freq_base", lambda c: float(c.rope.get("rope_theta", 1e6))),
             Key("final_logit_softcapping", "final_logit_softcapping"),
             Key("attention.sliding_window", _gemma3_window, field="sliding_window"),
+            unusual_pattern(6),
             Key("attention.head_count_kv", "num_key_value_heads", 4),
         ),
         types=("gemma3",),
@@ -315,6 +318,7 @@ SPECS = (
             PARTIAL_ROPE,
         ),
         common=False,
+        own_output=True,
     ),
     ArchSpec(
         "phi3",
@@ -333,7 +337,7 @@ SPECS = (
             PARTIAL_ROPE,
             Key("rope.freq_base", lambda c: c.rope.get("rope_theta")),
             Key("attention.sliding_window", _phi_window, field="sliding_window"),
-            Key("rope.scaling.attn_factor", long_attention_factor),
+            LONG_ATTENTION,
         ),
         common=False,
         factors=LONGROPE,
@@ -366,6 +370,7 @@ SPECS = (
             Key("attention.layer_norm_epsilon", ("layer_norm_eps", "norm_eps"), field="layer_norm_eps"),
         ),
         common=False,
+        own_output=True,
     ),
     ArchSpec(
         "olmo",
@@ -385,6 +390,7 @@ SPECS = (
             Key("attention.sliding_window_pattern", _olmo3_window),
         ),
         types=("olmo3",),
+        own_output=True,
     ),
     ArchSpec(
         "command-r",
@@ -407,6 +413,7 @@ SPECS = (
         (
             Key("logit_scale", "logit_scale", needed=True),
             Key("attention.sliding_window", "sliding_window", needed=True),
+            unusual_pattern(4),
             VOCAB_SIZE,
             Key(
                 "rope.dimension_count",
@@ -502,7 +509,7 @@ SPECS = (
             Key("attention.sliding_window", "sliding_window"),
             Key("attention.sliding_window_pattern", _sliding),
         ),
-        factors=(type(LLAMA3)("rope_freqs.weight", _exaone_factors),),
+        factors=(Factors(DIVISORS, _exaone_divisors, True),),
         check=_window_of_32b,
     ),
     ArchSpec(
@@ -517,6 +524,7 @@ SPECS = (
             NO_SCALING,
         ),
         vocab="spm",
+        own_output=True,
     ),
     ArchSpec(
         "ernie4_5",

@@ -9,7 +9,7 @@ from adapterkit.errors import CheckpointError
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.hyper import POOLING
 from adapterkit.gguf.arch.ops import Cut
-from adapterkit.gguf.arch.shared import VOCAB_SIZE, constant
+from adapterkit.gguf.arch.shared import VOCAB_SIZE, constant, window_pattern
 from adapterkit.gguf.arch.spec import ArchSpec, Key, Rule, rule
 
 MODES = {
@@ -99,6 +99,14 @@ _LABELS = Key(
 
 def _positions(config: Config) -> int:
     return config.number("context") - config.number("position_offset")
+
+
+def _modernbert_pattern(config: Config) -> Any:
+    """Every so many-th layer sees all, from the first on; or which layers have a window, where it is not that."""
+    found, every = window_pattern(config), config.get("global_attn_every_n_layers")
+    if found is None or (every and found == [i % int(every) != 0 for i in range(config.number("layers"))]):
+        return every
+    return found
 
 
 _T5 = _tree(
@@ -222,7 +230,7 @@ SPECS = (
             _CAUSAL,
             _POOLING,
             Key("attention.sliding_window", "local_attention", needed=True),
-            Key("attention.sliding_window_pattern", "global_attn_every_n_layers"),
+            Key("attention.sliding_window_pattern", _modernbert_pattern, field="global_attn_every_n_layers"),
             constant("rope.scaling.type", "none"),
             VOCAB_SIZE,
             Key("hidden_activation", "hidden_activation"),

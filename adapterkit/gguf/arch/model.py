@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,14 @@ from adapterkit.checkpoint.tensor import Renamed, Tensor
 from adapterkit.dtypes import BF16, F16, F32
 from adapterkit.errors import CheckpointError, TargetError
 from adapterkit.gguf.arch.config import Config
+from adapterkit.gguf.arch.contract import held, unread
 from adapterkit.gguf.arch.hyper import hyper_entries, hyperparameters
-from adapterkit.gguf.arch.mapping import Mapped, Mapper
+from adapterkit.gguf.arch.mapping import EMBEDDING, Mapped
 from adapterkit.gguf.arch.mxfp4 import Repacked, repacked
+from adapterkit.gguf.arch.rope import scaling
 from adapterkit.gguf.arch.table import spec_of
+from adapterkit.gguf.arch.ties import mapper_of
+from adapterkit.gguf.arch.ties import note as tie_note
 from adapterkit.gguf.arch.views import Constant, gathered
 from adapterkit.gguf.filetypes import FILE_TYPES
 from adapterkit.gguf.general import general, size_label
@@ -40,7 +44,6 @@ FLOAT32 = (
     "altup_predict_coef.weight",
     "indexer.proj.weight",
 )
-EMBEDDING = "token_embd.weight"
 
 
 class Wide(Renamed):
@@ -72,6 +75,7 @@ class Model:
         kinds: the type of each tensor in a file that is not quantized.
         mapped: which stored tensor went where.
         file_type: of such a file.
+        notes: what llama.cpp computes otherwise.
     """
 
     spec: ArchSpec
@@ -82,6 +86,7 @@ class Model:
     kinds: dict[str, str]
     mapped: Mapped
     file_type: str
+    notes: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -99,6 +104,7 @@ def as_gguf(
     touched: Sequence[str] = (),
     files: Mapping[str, bytes] | None = None,
     plain: str | None = None,
+    approximate: Collection[str] = (),
 ) -> Model:
     """A view of a Hugging Face checkpoint as a GGUF model.
 
@@ -109,14 +115,16 @@ def as_gguf(
         adapters, touched: what was folded in, and the tensors that it changed.
         files: side files by name.
         plain: the float type of a file that is not quantized; by default that of the first matrix.
+        approximate: config fields that the runtime may compute otherwise past a limit; see `held`.
 
     Raises:
-        TargetError: an architecture or a tensor that the table does not know, or a change that GGUF has no place for.
+        TargetError: an architecture or a tensor that the table does not know, a change that GGUF has no place for, or a
+            config that llama.cpp does not compute.
         CheckpointError: a config or tensors that are incomplete or do not fit each other.
     """
     read = Config(config, base.ref, files)
     spec = spec_of(read)
-    mapper = Mapper(spec, read)
+    mapper = mapper_of(spec, read, base)
     mapped = mapper.to_gguf(view.shapes, base.ref)
     lost = [name for name in touched if name not in mapped.sources]
     if lost:
@@ -133,7 +141,9 @@ def as_gguf(
         factors = one.make(read)
         if factors is not None:
             tensors = {one.tensor: Constant(one.tensor, factors), **tensors}
+    notes = held(spec, read, approximate)
     values = hyperparameters(spec, read)
+    notes = (*notes, *tie_note(mapper), *scaling(spec, read).notes, *unread(read))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     label = size_label(shapes, _first(values.get("expert_count")))
     entries = [*general(base, adapters, files or {}, label, spec.arch), *hyper_entries(spec.arch, values)]
@@ -147,7 +157,8 @@ def as_gguf(
     kinds = {name: kind_in_file(name, shape, own) for name, shape in shapes.items()}
     packed = {name: tensor.kind.name for name, tensor in tensors.items() if isinstance(tensor, Repacked)}
     kinds |= packed
-    return Model(spec, read, tensors, tuple(entries), hparams, kinds, mapped, "MXFP4_MOE" if packed else own)
+    written = "MXFP4_MOE" if packed else own
+    return Model(spec, read, tensors, tuple(entries), hparams, kinds, mapped, written, notes)
 
 
 def kind_in_file(name: str, shape: Sequence[int], plain: str) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from adapterkit.gguf.arch.config import Config
+    from adapterkit.gguf.arch.contract import Fixed
     from adapterkit.gguf.arch.ops import Op
 
     # A value for a key, or None where the key is left out.
@@ -62,10 +63,14 @@ class Key:
 
 @dataclass(frozen=True)
 class Factors:
-    """A small tensor that is computed from the config: divisors of rotary frequencies."""
+    """A small tensor that is computed from the config: divisors of rotary frequencies.
+
+    ``general``: it holds whatever scaling a config asks for.
+    """
 
     tensor: str
     make: Callable[[Config], Sequence[float] | None]
+    general: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,11 @@ class ArchSpec:
         experts: of rows of one architecture, the one with (without) experts; told apart by that in a GGUF.
         when: of rows of one architecture, whether a GGUF file is this one; those without a condition come last.
         scaled: numbers of the config are multiplied into weights and cannot be told from a GGUF file.
+        no_lora: ends of names of weights that the runtime multiplies with itself, without looking for a LoRA (plain
+            ``ggml_mul_mat`` in its ``src/models``).
+        own_output: the runtime loads no such model without ``output.weight``, so a tied one gets the embedding twice.
+        fixed: what the runtime has built in whatever the config says; see `adapterkit.gguf.arch.contract`.
+        reads_yarn_bounds: the runtime reads ``beta_fast`` and ``beta_slow``.
         variant: the model type of another row of the same classes, for configs that are better read by it.
     """
 
@@ -121,6 +131,10 @@ class ArchSpec:
     experts: bool | None = None
     when: Callable[[Any], bool] | None = None
     variant: Callable[[Config], str | None] | None = None
+    no_lora: tuple[str, ...] = ()
+    own_output: bool = False
+    fixed: tuple[Fixed, ...] = ()
+    reads_yarn_bounds: bool = False
 
     @property
     def model_types(self) -> tuple[str, ...]:
