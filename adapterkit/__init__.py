@@ -13,27 +13,41 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from adapterkit._version import __version__
-from adapterkit.checkpoint.finders import FINDERS
+from adapterkit.checkpoint.finders import add_finder
 
 if TYPE_CHECKING:
-    from adapterkit.adapters.adapter import Adapter, load_adapter
+    from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.fold import Folded, fold
+    from adapterkit.adapters.load import load_adapter
+    from adapterkit.bases import open_model
     from adapterkit.bases import open_model as open
     from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.checkpoint.finders import Found
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.save import save
     from adapterkit.errors import AdapterkitError
+    from adapterkit.hub.pull import pull
+    from adapterkit.hub.push import push
+    from adapterkit.provenance.register import register
     from adapterkit.recipe.run import build, plan_build
+    from adapterkit.requests.adapters import CombineRequest, ExtractRequest, ResizeRequest
+    from adapterkit.requests.convert import ConvertRequest
+    from adapterkit.requests.convert import ConvertRequest as ConvertOptions
+    from adapterkit.requests.merge import MergeRequest
+    from adapterkit.requests.merge import MergeRequest as MergeOptions
+    from adapterkit.requests.register import RegisterRequest
+    from adapterkit.requests.verify import VerifyRequest
     from adapterkit.serving.handover import Handover, handover
     from adapterkit.verbs.check import CheckReport, check
     from adapterkit.verbs.combine import combine, combined
     from adapterkit.verbs.compare import CompareReport, compare
     from adapterkit.verbs.convert import convert, plan_convert
+    from adapterkit.verbs.execute import execute
     from adapterkit.verbs.extract import extract
     from adapterkit.verbs.family import Family, open_family
     from adapterkit.verbs.imatrix import ImatrixReport, imatrix
     from adapterkit.verbs.inspect import Inspection, inspect
-    from adapterkit.verbs.merge import execute, merge, plan_merge
+    from adapterkit.verbs.merge import merge, plan_merge
     from adapterkit.verbs.report import (
         CombineReport,
         ConvertReport,
@@ -46,6 +60,19 @@ if TYPE_CHECKING:
     from adapterkit.verbs.verify import VerifyReport, verify
 
 _WHERE = {
+    "open_model": "adapterkit.bases:open_model",
+    "register": "adapterkit.provenance.register:register",
+    "push": "adapterkit.hub.push:push",
+    "pull": "adapterkit.hub.pull:pull",
+    "MergeRequest": "adapterkit.requests.merge:MergeRequest",
+    "ConvertRequest": "adapterkit.requests.convert:ConvertRequest",
+    "CombineRequest": "adapterkit.requests.adapters:CombineRequest",
+    "ExtractRequest": "adapterkit.requests.adapters:ExtractRequest",
+    "ResizeRequest": "adapterkit.requests.adapters:ResizeRequest",
+    "VerifyRequest": "adapterkit.requests.verify:VerifyRequest",
+    "RegisterRequest": "adapterkit.requests.register:RegisterRequest",
+    "MergeOptions": "adapterkit.requests.merge:MergeRequest",  # the old names of two requests
+    "ConvertOptions": "adapterkit.requests.convert:ConvertRequest",
     "Adapter": "adapterkit.adapters.adapter:Adapter",
     "AdapterkitError": "adapterkit.errors:AdapterkitError",
     "CheckReport": "adapterkit.verbs.check:CheckReport",
@@ -70,13 +97,13 @@ _WHERE = {
     "combined": "adapterkit.verbs.combine:combined",
     "compare": "adapterkit.verbs.compare:compare",
     "convert": "adapterkit.verbs.convert:convert",
-    "execute": "adapterkit.verbs.merge:execute",
+    "execute": "adapterkit.verbs.execute:execute",
     "extract": "adapterkit.verbs.extract:extract",
     "fold": "adapterkit.adapters.fold:fold",
     "handover": "adapterkit.serving.handover:handover",
     "imatrix": "adapterkit.verbs.imatrix:imatrix",
     "inspect": "adapterkit.verbs.inspect:inspect",
-    "load_adapter": "adapterkit.adapters.adapter:load_adapter",
+    "load_adapter": "adapterkit.adapters.load:load_adapter",
     "merge": "adapterkit.verbs.merge:merge",
     "open": "adapterkit.bases:open_model",
     "open_family": "adapterkit.verbs.family:open_family",
@@ -94,19 +121,28 @@ __all__ = [
     "CheckReport",
     "Checkpoint",
     "CombineReport",
+    "CombineRequest",
     "CompareReport",
+    "ConvertOptions",
     "ConvertReport",
+    "ConvertRequest",
     "ExtractReport",
+    "ExtractRequest",
     "Family",
     "Folded",
     "Handover",
     "ImatrixReport",
     "Inspection",
+    "MergeOptions",
     "MergeReport",
+    "MergeRequest",
     "PartReport",
     "Plan",
+    "RegisterRequest",
     "ResizeReport",
+    "ResizeRequest",
     "VerifyReport",
+    "VerifyRequest",
     "__version__",
     "build",
     "check",
@@ -124,16 +160,26 @@ __all__ = [
     "merge",
     "open",
     "open_family",
+    "open_model",
     "plan_build",
     "plan_convert",
     "plan_merge",
+    "pull",
+    "push",
+    "register",
     "resize",
     "save",
     "verify",
 ]
 
 
-FINDERS.append("adapterkit.registry.finder:find")  # registry names work wherever a path does
+def _registered(ref: str) -> Found | None:
+    from adapterkit.registry.finder import find
+
+    return find(ref)
+
+
+add_finder(_registered)  # registry names work wherever a path does
 
 
 def __getattr__(name: str) -> Any:

@@ -8,23 +8,27 @@ from pathlib import Path
 
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.decoded import dequantized, is_plain
-from adapterkit.checkpoint.open import open_checkpoint, place_of
+from adapterkit.checkpoint.finders import place_of
+from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.dtypes import BY_LABEL
 from adapterkit.errors import TargetError, UsageError
 
 Ref = str | Path
 
 
-def open_model(ref: Ref, *, headers_only: bool = False) -> Checkpoint:
+def open_model(ref: Ref | Checkpoint, *, headers_only: bool = False) -> Checkpoint:
     """Open a checkpoint of any format; no tensor is read.
 
     Args:
-        ref: a folder, a safetensors or GGUF file, a registry name, or a Hub id ``org/name[@revision]``.
+        ref: a folder, a safetensors or GGUF file, a registry name, or a Hub id ``org/name[@revision]``; an open checkpoint
+            is given back.
         headers_only: for a Hub id, read only the headers, by HTTP range.
 
     Raises:
         NotFound, CheckpointError, UnsafeError, AuthError, HubError
     """
+    if isinstance(ref, Checkpoint):
+        return ref
     meant = place_of(ref)
     path = meant.file or Path(meant.place).expanduser()
     if path.suffix == ".gguf" and path.is_file():
@@ -60,12 +64,12 @@ def open_base(
         TargetError: ``base16`` is not the original of ``base``.
         NotFound, CheckpointError, UnsafeError, AuthError, HubError
     """
-    opened = base if isinstance(base, Checkpoint) else open_model(base, headers_only=headers_only)
+    opened = open_model(base, headers_only=headers_only)
     view = dequantized(opened)
     stored = not is_plain(opened) and _says_quantized(opened)
     values = "decoded" if view is not opened else "as stored"
     if base16 is not None:
-        original = base16 if isinstance(base16, Checkpoint) else open_model(base16, headers_only=headers_only)
+        original = open_model(base16, headers_only=headers_only)
         view, values = _original(view, original), f"original ({original.ref})"
     if as_trained is None:
         if double_quant or quant_dtype != "auto" or skip_modules is not None:
@@ -107,4 +111,6 @@ def _original(quantized: Checkpoint, original: Checkpoint) -> Checkpoint:
             f"{list(there) if there else 'not in it'}, and {list(here) if here else 'not in the quantized base'}",
             "give the base that was quantized",
         )
-    return replace(original, notes=(*original.notes, f"folded onto {original.ref} in place of {quantized.ref}"))
+    notes = (*original.notes, f"folded onto {original.ref} in place of {quantized.ref}")
+    sources = (*original.sources, *quantized.sources)
+    return replace(original, notes=notes, stored=quantized.stored, sources=sources)

@@ -22,7 +22,8 @@ from nf4 import ours, prepare
 from shapes import SHAPES
 
 from adapterkit.codecs import blockwise
-from adapterkit.codecs.encode import Float8
+from adapterkit.codecs.fp8 import short_blocks
+from adapterkit.dtypes import F32
 from adapterkit.gguf.encode import decode, encode
 from adapterkit.ops.fidelity import Fidelity, block_sums
 
@@ -42,7 +43,7 @@ def int8(w: torch.Tensor) -> torch.Tensor:
 
 
 def fp8(w: torch.Tensor) -> torch.Tensor:
-    codes, scales = Float8(tuple(w.shape)).encode(w.reshape(-1))
+    codes, scales = short_blocks("w.weight", tuple(w.shape), F32, False).encode(0, w.reshape(-1), None)
     tiles = codes.float().view(-1, 128, w.shape[1] // 128, 128) * scales.view(-1, 1, w.shape[1] // 128, 1)
     return tiles.view(w.shape)
 

@@ -91,10 +91,11 @@ def _model(kind: str, at: Path, found: dict[str, Any]) -> None:
     convert(base, at / "back", to="hf")
     convert(at / "back", at / "again.gguf")
     found["same"] = (at / "again.gguf").read_bytes() == base.read_bytes()
-    again = load_model(at / "back").float().eval()
-    if tiny.patch:
-        tiny.patch(again)
-    found["back"] = _far(of_model(again), plain)
+    if tiny.alone:
+        again = load_model(at / "back").float().eval()
+        if tiny.patch:
+            tiny.patch(again)
+        found["back"] = _far(of_model(again), plain)
     if tiny.reads is not None:
         found["reads"] = _read(at / "read", kind)
 

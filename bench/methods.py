@@ -157,8 +157,8 @@ def speed() -> None:
     import torch
     from method_cases import save_base, train
 
-    from adapterkit.adapters.adapter import load_adapter
     from adapterkit.adapters.fold import fold
+    from adapterkit.adapters.load import load_adapter
     from adapterkit.checkpoint.open import open_checkpoint
 
     class Pair(torch.nn.Module):

@@ -24,7 +24,8 @@ import time
 import traceback
 from pathlib import Path
 
-from adapterkit.registry import disk, fsck, listing, register, store, verbs
+from adapterkit import disk
+from adapterkit.registry import fsck, listing, register, store, verbs
 from adapterkit.registry.home import Home
 from adapterkit.registry.identity import Identity
 from adapterkit.registry.record import FileEntry, Operation, Parent, Record

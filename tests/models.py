@@ -153,6 +153,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 8,
         },
     ),
+    "jetmoe": (
+        "JetMoeForCausalLM",
+        {**_TEXT, "num_hidden_layers": 1, "num_key_value_heads": 2, "kv_channels": 8, "intermediate_size": 48}
+        | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "llama4": (
         "Llama4ForCausalLM",
         {

@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapterkit.errors import AdapterkitError, UsageError
-from adapterkit.gguf import encode as module
 from adapterkit.gguf.encode import NonFiniteWeightError, decode, encode, encode_into, find_non_finite
-from adapterkit.gguf.kernels import selftest
+from adapterkit.gguf.kernels import backends, selftest
 from adapterkit.gguf.kernels.layouts import LAYOUTS
 from adapterkit.gguf.types import TYPES
 
@@ -166,7 +165,7 @@ def _asked_again() -> Any:
 @pytest.mark.parametrize("backend", ["numba", "torch"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_self_test_notices_a_wrong_byte(backend: str, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = module.run_backend
+    real = backends.run_backend
 
     def broken(name: str, kind: str, x: Any, weights: Any, out: np.ndarray) -> float:
         peak = real(name, kind, x, weights, out)
@@ -175,7 +174,7 @@ def test_the_self_test_notices_a_wrong_byte(backend: str, weighted: bool, monkey
 
     assert selftest.complaint(backend, "Q4_K", weighted, "cpu") is None
     selftest._outcome.cache_clear()
-    monkeypatch.setattr(module, "run_backend", broken)
+    monkeypatch.setattr(backends, "run_backend", broken)
     assert selftest.complaint(backend, "Q4_K", weighted, "cpu") == "gives other bytes for Q4_K than llama.cpp"
 
 

@@ -13,7 +13,7 @@ from hub import TOKEN, Hub, client_of, without_waits
 from models import plain_adapter, plain_base, read_bytes, read_tensors
 
 import adapterkit
-from adapterkit.adapters.adapter import load_adapter
+from adapterkit.adapters.load import load_adapter
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.errors import AdapterkitError, AuthError, CheckpointError, HubError, NotFound, UnsafeError
 

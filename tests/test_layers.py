@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +24,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipe",),
     ("ui",),
     ("verbs",),
-    ("serving",),
     ("hub",),
     ("provenance",),
+    ("requests",),
+    ("serving",),
     ("folders",),
     ("lint",),
     ("bases",),
@@ -38,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("dtypes",),
     ("redaction",),
+    ("disk",),
     ("errors", "_version"),
 )
 HEIGHT = {unit: len(LAYERS) - number for number, layer in enumerate(LAYERS) for unit in layer}
@@ -55,7 +58,11 @@ def unit_of(path: Path) -> str:
 
 
 def imported(tree: ast.AST) -> list[tuple[int, str]]:
-    """Line and name of every module that is imported anywhere in a file, in functions and for type checkers too."""
+    """Line and name of every module that is imported anywhere in a file: in functions, for type checkers, and by string.
+
+    A string counts when it is the name of a module of the package, alone or before ``:function``, and when it is the
+    argument of ``import_module`` or the head of one (``f"adapterkit.adapters.methods.{family}"``).
+    """
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -65,10 +72,28 @@ def imported(tree: ast.AST) -> list[tuple[int, str]]:
             # `from adapterkit import x` may name a unit; anything else is named by its module.
             found += [(node.lineno, f"{module}.{a.name}" if module == "adapterkit" else module) for a in node.names]
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
-            found += [
-                (node.lineno, a.value) for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)
-            ]
-    return found
+            found += [(node.lineno, name) for a in node.args for name in _head(a)]
+        elif (
+            isinstance(node, ast.Constant) and isinstance(node.value, str) and _is_module(node.value.partition(":")[0])
+        ):
+            found.append((node.lineno, node.value.partition(":")[0]))
+    return sorted(set(found))
+
+
+def _head(argument: ast.expr) -> list[str]:
+    """What a string, or a string with a value at its end, says of the module."""
+    if isinstance(argument, ast.JoinedStr):
+        argument = argument.values[0]
+    return (
+        [argument.value.rstrip(".")] if isinstance(argument, ast.Constant) and isinstance(argument.value, str) else []
+    )
+
+
+def _is_module(name: str) -> bool:
+    if re.fullmatch(r"adapterkit(\.\w+)+", name) is None:
+        return False
+    path = ROOT.joinpath(*name.split(".")[1:])
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
 def upward(unit: str, tree: ast.AST) -> list[str]:
@@ -119,11 +144,70 @@ def test_imports_point_down() -> None:
         ("codecs", "from adapterkit.checkpoint.tensor import Tensor"),
         ("verbs", "from . import report"),
         ("adapters", "import importlib\nimportlib.import_module('adapterkit.cli')"),
+        ("adapters", "from importlib import import_module\nimport_module(f'adapterkit.verbs.{name}')"),
+        ("checkpoint", "FINDERS = ['adapterkit.registry.finder:find']"),
+        ("gguf", "WHERE = {'merge': 'adapterkit.verbs.merge'}"),
         ("verbs", "import adapterkit.utils"),
     ],
 )
 def test_an_import_that_points_up_is_seen(unit: str, text: str) -> None:
     assert len(upward(unit, ast.parse(text))) == 1
+
+
+def modules() -> dict[str, Path]:
+    """The package's files by module name."""
+    files = {".".join(file.relative_to(ROOT.parent).with_suffix("").parts): file for file in ROOT.rglob("*.py")}
+    return {name.removesuffix(".__init__"): file for name, file in files.items()}
+
+
+def imports(known: dict[str, ast.AST]) -> dict[str, set[str]]:
+    """For every module the modules of ``known`` that it imports, wherever in the file that is."""
+    found: dict[str, set[str]] = {}
+    for module, tree in known.items():
+        names = {name for _, name in imported(tree)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                parts = {f"{node.module}.{alias.name}" for alias in node.names}
+                # `from package import module` is an import of the module; the package's own file is not meant.
+                if parts <= known.keys():
+                    names.discard(node.module)
+                names |= parts
+        found[module] = (names & known.keys()) - {module}
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, the first again at the end; empty when there is none."""
+    done: set[str] = set()
+
+    def walk(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for other in sorted(graph[module]):
+            round_ = walk(other, [*path, module])
+            if round_:
+                return round_
+        done.add(module)
+        return []
+
+    return next((found for found in (walk(module, []) for module in sorted(graph)) if found), [])
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert circle(imports({name: ast.parse(file.read_text()) for name, file in modules().items()})) == []
+
+
+def test_a_circle_is_seen() -> None:
+    texts = {
+        "a": "import b",
+        "b": "def f():\n    from c import x",
+        "c": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import a",
+        "d": "import a",
+    }
+    assert circle(imports({name: ast.parse(text) for name, text in texts.items()})) == ["a", "b", "c", "a"]
+    assert circle(imports({name: ast.parse(text) for name, text in texts.items() if name != "c"})) == []
 
 
 def test_import_that_points_down_is_fine() -> None:

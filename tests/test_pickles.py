@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import plain_adapter, plain_base, read_tensors
 
-from adapterkit.adapters.adapter import load_adapter
+from adapterkit.adapters.load import load_adapter
 from adapterkit.bases import open_model
 from adapterkit.cli import main
 from adapterkit.errors import CheckpointError, NotFound, UnsafeError

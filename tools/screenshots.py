@@ -20,7 +20,7 @@ from adapterkit.registry.home import Home
 from adapterkit.registry.identity import Identity
 from adapterkit.registry.record import FileEntry, Operation, Parent, Record
 from adapterkit.registry.verification import Verification
-from adapterkit.ui.server import Server
+from adapterkit.ui.server import PageServer
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -167,7 +167,7 @@ def main() -> None:
         os.environ["HOME"] = folder
         root = Path(folder) / ".local" / "share" / "adapterkit"
         fill(root)
-        server = Server(0, root)
+        server = PageServer(0, root)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         opened = playwright.chromium.launch(executable_path=chromium(), args=list(FLAGS))
         light = opened.new_context(color_scheme="light", device_scale_factor=1).new_page()

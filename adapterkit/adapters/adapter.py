@@ -1,4 +1,4 @@
-"""An adapter: a config and named tensors, read from a PEFT folder, lazily."""
+"""An adapter: a config and named tensors, opened but not read."""
 
 from __future__ import annotations
 
@@ -6,26 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.config import PARTS, AdapterConfig
-from adapterkit.adapters.experts import order_notes
-from adapterkit.adapters.formats import mlx
-from adapterkit.checkpoint.checkpoint import SideFile
-from adapterkit.checkpoint.files import LocalFile
-from adapterkit.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLES, PIPELINE_WEIGHTS, side_names
-from adapterkit.checkpoint.header import parse_header
-from adapterkit.checkpoint.open import locate
-from adapterkit.checkpoint.tensor import Stored
-from adapterkit.errors import AdapterError, NotFound, UnsafeError
+from adapterkit.checkpoint.folder import ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from adapterkit.adapters.config import AdapterConfig
+    from adapterkit.checkpoint.checkpoint import SideFile
     from adapterkit.checkpoint.files import Source
-    from adapterkit.checkpoint.listing import Listing
     from adapterkit.checkpoint.tensor import Tensor
 
 WEIGHTS = ADAPTER_WEIGHTS
-PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -40,6 +31,7 @@ class Adapter:
         side_files: tokenizer and chat template, if it brings its own.
         commit: the Hub commit it was read from.
         notes: what a user should know about how it was read.
+        shards: the other weight files, where it has several.
     """
 
     ref: str
@@ -49,6 +41,12 @@ class Adapter:
     side_files: tuple[SideFile, ...] = ()
     commit: str | None = None
     notes: tuple[str, ...] = field(default=())
+    shards: tuple[Source, ...] = field(default=())
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Every weight file."""
+        return (self.source, *self.shards)
 
     @property
     def parameters(self) -> int:
@@ -63,182 +61,3 @@ class Adapter:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
-
-
-def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
-    """Open an adapter; no tensor is read.
-
-    Args:
-        ref: a folder as PEFT or mlx-lm saves it, ``org/name[/sub/folder][@revision]`` on the Hub, or a single
-            ``.safetensors`` of kohya's scripts, LyCORIS or diffusers, ``FILE#PART`` for one part of the pipeline in it
-            and ``FILE#te+unet`` for several that one base holds.
-        headers_only: for a Hub id, read only the headers, by HTTP range.
-
-    Raises:
-        NotFound: no adapter there.
-        UnsafeError: pickled weights only.
-        AdapterError: config or weights are damaged or contradict each other.
-        AuthError, HubError: the Hub said so.
-    """
-    path, parts = file_and_parts(ref)
-    if path.is_file() and path.suffix == ".safetensors":
-        return _single_file(LocalFile(path, str(ref), loose=True), str(ref), only=parts)
-    if path.is_file() and path.suffix == ".gguf":
-        road = f"make a PEFT adapter of it: adapterkit convert {path.name} --to peft --base BASE -o DIR"
-        raise AdapterError(f"{ref} is a GGUF file, which is not read as an adapter", road)
-    listing = locate(ref, headers_only=headers_only)
-    if ADAPTER_CONFIG not in listing.names:
-        if PIPELINE_WEIGHTS in listing.names:
-            return _single_file(listing.open(PIPELINE_WEIGHTS), listing.ref, listing.commit)
-        raise _no_config(listing)
-    config = AdapterConfig(listing.json(ADAPTER_CONFIG), f"{listing.ref.rstrip('/')}/{ADAPTER_CONFIG}")
-    if mlx.is_mlx(listing.names, config.raw):
-        source, stored = _stored(listing, mlx.WEIGHTS)
-        config, tensors = mlx.read_mlx(stored, config.raw, config.where)
-        return Adapter(listing.ref, config, tensors, source, commit=listing.commit, notes=("read as an MLX adapter",))
-    if not config.peft_type:
-        raise AdapterError(f"{config.where} names no peft_type", "it is not a PEFT adapter config, or a damaged one")
-    if WEIGHTS not in listing.names:
-        raise _no_weights(listing)
-    source, stored = _stored(listing, WEIGHTS)
-    tensors, notes = _plain_keys(stored, source.name)
-    side_files = tuple(
-        SideFile(name, listing.open(name)) for name in side_names(listing.names, {WEIGHTS}) if is_brought(name)
-    )
-    return Adapter(listing.ref, config, tensors, source, side_files, listing.commit, (*notes, *order_notes(config)))
-
-
-def file_and_parts(ref: str | Path) -> tuple[Path, tuple[str, ...]]:
-    """A path, and the parts of a pipeline that ``FILE#PART`` or ``FILE#PART+PART`` names."""
-    path = Path(ref).expanduser()
-    head, _, parts = str(path).rpartition("#")
-    named = parts and not path.exists() and Path(head).is_file()
-    return (Path(head), tuple(parts.split("+"))) if named else (path, ())
-
-
-def is_adapter(ref: str | Path) -> bool:
-    """Whether `load_adapter` is what opens ``ref``: a folder or Hub id with an adapter in it, or a file of one.
-
-    Raises:
-        NotFound, CheckpointError, AuthError, HubError
-    """
-    from adapterkit.adapters.formats import diffusers, kohya
-
-    path, _ = file_and_parts(ref)
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            return False
-        source = LocalFile(path, str(ref), loose=True)
-        keys = parse_header(source.read, source.size, source.name).tensors
-        return kohya.is_kohya(keys) or diffusers.is_diffusers(keys)
-    return bool({ADAPTER_CONFIG, PIPELINE_WEIGHTS} & locate(ref, headers_only=True).names)
-
-
-def _single_file(source: Source, ref: str, commit: str | None = None, only: tuple[str, ...] = ()) -> Adapter:
-    """A file that is an adapter by itself, as kohya's scripts, LyCORIS and diffusers write it."""
-    from adapterkit.adapters.formats import diffusers, kohya
-    from adapterkit.adapters.formats.parts import named, selected
-
-    header = parse_header(source.read, source.size, source.name)
-    stored = {key: Stored(key, t.dtype, t.shape, source, t.start) for key, t in header.tensors.items()}
-    if kohya.is_kohya(stored):
-        config, tensors = kohya.read_kohya(stored, ref, only)
-        parts = "".join(f", {part or 'one model'}" for part in config.raw.get(PARTS, ()))
-        note = f"read as a kohya or LyCORIS file{parts and f' for {parts[2:]}'}"
-        return Adapter(ref, config, tensors, source, commit=commit, notes=(note,))
-    if diffusers.is_diffusers(stored):
-        config, tensors, notes = diffusers.read_diffusers(stored, header.metadata, ref)
-        adapter = Adapter(ref, config, tensors, source, commit=commit, notes=notes)
-        if only:
-            return named(adapter, only)
-        return adapter if len(config.raw[PARTS]) > 1 else selected(adapter, None, {})
-    raise AdapterError(f"{ref} has no keys of a single-file adapter", "give the folder with adapter_config.json")
-
-
-def _stored(listing: Listing, name: str) -> tuple[Source, dict[str, Stored]]:
-    source = listing.open(name)
-    header = parse_header(source.read, source.size, source.name)
-    return source, {key: Stored(key, t.dtype, t.shape, source, t.start) for key, t in header.tensors.items()}
-
-
-# What an adapter folder may bring for the merged model to use; anything else in it is about training.
-_BROUGHT = (
-    "tokenizer",
-    "vocab",
-    "merges",
-    "special_tokens",
-    "added_tokens",
-    "chat_template",
-    "spiece",
-    "sentencepiece",
-)
-
-
-def is_brought(name: str) -> bool:
-    """Whether a file beside an adapter is a tokenizer's."""
-    return name.startswith(_BROUGHT)
-
-
-def _plain_keys(stored: Mapping[str, Stored], where: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Keys without ``base_model.model.`` and without an adapter's name left in them."""
-    tensors: dict[str, Tensor] = {}
-    bare, named = 0, 0
-    for name, tensor in stored.items():
-        key = name
-        if key.startswith(PREFIX):
-            key = key.removeprefix(PREFIX)
-        elif key.startswith("base_model."):
-            key = key.removeprefix("base_model.")  # tensors shared by all modules lie one level higher
-        else:
-            bare += 1
-        plain = _without_adapter_name(key)
-        named += plain != key
-        if plain in tensors:
-            raise AdapterError(f"{where} holds two tensors for '{plain}'", "it mixes several adapters; save one alone")
-        tensors[plain] = tensor
-    notes = []
-    if bare:
-        notes.append(f"{bare} keys lack the prefix base_model.model.; read as module paths")
-    if named:
-        notes.append(f"{named} keys carry an adapter's name, as in lora_A.default.weight; it was dropped")
-    return tensors, tuple(notes)
-
-
-_INFIXED = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "modules_to_save")
-
-
-def _without_adapter_name(key: str) -> str:
-    parts = key.split(".")
-    for at, part in enumerate(parts):
-        if part not in _INFIXED:
-            continue
-        rest = parts[at + 1 :]
-        if part == "modules_to_save":
-            return ".".join([*parts[:at], *rest[1:]]) if len(rest) > 1 else key
-        if part == "lora_magnitude_vector" and rest in ([], ["weight"]):
-            return ".".join(parts[: at + 1])
-        if len(rest) == 2 and rest[1] in ("weight", "bias"):
-            return ".".join([*parts[: at + 1], rest[1]])
-        if part.startswith("lora_embedding") and len(rest) == 1:
-            return ".".join(parts[: at + 1])
-    return key
-
-
-def _no_config(listing: Listing) -> Exception:
-    nested = sorted(name for name in listing.names if name.endswith("/" + ADAPTER_CONFIG))
-    if nested:
-        folders = ", ".join(name.rpartition("/")[0] for name in nested[:4])
-        return NotFound(f"{listing.ref} holds adapters in sub-folders ({folders})", "name one of them")
-    if "config.json" in listing.names:
-        return NotFound(f"{listing.ref} is a model, not an adapter", "give the base first, then the adapters")
-    return NotFound(f"{listing.ref} has no {ADAPTER_CONFIG}", "give the folder that PEFT saved")
-
-
-def _no_weights(listing: Listing) -> Exception:
-    pickled = sorted(name for name in listing.names if name.endswith(PICKLES) and "adapter" in name)
-    if pickled:
-        return UnsafeError(
-            f"{listing.ref} holds its weights only as a pickle ({pickled[0]}), which can run code when loaded",
-            f"if you trust it: adapterkit convert {listing.ref} --to peft --allow-pickle -o DIR",
-        )
-    return NotFound(f"{listing.ref} has no {WEIGHTS}", "download the missing file")

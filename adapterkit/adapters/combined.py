@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
     import torch
 
-    from adapterkit.adapters.rule import Rule
+    from adapterkit.adapters.bound_rule import BoundRule
     from adapterkit.adapters.target import Target
     from adapterkit.adapters.ties import Weighted
     from adapterkit.ops.rows import DeltaRows
 
 
-def combined_edits(items: Sequence[Weighted], rule: Rule) -> tuple[Weighted, ...]:
+def combined_edits(items: Sequence[Weighted], rule: BoundRule) -> tuple[Weighted, ...]:
     """The edits with those of one matrix combined by ``rule``; whole parameters, token rows and vectors stay as they are."""
     groups: dict[Target, list[Weighted]] = {}
     for item in items:
@@ -42,7 +42,7 @@ def _is_delta(item: Weighted) -> bool:
     return not whole and len(edit.target.shape) > 1
 
 
-def _combined(group: Sequence[Weighted], rule: Rule) -> Change:
+def _combined(group: Sequence[Weighted], rule: BoundRule) -> Change:
     target = group[0].edit.target
     rows, columns = target.matrix
     count = target.shape[0] if target.stacked and len(target.shape) == 3 else 1

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from adapterkit.adapters.trainer_fields import decides_nothing
 from adapterkit.errors import AdapterError, UnsafeError
 
 PATTERN_TIMEOUT = 2.0  # seconds for all matches of one config; patterns that need longer were made to hang
@@ -24,6 +25,7 @@ _REPEAT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 
 PARTS = "pipeline_parts"  # a field of our own: the configs of several parts of a pipeline, by their names
 FLAT = "flat_module_names"  # a field of our own: paths as single files of kohya's scripts have them
+CONV1D = "conv1d_modules"  # a field of our own: modules that the user says keep their weights as [in, out]
 # Fields every PEFT method has, and what PEFT's own loader does with them; none changes a merged weight by itself.
 COMMON_FIELDS = frozenset(
     {
@@ -31,6 +33,7 @@ COMMON_FIELDS = frozenset(
         "base_model_name_or_path",
         "bias",
         "exclude_modules",
+        CONV1D,
         FLAT,
         PARTS,
         "inference_mode",
@@ -229,7 +232,7 @@ class AdapterConfig:
     def unknown_fields(self, known: frozenset[str]) -> list[str]:
         """Fields that are not known and say something: a newer PEFT may mean another formula by them."""
         return sorted(
-            name for name, value in self.raw.items() if name not in known and value not in (None, False, "", [], {})
+            name for name, value in self.raw.items() if name not in known and not decides_nothing(name, value)
         )
 
 

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import replace
 from adapterkit.adapters.config import COMMON_FIELDS, FLAT, PARTS
-from adapterkit.adapters.method import Context, Edit, Method, Module
+from adapterkit.adapters.heads import ADDED, may_resize
+from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module
 from adapterkit.adapters.methods import METHODS, UNMERGEABLE
+from adapterkit.adapters.orientation import check_squares
 from adapterkit.adapters.target import Piece, Target
 from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter
 
@@ -118,6 +120,20 @@ def _unwrapped(path: str) -> tuple[str, int]:
     return ".".join(part for part in parts if part != WRAPPED), depth
 
 
+def fitting_part(adapter: Adapter, names: Names | None, config: Mapping[str, Any]) -> Adapter:
+    """Of an adapter for several parts of a pipeline, the one that fits the base with these ``names``, or the only one.
+
+    Raises:
+        TargetError, UsageError: see `adapterkit.adapters.formats.parts.selected`.
+    """
+    from adapterkit.adapters.formats.parts import selected
+
+    if names is None:
+        return selected(adapter, None)
+    # What a user has to allow is asked when the part is merged.
+    return selected(adapter, lambda part: adapter_edits(part, names, config, residual_base=True, allow_unknown=True))
+
+
 def adapter_edits(
     adapter: Adapter,
     names: Names,
@@ -133,9 +149,7 @@ def adapter_edits(
         AdapterError, UnsupportedAdapter: see `check_config`.
     """
     if adapter.config.get(PARTS):
-        from adapterkit.adapters.formats.parts import selected
-
-        adapter = selected(adapter, names, config)
+        adapter = fitting_part(adapter, names, config)
     if adapter.config.get(FLAT):
         from adapterkit.adapters.formats.kohya import unflattened
 
@@ -157,7 +171,10 @@ def adapter_edits(
     if unresolved:
         first = unresolved[0]
         more = f" (and {len(unresolved) - 1} more modules)" if len(unresolved) > 1 else ""
-        raise TargetError(first.message + more, first.hint)
+        # One weight of another size has many reasons; that none of several fits has one.
+        other = 1 < len(modules) == len(unresolved) and all(one.hint == GIVE_BASE for one in unresolved)
+        raise TargetError(first.message + more, "this adapter was trained on another base" if other else first.hint)
+    check_squares(context, edits)
     return edits
 
 
@@ -176,8 +193,9 @@ def _whole_edit(key: str, tensor: Tensor, context: Context, config: Mapping[str,
         # A head that the base does not have, trained from nothing.
         name = context.names.stored_name(parameter, "")
         target = Target(parameter, tensor.shape, (Piece(name, max(tensor.shape[0] if tensor.shape else 1, 1)),))
-        return Edit(target, replace(tensor, "added by the adapter"), override=True)
-    if target.shape != tensor.shape and not _grown(target.shape, tensor.shape, config):
+        return Edit(target, replace(tensor, ADDED), override=True)
+    sized = asked and may_resize(parameter, target.shape, tensor.shape, context.adapter, config)
+    if target.shape != tensor.shape and not sized and not _grown(target.shape, tensor.shape, config):
         raise TargetError(
             f"{context.where}: '{key}' is {list(tensor.shape)} and {parameter} is {list(target.shape)}",
             "this adapter was trained on another base",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from adapterkit.adapters.change import Weights
 from adapterkit.adapters.config import FLAT, PARTS
-from adapterkit.adapters.edits import WRAPPED, adapter_edits, check_config, group_modules, is_shared
+from adapterkit.adapters.edits import WRAPPED, adapter_edits, check_config, fitting_part, group_modules, is_shared
 from adapterkit.adapters.linear import linear_modules
 from adapterkit.adapters.merged import StoredWeights
 from adapterkit.adapters.method import Context
@@ -194,9 +194,7 @@ def take_apart(
     if base is not None and names is None:
         names = Names(base.shapes, base.config)
     if adapter.config.get(PARTS):
-        from adapterkit.adapters.formats.parts import selected
-
-        adapter = selected(adapter, names, {} if base is None else base.config)
+        adapter = fitting_part(adapter, names, {} if base is None else base.config)
     if adapter.config.get(FLAT):
         from adapterkit.adapters.formats.kohya import unflattened
 
@@ -284,14 +282,23 @@ def _slot(module: Module, edit: Edit, context: Context, kinds: _Kinds) -> Slot:
         return Slot(name, module.path, "embedding", (a.shape[1], b.shape[0]))
     if target.stacked and len(target.shape) == 3:
         swapped = context.names.turned(name)
-        return Slot(name, module.path, "stacked", (target.shape[1], target.shape[2]), target.shape[0], swapped=swapped)
+        return Slot(
+            name,
+            name.rpartition(".")[0],
+            "stacked",
+            (target.shape[1], target.shape[2]),
+            target.shape[0],
+            swapped=swapped,
+        )
     named = context.config.names("target_parameters")
     if A in module.tensors and any(name == one or name.endswith("." + one) for one in named):
         return Slot(name, module.path, "parameter", target.matrix)
     if len(target.shape) > 2:
         return Slot(name, module.path, "conv", target.matrix, kernel=target.shape[2:])
     if A in module.tensors:
-        return Slot(name, module.path, "linear", target.matrix, applied=times_applied(module, context))
+        # One of several matrices that one pair of factors is for (experts) is a module of its own.
+        path = module.path if name.startswith(f"{module.path}.") else name.rpartition(".")[0]
+        return Slot(name, path, "linear", target.matrix, applied=times_applied(module, context))
     return Slot(name, module.path, kinds.of(module.path), target.matrix)
 
 
@@ -331,6 +338,8 @@ def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
             other = adapter.tensors.get(key.removesuffix(a) + b)
             if other is None or not other.shape:
                 continue
+            if len(tensor.shape) == 3 and len(other.shape) == 3 and tensor.shape[1] == other.shape[2]:
+                raise UsageError(f"{adapter.ref} holds factors of experts in three dimensions", "add --base BASE")
             if a == EMBEDDING_A:
                 shapes[parameter] = (tensor.shape[-1], other.shape[0])
             else:

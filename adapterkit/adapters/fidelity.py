@@ -5,23 +5,23 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from functools import partial
-from math import gcd, sqrt
+from math import sqrt
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.as_trained import quantized_targets
 from adapterkit.adapters.merged import Merged
-from adapterkit.codecs.encode import FP8_BLOCK
-from adapterkit.codecs.grid import Grid
+from adapterkit.codecs.table import find_kind
 from adapterkit.dtypes import F32
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import torch
 
     from adapterkit.adapters.fold import Folded
+    from adapterkit.checkpoint.encoded import Encoding
     from adapterkit.dtypes import DType
-    from adapterkit.ops.fidelity import Sums
+    from adapterkit.ops.fidelity import FidelitySums
 
     Through = Callable[[torch.Tensor], torch.Tensor]
 
@@ -103,6 +103,7 @@ class Watch:
             a name for what ``through`` does.
         through: for another format, a tensor's name and shape to a function that encodes and decodes some of its rows, or
             to None where it stays in its dtype.
+        encodings: tensors that are written in the base's own format, where ``kind`` is the name of that.
     """
 
     def __init__(
@@ -110,22 +111,28 @@ class Watch:
         folded: Folded,
         kind: str | None = None,
         through: Callable[[str, tuple[int, ...]], Through | None] | None = None,
+        encodings: Mapping[str, Encoding] | None = None,
     ) -> None:
         view = folded.checkpoint
-        self._sums: dict[str, dict[int, Sums]] = {}
+        self._encodings = encodings or {}
+        self._sums: dict[str, dict[int, FidelitySums]] = {}
         self._lock = threading.Lock()
         self._tensors = merged_tensors(folded)
         self._share = SAMPLE if kind is None else SAMPLE_FORMAT
         dtypes = sorted({str(tensor.dtype) for tensor in self._tensors.values()})
         self._format = kind or "/".join(dtypes) or "its dtype"
         if through is None:
-            targets = quantized_targets(view) if kind else []
+            targets = quantized_targets(view) if kind and not self._encodings else []
             encoded = {name for target in targets for name in target.tensors}
 
             def through(name: str, shape: tuple[int, ...]) -> Through | None:
                 return through_format(kind, shape, self._tensors[name].dtype) if kind and name in encoded else None
 
         for name, tensor in self._tensors.items():
+            encoding = self._encodings.get(name)
+            if encoding is not None:
+                encoding.witness = partial(self._written, name, tensor)
+                continue
             tensor.watch = partial(self._add, name, tensor, through(name, tensor.shape))
             if isinstance(tensor.base, Merged):  # the base as trained: its change is what quantization did to it
                 tensor.base.watch = partial(self._add, name + BASE, tensor.base, None)
@@ -136,21 +143,23 @@ class Watch:
             tensor.watch = None
             if isinstance(tensor.base, Merged):
                 tensor.base.watch = None
+        for encoding in self._encodings.values():
+            encoding.witness = None
 
     def report(self) -> FidelityReport:
         """The numbers of all blocks seen so far."""
-        from adapterkit.ops.fidelity import Fidelity, Sums
+        from adapterkit.ops.fidelity import Fidelity, FidelitySums
 
-        total = Sums()
+        total = FidelitySums()
         found = []
         for name in self._tensors:
             blocks = self._sums.get(name, {})
             if blocks:
                 # In the order of the blocks, so that the last bit does not depend on the threads.
-                sums = sum((blocks[start] for start in sorted(blocks)), Sums())
+                sums = sum((blocks[start] for start in sorted(blocks)), FidelitySums())
                 total += sums
                 one = Fidelity.of(sums)
-                below = sum(self._sums.get(name + BASE, {}).values(), Sums())
+                below = sum(self._sums.get(name + BASE, {}).values(), FidelitySums())
                 error = sqrt(below.dd / below.count / (sums.dd / sums.count)) if below.count and sums.dd else None
                 found.append(TensorFidelity(name, one.relative, one.unmoved, one.retention, one.cosine, error))
         found.sort(key=lambda item: (item.retention, item.name))
@@ -164,6 +173,16 @@ class Watch:
             tuple(found),
             self._format,
         )
+
+    def _written(
+        self, name: str, tensor: Merged, start: int, base: torch.Tensor, wanted: torch.Tensor, written: torch.Tensor
+    ) -> None:
+        """A range that was encoded: every value is measured."""
+        from adapterkit.ops.fidelity import block_sums
+
+        sums = block_sums(base, wanted, written)
+        with self._lock:
+            self._sums.setdefault(name, {})[start] = sums
 
     def _add(
         self,
@@ -191,39 +210,51 @@ class Watch:
 def through_format(kind: str, shape: tuple[int, ...], dtype: DType | None = None) -> Through | None:
     """decode(encode(.)) of whole rows, with scales from these rows alone and not quantized a second time.
 
-    4-bit weights are decoded to ``dtype`` where that is given, as bitsandbytes does it; else to float32.
+    Weights are decoded to ``dtype`` where the format does that and ``dtype`` is given; else to float32.
     """
-    columns = shape[-1]
-    if kind == "fp8":
-        return None if any(size % FP8_BLOCK for size in shape) else partial(_through_fp8, columns)
-    grid = Grid(kind)
+    form, columns = find_kind(kind), shape[-1]
+    if form.encoder("", shape, dtype or F32, False) is None:
+        return None
 
     def through(rows: torch.Tensor) -> torch.Tensor:
-        from adapterkit.codecs import blockwise
-
-        if kind == "int8":
-            return blockwise.decode_int8(*blockwise.encode_int8(rows.view(-1, columns)))
         flat = rows.reshape(-1)
-        absmax = blockwise.absmax_of(flat, grid.blocksize)
-        codes = blockwise.encode_4bit(flat, absmax, kind, grid.blocksize)
-        return blockwise.decode_4bit(codes, absmax, kind, grid.blocksize, flat.numel(), (dtype or F32).torch)
+        some = (flat.numel() // columns, columns)
+        encoder = (form.some or form.encoder)("", some, dtype or F32, False)
+        assert encoder is not None
+        return encoder.values(0, encoder.encode(0, flat, None)).view(rows.shape)
 
     return through
-
-
-def _through_fp8(columns: int, rows: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    height = gcd(rows.numel() // columns, FP8_BLOCK)
-    tiles = rows.float().view(-1, height, columns // FP8_BLOCK, FP8_BLOCK)
-    scales = tiles.abs().amax((1, 3), keepdim=True).clamp(min=1e-30) / 448.0
-    return (tiles / scales).to(torch.float8_e4m3fn).float() * scales
 
 
 def merged_tensors(folded: Folded) -> dict[str, Merged]:
     """The tensors that adapters change by adding to them; what they replace whole is kept as it is."""
     found = ((name, folded.checkpoint[name]) for name in folded.touched)
     return {name: tensor for name, tensor in found if isinstance(tensor, Merged)}
+
+
+def left_in_own_format(
+    folded: Folded, encodings: Mapping[str, Encoding], *, tensors: int | None = None
+) -> FidelityReport:
+    """How much of a merge is left when it is written in its base's own format, without writing it.
+
+    Args:
+        folded: what `fold` made.
+        encodings: the weights that are encoded again.
+        tensors: at most so many tensors, spread over the model; None measures all.
+    """
+    names = list(encodings)
+    if tensors is not None and len(names) > tensors:
+        names = [names[index * len(names) // tensors] for index in range(tensors)]
+    watch = Watch(folded, own_format(encodings), lambda name, shape: None, encodings)
+    for name in names:
+        encodings[name].measure()
+    watch.stop()
+    return watch.report()
+
+
+def own_format(encodings: Mapping[str, Encoding]) -> str:
+    """What the formats of some encodings are called."""
+    return " and ".join(sorted({encoding.words for encoding in encodings.values()})) or "its own format"
 
 
 def left_on_grid(folded: Folded, kind: str, *, tensors: int | None = None) -> FidelityReport:

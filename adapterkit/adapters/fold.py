@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import Checked
 from adapterkit.adapters.edits import adapter_edits
+from adapterkit.adapters.heads import Brought, brought, prefixed
 from adapterkit.adapters.merged import Applied, Loaded, Merged, StoredWeights, merged_columns
 from adapterkit.adapters.names import Names
+from adapterkit.adapters.orientation import orientation_notes
 from adapterkit.adapters.replicate import replicated
 from adapterkit.adapters.target import Target
 from adapterkit.adapters.ties import Weighted, same_bytes, settle_ties
@@ -22,7 +24,7 @@ from adapterkit.ops.device import CPU
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
-    from adapterkit.adapters.rule import Rule
+    from adapterkit.adapters.bound_rule import BoundRule
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.dtypes import DType
 
@@ -39,8 +41,9 @@ class Folded:
         added: tensors that the base did not have.
         vocab: old and new number of rows, where a vocabulary changed its size.
         untied: the output layer got values of its own.
-        heads: classification heads that were added, with their number of labels.
+        head: what adapters that bring a head say of the merged model.
         notes: what a user should know.
+        flag_off: the config may no longer say that embeddings are tied.
     """
 
     checkpoint: Checkpoint
@@ -48,8 +51,9 @@ class Folded:
     added: tuple[str, ...]
     vocab: tuple[int, int] | None
     untied: bool
-    heads: Mapping[str, int]
+    head: Brought
     notes: tuple[str, ...]
+    flag_off: bool = False
 
 
 def fold(
@@ -61,7 +65,7 @@ def fold(
     residual_base: bool = False,
     allow_unknown: bool = False,
     names: Names | None = None,
-    rule: Rule | None = None,
+    rule: BoundRule | None = None,
     device: str = CPU,
 ) -> Folded:
     """Fold adapters into a base: W + sum of w_k (f_k(W) - W), summed in float32, rounded once.
@@ -90,10 +94,24 @@ def fold(
         raise UsageError(f"{len(factors)} weights for {len(adapters)} adapters", "give one --weight for each adapter")
     base, notes = replicated_base(dequantized(base), adapters)
     names = names or Names(base.shapes, base.config)
-    edits: list[Weighted] = []
-    for adapter, factor in zip(adapters, factors, strict=True):
-        found = adapter_edits(adapter, names, base.config, residual_base=residual_base, allow_unknown=allow_unknown)
-        edits += [Weighted(edit, adapter, factor) for edit in found]
+
+    def found(base: Checkpoint, names: Names) -> list[Weighted]:
+        how = {"residual_base": residual_base, "allow_unknown": allow_unknown}
+        pairs = zip(adapters, factors, strict=True)
+        return [
+            Weighted(edit, adapter, factor)
+            for adapter, factor in pairs
+            for edit in adapter_edits(adapter, names, base.config, **how)
+        ]
+
+    edits = found(base, names)
+    head = brought(edits, base.config, base)
+    if head.prefix and type(names) is Names:
+        base = prefixed(base, head)
+        names = Names(base.shapes, base.config)
+        edits = found(base, names)
+    for adapter in adapters:
+        notes += orientation_notes(adapter, [one.edit for one in edits if one.adapter is adapter], names)
         notes += adapter.notes
     settled = settle_ties(edits, names, base, base.config)
     tensors: dict[str, Tensor] = {**base.tensors, **settled.added}
@@ -102,22 +120,20 @@ def fold(
         for name in item.edit.target.tensors:
             by_tensor.setdefault(name, []).append(item)
     added = [name for name in by_tensor if name not in base]
-    result = _Fold(base, tensors, by_tensor, dtype, device)
+    added += [name for name in settled.added if name not in by_tensor]
+    result = _Fold(base, tensors, by_tensor, dtype, device, settled.factors)
     merged = result.tensors()
     _check_vocabulary(base, merged, names)
     shards = _shards(base, merged)
     checkpoint = replace(base, tensors=merged, shards=shards)
-    heads = {
-        item.edit.target.parameter: item.edit.target.shape[0]
-        for item in settled.edits
-        if item.edit.change.how == "added by the adapter" and len(item.edit.target.shape) == 2
-    }
     resized = [(base[n].shape[0], merged[n].shape[0]) for n in by_tensor if n in base and _resized(base[n], merged[n])]
-    vocab = resized[0] if resized else None
-    return Folded(checkpoint, tuple(by_tensor), tuple(added), vocab, settled.untied, heads, (*notes, *settled.notes))
+    vocab = resized[0] if resized and head.labels is None else None
+    every = (*notes, *settled.notes, *head.notes)
+    touched = (*by_tensor, *(name for name in settled.factors if name not in by_tensor))
+    return Folded(checkpoint, touched, tuple(added), vocab, settled.untied, head, every, settled.flag_off)
 
 
-def _ruled(edits: Sequence[Weighted], rule: Rule) -> Sequence[Weighted]:
+def _ruled(edits: Sequence[Weighted], rule: BoundRule) -> Sequence[Weighted]:
     from adapterkit.adapters.combined import combined_edits
 
     return combined_edits(edits, rule)
@@ -133,8 +149,10 @@ class _Fold:
         by_tensor: Mapping[str, list[Weighted]],
         dtype: DType | None,
         device: str,
+        factors: Mapping[str, float],
     ) -> None:
         self._tensors, self._by_tensor, self._dtype, self._device = dict(tensors), by_tensor, dtype, device
+        self._factors = factors
         self._loaded: dict[int, Loaded] = {}
         for name, items in by_tensor.items():
             self._override(name, items, base)
@@ -175,7 +193,8 @@ class _Fold:
     def _tensor(self, name: str, tensor: Tensor) -> Tensor:
         items = self._by_tensor.get(name, [])
         dtype = self._dtype if self._dtype is not None and tensor.dtype in FLOATS else tensor.dtype
-        if not items:
+        factor = self._factors.get(name, 1.0)
+        if not items and factor == 1:
             return tensor if dtype is tensor.dtype else Cast(tensor, dtype)
         if tensor.dtype not in FLOATS:
             raise TargetError(
@@ -190,7 +209,7 @@ class _Fold:
         )
         targets = {id(item.edit.change): item.edit.target for item in items}
         pairs = tuple((one, self._load(one.change, targets[id(one.change)], name)) for one in applied)
-        return Merged(name, tensor, pairs, dtype, merged_columns(applied, tensor.shape), self._device)
+        return Merged(name, tensor, pairs, dtype, merged_columns(applied, tensor.shape), self._device, factor)
 
     def _load(self, change: Any, target: Target, name: str) -> Loaded:
         if id(change) not in self._loaded:

@@ -116,6 +116,7 @@ class Merged(Tensor):
         dtype: of the result.
         columns: of the matrix as which it is walked.
         device: where low-rank additions, sums and the rounding run; what else a method computes runs on the CPU.
+        factor: by which the sum is multiplied before it is rounded.
     """
 
     def __init__(
@@ -126,8 +127,10 @@ class Merged(Tensor):
         dtype: DType,
         columns: int,
         device: str = CPU,
+        factor: float = 1.0,
     ) -> None:
         self.name, self.base, self.applied, self.dtype = name, base, applied, dtype
+        self.factor = factor
         self.shape = base.shape
         self.columns, self.device = max(columns, 1), device
         held = base.block
@@ -150,7 +153,8 @@ class Merged(Tensor):
     @property
     def how(self) -> str:
         words = [f"{a.change.how}{'' if a.weight == 1 else f' *{a.weight:g}'}" for a, _ in self.applied]
-        return " + ".join(dict.fromkeys(words))
+        found = " + ".join(dict.fromkeys(words)) or "copy"
+        return found if self.factor == 1 else f"{found}, all *{self.factor:g}"
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         return rounded(self._wide(start, stop), self.dtype, self.name).cpu()
@@ -167,12 +171,29 @@ class Merged(Tensor):
         found = blocks[0] if len(blocks) == 1 else torch.cat(blocks)
         return found[start - first : stop - first]
 
+    def both(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Elements ``start:stop`` of W' before rounding, and of W as stored, both float32 and flat."""
+        import torch
+
+        step = self._step
+        first = start - start % step
+        blocks = [self._pair(at) for at in range(first, stop, step)]
+        found = tuple(
+            part[0].view(-1) if len(part) == 1 else torch.cat([one.view(-1) for one in part])
+            for part in zip(*blocks, strict=True)
+        )
+        return found[1][start - first : stop - first].cpu(), found[0][start - first : stop - first].float()
+
     def release(self) -> None:
         self.base.release()
         for _, loaded in self.applied:
             loaded.release()
 
     def _block(self, start: int) -> torch.Tensor:
+        return self._pair(start)[1].view(-1)
+
+    def _pair(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A block of W as stored and of W', both ``[rows, columns]``."""
         stop = min(start + self._step, self.numel)
         columns = self.columns
         low, high = start // columns, stop // columns
@@ -180,16 +201,19 @@ class Merged(Tensor):
         acc = stored.to(self.device).float()
         if acc.data_ptr() == stored.data_ptr():
             acc = acc.clone()
-        one = self.applied[0][0]
-        alone = one.weight == 1 and all(applied.change is one.change for applied, _ in self.applied)
+        one = self.applied[0][0] if self.applied else None
+        alone = one is not None and one.weight == 1 and all(applied.change is one.change for applied, _ in self.applied)
         for applied, loaded in self.applied:
             if applied.piece.transposed:
                 _add_transposed(acc, stored, applied, loaded, low, high, alone)
             else:
                 _add(acc, stored, applied, loaded, low, high, alone)
+        if self.factor != 1:
+            acc.mul_(self.factor)
+            stored = stored.float() * self.factor
         if self.watch is not None:
             self.watch(start, stored, acc.cpu())
-        return acc.view(-1)
+        return stored, acc
 
 
 def _overlap(rows: range, start: int, stop: int) -> range:
@@ -270,4 +294,4 @@ def as_float32(tensor: Merged) -> Merged:
 
 def in_dtype(tensor: Merged, dtype: DType) -> Merged:
     """The same tensor, rounded once to another dtype."""
-    return Merged(tensor.name, tensor.base, tensor.applied, dtype, tensor.columns, tensor.device)
+    return Merged(tensor.name, tensor.base, tensor.applied, dtype, tensor.columns, tensor.device, tensor.factor)

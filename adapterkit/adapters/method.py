@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import AdapterError, TargetError
 
@@ -70,6 +70,7 @@ class Context:
         residual_base: the base given is what training left behind, not the original model.
         siblings: all modules of the adapter.
         shared: tensors that all modules use, by key.
+        scratch: what a method works out once for all modules, by a name of its own.
     """
 
     adapter: Adapter
@@ -78,6 +79,7 @@ class Context:
     residual_base: bool = False
     siblings: tuple[Module, ...] = ()
     shared: Mapping[str, Tensor] = field(default_factory=dict)
+    scratch: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def config(self) -> AdapterConfig:
@@ -139,15 +141,36 @@ class Method:
     notes: str = ""
 
 
+GIVE_BASE = "give the base it was trained on"
+
+
 def check_matrix(target: Target, expected: tuple[int, int], key: str, where: str) -> None:
     """Whether a change of this shape fits its target.
 
     Raises:
-        TargetError: it does not: an adapter of another base.
+        TargetError: it does not; the sentence says why where the shapes tell.
     """
-    if target.matrix != expected:
+    if target.matrix == expected:
+        return
+    fact = (
+        f"{where}: '{key}' is made for a weight of {expected[0]} x {expected[1]}, and {target.parameter} is "
+        f"{' x '.join(map(str, target.shape))}"
+    )
+    module = target.parameter.rpartition(".")[0].rpartition(".")[2]
+    groups = expected[1] // max(target.matrix[1], 1)
+    grouped = expected == (target.matrix[0], groups * target.matrix[1]) and groups > 1 and expected[0] % groups == 0
+    if len(target.shape) > 2 and grouped:
         raise TargetError(
-            f"{where}: '{key}' is made for a weight of {expected[0]} x {expected[1]}, and {target.parameter} is "
-            f"{' x '.join(map(str, target.shape))}",
-            "this adapter was trained on another base",
+            f"{fact}: a convolution in {groups} groups, and a change over the inputs of all groups has no place in it",
+            "no tool can merge it; serve the adapter beside its base, or train without this convolution",
         )
+    if len(target.shape) == 2 and target.matrix == expected[::-1]:
+        raise TargetError(
+            f"{fact}: it fits only the other way round", f"if the module is transformers' Conv1D: --conv1d {module}"
+        )
+    if len(target.shape) == 2 and target.matrix[1] == expected[1]:
+        raise TargetError(
+            f"{fact}: the two have another number of rows (a vocabulary, labels or heads of another size)",
+            f"give the base whose {module} has {expected[0]} rows",
+        )
+    raise TargetError(fact, GIVE_BASE)

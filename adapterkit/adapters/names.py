@@ -14,13 +14,13 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.layout import MOST_BLOCKS, Layout, UnmappableError, lead_of, run, unrun, whole
-from adapterkit.adapters.rules import Loader
+from adapterkit.adapters.renamings import Loader, table
 from adapterkit.adapters.target import Piece, Target
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from adapterkit.adapters.rules import Rule
+    from adapterkit.adapters.renamings import Renaming
 
 # Where a language model sits inside multimodal classes, and alone, over the years.
 TEXT = (
@@ -56,7 +56,7 @@ _Takers = tuple[list[tuple[int, ...]], dict[str, list[tuple[int, Piece]]]]
 class _Group:
     """Tensors that one converter joins, and the parameters it makes of them."""
 
-    def __init__(self, rule: Rule, first: str) -> None:
+    def __init__(self, rule: Renaming, first: str) -> None:
         self.rule = rule
         self.sources: list[list[str]] = [[] for _ in rule.branches]
         head, found, tail = first.partition(rule.targets[0])
@@ -83,6 +83,11 @@ class Names:
         """The model type of the config and of the configs inside it."""
         parts = [self._config, *(part for part in self._config.values() if hasattr(part, "get"))]
         return frozenset(str(part.get("model_type") or "") for part in parts)
+
+    @cached_property
+    def known_class(self) -> bool:
+        """Whether the config names a model type that the table has, or a class of diffusers."""
+        return "_class_name" in self._config or not self.model_types.isdisjoint(table()["types"])
 
     def find(self, parameter: str) -> Target | None:
         """Where ``parameter`` (a module-tree name without ``base_model.model.``) is stored; None if nowhere or unclear.
@@ -147,6 +152,25 @@ class Names:
             if re.fullmatch(r"[\w.]+", pattern):
                 pairs.append((scope + source, scope + pattern))
         return pairs
+
+    def followers(self) -> list[tuple[str, str]]:
+        """``(stored parameter, one that shares its values and has no tensor of its own)`` of every tie declared by name."""
+        found: dict[tuple[str, str], None] = {}
+        for source, target in self.declared_ties():
+            for one, other in ((source, target), (target, source)):
+                if self.find(one) is not None and self.find(other) is None:
+                    found[one, other] = None
+        return list(found)
+
+    @cached_property
+    def ties_by_pattern(self) -> bool:
+        """Whether the model class declares ties that cannot be listed by name (layers that share blocks)."""
+        return any(not re.fullmatch(r"[\w.]+", pattern) for _, pattern, _ in self._loader.ties)
+
+    @property
+    def class_name(self) -> str:
+        """The model class that the config names, or the usual one of its model type; "" where neither is known."""
+        return self._loader.name
 
     def stored_name(self, parameter: str, beside: str) -> str:
         """The tensor name under which a new parameter belongs, next to the existing tensor ``beside``.
@@ -299,7 +323,7 @@ class Names:
         except (UnmappableError, IndexError):
             return None
 
-    def _part(self, rule: Rule, source: int, name: str, found: list[Layout], lead: int) -> Layout | None:
+    def _part(self, rule: Renaming, source: int, name: str, found: list[Layout], lead: int) -> Layout | None:
         """The layout of one source of ``rule``, from the layouts of the parameters that the rule makes."""
         makes = tuple(layout.shape for layout in found)
         if (id(rule), makes) not in self._parts:
@@ -319,7 +343,7 @@ class Names:
         ]
         return Layout(shapes[place], lead, tuple(sorted(pieces, key=lambda piece: piece.row)))
 
-    def _takers(self, rule: Rule, makes: tuple[tuple[int, ...], ...], lead: int) -> _Takers:
+    def _takers(self, rule: Renaming, makes: tuple[tuple[int, ...], ...], lead: int) -> _Takers:
         """What ``rule`` does with each of its sources, when it makes parameters of these shapes."""
         keys = range(len(rule.branches))
         if any(op[0] in ("stack", "deal") for op in rule.ops):

@@ -1,20 +1,19 @@
-"""`quantized`: a 16-bit view as transformers and bitsandbytes would save it quantized."""
+"""`quantized`: a 16-bit view as transformers and the format's own library would save it quantized."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adapterkit.adapters.as_trained import quantized_targets
 from adapterkit.checkpoint.checkpoint import SideFile
 from adapterkit.checkpoint.encoded import encoded
 from adapterkit.checkpoint.files import BytesFile
 from adapterkit.checkpoint.tensor import Transposed
+from adapterkit.codecs.codec import Layers
 from adapterkit.codecs.conv1d import is_conv1d
-from adapterkit.codecs.encode import FP8_BLOCK, Float8, FourBit, Int8
-from adapterkit.codecs.grid import Grid
-from adapterkit.codecs.table import quantization
+from adapterkit.codecs.table import find_kind, quantization
 from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,10 +22,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.target import Target
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.checkpoint.tensor import Tensor
-    from adapterkit.codecs.conv1d import is_conv1d
-from adapterkit.codecs.encode import Encoder
 
-KINDS = ("nf4", "fp4", "int8", "fp8")
 CONFIG = "config.json"
 
 
@@ -37,20 +33,19 @@ def quantized(
 
     Args:
         checkpoint: a view of floating weights.
-        kind: ``nf4``, ``fp4``, ``int8`` (bitsandbytes) or ``fp8`` (transformers' FineGrainedFP8, 128x128 blocks).
-        double_quant: for 4-bit kinds.
+        kind: a key of `adapterkit.codecs.table.KINDS`, as ``nf4`` or ``fp8``.
+        double_quant: with nested scales, where the format has them.
         skip: modules to keep in 16 bits, in the place of the output layer; names or patterns, as ``llm_int8_skip_modules``.
 
     Raises:
         UsageError: there is no such kind, the view is quantized, or a layer is stored in pieces.
     """
-    if kind not in KINDS:
-        raise UsageError(f"'{kind}' is no format that adapterkit writes here", f"use {', '.join(KINDS)}")
+    form = find_kind(kind)
     if quantization(checkpoint.config) is not None:
         raise UsageError(f"{checkpoint.ref} is quantized already", "dequantize it first")
-    if kind == "fp8" and double_quant:
-        raise UsageError("fp8 has no double quantization", "leave it out, or use nf4")
-    grid = Grid(kind, double_quant) if kind != "fp8" else None
+    if double_quant and not form.double:
+        raise UsageError(f"{kind} has no double quantization", "leave it out, or use nf4")
+    skip = None if skip is None else tuple(skip)
     targets = quantized_targets(checkpoint, skip)
     whole = {target.pieces[0].tensor: target for target in targets if _is_whole(target, checkpoint)}
     split = next((t.parameter for t in targets if t.pieces[0].tensor not in whole), None)
@@ -61,7 +56,7 @@ def quantized(
     shards: dict[str, str] = {}
     for name, tensor in checkpoint.tensors.items():
         linear = Transposed(tensor) if is_conv1d(name, checkpoint.config) else tensor
-        encoder = _encoder(kind, grid, linear) if name in whole else None
+        encoder = form.encoder(name, linear.shape, linear.dtype, double_quant) if name in whole else None
         if name in whole and encoder is None:
             kept.append(whole[name].parameter.removesuffix(".weight"))
         for made in [tensor] if encoder is None else encoded(linear, encoder):
@@ -71,7 +66,9 @@ def quantized(
         raise UsageError(f"{checkpoint.ref} has no linear layer that {kind} fits", "write 16 bits")
     dtype = next(iter(checkpoint[name] for name in whole)).dtype.torch_name
     modules = {target.parameter.removesuffix(".weight") for target in targets}
-    config = {**checkpoint.config, "quantization_config": _config(kind, grid, dtype, skip, kept, checkpoint, modules)}
+    layers = Layers(dtype, double_quant, skip, tuple(sorted({*kept, *_left(checkpoint, modules)})))
+    config = {**checkpoint.config, "quantization_config": form.config(layers)}
+    words = f"{kind} double" if double_quant else kind
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     side_files = tuple(file for file in checkpoint.side_files if file.name != CONFIG)
     return replace(
@@ -80,55 +77,13 @@ def quantized(
         shards=shards,
         config=config,
         side_files=(*side_files, SideFile(CONFIG, BytesFile(CONFIG, text.encode()))),
-        notes=(*checkpoint.notes, f"{len(whole) - len(kept)} linear layers written in {grid or kind}"),
+        notes=(*checkpoint.notes, f"{len(whole) - len(kept)} linear layers written in {words}"),
     )
 
 
 def _is_whole(target: Target, checkpoint: Checkpoint) -> bool:
     piece = target.pieces[0]
     return len(target.pieces) == 1 and not piece.transposed and checkpoint[piece.tensor].shape == target.shape
-
-
-def _encoder(kind: str, grid: Grid | None, tensor: Tensor) -> Encoder | None:
-    shape = tensor.shape
-    if grid is None:
-        return None if any(size % FP8_BLOCK for size in shape) else Float8(shape)
-    return Int8(shape) if kind == "int8" else FourBit(shape, grid, tensor.dtype)
-
-
-def _config(
-    kind: str,
-    grid: Grid | None,
-    dtype: str,
-    skip: Iterable[str] | None,
-    kept: list[str],
-    checkpoint: Checkpoint,
-    modules: set[str],
-) -> dict[str, Any]:
-    """``quantization_config`` as transformers 5 writes it."""
-    if grid is None:
-        return {
-            "activation_scheme": "dynamic",
-            "modules_to_not_convert": sorted({*kept, *_left(checkpoint, modules), *(skip or ())}),
-            "quant_method": "fp8",
-            "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
-        }
-    four = kind != "int8"
-    return {
-        "_load_in_4bit": four,
-        "_load_in_8bit": not four,
-        "bnb_4bit_compute_dtype": dtype if four else "float32",
-        "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": kind if four else "fp4",
-        "bnb_4bit_use_double_quant": grid.double,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": None if skip is None else list(skip),
-        "llm_int8_threshold": 6.0,
-        "load_in_4bit": four,
-        "load_in_8bit": not four,
-        "quant_method": "bitsandbytes",
-    }
 
 
 def _left(checkpoint: Checkpoint, modules: set[str]) -> set[str]:

@@ -6,6 +6,10 @@ import json
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.adapters.classes import FLAG, flag_keys
+from adapterkit.adapters.heads import with_head
+from adapterkit.adapters.names import TEXT_CONFIGS
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -16,8 +20,6 @@ if TYPE_CHECKING:
 
 # Of a base's tokenizer, what would contradict a newer one that lacks these files.
 _STALE = frozenset({"added_tokens.json", "special_tokens_map.json"})
-
-_HEADS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 
 
 def side_files(
@@ -54,16 +56,30 @@ def patched_config(
         sized = [p for p in parts if isinstance(p.get("vocab_size"), int) and 0 < p["vocab_size"] <= old]
         for part in [p for p in sized if p["vocab_size"] == old] or sized[:1]:
             part["vocab_size"] = new
-    if folded.untied:
-        config["tie_word_embeddings"] = False
-        for part in parts:
-            if "tie_word_embeddings" in part:
-                part["tie_word_embeddings"] = False
+    if folded.flag_off:
+        untie(config)
     if dtype is not None:
         name_dtype(config, dtype)
-    for labels in list(folded.heads.values())[:1]:
-        _add_head(config, labels, adapters)
+    with_head(config, folded.head)
     return config
+
+
+def untie(config: dict[str, Any]) -> None:
+    """Say everywhere in a parsed ``config.json`` that embeddings are not tied.
+
+    A model of several parts takes the flag of its language model where its own is off, so both say it.
+    """
+    own = set(flag_keys(config)) - {FLAG}
+    parts = [config, *(part for name, part in config.items() if isinstance(part, dict) and _has_words(name, part))]
+    for part in parts:
+        part[FLAG] = False
+        part.update({key: False for key in own if key in part})
+        if "scale_decoder_outputs" in part:  # T5's own name for what its flag decides
+            part["scale_decoder_outputs"] = False
+
+
+def _has_words(name: str, part: dict[str, Any]) -> bool:
+    return name in TEXT_CONFIGS or "vocab_size" in part or FLAG in part
 
 
 def name_dtype(config: dict[str, Any], dtype: DType) -> None:
@@ -72,14 +88,3 @@ def name_dtype(config: dict[str, Any], dtype: DType) -> None:
         for key in ("torch_dtype", "dtype"):
             if isinstance(part.get(key), str):
                 part[key] = dtype.torch_name
-
-
-def _add_head(config: dict[str, Any], labels: int, adapters: Sequence[Adapter]) -> None:
-    ending = next((_HEADS[t] for a in adapters if (t := str(a.config.get("task_type", ""))) in _HEADS), None)
-    names = config.get("architectures")
-    if ending and isinstance(names, list) and names:
-        stem = str(names[0]).partition("For")[0].removesuffix("LMHeadModel").removesuffix("Model")
-        config["architectures"] = [stem + ending]
-    if len(config.get("id2label") or {}) != labels:
-        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(labels)}
-        config["label2id"] = {f"LABEL_{i}": i for i in range(labels)}

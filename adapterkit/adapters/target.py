@@ -88,3 +88,11 @@ def transposed(target: Target) -> Target:
     (piece,) = target.pieces
     turned = Piece(piece.tensor, columns, at=piece.at, transposed=not piece.transposed, row_at=piece.row_at)
     return Target(target.parameter, (columns, rows), (turned,))
+
+
+def as_stack(target: Target) -> Target:
+    """A parameter of three dimensions seen as a stack of matrices, where it was seen as a convolution."""
+    if target.stacked or len(target.shape) != 3:
+        return target
+    (piece,) = target.pieces
+    return Target(target.parameter, target.shape, (Piece(piece.tensor, prod(target.shape[:2])),), stacked=True)

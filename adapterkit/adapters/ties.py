@@ -7,9 +7,11 @@ changes the shared tensor instead (its issues 2018 and 2777), which is wrong for
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from adapterkit.adapters.classes import FLAG, flag_keys, untying
+from adapterkit.adapters.names import TEXT_CONFIGS
 from adapterkit.adapters.target import Piece
 from adapterkit.checkpoint.tensor import Renamed
 
@@ -35,30 +37,46 @@ class Weighted:
 
 @dataclass(frozen=True)
 class Untied:
-    """Edits after ties were settled, tensors to add, and whether the config must drop its tie."""
+    """Edits after ties were settled, and what the output needs besides.
+
+    Attributes:
+        edits: with those of a separated tensor moved to it.
+        added: tensors that the base did not have.
+        untied: what was one tensor is two now.
+        flag_off: the config must drop its tie.
+        factors: by which an output layer is multiplied, where its class scales what it reads only while it is tied.
+        notes: what a user should know.
+    """
 
     edits: tuple[Weighted, ...]
     added: Mapping[str, Tensor]
     untied: bool
     notes: tuple[str, ...]
+    flag_off: bool = False
+    factors: Mapping[str, float] = field(default_factory=dict)
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
     """Whether the config ties input and output embeddings; transformers' default is that it does."""
-    text = config.get("text_config")
-    inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
-    return bool(config.get("tie_word_embeddings", inner if inner is not None else True))
+    keys = flag_keys(config)[::-1]  # a key of the model type's own has the last word
+    parts = [config, *(config[name] for name in TEXT_CONFIGS if hasattr(config.get(name), "get"))]
+    return bool(next((part[key] for part in parts for key in keys if key in part), True))
 
 
 def settle_ties(
     edits: Sequence[Weighted], names: Names, tensors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> Untied:
-    """Give every tied pair that an adapter touches one tensor or two, as its edits need."""
+    """Give every tied pair that an adapter touches one tensor or two, as its edits need.
+
+    The flag that ties an output layer ties whatever else the class declares: where one pair is separated, every other
+    parameter that had no tensor of its own gets one, so that the model is the same with the flag off.
+    """
     if not is_tied(config):
         return Untied(tuple(edits), {}, False, ())
     done: list[Weighted] = list(edits)
     added: dict[str, Tensor] = {}
     notes: list[str] = []
+    apart = False
     for shared, head in _pairs(edits, names):
         on_shared = [e for e in done if e.edit.target.parameter == shared]
         on_head = [e for e in done if e.edit.target.parameter == head]
@@ -67,12 +85,83 @@ def settle_ties(
         if not alone_shared and not alone_head:
             done = rest + together
             continue
+        apart = True
         (stored,) = {piece.tensor for e in (*on_shared, *on_head) for piece in e.edit.target.pieces}
         name = names.stored_name(head, stored)
         added[name] = Renamed(name, tensors[stored])
         done = rest + together + alone_shared + [_moved(e, head, name) for e in (*together, *alone_head)]
-        notes.append(f"{head} shared {shared}'s values and is now a tensor of its own (tie_word_embeddings: false)")
-    return Untied(tuple(done), added, bool(added), tuple(notes))
+        notes.append(f"{head} shared {shared}'s values and is now a tensor of its own")
+    done, again, both = _stored_twice(done, names, tensors)
+    apart, notes = apart or both, notes + again
+    if not apart:
+        return Untied(tuple(done), {}, False, tuple(notes))
+    heads = tuple(added)
+    if names.ties_by_pattern:
+        notes.append(
+            f"config.json keeps {FLAG}, which also ties the blocks that layers share: transformers 5 reads both tensors "
+            "as they are, version 4 may tie them again"
+        )
+        return Untied(tuple(done), added, True, tuple(notes))
+    how = untying(names.class_name, config)
+    done += _follow(done, names, tensors, added, how.stays)
+    notes.append(f"config.json says {FLAG}: false")
+    factors = {} if how.factor == 1 else {name: how.factor for name in heads if len(added[name].shape) == 2}
+    return Untied(tuple(done), added, True, (*notes, *how.notes), True, factors)
+
+
+def _follow(
+    edits: Sequence[Weighted],
+    names: Names,
+    tensors: Mapping[str, Tensor],
+    added: dict[str, Tensor],
+    stays: frozenset[str],
+) -> list[Weighted]:
+    """Tensors for the other parameters that the flag ties, into ``added``, and the edits that they share."""
+    found: list[Weighted] = []
+    for source, follower in names.followers():
+        target = names.find(source)
+        if target is None or follower in stays or len(target.tensors) != 1:
+            continue
+        (stored,) = target.tensors
+        name = names.stored_name(follower, stored)
+        if name in added or name in tensors:
+            continue
+        added[name] = Renamed(name, tensors[stored])
+        found += [_moved(e, follower, name) for e in edits if e.edit.target.tensors == (stored,)]
+    return found
+
+
+def _stored_twice(
+    edits: list[Weighted], names: Names, tensors: Mapping[str, Tensor]
+) -> tuple[list[Weighted], list[str], bool]:
+    """What is tied and yet stored twice gets edits for both, or is told apart from now on.
+
+    Returns:
+        the edits, notes, and whether a pair is not the same any longer.
+    """
+    notes: list[str] = []
+    apart = False
+    for shared, head in dict.fromkeys(names.declared_ties()):
+        one, other = names.find(shared), names.find(head)
+        if one is None or other is None or "embed" in head or len(one.tensors) != 1 or len(other.tensors) != 1:
+            continue
+        if one.tensors == other.tensors or not any(
+            {*one.tensors, *other.tensors} & {*e.edit.target.tensors} for e in edits
+        ):
+            continue
+        if not same_bytes(tensors[one.tensors[0]], tensors[other.tensors[0]]):
+            continue
+        on_shared = [e for e in edits if e.edit.target.tensors == one.tensors]
+        on_head = [e for e in edits if e.edit.target.tensors == other.tensors]
+        rest = [e for e in edits if e not in on_shared and e not in on_head]
+        together, alone_shared, alone_head = _split(on_shared, on_head, shared)
+        edits = rest + alone_shared + alone_head
+        edits += [_moved(e, shared, one.tensors[0]) for e in together]
+        edits += [_moved(e, head, other.tensors[0]) for e in together]
+        if alone_shared or alone_head:
+            apart = True
+            notes.append(f"{head} and {shared} are stored with the same values and differ from now on")
+    return edits, notes, apart
 
 
 def _pairs(edits: Sequence[Weighted], names: Names) -> list[tuple[str, str]]:
@@ -103,7 +192,7 @@ def _split(
         twin = next((e for e in alone_head if e.adapter is item.adapter and _same(e.edit, item.edit)), None)
         if twin is not None:
             alone_head.remove(twin)
-        both = twin is not None or _for_both(item, any(_rivals(e, item) for e in alone_head))
+        both = twin is not None or _for_both(item, [e for e in alone_head if _rivals(e, item)])
         (together if both else alone_shared).append(item)
     for item in list(alone_head):
         if _kept_tied(item) and not any(_rivals(e, item) for e in on_shared):
@@ -113,16 +202,22 @@ def _split(
     return together, alone_shared, alone_head
 
 
-def _for_both(item: Weighted, rivalled: bool) -> bool:
+def _for_both(item: Weighted, rivals: Sequence[Weighted]) -> bool:
     """Whether training applied an edit of the embedding to the output layer too.
 
-    ``rivalled``: the adapter holds another edit for the output layer. A resized weight always concerns both, for the
-    model was tied when it was resized. PEFT ties trained token rows, unless the output layer was given rows of its own.
+    ``rivals``: what the adapter holds for the output layer. A resized weight always concerns both, for the model was
+    tied when it was resized. PEFT ties trained token rows, unless the output layer was given rows or a weight of its
+    own; factors of the output layer are added to its rows then.
     """
     if item.edit.override:
         return True
-    tokens = item.edit.change.how.endswith("token rows replaced")
-    return not rivalled and (tokens or _kept_tied(item))
+    if _are_rows(item):
+        return not any(_are_rows(e) or e.edit.change.replaced is not None for e in rivals)
+    return not rivals and _kept_tied(item)
+
+
+def _are_rows(item: Weighted) -> bool:
+    return item.edit.change.how.endswith("token rows replaced")
 
 
 def _kept_tied(item: Weighted) -> bool:

@@ -10,22 +10,20 @@ The layout is that of PEFT 0.19.1 and later (`LAYOUT`), which matters for stacke
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import PREFIX, WEIGHTS
-from adapterkit.checkpoint.folder import ADAPTER_CONFIG
-from adapterkit.checkpoint.header import build_header
-from adapterkit.checkpoint.publish import publish, write_file
-from adapterkit.checkpoint.tensor import Tensor
+from adapterkit.adapters.keys import PREFIX
+from adapterkit.checkpoint.journal import block_digest, tensor_digest
+from adapterkit.checkpoint.tensor import Renamed, Tensor
 from adapterkit.dtypes import F32, DType
-from adapterkit.errors import OutputError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
-    from typing import BinaryIO
 
     import torch
 
@@ -58,7 +56,7 @@ class Extras:
     side: Mapping[str, bytes] = field(default_factory=dict)
 
 
-class Held(Tensor):
+class InMemory(Tensor):
     """A small float32 tensor in memory, as a handle."""
 
     def __init__(self, name: str, values: torch.Tensor) -> None:
@@ -69,6 +67,24 @@ class Held(Tensor):
         return self._values[start:stop]
 
 
+class Factor(Tensor):
+    """One factor of a slot as PEFT stores it, computed when it is read."""
+
+    def __init__(self, name: str, dtype: DType, shape: tuple[int, ...], load: Callable[[], torch.Tensor]) -> None:
+        self.name, self.dtype, self.shape, self._load = name, dtype, shape, load
+
+    @property
+    def block(self) -> int:
+        return max(1, self.numel)  # factors are small, and reading one in parts would compute it again for each
+
+    @property
+    def how(self) -> str:
+        return "factor"
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        return self._load().reshape(-1)[start:stop].to(self.dtype.torch)
+
+
 @dataclass(frozen=True)
 class _Kept:
     """One delta in the scratch file: where it begins, and its rank."""
@@ -77,138 +93,154 @@ class _Kept:
     rank: int
 
 
-class PeftWriter:
-    """Takes the factors of one module after the other and puts the adapter together when the last one is there.
+class FactorStore:
+    """Takes the factors of one slot after the other, in a file of the hidden folder and never all in memory.
 
-    The ranks of an adapter may be known only at its end, so factors wait in a file of the hidden folder and never all in
-    memory.
+    The ranks of an adapter may be known only at its end. A journal beside the file has a line for every slot that is
+    done, with a hash over its bytes and ``row``, what the caller wants to know of it again; a later run with ``resume``
+    takes over the slots whose bytes still have that hash.
 
     Args:
         folder: the hidden folder that becomes the output (`publish.staging`).
-        dtype: of the factors in the output.
+        identity: of the inputs and the request; lines of another one are not used.
+        resume: read what an earlier run left.
     """
 
-    def __init__(self, folder: Path, dtype: DType = F32) -> None:
-        self._folder, self._dtype = folder, dtype
-        self._scratch = open(folder / SCRATCH, "w+b")  # noqa: SIM115  (closed by `finish` or with the object)
-        self._kept: dict[Slot, list[_Kept]] = {}
+    def __init__(self, folder: Path, identity: str, *, resume: bool = False) -> None:
+        self._path, self._journal = folder / SCRATCH, folder / f"{SCRATCH}.jsonl"
+        self._first = json.dumps({"adapter": identity}).encode() + b"\n"
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._fd = os.open(self._path, flags, 0o666)
+        self._kept: dict[str, list[_Kept]] = {}
+        self.rows: dict[str, Any] = {}
+        self._end = self._known() if resume else 0
+        os.ftruncate(self._fd, self._end)
+        lines = [self._line(name) for name in self._kept]
+        self._log = os.open(self._journal, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        os.write(self._log, self._first + b"".join(lines))
 
-    def add(self, slot: Slot, found: Sequence[Factors]) -> None:
-        """The deltas of one slot: one, or one per expert."""
-        rows = []
-        for one in found:
-            rows.append(_Kept(self._scratch.tell(), one.rank))
-            for tensor in (one.b, one.a):
-                self._scratch.write(tensor.float().contiguous().numpy().data)
-        self._kept[slot] = rows
-
-    @property
-    def rank(self) -> int:
-        """The largest rank so far."""
-        return max((one.rank for kept in self._kept.values() for one in kept), default=1)
-
-    def finish(
-        self,
-        out: Path,
-        config: Mapping[str, Any],
-        extras: Extras,
-        *,
-        own_ranks: bool,
-        force: bool,
-        record: Callable[[Path], Mapping[str, bytes]] | None = None,
-    ) -> dict[str, Any]:
-        """Write the files and publish the folder; gives the config as written.
-
-        Args:
-            out: the target.
-            config: fields that are not ours to decide: base, targets, task.
-            extras: what goes in beside the factors.
-            own_ranks: every module keeps its own rank.
-            force: replace an existing folder.
-            record: more small files, asked for when everything else lies in the hidden folder, which it is given.
-
-        Raises:
-            OutputError: it cannot be written.
-        """
-        largest = self.rank
-        ranks = {slot: max(k.rank for k in kept) if own_ranks else largest for slot, kept in self._kept.items()}
-        nested = _wrappers(self._kept)
-        names = _names(ranks, nested)
-        said = {**config, **_ranks_config(ranks)}
+    def _known(self) -> int:
+        """Take over what is proved; where it ends."""
         try:
-            with open(self._folder / WEIGHTS, "wb") as file:
-                self._write(file, ranks, names, extras)
-                file.flush()
-            self._scratch.close()
-            files = {**extras.side, ADAPTER_CONFIG: (json.dumps(said, indent=2, sort_keys=True) + "\n").encode()}
-            for name, data in files.items():
-                write_file(self._folder / name, data)
-            sync_file(self._folder / WEIGHTS)
-            for name, data in (record(self._folder) if record is not None else {}).items():
-                write_file(self._folder / name, data)
-                files[name] = data
-            publish(self._folder, out, keep={WEIGHTS, *(name.partition("/")[0] for name in files)}, force=force)
-        except OSError as error:
-            raise OutputError(f"{out} could not be written ({error.strerror})", "check the disk") from error
-        return said
+            lines = self._journal.read_bytes().split(b"\n")
+        except OSError:
+            return 0
+        if lines[0] + b"\n" != self._first:
+            return 0
+        end = 0
+        for line in lines[1:-1]:
+            try:
+                said = json.loads(line)
+                kept = [_Kept(int(offset), int(rank)) for offset, rank in said["kept"]]
+                start, stop = int(said["start"]), int(said["stop"])
+                proved = start == end and tensor_digest([block_digest(os.pread(self._fd, stop - start, start))])
+                if not proved or proved != said["digest"]:
+                    break
+                self._kept[said["slot"]], self.rows[said["slot"]], end = kept, said["row"], stop
+            except (ValueError, KeyError, TypeError):
+                break
+        return end
 
-    def close(self) -> None:
-        """Let go of the scratch file."""
-        self._scratch.close()
+    def add(self, slot: Slot, found: Sequence[Factors], row: Any) -> None:
+        """The deltas of one slot, one or one per expert; ``row`` is plain JSON."""
+        kept, start = [], self._end
+        digests = []
+        for one in found:
+            kept.append(_Kept(self._end, one.rank))
+            for tensor in (one.b, one.a):
+                data = memoryview(_bytes(tensor))
+                digests.append(bytes(data))
+                done = 0
+                while done < len(data):
+                    done += os.pwrite(self._fd, data[done:], self._end + done)
+                self._end += len(data)
+        self._kept[slot.parameter], self.rows[slot.parameter] = kept, row
+        os.write(self._log, self._said(slot.parameter, start, self._end, b"".join(digests)))
 
-    def _write(
-        self, file: BinaryIO, ranks: Mapping[Slot, int], names: Mapping[Slot, tuple[str, str]], extras: Extras
-    ) -> None:
-        carried = dict(_carried(extras, Counter(slot.module for slot in ranks)))
-        entries = []
-        for slot, rank in ranks.items():
-            for name, shape in zip(names[slot], _shapes(slot, rank), strict=True):
-                entries.append((PREFIX + name, self._dtype, shape))
-        for module, bias in extras.biases.items():
-            entries.append((f"{PREFIX}{module}.lora_B.bias", self._dtype, tuple(bias.shape)))
-        for name, tensor in carried.items():
-            entries.append((PREFIX + name, tensor.dtype, tensor.shape))
-        header, _ = build_header(entries, {"format": "pt"})
-        file.write(header)
-        for slot, rank in ranks.items():
-            for stored in _stored(slot, [self._read(slot, kept) for kept in self._kept[slot]], rank):
-                file.write(_bytes(stored, self._dtype))
-        for bias in extras.biases.values():
-            file.write(_bytes(bias, self._dtype))
-        for tensor in carried.values():
-            for start in range(0, tensor.numel, 1 << 22):
-                part = tensor.read(start, min(start + (1 << 22), tensor.numel))
-                file.write(_raw(part))
+    def _line(self, name: str) -> bytes:
+        """The line of a slot that was taken over, from the bytes in the file."""
+        names = list(self._kept)
+        following = names[names.index(name) + 1 :]
+        start = self._kept[name][0].offset if self._kept[name] else self._end
+        stop = self._kept[following[0]][0].offset if following and self._kept[following[0]] else self._end
+        return self._said(name, start, stop, os.pread(self._fd, stop - start, start))
+
+    def _said(self, name: str, start: int, stop: int, data: bytes) -> bytes:
+        said = {
+            "slot": name,
+            "kept": [[one.offset, one.rank] for one in self._kept[name]],
+            "start": start,
+            "stop": stop,
+            "digest": tensor_digest([block_digest(data)]),
+            "row": self.rows[name],
+        }
+        return json.dumps(said).encode() + b"\n"
+
+    def ranks(self, slots: Sequence[Slot], *, own: bool) -> dict[Slot, int]:
+        """The rank of each slot in the output: its own largest, or one for all."""
+        found = {slot: max((k.rank for k in self._kept[slot.parameter]), default=1) for slot in slots}
+        largest = max(found.values(), default=1)
+        return found if own else dict.fromkeys(found, largest)
+
+    def read(self, slot: Slot) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """B ``[m, r]`` and A ``[r, n]`` of a slot in float32, one pair per expert."""
+        return [self._read(slot, kept) for kept in self._kept[slot.parameter]]
 
     def _read(self, slot: Slot, kept: _Kept) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
         m, n = slot.shape
         size = kept.rank * (m + n)
-        self._scratch.seek(kept.offset)
-        flat = torch.frombuffer(bytearray(self._scratch.read(4 * size)), dtype=torch.float32)
-        return flat[: m * kept.rank].view(m, kept.rank), flat[m * kept.rank :].view(kept.rank, n)
+        flat = torch.frombuffer(bytearray(os.pread(self._fd, 4 * size, kept.offset) or bytes(4)), dtype=torch.float32)
+        return flat[: m * kept.rank].view(m, kept.rank), flat[m * kept.rank : size].view(kept.rank, n)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        os.close(self._fd)
+        os.close(self._log)
 
 
-def sync_file(path: Path) -> None:
-    """Put a file that was written on disk."""
-    import os
+def adapter_tensors(
+    ranks: Mapping[Slot, int],
+    extras: Extras,
+    dtype: DType,
+    read: Callable[[Slot], Sequence[tuple[torch.Tensor, torch.Tensor]]],
+) -> list[Tensor]:
+    """The tensors of the file, in its order: factors, biases, and what is carried over.
 
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    Args:
+        ranks: of the slots, in order.
+        dtype: of factors and biases.
+        read: gives B and A of a slot, one pair per expert.
+    """
+    names = _names(ranks, _wrappers(ranks))
+    found: list[Tensor] = []
+    for slot, rank in ranks.items():
+        for side, (name, shape) in enumerate(zip(names[slot], _shapes(slot, rank), strict=True)):
+            found.append(Factor(PREFIX + name, dtype, shape, partial(_side, slot, rank, side, read)))
+    for module, bias in extras.biases.items():
+        key = f"{PREFIX}{module}.lora_B.bias"
+        found.append(Factor(key, dtype, tuple(bias.shape), lambda bias=bias: bias))  # type: ignore[misc]
+    wrapped = Counter(slot.module for slot in ranks)
+    found += [Renamed(PREFIX + name, tensor) for name, tensor in _carried(extras, wrapped)]
+    return found
 
 
-def _bytes(tensor: torch.Tensor, dtype: DType) -> bytes:
-    return _raw(tensor.to(dtype.torch))
-
-
-def _raw(tensor: torch.Tensor) -> bytes:
+def _bytes(tensor: torch.Tensor) -> bytes:
     import torch
 
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.float().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _side(
+    slot: Slot, rank: int, side: int, read: Callable[[Slot], Sequence[tuple[torch.Tensor, torch.Tensor]]]
+) -> torch.Tensor:
+    return _stored(slot, read(slot), rank)[side]
+
+
+def config_json(config: Mapping[str, Any], ranks: Mapping[Slot, int]) -> dict[str, Any]:
+    """The config as it is written: ``config`` with its ranks."""
+    return {**config, **_ranks_config(ranks)}
 
 
 def _shapes(slot: Slot, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

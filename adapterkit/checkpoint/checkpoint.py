@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.tensor import Tensor
+    from adapterkit.codecs.codec import Weight
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,19 @@ class SideFile:
 
     def bytes(self) -> bytes:
         return self.source.read(0, self.source.size)
+
+
+@dataclass(frozen=True)
+class StoredForm:
+    """What a view of decoded weights was decoded from.
+
+    Attributes:
+        checkpoint: as it lies on disk.
+        weights: its quantized weights, by the names that they have when decoded.
+    """
+
+    checkpoint: Checkpoint
+    weights: Mapping[str, Weight]
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
         commit: the Hub commit it was read from.
         sources: the weight files.
         notes: what a user should know about how it was read.
+        index: the file that says which shard holds which tensor, where there is one.
+        stored: of a view of decoded weights, what it was decoded from.
     """
 
     format: ClassVar[str] = "safetensors"
@@ -48,6 +64,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
     commit: str | None = None
     sources: tuple[Source, ...] = ()
     notes: tuple[str, ...] = ()
+    index: SideFile | None = None
+    stored: StoredForm | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]

@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.checkpoint.checkpoint import Checkpoint, SideFile
+from adapterkit.checkpoint.checkpoint import Checkpoint, SideFile, StoredForm
 from adapterkit.checkpoint.files import BytesFile
 from adapterkit.checkpoint.tensor import BLOCK, Tensor, Transposed
 from adapterkit.dtypes import BF16, F16, F32, DType
@@ -125,6 +125,7 @@ def dequantized(checkpoint: Checkpoint, dtype: DType | None = None) -> Checkpoin
         config=config,
         side_files=side_files,
         notes=(*checkpoint.notes, f"decoded {shown}"),
+        stored=StoredForm(checkpoint, {weight.name: weight for weight in weights}),
     )
 
 

@@ -1,7 +1,8 @@
 """`encoded`: the handles of the tensors that an encoder makes of one weight, in one pass over it.
 
-The codes are a function of each range alone; what their encoding finds on the way (scales) is kept for the handles that
-come after them, and found again where it is missing, after a resume.
+Streamed codes are a function of each range alone; what their encoding finds on the way (scales) is kept for the handles
+that come after them, and found again where it is missing, after a resume. Where all codes have to be held, the workers
+that ask for any of them fill the ranges together.
 """
 
 from __future__ import annotations
@@ -11,111 +12,220 @@ from math import gcd
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.tensor import BLOCK, Tensor
-from adapterkit.codecs.encode import beside
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
-    from adapterkit.codecs.encode import Encoder
-    from adapterkit.dtypes import DType
+    from adapterkit.codecs.encode import Encoder, TensorSpec
+
+    # A range of a weight, new values and those that are stored now: flat, both.
+    Both = Callable[[int, int], tuple[torch.Tensor, torch.Tensor | None]]
+    # Told of each range: the element it starts at, the values that are stored now, the new ones, and what was written.
+    Witness = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
-class _Encoding:
-    """What the handles of one weight share."""
+class _Pass:
+    """One run over all ranges, shared by the threads that need it finished."""
 
-    def __init__(self, weight: Tensor, encoder: Encoder) -> None:
-        self.weight, self.encoder = weight, encoder
+    def __init__(self, starts: range, task: Callable[[int], None]) -> None:
+        self._starts, self._task = iter(starts), task
+        self._left, self._lock = len(starts), threading.Condition()
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        while True:
+            with self._lock:
+                start = None if self._failure else next(self._starts, None)
+            if start is None:
+                break
+            try:
+                self._task(start)
+            except BaseException as error:
+                with self._lock:
+                    self._failure = error
+                    self._lock.notify_all()
+                raise
+            with self._lock:
+                self._left -= 1
+                self._lock.notify_all()
+        with self._lock:
+            self._lock.wait_for(lambda: not self._left or self._failure is not None)
+            if self._failure is not None:
+                raise self._failure
+
+
+class Encoding:
+    """What the handles of one weight share.
+
+    Attributes:
+        weight: the floats that are encoded.
+        words: what the format is called.
+        witness: told of every range that is encoded.
+    """
+
+    def __init__(self, weight: Tensor, encoder: Encoder, both: Both | None = None, words: str = "") -> None:
+        self.weight, self.encoder, self._both, self.words = weight, encoder, both, words
         factor = encoder.unit // gcd(encoder.unit, weight.block)
         self.step = weight.block * factor if factor <= 4 else max(1, BLOCK // encoder.unit) * encoder.unit
+        self.witness: Witness | None = None
         self._lock = threading.Lock()
-        self._users = 1 + len(encoder.others)
-        self._scales: torch.Tensor | None = None
-        self._seen: set[int] = set()
+        self._users = len(encoder.made)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._kept: dict[int, tuple[torch.Tensor, ...]] = {}
         self._rest: dict[str, torch.Tensor] | None = None
+        self._first: _Pass | None = None
+        self._second: _Pass | None = None
+        self._looks: dict[int, torch.Tensor] = {}
+        self._looked = not self.encoder.twice
+
+    @property
+    def starts(self) -> range:
+        return range(0, self.weight.numel, self.step)
 
     def codes(self, start: int) -> torch.Tensor:
-        """The codes of the range that starts at element ``start``."""
-        stop = min(start + self.step, self.weight.numel)
-        # Before a merge's rounding to 16 bits, where there is one: the grid is the only rounding.
-        codes, scales = self.encoder.encode(self.weight.read_wide(start, stop))
-        at = self.encoder.scale_at(start)
+        """The streamed codes of the range that starts at element ``start``."""
+        encoded = self._encode(start)
         with self._lock:
-            self._kept()[at : at + scales.numel()] = scales
-            self._seen.add(start)
-        return codes
+            self._kept[start] = encoded[1:]
+        return encoded[0]
 
-    def rest(self, end: str) -> torch.Tensor:
-        for start in range(0, self.weight.numel, self.step):
-            if start not in self._seen and self._rest is None:
-                self.codes(start)
+    def rest(self, name: str) -> torch.Tensor:
+        """Another tensor, flat."""
+        if self._rest is None:
+            if self.encoder.streams:
+                for start in self.starts:
+                    if start not in self._kept and self._rest is None:
+                        self.codes(start)
+            else:
+                with self._lock:
+                    self._second = self._second or _Pass(self.starts, self._hold)
+                self._second.run()
         with self._lock:
             if self._rest is None:
-                self._rest = self.encoder.finish(self._kept())
-            return self._rest[end]
+                self._settle()
+                self._rest = self.encoder.finish(_together([self._kept[start] for start in self.starts]))
+            return self._rest[name]
+
+    def measure(self) -> None:
+        """Encode every range for the witness alone."""
+        for start in self.starts:
+            self._encode(start)
+        self.encoder.end()
+        self._clear()
 
     def release(self) -> None:
         with self._lock:
             self._users -= 1
             if self._users <= 0:
-                self._scales = self._rest = None
-                self._seen.clear()
+                self._clear()
+                self.encoder.end()
                 self.weight.release()
 
-    def _kept(self) -> torch.Tensor:
-        import torch
+    def _hold(self, start: int) -> None:
+        encoded = self._encode(start)
+        with self._lock:
+            self._kept[start] = encoded
 
-        if self._scales is None:
-            self._scales = torch.empty(self.encoder.scales)
-        return self._scales
+    def _encode(self, start: int) -> tuple[torch.Tensor, ...]:
+        if not self._looked:
+            with self._lock:
+                self._first = self._first or _Pass(self.starts, self._look)
+            self._first.run()
+            with self._lock:
+                self._settle()
+        new, old = self._read(start)
+        encoded = self.encoder.encode(start, new, old)
+        if self.witness is not None and old is not None:
+            self.witness(start, old, new, self.encoder.values(start, encoded))
+        return encoded
+
+    def _settle(self) -> None:
+        if not self._looked:
+            self.encoder.settle([self._looks[start] for start in self.starts])
+            self._looks, self._looked = {}, True
+
+    def _look(self, start: int) -> None:
+        found = self.encoder.look(start, *self._read(start))
+        with self._lock:
+            self._looks[start] = found
+
+    def _read(self, start: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        stop = min(start + self.step, self.weight.numel)
+        if self._both is not None:
+            return self._both(start, stop)
+        # Before a merge's rounding to 16 bits, where there is one: the grid is the only rounding.
+        return self.weight.read_wide(start, stop), None
+
+
+def _together(kept: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    import torch
+
+    return tuple(torch.cat(found) if len(found) > 1 else found[0] for found in zip(*kept, strict=True))
 
 
 class Encoded(Tensor):
-    """One of the tensors that an encoder makes of a weight; ``end`` None are the codes."""
+    """One of the tensors that an encoder makes of a weight."""
 
-    def __init__(self, name: str, dtype: DType, shape: tuple[int, ...], shared: _Encoding, end: str | None) -> None:
-        self.name, self.dtype, self.shape, self._shared, self._end = name, dtype, shape, shared, end
+    def __init__(self, made: TensorSpec, shared: Encoding, *, streams: bool) -> None:
+        self.name, self.dtype, self.shape = made.name, made.dtype, made.shape
+        self.shared, self._streams = shared, streams
 
     @property
     def weight(self) -> Tensor:
         """The floats that are encoded."""
-        return self._shared.weight
+        return self.shared.weight
+
+    @property
+    def first(self) -> bool:
+        """Whether these are the codes."""
+        return self.name == self.shared.encoder.made[0].name
 
     @property
     def block(self) -> int:
-        return self._shared.step // self._shared.encoder.pack if self._end is None else BLOCK
+        encoder = self.shared.encoder
+        return self.shared.step // encoder.unit * encoder.unit_codes if self._streams else BLOCK
 
     @property
     def reads(self) -> int:
-        return self._shared.weight.reads if self._end is None else 0
+        return self.shared.weight.reads * (2 if self.shared.encoder.twice else 1) if self.first else 0
 
     @property
     def memory(self) -> int:
-        return self._shared.weight.memory + 8 * self._shared.encoder.scales
+        return self.shared.weight.memory + self.shared.encoder.memory
 
     @property
     def how(self) -> str:
-        inner = self._shared.weight.how
+        inner = self.shared.weight.how
         return f"{'' if inner == 'copy' else inner + ', '}to {self.dtype}"
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         import torch
 
-        if self._end is not None:
-            return self._shared.rest(self._end).reshape(-1)[start:stop]
-        first = start - start % self.block
-        parts = [self._shared.codes(at * self._shared.encoder.pack) for at in range(first, stop, self.block)]
+        if not self._streams:
+            return self.shared.rest(self.name).reshape(-1)[start:stop]
+        encoder, block = self.shared.encoder, self.block
+        first = start - start % block
+        starts = (at // encoder.unit_codes * encoder.unit for at in range(first, stop, block))
+        parts = [self.shared.codes(at) for at in starts]
         found = parts[0] if len(parts) == 1 else torch.cat(parts)
         return found[start - first : stop - first]
 
     def release(self) -> None:
-        self._shared.release()
+        self.shared.release()
 
 
-def encoded(weight: Tensor, encoder: Encoder) -> list[Tensor]:
-    """The handles of what ``encoder`` makes of ``weight``, codes first."""
-    shared = _Encoding(weight, encoder)
-    end, dtype, shape = encoder.codes
-    found: list[Tensor] = [Encoded(weight.name + end, dtype, shape, shared, None)]
-    for end, (dtype, shape) in encoder.others.items():
-        found.append(Encoded(beside(weight.name, end), dtype, shape, shared, end))
-    return found
+def encoded(weight: Tensor, encoder: Encoder, both: Both | None = None) -> list[Tensor]:
+    """The handles of what ``encoder`` makes of ``weight``, codes first.
+
+    Args:
+        weight: the values to be stored.
+        encoder: how.
+        both: reads a range of the values to be stored and of those that are stored now, where ``weight`` is written again.
+    """
+    shared = Encoding(weight, encoder, both)
+    first = encoder.made[0]
+    return [Encoded(made, shared, streams=encoder.streams and made is first) for made in encoder.made]

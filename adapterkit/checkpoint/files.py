@@ -6,6 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+from adapterkit.disk import calls
 from adapterkit.errors import CheckpointError, NotFound
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class LocalFile(Source):
     def fd(self) -> int:
         if self._fd is None:
             try:
-                fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)  # type: ignore[arg-type]
+                fd = os.open(self.path, os.O_RDONLY | calls.flags("CLOEXEC", "NONBLOCK", "BINARY"))  # type: ignore[arg-type]
             except OSError as error:
                 raise CheckpointError(
                     f"{self.name} cannot be opened ({error.strerror})", "check its permissions"
@@ -73,7 +74,7 @@ class LocalFile(Source):
         data = b""
         while len(data) < length:
             try:
-                more = os.pread(self.fd, length - len(data), offset + len(data))
+                more = calls.pread(self.fd, length - len(data), offset + len(data))
             except OSError as error:
                 raise self._failed(error) from error
             if not more:
@@ -88,7 +89,7 @@ class LocalFile(Source):
         done = 0
         while done < len(buffer):
             try:
-                count = os.preadv(self.fd, [buffer[done:]], offset + done)
+                count = calls.pread_into(self.fd, buffer[done:], offset + done)
             except OSError as error:
                 raise self._failed(error) from error
             if count == 0:

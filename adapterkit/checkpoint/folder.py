@@ -17,6 +17,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PIPELINE = "diffusion_pytorch_"  # before both, in the parts of a diffusers pipeline
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_INDEX = "adapter_model.safetensors.index.json"
 PIPELINE_WEIGHTS = "pytorch_lora_weights.safetensors"  # an adapter as diffusers saves it, without a config beside
 RECORD = "adapterkit.json"  # beside every output
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -65,7 +66,16 @@ def read_folder(listing: Listing) -> Checkpoint:
         notes.append("config.json names custom code (auto_map); adapterkit carries it over and never runs it")
     side_files = tuple(SideFile(name, listing.open(name)) for name in side_names(listing.names, set(files)))
     return Checkpoint(
-        listing.ref, tensors, shards, config, side_files, metadata, listing.commit, tuple(sources), tuple(notes)
+        listing.ref,
+        tensors,
+        shards,
+        config,
+        side_files,
+        metadata,
+        listing.commit,
+        tuple(sources),
+        tuple(notes),
+        None if weight_map is None else SideFile(index, listing.open(index)),
     )
 
 
@@ -90,11 +100,43 @@ def read_index(listing: Listing, name: str) -> dict[str, str]:
     found = listing.json(name).get("weight_map")
     if not isinstance(found, dict) or not found:
         raise CheckpointError(f"{where} has no weight_map", "download or save it again")
-    weight_map = {check_name(tensor, where): check_plain(file, where) for tensor, file in found.items()}
+    # Some writers put the folder itself in front, as in ./model-00001-of-00002.safetensors.
+    weight_map = {check_name(tensor, where): check_plain(_beside(file), where) for tensor, file in found.items()}
     for file in dict.fromkeys(weight_map.values()):
         if not file.endswith(".safetensors"):
             raise UnsafeError(f"{where} points to {file!r}, not a safetensors file", "convert it to safetensors first")
     return weight_map
+
+
+def read_shards(listing: Listing, index: str) -> tuple[tuple[Source, ...], dict[str, Tensor]]:
+    """The files that an index names, in order, and their tensors by name.
+
+    Raises:
+        NotFound: one of the files is missing.
+        CheckpointError: a file lacks what the index says, or two hold the same tensor.
+        UnsafeError: a name leads out of the folder.
+    """
+    weight_map = read_index(listing, index)
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if file not in listing.names]
+    if missing:
+        raise NotFound(
+            f"{listing.ref} lacks {missing[0]}, one of the {len(files)} files that {index} names", "download it too"
+        )
+    listing.prefetch(files)
+    tensors: dict[str, Tensor] = {}
+    shards: dict[str, str] = {}
+    sources = []
+    for file in files:
+        source = listing.open(file)
+        sources.append(source)
+        _add(source, file, parse_header(source.read, source.size, source.name), weight_map, tensors, shards)
+    _check_complete(listing.ref, weight_map, shards)
+    return tuple(sources), tensors
+
+
+def _beside(file: Any) -> Any:
+    return file.removeprefix("./") if isinstance(file, str) else file
 
 
 def _only_weights(listing: Listing) -> str:
@@ -146,7 +188,7 @@ def _check_complete(ref: str, weight_map: dict[str, str], shards: dict[str, str]
         raise CheckpointError(
             f"{ref}: {weight_map[missing[0]]} does not hold '{missing[0]}' as the index says "
             f"({len(missing)} tensors missing)",
-            "download that shard again",
+            "download that file again",
         )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from adapterkit.checkpoint.files import LocalFile, Source
 from adapterkit.checkpoint.folder import (
     ADAPTER_CONFIG,
+    ADAPTER_INDEX,
     ADAPTER_WEIGHTS,
     PICKLES,
     read_index,
@@ -27,7 +28,7 @@ from adapterkit.errors import AdapterkitError, AuthError, CheckpointError, HubEr
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from adapterkit.checkpoint.open import HubRef
+    from adapterkit.checkpoint.hub_ref import HubRef
 
 FIRST_BYTES = 1 << 17  # one request fetches a header of up to this size whole
 PARALLEL = 16
@@ -150,6 +151,8 @@ def _wanted(listing: Listing) -> list[str]:
         weights = loose
     if ADAPTER_CONFIG in names:  # the folders beside an adapter are checkpoints of its training
         weights = loose & {ADAPTER_WEIGHTS}
+        if not weights and ADAPTER_INDEX in names:
+            weights = {ADAPTER_INDEX, *read_index(listing, ADAPTER_INDEX).values()} & names
         return sorted(
             {ADAPTER_CONFIG, *weights, *(n for n in side_names(names, weights) if "/" not in n)} if weights else ()
         )

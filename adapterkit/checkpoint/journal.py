@@ -12,6 +12,8 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
+from adapterkit import disk
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
@@ -36,16 +38,13 @@ def tensor_digest(blocks: Iterable[bytes]) -> str:
 class Journal:
     """Append-only lines in the hidden folder; the first names the plan and the state of its inputs."""
 
-    def __init__(self, path: Path, identity: str) -> None:
-        self._path, self._identity = path, identity
+    def __init__(self, folder: Path, identity: str, name: str = JOURNAL) -> None:
+        self._folder, self._identity, self._name = folder, identity, name
         self._fd: int | None = None
 
     def read(self) -> dict[tuple[str, str], str]:
         """The digests by (file, tensor) that an earlier run of the same plan wrote; a torn last line is ignored."""
-        try:
-            lines = self._path.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return {}
+        lines = (disk.read_inside(self._folder, self._name) or b"").split(b"\n")
         if lines[0] != self._first():
             return {}
         found: dict[tuple[str, str], str] = {}
@@ -59,9 +58,11 @@ class Journal:
 
     def start(self) -> None:
         """Open for appending, beginning anew unless it already belongs to this plan."""
-        fresh = not self._path.exists() or not self._path.read_bytes().startswith(self._first() + b"\n")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | (os.O_TRUNC if fresh else 0)
-        self._fd = os.open(self._path, flags, 0o666)
+        before = disk.read_inside(self._folder, self._name) or b""
+        fresh = not before.startswith(self._first() + b"\n")
+        make = disk.open_new_inside if fresh else disk.open_kept_inside
+        self._fd = make(self._folder, self._name)
+        os.lseek(self._fd, 0, os.SEEK_END)
         # A leading newline ends a line that a kill may have torn.
         os.write(self._fd, self._first() + b"\n" if fresh else b"\n")
 

@@ -2,63 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.files import LocalFile
-from adapterkit.checkpoint.finders import FINDERS
+from adapterkit.checkpoint.finders import place_of
 from adapterkit.checkpoint.folder import read_file, read_folder
+from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.checkpoint.listing import Listing, LocalFolder, read_json
 from adapterkit.errors import NotFound, UnsafeError
 
 _FILES = (".gguf", ".safetensors")  # of a file, never of a repository
-_HUB = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?P<sub>(?:/[\w.-]+)*)(?:@(?P<revision>[\w./-]+))?")
-
-
-@dataclass(frozen=True)
-class HubRef:
-    """``org/name[/sub/folder][@revision]``."""
-
-    repo: str
-    subfolder: str = ""
-    revision: str | None = None
-
-
-def parse_hub(ref: str) -> HubRef | None:
-    """The parts of a Hub id, or None when ``ref`` cannot be one."""
-    found = _HUB.fullmatch(ref.removeprefix("hf://"))
-    if found is None or ".." in ref:
-        return None
-    return HubRef(found["repo"], found["sub"].strip("/"), found["revision"])
-
-
-@dataclass(frozen=True)
-class Place:
-    """A path, or a Hub id as text, and what to call it; ``file`` when a registry name means a single file."""
-
-    place: str | Path
-    shown: str
-    file: Path | None = None
-
-
-def place_of(ref: str | Path) -> Place:
-    """A path if there is one, else what a registry name means, else the reference as it is.
-
-    Raises:
-        NotFound: a registered name without that version or alias.
-    """
-    text = str(ref)
-    if isinstance(ref, Path) or "/" in text or Path(text).expanduser().exists():
-        return Place(ref, text)
-    for entry in FINDERS:
-        module, _, function = entry.partition(":")
-        found = getattr(import_module(module), function)(text)
-        if found is not None:
-            return Place(found.folder or found.hub, found.shown if found.folder else found.hub, found.file)
-    return Place(ref, text)
 
 
 def locate(ref: str | Path, *, headers_only: bool = False) -> Listing:

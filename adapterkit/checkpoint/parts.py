@@ -6,13 +6,16 @@ time; when all parts say they are done, `finish_parts` makes the folder the targ
 
 from __future__ import annotations
 
+import os
+import stat
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.journal import Journal
 from adapterkit.checkpoint.plan import default_jobs
-from adapterkit.checkpoint.publish import check_target, partial_folder, staging, write_file
+from adapterkit.checkpoint.publish import check_target, partial_folder, staging
 from adapterkit.checkpoint.sink import Sink
 from adapterkit.checkpoint.write import finish, identity, input_paths
+from adapterkit.disk import read_inside, write_inside
 from adapterkit.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -46,11 +49,11 @@ def write_part(
     inputs = input_paths(plan, sources)
     check_target(out, inputs, file.nbytes, force=True, held=[partial_folder(out) / file.name])
     with staging(out, resume=True, shared=True) as folder:
-        journal = Journal(folder / f".journal.{index}.jsonl", identity(plan, sources))
+        journal = Journal(folder, identity(plan, sources), f".journal.{index}.jsonl")
         Sink(plan, tensors, sources, folder, jobs=jobs or default_jobs(), journal=journal, progress=progress).run(
             [file]
         )
-        write_file(folder / _note(file.name), plan.digest.encode())
+        write_inside(folder, _note(file.name), plan.digest.encode())
 
 
 def finish_parts(
@@ -66,7 +69,7 @@ def finish_parts(
     Raises:
         OutputError: parts are missing, or belong to another plan.
     """
-    if out.exists() and not force:
+    if os.path.lexists(out) and not force:
         raise OutputError(f"{out} exists", "choose another name, or replace it with --force")
     if not partial_folder(out).is_dir():
         raise OutputError(f"{out}: no part is done", "execute the parts, then finish")
@@ -83,7 +86,8 @@ def _note(name: str) -> str:
 
 def _done(plan: Plan, folder: Path, name: str, nbytes: int) -> bool:
     try:
-        proved = (folder / _note(name)).read_bytes() == plan.digest.encode()
-        return proved and (folder / name).stat().st_size == nbytes
+        proved = read_inside(folder, _note(name)) == plan.digest.encode()
+        info = (folder / name).lstat()
+        return proved and stat.S_ISREG(info.st_mode) and info.st_size == nbytes
     except FileNotFoundError:
         return False

@@ -57,7 +57,7 @@ def default_jobs() -> int:
 
 
 @dataclass(frozen=True)
-class Step:
+class PlanStep:
     """One tensor of an output file: copied from ``source`` when that is set, else computed."""
 
     tensor: str
@@ -97,7 +97,7 @@ class PlannedFile:
 
     name: str
     nbytes: int
-    steps: tuple[Step, ...]
+    steps: tuple[PlanStep, ...]
     verbatim: str | None = None
     head: tuple[Chunk, ...] = ()
 
@@ -108,7 +108,7 @@ class PlannedFile:
             return []
         found, position = [], 0
         places = [(chunk.offset, chunk.nbytes) for chunk in self.head] + [(s.offset, s.nbytes) for s in self.steps]
-        for offset, nbytes in places:
+        for offset, nbytes in sorted(places):
             if offset > position:
                 found.append((position, offset - position))
             position = offset + nbytes
@@ -147,7 +147,7 @@ class Plan:
         return sum(step.nbytes for file in self.files for step in file.steps)
 
     @property
-    def steps(self) -> tuple[Step, ...]:
+    def steps(self) -> tuple[PlanStep, ...]:
         return tuple(step for file in self.files for step in file.steps)
 
     @property
@@ -200,7 +200,7 @@ class Plan:
                 PlannedFile(
                     check_plain(file["name"], "the plan"),
                     file["nbytes"],
-                    tuple(Step(**{**step, "shape": tuple(step["shape"])}) for step in file["steps"]),
+                    tuple(PlanStep(**{**step, "shape": tuple(step["shape"])}) for step in file["steps"]),
                     file["verbatim"],
                     tuple(Chunk(**chunk) for chunk in file["head"]),
                 )
@@ -219,11 +219,17 @@ def plan_safetensors(
     jobs: int = 2,
     inputs: Mapping[str, str] | None = None,
     request: Mapping[str, Any] | None = None,
+    like: Mapping[str, Tensor] | None = None,
 ) -> Plan:
-    """Plan safetensors output of a view: its own sharding, or shards of at most ``max_shard_size`` bytes."""
+    """Plan safetensors output of a view: its own sharding, or shards of at most ``max_shard_size`` bytes.
+
+    Args:
+        like: tensors as they lie in the files of an input: where an output file holds tensors of the same names, dtypes
+            and shapes as one of those, it gets that file's header and order.
+    """
     metadata = {**view.metadata, "format": view.metadata.get("format", "pt")}
     groups = _own_shards(view) if max_shard_size is None else _packed_shards(view, max_shard_size)
-    files = tuple(_plan_file(name, tensors, metadata) for name, tensors in groups)
+    files = tuple(_plan_file(name, tensors, metadata, like or {}) for name, tensors in groups)
     memory = max((tensor.memory for tensor in view.values()), default=0)
     peak = BASELINE_MEMORY + jobs * WORKER_MEMORY + memory
     return Plan(files, metadata, peak, dict(inputs or {}), dict(request or {}))
@@ -272,11 +278,20 @@ def _packed_shards(view: Checkpoint, limit: int) -> list[tuple[str, list[Tensor]
     return [(f"{_lead(view)}model-{i:05d}-of-{count:05d}.safetensors", group) for i, group in enumerate(groups, 1)]
 
 
-def _plan_file(name: str, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> PlannedFile:
+def _plan_file(
+    name: str, tensors: Sequence[Tensor], metadata: Mapping[str, str], like: Mapping[str, Tensor] | None = None
+) -> PlannedFile:
     source = _unchanged_file(tensors)
     if source is not None:
         steps = tuple(step_of(tensor, tensor.extent.offset) for tensor in tensors if tensor.extent is not None)
         return PlannedFile(name, source.size, steps, verbatim=source.name)
+    again = _same_header(tensors, like) if like else None
+    if again is not None:
+        found, places = again
+        steps = tuple(step_of(tensor, places[tensor.name]) for tensor in tensors)
+        start = 8 + int.from_bytes(found.read(0, 8), "little")
+        head = Chunk(0, start, source=found.name)
+        return PlannedFile(name, found.size, steps, head=(head,))
     header, offsets = build_header([(t.name, t.dtype, t.shape) for t in tensors], metadata)
     steps = tuple(step_of(tensor, offsets[tensor.name]) for tensor in tensors)
     return PlannedFile(name, steps[-1].offset + steps[-1].nbytes if steps else len(header), steps)
@@ -292,11 +307,27 @@ def _unchanged_file(tensors: Sequence[Tensor]) -> Source | None:
     return source if data_start + sum(tensor.nbytes for tensor in tensors) == source.size else None
 
 
-def step_of(tensor: Tensor, offset: int) -> Step:
+def _same_header(tensors: Sequence[Tensor], like: Mapping[str, Tensor]) -> tuple[Source, dict[str, int]] | None:
+    """The input file whose header says what that of these tensors would say, and where each tensor lies in it."""
+    there = [like.get(tensor.name) for tensor in tensors]
+    held = [tensor for tensor in there if isinstance(tensor, Stored)]
+    sources = {tensor.source for tensor in held}
+    if len(sources) != 1 or len(held) != len(tensors):
+        return None
+    if any(one.dtype is not other.dtype or one.shape != other.shape for one, other in zip(tensors, held, strict=True)):
+        return None
+    source = sources.pop()
+    start = 8 + int.from_bytes(source.read(0, 8), "little")
+    if start + sum(tensor.nbytes for tensor in held) != source.size:
+        return None
+    return source, {tensor.name: tensor.offset for tensor in held}
+
+
+def step_of(tensor: Tensor, offset: int) -> PlanStep:
     """The step that puts ``tensor`` at ``offset`` of its file."""
     extent = tensor.extent
     source = None if extent is None else extent.source.name
-    return Step(
+    return PlanStep(
         tensor.name,
         tensor.dtype.code,
         tensor.shape,

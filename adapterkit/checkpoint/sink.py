@@ -13,6 +13,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from adapterkit import disk
 from adapterkit.checkpoint.files import LocalFile
 from adapterkit.checkpoint.journal import Journal, block_digest, tensor_digest
 from adapterkit.errors import AdapterkitError, CheckpointError, OutputError
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from adapterkit.checkpoint.files import Source
-    from adapterkit.checkpoint.plan import Plan, PlannedFile, Step
+    from adapterkit.checkpoint.plan import Plan, PlannedFile, PlanStep
     from adapterkit.checkpoint.tensor import Tensor
 
 COPY_CHUNK = 32 << 20  # bytes per copy task, so that a large tensor is shared among workers
@@ -37,7 +38,7 @@ class _Job:
     """A computed tensor on its way: its blocks' hashes, and how many blocks are still missing."""
 
     file: PlannedFile
-    step: Step
+    step: PlanStep
     tensor: Tensor
     fd: int
     digests: list[bytes]
@@ -115,7 +116,7 @@ class Sink:
         self._journal.start()
         queues = []
         for file in files:
-            fd = os.open(self._folder / file.name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            fd = disk.open_kept_inside(self._folder, file.name)
             self._fds.append(fd)
             os.ftruncate(fd, file.nbytes)
             queues.append(_Queue(self, self._tasks(file, fd, proved), file.nbytes))
@@ -125,7 +126,7 @@ class Sink:
     def sync(self) -> None:
         """Put the files on disk."""
         for fd in self._fds:
-            os.fsync(fd)
+            disk.fsync(fd)
 
     def close(self) -> None:
         self._journal.close()
@@ -185,7 +186,7 @@ class Sink:
         digests = []
         for start in range(0, tensor.numel, tensor.block):
             count = nbytes((min(tensor.block, tensor.numel - start),))
-            digests.append(block_digest(os.pread(job.fd, count, job.step.offset + nbytes((start,)))))
+            digests.append(block_digest(disk.calls.pread(job.fd, count, job.step.offset + nbytes((start,)))))
         if tensor_digest(digests) == job.proof:
             tensor.release()
             with self._count:
@@ -338,7 +339,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 def _write(fd: int, data: memoryview, offset: int) -> int:
     done = 0
     while done < len(data):
-        done += os.pwrite(fd, data[done:], offset + done)
+        done += disk.calls.pwrite(fd, data[done:], offset + done)
     return len(data)
 
 
@@ -352,16 +353,8 @@ def _copy(source: Source, start: int, fd: int, offset: int, nbytes: int) -> int:
     """Copy a byte range, by the kernel where it can."""
     done = 0
     if isinstance(source, LocalFile):
-        try:
-            while done < nbytes:
-                count = os.copy_file_range(source.fd, fd, nbytes - done, start + done, offset + done)
-                if count == 0:
-                    break  # the end of the file, or a file system that cannot: reading it tells which
-                done += count
-        except OSError as error:
-            # Two file systems, or one that cannot: the bytes go through this process instead.
-            if error.errno not in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM):
-                raise
+        # Two file systems, or one that cannot: the bytes go through this process instead.
+        done = disk.copy_range(source.fd, fd, start, offset, nbytes)
     while done < nbytes:
         chunk = memoryview(source.read(start + done, min(1 << 20, nbytes - done)))
         if not chunk:

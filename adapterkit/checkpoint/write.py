@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from adapterkit.checkpoint.journal import JOURNAL, Journal
+from adapterkit import disk
+from adapterkit.checkpoint.journal import Journal
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import (
     check_target,
@@ -17,13 +19,11 @@ from adapterkit.checkpoint.publish import (
     publish,
     publish_files,
     staging,
-    write_file,
 )
 from adapterkit.checkpoint.sink import Sink, run_together
 from adapterkit.errors import OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from adapterkit.checkpoint.files import Source
@@ -64,12 +64,40 @@ def write_safetensors(
         OutputError, UsageError, AdapterkitError
     """
     one = Writing(plan, tensors, sources, out, side_files, record)
-    return write_together([one], jobs=jobs, force=[force], resume=resume, progress=progress)[0]
+    return write_together([one], jobs=jobs, force=[force], resume=resume, progress=progress)[0].reused
+
+
+Stage = Callable[["Room"], "Writing"]
+"""Computes, in the hidden folder, what a plan has to be made of; gives what is to be written then."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Where and how a stage works.
+
+    Attributes:
+        folder: the hidden folder.
+        jobs: worker threads.
+        resume: use what an interrupted run left in the folder, once it is proved.
+        progress: called now and then with bytes done and bytes in all.
+    """
+
+    folder: Path
+    jobs: int
+    resume: bool = False
+    progress: Callable[[int, int], None] | None = None
 
 
 @dataclass(frozen=True)
 class Writing:
-    """One output of several that are written together; see `write_safetensors` for the fields."""
+    """One output of several that are written together; see `write_safetensors` for the fields.
+
+    Attributes:
+        stage: run first; what it gives is written in the place of this one.
+        made: names of files and folders that a stage left in the hidden folder for the output.
+        facts: what a stage found out, for the report.
+        close: lets go of what the stage left open.
+    """
 
     plan: Plan
     tensors: Mapping[str, Tensor]
@@ -77,6 +105,19 @@ class Writing:
     out: Path
     side_files: Mapping[str, bytes]
     record: Callable[[Path], Mapping[str, bytes]] | None = None
+    stage: Stage | None = None
+    made: frozenset[str] = frozenset()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    close: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True)
+class Done:
+    """What was written: the plan as it was carried out, computed tensors that were re-used, and a stage's facts."""
+
+    plan: Plan
+    reused: int
+    facts: Mapping[str, Any]
 
 
 def write_together(
@@ -86,43 +127,65 @@ def write_together(
     force: Sequence[bool],
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> list[int]:
+    checked: bool = False,
+) -> list[Done]:
     """Execute several plans abreast, so that inputs they share come from the disk once; each output appears whole or not
     at all, all of them after the last byte is written.
 
-    Returns:
-        For each, how many computed tensors were re-used.
+    Args:
+        checked: `check_output` was asked already.
 
     Raises:
         OutputError, UsageError, AdapterkitError
     """
-    for one, replace in zip(writings, force, strict=True):
-        check_output(one.plan, one.sources, one.out, force=replace)
+    if not checked:
+        for one, again in zip(writings, force, strict=True):
+            check_output(one.plan, one.sources, one.out, force=again)
     with ExitStack() as held:
-        runs = []
+        runs, staged = [], []
         for one in writings:
             folder = held.enter_context(staging(one.out, resume=resume))
-            journal = Journal(folder / JOURNAL, identity(one.plan, one.sources))
+            if one.stage is not None:
+                made = one.stage(Room(folder, jobs or default_jobs(), resume, progress))
+                one = replace(made, out=one.out, record=made.record or one.record)
+                if one.close is not None:
+                    held.callback(one.close)
+            journal = Journal(folder, identity(one.plan, one.sources))
             sink = Sink(one.plan, one.tensors, one.sources, folder, jobs=1, journal=journal)
             runs.append((sink, folder))
-        files = [(sink, one.plan.files) for (sink, _), one in zip(runs, writings, strict=True)]
+            staged.append(one)
+        files = [(sink, one.plan.files) for (sink, _), one in zip(runs, staged, strict=True)]
         run_together(files, jobs=jobs or default_jobs(), progress=progress)
-        for (_, folder), one, replace in zip(runs, writings, force, strict=True):
-            finish(one.plan, folder, one.out, one.side_files, force=replace, record=one.record)
-    return [sink.reused for sink, _ in runs]
+        for (_, folder), one, again in zip(runs, staged, force, strict=True):
+            finish(one.plan, folder, one.out, one.side_files, force=again, record=one.record, made=one.made)
+    return [Done(one.plan, sink.reused, one.facts) for (sink, _), one in zip(runs, staged, strict=True)]
 
 
-def check_output(plan: Plan, sources: Sequence[Source], out: Path, *, force: bool, inputs: Sequence[Path] = ()) -> None:
-    """Refuse a target that exists, is read-only, lies in an input or has no room, before the first byte."""
-    paths = input_paths(plan, sources)
+def check_output(
+    plan: Plan,
+    sources: Sequence[Source],
+    out: Path,
+    *,
+    force: bool,
+    inputs: Sequence[Path] = (),
+    room: bool = True,
+) -> None:
+    """Refuse a target that exists, is read-only, lies in an input or has no room, before the first byte.
+
+    Args:
+        inputs: folders that are read beside ``sources``.
+        room: whether the disk must have room for it.
+    """
+    paths = [*input_paths(plan, sources), *inputs]
     held = [partial_folder(out) / file.name for file in plan.files]
+    nbytes = plan.nbytes if room else 0
     if plan.layout == "folder":
-        check_target(out, [*paths, *inputs], plan.nbytes, force=force, held=held)
+        check_target(out, paths, nbytes, force=force, held=held)
         return
     for target in plan.targets(out).values():
         if target.is_dir():
             raise OutputError(f"{target} is a folder", "name a file")
-        check_target(target, [*paths, *inputs], plan.nbytes, force=force, held=held)
+        check_target(target, paths, nbytes, force=force, held=held)
 
 
 def input_paths(plan: Plan, sources: Sequence[Source]) -> list[Path]:
@@ -143,28 +206,28 @@ def finish(
     *,
     force: bool,
     record: Callable[[Path], Mapping[str, bytes]] | None = None,
+    made: frozenset[str] = frozenset(),
 ) -> None:
     """Make the hidden folder the target, with the index and the side files; or its files the targets themselves."""
     extra = dict(side_files)
     if len(plan.files) > 1:
-        extra[plan.index_name] = index_json(plan)
+        extra.setdefault(plan.index_name, index_json(plan))
     try:
         if plan.layout == "file":
-            made = record(folder) if record is not None else {}
+            beside = record(folder) if record is not None else {}
             publish_files(folder, plan.targets(out), force=force)
-            for name, data in made.items():
-                write_file(out.with_name(f".{out.name}.{name}"), data)
-                os.replace(out.with_name(f".{out.name}.{name}"), out.with_name(f"{out.name}.{name}"))
+            for name, data in beside.items():
+                disk.write_file(out.with_name(f"{out.name}.{name}"), data)
             return
         for name, data in extra.items():
-            write_file(folder / name, data)
+            disk.write_inside(folder, name, data)
         for name, data in (record(folder) if record is not None else {}).items():
-            write_file(folder / name, data)
+            disk.write_inside(folder, name, data)
             extra[name] = data
-        keep = {file.name for file in plan.files} | {name.partition("/")[0] for name in extra}
+        keep = {file.name for file in plan.files} | made | {name.partition("/")[0] for name in extra}
         publish(folder, out, keep=keep, force=force)
     except OSError as error:
-        raise OutputError(f"{out} could not be written ({error.strerror})", "check the disk") from error
+        raise disk.refused(error, str(out), out.parent) from error
 
 
 def index_json(plan: Plan) -> bytes:

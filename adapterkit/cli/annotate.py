@@ -4,9 +4,9 @@ them."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,9 +14,8 @@ from adapterkit.cli.output import clean, say, show_json
 
 if TYPE_CHECKING:
     from adapterkit.lint.problems import Problem
-    from adapterkit.verbs.check import CheckReport, Finding
+    from adapterkit.verbs.check import CheckReport, Diagnostic
 
-F = TypeVar("F", bound=Callable[..., Any])
 CONFIG = "adapter_config.json"
 LIMIT = 1000 << 10  # bytes of a job summary; GitHub drops one of more than 1024 KiB
 
@@ -59,26 +58,16 @@ RULES = {
 }
 
 
-def output_format(*forms: str) -> Callable[[F], F]:
-    """Add ``--output-format`` with these forms beside ``text`` and ``json``, ``--report`` and ``--summary``."""
-
-    def decorate(command: F) -> F:
-        choices = click.Choice(["text", "json", *forms])
-        how = ", ".join(
-            {"github": "github annotates files", "sarif": "sarif is for code scanning"}[one] for one in forms
-        )
-        file = click.Path(path_type=Path)
-        for option in (
-            click.option("--summary", type=file, metavar="FILE", help="Append the result to FILE as Markdown."),
-            click.option(
-                "--report", "report_file", type=file, metavar="FILE", help="Write the report to FILE as JSON."
-            ),
-            click.option("--output-format", "form", type=choices, default="text", help=f"Of the result; {how}."),
-        ):
-            command = option(command)
-        return command
-
-    return decorate
+def output_options(*forms: str) -> tuple[click.Option, ...]:
+    """``--output-format`` with these forms beside ``text`` and ``json``, ``--report`` and ``--summary``."""
+    words = {"github": "github annotates files", "sarif": "sarif is for code scanning"}
+    how = ", ".join(words[one] for one in forms)
+    choices, file = click.Choice(["text", "json", *forms]), click.Path(path_type=Path)
+    return (
+        click.Option(["--output-format", "form"], type=choices, default="text", help=f"Of the result; {how}."),
+        click.Option(["--report", "report_file"], type=file, metavar="FILE", help="Write the report to FILE as JSON."),
+        click.Option(["--summary"], type=file, metavar="FILE", help="Append the result to FILE as Markdown."),
+    )
 
 
 def relative(path: str | Path) -> str:
@@ -92,7 +81,7 @@ def problems_of(report: CheckReport) -> list[Problem]:
     return [_problem(finding, report.server) for finding in report.findings]
 
 
-def _problem(finding: Finding, server: str | None) -> Problem:
+def _problem(finding: Diagnostic, server: str | None) -> Problem:
     from adapterkit.lint.problems import Problem, line_of_key
 
     path = Path(finding.adapter).expanduser() / CONFIG
@@ -117,10 +106,11 @@ def show_problems(problems: Sequence[Problem], form: str) -> None:
 def write_report(path: Path | None, report: Any) -> None:
     """Write a frozen value as JSON, where a file was asked for."""
     if path is not None:
+        from adapterkit.disk import deliver
         from adapterkit.redaction import redact
         from adapterkit.verbs.report import to_json
 
-        path.write_text(redact(to_json(report)) + "\n", encoding="utf-8")
+        deliver(path, (redact(to_json(report)) + "\n").encode())
 
 
 def append_summary(path: Path | None, markdown: str) -> None:

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterkit.cli.annotate import append_summary, output_format, write_report
+from adapterkit.cli.annotate import append_summary, output_options, write_report
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
 
 if TYPE_CHECKING:
     from adapterkit.recipe.report import BuildPlan, BuildReport
 
 
-@click.command(name="build", short_help="Carry out a recipe: merge, convert, verify, register, push, reproducibly.")
+@click.command(
+    name="build",
+    short_help="Carry out a recipe: merge, convert, verify, register, push, reproducibly.",
+    params=[*output_options("github")],
+)
 @click.argument("recipe", required=False, metavar="[RECIPE.toml]")
 @click.option("--plan", "plan_only", is_flag=True, help="Print everything that will happen, from headers, and stop.")
 @click.option("--locked", is_flag=True, help="Use the lock, and exit with 3 if anything that it holds moved.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted run; keep finished work if interrupted again.")
 @click.option("--force", is_flag=True, help="Replace outputs that this recipe did not make, or that changed since.")
-@output_format("github")
+@click.option("--outside", is_flag=True, help="Let outputs lie outside of the recipe's folder.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report (with --plan: the plan) as JSON.")
 def command(
     recipe: str | None,
@@ -30,6 +34,7 @@ def command(
     jobs: int | None,
     resume: bool,
     force: bool,
+    outside: bool,
     form: str,
     report_file: Path | None,
     summary: Path | None,
@@ -51,7 +56,7 @@ def command(
 
     as_json = as_json or form == "json"
     if plan_only:
-        planned = plan_build(recipe, locked=locked, jobs=jobs)
+        planned = plan_build(recipe, locked=locked, jobs=jobs, outside=outside)
         write_report(report_file, planned)
         append_summary(summary, of_plan(planned) if summary is not None else "")
         if as_json:
@@ -61,7 +66,8 @@ def command(
         return
     progress = Progress("building", enabled=not as_json)
     quiet = (lambda text: None) if as_json else note
-    report = build(recipe, locked=locked, jobs=jobs, force=force, resume=resume, progress=progress, note=quiet)
+    how: dict[str, Any] = {"jobs": jobs, "force": force, "resume": resume, "outside": outside}
+    report = build(recipe, locked=locked, progress=progress, note=quiet, **how)
     progress.close()
     write_report(report_file, report)
     append_summary(summary, of_build(report) if summary is not None else "")

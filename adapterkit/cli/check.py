@@ -4,35 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
-
-from adapterkit.cli.annotate import append_summary, output_format, problems_of, show_problems, write_report
+from adapterkit.cli.annotate import append_summary, output_options, problems_of, show_problems, write_report
+from adapterkit.cli.options import command as command_of
 from adapterkit.cli.output import say, show_json
+from adapterkit.requests.check import CheckRequest
 
 
-@click.command(name="check", short_help="Say whether adapters fit a base, and what a server makes of them.")
-@click.argument("base")
-@click.argument("adapters", nargs=-1, required=True, metavar="ADAPTER...")
-@click.option("--for", "server", metavar="SERVER", help="vllm, sglang, tgi, lorax, llama.cpp, ollama or mlx.")
-@click.option("--full", is_flag=True, help="Read every byte of BASE, where a record holds its strongest identity.")
-@output_format("github", "sarif")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def command(
-    base: str,
-    adapters: tuple[str, ...],
-    server: str | None,
-    full: bool,
-    form: str,
-    report_file: Path | None,
-    summary: Path | None,
-    as_json: bool,
-) -> int:
+@command_of(
+    CheckRequest,
+    name="check",
+    short_help="Say whether adapters fit a base, and what a server makes of them.",
+    own=output_options("github", "sarif"),
+)
+def command(request: CheckRequest, form: str, report_file: Path | None, summary: Path | None, as_json: bool) -> int:
     """Check ADAPTERs against BASE: names, shapes, vocabulary, what they say of their base. Headers only.
 
     Where an adapter has a record (see register), it is also checked that BASE has the weights it was trained on: from
     digests, else from at most 512 KiB of them.
 
-    Exits with 3 when something does not hold.
+    Options of a merge may be given: the merge that has them is planned, and what it refuses is refused here with its exit
+    code. Exits with 3 when something else does not hold.
 
     \b
     Example:
@@ -41,13 +32,13 @@ def command(
     """
     from adapterkit.verbs.check import check
 
-    report = check(base, adapters, server=server, full=full)
+    report = check(**{name: getattr(request, name) for name in request.named})
     write_report(report_file, report)
     verdict = f"{'fits' if report.ok else 'does not hold'}: {report.touched} tensors of {report.base}"
     if summary is not None:
         from adapterkit.lint.problems import summary as markdown
 
-        append_summary(summary, markdown(f"adapterkit check {' '.join(adapters)}", problems_of(report), verdict))
+        append_summary(summary, markdown(f"adapterkit check {' '.join(report.adapters)}", problems_of(report), verdict))
     if as_json or form == "json":
         show_json(report)
     elif form == "text":
@@ -56,4 +47,4 @@ def command(
         say(verdict)
     else:
         show_problems(problems_of(report), form)
-    return 0 if report.ok else 3
+    return report.exit_code

@@ -20,7 +20,7 @@ from adapterkit.cli.output import Progress, say, show_json, size
 def command(
     plan: Path, out: Path, part: int | None, finish: bool, jobs: int | None, force: bool, as_json: bool
 ) -> None:
-    """Execute a PLAN that `merge --save-plan` wrote.
+    """Execute a PLAN that --save-plan of a verb wrote.
 
     The parts can run on several machines that share a file system, in any order; the bytes are those of a whole run.
 
@@ -31,12 +31,12 @@ def command(
       adapterkit execute plan.json -o merged --finish
     """
     from adapterkit.checkpoint.plan import Plan
-    from adapterkit.verbs.merge import execute
+    from adapterkit.verbs.execute import execute, has_parts
 
     if part is not None and finish:
         raise click.UsageError("--part and --finish exclude each other: parts come first.")
     loaded = Plan.from_json(plan.read_bytes())
-    wanted = [part] if part is not None else [] if finish else list(range(len(loaded.files)))
+    wanted = [part] if part is not None else [] if finish or not has_parts(loaded) else list(range(len(loaded.files)))
     for index in wanted:
         progress = Progress(f"part {index} of {len(loaded.files)}", enabled=not as_json)
         report = execute(loaded, out, part=index, jobs=jobs, force=force, progress=progress)
@@ -48,4 +48,4 @@ def command(
     elif part is not None:
         say(f"part {part} of {len(loaded.files)} is done")
     else:
-        say(f"{out}: {size(loaded.nbytes)} in {len(loaded.files)} files")
+        say(f"{out}: {size(report.nbytes)} in {len(loaded.files)} files")

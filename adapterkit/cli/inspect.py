@@ -53,12 +53,13 @@ def command(
 
 
 def _compare(refs: tuple[str, ...], base: str | None, html: Path | None, as_json: bool) -> None:
+    from adapterkit.disk import deliver
     from adapterkit.verbs.compare import compare
     from adapterkit.verbs.heatmap import heat_map
 
     report = compare(refs, base=base)
     if html is not None:
-        html.write_text(heat_map(report), encoding="utf-8")
+        deliver(html, heat_map(report).encode())
         note(f"heat map written to {html}")
     if as_json:
         show_json(report)

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from adapterkit.ops.rules import Method, Parameter
+    from adapterkit.ops.rules import CombinationRule, Parameter
 
     _ParamType = click.ParamType[Any]
 else:
@@ -23,18 +21,21 @@ LINEAR = "linear"
 _PLAIN = f"{__name__}.plain"  # of a context: this command line has no option of a method
 
 
-def _table() -> dict[str, Method]:
-    from adapterkit.ops.rules import METHODS
+def _table() -> dict[str, CombinationRule]:
+    from adapterkit.ops.rules import RULES
 
-    return METHODS
+    return RULES
 
 
 class MethodCommand(click.Command):
-    """A command that also takes an option for every parameter of every method, but for those in ``taken``."""
+    """A command that also takes an option for every parameter of every method, but for those in ``taken``.
 
-    def __init__(self, *args: Any, taken: tuple[str, ...] = (), **kwargs: Any) -> None:
+    With ``combines`` false it has no methods.
+    """
+
+    def __init__(self, *args: Any, taken: tuple[str, ...] = (), combines: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._plain, self._taken = tuple(self.params), taken
+        self._plain, self._taken, self._combines = tuple(self.params), taken, combines
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         known = {name for parameter in self._plain for name in (*parameter.opts, *parameter.secondary_opts)}
@@ -51,7 +52,7 @@ class MethodCommand(click.Command):
         return super().get_help(ctx)
 
     def _extend(self) -> None:
-        if len(self.params) == len(self._plain):
+        if self._combines and len(self.params) == len(self._plain):
             self.params = [*self._plain, *_options(self._taken)]
 
 
@@ -93,11 +94,6 @@ class MethodName(_ParamType):
         return value if value == LINEAR and not self._nested else self._choice().convert(value, param, ctx)
 
 
-def given(options: dict[str, Any]) -> dict[str, Any]:
-    """The parameters that were given."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def show_methods(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     """Print the table of methods and stop."""
     if not wanted:
@@ -114,16 +110,16 @@ def show_methods(context: click.Context, _: click.Parameter, wanted: bool) -> No
     context.exit(0)
 
 
-def methods_flag(command: Callable[..., Any]) -> Callable[..., Any]:
+def methods_flag() -> click.Option:
     """``--methods``: list them."""
-    return click.option(
-        "--methods",
+    return click.Option(
+        ["--methods"],
         is_flag=True,
         is_eager=True,
         expose_value=False,
         callback=show_methods,
         help="List the methods, their parameters and papers, and stop.",
-    )(command)
+    )
 
 
 NAMES = MethodName()

@@ -91,10 +91,19 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
+def duration(seconds: float) -> str:
+    """``40 s``, ``12 min``, ``3 h 05 min``"""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
 class Progress:
     """A bar with bytes (or what ``form`` shows) and ETA on a terminal, a line now and then elsewhere."""
 
     EVERY = 30.0  # seconds between lines where there is no terminal
+    PACE = 0.01  # share of the bytes that have to flow before they tell a pace
     _bar: Progress | None = None  # the one that stands on the terminal now
 
     def __init__(self, label: str, *, enabled: bool = True, form: Callable[[int], str] = size) -> None:
@@ -121,10 +130,18 @@ class Progress:
 
     def _left(self, now: float, done: int, total: int) -> str:
         """How long it will still take, once there is a pace to tell it by; start-up is no part of that."""
-        if self._first is None or done <= self._first[1]:
+        if self._first is None:
             return ""
         began, before = self._first
-        return f", {(now - began) * (total - done) / (done - before):.0f} s left"
+        if done - before < max(1, self.PACE * total):
+            return ""
+        return f", {duration((now - began) * (total - done) / (done - before))} left"
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         if Progress._bar is self:

@@ -2,49 +2,15 @@
 
 from __future__ import annotations
 
-import click
-
+from adapterkit.cli.options import command as command_of
 from adapterkit.cli.output import note, say, show_json, size
+from adapterkit.requests.register import RegisterRequest
 
 
-def pairs(given: tuple[str, ...]) -> dict[str, str]:
-    """``KEY=VALUE`` options as a mapping."""
-    found = {}
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise click.BadParameter(f"'{text}' is not KEY=VALUE", param_hint="--meta")
-        found[key] = value
-    return found
-
-
-@click.command(name="register", short_help="Add a folder or file to the registry, as a new version of a name.")
-@click.argument("path")
-@click.option("--name", required=True, help="The name to register it under: a-z, 0-9, '.', '_' and '-'.")
-@click.option("--base", metavar="REF", help="The base it was trained on or made from; identified by its weights.")
-@click.option("--base-id", default="", metavar="ORG/NAME", help="The Hub id of a base that is a local folder.")
-@click.option("--kind", default="", help="adapter, merged, combined, quantized, converted or base; else as told by it.")
-@click.option("--method", default="", help="How it was made, like lora or Q4_K_M; else as its config tells.")
-@click.option("--meta", multiple=True, metavar="KEY=VALUE", help="Free text to keep with it: run, dataset, licence ...")
-@click.option("--full", is_flag=True, help="Read every byte of the base for the strongest identity.")
-@click.option("--new-version", is_flag=True, help="Add a version even if nothing changed.")
-@click.option("--link", is_flag=True, help="Hard links instead of copies; the files become read-only.")
-@click.option("--ignore-record", is_flag=True, help="Do not use the adapterkit.json beside it.")
-@click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
-def command(
-    path: str,
-    name: str,
-    base: str | None,
-    base_id: str,
-    kind: str,
-    method: str,
-    meta: tuple[str, ...],
-    full: bool,
-    new_version: bool,
-    link: bool,
-    ignore_record: bool,
-    as_json: bool,
-) -> None:
+@command_of(
+    RegisterRequest, name="register", short_help="Add a folder or file to the registry, as a new version of a name."
+)
+def command(request: RegisterRequest, as_json: bool) -> None:
     """Add PATH to the registry as a version of NAME; the same files again give the version that exists.
 
     The registry is a folder, $ADAPTERKIT_HOME or one in your data folder. With --kind base, PATH may be a Hub id, and only
@@ -57,19 +23,7 @@ def command(
     """
     from adapterkit.provenance.register import register
 
-    found = register(
-        path,
-        name,
-        base=base,
-        base_id=base_id,
-        kind=kind,
-        method=method,
-        meta=pairs(meta),
-        full=full,
-        new_version=new_version,
-        link=link,
-        ignore_record=ignore_record,
-    )
+    found = register(**{name: getattr(request, name) for name in request.named})
     record = found.record
     if as_json:
         left = list(found.skipped)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
-from adapterkit.cli.attest import attest_option, attested
+from adapterkit.cli.options import command as command_of
 from adapterkit.cli.output import Progress, note, say, show_json, size
+from adapterkit.cli.written import asked, told
+from adapterkit.requests.adapters import ResizeRequest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,35 +15,8 @@ if TYPE_CHECKING:
     from adapterkit.verbs.report import ModuleRank
 
 
-@click.command(name="resize", short_help="Bring an adapter to another rank.")
-@click.argument("adapter")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder to make.")
-@click.option("--rank", type=int, help="At most this rank in every layer.")
-@click.option("--energy", type=float, help="The smallest rank that keeps this share of each layer's squared norm.")
-@click.option("--max-error", type=float, help="The smallest rank with at most this relative error in each layer.")
-@click.option("--base", help="The adapter's base, where its factors do not tell the shapes.")
-@click.option("--dtype", default="f32", show_default=True, help="Of the factors: f32, bf16 or f16.")
-@click.option("--own-ranks", is_flag=True, help="Each layer keeps its own rank; vLLM and llama.cpp want one for all.")
-@click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")
-@click.option("--allow-unknown", is_flag=True, help="Go on where the config has fields not known here.")
-@attest_option
-@click.option("--force", is_flag=True, help="Replace OUT if it exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def command(
-    adapter: str,
-    out: Path,
-    rank: int | None,
-    energy: float | None,
-    max_error: float | None,
-    base: str | None,
-    dtype: str,
-    own_ranks: bool,
-    jobs: int | None,
-    allow_unknown: bool,
-    attest: bool,
-    force: bool,
-    as_json: bool,
-) -> None:
+@command_of(ResizeRequest, name="resize", short_help="Bring an adapter to another rank.")
+def command(request: ResizeRequest, as_json: bool) -> None:
     """Bring ADAPTER to a smaller rank; each layer becomes the best approximation of that rank.
 
     \b
@@ -54,28 +26,15 @@ def command(
     """
     from adapterkit.verbs.resize import resize, total_kept
 
-    progress = Progress("resizing", enabled=not as_json)
-    report = resize(
-        adapter,
-        out,
-        rank=rank,
-        energy=energy,
-        max_error=max_error,
-        base=base,
-        dtype=dtype,
-        own_ranks=own_ranks,
-        jobs=jobs,
-        force=force,
-        allow_unknown=allow_unknown,
-        progress=progress,
-    )
-    progress.close()
-    attested(attest, out, [base, adapter])
+    with Progress("resizing", enabled=not as_json) as progress:
+        report = resize(**asked(request, "the folder to make", progress))
     if as_json:
         show_json(report)
         return
     for text in report.notes:
         note(f"note: {text}")
+    if told(report, request):
+        return
     show_ranks(report.modules)
     share, error = total_kept(report.modules)
     say(f"in all: {share:.4%} of the squared norm kept, error {error:.4g}")

@@ -24,14 +24,14 @@ def command(port: int | None, open_: bool, as_json: bool) -> None:
       adapterkit ui --open
     """
     from adapterkit.errors import OutputError
-    from adapterkit.ui.server import PORT, Server
+    from adapterkit.ui.server import PORT, PageServer
 
     try:
-        server = Server(PORT if port is None else port)
+        server = PageServer(PORT if port is None else port)
     except OutputError:
         if port is not None:
             raise
-        server = Server(0)
+        server = PageServer(0)
     with server:
         if as_json:
             show_json({"url": server.url, "home": str(server.home.root)})

@@ -4,96 +4,40 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from adapterkit.adapters.experts import ORDERS
-from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, given, methods_flag
+from adapterkit.cli.options import command as command_of
 from adapterkit.cli.output import Progress, count, note, say, show_json
+from adapterkit.requests.verify import VerifyRequest
 
 if TYPE_CHECKING:
     from adapterkit.verbs.verify.report import VerifyReport
 
+_FILE = click.Path(path_type=Path)
+# What is done with the report, which a caller in Python does by itself.
+_OWN = (
+    click.Option(["--html"], type=_FILE, metavar="FILE", help="Write the evidence as one HTML page."),
+    click.Option(["--markdown"], type=_FILE, metavar="FILE", help="Write a summary as Markdown."),
+    click.Option(["--step-summary"], is_flag=True, help="Append that summary to $GITHUB_STEP_SUMMARY."),
+    click.Option(
+        ["--attach/--no-attach"],
+        default=None,
+        help="Write the figures into MERGED's record. By default into the adapterkit.json beside an output, and not into "
+        "a registered version, which would make a new one.",
+    ),
+)
 
-@click.command(name="verify", cls=MethodCommand, short_help="Prove that a merged model is the trained one.")
-@click.argument("merged")
-@click.option("--base", required=True, metavar="BASE", help="What the adapters were folded onto.")
-@click.option("--adapter", "adapters", multiple=True, required=True, metavar="ADAPTER", help="Once for each, in order.")
-@click.option("--weight", "weights", type=float, multiple=True, help="How strongly an adapter counts; once for each.")
-@click.option(
-    "--level",
-    type=click.Choice(["tensors", "layers", "model"]),
-    help="How deep to look; each does the ones before it too. By default tensors, or model when --prompts, --max-kl or "
-    "--min-top1 is given.",
-)
-@click.option(
-    "--prompts", type=click.Path(path_type=Path), metavar="FILE", help="Text or JSON Lines; else a mixed set."
-)
-@click.option("--max-kl", type=float, metavar="X", help="Exit with 3 when the mean KL divergence is larger (nats).")
-@click.option("--min-top1", type=float, metavar="Y", help="Exit with 3 when fewer tokens agree, as 0.99.")
-@click.option("--min-retention", type=float, metavar="Z", help="Exit with 3 when less of the change survives [0.5].")
-@click.option(
-    "--on-purpose",
-    "on_purpose",
-    multiple=True,
-    metavar="KEY",
-    help="Metadata of a GGUF file that was set otherwise than the base's on purpose, as tokenizer.chat_template.",
-)
-@click.option("--method", type=NAMES, help="How the deltas of several adapters became one; see --methods.")
-@methods_flag
-@click.option("--lambda", "scale", type=float, help="Factor of the combined deltas.")
-@click.option("--space", type=SPACES, help="The space in which the adapters were aligned.")
-@click.option("--as-trained", metavar="GRID", help="nf4, fp4 or int8: the merge was folded onto what training saw.")
-@click.option("--double-quant", is_flag=True, help="With --as-trained: nested scales.")
-@click.option("--quant-dtype", help="With --as-trained: the dtype in which training loaded the base.")
-@click.option(
-    "--skip-module", "skip_modules", multiple=True, help="With --as-trained: a module that stayed in 16 bits."
-)
-@click.option("--base16", metavar="REF", help="The original of a quantized BASE, which was folded onto in its place.")
-@click.option("--residual-base", is_flag=True, help="BASE is what training left behind, not the original model.")
-@click.option("--expert-order", type=click.Choice(ORDERS), help="Of experts in a stacked lora_B; see merge.")
-@click.option("--allow-unknown", is_flag=True, help="Go on where an adapter's config has fields not known here.")
-@click.option("--jobs", type=click.IntRange(1), help="Worker threads.")
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the evidence as one HTML page.")
-@click.option("--markdown", type=click.Path(path_type=Path), metavar="FILE", help="Write a summary as Markdown.")
-@click.option("--step-summary", is_flag=True, help="Append that summary to $GITHUB_STEP_SUMMARY.")
-@click.option(
-    "--attach/--no-attach",
-    default=None,
-    help="Write the figures into MERGED's record. By default into the adapterkit.json beside an output, and not into a "
-    "registered version, which would make a new one.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+
+@command_of(VerifyRequest, name="verify", short_help="Prove that a merged model is the trained one.", own=_OWN)
 def command(
-    merged: str,
-    base: str,
-    adapters: tuple[str, ...],
-    weights: tuple[float, ...],
-    level: str | None,
-    prompts: Path | None,
-    max_kl: float | None,
-    min_top1: float | None,
-    min_retention: float | None,
-    on_purpose: tuple[str, ...],
-    method: str | None,
-    scale: float | None,
-    space: str | None,
-    as_trained: str | None,
-    double_quant: bool,
-    quant_dtype: str | None,
-    skip_modules: tuple[str, ...],
-    base16: str | None,
-    residual_base: bool,
-    expert_order: str | None,
-    allow_unknown: bool,
-    jobs: int | None,
+    request: VerifyRequest,
     html: Path | None,
     markdown: Path | None,
     step_summary: bool,
     attach: bool | None,
     as_json: bool,
-    **options: Any,
 ) -> int:
     """Compare MERGED with BASE and its adapters, tensor by tensor, and say what is wrong by name.
 
@@ -108,38 +52,10 @@ def command(
     """
     from adapterkit.verbs.verify import verify
 
-    deep = prompts is not None or max_kl is not None or min_top1 is not None
-    progress = Progress("verifying", enabled=not as_json)
-    how = {
-        "weights": weights or None,
-        "method": method,
-        "scale": scale,
-        "space": space,
-        "parameters": given(options) or None,
-        "as_trained": as_trained,
-        "double_quant": double_quant or None,
-        "quant_dtype": quant_dtype,
-        "skip_modules": skip_modules or None,
-        "base16": base16,
-        "residual_base": residual_base or None,
-        "expert_order": expert_order,
-        "allow_unknown": allow_unknown or None,
-    }
-    report = verify(
-        merged,
-        base=base,
-        adapters=adapters,
-        level=level or ("model" if deep else "tensors"),
-        prompts=prompts,
-        max_kl=max_kl,
-        min_top1=min_top1,
-        min_retention=min_retention,
-        on_purpose=on_purpose,
-        jobs=jobs,
-        progress=progress,
-        **how,
-    )
-    progress.close()
+    with Progress("verifying", enabled=not as_json) as progress:
+        named = {name: getattr(request, name) for name in request.named}
+        report = verify(**named, progress=progress)
+    merged = str(request.merged)
     write(report, html, markdown, step_summary=step_summary)
     if attach or (attach is None and report.record and Path(merged).exists()):
         _attach(report, merged)
@@ -165,6 +81,7 @@ def write(report: VerifyReport, html: Path | None, markdown: Path | None, *, ste
         OutputError: a file cannot be written.
         UsageError: there is no job to summarise.
     """
+    from adapterkit.disk import deliver
     from adapterkit.errors import OutputError, UsageError
     from adapterkit.verbs.verify.summary import markdown as as_markdown
 
@@ -172,10 +89,10 @@ def write(report: VerifyReport, html: Path | None, markdown: Path | None, *, ste
         if html is not None:
             from adapterkit.verbs.verify.page import html as as_page
 
-            html.write_text(as_page(report), encoding="utf-8")
+            deliver(html, as_page(report).encode())
             note(f"page written to {html}")
         if markdown is not None:
-            markdown.write_text(as_markdown(report), encoding="utf-8")
+            deliver(markdown, as_markdown(report).encode())
             note(f"summary written to {markdown}")
         if step_summary:
             summary = os.environ.get("GITHUB_STEP_SUMMARY")

@@ -69,3 +69,48 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     wide = words.long() & 0xFFFFFFFF
     wide = torch.nn.functional.pad(wide, (0, 1))
     return (((wide[:, word] >> shift) | (wide[:, word + 1] << (32 - shift))) & mask).int()
+
+
+@cache
+def _e2m1_edges() -> torch.Tensor:
+    """Upper ends of the magnitudes that round to each code; a middle goes to the even code."""
+    edges = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    edges[1::2] = torch.nextafter(edges[1::2], torch.tensor(0.0))
+    return edges
+
+
+def to_e2m1(values: torch.Tensor) -> torch.Tensor:
+    """Float32 values as e2m1 codes (uint8, one per value), to nearest even; larger ones become 6."""
+    codes = torch.bucketize(values.abs(), _e2m1_edges(), out_int32=True).to(torch.uint8)
+    return codes | (torch.signbit(values).to(torch.uint8) << 3)
+
+
+def pair(codes: torch.Tensor) -> torch.Tensor:
+    """4-bit codes ``[..., columns]`` two to a byte, the first in the low half."""
+    return codes[..., ::2] | (codes[..., 1::2] << 4)
+
+
+def unpair(codes: torch.Tensor) -> torch.Tensor:
+    """The reverse of `pair`."""
+    codes = codes.view(torch.uint8)
+    return torch.stack([codes & 15, codes >> 4], -1).view(*codes.shape[:-1], -1)
+
+
+def pack(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """Rows of unsigned integers of ``bits`` bits as int32 words: the reverse of `unpack`."""
+    rows, count = numbers.shape
+    words = -(-count * bits // 32)
+    if 8 % bits == 0:
+        per = 32 // bits
+        wide = torch.nn.functional.pad(numbers.to(torch.uint8), (0, words * per - count)).view(rows, -1, 8 // bits)
+        found = wide[:, :, 0].clone()
+        for index in range(1, 8 // bits):
+            found |= wide[:, :, index] << (bits * index)
+        return found.view(torch.int32)
+    at = torch.arange(count) * bits
+    word, shift = at // 32, at % 32
+    wide = numbers.long()
+    found = torch.zeros(rows, words + 1, dtype=torch.int64)
+    found.index_add_(1, word, (wide << shift) & 0xFFFFFFFF)
+    found.index_add_(1, word + 1, wide >> (32 - shift))
+    return found[:, :words].to(torch.int32)

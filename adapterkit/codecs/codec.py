@@ -16,12 +16,13 @@ from adapterkit.errors import CheckpointError
 if TYPE_CHECKING:
     import torch
 
+    from adapterkit.codecs.encode import Encoder
     from adapterkit.dtypes import DType
 
     Decode = Callable[[int, int], torch.Tensor]
 
 
-class Part(Protocol):
+class StoredTensor(Protocol):
     """A stored tensor, as far as a codec needs it."""
 
     name: str
@@ -35,7 +36,7 @@ class Part(Protocol):
         """All bytes, without torch."""
 
 
-Parts = Mapping[str, Part]
+Parts = Mapping[str, StoredTensor]
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,61 @@ class Weight:
         grain: ranges of elements that ``decode`` takes start and stop at multiples of it (or stop at the end).
         load: reads what every range needs (scales, tables) and gives the decoder of ranges.
         memory: bytes that the decoder holds.
+        encoder: what writes other values in the same layout; None where that is not known.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: DType
-    parts: tuple[Part, ...]
+    parts: tuple[StoredTensor, ...]
     how: str
     grain: int
     load: Callable[[], Decode] = field(repr=False)
     memory: int = 0
+    encoder: Callable[[], Encoder] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What a ``quantization_config`` is written of.
+
+    Attributes:
+        dtype: torch's name of the dtype of the 16-bit weights.
+        double: nested scales were asked for.
+        skip: modules that were named to be left alone, as given; None where the usual ones are.
+        left: linear layers and stacks of experts that stay in 16 bits.
+    """
+
+    dtype: str
+    double: bool
+    skip: tuple[str, ...] | None
+    left: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A format that 16-bit weights can be written in.
+
+    Attributes:
+        name: the word that asks for it.
+        what: one line for readers.
+        encoder: name, shape (as a linear layer), dtype of a weight, and whether scales are nested, to what writes it; None
+            for a weight that does not fit.
+        config: the ``quantization_config``.
+        bits: per weight, without scales.
+        already: `Weight.how` of weights that are stored so.
+        double: scales can be nested.
+        some: as ``encoder``, for some rows of a weight, to measure what the format does to them.
+    """
+
+    name: str
+    what: str
+    encoder: Callable[[str, tuple[int, ...], DType, bool], Encoder | None] = field(repr=False)
+    config: Callable[[Layers], dict[str, Any]] = field(repr=False)
+    bits: float
+    already: tuple[str, ...]
+    double: bool = False
+    some: Callable[[str, tuple[int, ...], DType, bool], Encoder | None] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -75,7 +121,8 @@ class Codec:
         alone: the tensors say everything, so that a missing ``quantization_config`` does not matter.
         source: where the layout is published.
         what: which variants are read, for readers.
-        writes: targets of ``convert`` that give this format.
+        kinds: how it is written anew.
+        elsewhere: targets of ``convert`` that another program writes in this format.
         test: the tests that hold it against the library that defines it, or against the published layout.
     """
 
@@ -87,7 +134,13 @@ class Codec:
     source: str
     what: str
     test: str
-    writes: tuple[str, ...] = ()
+    kinds: tuple[Kind, ...] = ()
+    elsewhere: tuple[str, ...] = ()
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Targets of ``convert`` that give this format."""
+        return (*(kind.name for kind in self.kinds), *self.elsewhere)
 
 
 AGAIN = "download or save it again"
@@ -98,7 +151,7 @@ def stems(parts: Parts, mark: str) -> Iterator[str]:
     return (name.removesuffix(mark) for name in parts if name.endswith(mark))
 
 
-def companion(parts: Parts, name: str, of: str, what: str) -> Part:
+def companion(parts: Parts, name: str, of: str, what: str) -> StoredTensor:
     """A tensor that must be there.
 
     Raises:
@@ -109,7 +162,7 @@ def companion(parts: Parts, name: str, of: str, what: str) -> Part:
     return parts[name]
 
 
-def check_shape(part: Part, shape: tuple[int, ...], what: str) -> Part:
+def check_shape(part: StoredTensor, shape: tuple[int, ...], what: str) -> StoredTensor:
     """``part``, whose shape must be ``shape``; a dimension of -1 is not compared.
 
     Raises:
@@ -121,7 +174,7 @@ def check_shape(part: Part, shape: tuple[int, ...], what: str) -> Part:
     return part
 
 
-def check_dtype(part: Part, codes: tuple[str, ...], what: str) -> Part:
+def check_dtype(part: StoredTensor, codes: tuple[str, ...], what: str) -> StoredTensor:
     """``part``, whose dtype must be one of ``codes`` (of safetensors headers).
 
     Raises:
@@ -164,7 +217,7 @@ def block_size(config: Mapping[str, Any], key: str) -> list[tuple[int, int]]:
     return [(found[0], found[1])]
 
 
-def whole(part: Part) -> torch.Tensor:
+def whole(part: StoredTensor) -> torch.Tensor:
     """All of a stored tensor, in its shape."""
     count = 1
     for size in part.shape:
@@ -172,7 +225,18 @@ def whole(part: Part) -> torch.Tensor:
     return part.read(0, count).view(part.shape)
 
 
-def check_index(part: Part, count: int) -> torch.Tensor:
+def check_scales(scales: torch.Tensor, part: StoredTensor) -> torch.Tensor:
+    """Scales of a weight, once none is NaN or infinite.
+
+    Raises:
+        CheckpointError: one is; every weight under it would be.
+    """
+    if not bool(scales.isfinite().all()):
+        raise CheckpointError(f"'{part.name}' holds scales that are NaN or infinite", AGAIN)
+    return scales
+
+
+def check_index(part: StoredTensor, count: int) -> torch.Tensor:
     """A stored tensor of indices below ``count``, flat.
 
     Raises:

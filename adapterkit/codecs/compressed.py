@@ -9,7 +9,8 @@ from the ``config_groups`` (bits, block sizes) and must fit the shapes, so that 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from math import prod
+from functools import partial
+from math import floor, log2, prod
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.codecs.codec import (
@@ -17,8 +18,8 @@ from adapterkit.codecs.codec import (
     FLOATS,
     INTEGERS,
     Codec,
-    Part,
     Parts,
+    StoredTensor,
     Weight,
     block_size,
     check_dtype,
@@ -27,13 +28,28 @@ from adapterkit.codecs.codec import (
     setting,
     stems,
 )
-from adapterkit.codecs.fp8 import FLOAT8, beside, describe
-from adapterkit.codecs.scaled import Scaled, check_like, grid_of, grid_scales
+from adapterkit.codecs.fp8 import (
+    FLOAT8,
+    as_bytes,
+    beside,
+    describe,
+    e2m1_numbers,
+    exponent_bytes,
+    factors,
+    float8_values,
+    float8_written,
+    pairs_written,
+    unpack_floats,
+    unpack_pairs,
+)
+from adapterkit.codecs.scaled import ScaledWeight, Written, check_like, grid_of, grid_scales
 from adapterkit.dtypes import BF16, DType
 from adapterkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
+
+    from adapterkit.codecs.tiles import Numbers
 
 FORMATS = (
     "dense",
@@ -75,44 +91,124 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
             yield _plain(codes, scale, beside(parts, codes.name), schemes)
 
 
-def _natural(scale: Part) -> DType:
+def _natural(scale: StoredTensor) -> DType:
     """compressed-tensors computes in the dtype of the scales, and in bfloat16 where those are powers of two."""
     return scale.dtype if scale.dtype.is_float and scale.dtype.bits >= 16 else BF16
 
 
-def _named(more: tuple[Part, ...], leaf: str) -> Part | None:
+def _named(more: tuple[StoredTensor, ...], leaf: str) -> StoredTensor | None:
     return next((part for part in more if part.name.endswith("." + leaf)), None)
 
 
-def _plain(codes: Part, scale: Part, more: tuple[Part, ...], schemes: list[Mapping[str, Any]]) -> Weight:
+def _plain(
+    codes: StoredTensor, scale: StoredTensor, more: tuple[StoredTensor, ...], schemes: list[Mapping[str, Any]]
+) -> Weight:
     blocks = [block for scheme in schemes for block in block_size(scheme, "block_structure")]
     block, grid = grid_of(codes.shape, scale, blocks)
     zero, groups = _named(more, "weight_zero_point"), _named(more, "weight_g_idx")
     if zero is not None:
         check_like(zero, scale.shape, "a zero point per scale")
-
-    def unpack(rows: torch.Tensor) -> torch.Tensor:
-        from adapterkit.codecs.bits import floats
-
-        return floats(rows)
-
-    return Scaled(
+    written: Written | None
+    if codes.dtype.code == "I8":
+        points = None if zero is None else (zero, lambda found: found.to(zero.dtype.torch))
+        written = Written(
+            lambda: integers(8, scale.dtype, symmetric=zero is None),
+            lambda rows: rows.to(codes.dtype.torch),
+            lambda rows: rows.float(),
+            scale,
+            points,
+        )
+    else:
+        written = None if zero is not None else float8_written(codes, scale, lambda: float8(codes.dtype, scale.dtype))
+    return ScaledWeight(
         codes.name,
         codes.shape,
         _natural(scale),
         f"{codes.dtype} {describe(block, codes.shape)}",
         codes,
-        unpack,
+        unpack_floats,
         block,
         grid,
         lambda: grid_scales(scale, grid),
         (codes, scale, *more),
         None if zero is None else lambda: grid_scales(zero, grid),
         groups,
+        written,
     ).weight()
 
 
-def _integers(name: str, packed: Part, scale: Part, more: tuple[Part, ...], schemes: list[Mapping[str, Any]]) -> Weight:
+def float8(codes: DType, scale: DType) -> Numbers:
+    """float8 by compressed-tensors' rule: scale = absmax / 448 (never zero), codes of W / scale; MXFP8 in powers of two."""
+    import torch
+
+    from adapterkit.codecs.tiles import Numbers
+
+    most = torch.finfo(codes.torch).max
+
+    def choose(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        largest = torch.maximum(-low, high)
+        if scale.bits == 8:
+            return exponent_bytes(mx_exponents(largest, most), scale), None, None
+        found = largest / most
+        found = torch.where(found > 0, found, torch.finfo(scale.torch).eps)
+        return found.to(scale.torch), None, None
+
+    def code(
+        values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, times: torch.Tensor | None
+    ) -> torch.Tensor:
+        return as_bytes((values / factors(scale)).clamp(-most, most).to(codes.torch))
+
+    return Numbers(choose, code, partial(float8_values, codes))
+
+
+def mx_exponents(largest: torch.Tensor, most: float) -> torch.Tensor:
+    """compressed-tensors' exponent of a power-of-two scale (`generate_mx_scales`): absmax rounded to a power of two as e2m1
+    would round its mantissa, less the exponent of the format's largest number."""
+    import torch
+
+    bits = largest.float().view(torch.int32)
+    power = ((bits + (1 << 21)) & ~((1 << 23) - 1)).view(torch.float32)
+    return power.log2().floor() - floor(log2(most))
+
+
+def integers(bits: int, scale: DType, *, symmetric: bool) -> Numbers:
+    """Integers by compressed-tensors' rule (`calculate_qparams`): codes from -2^(bits-1), zero always among the values.
+
+    Symmetric: scale = absmax / ((2^bits - 1) / 2). Otherwise scale = (max - min) / (2^bits - 1), and the zero point is
+    where min falls. A scale is never zero.
+    """
+    import torch
+
+    from adapterkit.codecs.tiles import Numbers
+
+    least, most = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+    def choose(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        found = torch.maximum(-low, high) / ((most - least) / 2) if symmetric else (high - low) / (most - least)
+        zero = None if symmetric else torch.nan_to_num(least - low / found, nan=0.0).clamp(least, most).round()
+        found = torch.where(found > 0, found, torch.finfo(scale.torch).eps)
+        return found.to(scale.torch), zero, None
+
+    def code(
+        values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, times: torch.Tensor | None
+    ) -> torch.Tensor:
+        found = values / scale.float()
+        return (found if zero is None else found + zero).clamp(least, most).round()
+
+    def value(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        return (codes.float() if zero is None else codes.float() - zero) * scale.float()
+
+    return Numbers(choose, code, value)
+
+
+def _integers(
+    name: str,
+    packed: StoredTensor,
+    scale: StoredTensor,
+    more: tuple[StoredTensor, ...],
+    schemes: list[Mapping[str, Any]],
+) -> Weight:
     what = "packed integers"
     stored = _named(more, "weight_shape")
     if stored is None:
@@ -150,9 +246,29 @@ def _integers(name: str, packed: Part, scale: Part, more: tuple[Part, ...], sche
         check_shape(zero, (-(-grid[0] * bits // 32), grid[1]), what)
         return (unpack(whole(zero).T, bits, grid[0]).T - middle).float()
 
+    def pack_zeros(found: torch.Tensor) -> torch.Tensor:
+        from adapterkit.codecs.bits import pack
+
+        assert zero is not None
+        if zero.dtype.code != "I32":
+            return found.to(zero.dtype.torch)
+        return pack((found + middle).int().T.contiguous(), bits).T.contiguous()
+
+    def pack_rows(found: torch.Tensor) -> torch.Tensor:
+        from adapterkit.codecs.bits import pack
+
+        return pack((found + middle).int(), bits)
+
     if groups is not None and prod(groups.shape) != shape[1]:
         check_shape(groups, (shape[1],), what)
-    return Scaled(
+    written = Written(
+        lambda: integers(bits, scale.dtype, symmetric=zero is None),
+        pack_rows,
+        unpack,
+        scale,
+        None if zero is None else (zero, pack_zeros),
+    )
+    return ScaledWeight(
         name,
         shape,
         _natural(scale),
@@ -165,31 +281,31 @@ def _integers(name: str, packed: Part, scale: Part, more: tuple[Part, ...], sche
         (packed, scale, *more),
         None if zero is None else zeros,
         groups,
+        written if scale.dtype.bits >= 16 else None,
     ).weight()
 
 
-def _fp4(name: str, packed: Part, scale: Part, more: tuple[Part, ...]) -> Weight:
+def _fp4(name: str, packed: StoredTensor, scale: StoredTensor, more: tuple[StoredTensor, ...]) -> Weight:
     check_dtype(check_shape(packed, (-1, -1), "FP4"), ("U8", "I8", "F4"), "FP4")
     shape = (*packed.shape[:-1], packed.shape[-1] * 2)
     block, grid = grid_of(shape, scale, [])
     over = _named(more, "weight_global_scale")
 
-    def unpack(rows: torch.Tensor) -> torch.Tensor:
-        from adapterkit.codecs.bits import e2m1
+    def numbers() -> Numbers:
+        return e2m1_numbers(scale.dtype, over, multiply=False, power=mx_exponents)
 
-        return e2m1(rows)
-
-    return Scaled(
+    return ScaledWeight(
         name,
         shape,
         BF16,
         f"{'mxfp4' if over is None else 'nvfp4'} {describe(block, shape)}",
         packed,
-        unpack,
+        unpack_pairs,
         block,
         grid,
         lambda: grid_scales(scale, grid, over, divide=True),
         (packed, scale, *more),
+        written=pairs_written(packed, scale, numbers) if over is None or prod(over.shape) == 1 else None,
     ).weight()
 
 
@@ -202,5 +318,5 @@ COMPRESSED = Codec(
     "compressed-tensors 0.20, compressors/: pack_quantized, naive_quantized, nvfp4, mxfp4, mxfp8",
     what="packed integers of 2 to 8 bits (zero points, g_idx), int8, FP8, NVFP4, MXFP4, MXFP8",
     test="test_scaled.py: compressed-tensors",
-    writes=("awq", "gptq"),
+    elsewhere=("awq", "gptq"),
 )

@@ -8,15 +8,23 @@ all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.codecs.codec import Codec, Part, Parts, Weight, block_size, stems
-from adapterkit.codecs.scaled import Scaled, grid_of, grid_scales
-from adapterkit.dtypes import BF16, F32
+from adapterkit.codecs.codec import Codec, Kind, Layers, Parts, StoredTensor, Weight, block_size, setting, stems, whole
+from adapterkit.codecs.encode import Encoder, TensorSpec
+from adapterkit.codecs.scaled import ScaledWeight, Written, grid_of, grid_scales
+from adapterkit.dtypes import BF16, DTYPES, F32, DType
 
 if TYPE_CHECKING:
     import torch
+
+    from adapterkit.codecs.tiles import Numbers
+
+    # The largest magnitude of each tile and the largest number of the format, to exponents of their scales.
+    MxRule = Callable[[torch.Tensor, float], torch.Tensor]
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 # End of a scale's name, and what stands there in the weight's name.
@@ -40,6 +48,7 @@ BESIDE = (
 
 def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
     blocks = block_size(config, "weight_block_size")
+    powers = setting(config, "scale_fmt", str) == "ue8m0"
     done: set[str] = set()
     for end, instead in SCALES:
         for stem in stems(parts, end):
@@ -49,63 +58,224 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
                 continue
             done.add(name)
             if codes.dtype.code in FLOAT8:
-                yield _float8(codes, parts[stem + end], blocks, beside(parts, name))
+                yield _float8(codes, parts[stem + end], blocks, beside(parts, name), powers)
             elif codes.dtype.code in ("U8", "I8", "F4"):
                 yield _pairs(codes, parts[stem + end], blocks, beside(parts, name))
 
 
-def beside(parts: Parts, name: str) -> tuple[Part, ...]:
+def beside(parts: Parts, name: str) -> tuple[StoredTensor, ...]:
     """The tensors of the same module that only quantized inference uses."""
     stem = name.rpartition(".")[0]
     return tuple(parts[f"{stem}.{leaf}"] for leaf in BESIDE if f"{stem}.{leaf}" in parts)
 
 
-def _float8(codes: Part, scale: Part, blocks: list[tuple[int, int]], more: tuple[Part, ...]) -> Weight:
+def _float8(
+    codes: StoredTensor,
+    scale: StoredTensor,
+    blocks: list[tuple[int, int]],
+    more: tuple[StoredTensor, ...],
+    powers: bool = False,
+) -> Weight:
     from_floats = scale.dtype.is_float and scale.dtype.bits >= 16
     block, grid = grid_of(codes.shape, scale, blocks)
-
-    def unpack(rows: torch.Tensor) -> torch.Tensor:
-        from adapterkit.codecs.bits import floats
-
-        return floats(rows)
-
-    return Scaled(
+    written = float8_written(
+        codes, scale, lambda: reciprocal(codes.dtype, scale.dtype, powers=powers or not from_floats)
+    )
+    return ScaledWeight(
         codes.name,
         codes.shape,
         F32 if from_floats else BF16,
         f"{codes.dtype} {describe(block, codes.shape)}",
         codes,
-        unpack,
+        unpack_floats,
         block,
         grid,
         lambda: grid_scales(scale, grid),
         (codes, scale, *more),
+        written=written,
     ).weight()
 
 
-def _pairs(codes: Part, scale: Part, blocks: list[tuple[int, int]], more: tuple[Part, ...]) -> Weight:
+def unpack_floats(rows: torch.Tensor) -> torch.Tensor:
+    """8-bit floats or integers as float32."""
+    from adapterkit.codecs.bits import floats
+
+    return floats(rows)
+
+
+def as_bytes(rows: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return rows.view(torch.uint8)
+
+
+def float8_written(codes: StoredTensor, scale: StoredTensor, numbers: Callable[[], Numbers]) -> Written:
+    """How float8 codes are written: one byte each."""
+    return Written(numbers, lambda rows: rows.contiguous().view(codes.dtype.torch), as_bytes, scale)
+
+
+def factors(stored: torch.Tensor) -> torch.Tensor:
+    """Stored scales as the float32 that they stand for; e8m0 and bytes are powers of two."""
+    import torch
+
+    from adapterkit.codecs.bits import floats, powers
+
+    return powers(stored) if stored.dtype in (torch.uint8, torch.float8_e8m0fnu) else floats(stored)
+
+
+def reciprocal(codes: DType, scale: DType, *, powers: bool) -> Numbers:
+    """float8 as transformers' FineGrainedFP8 writes it: W * (448 / absmax), rounded to nearest even; scale = absmax / 448.
+
+    A tile of zeros has the scale 1. Where scales are stored in 16 bits, or are powers of two (rounded up, ``ue8m0``),
+    values are divided by the scale as it is stored.
+    """
+    import torch
+
+    from adapterkit.codecs.tiles import Numbers
+
+    most = torch.finfo(codes.torch).max
+
+    def choose(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        largest = torch.maximum(-low, high)
+        times = torch.where(largest > 0, most / largest, 1.0)
+        found = 1.0 / times
+        if powers:
+            exponents = found.clamp(min=torch.finfo(torch.float32).tiny).log2().ceil()
+            found = exponents.exp2()
+            if scale.bits == 8:
+                return (exponents + 127).to(torch.uint8).view(scale.torch), None, 1.0 / found
+        if scale is F32 and not powers:
+            return found, None, times
+        found = found.to(scale.torch)
+        return found, None, 1.0 / found.float()
+
+    def code(
+        values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, times: torch.Tensor | None
+    ) -> torch.Tensor:
+        assert times is not None
+        return (values * times).clamp(-most, most).to(codes.torch).view(torch.uint8)
+
+    return Numbers(choose, code, partial(float8_values, codes))
+
+
+def float8_values(dtype: DType, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+    """float8 codes times their scales."""
+    from adapterkit.codecs.bits import floats
+
+    return floats(codes.contiguous().view(dtype.torch)) * factors(scale)
+
+
+def _pairs(
+    codes: StoredTensor, scale: StoredTensor, blocks: list[tuple[int, int]], more: tuple[StoredTensor, ...]
+) -> Weight:
     """FP4: two values per byte; with `weight_scale_2` it is NVFP4."""
     shape = (*codes.shape[:-1], codes.shape[-1] * 2)
     block, grid = grid_of(shape, scale, [])
     over = next((part for part in more if part.name.endswith("weight_scale_2")), None)
 
-    def unpack(rows: torch.Tensor) -> torch.Tensor:
-        from adapterkit.codecs.bits import e2m1
+    def numbers() -> Numbers:
+        return e2m1_numbers(scale.dtype, over, multiply=True)
 
-        return e2m1(rows)
-
-    return Scaled(
+    return ScaledWeight(
         codes.name,
         shape,
         BF16 if over is None else F32,
         f"{'fp4' if over is None else 'nvfp4'} {describe(block, shape)}",
         codes,
-        unpack,
+        unpack_pairs,
         block,
         grid,
         lambda: grid_scales(scale, grid, over),
         (codes, scale, *more),
+        written=pairs_written(codes, scale, numbers) if over is None or prod(over.shape) == 1 else None,
     ).weight()
+
+
+def unpack_pairs(rows: torch.Tensor) -> torch.Tensor:
+    """Two e2m1 values per byte, as float32."""
+    from adapterkit.codecs.bits import e2m1
+
+    return e2m1(rows)
+
+
+def pairs_written(codes: StoredTensor, scale: StoredTensor, numbers: Callable[[], Numbers]) -> Written:
+    """How 4-bit floats are written: two to a byte, the first in the low half."""
+
+    def pack(rows: torch.Tensor) -> torch.Tensor:
+        from adapterkit.codecs.bits import pair
+
+        return pair(rows).view(codes.dtype.torch)
+
+    def unpack(rows: torch.Tensor) -> torch.Tensor:
+        from adapterkit.codecs.bits import unpair
+
+        return unpair(rows)
+
+    return Written(numbers, pack, unpack, scale)
+
+
+def e2m1_numbers(scale: DType, over: StoredTensor | None, *, multiply: bool, power: MxRule | None = None) -> Numbers:
+    """FP4 (e2m1) with FP8 scales under one over all (NVFP4), or with scales that are powers of two.
+
+    NVFP4: scale = absmax / 6 over the scale of the whole tensor, rounded to FP8; a scale that becomes zero is the smallest
+    step that compressed-tensors (0.125) or ModelOpt (1) puts there. The scale of the whole tensor stays as it is stored:
+    servers want one for projections that they fuse.
+
+    Args:
+        scale: dtype of the scales.
+        over: the scale of the whole tensor.
+        multiply: it is multiplied with the others (ModelOpt), not divided by (compressed-tensors).
+        power: absmax to the exponent of a scale, where scales are powers of two; rounded up by default.
+    """
+    import torch
+
+    from adapterkit.codecs.bits import E2M1, to_e2m1
+    from adapterkit.codecs.tiles import Numbers
+
+    whole_scale = None if over is None else float(whole(over).float().view(-1)[0])
+
+    def meant(stored: torch.Tensor) -> torch.Tensor:
+        found = factors(stored)
+        if whole_scale is None:
+            return found
+        return found * whole_scale if multiply else found / torch.tensor(whole_scale)
+
+    def choose(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        largest = torch.maximum(-low, high)
+        if scale.bits == 8 and whole_scale is None and scale.code != "F8_E4M3":
+            return exponent_bytes((power or round_up)(largest, 6.0), scale), None, None
+        found = largest / 6.0
+        if whole_scale is not None:
+            found = found / whole_scale if multiply else found * whole_scale
+        if scale.bits > 8:
+            return torch.where(found > 0, found, 1.0).to(scale.torch), None, None
+        rounded = found.clamp(max=448.0).to(torch.float8_e4m3fn).float()
+        rounded = torch.where(rounded > 0, rounded, 1.0 if multiply else 0.125)
+        return rounded.to(torch.float8_e4m3fn), None, None
+
+    def code(
+        values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, times: torch.Tensor | None
+    ) -> torch.Tensor:
+        return to_e2m1(values / meant(scale))
+
+    def value(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        return torch.tensor(E2M1)[codes.int()] * meant(scale)
+
+    return Numbers(choose, code, value)
+
+
+def round_up(largest: torch.Tensor, most: float) -> torch.Tensor:
+    """The exponent of the smallest power of two that keeps ``largest / 2^e`` within ``most``."""
+    import torch
+
+    return (largest / most).clamp(min=torch.finfo(torch.float32).tiny).log2().ceil()
+
+
+def exponent_bytes(exponents: torch.Tensor, dtype: DType) -> torch.Tensor:
+    """Exponents as e8m0 bytes."""
+    import torch
+
+    return (exponents + 127).clamp(0, 254).to(torch.uint8).view(dtype.torch)
 
 
 def describe(block: tuple[int, int], shape: tuple[int, ...]) -> str:
@@ -117,6 +287,43 @@ def describe(block: tuple[int, int], shape: tuple[int, ...]) -> str:
     return f"{block[0]}x{block[1]}"
 
 
+BLOCK = 128
+
+
+def blocks(name: str, shape: tuple[int, ...], dtype: DType, double: bool) -> Encoder | None:
+    """A new weight in blocks of 128x128; None where they do not divide it, which transformers does not quantize."""
+    return None if any(size % BLOCK for size in shape) else short_blocks(name, shape, dtype, double)
+
+
+def short_blocks(name: str, shape: tuple[int, ...], dtype: DType, double: bool) -> Encoder:
+    """A new weight in blocks of 128x128, of which the last ones may be short."""
+    from adapterkit.codecs.tiles import Shape, Tiles
+
+    rows, columns = shape
+    scale = f"{name.rpartition('.')[0]}.weight_scale_inv"
+    e4m3 = DTYPES["F8_E4M3"]
+    across = -(-columns // BLOCK)
+    return Tiles(
+        (TensorSpec(name, e4m3, shape), TensorSpec(scale, F32, (-(-rows // BLOCK), across))),
+        Shape(rows, columns, rows, (BLOCK, BLOCK), across),
+        reciprocal(e4m3, F32, powers=False),
+        lambda found: found.contiguous().view(e4m3.torch),
+        lambda found: as_bytes(found.view(-1, columns)),
+        lambda held: {scale: held[0].reshape(-1)},
+        row_codes=columns,
+    )
+
+
+def _config(layers: Layers) -> dict[str, Any]:
+    """``quantization_config`` as transformers 5 writes it."""
+    return {
+        "activation_scheme": "dynamic",
+        "modules_to_not_convert": sorted({*layers.left, *(layers.skip or ())}),
+        "quant_method": "fp8",
+        "weight_block_size": [BLOCK, BLOCK],
+    }
+
+
 FP8 = Codec(
     "fp8",
     ("fp8", "fbgemm_fp8", "modelopt", "modelopt_fp4", "finegrained_fp8"),
@@ -126,5 +333,15 @@ FP8 = Codec(
     "transformers 5, integrations/finegrained_fp8.py: Fp8Dequantize; NVIDIA ModelOpt, torch/export/quant_utils.py",
     what="FP8 per tensor, row or block (also short last blocks, stacked experts), MXFP8, FP4 pairs; NVFP4 of ModelOpt",
     test="test_scaled.py: transformers; NVFP4 by its published layout",
-    writes=("fp8",),
+    kinds=(
+        Kind(
+            "fp8",
+            "a folder in FP8 blocks as transformers has them",
+            blocks,
+            _config,
+            8.0,
+            ("fp8 128x128",),
+            some=short_blocks,
+        ),
+    ),
 )

@@ -9,6 +9,7 @@ one. AWQ (gemm): `qweight` ``[in, out/8]`` and `qzeros` ``[groups, out/8]``, eig
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.codecs.codec import (
@@ -16,34 +17,62 @@ from adapterkit.codecs.codec import (
     FLOATS,
     INTEGERS,
     Codec,
-    Part,
     Parts,
+    StoredTensor,
     Weight,
     check_dtype,
     check_index,
+    check_scales,
     check_shape,
     companion,
     setting,
     stems,
     whole,
 )
+from adapterkit.codecs.encode import TensorSpec
 from adapterkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
     from adapterkit.codecs.codec import Decode
+    from adapterkit.codecs.encode import Encoder
+    from adapterkit.codecs.tiles import Numbers
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How numbers of one format lie in words.
+
+    Attributes:
+        values: columns of the stored words, first and last row of the weight, to numbers ``[rows, inputs]``.
+        zeros: stored zero points to numbers ``[groups, outputs]``.
+        pack: numbers ``[rows, inputs]`` to words of which columns are made.
+        unpack: the reverse.
+        pack_zeros: numbers ``[groups, outputs]`` to stored zero points.
+        numbers: what is done with a group.
+        step: rows of the weight that are packed together.
+    """
+
+    values: Callable[[torch.Tensor, int, int], torch.Tensor]
+    zeros: Callable[[torch.Tensor], torch.Tensor]
+    pack: Callable[[torch.Tensor], torch.Tensor]
+    unpack: Callable[[torch.Tensor], torch.Tensor]
+    pack_zeros: Callable[[torch.Tensor], torch.Tensor]
+    numbers: Callable[[], Numbers]
+    step: int = 1
 
 
 def find_gptq(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
     bits = _bits(config)
     if bits not in (2, 3, 4, 8):
         raise CheckpointError(f"GPTQ weights of {bits} bits are not known", "adapterkit reads 2, 3, 4 and 8 bits")
-    packing = setting(config, "packing_format", str, default="auto_round:auto_gptq")
-    if not packing.endswith("gptq"):
-        raise CheckpointError(f"auto-round's packing '{packing}' is not known", "export it again as auto_gptq")
+    layout = setting(config, "packing_format", str, default="auto_round:auto_gptq")
+    if not layout.endswith("gptq"):
+        raise CheckpointError(f"auto-round's packing '{layout}' is not known", "export it again as auto_gptq")
+    symmetric = setting(config, "sym", bool, default=True)
     off = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
     for stem in stems(parts, ".qweight"):
         packed = check_shape(parts[f"{stem}.qweight"], (-1, -1), "GPTQ")
@@ -74,9 +103,25 @@ def find_gptq(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
             found: torch.Tensor = (unpack(held, bits, out) + off) & ((1 << int(bits)) - 1)
             return found
 
-        yield _weight(
-            stem, (out, rows), packed, zeros, scales, groups, size, values, zero_points, f"gptq {bits} bit", 1
+        def pack_rows(found: torch.Tensor) -> torch.Tensor:
+            from adapterkit.codecs.bits import pack
+
+            return pack(found.int(), bits)
+
+        def unpack_rows(words: torch.Tensor, rows: int = rows) -> torch.Tensor:
+            from adapterkit.codecs.bits import unpack
+
+            return unpack(words, bits, rows)
+
+        def pack_zeros(found: torch.Tensor) -> torch.Tensor:
+            from adapterkit.codecs.bits import pack
+
+            return pack((found.int() - off) & ((1 << int(bits)) - 1), bits)
+
+        packing = Packing(
+            values, zero_points, pack_rows, unpack_rows, pack_zeros, lambda: _gptq_numbers(bits, symmetric=symmetric)
         )
+        yield _weight(stem, (out, rows), packed, zeros, scales, groups, size, packing, f"gptq {bits} bit")
 
 
 def find_awq(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
@@ -96,7 +141,16 @@ def find_awq(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
         def values(held: torch.Tensor, first: int, last: int) -> torch.Tensor:
             return _awq(held[:, first // 8 : last // 8]).T
 
-        yield _weight(stem, (out, rows), packed, zeros, scales, None, size, values, _awq, "awq 4 bit", 8)
+        packing = Packing(
+            values,
+            _awq,
+            lambda found: _awq_words(found.T).T,
+            lambda words: _awq(words.T).T,
+            _awq_words,
+            _awq_numbers,
+            8,
+        )
+        yield _weight(stem, (out, rows), packed, zeros, scales, None, size, packing, "awq 4 bit")
 
 
 def _awq(words: torch.Tensor) -> torch.Tensor:
@@ -105,6 +159,69 @@ def _awq(words: torch.Tensor) -> torch.Tensor:
 
     found: torch.Tensor = torch.stack([(words >> (4 * ORDER.index(i))) & 15 for i in range(8)], -1)
     return found.view(words.shape[0], -1)
+
+
+def _awq_words(numbers: torch.Tensor) -> torch.Tensor:
+    """The reverse of `_awq`."""
+    import torch
+
+    parts = numbers.int().contiguous().view(numbers.shape[0], -1, 8)
+    found = torch.zeros(parts.shape[:2], dtype=torch.int32)
+    for index in range(8):
+        found |= parts[:, :, index] << (4 * ORDER.index(index))
+    return found
+
+
+def _awq_numbers() -> Numbers:
+    """AutoAWQ's `pseudo_quantize_tensor` with zero points: scale = (max - min) / 15, zero = -round(min / scale)."""
+
+    def choose(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        scale = (high - low).clamp(min=1e-5) / 15
+        return scale, (-(low / scale).round()).clamp(0, 15), None
+
+    return _unsigned(choose, 15)
+
+
+def _gptq_numbers(bits: int, *, symmetric: bool) -> Numbers:
+    """AutoGPTQ's `Quantizer.find_params` without search: scale = (max - min) / (2^bits - 1), zero always among the values.
+
+    Symmetric ones take min = -max and the middle as zero point.
+    """
+    import torch
+
+    most = (1 << bits) - 1
+
+    def choose(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        if symmetric:
+            high = torch.maximum(-low, high)
+            low = -high
+        flat = low == high
+        low, high = torch.where(flat, -1.0, low), torch.where(flat, 1.0, high)
+        scale = (high - low) / most
+        zero = torch.full_like(scale, (most + 1) / 2) if symmetric else (-low / scale).round()
+        return scale, zero, None
+
+    return _unsigned(choose, most)
+
+
+def _unsigned(
+    choose: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, None]], most: int
+) -> Numbers:
+    """Integers from 0 to ``most``: round(W / scale) + zero, with the scale as it is stored."""
+    from adapterkit.codecs.tiles import Numbers
+
+    def code(
+        values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, times: torch.Tensor | None
+    ) -> torch.Tensor:
+        assert zero is not None
+        return ((values / scale.float()).round() + zero).clamp(0, most)
+
+    def value(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        assert zero is not None
+        return (codes.float() - zero) * scale.float()
+
+    return Numbers(choose, code, value)
 
 
 def _bits(config: Mapping[str, Any], default: int | None = None) -> int | None:
@@ -125,39 +242,93 @@ def _group_size(config: Mapping[str, Any], rows: int, groups: int, name: str) ->
 def _weight(
     stem: str,
     shape: tuple[int, int],
-    packed: Part,
-    zeros: Part,
-    scales: Part,
-    groups: Part | None,
+    packed: StoredTensor,
+    zeros: StoredTensor,
+    scales: StoredTensor,
+    groups: StoredTensor | None,
     size: int,
-    values: Callable[[torch.Tensor, int, int], torch.Tensor],
-    zero_points: Callable[[torch.Tensor], torch.Tensor],
+    packing: Packing,
     how: str,
-    step: int,
 ) -> Weight:
     out, rows = shape
+    count = zeros.shape[0]
 
     def load() -> Decode:
         import torch
 
         held = whole(packed)
-        zero = zero_points(whole(zeros)).float()
-        scale = whole(scales).float()
-        group = torch.arange(rows) // size if groups is None else check_index(groups, zeros.shape[0])
+        zero = packing.zeros(whole(zeros)).float()
+        scale = check_scales(whole(scales).float(), scales)
+        group = torch.arange(rows) // size if groups is None else check_index(groups, count)
 
         def decode(start: int, stop: int) -> torch.Tensor:
             first, last = start // rows, -(-stop // rows)
             part = slice(first, last)
-            found = values(held, first, last).float()
+            found = packing.values(held, first, last).float()
             found -= torch.index_select(zero[:, part], 0, group).T
             found *= torch.index_select(scale[:, part], 0, group).T
             return found.reshape(-1).to(scales.dtype.torch)
 
         return decode
 
+    def encoder() -> Encoder:
+        from dataclasses import replace
+
+        from adapterkit.codecs.tiles import Held, Shape, Tiles
+
+        numbers = packing.numbers()
+        stored = scales.dtype.torch
+
+        def choose(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+            scale, zero, _ = numbers.choose(low, high)
+            return scale.to(stored), zero, None
+
+        def before() -> Callable[[int, int], torch.Tensor]:
+            words = whole(packed)
+            return lambda first, last: packing.values(words, first, last).float()
+
+        def order() -> torch.Tensor:
+            assert groups is not None
+            found = check_index(groups, count)
+            sizes = found.bincount(minlength=count)
+            if bool((sizes[:-1] != size).any()) or int(sizes[-1]) > size:
+                raise CheckpointError(
+                    f"the groups of '{groups.name}' are of different sizes, which cannot be written again",
+                    "write 16 bits",
+                )
+            return found
+
+        def complete(parts: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+            words, scale, zero = parts
+            return {
+                packed.name: words.T.reshape(-1),
+                scales.name: scale.T.reshape(-1),
+                zeros.name: packing.pack_zeros(zero.T.contiguous()).reshape(-1),
+            }
+
+        return Tiles(
+            tuple(TensorSpec(part.name, part.dtype, part.shape) for part in (packed, zeros, scales)),
+            Shape(out, rows, out, (1, size), count),
+            replace(numbers, choose=choose),
+            packing.pack,
+            packing.unpack,
+            complete,
+            Held(
+                before,
+                lambda: whole(scales).T.contiguous(),
+                lambda: packing.zeros(whole(zeros)).T.float().contiguous(),
+                None if groups is None else order,
+            ),
+            step=packing.step,
+            streams=False,
+        )
+
     parts = tuple(part for part in (packed, zeros, scales, groups) if part is not None)
-    memory = packed.dtype.nbytes(packed.shape) + 8 * out * zeros.shape[0]
-    return Weight(f"{stem}.weight", shape, scales.dtype, parts, f"{how}, groups of {size}", step * rows, load, memory)
+    memory = packed.dtype.nbytes(packed.shape) + 8 * out * count
+    grain = packing.step * rows
+    return Weight(
+        f"{stem}.weight", shape, scales.dtype, parts, f"{how}, groups of {size}", grain, load, memory, encoder
+    )
 
 
 _MARKS = (".qweight", ".qzeros", ".g_idx")

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from math import gcd
 from typing import TYPE_CHECKING, Protocol
 
-from adapterkit.codecs.bnb4 import BLOCKSIZES
 from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from adapterkit.dtypes import DType
 
 KINDS = ("nf4", "fp4", "int8")
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,17 @@ from adapterkit.codecs.codec import (
     AGAIN,
     FLOATS,
     Codec,
-    Part,
     Parts,
+    StoredTensor,
     Weight,
     check_dtype,
+    check_scales,
     check_shape,
     companion,
     stems,
     whole,
 )
+from adapterkit.codecs.encode import Encoder, TensorSpec
 from adapterkit.dtypes import BF16, F16, F32, DType
 from adapterkit.errors import CheckpointError
 
@@ -60,7 +62,7 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
         yield _weight(parts, stem)
 
 
-def _number(part: Part) -> int:
+def _number(part: StoredTensor) -> int:
     return int.from_bytes(part.raw(), "little", signed=part.dtype.code.startswith("I"))
 
 
@@ -97,32 +99,139 @@ def _weight(parts: Parts, stem: str) -> Weight:
     def load() -> Decode:
         return _decoder(packed, scale, zero, dtype, bits, count, axis)
 
+    def flag(leaf: str, otherwise: bool) -> bool:
+        part = parts.get(f"{stem}.{leaf}")
+        return otherwise if part is None else bool(_number(part))
+
+    def encoder() -> Encoder:
+        # What HQQ's BaseQuantizeConfig takes where a file does not say.
+        search, rounded = flag("optimize", True), flag("round_zero", bits == 4)
+        return Hqq(packed, scale, zero, bits, count, axis, search=search, round_zero=rounded)
+
     how = f"hqq {bits} bit"
     memory = 2 * scale.dtype.nbytes(scale.shape)
-    return Weight(f"{stem}.weight", shape, dtype, (packed, scale, zero, *used), how, columns, load, memory)
+    used = (packed, scale, zero, *used)
+    return Weight(f"{stem}.weight", shape, dtype, used, how, columns, load, memory, encoder)
 
 
-def _decoder(packed: Part, scale: Part, zero: Part, dtype: DType, bits: int, count: int, axis: int) -> Decode:
+def _decoder(
+    packed: StoredTensor, scale: StoredTensor, zero: StoredTensor, dtype: DType, bits: int, count: int, axis: int
+) -> Decode:
     import torch
 
-    scales, zeros = whole(scale).to(dtype.torch), whole(zero).to(dtype.torch)
-    height, columns = packed.shape
+    scales, zeros = check_scales(whole(scale), scale).to(dtype.torch), whole(zero).to(dtype.torch)
+    columns = packed.shape[1]
 
     def decode(start: int, stop: int) -> torch.Tensor:
         first, last = start // columns, stop // columns
-        slabs = []
-        while first < last:
-            slab, low = divmod(first, height)
-            high = min(height, low + last - first)
-            codes = packed.read(low * columns, high * columns).view(-1, columns)
-            shift = (count - 1 - slab) * bits
-            values = ((codes >> shift) & ((1 << bits) - 1)).to(dtype.torch)
-            part = slice(first, first + high - low) if axis == 1 else slice(None)
-            slabs.append((values - zeros[part]) * scales[part])
-            first += high - low
-        return torch.cat(slabs).view(-1)
+        part = slice(first, last) if axis == 1 else slice(None)
+        codes = torch.cat(list(_numbers(packed, bits, count, first, last))).to(dtype.torch)
+        return ((codes - zeros[part]) * scales[part]).view(-1)
 
     return decode
+
+
+def _numbers(packed: StoredTensor, bits: int, count: int, first: int, last: int) -> Iterator[torch.Tensor]:
+    """The stored numbers of some rows, slab by slab."""
+    height, columns = packed.shape
+    while first < last:
+        slab, low = divmod(first, height)
+        high = min(height, low + last - first)
+        codes = packed.read(low * columns, high * columns).view(-1, columns)
+        yield (codes >> ((count - 1 - slab) * bits)) & ((1 << bits) - 1)
+        first += high - low
+
+
+class Hqq(Encoder):
+    """A stored HQQ weight, written again: half-quadratic search of the zero points, as ``hqq`` runs it on a CPU.
+
+    The search ends when the mean error of the whole weight grows, so the whole weight is held.
+
+    Source: hqq 0.2, core/quantize.py: Quantizer.quantize; core/optimize.py: optimize_weights_proximal_legacy (Apache-2.0).
+    """
+
+    streams = False
+    P, BETA, KAPPA, STEPS = 0.7, 10.0, 1.01, 20
+
+    def __init__(
+        self,
+        packed: StoredTensor,
+        scale: StoredTensor,
+        zero: StoredTensor,
+        bits: int,
+        count: int,
+        axis: int,
+        *,
+        search: bool,
+        round_zero: bool,
+    ) -> None:
+        self._packed, self._scale, self._zero = packed, scale, zero
+        self._bits, self._count, self._axis, self._search, self._round = bits, count, axis, search, round_zero
+        self._columns = packed.shape[1]
+        self.made = tuple(TensorSpec(part.name, part.dtype, part.shape) for part in (packed, scale, zero))
+        self.unit = prod(packed.shape) * count
+        self.memory = 28 * self.unit
+
+    def encode(self, start: int, new: torch.Tensor, old: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        axis, most = self._axis, (1 << self._bits) - 1
+        w = new.float().view(-1, self._columns)
+        low, high = w.amin(axis, keepdim=True), w.amax(axis, keepdim=True)
+        times = torch.where((high - low).abs() <= 1e-4, 1.0, most / (high - low)).clamp(max=2e4)
+        zero = -low * times
+        if self._round:
+            zero = zero.round()
+        if self._search:
+            zero = self._searched(w, times, zero, most)
+        codes = (w * times + zero).round().clamp(0, most).to(torch.int32)
+        scale, zero = (1.0 / times).to(self._scale.dtype.torch), zero.to(self._zero.dtype.torch)
+        if old is not None:
+            changed = (new != old).view(w.shape).any(axis, keepdim=True)
+            if not bool(changed.all()):
+                stored = torch.cat(list(_numbers(self._packed, self._bits, self._count, 0, w.shape[0])))
+                codes = torch.where(changed, codes, stored.int())
+                scale = torch.where(changed, scale, whole(self._scale))
+                zero = torch.where(changed, zero, whole(self._zero))
+        return codes, scale, zero
+
+    def _searched(self, w: torch.Tensor, times: torch.Tensor, zero: torch.Tensor, most: int) -> torch.Tensor:
+        import torch
+
+        beta, least = self.BETA, torch.tensor(torch.inf)
+        for _ in range(self.STEPS):
+            codes = (w * times + zero).round().clamp_(0, most)
+            off = w - (codes - zero) / times
+            size = off.abs()
+            error = size.mean()
+            shrunk = (size - (1.0 / beta) * size.pow(self.P - 1)).clamp_min_(0.0) * torch.sign(off)
+            zero = torch.mean(codes - (w - shrunk) * times, self._axis, keepdim=True)
+            beta *= self.KAPPA
+            if not error < least:
+                break
+            least = error
+        return zero
+
+    def finish(self, held: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        import torch
+
+        codes, scale, zero = held
+        height = self._packed.shape[0]
+        short = height * self._count - codes.shape[0]
+        slabs = torch.nn.functional.pad(codes.long(), (0, 0, 0, short)).view(self._count, height, self._columns)
+        packed = torch.zeros_like(slabs[0])
+        for index in range(self._count):
+            packed |= slabs[index] << ((self._count - 1 - index) * self._bits)
+        return {
+            self._packed.name: packed.to(self._packed.dtype.torch).view(-1),
+            self._scale.name: scale.view(-1),
+            self._zero.name: zero.view(-1),
+        }
+
+    def values(self, start: int, encoded: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        codes, scale, zero = encoded
+        dtype = scale.dtype
+        return ((codes.to(dtype) - zero.to(dtype)) * scale).float().view(-1)
 
 
 HQQ = Codec(

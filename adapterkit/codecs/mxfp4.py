@@ -11,13 +11,16 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.codecs.codec import Codec, Part, Parts, Weight, check_dtype, check_shape, companion, stems
+from adapterkit.codecs.codec import Codec, Parts, StoredTensor, Weight, check_dtype, check_shape, companion, stems
+from adapterkit.codecs.encode import Encoder, TensorSpec
+from adapterkit.codecs.fp8 import e2m1_numbers
 from adapterkit.dtypes import BF16
 
 if TYPE_CHECKING:
     import torch
 
     from adapterkit.codecs.codec import Decode
+    from adapterkit.codecs.tiles import Tiles
 
 GROUP = 32
 
@@ -31,7 +34,7 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
         yield _weight(name, blocks, check_shape(scales, blocks.shape[:-1], "mxfp4"))
 
 
-def _weight(name: str, blocks: Part, scales: Part) -> Weight:
+def _weight(name: str, blocks: StoredTensor, scales: StoredTensor) -> Weight:
     experts, out, groups, _ = blocks.shape
     height = groups * GROUP
 
@@ -70,7 +73,71 @@ def _weight(name: str, blocks: Part, scales: Part) -> Weight:
         return decode
 
     memory = 2 * out * groups * 20
-    return Weight(name, (experts, height, out), BF16, (blocks, scales), "mxfp4 32", GROUP * out, load, memory)
+    parts, grain = (blocks, scales), GROUP * out
+    return Weight(
+        name, (experts, height, out), BF16, parts, "mxfp4 32", grain, load, memory, lambda: Mxfp4(blocks, scales)
+    )
+
+
+class Mxfp4(Encoder):
+    """Stored experts, written again, one expert at a time: each is turned to the rows that are stored.
+
+    A scale is the smallest power of two that keeps its 32 values within 6, as triton_kernels' `downcast_to_mxfp` rounds
+    it (transformers writes gpt-oss with that).
+    """
+
+    def __init__(self, blocks: StoredTensor, scales: StoredTensor) -> None:
+        experts, self._out, groups, _ = blocks.shape
+        self._in = groups * GROUP
+        self.unit, self.unit_codes = self._in * self._out, self._out * groups * GROUP // 2
+        self.made = (
+            TensorSpec(blocks.name, blocks.dtype, blocks.shape),
+            TensorSpec(scales.name, scales.dtype, scales.shape),
+        )
+        self.memory = experts * self._out * groups + 16 * self.unit
+        self._blocks, self._scales, self._across = blocks, scales, groups
+        self._rows: Tiles | None = None
+
+    def _tiles(self) -> Tiles:
+        from adapterkit.codecs.bits import pair, unpair
+        from adapterkit.codecs.codec import whole
+        from adapterkit.codecs.tiles import Held, Shape, Tiles
+
+        if self._rows is None:
+            blocks, stored = self._blocks, self._in // 2
+            rows = blocks.shape[0] * self._out
+
+            def before(first: int, last: int) -> torch.Tensor:
+                return unpair(blocks.read(first * stored, last * stored).view(-1, stored))
+
+            self._rows = Tiles(
+                self.made,
+                Shape(rows, self._in, rows, (1, GROUP), self._across),
+                e2m1_numbers(self._scales.dtype, None, multiply=True),
+                pair,
+                lambda found: unpair(found.view(-1, stored)),
+                lambda held: {self._scales.name: held[0].reshape(-1)},
+                Held(lambda: before, lambda: whole(self._scales).reshape(rows, self._across)),
+                row_codes=stored,
+            )
+        return self._rows
+
+    def _turned(self, values: torch.Tensor, rows: int) -> torch.Tensor:
+        """Experts ``[rows, columns]``, each turned, flat."""
+        return values.view(-1, rows, self.unit // rows).transpose(1, 2).reshape(-1)
+
+    def encode(self, start: int, new: torch.Tensor, old: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        turned = None if old is None else self._turned(old, self._in)
+        return self._tiles().encode(start, self._turned(new, self._in), turned)
+
+    def finish(self, held: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        return self._tiles().finish(held)
+
+    def values(self, start: int, encoded: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return self._turned(self._tiles().values(start, encoded), self._out)
+
+    def end(self) -> None:
+        self._rows = None
 
 
 MXFP4 = Codec(

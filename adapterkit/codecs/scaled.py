@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
-from adapterkit.codecs.codec import AGAIN, Part, Weight, check_index, check_shape, whole
+from adapterkit.codecs.codec import AGAIN, StoredTensor, Weight, check_index, check_scales, check_shape, whole
+from adapterkit.codecs.encode import TensorSpec
 from adapterkit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -19,11 +20,32 @@ if TYPE_CHECKING:
     import torch
 
     from adapterkit.codecs.codec import Decode
+    from adapterkit.codecs.encode import Encoder
+    from adapterkit.codecs.tiles import Numbers
     from adapterkit.dtypes import DType
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Written:
+    """How a weight of codes and scales is written.
+
+    Attributes:
+        numbers: what is done with a tile.
+        pack: codes ``[k, columns]`` to stored rows.
+        unpack: the reverse.
+        scale: the stored scales.
+        zero: the stored zero points, and what packs them, where they are stored.
+    """
+
+    numbers: Callable[[], Numbers]
+    pack: Callable[[torch.Tensor], torch.Tensor]
+    unpack: Callable[[torch.Tensor], torch.Tensor]
+    scale: StoredTensor
+    zero: tuple[StoredTensor, Callable[[torch.Tensor], torch.Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class ScaledWeight:
     """How one weight is stored.
 
     Attributes:
@@ -37,33 +59,83 @@ class Scaled:
         parts: all stored tensors.
         scale_numel: how many scales there are, for plans.
         groups: for each column the grid column that it belongs to, where that is stored.
+        written: how other values are written in this layout, where that is known.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: DType
     how: str
-    codes: Part
+    codes: StoredTensor
     unpack: Callable[[torch.Tensor], torch.Tensor]
     block: tuple[int, int]
     grid: tuple[int, int]
     scales: Callable[[], torch.Tensor]
-    parts: tuple[Part, ...]
+    parts: tuple[StoredTensor, ...]
     zeros: Callable[[], torch.Tensor] | None = None
-    groups: Part | None = None
+    groups: StoredTensor | None = None
+    written: Written | None = None
 
     def weight(self) -> Weight:
         rows = prod(self.shape[:-1])
         memory = 4 * (rows + prod(self.shape[:-2]) * prod(self.grid) * (1 if self.zeros is None else 2))
-        return Weight(self.name, self.shape, self.dtype, self.parts, self.how, self.shape[-1], self.load, memory)
+        grain, encoder = self.shape[-1], None if self.written is None else self.encoder
+        return Weight(self.name, self.shape, self.dtype, self.parts, self.how, grain, self.load, memory, encoder)
+
+    def encoder(self) -> Encoder:
+        """What writes other values in this layout."""
+        from adapterkit.codecs.tiles import Held, Shape, Tiles
+
+        written = self.written
+        assert written is not None
+        scale, zero, codes, across = written.scale, written.zero, self.codes, self.grid[1]
+        stored = codes.shape[-1]
+
+        def before(first: int, last: int) -> torch.Tensor:
+            return written.unpack(codes.read(first * stored, last * stored).view(-1, stored))
+
+        def order() -> torch.Tensor:
+            assert self.groups is not None
+            found = check_index(self.groups, across)
+            if bool((found.bincount(minlength=across) != self.block[1]).any()):
+                raise CheckpointError(
+                    f"the groups of '{self.groups.name}' are of different sizes, which cannot be written again",
+                    "write 16 bits",
+                )
+            return found
+
+        def complete(held: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+            found = {scale.name: held[0].reshape(-1)}
+            if zero is not None:
+                found[zero[0].name] = zero[1](held[1]).reshape(-1)
+            return found
+
+        parts = (codes, scale, *(() if zero is None else zero[:1]))
+        rows, columns, height = prod(self.shape[:-1]), self.shape[-1], self.shape[-2]
+        return Tiles(
+            tuple(TensorSpec(part.name, part.dtype, part.shape) for part in parts),
+            Shape(rows, columns, height, self.block, across),
+            written.numbers(),
+            written.pack,
+            lambda rows: written.unpack(rows.view(-1, stored)),
+            complete,
+            Held(
+                lambda: before,
+                lambda: whole(scale).reshape(-1, across),
+                None if self.zeros is None or zero is None else self.zeros,
+                None if self.groups is None else order,
+            ),
+            row_codes=stored,
+        )
 
     def load(self) -> Decode:
         import torch
 
         columns, height = self.shape[-1], self.shape[-2]
         stored = self.codes.shape[-1]
-        scales = self.scales()
+        scales = check_scales(self.scales(), self.parts[1])
         zeros = None if self.zeros is None else self.zeros()
+        empty = bool((scales == 0).any())
         row = torch.arange(prod(self.shape[:-1]))
         line = row // height * self.grid[0] + row % height // self.block[0]
         groups = None if self.groups is None else check_index(self.groups, self.grid[1])
@@ -82,6 +154,8 @@ class Scaled:
             codes = self.codes.read(first * stored, last * stored).view(last - first, stored)
             found = self.unpack(codes)
             factor = spread(scales, first, last)
+            if empty and zeros is None:
+                self._check_empty(found, factor)
             found = found.view(last - first, self.grid[1], self.block[1]) if factor.dim() == 3 else found
             if zeros is not None:
                 found = found - spread(zeros, first, last)
@@ -89,9 +163,19 @@ class Scaled:
 
         return decode
 
+    def _check_empty(self, numbers: torch.Tensor, factor: torch.Tensor) -> None:
+        """A scale of zero stands for a tile of zeros.
+
+        Raises:
+            CheckpointError: it has other numbers under it, which it would erase.
+        """
+        tiles = numbers.view(numbers.shape[0], -1, self.block[1]) if factor.dim() == 3 else numbers
+        if bool(((tiles != 0) & (factor == 0)).any()):
+            raise CheckpointError(f"a scale of '{self.name}' is zero where its numbers are not", AGAIN)
+
 
 def grid_of(
-    shape: tuple[int, ...], scale: Part, blocks: list[tuple[int, int]]
+    shape: tuple[int, ...], scale: StoredTensor, blocks: list[tuple[int, int]]
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """The block and the grid of a scale tensor: one scale, one per row, per group of columns, or per block.
 
@@ -126,7 +210,9 @@ def grid_of(
     )
 
 
-def grid_scales(scale: Part, grid: tuple[int, int], over: Part | None = None, *, divide: bool = False) -> torch.Tensor:
+def grid_scales(
+    scale: StoredTensor, grid: tuple[int, int], over: StoredTensor | None = None, *, divide: bool = False
+) -> torch.Tensor:
     """Scales as float32 ``[leading * down, across]``; e8m0 and bytes are powers of two.
 
     ``over`` is one more scale for the whole tensor (or one per leading index), multiplied, or divided by.
@@ -143,7 +229,7 @@ def grid_scales(scale: Part, grid: tuple[int, int], over: Part | None = None, *,
     return found
 
 
-def check_like(part: Part, shape: tuple[int, ...], what: str) -> Part:
+def check_like(part: StoredTensor, shape: tuple[int, ...], what: str) -> StoredTensor:
     """``part``, which must have ``shape`` up to dimensions of 1."""
     wanted = tuple(size for size in shape if size != 1)
     if tuple(size for size in part.shape if size != 1) != wanted:

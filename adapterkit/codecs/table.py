@@ -7,16 +7,19 @@ from typing import Any
 
 from adapterkit.codecs.bnb4 import BNB4
 from adapterkit.codecs.bnb8 import BNB8
-from adapterkit.codecs.codec import Codec, Parts, Weight
+from adapterkit.codecs.codec import Codec, Kind, Parts, Weight
 from adapterkit.codecs.compressed import COMPRESSED
 from adapterkit.codecs.fp8 import FP8
 from adapterkit.codecs.gptq import AWQ, GPTQ
 from adapterkit.codecs.hqq import HQQ
 from adapterkit.codecs.mxfp4 import MXFP4
 from adapterkit.codecs.torchao import TORCHAO
-from adapterkit.errors import CheckpointError
+from adapterkit.errors import CheckpointError, UsageError
 
 CODECS: tuple[Codec, ...] = (BNB4, BNB8, FP8, MXFP4, COMPRESSED, GPTQ, AWQ, HQQ, TORCHAO)
+
+KINDS: dict[str, Kind] = {kind.name: kind for codec in CODECS for kind in codec.kinds}
+"""Formats that 16-bit weights are written in, by the word that asks for them."""
 
 KEYS = ("quantization_config", "compression_config")
 # A multimodal config may keep it in the part that describes the language model.
@@ -53,6 +56,17 @@ def method_of(config: Mapping[str, Any]) -> str:
     if isinstance(method, str):
         return method
     return "bitsandbytes" if config.get("load_in_4bit") or config.get("load_in_8bit") else "unnamed"
+
+
+def find_kind(name: str) -> Kind:
+    """A format that 16-bit weights are written in.
+
+    Raises:
+        UsageError: there is none of this name.
+    """
+    if name not in KINDS:
+        raise UsageError(f"'{name}' is no format that adapterkit writes here", f"use {', '.join(KINDS)}")
+    return KINDS[name]
 
 
 def known_methods() -> list[str]:

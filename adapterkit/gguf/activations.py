@@ -29,7 +29,7 @@ _PRODUCTS = frozenset(
 
 
 @dataclass
-class Sums:
+class ActivationSums:
     """Of one parameter: sums of squares ``[matrices, in]`` in float64, and how many rows of input each matrix saw.
 
     ``turned``: the inputs meet the parameter's rows, since its columns are the outputs.
@@ -41,7 +41,7 @@ class Sums:
 
 
 class Activations(TorchFunctionMode):
-    """Gathers `Sums` by parameter name of every product with a matrix, or a stack of matrices, of a model.
+    """Gathers `ActivationSums` by parameter name of every product with a matrix, or a stack of matrices, of a model.
 
     Args:
         model: its parameters must stay where they are while this is entered.
@@ -49,7 +49,7 @@ class Activations(TorchFunctionMode):
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self.sums: dict[str, Sums] = {}
+        self.sums: dict[str, ActivationSums] = {}
         named = [(p.data_ptr(), name, p) for name, p in model.named_parameters() if p.dim() >= 2]
         self._named = sorted(named, key=lambda one: one[0])
         self._starts = [start for start, _, _ in self._named]
@@ -84,7 +84,7 @@ class Activations(TorchFunctionMode):
         found = self.sums.get(name)
         if found is None:
             zeros = torch.zeros(matrices, width, dtype=torch.float64)
-            found = self.sums[name] = Sums(zeros, torch.zeros(matrices, dtype=torch.float64), turned)
+            found = self.sums[name] = ActivationSums(zeros, torch.zeros(matrices, dtype=torch.float64), turned)
         with torch.no_grad():
             rows = inputs.detach().float().square()
             if seen == 1:
@@ -97,7 +97,7 @@ class Activations(TorchFunctionMode):
 
 
 def in_gguf(
-    sums: Mapping[str, Sums], names: Names, shapes: Mapping[str, tuple[int, ...]], arrays: Mapping[str, Array]
+    sums: Mapping[str, ActivationSums], names: Names, shapes: Mapping[str, tuple[int, ...]], arrays: Mapping[str, Array]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Sums ``[matrices, columns]`` and counts ``[matrices]`` by GGUF name, for the weights of layers.
 
@@ -107,7 +107,7 @@ def in_gguf(
         shapes: of the stored tensors.
         arrays: the GGUF tensors as arrays of stored ones.
     """
-    stored: dict[str, Sums] = {}
+    stored: dict[str, ActivationSums] = {}
     for name, one in sums.items():
         _store(name, one, names, shapes, stored)
     found = {}
@@ -120,7 +120,13 @@ def in_gguf(
     return found
 
 
-def _store(name: str, one: Sums, names: Names, shapes: Mapping[str, tuple[int, ...]], stored: dict[str, Sums]) -> None:
+def _store(
+    name: str,
+    one: ActivationSums,
+    names: Names,
+    shapes: Mapping[str, tuple[int, ...]],
+    stored: dict[str, ActivationSums],
+) -> None:
     """Hand the sums of a parameter to the tensors that store it."""
     target = names.find(name) or names.find(names.tied(name) or "")
     if target is None:
@@ -134,18 +140,20 @@ def _store(name: str, one: Sums, names: Names, shapes: Mapping[str, tuple[int, .
         last = (piece.row + (piece.count - 1) * piece.row_step) // per
         turned = one.turned != piece.transposed
         if first == 0 and last == matrices - 1 and places == matrices:
-            stored.setdefault(piece.tensor, Sums(one.squares, one.counts, turned))
+            stored.setdefault(piece.tensor, ActivationSums(one.squares, one.counts, turned))
         elif first == last and not (one.turned and matrices > 1):
             there = stored.setdefault(
                 piece.tensor,
-                Sums(torch.zeros(places, width, dtype=torch.float64), torch.zeros(places, dtype=torch.float64), turned),
+                ActivationSums(
+                    torch.zeros(places, width, dtype=torch.float64), torch.zeros(places, dtype=torch.float64), turned
+                ),
             )
             place = piece.at // shape[-2] if places > 1 else 0
             there.squares[place], there.counts[place] = one.squares[first], one.counts[first]
 
 
 def _gather(
-    array: Array, stored: Mapping[str, Sums], shapes: Mapping[str, tuple[int, ...]]
+    array: Array, stored: Mapping[str, ActivationSums], shapes: Mapping[str, tuple[int, ...]]
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The sums of an array's columns, matrix by matrix, as its first row says; None if nothing was seen of it."""
     matrices = prod(array.shape[:-2])

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapterkit.errors import AdapterkitError, CheckpointError, UsageError
+from adapterkit.gguf.kernels.backends import peak_of, run_backend
 from adapterkit.gguf.types import GGMLType, ggml_type
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def encode_into(
     if kind.encoder == "cast":
         cast = x.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind.name])
         torch.from_numpy(out).copy_(cast.view(torch.uint8))
-        peak = _peak(x)
+        peak = peak_of(x)
         _check_weights(kind, x, peak)
         if peak >= LARGE:
             _refuse(kind, ~torch.isfinite(cast), 1)
@@ -98,7 +99,7 @@ def encode_into(
     elif kind.encoder == "ggml":
         from adapterkit.gguf.kernels import native
 
-        peak = _peak(x)
+        peak = peak_of(x)
         _check_weights(kind, x, peak)  # ggml aborts the process on NaN
         native.run(kind, x.cpu().numpy(), None if weights is None else weights.cpu().numpy(), out)
     else:
@@ -156,14 +157,6 @@ def _importance(kind: GGMLType, x: torch.Tensor, importance: Any) -> torch.Tenso
     return weights
 
 
-def _peak(x: torch.Tensor) -> float:
-    """The largest magnitude of ``x``; infinity when one is NaN."""
-    import torch
-
-    least, most = (float(v) for v in torch.aminmax(x))
-    return max(-least, most) if least == least else float("inf")
-
-
 def _check_weights(kind: GGMLType, x: torch.Tensor, peak: float) -> None:
     if not peak < float("inf"):
         found = find_non_finite(x)
@@ -217,27 +210,3 @@ def _candidates(x: torch.Tensor, backend: Backend) -> list[str]:
     if backend == "auto":
         return ["numba", "torch"] if has_numba else ["torch"]
     return [backend]
-
-
-def run_backend(backend: str, name: str, x: torch.Tensor, weights: torch.Tensor | None, out: Bytes) -> float:
-    """One of the encoders, unchecked: ``x`` float32 [n, columns], ``out`` uint8, contiguous; the largest magnitude."""
-    import numpy as np
-    import torch
-
-    if backend == "numba":
-        from adapterkit.gguf.kernels.compiled import kernel
-
-        given = np.empty(0, np.float32) if weights is None else weights.numpy()
-        peak = kernel(name, weights is not None)(x.numpy().reshape(-1), given, x.shape[1], out.reshape(-1))
-        return float(np.uint32(min(peak, 0x7F800000)).view(np.float32))
-    from adapterkit.gguf.kernels import eager
-    from adapterkit.gguf.kernels.layouts import LAYOUTS
-
-    target = torch.from_numpy(out)
-    if x.device.type == "cpu":
-        eager.run(LAYOUTS[name], x, weights, target)
-    else:
-        encoded = torch.empty(target.shape, dtype=torch.uint8, device=x.device)
-        eager.run(LAYOUTS[name], x, weights, encoded)
-        target.copy_(encoded)
-    return _peak(x)

@@ -12,15 +12,15 @@ from adapterkit.gguf.arch.views import reordered
 from adapterkit.gguf.checkpoint import GGUFCheckpoint
 from adapterkit.gguf.hf import gguf_names
 from adapterkit.gguf.names import OUTPUT
-from adapterkit.gguf.plan import Layout
+from adapterkit.gguf.plan import FileLayout
 from adapterkit.gguf.quantize import Quantization, typed
 from adapterkit.gguf.tensors import decoded, kind_of, round_trip
 from adapterkit.ops.device import CPU
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
+    from adapterkit.adapters.bound_rule import BoundRule
     from adapterkit.adapters.fidelity import Through
-    from adapterkit.adapters.rule import Rule
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.gguf.names import GGUFNames
 
@@ -37,7 +37,7 @@ class GGUFFolded:
 
     folded: Folded
     written: Checkpoint
-    layout: Layout
+    layout: FileLayout
     notes: tuple[str, ...]
 
     def through(self, name: str, shape: tuple[int, ...]) -> Through | None:
@@ -56,7 +56,7 @@ def fold_gguf(
     quantization: Quantization | None = None,
     residual_base: bool = False,
     allow_unknown: bool = False,
-    rule: Rule | None = None,
+    rule: BoundRule | None = None,
     device: str = CPU,
     drowned: frozenset[str] | None = None,
 ) -> GGUFFolded:
@@ -81,7 +81,7 @@ def fold_gguf(
     tensors = {name: t if name in touched else base[name] for name, t in folded.checkpoint.items()}
     found = typed(tensors, base, quantization or Quantization(), folded.touched, drowned)
     written = replace(folded.checkpoint, tensors={tensor.name: tensor for tensor in found.tensors})
-    layout = Layout(found.tensors, found.entries, base.header.alignment, base.sources[0])
+    layout = FileLayout(found.tensors, found.entries, base.header.alignment, base.sources[0])
     return GGUFFolded(folded, written, layout, found.notes)
 
 

@@ -12,8 +12,8 @@ from adapterkit.errors import UsageError
 from adapterkit.gguf.arch.model import Model, as_gguf, file_type_entries, vocabulary, widened
 from adapterkit.gguf.arch.mxfp4 import KIND, Repacked, on_mxfp4
 from adapterkit.gguf.filetypes import file_type
-from adapterkit.gguf.plan import Layout
-from adapterkit.gguf.quantize import GRID_BITS, Origin, Quantization, typed_from
+from adapterkit.gguf.plan import FileLayout
+from adapterkit.gguf.quantize import GRID_BITS, Quantization, TypeInputs, typed_from
 from adapterkit.gguf.tensors import bits_per_weight, round_trip
 from adapterkit.gguf.types import TYPES
 
@@ -42,7 +42,7 @@ class FromHF:
     """
 
     model: Model
-    layout: Layout
+    layout: FileLayout
     folded: Checkpoint
     types: dict[str, int]
     notes: tuple[str, ...]
@@ -109,9 +109,9 @@ def from_hf(
     wider = None
     if drowned is not None:
         wider = frozenset(one for name in drowned for one in model.mapped.sources[name])
-    origin = Origin(model.spec.arch, model.hparams, now, entries, wider)
+    origin = TypeInputs(model.spec.arch, model.hparams, now, entries, wider)
     found = typed_from(model.tensors, origin, asked, changed)
-    layout = Layout(found.tensors, found.entries)
+    layout = FileLayout(found.tensors, found.entries)
     kinds = {tensor.name: tensor.dtype.code for tensor in found.tensors}
     through = partial(_through, model.mapped.sources, kinds)
     return FromHF(model, layout, view, found.types, (*model.notes, *notes, *kept, *found.notes), through)

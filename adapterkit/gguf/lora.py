@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 ALPHA, A, B = "adapter.lora.alpha", ".lora_a", ".lora_b"
 
 
-class Held(Tensor):
+class PlannedFactor(Tensor):
     """A small tensor that was computed while planning: the factor of an adapter."""
 
     dtype = F32
@@ -121,7 +121,7 @@ def lora_tensors(
         a, b = names.adjusted(name, *_factors(parts[name], shapes[name], alpha))
         if name == EMBEDDING:
             a, b = b, a.T  # looked up by row: the factor with the vocabulary is called A
-        tensors += [Held(name + A, a, "lora a"), Held(name + B, b, "lora b")]
+        tensors += [PlannedFactor(name + A, a, "lora a"), PlannedFactor(name + B, b, "lora b")]
     return tensors, _entries(adapter, names.arch, alpha), tuple(notes)
 
 

@@ -86,7 +86,7 @@ EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """What a rule may ask: the tensor's layer ``i`` of ``n``, and the model."""
 
     i: int
@@ -110,91 +110,91 @@ class Place:
         return self.n // 8 <= self.i < 7 * self.n // 8
 
 
-class Rule(NamedTuple):
+class TypeRule(NamedTuple):
     """For these file types (space-separated), where ``when`` holds, a type. The first rule that fits decides."""
 
     file_types: str
     type: str
-    when: Callable[[Place], bool] = lambda place: True
+    when: Callable[[TensorPlace], bool] = lambda place: True
 
 
 _LOW = "IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ2_M"
 """File types with rules of their own."""
 
 OUTPUT = (
-    Rule("MXFP4_MOE", "Q8_0"),
-    Rule(f"{_LOW} IQ3_XXS", "Q5_K"),
-    Rule("Q8_0", "Q8_0"),
-    Rule(" ".join(FILE_TYPES), "Q6_K"),
+    TypeRule("MXFP4_MOE", "Q8_0"),
+    TypeRule(f"{_LOW} IQ3_XXS", "Q5_K"),
+    TypeRule("Q8_0", "Q8_0"),
+    TypeRule(" ".join(FILE_TYPES), "Q6_K"),
 )
 TOKEN_EMBD = (
-    Rule("IQ1_S IQ1_M IQ2_XXS IQ2_XS", "Q2_K"),
-    Rule("IQ2_S IQ2_M IQ3_XXS", "IQ3_S"),
-    Rule("TQ1_0 TQ2_0", "Q4_K"),
+    TypeRule("IQ1_S IQ1_M IQ2_XXS IQ2_XS", "Q2_K"),
+    TypeRule("IQ2_S IQ2_M IQ3_XXS", "IQ3_S"),
+    TypeRule("TQ1_0 TQ2_0", "Q4_K"),
 )
-LOW_RULES: dict[str, tuple[Rule, ...]] = {
+LOW_RULES: dict[str, tuple[TypeRule, ...]] = {
     "attn_v": (
-        Rule(_LOW, "Q4_K", lambda p: p.gqa >= 4 or p.experts >= 4),
-        Rule("IQ2_S IQ2_M", "IQ3_S"),
-        Rule(_LOW, "Q2_K"),
+        TypeRule(_LOW, "Q4_K", lambda p: p.gqa >= 4 or p.experts >= 4),
+        TypeRule("IQ2_S IQ2_M", "IQ3_S"),
+        TypeRule(_LOW, "Q2_K"),
     ),
-    "attn_k": (Rule(_LOW, "Q4_K", lambda p: p.experts == 8),),
+    "attn_k": (TypeRule(_LOW, "Q4_K", lambda p: p.experts == 8),),
     "ffn_down": (
-        Rule("IQ2_S IQ2_M", "IQ3_S", lambda p: p.first_eighth),
-        Rule(_LOW, "Q2_K", lambda p: p.first_eighth),
+        TypeRule("IQ2_S IQ2_M", "IQ3_S", lambda p: p.first_eighth),
+        TypeRule(_LOW, "Q2_K", lambda p: p.first_eighth),
     ),
     "attn_output": (
-        Rule(_LOW, "Q5_K", lambda p: p.experts == 8),
-        Rule("IQ1_S IQ1_M", "IQ2_XXS"),
-        Rule("IQ2_S IQ2_M", "IQ3_S"),
+        TypeRule(_LOW, "Q5_K", lambda p: p.experts == 8),
+        TypeRule("IQ1_S IQ1_M", "IQ2_XXS"),
+        TypeRule("IQ2_S IQ2_M", "IQ3_S"),
     ),
 }
-_QUERY = (Rule("IQ3_XS", "IQ3_XXS"), Rule("IQ3_XXS", "IQ2_S"))
-_WIDE = (Rule("IQ3_XS", "IQ3_XXS", lambda p: p.middle),)
-RULES: dict[str, tuple[Rule, ...]] = {
+_QUERY = (TypeRule("IQ3_XS", "IQ3_XXS"), TypeRule("IQ3_XXS", "IQ2_S"))
+_WIDE = (TypeRule("IQ3_XS", "IQ3_XXS", lambda p: p.middle),)
+RULES: dict[str, tuple[TypeRule, ...]] = {
     "attn_v": (
-        Rule("Q2_K Q2_K_S IQ3_XXS IQ3_XS IQ3_S", "Q4_K", lambda p: p.gqa >= 4),
-        Rule("Q2_K", "Q3_K"),
-        Rule("IQ3_XXS", "IQ3_S", lambda p: not p.imatrix),
-        Rule("IQ3_M", "Q4_K"),
-        Rule("Q3_K_M", "Q5_K", lambda p: p.i < 2),
-        Rule("Q3_K_M", "Q4_K"),
-        Rule("Q3_K_L", "Q5_K"),
-        Rule("IQ4_NL IQ4_XS", "Q5_K", lambda p: p.gqa >= 4),
-        Rule("Q4_K_M Q5_K_M", "Q6_K", lambda p: p.more_bits),
-        Rule("Q4_K_S", "Q5_K", lambda p: p.i < 4),
+        TypeRule("Q2_K Q2_K_S IQ3_XXS IQ3_XS IQ3_S", "Q4_K", lambda p: p.gqa >= 4),
+        TypeRule("Q2_K", "Q3_K"),
+        TypeRule("IQ3_XXS", "IQ3_S", lambda p: not p.imatrix),
+        TypeRule("IQ3_M", "Q4_K"),
+        TypeRule("Q3_K_M", "Q5_K", lambda p: p.i < 2),
+        TypeRule("Q3_K_M", "Q4_K"),
+        TypeRule("Q3_K_L", "Q5_K"),
+        TypeRule("IQ4_NL IQ4_XS", "Q5_K", lambda p: p.gqa >= 4),
+        TypeRule("Q4_K_M Q5_K_M", "Q6_K", lambda p: p.more_bits),
+        TypeRule("Q4_K_S", "Q5_K", lambda p: p.i < 4),
     ),
-    "attn_k": (Rule(" ".join(FILE_TYPES), "Q8_0", lambda p: p.experts == 8), *_QUERY),
+    "attn_k": (TypeRule(" ".join(FILE_TYPES), "Q8_0", lambda p: p.experts == 8), *_QUERY),
     "attn_q": _QUERY,
     "attn_output": (
-        Rule("Q3_K_L", "Q4_K", lambda p: p.falcon),
-        Rule(
+        TypeRule("Q3_K_L", "Q4_K", lambda p: p.falcon),
+        TypeRule(
             "Q2_K IQ3_XS IQ3_XXS Q3_K_S Q3_K_M IQ4_NL Q4_K_S Q4_K_M IQ3_S IQ3_M IQ4_XS",
             "Q5_K",
             lambda p: p.experts == 8 and not p.falcon,
         ),
-        Rule("Q2_K", "Q3_K", lambda p: p.experts != 8 and not p.falcon),
-        Rule("IQ3_XXS", "IQ3_S", lambda p: p.experts != 8 and not p.falcon),
-        Rule("Q3_K_M IQ3_M", "Q4_K", lambda p: p.experts != 8 and not p.falcon),
-        Rule("Q3_K_L", "Q5_K", lambda p: p.experts != 8 and not p.falcon),
+        TypeRule("Q2_K", "Q3_K", lambda p: p.experts != 8 and not p.falcon),
+        TypeRule("IQ3_XXS", "IQ3_S", lambda p: p.experts != 8 and not p.falcon),
+        TypeRule("Q3_K_M IQ3_M", "Q4_K", lambda p: p.experts != 8 and not p.falcon),
+        TypeRule("Q3_K_L", "Q5_K", lambda p: p.experts != 8 and not p.falcon),
     ),
     "ffn_down": (
-        Rule("Q2_K", "Q3_K"),
-        Rule("Q2_K_S", "Q4_K", lambda p: p.first_eighth),
-        Rule("IQ3_XXS", "Q4_K", lambda p: not p.imatrix and p.first_eighth),
-        Rule("IQ3_XXS", "Q3_K", lambda p: not p.imatrix),
-        Rule("Q3_K_M", "Q5_K", lambda p: p.i < p.n // 16),
-        Rule("Q3_K_M", "Q4_K", lambda p: not p.falcon or p.more_bits),
-        Rule("IQ3_M", "Q4_K", lambda p: p.first_eighth or (p.experts == 8 and p.more_bits)),
-        Rule("Q3_K_L", "Q4_K", lambda p: p.falcon),
-        Rule("Q3_K_L", "Q5_K"),
-        Rule("Q4_K_M", "Q6_K", lambda p: p.i < p.n // 16 if p.falcon else p.more_bits),
-        Rule("Q4_K_M", "Q5_K", lambda p: p.falcon and p.more_bits),
-        Rule("IQ4_NL IQ4_XS", "Q5_K", lambda p: p.first_eighth and not p.imatrix),
-        Rule("Q5_K_M", "Q6_K", lambda p: p.more_bits),
-        Rule("Q4_K_S", "Q5_K", lambda p: p.first_eighth and not p.falcon),
-        Rule("Q4_0", "Q4_1", lambda p: p.imatrix and p.first_eighth),
-        Rule("Q5_0", "Q5_1", lambda p: p.imatrix and p.first_eighth),
+        TypeRule("Q2_K", "Q3_K"),
+        TypeRule("Q2_K_S", "Q4_K", lambda p: p.first_eighth),
+        TypeRule("IQ3_XXS", "Q4_K", lambda p: not p.imatrix and p.first_eighth),
+        TypeRule("IQ3_XXS", "Q3_K", lambda p: not p.imatrix),
+        TypeRule("Q3_K_M", "Q5_K", lambda p: p.i < p.n // 16),
+        TypeRule("Q3_K_M", "Q4_K", lambda p: not p.falcon or p.more_bits),
+        TypeRule("IQ3_M", "Q4_K", lambda p: p.first_eighth or (p.experts == 8 and p.more_bits)),
+        TypeRule("Q3_K_L", "Q4_K", lambda p: p.falcon),
+        TypeRule("Q3_K_L", "Q5_K"),
+        TypeRule("Q4_K_M", "Q6_K", lambda p: p.i < p.n // 16 if p.falcon else p.more_bits),
+        TypeRule("Q4_K_M", "Q5_K", lambda p: p.falcon and p.more_bits),
+        TypeRule("IQ4_NL IQ4_XS", "Q5_K", lambda p: p.first_eighth and not p.imatrix),
+        TypeRule("Q5_K_M", "Q6_K", lambda p: p.more_bits),
+        TypeRule("Q4_K_S", "Q5_K", lambda p: p.first_eighth and not p.falcon),
+        TypeRule("Q4_0", "Q4_1", lambda p: p.imatrix and p.first_eighth),
+        TypeRule("Q5_0", "Q5_1", lambda p: p.imatrix and p.first_eighth),
     ),
     "ffn_gate": _WIDE,
     "ffn_up": _WIDE,
@@ -325,12 +325,12 @@ class _Mix:
                 raise UsageError(message, "name it blk.N... or correct block_count")
         return index
 
-    def _place(self, category: str, index: int) -> Place:
+    def _place(self, category: str, index: int) -> TensorPlace:
         count = self.attn_v if category == "attn_v" else self.layers
-        return Place(index, count, self.gqa, self.experts, self.imatrix, self.arch == "falcon")
+        return TensorPlace(index, count, self.gqa, self.experts, self.imatrix, self.arch == "falcon")
 
 
-def _first_rule(rules: Sequence[Rule], mix: str, place: Place, default: str) -> str:
+def _first_rule(rules: Sequence[TypeRule], mix: str, place: TensorPlace, default: str) -> str:
     return next((rule.type for rule in rules if mix in rule.file_types.split() and rule.when(place)), default)
 
 

@@ -59,6 +59,9 @@ class GGUFNames(Names):
         """Whether the architecture has no output layer of its own."""
         return self._mapper.spec.tied
 
+    def followers(self) -> list[tuple[str, str]]:
+        return []  # no flag says what is tied: an output layer that is there is used
+
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of the GGUF tensors, by name."""

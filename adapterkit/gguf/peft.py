@@ -6,13 +6,13 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import PREFIX
 from adapterkit.adapters.change import matrix
+from adapterkit.adapters.keys import PREFIX
 from adapterkit.adapters.names import Names
 from adapterkit.errors import TargetError, UsageError
 from adapterkit.gguf.checkpoint import GGUFCheckpoint
 from adapterkit.gguf.hf import gguf_names
-from adapterkit.gguf.lora import ALPHA, Held, lora_of
+from adapterkit.gguf.lora import ALPHA, PlannedFactor, lora_of
 from adapterkit.gguf.names import EMBEDDING
 from adapterkit.gguf.tensors import decoded
 
@@ -93,7 +93,7 @@ def to_peft(lora: GGUFCheckpoint, base: Checkpoint) -> tuple[list[Tensor], dict[
     for module in modules:
         b = module.b * (module.rank / config["lora_alpha"])
         for key, value in _stored(module, b, modules).items():
-            tensors.append(Held(PREFIX + key, value, "from gguf"))
+            tensors.append(PlannedFactor(PREFIX + key, value, "from gguf"))
     return tensors, config
 
 

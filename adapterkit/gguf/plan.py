@@ -23,7 +23,7 @@ ENCODER_MEMORY = 60_000_000  # bytes: numba and its compiled encoders
 
 
 @dataclass(frozen=True)
-class Layout:
+class FileLayout:
     """What a GGUF output is made of.
 
     Attributes:
@@ -39,7 +39,7 @@ class Layout:
 
 
 def plan_gguf(
-    layout: Layout,
+    layout: FileLayout,
     *,
     max_shard_size: int | None = None,
     jobs: int = 2,
@@ -84,7 +84,7 @@ def _groups(tensors: Sequence[Tensor], limit: int | None) -> list[list[Tensor]]:
     return groups
 
 
-def _file(name: str, tensors: Sequence[Tensor], entries: Sequence[Entry], layout: Layout) -> PlannedFile:
+def _file(name: str, tensors: Sequence[Tensor], entries: Sequence[Entry], layout: FileLayout) -> PlannedFile:
     align = layout.alignment
     infos, places, offset = [], [], 0
     for tensor in tensors:

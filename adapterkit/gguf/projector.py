@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
+from adapterkit import disk
 from adapterkit.checkpoint.files import LocalFile
 from adapterkit.errors import NotFound, OutputError, UsageError
 from adapterkit.gguf.checkpoint import read_header
@@ -49,12 +49,17 @@ class Projector:
         """Copy it; the copy appears whole or not at all."""
         if self._path is None or (self._target.exists() and self._target.samefile(self._path)):
             return
-        hidden = self._target.with_name(f".{self._target.name}.partial")
-        try:
-            shutil.copyfile(self._path, hidden)
-            with hidden.open("rb+") as file:
-                os.fsync(file.fileno())
-            hidden.replace(self._target)
-        except OSError as error:
-            hidden.unlink(missing_ok=True)
-            raise OutputError(f"writing {self._target} failed ({error.strerror or error})", "check the disk") from error
+        target = self._target
+        with disk.writing(str(target), target.parent), disk.staging(target, resume=False) as folder:
+            source = disk.open_regular(self._path)
+            try:
+                copy = disk.open_new_inside(folder, target.name)
+                try:
+                    disk.copy_and_hash(source, copy)
+                    disk.fsync(copy)
+                finally:
+                    os.close(copy)
+            finally:
+                os.close(source)
+            # Whether it may be replaced was decided when the run began.
+            disk.publish_files(folder, {target.name: target}, force=True)

@@ -14,7 +14,7 @@ from adapterkit.gguf.filetypes import FILE_TYPES, file_type
 from adapterkit.gguf.metadata import Entry, kept, text, u32
 from adapterkit.gguf.mixes import choose_types, fitting, needs_importance
 from adapterkit.gguf.names import EMBEDDING
-from adapterkit.gguf.tensors import Encoded, bits_per_weight, decoded, encoded, kind_of
+from adapterkit.gguf.tensors import Quantized, bits_per_weight, decoded, encoded, kind_of
 from adapterkit.gguf.types import TYPES, ggml_type
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Typed:
 
 
 @dataclass(frozen=True)
-class Origin:
+class TypeInputs:
     """What the types of an output are chosen from.
 
     Attributes:
@@ -125,7 +125,7 @@ def typed(
         base: where the tensors' present types and the metadata are.
         asked: the user's wishes.
         touched: tensors that an adapter changed.
-        drowned: see `Origin`.
+        drowned: see `TypeInputs`.
 
     Raises:
         UsageError: a wish that cannot be met, or one that would lose what was trained.
@@ -140,7 +140,7 @@ def typed(
     }
     changed = [FILE_TYPE, QUANTIZATION_VERSION] if asked.mix is not None else []
     entries = kept(base.header, without=(*SPLIT_KEYS, *changed))
-    found = typed_from(view, Origin(base.arch, hparams, now, tuple(entries), drowned), asked, touched)
+    found = typed_from(view, TypeInputs(base.arch, hparams, now, tuple(entries), drowned), asked, touched)
     if asked.mix is not None or QUANTIZATION_VERSION in base.header.keys:
         return found
     if any(TYPES[kind].is_quantized for kind in found.types):
@@ -148,7 +148,9 @@ def typed(
     return found
 
 
-def typed_from(view: Mapping[str, Tensor], origin: Origin, asked: Quantization, touched: Sequence[str] = ()) -> Typed:
+def typed_from(
+    view: Mapping[str, Tensor], origin: TypeInputs, asked: Quantization, touched: Sequence[str] = ()
+) -> Typed:
     """The same for a view whose types and metadata come from elsewhere."""
     wanted = _wanted(view, origin, asked)
     for name in touched if origin.drowned is None else sorted(origin.drowned):
@@ -163,7 +165,7 @@ def typed_from(view: Mapping[str, Tensor], origin: Origin, asked: Quantization, 
     return Typed(tuple(tensors), (*origin.entries, *_entries(asked, matrix)), counts, tuple(lost))
 
 
-def _wanted(view: Mapping[str, Tensor], origin: Origin, asked: Quantization) -> dict[str, str]:
+def _wanted(view: Mapping[str, Tensor], origin: TypeInputs, asked: Quantization) -> dict[str, str]:
     now = origin.now
     options = (asked.imatrix, asked.pure, asked.tensor_types, asked.output_type, asked.token_embedding_type)
     if asked.mix is None:
@@ -248,7 +250,7 @@ def _tensor(tensor: Tensor, kind: Any, matrix: Importance | None, touched: bool)
     if not touched and tensor.dtype.code == kind.name:
         return tensor
     made = encoded(decoded(tensor), kind)
-    if isinstance(made, Encoded) and matrix is not None:
+    if isinstance(made, Quantized) and matrix is not None:
         made.importance = matrix.of(made.name, made.shape)
     return made
 

@@ -76,7 +76,7 @@ def stored(info: GGUFTensor, source: Source) -> Tensor:
     return Packed(info, source)
 
 
-class Decoded(Tensor):
+class Dequantized(Tensor):
     """A quantized tensor as float32 values."""
 
     dtype = F32
@@ -109,7 +109,7 @@ class Decoded(Tensor):
         return torch.from_numpy(values).view(-1)[start - low : stop - low]
 
 
-class Encoded(Tensor):
+class Quantized(Tensor):
     """A float tensor in a quantized GGUF type, encoded from its float32 values row block by row block."""
 
     def __init__(self, inner: Tensor, kind: GGMLType) -> None:
@@ -177,14 +177,14 @@ def decoded(tensor: Tensor) -> Tensor:
     floats = getattr(tensor, "decoded", None)  # a checkpoint's own packed weights know their values
     if isinstance(floats, Tensor):
         return floats
-    return Decoded(tensor) if isinstance(tensor, Packed) else tensor
+    return Dequantized(tensor) if isinstance(tensor, Packed) else tensor
 
 
 def encoded(tensor: Tensor, kind: GGMLType) -> Tensor:
     """A handle of floats as one of GGUF type ``kind``; unchanged where it is that already."""
     if tensor.dtype is dtype_of(kind):
         return tensor
-    return Cast(tensor, dtype_of(kind)) if is_plain(kind) else Encoded(tensor, kind)
+    return Cast(tensor, dtype_of(kind)) if is_plain(kind) else Quantized(tensor, kind)
 
 
 def round_trip(kind: GGMLType, rows: torch.Tensor) -> torch.Tensor:

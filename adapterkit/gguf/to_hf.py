@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.tensor import Cast
 from adapterkit.dtypes import BF16, F16, F32
-from adapterkit.errors import UsageError
+from adapterkit.errors import CheckpointError, UsageError
 from adapterkit.gguf.arch.back import config_of, spec_of_gguf
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.encoders import MODES
-from adapterkit.gguf.arch.hyper import POOLING
+from adapterkit.gguf.arch.hyper import POOLING, full_key
 from adapterkit.gguf.arch.mapping import Mapper
-from adapterkit.gguf.arch.views import scattered
+from adapterkit.gguf.arch.views import Constant, scattered
 from adapterkit.gguf.general import CARD, HUB
 from adapterkit.gguf.tensors import Packed, decoded
 
@@ -72,6 +72,13 @@ def hf_view(base: GGUFCheckpoint, mapper: Mapper) -> tuple[dict[str, Tensor], di
     for name, shape in shapes.items():
         sources[name] = mapped.sources.get(name, ())
         found[name] = scattered(name, shape, {one: mapped.arrays[one] for one in sources[name]}, floats)
+    for one in mapper.spec.scalars:
+        values = base.header.get(full_key(base.arch, one.key))
+        if not isinstance(values, list) or len(values) != mapper.layers:
+            raise CheckpointError(f"{base.ref}: '{one.key}' is not a number for every layer", "convert the base again")
+        for layer, value in enumerate(values):
+            name = one.hf.replace("{i}", str(layer))
+            found[name], sources[name] = Constant(name, [value], one.shape), ()
     return found, sources
 
 

@@ -11,12 +11,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from adapterkit import disk
 from adapterkit.checkpoint.files import LocalFile
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG
 from adapterkit.checkpoint.header import parse_header
 from adapterkit.errors import CheckFailed, UnsafeError
 from adapterkit.redaction import check_public
-from adapterkit.registry import disk
 from adapterkit.registry.beside import beside_bytes
 from adapterkit.registry.canonical import sha256
 from adapterkit.registry.names import is_repo

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapterkit import disk
 from adapterkit.checkpoint.hub import hub_errors
-from adapterkit.checkpoint.open import parse_hub
+from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import CheckFailed, HubError, NotFound, OutputError, UsageError
 from adapterkit.hub.files import allowed
-from adapterkit.registry import disk
 from adapterkit.registry.home import Home, entries, open_home
 from adapterkit.registry.names import check_name, check_path
 from adapterkit.registry.record import BESIDE, Origin, Record

@@ -20,6 +20,7 @@ from adapterkit.redaction import holds_secret
 CONFIG = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")
+_SHARD = re.compile(r"adapter_model-\d+-of-\d+\.safetensors")
 RULES = {
     "pickle": "A pickle can run code when it is loaded.",
     "training-state": "State of a training run has no place beside an adapter.",
@@ -116,7 +117,7 @@ def _files(folder: Path) -> list[Problem]:
         elif name.endswith(PICKLES):
             hint = "save it again with safe_serialization=True"
             found.append(Problem(ERROR, "pickle", "it is a pickle, which can run code when loaded", hint, file))
-    weights = [name for name in WEIGHTS if name in names]
+    weights = [name for name in WEIGHTS if name in names] or sorted(filter(_SHARD.fullmatch, names))
     if not weights:
         message = "there are no weights beside it"
         found.append(Problem(WARNING, "no-weights", message, f"add {WEIGHTS[0]}", str(folder / CONFIG)))

@@ -14,7 +14,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Sums:
+class FidelitySums:
     """Sums over entries: how many, how many moved, <W, W>, <D, D>, <G, D>, <G, G>, and <G-D, G-D> where it is asked for."""
 
     count: float = 0.0
@@ -25,12 +25,12 @@ class Sums:
     gg: float = 0.0
     ee: float = 0.0
 
-    def __add__(self, other: Sums) -> Sums:
-        return Sums(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: FidelitySums) -> FidelitySums:
+        return FidelitySums(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
-    def scaled(self, factor: float) -> Sums:
+    def scaled(self, factor: float) -> FidelitySums:
         """As of so many times the entries."""
-        return Sums(*(value * factor for value in astuple(self)))
+        return FidelitySums(*(value * factor for value in astuple(self)))
 
     @property
     def relative(self) -> float:
@@ -68,7 +68,7 @@ class Sums:
         return sqrt(self.ee / self.dd / self.count) if self.dd and self.count else 0.0
 
 
-def block_sums(base: torch.Tensor, wanted: torch.Tensor, got: torch.Tensor, *, error: bool = False) -> Sums:
+def block_sums(base: torch.Tensor, wanted: torch.Tensor, got: torch.Tensor, *, error: bool = False) -> FidelitySums:
     """The sums of one block.
 
     Products are summed in float32, which a block of 1 MB can bear, and blocks in float64.
@@ -87,7 +87,7 @@ def block_sums(base: torch.Tensor, wanted: torch.Tensor, got: torch.Tensor, *, e
     if error:
         e = there - new
         dots.append(e.dot(e))
-    return Sums(float(w.numel()), *(float(dot) for dot in dots))
+    return FidelitySums(float(w.numel()), *(float(dot) for dot in dots))
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Fidelity:
     cosine: float
 
     @classmethod
-    def of(cls, sums: Sums) -> Fidelity:
+    def of(cls, sums: FidelitySums) -> Fidelity:
         """From summed blocks; a change of nothing is kept whole."""
         if sums.dd == 0:
             return cls(0.0, sums.unmoved, 1.0, 1.0)

@@ -48,7 +48,7 @@ class Dense:
 
 
 @dataclass(frozen=True, eq=False)
-class Scaled:
+class ScaledRows:
     """``weight * delta``, one rounding per entry."""
 
     delta: DeltaRows
@@ -63,7 +63,7 @@ class Scaled:
 
 
 @dataclass(frozen=True, eq=False)
-class Computed:
+class ComputedRows:
     """A delta whose rows a function computes when they are asked for: the result of a streamed rule."""
 
     shape: tuple[int, int]
@@ -79,7 +79,7 @@ def total(deltas: Sequence[DeltaRows]) -> DeltaRows:
     def block(start: int, stop: int) -> torch.Tensor:
         return add([delta.rows(start, stop) for delta in deltas]).float()
 
-    return Computed(common_shape(deltas), block)
+    return ComputedRows(common_shape(deltas), block)
 
 
 def add(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -95,7 +95,7 @@ def scaled(delta: DeltaRows, weight: float) -> DeltaRows:
     if weight == 1.0:
         return delta
     own = getattr(delta, "scaled", None)
-    return own(weight) if own is not None else Scaled(delta, weight)
+    return own(weight) if own is not None else ScaledRows(delta, weight)
 
 
 def blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:

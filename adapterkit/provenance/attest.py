@@ -18,17 +18,17 @@ Formats: in-toto attestation framework v1 (Statement, ResourceDescriptor, Digest
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapterkit import disk
 from adapterkit.bases import open_model
-from adapterkit.checkpoint.open import parse_hub
+from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import AdapterkitError, NotFound, UsageError
 from adapterkit.provenance.record import entry
-from adapterkit.registry import disk, index, store
+from adapterkit.registry import index, store
 from adapterkit.registry.beside import beside_path, check_beside, read_beside
 from adapterkit.registry.canonical import sha256, thaw
 from adapterkit.registry.gather import gather
@@ -80,13 +80,7 @@ def attest(path: str | Path, inputs: Iterable[str | Path] = (), *, strict: bool 
     made = statement(record, files, beside_path(out).read_bytes(), known)
     target = out / NAME if out.is_dir() else out.with_name(f"{out.name}.{NAME}")
     with disk.writing(NAME, target.parent):
-        fd, temporary = disk.fresh(target.parent)
-        try:
-            disk.write_all(fd, (json.dumps(made, indent=2) + "\n").encode())
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(temporary, target)
+        disk.write_file(target, (json.dumps(made, indent=2) + "\n").encode())
     found = made["predicate"]["buildDefinition"]["resolvedDependencies"]
     return Attested(target, len(made["subject"]), len(found))
 

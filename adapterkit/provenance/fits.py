@@ -11,7 +11,7 @@ from adapterkit.errors import AdapterkitError
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.checkpoint.checkpoint import Checkpoint
-    from adapterkit.registry.identity import Comparison, Identity
+    from adapterkit.registry.identity import Identity, IdentityComparison
     from adapterkit.registry.record import Record
 
 
@@ -36,7 +36,7 @@ def record_of(adapter: Adapter) -> Record | None:
         return None
 
 
-def compare_bases(adapter: Adapter, base: Checkpoint, *, full: bool = False) -> Comparison | None:
+def compare_bases(adapter: Adapter, base: Checkpoint, *, full: bool = False) -> IdentityComparison | None:
     """What is proved about the base given and the one recorded; None when nothing is recorded.
 
     Headers, then the Hub's own digests, then at most 512 KiB of the weights (16 KiB of each tensor where they are local,
@@ -78,7 +78,7 @@ def _next(said: Identity, base: Checkpoint, full: bool) -> str:
     return "probe" if said.probe else ""
 
 
-def _compare(said: Identity, found: Identity, base: Checkpoint) -> Comparison:
+def _compare(said: Identity, found: Identity, base: Checkpoint) -> IdentityComparison:
     from adapterkit.registry.identity import compare
 
     return compare(said, found, said.label, found.label if found.id else base.ref)

@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit import disk
 from adapterkit.bases import open_model
-from adapterkit.checkpoint.open import parse_hub
+from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import AdapterkitError, UsageError
-from adapterkit.registry import disk
 from adapterkit.registry.beside import beside_bytes, read_beside
 from adapterkit.registry.canonical import sha256, thaw
 from adapterkit.registry.gather import gather
@@ -105,9 +105,12 @@ def adapter_parent(adapter: Adapter, role: str = "adapter", **parameters: Any) -
     """An adapter as a parent: by the digest of its files, the same whether or not it is registered."""
     folder = adapter.folder
     if folder is None:  # a loose file, or read by range from the Hub: named by its weights alone
-        data = adapter.source.read(0, adapter.source.size)
-        weights = FileEntry("adapter_model.safetensors", len(data), sha256(data))
-        content = Record("adapter", files=(weights,)).content
+        weights = []
+        for source in adapter.sources:
+            data = source.read(0, source.size)
+            name = source.name.rpartition("/")[2] if adapter.shards else "adapter_model.safetensors"
+            weights.append(FileEntry(name, len(data), sha256(data)))
+        content = Record("adapter", files=tuple(weights)).content
         return Parent(role, content, label=label(adapter.ref, adapter.commit), parameters=parameters)
     record = _in_registry(folder)
     if record is not None:
@@ -126,7 +129,7 @@ def adapter_parent(adapter: Adapter, role: str = "adapter", **parameters: Any) -
 
 def converted_parent(ref: str | Path, model: bool) -> Parent:
     """What is converted, as a parent: a model by its identity, an adapter by the digest of its files."""
-    from adapterkit.adapters.adapter import load_adapter
+    from adapterkit.adapters.load import load_adapter
 
     if model:
         return base_parent(open_model(ref), "source")
@@ -194,8 +197,7 @@ def _files(folder: Path, adapter: Adapter) -> list[tuple[str, Path]]:
         found = []
     if found and sum(real.stat().st_size for _, real in found) <= _MOST:
         return found
-    assert adapter.source.path is not None
-    own = [adapter.source.path, folder / "adapter_config.json"]
+    own = [source.path for source in adapter.sources if source.path is not None] + [folder / "adapter_config.json"]
     return [(path.name, path) for path in own if path.is_file()]
 
 

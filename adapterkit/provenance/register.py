@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import is_adapter
+from adapterkit.adapters.load import is_adapter
 from adapterkit.bases import open_model
-from adapterkit.checkpoint.open import parse_hub
+from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import CheckFailed, NotFound, UsageError
 from adapterkit.redaction import check_public
 from adapterkit.registry.beside import beside_path, read_beside
@@ -18,53 +18,35 @@ from adapterkit.registry.names import is_repo
 from adapterkit.registry.register import Registered, register_base
 from adapterkit.registry.register import register as store
 from adapterkit.registry.weights import cheap, identity_of
+from adapterkit.requests.call import takes
+from adapterkit.requests.register import RegisterRequest
 
 if TYPE_CHECKING:
     from adapterkit.registry.record import Record
 
 
-def register(
-    path: str | Path,
-    name: str,
-    *,
-    base: str | Path | None = None,
-    base_id: str = "",
-    kind: str = "",
-    method: str = "",
-    meta: Mapping[str, str] | None = None,
-    full: bool = False,
-    new_version: bool = False,
-    link: bool = False,
-    ignore_record: bool = False,
-    evidence: Mapping[str, Any] | None = None,
-    home: Path | None = None,
-) -> Registered:
+@takes(RegisterRequest)
+def register(request: RegisterRequest) -> Registered:
     """Register an artefact; what is not given is taken from ``adapterkit.json`` beside it, then from its config.
-
-    Args:
-        path: a folder or file; with ``kind="base"`` also a Hub id, of which only the identity is kept.
-        name: of the registry entry.
-        base: what it was trained on or made from: folder, file, registry name or Hub id.
-        base_id: the Hub id of ``base``, when that is a local folder.
-        meta: free text by key.
-        full: read every byte of the base (and of a registered model) for the strongest identity.
-        new_version, link, ignore_record: as in `adapterkit.registry.register.register`.
-        evidence: by kind, beside what the record there holds already.
 
     Raises:
         CheckFailed: ``adapterkit.json`` describes other files than are there.
         UsageError, UnsafeError, NotFound, RegistryError, OutputError, CheckpointError, AuthError, HubError
     """
-    for key, value in (meta or {}).items():
+    path: Any = request.path
+    name, base, base_id = request.name, request.base, request.base_id
+    kind, method, full, home = request.kind, request.method, request.full, request.folder
+    meta, evidence = request.texts, request.evidence or None
+    for key, value in meta.items():
         check_public(f"{key}={value}", f"the metadata '{key}'")
     if kind == "base":
-        return _register_base(path, name, base_id, method, meta, full, new_version, home)
+        return _register_base(path, name, base_id, method, meta, full, request.new_version, home)
     if not Path(path).expanduser().exists():
         hub = parse_hub(str(path))
         hint = f"pull {path} brings it from the Hub" if hub is not None else "give a folder or a file"
         raise NotFound(f"{path} does not exist", hint)
     folder = Path(path).expanduser()
-    beside = None if ignore_record else _beside(folder)
+    beside = None if request.ignore_record else _beside(folder)
     known = None if base is None else _base_identity(base, base_id, folder, full, home)
     if base is None and base_id:
         if beside is None or beside.base is None:
@@ -79,9 +61,9 @@ def register(
         base=known,
         identity=own,
         meta=meta,
-        new_version=new_version,
-        link=link,
-        ignore_beside=ignore_record,
+        new_version=request.new_version,
+        link=request.link,
+        ignore_beside=request.ignore_record,
         evidence=evidence,
         home=home,
     )

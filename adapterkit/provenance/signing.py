@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit import disk
 from adapterkit.errors import CheckFailed, NotFound, OutputError, UnsafeError, UsageError
-from adapterkit.registry import blobs, disk, resolve
+from adapterkit.registry import blobs, resolve
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.record import NOT_CONTENT, FileEntry, Record
 from adapterkit.registry.register import register_record
@@ -65,14 +66,10 @@ def sign(target: str | Path, key: str | Path, *, home: Path | None = None) -> Si
     path = _path(target)
     if path is not None:
         place = path / SIGNATURE if path.is_dir() else path.with_name(f"{path.name}.{SIGNATURE}")
-        with disk.writing(SIGNATURE, place.parent):
-            fd, temporary = disk.fresh(place.parent)
-            os.close(fd)
-            try:
-                _sign(path, temporary, private, links=False, besides=(temporary.name,))
-                os.replace(temporary, place)
-            finally:
-                temporary.unlink(missing_ok=True)
+        with disk.writing(SIGNATURE, place.parent), tempfile.TemporaryDirectory(prefix="adapterkit-sign-") as folder:
+            made = Path(folder) / SIGNATURE
+            _sign(path, made, private, links=False)
+            disk.write_file(place, made.read_bytes())
         return Signed(place)
     at = open_home(home)
     record = resolve.find(at, str(target))

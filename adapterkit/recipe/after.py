@@ -3,17 +3,20 @@ it held, and none again for the same bytes."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit import disk
 from adapterkit.errors import CheckFailed, OutputError
 from adapterkit.provenance.record import created
-from adapterkit.recipe.carry import How, Pins, merge_options, opened_as
+from adapterkit.recipe.carry import How, Pins, opened_as, request_of
 from adapterkit.recipe.parse import RecipeFile
-from adapterkit.recipe.state import Made, State, key_of, write_whole
+from adapterkit.recipe.state import Made, State, key_of
 from adapterkit.recipe.steps import CONVERT, Step
 from adapterkit.registry.record import UNDATED
 from adapterkit.registry.verification import KEY, Verification, evidence_of
@@ -24,12 +27,6 @@ if TYPE_CHECKING:
 VERIFY, REGISTER, PUSH = "verify", "register", "push"
 # kind of a registered conversion, by its form; a merge and a combination say it in the record beside them
 _KINDS = {"gguf": "converted", "gguf-lora": "converted", "peft": "adapter", "mlx": "adapter"}
-
-# Options of a merge that decide values, as `verify` takes them.
-_OF_VALUES = (
-    *("weights", "method", "scale", "space", "parameters", "as_trained", "double_quant", "quant_dtype", "skip_modules"),
-    *("base16", "residual_base", "expert_order", "allow_unknown"),
-)
 
 Task = tuple[str, str, Callable[[], dict[str, Any]]]
 
@@ -118,7 +115,7 @@ class After:
 
     def _lost_page(self, step: Step) -> bool:
         page = None if step.verify is None else step.verify.html
-        return page is not None and not (self._file.folder / page).is_file()
+        return page is not None and not page_of(self._file, page).is_file()
 
     def _tasks(self, step: Step, origin: Step, made: Made, done: Mapping[str, Any]) -> Iterator[Task]:
         verify, register, push = step.verify, step.asked.register, step.asked.push
@@ -139,17 +136,18 @@ class After:
         Raises:
             CheckFailed: it is not what was trained, or a threshold does not hold.
         """
+        from adapterkit.requests.verify import merge_options
         from adapterkit.verbs.verify import verify
 
         asked = step.verify
         assert asked is not None
         assert origin.base is not None
-        options = merge_options(origin, self._pins)
+        merged = request_of(origin, self._pins, self._how)
         self._note(f"{step.name}: verifying {asked.level}")
         found = verify(
             step.out,
-            base=opened_as(origin.base, self._pins),
-            adapters=[opened_as(one, self._pins) for one in origin.adapters],
+            base=merged.base,
+            adapters=merged.adapters,
             level=asked.level,
             prompts=None if asked.prompts is None else self._file.folder / asked.prompts,
             max_kl=asked.max_kl,
@@ -157,10 +155,10 @@ class After:
             min_retention=asked.min_retention,
             jobs=self._how.jobs,
             progress=self._how.progress,
-            **{name: options[name] for name in _OF_VALUES},
+            **merge_options(merged),
         )
         if asked.html is not None:
-            self._page(self._file.folder / asked.html, found)
+            self._page(asked.html, found)
         wrong = [finding for finding in found.findings if finding.severity == "error"]
         if wrong:
             more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
@@ -172,15 +170,16 @@ class After:
             "evidence": evidence_of(_levels(found)),
         }
 
-    def _page(self, path: Path, found: VerifyReport) -> None:
+    def _page(self, name: str, found: VerifyReport) -> None:
         """The evidence as a page, whether it holds or not."""
         from adapterkit.verbs.verify.page import html
 
-        try:
+        path, data = page_of(self._file, name), html(found).encode()
+        with disk.writing(path.name, path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, html(found).encode())
-        except OSError as error:
-            raise OutputError(f"{path} cannot be written ({error.strerror})", "check the path") from None
+            disk.write_file(path, data)
+        self._state.pages[name] = hashlib.sha256(data).hexdigest()
+        self._state.save()
         self._note(f"page written to {path}")
 
     def _register(self, step: Step, done: Mapping[str, Any]) -> dict[str, Any]:
@@ -197,7 +196,7 @@ class After:
             base_id=asked.base_id if converted and step.base is not None else "",
             kind=_KINDS[step.to] if converted else "",
             meta=asked.meta,
-            evidence={KEY: done[VERIFY]["evidence"]} if VERIFY in done else None,
+            evidence={KEY: done[VERIFY]["evidence"]} if VERIFY in done else {},
         )
         record = found.record
         self._note(f"{step.name}: {record.ref}{'' if found.new else ', was there already'}")
@@ -216,6 +215,29 @@ class After:
         )
         self._note(f"{step.name}: {found.pull_request or found.url}")
         return {"repo": found.repo, "commit": found.commit, "url": found.pull_request or found.url, "new": found.new}
+
+
+def page_of(file: RecipeFile, name: str) -> Path:
+    """Where the page with the evidence goes."""
+    return file.folder / Path(name).expanduser()
+
+
+def check_pages(file: RecipeFile, steps: tuple[Step, ...], written: Mapping[str, str]) -> None:
+    """Refuse to replace a page that an earlier build did not write, or that was changed since.
+
+    Args:
+        written: sha256 of those that it wrote, by what the recipe calls them.
+
+    Raises:
+        OutputError: there is one.
+    """
+    for step in steps:
+        if step.verify is None or step.verify.html is None:
+            continue
+        path = page_of(file, step.verify.html)
+        before = written.get(step.verify.html)
+        if os.path.lexists(path) and (before is None or not path.is_file() or disk.hash_file(path)[0] != before):
+            raise OutputError(f"{path} exists, and this recipe did not write it", "move it away, or use --force")
 
 
 def _summary(found: VerifyReport) -> str:

@@ -12,15 +12,19 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from adapterkit import disk
 from adapterkit._version import __version__
-from adapterkit.adapters.adapter import file_and_parts
+from adapterkit.adapters.load import file_and_parts
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG, read_index, side_names, weight_names
+from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.checkpoint.listing import LocalFolder
-from adapterkit.checkpoint.open import locate, parse_hub
+from adapterkit.checkpoint.open import locate
 from adapterkit.errors import CheckFailed, NotFound, RecipeError
-from adapterkit.recipe.parse import RecipeFile, shown
-from adapterkit.recipe.state import State, digest_of, key_of, write_whole
+from adapterkit.recipe.parse import OPTIONS, RecipeFile, shown
+from adapterkit.recipe.schema import Table, known_options
+from adapterkit.recipe.state import State, digest_of, key_of
 from adapterkit.recipe.steps import Input, Step, located
+from adapterkit.requests.option import PAIRS
 
 FORMAT = 1
 TORCH = ("torch", "numpy")
@@ -110,7 +114,8 @@ def write_lock(path: Path, lock: Lock) -> bool:
     data = lock.to_json().encode()
     if path.is_file() and path.read_bytes() == data:
         return False
-    write_whole(path, data)
+    with disk.writing(path.name, path.parent):
+        disk.write_file(path, data)
     return True
 
 
@@ -204,12 +209,22 @@ def _said(value: Any) -> Any:
         return {name: _said(one) for name, one in value.items()}
     if not is_dataclass(value):
         return value
-    pairs = [(one, getattr(value, one.name)) for one in fields(value)]
-    return {
+    pairs = [(one, getattr(value, one.name)) for one in fields(value) if one.name != OPTIONS]
+    found = {
         one.name: _said(given)
         for one, given in pairs
         if given != (one.default if one.default_factory is MISSING else one.default_factory())
     }
+    for key, known in known_options(getattr(value, "TABLE", "")).items():
+        given = getattr(value, OPTIONS).get(known.name, known.default) if isinstance(value, Table) else known.default
+        if given != known.default:
+            plain = dict(given) if known.option.kind == PAIRS else given
+            found[_NAMES.get(key, key.replace("-", "_"))] = _said(plain)
+    return found
+
+
+# Keys that a lock calls by another name.
+_NAMES = {"for": "for_", "lambda": "scale"}
 
 
 def check_locked(path: Path, before: Lock | None, now: Lock) -> None:

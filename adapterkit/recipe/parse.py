@@ -7,14 +7,15 @@ import math
 import re
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from adapterkit.errors import AdapterkitError, NotFound, RecipeError
 from adapterkit.recipe.positions import line_of, positions
-from adapterkit.recipe.schema import Recipe
+from adapterkit.recipe.schema import Recipe, Table, known_options
+from adapterkit.requests.option import FLAG, NUMBER, PAIRS, PARAMETERS, PATH, REF, SWITCH, TEXT, WHOLE, Option
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -26,6 +27,8 @@ Place = tuple[str | int, ...]
 
 DEFAULT, PYPROJECT = "adapterkit.toml", "pyproject.toml"
 _TABLE = ("tool", "adapterkit")
+OPTIONS = "options"
+_HINTS: dict[str, type] = {TEXT: str, REF: str, PATH: str, WHOLE: int, NUMBER: float, FLAG: bool, SWITCH: bool}
 _WORDS = {
     str: "a string",
     bool: "true or false",
@@ -168,12 +171,18 @@ class _Reader:
         if not isinstance(data, dict):
             self._wrong(place, "a table", data)
         hints = get_type_hints(kind)
-        known = {key_of(one): one for one in fields(kind)}  # type: ignore[arg-type]
+        known = {key_of(one): one for one in fields(kind) if one.name != OPTIONS}  # type: ignore[arg-type]
+        options = {k: one for k, one in known_options(getattr(kind, "TABLE", "")).items() if k not in known}
         for name in data:
-            if name not in known:
+            if name not in known and name not in options:
                 where = f" in {shown(place)}" if place else ""
-                self._fail((*place, name), f"there is no key '{name}'{where}", nearest(name, list(known)))
-        given = {}
+                self._fail((*place, name), f"there is no key '{name}'{where}", nearest(name, [*known, *options]))
+        given: dict[str, Any] = {}
+        said = {
+            one.name: self._option(one.option, data[key], (*place, key)) for key, one in options.items() if key in data
+        }
+        if issubclass(kind, Table):
+            given[OPTIONS] = said
         for name, one in known.items():
             if name in data:
                 given[one.name] = self._value(hints[one.name], one, data[name], (*place, name))
@@ -181,6 +190,22 @@ class _Reader:
                 what = f"{shown(place)} has no '{name}'" if place else f"the recipe has no '{name}'"
                 self._fail(place, what, f"add {name}")
         return kind(**given)
+
+    def _option(self, option: Option, data: Any, place: Place) -> Any:
+        """The value of an option, by its kind."""
+        if option.kind == PARAMETERS:
+            return self._mapping(Any, data, place)
+        if option.kind == PAIRS:
+            return tuple(self._mapping(str, data, place).items())
+        hint = _HINTS[option.kind]
+        if option.many:
+            if not isinstance(data, list):
+                self._wrong(place, "a list", data)
+            return tuple(self._plain(hint, item, (*place, i)) for i, item in enumerate(data))
+        found = self._plain(hint, data, place)
+        choices = () if option.open or not option.choices else option.values()
+        self._within(choices, (option.low, option.high), found, place)
+        return found
 
     def _value(self, hint: Any, one: Field[Any], data: Any, place: Place) -> Any:
         hint = _without_none(hint)
@@ -216,13 +241,19 @@ class _Reader:
         return data
 
     def _check(self, one: Field[Any], value: Any, place: Place) -> None:
-        choices = one.metadata.get("choices")
-        if choices is not None and value not in choices:
+        self._within(one.metadata.get("choices", ()), (None, None), value, place)
+
+    def _within(
+        self, choices: Sequence[str], bounds: tuple[float | None, float | None], value: Any, place: Place
+    ) -> None:
+        """Refuse a value that is none of the choices, or out of its bounds."""
+        if choices and value not in choices:
             self._fail(place, f"{shown(place)} is '{value}'", f"use {', '.join(choices)}")
-        low, high = one.metadata.get("range", (None, None))
+        low, high = bounds
         if (low is not None and value < low) or (high is not None and value > high):
-            bounds = f"it lies between {low:g} and {high:g}" if high is not None else f"it is at least {low:g}"
-            self._fail(place, f"{shown(place)} is {value:g}, which can never hold", bounds)
+            least = f"it is at least {low:g}"
+            hint = least if high is None else f"it lies between {low or 0:g} and {high:g}"
+            self._fail(place, f"{shown(place)} is {value:g}, which can never hold", hint)
 
     def _wrong(self, place: Place, wanted: str, data: Any) -> NoReturn:
         got = _WORDS.get(type(data), f"a {type(data).__name__}")

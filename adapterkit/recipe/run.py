@@ -12,18 +12,7 @@ from typing import Any
 from adapterkit.checkpoint.plan import BASELINE_MEMORY, WORKER_MEMORY, default_jobs
 from adapterkit.recipe import after
 from adapterkit.recipe.after import After, in_folder
-from adapterkit.recipe.carry import (
-    How,
-    combine_step,
-    convert_step,
-    hand_over,
-    plan_convert_step,
-    plan_merge_step,
-    projector,
-    settings,
-    wanted_merge,
-    write_merges,
-)
+from adapterkit.recipe.carry import How, carry, job_of, planned, settings
 from adapterkit.recipe.lock import (
     Lock,
     Locked,
@@ -41,23 +30,27 @@ from adapterkit.recipe.lock import (
 from adapterkit.recipe.parse import RecipeFile, read_recipe, shown
 from adapterkit.recipe.report import AGAIN, NEW, UNCHANGED, BuildPlan, BuildReport, BuiltOutput, PlannedOutput
 from adapterkit.recipe.state import Made, State, key_of, output_files
-from adapterkit.recipe.steps import COMBINE, CONVERT, MERGE, Input, Step, located, steps_of
+from adapterkit.recipe.steps import CONVERT, MERGE, Input, Step, check_inside, located, steps_of
+from adapterkit.verbs.job import Measured, peak_memory
 
 Note = Callable[[str], None]
 
 
-def plan_build(recipe: str | Path | None = None, *, locked: bool = False, jobs: int | None = None) -> BuildPlan:
+def plan_build(
+    recipe: str | Path | None = None, *, locked: bool = False, jobs: int | None = None, outside: bool = False
+) -> BuildPlan:
     """Everything that `build` will do, from headers alone: no tensor is read, nothing is written.
 
     Args:
         recipe: the file; by default ``adapterkit.toml``, else ``pyproject.toml``, here.
         locked: hold it against the lock, and use what that pins.
         jobs: worker threads, for the estimate of memory.
+        outside: outputs may lie outside of the recipe's folder.
 
     Raises:
         RecipeError, CheckFailed, NotFound, CheckpointError, AdapterError, TargetError, UnsafeError, AuthError, HubError
     """
-    work = _Build(read_recipe(recipe), locked=locked)
+    work = _Build(read_recipe(recipe), locked=locked, outside=outside)
     return work.plan(jobs or default_jobs())
 
 
@@ -68,13 +61,14 @@ def build(
     jobs: int | None = None,
     force: bool = False,
     resume: bool = False,
+    outside: bool = False,
     progress: Callable[[int, int], None] | None = None,
     note: Note = lambda text: None,
 ) -> BuildReport:
     """Carry out a recipe: make what is not there or was made from something else, then verify, register and push it.
 
     Args:
-        recipe, locked: see `plan_build`; without ``locked`` the lock is written anew.
+        recipe, locked, outside: see `plan_build`; without ``locked`` the lock is written anew.
         jobs: worker threads; the output bytes do not depend on it.
         force: replace outputs that this recipe did not make, or that were changed since.
         resume: continue an interrupted run, and leave the same behind if interrupted.
@@ -86,16 +80,18 @@ def build(
         OutputError: an output is there that the recipe did not make.
         RecipeError, NotFound, CheckpointError, AdapterError, TargetError, UnsafeError, AuthError, HubError
     """
-    work = _Build(read_recipe(recipe), locked=locked)
+    work = _Build(read_recipe(recipe), locked=locked, outside=outside)
     return work.run(How(jobs, resume, progress), force=force, note=note)
 
 
 class _Build:
     """A recipe with everything that is known of it before a byte is written."""
 
-    def __init__(self, file: RecipeFile, *, locked: bool) -> None:
+    def __init__(self, file: RecipeFile, *, locked: bool, outside: bool = False) -> None:
         self.file, self.locked = file, locked
         self.steps = steps_of(file)
+        if not outside:
+            check_inside(file, self.steps)
         after.check(file, self.steps)
         self.by_name = {step.name: step for step in self.steps}
         self.state = State(file.path)
@@ -190,27 +186,19 @@ class _Build:
         about: dict[str, Any] = {}
         waits = any(one.output is not None and not one.path.exists() for one in step.inputs if one.path is not None)
         with located(self.file, "outputs", step.name):
-            projector(step, force=True)
-            if step.verb == MERGE and not waits:
-                merge = plan_merge_step(step, self.pins, jobs=jobs)
-                report = merge.report(step.out)
+            if not waits:
+                made = planned(step, self.pins, How(jobs), headers_only=True, force=True)
+                job = made.job()
+                for one in job.beside:
+                    one.check()
+                report = job.report(Measured(plan=job.plan, dry_run=True))
                 about = {
-                    "files": report.files,
-                    "nbytes": report.nbytes,
-                    "peak_memory": merge.plan.peak_memory,
-                    "tensors": report.tensors,
-                    "touched": report.touched,
+                    "files": tuple(path.name for path in job.plan.targets(step.out).values()),
+                    "nbytes": job.plan.nbytes,
+                    "peak_memory": job.plan.peak_memory,
+                    "tensors": len(job.plan.steps),
+                    "touched": getattr(report, "touched", None),
                     "notes": report.notes,
-                }
-            elif step.verb == CONVERT and not waits:
-                conversion = plan_convert_step(step, self.pins, jobs=jobs)
-                made = conversion.report(step.out)
-                about = {
-                    "files": made.files,
-                    "nbytes": made.nbytes,
-                    "peak_memory": conversion.peak_memory,
-                    "tensors": made.tensors,
-                    "notes": made.notes,
                 }
         return PlannedOutput(
             name=step.name,
@@ -233,6 +221,8 @@ class _Build:
         reports: dict[str, Mapping[str, Any]] = {}
         states: dict[str, str] = {}
         passes, notes = 0, list[str]()
+        if not force:
+            after.check_pages(self.file, self.steps, self.state.pages)
         for step in self.steps:
             self._pin(step)
         for step in self.steps:
@@ -275,7 +265,7 @@ class _Build:
             passes=passes,
             lock_written=written,
             seconds=time.monotonic() - started,
-            peak_memory=_peak_memory(),
+            peak_memory=peak_memory(),
             notes=tuple(notes),
         )
 
@@ -292,26 +282,12 @@ class _Build:
     ) -> list[dict[str, Any]]:
         # What this recipe made and nobody touched since may be replaced without asking.
         replace = [force or self._known(one) is not None for one in group]
-        step = group[0]
-        projectors = []
+        jobs = []
         for one, again in zip(group, replace, strict=True):
             with located(self.file, "outputs", one.name):
-                projectors.append(projector(one, force=again))
-        if step.verb == MERGE:
-            wanted = []
-            for one, again in zip(group, replace, strict=True):
-                with located(self.file, "outputs", one.name):
-                    wanted.append(wanted_merge(one, self.pins, how, force=again))
-            with located(self.file, "outputs", step.name):
-                found = write_merges(wanted, how)
-        else:
-            with located(self.file, "outputs", step.name):
-                make = combine_step if step.verb == COMBINE else convert_step
-                found = [make(step, self.pins, how, force=replace[0])]
-        for one, tower in zip(group, projectors, strict=True):
-            with located(self.file, "outputs", one.name):
-                tower.copy()
-                hand_over(one, self.pins)
+                jobs.append(job_of(one, self.pins, how, force=again))
+        with located(self.file, "outputs", group[0].name):
+            found = carry(jobs, how)
         return [asdict(report) for report in found]
 
     def _note_made(self, step: Step, report: Mapping[str, Any], digests: Mapping[str, str]) -> Made:
@@ -376,9 +352,3 @@ def _abreast(rows: Sequence[PlannedOutput], jobs: int) -> int:
 def _reads(one: Input) -> str:
     text = f"outputs.{one.output}" if one.output is not None else one.ref
     return f"{text} x {one.weight:g}" if one.weight != 1 else text
-
-
-def _peak_memory() -> int:
-    from adapterkit.verbs.merge import peak_memory
-
-    return peak_memory()

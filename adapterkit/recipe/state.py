@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adapterkit import disk
 from adapterkit.errors import OutputError
-from adapterkit.registry import disk
 
 FOLDER = ".adapterkit"
 FORMAT = 1
@@ -62,13 +62,18 @@ class State:
         self.path = recipe.parent / FOLDER / f"{recipe.stem}.json"
         self._hashes: dict[str, list[Any]] = {}
         self.made: dict[str, Made] = {}
+        self.pages: dict[str, str] = {}  # sha256 of the pages that were written, by what the recipe calls them
         try:
-            data = json.loads(self.path.read_bytes())
+            data = json.loads(disk.read_inside(self.path.parent, self.path.name) or b"")
             if data["format"] == FORMAT:
+                # A hash holds for an inode and its times, which nobody foresees. What was made is believed only of a folder
+                # that was made here: a repository may carry one that calls its own files the outputs.
                 self._hashes = {str(name): list(entry) for name, entry in data["hashes"].items()}
-                self.made = {str(name): Made(**entry) for name, entry in data["made"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            self._hashes, self.made = {}, {}  # nothing is known, then
+                if disk.is_own(self.path.parent):
+                    self.made = {str(name): Made(**entry) for name, entry in data["made"].items()}
+                    self.pages = {str(name): str(entry) for name, entry in data.get("pages", {}).items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            self._hashes, self.made, self.pages = {}, {}, {}  # nothing is known, then
 
     def sha256(self, path: Path) -> str:
         """The sha256 of a file, from memory where its size, times and inode are those that were hashed."""
@@ -99,11 +104,13 @@ class State:
         """
         hashes = {name: entry for name, entry in self._hashes.items() if os.path.exists(name)}
         made = {name: asdict(entry) for name, entry in self.made.items()}
-        data = json.dumps({"format": FORMAT, "hashes": hashes, "made": made}, indent=1, sort_keys=True)
+        data = json.dumps(
+            {"format": FORMAT, "hashes": hashes, "made": made, "pages": self.pages}, indent=1, sort_keys=True
+        )
         try:
-            self.path.parent.mkdir(exist_ok=True)
-            (self.path.parent / ".gitignore").write_text("*\n")
-            write_whole(self.path, data.encode())
+            disk.own_folder(self.path.parent)
+            disk.write_file(self.path.parent / ".gitignore", b"*\n")
+            disk.write_file(self.path, data.encode())
         except OSError as error:
             raise OutputError(
                 f"{self.path} cannot be written ({error.strerror})", "check the folder's permissions"
@@ -115,13 +122,6 @@ def output_files(out: Path, known: Iterable[str] = ()) -> dict[str, Path]:
     if out.is_dir():
         return {p.relative_to(out).as_posix(): p for p in sorted(out.rglob("*")) if p.is_file()}
     return {name: out.parent / name for name in known if (out.parent / name).is_file()}
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """A small file, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(data)
-    os.replace(part, path)
 
 
 def _state(path: Path) -> list[int]:

@@ -7,42 +7,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from adapterkit.adapters.adapter import file_and_parts
-from adapterkit.checkpoint.open import parse_hub
-from adapterkit.errors import AdapterkitError, NotFound
+from adapterkit.adapters.load import file_and_parts
+from adapterkit.checkpoint.hub_ref import parse_hub
+from adapterkit.errors import AdapterkitError, NotFound, UnsafeError
 from adapterkit.recipe.parse import Place, RecipeFile, key_of, nearest, shown
-from adapterkit.recipe.schema import BaseChoice, Combination, Output, Verification
-from adapterkit.verbs.conversions.formats import FORMATS
-from adapterkit.verbs.options import FOLDER, GGUF
+from adapterkit.recipe.schema import BaseChoice, Combining, Output, Table, Verification, known_options
+from adapterkit.requests.adapters import CombineRequest
+from adapterkit.requests.convert import ConvertRequest
+from adapterkit.requests.formats import FORMATS
+from adapterkit.requests.merge import FOLDER, FOLDER_FORMATS, GGUF, MergeRequest
+from adapterkit.requests.option import Request
 
 ADAPTER = "adapter"
 MERGE, COMBINE, CONVERT = "merge", "combine", "convert"
-FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8")
-
-_QUANT = (
-    "for_",
-    "pre",
-    "mmproj",
-    "quant",
-    "imatrix",
-    "pure",
-    "tensor_types",
-    "output_type",
-    "token_embd_type",
-    "leave_output",
-    "yes_lossy",
-)
-_ALWAYS = ("path", "to", "register", "push")
-_WRITTEN = ("dtype", "double_quant", "max_shard_size")
-_MERGED = ("keep_touched", "keep_below", "device", "full_record")
-_CONVERTED = ("plain", "rank", "energy", "skip_modules", "calibration", "compressor")
-# Which keys of an output mean something for what makes it.
+OF_VERB: dict[str, type[Request]] = {MERGE: MergeRequest, COMBINE: CombineRequest, CONVERT: ConvertRequest}
+# Which tables and references of an output mean something for what makes it; its options are those of the verb.
+_ALWAYS = frozenset({"path", "to", "register", "push"})
 TAKES = {
-    MERGE: (*_ALWAYS, *_QUANT, "adapters", "base", "merge", *_WRITTEN, *_MERGED, "verify"),
-    COMBINE: (*_ALWAYS, "adapters", "base", "merge", "dtype", "rank", "energy", "own_ranks"),
-    CONVERT: (*_ALWAYS, *_QUANT, "from_", "adapters", "base", *_WRITTEN, *_CONVERTED, "verify"),
+    MERGE: _ALWAYS | {"adapters", "base", "merge", "verify"},
+    COMBINE: _ALWAYS | {"adapters", "base", "merge"},
+    CONVERT: _ALWAYS | {"from_", "adapters", "base", "verify"},
 }
 
 
@@ -87,7 +73,7 @@ class Step:
     to: str
     out: Path
     asked: Output
-    combination: Combination
+    combination: Combining
     choice: BaseChoice | None
     base: Input | None
     base16: Input | None
@@ -129,7 +115,7 @@ class Step:
         """What decides the folded values: two merges that agree in it can share one pass over the base."""
         refs = tuple((one.path or one.ref, one.weight) for one in self.adapters)
         return (
-            self.choice,
+            repr(self.choice),
             None if self.base is None else self.base.path or self.base.ref,
             refs,
             repr(self.combination),
@@ -192,6 +178,8 @@ class _Maker:
         self._check_verify(verb, asked, place)
         if verb == CONVERT and "base" not in FORMATS[to].takes:
             choice = None
+        if choice is not None:
+            self._check_options(choice, verb, at, f"{shown(place)}, a {verb} to {to}")
         base = None if choice is None else self._input((*at, "ref"), choice.ref)
         base16 = (
             None
@@ -227,13 +215,13 @@ class _Maker:
 
     def _check_keys(self, verb: str, to: str, asked: Output, place: Place) -> None:
         for one in fields(Output):
+            if one.name == "options":
+                continue
             value = getattr(asked, one.name)
             default = one.default if one.default_factory is MISSING else one.default_factory()
             if value != default and one.name not in TAKES[verb]:
-                key = key_of(one)
-                self.file.fail(
-                    (*place, key), f"'{key}' means nothing for {shown(place)}, a {verb} to {to}", "leave it out"
-                )
+                self._means_nothing(key_of(one), place, f"{shown(place)}, a {verb} to {to}")
+        self._check_options(asked, verb, place, f"{shown(place)}, a {verb} to {to}")
         if verb == CONVERT and to == FOLDER:
             self.file.fail(
                 (*place, "from"),
@@ -243,9 +231,9 @@ class _Maker:
         if to == FOLDER and asked.quant is not None and asked.quant not in FOLDER_FORMATS:
             hint = f"use {', '.join(FOLDER_FORMATS)}, or give it a path that ends in .gguf"
             self.file.fail((*place, "quant"), f"'{asked.quant}' is no format of a folder", hint)
-        if asked.for_ is not None and to != GGUF:
+        if asked.server is not None and to != GGUF:
             self.file.fail(
-                (*place, "for"), f"{asked.for_} serves a GGUF file, and {shown(place)} is none", "leave it out"
+                (*place, "for"), f"{asked.server} serves a GGUF file, and {shown(place)} is none", "leave it out"
             )
         if asked.mmproj is not None and to != GGUF:
             self.file.fail(
@@ -259,6 +247,16 @@ class _Maker:
             )
         if to == GGUF and asked.quant in FOLDER_FORMATS:
             self.file.fail((*place, "quant"), f"'{asked.quant}' is no type of a GGUF file", "use a mix such as Q4_K_M")
+
+    def _check_options(self, table: Table, verb: str, place: Place, what: str) -> None:
+        """Refuse options of a table that the verb does not have."""
+        known = OF_VERB[verb].options()
+        for key, one in known_options(table.TABLE).items():
+            if one.name in table.options and not (one.name in known and _is_of(known[one.name].recipe, table.TABLE)):
+                self._means_nothing(key, place, what)
+
+    def _means_nothing(self, key: str, place: Place, what: str) -> NoReturn:
+        self.file.fail((*place, key), f"'{key}' means nothing for {what}", "leave it out")
 
     def _base(self, asked: Output, place: Place) -> tuple[BaseChoice | None, Place]:
         return (self.recipe.base, ("base",)) if asked.base is None else (asked.base, (*place, "base"))
@@ -361,6 +359,10 @@ class _Maker:
             )
 
 
+def _is_of(place: str, table: str) -> bool:
+    return place.partition(".")[0] == table
+
+
 def _registered(ref: str) -> bool:
     from adapterkit.errors import RegistryError
     from adapterkit.registry.finder import is_known
@@ -372,17 +374,40 @@ def _registered(ref: str) -> bool:
         return False
 
 
+def _written(file: RecipeFile, step: Step) -> list[tuple[Path, Place]]:
+    """Every path that a step writes, and the key that names it."""
+    places: list[tuple[Path, Place]] = [(step.out, ("outputs", step.name, "path"))]
+    if step.verify is not None and step.verify.html is not None:
+        at: Place = ("verify", "html") if step.asked.verify is None else ("outputs", step.name, "verify", "html")
+        places.append((file.folder / Path(step.verify.html).expanduser(), at))
+    if step.projector is not None:
+        places.append((step.projector, ("outputs", step.name, "mmproj")))
+    return places
+
+
+def check_inside(file: RecipeFile, steps: Sequence[Step]) -> None:
+    """Refuse outputs outside of the recipe's folder, also through links in it: a recipe may come with a repository of
+    somebody else's.
+
+    Raises:
+        UnsafeError: there is one.
+    """
+    project = _real(file.folder)
+    for step in steps:
+        for path, place in _written(file, step):
+            with located(file, *place):
+                if not _real(path.parent).joinpath(path.name).is_relative_to(project):
+                    raise UnsafeError(
+                        f"{shown(place)} lies outside of the recipe's folder, at {path}",
+                        "give it a path in there, or allow it with --outside",
+                    )
+
+
 def _check_paths(file: RecipeFile, steps: Mapping[str, Step]) -> None:
     """No two outputs on one path or in each other, none over an input or the recipe."""
     taken: dict[Path, tuple[str, Place]] = {}
-    for name, step in steps.items():
-        places: list[tuple[Path, Place]] = [(step.out, ("outputs", name, "path"))]
-        if step.verify is not None and step.verify.html is not None:
-            at: Place = ("verify", "html") if step.asked.verify is None else ("outputs", name, "verify", "html")
-            places.append((file.folder / step.verify.html, at))
-        if step.projector is not None:
-            places.append((step.projector, ("outputs", name, "mmproj")))
-        for path, place in places:
+    for step in steps.values():
+        for path, place in _written(file, step):
             real = _real(path)
             for other, (which, there) in taken.items():
                 if other == real or other in real.parents or real in other.parents:

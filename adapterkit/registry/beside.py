@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from adapterkit import disk
 from adapterkit.errors import CheckFailed, RegistryError
-from adapterkit.registry import disk
 from adapterkit.registry.record import BESIDE, NOT_CONTENT, FileEntry, OpaqueRecord, Record, read
 
 
@@ -44,15 +43,8 @@ def beside_bytes(record: Record) -> bytes:
 def write_beside(path: Path, record: Record) -> Path:
     """Writes ``adapterkit.json`` beside an output (a folder, or a file), laid out for readers; the file."""
     target = beside_path(path)
-    folder = target.parent
-    with disk.writing(BESIDE, folder):
-        fd, temporary = disk.fresh(folder)
-        try:
-            disk.write_all(fd, beside_bytes(record))
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(temporary, target)
+    with disk.writing(BESIDE, target.parent):
+        disk.write_file(target, beside_bytes(record))
     return target
 
 

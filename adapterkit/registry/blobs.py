@@ -8,14 +8,14 @@ only when asked for, and then the file becomes read-only for both names.
 from __future__ import annotations
 
 import os
-import stat
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
-from adapterkit.errors import NotFound, OutputError, RegistryError, UnsafeError
-from adapterkit.registry import disk
+from adapterkit import disk
+from adapterkit.errors import OutputError, RegistryError
 from adapterkit.registry.home import Home
 
 
@@ -35,25 +35,17 @@ def put_file(home: Home, path: Path, link: bool = False) -> Blob:
 
     Raises:
         NotFound: ``path`` does not exist.
+        UnsafeError: it is a pipe, a device or a folder.
+        CheckpointError: it cannot be opened.
         OutputError: the disk is full or refuses.
     """
-    try:
-        source = os.open(
-            path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
-        )  # Not to wait for a writer when it is a pipe.
-    except FileNotFoundError:
-        raise NotFound(f"{path} does not exist") from None
-    except OSError as error:
-        raise OutputError(f"{path} cannot be read: {error.strerror}") from error
+    source = disk.open_regular(path)
     try:
         info = os.fstat(source)
-        if not stat.S_ISREG(info.st_mode):
-            raise UnsafeError(f"{path} is not a regular file")
         with disk.writing(path.name, home.root):
             if link and (linked := _put_link(home, path)):
                 return linked
-            disk_now = os.statvfs(home.incoming)
-            free = disk_now.f_bavail * disk_now.f_frsize
+            free = shutil.disk_usage(home.incoming).free
             if info.st_size > free and not _reflinks(home, source):
                 raise OutputError(
                     f"{path.name} takes {info.st_size} bytes and the disk of {home.root} has {free}",
@@ -137,13 +129,25 @@ def _keep(home: Home, fd: int, temporary: Path, digest: str, size: int) -> Blob:
     if has(home, digest, size):
         _touch(target)
         return Blob(digest, size, False)
-    os.fchmod(fd, 0o444)
-    os.fsync(fd)
+    _protect(fd, temporary)
+    disk.fsync(fd)
     disk.make_folder(target.parent)
     if target.exists():
         set_aside(home, target, "wrong-size")
     disk.publish_over(temporary, target)
     return Blob(digest, size, True)
+
+
+def _protect(fd: int, path: Path) -> None:
+    """Takes the permission to write, where the file system knows any."""
+    try:
+        if hasattr(os, "fchmod"):
+            os.fchmod(fd, 0o444)
+        else:
+            path.chmod(0o444)
+    except OSError as error:
+        if error.errno not in disk.calls.LACKING:
+            raise
 
 
 def _put_link(home: Home, path: Path) -> Blob | None:
@@ -157,7 +161,7 @@ def _put_link(home: Home, path: Path) -> Blob | None:
     except OSError:
         return None
     try:
-        fd = os.open(temporary, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(temporary, os.O_RDONLY | disk.calls.flags("CLOEXEC", "BINARY"))
         try:
             os.fchmod(fd, os.fstat(fd).st_mode & ~0o222)
             digest, size = disk.hash_file(temporary)
@@ -180,14 +184,9 @@ def _touch(path: Path) -> None:
 
 def _reflinks(home: Home, source: int) -> bool:
     """Whether a file can share extents with the home (then its size does not count against the free space)."""
-    import fcntl
-
     fd, probe = disk.fresh(home.incoming)
     try:
-        fcntl.ioctl(fd, disk.FICLONE, source)
-        return True
-    except OSError:
-        return False
+        return disk.reflink(source, fd)
     finally:
         os.close(fd)
         probe.unlink(missing_ok=True)

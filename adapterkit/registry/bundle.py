@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from adapterkit import disk
 from adapterkit.errors import CheckFailed, NotFound, OutputError, RegistryError, UnsafeError
-from adapterkit.registry import blobs, disk, index, refs, resolve, store, verbs
+from adapterkit.registry import blobs, index, refs, resolve, store, verbs
 from adapterkit.registry.canonical import MAX_BYTES, canonical, parse, sha256
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.lineage import parents_of
@@ -62,7 +64,7 @@ def export_bundle(wanted: tuple[str, ...], to: Path, *, parents: bool = True, ho
         OutputError: ``to`` exists or cannot be written.
     """
     at = open_home(home)
-    if to.exists():
+    if os.path.lexists(to):
         raise OutputError(f"{to} exists", "name a file that does not")
     records = _closure(at, [resolve.find(at, ref) for ref in wanted], parents)
     sizes: dict[str, int] = {}
@@ -80,21 +82,17 @@ def export_bundle(wanted: tuple[str, ...], to: Path, *, parents: bool = True, ho
         ],
         "blobs": [{"sha256": digest, "size": sizes[digest]} for digest in sorted(sizes)],
     }
-    with disk.writing(str(to), to.parent):
-        fd, temporary = disk.fresh(to.parent)
-        try:
-            with open(fd, "wb") as out:
-                _write_member(out, _HEAD, canonical({**head, "sum": sha256(canonical(head))}) + b"\n")
-                for record in records:
-                    _write_member(out, f"records/{record.digest}.json", record.data)
-                for digest in sorted(sizes):
-                    _write_blob(out, at, digest, sizes[digest])
-                out.write(b"\0" * _SECTOR * 2)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(temporary, to)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with disk.writing(str(to), to.parent), disk.staging(to, resume=False) as folder:
+        with open(disk.open_new_inside(folder, to.name), "wb") as out:
+            _write_member(out, _HEAD, canonical({**head, "sum": sha256(canonical(head))}) + b"\n")
+            for record in records:
+                _write_member(out, f"records/{record.digest}.json", record.data)
+            for digest in sorted(sizes):
+                _write_blob(out, at, digest, sizes[digest])
+            out.write(b"\0" * _SECTOR * 2)
+            out.flush()
+            disk.fsync(out.fileno())
+        disk.publish_files(folder, {to.name: to}, force=False)
     return Bundled(str(to), tuple(record.ref for record in records), len(sizes), sum(sizes.values()))
 
 
@@ -110,11 +108,7 @@ def import_bundle(path: Path, *, aliases: bool = False, home: Path | None = None
     """
     at = open_home(home)
     at.create()
-    try:
-        file = open(path, "rb")  # noqa: SIM115
-    except FileNotFoundError:
-        raise NotFound(f"{path} does not exist") from None
-    with file, at.store_lock(shared=True):
+    with open(disk.open_regular(path), "rb") as file, at.store_lock(shared=True):
         reader = _Reader(file, str(path))
         head = _read_head(reader)
         records = _read_records(reader, head)
@@ -234,9 +228,11 @@ class _Reader:
         return b"".join(self.chunks())
 
     def end(self) -> None:
-        """The end of the bundle must be here."""
+        """The end of the bundle must be here: two sectors of zeros, and then nothing."""
         if self.next():
             raise RegistryError(f"{self.where} holds {self.name}, which its head does not name")
+        if self._take(_SECTOR) != b"\0" * _SECTOR or self.file.read(1):
+            raise RegistryError(f"{self.where} goes on after its end", "fetch it again")
 
     def _take(self, count: int) -> bytes:
         block = self.file.read(count)
@@ -288,9 +284,8 @@ def _read_records(reader: _Reader, head: dict[str, Any]) -> list[tuple[Record, l
 
 def _check_space(at: Home, path: Path, head: dict[str, Any]) -> None:
     need = sum(entry["size"] for entry in head["blobs"] if not blobs.has(at, entry["sha256"], entry["size"]))
-    disk_now = os.statvfs(at.incoming)
-    if need > disk_now.f_bavail * disk_now.f_frsize:
-        free = disk_now.f_bavail * disk_now.f_frsize
+    free = shutil.disk_usage(at.incoming).free
+    if need > free:
         raise OutputError(
             f"{path} takes {need} bytes and the disk of {at.root} has {free}", "free some space and run it again"
         )

@@ -6,8 +6,9 @@ import os
 import shutil
 from pathlib import Path
 
+from adapterkit import disk
 from adapterkit.errors import NotFound, OutputError, RegistryError
-from adapterkit.registry import blobs, disk, resolve
+from adapterkit.registry import blobs, resolve
 from adapterkit.registry.beside import write_beside
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.record import BESIDE, Record
@@ -30,50 +31,55 @@ def checkout(ref: str, *, to: Path | None = None, home: Path | None = None) -> P
             where = f"; pull {record.origin.repo}@{record.origin.commit}" if record.origin else ""
             raise NotFound(f"{record.ref} has no bytes of {file.path} in {at.root}{where}")
     target = to if to is not None else at.tree(record.digest)
-    if target.exists():
-        if to is None:
-            return target
+    if to is None and target.exists():
+        return target
+    if os.path.lexists(target):
         raise OutputError(f"{target} exists", "name a folder that does not")
-    _fill(at, record, target, to is None)
+    with disk.writing(str(target), target.parent):
+        if to is None:
+            _link(at, record, target)
+        else:
+            _copies(at, record, target)
     return target
 
 
-def _fill(at: Home, record: Record, target: Path, links: bool) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}")
-    with disk.writing(str(target), target.parent):
-        temporary.mkdir(parents=True)
-        try:
-            for file in record.files:
-                path = temporary / file.path
-                path.parent.mkdir(parents=True, exist_ok=True)
-                blob = at.blob(file.sha256)
-                if links:
-                    os.symlink(os.path.relpath(blob, (target / file.path).parent), path)
-                else:
-                    _copy(blob, path)
-            if links:
-                own = at.record(record.name, record.version)
-                os.symlink(os.path.relpath(own, target), temporary / BESIDE)
-            else:
-                write_beside(temporary, record)
-            try:
-                os.rename(temporary, target)
-            except OSError:
-                if not (links and target.is_dir()):
-                    raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+def _copies(at: Home, record: Record, target: Path) -> None:
+    with disk.staging(target, resume=False) as folder:
+        for file in record.files:
+            _copy(at.blob(file.sha256), disk.open_new_inside(folder, file.path))
+        write_beside(folder, record)
+        disk.publish(folder, target, keep=set(os.listdir(folder)), force=False)
 
 
-def _copy(blob: Path, path: Path) -> None:
-    source = os.open(blob, os.O_RDONLY | os.O_CLOEXEC)
+def _link(at: Home, record: Record, target: Path) -> None:
+    """A folder of links in the registry; another process may make the same one at the same time."""
+    temporary = target.with_name(f".{os.urandom(12).hex()}")
+    temporary.mkdir(parents=True)
     try:
-        target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        for file in record.files:
+            path = temporary / file.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.symlink(os.path.relpath(at.blob(file.sha256), (target / file.path).parent), path)
+        own = at.record(record.name, record.version)
+        os.symlink(os.path.relpath(own, target), temporary / BESIDE)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _copy(blob: Path, target: int) -> None:
+    """The bytes of a blob into an open new file, which is closed then."""
+    try:
+        source = disk.open_regular(blob)
         try:
             if disk.copy_and_hash(source, target)[0] != blob.name:
                 raise RegistryError(f"blob {blob.name[:12]} is damaged", "run fsck")
-            os.fsync(target)
         finally:
-            os.close(target)
+            os.close(source)
+        disk.fsync(target)
     finally:
-        os.close(source)
+        os.close(target)

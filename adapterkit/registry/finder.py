@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
+from adapterkit.checkpoint.finders import Found
 from adapterkit.errors import NotFound
 from adapterkit.registry import resolve
 from adapterkit.registry.checkout import checkout
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.names import is_name
 from adapterkit.registry.record import NOT_CONTENT, Record
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a reference means.
-
-    Attributes:
-        shown: ``name@version``.
-        folder: its files under their own names, or None when the registry holds a reference only.
-        file: the one weight file, when it is all there is.
-        hub: ``org/name@commit`` of a reference without bytes.
-    """
-
-    shown: str
-    folder: Path | None = None
-    file: Path | None = None
-    hub: str = ""
 
 
 def find(ref: str, *, home: Path | None = None) -> Found | None:

@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from adapterkit import disk
 from adapterkit.errors import AdapterkitError, NotFound, RegistryError
-from adapterkit.registry import blobs, disk, index, refs, store
+from adapterkit.registry import blobs, index, refs, store
 from adapterkit.registry.home import LAYOUT, Home, default_home, entries, is_number
 from adapterkit.registry.names import is_name
 from adapterkit.registry.record import OpaqueRecord, Record
 
 
 @dataclass(frozen=True)
-class Problem:
+class RegistryProblem:
     """Something that is not as it should be. ``kind`` names the sort of file; ``repaired`` says whether it is right
     again.
     """
@@ -43,7 +44,7 @@ class FsckReport:
     blobs: int
     bytes: int
     aliases: int
-    problems: tuple[Problem, ...]
+    problems: tuple[RegistryProblem, ...]
     notes: tuple[str, ...]
 
     @property
@@ -64,7 +65,7 @@ class _Check:
     def __init__(self, home: Home, repair: bool) -> None:
         self.home = home
         self.repair = repair
-        self.problems: list[Problem] = []
+        self.problems: list[RegistryProblem] = []
         self.notes: list[str] = []
         self.stored: dict[str, tuple[int, str]] = {}
         self.counts = {"records": 0, "blobs": 0, "bytes": 0, "aliases": 0}
@@ -101,7 +102,7 @@ class _Check:
                 repaired = True
             except (AdapterkitError, OSError) as error:
                 sentence += f"; it could not be repaired: {error}"
-        self.problems.append(Problem(kind, path.relative_to(self.home.root).as_posix(), sentence, repaired))
+        self.problems.append(RegistryProblem(kind, path.relative_to(self.home.root).as_posix(), sentence, repaired))
 
     def _format(self) -> None:
         path = self.home.format

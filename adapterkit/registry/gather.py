@@ -39,7 +39,7 @@ _METHODS = {
 
 
 @dataclass(frozen=True)
-class Gathered:
+class GatheredFiles:
     """The files of an artefact as ``(path in the record, path on disk)``, and what was left out."""
 
     files: tuple[tuple[str, Path], ...]
@@ -56,7 +56,7 @@ class Described:
     base: Identity | None = None
 
 
-def gather(path: Path) -> Gathered:
+def gather(path: Path) -> GatheredFiles:
     """The regular files of a folder (or the one file), without training state, hidden files and ``adapterkit.json``.
 
     Raises:
@@ -65,7 +65,7 @@ def gather(path: Path) -> Gathered:
         UsageError: no file is left.
     """
     if path.is_file():
-        return Gathered(((check_path(path.name, str(path)), path),), ())
+        return GatheredFiles(((check_path(path.name, str(path)), path),), ())
     if not path.is_dir():
         raise NotFound(f"{path} does not exist")
     top = _allowed_root(path)
@@ -86,7 +86,7 @@ def gather(path: Path) -> Gathered:
             raise UnsafeError(f"{Path(folder, name)} is a link to a folder", "copy the folder in its place")
     if not files:
         raise UsageError(f"{path} holds no file that belongs to an artefact")
-    return Gathered(tuple(sorted(files)), tuple(sorted(skipped)))
+    return GatheredFiles(tuple(sorted(files)), tuple(sorted(skipped)))
 
 
 def describe(path: Path) -> Described:

@@ -12,8 +12,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapterkit import disk
 from adapterkit.errors import CheckFailed, NotFound, RegistryError
-from adapterkit.registry import disk, store
+from adapterkit.registry import store
 from adapterkit.registry.home import Home, entries, open_home
 
 KEEP_DAYS = 14.0

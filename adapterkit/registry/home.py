@@ -26,8 +26,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapterkit import disk
 from adapterkit.errors import RegistryError, UsageError
-from adapterkit.registry import disk
 from adapterkit.registry.canonical import sha256
 from adapterkit.registry.names import check_alias, check_name, check_sha256, is_name
 

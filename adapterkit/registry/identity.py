@@ -114,7 +114,7 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class IdentityComparison:
     """What two identities prove about each other.
 
     ``verdict`` is a key of ``VERDICTS``; ``level`` the one that decided; ``agree`` and ``differ`` list the levels known
@@ -155,7 +155,7 @@ _RULES = (
 _BYTE_LEVELS = ("merkle", "sampled", "probe")
 
 
-def compare(mine: Identity, other: Identity, mine_is: str = "", other_is: str = "") -> Comparison:
+def compare(mine: Identity, other: Identity, mine_is: str = "", other_is: str = "") -> IdentityComparison:
     """What the levels known on both sides prove; never more than that.
 
     ``mine_is`` and ``other_is`` name the two sides in the sentence, such as ``"org/base-instruct"`` and ``"org/base"``.
@@ -175,7 +175,7 @@ def compare(mine: Identity, other: Identity, mine_is: str = "", other_is: str = 
         if found:
             verdict, level = found, name
             break
-    return Comparison(verdict, level, agree, differ, _sentence(verdict, level, differ, mine_is, other_is))
+    return IdentityComparison(verdict, level, agree, differ, _sentence(verdict, level, differ, mine_is, other_is))
 
 
 def _sentence(verdict: str, level: str, differ: tuple[str, ...], mine_is: str, other_is: str) -> str:

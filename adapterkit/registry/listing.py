@@ -12,12 +12,12 @@ from adapterkit.registry.index import Row, Unreadable
 from adapterkit.registry.names import check_alias
 
 if TYPE_CHECKING:
-    from adapterkit.registry.identity import Comparison, Identity
+    from adapterkit.registry.identity import Identity, IdentityComparison
     from adapterkit.registry.record import Record
 
 
 @dataclass(frozen=True)
-class Listing:
+class VersionListing:
     """Versions by name, and the records that could not be read."""
 
     rows: tuple[Row, ...]
@@ -36,7 +36,7 @@ def listing(
     latest: bool = False,
     hidden: bool = False,
     home: Path | None = None,
-) -> Listing:
+) -> VersionListing:
     """The versions that pass every filter given.
 
     ``name`` is a glob; ``base`` a glob for the base's Hub id, the start of one of its digests, or a reference to a
@@ -46,7 +46,7 @@ def listing(
     at = open_home(home)
     own = _own_identity(at, base) if base else None
 
-    def ask(found: index.Index) -> Listing:
+    def ask(found: index.Index) -> VersionListing:
         where, args = ["1"], []
         for column, value in (("kind", kind), ("method", method)):
             if value:
@@ -72,7 +72,7 @@ def listing(
             rows = [row for row in rows if _fits(found, row, fits)]
         if latest:
             rows = list({row.name: row for row in rows}.values())
-        return Listing(tuple(rows), found.unreadable())
+        return VersionListing(tuple(rows), found.unreadable())
 
     return index.ask(at, ask)
 
@@ -105,7 +105,7 @@ def _fits(found: index.Index, row: Row, identity: Identity) -> bool:
     return compare_base(store.load_known(found.home, row.name, row.version), identity).fits is True
 
 
-def compare_base(record: Record, identity: Identity) -> Comparison:
+def compare_base(record: Record, identity: Identity) -> IdentityComparison:
     """Whether a base is the one that a version was made on, at the strongest level known of both."""
     from adapterkit.registry.identity import Identity, compare
 

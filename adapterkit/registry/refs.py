@@ -11,8 +11,8 @@ import os
 from dataclasses import dataclass
 from typing import Final
 
+from adapterkit import disk
 from adapterkit.errors import CheckFailed, NotFound, RegistryError
-from adapterkit.registry import disk
 from adapterkit.registry.canonical import canonical, parse, sha256
 from adapterkit.registry.home import Home
 from adapterkit.registry.names import check_alias, check_time
@@ -160,18 +160,19 @@ def _current(home: Home, name: str, alias: str) -> Move | None:
 def _append(home: Home, current: Move | None, step: Move) -> None:
     """Writes the line behind that of the current ref; what is there instead can only be one unfinished move."""
     path = home.history(step.name, step.alias)
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | disk.calls.flags("CLOEXEC", "NOFOLLOW", "BINARY"), 0o644)
     try:
         size = os.fstat(fd).st_size
         start = max(0, size - _TAIL)
-        tail = os.pread(fd, _TAIL, start)
+        tail = disk.calls.pread(fd, _TAIL, start)
         found = tail.rfind(current.line) if current else 0
         end = found + len(current.line) if current else 0
         if found < 0 or start + end > size or tail[end:].count(b"\n") > 1 or (not current and start):
             raise RegistryError(f"{path} does not end with where {step.name}@{step.alias} is", "run fsck --repair")
         os.ftruncate(fd, start + end)
-        os.pwrite(fd, step.line, start + end)
-        os.fsync(fd)
+        os.lseek(fd, start + end, os.SEEK_SET)
+        disk.write_all(fd, step.line)
+        disk.fsync(fd)
     finally:
         os.close(fd)
 

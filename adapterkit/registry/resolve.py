@@ -19,7 +19,7 @@ _HEX = r"[0-9a-f]{4,64}"
 _BARE = 12
 
 
-class Target(NamedTuple):
+class ResolvedVersion(NamedTuple):
     """What a reference means; ``digest`` is the one the alias was set to, empty when there was no alias."""
 
     name: str
@@ -40,7 +40,7 @@ def split(ref: str) -> tuple[str, str]:
     return name, rest
 
 
-def resolve(home: Home, ref: str) -> Target:
+def resolve(home: Home, ref: str) -> ResolvedVersion:
     """The name and version that a reference means; a removed version only by number or digest.
 
     Raises:
@@ -56,21 +56,21 @@ def resolve(home: Home, ref: str) -> Target:
     if is_number(rest):
         if not home.record(name, int(rest)).exists():
             raise _missing(home, name, rest)
-        return Target(name, int(rest))
+        return ResolvedVersion(name, int(rest))
     if rest and rest != LATEST:
         if not home.versions(name):
             raise _missing(home, name, rest)
         move = refs.require(refs.get(home, name, rest), name, rest)
-        return Target(name, move.version, move.digest)
+        return ResolvedVersion(name, move.version, move.digest)
     visible = [version for version in home.versions(name) if version not in home.hidden_versions(name)]
     if visible:
-        return Target(name, visible[-1])
+        return ResolvedVersion(name, visible[-1])
     if not rest and len(ref) >= _BARE and re.fullmatch(_HEX, ref):
         return by_digest(home, ref)
     raise _missing(home, name, "")
 
 
-def by_digest(home: Home, prefix: str) -> Target:
+def by_digest(home: Home, prefix: str) -> ResolvedVersion:
     """The version whose record, content or file has a digest that starts with ``prefix``.
 
     Several versions with the same artefact are no question: the newest visible one of a single name is meant.
@@ -86,7 +86,7 @@ def by_digest(home: Home, prefix: str) -> Target:
     if len({row.name for row in shown}) > 1 or len({row.content for row in shown}) > 1:
         some = ", ".join(f"{row.name}@{row.version}" for row in shown[:5])
         raise UsageError(f"{prefix} is the start of several digests ({some})", "give more digits or a name")
-    return Target(shown[-1].name, shown[-1].version)
+    return ResolvedVersion(shown[-1].name, shown[-1].version)
 
 
 def find(home: Home, ref: str) -> Record:

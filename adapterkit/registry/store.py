@@ -8,8 +8,9 @@ import os
 import re
 from dataclasses import dataclass, replace
 
+from adapterkit import disk
 from adapterkit.errors import NotFound, RegistryError
-from adapterkit.registry import blobs, disk
+from adapterkit.registry import blobs
 from adapterkit.registry.canonical import canonical, parse, sha256
 from adapterkit.registry.home import Home
 from adapterkit.registry.record import OpaqueRecord, Record, now, read
@@ -219,7 +220,9 @@ def _append(home: Home, name: str, line: bytes, offset: int) -> None:
 
     Not fsynced: after a power cut the journal is healed from the records.
     """
-    fd = os.open(home.journal(name), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    fd = os.open(
+        home.journal(name), os.O_WRONLY | os.O_CREAT | disk.calls.flags("CLOEXEC", "NOFOLLOW", "BINARY"), 0o644
+    )
     try:
         os.ftruncate(fd, offset)
         os.lseek(fd, offset, os.SEEK_SET)

@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.checkpoint.open import parse_hub
+from adapterkit import disk
+from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import CheckpointError
-from adapterkit.registry import disk
 from adapterkit.registry.identity import Identity, Tensor, identify, probed, windows
 from adapterkit.registry.names import is_repo
 

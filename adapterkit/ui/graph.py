@@ -15,7 +15,7 @@ FITTING = 5  # columns that are rather made smaller than scrolled
 
 
 @dataclass(frozen=True)
-class Layout:
+class GraphLayout:
     """The top left corner of every node by its key, how many columns there are, and the size of the whole, in px."""
 
     places: Mapping[str, tuple[float, float]]
@@ -24,7 +24,7 @@ class Layout:
     height: float
 
 
-def layout(lineage: Lineage) -> Layout:
+def layout(lineage: Lineage) -> GraphLayout:
     """Columns by the longest way from an ancestor; rows in the order of what a node is joined to, to cross little."""
     parents: dict[str, list[str]] = {node.key: [] for node in lineage.nodes}
     children: dict[str, list[str]] = {node.key: [] for node in lineage.nodes}
@@ -49,7 +49,7 @@ def layout(lineage: Lineage) -> Layout:
         top = (height - len(keys) * (HEIGHT + BETWEEN) + BETWEEN) / 2
         for row, key in enumerate(keys):
             places[key] = (MARGIN + number * (WIDTH + ACROSS), top + row * (HEIGHT + BETWEEN))
-    return Layout(places, len(columns), len(columns) * (WIDTH + ACROSS) - ACROSS + 2 * MARGIN, height)
+    return GraphLayout(places, len(columns), len(columns) * (WIDTH + ACROSS) - ACROSS + 2 * MARGIN, height)
 
 
 def _columns(parents: Mapping[str, Sequence[str]], children: Mapping[str, Sequence[str]]) -> dict[str, int]:

@@ -39,7 +39,7 @@ class Query:
 
 
 @dataclass(frozen=True)
-class Entry:
+class NameEntry:
     """One name: its newest version in sight, how many there are, and its aliases as ``(alias, version)``."""
 
     row: Row
@@ -53,7 +53,7 @@ class Group:
 
     base: str
     count: int
-    entries: tuple[Entry, ...]
+    entries: tuple[NameEntry, ...]
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ def _overview(found: Index, query: Query) -> Overview:
     ]
     pages = max(1, -(-len(flat) // PAGE))
     page = min(query.page, pages)
-    groups: dict[str, list[Entry]] = {}
+    groups: dict[str, list[NameEntry]] = {}
     for base, row in flat[(page - 1) * PAGE : page * PAGE]:
-        entry = Entry(row, count[row.name], tuple(sorted(pointed.get(row.name, ()))))
+        entry = NameEntry(row, count[row.name], tuple(sorted(pointed.get(row.name, ()))))
         groups.setdefault(base, []).append(entry)
     return Overview(
         Query(query.q, query.kind, query.base, page),
@@ -241,7 +241,7 @@ def _group(group: Group, query: Query) -> Markup:
     return el("section", heading, rows, class_="group")
 
 
-def _row(entry: Entry) -> Markup:
+def _row(entry: NameEntry) -> Markup:
     row = entry.row
     versions = el("span", f"{entry.versions:,} versions", class_="versions") if entry.versions > 1 else None
     method = el("span", row.method, class_="method") if row.method else None

@@ -43,7 +43,7 @@ _NAME = r"/v/([^/]+)"
 HTML = "text/html; charset=utf-8"
 
 
-class Server(ThreadingHTTPServer):
+class PageServer(ThreadingHTTPServer):
     """Serves the pages of one home until ``shutdown``; ``url`` is where."""
 
     daemon_threads = True
@@ -83,7 +83,7 @@ class Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: Server
+    server: PageServer
     protocol_version = "HTTP/1.1"
     server_version = "adapterkit"
     sys_version = ""

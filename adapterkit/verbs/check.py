@@ -6,26 +6,30 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import Adapter, load_adapter
-from adapterkit.adapters.fold import fold
+from adapterkit.adapters.adapter import Adapter
+from adapterkit.adapters.load import load_adapter
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
-from adapterkit.checkpoint.open import parse_hub
-from adapterkit.errors import AdapterkitError, UnsafeError, UsageError
+from adapterkit.checkpoint.hub_ref import parse_hub
+from adapterkit.errors import AdapterkitError, AuthError, CheckFailed, HubError, UnsafeError
 from adapterkit.provenance.fits import compare_bases
-from adapterkit.serving.expectations import FEATURES, SERVERS
+from adapterkit.requests.call import takes
+from adapterkit.requests.check import CheckRequest
+from adapterkit.serving.expectations import expected
+from adapterkit.serving.servers import find as find_server
 
 if TYPE_CHECKING:
     from adapterkit.adapters.fold import Folded
-    from adapterkit.registry.identity import Comparison
+    from adapterkit.registry.identity import IdentityComparison
+    from adapterkit.serving.server import Server
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnostic:
     """One thing that was found.
 
     Attributes:
@@ -63,7 +67,11 @@ class BaseMatch:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What a check found; ``ok`` when nothing of it is an error."""
+    """What a check found; ``ok`` when nothing of it is an error.
+
+    ``exit_code`` is what the command line returns: that of `merge` where it would refuse, 3 where something else does not
+    hold.
+    """
 
     base: str
     base_commit: str | None
@@ -71,38 +79,29 @@ class CheckReport:
     server: str | None
     ok: bool
     touched: int
-    findings: tuple[Finding, ...]
+    findings: tuple[Diagnostic, ...]
     bases: tuple[BaseMatch, ...] = ()
+    exit_code: int = 0
 
 
-def check(
-    base: str | Path | Checkpoint,
-    adapters: Sequence[str | Path | Adapter],
-    *,
-    server: str | None = None,
-    full: bool = False,
-) -> CheckReport:
+@takes(CheckRequest)
+def check(request: CheckRequest) -> CheckReport:
     """Check adapters against a base from headers alone, and from a few windows of its weights where a record names the base.
 
-    Args:
-        base: folder, file, Hub id or open checkpoint.
-        adapters: one or more.
-        server: also say what this server would refuse or get wrong: a key of `adapterkit.serving.expectations.SERVERS`.
-        full: read every byte of the base where the record holds its strongest identity.
+    The merge that has the same options is planned: what `merge` refuses is refused here, in the same words. With
+    ``server``, a key of `adapterkit.serving.servers.servers`, it is also said what that server would make of them.
 
     Raises:
         NotFound, CheckpointError, UnsafeError, AuthError, HubError: something cannot be read at all.
-        UsageError: unknown server.
+        UsageError: an unknown server, or options that contradict each other.
     """
-    if server is not None and server not in SERVERS:
-        raise UsageError(f"'{server}' is no server that is known here", f"known: {', '.join(sorted(SERVERS))}")
-    opened = base if isinstance(base, Checkpoint) else open_model(base, headers_only=True)
-    loaded = [a if isinstance(a, Adapter) else load_adapter(a, headers_only=True) for a in adapters]
-    findings: list[Finding] = []
+    row = None if request.server is None else find_server(request.server)
+    opened = open_model(request.base, headers_only=True)
+    loaded = tuple(_loaded(adapter) for adapter in request.given_adapters)
+    findings: list[Diagnostic] = []
     matches: list[BaseMatch] = []
-    touched = 0
     for adapter in loaded:
-        compared = compare_bases(adapter, opened, full=full)
+        compared = compare_bases(adapter, opened, full=request.full)
         named = _named_base(adapter, opened)
         # Weights are believed over names: a base that is proved to be the same may be called anything.
         same = compared is not None and compared.fits
@@ -110,20 +109,53 @@ def check(
         if compared is not None:
             matches.append(BaseMatch(adapter.ref, *(getattr(compared, field) for field in _COMPARED)))
             findings += _proved(adapter, compared)
-        try:
-            folded = _folded(opened, adapter)
-        except UnsafeError:
-            raise
-        except AdapterkitError as error:
-            findings.append(Finding(ERROR, type(error).__name__, adapter.ref, error.message, error.hint))
-        else:
-            touched += len(folded.touched)
-            findings += _consequences(adapter, folded)
-        if server is not None:
-            findings += _expectations(adapter, opened.ref, server)
+    touched, refused, found = _merged(request, opened, loaded)
+    findings += found
+    if row is not None:
+        for adapter in loaded:
+            findings += _expectations(adapter, opened, row)
     ok = all(finding.level != ERROR for finding in findings)
     refs = tuple(adapter.ref for adapter in loaded)
-    return CheckReport(opened.ref, opened.commit, refs, server, ok, touched, tuple(findings), tuple(matches))
+    code = 0 if ok else refused or CheckFailed.exit_code
+    return CheckReport(
+        opened.ref, opened.commit, refs, request.server, ok, touched, tuple(findings), tuple(matches), code
+    )
+
+
+def _loaded(adapter: Any) -> Adapter:
+    return adapter if isinstance(adapter, Adapter) else load_adapter(adapter, headers_only=True)
+
+
+def _merged(
+    request: CheckRequest, base: Checkpoint, adapters: tuple[Adapter, ...]
+) -> tuple[int, int, list[Diagnostic]]:
+    """What planning the merge says: how many tensors change, the exit code of a refusal, and findings."""
+    from adapterkit.verbs.merge import planned
+
+    touched, refused = 0, 0
+    findings: list[Diagnostic] = []
+    # Several adapters that do not fit are named each; what refuses them together is found when they are planned so.
+    alone = [(adapter,) for adapter in adapters]
+    for some in [*alone, adapters] if len(adapters) > 1 else alone:
+        one = len(some) == 1
+        asked = (
+            request if some == adapters else replace(request, weights=None, parameters={}, method="linear", space=None)
+        )
+        try:
+            merge = planned(asked.merge(base, some), fingerprints=False)
+        except (UnsafeError, AuthError, HubError):
+            raise
+        except AdapterkitError as error:
+            refused = refused or error.exit_code
+            ref = some[0].ref if one else ", ".join(adapter.ref for adapter in some)
+            findings.append(Diagnostic(ERROR, type(error).__name__, ref, error.message, error.hint))
+        else:
+            if one:
+                touched += len(merge.folded.touched)
+                findings += _consequences(some[0], merge.folded, merge.notes)
+        if refused and one and some == alone[-1]:
+            break
+    return touched, refused, findings
 
 
 OTHER_BASE = "other-base"
@@ -140,43 +172,33 @@ _VERDICTS = {
 }
 
 
-def _proved(adapter: Adapter, compared: Comparison) -> list[Finding]:
+def _proved(adapter: Adapter, compared: IdentityComparison) -> list[Diagnostic]:
     if compared.verdict not in _VERDICTS:
         return []
     level, code = _VERDICTS[compared.verdict]
     hint = "give the base that its record names" if level == ERROR else ""
-    return [Finding(level, code, adapter.ref, compared.sentence, hint)]
+    return [Diagnostic(level, code, adapter.ref, compared.sentence, hint)]
 
 
-def _folded(base: Checkpoint, adapter: Adapter) -> Folded:
-    if base.format != "gguf":
-        return fold(base, [adapter])
-    from adapterkit.gguf.checkpoint import GGUFCheckpoint
-    from adapterkit.gguf.fold import fold_gguf
-    from adapterkit.gguf.quantize import Quantization
-
-    assert isinstance(base, GGUFCheckpoint)
-    made = fold_gguf(base, [adapter], quantization=Quantization(yes_lossy=True))
-    return replace(made.folded, notes=(*made.folded.notes, *made.notes))
-
-
-def _named_base(adapter: Adapter, base: Checkpoint) -> list[Finding]:
+def _named_base(adapter: Adapter, base: Checkpoint) -> list[Diagnostic]:
     """What the adapter's config says of its base, held against the base given."""
     said = adapter.config.base
     if not said:
-        return [Finding(WARNING, "no-base", adapter.ref, "it does not say which base it was trained on")]
+        return [Diagnostic(WARNING, "no-base", adapter.ref, "it does not say which base it was trained on")]
     found = []
     if Path(said).is_absolute() or said.startswith((".", "~")):
         hint = "set base_model_name_or_path to the base's Hub id before publishing"
-        found.append(Finding(WARNING, "local-base", adapter.ref, f"it names its base by a local path ({said})", hint))
-    elif not _same_name(said, base.ref):
+        found.append(
+            Diagnostic(WARNING, "local-base", adapter.ref, f"it names its base by a local path ({said})", hint)
+        )
+    elif not _same_name(said, base.ref) and not _made_from(base, said):
         message = f"it was trained on {said}, and the base given is {base.ref}"
-        found.append(Finding(WARNING, OTHER_BASE, adapter.ref, message, "shapes alone do not tell siblings apart"))
+        found.append(Diagnostic(WARNING, OTHER_BASE, adapter.ref, message, "shapes alone do not tell siblings apart"))
     if adapter.config.revision is None:
-        found.append(Finding(NOTE, "no-revision", adapter.ref, "it does not say which revision of its base"))
+        found.append(Diagnostic(NOTE, "no-revision", adapter.ref, "it does not say which revision of its base"))
     elif base.commit and not base.commit.startswith(adapter.config.revision) and len(adapter.config.revision) >= 7:
         message = f"it was trained on revision {adapter.config.revision}, and the base given is {base.commit}"
-        found.append(Finding(WARNING, "other-revision", adapter.ref, message))
+        found.append(Diagnostic(WARNING, "other-revision", adapter.ref, message))
     return found
 
 
@@ -187,23 +209,36 @@ def _same_name(said: str, ref: str) -> bool:
     return Path(ref).name == said.rpartition("/")[2]  # a local copy keeps at most the last part of the name
 
 
-def _consequences(adapter: Adapter, folded: Folded) -> list[Finding]:
-    found = [Finding(NOTE, "merge", adapter.ref, note) for note in folded.notes]
+def _made_from(base: Checkpoint, said: str) -> bool:
+    """Whether the record beside the base says that it was made from what the adapter names."""
+    from adapterkit.registry.beside import read_beside
+
+    path = base.sources[0].path if base.sources else None
+    if path is None:
+        return False
+    try:
+        record = read_beside(path if path.suffix == ".gguf" else path.parent)
+    except AdapterkitError:
+        return False  # a record that cannot be read proves nothing
+    names = [] if record is None else [parent.label for parent in record.parents]
+    return any(name.partition("@")[0] in (said, Path(said).name) for name in names if name)
+
+
+def _consequences(adapter: Adapter, folded: Folded, notes: Sequence[str]) -> list[Diagnostic]:
+    found = [Diagnostic(NOTE, "merge", adapter.ref, note) for note in notes]
     if folded.vocab is not None:
         old, new = folded.vocab
-        found.append(Finding(NOTE, "vocabulary", adapter.ref, f"the vocabulary changes from {old} to {new} rows"))
+        found.append(Diagnostic(NOTE, "vocabulary", adapter.ref, f"the vocabulary changes from {old} to {new} rows"))
     if folded.added:
-        found.append(Finding(NOTE, "added", adapter.ref, f"new tensors: {', '.join(folded.added[:5])}"))
+        found.append(Diagnostic(NOTE, "added", adapter.ref, f"new tensors: {', '.join(folded.added[:5])}"))
     return found
 
 
-def _expectations(adapter: Adapter, base: str, server: str) -> list[Finding]:
+def _expectations(adapter: Adapter, base: Checkpoint, server: Server) -> list[Diagnostic]:
     found = []
-    for row in SERVERS[server]:
-        title, present = FEATURES[row.feature]
-        if present(adapter):
-            level = WARNING if row.verdict == "depends" else ERROR
-            message = f"{server}, {title}: {row.verdict}: {row.says} [{row.source}]"
-            fix = row.fix.format(adapter=shlex.quote(adapter.ref), base=shlex.quote(base))
-            found.append(Finding(level, f"{server}-{row.feature}", adapter.ref, message, fix))
+    for title, row in expected(server, adapter, base):
+        level = WARNING if row.verdict == "depends" else ERROR
+        message = f"{server.name}, {title}: {row.verdict}: {row.says} [{row.source}]"
+        fix = row.fix.format(adapter=shlex.quote(adapter.ref), base=shlex.quote(base.ref))
+        found.append(Diagnostic(level, f"{server.name}-{row.feature}", adapter.ref, message, fix))
     return found

@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import WEIGHTS
+from adapterkit.adapters.bound_rule import BoundRule, check_weights
 from adapterkit.adapters.merged import StoredWeights
-from adapterkit.adapters.rule import Rule, check_weights
-from adapterkit.adapters.write_peft import Extras, Held, PeftWriter, peft_config
+from adapterkit.adapters.write_peft import Extras, InMemory, peft_config
 from adapterkit.checkpoint.plan import default_jobs
-from adapterkit.checkpoint.publish import check_target, staging
 from adapterkit.dtypes import F32
 from adapterkit.errors import TargetError, UsageError
 from adapterkit.provenance.record import adapter_parent, base_parent, recorder
+from adapterkit.requests.adapters import CombineRequest
+from adapterkit.requests.call import takes
+from adapterkit.verbs.beside import beside_of
+from adapterkit.verbs.factors import ESTIMATED, FactorWork
 from adapterkit.verbs.family import Family, carried, open_family
-from adapterkit.verbs.merge import peak_memory
+from adapterkit.verbs.job import Job, Measured, Recorder, carry_out
 from adapterkit.verbs.ordered import in_order
-from adapterkit.verbs.report import AdapterUse, CombineReport, ModuleRank
+from adapterkit.verbs.report import AdapterUse, CombineReport
 
 if TYPE_CHECKING:
     import torch
 
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.factors import Slot
-    from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.tensor import Tensor
+    from adapterkit.checkpoint.write import Room, Writing
     from adapterkit.dtypes import DType
     from adapterkit.ops.lowrank import Factors, Truncated
     from adapterkit.ops.rows import DeltaRows
@@ -40,47 +43,208 @@ Ref = str | Path
 Progress = Callable[[int, int], None]
 
 
-def combine(
-    adapters: Sequence[Ref | Adapter] | Family,
-    out: Ref,
-    *,
-    method: str = "linear",
-    weights: Sequence[float] | None = None,
-    scale: float = 1.0,
-    space: str | None = None,
-    rank: int | None = None,
-    energy: float | None = None,
-    base: Ref | Checkpoint | None = None,
-    dtype: str = "f32",
-    own_ranks: bool = False,
-    jobs: int | None = None,
-    force: bool = False,
-    residual_base: bool = False,
-    allow_unknown: bool = False,
-    progress: Progress | None = None,
-    **parameters: Any,
-) -> CombineReport:
+@dataclass(frozen=True)
+class Combination:
+    """A combination that is planned: everything is checked, no tensor is read.
+
+    Attributes:
+        request: what was asked for.
+        making: how the adapter is computed.
+        notes: what a user should know.
+    """
+
+    request: CombineRequest
+    making: Making
+    notes: tuple[str, ...]
+
+    @property
+    def plan(self) -> Plan:
+        """What will be written, at most."""
+        return self.making.work().plan()
+
+    def job(self) -> Job:
+        """The combination as what an executor takes."""
+        asked, family = self.request, self.making.family
+        work = self.making.work(self._record)
+        return Job(
+            plan=work.plan(),
+            tensors={},
+            sources=(),
+            out=None if asked.out is None else asked.target,
+            report=self.report,
+            inputs=tuple(adapter.folder for adapter in family.adapters if adapter.folder is not None),
+            beside=() if asked.out is None else beside_of(asked, [asked.base, *_refs(asked.adapters)]),
+            stage=work.stage(None if asked.out is None else asked.target),
+            force=asked.force,
+        )
+
+    def _record(self, folder: Path) -> Mapping[str, bytes]:
+        asked = self.request.stated("method", "scale", "space", "rank", "energy", "dtype")
+        made_of = parents(self.making.family, self.making.weights)
+        return recorder("combine", "combined", asked, made_of, method="lora")(folder)
+
+    def report(self, measured: Measured) -> CombineReport:
+        """What was done, or would be."""
+        asked, family, rule = self.request, self.making.family, self.making.rule
+        facts, plan = measured.facts, measured.plan
+        config = facts.get("config", {})
+        known = [adapter.config.base for adapter in family.adapters if adapter.config.base]
+        base = config.get("base_model_name_or_path") or (known or [""])[0]
+        bounds = [self.making.bound(slot) for slot in family.slots.values()]
+        notes = [*self.notes, *facts.get("notes", ()), *([ESTIMATED] if measured.dry_run else []), *measured.notes]
+        return CombineReport(
+            out="" if asked.out is None else str(asked.out),
+            method=rule.method,
+            space=rule.space or "",
+            scale=asked.scale,
+            parameters=dict(asked.parameters),
+            adapters=tuple(
+                AdapterUse(a.ref, a.config.peft_type, w, a.commit, a.config.base)
+                for a, w in zip(family.adapters, self.making.weights, strict=True)
+            ),
+            base=str(base or ""),
+            rank=int(config.get("r", max(bounds, default=1))),
+            own_ranks=bool(config.get("rank_pattern", asked.own_ranks and measured.dry_run)),
+            modules=facts.get("modules", ()),
+            carried=facts.get("carried", ()),
+            nbytes=0 if plan is None else plan.nbytes,
+            seconds=measured.seconds,
+            peak_memory=measured.peak_memory,
+            reused=facts.get("known", 0),
+            dry_run=measured.dry_run,
+            notes=tuple(dict.fromkeys(notes)),
+        )
+
+
+@dataclass(frozen=True)
+class Making:
+    """The combination of a family as one plain LoRA; see `combine`, and `combined` for ``full``."""
+
+    family: Family
+    rule: BoundRule
+    weights: tuple[float, ...]
+    target: Path | None = None
+    dtype: DType = F32
+    rank: int | None = None
+    energy: float | None = None
+    full: bool = False
+    own_ranks: bool = False
+    request: Mapping[str, Any] = field(default_factory=dict)
+
+    def run(self, room: Room) -> Writing:
+        """As the stage of a job."""
+        return self.work().stage(self.target)(room)
+
+    def work(self, record: Recorder | None = None) -> FactorWork:
+        """How the adapter is computed, slot by slot.
+
+        Raises:
+            TargetError: adapters that bring different values for the same parameter.
+        """
+        family = self.family
+        over = carried(family)
+        slots = list(family.slots.values())
+        sizes = [sum(delta.change.reads for _, delta in family.deltas(slot.parameter)) for slot in slots]
+        own = {source.name: source for source in (adapter.source for adapter in family.adapters)}
+
+        def extras(_: Sequence[Slot]) -> Extras:
+            biases, summed = _biases(family, self.weights, self.rule.scale, over.whole)
+            side = side_files(family.adapters, [])
+            return Extras({**over.whole, **summed}, over.tokens, {}, biases, side)
+
+        def config(_: Sequence[Slot], extras: Extras) -> Mapping[str, Any]:
+            used = [slot for slot in slots if any(self.weights[i] for i, _ in family.deltas(slot.parameter))]
+            configs = [adapter.config.raw for adapter in family.adapters]
+            return peft_config(used, configs, extras, base=None if family.base is None else family.base.ref)
+
+        return FactorWork(
+            slots,
+            sizes,
+            self._compute,
+            extras,
+            config,
+            self.bound,
+            tuple(own.values()),
+            self.request,
+            record,
+            self.dtype,
+            self.own_ranks,
+        )
+
+    def bound(self, slot: Slot) -> int:
+        """The largest rank that a slot can come out with."""
+        most = sum(rank_of(delta.change.how) for _, delta in self.family.deltas(slot.parameter))
+        return min(self.rank or most, slot.largest_rank)
+
+    def _compute(self, slot: Slot) -> tuple[int, Sequence[Truncated]] | None:
+        found = _of_slot(self.family, slot, self.rule, self.weights, (self.rank, self.energy, self.full))
+        return None if found is None else (0, found)
+
+
+def planned(request: CombineRequest) -> Combination:
+    """Plan a combination from headers alone; see `combine`."""
+    given: Any = request.adapters
+    rule = BoundRule(request.method, request.space, request.scale, dict(request.parameters))
+    stored = output_dtype(request.dtype)
+    family = (
+        given
+        if isinstance(given, Family)
+        else open_family(
+            [in_expert_order(a, request.expert_order) for a in given] if request.expert_order is not None else given,
+            request.base,
+            residual_base=request.residual_base,
+            allow_unknown=request.allow_unknown,
+        )
+    )
+    weights = check_weights(request.adapter_weights, len(family.adapters))
+    notes = [*family.notes, *check_rank(request.rank, request.energy, family.slots.values())]
+    if rule.dense and request.rank is None and request.energy is None:
+        raise UsageError(
+            f"method {rule.row.name} gives deltas of full rank",
+            "give --rank R or --energy E, or --space core, or fold them in with merge --method",
+        )
+    over = carried(family)
+    if over.whole or over.tokens:
+        notes.append(f"carried over as they are: {', '.join([*over.whole, *over.tokens])[:400]}")
+    side_files(family.adapters, notes)
+    again = {
+        "verb": request.VERB,
+        "adapters": [adapter.ref for adapter in family.adapters],
+        "base": None if request.base is None else str(getattr(request.base, "ref", request.base)),
+        "weights": list(weights),
+        **request.stated("method", "scale", "space", "rank", "energy", "dtype"),
+        "parameters": dict(request.parameters),
+    }
+    making = Making(
+        family,
+        rule,
+        weights,
+        None if request.out is None else request.target,
+        stored,
+        request.rank,
+        request.energy,
+        own_ranks=request.own_ranks,
+        request=again,
+    )
+    return Combination(request, making, tuple(notes))
+
+
+def in_expert_order(adapter: Ref | Adapter, order: str | None) -> Adapter:
+    """An adapter, opened, with its experts in the order that the user names."""
+    from adapterkit.adapters.adapter import Adapter as Opened
+    from adapterkit.adapters.experts import in_order as ordered
+    from adapterkit.adapters.load import load_adapter
+
+    opened = adapter if isinstance(adapter, Opened) else load_adapter(adapter)
+    return ordered(opened, order)
+
+
+@takes(CombineRequest)
+def combine(request: CombineRequest) -> CombineReport:
     """Combine adapters into one plain LoRA that PEFT, vLLM and llama.cpp load.
 
     Modules stream through one by one; no delta of a LoRA adapter is ever formed unless the method needs its entries.
-
-    Args:
-        adapters: PEFT folders or Hub ids, open adapters, or what `open_family` made of them.
-        out: the folder to make; it appears whole or not at all.
-        method: a row of `adapterkit.ops.rules.METHODS`.
-        weights: one per adapter, any sign, 1 each by default; a list, a numpy array or a torch tensor.
-        scale: factor of the result, the lambda of the papers.
-        space: ``knots``, ``core`` or ``ctm``: align the adapters there, with ``method`` as the inner rule.
-        rank: at most this rank in every module.
-        energy: the smallest rank that keeps this share of every module's squared norm.
-        base: the base of the adapters, for methods whose change depends on the weights.
-        dtype: of the factors: ``f32``, ``bf16`` or ``f16``.
-        own_ranks: every module keeps its own rank (`rank_pattern`), instead of one rank for all.
-        jobs: worker threads; the output does not depend on it.
-        force: replace an existing folder.
-        residual_base, allow_unknown: see `fold`.
-        progress: called now and then with bytes done and bytes in all.
-        **parameters: those of the method.
+    ``adapters`` may also be what `open_family` made of them. Parameters of a method may be given as keywords of their own.
 
     Raises:
         UsageError: arguments that contradict each other, a rank that no layer has, or a result of full rank.
@@ -88,130 +252,24 @@ def combine(
         NotFound, AdapterError, OutputError, CheckpointError, UnsafeError, AuthError, HubError
     """
     started = time.monotonic()
-    rule = Rule(method, space, scale, parameters)
-    stored = output_dtype(dtype)
-    family = (
-        adapters
-        if isinstance(adapters, Family)
-        else open_family(adapters, base, residual_base=residual_base, allow_unknown=allow_unknown)
-    )
-    factors = check_weights(weights, len(family.adapters))
-    notes = [*family.notes, *check_rank(rank, energy, family.slots.values())]
-    if rule.dense and rank is None and energy is None:
-        raise UsageError(
-            f"method {rule.row.name} gives deltas of full rank",
-            "give --rank R or --energy E, or --space core, or fold them in with merge --method",
-        )
-    asked = {"method": method, "scale": scale, "space": space, "rank": rank, "energy": energy, "dtype": dtype}
-    made = make_adapter(
-        family,
-        rule,
-        factors,
-        Path(out),
-        record=recorder("combine", "combined", asked | dict(parameters), parents(family, factors), method="lora"),
-        dtype=stored,
-        rank=rank,
-        energy=energy,
-        own_ranks=own_ranks,
-        jobs=jobs,
-        force=force,
-        progress=progress,
-    )
-    notes += made.notes
-    config = made.config
-    return CombineReport(
-        out=str(out),
-        method=rule.method,
-        space=rule.space or "",
-        scale=scale,
-        parameters=dict(parameters),
-        adapters=tuple(
-            AdapterUse(a.ref, a.config.peft_type, w, a.commit, a.config.base)
-            for a, w in zip(family.adapters, factors, strict=True)
-        ),
-        base=str(config["base_model_name_or_path"] or ""),
-        rank=int(config["r"]),
-        own_ranks=bool(config["rank_pattern"]),
-        modules=made.modules,
-        carried=made.carried,
-        nbytes=made.nbytes,
-        seconds=time.monotonic() - started,
-        peak_memory=peak_memory(),
-        notes=tuple(notes),
-    )
+    report: CombineReport = carry_out(planned(request).job(), request, started)
+    return report
 
 
-@dataclass(frozen=True)
-class MadeAdapter:
-    """What `make_adapter` wrote.
-
-    Attributes:
-        config: as written.
-        modules: what was kept of each.
-        carried: whole parameters and token rows taken over.
-        nbytes: of the weight file.
-    """
-
-    config: Mapping[str, Any]
-    modules: tuple[ModuleRank, ...]
-    carried: tuple[str, ...]
-    nbytes: int
-    notes: tuple[str, ...]
+def replan(data: Mapping[str, Any], out: Path | None) -> Combination:
+    """The combination of a saved plan, planned again."""
+    known = {name for name, _ in CombineRequest.options().items()}
+    given = {name: value for name, value in data.items() if name in known}
+    return planned(CombineRequest.bound({**given, "out": out}))
 
 
-def make_adapter(
-    family: Family,
-    rule: Rule,
-    weights: Sequence[float],
-    target: Path,
-    *,
-    record: Callable[[Path], Mapping[str, bytes]],
-    dtype: DType = F32,
-    rank: int | None = None,
-    energy: float | None = None,
-    full: bool = False,
-    own_ranks: bool = False,
-    jobs: int | None = None,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> MadeAdapter:
-    """Write the combination of a family as one plain LoRA; see `combine`, and `combined` for ``full``.
-
-    Raises:
-        OutputError, TargetError, UsageError
-    """
-    over = carried(family)
-    notes = []
-    if over.whole or over.tokens:
-        notes.append(f"carried over as they are: {', '.join([*over.whole, *over.tokens])[:400]}")
-    folders = [adapter.folder for adapter in family.adapters if adapter.folder is not None]
-    check_target(target, folders, _estimate(family, rank), force=force)
-    bounds: dict[str, Any] = {"rank": rank, "energy": energy, "full": full}
-    rows: list[ModuleRank] = []
-    with staging(target, resume=False) as folder:
-        writer = PeftWriter(folder, dtype)
-        try:
-            for slot, found in combined(family, rule, weights, jobs=jobs, progress=progress, **bounds):
-                writer.add(slot, [one.factors for one in found])
-                rows.append(module_rank(slot, found))
-            biases, summed = _biases(family, weights, rule.scale, over.whole)
-            extras = Extras({**over.whole, **summed}, over.tokens, {}, biases, side_files(family.adapters, notes))
-            config = peft_config(
-                [slot for slot in family.slots.values() if any(weights[i] for i, _ in family.deltas(slot.parameter))],
-                [adapter.config.raw for adapter in family.adapters],
-                extras,
-                base=None if family.base is None else family.base.ref,
-            )
-            config = writer.finish(target, config, extras, own_ranks=own_ranks, force=force, record=record)
-        finally:
-            writer.close()
-    nbytes = (target / WEIGHTS).stat().st_size
-    return MadeAdapter(config, tuple(rows), (*over.whole, *over.tokens), nbytes, tuple(notes))
+def _refs(adapters: Any) -> list[Any]:
+    return list(adapters) if isinstance(adapters, tuple) else [adapter.ref for adapter in adapters.adapters]
 
 
 def combined(
     family: Family,
-    rule: Rule,
+    rule: BoundRule,
     weights: Sequence[float] | torch.Tensor | None = None,
     *,
     rank: int | None = None,
@@ -231,16 +289,8 @@ def combined(
     factors = check_weights(weights, len(family.adapters))  # type: ignore[arg-type]
 
     def one(slot: Slot) -> tuple[Slot, tuple[Truncated, ...]] | None:
-        users, experts = family.load(slot.parameter)
-        used = [factors[i] for i in users]
-        if not any(used):
-            return None
-        refs = [family.adapters[i].ref for i in users]
-        found = []
-        for index, parts in enumerate(experts):
-            key = slot.parameter if slot.count == 1 else f"{slot.parameter}.{index}"
-            found.append(_combined(rule, parts, used, refs, key, rank, energy, full))
-        return slot, tuple(found)
+        found = _of_slot(family, slot, rule, factors, (rank, energy, full))
+        return None if found is None else (slot, found)
 
     slots = list(family.slots.values())
     sizes = [sum(delta.change.reads for _, delta in family.deltas(slot.parameter)) for slot in slots]
@@ -249,8 +299,28 @@ def combined(
             yield item
 
 
+Bounds = tuple["int | None", "float | None", bool]
+"""Rank, energy, and whether a delta without a low rank is decomposed down to the noise of float32."""
+
+
+def _of_slot(
+    family: Family, slot: Slot, rule: BoundRule, weights: Sequence[float], bounds: Bounds
+) -> tuple[Truncated, ...] | None:
+    """The combined deltas of a slot, one per expert; None where every weight is 0."""
+    users, experts = family.load(slot.parameter)
+    used = [weights[i] for i in users]
+    if not any(used):
+        return None
+    refs = [family.adapters[i].ref for i in users]
+    found = []
+    for index, parts in enumerate(experts):
+        key = slot.parameter if slot.count == 1 else f"{slot.parameter}.{index}"
+        found.append(_combined(rule, parts, used, refs, key, *bounds))
+    return tuple(found)
+
+
 def _combined(
-    rule: Rule,
+    rule: BoundRule,
     parts: Sequence[DeltaRows],
     weights: Sequence[float],
     refs: Sequence[str],
@@ -295,20 +365,6 @@ def _cut(factors: Factors, whole: float, kept: float) -> Truncated:
     from adapterkit.ops.lowrank import Truncated
 
     return Truncated(factors, torch.empty(0), max(0.0, whole**2 - kept**2) ** 0.5, whole)
-
-
-def module_rank(slot: Slot, found: Sequence[Truncated], before: int = 0) -> ModuleRank:
-    """A row of the table: what was kept of a module, experts taken together."""
-    total = sum(one.norm**2 for one in found)
-    lost = sum(one.error**2 for one in found)
-    return ModuleRank(
-        slot.parameter,
-        slot.shape,
-        max(one.rank for one in found),
-        total**0.5,
-        (lost / total) ** 0.5 if total else 0.0,
-        before,
-    )
 
 
 def parents(family: Family, weights: Sequence[float]) -> list[Parent]:
@@ -395,20 +451,11 @@ def _biases(
                 f"two adapters change '{key}', or the base has none", "fold one of them in with merge first"
             )
         before = StoredWeights(target, family.base.tensors)
-        done[key] = Held(key, before.read(0, add.numel()).double().view(-1) + add)
+        done[key] = InMemory(key, before.read(0, add.numel()).double().view(-1) + add)
     return {}, done
 
 
-def _estimate(family: Family, rank: int | None) -> int:
-    """Bytes of the output and of the factors that wait beside it."""
-    total = 0
-    for slot in family.slots.values():
-        most = rank or sum(_rank_of(delta.change.how) for _, delta in family.deltas(slot.parameter))
-        total += 8 * slot.count * min(most, slot.largest_rank) * sum(slot.shape)
-    return total + sum(tensor.nbytes for part in family.parts for tensor in part.whole.values())
-
-
-def _rank_of(how: str) -> int:
+def rank_of(how: str) -> int:
     """The rank in the words of a change, as in ``lora r=16``."""
     digits = "".join(c for c in how.partition("r=")[2].partition(" ")[0] if c.isdigit())
     return int(digits or 16)

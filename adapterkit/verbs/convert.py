@@ -3,131 +3,138 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.bases import open_model
-from adapterkit.checkpoint.plan import default_jobs, parse_size
-from adapterkit.verbs.conversions.conversion import Conversion, ConvertOptions, Progress, Recorder, Ref, Run
-from adapterkit.verbs.conversions.formats import ADAPTERS, find_format
-
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-"""Types that a model can be in and not be called quantized."""
+from adapterkit.checkpoint.plan import default_jobs
+from adapterkit.requests.call import takes
+from adapterkit.requests.convert import ConvertPlanRequest, ConvertRequest
+from adapterkit.requests.formats import FORMATS, Format, find_format
+from adapterkit.verbs.beside import beside_of
+from adapterkit.verbs.conversions.conversion import Conversion
+from adapterkit.verbs.job import Recorder, carry_out
 
 if TYPE_CHECKING:
     from adapterkit.verbs.report import ConvertReport
 
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""Types that a model can be in and not be called quantized."""
 
-def plan_convert(
-    src: Ref,
-    *,
-    to: str | None = None,
-    out: Ref | None = None,
-    max_shard_size: str | None = None,
-    jobs: int | None = None,
-    headers_only: bool = True,
-    **options: Any,
-) -> Conversion:
-    """Plan a conversion from headers alone; see `convert` for the arguments.
+
+@takes(ConvertPlanRequest)
+def plan_convert(request: ConvertPlanRequest) -> Conversion:
+    """Plan a conversion from headers alone; see `convert`.
 
     With ``headers_only`` a source on the Hub is not downloaded, so the plan can be shown but not executed.
     """
-    form = find_format(to, out)
-    limit = None if max_shard_size is None else parse_size(max_shard_size)
-    asked = ConvertOptions(max_shard_size=limit, headers_only=headers_only, **options)
-    form.check(asked)
-    return form.planner()(src, asked, jobs or default_jobs())
+    return planned(request, headers_only=request.headers_only)
 
 
-def convert(
-    src: Ref,
-    out: Ref,
-    *,
-    to: str | None = None,
-    max_shard_size: str | None = None,
-    jobs: int | None = None,
-    force: bool = False,
-    resume: bool = False,
-    allow_pickle: bool = False,
-    progress: Progress | None = None,
-    **options: Any,
-) -> ConvertReport:
-    """Write the same content in another format; nothing is loaded whole.
+def planned(request: ConvertRequest, *, headers_only: bool = True, named: Any = None) -> Conversion:
+    """See `plan_convert`.
 
     Args:
-        src: a model or an adapter; `adapterkit.verbs.conversions.formats.FORMATS` says which formats are made of which.
-        out: the file or folder to make; it appears whole or not at all.
-        to: the format, a key of that table; by default what the suffix of ``out`` says.
-        max_shard_size: like ``5GB``; the output is written as a set of files of that size.
-        jobs: worker threads; the output bytes do not depend on it.
-        force: replace an existing output.
-        resume: continue an interrupted run, and leave the same behind if interrupted.
-        allow_pickle: load weights that are pickles, in a process of its own and as tensors only; see `unpickled`.
-        progress: called now and then with bytes done and bytes in all.
-        options: those of `ConvertOptions`, as ``base`` and ``quantization``.
+        named: the source as the caller named it, where the request reads a passing copy of it.
+    """
+    form = find_format(request.to, request.out)
+    request.check_format(form)
+    asked = ConvertPlanRequest.of(request, headers_only=headers_only)
+    found: Conversion = _planner(form)(asked, request.jobs or default_jobs())
+    source = request.src if named is None else named
+    again = {"verb": request.VERB, "src": str(source), "to": form.name, **_stated(request)}
+    plan = replace(found.plan, request={**again, **({"staged": True} if found.stage is not None else {})})
+    folder = Path(str(source)).expanduser()
+    return replace(
+        found,
+        src=found.src if named is None else str(named),
+        plan=plan,
+        request=request,
+        record=found.record or _recorder(found, source, request),
+        beside=beside_of(request, [request.base, source], source=folder if folder.is_dir() else None),
+    )
+
+
+def _planner(form: Format) -> Any:
+    """The function that plans a conversion to a format, from a request and the number of worker threads."""
+    module, _, function = form.planner.partition(":")
+    return getattr(import_module(f"adapterkit.verbs.conversions.{module}"), function)
+
+
+@takes(ConvertRequest)
+def convert(request: ConvertRequest) -> ConvertReport:
+    """Write the same content in another format; nothing is loaded whole, and the output appears whole or not at all.
+
+    `adapterkit.requests.formats.FORMATS` says which formats are made of which, and which options they take.
 
     Raises:
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError
     """
-    if allow_pickle:
+    started = time.monotonic()
+    report: ConvertReport
+    if request.allow_pickle:
         from adapterkit.pickles import unpickled
 
-        how: dict[str, Any] = {"jobs": jobs, "force": force, "progress": progress, "max_shard_size": max_shard_size}
-        with unpickled(src, Path(out).absolute().parent) as folder:
-            return replace(_convert(folder, out, src, to=to, **how, **options), src=str(src))
-    return _convert(
-        src,
-        out,
-        src,
-        to=to,
-        max_shard_size=max_shard_size,
-        jobs=jobs,
-        force=force,
-        resume=resume,
-        progress=progress,
-        **options,
-    )
+        place = (request.target or Path()).absolute().parent
+        with unpickled(request.src, place) as folder:
+            made = planned(request.reading(folder), headers_only=False, named=request.src)
+            report = carry_out(made.job(), request, started)
+            return report
+    report = carry_out(planned(request, headers_only=not request.writes).job(), request, started)
+    return report
 
 
-def _convert(
-    src: Ref,
-    out: Ref,
-    original: Ref,
-    *,
-    to: str | None = None,
-    max_shard_size: str | None = None,
-    jobs: int | None = None,
-    force: bool = False,
-    resume: bool = False,
-    progress: Progress | None = None,
-    **options: Any,
-) -> ConvertReport:
-    """``original`` is what the record names where ``src`` is a passing copy of it."""
-    from adapterkit.verbs.merge import peak_memory
-
-    started = time.monotonic()
-    how: dict[str, Any] = {"max_shard_size": max_shard_size, "jobs": jobs, "headers_only": False}
-    planned = plan_convert(src, to=to, out=out, **how, **options)
-    record = planned.record() or _recorder(planned, original, Path(out), ConvertOptions(**options))
-    measured = planned.write(Path(out), Run(record, jobs, force, resume, progress))
-    return planned.report(out, **measured, seconds=time.monotonic() - started, peak_memory=peak_memory())
+def replan(data: Mapping[str, Any], out: Path | None) -> Conversion:
+    """The conversion of a saved plan, planned again."""
+    given = {name: value for name, value in data.items() if name not in ("verb", "staged")}
+    request = ConvertRequest.bound({**given, "out": out})
+    return planned(request, headers_only=False)
 
 
-def _recorder(planned: Conversion, src: Ref, out: Path, options: ConvertOptions) -> Recorder:
+def _stated(request: ConvertRequest) -> dict[str, Any]:
+    """The options as JSON, for a plan file."""
+    found = {**request.of_format()}
+    if request.base is not None:
+        found["base"] = str(getattr(request.base, "ref", request.base))
+    found.pop("mmproj", None)
+    return {name: _plain(value) for name, value in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _recorder(planned: Conversion, src: Any, request: ConvertRequest) -> Recorder:
     """What writes ``adapterkit.json``: which source became this, and by which options."""
-    from adapterkit.provenance.record import base_parent, converted_parent, parameters_of, recorder
 
-    model = planned.to not in ADAPTERS
-    parents = [converted_parent(src, model)]
-    if options.base is not None:
-        parents.insert(0, base_parent(open_model(options.base)))
-    asked = {name: getattr(options, name) for name in sorted(options.given() - {"base", "quantization"})}
-    parameters = {"to": planned.to, **parameters_of({**asked, **planned.plan.request})}
-    if not model:
-        return recorder(
-            "convert", "adapter", parameters, parents, method="lora" if options.plain else "", name=out.name
-        )
-    kind = "converted" if set(planned.types) <= FLOATS else "quantized"
-    mix = options.quantization.mix if options.quantization is not None else None
-    return recorder("convert", kind, parameters, parents, method=mix or "")
+    def write(folder: Path) -> Mapping[str, bytes]:
+        from adapterkit.provenance.record import base_parent, converted_parent, parameters_of, recorder
+
+        model = not FORMATS[planned.to].adapter
+        parents = [converted_parent(src, model)]
+        if request.base is not None:
+            parents.insert(0, base_parent(open_model(request.base)))
+        types = request.types
+        asked = {name: value for name, value in request.of_format().items() if name in _RECORDED}
+        if request.shard_size is not None:
+            asked["max_shard_size"] = request.shard_size
+        stated = parameters_of({**dict(sorted(asked.items())), **planned.plan.request})
+        parameters = {"to": planned.to, **stated}
+        out = request.target
+        if not model:
+            method = "lora" if request.plain else ""
+            name = "" if out is None else out.name
+            return recorder("convert", "adapter", parameters, parents, method=method, name=name)(folder)
+        kind = "converted" if set(planned.types) <= FLOATS else "quantized"
+        mix = types.mix if types is not None else None
+        return recorder("convert", kind, parameters, parents, method=mix or "")(folder)
+
+    return write
+
+
+_RECORDED = ("dtype", "pre", "plain", "rank", "energy", "double_quant", "skip_modules", "calibration", "compressor")

@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import is_brought
 from adapterkit.adapters.factors import Kind, Slot
 from adapterkit.adapters.linear import linear_modules
+from adapterkit.adapters.load import is_brought
 from adapterkit.adapters.merged import StoredWeights
 from adapterkit.adapters.names import Names
 from adapterkit.adapters.orientation import is_conv1d
 from adapterkit.adapters.target import Target, transposed
 from adapterkit.adapters.ties import is_tied
-from adapterkit.adapters.write_peft import Extras, Held, PeftWriter, peft_config
+from adapterkit.adapters.write_peft import Extras, InMemory, peft_config
 from adapterkit.bases import open_base
-from adapterkit.checkpoint.plan import default_jobs
-from adapterkit.checkpoint.publish import check_target, staging
 from adapterkit.checkpoint.tensor import Renamed, Tensor
 from adapterkit.errors import CheckpointError, TargetError
 from adapterkit.provenance.record import base_parent, recorder
-from adapterkit.verbs.combine import check_rank, module_rank, output_dtype
-from adapterkit.verbs.merge import peak_memory
-from adapterkit.verbs.ordered import in_order
-from adapterkit.verbs.report import ExtractReport, ModuleRank
+from adapterkit.requests.adapters import ExtractRequest
+from adapterkit.requests.call import takes
+from adapterkit.verbs.beside import beside_of
+from adapterkit.verbs.combine import check_rank, output_dtype
+from adapterkit.verbs.factors import ESTIMATED, FactorWork
+from adapterkit.verbs.job import Job, Measured, carry_out
+from adapterkit.verbs.report import ExtractReport
 
 if TYPE_CHECKING:
     import torch
 
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.ops.lowrank import Truncated
-
-Ref = str | Path
 
 DEFAULT_RANK = 32
 
@@ -46,37 +45,136 @@ _TASKS = {
 }
 
 
-def extract(
-    base: Ref | Checkpoint,
-    tuned: Ref | Checkpoint,
-    out: Ref,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    exact: bool = False,
-    dtype: str = "f32",
-    own_ranks: bool = False,
-    jobs: int | None = None,
-    force: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> ExtractReport:
+@dataclass(frozen=True)
+class Extraction:
+    """A difference that is planned as an adapter. Of the weights, only what is no matrix has been read.
+
+    Attributes:
+        request: what was asked for.
+        pair: the two checkpoints.
+        found: what differs.
+        rank: the largest that is allowed.
+        notes: what a user should know.
+    """
+
+    request: ExtractRequest
+    pair: _Pair
+    found: _Found
+    rank: int | None
+    notes: tuple[str, ...]
+
+    def job(self) -> Job:
+        """The extraction as what an executor takes."""
+        asked, pair = self.request, self.pair
+        work = self.work()
+        out = None if asked.out is None else asked.target
+        sources = (*pair.base.sources, *pair.tuned.sources)
+        return Job(
+            plan=work.plan(),
+            tensors={},
+            sources=(),
+            out=out,
+            report=self.report,
+            inputs=tuple(source.path.parent for source in sources if source.path is not None),
+            beside=() if out is None else beside_of(asked, [asked.base, asked.tuned]),
+            stage=work.stage(out),
+            force=asked.force,
+        )
+
+    def work(self) -> FactorWork:
+        """How the adapter is computed, slot by slot."""
+        asked, pair, found = self.request, self.pair, self.found
+
+        def compute(slot: Slot) -> tuple[int, Sequence[Truncated]] | None:
+            targets = found.targets[slot.parameter]
+            cuts = pair.factors(slot, targets, self.rank, asked.energy, asked.exact)
+            return (0, cuts) if any(cut.norm for cut in cuts) else None
+
+        def extras(used: Sequence[Slot]) -> Extras:
+            if not used and not found.whole:
+                raise TargetError(f"{pair.tuned.ref} is the same as {pair.base.ref}", "there is nothing to extract")
+            return Extras(found.whole, side=_side(pair, []))
+
+        def config(used: Sequence[Slot], extras: Extras) -> Mapping[str, Any]:
+            return peft_config(used, [pair.config(list(used), found.whole)], extras)
+
+        again = {
+            "verb": asked.VERB,
+            "base": pair.base.ref,
+            "tuned": pair.tuned.ref,
+            **asked.stated(*_STATED),
+            "rank": asked.rank,
+        }
+        return FactorWork(
+            found.slots,
+            [8 * slot.count * slot.shape[0] * slot.shape[1] for slot in found.slots],
+            compute,
+            extras,
+            config,
+            self.bound,
+            (*pair.base.sources, *pair.tuned.sources),
+            again,
+            self._record,
+            output_dtype(asked.dtype),
+            asked.own_ranks,
+        )
+
+    def bound(self, slot: Slot) -> int:
+        """The largest rank that a layer can come out with."""
+        return min(self.rank or slot.largest_rank, slot.largest_rank)
+
+    def _record(self, folder: Path) -> Mapping[str, bytes]:
+        asked = {**self.request.stated(*_STATED), "rank": self.rank}
+        made_of = [base_parent(self.pair.base), base_parent(self.pair.tuned, "tuned")]
+        return recorder("extract", "adapter", asked, made_of, method="lora")(folder)
+
+    def report(self, measured: Measured) -> ExtractReport:
+        """What was done, or would be."""
+        asked, found, facts = self.request, self.found, measured.facts
+        config, modules = facts.get("config", {}), facts.get("modules", ())
+        bounds = [self.bound(slot) for slot in found.slots]
+        same = 0 if measured.dry_run else len(found.slots) - len(modules)
+        return ExtractReport(
+            out="" if asked.out is None else str(asked.out),
+            base=self.pair.base.ref,
+            tuned=self.pair.tuned.ref,
+            rank=int(config.get("r", max(bounds, default=1))),
+            own_ranks=bool(config.get("rank_pattern", asked.own_ranks and measured.dry_run)),
+            modules=modules,
+            saved=tuple(found.whole),
+            unchanged=found.unchanged + same,
+            nbytes=0 if measured.plan is None else measured.plan.nbytes,
+            seconds=measured.seconds,
+            peak_memory=measured.peak_memory,
+            reused=facts.get("known", 0),
+            dry_run=measured.dry_run,
+            notes=(*self.notes, *([ESTIMATED] if measured.dry_run else []), *measured.notes),
+        )
+
+
+_STATED = ("rank", "energy", "exact", "dtype")
+
+
+def planned(request: ExtractRequest) -> Extraction:
+    """Plan an extraction; see `extract`. Which matrices differ is found by reading them, in a stream."""
+    check_rank(request.rank, request.energy, ())
+    pair = _Pair(open_base(request.base)[0], open_base(request.tuned)[0])
+    found = pair.differences()
+    rank = request.rank
+    if rank is None and request.energy is None:
+        rank = min(DEFAULT_RANK, max((slot.largest_rank for slot in found.slots), default=1))
+    notes = [*found.notes, *check_rank(rank, request.energy, found.slots)]
+    _side(pair, notes)
+    return Extraction(request, pair, found, rank, tuple(notes))
+
+
+@takes(ExtractRequest)
+def extract(request: ExtractRequest) -> ExtractReport:
     """Write the difference of two checkpoints as a LoRA adapter of the first.
 
-    Both are streamed. Matrices become factors within 1 % of the best of their rank; a changed vector (norm, bias), a
-    vocabulary that grew, and what the base does not have are stored whole (``modules_to_save``).
-
-    Args:
-        base: folder, file or Hub id, or an open `Checkpoint`.
-        tuned: the checkpoint that training made of it.
-        out: the folder to make; it appears whole or not at all.
-        rank: at most this rank in every layer; 32 when neither it nor ``energy`` is given.
-        energy: the smallest rank that keeps this share of a layer's squared difference.
-        exact: a dense SVD of every layer instead of subspace iteration.
-        dtype: of the factors: ``f32``, ``bf16`` or ``f16``.
-        own_ranks: every layer keeps its own rank, instead of one for all.
-        jobs: worker threads; the output does not depend on it.
-        force: replace an existing folder.
-        progress: called now and then with bytes done and bytes in all.
+    Both are streamed. Matrices become factors within 1 % of the best of their rank, which is 32 when neither ``rank`` nor
+    ``energy`` is given; a changed vector (norm, bias), a vocabulary that grew, and what the base does not have are stored
+    whole (``modules_to_save``).
 
     Raises:
         UsageError: a bound that nothing can meet.
@@ -85,55 +183,14 @@ def extract(
         NotFound, OutputError, UnsafeError, AuthError, HubError
     """
     started = time.monotonic()
-    stored = output_dtype(dtype)
-    check_rank(rank, energy, ())
-    pair = _Pair(open_base(base)[0], open_base(tuned)[0])
-    found = pair.differences()
-    if rank is None and energy is None:
-        rank = min(DEFAULT_RANK, max((slot.largest_rank for slot in found.slots), default=1))
-    notes = [*found.notes, *check_rank(rank, energy, found.slots)]
-    target = Path(out)
-    folders = [s.path.parent for s in (*pair.base.sources, *pair.tuned.sources) if s.path is not None]
-    check_target(target, folders, _estimate(found, rank), force=force)
-    rows: list[ModuleRank] = []
-    used: list[Slot] = []
-    with staging(target, resume=False) as folder:
-        writer = PeftWriter(folder, stored)
-        try:
+    report: ExtractReport = carry_out(planned(request).job(), request, started)
+    return report
 
-            def work(slot: Slot) -> tuple[Slot, list[Truncated]]:
-                return slot, pair.factors(slot, found.targets[slot.parameter], rank, energy, exact)
 
-            sizes = [8 * slot.count * slot.shape[0] * slot.shape[1] for slot in found.slots]
-            for slot, cuts in in_order(work, found.slots, jobs or default_jobs(), sizes, progress):
-                if any(cut.norm for cut in cuts):
-                    writer.add(slot, [cut.factors for cut in cuts])
-                    rows.append(module_rank(slot, cuts))
-                    used.append(slot)
-            if not used and not found.whole:
-                raise TargetError(f"{pair.tuned.ref} is the same as {pair.base.ref}", "there is nothing to extract")
-            extras = Extras(found.whole, side=_side(pair, notes))
-            config = peft_config(used, [pair.config(used, found.whole)], extras)
-            asked = {"rank": rank, "energy": energy, "exact": exact, "dtype": dtype}
-            made_of = [base_parent(pair.base), base_parent(pair.tuned, "tuned")]
-            record = recorder("extract", "adapter", asked, made_of, method="lora")
-            config = writer.finish(target, config, extras, own_ranks=own_ranks, force=force, record=record)
-        finally:
-            writer.close()
-    return ExtractReport(
-        out=str(out),
-        base=pair.base.ref,
-        tuned=pair.tuned.ref,
-        rank=int(config["r"]),
-        own_ranks=bool(config["rank_pattern"]),
-        modules=tuple(rows),
-        saved=tuple(found.whole),
-        unchanged=found.unchanged + len(found.slots) - len(used),
-        nbytes=(target / "adapter_model.safetensors").stat().st_size,
-        seconds=time.monotonic() - started,
-        peak_memory=peak_memory(),
-        notes=tuple(notes),
-    )
+def replan(data: Mapping[str, Any], out: Path | None) -> Extraction:
+    """The extraction of a saved plan, planned again."""
+    given = {name: value for name, value in data.items() if name in ExtractRequest.options()}
+    return planned(ExtractRequest.bound({**given, "out": out}))
 
 
 @dataclass
@@ -308,18 +365,13 @@ class _Pair:
         if len(target.pieces) == 1 and not piece.transposed and stored.shape == target.shape:
             return Renamed(name, stored)
         whole = StoredWeights(target, self.tuned.tensors)
-        return Held(name, whole.read(0, whole.shape[0]).view(target.shape))
+        return InMemory(name, whole.read(0, whole.shape[0]).view(target.shape))
 
 
 def _embeds(name: str) -> bool:
     """Whether a parameter counts tokens or positions: an embedding, or an output layer."""
     leaf = name.removesuffix(".weight").rpartition(".")[2]
     return "embed" in leaf.lower() or leaf in ("wte", "wpe", "shared", "lm_head", "embed_out")
-
-
-def _estimate(found: _Found, rank: int | None) -> int:
-    factors = sum(8 * s.count * min(rank or DEFAULT_RANK, s.largest_rank) * sum(s.shape) for s in found.slots)
-    return factors + sum(tensor.nbytes for tensor in found.whole.values())
 
 
 def _side(pair: _Pair, notes: list[str]) -> dict[str, bytes]:

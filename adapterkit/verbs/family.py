@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import Adapter, load_adapter
+from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.factors import ModuleDelta, Parts, Slot, take_apart
 from adapterkit.adapters.fold import replicated_base
+from adapterkit.adapters.load import load_adapter
 from adapterkit.adapters.names import Names
 from adapterkit.adapters.ties import same_bytes
 from adapterkit.bases import open_base

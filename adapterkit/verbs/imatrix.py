@@ -145,7 +145,7 @@ def _run(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from adapterkit.gguf.activations import Activations
-    from adapterkit.verbs.options import parse_floats
+    from adapterkit.requests.merge import parse_floats
 
     folder = opened.sources[0].path
     assert folder is not None
@@ -199,10 +199,10 @@ def _zeros(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
 def _layout(found: dict[str, tuple[torch.Tensor, torch.Tensor]], text: str, done: int, chunk: int) -> Any:
     """The file, keys and order as llama-imatrix has them."""
     from adapterkit.gguf.imatrix import COUNTS, SUMS
-    from adapterkit.gguf.lora import Held
+    from adapterkit.gguf.lora import PlannedFactor
     from adapterkit.gguf.metadata import array, u32
     from adapterkit.gguf.metadata import text as string
-    from adapterkit.gguf.plan import Layout
+    from adapterkit.gguf.plan import FileLayout
     from adapterkit.gguf.reader import STRING
 
     entries = [
@@ -215,6 +215,6 @@ def _layout(found: dict[str, tuple[torch.Tensor, torch.Tensor]], text: str, done
     for name in sorted(found):
         squares, counts = found[name]
         one = len(counts) == 1  # ggml leaves out a last dimension of 1
-        tensors.append(Held(name + SUMS, squares[0].float() if one else squares.float(), "activations"))
-        tensors.append(Held(name + COUNTS, counts.float() if one else counts.float()[:, None], "activations"))
-    return Layout(tensors, entries)
+        tensors.append(PlannedFactor(name + SUMS, squares[0].float() if one else squares.float(), "activations"))
+        tensors.append(PlannedFactor(name + COUNTS, counts.float() if one else counts.float()[:, None], "activations"))
+    return FileLayout(tensors, entries)

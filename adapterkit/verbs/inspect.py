@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import Adapter, is_adapter, load_adapter
+from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.config import FLAT, PARTS
 from adapterkit.adapters.edits import check_config, group_modules, method_of
 from adapterkit.adapters.formats.plain import resolved
+from adapterkit.adapters.load import is_adapter, load_adapter
 from adapterkit.adapters.methods.lora import EMBEDDING_A, EMBEDDING_B, MAGNITUDE, A, B
 from adapterkit.bases import open_model
 from adapterkit.errors import AdapterError

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.fold import Folded, fold
 from adapterkit.adapters.sidecars import side_files
 from adapterkit.checkpoint.plan import Plan, plan_safetensors
 from adapterkit.errors import UsageError
-from adapterkit.verbs.options import FOLDER, GGUF
+from adapterkit.requests.merge import FOLDER, GGUF
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.fidelity import Through
     from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.checkpoint.encoded import Encoding
     from adapterkit.gguf.quantize import Quantization
-    from adapterkit.verbs.options import MergeOptions
+    from adapterkit.requests.merge import MergeRequest
 
 CONFIG = "config.json"
+KEEP = "keep"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Output:
         side: small files beside the weights, where the output is a folder.
         through: where changed tensors are quantized: a tensor's name and shape to a function that encodes and decodes
             some of its rows, for the report on fidelity.
+        encodings: changed tensors that are written in the base's own format.
     """
 
     folded: Folded
@@ -43,12 +46,13 @@ class Output:
     side: dict[str, bytes]
     notes: tuple[str, ...]
     through: Callable[[str, tuple[int, ...]], Through | None] | None = None
+    encodings: Mapping[str, Encoding] = field(default_factory=dict)
 
 
 def output(
     base: Checkpoint,
     adapters: Sequence[Adapter],
-    options: MergeOptions,
+    asked: MergeRequest,
     settings: Mapping[str, Any],
     *,
     values: str = "as stored",
@@ -63,28 +67,30 @@ def output(
         UsageError: no such form, or options that mean nothing for it.
         AdapterError, TargetError, CheckpointError
     """
-    found = _OUTPUTS.get((base.format == "gguf", options.to))
+    found = _OUTPUTS.get((base.format == "gguf", asked.to))
     if found is None:
         raise UsageError(
             f"{base.ref} is a GGUF base and becomes a .gguf file, not a folder",
             "name the output so, or convert it first: adapterkit convert BASE.gguf --to hf -o DIR",
         )
-    return found(base, adapters, options, settings, values)
+    return found(base, adapters, asked, settings, values)
 
 
 def _folder(
-    base: Checkpoint, adapters: Sequence[Adapter], options: MergeOptions, settings: Mapping[str, Any], values: str
+    base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, settings: Mapping[str, Any], values: str
 ) -> Output:
-    if options.quantization is not None or options.pre is not None:
+    if asked.gguf_types is not None or asked.pre is not None:
         raise UsageError("options of a GGUF output were given for a folder", "name the output like OUT.gguf")
-    dtype = options.floats
-    folded = fold(base, adapters, options.weights, dtype=dtype, **_how(options))
+    if asked.quant == KEEP or _stored_in(base) == (asked.folder_format, asked.quant_double):
+        return _kept(base, adapters, asked, settings)
+    dtype = asked.floats
+    folded = fold(base, adapters, asked.adapter_weights, dtype=dtype, **_how(asked))
     side, notes = side_files(base, folded, adapters, dtype)
     view = folded.checkpoint
-    if options.quant is not None:
+    if asked.folder_format is not None:
         from adapterkit.adapters.quantized import quantized
 
-        view = quantized(view, options.quant, double_quant=options.quant_double)
+        view = quantized(view, asked.folder_format, double_quant=asked.quant_double)
         config = json.loads(side.get(CONFIG, b"{}"))
         config["quantization_config"] = view.config["quantization_config"]
         side[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
@@ -92,38 +98,67 @@ def _folder(
     return Output(folded, view, plan_safetensors(view, **settings), side, tuple(notes))
 
 
+def _stored_in(base: Checkpoint) -> tuple[str, bool] | None:
+    """The format of a quantized base, where it is one that 16-bit weights are written in too, and whether its scales are
+    nested."""
+    if base.stored is None:
+        return None
+    from adapterkit.codecs.table import KINDS
+
+    how = {weight.how for weight in base.stored.weights.values()}
+    kind = next((kind.name for kind in KINDS.values() if how <= set(kind.already)), None)
+    return None if kind is None else (kind, any(word.endswith(" double") for word in how))
+
+
+def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, settings: Mapping[str, Any]) -> Output:
+    """In the format that the base is stored in."""
+    from adapterkit.adapters.kept import keep_index, kept, stored_form
+
+    form = stored_form(base)
+    if asked.dtype != "auto" or (asked.quant_double and asked.quant == KEEP):
+        raise UsageError("an output in the base's own format has its types", "leave out --dtype and --double-quant")
+    folded = fold(base, adapters, asked.adapter_weights, **_how(asked))
+    made = kept(folded)
+    # The config is the base's own, with what else the merge changed.
+    said = replace(folded, checkpoint=replace(folded.checkpoint, config=form.checkpoint.config))
+    side, notes = side_files(form.checkpoint, said, adapters, None)
+    plan = plan_safetensors(made.view, like=form.checkpoint.tensors, **settings)
+    side |= keep_index(form.checkpoint, plan)
+    return Output(folded, made.view, plan, side, (*notes, made.view.notes[-1]), encodings=made.encodings)
+
+
 def _gguf(
-    base: Checkpoint, adapters: Sequence[Adapter], options: MergeOptions, settings: Mapping[str, Any], values: str
+    base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, settings: Mapping[str, Any], values: str
 ) -> Output:
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
     from adapterkit.gguf.fold import fold_gguf
     from adapterkit.gguf.plan import plan_gguf
 
     assert isinstance(base, GGUFCheckpoint)
-    if options.pre is not None:
+    if asked.pre is not None:
         raise UsageError(f"{base.ref} is a GGUF base, which has a tokenizer of its own", "leave out --pre")
-    if options.dtype != "auto" or options.quant is not None or values != "as stored":
+    if asked.dtype != "auto" or asked.folder_format is not None or values != "as stored":
         raise UsageError(f"{base.ref} is a GGUF base, which has types of its own", "use --quant, as in --quant F16")
-    how: dict[str, Any] = {**_how(options), "quantization": _freely(options.quantization)}
-    made = fold_gguf(base, adapters, options.weights, **how)
+    how: dict[str, Any] = {**_how(asked), "quantization": _freely(asked.gguf_types)}
+    made = fold_gguf(base, adapters, asked.adapter_weights, **how)
     notes: tuple[str, ...] = ()
-    if options.quantization is not None and options.quantization.keep_below is not None:
-        how["drowned"], notes = _drowned(made.folded, made.through, options.quantization)
-        made = fold_gguf(base, adapters, options.weights, **{**how, "quantization": options.quantization})
+    if asked.gguf_types is not None and asked.gguf_types.keep_below is not None:
+        how["drowned"], notes = _drowned(made.folded, made.through, asked.gguf_types)
+        made = fold_gguf(base, adapters, asked.adapter_weights, **{**how, "quantization": asked.gguf_types})
     plan = plan_gguf(made.layout, **settings)
     return Output(made.folded, made.written, plan, {}, (*notes, *made.notes), made.through)
 
 
 def _hf_to_gguf(
-    base: Checkpoint, adapters: Sequence[Adapter], options: MergeOptions, settings: Mapping[str, Any], values: str
+    base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, settings: Mapping[str, Any], values: str
 ) -> Output:
     from adapterkit.adapters.sidecars import patched_config
     from adapterkit.gguf.from_hf import from_hf
     from adapterkit.gguf.plan import plan_gguf
 
-    if options.quant is not None:
-        raise UsageError(f"{options.quant} is a format of folders", "use a GGUF type, as in --quant Q4_K_M")
-    folded = fold(base, adapters, options.weights, **_how(options))
+    if asked.folder_format is not None:
+        raise UsageError(f"{asked.folder_format} is a format of folders", "use a GGUF type, as in --quant Q4_K_M")
+    folded = fold(base, adapters, asked.adapter_weights, **_how(asked))
     files, notes = side_files(base, folded, adapters, None)
     how: dict[str, Any] = {
         "base": base,
@@ -131,16 +166,16 @@ def _hf_to_gguf(
         "adapters": adapters,
         "touched": folded.touched,
         "files": files,
-        "asked": _freely(options.quantization),
-        "dtype": options.floats,
-        "pre": options.pre,
+        "asked": _freely(asked.gguf_types),
+        "dtype": asked.floats,
+        "pre": asked.pre,
     }
     made = from_hf(folded.checkpoint, **how)
-    if options.quantization is not None and options.quantization.keep_below is not None:
+    if asked.gguf_types is not None and asked.gguf_types.keep_below is not None:
         measured = replace(folded, checkpoint=made.folded)
-        how["drowned"], said = _drowned(measured, made.through, options.quantization)
+        how["drowned"], said = _drowned(measured, made.through, asked.gguf_types)
         notes = [*notes, *said]
-        made = from_hf(folded.checkpoint, **{**how, "asked": options.quantization})
+        made = from_hf(folded.checkpoint, **{**how, "asked": asked.gguf_types})
     folded = replace(folded, checkpoint=made.folded)
     view = replace(folded.checkpoint, tensors=made.tensors)
     plan = plan_gguf(made.layout, **settings)
@@ -165,19 +200,19 @@ def _drowned(
     return found, (f"{note}; they are kept as {asked.keep_touched}",)
 
 
-def _how(options: MergeOptions) -> dict[str, Any]:
+def _how(asked: MergeRequest) -> dict[str, Any]:
     return {
-        "residual_base": options.residual_base,
-        "allow_unknown": options.allow_unknown,
-        "rule": options.rule,
-        "device": options.device,
+        "residual_base": asked.residual_base,
+        "allow_unknown": asked.allow_unknown,
+        "rule": asked.rule,
+        "device": asked.device,
     }
 
 
 # (the base is a GGUF file, the form of the output): what makes it
 _OUTPUTS: dict[
     tuple[bool, str | None],
-    Callable[[Checkpoint, Sequence[Adapter], MergeOptions, Mapping[str, Any], str], Output],
+    Callable[[Checkpoint, Sequence[Adapter], MergeRequest, Mapping[str, Any], str], Output],
 ] = {
     (False, FOLDER): _folder,
     (False, GGUF): _hf_to_gguf,

@@ -31,6 +31,7 @@ class MergeReport:
         base_values: of the base, what was folded onto: as stored, decoded, the 16-bit original, or as trained.
         method: how the deltas of several adapters became one.
         fidelity: what of the change survives in the output, when that was asked for.
+        min_retention: the least share that was asked for.
         touched: tensors with a change folded in; ``copied`` are byte-identical to the base's.
         reused: of the touched ones, how many a resumed run found finished.
         peak_memory: measured over the process, or estimated for a dry run.
@@ -54,8 +55,14 @@ class MergeReport:
     base_values: str = "as stored"
     method: str = "linear"
     fidelity: FidelityReport | None = None
+    min_retention: float | None = None
     dry_run: bool = False
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def ok(self) -> bool:
+        """Whether as much of the change survives as was asked for."""
+        return self.fidelity is None or self.min_retention is None or self.fidelity.retention >= self.min_retention
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,8 @@ class CombineReport:
     nbytes: int
     seconds: float
     peak_memory: int
+    reused: int = 0
+    dry_run: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -167,6 +176,8 @@ class ResizeReport:
     nbytes: int
     seconds: float
     peak_memory: int
+    reused: int = 0
+    dry_run: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -190,6 +201,8 @@ class ExtractReport:
     nbytes: int
     seconds: float
     peak_memory: int
+    reused: int = 0
+    dry_run: bool = False
     notes: tuple[str, ...] = ()
 
 

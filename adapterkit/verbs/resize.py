@@ -3,65 +3,148 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.write_peft import Extras, PeftWriter, peft_config
-from adapterkit.checkpoint.plan import default_jobs
-from adapterkit.checkpoint.publish import check_target, staging
-from adapterkit.errors import UnsupportedAdapter, UsageError
+from adapterkit.adapters.write_peft import Extras, peft_config
+from adapterkit.errors import UnsupportedAdapter
 from adapterkit.provenance.record import recorder
-from adapterkit.verbs.combine import check_rank, module_rank, output_dtype, parents, side_files
+from adapterkit.requests.adapters import ResizeRequest
+from adapterkit.requests.call import takes
+from adapterkit.verbs.beside import beside_of
+from adapterkit.verbs.combine import check_rank, output_dtype, parents, rank_of, side_files
+from adapterkit.verbs.factors import ESTIMATED, FactorWork
 from adapterkit.verbs.family import Family, carried, open_family
-from adapterkit.verbs.merge import peak_memory
-from adapterkit.verbs.ordered import in_order
+from adapterkit.verbs.job import Job, Measured, carry_out
 from adapterkit.verbs.report import ModuleRank, ResizeReport
 
 if TYPE_CHECKING:
     import torch
 
-    from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.factors import Slot
-    from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.ops.lowrank import Truncated
 
-Ref = str | Path
+
+@dataclass(frozen=True)
+class Resizing:
+    """An adapter that is planned at another rank; no tensor is read.
+
+    Attributes:
+        request: what was asked for.
+        family: the adapter alone, taken apart.
+        notes: what a user should know.
+    """
+
+    request: ResizeRequest
+    family: Family
+    notes: tuple[str, ...]
+
+    def job(self) -> Job:
+        """The adapter as what an executor takes."""
+        asked, (one,) = self.request, self.family.adapters
+        work = self.work()
+        out = None if asked.out is None else asked.target
+        return Job(
+            plan=work.plan(),
+            tensors={},
+            sources=(),
+            out=out,
+            report=self.report,
+            inputs=() if one.folder is None else (one.folder,),
+            beside=() if out is None else beside_of(asked, [asked.base, asked.adapter]),
+            stage=work.stage(out),
+            force=asked.force,
+        )
+
+    def work(self) -> FactorWork:
+        """How the adapter is computed, slot by slot."""
+        asked, family = self.request, self.family
+        (one,), (part,) = family.adapters, family.parts
+        over = carried(family)
+
+        def compute(slot: Slot) -> tuple[int, Sequence[Truncated]]:
+            return _resized(family, slot, asked.rank, asked.energy, asked.max_error)
+
+        def extras(_: Sequence[Slot]) -> Extras:
+            biases = {module: _scaled(*bias) for module, bias in part.biases.items()}
+            return Extras(over.whole, over.tokens, part.magnitudes, biases, side_files([one], []))
+
+        def config(_: Sequence[Slot], extras: Extras) -> Mapping[str, Any]:
+            slots = list(family.slots.values())
+            return peft_config(slots, [one.config.raw], extras, dora=bool(part.magnitudes))
+
+        again = {
+            "verb": asked.VERB,
+            "adapter": one.ref,
+            "base": None if asked.base is None else str(getattr(asked.base, "ref", asked.base)),
+            **asked.stated(*_STATED),
+        }
+        return FactorWork(
+            list(family.slots.values()),
+            [part.deltas[name].change.reads for name in family.slots],
+            compute,
+            extras,
+            config,
+            self.bound,
+            (one.source,),
+            again,
+            self._record,
+            output_dtype(asked.dtype),
+            asked.own_ranks,
+        )
+
+    def bound(self, slot: Slot) -> int:
+        """The largest rank that a layer can come out with."""
+        most = rank_of(self.family.parts[0].deltas[slot.parameter].change.how)
+        return min(self.request.rank or most, most, slot.largest_rank)
+
+    def _record(self, folder: Path) -> Mapping[str, bytes]:
+        asked = self.request.stated(*_STATED)
+        return recorder("resize", "adapter", asked, parents(self.family, [1.0]), method="lora")(folder)
+
+    def report(self, measured: Measured) -> ResizeReport:
+        """What was done, or would be."""
+        asked, (one,) = self.request, self.family.adapters
+        facts = measured.facts
+        config = facts.get("config", {})
+        bounds = [self.bound(slot) for slot in self.family.slots.values()]
+        return ResizeReport(
+            out="" if asked.out is None else str(asked.out),
+            adapter=one.ref,
+            method=one.config.peft_type,
+            rank=int(config.get("r", max(bounds, default=1))),
+            own_ranks=bool(config.get("rank_pattern", asked.own_ranks and measured.dry_run)),
+            modules=facts.get("modules", ()),
+            nbytes_before=one.nbytes,
+            nbytes=0 if measured.plan is None else measured.plan.nbytes,
+            seconds=measured.seconds,
+            peak_memory=measured.peak_memory,
+            reused=facts.get("known", 0),
+            dry_run=measured.dry_run,
+            notes=(*self.notes, *([ESTIMATED] if measured.dry_run else []), *measured.notes),
+        )
 
 
-def resize(
-    adapter: Ref | Adapter,
-    out: Ref,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-    max_error: float | None = None,
-    base: Ref | Checkpoint | None = None,
-    dtype: str = "f32",
-    own_ranks: bool = False,
-    jobs: int | None = None,
-    force: bool = False,
-    allow_unknown: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> ResizeReport:
+_STATED = ("rank", "energy", "max_error", "dtype")
+
+
+def planned(request: ResizeRequest) -> Resizing:
+    """Plan an adapter at another rank from headers alone; see `resize`."""
+    family = open_family([request.adapter], request.base, allow_unknown=request.allow_unknown, bare=True)
+    notes = [*family.notes, *check_rank(request.rank, request.energy, family.slots.values(), request.max_error)]
+    carried(family)
+    side_files(family.adapters, notes)
+    return Resizing(request, family, tuple(notes))
+
+
+@takes(ResizeRequest)
+def resize(request: ResizeRequest) -> ResizeReport:
     """Bring a low-rank adapter to another rank: per layer the best approximation in the Frobenius norm.
 
     DoRA's magnitudes are kept as they are; it is the product B A between them that is cut.
-
-    Args:
-        adapter: PEFT folder or Hub id, or an open adapter, of a method whose change is a low-rank product.
-        out: the folder to make; it appears whole or not at all.
-        rank: at most this rank in every layer.
-        energy: the smallest rank that keeps this share of a layer's squared norm.
-        max_error: the smallest rank with at most this relative error in a layer.
-        base: the base, for methods whose factors do not tell the shapes (VeRA, ...).
-        dtype: of the factors: ``f32``, ``bf16`` or ``f16``.
-        own_ranks: every layer keeps its own rank, instead of one for all.
-        jobs: worker threads; the output does not depend on it.
-        force: replace an existing folder.
-        allow_unknown: go on where the config has fields that are not known here.
-        progress: called now and then with bytes done and bytes in all.
 
     Raises:
         UsageError: no bound, or one that nothing can meet.
@@ -69,51 +152,14 @@ def resize(
         NotFound, AdapterError, OutputError, UnsafeError, AuthError, HubError
     """
     started = time.monotonic()
-    if rank is None and energy is None and max_error is None:
-        raise UsageError("nothing says how small the adapter is to be", "give --rank, --energy or --max-error")
-    stored = output_dtype(dtype)
-    family = open_family([adapter], base, allow_unknown=allow_unknown, bare=True)
-    (one,), (part,) = family.adapters, family.parts
-    notes = [*family.notes, *check_rank(rank, energy, family.slots.values(), max_error)]
-    over = carried(family)
-    target = Path(out)
-    folders = [] if one.folder is None else [one.folder]
-    check_target(target, folders, 2 * one.nbytes, force=force)
-    rows: list[ModuleRank] = []
-    with staging(target, resume=False) as folder:
-        writer = PeftWriter(folder, stored)
-        try:
-            sizes = [part.deltas[name].change.reads for name in family.slots]
+    report: ResizeReport = carry_out(planned(request).job(), request, started)
+    return report
 
-            def work(slot: Slot) -> tuple[Slot, int, list[Truncated]]:
-                return slot, *_resized(family, slot, rank, energy, max_error)
 
-            for slot, before, found in in_order(
-                work, list(family.slots.values()), jobs or default_jobs(), sizes, progress
-            ):
-                writer.add(slot, [cut.factors for cut in found])
-                rows.append(module_rank(slot, found, before))
-            biases = {module: _scaled(*bias) for module, bias in part.biases.items()}
-            extras = Extras(over.whole, over.tokens, part.magnitudes, biases, side_files([one], notes))
-            config = peft_config(list(family.slots.values()), [one.config.raw], extras, dora=bool(part.magnitudes))
-            asked = {"rank": rank, "energy": energy, "max_error": max_error, "dtype": dtype}
-            record = recorder("resize", "adapter", asked, parents(family, [1.0]), method="lora")
-            config = writer.finish(target, config, extras, own_ranks=own_ranks, force=force, record=record)
-        finally:
-            writer.close()
-    return ResizeReport(
-        out=str(out),
-        adapter=one.ref,
-        method=one.config.peft_type,
-        rank=int(config["r"]),
-        own_ranks=bool(config["rank_pattern"]),
-        modules=tuple(rows),
-        nbytes_before=one.nbytes,
-        nbytes=(target / "adapter_model.safetensors").stat().st_size,
-        seconds=time.monotonic() - started,
-        peak_memory=peak_memory(),
-        notes=tuple(notes),
-    )
+def replan(data: Mapping[str, Any], out: Path | None) -> Resizing:
+    """The adapter of a saved plan, planned again."""
+    given = {name: value for name, value in data.items() if name in ResizeRequest.options()}
+    return planned(ResizeRequest.bound({**given, "out": out}))
 
 
 def _resized(

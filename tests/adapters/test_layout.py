@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -134,17 +135,27 @@ def test_heads_split() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "target", "turned"),
-    [((2, 16, 6), "gate_up_proj", False), ((2, 6, 16), "gate_up_proj", True), ((2, 6, 6), "gate_up_proj", False),
-     ((2, 6, 8), "down_proj", False), ((2, 8, 6), "down_proj", True)],
+    ("shape", "target", "inner", "turned"),
+    [((2, 16, 6), "gate_up_proj", 8, False), ((2, 6, 16), "gate_up_proj", 8, True),
+     ((2, 6, 6), "gate_up_proj", 3, False),  # a square: it cannot be told, and the loader takes it as it is
+     ((2, 6, 8), "down_proj", 8, False), ((2, 8, 6), "down_proj", 8, True)],
 )  # fmt: skip
-def test_transposed_only_where_the_file_is_not_as_the_module(shape: Any, target: str, turned: bool) -> None:
-    made = run([["transpose", 1, 2, True]], [[whole("t", shape, 2)]], ["t"], [target], number)
-    assert all(piece.transposed == turned for piece in made[0].pieces)
-    assert (
-        made[0].shape[-1] == HEADS["moe_intermediate_size" if target == "down_proj" else "hidden_size"]
-        or turned is False
-    )
+def test_transposed_only_where_the_file_is_not_as_the_module(shape: Any, target: str, inner: int, turned: bool) -> None:
+    """The loader compares with the module's parameter, and we with the sizes in the config."""
+    import torch
+    from transformers import core_model_loading as loading
+
+    hidden = HEADS["hidden_size"]
+    parameter = torch.empty((2, 2 * inner, hidden) if target == "gate_up_proj" else (2, hidden, inner))
+    stored = torch.arange(float(torch.Size(shape).numel())).reshape(shape)
+    model = SimpleNamespace(get_parameter=lambda name: parameter)
+    loader = loading.Transpose(1, 2, check_dims=True)
+    wanted = loader.convert({"t": [stored]}, ["t"], [target], model=model, full_layer_name=target)[target]
+    sizes = {**HEADS, "moe_intermediate_size": inner}
+    (made,) = run([["transpose", 1, 2, True]], [[whole("t", shape, 2)]], ["t"], [target], lambda _, name: sizes[name])
+    assert {piece.transposed for piece in made.pieces} == {turned}
+    assert made.shape == tuple(wanted.shape)
+    assert torch.equal(assembled(made, {"t": stored}), wanted)
 
 
 @pytest.mark.parametrize(

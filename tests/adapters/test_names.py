@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from adapterkit.adapters.names import Names
-from adapterkit.adapters.rules import table
+from adapterkit.adapters.renamings import table
 
 if TYPE_CHECKING:
     from torch import Tensor

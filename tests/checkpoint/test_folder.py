@@ -10,7 +10,8 @@ import pytest
 import torch
 from models import INDEX, plain_base, random_tensors, read_tensors, write_checkpoint
 
-from adapterkit.checkpoint.open import open_checkpoint, parse_hub
+from adapterkit.checkpoint.hub_ref import parse_hub
+from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.errors import AdapterkitError, CheckpointError, NotFound, UnsafeError
 
 if TYPE_CHECKING:

@@ -17,8 +17,10 @@ from children import fork, run, wait
 from models import plain_adapter, plain_base, read_bytes
 
 import adapterkit
+from adapterkit import disk
 from adapterkit.checkpoint import publish
 from adapterkit.checkpoint.publish import check_target, partial_folder, staging
+from adapterkit.disk import calls
 from adapterkit.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -250,7 +252,7 @@ def test_force_where_names_cannot_be_exchanged(
 ) -> None:
     import types
 
-    monkeypatch.setattr(publish.ctypes, "CDLL", lambda *_, **__: types.SimpleNamespace())
+    monkeypatch.setattr(calls.ctypes, "CDLL", lambda *_, **__: types.SimpleNamespace())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     adapterkit.merge(*inputs, tmp_path / "out", force=True)
@@ -330,20 +332,21 @@ def test_many_runs_at_once_leave_one_whole_result(inputs: tuple[Path, list[Path]
 def test_lock_of_a_run_that_is_just_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder goes between opening its lock and getting it; the lock then guards nothing."""
     out = tmp_path / "out"
-    flock = publish.fcntl.flock
+    flock = calls.fcntl.flock
 
     def late(lock: int, how: int) -> None:
         shutil.rmtree(partial_folder(out))
         flock(lock, how)
 
-    monkeypatch.setattr(publish.fcntl, "flock", late)
+    monkeypatch.setattr(calls.fcntl, "flock", late)
     with pytest.raises(OutputError, match="another run"), staging(out, resume=False):
         pass
 
 
 def test_leftovers_of_a_killed_run_go_with_the_next(inputs: tuple[Path, list[Path]], tmp_path: Path) -> None:
     partial = partial_folder(tmp_path / "out")
-    (partial / "sub").mkdir(parents=True)
+    disk.own_folder(partial)
+    (partial / "sub").mkdir()
     (partial / "model-00001-of-00002.safetensors").write_bytes(b"half")
     (partial / "stray").write_bytes(b"x" * 10_000)
     (partial / ".journal.jsonl").write_bytes(b"torn")

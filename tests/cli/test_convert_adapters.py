@@ -73,8 +73,8 @@ def test_a_dry_run_writes_nothing(dora: tuple[Path, Path], tmp_path: Path, capsy
     [
         (("--to", "peft", "--plain"), "computed against its base"),
         (("--to", "peft", "--rank", "3"), "add --plain"),
-        (("--to", "gguf-lora", "--plain"), "mean nothing for gguf-lora"),
-        (("--to", "mlx", "--quant", "Q8_0"), "options of a quantization mean nothing for mlx"),
+        (("--to", "gguf-lora", "--plain"), "--plain does not apply to --to gguf-lora"),
+        (("--to", "mlx", "--quant", "Q8_0"), "--quant does not apply to --to mlx"),
         (("--to", "peft", "--plain", "--base", "BASE", "--energy", "1.5"), "energy must be in"),
         (("--to", "peft", "--plain", "--base", "BASE", "--rank", "4000"), "larger than every layer"),
         (("--to", "safetensors"), "is no format to convert to; use one of gguf, "),

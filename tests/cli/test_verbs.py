@@ -242,10 +242,12 @@ def test_check_fits(capsys: pytest.CaptureFixture[str], base: Path, adapter: Pat
     assert [finding["code"] for finding in report["findings"]] == ["no-revision"]
 
 
-def test_check_other_shape_exits_with_3(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
+def test_check_refuses_what_merge_refuses(capsys: pytest.CaptureFixture[str], adapter: Path, tmp_path: Path) -> None:
     wider = plain_base(tmp_path / "wider", width=32)
+    refused, _, said = run(capsys, "merge", wider, adapter, "-o", tmp_path / "out")
     code, out, _ = run(capsys, "check", wider, adapter)
-    assert code == 3
+    assert code == refused == 1
+    assert said.removeprefix("error: ").strip() in out
     assert "this adapter was trained on another base" in out
     assert "does not hold" in out
 
@@ -279,7 +281,7 @@ def test_check_for_servers(capsys: pytest.CaptureFixture[str], base: Path, adapt
     [
         (["merge"], 2, "Missing argument"),
         (["merge", "{base}", "{adapter}"], 2, "--out"),
-        (["merge", "{base}", "{adapter}", "-o", "{tmp}/o", "--dtype", "int3"], 2, "no output dtype"),
+        (["merge", "{base}", "{adapter}", "-o", "{tmp}/o", "--dtype", "int3"], 2, "is not one of 'auto'"),
         (
             ["merge", "{base}", "{adapter}", "-o", "{tmp}/o", "--weight", "1", "--weight", "2"],
             2,
@@ -292,8 +294,8 @@ def test_check_for_servers(capsys: pytest.CaptureFixture[str], base: Path, adapt
         (["merge", "{base}", "{adapter}", "-o", "{base}"], 2, "lies in or over the input"),
         (["merge", "{base}", "{adapter}", "-o", "{base}/inside"], 2, "lies in or over the input"),
         (["nothing"], 2, "No such command"),
-        (["merge", "{base}", "{adapter}", "--save-plan", "{tmp}/none/plan.json"], 1, "plan.json cannot be used"),
-        (["merge", "{base}", "{adapter}", "--save-plan", "{tmp}"], 1, "Is a directory"),
+        (["merge", "{base}", "{adapter}", "--save-plan", "{tmp}/none/plan.json"], 1, "plan.json cannot be written"),
+        (["merge", "{base}", "{adapter}", "--save-plan", "{tmp}"], 1, "is a folder"),
         (["merge", "{base}", "", "-o", "{tmp}/o"], 7, "is empty"),
         (["merge", "", "{adapter}", "-o", "{tmp}/o"], 7, "is empty"),
         (["execute", "{adapter}/adapter_model.safetensors", "-o", "{tmp}/o"], 1, "not a plan file"),

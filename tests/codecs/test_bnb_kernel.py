@@ -40,9 +40,15 @@ def test_it_has_the_bits_of_the_table(
     absmax = torch.randn(blocks, generator=generator) * 10.0**exponent
     absmax[::7] = 0
     out = torch.full((blocks * blocksize,), torch.nan, dtype=dtype)
-    assert bnb_kernel.decode_nf4(packed, absmax, blocksize, out) or exponent < -30
+    done = bnb_kernel.decode_nf4(packed, absmax, blocksize, out)
+    # It declines where a bfloat16 could become subnormal: the smallest value is 0.0796 of its block's scale.
+    smallest = torch.finfo(torch.bfloat16).tiny / 0.0796
+    risky = dtype is torch.bfloat16 and bool(((absmax != 0) & (absmax.abs() < smallest)).any())
+    assert not (done and risky)
+    assert done or exponent < -34  # 10 ** -34 and more is far above that
     wanted = blockwise.decode_by_table(packed, absmax, "nf4", blocksize, blocks * blocksize).to(dtype)
-    if exponent < -30:
+    if not done:
+        assert out.isnan().all()  # and nothing was touched
         out = blockwise.decode_4bit(packed, absmax, "nf4", blocksize, blocks * blocksize, dtype)
     bits = torch.int32 if dtype is torch.float32 else torch.int16
     assert torch.equal(out.view(bits), wanted.view(bits))

@@ -162,19 +162,19 @@ def test_a_resumed_conversion_has_the_same_bytes(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, calls: int
 ) -> None:
     """Scales that were found before the interruption are found again."""
-    from adapterkit.checkpoint.encoded import _Encoding
+    from adapterkit.checkpoint.encoded import Encoding
 
     convert(base, tmp_path / "whole", to="nf4", double_quant=True)
-    codes, done = _Encoding.codes, [0]
+    codes, done = Encoding.codes, [0]
 
-    def failing(self: _Encoding, start: int) -> torch.Tensor:
+    def failing(self: Encoding, start: int) -> torch.Tensor:
         done[0] += 1
         if done[0] > calls:
             raise CheckpointError("interrupted")
         return codes(self, start)
 
     with monkeypatch.context() as patched:
-        patched.setattr(_Encoding, "codes", failing)
+        patched.setattr(Encoding, "codes", failing)
         with pytest.raises(CheckpointError, match="interrupted"):
             convert(base, tmp_path / "out", to="nf4", double_quant=True, resume=True, jobs=1)
     assert not (tmp_path / "out").exists()
@@ -194,10 +194,10 @@ def convert_whole(base: Path, out: Path) -> Path:
     ("arguments", "code", "sentence"),
     [
         (["--to", "nf3"], 2, "'nf3' is no format to convert to"),
-        (["--to", "int8", "--double-quant"], 2, "nested scales mean nothing for int8"),
-        (["--to", "bf16", "--skip-module", "x"], 2, "modules to keep mean nothing for bf16"),
-        (["--to", "nf4", "--quant", "Q4_K_M"], 2, "options of a quantization mean nothing for nf4"),
-        (["--to", "nf4", "--base", "x"], 2, "bases mean nothing for nf4"),
+        (["--to", "int8", "--double-quant"], 2, "--double-quant does not apply to --to int8"),
+        (["--to", "bf16", "--skip-module", "x"], 2, "--skip-module does not apply to --to bf16"),
+        (["--to", "nf4", "--quant", "Q4_K_M"], 2, "--quant does not apply to --to nf4"),
+        (["--to", "nf4", "--base", "x"], 2, "--base does not apply to --to nf4"),
         (["--to", "nf4", "--skip-module", "("], 2, "no pattern"),
         (["--to", "fp8"], 2, "no linear layer that fp8 fits"),
         (["--to", "awq"], 2, "need a text to calibrate on"),

@@ -10,17 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_as_trained import adapter, model, saved_quantized
 
-from adapterkit.adapters.adapter import load_adapter
 from adapterkit.adapters.as_trained import as_trained
 from adapterkit.adapters.fidelity import Watch, already_on_grid, left_on_grid
 from adapterkit.adapters.fold import fold
+from adapterkit.adapters.load import load_adapter
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.checkpoint.save import save
 from adapterkit.cli import main
 from adapterkit.codecs.grid import Grid
 from adapterkit.errors import CheckFailed
-from adapterkit.ops.fidelity import Fidelity, Sums, block_sums
+from adapterkit.ops.fidelity import Fidelity, FidelitySums, block_sums
 from adapterkit.registry.beside import read_beside
 from adapterkit.verbs.merge import merge
 from adapterkit.verbs.report import to_json
@@ -48,7 +48,9 @@ def test_blocks_add_up_to_the_formula() -> None:
     w = torch.randn(64, 100, generator=generator).bfloat16()
     wanted = w.float() + torch.randn(64, 100, generator=generator) * 0.003
     got = wanted.bfloat16()
-    total = sum((block_sums(w[i : i + 16], wanted[i : i + 16], got[i : i + 16]) for i in range(0, 64, 16)), Sums())
+    total = sum(
+        (block_sums(w[i : i + 16], wanted[i : i + 16], got[i : i + 16]) for i in range(0, 64, 16)), FidelitySums()
+    )
     assert numbers(Fidelity.of(total)) == pytest.approx(exact(w, wanted, got), rel=1e-5)
 
 
@@ -161,7 +163,7 @@ def test_mlx_lm_1172_a_quantized_base_is_not_written_on_its_own_grid_in_silence(
     folded = fold(open_checkpoint(quantized), [load_adapter(tuned)])
     assert set(already_on_grid(folded, "nf4")) == {Q, DOWN}
     assert already_on_grid(folded, "int8") == []
-    with pytest.raises(CheckFailed, match=r"nf4 already, and of this change \d\.\d% would survive"):
+    with pytest.raises(CheckFailed, match=r"nf4 64 already, and of this change \d\.\d% would survive"):
         merge(quantized, [tuned], tmp_path / "out", quant="nf4")
     assert not (tmp_path / "out").exists()
     for double in (False, True):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
-from adapterkit.codecs.table import CODECS
 from adapterkit.verbs.conversions.formats import FORMATS
+
+from adapterkit.codecs.table import CODECS
 
 ROOT = Path(__file__).resolve().parents[2]
 

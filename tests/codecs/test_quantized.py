@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from test_as_trained import adapter, model, saved_quantized
 
-from adapterkit.adapters.adapter import load_adapter
 from adapterkit.adapters.as_trained import as_trained
 from adapterkit.adapters.fold import fold
+from adapterkit.adapters.load import load_adapter
 from adapterkit.adapters.quantized import quantized
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.open import open_checkpoint

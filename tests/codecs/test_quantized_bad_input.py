@@ -24,7 +24,7 @@ from test_torchao import tensors as torchao
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.cli import main
-from adapterkit.codecs.encode import FourBit
+from adapterkit.codecs.bnb4 import FourBit
 from adapterkit.codecs.grid import Grid
 from adapterkit.dtypes import BF16
 from adapterkit.errors import AdapterkitError
@@ -171,10 +171,10 @@ def awq() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def nf4() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    encoder = FourBit((32, 96), Grid("nf4", double=True), BF16)
-    codes, scales = encoder.encode(torch.randn(32 * 96))
-    shapes = {end: shape for end, (_, shape) in encoder.others.items()}
-    others = {f"a.weight{end}": t.view(shapes[end]) for end, t in encoder.finish(scales).items()}
+    encoder = FourBit("a.weight", (32, 96), Grid("nf4", double=True), BF16)
+    codes, scales = encoder.encode(0, torch.randn(32 * 96), None)
+    shapes = {made.name: made.shape for made in encoder.made}
+    others = {name: t.view(shapes[name]) for name, t in encoder.finish((scales,)).items()}
     return {"a.weight": codes.view(-1, 1), **others}, {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
 

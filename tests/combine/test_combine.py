@@ -31,7 +31,7 @@ from adapterkit.errors import (
     UnsupportedAdapter,
     UsageError,
 )
-from adapterkit.ops.rules import METHODS
+from adapterkit.ops.rules import RULES
 
 
 def config(**fields: Any) -> Any:
@@ -179,7 +179,7 @@ def test_svd_is_the_best_of_its_rank(make_base: Callable[..., Path], tmp_path: P
         assert row.error == pytest.approx(float((whole - best).norm() / whole.norm()), rel=1e-4)
 
 
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", list(RULES))
 def test_every_method_gives_what_peft_loads(method: str, make_base: Callable[..., Path], tmp_path: Path) -> None:
     base = make_base("llama")
     adapters = [make_adapter(tmp_path / f"a{i}", base, config(), seed=i) for i in range(2)]
@@ -274,14 +274,14 @@ def test_half_precision_rounds_once(tmp_path: Path) -> None:
 
 def test_a_search_over_weights_needs_no_files(tmp_path: Path) -> None:
     from adapterkit import combined
-    from adapterkit.adapters.rule import Rule
+    from adapterkit.adapters.bound_rule import BoundRule
 
     base = plain_base(tmp_path / "base")
     family = open_family([plain_adapter(tmp_path / name, base, seed=i) for i, name in enumerate("ab")])
     for weights in ([1, 0], [0.5, 0.5], [-1, 2]):
         combine(family, tmp_path / "out", method="cat", weights=weights, force=True)
         written = read_tensors(tmp_path / "out")
-        for slot, (found,) in combined(family, Rule("cat"), weights):
+        for slot, (found,) in combined(family, BoundRule("cat"), weights):
             assert torch.equal(found.factors.b, written[f"base_model.model.{slot.module}.lora_B.weight"])
 
 
@@ -298,7 +298,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"rank": 17}, "rank 17 is larger than every layer"),
     ({"rank": 0}, "rank must be at least 1"),
     ({"energy": 1.5}, "energy must be in"),
-    ({"dtype": "int8"}, "no dtype for factors"),
+    ({"dtype": "int8"}, "is not a value of dtype"),
 ]
 
 

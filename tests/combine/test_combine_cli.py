@@ -10,7 +10,7 @@ from models import plain_adapter, plain_base, read_bytes
 
 from adapterkit import combine
 from adapterkit.cli import main
-from adapterkit.ops.rules import METHODS
+from adapterkit.ops.rules import RULES
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -29,7 +29,7 @@ def adapters(tmp_path: Path) -> list[Path]:
 def test_methods_are_listed_with_their_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "combine", "--methods")
     assert code == 0
-    for name, row in METHODS.items():
+    for name, row in RULES.items():
         assert f"{name} " in out
         assert row.summary in out
         for parameter in row.parameters:
@@ -38,7 +38,7 @@ def test_methods_are_listed_with_their_parameters(capsys: pytest.CaptureFixture[
 
 def test_every_parameter_of_every_method_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "combine", "--help")
-    for row in METHODS.values():
+    for row in RULES.values():
         for parameter in row.parameters:
             assert parameter.option in out
 
@@ -126,4 +126,4 @@ def test_every_option_of_a_method_is_told(verb: str) -> None:
     command = app.get_command(click.Context(app), verb)
     assert command is not None
     told = {name for one in command.get_params(click.Context(command)) for name in one.opts}
-    assert {parameter.option for row in METHODS.values() for parameter in row.parameters} <= told
+    assert {parameter.option for row in RULES.values() for parameter in row.parameters} <= told

@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adapterkit
-from adapterkit.adapters.adapter import is_adapter, load_adapter
 from adapterkit.adapters.fold import fold
+from adapterkit.adapters.load import is_adapter, load_adapter
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.errors import AdapterError, NotFound, TargetError, UnsupportedAdapter, UsageError
 from adapterkit.provenance.register import register

@@ -11,8 +11,8 @@ import torch
 from models import make_adapter, peft_merged, read_tensors, write_checkpoint
 from safetensors.torch import save_file
 
-from adapterkit.adapters.adapter import load_adapter
 from adapterkit.adapters.fold import fold
+from adapterkit.adapters.load import load_adapter
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter, UsageError
 from adapterkit.verbs.convert import convert

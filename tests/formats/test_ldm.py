@@ -11,9 +11,9 @@ import torch
 from models import write_checkpoint
 from safetensors.torch import save_file
 
-from adapterkit.adapters.adapter import load_adapter
 from adapterkit.adapters.fold import fold
 from adapterkit.adapters.formats.ldm import diffusers_name
+from adapterkit.adapters.load import load_adapter
 from adapterkit.checkpoint.open import open_checkpoint
 
 RESNET = ("in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3", "skip_connection")

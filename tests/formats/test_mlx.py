@@ -12,8 +12,8 @@ import torch
 from models import edit_config, make_adapter, read_tensors
 from safetensors.torch import save_file
 
-from adapterkit.adapters.adapter import load_adapter
 from adapterkit.adapters.fold import fold
+from adapterkit.adapters.load import load_adapter
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.errors import AdapterError, UnsupportedAdapter
 from adapterkit.verbs.convert import convert

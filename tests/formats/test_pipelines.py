@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapterkit.adapters.adapter import load_adapter
 from adapterkit.adapters.formats.pipelines import split
+from adapterkit.adapters.load import load_adapter
 from adapterkit.cli import main
 from adapterkit.errors import AdapterError, TargetError
 from adapterkit.verbs.combine import combine

@@ -11,8 +11,8 @@ import pytest
 import torch
 from models import edit_config, make_adapter, peft_merged, read_tensors
 
-from adapterkit.adapters.adapter import load_adapter
 from adapterkit.adapters.fold import fold
+from adapterkit.adapters.load import load_adapter
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.errors import UnsupportedAdapter, UsageError
 from adapterkit.verbs.convert import convert

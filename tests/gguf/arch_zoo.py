@@ -66,6 +66,7 @@ class Tiny:
         lora: module leaves (or ``all-linear``) that an adapter changes.
         parameters: ``target_parameters`` beside them.
         scale: of the random weights.
+        alone: whether transformers has a class for the text part by itself.
         reads: what of the config is at its default for transformers' GGUF reader; none if it knows no such architecture.
     """
 
@@ -79,6 +80,7 @@ class Tiny:
     encoder: bool = False
     reads: dict[str, Any] | None = None
     patch: Any = None
+    alone: bool = True
 
 
 _EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
@@ -522,6 +524,17 @@ ZOO: dict[str, Tiny] = {
         lora=[*_ATTENTION, "input_linear", "output_linear"],
     ),
 }
+
+
+def _more() -> dict[str, Tiny]:
+    import arch_zoo_more
+    import arch_zoo_wholes
+
+    models = arch_zoo_more.MODELS | arch_zoo_wholes.MODELS
+    return {kind: Tiny(cls, config, **fields) for kind, (cls, config, fields) in models.items()}
+
+
+ZOO |= _more()
 
 
 # Encoders: hidden states of all tokens, pooled by their mean, are compared.

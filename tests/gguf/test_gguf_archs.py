@@ -24,7 +24,9 @@ from adapterkit.verbs.convert import convert
 
 BACK = ("llama3", "deepseek_v3", "qwen3_5")
 LIVE = ("granite4_micro", "qwen3_5")
-FAST = ("llama", "gemma2", "phi3_longrope")
+FAST = ("llama", "gemma2", "phi3_longrope", "bamba")
+# Latent attention and such: weights that the runtime multiplies without looking for a LoRA.
+NO_LORA_FILE = ("deepseek", "glm4_moe_lite", "youtu", "minicpm3", "kimi_linear")
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +62,7 @@ def test_a_gguf_base_and_a_lora_beside_it(kind: str, tmp_path: Path) -> None:
     else:
         adapterkit.merge(base, [adapter], tmp_path / "merged.gguf")
         assert far(logprobs(tmp_path / "merged.gguf")[0], expected) < tiny.tolerance
-    if kind.startswith("deepseek"):
+    if kind.startswith(NO_LORA_FILE):
         with pytest.raises(UnsupportedAdapter, match="applies no LoRA"):
             convert(adapter, tmp_path / "lora.gguf", to="gguf-lora", base=hf)
         return
@@ -78,6 +80,8 @@ def test_there_and_back(kind: str, tmp_path: Path) -> None:
     assert report.to == "hf"
     convert(tmp_path / "back", tmp_path / "two.gguf")
     assert (tmp_path / "two.gguf").read_bytes() == (tmp_path / "one.gguf").read_bytes()
+    if not tiny.alone:
+        return
     model = load_model(tmp_path / "back").float().eval()
     if tiny.patch is not None:
         tiny.patch(model)

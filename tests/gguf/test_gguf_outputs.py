@@ -18,10 +18,11 @@ from models import write_adapter
 
 import adapterkit
 from adapterkit.cli import main
+from adapterkit.disk import own_folder
 from adapterkit.errors import AdapterkitError, CheckpointError, NotFound
 from adapterkit.gguf.quantize import Quantization
 from adapterkit.gguf.reader import parse_gguf
-from adapterkit.gguf.tensors import Encoded, decoded
+from adapterkit.gguf.tensors import Quantized, decoded
 from adapterkit.verbs.convert import convert
 
 HEADS = {"llama.block_count": 2, "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2}
@@ -253,9 +254,9 @@ def test_kept_types_fit_their_rows(base: Path, adapter: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_an_interrupted_run(resume: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = Encoded.read, []
+    real, calls = Quantized.read, []
 
-    def read_some(self: Encoded, start: int, stop: int) -> Any:
+    def read_some(self: Quantized, start: int, stop: int) -> Any:
         calls.append(self.name)
         if len(calls) > 3:
             raise KeyboardInterrupt
@@ -264,7 +265,7 @@ def test_an_interrupted_run(resume: bool, base: Path, tmp_path: Path, monkeypatc
     out = tmp_path / "out.gguf"
     asked = Quantization("Q8_0")
     with monkeypatch.context() as patched:
-        patched.setattr(Encoded, "read", read_some)
+        patched.setattr(Quantized, "read", read_some)
         with pytest.raises(KeyboardInterrupt):
             convert(base, out, quantization=asked, jobs=1, resume=resume)
     assert not out.exists()
@@ -280,7 +281,7 @@ def test_another_request_does_not_use_what_was_left(base: Path, tmp_path: Path) 
     """Padding and all: the hidden file of another run has other bytes where this one has none."""
     out = tmp_path / "out.gguf"
     folder = tmp_path / ".out.gguf.partial"
-    folder.mkdir()
+    own_folder(folder)
     (folder / "model.gguf").write_bytes(b"\xff" * 200_000)
     convert(base, out, quantization=Quantization("Q8_0"), resume=True)
     convert(base, tmp_path / "whole.gguf", quantization=Quantization("Q8_0"))
@@ -438,7 +439,7 @@ REFUSED: dict[str, tuple[list[Any], int, str]] = {
     "no cosine": (
         ["merge", "{}/base.gguf", "{}/adapter", "-o", "{}/o.gguf", "--keep-touched", "Q8_0", "--keep-below", "7"],
         2,
-        "no cosine",
+        "give a number from 0 to 1",
     ),
     "pure without mix": (["convert", "{}/base.gguf", "-o", "{}/o.gguf", "--pure"], 2, "add --quant"),
     "no format": (["convert", "{}/base.gguf", "-o", "{}/o"], 2, "add --to"),
@@ -560,11 +561,15 @@ def test_check(base: Path, adapter: Path, tmp_path: Path, capsys: pytest.Capture
     code, found = command(["check", base, adapter], capsys)
     assert (code, found["touched"], found["ok"]) == (0, 2, True)
     code, found = command(["check", short(tmp_path), adapter], capsys)
-    assert (code, found["ok"]) == (3, False)
+    assert (code, found["ok"]) == (1, False)
     convert(base, tmp_path / "coarse.gguf", quantization=Quantization("Q4_0"))
-    code, found = command(["check", tmp_path / "coarse.gguf", adapter], capsys)
-    assert code == 0
-    assert any("coarse grids" in finding["message"] for finding in found["findings"])
+    coarse = tmp_path / "coarse.gguf"
+    refused, said = command(["merge", coarse, adapter, "-o", tmp_path / "m.gguf"], capsys)
+    code, found = command(["check", coarse, adapter], capsys)
+    assert (code, found["ok"]) == (refused, False) == (2, False)
+    assert said["error"]["message"] in {finding["message"] for finding in found["findings"]}
+    code, found = command(["check", coarse, adapter, "--yes-lossy"], capsys)
+    assert (code, found["ok"]) == (0, True)
 
 
 def test_headers_of_our_files_pass_our_own_reader(base: Path, adapter: Path, tmp_path: Path) -> None:

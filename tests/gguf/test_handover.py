@@ -17,7 +17,8 @@ from vocab_runtime import write_model
 from adapterkit.errors import UsageError
 from adapterkit.gguf.vocab import read_vocab, render
 from adapterkit.gguf.vocab.turns import turns_of
-from adapterkit.serving.handover import go_template, handover, write_handover
+from adapterkit.serving.handover import handover, write_handover
+from adapterkit.serving.modelfile import go_template
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"

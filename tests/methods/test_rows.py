@@ -9,8 +9,8 @@ import pytest
 import torch
 from method_cases import Case, cases, make_net, save_base, train
 
-from adapterkit.adapters.adapter import load_adapter
 from adapterkit.adapters.edits import adapter_edits
+from adapterkit.adapters.load import load_adapter
 from adapterkit.adapters.merged import StoredWeights
 from adapterkit.adapters.names import Names
 from adapterkit.checkpoint.open import open_checkpoint

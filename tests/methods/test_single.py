@@ -154,7 +154,7 @@ def written(modules: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_merges_what_lycoris_trained(case: Case, tmp_path: Path) -> None:
-    from adapterkit.adapters.adapter import load_adapter
+    from adapterkit.adapters.load import load_adapter
 
     turns = "OFT" in case.name
     net = make_net() if turns else make_net().double()

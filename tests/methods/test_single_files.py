@@ -9,7 +9,7 @@ import torch
 from method_cases import make_net, merged_tensors, save_base
 from safetensors.torch import save_file
 
-from adapterkit.adapters.adapter import load_adapter
+from adapterkit.adapters.load import load_adapter
 from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter, UsageError
 from adapterkit.verbs.combine import combine
 from adapterkit.verbs.convert import convert

@@ -8,7 +8,7 @@ from adapters import adapters
 from adapterkit.errors import UsageError
 from adapterkit.ops import rows
 from adapterkit.ops.lowrank import Factors
-from adapterkit.ops.rows import Computed, DeltaRows, Dense, materialize
+from adapterkit.ops.rows import ComputedRows, DeltaRows, Dense, materialize
 from adapterkit.ops.rules import combine
 
 WEIGHTS = [1.0, 0.7, -0.4]
@@ -99,7 +99,7 @@ def test_no_bit_depends_on_blocks_or_threads(name: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("name", RULES)
 def test_deltas_that_are_not_low_rank(name: str) -> None:
     family = parts()
-    blocks = [Computed(p.shape, p.rows) for p in family]
+    blocks = [ComputedRows(p.shape, p.rows) for p in family]
     matrices = [Dense(materialize(p)) for p in family]
     expected = materialize(combine(family, name, key="w", **RULES[name]))
     assert torch.equal(materialize(combine(blocks, name, key="w", **RULES[name])), expected)

@@ -7,7 +7,7 @@ from adapters import adapter, adapters, dense
 from adapterkit.errors import UsageError
 from adapterkit.ops import extract, rows
 from adapterkit.ops.extract import low_rank
-from adapterkit.ops.rows import Computed, Dense, materialize
+from adapterkit.ops.rows import ComputedRows, Dense, materialize
 from adapterkit.ops.rules import combine
 
 M, N = 220, 180
@@ -102,7 +102,7 @@ def test_streaming_gives_the_same_approximation(monkeypatch: pytest.MonkeyPatch)
         widest = max(widest, stop - start)
         return x[start:stop]
 
-    found = dense(low_rank(Computed((M, N), block), rank=6).factors)
+    found = dense(low_rank(ComputedRows((M, N), block), rank=6).factors)
     assert widest <= 33
     assert float((found - expected).norm()) <= 1e-6 * float(expected.norm())
 

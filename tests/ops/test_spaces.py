@@ -8,7 +8,7 @@ from hypothesis import given, settings
 
 from adapterkit.errors import UsageError
 from adapterkit.ops.lowrank import Factors
-from adapterkit.ops.rules import METHODS, combine
+from adapterkit.ops.rules import RULES, combine
 from adapterkit.ops.rules.spaces import tucker2
 
 
@@ -111,9 +111,9 @@ def test_inner_parameters_reach_the_rule(space: str) -> None:
 
 def test_every_inner_rule_runs_in_every_space() -> None:
     parts = adapters(26, 21, 4, 3)
-    inner = [m.name for m in METHODS.values() if m.inner]
+    inner = [m.name for m in RULES.values() if m.inner]
     for space in ("knots", "core", "ctm"):
-        (rules,) = [p.choices for p in METHODS[space].parameters if p.name == "rule"]
+        (rules,) = [p.choices for p in RULES[space].parameters if p.name == "rule"]
         assert sorted(rules) == sorted(inner)
         for name in inner:
             assert torch.isfinite(matrix(combine(parts, name, space=space))).all()

@@ -12,7 +12,7 @@ import pytest
 from models import plain_adapter, plain_base, read_bytes, read_tensors, write_checkpoint
 
 import adapterkit
-from adapterkit.adapters.adapter import load_adapter
+from adapterkit.adapters.load import load_adapter
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.errors import CheckFailed, UsageError
 from adapterkit.provenance.record import adapter_parent, base_parent, created, label, recorder

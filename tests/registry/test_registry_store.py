@@ -18,8 +18,10 @@ from typing import Any
 
 import pytest
 
+from adapterkit import disk
+from adapterkit.disk import copying, locks
 from adapterkit.errors import CheckFailed, NotFound, OutputError, RegistryError, UnsafeError, UsageError
-from adapterkit.registry import checkout, disk, fsck, listing, refs, register, store, verbs
+from adapterkit.registry import checkout, fsck, listing, refs, register, store, verbs
 from adapterkit.registry.home import Home
 from adapterkit.registry.identity import Identity
 from adapterkit.registry.record import Record
@@ -411,14 +413,14 @@ def test_time_that_a_machine_slept_is_not_waited(tmp_path: Path, monkeypatch: py
     clock = {name: lambda: hours[0] for name in ("time", "monotonic", "perf_counter")}
     with holder:
         holder.enter_context(disk.locked(tmp_path / "lock"))
-        monkeypatch.setattr(disk, "time", SimpleNamespace(sleep=sleep, **clock))
+        monkeypatch.setattr(locks, "time", SimpleNamespace(sleep=sleep, **clock))
         with disk.locked(tmp_path / "lock", timeout=1.0):
             assert hours[0] == 5 * 3600.0
 
 
 def test_a_waiter_gives_up_after_its_own_pauses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slept: list[float] = []
-    monkeypatch.setattr(disk, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(locks, "time", SimpleNamespace(sleep=slept.append))
     with (
         disk.locked(tmp_path / "lock"),
         pytest.raises(OutputError, match="1 seconds"),
@@ -454,7 +456,7 @@ def test_a_large_file_is_flushed_while_it_is_hashed(
 ) -> None:
     """A disk that refuses a part says so once, to whoever asked then; that must not be lost in the helper."""
     folder = make(content=b"weights" * (3 << 20))
-    monkeypatch.setattr(disk, "_PAUSE", 0.0001)
+    monkeypatch.setattr(copying, "_PAUSE", 0.0001)
 
     def refuse(fd: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from adapterkit.ui.server import Server
+from adapterkit.ui.server import PageServer
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def serve(home: Path) -> Iterator[Callable[[], str]]:
     servers = []
 
     def start() -> str:
-        server = Server(0)
+        server = PageServer(0)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         servers.append((server, thread))

@@ -83,7 +83,7 @@ def test_a_right_merge_holds_any_threshold(trained: Trained) -> None:
 def test_outputs_of_layers_are_those_of_numpy(trained: Trained) -> None:
     from models import read_tensors
 
-    from adapterkit.adapters.adapter import load_adapter
+    from adapterkit.adapters.load import load_adapter
     from adapterkit.verbs.verify.inputs import open_inputs
     from adapterkit.verbs.verify.layers import compare_layers, random_inputs
     from adapterkit.verbs.verify.subject import subject
@@ -303,7 +303,7 @@ def test_replayed_inputs_are_those_of_the_running_model(trained: Trained) -> Non
         for text in texts:
             live(input_ids=torch.tensor([tokenizer(text.strip())["input_ids"]]))
     found, stored = open_inputs(trained.merged, trained.base)
-    from adapterkit.adapters.adapter import load_adapter
+    from adapterkit.adapters.load import load_adapter
 
     planned = subject(found, stored, (load_adapter(trained.adapter),), {})
     inputs, why = activations(planned, trained.prompts)

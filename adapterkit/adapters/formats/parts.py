@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adapterkit.adapters.config import PARTS, AdapterConfig
 from adapterkit.checkpoint.tensor import Renamed
 from adapterkit.errors import AdapterError, TargetError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from adapterkit.adapters.adapter import Adapter
-    from adapterkit.adapters.names import Names
     from adapterkit.checkpoint.tensor import Tensor
 
 
-def selected(adapter: Adapter, names: Names | None, config: Mapping[str, Any]) -> Adapter:
+def selected(adapter: Adapter, fit: Callable[[Adapter], object] | None) -> Adapter:
     """The adapter of one part: the one that fits the base as a whole, or the only one.
 
     Args:
         adapter: its config has, under `PARTS`, the config of each part, and the keys of its tensors begin with a part.
-        names: those of the base; None where there is none.
-        config: that of the base.
+        fit: puts one part onto the base, and raises TargetError where it does not fit; None where there is no base.
 
     Raises:
         TargetError: no part fits the base, or several do.
@@ -34,12 +32,12 @@ def selected(adapter: Adapter, names: Names | None, config: Mapping[str, Any]) -
     if len(parts) == 1:
         return _of(adapter, parts[0])
     listed = ", ".join(part or "one without a name" for part in parts)
-    if names is None:
+    if fit is None:
         raise UsageError(f"{adapter.ref} is for several parts of a pipeline ({listed})", "name one with --base")
     fitting, misfits = [], []
     for part in parts:
         try:
-            _try(_of(adapter, part), names, config)
+            fit(_of(adapter, part))
             fitting.append(part)
         except TargetError as error:
             misfits.append(f"of {part or 'the one without a name'}, {error.message.removeprefix(f'{adapter.ref}: ')}")
@@ -91,10 +89,3 @@ def _of(adapter: Adapter, part: str) -> Adapter:
             name = key.removeprefix(lead)
             tensors[name] = Renamed(name, tensor)
     return replace(adapter, config=AdapterConfig(dict(parts[part]), adapter.config.where), tensors=tensors)
-
-
-def _try(adapter: Adapter, names: Names, config: Mapping[str, Any]) -> None:
-    from adapterkit.adapters.edits import adapter_edits
-
-    # What a user has to allow is asked when the part is merged.
-    adapter_edits(adapter, names, config, residual_base=True, allow_unknown=True)

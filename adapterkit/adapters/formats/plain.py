@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.config import FLAT, PARTS
-from adapterkit.adapters.edits import check_config, group_modules
+from adapterkit.adapters.edits import check_config, fitting_part, group_modules
 from adapterkit.adapters.methods import lora
 from adapterkit.adapters.names import Names
 from adapterkit.errors import UsageError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Factors:
+class PlainFactors:
     """The delta of one module, ``scale * b @ a``, in PEFT's shapes.
 
     Attributes:
@@ -44,7 +44,7 @@ class Factors:
     turned: bool = False
 
 
-def scaled_factors(adapter: Adapter) -> tuple[list[Factors], dict[str, Tensor]] | None:
+def scaled_factors(adapter: Adapter) -> tuple[list[PlainFactors], dict[str, Tensor]] | None:
     """Factors and scaling of every module, and the whole parameters that come along.
 
     None where the adapter is not LoRA, or is more than factors and scalings: then its deltas have to be computed, for
@@ -68,10 +68,8 @@ def resolved(adapter: Adapter, base: Checkpoint | None) -> Adapter:
         TargetError: see `unflattened`, `selected`.
     """
     if adapter.config.get(PARTS):
-        from adapterkit.adapters.formats.parts import selected
-
         names = None if base is None else Names(base.shapes, base.config)
-        adapter = selected(adapter, names, {} if base is None else base.config)
+        adapter = fitting_part(adapter, names, {} if base is None else base.config)
     if not adapter.config.get(FLAT):
         return adapter
     if base is None:
@@ -94,7 +92,7 @@ def _is_plain(module: Module, adapter: Adapter) -> bool:
     return names in pairs and matrices and module.depth == 0 and not special and not config.get("target_parameters")
 
 
-def _scaled(module: Module, adapter: Adapter) -> Factors:
+def _scaled(module: Module, adapter: Adapter) -> PlainFactors:
     embedding = lora.EMBEDDING_A in module.tensors
     names = (lora.EMBEDDING_A, lora.EMBEDDING_B) if embedding else (lora.A, lora.B)
     a, b = (module.tensors[name] for name in names)
@@ -105,4 +103,4 @@ def _scaled(module: Module, adapter: Adapter) -> Factors:
         return raw(a), raw(b)
 
     scale = adapter.config.scaling(module.path, a.shape[0])
-    return Factors(module.path, a.shape[0], scale, load, (a, b), embedding, adapter.config.flag("fan_in_fan_out"))
+    return PlainFactors(module.path, a.shape[0], scale, load, (a, b), embedding, adapter.config.flag("fan_in_fan_out"))

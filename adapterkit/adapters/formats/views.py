@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from adapterkit.dtypes import DType
 
 
-class Made(Tensor):
+class FunctionTensor(Tensor):
     """A tensor that a function makes; ``how`` is for plans."""
 
     def __init__(
@@ -51,7 +51,7 @@ def turned(name: str, inner: Tensor) -> Tensor:
     def make() -> torch.Tensor:
         return inner.read(0, inner.numel).view(rows, columns).T.contiguous()
 
-    return Made(name, inner.dtype, (columns, rows), make, "transposed", inner.nbytes)
+    return FunctionTensor(name, inner.dtype, (columns, rows), make, "transposed", inner.nbytes)
 
 
 def part(name: str, inner: Tensor, index: int) -> Tensor:
@@ -62,4 +62,4 @@ def part(name: str, inner: Tensor, index: int) -> Tensor:
     def make() -> torch.Tensor:
         return inner.read(index * size, (index + 1) * size)
 
-    return Made(name, inner.dtype, shape, make, f"part {index}", inner.nbytes // max(inner.shape[0], 1))
+    return FunctionTensor(name, inner.dtype, shape, make, f"part {index}", inner.nbytes // max(inner.shape[0], 1))

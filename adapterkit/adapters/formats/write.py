@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.adapter import PREFIX
 from adapterkit.adapters.adapter import WEIGHTS as PEFT_WEIGHTS
 from adapterkit.adapters.edits import method_of
 from adapterkit.adapters.formats import mlx
-from adapterkit.adapters.formats.plain import Factors, resolved
-from adapterkit.adapters.formats.views import Made, turned
+from adapterkit.adapters.formats.plain import PlainFactors, resolved
+from adapterkit.adapters.formats.views import FunctionTensor, turned
+from adapterkit.adapters.keys import PREFIX
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG
 from adapterkit.checkpoint.tensor import Renamed
 from adapterkit.dtypes import F32
@@ -70,7 +71,7 @@ def as_peft(adapter: Adapter, base: Checkpoint | None = None) -> AdapterFiles:
     return _files(PEFT_WEIGHTS, tensors, config, adapter)
 
 
-def as_plain(adapter: Adapter, factors: Sequence[Factors], whole: Mapping[str, Tensor]) -> AdapterFiles:
+def as_plain(adapter: Adapter, factors: Sequence[PlainFactors], whole: Mapping[str, Tensor]) -> AdapterFiles:
     """What `scaled_factors` gave, as LoRA of one rank and one alpha that every server and converter reads alike."""
     same = _uniform(factors)
     size = max((one.rank for one in factors), default=1)
@@ -102,7 +103,7 @@ def as_plain(adapter: Adapter, factors: Sequence[Factors], whole: Mapping[str, T
 
 
 def as_mlx(
-    adapter: Adapter, factors: Sequence[Factors], whole: Mapping[str, Tensor], *, layers: int = -1
+    adapter: Adapter, factors: Sequence[PlainFactors], whole: Mapping[str, Tensor], *, layers: int = -1
 ) -> AdapterFiles:
     """What `scaled_factors` gave, as mlx-lm loads it: LoRA with one scale and one rank.
 
@@ -135,12 +136,12 @@ def as_mlx(
     return _files(mlx.WEIGHTS, tensors, config, adapter)
 
 
-def _uniform(factors: Sequence[Factors]) -> bool:
+def _uniform(factors: Sequence[PlainFactors]) -> bool:
     """Whether one scale and one rank fit all modules as they are."""
     return len({(one.scale, one.rank) for one in factors}) == 1
 
 
-def _pair(one: Factors, names: list[str], size: int, same: bool) -> dict[str, Tensor]:
+def _pair(one: PlainFactors, names: list[str], size: int, same: bool) -> dict[str, Tensor]:
     """A and B under these names: as stored when nothing has to be folded in, else padded with zeros and B scaled."""
     if same:
         return {name: Renamed(name, tensor) for name, tensor in zip(names, one.stored, strict=True)}
@@ -157,7 +158,7 @@ def _pair(one: Factors, names: list[str], size: int, same: bool) -> dict[str, Te
     a, b = one.stored
     shapes = ((size, a.shape[1]), (b.shape[0], size))
     return {
-        name: Made(name, F32, shape, lambda side=side: folded(side), "scaling folded in", 4 * shape[0] * shape[1])  # type: ignore[misc]
+        name: FunctionTensor(name, F32, shape, partial(folded, side), "scaling folded in", 4 * shape[0] * shape[1])
         for side, (name, shape) in enumerate(zip(names, shapes, strict=True))
     }
 

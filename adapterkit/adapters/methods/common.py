@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import Change
 from adapterkit.adapters.method import Context, Edit, Module, check_matrix
-from adapterkit.adapters.orientation import is_turned
+from adapterkit.adapters.orientation import is_said_turned, is_turned
 from adapterkit.adapters.target import Target, transposed
 from adapterkit.errors import AdapterError, TargetError
 
@@ -41,7 +41,7 @@ def matrix_of(module: Module, context: Context) -> tuple[int, int]:
     """``(out, in)`` of a module whose tensors do not say both."""
     target = weight_of(module, context)
     rows, columns = target.matrix
-    return (columns, rows) if is_turned(context, target, (columns, rows)) else (rows, columns)
+    return (columns, rows) if len(target.shape) == 2 and is_said_turned(context, target) else (rows, columns)
 
 
 def bias_of(module: Module, context: Context) -> Target | None:

@@ -2,7 +2,7 @@
 
 W' = W + s B A, s = alpha/r or alpha/sqrt(r) (arXiv:2106.09685, arXiv:2312.03732). The variants differ in three places:
 how A and B are put together from what is stored, what training did to W before it began, and whether rows are brought to
-a trained norm afterwards. Every combination is one `Recipe`.
+a trained norm afterwards. Every combination is one `LoraChange`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import Change, LowRank, matrix
 from adapterkit.adapters.experts import FIELDS as EXPERT_FIELDS
-from adapterkit.adapters.method import Context, Edit, Method, Module, check_matrix
+from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module, check_matrix
+from adapterkit.adapters.methods.expert_factors import expert_edits
 from adapterkit.adapters.methods.mora import FIELDS as MORA_FIELDS
 from adapterkit.adapters.methods.mora import mora_edits
-from adapterkit.adapters.methods.stacked import stacked_edit
+from adapterkit.adapters.methods.stacked import stacked_edit, wrapped_leaves
 from adapterkit.adapters.methods.tokens import KEY as TOKENS
 from adapterkit.adapters.methods.tokens import token_edits
 from adapterkit.adapters.orientation import is_turned
@@ -49,7 +50,7 @@ _LOST = {
 
 
 @dataclass(frozen=True)
-class Recipe:
+class LoraChange:
     """How the change of one matrix is computed; tensors are handles until the kernel is loaded."""
 
     a: Tensor
@@ -103,7 +104,8 @@ def lora_edits(module: Module, context: Context) -> Iterator[Edit]:
     elif EMBEDDING_A in module.tensors or EMBEDDING_B in module.tensors:
         yield _embedding_edit(module, context)
     elif A in module.tensors or B in module.tensors:
-        yield from _weight_edits(module, context)
+        experts = expert_edits(module, context)
+        yield from _weight_edits(module, context) if experts is None else experts
     elif TOKENS not in module.tensors:
         key = f"{module.path}.{next(iter(module.tensors))}"
         raise AdapterError(f"{context.where}: '{key}' stands without lora_A and lora_B", "save the adapter again")
@@ -114,9 +116,10 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
     key = f"{module.path}.{A}"
     _check_pair(a, b, f"{module.path}.lora_A/lora_B", context.where)
     parameter = f"{module.path}.weight"
-    named = context.config.names("target_parameters")
-    wrapped = any(parameter == name or parameter.endswith("." + name) for name in named)
-    if named and not wrapped and context.names.find(parameter) is None:
+    leaves = wrapped_leaves(module, context)
+    wrapped = "weight" in leaves
+    found = context.names.find(parameter)
+    if leaves and (len(found.shape) == 3 if wrapped and found is not None else found is None):
         yield stacked_edit(module, context, a, b)
         return
     if context.names.find(parameter) is None and context.names.find(f"{module.path}.in_proj_weight") is not None:
@@ -140,13 +143,13 @@ def _weight_edits(module: Module, context: Context) -> Iterator[Edit]:
     check_matrix(target, expected, key, context.where)
     if len(a.shape) > 2 and len(target.shape) > 2 and a.shape[1:] != target.shape[1:]:
         raise TargetError(
-            f"{context.where}: '{key}' spans {list(a.shape[1:])} of a grouped convolution {list(target.shape)}",
-            "PEFT cannot merge it either; train without the convolution",
+            f"{context.where}: '{key}' spans {list(a.shape[1:])} of a convolution {list(target.shape)}",
+            GIVE_BASE,
         )
     if len(b.shape) > 2 and b.shape[1] != rank:
         raise AdapterError(f"{context.where}: '{key}' has rank {rank} and its lora_B {b.shape[1]}", "save it again")
     scale = context.config.scaling(scaled_as, rank) * times_applied(module, context)
-    recipe = Recipe(
+    recipe = LoraChange(
         a,
         b,
         scale,
@@ -201,7 +204,7 @@ def _embedding_edit(module: Module, context: Context) -> Edit:
     magnitude = module.tensors.get(MAGNITUDE)
     _check_vector(magnitude, columns, f"{module.path}.{MAGNITUDE}", context.where)
     scale = context.config.scaling(module.path, rank)
-    recipe = Recipe(a, b, scale, magnitude=magnitude, embedding=True)
+    recipe = LoraChange(a, b, scale, magnitude=magnitude, embedding=True)
     return Edit(target, _change(recipe, rank, (rows, columns)))
 
 
@@ -220,7 +223,7 @@ def _bias_edit(module: Module, context: Context, scale: float) -> Edit:
     return Edit(target, Change("lora bias", load, bias.nbytes, bias.numel * 4, scale=scale))
 
 
-def _change(recipe: Recipe, rank: int, shape: tuple[int, int]) -> Change:
+def _change(recipe: LoraChange, rank: int, shape: tuple[int, int]) -> Change:
     words = ["dora" if recipe.magnitude is not None else recipe.residual or "lora", f"r={rank}"]
     held = 4 * (recipe.a.numel + recipe.b.numel) * max(recipe.blocks, recipe.pool, 1)
     if recipe.residual:

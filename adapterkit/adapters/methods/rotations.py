@@ -56,7 +56,7 @@ def _oft(module: Module, context: Context) -> Iterator[Edit]:
         raise TargetError(
             f"{context.where}: '{module.path}.{name}' {list(vectors.shape)} makes blocks of {size}, which do not tile the "
             f"{columns} columns of {target.parameter}",
-            "this adapter was trained on another base, or its config is not its own",
+            "give the base and the config that it was trained with",
         )
     series, halved = config.flag("use_cayley_neumann"), config.peft_minor >= (0, 18)
     terms = int(config.number("num_cayley_neumann_terms", 5))

@@ -14,7 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import LowRank, RowMap, matrix, raw
-from adapterkit.adapters.method import Context, Edit, Method, Module
+from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module
 from adapterkit.adapters.methods.common import at, bias_of, check_shape, dims, edit, oriented, take, weight_of
 from adapterkit.adapters.methods.lycoris import loha_edits, lokr_edits
 from adapterkit.adapters.methods.sparse import Entries
@@ -203,7 +203,7 @@ def _turned(module: Module, context: Context) -> Iterator[Edit]:
         raise TargetError(
             f"{context.where}: '{module.path}.oft_blocks' {list(blocks.shape)} does not make a rotation of the {rows} outputs "
             f"of {target.parameter}",
-            "this adapter was trained on another base",
+            GIVE_BASE,
         )
     if rescale is not None and rescale.numel != rows:
         check_shape(rescale, (rows, *[1] * (len(rescale.shape) - 1)), RESCALE, module, context)
@@ -300,7 +300,7 @@ def _glora(module: Module, context: Context) -> Iterator[Edit]:
         raise TargetError(
             f"{context.where}: a1, a2, b1 and b2 of {module.path} ({shapes}) do not fit {target.parameter} "
             f"{list(target.shape)}",
-            "this adapter was trained on another base",
+            GIVE_BASE,
         )
     rank = a2.shape[0]
     if mid is not None and (mid.shape[:2] != (rank, rank) or prod(mid.shape[2:]) * inputs != columns):

@@ -14,14 +14,24 @@ from typing import TYPE_CHECKING
 from adapterkit.adapters.change import Change, Kernel, StackedLowRank, Weights, matrix
 from adapterkit.adapters.experts import SLOWEST, stated_order
 from adapterkit.adapters.method import Context, Edit, Module
+from adapterkit.adapters.target import Target, as_stack
 from adapterkit.errors import AdapterError, TargetError
 
 if TYPE_CHECKING:
-    from adapterkit.adapters.target import Target
     from adapterkit.checkpoint.tensor import Tensor
 
 # The order in which expert modules register their parameters; wrappers nest in it, the first innermost.
 _REGISTERED = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias")
+
+
+def wrapped_leaves(module: Module, context: Context) -> list[str]:
+    """The parameters of a module that ``target_parameters`` names, without the module's path."""
+    found = []
+    for name in context.config.names("target_parameters"):
+        owner, _, leaf = name.rpartition(".")
+        if not owner or module.path == owner or module.path.endswith(f".{owner}"):
+            found.append(leaf)
+    return list(dict.fromkeys(found))
 
 
 def stacked_parameter(module: Module, context: Context, key: str) -> str:
@@ -30,7 +40,7 @@ def stacked_parameter(module: Module, context: Context, key: str) -> str:
     Raises:
         TargetError: the module has no such parameter in this base.
     """
-    leaves = {name.rpartition(".")[2] for name in context.config.names("target_parameters")}
+    leaves = wrapped_leaves(module, context)
     known = [leaf for leaf in leaves if context.names.find(f"{module.path}.{leaf}") is not None]
     known.sort(key=lambda leaf: (_REGISTERED.index(leaf) if leaf in _REGISTERED else len(_REGISTERED), leaf))
     depths = sorted({other.depth for other in context.siblings if other.path == module.path}, reverse=True)
@@ -44,7 +54,7 @@ def stacked_parameter(module: Module, context: Context, key: str) -> str:
         return f"{module.path}.{known[depths.index(module.depth)]}"
     # Fewer wrappers than names: other layers have the others, so the shapes must tell.
     a, b = module.tensors["lora_A.weight"], module.tensors["lora_B.weight"]
-    fits = [leaf for leaf in known if _orientations(context.target(f"{module.path}.{leaf}", key), a, b)]
+    fits = [leaf for leaf in known if _orientations(as_stack(context.target(f"{module.path}.{leaf}", key)), a, b)]
     if len(fits) != 1:
         raise TargetError(f"{context.where}: '{key}' could belong to {' or '.join(known)}", "save each one alone")
     return f"{module.path}.{fits[0]}"
@@ -58,13 +68,13 @@ def stacked_edit(module: Module, context: Context, a: Tensor, b: Tensor) -> Edit
     """
     key = f"{module.path}.{'base_layer.' * module.depth}lora_A.weight"
     parameter = stacked_parameter(module, context, key)
-    target = context.target(parameter, key)
+    target = as_stack(context.target(parameter, key))
     fits = _orientations(target, a, b)
     if not fits:
         raise TargetError(
             f"{context.where}: '{key}' is {list(a.shape)} and its lora_B {list(b.shape)}, which fits no side of "
             f"{parameter} {list(target.shape)}",
-            "this adapter was trained on another base",
+            "give the base it was trained on",
         )
     experts = target.shape[0]
     rank = a.shape[0] // experts

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import Change, RowReplacement, matrix
-from adapterkit.adapters.method import Context, Edit, Method, Module
+from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module
 from adapterkit.errors import AdapterError, TargetError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def token_edits(module: Module, context: Context) -> Iterator[Edit]:
             raise TargetError(
                 f"{context.where}: '{module.path}.{key}' is {list(rows.shape)} for {len(indices)} tokens of "
                 f"{target.matrix[1]} dimensions",
-                "this adapter was trained on another base",
+                GIVE_BASE,
             )
         if max(indices) >= target.matrix[0]:
             raise TargetError(

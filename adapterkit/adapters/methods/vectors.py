@@ -7,7 +7,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import LowRank, RowMap, matrix, replace
-from adapterkit.adapters.method import Context, Edit, Method, Module
+from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module
 from adapterkit.adapters.methods.common import at, bias_of, check_shape, edit, oriented, take, weight_of
 from adapterkit.errors import TargetError
 
@@ -28,7 +28,7 @@ def _ia3(module: Module, context: Context) -> Iterator[Edit]:
         if vector.numel != wanted or rows % groups:
             raise TargetError(
                 f"{context.where}: '{module.path}.ia3_l' has {vector.numel} entries for a weight {list(stored.shape)}",
-                "this adapter was trained on another base",
+                GIVE_BASE,
             )
         target = stored
     else:

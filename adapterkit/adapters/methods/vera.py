@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import LowRank, matrix
-from adapterkit.adapters.method import Context, Edit, Method, Module
+from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module
 from adapterkit.adapters.methods.common import dims, edit, oriented, weight_of
 from adapterkit.adapters.methods.common import shared as shared_tensor
 from adapterkit.adapters.orientation import is_turned
@@ -98,7 +98,7 @@ def _matrices(
         raise TargetError(
             f"{context.where}: {kind.name}_A {list(a.shape)} and {kind.name}_B {list(b.shape)} are too small for "
             f"{module.path}, {shape[0]} x {shape[1]}",
-            "this adapter was trained on another base",
+            GIVE_BASE,
         )
     return (lambda: (matrix(a), matrix(b))), (a, b)
 

@@ -108,7 +108,7 @@ def config_of(base: GGUFCheckpoint, spec: ArchSpec) -> dict[str, Any]:
         present = f"blk.0.{tensor}" in base
         config |= dict.fromkeys(fields, present)
     config |= spec.defaults
-    more = MORE.get(spec.model_type)
+    more = spec.back or MORE.get(spec.model_type)
     if more is not None:
         config |= more(values, config, base)
     return {name: None if value is NULL else value for name, value in config.items() if value is not None}

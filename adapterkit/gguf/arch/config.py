@@ -12,7 +12,7 @@ from typing import Any
 from adapterkit.errors import CheckpointError
 
 TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
-VISION_PARTS = ("vision_config", "audio_config", "vision_tower", "mm_vision_tower", "sound_config")
+VISION_PARTS = ("vision_config", "audio_config", "vision_tower", "mm_vision_tower", "sound_config", "encoder_config")
 
 # Names under which the same number stands in configs, the one of most architectures first.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -121,11 +121,13 @@ class Config:
         return int(value)
 
     def real(self, name: str) -> float:
-        """A number, or one of a list: ``mlp_multipliers.1``.
+        """A number, or one of a list: ``mlp_multipliers.1``; or one of `COMPUTED`.
 
         Raises:
             CheckpointError: the config does not say it.
         """
+        if name in COMPUTED:
+            return COMPUTED[name](self)
         field, _, index = name.partition(".")
         value = self.need(field)
         try:
@@ -198,6 +200,24 @@ def _head_dim(config: Config) -> int:
     return int(value) if value else config.number("hidden") // max(config.number("heads"), 1)
 
 
+def _layers(config: Config) -> int:
+    """Layers by their number, or by the list of what each is."""
+    found = config.get(*ALIASES["layers"])
+    kinds = config.get("hybrid_override_pattern", "layers_block_type") if found is None else None
+    if isinstance(kinds, (list, str)):
+        return len(kinds)
+    found = config.need(*ALIASES["layers"])
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or found != found or found < 0:
+        raise CheckpointError(f"{config.ref}: 'layers' in its {config.where} is not a number", "correct it")
+    return int(found)
+
+
+def _kda(config: Config, field: str, nested: str) -> int:
+    """A number of delta attention, in either spelling of its config."""
+    found = config.get(field, default=config.get("linear_attn_config", default={}).get(nested))
+    return int(config.need(field) if found is None else found)
+
+
 def _each(config: Config) -> int:
     return config.number("linear_num_value_heads") // max(config.number("linear_num_key_heads"), 1)
 
@@ -208,6 +228,7 @@ def _ssm_inner(config: Config) -> int:
 
 
 DERIVED: dict[str, Callable[[Config], int]] = {
+    "layers": _layers,
     "kv_heads": _kv_heads,
     "falcon_kv": _falcon_kv,
     "head_dim": _head_dim,
@@ -223,8 +244,16 @@ DERIVED: dict[str, Callable[[Config], int]] = {
     "ssm_groups": lambda c: int(c.get("mamba_n_groups", "n_groups", default=1)),
     "ssm_inner": _ssm_inner,
     "ssm_bc": lambda c: int(c.get("mamba_n_groups", "n_groups", default=1)) * c.number("mamba_d_state"),
+    "linear_rows": lambda c: _kda(c, "linear_num_heads", "num_heads") * _kda(c, "linear_head_dim", "head_dim"),
+    "linear_kernel": lambda c: _kda(c, "linear_conv_kernel_dim", "short_conv_kernel_size"),
+    "gate_up_rows": lambda c: 2 * c.number("moe_intermediate_size"),
+    "nemotron_groups": lambda c: c.number("n_groups"),
+    "dbrx_experts": lambda c: int(c.get("ffn_config", default={}).get("moe_num_experts", 0)),
     "ssm_heads": lambda c: int(c.get("mamba_n_heads", default=0)),
 }
+
+
+COMPUTED: dict[str, Callable[[Config], float]] = {"one_over_root_width": lambda c: c.number("hidden") ** -0.5}
 
 
 def llama3_factors(rope: Mapping[str, Any], dim: int, factor: float = 8.0) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import CheckpointError
 from adapterkit.gguf.arch.ops import ByGroup, Each, Interleave, RotaryHalves, Split, Stack
@@ -27,12 +27,16 @@ from adapterkit.gguf.arch.shared import (
     VOCAB_SIZE,
     attention,
     constant,
+    of_sections,
+    text_of,
     unusual_pattern,
     window_pattern,
 )
-from adapterkit.gguf.arch.spec import ArchSpec, Factors, Key, block, blocks, plus_one, rule
+from adapterkit.gguf.arch.spec import ArchSpec, ComputedTensor, Key, block, blocks, plus_one, rule
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from adapterkit.gguf.arch.config import Config
 
 _LLAMA = (*EMBEDDINGS, *NORMS, *attention(interleave=True), *MLP)
@@ -135,6 +139,19 @@ def _mistral3_yarn(name: str):  # type: ignore[no-untyped-def]
     return find
 
 
+def glm_sections_back(values: Mapping[str, Any], config: Mapping[str, Any], base: Any) -> dict[str, Any]:
+    """GLM-4 of text alone, whose rotary sections make no difference to text."""
+    rope = {**config.get("rope_parameters", {}), "mrope_section": values["rope.dimension_sections"][:3]}
+    share = values["rope.dimension_count"] / config.get(
+        "head_dim", config["hidden_size"] // config["num_attention_heads"]
+    )
+    return {
+        "model_type": "glm4",
+        "architectures": ["Glm4ForCausalLM"],
+        "rope_parameters": {**rope, "partial_rotary_factor": share},
+    }
+
+
 SPECS = (
     ArchSpec(
         "llama",
@@ -145,6 +162,8 @@ SPECS = (
         factors=ROPE_TENSORS,
         types=("mistral", "internlm3"),
         experts=False,
+        # The text part of PaddleOCR-VL, as `--to hf` writes it.
+        variant=lambda c: "paddleocr_vl_text" if "mrope_section" in c.rope_by_kind else None,
     ),
     ArchSpec(
         "mistral3",
@@ -171,7 +190,12 @@ SPECS = (
             block("shared_mlp.input_linear", "ffn_gate", "ffn_up", ops=[Split()], writes=False),
             block("shared_mlp.output_linear", "ffn_down", writes=False),
         ),
-        (VOCAB_SIZE, ROPE_DIM, *_GRANITE),
+        (
+            VOCAB_SIZE,
+            ROPE_DIM,
+            *_GRANITE,
+            Key("feed_forward_length", ("shared_intermediate_size", "intermediate_size"), field="intermediate_size"),
+        ),
         leave=("attention.key_length", "attention.value_length"),
         factors=ROPE_TENSORS,
     ),
@@ -229,14 +253,24 @@ SPECS = (
         ),
         vocab="spm",
     ),
-    ArchSpec("qwen2", ("Qwen2ForCausalLM", "Qwen2Model"), "qwen2", _PLAIN),
-    ArchSpec("qwen3", ("Qwen3ForCausalLM", "Qwen3Model"), "qwen3", (*_PLAIN, *QK_NORMS)),
+    # The text parts of Qwen2-VL and Qwen3-VL, as `--to hf` writes them, have the sections of their rotary dimensions.
+    ArchSpec(
+        "qwen2", ("Qwen2ForCausalLM", "Qwen2Model"), "qwen2", _PLAIN, variant=lambda c: of_sections(c, "qwen2_vl")
+    ),
+    ArchSpec(
+        "qwen3",
+        ("Qwen3ForCausalLM", "Qwen3Model"),
+        "qwen3",
+        (*_PLAIN, *QK_NORMS),
+        variant=lambda c: of_sections(c, "qwen3_vl"),
+    ),
     ArchSpec(
         "qwen2vl",
-        ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
+        ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration", "Qwen2VLModel"),
         "qwen2_vl",
         _PLAIN,
         types=("qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"),
+        back=text_of("qwen2", "Qwen2ForCausalLM"),
     ),
     ArchSpec(
         "qwen3vl",
@@ -245,6 +279,7 @@ SPECS = (
         (*_PLAIN, *QK_NORMS),
         (DEEPSTACK,),
         types=("qwen3_vl_text",),
+        back=text_of("qwen3", "Qwen3ForCausalLM"),
     ),
     ArchSpec(
         "seed_oss",
@@ -471,6 +506,7 @@ SPECS = (
             ),
         ),
         types=("glm4v_text",),
+        back=glm_sections_back,
         when=lambda base: "glm4.rope.dimension_sections" in base.header.keys,
     ),
     ArchSpec(
@@ -509,7 +545,7 @@ SPECS = (
             Key("attention.sliding_window", "sliding_window"),
             Key("attention.sliding_window_pattern", _sliding),
         ),
-        factors=(Factors(DIVISORS, _exaone_divisors, True),),
+        factors=(ComputedTensor(DIVISORS, _exaone_divisors, True),),
         check=_window_of_32b,
     ),
     ArchSpec(

@@ -9,7 +9,7 @@ from adapterkit.errors import CheckpointError
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.ops import Resize, Stack
 from adapterkit.gguf.arch.shared import EMBEDDINGS, FOUR_NORMS, MLP, QK_NORMS, attention, window_pattern
-from adapterkit.gguf.arch.spec import ArchSpec, Factors, Key, block, blocks, rule
+from adapterkit.gguf.arch.spec import ArchSpec, ComputedTensor, Key, block, blocks, rule
 
 _PER_LAYER = (
     rule("model.embed_tokens_per_layer", "per_layer_token_embd", ops=[Resize("vocab_size")]),
@@ -122,7 +122,7 @@ SPECS = (
     ),
     ArchSpec(
         "gemma4",
-        ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"),
+        ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration"),
         "gemma4_text",
         (
             *EMBEDDINGS,
@@ -156,9 +156,9 @@ SPECS = (
             Key("rope.dimension_count", _head_full),
             Key("rope.dimension_count_swa", "head_dim"),
         ),
-        factors=(Factors("rope_freqs.weight", _proportional),),
+        factors=(ComputedTensor("rope_freqs.weight", _proportional),),
         drops=(r"\.rotary_emb\.",),
-        types=("gemma4",),
+        types=("gemma4", "gemma4_unified", "gemma4_unified_text"),
         uneven=True,
     ),
 )

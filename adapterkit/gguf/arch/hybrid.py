@@ -29,7 +29,7 @@ LONG = 2**20  # positions of a model that counts none
 # ------------------------------------------------------------------ Mamba
 
 
-def _mamba(where: str, first: bool) -> tuple[Rule, ...]:
+def mamba(where: str, first: bool, groups: str = "ssm_groups") -> tuple[Rule, ...]:
     """The mixer of Mamba (``first``), or of Mamba 2, whose decays are one number per head."""
     one: list[Any] = [] if first else [Column()]
     rules = [
@@ -45,7 +45,7 @@ def _mamba(where: str, first: bool) -> tuple[Rule, ...]:
     else:
         rules += [
             block(f"{where}dt_bias", "ssm_dt.bias"),
-            block(f"{where}norm.weight", "ssm_norm.weight", ops=[Grouped("ssm_groups")]),
+            block(f"{where}norm.weight", "ssm_norm.weight", ops=[Grouped(groups)]),
         ]
     return tuple(rules)
 
@@ -117,7 +117,7 @@ _GRANITE_HYBRID = (
     *EMBEDDINGS,
     *NORMS,
     *attention(interleave=True),
-    *_mamba("mamba.", first=False),
+    *mamba("mamba.", first=False),
 )
 _GRANITE_KEYS = (
     VOCAB_SIZE,
@@ -162,12 +162,12 @@ def _lfm2_width(config: Config) -> int:
     return step * -(-width // step)
 
 
-def _lfm2_kv(config: Config) -> list[int]:
+def lfm2_kv(config: Config) -> list[int]:
     heads = config.number("kv_heads")
     return [heads if kind == "full_attention" else 0 for kind in config.need("layer_types")]
 
 
-_LFM2 = (
+LFM2 = (
     rule("model.embed_tokens", "token_embd"),
     rule("model.embedding_norm", "token_embd_norm"),
     rule("lm_head", "output"),
@@ -279,7 +279,7 @@ SPECS = (
             rule("embeddings", "token_embd"),
             rule("norm_f", "output_norm"),
             rule("lm_head", "output"),
-            *_moved((block("norm", "attn_norm"), *_mamba("mixer.", first=True)), "layers."),
+            *_moved((block("norm", "attn_norm"), *mamba("mixer.", first=True)), "layers."),
         ),
         (
             *_MAMBA_COMMON,
@@ -303,7 +303,7 @@ SPECS = (
             rule("embeddings", "token_embd"),
             rule("norm_f", "output_norm"),
             rule("lm_head", "output"),
-            *_moved((block("norm", "attn_norm"), *_mamba("mixer.", first=False)), "layers."),
+            *_moved((block("norm", "attn_norm"), *mamba("mixer.", first=False)), "layers."),
         ),
         (
             *_MAMBA_COMMON,
@@ -328,7 +328,7 @@ SPECS = (
             rule("lm_head", "output"),
             *blocks(attn_norm="input_layernorm", ffn_norm="pre_ff_layernorm"),
             *attention(),
-            *_mamba("mamba.", first=True),
+            *mamba("mamba.", first=True),
             *blocks(ssm_dt_norm="mamba.dt_layernorm", ssm_b_norm="mamba.b_layernorm", ssm_c_norm="mamba.c_layernorm"),
             *blocks(
                 ffn_gate="feed_forward.gate_proj", ffn_up="feed_forward.up_proj", ffn_down="feed_forward.down_proj"
@@ -386,7 +386,7 @@ SPECS = (
                 ],
             ),
             block("mamba.out_proj.weight", "ssm_out.weight", ops=[Scale(("ssm_out_multiplier",))]),
-            *(one for one in _mamba("mamba.", first=False) if "in_proj" not in one.hf and "out_proj" not in one.hf),
+            *(one for one in mamba("mamba.", first=False) if "in_proj" not in one.hf and "out_proj" not in one.hf),
         ),
         (
             Key("context_length", "max_position_embeddings", 0),
@@ -436,7 +436,10 @@ SPECS = (
             block("shared_mlp.input_linear", "ffn_gate", "ffn_up", ops=[Split()]),
             block("shared_mlp.output_linear", "ffn_down"),
         ),
-        (*_GRANITE_KEYS, Key("feed_forward_length", ("shared_intermediate_size", "intermediate_size"))),
+        (
+            *_GRANITE_KEYS,
+            Key("feed_forward_length", ("shared_intermediate_size", "intermediate_size"), field="intermediate_size"),
+        ),
         leave=("attention.key_length", "attention.value_length"),
         experts=False,
         defaults={"model_type": "granitemoehybrid", "architectures": ["GraniteMoeHybridForCausalLM"]},
@@ -445,9 +448,9 @@ SPECS = (
         "lfm2",
         ("Lfm2ForCausalLM", "LFM2ForCausalLM", "Lfm2VlForConditionalGeneration"),
         "lfm2",
-        _LFM2,
+        LFM2,
         (
-            Key("attention.head_count_kv", _lfm2_kv),
+            Key("attention.head_count_kv", lfm2_kv),
             VOCAB_SIZE,
             Key("shortconv.l_cache", "conv_L_cache", needed=True),
             Key("attention.layer_norm_rms_epsilon", "norm_eps", needed=True),

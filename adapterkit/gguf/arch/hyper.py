@@ -43,9 +43,17 @@ REALS = frozenset(
         "rope.scaling.yarn_beta_slow",
         "rope.scaling.yarn_log_multiplier",
         "activation_sparsity_scale",
+        "attention.value_scale",
+        "swiglu_clamp_exp",
+        "swiglu_clamp_shexp",
+        "xielu.alpha_p",
+        "xielu.alpha_n",
+        "xielu.beta",
+        "xielu.eps",
     )
 )
 ROPE_BASE = 10000.0  # what llama.cpp takes where a file does not say it
+UNPREFIXED = ("xielu.",)  # keys that llama.cpp names without the architecture
 GATING = {"softmax": 1, "sigmoid": 2, "sqrtsoftplus": 4}  # llama.cpp's ExpertGatingFuncType
 POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}
 
@@ -142,7 +150,12 @@ def rope_keys(config: Config) -> dict[str, Any]:
 
 def hyper_entries(arch: str, values: Mapping[str, Any]) -> list[Entry]:
     """Key-values as bytes, with the types that llama.cpp's converter gives them."""
-    return [hyper_entry(f"{arch}.{name}", name, value) for name, value in values.items()]
+    return [hyper_entry(full_key(arch, name), name, value) for name, value in values.items()]
+
+
+def full_key(arch: str, name: str) -> str:
+    """The key of a file for a name within an architecture's own metadata."""
+    return name if name.startswith(UNPREFIXED) else f"{arch}.{name}"
 
 
 def hyper_entry(key: str, name: str, value: Any) -> Entry:

@@ -13,7 +13,7 @@ from adapterkit.gguf.arch.maps import Array, MapError
 
 if TYPE_CHECKING:
     from adapterkit.gguf.arch.config import Config
-    from adapterkit.gguf.arch.spec import ArchSpec, Rule
+    from adapterkit.gguf.arch.spec import ArchSpec, Rule, Scalars
 
 SUFFIXES = (".weight", ".bias")
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
@@ -33,7 +33,7 @@ HEADS = ("model.language_model.lm_head.", "language_model.lm_head.", "thinker.lm
 TOWERS = re.compile(
     r"visual\.|vision[._]|audio[._]|talker\.|token2wav\.|code2wav\.|projector|image_newline|view_seperator|patch_embed"
     r"|patch_merg|connector\.|^vit\.|^vpm\.|^siglip|^merger\.|^resampler\.|^mlp\d?\.|embed_vision|embed_audio|sam_model"
-    r"|^model\.mm_|image_"
+    r"|^model\.mm_|image_|^model\.(aligner|generation_\w+|vqmodel|merger)\.|^encoder\.|^multi_modal_|^mlp_AR\."
 )
 # Buffers that older versions saved.
 BUFFERS = re.compile(
@@ -246,7 +246,19 @@ class Mapper:
             raise CheckpointError(f"{self.config.ref}: {found} layers in its config.json", "correct it")
         return found
 
+    @cached_property
+    def _scalars(self) -> dict[str, Scalars]:
+        return {_shape_of(one.hf): one for one in self.spec.scalars}
+
+    def scalar(self, name: str) -> tuple[Scalars, int] | None:
+        """What a stored tensor is in the metadata of GGUF, and of which layer."""
+        name = self.canonical(name)
+        found = self._scalars.get(_NUMBER.sub("#", name + ".")[:-1])
+        return None if found is None else (found, int(_NUMBER.findall(name + ".")[0]))
+
     def _unused(self, name: str) -> bool:
+        if self.scalar(name) is not None:
+            return True
         if BUFFERS.search(name) or any(re.search(part, name) for part in self.spec.drops):
             return True
         found = re.match(r"model\.layers\.(\d+)\.", self.canonical(name))
@@ -257,6 +269,8 @@ class Mapper:
     @property
     def says_tied(self) -> bool:
         """Whether the output layer is the embedding by the config, or by the architecture."""
+        if self.spec.output_apart:
+            return False
         return self.spec.tied or bool(self.config.get("tie_word_embeddings", default=False))
 
     @property

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.gguf.arch.mapping import Mapper
     from adapterkit.gguf.arch.spec import ArchSpec
 
 # Tensors that stay in float32 whatever the file's type, beside vectors, norms and what is no weight: small ones that
@@ -126,7 +127,7 @@ def as_gguf(
     spec = spec_of(read)
     mapper = mapper_of(spec, read, base)
     mapped = mapper.to_gguf(view.shapes, base.ref)
-    lost = [name for name in touched if name not in mapped.sources]
+    lost = [name for name in touched if name not in mapped.sources and mapper.scalar(name) is None]
     if lost:
         raise TargetError(
             f"an adapter changes '{lost[0]}', which a GGUF {spec.arch} does not hold",
@@ -142,7 +143,7 @@ def as_gguf(
         if factors is not None:
             tensors = {one.tensor: Constant(one.tensor, factors), **tensors}
     notes = held(spec, read, approximate)
-    values = hyperparameters(spec, read)
+    values = hyperparameters(spec, read) | _scalars(view, mapper)
     notes = (*notes, *tie_note(mapper), *scaling(spec, read).notes, *unread(read))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     label = size_label(shapes, _first(values.get("expert_count")))
@@ -159,6 +160,29 @@ def as_gguf(
     kinds |= packed
     written = "MXFP4_MOE" if packed else own
     return Model(spec, read, tensors, tuple(entries), hparams, kinds, mapped, written, notes)
+
+
+def _scalars(view: Checkpoint, mapper: Mapper) -> dict[str, Any]:
+    """Keys whose values are small tensors of the checkpoint, one per layer.
+
+    Raises:
+        CheckpointError: a layer has none, or more than one number.
+    """
+    found: dict[str, dict[int, float]] = {one.key: {} for one in mapper.spec.scalars}
+    for name, tensor in view.items() if found else ():
+        at = mapper.scalar(name)
+        if at is None:
+            continue
+        if tensor.numel != 1:
+            raise CheckpointError(f"{mapper.config.ref}: '{name}' is not one number", "download it again")
+        found[at[0].key][at[1]] = float(tensor.read(0, 1)[0])
+    for key, values in found.items():
+        if sorted(values) != list(range(mapper.layers)):
+            raise CheckpointError(
+                f"{mapper.config.ref}: the numbers that become '{key}' are there for {len(values)} of {mapper.layers} layers",
+                "download it again",
+            )
+    return {key: [value for _, value in sorted(values.items())] for key, values in found.items()}
 
 
 def kind_in_file(name: str, shape: Sequence[int], plain: str) -> str:

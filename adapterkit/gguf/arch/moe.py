@@ -11,6 +11,7 @@ from adapterkit.gguf.arch.ops import (
     Alternate,
     AlternateLast,
     Each,
+    EitherSide,
     HeadSplit,
     Interleave,
     Split,
@@ -35,7 +36,9 @@ from adapterkit.gguf.arch.shared import (
     attention,
     constant,
     experts,
+    of_sections,
     shared_expert,
+    text_of,
     unusual_pattern,
 )
 from adapterkit.gguf.arch.spec import ArchSpec, Key, block, blocks, rule
@@ -49,6 +52,8 @@ _MULTIPLIERS = (
     Key("residual_scale", "residual_multiplier"),
     Key("logit_scale", "logits_scaling"),
 )
+# Latent attention: keys on their side, so that they can be multiplied into the query, and values, by head.
+SPLIT_KV = (HeadSplit("kv_heads", ("qk_nope_head_dim", "v_head_dim")), Each((Turn(), None)))
 GRANITE_EXPERTS = (
     block("block_sparse_moe.router.layer", "ffn_gate_inp"),
     block("block_sparse_moe.input_linear", "ffn_gate_exps", "ffn_up_exps", ops=[Split()]),
@@ -165,6 +170,7 @@ SPECS = (
         (*EMBEDDINGS, *NORMS, *attention(), *QK_NORMS, *MLP, *experts()),
         (EXPERT_WIDTH,),
         defaults={"norm_topk_prob": True},
+        variant=lambda c: of_sections(c, "qwen3_omni_moe"),
     ),
     ArchSpec(
         "qwen3vlmoe",
@@ -176,17 +182,29 @@ SPECS = (
             *attention(),
             *QK_NORMS,
             *MLP,
-            block("mlp.gate", "ffn_gate_inp"),
+            # They lie on their side in what is published; the way back writes them one by one, as Qwen3-MoE has them.
             block(
-                "mlp.experts.gate_up_proj", "ffn_gate_exps.weight", "ffn_up_exps.weight", ops=[Turn(), TurnedHalves()]
+                "mlp.experts.gate_up_proj",
+                "ffn_gate_exps.weight",
+                "ffn_up_exps.weight",
+                ops=[EitherSide("gate_up_rows", "hidden", (Split(),), (Turn(), TurnedHalves()))],
+                writes=False,
             ),
-            block("mlp.experts.down_proj", "ffn_down_exps.weight", ops=[Turn()]),
+            block(
+                "mlp.experts.down_proj",
+                "ffn_down_exps.weight",
+                ops=[EitherSide("hidden", "moe_intermediate_size", (), (Turn(),))],
+                writes=False,
+            ),
+            *experts(),
         ),
         (
             EXPERT_WIDTH,
             DEEPSTACK,
         ),
         types=("qwen3_vl_moe_text",),
+        defaults={"norm_topk_prob": True},
+        back=text_of("qwen3_moe", "Qwen3MoeForCausalLM"),
     ),
     ArchSpec(
         "phimoe",
@@ -257,12 +275,7 @@ SPECS = (
                 attn_kv_a_norm="self_attn.kv_a_layernorm",
                 attn_output="self_attn.o_proj",
             ),
-            block(
-                "self_attn.kv_b_proj",
-                "attn_k_b",
-                "attn_v_b",
-                ops=[HeadSplit("kv_heads", ("qk_nope_head_dim", "v_head_dim")), Each((Turn(), None))],
-            ),
+            block("self_attn.kv_b_proj", "attn_k_b", "attn_v_b", ops=SPLIT_KV),
         ),
         (
             constant("attention.head_count_kv", 1),

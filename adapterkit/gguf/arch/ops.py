@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING
 
 from adapterkit.gguf.arch.maps import Array, Box, MapError, Strided, Value
@@ -49,16 +50,40 @@ def _divided(total: int, by: int, what: str) -> int:
 
 @dataclass(frozen=True)
 class Interleave(Op):
-    """The two halves of each head's rows in turn: rotary pairs side by side, as ggml's "normal" order has them."""
+    """The two halves of each head's rows in turn: rotary pairs side by side, as ggml's "normal" order has them.
+
+    ``rotary``: how many rows of a head are rotated, where the others stay as they are.
+    """
 
     heads: Number
+    rotary: Number | None = None
 
     def run(self, arrays: Sequence[Array], config: Config) -> list[Array]:
         heads = config.number(self.heads)
         found = []
         for array in arrays:
-            half = _divided(array.rows, 2 * heads, "half heads")
-            found.append(array.of_rows(array.shape, array.box().rows.unfold(heads, 2, half).swapped(1, 2)))
+            size = _divided(array.rows, heads, "heads")
+            rotary = size if self.rotary is None else config.number(self.rotary)
+            if rotary > size or rotary % 2:
+                raise MapError(f"{rotary} of a head's {size} rows cannot be rotated")
+            rows = array.box().rows
+            if rotary == size:
+                found.append(array.of_rows(array.shape, rows.unfold(heads, 2, size // 2).swapped(1, 2)))
+                continue
+            parts = []
+            for head in range(heads):
+                own = (
+                    rows.part(0, head * size, size)
+                    if len(rows.sizes) == 1
+                    else rows.unfold(heads, size).part(0, head, 1)
+                )
+                turned = own.part(len(own.sizes) - 1, 0, rotary)
+                plain = Strided(turned.at, (rotary,), turned.strides[-1:])
+                parts += [
+                    plain.unfold(2, rotary // 2).swapped(0, 1),
+                    own.part(len(own.sizes) - 1, rotary, size - rotary),
+                ]
+            found.append(array.of_rows(array.shape, *parts))
         return found
 
 
@@ -238,6 +263,20 @@ class Stack(Op):
 
 
 @dataclass(frozen=True)
+class Unjoin(Op):
+    """Matrices that stand one below the other in one, as a stack: ``[count h, w]`` to ``[count, h, w]``."""
+
+    count: Number
+
+    def run(self, arrays: Sequence[Array], config: Config) -> list[Array]:
+        count = config.number(self.count)
+        return [Array((count, _divided(a.shape[0], count, "matrices"), *a.shape[1:]), a.boxes) for a in arrays]
+
+    def back(self, shapes: Sequence[Shape], config: Config) -> list[Shape]:
+        return [(shape[0] * shape[1], *shape[2:]) for shape in shapes]
+
+
+@dataclass(frozen=True)
 class Turn(Op):
     """The last two dimensions swapped."""
 
@@ -260,6 +299,49 @@ class Turn(Op):
 
     def back(self, shapes: Sequence[Shape], config: Config) -> list[Shape]:
         return [(*shape[:-2], shape[-1], shape[-2]) if len(shape) > 1 else shape for shape in shapes]
+
+
+@dataclass(frozen=True)
+class EitherSide(Op):
+    """A stack that some versions of transformers save on its side: by its shape, one row of operations or another.
+
+    ``rows`` and ``columns`` are those of an upright matrix; one that fits both ways is upright, as it is for transformers.
+    """
+
+    rows: Number
+    columns: Number
+    upright: tuple[Op, ...]
+    turned: tuple[Op, ...]
+
+    def run(self, arrays: Sequence[Array], config: Config) -> list[Array]:
+        (array,) = arrays
+        wanted = (config.number(self.rows), config.number(self.columns))
+        if array.shape[-2:] not in (wanted, wanted[::-1]):
+            raise MapError(f"matrices of {array.shape[-2:]} are not {wanted} on either side")
+        found = [array]
+        for op in self.upright if array.shape[-2:] == wanted else self.turned:
+            found = op.run(found, config)
+        return found
+
+    def back(self, shapes: Sequence[Shape], config: Config) -> list[Shape]:
+        found = list(shapes)
+        for op in reversed(self.upright):
+            found = op.back(found, config)
+        return found
+
+
+@dataclass(frozen=True)
+class Copies(Op):
+    """The same tensor more than once, where GGUF needs it with other values or under another name too."""
+
+    count: int
+
+    def run(self, arrays: Sequence[Array], config: Config) -> list[Array]:
+        (array,) = arrays
+        return [array] * self.count
+
+    def back(self, shapes: Sequence[Shape], config: Config) -> list[Shape]:
+        return [shapes[0]]
 
 
 @dataclass(frozen=True)
@@ -420,6 +502,31 @@ class Squeeze(Op):
 
     def back(self, shapes: Sequence[Shape], config: Config) -> list[Shape]:
         return [(shape[0], 1, shape[1]) if len(shape) == 2 else shape for shape in shapes]
+
+
+@dataclass(frozen=True)
+class Shaped(Op):
+    """The same elements in the same order with other dimensions: ``shape`` in GGUF, ``stored`` in the checkpoint."""
+
+    shape: tuple[Number, ...]
+    stored: tuple[Number, ...]
+
+    def run(self, arrays: Sequence[Array], config: Config) -> list[Array]:
+        shape = tuple(config.number(size) for size in self.shape)
+        found = []
+        for array in arrays:
+            if prod(shape) != prod(array.shape):
+                raise MapError(f"{prod(array.shape)} numbers are not {' x '.join(map(str, shape))}")
+            box, width = array.box(), shape[-1]
+            if array.width != width:
+                if not (box.rows.is_plain and box.columns.is_plain) or min(array.width, width) != 1:
+                    raise MapError(f"rows of {array.width} numbers cannot be seen as rows of {width}")
+                box = replace(box, rows=Strided.all(prod(shape) // width), columns=Strided.all(width))
+            found.append(Array(shape, (box,)))
+        return found
+
+    def back(self, shapes: Sequence[Shape], config: Config) -> list[Shape]:
+        return [tuple(config.number(size) for size in self.stored) for _ in shapes]
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from adapterkit.gguf.arch.config import Config, _head_dim
 from adapterkit.gguf.arch.hyper import rotary_dim
 from adapterkit.gguf.arch.ops import Interleave, Split, Stack
 from adapterkit.gguf.arch.rope import DIVISORS, LONG, SHORT, divisors, kind_of, long_attention
-from adapterkit.gguf.arch.spec import Factors, Key, Rule, block, blocks, rule
+from adapterkit.gguf.arch.spec import ComputedTensor, Key, Rule, block, blocks, rule
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from adapterkit.gguf.arch.ops import Op
 
@@ -95,6 +95,23 @@ def _deepstack(config: Config) -> int:
 DEEPSTACK = Key("n_deepstack_layers", _deepstack, field="n_deepstack_layers")
 
 
+def of_sections(config: Config, other: str) -> str | None:
+    """The row of a text part whose rotary dimensions have sections."""
+    return other if isinstance(config.rope_by_kind.get("mrope_section"), list) else None
+
+
+def text_of(model_type: str, cls: str) -> Callable[[Mapping[str, Any], Mapping[str, Any], Any], dict[str, Any]]:
+    """A config of the class that computes the same of text as the text part of a model that sees."""
+
+    def back(values: Mapping[str, Any], config: Mapping[str, Any], base: Any) -> dict[str, Any]:
+        sections = [one for one in values.get("rope.dimension_sections", ()) if one]
+        rope = {**config.get("rope_parameters", {}), "mrope_section": sections}
+        layers = values.get("n_deepstack_layers")
+        return {"model_type": model_type, "architectures": [cls], "rope_parameters": rope, "n_deepstack_layers": layers}
+
+    return back
+
+
 def constant(name: str, value: Any) -> Key:
     """A key that does not depend on the config."""
     return Key(name, lambda config: value)
@@ -123,7 +140,7 @@ def _divisors(config: Config) -> list[float] | None:
     return divisors(config, _head_dim(config))
 
 
-LLAMA3 = Factors(DIVISORS, _divisors, True)
+LLAMA3 = ComputedTensor(DIVISORS, _divisors, True)
 
 
 def _long(name: str) -> Any:
@@ -144,7 +161,7 @@ def _long(name: str) -> Any:
     return make
 
 
-LONGROPE = (Factors(LONG, _long("long"), True), Factors(SHORT, _long("short"), True))
+LONGROPE = (ComputedTensor(LONG, _long("long"), True), ComputedTensor(SHORT, _long("short"), True))
 LONG_ATTENTION = Key("rope.scaling.attn_factor", long_attention)
 # For architectures whose runtime loads all three tensors.
 ROPE_TENSORS = (LLAMA3, *LONGROPE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +62,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Factors:
+class ComputedTensor:
     """A small tensor that is computed from the config: divisors of rotary frequencies.
 
     ``general``: it holds whatever scaling a config asks for.
@@ -71,6 +71,21 @@ class Factors:
     tensor: str
     make: Callable[[Config], Sequence[float] | None]
     general: bool = False
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """Numbers that the checkpoint has as one small tensor per layer, and GGUF as an array in its metadata.
+
+    Attributes:
+        hf: the tensor's name, with ``{i}`` for the layer.
+        key: of the metadata, without the architecture's name in front.
+        shape: of each tensor.
+    """
+
+    hf: str
+    key: str
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,12 +115,16 @@ class ArchSpec:
         experts: of rows of one architecture, the one with (without) experts; told apart by that in a GGUF.
         when: of rows of one architecture, whether a GGUF file is this one; those without a condition come last.
         scaled: numbers of the config are multiplied into weights and cannot be told from a GGUF file.
-        no_lora: ends of names of weights that the runtime multiplies with itself, without looking for a LoRA (plain
-            ``ggml_mul_mat`` in its ``src/models``).
         own_output: the runtime loads no such model without ``output.weight``, so a tied one gets the embedding twice.
         fixed: what the runtime has built in whatever the config says; see `adapterkit.gguf.arch.contract`.
         reads_yarn_bounds: the runtime reads ``beta_fast`` and ``beta_slow``.
         variant: the model type of another row of the same classes, for configs that are better read by it.
+        scalars: small tensors that are metadata in GGUF.
+        back: fields of a config made from GGUF beyond those of the keys, from its key-values, the config so far and
+            the file's tensors.
+        no_lora: ends of names of weights that the runtime multiplies with itself, without looking for a LoRA (plain
+            ``ggml_mul_mat`` in its ``src/models``).
+        output_apart: the output layer is other numbers than the embedding although the config ties them.
     """
 
     arch: str
@@ -115,7 +134,7 @@ class ArchSpec:
     keys: tuple[Key, ...] = ()
     common: bool = True
     leave: tuple[str, ...] = ()
-    factors: tuple[Factors, ...] = ()
+    factors: tuple[ComputedTensor, ...] = ()
     vocab: str = "auto"
     drops: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ()
@@ -131,10 +150,13 @@ class ArchSpec:
     experts: bool | None = None
     when: Callable[[Any], bool] | None = None
     variant: Callable[[Config], str | None] | None = None
+    scalars: tuple[Scalars, ...] = ()
     no_lora: tuple[str, ...] = ()
     own_output: bool = False
+    output_apart: bool = False
     fixed: tuple[Fixed, ...] = ()
     reads_yarn_bounds: bool = False
+    back: Callable[[Mapping[str, Any], Mapping[str, Any], Any], dict[str, Any]] | None = None
 
     @property
     def model_types(self) -> tuple[str, ...]:

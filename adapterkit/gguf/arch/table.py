@@ -7,14 +7,26 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import TargetError
-from adapterkit.gguf.arch import dense, encoders, gemma, hybrid, moe, older
+from adapterkit.gguf.arch import dense, encoders, further, gemma, hybrid, latent, moe, older, seq2seq, wholes, windows
 from adapterkit.gguf.arch.fixed import FIXED, NEVER_LORA, NO_LORA
 
 if TYPE_CHECKING:
     from adapterkit.gguf.arch.config import Config
     from adapterkit.gguf.arch.spec import ArchSpec
 
-_ROWS: tuple[ArchSpec, ...] = (*dense.SPECS, *gemma.SPECS, *moe.SPECS, *older.SPECS, *hybrid.SPECS, *encoders.SPECS)
+_ROWS: tuple[ArchSpec, ...] = (
+    *dense.SPECS,
+    *gemma.SPECS,
+    *moe.SPECS,
+    *older.SPECS,
+    *hybrid.SPECS,
+    *encoders.SPECS,
+    *further.SPECS,
+    *windows.SPECS,
+    *latent.SPECS,
+    *wholes.SPECS,
+    *seq2seq.SPECS,
+)
 
 
 def _under_contract(row: ArchSpec) -> ArchSpec:
@@ -62,6 +74,8 @@ def spec_of(config: Config) -> ArchSpec:
     """
     for name in config.classes:
         found = _by_class().get(name)
+        if found is None and name in wholes.WRAPPERS:
+            found = _by_type().get(config.model_type)
         if found is not None:
             return _variant(found, config)
     if config.classes:

@@ -56,12 +56,12 @@ class Reshaped(Renamed):
 
 
 class Constant(Tensor):
-    """A few numbers that were computed from the config."""
+    """A few numbers that were computed from the config, as a vector unless ``shape`` says otherwise."""
 
     dtype = F32
 
-    def __init__(self, name: str, values: Sequence[float]) -> None:
-        self.name, self.shape = name, (len(values),)
+    def __init__(self, name: str, values: Sequence[float], shape: tuple[int, ...] | None = None) -> None:
+        self.name, self.shape = name, (len(values),) if shape is None else shape
         self._values = tuple(values)
 
     @property

@@ -9,7 +9,7 @@ import torch
 from adapterkit.gguf.kernels import wide
 
 if TYPE_CHECKING:
-    from adapterkit.gguf.kernels.layouts import Layout
+    from adapterkit.gguf.kernels.layouts import BlockLayout
 
 STEP = {"cpu": 1 << 18}
 """Weights per step: on a CPU what the caches hold, elsewhere enough to hide the launches of small kernels."""
@@ -24,7 +24,7 @@ def _row_means(x: torch.Tensor) -> torch.Tensor:
     return torch.div(total, torch.full_like(total, x.shape[1]))
 
 
-def run(layout: Layout, x: torch.Tensor, importance: torch.Tensor | None, out: torch.Tensor) -> None:
+def run(layout: BlockLayout, x: torch.Tensor, importance: torch.Tensor | None, out: torch.Tensor) -> None:
     """Encode rows ``x`` float32 [rows, columns] into ``out`` uint8 [rows, bytes], on the tensors' device."""
     n, subs = layout.n, layout.subs
     block = layout.plain

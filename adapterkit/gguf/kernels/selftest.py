@@ -80,7 +80,7 @@ def _outcome(backend: str, name: str, weighted: bool, device: str) -> str | None
     import numpy as np
     import torch
 
-    from adapterkit.gguf.encode import run_backend
+    from adapterkit.gguf.kernels.backends import run_backend
     from adapterkit.gguf.types import TYPES
 
     rows, importance = vector()

@@ -245,7 +245,7 @@ def _llama(found: _Tokens) -> dict[str, Any]:
 
 def _sentencepiece(found: _Tokens) -> bytes:
     pieces = tuple(
-        proto.Piece(text.replace(" ", SPACE) if kind == USER_DEFINED else text, score, kind)
+        proto.VocabularyPiece(text.replace(" ", SPACE) if kind == USER_DEFINED else text, score, kind)
         for text, score, kind in zip(found.texts, found.scores, found.types, strict=True)
     )
     roles = {role: int(found.header.get(special.KEYS[role], -1)) for role in ("unk", "bos", "eos", "pad")}

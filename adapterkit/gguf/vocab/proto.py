@@ -22,7 +22,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 @dataclass(frozen=True)
-class Piece:
+class VocabularyPiece:
     text: str
     score: float
     type: int = 1
@@ -39,7 +39,7 @@ class SentencePieceModel:
         trim: runs of spaces become one, and those at the ends go.
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[VocabularyPiece, ...]
     kind: int
     charsmap: bytes = b""
     prefix: bool = True
@@ -53,7 +53,7 @@ def parse(data: bytes, where: str) -> SentencePieceModel:
     Raises:
         CheckpointError: the bytes are no SentencePiece model, or end early.
     """
-    pieces: list[Piece] = []
+    pieces: list[VocabularyPiece] = []
     numbers: dict[tuple[int, int], int] = {}
     charsmap = b""
     try:
@@ -109,7 +109,7 @@ def serialize(model: SentencePieceModel, special: dict[str, int]) -> bytes:
     return pieces + _string(_TRAINER, trainer) + _string(_NORMALIZER, normalizer)
 
 
-def _piece(data: bytes) -> Piece:
+def _piece(data: bytes) -> VocabularyPiece:
     text, score, kind = "", 0.0, 1
     for number, value in _fields(data):
         if number == 1 and isinstance(value, bytes):
@@ -118,7 +118,7 @@ def _piece(data: bytes) -> Piece:
             score = struct.unpack("<f", value)[0]
         elif number == 3 and isinstance(value, int):
             kind = value
-    return Piece(text, score, kind)
+    return VocabularyPiece(text, score, kind)
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:

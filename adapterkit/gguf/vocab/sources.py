@@ -28,7 +28,7 @@ _SPECIAL_ENDS = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
 
 
 @dataclass(frozen=True)
-class Added:
+class AddedToken:
     """A token that was added to a vocabulary: found in the text before anything else is done to it."""
 
     id: int
@@ -124,13 +124,13 @@ class Sources:
         return frozenset(str(name) for name in names if name)
 
     @cached_property
-    def added(self) -> dict[int, Added]:
+    def added(self) -> dict[int, AddedToken]:
         """Added tokens by id, from every file that lists them.
 
         Raises:
             CheckpointError: two files give an id to different tokens, or a token to different ids.
         """
-        found: dict[int, Added] = {}
+        found: dict[int, AddedToken] = {}
         places: dict[int, str] = {}
         ids: dict[str, int] = {}
         for token, where in self._listed():
@@ -154,7 +154,7 @@ class Sources:
         listed = self.settings.get("added_tokens_decoder") or {}
         return frozenset(number for number in self.added if str(number) in listed)
 
-    def _listed(self) -> Iterator[tuple[Added, str]]:
+    def _listed(self) -> Iterator[tuple[AddedToken, str]]:
         for entry in self.tokenizer.get("added_tokens") or ():
             yield _added(entry.get("id"), entry, TOKENIZER), TOKENIZER
         for number, entry in (self.settings.get("added_tokens_decoder") or {}).items():
@@ -170,7 +170,7 @@ def content_of(token: Any) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _added(number: Any, entry: Any, where: str) -> Added:
+def _added(number: Any, entry: Any, where: str) -> AddedToken:
     content = entry.get("content") if isinstance(entry, dict) else None
     try:
         place = int(number)
@@ -179,7 +179,7 @@ def _added(number: Any, entry: Any, where: str) -> Added:
     if not isinstance(content, str) or place < 0:
         raise CheckpointError(f"{where} lists the token {str(content)[:40]!r} under the id {number!r}", _AGAIN)
     flags = {name: bool(entry.get(name)) for name in ("special", "lstrip", "rstrip")}
-    return Added(place, content, **flags)
+    return AddedToken(place, content, **flags)
 
 
 _AGAIN = "copy the tokenizer's files again"

@@ -12,7 +12,7 @@ from adapterkit.gguf.reader import F32, I32, STRING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from adapterkit.gguf.vocab.sources import Added
+    from adapterkit.gguf.vocab.sources import AddedToken
 
 # llama_token_type of llama.h; SentencePiece has the same numbers.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -61,7 +61,7 @@ class TokenTable:
     def put(self, number: int, text: str, kind: int = NORMAL, score: float = 0.0) -> None:
         self.texts[number], self.types[number], self.scores[number] = text, kind, score
 
-    def add(self, tokens: Iterable[Added]) -> None:
+    def add(self, tokens: Iterable[AddedToken]) -> None:
         """Put added tokens over what the model's own vocabulary says.
 
         A user-defined token is found in the text as it stands, so SentencePiece's mark in it becomes a space again.

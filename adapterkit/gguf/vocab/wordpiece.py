@@ -8,7 +8,7 @@ from adapterkit.errors import CheckpointError
 from adapterkit.gguf.metadata import Entry, boolean, text
 from adapterkit.gguf.vocab.bpe import checked_vocabulary
 from adapterkit.gguf.vocab.pretokenizers import steps
-from adapterkit.gguf.vocab.sources import TOKENIZER, WORDS, Added
+from adapterkit.gguf.vocab.sources import TOKENIZER, WORDS, AddedToken
 from adapterkit.gguf.vocab.table import CONTROL, MODEL, PRE, SPACE, USER_DEFINED, TokenTable
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ def _vocabulary(sources: Sources) -> dict[str, int]:
     return {line.rstrip("\r"): number for number, line in enumerate(lines)}
 
 
-def _named(vocabulary: dict[str, int]) -> list[Added]:
+def _named(vocabulary: dict[str, int]) -> list[AddedToken]:
     """The special tokens of a ``vocab.txt``, which does not mark them."""
-    return [Added(vocabulary[name], name, special=True) for name in _NAMES if name in vocabulary]
+    return [AddedToken(vocabulary[name], name, special=True) for name in _NAMES if name in vocabulary]
 
 
 def _normalizer(sources: Sources, table: TokenTable) -> tuple[bool, bool]:

@@ -1,9 +1,9 @@
-"""Combination methods: ``METHODS`` is the table, ``combine`` applies a row of it."""
+"""Combination methods: ``RULES`` is the table, ``combine`` applies a row of it."""
 
 from __future__ import annotations
 
 from adapterkit.ops.rules import elementwise, lego, linear, spaces, spectral  # noqa: F401  (each registers its methods)
 from adapterkit.ops.rules.combine import combine
-from adapterkit.ops.rules.registry import METHODS, Method, Parameter, Range, find
+from adapterkit.ops.rules.registry import RULES, CombinationRule, Parameter, Range, find
 
-__all__ = ["METHODS", "Method", "Parameter", "Range", "combine", "find"]
+__all__ = ["RULES", "CombinationRule", "Parameter", "Range", "combine", "find"]

@@ -9,7 +9,7 @@ from adapterkit.errors import UsageError
 from adapterkit.ops.extract import low_rank
 from adapterkit.ops.lowrank import Factors
 from adapterkit.ops.rows import DeltaRows, common_shape, scaled
-from adapterkit.ops.rules.registry import METHODS, Method, find
+from adapterkit.ops.rules.registry import RULES, CombinationRule, find
 from adapterkit.ops.threads import one_thread
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def combine(
 
     Args:
         parts: the deltas, [m, n] each; factors for every method that is not dense.
-        method: a name of the table, ``METHODS``.
+        method: a name of the table, ``RULES``.
         weights: one per part, any sign, 1 when left out. A rule sees w_t delta_t: weights come before trimming and
             election. A part of weight 0 is left out.
         scale: factor of the result (the lambda of the papers).
@@ -75,13 +75,13 @@ def combine(
     return low_rank(result, rank=rank, energy=energy).factors
 
 
-def _chosen(method: str, space: str | None, parameters: dict[str, Any]) -> tuple[Method, dict[str, Any]]:
+def _chosen(method: str, space: str | None, parameters: dict[str, Any]) -> tuple[CombinationRule, dict[str, Any]]:
     chosen = find(method)
     if space is None or space == "dense":
         return chosen, dict(parameters)
     outer = find(space)
     if not (outer.nested and chosen.inner):
-        spaces = ", ".join(m.name for m in METHODS.values() if m.nested)
+        spaces = ", ".join(m.name for m in RULES.values() if m.nested)
         raise UsageError(f"method {chosen.name} cannot run in space {space!r}", f"dense and core rules run in {spaces}")
     return outer, {**parameters, "rule": chosen.name}
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from adapterkit.errors import UsageError
 from adapterkit.ops.counter import stream, uniform
-from adapterkit.ops.rows import Computed, DeltaRows, add, blocks, common_shape
+from adapterkit.ops.rows import ComputedRows, DeltaRows, add, blocks, common_shape
 from adapterkit.ops.rules.parameters import Density, Election, Seed
-from adapterkit.ops.rules.registry import Range, method
+from adapterkit.ops.rules.registry import Range, rule
 from adapterkit.ops.select import kth_magnitudes, row_energies
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ else:
     from adapterkit.ops._torch import torch
 
 
-@method(paper="2306.01708", space="dense")
+@rule(paper="2306.01708", space="dense")
 def ties(deltas: Sequence[DeltaRows], *, density: Density = 0.2, majority: Election = "total") -> DeltaRows:
     """Keep the largest entries of each delta, elect a sign per entry, average those that agree (TIES).
 
@@ -37,7 +37,7 @@ def ties(deltas: Sequence[DeltaRows], *, density: Density = 0.2, majority: Elect
     return _streamed(deltas, lambda rows, _: disjoint_mean(_trimmed(rows, cuts), majority))
 
 
-@method(paper="2311.03099", space="dense")
+@rule(paper="2311.03099", space="dense")
 def dare(deltas: Sequence[DeltaRows], *, density: Density = 0.5, seed: Seed = 0, key: str = "") -> DeltaRows:
     """Drop entries at random, rescale the rest by 1/density, sum (DARE).
 
@@ -48,7 +48,7 @@ def dare(deltas: Sequence[DeltaRows], *, density: Density = 0.5, seed: Seed = 0,
     return _streamed(deltas, lambda rows, start: add(masked(rows, start)))
 
 
-@method(paper="2311.03099", space="dense")
+@rule(paper="2311.03099", space="dense")
 def dare_ties(
     deltas: Sequence[DeltaRows],
     *,
@@ -62,14 +62,14 @@ def dare_ties(
     return _streamed(deltas, lambda rows, start: disjoint_mean(masked(rows, start), majority))
 
 
-@method(paper="", space="dense")
+@rule(paper="", space="dense")
 def magnitude_prune(deltas: Sequence[DeltaRows], *, density: Density = 0.2) -> DeltaRows:
     """Keep the largest entries of each delta and sum; no election, no rescaling."""
     cuts = [_cut(delta, density) for delta in deltas]
     return _streamed(deltas, lambda rows, _: add(_trimmed(rows, cuts)))
 
 
-@method(paper="2406.11617", space="dense")
+@rule(paper="2406.11617", space="dense")
 def della(
     deltas: Sequence[DeltaRows],
     *,
@@ -107,7 +107,7 @@ def della(
     return _streamed(deltas, lambda rows, start: fuse(masked(rows, start)))
 
 
-@method(paper="2312.06795", space="dense")
+@rule(paper="2312.06795", space="dense")
 def breadcrumbs(
     deltas: Sequence[DeltaRows],
     *,
@@ -135,7 +135,7 @@ def breadcrumbs(
     return _streamed(deltas, block)
 
 
-@method(paper="2408.07990", space="dense")
+@rule(paper="2408.07990", space="dense")
 def sce(
     deltas: Sequence[DeltaRows],
     *,
@@ -149,7 +149,7 @@ def sce(
     sum; then sum eta_t delta_t. ``renormalize`` divides by the eta that remain at an entry, as their merger does.
     """
     shape = common_shape(deltas)
-    spread = Computed(shape, lambda start, stop: _variance([d.rows(start, stop) for d in deltas]))
+    spread = ComputedRows(shape, lambda start, stop: _variance([d.rows(start, stop) for d in deltas]))
     cut = _cut(spread, density)
     energies: list[list[float]] = [[] for _ in deltas]
     for start, stop in blocks(shape):
@@ -186,7 +186,7 @@ def disjoint_mean(tensors: Sequence[torch.Tensor], majority: str = "total") -> t
 
 def _streamed(deltas: Sequence[DeltaRows], rule: Callable[[list[torch.Tensor], int], torch.Tensor]) -> DeltaRows:
     """The delta whose rows are ``rule(rows of each delta, first row)``, rounded to float32."""
-    return Computed(
+    return ComputedRows(
         common_shape(deltas), lambda start, stop: rule([d.rows(start, stop) for d in deltas], start).float()
     )
 

@@ -8,7 +8,7 @@ from adapterkit.ops.counter import stream, uniform
 from adapterkit.ops.lowrank import Factors
 from adapterkit.ops.rows import common_shape
 from adapterkit.ops.rules.parameters import Rank
-from adapterkit.ops.rules.registry import Range, method
+from adapterkit.ops.rules.registry import Range, rule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +21,7 @@ _STEPS = 100
 _STARTS = 10
 
 
-@method(paper="2409.16167", space="factors")
+@rule(paper="2409.16167", space="factors")
 def lego(
     parts: Sequence[Factors],
     *,

@@ -8,13 +8,13 @@ from adapterkit.ops.lowrank import Factors, core_of, stack, truncate
 from adapterkit.ops.measure import cosine
 from adapterkit.ops.rows import DeltaRows, add, total
 from adapterkit.ops.rules.parameters import Rank
-from adapterkit.ops.rules.registry import method
+from adapterkit.ops.rules.registry import rule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
-@method(paper="2212.04089", space="core", inner=True)
+@rule(paper="2212.04089", space="core", inner=True)
 def linear(parts: Sequence[DeltaRows]) -> DeltaRows:
     """The exact weighted sum of the deltas, at the smallest rank that holds it (task arithmetic).
 
@@ -30,19 +30,19 @@ def linear(parts: Sequence[DeltaRows]) -> DeltaRows:
     return core.lift(add(core.cores))
 
 
-@method(paper="", space="factors")
+@rule(paper="", space="factors")
 def cat(parts: Sequence[Factors]) -> Factors:
     """The exact weighted sum with the factors side by side; the rank is the sum of the ranks."""
     return stack(parts)
 
 
-@method(paper="", space="core")
+@rule(paper="", space="core")
 def svd(parts: Sequence[Factors], *, rank: Rank = None) -> Factors:
     """The best approximation of the weighted sum at a given rank (Eckart-Young, by QR and a small SVD)."""
     return truncate(stack(parts), rank=rank or max(part.rank for part in parts)).factors
 
 
-@method(paper="2403.19522", space="factors")
+@rule(paper="2403.19522", space="factors")
 def model_stock(parts: Sequence[Factors]) -> Factors:
     """The mean of the deltas, shrunk towards the base the more they disagree (Model Stock).
 

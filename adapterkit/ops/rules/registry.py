@@ -87,7 +87,7 @@ _ARTICLES = {float: "a number", int: "a whole number", bool: "true or false", st
 
 
 @dataclass(frozen=True)
-class Method:
+class CombinationRule:
     """A row of the table.
 
     ``space`` is where the rule works: on the factors, on the small core matrices, or on the entries of the deltas.
@@ -121,17 +121,17 @@ class Method:
         rest = {name: value for name, value in given.items() if name not in own}
         bound: dict[str, Value] = {p.name: p.check(mine.get(p.name, p.default), self.name) for p in self.parameters}
         if self.nested:
-            return bound | METHODS[str(bound["rule"])].bind(rest)
+            return bound | RULES[str(bound["rule"])].bind(rest)
         if rest:
             known = ", ".join(own) if own else "no parameters"
             raise UsageError(f"method {self.name} has no parameter {next(iter(rest))}", f"it takes {known}")
         return bound
 
 
-METHODS: dict[str, Method] = {}
+RULES: dict[str, CombinationRule] = {}
 
 
-def method(*, paper: str, space: Space, inner: bool | None = None) -> Callable[[Any], Any]:
+def rule(*, paper: str, space: Space, inner: bool | None = None) -> Callable[[Any], Any]:
     """Register the decorated function as a method; its name, with hyphens, is the method's."""
 
     def register(function: Any) -> Any:
@@ -142,7 +142,7 @@ def method(*, paper: str, space: Space, inner: bool | None = None) -> Callable[[
             for p in signature.parameters.values()
             if p.kind is p.KEYWORD_ONLY and p.name != "key"
         )
-        METHODS[name] = Method(
+        RULES[name] = CombinationRule(
             name=name,
             summary=inspect.getdoc(function).splitlines()[0],  # type: ignore[union-attr]
             paper=paper,
@@ -158,15 +158,15 @@ def method(*, paper: str, space: Space, inner: bool | None = None) -> Callable[[
     return register
 
 
-def find(name: str) -> Method:
+def find(name: str) -> CombinationRule:
     """The method of that name; underscores and hyphens are the same.
 
     Raises:
         UsageError: there is none.
     """
-    found = METHODS.get(name.replace("_", "-"))
+    found = RULES.get(name.replace("_", "-"))
     if found is None:
-        raise UsageError(f"there is no combination method {name!r}", f"the methods are {', '.join(METHODS)}")
+        raise UsageError(f"there is no combination method {name!r}", f"the methods are {', '.join(RULES)}")
     return found
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from adapterkit.ops.lowrank import Core, Factors, core_of, numerical_rank, svd
 from adapterkit.ops.rows import materialize
 from adapterkit.ops.rules.parameters import Rank, Rule
-from adapterkit.ops.rules.registry import METHODS, Range, method
+from adapterkit.ops.rules.registry import RULES, Range, rule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,7 +24,7 @@ _HOOI_STEPS = 200
 _HOOI_GAIN = 1e-10
 
 
-@method(paper="2410.19735", space="core")
+@rule(paper="2410.19735", space="core")
 def knots(parts: Sequence[Factors], *, rule: Rule = "ties", key: str = "", **inner: Any) -> Factors:
     """Combine in the shared output basis of all adapters, found by one SVD (KnOTS).
 
@@ -40,7 +40,7 @@ def knots(parts: Sequence[Factors], *, rule: Rule = "ties", key: str = "", **inn
     return Factors((core.left @ u).float(), merged)
 
 
-@method(paper="2509.17786", space="core")
+@rule(paper="2509.17786", space="core")
 def core(
     parts: Sequence[Factors],
     *,
@@ -62,7 +62,7 @@ def core(
     return found.lift(merged.double())
 
 
-@method(paper="2606.03723", space="core")
+@rule(paper="2606.03723", space="core")
 def ctm(
     parts: Sequence[Factors],
     *,
@@ -128,5 +128,5 @@ def _coordinates(matrix: torch.Tensor) -> Factors:
 
 def _apply(rule: str, parts: Sequence[Factors], key: str, inner: dict[str, Any]) -> torch.Tensor:
     """The inner rule's result as a float32 matrix."""
-    found = METHODS[rule]
+    found = RULES[rule]
     return materialize(found.function(parts, **inner, **({"key": key} if found.keyed else {})))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from adapterkit.ops.lowrank import Core, Factors, Svd, core_of, numerical_rank
 from adapterkit.ops.rows import add
-from adapterkit.ops.rules.registry import Range, method
+from adapterkit.ops.rules.registry import Range, rule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +21,7 @@ else:
     from adapterkit.ops._torch import torch
 
 
-@method(paper="2412.00081", space="core", inner=True)
+@rule(paper="2412.00081", space="core", inner=True)
 def tsv(parts: Sequence[Factors]) -> Factors:
     """Keep each adapter's share of singular triples and make their directions orthogonal across adapters (TSV-M).
 
@@ -35,7 +35,7 @@ def tsv(parts: Sequence[Factors]) -> Factors:
     return core.lift(nearest_orthonormal(u) * s @ nearest_orthonormal(v).T)
 
 
-@method(paper="2502.04959", space="core", inner=True)
+@rule(paper="2502.04959", space="core", inner=True)
 def iso_c(parts: Sequence[Factors]) -> Factors:
     """The weighted sum with all its singular values made equal to their mean (Iso-C).
 
@@ -46,7 +46,7 @@ def iso_c(parts: Sequence[Factors]) -> Factors:
     return _isotropic(core, u, s, v)
 
 
-@method(paper="2502.04959", space="core", inner=True)
+@rule(paper="2502.04959", space="core", inner=True)
 def iso_cts(
     parts: Sequence[Factors],
     *,

@@ -11,17 +11,21 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from adapterkit import disk
+from adapterkit.bases import open_model
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.plan import plan_file
+from adapterkit.checkpoint.write import Room, Writing
 from adapterkit.errors import AdapterkitError, CheckpointError, NotFound, UsageError
+from adapterkit.requests.convert import ConvertRequest
 from adapterkit.verbs.conversions import oneshot
-from adapterkit.verbs.conversions.conversion import ConvertOptions, Ref, Run, count_types
-from adapterkit.verbs.conversions.folder import CONFIG, FolderConversion, open_folder
+from adapterkit.verbs.conversions.conversion import Conversion, count_types
+from adapterkit.verbs.conversions.folder import CONFIG, folder_recorder, open_folder
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.checkpoint import Checkpoint
@@ -31,49 +35,48 @@ MOST_TEXT = 64 << 20  # bytes of calibration text
 
 
 @dataclass(frozen=True)
-class Compressed(FolderConversion):
+class Compressor:
     """A conversion by llm-compressor. What it will write is known when it is done, so the plan has no bytes.
 
     Attributes:
-        options: the calibration text, the Python that has llm-compressor, the modules to keep.
+        opened: the source as it is stored.
+        to: ``awq`` or ``gptq``.
+        asked: the calibration text, the Python that has llm-compressor, the modules to keep.
+        notes: of the plan.
     """
 
-    options: ConvertOptions = field(kw_only=True)
+    opened: Checkpoint
+    to: str
+    asked: ConvertRequest
+    notes: tuple[str, ...]
 
-    def write(self, out: Path, run: Run) -> dict[str, Any]:
-        from adapterkit.bases import open_model
-        from adapterkit.checkpoint.publish import check_target, publish, staging, write_file
-
-        if run.resume:
+    def run(self, room: Room) -> Writing:
+        """Make the folder, and read it back by its headers."""
+        if room.resume:
             raise UsageError("llm-compressor cannot continue an interrupted run", "leave out --resume")
-        room = sum(tensor.nbytes for tensor in self.opened.values())
-        inputs = [source.path.parent for source in self.sources if source.path is not None]
-        check_target(out, inputs, room, force=run.force)
-        with staging(out, resume=False) as folder, tempfile.TemporaryDirectory() as lent:
+        with tempfile.TemporaryDirectory() as lent:
             self._lend(Path(lent))
-            self._run(Path(lent), folder)
-            made = open_model(folder)
-            self._check(made)
-            for file in self.opened.side_files:
-                if file.name != CONFIG:
-                    write_file(folder / file.name, file.bytes())
-            record = run.record or self.record()
-            for name, data in (record(folder) if record is not None else {}).items():
-                write_file(folder / name, data)
-            measured = {
-                "files": tuple(sorted({made.shards[name] for name in made})),
-                "nbytes": sum(source.size for source in made.sources),
-                "tensors": len(made),
-                "types": count_types(made.tensors),
-                "notes": (*self.notes, dequantized(made).notes[-1].replace("decoded", "wrote")),
-            }
-            publish(folder, out, keep={entry.name for entry in os.scandir(folder)}, force=run.force)
-        return measured
+            self._run(Path(lent), room.folder)
+        made = open_model(room.folder)
+        self._check(made)
+        side = {file.name: file.bytes() for file in self.opened.side_files if file.name != CONFIG}
+        facts = {
+            "files": tuple(sorted({made.shards[name] for name in made})),
+            "nbytes": sum(source.size for source in made.sources),
+            "tensors": len(made),
+            "types": count_types(made.tensors),
+            "notes": (*self.notes, dequantized(made).notes[-1].replace("decoded", "wrote")),
+        }
+        stated = {"verb": "convert", "to": self.to, "skip_modules": list(self.asked.skip_modules)}
+        record = folder_recorder(self.opened, self.to, "quantized", stated)
+        names = frozenset(entry.name for entry in os.scandir(room.folder))
+        target = self.asked.target
+        assert target is not None
+        return Writing(NOTHING, {}, (), target, side, record, made=names, facts=facts)
 
     def _lend(self, folder: Path) -> None:
         """The source as one folder, whatever it was named by: links to its weights, and its side files."""
         from adapterkit.checkpoint.plan import plan_safetensors
-        from adapterkit.checkpoint.publish import write_file
         from adapterkit.checkpoint.write import index_json
 
         for name, tensor in self.opened.items():
@@ -81,21 +84,21 @@ class Compressed(FolderConversion):
             if extent is not None and extent.source.path is not None and not link.exists():
                 link.symlink_to(extent.source.path.resolve())
         for file in self.opened.side_files:
-            write_file(folder / file.name, file.bytes())
+            disk.write_inside(folder, file.name, file.bytes())
         if len(set(self.opened.shards.values())) > 1:
             plan = plan_safetensors(self.opened)
-            write_file(folder / plan.index_name, index_json(plan))
+            disk.write_inside(folder, plan.index_name, index_json(plan))
 
     def _run(self, source: Path, folder: Path) -> None:
-        skip = list(self.options.skip_modules) or [OUTPUT_LAYER]
-        asked = {
+        skip = list(self.asked.skip_modules) or [OUTPUT_LAYER]
+        words = {
             "src": str(source),
             "out": str(folder.resolve()),
             "kind": self.to,
-            "calibration": str(_calibration(self.options).resolve()),
+            "calibration": str(_calibration(self.asked).resolve()),
             "skip": skip,
         }
-        command = [*_python(self.options), oneshot.__file__, json.dumps(asked)]
+        command = [*_python(self.asked), oneshot.__file__, json.dumps(words)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=_quiet(), cwd=folder)
         except OSError as error:
@@ -104,7 +107,7 @@ class Compressed(FolderConversion):
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
             said = lines[-1] if lines else f"it ended with {done.returncode}"
             raise AdapterkitError(
-                f"llm-compressor could not make {self.to} of {self.src}: {said}",
+                f"llm-compressor could not make {self.to} of {self.opened.ref}: {said}",
                 "give a causal language model in 16 bits with its tokenizer, and layers of whole groups of 128 inputs",
             )
 
@@ -117,36 +120,37 @@ class Compressed(FolderConversion):
         ):  # a tie that was saved twice
             raise CheckpointError(f"llm-compressor left '{wrong[0]}' out, or in another shape", "report it")
         if decoded is made:
-            raise CheckpointError(f"llm-compressor quantized nothing of {self.src}", "name fewer modules to keep")
+            raise CheckpointError(
+                f"llm-compressor quantized nothing of {self.opened.ref}", "name fewer modules to keep"
+            )
 
 
-def _planned(kind: str, src: Ref, options: ConvertOptions, jobs: int) -> Compressed:
-    opened = open_folder(src, options, kind)
-    _calibration(options)
+NOTHING = plan_file("nothing", [], {})
+
+
+def _planned(kind: str, asked: ConvertRequest, jobs: int) -> Conversion:
+    opened = open_folder(asked, kind)
+    _calibration(asked)
     if dequantized(opened) is not opened:
         raise UsageError(f"{opened.ref} is quantized, and {kind} starts from 16 bits", "convert it --to bf16 first")
     if not any("token" in file.name for file in opened.side_files):
         raise NotFound(f"{opened.ref} has no tokenizer, which calibration needs", "copy the base's beside it")
-    _has_compressor(options)
-    asked = {"verb": "convert", "to": kind, "skip_modules": list(options.skip_modules)}
+    _has_compressor(asked)
     notes = (*opened.notes, f"{kind} by llm-compressor: the whole model is loaded")
-    nothing = plan_file("nothing", [], {})
-    return Compressed(
-        opened.ref, kind, nothing, {}, opened.sources, {}, {}, notes,
-        opened=opened, kind="quantized", asked=asked, options=options,
-    )  # fmt: skip
+    stage = Compressor(opened, kind, asked, notes).run
+    return Conversion(opened.ref, kind, NOTHING, {}, opened.sources, {}, {}, notes, stage=stage)
 
 
-def _calibration(options: ConvertOptions) -> Path:
+def _calibration(asked: ConvertRequest) -> Path:
     """The calibration text.
 
     Raises:
         UsageError: none was given, or it is no text.
         NotFound: it does not exist.
     """
-    if options.calibration is None:
+    if asked.calibration is None:
         raise UsageError("awq and gptq need a text to calibrate on", "add --calibration FILE")
-    path = Path(options.calibration)
+    path = Path(asked.calibration)
     if not path.is_file():
         raise NotFound(f"the calibration text {path} does not exist", "name a text file")
     data = path.read_bytes() if path.stat().st_size <= MOST_TEXT else b"\xff"
@@ -159,19 +163,19 @@ def _calibration(options: ConvertOptions) -> Path:
     return path
 
 
-def _python(options: ConvertOptions) -> list[str]:
+def _python(asked: ConvertRequest) -> list[str]:
     """The interpreter, isolated: what lies beside the script or in PYTHONPATH is not imported."""
-    return [str(options.compressor or sys.executable), "-I"]
+    return [str(asked.compressor or sys.executable), "-I"]
 
 
-def _has_compressor(options: ConvertOptions) -> None:
+def _has_compressor(asked: ConvertRequest) -> None:
     """Ask the interpreter whether it has llm-compressor.
 
     Raises:
         UsageError: it has not, or is none.
     """
     ask = "import importlib.util, sys; sys.exit(importlib.util.find_spec('llmcompressor') is None)"
-    command = [*_python(options), "-c", ask]
+    command = [*_python(asked), "-c", ask]
     try:
         found = subprocess.run(command, capture_output=True, env=_quiet()).returncode == 0
     except OSError:

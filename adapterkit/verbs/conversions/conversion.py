@@ -1,16 +1,16 @@
-"""What a conversion was asked for, and a conversion that is planned."""
+"""A conversion that is planned."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.open import locate
-from adapterkit.errors import NotFound, UsageError
+from adapterkit.errors import NotFound
+from adapterkit.verbs.job import Job
 from adapterkit.verbs.report import ConvertReport
 
 if TYPE_CHECKING:
@@ -19,74 +19,12 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.tensor import Tensor
+    from adapterkit.checkpoint.write import Stage
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
-    from adapterkit.gguf.quantize import Quantization
+    from adapterkit.requests.convert import ConvertRequest
+    from adapterkit.verbs.job import Beside, Measured, Recorder
 
 Ref = str | Path
-Progress = Callable[[int, int], None]
-Recorder = Callable[[Path], "Mapping[str, bytes]"]
-"""Given the finished folder that is not in its place yet, the record to write beside it; see `adapterkit.provenance`."""
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """Options of a conversion. A format's row says which of them it takes; another one that is given is an error.
-
-    Attributes:
-        base: the base of an adapter: a GGUF file or a Hugging Face folder.
-        quantization: the types of a GGUF output, as ``Quantization("Q4_K_M")``.
-        max_shard_size: bytes of tensors in each file of a set.
-        dtype: of a GGUF made from a Hugging Face model: ``auto``, ``bf16``, ``f16`` or ``f32``.
-        pre: the name of its pre-tokenizer; by default recognised.
-        plain: an adapter as plain LoRA of one rank and one alpha, whatever it was.
-        rank, energy: of a delta that has to be decomposed: at most this rank, or the smallest that keeps this share of its
-            squared norm; by default all of it.
-        double_quant: nested scales of a 4-bit format.
-        skip_modules: modules that stay in 16 bits, in the place of the output layer, as ``llm_int8_skip_modules``.
-        calibration: a text file for formats that need one.
-        compressor: the Python that has llm-compressor, where that is not this one.
-        headers_only: a source on the Hub is not downloaded, so the conversion can be shown but not written.
-    """
-
-    base: Ref | None = None
-    quantization: Quantization | None = None
-    max_shard_size: int | None = None
-    dtype: str = "auto"
-    pre: str | None = None
-    plain: bool = False
-    rank: int | None = None
-    energy: float | None = None
-    double_quant: bool = False
-    skip_modules: tuple[str, ...] = ()
-    calibration: Path | None = None
-    compressor: Path | None = None
-    headers_only: bool = False
-
-    def given(self) -> set[str]:
-        """The names of the options that differ from their defaults."""
-        given = {one.name for one in fields(self) if getattr(self, one.name) != one.default}
-        return given - {"headers_only"}
-
-    def need_base(self, form: str) -> Ref:
-        """The base.
-
-        Raises:
-            UsageError: none was given.
-        """
-        if self.base is None:
-            raise UsageError(f"converting to {form} needs the base", "add --base BASE")
-        return self.base
-
-
-@dataclass(frozen=True)
-class Run:
-    """How a conversion is written: ``record`` makes the files beside it, for the rest see `convert`."""
-
-    record: Recorder | None = None
-    jobs: int | None = None
-    force: bool = False
-    resume: bool = False
-    progress: Progress | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +36,10 @@ class Conversion:
         to: the format.
         plan: what the sink will write, from ``tensors`` and ``sources``.
         side: small files beside the weights, where the output is a folder.
+        record: what writes ``adapterkit.json``.
+        stage: what has to be computed before the plan is known; ``room`` is what it may need on the disk, in bytes.
+        request: what was asked for.
+        beside: what goes next to the output.
     """
 
     src: str
@@ -106,54 +48,62 @@ class Conversion:
     tensors: Mapping[str, Tensor]
     sources: tuple[Source, ...]
     types: dict[str, int]
-    side: dict[str, bytes]
+    side: Mapping[str, bytes]
     notes: tuple[str, ...] = ()
+    record: Recorder | None = None
+    stage: Stage | None = None
+    request: ConvertRequest | None = None
+    beside: tuple[Beside, ...] = ()
 
     @property
     def peak_memory(self) -> int:
         """The estimate, in bytes."""
         return self.plan.peak_memory
 
-    def record(self) -> Callable[[Path], dict[str, bytes]] | None:
-        """What writes ``adapterkit.json`` beside the output, if anything does."""
-        return None
-
-    def write(self, out: Path, run: Run) -> dict[str, Any]:
-        """Write it, whole or not at all, with the files of its record; what the report says beyond the plan.
-
-        Raises:
-            OutputError, CheckpointError, UnsafeError
-        """
-        from adapterkit.checkpoint.write import check_output, write_safetensors
-
-        check_output(self.plan, self.sources, out, force=run.force)
-        reused = write_safetensors(
-            self.plan,
-            self.tensors,
-            self.sources,
-            out,
-            side_files=self.side,
-            record=run.record or self.record(),
-            jobs=run.jobs,
-            force=run.force,
-            resume=run.resume,
-            progress=run.progress,
+    def job(self) -> Job:
+        """The conversion as what an executor takes."""
+        assert self.request is not None
+        return Job(
+            plan=self.plan,
+            tensors=self.tensors,
+            sources=self.sources,
+            out=self.request.target,
+            report=self.report,
+            side=self.side,
+            record=self.record,
+            beside=self.beside,
+            stage=self.stage,
+            force=self.request.force,
         )
-        return {"reused": reused}
 
-    def report(self, out: Ref, **measured: Any) -> ConvertReport:
-        planned: dict[str, Any] = {
-            "files": tuple(path.name for path in self.plan.targets(Path(out)).values()),
-            "nbytes": self.plan.nbytes,
-            "tensors": len(self.plan.steps),
-            "copied": sum(1 for step in self.plan.steps if step.source is not None),
+    def report(self, measured: Measured) -> ConvertReport:
+        """What was done, or would be."""
+        assert self.request is not None
+        plan = self.plan if measured.plan is None else measured.plan
+        out = self.request.out
+        said: dict[str, Any] = {
+            "files": tuple(path.name for path in plan.targets(self.request.target or Path(".")).values()),
+            "nbytes": plan.nbytes,
+            "tensors": len(plan.steps),
+            "copied": sum(1 for step in plan.steps if step.source is not None),
             "types": self.types,
             "notes": self.notes,
+            **measured.facts,
         }
-        return ConvertReport(src=self.src, out=str(out), to=self.to, **(planned | measured))
+        said["notes"] = (*said["notes"], *measured.notes)
+        return ConvertReport(
+            src=self.src,
+            out="" if out is None else str(out),
+            to=self.to,
+            reused=measured.reused,
+            seconds=measured.seconds,
+            peak_memory=measured.peak_memory,
+            dry_run=measured.dry_run,
+            **said,
+        )
 
 
-def gguf_file(src: Ref) -> GGUFCheckpoint | None:
+def gguf_file(src: Any) -> GGUFCheckpoint | None:
     """The GGUF file that ``src`` names, or None where it names something else.
 
     Raises:

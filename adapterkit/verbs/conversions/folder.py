@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,22 +17,25 @@ from adapterkit.checkpoint.plan import plan_safetensors
 from adapterkit.checkpoint.tensor import Cast
 from adapterkit.dtypes import BF16, F16, F32, DType
 from adapterkit.errors import UsageError
-from adapterkit.verbs.conversions.conversion import Conversion, ConvertOptions, Ref, count_types
+from adapterkit.requests.convert import ConvertRequest
+from adapterkit.verbs.conversions.conversion import Conversion, count_types
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from adapterkit.verbs.job import Recorder
+
 CONFIG = "config.json"
 
 
-def open_folder(src: Ref, options: ConvertOptions, to: str) -> Checkpoint:
+def open_folder(asked: ConvertRequest, to: str) -> Checkpoint:
     """A Hugging Face checkpoint as it is stored.
 
     Raises:
         UsageError: a GGUF file.
         NotFound, CheckpointError, UnsafeError, AuthError, HubError
     """
-    opened = open_model(src, headers_only=options.headers_only)
+    opened = open_model(asked.src, headers_only=getattr(asked, "headers_only", False))
     if opened.format == "gguf":
         raise UsageError(
             f"{opened.ref} is a GGUF file, and {to} is a format of Hugging Face folders",
@@ -42,11 +44,11 @@ def open_folder(src: Ref, options: ConvertOptions, to: str) -> Checkpoint:
     return opened
 
 
-def _plain(dtype: DType, src: Ref, options: ConvertOptions, jobs: int) -> Conversion:
+def _plain(dtype: DType, asked: ConvertRequest, jobs: int) -> Conversion:
     """A checkpoint of any format as plain weights, all floating tensors in ``dtype``."""
     from adapterkit.adapters.sidecars import name_dtype
 
-    opened = open_folder(src, options, str(dtype))
+    opened = open_folder(asked, str(dtype))
     view = dequantized(opened, dtype)
     tensors = {
         name: Cast(tensor, dtype) if tensor.dtype in FLOATS and tensor.dtype is not dtype else tensor
@@ -55,15 +57,15 @@ def _plain(dtype: DType, src: Ref, options: ConvertOptions, jobs: int) -> Conver
     config = json.loads(json.dumps(dict(view.config)))
     name_dtype(config, dtype)
     return planned_folder(
-        opened, with_config(replace(view, tensors=tensors), config), str(dtype), "converted", options, jobs
+        opened, with_config(replace(view, tensors=tensors), config), str(dtype), "converted", asked, jobs
     )
 
 
-def _quantized(kind: str, src: Ref, options: ConvertOptions, jobs: int) -> Conversion:
+def _quantized(kind: str, asked: ConvertRequest, jobs: int) -> Conversion:
     """A checkpoint with its linear layers quantized; a quantized one is decoded first, and the report says so."""
     from adapterkit.adapters.quantized import quantized
 
-    opened = open_folder(src, options, kind)
+    opened = open_folder(asked, kind)
     view = dequantized(opened)
     if view is not opened:
         if stored_formats(view) & set(_GRIDS[kind]):
@@ -75,9 +77,9 @@ def _quantized(kind: str, src: Ref, options: ConvertOptions, jobs: int) -> Conve
                 f"what {opened.ref} had lost stays lost, and {kind} adds its own error; the 16-bit original loses less",
             ),
         )
-    skip = options.skip_modules or None
-    view = quantized(view, kind, double_quant=options.double_quant, skip=skip)
-    return planned_folder(opened, view, kind, "quantized", options, jobs)
+    skip = asked.skip_modules or None
+    view = quantized(view, kind, double_quant=asked.double_quant, skip=skip)
+    return planned_folder(opened, view, kind, "quantized", asked, jobs)
 
 
 # What codecs call weights that are on the grid of a format already.
@@ -107,37 +109,32 @@ def with_config(view: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
     return replace(view, config=config, side_files=(*others, SideFile(CONFIG, BytesFile(CONFIG, text.encode()))))
 
 
-@dataclass(frozen=True)
-class FolderConversion(Conversion):
-    """A conversion with a record beside its output; ``opened`` is the source as it is stored."""
+def folder_recorder(opened: Checkpoint, to: str, kind: str, stated: Mapping[str, Any]) -> Recorder:
+    """What writes the record of a folder that was made from ``opened``."""
 
-    opened: Checkpoint = field(kw_only=True)
-    kind: str = field(kw_only=True)
-    asked: Mapping[str, Any] = field(kw_only=True)
-
-    def record(self) -> Callable[[Path], dict[str, bytes]]:
+    def write(folder: Path) -> Mapping[str, bytes]:
         from adapterkit.provenance.record import base_parent, parameters_of, recorder
 
-        method = self.to if self.kind == "quantized" else ""
-        return recorder("convert", self.kind, parameters_of(self.asked), [base_parent(self.opened)], method=method)
+        method = to if kind == "quantized" else ""
+        return recorder("convert", kind, parameters_of(stated), [base_parent(opened)], method=method)(folder)
+
+    return write
 
 
 def planned_folder(
-    opened: Checkpoint, view: Checkpoint, to: str, kind: str, options: ConvertOptions, jobs: int
+    opened: Checkpoint, view: Checkpoint, to: str, kind: str, asked: ConvertRequest, jobs: int
 ) -> Conversion:
     """The plan of a view as a folder with its side files and a record."""
-    asked = {
+    stated = {
         "verb": "convert",
         "to": to,
-        "double_quant": options.double_quant,
-        "skip_modules": list(options.skip_modules),
+        "double_quant": asked.double_quant,
+        "skip_modules": list(asked.skip_modules),
     }
-    plan = plan_safetensors(view, max_shard_size=options.max_shard_size, jobs=jobs, request=asked)
+    plan = plan_safetensors(view, max_shard_size=asked.shard_size, jobs=jobs, request=stated)
     side = {file.name: file.bytes() for file in view.side_files}
-    return FolderConversion(
-        opened.ref, to, plan, view, opened.sources, count_types(view), side, view.notes,
-        opened=opened, kind=kind, asked=asked,
-    )  # fmt: skip
+    record = folder_recorder(opened, to, kind, stated)
+    return Conversion(opened.ref, to, plan, view, opened.sources, count_types(view), side, view.notes, record)
 
 
 bf16, f16, f32 = (partial(_plain, dtype) for dtype in (BF16, F16, F32))

@@ -12,63 +12,34 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import UsageError
+from adapterkit.requests.call import takes
+from adapterkit.requests.verify import LEVELS, VerifyRequest
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, Thresholds, VerifyReport
 
 if TYPE_CHECKING:
-    from adapterkit.adapters.adapter import Adapter
-    from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.verbs.verify.report import ModelLevel
 
 Ref = str | Path
 Progress = Callable[[int, int], None]
 
-LEVELS = ("tensors", "layers", "model")
 LEAST_RETENTION = (
     0.5  # below, more of the change is lost than kept: not what was trained, unless a user says it will do
 )
 ENOUGH = 0.9  # retention below which a report warns
 
 
-def verify(
-    merged: Ref | Checkpoint,
-    *,
-    base: Ref | Checkpoint,
-    adapters: Sequence[Ref | Adapter],
-    level: str = "tensors",
-    prompts: Path | None = None,
-    max_kl: float | None = None,
-    min_top1: float | None = None,
-    min_retention: float | None = None,
-    on_purpose: Sequence[str] = (),
-    jobs: int | None = None,
-    progress: Progress | None = None,
-    **options: Any,
-) -> VerifyReport:
+@takes(VerifyRequest)
+def verify(request: VerifyRequest) -> VerifyReport:
     """Whether MERGED is the base with these adapters folded in.
 
-    Args:
-        merged: a folder, a GGUF file, a registry name or a Hub id.
-        base: what the adapters were folded onto, in the format of ``merged``.
-        adapters: those that were folded in, in order.
-        level: ``tensors``, ``layers`` or ``model``; each does the ones before it too.
-        prompts: a text file for the level ``model``; see `adapterkit.verbs.verify.prompts`.
-        max_kl: the largest mean KL divergence (nats) from base + adapters that will do; asks for the level ``model``.
-        min_top1: the least share of tokens on which both agree; asks for the level ``model``.
-        min_retention: the least share of the change that has to be there; one half unless given.
-        on_purpose: keys of a GGUF file's metadata that were set otherwise than the base's on purpose.
-        jobs: worker threads.
-        progress: called now and then with bytes done and bytes in all.
-        options: those of `adapterkit.verbs.options.MergeOptions` that decide values: ``weights``, ``method``, ``as_trained``,
-            ``base16``, ``residual_base``, ``allow_unknown``, ... What is not given is taken from the record beside
-            ``merged``, where there is one.
+    Options of the merge that are not named are taken from the record beside MERGED, where there is one.
 
     Raises:
         NotFound, CheckpointError, AdapterError, TargetError, UsageError, UnsafeError, AuthError, HubError
     """
     from adapterkit.adapters.adapter import Adapter as Loaded
-    from adapterkit.adapters.adapter import load_adapter
-    from adapterkit.verbs.merge import peak_memory
+    from adapterkit.adapters.load import load_adapter
+    from adapterkit.verbs.job import peak_memory
     from adapterkit.verbs.verify.findings import findings
     from adapterkit.verbs.verify.inputs import asked, inputs, open_inputs, same_as_recorded
     from adapterkit.verbs.verify.sanity import sanity
@@ -77,23 +48,24 @@ def verify(
     from adapterkit.verbs.verify.tensors import level as tensor_level
 
     started = time.monotonic()
-    deepest = _depth(level, max_kl, min_top1, prompts)
-    if not adapters:
-        raise UsageError("no adapter was given", "name what was folded in with --adapter")
-    found, stored = open_inputs(merged, base)
-    loaded = tuple(a if isinstance(a, Loaded) else load_adapter(a) for a in adapters)
+    deepest, jobs, progress = request.depth, request.jobs, request.progress
+    prompts = None if request.prompts is None else Path(request.prompts)
+    found, stored = open_inputs(request.merged, request.base)
+    given = request.adapters
+    assert isinstance(given, tuple)
+    loaded = tuple(a if isinstance(a, Loaded) else load_adapter(a) for a in given)
     if deepest >= 2:
         from adapterkit.verbs.verify.model import check_models
 
         check_models(found, stored, prompts)
-    how = asked(found, loaded, options)
+    how = asked(found, loaded, request.of_merge())
     planned = subject(found, stored, loaded, how.given)
-    around = sanity(planned, on_purpose)
+    around = sanity(planned, request.on_purpose)
     judged = compare(planned, jobs=jobs, progress=progress)
     wrong, named = findings(planned, judged)
     tensors = tensor_level(planned, judged, named, started)
     every = [*how.findings, *same_as_recorded(how.record, stored, found), *wrong, *around]
-    every += _retention(tensors.retention, min_retention, wrong)
+    every += _retention(tensors.retention, request.min_retention, wrong)
     layers = model = None
     if deepest >= 1:
         from adapterkit.verbs.verify.layers import compare_layers
@@ -107,7 +79,7 @@ def verify(
         from adapterkit.verbs.verify.model import compare_models
 
         model = compare_models(planned, stored, prompts, jobs=jobs)
-        every += _answers(model, max_kl, min_top1)
+        every += _answers(model, request.max_kl, request.min_top1)
     return VerifyReport(
         ok=not any(finding.severity == ERROR for finding in every),
         merged=found.ref,
@@ -118,7 +90,7 @@ def verify(
         tensors=tensors,
         layers=layers,
         model=model,
-        thresholds=Thresholds(max_kl, min_top1, min_retention),
+        thresholds=Thresholds(request.max_kl, request.min_top1, request.min_retention),
         options=_shown(planned.options),
         record=how.record is not None,
         inputs=inputs(found, stored, loaded, planned.weights, None),
@@ -126,16 +98,6 @@ def verify(
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
     )
-
-
-def _depth(level: str, max_kl: float | None, min_top1: float | None, prompts: Path | None) -> int:
-    if level not in LEVELS:
-        raise UsageError(f"'{level}' is no level", f"use {', '.join(LEVELS)}")
-    deepest = LEVELS.index(level)
-    if (max_kl is not None or min_top1 is not None or prompts is not None) and deepest < 2:
-        asked = "--max-kl" if max_kl is not None else "--min-top1" if min_top1 is not None else "--prompts"
-        raise UsageError(f"{asked} needs the models to answer", "add --level model")
-    return deepest
 
 
 def _retention(there: float, asked: float | None, wrong: Sequence[Finding]) -> list[Finding]:
@@ -170,9 +132,9 @@ def _answers(found: ModelLevel, max_kl: float | None, min_top1: float | None) ->
 
 def _shown(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options that differ from what a merge does by itself."""
-    from adapterkit.verbs.options import MergeOptions
+    from adapterkit.requests.merge import MergeRequest
 
-    plain = MergeOptions().request() | {"to": options.get("to")}
+    plain = MergeRequest("", ("",)).stated() | {"to": options.get("to")}
     return {name: value for name, value in options.items() if value != plain.get(name)}
 
 

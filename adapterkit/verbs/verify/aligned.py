@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.checkpoint import Checkpoint
 
 
-class Gathered(Tensor):
+class Realigned(Tensor):
     """A tensor of one layout, read from the tensors of another: parameter by parameter, row by row.
 
     Args:
@@ -114,4 +114,4 @@ def _other(
         if any(piece.transposed for piece in target.pieces if piece.tensor == name):
             return None
         pieces += [(piece, other) for piece in target.pieces if piece.tensor == name]
-    return (Gathered(name, tensor.shape, pieces, found.tensors), used) if places else None
+    return (Realigned(name, tensor.shape, pieces, found.tensors), used) if places else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.verbs.verify.hypotheses import Verdict, diagnose
 from adapterkit.verbs.verify.report import ERROR, NOTE, RIGHT, ROUNDING, WARNING, Finding
-from adapterkit.verbs.verify.suspect import NUMBER, Family, Suspect
+from adapterkit.verbs.verify.suspect import NUMBER, Relatives, Suspect
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,7 +32,7 @@ def findings(subject: Subject, judged: Sequence[Judged]) -> tuple[tuple[Finding,
 
 def _values(subject: Subject, judged: Sequence[Judged]) -> list[Finding]:
     off = [one for one in judged if one.status not in RIGHT]
-    family = Family(subject)
+    family = Relatives(subject)
     groups: dict[tuple[str, str], tuple[Verdict, list[str]]] = {}
     chosen = _spread(off, DIAGNOSED)
     for one in chosen:

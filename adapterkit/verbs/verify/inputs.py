@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.bases import open_model
 from adapterkit.errors import RegistryError, UsageError
 from adapterkit.registry.beside import beside_path, read_beside
-from adapterkit.verbs.options import MergeOptions
-from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, Input
+from adapterkit.requests.merge import MergeRequest
+from adapterkit.requests.option import VALUES
+from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, VerifiedInput
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 Ref = str | Path
 # Verbs whose record states how a base and adapters became a model.
 _MERGES = frozenset({"merge", "build"})
-# Where it goes, how it is split and what computed it says nothing about values.
-_LAYOUT = frozenset({"to", "max_shard_size", "device"})
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,6 @@ def asked(merged: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str,
         UsageError: an option that a merge does not have, or a base of 16 bits that only its record knows.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    MergeOptions.of(**given)
     where = place(merged)
     if where is None:
         return Asked(given, None, ())
@@ -82,17 +80,18 @@ def asked(merged: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str,
 
 
 def _stated(record: Record) -> dict[str, Any]:
-    from dataclasses import fields
-
     from adapterkit.registry.canonical import thaw
 
     assert record.operation is not None
-    known = {one.name for one in fields(MergeOptions)} - _LAYOUT
-    found = {name: value for name, value in thaw(record.operation.parameters).items() if name in known}
-    if found.get("quantization") is not None:
-        # The types are read from MERGED itself; an importance matrix has no path in a record.
-        del found["quantization"]
+    stated = thaw(record.operation.parameters).items()
+    options = MergeRequest.options()
+    found = {name: value for name, value in stated if name in options and _matters(name, options[name].role)}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _matters(name: str, role: str) -> bool:
+    """Whether an option says something about values. Types are read from MERGED itself."""
+    return role == VALUES or name in ("dtype", "quant", "quant_double", "pre")
 
 
 def _parents(record: Record) -> list[Parent]:
@@ -124,16 +123,19 @@ def inputs(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     base16: Checkpoint | None,
-) -> tuple[Input, ...]:
+) -> tuple[VerifiedInput, ...]:
     """Everything that was read, by digest: 16 KiB of each tensor of models, every byte of adapters."""
     from adapterkit.provenance.record import adapter_parent
 
-    found = [Input("merged", merged.ref, digest(merged)), Input("base", base.ref, digest(base), commit=base.commit)]
+    found = [
+        VerifiedInput("merged", merged.ref, digest(merged)),
+        VerifiedInput("base", base.ref, digest(base), commit=base.commit),
+    ]
     if base16 is not None:
-        found.append(Input("original", base16.ref, digest(base16), commit=base16.commit))
+        found.append(VerifiedInput("original", base16.ref, digest(base16), commit=base16.commit))
     for adapter, weight in zip(adapters, weights, strict=True):
         content = f"sha256:{adapter_parent(adapter).content}"
-        found.append(Input("adapter", adapter.ref, content, weight, adapter.config.peft_type, adapter.commit))
+        found.append(VerifiedInput("adapter", adapter.ref, content, weight, adapter.config.peft_type, adapter.commit))
     return tuple(found)
 
 

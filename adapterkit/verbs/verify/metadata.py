@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import CheckpointError, UsageError
+from adapterkit.errors import UsageError
 from adapterkit.gguf.vocab import special, templates
 from adapterkit.gguf.vocab.table import MERGES, MODEL, NORMAL, PRE, SCORES, SPACE, TOKENS, TYPES, UNUSED
 from adapterkit.verbs.verify.meaning import same, shown, value
@@ -20,8 +20,6 @@ from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.checkpoint import Checkpoint
-    from adapterkit.gguf.arch.model import Model
-    from adapterkit.gguf.checkpoint import GGUFCheckpoint
     from adapterkit.gguf.reader import GGUFHeader
     from adapterkit.verbs.verify.subject import Subject
 
@@ -30,22 +28,7 @@ _FREE = ("general.", "quantize.", "split.", "adapterkit.")
 
 
 @dataclass(frozen=True)
-class Expected:
-    """The metadata that MERGED should have.
-
-    Attributes:
-        header: a header with it and without tensors, or that of a GGUF base.
-        notes: what could not be said.
-        strict: it is a file's, so that a key more is a difference too.
-    """
-
-    header: GGUFHeader
-    notes: tuple[str, ...] = ()
-    strict: bool = True
-
-
-@dataclass(frozen=True)
-class Row:
+class MetadataRow:
     """Keys whose difference is one finding.
 
     Attributes:
@@ -62,78 +45,41 @@ class Row:
 
 
 ROWS = (
-    Row("rope base", ("rope.freq_base*",), ERROR, "positions are read otherwise than in training"),
-    Row("rope scaling", ("rope.*",), ERROR, "positions are read otherwise than in training"),
-    Row("norm epsilon", ("*epsilon",), ERROR, "every norm gives other values"),
-    Row(
+    MetadataRow("rope base", ("rope.freq_base*",), ERROR, "positions are read otherwise than in training"),
+    MetadataRow("rope scaling", ("rope.*",), ERROR, "positions are read otherwise than in training"),
+    MetadataRow("norm epsilon", ("*epsilon",), ERROR, "every norm gives other values"),
+    MetadataRow(
         "head count",
         ("attention.head_count*", "attention.key_length*", "attention.value_length*"),
         ERROR,
         "q, k and v are cut at other places",
     ),
-    Row("context length", ("context_length",), WARNING, "servers allow more or less text than the base was made for"),
-    Row(
+    MetadataRow(
+        "context length", ("context_length",), WARNING, "servers allow more or less text than the base was made for"
+    ),
+    MetadataRow(
         "sizes",
         ("*feed_forward_length", "embedding_length*", "block_count", "vocab_size"),
         WARNING,
         "servers may refuse to load it",
     ),
-    Row("experts", ("expert*",), ERROR, "tokens go to other experts, or with other weights"),
-    Row("attention", ("attention.*", "*softcapping", "*_scale"), ERROR, "attention or its scales are others"),
-    Row("tokenizer", (MODEL, TOKENS, MERGES), ERROR, "text becomes other tokens"),
-    Row("pre-tokenizer", (PRE,), ERROR, "text is cut at other places before it becomes tokens"),
-    Row("token types", (TYPES,), WARNING, "special tokens are read or shown otherwise"),
-    Row("token scores", (SCORES,), WARNING, "text may become other tokens"),
-    Row("bos token", (special.KEYS["bos"],), ERROR, "texts begin otherwise than in training"),
-    Row("eos token", (special.KEYS["eos"],), ERROR, "answers end too early, or not at all"),
-    Row("special tokens", ("tokenizer.ggml.*_token_id",), WARNING, "some special tokens are others"),
-    Row("added tokens", tuple(special.ADDS.values()), ERROR, "texts begin or end otherwise than in training"),
-    Row("chat template", (templates.TEMPLATE,), WARNING, "messages are put together otherwise"),
-    Row("tokenizer", ("tokenizer.*",), WARNING, "it may treat text otherwise"),
-    Row("config", ("*",), WARNING, "the model may be computed otherwise"),
+    MetadataRow("experts", ("expert*",), ERROR, "tokens go to other experts, or with other weights"),
+    MetadataRow("attention", ("attention.*", "*softcapping", "*_scale"), ERROR, "attention or its scales are others"),
+    MetadataRow("tokenizer", (MODEL, TOKENS, MERGES), ERROR, "text becomes other tokens"),
+    MetadataRow("pre-tokenizer", (PRE,), ERROR, "text is cut at other places before it becomes tokens"),
+    MetadataRow("token types", (TYPES,), WARNING, "special tokens are read or shown otherwise"),
+    MetadataRow("token scores", (SCORES,), WARNING, "text may become other tokens"),
+    MetadataRow("bos token", (special.KEYS["bos"],), ERROR, "texts begin otherwise than in training"),
+    MetadataRow("eos token", (special.KEYS["eos"],), ERROR, "answers end too early, or not at all"),
+    MetadataRow("special tokens", ("tokenizer.ggml.*_token_id",), WARNING, "some special tokens are others"),
+    MetadataRow("added tokens", tuple(special.ADDS.values()), ERROR, "texts begin or end otherwise than in training"),
+    MetadataRow("chat template", (templates.TEMPLATE,), WARNING, "messages are put together otherwise"),
+    MetadataRow("tokenizer", ("tokenizer.*",), WARNING, "it may treat text otherwise"),
+    MetadataRow("config", ("*",), WARNING, "the model may be computed otherwise"),
 )
 
 # Keys that change answers wherever they stand.
 _SAID = frozenset({special.KEYS["eos"], *special.ADDS.values()})
-
-
-# ------------------------------------------------------------------ what is expected
-
-
-def of_base(
-    model: Model, found: GGUFCheckpoint, *, config: Mapping[str, Any], files: Mapping[str, bytes], pre: str | None
-) -> Expected:
-    """What our conversion of the merge would write.
-
-    Args:
-        model: the fold in GGUF's terms.
-        found: MERGED, whose pre-tokenizer is taken over where the base's own is not recognised.
-        config, files: what a merge would put beside the weights.
-        pre: the pre-tokenizer, where the merge was told of one.
-    """
-    from adapterkit.gguf.arch.model import vocabulary
-    from adapterkit.gguf.vocab.pretokenizers import NAMES
-
-    own = found.header.get(PRE)
-    notes: list[str] = []
-    for given in dict.fromkeys((pre, own if own in NAMES else pre)):
-        try:
-            entries, _ = vocabulary(model, files, config, given)
-        except (CheckpointError, UsageError) as error:
-            notes.append(f"the tokenizer in MERGED was not compared: {error.message}")
-            continue
-        if notes:
-            notes = [f"the base's pre-tokenizer is not recognised; that of MERGED ({own}) was taken for right"]
-        return Expected(_header([*model.entries, *entries]), tuple(notes), strict=False)
-    return Expected(_header(list(model.entries)), tuple(notes[:1]), strict=False)
-
-
-def _header(entries: Sequence[Any]) -> GGUFHeader:
-    from adapterkit.gguf.metadata import file_start
-    from adapterkit.gguf.reader import parse_gguf
-
-    data = file_start(0, len(entries)) + b"".join(one.data for one in entries)
-    return parse_gguf(lambda start, count: data[start : start + count], len(data), "the metadata of the base")
 
 
 # ------------------------------------------------------------------ what is found
@@ -233,7 +179,7 @@ def _idle(name: str, arch: str, mine: GGUFHeader, theirs: GGUFHeader) -> bool:
     return detail and all(value(kind, arch, one) == "none" for one in (mine, theirs))
 
 
-def _finding(row: Row, says: str) -> Finding:
+def _finding(row: MetadataRow, says: str) -> Finding:
     return Finding(row.kind, row.severity, f"{says}: {row.does}", "convert again with the base's own files")
 
 

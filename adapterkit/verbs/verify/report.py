@@ -22,7 +22,7 @@ RIGHT = frozenset({EQUAL, ROUNDING, FORMAT})
 
 
 @dataclass(frozen=True)
-class Input:
+class VerifiedInput:
     """Something the verification read.
 
     Attributes:
@@ -270,7 +270,7 @@ class VerifyReport:
     thresholds: Thresholds = Thresholds()
     options: Mapping[str, Any] = field(default_factory=dict)
     record: bool = False
-    inputs: tuple[Input, ...] = ()
+    inputs: tuple[VerifiedInput, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     peak_memory: int = 0

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.dtypes import DType
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
-    from adapterkit.verbs.options import MergeOptions
-    from adapterkit.verbs.verify.metadata import Expected
+    from adapterkit.requests.merge import MergeRequest
+    from adapterkit.verbs.verify.expected import Expected
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def subject(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], op
         found: MERGED, as it is stored.
         base: the base, as it is stored.
         adapters: in the order of their weights.
-        options: those of `adapterkit.verbs.options.MergeOptions`.
+        options: those of `adapterkit.requests.merge.MergeRequest`.
 
     Raises:
         NotFound, CheckpointError, AdapterError, TargetError, UsageError, UnsafeError
@@ -113,11 +113,13 @@ def subject(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], op
 
 
 def _folder(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str, Any]) -> Subject:
-    from adapterkit.verbs.merge import plan_merge
+    from adapterkit.requests.merge import MergeRequest
+    from adapterkit.verbs.merge import planned as planned_merge
     from adapterkit.verbs.verify.aligned import aligned
 
     plain = {name: value for name, value in options.items() if name not in ("quant", "quant_double", "quantization")}
-    planned = plan_merge(base, adapters, headers_only=False, fingerprints=False, **{**plain, "to": "folder"})
+    request = MergeRequest.bound({**plain, "base": base, "adapters": adapters, "to": "folder"})
+    planned = planned_merge(request, headers_only=False, fingerprints=False)
     floats = planned.folded.checkpoint
     packed = _holds_packed(found)
     values = dequantized(found) if packed else found
@@ -133,7 +135,7 @@ def _folder(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], op
         "config": _planned_config(planned.side, planned.base),
         "kind": kind,
         "trained": floats,
-        "options": planned.options.request(),
+        "options": planned.request.stated(),
     }
     touched = frozenset(planned.folded.touched)
     items, misshapen = [], []
@@ -211,9 +213,9 @@ def _encoded_parts(
     floats: Checkpoint, found: Checkpoint, kind: str, double: bool, skip: Sequence[str] | None
 ) -> dict[str, tuple[tuple[Tensor, Tensor], ...]]:
     """For each weight that is encoded, the tensors that hold it: as adapterkit would write them, and as they are."""
-    from adapterkit.adapters.quantized import KINDS, quantized
+    from adapterkit.adapters.quantized import quantized
     from adapterkit.checkpoint.encoded import Encoded
-    from adapterkit.codecs.table import find_weights
+    from adapterkit.codecs.table import KINDS, find_weights
 
     if kind not in KINDS:
         return {}
@@ -263,29 +265,29 @@ def _ties(folded: Folded, floats: Checkpoint, values: Checkpoint) -> tuple[tuple
 
 def _gguf(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str, Any]) -> Subject:
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
-    from adapterkit.verbs.options import MergeOptions
+    from adapterkit.requests.merge import MergeRequest
 
     if not isinstance(found, GGUFCheckpoint) or found.kind != "model":
         raise CheckpointError(f"{found.ref} is a GGUF file, and no model", "give the merged model")
-    asked = MergeOptions.of(**options)
+    asked = MergeRequest.bound({**options, "base": base, "adapters": adapters})
     adapters = [in_order(adapter, asked.expert_order) for adapter in adapters]
     if isinstance(base, GGUFCheckpoint):
         return _gguf_of_gguf(found, base, adapters, asked)
     return _gguf_of_folder(found, base, adapters, asked)
 
 
-def _how(asked: MergeOptions) -> dict[str, Any]:
+def _how(asked: MergeRequest) -> dict[str, Any]:
     return {"residual_base": asked.residual_base, "allow_unknown": asked.allow_unknown, "rule": asked.rule}
 
 
 def _gguf_of_gguf(
-    found: GGUFCheckpoint, base: GGUFCheckpoint, adapters: Sequence[Adapter], asked: MergeOptions
+    found: GGUFCheckpoint, base: GGUFCheckpoint, adapters: Sequence[Adapter], asked: MergeRequest
 ) -> Subject:
     from adapterkit.gguf.fold import fold_values
     from adapterkit.gguf.tensors import decoded
-    from adapterkit.verbs.verify.metadata import Expected
+    from adapterkit.verbs.verify.expected import Expected
 
-    folded = fold_values(base, adapters, asked.weights, **_how(asked))
+    folded = fold_values(base, adapters, asked.adapter_weights, **_how(asked))
     touched = frozenset(folded.touched)
     pairs = _Pairs(found)
     for name, tensor in folded.checkpoint.items():
@@ -297,18 +299,18 @@ def _gguf_of_gguf(
 
 
 def _gguf_of_folder(
-    found: GGUFCheckpoint, base: Checkpoint, adapters: Sequence[Adapter], asked: MergeOptions
+    found: GGUFCheckpoint, base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest
 ) -> Subject:
     """A GGUF file of a merge into a Hugging Face folder: rows of the fold, in the order of GGUF."""
     from adapterkit.adapters.fold import fold
     from adapterkit.adapters.sidecars import patched_config, side_files
     from adapterkit.bases import open_base
     from adapterkit.gguf.arch.model import as_gguf
-    from adapterkit.verbs.verify.metadata import of_base
+    from adapterkit.verbs.verify.expected import of_base
 
     how = ("base16", "as_trained", "double_quant", "quant_dtype", "skip_modules")
     opened, values = open_base(base, **{name: getattr(asked, name) for name in how})
-    folded = fold(opened, adapters, asked.weights, **_how(asked))
+    folded = fold(opened, adapters, asked.adapter_weights, **_how(asked))
     files, _ = side_files(opened, folded, adapters, None)
     said: dict[str, Any] = {"config": patched_config(opened, folded, adapters, None), "files": files}
     new = as_gguf(folded.checkpoint, base=opened, adapters=adapters, touched=folded.touched, **said)
@@ -369,16 +371,16 @@ class _Pairs:
         self,
         base: Checkpoint,
         adapters: Sequence[Adapter],
-        asked: MergeOptions,
+        asked: MergeRequest,
         folded: Folded,
         values: str = "as stored",
     ) -> Subject:
         found, view = self._found, folded.checkpoint
         missing = tuple(name for name in view if name not in found)
         extra = tuple(name for name in found if name not in view)
-        weights = asked.weights or (1.0,) * len(adapters)
+        weights = asked.adapter_weights or (1.0,) * len(adapters)
         items, misshapen = tuple(self._items), tuple(self._misshapen)
         return Subject(
             found, base, tuple(adapters), weights, folded, items, missing, extra, misshapen, None, values,
-            kind="gguf", notes=folded.notes, options=asked.request(),
+            kind="gguf", notes=folded.notes, options=asked.stated(),
         )  # fmt: skip

@@ -56,7 +56,7 @@ class Suspect:
     """
 
     judged: Judged
-    family: Family
+    family: Relatives
 
     def release(self) -> None:
         """Drop what was loaded to compute its values."""
@@ -125,7 +125,7 @@ class Suspect:
         mine = tuple(pair for pair in merged.applied if pair[0].owner == owner)
         if not mine:
             return self.base * 0
-        part = Merged(merged.name, merged.base, mine, F32, merged.columns)
+        part = Merged(merged.name, merged.base, mine, F32, merged.columns, factor=merged.factor)
         return values(part, MOST) - self.base
 
     @property
@@ -155,7 +155,7 @@ def _distance(one: str, other: str) -> float:
     return float(sum(1000.0**-i * abs(int(a) - int(b)) for i, (a, b) in enumerate(zip(mine, theirs, strict=True))))
 
 
-class Family:
+class Relatives:
     """All weights of a subject, as relatives of each other."""
 
     def __init__(self, subject: Subject) -> None:

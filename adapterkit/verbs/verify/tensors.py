@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     import torch
 
     from adapterkit.checkpoint.tensor import Tensor
-    from adapterkit.ops.fidelity import Sums
+    from adapterkit.ops.fidelity import FidelitySums
     from adapterkit.verbs.verify.subject import Item, Subject
 
 CHUNK = 8 << 20  # bytes of untouched tensors per task
@@ -54,8 +54,8 @@ class Tally:
 
     item: Item
     missing: int
-    found: dict[int, Sums] = field(default_factory=dict)
-    ours: dict[int, Sums] = field(default_factory=dict)
+    found: dict[int, FidelitySums] = field(default_factory=dict)
+    ours: dict[int, FidelitySums] = field(default_factory=dict)
     differing: int = 0
     steps: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -67,8 +67,8 @@ class Judged:
 
     item: Item
     status: str
-    sums: Sums
-    ours: Sums
+    sums: FidelitySums
+    ours: FidelitySums
     differing: int
     steps: float | None
 
@@ -359,11 +359,11 @@ def _through_gguf(kind: str, rows: torch.Tensor) -> torch.Tensor:
 
 def judge(tally: Tally) -> Judged:
     """Whether a weight is right, from what its blocks showed."""
-    from adapterkit.ops.fidelity import Sums
+    from adapterkit.ops.fidelity import FidelitySums
 
     item = tally.item
-    sums = sum((tally.found[at] for at in sorted(tally.found)), Sums())
-    ours = sum((tally.ours[at] for at in sorted(tally.ours)), Sums())
+    sums = sum((tally.found[at] for at in sorted(tally.found)), FidelitySums())
+    ours = sum((tally.ours[at] for at in sorted(tally.ours)), FidelitySums())
     near = abs(sums.retention - ours.retention) - 5 * sums.uncertainty
     steps: float | None = None
     if item.parts and not tally.differing:
@@ -384,11 +384,11 @@ def judge(tally: Tally) -> Judged:
 
 def level(subject: Subject, judged: tuple[Judged, ...], named: dict[str, str], started: float) -> TensorLevel:
     """The figures of the level; ``named`` says which finding a tensor is part of."""
-    from adapterkit.ops.fidelity import Sums
+    from adapterkit.ops.fidelity import FidelitySums
 
     counts: dict[str, int] = {}
     rows: list[TensorCheck] = []
-    total = Sums()
+    total = FidelitySums()
     for one in judged:
         counts[one.status] = counts.get(one.status, 0) + 1
         if one.item.touched and one.sums.count:

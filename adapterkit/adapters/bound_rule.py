@@ -10,15 +10,15 @@ from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
     from adapterkit.ops.rows import DeltaRows
-    from adapterkit.ops.rules import Method
+    from adapterkit.ops.rules import CombinationRule
 
 
 @dataclass(frozen=True)
-class Rule:
+class BoundRule:
     """A combination method as asked for.
 
     Attributes:
-        method: its name in `adapterkit.ops.rules.METHODS`.
+        method: its name in `adapterkit.ops.rules.RULES`.
         space: ``knots``, ``core`` or ``ctm``: align there, with ``method`` as the inner rule.
         scale: factor of the result, the lambda of the papers.
         parameters: those of the method that differ from its defaults.
@@ -33,7 +33,7 @@ class Rule:
         self.check()
 
     @property
-    def row(self) -> Method:
+    def row(self) -> CombinationRule:
         """The row of the table that does the work: the outer one of two."""
         from adapterkit.ops.rules import find
 

@@ -10,10 +10,10 @@ from adapters import adapter, adapters
 from adapterkit.errors import AdapterError, UsageError
 from adapterkit.ops.lowrank import Factors
 from adapterkit.ops.rows import Dense, materialize
-from adapterkit.ops.rules import METHODS, Method, Parameter, combine, find
+from adapterkit.ops.rules import RULES, CombinationRule, Parameter, combine, find
 
-EVERY = sorted(METHODS)
-SETTINGS = [(m, p) for m in METHODS.values() for p in m.parameters]
+EVERY = sorted(RULES)
+SETTINGS = [(m, p) for m in RULES.values() for p in m.parameters]
 NAMES = [f"{m.name}.{p.name}" for m, p in SETTINGS]
 
 IDENTITY = {
@@ -44,7 +44,7 @@ SYMMETRIC = [
 
 
 def test_the_methods_of_the_issue_are_there() -> None:
-    assert set(IDENTITY) | {"iso-c", "iso-cts"} == set(METHODS)
+    assert set(IDENTITY) | {"iso-c", "iso-cts"} == set(RULES)
 
 
 @pytest.mark.parametrize("name", IDENTITY)
@@ -70,11 +70,11 @@ def test_every_method_runs_as_it_comes(name: str) -> None:
     found = combine(parts, name, key="w")
     assert found.shape == (24, 19)
     assert torch.isfinite(materialize(found)).all()
-    assert isinstance(found, Factors) == (METHODS[name].space != "dense")
+    assert isinstance(found, Factors) == (RULES[name].space != "dense")
     assert torch.equal(materialize(found), materialize(combine(parts, name, key="w")))
 
 
-@pytest.mark.parametrize("name", [m.name for m in METHODS.values() if m.space != "dense"])
+@pytest.mark.parametrize("name", [m.name for m in RULES.values() if m.space != "dense"])
 def test_no_bit_of_a_factor_depends_on_the_threads(name: str) -> None:
     parts = adapters(700, 900, 24, 24, 24)
     before = torch.get_num_threads()
@@ -110,7 +110,7 @@ def test_weights_come_before_the_rule_and_scale_after(name: str) -> None:
 
 
 @pytest.mark.parametrize(("method", "parameter"), SETTINGS, ids=NAMES)
-def test_values_out_of_range_are_refused(method: Method, parameter: Parameter) -> None:
+def test_values_out_of_range_are_refused(method: CombinationRule, parameter: Parameter) -> None:
     bad: list[object] = ["sideways", [], 1j]
     if parameter.type is float:
         bad += [float("nan"), True]
@@ -130,7 +130,7 @@ def test_values_out_of_range_are_refused(method: Method, parameter: Parameter) -
 
 
 @pytest.mark.parametrize(("method", "parameter"), SETTINGS, ids=NAMES)
-def test_the_ends_of_each_range_are_in_it(method: Method, parameter: Parameter) -> None:
+def test_the_ends_of_each_range_are_in_it(method: CombinationRule, parameter: Parameter) -> None:
     assert parameter.check(parameter.default, method.name) == parameter.default
     if (limits := parameter.range) is not None:
         if limits.low is not None and not limits.open_low:
@@ -143,7 +143,7 @@ def test_the_ends_of_each_range_are_in_it(method: Method, parameter: Parameter) 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_the_row_of_a_method(name: str) -> None:
-    row = METHODS[name]
+    row = RULES[name]
     assert 20 < len(row.summary) <= 110
     assert row.summary.endswith(".")
     assert row.space in ("factors", "core", "dense")
@@ -161,7 +161,7 @@ def test_what_is_not_in_the_table() -> None:
         combine(adapters(8, 7, 2), "ties", seed=1)
     with pytest.raises(UsageError, match="method cat has no parameter density; it takes no parameters"):
         combine(adapters(8, 7, 2), "cat", density=0.5)
-    assert find("dare_ties") is METHODS["dare-ties"]
+    assert find("dare_ties") is RULES["dare-ties"]
 
 
 def test_weights_that_make_no_sense() -> None:
@@ -187,8 +187,8 @@ def test_deltas_that_cannot_be_combined() -> None:
 
 def test_the_table_is_read_without_torch() -> None:
     program = (
-        "import sys; from adapterkit.ops.rules import METHODS; "
-        "assert METHODS['ties'].parameters[0].default == 0.2; "
+        "import sys; from adapterkit.ops.rules import RULES; "
+        "assert RULES['ties'].parameters[0].default == 0.2; "
         "sys.exit(any(name in sys.modules for name in ('torch', 'numpy', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

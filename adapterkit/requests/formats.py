@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from adapterkit.errors import UsageError
-
-if TYPE_CHECKING:
-    from adapterkit.verbs.conversions.conversion import Conversion, ConvertOptions, Ref
-
-Planner = Callable[["Ref", "ConvertOptions", int], "Conversion"]
 
 
 @dataclass(frozen=True)
@@ -22,35 +14,26 @@ class Format:
 
     Attributes:
         name: the word for ``--to``.
-        where: module and function that plan the conversion from (source, options, jobs).
+        planner: module of `adapterkit.verbs.conversions` and the function in it that plans the conversion.
         what: one line for readers.
-        takes: the options that mean something here.
+        takes: the options that mean something here, beside those of every conversion.
         suffix: of an output's name that asks for this format.
+        adapter: it is a format of adapters; the others are of models.
     """
 
     name: str
-    where: str
+    planner: str
     what: str
     takes: frozenset[str]
     suffix: str = ""
-
-    def planner(self) -> Planner:
-        module, _, function = self.where.partition(":")
-        found: Planner = getattr(importlib.import_module(f"adapterkit.verbs.conversions.{module}"), function)
-        return found
-
-    def check(self, options: ConvertOptions) -> None:
-        """Refuse options that mean nothing here.
-
-        Raises:
-            UsageError: there is one.
-        """
-        strange = sorted(options.given() - self.takes)
-        if strange:
-            raise UsageError(f"{_WORDS.get(strange[0], strange[0])} mean nothing for {self.name}", "leave them out")
+    adapter: bool = False
 
 
 _SHARDS = frozenset({"max_shard_size"})
+_GGUF = frozenset({"pre", "mmproj"})
+_TYPES = frozenset(
+    {"quant", "imatrix", "pure", "tensor_types", "output_type", "token_embd_type", "leave_output", "yes_lossy"}
+)
 FORMATS = {
     row.name: row
     for row in (
@@ -58,13 +41,15 @@ FORMATS = {
             "gguf",
             "gguf:plan",
             "a model as GGUF, or a GGUF model in other types",
-            frozenset({"quantization", "max_shard_size", "dtype", "pre"}),
+            _TYPES | _SHARDS | _GGUF | {"dtype"},
             ".gguf",
         ),
-        Format("hf", "hf:plan", "a GGUF model as Hugging Face folder", frozenset({"max_shard_size", "dtype"})),
-        Format("gguf-lora", "gguf_lora:plan", "an adapter as GGUF LoRA", frozenset({"base"})),
-        Format("peft", "peft:plan", "an adapter as PEFT's", frozenset({"base", "plain", "rank", "energy"})),
-        Format("mlx", "mlx:plan", "an adapter as mlx-lm's", frozenset({"base", "rank", "energy"})),
+        Format("hf", "hf:plan", "a GGUF model as Hugging Face folder", _SHARDS | {"dtype"}),
+        Format("gguf-lora", "gguf_lora:plan", "an adapter as GGUF LoRA", frozenset({"base"}), adapter=True),
+        Format(
+            "peft", "peft:plan", "an adapter as PEFT's", frozenset({"base", "plain", "rank", "energy"}), adapter=True
+        ),
+        Format("mlx", "mlx:plan", "an adapter as mlx-lm's", frozenset({"base", "rank", "energy"}), adapter=True),
         *(Format(name, f"folder:{name}", "a plain folder of this dtype", _SHARDS) for name in ("bf16", "f16", "f32")),
         *(
             Format(
@@ -88,25 +73,9 @@ FORMATS = {
         ),
     )
 }
-ADAPTERS = frozenset({"gguf-lora", "peft", "mlx"})
-"""The formats of adapters; the others are of models."""
-_WORDS = {
-    "quantization": "options of a quantization",
-    "max_shard_size": "parts of a size",
-    "plain": "words about scalings",
-    "rank": "ranks",
-    "energy": "shares of the energy",
-    "base": "bases",
-    "double_quant": "nested scales",
-    "skip_modules": "modules to keep",
-    "calibration": "calibration texts",
-    "compressor": "programs that have llm-compressor",
-    "dtype": "dtypes",
-    "pre": "names of pre-tokenizers",
-}
 
 
-def find_format(name: str | None, out: Ref | None) -> Format:
+def find_format(name: str | None, out: str | Path | None) -> Format:
     """The format that was asked for, or that the suffix of ``out`` says.
 
     Raises:

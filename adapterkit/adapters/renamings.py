@@ -42,7 +42,7 @@ class Branch:
 
 
 @dataclass
-class Rule:
+class Renaming:
     """A renaming, or a converter when it has ``ops``.
 
     ``scopes`` are the name prefixes under which it applies, tried in order (``("",)`` for the root model's own rules).
@@ -90,19 +90,19 @@ class Rule:
         return scope + name[len(scope) :].replace(match.group(0), replacement, 1), index
 
 
-def rule(entry: Any, scopes: tuple[str, ...]) -> Rule:
-    """A `Rule` from its table entry; the forms are made by ``tools/make_names.py``."""
+def rule(entry: Any, scopes: tuple[str, ...]) -> Renaming:
+    """A `Renaming` from its table entry; the forms are made by ``tools/make_names.py``."""
     if isinstance(entry, list):
-        return Rule([Branch(*entry)], scopes)
+        return Renaming([Branch(*entry)], scopes)
     if "any" in entry:
-        return Rule([Branch(*branch) for branch in entry["any"]], scopes)
+        return Renaming([Branch(*branch) for branch in entry["any"]], scopes)
     if "group" in entry:
-        return Rule([Branch(*branch) for branch in entry["group"]], scopes, guarded=True)
+        return Renaming([Branch(*branch) for branch in entry["group"]], scopes, guarded=True)
     if "offset" in entry:
-        return Rule([Branch(*entry["rename"])], scopes, offset=entry["offset"])
+        return Renaming([Branch(*entry["rename"])], scopes, offset=entry["offset"])
     first = entry["to"][0]
     branches = [Branch(needle, pattern, first) for needle, pattern in entry["from"]]
-    return Rule(branches, scopes, targets=entry["to"], ops=entry["ops"])
+    return Renaming(branches, scopes, targets=entry["to"], ops=entry["ops"])
 
 
 class Loader:
@@ -156,14 +156,14 @@ class Loader:
         return list(walk("", self.name, self._config))
 
     @cached_property
-    def rules(self) -> list[Rule]:
+    def rules(self) -> list[Renaming]:
         """All rules, in the loader's order: a sub-model's own where no model above it has claimed its class or type."""
         data = table()
 
         def entries(key: str) -> list[Any] | None:
             return data["rules"].get(data["same"].get(key, key)) if key else None
 
-        found: list[Rule] = []
+        found: list[Renaming] = []
         seen: list[tuple[str, str]] = []
         for path, name, kind in self.tree:
             above = {key for key, where in seen if where == "" or path.startswith(where + ".")}
@@ -192,7 +192,7 @@ class Loader:
         patterns = [branch.pattern for rule in self.rules for branch in rule.branches]
         return any(map(literal.search, patterns)) or any(rule.offset is not None for rule in self.rules)
 
-    def rename(self, name: str) -> tuple[str, Rule | None, int]:
+    def rename(self, name: str) -> tuple[str, Renaming | None, int]:
         """``name`` after all renamings and at most one converter, that converter, and which of its sources it was."""
         for one in self.rules:
             if not one.ops:
@@ -204,13 +204,13 @@ class Loader:
                     return new, one, index
         return name, None, 0
 
-    def rename_all(self, names: Iterable[str]) -> Iterator[tuple[str, str, Rule | None, int]]:
+    def rename_all(self, names: Iterable[str]) -> Iterator[tuple[str, str, Renaming | None, int]]:
         """``(name, *rename(name))`` of each name; layers that differ in their number only are worked out once."""
         if self._numbers_matter:
             for name in names:
                 yield (name, *self.rename(name))
             return
-        known: dict[str, tuple[list[str], Rule | None, int]] = {}
+        known: dict[str, tuple[list[str], Renaming | None, int]] = {}
         stand_in = re.compile(r"7777(\d+)7777")
         for name in names:
             if "7777" in name:

@@ -1,0 +1,192 @@
+"""Click commands made from requests: every field of a request is an argument or an option, with its group in ``--help``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.core import ParameterSource
+
+from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, methods_flag
+from adapterkit.requests.option import (
+    CLI,
+    FLAG,
+    INPUT,
+    NUMBER,
+    PATH,
+    SWITCH,
+    WHOLE,
+    Option,
+    Request,
+    default_of,
+    flag_of,
+)
+
+if TYPE_CHECKING:
+    from dataclasses import Field
+
+Callback = Callable[..., Any]
+# The order of the headings in --help; what has none comes first.
+GROUPS = (
+    *("", "Output", "Combining", "Adapters", "Base", "GGUF types", "Thresholds", "Evidence", "Record"),
+    *("Beside the output", "Run"),
+)
+_TYPED = {"method": NAMES, "space": SPACES}
+
+
+class RequestCommand(MethodCommand):
+    """A command whose options are the fields of a request.
+
+    Its callback gets ``request`` and what options it has of its own.
+    """
+
+    def __init__(self, *args: Any, request: type[Request], own: Sequence[click.Parameter] = (), **kwargs: Any) -> None:
+        made, self._fields = _parameters(request)
+        params = [*made, *own]
+        taken = tuple(name for name in request.options() if name != "parameters")
+        combines = "parameters" in request.options()
+        super().__init__(*args, params=params, taken=taken, combines=combines, **kwargs)
+        self._request = request
+        self._own = frozenset(parameter.name for parameter in own)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Make the request of what was given, and call the callback with it."""
+        given = dict(ctx.params)
+        own = {name: given.pop(name) for name in list(given) if name in self._own}
+        named = {name: value for name, value in given.items() if _named(ctx, name)}
+        ctx.params = {**own, "request": self._request.bound(_by_field(self._request, self._fields, named))}
+        return super().invoke(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        options = self._request.options()
+        rows: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
+            if record is not None:
+                first = self._fields.get(parameter.name or "", ("",))[0]
+                known = options.get(first)
+                group = known.group if known is not None else self._group_of(parameter)
+                rows.setdefault(group, []).append(record)
+        for group in sorted(rows, key=lambda name: GROUPS.index(name) if name in GROUPS else len(GROUPS)):
+            with formatter.section(group or "Options"):
+                formatter.write_dl(rows[group])
+
+    def _group_of(self, parameter: click.Parameter) -> str:
+        """Options that are no fields: parameters of methods, and those about the command itself."""
+        return "Run" if parameter.name in self._own or "--help" in parameter.opts else "Combining"
+
+
+def command(
+    request: type[Request], *, name: str, short_help: str, own: Sequence[click.Parameter] = (), json: bool = True
+) -> Callable[[Callback], click.Command]:
+    """Make a command of a function of ``request``.
+
+    Args:
+        own: options of the command line alone, which the function gets by their names.
+        json: add ``--json``, which the function gets as ``as_json``.
+    """
+    beside = list(own)
+    if json:
+        beside.append(click.Option(["--json", "as_json"], is_flag=True, help="Print the report as JSON."))
+
+    def decorate(function: Callback) -> click.Command:
+        return RequestCommand(
+            name=name, callback=function, help=function.__doc__, short_help=short_help, request=request, own=beside
+        )
+
+    return decorate
+
+
+def _named(ctx: click.Context, name: str) -> bool:
+    return ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+def _by_field(
+    request: type[Request], fields: Mapping[str, tuple[str, ...]], named: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Values by field. A flag that stands for several fields goes to those for which it means something."""
+    found: dict[str, Any] = {}
+    options = request.options()
+    for name, value in named.items():
+        if name not in fields:
+            found[name] = value  # a parameter of a method
+            continue
+        meant = [one for one in fields[name] if any(need in named for need in options[one].needs)]
+        for one in meant if len(fields[name]) > 1 and meant else fields[name]:
+            found[one] = value
+    return found
+
+
+def _parameters(request: type[Request]) -> tuple[list[click.Parameter], dict[str, tuple[str, ...]]]:
+    """The parameters of a request, and the fields that each of them stands for."""
+    made: list[click.Parameter] = []
+    fields: dict[str, tuple[str, ...]] = {}
+    flags: dict[str, str] = {}
+    for name, option in request.options().items():
+        if CLI in option.elsewhere:
+            continue
+        one = request._fields()[name]
+        flag = option.flag or flag_of(name)
+        if flag in flags:
+            fields[flags[flag]] = (*fields[flags[flag]], name)
+            continue
+        if option.role == INPUT and not option.flag and not option.short:
+            made.append(_argument(name, option, one))
+        else:
+            made.append(_option(name, option, one, flag))
+            flags[flag] = name
+        fields[name] = (name,)
+    if "method" in request.options():
+        at = next(i for i, parameter in enumerate(made) if parameter.name == "method")
+        made.insert(at + 1, methods_flag())
+    return made, fields
+
+
+def _argument(name: str, option: Option, one: Field[Any]) -> click.Argument:
+    required = _required(one)
+    if option.many:
+        return click.Argument([name], nargs=-1, required=required, metavar=f"{name.upper().removesuffix('S')}...")
+    return click.Argument([name], required=required)
+
+
+def _option(name: str, option: Option, one: Field[Any], flag: str) -> click.Option:
+    default = default_of(one)
+    spelled = [option.short] if option.short else []
+    if option.kind == FLAG:
+        return click.Option([*spelled, flag, name], is_flag=True, default=False, help=option.help)
+    if option.kind == SWITCH:
+        off = f"--no-{flag.removeprefix('--')}"
+        return click.Option([f"{flag}/{off}", name], default=None, help=option.help)
+    shown = isinstance(default, (str, int, float)) and default not in ("", 1.0) and not option.many
+    return click.Option(
+        [*spelled, flag, name],
+        type=_type(name, option),
+        multiple=option.many or isinstance(default, tuple),
+        required=_required(one),
+        default=None if option.many or not shown else default,
+        show_default=shown,
+        metavar=option.metavar or None,
+        help=option.help,
+    )
+
+
+def _type(name: str, option: Option) -> Any:
+    if name in _TYPED:
+        return _TYPED[name]
+    if option.kind == WHOLE:
+        return click.IntRange(min=int(option.low)) if option.low is not None else click.INT
+    if option.kind == NUMBER:
+        return click.FLOAT
+    if option.kind == PATH:
+        return click.Path(path_type=Path)
+    if option.choices and not callable(option.choices) and not option.metavar:
+        return click.Choice(option.choices)
+    return click.STRING
+
+
+def _required(one: Field[Any]) -> bool:
+    from dataclasses import MISSING
+
+    return one.default is MISSING and one.default_factory is MISSING

@@ -1,0 +1,44 @@
+"""The encoders that run on this machine: compiled by numba for the CPU, or torch for any device."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+    Bytes = npt.NDArray[np.uint8]
+
+
+def run_backend(backend: str, name: str, x: torch.Tensor, weights: torch.Tensor | None, out: Bytes) -> float:
+    """One of the encoders, unchecked: ``x`` float32 [n, columns], ``out`` uint8, contiguous; the largest magnitude."""
+    import numpy as np
+    import torch
+
+    if backend == "numba":
+        from adapterkit.gguf.kernels.compiled import kernel
+
+        given = np.empty(0, np.float32) if weights is None else weights.numpy()
+        peak = kernel(name, weights is not None)(x.numpy().reshape(-1), given, x.shape[1], out.reshape(-1))
+        return float(np.uint32(min(peak, 0x7F800000)).view(np.float32))
+    from adapterkit.gguf.kernels import eager
+    from adapterkit.gguf.kernels.layouts import LAYOUTS
+
+    target = torch.from_numpy(out)
+    if x.device.type == "cpu":
+        eager.run(LAYOUTS[name], x, weights, target)
+    else:
+        encoded = torch.empty(target.shape, dtype=torch.uint8, device=x.device)
+        eager.run(LAYOUTS[name], x, weights, encoded)
+        target.copy_(encoded)
+    return peak_of(x)
+
+
+def peak_of(x: torch.Tensor) -> float:
+    """The largest magnitude of ``x``; infinity when one is NaN."""
+    import torch
+
+    least, most = (float(v) for v in torch.aminmax(x))
+    return max(-least, most) if least == least else float("inf")

@@ -1,0 +1,150 @@
+"""What the verbs that make an adapter are asked for: combine, extract, resize."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from adapterkit.errors import UsageError
+from adapterkit.requests.groups import ADAPTERS, BASE, OUTPUT, OfAdapters, Ruled, Running
+from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, VALUES, WHOLE, Request, opt
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.adapter import Adapter
+    from adapterkit.requests.groups import Adapters, Base, Ref
+
+FACTOR_TYPES = ("f32", "bf16", "f16")
+
+
+class Opened(Protocol):
+    """Adapters that are open already, as `open_family` gives them."""
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factors(Request):
+    """The factors of an adapter that is made."""
+
+    rank: int | None = field(
+        default=None,
+        metadata=opt("At most this rank in every layer.", WHOLE, role=VALUES, group=OUTPUT, recipe="output.rank"),
+    )
+    energy: float | None = field(
+        default=None,
+        metadata=opt(
+            "The smallest rank that keeps this share of each layer's squared norm.", NUMBER,
+            role=VALUES, group=OUTPUT, recipe="output.energy",
+        ),
+    )  # fmt: skip
+    dtype: str = field(
+        default="f32",
+        metadata=opt("Dtype of the factors.", role=BYTES, group=OUTPUT, choices=FACTOR_TYPES, recipe="output.dtype"),
+    )
+    own_ranks: bool = field(
+        default=False,
+        metadata=opt(
+            "Each layer keeps its own rank. vLLM and llama.cpp want one for all.", FLAG,
+            role=BYTES, group=OUTPUT, recipe="output.own-ranks",
+        ),
+    )  # fmt: skip
+
+    @property
+    def target(self) -> Path:
+        """Where the output goes.
+
+        Raises:
+            UsageError: it is not said.
+        """
+        out = getattr(self, "out", None)
+        if out is None:
+            raise UsageError("nothing says where the adapter goes", "add -o DIR")
+        return Path(out)
+
+    def stated(self, *always: str) -> dict[str, Any]:
+        """The options as JSON for a record: those that it always has, and what was given beside them."""
+        later = self.given(VALUES, BYTES).keys() - {*always, "parameters", "base", "weights"}
+        names = [*always, *sorted(later)]
+        return {name: getattr(self, name) for name in names} | dict(getattr(self, "parameters", {}))
+
+
+def _out() -> Any:
+    return opt("The folder to make.", PATH, role=INPUT, short="-o", recipe="output.path")
+
+
+@dataclass(frozen=True)
+class CombineRequest(OfAdapters, Ruled, Factors, Running):
+    """Several adapters that become one."""
+
+    VERB: ClassVar[str] = "combine"
+
+    adapters: Adapters | Opened = field(
+        metadata=opt("The adapters, in order.", REF, role=INPUT, many=True, recipe="output.adapters")
+    )
+    out: Ref | None = field(default=None, metadata=_out())
+    base: Base | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "The base of the adapters, for methods whose change depends on the weights.", REF,
+            role=VALUES, group=BASE, recipe="base.ref",
+        ),
+    )  # fmt: skip
+    residual_base: bool = field(
+        default=False,
+        kw_only=True,
+        metadata=opt(
+            "BASE is what training left behind (PiSSA, LoRA-GA), not the original model.", FLAG,
+            role=VALUES, group=BASE, recipe="base.residual",
+        ),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExtractRequest(Factors, Running):
+    """The difference of two checkpoints as an adapter."""
+
+    VERB: ClassVar[str] = "extract"
+
+    base: Base = field(metadata=opt("The checkpoint that training began from.", REF, role=INPUT))
+    tuned: Base = field(metadata=opt("The checkpoint that training made of it.", REF, role=INPUT))
+    out: Ref | None = field(default=None, metadata=_out())
+    exact: bool = field(
+        default=False,
+        kw_only=True,
+        metadata=opt("A dense SVD of every layer instead of subspace iteration.", FLAG, role=VALUES, group=OUTPUT),
+    )
+
+
+@dataclass(frozen=True)
+class ResizeRequest(Factors, Running):
+    """An adapter at another rank."""
+
+    VERB: ClassVar[str] = "resize"
+
+    adapter: str | Path | Adapter = field(metadata=opt("The adapter.", REF, role=INPUT))
+    out: Ref | None = field(default=None, metadata=_out())
+    max_error: float | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "The smallest rank with at most this relative error in each layer.", NUMBER, role=VALUES, group=OUTPUT
+        ),
+    )
+    base: Base | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt("The adapter's base, where its factors do not tell the shapes.", REF, role=VALUES, group=ADAPTERS),
+    )
+    allow_unknown: bool = field(
+        default=False,
+        kw_only=True,
+        metadata=opt("Go on where the config has fields that are not known here.", FLAG, role=VALUES, group=ADAPTERS),
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.rank is None and self.energy is None and self.max_error is None:
+            raise UsageError("nothing says how small the adapter is to be", "give --rank, --energy or --max-error")

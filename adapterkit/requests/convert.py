@@ -1,0 +1,193 @@
+"""What a conversion is asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from adapterkit.errors import UsageError
+from adapterkit.requests.formats import FORMATS, Format
+from adapterkit.requests.groups import (
+    ADAPTERS,
+    FLOAT_TYPES,
+    OUTPUT,
+    RUNNING,
+    GGUFOutput,
+    Running,
+    Types,
+)
+from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, RUN, VALUES, WHOLE, opt
+
+if TYPE_CHECKING:
+    from adapterkit.requests.groups import Base, Ref
+
+
+def _formats() -> tuple[str, ...]:
+    return tuple(FORMATS)
+
+
+@dataclass(frozen=True)
+class ConvertRequest(Types, GGUFOutput, Running):
+    """A conversion. The row of a format says which of the options mean something for it; another one is an error."""
+
+    VERB: ClassVar[str] = "convert"
+
+    src: Ref = field(metadata=opt("What to convert: a model or an adapter.", REF, role=INPUT, recipe="output.from"))
+    out: Ref | None = field(
+        default=None,
+        metadata=opt("The file or folder to make.", PATH, role=INPUT, short="-o", recipe="output.path"),
+    )
+    to: str | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "The format to write; by default what OUT's suffix says.",
+            role=BYTES, group=OUTPUT, metavar="FORMAT", choices=_formats, open=True, recipe="output.to",
+        ),
+    )  # fmt: skip
+    base: Base | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "The adapter's base: a GGUF file or a Hugging Face folder.", REF,
+            role=VALUES, group=ADAPTERS, recipe="base.ref",
+        ),
+    )  # fmt: skip
+    plain: bool = field(
+        default=False,
+        kw_only=True,
+        metadata=opt(
+            "An adapter as plain LoRA: one rank, one alpha, whatever it was.", FLAG,
+            role=BYTES, group=ADAPTERS, recipe="output.plain",
+        ),
+    )  # fmt: skip
+    rank: int | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Of a change that has to be decomposed: at most this rank.", WHOLE,
+            role=VALUES, group=ADAPTERS, low=1, recipe="output.rank",
+        ),
+    )  # fmt: skip
+    energy: float | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Or the smallest rank that keeps this share of the squared norm.", NUMBER,
+            role=VALUES, group=ADAPTERS, recipe="output.energy",
+        ),
+    )  # fmt: skip
+    double_quant: bool = field(
+        default=False,
+        kw_only=True,
+        metadata=opt("Of nf4 and fp4: nested scales.", FLAG, role=BYTES, group=OUTPUT, recipe="output.double-quant"),
+    )
+    skip_modules: tuple[str, ...] | str = field(
+        default=(),
+        kw_only=True,
+        metadata=opt(
+            "Of a quantized folder: a module to keep in 16 bits; may be given again.",
+            role=BYTES, group=OUTPUT, many=True, flag="--skip-module", metavar="NAME", recipe="output.skip-modules",
+        ),
+    )  # fmt: skip
+    calibration: Ref | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Of awq and gptq: text like the model's own.", PATH,
+            role=VALUES, group=OUTPUT, metavar="FILE", recipe="output.calibration",
+        ),
+    )  # fmt: skip
+    compressor: Ref | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "The Python that has llm-compressor.", PATH,
+            role=BYTES, group=OUTPUT, metavar="PYTHON", recipe="output.compressor",
+        ),
+    )  # fmt: skip
+    max_shard_size: str | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Like 5GB: write several files of at most this size.",
+            role=BYTES, group=OUTPUT, metavar="SIZE", recipe="output.max-shard-size",
+        ),
+    )  # fmt: skip
+    dtype: str = field(
+        default="auto",
+        kw_only=True,
+        metadata=opt(
+            "Float type of a GGUF made from a Hugging Face model, and of a folder made from a GGUF file.",
+            role=BYTES, group=OUTPUT, choices=FLOAT_TYPES, recipe="output.dtype",
+        ),
+    )  # fmt: skip
+    allow_pickle: bool = field(
+        default=False,
+        kw_only=True,
+        metadata=opt(
+            "Load pickled weights (.bin), as tensors only, in another process.", FLAG,
+            role=RUN, group=RUNNING, elsewhere={"recipe": "a pickle is converted once, by hand"},
+        ),
+    )  # fmt: skip
+
+    @property
+    def target(self) -> Path | None:
+        """Where the output goes."""
+        return None if self.out is None else Path(self.out)
+
+    def need_base(self, form: str) -> Base:
+        """The base.
+
+        Raises:
+            UsageError: none was given.
+        """
+        if self.base is None:
+            raise UsageError(f"converting to {form} needs the base", "add --base BASE")
+        return self.base
+
+    @property
+    def shard_size(self) -> int | None:
+        """The bytes of tensors in each file of a set.
+
+        Raises:
+            UsageError: not a size.
+        """
+        from adapterkit.checkpoint.plan import parse_size
+
+        return None if self.max_shard_size is None else parse_size(self.max_shard_size)
+
+    def of_format(self) -> dict[str, Any]:
+        """The options that a format may take or refuse: all that differ from their defaults and decide the output."""
+        return {name: value for name, value in self.given(VALUES, BYTES).items() if name != "to"}
+
+    def check_format(self, form: Format) -> None:
+        """Refuse options that mean nothing for a format.
+
+        Raises:
+            UsageError: there is one.
+        """
+        for name in self.of_format():
+            if name not in form.takes:
+                raise UsageError(f"{self.spelled(name)} does not apply to --to {form.name}", "leave it out")
+
+    def reading(self, src: Ref) -> ConvertRequest:
+        """The same of another source."""
+        return replace(self, src=src)
+
+
+@dataclass(frozen=True)
+class ConvertPlanRequest(ConvertRequest):
+    """A conversion to be planned.
+
+    Attributes:
+        headers_only: a source on the Hub is not downloaded, so the plan can be shown but not executed.
+    """
+
+    headers_only: bool = field(default=True, kw_only=True)
+
+    @classmethod
+    def of(cls, request: ConvertRequest, *, headers_only: bool) -> ConvertPlanRequest:
+        """The same conversion, to be planned."""
+        return cls(**{name: getattr(request, name) for name in request.options()}, headers_only=headers_only)

@@ -1,0 +1,421 @@
+"""Options that several verbs have, each declared once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.adapters.experts import ORDERS
+from adapterkit.errors import UsageError
+from adapterkit.requests.option import (
+    BYTES,
+    CALL,
+    FLAG,
+    NUMBER,
+    PAIRS,
+    PARAMETERS,
+    PATH,
+    REF,
+    RUN,
+    VALUES,
+    WHOLE,
+    Request,
+    opt,
+)
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.adapter import Adapter
+    from adapterkit.adapters.bound_rule import BoundRule
+    from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.gguf.quantize import Quantization
+
+    Ref = str | Path
+    Base = str | Path | Checkpoint
+    Adapters = str | Path | Adapter | Sequence[str | Path | Adapter]
+    Progress = Callable[[int, int], None]
+
+FLOAT_TYPES = ("auto", "bf16", "f16", "f32")
+GRIDS = ("nf4", "fp4", "int8")
+
+BASE, ADAPTERS, COMBINE, OUTPUT, GGUF_TYPES, BESIDE, RUNNING = (
+    *("Base", "Adapters", "Combining", "Output", "GGUF types", "Beside the output", "Run"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OntoBase(Request):
+    """Which values of the base the adapters are folded onto."""
+
+    as_trained: str | None = field(
+        default=None,
+        metadata=opt(
+            "Fold onto the values that QLoRA training saw: the base quantized so and decoded again.",
+            role=VALUES, group=BASE, choices=GRIDS, metavar="GRID", recipe="base.as-trained",
+        ),
+    )  # fmt: skip
+    double_quant: bool = field(
+        default=False,
+        metadata=opt(
+            "With --as-trained or --quant nf4: nested scales.", FLAG,
+            role=VALUES, group=BASE, needs=("as_trained",), recipe="base.double-quant",
+        ),
+    )  # fmt: skip
+    quant_dtype: str = field(
+        default="auto",
+        metadata=opt(
+            "With --as-trained: the dtype in which training loaded the base.",
+            role=VALUES, group=BASE, choices=FLOAT_TYPES, needs=("as_trained",), recipe="base.quant-dtype",
+        ),
+    )  # fmt: skip
+    skip_modules: tuple[str, ...] | str | None = field(
+        default=None,
+        metadata=opt(
+            "With --as-trained: a module that stayed in 16 bits; may be given again.",
+            role=VALUES, group=BASE, many=True, flag="--skip-module", metavar="NAME", needs=("as_trained",),
+            recipe="base.skip-modules",
+        ),
+    )  # fmt: skip
+    base16: Base | None = field(
+        default=None,
+        metadata=opt(
+            "The 16-bit original of a quantized BASE. Adapters are folded onto it.", REF,
+            role=VALUES, group=BASE, metavar="REF", recipe="base.base16",
+        ),
+    )  # fmt: skip
+    residual_base: bool = field(
+        default=False,
+        metadata=opt(
+            "BASE is what training left behind (PiSSA, LoRA-GA), not the original model.", FLAG,
+            role=VALUES, group=BASE, recipe="base.residual",
+        ),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfAdapters(Request):
+    """How adapters are read and weighed."""
+
+    weights: Sequence[float] | float | None = field(
+        default=None,
+        metadata=opt(
+            "How strongly an adapter counts, 1 by default; once for each adapter.", NUMBER,
+            role=VALUES, group=ADAPTERS, many=True, flag="--weight", recipe="adapters.weight",
+        ),
+    )  # fmt: skip
+    expert_order: str | None = field(
+        default=None,
+        metadata=opt(
+            "How experts lie in a stacked lora_B whose config does not say: fastest as in PEFT, slowest as in Unsloth "
+            "until 2026-09.",
+            role=VALUES, group=ADAPTERS, choices=tuple(ORDERS), recipe="merge.expert-order",
+        ),
+    )  # fmt: skip
+    allow_unknown: bool = field(
+        default=False,
+        metadata=opt(
+            "Go on where an adapter's config has fields that are not known here.", FLAG,
+            role=VALUES, group=ADAPTERS, recipe="merge.allow-unknown",
+        ),
+    )  # fmt: skip
+
+    @property
+    def adapter_weights(self) -> tuple[float, ...] | None:
+        """One weight per adapter; None where none was named."""
+        return None if self.weights is None else tuple(self.weights)  # type: ignore[arg-type]
+
+
+def _methods() -> tuple[str, ...]:
+    from adapterkit.ops.rules import RULES
+
+    return tuple(RULES)
+
+
+def _spaces() -> tuple[str, ...]:
+    from adapterkit.ops.rules import RULES
+
+    return tuple(row.name for row in RULES.values() if row.nested)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ruled(Request):
+    """How several deltas become one."""
+
+    method: str = field(
+        default="linear",
+        metadata=opt(
+            "How the deltas of several adapters become one; see --methods.",
+            role=VALUES, group=COMBINE, choices=_methods, recipe="merge.method", open=True,
+        ),
+    )  # fmt: skip
+    scale: float = field(
+        default=1.0,
+        metadata=opt(
+            "Factor of the combined deltas.", NUMBER,
+            role=VALUES, group=COMBINE, flag="--lambda", recipe="merge.lambda",
+        ),
+    )  # fmt: skip
+    space: str | None = field(
+        default=None,
+        metadata=opt(
+            "Align the adapters there; --method is the rule inside.",
+            role=VALUES, group=COMBINE, choices=_spaces, recipe="merge.space", open=True,
+        ),
+    )  # fmt: skip
+    parameters: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata=opt(
+            "Parameters of the method, as density=0.2; see --methods.", PARAMETERS,
+            role=VALUES, group=COMBINE, recipe="merge.parameters",
+            elsewhere={"cli": "each parameter is an option of its own"},
+        ),
+    )  # fmt: skip
+
+    @property
+    def rule(self) -> BoundRule | None:
+        """The method; None for the plain weighted sum, which needs none.
+
+        Raises:
+            UsageError: an unknown method, space or parameter, or a value out of range.
+        """
+        if (self.method, self.scale, self.space) == ("linear", 1.0, None) and not self.parameters:
+            return None
+        from adapterkit.adapters.bound_rule import BoundRule
+
+        return BoundRule(self.method, self.space, self.scale, dict(self.parameters))
+
+
+# The options that make a `Quantization`, and its fields where they have another name.
+_TYPES = {"quant": "mix", "token_embd_type": "token_embedding_type"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Types(Request):
+    """The types of the tensors of an output.
+
+    Attributes:
+        quantization: these options as one value, a `Quantization` or the name of a mix.
+    """
+
+    quant: str | None = field(
+        default=None,
+        metadata=opt(
+            "Types of a GGUF output, as llama-quantize gives them (Q4_K_M, Q8_0). Of a folder: nf4, fp4, int8, fp8, or "
+            "keep for the base's own format.",
+            role=BYTES, group=OUTPUT, metavar="TYPE", recipe="output.quant",
+        ),
+    )  # fmt: skip
+    imatrix: Ref | None = field(
+        default=None,
+        metadata=opt(
+            "Importance matrix (GGUF or .dat).", PATH,
+            role=BYTES, group=GGUF_TYPES, metavar="FILE", recipe="output.imatrix",
+        ),
+    )  # fmt: skip
+    pure: bool = field(
+        default=False,
+        metadata=opt(
+            "Give every tensor the mix's default type.", FLAG, role=BYTES, group=GGUF_TYPES, recipe="output.pure"
+        ),
+    )
+    tensor_types: Sequence[tuple[str, str] | str] | Mapping[str, str] = field(
+        default=(),
+        metadata=opt(
+            "Type of the tensors that match; may be given again.", PAIRS,
+            role=BYTES, group=GGUF_TYPES, flag="--tensor-type", metavar="REGEX=TYPE", recipe="output.tensor-types",
+        ),
+    )  # fmt: skip
+    output_type: str | None = field(
+        default=None,
+        metadata=opt(
+            "Type of the output layer.", role=BYTES, group=GGUF_TYPES, metavar="TYPE", recipe="output.output-type"
+        ),
+    )
+    token_embd_type: str | None = field(
+        default=None,
+        metadata=opt(
+            "Type of the token embedding.",
+            role=BYTES, group=GGUF_TYPES, metavar="TYPE", recipe="output.token-embd-type",
+        ),
+    )  # fmt: skip
+    leave_output: bool = field(
+        default=False,
+        metadata=opt(
+            "Do not quantize the output layer.", FLAG, role=BYTES, group=GGUF_TYPES, recipe="output.leave-output"
+        ),
+    )
+    yes_lossy: bool = field(
+        default=False,
+        metadata=opt(
+            "Go on although the change would hardly survive.", FLAG,
+            role=BYTES, group=OUTPUT, recipe="output.yes-lossy",
+        ),
+    )  # fmt: skip
+    quantization: InitVar[Quantization | str | None] = None
+
+    def __post_init__(self, quantization: Quantization | str | None) -> None:
+        if isinstance(quantization, str):
+            object.__setattr__(self, "quant", self.quant or quantization)
+        elif quantization is not None:
+            for one in fields(quantization):
+                name = next((option for option, other in _TYPES.items() if other == one.name), one.name)
+                value = getattr(quantization, one.name)
+                if value != one.default:
+                    object.__setattr__(self, name, value)
+        super().__post_init__()
+
+    @classmethod
+    def taken(cls) -> frozenset[str]:
+        return frozenset({"quantization"})
+
+    @property
+    def types(self) -> Quantization | None:
+        """The types of a GGUF output; None where nothing was said of them.
+
+        Raises:
+            UsageError: no such type, or options that contradict each other.
+        """
+        names = [name for name in _TYPE_NAMES if name in self.options()]
+        if not any(getattr(self, name) for name in names):
+            return None
+        from adapterkit.gguf.quantize import Quantization
+        from adapterkit.gguf.types import ggml_type
+
+        given = {_TYPES.get(name, name): getattr(self, name) for name in names}
+        given["tensor_types"] = tuple((pattern, ggml_type(kind).name) for pattern, kind in given["tensor_types"])
+        found = Quantization(**given)
+        return None if found == Quantization() else found
+
+
+_TYPE_NAMES = (
+    *("quant", "imatrix", "pure", "tensor_types", "output_type", "token_embd_type", "leave_output"),
+    *("keep_touched", "keep_below", "yes_lossy"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept(Request):
+    """What of a GGUF output is kept wider, because an adapter changed it."""
+
+    keep_touched: str | None = field(
+        default=None,
+        metadata=opt(
+            "Of a GGUF output: give what adapters change at least this type.",
+            role=BYTES, group=GGUF_TYPES, metavar="TYPE", recipe="output.keep-touched",
+        ),
+    )  # fmt: skip
+    keep_below: float | None = field(
+        default=None,
+        metadata=opt(
+            "Only where the change would come out with a cosine below X.", NUMBER,
+            role=BYTES, group=GGUF_TYPES, metavar="X", low=0, high=1, recipe="output.keep-below",
+        ),
+    )  # fmt: skip
+
+
+def _with_file() -> Iterable[str]:
+    from adapterkit.serving.servers import with_file
+
+    return with_file()
+
+
+@dataclass(frozen=True, kw_only=True)
+class GGUFOutput(Request):
+    """What belongs to a GGUF output."""
+
+    pre: str | None = field(
+        default=None,
+        metadata=opt(
+            "The pre-tokenizer by llama.cpp's name, where it is not recognised.",
+            role=BYTES, group=GGUF_TYPES, metavar="NAME", recipe="output.pre",
+        ),
+    )  # fmt: skip
+    mmproj: Ref | None = field(
+        default=None,
+        metadata=opt(
+            "The vision tower (mmproj) to copy beside a GGUF output.", PATH,
+            role=BYTES, group=BESIDE, metavar="FILE", recipe="output.mmproj",
+            elsewhere={"record": "a copy beside the output has no part in its bytes"},
+        ),
+    )  # fmt: skip
+    server: str | None = field(
+        default=None,
+        metadata=opt(
+            "Write what loads a GGUF output beside it: ollama (a Modelfile) or llama.cpp (llama-server's command).",
+            role=RUN, group=BESIDE, flag="--for", choices=_with_file, metavar="SERVER", recipe="output.for",
+        ),
+    )  # fmt: skip
+
+    def check(self) -> None:
+        super().check()
+        out = getattr(self, "out", None)
+        if self.server is not None and out is not None and Path(out).suffix != ".gguf":
+            raise UsageError(f"--for {self.server} is for a GGUF output", "name it like OUT.gguf, or leave out --for")
+
+
+_OF_BUILD = "of build, since no byte depends on it"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Running(Request):
+    """How a verb that writes is carried out. No byte depends on it."""
+
+    jobs: int | None = field(
+        default=None,
+        metadata=opt(
+            "Worker threads; the result does not depend on it.", WHOLE,
+            group=RUNNING, low=1, elsewhere={"recipe": _OF_BUILD},
+        ),
+    )  # fmt: skip
+    attest: bool = field(
+        default=False,
+        metadata=opt(
+            "Write a SLSA provenance statement (in-toto) beside OUT, with every file's sha256.", FLAG,
+            group=BESIDE,
+            elsewhere={"recipe": "the lock holds every digest; adapterkit attest writes the statement"},
+        ),
+    )  # fmt: skip
+    dry_run: bool = field(
+        default=False,
+        metadata=opt(
+            "Show what would be done, from headers alone.", FLAG, group=RUNNING, elsewhere={"recipe": "build --plan"}
+        ),
+    )
+    save_plan: Ref | None = field(
+        default=None,
+        metadata=opt(
+            "Write the plan and stop.", PATH,
+            group=RUNNING, metavar="FILE", elsewhere={"recipe": "a plan is of one verb, carried out in parts"},
+        ),
+    )  # fmt: skip
+    resume: bool = field(
+        default=False,
+        metadata=opt(
+            "Continue an interrupted run; keep finished work if interrupted again.", FLAG,
+            group=RUNNING, elsewhere={"recipe": _OF_BUILD},
+        ),
+    )  # fmt: skip
+    force: bool = field(
+        default=False,
+        metadata=opt("Replace OUT if it exists.", FLAG, group=RUNNING, elsewhere={"recipe": _OF_BUILD}),
+    )
+    progress: Progress | None = field(
+        default=None,
+        metadata=opt(
+            "Called now and then with bytes done and bytes in all.", CALL,
+            group=RUNNING, elsewhere={"cli": "a bar on standard error", "recipe": "a bar on standard error"},
+        ),
+    )  # fmt: skip
+
+    @property
+    def writes(self) -> bool:
+        """Whether something is written, and not only planned."""
+        return not self.dry_run and self.save_plan is None
+
+
+def without(request: Any, *names: str) -> Any:
+    """The request with these options at their defaults."""
+    known = {one.name: one for one in fields(request)}
+    back = {name: known[name].default for name in names}
+    return replace(request, **back)

@@ -1,0 +1,275 @@
+"""What a merge is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from adapterkit.adapters.fold import FLOATS
+from adapterkit.dtypes import BY_LABEL, DType
+from adapterkit.errors import CheckpointError, UsageError
+from adapterkit.ops.device import CPU
+from adapterkit.requests.groups import (
+    BASE,
+    BESIDE,
+    FLOAT_TYPES,
+    OUTPUT,
+    RUNNING,
+    GGUFOutput,
+    Kept,
+    OfAdapters,
+    OntoBase,
+    Ruled,
+    Running,
+    Types,
+)
+from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, RUN, VALUES, opt
+
+if TYPE_CHECKING:
+    from adapterkit.requests.groups import Adapters, Base
+
+FOLDER, GGUF = "folder", "gguf"
+FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8", "keep")
+"""The quantized formats of a folder, and the base's own; every other value of ``quant`` is a type of a GGUF file."""
+NESTED = ("nf4", "fp4")
+CALIBRATED = ("awq", "gptq")
+
+
+@dataclass(frozen=True)
+class MergeRequest(OntoBase, OfAdapters, Ruled, Types, Kept, GGUFOutput, Running):
+    """A merge: what is folded into what, and what is written of it."""
+
+    VERB: ClassVar[str] = "merge"
+
+    base: Base = field(
+        metadata=opt("The base: a folder, a safetensors or GGUF file, a registry name or a Hub id.", REF, role=INPUT,
+                     recipe="base.ref")
+    )  # fmt: skip
+    adapters: Adapters = field(
+        metadata=opt("The adapters, in order.", REF, role=INPUT, many=True, recipe="output.adapters")
+    )
+    out: str | Path | None = field(
+        default=None,
+        metadata=opt("The folder to make, or a .gguf file.", PATH, role=INPUT, short="-o", recipe="output.path"),
+    )
+    to: str | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "folder or gguf; by default what the suffix of OUT says, else what the base is.",
+            role=BYTES, group=OUTPUT, choices=(FOLDER, GGUF), recipe="output.to",
+            elsewhere={"cli": "the suffix of OUT says it"},
+        ),
+    )  # fmt: skip
+    dtype: str = field(
+        default="auto",
+        kw_only=True,
+        metadata=opt(
+            "auto keeps every tensor's own dtype; bf16, f16 and f32 convert all floating tensors.",
+            role=BYTES, group=OUTPUT, choices=FLOAT_TYPES, recipe="output.dtype",
+        ),
+    )  # fmt: skip
+    max_shard_size: str | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Like 5GB; by default the base's own shards are kept.",
+            role=BYTES, group=OUTPUT, metavar="SIZE", recipe="output.max-shard-size",
+        ),
+    )  # fmt: skip
+    quant_double: bool = field(
+        default=False,
+        kw_only=True,
+        metadata=opt(
+            "Of --quant nf4 and fp4: nested scales.", FLAG,
+            role=BYTES, group=OUTPUT, flag="--double-quant", needs=("quant",), recipe="output.double-quant",
+        ),
+    )  # fmt: skip
+    device: str = field(
+        default=CPU,
+        kw_only=True,
+        metadata=opt(
+            "Where blocks are computed: cpu, cuda, cuda:1.",
+            role=BYTES, group=RUNNING, metavar="cpu|cuda", recipe="output.device",
+        ),
+    )  # fmt: skip
+    fidelity: bool = field(
+        default=False,
+        kw_only=True,
+        metadata=opt(
+            "Measure, in the same pass, what of the change survives in the output.", FLAG,
+            role=RUN, group=OUTPUT, elsewhere={"recipe": "verify measures it"},
+        ),
+    )  # fmt: skip
+    min_retention: float | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Exit with 3 when less than this share of the change survives.", NUMBER,
+            role=RUN, group=OUTPUT, metavar="X", low=0, high=1, recipe="verify.min-retention",
+        ),
+    )  # fmt: skip
+    full_record: bool = field(
+        default=False,
+        kw_only=True,
+        metadata=opt(
+            "Hash every byte of BASE and OUT for the adapterkit.json beside it.", FLAG,
+            role=RUN, group=BESIDE, recipe="output.full-record",
+        ),
+    )  # fmt: skip
+
+    def check(self) -> None:
+        super().check()
+        if self.quant in CALIBRATED:
+            raise UsageError(
+                f"{self.quant} needs a calibration, which a merge has no text for",
+                f"merge to 16 bits, then convert that --to {self.quant} --calibration FILE",
+            )
+        if self.quant_double and self.quant not in NESTED:
+            raise UsageError(f"{self.quant} has no nested scales", "leave out --double-quant, or use --quant nf4")
+        if self.as_trained == "int8" and self.double_quant:
+            raise UsageError("int8 has no nested scales", "leave out --double-quant, or use --as-trained nf4")
+
+    @property
+    def given_adapters(self) -> tuple[Any, ...]:
+        """The adapters as a tuple."""
+        assert isinstance(self.adapters, tuple)
+        return self.adapters
+
+    @property
+    def target(self) -> Path | None:
+        """Where the output goes."""
+        return None if self.out is None else Path(self.out)
+
+    @property
+    def form(self) -> str | None:
+        """``folder`` or ``gguf``; None where the base decides."""
+        if self.to is not None or self.target is None:
+            return self.to
+        return GGUF if self.target.suffix == ".gguf" else FOLDER
+
+    @property
+    def folder_format(self) -> str | None:
+        """The quantized format of a folder; None where ``quant`` is a type of a GGUF file, or not given."""
+        return self.quant if self.quant in FOLDER_FORMATS else None
+
+    @property
+    def gguf_types(self) -> Any:
+        """The `Quantization` of a GGUF output; None where nothing was said, or a folder's format was."""
+        if self.folder_format is None:
+            return self.types
+        return replace(self, quant=None, quant_double=False, yes_lossy=False).types
+
+    @property
+    def floats(self) -> DType | None:
+        """The dtype of all floating tensors; None where each keeps its own."""
+        return parse_floats(self.dtype)
+
+    def stated(self) -> dict[str, Any]:
+        """The options as JSON, for a plan file and a record.
+
+        Records of version 1 always have the same keys; an option that came later is there when it was given.
+        """
+        types = self.gguf_types
+        found = {
+            "to": self.to,
+            "weights": list(self.adapter_weights or ()),
+            "dtype": self.dtype,
+            "max_shard_size": self.max_shard_size,
+            "residual_base": self.residual_base,
+            "allow_unknown": self.allow_unknown,
+            "base16": None if self.base16 is None else str(getattr(self.base16, "ref", self.base16)),
+            "as_trained": self.as_trained,
+            "double_quant": self.double_quant,
+            "quant_dtype": self.quant_dtype,
+            "skip_modules": None if self.skip_modules is None else list(self.skip_modules),
+            "quant": self.folder_format,
+            "quant_double": self.quant_double,
+            "quantization": None if types is None else types.request(),
+            "pre": self.pre,
+            "method": self.method,
+            "scale": self.scale,
+            "space": self.space,
+            "parameters": dict(self.parameters),
+            "expert_order": self.expert_order,
+            "device": self.device,
+        }
+        later = self.given(VALUES, BYTES).keys() - found.keys() - _IN_TYPES
+        return found | {name: _plain(getattr(self, name)) for name in sorted(later)}
+
+    @classmethod
+    def of_stated(cls, data: Mapping[str, Any], **inputs: Any) -> MergeRequest:
+        """The request of a plan file or a record.
+
+        Raises:
+            CheckpointError: an option that is not known here.
+        """
+        given = {name: value for name, value in data.items() if name not in ("verb", "base", "adapters")}
+        if given.get("quantization") is not None:
+            from adapterkit.gguf.quantize import Quantization
+
+            given["quantization"] = Quantization.of_request(given["quantization"])
+        try:
+            found = cls.bound({**given, **inputs})
+        except UsageError as error:
+            raise CheckpointError(f"the plan is of another version: {error.message}", "make the plan again") from None
+        assert isinstance(found, cls)
+        return found
+
+
+_IN_TYPES = {
+    *(
+        "imatrix",
+        "pure",
+        "tensor_types",
+        "output_type",
+        "token_embd_type",
+        "leave_output",
+        "keep_touched",
+        "keep_below",
+    ),
+    *("yes_lossy", "mmproj"),
+}
+"""Options that a record has inside ``quantization``, and the file beside, which has no part in the bytes."""
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+
+
+@dataclass(frozen=True)
+class MergePlanRequest(MergeRequest):
+    """A merge to be planned.
+
+    Attributes:
+        headers_only: a base or adapter on the Hub is not downloaded, so the plan can be shown but not executed.
+        fingerprints: of the inputs, which let `execute` see whether they changed; a plan that is only shown can do
+            without.
+    """
+
+    headers_only: bool = field(default=True, kw_only=True)
+    fingerprints: bool = field(default=True, kw_only=True)
+
+    @classmethod
+    def of(cls, request: MergeRequest, *, headers_only: bool, fingerprints: bool = True) -> MergePlanRequest:
+        """The same merge, to be planned."""
+        given = {name: getattr(request, name) for name in request.options()}
+        return cls(**given, headers_only=headers_only, fingerprints=fingerprints)
+
+
+def parse_floats(dtype: str) -> DType | None:
+    """The dtype of all floating tensors; None for ``auto``.
+
+    Raises:
+        UsageError: no dtype that is written.
+    """
+    if dtype == "auto":
+        return None
+    if dtype not in BY_LABEL or BY_LABEL[dtype] not in FLOATS:
+        raise UsageError(f"'{dtype}' is no output dtype", "use auto, bf16, f16 or f32")
+    return BY_LABEL[dtype]
+
+
+__all__ = ["BASE", "FOLDER", "FOLDER_FORMATS", "GGUF", "MergePlanRequest", "MergeRequest", "parse_floats"]

@@ -1,0 +1,140 @@
+"""What a verification is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from adapterkit.errors import UsageError
+from adapterkit.requests.groups import RUNNING, OfAdapters, OntoBase, Ruled
+from adapterkit.requests.merge import MergeRequest
+from adapterkit.requests.option import CALL, INPUT, NUMBER, PATH, REF, RUN, VALUES, WHOLE, opt
+
+if TYPE_CHECKING:
+    from adapterkit.requests.groups import Adapters, Base, Progress, Ref
+
+LEVELS = ("tensors", "layers", "model")
+THRESHOLDS, EVIDENCE = "Thresholds", "Evidence"
+
+
+@dataclass(frozen=True)
+class VerifyRequest(OntoBase, OfAdapters, Ruled):
+    """A verification. Options of the merge that are not named are taken from the record beside MERGED."""
+
+    VERB: ClassVar[str] = "verify"
+
+    merged: Base = field(metadata=opt("The folder, the GGUF file, the registry name or the Hub id.", REF, role=INPUT))
+    base: Base = field(
+        kw_only=True,
+        metadata=opt("What the adapters were folded onto.", REF, role=INPUT, metavar="BASE", flag="--base"),
+    )
+    adapters: Adapters = field(
+        kw_only=True,
+        metadata=opt(
+            "An adapter that was folded in; once for each, in order.", REF,
+            role=INPUT, many=True, flag="--adapter", metavar="ADAPTER",
+        ),
+    )  # fmt: skip
+    level: str | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "How deep to look; each level does the ones before it too. By default tensors, or model when --prompts, "
+            "--max-kl or --min-top1 is given.",
+            role=RUN, group=THRESHOLDS, choices=LEVELS, recipe="verify.level",
+        ),
+    )  # fmt: skip
+    prompts: Ref | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Text or JSON Lines; else a mixed set.", PATH,
+            role=RUN, group=THRESHOLDS, metavar="FILE", recipe="verify.prompts",
+        ),
+    )  # fmt: skip
+    max_kl: float | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Exit with 3 when the mean KL divergence is larger (nats).", NUMBER,
+            role=RUN, group=THRESHOLDS, metavar="X", low=0, recipe="verify.max-kl",
+        ),
+    )  # fmt: skip
+    min_top1: float | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Exit with 3 when fewer tokens agree, as 0.99.", NUMBER,
+            role=RUN, group=THRESHOLDS, metavar="Y", low=0, high=1, recipe="verify.min-top1",
+        ),
+    )  # fmt: skip
+    min_retention: float | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Exit with 3 when less of the change survives, 0.5 by default.", NUMBER,
+            role=RUN, group=THRESHOLDS, metavar="Z", low=0, high=1, recipe="verify.min-retention",
+        ),
+    )  # fmt: skip
+    on_purpose: tuple[str, ...] | str = field(
+        default=(),
+        kw_only=True,
+        metadata=opt(
+            "Metadata of a GGUF file that was set otherwise than the base's on purpose, as tokenizer.chat_template.",
+            role=RUN, group=THRESHOLDS, many=True, metavar="KEY",
+            elsewhere={"recipe": "a recipe sets no such metadata"},
+        ),
+    )  # fmt: skip
+    pre: str | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "The pre-tokenizer of a GGUF output, where it was named.", role=VALUES, metavar="NAME",
+            elsewhere={"cli": "read from the record", "recipe": "read from the output's own key"},
+        ),
+    )  # fmt: skip
+    jobs: int | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt("Worker threads.", WHOLE, group=RUNNING, low=1, elsewhere={"recipe": "of build"}),
+    )
+    progress: Progress | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Called now and then with bytes done and bytes in all.", CALL,
+            group=RUNNING, elsewhere={"cli": "a bar on standard error", "recipe": "a bar on standard error"},
+        ),
+    )  # fmt: skip
+
+    def check(self) -> None:
+        # Whether an option of the merge means something is decided by what the record beside MERGED says of the others.
+        if not self.adapters:
+            raise UsageError("no adapter was given", "name what was folded in with --adapter")
+        deep = [name for name in ("max_kl", "min_top1", "prompts") if getattr(self, name) is not None]
+        if deep and self.level not in (None, "model"):
+            raise UsageError(f"{self.spelled(deep[0])} needs the models to answer", "add --level model")
+
+    @property
+    def depth(self) -> int:
+        """The number of the deepest level."""
+        if self.level is not None:
+            return LEVELS.index(self.level)
+        deep = self.prompts is not None or self.max_kl is not None or self.min_top1 is not None
+        return LEVELS.index("model") if deep else 0
+
+    def of_merge(self) -> dict[str, Any]:
+        """The options of the merge that were named."""
+        return {name: getattr(self, name) for name in self.options() if name in self.named and name in OF_VALUES}
+
+
+OF_VALUES = frozenset(
+    name for name, option in VerifyRequest.options().items() if option.role == VALUES and name in MergeRequest.options()
+) | {"pre"}
+"""Options of a merge that decide values, so that a verification has them too."""
+
+
+def merge_options(request: MergeRequest) -> Mapping[str, Any]:
+    """What a verification takes over from the request of the merge it is about."""
+    return {name: value for name, value in request.given().items() if name in OF_VALUES}

@@ -1,0 +1,89 @@
+"""What goes next to an output, checked before the output is begun."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adapterkit.verbs.job import Beside
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower (mmproj) that is copied beside a GGUF output."""
+
+    file: Path
+    out: Path
+    force: bool
+
+    def check(self) -> None:
+        self._projector()
+
+    def write(self) -> Sequence[str]:
+        self._projector(again=True).copy()
+        return ()
+
+    def _projector(self, *, again: bool = False) -> Any:
+        from adapterkit.gguf.projector import Projector
+
+        return Projector(self.file, self.out, force=self.force or again)
+
+
+@dataclass(frozen=True)
+class Loader:
+    """What loads a GGUF output in a server."""
+
+    server: str
+    out: Path
+    source: Path | None
+
+    def check(self) -> None:
+        """Nothing: the request knows the name of its output."""
+
+    def write(self) -> Sequence[str]:
+        from adapterkit.serving.handover import write_handover
+
+        found = write_handover(self.out, self.server, beside=self.source)
+        start = f"ollama create NAME -f {found.path}" if self.server == "ollama" else found.path
+        return (*found.notes, f"{found.path} written; start it with: {start}")
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A provenance statement. Inputs on the Hub are named by the record."""
+
+    out: Path
+    inputs: tuple[str, ...]
+
+    def check(self) -> None:
+        """Nothing: the record that it is made from is written with the output."""
+
+    def write(self) -> Sequence[str]:
+        from adapterkit.provenance.attest import attest
+
+        return (f"attested in {attest(self.out, self.inputs, strict=False).path}",)
+
+
+def beside_of(request: Any, inputs: Iterable[object], *, source: Path | None = None) -> tuple[Beside, ...]:
+    """What a request asks for next to its output.
+
+    Args:
+        inputs: what the output is made from, for the statement.
+        source: a folder with the model's ``generation_config.json``.
+    """
+    out = request.target
+    if out is None:
+        return ()
+    found: list[Beside] = []
+    if getattr(request, "mmproj", None) is not None:
+        found.append(Tower(Path(request.mmproj), out, request.force))
+    if getattr(request, "server", None) is not None:
+        found.append(Loader(request.server, out, source))
+    if request.attest:
+        here = [str(ref) for ref in inputs if ref is not None and (os.path.exists(str(ref)) or "/" not in str(ref))]
+        found.append(Statement(out, tuple(here)))
+    return tuple(found)

@@ -1,0 +1,122 @@
+"""An adapter that is computed slot by slot, as a stage of a job: what combine, extract and resize have in common."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.adapters.adapter import WEIGHTS
+from adapterkit.adapters.write_peft import Extras, FactorStore, adapter_tensors, config_json
+from adapterkit.checkpoint.folder import ADAPTER_CONFIG
+from adapterkit.checkpoint.plan import Plan, plan_file
+from adapterkit.checkpoint.write import Room, Writing, identity
+from adapterkit.dtypes import F32
+from adapterkit.verbs.ordered import in_order
+from adapterkit.verbs.report import ModuleRank
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.factors import Slot
+    from adapterkit.checkpoint.files import Source
+    from adapterkit.dtypes import DType
+    from adapterkit.ops.lowrank import Truncated
+    from adapterkit.verbs.job import Recorder
+
+ESTIMATED = "ranks and errors are known when the factors are computed; the size is the most that it can be"
+
+
+@dataclass(frozen=True)
+class FactorWork:
+    """How an adapter is computed.
+
+    Attributes:
+        slots: in the order of the file.
+        sizes: bytes that each reads, for progress.
+        compute: of a slot: the rank it had (0 where it had none) and its deltas as factors, one per expert; None where
+            nothing is left of it.
+        extras: what goes in beside the factors of these slots.
+        config: every field of the config but the ranks.
+        bound: the largest rank that a slot can come out with.
+        sources: the files that are read.
+        request: what was asked for, for the plan.
+        record: what writes ``adapterkit.json``.
+        dtype, own_ranks: see the request.
+    """
+
+    slots: Sequence[Slot]
+    sizes: Sequence[int]
+    compute: Callable[[Slot], tuple[int, Sequence[Truncated]] | None]
+    extras: Callable[[Sequence[Slot]], Extras]
+    config: Callable[[Sequence[Slot], Extras], Mapping[str, Any]]
+    bound: Callable[[Slot], int]
+    sources: tuple[Source, ...]
+    request: Mapping[str, Any] = field(default_factory=dict)
+    record: Recorder | None = None
+    dtype: DType = F32
+    own_ranks: bool = False
+
+    def plan(self) -> Plan:
+        """An upper bound of what will be written, from headers alone."""
+        bounds = {slot: max(1, self.bound(slot)) for slot in self.slots}
+        ranks = bounds if self.own_ranks else dict.fromkeys(bounds, max(bounds.values(), default=1))
+        tensors = adapter_tensors(ranks, Extras(), self.dtype, _unread)
+        made = plan_file(WEIGHTS, tensors, {"format": "pt"})
+        return Plan(made.files, made.metadata, made.peak_memory, {}, {**self.request, "staged": True})
+
+    def stage(self, out: Path | None) -> Callable[[Room], Writing]:
+        """The function that computes the factors and gives what is to be written."""
+
+        def run(room: Room) -> Writing:
+            return self._run(room, out or Path())
+
+        return run
+
+    def _run(self, room: Room, out: Path) -> Writing:
+        store = FactorStore(room.folder, identity(self.plan(), self.sources), resume=room.resume)
+        reused = len(store.rows)
+        todo = [at for at, slot in enumerate(self.slots) if slot.parameter not in store.rows]
+
+        def work(at: int) -> tuple[int, tuple[int, Sequence[Truncated]] | None]:
+            return at, self.compute(self.slots[at])
+
+        for at, found in in_order(work, todo, room.jobs, [self.sizes[at] for at in todo], room.progress):
+            if found is not None:
+                before, cuts = found
+                slot = self.slots[at]
+                store.add(slot, [cut.factors for cut in cuts], asdict(module_rank(slot, cuts, before)))
+        used = [slot for slot in self.slots if slot.parameter in store.rows]
+        extras = self.extras(used)
+        ranks = store.ranks(used, own=self.own_ranks)
+        config = config_json(self.config(used, extras), ranks)
+        tensors = adapter_tensors(ranks, extras, self.dtype, store.read)
+        plan = plan_file(WEIGHTS, tensors, {"format": "pt"})
+        rows = tuple(_row(store.rows[slot.parameter]) for slot in used)
+        side = {**extras.side, ADAPTER_CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
+        carried = (*extras.whole, *extras.tokens)
+        facts = {"config": config, "modules": rows, "carried": carried, "extras": extras, "known": reused}
+        handles = {tensor.name: tensor for tensor in tensors}
+        return Writing(plan, handles, self.sources, out, side, self.record, facts=facts, close=store.close)
+
+
+def module_rank(slot: Slot, found: Sequence[Truncated], before: int = 0) -> ModuleRank:
+    """A row of the table: what was kept of a module, experts taken together."""
+    total = sum(one.norm**2 for one in found)
+    lost = sum(one.error**2 for one in found)
+    return ModuleRank(
+        slot.parameter,
+        slot.shape,
+        max(one.rank for one in found),
+        total**0.5,
+        (lost / total) ** 0.5 if total else 0.0,
+        before,
+    )
+
+
+def _row(said: Mapping[str, Any]) -> ModuleRank:
+    return ModuleRank(**{**said, "shape": tuple(said["shape"])})
+
+
+def _unread(slot: Slot) -> Any:
+    raise AssertionError(f"{slot.parameter} of a plan was read")

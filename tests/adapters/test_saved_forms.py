@@ -1,0 +1,192 @@
+"""Adapters as trainers save them: keys with wrappers in them, files in shards, fields of their own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from models import edit_config, plain_adapter, plain_base, read_tensors, write_adapter
+
+import adapterkit
+from adapterkit.adapters.keys import plain_keys
+from adapterkit.adapters.load import load_adapter
+from adapterkit.errors import AdapterError, NotFound, UnsafeError
+from adapterkit.lint.folders import check_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_forward_module")
+
+
+def _below(wrapper: str, module: str) -> Callable[[str], str]:
+    return lambda key: key.replace(f".{module}.", f".{module}.{wrapper}.")
+
+
+def _in_front(lead: str) -> Callable[[str], str]:
+    return lambda key: lead + key
+
+
+FORMS: dict[str, Callable[[str], str]] = {
+    **{f"{name} below a layer": _below(name, "self_attn") for name in INSIDE},
+    **{f"{name} below a linear": _below(name, "q_proj") for name in INSIDE},
+    **{f"{name} in front": _in_front(f"{name}.") for name in INSIDE},
+    **{f"{name} inside": lambda key, name=name: key.replace("model.", f"model.{name}.", 1) for name in INSIDE},
+    "module in front": _in_front("module."),
+    "module twice": _in_front("module.module."),
+    "compiled data parallel": _in_front("module._orig_mod."),
+    "module inside": lambda key: key.replace("base_model.model.", "base_model.model.module.", 1),
+    "value head": _in_front("pretrained_model."),
+    "training class": _in_front("model."),
+    "prefix twice": _in_front("base_model.model."),
+    "no prefix": lambda key: key.removeprefix("base_model.model."),
+    "no prefix, module": lambda key: "module." + key.removeprefix("base_model.model."),
+    "names of adapters": lambda key: key.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."),
+}
+KEYS = [
+    f"base_model.model.model.layers.{layer}.{module}.lora_{side}.weight"
+    for layer in (0, 1)
+    for module in ("self_attn.q_proj", "mlp.up_proj")
+    for side in "AB"
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_the_keys_means_the_same(form: str) -> None:
+    found, notes = plain_keys({FORMS[form](key): key for key in KEYS}, "file")
+    assert found == {key.removeprefix("base_model.model."): key for key in KEYS}
+    assert notes  # what was dropped is said
+
+
+def test_keys_as_peft_writes_them_need_no_note() -> None:
+    found, notes = plain_keys(dict.fromkeys(KEYS), "file")
+    assert set(found) == {key.removeprefix("base_model.model.") for key in KEYS}
+    assert notes == ()
+
+
+def test_a_module_called_module_is_kept_where_others_are_beside_it() -> None:
+    keys = ["base_model.model.module.fc.lora_A.weight", "base_model.model.head.lora_A.weight"]
+    assert set(plain_keys(dict.fromkeys(keys), "file")[0]) == {"module.fc.lora_A.weight", "head.lora_A.weight"}
+
+
+def test_two_keys_that_become_one_are_refused() -> None:
+    with pytest.raises(AdapterError, match=r"two tensors for 'model.layers.0.self_attn.q_proj.lora_A.weight'"):
+        plain_keys(dict.fromkeys([KEYS[0], "_orig_mod." + KEYS[0]]), "file")
+
+
+def test_wrapped_keys_merge_as_plain_ones(tmp_path: Path) -> None:
+    base = plain_base(tmp_path / "base")
+    adapter = plain_adapter(tmp_path / "a", base)
+    wrapped = {f"module._orig_mod.{key}": value for key, value in read_tensors(adapter).items()}
+    other = write_adapter(tmp_path / "b", wrapped)
+    adapterkit.merge(base, [adapter], tmp_path / "one")
+    report = adapterkit.merge(base, [other], tmp_path / "two")
+    one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    assert any("_orig_mod (torch.compile)" in note and "module" in note for note in report.notes)
+
+
+# ------------------------------------------------------------------ shards
+
+
+def split(adapter: Path, shards: int = 3, lead: str = "") -> dict[str, str]:
+    """The adapter's file in several, with an index, as transformers' ``model.save_pretrained(max_shard_size=)`` does."""
+    from safetensors.torch import save_file
+
+    tensors = read_tensors(adapter)
+    (adapter / "adapter_model.safetensors").unlink()
+    where = {}
+    for at in range(shards):
+        file = f"adapter_model-{at + 1:05d}-of-{shards:05d}.safetensors"
+        part = {name: tensors[name] for name in sorted(tensors)[at::shards]}
+        save_file(part, adapter / file, metadata={"format": "pt"})
+        where.update(dict.fromkeys(part, lead + file))
+    write_index(adapter, where)
+    return where
+
+
+def write_index(adapter: Path, where: dict[str, str]) -> None:
+    index = {"metadata": {"total_size": 1}, "weight_map": where}
+    (adapter / "adapter_model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> tuple[Path, Path, Path]:
+    base = plain_base(tmp_path / "base")
+    whole = plain_adapter(tmp_path / "whole", base)
+    shutil.copytree(whole, tmp_path / "a")
+    split(tmp_path / "a")
+    return base, whole, tmp_path / "a"
+
+
+@pytest.mark.parametrize("lead", ["", "./"])
+def test_a_sharded_adapter_merges_as_a_whole_one(sharded: tuple[Path, Path, Path], tmp_path: Path, lead: str) -> None:
+    base, whole, adapter = sharded
+    if lead:
+        shutil.rmtree(adapter)
+        shutil.copytree(whole, adapter)
+        split(adapter, lead=lead)
+    adapterkit.merge(base, [whole], tmp_path / "one")
+    adapterkit.merge(base, [adapter], tmp_path / "two")
+    one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    assert len(load_adapter(adapter).sources) == 3
+    assert not [problem for problem in check_folder(adapter) if problem.code == "no-weights"]
+
+
+def test_a_shard_that_changed_is_another_input(sharded: tuple[Path, Path, Path]) -> None:
+    base, _, adapter = sharded
+    before = adapterkit.plan_merge(base, [adapter]).plan.inputs
+    last = adapter / "adapter_model-00003-of-00003.safetensors"
+    last.write_bytes(last.read_bytes()[:8] + last.read_bytes()[8:].replace(b'"pt"', b'"tp"'))
+    assert adapterkit.plan_merge(base, [adapter]).plan.inputs != before
+
+
+def test_a_sharded_adapter_converts_to_one_file(sharded: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    _, whole, adapter = sharded
+    adapterkit.convert(adapter, tmp_path / "out", to="peft")
+    found, want = read_tensors(tmp_path / "out"), read_tensors(whole)
+    assert set(found) == set(want)
+    assert all(found[name].equal(want[name]) for name in want)
+
+
+def test_a_missing_shard_is_named(sharded: tuple[Path, Path, Path]) -> None:
+    _, _, adapter = sharded
+    (adapter / "adapter_model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(NotFound, match=r"lacks adapter_model-00002-of-00003.safetensors, one of the 3 files"):
+        load_adapter(adapter)
+
+
+def test_an_index_that_leads_elsewhere_is_refused(sharded: tuple[Path, Path, Path]) -> None:
+    _, _, adapter = sharded
+    write_index(adapter, {"x": "../base/model.safetensors"})
+    with pytest.raises(UnsafeError, match="out of its folder"):
+        load_adapter(adapter)
+
+
+# ------------------------------------------------------------------ fields of other trainers
+
+OTHERS: list[dict[str, Any]] = [
+    {"lora_dtype": "float32", "lorap_lr_ratio": None, "lorap_emb_lr": 1e-6},
+    {"lorap_lr_ratio": 16.0, "lorap_emb_lr": 1e-6, "model_key_mapping": {"arch_name": "llama"}},
+    {"nvfp4_merge_aware": {"scale_mode": "fresh", "encoder": "torchao-0.16"}},
+    {"enable_lora": None, "merge_weights": True},
+    {"auto_mapping": {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True}},
+]
+
+
+@pytest.mark.parametrize("fields", OTHERS, ids=lambda fields: next(iter(fields)))
+def test_fields_about_training_do_not_stop_a_merge(tmp_path: Path, fields: dict[str, Any]) -> None:
+    base = plain_base(tmp_path / "base", layers=1)
+    adapter = edit_config(plain_adapter(tmp_path / "a", base), **fields)
+    assert adapterkit.plan_merge(base, [adapter], fingerprints=False).folded.touched
+
+
+def test_a_field_that_may_change_the_formula_stops_it(tmp_path: Path) -> None:
+    base = plain_base(tmp_path / "base", layers=1)
+    adapter = edit_config(plain_adapter(tmp_path / "a", base), enable_lora=[True, False, True])
+    with pytest.raises(AdapterError, match="enable_lora"):
+        adapterkit.plan_merge(base, [adapter], fingerprints=False)
