@@ -69,7 +69,7 @@ def _same(one: Any, other: Any) -> bool:
 
 # Fields that say how a model was trained, stored, saved or is sampled from, and shapes that the tensors say themselves.
 _HARMLESS_WORDS = """
-_name_or_path name_or_path architectures model_type auto_map transformers_version torch_dtype dtype
+_name_or_path name_or_path _sliding_window_pattern architectures model_type auto_map transformers_version torch_dtype dtype
 _attn_implementation _attn_implementation_autoset attn_implementation _flash_attn_2_enabled use_flash_attn
 use_cache use_cache_quantization use_cache_kernel return_dict output_attentions output_hidden_states torchscript
 pruned_heads chunk_size_feed_forward is_encoder_decoder is_decoder cross_attention_hidden_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import CheckpointError
+from adapterkit.errors import CheckpointError, TargetError
 from adapterkit.gguf.arch.ops import ByGroup, Each, Interleave, RotaryHalves, Split, Stack
 from adapterkit.gguf.arch.rope import DIVISORS, divisors, original_context
 from adapterkit.gguf.arch.shared import (
@@ -88,11 +88,30 @@ def _no_cap(config: Config) -> None:
         raise CheckpointError(f"{config.ref}: llama.cpp's gemma3 has no soft cap on attention", "give a gemma2")
 
 
+def _both_kinds(config: Config) -> None:
+    """llama.cpp stops at an encoder of layers that are all of one kind: it has a mask for each and uses one."""
+    _no_cap(config)
+    said = window_pattern(config)
+    found = said if said is not None else [(i + 1) % 6 != 0 for i in range(config.number("layers"))]
+    if len(set(found)) < 2:
+        raise TargetError(
+            f"{config.ref}: all of its layers are {'sliding' if all(found) else 'full'}_attention, and llama.cpp stops at a "
+            "gemma-embedding without both kinds",
+            "run it with transformers",
+        )
+
+
 def _gemma3_window(config: Config) -> int | None:
     if config.get("sliding_window_pattern") == 1:
         return None
     found = config.get("sliding_window")
     return None if found is None else int(found)
+
+
+def _gemma3_kinds(values: Mapping[str, Any], config: Mapping[str, Any], base: Any) -> dict[str, Any]:
+    from adapterkit.gguf.arch.fields import MORE
+
+    return MORE["gemma3_text"](values, config, base)
 
 
 def _phi_window(config: Config) -> int:
@@ -329,6 +348,32 @@ SPECS = (
         ),
         types=("gemma3",),
         check=_no_cap,
+    ),
+    # Gemma 3 whose tokens see each other both ways: EmbeddingGemma.
+    ArchSpec(
+        "gemma-embedding",
+        ("Gemma3TextModel",),
+        "gemma3_embedding",
+        plus_one((*EMBEDDINGS, *FOUR_NORMS, *attention(), *MLP, *QK_NORMS)),
+        (
+            Key("context_length", "max_position_embeddings", 131072),
+            Key("attention.head_count", "num_attention_heads", 8),
+            Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", 1e-6),
+            *_HEAD_SIZES,
+            Key("rope.freq_base", lambda c: float(c.rope.get("rope_theta", 1e6))),
+            Key("attention.sliding_window", "sliding_window", needed=True),
+            unusual_pattern(6),
+            Key("attention.head_count_kv", "num_key_value_heads", 4),
+        ),
+        variant=lambda c: None if c.get("use_bidirectional_attention", default=False) else "gemma3_text",
+        check=_both_kinds,
+        defaults={
+            "model_type": "gemma3_text",
+            "architectures": ["Gemma3TextModel"],
+            "use_bidirectional_attention": True,
+        },
+        back=_gemma3_kinds,
+        encoder=True,
     ),
     ArchSpec(
         "phi2",

@@ -7,7 +7,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.gguf.arch.config import single
-from adapterkit.gguf.arch.hyper import POOLING
+from adapterkit.gguf.arch.pooling import POOLING
 
 if TYPE_CHECKING:
     Values = Mapping[str, Any]
@@ -472,8 +472,10 @@ MORE: dict[str, Callable[[Values, Values, Any], dict[str, Any]]] = {
     "mamba2": _mamba2,
     "jamba": _jamba,
     "bert": _bert,
+    "bert_classifier": _bert,
     "distilbert": _distilbert,
     "modernbert": _modernbert,
+    "modernbert_classifier": _modernbert,
     "roberta": _roberta,
     "cohere": _cohere,
     "cohere2": _cohere,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import CheckpointError
 from adapterkit.gguf.arch.config import ALIASES, Config, _head_dim
+from adapterkit.gguf.arch.pooling import MODULES, pooling
 from adapterkit.gguf.arch.rope import kind_of, scaling
 from adapterkit.gguf.metadata import Entry, array, boolean, f32, text, u32
 from adapterkit.gguf.reader import BOOL, F32, I32, STRING
@@ -52,10 +53,10 @@ REALS = frozenset(
         "xielu.eps",
     )
 )
+POOLED = "pooling_type"
 ROPE_BASE = 10000.0  # what llama.cpp takes where a file does not say it
 UNPREFIXED = ("xielu.",)  # keys that llama.cpp names without the architecture
 GATING = {"softmax": 1, "sigmoid": 2, "sqrtsoftplus": 4}  # llama.cpp's ExpertGatingFuncType
-POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}
 
 
 def hyperparameters(spec: ArchSpec, config: Config) -> dict[str, Any]:
@@ -86,6 +87,10 @@ def hyperparameters(spec: ArchSpec, config: Config) -> dict[str, Any]:
         if value is not None:
             found.pop(key.name, None)
             found[key.name] = value
+    if POOLED not in found and MODULES in config.files:
+        kind = pooling(config)
+        if kind is not None:
+            found[POOLED] = kind
     return found
 
 

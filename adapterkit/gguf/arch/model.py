@@ -15,6 +15,7 @@ from adapterkit.gguf.arch.contract import held, unread
 from adapterkit.gguf.arch.hyper import hyper_entries, hyperparameters
 from adapterkit.gguf.arch.mapping import EMBEDDING, Mapped
 from adapterkit.gguf.arch.mxfp4 import Repacked, repacked
+from adapterkit.gguf.arch.pooling import left_out
 from adapterkit.gguf.arch.rope import scaling
 from adapterkit.gguf.arch.table import spec_of
 from adapterkit.gguf.arch.ties import mapper_of
@@ -144,7 +145,7 @@ def as_gguf(
             tensors = {one.tensor: Constant(one.tensor, factors), **tensors}
     notes = held(spec, read, approximate)
     values = hyperparameters(spec, read) | _scalars(view, mapper)
-    notes = (*notes, *tie_note(mapper), *scaling(spec, read).notes, *unread(read))
+    notes = (*notes, *tie_note(mapper), *scaling(spec, read).notes, *left_out(read), *unread(read))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     label = size_label(shapes, _first(values.get("expert_count")))
     entries = [*general(base, adapters, files or {}, label, spec.arch), *hyper_entries(spec.arch, values)]
