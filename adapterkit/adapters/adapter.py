@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.folder import ADAPTER_WEIGHTS
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from adapterkit.adapters.config import AdapterConfig
+    from adapterkit.adapters.names import Names
     from adapterkit.checkpoint.checkpoint import SideFile
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.tensor import Tensor
@@ -42,6 +43,19 @@ class Adapter:
     commit: str | None = None
     notes: tuple[str, ...] = field(default=())
     shards: tuple[Source, ...] = field(default=())
+
+    @property
+    def needs_names(self) -> bool:
+        """Whether only the base says which modules its tensors belong to."""
+        return False
+
+    def fitted(self, names: Names, config: Mapping[str, Any]) -> Adapter:
+        """The adapter with the module names of a base, for files that have names of their own.
+
+        Args:
+            names, config: of the base.
+        """
+        return self
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -148,6 +148,7 @@ def adapter_edits(
         TargetError: a tensor has no target, or the shapes do not fit.
         AdapterError, UnsupportedAdapter: see `check_config`.
     """
+    adapter = adapter.fitted(names, config)
     if adapter.config.get(PARTS):
         adapter = fitting_part(adapter, names, config)
     if adapter.config.get(FLAT):

@@ -31,8 +31,8 @@ def side_files(
     brought = [adapter for adapter in adapters if any("token" in file.name for file in adapter.side_files)]
     if brought:
         kept = brought[0]
-        for name in _STALE:
-            files.pop(name, None)
+        for name in [name for name in files if name in _STALE or (_is_template(name) and _brings_template(kept))]:
+            del files[name]
         files.update({file.name: file.bytes() for file in kept.side_files})
         notes.append(f"tokenizer taken from {kept.ref}")
         if len(brought) > 1:
@@ -41,6 +41,28 @@ def side_files(
     if config != base.config:
         files["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     return files, notes
+
+
+def _is_template(name: str) -> bool:
+    return name.startswith(("chat_template.", "additional_chat_templates/"))
+
+
+def _brings_template(adapter: Adapter) -> bool:
+    """Whether an adapter has a chat template of its own, in a file or in its tokenizer's settings.
+
+    transformers reads a template's own file before the settings, so the base's file would win over the adapter's words.
+    """
+    for file in adapter.side_files:
+        if _is_template(file.name):
+            return True
+        if file.name == "tokenizer_config.json":
+            try:
+                found = json.loads(file.bytes())
+            except ValueError:
+                continue
+            if isinstance(found, dict) and found.get("chat_template"):
+                return True
+    return False
 
 
 def patched_config(

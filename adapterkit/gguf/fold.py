@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from adapterkit.adapters.bound_rule import BoundRule
     from adapterkit.adapters.fidelity import Through
     from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.gguf.metadata import Entry
     from adapterkit.gguf.names import GGUFNames
+    from adapterkit.gguf.reader import GGUFHeader
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,31 @@ def fold_gguf(
     tensors = {name: t if name in touched else base[name] for name, t in folded.checkpoint.items()}
     found = typed(tensors, base, quantization or Quantization(), folded.touched, drowned)
     written = replace(folded.checkpoint, tensors={tensor.name: tensor for tensor in found.tensors})
-    layout = FileLayout(found.tensors, found.entries, base.header.alignment, base.sources[0])
-    return GGUFFolded(folded, written, layout, found.notes)
+    entries, said = with_template(found.entries, base.header, adapters)
+    layout = FileLayout(found.tensors, entries, base.header.alignment, base.sources[0])
+    return GGUFFolded(folded, written, layout, (*found.notes, *said))
+
+
+def with_template(
+    entries: Sequence[Entry], header: GGUFHeader, adapters: Sequence[Adapter]
+) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+    """The key-values with the chat template that an adapter was trained with, in place of the base's, and notes.
+
+    Raises:
+        CheckpointError: the template does not parse.
+    """
+    from adapterkit.gguf.vocab import templates
+    from adapterkit.gguf.vocab.sources import Sources
+
+    for adapter in adapters:
+        files = {file.name: file.bytes() for file in adapter.side_files}
+        found = templates.templates(Sources(files, {}))
+        if found.get(templates.DEFAULT) in (None, templates.of_header(header).get(templates.DEFAULT)):
+            continue
+        own = {one.key: one for one in templates.entries(found)}
+        kept = [one for one in entries if not one.key.startswith(templates.TEMPLATE)]
+        return (*kept, *own.values()), (f"chat template taken from {adapter.ref}",)
+    return tuple(entries), ()
 
 
 def fold_values(

@@ -232,6 +232,8 @@ def lora_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name in tensors:
+        if name.endswith("_norm.weight"):  # llama.cpp reads over them
+            continue
         stem = name.removesuffix(A).removesuffix(B)
         if stem == name or stem + A not in tensors or stem + B not in tensors:
             raise UnsupportedAdapter(f"'{name}' is no pair of LoRA factors", "convert the adapter again")

@@ -233,9 +233,9 @@ def in_expert_order(adapter: Ref | Adapter, order: str | None) -> Adapter:
     """An adapter, opened, with its experts in the order that the user names."""
     from adapterkit.adapters.adapter import Adapter as Opened
     from adapterkit.adapters.experts import in_order as ordered
-    from adapterkit.adapters.load import load_adapter
+    from adapterkit.bases import open_adapter
 
-    opened = adapter if isinstance(adapter, Opened) else load_adapter(adapter)
+    opened = adapter if isinstance(adapter, Opened) else open_adapter(adapter)
     return ordered(opened, order)
 
 
