@@ -5,6 +5,7 @@ AdapterkitError                    exit 1   anything below; one sentence: what, 
 ├── AdapterError                   exit 1   an adapter that is damaged, incomplete or not understood
 │   └── UnsupportedAdapter         exit 1   understood, and not mergeable: the sentence gives the way out
 ├── TargetError                    exit 1   adapter and base do not fit together
+├── OutOfMemory                    exit 1   memory ran out, or would
 ├── OutputError                    exit 1   the result cannot be written where it was asked for
 ├── RegistryError                  exit 1   a record, blob, alias or bundle that is damaged or not understood
 ├── UsageError                     exit 2   arguments that contradict each other
@@ -53,6 +54,10 @@ class TargetError(AdapterkitError):
     """Adapter and base do not fit together."""
 
 
+class OutOfMemory(AdapterkitError, MemoryError):
+    """Memory ran out, or would: a limit of the machine, the container or the process is too small."""
+
+
 class OutputError(AdapterkitError):
     """The result cannot be written where it was asked for."""
 
@@ -99,3 +104,40 @@ class NotFound(AdapterkitError):
     """A file, a name or a repository that does not exist."""
 
     exit_code = 7
+
+
+_NO_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "failed to map segment",
+    "can't start new thread",
+    "unable to allocate",
+    "pthread_create failed",
+)
+
+
+def no_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, says that memory or room for threads ran out.
+
+    Libraries say it in their own ways: torch by a RuntimeError, the loader of shared libraries by an ImportError.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == 12):  # ENOMEM
+            return True
+        if not isinstance(error, AdapterkitError) and any(text in str(error).lower() for text in _NO_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def out_of_memory(error: BaseException, limit: str = "") -> OutOfMemory:
+    """The one sentence about memory that ran out; ``limit`` says who allows how much, where that is known."""
+    said = " ".join(str(error).split())[:120]
+    return OutOfMemory(
+        f"memory ran out ({type(error).__name__}{': ' + said if said else ''}{'; ' + limit if limit else ''})",
+        "give fewer jobs, or raise the limit of this process or container",
+    )

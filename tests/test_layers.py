@@ -304,7 +304,7 @@ TABLES = (
     "adapterkit.ops.rules",
     "adapterkit.codecs.table",
     "adapterkit.registry.record",
-    "adapterkit.adapters.formats.kohya",
+    "adapterkit.adapters.formats.parts",
 )
 
 

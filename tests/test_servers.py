@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from gguf import GGUFReader
@@ -19,7 +20,7 @@ from models import make_adapter, peft_merged, plain_adapter, plain_base, read_te
 
 from adapterkit.adapters.load import load_adapter
 from adapterkit.checkpoint.open import open_checkpoint
-from adapterkit.cli import main
+from adapterkit.cli import app, main
 from adapterkit.provenance.register import register
 from adapterkit.serving import servers as package
 from adapterkit.serving.expectations import expected
@@ -87,6 +88,13 @@ def test_a_server_is_one_file(
     assert found["toy-rslora"]["message"] == "toy, rsLoRA scaling: wrong: it divides by r [toy docs]"
     assert found["toy-rslora"]["hint"] == f"convert {adapter} --base {base}"
     assert found["toy-rank_4"]["level"] == "warning"
+
+    for verb in ("merge", "convert", "check"):  # and it is one of the choices
+        command = app.get_command(click.Context(app), verb)
+        assert command is not None
+        (option,) = [one for one in command.params if "--for" in one.opts]
+        shown = [one.value for one in option.shell_complete(click.Context(command), "to")]
+        assert shown == ["toy"], verb
 
     monkeypatch.setenv("ADAPTERKIT_HOME", str(tmp_path / "home"))
     register(adapter, "support")

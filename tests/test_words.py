@@ -10,9 +10,6 @@ import adapterkit
 
 ROOT = Path(adapterkit.__file__).parent
 
-# Renamed with the form of requests and recipes.
-WAITING = {"Output", "Verification"}
-
 
 def twice(files: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     """Public class names that are defined more than once in ``(file, text)`` pairs, with the files."""
@@ -26,7 +23,7 @@ def twice(files: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
 def test_no_public_class_name_is_defined_twice() -> None:
     found = twice((str(file.relative_to(ROOT)), file.read_text()) for file in sorted(ROOT.rglob("*.py")))
-    assert {name: files for name, files in found.items() if name not in WAITING} == {}
+    assert found == {}
 
 
 def test_a_name_that_is_defined_twice_is_seen() -> None:

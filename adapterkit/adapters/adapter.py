@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from adapterkit.adapters.config import AdapterConfig
+    from adapterkit.adapters.formats.contents import Contents
     from adapterkit.adapters.names import Names
     from adapterkit.checkpoint.checkpoint import SideFile
     from adapterkit.checkpoint.files import Source
@@ -33,6 +34,9 @@ class Adapter:
         commit: the Hub commit it was read from.
         notes: what a user should know about how it was read.
         shards: the other weight files, where it has several.
+        contents: of a single file, its modules before a base is known.
+        only: parts of a pipeline that were asked for by name.
+        left: what of it was left out, and why.
     """
 
     ref: str
@@ -43,6 +47,9 @@ class Adapter:
     commit: str | None = None
     notes: tuple[str, ...] = field(default=())
     shards: tuple[Source, ...] = field(default=())
+    contents: Contents | None = field(default=None, repr=False, compare=False)
+    only: tuple[str, ...] = ()
+    left: tuple[str, ...] = ()
 
     @property
     def needs_names(self) -> bool:

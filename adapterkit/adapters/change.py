@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Literal
 
 from adapterkit.checkpoint.tensor import Renamed
 from adapterkit.errors import AdapterError
@@ -63,6 +63,18 @@ class Kernel(ABC):
     def new(self, w: torch.Tensor, rows: range) -> torch.Tensor:
         """W' for ``rows``, given those rows of W; float32 ``[len(rows), columns]`` in and out."""
 
+    def on(self, w: torch.Tensor, v: torch.Tensor, rows: range) -> torch.Tensor:
+        """What the change makes of ``v``, to which other adapters brought ``w``; see `adapterkit.adapters.composed`."""
+        return v + (self.new(w, rows) - w)
+
+
+Composition = Literal["sum", "after", "before", "scaled", "alone"]
+SUM: Final = "sum"
+AFTER: Final = "after"
+BEFORE: Final = "before"
+SCALED: Final = "scaled"
+ALONE: Final = "alone"
+
 
 @dataclass(frozen=True)
 class Change:
@@ -77,6 +89,8 @@ class Change:
         stored: the one tensor of the adapter that holds the change, when one does.
         factors: for a plain low-rank change its two factors as stored, each with whether it is stored transposed,
             and ``scale``.
+        composes: how it goes together with another adapter's change of the same parameter; see
+            `adapterkit.adapters.composed`.
     """
 
     how: str
@@ -87,6 +101,7 @@ class Change:
     stored: Tensor | None = None
     factors: tuple[tuple[Tensor, bool], ...] = ()
     scale: float = 1.0
+    composes: Composition = SUM
 
 
 class RowMap(Kernel):

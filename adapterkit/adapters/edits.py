@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import replace
-from adapterkit.adapters.config import COMMON_FIELDS, FLAT, PARTS
+from adapterkit.adapters.config import COMMON_FIELDS
 from adapterkit.adapters.heads import ADDED, may_resize
 from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module
 from adapterkit.adapters.methods import METHODS, UNMERGEABLE
@@ -120,18 +120,22 @@ def _unwrapped(path: str) -> tuple[str, int]:
     return ".".join(part for part in parts if part != WRAPPED), depth
 
 
-def fitting_part(adapter: Adapter, names: Names | None, config: Mapping[str, Any]) -> Adapter:
-    """Of an adapter for several parts of a pipeline, the one that fits the base with these ``names``, or the only one.
+def settle(adapter: Adapter, names: Names | None, config: Mapping[str, Any]) -> Adapter:
+    """An adapter of a single file as it goes onto the base with these ``names``; any other as it is.
 
     Raises:
-        TargetError, UsageError: see `adapterkit.adapters.formats.parts.selected`.
+        TargetError, UsageError: see `adapterkit.adapters.formats.parts.settled`.
     """
-    from adapterkit.adapters.formats.parts import selected
+    if adapter.contents is None:
+        return adapter
+    from adapterkit.adapters.formats.parts import settled
 
     if names is None:
-        return selected(adapter, None)
+        return settled(adapter, None)
     # What a user has to allow is asked when the part is merged.
-    return selected(adapter, lambda part: adapter_edits(part, names, config, residual_base=True, allow_unknown=True))
+    return settled(
+        adapter, names, lambda part: adapter_edits(part, names, config, residual_base=True, allow_unknown=True)
+    )
 
 
 def adapter_edits(
@@ -148,13 +152,7 @@ def adapter_edits(
         TargetError: a tensor has no target, or the shapes do not fit.
         AdapterError, UnsupportedAdapter: see `check_config`.
     """
-    adapter = adapter.fitted(names, config)
-    if adapter.config.get(PARTS):
-        adapter = fitting_part(adapter, names, config)
-    if adapter.config.get(FLAT):
-        from adapterkit.adapters.formats.kohya import unflattened
-
-        adapter = unflattened(adapter, names)
+    adapter = settle(adapter.fitted(names, config), names, config)
     method = check_config(adapter, residual_base=residual_base, allow_unknown=allow_unknown)
     if not adapter.tensors:
         raise AdapterError(f"{adapter.source.name} holds no tensors", "save the adapter again")

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapterkit.adapters.change import Weights
-from adapterkit.adapters.config import FLAT, PARTS
-from adapterkit.adapters.edits import WRAPPED, adapter_edits, check_config, fitting_part, group_modules, is_shared
+from adapterkit.adapters.edits import WRAPPED, adapter_edits, check_config, group_modules, is_shared, settle
 from adapterkit.adapters.linear import linear_modules
 from adapterkit.adapters.merged import StoredWeights
 from adapterkit.adapters.method import Context
@@ -193,14 +192,7 @@ def take_apart(
     """
     if base is not None and names is None:
         names = Names(base.shapes, base.config)
-    if adapter.config.get(PARTS):
-        adapter = fitting_part(adapter, names, {} if base is None else base.config)
-    if adapter.config.get(FLAT):
-        from adapterkit.adapters.formats.kohya import unflattened
-
-        if names is None:
-            raise UsageError(f"{adapter.ref} names modules without dots, which only a base can tell", "add --base BASE")
-        adapter = unflattened(adapter, names)
+    adapter = settle(adapter, names, {} if base is None else base.config)
     method = check_config(adapter, residual_base=residual_base, allow_unknown=allow_unknown)
     config: Mapping[str, Any] = {} if base is None else base.config
     if base is None:

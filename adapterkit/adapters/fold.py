@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import Checked
-from adapterkit.adapters.edits import adapter_edits
+from adapterkit.adapters.composed import composed_edits, separate_note
+from adapterkit.adapters.edits import adapter_edits, settle
 from adapterkit.adapters.heads import Brought, brought, prefixed
 from adapterkit.adapters.merged import Applied, Loaded, Merged, StoredWeights, merged_columns
 from adapterkit.adapters.names import Names
@@ -94,6 +95,7 @@ def fold(
         raise UsageError(f"{len(factors)} weights for {len(adapters)} adapters", "give one --weight for each adapter")
     base, notes = replicated_base(dequantized(base), adapters)
     names = names or Names(base.shapes, base.config)
+    adapters = [settle(adapter, names, base.config) for adapter in adapters]
 
     def found(base: Checkpoint, names: Names) -> list[Weighted]:
         how = {"residual_base": residual_base, "allow_unknown": allow_unknown}
@@ -116,7 +118,12 @@ def fold(
     settled = settle_ties(edits, names, base, base.config)
     tensors: dict[str, Tensor] = {**base.tensors, **settled.added}
     by_tensor: dict[str, list[Weighted]] = {}
-    for item in settled.edits if rule is None else _ruled(settled.edits, rule):
+    if rule is None:
+        together, order = composed_edits(settled.edits)
+    else:
+        together, order = _ruled(settled.edits, rule), separate_note(settled.edits)
+    notes += order
+    for item in together:
         for name in item.edit.target.tensors:
             by_tensor.setdefault(name, []).append(item)
     added = [name for name in by_tensor if name not in base]
@@ -133,7 +140,7 @@ def fold(
     return Folded(checkpoint, touched, tuple(added), vocab, settled.untied, head, every, settled.flag_off)
 
 
-def _ruled(edits: Sequence[Weighted], rule: BoundRule) -> Sequence[Weighted]:
+def _ruled(edits: Sequence[Weighted], rule: BoundRule) -> tuple[Weighted, ...]:
     from adapterkit.adapters.combined import combined_edits
 
     return combined_edits(edits, rule)

@@ -3,7 +3,7 @@
 transformers replaces modules that are exactly ``nn.Linear`` or ``Conv1D``, but not the output layer, nor what a model
 class keeps in float32, nor what the user listed. Embeddings, routers of a class of their own, stacked experts and the
 projections of ``nn.MultiheadAttention`` stay as they are. The tables say where a two-dimensional ``.weight`` is not a
-linear layer; ``bench/linear.py`` compares them with every module tree that the installed transformers builds.
+linear layer; ``bench/proofs/linear.py`` compares them with every module tree that the installed transformers builds.
 
 Source: transformers 5.23, ``integrations/bitsandbytes.py`` (`replace_with_bnb_linear`), ``quantizers/base.py``
 (`get_keys_to_not_convert`), ``quantizers/quantizers_utils.py`` (`should_convert_module`). Releases 4.x also replaced

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.adapter import WEIGHTS, Adapter
-from adapterkit.adapters.config import PARTS, AdapterConfig
+from adapterkit.adapters.config import AdapterConfig
 from adapterkit.adapters.experts import order_notes
 from adapterkit.adapters.formats import mlx
 from adapterkit.adapters.keys import plain_keys
@@ -49,6 +50,8 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
         AuthError, HubError: the Hub said so.
     """
     path, parts = file_and_parts(ref)
+    if path.name == WEIGHTS and path.with_name(ADAPTER_CONFIG).is_file():
+        return load_adapter(path.parent)  # PEFT's own file, whose config lies beside it
     if path.is_file() and path.suffix == ".safetensors":
         return _single_file(LocalFile(path, str(ref), loose=True), str(ref), only=parts)
     if is_gguf(path):
@@ -89,37 +92,57 @@ def is_adapter(ref: str | Path) -> bool:
     Raises:
         NotFound, CheckpointError, AuthError, HubError
     """
-    from adapterkit.adapters.formats import diffusers, kohya
-
     path, _ = file_and_parts(ref)
     if path.is_file():
         if path.suffix != ".safetensors":
             return False
+        from adapterkit.adapters.formats.keys import is_single
+
         source = LocalFile(path, str(ref), loose=True)
-        keys = parse_header(source.read, source.size, source.name).tensors
-        return kohya.is_kohya(keys) or diffusers.is_diffusers(keys)
+        return is_single(parse_header(source.read, source.size, source.name).tensors)
     return bool({ADAPTER_CONFIG, PIPELINE_WEIGHTS} & locate(ref, headers_only=True).names)
 
 
 def _single_file(source: Source, ref: str, commit: str | None = None, only: tuple[str, ...] = ()) -> Adapter:
-    """A file that is an adapter by itself, as kohya's scripts, LyCORIS and diffusers write it."""
-    from adapterkit.adapters.formats import diffusers, kohya
-    from adapterkit.adapters.formats.parts import named, selected
+    """A file that is an adapter by itself, whoever wrote it."""
+    from adapterkit.adapters.formats.contents import read_contents
+    from adapterkit.adapters.formats.keys import is_single
+    from adapterkit.adapters.formats.parts import opened
 
     header = parse_header(source.read, source.size, source.name)
     stored = {key: Stored(key, t.dtype, t.shape, source, t.start) for key, t in header.tensors.items()}
-    if kohya.is_kohya(stored):
-        config, tensors = kohya.read_kohya(stored, ref, only)
-        parts = "".join(f", {part or 'one model'}" for part in config.raw.get(PARTS, ()))
-        note = f"read as a kohya or LyCORIS file{parts and f' for {parts[2:]}'}"
-        return Adapter(ref, config, tensors, source, commit=commit, notes=(note,))
-    if diffusers.is_diffusers(stored):
-        config, tensors, notes = diffusers.read_diffusers(stored, header.metadata, ref)
-        adapter = Adapter(ref, config, tensors, source, commit=commit, notes=notes)
-        if only:
-            return named(adapter, only)
-        return adapter if len(config.raw[PARTS]) > 1 else selected(adapter, None)
-    raise AdapterError(f"{ref} has no keys of a single-file adapter", "give the folder with adapter_config.json")
+    if not is_single(stored):
+        raise AdapterError(f"{ref} has no keys of a single-file adapter", "give the folder with adapter_config.json")
+    contents = read_contents(stored, header.metadata, ref)
+    bare = Adapter(ref, AdapterConfig({}, ref), {}, source, commit=commit)
+    adapter = opened(bare, contents, only)
+    return replace(adapter, notes=_told(adapter))
+
+
+def _told(adapter: Adapter) -> tuple[str, ...]:
+    """How a single file was read."""
+    contents = adapter.contents
+    assert contents is not None
+    parts = contents.parts
+    notes = []
+    if any(module.flat for module in contents.modules):
+        several = f" for {', '.join(part or 'one model' for part in parts)}" if len(parts) > 1 else ""
+        notes.append(f"read as a kohya or LyCORIS file{several}")
+    else:
+        counts = {part: sum(len(module.tensors) for module in contents.of(part)) for part in parts}
+        held = ", ".join(f"{count} tensors of {part or 'one model'}" for part, count in counts.items())
+        notes.append(f"read as a {contents.style} file: {held}")
+        untold = [
+            part
+            for part in parts
+            if part not in contents.told and all(module.alpha is None for module in contents.of(part))
+        ]
+        if untold:
+            of = f" of {', '.join(untold)}" if len(parts) > 1 else ""
+            notes.append(f"the file tells no alpha{of}, so every scale is 1, as diffusers takes it")
+    if contents.apart:
+        notes.append(f"{len(contents.apart)} embeddings in the file are kept apart: {', '.join(contents.apart[:3])}")
+    return tuple(notes)
 
 
 def _weights(listing: Listing) -> tuple[tuple[Source, ...], Mapping[str, Tensor]]:

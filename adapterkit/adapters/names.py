@@ -20,6 +20,7 @@ from adapterkit.adapters.target import Piece, Target
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from adapterkit.adapters.families.names import FamilyNames
     from adapterkit.adapters.renamings import Renaming
 
 # Where a language model sits inside multimodal classes, and alone, over the years.
@@ -77,6 +78,7 @@ class Names:
         self._parts: dict[tuple[int, tuple[tuple[int, ...], ...]], _Takers] = {}
         self._called: dict[str, str] = {}  # tensor -> its name in the module tree, filled in with `_known`
         self._layouts: dict[int, list[Layout] | None] = {}
+        self.flat_names: dict[str, dict[str, set[str]]] = {}  # lead -> flat name -> modules; filled by `formats.parts`
 
     @cached_property
     def model_types(self) -> frozenset[str]:
@@ -99,6 +101,8 @@ class Names:
             layout = self._resolve(parameter)
             if layout is None:
                 layout = self._agreed(self._resolve(name) for name in self._repairs(parameter))
+            if layout is None:
+                layout = self.families.find(parameter)
             self._targets[parameter] = (
                 None if layout is None else Target(parameter, layout.shape, layout.pieces, stacked=layout.lead > 1)
             )
@@ -234,6 +238,13 @@ class Names:
             return source
         blocks = self._number(None, "num_mem_blocks") or 1
         return source.replace("*", str(hybrid[hybrid.index(int(layer.group(0))) % blocks]))
+
+    @cached_property
+    def families(self) -> FamilyNames:
+        """The names that other programs have for a model of images, video or sound."""
+        from adapterkit.adapters.families.names import FamilyNames
+
+        return FamilyNames(self._shapes)
 
     @cached_property
     def _loader(self) -> Loader:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from adapterkit import disk
 from adapterkit.adapters.keys import PREFIX
 from adapterkit.checkpoint.journal import block_digest, tensor_digest
 from adapterkit.checkpoint.tensor import Renamed, Tensor
@@ -107,24 +108,20 @@ class FactorStore:
     """
 
     def __init__(self, folder: Path, identity: str, *, resume: bool = False) -> None:
-        self._path, self._journal = folder / SCRATCH, folder / f"{SCRATCH}.jsonl"
+        self._folder, self._journal = folder, f"{SCRATCH}.jsonl"
         self._first = json.dumps({"adapter": identity}).encode() + b"\n"
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._fd = os.open(self._path, flags, 0o666)
+        self._fd = disk.open_kept_inside(folder, SCRATCH)
         self._kept: dict[str, list[_Kept]] = {}
         self.rows: dict[str, Any] = {}
         self._end = self._known() if resume else 0
         os.ftruncate(self._fd, self._end)
         lines = [self._line(name) for name in self._kept]
-        self._log = os.open(self._journal, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        self._log = disk.open_new_inside(folder, self._journal)
         os.write(self._log, self._first + b"".join(lines))
 
     def _known(self) -> int:
         """Take over what is proved; where it ends."""
-        try:
-            lines = self._journal.read_bytes().split(b"\n")
-        except OSError:
-            return 0
+        lines = (disk.read_inside(self._folder, self._journal) or b"").split(b"\n")
         if lines[0] + b"\n" != self._first:
             return 0
         end = 0
@@ -133,7 +130,7 @@ class FactorStore:
                 said = json.loads(line)
                 kept = [_Kept(int(offset), int(rank)) for offset, rank in said["kept"]]
                 start, stop = int(said["start"]), int(said["stop"])
-                proved = start == end and tensor_digest([block_digest(os.pread(self._fd, stop - start, start))])
+                proved = start == end and tensor_digest([block_digest(disk.calls.pread(self._fd, stop - start, start))])
                 if not proved or proved != said["digest"]:
                     break
                 self._kept[said["slot"]], self.rows[said["slot"]], end = kept, said["row"], stop
@@ -152,7 +149,7 @@ class FactorStore:
                 digests.append(bytes(data))
                 done = 0
                 while done < len(data):
-                    done += os.pwrite(self._fd, data[done:], self._end + done)
+                    done += disk.calls.pwrite(self._fd, data[done:], self._end + done)
                 self._end += len(data)
         self._kept[slot.parameter], self.rows[slot.parameter] = kept, row
         os.write(self._log, self._said(slot.parameter, start, self._end, b"".join(digests)))
@@ -163,7 +160,7 @@ class FactorStore:
         following = names[names.index(name) + 1 :]
         start = self._kept[name][0].offset if self._kept[name] else self._end
         stop = self._kept[following[0]][0].offset if following and self._kept[following[0]] else self._end
-        return self._said(name, start, stop, os.pread(self._fd, stop - start, start))
+        return self._said(name, start, stop, disk.calls.pread(self._fd, stop - start, start))
 
     def _said(self, name: str, start: int, stop: int, data: bytes) -> bytes:
         said = {
@@ -191,7 +188,9 @@ class FactorStore:
 
         m, n = slot.shape
         size = kept.rank * (m + n)
-        flat = torch.frombuffer(bytearray(os.pread(self._fd, 4 * size, kept.offset) or bytes(4)), dtype=torch.float32)
+        flat = torch.frombuffer(
+            bytearray(disk.calls.pread(self._fd, 4 * size, kept.offset) or bytes(4)), dtype=torch.float32
+        )
         return flat[: m * kept.rank].view(m, kept.rank), flat[m * kept.rank : size].view(kept.rank, n)
 
     def close(self) -> None:

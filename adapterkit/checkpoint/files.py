@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import stat
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 from adapterkit.disk import calls
-from adapterkit.errors import CheckpointError, NotFound
+from adapterkit.errors import CheckpointError, NotFound, UnsafeError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 
@@ -38,6 +40,13 @@ class Source(ABC):
     def read(self, offset: int, length: int) -> bytes:
         """Up to ``length`` bytes at ``offset``; fewer only at the end of the file."""
 
+    def check_unchanged(self) -> None:
+        """See that the file is still the one that was opened.
+
+        Raises:
+            CheckpointError: it was written to or replaced.
+        """
+
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` from ``offset``.
 
@@ -60,7 +69,11 @@ class LocalFile(Source):
         self.path, self.loose = path, loose
         self.name = name or str(path)
         try:
-            self.size = os.stat(path).st_size
+            info = os.stat(path)
+            if not stat.S_ISREG(info.st_mode):
+                kind = "folder" if stat.S_ISDIR(info.st_mode) else "pipe or a device"
+                raise UnsafeError(f"{self.name} is a {kind}, not a file", "give a plain file")
+            self.size, self._state = info.st_size, _state(info)
         except FileNotFoundError:
             raise NotFound(f"{self.name} does not exist", "check the path, or download the missing file") from None
         except OSError as error:
@@ -82,6 +95,17 @@ class LocalFile(Source):
             else:
                 os.close(fd)
         return self._fd
+
+    def check_unchanged(self) -> None:
+        try:
+            here = [os.stat(self.path)] if self.path is not None else []
+            if self._fd is not None:
+                here.append(os.fstat(self._fd))
+        except OSError:
+            here = []
+        if not here or any(_state(info) != self._state for info in here):
+            hint = "run it again when nothing writes to it (a download or a training, perhaps)"
+            raise CheckpointError(f"{self.name} changed while it was read", hint)
 
     def read(self, offset: int, length: int) -> bytes:
         data = b""
@@ -113,6 +137,17 @@ class LocalFile(Source):
         fd = getattr(self, "_fd", None)
         if fd is not None:
             os.close(fd)
+
+
+def check_unchanged(sources: Iterable[Source]) -> None:
+    """See that no file changed since it was opened; see `Source.check_unchanged`."""
+    for source in sources:
+        source.check_unchanged()
+
+
+def _state(info: os.stat_result) -> tuple[int, ...]:
+    """What tells of a change: also the time of the last change of anything, which no program can set."""
+    return info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino
 
 
 class BytesFile(Source):

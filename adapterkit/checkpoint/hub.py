@@ -10,7 +10,7 @@ import glob
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.files import LocalFile, Source
 from adapterkit.checkpoint.folder import (
@@ -22,16 +22,18 @@ from adapterkit.checkpoint.folder import (
     side_names,
     weight_names,
 )
+from adapterkit.checkpoint.hub_bytes import Stated, cached_digest, check_bytes, stated_of
 from adapterkit.checkpoint.listing import Listing, LocalFolder
 from adapterkit.errors import AdapterkitError, AuthError, CheckpointError, HubError, NotFound
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from adapterkit.checkpoint.hub_ref import HubRef
 
 FIRST_BYTES = 1 << 17  # one request fetches a header of up to this size whole
 PARALLEL = 16
+MAX_ERROR = 1 << 16  # bytes of an error's text
 RETRIES = 3  # of one request, when the server is busy or the connection drops
 
 # A weight file is only read where headers are wanted, so these never come down with the side files.
@@ -75,6 +77,11 @@ def hub_errors(what: str, may: str = "read") -> Iterator[None]:
         raise HubError(f"the Hub failed on {what} ({status or error})", "try again later") from None
     except OSError as error:
         raise HubError(f"{what} could not be fetched ({error})", "check the network and try again") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if not _inside_the_client(error):
+            raise
+        said = f"the Hub's answer about {what} cannot be understood ({type(error).__name__})"
+        raise HubError(said, "check the endpoint ($HF_ENDPOINT)") from None
     except Exception as error:
         # The client's transport errors (connection refused, timeouts) derive from its HTTP library, whose name changes
         # between releases; anything else is a bug of ours and keeps its traceback.
@@ -90,11 +97,22 @@ def hub_errors(what: str, may: str = "read") -> Iterator[None]:
         raise
 
 
+def _inside_the_client(error: BaseException) -> bool:
+    """Whether an error came up where an answer of the Hub is read, and not in our own code."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    name = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    client = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "json", "dataclasses", "urllib")
+    return name.partition(".")[0] in client
+
+
 def hub_listing(ref: HubRef, *, headers_only: bool) -> Listing:
     """The files of a repository at one commit.
 
     Raises:
         AuthError, HubError, NotFound
+        CheckFailed: bytes that are not those of the commit.
     """
     import huggingface_hub as hf
     from huggingface_hub import constants
@@ -103,23 +121,52 @@ def hub_listing(ref: HubRef, *, headers_only: bool) -> Listing:
     with hub_errors(shown):
         if constants.HF_HUB_OFFLINE:
             folder = hf.snapshot_download(ref.repo, revision=ref.revision, local_files_only=True)
-            return _snapshot(folder, ref, shown)
-        info = hf.HfApi().model_info(ref.repo, revision=ref.revision)
-        commit = info.sha or ""
+            found = _snapshot(folder, ref, shown)
+            # Nobody can be asked now; the cache calls a large file by the digest that it was downloaded by.
+            large = {name: found.path / name for name in found.names if cached_digest(found.path / name)}
+            check_bytes(shown, Path(folder).name, large, {})
+            return found
+        info = repo_info(ref.repo, ref.revision)
+        commit = info.sha
         prefix = f"{ref.subfolder}/" if ref.subfolder else ""
         names = {s.rfilename.removeprefix(prefix) for s in info.siblings or () if s.rfilename.startswith(prefix)}
         names = {name for name in names if name.count("/") <= 2 and not name.startswith(".")}
         if not names:
             raise NotFound(f"{shown} has no such folder", "check the sub-folder's name")
-        listing = HubFolder(ref, commit, frozenset(names), shown)
-        wanted = [glob.escape(prefix + name) for name in _wanted(listing)]
+        stated = {name.removeprefix(prefix): one for name, one in stated_of(info.siblings).items()}
+        listing = HubFolder(ref, commit, frozenset(names), shown, stated)
+        files = _wanted(listing)
+        wanted = [glob.escape(prefix + name) for name in files]
         if headers_only or not wanted:
             return listing
         # By the name that was asked for, so that the cache knows it when the network is gone.
         folder = hf.snapshot_download(ref.repo, revision=ref.revision, allow_patterns=wanted)
         if Path(folder).name != commit:
             folder = hf.snapshot_download(ref.repo, revision=commit, allow_patterns=wanted)
-        return _snapshot(folder, ref, shown)
+        found = _snapshot(folder, ref, shown)
+        check_bytes(shown, commit, {n: found.path / n for n in files if (found.path / n).is_file()}, stated)
+        return found
+
+
+def repo_info(repo: str, revision: str | None) -> Any:
+    """What the Hub says of a repository at a revision: ``sha``, and ``siblings`` with sizes and digests. Call it within
+    `hub_errors`.
+
+    Raises:
+        HubError: the answer makes no sense.
+    """
+    import re
+
+    import huggingface_hub as hf
+
+    info = hf.HfApi().model_info(repo, revision=revision, files_metadata=True)
+    siblings = info.siblings or ()
+    plain = all(isinstance(s.rfilename, str) and isinstance(s.size, int | None) for s in siblings)
+    if not isinstance(info.sha, str) or not re.fullmatch("[0-9a-f]{40}", info.sha) or not plain:
+        raise HubError(
+            f"the Hub names no commit of {repo}, or files without names", "check the endpoint ($HF_ENDPOINT)"
+        )
+    return info
 
 
 def file_digests(repo: str, commit: str) -> dict[str, str]:
@@ -128,10 +175,8 @@ def file_digests(repo: str, commit: str) -> dict[str, str]:
     Raises:
         AuthError, HubError, NotFound
     """
-    import huggingface_hub as hf
-
     with hub_errors(f"{repo}@{commit}"):
-        info = hf.HfApi().model_info(repo, revision=commit, files_metadata=True)
+        info = repo_info(repo, commit)
         return {s.rfilename: s.lfs.sha256 for s in info.siblings or () if s.lfs is not None}
 
 
@@ -167,8 +212,10 @@ def _snapshot(folder: str, ref: HubRef, shown: str) -> LocalFolder:
 class HubFolder(Listing):
     """A repository at one commit whose weights are read by range and whose small files come through the cache."""
 
-    def __init__(self, ref: HubRef, commit: str, names: frozenset[str], shown: str) -> None:
-        self._hub, self.commit, self._names, self.ref = ref, commit, names, shown
+    def __init__(
+        self, ref: HubRef, commit: str, names: frozenset[str], shown: str, stated: Mapping[str, Stated]
+    ) -> None:
+        self._hub, self.commit, self._names, self.ref, self._stated = ref, commit, names, shown, stated
         self._open: dict[str, Source] = {}
 
     @property
@@ -194,9 +241,26 @@ class HubFolder(Listing):
         shown = f"{self.ref}/{name}"
         with hub_errors(shown):
             if not name.endswith(_WEIGHTS):
-                local = hf.hf_hub_download(self._hub.repo, path, revision=self.commit)
-                return LocalFile(Path(local), shown)
+                local = Path(hf.hf_hub_download(self._hub.repo, path, revision=self.commit))
+                check_bytes(self.ref, self.commit or "", {name: local}, self._stated)
+                return LocalFile(local, shown)
             return HubFile(hf.hf_hub_url(self._hub.repo, path, revision=self.commit), shown)
+
+
+class _Interrupted(Exception):
+    """A body that ended too early."""
+
+
+def _some(response: Any, skip: int, length: int) -> bytes:
+    """``length`` bytes of a body behind the first ``skip``; the rest is left where it is."""
+    data = bytearray()
+    for chunk in response.iter_raw(1 << 16):
+        part = chunk[skip:]
+        skip -= len(chunk) - len(part)
+        data += part[: length - len(data)]
+        if len(data) >= length:
+            break
+    return bytes(data)
 
 
 class HubFile(Source):
@@ -207,23 +271,60 @@ class HubFile(Source):
         self._head, self.size = self._range(0, FIRST_BYTES)
 
     def _range(self, offset: int, length: int) -> tuple[bytes, int]:
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff  # type: ignore[attr-defined]
-
+        """``length`` bytes at ``offset``, fewer at the end, and the size of the whole file. However much a server sends,
+        no more than that is kept."""
         with hub_errors(self.name):
-            headers = {
-                **build_hf_headers(),
-                "Range": f"bytes={offset}-{offset + length - 1}",
-                "Accept-Encoding": "identity",
-            }
-            # The session follows redirects to the storage host and drops the token on the way.
-            response = http_backoff("GET", self.url, headers=headers, follow_redirects=True, max_retries=RETRIES)
+            for left in range(RETRIES, -1, -1):
+                try:
+                    return self._request(offset, length)
+                except _Interrupted as error:
+                    if not left:
+                        raise HubError(f"{self.name} could not be fetched ({error})", "check the network") from None
+        raise AssertionError("unreachable")
+
+    def _request(self, offset: int, length: int) -> tuple[bytes, int]:
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            build_hf_headers,
+            hf_raise_for_status,
+            http_stream_backoff,
+        )
+
+        headers = {
+            **build_hf_headers(),
+            "Range": f"bytes={offset}-{offset + length - 1}",
+            "Accept-Encoding": "identity",
+        }
+        fault: Exception | None = None
+        data, total = bytearray(), ""
+        # The session follows redirects to the storage host and drops the token on the way.
+        with http_stream_backoff(
+            "GET", self.url, headers=headers, follow_redirects=True, max_retries=RETRIES
+        ) as response:
+            try:
+                if response.status_code >= 400:
+                    # What the error says is read to its end by those who look at it.
+                    response._content = _some(response, 0, MAX_ERROR)
+                else:
+                    said = response.headers.get("Content-Range", "")
+                    total = said.rpartition("/")[2]
+                    skip = 0
+                    if response.status_code != 206 or not total.isdigit():
+                        # A server without ranges sends the whole file.
+                        total, skip = response.headers.get("Content-Length", ""), offset
+                    elif not said.startswith(f"bytes {offset}-"):
+                        raise HubError(f"the Hub sent another part of {self.name} than was asked for", "try again")
+                    data += _some(response, skip, length)
+            except AdapterkitError:
+                raise
+            except Exception as error:  # dropped in the middle; the client cannot try that again
+                fault = error
+        if response.status_code >= 400:
             hf_raise_for_status(response)
-            data = response.content
-            total = response.headers.get("Content-Range", "").rpartition("/")[2]
-            if response.status_code != 206 or not total.isdigit():
-                total = str(len(data))  # a server without ranges sent the whole file
-                data = data[offset : offset + length]
-            return data, int(total)
+        if not total.isascii() or not total.isdigit() or len(total) > 15:
+            raise HubError(f"the Hub does not say how large {self.name} is", "try again, or use another endpoint")
+        if fault is not None or len(data) < min(length, int(total) - offset):
+            raise _Interrupted(str(fault or "it ended too early"))
+        return bytes(data), int(total)
 
     def read(self, offset: int, length: int) -> bytes:
         if length <= 0 or offset >= self.size:

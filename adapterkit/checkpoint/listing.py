@@ -71,6 +71,11 @@ def check_plain(name: str, where: str) -> str:
     return name
 
 
+def _decides(name: str) -> bool:
+    """Whether a file of that name says what a folder is."""
+    return name.endswith((".safetensors", ".gguf", ".index.json")) or name in ("config.json", "adapter_config.json")
+
+
 class LocalFolder(Listing):
     """A folder on disk. Links may point into the folder or, for a Hugging Face cache snapshot or a registry's tree, into that
     cache or among that registry's blobs."""
@@ -97,8 +102,10 @@ class LocalFolder(Listing):
             if entry.is_dir(follow_symlinks=False):
                 if len(prefix.parts) < MAX_DEPTH:
                     yield from self._walk(Path(entry.path), prefix / entry.name)
-            elif entry.is_file() or not os.path.exists(entry.path):
-                yield str(prefix / entry.name)  # a dead link is listed, so that whoever wants it hears of it
+            elif entry.is_file() or not os.path.exists(entry.path) or (_decides(entry.name) and not entry.is_dir()):
+                # A dead link is listed, so that whoever wants it hears of it; so is a pipe that is called like a file
+                # without which the rest means something else.
+                yield str(prefix / entry.name)
 
     @property
     def names(self) -> frozenset[str]:

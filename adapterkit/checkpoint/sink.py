@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from adapterkit import disk
-from adapterkit.checkpoint.files import LocalFile
+from adapterkit.checkpoint.files import LocalFile, check_unchanged
 from adapterkit.checkpoint.journal import Journal, block_digest, tensor_digest
-from adapterkit.errors import AdapterkitError, CheckpointError, OutputError
-from adapterkit.ops.threads import settle
+from adapterkit.errors import AdapterkitError, CheckpointError, OutputError, no_memory, out_of_memory
+from adapterkit.ops.threads import settle, start_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -123,6 +123,14 @@ class Sink:
         self.total = sum(file.nbytes for file in files)
         return queues
 
+    def check_sources(self) -> None:
+        """See that no input changed since it was opened.
+
+        Raises:
+            CheckpointError: one did.
+        """
+        check_unchanged(self._sources.values())
+
     def sync(self) -> None:
         """Put the files on disk."""
         for fd in self._fds:
@@ -210,10 +218,10 @@ class _Pool:
     def work(self, jobs: int) -> None:
         threads = [threading.Thread(target=self._worker, daemon=True) for _ in range(jobs)]
         flusher = threading.Thread(target=self._flusher, daemon=True)
-        for thread in (*threads, flusher):
-            thread.start()
         total = sum(sink.total for sink in self._sinks)
         try:
+            threads = start_all(threads)
+            start_all([flusher], needed=False)
             for thread in threads:
                 while thread.is_alive():
                     thread.join(0.1)
@@ -223,22 +231,27 @@ class _Pool:
             # The flusher is not waited for: a slow disk would make stopping slow.
             self._stop.set()
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:
+                    thread.join()
             raise
         self._stop.set()
-        flusher.join()
+        if flusher.ident is not None:
+            flusher.join()
         if self._failure is not None:
             raise self._failure
+        # A worker that ended without a word would leave holes in the files.
+        if missing := [queue for queue in self._queues if not queue.empty]:
+            raise OutputError(f"{missing[0].sink.place} was not written to its end", "run it again, and report it")
         if self._progress is not None:
             self._progress(total, total)
 
     def _worker(self) -> None:
-        import torch
-
-        # Threads of our own beat torch's: those wait for each other after every operation.
-        settle()
         queue: _Queue | None = None
         try:
+            import torch
+
+            # Threads of our own beat torch's: those wait for each other after every operation.
+            settle()
             with torch.inference_mode():
                 while not self._stop.is_set():
                     if queue is None or queue.empty or self._several:
@@ -253,7 +266,9 @@ class _Pool:
                         queue.sink.done += count
                         queue.left -= count
         except BaseException as error:
-            if isinstance(error, OSError) and queue is not None:
+            if no_memory(error):
+                error = out_of_memory(error)
+            elif isinstance(error, OSError) and queue is not None:
                 error = _output_error(error, queue.sink.place)
             with self._count:
                 self._failure = self._failure or error
@@ -320,6 +335,8 @@ def run_together(
             except OSError as error:
                 raise _output_error(error, sink.place) from error
         _Pool(sinks, queues, progress).work(jobs)
+        for sink in sinks:
+            sink.check_sources()
         for sink in sinks:
             try:
                 sink.sync()

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
+from adapterkit.checkpoint.files import check_unchanged
 from adapterkit.checkpoint.journal import Journal
+from adapterkit.checkpoint.memory import check_memory
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import (
     check_target,
@@ -141,6 +143,8 @@ def write_together(
     if not checked:
         for one, again in zip(writings, force, strict=True):
             check_output(one.plan, one.sources, one.out, force=again)
+    for one in writings:
+        check_memory(one.plan.peak_memory, str(one.out))
     with ExitStack() as held:
         runs, staged = [], []
         for one in writings:
@@ -156,9 +160,25 @@ def write_together(
             staged.append(one)
         files = [(sink, one.plan.files) for (sink, _), one in zip(runs, staged, strict=True)]
         run_together(files, jobs=jobs or default_jobs(), progress=progress)
+        for one in writings:
+            check_unchanged(one.sources)
         for (_, folder), one, again in zip(runs, staged, force, strict=True):
-            finish(one.plan, folder, one.out, one.side_files, force=again, record=one.record, made=one.made)
+            finish(one.plan, folder, one.out, one.side_files, force=again, record=_checked(one), made=one.made)
     return [Done(one.plan, sink.reused, one.facts) for (sink, _), one in zip(runs, staged, strict=True)]
+
+
+def _checked(one: Writing) -> Callable[[Path], Mapping[str, bytes]] | None:
+    """The record of an output, made while its inputs are still what they were: it may read them once more."""
+    record = one.record
+    if record is None:
+        return None
+
+    def made(folder: Path) -> Mapping[str, bytes]:
+        files = record(folder)
+        check_unchanged(one.sources)
+        return files
+
+    return made
 
 
 def check_output(

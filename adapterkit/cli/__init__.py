@@ -12,7 +12,7 @@ import click
 
 from adapterkit._version import __version__
 from adapterkit.cli.output import fail, form_of, interrupted
-from adapterkit.errors import AdapterkitError
+from adapterkit.errors import AdapterkitError, no_memory, out_of_memory
 
 # verb: (module, or module:attribute where one file holds several; one line for --help)
 VERBS = {
@@ -49,6 +49,43 @@ VERBS = {
 }
 
 
+# Verbs that may read files from the Hub.
+DOWNLOADS = (
+    *(
+        "inspect",
+        "check",
+        "merge",
+        "combine",
+        "extract",
+        "resize",
+        "convert",
+        "imatrix",
+        "verify",
+        "execute",
+        "register",
+    ),
+    "build",
+)
+
+
+def _no_verify_download() -> click.Option:
+    return click.Option(
+        ["--no-verify-download"],
+        is_flag=True,
+        expose_value=False,
+        callback=_set_verify_download,
+        help="Do not hold files from the Hub against its digests.",
+    )
+
+
+def _set_verify_download(context: click.Context, option: click.Parameter, given: bool) -> None:
+    if given:
+        from adapterkit.checkpoint.hub_bytes import set_verify_downloads
+
+        set_verify_downloads(False)
+        context.call_on_close(lambda: set_verify_downloads(None))
+
+
 class Verbs(click.Group):
     """A group whose commands are imported when they are used, so that `--help` stays instant."""
 
@@ -59,7 +96,10 @@ class Verbs(click.Group):
         if cmd_name not in VERBS:
             return None
         module, _, attribute = VERBS[cmd_name][0].partition(":")
-        return getattr(importlib.import_module(module), attribute or "command")  # type: ignore[no-any-return]
+        command: click.Command = getattr(importlib.import_module(module), attribute or "command")
+        if cmd_name in DOWNLOADS and all(one.name != "no_verify_download" for one in command.params):
+            getattr(command, "add_option", command.params.append)(_no_verify_download())
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -118,5 +158,10 @@ def main(arguments: list[str] | None = None) -> Any:
         if isinstance(error, OSError) and error.filename is not None:  # a path of the user's own, as in --save-plan
             text = f"{error.filename} cannot be used ({error.strerror})"
             sys.exit(fail(given, 1, "OSError", text, "check the path and its permissions"))
+        from adapterkit.checkpoint.memory import cramped
+
+        if no_memory(error) or cramped():
+            sentence = out_of_memory(error, cramped())
+            sys.exit(fail(given, 1, "OutOfMemory", sentence.message, sentence.hint))
         text = f"something unforeseen went wrong ({type(error).__name__}: {error})"
         sys.exit(fail(given, 1, "internal", text, "run it again with --debug and report what it prints"))

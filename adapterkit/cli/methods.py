@@ -37,6 +37,11 @@ class MethodCommand(click.Command):
         super().__init__(*args, **kwargs)
         self._plain, self._taken, self._combines = tuple(self.params), taken, combines
 
+    def add_option(self, option: click.Option) -> None:
+        """One more option that every command line has."""
+        self._plain = (*self._plain, option)
+        self.params.append(option)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         known = {name for parameter in self._plain for name in (*parameter.opts, *parameter.secondary_opts)}
         ctx.meta[_PLAIN] = all(not word.startswith("--") or word.partition("=")[0] in known for word in args)

@@ -67,6 +67,8 @@ class RequestCommand(MethodCommand):
             if record is not None:
                 first = self._fields.get(parameter.name or "", ("",))[0]
                 known = options.get(first)
+                if known is not None and callable(known.choices):
+                    record = (record[0], f"{record[1]} One of {', '.join(known.values())}.")
                 group = known.group if known is not None else self._group_of(parameter)
                 rows.setdefault(group, []).append(record)
         for group in sorted(rows, key=lambda name: GROUPS.index(name) if name in GROUPS else len(GROUPS)):
@@ -169,7 +171,13 @@ def _option(name: str, option: Option, one: Field[Any], flag: str) -> click.Opti
         show_default=shown,
         metavar=option.metavar or None,
         help=option.help,
+        shell_complete=_completed(option) if callable(option.choices) else None,
     )
+
+
+def _completed(option: Option) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """What completes a value that is one of choices which are asked for late."""
+    return lambda context, parameter, typed: [value for value in option.values() if value.startswith(typed)]
 
 
 def _type(name: str, option: Option) -> Any:

@@ -7,11 +7,18 @@ from pathlib import Path
 import click
 
 from adapterkit.cli.output import note, say, show_json
+from adapterkit.serving.servers import startable
+
+
+def _names(context: click.Context, parameter: click.Parameter, typed: str) -> list[str]:
+    return [name for name in startable() if name.startswith(typed)]
 
 
 @click.command(name="serve-args", short_help="Print the command or Modelfile that loads versions in a server.")
 @click.argument("refs", nargs=-1, required=True, metavar="REF...")
-@click.option("--for", "server", required=True, metavar="SERVER", help="vllm, sglang, lorax, llama.cpp or ollama.")
+@click.option(
+    "--for", "server", required=True, metavar="SERVER", help=f"One of {', '.join(startable())}.", shell_complete=_names
+)
 @click.option("--base", default="", help="What to serve adapters on; by default the Hub id of their base.")
 @click.option("--copy", type=click.Path(path_type=Path), metavar="DIR", help="Copy the files there instead of linking.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.config import AdapterConfig
 from adapterkit.adapters.keys import PREFIX
+from adapterkit.checkpoint.files import LocalFile
 from adapterkit.errors import AdapterError
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.mapping import Mapper
@@ -19,7 +21,6 @@ from adapterkit.gguf.peft import peft_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from adapterkit.adapters.names import Names
 
@@ -76,6 +77,6 @@ def open_gguf_adapter(ref: str | Path) -> GGUFAdapter:
     }
     tensors = {name: tensor for name, tensor in opened.tensors.items() if not name.endswith("_norm.weight")}
     return GGUFAdapter(
-        str(ref), AdapterConfig(config, str(ref)), tensors, opened.sources[0],
+        str(ref), AdapterConfig(config, str(ref)), tensors, LocalFile(Path(ref).expanduser(), str(ref), loose=True),
         notes=("read as a GGUF LoRA",), opened=opened,
     )  # fmt: skip

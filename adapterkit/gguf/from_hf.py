@@ -113,7 +113,7 @@ def from_hf(
     found = typed_from(model.tensors, origin, asked, changed)
     layout = FileLayout(found.tensors, found.entries)
     kinds = {tensor.name: tensor.dtype.code for tensor in found.tensors}
-    through = partial(_through, model.mapped.sources, kinds)
+    through = partial(through_types, model.mapped.sources, kinds)
     return FromHF(model, layout, view, found.types, (*model.notes, *notes, *kept, *found.notes), through)
 
 
@@ -136,7 +136,7 @@ def _packed(
     return asked, now, notes
 
 
-def _through(
+def through_types(
     sources: Mapping[str, tuple[str, ...]], kinds: Mapping[str, str], name: str, shape: tuple[int, ...]
 ) -> Through | None:
     """Rows of a checkpoint's tensor through the type of what it becomes: a row keeps its values under an index map."""

@@ -6,7 +6,6 @@ answer, and the download has to have them.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import tempfile
@@ -17,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit import disk
-from adapterkit.checkpoint.hub import hub_errors
+from adapterkit.checkpoint.hub import hub_errors, repo_info
+from adapterkit.checkpoint.hub_bytes import git_blob
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import CheckFailed, HubError, NotFound, OutputError, UsageError
 from adapterkit.hub.files import allowed
@@ -55,7 +55,6 @@ def pull(ref: str, *, name: str = "", ignore_record: bool = False, home: Path | 
         HubError: the Hub cannot be reached, also in offline mode: no cache is believed.
         AuthError, NotFound, UsageError, OutputError, RegistryError
     """
-    import huggingface_hub as hf
     from huggingface_hub import constants
 
     hub = parse_hub(ref)
@@ -65,7 +64,7 @@ def pull(ref: str, *, name: str = "", ignore_record: bool = False, home: Path | 
     if constants.HF_HUB_OFFLINE:
         raise HubError(f"{ref} cannot be pulled while the Hub is switched off", "unset HF_HUB_OFFLINE")
     with hub_errors(ref):
-        info = hf.HfApi().model_info(hub.repo, revision=hub.revision, files_metadata=True)
+        info = repo_info(hub.repo, hub.revision)
     commit = str(info.sha)
     siblings = {check_path(s.rfilename, ref): s for s in info.siblings or ()}
     wanted = [path for path in siblings if allowed(path) or path == BESIDE]
@@ -103,17 +102,9 @@ def _fetch(repo: str, commit: str, path: str, sibling: Any, folder: Path) -> Non
     if sibling.lfs is not None:
         right = disk.hash_file(local)[0] == sibling.lfs.sha256
     else:
-        right = _git_blob(local) == sibling.blob_id
+        right = git_blob(local) == sibling.blob_id
     if not right:
         raise CheckFailed(f"the bytes of {shown} are not those of commit {commit[:7]}", "pull it again")
-
-
-def _git_blob(path: Path) -> str:
-    digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _folder(at: Home, nbytes: int, ref: str) -> Path:

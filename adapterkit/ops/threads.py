@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from adapterkit.errors import out_of_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
+    from concurrent.futures import Future
 
     import torch
 else:
     from adapterkit.ops._torch import torch
 
+T = TypeVar("T")
 KEPT = 16 << 20
 """Bytes that one step of a block holds for a moment, at most."""
 
@@ -25,6 +31,41 @@ def settle() -> None:
     """
     torch.set_num_threads(1)
     torch.empty(KEPT, dtype=torch.uint8)
+
+
+def start_all(threads: Sequence[threading.Thread], *, needed: bool = True) -> list[threading.Thread]:
+    """Start as many threads as the system gives; those that run.
+
+    Raises:
+        OutOfMemory: not one started, and one is ``needed``.
+    """
+    started: list[threading.Thread] = []
+    for thread in threads:
+        try:
+            thread.start()
+        except RuntimeError as error:  # no more threads, or no room for a stack
+            if needed and not started:
+                raise out_of_memory(error) from error
+            break
+        started.append(thread)
+    return started
+
+
+_threads = threading.local()
+
+
+class Workers(ThreadPoolExecutor):
+    """A pool whose threads settle with their first task, so that a failure to do so is that task's."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        return super().submit(_settled, fn, *args, **kwargs)
+
+
+def _settled(work: Callable[..., T], /, *args: Any, **kwargs: Any) -> T:
+    if not getattr(_threads, "settled", False):
+        settle()
+        _threads.settled = True
+    return work(*args, **kwargs)
 
 
 @contextmanager

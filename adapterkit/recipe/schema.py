@@ -110,7 +110,7 @@ class Combining(Table):
 
 
 @dataclass(frozen=True)
-class Verification(Table):
+class VerifyTable(Table):
     """How deeply an output is verified, and what must hold; the build fails with 3 where a threshold does not.
 
     Attributes:
@@ -148,7 +148,7 @@ class Publication:
 
 
 @dataclass(frozen=True)
-class Output(Table):
+class OutputTable(Table):
     """One thing to make. Its options are those of the verb that makes it.
 
     Attributes:
@@ -169,7 +169,7 @@ class Output(Table):
     adapters: tuple[str, ...] | None = None
     base: BaseChoice | None = None
     merge: Combining | None = None
-    verify: Verification | None = None
+    verify: VerifyTable | None = None
     register: Registration | None = None
     push: Publication | None = None
 
@@ -178,8 +178,8 @@ class Output(Table):
 class Recipe:
     """A recipe: a base, adapters and how they go together, and what is made of them."""
 
-    outputs: Mapping[str, Output]
+    outputs: Mapping[str, OutputTable]
     base: BaseChoice | None = None
     adapters: Mapping[str, AdapterChoice] = field(default_factory=dict)
     merge: Combining = field(default_factory=Combining)
-    verify: Verification | None = None
+    verify: VerifyTable | None = None

@@ -13,7 +13,7 @@ from adapterkit.adapters.load import file_and_parts
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import AdapterkitError, NotFound, UnsafeError
 from adapterkit.recipe.parse import Place, RecipeFile, key_of, nearest, shown
-from adapterkit.recipe.schema import BaseChoice, Combining, Output, Table, Verification, known_options
+from adapterkit.recipe.schema import BaseChoice, Combining, OutputTable, Table, VerifyTable, known_options
 from adapterkit.requests.adapters import CombineRequest
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.requests.formats import FORMATS
@@ -72,7 +72,7 @@ class Step:
     verb: str
     to: str
     out: Path
-    asked: Output
+    asked: OutputTable
     combination: Combining
     choice: BaseChoice | None
     base: Input | None
@@ -83,7 +83,7 @@ class Step:
     calibration: Input | None
     adapters: tuple[Input, ...]
     compressor: Path | None
-    verify: Verification | None
+    verify: VerifyTable | None
 
     @property
     def roles(self) -> tuple[tuple[str, Input], ...]:
@@ -156,7 +156,7 @@ class _Maker:
         self.folder = file.folder
         self.made = {_real(self.folder / one.path): name for name, one in self.recipe.outputs.items()}
 
-    def step(self, name: str, asked: Output) -> Step:
+    def step(self, name: str, asked: OutputTable) -> Step:
         place: Place = ("outputs", name)
         if not asked.path or Path(asked.path).name in ("", ".."):
             self.file.fail(
@@ -205,7 +205,7 @@ class _Maker:
             verify=self._verification(asked, verb),
         )
 
-    def _form(self, asked: Output, place: Place) -> str:
+    def _form(self, asked: OutputTable, place: Place) -> str:
         known = [FOLDER, ADAPTER, *FORMATS]
         if asked.to is None:
             return GGUF if Path(asked.path).suffix == ".gguf" else FOLDER
@@ -213,8 +213,8 @@ class _Maker:
             self.file.fail((*place, "to"), f"'{asked.to}' is nothing to write", nearest(asked.to, known))
         return asked.to
 
-    def _check_keys(self, verb: str, to: str, asked: Output, place: Place) -> None:
-        for one in fields(Output):
+    def _check_keys(self, verb: str, to: str, asked: OutputTable, place: Place) -> None:
+        for one in fields(OutputTable):
             if one.name == "options":
                 continue
             value = getattr(asked, one.name)
@@ -258,10 +258,10 @@ class _Maker:
     def _means_nothing(self, key: str, place: Place, what: str) -> NoReturn:
         self.file.fail((*place, key), f"'{key}' means nothing for {what}", "leave it out")
 
-    def _base(self, asked: Output, place: Place) -> tuple[BaseChoice | None, Place]:
+    def _base(self, asked: OutputTable, place: Place) -> tuple[BaseChoice | None, Place]:
         return (self.recipe.base, ("base",)) if asked.base is None else (asked.base, (*place, "base"))
 
-    def _adapters(self, asked: Output, place: Place) -> tuple[Input, ...]:
+    def _adapters(self, asked: OutputTable, place: Place) -> tuple[Input, ...]:
         names = list(self.recipe.adapters) if asked.adapters is None else list(asked.adapters)
         found = []
         for number, name in enumerate(names):
@@ -288,7 +288,7 @@ class _Maker:
             )
         return Input((*place, "from"), said.from_, self.folder / output.path, said.from_, said.weight)
 
-    def _source(self, asked: Output, adapters: Sequence[Input], place: Place) -> Input:
+    def _source(self, asked: OutputTable, adapters: Sequence[Input], place: Place) -> Input:
         if asked.from_ is not None:
             output = self._output((*place, "from"), asked.from_)
             return Input((*place, "from"), asked.from_, self.folder / output.path, asked.from_)
@@ -297,7 +297,7 @@ class _Maker:
             self.file.fail(place, f"{shown(place)} is a conversion of one adapter, and there are {len(adapters)}", hint)
         return adapters[0]
 
-    def _output(self, place: Place, name: str) -> Output:
+    def _output(self, place: Place, name: str) -> OutputTable:
         if name not in self.recipe.outputs:
             self.file.fail(place, f"there is no output '{name}'", nearest(name, list(self.recipe.outputs)))
         return self.recipe.outputs[name]
@@ -332,11 +332,11 @@ class _Maker:
         given = Path(name or "").expanduser()
         return None if name is None else given if given.name == name else self.folder / given
 
-    def _verification(self, asked: Output, verb: str) -> Verification | None:
+    def _verification(self, asked: OutputTable, verb: str) -> VerifyTable | None:
         found = asked.verify or (self.recipe.verify if verb == MERGE else None)
         return None if found is None or found.level == "none" else found
 
-    def _check_verify(self, verb: str, asked: Output, place: Place) -> None:
+    def _check_verify(self, verb: str, asked: OutputTable, place: Place) -> None:
         for said, at in ((asked.verify, (*place, "verify")), (self.recipe.verify, ("verify",))):
             if said is None:
                 continue

@@ -25,7 +25,7 @@ class Opened(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Factors(Request):
+class FactorOptions(Request):
     """The factors of an adapter that is made."""
 
     rank: int | None = field(
@@ -75,7 +75,7 @@ def _out() -> Any:
 
 
 @dataclass(frozen=True)
-class CombineRequest(OfAdapters, Ruled, Factors, Running):
+class CombineRequest(OfAdapters, Ruled, FactorOptions, Running):
     """Several adapters that become one."""
 
     VERB: ClassVar[str] = "combine"
@@ -103,7 +103,7 @@ class CombineRequest(OfAdapters, Ruled, Factors, Running):
 
 
 @dataclass(frozen=True)
-class ExtractRequest(Factors, Running):
+class ExtractRequest(FactorOptions, Running):
     """The difference of two checkpoints as an adapter."""
 
     VERB: ClassVar[str] = "extract"
@@ -119,7 +119,7 @@ class ExtractRequest(Factors, Running):
 
 
 @dataclass(frozen=True)
-class ResizeRequest(Factors, Running):
+class ResizeRequest(FactorOptions, Running):
     """An adapter at another rank."""
 
     VERB: ClassVar[str] = "resize"

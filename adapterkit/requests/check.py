@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from adapterkit.requests.groups import FLOAT_TYPES, OUTPUT, Kept, OfAdapters, OntoBase, Ruled, Types
+from adapterkit.requests.groups import FLOAT_TYPES, OUTPUT, KeepOptions, OfAdapters, OntoBase, Ruled, Types
 from adapterkit.requests.merge import FOLDER, GGUF, MergeRequest
 from adapterkit.requests.option import BYTES, FLAG, INPUT, REF, opt
 
@@ -23,7 +23,7 @@ def _servers() -> Iterable[str]:
 
 
 @dataclass(frozen=True)
-class CheckRequest(OntoBase, OfAdapters, Ruled, Types, Kept):
+class CheckRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions):
     """A check. It plans the merge that has these options, and refuses what that refuses."""
 
     VERB: ClassVar[str] = "check"

@@ -18,7 +18,7 @@ from adapterkit.requests.groups import (
     OUTPUT,
     RUNNING,
     GGUFOutput,
-    Kept,
+    KeepOptions,
     OfAdapters,
     OntoBase,
     Ruled,
@@ -38,7 +38,7 @@ CALIBRATED = ("awq", "gptq")
 
 
 @dataclass(frozen=True)
-class MergeRequest(OntoBase, OfAdapters, Ruled, Types, Kept, GGUFOutput, Running):
+class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, Running):
     """A merge: what is folded into what, and what is written of it."""
 
     VERB: ClassVar[str] = "merge"

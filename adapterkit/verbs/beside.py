@@ -34,7 +34,7 @@ class Tower:
 
 
 @dataclass(frozen=True)
-class Loader:
+class ServerFile:
     """What loads a GGUF output in a server."""
 
     server: str
@@ -48,8 +48,7 @@ class Loader:
         from adapterkit.serving.handover import write_handover
 
         found = write_handover(self.out, self.server, beside=self.source)
-        start = f"ollama create NAME -f {found.path}" if self.server == "ollama" else found.path
-        return (*found.notes, f"{found.path} written; start it with: {start}")
+        return (*found.notes, f"{found.path} written; start it with: {found.start}")
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def beside_of(request: Any, inputs: Iterable[object], *, source: Path | None = N
     if getattr(request, "mmproj", None) is not None:
         found.append(Tower(Path(request.mmproj), out, request.force))
     if getattr(request, "server", None) is not None:
-        found.append(Loader(request.server, out, source))
+        found.append(ServerFile(request.server, out, source))
     if request.attest:
         here = [str(ref) for ref in inputs if ref is not None and (os.path.exists(str(ref)) or "/" not in str(ref))]
         found.append(Statement(out, tuple(here)))

@@ -17,6 +17,7 @@ from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.errors import TargetError, UsageError
 
 if TYPE_CHECKING:
+    from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.ops.rows import DeltaRows
 
@@ -45,6 +46,12 @@ class Family:
         """Which adapters act on a parameter, and how."""
         found = ((i, part.deltas.get(parameter)) for i, part in enumerate(self.parts))
         return tuple((i, delta) for i, delta in found if delta is not None)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The files that are read."""
+        base = () if self.base is None else self.base.sources
+        return (*(source for adapter in self.adapters for source in adapter.sources), *base)
 
     def load(self, parameter: str) -> tuple[tuple[int, ...], tuple[tuple[DeltaRows, ...], ...]]:
         """Which adapters act on a parameter, and for each expert (or the one matrix) their deltas."""

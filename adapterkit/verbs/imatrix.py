@@ -72,6 +72,7 @@ def imatrix(
         OutputError
     """
     from adapterkit.bases import open_model
+    from adapterkit.checkpoint.files import check_unchanged
     from adapterkit.checkpoint.write import check_output, write_safetensors
     from adapterkit.gguf.activations import in_gguf
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
@@ -89,6 +90,7 @@ def imatrix(
     blank = _layout({name: _zeros(array.shape) for name, array in arrays.items()}, str(text), 0, chunk)
     check_output(plan_gguf(blank), opened.sources, Path(out), force=force)
     sums, done = _run(opened, said, chunk, chunks, dtype, progress)
+    check_unchanged(opened.sources)
     found = in_gguf(sums, names, shapes, arrays)
     if not found:
         raise CheckpointError(
@@ -142,7 +144,14 @@ def _run(
 ) -> tuple[dict[str, Any], int]:
     """Sums by parameter, and how many chunks the model ran over."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"imatrix runs the model in transformers, and {error.name} is not installed",
+            "pip install 'adapterkit[demo]'",
+        ) from None
 
     from adapterkit.gguf.activations import Activations
     from adapterkit.requests.merge import parse_floats

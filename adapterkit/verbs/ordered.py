@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
 
-from adapterkit.ops.threads import settle
+from adapterkit.ops.threads import Workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +29,7 @@ def in_order(
     """
     sizes = [1] * len(items) if sizes is None else sizes
     total, done = sum(sizes), 0
-    with ThreadPoolExecutor(jobs, initializer=settle) as pool:
+    with Workers(jobs) as pool:
         waiting: deque[tuple[Future[R], int]] = deque()
         rest = iter(zip(items, sizes, strict=True))
         try:

@@ -49,7 +49,7 @@ def three(
             base = make_base("llama", dtype)
             configs = [
                 LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"]),
-                LoraConfig(r=8, lora_alpha=5, use_dora=True, target_modules=["q_proj", "up_proj"]),
+                LoraConfig(r=8, lora_alpha=5, use_dora=True, target_modules=["k_proj", "up_proj"]),
                 LoraConfig(
                     r=4, use_rslora=True, target_modules=["q_proj", "embed_tokens"], trainable_token_indices=None
                 ),

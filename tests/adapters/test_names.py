@@ -12,6 +12,8 @@ import pytest
 
 from adapterkit.adapters.names import Names
 from adapterkit.adapters.renamings import table
+from bench.common import zoo
+from bench.proofs import sweep
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,9 +31,6 @@ def load(folder: str, name: str) -> Any:
     spec.loader.exec_module(module)
     return module
 
-
-zoo = load("bench", "zoo")
-sweep = load("bench", "sweep")
 
 # one for each way in which a file and a module tree differ
 TYPES = [

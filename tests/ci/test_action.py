@@ -166,3 +166,16 @@ def test_the_gitlab_template(job: Path) -> None:
     done = subprocess.run(["bash", "-c", script], cwd=job, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads((job / "adapterkit-report.json").read_text())["changed"] == 1
+
+
+def test_arguments_are_split_as_a_shell_splits_them(job: Path, installed: Path) -> None:
+    """Several lines, and quotes around a name with a space."""
+    run = act(job, installed, command="plan", locked="false", args="--jobs 1\n--report 'my report.json'\n")
+    assert run.code == 0, run.log
+    assert json.loads((job / "my report.json").read_text())["outputs"]
+
+
+def test_unbalanced_quotes_end_the_step(job: Path, installed: Path) -> None:
+    run = act(job, installed, command="plan", locked="false", args="--report 'my report.json")
+    assert run.code != 0
+    assert not (job / "my report.json").exists()

@@ -1,4 +1,4 @@
-"""The dead zone: a few cells of the table that `bench/fidelity.py` prints, against figures of another program.
+"""The dead zone: a few cells of the table that `bench/studies/fidelity.py` prints, against figures of another program.
 
 Those were measured on 2048x2048 Gaussian weights with bitsandbytes, llama.cpp's Q8_0 and a plain 128x128 FP8, before any of
 this code was there: retention <got, wanted>/|wanted|^2 when a change is written on the grid that its base sits on already.
@@ -6,24 +6,15 @@ this code was there: retention <got, wanted>/|wanted|^2 when a change is written
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-BENCH = str(Path(__file__).parents[2] / "bench")
 
 
 @pytest.fixture(scope="module")
 def weights():
     pytest.importorskip("numba")
-    sys.path.insert(0, BENCH)
-    try:
-        import fidelity
+    from bench.studies import fidelity
 
-        yield fidelity.Weights(side=1024)
-    finally:
-        sys.path.remove(BENCH)
+    return fidelity.Weights(side=1024)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,6 @@
-"""Which modules bitsandbytes would quantize, against the module trees of transformers (all: bench/linear.py)."""
+"""Which modules bitsandbytes would quantize, against the module trees of transformers (all: bench/proofs/linear.py)."""
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,19 +8,13 @@ import torch
 from adapterkit.adapters.linear import quantized_modules
 from adapterkit.errors import UsageError
 
-BENCH = str(Path(__file__).parents[2] / "bench")
-
 
 @pytest.fixture(scope="module")
 def bench():
-    sys.path.insert(0, BENCH)
-    try:
-        import linear
-        import zoo
+    from bench.common import zoo
+    from bench.proofs import linear
 
-        yield linear, zoo
-    finally:
-        sys.path.remove(BENCH)
+    return linear, zoo
 
 
 CLASSES = (

@@ -90,7 +90,7 @@ def test_transposed_and_stacked_parameters(kind: str, make_base: Callable[..., P
     told: dict[str, Any] = {
         "gpt2": {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True},
         "mixtral": {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
-        "llama": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True, "bias": "none"},
+        "llama": {"target_modules": ["q_proj", "embed_tokens"], "bias": "none"},
     }[kind]
     adapters = [make_adapter(tmp_path / f"a{i}", base, LoraConfig(r=3, **told), seed=i) for i in range(2)]
     merge(base, adapters, tmp_path / "sum", weights=[1, -0.5])
@@ -140,3 +140,21 @@ def test_bad_parameters(how: dict[str, Any], words: str, base: Path, adapters: l
     with pytest.raises(UsageError, match=words):
         merge(base, adapters, tmp_path / "out", **how)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_method_says_that_it_takes_changes_of_the_unmerged_weight(
+    make_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Without a method two DoRAs compose as PEFT runs them; a method sums (here: drops nothing of) their own changes."""
+    from peft import LoraConfig
+
+    base = make_base("llama")
+    config = {"r": 3, "target_modules": ["q_proj"], "use_dora": True}
+    adapters = [make_adapter(tmp_path / f"a{i}", base, LoraConfig(**config), seed=i) for i in range(2)]
+    report = merge(base, adapters, tmp_path / "rows", method="dare", parameters={"density": 1.0})
+    assert any("change of the unmerged weights" in note for note in report.notes)
+    for number, adapter in enumerate(adapters):
+        merge(base, [adapter], tmp_path / f"one{number}")
+    before, got, *ones = (read_tensors(folder) for folder in (base, tmp_path / "rows", *tmp_path.glob("one*")))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert (got[name] - before[name] - sum(one[name] - before[name] for one in ones)).abs().max() < 5e-6

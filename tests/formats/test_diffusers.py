@@ -287,16 +287,16 @@ def test_a_whole_pipeline_is_not_a_base(unet: tuple[Any, Path]) -> None:
     ("tensors", "metadata", "error", "words"),
     [
         (
-            {"unet.a.lora_A.weight": (2, 8), "unet.a.diff": (8, 8)},
+            {"unet.a.lora_A.weight": (2, 8), "unet.a.oft_diag": (8, 8)},
             {},
             UnsupportedAdapter,
-            r"'unet\.a\.diff' is no tensor of a LoRA",
+            r"'unet\.a\.oft_diag' belongs to an algorithm that is not read",
         ),
         ({"unet.a.lora_A.weight": (2, 8), "unet.a.lora.down.weight": (2, 8)}, {}, AdapterError, "two tensors for"),
         ({"unet.a.lora_A.weight": (8,), "unet.a.lora_B.weight": (8, 2)}, {}, AdapterError, "no factor"),
         ({"unet.a.lora_A.weight": (2, 8)}, {"lora_adapter_metadata": "[1]"}, AdapterError, "is no config"),
         ({"unet.a.lora_A.weight": (2, 8)}, {"lora_adapter_metadata": "{" * 9999}, AdapterError, "is no config"),
-        ({"base_model.model.a.lora_A.weight": (2, 8)}, {}, AdapterError, "give the folder with adapter_config.json"),
+        ({"unet.a.base_layer.weight": (8, 8)}, {}, AdapterError, "give the folder with adapter_config.json"),
     ],
 )
 def test_bad_input(

@@ -107,7 +107,7 @@ BAD = [
     ({"lora_te_a_b.lambda_layer": (1, 4)}, UnsupportedAdapter, "lambda_layer' belongs to T-LoRA"),
     ({**ONE, "lora_te_a_b.scalar": ()}, UnsupportedAdapter, "scalar' is a scale that LyCORIS"),
     ({**ONE, "lora_te_a_b.weight": (8, 8)}, UnsupportedAdapter, "belongs to an algorithm"),
-    ({**ONE, "lycoris_te_a_b.lora_up.weight": (8, 4)}, AdapterError, "two modules called 'a_b'"),
+    ({**ONE, "oft_te_a_b.lora_up.weight": (8, 4)}, AdapterError, "two modules called 'a_b'"),
     ({**ONE, "lora_te_x.alpha": ()}, AdapterError, "'x' has an alpha and nothing else"),
     ({**ONE, "lora_te_a_b.alpha": (2,)}, AdapterError, "is no number"),
     ({"lora_te_a_b.lora_down.weight": (4,)}, AdapterError, "no factor"),

@@ -11,8 +11,8 @@ import torch
 from models import write_checkpoint
 from safetensors.torch import save_file
 
+from adapterkit.adapters.families.names import others
 from adapterkit.adapters.fold import fold
-from adapterkit.adapters.formats.ldm import diffusers_name
 from adapterkit.adapters.load import load_adapter
 from adapterkit.checkpoint.open import open_checkpoint
 
@@ -57,21 +57,16 @@ def converted() -> dict[str, str]:
 def test_as_diffusers_converts_a_checkpoint(converted: dict[str, str]) -> None:
     assert len(converted) == len(list(ldm_modules()))
     for ldm, diffusers in converted.items():
-        assert diffusers_name(ldm.replace(".", "_")) == diffusers.replace(".", "_")
+        assert f"{diffusers}.weight" in set(others(f"{ldm}.weight"))
+        assert f"{ldm}.weight" in set(others(f"{diffusers}.weight"))
 
 
-OTHERS = [
-    "down_blocks_0_attentions_0_proj_in",
-    "middle_block_3_norm",
-    "input_blocks_1_0_x",
-    "out_1",
-    "output_blocks_1_4_norm",
-]
+OTHERS = ["middle_block.3.norm", "input_blocks.1.0.x", "out.1", "output_blocks.1.4.norm", "input_blocks.99.0.op"]
 
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_other_names_have_no_other_form(other: str) -> None:
-    assert diffusers_name(other) is None
+    assert list(others(f"{other}.weight")) == []
 
 
 def test_a_file_of_sdxl_finds_its_modules(converted: dict[str, str], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapterkit.adapters.formats.pipelines import split
+from adapterkit.adapters.formats.keys import read_key
 from adapterkit.adapters.load import load_adapter
 from adapterkit.cli import main
 from adapterkit.errors import AdapterError, TargetError
@@ -38,7 +38,8 @@ UNET = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     ],
 )
 def test_parts(key: str, part: str, path: str) -> None:
-    assert split(key) == (part, path)
+    found = read_key(f"{key}.lora_up.weight")
+    assert (found.part, found.path, found.flat) == (part, path, True)
 
 
 def ended(command: list[str]) -> object:
@@ -123,15 +124,19 @@ def test_a_checkpoint_of_one_file_takes_several_parts(pipeline: Path) -> None:
 
 def test_what_is_said_without_a_part(pipeline: Path) -> None:
     file = pipeline / "file.safetensors"
-    with pytest.raises(TargetError, match="its parts te1 and te2 and unet have modules") as several:
-        merge(pipeline / "whole" / "sd.safetensors", [file], pipeline / "out")
+    base = pipeline / "whole" / "sd.safetensors"
+    report = merge(base, [file], pipeline / "out")  # Stable Diffusion 1 has no second text encoder
+    assert any("left out: te2 (1 modules): the base has no such part" in note for note in report.notes)
+    assert report.touched == 2
+    with pytest.raises(TargetError, match="the base has no place for 'te2'"):
+        merge(base, [f"{file}#te2"], pipeline / "two")
+    with pytest.raises(TargetError, match="its parts te1 and te2 have modules") as several:
+        merge(pipeline / "text", [file], pipeline / "out")
     assert several.value.hint is not None
-    assert several.value.hint.endswith("file.safetensors#te1+te2+unet")
+    assert several.value.hint.endswith("file.safetensors#te1+te2")
     with pytest.raises(AdapterError, match="the file has no part 'vae'") as none:
         load_adapter(f"{file}#vae")
     assert none.value.hint == "it holds te1, te2, unet"
-    with pytest.raises(AdapterError, match="holds two modules called 'text_model_encoder_layers_0_mlp_fc1'"):
-        load_adapter(f"{file}#te1+te2")
     save_file({"lycoris_x.lora_up.weight": torch.ones(4, 2)}, pipeline / "one.safetensors")
     with pytest.raises(AdapterError, match="the file has no part 'te'"):
         load_adapter(f"{pipeline}/one.safetensors#te")
@@ -164,8 +169,8 @@ def test_a_part_of_a_diffusers_file(pipeline: Path) -> None:
     with pytest.raises(TargetError, match="its parts controlnet and unet have modules"):
         merge(pipeline / "unet", [pipeline / "two.safetensors"], pipeline / "out")
     merge(pipeline / "unet", [f"{pipeline}/two.safetensors#unet"], pipeline / "out")
-    with pytest.raises(AdapterError, match="names several parts of a diffusers file"):
-        load_adapter(f"{pipeline}/two.safetensors#unet+controlnet")
+    with pytest.raises(TargetError, match="its parts controlnet and unet have modules"):
+        merge(pipeline / "unet", [f"{pipeline}/two.safetensors#unet+controlnet"], pipeline / "other")
 
 
 def test_every_module_of_a_unet_under_its_older_name(tmp_path: Path) -> None:

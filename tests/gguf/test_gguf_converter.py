@@ -1,7 +1,7 @@
 """Keys, types and bits as llama.cpp's own converter writes them (that of llama-cpp-python 0.3.36).
 
-The expected values were read from files of that converter, which `bench/converter.py` compares with ours, whole, for every
-architecture. These are the ones that were once otherwise.
+The expected values were read from files of that converter. `bench/proofs/converter.py` compares whole files with ours, for
+every architecture. These are the ones that were once otherwise.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Every mergeable tuner of PEFT on every kind of layer it takes, with the switches of its config: the table and one run.
 
-Shared by the tests beside it and by ``bench/methods.py``.
+Shared by the tests beside it and by ``bench/proofs/methods.py``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Real processes, killed for real. The full-size run is ``bench/registry.py kill``."""
+"""Real processes, killed for real. The full-size run is ``bench/speed/registry.py kill``."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import time
@@ -18,13 +17,9 @@ from adapterkit.registry.home import Home
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    path = Path(__file__).parents[2] / "bench" / "registry.py"
-    spec = importlib.util.spec_from_file_location("bench_registry", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    from bench.speed import registry
+
+    return registry
 
 
 def test_eight_processes_killed_at_random_lose_nothing(bench: ModuleType, tmp_path: Path) -> None:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
 pytest.importorskip("peft")
 pytest.importorskip("gguf")
-import gallery
-
 from adapterkit.verbs.verify import verify
+from bench.proofs import gallery
 
 if TYPE_CHECKING:
-    from gallery import Broken
+    from bench.proofs.gallery import Broken
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning", "ignore:.*:FutureWarning")
 

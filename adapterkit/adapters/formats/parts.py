@@ -1,70 +1,208 @@
-"""Files with adapters of several models: the parts of a pipeline, of which a base is one."""
+"""Which modules of a file go into which base, and what they are called there.
+
+A file may hold adapters of several parts of a pipeline, and a base may be one of them, or a checkpoint of one file that
+holds several. Every part finds its place or is said to have none: a part that the base holds and that does not fit is an
+error, one that the base has not is left out and told. ``FILE#PART``, ``only`` and ``skip`` say on purpose what to take.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.config import PARTS, AdapterConfig
-from adapterkit.checkpoint.tensor import Renamed
+from adapterkit.adapters.config import FLAT, PARTS
+from adapterkit.adapters.families.names import DENOISER, ENCODERS
+from adapterkit.adapters.formats.contents import Contents, FileModule, assembled, moved
 from adapterkit.errors import AdapterError, TargetError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-
     from adapterkit.adapters.adapter import Adapter
-    from adapterkit.checkpoint.tensor import Tensor
+    from adapterkit.adapters.names import Names
+
+# What each part of a pipeline is; parts of one kind go to the same place.
+KINDS: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            "unet",
+            "transformer",
+            "diffusion_model",
+            "model.diffusion_model",
+            "prior",
+            "prior_unet",
+            "conditional_transformer",
+        ),
+        "denoiser",
+    ),
+    **dict.fromkeys(("te", "te1", "text_encoder", "text_encoders.clip_l"), "te1"),
+    **dict.fromkeys(("te2", "text_encoder_2", "text_encoders.clip_g"), "te2"),
+    **dict.fromkeys(("te3", "text_encoder_3", "text_encoders.t5xxl"), "te3"),
+}
+# Other names of a text encoder's modules: how one version of its classes leads them and another does not.
+_LEADS = (
+    *("text_model_", "model_", "transformer_", "model_language_model_", "language_model_", "encoder_"),
+    *("cond_stage_model_transformer_", "conditioner_embedders_0_transformer_", "text_encoder_"),
+)
 
 
-def selected(adapter: Adapter, fit: Callable[[Adapter], object] | None) -> Adapter:
-    """The adapter of one part: the one that fits the base as a whole, or the only one.
+def opened(adapter: Adapter, contents: Contents, only: Sequence[str] = ()) -> Adapter:
+    """The adapter of a file before a base is known: of one part whose paths have dots as it will be merged, of any
+    other with what is to be settled in its config.
+
+    Raises:
+        AdapterError: there is no such part, or nothing is left.
+        UnsupportedAdapter: see `assembled`.
+    """
+    check_parts(only, contents.parts, adapter.ref)
+    if only:
+        contents = replace(contents, modules=contents.of(*only))
+    if len(contents.parts) == 1:
+        config, tensors = assembled(contents, contents.modules)
+        return replace(adapter, config=config, tensors=tensors, contents=contents, only=tuple(only))
+    configs: dict[str, Mapping[str, Any]] = {}
+    tensors = {}
+    for part in contents.parts:
+        config, found = assembled(contents, contents.of(part))
+        configs[part] = config.raw
+        tensors |= {f"{part}.{name}" if part else name: tensor for name, tensor in found.items()}
+    kind = next(iter(configs.values()))["peft_type"]
+    config = replace(adapter.config, raw={"peft_type": kind, PARTS: configs})
+    return replace(adapter, config=config, tensors=tensors, contents=contents, only=tuple(only))
+
+
+def settled(adapter: Adapter, names: Names | None, fit: Callable[[Adapter], object] | None = None) -> Adapter:
+    """The adapter for one base: its parts in their places, its paths with dots.
 
     Args:
-        adapter: its config has, under `PARTS`, the config of each part, and the keys of its tensors begin with a part.
-        fit: puts one part onto the base, and raises TargetError where it does not fit; None where there is no base.
+        names: those of the base; None where there is none.
+        fit: puts one part onto the base, and raises TargetError where it does not fit.
 
     Raises:
-        TargetError: no part fits the base, or several do.
-        UsageError: several parts, and no base is given.
+        TargetError: no part fits the base, one that the base holds does not, or a name stands for several modules.
+        UsageError: the file needs a base to be understood, and none is given.
         AdapterError, UnsupportedAdapter: a part could not be merged into any base.
     """
-    parts = list(adapter.config.raw[PARTS])
+    contents = adapter.contents
+    if contents is None or contents.placed:
+        return adapter
+    parts = contents.parts
+    if names is None:
+        if len(parts) > 1:
+            listed = ", ".join(part or "one without a name" for part in parts)
+            raise UsageError(f"{adapter.ref} is for several parts of a pipeline ({listed})", "name one with --base")
+        if adapter.config.get(FLAT):
+            raise UsageError(
+                f"{adapter.ref} names modules without dots, which only a base can tell", "name it with --base"
+            )
+        return adapter
+    places = _places(names)
+    if places:
+        return _placed(adapter, contents, names, places)
     if len(parts) == 1:
-        return _of(adapter, parts[0])
-    listed = ", ".join(part or "one without a name" for part in parts)
-    if fit is None:
-        raise UsageError(f"{adapter.ref} is for several parts of a pipeline ({listed})", "name one with --base")
-    fitting, misfits = [], []
-    for part in parts:
+        return _made(adapter, contents, _resolved(contents.modules, names, adapter), ())
+    assert fit is not None
+    return _chosen(adapter, contents, names, fit)
+
+
+def _places(names: Names) -> dict[str, str]:
+    """Where the parts of a pipeline lie in a checkpoint of one file: kind and lead; empty where the base is one part."""
+    leads = names.families.leads
+    found = {
+        kind: lead for kind, known in ENCODERS.items() if (lead := next((one for one in known if one in leads), None))
+    }
+    denoiser = next((lead for lead in DENOISER if lead in leads), None)
+    if found and denoiser is not None:
+        found["denoiser"] = denoiser
+    return found
+
+
+def _placed(adapter: Adapter, contents: Contents, names: Names, places: Mapping[str, str]) -> Adapter:
+    """Every part in its place of a checkpoint of one file."""
+    modules: list[FileModule] = []
+    left = []
+    for part in contents.parts:
+        own = contents.of(part)
+        kind = KINDS.get(part, "")
+        lead = places.get(kind)
+        if part and lead is None:
+            if part in adapter.only or len(contents.parts) == 1:
+                raise TargetError(
+                    f"{adapter.ref}: the base has no place for '{part}' ({len(own)} modules)",
+                    f"it holds {', '.join(sorted(places))}; name another part",
+                )
+            left.append(f"{part} ({len(own)} modules): the base has no such part")
+            continue
+        modules += _resolved(own, names, adapter, lead or "")
+    if not modules:
+        raise TargetError(f"none of the parts of {adapter.ref} fits the base", "give the base it was trained on")
+    return _made(adapter, contents, modules, left)
+
+
+def _chosen(adapter: Adapter, contents: Contents, names: Names, fit: Callable[[Adapter], object]) -> Adapter:
+    """The one part that the base is; several where each finds modules of its own."""
+    fitting: dict[str, Adapter] = {}
+    misfits: dict[str, str] = {}
+    for part in contents.parts:
         try:
-            fit(_of(adapter, part))
-            fitting.append(part)
+            own = _made(adapter, contents, _resolved(contents.of(part), names, adapter), ())
+            fit(own)
+            fitting[part] = own
         except TargetError as error:
-            misfits.append(f"of {part or 'the one without a name'}, {error.message.removeprefix(f'{adapter.ref}: ')}")
-    if len(fitting) == 1:
-        return _of(adapter, fitting[0])
-    if fitting:
+            misfits[part] = error.message.removeprefix(f"{adapter.ref}: ")
+    words = [f"of {part or 'the one without a name'}, {why}" for part, why in misfits.items()]
+    if not fitting:
+        raise TargetError(
+            f"none of the parts of {adapter.source.name} fits the base: {'; '.join(words)}",
+            "give the folder of one of these parts as the base",
+        )
+    held = {module.path for own in fitting.values() for module in _modules(own)}
+    together = len(held) == sum(len(_modules(own)) for own in fitting.values())
+    if len(fitting) > 1 and not together:
         raise TargetError(
             f"{adapter.source.name}: its parts {' and '.join(fitting)} have modules of the same names and shapes as the base",
-            f"name the one to merge, as {adapter.ref}#{fitting[0]}, or several that go together, as "
+            f"name the one to merge, as {adapter.ref}#{next(iter(fitting))}, or several that go together, as "
             f"{adapter.ref}#{'+'.join(fitting)}",
         )
-    raise TargetError(
-        f"none of the parts of {adapter.source.name} fits the base: {'; '.join(misfits)}",
-        "give the folder of one of these parts as the base",
-    )
+    for part in misfits:
+        _check_not_held(part, contents, names, fit, adapter, held)
+    left = [f"{part or 'what names no part'} ({len(contents.of(part))} modules): not of this base" for part in misfits]
+    chosen = [module for own in fitting.values() for module in _modules(own)]
+    return _made(adapter, contents, chosen, left)
 
 
-def named(adapter: Adapter, only: Sequence[str]) -> Adapter:
-    """The adapter of the part that a user named.
+def _modules(adapter: Adapter) -> tuple[FileModule, ...]:
+    assert adapter.contents is not None
+    return adapter.contents.modules
+
+
+def _check_not_held(
+    part: str,
+    contents: Contents,
+    names: Names,
+    fit: Callable[[Adapter], object],
+    adapter: Adapter,
+    held: set[str],
+) -> None:
+    """A part that is left out must not be one that the base holds in the main.
 
     Raises:
-        AdapterError: there is no such part, or several were named.
+        TargetError: most of its modules fit, and are no other part's.
     """
-    check_parts(only, adapter.config.raw[PARTS], adapter.ref)
-    if len(only) > 1:
-        raise AdapterError(f"{adapter.ref} names several parts of a diffusers file", "merge them one after the other")
-    return _of(adapter, only[0])
+    fits, missing = 0, ""
+    for module in contents.of(part):
+        try:
+            (one,) = _resolved([module], names, adapter)
+            if one.path in held:
+                return  # the same names as the part that fits: another text encoder
+            fit(_made(adapter, contents, [one], ()))
+            fits += 1
+        except TargetError as error:
+            missing = missing or error.message
+    if 2 * fits > len(contents.of(part)):
+        raise TargetError(
+            f"{adapter.ref}: most of the part '{part}' is in the base, and some is not: {missing}",
+            "give the base it was trained on, or leave the part out by name (--skip)",
+        )
 
 
 def check_parts(only: Iterable[str], parts: Iterable[str], where: str) -> None:
@@ -80,12 +218,74 @@ def check_parts(only: Iterable[str], parts: Iterable[str], where: str) -> None:
         raise AdapterError(f"{where}: the file has no part '{lost}'", hint)
 
 
-def _of(adapter: Adapter, part: str) -> Adapter:
-    lead = part + "." if part else ""
-    parts = adapter.config.raw[PARTS]
-    tensors: dict[str, Tensor] = {}
-    for key, tensor in adapter.tensors.items():
-        if max((one for one in parts if key.startswith(one + ".")), key=len, default="") == part:
-            name = key.removeprefix(lead)
-            tensors[name] = Renamed(name, tensor)
-    return replace(adapter, config=AdapterConfig(dict(parts[part]), adapter.config.where), tensors=tensors)
+def _made(adapter: Adapter, contents: Contents, modules: Sequence[FileModule], left: Sequence[str]) -> Adapter:
+    config, tensors = assembled(contents, modules)
+    notes = (*adapter.notes, *(f"{adapter.ref}: left out: {one}" for one in left))
+    return replace(
+        adapter,
+        config=config,
+        tensors=tensors,
+        notes=notes,
+        contents=replace(contents, modules=tuple(modules), placed=True),
+        left=(*adapter.left, *left),
+    )
+
+
+def _resolved(modules: Sequence[FileModule], names: Names, adapter: Adapter, lead: str = "") -> list[FileModule]:
+    """The modules under paths with dots, led as the base has them.
+
+    Raises:
+        TargetError: a flat name stands for no module of the base, or for several.
+    """
+    if not any(module.flat for module in modules):
+        return [moved(module, lead + module.path) for module in modules]
+    known = _flat_names(names, lead)
+    return [
+        moved(module, _unflat(module.path, known, adapter, names) if module.flat else lead + module.path)
+        for module in modules
+    ]
+
+
+def _flat_names(names: Names, lead: str) -> Mapping[str, set[str]]:
+    """The modules of a base by their names without dots, those of other layouts too."""
+    cached = names.flat_names.get(lead)
+    if cached is not None:
+        return cached
+    known: dict[str, set[str]] = {}
+    for parameter in names.parameters():
+        module = parameter.rpartition(".")[0]
+        if module.startswith(lead):
+            known.setdefault(module.removeprefix(lead).replace(".", "_"), set()).add(module)
+            if parameter.count(".") and not lead:
+                known.setdefault(parameter.replace(".", "_"), set()).add(parameter)
+    real = {name: set(modules) for name, modules in known.items()}
+    for alias, module in names.families.aliases():
+        if module.startswith(lead):
+            for name in {alias.replace(".", "_"), module.replace(".", "_")}:
+                if name not in real:
+                    known.setdefault(name, set()).add(module)
+    names.flat_names[lead] = known
+    return known
+
+
+def _unflat(name: str, known: Mapping[str, set[str]], adapter: Adapter, names: Names) -> str:
+    found = known.get(name) or {module for other in _aliases(name) for module in known.get(other, ())}
+    # Two families may write one flat name with other dots, and mean the same rows.
+    if len({_rows(names, module) for module in found}) != 1:
+        words = "several modules" if found else "no module"
+        raise TargetError(
+            f"{adapter.source.name}: '{name}' stands for {words} of the base",
+            "check that this is the model it was trained on, and that the file holds no other part of a pipeline",
+        )
+    return min(found)
+
+
+def _rows(names: Names, module: str) -> object:
+    targets = (names.find(f"{module}.weight"), names.find(module))
+    return next((target.pieces for target in targets if target is not None), module)
+
+
+def _aliases(name: str) -> Iterable[str]:
+    """What a base may call a module of this flat name, the name itself aside."""
+    yield from (name.removeprefix(lead) for lead in _LEADS if name.startswith(lead))
+    yield from (lead + name for lead in _LEADS)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.config import FLAT, PARTS
-from adapterkit.adapters.edits import check_config, fitting_part, group_modules
+from adapterkit.adapters.edits import check_config, group_modules, settle
 from adapterkit.adapters.methods import lora
 from adapterkit.adapters.names import Names
-from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,18 +63,10 @@ def resolved(adapter: Adapter, base: Checkpoint | None) -> Adapter:
 
     Raises:
         UsageError: its paths are flat, or it is for several models, and no base is given.
-        TargetError: see `unflattened`, `selected`.
+        TargetError: see `settle`.
     """
-    if adapter.config.get(PARTS):
-        names = None if base is None else Names(base.shapes, base.config)
-        adapter = fitting_part(adapter, names, {} if base is None else base.config)
-    if not adapter.config.get(FLAT):
-        return adapter
-    if base is None:
-        raise UsageError(f"{adapter.ref} names modules without dots, which only a base can tell", "name it with --base")
-    from adapterkit.adapters.formats.kohya import unflattened
-
-    return unflattened(adapter, Names(base.shapes, base.config))
+    names = None if base is None else Names(base.shapes, base.config)
+    return settle(adapter, names, {} if base is None else base.config)
 
 
 def _is_plain(module: Module, adapter: Adapter) -> bool:

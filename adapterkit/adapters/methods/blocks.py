@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.change import LowRank, RowMap, StackedLowRank, matrix
+from adapterkit.adapters.change import AFTER, SUM, LowRank, RowMap, StackedLowRank, matrix
 from adapterkit.adapters.method import Context, Edit, Method, Module
 from adapterkit.adapters.methods.common import check_rank, check_shape, dims, edit, oriented, take, weight_of
 from adapterkit.errors import AdapterError
@@ -43,7 +43,7 @@ def _miss(module: Module, context: Context) -> Iterator[Edit]:
         copies = torch.eye(rank).repeat(1, -(-columns // rank))[:, :columns]
         return LowRank(values.T.repeat(rows // values.shape[1], 1), copies, 1.0)
 
-    yield edit(target, f"miss r={rank}", load, (block,), rank * (rows + columns))
+    yield edit(target, f"miss r={rank}", load, (block,), rank * (rows + columns), AFTER if variant == "bat" else SUM)
 
 
 def _c3a(module: Module, context: Context) -> Iterator[Edit]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.change import Change
+from adapterkit.adapters.change import SUM, Change
 from adapterkit.adapters.method import Context, Edit, Module, check_matrix
 from adapterkit.adapters.orientation import is_said_turned, is_turned
 from adapterkit.adapters.target import Target, transposed
@@ -13,7 +13,7 @@ from adapterkit.errors import AdapterError, TargetError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from adapterkit.adapters.change import Kernel, Weights
+    from adapterkit.adapters.change import Composition, Kernel, Weights
     from adapterkit.checkpoint.tensor import Tensor
 
 
@@ -50,11 +50,18 @@ def bias_of(module: Module, context: Context) -> Target | None:
     return None if context.names.find(parameter) is None else context.target(parameter, _key(module))
 
 
-def edit(target: Target, how: str, load: Callable[[Weights], Kernel], tensors: Iterable[Tensor], held: int = 0) -> Edit:
+def edit(
+    target: Target,
+    how: str,
+    load: Callable[[Weights], Kernel],
+    tensors: Iterable[Tensor],
+    held: int = 0,
+    composes: Composition = SUM,
+) -> Edit:
     """An edit that reads these tensors; ``held`` are float32 elements that the kernel keeps, by default theirs."""
     used = tuple(tensors)
     held = held or sum(tensor.numel for tensor in used)
-    return Edit(target, Change(how, load, sum(tensor.nbytes for tensor in used), 4 * held))
+    return Edit(target, Change(how, load, sum(tensor.nbytes for tensor in used), 4 * held, composes=composes))
 
 
 def take(module: Module, context: Context, *names: str) -> tuple[Tensor, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.change import LowRank, RowMap, matrix, raw
+from adapterkit.adapters.change import ALONE, LowRank, RowMap, matrix, raw
 from adapterkit.adapters.method import Context, Edit, Method, Module
 from adapterkit.adapters.methods.common import (
     at,
@@ -48,7 +48,7 @@ def _osf(module: Module, context: Context) -> Iterator[Edit]:
         left = torch.cat((matrix(u) * matrix(s), u0 * -s0), dim=1)
         return LowRank(left, torch.cat((matrix(v), v0)), 1.0)
 
-    yield edit(target, f"osf low={count}", load, (u, s, v), 3 * rows * columns)
+    yield edit(target, f"osf low={count}", load, (u, s, v), 3 * rows * columns, ALONE)
 
 
 def _deft(module: Module, context: Context) -> Iterator[Edit]:

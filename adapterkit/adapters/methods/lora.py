@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.change import Change, LowRank, matrix
+from adapterkit.adapters.change import ALONE, SCALED, SUM, Change, LowRank, matrix
 from adapterkit.adapters.experts import FIELDS as EXPERT_FIELDS
 from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module, check_matrix
 from adapterkit.adapters.methods.expert_factors import expert_edits
@@ -238,6 +238,7 @@ def _change(recipe: LoraChange, rank: int, shape: tuple[int, int]) -> Change:
         held,
         factors=factors,
         scale=recipe.scale,
+        composes=ALONE if recipe.residual else SUM if recipe.magnitude is None else SCALED,
     )
 
 

@@ -35,17 +35,30 @@ class Normed(Kernel):
         self._added, self._shift, self._magnitude, self._norms, self._dtype = added, shift, magnitude, norms, dtype
 
     def new(self, w: torch.Tensor, rows: range) -> torch.Tensor:
+        return self._scaled(self._summed(w, rows), None, rows)
+
+    def on(self, w: torch.Tensor, v: torch.Tensor, rows: range) -> torch.Tensor:
+        """m * (v + delta) / ||W0 + delta||: PEFT takes the norm of the unmerged W and scales what is there already."""
+        summed = self._summed(w, rows)
+        return self._scaled(summed, v + (summed - w), rows)
+
+    def _summed(self, w: torch.Tensor, rows: range) -> torch.Tensor:
+        """V."""
         if self._shift is not None:
             left, right = self._shift
             w = torch.addmm(w, left[rows.start : rows.stop : rows.step], right, alpha=-1)
             w = w.to(self._dtype.torch).float()
-        v = self._added.new(w, rows)
+        return self._added.new(w, rows)
+
+    def _scaled(self, v: torch.Tensor, other: torch.Tensor | None, rows: range) -> torch.Tensor:
+        """m / ||V|| times V, or times ``other``."""
+        found = v if other is None else other
         if self._magnitude is None:
-            return v
+            return found
         if self._norms is not None:
-            return to_norm(v, self._magnitude, self._norms)
+            return to_norm(found, self._magnitude, self._norms)
         magnitude = self._magnitude[rows.start : rows.stop : rows.step, None]
-        return to_norm(v, magnitude, torch.linalg.vector_norm(v, dim=1, keepdim=True))
+        return to_norm(found, magnitude, torch.linalg.vector_norm(v, dim=1, keepdim=True))
 
 
 def column_norms(weights: Weights, added: Kernel, group: int = 1) -> torch.Tensor:

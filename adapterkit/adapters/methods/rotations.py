@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from math import prod
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.change import RowMap, matrix
+from adapterkit.adapters.change import AFTER, BEFORE, RowMap, matrix
 from adapterkit.adapters.method import Context, Edit, Method, Module
 from adapterkit.adapters.methods.common import (
     at,
@@ -72,7 +72,7 @@ def _oft(module: Module, context: Context) -> Iterator[Edit]:
         turn = (turn if name == OFT_EMBEDDING else turn.mT).float().contiguous()
         return RowMap(lambda w, rows: ops.times_blocks(w, turn))
 
-    yield edit(target, f"oft {blocks}x{size}", load, (vectors,), blocks * size * size)
+    yield edit(target, f"oft {blocks}x{size}", load, (vectors,), blocks * size * size, BEFORE)
 
 
 def _boft(module: Module, context: Context) -> Iterator[Edit]:
@@ -106,7 +106,7 @@ def _boft(module: Module, context: Context) -> Iterator[Edit]:
         lengths = matrix(scale).view(-1, 1)
         return RowMap(lambda w, rows: ops.times_butterfly(w, turns, orders) * lengths[at(rows)])
 
-    yield edit(target, f"boft {factors}x{count}x{size}", load, (blocks, scale))
+    yield edit(target, f"boft {factors}x{count}x{size}", load, (blocks, scale), composes=AFTER)
 
 
 def _hra(module: Module, context: Context) -> Iterator[Edit]:
@@ -125,7 +125,7 @@ def _hra(module: Module, context: Context) -> Iterator[Edit]:
         unit = u.float()
         return RowMap(lambda w, rows: ops.reflect(w, unit))
 
-    yield edit(target, f"hra r={rank}", load, (vectors,))
+    yield edit(target, f"hra r={rank}", load, (vectors,), composes=AFTER)
 
 
 _VARIANTS = {"road_1": 1, "road_2": 2, "road_4": 4}
@@ -160,7 +160,7 @@ def _road(module: Module, context: Context) -> Iterator[Edit]:
         return RowMap(rotated)
 
     def turned(where: Target) -> Edit:
-        return edit(where, f"road_{variant} g={group}", load, (theta, alpha), 4 * rows)
+        return edit(where, f"road_{variant} g={group}", load, (theta, alpha), 4 * rows, AFTER)
 
     yield turned(target)
     bias = bias_of(module, context)

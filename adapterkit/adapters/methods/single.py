@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.change import LowRank, RowMap, matrix, raw
+from adapterkit.adapters.change import AFTER, LowRank, RowMap, matrix, raw
 from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module
 from adapterkit.adapters.methods.common import at, bias_of, check_shape, dims, edit, oriented, take, weight_of
 from adapterkit.adapters.methods.lycoris import loha_edits, lokr_edits
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from adapterkit.adapters.change import Kernel, Weights
+    from adapterkit.adapters.target import Target
     from adapterkit.checkpoint.tensor import Tensor
 
 DORA = "dora_scale"
@@ -100,7 +101,7 @@ def _single(module: Module, context: Context) -> Iterator[Edit]:
 def _difference(module: Module, context: Context, name: str, leaf: str) -> Edit:
     """W' = W + difference, read row by row."""
     (tensor,) = take(module, context, name)
-    target = weight_of(module, context) if leaf == "weight" else bias_of(module, context)
+    target = _whole_of(module, context) if leaf == "weight" else bias_of(module, context)
     if target is None:
         raise TargetError(
             f"{context.where}: {module.path} has no bias in the base, and '{module.path}.{name}' adds to it",
@@ -116,6 +117,14 @@ def _difference(module: Module, context: Context, name: str, leaf: str) -> Edit:
         return w + finite(part[:: rows.step].float(), tensor)
 
     return edit(target, "difference", lambda weights: RowMap(add), (tensor,), 1)
+
+
+def _whole_of(module: Module, context: Context) -> Target:
+    """The parameter that a difference is of: a module's weight, a norm's scale, or what the path names itself."""
+    for name in (f"{module.path}.weight", f"{module.path}.scale", module.path):
+        if context.names.find(name) is not None:
+            return context.target(name, name)
+    return weight_of(module, context)
 
 
 def _normed(made: Edit, module: Module, context: Context) -> Edit:
@@ -142,6 +151,7 @@ def _normed(made: Edit, module: Module, context: Context) -> Edit:
         load=load,
         reads=made.change.reads + scale.nbytes,
         memory=made.change.memory + 8 * (columns if of_inputs else rows),
+        composes=AFTER,  # ComfyUI and LyCORIS bring what is there already to the norm
     )
     return replace(made, change=change)
 
@@ -226,7 +236,9 @@ def _turned(module: Module, context: Context) -> Iterator[Edit]:
 
     used = (blocks,) if rescale is None else (blocks, rescale)
     words = f"boft {factors}x{count}x{size}" if butterfly else f"oft {count}x{size}"
-    yield edit(target, words, load, used, blocks.numel + (2 * rows * columns if butterfly else 2 * size * columns))
+    yield edit(
+        target, words, load, used, blocks.numel + (2 * rows * columns if butterfly else 2 * size * columns), AFTER
+    )
 
 
 def _of_blocks(weights: Weights, r: torch.Tensor, here: range) -> torch.Tensor:
@@ -281,7 +293,7 @@ def _ia3(module: Module, context: Context) -> Iterator[Edit]:
         wide = scale.repeat_interleave(group)
         return RowMap(lambda w, here: w * wide)
 
-    yield edit(target, "ia3", load, (vector,), vector.numel * group)
+    yield edit(target, "ia3", load, (vector,), vector.numel * group, AFTER)
 
 
 def _glora(module: Module, context: Context) -> Iterator[Edit]:

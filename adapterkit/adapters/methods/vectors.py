@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from math import prod
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.change import LowRank, RowMap, matrix, replace
+from adapterkit.adapters.change import AFTER, LowRank, RowMap, matrix, replace
 from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module
 from adapterkit.adapters.methods.common import at, bias_of, check_shape, edit, oriented, take, weight_of
 from adapterkit.errors import TargetError
@@ -51,10 +51,10 @@ def _ia3(module: Module, context: Context) -> Iterator[Edit]:
         height = rows // groups
         return RowMap(lambda w, here: w * per_group[torch.arange(here.start, here.stop, here.step) // height])
 
-    yield edit(target, "ia3", load, (vector,), vector.numel * repeat)
+    yield edit(target, "ia3", load, (vector,), vector.numel * repeat, AFTER)
     bias = None if inputs else bias_of(module, context)
     if bias is not None:
-        yield edit(bias, "ia3", load, (vector,))
+        yield edit(bias, "ia3", load, (vector,), composes=AFTER)
 
 
 def _feeds_forward(module: Module, context: Context) -> bool:

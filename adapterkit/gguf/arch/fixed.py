@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from adapterkit.gguf.arch.contract import Fixed
+from adapterkit.gguf.arch.builtin import Fixed
 
 if TYPE_CHECKING:
     from adapterkit.gguf.arch.config import Config

@@ -134,7 +134,7 @@ def as_gguf(
             f"an adapter changes '{lost[0]}', which a GGUF {spec.arch} does not hold",
             "merge into a Hugging Face folder, or train the text model alone",
         )
-    wide = {name: _wide(tensor) for name, tensor in view.items()}
+    wide = floats_of(view)
     tensors = {}
     for name, array in mapped.arrays.items():
         floats = gathered(name, array, wide)
@@ -149,7 +149,7 @@ def as_gguf(
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     label = size_label(shapes, _first(values.get("expert_count")))
     entries = [*general(base, adapters, files or {}, label, spec.arch), *hyper_entries(spec.arch, values)]
-    own = plain or _own_type(view, mapped)
+    own = plain or own_type(view, mapped)
     hparams = {
         "n_layer": values["block_count"],
         "n_expert": _first(values.get("expert_count")),
@@ -197,6 +197,11 @@ def file_type_entries(name: str) -> list[Entry]:
     return [u32("general.file_type", FILE_TYPES[name].number), u32("general.quantization_version", 2)]
 
 
+def floats_of(view: Checkpoint) -> dict[str, Tensor]:
+    """The tensors of a view, those that are computed before they are rounded to 16 bits."""
+    return {name: _wide(tensor) for name, tensor in view.items()}
+
+
 def _wide(tensor: Tensor) -> Tensor:
     if isinstance(tensor, Merged):
         return as_float32(tensor) if tensor.dtype is not F32 else tensor
@@ -209,7 +214,7 @@ def widened(view: Checkpoint) -> Checkpoint:
     return replace(view, tensors=tensors)
 
 
-def _own_type(view: Checkpoint, mapped: Mapped) -> str:
+def own_type(view: Checkpoint, mapped: Mapped) -> str:
     """The float type of the first matrix that GGUF keeps."""
     for name, tensor in view.items():
         if name in mapped.sources and len(tensor.shape) > 1 and tensor.dtype in (BF16, F16, F32):

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adapterkit.gguf.arch.builtin import Fixed
     from adapterkit.gguf.arch.config import Config
-    from adapterkit.gguf.arch.contract import Fixed
     from adapterkit.gguf.arch.ops import Op
 
     # A value for a key, or None where the key is left out.

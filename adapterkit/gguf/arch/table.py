@@ -7,7 +7,20 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import TargetError
-from adapterkit.gguf.arch import dense, encoders, further, gemma, hybrid, latent, moe, older, seq2seq, wholes, windows
+from adapterkit.gguf.arch import (
+    dense,
+    encoders,
+    further,
+    gemma,
+    hybrid,
+    latent,
+    moe,
+    older,
+    remote,
+    seq2seq,
+    wholes,
+    windows,
+)
 from adapterkit.gguf.arch.fixed import FIXED, NEVER_LORA, NO_LORA
 
 if TYPE_CHECKING:
@@ -26,6 +39,7 @@ _ROWS: tuple[ArchSpec, ...] = (
     *latent.SPECS,
     *wholes.SPECS,
     *seq2seq.SPECS,
+    *remote.SPECS,
 )
 
 

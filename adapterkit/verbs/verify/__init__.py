@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.checkpoint.files import check_unchanged
 from adapterkit.requests.call import takes
+from adapterkit.requests.groups import OfAdapters
 from adapterkit.requests.verify import LEVELS, VerifyRequest
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, Thresholds, VerifyReport
 
@@ -59,7 +61,9 @@ def verify(request: VerifyRequest) -> VerifyReport:
 
         check_models(found, stored, prompts)
     how = asked(found, loaded, request.of_merge())
-    planned = subject(found, stored, loaded, how.given)
+    parts = OfAdapters(only=how.given.get("only", ()), skip=how.given.get("skip", ()))
+    loaded = tuple(parts.narrowed(adapter) for adapter in loaded)
+    planned = subject(found, stored, loaded, {k: v for k, v in how.given.items() if k not in ("only", "skip")})
     around = sanity(planned, request.on_purpose)
     judged = compare(planned, jobs=jobs, progress=progress)
     wrong, named = findings(planned, judged)
@@ -80,6 +84,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
 
         model = compare_models(planned, stored, prompts, jobs=jobs)
         every += _answers(model, request.max_kl, request.min_top1)
+    check_unchanged((*found.sources, *stored.sources, *(source for one in loaded for source in one.sources)))
     return VerifyReport(
         ok=not any(finding.severity == ERROR for finding in every),
         merged=found.ref,

@@ -7,13 +7,12 @@ random (unit variance, the same on every run), or the activations of the model i
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import sqrt
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.plan import default_jobs
-from adapterkit.ops.threads import settle
+from adapterkit.ops.threads import Workers
 from adapterkit.verbs.verify.report import LayerCheck, LayerLevel
 from adapterkit.verbs.verify.suspect import after, before
 
@@ -71,7 +70,7 @@ def compare_layers(
         with torch.inference_mode():
             return outputs(item, given.get(item.name), turned=_turned(subject, item))
 
-    with ThreadPoolExecutor(jobs or default_jobs(), initializer=settle) as pool:
+    with Workers(jobs or default_jobs()) as pool:
         found = list(pool.map(one, items))
     total = sum(found, Outputs())
     checks = tuple(each.check(item.name) for each, item in zip(found, items, strict=True))

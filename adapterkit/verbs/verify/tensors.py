@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.plan import default_jobs
-from adapterkit.ops.threads import settle
+from adapterkit.ops.threads import settle, start_all
 from adapterkit.verbs.verify.report import (
     EQUAL,
     EXTRA,
@@ -98,9 +98,8 @@ class _Comparison:
         # Large weights first would be quicker at the end; in order of the files is quicker on a disk.
         tasks = deque(task for item in self._subject.items for task in self._tasks(item))
         threads = [threading.Thread(target=self._worker, args=(tasks,), daemon=True) for _ in range(jobs)]
-        for thread in threads:
-            thread.start()
         try:
+            threads = start_all(threads)
             for thread in threads:
                 while thread.is_alive():
                     thread.join(0.1)
@@ -109,7 +108,8 @@ class _Comparison:
         except BaseException:
             self._stop.set()
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:
+                    thread.join()
             raise
         if self._failure is not None:
             raise self._failure

@@ -1,0 +1,1 @@
+"""Models of images, video and sound, whose tensors have other names, and other rows, in different programs."""

@@ -1,0 +1,93 @@
+"""How much memory this process may use, and whether a plan fits into it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from adapterkit.errors import OutOfMemory
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_OF_PROCESS = Path("/proc/self/cgroup")
+ADDRESSES = "ulimit -v"
+MAPPED = 550_000_000  # bytes of addresses beyond the memory that is used; measured with torch 2.9 on two threads
+_FEW = 4_000_000_000
+_NONE = 1 << 60  # what cgroups of version 1 say where there is no limit, and more
+
+
+def memory_limit() -> tuple[int, str] | None:
+    """The smallest limit on the memory of this process in bytes, and who sets it; None where there is none.
+
+    Looks at limits of the process (``ulimit -v``, ``ulimit -d``) and of its control groups, version 1 and 2, which is what
+    containers have.
+    """
+    return min(_limits(), default=None)
+
+
+def _limits() -> list[tuple[int, str]]:
+    return [*_of_process(), *_of_groups()]
+
+
+def check_memory(need: int, what: str) -> None:
+    """Refuse work that does not fit.
+
+    Args:
+        need: bytes, by the plan's estimate.
+
+    Raises:
+        OutOfMemory: a limit is smaller.
+    """
+    for allowed, who in _limits():
+        # Libraries take room for addresses that they never use as memory.
+        wanted, kind = (need + MAPPED, "virtual memory") if who == ADDRESSES else (need, "memory")
+        if wanted > allowed:
+            raise OutOfMemory(
+                f"{what} needs about {wanted / 1e6:,.0f} MB of {kind}, and {who} allows {allowed / 1e6:,.0f} MB",
+                "raise the limit, or give fewer jobs",
+            )
+
+
+def cramped() -> str:
+    """Who leaves this process so few addresses that libraries fail in ways of their own; empty when nobody does."""
+    found = [allowed for allowed, who in _of_process() if who == ADDRESSES and allowed < _FEW]
+    return f"{ADDRESSES} allows {found[0] / 1e6:,.0f} MB" if found else ""
+
+
+def _of_process() -> list[tuple[int, str]]:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return []
+    found = []
+    for which, name in ((resource.RLIMIT_AS, ADDRESSES), (resource.RLIMIT_DATA, "ulimit -d")):
+        soft = resource.getrlimit(which)[0]
+        if soft != resource.RLIM_INFINITY and soft >= 0:
+            found.append((soft, name))
+    return found
+
+
+def _of_groups() -> list[tuple[int, str]]:
+    try:
+        lines = _OF_PROCESS.read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, _, rest = line.partition(":")
+        kinds, _, path = rest.partition(":")
+        if kinds == "":
+            root, name = _CGROUPS, "memory.max"
+        elif "memory" in kinds.split(","):
+            root, name = _CGROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        place = root / path.lstrip("/")
+        for folder in (place, *place.parents):
+            if not folder.is_relative_to(root):
+                break
+            try:
+                said = (folder / name).read_text().strip()
+            except OSError:
+                continue
+            if said.isdigit() and int(said) < _NONE:
+                found.append((int(said), "the control group of this process (a container, perhaps)"))
+    return found

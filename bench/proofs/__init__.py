@@ -1,0 +1,1 @@
+"""Whether it holds, over everything that the installed libraries have."""

@@ -1,0 +1,1 @@
+"""What a choice does to a model that was trained for it."""
