@@ -15,6 +15,7 @@ from adapterkit.gguf.names import OUTPUT
 from adapterkit.gguf.plan import FileLayout
 from adapterkit.gguf.quantize import Quantization, typed
 from adapterkit.gguf.tensors import decoded, kind_of, round_trip
+from adapterkit.gguf.text_part import text_part
 from adapterkit.ops.device import CPU
 
 if TYPE_CHECKING:
@@ -122,11 +123,14 @@ def fold_values(
     if base.kind != "model":
         raise UsageError(f"{base.ref} is a GGUF {base.kind}, not a model", "give the model first, then the adapter")
     names = gguf_names(base)
+    pairs = [text_part(adapter) for adapter in adapters]
+    adapters, left = [adapter for adapter, _ in pairs], tuple(note for _, notes in pairs for note in notes)
     tensors = {name: decoded(tensor) for name, tensor in base.items()}
     turned = {name: columns for name in tensors if (columns := names.columns_of(name)) is not None}
     own = {name: reordered(tensors[name], columns, undo=True) for name, columns in turned.items()}
     folded = fold(replace(base, tensors={**tensors, **own}, config=names.config), adapters, weights, names=names, **how)
     _check(base, folded, names)
+    folded = replace(folded, notes=(*folded.notes, *left))
     if turned:
         after = dict(folded.checkpoint.tensors)
         for name, columns in turned.items():

@@ -96,7 +96,7 @@ def from_hf(
         approximate=approximate,
     )
     tokens, notes = vocabulary(model, files or {}, config, pre)
-    changed = tuple(dict.fromkeys(one for name in touched for one in model.mapped.sources[name]))
+    changed = tuple(dict.fromkeys(one for name in touched for one in model.mapped.sources.get(name, ())))
     entries = (*model.entries, *tokens)
     if asked.mix is None:
         entries = (*model.entries, *file_type_entries(model.file_type), *tokens)
@@ -108,7 +108,7 @@ def from_hf(
         )
     wider = None
     if drowned is not None:
-        wider = frozenset(one for name in drowned for one in model.mapped.sources[name])
+        wider = frozenset(one for name in drowned for one in model.mapped.sources.get(name, ()))
     origin = TypeInputs(model.spec.arch, model.hparams, now, entries, wider)
     found = typed_from(model.tensors, origin, asked, changed)
     layout = FileLayout(found.tensors, found.entries)
@@ -132,7 +132,7 @@ def _packed(
     if asked.mix is not None and file_type(asked.mix)[1].default == KIND.name:
         for name in touched:
             if on_mxfp4(view[name]):
-                now |= dict.fromkeys(model.mapped.sources[name], KIND.name)
+                now |= dict.fromkeys(model.mapped.sources.get(name, ()), KIND.name)
     return asked, now, notes
 
 

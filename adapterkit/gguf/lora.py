@@ -7,17 +7,23 @@ all tensors, so every other scaling is folded into ``lora_b``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import Weights
+from adapterkit.adapters.config import AdapterConfig
 from adapterkit.adapters.edits import adapter_edits
 from adapterkit.checkpoint.tensor import Tensor
 from adapterkit.dtypes import F32
 from adapterkit.errors import UnsupportedAdapter
-from adapterkit.gguf.metadata import Entry, f32, text, u32
+from adapterkit.gguf.filetypes import FILE_TYPES
+from adapterkit.gguf.metadata import Entry, array, f32, text, u32
 from adapterkit.gguf.names import EMBEDDING, OUTPUT, GGUFNames
 from adapterkit.gguf.quantize import place
+from adapterkit.gguf.reader import U32
+from adapterkit.gguf.tensors import encoded
+from adapterkit.gguf.text_part import text_part
+from adapterkit.gguf.types import TYPES, GGMLType
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -30,6 +36,8 @@ if TYPE_CHECKING:
     from adapterkit.adapters.target import Piece, Target
 
 ALPHA, A, B = "adapter.lora.alpha", ".lora_a", ".lora_b"
+INVOCATION = "adapter.alora.invocation_tokens"
+FACTOR_TYPES = ("F32", "F16", "BF16", "Q8_0")
 
 
 class PlannedFactor(Tensor):
@@ -79,7 +87,7 @@ class _Part:
 
 
 def lora_tensors(
-    adapter: Adapter, names: GGUFNames, *, allow_unknown: bool = False
+    adapter: Adapter, names: GGUFNames, *, allow_unknown: bool = False, kind: str = "F32"
 ) -> tuple[list[Tensor], list[Entry], tuple[str, ...]]:
     """The tensors and the metadata of an adapter as GGUF LoRA, and notes.
 
@@ -87,15 +95,22 @@ def lora_tensors(
         adapter: LoRA in any scaling (rsLoRA, alpha and rank patterns), on linear layers, embeddings, experts.
         names: of the base.
         allow_unknown: go on where the config has fields that are not known here.
+        kind: the type of the factors: F32, F16, BF16 or Q8_0; one whose rows do not fill the blocks of Q8_0 becomes F16.
 
     Raises:
         UnsupportedAdapter: it changes what a LoRA file cannot hold; the sentence names the road that works.
         TargetError, AdapterError: see `adapter_edits`.
     """
+    adapter, left = text_part(adapter)
+    invocation = adapter.config.get("alora_invocation_tokens")
+    if invocation:
+        # llama-server applies the file from these tokens on.
+        plain = {key: value for key, value in adapter.config.raw.items() if key != "alora_invocation_tokens"}
+        adapter = replace(adapter, config=AdapterConfig(plain, adapter.config.where))
     edits = adapter_edits(adapter, names, names.config, allow_unknown=allow_unknown)
     shapes = names.shapes
     parts: dict[str, list[_Part]] = {}
-    notes = []
+    notes = list(left)
     for edit in edits:
         new = edit.change.replaced
         embedding = set(edit.target.tensors) <= {EMBEDDING, OUTPUT}
@@ -122,7 +137,14 @@ def lora_tensors(
         if name == EMBEDDING:
             a, b = b, a.T  # looked up by row: the factor with the vocabulary is called A
         tensors += [PlannedFactor(name + A, a, "lora a"), PlannedFactor(name + B, b, "lora b")]
-    return tensors, _entries(adapter, names.arch, alpha), tuple(notes)
+    written = [encoded(tensor, _fitting(tensor, kind)) for tensor in tensors]
+    return written, _entries(adapter, names.arch, alpha, kind, invocation), tuple(notes)
+
+
+def _fitting(tensor: Tensor, kind: str) -> GGMLType:
+    """The type of a factor; its rows have to fill whole blocks."""
+    found = TYPES[kind]
+    return found if tensor.shape[-1] % found.block == 0 else TYPES["F16"]
 
 
 def ignores(tensor: str, ends: Sequence[str]) -> bool:
@@ -211,14 +233,18 @@ def _factors(parts: list[_Part], shape: tuple[int, ...], alpha: float) -> tuple[
     return (a, b) if len(shape) > 2 else (a[0], b[0])
 
 
-def _entries(adapter: Adapter, arch: str, alpha: float) -> list[Entry]:
+def _entries(
+    adapter: Adapter, arch: str, alpha: float, kind: str = "F32", invocation: Sequence[int] | None = None
+) -> list[Entry]:
     entries = [
         text("general.architecture", arch),
         text("general.type", "adapter"),
         text("adapter.type", "lora"),
         f32(ALPHA, alpha),
-        u32("general.file_type", 0),
+        u32("general.file_type", FILE_TYPES[kind].number),
     ]
+    if invocation:
+        entries.append(array(INVOCATION, U32, [int(token) for token in invocation]))
     if adapter.config.base:
         entries += [u32("general.base_model.count", 1), text("general.base_model.0.name", adapter.config.base)]
     return entries

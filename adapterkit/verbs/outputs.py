@@ -200,6 +200,7 @@ def _hf_to_gguf(
         "asked": _freely(asked.gguf_types),
         "dtype": asked.floats,
         "pre": asked.pre,
+        "approximate": tuple(asked.allow_approximate),
     }
     made = from_hf(folded.checkpoint, **how)
     if asked.gguf_types is not None and asked.gguf_types.keep_below is not None:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.adapters.formats.narrow import TEXT, section_of
 from adapterkit.adapters.merged import Merged, as_float32
 from adapterkit.checkpoint.tensor import Renamed, Tensor
 from adapterkit.dtypes import BF16, F16, F32
@@ -129,7 +130,9 @@ def as_gguf(
     mapper = mapper_of(spec, read, base)
     mapped = mapper.to_gguf(view.shapes, base.ref)
     lost = [name for name in touched if name not in mapped.sources and mapper.scalar(name) is None]
-    if lost:
+    towers = [name for name in lost if name in mapped.dropped and section_of(name) != TEXT]
+    if len(lost) > len(towers):
+        lost = [name for name in lost if name not in towers]
         raise TargetError(
             f"an adapter changes '{lost[0]}', which a GGUF {spec.arch} does not hold",
             "merge into a Hugging Face folder, or train the text model alone",
@@ -145,7 +148,7 @@ def as_gguf(
             tensors = {one.tensor: Constant(one.tensor, factors), **tensors}
     notes = held(spec, read, approximate)
     values = hyperparameters(spec, read) | _scalars(view, mapper)
-    notes = (*notes, *tie_note(mapper), *scaling(spec, read).notes, *left_out(read), *unread(read))
+    notes = (*notes, *tie_note(mapper), *scaling(spec, read).notes, *left_out(read), *_of_towers(towers), *unread(read))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     label = size_label(shapes, _first(values.get("expert_count")))
     entries = [*general(base, adapters, files or {}, label, spec.arch), *hyper_entries(spec.arch, values)]
@@ -161,6 +164,13 @@ def as_gguf(
     kinds |= packed
     written = "MXFP4_MOE" if packed else own
     return Model(spec, read, tensors, tuple(entries), hparams, kinds, mapped, written, notes)
+
+
+def _of_towers(names: Sequence[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    left = f"left out: the change of {len(names)} tensors of a tower, as '{names[0]}'"
+    return (f"{left}; the text part alone is in this file, and a projector is made of the merged folder",)
 
 
 def _scalars(view: Checkpoint, mapper: Mapper) -> dict[str, Any]:

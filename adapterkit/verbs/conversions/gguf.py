@@ -62,6 +62,7 @@ def _of_hf(opened: Any, request: ConvertRequest, jobs: int) -> Conversion:
         asked=asked,
         dtype=parse_floats(request.dtype),
         pre=request.pre,
+        approximate=tuple(request.allow_approximate),
     )
     stated = {"verb": "convert", "dtype": request.dtype, "pre": request.pre, **asked.request()}
     planned = plan_gguf(made.layout, max_shard_size=request.shard_size, jobs=jobs, request=stated)
