@@ -66,6 +66,7 @@ def from_hf(
     pre: str | None = None,
     drowned: frozenset[str] | None = None,
     approximate: Collection[str] = (),
+    elsewhere: Collection[str] = (),
 ) -> FromHF:
     """Plan a GGUF file of a view of a Hugging Face checkpoint; nothing is read but headers and the tokenizer.
 
@@ -76,6 +77,7 @@ def from_hf(
         pre: the name of the pre-tokenizer, where it is not to be recognised.
         drowned: the changed tensors, by the checkpoint's names, that alone are kept wider.
         approximate: see `as_gguf`.
+        elsewhere: tensors that the mmproj file beside it holds.
 
     Raises:
         TargetError, CheckpointError: see `as_gguf` and `read_vocab`.
@@ -94,6 +96,7 @@ def from_hf(
         files=files,
         plain=None if dtype is None else dtype.code,
         approximate=approximate,
+        elsewhere=elsewhere,
     )
     tokens, notes = vocabulary(model, files or {}, config, pre)
     changed = tuple(dict.fromkeys(one for name in touched for one in model.mapped.sources.get(name, ())))
@@ -101,10 +104,10 @@ def from_hf(
     if asked.mix is None:
         entries = (*model.entries, *file_type_entries(model.file_type), *tokens)
     asked, now, kept = _packed(model, asked, touched, view)
-    if model.config.has_vision and model.mapped.dropped:
+    if model.config.has_vision and model.mapped.dropped and not elsewhere:
         count = len(model.mapped.dropped)
         kept.append(
-            f"the text part alone: {count} other tensors belong in an mmproj file, which --mmproj copies beside it"
+            f"the text part alone: {count} other tensors belong in an mmproj file, which --mmproj auto makes beside it"
         )
     wider = None
     if drowned is not None:

@@ -78,7 +78,7 @@ def beside_of(request: Any, inputs: Iterable[object], *, source: Path | None = N
     if out is None:
         return ()
     found: list[Beside] = []
-    if getattr(request, "mmproj", None) is not None:
+    if getattr(request, "mmproj", None) is not None and not request.makes_tower:
         found.append(Tower(Path(request.mmproj), out, request.force))
     if getattr(request, "server", None) is not None:
         found.append(ServerFile(request.server, out, source))

@@ -108,6 +108,7 @@ def as_gguf(
     files: Mapping[str, bytes] | None = None,
     plain: str | None = None,
     approximate: Collection[str] = (),
+    elsewhere: Collection[str] = (),
 ) -> Model:
     """A view of a Hugging Face checkpoint as a GGUF model.
 
@@ -119,6 +120,7 @@ def as_gguf(
         files: side files by name.
         plain: the float type of a file that is not quantized; by default that of the first matrix.
         approximate: config fields that the runtime may compute otherwise past a limit; see `held`.
+        elsewhere: tensors that another file holds, so that a change of them is not lost.
 
     Raises:
         TargetError: an architecture or a tensor that the table does not know, a change that GGUF has no place for, or a
@@ -129,7 +131,7 @@ def as_gguf(
     spec = spec_of(read)
     mapper = mapper_of(spec, read, base)
     mapped = mapper.to_gguf(view.shapes, base.ref)
-    lost = [name for name in touched if name not in mapped.sources and mapper.scalar(name) is None]
+    lost = [name for name in touched if not (name in mapped.sources or name in elsewhere or mapper.scalar(name))]
     towers = [name for name in lost if name in mapped.dropped and section_of(name) != TEXT]
     if len(lost) > len(towers):
         lost = [name for name in lost if name not in towers]
@@ -170,7 +172,7 @@ def _of_towers(names: Sequence[str]) -> tuple[str, ...]:
     if not names:
         return ()
     left = f"left out: the change of {len(names)} tensors of a tower, as '{names[0]}'"
-    return (f"{left}; the text part alone is in this file, and a projector is made of the merged folder",)
+    return (f"{left}; this file is the text part alone (--mmproj auto writes the projector beside it)",)
 
 
 def _scalars(view: Checkpoint, mapper: Mapper) -> dict[str, Any]:
