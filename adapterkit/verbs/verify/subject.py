@@ -71,6 +71,7 @@ class Subject:
         trained: the fold under the names of a Hugging Face base; None where the base is a GGUF file.
         became: where MERGED has other names, what each tensor of ``trained`` became.
         metadata: what the metadata of a GGUF file should be; None where MERGED is a folder.
+        side: the small files that merge would write beside the weights of a folder.
     """
 
     found: Checkpoint
@@ -90,6 +91,7 @@ class Subject:
     trained: Checkpoint | None = None
     became: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     metadata: Expected | None = None
+    side: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def subject(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str, Any]) -> Subject:
@@ -132,6 +134,7 @@ def _folder(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], op
         "folded": planned.folded,
         "values": planned.base_values,
         "config": _planned_config(planned.side, planned.base),
+        "side": planned.side,
         "kind": kind,
         "trained": floats,
         "options": planned.request.stated(),
