@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -136,6 +137,7 @@ class Merged(Tensor):
         held = base.block
         self._step = held if held % self.columns == 0 else max(1, BLOCK // self.columns) * self.columns
         self.watch: Watcher | None = None
+        self.odd: dict[int, int] = {}  # how many values of a block are NaN or infinite, where some are
 
     @property
     def block(self) -> int:
@@ -194,6 +196,8 @@ class Merged(Tensor):
 
     def _pair(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A block of W as stored and of W', both ``[rows, columns]``."""
+        import torch
+
         stop = min(start + self._step, self.numel)
         columns = self.columns
         low, high = start // columns, stop // columns
@@ -211,6 +215,8 @@ class Merged(Tensor):
         if self.factor != 1:
             acc.mul_(self.factor)
             stored = stored.float() * self.factor
+        if not math.isfinite(float(acc.sum())):
+            self.odd[start] = int((~torch.isfinite(acc)).sum())
         if self.watch is not None:
             self.watch(start, stored, acc.cpu())
         return stored, acc

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.experts import in_order
+from adapterkit.adapters.fidelity import not_finite
 from adapterkit.adapters.load import load_adapter
 from adapterkit.bases import open_base, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
@@ -109,7 +110,7 @@ class Merge:
             fidelity=fidelity,
             min_retention=asked.min_retention,
             dry_run=measured.dry_run,
-            notes=(*self.notes, *measured.notes),
+            notes=(*self.notes, *measured.notes, *not_finite(self.folded)),
         )
 
     def job(self, base: Any = None) -> Job:
