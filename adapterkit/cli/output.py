@@ -35,7 +35,7 @@ def clean(text: str, *, lines: bool = False) -> str:
 
 def say(text: str = "", *, lines: bool = False) -> None:
     """A line of the result, or several."""
-    click.echo(clean(text, lines=lines))
+    click.echo(clean(text if lines else cut(text, 10_000), lines=lines))
 
 
 def say_command(text: str) -> None:
@@ -49,9 +49,9 @@ def note(text: str) -> None:
     click.echo(clean(cut(text)), err=True)
 
 
-def cut(text: str) -> str:
+def cut(text: str, most: int = LONGEST) -> str:
     """Text of a plausible length: a file may call a field by a hundred thousand characters."""
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 def show_json(value: Any) -> None:
@@ -59,7 +59,8 @@ def show_json(value: Any) -> None:
     data = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
     text = redact(json.dumps(data, indent=2, ensure_ascii=False))
     # JSON escapes line breaks itself; what else a terminal would act on may stand in its strings.
-    click.echo("".join(c if c == "\n" or c.isprintable() else _escaped(c) for c in text))
+    text = "".join(c if c == "\n" or c.isprintable() else _escaped(c) for c in text)
+    click.echo(text.replace("##[", "#\\u0023["))
 
 
 def _escaped(char: str) -> str:
