@@ -2,11 +2,11 @@
 
     python -m bench proofs faults [--only VERB] [--json FILE]
 
-Each run works in a forked child on tiny inputs. At the n-th ``pwrite``, ``write``, ``fsync``, ``rename``, ``link`` or ``mkdir``
-the call fails with EIO, ENOSPC or EDQUOT, is interrupted (EINTR, which Python repeats by itself when the system says so; here it
-is raised, so it counts as a failure), or the process gets SIGKILL. Then: the target is absent or has the right bytes; a run
-that was not killed left nothing beside it and ended with an error of ours; and the next run gives the right bytes and leaves
-nothing either.
+Each run works in a forked child on tiny inputs. At the n-th ``pwrite``, ``write``, ``fsync``, ``rename``, ``link`` or
+``mkdir`` the call fails with EIO, ENOSPC or EDQUOT, is interrupted (EINTR, which Python repeats by itself when the system
+says so; here it is raised, so it counts as a failure), or the process gets SIGKILL. Then: the target is absent or has the
+right bytes; a run that was not killed left nothing beside it and ended with an error of ours; and the next run gives the
+right bytes and leaves nothing either.
 """
 
 from __future__ import annotations
