@@ -44,6 +44,12 @@ FORMATS = {
             _TYPES | _SHARDS | _GGUF | {"dtype"},
             ".gguf",
         ),
+        Format(
+            "mmproj",
+            "mmproj:plan",
+            "the tower of a model that sees or hears, as llama.cpp loads it beside the text",
+            _TYPES | {"dtype"},
+        ),
         Format("hf", "hf:plan", "a GGUF model as Hugging Face folder", _SHARDS | {"dtype"}),
         Format("gguf-lora", "gguf_lora:plan", "an adapter as GGUF LoRA", frozenset({"base"}), adapter=True),
         Format(

@@ -112,6 +112,29 @@ class OfAdapters(Request):
             role=VALUES, group=ADAPTERS, choices=tuple(ORDERS), recipe="merge.expert-order",
         ),
     )  # fmt: skip
+    conv1d: tuple[str, ...] | str = field(
+        default=(),
+        metadata=opt(
+            "A module that keeps its weight as [in, out] (transformers' Conv1D), in a model whose class is not known; may be "
+            "given again.",
+            role=VALUES, group=ADAPTERS, many=True, metavar="NAME", recipe="merge.conv1d",
+        ),
+    )  # fmt: skip
+    only: tuple[str, ...] | str = field(
+        default=(),
+        metadata=opt(
+            "Of each adapter only this part of a pipeline (unet, te1), section (text, vision) or these modules (a "
+            "pattern); may be given again.",
+            role=VALUES, group=ADAPTERS, many=True, metavar="PART", recipe="merge.only",
+        ),
+    )  # fmt: skip
+    skip: tuple[str, ...] | str = field(
+        default=(),
+        metadata=opt(
+            "Leave this part, section or these modules of each adapter out; may be given again.",
+            role=VALUES, group=ADAPTERS, many=True, metavar="PART", recipe="merge.skip",
+        ),
+    )  # fmt: skip
     allow_unknown: bool = field(
         default=False,
         metadata=opt(
@@ -120,10 +143,32 @@ class OfAdapters(Request):
         ),
     )  # fmt: skip
 
+    def told(self, adapter: Adapter) -> Adapter:
+        """The adapter, read as these options say."""
+        from adapterkit.adapters.told import as_told
+
+        return as_told(adapter, self.expert_order, _words(self.conv1d))
+
+    def narrowed(self, adapter: Adapter) -> Adapter:
+        """What of an adapter is asked for.
+
+        Raises:
+            AdapterError: it has no such part, or nothing is left.
+        """
+        if not self.only and not self.skip:
+            return adapter
+        from adapterkit.adapters.formats.narrow import narrowed
+
+        return narrowed(adapter, _words(self.only), _words(self.skip))
+
     @property
     def adapter_weights(self) -> tuple[float, ...] | None:
         """One weight per adapter; None where none was named."""
         return None if self.weights is None else tuple(self.weights)  # type: ignore[arg-type]
+
+
+def _words(given: tuple[str, ...] | str) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def _methods() -> tuple[str, ...]:
@@ -334,8 +379,8 @@ class GGUFOutput(Request):
     mmproj: Ref | None = field(
         default=None,
         metadata=opt(
-            "The vision tower (mmproj) to copy beside a GGUF output.", PATH,
-            role=BYTES, group=BESIDE, metavar="FILE", recipe="output.mmproj",
+            "The tower (mmproj) to copy beside a GGUF output; auto makes it, with what adapters change in it.", PATH,
+            role=BYTES, group=BESIDE, metavar="FILE|auto", recipe="output.mmproj",
             elsewhere={"record": "a copy beside the output has no part in its bytes"},
         ),
     )  # fmt: skip
@@ -347,9 +392,16 @@ class GGUFOutput(Request):
         ),
     )  # fmt: skip
 
+    @property
+    def makes_tower(self) -> bool:
+        """Whether the tower's file is made of the base, and not copied."""
+        return str(self.mmproj) == "auto"
+
     def check(self) -> None:
         super().check()
         out = getattr(self, "out", None)
+        if self.makes_tower and out is not None and Path(out).suffix != ".gguf":
+            raise UsageError("an mmproj file belongs beside a GGUF file", "name the output like OUT.gguf")
         if self.server is not None and out is not None and Path(out).suffix != ".gguf":
             raise UsageError(f"--for {self.server} is for a GGUF output", "name it like OUT.gguf, or leave out --for")
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.encoded import Encoding
     from adapterkit.gguf.quantize import Quantization
     from adapterkit.requests.merge import MergeRequest
+    from adapterkit.verbs.job import Job
 
 CONFIG = "config.json"
 KEEP = "keep"
@@ -38,6 +39,7 @@ class Output:
         through: where changed tensors are quantized: a tensor's name and shape to a function that encodes and decodes
             some of its rows, for the report on fidelity.
         encodings: changed tensors that are written in the base's own format.
+        tower: what writes the tower's file beside it, where that is made.
     """
 
     folded: Folded
@@ -47,6 +49,7 @@ class Output:
     notes: tuple[str, ...]
     through: Callable[[str, tuple[int, ...]], Through | None] | None = None
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
+    tower: Job | None = None
 
 
 def output(
@@ -67,6 +70,11 @@ def output(
         UsageError: no such form, or options that mean nothing for it.
         AdapterError, TargetError, CheckpointError
     """
+    if asked.makes_tower and (base.format == "gguf" or asked.to != GGUF):
+        raise UsageError(
+            f"{base.ref} holds no tower" if base.format == "gguf" else "an mmproj file belongs beside a GGUF file",
+            "merge into the Hugging Face base, and name the output like OUT.gguf",
+        )
     found = _OUTPUTS.get((base.format == "gguf", asked.to))
     if found is None:
         raise UsageError(
@@ -82,7 +90,7 @@ def _folder(
     if asked.gguf_types is not None or asked.pre is not None:
         raise UsageError("options of a GGUF output were given for a folder", "name the output like OUT.gguf")
     if asked.quant == KEEP or _stored_in(base) == (asked.folder_format, asked.quant_double):
-        return _kept(base, adapters, asked, settings)
+        return _one_file(_kept(base, adapters, asked, settings), asked)
     dtype = asked.floats
     folded = fold(base, adapters, asked.adapter_weights, dtype=dtype, **_how(asked))
     side, notes = side_files(base, folded, adapters, dtype)
@@ -95,7 +103,38 @@ def _folder(
         config["quantization_config"] = view.config["quantization_config"]
         side[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         notes = [*notes, view.notes[-1]]
-    return Output(folded, view, plan_safetensors(view, **settings), side, tuple(notes))
+    if one_file(asked):
+        view = replace(view, metadata=_without_hashes(view.metadata), shards=dict.fromkeys(view, _ONE))
+    return _one_file(Output(folded, view, plan_safetensors(view, **settings), side, tuple(notes)), asked)
+
+
+_ONE = "model.safetensors"
+# What the metadata of a file say of its own bytes, which a merge changes.
+_HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+
+
+def one_file(asked: MergeRequest) -> bool:
+    """Whether the output is one safetensors file, not a folder."""
+    return asked.target is not None and asked.target.suffix == ".safetensors"
+
+
+def _without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in metadata.items() if name not in _HASHES}
+
+
+def _one_file(made: Output, asked: MergeRequest) -> Output:
+    """The same output as a file of the name that was asked for; what would stand beside it in a folder is left out.
+
+    Raises:
+        UsageError: it would be several files.
+    """
+    if not one_file(asked):
+        return made
+    if len(made.plan.files) != 1:
+        raise UsageError("one file was asked for, and this output is in shards", "name a folder, without .safetensors")
+    left = sorted(made.side)
+    said = (f"one file was asked for, so these are not written: {', '.join(left[:4])}",) if left else ()
+    return replace(made, plan=replace(made.plan, layout="file"), side={}, notes=(*made.notes, *said))
 
 
 def _stored_in(base: Checkpoint) -> tuple[str, bool] | None:
@@ -170,6 +209,9 @@ def _hf_to_gguf(
         "dtype": asked.floats,
         "pre": asked.pre,
     }
+    tower = None
+    if asked.makes_tower:
+        tower, how["elsewhere"] = _tower(folded.checkpoint, how, asked, settings)
     made = from_hf(folded.checkpoint, **how)
     if asked.gguf_types is not None and asked.gguf_types.keep_below is not None:
         measured = replace(folded, checkpoint=made.folded)
@@ -179,7 +221,21 @@ def _hf_to_gguf(
     folded = replace(folded, checkpoint=made.folded)
     view = replace(folded.checkpoint, tensors=made.tensors)
     plan = plan_gguf(made.layout, **settings)
-    return Output(folded, view, plan, {}, (*notes, *made.notes), made.through)
+    return Output(folded, view, plan, {}, (*notes, *made.notes), made.through, tower=tower)
+
+
+def _tower(
+    view: Checkpoint, how: Mapping[str, Any], asked: MergeRequest, settings: Mapping[str, Any]
+) -> tuple[Job | None, frozenset[str]]:
+    """The job of the tower's file, with what adapters change in it, and the tensors that it holds."""
+    from adapterkit.gguf.towers.make import from_tower
+    from adapterkit.verbs.tower import tower_job
+
+    given = {name: how[name] for name in ("base", "config", "adapters", "touched", "files", "dtype")}
+    made = from_tower(view, **given)
+    if asked.target is None:
+        return None, made.held
+    return tower_job(made, asked.target, how["base"].sources, settings, force=asked.force), made.held
 
 
 def _freely(asked: Quantization | None) -> Quantization | None:

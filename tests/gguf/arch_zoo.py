@@ -694,7 +694,28 @@ def _ernie_fused(tensors: dict[str, Any], torch: Any) -> dict[str, Any]:
     return _same({**tensors, **fused}, torch)
 
 
+def _renamed(names: dict[str, str], at: str, fused: dict[str, tuple[str, ...]]) -> Any:
+    """Layers under other names (``at``), several tensors of one layer below each other in one (``fused``)."""
+
+    def change(tensors: dict[str, Any], torch: Any) -> dict[str, Any]:
+        found = {}
+        for new, olds in fused.items():
+            for end in ("weight", "bias"):
+                if f"{olds[0]}.{end}" in tensors:
+                    found[f"{at}{new}.{end}"] = torch.cat([tensors.pop(f"{old}.{end}") for old in olds])
+        for name, tensor in tensors.items():
+            stem, _, end = name.rpartition(".")
+            new = names.get(stem, names.get(name))
+            found[at + (f"{new}.{end}" if stem in names else new or name)] = tensor
+        return found
+
+    return change
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 ZOO_HIDDEN = {
+    "llama_attention_bias": Tiny("LlamaForCausalLM", {**_BASE, "attention_bias": True}),
+    "qwen2_mha": Tiny("Qwen2ForCausalLM", {**_BASE, "num_key_value_heads": 4}),
     # llama.cpp tells Baichuan 7B by its 32 layers.
     "llama_mha": Tiny("LlamaForCausalLM", {**_BASE, "num_key_value_heads": 4, "num_hidden_layers": 32}),
     "granite_as_minicpm": Tiny(
@@ -743,4 +764,93 @@ DISGUISES: dict[str, tuple[str, Any, dict[str, Any]]] = {
         },
     ),
     "ernie4_5_fused": ("ernie4_5", _ernie_fused, {}),
+    "chatglm": (
+        "glm",
+        _renamed(
+            {
+                "self_attn.o_proj": "self_attention.dense",
+                "mlp.gate_up_proj": "mlp.dense_h_to_4h",
+                "mlp.down_proj": "mlp.dense_4h_to_h",
+            },
+            "transformer.encoder.layers.{i}.",
+            {"self_attention.query_key_value": _QKV},
+        ),
+        {
+            "architectures": ["ChatGLMModel"],
+            "model_type": "chatglm",
+            "embed": "transformer.embedding.word_embeddings.weight",
+            "norm": "transformer.encoder.final_layernorm.weight",
+            "head": "transformer.output_layer.weight",
+            "multi_query_attention": True,
+            "multi_query_group_num": 2,
+            "layernorm_epsilon": 1.5625e-07,
+            "ffn_hidden_size": 96,
+            "kv_channels": 16,
+        },
+    ),
+    "qwen": (
+        "qwen2_mha",
+        _renamed(
+            {
+                "input_layernorm": "ln_1",
+                "post_attention_layernorm": "ln_2",
+                "self_attn.o_proj": "attn.c_proj",
+                "mlp.up_proj": "mlp.w1",
+                "mlp.gate_proj": "mlp.w2",
+                "mlp.down_proj": "mlp.c_proj",
+            },
+            "transformer.h.{i}.",
+            {"attn.c_attn": _QKV},
+        ),
+        {
+            "architectures": ["QWenLMHeadModel"],
+            "model_type": "qwen",
+            "embed": "transformer.wte.weight",
+            "norm": "transformer.ln_f.weight",
+            "intermediate_size": 192,  # of both halves together
+            "layer_norm_epsilon": 1e-6,
+        },
+    ),
+    "bailing_moe_v2": (
+        "glm4_moe",
+        _renamed(
+            {
+                "self_attn.o_proj": "attention.dense",
+                "self_attn.q_norm": "attention.query_layernorm",
+                "self_attn.k_norm": "attention.key_layernorm",
+                "mlp.gate.e_score_correction_bias": "mlp.gate.expert_bias",
+            },
+            "model.layers.{i}.",
+            {"attention.query_key_value": _QKV},
+        ),
+        {
+            "architectures": ["BailingMoeV2ForCausalLM"],
+            "model_type": "bailing_moe_v2",
+            "embed": "model.word_embeddings.weight",
+            "num_shared_experts": 1,
+            "num_experts": 4,
+            "score_function": "sigmoid",
+        },
+    ),
+    "deci": (
+        "llama",
+        _same,
+        {
+            "architectures": ["DeciLMForCausalLM"],
+            "model_type": "nemotron-nas",
+            "block_configs": [
+                {
+                    "attention": {"n_heads_in_group": 2, "replace_with_linear": False, "no_op": False},
+                    "ffn": {"intermediate_size": 96},
+                }
+            ]
+            * 2,
+        },
+    ),
+    "iquest": ("llama", _same, {"architectures": ["IQuestCoderForCausalLM"], "model_type": "iquestcoder"}),
+    "pangu": (
+        "llama_attention_bias",
+        _same,
+        {"architectures": ["PanguEmbeddedForCausalLM"], "model_type": "PanguEmbedded"},
+    ),
 }

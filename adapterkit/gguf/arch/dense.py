@@ -155,7 +155,14 @@ def glm_sections_back(values: Mapping[str, Any], config: Mapping[str, Any], base
 SPECS = (
     ArchSpec(
         "llama",
-        ("LlamaForCausalLM", "MistralForCausalLM", "LLaMAForCausalLM", "InternLM3ForCausalLM", "LlamaModel"),
+        (
+            "LlamaForCausalLM",
+            "MistralForCausalLM",
+            "LLaMAForCausalLM",
+            "InternLM3ForCausalLM",
+            "LlamaModel",
+            "IQuestCoderForCausalLM",
+        ),
         "llama",
         _LLAMA,
         (VOCAB_SIZE, ROPE_DIM),
@@ -249,11 +256,15 @@ SPECS = (
     ),
     # The text parts of Qwen2-VL and Qwen3-VL, as `--to hf` writes them, have the sections of their rotary dimensions.
     ArchSpec(
-        "qwen2", ("Qwen2ForCausalLM", "Qwen2Model"), "qwen2", _PLAIN, variant=lambda c: of_sections(c, "qwen2_vl")
+        "qwen2",
+        ("Qwen2ForCausalLM", "Qwen2Model", "KORMoForCausalLM", "DotsOCRForCausalLM"),
+        "qwen2",
+        _PLAIN,
+        variant=lambda c: of_sections(c, "qwen2_vl"),
     ),
     ArchSpec(
         "qwen3",
-        ("Qwen3ForCausalLM", "Qwen3Model"),
+        ("Qwen3ForCausalLM", "Qwen3Model", "StepVLForConditionalGeneration"),
         "qwen3",
         (*_PLAIN, *QK_NORMS),
         variant=lambda c: of_sections(c, "qwen3_vl"),

@@ -443,7 +443,7 @@ SPECS = (
     ),
     ArchSpec(
         "lfm2",
-        ("Lfm2ForCausalLM", "LFM2ForCausalLM", "Lfm2VlForConditionalGeneration"),
+        ("Lfm2ForCausalLM", "LFM2ForCausalLM", "Lfm2VlForConditionalGeneration", "Lfm2Model"),
         "lfm2",
         LFM2,
         (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,7 @@ def as_gguf(
     touched: Sequence[str] = (),
     files: Mapping[str, bytes] | None = None,
     plain: str | None = None,
+    elsewhere: Collection[str] = (),
 ) -> Model:
     """A view of a Hugging Face checkpoint as a GGUF model.
 
@@ -109,6 +110,7 @@ def as_gguf(
         adapters, touched: what was folded in, and the tensors that it changed.
         files: side files by name.
         plain: the float type of a file that is not quantized; by default that of the first matrix.
+        elsewhere: tensors that another file holds, so that a change of them is not lost.
 
     Raises:
         TargetError: an architecture or a tensor that the table does not know, or a change that GGUF has no place for.
@@ -118,13 +120,13 @@ def as_gguf(
     spec = spec_of(read)
     mapper = Mapper(spec, read)
     mapped = mapper.to_gguf(view.shapes, base.ref)
-    lost = [name for name in touched if name not in mapped.sources and mapper.scalar(name) is None]
+    lost = [name for name in touched if not (name in mapped.sources or name in elsewhere or mapper.scalar(name))]
     if lost:
         raise TargetError(
             f"an adapter changes '{lost[0]}', which a GGUF {spec.arch} does not hold",
             "merge into a Hugging Face folder, or train the text model alone",
         )
-    wide = {name: _wide(tensor) for name, tensor in view.items()}
+    wide = floats_of(view)
     tensors = {}
     for name, array in mapped.arrays.items():
         floats = gathered(name, array, wide)
@@ -137,7 +139,7 @@ def as_gguf(
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     label = size_label(shapes, _first(values.get("expert_count")))
     entries = [*general(base, adapters, files or {}, label, spec.arch), *hyper_entries(spec.arch, values)]
-    own = plain or _own_type(view, mapped)
+    own = plain or own_type(view, mapped)
     hparams = {
         "n_layer": values["block_count"],
         "n_expert": _first(values.get("expert_count")),
@@ -184,6 +186,11 @@ def file_type_entries(name: str) -> list[Entry]:
     return [u32("general.file_type", FILE_TYPES[name].number), u32("general.quantization_version", 2)]
 
 
+def floats_of(view: Checkpoint) -> dict[str, Tensor]:
+    """The tensors of a view, those that are computed before they are rounded to 16 bits."""
+    return {name: _wide(tensor) for name, tensor in view.items()}
+
+
 def _wide(tensor: Tensor) -> Tensor:
     if isinstance(tensor, Merged):
         return as_float32(tensor) if tensor.dtype is not F32 else tensor
@@ -196,7 +203,7 @@ def widened(view: Checkpoint) -> Checkpoint:
     return replace(view, tensors=tensors)
 
 
-def _own_type(view: Checkpoint, mapped: Mapped) -> str:
+def own_type(view: Checkpoint, mapped: Mapped) -> str:
     """The float type of the first matrix that GGUF keeps."""
     for name, tensor in view.items():
         if name in mapped.sources and len(tensor.shape) > 1 and tensor.dtype in (BF16, F16, F32):

@@ -251,7 +251,12 @@ SPECS = (
     ),
     ArchSpec(
         "deepseek2",
-        ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "KimiVLForConditionalGeneration"),
+        (
+            "DeepseekV2ForCausalLM",
+            "DeepseekV3ForCausalLM",
+            "KimiVLForConditionalGeneration",
+            "KimiK25ForConditionalGeneration",
+        ),
         "deepseek_v2",
         (
             *EMBEDDINGS,

@@ -52,16 +52,20 @@ def _divided(total: int, by: int, what: str) -> int:
 class Interleave(Op):
     """The two halves of each head's rows in turn: rotary pairs side by side, as ggml's "normal" order has them.
 
-    ``rotary``: how many rows of a head are rotated, where the others stay as they are.
+    ``rotary``: how many rows of a head are rotated, where the others stay as they are. ``size``: rows of a head, where
+    layers have different numbers of heads.
     """
 
-    heads: Number
+    heads: Number = 0
     rotary: Number | None = None
+    size: Number | None = None
 
     def run(self, arrays: Sequence[Array], config: Config) -> list[Array]:
-        heads = config.number(self.heads)
         found = []
         for array in arrays:
+            heads = config.number(self.heads)
+            if self.size is not None:
+                heads = _divided(array.rows, config.number(self.size), "rows of a head")
             size = _divided(array.rows, heads, "heads")
             rotary = size if self.rotary is None else config.number(self.rotary)
             if rotary > size or rotary % 2:
@@ -569,6 +573,72 @@ class Cut(Op):
     def back(self, shapes: Sequence[Shape], config: Config) -> list[Shape]:
         first = config.number(self.first)
         return [(shape[0] + first, *shape[1:]) for shape in shapes]
+
+
+@dataclass(frozen=True)
+class OneRow(Op):
+    """One row of a matrix, as a vector."""
+
+    row: Number
+
+    def run(self, arrays: Sequence[Array], config: Config) -> list[Array]:
+        found = []
+        for array in arrays:
+            row = config.number(self.row)
+            if row >= array.rows:
+                raise MapError(f"there is no row {row} of {array.rows}")
+            found.append(
+                Array((array.shape[-1],), (replace(array.box(), rows=Strided.all(array.rows).part(0, row, 1)),))
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class FirstLast(Op):
+    """The first row after the others."""
+
+    def run(self, arrays: Sequence[Array], config: Config) -> list[Array]:
+        found = []
+        for array in arrays:
+            rows = array.box().rows
+            found.append(array.of_rows(array.shape, rows.part(0, 1, array.rows - 1), rows.part(0, 0, 1)))
+        return found
+
+
+@dataclass(frozen=True)
+class Frames(Op):
+    """A convolution over two frames ``[out, in, 2, h, w]`` as one for each, ``[out, in, h, w]``."""
+
+    def run(self, arrays: Sequence[Array], config: Config) -> list[Array]:
+        (array,) = arrays
+        if len(array.shape) != 5 or array.shape[2] != 2:
+            raise MapError(f"a convolution of {array.shape} is not one over two frames")
+        out, inner, frames, height, width = array.shape
+        rows = array.box().rows.unfold(out * inner, frames, height)
+        return [array.of_rows((out, inner, height, width), rows.part(1, frame, 1)) for frame in range(frames)]
+
+    def back(self, shapes: Sequence[Shape], config: Config) -> list[Shape]:
+        return [(*shapes[0][:2], len(shapes), *shapes[0][2:])]
+
+
+@dataclass(frozen=True)
+class Pixels(Op):
+    """Patches as rows of ``height x width x 3`` numbers, as a convolution ``[out, 3, height, width]``."""
+
+    side: Number
+
+    def run(self, arrays: Sequence[Array], config: Config) -> list[Array]:
+        side = config.number(self.side)
+        found = []
+        for array in arrays:
+            colours = _divided(array.width, side * side, "pixels")
+            columns = Strided(0, (colours, side, side), (1, side * colours, colours))
+            box = replace(array.box(), columns=columns)
+            found.append(Array((array.rows, colours, side, side), (box,)))
+        return found
+
+    def back(self, shapes: Sequence[Shape], config: Config) -> list[Shape]:
+        return [(shape[0], shape[1] * shape[2] * shape[3]) for shape in shapes]
 
 
 @dataclass(frozen=True)

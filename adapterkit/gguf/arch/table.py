@@ -6,7 +6,20 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import TargetError
-from adapterkit.gguf.arch import dense, encoders, further, gemma, hybrid, latent, moe, older, seq2seq, wholes, windows
+from adapterkit.gguf.arch import (
+    dense,
+    encoders,
+    further,
+    gemma,
+    hybrid,
+    latent,
+    moe,
+    older,
+    remote,
+    seq2seq,
+    wholes,
+    windows,
+)
 
 if TYPE_CHECKING:
     from adapterkit.gguf.arch.config import Config
@@ -24,6 +37,7 @@ SPECS: tuple[ArchSpec, ...] = (
     *latent.SPECS,
     *wholes.SPECS,
     *seq2seq.SPECS,
+    *remote.SPECS,
 )
 
 

@@ -1,0 +1,171 @@
+"""Projectors (mmproj): a real llama.cpp makes of an image, or of a sound, what transformers makes of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+pytest.importorskip("xllamacpp")
+pytest.importorskip("gguf")
+import tower_zoo as zoo
+from gguf_runtime import far
+from models import load_model, make_adapter
+from mtmd_c import seen
+
+import adapterkit
+from adapterkit.errors import CheckpointError, TargetError, UsageError
+from adapterkit.verbs.convert import convert
+
+CLOSE = 2e-3  # ggml takes GELU from a table and convolves in half precision
+FAST = ("gemma3", "qwen2_vl")
+
+
+@pytest.fixture(autouse=True)
+def _vocab(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapterkit.gguf.vocab.read_vocab", zoo.read_vocab)
+
+
+def of_runtime(text: Path, projector: Path, kind: str) -> Any:
+    """What llama.cpp makes of `zoo.media`, without what ends rows of an image (Pixtral)."""
+    import numpy as np
+
+    found = seen(text, projector, **zoo.media(kind))[0]
+    if kind not in ("pixtral", "mistral3"):
+        return found
+    across = round((len(found) + 1) ** 0.5 - 0.5)
+    return np.stack([row for number, row in enumerate(found) if (number + 1) % (across + 1)])
+
+
+@pytest.mark.parametrize("kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in zoo.MODELS])
+def test_the_runtime_sees_what_transformers_sees(kind: str, tmp_path: Path) -> None:
+    wanted = zoo.expected(zoo.build(tmp_path / "hf", kind), kind)
+    convert(tmp_path / "hf", tmp_path / "text.gguf")
+    convert(tmp_path / "hf", tmp_path / "mmproj.gguf", to="mmproj")
+    found = of_runtime(tmp_path / "text.gguf", tmp_path / "mmproj.gguf", kind)
+    assert found.shape == wanted.shape
+    assert far(found, wanted) < CLOSE
+
+
+@pytest.mark.parametrize("kind", zoo.MODELS)
+def test_every_tower_converts_to_what_the_runtime_loads(kind: str, tmp_path: Path) -> None:
+    """Names, shapes and the keys that every tower has; the figures are those above."""
+    import gguf
+
+    zoo.build(tmp_path / "hf", kind)
+    report = convert(tmp_path / "hf", tmp_path / "mmproj.gguf", to="mmproj")
+    reader = gguf.GGUFReader(tmp_path / "mmproj.gguf")
+    assert reader.fields["general.architecture"].contents() == "clip"
+    assert reader.fields["general.type"].contents() == "mmproj"
+    side = "audio" if kind == "qwen2_audio" else "vision"
+    assert reader.fields[f"clip.has_{side}_encoder"].contents() is True
+    assert reader.fields[f"clip.{side}.projection_dim"].contents() == 64
+    assert report.tensors == len(reader.tensors)
+
+
+def test_types(tmp_path: Path) -> None:
+    import gguf
+
+    zoo.build(tmp_path / "hf", "gemma3")
+    for asked, wanted in (({"dtype": "f16"}, "F16"), ({"dtype": "bf16"}, "BF16"), ({"quant": "Q8_0"}, "Q8_0")):
+        convert(tmp_path / "hf", tmp_path / "o.gguf", to="mmproj", force=True, **asked)
+        kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "o.gguf").tensors}
+        assert kinds["v.blk.0.attn_q.weight"] == wanted
+        assert kinds["v.blk.0.ln1.weight"] == "F32"
+        assert kinds["v.position_embd.weight"] == "F32"
+        assert kinds["v.patch_embd.weight"] == ("F16" if wanted == "F16" else "F32")
+
+
+def test_what_lacks_is_named(tmp_path: Path) -> None:
+    zoo.build(tmp_path / "hf", "gemma3")
+    (tmp_path / "hf" / "preprocessor_config.json").unlink()
+    with pytest.raises(CheckpointError, match="image_mean"):
+        convert(tmp_path / "hf", tmp_path / "no.gguf", to="mmproj")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(TargetError, match="tower of a LlamaForCausalLM"):
+        convert(tmp_path / "hf", tmp_path / "no.gguf", to="mmproj")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "vision_config"}))
+    with pytest.raises(CheckpointError, match="vision_config"):
+        convert(tmp_path / "hf", tmp_path / "no.gguf", to="mmproj")
+    assert not (tmp_path / "no.gguf").exists()
+
+
+def test_a_gguf_file_has_no_tower(tmp_path: Path) -> None:
+    zoo.build(tmp_path / "hf", "gemma3")
+    convert(tmp_path / "hf", tmp_path / "text.gguf")
+    with pytest.raises(UsageError, match="holds no tower"):
+        convert(tmp_path / "text.gguf", tmp_path / "no.gguf", to="mmproj")
+
+
+def test_uneven_attention_of_qwen2_5_is_refused(tmp_path: Path) -> None:
+    zoo.build(tmp_path / "hf", "qwen2_5_vl")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    config["vision_config"]["fullatt_block_indexes"] = [0, 3]
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TargetError, match="fullatt_block_indexes"):
+        convert(tmp_path / "hf", tmp_path / "no.gguf", to="mmproj")
+
+
+def of_tensors(file: Path) -> dict[str, bytes]:
+    """The data of every tensor, by the gguf package."""
+    import gguf
+
+    return {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(file).tensors}
+
+
+def adapter_of_both(folder: Path, base: Path) -> Path:
+    """A LoRA on projections of the language model and of the tower."""
+    from peft import LoraConfig
+
+    return make_adapter(
+        folder, base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "fc2"]), scale=0.5
+    )
+
+
+def test_a_merge_makes_the_tower_beside_it(tmp_path: Path) -> None:
+    """The change on the tower goes into its file, that on the text into the other, in one pass."""
+    from peft import PeftModel
+
+    hf = tmp_path / "hf"
+    plain = zoo.expected(zoo.build(hf, "gemma3"), "gemma3")
+    adapter = adapter_of_both(tmp_path / "adapter", hf)
+    trained = PeftModel.from_pretrained(load_model(hf), adapter).float().eval()
+    wanted = zoo.expected(trained.base_model.model, "gemma3")
+    assert far(wanted, plain) > 10 * CLOSE
+    with pytest.raises(TargetError, match="does not hold"):
+        adapterkit.merge(hf, [adapter], tmp_path / "merged.gguf")
+    adapterkit.merge(hf, [adapter], tmp_path / "merged.gguf", mmproj="auto")
+    found = of_runtime(tmp_path / "merged.gguf", tmp_path / "mmproj-merged.gguf", "gemma3")
+    assert far(found, wanted) < CLOSE
+    adapterkit.merge(hf, [adapter], tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "of-folder.gguf")
+    assert of_tensors(tmp_path / "of-folder.gguf") == of_tensors(tmp_path / "merged.gguf")
+    assert sorted(path.name for path in tmp_path.glob("*merged*.gguf")) == ["merged.gguf", "mmproj-merged.gguf"]
+
+
+def test_both_or_neither(tmp_path: Path) -> None:
+    """A tower's file that is there already stops the merge before its first byte."""
+    from adapterkit.errors import OutputError
+
+    zoo.build(tmp_path / "hf", "gemma3")
+    adapter = adapter_of_both(tmp_path / "adapter", tmp_path / "hf")
+    (tmp_path / "mmproj-merged.gguf").write_bytes(b"another")
+    with pytest.raises(OutputError, match="mmproj-merged"):
+        adapterkit.merge(tmp_path / "hf", [adapter], tmp_path / "merged.gguf", mmproj="auto")
+    assert not (tmp_path / "merged.gguf").exists()
+    with pytest.raises(UsageError, match="beside a GGUF file"):
+        adapterkit.merge(tmp_path / "hf", [adapter], tmp_path / "folder", mmproj="auto")
+
+
+def test_a_conversion_makes_it_too(tmp_path: Path) -> None:
+    zoo.build(tmp_path / "hf", "gemma3")
+    convert(tmp_path / "hf", tmp_path / "o.gguf", mmproj="auto")
+    convert(tmp_path / "hf", tmp_path / "alone.gguf", to="mmproj")
+    assert (tmp_path / "mmproj-o.gguf").read_bytes() == (tmp_path / "alone.gguf").read_bytes()
+    with pytest.raises(UsageError, match="tower"):
+        convert(tmp_path / "o.gguf", tmp_path / "again.gguf", mmproj="auto")
