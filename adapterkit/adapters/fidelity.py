@@ -94,17 +94,6 @@ class FidelityReport:
         return "start from the 16-bit base (--base16), keep these layers at 8 bits, or keep the adapter beside the base"
 
 
-def not_finite(folded: Folded) -> tuple[str, ...]:
-    """What to say of values that came out as NaN or infinite, of the blocks computed so far."""
-    found = {name: sum(tensor.odd.values()) for name, tensor in merged_tensors(folded).items() if tensor.odd}
-    found = {name: count for name, count in found.items() if count}
-    if not found:
-        return ()
-    first = next(iter(found))
-    more = f" and {len(found) - 1} more tensors" if len(found) > 1 else ""
-    return (f"{sum(found.values()):,} merged values are not finite (NaN or infinite), in {first}{more}",)
-
-
 class Watch:
     """Collects the sums of the tensors that a fold touches while they are computed.
 

@@ -13,7 +13,7 @@ from adapterkit.dtypes import F32
 from adapterkit.ops.device import CPU
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import torch
 
@@ -220,6 +220,17 @@ class Merged(Tensor):
         if self.watch is not None:
             self.watch(start, stored, acc.cpu())
         return stored, acc
+
+
+def not_finite(tensors: Iterable[Tensor]) -> tuple[str, ...]:
+    """What to say of values that came out as NaN or infinite, of the blocks computed so far."""
+    found = {one.name: sum(one.odd.values()) for one in tensors if isinstance(one, Merged) and one.odd}
+    found = {name: count for name, count in found.items() if count}
+    if not found:
+        return ()
+    first = next(iter(found))
+    more = f" and {len(found) - 1} more tensors" if len(found) > 1 else ""
+    return (f"{sum(found.values()):,} merged values are not finite (NaN or infinite), in {first}{more}",)
 
 
 def _overlap(rows: range, start: int, stop: int) -> range:

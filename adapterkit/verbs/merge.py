@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter
-from adapterkit.adapters.fidelity import not_finite
 from adapterkit.adapters.half_saved import half_saved_note
 from adapterkit.adapters.load import load_adapter
 from adapterkit.bases import open_base, open_model
@@ -90,6 +89,8 @@ class Merge:
 
     def report(self, measured: Measured, fidelity: FidelityReport | None = None) -> MergeReport:
         """What was done, or would be."""
+        from adapterkit.adapters.merged import not_finite
+
         used = zip(self.adapters, self.weights, strict=True)
         dtype, rule, asked = self.request.floats, self.request.rule, self.request
         out = asked.target
@@ -114,7 +115,12 @@ class Merge:
             fidelity=fidelity,
             min_retention=asked.min_retention,
             dry_run=measured.dry_run,
-            notes=(*self.notes, *measured.notes, *self._half_saved(), *not_finite(self.folded)),
+            notes=(
+                *self.notes,
+                *measured.notes,
+                *self._half_saved(),
+                *not_finite(self.folded.checkpoint[name] for name in self.folded.touched),
+            ),
         )
 
     def job(self, base: Any = None) -> Job:
