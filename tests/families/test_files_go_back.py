@@ -185,3 +185,35 @@ def test_diffusers_loads_it(style: str, unet: tuple[Any, Path], tmp_path: Path) 
     assert sum(not torch.equal(merged[name], before[name]) for name in before) == len(tensors) // (
         3 if style == "kohya" else 2
     )
+
+
+@pytest.mark.parametrize("verb", ["combine", "resize", "extract"])
+@pytest.mark.parametrize("style", ["diffusers", "comfyui"])
+def test_other_verbs_write_it_too(verb: str, style: str, tmp_path: Path) -> None:
+    """Of a model in diffusers' layout, written for ComfyUI: the same change, in one file."""
+    torch.manual_seed(0)
+    modules = {f"blocks.0.{side}.{name}": WIDE for side in ("attn1", "attn2") for name in ("to_q", "to_out.0")}
+    zeros = {f"{path}.weight": torch.zeros(rows, WIDE) for path, rows in modules.items()}
+    base = write_checkpoint(tmp_path / "transformer", zeros, {"_class_name": "WanTransformer3DModel"})
+    files = []
+    for number in (1, 2):
+        tensors, _ = drawn(modules, "transformer.", float(number))
+        save_file(tensors, tmp_path / f"{number}.safetensors")
+        files.append(tmp_path / f"{number}.safetensors")
+    out = tmp_path / "out.safetensors"
+    if verb == "combine":
+        adapterkit.combine(files, out, base=base, to=style)
+        adapterkit.merge(base, files, tmp_path / "merged")
+    else:
+        adapterkit.merge(base, files[:1], tmp_path / "merged")
+        if verb == "resize":
+            adapterkit.resize(files[0], out, rank=RANK, to=style)
+        else:
+            adapterkit.extract(base, tmp_path / "merged", out, rank=RANK, to=style)
+    assert out.is_file()
+    lead = "transformer.blocks.0.attn1.to_q." if style == "diffusers" else "diffusion_model.blocks.0.self_attn.q."
+    assert any(key.startswith(lead) for key in load_file(out))
+    wanted = load_file(tmp_path / "merged" / "diffusion_pytorch_model.safetensors")
+    found = added(base, out)
+    for name, tensor in wanted.items():
+        assert (found[name] - tensor).abs().max() <= 5e-6 * tensor.abs().max()
