@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,7 @@ def from_hf(
     dtype: DType | None = None,
     pre: str | None = None,
     drowned: frozenset[str] | None = None,
+    elsewhere: Collection[str] = (),
 ) -> FromHF:
     """Plan a GGUF file of a view of a Hugging Face checkpoint; nothing is read but headers and the tokenizer.
 
@@ -74,6 +75,7 @@ def from_hf(
         dtype: the float type of a file that is not quantized.
         pre: the name of the pre-tokenizer, where it is not to be recognised.
         drowned: the changed tensors, by the checkpoint's names, that alone are kept wider.
+        elsewhere: tensors that the mmproj file beside it holds.
 
     Raises:
         TargetError, CheckpointError: see `as_gguf` and `read_vocab`.
@@ -91,21 +93,22 @@ def from_hf(
         touched=touched,
         files=files,
         plain=None if dtype is None else dtype.code,
+        elsewhere=elsewhere,
     )
     tokens, notes = vocabulary(model, files or {}, config, pre)
-    changed = tuple(dict.fromkeys(one for name in touched for one in model.mapped.sources[name]))
+    changed = tuple(dict.fromkeys(one for name in touched for one in model.mapped.sources.get(name, ())))
     entries = (*model.entries, *tokens)
     if asked.mix is None:
         entries = (*model.entries, *file_type_entries(model.file_type), *tokens)
     asked, now, kept = _packed(model, asked, touched, view)
-    if model.config.has_vision and model.mapped.dropped:
+    if model.config.has_vision and model.mapped.dropped and not elsewhere:
         count = len(model.mapped.dropped)
         kept.append(
-            f"the text part alone: {count} other tensors belong in an mmproj file, which --mmproj copies beside it"
+            f"the text part alone: {count} other tensors belong in an mmproj file, which --mmproj auto makes beside it"
         )
     wider = None
     if drowned is not None:
-        wider = frozenset(one for name in drowned for one in model.mapped.sources[name])
+        wider = frozenset(one for name in drowned for one in model.mapped.sources.get(name, ()))
     origin = TypeInputs(model.spec.arch, model.hparams, now, entries, wider)
     found = typed_from(model.tensors, origin, asked, changed)
     layout = FileLayout(found.tensors, found.entries)

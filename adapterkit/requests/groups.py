@@ -112,6 +112,14 @@ class OfAdapters(Request):
             role=VALUES, group=ADAPTERS, choices=tuple(ORDERS), recipe="merge.expert-order",
         ),
     )  # fmt: skip
+    conv1d: tuple[str, ...] | str = field(
+        default=(),
+        metadata=opt(
+            "A module that keeps its weight as [in, out] (transformers' Conv1D), in a model whose class is not known; may be "
+            "given again.",
+            role=VALUES, group=ADAPTERS, many=True, metavar="NAME", recipe="merge.conv1d",
+        ),
+    )  # fmt: skip
     only: tuple[str, ...] | str = field(
         default=(),
         metadata=opt(
@@ -134,6 +142,12 @@ class OfAdapters(Request):
             role=VALUES, group=ADAPTERS, recipe="merge.allow-unknown",
         ),
     )  # fmt: skip
+
+    def told(self, adapter: Adapter) -> Adapter:
+        """The adapter, read as these options say."""
+        from adapterkit.adapters.told import as_told
+
+        return as_told(adapter, self.expert_order, _words(self.conv1d))
 
     def narrowed(self, adapter: Adapter) -> Adapter:
         """What of an adapter is asked for.
@@ -365,8 +379,8 @@ class GGUFOutput(Request):
     mmproj: Ref | None = field(
         default=None,
         metadata=opt(
-            "The vision tower (mmproj) to copy beside a GGUF output.", PATH,
-            role=BYTES, group=BESIDE, metavar="FILE", recipe="output.mmproj",
+            "The tower (mmproj) to copy beside a GGUF output; auto makes it, with what adapters change in it.", PATH,
+            role=BYTES, group=BESIDE, metavar="FILE|auto", recipe="output.mmproj",
             elsewhere={"record": "a copy beside the output has no part in its bytes"},
         ),
     )  # fmt: skip
@@ -378,9 +392,16 @@ class GGUFOutput(Request):
         ),
     )  # fmt: skip
 
+    @property
+    def makes_tower(self) -> bool:
+        """Whether the tower's file is made of the base, and not copied."""
+        return str(self.mmproj) == "auto"
+
     def check(self) -> None:
         super().check()
         out = getattr(self, "out", None)
+        if self.makes_tower and out is not None and Path(out).suffix != ".gguf":
+            raise UsageError("an mmproj file belongs beside a GGUF file", "name the output like OUT.gguf")
         if self.server is not None and out is not None and Path(out).suffix != ".gguf":
             raise UsageError(f"--for {self.server} is for a GGUF output", "name it like OUT.gguf, or leave out --for")
 

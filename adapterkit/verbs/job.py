@@ -70,6 +70,7 @@ class Job:
         stage: what has to be computed before the plan is known.
         ahead: a check of values before the first byte.
         force: replace an output that exists.
+        also: jobs of other outputs that are written in the same pass, such as the tower of a model.
     """
 
     plan: Plan
@@ -84,6 +85,7 @@ class Job:
     stage: Stage | None = None
     ahead: Callable[[], None] | None = None
     force: bool = False
+    also: tuple[Job, ...] = ()
 
     def check(self, *, room: bool = True) -> None:
         """Refuse everything that can be refused before the first byte.
@@ -99,6 +101,8 @@ class Job:
             one.check()
         if self.ahead is not None:
             self.ahead()
+        for other in self.also:
+            other.check(room=room)
 
     def check_target(self, *, room: bool = True) -> None:
         """Refuse a target that exists, lies in an input, cannot be written, or has no room.
@@ -152,10 +156,11 @@ def run(
         if job.out is None:
             raise UsageError("nothing says where the output goes", "add -o OUT")
         job.check()
-    force = [job.force for job in jobs]
+    every = [*jobs, *(other for job in jobs for other in job.also)]
+    force = [job.force for job in every]
     written = write_together(
-        [job.writing() for job in jobs], jobs=workers, force=force, resume=resume, progress=progress, checked=True
-    )
+        [job.writing() for job in every], jobs=workers, force=force, resume=resume, progress=progress, checked=True
+    )[: len(jobs)]
     reports = []
     for job, done in zip(jobs, written, strict=True):
         notes = tuple(note for one in job.beside for note in one.write())

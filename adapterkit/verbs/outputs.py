@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.encoded import Encoding
     from adapterkit.gguf.quantize import Quantization
     from adapterkit.requests.merge import MergeRequest
+    from adapterkit.verbs.job import Job
 
 CONFIG = "config.json"
 KEEP = "keep"
@@ -38,6 +39,7 @@ class Output:
         through: where changed tensors are quantized: a tensor's name and shape to a function that encodes and decodes
             some of its rows, for the report on fidelity.
         encodings: changed tensors that are written in the base's own format.
+        tower: what writes the tower's file beside it, where that is made.
     """
 
     folded: Folded
@@ -47,6 +49,7 @@ class Output:
     notes: tuple[str, ...]
     through: Callable[[str, tuple[int, ...]], Through | None] | None = None
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
+    tower: Job | None = None
 
 
 def output(
@@ -67,6 +70,11 @@ def output(
         UsageError: no such form, or options that mean nothing for it.
         AdapterError, TargetError, CheckpointError
     """
+    if asked.makes_tower and (base.format == "gguf" or asked.to != GGUF):
+        raise UsageError(
+            f"{base.ref} holds no tower" if base.format == "gguf" else "an mmproj file belongs beside a GGUF file",
+            "merge into the Hugging Face base, and name the output like OUT.gguf",
+        )
     found = _OUTPUTS.get((base.format == "gguf", asked.to))
     if found is None:
         raise UsageError(
@@ -201,6 +209,9 @@ def _hf_to_gguf(
         "dtype": asked.floats,
         "pre": asked.pre,
     }
+    tower = None
+    if asked.makes_tower:
+        tower, how["elsewhere"] = _tower(folded.checkpoint, how, asked, settings)
     made = from_hf(folded.checkpoint, **how)
     if asked.gguf_types is not None and asked.gguf_types.keep_below is not None:
         measured = replace(folded, checkpoint=made.folded)
@@ -210,7 +221,21 @@ def _hf_to_gguf(
     folded = replace(folded, checkpoint=made.folded)
     view = replace(folded.checkpoint, tensors=made.tensors)
     plan = plan_gguf(made.layout, **settings)
-    return Output(folded, view, plan, {}, (*notes, *made.notes), made.through)
+    return Output(folded, view, plan, {}, (*notes, *made.notes), made.through, tower=tower)
+
+
+def _tower(
+    view: Checkpoint, how: Mapping[str, Any], asked: MergeRequest, settings: Mapping[str, Any]
+) -> tuple[Job | None, frozenset[str]]:
+    """The job of the tower's file, with what adapters change in it, and the tensors that it holds."""
+    from adapterkit.gguf.towers.make import from_tower
+    from adapterkit.verbs.tower import tower_job
+
+    given = {name: how[name] for name in ("base", "config", "adapters", "touched", "files", "dtype")}
+    made = from_tower(view, **given)
+    if asked.target is None:
+        return None, made.held
+    return tower_job(made, asked.target, how["base"].sources, settings, force=asked.force), made.held
 
 
 def _freely(asked: Quantization | None) -> Quantization | None:

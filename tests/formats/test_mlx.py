@@ -177,7 +177,7 @@ def test_an_adapter_of_older_mlx_vlm_is_told(tmp_path: Path) -> None:
     tensors = {"model.layers.0.q_proj.A": torch.randn(8, 2), "model.layers.0.q_proj.B": torch.randn(2, 8)}
     save_file(tensors, folder / "adapters.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps({"rank": 2, "alpha": 8, "dropout": 0.0}))
-    with pytest.raises(UnsupportedAdapter, match="of mlx-vlm before 0.7"):
+    with pytest.raises(UnsupportedAdapter, match=r"of mlx-vlm before 0\.7"):
         load_adapter(folder)
     (folder / "adapter_config.json").write_text(json.dumps({"lora_parameters": {"rank": 2, "scale": 4.0}}))
     adapter = load_adapter(folder)

@@ -14,8 +14,10 @@ pytest.importorskip("xllamacpp")
 pytest.importorskip("gguf")
 import tower_zoo as zoo
 from gguf_runtime import far
+from models import load_model, make_adapter
 from mtmd_c import seen
 
+import adapterkit
 from adapterkit.errors import CheckpointError, TargetError, UsageError
 from adapterkit.verbs.convert import convert
 
@@ -107,3 +109,63 @@ def test_uneven_attention_of_qwen2_5_is_refused(tmp_path: Path) -> None:
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     with pytest.raises(TargetError, match="fullatt_block_indexes"):
         convert(tmp_path / "hf", tmp_path / "no.gguf", to="mmproj")
+
+
+def of_tensors(file: Path) -> dict[str, bytes]:
+    """The data of every tensor, by the gguf package."""
+    import gguf
+
+    return {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(file).tensors}
+
+
+def adapter_of_both(folder: Path, base: Path) -> Path:
+    """A LoRA on projections of the language model and of the tower."""
+    from peft import LoraConfig
+
+    return make_adapter(
+        folder, base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "fc2"]), scale=0.5
+    )
+
+
+def test_a_merge_makes_the_tower_beside_it(tmp_path: Path) -> None:
+    """The change on the tower goes into its file, that on the text into the other, in one pass."""
+    from peft import PeftModel
+
+    hf = tmp_path / "hf"
+    plain = zoo.expected(zoo.build(hf, "gemma3"), "gemma3")
+    adapter = adapter_of_both(tmp_path / "adapter", hf)
+    trained = PeftModel.from_pretrained(load_model(hf), adapter).float().eval()
+    wanted = zoo.expected(trained.base_model.model, "gemma3")
+    assert far(wanted, plain) > 10 * CLOSE
+    with pytest.raises(TargetError, match="does not hold"):
+        adapterkit.merge(hf, [adapter], tmp_path / "merged.gguf")
+    adapterkit.merge(hf, [adapter], tmp_path / "merged.gguf", mmproj="auto")
+    found = of_runtime(tmp_path / "merged.gguf", tmp_path / "mmproj-merged.gguf", "gemma3")
+    assert far(found, wanted) < CLOSE
+    adapterkit.merge(hf, [adapter], tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "of-folder.gguf")
+    assert of_tensors(tmp_path / "of-folder.gguf") == of_tensors(tmp_path / "merged.gguf")
+    assert sorted(path.name for path in tmp_path.glob("*merged*.gguf")) == ["merged.gguf", "mmproj-merged.gguf"]
+
+
+def test_both_or_neither(tmp_path: Path) -> None:
+    """A tower's file that is there already stops the merge before its first byte."""
+    from adapterkit.errors import OutputError
+
+    zoo.build(tmp_path / "hf", "gemma3")
+    adapter = adapter_of_both(tmp_path / "adapter", tmp_path / "hf")
+    (tmp_path / "mmproj-merged.gguf").write_bytes(b"another")
+    with pytest.raises(OutputError, match="mmproj-merged"):
+        adapterkit.merge(tmp_path / "hf", [adapter], tmp_path / "merged.gguf", mmproj="auto")
+    assert not (tmp_path / "merged.gguf").exists()
+    with pytest.raises(UsageError, match="beside a GGUF file"):
+        adapterkit.merge(tmp_path / "hf", [adapter], tmp_path / "folder", mmproj="auto")
+
+
+def test_a_conversion_makes_it_too(tmp_path: Path) -> None:
+    zoo.build(tmp_path / "hf", "gemma3")
+    convert(tmp_path / "hf", tmp_path / "o.gguf", mmproj="auto")
+    convert(tmp_path / "hf", tmp_path / "alone.gguf", to="mmproj")
+    assert (tmp_path / "mmproj-o.gguf").read_bytes() == (tmp_path / "alone.gguf").read_bytes()
+    with pytest.raises(UsageError, match="tower"):
+        convert(tmp_path / "o.gguf", tmp_path / "again.gguf", mmproj="auto")

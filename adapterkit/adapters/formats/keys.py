@@ -67,7 +67,7 @@ _FACTORS = frozenset({UP, DOWN, MID, "oft_blocks"})
 
 
 @dataclass(frozen=True)
-class Key:
+class SingleFileKey:
     """What a key says.
 
     Attributes:
@@ -86,14 +86,14 @@ class Key:
 
 
 @lru_cache(maxsize=65536)
-def read_key(key: str) -> Key:
+def read_key(key: str) -> SingleFileKey:
     """Take a key apart."""
     flat = _FLAT.match(key)
     if flat is not None and "." not in key[: flat.end()]:
         module, dot, end = key.partition(".")
         path, leaf = _ended(module[flat.end() :], dot + end)
         style = "LyCORIS" if key.startswith("lycoris_") else "kohya"
-        return Key(flat.group(1) or "", path, leaf or end, style, True)
+        return SingleFileKey(flat.group(1) or "", path, leaf or end, style, True)
     rest, style = key, ""
     if rest.startswith(_PEFT):
         rest, style = rest.removeprefix(_PEFT), "PEFT"
@@ -111,7 +111,7 @@ def read_key(key: str) -> Key:
         style = "XLabs" if xlabs else "ComfyUI" if comfy else "diffusers"
     # Without a lead, only what counts its blocks between underscores is told from a module at the top.
     flat_path = not part and "." not in path and _COUNTED.search(path) is not None and leaf not in ("", WHOLE)
-    return Key(part, path, leaf, style, flat_path)
+    return SingleFileKey(part, path, leaf, style, flat_path)
 
 
 def _ended(path: str, end: str, text: bool = False) -> tuple[str, str]:

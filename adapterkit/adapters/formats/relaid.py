@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.families.names import LEADS, Entry, entries, family_of, named
+from adapterkit.adapters.families.names import LEADS, TableEntry, entries, family_of, named
 from adapterkit.adapters.formats.plain import PlainFactors
 from adapterkit.adapters.formats.views import FunctionTensor
 from adapterkit.dtypes import F32
@@ -20,7 +20,7 @@ from adapterkit.errors import UnsupportedAdapter
 if TYPE_CHECKING:
     import torch
 
-    from adapterkit.adapters.families.row import Family, Row
+    from adapterkit.adapters.families.row import PipelineFamily, SharedRows
     from adapterkit.checkpoint.tensor import Tensor
 
 Rows = Callable[[str], int | None]
@@ -56,8 +56,8 @@ def relaid(factors: Sequence[PlainFactors], layout: str, rows_of: Rows = lambda 
 
 
 def _entry(
-    path: str, family: Family | None, fits: Callable[[Entry], bool]
-) -> tuple[Entry, tuple[int, ...], str] | None:
+    path: str, family: PipelineFamily | None, fits: Callable[[TableEntry], bool]
+) -> tuple[TableEntry, tuple[int, ...], str] | None:
     places = [
         place for place in entries(path + END) if fits(place[0]) and (family is None or place[0].family is family)
     ]
@@ -66,12 +66,12 @@ def _entry(
     return chosen[0] if chosen else None
 
 
-def _path(entry: Entry, part: int | None, captures: tuple[int, ...], rest: str) -> str:
+def _path(entry: TableEntry, part: int | None, captures: tuple[int, ...], rest: str) -> str:
     return named(entry, part, captures, rest).removesuffix(END)
 
 
 def _cut(
-    one: PlainFactors, entry: Entry, captures: tuple[int, ...], rest: str, held: dict[str, PlainFactors]
+    one: PlainFactors, entry: TableEntry, captures: tuple[int, ...], rest: str, held: dict[str, PlainFactors]
 ) -> list[PlainFactors]:
     """One module of the original layout as its parts."""
     row, (a, b) = entry.row, one.stored
@@ -90,7 +90,9 @@ def _cut(
     return found
 
 
-def _sizes(row: Row, captures: tuple[int, ...], rows: int, columns: int, held: dict[str, PlainFactors]) -> list[int]:
+def _sizes(
+    row: SharedRows, captures: tuple[int, ...], rows: int, columns: int, held: dict[str, PlainFactors]
+) -> list[int]:
     count = len(row.parts)
     if row.share == "equal":
         sizes = [rows // count] * count
@@ -113,7 +115,7 @@ def _slice(start: int, stop: int) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda b: b[start:stop]
 
 
-def _turned_halves(row: Row, one: PlainFactors) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def _turned_halves(row: SharedRows, one: PlainFactors) -> Callable[[torch.Tensor], torch.Tensor] | None:
     rows, columns = one.stored[1].shape[0], one.stored[0].shape[1]
     if not row.swap or (row.swap == "pair" and rows != 2 * columns):
         return None
@@ -146,9 +148,9 @@ def _factors(path: str, rank: int, scale: float, a: Tensor, b: Tensor) -> PlainF
     return PlainFactors(path, rank, scale, lambda: (_read(a), _read(b)), (a, b))
 
 
-def _joined(factors: Sequence[PlainFactors], family: Family | None, rows_of: Rows) -> list[PlainFactors]:
+def _joined(factors: Sequence[PlainFactors], family: PipelineFamily | None, rows_of: Rows) -> list[PlainFactors]:
     """Parts of diffusers as modules of the original layout."""
-    found: dict[str, tuple[Entry, tuple[int, ...], str, dict[int, PlainFactors]] | PlainFactors] = {}
+    found: dict[str, tuple[TableEntry, tuple[int, ...], str, dict[int, PlainFactors]] | PlainFactors] = {}
     for one in factors:
         place = _entry(one.path, family, lambda entry: entry.part is not None and not entry.row.alias)
         if place is None:
@@ -167,7 +169,7 @@ def _joined(factors: Sequence[PlainFactors], family: Family | None, rows_of: Row
 
 def _fused(
     name: str,
-    entry: Entry,
+    entry: TableEntry,
     captures: tuple[int, ...],
     rest: str,
     parts: dict[int, PlainFactors],

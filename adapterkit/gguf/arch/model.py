@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,7 @@ def as_gguf(
     touched: Sequence[str] = (),
     files: Mapping[str, bytes] | None = None,
     plain: str | None = None,
+    elsewhere: Collection[str] = (),
 ) -> Model:
     """A view of a Hugging Face checkpoint as a GGUF model.
 
@@ -109,6 +110,7 @@ def as_gguf(
         adapters, touched: what was folded in, and the tensors that it changed.
         files: side files by name.
         plain: the float type of a file that is not quantized; by default that of the first matrix.
+        elsewhere: tensors that another file holds, so that a change of them is not lost.
 
     Raises:
         TargetError: an architecture or a tensor that the table does not know, or a change that GGUF has no place for.
@@ -118,7 +120,7 @@ def as_gguf(
     spec = spec_of(read)
     mapper = Mapper(spec, read)
     mapped = mapper.to_gguf(view.shapes, base.ref)
-    lost = [name for name in touched if name not in mapped.sources and mapper.scalar(name) is None]
+    lost = [name for name in touched if not (name in mapped.sources or name in elsewhere or mapper.scalar(name))]
     if lost:
         raise TargetError(
             f"an adapter changes '{lost[0]}', which a GGUF {spec.arch} does not hold",

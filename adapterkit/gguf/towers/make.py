@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,29 +41,27 @@ class FromTower:
 
     Attributes:
         mapped: which stored tensor went where.
+        unused: tensors of the tower that nothing is computed with, such as SigLIP's pooling head in Gemma 3.
         layout: the file.
         types: how many tensors have each type.
         through: what a type does to rows of a changed tensor; see `FromHF`.
     """
 
     mapped: Mapped
+    unused: frozenset[str]
     layout: FileLayout
     types: dict[str, int]
     notes: tuple[str, ...]
     through: Callable[[str, tuple[int, ...]], Through | None]
 
     @property
+    def held(self) -> frozenset[str]:
+        """The stored tensors that are this file's business, not the language model's."""
+        return frozenset(self.mapped.sources) | self.unused
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         return {tensor.name: tensor for tensor in self.layout.tensors}
-
-
-def tower_names(base: Checkpoint, config: Mapping[str, Any], files: Mapping[str, bytes]) -> frozenset[str]:
-    """The tensors of a checkpoint that its mmproj file holds.
-
-    Raises:
-        TargetError, CheckpointError: see `from_tower`.
-    """
-    return frozenset(_mapper(base, config, files).to_gguf(base.shapes, base.ref).sources)
 
 
 def _mapper(base: Checkpoint, config: Mapping[str, Any], files: Mapping[str, bytes]) -> Mapper:
@@ -123,7 +122,15 @@ def from_tower(
     found = typed_from(tensors, TypeInputs(CLIP, hparams, kinds, tuple(entries)), asked, changed)
     layout = FileLayout(found.tensors, found.entries)
     types = {tensor.name: tensor.dtype.code for tensor in found.tensors}
-    return FromTower(mapped, layout, found.types, found.notes, partial(through_types, mapped.sources, types))
+    # The first of a row's drops is what is no part of the tower.
+    unused = frozenset(name for name in mapped.dropped if not re.search(mapper.spec.drops[0], mapper.canonical(name)))
+    idle = sorted(unused & set(touched))
+    notes = (
+        [f"adapters change {len(idle)} tensors, as '{idle[0]}', that the tower is not computed with"] if idle else []
+    )
+    return FromTower(
+        mapped, unused, layout, found.types, (*found.notes, *notes), partial(through_types, mapped.sources, types)
+    )
 
 
 def kind_of_tower(name: str, shape: Sequence[int], plain: str) -> str:

@@ -40,6 +40,7 @@ class Conversion:
         stage: what has to be computed before the plan is known; ``room`` is what it may need on the disk, in bytes.
         request: what was asked for.
         beside: what goes next to the output.
+        also: what is written in the same pass.
     """
 
     src: str
@@ -54,6 +55,7 @@ class Conversion:
     stage: Stage | None = None
     request: ConvertRequest | None = None
     beside: tuple[Beside, ...] = ()
+    also: tuple[Job, ...] = ()
 
     @property
     def peak_memory(self) -> int:
@@ -74,6 +76,7 @@ class Conversion:
             beside=self.beside,
             stage=self.stage,
             force=self.request.force,
+            also=self.also,
         )
 
     def report(self, measured: Measured) -> ConvertReport:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import NotFound, UsageError
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.verbs.conversions.conversion import Conversion
+
+if TYPE_CHECKING:
+    from adapterkit.verbs.job import Job
 
 
 def plan(asked: ConvertRequest, jobs: int) -> Conversion:
@@ -24,6 +27,10 @@ def plan(asked: ConvertRequest, jobs: int) -> Conversion:
         raise UsageError(f"{src} is an adapter, not a model", road) from None
     if not isinstance(opened, GGUFCheckpoint):
         return _of_hf(opened, asked, jobs)
+    if asked.makes_tower:
+        raise UsageError(
+            f"{src} is a GGUF file, which holds no tower", "give the Hugging Face model that it was made from"
+        )
     if asked.dtype != "auto" or asked.pre is not None:
         raise UsageError(f"{src} is a GGUF file, with types and a tokenizer of its own", "use --quant alone")
     return _of_gguf(opened, asked, jobs)
@@ -49,11 +56,21 @@ def _of_hf(opened: Any, request: ConvertRequest, jobs: int) -> Conversion:
     from adapterkit.gguf.from_hf import from_hf
     from adapterkit.gguf.plan import plan_gguf
     from adapterkit.gguf.quantize import Quantization
+    from adapterkit.gguf.towers.make import from_tower
     from adapterkit.requests.merge import parse_floats
+    from adapterkit.verbs.tower import tower_job
 
     view = dequantized(opened)
     asked = request.types or Quantization()
     files = {file.name: file.bytes() for file in view.side_files}
+    also: tuple[Job, ...] = ()
+    held: frozenset[str] = frozenset()
+    if request.makes_tower:
+        tower = from_tower(view, base=view, config=view.config, files=files, dtype=parse_floats(request.dtype))
+        held = tower.held
+        if request.target is not None:
+            settings = {"jobs": jobs, "request": {"verb": "convert", "dtype": request.dtype}}
+            also = (tower_job(tower, request.target, opened.sources, settings, force=request.force),)
     made = from_hf(
         view,
         base=view,
@@ -62,8 +79,9 @@ def _of_hf(opened: Any, request: ConvertRequest, jobs: int) -> Conversion:
         asked=asked,
         dtype=parse_floats(request.dtype),
         pre=request.pre,
+        elsewhere=held,
     )
     stated = {"verb": "convert", "dtype": request.dtype, "pre": request.pre, **asked.request()}
     planned = plan_gguf(made.layout, max_shard_size=request.shard_size, jobs=jobs, request=stated)
     notes = (*view.notes, *made.notes)
-    return Conversion(opened.ref, "gguf", planned, made.tensors, opened.sources, made.types, {}, notes)
+    return Conversion(opened.ref, "gguf", planned, made.tensors, opened.sources, made.types, {}, notes, also=also)
