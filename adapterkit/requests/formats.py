@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapterkit.codecs.kinds import NESTED, WRITTEN
 from adapterkit.errors import UsageError
 
 
@@ -78,13 +79,11 @@ FORMATS = {
             Format(
                 name,
                 f"folder:{name}",
-                "a folder as bitsandbytes quantizes it",
-                _SHARDS | {"double_quant", "skip_modules"},
+                what,
+                _SHARDS | {"skip_modules"} | ({"double_quant"} if name in NESTED else set()),
             )
-            for name in ("nf4", "fp4")
+            for name, what in WRITTEN.items()
         ),
-        Format("int8", "folder:int8", "a folder in LLM.int8 of bitsandbytes", _SHARDS | {"skip_modules"}),
-        Format("fp8", "folder:fp8", "a folder in FP8 blocks as transformers has them", _SHARDS | {"skip_modules"}),
         *(
             Format(
                 name,
