@@ -112,6 +112,21 @@ class OfAdapters(Request):
             role=VALUES, group=ADAPTERS, choices=tuple(ORDERS), recipe="merge.expert-order",
         ),
     )  # fmt: skip
+    only: tuple[str, ...] | str = field(
+        default=(),
+        metadata=opt(
+            "Of each adapter only this part of a pipeline (unet, te1), section (text, vision) or these modules (a "
+            "pattern); may be given again.",
+            role=VALUES, group=ADAPTERS, many=True, metavar="PART", recipe="merge.only",
+        ),
+    )  # fmt: skip
+    skip: tuple[str, ...] | str = field(
+        default=(),
+        metadata=opt(
+            "Leave this part, section or these modules of each adapter out; may be given again.",
+            role=VALUES, group=ADAPTERS, many=True, metavar="PART", recipe="merge.skip",
+        ),
+    )  # fmt: skip
     allow_unknown: bool = field(
         default=False,
         metadata=opt(
@@ -120,10 +135,26 @@ class OfAdapters(Request):
         ),
     )  # fmt: skip
 
+    def narrowed(self, adapter: Adapter) -> Adapter:
+        """What of an adapter is asked for.
+
+        Raises:
+            AdapterError: it has no such part, or nothing is left.
+        """
+        if not self.only and not self.skip:
+            return adapter
+        from adapterkit.adapters.formats.narrow import narrowed
+
+        return narrowed(adapter, _words(self.only), _words(self.skip))
+
     @property
     def adapter_weights(self) -> tuple[float, ...] | None:
         """One weight per adapter; None where none was named."""
         return None if self.weights is None else tuple(self.weights)  # type: ignore[arg-type]
+
+
+def _words(given: tuple[str, ...] | str) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def _methods() -> tuple[str, ...]:

@@ -190,7 +190,7 @@ def planned(request: CombineRequest) -> Combination:
         given
         if isinstance(given, Family)
         else open_family(
-            [in_expert_order(a, request.expert_order) for a in given] if request.expert_order is not None else given,
+            [request.narrowed(in_expert_order(a, request.expert_order)) for a in given],
             request.base,
             residual_base=request.residual_base,
             allow_unknown=request.allow_unknown,

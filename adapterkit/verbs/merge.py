@@ -167,7 +167,7 @@ def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: b
     form = request.form or (GGUF if opened.format == "gguf" else FOLDER)
     asked = replace(request, to=form)
     given = (a if isinstance(a, Adapter) else load_adapter(a, headers_only=headers_only) for a in asked.given_adapters)
-    loaded = tuple(in_order(adapter, asked.expert_order) for adapter in given)
+    loaded = tuple(asked.narrowed(in_order(adapter, asked.expert_order)) for adapter in given)
     inputs = None
     if fingerprints:
         inputs = {s.name: _fingerprint(s) for s in (*opened.sources, *(source for a in loaded for source in a.sources))}

@@ -90,7 +90,7 @@ def _folder(
     if asked.gguf_types is not None or asked.pre is not None or asked.said:
         raise UsageError("options of a GGUF output were given for a folder", "name the output like OUT.gguf")
     if asked.quant == KEEP or _stored_in(base) == (asked.folder_format, asked.quant_double):
-        return _kept(base, adapters, asked, settings)
+        return _one_file(_kept(base, adapters, asked, settings), asked)
     dtype = asked.floats
     folded = fold(base, adapters, asked.adapter_weights, dtype=dtype, **_how(asked))
     side, notes = side_files(base, folded, adapters, dtype)
@@ -103,7 +103,38 @@ def _folder(
         config["quantization_config"] = view.config["quantization_config"]
         side[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         notes = [*notes, view.notes[-1]]
-    return Output(folded, view, plan_safetensors(view, **settings), side, tuple(notes))
+    if one_file(asked):
+        view = replace(view, metadata=_without_hashes(view.metadata), shards=dict.fromkeys(view, _ONE))
+    return _one_file(Output(folded, view, plan_safetensors(view, **settings), side, tuple(notes)), asked)
+
+
+_ONE = "model.safetensors"
+# What the metadata of a file say of its own bytes, which a merge changes.
+_HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+
+
+def one_file(asked: MergeRequest) -> bool:
+    """Whether the output is one safetensors file, not a folder."""
+    return asked.target is not None and asked.target.suffix == ".safetensors"
+
+
+def _without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in metadata.items() if name not in _HASHES}
+
+
+def _one_file(made: Output, asked: MergeRequest) -> Output:
+    """The same output as a file of the name that was asked for; what would stand beside it in a folder is left out.
+
+    Raises:
+        UsageError: it would be several files.
+    """
+    if not one_file(asked):
+        return made
+    if len(made.plan.files) != 1:
+        raise UsageError("one file was asked for, and this output is in shards", "name a folder, without .safetensors")
+    left = sorted(made.side)
+    said = (f"one file was asked for, so these are not written: {', '.join(left[:4])}",) if left else ()
+    return replace(made, plan=replace(made.plan, layout="file"), side={}, notes=(*made.notes, *said))
 
 
 def _stored_in(base: Checkpoint) -> tuple[str, bool] | None:

@@ -7,10 +7,8 @@ error, one that the base has not is left out and told. ``FILE#PART``, ``only`` a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.config import FLAT, PARTS
@@ -40,15 +38,6 @@ KINDS: Mapping[str, str] = {
     **dict.fromkeys(("te2", "text_encoder_2", "text_encoders.clip_g"), "te2"),
     **dict.fromkeys(("te3", "text_encoder_3", "text_encoders.t5xxl"), "te3"),
 }
-# Parts of a model of several senses, by the modules that they are: what `only` and `skip` may name beside parts of a pipeline.
-SECTIONS: Mapping[str, re.Pattern[str]] = {
-    "vision": re.compile(
-        r"(?:^|\.)(?:visual|vision_\w+|vision|image_\w+|multi_modal_projector|multimodal_projector|mlp1|mm_projector|"
-        r"vit|img_\w+|aligner|connector)(?:\.|$)"
-    ),
-    "audio": re.compile(r"(?:^|\.)(?:audio_\w+|audio|speech_\w+|code2wav|codec_\w+|depth_decoder)(?:\.|$)"),
-}
-TEXT = "text"  # whatever is of no other section
 # Other names of a text encoder's modules: how one version of its classes leads them and another does not.
 _LEADS = (
     *("text_model_", "model_", "transformer_", "model_language_model_", "language_model_", "encoder_"),
@@ -56,7 +45,7 @@ _LEADS = (
 )
 
 
-def opened(adapter: Adapter, contents: Contents, only: Sequence[str] = (), skip: Sequence[str] = ()) -> Adapter:
+def opened(adapter: Adapter, contents: Contents, only: Sequence[str] = ()) -> Adapter:
     """The adapter of a file before a base is known: of one part whose paths have dots as it will be merged, of any
     other with what is to be settled in its config.
 
@@ -65,10 +54,10 @@ def opened(adapter: Adapter, contents: Contents, only: Sequence[str] = (), skip:
         UnsupportedAdapter: see `assembled`.
     """
     check_parts(only, contents.parts, adapter.ref)
-    modules = taken(contents.modules, only, skip, adapter.ref)
-    contents = replace(contents, modules=modules)
+    if only:
+        contents = replace(contents, modules=contents.of(*only))
     if len(contents.parts) == 1:
-        config, tensors = assembled(contents, modules)
+        config, tensors = assembled(contents, contents.modules)
         return replace(adapter, config=config, tensors=tensors, contents=contents, only=tuple(only))
     configs: dict[str, Mapping[str, Any]] = {}
     tensors = {}
@@ -79,39 +68,6 @@ def opened(adapter: Adapter, contents: Contents, only: Sequence[str] = (), skip:
     kind = next(iter(configs.values()))["peft_type"]
     config = replace(adapter.config, raw={"peft_type": kind, PARTS: configs})
     return replace(adapter, config=config, tensors=tensors, contents=contents, only=tuple(only))
-
-
-def taken(
-    modules: Sequence[FileModule], only: Sequence[str], skip: Sequence[str], where: str
-) -> tuple[FileModule, ...]:
-    """The modules that a user asked for.
-
-    Raises:
-        AdapterError: nothing is left, or nothing was skipped.
-    """
-    kept = [module for module in modules if not only or module.part in only]
-    for word in skip:
-        left = [module for module in kept if not named_by(word, module.part, module.path)]
-        if len(left) == len(kept):
-            raise AdapterError(f"{where} has nothing that '{word}' names", "leave it out of what is skipped")
-        kept = left
-    if not kept:
-        raise AdapterError(f"{where}: nothing is left of the file", "skip less of it")
-    return tuple(kept)
-
-
-def named_by(word: str, part: str, path: str) -> bool:
-    """Whether a word names a module: its part of a pipeline, its section of a model, or a pattern of its path."""
-    if word == part:
-        return True
-    if word == TEXT or word in SECTIONS:
-        return section_of(path) == word
-    return any(fnmatchcase(path, pattern) for pattern in (word, f"*.{word}", f"{word}.*", f"*.{word}.*"))
-
-
-def section_of(path: str) -> str:
-    """The section of a model that a module is of."""
-    return next((name for name, pattern in SECTIONS.items() if pattern.search(path)), TEXT)
 
 
 def settled(adapter: Adapter, names: Names | None, fit: Callable[[Adapter], object] | None = None) -> Adapter:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.files import check_unchanged
 from adapterkit.requests.call import takes
+from adapterkit.requests.groups import OfAdapters
 from adapterkit.requests.verify import LEVELS, VerifyRequest
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, Thresholds, VerifyReport
 
@@ -60,7 +61,9 @@ def verify(request: VerifyRequest) -> VerifyReport:
 
         check_models(found, stored, prompts)
     how = asked(found, loaded, request.of_merge())
-    planned = subject(found, stored, loaded, how.given)
+    parts = OfAdapters(only=how.given.get("only", ()), skip=how.given.get("skip", ()))
+    loaded = tuple(parts.narrowed(adapter) for adapter in loaded)
+    planned = subject(found, stored, loaded, {k: v for k, v in how.given.items() if k not in ("only", "skip")})
     around = sanity(planned, request.on_purpose)
     judged = compare(planned, jobs=jobs, progress=progress)
     wrong, named = findings(planned, judged)

@@ -41,11 +41,12 @@ class Asked:
 
 
 def place(checkpoint: Checkpoint) -> Path | None:
-    """The folder, or the GGUF file, that a checkpoint was read from; None where it is not on this disk."""
+    """The folder, or the single file, that a checkpoint was read from; None where it is not on this disk."""
     path = checkpoint.sources[0].path if checkpoint.sources else None
     if path is None:
         return None
-    return path if path.suffix == ".gguf" else path.parent
+    loose = path.suffix == ".gguf" or checkpoint.sources[0].loose  # what lies beside such a file is not its own
+    return path if loose else path.parent
 
 
 def asked(merged: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str, Any]) -> Asked:

@@ -45,6 +45,8 @@ def sanity(subject: Subject, on_purpose: Sequence[str] = ()) -> list[Finding]:
 
 def _config(subject: Subject) -> Iterator[Finding]:
     config, wanted = subject.found.config, subject.config or {}
+    if not config and not subject.base.config:
+        return  # a checkpoint of one file, which never had one
     if not config:
         yield Finding("no config", ERROR, "MERGED has no config.json", "copy the base's, or merge again")
         return
