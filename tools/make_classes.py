@@ -34,7 +34,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "adapterkit" / "adapters" / "classes.json"
-sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tools")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 # Task types of PEFT's, then tasks for which an adapter says its class itself; each with transformers' table of classes.
 TASKS = {
@@ -79,7 +79,7 @@ def older_fields() -> None:
     import dataclasses
     import inspect
 
-    import zoo
+    from bench.common import zoo
 
     newer = zoo.fields
 
@@ -105,7 +105,7 @@ def tasks() -> dict[str, dict[str, str]]:
 
 def tiny(cls: Any, **changes: Any) -> Any:
     """A tiny model of ``cls`` on the current device, `changes` in its config."""
-    import zoo
+    from bench.common import zoo
 
     try:
         return zoo.make(cls, **changes)

@@ -24,7 +24,7 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "adapterkit" / "adapters" / "names.json"
-sys.path.insert(0, str(ROOT / "bench"))
+sys.path.insert(0, str(ROOT))
 
 
 def needle(pattern: str) -> str:
@@ -58,7 +58,21 @@ def branches(transform: Any) -> list[list[str]]:
     return found
 
 
-def operation(op: Any) -> list[Any]:
+# Parts of a fused tensor that are sized as query, key and value heads, and those whose sizes the config says otherwise:
+# each size is a sum of products. Checked against the module's own parameters when the table is made.
+HEADS = {("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v")}
+_KEYS, _VALUES = ["linear_num_key_heads", "linear_key_head_dim"], ["linear_num_value_heads", "linear_value_head_dim"]
+SIZES = {
+    ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"): [
+        [[2, *_KEYS], _VALUES],
+        [_VALUES],
+        [["linear_num_value_heads"]],
+        [["linear_num_value_heads"]],
+    ]
+}
+
+
+def operation(op: Any, targets: list[str]) -> list[Any]:
     """An op as ``[name, *arguments]``; names are explained in ``adapterkit/adapters/layout.py``."""
     name = type(op).__name__
     if name == "MergeModulelist" and op.dim == 0:
@@ -68,7 +82,14 @@ def operation(op: Any) -> list[Any]:
     if name == "Chunk" and op.num_shards_attribute is None:
         return ["chunk", op.dim]
     if name == "Split":
-        return ["split", op.dim]
+        leaves = tuple(target.rpartition(".")[2] for target in targets)
+        return ["split", op.dim] if leaves in HEADS else ["sizes", op.dim, SIZES[leaves]]
+    if name == "Inkling2UnpadVocab" and not op.inverse:
+        return ["first", "unpadded_vocab_size"]
+    if name == "Inkling2LoopDequantizeExperts":
+        return ["only"]
+    if name == "Inkling2LoopMergeMessageQueries" and not op.inverse:
+        return ["queries"]
     if name == "Interleave" and not op.inverse:
         return ["deinterleave", op.dim]
     if name == "Transpose":
@@ -89,13 +110,24 @@ def rule(transform: Any) -> Any:
         return {
             "from": [[needle(s), s] for s, *_ in sources(transform)],
             "to": list(transform.target_patterns),
-            "ops": [operation(op) for op in transform.operations],
+            "ops": [operation(op, list(transform.target_patterns)) for op in transform.operations],
         }
     if name == "GroupWeightRename":
         return {"group": [[*branch] for branch in branches(transform)], "guard": transform.source_patterns[0]}
     if name == "Inkling2IndexOffsetWeightRename":
         (branch,) = branches(transform)
         return {"offset": transform.offset, "rename": branch}
+    if name == "LayerPairCollapse":
+        pattern = transform.pattern.pattern
+        parts = [transform.rename_source_key(f"layers.{index}.mixer")[0].rpartition(".")[2] for index in (0, 1)]
+        own = re.search(r"\(([\w|]+)\)\(\?=", pattern)
+        leaves = own.group(1).split("|") if own else []
+        renamed: dict[str, set[str]] = {}
+        for leaf in leaves:
+            made = (transform.rename_source_key(f"layers.{index}.{leaf}")[0] for index in (0, 1))
+            renamed[leaf] = {one.rpartition(".")[2] for one in made}
+        named = {leaf: there.pop() for leaf, there in renamed.items() if len(there) == 1}
+        return {"rename": [needle(pattern), pattern, ""], "paired": parts, "named": named}
     if name not in ("WeightRenaming", "PrefixChange"):
         raise SystemExit(f"make_names: {name} is a new kind of transform: teach it to adapterkit/adapters/names.py")
     found = branches(transform)
@@ -179,7 +211,8 @@ def ties(found: Any) -> dict[str, str]:
 def meta(cls: Any) -> Any:
     """An instance of ``cls`` without weights: tiny where the zoo can make it, else with its default config."""
     import torch
-    import zoo
+
+    from bench.common import zoo
 
     with torch.device("meta"):
         try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.change import Checked
 from adapterkit.adapters.composed import composed_edits, separate_note
 from adapterkit.adapters.edits import adapter_edits, settle
-from adapterkit.adapters.heads import Brought, brought, prefixed
+from adapterkit.adapters.heads import Brought, brought, prefixed, prefixes
 from adapterkit.adapters.merged import Applied, Loaded, Merged, StoredWeights, merged_columns
 from adapterkit.adapters.names import Names
 from adapterkit.adapters.orientation import orientation_notes
@@ -106,10 +106,12 @@ def fold(
             for edit in adapter_edits(adapter, names, base.config, **how)
         ]
 
+    for prefix in prefixes(adapters, base.config):
+        names.also_under(prefix)
     edits = found(base, names)
     head = brought(edits, base.config, base)
     if head.prefix and type(names) is Names:
-        base = prefixed(base, head)
+        base = prefixed(base, head, names)
         names = Names(base.shapes, base.config)
         edits = found(base, names)
     for adapter in adapters:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.classes import Head
+    from adapterkit.adapters.names import Names
     from adapterkit.adapters.ties import Weighted
     from adapterkit.checkpoint.checkpoint import Checkpoint
 
@@ -173,19 +174,30 @@ def with_head(config: dict[str, Any], head: Brought) -> None:
         config["vocab_size"] = head.tokens
 
 
-def prefixed(base: Checkpoint, head: Brought) -> Checkpoint:
-    """A base model's checkpoint under the names that it has inside of the class with a head.
+def prefixes(adapters: Sequence[Adapter], config: Mapping[str, Any]) -> list[str]:
+    """Under which names the classes that adapters were trained on hold their base model."""
+    classes = [head(name) for adapter in adapters if (name := trained_class(adapter, config)) is not None]
+    return list(dict.fromkeys(one.prefix for one in classes if one is not None and one.prefix))
+
+
+def prefixed(base: Checkpoint, head: Brought, names: Names) -> Checkpoint:
+    """A checkpoint under the names that its base model has inside of the class with a head.
 
     Loaders look for a base model without prefix only where *no* tensor has one: transformers 4 would put a head that
-    stands beside such tensors under the prefix too, and not find it.
+    stands beside such tensors under the prefix too, and not find it. Some classes call their base model otherwise than
+    their family does (``transformer`` in question answering).
     """
-    from adapterkit.adapters.names import Names
+    from adapterkit.adapters.names import Names as Found
+
+    own = names.prefix + "." if names.prefix and any(name.startswith(names.prefix + ".") for name in base) else ""
+
+    def renamed(name: str) -> str:
+        return head.prefix + name[len(own) :] if name.startswith(own) else name
 
     config = {**base.config, "architectures": [head.name]}
-    tensors = {head.prefix + name: Renamed(head.prefix + name, tensor) for name, tensor in base.items()}
-    after = Names({name: tensor.shape for name, tensor in tensors.items()}, config)
-    before = Names(base.shapes, base.config)
-    if any(after.find(head.prefix + name) is None for name in before.parameters() if before.find(name) is not None):
+    tensors = {renamed(name): Renamed(renamed(name), tensor) for name, tensor in base.items()}
+    after = Found({name: tensor.shape for name, tensor in tensors.items()}, config)
+    if any(after.find(renamed(name)) is None for name in names.parameters() if names.find(name) is not None):
         return base
-    shards = {head.prefix + name: shard for name, shard in base.shards.items()}
+    shards = {renamed(name): shard for name, shard in base.shards.items()}
     return replace(base, tensors=tensors, shards=shards, config=config)

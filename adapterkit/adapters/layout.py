@@ -11,6 +11,10 @@ Operations, as they stand in ``names.json`` (``dim`` counts as in the tensor):
 ``["cat", dim]``                       tensors one after the other along ``dim``
 ``["chunk", dim]``                     equal parts along ``dim``, one per target
 ``["split", dim]``                     parts along ``dim`` sized as query, key and value heads
+``["sizes", dim, sizes]``               parts along ``dim``; a size is a sum of products of config fields and numbers
+``["only"]``                           the first of the sources, where a file has no other (the others decode it)
+``["first", field]``                   the first rows, as many as the config's field says
+``["queries"]``                        ``[2n, ...]`` first and last, ``[2n, ...]`` second and third -> ``[n, 4, ...]``
 ``["deinterleave", dim]``              ``x0 y0 x1 y1 ...`` -> ``x0 x1 ... y0 y1 ...`` along ``dim``
 ``["rope", sub-config, names]``        the same within each head (complex to split-half rotary order)
 ``["transpose", a, b, by shape]``      swapped axes; ``by shape``: only when the file is not as the module wants it
@@ -161,6 +165,18 @@ def deinterleave(layout: Layout, dim: int, groups: int = 1) -> Layout:
     return rearranged(layout.shape, layout.lead, runs)
 
 
+def queries(state: Sequence[Sequence[Layout]]) -> Layout:
+    """``[a0 d0 a1 d1 ...]`` and ``[b0 c0 b1 c1 ...]`` as ``[[a0 b0 c0 d0], [a1 b1 c1 d1], ...]``."""
+    if [len(group) for group in state] != [1, 1]:
+        raise UnmappableError
+    (outer,), (inner,) = state
+    if outer.shape != inner.shape or outer.lead != 1 or outer.shape[0] % 2:
+        raise UnmappableError
+    count = outer.shape[0] // 2
+    runs = [run for i in range(count) for run in ((outer, 2 * i, 1, 1), (inner, 2 * i, 1, 2), (outer, 2 * i + 1, 1, 1))]
+    return rearranged((count, 4, *outer.shape[1:]), 2, runs)
+
+
 def transpose(layout: Layout, a: int, b: int) -> Layout:
     """Swap the last row dimension with the columns; only a tensor that is stored whole can be seen so."""
     lead = layout.lead
@@ -175,10 +191,13 @@ def transpose(layout: Layout, a: int, b: int) -> Layout:
     return Layout((*layout.shape[: lead - 1], new, old), lead, pieces)
 
 
+_NO_DIM = frozenset({"stack", "deal", "queries", "rope", "only", "first"})
+
+
 def lead_of(ops: Sequence[Op]) -> tuple[int, int]:
     """How many leading dimensions are rows, before and after ``ops``."""
-    stacks = any(op[0] in ("stack", "deal") for op in ops)
-    dims = [max(op[1:3]) if op[0] == "transpose" else op[1] + 1 for op in ops if op[0] not in ("stack", "deal", "rope")]
+    stacks = any(op[0] in ("stack", "deal", "queries") for op in ops)
+    dims = [max(op[1:3]) if op[0] == "transpose" else op[1] + 1 for op in ops if op[0] not in _NO_DIM]
     after = max([2 if stacks else 1, *dims])
     return (after - 1 if stacks else after), after
 
@@ -217,6 +236,23 @@ def run(
                 raise UnmappableError
             sizes = [heads * unit, kv_heads * unit, kv_heads * unit]
             state, names = [[part] for part in parts(layout, arguments[0], sizes)], list(targets)
+        elif op == "only":
+            if any(state[1:]):
+                raise UnmappableError  # a quantized form of its own
+            state, names = state[:1], list(targets)
+        elif op == "first":
+            layout = _only(state)
+            rows = min(number(None, arguments[0]) or layout.shape[0], layout.shape[0])
+            unit = layout.rows // layout.shape[0]
+            state = [[rearranged((rows, *layout.shape[1:]), layout.lead, [(layout, 0, 1, rows * unit)])]]
+        elif op == "queries":
+            state, names = [[queries(state)]], list(targets)
+        elif op == "sizes":
+            dim, wanted = arguments
+            sizes = [sum(prod(_factor(one, number) for one in term) for term in size) for size in wanted]
+            if len(sizes) != len(targets):
+                raise UnmappableError
+            state, names = [[part] for part in parts(_only(state), dim, sizes)], list(targets)
         elif op == "deinterleave":
             state = [[deinterleave(_only(state), arguments[0])]]
         elif op == "rope":
@@ -245,6 +281,10 @@ def run(
     return [group[0] for group in state]
 
 
+def _factor(one: str | int, number: Callable[[str | None, str], int]) -> int:
+    return one if isinstance(one, int) else number(None, one)
+
+
 def _only(state: Sequence[Sequence[Layout]]) -> Layout:
     if len(state) != 1 or len(state[0]) != 1:
         raise UnmappableError
@@ -263,13 +303,15 @@ def unrun(ops: Sequence[Op], shapes: Sequence[Sequence[int]], keys: int, target:
     for op, *arguments in reversed(ops):
         if op == "stack":
             shape = shape[1:]
+        elif op == "queries":
+            shape = [2 * shape[0], *shape[2:]]
         elif op in ("cat", "deal"):
             dim = arguments[0] if arguments else 1
             if shape[dim] % keys:
                 raise UnmappableError
             shape[dim] //= keys
             shape = shape[1:] if op == "deal" else shape
-        elif op in ("chunk", "split"):
+        elif op in ("chunk", "split", "sizes"):
             shape[arguments[0]] = sum(other[arguments[0]] for other in shapes)
         elif op == "transpose" and not arguments[2]:
             a, b = arguments[:2]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.adapter import WEIGHTS, Adapter
+from adapterkit.adapters.brought import is_brought
 from adapterkit.adapters.config import AdapterConfig
 from adapterkit.adapters.experts import order_notes
 from adapterkit.adapters.formats import mlx
@@ -165,24 +166,6 @@ def _stored(listing: Listing, name: str) -> tuple[Source, dict[str, Stored]]:
     source = listing.open(name)
     header = parse_header(source.read, source.size, source.name)
     return source, {key: Stored(key, t.dtype, t.shape, source, t.start) for key, t in header.tensors.items()}
-
-
-# What an adapter folder may bring for the merged model to use; anything else in it is about training.
-_BROUGHT = (
-    "tokenizer",
-    "vocab",
-    "merges",
-    "special_tokens",
-    "added_tokens",
-    "chat_template",
-    "spiece",
-    "sentencepiece",
-)
-
-
-def is_brought(name: str) -> bool:
-    """Whether a file beside an adapter is a tokenizer's."""
-    return name.startswith(_BROUGHT)
 
 
 def _no_config(listing: Listing) -> Exception:

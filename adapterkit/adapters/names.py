@@ -78,6 +78,7 @@ class Names:
         self._parts: dict[tuple[int, tuple[tuple[int, ...], ...]], _Takers] = {}
         self._called: dict[str, str] = {}  # tensor -> its name in the module tree, filled in with `_known`
         self._layouts: dict[int, list[Layout] | None] = {}
+        self._also: tuple[str, ...] = ()
         self.flat_names: dict[str, dict[str, set[str]]] = {}  # lead -> flat name -> modules; filled by `formats.parts`
 
     @cached_property
@@ -165,6 +166,17 @@ class Names:
                 if self.find(one) is not None and self.find(other) is None:
                     found[one, other] = None
         return list(found)
+
+    def also_under(self, prefix: str) -> None:
+        """Find what stands in the base model under ``prefix`` too, as a class calls it that adapters were trained on."""
+        if prefix and prefix not in self._also:
+            self._also += (prefix,)
+            self._targets.clear()
+
+    @property
+    def prefix(self) -> str:
+        """Under which the class that the config names holds its base model; "" where it is one."""
+        return self._loader.prefix
 
     @cached_property
     def ties_by_pattern(self) -> bool:
@@ -307,7 +319,7 @@ class Names:
             rule, lead = group.rule, lead_of(group.rule.ops)[0]
             sources = [[self._whole(name, lead) for name in sorted(names, key=_natural)] for names in group.sources]
             self._layouts[id(group)] = None
-            if all(sources):
+            if all(sources[: 1 if rule.ops[0][0] == "only" else None]):
                 keys = [branch.pattern for branch in rule.branches]
                 try:
                     self._layouts[id(group)] = run(rule.ops, sources, keys, rule.targets, self._number)
@@ -366,6 +378,8 @@ class Names:
         else:
             shapes = [unrun(rule.ops, makes, len(keys))]
         sources = [[whole(f"{key}:{index}", shape, lead) for index, shape in enumerate(shapes)] for key in keys]
+        if rule.ops[0][0] == "only":
+            sources[1:] = [[] for _ in sources[1:]]
         layouts = run(rule.ops, sources, [branch.pattern for branch in rule.branches], rule.targets, self._number)
         if tuple(layout.shape for layout in layouts) != makes:
             raise UnmappableError
@@ -388,6 +402,10 @@ class Names:
         prefix = self._loader.outer + "." if self._loader.outer else ""
         if prefix:
             found += [name[len(prefix) :], prefix + name] if name.startswith(prefix) else [prefix + name]
+        for other in self._also:
+            if name.startswith(other + "."):
+                inner = name[len(other) + 1 :]
+                found += [inner, prefix + inner]
         for family in (TEXT, HEAD, OMNI):
             start = next((start for start in family if name.startswith(start)), None)
             if start is not None:

@@ -47,13 +47,17 @@ class Renaming:
 
     ``scopes`` are the name prefixes under which it applies, tried in order (``("",)`` for the root model's own rules).
     ``guarded`` rules rename in a shifting way (``norm0 -> norm1 -> norm2``): nothing happens before the first branch
-    was seen. ``offset`` is added to a captured number.
+    was seen. ``offset`` is added to a captured number. A ``paired`` rule reads two layers of a file as one of the module
+    tree: ``layers.{2i}`` and ``layers.{2i+1}`` become parts of ``layers.{i}``, the part by its own name where ``named``
+    has it, else by whether the layer is the first or the second.
     """
 
     branches: list[Branch]
     scopes: tuple[str, ...]
     guarded: bool = False
     offset: int | None = None
+    paired: tuple[str, ...] = ()
+    named: Mapping[str, str] = field(default_factory=dict)
     targets: list[str] = field(default_factory=list)
     ops: list[list[Any]] = field(default_factory=list)
     active: bool = False
@@ -77,6 +81,12 @@ class Renaming:
         if found is None:
             return name, None
         scope, match, index = found
+        if self.paired:
+            layer, part = int(match.group(1)), match.group(2)
+            part = self.named.get(part, self.paired[layer % len(self.paired)])
+            rest = name[len(scope) :]
+            there = f"layers.{layer // len(self.paired)}.{part}"
+            return scope + rest[: match.start()] + there + rest[match.end() :], index
         if self.guarded:
             self.active = self.active or index == 0
             if not self.active:
@@ -98,6 +108,8 @@ def rule(entry: Any, scopes: tuple[str, ...]) -> Renaming:
         return Renaming([Branch(*branch) for branch in entry["any"]], scopes)
     if "group" in entry:
         return Renaming([Branch(*branch) for branch in entry["group"]], scopes, guarded=True)
+    if "paired" in entry:
+        return Renaming([Branch(*entry["rename"])], scopes, paired=tuple(entry["paired"]), named=entry["named"])
     if "offset" in entry:
         return Renaming([Branch(*entry["rename"])], scopes, offset=entry["offset"])
     first = entry["to"][0]
@@ -190,7 +202,7 @@ class Loader:
         """Whether some rule looks at the value of a number that stands alone between dots."""
         literal = re.compile(r"(?<![\w\\])(?:\d|\\d(?!\+))|\[[^]]*\d")
         patterns = [branch.pattern for rule in self.rules for branch in rule.branches]
-        return any(map(literal.search, patterns)) or any(rule.offset is not None for rule in self.rules)
+        return any(map(literal.search, patterns)) or any(rule.offset is not None or rule.paired for rule in self.rules)
 
     def rename(self, name: str) -> tuple[str, Renaming | None, int]:
         """``name`` after all renamings and at most one converter, that converter, and which of its sources it was."""

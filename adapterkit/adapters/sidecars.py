@@ -6,6 +6,7 @@ import json
 from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.adapters.brought import with_brought
 from adapterkit.adapters.classes import FLAG, flag_keys
 from adapterkit.adapters.heads import with_head
 from adapterkit.adapters.names import TEXT_CONFIGS
@@ -18,25 +19,12 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.dtypes import DType
 
-# Of a base's tokenizer, what would contradict a newer one that lacks these files.
-_STALE = frozenset({"added_tokens.json", "special_tokens_map.json"})
-
 
 def side_files(
     base: Checkpoint, folded: Folded, adapters: Sequence[Adapter], dtype: DType | None
 ) -> tuple[dict[str, bytes], list[str]]:
     """Side files by name, and notes."""
-    files = {file.name: file.bytes() for file in base.side_files}
-    notes = []
-    brought = [adapter for adapter in adapters if any("token" in file.name for file in adapter.side_files)]
-    if brought:
-        kept = brought[0]
-        for name in _STALE:
-            files.pop(name, None)
-        files.update({file.name: file.bytes() for file in kept.side_files})
-        notes.append(f"tokenizer taken from {kept.ref}")
-        if len(brought) > 1:
-            notes.append(f"{len(brought)} adapters bring a tokenizer; the first one's was taken")
+    files, notes = with_brought({file.name: file.bytes() for file in base.side_files}, adapters)
     config = patched_config(base, folded, adapters, dtype)
     if config != base.config:
         files["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

@@ -116,12 +116,13 @@ def show(report: VerifyReport) -> None:
             note(f"note: {one.text}")
         else:
             say(f"{one.severity}: {one.kind}: {one.text}{'; ' + one.hint if one.hint else ''}")
-    counts = ", ".join(f"{count(number)} {status}" for status, number in tensors.counts.items())
-    say(f"tensors  {counts}; {count(tensors.touched)} of {count(tensors.total)} changed by adapters")
-    say(
-        f"         {tensors.retention:.2%} of the change is there (cosine {tensors.cosine:.5f}, |d|/|W| "
-        f"{tensors.relative:.1e}, unmoved {tensors.unmoved:.1%}), {tensors.seconds:.1f} s"
-    )
+    if tensors is not None:
+        counts = ", ".join(f"{count(number)} {status}" for status, number in tensors.counts.items())
+        say(f"tensors  {counts}; {count(tensors.touched)} of {count(tensors.total)} changed by adapters")
+        say(
+            f"         {tensors.retention:.2%} of the change is there (cosine {tensors.cosine:.5f}, |d|/|W| "
+            f"{tensors.relative:.1e}, unmoved {tensors.unmoved:.1%}), {tensors.seconds:.1f} s"
+        )
     if report.layers is not None:
         layers = report.layers
         say(

@@ -242,6 +242,8 @@ def check_pages(file: RecipeFile, steps: tuple[Step, ...], written: Mapping[str,
 
 def _summary(found: VerifyReport) -> str:
     """One line about a verification that held."""
+    if found.tensors is None:
+        return f"{found.level}: headers, config and the files beside them"
     counts = ", ".join(f"{number} {status}" for status, number in found.tensors.counts.items() if number)
     parts = [f"{counts}; {found.tensors.retention:.1%} of the change is there"]
     if found.layers is not None:
@@ -257,6 +259,9 @@ def _levels(found: VerifyReport) -> Iterator[Verification]:
     limits = {name: value for name, value in asdict(found.thresholds).items() if value is not None}
     dated: dict[str, Any] = {"when": "" if when == UNDATED else when}
     tensors = found.tensors
+    if tensors is None:
+        yield Verification("load", found.ok, {}, {}, **dated)
+        return
     figures = {
         "retention": tensors.retention,
         "cosine": tensors.cosine,

@@ -112,6 +112,14 @@ class OfAdapters(Request):
             role=VALUES, group=ADAPTERS, choices=tuple(ORDERS), recipe="merge.expert-order",
         ),
     )  # fmt: skip
+    conv1d: tuple[str, ...] | str = field(
+        default=(),
+        metadata=opt(
+            "A module that keeps its weight as [in, out] (transformers' Conv1D), in a model whose class is not known; may be "
+            "given again.",
+            role=VALUES, group=ADAPTERS, many=True, metavar="NAME", recipe="merge.conv1d",
+        ),
+    )  # fmt: skip
     only: tuple[str, ...] | str = field(
         default=(),
         metadata=opt(
@@ -134,6 +142,12 @@ class OfAdapters(Request):
             role=VALUES, group=ADAPTERS, recipe="merge.allow-unknown",
         ),
     )  # fmt: skip
+
+    def told(self, adapter: Adapter) -> Adapter:
+        """The adapter, read as these options say."""
+        from adapterkit.adapters.told import as_told
+
+        return as_told(adapter, self.expert_order, _words(self.conv1d))
 
     def narrowed(self, adapter: Adapter) -> Adapter:
         """What of an adapter is asked for.

@@ -14,7 +14,7 @@ from adapterkit.requests.option import CALL, INPUT, NUMBER, PATH, REF, RUN, VALU
 if TYPE_CHECKING:
     from adapterkit.requests.groups import Adapters, Base, Progress, Ref
 
-LEVELS = ("tensors", "layers", "model")
+LEVELS = ("load", "tensors", "layers", "model")
 THRESHOLDS, EVIDENCE = "Thresholds", "Evidence"
 
 
@@ -40,8 +40,8 @@ class VerifyRequest(OntoBase, OfAdapters, Ruled):
         default=None,
         kw_only=True,
         metadata=opt(
-            "How deep to look; each level does the ones before it too. By default tensors, or model when --prompts, "
-            "--max-kl or --min-top1 is given.",
+            "How deep to look; each level does the ones before it too: load reads headers and lets transformers build "
+            "the model without weights. By default tensors, or model when --prompts, --max-kl or --min-top1 is given.",
             role=RUN, group=THRESHOLDS, choices=LEVELS, recipe="verify.level",
         ),
     )  # fmt: skip
@@ -122,7 +122,7 @@ class VerifyRequest(OntoBase, OfAdapters, Ruled):
         if self.level is not None:
             return LEVELS.index(self.level)
         deep = self.prompts is not None or self.max_kl is not None or self.min_top1 is not None
-        return LEVELS.index("model") if deep else 0
+        return LEVELS.index("model" if deep else "tensors")
 
     def of_merge(self) -> dict[str, Any]:
         """The options of the merge that were named."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter
+from adapterkit.adapters.half_saved import half_saved_note
 from adapterkit.adapters.load import load_adapter
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
@@ -106,6 +107,9 @@ def check(request: CheckRequest) -> CheckReport:
         # Weights are believed over names: a base that is proved to be the same may be called anything.
         same = compared is not None and compared.fits
         findings += [one for one in named if not (same and one.code == OTHER_BASE)]
+        partly = half_saved_note(adapter)
+        if partly is not None:
+            findings.append(Diagnostic(WARNING, "half-saved", adapter.ref, f"it {partly}"))
         if compared is not None:
             matches.append(BaseMatch(adapter.ref, *(getattr(compared, field) for field in _COMPARED)))
             findings += _proved(adapter, compared)

@@ -190,7 +190,7 @@ def planned(request: CombineRequest) -> Combination:
         given
         if isinstance(given, Family)
         else open_family(
-            [request.narrowed(in_expert_order(a, request.expert_order)) for a in given],
+            [request.narrowed(told(a, request)) for a in given],
             request.base,
             residual_base=request.residual_base,
             allow_unknown=request.allow_unknown,
@@ -229,14 +229,12 @@ def planned(request: CombineRequest) -> Combination:
     return Combination(request, making, tuple(notes))
 
 
-def in_expert_order(adapter: Ref | Adapter, order: str | None) -> Adapter:
-    """An adapter, opened, with its experts in the order that the user names."""
+def told(adapter: Ref | Adapter, request: CombineRequest) -> Adapter:
+    """An adapter, opened, and read as the options say."""
     from adapterkit.adapters.adapter import Adapter as Opened
-    from adapterkit.adapters.experts import in_order as ordered
     from adapterkit.adapters.load import load_adapter
 
-    opened = adapter if isinstance(adapter, Opened) else load_adapter(adapter)
-    return ordered(opened, order)
+    return request.told(adapter if isinstance(adapter, Opened) else load_adapter(adapter))
 
 
 @takes(CombineRequest)

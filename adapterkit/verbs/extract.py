@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.adapters.brought import is_brought
 from adapterkit.adapters.factors import Kind, Slot
 from adapterkit.adapters.linear import linear_modules
-from adapterkit.adapters.load import is_brought
 from adapterkit.adapters.merged import StoredWeights
 from adapterkit.adapters.names import Names
 from adapterkit.adapters.orientation import is_conv1d

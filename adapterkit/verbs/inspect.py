@@ -246,6 +246,8 @@ def _factors(adapter: Adapter, module: Module, a: Any, b: Any, experts: int) -> 
 def _health(adapter: Adapter, pairs: list[tuple[Module, tuple[Any, Any]]]) -> tuple[ModuleHealth, ...]:
     import torch
 
+    from adapterkit.adapters.half_saved import zero_rows
+
     found = []
     for module, (a, b) in pairs:
         experts = _experts(adapter, module, a)
@@ -266,7 +268,8 @@ def _health(adapter: Adapter, pairs: list[tuple[Module, tuple[Any, Any]]]) -> tu
         except AdapterError:
             scale = 1.0
         norm = scale * float(values.square().sum().sqrt())
-        problem = "" if total.any() else "untrained"
+        parts = (zero_rows("lora_A", a), zero_rows("lora_B", b))
+        problem = "untrained" if not total.any() else next((f"half saved: {part}" for part in parts if part), "")
         found.append(ModuleHealth(module.path, rank, norm, float(effective), problem, experts))
     return tuple(found)
 

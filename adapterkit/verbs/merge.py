@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter
-from adapterkit.adapters.experts import in_order
+from adapterkit.adapters.half_saved import half_saved_note
 from adapterkit.adapters.load import load_adapter
 from adapterkit.bases import open_base, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
@@ -84,6 +84,10 @@ class Merge:
         """Every weight file that is read, the adapters' too."""
         return (*self.base.sources, *(source for adapter in self.adapters for source in adapter.sources))
 
+    def _half_saved(self) -> tuple[str, ...]:
+        found = ((adapter.ref, half_saved_note(adapter)) for adapter in self.adapters)
+        return tuple(f"{ref} {words}" for ref, words in found if words)
+
     def report(self, measured: Measured, fidelity: FidelityReport | None = None) -> MergeReport:
         """What was done, or would be."""
         used = zip(self.adapters, self.weights, strict=True)
@@ -110,7 +114,7 @@ class Merge:
             fidelity=fidelity,
             min_retention=asked.min_retention,
             dry_run=measured.dry_run,
-            notes=(*self.notes, *measured.notes),
+            notes=(*self.notes, *measured.notes, *self._half_saved()),
         )
 
     def job(self, base: Any = None) -> Job:
@@ -167,7 +171,7 @@ def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: b
     form = request.form or (GGUF if opened.format == "gguf" else FOLDER)
     asked = replace(request, to=form)
     given = (a if isinstance(a, Adapter) else load_adapter(a, headers_only=headers_only) for a in asked.given_adapters)
-    loaded = tuple(asked.narrowed(in_order(adapter, asked.expert_order)) for adapter in given)
+    loaded = tuple(asked.narrowed(asked.told(adapter)) for adapter in given)
     inputs = None
     if fingerprints:
         inputs = {s.name: _fingerprint(s) for s in (*opened.sources, *(source for a in loaded for source in a.sources))}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ import torch
 import adapterkit
 from adapterkit.adapters.classes import table as class_table
 from adapterkit.adapters.renamings import table as name_table
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
 # One of each kind: bias tied too, another name for the head, scaling by the flag (told, forced, by another key), three
 # embeddings of one table, a flag of another name, a model of several parts.
@@ -73,8 +70,9 @@ def random(model: Any, seed: int, only: str = "") -> Any:
 def examined(name: str, side: str, folder: Path) -> str:
     """What is wrong with a merge that separates the two sides of a tie; "" where nothing is. Skips what cannot be run."""
     import transformers
-    import zoo
     from peft import LoraConfig, get_peft_model
+
+    from bench.common import zoo
 
     warnings.simplefilter("ignore")
     cls = getattr(transformers, name)
@@ -145,9 +143,10 @@ def test_every_class_that_scales_is_known() -> None:
 def test_a_bert_with_its_tie_cut_has_both_decoder_tensors(kind: str, tmp_path: Path) -> None:
     """transformers 4 reads decoder.weight and decoder.bias by name, and ties neither with the flag off."""
     import transformers
-    import zoo
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file
+
+    from bench.common import zoo
 
     model = zoo.make(getattr(transformers, f"BertFor{kind}"))
     model.save_pretrained(tmp_path / "base")

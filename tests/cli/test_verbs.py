@@ -176,7 +176,8 @@ def test_inspect_health(capsys: pytest.CaptureFixture[str], base: Path, tmp_path
     from models import write_adapter
 
     tensors = {}
-    for layer, b in enumerate((torch.eye(16)[:, :4], torch.zeros(16, 4), torch.full((16, 4), float("nan")))):
+    turned = torch.linalg.qr(torch.ones(16, 16) + torch.arange(16.0).diag()).Q[:, :4].contiguous()
+    for layer, b in enumerate((turned, torch.zeros(16, 4), torch.full((16, 4), float("nan")))):
         key = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
         tensors |= {f"{key}.lora_A.weight": torch.eye(16)[:4], f"{key}.lora_B.weight": b}
     adapter = write_adapter(tmp_path / "ill", tensors)

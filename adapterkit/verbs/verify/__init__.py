@@ -1,8 +1,8 @@
 """`verify`: proof that a merged model is the trained one.
 
-Three levels, each as deep as asked: *tensors* recomputes every weight from base and adapters and compares, without a
-model; *layers* feeds the same inputs through base with adapters and through MERGED, one module at a time; *model* lets
-both answer prompts.
+Four levels, each as deep as asked: *load* lets transformers build the model that MERGED's folder is, without weights;
+*tensors* recomputes every weight from base and adapters and compares, without a model; *layers* feeds the same inputs
+through base with adapters and through MERGED, one module at a time; *model* lets both answer prompts.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
     from adapterkit.verbs.job import peak_memory
     from adapterkit.verbs.verify.findings import findings
     from adapterkit.verbs.verify.inputs import asked, inputs, open_inputs, same_as_recorded
+    from adapterkit.verbs.verify.load import loading, names
     from adapterkit.verbs.verify.sanity import sanity
     from adapterkit.verbs.verify.subject import subject
     from adapterkit.verbs.verify.tensors import compare
@@ -56,7 +57,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
     given = request.adapters
     assert isinstance(given, tuple)
     loaded = tuple(a if isinstance(a, Loaded) else load_adapter(a) for a in given)
-    if deepest >= 2:
+    if deepest >= LEVELS.index("model"):
         from adapterkit.verbs.verify.model import check_models
 
         check_models(found, stored, prompts)
@@ -65,13 +66,21 @@ def verify(request: VerifyRequest) -> VerifyReport:
     loaded = tuple(parts.narrowed(adapter) for adapter in loaded)
     planned = subject(found, stored, loaded, {k: v for k, v in how.given.items() if k not in ("only", "skip")})
     around = sanity(planned, request.on_purpose)
-    judged = compare(planned, jobs=jobs, progress=progress)
-    wrong, named = findings(planned, judged)
-    tensors = tensor_level(planned, judged, named, started)
-    every = [*how.findings, *same_as_recorded(how.record, stored, found), *wrong, *around]
-    every += _retention(tensors.retention, request.min_retention, wrong)
-    layers = model = None
-    if deepest >= 1:
+    every = [*how.findings, *same_as_recorded(how.record, stored, found)]
+    tensors = layers = model = None
+    if deepest >= LEVELS.index("tensors"):
+        judged = compare(planned, jobs=jobs, progress=progress)
+        wrong, named = findings(planned, judged)
+        tensors = tensor_level(planned, judged, named, started)
+        every += [
+            *wrong,
+            *around,
+            *loading(planned, around),
+            *_retention(tensors.retention, request.min_retention, wrong),
+        ]
+    else:
+        every += [*names(planned), *around, *loading(planned, around)]
+    if deepest >= LEVELS.index("layers"):
         from adapterkit.verbs.verify.layers import compare_layers
         from adapterkit.verbs.verify.replay import activations
 
@@ -79,7 +88,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
         layers = compare_layers(planned, inputs=replayed, jobs=jobs)
         if why:
             every.append(Finding("random inputs", NOTE, f"layers were fed random numbers: {why}"))
-    if deepest >= 2:
+    if deepest >= LEVELS.index("model"):
         from adapterkit.verbs.verify.model import compare_models
 
         model = compare_models(planned, stored, prompts, jobs=jobs)

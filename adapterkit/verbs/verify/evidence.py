@@ -26,13 +26,18 @@ def _levels(report: VerifyReport) -> Iterator[Verification]:
     wrong = [finding.kind for finding in report.findings if finding.severity == ERROR]
     apart = [kind for kind in wrong if kind not in _MODEL]
     tensors, limits = report.tensors, report.thresholds
-    figures: dict[str, Any] = {
+    figures: dict[str, Any] = {}
+    if apart:
+        figures["findings"] = list(dict.fromkeys(apart))
+    if tensors is None:
+        yield Verification("load", not apart, figures)
+        return
+    figures = {
         **dict(sorted(tensors.counts.items())),
         "retention": _short(tensors.retention),
         "cosine": _short(tensors.cosine),
+        **figures,
     }
-    if apart:
-        figures["findings"] = list(dict.fromkeys(apart))
     held = {} if limits.min_retention is None else {"min_retention": limits.min_retention}
     yield Verification("tensors", not apart, figures, held)
     if report.layers is not None:

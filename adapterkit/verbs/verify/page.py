@@ -123,6 +123,9 @@ def _verdict(report: VerifyReport) -> str:
 
 def _figures(report: VerifyReport) -> Iterator[tuple[str, str, str]]:
     tensors = report.tensors
+    if tensors is None:
+        yield "Compared", "headers", "config.json and the files beside the weights; no weight was read"
+        return
     equal = tensors.counts.get(EQUAL, 0)
     right = sum(number for status, number in tensors.counts.items() if status in RIGHT)
     small = "byte for byte" if right == equal else f"{right - equal:,} more within rounding or the format"
@@ -171,7 +174,7 @@ def _finding(one: Finding) -> str:
 
 
 def _map(report: VerifyReport) -> Iterator[str]:
-    rows = [one for one in report.tensors.tensors if one.touched]
+    rows = [one for one in report.tensors.tensors if one.touched] if report.tensors is not None else []
     if not rows:
         return
     yield "<h2>Layer by layer</h2><p>Every tensor that adapters change. Arrow keys move between cells.</p>"

@@ -264,7 +264,7 @@ class VerifyReport:
     adapters: tuple[str, ...]
     level: str
     findings: tuple[Finding, ...]
-    tensors: TensorLevel
+    tensors: TensorLevel | None = None
     layers: LayerLevel | None = None
     model: ModelLevel | None = None
     thresholds: Thresholds = Thresholds()

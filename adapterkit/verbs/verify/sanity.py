@@ -97,12 +97,12 @@ def _tie(subject: Subject) -> Iterator[Finding]:
             continue
         if other is None and not is_tied(found.config) and is_tied(subject.config or {}):
             text = f"config.json says tie_word_embeddings: false, and MERGED has no {head}"
-            yield Finding("tied head", ERROR, text, "set it to true, or write the output layer")
+            yield Finding("tied head", ERROR, text, "set it to true, or write the output layer", (head,))
         if other is not None and is_tied(found.config) and subject.folded.untied:
             text = (
                 f"MERGED has a {head} of its own, and config.json says that it is the embedding: servers will drop it"
             )
-            yield Finding("tied head", ERROR, text, "write tie_word_embeddings: false in config.json")
+            yield Finding("tied head", ERROR, text, "write tie_word_embeddings: false in config.json", (head,))
 
 
 def _vocabulary(subject: Subject) -> Iterator[Finding]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.experts import in_order
 from adapterkit.adapters.fold import FLOATS, Folded
 from adapterkit.adapters.merged import Merged, in_dtype
 from adapterkit.checkpoint.decoded import dequantized
@@ -72,6 +71,7 @@ class Subject:
         trained: the fold under the names of a Hugging Face base; None where the base is a GGUF file.
         became: where MERGED has other names, what each tensor of ``trained`` became.
         metadata: what the metadata of a GGUF file should be; None where MERGED is a folder.
+        side: the small files that merge would write beside the weights of a folder.
     """
 
     found: Checkpoint
@@ -91,6 +91,7 @@ class Subject:
     trained: Checkpoint | None = None
     became: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     metadata: Expected | None = None
+    side: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def subject(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str, Any]) -> Subject:
@@ -133,6 +134,7 @@ def _folder(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], op
         "folded": planned.folded,
         "values": planned.base_values,
         "config": _planned_config(planned.side, planned.base),
+        "side": planned.side,
         "kind": kind,
         "trained": floats,
         "options": planned.request.stated(),
@@ -270,7 +272,7 @@ def _gguf(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], opti
     if not isinstance(found, GGUFCheckpoint) or found.kind != "model":
         raise CheckpointError(f"{found.ref} is a GGUF file, and no model", "give the merged model")
     asked = MergeRequest.bound({**options, "base": base, "adapters": adapters})
-    adapters = [in_order(adapter, asked.expert_order) for adapter in adapters]
+    adapters = [asked.told(adapter) for adapter in adapters]
     if isinstance(base, GGUFCheckpoint):
         return _gguf_of_gguf(found, base, adapters, asked)
     return _gguf_of_folder(found, base, adapters, asked)

@@ -33,13 +33,16 @@ def _lines(report: VerifyReport) -> Iterator[str]:
         )
         yield ""
     tensors = report.tensors
-    counts = ", ".join(f"{number:,} {status}" for status, number in tensors.counts.items())
     yield "| level | figure | |"
     yield "|---|---|---|"
-    yield f"| tensors | compared | {counts} |"
-    yield f"| | changed by adapters | {tensors.touched:,} of {tensors.total:,} |"
-    yield f"| | retention | {tensors.retention:.2%} |"
-    yield f"| | cosine | {tensors.cosine:.5f} |"
+    if tensors is None:
+        yield "| load | headers, config and the files beside them | |"
+    else:
+        counts = ", ".join(f"{number:,} {status}" for status, number in tensors.counts.items())
+        yield f"| tensors | compared | {counts} |"
+        yield f"| | changed by adapters | {tensors.touched:,} of {tensors.total:,} |"
+        yield f"| | retention | {tensors.retention:.2%} |"
+        yield f"| | cosine | {tensors.cosine:.5f} |"
     if report.layers is not None:
         layers = report.layers
         yield f"| layers | error of the outputs | {layers.error:.2e} (the adapter changes them by {layers.change:.2e}) |"

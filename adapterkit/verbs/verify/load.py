@@ -1,0 +1,251 @@
+"""The level of loading: whether MERGED's folder becomes the model that was trained when its own class reads it.
+
+transformers builds the class on the meta device, so nothing is read but headers, and says which keys it misses, does not
+know, or finds in another shape. Tokenizer and chat template are compared with what the merge would put beside the
+weights. No code of the folder is run. Where transformers is not installed, or the class is not known, a note says what
+was not checked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.adapters.brought import (
+    MORE_TEMPLATES,
+    PROCESSOR_CONFIG,
+    TEMPLATE,
+    TEMPLATES,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+)
+from adapterkit.verbs.verify.inputs import place
+from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from adapterkit.verbs.verify.subject import Subject
+
+MOST_TEXT = 64 << 20  # bytes of a file that is read for what it says
+NAMED = 4  # tensors that a sentence names
+
+
+def loading(subject: Subject, around: Sequence[Finding] = ()) -> list[Finding]:
+    """What is wrong with MERGED as a folder to load, but for tensors that findings of ``around`` are about."""
+    if subject.found.format == "gguf":
+        return []
+    folder = place(subject.found)
+    if folder is None or not folder.is_dir():
+        return [_unchecked(f"{subject.found.ref} is not a folder on this machine, so it was not loaded")]
+    said = frozenset(name for one in around for name in one.tensors)
+    return [*_built(subject, folder, said), *_templates(subject, folder), *_vocabulary(subject, folder)]
+
+
+def names(subject: Subject) -> list[Finding]:
+    """Which names and shapes MERGED's headers have beside those that merge would write."""
+    found = []
+    for kind, listed, what in (
+        ("missing", subject.missing, "which merge would write"),
+        ("extra", subject.extra, "which merge would not write"),
+        ("shape", tuple(one[0] for one in subject.misshapen), "in another shape"),
+    ):
+        if listed:
+            verb = "lacks" if kind == "missing" else "has"
+            text = f"MERGED {verb} {_names(list(listed))}, {what}"
+            found.append(Finding(kind, WARNING if kind == "extra" else ERROR, text, "merge again", tuple(listed)))
+    return found
+
+
+def _unchecked(why: str) -> Finding:
+    return Finding("not loaded", NOTE, f"{why}; missing, unexpected and mismatched keys were not looked for")
+
+
+# ------------------------------------------------------------------ the class
+
+
+def _built(subject: Subject, folder: Path, said: frozenset[str]) -> Iterator[Finding]:
+    config = subject.found.config
+    if find_spec("transformers") is None or find_spec("accelerate") is None:
+        yield _unchecked("transformers and accelerate are not both installed")
+        return
+    named = config.get("architectures")
+    name = str(named[0]) if isinstance(named, list) and named else ""
+    from adapterkit.verbs.verify.answers import need_transformers
+
+    transformers = need_transformers()
+    cls = getattr(transformers, name, None) if name.isidentifier() else None
+    if cls is None or not hasattr(cls, "from_pretrained"):
+        known = f"'{name}'" if name else "no class"
+        yield _unchecked(f"config.json names {known}, which transformers {transformers.__version__} does not have")
+        return
+    told = _told(cls, folder)
+    if isinstance(told, str):
+        yield _unchecked(f"transformers {transformers.__version__} cannot build {name} from it ({told})")
+        return
+    brought = {*subject.folded.touched, *subject.folded.added}
+    missing, mismatched = (_keys(told[key]) for key in ("missing_keys", "mismatched_keys"))
+    unexpected = _keys(told["unexpected_keys"])
+    before = _of_base(subject, name) if missing or mismatched else frozenset()
+    lost = [one for one in missing if one not in before | said]
+    if lost:
+        text = f"{name} has {_names(lost)}, which MERGED does not hold: a loader fills them with random numbers"
+        yield Finding("missing key", ERROR, text, "merge again, or name the class that was trained", tuple(lost))
+    other = [one for one in mismatched if one not in before]
+    if other:
+        text = f"{name} wants {_names(other)} in another shape than MERGED has, as its config.json is"
+        yield Finding("other shape", ERROR, text, "correct config.json, or merge again", tuple(other))
+    kept = [one for one in (*missing, *mismatched) if one in before]
+    if kept:
+        text = f"{name} has {_names(kept)}, which the base's folder does not hold either, or in another shape"
+        yield Finding("missing key", NOTE, text, "loaders fill them with random numbers", tuple(kept))
+    trained = [one for one in unexpected if one in brought]
+    if trained:
+        text = f"{name} does not read {_names(trained)}, which adapters change: the change is lost on loading"
+        yield Finding("unread key", ERROR, text, "name the class that was trained in config.json", tuple(trained))
+    rest = [one for one in unexpected if one not in brought]
+    if rest:
+        yield Finding(
+            "unread key", NOTE, f"{name} does not read {_names(rest)}, which the base has too", "", tuple(rest)
+        )
+
+
+def _told(cls: Any, folder: Path) -> Mapping[str, Any] | str:
+    """What a class says of the keys in a folder; a few words where it cannot be built."""
+    from adapterkit.verbs.verify.answers import need_transformers, quiet
+
+    transformers = need_transformers()
+    before = transformers.utils.logging.get_verbosity()
+    try:
+        with quiet():
+            transformers.utils.logging.set_verbosity(transformers.logging.CRITICAL)
+            _, told = cls.from_pretrained(
+                folder,
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                local_files_only=True,
+            )
+    except Exception as error:  # whatever a class makes of a config that is not its own
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+    found: Mapping[str, Any] = told
+    return found
+
+
+def _of_base(subject: Subject, name: str) -> frozenset[str]:
+    """Keys that the base's folder lacks or has in another shape, where its class is that of MERGED too."""
+    from adapterkit.adapters.heads import base_class
+    from adapterkit.verbs.verify.answers import need_transformers
+
+    folder = place(subject.base)
+    if folder is None or not folder.is_dir() or base_class(subject.base.config) != name:
+        return frozenset()
+    told = _told(getattr(need_transformers(), name), folder)
+    if isinstance(told, str):
+        return frozenset()
+    return frozenset({*_keys(told["missing_keys"]), *_keys(told["mismatched_keys"])})
+
+
+def _keys(found: Any) -> list[str]:
+    """Names of what a loader tells of, which it gives alone or with shapes."""
+    return sorted(str(one[0]) if isinstance(one, tuple) else str(one) for one in found)
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+# ------------------------------------------------------------------ what stands beside the weights
+
+
+def _templates(subject: Subject, folder: Path) -> Iterator[Finding]:
+    wanted, there = _said(dict(subject.side)), _said(_read(folder))
+    apart = {text for text in there.values() if text not in wanted.values()}
+    if len(set(there.values())) > 1 and any(text in apart for text in there.values()):
+        named = ", ".join(sorted(there))
+        text = f"MERGED states its chat template in several files that differ ({named}): readers will not agree"
+        yield Finding("chat template", ERROR, text, "keep the one that was trained with")
+    elif wanted and not there:
+        text = f"MERGED has no chat template, and {_source(subject)} has one"
+        yield Finding("chat template", WARNING, text, "copy it")
+    elif wanted and apart:
+        brought = any(_said({f.name: f.bytes() for f in one.side_files}) for one in subject.adapters)
+        text = f"MERGED's chat template ({', '.join(sorted(there))}) is not that of {_source(subject)}"
+        yield Finding("chat template", ERROR if brought else WARNING, text, "copy the one that was trained with")
+
+
+def _source(subject: Subject) -> str:
+    brought = [one.ref for one in subject.adapters if _said({f.name: f.bytes() for f in one.side_files})]
+    return brought[0] if brought else subject.base.ref
+
+
+def _said(files: Mapping[str, bytes]) -> dict[str, str]:
+    """The main chat template in each file that states it."""
+    found: dict[str, str] = {}
+    for name, data in files.items():
+        if name == TEMPLATES[0]:
+            found[name] = data.decode("utf-8", "replace").strip()
+        elif name in (TEMPLATES[1], TOKENIZER_CONFIG, PROCESSOR_CONFIG):
+            text = _main(_object(data).get(TEMPLATE))
+            if text is not None:
+                found[name] = text.strip()
+    return found
+
+
+def _main(template: Any) -> str | None:
+    if isinstance(template, list):
+        named = {str(one.get("name")): one.get("template") for one in template if isinstance(one, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _vocabulary(subject: Subject, folder: Path) -> Iterator[Finding]:
+    """Words and added tokens of tokenizer.json, where the merge would write one and MERGED has one."""
+    wanted, there = (_words(side.get(TOKENIZER, b"")) for side in (dict(subject.side), _read(folder)))
+    if wanted is None or there is None or wanted == there:
+        return
+    (words, added), (mine, other) = wanted, there
+    brought = any(file.name == TOKENIZER for one in subject.adapters for file in one.side_files)
+    whose = "the adapter's" if brought else "the base's"
+    apart = sorted(set(added.items()) ^ set(other.items()))
+    what = f"token {apart[0][1]} ({apart[0][0]!r})" if apart else "its vocabulary"
+    if words == mine and not apart:
+        return
+    text = f"MERGED's tokenizer.json differs from {whose} in {what}"
+    yield Finding("tokenizer", ERROR if brought else WARNING, text, f"copy {whose} tokenizer files")
+
+
+def _words(data: bytes) -> tuple[Any, dict[str, Any]] | None:
+    said = _object(data)
+    model, tokens = said.get("model"), said.get("added_tokens")
+    if not isinstance(model, dict):
+        return None
+    rows = tokens if isinstance(tokens, list) else []
+    return model.get("vocab"), {str(one.get("content")): one.get("id") for one in rows if isinstance(one, dict)}
+
+
+def _read(folder: Path) -> dict[str, bytes]:
+    names = (*TEMPLATES, TOKENIZER_CONFIG, PROCESSOR_CONFIG, TOKENIZER)
+    paths = [folder / name for name in names]
+    more = folder / MORE_TEMPLATES.rstrip("/")
+    paths += sorted(more.glob("*.jinja")) if more.is_dir() else []
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in paths
+        if path.is_file() and path.stat().st_size <= MOST_TEXT
+    }
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

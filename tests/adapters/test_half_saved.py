@@ -1,0 +1,59 @@
+"""Adapters of which sharded training saved one process's part are called so; others are not."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from models import plain_adapter, plain_base, read_tensors, write_adapter
+
+import adapterkit
+from adapterkit.adapters.half_saved import half_saved
+from adapterkit.adapters.load import load_adapter
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return plain_base(tmp_path / "base", layers=1, dtype="float32")
+
+
+def rewritten(base: Path, folder: Path, side: str, keep: slice | list[int]) -> Path:
+    """An adapter in whose factors of one side only some rows are not zero."""
+    tensors: dict[str, torch.Tensor] = read_tensors(plain_adapter(folder, base))
+    for name, tensor in tensors.items():
+        if f"lora_{side}" in name:
+            kept = tensor[keep].clone()
+            tensor.zero_()
+            tensor[keep] = kept
+    return write_adapter(folder, tensors)
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+@pytest.mark.parametrize("keep", [slice(0, 2), slice(2, 4), slice(1, 2)], ids=["first", "another", "the middle"])
+def test_one_processs_share_is_said_wherever_it_lies(base: Path, tmp_path: Path, side: str, keep: slice) -> None:
+    adapter = rewritten(base, tmp_path / "a", side, keep)
+    assert {one.key.rpartition("lora_")[2] for one in half_saved(load_adapter(adapter))} == {f"{side}.weight"}
+    report = adapterkit.check(base, [adapter])
+    assert any(one.code == "half-saved" and one.level == "warning" for one in report.findings)
+    problems = [row.problem for row in adapterkit.inspect(adapter, health=True).health]
+    assert all(problem.startswith("half saved") and "exactly zero" in problem for problem in problems)
+    merged = adapterkit.merge(base, [adapter], tmp_path / "out")
+    assert any("looks saved in part" in note for note in merged.notes)
+
+
+@pytest.mark.parametrize(
+    ("side", "keep"),
+    [("B", slice(None)), ("B", [0, 3, 5, 8]), ("B", slice(0, 14)), ("B", slice(0, 0))],
+    ids=["whole", "scattered", "few zeros", "untrained"],
+)
+def test_what_training_itself_leaves_is_not(base: Path, tmp_path: Path, side: str, keep: slice | list[int]) -> None:
+    adapter = rewritten(base, tmp_path / "a", side, keep)
+    tensors = {name: tensor for name, tensor in read_tensors(adapter).items() if "q_proj" in name}  # 16 rows
+    adapter = write_adapter(tmp_path / "b", tensors)
+    assert half_saved(load_adapter(adapter)) == []
+    assert not any(one.code == "half-saved" for one in adapterkit.check(base, [adapter]).findings)
