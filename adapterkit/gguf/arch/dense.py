@@ -161,6 +161,7 @@ SPECS = (
             "LLaMAForCausalLM",
             "InternLM3ForCausalLM",
             "LlamaModel",
+            "VLlama3ForCausalLM",
             "IQuestCoderForCausalLM",
         ),
         "llama",

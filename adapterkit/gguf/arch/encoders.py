@@ -9,7 +9,7 @@ from adapterkit.errors import CheckpointError
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.hyper import POOLING
 from adapterkit.gguf.arch.ops import Cut
-from adapterkit.gguf.arch.shared import VOCAB_SIZE, constant
+from adapterkit.gguf.arch.shared import EMBEDDINGS, MLP, NORMS, VOCAB_SIZE, attention, constant
 from adapterkit.gguf.arch.spec import ArchSpec, Key, Rule, rule
 
 MODES = {
@@ -262,5 +262,14 @@ SPECS = (
         uneven=True,
         encoder=True,
         vocab="unigram",
+    ),
+    ArchSpec(
+        "eurobert",
+        ("EuroBertModel",),
+        "eurobert",
+        (*EMBEDDINGS, *NORMS, *attention(), *MLP),
+        (_CAUSAL, constant("rope.scaling.type", "none"), _POOLING),
+        prefixes=("model.",),
+        encoder=True,
     ),
 )
