@@ -261,7 +261,8 @@ PAGE = """# GGUF architectures
 Written by `bench/proofs/gguf_archs.py --write` with {versions}.
 
 **{count} models of {archs} GGUF architectures. {exact} agree with transformers to {exact_worst} or better in every column,
-{gelu} more to {gelu_worst} (GELU, which ggml takes from a table in half precision, and Qwen2-VL). {same} of {backs} give the same bytes after
+{gelu} more to {gelu_worst} (GELU, which ggml takes from a table in half precision;
+Qwen2-VL). {same} of {backs} give the same bytes after
 GGUF -> Hugging Face -> GGUF. transformers' own reader takes {read} of the {reads} tried.**
 
 For each a tiny random model is made with transformers, in float32. The figures are the largest difference of any
