@@ -59,7 +59,7 @@ def load_importance(path: Path) -> Importance:
 
 
 @dataclass(frozen=True)
-class Added:
+class SummedMatrices:
     """Matrices added up: squares and counts by weight, and what was said of the texts."""
 
     found: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -69,7 +69,7 @@ class Added:
     sources: tuple[Source, ...]
 
 
-def add_up(paths: Sequence[Path]) -> Added:
+def add_up(paths: Sequence[Path]) -> SummedMatrices:
     """The sums of GGUF matrices of one model; a weight that one of them lacks has what the others say.
 
     Raises:
@@ -107,7 +107,7 @@ def add_up(paths: Sequence[Path]) -> Added:
         sources += opened.sources
     if not found:
         raise CheckpointError("the files have no .in_sum2 tensors, so they are no importance matrices", "pass others")
-    return Added(found, tuple(dict.fromkeys(datasets)), chunks, max(sizes), tuple(sources))
+    return SummedMatrices(found, tuple(dict.fromkeys(datasets)), chunks, max(sizes), tuple(sources))
 
 
 def _floats(opened: GGUFCheckpoint, name: str) -> torch.Tensor:
