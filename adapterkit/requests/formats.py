@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapterkit.codecs.kinds import NESTED, WRITTEN
 from adapterkit.errors import UsageError
 
 
@@ -31,7 +32,7 @@ class Format:
 
 _SHARDS = frozenset({"max_shard_size"})
 _SAID = frozenset({"model_name", "metadata", "override_kv"})
-_GGUF = frozenset({"pre", "mmproj"}) | _SAID
+_GGUF = frozenset({"pre", "mmproj", "allow_approximate"}) | _SAID
 _TYPES = frozenset(
     {"quant", "imatrix", "pure", "tensor_types", "output_type", "token_embd_type", "leave_output", "yes_lossy"}
     | {"tensor_type_file", "include_weights", "exclude_weights"}
@@ -53,7 +54,13 @@ FORMATS = {
             _TYPES | _SAID | {"dtype"},
         ),
         Format("hf", "hf:plan", "a GGUF model as Hugging Face folder", _SHARDS | {"dtype"}),
-        Format("gguf-lora", "gguf_lora:plan", "an adapter as GGUF LoRA", frozenset({"base"}), adapter=True),
+        Format(
+            "gguf-lora",
+            "gguf_lora:plan",
+            "an adapter as GGUF LoRA",
+            frozenset({"base", "dtype", "quant"}),
+            adapter=True,
+        ),
         Format(
             "peft", "peft:plan", "an adapter as PEFT's", frozenset({"base", "plain", "rank", "energy"}), adapter=True
         ),
@@ -63,13 +70,11 @@ FORMATS = {
             Format(
                 name,
                 f"folder:{name}",
-                "a folder as bitsandbytes quantizes it",
-                _SHARDS | {"double_quant", "skip_modules"},
+                what,
+                _SHARDS | {"skip_modules"} | ({"double_quant"} if name in NESTED else set()),
             )
-            for name in ("nf4", "fp4")
+            for name, what in WRITTEN.items()
         ),
-        Format("int8", "folder:int8", "a folder in LLM.int8 of bitsandbytes", _SHARDS | {"skip_modules"}),
-        Format("fp8", "folder:fp8", "a folder in FP8 blocks as transformers has them", _SHARDS | {"skip_modules"}),
         *(
             Format(
                 name,

@@ -373,7 +373,7 @@ class KeepOptions(Request):
     keep_touched: str | None = field(
         default=None,
         metadata=opt(
-            "Of a GGUF output: give what adapters change at least this type.",
+            "Give what adapters change at least this type of a GGUF file, or with --quant keep this dtype of a folder.",
             role=BYTES, group=GGUF_TYPES, metavar="TYPE", recipe="output.keep-touched",
         ),
     )  # fmt: skip
@@ -422,6 +422,14 @@ class GGUFOutput(Request):
         metadata=opt(
             "One key of the metadata, as llama.rope.freq_base=float:500000; may be given again.",
             role=BYTES, group=GGUF_TYPES, many=True, metavar="KEY=TYPE:VALUE", recipe="output.override-kv",
+        ),
+    )  # fmt: skip
+    allow_approximate: tuple[str, ...] | str = field(
+        default=(),
+        metadata=opt(
+            "A field of config.json that llama.cpp computes otherwise past a limit (sliding_window: texts longer than the "
+            "window); write it all the same; may be given again.",
+            role=VALUES, group=GGUF_TYPES, many=True, metavar="FIELD", recipe="output.allow-approximate",
         ),
     )  # fmt: skip
     mmproj: Ref | None = field(
