@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     Through = Callable[[torch.Tensor], torch.Tensor]
 
+DEAD = 0.5  # cosine below which a tensor's change is noise for the most part
 ENOUGH = 0.9  # retention below which a report warns
 # Of a large tensor one row in so many is measured. What a format adds is so much larger than what a dtype does that its
 # mean needs more of them: with an error of NF4's size (0.09 |W|) the retention of n entries is within 0.09 |W|/|delta|/sqrt(n).
@@ -81,8 +82,21 @@ class FidelityReport:
             return "nothing was changed"
         return (
             f"{self.retention:.1%} of the change survives in {self.format}; "
-            f"worst: {self.worst.name} {self.worst.retention:.1%}"
+            f"worst: {self.worst.name} {self.worst.retention:.1%}{self._named_dead}"
         )
+
+    @property
+    def dead(self) -> tuple[TensorFidelity, ...]:
+        """Tensors of whose change little but noise is left, the worst first."""
+        return tuple(sorted((row for row in self.tensors if row.cosine < DEAD), key=lambda row: row.cosine))
+
+    @property
+    def _named_dead(self) -> str:
+        dead = self.dead
+        if not dead:
+            return ""
+        worst = f"{dead[0].name} (cosine {dead[0].cosine:.2f})"
+        return f"; {len(dead)} of {len(self.tensors)} tensors are noise for the most part (cosine under {DEAD}), as {worst}"
 
     @property
     def advice(self) -> str:
