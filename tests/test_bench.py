@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import KINDS, scripts
+from bench.common import results
+from tools import figures
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,3 +49,45 @@ def test_a_script_gets_its_arguments() -> None:
     done = run("proofs", "gguf_headers", "20", "1")
     assert done.returncode == 0, done.stderr
     assert "20" in done.stdout
+
+
+def test_the_pages_show_the_stored_results() -> None:
+    """No figure in README and docs is typed: `python tools/figures.py` puts them there."""
+    shown = [page for page in figures.pages() if figures.filled(page.read_text()) != page.read_text()]
+    assert shown == []
+    used = {match[2] for page in figures.pages() for match in figures.FIGURE.finditer(page.read_text())}
+    used |= {match[2] for page in figures.pages() for match in figures.TABLE.finditer(page.read_text())}
+    assert used == set(results.names())  # and none is stored for nothing
+
+
+def test_a_changed_figure_is_seen() -> None:
+    page = (ROOT / "README.md").read_text()
+    assert figures.filled(page.replace("| adapterkit | 0.", "| adapterkit | 9.")) == page
+    assert figures.filled(page.replace("-->2.9<!--/-->", "-->1.9<!--/-->")) == page
+
+
+def test_a_figure_never_begins_a_line() -> None:
+    """Markdown would take the comment for a block, and cut the paragraph there."""
+    for page in figures.pages():
+        assert re.search(r"^<!--\w", page.read_text(), re.MULTILINE) is None, page
+
+
+@pytest.mark.parametrize("name", results.names())
+def test_a_result_says_what_was_measured_where_and_when(name: str) -> None:
+    stored = results.read(name)
+    kind, script = stored["script"].split()
+    assert script in scripts(kind)
+    assert stored["command"].startswith(f"python -m bench {kind} {script}")
+    assert set(stored["measured"]) >= {"date", "commit", "version", "machine"}
+    assert stored["figures"] or stored["tables"]
+
+
+def test_what_a_script_prints_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    table = "| | seconds | share | error |\n|---|---|---|---|\n| ours | 0.74 | 98.5% | 1.2e-04 |\n| theirs | 10.00 | 3.0% | |\n"
+    monkeypatch.setattr(results, "where", lambda: {"date": "today"})
+    results.save("toy", "speed toy", "python -m bench speed toy", f"before\n{table}after\n")
+    stored = results.read("toy")
+    assert stored["tables"]["main"]["rows"] == [["ours", 0.74, 0.985, 1.2e-4], ["theirs", 10.0, 0.03, None]]
+    assert results.shown(stored["tables"]["main"]) + "\n" == table
+    assert stored["printed"][0] == "before"

@@ -1,4 +1,5 @@
-"""The architecture, held: an import only ever points down, and what reads headers imports nothing heavy."""
+"""The architecture, held: an import only ever points down and never in a circle, no public class name is defined twice, and
+what reads headers imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("dtypes",),
     ("redaction",),
+    ("places", "rows"),
     ("disk",),
     ("errors", "_version"),
 )
@@ -47,7 +50,7 @@ HEIGHT = {unit: len(LAYERS) - number for number, layer in enumerate(LAYERS) for 
 
 # Some know even less of what lies below them.
 ONLY = {
-    "codecs": {"ops", "dtypes", "errors"},
+    "codecs": {"ops", "dtypes", "rows", "errors"},
     "ops": {"dtypes", "errors"},
 }
 HEAVY = ("torch", "numpy", "transformers", "peft", "safetensors", "numba", "gguf", "scipy", "pandas")
@@ -226,6 +229,29 @@ def test_transformers_is_imported_by_nobody_who_merges() -> None:
     for file in ROOT.rglob("*.py"):
         names = {name.partition(".")[0] for _, name in imported(ast.parse(file.read_text()))}
         assert file in allowed or not names & {"transformers", "peft", "safetensors"}, file
+
+
+# ------------------------------------------------------------------ one word, one thing
+
+
+def twice(files: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Public class names that are defined more than once in ``(file, text)`` pairs, with the files."""
+    places: dict[str, list[str]] = {}
+    for file, text in files:
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(file)
+    return {name: files for name, files in places.items() if len(files) > 1}
+
+
+def test_no_public_class_name_is_defined_twice() -> None:
+    found = twice((str(file.relative_to(ROOT)), file.read_text()) for file in sorted(ROOT.rglob("*.py")))
+    assert found == {}
+
+
+def test_a_name_that_is_defined_twice_is_seen() -> None:
+    files = [("a.py", "class Rule: ...\nclass _Kept: ..."), ("b.py", "def f():\n    class Rule: ...\nclass _Kept: ...")]
+    assert twice(files) == {"Rule": ["a.py", "b.py"]}
 
 
 # ------------------------------------------------------------------ what a verb imports when it runs

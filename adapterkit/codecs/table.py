@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from adapterkit import codecs
 from adapterkit.codecs.bnb4 import BNB4
 from adapterkit.codecs.bnb8 import BNB8
 from adapterkit.codecs.codec import Codec, Kind, Parts, Weight
@@ -15,8 +16,34 @@ from adapterkit.codecs.hqq import HQQ
 from adapterkit.codecs.mxfp4 import MXFP4
 from adapterkit.codecs.torchao import TORCHAO
 from adapterkit.errors import CheckpointError, UsageError
+from adapterkit.rows import brought
 
-CODECS: tuple[Codec, ...] = (BNB4, BNB8, FP8, MXFP4, COMPRESSED, GPTQ, AWQ, HQQ, TORCHAO)
+# What a checkpoint says of itself is tried in this order; a codec in a file of its own comes after them, as ``CODEC``.
+_FIRST: tuple[Codec, ...] = (BNB4, BNB8, FP8, MXFP4, COMPRESSED, GPTQ, AWQ, HQQ, TORCHAO)
+# Modules of this package that are no codec, or are above already.
+_KNOWN = frozenset(
+    {
+        "bits",
+        "blockwise",
+        "bnb4",
+        "bnb8",
+        "bnb_kernel",
+        "codec",
+        "compressed",
+        "conv1d",
+        "encode",
+        "fp8",
+        "gptq",
+        "grid",
+        "hqq",
+        "mxfp4",
+        "scaled",
+        "table",
+        "tiles",
+        "torchao",
+    }
+)
+CODECS: tuple[Codec, ...] = (*_FIRST, *brought(__package__, codecs.__path__, "CODEC", _KNOWN))
 
 KINDS: dict[str, Kind] = {kind.name: kind for codec in CODECS for kind in codec.kinds}
 """Formats that 16-bit weights are written in, by the word that asks for them."""

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Row(NamedTuple):
+class VersionRow(NamedTuple):
     """One version in a list. ``base`` is the label of the base's identity, ``evidence`` the kinds of evidence it
     carries.
     """
@@ -66,13 +66,13 @@ class Index:
         self.db = db
         self._aliases: dict[tuple[str, int], tuple[str, ...]] | None = None
 
-    def rows(self, where: str = "1", args: tuple[object, ...] = (), hidden: bool = False) -> list[Row]:
+    def rows(self, where: str = "1", args: tuple[object, ...] = (), hidden: bool = False) -> list[VersionRow]:
         """The rows that match an SQL condition, by name and version."""
         aliases = self.aliases()
         condition = f"({where})" if hidden else f"({where}) and not hidden"
         found = self.db.execute(f"select {_COLUMNS} from records where {condition} order by name, version", args)
         return [
-            Row._make(
+            VersionRow._make(
                 (*row[:9], tuple(row[9].split(",")) if row[9] else (), aliases.get(row[:2], ()), bool(row[10])),
             )
             for row in found
@@ -93,11 +93,11 @@ class Index:
         rows = self.db.execute("select name, version, why from unreadable order by name, version")
         return tuple(Unreadable(*row) for row in rows)
 
-    def by_content(self, content: str) -> list[Row]:
+    def by_content(self, content: str) -> list[VersionRow]:
         """All versions that are the same artefact, hidden ones too."""
         return self.rows("content = ?", (content,), hidden=True)
 
-    def by_identity(self, identity: Identity) -> list[Row]:
+    def by_identity(self, identity: Identity) -> list[VersionRow]:
         """All versions whose own identity agrees at the strongest level that any of them has; commit and bytes only."""
         for level in ("merkle", "files", "sampled", "commit"):
             value = identity.level(level)
@@ -105,7 +105,7 @@ class Index:
                 return found
         return []
 
-    def by_prefix(self, prefix: str) -> list[Row]:
+    def by_prefix(self, prefix: str) -> list[VersionRow]:
         """All versions whose record, content or one file has a digest that starts with ``prefix``."""
         top = prefix + "g"  # Sorts behind every hex digit.
         for where in ("digest >= ? and digest < ?", "content >= ? and content < ?", _OWN_FILE):
@@ -113,7 +113,7 @@ class Index:
                 return found
         return []
 
-    def children(self, row: Row) -> list[Row]:
+    def children(self, row: VersionRow) -> list[VersionRow]:
         """All versions that name this artefact as a parent, by content or (for a model) by identity."""
         found = {child.digest: child for child in self.rows(_CHILD_OF, (row.content,), hidden=True)}
         for child in self.rows(_CHILD_BY_LEVEL, (row.digest, row.digest), hidden=True):

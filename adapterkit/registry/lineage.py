@@ -18,7 +18,7 @@ from adapterkit.registry import index, resolve, store
 from adapterkit.registry.canonical import thaw
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.identity import Identity, compare
-from adapterkit.registry.index import Index, Row
+from adapterkit.registry.index import Index, VersionRow
 from adapterkit.registry.record import Parent, Record
 
 _MAX_NODES = 2000
@@ -99,7 +99,7 @@ class _Walk:
         self.index = found
         self.nodes: dict[str, Node] = {}
         self.edges: dict[tuple[str, str, str, str], Edge] = {}
-        self.found: dict[tuple[str, Identity | None, str], list[Row]] = {}
+        self.found: dict[tuple[str, Identity | None, str], list[VersionRow]] = {}
         self.bases: dict[Identity, str] = {}
         self.cut = False
 
@@ -112,7 +112,7 @@ class _Walk:
             self._down(row, set())
         return Lineage(root, tuple(self.nodes.values()), tuple(self.edges.values()), self.cut)
 
-    def _up(self, row: Row, seen: set[str]) -> None:
+    def _up(self, row: VersionRow, seen: set[str]) -> None:
         todo = deque([row])
         while todo:
             here = todo.popleft()
@@ -126,7 +126,7 @@ class _Walk:
                     self._edge(key, record, parent)
                     todo += rows[:1]
 
-    def _down(self, row: Row, seen: set[str]) -> None:
+    def _down(self, row: VersionRow, seen: set[str]) -> None:
         todo = deque([row])
         while todo:
             here = todo.popleft()
@@ -148,7 +148,7 @@ class _Walk:
         self.cut = self.cut or len(self.nodes) >= self.most
         return self.cut
 
-    def _records(self, row: Row) -> list[Record]:
+    def _records(self, row: VersionRow) -> list[Record]:
         """The version itself when it says what it was made from, else the newest of the same content that does."""
         own = self._record(row)
         if own is None or parents_of(own):
@@ -158,27 +158,27 @@ class _Walk:
                 return [record]
         return []
 
-    def _record(self, row: Row) -> Record | None:
+    def _record(self, row: VersionRow) -> Record | None:
         """The record from its file; None when that is damaged, which fsck tells."""
         try:
             return store.load_known(self.home, row.name, row.version)
         except (NotFound, RegistryError):
             return None
 
-    def _parent_rows(self, parent: Parent) -> list[Row]:
+    def _parent_rows(self, parent: Parent) -> list[VersionRow]:
         key = (parent.content, parent.identity, parent.record)
         if key not in self.found:  # many children of one base ask the same
             self.found[key] = self._find_parent(parent)
         return self.found[key]
 
-    def _find_parent(self, parent: Parent) -> list[Row]:
+    def _find_parent(self, parent: Parent) -> list[VersionRow]:
         rows = self.index.by_content(parent.content) if parent.content else []
         if not rows and parent.identity is not None:
             rows = self.index.by_identity(parent.identity)
         # The version the child meant comes first, then what is visible, the newest before the older.
         return sorted(rows, key=lambda row: (row.digest != parent.record, row.hidden, -row.version))
 
-    def _node(self, row: Row, rows: list[Row] | None = None) -> str:
+    def _node(self, row: VersionRow, rows: list[VersionRow] | None = None) -> str:
         if row.content not in self.nodes:
             others = rows if rows is not None else self.index.by_content(row.content)
             names = [f"{other.name}@{other.version}" for other in (row, *others) if other.content == row.content]
@@ -189,7 +189,7 @@ class _Walk:
             )
         return row.content
 
-    def _child(self, row: Row) -> None:
+    def _child(self, row: VersionRow) -> None:
         """The node of what was made: its newest version in sight first, since later ones carry more evidence."""
         same = [other for other in self.index.by_content(row.content) if other.name == row.name]
         self._node(max(same, key=lambda other: (not other.hidden, other.version), default=row))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.registry import index
 from adapterkit.registry.home import Home, open_home
-from adapterkit.registry.index import Row, Unreadable
+from adapterkit.registry.index import Unreadable, VersionRow
 from adapterkit.registry.names import check_alias
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class VersionListing:
     """Versions by name, and the records that could not be read."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[VersionRow, ...]
     unreadable: tuple[Unreadable, ...]
 
 
@@ -95,7 +95,7 @@ def _strongest(identity: Identity) -> str:
     )
 
 
-def _fits(found: index.Index, row: Row, identity: Identity) -> bool:
+def _fits(found: index.Index, row: VersionRow, identity: Identity) -> bool:
     from adapterkit.registry import store
 
     levels = found.base_levels(row.digest)

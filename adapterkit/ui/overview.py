@@ -15,7 +15,7 @@ from adapterkit.ui.markup import Content, Markup, el
 from adapterkit.ui.parts import aliases, badges, code, frame, kind_mark, ref_link, when
 
 if TYPE_CHECKING:
-    from adapterkit.registry.index import Index, Row, Unreadable
+    from adapterkit.registry.index import Index, Unreadable, VersionRow
 
 PAGE = 100
 NO_BASE = "no base recorded"
@@ -42,7 +42,7 @@ class Query:
 class NameEntry:
     """One name: its newest version in sight, how many there are, and its aliases as ``(alias, version)``."""
 
-    row: Row
+    row: VersionRow
     versions: int
     aliases: tuple[tuple[str, int], ...]
 
@@ -89,7 +89,7 @@ def _overview(found: Index, query: Query) -> Overview:
     words = query.q.lower().split()
     all_bases: dict[str, int] = {}
     kinds: dict[str, int] = {}
-    passed: dict[str, list[Row]] = {}
+    passed: dict[str, list[VersionRow]] = {}
     for row in newest.values():
         base = named.get(row.digest if row.kind == "base" else row.base, row.base) or NO_BASE
         all_bases[base] = all_bases.get(base, 0) + 1

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Tower:
+class TowerFile:
     """A vision tower (mmproj) that is copied beside a GGUF output."""
 
     file: Path
@@ -79,7 +79,7 @@ def beside_of(request: Any, inputs: Iterable[object], *, source: Path | None = N
         return ()
     found: list[Beside] = []
     if getattr(request, "mmproj", None) is not None and not request.makes_tower:
-        found.append(Tower(Path(request.mmproj), out, request.force))
+        found.append(TowerFile(Path(request.mmproj), out, request.force))
     if getattr(request, "server", None) is not None:
         found.append(ServerFile(request.server, out, source))
     if request.attest:

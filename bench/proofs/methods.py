@@ -16,11 +16,12 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from method_cases import Case, Outcome, cases, run
+
+from adapterkit.adapters.methods import METHODS, UNMERGEABLE
+from bench.common import results
+
 ROOT = Path(__file__).resolve().parents[2]
-
-from method_cases import Case, Outcome, cases, run  # noqa: E402
-
-from adapterkit.adapters.methods import METHODS, UNMERGEABLE  # noqa: E402
 
 # Methods that PEFT's sweep cannot hold, and the test that does.
 ELSEWHERE = {
@@ -78,14 +79,12 @@ Unsloth kept the experts of a stacked `lora_B` in another order than PEFT until 
 Whole merges of a 1B Llama shape in bfloat16, adapters on all linear layers, two cores, beside PEFT's own load, merge and
 save of the same files in the same run (`bench/speed/method_merge.py`, imports not counted):
 
-| | seconds | PEFT 0.21.2 | ratio | peak memory | PEFT's |
-|---|---|---|---|---|---|
-| DoRA r=16 | 1.0 | 12.5 | 13 | 310 MB | 4744 MB |
-| VeRA r=256 | 3.3 | 10.6 | 3.2 | 378 MB | 2736 MB |
-| LoHa r=16 | 1.4 | 10.8 | 7.9 | 302 MB | 2763 MB |
-| LoKr r=16 | 0.9 | 7.9 | 9.0 | 304 MB | 2674 MB |
-| OFT, blocks of 32 | 1.1 | 43.1 | 38 | 312 MB | 2868 MB |
-"""
+<!-- figures method_merge.main -->
+
+TABLE
+
+<!-- /figures -->
+""".replace("TABLE", results.shown(results.read("method_merge")["tables"]["main"]))
 
 
 def registry_table() -> str:

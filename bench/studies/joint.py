@@ -1,17 +1,16 @@
 """Several tasks, one small base, one model for all: joint accuracy per combination method and lambda.
 
-    python -m bench studies joint [--write]
+    python -m bench --save joint studies joint     # prints the tables of docs/combining.md, and stores them
 
 A tiny Llama learns to copy eight symbols, and for a short while four tasks together, so that it does each of them now and
 then, as a pretrained model does. Then four LoRA adapters (r=8, all linear layers) are trained on it with PEFT, each on one of
 the tasks; every prompt begins with the name of its task. The adapters are folded into the base by every
 method and judged on all four tasks. Last, the base is trained as a whole on one task, and `extract` takes the difference
-out at 99 % energy. Takes a few minutes on two cores; ``--write`` puts the tables into docs/combining.md.
+out at 99 % energy. Takes a few minutes on two cores.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -124,17 +123,10 @@ def row(name: str, values: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/combining.md")
-    options = parser.parse_args()
     started = time.monotonic()
     with TemporaryDirectory() as folder:
-        text = run(Path(folder))
+        run(Path(folder))
     print(f"{time.monotonic() - started:.0f} s")
-    if options.write:
-        page = Path(__file__).parents[2] / "docs" / "combining.md"
-        head, mark, _ = page.read_text().partition("<!-- bench/studies/joint.py -->\n")
-        page.write_text(head + mark + text)
 
 
 def run(root: Path) -> str:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from adapterkit.adapters.families.names import FAMILIES, FamilyNames, family_of
-from adapterkit.adapters.families.row import Family, Row
+from adapterkit.adapters.families.row import PipelineFamily, SharedRows
 from adapterkit.adapters.layout import Layout
 
 Tensors = dict[str, torch.Tensor]
@@ -62,7 +62,7 @@ def functions() -> Any:
     return single_file_utils
 
 
-def rows_of(row: Row, name: str) -> int:
+def rows_of(row: SharedRows, name: str) -> int:
     if row.share == "width":
         return 7 * WIDE
     if row.share == "grouped":
@@ -72,7 +72,7 @@ def rows_of(row: Row, name: str) -> int:
     return 8 * len(row.parts) * (2 if row.swap else 1)
 
 
-def original(family: Family, blocks: int, without: str) -> Tensors:
+def original(family: PipelineFamily, blocks: int, without: str) -> Tensors:
     """A checkpoint with a module for every row."""
     found: Tensors = {}
     for row in family.rows:

@@ -6,7 +6,7 @@ diffusers' conversions by the tests.
 
 from __future__ import annotations
 
-from adapterkit.adapters.families.row import SCALE, Family, Row, table
+from adapterkit.adapters.families.row import SCALE, PipelineFamily, SharedRows, table
 
 _QKV = ("to_q", "to_k", "to_v")
 _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -18,8 +18,8 @@ def _under(lead: str, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 _ATTENTION = (
-    Row("double_blocks.{}.img_attn.qkv", _under(f"{_DOUBLE}.attn", _QKV)),
-    Row("double_blocks.{}.txt_attn.qkv", _under(f"{_DOUBLE}.attn", _ADDED)),
+    SharedRows("double_blocks.{}.img_attn.qkv", _under(f"{_DOUBLE}.attn", _QKV)),
+    SharedRows("double_blocks.{}.txt_attn.qkv", _under(f"{_DOUBLE}.attn", _ADDED)),
     *table("""
         double_blocks.{}.img_attn.proj -> transformer_blocks.{}.attn.to_out.0
         double_blocks.{}.txt_attn.proj -> transformer_blocks.{}.attn.to_add_out
@@ -41,7 +41,7 @@ _ENDS = table("""
     txt_in -> context_embedder
     final_layer.linear -> proj_out
 """)
-_FINAL = (Row("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap="halves"),)
+_FINAL = (SharedRows("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap="halves"),)
 _DOUBLE_MLP = table("""
     double_blocks.{}.img_mlp.0 -> transformer_blocks.{}.ff.net.0.proj
     double_blocks.{}.img_mlp.2 -> transformer_blocks.{}.ff.net.2
@@ -49,22 +49,22 @@ _DOUBLE_MLP = table("""
     double_blocks.{}.txt_mlp.2 -> transformer_blocks.{}.ff_context.net.2
 """)
 _SINGLE_LINEAR = (
-    Row(
+    SharedRows(
         "single_blocks.{}.linear1",
         (*_under(f"{_SINGLE}.attn", _QKV), f"{_SINGLE}.proj_mlp"),
         share="width",
         wide="single_blocks.{}.linear2",
     ),
-    Row("single_blocks.{}.linear2", (f"{_SINGLE}.proj_out",)),
+    SharedRows("single_blocks.{}.linear2", (f"{_SINGLE}.proj_out",)),
 )
 # XLabs names what a processor adds: lora1 is the image's side, lora2 the text's; in a single block q, k and v alone.
 _XLABS = (
-    Row("double_blocks.{}.processor.qkv_lora1", _under(f"{_DOUBLE}.attn", _QKV), alias=True),
-    Row("double_blocks.{}.processor.qkv_lora2", _under(f"{_DOUBLE}.attn", _ADDED), alias=True),
-    Row("double_blocks.{}.processor.proj_lora1", (f"{_DOUBLE}.attn.to_out.0",), alias=True),
-    Row("double_blocks.{}.processor.proj_lora2", (f"{_DOUBLE}.attn.to_add_out",), alias=True),
-    Row("single_blocks.{}.processor.qkv_lora", _under(f"{_SINGLE}.attn", _QKV), alias=True),
-    Row("single_blocks.{}.processor.proj_lora", (f"{_SINGLE}.proj_out",), alias=True),
+    SharedRows("double_blocks.{}.processor.qkv_lora1", _under(f"{_DOUBLE}.attn", _QKV), alias=True),
+    SharedRows("double_blocks.{}.processor.qkv_lora2", _under(f"{_DOUBLE}.attn", _ADDED), alias=True),
+    SharedRows("double_blocks.{}.processor.proj_lora1", (f"{_DOUBLE}.attn.to_out.0",), alias=True),
+    SharedRows("double_blocks.{}.processor.proj_lora2", (f"{_DOUBLE}.attn.to_add_out",), alias=True),
+    SharedRows("single_blocks.{}.processor.qkv_lora", _under(f"{_SINGLE}.attn", _QKV), alias=True),
+    SharedRows("single_blocks.{}.processor.proj_lora", (f"{_SINGLE}.proj_out",), alias=True),
 )
 _EMBEDDERS = table("""
     time_in.in_layer -> time_text_embed.timestep_embedder.linear_1
@@ -91,8 +91,8 @@ _GUIDANCE = (
 _FLUX2 = (
     *_ATTENTION,
     # diffusers can fuse its projections, and does so for a LoKr, which cannot be split.
-    Row("double_blocks.{}.img_attn.qkv", (f"{_DOUBLE}.attn.to_qkv",), alias=True),
-    Row("double_blocks.{}.txt_attn.qkv", (f"{_DOUBLE}.attn.to_added_qkv",), alias=True),
+    SharedRows("double_blocks.{}.img_attn.qkv", (f"{_DOUBLE}.attn.to_qkv",), alias=True),
+    SharedRows("double_blocks.{}.txt_attn.qkv", (f"{_DOUBLE}.attn.to_added_qkv",), alias=True),
     *_ENDS,
     *_FINAL,
     *table("""
@@ -112,7 +112,7 @@ _FLUX2 = (
     """),
     # Some exports cut the lead short.
     *(
-        Row(f"sformer_blocks.{{}}.{name}", (f"{_DOUBLE}.{name}",), alias=True)
+        SharedRows(f"sformer_blocks.{{}}.{name}", (f"{_DOUBLE}.{name}",), alias=True)
         for name in (
             *(f"attn.{one}" for one in (*_QKV, *_ADDED, "to_out.0", "to_add_out")),
             *(f"{ff}.{one}" for ff in ("ff", "ff_context") for one in ("linear_in", "linear_out")),
@@ -121,7 +121,7 @@ _FLUX2 = (
 )
 
 
-def _flux3_block(original: str, diffusers: str) -> tuple[Row, ...]:
+def _flux3_block(original: str, diffusers: str) -> tuple[SharedRows, ...]:
     names = table(f"""
         {original}.q_proj -> {diffusers}.attn.to_q
         {original}.k_proj -> {diffusers}.attn.to_k
@@ -156,16 +156,16 @@ _FLUX3 = (
         final_layer.image.linear -> proj_out
     """),
     *(
-        Row(f"{place}_stream_modulations.{mode}.lin", (f"{place}_stream_modulations.{mode}.linear",))
+        SharedRows(f"{place}_stream_modulations.{mode}.lin", (f"{place}_stream_modulations.{mode}.linear",))
         for place in ("early", "late", "single", "mode")
         for mode in _MODES
     ),
-    Row("single_stream_modulation.lin", ("single_stream_modulation.linear",)),
-    Row("final_layer.image.adaLN_modulation.1", ("norm_out.linear",), swap="halves"),
+    SharedRows("single_stream_modulation.lin", ("single_stream_modulation.linear",)),
+    SharedRows("final_layer.image.adaLN_modulation.1", ("norm_out.linear",), swap="halves"),
 )
 
 FAMILIES = (
-    Family(
+    PipelineFamily(
         "Flux.1",
         (*_ATTENTION, *_ENDS, *_FINAL, *_DOUBLE_MLP, *_SINGLE_LINEAR, *_MODULATION, *_EMBEDDERS, *_XLABS),
         (
@@ -187,7 +187,7 @@ FAMILIES = (
         ),
         ("FluxTransformer2DModel",),
     ),
-    Family(
+    PipelineFamily(
         "Flux.2",
         _FLUX2,
         ("single_stream_modulation.lin", "double_stream_modulation_img.lin", "double_stream_modulation_txt.lin"),
@@ -198,7 +198,7 @@ FAMILIES = (
         ),
         ("Flux2Transformer2DModel",),
     ),
-    Family(
+    PipelineFamily(
         "Flux.3",
         _FLUX3,
         (
@@ -211,7 +211,7 @@ FAMILIES = (
         ("single_transformer_blocks.{}.ff.linear_in",),
         ("Flux3Transformer2DModel",),
     ),
-    Family(
+    PipelineFamily(
         "Chroma",
         (*_ATTENTION, *_ENDS, *_DOUBLE_MLP, *_SINGLE_LINEAR, *_GUIDANCE),
         ("distilled_guidance_layer.layers.{}.in_layer",),

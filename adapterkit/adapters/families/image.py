@@ -7,7 +7,7 @@ Sources: the models' published code beside diffusers' modules; held against diff
 
 from __future__ import annotations
 
-from adapterkit.adapters.families.row import BARE, SCALE, Family, Row, table
+from adapterkit.adapters.families.row import BARE, SCALE, PipelineFamily, SharedRows, table
 
 _QKV = ("to_q", "to_k", "to_v")
 
@@ -18,13 +18,15 @@ def _under(lead: str, names: tuple[str, ...]) -> tuple[str, ...]:
 
 _BLOCK = "transformer_blocks.{}"
 _SD3 = (
-    Row("joint_blocks.{}.x_block.attn.qkv", _under(f"{_BLOCK}.attn", _QKV)),
-    Row("joint_blocks.{}.context_block.attn.qkv", _under(f"{_BLOCK}.attn", ("add_q_proj", "add_k_proj", "add_v_proj"))),
-    Row("joint_blocks.{}.x_block.attn2.qkv", _under(f"{_BLOCK}.attn2", _QKV)),
+    SharedRows("joint_blocks.{}.x_block.attn.qkv", _under(f"{_BLOCK}.attn", _QKV)),
+    SharedRows(
+        "joint_blocks.{}.context_block.attn.qkv", _under(f"{_BLOCK}.attn", ("add_q_proj", "add_k_proj", "add_v_proj"))
+    ),
+    SharedRows("joint_blocks.{}.x_block.attn2.qkv", _under(f"{_BLOCK}.attn2", _QKV)),
     # The last block has no more of its text side than a scale and a shift, which change places.
-    Row("joint_blocks.{}.context_block.adaLN_modulation.1", (f"{_BLOCK}.norm1_context.linear",), swap="pair"),
-    Row("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap="halves"),
-    Row("pos_embed", ("pos_embed.pos_embed",), leaves=BARE),
+    SharedRows("joint_blocks.{}.context_block.adaLN_modulation.1", (f"{_BLOCK}.norm1_context.linear",), swap="pair"),
+    SharedRows("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap="halves"),
+    SharedRows("pos_embed", ("pos_embed.pos_embed",), leaves=BARE),
     *table("""
         joint_blocks.{}.x_block.attn.proj -> transformer_blocks.{}.attn.to_out.0
         joint_blocks.{}.context_block.attn.proj -> transformer_blocks.{}.attn.to_add_out
@@ -51,9 +53,9 @@ _SD3 = (
 )
 
 
-def _aura(lead: str, to: str, sides: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[Row, ...]:
+def _aura(lead: str, to: str, sides: tuple[tuple[str, tuple[str, ...]], ...]) -> tuple[SharedRows, ...]:
     return tuple(
-        Row(f"{lead}.attn.{side}{letter}", (f"{to}.attn.{name}",))
+        SharedRows(f"{lead}.attn.{side}{letter}", (f"{to}.attn.{name}",))
         for side, names in sides
         for letter, name in zip("qkvo", names, strict=True)
     )
@@ -65,7 +67,7 @@ _AURA = (
     *_aura("double_layers.{}", "joint_transformer_blocks.{}", (("w2", _PLAIN), ("w1", _ADDED))),
     *_aura("single_layers.{}", "single_transformer_blocks.{}", (("w1", _PLAIN),)),
     *(
-        Row(f"{lead}.{mlp}.{name}", (f"{to}.{ff}.{other}",))
+        SharedRows(f"{lead}.{mlp}.{name}", (f"{to}.{ff}.{other}",))
         for lead, mlp, to, ff in (
             ("double_layers.{}", "mlpX", "joint_transformer_blocks.{}", "ff"),
             ("double_layers.{}", "mlpC", "joint_transformer_blocks.{}", "ff_context"),
@@ -73,9 +75,9 @@ _AURA = (
         )
         for name, other in (("c_fc1", "linear_1"), ("c_fc2", "linear_2"), ("c_proj", "out_projection"))
     ),
-    Row("modF.1", ("norm_out.linear",), swap="halves"),
-    Row("register_tokens", ("register_tokens",), leaves=BARE),
-    Row("positional_encoding", ("pos_embed.pos_embed",), leaves=BARE),
+    SharedRows("modF.1", ("norm_out.linear",), swap="halves"),
+    SharedRows("register_tokens", ("register_tokens",), leaves=BARE),
+    SharedRows("positional_encoding", ("pos_embed.pos_embed",), leaves=BARE),
     *table("""
         double_layers.{}.modX.1 -> joint_transformer_blocks.{}.norm1.linear
         double_layers.{}.modC.1 -> joint_transformer_blocks.{}.norm1_context.linear
@@ -89,9 +91,9 @@ _AURA = (
 )
 
 
-def _lumina(lead: str, modulated: bool) -> tuple[Row, ...]:
+def _lumina(lead: str, modulated: bool) -> tuple[SharedRows, ...]:
     rows = (
-        Row(f"{lead}.attention.qkv", _under(f"{lead}.attn", _QKV), share="grouped"),
+        SharedRows(f"{lead}.attention.qkv", _under(f"{lead}.attn", _QKV), share="grouped"),
         *table(f"""
             {lead}.attention.out -> {lead}.attn.to_out.0
             {lead}.attention.q_norm -> {lead}.attn.norm_q
@@ -105,8 +107,8 @@ def _lumina(lead: str, modulated: bool) -> tuple[Row, ...]:
         """),
     )
     first = f"{lead}.norm1.norm" if modulated else f"{lead}.norm1"
-    more = (Row(f"{lead}.adaLN_modulation.1", (f"{lead}.norm1.linear",)),) if modulated else ()
-    return (*rows, Row(f"{lead}.attention_norm1", (first,)), *more)
+    more = (SharedRows(f"{lead}.adaLN_modulation.1", (f"{lead}.norm1.linear",)),) if modulated else ()
+    return (*rows, SharedRows(f"{lead}.attention_norm1", (first,)), *more)
 
 
 _LUMINA = (
@@ -125,9 +127,9 @@ _LUMINA = (
 )
 
 
-def _z_block(lead: str) -> tuple[Row, ...]:
+def _z_block(lead: str) -> tuple[SharedRows, ...]:
     return (
-        Row(f"{lead}.attention.qkv", _under(f"{lead}.attention", _QKV)),
+        SharedRows(f"{lead}.attention.qkv", _under(f"{lead}.attention", _QKV)),
         *table(f"""
             {lead}.attention.out -> {lead}.attention.to_out.0
             {lead}.attention.q_norm -> {lead}.attention.norm_q
@@ -155,12 +157,12 @@ _Z_IMAGE = (
 )
 
 _IDEOGRAM = (
-    Row("layers.{}.attention.qkv", _under("layers.{}.attention", _QKV)),
-    Row("layers.{}.attention.o", ("layers.{}.attention.to_out.0",)),
+    SharedRows("layers.{}.attention.qkv", _under("layers.{}.attention", _QKV)),
+    SharedRows("layers.{}.attention.o", ("layers.{}.attention.to_out.0",)),
 )
 
 
-def _krea_block(original: str, diffusers: str) -> tuple[Row, ...]:
+def _krea_block(original: str, diffusers: str) -> tuple[SharedRows, ...]:
     return (
         *table(f"""
             {original}.attn.wq -> {diffusers}.attn.to_q
@@ -188,8 +190,8 @@ _KREA = (
     *_krea_block("blocks.{}", "transformer_blocks.{}"),
     *_krea_block("txtfusion.layerwise_blocks.{}", "text_fusion.layerwise_blocks.{}"),
     *_krea_block("txtfusion.refiner_blocks.{}", "text_fusion.refiner_blocks.{}"),
-    Row("blocks.{}.mod.lin", ("transformer_blocks.{}.scale_shift_table",), leaves=BARE, fold=6),
-    Row("last.modulation.lin", ("final_layer.scale_shift_table",), leaves=BARE),
+    SharedRows("blocks.{}.mod.lin", ("transformer_blocks.{}.scale_shift_table",), leaves=BARE, fold=6),
+    SharedRows("last.modulation.lin", ("final_layer.scale_shift_table",), leaves=BARE),
     *table("txtmlp.0 -> txt_in.norm\nlast.norm -> final_layer.norm", leaves=SCALE),
     *table("""
         first -> img_in
@@ -204,10 +206,10 @@ _KREA = (
 )
 
 _SANA = (
-    Row("blocks.{}.attn.qkv", _under(f"{_BLOCK}.attn1", _QKV)),
-    Row("blocks.{}.cross_attn.kv_linear", _under(f"{_BLOCK}.attn2", _QKV[1:])),
-    Row("blocks.{}.scale_shift_table", (f"{_BLOCK}.scale_shift_table",), leaves=BARE),
-    Row("final_layer.scale_shift_table", ("scale_shift_table",), leaves=BARE),
+    SharedRows("blocks.{}.attn.qkv", _under(f"{_BLOCK}.attn1", _QKV)),
+    SharedRows("blocks.{}.cross_attn.kv_linear", _under(f"{_BLOCK}.attn2", _QKV[1:])),
+    SharedRows("blocks.{}.scale_shift_table", (f"{_BLOCK}.scale_shift_table",), leaves=BARE),
+    SharedRows("final_layer.scale_shift_table", ("scale_shift_table",), leaves=BARE),
     *table("""
         blocks.{}.attn.proj -> transformer_blocks.{}.attn1.to_out.0
         blocks.{}.cross_attn.q_linear -> transformer_blocks.{}.attn2.to_q
@@ -227,45 +229,45 @@ _SANA = (
 )
 
 FAMILIES = (
-    Family(
+    PipelineFamily(
         "SD3",
         _SD3,
         ("joint_blocks.{}.x_block.attn.qkv", "joint_blocks.{}.x_block.attn.proj", "joint_blocks.{}.x_block.mlp.fc1"),
         ("transformer_blocks.{}.norm1_context.linear", "time_text_embed.text_embedder.linear_1"),
         ("SD3Transformer2DModel",),
     ),
-    Family(
+    PipelineFamily(
         "AuraFlow",
         _AURA,
         ("double_layers.{}.attn.w2q", "single_layers.{}.attn.w1q"),
         ("joint_transformer_blocks.{}.attn.to_q",),
         ("AuraFlowTransformer2DModel",),
     ),
-    Family(
+    PipelineFamily(
         "Z-Image",
         _Z_IMAGE,
         ("layers.{}.attention.qkv", "layers.{}.attention.out"),
         ("layers.{}.attention.to_q", "layers.{}.attention.to_out.0", "all_x_embedder.2-1"),
         ("ZImageTransformer2DModel",),
     ),
-    Family(
+    PipelineFamily(
         "Lumina 2",
         _LUMINA,
         ("layers.{}.adaLN_modulation.1", "noise_refiner.{}.adaLN_modulation.1"),
         ("layers.{}.attn.to_q", "layers.{}.feed_forward.linear_1", "time_caption_embed.caption_embedder.1"),
         ("Lumina2Transformer2DModel",),
     ),
-    Family(
+    PipelineFamily(
         "Ideogram 4",
         _IDEOGRAM,
         ("layers.{}.attention.o",),
         ("layers.{}.adaln_modulation",),
         ("Ideogram4Transformer2DModel",),
     ),
-    Family(
+    PipelineFamily(
         "Qwen-Image",
         (
-            Row(
+            SharedRows(
                 "transformer_blocks.{}.img_mlp.gate_up",
                 ("transformer_blocks.{}.img_mlp.gate_layer", "transformer_blocks.{}.img_mlp.proj"),
             ),
@@ -279,21 +281,21 @@ FAMILIES = (
         ),
         ("QwenImageTransformer2DModel",),
     ),
-    Family(
+    PipelineFamily(
         "HiDream",
         (),
         (),
         ("double_stream_blocks.{}.block.attn1.to_q", "single_stream_blocks.{}.block.attn1.to_q"),
         ("HiDreamImageTransformer2DModel",),
     ),
-    Family(
+    PipelineFamily(
         "Krea 2",
         _KREA,
         ("blocks.{}.attn.wq", "blocks.{}.mlp.up", "txtfusion.projector", "first"),
         ("transformer_blocks.{}.attn.to_gate", "transformer_blocks.{}.ff.up", "text_fusion.projector"),
         ("Krea2Transformer2DModel",),
     ),
-    Family(
+    PipelineFamily(
         "Sana",
         _SANA,
         ("blocks.{}.cross_attn.kv_linear", "blocks.{}.mlp.inverted_conv.conv"),

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from adapterkit.adapters.families import flux, image, stable, video
-from adapterkit.adapters.families.row import Family, Pattern, Row, keyed
+from adapterkit.adapters.families.row import Pattern, PipelineFamily, SharedRows, keyed
 from adapterkit.adapters.layout import Layout, UnmappableError, cat, rearranged, transpose, whole
 
-FAMILIES: tuple[Family, ...] = (*flux.FAMILIES, *video.FAMILIES, *image.FAMILIES, *stable.FAMILIES)
+FAMILIES: tuple[PipelineFamily, ...] = (*flux.FAMILIES, *video.FAMILIES, *image.FAMILIES, *stable.FAMILIES)
 
 # Where a denoiser lies in a checkpoint of one file, or how a trainer leads its names.
 DENOISER = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.", "net.", "model.")
@@ -40,35 +40,35 @@ DEPTH = 3  # tables between a name and the base's, at most
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableEntry:
     """A place in a table: a row, its part (None: the original), the endings of its parameter, and any path below."""
 
-    family: Family
-    row: Row
+    family: PipelineFamily
+    row: SharedRows
     part: int | None
     leaves: tuple[str, str]
     pattern: Pattern
 
 
 @lru_cache(maxsize=1)
-def index() -> tuple[dict[str, list[Entry]], dict[str, list[Entry]]]:
+def index() -> tuple[dict[str, list[TableEntry]], dict[str, list[TableEntry]]]:
     """Every name of every table by its key: whole parameters, and the starts of open ones."""
-    exact: dict[str, list[Entry]] = {}
-    starts: dict[str, list[Entry]] = {}
+    exact: dict[str, list[TableEntry]] = {}
+    starts: dict[str, list[TableEntry]] = {}
     for family in FAMILIES:
         for row in family.rows:
             for part, text in ((None, row.original), *enumerate(row.parts)):
                 pattern = Pattern(text)
                 if pattern.open:
-                    starts.setdefault(pattern.key, []).append(Entry(family, row, part, ("", ""), pattern))
+                    starts.setdefault(pattern.key, []).append(TableEntry(family, row, part, ("", ""), pattern))
                     continue
                 for leaves in row.leaves:
                     name = Pattern(text + leaves[0 if part is None else 1])
-                    exact.setdefault(name.key, []).append(Entry(family, row, part, leaves, name))
+                    exact.setdefault(name.key, []).append(TableEntry(family, row, part, leaves, name))
     return exact, starts
 
 
-def entries(name: str) -> Iterator[tuple[Entry, tuple[int, ...], str]]:
+def entries(name: str) -> Iterator[tuple[TableEntry, tuple[int, ...], str]]:
     """The places of a parameter in the tables, with its block numbers and the path below an open pattern."""
     if len(name) > LONGEST:
         return
@@ -88,7 +88,7 @@ def entries(name: str) -> Iterator[tuple[Entry, tuple[int, ...], str]]:
                 yield entry, captures, name[len(head) :]
 
 
-def named(entry: Entry, part: int | None, captures: tuple[int, ...], rest: str) -> str:
+def named(entry: TableEntry, part: int | None, captures: tuple[int, ...], rest: str) -> str:
     """The parameter of a row's original, or of a part, that a place belongs to."""
     text = entry.row.original if part is None else entry.row.parts[part]
     return Pattern(text).fill(captures, rest) + entry.leaves[0 if part is None else 1]
@@ -112,7 +112,7 @@ class FamilyNames:
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._shapes = shapes
-        self._families: dict[str, Family | None] = {}
+        self._families: dict[str, PipelineFamily | None] = {}
 
     @cached_property
     def leads(self) -> tuple[str, ...]:
@@ -169,7 +169,7 @@ class FamilyNames:
                 (own if entry.family is self._family(lead) else found)[layout.pieces] = layout
         return list((own or found).values())
 
-    def _family(self, lead: str) -> Family | None:
+    def _family(self, lead: str) -> PipelineFamily | None:
         """The family of what has this lead: where two tables differ, its own counts."""
         if lead not in self._families:
             names = [name for name in self._shapes if name.startswith(lead)]
@@ -178,7 +178,7 @@ class FamilyNames:
         return self._families[lead]
 
     def _by(
-        self, entry: Entry, captures: tuple[int, ...], rest: str, lead: str, seen: tuple[str, ...]
+        self, entry: TableEntry, captures: tuple[int, ...], rest: str, lead: str, seen: tuple[str, ...]
     ) -> Layout | None:
         row = entry.row
         if entry.part is None:
@@ -202,13 +202,13 @@ class FamilyNames:
             raise UnmappableError
         return rearranged((size, *layout.shape[1:]), layout.lead, [(layout, start, 1, size)])
 
-    def _width(self, row: Row, captures: tuple[int, ...], rest: str, lead: str) -> int:
+    def _width(self, row: SharedRows, captures: tuple[int, ...], rest: str, lead: str) -> int:
         """The inputs of a row's weight, which are as many as the model is wide; 0 where the base has none."""
         names = (Pattern(text).fill(captures, rest) + ".weight" for text in (row.original, *row.parts))
         shapes = (self._shapes.get(lead + name, ()) for name in names)
         return next((shape[1] for shape in shapes if len(shape) > 1), 0)
 
-    def _sizes(self, row: Row, captures: tuple[int, ...], lead: str, layout: Layout) -> list[int]:
+    def _sizes(self, row: SharedRows, captures: tuple[int, ...], lead: str, layout: Layout) -> list[int]:
         """How many rows each part of an original has."""
         rows, count = layout.shape[0], len(row.parts)
         if row.share == "equal":
@@ -221,7 +221,7 @@ class FamilyNames:
         return [width, *[(rows - width) // (count - 1)] * (count - 1)]
 
 
-def _swapped(row: Row, layout: Layout, width: int) -> Layout:
+def _swapped(row: SharedRows, layout: Layout, width: int) -> Layout:
     """The same rows with the halves changed; ``width`` is that of the model, 0 where it is unknown."""
     if not row.swap:
         return layout
@@ -236,11 +236,11 @@ def _swapped(row: Row, layout: Layout, width: int) -> Layout:
     return rearranged(layout.shape, layout.lead, [(layout, half, 1, half), (layout, 0, 1, half)])
 
 
-def _turned(row: Row, layout: Layout) -> Layout:
+def _turned(row: SharedRows, layout: Layout) -> Layout:
     return transpose(layout, 0, 1) if row.turned else layout
 
 
-def family_of(names: Iterable[str]) -> tuple[Family, str] | None:
+def family_of(names: Iterable[str]) -> tuple[PipelineFamily, str] | None:
     """The family of a model or an adapter by the names of its parameters or modules, and its layout.
 
     Returns:
@@ -254,7 +254,7 @@ def family_of(names: Iterable[str]) -> tuple[Family, str] | None:
         lead = next((one for one in _LONGEST if name.startswith(one)), "")
         core = name.removeprefix(lead)
         cores |= {core, core.rpartition(".")[0]}
-    best: tuple[int, Family, str] | None = None
+    best: tuple[int, PipelineFamily, str] | None = None
     for family, layout, marks, exact, starts in _layouts():
         if not any(_marked(mark, cores) for mark in marks):
             continue
@@ -270,7 +270,7 @@ _LONGEST = tuple(sorted(LEADS, key=len, reverse=True))
 
 
 @lru_cache(maxsize=1)
-def _layouts() -> tuple[tuple[Family, str, tuple[Pattern, ...], frozenset[str], frozenset[str]], ...]:
+def _layouts() -> tuple[tuple[PipelineFamily, str, tuple[Pattern, ...], frozenset[str], frozenset[str]], ...]:
     """Every family's two layouts: the names that only it has, those of its table, and the starts of open ones."""
     found = []
     for family in FAMILIES:

@@ -65,7 +65,7 @@ def keyed(name: str) -> tuple[str, tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
-class Row:
+class SharedRows:
     """A module of the original layout and the modules of diffusers that share its rows, in the order of the rows.
 
     Attributes:
@@ -92,7 +92,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Family:
+class PipelineFamily:
     """Models of one architecture.
 
     Attributes:
@@ -104,17 +104,17 @@ class Family:
     """
 
     name: str
-    rows: tuple[Row, ...]
+    rows: tuple[SharedRows, ...]
     original: tuple[str, ...] = ()
     diffusers: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
 
 
-def table(text: str, **shared: object) -> tuple[Row, ...]:
+def table(text: str, **shared: object) -> tuple[SharedRows, ...]:
     """Rows of plain renamings, one a line: ``original -> diffusers``."""
     rows = []
     for line in text.strip().splitlines():
         original, _, part = (word.strip() for word in line.partition("->"))
         if original:
-            rows.append(Row(original, (part,), **shared))  # type: ignore[arg-type]
+            rows.append(SharedRows(original, (part,), **shared))  # type: ignore[arg-type]
     return tuple(rows)

@@ -10,7 +10,7 @@ against diffusers' conversions by the tests.
 
 from __future__ import annotations
 
-from adapterkit.adapters.families.row import BARE, JOINED, Family, Row, table
+from adapterkit.adapters.families.row import BARE, JOINED, PipelineFamily, SharedRows, table
 
 LAYERS, LEVELS = 2, 4  # layers of a level in every UNet of the family, levels at most
 
@@ -24,11 +24,11 @@ _RESNET = {
 }
 
 
-def _resnet(original: str, diffusers: str) -> list[Row]:
-    return [Row(f"{original}.{ours}", (f"{diffusers}.{theirs}",)) for ours, theirs in _RESNET.items()]
+def _resnet(original: str, diffusers: str) -> list[SharedRows]:
+    return [SharedRows(f"{original}.{ours}", (f"{diffusers}.{theirs}",)) for ours, theirs in _RESNET.items()]
 
 
-def _unet() -> tuple[Row, ...]:
+def _unet() -> tuple[SharedRows, ...]:
     rows = list(
         table("""
         input_blocks.0.0 -> conv_in
@@ -42,30 +42,30 @@ def _unet() -> tuple[Row, ...]:
         """)
     )
     rows += [
-        Row("label_emb.0.0", ("class_embedding.linear_1",), alias=True),
-        Row("label_emb.0.2", ("class_embedding.linear_2",), alias=True),
+        SharedRows("label_emb.0.0", ("class_embedding.linear_1",), alias=True),
+        SharedRows("label_emb.0.2", ("class_embedding.linear_2",), alias=True),
     ]
     rows += [*_resnet("middle_block.0", "mid_block.resnets.0"), *_resnet("middle_block.2", "mid_block.resnets.1")]
     for level in range(LEVELS):
         first = 1 + level * (LAYERS + 1)
         for layer in range(LAYERS):
             rows += _resnet(f"input_blocks.{first + layer}.0", f"down_blocks.{level}.resnets.{layer}")
-            rows.append(Row(f"input_blocks.{first + layer}.1.*", (f"down_blocks.{level}.attentions.{layer}.*",)))
-        rows.append(Row(f"input_blocks.{first + LAYERS}.0.op", (f"down_blocks.{level}.downsamplers.0.conv",)))
+            rows.append(SharedRows(f"input_blocks.{first + layer}.1.*", (f"down_blocks.{level}.attentions.{layer}.*",)))
+        rows.append(SharedRows(f"input_blocks.{first + LAYERS}.0.op", (f"down_blocks.{level}.downsamplers.0.conv",)))
         first = level * (LAYERS + 1)
         for layer in range(LAYERS + 1):
             rows += _resnet(f"output_blocks.{first + layer}.0", f"up_blocks.{level}.resnets.{layer}")
-            rows.append(Row(f"output_blocks.{first + layer}.1.*", (f"up_blocks.{level}.attentions.{layer}.*",)))
+            rows.append(SharedRows(f"output_blocks.{first + layer}.1.*", (f"up_blocks.{level}.attentions.{layer}.*",)))
         # Behind the attention of its level, where that has one.
         rows += [
-            Row(f"output_blocks.{first + LAYERS}.{place}.conv", (f"up_blocks.{level}.upsamplers.0.conv",))
+            SharedRows(f"output_blocks.{first + LAYERS}.{place}.conv", (f"up_blocks.{level}.upsamplers.0.conv",))
             for place in (2, 1)
         ]
     return tuple(rows)
 
 
 _OPEN_CLIP = (
-    Row(
+    SharedRows(
         "transformer.resblocks.{}.attn.in_proj",
         tuple(f"text_model.encoder.layers.{{}}.self_attn.{name}_proj" for name in "qkv"),
         leaves=JOINED,
@@ -79,19 +79,19 @@ _OPEN_CLIP = (
         ln_final -> text_model.final_layer_norm
         token_embedding -> text_model.embeddings.token_embedding
     """),
-    Row("positional_embedding", ("text_model.embeddings.position_embedding.weight",), leaves=BARE),
-    Row("text_projection", ("text_projection.weight",), leaves=BARE, turned=True),
+    SharedRows("positional_embedding", ("text_model.embeddings.position_embedding.weight",), leaves=BARE),
+    SharedRows("text_projection", ("text_projection.weight",), leaves=BARE, turned=True),
 )
 
 FAMILIES = (
-    Family(
+    PipelineFamily(
         "Stable Diffusion UNet",
         _unet(),
         ("input_blocks.{}.1.transformer_blocks.{}.attn1.to_q", "input_blocks.{}.0.in_layers.2", "input_blocks.0.0"),
         ("down_blocks.{}.attentions.{}.transformer_blocks.{}.attn1.to_q", "down_blocks.{}.resnets.{}.conv1"),
         ("UNet2DConditionModel",),
     ),
-    Family(
+    PipelineFamily(
         "OpenCLIP text encoder",
         _OPEN_CLIP,
         ("transformer.resblocks.{}.attn.out_proj", "transformer.resblocks.{}.mlp.c_fc"),

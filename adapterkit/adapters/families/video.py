@@ -5,7 +5,7 @@ Sources: the models' published code beside diffusers' modules; held against diff
 
 from __future__ import annotations
 
-from adapterkit.adapters.families.row import BARE, Family, Row, table
+from adapterkit.adapters.families.row import BARE, PipelineFamily, SharedRows, table
 
 _QKV = ("to_q", "to_k", "to_v")
 _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -17,16 +17,16 @@ def _under(lead: str, names: tuple[str, ...]) -> tuple[str, ...]:
 
 _REFINER = "context_embedder.token_refiner.refiner_blocks.{}"
 _HUNYUAN = (
-    Row("double_blocks.{}.img_attn_qkv", _under("transformer_blocks.{}.attn", _QKV)),
-    Row("double_blocks.{}.txt_attn_qkv", _under("transformer_blocks.{}.attn", _ADDED)),
-    Row(
+    SharedRows("double_blocks.{}.img_attn_qkv", _under("transformer_blocks.{}.attn", _QKV)),
+    SharedRows("double_blocks.{}.txt_attn_qkv", _under("transformer_blocks.{}.attn", _ADDED)),
+    SharedRows(
         "single_blocks.{}.linear1",
         (*_under("single_transformer_blocks.{}.attn", _QKV), "single_transformer_blocks.{}.proj_mlp"),
         share="width",
         wide="single_blocks.{}.linear2",
     ),
-    Row("txt_in.individual_token_refiner.blocks.{}.self_attn_qkv", _under(f"{_REFINER}.attn", _QKV)),
-    Row("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap="halves"),
+    SharedRows("txt_in.individual_token_refiner.blocks.{}.self_attn_qkv", _under(f"{_REFINER}.attn", _QKV)),
+    SharedRows("final_layer.adaLN_modulation.1", ("norm_out.linear",), swap="halves"),
     *table("""
         single_blocks.{}.linear2 -> single_transformer_blocks.{}.proj_out
         single_blocks.{}.modulation.linear -> single_transformer_blocks.{}.norm.linear
@@ -59,7 +59,7 @@ _HUNYUAN = (
         txt_in.c_embedder.linear_2 -> context_embedder.time_text_embed.text_embedder.linear_2
     """),
     *(
-        Row(f"txt_in.individual_token_refiner.blocks.{{}}.{original}", (f"{_REFINER}.{part}",))
+        SharedRows(f"txt_in.individual_token_refiner.blocks.{{}}.{original}", (f"{_REFINER}.{part}",))
         for original, part in (
             ("self_attn_proj", "attn.to_out.0"),
             ("norm1", "norm1"),
@@ -72,7 +72,7 @@ _HUNYUAN = (
 )
 
 
-def _wan_block(lead: str) -> tuple[Row, ...]:
+def _wan_block(lead: str) -> tuple[SharedRows, ...]:
     rows = []
     for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2")):
         for original, part in (
@@ -80,7 +80,7 @@ def _wan_block(lead: str) -> tuple[Row, ...]:
             *(("norm_q", "norm_q"), ("norm_k", "norm_k")),
             *(("k_img", "add_k_proj"), ("v_img", "add_v_proj"), ("norm_k_img", "norm_added_k")),
         ):
-            rows.append(Row(f"{lead}.{ours}.{original}", (f"{lead}.{theirs}.{part}",)))
+            rows.append(SharedRows(f"{lead}.{ours}.{original}", (f"{lead}.{theirs}.{part}",)))
     rows += table(f"""
         {lead}.ffn.0 -> {lead}.ffn.net.0.proj
         {lead}.ffn.2 -> {lead}.ffn.net.2
@@ -88,7 +88,7 @@ def _wan_block(lead: str) -> tuple[Row, ...]:
         {lead}.before_proj -> {lead}.proj_in
         {lead}.after_proj -> {lead}.proj_out
     """)
-    return (*rows, Row(f"{lead}.modulation", (f"{lead}.scale_shift_table",), leaves=BARE))
+    return (*rows, SharedRows(f"{lead}.modulation", (f"{lead}.scale_shift_table",), leaves=BARE))
 
 
 _WAN = (
@@ -107,13 +107,15 @@ _WAN = (
         img_emb.proj.4 -> condition_embedder.image_embedder.norm2
         head.head -> proj_out
     """),
-    Row("head.modulation", ("scale_shift_table",), leaves=BARE),
+    SharedRows("head.modulation", ("scale_shift_table",), leaves=BARE),
 )
 
 
-def _ltx_norms(*attentions: str) -> tuple[Row, ...]:
+def _ltx_norms(*attentions: str) -> tuple[SharedRows, ...]:
     return tuple(
-        Row(f"transformer_blocks.{{}}.{attention}.{name}_norm", (f"transformer_blocks.{{}}.{attention}.norm_{name}",))
+        SharedRows(
+            f"transformer_blocks.{{}}.{attention}.{name}_norm", (f"transformer_blocks.{{}}.{attention}.norm_{name}",)
+        )
         for attention in attentions
         for name in "qk"
     )
@@ -139,12 +141,12 @@ _LTX2 = (
         prompt_adaln_single.* -> prompt_adaln.*
         audio_prompt_adaln_single.* -> audio_prompt_adaln.*
     """),
-    Row(
+    SharedRows(
         "transformer_blocks.{}.scale_shift_table_a2v_ca_video",
         ("transformer_blocks.{}.video_a2v_cross_attn_scale_shift_table",),
         leaves=BARE,
     ),
-    Row(
+    SharedRows(
         "transformer_blocks.{}.scale_shift_table_a2v_ca_audio",
         ("transformer_blocks.{}.audio_a2v_cross_attn_scale_shift_table",),
         leaves=BARE,
@@ -152,11 +154,11 @@ _LTX2 = (
 )
 
 _MOCHI = (
-    Row("blocks.{}.attn.qkv_x", _under("transformer_blocks.{}.attn1", _QKV)),
-    Row("blocks.{}.attn.qkv_y", _under("transformer_blocks.{}.attn1", _ADDED)),
-    Row("blocks.{}.mlp_x.w1", ("transformer_blocks.{}.ff.net.0.proj",), swap="halves"),
-    Row("blocks.{}.mlp_y.w1", ("transformer_blocks.{}.ff_context.net.0.proj",), swap="halves"),
-    Row("final_layer.mod", ("norm_out.linear",), swap="halves"),
+    SharedRows("blocks.{}.attn.qkv_x", _under("transformer_blocks.{}.attn1", _QKV)),
+    SharedRows("blocks.{}.attn.qkv_y", _under("transformer_blocks.{}.attn1", _ADDED)),
+    SharedRows("blocks.{}.mlp_x.w1", ("transformer_blocks.{}.ff.net.0.proj",), swap="halves"),
+    SharedRows("blocks.{}.mlp_y.w1", ("transformer_blocks.{}.ff_context.net.0.proj",), swap="halves"),
+    SharedRows("final_layer.mod", ("norm_out.linear",), swap="halves"),
     *table("""
         blocks.{}.mod_x -> transformer_blocks.{}.norm1.linear
         blocks.{}.mod_y -> transformer_blocks.{}.norm1_context.linear
@@ -177,12 +179,12 @@ _MOCHI = (
         t5_yproj -> time_embed.caption_proj
         final_layer.linear -> proj_out
     """),
-    Row("blocks.{}.mod_y", ("transformer_blocks.{}.norm1_context.linear_1",), alias=True),
+    SharedRows("blocks.{}.mod_y", ("transformer_blocks.{}.norm1_context.linear_1",), alias=True),
 )
 
 
-def _anima_block(original: str, diffusers: str) -> tuple[Row, ...]:
-    rows: list[Row] = []
+def _anima_block(original: str, diffusers: str) -> tuple[SharedRows, ...]:
+    rows: list[SharedRows] = []
     for number, (ours, theirs) in enumerate((("self_attn", "attn1"), ("cross_attn", "attn2")), start=1):
         rows += table(f"""
             {original}.{ours}.q_proj -> {diffusers}.{theirs}.to_q
@@ -217,10 +219,10 @@ _ANIMA = (
 )
 
 
-def _minimax_block(original: str, diffusers: str) -> tuple[Row, ...]:
+def _minimax_block(original: str, diffusers: str) -> tuple[SharedRows, ...]:
     return (
-        Row(f"{original}.attn.qkv_proj", _under(f"{diffusers}.attn", _QKV)),
-        Row(f"{original}.mlp.fc1", (f"{diffusers}.ff.net.0.proj",), swap="halves"),
+        SharedRows(f"{original}.attn.qkv_proj", _under(f"{diffusers}.attn", _QKV)),
+        SharedRows(f"{original}.mlp.fc1", (f"{diffusers}.ff.net.0.proj",), swap="halves"),
         *table(f"""
             {original}.attn.q_norm -> {diffusers}.attn.norm_q
             {original}.attn.k_norm -> {diffusers}.attn.norm_k
@@ -250,62 +252,62 @@ _MINIMAX = (
 )
 
 _ACE_STEP = tuple(
-    Row(f"layers.{{}}.{side}.{original}_proj", (f"layers.{{}}.{side}.{part}",))
+    SharedRows(f"layers.{{}}.{side}.{original}_proj", (f"layers.{{}}.{side}.{part}",))
     for side in ("self_attn", "cross_attn")
     for original, part in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
 )
 
 FAMILIES = (
-    Family(
+    PipelineFamily(
         "HunyuanVideo",
         _HUNYUAN,
         ("double_blocks.{}.img_attn_qkv", "single_blocks.{}.modulation.linear", "double_blocks.{}.img_mlp.fc1"),
         ("context_embedder.token_refiner.refiner_blocks.{}.attn.to_q",),
         ("HunyuanVideoTransformer3DModel",),
     ),
-    Family(
+    PipelineFamily(
         "Wan",
         _WAN,
         ("blocks.{}.self_attn.q", "blocks.{}.cross_attn.q", "blocks.{}.ffn.0", "blocks.{}.self_attn.o", "head.head"),
         ("blocks.{}.attn1.to_q", "blocks.{}.attn2.to_q", "blocks.{}.ffn.net.0.proj", "blocks.{}.attn1.to_out.0"),
         ("WanTransformer3DModel", "WanVACETransformer3DModel"),
     ),
-    Family(
+    PipelineFamily(
         "LTX-2",
         _LTX2,
         ("audio_patchify_proj", "av_ca_a2v_gate_adaln_single.linear"),
         ("audio_proj_in", "transformer_blocks.{}.audio_attn1.to_q"),
         ("LTX2VideoTransformer3DModel",),
     ),
-    Family(
+    PipelineFamily(
         "LTX-Video",
         _LTX,
         ("patchify_proj", "adaln_single.linear"),
         ("time_embed.linear", "time_embed.emb.timestep_embedder.linear_1"),
         ("LTXVideoTransformer3DModel",),
     ),
-    Family(
+    PipelineFamily(
         "Mochi",
         _MOCHI,
         ("blocks.{}.attn.qkv_x", "t5_yproj"),
         ("time_embed.pooler.to_q", "time_embed.caption_proj"),
         ("MochiTransformer3DModel",),
     ),
-    Family(
+    PipelineFamily(
         "Cosmos-2 and Anima",
         _ANIMA,
         ("blocks.{}.self_attn.q_proj", "blocks.{}.self_attn.output_proj", "blocks.{}.mlp.layer1", "x_embedder.proj.1"),
         ("patch_embed.proj", "transformer_blocks.{}.norm1.linear_1", "time_embed.t_embedder.linear_1"),
         ("CosmosTransformer3DModel", "AnimaTransformer3DModel"),
     ),
-    Family(
+    PipelineFamily(
         "MiniMax-H3",
         _MINIMAX,
         ("blocks.{}.attn.qkv_proj", "video_patch_proj", "blocks.{}.mlp.fc1", "token_refiner.blocks.{}.attn.qkv_proj"),
         ("token_refiner.refiner_blocks.{}.attn.to_q", "transformer_blocks.{}.adaln_proj.linear"),
         ("MiniMaxH3Transformer3DModel",),
     ),
-    Family(
+    PipelineFamily(
         "ACE-Step",
         _ACE_STEP,
         (),

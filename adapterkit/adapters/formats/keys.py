@@ -66,7 +66,7 @@ _FACTORS = frozenset({UP, DOWN, MID, "oft_blocks"})
 
 
 @dataclass(frozen=True)
-class Key:
+class SingleFileKey:
     """What a key says.
 
     Attributes:
@@ -85,14 +85,14 @@ class Key:
 
 
 @lru_cache(maxsize=65536)
-def read_key(key: str) -> Key:
+def read_key(key: str) -> SingleFileKey:
     """Take a key apart."""
     flat = _FLAT.match(key)
     if flat is not None and "." not in key[: flat.end()]:
         module, dot, end = key.partition(".")
         path, leaf = _ended(module[flat.end() :], dot + end)
         style = "LyCORIS" if key.startswith("lycoris_") else "kohya"
-        return Key(flat.group(1) or "", path, leaf or end, style, True)
+        return SingleFileKey(flat.group(1) or "", path, leaf or end, style, True)
     rest, style = key, ""
     if rest.startswith(_PEFT):
         rest, style = rest.removeprefix(_PEFT), "PEFT"
@@ -109,7 +109,7 @@ def read_key(key: str) -> Key:
         comfy = part.endswith("diffusion_model") or part.startswith("text_encoders.")
         style = "XLabs" if xlabs else "ComfyUI" if comfy else "diffusers"
     module = path.partition(".")[0]
-    return Key(part, path, leaf, style, "." not in path and "_" in module and leaf not in ("", WHOLE))
+    return SingleFileKey(part, path, leaf, style, "." not in path and "_" in module and leaf not in ("", WHOLE))
 
 
 def _ended(path: str, end: str, text: bool = False) -> tuple[str, str]:

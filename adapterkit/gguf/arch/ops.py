@@ -576,7 +576,7 @@ class Cut(Op):
 
 
 @dataclass(frozen=True)
-class Row(Op):
+class OneRow(Op):
     """One row of a matrix, as a vector."""
 
     row: Number

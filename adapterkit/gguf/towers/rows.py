@@ -13,7 +13,7 @@ from typing import Any
 
 from adapterkit.errors import CheckpointError, TargetError
 from adapterkit.gguf.arch.config import Config
-from adapterkit.gguf.arch.ops import Add, Column, FirstLast, Frames, Interleave, Op, Pixels, Row, Split
+from adapterkit.gguf.arch.ops import Add, Column, FirstLast, Frames, Interleave, OneRow, Op, Pixels, Split
 from adapterkit.gguf.arch.spec import ArchSpec, Key, Rule, rule
 
 CLIP = "clip"
@@ -333,7 +333,7 @@ def _pixtral(config: TowerConfig) -> ArchSpec:
             rule("model.multi_modal_projector.linear_2", "mm.2"),
             rule("model.multi_modal_projector.norm", "mm.input_norm"),
             rule("model.multi_modal_projector.patch_merger.merging_layer", "mm.patch_merger"),
-            rule("model.embed_tokens.weight", "v.token_embd.img_break", ops=[Row(_break_token(config))]),
+            rule("model.embed_tokens.weight", "v.token_embd.img_break", ops=[OneRow(_break_token(config))]),
         ),
         (
             *_vision("pixtral", act=None, eps=1e-5),
