@@ -94,6 +94,9 @@ class Merge:
 
     def report(self, measured: Measured, fidelity: FidelityReport | None = None) -> MergeReport:
         """What was done, or would be."""
+        from adapterkit.adapters.merged import not_finite
+
+        computed = [self.folded.checkpoint[name] for name in self.folded.touched]
         used = zip(self.adapters, self.weights, strict=True)
         dtype, rule, asked = self.request.floats, self.request.rule, self.request
         out = asked.target
@@ -118,7 +121,12 @@ class Merge:
             fidelity=fidelity,
             min_retention=asked.min_retention,
             dry_run=measured.dry_run,
-            notes=(*self.notes, *measured.notes, *self._half_saved()),
+            notes=(
+                *self.notes,
+                *measured.notes,
+                *self._half_saved(),
+                *not_finite(computed),
+            ),
         )
 
     def job(self, base: Any = None) -> Job:
