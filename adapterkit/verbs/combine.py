@@ -129,6 +129,7 @@ class Making:
     energy: float | None = None
     full: bool = False
     own_ranks: bool = False
+    to: str = "peft"
     request: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, room: Room) -> Writing:
@@ -169,6 +170,7 @@ class Making:
             record,
             self.dtype,
             self.own_ranks,
+            self.to,
         )
 
     def bound(self, slot: Slot) -> int:
@@ -224,6 +226,7 @@ def planned(request: CombineRequest) -> Combination:
         request.rank,
         request.energy,
         own_ranks=request.own_ranks,
+        to=request.to,
         request=again,
     )
     return Combination(request, making, tuple(notes))
@@ -232,9 +235,9 @@ def planned(request: CombineRequest) -> Combination:
 def told(adapter: Ref | Adapter, request: CombineRequest) -> Adapter:
     """An adapter, opened, and read as the options say."""
     from adapterkit.adapters.adapter import Adapter as Opened
-    from adapterkit.adapters.load import load_adapter
+    from adapterkit.bases import open_adapter
 
-    return request.told(adapter if isinstance(adapter, Opened) else load_adapter(adapter))
+    return request.told(adapter if isinstance(adapter, Opened) else open_adapter(adapter))
 
 
 @takes(CombineRequest)
