@@ -20,6 +20,7 @@ from adapterkit.requests.call import takes
 from adapterkit.requests.merge import FOLDER, GGUF, MergePlanRequest, MergeRequest
 from adapterkit.verbs.beside import beside_of
 from adapterkit.verbs.job import Job, Measured, carry_out
+from adapterkit.verbs.ladder import abreast, rungs
 from adapterkit.verbs.outputs import Output, output
 from adapterkit.verbs.report import AdapterUse, MergeReport
 
@@ -213,8 +214,9 @@ def merge(request: MergeRequest) -> MergeReport:
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError, AuthError, HubError
     """
     started = time.monotonic()
-    made = planned(request, headers_only=not request.writes, fingerprints=request.writes or bool(request.save_plan))
-    report: MergeReport = carry_out(made.job(), request, started)
+    how = {"headers_only": not request.writes, "fingerprints": request.writes or bool(request.save_plan)}
+    made = [planned(one, **how) for one in rungs(request)]
+    report: MergeReport = carry_out(abreast([one.job() for one in made]), request, started)
     return report
 
 
