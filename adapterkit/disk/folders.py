@@ -375,7 +375,8 @@ def _replace(folder: Path, out: Path) -> None:
             raise
         sync_folder(out.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)  # by now it holds what is not wanted any more, or nothing
+        if os.path.lexists(out):  # else the old one is in there, and `recover` brings it back
+            shutil.rmtree(aside, ignore_errors=True)
     sync_folder(out.parent)
 
 
