@@ -199,7 +199,8 @@ def _whole_edit(key: str, tensor: Tensor, context: Context, config: Mapping[str,
             f"{context.where}: '{key}' is {list(tensor.shape)} and {parameter} is {list(target.shape)}",
             "this adapter was trained on another base",
         )
-    # What PEFT saves without being asked is the base's own tensor, resized perhaps; what it was asked for was trained.
+    # PEFT saves some base tensors by itself (a resized embedding, say): they replace the base's. Tensors of modules in
+    # modules_to_save were trained.
     return Edit(target, replace(tensor), override=wrapped or not asked)
 
 

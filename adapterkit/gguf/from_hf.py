@@ -64,7 +64,7 @@ def from_hf(
     asked: Quantization | None = None,
     dtype: DType | None = None,
     pre: str | None = None,
-    drowned: frozenset[str] | None = None,
+    too_lossy: frozenset[str] | None = None,
     elsewhere: Collection[str] = (),
 ) -> FromHF:
     """Plan a GGUF file of a view of a Hugging Face checkpoint; nothing is read but headers and the tokenizer.
@@ -74,7 +74,7 @@ def from_hf(
         asked: the types; by default those of the checkpoint.
         dtype: the float type of a file that is not quantized.
         pre: the name of the pre-tokenizer, where it is not to be recognised.
-        drowned: the changed tensors, by the checkpoint's names, that alone are kept wider.
+        too_lossy: the changed tensors, by the checkpoint's names, that alone are kept wider.
         elsewhere: tensors that the mmproj file beside it holds.
 
     Raises:
@@ -107,8 +107,8 @@ def from_hf(
             f"the text part alone: {count} other tensors belong in an mmproj file, which --mmproj auto makes beside it"
         )
     wider = None
-    if drowned is not None:
-        wider = frozenset(one for name in drowned for one in model.mapped.sources.get(name, ()))
+    if too_lossy is not None:
+        wider = frozenset(one for name in too_lossy for one in model.mapped.sources.get(name, ()))
     origin = TypeInputs(model.spec.arch, model.hparams, now, entries, wider)
     found = typed_from(model.tensors, origin, asked, changed)
     layout = FileLayout(found.tensors, found.entries)

@@ -182,7 +182,7 @@ def _gguf(
     made = fold_gguf(base, adapters, asked.adapter_weights, **how)
     notes: tuple[str, ...] = ()
     if asked.gguf_types is not None and asked.gguf_types.keep_below is not None:
-        how["drowned"], notes = _drowned(made.folded, made.through, asked.gguf_types)
+        how["too_lossy"], notes = _drowned(made.folded, made.through, asked.gguf_types)
         made = fold_gguf(base, adapters, asked.adapter_weights, **{**how, "quantization": asked.gguf_types})
     plan = plan_gguf(made.layout, **settings)
     return Output(made.folded, made.written, plan, {}, (*notes, *made.notes), made.through)
@@ -215,7 +215,7 @@ def _hf_to_gguf(
     made = from_hf(folded.checkpoint, **how)
     if asked.gguf_types is not None and asked.gguf_types.keep_below is not None:
         measured = replace(folded, checkpoint=made.folded)
-        how["drowned"], said = _drowned(measured, made.through, asked.gguf_types)
+        how["too_lossy"], said = _drowned(measured, made.through, asked.gguf_types)
         notes = [*notes, *said]
         made = from_hf(folded.checkpoint, **{**how, "asked": asked.gguf_types})
     folded = replace(folded, checkpoint=made.folded)
@@ -248,10 +248,10 @@ def _freely(asked: Quantization | None) -> Quantization | None:
 def _drowned(
     folded: Folded, through: Callable[[str, tuple[int, ...]], Through | None], asked: Quantization
 ) -> tuple[frozenset[str], tuple[str, ...]]:
-    from adapterkit.gguf.drowned import drowned
+    from adapterkit.gguf.too_lossy import too_lossy
 
     assert asked.keep_below is not None
-    found, measured = drowned(folded, through, asked.keep_below)
+    found, measured = too_lossy(folded, through, asked.keep_below)
     note = f"{len(found)} of {measured} changed tensors would come out with a cosine below {asked.keep_below:g}"
     return found, (f"{note}; they are kept as {asked.keep_touched}",)
 

@@ -230,13 +230,13 @@ def _heads(s: Suspect) -> list[int]:
 
 
 def _interleaved(width: int, rows: int) -> list[int]:
-    """Row numbers of halves, in turn."""
+    """The row order that takes rows of the first and the second half of each head in turn."""
     one = [i // 2 + (i % 2) * (width // 2) for i in range(width)]
     return [start + i for start in range(0, rows, width) for i in one]
 
 
 def _halves(width: int, rows: int) -> list[int]:
-    """The way back."""
+    """The row order that undoes `_interleaved`."""
     one = [(i % (width // 2)) * 2 + i // (width // 2) for i in range(width)]
     return [start + i for start in range(0, rows, width) for i in one]
 
@@ -433,7 +433,7 @@ def other_adapter(s: Suspect) -> Verdict | None:
 
 
 def other_base(s: Suspect) -> Verdict | None:
-    """Like the base, and not the base."""
+    """The weights are close to this base but belong to a sibling of it."""
     w, rest = s.base.double(), (s.beyond - s.change).double()
     ww = float((w * w).sum())
     if not ww:
