@@ -12,7 +12,7 @@ from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module
 from adapterkit.adapters.methods import METHODS, UNMERGEABLE
 from adapterkit.adapters.orientation import check_squares
 from adapterkit.adapters.target import Piece, Target
-from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter
+from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter, option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,7 +58,7 @@ def check_config(adapter: Adapter, *, residual_base: bool = False, allow_unknown
         raise AdapterError(
             f"{adapter.config.where} has fields that may change the formula and are not known here: "
             f"{', '.join(unknown[:5])} (PEFT {version})",
-            "update adapterkit, or add --allow-unknown if you know that they do not matter",
+            f"update adapterkit, or add {option('allow_unknown', True)} if you know that they do not matter",
         )
     return method
 

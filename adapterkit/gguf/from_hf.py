@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, option
 from adapterkit.gguf.arch.model import Model, as_gguf, file_type_entries, vocabulary, widened
 from adapterkit.gguf.arch.mxfp4 import KIND, Repacked, on_mxfp4
 from adapterkit.gguf.filetypes import file_type
@@ -83,7 +83,7 @@ def from_hf(
     """
     asked = asked or Quantization()
     if dtype is not None and asked.mix is not None:
-        raise UsageError("--dtype and --quant both say the type of the output", "give one of them")
+        raise UsageError(f"{option('dtype')} and {option('quant')} both say the type of the output", "give one of them")
     view = widened(view)
     model = as_gguf(
         view,
@@ -104,7 +104,8 @@ def from_hf(
     if model.config.has_vision and model.mapped.dropped and not elsewhere:
         count = len(model.mapped.dropped)
         kept.append(
-            f"the text part alone: {count} other tensors belong in an mmproj file, which --mmproj auto makes beside it"
+            f"the text part alone: {count} other tensors belong in an mmproj file, which "
+            f"{option('mmproj', 'auto')} makes beside it"
         )
     wider = None
     if too_lossy is not None:

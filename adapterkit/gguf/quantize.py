@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import NotFound, UsageError
+from adapterkit.errors import NotFound, UsageError, option
 from adapterkit.gguf.checkpoint import SPLIT_KEYS, GGUFCheckpoint
 from adapterkit.gguf.filetypes import FILE_TYPES, file_type
 from adapterkit.gguf.metadata import Entry, kept, text, u32
@@ -56,9 +56,13 @@ class Quantization:
         if self.keep_below is None:
             return
         if self.keep_touched is None:
-            raise UsageError("--keep-below says which tensors are kept wider", "add --keep-touched, as in Q8_0")
+            raise UsageError(
+                f"{option('keep_below')} says which tensors are kept wider", f"add {option('keep_touched')}, as in Q8_0"
+            )
         if not 0 < self.keep_below <= 1:
-            raise UsageError(f"--keep-below {self.keep_below:g} is no cosine", "give a number between 0 and 1, as 0.5")
+            raise UsageError(
+                f"{option('keep_below')} {self.keep_below:g} is no cosine", "give a number between 0 and 1, as 0.5"
+            )
 
     def request(self) -> dict[str, Any]:
         """The options as JSON, for a plan file."""
@@ -170,7 +174,10 @@ def _wanted(view: Mapping[str, Tensor], origin: TypeInputs, asked: Quantization)
     options = (asked.imatrix, asked.pure, asked.tensor_types, asked.output_type, asked.token_embedding_type)
     if asked.mix is None:
         if any((*options, asked.leave_output)):
-            raise UsageError("options of a quantization were given without one", "add --quant, as in --quant Q4_K_M")
+            raise UsageError(
+                "options of a quantization were given without one",
+                f"add {option('quant')}, as in {option('quant', 'Q4_K_M')}",
+            )
         return dict(now)
     mix, _ = file_type(asked.mix)
     found = choose_types(
@@ -191,7 +198,7 @@ def _wanted(view: Mapping[str, Tensor], origin: TypeInputs, asked: Quantization)
         )
         if bare is not None:
             raise UsageError(
-                f"'{bare}' as {found[bare]} needs an importance matrix", "add --imatrix, or choose more bits"
+                f"'{bare}' as {found[bare]} needs an importance matrix", f"add {option('imatrix')}, or choose more bits"
             )
     return found
 
@@ -218,12 +225,13 @@ def _check_loss(
         raise UsageError(
             f"{len(too_lossy)} tensors that the adapter changes lie on a grid coarser than what it learnt, as '{first}' in "
             f"{now[first]}; written back as {wanted[first]} most of the change would be rounded away",
-            "merge into the 16-bit or Q8_0 file, or add --keep-touched Q8_0, or --yes-lossy to do it all the same",
+            f"merge into the 16-bit or Q8_0 file, or add {option('keep_touched', 'Q8_0')}, or "
+            f"{option('yes_lossy', True)} to do it all the same",
         )
     if again and not asked.yes_lossy:
         raise UsageError(
             f"{len(again)} tensors are quantized already, as '{again[0]}' in {now[again[0]]}, and would be a second time",
-            "start from the 16-bit or Q8_0 file, or add --yes-lossy to do it all the same",
+            f"start from the 16-bit or Q8_0 file, or add {option('yes_lossy', True)} to do it all the same",
         )
     notes = []
     if too_lossy:

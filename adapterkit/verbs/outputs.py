@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.fold import Folded, fold
 from adapterkit.adapters.sidecars import side_files
 from adapterkit.checkpoint.plan import Plan, plan_safetensors
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, option
 from adapterkit.requests.merge import FOLDER, GGUF
 
 if TYPE_CHECKING:
@@ -155,7 +155,10 @@ def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, se
 
     form = stored_form(base)
     if asked.dtype != "auto" or (asked.quant_double and asked.quant == KEEP):
-        raise UsageError("an output in the base's own format has its types", "leave out --dtype and --double-quant")
+        raise UsageError(
+            "an output in the base's own format has its types",
+            f"leave out {option('dtype')} and {option('double_quant')}",
+        )
     folded = fold(base, adapters, asked.adapter_weights, **_how(asked))
     made = kept(folded)
     # The config is the base's own, with what else the merge changed.
@@ -175,9 +178,12 @@ def _gguf(
 
     assert isinstance(base, GGUFCheckpoint)
     if asked.pre is not None:
-        raise UsageError(f"{base.ref} is a GGUF base, which has a tokenizer of its own", "leave out --pre")
+        raise UsageError(f"{base.ref} is a GGUF base, which has a tokenizer of its own", f"leave out {option('pre')}")
     if asked.dtype != "auto" or asked.folder_format is not None or values != "as stored":
-        raise UsageError(f"{base.ref} is a GGUF base, which has types of its own", "use --quant, as in --quant F16")
+        raise UsageError(
+            f"{base.ref} is a GGUF base, which has types of its own",
+            f"use {option('quant')}, as in {option('quant', 'F16')}",
+        )
     how: dict[str, Any] = {**_how(asked), "quantization": _freely(asked.gguf_types)}
     made = fold_gguf(base, adapters, asked.adapter_weights, **how)
     notes: tuple[str, ...] = ()
@@ -196,7 +202,9 @@ def _hf_to_gguf(
     from adapterkit.gguf.plan import plan_gguf
 
     if asked.folder_format is not None:
-        raise UsageError(f"{asked.folder_format} is a format of folders", "use a GGUF type, as in --quant Q4_K_M")
+        raise UsageError(
+            f"{asked.folder_format} is a format of folders", f"use a GGUF type, as in {option('quant', 'Q4_K_M')}"
+        )
     folded = fold(base, adapters, asked.adapter_weights, **_how(asked))
     files, notes = side_files(base, folded, adapters, None)
     how: dict[str, Any] = {
