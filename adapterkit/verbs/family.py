@@ -15,7 +15,7 @@ from adapterkit.adapters.names import Names
 from adapterkit.adapters.ties import same_bytes
 from adapterkit.bases import open_base
 from adapterkit.checkpoint.checkpoint import Checkpoint
-from adapterkit.errors import TargetError, UsageError
+from adapterkit.errors import TargetError, UsageError, option
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
@@ -136,7 +136,7 @@ def _check_bases(adapters: Sequence[Adapter], named: bool) -> None:
         if not named and _tail(one) != _tail(other):
             raise TargetError(
                 f"{one.ref} was trained on {one.config.base} and {other.ref} on {other.config.base}",
-                "if both are the same model, name it with --base",
+                f"if both are the same model, name it with {option('base')}",
             )
 
 

@@ -15,7 +15,7 @@ from adapterkit.adapters.load import load_adapter
 from adapterkit.bases import open_base, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
-from adapterkit.errors import CheckFailed
+from adapterkit.errors import CheckFailed, option
 from adapterkit.ops.device import check_name, check_there
 from adapterkit.requests.call import takes
 from adapterkit.requests.merge import FOLDER, GGUF, MergePlanRequest, MergeRequest
@@ -315,8 +315,9 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
             raise CheckFailed(
                 f"the values of {planned.base.ref} are {found.format} already, and of this change {found.retention:.1%} "
                 "would survive that grid again",
-                "fold onto the 16-bit original (--base16), write 16 bits (no --quant), keep the adapter beside the base, or "
-                "insist with --yes-lossy",
+                f"fold onto the 16-bit original ({option('base16')}), write 16 bits (no {option('quant')}), keep the adapter "
+                "beside the base, or "
+                f"insist with {option('yes_lossy', True)}",
             )
         return found if found.worst is not None else None
 
@@ -327,8 +328,9 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
         raise CheckFailed(
             f"the values of {planned.base.ref} are {quant} already, and of this change {found.retention:.1%} would "
             "survive that grid again",
-            "fold onto the 16-bit original (--base16, or no --as-trained), write 16 bits or another format, or insist "
-            "with --yes-lossy",
+            f"fold onto the 16-bit original ({option('base16')}, or no {option('as_trained')}), write 16 bits or another "
+            "format, or insist "
+            f"with {option('yes_lossy', True)}",
         )
     return found
 
