@@ -346,12 +346,12 @@ def test_bad_adapters_are_named_and_nothing_is_left_behind(tmp_path: Path) -> No
     cases: list[tuple[list[Path], dict[str, Any], type[AdapterkitError], str]] = [
         ([], {}, UsageError, "no adapter was given"),
         ([good, wide], {}, TargetError, "48 x 16 in .*good and 96 x 32 in .*wide; they belong to different bases"),
-        (named, {}, TargetError, "trained on org/x and .* on org/y; if both are the same model, name it with --base"),
+        (named, {}, TargetError, "trained on org/x and .* on org/y; if both are the same model, name it with base="),
         ([good, nan], {}, AdapterError, "nan: model.layers.2.mlp.up_proj.weight: .* NaN"),
         (heads, {}, TargetError, "each bring their own 'lm_head.weight'"),
-        ([dora], {"rank": 4}, UsageError, r"dora changes model.*\(dora r=4\); add --base BASE"),
-        ([good, dora], {"method": "cat", "base": base}, UsageError, "dora has no low rank at .*; use --method linear"),
-        ([dora], {"base": base}, UsageError, "dora has no low rank .* give --rank R or --energy E"),
+        ([dora], {"rank": 4}, UsageError, r"dora changes model.*\(dora r=4\); add base='BASE'"),
+        ([good, dora], {"method": "cat", "base": base}, UsageError, "dora has no low rank at .*; use method='linear'"),
+        ([dora], {"base": base}, UsageError, "dora has no low rank .* give rank='R' or energy='E'"),
         ([good, prompt], {}, UnsupportedAdapter, "PROMPT_TUNING"),
         ([good, good], {"base": other_base}, TargetError, "trained on another base"),
     ]
