@@ -6,13 +6,20 @@ WORKERS ?= 2
 
 .PHONY: demo test test-slow lint bench docs clean
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# What the demo needs, and then what tests and linters need beside it.
+$(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "torch==$$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	$(PIP) "torch==$$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)"
+	$(PIP) -e '.[demo,gguf]'
 	touch $@
 
-demo: $(VENV)/.installed
+$(VENV)/.installed: $(VENV)/.demo
+	$(PIP) -e '.[test,lint]'
+	touch $@
+
+demo: $(VENV)/.demo
 	rm -rf demo
 	$(BIN)/adapterkit demo demo
 

@@ -16,6 +16,7 @@ import adapterkit
 from adapterkit.adapters.load import load_adapter
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.errors import AdapterkitError, AuthError, CheckpointError, HubError, NotFound, UnsafeError
+from adapterkit.verbs.job import Measured
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -98,7 +99,7 @@ def test_dry_run_downloads_no_weights(hub: Hub, base: Path, adapter: Path) -> No
         step.tensor for step in adapterkit.plan_merge(base, [adapter]).plan.steps
     ]
     assert hub.sent < 600_000
-    assert planned.report("").base_commit == hub.repos["org/base"].refs["main"]
+    assert planned.report(Measured()).base_commit == hub.repos["org/base"].refs["main"]
 
 
 def test_a_conversion_is_planned_from_headers_and_written_from_a_download(hub: Hub, base: Path, tmp_path: Path) -> None:
@@ -346,7 +347,7 @@ def test_token_goes_to_the_hub_alone(
     try:
         with redirect_stdout(said), redirect_stderr(said):
             planned = adapterkit.plan_merge("org/base", ["org/adapter"], headers_only=headers_only)
-            text = planned.plan.to_json() + repr(planned) + repr(planned.report(""))
+            text = planned.plan.to_json() + repr(planned) + repr(planned.report(Measured()))
             hub.fail("/storage/", 500, times=10**6)
             with pytest.raises(HubError) as caught:
                 if headers_only:

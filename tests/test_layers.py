@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("dtypes",),
     ("redaction",),
+    ("places", "rows"),
     ("disk",),
     ("errors", "_version"),
 )
@@ -49,7 +50,7 @@ HEIGHT = {unit: len(LAYERS) - number for number, layer in enumerate(LAYERS) for 
 
 # Some know even less of what lies below them.
 ONLY = {
-    "codecs": {"ops", "dtypes", "errors"},
+    "codecs": {"ops", "dtypes", "rows", "errors"},
     "ops": {"dtypes", "errors"},
 }
 HEAVY = ("torch", "numpy", "transformers", "peft", "safetensors", "numba", "gguf", "scipy", "pandas")

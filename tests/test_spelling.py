@@ -75,7 +75,21 @@ def test_a_flag_in_a_sentence_is_seen() -> None:
 def test_names_in_sentences_are_declared() -> None:
     """Each is a field of a request, or a keyword of a function that has no request."""
     known = {name for request in every() for name in request.options()}
-    others = {"chunk", "conv1d", "copy", "locked", "outside", "private", "replace_card", "signature", "text", "port"}
+    others = {
+        "chunk",
+        "conv1d",
+        "copy",
+        "locked",
+        "outside",
+        "private",
+        "replace_card",
+        "signature",
+        "text",
+        "port",
+        "follow_links",
+        "lora",
+        "normalize",
+    }
     used = {
         node.args[0].value
         for path in ROOT.rglob("*.py")

@@ -9,11 +9,13 @@ import click
 from mkdocs.structure.files import File, Files
 
 CLI = "reference/cli.md"
+OPTIONS = "reference/options.md"
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the page of the command line."""
     files.append(File.generated(config, CLI, content=cli_reference()))
+    files.append(File.generated(config, OPTIONS, content=options_reference()))
     return files
 
 
@@ -37,6 +39,36 @@ def cli_reference() -> str:
         command = app.get_command(context, verb)
         assert command is not None
         parts += _command(command, verb, click.Context(command, info_name=f"adapterkit {verb}"))
+    return "\n".join(parts)
+
+
+def options_reference() -> str:
+    """Every option of the verbs that have a request: its keyword, its flag, its key in a recipe, and what it decides."""
+    from adapterkit.requests import adapters, check, convert, merge, register, verify
+    from adapterkit.requests.option import flag_of
+
+    requests = (merge.MergeRequest, convert.ConvertRequest, adapters.CombineRequest, adapters.ExtractRequest)
+    requests += (adapters.ResizeRequest, verify.VerifyRequest, register.RegisterRequest, check.CheckRequest)
+    about = (
+        "One row per option. *Values* decides the values of the output, *bytes* its layout or dtype alone, *run* neither; an "
+        "*input* is what is read or where it goes. A dash is a door that does not have the option, with the reason."
+    )
+    parts = ["# Options", "", about, ""]
+    for request in requests:
+        parts += [f"## {request.VERB}", "", "| keyword | command line | recipe | decides | |", "|---|---|---|---|---|"]
+        for name, option in request.options().items():
+            elsewhere = option.elsewhere
+            flag = f"- ({elsewhere['cli']})" if "cli" in elsewhere else f"`{option.flag or flag_of(name)}`"
+            place = "argument" if option.role == "input" and not option.flag and not option.short else flag
+            key = (
+                f"`{option.recipe}`"
+                if option.recipe
+                else f"- ({elsewhere['recipe']})"
+                if "recipe" in elsewhere
+                else "-"
+            )
+            parts.append(f"| `{name}` | {place} | {key} | {option.role} | {_plain(option.help)} |")
+        parts.append("")
     return "\n".join(parts)
 
 

@@ -74,7 +74,9 @@ class BoundRule:
     @property
     def needs_factors(self) -> bool:
         """Whether the method combines low-rank deltas only."""
-        return self.row.space != "dense" and self.row.name != "linear"
+        from adapterkit.ops.rules.registry import ANY_DELTAS
+
+        return self.row.space != "dense" and self.row.name not in ANY_DELTAS
 
     def __str__(self) -> str:
         words = [self.method, *([f"in {self.space}"] if self.space else [])]

@@ -114,12 +114,18 @@ ADDED = "added by the adapter"
 def _class(adapters: Sequence[Adapter], config: Mapping[str, Any], added: Sequence[str]) -> Head | None:
     for adapter in adapters:
         name = trained_class(adapter, config)
-        if name is not None and (one := head(name)) is not None and set(added) <= one.own:
+        if name is not None and (one := head(name)) is not None and _holds(one, added):
             return one
     if any(adapter.config.get("auto_mapping") for adapter in adapters) or not added:
         return None
     only = classes_with(added, str(config.get("model_type") or ""))
     return head(only[0]) if len(only) == 1 else None
+
+
+def _holds(one: Head, added: Sequence[str]) -> bool:
+    """Whether a class's own modules hold all of these; buffers (of a batch norm) stand beside their parameters."""
+    modules = {name.partition(".")[0] for name in one.own}
+    return all(name in one.own or name.partition(".")[0] in modules for name in added)
 
 
 def _told_by_task(adapters: Sequence[Adapter], one: Head, was: str | None) -> bool:

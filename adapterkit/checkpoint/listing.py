@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.files import LocalFile, Source
-from adapterkit.errors import CheckpointError, NotFound, UnsafeError
+from adapterkit.errors import CheckpointError, NotFound, UnsafeError, option
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -76,9 +76,23 @@ def _decides(name: str) -> bool:
     return name.endswith((".safetensors", ".gguf", ".index.json")) or name in ("config.json", "adapter_config.json")
 
 
+_follows = False
+
+
+def set_follow_links(asked: bool) -> None:
+    """Whether side files that are links out of their folder are read; weights always are."""
+    global _follows
+    _follows = asked
+
+
 class LocalFolder(Listing):
     """A folder on disk. Links may point into the folder or, for a Hugging Face cache snapshot or a registry's tree, into that
-    cache or among that registry's blobs."""
+    cache or among that registry's blobs.
+
+    Weight files may be links to anywhere, as a DVC or git-annex work tree or a mounted volume has them: they are read as
+    safetensors or not at all. Any other file could be one that was not meant to leave its place, and would travel with
+    the output; links of such files out of the folder are followed when that is asked for (`set_follow_links`).
+    """
 
     def __init__(self, path: Path, ref: str | None = None, commit: str | None = None) -> None:
         self.path, self.ref, self.commit = path, ref or str(path), commit
@@ -116,6 +130,8 @@ class LocalFolder(Listing):
         shown = f"{self.ref.rstrip('/')}/{name}"
         if name not in self._names:
             raise NotFound(f"{shown} does not exist", "download the missing file or correct the path")
-        if not any(path.resolve().is_relative_to(root) for root in self._allowed):
-            raise UnsafeError(f"{shown} is a link out of its folder", "replace the link by the file itself")
+        inside = any(path.resolve().is_relative_to(root) for root in self._allowed)
+        if not inside and not _follows and not name.endswith(".safetensors"):
+            hint = f"replace the link by the file itself, or add {option('follow_links')} if it is meant"
+            raise UnsafeError(f"{shown} is a link out of its folder", hint)
         return LocalFile(path, shown)

@@ -11,6 +11,7 @@ from adapterkit.checkpoint.folder import read_file, read_folder
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.checkpoint.listing import Listing, LocalFolder, read_json
 from adapterkit.errors import NotFound, UnsafeError
+from adapterkit.places import local
 
 _FILES = (".gguf", ".safetensors")  # of a file, never of a repository
 
@@ -28,6 +29,7 @@ def locate(ref: str | Path, *, headers_only: bool = False) -> Listing:
     """
     if not str(ref).strip():
         raise NotFound("a reference is empty", "give a folder, a registry name or a Hub id like org/name")
+    ref = local(ref, "a reference")
     meant = place_of(ref)
     path = Path(meant.place).expanduser()
     if path.is_dir():

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.disk import partial_folder, publish, publish_files, recover, staging
 from adapterkit.errors import OutputError, UsageError, option
+from adapterkit.places import local
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -25,6 +26,7 @@ def check_target(out: Path, inputs: Iterable[Path], nbytes: int, *, force: bool,
         UsageError: it has no name, lies in an input, or an input in it.
         OutputError: it exists already, its folder is not writable, its name is too long, or the disk has no room.
     """
+    local(out, "the output")
     if out.name in ("", ".."):
         raise UsageError(f"the output {str(out)!r} is not a name for a new folder", "name the folder to make")
     recover(out)

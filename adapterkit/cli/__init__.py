@@ -86,6 +86,24 @@ def _set_verify_download(context: click.Context, option: click.Parameter, given:
         context.call_on_close(lambda: set_verify_downloads(None))
 
 
+def _follow_links() -> click.Option:
+    return click.Option(
+        ["--follow-links"],
+        is_flag=True,
+        expose_value=False,
+        callback=_set_follow_links,
+        help="Read configs and tokenizers that are links out of their folder; weights always are.",
+    )
+
+
+def _set_follow_links(context: click.Context, option: click.Parameter, given: bool) -> None:
+    if given:
+        from adapterkit.checkpoint.listing import set_follow_links
+
+        set_follow_links(True)
+        context.call_on_close(lambda: set_follow_links(False))
+
+
 class Verbs(click.Group):
     """A group whose commands are imported when they are used, so that `--help` stays instant."""
 
@@ -99,6 +117,7 @@ class Verbs(click.Group):
         command: click.Command = getattr(importlib.import_module(module), attribute or "command")
         if cmd_name in DOWNLOADS and all(one.name != "no_verify_download" for one in command.params):
             getattr(command, "add_option", command.params.append)(_no_verify_download())
+            getattr(command, "add_option", command.params.append)(_follow_links())
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -25,6 +25,8 @@ def command(request: RegisterRequest, as_json: bool) -> None:
 
     found = register(**{name: getattr(request, name) for name in request.named})
     record = found.record
+    for text in found.warnings:
+        note(f"warning: {text}")
     if as_json:
         left = list(found.skipped)
         show_json(

@@ -52,8 +52,11 @@ def register(request: RegisterRequest) -> Registered:
         if beside is None or beside.base is None:
             raise UsageError(f"nothing says which weights {base_id} has", f"give the base itself with {option('base')}")
         known = _named(beside.base, base_id)
+    if known is None and beside is not None:
+        known = beside.base
+    known, warnings = _by_weights(known, home)
     own = _own_identity(folder, beside, full)
-    return store(
+    stored = store(
         folder,
         name,
         kind=kind,
@@ -67,6 +70,58 @@ def register(request: RegisterRequest) -> Registered:
         evidence=evidence,
         home=home,
     )
+    return replace(stored, warnings=warnings)
+
+
+def _by_weights(base: Identity | None, home: Path | None) -> tuple[Identity | None, tuple[str, ...]]:
+    """A base whose claimed Hub id was held against the registry: weights are believed over names.
+
+    A commit comes from the Hub itself; an id alone is what somebody wrote into a config.
+    """
+    if base is None or not base.id or base.commit or not base.known:
+        return base, ()
+    other = claimed_by(base, home=home)
+    if other is None:
+        return base, ()
+    text = (
+        f"its config names {base.id} as its base, and the base given has other weights than the {base.id} that is "
+        f"registered as {other.ref}: another base, or another revision of it; it is filed under its weights, without the name"
+    )
+    return replace(base, id=""), (text,)
+
+
+def claims(repo: str, *, home: Path | None = None) -> bool:
+    """Whether a base of that Hub id is registered, so that a claim can be held against its weights."""
+    return is_repo(repo) and any(one.identity is not None and one.identity.id == repo for one in _bases(home))
+
+
+def _bases(home: Path | None) -> list[Record]:
+    """The records of registered bases."""
+    from adapterkit.registry import index, store
+    from adapterkit.registry.home import open_home
+
+    at = open_home(home)
+    if not at.root.is_dir():
+        return []
+
+    def ask(found: index.Index) -> list[Record]:
+        rows = found.rows("kind = ?", ("base",), hidden=False)
+        return [store.load_known(found.home, row.name, row.version) for row in rows]
+
+    return index.ask(at, ask)
+
+
+def claimed_by(base: Identity, *, home: Path | None = None) -> Record | None:
+    """A registered base of the same Hub id whose weights are proved to be others; None where nothing contradicts it."""
+    same = [one for one in _bases(home) if one.identity is not None and one.identity.id == base.id]
+    fits = [
+        (one, compare(replace(base, id=""), replace(one.identity, id="", commit="")).fits)
+        for one in same
+        if one.identity
+    ]
+    if any(found is not False for _, found in fits):
+        return None
+    return fits[0][0] if fits else None
 
 
 def _register_base(

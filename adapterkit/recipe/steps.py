@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from adapterkit.adapters.load import file_and_parts
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import AdapterkitError, NotFound, UnsafeError, option
+from adapterkit.places import local
 from adapterkit.recipe.parse import Place, RecipeFile, key_of, nearest, shown
 from adapterkit.recipe.schema import BaseChoice, Combining, OutputTable, Table, VerifyTable, known_options
 from adapterkit.requests.adapters import CombineRequest
@@ -162,6 +163,8 @@ class _Maker:
             self.file.fail(
                 (*place, "path"), f"'{asked.path}' is no path for an output", "name a folder or file to make"
             )
+        with located(self.file, *place, "path"):
+            local(asked.path, shown((*place, "path")))
         to = self._form(asked, place)
         verb = COMBINE if to == ADAPTER else MERGE if to in (FOLDER, GGUF) and asked.from_ is None else CONVERT
         self._check_keys(verb, to, asked, place)

@@ -19,12 +19,14 @@ from adapterkit.registry.record import UNDATED, FileEntry, Operation, Origin, Pa
 
 @dataclass(frozen=True)
 class Registered:
-    """``new`` is False when the same was registered before; ``stored`` counts bytes that were not in the registry."""
+    """``new`` is False when the same was registered before; ``stored`` counts bytes that were not in the registry;
+    ``warnings`` are sentences on what was not taken over as it was claimed."""
 
     record: Record
     new: bool
     stored: int
     skipped: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
 
 def register(

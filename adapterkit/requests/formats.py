@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapterkit.codecs.kinds import NESTED, WRITTEN
 from adapterkit.errors import UsageError
 
 
@@ -30,7 +31,7 @@ class Format:
 
 
 _SHARDS = frozenset({"max_shard_size"})
-_GGUF = frozenset({"pre", "mmproj"})
+_GGUF = frozenset({"pre", "mmproj", "allow_approximate"})
 _TYPES = frozenset(
     {"quant", "imatrix", "pure", "tensor_types", "output_type", "token_embd_type", "leave_output", "yes_lossy"}
 )
@@ -51,7 +52,13 @@ FORMATS = {
             _TYPES | {"dtype"},
         ),
         Format("hf", "hf:plan", "a GGUF model as Hugging Face folder", _SHARDS | {"dtype"}),
-        Format("gguf-lora", "gguf_lora:plan", "an adapter as GGUF LoRA", frozenset({"base"}), adapter=True),
+        Format(
+            "gguf-lora",
+            "gguf_lora:plan",
+            "an adapter as GGUF LoRA",
+            frozenset({"base", "dtype", "quant"}),
+            adapter=True,
+        ),
         Format(
             "peft", "peft:plan", "an adapter as PEFT's", frozenset({"base", "plain", "rank", "energy"}), adapter=True
         ),
@@ -61,13 +68,11 @@ FORMATS = {
             Format(
                 name,
                 f"folder:{name}",
-                "a folder as bitsandbytes quantizes it",
-                _SHARDS | {"double_quant", "skip_modules"},
+                what,
+                _SHARDS | {"skip_modules"} | ({"double_quant"} if name in NESTED else set()),
             )
-            for name in ("nf4", "fp4")
+            for name, what in WRITTEN.items()
         ),
-        Format("int8", "folder:int8", "a folder in LLM.int8 of bitsandbytes", _SHARDS | {"skip_modules"}),
-        Format("fp8", "folder:fp8", "a folder in FP8 blocks as transformers has them", _SHARDS | {"skip_modules"}),
         *(
             Format(
                 name,

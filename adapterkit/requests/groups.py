@@ -346,7 +346,7 @@ class KeepOptions(Request):
     keep_touched: str | None = field(
         default=None,
         metadata=opt(
-            "Of a GGUF output: give what adapters change at least this type.",
+            "Give what adapters change at least this type of a GGUF file, or with --quant keep this dtype of a folder.",
             role=BYTES, group=GGUF_TYPES, metavar="TYPE", recipe="output.keep-touched",
         ),
     )  # fmt: skip
@@ -374,6 +374,14 @@ class GGUFOutput(Request):
         metadata=opt(
             "The pre-tokenizer by llama.cpp's name, where it is not recognised.",
             role=BYTES, group=GGUF_TYPES, metavar="NAME", recipe="output.pre",
+        ),
+    )  # fmt: skip
+    allow_approximate: tuple[str, ...] | str = field(
+        default=(),
+        metadata=opt(
+            "A field of config.json that llama.cpp computes otherwise past a limit (sliding_window: texts longer than the "
+            "window); write it all the same; may be given again.",
+            role=VALUES, group=GGUF_TYPES, many=True, metavar="FIELD", recipe="output.allow-approximate",
         ),
     )  # fmt: skip
     mmproj: Ref | None = field(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from adapterkit.errors import UsageError
+from adapterkit.places import local
 
 # Kinds of values.
 TEXT, WHOLE, NUMBER, FLAG, SWITCH, PATH, REF, PAIRS, PARAMETERS, CALL = (
@@ -122,13 +123,13 @@ def _ref(option: Option, name: str, value: Any) -> Any:
     """Paths, names and open objects (which have a ``ref`` of their own) pass."""
     if not isinstance(value, (str, Path)) and not hasattr(value, "ref"):
         raise _wrong(option, name, value)
-    return value
+    return local(value, name) if isinstance(value, (str, Path)) else value
 
 
 def _path(option: Option, name: str, value: Any) -> Any:
     if not isinstance(value, (str, Path)):
         raise _wrong(option, name, value)
-    return Path(value)
+    return Path(local(value, name))
 
 
 def _whole(option: Option, name: str, value: Any) -> Any:

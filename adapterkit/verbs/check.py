@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.half_saved import half_saved_note
-from adapterkit.adapters.load import load_adapter
-from adapterkit.bases import open_model
+from adapterkit.bases import open_adapter, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import AdapterkitError, AuthError, CheckFailed, HubError, UnsafeError
@@ -103,7 +102,7 @@ def check(request: CheckRequest) -> CheckReport:
     matches: list[BaseMatch] = []
     for adapter in loaded:
         compared = compare_bases(adapter, opened, full=request.full)
-        named = _named_base(adapter, opened)
+        named = _named_base(adapter, opened) + _claimed(adapter, opened)
         # Weights are believed over names: a base that is proved to be the same may be called anything.
         same = compared is not None and compared.fits
         findings += [one for one in named if not (same and one.code == OTHER_BASE)]
@@ -127,7 +126,7 @@ def check(request: CheckRequest) -> CheckReport:
 
 
 def _loaded(adapter: Any) -> Adapter:
-    return adapter if isinstance(adapter, Adapter) else load_adapter(adapter, headers_only=True)
+    return adapter if isinstance(adapter, Adapter) else open_adapter(adapter, headers_only=True)
 
 
 def _merged(
@@ -204,6 +203,27 @@ def _named_base(adapter: Adapter, base: Checkpoint) -> list[Diagnostic]:
         message = f"it was trained on revision {adapter.config.revision}, and the base given is {base.commit}"
         found.append(Diagnostic(WARNING, "other-revision", adapter.ref, message))
     return found
+
+
+def _claimed(adapter: Adapter, base: Checkpoint) -> list[Diagnostic]:
+    """Whether the registry knows the base that the adapter's config names, and it has other weights than the one given."""
+    from adapterkit.registry.home import open_home
+
+    said = adapter.config.base or ""
+    if base.commit or not said or not open_home(None).root.is_dir():
+        return []
+    from adapterkit.provenance.register import claimed_by, claims
+    from adapterkit.registry.weights import cheap, identity_of
+
+    if not claims(said):
+        return []
+    other = claimed_by(replace(identity_of(base, cheap(base)), id=said))
+    if other is None:
+        return []
+    message = (
+        f"it was trained on {said}, and {base.ref} has other weights than the {said} that is registered as {other.ref}"
+    )
+    return [Diagnostic(WARNING, OTHER_BASE, adapter.ref, message, "shapes alone do not tell siblings apart")]
 
 
 def _same_name(said: str, ref: str) -> bool:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.half_saved import half_saved_note
-from adapterkit.adapters.load import load_adapter
-from adapterkit.bases import open_base, open_model
+from adapterkit.bases import open_adapter, open_base, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
 from adapterkit.errors import CheckFailed, option
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.fold import Folded
     from adapterkit.checkpoint.files import Source
 
+COARSE_BITS = 5  # formats of so many bits and fewer lose a change to values that lie on such a grid already
 SAMPLED = 8  # tensors that are measured before a base's own grid is written again
 
 
@@ -76,7 +76,12 @@ class Merge:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (*self.base.notes, *self.folded.notes, *self.output.notes)
+        of_base = self.base.notes
+        if self.output.own:
+            from adapterkit.checkpoint.decoded import DECODED
+
+            of_base = tuple(text for text in of_base if not text.startswith(DECODED))  # they stay as they are stored
+        return (*of_base, *self.folded.notes, *self.output.notes)
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -169,7 +174,7 @@ def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: b
     )
     form = request.form or (GGUF if opened.format == "gguf" else FOLDER)
     asked = replace(request, to=form)
-    given = (a if isinstance(a, Adapter) else load_adapter(a, headers_only=headers_only) for a in asked.given_adapters)
+    given = (a if isinstance(a, Adapter) else open_adapter(a, headers_only=headers_only) for a in asked.given_adapters)
     loaded = tuple(asked.narrowed(asked.told(adapter)) for adapter in given)
     inputs = None
     if fingerprints:
@@ -235,8 +240,9 @@ class Loss:
         from adapterkit.adapters.fidelity import Watch, own_format
 
         made = self.merge.output
-        if made.encodings:
-            return Watch(self.merge.folded, own_format(made.encodings), lambda name, shape: None, made.encodings)
+        if made.own:
+            words = own_format(made.encodings) if made.encodings else None
+            return Watch(self.merge.folded, words, lambda name, shape: None, made.encodings)
         kind = self.merge.request.folder_format or _grid_name(self.merge)
         return Watch(self.merge.folded, kind, made.through)
 
@@ -307,30 +313,37 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
     quant = planned.request.folder_format
     if quant is None:
         return None
-    from adapterkit.adapters.fidelity import ENOUGH, already_on_grid, left_in_own_format, left_on_grid
+    from adapterkit.adapters.fidelity import (
+        ENOUGH,
+        already_on_grid,
+        coarse_tensors,
+        left_in_own_format,
+        left_on_grid,
+    )
+    from adapterkit.codecs.table import find_kind
 
-    if planned.output.encodings:
+    if planned.output.own:
         found = left_in_own_format(planned.folded, planned.output.encodings, tensors=SAMPLED)
-        if found.worst is not None and found.retention < ENOUGH and not yes_lossy:
+        if found.worst is not None and found.retention < ENOUGH and not (yes_lossy or planned.output.aware):
             raise CheckFailed(
                 f"the values of {planned.base.ref} are {found.format} already, and of this change {found.retention:.1%} "
                 "would survive that grid again",
-                f"fold onto the 16-bit original ({option('base16')}), write 16 bits (no {option('quant')}), keep the adapter "
-                "beside the base, or "
-                f"insist with {option('yes_lossy', True)}",
+                f"keep what changed wider ({option('quant', 'keep')} {option('keep_touched', 'bf16')}), fold onto the 16-bit "
+                f"original ({option('base16')}), write 16 bits (no {option('quant')}), keep the adapter beside the base, "
+                f"or insist with {option('yes_lossy', True)}",
             )
         return found if found.worst is not None else None
 
-    if not already_on_grid(planned.folded, quant):
+    same = bool(already_on_grid(planned.folded, quant))
+    if not same and (find_kind(quant).bits > COARSE_BITS or not coarse_tensors(planned.folded)):
         return None
     found = left_on_grid(planned.folded, quant, tensors=SAMPLED)
     if found.retention < ENOUGH and not yes_lossy:
         raise CheckFailed(
-            f"the values of {planned.base.ref} are {quant} already, and of this change {found.retention:.1%} would "
-            "survive that grid again",
+            f"the values of {planned.base.ref} are {quant if same else 'on a coarse grid'} already, and of this change "
+            f"{found.retention:.1%} would survive {'that grid again' if same else f'that of {quant}'}",
             f"fold onto the 16-bit original ({option('base16')}, or no {option('as_trained')}), write 16 bits or another "
-            "format, or insist "
-            f"with {option('yes_lossy', True)}",
+            f"format, or insist with {option('yes_lossy', True)}",
         )
     return found
 

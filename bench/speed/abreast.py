@@ -24,7 +24,8 @@ CHILD = """
 import json, os, sys, time
 from pathlib import Path
 import torch  # imports do not count
-from adapterkit.verbs.merge import Wanted, merge, plan_merge, write_merges
+from adapterkit.verbs.job import run
+from adapterkit.verbs.merge import merge, plan_merge
 def io():
     lines = dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())
     return int(lines["read_bytes"])
@@ -44,12 +45,12 @@ if how == "one after another":
 elif how == "abreast":
     cold()
     start = time.monotonic()
-    wanted = []
+    jobs = []
     for name, options in outputs.items():
         out = Path(f"out/{name}")
         planned = plan_merge("base", ["adapter"], out=out, headers_only=False, **options)
-        wanted.append(Wanted(planned, "base", out))
-    write_merges(wanted)
+        jobs.append(planned.job())
+    run(jobs)
     seconds = time.monotonic() - start
 else:
     from adapterkit import build

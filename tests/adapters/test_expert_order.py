@@ -152,7 +152,7 @@ def test_an_adapter_of_unsloth_that_does_not_say_is_told_of(
 
 def test_orders_that_are_not_known(trained: tuple[Path, Path, dict[str, torch.Tensor]]) -> None:
     base, adapter, _ = trained
-    with pytest.raises(UsageError, match="not a value of expert_order"):
+    with pytest.raises(UsageError, match="is not a value of expert_order"):
         adapterkit.plan_merge(base, [adapter], expert_order="sideways")
     edit_config(adapter, lora_B_layout="sideways")
     with pytest.raises(AdapterError, match="'lora_B_layout' is 'sideways'"):

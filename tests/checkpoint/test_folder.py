@@ -11,6 +11,7 @@ import torch
 from models import INDEX, plain_base, random_tensors, read_tensors, write_checkpoint
 
 from adapterkit.checkpoint.hub_ref import parse_hub
+from adapterkit.checkpoint.listing import set_follow_links
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.errors import AdapterkitError, CheckpointError, NotFound, UnsafeError
 
@@ -121,14 +122,6 @@ def test_tensor_in_two_shards(sharded: Path) -> None:
 # ------------------------------------------------------------------ links
 
 
-def test_shard_that_is_a_link_out_of_the_folder(sharded: Path) -> None:
-    outside = sharded.parent / "elsewhere.safetensors"
-    (sharded / SECOND).rename(outside)
-    (sharded / SECOND).symlink_to(outside)
-    with pytest.raises(UnsafeError, match=f"{SECOND} is a link out of its folder"):
-        open_checkpoint(sharded)
-
-
 def test_side_file_that_is_a_link_out_of_the_folder(sharded: Path) -> None:
     """What would travel with the merge must not be a secret from elsewhere."""
     (sharded / "tokenizer.json").symlink_to("/etc/hostname")
@@ -140,6 +133,36 @@ def test_link_inside_the_folder(sharded: Path) -> None:
     (sharded / SECOND).rename(sharded / "stored.bin")
     (sharded / SECOND).symlink_to("stored.bin")
     assert set(open_checkpoint(sharded)) == set(read_tensors(sharded))
+
+
+def test_weights_that_are_links_are_read(sharded: Path, tmp_path: Path) -> None:
+    """As in a DVC or git-annex work tree, or on a mounted volume."""
+    (tmp_path / "cache").mkdir()
+    (sharded / SECOND).rename(tmp_path / "cache" / "9f86d081")
+    (sharded / SECOND).symlink_to(tmp_path / "cache" / "9f86d081")
+    assert set(open_checkpoint(sharded)) == set(read_tensors(sharded))
+
+
+def test_side_files_that_are_links_are_followed_when_asked(sharded: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside.json").write_text('{"a": 1}')
+    (sharded / "tokenizer.json").symlink_to(tmp_path / "outside.json")
+    with pytest.raises(UnsafeError, match="out of its folder") as caught:
+        open_checkpoint(sharded)
+    assert "--follow-links" in (caught.value.hint or "")
+    set_follow_links(True)
+    try:
+        files = {file.name: file.bytes() for file in open_checkpoint(sharded).side_files}
+    finally:
+        set_follow_links(False)
+    assert files["tokenizer.json"] == b'{"a": 1}'
+
+
+def test_a_link_that_is_called_weights_must_be_weights(sharded: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("root:x:0:0")
+    (sharded / SECOND).unlink()
+    (sharded / SECOND).symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError):
+        open_checkpoint(sharded)
 
 
 def test_folder_that_is_itself_a_link(sharded: Path, tmp_path: Path) -> None:

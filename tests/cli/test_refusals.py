@@ -59,10 +59,9 @@ def rewrite(adapter: Path, change: Callable[[str, torch.Tensor], tuple[str, torc
 
 
 def symlink(base: Path) -> None:
-    name = shard(base).name
-    outside = base.parent / "outside.safetensors"
-    shard(base).rename(outside)
-    (base / name).symlink_to(outside)
+    outside = base.parent / "outside.json"
+    (base / "config.json").rename(outside)
+    (base / "config.json").symlink_to(outside)
 
 
 def other_base(base: Path, adapter: Path) -> None:

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapterkit import execute, merge, plan_merge
 from adapterkit.adapters.as_trained import as_trained
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.codecs.grid import Grid
 from adapterkit.dtypes import F16
 from adapterkit.errors import TargetError, UsageError
-from adapterkit.verbs.merge import execute, merge, plan_merge
 
 
 def model(kind: str):
@@ -182,7 +182,7 @@ def test_contradictions(bnb, tmp_path: Path) -> None:
     model("llama").to(torch.bfloat16).save_pretrained(tmp_path / "llama")
     tuned = adapter(tmp_path / "adapter")
     for options, message in (
-        ({"double_quant": True}, "not to what"),
+        ({"double_quant": True}, "means nothing here; add --as-trained"),
         ({"as_trained": "q4"}, "no grid"),
         ({"as_trained": "int8", "double_quant": True}, "no double quantization"),
         ({"as_trained": "nf4", "quant_dtype": "f8"}, "no dtype"),

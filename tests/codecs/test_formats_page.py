@@ -5,9 +5,8 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
-from adapterkit.verbs.conversions.formats import FORMATS
-
 from adapterkit.codecs.table import CODECS
+from adapterkit.requests.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parents[2]
 

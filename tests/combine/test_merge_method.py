@@ -48,7 +48,13 @@ def ties(deltas: list[torch.Tensor], density: float) -> torch.Tensor:
 def test_ties_is_not_truncated(base: Path, adapters: list[Path], tmp_path: Path) -> None:
     weights = [1.0, 0.5, -2.0]
     report = merge(
-        base, adapters, tmp_path / "out", weights=weights, method="ties", scale=0.7, parameters={"density": 0.3}
+        base,
+        adapters,
+        tmp_path / "out",
+        weights=weights,
+        method="ties",
+        scale=0.7,
+        parameters={"density": 0.3, "normalize": "count"},
     )
     before, after = read_tensors(base), read_tensors(tmp_path / "out")
     for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.2.mlp.up_proj.weight"):
@@ -56,7 +62,7 @@ def test_ties_is_not_truncated(base: Path, adapters: list[Path], tmp_path: Path)
         got = after[name].double() - before[name].double()
         assert (got - wanted).norm() / wanted.norm() < 1e-6
         assert torch.linalg.matrix_rank(wanted) > 12
-    assert report.method == "ties density=0.3 lambda=0.7"
+    assert report.method == "ties density=0.3 normalize=count lambda=0.7"
 
 
 @pytest.mark.parametrize("method", ["cat", "core", "tsv", "iso-c", "lego", "model-stock", "svd", "knots"])

@@ -79,7 +79,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no embedding": (dropped("model.embed_tokens.weight"), "the tensor that becomes 'token_embd.weight' is missing"),
     "no number of heads": (config(num_attention_heads=None), "does not say 'num_attention_heads'"),
     "no number of layers": (config(num_hidden_layers=None), "does not say 'n_layers' or 'num_hidden_layers'"),
-    "heads of another model": (config(num_attention_heads=7, head_dim=None), "not a multiple of 14 half heads"),
+    "heads of another model": (config(num_attention_heads=7, head_dim=None), "not a multiple of 7 heads"),
     "no number": (config(num_attention_heads="four"), "is not a number"),
     "twice": (added("language_model.model.norm.weight", 64), "two spellings of one tensor"),
     "yarn without numbers": (

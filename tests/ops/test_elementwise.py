@@ -28,9 +28,9 @@ def parts() -> list[Factors]:
     return adapters(23, 31, 4, 6, 3, seed=1)
 
 
-def weighted() -> list[torch.Tensor]:
+def weighted(weights: list[float] = WEIGHTS) -> list[torch.Tensor]:
     """What the rules see: float32 rows of the weighted deltas, in float64."""
-    return [materialize(p.scaled(w)).double() for p, w in zip(parts(), WEIGHTS, strict=True)]
+    return [materialize(p.scaled(w)).double() for p, w in zip(parts(), weights, strict=True)]
 
 
 def close(found: DeltaRows, expected: torch.Tensor) -> bool:
@@ -40,8 +40,10 @@ def close(found: DeltaRows, expected: torch.Tensor) -> bool:
 @pytest.mark.parametrize("majority", ["total", "frequency"])
 @pytest.mark.parametrize("density", [0.05, 0.2, 0.5, 1.0])
 def test_ties(density: float, majority: str) -> None:
-    found = combine(parts(), "ties", weights=WEIGHTS, density=density, majority=majority)
+    given = {"density": density, "majority": majority}
+    found = combine(parts(), "ties", weights=WEIGHTS, normalize="count", **given)
     assert close(found, formulas.ties(weighted(), density, majority))
+    assert close(combine(parts(), "ties", **given), formulas.ties(weighted([1.0] * len(parts())), density, majority))
 
 
 @pytest.mark.parametrize("density", [0.1, 0.5, 1.0])

@@ -280,9 +280,9 @@ def test_another_encoding_of_the_same_values_is_as_good(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"adapters": []}, "no adapter was given"),
-        ({"level": "deep"}, "is no level"),
-        ({"max_kl": 0.1}, "--max-kl needs the models to answer"),
-        ({"wieghts": [1.0]}, "a merge has no option 'wieghts'"),
+        ({"level": "deep"}, "is not a value of level"),
+        ({"max_kl": 0.1, "level": "tensors"}, "--max-kl needs the models to answer"),
+        ({"wieghts": [1.0]}, "no option 'wieghts'; did you mean 'weights'"),
         ({"weights": [1.0, 2.0]}, "2 weights for 1 adapters"),
     ],
 )

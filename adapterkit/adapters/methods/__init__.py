@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 
 from adapterkit.adapters.method import Method
 from adapterkit.adapters.methods.unmergeable import REASONS as UNMERGEABLE
+from adapterkit.rows import brought
 
 # file: the methods that it registers
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -32,18 +34,26 @@ class _Methods(Mapping[str, Method]):
         self._family = {kind: family for family, kinds in FAMILIES.items() for kind in kinds}
 
     def __getitem__(self, kind: str) -> Method:
+        if kind not in self._family:
+            return self._others[kind]
         module = importlib.import_module(f"adapterkit.adapters.methods.{self._family[kind]}")
         found: Method = next(method for method in module.METHODS if method.peft_type == kind)
         return found
 
+    @cached_property
+    def _others(self) -> dict[str, Method]:
+        """Methods of files that no family above names; they are looked for when a kind is not known otherwise."""
+        files = brought(__name__, __path__, "METHODS", FAMILIES)
+        return {method.peft_type: method for methods in files for method in methods}
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._family)
+        return iter({**self._family, **self._others})
 
     def __len__(self) -> int:
-        return len(self._family)
+        return len(self._family) + len(self._others)
 
     def __contains__(self, kind: object) -> bool:
-        return kind in self._family
+        return kind in self._family or kind in self._others
 
 
 METHODS: Mapping[str, Method] = _Methods()

@@ -9,7 +9,7 @@ from adapterkit.errors import UsageError
 from adapterkit.ops.extract import low_rank
 from adapterkit.ops.lowrank import Factors
 from adapterkit.ops.rows import DeltaRows, common_shape, scaled
-from adapterkit.ops.rules.registry import RULES, CombinationRule, find
+from adapterkit.ops.rules.registry import ANY_DELTAS, RULES, CombinationRule, find
 from adapterkit.ops.threads import one_thread
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def combine(
     """
     chosen, parameters = _chosen(method, space, parameters)
     common_shape(parts)
-    weighted = _weighted(parts, weights)
-    if chosen.space != "dense" and chosen.name != "linear":
+    weighted, kept = _weighted(parts, weights)
+    if chosen.space != "dense" and chosen.name not in ANY_DELTAS:
         for part in weighted:
             if not isinstance(part, Factors):
                 raise UsageError(
@@ -66,6 +66,8 @@ def combine(
     bound: dict[str, Any] = dict(chosen.bind(parameters))
     if chosen.keyed:
         bound["key"] = key
+    if chosen.weighted or (chosen.nested and RULES[bound["rule"]].weighted):
+        bound["weights"] = kept
     with one_thread():
         result = scaled(chosen.function(weighted, **bound), _finite(scale, "scale"))
     if rank is None and energy is None:
@@ -86,15 +88,16 @@ def _chosen(method: str, space: str | None, parameters: dict[str, Any]) -> tuple
     return outer, {**parameters, "rule": chosen.name}
 
 
-def _weighted(parts: Sequence[DeltaRows], weights: Sequence[float] | None) -> list[DeltaRows]:
+def _weighted(parts: Sequence[DeltaRows], weights: Sequence[float] | None) -> tuple[list[DeltaRows], tuple[float, ...]]:
+    """The deltas times their weights, and the weights, without those that are 0."""
     if weights is None:
-        return list(parts)
+        return list(parts), (1.0,) * len(parts)
     if len(weights) != len(parts):
         raise UsageError(f"{len(weights)} weights were given for {len(parts)} adapters", "give one weight per adapter")
-    kept = [scaled(part, _finite(w, "weight")) for part, w in zip(parts, weights, strict=True) if w != 0]
+    kept = [(part, _finite(w, "weight")) for part, w in zip(parts, weights, strict=True) if w != 0]
     if not kept:
         raise UsageError("every weight is 0, so nothing is left to combine", "give at least one adapter a weight")
-    return kept
+    return [scaled(part, w) for part, w in kept], tuple(w for _, w in kept)
 
 
 def _finite(value: float, name: str) -> float:

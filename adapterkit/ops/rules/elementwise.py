@@ -10,10 +10,10 @@ from __future__ import annotations
 from math import fsum
 from typing import TYPE_CHECKING, Annotated
 
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, option
 from adapterkit.ops.counter import stream, uniform
 from adapterkit.ops.rows import ComputedRows, DeltaRows, add, blocks, common_shape
-from adapterkit.ops.rules.parameters import Density, Election, Seed
+from adapterkit.ops.rules.parameters import Density, Election, Normalize, Own, Seed
 from adapterkit.ops.rules.registry import Range, rule
 from adapterkit.ops.select import kth_magnitudes, row_energies
 
@@ -26,15 +26,37 @@ else:
 
 
 @rule(paper="2306.01708", space="dense")
-def ties(deltas: Sequence[DeltaRows], *, density: Density = 0.2, majority: Election = "total") -> DeltaRows:
+def ties(
+    deltas: Sequence[DeltaRows],
+    *,
+    density: Density = 0.2,
+    majority: Election = "total",
+    normalize: Normalize = "weights",
+    own_signs: Own = False,
+    weights: Sequence[float] = (),
+) -> DeltaRows:
     """Keep the largest entries of each delta, elect a sign per entry, average those that agree (TIES).
 
     Yadav et al., algorithm 1: trim to the top ``density`` by magnitude; gamma = sgn(sum_t tau_t);
     mean of the tau_t whose sign is gamma. An entry whose sum is exactly 0 has no elected sign and becomes 0. By
-    ``frequency`` the sign that more adapters have wins, as in PEFT, and where they draw, that of the sum.
+    ``frequency`` the sign that more adapters have wins, as in PEFT, and where they draw, that of the sum. The paper has no
+    weights; with some, tau_t = w_t delta_t, and the mean divides by the weights that agree (mergekit's ``normalize: true``;
+    a negative weight counts as its size), by their number, or not at all. ``ties-peft`` is what PEFT computes.
     """
     cuts = [_cut(delta, density) for delta in deltas]
-    return _streamed(deltas, lambda rows, _: disjoint_mean(_trimmed(rows, cuts), majority))
+    fuse = _Election(weights, majority, normalize, own_signs)
+    return _streamed(deltas, lambda rows, _: fuse(_trimmed(rows, cuts)))
+
+
+@rule(paper="2306.01708", space="dense")
+def ties_peft(
+    deltas: Sequence[DeltaRows], *, density: Density = 0.2, majority: Election = "total", weights: Sequence[float] = ()
+) -> DeltaRows:
+    """TIES as PEFT's add_weighted_adapter has it: signs by the deltas before their weights, mean by number."""
+    found: DeltaRows = ties(
+        deltas, density=density, majority=majority, normalize="count", own_signs=True, weights=weights
+    )
+    return found
 
 
 @rule(paper="2311.03099", space="dense")
@@ -54,12 +76,19 @@ def dare_ties(
     *,
     density: Density = 0.5,
     majority: Election = "total",
+    normalize: Normalize = "count",
+    own_signs: Own = False,
     seed: Seed = 0,
     key: str = "",
+    weights: Sequence[float] = (),
 ) -> DeltaRows:
-    """DARE's random drop in place of TIES's trim, then elected signs and the mean of those that agree."""
+    """DARE's random drop in place of TIES's trim, then elected signs and the mean of those that agree.
+
+    The mean divides by the number of those that agree; mergekit's own default is ``normalize: none``.
+    """
     masked = _dropper(deltas, density, seed, key)
-    return _streamed(deltas, lambda rows, start: disjoint_mean(masked(rows, start), majority))
+    fuse = _Election(weights, majority, normalize, own_signs)
+    return _streamed(deltas, lambda rows, start: fuse(masked(rows, start)))
 
 
 @rule(paper="", space="dense")
@@ -76,8 +105,10 @@ def della(
     density: Density = 0.5,
     epsilon: Annotated[float, Range(0, 0.5), "half-width of the range of keep probabilities around density"] = 0.1,
     elect: Annotated[bool, "elect signs and average as TIES does, instead of the sum"] = True,
+    normalize: Normalize = "count",
     seed: Seed = 0,
     key: str = "",
+    weights: Sequence[float] = (),
 ) -> DeltaRows:
     """Drop at random, small entries of a row more often than large ones, rescale, elect, average (DELLA).
 
@@ -103,8 +134,13 @@ def della(
             out.append(torch.where(drawn < keep, x.double() / keep, 0.0))
         return out
 
-    fuse: Callable[[list[torch.Tensor]], torch.Tensor] = disjoint_mean if elect else add
+    fuse: Callable[[list[torch.Tensor]], torch.Tensor] = (
+        _Election(weights, "total", normalize, own_signs=False) if elect else add
+    )
     return _streamed(deltas, lambda rows, start: fuse(masked(rows, start)))
+
+
+Gamma = Annotated[float, Range(0, 1), "share of entries dropped as outliers, the largest ones"]
 
 
 @rule(paper="2312.06795", space="dense")
@@ -112,27 +148,35 @@ def breadcrumbs(
     deltas: Sequence[DeltaRows],
     *,
     density: Density = 0.85,
-    gamma: Annotated[float, Range(0, 1), "share of entries dropped as outliers, the largest ones"] = 0.01,
+    gamma: Gamma = 0.01,
+    normalize: Normalize = "none",
+    weights: Sequence[float] = (),
 ) -> DeltaRows:
     """Drop the largest outliers and the smallest entries of each delta, sum the rest (Model Breadcrumbs).
 
     Davari and Belilovsky: the mask of a layer is 0 beyond the top ``gamma`` and below the part that
     leaves ``density`` of the entries; then the sum. ``gamma=0`` keeps the outliers.
     """
-    if density + gamma > 1:
-        raise UsageError(
-            f"density {density:g} and gamma {gamma:g} add up to more than 1", "keep at most what gamma leaves"
-        )
-    bands = [_band(delta, density, gamma) for delta in deltas]
+    banded = _banded(deltas, density, gamma)
+    divisor = total_of(weights, normalize)
+    return _streamed(deltas, lambda rows, _: add(banded(rows)) / divisor)
 
-    def block(rows: list[torch.Tensor], _: int) -> torch.Tensor:
-        kept = []
-        for x, (low, high) in zip(rows, bands, strict=True):
-            size = x.abs()
-            kept.append(torch.where((size >= low) & (size <= high), x, 0.0))
-        return add(kept)
 
-    return _streamed(deltas, block)
+@rule(paper="2312.06795", space="dense")
+def breadcrumbs_ties(
+    deltas: Sequence[DeltaRows],
+    *,
+    density: Density = 0.85,
+    gamma: Gamma = 0.01,
+    majority: Election = "total",
+    normalize: Normalize = "none",
+    own_signs: Own = False,
+    weights: Sequence[float] = (),
+) -> DeltaRows:
+    """The entries that Model Breadcrumbs keeps, then elected signs as in TIES."""
+    banded = _banded(deltas, density, gamma)
+    fuse = _Election(weights, majority, normalize, own_signs)
+    return _streamed(deltas, lambda rows, _: fuse(banded(rows)))
 
 
 @rule(paper="2408.07990", space="dense")
@@ -173,15 +217,62 @@ def sce(
     return _streamed(deltas, block)
 
 
-def disjoint_mean(tensors: Sequence[torch.Tensor], majority: str = "total") -> torch.Tensor:
-    """The mean, entry by entry, of the tensors that have the elected sign there (TIES, algorithm 1, steps 2 and 3)."""
-    sign = add(tensors).sign()
-    if majority == "frequency":
-        votes = add([x.sign() for x in tensors]).sign()
-        sign = torch.where(votes == 0, sign, votes)
-    agree = [(x.sign() == sign) & (x != 0) for x in tensors]
-    count = add([mask.to(torch.float32) for mask in agree])
-    return add([torch.where(mask, x, 0.0) for x, mask in zip(tensors, agree, strict=True)]) / count.clamp(min=1)
+class _Election:
+    """Steps 2 and 3 of TIES, algorithm 1: elect a sign per entry, then bring those that agree together.
+
+    Args:
+        weights: what each delta was multiplied by.
+        majority, normalize, own_signs: see `ties`.
+    """
+
+    def __init__(self, weights: Sequence[float], majority: str, normalize: str, own_signs: bool) -> None:
+        self._weights, self._majority, self._normalize, self._own = weights, majority, normalize, own_signs
+
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        voters = [x / w for x, w in zip(tensors, self._weights, strict=True)] if self._own else tensors
+        sign = add(voters).sign()
+        if self._majority == "frequency":
+            votes = add([x.sign() for x in voters]).sign()
+            sign = torch.where(votes == 0, sign, votes)
+        agree = [(x.sign() == sign) & (x != 0) for x in voters]
+        found = add([torch.where(mask, x, 0.0) for x, mask in zip(tensors, agree, strict=True)])
+        if self._normalize == "none":
+            return found
+        sizes = [abs(w) if self._normalize == "weights" else 1.0 for w in self._weights]
+        shares = add([mask.double() * size for mask, size in zip(agree, sizes, strict=True)])
+        return torch.where(shares > 0, found / shares, 0.0)
+
+
+def total_of(weights: Sequence[float], normalize: str) -> float:
+    """What a whole sum is divided by: the weights, the number of adapters, or 1.
+
+    Raises:
+        UsageError: the weights add up to 0.
+    """
+    found = {"weights": fsum(weights), "count": float(len(weights)), "none": 1.0}[normalize]
+    if found == 0:
+        raise UsageError("the weights add up to 0, by which nothing can be divided", f"leave out {option('normalize')}")
+    return found
+
+
+def _banded(
+    deltas: Sequence[DeltaRows], density: float, gamma: float
+) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
+    """Breadcrumbs' mask: neither the largest nor the smallest entries of each delta."""
+    if density + gamma > 1:
+        raise UsageError(
+            f"density {density:g} and gamma {gamma:g} add up to more than 1", "keep at most what gamma leaves"
+        )
+    bands = [_band(delta, density, gamma) for delta in deltas]
+
+    def banded(rows: list[torch.Tensor]) -> list[torch.Tensor]:
+        kept = []
+        for x, (low, high) in zip(rows, bands, strict=True):
+            size = x.abs()
+            kept.append(torch.where((size >= low) & (size <= high), x, 0.0))
+        return kept
+
+    return banded
 
 
 def _streamed(deltas: Sequence[DeltaRows], rule: Callable[[list[torch.Tensor], int], torch.Tensor]) -> DeltaRows:

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from adapterkit.ops.lowrank import Factors, core_of, stack, truncate
 from adapterkit.ops.measure import cosine
-from adapterkit.ops.rows import DeltaRows, add, total
-from adapterkit.ops.rules.parameters import Rank
+from adapterkit.ops.rows import DeltaRows, add, blocks, common_shape, scaled, total
+from adapterkit.ops.rules.elementwise import total_of
+from adapterkit.ops.rules.parameters import Normalize, Rank
 from adapterkit.ops.rules.registry import rule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
+
 
 @rule(paper="2212.04089", space="core", inner=True)
-def linear(parts: Sequence[DeltaRows]) -> DeltaRows:
+def linear(parts: Sequence[DeltaRows], *, normalize: Normalize = "none", weights: Sequence[float] = ()) -> DeltaRows:
     """The exact weighted sum of the deltas, at the smallest rank that holds it (task arithmetic).
 
     Task arithmetic (Ilharco et al.): tau_new = sum_t tau_t, here with tau_t = w_t delta_t. Deltas that
-    are not low-rank are summed row by row.
+    are not low-rank are summed row by row. ``normalize`` divides the sum by the weights, or by the number of adapters.
     """
+    divisor = total_of(weights, normalize)
+    if divisor != 1:
+        parts = [scaled(part, 1 / divisor) for part in parts]
     factors = [part for part in parts if isinstance(part, Factors)]
     if len(factors) < len(parts):
         return total(parts)
@@ -43,15 +49,36 @@ def svd(parts: Sequence[Factors], *, rank: Rank = None) -> Factors:
 
 
 @rule(paper="2403.19522", space="factors")
-def model_stock(parts: Sequence[Factors]) -> Factors:
+def model_stock(
+    parts: Sequence[Factors],
+    *,
+    filter_wise: Annotated[bool, "an angle and a ratio for each row, as the paper has it for filters"] = False,
+) -> Factors:
     """The mean of the deltas, shrunk towards the base the more they disagree (Model Stock).
 
     Jang et al.: W = t mean(W_t) + (1 - t) W_0 with t = N c / (1 + (N - 1) c) and c the
     cosine between deltas, here the mean over pairs. Deltas that point apart (c < 0) are outside the geometry of the
     paper; c is taken as 0 then. LoRA deltas are often near orthogonal, and t near 0 with them.
     """
-    share = stock_ratio(parts) / len(parts)
-    return stack(parts, [share] * len(parts))
+    if not filter_wise or len(parts) == 1:
+        share = stock_ratio(parts) / len(parts)
+        return stack(parts, [share] * len(parts))
+    shares = _row_ratios(parts) / len(parts)
+    return stack([Factors((part.b.double() * shares[:, None]).float(), part.a) for part in parts])
+
+
+def _row_ratios(parts: Sequence[Factors]) -> torch.Tensor:
+    """Model Stock's t of every row, in float64."""
+    import torch
+
+    n = len(parts)
+    found = []
+    for start, stop in blocks(common_shape(parts)):
+        units = [torch.nn.functional.normalize(part.rows(start, stop).double(), dim=1) for part in parts]
+        pairs = [(units[i] * units[j]).sum(1) for i in range(n) for j in range(i)]
+        c = (add(pairs) / len(pairs)).clamp(min=0.0)
+        found.append(n * c / (1 + (n - 1) * c))
+    return torch.cat(found)
 
 
 def stock_ratio(parts: Sequence[Factors]) -> float:

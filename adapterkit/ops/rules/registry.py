@@ -92,7 +92,8 @@ class CombinationRule:
 
     ``space`` is where the rule works: on the factors, on the small core matrices, or on the entries of the deltas.
     ``nested`` methods align adapters and leave the combination itself to an inner rule, whose parameters they take
-    too; ``inner`` methods can be that rule.
+    too; ``inner`` methods can be that rule. ``keyed`` rules are told the tensor's name, and ``weighted`` ones the weights that
+    the deltas were multiplied by.
     """
 
     name: str
@@ -104,6 +105,7 @@ class CombinationRule:
     nested: bool
     inner: bool
     keyed: bool
+    weighted: bool
 
     @property
     def url(self) -> str:
@@ -129,6 +131,8 @@ class CombinationRule:
 
 
 RULES: dict[str, CombinationRule] = {}
+ANY_DELTAS = frozenset({"linear", "slerp", "nuslerp", "multislerp", "karcher"})
+"""Rules that keep low rank where it is and take any other delta too."""
 
 
 def rule(*, paper: str, space: Space, inner: bool | None = None) -> Callable[[Any], Any]:
@@ -140,7 +144,7 @@ def rule(*, paper: str, space: Space, inner: bool | None = None) -> Callable[[An
         found = tuple(
             _parameter(p, function.__globals__)
             for p in signature.parameters.values()
-            if p.kind is p.KEYWORD_ONLY and p.name != "key"
+            if p.kind is p.KEYWORD_ONLY and p.name not in ("key", "weights")
         )
         RULES[name] = CombinationRule(
             name=name,
@@ -152,6 +156,7 @@ def rule(*, paper: str, space: Space, inner: bool | None = None) -> Callable[[An
             nested=any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()),
             inner=space == "dense" if inner is None else inner,
             keyed="key" in signature.parameters,
+            weighted="weights" in signature.parameters,
         )
         return function
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from adapterkit.errors import option
 from adapterkit.verbs.verify.hypotheses import Verdict, diagnose
 from adapterkit.verbs.verify.report import ERROR, NOTE, RIGHT, ROUNDING, WARNING, Finding
 from adapterkit.verbs.verify.suspect import NUMBER, Relatives, Suspect
@@ -156,6 +157,23 @@ def _structure(subject: Subject) -> list[Finding]:
         words, _ = where(extra, ())
         text = f"{words} {'is' if len(extra) == 1 else 'are'} in MERGED and not in the base"
         found.append(Finding("extra", ERROR, text, "give the base that MERGED was made from", tuple(extra)))
+    if subject.scales_lost:
+        names = subject.scales_lost
+        words, _ = where(names, subject.folded.touched)
+        text = f"{words} {'has' if len(names) == 1 else 'have'} codes and no scales, so the values are lost"
+        found.append(Finding("scales lost", ERROR, text, "merge again: codes mean nothing alone", tuple(names)))
+    for kind, said in (("other group size", True), ("other format", False)):
+        rows = [row for row in subject.layouts if (row[1].split()[0] == row[2].split()[0]) is said]
+        if rows:
+            names = tuple(row[0] for row in rows)
+            words, _ = where(names, subject.folded.touched)
+            text = (
+                f"{words} {'is' if len(rows) == 1 else 'are'} stored in {rows[0][2]}, and in the base in {rows[0][1]}"
+            )
+            hint = (
+                f"what no adapter touches was quantized again; merge with {option('quant')} keep to leave it as it is"
+            )
+            found.append(Finding(kind, WARNING, text, hint, names))
     if subject.misshapen:
         name, wanted, there = subject.misshapen[0]
         more = f" (and {len(subject.misshapen) - 1} more)" if len(subject.misshapen) > 1 else ""

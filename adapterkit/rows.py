@@ -1,0 +1,22 @@
+"""Tables whose rows are files: a file that is put into the package brings its row with it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+
+def brought(package: str, path: Sequence[str], attribute: str, known: Collection[str] = ()) -> Iterator[Any]:
+    """What the modules of a package have under ``attribute``, in the order of their names.
+
+    Args:
+        package, path: ``__package__`` and ``__path__`` of the package.
+        known: modules that the table has already, or that are no rows; they are not imported.
+    """
+    for module in iter_modules(path):
+        if module.name not in known and not module.name.startswith("_"):
+            found = getattr(import_module(f"{package}.{module.name}"), attribute, None)
+            if found is not None:
+                yield found

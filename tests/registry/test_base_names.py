@@ -1,0 +1,68 @@
+"""A name that a config claims for its base is held against the weights: those of the base that is registered so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from models import plain_adapter, plain_base, read_tensors
+from safetensors.torch import save_file
+
+from adapterkit.provenance.register import register
+from adapterkit.registry.listing import listing
+from adapterkit.verbs.check import check
+
+
+@pytest.fixture
+def siblings(home: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
+    """Two bases of the same shapes, the first registered as acme/house, and an adapter whose config claims that name."""
+    house, garden = plain_base(tmp_path / "house"), plain_base(tmp_path / "garden")
+    moved = {name: tensor + 1 for name, tensor in read_tensors(garden).items()}
+    save_file(moved, garden / "model.safetensors", metadata={"format": "pt"})
+    register(house, name="house", kind="base", base_id="acme/house", home=home)
+    register(garden, name="garden", kind="base", home=home)
+    adapter = plain_adapter(tmp_path / "tone", house, base_model_name_or_path="acme/house")
+    return house, garden, adapter
+
+
+def test_a_claim_that_the_weights_contradict(siblings: tuple[Path, Path, Path], home: Path) -> None:
+    _, garden, adapter = siblings
+    found = register(adapter, name="tone", base=str(garden), home=home)
+    (warning,) = found.warnings
+    assert "names acme/house" in warning
+    assert "house@1" in warning
+    assert found.record.base is not None
+    assert found.record.base.id == ""
+    assert [row.base for row in listing(name="tone", home=home).rows] == [found.record.base.label]
+    assert listing(base="acme/house", kind="adapter", home=home).rows == ()
+    assert [row.name for row in listing(base="garden", kind="adapter", home=home).rows] == ["tone"]
+
+
+def test_a_claim_that_holds(siblings: tuple[Path, Path, Path], home: Path) -> None:
+    house, _, adapter = siblings
+    found = register(adapter, name="tone", base=str(house), home=home)
+    assert found.warnings == ()
+    assert found.record.base is not None
+    assert found.record.base.id == "acme/house"
+
+
+def test_a_name_that_nobody_registered_is_believed(siblings: tuple[Path, Path, Path], home: Path) -> None:
+    _, garden, adapter = siblings
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": "acme/barn"}))
+    found = register(adapter, name="tone", base=str(garden), home=home)
+    assert found.warnings == ()
+    assert found.record.base is not None
+    assert found.record.base.id == "acme/barn"
+
+
+def test_check_says_it_too(siblings: tuple[Path, Path, Path], home: Path, tmp_path: Path) -> None:
+    """Also where the folder is called like the base that is claimed."""
+    house, garden, adapter = siblings
+    house.rename(tmp_path / "was")
+    garden.rename(house)
+    found = [one for one in check(house, [adapter]).findings if one.code == "other-base"]
+    assert len(found) == 1
+    assert "registered as house@1" in found[0].message
+    assert [one for one in check(tmp_path / "was", [adapter]).findings if "registered as" in one.message] == []

@@ -1,0 +1,76 @@
+"""Addresses that are no paths: refused by name, on every door, and no folder of that name is made."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from models import plain_adapter, plain_base
+
+import adapterkit
+from adapterkit.errors import AdapterkitError, UsageError
+from adapterkit.places import local
+
+ADDRESSES = (
+    "s3://models/out",
+    "gs://models/out",
+    "hf://buckets/org/x",
+    "oci://localhost:5000/x",
+    "https://a.b/c",
+    "S3:/x",
+)
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ("merge", "base", "adapter", "-o"),
+        ("convert", "base", "--to", "f16", "-o"),
+        ("combine", "adapter", "-o"),
+        ("resize", "adapter", "--rank", "1", "-o"),
+        ("inspect",),
+        ("merge", "base", "adapter", "--save-plan"),
+    ],
+    ids=lambda verb: f"{verb[0]}{verb[-1]}",
+)
+def test_an_address_is_refused(address: str, verb: tuple[str, ...], tmp_path: Path) -> None:
+    plain_adapter(tmp_path / "adapter", plain_base(tmp_path / "base"))
+    before = sorted(tmp_path.rglob("*"))
+    done = subprocess.run(
+        [sys.executable, "-m", "adapterkit", *verb, address], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"{address.partition(':')[0]}:// is neither read nor written here" in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_recipe_and_python_refuse_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain_adapter(tmp_path / "adapter", plain_base(tmp_path / "base"))
+    recipe = tmp_path / "adapterkit.toml"
+    recipe.write_text('base = "base"\nadapters.a = "adapter"\noutputs.m = "s3://models/out"\n')
+    with pytest.raises(AdapterkitError, match=r"adapterkit.toml:3: .*s3:// is neither read nor written"):
+        adapterkit.build(recipe)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="s3://"):
+        adapterkit.merge("base", "adapter", "s3://models/out")
+    with pytest.raises(UsageError, match="s3://"):
+        adapterkit.merge("s3://models/base", "adapter", "out")
+    assert not [path for path in tmp_path.iterdir() if ":" in path.name]
+
+
+@pytest.mark.parametrize(
+    ("given", "there"),
+    [("file:///a/b%20c", "/a/b c"), ("a/b", "a/b"), ("org/name@main", "org/name@main"), (Path("x"), Path("x"))],
+)
+def test_what_is_a_path_stays_one(given: str | Path, there: str | Path) -> None:
+    assert local(given, "out") == there
+
+
+def test_a_folder_of_that_name_that_is_there_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "s3:").mkdir()
+    plain_base(tmp_path / "s3:/base")
+    monkeypatch.chdir(tmp_path)
+    assert adapterkit.open("s3:/base").ref == "s3:/base"
