@@ -12,6 +12,7 @@ from adapterkit.errors import UsageError, option
 from adapterkit.gguf.arch.model import Model, as_gguf, file_type_entries, vocabulary, widened
 from adapterkit.gguf.arch.mxfp4 import KIND, Repacked, on_mxfp4
 from adapterkit.gguf.filetypes import file_type
+from adapterkit.gguf.grids import on_four_bits
 from adapterkit.gguf.plan import FileLayout
 from adapterkit.gguf.quantize import GRID_BITS, Quantization, TypeInputs, typed_from
 from adapterkit.gguf.tensors import bits_per_weight, round_trip
@@ -117,8 +118,31 @@ def from_hf(
     found = typed_from(model.tensors, origin, asked, changed)
     layout = FileLayout(found.tensors, found.entries)
     kinds = {tensor.name: tensor.dtype.code for tensor in found.tensors}
+    if too_lossy is None:
+        kept += _again(base, model, touched, kinds, yes_lossy=asked.yes_lossy)
     through = partial(through_types, model.mapped.sources, kinds)
     return FromHF(model, layout, view, found.types, (*model.notes, *notes, *kept, *found.notes), through)
+
+
+def _again(
+    base: Checkpoint, model: Model, touched: Sequence[str], kinds: Mapping[str, str], *, yes_lossy: bool
+) -> list[str]:
+    """Refuse, or with ``yes_lossy`` say, that a change is written in few bits onto values that were in few bits before."""
+
+    def coarse(name: str) -> bool:
+        became = model.mapped.sources.get(name, ())
+        return any(kinds[one] in TYPES and bits_per_weight(TYPES[kinds[one]]) < GRID_BITS for one in became)
+
+    lost = [name for name in touched if name in base and coarse(name) and on_four_bits(base[name])]
+    if not lost:
+        return []
+    what = f"{len(lost)} tensors that the adapter changes hold values of a 4-bit grid, as '{lost[0]}'"
+    if yes_lossy:
+        return [f"{what}; written on a coarse grid again, much of the change is rounded away"]
+    raise UsageError(
+        f"{what}; written on a coarse grid again most of the change would be rounded away",
+        "merge into the 16-bit original, or add --keep-touched Q8_0, or --yes-lossy to do it all the same",
+    )
 
 
 def _packed(

@@ -20,6 +20,7 @@ class Format:
         takes: the options that mean something here, beside those of every conversion.
         suffix: of an output's name that asks for this format.
         adapter: it is a format of adapters; the others are of models.
+        single: it is one file, so that an output may be named ``NAME.safetensors``.
     """
 
     name: str
@@ -28,12 +29,15 @@ class Format:
     takes: frozenset[str]
     suffix: str = ""
     adapter: bool = False
+    single: bool = False
 
 
 _SHARDS = frozenset({"max_shard_size"})
-_GGUF = frozenset({"pre", "mmproj", "allow_approximate"})
+_SAID = frozenset({"model_name", "metadata", "override_kv"})
+_GGUF = frozenset({"pre", "mmproj", "allow_approximate"}) | _SAID
 _TYPES = frozenset(
     {"quant", "imatrix", "pure", "tensor_types", "output_type", "token_embd_type", "leave_output", "yes_lossy"}
+    | {"tensor_type_file", "include_weights", "exclude_weights"}
 )
 FORMATS = {
     row.name: row
@@ -49,7 +53,7 @@ FORMATS = {
             "mmproj",
             "mmproj:plan",
             "the tower of a model that sees or hears, as llama.cpp loads it beside the text",
-            _TYPES | {"dtype"},
+            _TYPES | _SAID | {"dtype"},
         ),
         Format("hf", "hf:plan", "a GGUF model as Hugging Face folder", _SHARDS | {"dtype"}),
         Format(
@@ -63,6 +67,15 @@ FORMATS = {
             "peft", "peft:plan", "an adapter as PEFT's", frozenset({"base", "plain", "rank", "energy"}), adapter=True
         ),
         Format("mlx", "mlx:plan", "an adapter as mlx-lm's", frozenset({"base", "rank", "energy"}), adapter=True),
+        *(
+            Format(name, f"single:{name}", what, frozenset({"base", "rank", "energy"}), adapter=True, single=True)
+            for name, what in (
+                ("diffusers", "a LoRA as diffusers loads it"),
+                ("kohya", "a LoRA as sd-scripts, A1111 and Forge load it"),
+                ("comfyui", "a LoRA as ComfyUI names its modules"),
+                ("lycoris", "a LoRA as LyCORIS' wrapper names its modules"),
+            )
+        ),
         *(Format(name, f"folder:{name}", "a plain folder of this dtype", _SHARDS) for name in ("bf16", "f16", "f32")),
         *(
             Format(
