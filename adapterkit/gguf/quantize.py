@@ -36,6 +36,7 @@ class Quantization:
         tensor_types: (regular expression, type) pairs that go before the mix.
         output_type, token_embedding_type: of those tensors.
         leave_output: ``output.weight`` keeps its type.
+        include_weights, exclude_weights: parts of names of tensors that alone get, or do not get, their importance.
         keep_touched: the type of tensors that an adapter changed, unless the mix gives them more bits.
         keep_below: only of those whose change would come out with a cosine below this; None keeps all of them.
         yes_lossy: write tensors back onto coarse grids all the same.
@@ -48,11 +49,15 @@ class Quantization:
     output_type: str | None = None
     token_embedding_type: str | None = None
     leave_output: bool = False
+    include_weights: tuple[str, ...] = ()
+    exclude_weights: tuple[str, ...] = ()
     keep_touched: str | None = None
     keep_below: float | None = None
     yes_lossy: bool = False
 
     def __post_init__(self) -> None:
+        if self.include_weights and self.exclude_weights:
+            raise UsageError("--include-weights and --exclude-weights contradict each other", "give one of them")
         if self.keep_below is None:
             return
         if self.keep_touched is None:
@@ -67,7 +72,13 @@ class Quantization:
 
     @classmethod
     def of_request(cls, data: Mapping[str, Any]) -> Quantization:
-        return cls(**{**data, "tensor_types": tuple((a, b) for a, b in data["tensor_types"])})
+        return cls(
+            **{
+                **data,
+                **{name: tuple(data.get(name, ())) for name in ("include_weights", "exclude_weights")},
+                "tensor_types": tuple((a, b) for a, b in data["tensor_types"]),
+            }
+        )
 
 
 def parse_tensor_type(given: str) -> tuple[str, str]:
@@ -243,6 +254,13 @@ def _importance(asked: Quantization, wanted: Mapping[str, str]) -> Importance | 
     found = load_importance(Path(asked.imatrix))
     if not any(name in found.values for name in wanted):
         raise UsageError(f"{asked.imatrix} names no tensor of this model", "use the one made for it")
+    for parts, keep in ((asked.include_weights, True), (asked.exclude_weights, False)):
+        lost = next((part for part in parts if not any(part in name for name in found.values)), None)
+        if lost is not None:
+            raise UsageError(f"{asked.imatrix} has no tensor with '{lost}' in its name", "correct it")
+        if parts:
+            kept = {name: value for name, value in found.values.items() if any(p in name for p in parts) is keep}
+            found = replace(found, values=kept)
     return found
 
 

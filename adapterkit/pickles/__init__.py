@@ -20,6 +20,9 @@ from adapterkit.errors import CheckpointError, NotFound, UnsafeError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+LIMIT = 300.0  # seconds to load a file, and one more for each of these bytes
+SPEED = 5_000_000
+MEMORY = 6 << 30  # bytes of addresses, beside twice the file: torch and its libraries
 CHILD = Path(__file__).with_name("child.py")
 _NAMES = {"adapter_model.bin": ADAPTER_WEIGHTS, "pytorch_model.bin": SINGLE}
 _INDEX = "pytorch_model.bin.index.json"
@@ -97,7 +100,13 @@ def _convert(path: Path, out: Path) -> list[str]:
     for code, dtype in DTYPES.items():
         dtypes.setdefault(dtype.torch_name, code)
     command = [sys.executable, "-I", str(CHILD), str(path), str(out), json.dumps(dtypes)]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    size = path.stat().st_size
+    seconds = LIMIT + size / SPEED
+    command.append(str(2 * size + MEMORY))
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise UnsafeError(f"{path} took more than {seconds:.0f} s to load", "do not load it") from None
     try:
         answer = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):

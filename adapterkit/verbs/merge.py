@@ -20,6 +20,7 @@ from adapterkit.requests.call import takes
 from adapterkit.requests.merge import FOLDER, GGUF, MergePlanRequest, MergeRequest
 from adapterkit.verbs.beside import beside_of
 from adapterkit.verbs.job import Job, Measured, carry_out
+from adapterkit.verbs.ladder import abreast, rungs
 from adapterkit.verbs.outputs import Output, output
 from adapterkit.verbs.report import AdapterUse, MergeReport
 
@@ -94,6 +95,9 @@ class Merge:
 
     def report(self, measured: Measured, fidelity: FidelityReport | None = None) -> MergeReport:
         """What was done, or would be."""
+        from adapterkit.adapters.merged import not_finite
+
+        computed = [self.folded.checkpoint[name] for name in self.folded.touched]
         used = zip(self.adapters, self.weights, strict=True)
         dtype, rule, asked = self.request.floats, self.request.rule, self.request
         out = asked.target
@@ -118,7 +122,12 @@ class Merge:
             fidelity=fidelity,
             min_retention=asked.min_retention,
             dry_run=measured.dry_run,
-            notes=(*self.notes, *measured.notes, *self._half_saved()),
+            notes=(
+                *self.notes,
+                *measured.notes,
+                *self._half_saved(),
+                *not_finite(computed),
+            ),
         )
 
     def job(self, base: Any = None) -> Job:
@@ -205,8 +214,9 @@ def merge(request: MergeRequest) -> MergeReport:
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError, AuthError, HubError
     """
     started = time.monotonic()
-    made = planned(request, headers_only=not request.writes, fingerprints=request.writes or bool(request.save_plan))
-    report: MergeReport = carry_out(made.job(), request, started)
+    how = {"headers_only": not request.writes, "fingerprints": request.writes or bool(request.save_plan)}
+    made = [planned(one, **how) for one in rungs(request)]
+    report: MergeReport = carry_out(abreast([one.job() for one in made]), request, started)
     return report
 
 

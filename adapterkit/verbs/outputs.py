@@ -97,7 +97,7 @@ def _folder(
             "what changed can be kept wider only in a format that the rest has already",
             "add --quant keep, or leave it out",
         )
-    if asked.gguf_types is not None or asked.pre is not None:
+    if asked.gguf_types is not None or asked.pre is not None or asked.said:
         raise UsageError("options of a GGUF output were given for a folder", "name the output like OUT.gguf")
     if own:
         return _one_file(_kept(base, adapters, asked, settings), asked)
@@ -200,6 +200,7 @@ def _gguf(
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
     from adapterkit.gguf.fold import fold_gguf
     from adapterkit.gguf.plan import plan_gguf
+    from adapterkit.gguf.said import with_said
 
     assert isinstance(base, GGUFCheckpoint)
     if asked.pre is not None:
@@ -212,7 +213,7 @@ def _gguf(
     if asked.gguf_types is not None and asked.gguf_types.keep_below is not None:
         how["drowned"], notes = _drowned(made.folded, made.through, asked.gguf_types)
         made = fold_gguf(base, adapters, asked.adapter_weights, **{**how, "quantization": asked.gguf_types})
-    plan = plan_gguf(made.layout, **settings)
+    plan = plan_gguf(with_said(made.layout, asked.said), **settings)
     return Output(made.folded, made.written, plan, {}, (*notes, *made.notes), made.through)
 
 
@@ -222,6 +223,7 @@ def _hf_to_gguf(
     from adapterkit.adapters.sidecars import patched_config
     from adapterkit.gguf.from_hf import from_hf
     from adapterkit.gguf.plan import plan_gguf
+    from adapterkit.gguf.said import with_said
 
     if asked.folder_format is not None:
         raise UsageError(f"{asked.folder_format} is a format of folders", "use a GGUF type, as in --quant Q4_K_M")
@@ -249,7 +251,7 @@ def _hf_to_gguf(
         made = from_hf(folded.checkpoint, **{**how, "asked": asked.gguf_types})
     folded = replace(folded, checkpoint=made.folded)
     view = replace(folded.checkpoint, tensors=made.tensors)
-    plan = plan_gguf(made.layout, **settings)
+    plan = plan_gguf(with_said(made.layout, asked.said), **settings)
     return Output(folded, view, plan, {}, (*notes, *made.notes), made.through, tower=tower)
 
 

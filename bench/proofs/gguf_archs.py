@@ -261,7 +261,8 @@ PAGE = """# GGUF architectures
 Written by `bench/proofs/gguf_archs.py --write` with {versions}.
 
 **{count} models of {archs} GGUF architectures. {exact} agree with transformers to {exact_worst} or better in every column,
-{gelu} more to {gelu_worst} (GELU, which ggml takes from a table in half precision). {same} of {backs} give the same bytes after
+{gelu} more to {gelu_worst} (GELU, which ggml takes from a table in half precision;
+Qwen2-VL). {same} of {backs} give the same bytes after
 GGUF -> Hugging Face -> GGUF. transformers' own reader takes {read} of the {reads} tried.**
 
 For each a tiny random model is made with transformers, in float32. The figures are the largest difference of any
@@ -281,6 +282,7 @@ embedding):
 ## What differs, and why
 
 * **GELU.** ggml takes GELU from a table in half precision; with larger weights than these it shows more.
+* **Qwen2-VL.** llama.cpp reads no epsilon for its norms and adds none; with the weights of real models that shows less.
 * **phimoe.** llama.cpp computes a plain softmax where PhiMoE has its sparse mixer, and RMS norms where it has layer norms. The
   figures compare with a transformers model that was changed to do the same; the real model differs from that in llama.cpp.
 * **longrope.** llama.cpp takes the long factors when its context is larger than the original one, transformers when the text

@@ -39,6 +39,7 @@ def plan(asked: ConvertRequest, jobs: int) -> Conversion:
 def _of_gguf(opened: Any, request: ConvertRequest, jobs: int) -> Conversion:
     from adapterkit.gguf.plan import FileLayout, plan_gguf
     from adapterkit.gguf.quantize import Quantization, typed
+    from adapterkit.gguf.said import with_said
 
     if opened.kind != "model":
         raise UsageError(f"{opened.ref} is a GGUF {opened.kind}, not a model", "add --to peft, or give a model")
@@ -46,6 +47,7 @@ def _of_gguf(opened: Any, request: ConvertRequest, jobs: int) -> Conversion:
     found = typed(opened, opened, asked)
     layout = FileLayout(found.tensors, found.entries, opened.header.alignment, opened.sources[0])
     stated = {"verb": "convert", **asked.request()}
+    layout = with_said(layout, request.said)
     planned = plan_gguf(layout, max_shard_size=request.shard_size, jobs=jobs, request=stated)
     tensors = {tensor.name: tensor for tensor in found.tensors}
     return Conversion(opened.ref, "gguf", planned, tensors, opened.sources, found.types, {}, found.notes)
@@ -56,6 +58,7 @@ def _of_hf(opened: Any, request: ConvertRequest, jobs: int) -> Conversion:
     from adapterkit.gguf.from_hf import from_hf
     from adapterkit.gguf.plan import plan_gguf
     from adapterkit.gguf.quantize import Quantization
+    from adapterkit.gguf.said import with_said
     from adapterkit.gguf.towers.make import from_tower
     from adapterkit.requests.merge import parse_floats
     from adapterkit.verbs.tower import tower_job
@@ -83,6 +86,8 @@ def _of_hf(opened: Any, request: ConvertRequest, jobs: int) -> Conversion:
         elsewhere=held,
     )
     stated = {"verb": "convert", "dtype": request.dtype, "pre": request.pre, **asked.request()}
-    planned = plan_gguf(made.layout, max_shard_size=request.shard_size, jobs=jobs, request=stated)
+    planned = plan_gguf(
+        with_said(made.layout, request.said), max_shard_size=request.shard_size, jobs=jobs, request=stated
+    )
     notes = (*view.notes, *made.notes)
     return Conversion(opened.ref, "gguf", planned, made.tensors, opened.sources, made.types, {}, notes, also=also)

@@ -47,6 +47,12 @@ def _values(subject: Subject, judged: Sequence[Judged]) -> list[Finding]:
         text = f"{len(off)} weights are off, of which {len(chosen)} were looked at more closely"
         found.append(Finding("many", ERROR, text, tensors=tuple(one.item.name for one in off)))
     rounded = [one for one in judged if one.status == ROUNDING]
+    odd = [one for one in judged if one.odd]
+    if odd:
+        count = sum(one.odd for one in odd)
+        text = f"{count:,.0f} values of {len(odd)} tensors are NaN or infinite, and left out of the figures"
+        hint = "see whether base or adapter is damaged; inspect --health looks at an adapter"
+        found.append(Finding("not finite", WARNING, text, hint, tensors=tuple(one.item.name for one in odd)))
     if rounded:
         most = max(one.steps or 0.0 for one in rounded)
         words = "one rounding" if most <= 1.0 else f"{most:.1f} steps of their dtype"

@@ -74,6 +74,11 @@ class Judged:
     steps: float | None
     parts: frozenset[str] = frozenset()
 
+    @property
+    def odd(self) -> int:
+        """How many values of what should be there are NaN or infinite."""
+        return sum(self.item.merged.odd.values()) if self.item.merged is not None else 0
+
 
 def compare(
     subject: Subject, *, jobs: int | None = None, progress: Callable[[int, int], None] | None = None
@@ -143,17 +148,18 @@ class _Comparison:
         elif item.merged is not None:
             item.merged.watch = partial(self._watch, item.name)
         if not item.parts:
-            tally = Tally(item, len(range(0, item.floats.numel, item.floats.block)))
-            for start in range(0, item.floats.numel, item.floats.block):
+            starts = range(0, item.floats.numel, item.floats.block) or (0,)
+            tally = Tally(item, len(starts))
+            for start in starts:
                 yield partial(self._values_only, tally, start)
             return
         expected, found = item.parts[0]
         if expected.extent is not None and found.extent is not None and not item.touched:
-            chunks = range(0, expected.nbytes, CHUNK)
+            chunks = range(0, expected.nbytes, CHUNK) or (0,)
             tally = Tally(item, len(chunks))
             yield from (partial(self._bytes, tally, at) for at in chunks)
             return
-        blocks = range(0, expected.numel, expected.block)
+        blocks = range(0, expected.numel, expected.block) or (0,)  # a tensor of no values is judged too
         tally = Tally(item, len(blocks))
         for start in blocks:
             yield partial(self._block, tally, expected, found, start)
@@ -419,6 +425,8 @@ def judge(tally: Tally) -> Judged:
         limit = UNKNOWN_FORMAT * 2.0**-item.bits
         near = abs(sums.retention - 1) - 5 * sums.uncertainty
         status = FORMAT if sums.off <= limit and near <= NEAR_FORMAT else OFF
+    if sums.lost and status != EQUAL:
+        status = OFF
     return Judged(item, status, sums, ours, tally.differing, steps, frozenset(tally.parts))
 
 
