@@ -360,21 +360,23 @@ def _replace(folder: Path, out: Path) -> None:
     own_folder(aside)
     _empty(aside, "")
     new, old = aside / "new", aside / "old"
-    os.rename(folder, new)
     try:
-        if not calls.exchange(new, out):
-            os.rename(out, old)
-            try:
-                os.rename(new, out)
-            except OSError:
-                os.rename(old, out)
-                raise
-    except BaseException:
-        os.rename(new, folder)
-        _take_away(aside)
-        raise
+        os.rename(folder, new)
+        try:
+            if not calls.exchange(new, out):
+                os.rename(out, old)
+                try:
+                    os.rename(new, out)
+                except OSError:
+                    os.rename(old, out)
+                    raise
+        except BaseException:
+            os.rename(new, folder)
+            raise
+        sync_folder(out.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # by now it holds what is not wanted any more, or nothing
     sync_folder(out.parent)
-    _take_away(aside)
 
 
 def recover(out: Path) -> None:
