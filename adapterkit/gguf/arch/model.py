@@ -133,8 +133,8 @@ def as_gguf(
     mapped = mapper.to_gguf(view.shapes, base.ref)
     lost = [name for name in touched if not (name in mapped.sources or name in elsewhere or mapper.scalar(name))]
     towers = [name for name in lost if name in mapped.dropped and section_of(name) != TEXT]
-    if len(lost) > len(towers):
-        lost = [name for name in lost if name not in towers]
+    if len(lost) > len(towers) or (lost and len(lost) == len(touched)):  # or nothing of the change would be in the file
+        lost = [name for name in lost if name not in towers] or lost
         raise TargetError(
             f"an adapter changes '{lost[0]}', which a GGUF {spec.arch} does not hold",
             "merge into a Hugging Face folder, or train the text model alone",
