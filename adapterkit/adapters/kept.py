@@ -16,7 +16,7 @@ from adapterkit.checkpoint.decoded import Decoded
 from adapterkit.checkpoint.encoded import Encoded, Encoding
 from adapterkit.checkpoint.tensor import Retyped, Transposed
 from adapterkit.codecs.conv1d import is_conv1d
-from adapterkit.errors import TargetError, UsageError
+from adapterkit.errors import TargetError, UsageError, option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -162,7 +162,7 @@ def _check_layers(form: StoredForm, new: Mapping[str, Tensor]) -> None:
     if other is not None:
         raise UsageError(
             f"the merged model has other quantized layers than the base ('{other}'), which its own format cannot follow",
-            "leave out --quant keep",
+            f"leave out {option('quant')} keep",
         )
 
 

@@ -13,7 +13,7 @@ import click
 
 from adapterkit._version import __version__
 from adapterkit.cli.output import fail, form_of, interrupted
-from adapterkit.errors import AdapterkitError, no_memory, out_of_memory
+from adapterkit.errors import AdapterkitError, no_memory, out_of_memory, spelled
 
 # verb: (module, or module:attribute where one file holds several; one line for --help)
 VERBS = {
@@ -161,6 +161,20 @@ def main(arguments: list[str] | None = None) -> Any:
     # key ignored; being told to stop never is.)
     asked = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGTERM, asked if callable(asked) else signal.default_int_handler)
+    with spelled(_as_flag):
+        _run(given)
+
+
+def _as_flag(name: str, value: object) -> str:
+    """``--weight``, ``--quant Q8_0``; for one that is only switched on, ``--force``."""
+    from adapterkit.requests import every
+
+    declared = (options[name] for options in (request.options() for request in every()) if name in options)
+    flag = next((one.flag for one in declared if one.flag), f"--{name.replace('_', '-')}")
+    return flag if value is None or value is True else f"{flag} {value}"
+
+
+def _run(given: list[str]) -> Any:
     debug = "--debug" in given
     try:
         code = app.main(args=given, prog_name="adapterkit", standalone_mode=False)

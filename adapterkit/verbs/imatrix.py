@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import CheckpointError, NotFound, UsageError
+from adapterkit.errors import CheckpointError, NotFound, UsageError, option
 
 if TYPE_CHECKING:
     import torch
@@ -80,7 +80,7 @@ def imatrix(
 
     started = time.monotonic()
     if chunk < 2:
-        raise UsageError(f"a chunk of {chunk} tokens says nothing", "use --chunk 512")
+        raise UsageError(f"a chunk of {chunk} tokens says nothing", f"use {option('chunk', 512)}")
     said = _text(Path(text))
     opened = open_model(model)
     if isinstance(opened, GGUFCheckpoint):
@@ -205,7 +205,7 @@ def _run(
         count = min(count, most)
     if count < 1:
         message = f"the text has {len(ids)} tokens, fewer than one chunk of {chunk}"
-        raise UsageError(message, "give more text, or a smaller --chunk")
+        raise UsageError(message, f"give more text, or a smaller {option('chunk')}")
     gathering = Activations(model)
     with torch.no_grad():
         for number in range(count):

@@ -14,7 +14,7 @@ from adapterkit.adapters.half_saved import half_saved_note
 from adapterkit.bases import open_adapter, open_base, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
-from adapterkit.errors import CheckFailed
+from adapterkit.errors import CheckFailed, option
 from adapterkit.ops.device import check_name, check_there
 from adapterkit.requests.call import takes
 from adapterkit.requests.merge import FOLDER, GGUF, MergePlanRequest, MergeRequest
@@ -338,8 +338,9 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
             raise CheckFailed(
                 f"the values of {planned.base.ref} are {found.format} already, and of this change {found.retention:.1%} "
                 "would survive that grid again",
-                "keep what changed wider (--quant keep --keep-touched bf16), fold onto the 16-bit original (--base16), write "
-                "16 bits (no --quant), keep the adapter beside the base, or insist with --yes-lossy",
+                f"keep what changed wider ({option('quant', 'keep')} {option('keep_touched', 'bf16')}), fold onto the 16-bit "
+                f"original ({option('base16')}), write 16 bits (no {option('quant')}), keep the adapter beside the base, "
+                f"or insist with {option('yes_lossy', True)}",
             )
         return found if found.worst is not None else None
 
@@ -351,8 +352,8 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
         raise CheckFailed(
             f"the values of {planned.base.ref} are {quant if same else 'on a coarse grid'} already, and of this change "
             f"{found.retention:.1%} would survive {'that grid again' if same else f'that of {quant}'}",
-            "fold onto the 16-bit original (--base16, or no --as-trained), write 16 bits or another format, or insist "
-            "with --yes-lossy",
+            f"fold onto the 16-bit original ({option('base16')}, or no {option('as_trained')}), write 16 bits or another "
+            f"format, or insist with {option('yes_lossy', True)}",
         )
     return found
 

@@ -311,7 +311,7 @@ tokenizer of the model's family, and converts each by both: to F32, F16 and BF16
 compares the set of tensors, their shapes, types and bytes, and every key with its type and value, tokens, scores, types and
 merges among them. The converter is that of llama-cpp-python 0.3.36, with transformers 4.57.6. 108 models: those of the table
 above; Arcee, Dots, DeepSeek 1, Bailing, Orion, Xverse and the text parts of Qwen2-VL, Qwen3-VL and GLM-4.1V; and yarn, windows,
-a model card, FP8, GPTQ, MXFP4 experts, a language model inside one that sees, layers that predict further tokens, Phi-4's
+a model card, FP8, GPTQ, MXFP4 experts, a vision-language model's text part, multi-token-prediction layers, Phi-4's
 tokenizer, three of Mistral's real ones, and the real MiniLM.
 
 **The 106 that it converts, of 66 GGUF architectures, have the same tensors, shapes and types; 13,688 of 13,740 tensors have

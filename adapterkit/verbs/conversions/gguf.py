@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import NotFound, UsageError
+from adapterkit.errors import NotFound, UsageError, option
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.verbs.conversions.conversion import Conversion
 
@@ -32,7 +32,7 @@ def plan(asked: ConvertRequest, jobs: int) -> Conversion:
             f"{src} is a GGUF file, which holds no tower", "give the Hugging Face model that it was made from"
         )
     if asked.dtype != "auto" or asked.pre is not None:
-        raise UsageError(f"{src} is a GGUF file, with types and a tokenizer of its own", "use --quant alone")
+        raise UsageError(f"{src} is a GGUF file, with types and a tokenizer of its own", f"use {option('quant')} alone")
     return _of_gguf(opened, asked, jobs)
 
 
@@ -42,7 +42,9 @@ def _of_gguf(opened: Any, request: ConvertRequest, jobs: int) -> Conversion:
     from adapterkit.gguf.said import with_said
 
     if opened.kind != "model":
-        raise UsageError(f"{opened.ref} is a GGUF {opened.kind}, not a model", "add --to peft, or give a model")
+        raise UsageError(
+            f"{opened.ref} is a GGUF {opened.kind}, not a model", f"add {option('to', 'peft')}, or give a model"
+        )
     asked = request.types or Quantization()
     found = typed(opened, opened, asked)
     layout = FileLayout(found.tensors, found.entries, opened.header.alignment, opened.sources[0])

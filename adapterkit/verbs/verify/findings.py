@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from adapterkit.errors import option
 from adapterkit.verbs.verify.hypotheses import Verdict, diagnose
 from adapterkit.verbs.verify.report import ERROR, NOTE, RIGHT, ROUNDING, WARNING, Finding
 from adapterkit.verbs.verify.suspect import NUMBER, Relatives, Suspect
@@ -175,7 +176,9 @@ def _structure(subject: Subject) -> list[Finding]:
             text = (
                 f"{words} {'is' if len(rows) == 1 else 'are'} stored in {rows[0][2]}, and in the base in {rows[0][1]}"
             )
-            hint = "what no adapter touches was quantized again; merge with --quant keep to leave it as it is"
+            hint = (
+                f"what no adapter touches was quantized again; merge with {option('quant')} keep to leave it as it is"
+            )
             found.append(Finding(kind, WARNING, text, hint, names))
     if subject.misshapen:
         name, wanted, there = subject.misshapen[0]
