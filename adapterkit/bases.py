@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from adapterkit.adapters.adapter import Adapter
+from adapterkit.adapters.load import load_adapter
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.decoded import dequantized, is_plain
+from adapterkit.checkpoint.files import is_gguf
 from adapterkit.checkpoint.finders import place_of
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.dtypes import BY_LABEL
@@ -31,11 +34,24 @@ def open_model(ref: Ref | Checkpoint, *, headers_only: bool = False) -> Checkpoi
         return ref
     meant = place_of(ref)
     path = meant.file or Path(meant.place).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
+    if is_gguf(path):
         from adapterkit.gguf.checkpoint import open_gguf
 
         return open_gguf(meant.file or ref)
     return open_checkpoint(ref, headers_only=headers_only)
+
+
+def open_adapter(ref: Ref, *, headers_only: bool = False) -> Adapter:
+    """Open an adapter of any format: what `load_adapter` opens, or a GGUF LoRA; no tensor is read.
+
+    Raises:
+        NotFound, AdapterError, CheckpointError, UnsafeError, AuthError, HubError
+    """
+    if is_gguf(Path(ref).expanduser()):
+        from adapterkit.gguf.adapter import open_gguf_adapter
+
+        return open_gguf_adapter(ref)
+    return load_adapter(ref, headers_only=headers_only)
 
 
 def open_base(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.folder import ADAPTER_WEIGHTS
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from adapterkit.adapters.config import AdapterConfig
     from adapterkit.adapters.formats.contents import Contents
+    from adapterkit.adapters.names import Names
     from adapterkit.checkpoint.checkpoint import SideFile
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.tensor import Tensor
@@ -49,6 +50,19 @@ class Adapter:
     contents: Contents | None = field(default=None, repr=False, compare=False)
     only: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
+
+    @property
+    def needs_names(self) -> bool:
+        """Whether only the base says which modules its tensors belong to."""
+        return False
+
+    def fitted(self, names: Names, config: Mapping[str, Any]) -> Adapter:
+        """The adapter with the module names of a base, for files that have names of their own.
+
+        Args:
+            names, config: of the base.
+        """
+        return self
 
     @property
     def sources(self) -> tuple[Source, ...]:

@@ -13,7 +13,7 @@ from adapterkit.adapters.experts import order_notes
 from adapterkit.adapters.formats import mlx
 from adapterkit.adapters.keys import plain_keys
 from adapterkit.checkpoint.checkpoint import SideFile
-from adapterkit.checkpoint.files import LocalFile
+from adapterkit.checkpoint.files import LocalFile, is_gguf
 from adapterkit.checkpoint.folder import (
     ADAPTER_CONFIG,
     ADAPTER_INDEX,
@@ -55,9 +55,9 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
         return load_adapter(path.parent)  # PEFT's own file, whose config lies beside it
     if path.is_file() and path.suffix == ".safetensors":
         return _single_file(LocalFile(path, str(ref), loose=True), str(ref), only=parts)
-    if path.is_file() and path.suffix == ".gguf":
+    if is_gguf(path):
         road = f"make a PEFT adapter of it: adapterkit convert {path.name} --to peft --base BASE -o DIR"
-        raise AdapterError(f"{ref} is a GGUF file, which is not read as an adapter", road)
+        raise AdapterError(f"{ref} is a GGUF file, which is not read as an adapter here", road)
     listing = locate(ref, headers_only=headers_only)
     if ADAPTER_CONFIG not in listing.names:
         if PIPELINE_WEIGHTS in listing.names:

@@ -228,6 +228,11 @@ class Names:
         close = difflib.get_close_matches(number.sub("0", parameter), alike, n, cutoff=0.5)
         return [alike[shape] for shape in close]
 
+    @property
+    def checkpoint_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the tensors of the Hugging Face checkpoint, by name."""
+        return self._shapes
+
     def parameters(self) -> Iterator[str]:
         """Every parameter the checkpoint is known to hold, by its module-tree name."""
         for name, entry in self._known.items():

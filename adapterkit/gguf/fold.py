@@ -15,6 +15,7 @@ from adapterkit.gguf.names import OUTPUT
 from adapterkit.gguf.plan import FileLayout
 from adapterkit.gguf.quantize import Quantization, typed
 from adapterkit.gguf.tensors import decoded, kind_of, round_trip
+from adapterkit.gguf.text_part import text_part
 from adapterkit.ops.device import CPU
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from adapterkit.adapters.bound_rule import BoundRule
     from adapterkit.adapters.fidelity import Through
     from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.gguf.metadata import Entry
     from adapterkit.gguf.names import GGUFNames
+    from adapterkit.gguf.reader import GGUFHeader
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,31 @@ def fold_gguf(
     tensors = {name: t if name in touched else base[name] for name, t in folded.checkpoint.items()}
     found = typed(tensors, base, quantization or Quantization(), folded.touched, drowned)
     written = replace(folded.checkpoint, tensors={tensor.name: tensor for tensor in found.tensors})
-    layout = FileLayout(found.tensors, found.entries, base.header.alignment, base.sources[0])
-    return GGUFFolded(folded, written, layout, found.notes)
+    entries, said = with_template(found.entries, base.header, adapters)
+    layout = FileLayout(found.tensors, entries, base.header.alignment, base.sources[0])
+    return GGUFFolded(folded, written, layout, (*found.notes, *said))
+
+
+def with_template(
+    entries: Sequence[Entry], header: GGUFHeader, adapters: Sequence[Adapter]
+) -> tuple[tuple[Entry, ...], tuple[str, ...]]:
+    """The key-values with the chat template that an adapter was trained with, in place of the base's, and notes.
+
+    Raises:
+        CheckpointError: the template does not parse.
+    """
+    from adapterkit.gguf.vocab import templates
+    from adapterkit.gguf.vocab.sources import Sources
+
+    for adapter in adapters:
+        files = {file.name: file.bytes() for file in adapter.side_files}
+        found = templates.templates(Sources(files, {}))
+        if found.get(templates.DEFAULT) in (None, templates.of_header(header).get(templates.DEFAULT)):
+            continue
+        own = {one.key: one for one in templates.entries(found)}
+        kept = [one for one in entries if not one.key.startswith(templates.TEMPLATE)]
+        return (*kept, *own.values()), (f"chat template taken from {adapter.ref}",)
+    return tuple(entries), ()
 
 
 def fold_values(
@@ -97,11 +123,14 @@ def fold_values(
     if base.kind != "model":
         raise UsageError(f"{base.ref} is a GGUF {base.kind}, not a model", "give the model first, then the adapter")
     names = gguf_names(base)
+    pairs = [text_part(adapter) for adapter in adapters]
+    adapters, left = [adapter for adapter, _ in pairs], tuple(note for _, notes in pairs for note in notes)
     tensors = {name: decoded(tensor) for name, tensor in base.items()}
     turned = {name: columns for name in tensors if (columns := names.columns_of(name)) is not None}
     own = {name: reordered(tensors[name], columns, undo=True) for name, columns in turned.items()}
     folded = fold(replace(base, tensors={**tensors, **own}, config=names.config), adapters, weights, names=names, **how)
     _check(base, folded, names)
+    folded = replace(folded, notes=(*folded.notes, *left))
     if turned:
         after = dict(folded.checkpoint.tensors)
         for name, columns in turned.items():

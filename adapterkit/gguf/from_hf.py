@@ -65,6 +65,7 @@ def from_hf(
     dtype: DType | None = None,
     pre: str | None = None,
     drowned: frozenset[str] | None = None,
+    approximate: Collection[str] = (),
     elsewhere: Collection[str] = (),
 ) -> FromHF:
     """Plan a GGUF file of a view of a Hugging Face checkpoint; nothing is read but headers and the tokenizer.
@@ -75,6 +76,7 @@ def from_hf(
         dtype: the float type of a file that is not quantized.
         pre: the name of the pre-tokenizer, where it is not to be recognised.
         drowned: the changed tensors, by the checkpoint's names, that alone are kept wider.
+        approximate: see `as_gguf`.
         elsewhere: tensors that the mmproj file beside it holds.
 
     Raises:
@@ -93,6 +95,7 @@ def from_hf(
         touched=touched,
         files=files,
         plain=None if dtype is None else dtype.code,
+        approximate=approximate,
         elsewhere=elsewhere,
     )
     tokens, notes = vocabulary(model, files or {}, config, pre)
@@ -114,7 +117,7 @@ def from_hf(
     layout = FileLayout(found.tensors, found.entries)
     kinds = {tensor.name: tensor.dtype.code for tensor in found.tensors}
     through = partial(through_types, model.mapped.sources, kinds)
-    return FromHF(model, layout, view, found.types, (*notes, *kept, *found.notes), through)
+    return FromHF(model, layout, view, found.types, (*model.notes, *notes, *kept, *found.notes), through)
 
 
 def _packed(
@@ -132,7 +135,7 @@ def _packed(
     if asked.mix is not None and file_type(asked.mix)[1].default == KIND.name:
         for name in touched:
             if on_mxfp4(view[name]):
-                now |= dict.fromkeys(model.mapped.sources[name], KIND.name)
+                now |= dict.fromkeys(model.mapped.sources.get(name, ()), KIND.name)
     return asked, now, notes
 
 

@@ -8,8 +8,8 @@ from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.errors import TargetError
 from adapterkit.gguf.arch.back import mapper_of_gguf
 from adapterkit.gguf.arch.config import Config
-from adapterkit.gguf.arch.mapping import Mapper
 from adapterkit.gguf.arch.table import spec_of
+from adapterkit.gguf.arch.ties import mapper_of
 from adapterkit.gguf.checkpoint import GGUFCheckpoint
 from adapterkit.gguf.names import GGUFNames
 
@@ -35,4 +35,4 @@ def gguf_names(base: Checkpoint) -> GGUFNames:
         return GGUFNames(mapper, mapper.hf_shapes(base.shapes, base.ref), base.ref)
     view = dequantized(base)
     config = Config(view.config, base.ref)
-    return GGUFNames(Mapper(spec_of(config), config), view.shapes, base.ref)
+    return GGUFNames(mapper_of(spec_of(config), config, view), view.shapes, base.ref)

@@ -7,20 +7,26 @@ all tensors, so every other scaling is folded into ``lora_b``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import Weights
+from adapterkit.adapters.config import AdapterConfig
 from adapterkit.adapters.edits import adapter_edits
 from adapterkit.checkpoint.tensor import Tensor
 from adapterkit.dtypes import F32
 from adapterkit.errors import UnsupportedAdapter
-from adapterkit.gguf.metadata import Entry, f32, text, u32
+from adapterkit.gguf.filetypes import FILE_TYPES
+from adapterkit.gguf.metadata import Entry, array, f32, text, u32
 from adapterkit.gguf.names import EMBEDDING, OUTPUT, GGUFNames
 from adapterkit.gguf.quantize import place
+from adapterkit.gguf.reader import U32
+from adapterkit.gguf.tensors import encoded
+from adapterkit.gguf.text_part import text_part
+from adapterkit.gguf.types import TYPES, GGMLType
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     import torch
 
@@ -29,9 +35,9 @@ if TYPE_CHECKING:
     from adapterkit.adapters.method import Edit
     from adapterkit.adapters.target import Piece, Target
 
-# Weights that llama.cpp multiplies with itself, without looking for a LoRA (build_attn of deepseek2).
-IGNORED = ("attn_k_b.weight", "attn_v_b.weight")
 ALPHA, A, B = "adapter.lora.alpha", ".lora_a", ".lora_b"
+INVOCATION = "adapter.alora.invocation_tokens"
+FACTOR_TYPES = ("F32", "F16", "BF16", "Q8_0")
 
 
 class PlannedFactor(Tensor):
@@ -81,7 +87,7 @@ class _Part:
 
 
 def lora_tensors(
-    adapter: Adapter, names: GGUFNames, *, allow_unknown: bool = False
+    adapter: Adapter, names: GGUFNames, *, allow_unknown: bool = False, kind: str = "F32"
 ) -> tuple[list[Tensor], list[Entry], tuple[str, ...]]:
     """The tensors and the metadata of an adapter as GGUF LoRA, and notes.
 
@@ -89,15 +95,22 @@ def lora_tensors(
         adapter: LoRA in any scaling (rsLoRA, alpha and rank patterns), on linear layers, embeddings, experts.
         names: of the base.
         allow_unknown: go on where the config has fields that are not known here.
+        kind: the type of the factors: F32, F16, BF16 or Q8_0; one whose rows do not fill the blocks of Q8_0 becomes F16.
 
     Raises:
         UnsupportedAdapter: it changes what a LoRA file cannot hold; the sentence names the road that works.
         TargetError, AdapterError: see `adapter_edits`.
     """
+    adapter, left = text_part(adapter)
+    invocation = adapter.config.get("alora_invocation_tokens")
+    if invocation:
+        # llama-server applies the file from these tokens on.
+        plain = {key: value for key, value in adapter.config.raw.items() if key != "alora_invocation_tokens"}
+        adapter = replace(adapter, config=AdapterConfig(plain, adapter.config.where))
     edits = adapter_edits(adapter, names, names.config, allow_unknown=allow_unknown)
     shapes = names.shapes
     parts: dict[str, list[_Part]] = {}
-    notes = []
+    notes = list(left)
     for edit in edits:
         new = edit.change.replaced
         embedding = set(edit.target.tensors) <= {EMBEDDING, OUTPUT}
@@ -105,11 +118,11 @@ def lora_tensors(
             # PEFT saves embeddings that it did not train beside a LoRA on them; the model has them already.
             notes.append(f"{edit.target.parameter} was saved with the adapter and not trained; it is left out")
             continue
-        deaf = (*IGNORED, *names.no_lora)
-        ignored = next((tensor for tensor in edit.target.tensors if tensor.endswith(deaf)), None)
+        ignored = next((tensor for tensor in edit.target.tensors if ignores(tensor, names.no_lora)), None)
         if ignored is not None:
             raise UnsupportedAdapter(
-                f"{adapter.ref} changes {edit.target.parameter}, and llama.cpp applies no LoRA to '{ignored}'",
+                f"{adapter.ref} changes {edit.target.parameter}, and llama.cpp applies no LoRA to '{ignored}' in a "
+                f"{names.arch}",
                 "merge it instead: adapterkit merge BASE ADAPTER -o merged.gguf",
             )
         kernel = _kernel(edit, adapter, names)
@@ -124,7 +137,19 @@ def lora_tensors(
         if name == EMBEDDING:
             a, b = b, a.T  # looked up by row: the factor with the vocabulary is called A
         tensors += [PlannedFactor(name + A, a, "lora a"), PlannedFactor(name + B, b, "lora b")]
-    return tensors, _entries(adapter, names.arch, alpha), tuple(notes)
+    written = [encoded(tensor, _fitting(tensor, kind)) for tensor in tensors]
+    return written, _entries(adapter, names.arch, alpha, kind, invocation), tuple(notes)
+
+
+def _fitting(tensor: Tensor, kind: str) -> GGMLType:
+    """The type of a factor; its rows have to fill whole blocks."""
+    found = TYPES[kind]
+    return found if tensor.shape[-1] % found.block == 0 else TYPES["F16"]
+
+
+def ignores(tensor: str, ends: Sequence[str]) -> bool:
+    """Whether llama.cpp multiplies a weight without looking for a LoRA, by the ends of such weights' names."""
+    return any(tensor == end or tensor.endswith("." + end) for end in ends)
 
 
 def _kernel(edit: Edit, adapter: Adapter, names: GGUFNames) -> Kernel:
@@ -208,14 +233,18 @@ def _factors(parts: list[_Part], shape: tuple[int, ...], alpha: float) -> tuple[
     return (a, b) if len(shape) > 2 else (a[0], b[0])
 
 
-def _entries(adapter: Adapter, arch: str, alpha: float) -> list[Entry]:
+def _entries(
+    adapter: Adapter, arch: str, alpha: float, kind: str = "F32", invocation: Sequence[int] | None = None
+) -> list[Entry]:
     entries = [
         text("general.architecture", arch),
         text("general.type", "adapter"),
         text("adapter.type", "lora"),
         f32(ALPHA, alpha),
-        u32("general.file_type", 0),
+        u32("general.file_type", FILE_TYPES[kind].number),
     ]
+    if invocation:
+        entries.append(array(INVOCATION, U32, [int(token) for token in invocation]))
     if adapter.config.base:
         entries += [u32("general.base_model.count", 1), text("general.base_model.0.name", adapter.config.base)]
     return entries
@@ -229,6 +258,8 @@ def lora_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for name in tensors:
+        if name.endswith("_norm.weight"):  # llama.cpp reads over them
+            continue
         stem = name.removesuffix(A).removesuffix(B)
         if stem == name or stem + A not in tensors or stem + B not in tensors:
             raise UnsupportedAdapter(f"'{name}' is no pair of LoRA factors", "convert the adapter again")

@@ -13,7 +13,7 @@ from adapterkit.errors import TargetError, UsageError
 from adapterkit.gguf.checkpoint import GGUFCheckpoint
 from adapterkit.gguf.hf import gguf_names
 from adapterkit.gguf.lora import ALPHA, PlannedFactor, lora_of
-from adapterkit.gguf.names import EMBEDDING
+from adapterkit.gguf.names import EMBEDDING, GGUFNames
 from adapterkit.gguf.tensors import decoded
 
 if TYPE_CHECKING:
@@ -64,18 +64,24 @@ def to_peft(lora: GGUFCheckpoint, base: Checkpoint) -> tuple[list[Tensor], dict[
         raise UsageError(f"{base.ref} has no module names", "give the Hugging Face folder or id of the base")
     if lora.header.get("adapter.type") != "lora":
         raise UsageError(f"{lora.ref} is not a GGUF LoRA", "give the file that was made with --to gguf-lora")
-    names = gguf_names(base)
+    return peft_of(lora, gguf_names(base), base.ref)
+
+
+def peft_of(lora: GGUFCheckpoint, names: GGUFNames, base: str = "the base") -> tuple[list[Tensor], dict[str, Any]]:
+    """The same for a base whose names are known; ``base`` is what it is called.
+
+    Raises:
+        TargetError: the LoRA belongs to another model.
+    """
     if lora.arch != names.arch:
-        raise TargetError(
-            f"{lora.ref} is made for '{lora.arch}', and {base.ref} is '{names.arch}'", "give its own base"
-        )
+        raise TargetError(f"{lora.ref} is made for '{lora.arch}', and {base} is '{names.arch}'", "give its own base")
     pairs = {
         stem: names.adjusted(stem, _values(a), _values(b), undo=True) for stem, (a, b) in lora_of(lora.tensors).items()
     }
     alpha = float(lora.header.get(ALPHA, 0.0))
     modules = []
     used: set[str] = set()
-    for parameter in Names(base.shapes, base.config).parameters():
+    for parameter in Names(names.checkpoint_shapes, names.config).parameters():
         target = names.find(parameter)
         if target is None or not set(target.tensors) & set(pairs):
             continue
@@ -86,7 +92,7 @@ def to_peft(lora: GGUFCheckpoint, base: Checkpoint) -> tuple[list[Tensor], dict[
     unused = sorted(set(pairs) - used)
     if unused:
         raise TargetError(
-            f"{lora.ref}: '{unused[0]}' has no module in {base.ref} ({len(unused)} tensors)", "give its own base"
+            f"{lora.ref}: '{unused[0]}' has no module in {base} ({len(unused)} tensors)", "give its own base"
         )
     config = _config(lora, base, modules, alpha)
     tensors: list[Tensor] = []
@@ -172,7 +178,7 @@ def _stored(module: _Module, b: torch.Tensor, modules: list[_Module]) -> dict[st
     return {f"{path}.lora_A.weight": a, f"{path}.lora_B.weight": b}
 
 
-def _config(lora: GGUFCheckpoint, base: Checkpoint, modules: list[_Module], alpha: float) -> dict[str, Any]:
+def _config(lora: GGUFCheckpoint, base: str, modules: list[_Module], alpha: float) -> dict[str, Any]:
     common = Counter(module.rank for module in modules).most_common(1)[0][0]
     # The scaling of all modules is alpha / r; without an alpha in the file it is 1 and lies in B.
     number = alpha or float(common)
@@ -181,7 +187,7 @@ def _config(lora: GGUFCheckpoint, base: Checkpoint, modules: list[_Module], alph
         "peft_type": "LORA",
         "peft_version": LAYOUT,
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": lora.header.get("general.base_model.0.name", base.ref),
+        "base_model_name_or_path": lora.header.get("general.base_model.0.name", base),
         "inference_mode": True,
         "r": common,
         "lora_alpha": int(number) if number.is_integer() else number,

@@ -184,7 +184,40 @@ def encoded(tensor: Tensor, kind: GGMLType) -> Tensor:
     """A handle of floats as one of GGUF type ``kind``; unchanged where it is that already."""
     if tensor.dtype is dtype_of(kind):
         return tensor
-    return Cast(tensor, dtype_of(kind)) if is_plain(kind) else Quantized(tensor, kind)
+    return FiniteCast(tensor, dtype_of(kind)) if is_plain(kind) else Quantized(tensor, kind)
+
+
+class FiniteCast(Cast):
+    """A tensor in another float type of GGUF, every value of it a number."""
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """As `Cast.read`.
+
+        Raises:
+            NonFiniteWeightError: values that are NaN or infinite, or too large for the type.
+        """
+        import torch
+
+        wide = self.inner.read(start, stop)
+        found = wide.to(self.dtype.torch)
+        if torch.isfinite(found).all():
+            return found
+        from adapterkit.gguf.encode import NonFiniteWeightError
+
+        lost = ~torch.isfinite(found)
+        first = int(lost.nonzero()[0])
+        row, column = divmod(start + first, self.shape[-1] if self.shape else 1)
+        value = float(wide[first])
+        what = f"too large for {self.dtype}" if torch.isfinite(wide[first]) else "no number"
+        error = NonFiniteWeightError(
+            f"'{self.name}' holds {value:g} in row {row}, column {column}, which is {what} ({int(lost.sum())} such values "
+            f"in {stop - start} around it)",
+            row,
+            column,
+        )
+        if torch.isfinite(wide[first]):
+            error.hint = "write --dtype bf16 or f32"
+        raise error
 
 
 def round_trip(kind: GGMLType, rows: torch.Tensor) -> torch.Tensor:

@@ -11,9 +11,9 @@ from adapterkit.dtypes import BF16, F16, F32
 from adapterkit.errors import CheckpointError, UsageError
 from adapterkit.gguf.arch.back import config_of, spec_of_gguf
 from adapterkit.gguf.arch.config import Config
-from adapterkit.gguf.arch.encoders import MODES
-from adapterkit.gguf.arch.hyper import POOLING, full_key
+from adapterkit.gguf.arch.hyper import full_key
 from adapterkit.gguf.arch.mapping import Mapper
+from adapterkit.gguf.arch.pooling import MODES, POOLING
 from adapterkit.gguf.arch.views import Constant, scattered
 from adapterkit.gguf.general import CARD, HUB
 from adapterkit.gguf.tensors import Packed, decoded

@@ -30,7 +30,7 @@ class Format:
 
 
 _SHARDS = frozenset({"max_shard_size"})
-_GGUF = frozenset({"pre", "mmproj"})
+_GGUF = frozenset({"pre", "mmproj", "allow_approximate"})
 _TYPES = frozenset(
     {"quant", "imatrix", "pure", "tensor_types", "output_type", "token_embd_type", "leave_output", "yes_lossy"}
 )
@@ -51,7 +51,13 @@ FORMATS = {
             _TYPES | {"dtype"},
         ),
         Format("hf", "hf:plan", "a GGUF model as Hugging Face folder", _SHARDS | {"dtype"}),
-        Format("gguf-lora", "gguf_lora:plan", "an adapter as GGUF LoRA", frozenset({"base"}), adapter=True),
+        Format(
+            "gguf-lora",
+            "gguf_lora:plan",
+            "an adapter as GGUF LoRA",
+            frozenset({"base", "dtype", "quant"}),
+            adapter=True,
+        ),
         Format(
             "peft", "peft:plan", "an adapter as PEFT's", frozenset({"base", "plain", "rank", "energy"}), adapter=True
         ),

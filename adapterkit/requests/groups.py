@@ -376,6 +376,14 @@ class GGUFOutput(Request):
             role=BYTES, group=GGUF_TYPES, metavar="NAME", recipe="output.pre",
         ),
     )  # fmt: skip
+    allow_approximate: tuple[str, ...] | str = field(
+        default=(),
+        metadata=opt(
+            "A field of config.json that llama.cpp computes otherwise past a limit (sliding_window: texts longer than the "
+            "window); write it all the same; may be given again.",
+            role=VALUES, group=GGUF_TYPES, many=True, metavar="FIELD", recipe="output.allow-approximate",
+        ),
+    )  # fmt: skip
     mmproj: Ref | None = field(
         default=None,
         metadata=opt(

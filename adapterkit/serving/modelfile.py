@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from adapterkit.gguf.reader import GGUFHeader
 
+# Architectures whose adapters Ollama loads: Llama (and Mistral, whose architecture is the same in GGUF) and Gemma, by
+# docs/modelfile.mdx.
+ADAPTERS = ("llama", "gemma", "gemma2")
 # What docs/modelfile.mdx of Ollama calls the keys of generation_config.json.
 _PARAMETERS = {
     "temperature": "temperature",
@@ -26,6 +29,8 @@ _PARAMETERS = {
 
 def modelfile(model: str, header: GGUFHeader, generation: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
     """The Modelfile of a model, and what of the model it cannot say."""
+    if header.get("general.type") == "adapter":
+        return _of_adapter(model, header)
     lines, notes = [f"FROM {model}"], []
     template = templates.of_header(header).get(templates.DEFAULT)
     if template is not None:
@@ -42,6 +47,20 @@ def modelfile(model: str, header: GGUFHeader, generation: Mapping[str, Any]) -> 
     lines += [f"PARAMETER stop {json.dumps(text, ensure_ascii=False)}" for text in stops(header)]
     lines += [f"PARAMETER {name} {value}" for name, value in numbers(generation, _PARAMETERS)]
     return "\n".join(lines) + "\n", tuple(notes)
+
+
+def _of_adapter(model: str, header: GGUFHeader) -> tuple[str, tuple[str, ...]]:
+    """The Modelfile of a LoRA file. Which base it belongs to is known to the user alone: Ollama takes a GGUF file or a
+    model of its own after ``FROM``."""
+    base, arch = str(header.get("general.base_model.0.name") or ""), str(header.get("general.architecture"))
+    lines = [
+        f"# The base{f', {base},' if base else ''} as a GGUF file, or as a model that Ollama has.",
+        "FROM BASE.gguf",
+    ]
+    notes = ["put the base in the place of BASE.gguf in the Modelfile"]
+    if arch not in ADAPTERS:
+        notes.append(f"Ollama names {', '.join(ADAPTERS)} as the architectures whose adapters it loads; merge a {arch}")
+    return "\n".join([*lines, f"ADAPTER {model}"]) + "\n", tuple(notes)
 
 
 def _texts(header: GGUFHeader) -> dict[str, str]:

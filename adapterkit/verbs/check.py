@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.half_saved import half_saved_note
-from adapterkit.adapters.load import load_adapter
-from adapterkit.bases import open_model
+from adapterkit.bases import open_adapter, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import AdapterkitError, AuthError, CheckFailed, HubError, UnsafeError
@@ -127,7 +126,7 @@ def check(request: CheckRequest) -> CheckReport:
 
 
 def _loaded(adapter: Any) -> Adapter:
-    return adapter if isinstance(adapter, Adapter) else load_adapter(adapter, headers_only=True)
+    return adapter if isinstance(adapter, Adapter) else open_adapter(adapter, headers_only=True)
 
 
 def _merged(

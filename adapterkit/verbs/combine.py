@@ -232,9 +232,9 @@ def planned(request: CombineRequest) -> Combination:
 def told(adapter: Ref | Adapter, request: CombineRequest) -> Adapter:
     """An adapter, opened, and read as the options say."""
     from adapterkit.adapters.adapter import Adapter as Opened
-    from adapterkit.adapters.load import load_adapter
+    from adapterkit.bases import open_adapter
 
-    return request.told(adapter if isinstance(adapter, Opened) else load_adapter(adapter))
+    return request.told(adapter if isinstance(adapter, Opened) else open_adapter(adapter))
 
 
 @takes(CombineRequest)

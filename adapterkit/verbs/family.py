@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.factors import ModuleDelta, Parts, Slot, take_apart
 from adapterkit.adapters.fold import replicated_base
-from adapterkit.adapters.load import load_adapter
 from adapterkit.adapters.names import Names
 from adapterkit.adapters.ties import same_bytes
-from adapterkit.bases import open_base
+from adapterkit.bases import open_adapter, open_base
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.errors import TargetError, UsageError
 
@@ -89,13 +88,18 @@ def open_family(
     """
     if not adapters:
         raise UsageError("no adapter was given", "name at least one")
-    loaded = tuple(a if isinstance(a, Adapter) else load_adapter(a) for a in adapters)
+    loaded = tuple(a if isinstance(a, Adapter) else open_adapter(a) for a in adapters)
     opened, names = None, None
     notes: list[str] = [note for adapter in loaded for note in adapter.notes]
     if base is not None:
         opened, replicas = replicated_base(open_base(base)[0], loaded)
         names = Names(opened.shapes, opened.config)
         notes += replicas
+        fits = names
+        loaded = tuple(adapter.fitted(fits, opened.config) for adapter in loaded)
+    nameless = next((adapter for adapter in loaded if adapter.needs_names), None)
+    if nameless is not None:
+        raise UsageError(f"{nameless.ref} is a GGUF LoRA, whose modules are named by its base", "name it with --base")
     _check_bases(loaded, base is not None)
     how: dict[str, Any] = {"residual_base": residual_base, "allow_unknown": allow_unknown, "bare": bare}
     parts = tuple(take_apart(adapter, opened, names, **how) for adapter in loaded)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.half_saved import half_saved_note
-from adapterkit.adapters.load import load_adapter
-from adapterkit.bases import open_base, open_model
+from adapterkit.bases import open_adapter, open_base, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
 from adapterkit.errors import CheckFailed
@@ -169,7 +168,7 @@ def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: b
     )
     form = request.form or (GGUF if opened.format == "gguf" else FOLDER)
     asked = replace(request, to=form)
-    given = (a if isinstance(a, Adapter) else load_adapter(a, headers_only=headers_only) for a in asked.given_adapters)
+    given = (a if isinstance(a, Adapter) else open_adapter(a, headers_only=headers_only) for a in asked.given_adapters)
     loaded = tuple(asked.narrowed(asked.told(adapter)) for adapter in given)
     inputs = None
     if fingerprints:

@@ -208,6 +208,7 @@ def _hf_to_gguf(
         "asked": _freely(asked.gguf_types),
         "dtype": asked.floats,
         "pre": asked.pre,
+        "approximate": tuple(asked.allow_approximate),
     }
     tower = None
     if asked.makes_tower:

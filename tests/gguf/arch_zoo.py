@@ -359,7 +359,7 @@ ZOO: dict[str, Tiny] = {
             "num_experts_per_tok": 1,
             "interleave_moe_layer_step": 2,
             "num_hidden_layers": 4,
-            "attention_chunk_size": 64,
+            "attention_chunk_size": 8192,
         },
         lora=_ATTENTION,
         parameters=("feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"),

@@ -31,6 +31,10 @@ ALIASES: dict[str, tuple[str, ...]] = {
 class Config:
     """The part of a ``config.json`` that describes the language model.
 
+    Attributes:
+        asked: the fields that were asked for so far.
+        text_part: the part about the language model alone.
+
     Args:
         config: the file as data.
         ref: what its checkpoint is called, for errors.
@@ -47,14 +51,16 @@ class Config:
     ) -> None:
         self.where = where
         self.raw, self.ref, self.files = dict(config), ref, files or {}
-        merged = dict(config)
+        inner: dict[str, Any] = {}
         for key in TEXT_PARTS:
             part = config.get(key)
             if isinstance(part, Mapping):
-                inner = next((part[k] for k in TEXT_PARTS if isinstance(part.get(k), Mapping)), part)
-                merged |= {**part, **inner}
+                inner = {**part, **next((part[k] for k in TEXT_PARTS if isinstance(part.get(k), Mapping)), part)}
                 break
+        merged = {**config, **inner}
         self.text: dict[str, Any] = merged
+        self.text_part = inner or merged
+        self.asked: set[str] = set(_ROPE_FIELDS)
         self._rope = _rope(merged)
 
     @property
@@ -77,6 +83,7 @@ class Config:
 
     def get(self, *names: str, default: Any = None) -> Any:
         """The first of these fields that is there and not null."""
+        self.asked.update(names)
         for name in names:
             if self.text.get(name) is not None:
                 return self.text[name]
@@ -139,6 +146,15 @@ class Config:
     def rope_by_kind(self) -> dict[str, Any]:
         """The same before a kind of layer is chosen."""
         return self._rope
+
+
+# Fields that `_rope` reads.
+_ROPE_FIELDS_WORDS = """
+rope_parameters rope_scaling local_rope_theta rope_local_theta rope_theta_local swa_rope_theta rope_local_base_freq
+global_rope_theta rope_global_theta rope_theta_global rope_theta rotary_emb_base partial_rotary_factor rope_pct
+rope_percent rotary_pct original_max_position_embeddings
+"""
+_ROPE_FIELDS = frozenset(_ROPE_FIELDS_WORDS.split())
 
 
 def _rope(text: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import CheckpointError
+from adapterkit.errors import CheckpointError, TargetError
 from adapterkit.gguf.arch.ops import ByGroup, Each, Interleave, RotaryHalves, Split, Stack
+from adapterkit.gguf.arch.rope import DIVISORS, divisors, original_context
 from adapterkit.gguf.arch.shared import (
     AFTER_NORMS,
     DEEPSTACK,
@@ -14,6 +15,7 @@ from adapterkit.gguf.arch.shared import (
     FOUR_NORMS,
     FUSED_MLP,
     LLAMA3,
+    LONG_ATTENTION,
     LONGROPE,
     MLP,
     NO_SCALING,
@@ -21,16 +23,16 @@ from adapterkit.gguf.arch.shared import (
     PARTIAL_ROPE,
     QK_NORMS,
     ROPE_DIM,
+    ROPE_TENSORS,
     VOCAB_SIZE,
     attention,
     constant,
-    long_attention_factor,
     of_sections,
-    original_context,
     text_of,
+    unusual_pattern,
     window_pattern,
 )
-from adapterkit.gguf.arch.spec import ArchSpec, Key, block, blocks, plus_one, rule
+from adapterkit.gguf.arch.spec import ArchSpec, ComputedTensor, Key, block, blocks, plus_one, rule
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,11 +88,30 @@ def _no_cap(config: Config) -> None:
         raise CheckpointError(f"{config.ref}: llama.cpp's gemma3 has no soft cap on attention", "give a gemma2")
 
 
+def _both_kinds(config: Config) -> None:
+    """llama.cpp stops at an encoder of layers that are all of one kind: it has a mask for each and uses one."""
+    _no_cap(config)
+    said = window_pattern(config)
+    found = said if said is not None else [(i + 1) % 6 != 0 for i in range(config.number("layers"))]
+    if len(set(found)) < 2:
+        raise TargetError(
+            f"{config.ref}: all of its layers are {'sliding' if all(found) else 'full'}_attention, and llama.cpp stops at a "
+            "gemma-embedding without both kinds",
+            "run it with transformers",
+        )
+
+
 def _gemma3_window(config: Config) -> int | None:
     if config.get("sliding_window_pattern") == 1:
         return None
     found = config.get("sliding_window")
     return None if found is None else int(found)
+
+
+def _gemma3_kinds(values: Mapping[str, Any], config: Mapping[str, Any], base: Any) -> dict[str, Any]:
+    from adapterkit.gguf.arch.fields import MORE
+
+    return MORE["gemma3_text"](values, config, base)
 
 
 def _phi_window(config: Config) -> int:
@@ -101,10 +122,8 @@ def _command_r_context(config: Config) -> int:
     return int(config.need("model_max_length", "max_position_embeddings"))
 
 
-def _exaone_factors(config: Config) -> list[float] | None:
-    from adapterkit.gguf.arch.shared import _llama3
-
-    return _llama3(config, 16.0)
+def _exaone_divisors(config: Config) -> list[float] | None:
+    return divisors(config, config.number("head_dim"), 16.0)
 
 
 def _sliding(config: Config) -> list[bool] | None:
@@ -166,7 +185,7 @@ SPECS = (
         "llama",
         _LLAMA,
         (VOCAB_SIZE, ROPE_DIM),
-        factors=(LLAMA3,),
+        factors=ROPE_TENSORS,
         types=("mistral", "internlm3"),
         experts=False,
         # The text part of PaddleOCR-VL, as `--to hf` writes it.
@@ -184,8 +203,9 @@ SPECS = (
             Key("attention.temperature_scale", _mistral3_yarn("llama_4_scaling_beta")),
         ),
         types=("mistral3",),
+        reads_yarn_bounds=True,
     ),
-    ArchSpec("smollm3", ("SmolLM3ForCausalLM",), "smollm3", _LLAMA, (VOCAB_SIZE, ROPE_DIM), factors=(LLAMA3,)),
+    ArchSpec("smollm3", ("SmolLM3ForCausalLM",), "smollm3", _LLAMA, (VOCAB_SIZE, ROPE_DIM)),
     ArchSpec(
         "granite",
         ("GraniteForCausalLM",),
@@ -196,9 +216,14 @@ SPECS = (
             block("shared_mlp.input_linear", "ffn_gate", "ffn_up", ops=[Split()], writes=False),
             block("shared_mlp.output_linear", "ffn_down", writes=False),
         ),
-        (VOCAB_SIZE, ROPE_DIM, *_GRANITE),
+        (
+            VOCAB_SIZE,
+            ROPE_DIM,
+            *_GRANITE,
+            Key("feed_forward_length", ("shared_intermediate_size", "intermediate_size"), field="intermediate_size"),
+        ),
         leave=("attention.key_length", "attention.value_length"),
-        factors=(LLAMA3,),
+        factors=ROPE_TENSORS,
     ),
     ArchSpec(
         "minicpm",
@@ -310,6 +335,7 @@ SPECS = (
             Key("attn_logit_softcapping", "attn_logit_softcapping", needed=True),
             Key("final_logit_softcapping", "final_logit_softcapping", needed=True),
             Key("attention.sliding_window", "sliding_window", needed=True),
+            unusual_pattern(2),
         ),
         common=False,
         tied=True,
@@ -328,10 +354,37 @@ SPECS = (
             Key("rope.freq_base", lambda c: float(c.rope.get("rope_theta", 1e6))),
             Key("final_logit_softcapping", "final_logit_softcapping"),
             Key("attention.sliding_window", _gemma3_window, field="sliding_window"),
+            unusual_pattern(6),
             Key("attention.head_count_kv", "num_key_value_heads", 4),
         ),
         types=("gemma3",),
         check=_no_cap,
+    ),
+    # Gemma 3 whose tokens see each other both ways: EmbeddingGemma.
+    ArchSpec(
+        "gemma-embedding",
+        ("Gemma3TextModel",),
+        "gemma3_embedding",
+        plus_one((*EMBEDDINGS, *FOUR_NORMS, *attention(), *MLP, *QK_NORMS)),
+        (
+            Key("context_length", "max_position_embeddings", 131072),
+            Key("attention.head_count", "num_attention_heads", 8),
+            Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", 1e-6),
+            *_HEAD_SIZES,
+            Key("rope.freq_base", lambda c: float(c.rope.get("rope_theta", 1e6))),
+            Key("attention.sliding_window", "sliding_window", needed=True),
+            unusual_pattern(6),
+            Key("attention.head_count_kv", "num_key_value_heads", 4),
+        ),
+        variant=lambda c: None if c.get("use_bidirectional_attention", default=False) else "gemma3_text",
+        check=_both_kinds,
+        defaults={
+            "model_type": "gemma3_text",
+            "architectures": ["Gemma3TextModel"],
+            "use_bidirectional_attention": True,
+        },
+        back=_gemma3_kinds,
+        encoder=True,
     ),
     ArchSpec(
         "phi2",
@@ -356,6 +409,7 @@ SPECS = (
             PARTIAL_ROPE,
         ),
         common=False,
+        own_output=True,
     ),
     ArchSpec(
         "phi3",
@@ -374,7 +428,7 @@ SPECS = (
             PARTIAL_ROPE,
             Key("rope.freq_base", lambda c: c.rope.get("rope_theta")),
             Key("attention.sliding_window", _phi_window, field="sliding_window"),
-            Key("rope.scaling.attn_factor", long_attention_factor),
+            LONG_ATTENTION,
         ),
         common=False,
         factors=LONGROPE,
@@ -407,6 +461,7 @@ SPECS = (
             Key("attention.layer_norm_epsilon", ("layer_norm_eps", "norm_eps"), field="layer_norm_eps"),
         ),
         common=False,
+        own_output=True,
     ),
     ArchSpec(
         "olmo",
@@ -426,6 +481,7 @@ SPECS = (
             Key("attention.sliding_window_pattern", _olmo3_window),
         ),
         types=("olmo3",),
+        own_output=True,
     ),
     ArchSpec(
         "command-r",
@@ -448,6 +504,7 @@ SPECS = (
         (
             Key("logit_scale", "logit_scale", needed=True),
             Key("attention.sliding_window", "sliding_window", needed=True),
+            unusual_pattern(4),
             VOCAB_SIZE,
             Key(
                 "rope.dimension_count",
@@ -544,7 +601,7 @@ SPECS = (
             Key("attention.sliding_window", "sliding_window"),
             Key("attention.sliding_window_pattern", _sliding),
         ),
-        factors=(type(LLAMA3)("rope_freqs.weight", _exaone_factors),),
+        factors=(ComputedTensor(DIVISORS, _exaone_divisors, True),),
         check=_window_of_32b,
     ),
     ArchSpec(
@@ -559,6 +616,7 @@ SPECS = (
             NO_SCALING,
         ),
         vocab="spm",
+        own_output=True,
     ),
     ArchSpec(
         "ernie4_5",

@@ -2,49 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from adapterkit.errors import CheckpointError
 from adapterkit.gguf.arch.config import Config
-from adapterkit.gguf.arch.hyper import POOLING
 from adapterkit.gguf.arch.ops import Cut
-from adapterkit.gguf.arch.shared import VOCAB_SIZE, constant
+from adapterkit.gguf.arch.pooling import POOLING, pooling
+from adapterkit.gguf.arch.shared import VOCAB_SIZE, constant, window_pattern
 from adapterkit.gguf.arch.spec import ArchSpec, Key, Rule, rule
-
-MODES = {
-    "pooling_mode_mean_tokens": "mean",
-    "pooling_mode_cls_token": "cls",
-    "pooling_mode_lasttoken": "last",
-}
-_WORDS = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
-
-
-def _json(config: Config, name: str) -> Any:
-    try:
-        return json.loads(config.files.get(name, b"null"))
-    except ValueError:
-        raise CheckpointError(f"{config.ref}: {name} is damaged", "download it again") from None
-
-
-def pooling(config: Config) -> int | None:
-    """How sentence-transformers pools this model, when its ``modules.json`` says it.
-
-    Raises:
-        CheckpointError: in a way that GGUF has no number for.
-    """
-    modules = _json(config, "modules.json")
-    for module in modules if isinstance(modules, list) else ():
-        if isinstance(module, dict) and str(module.get("type", "")).endswith("Pooling"):
-            found = _json(config, f"{module.get('path')}/config.json")
-            if not isinstance(found, dict):
-                return None
-            mode = next((word for key, word in MODES.items() if found.get(key)), None)
-            mode = mode or _WORDS.get(str(found.get("pooling_mode")))
-            if mode is None:
-                raise CheckpointError(f"{config.ref}: GGUF has no number for how it is pooled", "use mean, cls or last")
-            return POOLING[mode]
-    return None
 
 
 def _tree(layer: str, names: dict[str, str]) -> tuple[Rule, ...]:
@@ -90,15 +54,24 @@ _BERT_DROPS = (
 _LABELS = Key(
     "classifier.output_labels",
     lambda c: (
-        [str(name) for _, name in sorted(c.need("id2label").items())]
+        [str(name) for _, name in sorted(c.need("id2label").items(), key=lambda pair: int(pair[0]))]
         if any(one.endswith("ForSequenceClassification") for one in c.classes) and c.get("id2label")
         else None
     ),
 )
+_BERT = _older_norms((*_BERT_EMBEDDINGS, rule("embeddings.position_embeddings", "position_embd"), *_BERT_LAYERS))
 
 
 def _positions(config: Config) -> int:
     return config.number("context") - config.number("position_offset")
+
+
+def _modernbert_pattern(config: Config) -> Any:
+    """Every so many-th layer sees all, from the first on; or which layers have a window, where it is not that."""
+    found, every = window_pattern(config), config.get("global_attn_every_n_layers")
+    if found is None or (every and found == [i % int(every) != 0 for i in range(config.number("layers"))]):
+        return every
+    return found
 
 
 _T5 = _tree(
@@ -128,23 +101,63 @@ def _t5_rules() -> tuple[Rule, ...]:
     )
 
 
+_MODERN = (
+    rule("embeddings.tok_embeddings", "token_embd"),
+    rule("embeddings.norm", "token_embd_norm"),
+    rule("final_norm", "output_norm"),
+    *_tree(
+        "layers.{i}.",
+        {
+            "attn_norm": "attn_norm",
+            "attn_qkv": "attn.Wqkv",
+            "attn_output": "attn.Wo",
+            "ffn_norm": "mlp_norm",
+            "ffn_up": "mlp.Wi",
+            "ffn_down": "mlp.Wo",
+        },
+    ),
+)
+_MODERN_KEYS = (
+    Key("attention.layer_norm_epsilon", "norm_eps", 1e-5),
+    _CAUSAL,
+    _POOLING,
+    Key("attention.sliding_window", "local_attention", needed=True),
+    Key("attention.sliding_window_pattern", _modernbert_pattern, field="global_attn_every_n_layers"),
+    constant("rope.scaling.type", "none"),
+    VOCAB_SIZE,
+    Key("hidden_activation", "hidden_activation"),
+    Key(
+        "classifier.pooling_type",
+        lambda c: POOLING.get(c.get("classifier_pooling")),
+        field="classifier_pooling",
+    ),
+)
+
 SPECS = (
     ArchSpec(
         "bert",
-        ("BertModel", "BertForMaskedLM", "CamembertModel", "BertForSequenceClassification"),
+        ("BertModel", "BertForMaskedLM", "CamembertModel"),
         "bert",
-        _older_norms(
-            (
-                *_BERT_EMBEDDINGS,
-                rule("embeddings.position_embeddings", "position_embd"),
-                *_BERT_LAYERS,
-                rule("classifier", "cls.output"),
-            )
-        ),
+        _BERT,
         (_CAUSAL, _POOLING, _LABELS),
         prefixes=("bert.",),
         drops=_BERT_DROPS,
         needs=("token_embd.weight", "position_embd.weight"),
+        encoder=True,
+    ),
+    # The runtime computes cls.output(tanh(cls(x))), which is what the pooler and the classifier do. llama.cpp's own
+    # converter drops the pooler.
+    ArchSpec(
+        "bert",
+        ("BertForSequenceClassification",),
+        "bert_classifier",
+        (*_BERT, rule("pooler.dense", "cls"), rule("classifier", "cls.output")),
+        (_CAUSAL, _POOLING, _LABELS),
+        prefixes=("bert.",),
+        drops=tuple(one for one in _BERT_DROPS if "pooler" not in one),
+        when=lambda base: "cls.output.weight" in base and base.header.get("tokenizer.ggml.model") == "bert",
+        needs=("token_embd.weight", "position_embd.weight", "cls.weight", "cls.output.weight"),
+        defaults={"model_type": "bert"},
         encoder=True,
     ),
     ArchSpec(
@@ -201,39 +214,23 @@ SPECS = (
         "modern-bert",
         ("ModernBertModel", "ModernBertForMaskedLM"),
         "modernbert",
-        (
-            rule("embeddings.tok_embeddings", "token_embd"),
-            rule("embeddings.norm", "token_embd_norm"),
-            rule("final_norm", "output_norm"),
-            *_tree(
-                "layers.{i}.",
-                {
-                    "attn_norm": "attn_norm",
-                    "attn_qkv": "attn.Wqkv",
-                    "attn_output": "attn.Wo",
-                    "ffn_norm": "mlp_norm",
-                    "ffn_up": "mlp.Wi",
-                    "ffn_down": "mlp.Wo",
-                },
-            ),
-        ),
-        (
-            Key("attention.layer_norm_epsilon", "norm_eps", 1e-5),
-            _CAUSAL,
-            _POOLING,
-            Key("attention.sliding_window", "local_attention", needed=True),
-            Key("attention.sliding_window_pattern", "global_attn_every_n_layers"),
-            constant("rope.scaling.type", "none"),
-            VOCAB_SIZE,
-            Key("hidden_activation", "hidden_activation"),
-            Key(
-                "classifier.pooling_type",
-                lambda c: POOLING.get(c.get("classifier_pooling")),
-                field="classifier_pooling",
-            ),
-        ),
+        _MODERN,
+        _MODERN_KEYS,
         prefixes=("model.",),
         drops=(r"^head\.", r"^decoder\."),
+        uneven=True,
+        encoder=True,
+    ),
+    ArchSpec(
+        "modern-bert",
+        ("ModernBertForSequenceClassification",),
+        "modernbert_classifier",
+        (*_MODERN, rule("head.dense", "cls"), rule("head.norm", "cls.norm"), rule("classifier", "cls.output")),
+        (*_MODERN_KEYS, _LABELS),
+        prefixes=("model.",),
+        when=lambda base: "cls.output.weight" in base,
+        needs=("token_embd.weight", "output_norm.weight", "cls.weight", "cls.norm.weight", "cls.output.weight"),
+        defaults={"model_type": "modernbert"},
         uneven=True,
         encoder=True,
     ),

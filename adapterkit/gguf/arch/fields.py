@@ -7,7 +7,7 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.gguf.arch.config import single
-from adapterkit.gguf.arch.hyper import POOLING
+from adapterkit.gguf.arch.pooling import POOLING
 
 if TYPE_CHECKING:
     Values = Mapping[str, Any]
@@ -38,6 +38,13 @@ def _mixtral(values: Values, config: Values, base: Any) -> dict[str, Any]:
 def _layer_kinds(values: Values, key: str, yes: str, no: str) -> list[str] | None:
     found = values.get(key)
     return [yes if one else no for one in found] if isinstance(found, list) else None
+
+
+def _every(values: Values, every: int) -> list[str]:
+    """Kinds of layers: those that the file says, or a window in all but each ``every``-th."""
+    found = _layer_kinds(values, "attention.sliding_window_pattern", "sliding_attention", "full_attention")
+    built_in = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(values["block_count"])]
+    return found or built_in
 
 
 def _windows(values: Values, config: Values, base: Any) -> dict[str, Any]:
@@ -110,6 +117,7 @@ def _gpt_oss(values: Values, config: Values, base: Any) -> dict[str, Any]:
         "num_experts": None,
         "attention_bias": True,
         "intermediate_size": values["expert_feed_forward_length"],
+        "layer_types": _every(values, 2) if "attention.sliding_window_pattern" in values else None,
     }
 
 
@@ -307,7 +315,7 @@ def _distilbert(values: Values, config: Values, base: Any) -> dict[str, Any]:
 def _cohere(values: Values, config: Values, base: Any) -> dict[str, Any]:
     kinds = None
     if config["model_type"] == "cohere2":
-        kinds = ["sliding_attention" if (i + 1) % 4 else "full_attention" for i in range(values["block_count"])]
+        kinds = _every(values, 4)
     return {"tie_word_embeddings": True, "layer_types": kinds}
 
 
@@ -357,13 +365,11 @@ def _exaone4(values: Values, config: Values, base: Any) -> dict[str, Any]:
 
 
 def _gemma3(values: Values, config: Values, base: Any) -> dict[str, Any]:
-    every = ["sliding_attention" if (i + 1) % 6 else "full_attention" for i in range(values["block_count"])]
-    return {"layer_types": every, "query_pre_attn_scalar": values["attention.key_length"]}
+    return {"layer_types": _every(values, 6), "query_pre_attn_scalar": values["attention.key_length"]}
 
 
 def _gemma2(values: Values, config: Values, base: Any) -> dict[str, Any]:
-    every = ["full_attention" if i % 2 else "sliding_attention" for i in range(values["block_count"])]
-    return {"layer_types": every, "query_pre_attn_scalar": values["attention.key_length"]}
+    return {"layer_types": _every(values, 2), "query_pre_attn_scalar": values["attention.key_length"]}
 
 
 def _minicpm(values: Values, config: Values, base: Any) -> dict[str, Any]:
@@ -466,8 +472,10 @@ MORE: dict[str, Callable[[Values, Values, Any], dict[str, Any]]] = {
     "mamba2": _mamba2,
     "jamba": _jamba,
     "bert": _bert,
+    "bert_classifier": _bert,
     "distilbert": _distilbert,
     "modernbert": _modernbert,
+    "modernbert_classifier": _modernbert,
     "roberta": _roberta,
     "cohere": _cohere,
     "cohere2": _cohere,

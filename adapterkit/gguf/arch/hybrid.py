@@ -436,7 +436,10 @@ SPECS = (
             block("shared_mlp.input_linear", "ffn_gate", "ffn_up", ops=[Split()]),
             block("shared_mlp.output_linear", "ffn_down"),
         ),
-        _GRANITE_KEYS,
+        (
+            *_GRANITE_KEYS,
+            Key("feed_forward_length", ("shared_intermediate_size", "intermediate_size"), field="intermediate_size"),
+        ),
         leave=("attention.key_length", "attention.value_length"),
         experts=False,
         defaults={"model_type": "granitemoehybrid", "architectures": ["GraniteMoeHybridForCausalLM"]},

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import CheckpointError
 from adapterkit.gguf.arch.config import ALIASES, Config, _head_dim
+from adapterkit.gguf.arch.pooling import MODULES, pooling
+from adapterkit.gguf.arch.rope import kind_of, scaling
 from adapterkit.gguf.metadata import Entry, array, boolean, f32, text, u32
 from adapterkit.gguf.reader import BOOL, F32, I32, STRING
 
@@ -55,9 +57,10 @@ REALS = frozenset(
         "xielu.eps",
     )
 )
+POOLED = "pooling_type"
+ROPE_BASE = 10000.0  # what llama.cpp takes where a file does not say it
 UNPREFIXED = ("xielu.",)  # keys that llama.cpp names without the architecture
 GATING = {"softmax": 1, "sigmoid": 2, "sqrtsoftplus": 4}  # llama.cpp's ExpertGatingFuncType
-POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}
 
 
 def hyperparameters(spec: ArchSpec, config: Config) -> dict[str, Any]:
@@ -68,7 +71,13 @@ def hyperparameters(spec: ArchSpec, config: Config) -> dict[str, Any]:
     """
     if spec.check is not None:
         spec.check(config)
-    found: dict[str, Any] = dict(common(config)) if spec.common else {}
+    scaled = scaling(spec, config).keys
+    if not spec.common and kind_of(config.rope) == "longrope":
+        scaled = {}  # such a row has keys of its own for it
+    found: dict[str, Any] = dict(common(config, scaled)) if spec.common else dict(scaled)
+    theta = config.rope.get("rope_theta")
+    if not spec.common and theta is not None and theta != ROPE_BASE:
+        found["rope.freq_base"] = theta
     for name in spec.leave:
         found.pop(name, None)
     for key in spec.keys:
@@ -82,11 +91,15 @@ def hyperparameters(spec: ArchSpec, config: Config) -> dict[str, Any]:
         if value is not None:
             found.pop(key.name, None)
             found[key.name] = value
+    if POOLED not in found and MODULES in config.files:
+        kind = pooling(config)
+        if kind is not None:
+            found[POOLED] = kind
     return found
 
 
-def common(config: Config) -> dict[str, Any]:
-    """The keys that most architectures share."""
+def common(config: Config, scaled: dict[str, Any]) -> dict[str, Any]:
+    """The keys that most architectures share; ``scaled``: those of scaled rotary embeddings."""
     found: dict[str, Any] = {"block_count": config.number("layers")}
 
     def put(key: str, *names: str) -> None:
@@ -101,13 +114,15 @@ def common(config: Config) -> dict[str, Any]:
     put("attention.head_count_kv", "num_key_value_heads", "n_kv_heads")
     if config.get("is_causal") is False:
         found["attention.causal"] = False
-    found |= rope_keys(config)
+    found |= scaled | rope_keys(config)
     put("attention.layer_norm_rms_epsilon", "rms_norm_eps", "norm_eps")
     put("attention.layer_norm_epsilon", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
     put("expert_count", "num_local_experts", "num_experts", "n_routed_experts")
     put("expert_used_count", "num_experts_per_tok", "num_experts_per_token", "top_k_experts")
-    put("expert_group_count", "n_group")
-    put("expert_group_used_count", "topk_group")
+    groups, used = config.get("n_group"), config.get("topk_group")
+    if isinstance(groups, int) and isinstance(used, int) and used >= groups:
+        groups = used = 1  # all groups are used: there is nothing to choose
+    found |= {k: v for k, v in zip(_GROUPS, (groups, used), strict=True) if v is not None}
     gating = config.get(*_GATING)
     if gating is not None:
         if gating not in GATING:
@@ -119,6 +134,7 @@ def common(config: Config) -> dict[str, Any]:
     return found
 
 
+_GROUPS = ("expert_group_count", "expert_group_used_count")
 _WIDTHS = ("prefix_dense_intermediate_size", "dense_intermediate_size", "intermediate_size", "n_inner", "hidden_dim")
 _GATING = (
     *("score_function", "scoring_func", "score_func", "moe_router_activation", "moe_router_activation_func"),
@@ -127,38 +143,9 @@ _GATING = (
 
 
 def rope_keys(config: Config) -> dict[str, Any]:
-    """Rotary embeddings: base, scaling, sections.
-
-    Raises:
-        CheckpointError: a scaling without its numbers.
-    """
+    """Rotary embeddings: base and sections; for their scaling see `adapterkit.gguf.arch.rope`."""
     found: dict[str, Any] = {}
     rope = config.rope
-    kind = rope.get("rope_type")
-    factor = rope.get("factor")
-    if kind == "linear" and factor is not None:
-        found |= {"rope.scaling.type": "linear", "rope.scaling.factor": factor}
-    elif kind == "yarn" and factor is not None:
-        if rope.get("original_max_position_embeddings") is None:
-            raise CheckpointError(
-                f"{config.ref}: yarn scaling without 'original_max_position_embeddings'", "complete its config.json"
-            )
-        found |= {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": factor,
-            "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
-        }
-        for key, names in {
-            "rope.scaling.yarn_ext_factor": ("extrapolation_factor",),
-            "rope.scaling.yarn_attn_factor": ("attention_factor", "attn_factor"),
-            "rope.scaling.yarn_beta_fast": ("beta_fast",),
-            "rope.scaling.yarn_beta_slow": ("beta_slow",),
-        }.items():
-            value = next((rope[name] for name in names if rope.get(name) is not None), None)
-            if value is not None:
-                found[key] = value
-    elif kind in ("su", "longrope"):
-        found["rope.scaling.type"] = "longrope"
     sections = config.rope_by_kind.get("mrope_section")
     if isinstance(sections, list):
         found["rope.dimension_sections"] = [*sections, 0, 0, 0, 0][:4]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from adapterkit.gguf.arch.spec import ArchSpec, Rule, Scalars
 
 SUFFIXES = (".weight", ".bias")
+EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
 # Where a language model sits in a checkpoint: the root that rules use stands in the place of these.
 ROOTS = (
     "model.language_model.model.",
@@ -75,10 +76,11 @@ class Mapper:
     Args:
         spec: the architecture.
         config: of the model.
+        apart: the checkpoint has an output layer that is not its embedding, whatever the config says; see `ties.apart`.
     """
 
-    def __init__(self, spec: ArchSpec, config: Config) -> None:
-        self.spec, self.config = spec, config
+    def __init__(self, spec: ArchSpec, config: Config, *, apart: bool = False) -> None:
+        self.spec, self.config, self.apart = spec, config, apart
 
     # ------------------------------------------------------------------ names
 
@@ -164,12 +166,16 @@ class Mapper:
         rules: dict[str, Rule] = {}
         for key, members in groups.items():
             self._add(chosen[key], key[1], key[2], members, shapes, ref, arrays, sources, rules)
-        output = arrays.get("output.weight")
-        if output is not None and self._output_is_embedding(output):
-            del arrays["output.weight"]
+        if OUTPUT in arrays and self.output_is_embedding:
+            del arrays[OUTPUT]
             for name in sources:
-                sources[name] = [one for one in sources[name] if one != "output.weight"]
+                sources[name] = [one for one in sources[name] if one != OUTPUT]
             dropped += [name for name, into in sources.items() if not into]
+        if self.spec.own_output and OUTPUT not in arrays and EMBEDDING in arrays:
+            arrays[OUTPUT] = arrays[EMBEDDING]
+            rules[OUTPUT] = rules[EMBEDDING]
+            for into in sources.values():
+                into += [OUTPUT] if EMBEDDING in into else []
         self._check_whole(arrays, ref)
         ordered = dict(sorted(arrays.items(), key=lambda pair: _place(pair[0])))
         kept = {name: tuple(into) for name, into in sources.items() if into}
@@ -260,11 +266,17 @@ class Mapper:
             return True
         return self.config.has_vision and TOWERS.search(name) is not None
 
-    def _output_is_embedding(self, output: Array) -> bool:
-        """An output layer that the config ties to the embedding, saved beside it all the same."""
+    @property
+    def says_tied(self) -> bool:
+        """Whether the output layer is the embedding by the config, or by the architecture."""
         if self.spec.output_apart:
             return False
         return self.spec.tied or bool(self.config.get("tie_word_embeddings", default=False))
+
+    @property
+    def output_is_embedding(self) -> bool:
+        """Whether an output layer that is saved beside the embedding is the same and is left out."""
+        return self.says_tied and not self.apart
 
     def _check_whole(self, arrays: Mapping[str, Array], ref: str) -> None:
         needs = [name for need in self.spec.needs for name in self._every_layer(need)]

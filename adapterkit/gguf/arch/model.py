@@ -6,15 +6,21 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.adapters.formats.narrow import TEXT, section_of
 from adapterkit.adapters.merged import Merged, as_float32
 from adapterkit.checkpoint.tensor import Renamed, Tensor
 from adapterkit.dtypes import BF16, F16, F32
 from adapterkit.errors import CheckpointError, TargetError
 from adapterkit.gguf.arch.config import Config
+from adapterkit.gguf.arch.contract import held, unread
 from adapterkit.gguf.arch.hyper import hyper_entries, hyperparameters
-from adapterkit.gguf.arch.mapping import Mapped, Mapper
+from adapterkit.gguf.arch.mapping import EMBEDDING, Mapped
 from adapterkit.gguf.arch.mxfp4 import Repacked, repacked
+from adapterkit.gguf.arch.pooling import left_out
+from adapterkit.gguf.arch.rope import scaling
 from adapterkit.gguf.arch.table import spec_of
+from adapterkit.gguf.arch.ties import mapper_of
+from adapterkit.gguf.arch.ties import note as tie_note
 from adapterkit.gguf.arch.views import Constant, gathered
 from adapterkit.gguf.filetypes import FILE_TYPES
 from adapterkit.gguf.general import general, size_label
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
 
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.gguf.arch.mapping import Mapper
     from adapterkit.gguf.arch.spec import ArchSpec
 
 # Tensors that stay in float32 whatever the file's type, beside vectors, norms and what is no weight: small ones that
@@ -40,7 +47,6 @@ FLOAT32 = (
     "altup_predict_coef.weight",
     "indexer.proj.weight",
 )
-EMBEDDING = "token_embd.weight"
 
 
 class Wide(Renamed):
@@ -72,6 +78,7 @@ class Model:
         kinds: the type of each tensor in a file that is not quantized.
         mapped: which stored tensor went where.
         file_type: of such a file.
+        notes: what llama.cpp computes otherwise.
     """
 
     spec: ArchSpec
@@ -82,6 +89,7 @@ class Model:
     kinds: dict[str, str]
     mapped: Mapped
     file_type: str
+    notes: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -99,6 +107,7 @@ def as_gguf(
     touched: Sequence[str] = (),
     files: Mapping[str, bytes] | None = None,
     plain: str | None = None,
+    approximate: Collection[str] = (),
     elsewhere: Collection[str] = (),
 ) -> Model:
     """A view of a Hugging Face checkpoint as a GGUF model.
@@ -110,18 +119,22 @@ def as_gguf(
         adapters, touched: what was folded in, and the tensors that it changed.
         files: side files by name.
         plain: the float type of a file that is not quantized; by default that of the first matrix.
+        approximate: config fields that the runtime may compute otherwise past a limit; see `held`.
         elsewhere: tensors that another file holds, so that a change of them is not lost.
 
     Raises:
-        TargetError: an architecture or a tensor that the table does not know, or a change that GGUF has no place for.
+        TargetError: an architecture or a tensor that the table does not know, a change that GGUF has no place for, or a
+            config that llama.cpp does not compute.
         CheckpointError: a config or tensors that are incomplete or do not fit each other.
     """
     read = Config(config, base.ref, files)
     spec = spec_of(read)
-    mapper = Mapper(spec, read)
+    mapper = mapper_of(spec, read, base)
     mapped = mapper.to_gguf(view.shapes, base.ref)
     lost = [name for name in touched if not (name in mapped.sources or name in elsewhere or mapper.scalar(name))]
-    if lost:
+    towers = [name for name in lost if name in mapped.dropped and section_of(name) != TEXT]
+    if len(lost) > len(towers):
+        lost = [name for name in lost if name not in towers]
         raise TargetError(
             f"an adapter changes '{lost[0]}', which a GGUF {spec.arch} does not hold",
             "merge into a Hugging Face folder, or train the text model alone",
@@ -135,7 +148,9 @@ def as_gguf(
         factors = one.make(read)
         if factors is not None:
             tensors = {one.tensor: Constant(one.tensor, factors), **tensors}
+    notes = held(spec, read, approximate)
     values = hyperparameters(spec, read) | _scalars(view, mapper)
+    notes = (*notes, *tie_note(mapper), *scaling(spec, read).notes, *left_out(read), *_of_towers(towers), *unread(read))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     label = size_label(shapes, _first(values.get("expert_count")))
     entries = [*general(base, adapters, files or {}, label, spec.arch), *hyper_entries(spec.arch, values)]
@@ -149,7 +164,15 @@ def as_gguf(
     kinds = {name: kind_in_file(name, shape, own) for name, shape in shapes.items()}
     packed = {name: tensor.kind.name for name, tensor in tensors.items() if isinstance(tensor, Repacked)}
     kinds |= packed
-    return Model(spec, read, tensors, tuple(entries), hparams, kinds, mapped, "MXFP4_MOE" if packed else own)
+    written = "MXFP4_MOE" if packed else own
+    return Model(spec, read, tensors, tuple(entries), hparams, kinds, mapped, written, notes)
+
+
+def _of_towers(names: Sequence[str]) -> tuple[str, ...]:
+    if not names:
+        return ()
+    left = f"left out: the change of {len(names)} tensors of a tower, as '{names[0]}'"
+    return (f"{left}; this file is the text part alone (--mmproj auto writes the projector beside it)",)
 
 
 def _scalars(view: Checkpoint, mapper: Mapper) -> dict[str, Any]:

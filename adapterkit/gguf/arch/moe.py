@@ -18,26 +18,28 @@ from adapterkit.gguf.arch.ops import (
     Turn,
     TurnedHalves,
 )
+from adapterkit.gguf.arch.rope import original_context
 from adapterkit.gguf.arch.shared import (
     DEEPSTACK,
     EMBEDDINGS,
     EXPERT_WIDTH,
     LLAMA3,
+    LONG_ATTENTION,
     LONGROPE,
     MLP,
     NORMS,
     PARTIAL_ROPE,
     QK_NORMS,
     ROPE_DIM,
+    ROPE_TENSORS,
     VOCAB_SIZE,
     attention,
     constant,
     experts,
-    long_attention_factor,
     of_sections,
-    original_context,
     shared_expert,
     text_of,
+    unusual_pattern,
 )
 from adapterkit.gguf.arch.spec import ArchSpec, Key, block, blocks, rule
 
@@ -150,7 +152,7 @@ SPECS = (
         "mixtral",
         (*EMBEDDINGS, *NORMS, *attention(interleave=True), *_SPARSE),
         (VOCAB_SIZE, ROPE_DIM),
-        factors=(LLAMA3,),
+        factors=ROPE_TENSORS,
         experts=True,
     ),
     ArchSpec(
@@ -159,6 +161,7 @@ SPECS = (
         "qwen2_moe",
         (*EMBEDDINGS, *NORMS, *attention(), *MLP, *experts(), *shared_expert("mlp.shared_expert", plain=False)),
         (EXPERT_WIDTH, Key("expert_shared_feed_forward_length", "shared_expert_intermediate_size")),
+        own_output=True,
     ),
     ArchSpec(
         "qwen3moe",
@@ -220,20 +223,22 @@ SPECS = (
             PARTIAL_ROPE,
             Key("rope.freq_base", lambda c: c.rope.get("rope_theta")),
             Key("attention.sliding_window", lambda c: int(c.get("sliding_window", default=0))),
-            Key("rope.scaling.attn_factor", long_attention_factor),
+            LONG_ATTENTION,
             Key("expert_used_count", ("num_experts_per_tok", "num_experts_per_token")),
             Key("expert_count", ("num_local_experts", "num_experts")),
         ),
         common=False,
         factors=LONGROPE,
+        own_output=True,
     ),
     ArchSpec(
         "olmoe",
         ("OlmoeForCausalLM",),
         "olmoe",
         (*EMBEDDINGS, *NORMS, *attention(), *QK_NORMS, *experts()),
-        (constant("attention.layer_norm_rms_epsilon", 1e-5),),
+        (Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", 1e-5),),
         check=_no_groups,
+        own_output=True,
     ),
     ArchSpec(
         "granitemoe",
@@ -247,6 +252,7 @@ SPECS = (
             Key("expert_shared_feed_forward_length", lambda c: c.get("shared_intermediate_size") or None),
         ),
         leave=("attention.key_length", "attention.value_length"),
+        factors=ROPE_TENSORS,
         types=("granitemoeshared",),
     ),
     ArchSpec(
@@ -343,8 +349,10 @@ SPECS = (
         ),
         (
             Key("attention.sliding_window", "sliding_window", needed=True),
+            unusual_pattern(2),
             Key("expert_feed_forward_length", "intermediate_size", needed=True),
         ),
+        own_output=True,
     ),
     ArchSpec(
         "llama4",

@@ -167,6 +167,7 @@ SPECS = (
         common=False,
         prefixes=("gpt_neox.",),
         root="gpt_neox.",
+        own_output=True,
     ),
     ArchSpec(
         "bloom",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import CheckpointError
-from adapterkit.gguf.arch.config import Config, _head_dim, llama3_factors
+from adapterkit.gguf.arch.config import Config, _head_dim
 from adapterkit.gguf.arch.hyper import rotary_dim
 from adapterkit.gguf.arch.ops import Interleave, Split, Stack
+from adapterkit.gguf.arch.rope import DIVISORS, LONG, SHORT, divisors, kind_of, long_attention
 from adapterkit.gguf.arch.spec import ComputedTensor, Key, Rule, block, blocks, rule
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ NEEDS_ATTENTION = ("token_embd.weight", "output_norm.weight")
 VOCAB_SIZE = Key("vocab_size", "vocab_size", needed=True)
 ROPE_DIM = Key("rope.dimension_count", lambda c: _head_dim(c))
 PARTIAL_ROPE = Key("rope.dimension_count", lambda c: rotary_dim(c))
-NO_SCALING = Key("rope.scaling.type", lambda c: "none")
+# llama.cpp's converter writes this word for some architectures where nothing is scaled.
+NO_SCALING = Key("rope.scaling.type", lambda c: "none" if kind_of(c.rope) in ("", "default") else None)
 FEED_FORWARD = Key(
     "feed_forward_length",
     lambda c: c.get("intermediate_size", "n_inner", "ffn_hidden_size", default=4 * c.number("hidden")),
@@ -122,13 +123,24 @@ def window_pattern(config: Config) -> list[bool] | None:
     return [kind == "sliding_attention" for kind in kinds] if isinstance(kinds, list) else None
 
 
-def _llama3(config: Config, default: float = 8.0) -> list[float] | None:
-    if str(config.rope.get("rope_type", "")).lower() != "llama3":
-        return None
-    return llama3_factors(config.rope, _head_dim(config), default)
+def unusual_pattern(every: int) -> Key:
+    """Layers with a window, where these are not all but each ``every``-th, which llama.cpp has by itself."""
+
+    def find(config: Config) -> list[bool] | None:
+        layers = config.number("layers")
+        found, said = window_pattern(config), config.get("sliding_window_pattern")
+        if found is None and isinstance(said, int) and said > 1:
+            found = [(i + 1) % said != 0 for i in range(layers)]
+        return None if found == [(i + 1) % every != 0 for i in range(layers)] else found
+
+    return Key("attention.sliding_window_pattern", find)
 
 
-LLAMA3 = ComputedTensor("rope_freqs.weight", _llama3)
+def _divisors(config: Config) -> list[float] | None:
+    return divisors(config, _head_dim(config))
+
+
+LLAMA3 = ComputedTensor(DIVISORS, _divisors, True)
 
 
 def _long(name: str) -> Any:
@@ -149,25 +161,7 @@ def _long(name: str) -> Any:
     return make
 
 
-LONGROPE = (
-    ComputedTensor("rope_factors_long.weight", _long("long")),
-    ComputedTensor("rope_factors_short.weight", _long("short")),
-)
-
-
-def long_attention_factor(config: Config) -> float | None:
-    """What longrope multiplies attention with: sqrt(1 + ln s / ln n), s the stretch of n positions."""
-    rope = config.rope
-    if not rope.get("long_factor"):
-        return None
-    new, old = config.number("context"), original_context(config)
-    scale = new / old
-    if rope.get("rope_type") == "yarn":
-        return 0.1 * math.log(scale) + 1.0 if scale > 1 else 1.0
-    return math.sqrt(1 + math.log(scale) / math.log(old)) if scale > 1 else 1.0
-
-
-def original_context(config: Config) -> int:
-    """Positions that the model was trained with before its rotary frequencies were stretched."""
-    found = config.rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    return int(found) if found else config.number("context")
+LONGROPE = (ComputedTensor(LONG, _long("long"), True), ComputedTensor(SHORT, _long("short"), True))
+LONG_ATTENTION = Key("rope.scaling.attn_factor", long_attention)
+# For architectures whose runtime loads all three tensors.
+ROPE_TENSORS = (LLAMA3, *LONGROPE)

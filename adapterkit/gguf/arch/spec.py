@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adapterkit.gguf.arch.builtin import Fixed
     from adapterkit.gguf.arch.config import Config
     from adapterkit.gguf.arch.ops import Op
 
@@ -62,10 +63,14 @@ class Key:
 
 @dataclass(frozen=True)
 class ComputedTensor:
-    """A small tensor that is computed from the config: divisors of rotary frequencies."""
+    """A small tensor that is computed from the config: divisors of rotary frequencies.
+
+    ``general``: it holds whatever scaling a config asks for.
+    """
 
     tensor: str
     make: Callable[[Config], Sequence[float] | None]
+    general: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,9 @@ class ArchSpec:
         experts: of rows of one architecture, the one with (without) experts; told apart by that in a GGUF.
         when: of rows of one architecture, whether a GGUF file is this one; those without a condition come last.
         scaled: numbers of the config are multiplied into weights and cannot be told from a GGUF file.
+        own_output: the runtime loads no such model without ``output.weight``, so a tied one gets the embedding twice.
+        fixed: what the runtime has built in whatever the config says; see `adapterkit.gguf.arch.contract`.
+        reads_yarn_bounds: the runtime reads ``beta_fast`` and ``beta_slow``.
         variant: the model type of another row of the same classes, for configs that are better read by it.
         scalars: small tensors that are metadata in GGUF.
         back: fields of a config made from GGUF beyond those of the keys, from its key-values, the config so far and
@@ -144,7 +152,10 @@ class ArchSpec:
     variant: Callable[[Config], str | None] | None = None
     scalars: tuple[Scalars, ...] = ()
     no_lora: tuple[str, ...] = ()
+    own_output: bool = False
     output_apart: bool = False
+    fixed: tuple[Fixed, ...] = ()
+    reads_yarn_bounds: bool = False
     back: Callable[[Mapping[str, Any], Mapping[str, Any], Any], dict[str, Any]] | None = None
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -20,12 +21,13 @@ from adapterkit.gguf.arch import (
     wholes,
     windows,
 )
+from adapterkit.gguf.arch.fixed import FIXED, NEVER_LORA, NO_LORA
 
 if TYPE_CHECKING:
     from adapterkit.gguf.arch.config import Config
     from adapterkit.gguf.arch.spec import ArchSpec
 
-SPECS: tuple[ArchSpec, ...] = (
+_ROWS: tuple[ArchSpec, ...] = (
     *dense.SPECS,
     *gemma.SPECS,
     *moe.SPECS,
@@ -38,6 +40,25 @@ SPECS: tuple[ArchSpec, ...] = (
     *wholes.SPECS,
     *seq2seq.SPECS,
     *remote.SPECS,
+)
+
+
+def _under_contract(row: ArchSpec) -> ArchSpec:
+    kind = row.model_type
+    return replace(
+        row,
+        fixed=(*row.fixed, *FIXED.get(kind, ())),
+        no_lora=(*NEVER_LORA, *row.no_lora, *NO_LORA.get(kind, ())),
+    )
+
+
+SPECS: tuple[ArchSpec, ...] = tuple(_under_contract(row) for row in _ROWS)
+
+
+# Ends of class names of models whose head is no language model's.
+_HEADS = (
+    *("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"),
+    *("ForImageClassification", "RewardModel", "ForRewardModel", "ForReward"),
 )
 
 
@@ -71,18 +92,31 @@ def spec_of(config: Config) -> ArchSpec:
             found = _by_type().get(config.model_type)
         if found is not None:
             return _variant(found, config)
+    if config.classes:
+        raise _unknown(config)
     raw = str(config.raw.get("model_type") or "")
     for name in dict.fromkeys((config.model_type, raw)):
         found = _by_type().get(name)
         if found is not None:
             return _variant(found, config)
-    named = (*config.classes, str(raw), str(config.raw.get("_class_name") or ""))
+    raise _unknown(config)
+
+
+def _unknown(config: Config) -> TargetError:
+    raw = str(config.raw.get("model_type") or "")
+    named = (*config.classes, raw, str(config.raw.get("_class_name") or ""))
+    head = next((word for word in _HEADS if config.classes and config.classes[0].endswith(word)), None)
+    if head is not None:
+        return TargetError(
+            f"{config.ref}: llama.cpp has no place for the head of a {config.classes[0]}, which would be left out",
+            f"serve it with transformers, or convert the model without its head ({raw or 'its base class'})",
+        )
     if not any(named):
-        raise TargetError(
+        return TargetError(
             f"{config.ref}: its config.json names no architecture, so nobody can tell how GGUF stores it",
             "add the config.json that the base was published with",
         )
-    raise TargetError(
+    return TargetError(
         f"{config.ref}: how GGUF stores a {next(filter(None, named))} is not known here",
         "take a GGUF of the base as it is published, and merge into that: adapterkit merge BASE.gguf ADAPTER -o OUT.gguf",
     )

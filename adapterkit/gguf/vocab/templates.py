@@ -24,7 +24,7 @@ _PLAIN = frozenset(string.ascii_letters + string.digits)
 def templates(sources: Sources) -> dict[str, str]:
     """Chat templates by name; the usual one is ``default``.
 
-    ``tokenizer_config.json`` goes before ``chat_template.jinja``, as in llama.cpp's converter.
+    ``chat_template.jinja`` goes before ``tokenizer_config.json``, as in transformers.
 
     Raises:
         CheckpointError: one does not parse.
@@ -36,6 +36,12 @@ def templates(sources: Sources) -> dict[str, str]:
 
 
 def _find(sources: Sources) -> tuple[dict[str, str], str]:
+    if JINJA in sources:
+        found = {DEFAULT: _text(sources.files[JINJA], JINJA)}
+        for path in sorted(sources.files):
+            if path.startswith(MORE) and path.endswith(".jinja"):
+                found[path.removeprefix(MORE).removesuffix(".jinja")] = _text(sources.files[path], path)
+        return found, JINJA
     said = sources.settings.get("chat_template")
     if isinstance(said, str):
         return {DEFAULT: said}, SETTINGS
@@ -45,12 +51,6 @@ def _find(sources: Sources) -> tuple[dict[str, str], str]:
             for one in said
             if isinstance(one, dict) and isinstance(one.get("template"), str) and one.get("name")
         }, SETTINGS
-    if JINJA in sources:
-        found = {DEFAULT: _text(sources.files[JINJA], JINJA)}
-        for path in sorted(sources.files):
-            if path.startswith(MORE) and path.endswith(".jinja"):
-                found[path.removeprefix(MORE).removesuffix(".jinja")] = _text(sources.files[path], path)
-        return found, JINJA
     said = sources.json(JSON).get("chat_template")
     return ({DEFAULT: said}, JSON) if isinstance(said, str) else ({}, JSON)
 

@@ -79,6 +79,7 @@ def _of_hf(opened: Any, request: ConvertRequest, jobs: int) -> Conversion:
         asked=asked,
         dtype=parse_floats(request.dtype),
         pre=request.pre,
+        approximate=tuple(request.allow_approximate),
         elsewhere=held,
     )
     stated = {"verb": "convert", "dtype": request.dtype, "pre": request.pre, **asked.request()}

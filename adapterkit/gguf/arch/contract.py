@@ -1,0 +1,114 @@
+"""The contract with the runtime: what llama.cpp computes whatever a config says, and what becomes of a config that says else.
+
+A row of the table states which config fields its keys are read from (`ArchSpec.keys`), and here which the runtime does not
+read because it has one value built in (`Fixed`). A config with another value would run, and compute something else; so it is
+refused, unless the difference only shows past a limit (texts longer than a window) and the user allows that by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.errors import TargetError, UsageError
+
+if TYPE_CHECKING:
+    from adapterkit.gguf.arch.config import Config
+    from adapterkit.gguf.arch.spec import ArchSpec
+
+
+# Fields that say how a model was trained, stored, saved or is sampled from, and shapes that the tensors say themselves.
+_HARMLESS_WORDS = """
+_name_or_path name_or_path _sliding_window_pattern architectures model_type auto_map transformers_version torch_dtype dtype
+_attn_implementation _attn_implementation_autoset attn_implementation _flash_attn_2_enabled use_flash_attn
+use_cache use_cache_quantization use_cache_kernel return_dict output_attentions output_hidden_states torchscript
+pruned_heads chunk_size_feed_forward is_encoder_decoder is_decoder cross_attention_hidden_size
+add_cross_attention tie_encoder_decoder gradient_checkpointing quantization_config unsloth_version unsloth_fixed
+initializer_range initializer_factor initializer_cutoff_factor init_std init_device init_config init_method
+attention_dropout attention_probs_dropout_prob hidden_dropout hidden_dropout_prob resid_pdrop embd_pdrop attn_pdrop
+residual_dropout embedding_dropout classifier_dropout classifier_dropout_prob dropout dropout_rate emb_dropout
+attn_dropout ffn_dropout seq_classif_dropout qa_dropout mlp_dropout deterministic_flash_attn
+pad_token_id bos_token_id eos_token_id sep_token_id cls_token_id unk_token_id mask_token_id decoder_start_token_id
+forced_bos_token_id forced_eos_token_id begin_suppress_tokens suppress_tokens prefix bad_words_ids
+temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size do_sample early_stopping
+max_length min_length num_beams num_beam_groups diversity_penalty num_return_sequences remove_invalid_values
+exponential_decay_length_penalty output_scores return_dict_in_generate encoder_no_repeat_ngram_size tf_legacy_loss
+use_bfloat16 finetuning_task task_specific_params problem_type tokenizer_class id2label label2id num_labels
+summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
+pretraining_tp base_model_tp_plan base_model_pp_plan base_model_ep_plan ep_size
+output_router_logits router_aux_loss_coef router_z_loss_coef router_jitter_noise input_jitter_noise aux_loss_alpha
+seq_aux moe_router_enable_expert_bias load_balancing_loss rescale_prenorm_residual residual_in_fp32
+vocab_size type_vocab_size intermediate_size num_experts_per_tok max_window_layers bos_id eos_id
+slow_but_exact masked_softmax_fusion attention_softmax_in_fp32
+scale_attention_softmax_in_fp32 reorder_and_upcast_attn sparse_prediction sparse_pred_ignore_index
+reference_compile repad_logits_with_grad compile_model mlm_probability mask_token vocab_pad seq_length
+gradient_checkpointing_use_reentrant use_mambapy use_falcon_mambapy use_mamba_kernels use_associative_scan
+num_nextn_predict_layers mtp_num_hidden_layers pad_head_dim_to_multiple_of
+language_model_only mamba_ssm_dtype tie_word_embeddings has_visual_encoder modality
+"""
+HARMLESS = frozenset(_HARMLESS_WORDS.split())
+
+
+def held(spec: ArchSpec, config: Config, approximate: Collection[str] = ()) -> tuple[str, ...]:
+    """Whether the runtime computes what a config says; notes on what it does not where that was allowed.
+
+    Args:
+        approximate: the fields that may differ past a limit.
+
+    Raises:
+        TargetError: it computes something else; the sentence names field, value and what llama.cpp does.
+        UsageError: a field of ``approximate`` is not one that may differ.
+    """
+    notes: list[str] = []
+    open_ = set(approximate)
+    for one in spec.fixed:
+        found = one.differs(config)
+        if found is None:
+            continue
+        said, _ = found
+        name = one.field.replace("rope.", "rope_parameters.")
+        limit = one.limit(config) if one.limit is not None else ""
+        what = f"{config.ref}: '{name}' is {_shown(said)}, and llama.cpp {one.does}"
+        if not limit:
+            raise TargetError(what, "run it with transformers or vLLM, or merge into a folder")
+        if one.field not in open_:
+            raise TargetError(
+                f"{what}, which computes something else for {limit}",
+                f"add --allow-approximate {one.field} to write it all the same",
+            )
+        open_.discard(one.field)
+        notes.append(f"'{name}' is {_shown(said)}, and llama.cpp {one.does}: other results for {limit}")
+    may = sorted(one.field for one in spec.fixed if one.limit is not None)
+    if open_ - set(may):
+        raise UsageError(
+            f"--allow-approximate {min(open_ - set(may))} is no difference that shows only past a limit in a {spec.arch}",
+            f"it has {', '.join(may)}" if may else "leave it out",
+        )
+    return tuple(notes)
+
+
+def unread(config: Config) -> tuple[str, ...]:
+    """A note on the fields of a config that nothing here has asked for and that are not known to be harmless."""
+    strange = sorted(
+        name
+        for name, value in config.text.items()
+        if name not in config.asked
+        and name not in HARMLESS
+        and not isinstance(value, dict)
+        and value not in (None, [], "")
+        and not (config.has_vision and config.raw.get(name) == value and name not in config.text_part)
+    )
+    if not strange:
+        return ()
+    shown = ", ".join(f"{name}={_shown(config.text[name])}" for name in strange[:8])
+    more = f" and {len(strange) - 8} more" if len(strange) > 8 else ""
+    return (
+        f"fields of config.json that GGUF has no place for, and that may change what the model computes: {shown}{more}",
+    )
+
+
+def _shown(value: Any) -> str:
+    import json
+
+    text = json.dumps(value) if not isinstance(value, str) else f"'{value}'"
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,314 @@
+"""What llama.cpp has built in, row by row: the data of `adapterkit.gguf.arch.contract`.
+
+Sources: ``src/models`` of llama.cpp, and ``tools/gguf_contract.py``, which changes every field of every config and compares
+the runtime with transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from adapterkit.gguf.arch.builtin import Fixed
+
+if TYPE_CHECKING:
+    from adapterkit.gguf.arch.config import Config
+
+
+def _activation(name: str, field: str = "hidden_act") -> Fixed:
+    return Fixed(field, name, f"computes {name} in this architecture")
+
+
+def _no_bias(*fields: str) -> tuple[Fixed, ...]:
+    return tuple(Fixed(field, False, "has no such biases in this architecture") for field in fields)
+
+
+def _biased(*fields: str) -> tuple[Fixed, ...]:
+    return tuple(Fixed(field, True, "does not load this architecture without them") for field in fields)
+
+
+def window(config: Config) -> int:
+    return int(config.get("sliding_window", default=0))
+
+
+def windowed(config: Config) -> bool:
+    """Whether a layer has a window that is shorter than the context."""
+    kinds = config.get("layer_types")
+    if not config.get("sliding_window") or (isinstance(kinds, list) and "sliding_attention" not in kinds):
+        return False
+    return window(config) < config.number("context")
+
+
+def _qwen_windowed(config: Config) -> bool:
+    """Qwen's windows are switched on, and are in the layers from ``max_window_layers`` on."""
+    if not config.get("use_sliding_window", default=False) or not windowed(config):
+        return False
+    return config.get("layer_types") is not None or config.number("layers") > config.get("max_window_layers", default=0)
+
+
+def _beyond_window(config: Config) -> str:
+    return f"texts of more than {window(config)} tokens"
+
+
+def _no_window(when: Callable[[Config], bool] = windowed) -> Fixed:
+    return Fixed("sliding_window", None, "has no window in this architecture", when=when, limit=_beyond_window)
+
+
+def _head_of_hidden(config: Config) -> int:
+    return config.number("hidden") // config.number("heads")
+
+
+_SPLIT_HEADS = Fixed("head_dim", _head_of_hidden, "has heads of hidden_size / num_attention_heads in this architecture")
+_NORMED = Fixed("norm_topk_prob", True, "divides the weights of the chosen experts by their sum", default=False)
+_NOT_NORMED = Fixed("norm_topk_prob", False, "takes the weights of the chosen experts as they are", default=False)
+_ALL_SPARSE = (
+    Fixed("decoder_sparse_step", 1, "has experts in every layer of this architecture"),
+    Fixed("mlp_only_layers", [], "has experts in every layer of this architecture"),
+)
+
+
+def _gemma_scale(layers: int) -> Callable[[Config], float]:
+    """Queries are scaled by the head size; in the 27B, known by its layers, by hidden_size / num_attention_heads."""
+
+    def built_in(config: Config) -> float:
+        if config.number("layers") == layers:
+            return config.number("hidden") / config.number("heads")
+        return float(config.get("head_dim", default=256))
+
+    return built_in
+
+
+def _gemma(layers: int) -> tuple[Fixed, ...]:
+    does = "scales queries by the head size in this architecture"
+    return (
+        *_no_bias("attention_bias"),
+        _activation("gelu", "hidden_activation"),
+        Fixed("query_pre_attn_scalar", _gemma_scale(layers), does, default=256),
+        Fixed("use_bidirectional_attention", False, "lets a token see only those before it in this architecture"),
+    )
+
+
+def _three_of_four(config: Config) -> list[int]:
+    return [int((i + 1) % 4 != 0) for i in range(config.number("layers"))]
+
+
+def _chunk_limit(config: Config) -> str:
+    return f"texts of more than {min(8192, config.number('attention_chunk_size'))} tokens"
+
+
+def _chunked(config: Config) -> bool:
+    kinds = config.get("layer_types")
+    return not (isinstance(kinds, list) and set(kinds) == {"full_attention"})
+
+
+_SILU = _activation("silu")
+_GELU = _activation("gelu")
+_ENCODER = Fixed("is_decoder", False, "lets every token see all others in this architecture")
+
+
+def _gelu_or_silu(config: Config) -> str:
+    return "silu" if config.get("hidden_activation") in ("silu", "swish") else "gelu"
+
+
+def _gated(config: Config) -> bool:
+    return str(config.get("feed_forward_proj", default="relu")).startswith("gated")
+
+
+def _t5_feed_forward(config: Config) -> str:
+    return "gated-gelu" if _gated(config) else "relu"
+
+
+_POSITIONS = Fixed("position_embedding_type", "absolute", "adds one embedding per position in this architecture")
+_MAMBA = (_SILU, *_no_bias("use_bias"), *_biased("use_conv_bias"))
+_LINEAR = (
+    Fixed("rms_norm_eps", 1e-6, "has one epsilon for all norms, and those of queries and keys have 1e-6"),
+    *_no_bias("attention_bias"),
+    _SILU,
+    Fixed("linear_value_head_dim", lambda c: c.number("linear_key_head_dim"), "has one head size for keys and values"),
+)
+
+# Model type of a row: what is built in.
+FIXED: dict[str, tuple[Fixed, ...]] = {
+    "llama": (_SILU, _no_window()),
+    "ministral3": (_SILU, _no_window()),
+    "smollm3": (
+        _SILU,
+        *_no_bias("attention_bias", "mlp_bias"),
+        Fixed("no_rope_layers", _three_of_four, "leaves the positions out in every fourth layer of this architecture"),
+        _no_window(_qwen_windowed),
+    ),
+    "granite": (_SILU,),
+    "minicpm": (_SILU,),
+    "baichuan": (_SILU,),
+    "internlm2": (_SILU,),
+    "qwen2": (_SILU, _no_window(_qwen_windowed)),
+    "qwen3": (_SILU, *_no_bias("attention_bias"), _no_window(_qwen_windowed)),
+    "qwen2_vl": (_SILU, _no_window(_qwen_windowed)),
+    "qwen3_vl": (_SILU, *_no_bias("attention_bias")),
+    "seed_oss": (_SILU, *_no_bias("attention_out_bias", "mlp_bias")),
+    "gemma": (*_no_bias("attention_bias"), _activation("gelu", "hidden_activation"), _activation("gelu")),
+    "gemma2": _gemma(46),
+    "gemma3_text": _gemma(62),
+    "gemma3n_text": (
+        *_no_bias("attention_bias"),
+        _activation("gelu", "hidden_activation"),
+        Fixed("altup_active_idx", 0, "works on the first of the alternating inputs"),
+        Fixed("altup_correct_scale", True, "scales what alternating updates correct"),
+        Fixed("hidden_size_per_layer_input", 256, "has 256 numbers per layer and token in this architecture"),
+        Fixed("laurel_rank", 64, "has a rank of 64 there in this architecture"),
+    ),
+    "gemma4_text": (*_no_bias("attention_bias"), _activation("gelu", "hidden_activation")),
+    "phi": (_GELU, *_no_bias("qk_layernorm")),
+    "phi3": (_SILU, _no_window()),
+    "starcoder2": (_GELU, *_biased("use_bias"), _no_window()),
+    "stablelm": (_SILU,),
+    "olmo": (_SILU, *_no_bias("attention_bias")),
+    "olmo2": (_SILU, *_no_bias("attention_bias")),
+    "cohere": (_SILU, *_no_bias("attention_bias")),
+    "cohere2": (_SILU, *_no_bias("attention_bias"), _SPLIT_HEADS),
+    "glm4": (_SILU,),
+    "glm4v": (_SILU,),
+    "exaone": (_activation("silu", "activation_function"),),
+    "exaone4": (_SILU, _SPLIT_HEADS),
+    "nemotron": (_activation("relu2"), _SPLIT_HEADS, *_no_bias("attention_bias", "mlp_bias")),
+    "ernie4_5": (_SILU, *_no_bias("use_bias")),
+    "hunyuan_v1_dense": (_SILU, *_no_bias("attention_bias")),
+    "arcee": (_activation("relu2"),),
+    "xverse": (_SILU,),
+    "orion": (_SILU,),
+    "mixtral": (_SILU, _no_window()),
+    "qwen2_moe": (_SILU, _NOT_NORMED, *_ALL_SPARSE, _no_window(_qwen_windowed)),
+    "qwen3_moe": (_SILU, *_no_bias("attention_bias"), _NORMED, *_ALL_SPARSE, _no_window(_qwen_windowed)),
+    "qwen3_vl_moe": (
+        _SILU,
+        *_no_bias("attention_bias"),
+        Fixed("norm_topk_prob", True, "divides the weights of the chosen experts by their sum"),
+        *_ALL_SPARSE,
+    ),
+    "phimoe": (_SILU, *_biased("attention_bias", "lm_head_bias"), _no_window()),
+    "olmoe": (_SILU, *_no_bias("attention_bias"), _NOT_NORMED),
+    "granitemoe": (_SILU,),
+    "deepseek_v2": (
+        _SILU,
+        *_no_bias("attention_bias", "mlp_bias"),
+        Fixed("rms_norm_eps", 1e-6, "has one epsilon for all norms, and those of the compressed parts have 1e-6"),
+        Fixed("rope_interleave", True, "rotates neighbouring numbers in this architecture"),
+        Fixed("moe_layer_freq", 1, "has experts in every layer after the dense ones"),
+        Fixed(
+            "norm_topk_prob",
+            False,
+            "divides the weights of the chosen experts by their sum, which transformers' code for this model leaves out",
+            when=lambda c: c.model_type == "deepseek_v2",
+        ),
+    ),
+    "glm4_moe": (_SILU,),
+    "gpt_oss": (
+        _SILU,
+        *_biased("attention_bias"),
+        Fixed("swiglu_alpha", 1.702, "has 1.702 there"),
+        Fixed("swiglu_limit", 7.0, "clips at 7"),
+    ),
+    "llama4_text": (
+        _SILU,
+        *_no_bias("attention_bias"),
+        Fixed("use_qk_norm", True, "normalises queries and keys in this architecture"),
+        Fixed("attention_chunk_size", 8192, "attends in chunks of 8192 tokens", when=_chunked, limit=_chunk_limit),
+        Fixed("no_rope_layers", _three_of_four, "leaves the positions out in every fourth layer", when=_chunked),
+        Fixed("attn_scale", 0.1, "has 0.1 there", when=_chunked, limit=lambda c: "texts of more than 8192 tokens"),
+        Fixed("floor_scale", 8192, "has 8192 there", when=_chunked, limit=lambda c: "texts of more than 8192 tokens"),
+    ),
+    "ernie4_5_moe": (
+        _SILU,
+        *_no_bias("use_bias"),
+        Fixed(
+            "moe_layer_end_index",
+            lambda c: c.number("layers") - 1,
+            "has experts up to the last layer",
+            when=lambda c: c.get("moe_layer_end_index") != -1,
+        ),
+    ),
+    "hunyuan_v1_moe": (_SILU, *_no_bias("attention_bias")),
+    "deepseek": (_SILU, *_no_bias("attention_bias"), _NOT_NORMED),
+    "dots1": (_SILU, *_no_bias("attention_bias")),
+    "bailing_moe": (_SILU, *_no_bias("use_bias", "use_qkv_bias")),
+    "gpt2": (
+        _activation("gelu", "activation_function"),
+        Fixed("scale_attn_weights", True, "divides the scores by the root of the head size"),
+        Fixed("scale_attn_by_inverse_layer_idx", False, "scales all layers alike"),
+    ),
+    "gpt_bigcode": (
+        _activation("gelu", "activation_function"),
+        Fixed("multi_query", True, "has one key and value head in this architecture"),
+        Fixed("scale_attn_weights", True, "divides the scores by the root of the head size"),
+    ),
+    "gpt_neox": (_GELU, *_biased("attention_bias")),
+    "bloom": (Fixed("apply_residual_connection_post_layernorm", False, "adds what came before the norm"),),
+    "falcon": (
+        _activation("gelu", "activation"),
+        Fixed("alibi", False, "rotates positions in this architecture"),
+        *_no_bias("bias"),
+        Fixed("parallel_attn", True, "computes attention and feed-forward beside each other"),
+    ),
+    "mpt": (Fixed("layer_norm_epsilon", 1e-5, "has 1e-5 there"),),
+    "qwen3_next": (*_LINEAR, Fixed("norm_topk_prob", True, _NORMED.does), *_ALL_SPARSE),
+    "qwen3_5_text": _LINEAR,
+    "qwen3_5_moe_text": _LINEAR,
+    "lfm2": _no_bias("conv_bias"),
+    "mamba": (
+        *_MAMBA,
+        Fixed(
+            "mixer_rms_eps",
+            lambda c: c.get("layer_norm_epsilon", "rms_norm_eps", default=1e-5),
+            "has one epsilon for all norms",
+            default=1e-6,
+            when=lambda c: c.model_type == "falcon_mamba",
+            limit=lambda c: "B, C and dt of a size near that epsilon's root",
+        ),
+    ),
+    "mamba2": _MAMBA,
+    "jamba": (_SILU, *_no_bias("mamba_proj_bias"), *_biased("mamba_conv_bias")),
+    "falcon_h1": (_SILU, *_biased("mamba_conv_bias")),
+    "granitemoehybrid": (_SILU, *_no_bias("mamba_proj_bias"), *_biased("mamba_conv_bias")),
+    "bert": (_GELU, _POSITIONS, _ENCODER),
+    "roberta": (_GELU, _POSITIONS, _ENCODER),
+    "distilbert": (_activation("gelu", "activation"),),
+    "modernbert": (
+        *_no_bias("attention_bias", "mlp_bias", "norm_bias"),
+        Fixed("hidden_activation", _gelu_or_silu, "computes gelu or silu in this architecture"),
+    ),
+    "t5": (
+        Fixed("feed_forward_proj", _t5_feed_forward, "computes relu, or gated gelu, in this architecture"),
+        Fixed("dense_act_fn", lambda c: "gelu" if _gated(c) else "relu", "computes relu, or gated gelu"),
+        Fixed("is_gated_act", lambda c: _gated(c), "gates what feed_forward_proj says"),
+        Fixed("relative_attention_max_distance", 128, "has 128 there"),
+    ),
+}
+FIXED["bert_classifier"] = FIXED["bert"]
+FIXED["modernbert_classifier"] = (*FIXED["modernbert"], *_no_bias("classifier_bias"))
+FIXED["gemma3_embedding"] = tuple(one for one in _gemma(62) if one.field != "use_bidirectional_attention")
+FIXED["falcon_two_norms"] = FIXED["falcon"]
+FIXED["granitehybrid_dense"] = FIXED["granitemoehybrid"]
+
+# Ends of names of weights that are multiplied without looking for a LoRA: in every architecture, and by row.
+NEVER_LORA = (
+    "position_embd.weight",
+    "token_types.weight",
+    "per_layer_token_embd.weight",
+    "ssm_conv1d.weight",
+    "ssm_norm.weight",
+    "shortconv.conv.weight",
+    "attn_rel_b.weight",
+    "cls.weight",
+    "cls.output.weight",
+)
+_LATENT = ("attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b", "attn_k_b", "attn_v_b")
+NO_LORA: dict[str, tuple[str, ...]] = {
+    "deepseek_v2": (*(f"{name}.weight" for name in _LATENT), "output.weight"),
+    "gemma3n_text": (
+        *("altup_proj.weight", "altup_unembd_proj.weight", "per_layer_model_proj.weight"),
+        *("altup_correct_coef.weight", "altup_router.weight"),
+    ),
+    "gemma4_text": ("per_layer_model_proj.weight",),
+    "jamba": ("ssm_dt.weight",),
+    "falcon_mamba": ("ssm_dt.weight",),
+}

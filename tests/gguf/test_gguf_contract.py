@@ -1,0 +1,178 @@
+"""The contract with the runtime: a config that llama.cpp does not compute is refused by name; what it computes, it does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import arch_zoo as zoo
+import numpy as np
+import pytest
+from gguf import GGUFReader
+from gguf_runtime import far, logprobs, of_model
+
+import adapterkit.gguf.vocab
+from adapterkit.errors import AdapterkitError, TargetError, UsageError
+from adapterkit.gguf.arch import dense, encoders, gemma, hybrid, moe, older
+from adapterkit.gguf.arch.config import Config
+from adapterkit.gguf.arch.contract import HARMLESS, held, unread
+from adapterkit.gguf.arch.fixed import FIXED
+from adapterkit.gguf.arch.rope import divisors, scaling
+from adapterkit.gguf.arch.table import spec_of
+from adapterkit.verbs.convert import convert
+
+
+@pytest.fixture(autouse=True)
+def _no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapterkit.gguf.vocab, "read_vocab", zoo.read_vocab)
+
+
+def _build(folder: Path, kind: str, **change: Any) -> Any:
+    tiny = (zoo.ZOO | zoo.ENCODERS)[kind]
+    zoo.ZOO["changed"] = replace(tiny, config={**tiny.config, **change})
+    return zoo.build(folder, "changed")
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+
+# What no key of GGUF says: (kind, change, words of the sentence).
+BUILT_IN = {
+    "activation": ("qwen2", {"hidden_act": "relu"}, ("'hidden_act' is 'relu'", "computes silu")),
+    "gelu in llama": ("llama", {"hidden_act": "gelu"}, ("'hidden_act' is 'gelu'", "computes silu")),
+    "experts not renormalised": ("qwen3_moe", {"norm_topk_prob": False}, ("norm_topk_prob", "by their sum")),
+    "experts renormalised": ("olmoe", {"norm_topk_prob": True}, ("norm_topk_prob", "as they are")),
+    "scale of queries": ("gemma3", {"query_pre_attn_scalar": 64}, ("query_pre_attn_scalar", "head size")),
+    "dense layers": ("qwen3_moe", {"mlp_only_layers": [0]}, ("mlp_only_layers", "every layer")),
+    "positions left out": ("smollm3", {"no_rope_layers": [0, 1]}, ("no_rope_layers", "every fourth layer")),
+    "a window": ("mistral", {"sliding_window": 8}, ("sliding_window", "more than 8 tokens", "--allow-approximate")),
+    "a window switched on": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+        ("sliding_window", "more than 8 tokens"),
+    ),
+    "yarn's bounds": ("qwen3", {"rope_parameters": {**YARN, "beta_fast": 16.0}}, ("beta_fast 16", "qwen3")),
+    "llama3 without its tensor": (
+        "qwen3",
+        {"rope_parameters": {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+        ("'llama3'", "does not compute in a qwen3"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_what_the_runtime_has_built_in_is_refused(name: str, tmp_path: Path) -> None:
+    kind, change, words = BUILT_IN[name]
+    _build(tmp_path / "hf", kind, **change)
+    with pytest.raises(TargetError) as raised:
+        convert(tmp_path / "hf", tmp_path / "o.gguf")
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+    assert not (tmp_path / "o.gguf").exists()
+
+
+WRITTEN = {
+    "windows of gemma3": ("gemma3", {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}),
+    "windows of cohere2": (
+        "cohere2",
+        {"sliding_window": 4, "num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "base of gemma's frequencies": ("gemma", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    "yarn's attention": ("llama", {"rope_parameters": {**YARN, "attention_factor": 1.7}}),
+    "yarn's bounds as divisors": ("llama", {"rope_parameters": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0}}),
+    "yarn without rounding": ("llama", {"rope_parameters": {**YARN, "truncate": False}}),
+    "yarn's scales": ("qwen3", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}}),
+    "a tied model that needs its output": ("olmo2", {"tie_word_embeddings": True}),
+    "all groups of experts": ("deepseek_v3", {"topk_group": 2}),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_what_a_key_or_a_tensor_says_is_computed(name: str, tmp_path: Path) -> None:
+    kind, change = WRITTEN[name]
+    expected = of_model(_build(tmp_path / "hf", kind, **change))
+    convert(tmp_path / "hf", tmp_path / "o.gguf")
+    assert far(logprobs(tmp_path / "o.gguf")[0], expected) < zoo.ZOO[kind].tolerance * 2
+
+
+def test_a_difference_past_a_limit_is_written_when_it_is_allowed() -> None:
+    config = Config({"architectures": ["MistralForCausalLM"], "sliding_window": 8, "max_position_embeddings": 128})
+    spec = spec_of(config)
+    notes = held(spec, config, ["sliding_window"])
+    assert "other results for texts of more than 8 tokens" in notes[0]
+    with pytest.raises(UsageError, match="hidden_act"):
+        held(spec, config, ["sliding_window", "hidden_act"])
+    # A window that is as long as the context never shows.
+    assert held(spec, Config({**config.raw, "sliding_window": 128})) == ()
+
+
+def test_fields_that_nobody_read_are_a_note() -> None:
+    config = Config(
+        {"architectures": ["LlamaForCausalLM"], "use_cache": True, "value_temperature": 1.5, "rms_norm_eps": 1}
+    )
+    config.need("rms_norm_eps")
+    (note,) = unread(config)
+    assert note.endswith("value_temperature=1.5")
+
+
+def test_an_unknown_class_is_not_taken_for_a_sibling() -> None:
+    with pytest.raises(TargetError, match="LlamaWithMemoryForCausalLM is not known"):
+        spec_of(Config({"architectures": ["LlamaWithMemoryForCausalLM"], "model_type": "llama"}))
+    with pytest.raises(TargetError, match="no place for the head of a LlamaForSequenceClassification"):
+        spec_of(Config({"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"}))
+    assert spec_of(Config({"model_type": "llama"})).arch == "llama"
+
+
+def test_divisors_are_those_of_transformers() -> None:
+    import torch
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    for more in ({"beta_fast": 16.0, "beta_slow": 2.0}, {"truncate": False}):
+        said = {"hidden_size": 64, "num_attention_heads": 4, "rope_parameters": {**YARN, **more}}
+        wanted, attention = ROPE_INIT_FUNCTIONS["yarn"](LlamaConfig(**said), torch.device("cpu"))
+        config = Config({"architectures": ["LlamaForCausalLM"], **said})
+        found = divisors(config, 16)
+        assert found is not None
+        plain = 10000.0 ** -(np.arange(0, 16, 2) / 16)
+        np.testing.assert_allclose(plain / found, wanted.numpy(), rtol=1e-5)
+        assert scaling(spec_of(config), config).keys["rope.scaling.attn_factor"] == pytest.approx(attention)
+
+
+def test_an_output_layer_is_compared_and_not_believed(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    hf = tmp_path / "hf"
+    zoo.build(hf, "llama_tied")
+    stored = load_file(hf / "model.safetensors")
+    for name, head in (("same", stored["model.embed_tokens.weight"].clone()), ("other", torch.randn(288, 64) * 0.1)):
+        save_file({**stored, "lm_head.weight": head}, hf / "model.safetensors", metadata={"format": "pt"})
+        report = convert(hf, tmp_path / f"{name}.gguf")
+        tensors = [tensor.name for tensor in GGUFReader(str(tmp_path / f"{name}.gguf")).tensors]
+        assert ("output.weight" in tensors) == (name == "other")
+        assert any("ties the output layer" in note for note in report.notes) == (name == "other")
+    expected = of_model(AutoModelForCausalLM.from_pretrained(hf).float().eval())
+    assert far(logprobs(tmp_path / "other.gguf")[0], expected) < 1e-5
+
+
+def test_an_output_layer_of_its_own_is_refused_where_gguf_has_none(tmp_path: Path) -> None:
+    _build(tmp_path / "hf", "cohere", tie_word_embeddings=False)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(AdapterkitError, match=r"'lm_head\.weight' has values of its own"):
+        convert(tmp_path / "hf", tmp_path / "o.gguf")
+
+
+def test_every_row_states_its_activation() -> None:
+    """A row without a word on its activation function would take any."""
+    rows = (*dense.SPECS, *gemma.SPECS, *moe.SPECS, *older.SPECS, *hybrid.SPECS, *encoders.SPECS)
+    silent = {
+        row.model_type
+        for row in rows
+        if not any("act" in one.field or "feed_forward_proj" in one.field for one in FIXED.get(row.model_type, ()))
+    }
+    assert silent == {"bloom", "mpt", "lfm2"}  # their configs have no such field
+    fields = {one.field for row in FIXED.values() for one in row}
+    assert fields & HARMLESS <= {"is_decoder"}
