@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -67,6 +67,7 @@ class AdapterConfig:
     raw: Mapping[str, Any]
     where: str
     _spent: list[float] = field(default_factory=lambda: [0.0], repr=False, compare=False)
+    _sorted: dict[str, _Patterns] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def peft_type(self) -> str:
@@ -91,9 +92,9 @@ class AdapterConfig:
             AdapterError: it is there and not a version.
         """
         said = str(self.get("peft_version", "0.17"))
-        match = re.match(r"(\d+)\.(\d+)", said)
+        match = re.match(r"(\d{1,6})\.(\d{1,6})", said)
         if match is None:
-            raise AdapterError(f"{self.where}: 'peft_version' is {said!r}, not a version", "correct the config")
+            raise AdapterError(f"{self.where}: 'peft_version' is {said[:60]!r}, not a version", "correct the config")
         return int(match.group(1)), int(match.group(2))
 
     def get(self, name: str, default: Any = None) -> Any:
@@ -118,8 +119,8 @@ class AdapterConfig:
             AdapterError: missing without a default, or not a finite number.
         """
         value = self.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise AdapterError(f"{self.where}: '{name}' is {value!r}, not a number", "correct the config")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
+            raise AdapterError(f"{self.where}: '{name}' is {str(value)[:60]}, not a number", "correct the config")
         return value
 
     def mapping(self, name: str) -> Mapping[str, Any]:
@@ -188,14 +189,20 @@ class AdapterConfig:
             AdapterError: a pattern is not valid, or its value is not a number.
             UnsafeError: the patterns take too long to match.
         """
-        for pattern, value in self.mapping(name).items():
+        for pattern, value in self._patterns(name).candidates(module):
             if self._matches(pattern, module):
-                if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
                     raise AdapterError(
                         f"{self.where}: the value of pattern '{pattern[:60]}' is not a number", "correct it"
                     )
                 return value
         return None
+
+    def _patterns(self, name: str) -> _Patterns:
+        found = self._sorted.get(name)
+        if found is None:
+            found = self._sorted[name] = _Patterns(self.mapping(name))
+        return found
 
     def is_whole(self, pattern: str, module: str) -> bool:
         """Whether a pattern is the whole path of a module, as PEFT matches ``target_modules`` given as one string.
@@ -234,6 +241,46 @@ class AdapterConfig:
         return sorted(
             name for name, value in self.raw.items() if name not in known and not decides_nothing(name, value)
         )
+
+
+class _Patterns:
+    """A map of patterns, arranged so that a module is not held against all of them.
+
+    Most maps name whole paths. A pattern of plain characters and dots can only match the end of a path that has the same
+    segments, but for a dot, which matches any one character; so those are looked up by their length and what stands
+    between their dots. The others, real expressions, are tried one after the other.
+    """
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self._others: list[tuple[int, str, Any]] = []
+        self._plain: dict[tuple[int, ...], dict[str, tuple[int, str, Any]]] = {}
+        for number, (pattern, value) in enumerate(given.items()):
+            if _DOTTED.fullmatch(pattern):
+                shape = (len(pattern), *(at for at, char in enumerate(pattern) if char == "."))
+                key = pattern.replace(".", "")
+                self._plain.setdefault(shape, {}).setdefault(key, (number, pattern, value))
+            else:
+                self._others.append((number, pattern, value))
+
+    def candidates(self, module: str) -> Iterator[tuple[str, Any]]:
+        """Pattern and value of those that may match, in the order of the map."""
+        found = list(self._others)
+        for (length, *dots), known in self._plain.items():
+            end = module[-length:] if length <= len(module) else ""
+            if not end:
+                continue
+            key = "".join(char for at, char in enumerate(end) if at not in dots) if dots else end
+            if (one := known.get(key)) is not None:
+                found.append(one)
+        for _, pattern, value in sorted(found, key=lambda one: one[0]):
+            yield pattern, value
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 @lru_cache(maxsize=4096)

@@ -26,11 +26,14 @@ if TYPE_CHECKING:
     Through = Callable[[torch.Tensor], torch.Tensor]
 
 ENOUGH = 0.9  # retention below which a report warns
+DEAD, DEAD_COSINE = 0.5, 0.1  # retention and cosine below which a tensor's change counts as lost
 # Of a large tensor one row in so many is measured. What a format adds is so much larger than what a dtype does that its
 # mean needs more of them: with an error of NF4's size (0.09 |W|) the retention of n entries is within 0.09 |W|/|delta|/sqrt(n).
 SAMPLE, SAMPLE_FORMAT = 16, 8
 BASE = "\0base"  # after a tensor's name: the sums of the base below it
 WHOLE = 1 << 20  # elements up to which a tensor is measured whole
+ROWS = 1 << 17  # elements of a tensor that are looked at for a coarse grid
+RANGES = 4  # of a tensor that is looked at before it is written
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,23 @@ class FidelityReport:
         if self.worst is None:
             return "nothing was changed"
         return (
-            f"{self.retention:.1%} of the change survives in {self.format}; "
-            f"worst: {self.worst.name} {self.worst.retention:.1%}"
+            f"{self.retention:.1%} of the change survives in {self.format}, cosine {self.cosine:.3f}; "
+            f"worst: {self.worst.name} {self.worst.retention:.1%}{self._lost}"
         )
+
+    @property
+    def dead(self) -> tuple[TensorFidelity, ...]:
+        """Tensors of whose change less than half is left, or that point elsewhere: a mean over all hides them."""
+        return tuple(row for row in self.tensors if row.retention < DEAD or row.cosine < DEAD_COSINE)
+
+    @property
+    def _lost(self) -> str:
+        """Words for the tensors that a mean hides."""
+        if not self.dead or len(self.dead) == len(self.tensors):
+            return ""
+        names = ", ".join(row.name for row in self.dead[:4])
+        more = f" and {len(self.dead) - 4} more" if len(self.dead) > 4 else ""
+        return f"; {len(self.dead)} of {len(self.tensors)} tensors lose theirs: {names}{more}"
 
     @property
     def advice(self) -> str:
@@ -240,14 +257,14 @@ def left_in_own_format(
     Args:
         folded: what `fold` made.
         encodings: the weights that are encoded again.
-        tensors: at most so many tensors, spread over the model; None measures all.
+        tensors: at most so many tensors, spread over the model, and some ranges of each; None measures all.
     """
     names = list(encodings)
     if tensors is not None and len(names) > tensors:
         names = [names[index * len(names) // tensors] for index in range(tensors)]
     watch = Watch(folded, own_format(encodings), lambda name, shape: None, encodings)
     for name in names:
-        encodings[name].measure()
+        encodings[name].measure(None if tensors is None else RANGES)
     watch.stop()
     return watch.report()
 
@@ -280,6 +297,30 @@ def left_on_grid(folded: Folded, kind: str, *, tensors: int | None = None) -> Fi
         tensor.release()
     watch.stop()
     return watch.report()
+
+
+def coarse_tensors(folded: Folded, *, tensors: int = 8) -> list[str]:
+    """Merged tensors, of some that are looked at, whose base values lie on a grid of five bits or fewer.
+
+    Values alone are asked, so that a folder that was decoded from a GGUF file, GPTQ or NF4 is known without a record.
+
+    Args:
+        folded: what `fold` made.
+        tensors: at most so many are looked at, spread over the model.
+    """
+    from adapterkit.ops.coarse import is_coarse
+
+    merged = [(name, tensor) for name, tensor in merged_tensors(folded).items() if len(tensor.shape) == 2]
+    chosen = merged if len(merged) <= tensors else [merged[i * len(merged) // tensors] for i in range(tensors)]
+    found = []
+    for name, tensor in chosen:
+        columns = tensor.shape[1]
+        rows = min(tensor.shape[0], max(64, ROWS // max(columns, 1)))
+        values = tensor.base.read_wide(0, rows * columns).view(rows, columns)
+        tensor.base.release()
+        if is_coarse(values):
+            found.append(name)
+    return found
 
 
 def already_on_grid(folded: Folded, kind: str) -> list[str]:

@@ -10,37 +10,42 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.merged import Merged
+from adapterkit.adapters.merged import Merged, in_dtype
+from adapterkit.adapters.wider import RECORD, leaving, left_out, patched_record
 from adapterkit.checkpoint.decoded import Decoded
 from adapterkit.checkpoint.encoded import Encoded, Encoding
-from adapterkit.checkpoint.tensor import Transposed
+from adapterkit.checkpoint.tensor import Retyped, Transposed
 from adapterkit.codecs.conv1d import is_conv1d
 from adapterkit.errors import TargetError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
 
+    from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.fold import Folded
     from adapterkit.checkpoint.checkpoint import Checkpoint, StoredForm
     from adapterkit.checkpoint.encoded import Both
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.codecs.codec import Weight
+    from adapterkit.dtypes import DType
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptFold:
     """A fold in the base's own format.
 
     Attributes:
         view: what is written.
         encodings: the weights that are encoded again, by the names that they have when decoded.
+        wider: the weights that left the base's format.
     """
 
     view: Checkpoint
     encodings: dict[str, Encoding]
+    wider: tuple[str, ...] = ()
 
 
 def stored_form(view: Checkpoint) -> StoredForm:
@@ -54,8 +59,45 @@ def stored_form(view: Checkpoint) -> StoredForm:
     return view.stored
 
 
-def kept(folded: Folded) -> Kept:
+def trained_on_the_grid(adapters: Sequence[Adapter], weights: Sequence[float] | None) -> str | None:
+    """The library whose rule put base + adapter on the NVFP4 grid in training; None where training did not do so.
+
+    axolotl states it in ``nvfp4_merge_aware``: fresh scales of the blocks, under the base's scale of the whole tensor.
+
+    Raises:
+        UsageError: several adapters or a weight, for which training does not speak; or a rule that is not known here.
+    """
+    stated = [adapter for adapter in adapters if isinstance(adapter.config.get("nvfp4_merge_aware"), dict)]
+    if not stated:
+        return None
+    said = stated[0].config.get("nvfp4_merge_aware")
+    encoder = str(said.get("encoder"))
+    if (
+        said.get("scale_mode") != "fresh"
+        or said.get("pts_policy") != "base_fused_max"
+        or not encoder.startswith("torchao")
+    ):
+        raise UsageError(
+            f"{stated[0].ref} was trained with its sum on the NVFP4 grid by a rule that is not known here "
+            f"({said.get('scale_mode')}, {said.get('pts_policy')}, {encoder})",
+            "merge to 16 bits (no --quant), or keep the adapter beside the base",
+        )
+    if len(adapters) > 1 or any(weight != 1 for weight in weights or ()):
+        raise UsageError(
+            f"{stated[0].ref} was trained with its sum on the NVFP4 grid, alone and with weight 1",
+            "merge it so, or merge to 16 bits (no --quant)",
+        )
+    return "torchao"
+
+
+def kept(folded: Folded, touched_as: DType | None = None, rule: str | None = None) -> KeptFold:
     """The view of a fold in which everything is stored as in the base.
+
+    Args:
+        folded: of a view of decoded weights.
+        touched_as: write changed weights, and those that servers run as one with them, in this dtype instead; the config
+            then names them among the modules that are not quantized.
+        rule: of another library than a format's own, for formats that have one; see `trained_on_the_grid`.
 
     Raises:
         UsageError: the base is not quantized, or the format of a touched weight cannot be written.
@@ -64,33 +106,99 @@ def kept(folded: Folded) -> Kept:
     form = stored_form(folded.checkpoint)
     stored, new = form.checkpoint, folded.checkpoint.tensors
     touched = set(folded.touched)
+    _check_layers(form, new)
     parts = {part.name: weight for weight in form.weights.values() for part in weight.parts}
     tensors: dict[str, Tensor] = {}
     encodings: dict[str, Encoding] = {}
+    wider = leaving(form, touched & set(form.weights)) if touched_as is not None else []
+    out = set(wider)
     for name, tensor in stored.items():
         weight = parts.get(name)
         if weight is None:
             tensors[name] = new[name] if name in touched and name in new else tensor
+        elif weight.name in out and touched_as is not None:
+            if weight.name not in tensors:
+                tensors[weight.name] = _in(new[weight.name], touched_as)
         elif weight.name not in touched:
             tensors[name] = tensor
         elif weight.name not in encodings:
-            made = _encoded(weight, new[weight.name], stored)
+            made = _encoded(weight, new[weight.name], stored, rule)
             encodings[weight.name] = made[0].shared
             # Codes come first, whatever their names: what they find on the way is in what follows.
             tensors.update({one.name: one for one in made})
             tensors.update({part.name: stored[part.name] for part in weight.parts if part.name not in tensors})
+    places = {name: stored.shards[weight.parts[0].name] for name, weight in form.weights.items() if stored.shards}
     known = {weight.name for weight in form.weights.values()}
     tensors.update({name: tensor for name, tensor in new.items() if name not in known and name not in tensors})
     last = list(stored.shards.values())[-1] if stored.shards else "model.safetensors"
     counts = Counter(form.weights[name].how for name in encodings)
     said = ", ".join(f"{count} in {how}" for how, count in counts.items())
+    if wider:
+        said = f"{said or 'nothing'}; {len(wider)} weights left it and are {touched_as}"
+    config = left_out(stored.config, stored, wider, form.weights) if wider else stored.config
+    side_files = tuple(
+        patched_record(file, wider) if wider and file.name == RECORD else file for file in stored.side_files
+    )
     view = replace(
         stored,
         tensors=tensors,
-        shards={name: stored.shards.get(name, last) for name in tensors},
+        shards={name: stored.shards.get(name, places.get(name, last)) for name in tensors},
+        config=config,
+        side_files=side_files,
         notes=(*folded.checkpoint.notes, f"the base's own format kept; written again: {said or 'nothing'}"),
     )
-    return Kept(view, encodings)
+    return KeptFold(view, encodings, tuple(wider))
+
+
+def _check_layers(form: StoredForm, new: Mapping[str, Tensor]) -> None:
+    """A model whose layers were repeated or left out has quantized weights that the base does not store.
+
+    Raises:
+        UsageError: it is one.
+    """
+    other = next((name for name in form.weights if name not in new), None)
+    if other is None:
+        other = next((n for n, tensor in new.items() if n not in form.weights and _is_decoded(tensor)), None)
+    if other is not None:
+        raise UsageError(
+            f"the merged model has other quantized layers than the base ('{other}'), which its own format cannot follow",
+            "leave out --quant keep",
+        )
+
+
+def _is_decoded(tensor: Tensor) -> bool:
+    """Whether a tensor's values come from a quantized weight."""
+    while True:
+        if isinstance(tensor, Decoded):
+            return True
+        below = getattr(tensor, "base", None) or getattr(tensor, "inner", None)
+        if below is None:
+            return False
+        tensor = below
+
+
+def _in(tensor: Tensor, dtype: DType) -> Tensor:
+    """The same values in a dtype, rounded once."""
+    if isinstance(tensor, Merged):
+        return in_dtype(tensor, dtype)
+    return Retyped(tensor, dtype)
+
+
+def sizes(form: StoredForm, view: Checkpoint) -> str:
+    """In a sentence: what the base's tensors weigh, by kind, and what those of an output do."""
+    before: Counter[str] = Counter()
+    of = {part.name: weight.how for weight in form.weights.values() for part in weight.parts}
+    for name, tensor in form.checkpoint.items():
+        before[of.get(name, str(tensor.dtype))] += tensor.nbytes
+    after: Counter[str] = Counter()
+    for tensor in view.values():
+        after[str(tensor.dtype)] += tensor.nbytes
+    return f"the base's {_sum(before)} become {_sum(after)}"
+
+
+def _sum(counts: Counter[str]) -> str:
+    parts = ", ".join(f"{size / 1e9:.3g} GB {kind}" for kind, size in counts.most_common(4))
+    return f"{sum(counts.values()) / 1e9:.4g} GB ({parts})"
 
 
 def keep_index(stored: Checkpoint, plan: Plan) -> dict[str, bytes]:
@@ -100,7 +208,7 @@ def keep_index(stored: Checkpoint, plan: Plan) -> dict[str, bytes]:
     return {stored.index.name: stored.index.bytes()}
 
 
-def _encoded(weight: Weight, tensor: Tensor, stored: Checkpoint) -> list[Encoded]:
+def _encoded(weight: Weight, tensor: Tensor, stored: Checkpoint, rule: str | None) -> list[Encoded]:
     if weight.encoder is None:
         raise UsageError(
             f"'{weight.name}' is stored in {weight.how}, which adapterkit does not write", "leave out keep: 16 bits"
@@ -111,7 +219,7 @@ def _encoded(weight: Weight, tensor: Tensor, stored: Checkpoint) -> list[Encoded
             f"'{weight.name}' was {list(weight.shape)} and becomes {list(linear.shape)}, which its format cannot follow",
             "leave out keep, or merge without the resized vocabulary",
         )
-    encoder = weight.encoder()
+    encoder = weight.others.get(rule or "", weight.encoder)()
     shared = Encoding(linear, encoder, _both(tensor, linear, weight), weight.how)
     return list(_handles(shared))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from adapterkit.dtypes import F32
 from adapterkit.ops.device import CPU
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import torch
 
@@ -136,6 +137,7 @@ class Merged(Tensor):
         held = base.block
         self._step = held if held % self.columns == 0 else max(1, BLOCK // self.columns) * self.columns
         self.watch: Watcher | None = None
+        self.odd: dict[int, int] = {}  # how many values of a block are NaN or infinite, where some are
 
     @property
     def block(self) -> int:
@@ -194,6 +196,8 @@ class Merged(Tensor):
 
     def _pair(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A block of W as stored and of W', both ``[rows, columns]``."""
+        import torch
+
         stop = min(start + self._step, self.numel)
         columns = self.columns
         low, high = start // columns, stop // columns
@@ -211,9 +215,22 @@ class Merged(Tensor):
         if self.factor != 1:
             acc.mul_(self.factor)
             stored = stored.float() * self.factor
+        if not math.isfinite(float(acc.sum())):
+            self.odd[start] = int((~torch.isfinite(acc)).sum())
         if self.watch is not None:
             self.watch(start, stored, acc.cpu())
         return stored, acc
+
+
+def not_finite(tensors: Iterable[Tensor]) -> tuple[str, ...]:
+    """What to say of values that came out as NaN or infinite, of the blocks computed so far."""
+    found = {one.name: sum(one.odd.values()) for one in tensors if isinstance(one, Merged) and one.odd}
+    found = {name: count for name, count in found.items() if count}
+    if not found:
+        return ()
+    first = next(iter(found))
+    more = f" and {len(found) - 1} more tensors" if len(found) > 1 else ""
+    return (f"{sum(found.values()):,} merged values are not finite (NaN or infinite), in {first}{more}",)
 
 
 def _overlap(rows: range, start: int, stop: int) -> range:

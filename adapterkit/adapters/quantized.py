@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.as_trained import quantized_targets
+from adapterkit.adapters.wider import fused_with
 from adapterkit.checkpoint.checkpoint import SideFile
 from adapterkit.checkpoint.encoded import encoded
 from adapterkit.checkpoint.files import BytesFile
 from adapterkit.checkpoint.tensor import Transposed
 from adapterkit.codecs.codec import Layers
 from adapterkit.codecs.conv1d import is_conv1d
+from adapterkit.codecs.encode import InStep
+from adapterkit.codecs.kinds import NESTED
 from adapterkit.codecs.table import find_kind, quantization
 from adapterkit.errors import UsageError
 
@@ -43,7 +47,7 @@ def quantized(
     form = find_kind(kind)
     if quantization(checkpoint.config) is not None:
         raise UsageError(f"{checkpoint.ref} is quantized already", "dequantize it first")
-    if double_quant and not form.double:
+    if double_quant and kind not in NESTED:
         raise UsageError(f"{kind} has no double quantization", "leave it out, or use nf4")
     skip = None if skip is None else tuple(skip)
     targets = quantized_targets(checkpoint, skip)
@@ -51,18 +55,21 @@ def quantized(
     split = next((t.parameter for t in targets if t.pieces[0].tensor not in whole), None)
     if split is not None:
         raise UsageError(f"'{split}' is stored in pieces, which {kind} cannot be", "write 16 bits")
+    peaks = _peaks(whole, checkpoint) if form.together else {}
     kept: list[str] = []
     tensors: dict[str, Tensor] = {}
     shards: dict[str, str] = {}
     for name, tensor in checkpoint.tensors.items():
         linear = Transposed(tensor) if is_conv1d(name, checkpoint.config) else tensor
         encoder = form.encoder(name, linear.shape, linear.dtype, double_quant) if name in whole else None
+        if isinstance(encoder, InStep):
+            encoder.largest = peaks[name].value
         if name in whole and encoder is None:
             kept.append(whole[name].parameter.removesuffix(".weight"))
         for made in [tensor] if encoder is None else encoded(linear, encoder):
             tensors[made.name] = made
             shards[made.name] = checkpoint.shards.get(name, "model.safetensors")
-    if not any(name in tensors and tensors[name] is not checkpoint[name] for name in whole):
+    if len(kept) == len(whole):
         raise UsageError(f"{checkpoint.ref} has no linear layer that {kind} fits", "write 16 bits")
     dtype = next(iter(checkpoint[name] for name in whole)).dtype.torch_name
     modules = {target.parameter.removesuffix(".weight") for target in targets}
@@ -79,6 +86,37 @@ def quantized(
         side_files=(*side_files, SideFile(CONFIG, BytesFile(CONFIG, text.encode()))),
         notes=(*checkpoint.notes, f"{len(whole) - len(kept)} linear layers written in {words}"),
     )
+
+
+class _Peak:
+    """The largest magnitude of some weights, found when the first of them is written."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self._lock = threading.Lock()
+        self._found: float | None = None
+
+    def value(self) -> float:
+        with self._lock:
+            if self._found is None:
+                self._found = 0.0
+                for tensor in self.tensors:
+                    for start in range(0, tensor.numel, tensor.block):
+                        values = tensor.read_wide(start, min(start + tensor.block, tensor.numel))
+                        self._found = max(self._found, float(values.abs().max()))
+            return self._found
+
+
+def _peaks(whole: Mapping[str, Target], checkpoint: Checkpoint) -> dict[str, _Peak]:
+    """For each weight the peak that it shares with those that servers run as one with it."""
+    shared: dict[str, _Peak] = {}
+    found = {}
+    for name, target in whole.items():
+        groups = fused_with(target.parameter)
+        peak = shared.setdefault(groups[0] if groups else name, _Peak())
+        peak.tensors.append(checkpoint[name])
+        found[name] = peak
+    return found
 
 
 def _is_whole(target: Target, checkpoint: Checkpoint) -> bool:

@@ -18,7 +18,22 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.tensor import Tensor
 
 _LAYER = re.compile(r"(.*?\.?(?:layers|layer|h)\.)(\d+)(\..+)")
+MAX_LAYERS = 10_000  # of the deeper model; the deepest published ones have some hundreds
 _DEPTH = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def _pairs(ranges: Any, where: str) -> list[tuple[int, int]]:
+    """The ranges as pairs of numbers.
+
+    Raises:
+        AdapterError: they are something else, or more than a model has layers.
+    """
+    if isinstance(ranges, list) and len(ranges) > MAX_LAYERS:
+        raise AdapterError(f"{where}: 'layer_replication' has {len(ranges):,} ranges", "correct the config")
+    try:
+        return [(int(start), int(stop)) for start, stop in ranges]
+    except (TypeError, ValueError, OverflowError):
+        raise AdapterError(f"{where}: 'layer_replication' is not a list of ranges", "correct the config") from None
 
 
 def replicated(base: Checkpoint, ranges: Any, where: str) -> tuple[Checkpoint, list[str]]:
@@ -27,22 +42,24 @@ def replicated(base: Checkpoint, ranges: Any, where: str) -> tuple[Checkpoint, l
     Raises:
         AdapterError: the ranges are not pairs of layer numbers of this base.
     """
-    try:
-        order = [layer for start, stop in ranges for layer in range(int(start), int(stop))]
-    except (TypeError, ValueError):
-        raise AdapterError(f"{where}: 'layer_replication' is not a list of ranges", "correct the config") from None
+    pairs = _pairs(ranges, where)
     found: dict[str, dict[int, list[tuple[str, str]]]] = {}
     for name in base:
         match = _LAYER.fullmatch(name)
         if match:
             found.setdefault(match[1], {}).setdefault(int(match[2]), []).append((match[3], name))
-    if not found or not order:
+    if not found or not any(start < stop for start, stop in pairs):
         raise AdapterError(
             f"{where}: 'layer_replication' fits no layers of this base", "give the base it was trained on"
         )
     prefix, layers = max(found.items(), key=lambda item: len(item[1]))
-    if any(layer not in layers for layer in order):
+    if any(start < stop and not (start >= 0 and stop <= max(layers) + 1) for start, stop in pairs):
         raise AdapterError(f"{where}: 'layer_replication' names layers past the base's {len(layers)}", "give its base")
+    if sum(max(0, stop - start) for start, stop in pairs) > MAX_LAYERS:
+        raise AdapterError(f"{where}: 'layer_replication' makes more than {MAX_LAYERS:,} layers", "correct the config")
+    order = [layer for start, stop in pairs for layer in range(start, stop)]
+    if any(layer not in layers for layer in order):
+        raise AdapterError(f"{where}: 'layer_replication' names layers that the base lacks", "give its base")
     tensors: dict[str, Tensor] = {}
     shards: dict[str, str] = {}
     repeated = {name for group in layers.values() for _, name in group}

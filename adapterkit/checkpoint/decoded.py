@@ -15,12 +15,14 @@ from adapterkit.dtypes import BF16, F16, F32, DType
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from collections.abc import Set as AbstractSet
 
     import torch
 
     from adapterkit.codecs.codec import Decode, Weight
 
 CONFIG = "config.json"
+DECODED = "decoded"  # what a note on decoded weights begins with
 STALE = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json", "recipe.yaml")
 _NAMED = {dtype.torch_name: dtype for dtype in (BF16, F16, F32)}
 
@@ -95,13 +97,18 @@ def dequantized(checkpoint: Checkpoint, dtype: DType | None = None) -> Checkpoin
     weights = find_weights(checkpoint.tensors, checkpoint.config, checkpoint.ref)
     if not weights:
         return checkpoint
-    dtype = dtype or config_dtype(checkpoint.config)
+    used = {part.name for weight in weights for part in weight.parts}
+    notes: tuple[str, ...] = ()
+    if dtype is None and any(weight.dtype is F32 for weight in weights):
+        dtype = config_dtype(checkpoint.config)
+        if dtype is None:
+            dtype = usual_dtype(checkpoint, used)
+            notes = (f"config.json names no dtype; weights are decoded to {dtype}, as the other tensors are",)
     decoded: dict[str, Tensor] = {}
     for weight in weights:
         handle = Decoded(weight, dtype)
         turned = is_conv1d(weight.name, checkpoint.config)
         decoded[weight.parts[0].name] = Transposed(handle) if turned else handle
-    used = {part.name for weight in weights for part in weight.parts}
     used.update(name for name in checkpoint if name.endswith(CACHE))
     tensors: dict[str, Tensor] = {}
     shards: dict[str, str] = {}
@@ -124,9 +131,23 @@ def dequantized(checkpoint: Checkpoint, dtype: DType | None = None) -> Checkpoin
         shards=shards,
         config=config,
         side_files=side_files,
-        notes=(*checkpoint.notes, f"decoded {shown}"),
+        notes=(*checkpoint.notes, *notes, f"{DECODED} {shown}"),
         stored=StoredForm(checkpoint, {weight.name: weight for weight in weights}),
     )
+
+
+def usual_dtype(checkpoint: Checkpoint, quantized: AbstractSet[str] = frozenset()) -> DType:
+    """The dtype of most of a checkpoint's floating numbers; bf16 where it has none.
+
+    Args:
+        checkpoint: of any format.
+        quantized: tensors that are parts of quantized weights, which do not count.
+    """
+    counts: Counter[DType] = Counter()
+    for name, tensor in checkpoint.items():
+        if name not in quantized and tensor.dtype in _NAMED.values():
+            counts[tensor.dtype] += tensor.numel
+    return counts.most_common(1)[0][0] if counts else BF16
 
 
 def is_plain(checkpoint: Checkpoint) -> bool:

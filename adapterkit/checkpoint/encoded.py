@@ -83,6 +83,11 @@ class Encoding:
         self._looked = not self.encoder.twice
 
     @property
+    def again(self) -> bool:
+        """Whether a stored weight is written again, so that the values that are stored now are known."""
+        return self._both is not None
+
+    @property
     def starts(self) -> range:
         return range(0, self.weight.numel, self.step)
 
@@ -108,12 +113,15 @@ class Encoding:
             if self._rest is None:
                 self._settle()
                 self._rest = self.encoder.finish(_together([self._kept[start] for start in self.starts]))
+                self._kept = {}
             return self._rest[name]
 
-    def measure(self) -> None:
-        """Encode every range for the witness alone."""
-        for start in self.starts:
-            self._encode(start)
+    def measure(self, most: int | None = None) -> None:
+        """Encode ranges for the witness alone: at most ``most`` of them, spread over the weight; None for all."""
+        starts = self.starts
+        count = len(starts) if most is None else min(most, len(starts))
+        for index in range(count):
+            self._encode(starts[index * len(starts) // count])
         self.encoder.end()
         self._clear()
 

@@ -103,7 +103,18 @@ def _inside_the_client(error: BaseException) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     name = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
-    client = ("huggingface_hub", "httpx", "httpx2", "httpcore", "httpcore2", "json", "dataclasses", "urllib")
+    client = (
+        "huggingface_hub",
+        "httpx",
+        "httpx2",
+        "httpcore",
+        "httpcore2",
+        "json",
+        "dataclasses",
+        "urllib",
+        "encodings",
+        "codecs",
+    )
     return name.partition(".")[0] in client
 
 

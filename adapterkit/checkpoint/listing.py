@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.files import LocalFile, Source
+from adapterkit.checkpoint.json_data import parse_json
 from adapterkit.errors import CheckpointError, NotFound, UnsafeError
 
 if TYPE_CHECKING:
@@ -55,10 +55,7 @@ def read_json(source: Source) -> dict[str, Any]:
         raise CheckpointError(
             f"{source.name} is {source.size} bytes, too large to be what its name says", "do not use it"
         )
-    try:
-        found = json.loads(source.read(0, source.size).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{source.name} is not valid JSON ({error})", "download or save it again") from None
+    found = parse_json(source.read(0, source.size), source.name)
     if not isinstance(found, dict):
         raise CheckpointError(f"{source.name} is not a JSON object", "download or save it again")
     return found

@@ -208,7 +208,7 @@ class Plan:
             )
             maps = [dict(data[name]) for name in ("metadata", "inputs", "request")]
             return cls(files, maps[0], int(data["peak_memory"]), maps[1], maps[2], FORMAT, str(data["layout"]))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"this is not a plan file ({error!r})", "write one with --save-plan") from None
 
 

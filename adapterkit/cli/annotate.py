@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterkit.cli.output import clean, say, show_json
+from adapterkit.cli.output import clean, say_command, show_json
 
 if TYPE_CHECKING:
     from adapterkit.lint.problems import Problem
@@ -100,7 +100,7 @@ def show_problems(problems: Sequence[Problem], form: str) -> None:
         show_json(sarif(problems, RULES))
         return
     for problem in problems:
-        say(github(problem))
+        say_command(github(problem))
 
 
 def write_report(path: Path | None, report: Any) -> None:
@@ -118,7 +118,7 @@ def append_summary(path: Path | None, markdown: str) -> None:
     if path is None:
         return
     there = path.stat().st_size if path.exists() else 0
-    data = clean(markdown).encode()
+    data = clean(markdown, lines=True).encode()
     if there + len(data) > LIMIT:
         data = (
             data[: max(0, LIMIT - there - 32)].decode("utf-8", "ignore").rpartition("\n")[0].encode()

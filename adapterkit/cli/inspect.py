@@ -91,6 +91,7 @@ def _adapter_rows(found: Inspection) -> list[tuple[str, str]]:
     share = f", {found.share:.3%} of the base" if found.share is not None else ""
     rows = [
         ("adapter", found.ref),
+        *found.details.items(),
         ("method", found.method),
         ("rank", _several(found.ranks)),
         ("scaling", _several(found.scalings)),

@@ -13,28 +13,58 @@ import click
 
 from adapterkit.redaction import redact
 
-
-def clean(text: str) -> str:
-    """Text without secrets and without control characters, for a terminal or a log."""
-    text = redact(text)
-    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+LONGEST = 2000  # characters of a line that holds foreign text
 
 
-def say(text: str = "") -> None:
-    """A line of the result."""
-    click.echo(clean(text))
+def clean(text: str, *, lines: bool = False) -> str:
+    """Text without secrets, and without what a terminal or a CI runner would take for a command.
+
+    Control characters are escaped, and so are line breaks, unless the text is meant to have several ``lines``. A line that
+    begins with ``::``, or holds ``##[``, is a command to runners of GitHub Actions; foreign text never is one.
+    """
+    kept = "\n\t" if lines else "\t"
+    text = "".join(c if c in kept or c.isprintable() else c.encode("unicode_escape").decode() for c in redact(text))
+    if "::" not in text and "##[" not in text:
+        return text
+    found = []
+    for line in text.replace("##[", "#\\x23[").split("\n"):
+        bare = line.lstrip()
+        found.append(f"{line[: len(line) - len(bare)]}\\x3a{bare[1:]}" if bare.startswith("::") else line)
+    return "\n".join(found)
+
+
+def say(text: str = "", *, lines: bool = False) -> None:
+    """A line of the result, or several."""
+    click.echo(clean(text if lines else cut(text, 10_000), lines=lines))
+
+
+def say_command(text: str) -> None:
+    """One of our own workflow commands, whose parts are escaped already."""
+    click.echo("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in redact(text)))
 
 
 def note(text: str) -> None:
     """A line beside the result."""
     Progress.clear()
-    click.echo(clean(text), err=True)
+    click.echo(clean(cut(text)), err=True)
+
+
+def cut(text: str, most: int = LONGEST) -> str:
+    """Text of a plausible length: a file may call a field by a hundred thousand characters."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 def show_json(value: Any) -> None:
     """A frozen value as JSON on stdout."""
     data = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    click.echo(redact(json.dumps(data, indent=2, ensure_ascii=False)))
+    text = redact(json.dumps(data, indent=2, ensure_ascii=False))
+    # JSON escapes line breaks itself; what else a terminal would act on may stand in its strings.
+    text = "".join(c if c == "\n" or c.isprintable() else _escaped(c) for c in text)
+    click.echo(text.replace("##[", "#\\u0023["))
+
+
+def _escaped(char: str) -> str:
+    return json.dumps(char, ensure_ascii=True)[1:-1]
 
 
 def fail(
@@ -46,6 +76,7 @@ def fail(
         place: file and line that the error is about.
     """
     Progress.clear()
+    message, hint = cut(message), cut(hint)
     asked = form_of(arguments)
     if asked == "github":
         from adapterkit.lint.problems import ERROR, Problem, github

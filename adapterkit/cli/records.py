@@ -177,7 +177,7 @@ def lineage(ref: str, only: str | None, as_mermaid: bool, as_json: bool) -> None
     if as_json:
         show_json(found.to_json())
     elif as_mermaid:
-        say(mermaid(found).rstrip("\n"))
+        say(mermaid(found).rstrip("\n"), lines=True)
     else:
         encoding = (getattr(sys.stdout, "encoding", None) or "ascii").lower()
-        say(tree_text(found, ascii_only=not encoding.startswith("utf")).rstrip("\n"))
+        say(tree_text(found, ascii_only=not encoding.startswith("utf")).rstrip("\n"), lines=True)

@@ -38,7 +38,7 @@ def command(refs: tuple[str, ...], server: str, base: str, copy: Path | None, as
     if as_json:
         show_json(found)
         return
-    say(found.text)
+    say(found.text, lines=True)
     for said in found.notes:
         note(f"note: {said}")
     for request in found.requests:

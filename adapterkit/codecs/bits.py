@@ -79,10 +79,23 @@ def _e2m1_edges() -> torch.Tensor:
     return edges
 
 
+@cache
+def _e2m1_codes() -> torch.Tensor:
+    """For the upper half of a float32's bits, and whether any bit of the lower half is set: its e2m1 code.
+
+    The edges between codes have nothing in their lower halves, so that is all that decides.
+    """
+    upper = torch.arange(65536, dtype=torch.int32) << 16
+    values = torch.stack([upper, upper | 1], 1).view(-1).view(torch.float32)
+    codes = torch.bucketize(values.abs().nan_to_num(nan=6.0), _e2m1_edges(), out_int32=True).to(torch.uint8)
+    return codes | (torch.signbit(values).to(torch.uint8) << 3)
+
+
 def to_e2m1(values: torch.Tensor) -> torch.Tensor:
     """Float32 values as e2m1 codes (uint8, one per value), to nearest even; larger ones become 6."""
-    codes = torch.bucketize(values.abs(), _e2m1_edges(), out_int32=True).to(torch.uint8)
-    return codes | (torch.signbit(values).to(torch.uint8) << 3)
+    bits = values.contiguous().view(torch.int32)
+    at = ((bits >> 15) & 0x1FFFE) | ((bits & 0xFFFF) != 0)
+    return torch.index_select(_e2m1_codes(), 0, at.view(-1)).view(values.shape)
 
 
 def pair(codes: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ from adapterkit.codecs.codec import (
     check_scales,
     check_shape,
     companion,
+    listed,
     stems,
     whole,
 )
@@ -382,7 +383,7 @@ def _kind(name: str) -> Kind:
 
     already = (f"{name} 64", f"{name} 64 double")
     how = partial(config, kind=name)
-    return Kind(name, "a folder as bitsandbytes quantizes it", encoder, how, 4.0, already, double=True)
+    return Kind(name, encoder, how, 4.0, already)
 
 
 BNB4 = Codec(
@@ -394,5 +395,6 @@ BNB4 = Codec(
     "bitsandbytes 0.50, functional.py: QuantState.as_dict; transformers 5, quantizers/quantizer_bnb_4bit.py",
     what="NF4 and FP4, every block size, with and without double quantization, any storage dtype",
     test="test_bitsandbytes.py: bitsandbytes",
+    leave=listed("llm_int8_skip_modules"),
     kinds=(_kind("nf4"), _kind("fp4")),
 )

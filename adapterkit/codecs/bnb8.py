@@ -19,6 +19,7 @@ from adapterkit.codecs.codec import (
     check_scales,
     check_shape,
     companion,
+    listed,
     stems,
     whole,
 )
@@ -132,10 +133,10 @@ BNB8 = Codec(
     "bitsandbytes 0.50, nn/modules.py: Linear8bitLt; transformers 5, quantizers/quantizer_bnb_8bit.py",
     what="LLM.int8 with row-wise scales",
     test="test_bitsandbytes.py: bitsandbytes",
+    leave=listed("llm_int8_skip_modules"),
     kinds=(
         Kind(
             "int8",
-            "a folder in LLM.int8 of bitsandbytes",
             lambda name, shape, dtype, double: Int8(name, shape),
             partial(config, kind="int8"),
             8.0,

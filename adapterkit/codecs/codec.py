@@ -7,7 +7,7 @@ is read, as a few raw bytes. Decoding reads what a range needs.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -53,6 +53,7 @@ class Weight:
         load: reads what every range needs (scales, tables) and gives the decoder of ranges.
         memory: bytes that the decoder holds.
         encoder: what writes other values in the same layout; None where that is not known.
+        others: the same by the rule of another library than the format's own, by its name: what training on the grid used.
     """
 
     name: str
@@ -64,6 +65,21 @@ class Weight:
     load: Callable[[], Decode] = field(repr=False)
     memory: int = 0
     encoder: Callable[[], Encoder] | None = field(default=None, repr=False)
+    others: Mapping[str, Callable[[], Encoder]] = field(default_factory=dict, repr=False)
+
+
+Leave = Callable[[dict[str, Any], Sequence[str], Sequence[str]], None]
+
+
+def listed(key: str) -> Leave:
+    """Modules that are not quantized stand in the list ``key``; without one, loaders leave their usual ones alone, which a
+    list then has to name too."""
+
+    def leave(config: dict[str, Any], names: Sequence[str], plain: Sequence[str]) -> None:
+        before = config.get(key)
+        config[key] = list(dict.fromkeys([*(plain if before is None else before), *names]))
+
+    return leave
 
 
 @dataclass(frozen=True)
@@ -88,24 +104,22 @@ class Kind:
     """A format that 16-bit weights can be written in.
 
     Attributes:
-        name: the word that asks for it.
-        what: one line for readers.
+        name: the word that asks for it, a key of `adapterkit.codecs.kinds.WRITTEN`.
         encoder: name, shape (as a linear layer), dtype of a weight, and whether scales are nested, to what writes it; None
             for a weight that does not fit.
         config: the ``quantization_config``.
         bits: per weight, without scales.
         already: `Weight.how` of weights that are stored so.
-        double: scales can be nested.
+        together: the encoder is an `InStep`: weights that servers run as one share a scale.
         some: as ``encoder``, for some rows of a weight, to measure what the format does to them.
     """
 
     name: str
-    what: str
     encoder: Callable[[str, tuple[int, ...], DType, bool], Encoder | None] = field(repr=False)
     config: Callable[[Layers], dict[str, Any]] = field(repr=False)
     bits: float
     already: tuple[str, ...]
-    double: bool = False
+    together: bool = False
     some: Callable[[str, tuple[int, ...], DType, bool], Encoder | None] | None = field(default=None, repr=False)
 
 
@@ -121,6 +135,8 @@ class Codec:
         alone: the tensors say everything, so that a missing ``quantization_config`` does not matter.
         source: where the layout is published.
         what: which variants are read, for readers.
+        leave: writes names of modules into a ``quantization_config`` that are stored in 16 bits beside the others; takes the
+            config, those names, and the linear modules that are in 16 bits already. None: loaders go by the tensors alone.
         kinds: how it is written anew.
         elsewhere: targets of ``convert`` that another program writes in this format.
         test: the tests that hold it against the library that defines it, or against the published layout.
@@ -134,6 +150,7 @@ class Codec:
     source: str
     what: str
     test: str
+    leave: Leave | None = field(default=None, repr=False)
     kinds: tuple[Kind, ...] = ()
     elsewhere: tuple[str, ...] = ()
 

@@ -8,7 +8,7 @@ from the ``config_groups`` (bits, block sizes) and must fit the shapes, so that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import floor, log2, prod
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from adapterkit.codecs.codec import (
     FLOATS,
     INTEGERS,
     Codec,
+    Kind,
+    Layers,
     Parts,
     StoredTensor,
     Weight,
@@ -25,9 +27,11 @@ from adapterkit.codecs.codec import (
     check_dtype,
     check_shape,
     companion,
+    listed,
     setting,
     stems,
 )
+from adapterkit.codecs.encode import Encoder, InStep, TensorSpec
 from adapterkit.codecs.fp8 import (
     FLOAT8,
     as_bytes,
@@ -43,13 +47,13 @@ from adapterkit.codecs.fp8 import (
     unpack_pairs,
 )
 from adapterkit.codecs.scaled import ScaledWeight, Written, check_like, grid_of, grid_scales
-from adapterkit.dtypes import BF16, DType
+from adapterkit.dtypes import BF16, DTYPES, F32, DType
 from adapterkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
-    from adapterkit.codecs.tiles import Numbers
+    from adapterkit.codecs.tiles import Numbers, Tiles
 
 FORMATS = (
     "dense",
@@ -305,9 +309,244 @@ def _fp4(name: str, packed: StoredTensor, scale: StoredTensor, more: tuple[Store
         grid,
         lambda: grid_scales(scale, grid, over, divide=True),
         (packed, scale, *more),
-        written=pairs_written(packed, scale, numbers) if over is None or prod(over.shape) == 1 else None,
+        written=pairs_written(packed, scale, numbers, over, multiply=False)
+        if over is None or prod(over.shape) == 1
+        else None,
     ).weight()
 
+
+GROUP = 128  # columns of llm-compressor's W4A16
+F8, U8, I32, I64 = (DTYPES[code] for code in ("F8_E4M3", "U8", "I32", "I64"))
+
+
+def _new(
+    name: str,
+    shape: tuple[int, ...],
+    codes: tuple[str, DType, int],
+    scale: DType,
+    block: tuple[int, int],
+    number: Callable[[], Numbers],
+    pack: Callable[[torch.Tensor], torch.Tensor],
+    unpack: Callable[[torch.Tensor], torch.Tensor],
+    more: Mapping[str, tuple[DType, tuple[int, ...], Callable[[], torch.Tensor]]] | None = None,
+) -> Tiles:
+    """A new weight in the layout of compressed-tensors; ``codes`` are the end of their name, dtype and columns."""
+    from adapterkit.codecs.tiles import Shape, Tiles
+
+    rows, columns = shape
+    stem = name.removesuffix("weight")
+    end, dtype, stored = codes
+    grid = -(-rows // block[0]), -(-columns // block[1])
+    others = {f"{stem}{leaf}": one for leaf, one in (more or {}).items()}
+
+    def complete(held: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        made = {other: value() for other, (_, _, value) in others.items()}
+        return {f"{stem}weight_scale": held[0].reshape(-1), **made}
+
+    return Tiles(
+        (
+            TensorSpec(f"{stem}{end}", dtype, (rows, stored)),
+            TensorSpec(f"{stem}weight_scale", scale, grid),
+            *(TensorSpec(other, kind, size) for other, (kind, size, _) in others.items()),
+        ),
+        Shape(rows, columns, rows, block, grid[1]),
+        number,
+        pack,
+        lambda found: unpack(found.view(-1, stored)),
+        complete,
+        row_codes=stored,
+    )
+
+
+def new_blocks(name: str, shape: tuple[int, ...], dtype: DType, double: bool) -> Encoder:
+    """FP8 in blocks of 128x128, of which the last ones may be short."""
+    return _new(
+        name,
+        shape,
+        ("weight", F8, shape[1]),
+        dtype,
+        (128, 128),
+        lambda: float8(F8, dtype),
+        lambda rows: rows.contiguous().view(F8.torch),
+        as_bytes,
+    )
+
+
+def new_int4(name: str, shape: tuple[int, ...], dtype: DType, double: bool) -> Encoder | None:
+    """INT4 in groups of 128 columns; None where those do not divide the columns, which compressed-tensors refuses."""
+    if shape[1] % GROUP:
+        return None
+    from adapterkit.codecs import bits
+
+    def value() -> torch.Tensor:
+        import torch
+
+        return torch.tensor(shape)
+
+    return _new(
+        name,
+        shape,
+        ("weight_packed", I32, shape[1] // 8),
+        dtype,
+        (1, GROUP),
+        lambda: integers(4, dtype, symmetric=True),
+        lambda rows: bits.pack((rows + 8).int(), 4),
+        lambda rows: (bits.unpack(rows, 4, shape[1]) - 8).float(),
+        {"weight_shape": (I64, (2,), value)},
+    )
+
+
+def new_mxfp4(name: str, shape: tuple[int, ...], dtype: DType, double: bool) -> Encoder | None:
+    """MXFP4; None where groups of 32 do not divide the columns."""
+    if shape[1] % 32:
+        return None
+    from adapterkit.codecs import bits
+
+    return _new(
+        name,
+        shape,
+        ("weight_packed", U8, shape[1] // 2),
+        U8,
+        (1, 32),
+        lambda: e2m1_numbers(U8, None, multiply=False, power=mx_exponents),
+        bits.pair,
+        bits.unpair,
+    )
+
+
+def new_nvfp4(name: str, shape: tuple[int, ...], dtype: DType, double: bool) -> Encoder | None:
+    """NVFP4; None where groups of 16 do not divide the columns."""
+    return None if shape[1] % 16 else Nvfp4(name, shape)
+
+
+class Nvfp4(InStep):
+    """A new NVFP4 weight, whose FP8 scales fill their range: global scale = 448 * 6 / absmax (`generate_gparam`).
+
+    The absmax is that of all weights that servers run as one, which have to share it; see `InStep`.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        from adapterkit.codecs import bits
+
+        self._over: float | None = None
+
+        def value() -> torch.Tensor:
+            import torch
+
+            return torch.tensor([self._scale()])
+
+        self._tiles = _new(
+            name,
+            shape,
+            ("weight_packed", U8, shape[1] // 2),
+            F8,
+            (1, 16),
+            lambda: e2m1_numbers(F8, self._scale(), multiply=False),
+            bits.pair,
+            bits.unpair,
+            {"weight_global_scale": (F32, (1,), value)},
+        )
+        self.made, self.unit, self.unit_codes = self._tiles.made, self._tiles.unit, self._tiles.unit_codes
+        self.memory = self._tiles.memory
+
+    def _scale(self) -> float:
+        if self._over is None:
+            import torch
+
+            assert self.largest is not None
+            found = 448.0 * 6.0 / torch.tensor(self.largest()).clamp(min=torch.finfo(torch.float32).tiny)
+            self._over = float(torch.nan_to_num(found, nan=1.0, posinf=1.0))
+        return self._over
+
+    def encode(self, start: int, new: torch.Tensor, old: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        return self._tiles.encode(start, new, old)
+
+    def finish(self, held: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        return self._tiles.finish(held)
+
+    def values(self, start: int, encoded: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return self._tiles.values(start, encoded)
+
+
+def _some_nvfp4(name: str, shape: tuple[int, ...], dtype: DType, double: bool) -> Encoder | None:
+    """Some rows of a weight, as if their absmax were 1: what FP8 scales do to them hardly depends on it."""
+    found = new_nvfp4(name, shape, dtype, double)
+    if isinstance(found, Nvfp4):
+        found.largest = lambda: 1.0
+    return found
+
+
+def _config(layers: Layers, form: str, weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """``quantization_config`` as llm-compressor saves it."""
+    usual = {"symmetric": True, "dynamic": False, "actorder": None, "observer": "memoryless_minmax"}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**usual, **weights},
+        "input_activations": None if inputs is None else {**usual, "dynamic": True, "observer": None, **inputs},
+        "output_activations": None,
+        "format": form,
+    }
+    return {
+        "config_groups": {"group_0": group},
+        "format": form,
+        "global_compression_ratio": None,
+        "ignore": sorted({*layers.left, *(layers.skip or ())}),
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+    }
+
+
+_FLOAT4 = {"num_bits": 4, "type": "float"}
+KINDS = (
+    Kind(
+        "fp8-block",
+        new_blocks,
+        lambda layers: _config(
+            layers,
+            "float-quantized",
+            {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
+            {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 128},
+        ),
+        8.0,
+        ("fp8 128x128",),
+    ),
+    Kind(
+        "int4",
+        new_int4,
+        lambda layers: _config(
+            layers, "pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}, None
+        ),
+        4.0,
+        ("int4 per 128", "int4 per row"),
+    ),
+    Kind(
+        "nvfp4",
+        new_nvfp4,
+        lambda layers: _config(
+            layers,
+            "nvfp4-pack-quantized",
+            {**_FLOAT4, "strategy": "tensor_group", "group_size": 16, "scale_dtype": "torch.float8_e4m3fn"},
+            None,
+        ),
+        4.0,
+        ("nvfp4 per 16",),
+        together=True,
+        some=_some_nvfp4,
+    ),
+    Kind(
+        "mxfp4",
+        new_mxfp4,
+        lambda layers: _config(
+            layers,
+            "mxfp4-pack-quantized",
+            {**_FLOAT4, "strategy": "group", "group_size": 32, "scale_dtype": "torch.uint8"},
+            None,
+        ),
+        4.0,
+        ("mxfp4 per 32",),
+    ),
+)
 
 COMPRESSED = Codec(
     "compressed-tensors",
@@ -318,5 +557,7 @@ COMPRESSED = Codec(
     "compressed-tensors 0.20, compressors/: pack_quantized, naive_quantized, nvfp4, mxfp4, mxfp8",
     what="packed integers of 2 to 8 bits (zero points, g_idx), int8, FP8, NVFP4, MXFP4, MXFP8",
     test="test_scaled.py: compressed-tensors",
+    leave=listed("ignore"),
+    kinds=KINDS,
     elsewhere=("awq", "gptq"),
 )

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from adapterkit.dtypes import DType
@@ -78,3 +80,13 @@ class Encoder(ABC):
 
     def end(self) -> None:
         """Drop what was kept of the stored weight."""
+
+
+class InStep(Encoder):
+    """An encoder whose scale over the whole weight is shared with the weights that servers run as one with it.
+
+    Attributes:
+        largest: gives the largest magnitude of all of them; set before the first range is encoded.
+    """
+
+    largest: Callable[[], float] | None = None

@@ -8,15 +8,29 @@ all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.codecs.codec import Codec, Kind, Layers, Parts, StoredTensor, Weight, block_size, setting, stems, whole
+from adapterkit.codecs.codec import (
+    Codec,
+    Kind,
+    Layers,
+    Parts,
+    StoredTensor,
+    Weight,
+    block_size,
+    listed,
+    setting,
+    stems,
+    whole,
+)
 from adapterkit.codecs.encode import Encoder, TensorSpec
 from adapterkit.codecs.scaled import ScaledWeight, Written, grid_of, grid_scales
 from adapterkit.dtypes import BF16, DTYPES, F32, DType
+from adapterkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +42,15 @@ if TYPE_CHECKING:
 
 FLOAT8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 # End of a scale's name, and what stands there in the weight's name.
-SCALES = (("_scale_inv", ""), (".qscale_weight", ".weight"), ("_scale", ""), (".scale", ".weight"))
+SCALES = (
+    ("_scale_inv", ""),
+    (".qscale_weight", ".weight"),
+    (".scale_weight", ".weight"),
+    ("_scale", ""),
+    (".scale", ".weight"),
+)
+COMFY = ("float8_e4m3fn", "float8_e5m2")
+MOST_SETTINGS = 4096  # bytes of JSON
 # What quantized inference needs beside the weight and a 16-bit checkpoint does not have.
 BESIDE = (
     "activation_scale",
@@ -38,6 +60,8 @@ BESIDE = (
     "input_global_scale",
     "output_scale",
     "qscale_act",
+    "scale_input",
+    "comfy_quant",
     "weight_scale_2",
     "weight_global_scale",
     "weight_zero_point",
@@ -58,7 +82,9 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
                 continue
             done.add(name)
             if codes.dtype.code in FLOAT8:
-                yield _float8(codes, parts[stem + end], blocks, beside(parts, name), powers)
+                more = beside(parts, name)
+                comfy = end == ".scale_weight" or _says_comfy(more)
+                yield _float8(codes, parts[stem + end], blocks, more, powers, comfy=comfy)
             elif codes.dtype.code in ("U8", "I8", "F4"):
                 yield _pairs(codes, parts[stem + end], blocks, beside(parts, name))
 
@@ -75,12 +101,17 @@ def _float8(
     blocks: list[tuple[int, int]],
     more: tuple[StoredTensor, ...],
     powers: bool = False,
+    *,
+    comfy: bool = False,
 ) -> Weight:
     from_floats = scale.dtype.is_float and scale.dtype.bits >= 16
     block, grid = grid_of(codes.shape, scale, blocks)
-    written = float8_written(
-        codes, scale, lambda: reciprocal(codes.dtype, scale.dtype, powers=powers or not from_floats)
-    )
+
+    def numbers() -> Numbers:
+        rule = by_reciprocal if comfy else reciprocal
+        return rule(codes.dtype, scale.dtype, powers=powers or not from_floats)
+
+    written = float8_written(codes, scale, numbers)
     return ScaledWeight(
         codes.name,
         codes.shape,
@@ -94,6 +125,27 @@ def _float8(
         (codes, scale, *more),
         written=written,
     ).weight()
+
+
+def _says_comfy(more: tuple[StoredTensor, ...]) -> bool:
+    """Whether ComfyUI's settings stand beside a weight.
+
+    Raises:
+        CheckpointError: they name a layout that is not known.
+    """
+    said = next((part for part in more if part.name.endswith(".comfy_quant")), None)
+    if said is None:
+        return False
+    try:
+        form = json.loads(said.raw().decode("utf-8"))["format"] if prod(said.shape) < MOST_SETTINGS else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        form = None
+    if form not in COMFY:
+        raise CheckpointError(
+            f"'{said.name}' names the format {json.dumps(form)}, which is not one that adapterkit reads",
+            f"it reads {', '.join(COMFY)}",
+        )
+    return True
 
 
 def unpack_floats(rows: torch.Tensor) -> torch.Tensor:
@@ -158,6 +210,22 @@ def reciprocal(codes: DType, scale: DType, *, powers: bool) -> Numbers:
     return Numbers(choose, code, partial(float8_values, codes))
 
 
+def by_reciprocal(codes: DType, scale: DType, *, powers: bool) -> Numbers:
+    """float8 as ComfyUI writes it (quant_ops.py): scale = absmax / 448, codes of W times its reciprocal."""
+    import torch
+
+    from adapterkit.codecs.tiles import Numbers
+
+    usual, most = reciprocal(codes, scale, powers=False), torch.finfo(codes.torch).max
+
+    def choose(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        largest = torch.maximum(-low, high)
+        found = torch.where(largest > 0, largest / most, 1.0).to(scale.torch)
+        return found, None, 1.0 / found.float()
+
+    return Numbers(choose, usual.code, usual.value)
+
+
 def float8_values(dtype: DType, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
     """float8 codes times their scales."""
     from adapterkit.codecs.bits import floats
@@ -187,7 +255,9 @@ def _pairs(
         grid,
         lambda: grid_scales(scale, grid, over),
         (codes, scale, *more),
-        written=pairs_written(codes, scale, numbers) if over is None or prod(over.shape) == 1 else None,
+        written=pairs_written(codes, scale, numbers, over, multiply=True)
+        if over is None or prod(over.shape) == 1
+        else None,
     ).weight()
 
 
@@ -198,8 +268,19 @@ def unpack_pairs(rows: torch.Tensor) -> torch.Tensor:
     return e2m1(rows)
 
 
-def pairs_written(codes: StoredTensor, scale: StoredTensor, numbers: Callable[[], Numbers]) -> Written:
+def pairs_written(
+    codes: StoredTensor,
+    scale: StoredTensor,
+    numbers: Callable[[], Numbers],
+    over: StoredTensor | None,
+    *,
+    multiply: bool,
+) -> Written:
     """How 4-bit floats are written: two to a byte, the first in the low half."""
+
+    def torchao() -> Numbers:
+        assert over is not None
+        return torchao_nvfp4(over, multiply=multiply)
 
     def pack(rows: torch.Tensor) -> torch.Tensor:
         from adapterkit.codecs.bits import pair
@@ -211,10 +292,42 @@ def pairs_written(codes: StoredTensor, scale: StoredTensor, numbers: Callable[[]
 
         return unpair(rows)
 
-    return Written(numbers, pack, unpack, scale)
+    others = {"torchao": torchao} if over is not None else {}
+    return Written(numbers, pack, unpack, scale, others=others)
 
 
-def e2m1_numbers(scale: DType, over: StoredTensor | None, *, multiply: bool, power: MxRule | None = None) -> Numbers:
+def torchao_nvfp4(over: StoredTensor, *, multiply: bool) -> Numbers:
+    """NVFP4 by torchao's rule (`nvfp4_quantize`, 0.16 to 0.18), which merge-aware training of axolotl puts the sum through.
+
+    scale = absmax / 6 over the scale of the whole tensor, at least 2^-6; values are multiplied by the reciprocals.
+    """
+    import torch
+
+    from adapterkit.codecs.bits import E2M1, to_e2m1
+    from adapterkit.codecs.tiles import Numbers
+
+    found = whole(over).float().view(-1)[0]
+    tensor_scale = found if multiply else 1.0 / found
+    least = torch.finfo(torch.float8_e4m3fn).tiny
+
+    def choose(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        scale = torch.maximum(-low, high) / 6.0 / tensor_scale
+        return scale.clamp(min=least, max=448.0).to(torch.float8_e4m3fn), None, None
+
+    def code(
+        values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, times: torch.Tensor | None
+    ) -> torch.Tensor:
+        return to_e2m1(values * ((1.0 / tensor_scale) / scale.float()))
+
+    def value(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        return torch.tensor(E2M1)[codes.int()] * (factors(scale) * tensor_scale)
+
+    return Numbers(choose, code, value)
+
+
+def e2m1_numbers(
+    scale: DType, over: StoredTensor | float | None, *, multiply: bool, power: MxRule | None = None
+) -> Numbers:
     """FP4 (e2m1) with FP8 scales under one over all (NVFP4), or with scales that are powers of two.
 
     NVFP4: scale = absmax / 6 over the scale of the whole tensor, rounded to FP8; a scale that becomes zero is the smallest
@@ -223,7 +336,7 @@ def e2m1_numbers(scale: DType, over: StoredTensor | None, *, multiply: bool, pow
 
     Args:
         scale: dtype of the scales.
-        over: the scale of the whole tensor.
+        over: the scale of the whole tensor, stored or known.
         multiply: it is multiplied with the others (ModelOpt), not divided by (compressed-tensors).
         power: absmax to the exponent of a scale, where scales are powers of two; rounded up by default.
     """
@@ -232,7 +345,7 @@ def e2m1_numbers(scale: DType, over: StoredTensor | None, *, multiply: bool, pow
     from adapterkit.codecs.bits import E2M1, to_e2m1
     from adapterkit.codecs.tiles import Numbers
 
-    whole_scale = None if over is None else float(whole(over).float().view(-1)[0])
+    whole_scale = over if over is None or isinstance(over, float) else float(whole(over).float().view(-1)[0])
 
     def meant(stored: torch.Tensor) -> torch.Tensor:
         found = factors(stored)
@@ -306,7 +419,7 @@ def short_blocks(name: str, shape: tuple[int, ...], dtype: DType, double: bool) 
     return Tiles(
         (TensorSpec(name, e4m3, shape), TensorSpec(scale, F32, (-(-rows // BLOCK), across))),
         Shape(rows, columns, rows, (BLOCK, BLOCK), across),
-        reciprocal(e4m3, F32, powers=False),
+        lambda: reciprocal(e4m3, F32, powers=False),
         lambda found: found.contiguous().view(e4m3.torch),
         lambda found: as_bytes(found.view(-1, columns)),
         lambda held: {scale: held[0].reshape(-1)},
@@ -324,19 +437,40 @@ def _config(layers: Layers) -> dict[str, Any]:
     }
 
 
+def leave(config: dict[str, Any], names: Sequence[str], plain: Sequence[str]) -> None:
+    """transformers' list; vLLM reads that too, and a list of its own name, ModelOpt's, before it."""
+    if str(config.get("quant_method", "")).startswith("modelopt"):
+        inner = config.get("quantization")
+        place = inner if isinstance(inner, dict) else config
+        listed("exclude_modules" if "exclude_modules" in place else "ignore")(place, names, plain)
+        return
+    listed("modules_to_not_convert")(config, names, plain)
+    if config.get("ignored_layers") is not None:
+        listed("ignored_layers")(config, names, plain)
+
+
 FP8 = Codec(
     "fp8",
     ("fp8", "fbgemm_fp8", "modelopt", "modelopt_fp4", "finegrained_fp8"),
-    ("weight_scale_inv", "_proj_scale_inv", ".weight_scale_2", ".activation_scale", ".input_scale_ub"),
+    (
+        "weight_scale_inv",
+        "_proj_scale_inv",
+        ".weight_scale_2",
+        ".activation_scale",
+        ".input_scale_ub",
+        ".scale_weight",
+        ".comfy_quant",
+    ),
     find,
     True,
     "transformers 5, integrations/finegrained_fp8.py: Fp8Dequantize; NVIDIA ModelOpt, torch/export/quant_utils.py",
-    what="FP8 per tensor, row or block (also short last blocks, stacked experts), MXFP8, FP4 pairs; NVFP4 of ModelOpt",
+    what="FP8 per tensor, row or block (also short last blocks, stacked experts), MXFP8, FP4 pairs; NVFP4 of ModelOpt; "
+    "ComfyUI's scaled FP8",
     test="test_scaled.py: transformers; NVFP4 by its published layout",
+    leave=leave,
     kinds=(
         Kind(
             "fp8",
-            "a folder in FP8 blocks as transformers has them",
             blocks,
             _config,
             8.0,

@@ -8,7 +8,8 @@ one. AWQ (gemm): `qweight` ``[in, out/8]`` and `qzeros` ``[groups, out/8]``, eig
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from adapterkit.codecs.codec import (
     check_scales,
     check_shape,
     companion,
+    listed,
     setting,
     stems,
     whole,
@@ -276,12 +278,14 @@ def _weight(
 
         from adapterkit.codecs.tiles import Held, Shape, Tiles
 
-        numbers = packing.numbers()
-        stored = scales.dtype.torch
+        def numbers() -> Numbers:
+            found = packing.numbers()
 
-        def choose(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-            scale, zero, _ = numbers.choose(low, high)
-            return scale.to(stored), zero, None
+            def choose(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+                scale, zero, _ = found.choose(low, high)
+                return scale.to(scales.dtype.torch), zero, None
+
+            return replace(found, choose=choose)
 
         def before() -> Callable[[int, int], torch.Tensor]:
             words = whole(packed)
@@ -309,7 +313,7 @@ def _weight(
         return Tiles(
             tuple(TensorSpec(part.name, part.dtype, part.shape) for part in (packed, zeros, scales)),
             Shape(out, rows, out, (1, size), count),
-            replace(numbers, choose=choose),
+            numbers,
             packing.pack,
             packing.unpack,
             complete,
@@ -331,6 +335,11 @@ def _weight(
     )
 
 
+def _leave_gptq(config: dict[str, Any], names: Sequence[str], plain: Sequence[str]) -> None:
+    """GPTQModel's ``dynamic``: a pattern behind ``-:`` is not quantized. vLLM and SGLang read it."""
+    config["dynamic"] = {**(config.get("dynamic") or {}), **{f"-:^{re.escape(name)}$": {} for name in names}}
+
+
 _MARKS = (".qweight", ".qzeros", ".g_idx")
 GPTQ = Codec(
     "GPTQ",
@@ -341,6 +350,7 @@ GPTQ = Codec(
     "AutoGPTQ, nn_modules/qlinear; GPTQModel, nn_modules/qlinear/__init__.py: PackableQuantLinear",
     what="2, 3, 4 and 8 bits, versions 1 and 2, activation order (g_idx); auto-round's export of it",
     test="test_gptq.py: auto-round (slow), else by its published layout",
+    leave=_leave_gptq,
 )
 AWQ = Codec(
     "AWQ",
@@ -351,4 +361,5 @@ AWQ = Codec(
     "AutoAWQ, modules/linear/gemm.py; utils/packing_utils.py",
     what="gemm of 4 bits",
     test="test_gptq.py: AutoAWQ where installed, else by its published layout",
+    leave=listed("modules_to_not_convert"),
 )

@@ -22,6 +22,7 @@ from adapterkit.codecs.codec import (
     check_scales,
     check_shape,
     companion,
+    listed,
     stems,
     whole,
 )
@@ -243,4 +244,5 @@ HQQ = Codec(
     "hqq 0.2, core/quantize.py: HQQLinear.state_dict, Quantizer.dequantize; core/bitpack.py",
     what="1, 2, 3, 4 and 8 bits on either axis, plain scales",
     test="test_hqq.py: hqq where installed, else by its published layout",
+    leave=listed("skip_modules"),
 )

@@ -11,7 +11,17 @@ import threading
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.codecs.codec import Codec, Parts, StoredTensor, Weight, check_dtype, check_shape, companion, stems
+from adapterkit.codecs.codec import (
+    Codec,
+    Parts,
+    StoredTensor,
+    Weight,
+    check_dtype,
+    check_shape,
+    companion,
+    listed,
+    stems,
+)
 from adapterkit.codecs.encode import Encoder, TensorSpec
 from adapterkit.codecs.fp8 import e2m1_numbers
 from adapterkit.dtypes import BF16
@@ -113,7 +123,7 @@ class Mxfp4(Encoder):
             self._rows = Tiles(
                 self.made,
                 Shape(rows, self._in, rows, (1, GROUP), self._across),
-                e2m1_numbers(self._scales.dtype, None, multiply=True),
+                lambda: e2m1_numbers(self._scales.dtype, None, multiply=True),
                 pair,
                 lambda found: unpair(found.view(-1, stored)),
                 lambda held: {self._scales.name: held[0].reshape(-1)},
@@ -149,4 +159,5 @@ MXFP4 = Codec(
     "OCP Microscaling Formats 1.0; transformers 5, integrations/mxfp4.py: convert_moe_packed_tensors",
     what="stacked experts of gpt-oss",
     test="test_scaled.py: transformers",
+    leave=listed("modules_to_not_convert"),
 )

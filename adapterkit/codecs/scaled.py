@@ -6,7 +6,8 @@ and columns, given by the shapes, or where those do not divide, by the block siz
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from adapterkit.codecs.encode import TensorSpec
 from adapterkit.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import torch
 
@@ -35,6 +36,7 @@ class Written:
         unpack: the reverse.
         scale: the stored scales.
         zero: the stored zero points, and what packs them, where they are stored.
+        others: what other libraries do with a tile, by their names.
     """
 
     numbers: Callable[[], Numbers]
@@ -42,6 +44,7 @@ class Written:
     unpack: Callable[[torch.Tensor], torch.Tensor]
     scale: StoredTensor
     zero: tuple[StoredTensor, Callable[[torch.Tensor], torch.Tensor]] | None = None
+    others: Mapping[str, Callable[[], Numbers]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,13 @@ class ScaledWeight:
         rows = prod(self.shape[:-1])
         memory = 4 * (rows + prod(self.shape[:-2]) * prod(self.grid) * (1 if self.zeros is None else 2))
         grain, encoder = self.shape[-1], None if self.written is None else self.encoder
-        return Weight(self.name, self.shape, self.dtype, self.parts, self.how, grain, self.load, memory, encoder)
+        others = {name: partial(self.encoder, name) for name in (self.written.others if self.written else {})}
+        return Weight(
+            self.name, self.shape, self.dtype, self.parts, self.how, grain, self.load, memory, encoder, others
+        )
 
-    def encoder(self) -> Encoder:
-        """What writes other values in this layout."""
+    def encoder(self, rule: str | None = None) -> Encoder:
+        """What writes other values in this layout, by the format's own rule or that of another library."""
         from adapterkit.codecs.tiles import Held, Shape, Tiles
 
         written = self.written
@@ -115,7 +121,7 @@ class ScaledWeight:
         return Tiles(
             tuple(TensorSpec(part.name, part.dtype, part.shape) for part in parts),
             Shape(rows, columns, height, self.block, across),
-            written.numbers(),
+            written.numbers if rule is None else written.others[rule],
             written.pack,
             lambda rows: written.unpack(rows.view(-1, stored)),
             complete,

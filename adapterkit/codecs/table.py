@@ -13,13 +13,14 @@ from adapterkit.codecs.compressed import COMPRESSED
 from adapterkit.codecs.fp8 import FP8
 from adapterkit.codecs.gptq import AWQ, GPTQ
 from adapterkit.codecs.hqq import HQQ
+from adapterkit.codecs.mlx import MLX
 from adapterkit.codecs.mxfp4 import MXFP4
 from adapterkit.codecs.torchao import TORCHAO
 from adapterkit.errors import CheckpointError, UsageError
 from adapterkit.rows import brought
 
 # What a checkpoint says of itself is tried in this order; a codec in a file of its own comes after them, as ``CODEC``.
-_FIRST: tuple[Codec, ...] = (BNB4, BNB8, FP8, MXFP4, COMPRESSED, GPTQ, AWQ, HQQ, TORCHAO)
+_FIRST: tuple[Codec, ...] = (BNB4, BNB8, FP8, MXFP4, COMPRESSED, GPTQ, AWQ, HQQ, TORCHAO, MLX)
 # Modules of this package that are no codec, or are above already.
 _KNOWN = frozenset(
     {
@@ -36,6 +37,8 @@ _KNOWN = frozenset(
         "gptq",
         "grid",
         "hqq",
+        "kinds",
+        "mlx",
         "mxfp4",
         "scaled",
         "table",
@@ -48,13 +51,13 @@ CODECS: tuple[Codec, ...] = (*_FIRST, *brought(__package__, codecs.__path__, "CO
 KINDS: dict[str, Kind] = {kind.name: kind for codec in CODECS for kind in codec.kinds}
 """Formats that 16-bit weights are written in, by the word that asks for them."""
 
-KEYS = ("quantization_config", "compression_config")
+KEYS = ("quantization_config", "compression_config", "quantization")
 # A multimodal config may keep it in the part that describes the language model.
 SECTIONS = ("text_config", "language_config", "llm_config", "thinker_config", "vision_config", "audio_config")
 # 16-bit weights never have these dtypes; buffers (position ids, masks) do, under other names.
-PACKED_ENDS = (".weight", ".qweight", ".W_q", ".weight_packed", "_blocks")
-# Scales of a quantized key-value cache, which a 16-bit checkpoint does not have.
-CACHE = (".k_scale", ".v_scale", ".q_scale", ".prob_scale")
+PACKED_ENDS = (".weight", ".qweight", ".W_q", ".weight_packed", "_blocks", "_qdata")
+# What belongs to no weight and a 16-bit checkpoint does not have: scales of a quantized key-value cache, ComfyUI's mark.
+CACHE = (".k_scale", ".v_scale", ".q_scale", ".prob_scale", "scaled_fp8")
 
 
 def quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -63,9 +66,14 @@ def quantization(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         if isinstance(part, Mapping):
             for key in KEYS:
                 found = part.get(key)
-                if isinstance(found, Mapping) and found:
+                # `quantization` is MLX's word, and a plain word for other things.
+                if isinstance(found, Mapping) and found and (key != "quantization" or _is_mlx(found)):
                     return found
     return None
+
+
+def _is_mlx(config: Mapping[str, Any]) -> bool:
+    return "quant_method" not in config and {"group_size", "bits"} <= set(config)
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,7 +81,7 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: without_quantization(value) if key in SECTIONS and isinstance(value, Mapping) else value
         for key, value in config.items()
-        if key not in KEYS
+        if key not in KEYS or (key == "quantization" and not (isinstance(value, Mapping) and _is_mlx(value)))
     }
 
 
@@ -82,6 +90,8 @@ def method_of(config: Mapping[str, Any]) -> str:
     method = config.get("quant_method")
     if isinstance(method, str):
         return method
+    if _is_mlx(config):
+        return "mlx"
     return "bitsandbytes" if config.get("load_in_4bit") or config.get("load_in_8bit") else "unnamed"
 
 

@@ -86,7 +86,7 @@ class Tiles(Encoder):
     Attributes:
         made: see `Encoder`.
         shape: how it is cut.
-        numbers: what is done with a tile.
+        number: gives what is done with a tile, when that is needed: a plan needs no numbers.
         pack: codes ``[k, columns]`` to their stored rows.
         unpack: the reverse.
         complete: all tensors but streamed codes, from (held codes,) scales and zero points of all lines.
@@ -97,7 +97,7 @@ class Tiles(Encoder):
 
     made: tuple[TensorSpec, ...]
     shape: Shape
-    numbers: Numbers
+    number: Callable[[], Numbers]
     pack: Callable[[torch.Tensor], torch.Tensor]
     unpack: Callable[[torch.Tensor], torch.Tensor]
     complete: Callable[[tuple[torch.Tensor, ...]], dict[str, torch.Tensor]]
@@ -110,6 +110,7 @@ class Tiles(Encoder):
         default=None, init=False, repr=False
     )
 
+    _numbers: Numbers | None = field(default=None, init=False, repr=False)
     _codes: Callable[[int, int], torch.Tensor] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -125,6 +126,13 @@ class Tiles(Encoder):
         self.memory = 16 * shape.lines * shape.across
         if not self.streams:
             self.memory += sum(one.dtype.nbytes(one.shape) for one in self.made[:1])
+
+    @property
+    def numbers(self) -> Numbers:
+        """What is done with a tile."""
+        if self._numbers is None:
+            self._numbers = self.number()
+        return self._numbers
 
     def look(self, start: int, new: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
         import torch

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.codecs.codec import Codec, Parts, StoredTensor, Weight, companion
+from adapterkit.codecs.codec import Codec, Parts, StoredTensor, Weight, companion, listed
 from adapterkit.codecs.fp8 import FLOAT8, describe, factors, float8_values, float8_written, unpack_floats
 from adapterkit.codecs.scaled import ScaledWeight, Written, check_like, grid_of, grid_scales
 from adapterkit.dtypes import F32, DType
@@ -129,4 +129,5 @@ TORCHAO = Codec(
     "torchao 0.18, prototype/safetensors/safetensors_support.py; quantize_/workflows/{int8,float8}",
     what="int8 and float8, plain layouts",
     test="test_torchao.py: torchao where installed, else by its published layout",
+    leave=listed("modules_to_not_convert"),
 )

@@ -61,7 +61,9 @@ def parse_legacy(data: bytes) -> tuple[dict[str, Floats], str, int]:
         name = piece(number(), "a tensor name").decode("utf-8", "replace")
         calls = number()
         values = np.frombuffer(piece(4 * number(), f"values for {name}"), dtype="<f4").astype(np.float32)
-        found[name] = _finite(name, values / np.float32(calls) if calls > 0 else values)
+        with np.errstate(all="ignore"):  # what is not finite is refused
+            values = values / np.float32(calls) if calls > 0 else values
+        found[name] = _finite(name, values)
     chunks = number() if at + 4 <= len(data) else 0
     length = number() if at + 4 <= len(data) else 0
     dataset = data[at : at + length] if 0 < length <= len(data) - at else b""

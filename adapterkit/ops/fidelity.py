@@ -7,15 +7,17 @@ cosine <G, D>/(|G||D|), less than 1 by what rounding adds.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
-from math import sqrt
+from dataclasses import astuple, dataclass, replace
+from math import isfinite, sqrt
 
 import torch
 
 
 @dataclass(frozen=True)
 class FidelitySums:
-    """Sums over entries: how many, how many moved, <W, W>, <D, D>, <G, D>, <G, G>, and <G-D, G-D> where it is asked for."""
+    """Sums over entries: how many, how many moved, <W, W>, <D, D>, <G, D>, <G, G>, and <G-D, G-D> where it is asked for; and
+    how many entries were left out because W, W' or what was written is NaN or infinite there (``odd``), and at how many of
+    them W' is neither (``lost``)."""
 
     count: float = 0.0
     moved: float = 0.0
@@ -24,13 +26,16 @@ class FidelitySums:
     gd: float = 0.0
     gg: float = 0.0
     ee: float = 0.0
+    odd: float = 0.0
+    lost: float = 0.0
 
     def __add__(self, other: FidelitySums) -> FidelitySums:
         return FidelitySums(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     def scaled(self, factor: float) -> FidelitySums:
         """As of so many times the entries."""
-        return FidelitySums(*(value * factor for value in astuple(self)))
+        made = FidelitySums(*(value * factor for value in astuple(self)))
+        return replace(made, odd=self.odd, lost=self.lost)
 
     @property
     def relative(self) -> float:
@@ -80,6 +85,12 @@ def block_sums(base: torch.Tensor, wanted: torch.Tensor, got: torch.Tensor, *, e
         error: <G-D, G-D> too.
     """
     w, new, there = (tensor.reshape(-1).float() for tensor in (base, wanted, got))
+    odd = lost = 0
+    if not isfinite(float(w.sum() + new.sum() + there.sum())):
+        right = torch.isfinite(w) & torch.isfinite(new)
+        kept = right & torch.isfinite(there)
+        odd, lost = w.numel() - int(kept.sum()), int((right & ~kept).sum())
+        w, new, there = w[kept], new[kept], there[kept]
     d, g = new - w, there - w
     # 1 where an entry moved: arithmetic, because comparisons are ten times slower than it.
     moved = (g * 1e38).clamp_(-1, 1)
@@ -87,7 +98,11 @@ def block_sums(base: torch.Tensor, wanted: torch.Tensor, got: torch.Tensor, *, e
     if error:
         e = there - new
         dots.append(e.dot(e))
-    return FidelitySums(float(w.numel()), *(float(dot) for dot in dots))
+    if not all(isfinite(float(dot)) for dot in dots):  # squares that float32 cannot hold
+        w, d, g = w.double(), d.double(), g.double()
+        dots = [dots[0], w.dot(w), d.dot(d), g.dot(d), g.dot(g), *([(d - g).dot(d - g)] if error else [])]
+    sums = FidelitySums(float(w.numel()), *(float(dot) for dot in dots))
+    return replace(sums, odd=float(odd), lost=float(lost)) if odd else sums
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from pathlib import Path
 from adapterkit.dtypes import DTYPES
 from adapterkit.errors import CheckpointError, UnsafeError
 
+LIMIT = 300.0  # seconds to load a file, and one more for each of these bytes
+SPEED = 5_000_000
+MEMORY = 6 << 30  # bytes of addresses, beside twice the file: torch and its libraries
 CHILD = Path(__file__).with_name("child.py")
 
 
@@ -21,15 +24,21 @@ def answered(script: str, *arguments: str, more: tuple[str, ...] = ()) -> list[s
         more: those behind it.
 
     Raises:
-        UnsafeError: a pickle that is more than tensors.
+        UnsafeError: a pickle that is more than tensors, or takes too long to load.
         CheckpointError: it cannot be read, or holds something else.
     """
     dtypes: dict[str, str] = {}
     for code, dtype in DTYPES.items():
         dtypes.setdefault(dtype.torch_name, code)
-    path = arguments[-2]
-    command = [sys.executable, "-I", str(CHILD.with_name(script)), *arguments, json.dumps(dtypes), *more]
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    path = Path(arguments[-2])
+    files = [one for one in path.iterdir() if one.is_file()] if path.is_dir() else [path]
+    size = sum(one.stat().st_size for one in files)
+    seconds, memory = LIMIT + size / SPEED, str(2 * size + MEMORY)
+    command = [sys.executable, "-I", str(CHILD.with_name(script)), *arguments, json.dumps(dtypes), *more, memory]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise UnsafeError(f"{path} took more than {seconds:.0f} s to load", "do not load it") from None
     try:
         answer = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError):

@@ -1,4 +1,4 @@
-"""Run in a process of its own: ``python -I child.py PICKLE OUT DTYPES``; imports nothing of adapterkit.
+"""Run in a process of its own: ``python -I child.py PICKLE OUT DTYPES MEMORY``; imports nothing of adapterkit.
 
 Loads with ``weights_only=True`` and writes a safetensors file tensor by tensor. The last line of stdout is JSON: the names,
 or what went wrong.
@@ -12,8 +12,23 @@ import zipfile
 from typing import Any
 
 
+def bound(memory: int) -> None:
+    """Limit the addresses of this process, where the system can."""
+    try:
+        import resource
+    except ImportError:
+        return
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (memory if hard < 0 else min(memory, hard), hard))
+    except (ValueError, OSError):
+        pass
+
+
 def main() -> dict[str, object]:
     source, out, names = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    if len(sys.argv) > 4:
+        bound(int(sys.argv[4]))
     import torch
 
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])

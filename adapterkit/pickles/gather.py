@@ -1,4 +1,4 @@
-"""Run in a process of its own: ``python -I gather.py KIND FOLDER OUT DTYPES WANTED``; imports nothing of adapterkit.
+"""Run in a process of its own: ``python -I gather.py KIND FOLDER OUT DTYPES WANTED MEMORY``; imports nothing of adapterkit.
 
 Puts the tensors of a sharded checkpoint together and writes those whose names hold one of WANTED as a safetensors file.
 KIND is ``dcp`` (torch.distributed.checkpoint) or ``zero`` (DeepSpeed). Classes that a pickle names and that are not tensors
@@ -209,10 +209,11 @@ def _rank(path: Path) -> int:
 
 
 def main() -> dict[str, object]:
-    from child import write  # type: ignore[import-not-found]
+    from child import bound, write  # type: ignore[import-not-found]
 
     kind, folder, out = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
     names, wanted = json.loads(sys.argv[4]), json.loads(sys.argv[5])
+    bound(int(sys.argv[6]))
     try:
         found = {"dcp": dcp, "zero": zero}[kind](folder, wanted)
     except Broken as error:

@@ -106,6 +106,8 @@ def read_recipe(given: str | Path | None = None) -> RecipeFile:
         data: Any = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise _syntax(path, text, error) from None
+    except ValueError as error:  # a number that Python does not take, or a date that is none
+        raise RecipeError(f"{path} holds a value that nothing can read ({error})"[:300], "correct it") from None
     except RecursionError:
         raise RecipeError(f"{path} is nested too deeply to be a recipe", "write it flatter", (str(path), 1)) from None
     lines = positions(text)

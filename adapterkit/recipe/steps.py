@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from adapterkit.adapters.load import file_and_parts
 from adapterkit.checkpoint.hub_ref import parse_hub
-from adapterkit.errors import AdapterkitError, NotFound, UnsafeError
+from adapterkit.errors import AdapterkitError, NotFound, RecipeError, UnsafeError
 from adapterkit.places import local
 from adapterkit.recipe.parse import Place, RecipeFile, key_of, nearest, shown
 from adapterkit.recipe.schema import BaseChoice, Combining, OutputTable, Table, VerifyTable, known_options
@@ -145,9 +145,14 @@ def steps_of(file: RecipeFile) -> tuple[Step, ...]:
     """
     if not file.recipe.outputs:
         file.fail(("outputs",), "the recipe makes nothing", "add an output, as in [outputs.merged] with a path")
-    maker = _Maker(file)
-    steps = {name: maker.step(name, output) for name, output in file.recipe.outputs.items()}
-    _check_paths(file, steps)
+    try:
+        maker = _Maker(file)
+        steps = {name: maker.step(name, output) for name, output in file.recipe.outputs.items()}
+        _check_paths(file, steps)
+    except (OSError, ValueError) as error:  # a name that no file can have: too long, or with a zero byte in it
+        said = getattr(error, "strerror", None) or error
+        message = f"{file.path} names a path that cannot be ({said})"
+        raise RecipeError(message, "shorten or correct it", (str(file.path), 1)) from None
     return _ordered(file, steps)
 
 

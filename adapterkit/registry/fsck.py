@@ -107,7 +107,10 @@ class _Check:
     def _format(self) -> None:
         path = self.home.format
         data = path.read_bytes() if path.exists() else b""
-        if data != LAYOUT:
+        if not path.exists() and not self._names():
+            # The mark comes last, so a home without it has nothing in it yet.
+            self.notes.append("the registry was begun and never finished; whoever registers next finishes it")
+        elif data != LAYOUT:
             self._say("format", path, "the mark of the layout is damaged or of a newer adapterkit")
 
     def _names(self) -> set[str]:

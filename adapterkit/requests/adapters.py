@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from adapterkit.requests.groups import Adapters, Base, Ref
 
 FACTOR_TYPES = ("f32", "bf16", "f16")
+STYLES = ("peft", "diffusers", "kohya", "comfyui", "lycoris")
 
 
 class Opened(Protocol):
@@ -43,6 +44,13 @@ class FactorOptions(Request):
         default="f32",
         metadata=opt("Dtype of the factors.", role=BYTES, group=OUTPUT, choices=FACTOR_TYPES, recipe="output.dtype"),
     )
+    to: str = field(
+        default="peft",
+        metadata=opt(
+            "The file that is written: peft is a folder, the others are one file as those programs load it.",
+            role=BYTES, group=OUTPUT, choices=STYLES, recipe="output.to",
+        ),
+    )  # fmt: skip
     own_ranks: bool = field(
         default=False,
         metadata=opt(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapterkit.codecs.kinds import NESTED, WRITTEN
 from adapterkit.errors import UsageError
 
 
@@ -19,6 +20,7 @@ class Format:
         takes: the options that mean something here, beside those of every conversion.
         suffix: of an output's name that asks for this format.
         adapter: it is a format of adapters; the others are of models.
+        single: it is one file, so that an output may be named ``NAME.safetensors``.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Format:
     takes: frozenset[str]
     suffix: str = ""
     adapter: bool = False
+    single: bool = False
 
 
 _SHARDS = frozenset({"max_shard_size"})
@@ -62,18 +65,25 @@ FORMATS = {
             "peft", "peft:plan", "an adapter as PEFT's", frozenset({"base", "plain", "rank", "energy"}), adapter=True
         ),
         Format("mlx", "mlx:plan", "an adapter as mlx-lm's", frozenset({"base", "rank", "energy"}), adapter=True),
+        *(
+            Format(name, f"single:{name}", what, frozenset({"base", "rank", "energy"}), adapter=True, single=True)
+            for name, what in (
+                ("diffusers", "a LoRA as diffusers loads it"),
+                ("kohya", "a LoRA as sd-scripts, A1111 and Forge load it"),
+                ("comfyui", "a LoRA as ComfyUI names its modules"),
+                ("lycoris", "a LoRA as LyCORIS' wrapper names its modules"),
+            )
+        ),
         *(Format(name, f"folder:{name}", "a plain folder of this dtype", _SHARDS) for name in ("bf16", "f16", "f32")),
         *(
             Format(
                 name,
                 f"folder:{name}",
-                "a folder as bitsandbytes quantizes it",
-                _SHARDS | {"double_quant", "skip_modules"},
+                what,
+                _SHARDS | {"skip_modules"} | ({"double_quant"} if name in NESTED else set()),
             )
-            for name in ("nf4", "fp4")
+            for name, what in WRITTEN.items()
         ),
-        Format("int8", "folder:int8", "a folder in LLM.int8 of bitsandbytes", _SHARDS | {"skip_modules"}),
-        Format("fp8", "folder:fp8", "a folder in FP8 blocks as transformers has them", _SHARDS | {"skip_modules"}),
         *(
             Format(
                 name,

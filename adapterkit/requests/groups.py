@@ -346,7 +346,7 @@ class KeepOptions(Request):
     keep_touched: str | None = field(
         default=None,
         metadata=opt(
-            "Of a GGUF output: give what adapters change at least this type.",
+            "Give what adapters change at least this type of a GGUF file, or with --quant keep this dtype of a folder.",
             role=BYTES, group=GGUF_TYPES, metavar="TYPE", recipe="output.keep-touched",
         ),
     )  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.adapters.fold import FLOATS
+from adapterkit.codecs.kinds import NESTED, WRITTEN
 from adapterkit.dtypes import BY_LABEL, DType
 from adapterkit.errors import CheckpointError, UsageError
 from adapterkit.ops.device import CPU
@@ -31,9 +32,8 @@ if TYPE_CHECKING:
     from adapterkit.requests.groups import Adapters, Base
 
 FOLDER, GGUF = "folder", "gguf"
-FOLDER_FORMATS = ("nf4", "fp4", "int8", "fp8", "keep")
+FOLDER_FORMATS = (*WRITTEN, "keep")
 """The quantized formats of a folder, and the base's own; every other value of ``quant`` is a type of a GGUF file."""
-NESTED = ("nf4", "fp4")
 CALIBRATED = ("awq", "gptq")
 
 
@@ -160,7 +160,7 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
         """The `Quantization` of a GGUF output; None where nothing was said, or a folder's format was."""
         if self.folder_format is None:
             return self.types
-        return replace(self, quant=None, quant_double=False, yes_lossy=False).types
+        return replace(self, quant=None, quant_double=False, yes_lossy=False, keep_touched=None).types
 
     @property
     def floats(self) -> DType | None:
@@ -196,7 +196,8 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
             "expert_order": self.expert_order,
             "device": self.device,
         }
-        later = self.given(VALUES, BYTES).keys() - found.keys() - _IN_TYPES
+        inside = _IN_TYPES if self.folder_format is None else _IN_TYPES - {"keep_touched"}
+        later = self.given(VALUES, BYTES).keys() - found.keys() - inside
         return found | {name: _plain(getattr(self, name)) for name in sorted(later)}
 
     @classmethod

@@ -129,6 +129,7 @@ class Making:
     energy: float | None = None
     full: bool = False
     own_ranks: bool = False
+    to: str = "peft"
     request: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, room: Room) -> Writing:
@@ -169,6 +170,7 @@ class Making:
             record,
             self.dtype,
             self.own_ranks,
+            self.to,
         )
 
     def bound(self, slot: Slot) -> int:
@@ -224,6 +226,7 @@ def planned(request: CombineRequest) -> Combination:
         request.rank,
         request.energy,
         own_ranks=request.own_ranks,
+        to=request.to,
         request=again,
     )
     return Combination(request, making, tuple(notes))

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.plan import default_jobs
+from adapterkit.errors import UsageError
 from adapterkit.requests.call import takes
 from adapterkit.requests.convert import ConvertPlanRequest, ConvertRequest
 from adapterkit.requests.formats import FORMATS, Format, find_format
 from adapterkit.verbs.beside import beside_of
+from adapterkit.verbs.conversions.adapters import filed
 from adapterkit.verbs.conversions.conversion import Conversion
 from adapterkit.verbs.job import Recorder, carry_out
 
@@ -46,6 +48,10 @@ def planned(request: ConvertRequest, *, headers_only: bool = True, named: Any = 
     found: Conversion = _planner(form)(asked, request.jobs or default_jobs())
     source = request.src if named is None else named
     again = {"verb": request.VERB, "src": str(source), "to": form.name, **_stated(request)}
+    if request.target is not None and request.target.suffix == ".safetensors":
+        if not form.single:
+            raise UsageError(f"{form.name} is a folder, not a file", "name the output without .safetensors")
+        found = replace(found, plan=filed(found.plan, request.target))
     plan = replace(found.plan, request={**again, **({"staged": True} if found.stage is not None else {})})
     folder = Path(str(source)).expanduser()
     return replace(

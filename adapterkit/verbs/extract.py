@@ -117,6 +117,7 @@ class Extraction:
             self._record,
             output_dtype(asked.dtype),
             asked.own_ranks,
+            asked.to,
         )
 
     def bound(self, slot: Slot) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from adapterkit.checkpoint.folder import ADAPTER_CONFIG
 from adapterkit.checkpoint.plan import Plan, plan_file
 from adapterkit.checkpoint.write import Room, Writing, identity
 from adapterkit.dtypes import F32
+from adapterkit.errors import UnsupportedAdapter
 from adapterkit.verbs.ordered import in_order
 from adapterkit.verbs.report import ModuleRank
 
@@ -42,7 +43,7 @@ class FactorWork:
         sources: the files that are read.
         request: what was asked for, for the plan.
         record: what writes ``adapterkit.json``.
-        dtype, own_ranks: see the request.
+        dtype, own_ranks, to: see the request.
     """
 
     slots: Sequence[Slot]
@@ -56,6 +57,7 @@ class FactorWork:
     record: Recorder | None = None
     dtype: DType = F32
     own_ranks: bool = False
+    to: str = "peft"
 
     def plan(self) -> Plan:
         """An upper bound of what will be written, from headers alone."""
@@ -97,7 +99,30 @@ class FactorWork:
         carried = (*extras.whole, *extras.tokens)
         facts = {"config": config, "modules": rows, "carried": carried, "extras": extras, "known": reused}
         handles = {tensor.name: tensor for tensor in tensors}
-        return Writing(plan, handles, self.sources, out, side, self.record, facts=facts, close=store.close)
+        made = Writing(plan, handles, self.sources, out, side, self.record, facts=facts, close=store.close)
+        return made if self.to == "peft" else self._restyled(made, config)
+
+    def _restyled(self, made: Writing, config: Mapping[str, Any]) -> Writing:
+        """The same factors in the file of another program."""
+        from adapterkit.adapters.adapter import Adapter
+        from adapterkit.adapters.config import AdapterConfig
+        from adapterkit.adapters.formats.plain import scaled_factors
+        from adapterkit.adapters.formats.write_single import STYLES, as_single
+        from adapterkit.adapters.keys import PREFIX
+
+        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in made.tensors.items()}
+        adapter = Adapter(str(made.out), AdapterConfig(config, str(made.out)), tensors, self.sources[0])
+        factors = scaled_factors(adapter)
+        if factors is None:
+            raise UnsupportedAdapter(
+                f"the adapter is more than factors of linear layers, which no file of {self.to} holds",
+                "write --to peft",
+            )
+        files = as_single(adapter, *factors, STYLES[self.to])
+        plan = plan_file(files.weights, list(files.tensors.values()), files.metadata)
+        if made.out.suffix == ".safetensors":
+            plan = replace(plan, layout="file")
+        return replace(made, plan=plan, tensors=files.tensors, side_files={})
 
 
 def module_rank(slot: Slot, found: Sequence[Truncated], before: int = 0) -> ModuleRank:

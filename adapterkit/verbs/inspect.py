@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,14 +100,102 @@ def inspect(ref: str | Path, *, base: str | Path | None = None, health: bool = F
         opened = None if base is None else open_model(base, headers_only=True)
         adapter = load_adapter(ref, headers_only=not health)
         if adapter.config.get(PARTS):
-            adapter = resolved(adapter, opened)
+            adapter = resolved(adapter, opened) if opened is not None else _all_parts(adapter)
         return inspect_adapter(adapter, opened, health)
     return inspect_checkpoint(open_model(ref, headers_only=True))
+
+
+def _all_parts(adapter: Adapter) -> Adapter:
+    """A file for several parts of a pipeline as one adapter, its paths led by their parts."""
+    from adapterkit.adapters.formats.contents import assembled
+
+    contents = adapter.contents
+    assert contents is not None
+    led = [
+        replace(one, path=f"{one.part}{'_' if one.flat else '.'}{one.path}".lstrip("._")) for one in contents.modules
+    ]
+    config, tensors = assembled(contents, led)
+    return replace(adapter, config=config, tensors=tensors)
+
+
+def _family(checkpoint: Checkpoint) -> str:
+    """The family of a model of images, video or sound that has no config, and whose names it has."""
+    from adapterkit.adapters.families.names import family_of
+
+    told = family_of(checkpoint)
+    return "" if told is None else f"{told[0].name} ({told[1]} layout)"
+
+
+# What trainers write of their settings, as people ask for it.
+_SETTINGS = {
+    "ss_base_model_version": "base model",
+    "ss_sd_model_name": "base model file",
+    "modelspec.architecture": "architecture",
+    "modelspec.title": "title",
+    "modelspec.trigger_phrase": "trigger",
+    "ss_network_module": "network",
+    "ss_network_dim": "dim",
+    "ss_network_alpha": "alpha",
+    "ss_learning_rate": "learning rate",
+    "ss_unet_lr": "learning rate of the denoiser",
+    "ss_text_encoder_lr": "learning rate of the text encoder",
+    "ss_optimizer": "optimizer",
+    "ss_steps": "steps",
+    "ss_num_epochs": "epochs",
+    "ss_resolution": "resolution",
+    "software": "trainer",
+    "ot_revision": "OneTrainer revision",
+}
+LONGEST_SETTING = 80  # characters that are shown of one
+
+
+def _file_details(adapter: Adapter) -> dict[str, str]:
+    """What a single file is: its family, whose keys it has, its parts, and what it says of its training."""
+    from adapterkit.adapters.families.names import family_of
+
+    contents = adapter.contents
+    if contents is None:
+        return {}
+    names = [module.path for module in contents.modules if not module.flat]
+    told = family_of(names) or _flat_family([module.path for module in contents.modules if module.flat])
+    parts = [f"{part} ({len(contents.of(part))} modules)" for part in contents.parts if part]
+    found = {
+        "keys": f"{contents.style} style",
+        "family": "" if told is None else f"{told[0].name} ({told[1]} names)",
+        "parts": ", ".join(parts),
+        "embeddings": ", ".join(contents.apart[:3]),
+    }
+    said = {word: contents.metadata[name] for name, word in _SETTINGS.items() if contents.metadata.get(name)}
+    return {name: value for name, value in found.items() if value} | {
+        name: value[:LONGEST_SETTING] for name, value in said.items() if value != "None"
+    }
+
+
+def _flat_family(paths: list[str]) -> tuple[Any, str] | None:
+    """The family of names without dots, by the marks of every family without theirs."""
+    from adapterkit.adapters.families.names import FAMILIES
+
+    known = {re.sub(r"\d+", "#", path) for path in paths}
+    best: tuple[int, Any, str] | None = None
+    for family in FAMILIES:
+        rows = family.rows
+        for layout, marks, texts in (
+            ("original", family.original, [row.original for row in rows]),
+            ("diffusers", family.diffusers, [part for row in rows for part in row.parts]),
+        ):
+            flat = {re.sub(r"\d+|\{\}", "#", text.removesuffix(".*")).replace(".", "_") for text in (*marks, *texts)}
+            own = {re.sub(r"\d+|\{\}", "#", text).replace(".", "_") for text in marks}
+            count = len(known & flat)
+            if known & own and (best is None or count > best[0]):
+                best = (count, family, layout)
+    return None if best is None else (best[1], best[2])
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     dtypes = Counter(str(tensor.dtype) for tensor in checkpoint.values())
     architectures = checkpoint.config.get("architectures") or [checkpoint.config.get("model_type", "")]
+    if not any(architectures):
+        architectures = [_family(checkpoint)]
     return Inspection(
         ref=checkpoint.ref,
         kind="checkpoint",
@@ -155,6 +243,7 @@ def inspect_adapter(adapter: Adapter, base: Checkpoint | None, health: bool) -> 
         peft_version=str(config.get("peft_version", "")),
         share=adapter.parameters / base.parameters if base is not None and base.parameters else None,
         mergeable=mergeable,
+        details=_file_details(adapter),
         commit=adapter.commit or "",
         health=_health(adapter, pairs) if health else (),
         notes=adapter.notes,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.fold import Folded
     from adapterkit.checkpoint.files import Source
 
+COARSE_BITS = 5  # formats of so many bits and fewer lose a change to values that lie on such a grid already
 SAMPLED = 8  # tensors that are measured before a base's own grid is written again
 
 
@@ -75,7 +76,12 @@ class Merge:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (*self.base.notes, *self.folded.notes, *self.output.notes)
+        of_base = self.base.notes
+        if self.output.own:
+            from adapterkit.checkpoint.decoded import DECODED
+
+            of_base = tuple(text for text in of_base if not text.startswith(DECODED))  # they stay as they are stored
+        return (*of_base, *self.folded.notes, *self.output.notes)
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -88,6 +94,9 @@ class Merge:
 
     def report(self, measured: Measured, fidelity: FidelityReport | None = None) -> MergeReport:
         """What was done, or would be."""
+        from adapterkit.adapters.merged import not_finite
+
+        computed = [self.folded.checkpoint[name] for name in self.folded.touched]
         used = zip(self.adapters, self.weights, strict=True)
         dtype, rule, asked = self.request.floats, self.request.rule, self.request
         out = asked.target
@@ -112,7 +121,12 @@ class Merge:
             fidelity=fidelity,
             min_retention=asked.min_retention,
             dry_run=measured.dry_run,
-            notes=(*self.notes, *measured.notes, *self._half_saved()),
+            notes=(
+                *self.notes,
+                *measured.notes,
+                *self._half_saved(),
+                *not_finite(computed),
+            ),
         )
 
     def job(self, base: Any = None) -> Job:
@@ -234,8 +248,9 @@ class Loss:
         from adapterkit.adapters.fidelity import Watch, own_format
 
         made = self.merge.output
-        if made.encodings:
-            return Watch(self.merge.folded, own_format(made.encodings), lambda name, shape: None, made.encodings)
+        if made.own:
+            words = own_format(made.encodings) if made.encodings else None
+            return Watch(self.merge.folded, words, lambda name, shape: None, made.encodings)
         kind = self.merge.request.folder_format or _grid_name(self.merge)
         return Watch(self.merge.folded, kind, made.through)
 
@@ -306,26 +321,34 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
     quant = planned.request.folder_format
     if quant is None:
         return None
-    from adapterkit.adapters.fidelity import ENOUGH, already_on_grid, left_in_own_format, left_on_grid
+    from adapterkit.adapters.fidelity import (
+        ENOUGH,
+        already_on_grid,
+        coarse_tensors,
+        left_in_own_format,
+        left_on_grid,
+    )
+    from adapterkit.codecs.table import find_kind
 
-    if planned.output.encodings:
+    if planned.output.own:
         found = left_in_own_format(planned.folded, planned.output.encodings, tensors=SAMPLED)
-        if found.worst is not None and found.retention < ENOUGH and not yes_lossy:
+        if found.worst is not None and found.retention < ENOUGH and not (yes_lossy or planned.output.aware):
             raise CheckFailed(
                 f"the values of {planned.base.ref} are {found.format} already, and of this change {found.retention:.1%} "
                 "would survive that grid again",
-                "fold onto the 16-bit original (--base16), write 16 bits (no --quant), keep the adapter beside the base, or "
-                "insist with --yes-lossy",
+                "keep what changed wider (--quant keep --keep-touched bf16), fold onto the 16-bit original (--base16), write "
+                "16 bits (no --quant), keep the adapter beside the base, or insist with --yes-lossy",
             )
         return found if found.worst is not None else None
 
-    if not already_on_grid(planned.folded, quant):
+    same = bool(already_on_grid(planned.folded, quant))
+    if not same and (find_kind(quant).bits > COARSE_BITS or not coarse_tensors(planned.folded)):
         return None
     found = left_on_grid(planned.folded, quant, tensors=SAMPLED)
     if found.retention < ENOUGH and not yes_lossy:
         raise CheckFailed(
-            f"the values of {planned.base.ref} are {quant} already, and of this change {found.retention:.1%} would "
-            "survive that grid again",
+            f"the values of {planned.base.ref} are {quant if same else 'on a coarse grid'} already, and of this change "
+            f"{found.retention:.1%} would survive {'that grid again' if same else f'that of {quant}'}",
             "fold onto the 16-bit original (--base16, or no --as-trained), write 16 bits or another format, or insist "
             "with --yes-lossy",
         )

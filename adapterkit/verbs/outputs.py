@@ -10,7 +10,7 @@ from adapterkit.adapters.fold import Folded, fold
 from adapterkit.adapters.sidecars import side_files
 from adapterkit.checkpoint.plan import Plan, plan_safetensors
 from adapterkit.errors import UsageError
-from adapterkit.requests.merge import FOLDER, GGUF
+from adapterkit.requests.merge import FOLDER, GGUF, parse_floats
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +39,8 @@ class Output:
         through: where changed tensors are quantized: a tensor's name and shape to a function that encodes and decodes
             some of its rows, for the report on fidelity.
         encodings: changed tensors that are written in the base's own format.
+        own: the output is in the base's own format.
+        aware: training saw the sum on that format's grid, so nothing of it is lost there.
         tower: what writes the tower's file beside it, where that is made.
     """
 
@@ -49,6 +51,8 @@ class Output:
     notes: tuple[str, ...]
     through: Callable[[str, tuple[int, ...]], Through | None] | None = None
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
+    own: bool = False
+    aware: bool = False
     tower: Job | None = None
 
 
@@ -87,9 +91,15 @@ def output(
 def _folder(
     base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, settings: Mapping[str, Any], values: str
 ) -> Output:
+    own = asked.quant == KEEP or (asked.folder_format, asked.quant_double) in _stored_in(base)
+    if asked.keep_touched is not None and not own:
+        raise UsageError(
+            "what changed can be kept wider only in a format that the rest has already",
+            "add --quant keep, or leave it out",
+        )
     if asked.gguf_types is not None or asked.pre is not None:
         raise UsageError("options of a GGUF output were given for a folder", "name the output like OUT.gguf")
-    if asked.quant == KEEP or _stored_in(base) == (asked.folder_format, asked.quant_double):
+    if own:
         return _one_file(_kept(base, adapters, asked, settings), asked)
     dtype = asked.floats
     folded = fold(base, adapters, asked.adapter_weights, dtype=dtype, **_how(asked))
@@ -103,6 +113,14 @@ def _folder(
         config["quantization_config"] = view.config["quantization_config"]
         side[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         notes = [*notes, view.notes[-1]]
+    if base.stored is not None:
+        from adapterkit.adapters.kept import sizes
+
+        notes = [*notes, f"{sizes(base.stored, view)}; --quant keep writes the base's own format"]
+        if any(isinstance(adapter.config.get("nvfp4_merge_aware"), dict) for adapter in adapters):
+            notes.append(
+                "the adapter was trained with its sum on the NVFP4 grid, which --quant keep writes; this is not it"
+            )
     if one_file(asked):
         view = replace(view, metadata=_without_hashes(view.metadata), shards=dict.fromkeys(view, _ONE))
     return _one_file(Output(folded, view, plan_safetensors(view, **settings), side, tuple(notes)), asked)
@@ -137,33 +155,43 @@ def _one_file(made: Output, asked: MergeRequest) -> Output:
     return replace(made, plan=replace(made.plan, layout="file"), side={}, notes=(*made.notes, *said))
 
 
-def _stored_in(base: Checkpoint) -> tuple[str, bool] | None:
-    """The format of a quantized base, where it is one that 16-bit weights are written in too, and whether its scales are
-    nested."""
+def _stored_in(base: Checkpoint) -> set[tuple[str | None, bool]]:
+    """The words for the format of a quantized base, where 16-bit weights are written in it too, each with whether its
+    scales are nested."""
     if base.stored is None:
-        return None
+        return set()
     from adapterkit.codecs.table import KINDS
 
     how = {weight.how for weight in base.stored.weights.values()}
-    kind = next((kind.name for kind in KINDS.values() if how <= set(kind.already)), None)
-    return None if kind is None else (kind, any(word.endswith(" double") for word in how))
+    nested = any(word.endswith(" double") for word in how)
+    # A weight no larger than a tile is called otherwise ("per row"); its numbers are the same.
+    alike = len({word.split()[0] for word in how}) == 1
+    return {(kind.name, nested) for kind in KINDS.values() if alike and how & set(kind.already)}
 
 
 def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, settings: Mapping[str, Any]) -> Output:
     """In the format that the base is stored in."""
-    from adapterkit.adapters.kept import keep_index, kept, stored_form
+    from adapterkit.adapters.kept import keep_index, kept, sizes, stored_form, trained_on_the_grid
 
     form = stored_form(base)
     if asked.dtype != "auto" or (asked.quant_double and asked.quant == KEEP):
         raise UsageError("an output in the base's own format has its types", "leave out --dtype and --double-quant")
     folded = fold(base, adapters, asked.adapter_weights, **_how(asked))
-    made = kept(folded)
+    rule = trained_on_the_grid(adapters, asked.adapter_weights)
+    made = kept(folded, parse_floats(asked.keep_touched or "auto"), rule)
+    view = made.view
+    wider = {name: view[name] for name in made.wider}
+    folded = replace(folded, checkpoint=replace(folded.checkpoint, tensors={**folded.checkpoint.tensors, **wider}))
     # The config is the base's own, with what else the merge changed.
-    said = replace(folded, checkpoint=replace(folded.checkpoint, config=form.checkpoint.config))
-    side, notes = side_files(form.checkpoint, said, adapters, None)
-    plan = plan_safetensors(made.view, like=form.checkpoint.tensors, **settings)
+    said = replace(folded, checkpoint=replace(folded.checkpoint, config=view.config))
+    side, notes = side_files(replace(form.checkpoint, side_files=view.side_files), said, adapters, None)
+    plan = plan_safetensors(view, like=form.checkpoint.tensors, **settings)
     side |= keep_index(form.checkpoint, plan)
-    return Output(folded, made.view, plan, side, (*notes, made.view.notes[-1]), encodings=made.encodings)
+    aware = rule is not None and all(rule in form.weights[name].others for name in made.encodings)
+    said_of = (*notes, view.notes[-1], sizes(form, view))
+    if aware:
+        said_of += ("the adapter was trained with its sum on this grid: what is written is what training saw",)
+    return Output(folded, view, plan, side, said_of, encodings=made.encodings, own=True, aware=aware)
 
 
 def _gguf(

@@ -94,6 +94,7 @@ class Resizing:
             self._record,
             output_dtype(asked.dtype),
             asked.own_ranks,
+            asked.to,
         )
 
     def bound(self, slot: Slot) -> int:

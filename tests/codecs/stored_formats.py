@@ -21,7 +21,7 @@ class Format:
     """``encode``: a float32 weight ``[out, in]`` to its tensors, by the last part of their names."""
 
     encode: Callable[[torch.Tensor], Stored]
-    config: dict[str, Any]
+    config: dict[str, Any] | None
     dtype: str = "bfloat16"
 
 
@@ -214,6 +214,32 @@ def torchao_float8(weight: torch.Tensor) -> Stored:
     return {"_weight_qdata": (weight / scale).clamp(-448, 448).to(F8), "_weight_scale": scale}
 
 
+def comfy(weight: torch.Tensor) -> Stored:
+    """ComfyUI, quant_ops.py: TensorCoreFP8Layout.quantize."""
+    scale = weight.abs().max() / 448
+    codes = (weight * (1.0 / scale)).clamp(-448, 448).to(F8)
+    said = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
+    return {"weight": codes, "weight_scale": scale, "comfy_quant": said}
+
+
+def old_comfy(weight: torch.Tensor) -> Stored:
+    found = comfy(weight)
+    return {"weight": found["weight"], "scale_weight": found["weight_scale"], "scale_input": torch.tensor(1.0)}
+
+
+def mlx(mode: str, bits: int, size: int) -> Format:
+    """mlx itself."""
+
+    def encode(weight: torch.Tensor) -> Stored:
+        import mlx.core as mx
+        import numpy as np
+
+        made = mx.quantize(mx.array(weight.numpy()), group_size=size, bits=bits, mode=mode)
+        return {n: torch.from_numpy(np.array(t)) for n, t in zip(("weight", "scales", "biases"), made, strict=False)}
+
+    return Format(encode, {"group_size": size, "bits": bits, "mode": mode})
+
+
 INT = {"num_bits": 4, "type": "int"}
 FORMATS: dict[str, Format] = {
     "fp8 blocks": Format(
@@ -267,4 +293,12 @@ FORMATS: dict[str, Format] = {
     ),
     "torchao int8": Format(torchao_int8, {"quant_method": "torchao", "quant_type": {}}),
     "torchao float8": Format(torchao_float8, {"quant_method": "torchao", "quant_type": {}}),
+    "comfy": Format(comfy, None),
+    "comfy scale_weight": Format(old_comfy, None),
+    "mlx": mlx("affine", 4, 64),
+    "mlx 3 bit": mlx("affine", 3, 32),
+    "mlx 5 bit": mlx("affine", 5, 32),
+    "mlx mxfp4": mlx("mxfp4", 4, 32),
+    "mlx mxfp8": mlx("mxfp8", 8, 32),
+    "mlx nvfp4": mlx("nvfp4", 4, 16),
 }

@@ -12,14 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapterkit import execute, merge, plan_merge
 from adapterkit.adapters.as_trained import as_trained
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.codecs.grid import Grid
 from adapterkit.dtypes import F16
 from adapterkit.errors import TargetError, UsageError
-from adapterkit.verbs.execute import execute
-from adapterkit.verbs.merge import merge, plan_merge
 
 
 def model(kind: str):

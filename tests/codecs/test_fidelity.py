@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_as_trained import adapter, model, saved_quantized
 
+from adapterkit import merge
 from adapterkit.adapters.as_trained import as_trained
-from adapterkit.adapters.fidelity import Watch, already_on_grid, left_on_grid
+from adapterkit.adapters.fidelity import FidelityReport, TensorFidelity, Watch, already_on_grid, left_on_grid
 from adapterkit.adapters.fold import fold
 from adapterkit.adapters.load import load_adapter
 from adapterkit.checkpoint.decoded import dequantized
@@ -22,7 +23,6 @@ from adapterkit.codecs.grid import Grid
 from adapterkit.errors import CheckFailed
 from adapterkit.ops.fidelity import Fidelity, FidelitySums, block_sums
 from adapterkit.registry.beside import read_beside
-from adapterkit.verbs.merge import merge
 from adapterkit.verbs.report import to_json
 
 Q, DOWN = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"
@@ -76,7 +76,7 @@ def test_a_merge_reports_what_its_files_show(tmp_path: Path) -> None:
         delta = 2 * factors[f"{key}.lora_B.weight"].double() @ factors[f"{key}.lora_A.weight"].double()
         wanted = before[item.name].double() + delta
         assert numbers(item) == pytest.approx(exact(before[item.name], wanted, after[item.name]), rel=1e-3, abs=1e-4)
-    assert report.fidelity.summary.startswith("100.0% of the change survives in bf16; worst: model.layers.0.")
+    assert report.fidelity.summary.startswith("100.0% of the change survives in bf16, cosine ")
     assert json.loads(to_json(report))["fidelity"]["worst"]["name"] == report.fidelity.worst.name
     assert merge(tmp_path / "llama", [tuned], tmp_path / "out2").fidelity is None
 
@@ -278,3 +278,10 @@ def test_a_small_change_in_4_bits_is_not_rounded_to_16_before(tmp_path: Path, bn
         moved = got[name].read(0, got[name].numel).view(delta.shape).double() - base[name].double()
         sums = [sums[0] + (moved * delta).sum().item(), sums[1] + (delta * delta).sum().item()]
     assert kept["nf4"] == pytest.approx(sums[0] / sums[1], abs=1e-3)
+
+
+def test_a_mean_does_not_hide_tensors_that_lose_all() -> None:
+    rows = tuple(TensorFidelity(f"t{i}", 0.01, 0.0, 0.07 if i < 2 else 1.0, 0.08 if i < 2 else 0.9) for i in range(8))
+    report = FidelityReport(0.963, 0.85, 0.01, 0.0, rows[0], rows, "Q4_K_M")
+    assert [row.name for row in report.dead] == ["t0", "t1"]
+    assert report.summary.endswith("; 2 of 8 tensors lose theirs: t0, t1")

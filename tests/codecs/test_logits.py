@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapterkit.verbs.merge import merge
+from adapterkit import merge
 
 TOKENS = torch.arange(1, 33).view(2, 16)
 

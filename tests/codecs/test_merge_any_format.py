@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_quantized_bad_input import SOURCES
 
+from adapterkit import merge
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.open import open_checkpoint
-from adapterkit.verbs.merge import merge
 
 MODULE = "model.layers.0.self_attn.q_proj"
 UNIT = {torch.bfloat16: 7, torch.float16: 10}  # bits of the mantissa

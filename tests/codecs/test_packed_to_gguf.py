@@ -13,8 +13,8 @@ from packed import pack
 from safetensors.torch import save_file
 
 import adapterkit
+from adapterkit import convert
 from adapterkit.gguf.quantize import Quantization
-from adapterkit.verbs.convert import convert
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gguf"))
 gguf = pytest.importorskip("gguf")

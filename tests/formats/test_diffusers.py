@@ -21,7 +21,7 @@ import adapterkit
 from adapterkit.adapters.fold import fold
 from adapterkit.adapters.load import is_adapter, load_adapter
 from adapterkit.checkpoint.open import open_checkpoint
-from adapterkit.errors import AdapterError, NotFound, TargetError, UnsupportedAdapter, UsageError
+from adapterkit.errors import AdapterError, NotFound, TargetError, UnsupportedAdapter
 from adapterkit.provenance.register import register
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -212,8 +212,10 @@ def test_the_part_that_the_base_is(unet: tuple[Any, Path], tmp_path: Path) -> No
         wanted = w.double() + factors[f"{lead}.up.weight"].double() @ factors[f"{lead}.down.weight"].double()
         assert torch.allclose(merged[name].read(0, 64).view(8, 8).double(), wanted, atol=1e-6)
     assert any("tensors of unet" in note and "8 tensors of text_encoder" in note for note in load_adapter(file).notes)
-    with pytest.raises(UsageError, match=r"several parts of a pipeline \(.*text_encoder.*--base"):
-        adapterkit.inspect(file)
+    told = adapterkit.inspect(file)
+    assert "unet (24 modules)" in told.details["parts"]
+    assert "text_encoder (4 modules)" in told.details["parts"]
+    assert told.details["family"] == "Stable Diffusion UNet (diffusers names)"
     assert adapterkit.inspect(file, base=str(text)).ranks == {"2": 4}
     other = write_checkpoint(tmp_path / "other", {"blocks.0.weight": torch.randn(8, 8)})
     with pytest.raises(

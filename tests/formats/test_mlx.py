@@ -168,3 +168,18 @@ def test_a_scale_of_2024_is_not_guessed(tmp_path: Path) -> None:
         load_adapter(folder)
     edit_config(folder, lora_parameters=PARAMETERS)
     assert load_adapter(folder).config.get("lora_alpha") == 30.0
+
+
+def test_an_adapter_of_older_mlx_vlm_is_told(tmp_path: Path) -> None:
+    """Factors called A and B, and alpha at the top: its scale meant alpha until 0.7, and alpha / rank since."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    tensors = {"model.layers.0.q_proj.A": torch.randn(8, 2), "model.layers.0.q_proj.B": torch.randn(2, 8)}
+    save_file(tensors, folder / "adapters.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"rank": 2, "alpha": 8, "dropout": 0.0}))
+    with pytest.raises(UnsupportedAdapter, match=r"of mlx-vlm before 0\.7"):
+        load_adapter(folder)
+    (folder / "adapter_config.json").write_text(json.dumps({"lora_parameters": {"rank": 2, "scale": 4.0}}))
+    adapter = load_adapter(folder)
+    assert adapter.config.scaling("model.layers.0.q_proj", 2) == 4.0
+    assert sorted(adapter.tensors) == [f"model.layers.0.q_proj.lora_{side}.weight" for side in "AB"]

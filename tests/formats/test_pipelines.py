@@ -34,7 +34,7 @@ UNET = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
         ("lycoris_layers_0_q", "", "layers_0_q"),
         ("lora_transformer_h_0", "transformer", "h_0"),
         ("lora_tell_me", "", "tell_me"),
-        ("some_module", "", "some_module"),
+        ("some_blocks_0_module", "", "some_blocks_0_module"),
     ],
 )
 def test_parts(key: str, part: str, path: str) -> None:

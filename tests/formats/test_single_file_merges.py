@@ -120,3 +120,39 @@ def test_sections_of_a_model_of_several_senses(tmp_path: Path) -> None:
             kept == 1,
         ]
         assert any("left out: 2 tensors" in note for note in report.notes)
+
+
+@pytest.mark.parametrize(
+    ("keys", "family", "style"),
+    [
+        (("lora_unet_double_blocks_0_img_attn_qkv",), "Flux.1 (original names)", "kohya style"),
+        (
+            ("lora_unet_single_blocks_0_linear1", "lora_te1_text_model_encoder_layers_0_mlp_fc1"),
+            "Flux.1 (original",
+            "kohya",
+        ),
+        (("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",), "Stable Diffusion UNet", "kohya style"),
+        (("diffusion_model.blocks.0.self_attn.q",), "Wan (original names)", "ComfyUI style"),
+        (("transformer.single_transformer_blocks.0.proj_mlp",), "Flux.1 (diffusers names)", "diffusers style"),
+        (("lycoris_single_transformer_blocks_0_proj_out",), "Flux.1 (diffusers names)", "LyCORIS style"),
+        (("base_model.model.layers.0.attention.to_q",), "Z-Image (diffusers names)", "PEFT style"),
+    ],
+)
+def test_inspect_names_a_file(keys: tuple[str, ...], family: str, style: str, tmp_path: Path) -> None:
+    tensors = {}
+    for key in keys:
+        ends = ("lora_A.weight", "lora_B.weight") if "." in key else ("lora_down.weight", "lora_up.weight")
+        tensors |= {f"{key}.{ends[0]}": torch.randn(RANK, WIDE), f"{key}.{ends[1]}": torch.randn(WIDE, RANK)}
+    metadata = {"ss_base_model_version": "flux1", "ss_network_dim": "2", "ss_optimizer": "None"}
+    save_file(tensors, tmp_path / "file.safetensors", metadata)
+    found = adapterkit.inspect(tmp_path / "file.safetensors")
+    assert found.kind == "adapter"
+    assert found.details["family"].startswith(family)
+    assert found.details["keys"].startswith(style)
+    assert found.details["base model"] == "flux1"
+    assert "optimizer" not in found.details
+    assert found.ranks == {str(RANK): len(keys)}
+    save_file(
+        {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": torch.zeros(6, 2)}, tmp_path / "flux.safetensors"
+    )
+    assert adapterkit.inspect(tmp_path / "flux.safetensors").architecture == "Flux.1 (original layout)"

@@ -247,19 +247,20 @@ def family_of(names: Iterable[str]) -> tuple[PipelineFamily, str] | None:
         The family, and ``original`` or ``diffusers``; None where no family's own names are among them. Of several, the
         one whose tables have most of the names.
     """
-    cores = set()
+    cores: dict[str, set[tuple[int, ...]]] = {}
     for name in names:
         if len(name) > LONGEST:
             continue
         lead = next((one for one in _LONGEST if name.startswith(one)), "")
         core = name.removeprefix(lead)
-        cores |= {core, core.rpartition(".")[0]}
+        for text in (core, core.rpartition(".")[0]):
+            key, numbers = keyed(text)
+            cores.setdefault(key, set()).add(numbers)
     best: tuple[int, PipelineFamily, str] | None = None
     for family, layout, marks, exact, starts in _layouts():
         if not any(_marked(mark, cores) for mark in marks):
             continue
-        keys = {keyed(core)[0] for core in cores}
-        count = len(keys & exact) + sum(any(key.startswith(start + ".") for key in keys) for start in starts)
+        count = len(cores.keys() & exact) + sum(any(key.startswith(start + ".") for key in cores) for start in starts)
         count += sum(_marked(mark, cores) for mark in marks)
         if best is None or count > best[0]:
             best = (count, family, layout)
@@ -291,9 +292,5 @@ def _layouts() -> tuple[tuple[PipelineFamily, str, tuple[Pattern, ...], frozense
     return tuple(found)
 
 
-def _marked(pattern: Pattern, cores: set[str]) -> bool:
-    for core in cores:
-        key, numbers = keyed(core)
-        if key == pattern.key and pattern.captures(numbers) is not None:
-            return True
-    return False
+def _marked(pattern: Pattern, cores: Mapping[str, set[tuple[int, ...]]]) -> bool:
+    return any(pattern.captures(numbers) is not None for numbers in cores.get(pattern.key, ()))

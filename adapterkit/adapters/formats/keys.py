@@ -34,6 +34,7 @@ _DOTTED = re.compile(
     r"(unet|transformer(?:_\d)?|text_encoder(?:_\d)?|prior|controlnet|conditional_transformer|connectors|text_conditioner|"
     r"(?:model\.)?diffusion_model|text_encoders\.\w+)\."
 )
+_COUNTED = re.compile(r"_\d+_")
 EMBEDDINGS = ("bundle_emb.",)  # textual inversions that OneTrainer packs beside a LoRA
 
 # How the end of a key reads: what to add to the module's path, and the tensor in LyCORIS' terms.
@@ -108,8 +109,9 @@ def read_key(key: str) -> SingleFileKey:
         xlabs = ".processor." in path and "_lora" in path
         comfy = part.endswith("diffusion_model") or part.startswith("text_encoders.")
         style = "XLabs" if xlabs else "ComfyUI" if comfy else "diffusers"
-    module = path.partition(".")[0]
-    return SingleFileKey(part, path, leaf, style, "." not in path and "_" in module and leaf not in ("", WHOLE))
+    # Without a lead, only what counts its blocks between underscores is told from a module at the top.
+    flat_path = not part and "." not in path and _COUNTED.search(path) is not None and leaf not in ("", WHOLE)
+    return SingleFileKey(part, path, leaf, style, flat_path)
 
 
 def _ended(path: str, end: str, text: bool = False) -> tuple[str, str]:

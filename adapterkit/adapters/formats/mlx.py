@@ -31,6 +31,9 @@ EMBEDDINGS = frozenset(
 _EXPERTS = {"block_sparse_moe": {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}}
 
 
+_OLDER = {"A": "lora_a", "B": "lora_b"}  # what mlx-vlm called the factors until 2025
+
+
 def is_mlx(names: frozenset[str], config: Mapping[str, Any]) -> bool:
     """Whether a folder with these files and this ``adapter_config.json`` holds an MLX adapter."""
     return WEIGHTS in names and "peft_type" not in config
@@ -62,10 +65,13 @@ def read_mlx(
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         path, _, leaf = name.rpartition(".")
+        leaf = _OLDER.get(leaf, leaf)
         if kind == "full" or leaf not in ("lora_a", "lora_b", "m"):
             tensors[name] = tensor
             continue
-        other = path + (".lora_b" if leaf == "lora_a" else ".lora_a")
+        older = name.rpartition(".")[2] in _OLDER
+        pair = ("A", "B") if older else ("lora_a", "lora_b")
+        other = f"{path}.{pair[leaf == 'lora_a']}"
         if other not in stored:
             raise AdapterError(f"{where}: '{name}' stands without its {other}", "save the adapter again")
         for key, found in _named(path, leaf, tensor, kind == "dora", where).items():
@@ -75,6 +81,13 @@ def read_mlx(
 
 def _strength(raw: Mapping[str, Any], where: str) -> tuple[int, float]:
     parameters = raw.get("lora_parameters")
+    if parameters is None and isinstance(raw.get("rank"), int) and isinstance(raw.get("alpha"), (int, float)):
+        rank, alpha = raw["rank"], raw["alpha"]
+        raise UnsupportedAdapter(
+            f"{where} is of mlx-vlm before 0.7, whose scale was alpha ({alpha:g}) while it trained; mlx-vlm loads it with "
+            f"alpha / rank ({alpha / max(rank, 1):g}) since",
+            f'write "lora_parameters": {{"rank": {rank}, "scale": SCALE}} there, with the scale that it was used with',
+        )
     parameters = parameters if isinstance(parameters, dict) else {}
     rank, scale = parameters.get("rank"), parameters.get("scale")
     if type(rank) is not int or rank < 1 or isinstance(scale, bool) or not isinstance(scale, (int, float)):

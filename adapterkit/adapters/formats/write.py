@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +38,14 @@ class AdapterFiles:
         tensors: handles by the keys they get in it.
         side: the config and other small files.
         notes: what a user should know.
+        metadata: of the weight file.
     """
 
     weights: str
     tensors: Mapping[str, Tensor]
     side: Mapping[str, bytes]
     notes: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})
 
 
 def as_peft(adapter: Adapter, base: Checkpoint | None = None) -> AdapterFiles:

@@ -8,6 +8,7 @@ is put around a text.
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import CheckpointError, UsageError
@@ -107,7 +108,15 @@ def read_vocab(
         raise UsageError(f"'{pre}' is no pre-tokenizer of llama.cpp", "give a name as llama-bpe or qwen2")
     if kind == "none":
         return Vocab((text(MODEL, "none"),), rows)
-    sources = Sources(files, config)
+    try:
+        return _read(Sources(files, config), kind, rows, pre)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, struct.error) as error:
+        said = f"{type(error).__name__}: {error}"[:100]
+        hint = "copy them from the model's own repository"
+        raise CheckpointError(f"the tokenizer files hold what no tokenizer has ({said})", hint) from error
+
+
+def _read(sources: Sources, kind: str, rows: int, pre: str | None) -> Vocab:
     found = _kind(sources, kind)
     table = TokenTable()
     before, after = _READERS[found](sources, table, pre)

@@ -12,9 +12,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 LIMIT = 20.0  # seconds
+MEMORY = 1 << 30  # bytes of addresses of the process; a template needs some megabytes
+LONGEST = 1 << 20  # characters of a rendered text
 Turn = tuple[str, str]  # role, content
 
 
@@ -35,7 +37,22 @@ def render(
     return found
 
 
+def bound(memory: int, seconds: float) -> None:
+    """Limit what this process may use from now on, where the system can; it ends when it needs more."""
+    try:
+        import resource
+    except ImportError:  # Windows: the limit in time of the parent is left
+        return
+    for which, most in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CPU, int(seconds))):
+        hard = resource.getrlimit(which)[1]
+        try:
+            resource.setrlimit(which, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+        except (ValueError, OSError):
+            pass
+
+
 def main() -> None:
+    bound(MEMORY, LIMIT)
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -54,10 +71,19 @@ def main() -> None:
     for turns, more in conversations:
         messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            found.append(compiled.render(messages=messages, add_generation_prompt=more, **tokens))
+            found.append(_text(compiled.generate(messages=messages, add_generation_prompt=more, **tokens)))
         except Exception:  # whatever a template raises, it does not take this conversation
             found.append(None)
     json.dump(found, sys.stdout)
+
+
+def _text(pieces: Iterable[str]) -> str:
+    text = ""
+    for piece in pieces:
+        text += piece
+        if len(text) > LONGEST:
+            raise ValueError("a template that writes without an end")
+    return text
 
 
 if __name__ == "__main__":

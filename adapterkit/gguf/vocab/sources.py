@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.checkpoint.json_data import parse_json
 from adapterkit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -66,10 +66,7 @@ class Sources:
         data = self.files.get(name)
         if data is None:
             return {}
-        try:
-            found = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{name} is not JSON ({error})", _AGAIN) from None
+        found = parse_json(data, name)
         if not isinstance(found, dict):
             raise CheckpointError(f"{name} holds a {type(found).__name__} and no object", _AGAIN)
         return found
@@ -174,7 +171,7 @@ def _added(number: Any, entry: Any, where: str) -> AddedToken:
     content = entry.get("content") if isinstance(entry, dict) else None
     try:
         place = int(number)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         place = -1
     if not isinstance(content, str) or place < 0:
         raise CheckpointError(f"{where} lists the token {str(content)[:40]!r} under the id {number!r}", _AGAIN)

@@ -14,11 +14,14 @@ from adapterkit.requests.convert import ConvertRequest
 from adapterkit.verbs.conversions.conversion import Conversion, count_types
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.formats.plain import PlainFactors
     from adapterkit.adapters.formats.write import AdapterFiles
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.checkpoint.files import Source
+    from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.tensor import Tensor
 
     Layout = Callable[[Adapter, list[PlainFactors], Mapping[str, Tensor]], AdapterFiles]
@@ -48,7 +51,7 @@ def planned_tensors(
     """The same for handles of any origin."""
     from adapterkit.checkpoint.plan import plan_file
 
-    plan = plan_file(files.weights, list(files.tensors.values()), {"format": "pt"})
+    plan = plan_file(files.weights, list(files.tensors.values()), files.metadata)
     types = count_types(files.tensors)
     return Conversion(ref, to, plan, files.tensors, sources, types, dict(files.side), (*notes, *files.notes))
 
@@ -124,9 +127,14 @@ class Computed:
             factors = scaled_factors(plain)
             assert factors is not None
             files = planned_files(plain, self.layout(plain, *factors), self.to)
-            made = replace(made, plan=files.plan, tensors=files.tensors, side_files=files.side)
+            made = replace(made, plan=filed(files.plan, target), tensors=files.tensors, side_files=files.side)
             facts |= {"types": files.types, "files": tuple(file.name for file in files.plan.files)}
         return replace(made, facts=facts)
+
+
+def filed(plan: Plan, target: Path | None) -> Plan:
+    """The plan of a file that is the output itself, where the output has a file's name."""
+    return replace(plan, layout="file") if target is not None and target.suffix == ".safetensors" else plan
 
 
 def _opened(adapter: Adapter, made: Writing) -> Adapter:

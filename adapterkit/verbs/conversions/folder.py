@@ -15,6 +15,7 @@ from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.files import BytesFile
 from adapterkit.checkpoint.plan import plan_safetensors
 from adapterkit.checkpoint.tensor import Cast
+from adapterkit.codecs.kinds import WRITTEN
 from adapterkit.dtypes import BF16, F16, F32, DType
 from adapterkit.errors import UsageError
 from adapterkit.requests.convert import ConvertRequest
@@ -64,11 +65,12 @@ def _plain(dtype: DType, asked: ConvertRequest, jobs: int) -> Conversion:
 def _quantized(kind: str, asked: ConvertRequest, jobs: int) -> Conversion:
     """A checkpoint with its linear layers quantized; a quantized one is decoded first, and the report says so."""
     from adapterkit.adapters.quantized import quantized
+    from adapterkit.codecs.table import KINDS
 
     opened = open_folder(asked, kind)
     view = dequantized(opened)
     if view is not opened:
-        if stored_formats(view) & set(_GRIDS[kind]):
+        if stored_formats(view) & set(KINDS[kind].already):
             raise UsageError(f"{opened.ref} is {kind} already", "copy it, or give the 16-bit original")
         view = replace(
             view,
@@ -80,15 +82,6 @@ def _quantized(kind: str, asked: ConvertRequest, jobs: int) -> Conversion:
     skip = asked.skip_modules or None
     view = quantized(view, kind, double_quant=asked.double_quant, skip=skip)
     return planned_folder(opened, view, kind, "quantized", asked, jobs)
-
-
-# What codecs call weights that are on the grid of a format already.
-_GRIDS = {
-    "nf4": ("nf4 64", "nf4 64 double"),
-    "fp4": ("fp4 64", "fp4 64 double"),
-    "int8": ("int8",),
-    "fp8": ("fp8 128x128",),
-}
 
 
 def stored_formats(view: Checkpoint) -> set[str]:
@@ -138,4 +131,10 @@ def planned_folder(
 
 
 bf16, f16, f32 = (partial(_plain, dtype) for dtype in (BF16, F16, F32))
-nf4, fp4, int8, fp8 = (partial(_quantized, kind) for kind in ("nf4", "fp4", "int8", "fp8"))
+
+
+def __getattr__(name: str) -> Any:
+    """The planner of a quantized format, by the word for it."""
+    if name in WRITTEN:
+        return partial(_quantized, name)
+    raise AttributeError(name)

@@ -47,6 +47,12 @@ def _values(subject: Subject, judged: Sequence[Judged]) -> list[Finding]:
         text = f"{len(off)} weights are off, of which {len(chosen)} were looked at more closely"
         found.append(Finding("many", ERROR, text, tensors=tuple(one.item.name for one in off)))
     rounded = [one for one in judged if one.status == ROUNDING]
+    odd = [one for one in judged if one.odd]
+    if odd:
+        count = sum(one.odd for one in odd)
+        text = f"{count:,.0f} values of {len(odd)} tensors are NaN or infinite, and left out of the figures"
+        hint = "see whether base or adapter is damaged; inspect --health looks at an adapter"
+        found.append(Finding("not finite", WARNING, text, hint, tensors=tuple(one.item.name for one in odd)))
     if rounded:
         most = max(one.steps or 0.0 for one in rounded)
         words = "one rounding" if most <= 1.0 else f"{most:.1f} steps of their dtype"
@@ -156,6 +162,21 @@ def _structure(subject: Subject) -> list[Finding]:
         words, _ = where(extra, ())
         text = f"{words} {'is' if len(extra) == 1 else 'are'} in MERGED and not in the base"
         found.append(Finding("extra", ERROR, text, "give the base that MERGED was made from", tuple(extra)))
+    if subject.scales_lost:
+        names = subject.scales_lost
+        words, _ = where(names, subject.folded.touched)
+        text = f"{words} {'has' if len(names) == 1 else 'have'} codes and no scales, so the values are lost"
+        found.append(Finding("scales lost", ERROR, text, "merge again: codes mean nothing alone", tuple(names)))
+    for kind, said in (("other group size", True), ("other format", False)):
+        rows = [row for row in subject.layouts if (row[1].split()[0] == row[2].split()[0]) is said]
+        if rows:
+            names = tuple(row[0] for row in rows)
+            words, _ = where(names, subject.folded.touched)
+            text = (
+                f"{words} {'is' if len(rows) == 1 else 'are'} stored in {rows[0][2]}, and in the base in {rows[0][1]}"
+            )
+            hint = "what no adapter touches was quantized again; merge with --quant keep to leave it as it is"
+            found.append(Finding(kind, WARNING, text, hint, names))
     if subject.misshapen:
         name, wanted, there = subject.misshapen[0]
         more = f" (and {len(subject.misshapen) - 1} more)" if len(subject.misshapen) > 1 else ""

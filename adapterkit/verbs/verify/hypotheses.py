@@ -81,6 +81,34 @@ def zeros(s: Suspect) -> Verdict | None:
     return Verdict("zeros", 0.0, "are all zeros", "the file was cut, or never written: merge again")
 
 
+# ------------------------------------------------------------------ the base's own format
+
+ZEROS = ("qzeros", "zero_point", "biases", ".zero")
+FORMAT_ERROR = 3.0  # relative error of a format with b bits is at most this times 2^-b
+
+
+def zero_points(s: Suspect) -> Verdict | None:
+    different = s.judged.parts
+    if not s.judged.item.own or not different or not all(name.endswith(ZEROS) for name in different):
+        return None
+    says = "have the codes and scales that they should have, and other zero points"
+    hint = "the tool stores zero points less one where the base does not (GPTQ versions 1 and 2), or the reverse"
+    return Verdict("zero points shifted", 0.0, says, hint)
+
+
+def quantized_again(s: Suspect) -> Verdict | None:
+    item = s.judged.item
+    if not item.own or item.touched:
+        return None
+    size = float(s.base.double().square().sum())
+    off = sqrt(float((s.there.double() - s.base.double()).square().sum()) / size) if size else 0.0
+    if off > FORMAT_ERROR * 2.0**-item.bits:
+        return None
+    says = "are not changed by any adapter and were quantized again: other codes or scales stand for nearly the same values"
+    hint = "copy what no adapter touches: merge again with --quant keep"
+    return Verdict("re-quantized", 0.0, says, hint, figure=off)
+
+
 # ------------------------------------------------------------------ how strongly the change was applied
 
 
@@ -380,6 +408,8 @@ def same_grid(s: Suspect) -> Verdict | None:
     """Put back on the grid that the base sits on: the format cannot hold the change, however it is encoded."""
     if s.item.format is None or s.item.merged is None or s.judged.sums.retention >= 0.5:
         return None
+    if s.item.encoding is not None and s.judged.ours.retention >= 0.5:
+        return None  # this format, written as adapterkit does it, holds the change
     # A base of this very format, whose values are its own grid points.
     if not s.item.merged.base.how.startswith(f"{s.item.format.lower()} "):
         return None
@@ -461,6 +491,8 @@ Hypothesis = Callable[[Suspect], Verdict | None]
 HYPOTHESES: tuple[Hypothesis, ...] = (
     not_finite,
     zeros,
+    zero_points,
+    quantized_again,
     same_grid,
     not_applied,
     rounded_through,

@@ -210,7 +210,7 @@ def _folder_base(
     )
 
 
-_LAYOUT = ("to", "dtype", "max_shard_size", "quant", "quant_double", "quantization", "pre")
+_LAYOUT = ("to", "dtype", "max_shard_size", "quant", "quant_double", "keep_touched", "quantization", "pre")
 
 
 def _folder(checkpoint: Checkpoint, scratch: Path) -> Callable[[], Path]:

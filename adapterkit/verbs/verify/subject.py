@@ -15,11 +15,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from adapterkit.adapters.adapter import Adapter
-    from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.checkpoint.checkpoint import Checkpoint, StoredForm
+    from adapterkit.checkpoint.encoded import Encoding
     from adapterkit.dtypes import DType
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
     from adapterkit.requests.merge import MergeRequest
     from adapterkit.verbs.verify.expected import Expected
+
+
+FLOAT8_BITS = 5.0
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Item:
         values: what is there, as floats.
         merged: the fold, where adapters add to this weight.
         base: the weight without them, where it is touched and is no fold of its own (rows of a fold in another order).
+        own: it is stored as the base stores it; what is not touched then has to be the base's bytes.
+        encoding: what encodes it again, where it is touched and ``own``.
         touched: adapters change it.
         format: a word for how values are encoded; None where they are floats.
         bits: per weight, in that format.
@@ -48,6 +54,8 @@ class Item:
     format: str | None = None
     bits: float = 16.0
     base: Tensor | None = None
+    own: bool = False
+    encoding: Encoding | None = None
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +79,8 @@ class Subject:
         trained: the fold under the names of a Hugging Face base; None where the base is a GGUF file.
         became: where MERGED has other names, what each tensor of ``trained`` became.
         metadata: what the metadata of a GGUF file should be; None where MERGED is a folder.
+        layouts: weights that are quantized otherwise than in the base: name, how the base has it, how MERGED has it.
+        scales_lost: weights whose codes are there and whose scales are not.
         side: the small files that merge would write beside the weights of a folder.
     """
 
@@ -91,6 +101,8 @@ class Subject:
     trained: Checkpoint | None = None
     became: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     metadata: Expected | None = None
+    layouts: tuple[tuple[str, str, str], ...] = ()
+    scales_lost: tuple[str, ...] = ()
     side: Mapping[str, bytes] = field(default_factory=dict)
 
 
@@ -118,13 +130,17 @@ def _folder(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], op
     from adapterkit.verbs.merge import planned as planned_merge
     from adapterkit.verbs.verify.aligned import aligned
 
-    plain = {name: value for name, value in options.items() if name not in ("quant", "quant_double", "quantization")}
+    layout = ("quant", "quant_double", "keep_touched", "quantization")
+    plain = {name: value for name, value in options.items() if name not in layout}
     request = MergeRequest.bound({**plain, "base": base, "adapters": adapters, "to": "folder"})
     planned = planned_merge(request, headers_only=False, fingerprints=False)
     floats = planned.folded.checkpoint
     packed = _holds_packed(found)
+    form = planned.base.stored if packed else None
+    lost = () if form is None else _without_scales(form, found)
+    found = found if form is None else _without(found, form, lost)
     values = dequantized(found) if packed else found
-    kind, double, skip = _written_in(found) if packed else (None, False, None)
+    kind, double, skip = _written_in(found, values) if packed else (None, False, None)
     values = aligned(values, floats)
     how: dict[str, Any] = {
         "found": found,
@@ -141,22 +157,106 @@ def _folder(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], op
     }
     touched = frozenset(planned.folded.touched)
     items, misshapen = [], []
-    parts = _encoded_parts(floats, found, kind, double, skip) if kind is not None else {}
+    own = {} if form is None else _own_parts(planned.folded, form, found)
+    parts = _encoded_parts(floats, found, kind, double, skip) if kind is not None and form is None else {}
     for name, tensor in floats.items():
         if name not in values:
             continue
         there = values[name]
         if there.shape != tensor.shape:
             misshapen.append((name, tensor.shape, there.shape))
+        elif name in own and form is not None:
+            items.append(_own_item(tensor, own[name], there, name in touched, form.weights[name].how))
         elif name in parts:
-            items.append(_item(tensor, parts[name], there, name in touched, kind, _BITS.get(kind or "", 8.0)))
+            items.append(_item(tensor, parts[name], there, name in touched, kind, _bits_of(kind)))
         elif there.how != "copy" and kind is not None:
             items.append(_item(tensor, (), there, name in touched, there.how.split()[0], _bits(there)))
         else:
             expected = retyped(tensor, there.dtype)
             items.append(_item(expected, ((expected, there),), there, name in touched))
     missing, extra = _ties(planned.folded, floats, values)
+    missing = tuple(name for name in missing if name not in lost)
+    layouts = () if form is None else _layouts(form, values)
+    how |= {"layouts": layouts, "scales_lost": lost}
     return Subject(items=tuple(items), missing=missing, extra=extra, misshapen=tuple(misshapen), **how)
+
+
+def _without_scales(form: StoredForm, found: Checkpoint) -> tuple[str, ...]:
+    """Weights whose codes are in MERGED as the base has them, while what their format needs beside them is not."""
+    return tuple(
+        weight.name
+        for weight in form.weights.values()
+        if (codes := found.get(weight.parts[0].name)) is not None
+        and codes.dtype is weight.parts[0].dtype
+        and not (codes.dtype.is_float and codes.dtype.bits >= 16)
+        and weight.parts[1].name not in found
+    )
+
+
+def _without(found: Checkpoint, form: StoredForm, names: Sequence[str]) -> Checkpoint:
+    """MERGED without what is left of some weights."""
+    if not names:
+        return found
+    gone = {part.name for name in names for part in form.weights[name].parts}
+    return replace(found, tensors={name: tensor for name, tensor in found.items() if name not in gone})
+
+
+def _own_parts(
+    folded: Folded, form: StoredForm, found: Checkpoint
+) -> dict[str, tuple[tuple[tuple[Tensor, Tensor], ...], Encoding | None]]:
+    """For each weight that MERGED stores as the base does: what should be there and what is, and what encodes it again."""
+    from adapterkit.adapters.kept import kept
+
+    view: Checkpoint | None = None
+    made: dict[str, Encoding] = {}
+    touched = set(folded.touched)
+    result: dict[str, tuple[tuple[tuple[Tensor, Tensor], ...], Encoding | None]] = {}
+    for name, weight in form.weights.items():
+        there = [found.get(part.name) for part in weight.parts]
+        if any(
+            other is None or other.dtype is not part.dtype or other.shape != part.shape
+            for part, other in zip(weight.parts, there, strict=True)
+        ):
+            continue
+        expected: Mapping[str, Tensor] = form.checkpoint
+        if name in touched:
+            if weight.encoder is None:
+                continue
+            if view is None:
+                again = kept(replace(folded, touched=tuple(n for n in folded.touched if _written(form, n))))
+                view, made = again.view, again.encodings
+            expected = view
+            if not made[name].again:
+                continue
+        pairs = tuple((expected[part.name], found[part.name]) for part in weight.parts)
+        if all(one.shape == other.shape for one, other in pairs):
+            result[name] = pairs, made.get(name)
+    return result
+
+
+def _written(form: StoredForm, name: str) -> bool:
+    return name not in form.weights or form.weights[name].encoder is not None
+
+
+def _own_item(
+    floats: Tensor,
+    own: tuple[tuple[tuple[Tensor, Tensor], ...], Encoding | None],
+    values: Tensor,
+    touched: bool,
+    how: str,
+) -> Item:
+    merged = floats if isinstance(floats, Merged) else None
+    made = {"own": True, "encoding": own[1]}
+    return Item(floats.name, own[0], floats, values, merged, touched, how, _bits(values), **made)  # type: ignore[arg-type]
+
+
+def _layouts(form: StoredForm, values: Checkpoint) -> tuple[tuple[str, str, str], ...]:
+    """Weights that are quantized in both, and otherwise."""
+    if values.stored is None:
+        return ()
+    there = values.stored.weights
+    both = ((name, weight.how, there[name].how) for name, weight in form.weights.items() if name in there)
+    return tuple(one for one in both if one[1] != one[2])
 
 
 def _item(
@@ -182,8 +282,6 @@ def retyped(tensor: Tensor, dtype: DType) -> Tensor:
 
 # ------------------------------------------------------------------ folders that are quantized
 
-_BITS = {"nf4": 4.0, "fp4": 4.0, "int8": 8.0, "fp8": 8.0}
-
 
 def _holds_packed(found: Checkpoint) -> bool:
     """Whether any weight is quantized, whatever the config says."""
@@ -194,10 +292,10 @@ def _holds_packed(found: Checkpoint) -> bool:
     )
 
 
-def _written_in(found: Checkpoint) -> tuple[str | None, bool, Sequence[str] | None]:
+def _written_in(found: Checkpoint, values: Checkpoint) -> tuple[str | None, bool, Sequence[str] | None]:
     """The format of a quantized folder: one that adapterkit writes, or its own word; with its options."""
     from adapterkit.checkpoint.decoded import is_plain
-    from adapterkit.codecs.table import method_of, quantization
+    from adapterkit.codecs.table import CODECS, method_of, quantization
 
     said = None if is_plain(found) else quantization(found.config)
     if said is None:
@@ -208,6 +306,11 @@ def _written_in(found: Checkpoint) -> tuple[str | None, bool, Sequence[str] | No
         four = bool(said.get("load_in_4bit") or said.get("_load_in_4bit"))
         kind = str(said.get("bnb_4bit_quant_type") or "fp4") if four else "int8"
         return kind, bool(four and said.get("bnb_4bit_use_double_quant")), skip
+    how = {weight.how for weight in (values.stored.weights.values() if values.stored is not None else ())}
+    for codec in CODECS:
+        for one in codec.kinds if method in codec.methods else ():
+            if how & set(one.already):
+                return one.name, False, None
     return method, False, skip
 
 
@@ -235,9 +338,17 @@ def _encoded_parts(
     return parts
 
 
+def _bits_of(kind: str | None) -> float:
+    from adapterkit.codecs.table import KINDS
+
+    return KINDS[kind].bits if kind in KINDS else 8.0
+
+
 def _bits(tensor: Tensor) -> float:
     """Bits per weight of a decoded tensor."""
-    return 8 * tensor.reads / max(tensor.numel, 1)
+    found = 8 * tensor.reads / max(tensor.numel, 1)
+    # Eight bits that are a float round a weight as five bits of an integer do.
+    return min(found, FLOAT8_BITS) if " fp8" in f" {tensor.how}" or " mxfp8" in f" {tensor.how}" else found
 
 
 def _planned_config(side: Mapping[str, bytes], base: Checkpoint) -> Mapping[str, Any]:

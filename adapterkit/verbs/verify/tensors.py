@@ -57,6 +57,7 @@ class Tally:
     found: dict[int, FidelitySums] = field(default_factory=dict)
     ours: dict[int, FidelitySums] = field(default_factory=dict)
     differing: int = 0
+    parts: set[str] = field(default_factory=set)
     steps: float = 0.0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -71,6 +72,12 @@ class Judged:
     ours: FidelitySums
     differing: int
     steps: float | None
+    parts: frozenset[str] = frozenset()
+
+    @property
+    def odd(self) -> int:
+        """How many values of what should be there are NaN or infinite."""
+        return sum(self.item.merged.odd.values()) if self.item.merged is not None else 0
 
 
 def compare(
@@ -136,20 +143,23 @@ class _Comparison:
 
     def _tasks(self, item: Item) -> Iterator[Callable[[], int]]:
         """Each task gives the bytes it compared."""
-        if item.merged is not None:
+        if item.encoding is not None:
+            item.encoding.witness = self._witness
+        elif item.merged is not None:
             item.merged.watch = partial(self._watch, item.name)
         if not item.parts:
-            tally = Tally(item, len(range(0, item.floats.numel, item.floats.block)))
-            for start in range(0, item.floats.numel, item.floats.block):
+            starts = range(0, item.floats.numel, item.floats.block) or (0,)
+            tally = Tally(item, len(starts))
+            for start in starts:
                 yield partial(self._values_only, tally, start)
             return
         expected, found = item.parts[0]
         if expected.extent is not None and found.extent is not None and not item.touched:
-            chunks = range(0, expected.nbytes, CHUNK)
+            chunks = range(0, expected.nbytes, CHUNK) or (0,)
             tally = Tally(item, len(chunks))
             yield from (partial(self._bytes, tally, at) for at in chunks)
             return
-        blocks = range(0, expected.numel, expected.block)
+        blocks = range(0, expected.numel, expected.block) or (0,)  # a tensor of no values is judged too
         tally = Tally(item, len(blocks))
         for start in blocks:
             yield partial(self._block, tally, expected, found, start)
@@ -157,6 +167,24 @@ class _Comparison:
     def _watch(self, name: str, start: int, base: torch.Tensor, wanted: torch.Tensor) -> None:
         """Called by `Merged` while a block is computed, in the thread that asked for it."""
         self._seen.__dict__.setdefault("blocks", []).append((start, base, wanted))
+
+    def _witness(self, start: int, base: torch.Tensor, wanted: torch.Tensor, written: torch.Tensor) -> None:
+        """Called when a range is encoded, in the thread that asked for it."""
+        self._seen.__dict__.setdefault("encoded", []).append((start, base, wanted, written))
+
+    def _encoded(self, tally: Tally) -> None:
+        """Sums of the ranges that this thread encoded: what was wanted, what adapterkit writes of it, and what is there."""
+        from adapterkit.ops.fidelity import block_sums
+
+        for at, base, wanted, written in self._seen.__dict__.get("encoded", ()):
+            there = tally.item.values.read(at, at + wanted.numel()).float()
+            columns = tally.item.floats.shape[-1]
+            columns = columns if wanted.numel() % columns == 0 else 1
+            one, two, mine, other = (part.view(-1, columns) for part in (base, wanted, written, there))
+            found, ours = (block_sums(one, two, what, error=True) for what in (other, mine))
+            with tally.lock:
+                tally.found[at], tally.ours[at] = found, ours
+        self._seen.encoded = []
 
     def _bytes(self, tally: Tally, at: int) -> int:
         """Untouched on both sides: bytes against bytes."""
@@ -188,6 +216,10 @@ class _Comparison:
             with tally.lock:
                 tally.differing += unequal
         item = tally.item
+        if item.encoding is not None:
+            self._encoded(tally)
+            self._finish(tally)
+            return int(there.numel()) * there.element_size()
         for at, base, new in self._seen.blocks:
             ready = (there, wanted) if item.format is None and at == start and len(new.view(-1)) == len(there) else None
             self._measure(tally, at, base, new, ready, same)
@@ -309,16 +341,28 @@ class _Comparison:
             if tally.missing:
                 return
         item = tally.item
+        if item.parts and tally.differing:
+            tally.parts.add(item.parts[0][1].name)
         for expected, found in item.parts[1:]:
             self._seen.blocks = []
-            one, other = (tensor.read(0, tensor.numel) for tensor in (expected, found))
-            tally.differing += int((one != other).sum())
+            one, other = (_as_bytes(tensor) for tensor in (expected, found))
+            differing = int((one != other).any(1).sum())
+            tally.differing += differing
+            if differing:
+                tally.parts.add(found.name)
             expected.release()
         (item.parts[0][0] if item.parts else item.floats).release()
         item.values.release()
         judged = judge(tally)
         with self._lock:
             self._judged[item.name] = judged
+
+
+def _as_bytes(tensor: Tensor) -> torch.Tensor:
+    """A whole tensor as ``[elements, bytes of one]``."""
+    import torch
+
+    return tensor.read(0, tensor.numel).contiguous().view(torch.uint8).view(max(tensor.numel, 1), -1)
 
 
 def _pack(expected: Tensor) -> int:
@@ -368,6 +412,8 @@ def judge(tally: Tally) -> Judged:
     steps: float | None = None
     if item.parts and not tally.differing:
         status = EQUAL
+    elif item.own and not item.touched:
+        status = OFF  # nobody changed it: other bytes are other codes or scales
     elif item.format is None:
         steps = tally.steps
         # Untouched tensors that are both plain bytes are never measured: they are equal or they are not.
@@ -379,7 +425,9 @@ def judge(tally: Tally) -> Judged:
         limit = UNKNOWN_FORMAT * 2.0**-item.bits
         near = abs(sums.retention - 1) - 5 * sums.uncertainty
         status = FORMAT if sums.off <= limit and near <= NEAR_FORMAT else OFF
-    return Judged(item, status, sums, ours, tally.differing, steps)
+    if sums.lost and status != EQUAL:
+        status = OFF
+    return Judged(item, status, sums, ours, tally.differing, steps, frozenset(tally.parts))
 
 
 def level(subject: Subject, judged: tuple[Judged, ...], named: dict[str, str], started: float) -> TensorLevel:

@@ -1,0 +1,226 @@
+"""LoRA factors of one layout under the names of the other: rows of B cut, joined, or with halves changed.
+
+``delta = s B A``. A module that is cut into parts gives each the same A and its own rows of B. Parts that become one module
+stand side by side: their A below each other, their B on a block diagonal, so that the rank is the sum of theirs and the
+product is the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from adapterkit.adapters.families.names import LEADS, TableEntry, entries, family_of, named
+from adapterkit.adapters.formats.plain import PlainFactors
+from adapterkit.adapters.formats.views import FunctionTensor
+from adapterkit.dtypes import F32
+from adapterkit.errors import UnsupportedAdapter
+
+if TYPE_CHECKING:
+    import torch
+
+    from adapterkit.adapters.families.row import PipelineFamily, SharedRows
+    from adapterkit.checkpoint.tensor import Tensor
+
+Rows = Callable[[str], int | None]
+END = ".weight"
+_LONGEST = tuple(sorted(LEADS, key=len, reverse=True))
+
+
+def bare(path: str) -> str:
+    """A module's path without what leads it in a checkpoint."""
+    return path.removeprefix(next((lead for lead in _LONGEST if path.startswith(lead)), ""))
+
+
+def relaid(factors: Sequence[PlainFactors], layout: str, rows_of: Rows = lambda path: None) -> list[PlainFactors]:
+    """The factors under the names of a layout, without leads.
+
+    Args:
+        layout: ``original`` or ``diffusers``.
+        rows_of: how many rows a module of the base has; None where no base is known.
+
+    Raises:
+        UnsupportedAdapter: modules become one, and nothing says how many rows those have that the adapter leaves alone.
+    """
+    plain = [replace(one, path=bare(one.path)) for one in factors]
+    told = family_of([one.path for one in plain])
+    family = None if told is None else told[0]
+    held = {one.path: one for one in plain}
+    found: list[PlainFactors] = []
+    for one in plain:
+        entry = _entry(one.path, family, lambda entry: entry.part is None)
+        wanted = entry is not None and (layout == "diffusers" or entry[0].row.alias)
+        found += _cut(one, *entry, held) if wanted and entry is not None else [one]
+    return found if layout == "diffusers" else _joined(found, family, rows_of)
+
+
+def _entry(
+    path: str, family: PipelineFamily | None, fits: Callable[[TableEntry], bool]
+) -> tuple[TableEntry, tuple[int, ...], str] | None:
+    places = [
+        place for place in entries(path + END) if fits(place[0]) and (family is None or place[0].family is family)
+    ]
+    own = [place for place in places if not place[0].row.alias]
+    chosen = own or places
+    return chosen[0] if chosen else None
+
+
+def _path(entry: TableEntry, part: int | None, captures: tuple[int, ...], rest: str) -> str:
+    return named(entry, part, captures, rest).removesuffix(END)
+
+
+def _cut(
+    one: PlainFactors, entry: TableEntry, captures: tuple[int, ...], rest: str, held: dict[str, PlainFactors]
+) -> list[PlainFactors]:
+    """One module of the original layout as its parts."""
+    row, (a, b) = entry.row, one.stored
+    if one.embedding or row.turned:
+        raise UnsupportedAdapter(f"{one.path} has another shape in the other layout", "merge it, and convert the model")
+    if len(row.parts) == 1:
+        return [_made(one, _path(entry, 0, captures, rest), a, _turned_halves(row, one), b)]
+    sizes = _sizes(row, captures, b.shape[0], a.shape[1], held)
+    found, start = [], 0
+    for part, size in enumerate(sizes):
+        if size:
+            whole = (start, size) == (0, b.shape[0])
+            cut = None if whole else _slice(start, start + size)
+            found.append(_made(one, _path(entry, part, captures, rest), a, cut, b, size))
+        start += size
+    return found
+
+
+def _sizes(
+    row: SharedRows, captures: tuple[int, ...], rows: int, columns: int, held: dict[str, PlainFactors]
+) -> list[int]:
+    count = len(row.parts)
+    if row.share == "equal":
+        sizes = [rows // count] * count
+    else:
+        beside = held.get(row.wide.format(*captures)) if row.wide else None
+        width = columns if beside is None else beside.stored[1].shape[0]
+        rest = rows - width * (count - 1 if row.share == "width" else 1)
+        sizes = (
+            [width] * (count - 1) + [rest] if row.share == "width" else [width, *[rest // (count - 1)] * (count - 1)]
+        )
+    if sum(sizes) != rows or min(sizes) < 0:
+        raise UnsupportedAdapter(
+            f"{row.original.format(*captures)} of {rows} rows cannot be shared by {count} modules",
+            "merge it, and convert the model",
+        )
+    return sizes
+
+
+def _slice(start: int, stop: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda b: b[start:stop]
+
+
+def _turned_halves(row: SharedRows, one: PlainFactors) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    rows, columns = one.stored[1].shape[0], one.stored[0].shape[1]
+    if not row.swap or (row.swap == "pair" and rows != 2 * columns):
+        return None
+    return lambda b: b.roll(rows // 2, 0)
+
+
+def _made(
+    one: PlainFactors,
+    path: str,
+    a: Tensor,
+    change: Callable[[torch.Tensor], torch.Tensor] | None,
+    b: Tensor,
+    rows: int | None = None,
+) -> PlainFactors:
+    if change is None:
+        return replace(one, path=path)
+    shape = (b.shape[0] if rows is None else rows, b.shape[1])
+
+    def make() -> torch.Tensor:
+        return change(_read(b)).contiguous()
+
+    return _factors(path, one.rank, one.scale, a, FunctionTensor(b.name, b.dtype, shape, make, "rows of B", b.nbytes))
+
+
+def _read(tensor: Tensor) -> torch.Tensor:
+    return tensor.read(0, tensor.numel).view(tensor.shape)
+
+
+def _factors(path: str, rank: int, scale: float, a: Tensor, b: Tensor) -> PlainFactors:
+    return PlainFactors(path, rank, scale, lambda: (_read(a), _read(b)), (a, b))
+
+
+def _joined(factors: Sequence[PlainFactors], family: PipelineFamily | None, rows_of: Rows) -> list[PlainFactors]:
+    """Parts of diffusers as modules of the original layout."""
+    found: dict[str, tuple[TableEntry, tuple[int, ...], str, dict[int, PlainFactors]] | PlainFactors] = {}
+    for one in factors:
+        place = _entry(one.path, family, lambda entry: entry.part is not None and not entry.row.alias)
+        if place is None:
+            found[one.path] = one
+            continue
+        entry, captures, rest = place
+        name = _path(entry, None, captures, rest)
+        if len(entry.row.parts) == 1:
+            found[name] = _made(one, name, one.stored[0], _turned_halves(entry.row, one), one.stored[1])
+            continue
+        group = found.setdefault(name, (entry, captures, rest, {}))
+        assert isinstance(group, tuple)
+        group[3][entry.part or 0] = one
+    return [one if isinstance(one, PlainFactors) else _fused(name, *one, rows_of) for name, one in found.items()]
+
+
+def _fused(
+    name: str,
+    entry: TableEntry,
+    captures: tuple[int, ...],
+    rest: str,
+    parts: dict[int, PlainFactors],
+    rows_of: Rows,
+) -> PlainFactors:
+    row, first = entry.row, next(iter(parts.values()))
+    columns = first.stored[0].shape[1]
+    rows = []
+    for number in range(len(row.parts)):
+        size: int | None
+        if number in parts:
+            size = parts[number].stored[1].shape[0]
+        elif row.share == "equal":
+            size = first.stored[1].shape[0]
+        elif number == 0 or (row.share == "width" and number < len(row.parts) - 1):
+            size = columns
+        elif row.share == "grouped" and {1, 2} & parts.keys():
+            size = parts[next(iter({1, 2} & parts.keys()))].stored[1].shape[0]
+        else:
+            size = rows_of(_path(entry, number, captures, rest))
+        if size is None:
+            part = _path(entry, number, captures, rest)
+            raise UnsupportedAdapter(
+                f"{name} also holds {part}, which the adapter leaves alone, so its rows are not known",
+                "add --base BASE",
+            )
+        rows.append(size)
+    rank = sum(one.rank for one in parts.values())
+    same = len({one.scale for one in parts.values()}) == 1
+    kind = first.stored[0].dtype if len({one.stored[0].dtype for one in parts.values()}) == 1 else F32
+    kind_b = first.stored[1].dtype if same and kind is first.stored[0].dtype else F32
+
+    def make_a() -> torch.Tensor:
+        import torch
+
+        return torch.cat([_read(parts[number].stored[0]).to(kind.torch) for number in sorted(parts)])
+
+    def make_b() -> torch.Tensor:
+        import torch
+
+        out = torch.zeros(sum(rows), rank, dtype=kind_b.torch)
+        at = 0
+        for number in sorted(parts):
+            one = parts[number]
+            b = _read(one.stored[1])
+            start = sum(rows[:number])
+            out[start : start + len(b), at : at + one.rank] = b if same else b.float() * one.scale
+            at += one.rank
+        return out
+
+    nbytes = sum(tensor.nbytes for one in parts.values() for tensor in one.stored)
+    a = FunctionTensor(first.stored[0].name, kind, (rank, columns), make_a, "A of parts", nbytes)
+    b = FunctionTensor(first.stored[1].name, kind_b, (sum(rows), rank), make_b, "B of parts", nbytes)
+    return _factors(name, rank, first.scale if same else 1.0, a, b)

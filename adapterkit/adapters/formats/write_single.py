@@ -1,0 +1,226 @@
+"""An adapter as a single file, as the programs that people came from load it: diffusers, kohya's scripts, ComfyUI, LyCORIS.
+
+==============  ==========================================================================================
+``diffusers``   ``transformer.`` or ``unet.`` and diffusers' paths, ``lora_A`` and ``lora_B``, scales folded into B
+``kohya``       ``lora_unet_`` and the original layout's names without dots, ``lora_down``, ``lora_up``, ``alpha``
+``comfyui``     ``diffusion_model.`` and the original layout's paths, ``lora_down``, ``lora_up``, ``alpha``
+``lycoris``     ``lycoris_`` and diffusers' paths without dots, as LyCORIS' wrapper names them
+==============  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from adapterkit.adapters.families.names import ENCODERS, family_of
+from adapterkit.adapters.formats.contents import METADATA
+from adapterkit.adapters.formats.parts import KINDS
+from adapterkit.adapters.formats.relaid import bare, relaid
+from adapterkit.adapters.formats.views import FunctionTensor
+from adapterkit.adapters.formats.write import AdapterFiles
+from adapterkit.checkpoint.tensor import Renamed
+from adapterkit.dtypes import F32
+from adapterkit.errors import UnsupportedAdapter
+
+if TYPE_CHECKING:
+    import torch
+
+    from adapterkit.adapters.adapter import Adapter
+    from adapterkit.adapters.formats.plain import PlainFactors
+    from adapterkit.adapters.formats.relaid import Rows
+    from adapterkit.adapters.names import Names
+    from adapterkit.checkpoint.tensor import Tensor
+
+UNET = "Stable Diffusion UNet"
+_STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", METADATA)
+
+
+@dataclass(frozen=True)
+class Style:
+    """A way of writing an adapter's file.
+
+    Attributes:
+        name: the word for ``--to``.
+        layout: whose names its modules have.
+        leads: by the part of a pipeline.
+        flat: paths have ``_`` for every dot.
+        factors: what A and B are called.
+        alpha: whether a scale stands beside a module; else it is folded into B.
+        weights: the file's name in a folder.
+    """
+
+    name: str
+    layout: str
+    leads: Mapping[str, str]
+    flat: bool
+    factors: tuple[str, str]
+    alpha: bool
+    weights: str
+
+
+_DOWN = ("lora_down.weight", "lora_up.weight")
+STYLES = {
+    style.name: style
+    for style in (
+        Style(
+            "diffusers",
+            "diffusers",
+            {"denoiser": "transformer.", "te1": "text_encoder.", "te2": "text_encoder_2.", "te3": "text_encoder_3."},
+            False,
+            ("lora_A.weight", "lora_B.weight"),
+            False,
+            "pytorch_lora_weights.safetensors",
+        ),
+        Style(
+            "kohya",
+            "original",
+            {"denoiser": "lora_unet_", "te1": "lora_te1_", "te2": "lora_te2_", "te3": "lora_te3_"},
+            True,
+            _DOWN,
+            True,
+            "lora.safetensors",
+        ),
+        Style(
+            "comfyui",
+            "original",
+            {
+                "denoiser": "diffusion_model.",
+                "te1": "text_encoders.clip_l.transformer.",
+                "te2": "text_encoders.clip_g.transformer.",
+                "te3": "text_encoders.t5xxl.transformer.",
+            },
+            False,
+            _DOWN,
+            True,
+            "lora.safetensors",
+        ),
+        Style("lycoris", "diffusers", {"denoiser": "lycoris_"}, True, _DOWN, True, "lycoris.safetensors"),
+    )
+}
+
+
+def as_single(
+    adapter: Adapter,
+    factors: Sequence[PlainFactors],
+    whole: Mapping[str, Tensor],
+    style: Style,
+    names: Names | None = None,
+) -> AdapterFiles:
+    """What `scaled_factors` gave, as a file of this style.
+
+    Args:
+        names: those of the base, where one is given.
+
+    Raises:
+        UnsupportedAdapter: it brings whole parameters, is for parts that the style cannot tell apart, or cannot be laid
+            out so.
+    """
+    if whole:
+        raise UnsupportedAdapter(
+            f"{adapter.ref} brings whole parameters ({next(iter(whole))}), which a LoRA file has no place for",
+            "merge it and convert the model",
+        )
+    parts: dict[str, list[PlainFactors]] = {}
+    for one in factors:
+        if one.embedding or one.turned:
+            raise UnsupportedAdapter(f"{one.path} is no layer that such files have", "write --to peft")
+        parts.setdefault(_kind(one.path, adapter), []).append(one)
+    if len(parts) > 1 and style.name == "lycoris":
+        raise UnsupportedAdapter(
+            f"{adapter.ref} is for {len(parts)} models, and such a file is of one", "name one part"
+        )
+    tensors: dict[str, Tensor] = {}
+    for kind, own in parts.items():
+        laid, lead = _laid(own, kind, style, names), _lead(kind, own, style, parts)
+        for one in laid:
+            path = one.path.replace(".", "_") if style.flat else one.path
+            tensors |= _named(one, lead + path, style)
+    return AdapterFiles(style.weights, tensors, {}, (), _metadata(adapter, factors))
+
+
+def _kind(path: str, adapter: Adapter) -> str:
+    for kind, leads in ENCODERS.items():
+        if path.startswith(leads):
+            return kind
+    if adapter.contents is not None:
+        part = next((module.part for module in adapter.contents.modules if module.path == path), "")
+        if part in KINDS:
+            return KINDS[part]
+    return "te1" if bare(path).startswith("text_model.") else "denoiser"
+
+
+def _laid(own: list[PlainFactors], kind: str, style: Style, names: Names | None) -> list[PlainFactors]:
+    if kind != "denoiser":
+        return relaid(own, "diffusers", _rows(names))
+    told = family_of([bare(one.path) for one in own])
+    if told is not None and told[0].name == UNET and style.name == "kohya":
+        # sd-scripts names the UNet of SDXL in the original layout and any other in diffusers'.
+        deep = any(re.search(r"transformer_blocks\.[2-9]", one.path) for one in own)
+        return relaid(own, "original" if deep else "diffusers", _rows(names))
+    return relaid(own, style.layout, _rows(names))
+
+
+def _rows(names: Names | None) -> Rows:
+    def rows(path: str) -> int | None:
+        target = None if names is None else names.find(f"{path}.weight")
+        return None if target is None else target.matrix[0]
+
+    return rows
+
+
+def _lead(kind: str, own: list[PlainFactors], style: Style, parts: Mapping[str, object]) -> str:
+    told = family_of([bare(one.path) for one in own])
+    if style.name == "diffusers" and kind == "denoiser" and told is not None and told[0].name == UNET:
+        return "unet."
+    if style.name == "kohya" and kind == "te1" and "te2" not in parts:
+        return "lora_te_"
+    return style.leads[kind]
+
+
+def _named(one: PlainFactors, module: str, style: Style) -> dict[str, Tensor]:
+    names = [f"{module}.{leaf}" for leaf in style.factors]
+    a, b = one.stored
+    if style.alpha:
+        alpha = struct.pack("<f", one.scale * one.rank)
+
+        def make() -> torch.Tensor:
+            import torch
+
+            return torch.frombuffer(bytearray(alpha), dtype=torch.float32)
+
+        name = f"{module}.alpha"
+        return {
+            names[0]: Renamed(names[0], a),
+            names[1]: Renamed(names[1], b),
+            name: FunctionTensor(name, F32, (), make, "alpha", 0),
+        }
+    if one.scale == 1:
+        return {names[0]: Renamed(names[0], a), names[1]: Renamed(names[1], b)}
+
+    def scaled() -> torch.Tensor:
+        found: torch.Tensor = b.read(0, b.numel).view(b.shape).float() * one.scale
+        return found
+
+    folded = FunctionTensor(names[1], F32, b.shape, scaled, "scaling folded in", b.nbytes)
+    return {names[0]: Renamed(names[0], a), names[1]: folded}
+
+
+def _metadata(adapter: Adapter, factors: Sequence[PlainFactors]) -> dict[str, str]:
+    """What the file says of its training, and what A1111 and ComfyUI show of a LoRA."""
+    old = {} if adapter.contents is None else adapter.contents.metadata
+    kept = {name: value for name, value in old.items() if name not in _STALE}
+    ranks = {one.rank for one in factors}
+    alphas = {one.scale * one.rank for one in factors}
+    said = {
+        "format": "pt",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
+    }
+    if adapter.config.base:
+        said["ss_sd_model_name"] = str(adapter.config.base)
+    return {**kept, **said}

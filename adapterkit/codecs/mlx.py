@@ -1,0 +1,264 @@
+"""MLX: `weight` uint32 words of 2 to 8 bits, end to end along a row, with `scales` and `biases` per group of columns.
+
+W = q * scale + bias, each step rounded to the dtype of the scales. The modes ``mxfp4``, ``mxfp8`` and ``nvfp4`` hold small
+floats instead, with scales of 8 bits and no biases. ``config.json`` names group size, bits and mode under `quantization`,
+for all layers and for single ones; they must fit the shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.codecs.codec import (
+    AGAIN,
+    FLOATS,
+    Codec,
+    Parts,
+    StoredTensor,
+    Weight,
+    check_dtype,
+    check_scales,
+    check_shape,
+    companion,
+    setting,
+    stems,
+    whole,
+)
+from adapterkit.codecs.encode import Encoder, TensorSpec
+from adapterkit.codecs.fp8 import factors
+from adapterkit.dtypes import BF16
+from adapterkit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+    from adapterkit.codecs.codec import Decode
+    from adapterkit.codecs.tiles import Numbers
+
+FLOAT_MODES = {"mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}  # columns of a group, bits
+LEAST = 1e-7  # scale that MLX takes at least
+
+
+def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
+    for stem in stems(parts, ".scales"):
+        words = companion(parts, f"{stem}.weight", f"{stem}.scales", "MLX")
+        check_dtype(words, ("U32",), "MLX")
+        own = config.get(stem)
+        asked = own if isinstance(own, Mapping) else config
+        mode = setting(asked, "mode", str, default="affine")
+        if mode in FLOAT_MODES:
+            yield _floats(parts, stem, words, mode)
+        elif mode == "affine":
+            size = setting(asked, "group_size", int, default=64)
+            yield _affine(parts, stem, words, setting(asked, "bits", int, default=4), size)
+        else:
+            raise CheckpointError(
+                f"MLX quantization in mode '{mode}' is not known", f"adapterkit reads affine, {', '.join(FLOAT_MODES)}"
+            )
+
+
+def _shape(words: StoredTensor, bits: int, size: int, scales: StoredTensor) -> tuple[int, ...]:
+    """The shape of the decoded weight.
+
+    Raises:
+        CheckpointError: bits, groups and shapes do not fit.
+    """
+    if bits not in (2, 3, 4, 5, 6, 8) or size <= 0 or len(words.shape) < 2 or words.shape[-1] * 32 % bits:
+        raise CheckpointError(f"'{words.name}' is {list(words.shape)}, which is no MLX weight of {bits} bits", AGAIN)
+    columns = words.shape[-1] * 32 // bits
+    check_shape(scales, (*words.shape[:-1], -(-columns // size)), f"MLX of {bits} bits in groups of {size}")
+    return (*words.shape[:-1], columns)
+
+
+def _affine(parts: Parts, stem: str, words: StoredTensor, bits: int, size: int) -> Weight:
+    scales = check_dtype(parts[f"{stem}.scales"], FLOATS, "MLX")
+    biases = companion(parts, f"{stem}.biases", words.name, "MLX")
+    shape = _shape(words, bits, size, scales)
+    check_dtype(check_shape(biases, scales.shape, "a bias per scale"), FLOATS, "MLX")
+
+    def numbers() -> Numbers:
+        return _affine_numbers(bits, scales)
+
+    def decoded(codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        assert bias is not None
+        return codes.to(scale.dtype) * scale + bias
+
+    parts_of = (words, scales, biases)
+    return _weight(f"{stem}.weight", shape, bits, size, parts_of, numbers, decoded, f"mlx {bits} bit, groups of {size}")
+
+
+def _floats(parts: Parts, stem: str, words: StoredTensor, mode: str) -> Weight:
+    size, bits = FLOAT_MODES[mode]
+    scales = check_dtype(parts[f"{stem}.scales"], ("U8",), "MLX")
+    shape = _shape(words, bits, size, scales)
+
+    def meant(scale: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return scale.view(torch.float8_e4m3fn).float() if mode == "nvfp4" else factors(scale)
+
+    def decoded(codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        import torch
+
+        from adapterkit.codecs.bits import E2M1
+
+        table = torch.tensor(E2M1) if bits == 4 else torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+        return table[codes.int()] * meant(scale)
+
+    def numbers() -> Numbers:
+        return _float_numbers(mode, decoded)
+
+    return _weight(f"{stem}.weight", shape, bits, size, (words, scales), numbers, decoded, f"mlx {mode}")
+
+
+def _weight(
+    name: str,
+    shape: tuple[int, ...],
+    bits: int,
+    size: int,
+    parts: tuple[StoredTensor, ...],
+    numbers: Callable[[], Numbers],
+    decoded: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
+    how: str,
+) -> Weight:
+    words, scales = parts[:2]
+    rows, columns, stored = prod(shape[:-1]), shape[-1], words.shape[-1]
+    across = scales.shape[-1]
+    dtype = scales.dtype if len(parts) == 3 else BF16
+
+    def read(first: int, last: int) -> torch.Tensor:
+        import torch
+
+        from adapterkit.codecs.bits import unpack
+
+        found = words.read(first * stored, last * stored).view(torch.int32).view(-1, stored)
+        return unpack(found, bits, columns)
+
+    def load() -> Decode:
+        factor = (
+            check_scales(whole(scales).view(rows, across), scales)
+            if len(parts) == 3
+            else whole(scales).view(rows, across)
+        )
+        bias = whole(parts[2]).view(rows, across) if len(parts) == 3 else None
+
+        def decode(start: int, stop: int) -> torch.Tensor:
+            first, last = start // columns, stop // columns
+            codes = read(first, last).view(last - first, across, size)
+            part = slice(first, last)
+            found = decoded(codes, factor[part, :, None], None if bias is None else bias[part, :, None])
+            return found.to(dtype.torch).view(-1)
+
+        return decode
+
+    def encoder() -> Encoder:
+        import torch
+
+        from adapterkit.codecs.bits import pack, unpack
+        from adapterkit.codecs.tiles import Held, Shape, Tiles
+
+        def complete(held: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+            return {part.name: tensor.reshape(-1) for part, tensor in zip(parts[1:], held, strict=True)}
+
+        return Tiles(
+            tuple(TensorSpec(part.name, part.dtype, part.shape) for part in parts),
+            Shape(rows, columns, rows, (1, size), across),
+            numbers,
+            lambda codes: pack(codes.int(), bits).view(torch.uint32),
+            lambda found: unpack(found.view(torch.int32).view(-1, stored), bits, columns),
+            complete,
+            Held(
+                lambda: read,
+                lambda: whole(scales).view(rows, across),
+                None if len(parts) < 3 else lambda: whole(parts[2]).view(rows, across),
+            ),
+            row_codes=stored,
+        )
+
+    memory = 8 * rows * across
+    return Weight(name, shape, dtype, parts, how, columns, load, memory, encoder if columns % size == 0 else None)
+
+
+def _affine_numbers(bits: int, scales: StoredTensor) -> Numbers:
+    """MLX's rule (`quantize`, mode affine): the end of the range that is farther from zero is one of the values, and so is
+    zero where that fits."""
+    import torch
+
+    from adapterkit.codecs.tiles import Numbers
+
+    most, stored = (1 << bits) - 1, scales.dtype.torch
+
+    def choose(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        below = low.abs() > high.abs()
+        scale = ((high - low) / most).clamp(min=LEAST)
+        scale = torch.where(below, scale, -scale)
+        edge = torch.where(below, low, high)
+        first = torch.round(edge / scale)
+        some = first != 0
+        scale = torch.where(some, edge / torch.where(some, first, 1.0), scale)
+        return scale.to(stored), torch.where(some, edge, 0.0).to(stored), None
+
+    def code(
+        values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, times: torch.Tensor | None
+    ) -> torch.Tensor:
+        assert bias is not None
+        return torch.round((values - bias.float()) / scale.float()).clamp(0, most).int()
+
+    def value(codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        assert bias is not None
+        return (codes.to(scale.dtype) * scale + bias).float()
+
+    return Numbers(choose, code, value)
+
+
+def _float_numbers(
+    mode: str, decoded: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+) -> Numbers:
+    """MLX's rule for its float modes: scale = absmax / largest number, up to a power of two, or to FP8; zero has no sign."""
+    import torch
+
+    from adapterkit.codecs.bits import to_e2m1
+    from adapterkit.codecs.tiles import Numbers
+
+    largest = 448.0 if mode == "mxfp8" else 6.0
+
+    def choose(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        scale = torch.maximum(-low, high) / largest
+        if mode == "nvfp4":
+            return scale.clamp(max=448.0).to(torch.float8_e4m3fn).view(torch.uint8), None, None
+        exponent = torch.where(scale > 0, scale.clamp(min=torch.finfo(torch.float32).tiny).log2().ceil(), -127.0)
+        return (exponent + 127).clamp(0, 254).to(torch.uint8), None, None
+
+    def code(
+        values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, times: torch.Tensor | None
+    ) -> torch.Tensor:
+        meant = scale.view(torch.float8_e4m3fn).float() if mode == "nvfp4" else factors(scale)
+        found = torch.where(meant > 0, values / torch.where(meant > 0, meant, 1.0), 0.0)
+        if mode == "mxfp8":
+            return found.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8).int()
+        codes = to_e2m1(found).int()
+        return torch.where(codes == 8, 0, codes)
+
+    def value(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+        return decoded(codes, scale, zero)
+
+    return Numbers(choose, code, value)
+
+
+def _leave(config: dict[str, Any], names: Sequence[str], plain: Sequence[str]) -> None:
+    config.update(dict.fromkeys(names, False))
+
+
+MLX = Codec(
+    "MLX",
+    ("mlx",),
+    (".biases",),
+    find,
+    False,
+    "mlx 0.32, mlx/backend/cpu/quantized.cpp; mlx-lm 0.32, utils.py: load_model",
+    what="affine of 2, 3, 4, 5, 6 and 8 bits, mxfp4, mxfp8, nvfp4; single layers in other sizes",
+    test="test_mlx_weights.py: mlx",
+    leave=_leave,
+)

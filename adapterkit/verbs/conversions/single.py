@@ -1,0 +1,85 @@
+"""To one file, as diffusers, kohya's scripts, ComfyUI or LyCORIS load a LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from adapterkit.adapters.config import FLAT
+from adapterkit.verbs.conversions.adapters import laid_out, open_adapter, planned_tensors
+from adapterkit.verbs.conversions.conversion import Conversion
+
+if TYPE_CHECKING:
+    from adapterkit.adapters.adapter import Adapter
+    from adapterkit.adapters.formats.plain import PlainFactors
+    from adapterkit.adapters.formats.write import AdapterFiles
+    from adapterkit.checkpoint.tensor import Tensor
+    from adapterkit.requests.convert import ConvertRequest
+
+
+def _plan(asked: ConvertRequest, name: str) -> Conversion:
+    """An adapter of any format as a file of this style: as it is where it is LoRA, else by the factors of its deltas."""
+    from adapterkit.adapters.formats.write_single import STYLES, as_single
+    from adapterkit.adapters.names import Names
+
+    style = STYLES[name]
+    parts = _parts(asked)
+    if parts:
+        files = [_of_part(part, name) for part in parts]
+        tensors = {key: tensor for one in files for key, tensor in one.tensors.items()}
+        notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+        return planned_tensors(parts[0].ref, replace(files[0], tensors=tensors), parts[0].sources, name, notes)
+    adapter, base = open_adapter(asked)
+    names = None if base is None else Names(base.shapes, base.config)
+
+    def layout(adapter: Adapter, factors: list[PlainFactors], whole: Mapping[str, Tensor]) -> AdapterFiles:
+        return as_single(adapter, factors, whole, style, names)
+
+    return laid_out(adapter, base, asked, name, layout)
+
+
+def _parts(asked: ConvertRequest) -> list[Adapter]:
+    """Of a file for several parts of a pipeline, and no base: each part, where their paths need no base."""
+    from adapterkit.adapters.formats.parts import opened
+    from adapterkit.adapters.load import load_adapter
+
+    if asked.base is not None:
+        return []
+    adapter = load_adapter(asked.src)
+    contents = adapter.contents
+    flat = contents is not None and any(module.flat for module in contents.modules)
+    if contents is None or len(contents.parts) < 2 or flat or adapter.config.get(FLAT):
+        return []
+    return [opened(adapter, contents, (part,)) for part in contents.parts]
+
+
+def _of_part(adapter: Adapter, name: str) -> AdapterFiles:
+    from adapterkit.adapters.formats.plain import scaled_factors
+    from adapterkit.adapters.formats.write_single import STYLES, as_single
+    from adapterkit.errors import UsageError
+
+    found = scaled_factors(adapter)
+    if found is None:
+        raise UsageError(f"{adapter.ref} is more than LoRA, which is computed against its base", "add --base BASE")
+    return as_single(adapter, *found, STYLES[name])
+
+
+def diffusers(asked: ConvertRequest, jobs: int) -> Conversion:
+    """See `_plan`."""
+    return _plan(asked, "diffusers")
+
+
+def kohya(asked: ConvertRequest, jobs: int) -> Conversion:
+    """See `_plan`."""
+    return _plan(asked, "kohya")
+
+
+def comfyui(asked: ConvertRequest, jobs: int) -> Conversion:
+    """See `_plan`."""
+    return _plan(asked, "comfyui")
+
+
+def lycoris(asked: ConvertRequest, jobs: int) -> Conversion:
+    """See `_plan`."""
+    return _plan(asked, "lycoris")

@@ -1,0 +1,58 @@
+"""What `--quant keep` keeps of a change, by format and size of the change, beside `--keep-touched bf16` and `--base16`.
+
+    python -m bench proofs kept    # the table of docs/quantized.md, on a 2048x2048 Gaussian weight and a rank-16 change
+
+Retention <got, wanted>/|wanted|^2 and cosine. The base sits on the format's grid; "keep" writes base + delta there again,
+"touched" writes it in bfloat16, "base16" writes W16 + delta in the format.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from adapterkit.codecs.encode import InStep
+from adapterkit.codecs.table import KINDS
+from adapterkit.dtypes import BF16
+from adapterkit.ops.fidelity import Fidelity, block_sums
+
+SIDE, RANK = 2048, 16
+SIZES = (0.001, 0.003, 0.01, 0.03, 0.1)
+
+
+def through(kind: str, w: torch.Tensor) -> torch.Tensor:
+    """decode(encode(W)) of a whole weight."""
+    encoder = KINDS[kind].encoder("w.weight", tuple(w.shape), BF16, False)
+    assert encoder is not None
+    if isinstance(encoder, InStep):
+        encoder.largest = lambda: float(w.abs().max())
+    return encoder.values(0, encoder.encode(0, w.reshape(-1), None)).view(w.shape).float()
+
+
+def cell(base: torch.Tensor, wanted: torch.Tensor, written: torch.Tensor) -> str:
+    found = Fidelity.of(block_sums(base, wanted, written))
+    return f"{found.retention:.2f} ({found.cosine:.2f})"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(SIDE, SIDE, generator=generator) * 0.02
+    delta = torch.randn(SIDE, RANK, generator=generator) @ torch.randn(RANK, SIDE, generator=generator)
+    delta *= w.norm() / delta.norm()
+    print("| \\|delta\\|/\\|W\\| | " + " | ".join(KINDS) + " | keep-touched bf16 |")
+    print("|---" * (len(KINDS) + 2) + "|")
+    for size in SIZES:
+        cells = []
+        for kind in KINDS:
+            base = through(kind, w)
+            new = base + size * delta
+            original = w + size * delta
+            kept = cell(base, new, through(kind, new))
+            cells.append(f"{kept} / {cell(w, original, through(kind, original))}")
+        base = through("nf4", w)
+        new = base + size * delta
+        print(f"| {size} | " + " | ".join(cells) + f" | {cell(base, new, new.bfloat16().float())} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""16-bit weights in the layouts of compressed-tensors, against its own scales and compressors."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from stored_formats import F8
+from test_keep import adapter_of, same, stored
+
+from adapterkit import convert, merge, verify
+from adapterkit.checkpoint.decoded import dequantized
+from adapterkit.checkpoint.open import open_checkpoint
+from adapterkit.errors import UsageError
+
+ARGS = {
+    "fp8-block": (
+        "float-quantized",
+        {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [128, 128]},
+        (128, 128),
+    ),
+    "int4": ("pack-quantized", {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}, (1, 128)),
+    "nvfp4": (
+        "nvfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "scale_dtype": F8},
+        (1, 16),
+    ),
+    "mxfp4": (
+        "mxfp4-pack-quantized",
+        {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8},
+        (1, 32),
+    ),
+}
+TOGETHER = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
+
+
+def library(kind: str, weight: torch.Tensor, largest: float) -> dict[str, torch.Tensor]:
+    """What compressed-tensors stores of a weight whose fused partners reach up to ``largest``."""
+    form, args, (tall, wide) = ARGS[kind]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+        from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+
+        how = QuantizationArgs(**args)
+        tiles = weight.view(weight.shape[0] // tall, tall, weight.shape[1] // wide, wide)
+        over = generate_gparam(torch.tensor(-largest), torch.tensor(largest)) if kind == "nvfp4" else None
+        scale, _ = calculate_qparams(tiles.amin((1, 3)), tiles.amax((1, 3)), how, over)
+        scale = scale if kind.endswith("fp4") else scale.bfloat16()
+        state = {"weight": weight, "weight_scale": scale if kind.endswith("fp4") else scale.float()}
+        if over is not None:
+            state["weight_global_scale"] = over
+        scheme = QuantizationScheme(targets=["Linear"], weights=how, format=form)
+        found = BaseCompressor.get_value_from_registry(form).compress(state, scheme)
+    if not kind.endswith("fp4"):
+        found["weight_scale"] = scale
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import transformers
+
+    torch.manual_seed(0)
+    small = transformers.LlamaConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=64,
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("new") / "base"
+    transformers.LlamaForCausalLM(small).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ARGS)
+def test_equals_compressed_tensors(base: Path, tmp_path: Path, kind: str) -> None:
+    """Byte for byte, from the same float32 values; NVFP4's global scale is shared by what servers run as one."""
+    report = convert(base, tmp_path / "out", to=kind)
+    assert report.to == kind
+    before, after = stored(base), stored(tmp_path / "out")
+    seen = set()
+    for group in TOGETHER:
+        names = [name for name in before if name.split(".")[-2] in group]
+        largest = max(float(before[name].abs().max()) for name in names)
+        for name in names:
+            for leaf, tensor in library(kind, before[name].float(), largest).items():
+                key = f"{name.removesuffix('weight')}{leaf}"
+                seen.add(key)
+                assert same(after[key].view(tensor.shape), tensor), key
+    assert set(after) - seen == {name for name in before if not name.endswith("_proj.weight")}
+    said = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert said["format"] == ARGS[kind][0]
+    assert said["ignore"] == ["lm_head"]
+
+
+@pytest.mark.parametrize("kind", ["int4", "nvfp4", "mxfp4", "fp8-block"])
+def test_transformers_loads_it(base: Path, tmp_path: Path, kind: str) -> None:
+    import transformers
+
+    convert(base, tmp_path / "out", to=kind)
+    read = dequantized(open_checkpoint(tmp_path / "out"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+        plain = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        got = loaded(torch.arange(8)[None]).logits
+        plain.load_state_dict({name: t.read(0, t.numel).view(t.shape) for name, t in read.items()}, strict=False)
+        wanted = plain(torch.arange(8)[None]).logits
+    assert torch.allclose(got, wanted, atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ARGS)
+def test_a_merge_is_verified(base: Path, tmp_path: Path, kind: str) -> None:
+    tuned = adapter_of(tmp_path, torch.randn(128, 4, generator=torch.Generator().manual_seed(1)) * 0.01, 128)
+    report = merge(base, [tuned], tmp_path / "out", quant=kind, fidelity=True)
+    assert report.fidelity is not None
+    assert report.fidelity.retention == pytest.approx(1.0, abs=0.1)
+    assert verify(tmp_path / "out", base=base, adapters=[tuned]).ok
+    # On its own grid a small change is lost, and that stops the run.
+    convert(base, tmp_path / "stored", to=kind)
+    again = merge(tmp_path / "stored", [tuned], tmp_path / "again", quant=kind, yes_lossy=True)
+    assert any("the base's own format kept" in note for note in again.notes)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8", *ARGS])
+def test_from_and_to_each(base: Path, tmp_path: Path, kind: str) -> None:
+    """Every format becomes every other one, sizes planned from headers; what is lost stays lost and is said."""
+    convert(base, tmp_path / "one", to=kind)
+    for other in ("bf16", "nvfp4", "int4", "nf4"):
+        if other == kind:
+            with pytest.raises(UsageError, match=f"is {kind} already"):
+                convert(tmp_path / "one", tmp_path / other, to=other)
+            continue
+        report = convert(tmp_path / "one", tmp_path / other, to=other)
+        assert report.nbytes == sum(file.stat().st_size for file in (tmp_path / other).glob("*.safetensors"))
+        first, second = (dequantized(open_checkpoint(tmp_path / name)) for name in ("one", other))
+        name = "model.layers.0.mlp.down_proj.weight"
+        w, v = (view[name].read(0, 128 * 256).float() for view in (first, second))
+        assert (w - v).norm() < (1e-6 if other == "bf16" else 0.15) * w.norm()
+
+
+def test_weights_that_do_not_fit_stay(tmp_path: Path) -> None:
+    tensors = {
+        "model.layers.0.self_attn.q_proj.weight": torch.randn(64, 96).bfloat16(),
+        "model.layers.0.self_attn.o_proj.weight": torch.randn(64, 128).bfloat16(),
+    }
+    (tmp_path / "base").mkdir()
+    save_file(tensors, tmp_path / "base/model.safetensors")
+    (tmp_path / "base/config.json").write_text(json.dumps({"model_type": "llama"}))
+    convert(tmp_path / "base", tmp_path / "out", to="int4")
+    got = load_file(tmp_path / "out/model.safetensors")
+    assert "model.layers.0.self_attn.q_proj.weight" in got
+    assert "model.layers.0.self_attn.o_proj.weight_packed" in got
+    said = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert said["ignore"] == ["model.layers.0.self_attn.q_proj"]

@@ -1,0 +1,219 @@
+"""A LoRA in the file that each program loads: what it adds is the same in every style, and the programs load it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import write_checkpoint
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import adapterkit
+from adapterkit.adapters.fold import fold
+from adapterkit.adapters.load import load_adapter
+from adapterkit.checkpoint.open import open_checkpoint
+from adapterkit.errors import UnsupportedAdapter, UsageError
+
+WIDE, RANK = 16, 2
+Tensors = dict[str, torch.Tensor]
+
+DOUBLE, SINGLE = "transformer_blocks.0", "single_transformer_blocks.0"
+FLUX = {
+    **{f"{DOUBLE}.attn.{name}": WIDE for name in ("to_q", "to_k", "to_v", "add_k_proj", "to_out.0")},
+    **{f"{SINGLE}.attn.{name}": WIDE for name in ("to_q", "to_v")},
+    f"{SINGLE}.proj_mlp": 4 * WIDE,
+    "norm_out.linear": 2 * WIDE,
+    f"{DOUBLE}.norm1.linear": 6 * WIDE,
+}
+WAN = {f"blocks.0.{side}.{name}": WIDE for side in ("attn1", "attn2") for name in ("to_q", "to_out.0")} | {
+    "proj_out": WIDE
+}
+Z_IMAGE = {f"layers.0.attention.{name}": WIDE for name in ("to_q", "to_v", "to_out.0")} | {
+    "layers.0.feed_forward.w1": WIDE
+}
+LUMINA = {
+    "layers.0.attn.to_q": WIDE,
+    "layers.0.attn.to_k": 4,
+    "layers.0.attn.to_v": 4,
+    "layers.0.feed_forward.linear_1": 8,
+}
+MINIMAX = {"transformer_blocks.0.ff.net.0.proj": 2 * WIDE, "transformer_blocks.0.attn.to_k": WIDE, "proj_in": WIDE}
+SD3 = {f"{DOUBLE}.attn.to_q": WIDE, f"{DOUBLE}.attn.add_q_proj": WIDE, f"{DOUBLE}.norm1_context.linear": 2 * WIDE}
+CASES = {"Flux": FLUX, "Wan": WAN, "Z-Image": Z_IMAGE, "Lumina 2": LUMINA, "MiniMax-H3": MINIMAX, "SD3": SD3}
+
+
+def drawn(modules: Mapping[str, int], lead: str, scale: float = 1.0) -> tuple[Tensors, Tensors]:
+    """A file of diffusers' keys with an alpha of its own for every module, and what it adds to each."""
+    torch.manual_seed(0)
+    file: Tensors = {}
+    deltas: Tensors = {}
+    for number, (path, rows) in enumerate(modules.items()):
+        a, b = torch.randn(RANK, WIDE), torch.randn(rows, RANK)
+        alpha = scale * (1 + number % 2)
+        file |= {f"{lead}{path}.lora_A.weight": a, f"{lead}{path}.lora_B.weight": b}
+        file[f"{lead}{path}.alpha"] = torch.tensor(alpha)
+        deltas[f"{path}.weight"] = alpha / RANK * b.double() @ a.double()
+    return file, deltas
+
+
+def added(base: Path, file: Path) -> Tensors:
+    found = fold(open_checkpoint(base), [load_adapter(file)]).checkpoint
+    return {name: tensor.read(0, tensor.numel).view(tensor.shape) for name, tensor in found.tensors.items()}
+
+
+@pytest.mark.parametrize("style", ["diffusers", "kohya", "comfyui", "lycoris"])
+@pytest.mark.parametrize("family", CASES)
+def test_every_style_adds_the_same(family: str, style: str, tmp_path: Path) -> None:
+    tensors, deltas = drawn(CASES[family], "transformer.")
+    save_file(tensors, tmp_path / "lora.safetensors", {"ss_output_name": "mine", "sshs_model_hash": "1"})
+    zeros = {name: torch.zeros(delta.shape) for name, delta in deltas.items()}
+    zeros |= {f"{SINGLE}.attn.to_k.weight": torch.zeros(WIDE, WIDE)} if family == "Flux" else {}
+    zeros |= (
+        {f"{DOUBLE}.attn.{name}_proj.weight": torch.zeros(WIDE, WIDE) for name in ("add_q", "add_v")}
+        if family == "Flux"
+        else {}
+    )
+    if family in ("SD3", "MiniMax-H3", "Z-Image"):
+        lead = "layers.0.attention" if family == "Z-Image" else f"{DOUBLE}.attn"
+        names = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+        more = {f"{lead}.{name}.weight": torch.zeros(WIDE, WIDE) for name in names[: 6 if family == "SD3" else 3]}
+        zeros = {**more, **zeros}
+    base = write_checkpoint(tmp_path / "transformer", zeros, {"_class_name": "Transformer2DModel"})
+    out = tmp_path / f"{style}.safetensors"
+    adapterkit.convert(tmp_path / "lora.safetensors", out, to=style)
+    keys = set(load_file(out))
+    lead = {"diffusers": "transformer.", "kohya": "lora_unet_", "comfyui": "diffusion_model.", "lycoris": "lycoris_"}[
+        style
+    ]
+    assert all(key.startswith(lead) for key in keys)
+    with safe_open(out, "pt") as opened:
+        said = opened.metadata()
+    assert said["ss_output_name"] == "mine"
+    assert "sshs_model_hash" not in said
+    found = added(base, out)
+    for name, delta in deltas.items():
+        assert (found[name].double() - delta).abs().max() <= 2e-6 * delta.abs().max(), name
+    # And from there to diffusers' own names again.
+    adapterkit.convert(out, tmp_path / "again.safetensors", to="diffusers", base=base)
+    again = added(base, tmp_path / "again.safetensors")
+    for name, delta in deltas.items():
+        assert (again[name].double() - delta).abs().max() <= 2e-6 * delta.abs().max(), name
+
+
+def test_rows_that_nobody_knows(tmp_path: Path) -> None:
+    """Of Flux's fused rows the adapter has q alone; how wide the rest is, only a base tells."""
+    tensors, deltas = drawn({f"{SINGLE}.attn.to_q": WIDE}, "transformer.")
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(UnsupportedAdapter, match="proj_mlp, which the adapter leaves alone") as refused:
+        adapterkit.convert(tmp_path / "lora.safetensors", tmp_path / "kohya.safetensors", to="kohya")
+    assert refused.value.hint == "add --base BASE"
+    names = (f"{SINGLE}.attn.to_q", f"{SINGLE}.attn.to_k", f"{SINGLE}.attn.to_v", f"{SINGLE}.proj_mlp")
+    zeros = {f"{name}.weight": torch.zeros(3 * WIDE if "mlp" in name else WIDE, WIDE) for name in names}
+    base = write_checkpoint(tmp_path / "transformer", zeros, {})
+    adapterkit.convert(tmp_path / "lora.safetensors", tmp_path / "kohya.safetensors", to="kohya", base=base)
+    (delta,) = deltas.values()
+    found = added(base, tmp_path / "kohya.safetensors")
+    assert (found[f"{SINGLE}.attn.to_q.weight"].double() - delta).abs().max() <= 2e-6 * delta.abs().max()
+    assert not found[f"{SINGLE}.proj_mlp.weight"].any()
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    tensors, _ = drawn(WAN, "transformer.")
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(UsageError, match="peft is a folder"):
+        adapterkit.convert(tmp_path / "lora.safetensors", tmp_path / "out.safetensors", to="peft")
+    adapterkit.convert(tmp_path / "lora.safetensors", tmp_path / "out", to="diffusers")
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers import UNet2DConditionModel
+    folder = tmp_path_factory.mktemp("pipeline") / "unet"
+    blocks = {
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
+    model = UNet2DConditionModel(
+        block_out_channels=(8, 16), layers_per_block=2, sample_size=8, cross_attention_dim=8, attention_head_dim=4,
+        norm_num_groups=4, **blocks,
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    return model, folder
+
+
+@pytest.mark.parametrize("style", ["kohya", "peft"])
+def test_diffusers_loads_it(style: str, unet: tuple[Any, Path], tmp_path: Path) -> None:
+    """Trained elsewhere, written ``--to diffusers``, loaded and fused by diffusers: the merge's own weights."""
+    model, folder = unet
+    torch.manual_seed(0)
+    before = load_file(folder / "diffusion_pytorch_model.safetensors")
+    tensors: Tensors = {}
+    for key, weight in before.items():
+        if key.endswith(("to_q.weight", "to_v.weight", "to_out.0.weight")):
+            path = key.removesuffix(".weight")
+            a, b = torch.randn(RANK, weight.shape[1]), torch.randn(weight.shape[0], RANK) * 0.1
+            if style == "kohya":
+                flat = f"lora_unet_{path.replace('.', '_')}"
+                tensors |= {
+                    f"{flat}.lora_down.weight": a,
+                    f"{flat}.lora_up.weight": b,
+                    f"{flat}.alpha": torch.tensor(3.0),
+                }
+            else:
+                tensors |= {f"base_model.model.{path}.lora_A.weight": a, f"base_model.model.{path}.lora_B.weight": b}
+    source = tmp_path / "lora.safetensors"
+    save_file(tensors, source)
+    adapterkit.convert(source, tmp_path / "out", to="diffusers", base=folder)
+    adapterkit.merge(folder, [source], tmp_path / "merged")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fresh = type(model).from_pretrained(folder)
+        fresh.load_lora_adapter(str(tmp_path / "out"), prefix="unet", weight_name="pytorch_lora_weights.safetensors")
+        fresh.fuse_lora()
+    after = {key.replace(".base_layer", ""): tensor for key, tensor in fresh.state_dict().items() if "lora_" not in key}
+    merged = load_file(tmp_path / "merged" / "diffusion_pytorch_model.safetensors")
+    for name, tensor in merged.items():
+        assert (after[name] - tensor).abs().max() <= 2e-6 * tensor.abs().max()
+    assert sum(not torch.equal(merged[name], before[name]) for name in before) == len(tensors) // (
+        3 if style == "kohya" else 2
+    )
+
+
+@pytest.mark.parametrize("verb", ["combine", "resize", "extract"])
+@pytest.mark.parametrize("style", ["diffusers", "comfyui"])
+def test_other_verbs_write_it_too(verb: str, style: str, tmp_path: Path) -> None:
+    """Of a model in diffusers' layout, written for ComfyUI: the same change, in one file."""
+    torch.manual_seed(0)
+    modules = {f"blocks.0.{side}.{name}": WIDE for side in ("attn1", "attn2") for name in ("to_q", "to_out.0")}
+    zeros = {f"{path}.weight": torch.zeros(rows, WIDE) for path, rows in modules.items()}
+    base = write_checkpoint(tmp_path / "transformer", zeros, {"_class_name": "WanTransformer3DModel"})
+    files = []
+    for number in (1, 2):
+        tensors, _ = drawn(modules, "transformer.", float(number))
+        save_file(tensors, tmp_path / f"{number}.safetensors")
+        files.append(tmp_path / f"{number}.safetensors")
+    out = tmp_path / "out.safetensors"
+    if verb == "combine":
+        adapterkit.combine(files, out, base=base, to=style)
+        adapterkit.merge(base, files, tmp_path / "merged")
+    else:
+        adapterkit.merge(base, files[:1], tmp_path / "merged")
+        if verb == "resize":
+            adapterkit.resize(files[0], out, rank=RANK, to=style)
+        else:
+            adapterkit.extract(base, tmp_path / "merged", out, rank=RANK, to=style)
+    assert out.is_file()
+    lead = "transformer.blocks.0.attn1.to_q." if style == "diffusers" else "diffusion_model.blocks.0.self_attn.q."
+    assert any(key.startswith(lead) for key in load_file(out))
+    wanted = load_file(tmp_path / "merged" / "diffusion_pytorch_model.safetensors")
+    found = added(base, out)
+    for name, tensor in wanted.items():
+        assert (found[name] - tensor).abs().max() <= 5e-6 * tensor.abs().max()

@@ -1,0 +1,68 @@
+"""The tables of docs/files.md: every family and style, merged in both directions beside its oracle, as the tests do it.
+
+python tools/files_page.py            # print them
+python tools/files_page.py --write    # put them into the page
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "files.md"
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "families")]
+
+import test_checkpoint_conversions as checkpoints  # noqa: E402
+import test_lora_conversions as files  # noqa: E402
+
+
+def asked(test: Callable[..., Any], *arguments: Any) -> str:
+    """Whether a test holds."""
+    try:
+        test(*arguments)
+    except AssertionError as error:
+        return f"no: {str(error).splitlines()[0][:60]}"
+    return "yes"
+
+
+def of_files() -> str:
+    from diffusers.loaders import lora_conversion_utils
+
+    lines = ["| family, keys | into diffusers' folder, and into the original file | oracle |", "|---|---|---|"]
+    for name, (function, _, _) in files.CASES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            cell = asked(files.test_as_diffusers_converts_it, name, lora_conversion_utils, Path(folder))
+        lines.append(f"| {name} | {cell} | `_convert_{function}_to_diffusers`; formula |")
+    return "\n".join(lines) + "\n"
+
+
+def of_checkpoints() -> str:
+    from diffusers.loaders import single_file_utils
+
+    lines = ["| family | every row, both ways | oracle |", "|---|---|---|"]
+    for name, (function, _, _) in checkpoints.CONVERSIONS.items():
+        cell = asked(checkpoints.test_every_row_as_diffusers_converts_it, name, single_file_utils)
+        lines.append(f"| {name} | {cell} | `{function}` |")
+    return "\n".join(lines) + "\n"
+
+
+def page() -> str:
+    """The page with the tables as they are now."""
+    text = PAGE.read_text(encoding="utf-8")
+    for mark, table in (("files", of_files), ("checkpoints", of_checkpoints)):
+        start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->\n"
+        text = re.sub(f"{start}.*?{end}", lambda _: start + table() + end, text, flags=re.DOTALL)  # noqa: B023
+    return text
+
+
+if __name__ == "__main__":
+    if "--write" in sys.argv:
+        PAGE.write_text(page(), encoding="utf-8")
+    else:
+        print(of_files())
+        print(of_checkpoints())
