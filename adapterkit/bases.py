@@ -14,7 +14,7 @@ from adapterkit.checkpoint.files import is_gguf
 from adapterkit.checkpoint.finders import place_of
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.dtypes import BY_LABEL
-from adapterkit.errors import TargetError, UsageError
+from adapterkit.errors import TargetError, UsageError, option
 
 Ref = str | Path
 
@@ -90,11 +90,14 @@ def open_base(
     if as_trained is None:
         if double_quant or quant_dtype != "auto" or skip_modules is not None:
             raise UsageError(
-                "how training quantized was given, but not to what", "add --as-trained nf4, or leave the rest out"
+                "how training quantized was given, but not to what",
+                f"add {option('as_trained', 'nf4')}, or leave the rest out",
             )
         return view, values
     if stored and base16 is None:
-        raise UsageError(f"{opened.ref} is quantized itself", "leave out --as-trained: its decoded weights are used")
+        raise UsageError(
+            f"{opened.ref} is quantized itself", f"leave out {option('as_trained')}: its decoded weights are used"
+        )
     from adapterkit.adapters.as_trained import as_trained as trained
     from adapterkit.codecs.grid import Grid
 
@@ -113,7 +116,7 @@ def _says_quantized(checkpoint: Checkpoint) -> bool:
 def _original(quantized: Checkpoint, original: Checkpoint) -> Checkpoint:
     """``original``, once it has the tensors of ``quantized``."""
     if dequantized(original) is not original:
-        raise UsageError(f"{original.ref} is quantized itself", "give the 16-bit original to --base16")
+        raise UsageError(f"{original.ref} is quantized itself", f"give the 16-bit original to {option('base16')}")
     different = sorted(
         name
         for name in quantized.shapes.keys() | original.shapes.keys()

@@ -19,6 +19,38 @@ AdapterkitError                    exit 1   anything below; one sentence: what, 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+def _in_python(name: str, value: object) -> str:
+    """``weight=``, ``quant='Q8_0'``, ``force=True``"""
+    return f"{name}={'' if value is None else repr(value)}"
+
+
+# Of the process and not of a context: worker threads speak as the door does that started them.
+_SPELLING: list[Callable[[str, object], str]] = [_in_python]
+
+
+def option(name: str, value: object = None) -> str:
+    """An option as the user's own door spells it: ``--max-shard-size 2GB``, or ``max_shard_size='2GB'`` in Python.
+
+    Args:
+        name: of the field or keyword.
+        value: what to give it; True for one that is only switched on.
+    """
+    return _SPELLING[-1](name, value)
+
+
+@contextmanager
+def spelled(spelling: Callable[[str, object], str]) -> Iterator[None]:
+    """Within the block, sentences spell options as ``spelling`` does."""
+    _SPELLING.append(spelling)
+    try:
+        yield
+    finally:
+        _SPELLING.pop()
+
 
 class AdapterkitError(Exception):
     """Base of all errors; ``hint`` is what to do next, ``exit_code`` what the command line returns.

@@ -18,7 +18,7 @@ from adapterkit.codecs.conv1d import is_conv1d
 from adapterkit.codecs.grid import Grid, RoundTrip
 from adapterkit.codecs.table import quantization
 from adapterkit.dtypes import BF16, F16, F32
-from adapterkit.errors import TargetError, UsageError
+from adapterkit.errors import TargetError, UsageError, option
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -48,7 +48,7 @@ def as_trained(checkpoint: Checkpoint, grid: Grid, *, skip: Iterable[str] | None
     """
     if quantization(checkpoint.config) is not None:
         raise UsageError(
-            f"{checkpoint.ref} is quantized itself", "leave out --as-trained: its decoded weights are used"
+            f"{checkpoint.ref} is quantized itself", f"leave out {option('as_trained')}: its decoded weights are used"
         )
     targets = quantized_targets(checkpoint, skip)
     by_tensor: dict[str, list[tuple[Target, Loaded]]] = {}

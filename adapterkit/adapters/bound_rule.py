@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, option
 
 if TYPE_CHECKING:
     from adapterkit.ops.rows import DeltaRows
@@ -115,7 +115,7 @@ class BoundRule:
                 if not isinstance(part, Factors):
                     raise UsageError(
                         f"{ref} has no low rank at {key}, and method {self.row.name} combines low-rank deltas only",
-                        "use --method linear or ties with --rank, or fold it in with merge",
+                        f"use {option('method', 'linear')} or ties with {option('rank')}, or fold it in with merge",
                     )
         own = {"rank": rank} if rank is not None and self.has_rank else {}
         return combine(
@@ -141,7 +141,7 @@ def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, .
     given = () if weights is None else tuple(float(weight) for weight in weights)
     found = given or (1.0,) * count
     if len(found) != count:
-        raise UsageError(f"{len(found)} weights for {count} adapters", "give one --weight for each adapter")
+        raise UsageError(f"{len(found)} weights for {count} adapters", f"give one {option('weights')} for each adapter")
     bad = next((weight for weight in found if not isfinite(weight)), None)
     if bad is not None:
         raise UsageError(f"a weight must be a finite number, got {bad}", "correct it")

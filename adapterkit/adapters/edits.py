@@ -12,7 +12,7 @@ from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module
 from adapterkit.adapters.methods import METHODS, UNMERGEABLE
 from adapterkit.adapters.orientation import check_squares
 from adapterkit.adapters.target import Piece, Target
-from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter
+from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter, option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,7 +58,7 @@ def check_config(adapter: Adapter, *, residual_base: bool = False, allow_unknown
         raise AdapterError(
             f"{adapter.config.where} has fields that may change the formula and are not known here: "
             f"{', '.join(unknown[:5])} (PEFT {version})",
-            "update adapterkit, or add --allow-unknown if you know that they do not matter",
+            f"update adapterkit, or add {option('allow_unknown', True)} if you know that they do not matter",
         )
     return method
 
@@ -199,7 +199,8 @@ def _whole_edit(key: str, tensor: Tensor, context: Context, config: Mapping[str,
             f"{context.where}: '{key}' is {list(tensor.shape)} and {parameter} is {list(target.shape)}",
             "this adapter was trained on another base",
         )
-    # What PEFT saves without being asked is the base's own tensor, resized perhaps; what it was asked for was trained.
+    # PEFT saves some base tensors by itself (a resized embedding, say): they replace the base's. Tensors of modules in
+    # modules_to_save were trained.
     return Edit(target, replace(tensor), override=wrapped or not asked)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adapterkit.errors import AdapterError, UsageError
+from adapterkit.errors import AdapterError, UsageError, option
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
@@ -23,10 +23,7 @@ ORDERS = (FASTEST, SLOWEST)
 LAYOUT, DETAIL = "lora_B_layout", "unsloth_fused_expert_lora"
 FIELDS = frozenset({LAYOUT, DETAIL})
 _WORDS = {"rank_major": FASTEST, "grouped_by_expert": SLOWEST}
-UNSAID = (
-    "its stacked experts are read in PEFT's order; if Unsloth trained it before 2026-09-17, merge with "
-    "--expert-order slowest"
-)
+_UNSAID = "its stacked experts are read in PEFT's order; if Unsloth trained it before 2026-09-17, merge with "
 
 
 def stated_order(config: AdapterConfig, leaf: str = "") -> str | None:
@@ -59,11 +56,11 @@ def in_order(adapter: Adapter, order: str | None) -> Adapter:
         return adapter
     word = next(word for word, meaning in _WORDS.items() if meaning == order)
     config = replace(adapter.config, raw={**adapter.config.raw, LAYOUT: word})
-    return replace(adapter, config=config, notes=tuple(note for note in adapter.notes if note != UNSAID))
+    return replace(adapter, config=config, notes=tuple(note for note in adapter.notes if not note.startswith(_UNSAID)))
 
 
 def order_notes(config: AdapterConfig) -> tuple[str, ...]:
     """What to tell about an adapter that Unsloth may have trained in its own order."""
     if not config.names("target_parameters") or not str(config.base or "").startswith("unsloth/"):
         return ()
-    return () if stated_order(config) is not None else (UNSAID,)
+    return () if stated_order(config) is not None else (f"{_UNSAID}{option('expert_order', 'slowest')}",)

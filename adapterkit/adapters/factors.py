@@ -17,7 +17,7 @@ from adapterkit.adapters.method import Context
 from adapterkit.adapters.methods.lora import EMBEDDING_A, EMBEDDING_B, MAGNITUDE, A, B, times_applied
 from adapterkit.adapters.methods.tokens import ALONE, KEY, token_indices
 from adapterkit.adapters.names import Names
-from adapterkit.errors import AdapterError, UnsupportedAdapter, UsageError
+from adapterkit.errors import AdapterError, UnsupportedAdapter, UsageError, option
 from adapterkit.ops.lowrank import Factors
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class NoWeights(Weights):
     def _error(self) -> UsageError:
         return UsageError(
             f"{self._adapter.ref} changes {self.target.parameter} by what depends on its weights ({self._how})",
-            "add --base BASE",
+            f"add {option('base', 'BASE')}",
         )
 
 
@@ -319,7 +319,8 @@ def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
     what = next((word for word in ("target_parameters", "use_bdlora", "use_qalora") if config.get(word)), "")
     if config.peft_type not in ("LORA", "ADALORA", "TRAINABLE_TOKENS") or what:
         raise UsageError(
-            f"{adapter.ref} does not say the shapes of what it changes ({what or config.peft_type})", "add --base BASE"
+            f"{adapter.ref} does not say the shapes of what it changes ({what or config.peft_type})",
+            f"add {option('base', 'BASE')}",
         )
     shapes: dict[str, tuple[int, ...]] = {}
     for key, tensor in adapter.tensors.items():
@@ -331,7 +332,9 @@ def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
             if other is None or not other.shape:
                 continue
             if len(tensor.shape) == 3 and len(other.shape) == 3 and tensor.shape[1] == other.shape[2]:
-                raise UsageError(f"{adapter.ref} holds factors of experts in three dimensions", "add --base BASE")
+                raise UsageError(
+                    f"{adapter.ref} holds factors of experts in three dimensions", f"add {option('base', 'BASE')}"
+                )
             if a == EMBEDDING_A:
                 shapes[parameter] = (tensor.shape[-1], other.shape[0])
             else:

@@ -12,6 +12,7 @@ from adapterkit.adapters.as_trained import quantized_targets
 from adapterkit.adapters.merged import Merged
 from adapterkit.codecs.table import find_kind
 from adapterkit.dtypes import F32
+from adapterkit.errors import option
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -107,8 +108,9 @@ class FidelityReport:
         if self.retention >= ENOUGH:
             return ""
         if self.format in ("bf16", "fp8"):
-            return "write --dtype f16, or keep the adapter beside the base"
-        return "start from the 16-bit base (--base16), keep these layers at 8 bits, or keep the adapter beside the base"
+            return f"write {option('dtype', 'f16')}, or keep the adapter beside the base"
+        road = f"start from the 16-bit base ({option('base16')}), keep these layers at 8 bits"
+        return f"{road}, or keep the adapter beside the base"
 
 
 class Watch:

@@ -20,7 +20,7 @@ from adapterkit.adapters.ties import Weighted, same_bytes, settle_ties
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.tensor import Cast, Tensor
 from adapterkit.dtypes import BF16, F16, F32, F64
-from adapterkit.errors import AdapterError, TargetError, UsageError
+from adapterkit.errors import AdapterError, TargetError, UsageError, option
 from adapterkit.ops.device import CPU
 
 if TYPE_CHECKING:
@@ -90,9 +90,11 @@ def fold(
         raise UsageError("no adapter was given", "name at least one")
     factors = [1.0] * len(adapters) if not weights else [float(weight) for weight in weights]
     if not all(map(math.isfinite, factors)):
-        raise UsageError("a weight is not a finite number", "give each --weight a number")
+        raise UsageError("a weight is not a finite number", f"give each {option('weights')} a number")
     if len(factors) != len(adapters):
-        raise UsageError(f"{len(factors)} weights for {len(adapters)} adapters", "give one --weight for each adapter")
+        raise UsageError(
+            f"{len(factors)} weights for {len(adapters)} adapters", f"give one {option('weights')} for each adapter"
+        )
     base, notes = replicated_base(dequantized(base), adapters)
     names = names or Names(base.shapes, base.config)
     adapters = [settle(adapter, names, base.config) for adapter in adapters]

@@ -78,5 +78,5 @@ def half_saved_note(adapter: Adapter) -> str | None:
     more = f", and likewise of {len(found) - 1} more" if len(found) > 1 else ""
     return (
         f"looks saved in part, as when sharded training saves one process's share: {found[0]}{more}; save it "
-        "again from the gathered state, or from the checkpoint folder (convert CKPT --to peft)"
+        "again from the gathered state, or from the checkpoint folder (adapterkit convert CKPT --to peft)"
     )

@@ -16,7 +16,7 @@ from adapterkit.checkpoint.decoded import Decoded
 from adapterkit.checkpoint.encoded import Encoded, Encoding
 from adapterkit.checkpoint.tensor import Retyped, Transposed
 from adapterkit.codecs.conv1d import is_conv1d
-from adapterkit.errors import TargetError, UsageError
+from adapterkit.errors import TargetError, UsageError, option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -80,12 +80,12 @@ def trained_on_the_grid(adapters: Sequence[Adapter], weights: Sequence[float] | 
         raise UsageError(
             f"{stated[0].ref} was trained with its sum on the NVFP4 grid by a rule that is not known here "
             f"({said.get('scale_mode')}, {said.get('pts_policy')}, {encoder})",
-            "merge to 16 bits (no --quant), or keep the adapter beside the base",
+            f"merge to 16 bits (no {option('quant')}), or keep the adapter beside the base",
         )
     if len(adapters) > 1 or any(weight != 1 for weight in weights or ()):
         raise UsageError(
             f"{stated[0].ref} was trained with its sum on the NVFP4 grid, alone and with weight 1",
-            "merge it so, or merge to 16 bits (no --quant)",
+            f"merge it so, or merge to 16 bits (no {option('quant')})",
         )
     return "torchao"
 
@@ -162,7 +162,7 @@ def _check_layers(form: StoredForm, new: Mapping[str, Tensor]) -> None:
     if other is not None:
         raise UsageError(
             f"the merged model has other quantized layers than the base ('{other}'), which its own format cannot follow",
-            "leave out --quant keep",
+            f"leave out {option('quant')} keep",
         )
 
 

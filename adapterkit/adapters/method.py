@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import AdapterError, TargetError
+from adapterkit.errors import AdapterError, TargetError, option
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -166,7 +166,8 @@ def check_matrix(target: Target, expected: tuple[int, int], key: str, where: str
         )
     if len(target.shape) == 2 and target.matrix == expected[::-1]:
         raise TargetError(
-            f"{fact}: it fits only the other way round", f"if the module is transformers' Conv1D: --conv1d {module}"
+            f"{fact}: it fits only the other way round",
+            f"if the module is transformers' Conv1D: {option('conv1d', module)}",
         )
     if len(target.shape) == 2 and target.matrix[1] == expected[1]:
         raise TargetError(

@@ -437,7 +437,7 @@ class Names:
 
 
 def _through(piece: Piece, stored: Layout, shape: tuple[int, ...]) -> list[Piece]:
-    """Where the rows of a tensor of ``shape`` are that ``piece`` takes, when what takes them is ``stored``."""
+    """Translate the rows selected by ``piece`` into rows of the tensor that stores them."""
     parts = stored.take(piece.row, 1, piece.count, 0)
     if not piece.transposed:
         return [replace(part, row=piece.at + part.row * piece.at_step, row_step=piece.at_step) for part in parts]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.config import CONV1D
-from adapterkit.errors import TargetError
+from adapterkit.errors import TargetError, option
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -83,7 +83,7 @@ def check_squares(context: Context, edits: Sequence[Edit]) -> None:
         raise TargetError(
             f"{context.where}: {square[0]} is square, so its shape does not tell which way round the model keeps it, and "
             f"{other} is kept as {way} although fan_in_fan_out says otherwise",
-            "name every module that is transformers' Conv1D with --conv1d NAME",
+            f"name every module that is transformers' Conv1D with {option('conv1d', 'NAME')}",
         )
 
 
@@ -96,7 +96,7 @@ def orientation_notes(adapter: Adapter, edits: Sequence[Edit], names: Names) -> 
     if square:
         way = "[in, out], as fan_in_fan_out says" if adapter.config.flag("fan_in_fan_out") else "[out, in]"
         notes.append(
-            f"{_count(square)} is square and the model is not known: taken as {way}; --conv1d NAME names others"
+            f"{_count(square)} is square and the model is not known: taken as {way}; {option('conv1d', 'NAME')} names others"
         )
     return notes
 

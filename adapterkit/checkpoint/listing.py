@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.files import LocalFile, Source
 from adapterkit.checkpoint.json_data import parse_json
-from adapterkit.errors import CheckpointError, NotFound, UnsafeError
+from adapterkit.errors import CheckpointError, NotFound, UnsafeError, option
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -129,6 +129,6 @@ class LocalFolder(Listing):
             raise NotFound(f"{shown} does not exist", "download the missing file or correct the path")
         inside = any(path.resolve().is_relative_to(root) for root in self._allowed)
         if not inside and not _follows and not name.endswith(".safetensors"):
-            hint = "replace the link by the file itself, or add --follow-links if it is meant"
+            hint = f"replace the link by the file itself, or add {option('follow_links')} if it is meant"
             raise UnsafeError(f"{shown} is a link out of its folder", hint)
         return LocalFile(path, shown)

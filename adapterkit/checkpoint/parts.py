@@ -16,7 +16,7 @@ from adapterkit.checkpoint.publish import check_target, partial_folder, staging
 from adapterkit.checkpoint.sink import Sink
 from adapterkit.checkpoint.write import finish, identity, input_paths
 from adapterkit.disk import read_inside, write_inside
-from adapterkit.errors import OutputError, UsageError
+from adapterkit.errors import OutputError, UsageError, option
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -70,7 +70,7 @@ def finish_parts(
         OutputError: parts are missing, or belong to another plan.
     """
     if os.path.lexists(out) and not force:
-        raise OutputError(f"{out} exists", "choose another name, or replace it with --force")
+        raise OutputError(f"{out} exists", f"choose another name, or replace it with {option('force', True)}")
     if not partial_folder(out).is_dir():
         raise OutputError(f"{out}: no part is done", "execute the parts, then finish")
     with staging(out, resume=True) as folder:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.disk import partial_folder, publish, publish_files, recover, staging
-from adapterkit.errors import OutputError, UsageError
+from adapterkit.errors import OutputError, UsageError, option
 from adapterkit.places import local
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def check_target(out: Path, inputs: Iterable[Path], nbytes: int, *, force: bool,
         if real == source or source in real.parents or (force and real in source.parents):
             raise UsageError(f"the output {out} lies in or over the input {path}", "write to another folder")
     if os.path.lexists(out) and not force:
-        raise OutputError(f"{out} exists", "choose another name, or replace it with --force")
+        raise OutputError(f"{out} exists", f"choose another name, or replace it with {option('force', True)}")
     parent = next(folder for folder in real.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{parent} cannot be written to", "choose another place or change its permissions")

@@ -275,7 +275,7 @@ class _Pool:
             self._stop.set()
 
     def _flusher(self) -> None:
-        """Keep the disk busy: what is only sent to it at the end has to be waited for at the end."""
+        """Flush while writing, so that the final fsync has little left to do."""
         flushed = 0  # bytes that had been written when the last flush began
         while not self._stop.wait(0.02):
             done = sum(sink.done for sink in self._sinks)

@@ -6,13 +6,14 @@ import gc
 import importlib
 import signal
 import sys
+from difflib import get_close_matches
 from typing import Any
 
 import click
 
 from adapterkit._version import __version__
 from adapterkit.cli.output import fail, form_of, interrupted
-from adapterkit.errors import AdapterkitError, no_memory, out_of_memory
+from adapterkit.errors import AdapterkitError, no_memory, out_of_memory, spelled
 
 # verb: (module, or module:attribute where one file holds several; one line for --help)
 VERBS = {
@@ -120,6 +121,15 @@ class Verbs(click.Group):
             getattr(command, "add_option", command.params.append)(_follow_links())
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the verb; of a word that is none, say which one is most like it."""
+        if args and not args[0].startswith("-") and args[0] not in VERBS:
+            close = get_close_matches(args[0], VERBS, n=1)
+            ctx.fail(f"No such command '{args[0]}'." + (f" Did you mean '{close[0]}'?" if close else ""))
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in VERBS.items()])
@@ -151,6 +161,20 @@ def main(arguments: list[str] | None = None) -> Any:
     # key ignored; being told to stop never is.)
     asked = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGTERM, asked if callable(asked) else signal.default_int_handler)
+    with spelled(_as_flag):
+        _run(given)
+
+
+def _as_flag(name: str, value: object) -> str:
+    """``--weight``, ``--quant Q8_0``; for one that is only switched on, ``--force``."""
+    from adapterkit.requests import every
+
+    declared = (options[name] for options in (request.options() for request in every()) if name in options)
+    flag = next((one.flag for one in declared if one.flag), f"--{name.replace('_', '-')}")
+    return flag if value is None or value is True else f"{flag} {value}"
+
+
+def _run(given: list[str]) -> Any:
     debug = "--debug" in given
     try:
         code = app.main(args=given, prog_name="adapterkit", standalone_mode=False)

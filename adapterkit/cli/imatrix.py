@@ -7,12 +7,19 @@ from pathlib import Path
 import click
 
 from adapterkit.cli.output import Progress, count, note, say, show_json
+from adapterkit.errors import UsageError
 
 
 @click.command(name="imatrix", short_help="Measure which columns of the weights matter, for quantizing a model.")
-@click.argument("model")
+@click.argument("model", required=False)
+@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Text like the model's own.")
 @click.option(
-    "--text", required=True, type=click.Path(path_type=Path), metavar="FILE", help="Text like the model's own."
+    "--in-file",
+    "files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A matrix to add up with the others, in place of MODEL and --text; given twice or more.",
 )
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The .gguf file to make.")
 @click.option("--chunk", type=click.IntRange(2), default=512, show_default=True, help="Tokens at a time.")
@@ -27,7 +34,15 @@ from adapterkit.cli.output import Progress, count, note, say, show_json
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
-    model: str, text: Path, out: Path, chunk: int, chunks: int | None, dtype: str, force: bool, as_json: bool
+    model: str | None,
+    text: Path | None,
+    files: tuple[Path, ...],
+    out: Path,
+    chunk: int,
+    chunks: int | None,
+    dtype: str,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Run MODEL (a Hugging Face folder, merged if adapters belong to it) over a text and write an importance matrix.
 
@@ -37,9 +52,21 @@ def command(
     Example:
       adapterkit imatrix ./merged --text calibration.txt -o imatrix.gguf
       adapterkit convert ./merged -o model-IQ4_XS.gguf --quant IQ4_XS --imatrix imatrix.gguf
+      adapterkit imatrix --in-file english.gguf --in-file code.gguf -o both.gguf
     """
-    from adapterkit.verbs.imatrix import imatrix
+    from adapterkit.verbs.imatrix import added, imatrix
 
+    if files:
+        if model is not None or text is not None:
+            raise UsageError("--in-file adds matrices up, and runs no MODEL", "leave MODEL and --text out")
+        sums = added(files, out, force=force)
+        if as_json:
+            show_json(sums)
+        else:
+            say(f"{sums.out}: {count(sums.tensors)} weights over {sums.chunks} chunks, {len(files)} files added up")
+        return
+    if model is None or text is None:
+        raise UsageError("MODEL and --text are missing", "give them, or matrices to add up with --in-file")
     progress = Progress("running over chunk", enabled=not as_json, form=count)
     report = imatrix(model, text, out, chunk=chunk, chunks=chunks, dtype=dtype, force=force, progress=progress)
     progress.close()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from adapterkit.cli.complete import REFERENCE, Listed
 from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, methods_flag
 from adapterkit.requests.option import (
     CLI,
@@ -16,6 +17,7 @@ from adapterkit.requests.option import (
     INPUT,
     NUMBER,
     PATH,
+    REF,
     SWITCH,
     WHOLE,
     Option,
@@ -149,8 +151,9 @@ def _parameters(request: type[Request]) -> tuple[list[click.Parameter], dict[str
 def _argument(name: str, option: Option, one: Field[Any]) -> click.Argument:
     required = _required(one)
     if option.many:
-        return click.Argument([name], nargs=-1, required=required, metavar=f"{name.upper().removesuffix('S')}...")
-    return click.Argument([name], required=required)
+        word = f"{name.upper().removesuffix('S')}..."
+        return click.Argument([name], nargs=-1, required=required, metavar=word, type=REFERENCE)
+    return click.Argument([name], required=required, type=REFERENCE)
 
 
 def _option(name: str, option: Option, one: Field[Any], flag: str) -> click.Option:
@@ -189,9 +192,11 @@ def _type(name: str, option: Option) -> Any:
         return click.FLOAT
     if option.kind == PATH:
         return click.Path(path_type=Path)
+    if option.kind == REF:
+        return REFERENCE
     if option.choices and not callable(option.choices) and not option.metavar:
         return click.Choice(option.choices)
-    return click.STRING
+    return Listed(option.metavar or "text", option.values) if option.choices else click.STRING
 
 
 def _required(one: Field[Any]) -> bool:

@@ -27,7 +27,7 @@ from pathlib import Path
 from adapterkit.disk import calls
 from adapterkit.disk.files import read_inside, refused, sync_folder, sync_tree, write_inside
 from adapterkit.disk.locks import LOCK_FILE, Busy, hold, release, taken
-from adapterkit.errors import OutputError, UnsafeError
+from adapterkit.errors import OutputError, UnsafeError, option
 
 MARK = ".adapterkit-folder"  # where the sticky bit cannot be had
 _LONGEST = 230  # bytes of a name that a hidden name repeats whole; file systems allow 255
@@ -315,7 +315,9 @@ def publish(folder: Path, out: Path, *, keep: set[str], force: bool) -> None:
         _unmark(out)
         sync_folder(out.parent)
     except FileExistsError:
-        raise OutputError(f"{out} appeared while it was being made", "choose another name, or use --force") from None
+        raise OutputError(
+            f"{out} appeared while it was being made", f"choose another name, or use {option('force', True)}"
+        ) from None
     except OSError as error:
         raise refused(error, str(out), out.parent) from error
 
@@ -338,7 +340,7 @@ def publish_files(folder: Path, targets: Mapping[str, Path], *, force: bool) -> 
             sync_folder(target.parent)
         except FileExistsError:
             said = f"{target} appeared while it was being made"
-            raise OutputError(said, "choose another name, or use --force") from None
+            raise OutputError(said, f"choose another name, or use {option('force', True)}") from None
         except OSError as error:
             raise refused(error, str(target), target.parent) from error
     shutil.rmtree(folder, ignore_errors=True)
@@ -360,21 +362,24 @@ def _replace(folder: Path, out: Path) -> None:
     own_folder(aside)
     _empty(aside, "")
     new, old = aside / "new", aside / "old"
-    os.rename(folder, new)
     try:
-        if not calls.exchange(new, out):
-            os.rename(out, old)
-            try:
-                os.rename(new, out)
-            except OSError:
-                os.rename(old, out)
-                raise
-    except BaseException:
-        os.rename(new, folder)
-        _take_away(aside)
-        raise
+        os.rename(folder, new)
+        try:
+            if not calls.exchange(new, out):
+                os.rename(out, old)
+                try:
+                    os.rename(new, out)
+                except OSError:
+                    os.rename(old, out)
+                    raise
+        except BaseException:
+            os.rename(new, folder)
+            raise
+        sync_folder(out.parent)
+    finally:
+        if os.path.lexists(out):  # else the old one is in there, and `recover` brings it back
+            shutil.rmtree(aside, ignore_errors=True)
     sync_folder(out.parent)
-    _take_away(aside)
 
 
 def recover(out: Path) -> None:

@@ -10,7 +10,7 @@ from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.config import AdapterConfig
 from adapterkit.adapters.keys import PREFIX
 from adapterkit.checkpoint.files import LocalFile
-from adapterkit.errors import AdapterError
+from adapterkit.errors import AdapterError, option
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.mapping import Mapper
 from adapterkit.gguf.arch.table import spec_of
@@ -61,12 +61,12 @@ def open_gguf_adapter(ref: str | Path) -> GGUFAdapter:
     if opened.header.get("adapter.type") != "lora":
         raise AdapterError(
             f"{ref} is a GGUF {opened.kind}, and no LoRA",
-            "give an adapter: a folder, or a GGUF made with --to gguf-lora",
+            f"give an adapter: a folder, or a GGUF made with {option('to', 'gguf-lora')}",
         )
     if opened.header.get("adapter.alora.invocation_tokens"):
         raise AdapterError(
             f"{ref} is an aLoRA, which acts from its invocation tokens on; folded in, it would act on every token",
-            "load it beside the model: llama-server -m BASE.gguf --lora FILE",
+            f"load it beside the model: llama-server -m BASE.gguf {option('lora')} FILE",
         )
     ranks = [b.shape[-1] for _, b in lora_of(opened.tensors).values()]
     config = {

@@ -61,7 +61,7 @@ def fold_gguf(
     allow_unknown: bool = False,
     rule: BoundRule | None = None,
     device: str = CPU,
-    drowned: frozenset[str] | None = None,
+    too_lossy: frozenset[str] | None = None,
 ) -> GGUFFolded:
     """Fold adapters into a GGUF model; every other byte of it stays.
 
@@ -71,7 +71,7 @@ def fold_gguf(
         weights: one per adapter, 1 each by default.
         quantization: the types of the output; by default each tensor keeps its own.
         residual_base, allow_unknown, rule, device: as for `fold`.
-        drowned: the changed tensors that alone are kept wider.
+        too_lossy: changed tensors whose change would not survive the type; only these get the wider type.
 
     Raises:
         UsageError: the change would drown in a coarse grid, or options contradict each other.
@@ -82,7 +82,7 @@ def fold_gguf(
     folded = fold_values(base, adapters, weights, **how)
     touched = set(folded.touched)
     tensors = {name: t if name in touched else base[name] for name, t in folded.checkpoint.items()}
-    found = typed(tensors, base, quantization or Quantization(), folded.touched, drowned)
+    found = typed(tensors, base, quantization or Quantization(), folded.touched, too_lossy)
     written = replace(folded.checkpoint, tensors={tensor.name: tensor for tensor in found.tensors})
     entries, said = with_template(found.entries, base.header, adapters)
     layout = FileLayout(found.tensors, entries, base.header.alignment, base.sources[0])

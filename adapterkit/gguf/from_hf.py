@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, option
 from adapterkit.gguf.arch.model import Model, as_gguf, file_type_entries, vocabulary, widened
 from adapterkit.gguf.arch.mxfp4 import KIND, Repacked, on_mxfp4
 from adapterkit.gguf.filetypes import file_type
+from adapterkit.gguf.grids import on_four_bits
 from adapterkit.gguf.plan import FileLayout
 from adapterkit.gguf.quantize import GRID_BITS, Quantization, TypeInputs, typed_from
 from adapterkit.gguf.tensors import bits_per_weight, round_trip
@@ -64,7 +65,7 @@ def from_hf(
     asked: Quantization | None = None,
     dtype: DType | None = None,
     pre: str | None = None,
-    drowned: frozenset[str] | None = None,
+    too_lossy: frozenset[str] | None = None,
     approximate: Collection[str] = (),
     elsewhere: Collection[str] = (),
 ) -> FromHF:
@@ -75,7 +76,7 @@ def from_hf(
         asked: the types; by default those of the checkpoint.
         dtype: the float type of a file that is not quantized.
         pre: the name of the pre-tokenizer, where it is not to be recognised.
-        drowned: the changed tensors, by the checkpoint's names, that alone are kept wider.
+        too_lossy: the changed tensors, by the checkpoint's names, that alone are kept wider.
         approximate: see `as_gguf`.
         elsewhere: tensors that the mmproj file beside it holds.
 
@@ -85,7 +86,7 @@ def from_hf(
     """
     asked = asked or Quantization()
     if dtype is not None and asked.mix is not None:
-        raise UsageError("--dtype and --quant both say the type of the output", "give one of them")
+        raise UsageError(f"{option('dtype')} and {option('quant')} both say the type of the output", "give one of them")
     view = widened(view)
     model = as_gguf(
         view,
@@ -107,17 +108,42 @@ def from_hf(
     if model.config.has_vision and model.mapped.dropped and not elsewhere:
         count = len(model.mapped.dropped)
         kept.append(
-            f"the text part alone: {count} other tensors belong in an mmproj file, which --mmproj auto makes beside it"
+            f"the text part alone: {count} other tensors belong in an mmproj file, which "
+            f"{option('mmproj', 'auto')} makes beside it"
         )
     wider = None
-    if drowned is not None:
-        wider = frozenset(one for name in drowned for one in model.mapped.sources.get(name, ()))
+    if too_lossy is not None:
+        wider = frozenset(one for name in too_lossy for one in model.mapped.sources.get(name, ()))
     origin = TypeInputs(model.spec.arch, model.hparams, now, entries, wider)
     found = typed_from(model.tensors, origin, asked, changed)
     layout = FileLayout(found.tensors, found.entries)
     kinds = {tensor.name: tensor.dtype.code for tensor in found.tensors}
+    if too_lossy is None:
+        kept += _again(base, model, touched, kinds, yes_lossy=asked.yes_lossy)
     through = partial(through_types, model.mapped.sources, kinds)
     return FromHF(model, layout, view, found.types, (*model.notes, *notes, *kept, *found.notes), through)
+
+
+def _again(
+    base: Checkpoint, model: Model, touched: Sequence[str], kinds: Mapping[str, str], *, yes_lossy: bool
+) -> list[str]:
+    """Refuse, or with ``yes_lossy`` say, that a change is written in few bits onto values that were in few bits before."""
+
+    def coarse(name: str) -> bool:
+        became = model.mapped.sources.get(name, ())
+        return any(kinds[one] in TYPES and bits_per_weight(TYPES[kinds[one]]) < GRID_BITS for one in became)
+
+    lost = [name for name in touched if name in base and coarse(name) and on_four_bits(base[name])]
+    if not lost:
+        return []
+    what = f"{len(lost)} tensors that the adapter changes hold values of a 4-bit grid, as '{lost[0]}'"
+    if yes_lossy:
+        return [f"{what}; written on a coarse grid again, much of the change is rounded away"]
+    raise UsageError(
+        f"{what}; written on a coarse grid again most of the change would be rounded away",
+        f"merge into the 16-bit original, or add {option('keep_touched', 'Q8_0')}, or "
+        f"{option('yes_lossy', True)} to do it all the same",
+    )
 
 
 def _packed(

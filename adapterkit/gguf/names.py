@@ -137,7 +137,7 @@ class GGUFNames(Names):
         return Layout(tuple(shape), lead, tuple(sorted(pieces, key=lambda piece: (piece.row, piece.column))))
 
     def columns_of(self, tensor: str) -> Strided | None:
-        """Which columns of the checkpoint's matrix those of a GGUF tensor are, where their order is another."""
+        """Column permutation from a GGUF tensor to the checkpoint's matrix, or None if the order is the same."""
         array = self._mapped.arrays.get(tensor)
         box = array.boxes[0] if array is not None and len(array.boxes) == 1 else None
         return box.columns if box is not None and not box.values and not _all_columns(box) else None

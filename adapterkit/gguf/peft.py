@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.change import matrix
 from adapterkit.adapters.keys import PREFIX
 from adapterkit.adapters.names import Names
-from adapterkit.errors import TargetError, UsageError
+from adapterkit.errors import TargetError, UsageError, option
 from adapterkit.gguf.checkpoint import GGUFCheckpoint
 from adapterkit.gguf.hf import gguf_names
 from adapterkit.gguf.lora import ALPHA, PlannedFactor, lora_of
@@ -63,7 +63,9 @@ def to_peft(lora: GGUFCheckpoint, base: Checkpoint) -> tuple[list[Tensor], dict[
     if isinstance(base, GGUFCheckpoint):
         raise UsageError(f"{base.ref} has no module names", "give the Hugging Face folder or id of the base")
     if lora.header.get("adapter.type") != "lora":
-        raise UsageError(f"{lora.ref} is not a GGUF LoRA", "give the file that was made with --to gguf-lora")
+        raise UsageError(
+            f"{lora.ref} is not a GGUF LoRA", f"give the file that was made with {option('to', 'gguf-lora')}"
+        )
     return peft_of(lora, gguf_names(base), base.ref)
 
 

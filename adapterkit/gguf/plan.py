@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.plan import BASELINE_MEMORY, WORKER_MEMORY, Chunk, Plan, PlannedFile, step_of
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, option
 from adapterkit.gguf.metadata import Entry, entry, file_start, tensor_info, u16
 from adapterkit.gguf.reader import I32
 from adapterkit.gguf.tensors import kind_of
@@ -53,7 +53,9 @@ def plan_gguf(
     """
     groups = _groups(layout.tensors, max_shard_size)
     if len(groups) > 0xFFFF:
-        raise UsageError(f"{len(groups)} parts are more than a GGUF set may have", "choose a larger --max-shard-size")
+        raise UsageError(
+            f"{len(groups)} parts are more than a GGUF set may have", f"choose a larger {option('max_shard_size')}"
+        )
     files = []
     for number, tensors in enumerate(groups):
         # Metadata stands in the first part; each part needs to know where its own data begins.

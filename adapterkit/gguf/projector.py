@@ -7,7 +7,7 @@ from pathlib import Path
 
 from adapterkit import disk
 from adapterkit.checkpoint.files import LocalFile
-from adapterkit.errors import NotFound, OutputError, UsageError
+from adapterkit.errors import NotFound, OutputError, UsageError, option
 from adapterkit.gguf.checkpoint import read_header
 
 
@@ -43,7 +43,7 @@ class Projector:
         if self._target.resolve() == out.resolve():
             raise UsageError(f"{given} has the name of the output", "name the output otherwise")
         if self._target.exists() and not self._target.samefile(self._path) and not force:
-            raise OutputError(f"{self._target} exists", "remove it, or add --force")
+            raise OutputError(f"{self._target} exists", f"remove it, or add {option('force', True)}")
 
     def copy(self) -> None:
         """Copy it; the copy appears whole or not at all."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import NotFound, UsageError
+from adapterkit.errors import NotFound, UsageError, option
 from adapterkit.gguf.checkpoint import SPLIT_KEYS, GGUFCheckpoint
 from adapterkit.gguf.filetypes import FILE_TYPES, file_type
 from adapterkit.gguf.metadata import Entry, kept, text, u32
@@ -36,6 +36,7 @@ class Quantization:
         tensor_types: (regular expression, type) pairs that go before the mix.
         output_type, token_embedding_type: of those tensors.
         leave_output: ``output.weight`` keeps its type.
+        include_weights, exclude_weights: parts of names of tensors that alone get, or do not get, their importance.
         keep_touched: the type of tensors that an adapter changed, unless the mix gives them more bits.
         keep_below: only of those whose change would come out with a cosine below this; None keeps all of them.
         yes_lossy: write tensors back onto coarse grids all the same.
@@ -48,17 +49,27 @@ class Quantization:
     output_type: str | None = None
     token_embedding_type: str | None = None
     leave_output: bool = False
+    include_weights: tuple[str, ...] = ()
+    exclude_weights: tuple[str, ...] = ()
     keep_touched: str | None = None
     keep_below: float | None = None
     yes_lossy: bool = False
 
     def __post_init__(self) -> None:
+        if self.include_weights and self.exclude_weights:
+            raise UsageError(
+                f"{option('include_weights')} and {option('exclude_weights')} contradict each other", "give one of them"
+            )
         if self.keep_below is None:
             return
         if self.keep_touched is None:
-            raise UsageError("--keep-below says which tensors are kept wider", "add --keep-touched, as in Q8_0")
+            raise UsageError(
+                f"{option('keep_below')} says which tensors are kept wider", f"add {option('keep_touched')}, as in Q8_0"
+            )
         if not 0 < self.keep_below <= 1:
-            raise UsageError(f"--keep-below {self.keep_below:g} is no cosine", "give a number between 0 and 1, as 0.5")
+            raise UsageError(
+                f"{option('keep_below')} {self.keep_below:g} is no cosine", "give a number between 0 and 1, as 0.5"
+            )
 
     def request(self) -> dict[str, Any]:
         """The options as JSON, for a plan file."""
@@ -67,7 +78,13 @@ class Quantization:
 
     @classmethod
     def of_request(cls, data: Mapping[str, Any]) -> Quantization:
-        return cls(**{**data, "tensor_types": tuple((a, b) for a, b in data["tensor_types"])})
+        return cls(
+            **{
+                **data,
+                **{name: tuple(data.get(name, ())) for name in ("include_weights", "exclude_weights")},
+                "tensor_types": tuple((a, b) for a, b in data["tensor_types"]),
+            }
+        )
 
 
 def parse_tensor_type(given: str) -> tuple[str, str]:
@@ -101,14 +118,14 @@ class TypeInputs:
         hparams: ``n_layer``, ``n_expert``, ``n_head``, ``n_head_kv``.
         now: the type that each tensor has, or would have in a file that is not quantized.
         entries: key-values without those of the types.
-        drowned: the changed tensors that are to be kept wider, where that was measured.
+        too_lossy: the changed tensors that are to be kept wider, where that was measured.
     """
 
     arch: str
     hparams: Mapping[str, Any]
     now: Mapping[str, str]
     entries: tuple[Entry, ...] = ()
-    drowned: frozenset[str] | None = None
+    too_lossy: frozenset[str] | None = None
 
 
 def typed(
@@ -116,7 +133,7 @@ def typed(
     base: GGUFCheckpoint,
     asked: Quantization,
     touched: Sequence[str] = (),
-    drowned: frozenset[str] | None = None,
+    too_lossy: frozenset[str] | None = None,
 ) -> Typed:
     """Give every tensor of a view of ``base`` its type.
 
@@ -125,7 +142,7 @@ def typed(
         base: where the tensors' present types and the metadata are.
         asked: the user's wishes.
         touched: tensors that an adapter changed.
-        drowned: see `TypeInputs`.
+        too_lossy: see `TypeInputs`.
 
     Raises:
         UsageError: a wish that cannot be met, or one that would lose what was trained.
@@ -140,7 +157,7 @@ def typed(
     }
     changed = [FILE_TYPE, QUANTIZATION_VERSION] if asked.mix is not None else []
     entries = kept(base.header, without=(*SPLIT_KEYS, *changed))
-    found = typed_from(view, TypeInputs(base.arch, hparams, now, tuple(entries), drowned), asked, touched)
+    found = typed_from(view, TypeInputs(base.arch, hparams, now, tuple(entries), too_lossy), asked, touched)
     if asked.mix is not None or QUANTIZATION_VERSION in base.header.keys:
         return found
     if any(TYPES[kind].is_quantized for kind in found.types):
@@ -153,9 +170,9 @@ def typed_from(
 ) -> Typed:
     """The same for a view whose types and metadata come from elsewhere."""
     wanted = _wanted(view, origin, asked)
-    for name in touched if origin.drowned is None else sorted(origin.drowned):
+    for name in touched if origin.too_lossy is None else sorted(origin.too_lossy):
         wanted[name] = _for_touched(wanted[name], view[name].shape[-1], asked)
-    lost = _check_loss(wanted, origin.now, set(touched), asked, measured=origin.drowned is not None)
+    lost = _check_loss(wanted, origin.now, set(touched), asked, measured=origin.too_lossy is not None)
     matrix = _importance(asked, wanted)
     order = sorted(view, key=place) if asked.mix else list(view)
     tensors = [_tensor(view[name], TYPES[wanted[name]], matrix, name in touched) for name in order]
@@ -170,7 +187,10 @@ def _wanted(view: Mapping[str, Tensor], origin: TypeInputs, asked: Quantization)
     options = (asked.imatrix, asked.pure, asked.tensor_types, asked.output_type, asked.token_embedding_type)
     if asked.mix is None:
         if any((*options, asked.leave_output)):
-            raise UsageError("options of a quantization were given without one", "add --quant, as in --quant Q4_K_M")
+            raise UsageError(
+                "options of a quantization were given without one",
+                f"add {option('quant')}, as in {option('quant', 'Q4_K_M')}",
+            )
         return dict(now)
     mix, _ = file_type(asked.mix)
     found = choose_types(
@@ -191,7 +211,7 @@ def _wanted(view: Mapping[str, Tensor], origin: TypeInputs, asked: Quantization)
         )
         if bare is not None:
             raise UsageError(
-                f"'{bare}' as {found[bare]} needs an importance matrix", "add --imatrix, or choose more bits"
+                f"'{bare}' as {found[bare]} needs an importance matrix", f"add {option('imatrix')}, or choose more bits"
             )
     return found
 
@@ -211,23 +231,26 @@ def _check_loss(
     def coarse(kind: str) -> bool:
         return bits_per_weight(TYPES[kind]) < GRID_BITS
 
-    drowned = [name for name in touched if coarse(now[name]) and coarse(wanted[name]) and not measured]
+    too_lossy = [name for name in touched if coarse(now[name]) and coarse(wanted[name]) and not measured]
     again = [name for name in wanted if name not in touched and coarse(now[name]) and wanted[name] != now[name]]
-    if drowned and not asked.yes_lossy:
-        first = sorted(drowned, key=place)[0]
+    if too_lossy and not asked.yes_lossy:
+        first = sorted(too_lossy, key=place)[0]
         raise UsageError(
-            f"{len(drowned)} tensors that the adapter changes lie on a grid coarser than what it learnt, as '{first}' in "
+            f"{len(too_lossy)} tensors that the adapter changes lie on a grid coarser than what it learnt, as '{first}' in "
             f"{now[first]}; written back as {wanted[first]} most of the change would be rounded away",
-            "merge into the 16-bit or Q8_0 file, or add --keep-touched Q8_0, or --yes-lossy to do it all the same",
+            f"merge into the 16-bit or Q8_0 file, or add {option('keep_touched', 'Q8_0')}, or "
+            f"{option('yes_lossy', True)} to do it all the same",
         )
     if again and not asked.yes_lossy:
         raise UsageError(
             f"{len(again)} tensors are quantized already, as '{again[0]}' in {now[again[0]]}, and would be a second time",
-            "start from the 16-bit or Q8_0 file, or add --yes-lossy to do it all the same",
+            f"start from the 16-bit or Q8_0 file, or add {option('yes_lossy', True)} to do it all the same",
         )
     notes = []
-    if drowned:
-        notes.append(f"{len(drowned)} changed tensors went back onto coarse grids; much of the change is rounded away")
+    if too_lossy:
+        notes.append(
+            f"{len(too_lossy)} changed tensors went back onto coarse grids; much of the change is rounded away"
+        )
     if again:
         notes.append(f"{len(again)} tensors were quantized a second time, which loses more than once from 16 bits")
     return notes
@@ -243,6 +266,13 @@ def _importance(asked: Quantization, wanted: Mapping[str, str]) -> Importance | 
     found = load_importance(Path(asked.imatrix))
     if not any(name in found.values for name in wanted):
         raise UsageError(f"{asked.imatrix} names no tensor of this model", "use the one made for it")
+    for parts, keep in ((asked.include_weights, True), (asked.exclude_weights, False)):
+        lost = next((part for part in parts if not any(part in name for name in found.values)), None)
+        if lost is not None:
+            raise UsageError(f"{asked.imatrix} has no tensor with '{lost}' in its name", "correct it")
+        if parts:
+            kept = {name: value for name, value in found.values.items() if any(p in name for p in parts) is keep}
+            found = replace(found, values=kept)
     return found
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.tensor import BLOCK, Cast, Stored, Tensor
 from adapterkit.dtypes import DTYPES, F32, DType
-from adapterkit.errors import CheckpointError
+from adapterkit.errors import CheckpointError, option
 from adapterkit.gguf.types import TYPES, GGMLType
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ class FiniteCast(Cast):
             column,
         )
         if torch.isfinite(wide[first]):
-            error.hint = "write --dtype bf16 or f32"
+            error.hint = f"write {option('dtype', 'bf16')} or f32"
         raise error
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import RegistryError
+from adapterkit.errors import RegistryError, option
 from adapterkit.hub.files import is_local
 from adapterkit.registry import verification
 from adapterkit.registry.canonical import thaw
@@ -46,11 +46,13 @@ def _split(data: bytes, where: str) -> tuple[dict[str, Any], str]:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
-        raise RegistryError(f"{where} is not text in UTF-8", "save it again, or push with --replace-card") from None
+        raise RegistryError(
+            f"{where} is not text in UTF-8", f"save it again, or push with {option('replace_card', True)}"
+        ) from None
     found = _FRONT.match(text)
     if found is None:
         return {}, text
-    hint = "repair it, or push with --replace-card"
+    hint = f"repair it, or push with {option('replace_card', True)}"
     if len(found[1]) > _MOST:
         raise RegistryError(f"the front matter of {where} is longer than {_MOST} characters", hint)
     try:

@@ -15,7 +15,7 @@ from adapterkit import disk
 from adapterkit.checkpoint.files import LocalFile
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG
 from adapterkit.checkpoint.header import parse_header
-from adapterkit.errors import CheckFailed, UnsafeError
+from adapterkit.errors import CheckFailed, UnsafeError, option
 from adapterkit.redaction import check_public
 from adapterkit.registry.beside import beside_bytes
 from adapterkit.registry.canonical import sha256
@@ -154,7 +154,8 @@ def _without_local_paths(path: str, data: bytes, record: Record) -> tuple[bytes 
             notes.append(f"{path}: {key} was a path of this machine and now says {base}")
         elif path == ADAPTER_CONFIG:
             raise UnsafeError(
-                f"{path} names its base by a path of this machine ({key})", "say which it is with --base-id ORG/NAME"
+                f"{path} names its base by a path of this machine ({key})",
+                f"say which it is with {option('base_id', 'ORG/NAME')}",
             )
         else:
             del config[key]

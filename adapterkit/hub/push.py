@@ -20,6 +20,7 @@ from adapterkit.errors import (
     RegistryError,
     UnsafeError,
     UsageError,
+    option,
 )
 from adapterkit.hub.card import card
 from adapterkit.hub.files import CARD, Prepared, Upload, prepare
@@ -153,7 +154,9 @@ class _Push:
             self.api.create_repo(self.repo, private=private, exist_ok=True)
             head = self._info()
         if private and not head.private:
-            raise UnsafeError(f"{self.repo} is public", "make it private on the Hub first, or leave out --private")
+            raise UnsafeError(
+                f"{self.repo} is public", f"make it private on the Hub first, or leave out {option('private', True)}"
+            )
         return head
 
     def _card(self, head: Any, there: dict[str, str]) -> Upload:
@@ -344,7 +347,7 @@ def _folder(path: Path) -> tuple[Record, list[tuple[FileEntry, Path]]]:
         return replace(beside, files=files, name="", version=0), found
     told = describe(path)
     if not told.kind:
-        raise UsageError(f"{path} does not tell what it is", "register it with --kind and push it by name")
+        raise UsageError(f"{path} does not tell what it is", f"register it with {option('kind')} and push it by name")
     return Record(told.kind, files, method=told.method, parameters=dict(told.parameters), base=told.base), found
 
 
@@ -352,8 +355,10 @@ def _with_base(record: Record, base_id: str) -> Record:
     from adapterkit.registry.identity import Identity
 
     if not is_repo(base_id) or "/" not in base_id:
-        raise UsageError(f"'{base_id}' is not a Hub id", "give --base-id like org/name")
+        raise UsageError(f"'{base_id}' is not a Hub id", f"give {option('base_id')} like org/name")
     known = record.base or Identity()
     if known.id not in ("", base_id):
-        raise UsageError(f"the record says that the base is {known.id}, and not {base_id}", "leave out --base-id")
+        raise UsageError(
+            f"the record says that the base is {known.id}, and not {base_id}", f"leave out {option('base_id')}"
+        )
     return replace(record, base=replace(known, id=base_id))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, option
 
 CPU = "cpu"
 _NAME = re.compile(r"cpu|cuda(?::(\d{1,3}))?")
@@ -34,7 +34,9 @@ def check_there(device: str) -> None:
 
     if not torch.cuda.is_available():
         built = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no CUDA device here"
-        raise UsageError(f"{device} cannot be used: {built}", "leave out --device, or install torch with CUDA")
+        raise UsageError(
+            f"{device} cannot be used: {built}", f"leave out {option('device')}, or install torch with CUDA"
+        )
     count = torch.cuda.device_count()
     if int(found[1] or 0) >= count:
         raise UsageError(f"there is no {device} here: devices are numbered from 0, and there are {count}", "use cuda:0")

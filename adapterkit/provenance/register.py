@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.load import is_adapter
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.hub_ref import parse_hub
-from adapterkit.errors import CheckFailed, NotFound, UsageError
+from adapterkit.errors import CheckFailed, NotFound, UsageError, option
 from adapterkit.redaction import check_public
 from adapterkit.registry.beside import beside_path, read_beside
 from adapterkit.registry.identity import Identity, compare
@@ -50,7 +50,7 @@ def register(request: RegisterRequest) -> Registered:
     known = None if base is None else _base_identity(base, base_id, folder, full, home)
     if base is None and base_id:
         if beside is None or beside.base is None:
-            raise UsageError(f"nothing says which weights {base_id} has", "give the base itself with --base")
+            raise UsageError(f"nothing says which weights {base_id} has", f"give the base itself with {option('base')}")
         known = _named(beside.base, base_id)
     if known is None and beside is not None:
         known = beside.base
@@ -180,9 +180,9 @@ def _named(identity: Identity, repo: str) -> Identity:
     if not repo:
         return identity
     if not is_repo(repo):
-        raise UsageError(f"'{repo}' is not a Hub id", "give --base-id like org/name")
+        raise UsageError(f"'{repo}' is not a Hub id", f"give {option('base_id')} like org/name")
     if identity.id not in ("", repo):
-        raise UsageError(f"the base is {identity.id} on the Hub, and not {repo}", "leave out --base-id")
+        raise UsageError(f"the base is {identity.id} on the Hub, and not {repo}", f"leave out {option('base_id')}")
     return replace(identity, id=repo)
 
 
@@ -205,6 +205,6 @@ def _own_identity(folder: Path, beside: Record | None, full: bool) -> Identity |
     if said is not None and compare(said, found).fits is False:
         raise CheckFailed(
             f"{beside_path(folder)} describes other weights than are there, so it is not about these files",
-            "restore the files, or register with --ignore-record",
+            f"restore the files, or register with {option('ignore_record', True)}",
         )
     return replace(found, id="", commit="", files=())

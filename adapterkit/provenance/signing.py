@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
-from adapterkit.errors import CheckFailed, NotFound, OutputError, UnsafeError, UsageError
+from adapterkit.errors import CheckFailed, NotFound, OutputError, UnsafeError, UsageError, option
 from adapterkit.registry import blobs, resolve
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.record import NOT_CONTENT, FileEntry, Record
@@ -124,7 +124,7 @@ def _path(target: str | Path) -> Path | None:
 def _key(key: str | Path, which: str) -> Path:
     path = Path(key).expanduser()
     if not path.is_file():
-        raise NotFound(f"the {which} key {path} does not exist", "openssl makes keys; see sign --help")
+        raise NotFound(f"the {which} key {path} does not exist", "openssl makes keys: see adapterkit sign --help")
     return path
 
 
@@ -181,7 +181,7 @@ def _sign(model: Path, signature: Path, private: Path, *, links: bool, besides: 
 def _verify(model: Path, signature: Path, public: Path, what: str, *, links: bool = False) -> int:
     """How many files the signature holds for."""
     if not signature.is_file():
-        raise NotFound(f"{what} has no signature {signature}", "sign it, or give it with --signature")
+        raise NotFound(f"{what} has no signature {signature}", f"sign it, or give it with {option('signature')}")
     from cryptography.exceptions import InvalidSignature
 
     config = _package("verifying").Config()

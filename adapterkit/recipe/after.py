@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
-from adapterkit.errors import CheckFailed, OutputError
+from adapterkit.errors import CheckFailed, OutputError, option
 from adapterkit.provenance.record import created
 from adapterkit.recipe.carry import How, Pins, opened_as, request_of
 from adapterkit.recipe.parse import RecipeFile
@@ -237,7 +237,9 @@ def check_pages(file: RecipeFile, steps: tuple[Step, ...], written: Mapping[str,
         path = page_of(file, step.verify.html)
         before = written.get(step.verify.html)
         if os.path.lexists(path) and (before is None or not path.is_file() or disk.hash_file(path)[0] != before):
-            raise OutputError(f"{path} exists, and this recipe did not write it", "move it away, or use --force")
+            raise OutputError(
+                f"{path} exists, and this recipe did not write it", f"move it away, or use {option('force', True)}"
+            )
 
 
 def _summary(found: VerifyReport) -> str:

@@ -19,7 +19,7 @@ from adapterkit.checkpoint.folder import ADAPTER_CONFIG, read_index, side_names,
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.checkpoint.listing import LocalFolder
 from adapterkit.checkpoint.open import locate
-from adapterkit.errors import CheckFailed, NotFound, RecipeError
+from adapterkit.errors import CheckFailed, NotFound, RecipeError, option
 from adapterkit.recipe.parse import OPTIONS, RecipeFile, shown
 from adapterkit.recipe.schema import Table, known_options
 from adapterkit.recipe.state import State, digest_of, key_of
@@ -98,14 +98,17 @@ def read_lock(path: Path) -> Lock | None:
     try:
         data = json.loads(path.read_bytes())
         if data.pop("format") != FORMAT:
-            raise RecipeError(f"{path} is of another version of adapterkit", "build without --locked to write it anew")
+            raise RecipeError(
+                f"{path} is of another version of adapterkit",
+                f"build without {option('locked', True)} to write it anew",
+            )
         inputs = {name: Pinned(**entry) for name, entry in data.pop("inputs").items()}
         outputs = {name: Locked(**entry) for name, entry in data.pop("outputs").items()}
         return Lock(inputs=inputs, outputs=outputs, **data)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        hint = "restore it, or delete it and build without --locked"
+        hint = f"restore it, or delete it and build without {option('locked', True)}"
         raise RecipeError(f"{path} is not a lock file, or a damaged one", hint, (str(path), 1)) from None
 
 
@@ -235,7 +238,7 @@ def check_locked(path: Path, before: Lock | None, now: Lock) -> None:
         CheckFailed: something moved; the sentence names it.
     """
     if before is None:
-        raise NotFound(f"{path} does not exist", "build once without --locked and commit the lock")
+        raise NotFound(f"{path} does not exist", f"build once without {option('locked', True)} and commit the lock")
     moved = []
     if before.recipe != now.recipe:
         moved.append("the recipe changed")
@@ -249,7 +252,7 @@ def check_locked(path: Path, before: Lock | None, now: Lock) -> None:
         more = f" (and {len(moved) - 4} more)" if len(moved) > 4 else ""
         raise CheckFailed(
             f"{path} is of something else: {'; '.join(moved[:4])}{more}",
-            "restore it, or build without --locked to move the lock",
+            f"restore it, or build without {option('locked', True)} to move the lock",
             (str(path), 1),
         )
 
@@ -287,7 +290,7 @@ def check_outputs(path: Path, before: Lock, outputs: Mapping[str, Locked]) -> li
         if before.machine not in ("", here):
             notes.append(f"{what}: it was made on {before.machine}, and this is {here}")
             continue
-        hint = "build without --locked to see what changed, and look at the versions of what computes"
+        hint = f"build without {option('locked', True)} to see what changed, and look at the versions of what computes"
         raise CheckFailed(what, hint, (str(path), 1))
     return notes
 

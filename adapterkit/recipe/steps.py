@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from adapterkit.adapters.load import file_and_parts
 from adapterkit.checkpoint.hub_ref import parse_hub
-from adapterkit.errors import AdapterkitError, NotFound, RecipeError, UnsafeError
+from adapterkit.errors import AdapterkitError, NotFound, RecipeError, UnsafeError, option
 from adapterkit.places import local
 from adapterkit.recipe.parse import Place, RecipeFile, key_of, nearest, shown
 from adapterkit.recipe.schema import BaseChoice, Combining, OutputTable, Table, VerifyTable, known_options
@@ -407,7 +407,7 @@ def check_inside(file: RecipeFile, steps: Sequence[Step]) -> None:
                 if not _real(path.parent).joinpath(path.name).is_relative_to(project):
                     raise UnsafeError(
                         f"{shown(place)} lies outside of the recipe's folder, at {path}",
-                        "give it a path in there, or allow it with --outside",
+                        f"give it a path in there, or allow it with {option('outside', True)}",
                     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from adapterkit import disk
-from adapterkit.errors import CheckFailed, RegistryError
+from adapterkit.errors import CheckFailed, RegistryError, option
 from adapterkit.registry.record import BESIDE, NOT_CONTENT, FileEntry, OpaqueRecord, Record, read
 
 
@@ -58,5 +58,5 @@ def check_beside(path: Path, beside: Record, entries: Iterable[FileEntry]) -> No
     if wrong := sorted(name for name in said if said[name] != here.get(name)):
         raise CheckFailed(
             f"{beside_path(path)} describes another {wrong[0]} than is there, so its evidence is not about these files",
-            "restore the file, or register with --ignore-record",
+            f"restore the file, or register with {option('ignore_record', True)}",
         )

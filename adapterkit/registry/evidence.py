@@ -63,7 +63,7 @@ def attach_evidence(target: str | Path, kind: str, figures: Mapping[str, Any], *
     at = open_home(home)
     found = resolve.find(at, target)
     if found.version in at.hidden_versions(found.name):
-        raise UsageError(f"{found.ref} was removed and gets no evidence", "bring it back with remove --restore first")
+        raise UsageError(f"{found.ref} was removed and gets no evidence", "first: adapterkit remove --restore REF")
     added = register_record(_with(found, kind, figures), found.name, home=home)
     return Attached(added.record, ref=added.record.ref, new=added.new)
 

@@ -168,7 +168,9 @@ def _append(home: Home, current: Move | None, step: Move) -> None:
         found = tail.rfind(current.line) if current else 0
         end = found + len(current.line) if current else 0
         if found < 0 or start + end > size or tail[end:].count(b"\n") > 1 or (not current and start):
-            raise RegistryError(f"{path} does not end with where {step.name}@{step.alias} is", "run fsck --repair")
+            raise RegistryError(
+                f"{path} does not end with where {step.name}@{step.alias} is", "run adapterkit fsck --repair"
+            )
         os.ftruncate(fd, start + end)
         os.lseek(fd, start + end, os.SEEK_SET)
         disk.write_all(fd, step.line)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, option
 from adapterkit.registry import blobs, store
 from adapterkit.registry.beside import check_beside, read_beside
 from adapterkit.registry.gather import Described, describe, gather
@@ -65,7 +65,7 @@ def register(
     kind = kind or (beside.kind if beside else told.kind)
     if not kind:
         raise UsageError(
-            f"{path} does not tell what it is", "say it with --kind adapter, merged, combined or quantized"
+            f"{path} does not tell what it is", f"say it with {option('kind')} adapter, merged, combined or quantized"
         )
     at = open_home(home)
     at.create()

@@ -33,9 +33,11 @@ class Format:
 
 
 _SHARDS = frozenset({"max_shard_size"})
-_GGUF = frozenset({"pre", "mmproj", "allow_approximate"})
+_SAID = frozenset({"model_name", "metadata", "override_kv"})
+_GGUF = frozenset({"pre", "mmproj", "allow_approximate"}) | _SAID
 _TYPES = frozenset(
     {"quant", "imatrix", "pure", "tensor_types", "output_type", "token_embd_type", "leave_output", "yes_lossy"}
+    | {"tensor_type_file", "include_weights", "exclude_weights"}
 )
 FORMATS = {
     row.name: row
@@ -51,7 +53,7 @@ FORMATS = {
             "mmproj",
             "mmproj:plan",
             "the tower of a model that sees or hears, as llama.cpp loads it beside the text",
-            _TYPES | {"dtype"},
+            _TYPES | _SAID | {"dtype"},
         ),
         Format("hf", "hf:plan", "a GGUF model as Hugging Face folder", _SHARDS | {"dtype"}),
         Format(

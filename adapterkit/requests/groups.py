@@ -231,6 +231,13 @@ class Ruled(Request):
         return BoundRule(self.method, self.space, self.scale, dict(self.parameters))
 
 
+def _types() -> Iterable[str]:
+    from adapterkit.codecs.kinds import WRITTEN
+    from adapterkit.gguf.filetypes import FILE_TYPES
+
+    return (*WRITTEN, "keep", *FILE_TYPES)
+
+
 # The options that make a `Quantization`, and its fields where they have another name.
 _TYPES = {"quant": "mix", "token_embd_type": "token_embedding_type"}
 
@@ -246,9 +253,9 @@ class Types(Request):
     quant: str | None = field(
         default=None,
         metadata=opt(
-            "Types of a GGUF output, as llama-quantize gives them (Q4_K_M, Q8_0). Of a folder: nf4, fp4, int8, fp8, or "
-            "keep for the base's own format.",
-            role=BYTES, group=OUTPUT, metavar="TYPE", recipe="output.quant",
+            "Types of a GGUF output, as llama-quantize gives them (Q4_K_M, Q8_0); several, as Q8_0,Q4_K_M, make a file for "
+            "each in one pass. Of a folder: nf4, fp4, int8, fp8, or keep for the base's own format.",
+            role=BYTES, group=OUTPUT, metavar="TYPE", choices=_types, open=True, recipe="output.quant",
         ),
     )  # fmt: skip
     imatrix: Ref | None = field(
@@ -269,6 +276,28 @@ class Types(Request):
         metadata=opt(
             "Type of the tensors that match; may be given again.", PAIRS,
             role=BYTES, group=GGUF_TYPES, flag="--tensor-type", metavar="REGEX=TYPE", recipe="output.tensor-types",
+        ),
+    )  # fmt: skip
+    tensor_type_file: Ref | None = field(
+        default=None,
+        metadata=opt(
+            "The same from a file of such lines; what --tensor-type says goes before it.", PATH,
+            role=BYTES, group=GGUF_TYPES, metavar="FILE", recipe="output.tensor-type-file",
+            elsewhere={"record": "its lines are among the tensor types there"},
+        ),
+    )  # fmt: skip
+    include_weights: tuple[str, ...] | str = field(
+        default=(),
+        metadata=opt(
+            "Take the importance matrix for tensors with this in their name alone; may be given again.",
+            role=BYTES, group=GGUF_TYPES, many=True, metavar="NAME", needs=("imatrix",), recipe="output.include-weights",
+        ),
+    )  # fmt: skip
+    exclude_weights: tuple[str, ...] | str = field(
+        default=(),
+        metadata=opt(
+            "Leave the importance matrix aside for tensors with this in their name; may be given again.",
+            role=BYTES, group=GGUF_TYPES, many=True, metavar="NAME", needs=("imatrix",), recipe="output.exclude-weights",
         ),
     )  # fmt: skip
     output_type: str | None = field(
@@ -322,19 +351,24 @@ class Types(Request):
             UsageError: no such type, or options that contradict each other.
         """
         names = [name for name in _TYPE_NAMES if name in self.options()]
-        if not any(getattr(self, name) for name in names):
+        if not any(getattr(self, name) for name in (*names, "tensor_type_file")):
             return None
         from adapterkit.gguf.quantize import Quantization
         from adapterkit.gguf.types import ggml_type
 
         given = {_TYPES.get(name, name): getattr(self, name) for name in names}
         given["tensor_types"] = tuple((pattern, ggml_type(kind).name) for pattern, kind in given["tensor_types"])
+        if self.tensor_type_file is not None:
+            from adapterkit.gguf.said import read_pairs
+
+            given["tensor_types"] += read_pairs(str(self.tensor_type_file))
         found = Quantization(**given)
         return None if found == Quantization() else found
 
 
 _TYPE_NAMES = (
     *("quant", "imatrix", "pure", "tensor_types", "output_type", "token_embd_type", "leave_output"),
+    *("include_weights", "exclude_weights"),
     *("keep_touched", "keep_below", "yes_lossy"),
 )
 
@@ -376,6 +410,27 @@ class GGUFOutput(Request):
             role=BYTES, group=GGUF_TYPES, metavar="NAME", recipe="output.pre",
         ),
     )  # fmt: skip
+    model_name: str | None = field(
+        default=None,
+        metadata=opt(
+            "The model's name in the metadata (general.name).",
+            role=BYTES, group=GGUF_TYPES, flag="--name", metavar="NAME", recipe="output.model-name",
+        ),
+    )  # fmt: skip
+    metadata: Ref | None = field(
+        default=None,
+        metadata=opt(
+            "A JSON file of metadata, its keys like general.author.", PATH,
+            role=BYTES, group=GGUF_TYPES, metavar="FILE", recipe="output.metadata",
+        ),
+    )  # fmt: skip
+    override_kv: tuple[str, ...] | str = field(
+        default=(),
+        metadata=opt(
+            "One key of the metadata, as llama.rope.freq_base=float:500000; may be given again.",
+            role=BYTES, group=GGUF_TYPES, many=True, metavar="KEY=TYPE:VALUE", recipe="output.override-kv",
+        ),
+    )  # fmt: skip
     allow_approximate: tuple[str, ...] | str = field(
         default=(),
         metadata=opt(
@@ -399,6 +454,17 @@ class GGUFOutput(Request):
             role=RUN, group=BESIDE, flag="--for", choices=_with_file, metavar="SERVER", recipe="output.for",
         ),
     )  # fmt: skip
+
+    @property
+    def said(self) -> tuple[Any, ...]:
+        """The metadata that options give, as entries of a GGUF file.
+
+        Raises:
+            NotFound, UsageError: see `adapterkit.gguf.said.said`.
+        """
+        from adapterkit.gguf.said import said
+
+        return said(self.model_name, None if self.metadata is None else str(self.metadata), self.override_kv)
 
     @property
     def makes_tower(self) -> bool:

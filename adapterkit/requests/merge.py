@@ -231,7 +231,7 @@ _IN_TYPES = {
         "keep_touched",
         "keep_below",
     ),
-    *("yes_lossy", "mmproj"),
+    *("yes_lossy", "mmproj", "tensor_type_file", "include_weights", "exclude_weights"),
 }
 """Options that a record has inside ``quantization``, and the file beside, which has no part in the bytes."""
 

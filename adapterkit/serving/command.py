@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.errors import NotFound, UsageError
+from adapterkit.errors import NotFound, UsageError, option
 from adapterkit.registry import resolve
 from adapterkit.registry.checkout import checkout
 from adapterkit.registry.home import open_home
@@ -79,7 +79,9 @@ def serve_args(
         on = base or _base(adapters, server, row)
         each = [row.each.format(name=r.name, path=path) for r, path in zip(records, quoted, strict=True)]
         if row.between == "," and any("," in path for path in paths):
-            raise UsageError(f"{server} takes paths apart at commas, and {paths[0]} has one", "use --copy DIR")
+            raise UsageError(
+                f"{server} takes paths apart at commas, and {paths[0]} has one", f"use {option('copy', 'DIR')}"
+            )
         text = row.adapters.format(
             base=shlex.quote(on) if row.shell else on,
             each=row.between.join(each),
@@ -113,7 +115,7 @@ def _base(adapters: Sequence[Record], server: str, row: Launch) -> str:
     if len(ids) > 1:
         raise UsageError(f"these adapters are of several bases ({', '.join(sorted(ids))})", "serve them apart")
     if not ids or not row.hub:
-        hint = "give it with --base: a GGUF file" if row.gguf else "give it with --base"
+        hint = f"give it with {option('base')}" + (": a GGUF file" if row.gguf else "")
         raise NotFound(f"nothing says what {server} is to load as the base", hint)
     return ids.pop()
 

@@ -115,6 +115,7 @@ def check(request: CheckRequest) -> CheckReport:
     touched, refused, found = _merged(request, opened, loaded)
     findings += found
     if row is not None:
+        findings += _runtime(row, opened, loaded)
         for adapter in loaded:
             findings += _expectations(adapter, opened, row)
     ok = all(finding.level != ERROR for finding in findings)
@@ -255,6 +256,24 @@ def _consequences(adapter: Adapter, folded: Folded, notes: Sequence[str]) -> lis
         found.append(Diagnostic(NOTE, "vocabulary", adapter.ref, f"the vocabulary changes from {old} to {new} rows"))
     if folded.added:
         found.append(Diagnostic(NOTE, "added", adapter.ref, f"new tensors: {', '.join(folded.added[:5])}"))
+    return found
+
+
+def _runtime(server: Server, base: Checkpoint, adapters: Sequence[Adapter]) -> list[Diagnostic]:
+    """What a server that runs GGUF files computes of the base's config, and which factors it would not look for."""
+    if server.file is None:  # it runs no GGUF files
+        return []
+    from adapterkit.gguf.runtime import config_refusal, unheard
+
+    found = []
+    refused = config_refusal(base)
+    if refused is not None:
+        found.append(Diagnostic(ERROR, f"{server.name}-config", base.ref, refused.message, refused.hint))
+    for adapter in adapters:
+        for parameter, tensor in unheard(base, adapter)[:1]:
+            message = f"{server.name} applies no LoRA to '{tensor}', so a LoRA file would leave out {parameter}"
+            fix = "merge it: adapterkit merge BASE ADAPTER -o merged.gguf"
+            found.append(Diagnostic(WARNING, f"{server.name}-unheard", adapter.ref, message, fix))
     return found
 
 

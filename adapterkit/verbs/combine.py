@@ -13,7 +13,7 @@ from adapterkit.adapters.merged import StoredWeights
 from adapterkit.adapters.write_peft import Extras, InMemory, peft_config
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.dtypes import F32
-from adapterkit.errors import TargetError, UsageError
+from adapterkit.errors import TargetError, UsageError, option
 from adapterkit.provenance.record import adapter_parent, base_parent, recorder
 from adapterkit.requests.adapters import CombineRequest
 from adapterkit.requests.call import takes
@@ -203,7 +203,7 @@ def planned(request: CombineRequest) -> Combination:
     if rule.dense and request.rank is None and request.energy is None:
         raise UsageError(
             f"method {rule.row.name} gives deltas of full rank",
-            "give --rank R or --energy E, or --space core, or fold them in with merge --method",
+            f"give {option('rank', 'R')} or {option('energy', 'E')}, or {option('space', 'core')}, or fold them in with merge",
         )
     over = carried(family)
     if over.whole or over.tokens:
@@ -347,7 +347,7 @@ def _combined(
         dense = next((ref for part, ref in zip(parts, refs, strict=True) if not isinstance(part, Factors)), refs[0])
         raise UsageError(
             f"{dense} has no low rank at {key}, so the result has none either",
-            "give --rank R or --energy E, or fold it in with merge",
+            f"give {option('rank', 'R')} or {option('energy', 'E')}, or fold it in with merge",
         )
     if rule.method == "svd" and isinstance(result, Factors):
         whole = stack([part for part in parts if isinstance(part, Factors)], [w * rule.scale for w in weights])
@@ -441,7 +441,9 @@ def _biases(
     if found.keys() == {slot.module for slot in family.slots.values()} or not found:
         return {module: bias.float() for module, bias in found.items()}, {}
     if family.base is None:
-        raise UsageError("some adapters train biases (lora_bias) in layers where others do not", "add --base BASE")
+        raise UsageError(
+            "some adapters train biases (lora_bias) in layers where others do not", f"add {option('base', 'BASE')}"
+        )
     names = Names(family.base.shapes, family.base.config)
     done: dict[str, Tensor] = {}
     for module, add in found.items():

@@ -19,6 +19,7 @@ from adapterkit.verbs.beside import beside_of
 from adapterkit.verbs.conversions.adapters import filed
 from adapterkit.verbs.conversions.conversion import Conversion
 from adapterkit.verbs.job import Recorder, carry_out
+from adapterkit.verbs.ladder import abreast, rungs
 
 if TYPE_CHECKING:
     from adapterkit.verbs.report import ConvertReport
@@ -86,10 +87,11 @@ def convert(request: ConvertRequest) -> ConvertReport:
 
         place = (request.target or Path()).absolute().parent
         with unpickled(request.src, place) as folder:
-            made = planned(request.reading(folder), headers_only=False, named=request.src)
-            report = carry_out(made.job(), request, started)
+            read = [planned(one.reading(folder), headers_only=False, named=request.src) for one in rungs(request)]
+            report = carry_out(abreast([one.job() for one in read]), request, started)
             return report
-    report = carry_out(planned(request, headers_only=not request.writes).job(), request, started)
+    made = [planned(one, headers_only=not request.writes) for one in rungs(request)]
+    report = carry_out(abreast([one.job() for one in made]), request, started)
     return report
 
 

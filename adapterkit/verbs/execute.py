@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.checkpoint.plan import Plan
-from adapterkit.errors import CheckpointError, UsageError
+from adapterkit.errors import CheckpointError, UsageError, option
 from adapterkit.verbs.job import Job, Measured, peak_memory, run
 from adapterkit.verbs.report import PartReport
 
@@ -78,7 +78,10 @@ def _again(plan: Plan, out: Path) -> Job:
     """
     verb = str(plan.request.get("verb"))
     if verb not in VERBS or not {"base", "src", "adapters", "adapter"} & set(plan.request):
-        raise CheckpointError("this plan does not say which merge it is of", "write one with merge --save-plan")
+        raise CheckpointError(
+            "this plan does not say which merge it is of",
+            f"write one with {option('save_plan')}",
+        )
     module, _, function = VERBS[verb].partition(":")
     try:
         job: Job = getattr(import_module(module), function)(plan.request, out).job()

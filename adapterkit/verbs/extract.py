@@ -315,7 +315,7 @@ class _Pair:
         }
 
     def _has_modules(self, module: str) -> bool:
-        """Whether it holds other modules, which PEFT would copy with it; its own tensors are loaded without its name."""
+        """True if ``module`` has submodules: PEFT would copy those too, so it must not be listed in modules_to_save."""
         return any(name.startswith(module + ".") and "." in name[len(module) + 1 :] for name in self.targets)
 
     def _alone(self, key: str, whole: Mapping[str, Tensor]) -> bool:

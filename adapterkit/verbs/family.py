@@ -14,7 +14,7 @@ from adapterkit.adapters.names import Names
 from adapterkit.adapters.ties import same_bytes
 from adapterkit.bases import open_adapter, open_base
 from adapterkit.checkpoint.checkpoint import Checkpoint
-from adapterkit.errors import TargetError, UsageError
+from adapterkit.errors import TargetError, UsageError, option
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
@@ -99,7 +99,9 @@ def open_family(
         loaded = tuple(adapter.fitted(fits, opened.config) for adapter in loaded)
     nameless = next((adapter for adapter in loaded if adapter.needs_names), None)
     if nameless is not None:
-        raise UsageError(f"{nameless.ref} is a GGUF LoRA, whose modules are named by its base", "name it with --base")
+        raise UsageError(
+            f"{nameless.ref} is a GGUF LoRA, whose modules are named by its base", f"name it with {option('base')}"
+        )
     _check_bases(loaded, base is not None)
     how: dict[str, Any] = {"residual_base": residual_base, "allow_unknown": allow_unknown, "bare": bare}
     parts = tuple(take_apart(adapter, opened, names, **how) for adapter in loaded)
@@ -140,7 +142,7 @@ def _check_bases(adapters: Sequence[Adapter], named: bool) -> None:
         if not named and _tail(one) != _tail(other):
             raise TargetError(
                 f"{one.ref} was trained on {one.config.base} and {other.ref} on {other.config.base}",
-                "if both are the same model, name it with --base",
+                f"if both are the same model, name it with {option('base')}",
             )
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import CheckpointError, NotFound, UsageError
+from adapterkit.errors import CheckpointError, NotFound, UsageError, option
 
 if TYPE_CHECKING:
     import torch
@@ -80,14 +80,14 @@ def imatrix(
 
     started = time.monotonic()
     if chunk < 2:
-        raise UsageError(f"a chunk of {chunk} tokens says nothing", "use --chunk 512")
+        raise UsageError(f"a chunk of {chunk} tokens says nothing", f"use {option('chunk', 512)}")
     said = _text(Path(text))
     opened = open_model(model)
     if isinstance(opened, GGUFCheckpoint):
         raise UsageError(f"{opened.ref} is a GGUF file", "give the Hugging Face folder that it was made from")
     names, shapes, arrays = _maps(opened)
     # The plan is made again when the values are there; this one has the same sizes, and finds out what cannot be written.
-    blank = _layout({name: _zeros(array.shape) for name, array in arrays.items()}, str(text), 0, chunk)
+    blank = _layout({name: _zeros(array.shape) for name, array in arrays.items()}, [str(text)], 0, chunk)
     check_output(plan_gguf(blank), opened.sources, Path(out), force=force)
     sums, done = _run(opened, said, chunk, chunks, dtype, progress)
     check_unchanged(opened.sources)
@@ -96,7 +96,7 @@ def imatrix(
         raise CheckpointError(
             f"{opened.ref}: nothing was seen of its weights", "give the model in 16 bits, not quantized by a library"
         )
-    layout = _layout(found, str(text), done, chunk)
+    layout = _layout(found, [str(text)], done, chunk)
     planned = plan_gguf(layout, request={"verb": "imatrix"})
     tensors: dict[str, Tensor] = {one.name: one for one in layout.tensors}
     write_safetensors(planned, tensors, (), Path(out), side_files={}, force=force)
@@ -109,6 +109,36 @@ def imatrix(
         notes += (f"{unused} stacks have experts that no token of this text was sent to; use more text",)
     seconds = time.monotonic() - started
     return ImatrixReport(opened.ref, str(out), str(text), len(found), done, chunk, missing, seconds, notes)
+
+
+def added(files: Sequence[str | Path], out: str | Path, *, force: bool = False) -> ImatrixReport:
+    """Add importance matrices of one model up, as `llama-imatrix --in-file A --in-file B` does.
+
+    Args:
+        files: GGUF matrices, of other texts or of other parts of one.
+        out: the ``.gguf`` to make; it appears whole or not at all.
+        force: replace an existing output.
+
+    Raises:
+        NotFound, CheckpointError: no such file, no such matrix, or those of different models.
+        UsageError: fewer than two.
+        OutputError
+    """
+    from adapterkit.checkpoint.write import write_safetensors
+    from adapterkit.gguf.importance import add_up
+    from adapterkit.gguf.plan import plan_gguf
+
+    started = time.monotonic()
+    if len(files) < 2:
+        raise UsageError("one matrix is nothing to add up", f"give {option('in_file')} at least twice")
+    sums = add_up([Path(one) for one in files])
+    layout = _layout(sums.found, sums.datasets, sums.chunks, sums.chunk)
+    planned = plan_gguf(layout, request={"verb": "imatrix"})
+    tensors: dict[str, Tensor] = {one.name: one for one in layout.tensors}
+    write_safetensors(planned, tensors, sums.sources, Path(out), side_files={}, force=force)
+    seconds = time.monotonic() - started
+    text = ", ".join(sums.datasets)
+    return ImatrixReport("", str(out), text, len(sums.found), sums.chunks, sums.chunk, seconds=seconds)
 
 
 def _text(path: Path) -> str:
@@ -175,7 +205,7 @@ def _run(
         count = min(count, most)
     if count < 1:
         message = f"the text has {len(ids)} tokens, fewer than one chunk of {chunk}"
-        raise UsageError(message, "give more text, or a smaller --chunk")
+        raise UsageError(message, f"give more text, or a smaller {option('chunk')}")
     gathering = Activations(model)
     with torch.no_grad():
         for number in range(count):
@@ -205,7 +235,7 @@ def _zeros(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.zeros(matrices, shape[-1]), torch.zeros(matrices)
 
 
-def _layout(found: dict[str, tuple[torch.Tensor, torch.Tensor]], text: str, done: int, chunk: int) -> Any:
+def _layout(found: dict[str, tuple[torch.Tensor, torch.Tensor]], texts: Sequence[str], done: int, chunk: int) -> Any:
     """The file, keys and order as llama-imatrix has them."""
     from adapterkit.gguf.imatrix import COUNTS, SUMS
     from adapterkit.gguf.lora import PlannedFactor
@@ -216,7 +246,7 @@ def _layout(found: dict[str, tuple[torch.Tensor, torch.Tensor]], text: str, done
 
     entries = [
         string("general.type", "imatrix"),
-        array("imatrix.datasets", STRING, [text]),
+        array("imatrix.datasets", STRING, list(texts)),
         u32("imatrix.chunk_count", done),
         u32("imatrix.chunk_size", chunk),
     ]

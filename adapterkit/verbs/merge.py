@@ -14,12 +14,13 @@ from adapterkit.adapters.half_saved import half_saved_note
 from adapterkit.bases import open_adapter, open_base, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
-from adapterkit.errors import CheckFailed
+from adapterkit.errors import CheckFailed, option
 from adapterkit.ops.device import check_name, check_there
 from adapterkit.requests.call import takes
 from adapterkit.requests.merge import FOLDER, GGUF, MergePlanRequest, MergeRequest
 from adapterkit.verbs.beside import beside_of
 from adapterkit.verbs.job import Job, Measured, carry_out
+from adapterkit.verbs.ladder import abreast, rungs
 from adapterkit.verbs.outputs import Output, output
 from adapterkit.verbs.report import AdapterUse, MergeReport
 
@@ -213,8 +214,9 @@ def merge(request: MergeRequest) -> MergeReport:
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError, AuthError, HubError
     """
     started = time.monotonic()
-    made = planned(request, headers_only=not request.writes, fingerprints=request.writes or bool(request.save_plan))
-    report: MergeReport = carry_out(made.job(), request, started)
+    how = {"headers_only": not request.writes, "fingerprints": request.writes or bool(request.save_plan)}
+    made = [planned(one, **how) for one in rungs(request)]
+    report: MergeReport = carry_out(abreast([one.job() for one in made]), request, started)
     return report
 
 
@@ -336,8 +338,9 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
             raise CheckFailed(
                 f"the values of {planned.base.ref} are {found.format} already, and of this change {found.retention:.1%} "
                 "would survive that grid again",
-                "keep what changed wider (--quant keep --keep-touched bf16), fold onto the 16-bit original (--base16), write "
-                "16 bits (no --quant), keep the adapter beside the base, or insist with --yes-lossy",
+                f"keep what changed wider ({option('quant', 'keep')} {option('keep_touched', 'bf16')}), fold onto the 16-bit "
+                f"original ({option('base16')}), write 16 bits (no {option('quant')}), keep the adapter beside the base, "
+                f"or insist with {option('yes_lossy', True)}",
             )
         return found if found.worst is not None else None
 
@@ -349,8 +352,8 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
         raise CheckFailed(
             f"the values of {planned.base.ref} are {quant if same else 'on a coarse grid'} already, and of this change "
             f"{found.retention:.1%} would survive {'that grid again' if same else f'that of {quant}'}",
-            "fold onto the 16-bit original (--base16, or no --as-trained), write 16 bits or another format, or insist "
-            "with --yes-lossy",
+            f"fold onto the 16-bit original ({option('base16')}, or no {option('as_trained')}), write 16 bits or another "
+            f"format, or insist with {option('yes_lossy', True)}",
         )
     return found
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.fold import Folded, fold
 from adapterkit.adapters.sidecars import side_files
 from adapterkit.checkpoint.plan import Plan, plan_safetensors
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, option
 from adapterkit.requests.merge import FOLDER, GGUF, parse_floats
 
 if TYPE_CHECKING:
@@ -95,9 +95,9 @@ def _folder(
     if asked.keep_touched is not None and not own:
         raise UsageError(
             "what changed can be kept wider only in a format that the rest has already",
-            "add --quant keep, or leave it out",
+            f"add {option('quant')} keep, or leave it out",
         )
-    if asked.gguf_types is not None or asked.pre is not None:
+    if asked.gguf_types is not None or asked.pre is not None or asked.said:
         raise UsageError("options of a GGUF output were given for a folder", "name the output like OUT.gguf")
     if own:
         return _one_file(_kept(base, adapters, asked, settings), asked)
@@ -116,10 +116,10 @@ def _folder(
     if base.stored is not None:
         from adapterkit.adapters.kept import sizes
 
-        notes = [*notes, f"{sizes(base.stored, view)}; --quant keep writes the base's own format"]
+        notes = [*notes, f"{sizes(base.stored, view)}; {option('quant')} keep writes the base's own format"]
         if any(isinstance(adapter.config.get("nvfp4_merge_aware"), dict) for adapter in adapters):
             notes.append(
-                "the adapter was trained with its sum on the NVFP4 grid, which --quant keep writes; this is not it"
+                f"the adapter was trained with its sum on the NVFP4 grid, which {option('quant')} keep writes; this is not it"
             )
     if one_file(asked):
         view = replace(view, metadata=_without_hashes(view.metadata), shards=dict.fromkeys(view, _ONE))
@@ -175,7 +175,10 @@ def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, se
 
     form = stored_form(base)
     if asked.dtype != "auto" or (asked.quant_double and asked.quant == KEEP):
-        raise UsageError("an output in the base's own format has its types", "leave out --dtype and --double-quant")
+        raise UsageError(
+            "an output in the base's own format has its types",
+            f"leave out {option('dtype')} and {option('double_quant')}",
+        )
     folded = fold(base, adapters, asked.adapter_weights, **_how(asked))
     rule = trained_on_the_grid(adapters, asked.adapter_weights)
     made = kept(folded, parse_floats(asked.keep_touched or "auto"), rule)
@@ -200,19 +203,23 @@ def _gguf(
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
     from adapterkit.gguf.fold import fold_gguf
     from adapterkit.gguf.plan import plan_gguf
+    from adapterkit.gguf.said import with_said
 
     assert isinstance(base, GGUFCheckpoint)
     if asked.pre is not None:
-        raise UsageError(f"{base.ref} is a GGUF base, which has a tokenizer of its own", "leave out --pre")
+        raise UsageError(f"{base.ref} is a GGUF base, which has a tokenizer of its own", f"leave out {option('pre')}")
     if asked.dtype != "auto" or asked.folder_format is not None or values != "as stored":
-        raise UsageError(f"{base.ref} is a GGUF base, which has types of its own", "use --quant, as in --quant F16")
+        raise UsageError(
+            f"{base.ref} is a GGUF base, which has types of its own",
+            f"use {option('quant')}, as in {option('quant', 'F16')}",
+        )
     how: dict[str, Any] = {**_how(asked), "quantization": _freely(asked.gguf_types)}
     made = fold_gguf(base, adapters, asked.adapter_weights, **how)
     notes: tuple[str, ...] = ()
     if asked.gguf_types is not None and asked.gguf_types.keep_below is not None:
-        how["drowned"], notes = _drowned(made.folded, made.through, asked.gguf_types)
+        how["too_lossy"], notes = _drowned(made.folded, made.through, asked.gguf_types)
         made = fold_gguf(base, adapters, asked.adapter_weights, **{**how, "quantization": asked.gguf_types})
-    plan = plan_gguf(made.layout, **settings)
+    plan = plan_gguf(with_said(made.layout, asked.said), **settings)
     return Output(made.folded, made.written, plan, {}, (*notes, *made.notes), made.through)
 
 
@@ -222,9 +229,12 @@ def _hf_to_gguf(
     from adapterkit.adapters.sidecars import patched_config
     from adapterkit.gguf.from_hf import from_hf
     from adapterkit.gguf.plan import plan_gguf
+    from adapterkit.gguf.said import with_said
 
     if asked.folder_format is not None:
-        raise UsageError(f"{asked.folder_format} is a format of folders", "use a GGUF type, as in --quant Q4_K_M")
+        raise UsageError(
+            f"{asked.folder_format} is a format of folders", f"use a GGUF type, as in {option('quant', 'Q4_K_M')}"
+        )
     folded = fold(base, adapters, asked.adapter_weights, **_how(asked))
     files, notes = side_files(base, folded, adapters, None)
     how: dict[str, Any] = {
@@ -244,12 +254,12 @@ def _hf_to_gguf(
     made = from_hf(folded.checkpoint, **how)
     if asked.gguf_types is not None and asked.gguf_types.keep_below is not None:
         measured = replace(folded, checkpoint=made.folded)
-        how["drowned"], said = _drowned(measured, made.through, asked.gguf_types)
+        how["too_lossy"], said = _drowned(measured, made.through, asked.gguf_types)
         notes = [*notes, *said]
         made = from_hf(folded.checkpoint, **{**how, "asked": asked.gguf_types})
     folded = replace(folded, checkpoint=made.folded)
     view = replace(folded.checkpoint, tensors=made.tensors)
-    plan = plan_gguf(made.layout, **settings)
+    plan = plan_gguf(with_said(made.layout, asked.said), **settings)
     return Output(folded, view, plan, {}, (*notes, *made.notes), made.through, tower=tower)
 
 
@@ -277,10 +287,10 @@ def _freely(asked: Quantization | None) -> Quantization | None:
 def _drowned(
     folded: Folded, through: Callable[[str, tuple[int, ...]], Through | None], asked: Quantization
 ) -> tuple[frozenset[str], tuple[str, ...]]:
-    from adapterkit.gguf.drowned import drowned
+    from adapterkit.gguf.too_lossy import too_lossy
 
     assert asked.keep_below is not None
-    found, measured = drowned(folded, through, asked.keep_below)
+    found, measured = too_lossy(folded, through, asked.keep_below)
     note = f"{len(found)} of {measured} changed tensors would come out with a cosine below {asked.keep_below:g}"
     return found, (f"{note}; they are kept as {asked.keep_touched}",)
 

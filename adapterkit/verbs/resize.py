@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.write_peft import Extras, peft_config
-from adapterkit.errors import UnsupportedAdapter
+from adapterkit.errors import UnsupportedAdapter, option
 from adapterkit.provenance.record import recorder
 from adapterkit.requests.adapters import ResizeRequest
 from adapterkit.requests.call import takes
@@ -177,7 +177,7 @@ def _resized(
             raise UnsupportedAdapter(
                 f"{adapter.ref} cannot be resized: its change of {slot.parameter} "
                 f"({family.parts[0].deltas[slot.parameter].change.how}) is no low-rank product",
-                "make a LoRA of it with combine --base BASE --rank R",
+                f"make a LoRA of it with combine {option('base', 'BASE')} {option('rank', 'R')}",
             )
         before = max(before, delta.rank)
         found.append(truncate(delta, rank=rank, energy=energy, max_error=max_error))

@@ -261,7 +261,8 @@ PAGE = """# GGUF architectures
 Written by `bench/proofs/gguf_archs.py --write` with {versions}.
 
 **{count} models of {archs} GGUF architectures. {exact} agree with transformers to {exact_worst} or better in every column,
-{gelu} more to {gelu_worst} (GELU, which ggml takes from a table in half precision). {same} of {backs} give the same bytes after
+{gelu} more to {gelu_worst} (GELU, which ggml takes from a table in half precision;
+Qwen2-VL). {same} of {backs} give the same bytes after
 GGUF -> Hugging Face -> GGUF. transformers' own reader takes {read} of the {reads} tried.**
 
 For each a tiny random model is made with transformers, in float32. The figures are the largest difference of any
@@ -281,6 +282,7 @@ embedding):
 ## What differs, and why
 
 * **GELU.** ggml takes GELU from a table in half precision; with larger weights than these it shows more.
+* **Qwen2-VL.** llama.cpp reads no epsilon for its norms and adds none; with the weights of real models that shows less.
 * **phimoe.** llama.cpp computes a plain softmax where PhiMoE has its sparse mixer, and RMS norms where it has layer norms. The
   figures compare with a transformers model that was changed to do the same; the real model differs from that in llama.cpp.
 * **longrope.** llama.cpp takes the long factors when its context is larger than the original one, transformers when the text
@@ -309,7 +311,7 @@ tokenizer of the model's family, and converts each by both: to F32, F16 and BF16
 compares the set of tensors, their shapes, types and bytes, and every key with its type and value, tokens, scores, types and
 merges among them. The converter is that of llama-cpp-python 0.3.36, with transformers 4.57.6. 108 models: those of the table
 above; Arcee, Dots, DeepSeek 1, Bailing, Orion, Xverse and the text parts of Qwen2-VL, Qwen3-VL and GLM-4.1V; and yarn, windows,
-a model card, FP8, GPTQ, MXFP4 experts, a language model inside one that sees, layers that predict further tokens, Phi-4's
+a model card, FP8, GPTQ, MXFP4 experts, a vision-language model's text part, multi-token-prediction layers, Phi-4's
 tokenizer, three of Mistral's real ones, and the real MiniLM.
 
 **The 106 that it converts, of 66 GGUF architectures, have the same tensors, shapes and types; 13,688 of 13,740 tensors have

@@ -144,10 +144,10 @@ def test_an_adapter_of_unsloth_that_does_not_say_is_told_of(
 ) -> None:
     base, adapter, _ = trained
     edit_config(adapter, base_model_name_or_path="unsloth/Qwen3-30B-A3B")
-    assert "--expert-order" in " ".join(adapterkit.plan_merge(base, [adapter]).notes)
-    assert "--expert-order" not in " ".join(adapterkit.plan_merge(base, [adapter], expert_order="slowest").notes)
+    assert "expert_order=" in " ".join(adapterkit.plan_merge(base, [adapter]).notes)
+    assert "expert_order=" not in " ".join(adapterkit.plan_merge(base, [adapter], expert_order="slowest").notes)
     edit_config(adapter, lora_B_layout="rank_major")
-    assert "--expert-order" not in " ".join(adapterkit.plan_merge(base, [adapter]).notes)
+    assert "expert_order=" not in " ".join(adapterkit.plan_merge(base, [adapter]).notes)
 
 
 def test_orders_that_are_not_known(trained: tuple[Path, Path, dict[str, torch.Tensor]]) -> None:

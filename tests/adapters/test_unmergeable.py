@@ -49,7 +49,7 @@ def test_base_that_cannot_be_rebuilt(init: str, why: str, pair: tuple[Path, Path
     assert isinstance(error, UnsupportedAdapter)
     assert error.exit_code == 1
     assert why in error.message
-    assert "--residual-base" in error.hint
+    assert "residual_base=True" in error.hint
     adapterkit.merge(base, [adapter], tmp_path / "residual", residual_base=True)
     edit_config(adapter, init_lora_weights=True)
     adapterkit.merge(base, [adapter], tmp_path / "plain")

@@ -109,7 +109,7 @@ def test_a_whole_model_is_served_as_it_is() -> None:
         (["support", "model"], "vllm", UsageError, "one"),
         (["support", "billing"], "ollama", UsageError, "one adapter"),
         (["support"], "llama.cpp", UsageError, "convert"),
-        (["support"], "ollama", NotFound, "--base"),
+        (["support"], "ollama", NotFound, "base="),
         (["nobody"], "vllm", NotFound, "registry"),
     ],
 )

@@ -209,7 +209,7 @@ def test_trained_biases_heads_and_tokens_are_carried(make_base: Callable[..., Pa
         config(lora_bias=True, target_modules=["k_proj"]),
     ]
     adapters = [make_adapter(tmp_path / f"a{i}", base, one, seed=i) for i, one in enumerate(told)]
-    with pytest.raises(UsageError, match=r"train biases .* add --base"):
+    with pytest.raises(UsageError, match=r"train biases .* add base="):
         combine(adapters, tmp_path / "out", method="cat")
     report = combine(adapters[:2], tmp_path / "two", method="cat")
     assert_sum(base, tmp_path / "two", adapters[:2], [1, 1])
@@ -346,12 +346,12 @@ def test_bad_adapters_are_named_and_nothing_is_left_behind(tmp_path: Path) -> No
     cases: list[tuple[list[Path], dict[str, Any], type[AdapterkitError], str]] = [
         ([], {}, UsageError, "no adapter was given"),
         ([good, wide], {}, TargetError, "48 x 16 in .*good and 96 x 32 in .*wide; they belong to different bases"),
-        (named, {}, TargetError, "trained on org/x and .* on org/y; if both are the same model, name it with --base"),
+        (named, {}, TargetError, "trained on org/x and .* on org/y; if both are the same model, name it with base="),
         ([good, nan], {}, AdapterError, "nan: model.layers.2.mlp.up_proj.weight: .* NaN"),
         (heads, {}, TargetError, "each bring their own 'lm_head.weight'"),
-        ([dora], {"rank": 4}, UsageError, r"dora changes model.*\(dora r=4\); add --base BASE"),
-        ([good, dora], {"method": "cat", "base": base}, UsageError, "dora has no low rank at .*; use --method linear"),
-        ([dora], {"base": base}, UsageError, "dora has no low rank .* give --rank R or --energy E"),
+        ([dora], {"rank": 4}, UsageError, r"dora changes model.*\(dora r=4\); add base='BASE'"),
+        ([good, dora], {"method": "cat", "base": base}, UsageError, "dora has no low rank at .*; use method='linear'"),
+        ([dora], {"base": base}, UsageError, "dora has no low rank .* give rank='R' or energy='E'"),
         ([good, prompt], {}, UnsupportedAdapter, "PROMPT_TUNING"),
         ([good, good], {"base": other_base}, TargetError, "trained on another base"),
     ]

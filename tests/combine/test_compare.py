@@ -76,7 +76,7 @@ def test_dora_is_compared_by_its_rows(make_base: Callable[..., Path], tmp_path: 
         make_adapter(tmp_path / f"a{i}", base, LoraConfig(r=3, target_modules=["q_proj"], use_dora=not i), seed=i)
         for i in range(2)
     ]
-    with pytest.raises(UsageError, match="add --base"):
+    with pytest.raises(UsageError, match="add base="):
         compare(folders)
     before = load_model(base, double=True).state_dict()
     merged = [live(base, folder).merge_and_unload().state_dict() for folder in folders]

@@ -565,6 +565,7 @@ ENCODERS: dict[str, Tiny] = {
         "GELU",
         lora=["Wqkv", "Wo"],
     ),
+    "eurobert": Tiny("EuroBertModel", _HALF, lora=["q_proj", "down_proj"]),
     "t5_encoder": Tiny(
         "T5EncoderModel",
         {"vocab_size": VOCAB, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4},

@@ -32,6 +32,15 @@ _MLA = {
     "rms_norm_eps": 1e-6,
 }
 _GROUPS = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.5, "norm_topk_prob": True}
+_INDEXED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 32,
+    "index_topk": 64,
+    "index_head_dim": 64,
+    "index_n_heads": 2,
+}
 _SSM = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_expand": 2}
 _FOUR = {"num_hidden_layers": 4, "sliding_window": 64}
 _LINES = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -221,4 +230,14 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"lora": ["q_proj", "o_proj"]},
     ),
     "bitnet": ("BitNetForCausalLM", {**_BASE, "hidden_act": "silu", "tie_word_embeddings": True}, {}),
+    "deepseek_v32": (
+        "DeepseekV32ForCausalLM",
+        {**_MLA, **_GROUPS, **_INDEXED, "first_k_dense_replace": 1},
+        {"lora": _MLA_LINES, "parameters": _EXPERTS},
+    ),
+    "glm_moe_dsa": (
+        "GlmMoeDsaForCausalLM",
+        {**_MLA, **_GROUPS, **_INDEXED, "first_k_dense_replace": 1},
+        {"lora": _MLA_LINES, "parameters": _EXPERTS},
+    ),
 }

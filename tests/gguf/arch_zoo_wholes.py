@@ -234,7 +234,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             },
             "vision_config": _EYE_QWEN,
         },
-        {"lora": _TEXT_LORA},
+        {"lora": _TEXT_LORA, "tolerance": 1e-4, "why": "epsilon"},
     ),
     "qwen3_vl": (
         "Qwen3VLForConditionalGeneration",

@@ -21,6 +21,7 @@ from adapterkit.gguf.arch.contract import HARMLESS, held, unread
 from adapterkit.gguf.arch.fixed import FIXED
 from adapterkit.gguf.arch.rope import divisors, scaling
 from adapterkit.gguf.arch.table import spec_of
+from adapterkit.verbs.check import check
 from adapterkit.verbs.convert import convert
 
 
@@ -176,3 +177,19 @@ def test_every_row_states_its_activation() -> None:
     assert silent == {"bloom", "mpt", "lfm2"}  # their configs have no such field
     fields = {one.field for row in FIXED.values() for one in row}
     assert fields & HARMLESS <= {"is_decoder"}
+
+
+@pytest.mark.parametrize("server", ["llama.cpp", "ollama"])
+def test_check_asks_the_same_contract(server: str, tmp_path: Path) -> None:
+    from gguf_runtime import lora
+    from models import make_adapter
+
+    _build(tmp_path / "hf", "qwen3_moe", norm_topk_prob=False)
+    adapter = make_adapter(tmp_path / "a", tmp_path / "hf", lora(target_modules=["q_proj"]), scale=0.1)
+    report = check(tmp_path / "hf", [adapter], server=server)
+    assert not report.ok
+    assert any(one.code == f"{server}-config" and "norm_topk_prob" in one.message for one in report.findings)
+    _build(tmp_path / "mla", "deepseek_v3")
+    adapter = make_adapter(tmp_path / "b", tmp_path / "mla", lora(target_modules=["q_a_proj"]), scale=0.1)
+    report = check(tmp_path / "mla", [adapter], server=server)
+    assert [one.code for one in report.findings if one.code.startswith(server)][:1] == [f"{server}-unheard"]

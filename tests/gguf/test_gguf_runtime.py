@@ -182,7 +182,7 @@ def test_quantized_bases(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
         convert(base.gguf, quantized, quantization=Quantization(mix))
         beside = logprobs(quantized, lora=tmp_path / "lora.gguf")[0]
         if mix == "Q4_0":
-            with pytest.raises(UsageError, match=r"--keep-touched Q8_0"):
+            with pytest.raises(UsageError, match=r"keep_touched='Q8_0'"):
                 adapterkit.merge(quantized, [adapter], tmp_path / "no.gguf")
             lossy = Quantization(yes_lossy=True)
             report = adapterkit.merge(quantized, [adapter], tmp_path / "lossy.gguf", quantization=lossy)

@@ -20,7 +20,7 @@ from adapterkit.gguf.importance import load_importance
 from adapterkit.gguf.quantize import Quantization
 from adapterkit.gguf.vocab import pretokenizers
 from adapterkit.verbs.convert import convert
-from adapterkit.verbs.imatrix import imatrix
+from adapterkit.verbs.imatrix import added, imatrix
 
 CHUNK = 32
 COMMON: dict[str, Any] = {
@@ -217,3 +217,38 @@ def test_refused(tmp_path: Path, tokenizer: str, words: Path) -> None:
     with pytest.raises(CheckpointError, match="transformers cannot load"):
         imatrix(folder, words, tmp_path / "other.gguf", chunk=CHUNK)
     assert not (tmp_path / "other.gguf").exists()
+
+
+def test_matrices_added_up(tmp_path: Path, tokenizer: str, words: Path) -> None:
+    """Sums and counts of two texts, of dense layers and of stacks, as a runtime reads them."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True}
+    folder = build(tmp_path / "hf", "Qwen3MoeForCausalLM", tokenizer, **experts)
+    (tmp_path / "other.txt").write_text("def add(a, b):\n    return a + b  # nothing is like this\n" * 9)
+    one, other, both = tmp_path / "one.gguf", tmp_path / "other.gguf", tmp_path / "both.gguf"
+    imatrix(folder, words, one, chunk=CHUNK)
+    imatrix(folder, tmp_path / "other.txt", other, chunk=CHUNK, chunks=3)
+    command = [sys.executable, "-m", "adapterkit", "imatrix", "--in-file", one, "--in-file", other]
+    done = subprocess.run([*command, "-o", both, "--json"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    parts, sums = (values(one), values(other)), values(both)
+    assert list(sums) == list(parts[0])
+    for name, found in sums.items():
+        np.testing.assert_allclose(found, parts[0][name] + parts[1][name], rtol=1e-6)
+    heads = [open_gguf(path).header for path in (one, other, both)]
+    assert heads[2]["imatrix.chunk_count"] == heads[0]["imatrix.chunk_count"] + 3
+    assert heads[2]["imatrix.datasets"] == [str(words), str(tmp_path / "other.txt")]
+    assert load_importance(both).of("blk.0.ffn_down_exps.weight", (4, 256, 256)).shape == (4, 256)
+
+    dense = build(tmp_path / "narrow", "Qwen3ForCausalLM", tokenizer)
+    convert(dense, tmp_path / "model.gguf")
+    (tmp_path / "old.dat").write_bytes(b"\1\0\0\0")
+    cases = [
+        (UsageError, "nothing to add", [one]),
+        (NotFound, "does not exist", [one, tmp_path / "no.gguf"]),
+        (CheckpointError, "not an importance matrix", [one, tmp_path / "model.gguf"]),
+        (CheckpointError, "is no GGUF file", [one, tmp_path / "old.dat"]),
+        (OutputError, "exists", [one, other]),
+    ]
+    for kind, says, files in cases:
+        with pytest.raises(kind, match=says):
+            added(files, both)

@@ -116,7 +116,7 @@ def test_layers_work_for_a_model_type_that_transformers_does_not_know(trained: T
     assert report.ok, report.errors
     assert report.layers is not None
     assert len(report.layers.modules) == 14
-    with pytest.raises(UsageError, match=r"'notyet', which transformers [\d.]+ does not know.*--level layers"):
+    with pytest.raises(UsageError, match=r"'notyet', which transformers [\d.]+ does not know.*level='layers'"):
         verify(merged, base=base, adapters=[trained.adapter], level="model", prompts=trained.prompts)
 
 

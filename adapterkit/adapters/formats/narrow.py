@@ -8,7 +8,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from adapterkit.errors import AdapterError
+from adapterkit.errors import AdapterError, option
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
@@ -83,6 +83,6 @@ def _kept(places: Sequence[tuple[str, str]], only: Sequence[str], skip: Sequence
 
 
 def _said(adapter: Adapter, count: int, what: str, only: Sequence[str], skip: Sequence[str]) -> Adapter:
-    words = [f"--only {word}" for word in only] + [f"--skip {word}" for word in skip]
+    words = [f"{option('only', word)}" for word in only] + [f"{option('skip', word)}" for word in skip]
     left = f"{count} {what} ({', '.join(words)})"
     return replace(adapter, notes=(*adapter.notes, f"{adapter.ref}: left out: {left}"), left=(*adapter.left, left))

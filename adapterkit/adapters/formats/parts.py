@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.config import FLAT, PARTS
 from adapterkit.adapters.families.names import DENOISER, ENCODERS
 from adapterkit.adapters.formats.contents import Contents, FileModule, assembled, moved
-from adapterkit.errors import AdapterError, TargetError, UsageError
+from adapterkit.errors import AdapterError, TargetError, UsageError, option
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
@@ -89,10 +89,13 @@ def settled(adapter: Adapter, names: Names | None, fit: Callable[[Adapter], obje
     if names is None:
         if len(parts) > 1:
             listed = ", ".join(part or "one without a name" for part in parts)
-            raise UsageError(f"{adapter.ref} is for several parts of a pipeline ({listed})", "name one with --base")
+            raise UsageError(
+                f"{adapter.ref} is for several parts of a pipeline ({listed})", f"name one with {option('base')}"
+            )
         if adapter.config.get(FLAT):
             raise UsageError(
-                f"{adapter.ref} names modules without dots, which only a base can tell", "name it with --base"
+                f"{adapter.ref} names modules without dots, which only a base can tell",
+                f"name it with {option('base')}",
             )
         return adapter
     places = _places(names)
@@ -201,7 +204,7 @@ def _check_not_held(
     if 2 * fits > len(contents.of(part)):
         raise TargetError(
             f"{adapter.ref}: most of the part '{part}' is in the base, and some is not: {missing}",
-            "give the base it was trained on, or leave the part out by name (--skip)",
+            f"give the base it was trained on, or leave the part out by name ({option('skip')})",
         )
 
 

@@ -17,7 +17,7 @@ from adapterkit.adapters.keys import PREFIX
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG
 from adapterkit.checkpoint.tensor import Renamed
 from adapterkit.dtypes import F32
-from adapterkit.errors import UnsupportedAdapter
+from adapterkit.errors import UnsupportedAdapter, option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -61,7 +61,7 @@ def as_peft(adapter: Adapter, base: Checkpoint | None = None) -> AdapterFiles:
     if method.only_in_files:
         raise UnsupportedAdapter(
             f"{adapter.ref} holds what PEFT has no form for ({method.peft_type})",
-            "add --plain for a LoRA of it, or fold it in with merge",
+            f"add {option('plain', True)} for a LoRA of it, or fold it in with merge",
         )
     top = method.shared
     tensors: dict[str, Tensor] = {}

@@ -22,7 +22,7 @@ from adapterkit.adapters.methods.tokens import KEY as TOKENS
 from adapterkit.adapters.methods.tokens import token_edits
 from adapterkit.adapters.orientation import is_turned
 from adapterkit.adapters.target import transposed
-from adapterkit.errors import AdapterError, TargetError
+from adapterkit.errors import AdapterError, TargetError, option
 
 if TYPE_CHECKING:
     from adapterkit.adapters.change import Kernel, Weights
@@ -291,7 +291,7 @@ def refuse(config: AdapterConfig, residual_base: bool) -> tuple[str, str] | None
             )
             return (
                 f"it was initialised with {init} and {reason}, so the base it belongs to cannot be rebuilt",
-                f"{way_out} and add --residual-base",
+                f"{way_out} and add {option('residual_base', True)}",
             )
     return None
 

@@ -90,7 +90,7 @@ class Config:
         return default
 
     def need(self, *names: str) -> Any:
-        """The same.
+        """Like `get`, but the field must exist.
 
         Raises:
             CheckpointError: none of them is there.

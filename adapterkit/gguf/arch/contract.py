@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import TargetError, UsageError
+from adapterkit.errors import TargetError, UsageError, option
 
 if TYPE_CHECKING:
     from adapterkit.gguf.arch.config import Config
@@ -74,14 +74,15 @@ def held(spec: ArchSpec, config: Config, approximate: Collection[str] = ()) -> t
         if one.field not in open_:
             raise TargetError(
                 f"{what}, which computes something else for {limit}",
-                f"add --allow-approximate {one.field} to write it all the same",
+                f"add {option('allow_approximate', one.field)} to write it all the same",
             )
         open_.discard(one.field)
         notes.append(f"'{name}' is {_shown(said)}, and llama.cpp {one.does}: other results for {limit}")
     may = sorted(one.field for one in spec.fixed if one.limit is not None)
     if open_ - set(may):
         raise UsageError(
-            f"--allow-approximate {min(open_ - set(may))} is no difference that shows only past a limit in a {spec.arch}",
+            f"{option('allow_approximate')} {min(open_ - set(may))} is no difference that shows only past a limit "
+            f"in a {spec.arch}",
             f"it has {', '.join(may)}" if may else "leave it out",
         )
     return tuple(notes)

@@ -180,6 +180,7 @@ SPECS = (
             "LLaMAForCausalLM",
             "InternLM3ForCausalLM",
             "LlamaModel",
+            "VLlama3ForCausalLM",
             "IQuestCoderForCausalLM",
         ),
         "llama",

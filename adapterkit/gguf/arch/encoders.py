@@ -7,7 +7,7 @@ from typing import Any
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.ops import Cut
 from adapterkit.gguf.arch.pooling import POOLING, pooling
-from adapterkit.gguf.arch.shared import VOCAB_SIZE, constant, window_pattern
+from adapterkit.gguf.arch.shared import EMBEDDINGS, MLP, NORMS, VOCAB_SIZE, attention, constant, window_pattern
 from adapterkit.gguf.arch.spec import ArchSpec, Key, Rule, rule
 
 
@@ -259,5 +259,14 @@ SPECS = (
         uneven=True,
         encoder=True,
         vocab="unigram",
+    ),
+    ArchSpec(
+        "eurobert",
+        ("EuroBertModel",),
+        "eurobert",
+        (*EMBEDDINGS, *NORMS, *attention(), *MLP),
+        (_CAUSAL, constant("rope.scaling.type", "none"), _POOLING),
+        prefixes=("model.",),
+        encoder=True,
     ),
 )

@@ -312,3 +312,25 @@ NO_LORA: dict[str, tuple[str, ...]] = {
     "jamba": ("ssm_dt.weight",),
     "falcon_mamba": ("ssm_dt.weight",),
 }
+FIXED |= dict.fromkeys(
+    (
+        "eurobert",
+        "afmoe",
+        "cohere2_moe",
+        "exaone_moe",
+        "glm",
+        "glm4_moe_lite",
+        "granite_swa",
+        "granitemoe_swa",
+        "hy_v3",
+        "mellum",
+        "laguna",
+        "minicpm3",
+        "minimax_m2",
+        "solar_open",
+        "youtu",
+        "deepseek_v32",
+        "glm_moe_dsa",
+    ),
+    (_SILU,),
+)

@@ -143,7 +143,61 @@ _KIMI_DEAF = (
     *(f"ssm_{name}.weight" for name in ("f_a", "f_b", "g_a", "g_b", "beta")),
 )
 
+_INDEXER = blocks(
+    **{
+        "indexer.attn_q_b": "self_attn.indexer.wq_b",
+        "indexer.attn_k": "self_attn.indexer.wk",
+        "indexer.k_norm": "self_attn.indexer.k_norm",
+        "indexer.proj": "self_attn.indexer.weights_proj",
+    }
+)
+_INDEXED = (
+    *(key for key in _DEEPSEEK.keys if key.name not in ("expert_gating_func", "leading_dense_block_count")),
+    LEAD,
+    SIGMOID,
+    Key("attention.indexer.head_count", "index_n_heads", needed=True),
+    Key("attention.indexer.key_length", "index_head_dim", needed=True),
+    Key("attention.indexer.top_k", "index_topk", needed=True),
+)
+_NOT_INDEXED = tuple(f"indexer.{name}.weight" for name in ("attn_q_b", "attn_k", "proj"))
+
+
+def _indexed_back(values: Mapping[str, Any], config: Mapping[str, Any], base: Any) -> dict[str, Any]:
+    return {**_glm_lite_back(values, config, base), "first_k_dense_replace": values["leading_dense_block_count"]}
+
+
 SPECS = (
+    ArchSpec(
+        "deepseek32",
+        ("DeepseekV32ForCausalLM",),
+        "deepseek_v32",
+        (*_DEEPSEEK.rules, *_INDEXER),
+        _INDEXED,
+        uneven=True,
+        no_lora=(*_DEAF, *_NOT_INDEXED),
+        back=_indexed_back,
+    ),
+    ArchSpec(
+        "glm-dsa",
+        ("GlmMoeDsaForCausalLM",),
+        "glm_moe_dsa",
+        (*_DEEPSEEK.rules, *_INDEXER),
+        (
+            *_INDEXED,
+            Key(
+                "attention.indexer.types",
+                lambda c: [one == "full" for one in c.get("indexer_types")] if c.get("indexer_types") else None,
+            ),
+        ),
+        uneven=True,
+        no_lora=(*_DEAF, *_NOT_INDEXED),
+        back=lambda values, config, base: {
+            **_indexed_back(values, config, base),
+            "indexer_types": ["full" if one else "shared" for one in values["attention.indexer.types"]]
+            if "attention.indexer.types" in values
+            else None,
+        },
+    ),
     ArchSpec(
         "deepseek2",
         ("Glm4MoeLiteForCausalLM",),

@@ -10,7 +10,7 @@ from adapterkit.adapters.formats.narrow import TEXT, section_of
 from adapterkit.adapters.merged import Merged, as_float32
 from adapterkit.checkpoint.tensor import Renamed, Tensor
 from adapterkit.dtypes import BF16, F16, F32
-from adapterkit.errors import CheckpointError, TargetError
+from adapterkit.errors import CheckpointError, TargetError, option
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.contract import held, unread
 from adapterkit.gguf.arch.hyper import hyper_entries, hyperparameters
@@ -133,8 +133,8 @@ def as_gguf(
     mapped = mapper.to_gguf(view.shapes, base.ref)
     lost = [name for name in touched if not (name in mapped.sources or name in elsewhere or mapper.scalar(name))]
     towers = [name for name in lost if name in mapped.dropped and section_of(name) != TEXT]
-    if len(lost) > len(towers):
-        lost = [name for name in lost if name not in towers]
+    if len(lost) > len(towers) or (lost and len(lost) == len(touched)):  # or nothing of the change would be in the file
+        lost = [name for name in lost if name not in towers] or lost
         raise TargetError(
             f"an adapter changes '{lost[0]}', which a GGUF {spec.arch} does not hold",
             "merge into a Hugging Face folder, or train the text model alone",
@@ -172,7 +172,7 @@ def _of_towers(names: Sequence[str]) -> tuple[str, ...]:
     if not names:
         return ()
     left = f"left out: the change of {len(names)} tensors of a tower, as '{names[0]}'"
-    return (f"{left}; this file is the text part alone (--mmproj auto writes the projector beside it)",)
+    return (f"{left}; this file is the text part alone ({option('mmproj', 'auto')} writes the projector beside it)",)
 
 
 def _scalars(view: Checkpoint, mapper: Mapper) -> dict[str, Any]:

@@ -12,7 +12,7 @@ LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 1
 
 
 class Terms:
-    """Room for what is summed, ``[elements, count, ...]``, and views of its rows; kept, as new memory is slow memory."""
+    """Scratch buffers ``[elements, count, ...]`` and views of their rows, reused: a fresh allocation costs page faults."""
 
     def __init__(self, x: torch.Tensor, count: int) -> None:
         held = x.new_empty(x.shape[0], count, *x.shape[1:])

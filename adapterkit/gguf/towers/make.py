@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import TargetError, UsageError
+from adapterkit.errors import TargetError, UsageError, option
 from adapterkit.gguf.arch.hyper import hyper_entries, hyperparameters
 from adapterkit.gguf.arch.mapping import Mapped, Mapper
 from adapterkit.gguf.arch.model import file_type_entries, floats_of, kind_in_file, own_type
@@ -97,7 +97,7 @@ def from_tower(
     """
     asked = asked or Quantization()
     if dtype is not None and asked.mix is not None:
-        raise UsageError("--dtype and --quant both say the type of the output", "give one of them")
+        raise UsageError(f"{option('dtype')} and {option('quant')} both say the type of the output", "give one of them")
     mapper = _mapper(base, config, files or {})
     mapped = mapper.to_gguf(view.shapes, base.ref)
     if not mapped.arrays:

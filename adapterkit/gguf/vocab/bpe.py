@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import CheckpointError
+from adapterkit.errors import CheckpointError, option
 from adapterkit.gguf.metadata import Entry, array, text
 from adapterkit.gguf.reader import STRING
 from adapterkit.gguf.vocab import pretokenizers
@@ -91,19 +91,21 @@ def _recognised(sources: Sources, table: TokenTable) -> str:
         name = _CLASSES.get(str(sources.settings.get("tokenizer_class")))
         if name is None:
             raise CheckpointError(
-                "nothing says how this tokenizer splits text", "add its tokenizer.json, or give --pre"
+                "nothing says how this tokenizer splits text", f"add its tokenizer.json, or give {option('pre')}"
             )
         return name
     pre_tokenizer = sources.tokenizer.get("pre_tokenizer")
     for step in pretokenizers.steps(sources.tokenizer.get("normalizer"), "normalizers"):
         if step.get("type") != "NFC":
             raise CheckpointError(
-                f"this BPE normalizes text ({step.get('type')}), which llama.cpp does not", pretokenizers.HINT
+                f"this BPE normalizes text ({step.get('type')}), which llama.cpp does not", pretokenizers.hint()
             )
         table.notes.append("this tokenizer brings text to NFC first, llama.cpp does not")
     found = list(pretokenizers.steps(pre_tokenizer, "pretokenizers"))
     if not any(step.get("type") == "ByteLevel" for step in found):
-        raise CheckpointError("this BPE is not over bytes, and llama.cpp has no other of this kind", pretokenizers.HINT)
+        raise CheckpointError(
+            "this BPE is not over bytes, and llama.cpp has no other of this kind", pretokenizers.hint()
+        )
     if any(step.get("add_prefix_space") for step in found):
         table.notes.append(
             "this tokenizer puts a space before the text, llama.cpp does not; the first word gets other ids"

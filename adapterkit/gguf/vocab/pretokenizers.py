@@ -16,7 +16,7 @@ import unicodedata
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import CheckpointError
+from adapterkit.errors import CheckpointError, option
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -237,7 +237,7 @@ def _regexes(step: dict[str, Any]) -> Iterator[str]:
         yield str(pattern["Regex"]) if "Regex" in pattern else re.escape(str(pattern.get("String", "")))
     else:
         raise CheckpointError(
-            f"the pre-tokenizer has the step {kind} ({_described(step)}), which llama.cpp has not", HINT
+            f"the pre-tokenizer has the step {kind} ({_described(step)}), which llama.cpp has not", hint()
         )
 
 
@@ -251,7 +251,9 @@ def _described(step: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value!r}" for name, value in step.items() if name != "type")[:200]
 
 
-HINT = "give the name of llama.cpp's nearest pre-tokenizer with --pre"
+def hint() -> str:
+    """What to do where no pre-tokenizer is recognised."""
+    return f"give the name of llama.cpp's nearest pre-tokenizer with {option('pre')}"
 
 
 def recognise(
@@ -301,7 +303,7 @@ def _unknown(regexes: tuple[str, ...]) -> CheckpointError:
     return CheckpointError(
         f"llama.cpp has no pre-tokenizer that splits by {', '.join(regexes) or 'nothing at all'}; "
         f"the nearest is {nearest.name}, which splits by {theirs}",
-        f"if they do the same on your text, give --pre {nearest.name}",
+        f"if they do the same on your text, give {option('pre', nearest.name)}",
     )
 
 

@@ -10,7 +10,7 @@ import re
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import CheckpointError
+from adapterkit.errors import CheckpointError, option
 from adapterkit.gguf.metadata import Entry, array, boolean, text
 from adapterkit.gguf.reader import STRING
 from adapterkit.gguf.vocab import proto
@@ -153,7 +153,7 @@ def _of_json(sources: Sources, table: TokenTable, pre: str | None) -> tuple[list
         return [text(MODEL, GPT2), text(PRE, PLAIN_MERGES)], [array(MERGES, STRING, merges)]
     raise CheckpointError(
         f"this BPE over plain text is not one that SentencePiece makes ({missing}), and llama.cpp would cut text otherwise",
-        f"give --pre {DEFAULT} to write it as SentencePiece all the same",
+        f"give {option('pre', DEFAULT)} to write it as SentencePiece all the same",
     )
 
 

@@ -72,7 +72,7 @@ def _named(vocabulary: dict[str, int]) -> list[AddedToken]:
 
 
 def _normalizer(sources: Sources, table: TokenTable) -> tuple[bool, bool]:
-    """Whether letters are lowered, and accents taken away: None says as the letters."""
+    """``(lowercase, strip_accents)``; None as ``strip_accents`` means "same as lowercase"."""
     lowercase: Any = sources.settings.get("do_lower_case", True)
     accents: Any = sources.settings.get("strip_accents")
     for step in steps(sources.tokenizer.get("normalizer"), "normalizers"):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from math import fsum
 from typing import TYPE_CHECKING, Annotated
 
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, option
 from adapterkit.ops.counter import stream, uniform
 from adapterkit.ops.rows import ComputedRows, DeltaRows, add, blocks, common_shape
 from adapterkit.ops.rules.parameters import Density, Election, Normalize, Own, Seed
@@ -251,7 +251,7 @@ def total_of(weights: Sequence[float], normalize: str) -> float:
     """
     found = {"weights": fsum(weights), "count": float(len(weights)), "none": 1.0}[normalize]
     if found == 0:
-        raise UsageError("the weights add up to 0, by which nothing can be divided", "leave out --normalize")
+        raise UsageError("the weights add up to 0, by which nothing can be divided", f"leave out {option('normalize')}")
     return found
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.write import Room, Writing
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, option
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.verbs.conversions.conversion import Conversion, count_types
 
@@ -84,7 +84,7 @@ def _computed(adapter: Adapter, base: Checkpoint | None, asked: ConvertRequest, 
         name = method_of(adapter).title.split(",")[0]
         raise UsageError(
             f"{adapter.ref} is {name} with more than scalings, which is computed against its base",
-            "name the base with --base",
+            f"name the base with {option('base')}",
         )
     notes = check_rank(asked.rank, asked.energy, open_family([adapter], base).slots.values())
     nothing = plan_file("nothing", [], {})

@@ -21,7 +21,7 @@ from adapterkit.bases import open_model
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.plan import plan_file
 from adapterkit.checkpoint.write import Room, Writing
-from adapterkit.errors import AdapterkitError, CheckpointError, NotFound, UsageError
+from adapterkit.errors import AdapterkitError, CheckpointError, NotFound, UsageError, option
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.verbs.conversions import oneshot
 from adapterkit.verbs.conversions.conversion import Conversion, count_types
@@ -53,7 +53,7 @@ class Compressor:
     def run(self, room: Room) -> Writing:
         """Make the folder, and read it back by its headers."""
         if room.resume:
-            raise UsageError("llm-compressor cannot continue an interrupted run", "leave out --resume")
+            raise UsageError("llm-compressor cannot continue an interrupted run", f"leave out {option('resume', True)}")
         with tempfile.TemporaryDirectory() as lent:
             self._lend(Path(lent))
             self._run(Path(lent), room.folder)
@@ -102,7 +102,9 @@ class Compressor:
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", env=_quiet(), cwd=folder)
         except OSError as error:
-            raise UsageError(f"{command[0]} could not be run ({error.strerror})", "give another --compressor") from None
+            raise UsageError(
+                f"{command[0]} could not be run ({error.strerror})", f"give another {option('compressor')}"
+            ) from None
         if done.returncode:
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
             said = lines[-1] if lines else f"it ended with {done.returncode}"
@@ -132,7 +134,10 @@ def _planned(kind: str, asked: ConvertRequest, jobs: int) -> Conversion:
     opened = open_folder(asked, kind)
     _calibration(asked)
     if dequantized(opened) is not opened:
-        raise UsageError(f"{opened.ref} is quantized, and {kind} starts from 16 bits", "convert it --to bf16 first")
+        raise UsageError(
+            f"{opened.ref} is quantized, and {kind} starts from 16 bits",
+            f"convert it with {option('to', 'bf16')} first",
+        )
     if not any("token" in file.name for file in opened.side_files):
         raise NotFound(f"{opened.ref} has no tokenizer, which calibration needs", "copy the base's beside it")
     _has_compressor(asked)
@@ -149,7 +154,7 @@ def _calibration(asked: ConvertRequest) -> Path:
         NotFound: it does not exist.
     """
     if asked.calibration is None:
-        raise UsageError("awq and gptq need a text to calibrate on", "add --calibration FILE")
+        raise UsageError("awq and gptq need a text to calibrate on", f"add {option('calibration', 'FILE')}")
     path = Path(asked.calibration)
     if not path.is_file():
         raise NotFound(f"the calibration text {path} does not exist", "name a text file")
@@ -183,7 +188,7 @@ def _has_compressor(asked: ConvertRequest) -> None:
     if not found:
         raise UsageError(
             f"awq and gptq are made by llm-compressor, which {command[0]} does not have",
-            "install adapterkit[llmcompressor], or name another environment's Python with --compressor",
+            f"install adapterkit[llmcompressor], or name another environment's Python with {option('compressor')}",
         )
 
 

@@ -17,7 +17,7 @@ from adapterkit.checkpoint.plan import plan_safetensors
 from adapterkit.checkpoint.tensor import Cast
 from adapterkit.codecs.kinds import WRITTEN
 from adapterkit.dtypes import BF16, F16, F32, DType
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, option
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.verbs.conversions.conversion import Conversion, count_types
 
@@ -40,7 +40,7 @@ def open_folder(asked: ConvertRequest, to: str) -> Checkpoint:
     if opened.format == "gguf":
         raise UsageError(
             f"{opened.ref} is a GGUF file, and {to} is a format of Hugging Face folders",
-            "give the folder that it was made from, or use --to gguf",
+            f"give the folder that it was made from, or use {option('to', 'gguf')}",
         )
     return opened
 

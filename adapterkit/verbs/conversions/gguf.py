@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import NotFound, UsageError
+from adapterkit.errors import NotFound, UsageError, option
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.verbs.conversions.conversion import Conversion
 
@@ -32,20 +32,24 @@ def plan(asked: ConvertRequest, jobs: int) -> Conversion:
             f"{src} is a GGUF file, which holds no tower", "give the Hugging Face model that it was made from"
         )
     if asked.dtype != "auto" or asked.pre is not None:
-        raise UsageError(f"{src} is a GGUF file, with types and a tokenizer of its own", "use --quant alone")
+        raise UsageError(f"{src} is a GGUF file, with types and a tokenizer of its own", f"use {option('quant')} alone")
     return _of_gguf(opened, asked, jobs)
 
 
 def _of_gguf(opened: Any, request: ConvertRequest, jobs: int) -> Conversion:
     from adapterkit.gguf.plan import FileLayout, plan_gguf
     from adapterkit.gguf.quantize import Quantization, typed
+    from adapterkit.gguf.said import with_said
 
     if opened.kind != "model":
-        raise UsageError(f"{opened.ref} is a GGUF {opened.kind}, not a model", "add --to peft, or give a model")
+        raise UsageError(
+            f"{opened.ref} is a GGUF {opened.kind}, not a model", f"add {option('to', 'peft')}, or give a model"
+        )
     asked = request.types or Quantization()
     found = typed(opened, opened, asked)
     layout = FileLayout(found.tensors, found.entries, opened.header.alignment, opened.sources[0])
     stated = {"verb": "convert", **asked.request()}
+    layout = with_said(layout, request.said)
     planned = plan_gguf(layout, max_shard_size=request.shard_size, jobs=jobs, request=stated)
     tensors = {tensor.name: tensor for tensor in found.tensors}
     return Conversion(opened.ref, "gguf", planned, tensors, opened.sources, found.types, {}, found.notes)
@@ -56,6 +60,7 @@ def _of_hf(opened: Any, request: ConvertRequest, jobs: int) -> Conversion:
     from adapterkit.gguf.from_hf import from_hf
     from adapterkit.gguf.plan import plan_gguf
     from adapterkit.gguf.quantize import Quantization
+    from adapterkit.gguf.said import with_said
     from adapterkit.gguf.towers.make import from_tower
     from adapterkit.requests.merge import parse_floats
     from adapterkit.verbs.tower import tower_job
@@ -83,6 +88,8 @@ def _of_hf(opened: Any, request: ConvertRequest, jobs: int) -> Conversion:
         elsewhere=held,
     )
     stated = {"verb": "convert", "dtype": request.dtype, "pre": request.pre, **asked.request()}
-    planned = plan_gguf(made.layout, max_shard_size=request.shard_size, jobs=jobs, request=stated)
+    planned = plan_gguf(
+        with_said(made.layout, request.said), max_shard_size=request.shard_size, jobs=jobs, request=stated
+    )
     notes = (*view.notes, *made.notes)
     return Conversion(opened.ref, "gguf", planned, made.tensors, opened.sources, made.types, {}, notes, also=also)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from adapterkit.bases import open_model
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, option
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.verbs.conversions.conversion import Conversion, count_types
 
@@ -35,7 +35,9 @@ def _factor_type(asked: ConvertRequest) -> str:
     from adapterkit.gguf.lora import FACTOR_TYPES
 
     if asked.quant is not None and asked.dtype != "auto":
-        raise UsageError("--dtype and --quant both say the type of the factors", "give one of them")
+        raise UsageError(
+            f"{option('dtype')} and {option('quant')} both say the type of the factors", "give one of them"
+        )
     kind = (asked.quant or ("f32" if asked.dtype == "auto" else asked.dtype)).upper()
     if kind not in FACTOR_TYPES:
         raise UsageError(f"factors of a LoRA file are not written as {kind}", f"use {', '.join(FACTOR_TYPES)}")

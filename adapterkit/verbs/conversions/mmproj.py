@@ -16,6 +16,7 @@ def plan(asked: ConvertRequest, jobs: int) -> Conversion:
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
     from adapterkit.gguf.plan import plan_gguf
     from adapterkit.gguf.quantize import Quantization
+    from adapterkit.gguf.said import with_said
     from adapterkit.gguf.towers.make import from_tower
     from adapterkit.requests.merge import parse_floats
 
@@ -30,6 +31,6 @@ def plan(asked: ConvertRequest, jobs: int) -> Conversion:
     files = {file.name: file.bytes() for file in view.side_files}
     made = from_tower(view, base=view, config=view.config, files=files, asked=types, dtype=parse_floats(asked.dtype))
     stated = {"verb": "convert", "dtype": asked.dtype, **types.request()}
-    planned = plan_gguf(made.layout, jobs=jobs, request=stated)
+    planned = plan_gguf(with_said(made.layout, asked.said), jobs=jobs, request=stated)
     notes = (*view.notes, *made.notes)
     return Conversion(opened.ref, "mmproj", planned, made.tensors, opened.sources, made.types, {}, notes)

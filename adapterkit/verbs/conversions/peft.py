@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 from adapterkit.bases import open_model
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, option
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.verbs.conversions.adapters import laid_out, open_adapter, planned_files, planned_tensors
 from adapterkit.verbs.conversions.conversion import Conversion, gguf_file
@@ -21,7 +21,9 @@ def plan(asked: ConvertRequest, jobs: int) -> Conversion:
     from adapterkit.adapters.methods.expert_factors import in_three_dimensions
 
     if not asked.plain and (asked.rank or asked.energy):
-        raise UsageError("a rank or a share of energy is for deltas that are decomposed", "add --plain")
+        raise UsageError(
+            "a rank or a share of energy is for deltas that are decomposed", f"add {option('plain', True)}"
+        )
     opened = gguf_file(asked.src)
     if opened is not None:
         return _of_gguf(opened, asked)

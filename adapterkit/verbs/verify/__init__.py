@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.files import check_unchanged
+from adapterkit.errors import option
 from adapterkit.requests.call import takes
 from adapterkit.requests.groups import OfAdapters
 from adapterkit.requests.verify import LEVELS, VerifyRequest
@@ -120,13 +121,15 @@ def _retention(there: float, asked: float | None, wrong: Sequence[Finding]) -> l
     if any(finding.severity == ERROR for finding in wrong) and asked is None:
         return []  # the mistake itself is named
     if there < least:
-        bound = f"--min-retention asks for {least:.1%}" if asked is not None else "less than half"
+        bound = f"{option('min_retention')} asks for {least:.1%}" if asked is not None else "less than half"
         text = f"{there:.1%} of the change survives ({bound}): the rest was swallowed by the output's dtype or format"
-        hint = "write --dtype f16 or f32, start from the 16-bit base, or keep the adapter beside the base"
+        hint = f"write {option('dtype', 'f16')} or f32, start from the 16-bit base, or keep the adapter beside the base"
         return [Finding("swallowed", ERROR, text, hint, figure=there)]
     if there < ENOUGH:
         text = f"{there:.1%} of the change survives: the rest is less than the output's dtype or format can hold"
-        return [Finding("swallowed", WARNING, text, "write --dtype f16 or f32 if that matters", figure=there)]
+        return [
+            Finding("swallowed", WARNING, text, f"write {option('dtype', 'f16')} or f32 if that matters", figure=there)
+        ]
     return []
 
 
@@ -134,12 +137,13 @@ def _answers(found: ModelLevel, max_kl: float | None, min_top1: float | None) ->
     """Thresholds that do not hold."""
     wrong = []
     if max_kl is not None and not found.merged.mean_kl <= max_kl:
-        text = (
-            f"the mean KL divergence from base + adapters is {found.merged.mean_kl:.3g}, and --max-kl allows {max_kl:g}"
-        )
+        kl = found.merged.mean_kl
+        text = f"the mean KL divergence from base + adapters is {kl:.3g}, and {option('max_kl')} allows {max_kl:g}"
         wrong.append(Finding("max-kl", ERROR, text, "write more bits, or allow more", figure=found.merged.mean_kl))
     if min_top1 is not None and not found.merged.top1 >= min_top1:
-        text = f"{found.merged.top1:.2%} of the likeliest tokens agree, and --min-top1 asks for {min_top1:.2%}"
+        text = (
+            f"{found.merged.top1:.2%} of the likeliest tokens agree, and {option('min_top1')} asks for {min_top1:.2%}"
+        )
         wrong.append(Finding("min-top1", ERROR, text, "write more bits, or ask for less", figure=found.merged.top1))
     return wrong
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from adapterkit.errors import AdapterkitError, UsageError
+from adapterkit.errors import AdapterkitError, UsageError, option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +59,7 @@ def check_known(config: Mapping[str, Any], ref: str) -> None:
     if kind not in CONFIG_MAPPING_NAMES:
         raise UsageError(
             f"{ref} is a '{kind}', which transformers {transformers.__version__} does not know, so it cannot answer",
-            "use --level tensors or --level layers, which need no model",
+            f"use {option('level', 'tensors')} or {option('level', 'layers')}, which need no model",
         )
 
 
@@ -99,7 +99,9 @@ class InTransformers:
                     self._model = peft.PeftModel.from_pretrained(self._model, adapter)
         except (OSError, ValueError, RuntimeError, KeyError, ImportError, AttributeError) as error:
             why = " ".join(str(error).split())[:200]
-            raise AdapterkitError(f"transformers cannot load {folder}: {why}", "use --level layers") from None
+            raise AdapterkitError(
+                f"transformers cannot load {folder}: {why}", f"use {option('level', 'layers')}"
+            ) from None
         self._model.eval()
         self._decoder = bool(getattr(config, "is_encoder_decoder", False))
         text = config.get_text_config()
@@ -116,7 +118,7 @@ class InTransformers:
             found = self._model(input_ids=tokens, **more)
         logits = getattr(found, "logits", None)
         if logits is None or logits.ndim != 3 or logits.shape[1] != len(ids):
-            raise UsageError(f"{self.name} gives no distribution over tokens", "use --level layers")
+            raise UsageError(f"{self.name} gives no distribution over tokens", f"use {option('level', 'layers')}")
         chosen = logits[0, list(positions)].float()
         return np.asarray(torch.log_softmax(chosen, -1).numpy(), dtype=np.float32)
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from adapterkit.errors import option
 from adapterkit.verbs.verify.hypotheses import Verdict, diagnose
 from adapterkit.verbs.verify.report import ERROR, NOTE, RIGHT, ROUNDING, WARNING, Finding
 from adapterkit.verbs.verify.suspect import NUMBER, Relatives, Suspect
@@ -51,7 +52,7 @@ def _values(subject: Subject, judged: Sequence[Judged]) -> list[Finding]:
     if odd:
         count = sum(one.odd for one in odd)
         text = f"{count:,.0f} values of {len(odd)} tensors are NaN or infinite, and left out of the figures"
-        hint = "see whether base or adapter is damaged; inspect --health looks at an adapter"
+        hint = f"see whether base or adapter is damaged; inspect with {option('health', True)} looks at an adapter"
         found.append(Finding("not finite", WARNING, text, hint, tensors=tuple(one.item.name for one in odd)))
     if rounded:
         most = max(one.steps or 0.0 for one in rounded)
@@ -175,7 +176,9 @@ def _structure(subject: Subject) -> list[Finding]:
             text = (
                 f"{words} {'is' if len(rows) == 1 else 'are'} stored in {rows[0][2]}, and in the base in {rows[0][1]}"
             )
-            hint = "what no adapter touches was quantized again; merge with --quant keep to leave it as it is"
+            hint = (
+                f"what no adapter touches was quantized again; merge with {option('quant')} keep to leave it as it is"
+            )
             found.append(Finding(kind, WARNING, text, hint, names))
     if subject.misshapen:
         name, wanted, there = subject.misshapen[0]

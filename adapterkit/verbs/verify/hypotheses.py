@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import isclose, sqrt
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.errors import option
 from adapterkit.verbs.verify.report import ERROR, WARNING
 from adapterkit.verbs.verify.suspect import NUMBER, SKETCH, Suspect, values
 
@@ -105,7 +106,7 @@ def quantized_again(s: Suspect) -> Verdict | None:
     if off > FORMAT_ERROR * 2.0**-item.bits:
         return None
     says = "are not changed by any adapter and were quantized again: other codes or scales stand for nearly the same values"
-    hint = "copy what no adapter touches: merge again with --quant keep"
+    hint = f"copy what no adapter touches: merge again with {option('quant')} keep"
     return Verdict("re-quantized", 0.0, says, hint, figure=off)
 
 
@@ -135,7 +136,7 @@ def other_strength(s: Suspect) -> Verdict | None:
         if isclose(factor, expected, rel_tol=0.02) and abs(expected - 1) > 0.02:
             return Verdict(kind, left, says, hint, f"{expected:.4g}", factor)
     says = f"hold the change {factor:.3g} times as strongly as it was trained"
-    hint = "look for another lora_alpha, or a weight of the merge that was not given here (--weight)"
+    hint = f"look for another lora_alpha, or a weight of the merge that was not given here ({option('weights')})"
     return Verdict("other scaling", left, says, hint, f"{factor:.2g}", factor)
 
 
@@ -180,7 +181,7 @@ def other_mixture(s: Suspect) -> Verdict | None:
         return Verdict("adapter missing", left, says, "merge again with all adapters", ",".join(lost))
     shown = ", ".join(f"{ref} {factor:.2g}" for ref, factor in zip(refs, factors, strict=True))
     says = f"hold the adapters with other weights than were given ({shown} times as strongly)"
-    return Verdict("other weights", left, says, "give the weights of the merge with --weight", shown)
+    return Verdict("other weights", left, says, f"give the weights of the merge with {option('weights')}", shown)
 
 
 # ------------------------------------------------------------------ the right change in the wrong place
@@ -258,13 +259,13 @@ def _heads(s: Suspect) -> list[int]:
 
 
 def _interleaved(width: int, rows: int) -> list[int]:
-    """Row numbers of halves, in turn."""
+    """The row order that takes rows of the first and the second half of each head in turn."""
     one = [i // 2 + (i % 2) * (width // 2) for i in range(width)]
     return [start + i for start in range(0, rows, width) for i in one]
 
 
 def _halves(width: int, rows: int) -> list[int]:
-    """The way back."""
+    """The row order that undoes `_interleaved`."""
     one = [(i % (width // 2)) * 2 + i // (width // 2) for i in range(width)]
     return [start + i for start in range(0, rows, width) for i in one]
 
@@ -359,7 +360,7 @@ def as_trained(s: Suspect) -> Verdict | None:
             return None
         left = s.left(plain - s.base + s.change)
         says = "were folded onto the base as it is stored, not as training saw it"
-        return Verdict("other base values", left, says, "leave out --as-trained, or merge with it")
+        return Verdict("other base values", left, says, f"leave out {option('as_trained')}, or merge with it")
     if s.item.format is not None or not s.change.any():
         return None
     for kind in ("nf4", "fp4", "int8"):
@@ -369,7 +370,9 @@ def as_trained(s: Suspect) -> Verdict | None:
         left = s.left(through(s.base) - s.base + s.change)
         if left <= EXPLAINED:
             says = f"were folded onto the base as {kind} training saw it, not as it is stored"
-            return Verdict("other base values", left, says, f"if that was meant, verify with --as-trained {kind}", kind)
+            return Verdict(
+                "other base values", left, says, f"if that was meant, verify with {option('as_trained', kind)}", kind
+            )
     return None
 
 
@@ -399,7 +402,7 @@ def rounded_through(s: Suspect) -> Verdict | None:
             and s.left((s.base + s.change).to(dtype).float() - s.base) <= EXPLAINED
         ):
             says = f"went through {name} and are stored wider than that"
-            hint = f"merge in float32, or write --dtype {name} and save the space"
+            hint = f"merge in float32, or write {option('dtype', name)} and save the space"
             return Verdict("rounded through " + name, 0.0, says, hint, severity=WARNING)
     return None
 
@@ -414,7 +417,7 @@ def same_grid(s: Suspect) -> Verdict | None:
     if not s.item.merged.base.how.startswith(f"{s.item.format.lower()} "):
         return None
     says = f"lie on the {s.item.format} grid of the base again, and the change fell between its points"
-    hint = "start from the 16-bit base (--base16), keep these tensors at 8 bits, or keep the adapter beside the base"
+    hint = f"start from the 16-bit base ({option('base16')}), keep these tensors at 8 bits, or keep the adapter beside the base"
     return Verdict("swallowed", 0.0, says, hint, figure=s.judged.sums.retention)
 
 
@@ -463,7 +466,7 @@ def other_adapter(s: Suspect) -> Verdict | None:
 
 
 def other_base(s: Suspect) -> Verdict | None:
-    """Like the base, and not the base."""
+    """The weights are close to this base but belong to a sibling of it."""
     w, rest = s.base.double(), (s.beyond - s.change).double()
     ww = float((w * w).sum())
     if not ww:

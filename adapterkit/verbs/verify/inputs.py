@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.bases import open_model
-from adapterkit.errors import RegistryError, UsageError
+from adapterkit.errors import RegistryError, UsageError, option
 from adapterkit.registry.beside import beside_path, read_beside
 from adapterkit.requests.merge import MergeRequest
 from adapterkit.requests.option import VALUES
@@ -72,7 +72,8 @@ def asked(merged: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str,
     stated = _stated(record)
     if stated.get("base16") is not None and "base16" not in given:
         raise UsageError(
-            f"MERGED was made on {stated['base16']}, the original of its quantized base", "name it with --base16"
+            f"MERGED was made on {stated['base16']}, the original of its quantized base",
+            f"name it with {option('base16')}",
         )
     findings = _same_adapters(record, adapters)
     if not findings and "weights" not in given:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, option
 from adapterkit.gguf.vocab import special, templates
 from adapterkit.gguf.vocab.table import MERGES, MODEL, NORMAL, PRE, SCORES, SPACE, TOKENS, TYPES, UNUSED
 from adapterkit.verbs.verify.meaning import same, shown, value
@@ -97,7 +97,9 @@ def metadata(subject: Subject, on_purpose: Sequence[str] = ()) -> Iterator[Findi
     expected = subject.metadata
     if expected is None:
         if on_purpose:
-            raise UsageError("--on-purpose names keys of a GGUF file, and MERGED is a folder", "leave it out")
+            raise UsageError(
+                f"{option('on_purpose')} names keys of a GGUF file, and MERGED is a folder", "leave it out"
+            )
         return
     theirs, mine = _header_of(subject.found), expected.header
     _check_keys(on_purpose, mine, theirs)
@@ -143,7 +145,7 @@ def _together(found: list[tuple[str, Finding]], *, meant: bool) -> Finding:
     more = f" (and {len(keys) - 1} more keys)" if len(keys) > 1 else ""
     if meant:
         return replace(first, severity=NOTE, text=f"{first.text}{more}, on purpose", hint="", keys=keys)
-    named = " ".join(f"--on-purpose {key}" for key in keys[:3])
+    named = " ".join(f"{option('on_purpose', key)}" for key in keys[:3])
     return replace(first, text=first.text + more, hint=f"{first.hint}; if that is meant, {named}", keys=keys)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.experts import SLOWEST, stated_order
 from adapterkit.checkpoint.decoded import dequantized
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, option
 from adapterkit.verbs.verify.answers import Answering, InTransformers, Tokenizer, check_known, need_transformers
 from adapterkit.verbs.verify.inputs import place
 from adapterkit.verbs.verify.prompts import MOST_TOKENS, Prompt, read_prompts
@@ -83,7 +83,7 @@ def _check_memory(checkpoint: Checkpoint) -> None:
     if needed > 0.9 * free:
         raise UsageError(
             f"{checkpoint.ref} in float32 takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free",
-            "use --level layers, which holds one block at a time",
+            f"use {option('level', 'layers')}, which holds one block at a time",
         )
 
 

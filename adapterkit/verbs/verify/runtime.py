@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.plan import default_jobs
-from adapterkit.errors import AdapterkitError
+from adapterkit.errors import AdapterkitError, option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -147,7 +147,9 @@ class _Inside:
         self._process.stdin.flush()
         line = self._line()
         if line != "ROW":
-            raise AdapterkitError(f"llama.cpp gave no answer ({line[:200] or 'it ended'})", "use --level layers")
+            raise AdapterkitError(
+                f"llama.cpp gave no answer ({line[:200] or 'it ended'})", f"use {option('level', 'layers')}"
+            )
         return np.asarray(np.load(self._where), dtype=np.float32)
 
     def _line(self) -> str:
@@ -209,7 +211,9 @@ class _Beside:
                 found = json.load(answer)
             top = found["completion_probabilities"][0]["top_logprobs"]
         except (OSError, ValueError, KeyError, IndexError) as error:
-            raise AdapterkitError(f"llama-server gave no answer ({error})", "use --level layers") from None
+            raise AdapterkitError(
+                f"llama-server gave no answer ({error})", f"use {option('level', 'layers')}"
+            ) from None
         row = np.full(self._vocabulary, -np.inf, np.float32)
         for one in top:
             row[one["id"]] = one["logprob"]

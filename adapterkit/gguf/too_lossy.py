@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 BLOCKS = 2  # of each tensor, spread over it
 
 
-def drowned(
+def too_lossy(
     folded: Folded, through: Callable[[str, tuple[int, ...]], Through | None], below: float
 ) -> tuple[frozenset[str], int]:
     """The changed tensors whose change comes out with a cosine less than ``below``, and how many were measured.
