@@ -12,7 +12,6 @@ from adapterkit.adapters.names import Names
 from adapterkit.gguf.names import EMBEDDING
 
 if TYPE_CHECKING:
-
     from adapterkit.gguf.arch.maps import Strided
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
 
