@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from math import prod
 from typing import TYPE_CHECKING
 
 from adapterkit.codecs.codec import Parts, StoredTensor, Weight
@@ -65,5 +64,4 @@ def _plain(part: StoredTensor) -> Weight:
 
         return decode
 
-    rows = part.shape[-1] if part.shape and prod(part.shape) else 1
-    return Weight(part.name, part.shape, F32, (part,), f"{part.dtype} {HOW}", rows, load, upright=True)
+    return Weight(part.name, part.shape, F32, (part,), f"{part.dtype} {HOW}", 1, load, upright=True)
