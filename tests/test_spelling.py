@@ -89,6 +89,8 @@ def test_names_in_sentences_are_declared() -> None:
         "follow_links",
         "lora",
         "normalize",
+        "health",
+        "in_file",
     }
     used = {
         node.args[0].value

@@ -80,12 +80,12 @@ def trained_on_the_grid(adapters: Sequence[Adapter], weights: Sequence[float] | 
         raise UsageError(
             f"{stated[0].ref} was trained with its sum on the NVFP4 grid by a rule that is not known here "
             f"({said.get('scale_mode')}, {said.get('pts_policy')}, {encoder})",
-            "merge to 16 bits (no --quant), or keep the adapter beside the base",
+            f"merge to 16 bits (no {option('quant')}), or keep the adapter beside the base",
         )
     if len(adapters) > 1 or any(weight != 1 for weight in weights or ()):
         raise UsageError(
             f"{stated[0].ref} was trained with its sum on the NVFP4 grid, alone and with weight 1",
-            "merge it so, or merge to 16 bits (no --quant)",
+            f"merge it so, or merge to 16 bits (no {option('quant')})",
         )
     return "torchao"
 

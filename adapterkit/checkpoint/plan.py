@@ -18,7 +18,7 @@ from adapterkit.checkpoint.header import build_header
 from adapterkit.checkpoint.listing import check_plain
 from adapterkit.checkpoint.tensor import Stored
 from adapterkit.dtypes import DTYPES
-from adapterkit.errors import CheckpointError, UsageError
+from adapterkit.errors import CheckpointError, UsageError, option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -209,7 +209,9 @@ class Plan:
             maps = [dict(data[name]) for name in ("metadata", "inputs", "request")]
             return cls(files, maps[0], int(data["peak_memory"]), maps[1], maps[2], FORMAT, str(data["layout"]))
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise CheckpointError(f"this is not a plan file ({error!r})", "write one with --save-plan") from None
+            raise CheckpointError(
+                f"this is not a plan file ({error!r})", f"write one with {option('save_plan')}"
+            ) from None
 
 
 def plan_safetensors(

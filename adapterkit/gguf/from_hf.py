@@ -141,7 +141,8 @@ def _again(
         return [f"{what}; written on a coarse grid again, much of the change is rounded away"]
     raise UsageError(
         f"{what}; written on a coarse grid again most of the change would be rounded away",
-        "merge into the 16-bit original, or add --keep-touched Q8_0, or --yes-lossy to do it all the same",
+        f"merge into the 16-bit original, or add {option('keep_touched', 'Q8_0')}, or "
+        f"{option('yes_lossy', True)} to do it all the same",
     )
 
 

@@ -57,7 +57,9 @@ class Quantization:
 
     def __post_init__(self) -> None:
         if self.include_weights and self.exclude_weights:
-            raise UsageError("--include-weights and --exclude-weights contradict each other", "give one of them")
+            raise UsageError(
+                f"{option('include_weights')} and {option('exclude_weights')} contradict each other", "give one of them"
+            )
         if self.keep_below is None:
             return
         if self.keep_touched is None:

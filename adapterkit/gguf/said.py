@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import NotFound, UsageError
+from adapterkit.errors import NotFound, UsageError, option
 from adapterkit.gguf.metadata import Entry, array, boolean, f32, text, u32
 from adapterkit.gguf.reader import STRING
 
@@ -71,7 +71,9 @@ def _of_file(file: str | Path | None) -> list[Entry]:
 
 def _of_json(file: str, key: str, value: Any) -> Entry:
     if not key.startswith("general."):
-        raise UsageError(f"{file}: '{key}' is no key of general.*", f"give it as --override-kv {key}=TYPE:VALUE")
+        raise UsageError(
+            f"{file}: '{key}' is no key of general.*", f"give it as {option('override_kv', f'{key}=TYPE:VALUE')}"
+        )
     if isinstance(value, bool):
         return boolean(key, value)
     if isinstance(value, str):

@@ -14,7 +14,7 @@ from adapterkit.checkpoint.folder import ADAPTER_CONFIG
 from adapterkit.checkpoint.plan import Plan, plan_file
 from adapterkit.checkpoint.write import Room, Writing, identity
 from adapterkit.dtypes import F32
-from adapterkit.errors import UnsupportedAdapter
+from adapterkit.errors import UnsupportedAdapter, option
 from adapterkit.verbs.ordered import in_order
 from adapterkit.verbs.report import ModuleRank
 
@@ -116,7 +116,7 @@ class FactorWork:
         if factors is None:
             raise UnsupportedAdapter(
                 f"the adapter is more than factors of linear layers, which no file of {self.to} holds",
-                "write --to peft",
+                f"write {option('to', 'peft')}",
             )
         files = as_single(adapter, *factors, STYLES[self.to])
         plan = plan_file(files.weights, list(files.tensors.values()), files.metadata)

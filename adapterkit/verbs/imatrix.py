@@ -130,7 +130,7 @@ def added(files: Sequence[str | Path], out: str | Path, *, force: bool = False) 
 
     started = time.monotonic()
     if len(files) < 2:
-        raise UsageError("one matrix is nothing to add up", "give --in-file at least twice")
+        raise UsageError("one matrix is nothing to add up", f"give {option('in_file')} at least twice")
     sums = add_up([Path(one) for one in files])
     layout = _layout(sums.found, sums.datasets, sums.chunks, sums.chunk)
     planned = plan_gguf(layout, request={"verb": "imatrix"})

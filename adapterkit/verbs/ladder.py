@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, option
 
 if TYPE_CHECKING:
     from adapterkit.verbs.job import Job
@@ -28,9 +28,9 @@ def rungs(request: Any) -> tuple[Any, ...]:
         return (request,)
     out = None if request.out is None else Path(request.out)
     if out is None or out.suffix != ".gguf" or request.to not in (None, "gguf"):
-        raise UsageError(f"--quant {request.quant} is for GGUF outputs", "name the output like OUT.gguf")
+        raise UsageError(f"{option('quant', request.quant)} is for GGUF outputs", "name the output like OUT.gguf")
     if not all(names) or len({name.upper() for name in names}) != len(names):
-        raise UsageError(f"--quant {request.quant} names a type twice or none", "write it like Q8_0,Q4_K_M")
+        raise UsageError(f"{option('quant', request.quant)} names a type twice or none", "write it like Q8_0,Q4_K_M")
     if request.save_plan is not None:
         raise UsageError("a plan is of one output", "save a plan for each type")
     first, *others = (

@@ -15,7 +15,7 @@ from adapterkit.adapters.families.names import LEADS, TableEntry, entries, famil
 from adapterkit.adapters.formats.plain import PlainFactors
 from adapterkit.adapters.formats.views import FunctionTensor
 from adapterkit.dtypes import F32
-from adapterkit.errors import UnsupportedAdapter
+from adapterkit.errors import UnsupportedAdapter, option
 
 if TYPE_CHECKING:
     import torch
@@ -194,7 +194,7 @@ def _fused(
             part = _path(entry, number, captures, rest)
             raise UnsupportedAdapter(
                 f"{name} also holds {part}, which the adapter leaves alone, so its rows are not known",
-                "add --base BASE",
+                f"add {option('base')} BASE",
             )
         rows.append(size)
     rank = sum(one.rank for one in parts.values())

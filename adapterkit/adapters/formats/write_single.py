@@ -24,7 +24,7 @@ from adapterkit.adapters.formats.views import FunctionTensor
 from adapterkit.adapters.formats.write import AdapterFiles
 from adapterkit.checkpoint.tensor import Renamed
 from adapterkit.dtypes import F32
-from adapterkit.errors import UnsupportedAdapter
+from adapterkit.errors import UnsupportedAdapter, option
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,7 @@ def as_single(
     parts: dict[str, list[PlainFactors]] = {}
     for one in factors:
         if one.embedding or one.turned:
-            raise UnsupportedAdapter(f"{one.path} is no layer that such files have", "write --to peft")
+            raise UnsupportedAdapter(f"{one.path} is no layer that such files have", f"write {option('to', 'peft')}")
         parts.setdefault(_kind(one.path, adapter), []).append(one)
     if len(parts) > 1 and style.name == "lycoris":
         raise UnsupportedAdapter(

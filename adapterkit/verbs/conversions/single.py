@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.config import FLAT
+from adapterkit.errors import option
 from adapterkit.verbs.conversions.adapters import laid_out, open_adapter, planned_tensors
 from adapterkit.verbs.conversions.conversion import Conversion
 
@@ -61,7 +62,9 @@ def _of_part(adapter: Adapter, name: str) -> AdapterFiles:
 
     found = scaled_factors(adapter)
     if found is None:
-        raise UsageError(f"{adapter.ref} is more than LoRA, which is computed against its base", "add --base BASE")
+        raise UsageError(
+            f"{adapter.ref} is more than LoRA, which is computed against its base", f"add {option('base')} BASE"
+        )
     return as_single(adapter, *found, STYLES[name])
 
 

@@ -52,7 +52,7 @@ def _values(subject: Subject, judged: Sequence[Judged]) -> list[Finding]:
     if odd:
         count = sum(one.odd for one in odd)
         text = f"{count:,.0f} values of {len(odd)} tensors are NaN or infinite, and left out of the figures"
-        hint = "see whether base or adapter is damaged; inspect --health looks at an adapter"
+        hint = f"see whether base or adapter is damaged; inspect with {option('health', True)} looks at an adapter"
         found.append(Finding("not finite", WARNING, text, hint, tensors=tuple(one.item.name for one in odd)))
     if rounded:
         most = max(one.steps or 0.0 for one in rounded)
