@@ -121,6 +121,7 @@ class Merge:
             peak_memory=measured.peak_memory,
             fidelity=fidelity,
             min_retention=asked.min_retention,
+            min_cosine=asked.min_cosine,
             dry_run=measured.dry_run,
             notes=(
                 *self.notes,
@@ -138,7 +139,7 @@ class Merge:
         """
         asked = self.request
         named = asked.base if base is None else base
-        loss = Loss(self, watched=asked.fidelity or asked.min_retention is not None)
+        loss = Loss(self, watched=asked.fidelity or asked.min_retention is not None or asked.min_cosine is not None)
         folders = tuple(adapter.folder for adapter in self.adapters if adapter.folder is not None)
         return Job(
             plan=self.plan,
