@@ -276,7 +276,13 @@ def own_format(encodings: Mapping[str, Encoding]) -> str:
     return " and ".join(sorted({encoding.words for encoding in encodings.values()})) or "its own format"
 
 
-def left_on_grid(folded: Folded, kind: str, *, tensors: int | None = None) -> FidelityReport:
+def left_on_grid(
+    folded: Folded,
+    kind: str,
+    *,
+    tensors: int | None = None,
+    through: Callable[[str, tuple[int, ...]], Through | None] | None = None,
+) -> FidelityReport:
     """How much of a merge is left when it is written in ``kind``, without writing it.
 
     From a base that already sits on that grid almost nothing is left until the change reaches half a step: a warning, or
@@ -284,10 +290,11 @@ def left_on_grid(folded: Folded, kind: str, *, tensors: int | None = None) -> Fi
 
     Args:
         folded: what `fold` made.
-        kind: ``nf4``, ``fp4``, ``int8`` or ``fp8``.
+        kind: ``nf4``, ``fp4``, ``int8`` or ``fp8``, or a name for what ``through`` does.
         tensors: at most so many tensors, spread over the model; None measures all.
+        through: of another format, as of `Watch`.
     """
-    watch = Watch(folded, kind)
+    watch = Watch(folded, kind, through)
     merged = merged_tensors(folded)
     names = list(merged)
     if tensors is not None and len(names) > tensors:

@@ -3,9 +3,8 @@
 Servers run some projections as one: query, key and value; gate and up; the experts of a layer. They load such a module only
 when all its parts are stored alike, so that where one leaves the grid the others have to leave it too.
 
-Sources: vLLM, model_executor/layers/quantization/utils/quant_utils.py (`is_layer_skipped`) and
-compressed_tensors/utils.py (`should_ignore_layer`): "all shards of fused layers to have the same precision"; SGLang has
-both rules from it.
+What servers run together is stated from how vLLM's and SGLang's documentation describes their fused layers; neither server
+was run, and their sources were not read for it. transformers, which the tests run, asks only that the config names the modules.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
     from adapterkit.checkpoint.checkpoint import Checkpoint, StoredForm
 
-# Last words of modules that servers run as one (`packed_modules_mapping` of vLLM's model classes).
+# Last words of modules that servers run as one. A group too many makes the output larger, nothing else.
 TOGETHER = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),

@@ -107,7 +107,7 @@ def dequantized(checkpoint: Checkpoint, dtype: DType | None = None) -> Checkpoin
     decoded: dict[str, Tensor] = {}
     for weight in weights:
         handle = Decoded(weight, dtype)
-        turned = is_conv1d(weight.name, checkpoint.config)
+        turned = is_conv1d(weight.name, checkpoint.config) and not weight.upright
         decoded[weight.parts[0].name] = Transposed(handle) if turned else handle
     used.update(name for name in checkpoint if name.endswith(CACHE))
     tensors: dict[str, Tensor] = {}

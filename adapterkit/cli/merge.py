@@ -61,8 +61,8 @@ def show(report: MergeReport, request: MergeRequest) -> None:
     say(f"{report.out}: {size(report.nbytes)} in {len(report.files)} files, {report.seconds:.1f} s{resumed}")
     if report.fidelity is not None:
         show_fidelity(report.fidelity)
-    if not report.ok:
-        note(f"error: less than {report.min_retention:.1%} of the change survives")
+    for words in report.unmet:
+        note(f"error: {words}")
 
 
 def show_fidelity(found: FidelityReport) -> None:

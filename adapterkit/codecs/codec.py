@@ -53,6 +53,7 @@ class Weight:
         load: reads what every range needs (scales, tables) and gives the decoder of ranges.
         memory: bytes that the decoder holds.
         encoder: what writes other values in the same layout; None where that is not known.
+        upright: stored in the orientation of the 16-bit checkpoint, also where quantizers turn it (GPT-2's ``Conv1D``).
         others: the same by the rule of another library than the format's own, by its name: what training on the grid used.
     """
 
@@ -66,6 +67,7 @@ class Weight:
     memory: int = 0
     encoder: Callable[[], Encoder] | None = field(default=None, repr=False)
     others: Mapping[str, Callable[[], Encoder]] = field(default_factory=dict, repr=False)
+    upright: bool = False
 
 
 Leave = Callable[[dict[str, Any], Sequence[str], Sequence[str]], None]

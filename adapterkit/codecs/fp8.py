@@ -438,7 +438,7 @@ def _config(layers: Layers) -> dict[str, Any]:
 
 
 def leave(config: dict[str, Any], names: Sequence[str], plain: Sequence[str]) -> None:
-    """transformers' list; vLLM reads that too, and a list of its own name, ModelOpt's, before it."""
+    """transformers' list, and ModelOpt's own one where it is the method. Not tried in a server."""
     if str(config.get("quant_method", "")).startswith("modelopt"):
         inner = config.get("quantization")
         place = inner if isinstance(inner, dict) else config
@@ -463,7 +463,7 @@ FP8 = Codec(
     ),
     find,
     True,
-    "transformers 5, integrations/finegrained_fp8.py: Fp8Dequantize; NVIDIA ModelOpt, torch/export/quant_utils.py",
+    "transformers 5, integrations/finegrained_fp8.py: Fp8Dequantize; NVIDIA ModelOpt's published layout",
     what="FP8 per tensor, row or block (also short last blocks, stacked experts), MXFP8, FP4 pairs; NVFP4 of ModelOpt; "
     "ComfyUI's scaled FP8",
     test="test_scaled.py: transformers; NVFP4 by its published layout",

@@ -336,7 +336,7 @@ def _weight(
 
 
 def _leave_gptq(config: dict[str, Any], names: Sequence[str], plain: Sequence[str]) -> None:
-    """GPTQModel's ``dynamic``: a pattern behind ``-:`` is not quantized. vLLM and SGLang read it."""
+    """GPTQModel's ``dynamic``: a pattern behind ``-:`` is not quantized. Not tried in a server."""
     config["dynamic"] = {**(config.get("dynamic") or {}), **{f"-:^{re.escape(name)}$": {} for name in names}}
 
 

@@ -257,7 +257,7 @@ MLX = Codec(
     (".biases",),
     find,
     False,
-    "mlx 0.32, mlx/backend/cpu/quantized.cpp; mlx-lm 0.32, utils.py: load_model",
+    "as mlx 0.32's output shows; mlx-lm 0.32, utils.py: load_model",
     what="affine of 2, 3, 4, 5, 6 and 8 bits, mxfp4, mxfp8, nvfp4; single layers in other sizes",
     test="test_mlx_weights.py: mlx",
     leave=_leave,

@@ -15,6 +15,7 @@ from adapterkit.codecs.gptq import AWQ, GPTQ
 from adapterkit.codecs.hqq import HQQ
 from adapterkit.codecs.mlx import MLX
 from adapterkit.codecs.mxfp4 import MXFP4
+from adapterkit.codecs.plain8 import is_scaled, plain_weights
 from adapterkit.codecs.torchao import TORCHAO
 from adapterkit.errors import CheckpointError, UsageError
 from adapterkit.rows import brought
@@ -40,6 +41,7 @@ _KNOWN = frozenset(
         "kinds",
         "mlx",
         "mxfp4",
+        "plain8",
         "scaled",
         "table",
         "tiles",
@@ -140,6 +142,10 @@ def find_weights(parts: Parts, config: Mapping[str, Any], where: str) -> list[We
                 "restore the config.json that was saved with these weights",
             )
         quantized = {}
+        if not rows and is_scaled(parts):
+            rows = [FP8]
+        if not rows:
+            return list(plain_weights(parts, where))
     found = [weight for codec in rows for weight in codec.find(parts, quantized)]
     if rows:
         _check(parts, found, rows, where)

@@ -6,11 +6,18 @@ counted in a sample of blocks of neighbours, from raw bytes.
 
 from __future__ import annotations
 
+from statistics import median
 from typing import TYPE_CHECKING
+
+from adapterkit.adapters.merged import Merged
+from adapterkit.checkpoint.decoded import Decoded
+from adapterkit.checkpoint.tensor import Transposed
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.tensor import Tensor
 
+FEW_BITS = 5  # formats of so many bits and fewer lose a change to values that lie on such a grid already
+FEW = 0.66  # of the values of a block that are not zero, at most this share is distinct on a grid of five bits
 BLOCK = 32  # neighbours in a row that share a scale in every 4-bit type of GGUF
 LEVELS = 16  # of 4 bits
 SAMPLE = 16  # blocks that are looked at
@@ -32,8 +39,48 @@ def on_four_bits(tensor: Tensor) -> bool:
         at = index * blocks // min(SAMPLE, blocks)
         data = extent.source.read(extent.offset + at * BLOCK * width, BLOCK * width)
         values = [data[i : i + width] for i in range(0, len(data), width)]
-        there = [one for one in values if any(one)]
+        there = [one for one in values if any(one[:-1]) or one[-1] & 0x7F]  # neither zero nor -0
         if len(there) > LEVELS + LEVELS // 2:
             seen += 1
             few += len(set(there)) <= LEVELS
     return seen >= 4 and few >= 0.9 * seen
+
+
+def few_bits(tensor: Tensor) -> bool:
+    """Whether the values of a weight lie on a grid of five bits or fewer, without reading more than some blocks of it.
+
+    A weight that is stored quantized is known by its size, a base as trained by its format. Of stored floats, blocks of 32
+    are looked at, along the rows and, of a matrix, along the columns (a Conv1D is stored on its side): at most two thirds
+    of the values of a block are distinct. False for what is too small to tell.
+    """
+    inner = tensor.inner if isinstance(tensor, Transposed) else tensor
+    if isinstance(inner, Decoded):
+        return 8 * inner.reads < (FEW_BITS + 1) * inner.numel
+    if isinstance(inner, Merged):
+        return any(inner.how.startswith(f"as trained in {kind}") for kind in ("nf4", "fp4"))
+    extent, width = tensor.extent, _WIDTHS.get(tensor.dtype.code)
+    if extent is None or width is None or len(tensor.shape) < 2:
+        return False
+    source, origin, columns = extent.source, extent.offset, tensor.shape[-1]
+    rows = tensor.numel // columns if columns else 0
+
+    def along(step: int, lines: int, length: int, across: int) -> bool:
+        """``lines`` lines of ``length`` values that lie ``step`` apart; the next line begins ``across`` later."""
+        if length < BLOCK or not lines:
+            return False
+        shares = []
+        per, count = length // BLOCK, min(SAMPLE, lines * (length // BLOCK))
+        for index in range(count):
+            line, block = divmod(index * lines * per // count, per)
+            at = origin + (line * across + block * BLOCK * step) * width
+            if step == 1:
+                data = source.read(at, BLOCK * width)
+                values = [data[i : i + width] for i in range(0, len(data), width)]
+            else:
+                values = [source.read(at + i * step * width, width) for i in range(BLOCK)]
+            there = [one for one in values if any(one[:-1]) or one[-1] & 0x7F]  # neither zero nor -0
+            if 2 * len(there) >= BLOCK:
+                shares.append(len(set(there)) / len(there))
+        return len(shares) >= 4 and median(shares) <= FEW
+
+    return along(1, rows, columns, columns) or (len(tensor.shape) == 2 and along(columns, columns, rows, 1))

@@ -15,8 +15,8 @@ MOST = 1 << 12  # blocks that are looked at
 def is_coarse(rows: torch.Tensor) -> bool:
     """Whether rows of a weight lie on a grid of five bits or fewer.
 
-    Of 32 Gaussian values in bfloat16 about 30 are distinct, of FP8's about 24, of a 4-bit grid's at most 16 (NVFP4, with two
-    scales among them, has about 19). Zeros do not count, so that pruned weights are not taken for coarse ones.
+    A grid of b bits with one scale has at most 2^b values in a block of 32. How many of a format's are distinct depends on the
+    weights; `FEW` was chosen by trying Gaussian ones. Zeros do not count, so that pruned weights are not taken for coarse ones.
 
     Args:
         rows: ``[rows, columns]``, any float dtype; some rows are enough. Scales may run along either direction.

@@ -209,6 +209,13 @@ def _in_registry(folder: Path) -> Record | None:
     return record if record is not None and record.version and record.digest == folder.name else None
 
 
+def was_converted(folder: Path, to: str) -> bool:
+    """Whether the record beside a folder says that ``convert --to`` made it, with this word."""
+    record = _beside(folder)
+    operation = None if record is None else record.operation
+    return operation is not None and operation.name == "convert" and operation.parameters.get("to") == to
+
+
 def _beside(folder: Path) -> Record | None:
     """The record beside an input; one that cannot be read is no reason to stop."""
     try:

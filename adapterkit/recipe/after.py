@@ -28,6 +28,8 @@ VERIFY, REGISTER, PUSH = "verify", "register", "push"
 # kind of a registered conversion, by its form; a merge and a combination say it in the record beside them
 _KINDS = {"gguf": "converted", "gguf-lora": "converted", "peft": "adapter", "mlx": "adapter"}
 
+_OF_TENSORS = ("min_retention", "min_cosine")  # thresholds that the tensors are held to; the others ask the model
+
 Task = tuple[str, str, Callable[[], dict[str, Any]]]
 
 
@@ -38,7 +40,7 @@ def words(step: Step) -> tuple[str, ...]:
     if verify is not None:
         limits = [
             f"{name.replace('_', '-')} {value:g}"
-            for name in ("max_kl", "min_top1", "min_retention")
+            for name in ("max_kl", "min_top1", "min_retention", "min_cosine")
             if (value := getattr(verify, name)) is not None
         ]
         page = [f"a page in {verify.html}"] if verify.html is not None else []
@@ -153,6 +155,7 @@ class After:
             max_kl=asked.max_kl,
             min_top1=asked.min_top1,
             min_retention=asked.min_retention,
+            min_cosine=asked.min_cosine,
             jobs=self._how.jobs,
             progress=self._how.progress,
             **merge_options(merged),
@@ -270,13 +273,13 @@ def _levels(found: VerifyReport) -> Iterator[Verification]:
         "tensors": tensors.total,
         "touched": tensors.touched,
     }
-    yield Verification("tensor", found.ok, figures, {k: v for k, v in limits.items() if k == "min_retention"}, **dated)
+    yield Verification("tensor", found.ok, figures, {k: v for k, v in limits.items() if k in _OF_TENSORS}, **dated)
     if found.layers is not None:
         layers = {"lost": found.layers.lost, "error": found.layers.error, "worst": found.layers.worst}
         yield Verification("layer", found.ok, layers, {}, **dated)
     if found.model is not None:
         model = {"kl": found.model.merged.mean_kl, "top1": found.model.merged.top1, "tokens": found.model.tokens}
-        yield Verification("model", found.ok, model, {k: v for k, v in limits.items() if k != "min_retention"}, **dated)
+        yield Verification("model", found.ok, model, {k: v for k, v in limits.items() if k not in _OF_TENSORS}, **dated)
 
 
 def in_folder(path: Path, folder: Path) -> str:

@@ -111,6 +111,14 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
             role=RUN, group=OUTPUT, metavar="X", low=0, high=1, recipe="verify.min-retention",
         ),
     )  # fmt: skip
+    min_cosine: float | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Exit with 3 when the cosine of the change that is written with the one that was trained is less.", NUMBER,
+            role=RUN, group=OUTPUT, metavar="X", low=0, high=1, recipe="verify.min-cosine",
+        ),
+    )  # fmt: skip
     full_record: bool = field(
         default=False,
         kw_only=True,

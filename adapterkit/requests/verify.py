@@ -77,6 +77,14 @@ class VerifyRequest(OntoBase, OfAdapters, Ruled):
             role=RUN, group=THRESHOLDS, metavar="Z", low=0, high=1, recipe="verify.min-retention",
         ),
     )  # fmt: skip
+    min_cosine: float | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Exit with 3 when the cosine of the change that is there with the one that was trained is less.", NUMBER,
+            role=RUN, group=THRESHOLDS, metavar="Z", low=0, high=1, recipe="verify.min-cosine",
+        ),
+    )  # fmt: skip
     on_purpose: tuple[str, ...] | str = field(
         default=(),
         kw_only=True,

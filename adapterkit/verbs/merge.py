@@ -121,6 +121,7 @@ class Merge:
             peak_memory=measured.peak_memory,
             fidelity=fidelity,
             min_retention=asked.min_retention,
+            min_cosine=asked.min_cosine,
             dry_run=measured.dry_run,
             notes=(
                 *self.notes,
@@ -138,7 +139,7 @@ class Merge:
         """
         asked = self.request
         named = asked.base if base is None else base
-        loss = Loss(self, watched=asked.fidelity or asked.min_retention is not None)
+        loss = Loss(self, watched=asked.fidelity or asked.min_retention is not None or asked.min_cosine is not None)
         folders = tuple(adapter.folder for adapter in self.adapters if adapter.folder is not None)
         return Job(
             plan=self.plan,
@@ -322,7 +323,7 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
     """
     quant = planned.request.folder_format
     if quant is None:
-        return None
+        return _still_there_in_gguf(planned, yes_lossy=yes_lossy)
     from adapterkit.adapters.fidelity import (
         ENOUGH,
         already_on_grid,
@@ -356,6 +357,46 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
             f"format, or insist with {option('yes_lossy', True)}",
         )
     return found
+
+
+def _still_there_in_gguf(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
+    """What is left of the change in a GGUF file, when the values of a folder lie on a coarse grid already.
+
+    A folder whose record says that it was decoded from a GGUF file is measured whatever that file's types were, so that the
+    report warns; it is refused when its values show a coarse grid too.
+
+    Raises:
+        CheckFailed: hardly anything, and nobody said that this is fine.
+    """
+    through, types = planned.output.through, planned.request.gguf_types
+    if through is None or planned.base.format == "gguf" or (types is not None and types.keep_below is not None):
+        return None
+    from adapterkit.adapters.fidelity import ENOUGH, left_on_grid, merged_tensors
+    from adapterkit.gguf.grids import few_bits
+
+    merged = [tensor for tensor in merged_tensors(planned.folded).values() if len(tensor.shape) > 1]
+    some = merged if len(merged) <= SAMPLED else [merged[i * len(merged) // SAMPLED] for i in range(SAMPLED)]
+    coarse = any(few_bits(tensor.base) for tensor in some)
+    if not some or not (coarse or _was_gguf(planned.base)):
+        return None
+    kind = _grid_name(planned) or "its GGUF types"
+    found = left_on_grid(planned.folded, kind, tensors=SAMPLED, through=through)
+    if coarse and found.retention < ENOUGH and not yes_lossy:
+        raise CheckFailed(
+            f"the values of {planned.base.ref} are on a coarse grid already, and of this change {found.retention:.1%} would "
+            f"survive {kind}",
+            f"fold onto the 16-bit original, keep what changed wider ({option('keep_touched', 'Q8_0')}), or insist with "
+            f"{option('yes_lossy', True)}",
+        )
+    return found
+
+
+def _was_gguf(base: Checkpoint) -> bool:
+    """Whether the record beside a folder says that it was decoded from a GGUF file."""
+    from adapterkit.provenance.record import was_converted
+
+    folder = _folder_of(base)
+    return folder is not None and was_converted(folder, "hf")
 
 
 def _folder_of(base: Checkpoint) -> Path | None:

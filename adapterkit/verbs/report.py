@@ -31,7 +31,7 @@ class MergeReport:
         base_values: of the base, what was folded onto: as stored, decoded, the 16-bit original, or as trained.
         method: how the deltas of several adapters became one.
         fidelity: what of the change survives in the output, when that was asked for.
-        min_retention: the least share that was asked for.
+        min_retention, min_cosine: the least share and the least cosine that were asked for.
         touched: tensors with a change folded in; ``copied`` are byte-identical to the base's.
         reused: of the touched ones, how many a resumed run found finished.
         peak_memory: measured over the process, or estimated for a dry run.
@@ -56,13 +56,27 @@ class MergeReport:
     method: str = "linear"
     fidelity: FidelityReport | None = None
     min_retention: float | None = None
+    min_cosine: float | None = None
     dry_run: bool = False
     notes: tuple[str, ...] = field(default=())
 
     @property
     def ok(self) -> bool:
         """Whether as much of the change survives as was asked for."""
-        return self.fidelity is None or self.min_retention is None or self.fidelity.retention >= self.min_retention
+        return not self.unmet
+
+    @property
+    def unmet(self) -> tuple[str, ...]:
+        """What was asked of the change and does not hold, in words."""
+        found, least, cosine = self.fidelity, self.min_retention, self.min_cosine
+        if found is None:
+            return ()
+        words = []
+        if least is not None and not found.retention >= least:
+            words.append(f"less than {least:.1%} of the change survives")
+        if cosine is not None and not found.cosine >= cosine:
+            words.append(f"what is written of the change has cosine {found.cosine:.4f} with it, less than {cosine:g}")
+        return tuple(words)
 
 
 @dataclass(frozen=True)

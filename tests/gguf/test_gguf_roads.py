@@ -16,8 +16,9 @@ from models import load_model, make_adapter
 import adapterkit
 import adapterkit.gguf.vocab
 from adapterkit.bases import open_model
-from adapterkit.errors import AdapterkitError, CheckpointError, UnsupportedAdapter, UsageError
-from adapterkit.gguf.grids import on_four_bits
+from adapterkit.checkpoint.decoded import dequantized
+from adapterkit.errors import AdapterkitError, CheckFailed, CheckpointError, UnsupportedAdapter, UsageError
+from adapterkit.gguf.grids import few_bits, on_four_bits
 from adapterkit.verbs.check import check
 from adapterkit.verbs.convert import convert
 
@@ -171,3 +172,56 @@ def test_four_bit_values_in_a_folder_are_known(tmp_path: Path) -> None:
     report = adapterkit.merge(folder, [adapter], tmp_path / "o.gguf", quant="Q4_0", yes_lossy=True)
     assert any("4-bit grid" in note for note in report.notes)
     adapterkit.merge(folder, [adapter], tmp_path / "kept.gguf", quant="Q4_0", keep_touched="Q8_0")
+
+
+def test_five_bit_values_and_quantized_folders_are_measured_before_a_coarse_file(tmp_path: Path) -> None:
+    hf, out = tmp_path / "hf", tmp_path / "o.gguf"
+    zoo.build(hf, "llama")
+    adapter = make_adapter(tmp_path / "a", hf, lora(target_modules=["q_proj"]), scale=0.01)
+    convert(hf, tmp_path / "b.gguf", quant="Q5_1")
+    convert(tmp_path / "b.gguf", tmp_path / "five", to="hf")
+    (tmp_path / "five/adapterkit.json").unlink()
+    with pytest.raises(CheckFailed, match=r"on a coarse grid already, .* would survive Q5_1"):
+        adapterkit.merge(tmp_path / "five", [adapter], out, quant="Q5_1")
+    assert not out.exists()
+    with pytest.raises(CheckFailed, match="on a coarse grid already"):
+        adapterkit.merge(tmp_path / "five", [adapter], out, quant="Q5_1", dry_run=True)
+    report = adapterkit.merge(tmp_path / "five", [adapter], out, quant="Q5_1", yes_lossy=True)
+    assert report.fidelity is not None
+    assert report.fidelity.retention < 0.5
+    adapterkit.merge(tmp_path / "five", [adapter], tmp_path / "kept.gguf", quant="Q5_1", keep_touched="F16")
+    assert adapterkit.merge(hf, [adapter], tmp_path / "plain.gguf", quant="Q5_1").fidelity is None
+
+
+def test_a_folder_whose_record_names_a_gguf_file_is_measured(tmp_path: Path) -> None:
+    hf, folder = tmp_path / "hf", tmp_path / "folder"
+    zoo.build(hf, "llama")
+    adapter = make_adapter(tmp_path / "a", hf, lora(target_modules=["q_proj"]), scale=0.001)
+    convert(hf, tmp_path / "b.gguf", quant="Q8_0")
+    convert(tmp_path / "b.gguf", folder, to="hf")
+    report = adapterkit.merge(folder, [adapter], tmp_path / "o.gguf", quant="Q8_0")
+    assert report.fidelity is not None
+    assert report.fidelity.retention < 0.5
+    (folder / "adapterkit.json").unlink()  # eight bits are not seen by the values alone
+    assert adapterkit.merge(folder, [adapter], tmp_path / "p.gguf", quant="Q8_0").fidelity is None
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nvfp4", "mxfp4"])
+def test_few_bits_are_seen_in_every_form_of_a_folder(kind: str, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    hf, name = tmp_path / "hf", "model.layers.0.mlp.down_proj.weight"
+    zoo.build(hf, "llama")
+    convert(hf, tmp_path / "packed", to=kind)
+    convert(tmp_path / "packed", tmp_path / "plain", to="bf16")
+    assert not few_bits(open_model(hf)[name])
+    assert few_bits(dequantized(open_model(tmp_path / "packed"))[name])
+    assert few_bits(open_model(tmp_path / "plain")[name])
+    stored = load_file(tmp_path / "plain/model.safetensors")
+    turned = {key: value.T.contiguous() if value.dim() == 2 else value for key, value in stored.items()}
+    sparse = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * (torch.arange(128) % 8 == 0)
+    save_file(turned | {"sparse": sparse}, tmp_path / "plain/model.safetensors", metadata={"format": "pt"})
+    opened = open_model(tmp_path / "plain")
+    assert few_bits(opened[name])  # a Conv1D is stored on its side
+    assert not few_bits(opened["sparse"])

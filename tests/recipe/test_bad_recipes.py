@@ -217,6 +217,12 @@ WRONG: dict[str, tuple[str, int, str, str]] = {
         "nothing is verified",
         "raise the level",
     ),
+    "no_cosine_of_nothing": (
+        GOOD + '[verify]\nlevel = "none"\nmin-cosine = 0.9\n',
+        10,
+        "nothing is verified, so min-cosine cannot be met",
+        "raise the level",
+    ),
     "conversions_need_one": (
         GOOD.replace('"style"', '"style"\nother = "style"') + 'q = {path = "q", to = "mlx"}\n',
         9,

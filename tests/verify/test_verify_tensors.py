@@ -232,7 +232,28 @@ def test_thresholds(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
     assert verify(tmp_path / "out", base=base, adapters=[small], min_retention=kept - 0.01).ok
     failed = verify(tmp_path / "out", base=base, adapters=[small], min_retention=kept + 0.01)
     assert not failed.ok
-    assert f"--min-retention asks for {kept + 0.01:.1%}" in failed.errors[0].text
+    assert f"min_retention= asks for {kept + 0.01:.1%}" in failed.errors[0].text
+
+
+def test_a_threshold_for_the_cosine(made: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    base, _, _ = made
+    small, out = plain_adapter(tmp_path / "small", base, lora_alpha=0.008), tmp_path / "out"
+    assert run(["merge", base, small, "-o", out, "--min-cosine", "0.9999"]) == 3
+    adapterkit.merge(base, [small], tmp_path / "wide", dtype="f32")
+    stored, written, wide = (read_tensors(folder) for folder in (base, out, tmp_path / "wide"))
+    moved, wanted = (
+        torch.cat([(found[name].double() - stored[name].double()).flatten() for name in stored])
+        for found in (written, wide)
+    )
+    exact = torch.nn.functional.cosine_similarity(moved, wanted, dim=0).item()
+    assert 0.1 < exact < 0.998
+    for limit, code in ((exact - 0.001, 0), (exact + 0.001, 3)):
+        assert run(["merge", base, small, "-o", tmp_path / f"{code}", "--min-cosine", f"{limit}"]) == code
+        command = ["verify", out, "--base", base, "--adapter", small, "--min-retention", "0"]
+        assert run([*command, "--min-cosine", f"{limit}"]) == code
+    failed = verify(out, base=base, adapters=[small], min_retention=0, min_cosine=exact + 0.001)
+    assert [f"asks for {exact + 0.001:g}" in one.text for one in failed.errors] == [True]
+    assert failed.thresholds.min_cosine == exact + 0.001
 
 
 @pytest.mark.parametrize("quant", ["nf4", "int8", "fp8"])

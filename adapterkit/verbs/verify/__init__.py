@@ -78,6 +78,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
             *around,
             *loading(planned, around),
             *_retention(tensors.retention, request.min_retention, wrong),
+            *_cosine(tensors.cosine, request.min_cosine),
         ]
     else:
         every += [*names(planned), *around, *loading(planned, around)]
@@ -105,7 +106,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
         tensors=tensors,
         layers=layers,
         model=model,
-        thresholds=Thresholds(request.max_kl, request.min_top1, request.min_retention),
+        thresholds=Thresholds(request.max_kl, request.min_top1, request.min_retention, request.min_cosine),
         options=_shown(planned.options),
         record=how.record is not None,
         inputs=inputs(found, stored, loaded, planned.weights, None),
@@ -131,6 +132,17 @@ def _retention(there: float, asked: float | None, wrong: Sequence[Finding]) -> l
             Finding("swallowed", WARNING, text, f"write {option('dtype', 'f16')} or f32 if that matters", figure=there)
         ]
     return []
+
+
+def _cosine(there: float, asked: float | None) -> list[Finding]:
+    """A change that is there, but lies too far from what was trained."""
+    if asked is None or there >= asked:
+        return []
+    text = (
+        f"what is there of the change has cosine {there:.4f} with it ({option('min_cosine')} asks for {asked:g}): the rest is "
+        "what the output's dtype or format added"
+    )
+    return [Finding("swallowed", ERROR, text, f"write {option('dtype', 'f16')} or f32, or more bits", figure=there)]
 
 
 def _answers(found: ModelLevel, max_kl: float | None, min_top1: float | None) -> list[Finding]:

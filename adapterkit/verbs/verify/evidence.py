@@ -38,7 +38,8 @@ def _levels(report: VerifyReport) -> Iterator[Verification]:
         "cosine": _short(tensors.cosine),
         **figures,
     }
-    held = {} if limits.min_retention is None else {"min_retention": limits.min_retention}
+    bounds = {"min_retention": limits.min_retention, "min_cosine": limits.min_cosine}
+    held = {name: limit for name, limit in bounds.items() if limit is not None}
     yield Verification("tensors", not apart, figures, held)
     if report.layers is not None:
         layers = report.layers

@@ -243,6 +243,7 @@ class Thresholds:
     max_kl: float | None = None
     min_top1: float | None = None
     min_retention: float | None = None
+    min_cosine: float | None = None
 
 
 @dataclass(frozen=True)

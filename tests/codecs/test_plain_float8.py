@@ -1,0 +1,75 @@
+"""float8 without scales: the numbers themselves, which every 16-bit float holds."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from codec_reads import check_ranges, wide
+
+from adapterkit.checkpoint.decoded import dequantized
+from adapterkit.errors import CheckpointError
+
+KINDS = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def numbers(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_number_is_widened_as_it_is(store, kind: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(kind)
+    codes = codes[codes.float().isfinite()].repeat(4)
+    tensors = {"a.weight": codes.view(-1, 4), "a.bias": codes.clone(), "n.scale": numbers(8).to(kind)}
+    checkpoint = store({**tensors, "n.weight": torch.ones(8, dtype=torch.bfloat16)})
+    found = dequantized(checkpoint)
+    for name, stored in tensors.items():
+        assert found[name].dtype.torch is torch.bfloat16
+        got = found[name].read(0, found[name].numel).view(found[name].shape)
+        assert torch.equal(got.float(), stored.float()), name
+    assert torch.equal(wide(checkpoint, "a.weight"), codes.view(-1, 4).float())
+    check_ranges(checkpoint, "a.weight")
+
+
+def test_conv1d_stays_in_its_own_orientation(store) -> None:
+    """A quantizer turns GPT-2's matrices; a cast does not."""
+    codes = numbers(4, 12).to(KINDS[0])
+    found = dequantized(store({"h.0.attn.c_attn.weight": codes}, model_type="gpt2"))["h.0.attn.c_attn.weight"]
+    assert found.shape == (4, 12)
+    assert torch.equal(found.read(0, 48).float().view(4, 12), codes.float())
+
+
+def test_scales_without_a_config_are_used(store) -> None:
+    """`.weight_scale` alone, without ComfyUI's settings or a quantization_config."""
+    codes, scale = numbers(8, 16).to(KINDS[0]), torch.tensor(0.01)
+    checkpoint = store({"a.weight": codes, "a.weight_scale": scale})
+    assert torch.equal(wide(checkpoint, "a.weight"), codes.float() * scale)
+
+
+SCALES = ["a.scale_w", "a.weight.scales", "a.weight_scaling_scale", "a.input_scale", "e.up_projs_scales"]
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_a_scale_of_an_unknown_kind_is_refused(store, name: str) -> None:
+    codes = numbers(8, 16).to(KINDS[0])
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        dequantized(store({"a.weight": codes, "e.up_projs": codes.clone(), name: torch.tensor(0.01)}))
+
+
+def test_parameters_that_are_called_scale_are_numbers(store) -> None:
+    """LTX-2 has tables of scale and shift beside each other in every block."""
+    names = ("b.0.scale_shift_table", "b.0.audio_scale_shift_table", "b.0.proj.weight")
+    tensors = {name: numbers(6, 8, seed=seed).to(KINDS[0]) for seed, name in enumerate(names)}
+    tensors["b.0.prompt_scale_shift_table"] = numbers(2, 8)
+    found = dequantized(store(tensors))
+    assert all(torch.equal(wide(found, name), codes.float()) for name, codes in tensors.items())
+
+
+def test_one_weight_that_lost_its_scale_is_refused(store) -> None:
+    codes = numbers(8, 16).to(KINDS[0])
+    for more in (
+        {"b.weight_scale": torch.tensor(0.1), "b.weight": codes.clone()},
+        {"scaled_fp8": torch.zeros(2).to(KINDS[0])},
+    ):
+        with pytest.raises(CheckpointError, match=r"'a\.weight'"):
+            dequantized(store({"a.weight": codes, **more}))
