@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.checkpoint import Checkpoint, SideFile
@@ -62,6 +63,7 @@ def read_folder(listing: Listing) -> Checkpoint:
     if weight_map is not None:
         _check_complete(listing.ref, weight_map, shards)
     config = listing.json("config.json") if "config.json" in listing.names else {}
+    _check_names(config, listing.ref)
     if "auto_map" in config:
         notes.append("config.json names custom code (auto_map); adapterkit carries it over and never runs it")
     side_files = tuple(SideFile(name, listing.open(name)) for name in side_names(listing.names, set(files)))
@@ -77,6 +79,20 @@ def read_folder(listing: Listing) -> Checkpoint:
         tuple(notes),
         None if weight_map is None else SideFile(index, listing.open(index)),
     )
+
+
+def _check_names(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a config whose words for the model's class are of another type than everything that reads them expects.
+
+    Raises:
+        CheckpointError: ``architectures`` is no list of names, or ``model_type`` no name.
+    """
+    named, kind = config.get("architectures"), config.get("model_type")
+    if named is not None and not (isinstance(named, list) and all(isinstance(one, str) for one in named)):
+        shown = repr(named)[:60]
+        raise CheckpointError(f"{where}: architectures in config.json is {shown}", "it is a list of class names")
+    if kind is not None and not isinstance(kind, str):
+        raise CheckpointError(f"{where}: model_type in config.json is {repr(kind)[:60]}", "it is a name")
 
 
 def weight_names(names: frozenset[str]) -> tuple[str, str]:

@@ -150,7 +150,10 @@ def write_together(
         for one in writings:
             folder = held.enter_context(staging(one.out, resume=resume))
             if one.stage is not None:
-                made = one.stage(Room(folder, jobs or default_jobs(), resume, progress))
+                try:
+                    made = one.stage(Room(folder, jobs or default_jobs(), resume, progress))
+                except OSError as error:
+                    raise disk.refused(error, str(one.out), one.out.parent) from error
                 one = replace(made, out=one.out, record=made.record or one.record)
                 if one.close is not None:
                     held.callback(one.close)

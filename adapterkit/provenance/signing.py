@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
-from adapterkit.errors import CheckFailed, NotFound, OutputError, UnsafeError, UsageError, option
+from adapterkit.checkpoint.json_data import parse_json
+from adapterkit.errors import CheckFailed, CheckpointError, NotFound, OutputError, UnsafeError, UsageError, option
 from adapterkit.registry import blobs, resolve
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.record import NOT_CONTENT, FileEntry, Record
@@ -209,14 +210,13 @@ def _verify(model: Path, signature: Path, public: Path, what: str, *, links: boo
 
 def _payload(signature: Path, what: str) -> Any:
     """The statement inside a signature that nobody has verified yet."""
-    import json
     from base64 import b64decode
 
     try:
-        bundle = json.loads(signature.read_bytes())
-        found = json.loads(b64decode(bundle["dsseEnvelope"]["payload"]))
+        bundle = parse_json(signature.read_bytes(), signature.name)
+        found = parse_json(b64decode(bundle["dsseEnvelope"]["payload"]), signature.name)
         found["predicate"]["resources"], found["predicate"]["serialization"]["method"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (CheckpointError, ValueError, KeyError, TypeError) as error:
         said = f"its signature is damaged ({type(error).__name__})"
         raise CheckFailed(f"{what} is not what was signed: {said}", "get it again from where it was signed") from None
     return found
