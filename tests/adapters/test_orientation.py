@@ -78,7 +78,7 @@ def test_a_square_weight_that_nothing_tells_of_is_said(tmp_path: Path) -> None:
         tmp_path / "a", lambda: nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(r=2, target_modules=["0"])
     )
     report = adapterkit.merge(base, [adapter], tmp_path / "out")
-    assert any("0.weight is square" in note and "--conv1d" in note for note in report.notes)
+    assert any("0.weight is square" in note and "conv1d=" in note for note in report.notes)
 
 
 def test_a_square_weight_of_a_known_class_needs_no_word(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ MIXED = ["wide", "even", "last"]
 def test_a_square_weight_among_others_that_lie_both_ways_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TargetError, match=r"even.weight is square.*wide.weight is kept as \[in, out\]") as raised:
         check(tmp_path, Mixed, peft.LoraConfig(r=2, target_modules=MIXED))
-    assert "--conv1d" in raised.value.hint
+    assert "conv1d=" in raised.value.hint
 
 
 def test_and_merges_once_the_user_names_them(tmp_path: Path) -> None:

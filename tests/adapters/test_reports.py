@@ -257,7 +257,7 @@ def test_field_of_a_newer_peft(value: Any, base: Path, adapter: Path, tmp_path: 
     """A new field may mean a new formula; PEFT itself warns and merges with the old one."""
     edit_config(adapter, use_hyperlora=value, peft_version="0.99.0")
     error = refused(base, adapter, AdapterError, r"use_hyperlora \(PEFT 0\.99\.0\)")
-    assert "--allow-unknown" in error.hint
+    assert "allow_unknown" in error.hint
     adapterkit.merge(base, [adapter], tmp_path / "known", allow_unknown=True)
 
 

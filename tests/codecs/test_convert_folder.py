@@ -290,7 +290,7 @@ def test_what_calibration_needs(bnb, tmp_path: Path, calibrated, base: Path, cap
     assert "has no tokenizer" in capsys.readouterr().err
     convert(base, tmp_path / "nf4", to="nf4")
     assert run("convert", tmp_path / "nf4", *calibrated[1:], "--to", "awq", "--compressor", program) == 2
-    assert "convert it --to bf16 first" in capsys.readouterr().err
+    assert "convert it with --to bf16 first" in capsys.readouterr().err
     assert plan_convert(base, to="bf16").plan.nbytes > 0
 
 

@@ -47,7 +47,7 @@ BUILT_IN = {
     "scale of queries": ("gemma3", {"query_pre_attn_scalar": 64}, ("query_pre_attn_scalar", "head size")),
     "dense layers": ("qwen3_moe", {"mlp_only_layers": [0]}, ("mlp_only_layers", "every layer")),
     "positions left out": ("smollm3", {"no_rope_layers": [0, 1]}, ("no_rope_layers", "every fourth layer")),
-    "a window": ("mistral", {"sliding_window": 8}, ("sliding_window", "more than 8 tokens", "--allow-approximate")),
+    "a window": ("mistral", {"sliding_window": 8}, ("sliding_window", "more than 8 tokens", "allow_approximate")),
     "a window switched on": (
         "qwen3",
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},

@@ -338,11 +338,11 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, bytes]], str]] = {
     "nothing": (dict, "no tokenizer files"),
     "pre": (
         lambda: packed(gpt2(pre_tokenizer=other_split())),
-        r"splits by \\w\+\|\\W; the nearest is \S+, which .*--pre",
+        r"splits by \\w\+\|\\W; the nearest is \S+, which .*pre=",
     ),
     "step": (lambda: packed(gpt2(pre_tokenizer=_odd_step())), "CharDelimiterSplit"),
     "normalizer": (lambda: packed(gpt2(normalizer={"type": "Lowercase"})), "Lowercase"),
-    "not_json": (lambda: {"tokenizer.json": b"{"}, "tokenizer.json is not JSON"),
+    "not_json": (lambda: {"tokenizer.json": b"{"}, "tokenizer.json is not valid JSON"),
     "not_an_object": (lambda: {"tokenizer.json": b"[]"}, "holds a list"),
     "no_model": (lambda: {"tokenizer.json": b"{}"}, "has no model"),
     "no_vocab": (lambda: packed(gpt2(model={"type": "BPE", "merges": []})), "has no vocabulary"),
@@ -352,7 +352,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, bytes]], str]] = {
     "suffix": (lambda: packed(_model(end_of_word_suffix="</w>")), "end_of_word_suffix"),
     "merge": (lambda: packed(_model(merges=[["a"]])), "merge"),
     "merges_missing": (lambda: {"vocab.json": b'{"a": 0}'}, "merges.txt"),
-    "class": (lambda: {"vocab.json": b'{"a": 0}', "merges.txt": b""}, "--pre"),
+    "class": (lambda: {"vocab.json": b'{"a": 0}', "merges.txt": b""}, "pre="),
     "tiktoken": (lambda: {"tokenizer.model": b"IQ== 0\nIg== 1\n"}, "no SentencePiece model"),
     "cut": (lambda: {"tokenizer.model": sentencepiece_model("bpe")[:5000]}, "no SentencePiece model"),
     "template": (

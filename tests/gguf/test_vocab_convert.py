@@ -35,7 +35,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "pre": ({"tokenizer.json": "split"}, "llama.cpp has no pre-tokenizer that splits by"),
     "larger": ({"tokenizer.json": "large"}, "tokens and the embedding 320 rows"),
     "template": ({"chat_template.jinja": b"{% if %}"}, "chat_template.jinja does not parse: line 1"),
-    "cut": ({"tokenizer.json": b'{"model": {"vo'}, "tokenizer.json is not JSON"),
+    "cut": ({"tokenizer.json": b'{"model": {"vo'}, "tokenizer.json is not valid JSON"),
 }
 
 

@@ -136,7 +136,7 @@ FIELDS = [
         "'peft_version' is 'x'",
     ),
     (Case("LoHa", "Linear", {"r": 4}), {"r": 5}, AdapterError, "has rank 4 in the file and 5 in the config"),
-    (Case("LoHa", "Linear", {"r": 4}), {"alpha": "much"}, AdapterError, "'alpha' is 'much'"),
+    (Case("LoHa", "Linear", {"r": 4}), {"alpha": "much"}, AdapterError, "'alpha' is much"),
     (Case("Vera", "Linear", {"r": 8}), {"r": 9}, AdapterError, "for rank 9"),
     (Case("HRA", "Linear", {"r": 4}), {"apply_magic": 3}, AdapterError, "apply_magic"),
     (

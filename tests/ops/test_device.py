@@ -91,7 +91,7 @@ def test_every_touched_tensor_is_computed_there(inputs: tuple[Path, Path]) -> No
     for name in folded.touched:
         tensor = folded.checkpoint[name]
         assert isinstance(tensor, Merged)
-        with pytest.raises(NotImplementedError, match="meta"):
+        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
             tensor.read(0, tensor.numel)
 
 
