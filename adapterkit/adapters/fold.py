@@ -17,6 +17,7 @@ from adapterkit.adapters.orientation import orientation_notes
 from adapterkit.adapters.replicate import replicated
 from adapterkit.adapters.target import Target
 from adapterkit.adapters.ties import Weighted, same_bytes, settle_ties
+from adapterkit.adapters.widened import widened_base
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.tensor import Cast, Tensor
 from adapterkit.dtypes import BF16, F16, F32, F64
@@ -96,6 +97,9 @@ def fold(
             f"{len(factors)} weights for {len(adapters)} adapters", f"give one {option('weights')} for each adapter"
         )
     base, notes = replicated_base(dequantized(base), adapters)
+    if names is None:
+        base, wider = widened_base(base, adapters)
+        notes += wider
     names = names or Names(base.shapes, base.config)
     adapters = [settle(adapter, names, base.config) for adapter in adapters]
 

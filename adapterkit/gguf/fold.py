@@ -10,6 +10,7 @@ from adapterkit.adapters.fold import Folded, fold
 from adapterkit.errors import TargetError, UsageError
 from adapterkit.gguf.arch.views import reordered
 from adapterkit.gguf.checkpoint import GGUFCheckpoint
+from adapterkit.gguf.diffusion import check_types, diffusion_names, in_shapes, is_diffusion, original_shapes
 from adapterkit.gguf.hf import gguf_names
 from adapterkit.gguf.names import OUTPUT
 from adapterkit.gguf.plan import FileLayout
@@ -79,6 +80,8 @@ def fold_gguf(
     """
     how: dict[str, Any] = {"residual_base": residual_base, "allow_unknown": allow_unknown, "rule": rule}
     how["device"] = device
+    if is_diffusion(base):
+        check_types(base, quantization)
     folded = fold_values(base, adapters, weights, **how)
     touched = set(folded.touched)
     tensors = {name: t if name in touched else base[name] for name, t in folded.checkpoint.items()}
@@ -122,6 +125,8 @@ def fold_values(
     """
     if base.kind != "model":
         raise UsageError(f"{base.ref} is a GGUF {base.kind}, not a model", "give the model first, then the adapter")
+    if is_diffusion(base):
+        return _fold_diffusion(base, adapters, weights, **how)
     names = gguf_names(base)
     pairs = [text_part(adapter) for adapter in adapters]
     adapters, left = [adapter for adapter, _ in pairs], tuple(note for _, notes in pairs for note in notes)
@@ -137,6 +142,27 @@ def fold_values(
             after[name] = reordered(after[name], columns) if name in folded.touched else tensors[name]
         folded = replace(folded, checkpoint=replace(folded.checkpoint, tensors=after))
     return folded
+
+
+def _fold_diffusion(
+    base: GGUFCheckpoint, adapters: Sequence[Adapter], weights: Sequence[float] | None, **how: Any
+) -> Folded:
+    """The fold of an image or video model, whose tensors are those of its checkpoint.
+
+    Raises:
+        TargetError: as for `fold_gguf`.
+    """
+    shapes = original_shapes(base)
+    tensors = in_shapes({name: decoded(tensor) for name, tensor in base.items()}, shapes)
+    names = diffusion_names(base, shapes)
+    folded = fold(replace(base, tensors=tensors, config={}), adapters, weights, names=names, **how)
+    if folded.added:
+        raise TargetError(
+            f"the adapter adds '{folded.added[0]}', which {base.ref} has no place for",
+            "merge into the safetensors base, and convert the result with ComfyUI-GGUF's tools",
+        )
+    after = in_shapes(folded.checkpoint.tensors, {name: base[name].shape for name in shapes})
+    return replace(folded, checkpoint=replace(folded.checkpoint, tensors=after, config=base.config))
 
 
 def _check(base: GGUFCheckpoint, folded: Folded, names: GGUFNames) -> None:

@@ -26,6 +26,11 @@ MAX_TENSORS = 1 << 17
 MAX_KEY = 1 << 16  # bytes, from the format's document
 MAX_ALIGNMENT = 1 << 20
 MAX_DIMS = 4
+# `general.architecture` of image and video models, as ComfyUI-GGUF writes and reads them; kernels over time, height and
+# width have 5 dimensions there (its fix_5d_tensors.py), which ggml has not.
+DIFFUSION = frozenset(
+    {"flux", "sd1", "sdxl", "sd3", "aura", "hidream", "cosmos", "ltxv", "hyvid", "wan", "lumina2", "qwen_image"}
+)
 MAX_ELEMENTS = (1 << 63) - 1
 ALIGNMENT = 32
 
@@ -147,9 +152,10 @@ def parse_gguf(read: Callable[[int, int], bytes], size: int, where: str) -> GGUF
         keys[entry.key] = entry
     raw = cursor.seen()
     alignment = _alignment(keys, raw, cursor)
+    most = MAX_DIMS + (_architecture(keys, raw) in DIFFUSION)
     found: dict[str, tuple[GGMLType, tuple[int, ...], int]] = {}
     for _ in range(n_tensors):
-        name, kind, shape, offset = _tensor_info(cursor)
+        name, kind, shape, offset = _tensor_info(cursor, most)
         if name in found:
             raise cursor.error(f"tensor '{name}' appears twice")
         if offset % alignment:
@@ -295,11 +301,18 @@ def _alignment(keys: Mapping[str, KeyValue], raw: bytes, cursor: _Cursor) -> int
     return value
 
 
-def _tensor_info(cursor: _Cursor) -> tuple[str, GGMLType, tuple[int, ...], int]:
+def _architecture(keys: Mapping[str, KeyValue], raw: bytes) -> str:
+    entry = keys.get("general.architecture")
+    if entry is None or entry.type != STRING:
+        return ""
+    return raw[entry.value + 8 : entry.stop].decode("utf-8", "replace")
+
+
+def _tensor_info(cursor: _Cursor, most: int) -> tuple[str, GGMLType, tuple[int, ...], int]:
     name = check_name(cursor.string("a tensor name", 4096), cursor.where)
     n_dims = cursor.u32()
-    if not 1 <= n_dims <= MAX_DIMS:
-        raise cursor.error(f"tensor '{name}' has {n_dims} dimensions, not 1 to {MAX_DIMS}")
+    if not 1 <= n_dims <= most:
+        raise cursor.error(f"tensor '{name}' has {n_dims} dimensions, not 1 to {most}")
     shape = struct.unpack(f"<{n_dims}Q", cursor.take(8 * n_dims))[::-1]
     number, offset = cursor.u32(), cursor.u64()
     if not all(shape) or prod(shape) > MAX_ELEMENTS:
