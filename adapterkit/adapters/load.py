@@ -168,7 +168,23 @@ def _stored(listing: Listing, name: str) -> tuple[Source, dict[str, Stored]]:
     return source, {key: Stored(key, t.dtype, t.shape, source, t.start) for key, t in header.tensors.items()}
 
 
+def _sharded(listing: Listing) -> Exception | None:
+    """How to go on with a checkpoint of sharded training; None if the folder is none."""
+    from adapterkit.checkpoint.sharded import KINDS, sharded_checkpoint
+
+    found = sharded_checkpoint(Path(listing.ref).expanduser())
+    if found is None:
+        return None
+    return UnsafeError(
+        f"{listing.ref} is {KINDS[found.kind]}, whose files are pickles and not yet an adapter",
+        f"if you trust it: adapterkit convert {listing.ref} --to peft --allow-pickle -o DIR",
+    )
+
+
 def _no_config(listing: Listing) -> Exception:
+    sharded = _sharded(listing)
+    if sharded is not None:
+        return sharded
     nested = sorted(name for name in listing.names if name.endswith("/" + ADAPTER_CONFIG))
     if nested:
         folders = ", ".join(name.rpartition("/")[0] for name in nested[:4])
@@ -185,4 +201,7 @@ def _no_weights(listing: Listing) -> Exception:
             f"{listing.ref} holds its weights only as a pickle ({pickled[0]}), which can run code when loaded",
             f"if you trust it: adapterkit convert {listing.ref} --to peft --allow-pickle -o DIR",
         )
+    sharded = _sharded(listing)
+    if sharded is not None:
+        return sharded
     return NotFound(f"{listing.ref} has no {WEIGHTS}", "download the missing file")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,16 +12,14 @@ from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.folder import ADAPTER_WEIGHTS, INDEX, SINGLE
 from adapterkit.checkpoint.listing import check_plain
-from adapterkit.dtypes import DTYPES
-from adapterkit.errors import CheckpointError, NotFound, UnsafeError
+from adapterkit.checkpoint.sharded import sharded_checkpoint
+from adapterkit.errors import CheckpointError, NotFound
+from adapterkit.pickles.apart import CHILD, answered
+from adapterkit.pickles.checkpoints import gather
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-LIMIT = 300.0  # seconds to load a file, and one more for each of these bytes
-SPEED = 5_000_000
-MEMORY = 6 << 30  # bytes of addresses, beside twice the file: torch and its libraries
-CHILD = Path(__file__).with_name("child.py")
 _NAMES = {"adapter_model.bin": ADAPTER_WEIGHTS, "pytorch_model.bin": SINGLE}
 _INDEX = "pytorch_model.bin.index.json"
 
@@ -47,6 +43,14 @@ def unpickled(src: str | Path, beside: Path) -> Iterator[Path]:
     folder = Path(src).expanduser()
     if not folder.is_dir():
         raise NotFound(f"{src} is no folder here", "pickles are only converted from a folder; download it first")
+    sharded = sharded_checkpoint(folder)
+    if sharded is not None:
+        with TemporaryDirectory(dir=beside, prefix=".gathered.") as made:
+            place = Path(made) / folder.resolve().name
+            place.mkdir()
+            gather(sharded, place)
+            yield place
+        return
     found = _pickled(folder)
     if not found:
         yield folder
@@ -96,25 +100,4 @@ def _pickled(folder: Path) -> dict[str, str]:
 
 def _convert(path: Path, out: Path) -> list[str]:
     """Convert one file; gives the names of its tensors."""
-    dtypes: dict[str, str] = {}
-    for code, dtype in DTYPES.items():
-        dtypes.setdefault(dtype.torch_name, code)
-    command = [sys.executable, "-I", str(CHILD), str(path), str(out), json.dumps(dtypes)]
-    size = path.stat().st_size
-    seconds = LIMIT + size / SPEED
-    command.append(str(2 * size + MEMORY))
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        raise UnsafeError(f"{path} took more than {seconds:.0f} s to load", "do not load it") from None
-    try:
-        answer = json.loads(done.stdout.splitlines()[-1])
-    except (ValueError, IndexError):
-        raise CheckpointError(
-            f"{path} could not be read (the process that loaded it ended with {done.returncode})", "download it again"
-        ) from None
-    if "unsafe" in answer:
-        raise UnsafeError(f"{path} is more than tensors: {answer['unsafe']}", "do not load it")
-    if "error" in answer:
-        raise CheckpointError(f"{path} cannot be converted: {answer['error']}", "save it again as safetensors")
-    return list(answer["names"])
+    return answered(CHILD.name, str(path), str(out))

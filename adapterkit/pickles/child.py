@@ -9,6 +9,7 @@ import os
 import pickle
 import sys
 import zipfile
+from typing import Any
 
 
 def bound(memory: int) -> None:
@@ -47,6 +48,13 @@ def main() -> dict[str, object]:
     other = next((name for name, value in loaded.items() if not isinstance(value, torch.Tensor)), None)
     if other is not None:
         return {"error": f"'{other}' is no tensor"}
+    return write(out, loaded, names)
+
+
+def write(out: str, loaded: dict[str, Any], names: dict[str, str]) -> dict[str, object]:
+    """Write tensors as a safetensors file; ``names`` maps torch's names of dtypes to the format's."""
+    import torch
+
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, tensor in loaded.items():

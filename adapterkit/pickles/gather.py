@@ -1,0 +1,228 @@
+"""Run in a process of its own: ``python -I gather.py KIND FOLDER OUT DTYPES WANTED MEMORY``; imports nothing of adapterkit.
+
+Puts the tensors of a sharded checkpoint together and writes those whose names hold one of WANTED as a safetensors file.
+KIND is ``dcp`` (torch.distributed.checkpoint) or ``zero`` (DeepSpeed). Classes that a pickle names and that are not tensors
+or the layout itself are stood in for by an empty one, so nothing of theirs runs. The last line of stdout is JSON: the names,
+or what went wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import sys
+import types
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+_PLAIN = {
+    ("collections", "OrderedDict"), ("collections", "defaultdict"), ("builtins", "set"), ("builtins", "frozenset"),
+    ("builtins", "slice"), ("builtins", "complex"), ("builtins", "list"), ("builtins", "dict"), ("builtins", "tuple"),
+    ("torch", "Size"), ("torch", "device"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor"),
+    ("torch._utils", "_rebuild_parameter"), ("torch.serialization", "_get_layout"), ("datetime", "timedelta"),
+}  # fmt: skip
+_LAYOUT = {
+    "torch.distributed.checkpoint.metadata": None,
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint._extension": None,
+}
+
+
+class Broken(Exception):
+    """The folder is not what it should be: what, in one sentence."""
+
+
+class Stub:
+    """In the place of an object that is no part of the weights."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Stub:
+        return self
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+class Unpickler(pickle.Unpickler):
+    """Builds tensors, containers and the layout of a checkpoint; a `Stub` for everything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        import torch
+
+        if (module, name) in _PLAIN:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if module in ("torch", "torch.storage") and re.fullmatch(r"\w*Storage", name):
+            return super().find_class(module, name)
+        names = _LAYOUT.get(module, ())
+        if names is None and re.fullmatch(r"_?[A-Z]\w+", name):
+            return super().find_class(module, name)
+        if names and name in names:
+            return super().find_class(module, name)
+        return Stub
+
+
+def _module() -> Any:
+    """What `torch.load` takes for ``pickle_module``."""
+    made = types.ModuleType("careful_pickle")
+    made.Unpickler = Unpickler  # type: ignore[attr-defined]
+    made.load = lambda file, **_: Unpickler(file).load()  # type: ignore[attr-defined]
+    made.UnpicklingError = pickle.UnpicklingError  # type: ignore[attr-defined]
+    return made
+
+
+def _load(path: Path) -> Any:
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_module())
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise Broken(f"{path.name} cannot be read ({(str(error).splitlines() or ['damaged'])[0][:200]})") from None
+
+
+def dcp(folder: Path, wanted: list[str]) -> dict[str, Any]:
+    """The wanted tensors of a torch.distributed.checkpoint folder."""
+    import torch
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
+
+    with open(folder / ".metadata", "rb") as file:
+        try:
+            metadata = Unpickler(file).load()
+            entries = dict(metadata.state_dict_metadata)
+            places = list((metadata.storage_data or {}).values())
+        except Exception as error:  # a damaged pickle fails in any of the ways that an object can
+            raise Broken(f".metadata is damaged ({(str(error).splitlines() or ['unreadable'])[0][:200]})") from None
+    for place in places:
+        name = getattr(place, "relative_path", None)
+        if not isinstance(name, str) or "/" in name or "\\" in name or name.startswith("."):
+            raise Broken(f".metadata points to {str(name)[:80]!r}, out of its folder")
+        if not (folder / name).is_file():
+            raise Broken(f"{name} is missing, in which .metadata says that tensors are")
+
+    class Reader(FileSystemReader):
+        def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+            return metadata
+
+    found = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in entries.items()
+        if isinstance(entry, TensorStorageMetadata) and any(part in name for part in wanted)
+    }
+    if found:
+        try:
+            load_checkpoint(found, storage_reader=Reader(folder), no_dist=True)
+        except Exception as error:  # torch wraps whatever went wrong in its own, which differ by release
+            raise Broken(f"its tensors cannot be read ({(str(error).splitlines() or ['damaged'])[0][:200]})") from None
+    return found
+
+
+def zero(folder: Path, wanted: list[str]) -> dict[str, Any]:
+    """The wanted tensors of a DeepSpeed ZeRO checkpoint, in float32 from the optimizer's own copies.
+
+    Layout: deepspeed/utils/zero_to_fp32.py. Stage 1 and 2 cut each group of parameters, end to end, in equal parts for the
+    processes; stage 3 cuts every parameter by itself.
+    """
+    import torch
+
+    states = sorted(folder.glob("*_optim_states.pt"), key=_rank)
+    models = sorted(folder.glob("*_model_states.pt"), key=_rank)
+    if not states or not models:
+        raise Broken("it has no *_optim_states.pt or no *_model_states.pt, so it is no whole ZeRO checkpoint")
+    optimizers = []
+    for path in states:
+        found = _load(path)
+        inside = found.get("optimizer_state_dict") if isinstance(found, dict) else None
+        if not isinstance(inside, dict) or "zero_stage" not in inside:
+            raise Broken(f"{path.name} holds no state of a ZeRO optimizer")
+        optimizers.append(inside)
+    stage = optimizers[0]["zero_stage"]
+    count = optimizers[0].get("partition_count")
+    count = max(count) if isinstance(count, (list, tuple)) else count
+    if not isinstance(count, int) or isinstance(stage, Stub) or int(stage) not in (1, 2, 3):
+        raise Broken(f"{states[0].name} does not say its stage and number of processes")
+    have = {_rank(path) for path in states}
+    if have != set(range(count)):
+        lost = sorted(set(range(count)) - have)
+        raise Broken(
+            f"it was saved by {count} processes, and the optimizer states of rank {lost[0] if lost else '?'} are missing"
+        )
+    model = _load(models[0])
+    shapes = model.get("param_shapes") if isinstance(model, dict) else None
+    if not isinstance(shapes, (list, tuple)) or not all(isinstance(group, dict) for group in shapes):
+        raise Broken(f"{models[0].name} has no param_shapes, which say what the flat states are made of")
+    tensors: dict[str, Any] = {}
+    if int(stage) == 3:
+        flats = [torch.cat([part.flatten() for part in o["fp32_flat_groups"]]) for o in optimizers]
+        offset = 0
+        for group in shapes:
+            for name, shape in group.items():
+                size = prod(shape)
+                part = ceil(size / count)
+                if any(offset + part > flat.numel() for flat in flats):
+                    raise Broken(f"the flat states end before {name}; a file is cut short")
+                if any(one in name for one in wanted):
+                    pieces = [flat[offset : offset + part] for flat in flats]
+                    tensors[name] = torch.cat(pieces)[:size].view(tuple(shape)).clone()
+                offset += part
+    else:
+        for index, group in enumerate(shapes):
+            parts = [o["single_partition_of_fp32_groups"][index].flatten() for o in optimizers]
+            flat, offset = torch.cat(parts), 0
+            for name, shape in group.items():
+                size = prod(shape)
+                if offset + size > flat.numel():
+                    raise Broken(f"the flat states end before {name}; a file is cut short")
+                if any(one in name for one in wanted):
+                    tensors[name] = flat[offset : offset + size].view(tuple(shape)).clone()
+                offset += size
+    for name, source in (model.get("shared_params") or {}).items():
+        if source in tensors and any(one in name for one in wanted):
+            tensors[name] = tensors[source]
+    return tensors
+
+
+def _rank(path: Path) -> int:
+    found = re.search(r"zero_pp_rank_(\d+)_", path.name)
+    return int(found.group(1)) if found else 0
+
+
+def main() -> dict[str, object]:
+    from child import bound, write  # type: ignore[import-not-found]
+
+    kind, folder, out = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    names, wanted = json.loads(sys.argv[4]), json.loads(sys.argv[5])
+    bound(int(sys.argv[6]))
+    try:
+        found = {"dcp": dcp, "zero": zero}[kind](folder, wanted)
+    except Broken as error:
+        return {"error": str(error)}
+    if not found:
+        return {"error": "it holds no tensors of an adapter"}
+    answer: dict[str, object] = write(out, found, names)
+    return answer
+
+
+if __name__ == "__main__":
+    print(json.dumps(main()))
