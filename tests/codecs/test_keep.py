@@ -296,7 +296,7 @@ def test_a_config_without_a_dtype_never_means_float32(tmp_path: Path, name: str)
     report = merge(base, [adapter_of(tmp_path, torch.ones(rows, 4) * 0.01, columns)], tmp_path / "out")
     assert {t.dtype for n, t in stored(tmp_path / "out").items() if n.endswith("_proj.weight")} == {torch.bfloat16}
     assert any("names no dtype; weights are decoded to bf16" in note for note in report.notes)
-    assert any("--quant keep writes the base's own format" in note for note in report.notes)
+    assert any("quant='keep' writes the base's own format" in note for note in report.notes)
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
