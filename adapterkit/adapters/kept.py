@@ -213,7 +213,8 @@ def _encoded(weight: Weight, tensor: Tensor, stored: Checkpoint, rule: str | Non
         raise UsageError(
             f"'{weight.name}' is stored in {weight.how}, which adapterkit does not write", "leave out keep: 16 bits"
         )
-    linear = Transposed(tensor) if is_conv1d(weight.name, stored.config) else tensor
+    turned = is_conv1d(weight.name, stored.config) and not weight.upright
+    linear = Transposed(tensor) if turned else tensor
     if linear.shape != weight.shape:
         raise TargetError(
             f"'{weight.name}' was {list(weight.shape)} and becomes {list(linear.shape)}, which its format cannot follow",

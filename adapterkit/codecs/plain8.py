@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from adapterkit.codecs.codec import Parts, StoredTensor, Weight
+from adapterkit.codecs.encode import Encoder, TensorSpec
 from adapterkit.codecs.fp8 import FLOAT8, find, unpack_floats
 from adapterkit.dtypes import F32
 from adapterkit.errors import CheckpointError
@@ -57,6 +59,35 @@ def is_scaled(parts: Parts) -> bool:
     )
 
 
+class Rounded(Encoder):
+    """Numbers rounded to the nearest float8, as ``weight.to(torch.float8_e4m3fn)`` does; those of float8 stay as they are."""
+
+    unit = unit_codes = 1
+
+    def __init__(self, part: StoredTensor) -> None:
+        self.made = (TensorSpec(part.name, part.dtype, part.shape),)
+
+    def encode(self, start: int, new: torch.Tensor, old: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        (made,) = self.made
+        most = torch.finfo(made.dtype.torch).max
+        found = new.to(made.dtype.torch)
+        over = new.isfinite() & ((new.abs() > most) | ~unpack_floats(found).isfinite())
+        if bool(over.any()):
+            raise CheckpointError(
+                f"'{made.name}' holds {new[over].abs().max().item():.6g}, more than {made.dtype} can ({most:g})",
+                "leave out keep: 16 bits",
+            )
+        return (found,)
+
+    def finish(self, held: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        return {}
+
+    def values(self, start: int, encoded: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return unpack_floats(encoded[0])
+
+
 def _plain(part: StoredTensor) -> Weight:
     def load() -> Decode:
         def decode(start: int, stop: int) -> torch.Tensor:
@@ -64,4 +95,6 @@ def _plain(part: StoredTensor) -> Weight:
 
         return decode
 
-    return Weight(part.name, part.shape, F32, (part,), f"{part.dtype} {HOW}", 1, load, upright=True)
+    return Weight(
+        part.name, part.shape, F32, (part,), f"{part.dtype} {HOW}", 1, load, 0, partial(Rounded, part), upright=True
+    )

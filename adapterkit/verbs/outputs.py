@@ -116,7 +116,7 @@ def _folder(
     if base.stored is not None:
         from adapterkit.adapters.kept import sizes
 
-        notes = [*notes, f"{sizes(base.stored, view)}; {option('quant')} keep writes the base's own format"]
+        notes = [*notes, f"{sizes(base.stored, view)}; {option('quant', 'keep')} writes the base's own format"]
         if any(isinstance(adapter.config.get("nvfp4_merge_aware"), dict) for adapter in adapters):
             notes.append(
                 f"the adapter was trained with its sum on the NVFP4 grid, which {option('quant')} keep writes; this is not it"

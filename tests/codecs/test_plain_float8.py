@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from codec_reads import check_ranges, wide
+from safetensors.torch import load_file, save_file
 
+from adapterkit import merge
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.errors import CheckpointError
 
@@ -73,3 +77,26 @@ def test_one_weight_that_lost_its_scale_is_refused(store) -> None:
     ):
         with pytest.raises(CheckpointError, match=r"'a\.weight'"):
             dequantized(store({"a.weight": codes, **more}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keep_rounds_to_the_nearest_number(store, tmp_path: Path, kind: torch.dtype) -> None:
+    codes, other, bias = (numbers(*shape).to(kind) for shape in ((32, 16), (8, 16), (32,)))
+    base = store({"m.q.weight": codes, "m.q.bias": bias, "m.k.weight": other})
+    a, b = numbers(4, 16, seed=2), numbers(32, 4, seed=3)
+    save_file({"m.q.lora_A.weight": a, "m.q.lora_B.weight": b}, tmp_path / "lora.safetensors")
+    merge(base.ref, [tmp_path / "lora.safetensors"], tmp_path / "out", quant="keep")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name: tensor.dtype for name, tensor in found.items()} == dict.fromkeys(base, kind)
+    assert torch.equal(found["m.q.weight"].view(torch.uint8), (codes.float() + b @ a).to(kind).view(torch.uint8))
+    assert torch.equal(found["m.k.weight"].view(torch.uint8), other.view(torch.uint8))
+    assert torch.equal(found["m.q.bias"].view(torch.uint8), bias.view(torch.uint8))
+
+
+def test_keep_refuses_what_float8_cannot_hold(store, tmp_path: Path) -> None:
+    base = store({"m.q.weight": numbers(32, 16).to(KINDS[0])})
+    factors = {"m.q.lora_A.weight": torch.full((4, 16), 20.0), "m.q.lora_B.weight": torch.full((32, 4), 20.0)}
+    save_file(factors, tmp_path / "lora.safetensors")
+    with pytest.raises(CheckpointError, match=r"1[56]\d\d.*, more than"):
+        merge(base.ref, [tmp_path / "lora.safetensors"], tmp_path / "out", quant="keep")
+    assert not (tmp_path / "out").exists()
