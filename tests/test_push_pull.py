@@ -243,7 +243,7 @@ def test_links_are_refused(hub: WritableHub, adapter: Path) -> None:
 def test_a_local_base_is_named_by_its_hub_id_or_refused(hub: WritableHub, base: Path, tmp_path: Path) -> None:
     folder = plain_adapter(tmp_path / "local", base, base_model_name_or_path=str(base))
     register(folder, "mine", base=base)
-    with pytest.raises(UnsafeError, match="base.id"):
+    with pytest.raises(UnsafeError, match=r"base.id"):
         push("mine", REPO)
     assert hub.calls == []
     found = push("mine", REPO, base_id="someone/base")
