@@ -185,7 +185,7 @@ def test_contradictions(bnb, tmp_path: Path) -> None:
         ({"double_quant": True}, "means nothing here; add --as-trained"),
         ({"as_trained": "q4"}, "is not a value of as_trained"),
         ({"as_trained": "int8", "double_quant": True}, "no nested scales"),
-        ({"as_trained": "nf4", "quant_dtype": "f8"}, "no dtype"),
+        ({"as_trained": "nf4", "quant_dtype": "f8"}, "is not a value of quant_dtype"),
         ({"as_trained": "nf4", "skip_modules": ["("]}, "no pattern"),
         ({"as_trained": "nf4", "skip_modules": ["model", "lm_head"]}, "no linear layers"),
     ):
