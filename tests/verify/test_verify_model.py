@@ -77,7 +77,7 @@ def test_a_right_merge_holds_any_threshold(trained: Trained) -> None:
     assert report.layers.lost < 1e-5
     failed = verify(trained.broken, level="model", **how, **limits)
     assert {"layer missing", "max-kl", "min-top1", "swallowed"} <= {finding.kind for finding in failed.errors}
-    assert any("--max-kl allows 1e-06" in finding.text for finding in failed.errors)
+    assert any("max_kl= allows 1e-06" in finding.text for finding in failed.errors)
 
 
 def test_outputs_of_layers_are_those_of_numpy(trained: Trained) -> None:
