@@ -75,7 +75,7 @@ class Extraction:
             sources=(),
             out=out,
             report=self.report,
-            inputs=tuple(source.path.parent for source in sources if source.path is not None),
+            inputs=tuple(one.path if one.loose else one.path.parent for one in sources if one.path is not None),
             beside=() if out is None else beside_of(asked, [asked.base, asked.tuned]),
             stage=work.stage(out),
             force=asked.force,

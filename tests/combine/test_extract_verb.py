@@ -20,6 +20,7 @@ from models import (
     read_tensors,
     write_checkpoint,
 )
+from safetensors.torch import load_file, save_file
 
 from adapterkit import extract, merge
 from adapterkit.cli import main
@@ -154,6 +155,24 @@ def test_bad_input(tmp_path: Path) -> None:
         with pytest.raises(error, match=words):
             extract(base, path, tmp_path / "out", **how)
         assert sorted(tmp_path.rglob("*")) == before, words
+
+
+def test_loose_files_and_the_adapter_lie_in_one_folder(tmp_path: Path) -> None:
+    """A file that was named by itself makes no input of its folder; an output over it is still refused."""
+    torch.manual_seed(0)
+    weight, change = torch.randn(32, 32), torch.randn(32, 2) @ torch.randn(2, 32)
+    name = "double_blocks.0.img_attn.proj.weight"
+    for stem, values in (("base", weight), ("tuned", weight + change)):
+        save_file({name: values}, tmp_path / f"{stem}.safetensors")
+    base, other = tmp_path / "base.safetensors", tmp_path / "tuned.safetensors"
+    extract(base, other, tmp_path / "lora", rank=2)
+    found = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    a, b = (next(t for key, t in found.items() if factor in key) for factor in ("lora_A", "lora_B"))
+    assert torch.allclose(b.float() @ a.float(), change, atol=1e-3)
+    for out in (tmp_path, base):
+        with pytest.raises(AdapterkitError):
+            extract(base, other, out, rank=2, force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.safetensors", "lora", "tuned.safetensors"]
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
