@@ -111,7 +111,7 @@ def test_rows_that_nobody_knows(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "lora.safetensors")
     with pytest.raises(UnsupportedAdapter, match="proj_mlp, which the adapter leaves alone") as refused:
         adapterkit.convert(tmp_path / "lora.safetensors", tmp_path / "kohya.safetensors", to="kohya")
-    assert refused.value.hint == "add --base BASE"
+    assert refused.value.hint == "add base='BASE'"
     names = (f"{SINGLE}.attn.to_q", f"{SINGLE}.attn.to_k", f"{SINGLE}.attn.to_v", f"{SINGLE}.proj_mlp")
     zeros = {f"{name}.weight": torch.zeros(3 * WIDE if "mlp" in name else WIDE, WIDE) for name in names}
     base = write_checkpoint(tmp_path / "transformer", zeros, {})

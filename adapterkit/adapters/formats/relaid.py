@@ -194,7 +194,7 @@ def _fused(
             part = _path(entry, number, captures, rest)
             raise UnsupportedAdapter(
                 f"{name} also holds {part}, which the adapter leaves alone, so its rows are not known",
-                f"add {option('base')} BASE",
+                f"add {option('base', 'BASE')}",
             )
         rows.append(size)
     rank = sum(one.rank for one in parts.values())

@@ -63,7 +63,7 @@ def _of_part(adapter: Adapter, name: str) -> AdapterFiles:
     found = scaled_factors(adapter)
     if found is None:
         raise UsageError(
-            f"{adapter.ref} is more than LoRA, which is computed against its base", f"add {option('base')} BASE"
+            f"{adapter.ref} is more than LoRA, which is computed against its base", f"add {option('base', 'BASE')}"
         )
     return as_single(adapter, *found, STYLES[name])
 
