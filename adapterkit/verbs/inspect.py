@@ -16,7 +16,6 @@ from adapterkit.adapters.load import is_adapter, load_adapter
 from adapterkit.adapters.methods.lora import EMBEDDING_A, EMBEDDING_B, MAGNITUDE, A, B
 from adapterkit.bases import open_model
 from adapterkit.errors import AdapterError
-from adapterkit.gguf.describe import details
 
 if TYPE_CHECKING:
     import torch
@@ -126,6 +125,15 @@ def _family(checkpoint: Checkpoint) -> str:
     return "" if told is None else f"{told[0].name} ({told[1]} layout)"
 
 
+def _gguf_details(checkpoint: Checkpoint) -> dict[str, str]:
+    """What a GGUF file says of itself; nothing for a checkpoint of another format."""
+    if checkpoint.format != "gguf":
+        return {}
+    from adapterkit.gguf.describe import details
+
+    return details(checkpoint)
+
+
 # What trainers write of their settings, as people ask for it.
 _SETTINGS = {
     "ss_base_model_version": "base model",
@@ -151,11 +159,11 @@ LONGEST_SETTING = 80  # characters that are shown of one
 
 def _file_details(adapter: Adapter) -> dict[str, str]:
     """What a single file is: its family, whose keys it has, its parts, and what it says of its training."""
-    from adapterkit.adapters.families.names import family_of
-
     contents = adapter.contents
     if contents is None:
         return {}
+    from adapterkit.adapters.families.names import family_of
+
     names = [module.path for module in contents.modules if not module.flat]
     told = family_of(names) or _flat_family([module.path for module in contents.modules if module.flat])
     parts = [f"{part} ({len(contents.of(part))} modules)" for part in contents.parts if part]
@@ -204,7 +212,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         tensors=len(checkpoint),
         dtypes=dict(dtypes.most_common()),
         architecture=", ".join(map(str, architectures)),
-        details=details(checkpoint),
+        details=_gguf_details(checkpoint),
         files=tuple(source.name for source in checkpoint.sources),
         commit=checkpoint.commit or "",
         notes=checkpoint.notes,
