@@ -462,6 +462,8 @@ class GGUFOutput(Request):
         Raises:
             NotFound, UsageError: see `adapterkit.gguf.said.said`.
         """
+        if self.model_name is None and self.metadata is None and not self.override_kv:
+            return ()
         from adapterkit.gguf.said import said
 
         return said(self.model_name, None if self.metadata is None else str(self.metadata), self.override_kv)
