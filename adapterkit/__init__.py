@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     from adapterkit.verbs.family import Family, open_family
     from adapterkit.verbs.imatrix import ImatrixReport, imatrix
     from adapterkit.verbs.inspect import Inspection, inspect
-    from adapterkit.verbs.merge import merge, plan_merge
+    from adapterkit.verbs.merge import merge
+    from adapterkit.verbs.plan_merge import plan_merge
     from adapterkit.verbs.report import (
         CombineReport,
         ConvertReport,
@@ -109,7 +110,7 @@ _WHERE = {
     "open_family": "adapterkit.verbs.family:open_family",
     "plan_build": "adapterkit.recipe.run:plan_build",
     "plan_convert": "adapterkit.verbs.convert:plan_convert",
-    "plan_merge": "adapterkit.verbs.merge:plan_merge",
+    "plan_merge": "adapterkit.verbs.plan_merge:plan_merge",
     "resize": "adapterkit.verbs.resize:resize",
     "save": "adapterkit.checkpoint.save:save",
     "verify": "adapterkit.verbs.verify:verify",

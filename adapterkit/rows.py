@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from importlib import import_module
-from pkgutil import iter_modules
 from typing import Any
 
 
@@ -15,6 +14,8 @@ def brought(package: str, path: Sequence[str], attribute: str, known: Collection
         package, path: ``__package__`` and ``__path__`` of the package.
         known: modules that the table has already, or that are no rows; they are not imported.
     """
+    from pkgutil import iter_modules
+
     for module in iter_modules(path):
         if module.name not in known and not module.name.startswith("_"):
             found = getattr(import_module(f"{package}.{module.name}"), attribute, None)

@@ -8,12 +8,13 @@ through, duplicate keys (the last would win) and names that would be dangerous t
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import field
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.dtypes import DTYPES, DType
 from adapterkit.errors import CheckpointError, UnsafeError
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.journal import Journal
 from adapterkit.checkpoint.plan import default_jobs
-from adapterkit.checkpoint.publish import check_target, partial_folder, staging
+from adapterkit.checkpoint.publish import check_target, input_paths, partial_folder, staging
 from adapterkit.checkpoint.sink import Sink
-from adapterkit.checkpoint.write import finish, identity, input_paths
+from adapterkit.checkpoint.write import finish, identity
 from adapterkit.disk import read_inside, write_inside
 from adapterkit.errors import OutputError, UsageError, option
 

@@ -6,11 +6,10 @@ too, and gives the same bytes. Nothing but headers is needed to make one.
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.folder import INDEX, PIPELINE, SINGLE
@@ -19,6 +18,7 @@ from adapterkit.checkpoint.listing import check_plain
 from adapterkit.checkpoint.tensor import Stored
 from adapterkit.dtypes import DTYPES
 from adapterkit.errors import CheckpointError, UsageError, option
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -83,6 +83,8 @@ class Chunk:
 
     @property
     def content(self) -> bytes:
+        import base64
+
         return base64.b64decode(self.data)
 
 

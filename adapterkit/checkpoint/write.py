@@ -15,15 +15,8 @@ from adapterkit.checkpoint.files import check_unchanged
 from adapterkit.checkpoint.journal import Journal
 from adapterkit.checkpoint.memory import check_memory
 from adapterkit.checkpoint.plan import default_jobs
-from adapterkit.checkpoint.publish import (
-    check_target,
-    partial_folder,
-    publish,
-    publish_files,
-    staging,
-)
+from adapterkit.checkpoint.publish import check_output, publish, publish_files, staging
 from adapterkit.checkpoint.sink import Sink, run_together
-from adapterkit.errors import OutputError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -182,43 +175,6 @@ def _checked(one: Writing) -> Callable[[Path], Mapping[str, bytes]] | None:
         return files
 
     return made
-
-
-def check_output(
-    plan: Plan,
-    sources: Sequence[Source],
-    out: Path,
-    *,
-    force: bool,
-    inputs: Sequence[Path] = (),
-    room: bool = True,
-) -> None:
-    """Refuse a target that exists, is read-only, lies in an input or has no room, before the first byte.
-
-    Args:
-        inputs: folders that are read beside ``sources``.
-        room: whether the disk must have room for it.
-    """
-    paths = [*input_paths(plan, sources), *inputs]
-    held = [partial_folder(out) / file.name for file in plan.files]
-    nbytes = plan.nbytes if room else 0
-    if plan.layout == "folder":
-        check_target(out, paths, nbytes, force=force, held=held)
-        return
-    for target in plan.targets(out).values():
-        if target.is_dir():
-            raise OutputError(f"{target} is a folder", "name a file")
-        check_target(target, paths, nbytes, force=force, held=held)
-
-
-def input_paths(plan: Plan, sources: Sequence[Source]) -> list[Path]:
-    """What an output may not lie in or over: the folders of the inputs; files, where files stand for themselves."""
-    found = []
-    for source in sources:
-        if source.path is not None:
-            alone = source.loose or plan.layout == "file" or source.path.suffix == ".gguf"
-            found.append(source.path if alone else source.path.parent)
-    return found
 
 
 def finish(

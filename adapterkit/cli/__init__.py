@@ -6,7 +6,6 @@ import gc
 import importlib
 import signal
 import sys
-from difflib import get_close_matches
 from typing import Any
 
 import click
@@ -126,6 +125,8 @@ class Verbs(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the verb; of a word that is none, say which one is most like it."""
         if args and not args[0].startswith("-") and args[0] not in VERBS:
+            from difflib import get_close_matches
+
             close = get_close_matches(args[0], VERBS, n=1)
             ctx.fail(f"No such command '{args[0]}'." + (f" Did you mean '{close[0]}'?" if close else ""))
         return super().resolve_command(ctx, args)

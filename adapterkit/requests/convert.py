@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +18,7 @@ from adapterkit.requests.groups import (
     Types,
 )
 from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, RUN, VALUES, WHOLE, opt
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.requests.groups import Base, Ref
@@ -27,7 +28,7 @@ def _formats() -> tuple[str, ...]:
     return tuple(FORMATS)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ConvertRequest(Types, GGUFOutput, Running):
     """A conversion. The row of a format says which of the options mean something for it; another one is an error."""
 
@@ -177,7 +178,7 @@ class ConvertRequest(Types, GGUFOutput, Running):
         return replace(self, src=src)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ConvertPlanRequest(ConvertRequest):
     """A conversion to be planned.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit.codecs.kinds import NESTED, WRITTEN
 from adapterkit.errors import UsageError
+from adapterkit.values import dataclass
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import InitVar, dataclass, field, fields, replace
+from dataclasses import InitVar, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from adapterkit.requests.option import (
     Request,
     opt,
 )
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
@@ -44,7 +45,7 @@ BASE, ADAPTERS, COMBINE, OUTPUT, GGUF_TYPES, BESIDE, RUNNING = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)
 class OntoBase(Request):
     """Which values of the base the adapters are folded onto."""
 
@@ -93,7 +94,7 @@ class OntoBase(Request):
     )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class OfAdapters(Request):
     """How adapters are read and weighed."""
 
@@ -145,6 +146,8 @@ class OfAdapters(Request):
 
     def told(self, adapter: Adapter) -> Adapter:
         """The adapter, read as these options say."""
+        if self.expert_order is None and not self.conv1d:
+            return adapter
         from adapterkit.adapters.told import as_told
 
         return as_told(adapter, self.expert_order, _words(self.conv1d))
@@ -183,7 +186,7 @@ def _spaces() -> tuple[str, ...]:
     return tuple(row.name for row in RULES.values() if row.nested)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)
 class Ruled(Request):
     """How several deltas become one."""
 
@@ -242,7 +245,7 @@ def _types() -> Iterable[str]:
 _TYPES = {"quant": "mix", "token_embd_type": "token_embedding_type"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)
 class Types(Request):
     """The types of the tensors of an output.
 
@@ -373,7 +376,7 @@ _TYPE_NAMES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)
 class KeepOptions(Request):
     """What of a GGUF output is kept wider, because an adapter changed it."""
 
@@ -399,7 +402,7 @@ def _with_file() -> Iterable[str]:
     return with_file()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)
 class GGUFOutput(Request):
     """What belongs to a GGUF output."""
 
@@ -485,7 +488,7 @@ class GGUFOutput(Request):
 _OF_BUILD = "of build, since no byte depends on it"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)
 class Running(Request):
     """How a verb that writes is carried out. No byte depends on it."""
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adapterkit.adapters.fold import FLOATS
 from adapterkit.codecs.kinds import NESTED, WRITTEN
-from adapterkit.dtypes import BY_LABEL, DType
+from adapterkit.dtypes import BY_LABEL, FLOATS, DType
 from adapterkit.errors import CheckpointError, UsageError
 from adapterkit.ops.device import CPU
 from adapterkit.requests.groups import (
@@ -27,6 +26,7 @@ from adapterkit.requests.groups import (
     Types,
 )
 from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, RUN, VALUES, opt
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.requests.groups import Adapters, Base
@@ -37,7 +37,7 @@ FOLDER_FORMATS = (*WRITTEN, "keep")
 CALIBRATED = ("awq", "gptq")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, Running):
     """A merge: what is folded into what, and what is written of it."""
 
@@ -248,26 +248,6 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
-@dataclass(frozen=True)
-class MergePlanRequest(MergeRequest):
-    """A merge to be planned.
-
-    Attributes:
-        headers_only: a base or adapter on the Hub is not downloaded, so the plan can be shown but not executed.
-        fingerprints: of the inputs, which let `execute` see whether they changed; a plan that is only shown can do
-            without.
-    """
-
-    headers_only: bool = field(default=True, kw_only=True)
-    fingerprints: bool = field(default=True, kw_only=True)
-
-    @classmethod
-    def of(cls, request: MergeRequest, *, headers_only: bool, fingerprints: bool = True) -> MergePlanRequest:
-        """The same merge, to be planned."""
-        given = {name: getattr(request, name) for name in request.options()}
-        return cls(**given, headers_only=headers_only, fingerprints=fingerprints)
-
-
 def parse_floats(dtype: str) -> DType | None:
     """The dtype of all floating tensors; None for ``auto``.
 
@@ -281,4 +261,4 @@ def parse_floats(dtype: str) -> DType | None:
     return BY_LABEL[dtype]
 
 
-__all__ = ["BASE", "FOLDER", "FOLDER_FORMATS", "GGUF", "MergePlanRequest", "MergeRequest", "parse_floats"]
+__all__ = ["BASE", "FOLDER", "FOLDER_FORMATS", "GGUF", "MergeRequest", "parse_floats"]

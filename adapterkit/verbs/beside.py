@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.verbs.job import Beside

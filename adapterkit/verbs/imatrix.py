@@ -73,7 +73,8 @@ def imatrix(
     """
     from adapterkit.bases import open_model
     from adapterkit.checkpoint.files import check_unchanged
-    from adapterkit.checkpoint.write import check_output, write_safetensors
+    from adapterkit.checkpoint.publish import check_output
+    from adapterkit.checkpoint.write import write_safetensors
     from adapterkit.gguf.activations import in_gguf
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
     from adapterkit.gguf.plan import plan_gguf

@@ -5,18 +5,18 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from adapterkit import disk
-from adapterkit.checkpoint.write import Stage, Writing, check_output, write_together
 from adapterkit.errors import OutputError, UsageError
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.tensor import Tensor
+    from adapterkit.checkpoint.write import Stage, Writing
 
 Progress = Callable[[int, int], None]
 Recorder = Callable[[Path], Mapping[str, bytes]]
@@ -110,11 +110,15 @@ class Job:
         Raises:
             UsageError, OutputError
         """
+        from adapterkit.checkpoint.publish import check_output
+
         assert self.out is not None
         check_output(self.plan, self.sources, self.out, force=self.force, inputs=self.inputs, room=room)
 
     def writing(self) -> Writing:
         """What the sink is given."""
+        from adapterkit.checkpoint.write import Writing
+
         assert self.out is not None
         return Writing(self.plan, self.tensors, self.sources, self.out, self.side, self.record, self.stage)
 
@@ -151,6 +155,8 @@ def run(
         UsageError: a job does not say where its output goes.
         CheckFailed, OutputError, CheckpointError, AdapterError, UnsafeError
     """
+    from adapterkit.checkpoint.write import write_together
+
     started = time.monotonic() if started is None else started
     for job in jobs:
         if job.out is None:
@@ -176,6 +182,8 @@ def carry_out(job: Job, request: Any, started: float) -> Any:
         OutputError: the plan cannot be written.
     """
     if request.save_plan is not None:
+        from adapterkit import disk
+
         disk.deliver(Path(request.save_plan), job.plan.to_json().encode())
     if not request.writes:
         return show(job, started)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,9 @@ from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
 from adapterkit.errors import CheckFailed, option
 from adapterkit.ops.device import check_name, check_there
 from adapterkit.requests.call import takes
-from adapterkit.requests.merge import FOLDER, GGUF, MergePlanRequest, MergeRequest
-from adapterkit.verbs.beside import beside_of
-from adapterkit.verbs.job import Job, Measured, carry_out
-from adapterkit.verbs.ladder import abreast, rungs
+from adapterkit.requests.merge import FOLDER, GGUF, MergeRequest
+from adapterkit.values import dataclass
 from adapterkit.verbs.outputs import Output, output
-from adapterkit.verbs.report import AdapterUse, MergeReport
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +27,8 @@ if TYPE_CHECKING:
     from adapterkit.adapters.fidelity import FidelityReport, Watch
     from adapterkit.adapters.fold import Folded
     from adapterkit.checkpoint.files import Source
+    from adapterkit.verbs.job import Job, Measured
+    from adapterkit.verbs.report import MergeReport
 
 COARSE_BITS = 5  # formats of so many bits and fewer lose a change to values that lie on such a grid already
 SAMPLED = 8  # tensors that are measured before a base's own grid is written again
@@ -96,6 +95,7 @@ class Merge:
     def report(self, measured: Measured, fidelity: FidelityReport | None = None) -> MergeReport:
         """What was done, or would be."""
         from adapterkit.adapters.merged import not_finite
+        from adapterkit.verbs.report import AdapterUse, MergeReport
 
         computed = [self.folded.checkpoint[name] for name in self.folded.touched]
         used = zip(self.adapters, self.weights, strict=True)
@@ -137,6 +137,9 @@ class Merge:
         Args:
             base: as the caller named it, where the request names what it is pinned to.
         """
+        from adapterkit.verbs.beside import beside_of
+        from adapterkit.verbs.job import Job
+
         asked = self.request
         named = asked.base if base is None else base
         loss = Loss(self, watched=asked.fidelity or asked.min_retention is not None or asked.min_cosine is not None)
@@ -157,21 +160,12 @@ class Merge:
         )
 
 
-@takes(MergePlanRequest)
-def plan_merge(request: MergePlanRequest) -> Merge:
-    """Plan a merge from headers alone.
-
-    With ``headers_only`` a base or adapter on the Hub is not downloaded, so the plan can be shown but not executed.
-    ``fingerprints`` of the inputs let `execute` see whether they changed.
+def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: bool = True) -> Merge:
+    """Plan a merge from headers alone; see `adapterkit.verbs.plan_merge.plan_merge`.
 
     Raises:
         NotFound, CheckpointError, AdapterError, TargetError, UsageError, UnsafeError, AuthError, HubError
     """
-    return planned(request, headers_only=request.headers_only, fingerprints=request.fingerprints)
-
-
-def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: bool = True) -> Merge:
-    """See `plan_merge`."""
     check_name(request.device) if headers_only else check_there(request.device)
     opened, values = open_base(
         request.base,
@@ -214,6 +208,9 @@ def merge(request: MergeRequest) -> MergeReport:
         CheckFailed: the output would lose the change.
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError, AuthError, HubError
     """
+    from adapterkit.verbs.job import carry_out
+    from adapterkit.verbs.ladder import abreast, rungs
+
     started = time.monotonic()
     how = {"headers_only": not request.writes, "fingerprints": request.writes or bool(request.save_plan)}
     made = [planned(one, **how) for one in rungs(request)]
@@ -416,4 +413,4 @@ def _fingerprint(source: Source) -> str:
     return f"{source.size}:{hashlib.sha256(source.read(8, length)).hexdigest()}"
 
 
-__all__ = ["Merge", "merge", "plan_merge", "planned", "replan"]
+__all__ = ["Merge", "merge", "planned", "replan"]

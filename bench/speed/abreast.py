@@ -25,7 +25,8 @@ import json, os, sys, time
 from pathlib import Path
 import torch  # imports do not count
 from adapterkit.verbs.job import run
-from adapterkit.verbs.merge import merge, plan_merge
+from adapterkit.verbs.merge import merge
+from adapterkit.verbs.plan_merge import plan_merge
 def io():
     lines = dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())
     return int(lines["read_bytes"])

@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.fold import FLOATS
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint, SideFile
 from adapterkit.checkpoint.decoded import dequantized
@@ -16,7 +15,7 @@ from adapterkit.checkpoint.files import BytesFile
 from adapterkit.checkpoint.plan import plan_safetensors
 from adapterkit.checkpoint.tensor import Cast
 from adapterkit.codecs.kinds import WRITTEN
-from adapterkit.dtypes import BF16, F16, F32, DType
+from adapterkit.dtypes import BF16, F16, F32, FLOATS, DType
 from adapterkit.errors import UsageError, option
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.verbs.conversions.conversion import Conversion, count_types

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.fold import FLOATS, Folded
+from adapterkit.adapters.fold import Folded
 from adapterkit.adapters.merged import Merged, in_dtype
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.tensor import Cast, Tensor
+from adapterkit.dtypes import FLOATS
 from adapterkit.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
