@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit._version import __version__
 from adapterkit.checkpoint.finders import add_finder
+from adapterkit.rows import hand_in
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.fold import Folded, fold
     from adapterkit.adapters.load import load_adapter
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from adapterkit.requests.adapters import CombineRequest, ExtractRequest, ResizeRequest
     from adapterkit.requests.convert import ConvertRequest
     from adapterkit.requests.convert import ConvertRequest as ConvertOptions
+    from adapterkit.requests.formats import Format
     from adapterkit.requests.merge import MergeRequest
     from adapterkit.requests.merge import MergeRequest as MergeOptions
     from adapterkit.requests.register import RegisterRequest
@@ -180,7 +184,15 @@ def _registered(ref: str) -> Found | None:
     return find(ref)
 
 
+def _formats() -> Iterator[Format]:
+    from adapterkit.rows import brought
+    from adapterkit.verbs import conversions
+
+    return brought("adapterkit.verbs.conversions", conversions.__path__, "FORMAT", conversions.LISTED)
+
+
 add_finder(_registered)  # registry names work wherever a path does
+hand_in("formats", _formats)  # a file that is put among the conversions is a format
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -21,3 +21,17 @@ def brought(package: str, path: Sequence[str], attribute: str, known: Collection
             found = getattr(import_module(f"{package}.{module.name}"), attribute, None)
             if found is not None:
                 yield found
+
+
+_HANDED_IN: dict[str, list[Callable[[], Iterable[Any]]]] = {}
+
+
+def hand_in(table: str, rows: Callable[[], Iterable[Any]]) -> None:
+    """Give a table rows of a layer above it, which it cannot import; ``rows`` is called when the table is asked for."""
+    _HANDED_IN.setdefault(table, []).append(rows)
+
+
+def handed_in(table: str) -> Iterator[Any]:
+    """The rows that were handed in for a table."""
+    for rows in _HANDED_IN.get(table, ()):
+        yield from rows()

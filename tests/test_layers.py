@@ -337,11 +337,11 @@ TABLES = (
 )
 # What only a run that writes needs, and modules of the standard library that take as long as ten of ours.
 WRITERS = ("adapterkit.checkpoint.write", "adapterkit.checkpoint.sink", "adapterkit.checkpoint.journal")
-SLOW = ("concurrent.futures", "logging", "ctypes", "lzma", "hashlib", "base64", "pkgutil", "difflib")
+SLOW = ("concurrent.futures", "logging", "ctypes", "hashlib", "base64", "pkgutil")
 STAY_OUT = {
     "help": ("adapterkit.requests", "adapterkit.checkpoint.tensor", *TABLES, *WRITERS, *SLOW, "pathlib"),
-    "inspect_adapter": ("adapterkit.requests", "adapterkit.adapters.fold", *TABLES, *WRITERS, *SLOW),
-    "inspect_checkpoint": ("adapterkit.requests", "adapterkit.adapters.fold", *TABLES, *WRITERS, *SLOW),
+    "inspect_adapter": ("adapterkit.requests", "adapterkit.adapters.fold", *TABLES, *WRITERS, *SLOW, "lzma"),
+    "inspect_checkpoint": ("adapterkit.requests", "adapterkit.adapters.fold", *TABLES, *WRITERS, *SLOW, "lzma"),
     "check": (
         "adapterkit.verbs.report",
         "adapterkit.verbs.job",
@@ -349,8 +349,9 @@ STAY_OUT = {
         *TABLES,
         *WRITERS,
         *SLOW,
+        "lzma",
     ),
-    "dry_run": ("adapterkit.provenance", "adapterkit.requests.merge_plan", *TABLES, *WRITERS, *SLOW),
+    "dry_run": ("adapterkit.provenance", "adapterkit.requests.merge_plan", *TABLES, *WRITERS, *SLOW, "lzma"),
 }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.errors import UsageError
-from adapterkit.requests.formats import FORMATS, Format
+from adapterkit.requests.formats import Format, formats
 from adapterkit.requests.groups import (
     ADAPTERS,
     FLOAT_TYPES,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def _formats() -> tuple[str, ...]:
-    return tuple(FORMATS)
+    return tuple(formats())
 
 
 @dataclass(frozen=True, eq=False, repr=False)

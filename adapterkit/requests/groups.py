@@ -235,10 +235,10 @@ class Ruled(Request):
 
 
 def _types() -> Iterable[str]:
-    from adapterkit.codecs.kinds import WRITTEN
+    from adapterkit.codecs.kinds import written
     from adapterkit.gguf.filetypes import FILE_TYPES
 
-    return (*WRITTEN, "keep", *FILE_TYPES)
+    return (*written(), "keep", *FILE_TYPES)
 
 
 # The options that make a `Quantization`, and its fields where they have another name.

@@ -7,7 +7,7 @@ from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adapterkit.codecs.kinds import NESTED, WRITTEN
+from adapterkit.codecs.kinds import nested, written
 from adapterkit.dtypes import BY_LABEL, FLOATS, DType
 from adapterkit.errors import CheckpointError, UsageError
 from adapterkit.ops.device import CPU
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from adapterkit.requests.groups import Adapters, Base
 
 FOLDER, GGUF = "folder", "gguf"
-FOLDER_FORMATS = (*WRITTEN, "keep")
-"""The quantized formats of a folder, and the base's own; every other value of ``quant`` is a type of a GGUF file."""
 CALIBRATED = ("awq", "gptq")
 
 
@@ -135,7 +133,7 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
                 f"{self.quant} needs a calibration, which a merge has no text for",
                 f"merge to 16 bits, then convert that --to {self.quant} --calibration FILE",
             )
-        if self.quant_double and self.quant not in NESTED:
+        if self.quant_double and self.quant not in nested():
             raise UsageError(f"{self.quant} has no nested scales", "leave out --double-quant, or use --quant nf4")
         if self.as_trained == "int8" and self.double_quant:
             raise UsageError("int8 has no nested scales", "leave out --double-quant, or use --as-trained nf4")
@@ -161,7 +159,7 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
     @property
     def folder_format(self) -> str | None:
         """The quantized format of a folder; None where ``quant`` is a type of a GGUF file, or not given."""
-        return self.quant if self.quant in FOLDER_FORMATS else None
+        return self.quant if self.quant is not None and self.quant in folder_formats() else None
 
     @property
     def gguf_types(self) -> Any:
@@ -248,6 +246,11 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
+def folder_formats() -> tuple[str, ...]:
+    """The quantized formats of a folder, and the base's own; every other value of ``quant`` is a type of a GGUF file."""
+    return (*written(), "keep")
+
+
 def parse_floats(dtype: str) -> DType | None:
     """The dtype of all floating tensors; None for ``auto``.
 
@@ -261,4 +264,4 @@ def parse_floats(dtype: str) -> DType | None:
     return BY_LABEL[dtype]
 
 
-__all__ = ["BASE", "FOLDER", "FOLDER_FORMATS", "GGUF", "MergeRequest", "parse_floats"]
+__all__ = ["BASE", "FOLDER", "GGUF", "MergeRequest", "folder_formats", "parse_floats"]
