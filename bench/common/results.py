@@ -5,8 +5,9 @@ A result is a file ``bench/results/NAME.json``::
     {"script": "speed merge", "command": "...", "measured": {"date", "commit", "version", "machine", "note"},
      "figures": {name: number}, "tables": {name: {"heads": [...], "formats": [...], "rows": [[...], ...]}}}
 
-``python -m bench --save NAME KIND SCRIPT ...`` writes one: the tables that a script prints as Markdown, and what it hands
-to `note`. ``python tools/figures.py`` puts stored figures into the pages.
+``python -m bench --save NAME KIND SCRIPT ...`` writes one: the tables that a script prints as Markdown, what it hands to
+`note`, and the lines that it prints. ``python tools/figures.py`` puts stored figures into the pages. Small runs of the
+proofs are stored as ``proofs/NAME``.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def save(name: str, script: str, command: str, printed: str) -> Path:
         "tables": {("main", *(f"table{n}" for n in range(2, 99)))[i]: parsed(text) for i, text in enumerate(tables)},
         "printed": printed.splitlines(),
     }
-    path = FOLDER / f"{name}.json"
+    path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
