@@ -152,7 +152,7 @@ def main() -> None:
             print(f"{'register':<18} {json.dumps(rows['register'])}", flush=True)
     for line in wrong:
         print("WRONG", line)
-    results.note(**{f"{name}: {what}": number for name, row in rows.items() for what, number in row.items()})
+    results.note(**{f"{name}: {what}": row[what] for name, row in rows.items() for what in ("wrong",)})
     if given.json:
         given.json.write_text(json.dumps(rows, indent=2) + "\n")
     raise SystemExit(1 if wrong else 0)

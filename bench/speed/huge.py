@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+from bench.common import results
+
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, VOCAB, RANK = 126, 16384, 53248, 128, 8, 128256, 16
 
 
@@ -114,9 +116,11 @@ def main() -> None:
     seconds, memory, said = timed("merge", base, adapter, "--dry-run")
     print(said.rstrip())
     print(f"merge --dry-run: {seconds:.2f} s, {memory / 1e6:.0f} MB")
+    results.note(plan_s=round(seconds, 1))
     timed("merge", base, adapter, "--save-plan", plan)
     seconds, memory, said = timed("execute", plan, "-o", str(root / "out"), "--part", str(options.part))
     written = max(path.stat().st_size for path in (root / ".out.partial").glob("*.safetensors"))
+    results.note(memory_mb=round(memory / 1e6))
     print(f"{said.rstrip()}: {written / 1e9:.2f} GB in {seconds:.1f} s, {memory / 1e6:.0f} MB")
     shutil.rmtree(root)
 
