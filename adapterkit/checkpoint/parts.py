@@ -14,7 +14,7 @@ from adapterkit.checkpoint.journal import Journal
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import check_target, input_paths, partial_folder, staging
 from adapterkit.checkpoint.sink import Sink
-from adapterkit.checkpoint.write import finish, identity
+from adapterkit.checkpoint.write import Writing, finish, identity
 from adapterkit.disk import read_inside, write_inside
 from adapterkit.errors import OutputError, UsageError, option
 
@@ -77,7 +77,7 @@ def finish_parts(
         missing = [str(i) for i, file in enumerate(plan.files) if not _done(plan, folder, file.name, file.nbytes)]
         if missing:
             raise OutputError(f"{out}: parts {', '.join(missing[:8])} are not done", "execute them, then finish again")
-        finish(plan, folder, out, side_files, force=force, record=record)
+        finish(Writing(plan, {}, (), out, side_files, record), folder, force=force)
 
 
 def _note(name: str) -> str:

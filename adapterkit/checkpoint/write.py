@@ -1,4 +1,4 @@
-"""`write_safetensors`: a view and its plan become a folder (or, for plans of other files, those files)."""
+"""`write_together`: views and their plans become folders (or, for plans of other files, those files)."""
 
 from __future__ import annotations
 
@@ -26,42 +26,6 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.tensor import Tensor
 
 
-def write_safetensors(
-    plan: Plan,
-    tensors: Mapping[str, Tensor],
-    sources: Sequence[Source],
-    out: Path,
-    *,
-    side_files: Mapping[str, bytes],
-    record: Callable[[Path], Mapping[str, bytes]] | None = None,
-    jobs: int | None = None,
-    force: bool = False,
-    resume: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> int:
-    """Execute a plan into a folder, or the files it is of, which appear whole or not at all.
-
-    Args:
-        plan: what to write; ``tensors`` and ``sources`` are the handles and files it was made from.
-        out: the folder to make, or the file; several files get ``-00001-of-00003`` and so on before its suffix.
-        side_files: small files to write beside the weights, by relative name.
-        record: more small files, asked for when everything else lies in the hidden folder, which it is given; beside
-            an output that is a file they get its name and a dot before theirs.
-        jobs: worker threads.
-        force: replace an existing folder.
-        resume: re-use what an interrupted run left and its content proves, and leave the same behind if interrupted.
-        progress: called now and then with bytes done and bytes in all.
-
-    Returns:
-        How many computed tensors were re-used.
-
-    Raises:
-        OutputError, UsageError, AdapterkitError
-    """
-    one = Writing(plan, tensors, sources, out, side_files, record)
-    return write_together([one], jobs=jobs, force=[force], resume=resume, progress=progress)[0].reused
-
-
 Stage = Callable[["Room"], "Writing"]
 """Computes, in the hidden folder, what a plan has to be made of; gives what is to be written then."""
 
@@ -85,9 +49,14 @@ class Room:
 
 @dataclass(frozen=True)
 class Writing:
-    """One output of several that are written together; see `write_safetensors` for the fields.
+    """One output: a folder, or the files that its plan is of, which appears whole or not at all.
 
     Attributes:
+        plan: what to write; ``tensors`` and ``sources`` are the handles and files it was made from.
+        out: the folder to make, or the file; several files get ``-00001-of-00003`` and so on before its suffix.
+        side_files: small files to write beside the weights, by relative name.
+        record: more small files, asked for when everything else lies in the hidden folder, which it is given; beside
+            an output that is a file they get its name and a dot before theirs.
         stage: run first; what it gives is written in the place of this one.
         made: names of files and folders that a stage left in the hidden folder for the output.
         facts: what a stage found out, for the report.
@@ -98,7 +67,7 @@ class Writing:
     tensors: Mapping[str, Tensor]
     sources: Sequence[Source]
     out: Path
-    side_files: Mapping[str, bytes]
+    side_files: Mapping[str, bytes] = field(default_factory=dict)
     record: Callable[[Path], Mapping[str, bytes]] | None = None
     stage: Stage | None = None
     made: frozenset[str] = frozenset()
@@ -124,10 +93,14 @@ def write_together(
     progress: Callable[[int, int], None] | None = None,
     checked: bool = False,
 ) -> list[Done]:
-    """Execute several plans abreast, so that inputs they share come from the disk once; each output appears whole or not
-    at all, all of them after the last byte is written.
+    """Execute plans abreast, so that inputs they share come from the disk once; each output appears whole or not at all,
+    all of them after the last byte is written.
 
     Args:
+        jobs: worker threads.
+        force: for each, whether it may replace what is there.
+        resume: re-use what an interrupted run left and its content proves, and leave the same behind if interrupted.
+        progress: called now and then with bytes done and bytes in all.
         checked: `check_output` was asked already.
 
     Raises:
@@ -159,7 +132,7 @@ def write_together(
         for one in writings:
             check_unchanged(one.sources)
         for (_, folder), one, again in zip(runs, staged, force, strict=True):
-            finish(one.plan, folder, one.out, one.side_files, force=again, record=_checked(one), made=one.made)
+            finish(replace(one, record=_checked(one)), folder, force=again)
     return [Done(one.plan, sink.reused, one.facts) for (sink, _), one in zip(runs, staged, strict=True)]
 
 
@@ -177,18 +150,10 @@ def _checked(one: Writing) -> Callable[[Path], Mapping[str, bytes]] | None:
     return made
 
 
-def finish(
-    plan: Plan,
-    folder: Path,
-    out: Path,
-    side_files: Mapping[str, bytes],
-    *,
-    force: bool,
-    record: Callable[[Path], Mapping[str, bytes]] | None = None,
-    made: frozenset[str] = frozenset(),
-) -> None:
+def finish(one: Writing, folder: Path, *, force: bool) -> None:
     """Make the hidden folder the target, with the index and the side files; or its files the targets themselves."""
-    extra = dict(side_files)
+    plan, out, record = one.plan, one.out, one.record
+    extra = dict(one.side_files)
     if len(plan.files) > 1:
         extra.setdefault(plan.index_name, index_json(plan))
     try:
@@ -203,7 +168,7 @@ def finish(
         for name, data in (record(folder) if record is not None else {}).items():
             disk.write_inside(folder, name, data)
             extra[name] = data
-        keep = {file.name for file in plan.files} | made | {name.partition("/")[0] for name in extra}
+        keep = {file.name for file in plan.files} | one.made | {name.partition("/")[0] for name in extra}
         publish(folder, out, keep=keep, force=force)
     except OSError as error:
         raise disk.refused(error, str(out), out.parent) from error

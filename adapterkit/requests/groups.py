@@ -29,6 +29,7 @@ from adapterkit.values import dataclass
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.bound_rule import BoundRule
+    from adapterkit.bases import Trained
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.gguf.quantize import Quantization
 
@@ -92,6 +93,14 @@ class OntoBase(Request):
             role=VALUES, group=BASE, recipe="base.residual",
         ),
     )  # fmt: skip
+
+    @property
+    def trained(self) -> Trained:
+        """How training quantized the base."""
+        from adapterkit.bases import Trained
+
+        skip = None if self.skip_modules is None else _words(self.skip_modules)
+        return Trained(self.as_trained, self.double_quant, self.quant_dtype, skip)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)

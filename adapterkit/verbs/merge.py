@@ -167,15 +167,7 @@ def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: b
         NotFound, CheckpointError, AdapterError, TargetError, UsageError, UnsafeError, AuthError, HubError
     """
     check_name(request.device) if headers_only else check_there(request.device)
-    opened, values = open_base(
-        request.base,
-        base16=request.base16,
-        as_trained=request.as_trained,
-        double_quant=request.double_quant,
-        quant_dtype=request.quant_dtype,
-        skip_modules=request.skip_modules,
-        headers_only=headers_only,
-    )
+    opened, values = open_base(request.base, base16=request.base16, trained=request.trained, headers_only=headers_only)
     form = request.form or (GGUF if opened.format == "gguf" else FOLDER)
     asked = replace(request, to=form)
     given = (a if isinstance(a, Adapter) else open_adapter(a, headers_only=headers_only) for a in asked.given_adapters)

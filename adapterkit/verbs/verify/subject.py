@@ -422,8 +422,7 @@ def _gguf_of_folder(
     from adapterkit.gguf.arch.model import as_gguf
     from adapterkit.verbs.verify.expected import of_base
 
-    how = ("base16", "as_trained", "double_quant", "quant_dtype", "skip_modules")
-    opened, values = open_base(base, **{name: getattr(asked, name) for name in how})
+    opened, values = open_base(base, base16=asked.base16, trained=asked.trained)
     folded = fold(opened, adapters, asked.adapter_weights, **_how(asked))
     files, _ = side_files(opened, folded, adapters, None)
     said: dict[str, Any] = {"config": patched_config(opened, folded, adapters, None), "files": files}
