@@ -36,6 +36,7 @@ def test_every_proof_has_a_small_run_with_a_stored_result() -> None:
         assert re.fullmatch(r"[0-9a-f]{7,40}", result["measured"]["commit"])
         assert result["figures"] or result["tables"]
         assert result["printed"]
+        assert re.search(r"/(?:tmp|home|root|work)/", path.read_text()) is None
 
 
 UNSTORED = {"imatrix"}

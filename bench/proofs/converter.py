@@ -205,7 +205,7 @@ def main() -> None:
         at = options.keep or Path(folder)
         at.mkdir(exist_ok=True)
         rows = run(kinds, at, options)
-    print(f"{options.converter}, with {_version(options)}\n")
+    print(f"{options.converter.name}, with {_version(options)}\n")
     lines, meant, left = table(rows)
     print("\n".join([*lines, "", *(f"{number}. {why}" for why, number in meant.items())]))
     print(f"\n{len(rows)} models, {len(left)} differences that no row explains")
