@@ -179,7 +179,7 @@ class Merged(Tensor):
         return found[start - first : stop - first]
 
     def both(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Elements ``start:stop`` of W' before rounding, and of W as stored, both float32 (or float64, as `Merged` says) and flat."""
+        """Elements ``start:stop`` of W' before rounding, and of W as stored, both flat, float32 or float64 as `Merged` says."""
         import torch
 
         step = self._step

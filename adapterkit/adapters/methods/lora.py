@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import ALONE, SCALED, SUM, Change, LowRank, matrix
-from adapterkit.dtypes import F32
 from adapterkit.adapters.experts import FIELDS as EXPERT_FIELDS
 from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module, check_matrix
 from adapterkit.adapters.methods.expert_factors import expert_edits
@@ -23,6 +22,7 @@ from adapterkit.adapters.methods.tokens import KEY as TOKENS
 from adapterkit.adapters.methods.tokens import token_edits
 from adapterkit.adapters.orientation import is_turned
 from adapterkit.adapters.target import transposed
+from adapterkit.dtypes import F32
 from adapterkit.errors import AdapterError, TargetError, option
 
 if TYPE_CHECKING:
