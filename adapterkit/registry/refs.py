@@ -103,7 +103,10 @@ def read_move(line: bytes, name: str, alias: str, where: str) -> Move:
     """
     value = parse(line, where)
     try:
-        move = Move(**{key: _held(item) if key == "held" else item for key, item in value.items() if key != "sum"})
+        said: dict[str, Any] = {key: item for key, item in value.items() if key != "sum"}
+        if "held" in said:
+            said["held"] = _held(said["held"])
+        move = Move(**said)
         good = move.line == line and (move.name, move.alias) == (name, alias) and type(move.version) is int
         check_time(move.at, where)
     except (TypeError, AttributeError, ValueError):
