@@ -14,7 +14,16 @@ from adapterkit.places import local
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["check_free", "check_target", "named_beside", "partial_folder", "publish", "publish_files", "staging", "write_beside"]
+__all__ = [
+    "check_free",
+    "check_target",
+    "named_beside",
+    "partial_folder",
+    "publish",
+    "publish_files",
+    "staging",
+    "write_beside",
+]
 
 
 def check_target(out: Path, inputs: Iterable[Path], nbytes: int, *, force: bool, held: Iterable[Path] = ()) -> None:
