@@ -467,9 +467,7 @@ def test_a_system_that_calls_every_folder_busy(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("held", [True, False])
-def test_a_folder_that_another_run_took_in_between(
-    held: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_another_run_took_in_between(held: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was made here, and locked and marked there: it is the other run's, also while that one has nothing in it."""
     folder, real = disk.partial_folder(tmp_path / "out"), folders._make
     other: list[int] = []
