@@ -31,7 +31,15 @@ _FLOATS = (BF16, F16, F32, F64)
 # What a config says of how a model is stored, served or was trained, and not of what its weights compute.
 _HARMLESS = frozenset(
     {
-        *("_name_or_path", "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id", "quantization_config"),
+        *(
+            "_name_or_path",
+            "architectures",
+            "bos_token_id",
+            "dtype",
+            "eos_token_id",
+            "pad_token_id",
+            "quantization_config",
+        ),
         *("torch_dtype", "transformers_version", "use_cache", "unsloth_version", "unsloth_fixed", "_commit_hash"),
         *("attention_dropout", "hidden_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range"),
     }
@@ -118,7 +126,8 @@ def _target(
     found = None if shared is None else names.find(shared)
     if found is None or shared is None:
         raise TargetError(
-            f"{model.ref}: the base has no '{name}'", "models are merged onto their common base, all in one layout of names"
+            f"{model.ref}: the base has no '{name}'",
+            "models are merged onto their common base, all in one layout of names",
         )
     twin = next((one for one in found.tensors if one in model.tensors), None)
     if twin is not None and _same(model.tensors[twin], tensor):

@@ -210,7 +210,12 @@ def _no_copy(adapters: tuple[Adapter, ...], asked: MergeRequest) -> None:
     Raises:
         UsageError: one whole model with weight 1.
     """
-    if len(adapters) == 1 and adapters[0].whole and asked.rule is None and set(asked.adapter_weights or (1.0,)) == {1.0}:
+    if (
+        len(adapters) == 1
+        and adapters[0].whole
+        and asked.rule is None
+        and set(asked.adapter_weights or (1.0,)) == {1.0}
+    ):
         raise UsageError(
             f"{adapters[0].ref} is a whole model: merged alone with weight 1 it is itself",
             f"name several models, give it a {option('weights')}, or give an adapter",

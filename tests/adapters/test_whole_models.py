@@ -87,7 +87,9 @@ def test_ties_with_mergekits_formula(models: Path, tmp_path: Path) -> None:
 def test_an_adapter_and_a_model_together(models: Path, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(models / "base"), LoraConfig(target_modules=["q_proj"], r=2))
+    model = get_peft_model(
+        LlamaForCausalLM.from_pretrained(models / "base"), LoraConfig(target_modules=["q_proj"], r=2)
+    )
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.1)
