@@ -7,6 +7,7 @@
     refs/<name>/<alias>           where an alias is: a copy of the last line of its history
     history/<name>/<alias>        every move of an alias, each line naming the sum of the one before
     hidden/<name>/<n>             a mark that a version was removed from sight
+    servers/, deployments/        servers by name, and what runs where; see ``deployments``
     trees/<hex>/<path>            symbolic links that give a record's blobs their names back; made when asked for
     quarantine/                   what fsck moved out of the way
     staging/, incoming/           temporary files of records and of blobs
