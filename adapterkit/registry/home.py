@@ -9,6 +9,8 @@
     hidden/<name>/<n>             a mark that a version was removed from sight
     servers/, deployments/        servers by name, and what runs where; see ``deployments``
     trees/<hex>/<path>            symbolic links that give a record's blobs their names back; made when asked for
+    policies/                     what an alias asks of a version, with history (see `chain`)
+    served/                       what servers were told to serve, with history
     quarantine/                   what fsck moved out of the way
     staging/, incoming/           temporary files of records and of blobs
     locks/                        empty files to lock
