@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit.cli.output import note, say, show_json
-from adapterkit.errors import UsageError, option
+from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
     from adapterkit.verbs.deployed import DeploymentState
@@ -23,7 +23,7 @@ def _prompt(text: str) -> str | list[int]:
     try:
         return [int(word) for word in text[4:].split(",")]
     except ValueError:
-        raise UsageError(f"'{text}' holds no ids", f"give {option('probe', 'ids:1,5,17')}") from None
+        raise UsageError(f"'{text}' holds no ids", "give --probe ids:1,5,17") from None
 
 
 @click.command(name="deploy", short_help="Bring a running server to what an alias says, and see that it serves it.")
