@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from adapterkit.errors import AdapterkitError, AuthError, CheckFailed, NotFound, ServerError, UsageError, option
-from adapterkit.registry import deployments, refs, resolve
-from adapterkit.registry.deployments import Deployment, Endpoint
+from adapterkit.registry import endpoints, refs, resolve, served
+from adapterkit.registry.endpoints import Endpoint
 from adapterkit.registry.home import Home, is_number, open_home
+from adapterkit.registry.served import Served
 from adapterkit.serving.live import Live, ProbeAnswer, Prompt, ServedAdapter, Serving, refusal
 from adapterkit.serving.servers import find as find_server
 from adapterkit.serving.servers import servers
@@ -85,7 +86,7 @@ def deploy(
     Args:
         ref: ``name@alias``, ``name@number`` or a digest: an adapter.
         to: the name of a server, or its address.
-        kind, base, copy, seen_as, token_env: see `adapterkit.registry.deployments.Endpoint`; with an address only.
+        kind, base, copy, seen_as, token_env: see `adapterkit.registry.endpoints.Endpoint`; with an address only.
         probe: what it is asked afterwards: text, or ids of tokens.
         allow_same: take an answer that is exactly the one of before, or of the base alone.
         canary: the share of the requests that the new version gets; refused where the server does not route.
@@ -109,7 +110,7 @@ def deploy(
             f"{row.name} sends every request to the adapter that it names, so it gives no share of them to another",
             f"deploy without {option('canary')}, and let the router before it divide the requests",
         )
-    with deployments.server_lock(at, endpoint.name):
+    with endpoints.server_lock(at, endpoint.name):
         run = _Deploy(at, endpoint, row, record, _alias(at, ref), probe, allow_same, timeout, restart_file)
         return run.run()
 
@@ -122,20 +123,22 @@ def undeploy(name: str, to: str, *, timeout: float = TIMEOUT, home: Path | None 
         ServerError, CheckFailed
     """
     at = open_home(home)
-    endpoint = deployments.server(at, to)
+    endpoint = endpoints.find_endpoint(at, to)
     live = connection(endpoint)
-    with deployments.server_lock(at, endpoint.name):
-        now = deployments.current(at, endpoint.name, name)
+    with endpoints.server_lock(at, endpoint.name):
+        now = endpoints.deployed(at, endpoint.name, name)
         if now is None:
             raise NotFound(f"{name} is not deployed to {endpoint.name}", "the status lists what is")
         serving = live.serving()
-        found = next((one for one in serving.adapters if live.is_it(one, now.served)), None)
+        found = next((one for one in serving.adapters if live.is_it(one, now.served_as)), None)
         if live.live.scales is not None and found is not None:
             live.set_scales({one.place: 0.0 if one is found else one.scale for one in serving.adapters})
         elif live.live.unload is not None and found is not None:
-            live.tell(live.live.unload(now.served), timeout)
-        deployments.add(at, endpoint.name, name, 0)
-    return Deployed(endpoint.name, endpoint.url, endpoint.kind, name, "", now.served, now.ref, True)
+            live.tell(live.live.unload(now.served_as), timeout)
+        for one in served.serving(endpoint.name, home=at.root):
+            if one.name == name:
+                served.record_stopped(endpoint.name, one.served_as, home=at.root)
+    return Deployed(endpoint.name, endpoint.url, endpoint.kind, name, "", now.served_as, _ref(now), True)
 
 
 def add_server(
@@ -149,7 +152,7 @@ def add_server(
     token_env: str = "",
     home: Path | None = None,
 ) -> Endpoint:
-    """Give a server a name; see `adapterkit.registry.deployments.Endpoint` for what is kept.
+    """Give a server a name; see `adapterkit.registry.endpoints.Endpoint` for what is kept.
 
     Raises:
         UsageError: no address, or a kind of server that is not known or cannot be told anything while it runs.
@@ -163,12 +166,12 @@ def add_server(
         raise UsageError("that is no name of an environment variable", "give the variable's name, not the token")
     absolute = str(Path(copy).expanduser().absolute()) if copy else ""
     given = Endpoint(name, check_url(url), kind, base, absolute, seen_as, token_env)
-    return deployments.add_server(open_home(home), given)
+    return endpoints.add_endpoint(open_home(home), given)
 
 
 def remove_server(name: str, *, home: Path | None = None) -> bool:
     """Forget a server; False when nobody knew it."""
-    return deployments.remove_server(open_home(home), name)
+    return endpoints.remove_endpoint(open_home(home), name)
 
 
 def _tellable() -> str:
@@ -183,7 +186,7 @@ def endpoint_of(at: Home, to: str, given: Endpoint) -> Endpoint:
         UsageError: an address without a kind, or a name with what its entry says already.
     """
     if "://" not in to:
-        found = deployments.server(at, to)
+        found = endpoints.find_endpoint(at, to)
         changed = [key for key in ("kind", "base", "copy", "seen_as", "token_env") if getattr(given, key)]
         if changed:
             raise UsageError(
@@ -192,7 +195,7 @@ def endpoint_of(at: Home, to: str, given: Endpoint) -> Endpoint:
         return found
     url = check_url(to)
     if not given.kind:
-        known = next((one for one in deployments.all_servers(at) if one.url == url), None)
+        known = next((one for one in endpoints.endpoints(at) if one.url == url), None)
         if known is not None:
             return known
         hint = f"say it with {option('kind')}: {_tellable()}"
@@ -320,7 +323,7 @@ class _Deploy:
         assert row.live is not None
         self.live = row.live()
         self.server = Connection(endpoint, self.live)
-        self.now = deployments.current(at, endpoint.name, record.name)
+        self.now = endpoints.deployed(at, endpoint.name, record.name)
 
     def run(self) -> Deployed:
         from adapterkit.verbs.suits import place_of, suits
@@ -328,45 +331,47 @@ class _Deploy:
         serving = self.server.serving()
         notes = suits(self.record, self.row, self.live, self.endpoint, serving, self.at)
         path = place_of(self.record, self.row, self.live, self.endpoint, self.at)
-        served = path if self.live.by_path or self.live.scales else f"{self.record.name}@{self.record.content[:12]}"
+        place = path if self.live.by_path or self.live.scales else f"{self.record.name}@{self.record.content[:12]}"
         base = serving.names[0] if serving.names else ""
         if self.live.scales is not None:
-            answer, changed, served = self._apply(serving, served, base)
+            answer, changed, place = self._apply(serving, place, base)
         elif self.live.load is not None:
-            answer, changed = self._load(serving, served, path, base)
+            answer, changed = self._load(serving, place, path, base)
         else:
-            answer, changed = self._address(serving, served, path, base)
-        told = self.now
-        if told is None or (told.record, told.served, told.alias) != (self.record.digest, served, self.alias):
-            self._written(served)
-        notes += self._tidy(served)
-        before = self.now.ref if self.now else ""
+            answer, changed = self._address(serving, place, path, base)
+        now = self.now
+        if now is None or (now.digest, now.served_as, now.alias) != (self.record.digest, place, self.alias):
+            self._written(place)
+        notes += self._tidy(place)
+        before = _ref(now) if now is not None else ""
         return Deployed(
             self.endpoint.name,
             self.endpoint.url,
             self.row.name,
             self.record.ref,
             self.alias,
-            served,
+            place,
             before,
             changed or before != self.record.ref,
             answer.text,
             tuple(notes),
         )
 
-    def _written(self, served: str) -> Deployment:
-        if not any(one.name == self.endpoint.name for one in deployments.all_servers(self.at)):
-            deployments.add_server_locked(self.at, self.endpoint)
-        return deployments.add(
-            self.at,
-            self.endpoint.name,
-            self.record.name,
-            self.record.version,
-            record=self.record.digest,
-            content=self.record.content,
-            alias=self.alias,
-            served=served,
-        )
+    def _written(self, place: str) -> None:
+        """Written down that it is served, and then that the others of its name are not."""
+        if not any(one.name == self.endpoint.name for one in endpoints.endpoints(self.at)):
+            endpoints.add_endpoint(self.at, self.endpoint)
+        home = self.at.root
+        others = [one for one in served.serving(self.endpoint.name, home=home) if one.name == self.record.name]
+        served.record_serving(self.endpoint.name, self.record, served_as=place, alias=self.alias, home=home)
+        for one in others:
+            if one.served_as != place:
+                served.record_stopped(self.endpoint.name, one.served_as, home=home)
+
+    def _earlier(self) -> list[str]:
+        """What the versions of this name were called on the server, newest first."""
+        steps = served.served_history(self.endpoint.name, home=self.at.root)
+        return list(dict.fromkeys(step.served_as for step in reversed(steps) if step.name == self.record.name))
 
     # ---- servers that load by name
 
@@ -413,12 +418,12 @@ class _Deploy:
             raise CheckFailed(f"{self.endpoint.name} was asked for {served} and answered as {answer.model}", _LOOK)
         self._differs(answer, self.server.ask_prompt("", base, self.prompt), "its base without an adapter")
         old = self.now
-        if old is not None and old.content != self.record.content and (old.served in listed or not self.live.knows):
+        if old is not None and old.content != self.record.content and (old.served_as in listed or not self.live.knows):
             try:
-                before = self.server.ask_prompt(old.served, base, self.prompt)
+                before = self.server.ask_prompt(old.served_as, base, self.prompt)
             except (CheckFailed, NotFound):
                 return answer  # what is gone cannot be served in place of the new one
-            self._differs(answer, before, old.ref)
+            self._differs(answer, before, _ref(old))
         return answer
 
     def _differs(self, answer: ProbeAnswer, other: ProbeAnswer, what: str) -> None:
@@ -442,7 +447,7 @@ class _Deploy:
         mine = next((one for one in serving.adapters if self._is_mine(one, served)), None)
         if mine is None:
             raise self._not_started(serving, served)
-        earlier = {step.served for step in deployments.history(self.at, self.endpoint.name, self.record.name)}
+        earlier = self._earlier()
         beside = [
             one
             for one in serving.adapters
@@ -521,13 +526,12 @@ class _Deploy:
                 return type(error)(f"{error.message}, {more}", error.hint)
         return error
 
-    def _tidy(self, served: str) -> list[str]:
+    def _tidy(self, place: str) -> list[str]:
         """Unload versions older than the one before this: that one stays, so that the way back is short."""
         if self.live.unload is None:
             return []
-        steps = deployments.history(self.at, self.endpoint.name, self.record.name)
-        names = list(dict.fromkeys(step.served for step in reversed(steps) if step.served))
-        kept = {served, *[name for name in names if name != served][:1]}
+        names = self._earlier()
+        kept = {place, *[name for name in names if name != place][:1]}
         notes = []
         try:
             listed = {one.name for one in self.server.serving().adapters}
@@ -537,6 +541,10 @@ class _Deploy:
         except AdapterkitError as error:
             notes.append(f"an older version could not be unloaded ({error.message})")
         return notes
+
+
+def _ref(one: Served) -> str:
+    return f"{one.name}@{one.version}"
 
 
 _LOOK = "see the server's log; the adapter of before is as it was"

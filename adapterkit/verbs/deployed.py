@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit.errors import AdapterkitError, NotFound, RegistryError
-from adapterkit.registry import deployments, refs
-from adapterkit.registry.deployments import Deployment
+from adapterkit.registry import endpoints, refs
+from adapterkit.registry.endpoints import Endpoint
 from adapterkit.registry.home import Home, open_home
+from adapterkit.registry.served import Served
 from adapterkit.verbs.deploy import PROBE, connection
 
 SERVED, MISSING, UNREACHABLE, UNKNOWN = "served", "missing", "unreachable", "unknown"
@@ -59,18 +60,18 @@ def status(*, server: str = "", offline: bool = False, home: Path | None = None)
     """
     at = open_home(home)
     if server:
-        deployments.server(at, server)
-    found = [one for one in deployments.running(at) if not server or one.server == server]
+        endpoints.find_endpoint(at, server)
+    found = [one for one in endpoints.running(at) if not server or one.server == server]
     return tuple(_state(at, one, offline) for one in found)
 
 
-def _state(at: Home, one: Deployment, offline: bool) -> DeploymentState:
+def _state(at: Home, one: Served, offline: bool) -> DeploymentState:
     move = refs.get(at, one.name, one.alias) if one.alias else None
     version = move.version if move is not None else 0
-    behind = bool(one.alias) and (move is None or move.digest != one.record)
+    behind = bool(one.alias) and (move is None or move.digest != one.digest)
     url = kind = said = ""
     try:
-        endpoint = deployments.server(at, one.server)
+        endpoint = endpoints.find_endpoint(at, one.server)
         url, kind = endpoint.url, endpoint.kind
         state = UNKNOWN if offline else ""
     except NotFound as error:
@@ -78,16 +79,27 @@ def _state(at: Home, one: Deployment, offline: bool) -> DeploymentState:
     if not state:
         state, said = _asked(endpoint, one)
     return DeploymentState(
-        one.server, url, kind, one.ref, one.alias, one.served, one.at, one.by, state, version, behind, said
+        one.server,
+        url,
+        kind,
+        f"{one.name}@{one.version}",
+        one.alias,
+        one.served_as,
+        one.since,
+        one.by,
+        state,
+        version,
+        behind,
+        said,
     )
 
 
-def _asked(endpoint: deployments.Endpoint, one: Deployment) -> tuple[str, str]:
+def _asked(endpoint: Endpoint, one: Served) -> tuple[str, str]:
     try:
         server = connection(endpoint)
         serving = server.serving()
         if server.live.knows:
-            mine = [found for found in serving.adapters if server.is_it(found, one.served)]
+            mine = [found for found in serving.adapters if server.is_it(found, one.served_as)]
             if not mine:
                 return MISSING, "the server does not list it"
             if server.live.scales is not None and not mine[0].scale:
@@ -98,7 +110,7 @@ def _asked(endpoint: deployments.Endpoint, one: Deployment) -> tuple[str, str]:
     except AdapterkitError as error:
         return UNREACHABLE, error.message
     try:
-        server.ask_prompt(one.served, serving.names[0] if serving.names else "", PROBE)
+        server.ask_prompt(one.served_as, serving.names[0] if serving.names else "", PROBE)
     except AdapterkitError as error:
         return MISSING, error.message
     return SERVED, ""

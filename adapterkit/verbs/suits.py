@@ -12,7 +12,7 @@ from adapterkit.registry.record import NOT_CONTENT
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.checkpoint import Checkpoint
-    from adapterkit.registry.deployments import Endpoint
+    from adapterkit.registry.endpoints import Endpoint
     from adapterkit.registry.home import Home
     from adapterkit.registry.identity import Identity, IdentityComparison
     from adapterkit.registry.record import Record

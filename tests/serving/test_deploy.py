@@ -14,7 +14,7 @@ from stub_servers import Stub, running
 from adapterkit.cli import main
 from adapterkit.errors import AdapterkitError, AuthError, CheckFailed, NotFound, RegistryError, ServerError, UsageError
 from adapterkit.provenance.register import register
-from adapterkit.registry import deployments, refs, verbs
+from adapterkit.registry import endpoints, refs, served, verbs
 from adapterkit.registry.home import Home
 from adapterkit.verbs.deploy import add_server, deploy, remove_server, undeploy
 from adapterkit.verbs.deployed import status
@@ -57,7 +57,7 @@ def test_a_server_is_brought_to_the_alias_and_follows_it(kind: str, two: Path, s
     assert names(stub) == {short(1)}
     again = deploy("tickets@prod", stub.url)  # the server is known by its address now
     assert not again.new
-    assert len(deployments.history(Home(two), again.server, "tickets")) == 1
+    assert len(served.served_history(again.server, home=two)) == 1
     verbs.tag("tickets@2", "prod")
     (state,) = status()
     assert (state.state, state.behind, state.alias_version, state.ok) == ("served", True, 2, False)
@@ -70,7 +70,8 @@ def test_a_server_is_brought_to_the_alias_and_follows_it(kind: str, two: Path, s
     assert sum("/load" in path for _, path, _ in stub.calls) == loads
     (state,) = status()
     assert state.ok
-    assert [step.version for step in deployments.history(Home(two), first.server, "tickets")] == [1, 2, 1]
+    steps = [(step.version, step.state) for step in served.served_history(first.server, home=two)]
+    assert steps == [(1, "serving"), (2, "serving"), (1, "stopped"), (1, "serving"), (2, "stopped")]
 
 
 @pytest.mark.parametrize("kind", TOLD)
@@ -92,13 +93,13 @@ def test_where_a_server_goes_wrong_the_old_version_and_the_record_stay(
 ) -> None:
     stub = start(kind)
     server = deploy("tickets@prod", stub.url, kind=kind).server
-    before = deployments.history(Home(two), server, "tickets")
+    before = served.served_history(server, home=two)
     verbs.tag("tickets@2", "prod")
     stub.faults.add(fault)
     with pytest.raises(error, match=said) as caught:
         deploy("tickets@prod", server, timeout=0.7 if fault == "slow" else 20)
     assert caught.value.exit_code == error.exit_code
-    assert deployments.history(Home(two), server, "tickets") == before
+    assert served.served_history(server, home=two) == before
     assert refs.get(Home(two), "tickets", "prod").version == 2  # type: ignore[union-attr]
     assert short(1) in names(stub)
     if fault not in ("dies", "slow", "hides"):
@@ -115,7 +116,7 @@ def test_sglang_that_refuses_with_200_is_a_refusal(two: Path, start: Start, tmp_
         with pytest.raises(CheckFailed, match="rank 32 is greater"):
             deploy("wide", stub.url, kind="sglang")
         assert not stub.loaded
-    assert deployments.running(Home(two)) == ()
+    assert endpoints.running(Home(two)) == ()
 
 
 def test_older_versions_are_unloaded_and_the_one_before_is_kept(two: Path, start: Start, tmp_path: Path) -> None:
@@ -124,6 +125,8 @@ def test_older_versions_are_unloaded_and_the_one_before_is_kept(two: Path, start
     stub.loaded["somebody-else"] = "/elsewhere"
     for version in (1, 2, 3):
         deploy(f"tickets@{version}", stub.url, kind="vllm")
+    assert names(stub) == {"somebody-else", short(2), short(3)}
+    assert not deploy("tickets@3", stub.url).new
     assert names(stub) == {"somebody-else", short(2), short(3)}
 
 
@@ -254,7 +257,7 @@ def test_a_history_that_was_touched_is_seen(two: Path, start: Start) -> None:
     stub = start("vllm")
     server = deploy("tickets@1", stub.url, kind="vllm").server
     deploy("tickets@2", server)
-    path = two / "deployments" / server / "tickets"
+    (path,) = (two / "served").iterdir()
     lines = path.read_bytes().splitlines(keepends=True)
     for data in (lines[1], lines[0].replace(b'"version":1', b'"version":2'), lines[0] + lines[0], b"{}\n"):
         path.write_bytes(data)
@@ -300,9 +303,9 @@ def test_the_command_line_says_what_is_served_and_its_exit_codes(
     assert run("--remove-server", "gpu")[0] == 0
 
 
-@pytest.mark.parametrize("said", ["ADAPTERKIT_ACTOR", "GITHUB_ACTOR"])
+@pytest.mark.parametrize("said", ["ADAPTERKIT_USER", "GITHUB_ACTOR"])
 def test_who_deployed_it_is_written_down(said: str, two: Path, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("ADAPTERKIT_ACTOR", raising=False)
+    monkeypatch.delenv("ADAPTERKIT_USER", raising=False)
     monkeypatch.setenv(said, "release-bot")
     deploy("tickets@1", start("vllm").url, kind="vllm")
     assert status()[0].by == "release-bot"

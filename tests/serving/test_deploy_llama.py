@@ -17,7 +17,7 @@ from llama_server import llama_server, tiny_base
 from adapterkit import convert
 from adapterkit.errors import CheckFailed, UsageError
 from adapterkit.provenance.register import register
-from adapterkit.registry import deployments, verbs
+from adapterkit.registry import endpoints, verbs
 from adapterkit.registry.checkout import checkout
 from adapterkit.registry.home import Home
 from adapterkit.verbs.deploy import deploy, undeploy
@@ -89,7 +89,7 @@ def test_llama_server_applies_the_version_and_goes_back(made: Path, home: Path, 
         with pytest.raises(CheckFailed, match="context"):
             deploy("tickets@prod", url, probe=TOO_LONG)
         assert scales(url) == [0.0, 0.0]
-        assert deployments.current(Home(home), found.server, "tickets") is None
+        assert endpoints.deployed(Home(home), found.server, "tickets") is None
 
 
 def test_what_it_was_not_started_with_needs_a_restart(made: Path, home: Path, tmp_path: Path) -> None:
