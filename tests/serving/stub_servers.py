@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -169,7 +170,8 @@ def running(stub: Stub) -> Iterator[Stub]:
             if stub.token and self.headers.get("Authorization") != f"Bearer {stub.token}":
                 status, value = 401, {"error": "Unauthorized"}
             else:
-                status, value = stub.answer(self.command, self.path, body)
+                path = re.sub("^http://[^/]+", "", self.path)  # as a proxy is asked
+                status, value = stub.answer(self.command, path, body)
             data = value.encode() if isinstance(value, str) else json.dumps(value).encode()
             try:
                 self.send_response(status)
