@@ -7,12 +7,14 @@ libraries are imported once. Its results are read as `evidence add` reads them.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -278,8 +280,9 @@ def _null_adapter(path: Path, target: Path, subject: str) -> None:
     Raises:
         UnsupportedAdapter: zeros in its tensors are not no change.
     """
-    import torch
-    from safetensors.torch import load_file, save_file
+    import numpy as np
+
+    from adapterkit.checkpoint.header import parse_header
 
     weights = sorted(path.glob("adapter_model*.safetensors"))
     config = json.loads((path / "adapter_config.json").read_bytes())
@@ -293,16 +296,22 @@ def _null_adapter(path: Path, target: Path, subject: str) -> None:
         )
     target.mkdir()
     (target / "adapter_config.json").write_bytes((path / "adapter_config.json").read_bytes())
-    generator = torch.Generator().manual_seed(SEED)
+    generator = np.random.default_rng(SEED)
     for file in weights:
-        tensors = {}
-        for name, tensor in sorted(load_file(file).items()):
+        data = bytearray(file.read_bytes())
+        header = parse_header(partial(_slice, bytes(data)), len(data), str(file))
+        for name in sorted(header.tensors):
+            info = header.tensors[name]
             if subject == ZEROS:
-                tensors[name] = torch.zeros_like(tensor)
-            else:
-                order = torch.randperm(tensor.numel(), generator=generator)
-                tensors[name] = tensor.flatten()[order].reshape(tensor.shape).contiguous()
-        save_file(tensors, target / file.name, metadata={"format": "pt"})
+                data[info.start : info.stop] = bytes(info.nbytes)  # zero bytes are 0.0 in every float dtype
+            elif count := math.prod(info.shape):
+                values = np.frombuffer(data, np.uint8, info.nbytes, info.start).reshape(count, -1)
+                data[info.start : info.stop] = values[generator.permutation(count)].tobytes()
+        (target / file.name).write_bytes(data)
+
+
+def _slice(data: bytes, offset: int, length: int) -> bytes:
+    return data[offset : offset + length]
 
 
 def _run(folder: Path, asked: Mapping[str, Any], say: Callable[[str], None]) -> None:
