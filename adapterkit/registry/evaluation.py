@@ -36,7 +36,7 @@ _LINE = r"[^\x00-\x1f\x7f\[\]]{1,200}"
 
 
 @dataclass(frozen=True)
-class Measured:
+class Score:
     """One figure of an evaluation.
 
     Attributes:
@@ -109,7 +109,7 @@ def _number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def evidence_of(found: Iterable[Measured]) -> dict[str, Any]:
+def evidence_of(found: Iterable[Score]) -> dict[str, Any]:
     """The object that records hold under ``evaluation``.
 
     Raises:
@@ -123,7 +123,7 @@ def evidence_of(found: Iterable[Measured]) -> dict[str, Any]:
     return held
 
 
-def read(evidence: Mapping[str, Any]) -> tuple[Measured, ...]:
+def read(evidence: Mapping[str, Any]) -> tuple[Score, ...]:
     """The figures in the evidence of a record, by name.
 
     Raises:
@@ -133,11 +133,11 @@ def read(evidence: Mapping[str, Any]) -> tuple[Measured, ...]:
     for key, value in sorted(evidence.get(KEY, {}).items()):
         if not isinstance(value, Mapping) or value.keys() != _FIELDS:
             raise RegistryError(f"evidence.evaluation.{key} does not hold exactly {', '.join(sorted(_FIELDS))}")
-        found.append(Measured(**value))
+        found.append(Score(**value))
     return tuple(found)
 
 
-def sentence(one: Measured) -> str:
+def sentence(one: Score) -> str:
     """``0.712 ± 0.02 over 500 samples; 2026-01-31, lm-eval 0.4.13``"""
     spread = f" \N{PLUS-MINUS SIGN} {one.stderr:.2g}" if one.stderr is not None else ""
     over = f" over {one.n:,} samples" if one.n else " over an unstated number of samples"

@@ -17,7 +17,7 @@ from adapterkit.errors import NotFound, UsageError
 from adapterkit.registry import evaluation, resolve, store
 from adapterkit.registry.beside import beside_path, read_beside, write_beside
 from adapterkit.registry.canonical import thaw
-from adapterkit.registry.evaluation import Measured
+from adapterkit.registry.evaluation import Score
 from adapterkit.registry.figures import joined
 from adapterkit.registry.home import open_home
 from adapterkit.registry.record import Record
@@ -76,7 +76,7 @@ def attach_evidence(target: str | Path, kind: str, figures: Mapping[str, Any], *
     return Attached(added.record, ref=added.record.ref, new=added.new)
 
 
-def attach_evaluation(target: str | Path, found: Iterable[Measured], *, home: Path | None = None) -> Attached:
+def attach_evaluation(target: str | Path, found: Iterable[Score], *, home: Path | None = None) -> Attached:
     """Adds figures of an evaluation (see ``evaluation``).
 
     Raises:

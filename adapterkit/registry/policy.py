@@ -62,7 +62,7 @@ class Condition:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """Whether a condition holds for one figure, and the sentence that says so with the figures."""
 
     held: bool
@@ -117,7 +117,7 @@ def parse_condition(text: str) -> Condition:
 
 def judge(
     conditions: Iterable[Condition], own: Sequence[Figure], others: Mapping[str, Sequence[Figure] | None]
-) -> list[Verdict]:
+) -> list[Judgement]:
     """Whether each condition holds; a figure that is not known does not.
 
     Args:
@@ -129,10 +129,10 @@ def judge(
 
 def _judged(
     condition: Condition, own: Sequence[Figure], others: Mapping[str, Sequence[Figure] | None]
-) -> list[Verdict]:
+) -> list[Judgement]:
     found = named(own, condition.figure, condition.slice)
     if not found:
-        return [Verdict(False, f"{condition.text}: {_unknown(condition.figure, condition.slice, SELF)}")]
+        return [Judgement(False, f"{condition.text}: {_unknown(condition.figure, condition.slice, SELF)}")]
     return [_one(condition, figure, others) for figure in found]
 
 
@@ -142,7 +142,7 @@ def _unknown(figure: str, part: str, subject: str) -> str:
     return f"'{figure}'{sliced} was never measured{of}"
 
 
-def _one(condition: Condition, figure: Figure, others: Mapping[str, Sequence[Figure] | None]) -> Verdict:
+def _one(condition: Condition, figure: Figure, others: Mapping[str, Sequence[Figure] | None]) -> Judgement:
     value: float | str | None = figure.value
     name = figure.name
     if condition.about:
@@ -150,14 +150,14 @@ def _one(condition: Condition, figure: Figure, others: Mapping[str, Sequence[Fig
         name = f"{name}.{condition.about}"
         if value is None:
             said = "the number of samples" if condition.about == "n" else "the standard error"
-            return Verdict(False, f"{condition.text}: {said} of {figure.name} is not stated")
+            return Judgement(False, f"{condition.text}: {said} of {figure.name} is not stated")
     if condition.word:
         word = {"failed": FAILED, "held": HELD}.get(condition.word, condition.word)
         right = (str(value) == word) != (condition.compare == "!=")
         dated = f" ({figure.about})" if figure.about else ""
-        return Verdict(right, f"{condition.text}: {name} is {value}{dated}")
+        return Judgement(right, f"{condition.text}: {name} is {value}{dated}")
     if not isinstance(value, float):
-        return Verdict(False, f"{condition.text}: {name} is '{value}' and no number")
+        return Judgement(False, f"{condition.text}: {name} is '{value}' and no number")
     dated = f" ({figure.about})" if figure.about else ""
     if not condition.other:
         return _compared(condition, value, condition.number, f"{name} is {value:.6g}{dated}", f"{condition.number:g}")
@@ -166,15 +166,15 @@ def _one(condition: Condition, figure: Figure, others: Mapping[str, Sequence[Fig
 
 def _against(
     condition: Condition, figure: Figure, value: float, said: str, others: Mapping[str, Sequence[Figure] | None]
-) -> Verdict:
+) -> Judgement:
     known = others.get(condition.other)
     if known is None and condition.other == CURRENT:
-        return Verdict(True, f"{condition.text}: {said}, and the alias points to nothing yet")
+        return Judgement(True, f"{condition.text}: {said}, and the alias points to nothing yet")
     match = next((one for one in known or () if one.name == figure.name), None)
     if match is None or not isinstance(match.value, float):
-        return Verdict(False, f"{condition.text}: {_unknown(figure.name, '', condition.other)}")
+        return Judgement(False, f"{condition.text}: {_unknown(figure.name, '', condition.other)}")
     if differing := _settings(figure, match):
-        return Verdict(
+        return Judgement(
             False, f"{condition.text}: {figure.name} of {condition.other} was measured with another {differing}"
         )
     other = match.value
@@ -183,21 +183,21 @@ def _against(
     offset, spelled = condition.number, f"{condition.number:+g}" if condition.number else ""
     if condition.unit == "se":
         if figure.stderr is None or match.stderr is None:
-            return Verdict(False, f"{condition.text}: the standard errors of {figure.name} are not both stated")
+            return Judgement(False, f"{condition.text}: the standard errors of {figure.name} are not both stated")
         offset *= math.hypot(figure.stderr, match.stderr)
         spelled = f"{condition.number:+g}se ({offset:+.4g})"
     dated = f" ({match.about})" if match.about else ""
     return _compared(condition, value, other + offset, said, f"{condition.other} {other:.6g}{dated} {spelled}".rstrip())
 
 
-def _compared(condition: Condition, value: float, limit: float, said: str, spelled: str) -> Verdict:
+def _compared(condition: Condition, value: float, limit: float, said: str, spelled: str) -> Judgement:
     near = math.isclose(value, limit, rel_tol=_FLAT, abs_tol=_FLAT)
     right = (
         near
         if condition.compare in (">=", "<=", "=", "==") and near
         else (not near and _COMPARE[condition.compare](value, limit))
     )
-    return Verdict(right, f"{said}, {'' if right else 'not '}{condition.compare} {spelled}")
+    return Judgement(right, f"{said}, {'' if right else 'not '}{condition.compare} {spelled}")
 
 
 def _settings(one: Figure, other: Figure) -> str:
@@ -205,7 +205,7 @@ def _settings(one: Figure, other: Figure) -> str:
     return next((key for key in one.settings if key in other.settings and one.settings[key] != other.settings[key]), "")
 
 
-def require_held(ref: str, alias: str, verdicts: Iterable[Verdict]) -> tuple[str, ...]:
+def require_held(ref: str, alias: str, verdicts: Iterable[Judgement]) -> tuple[str, ...]:
     """The sentences of conditions that all hold.
 
     Raises:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from adapterkit.errors import CheckFailed, UsageError
 
 if TYPE_CHECKING:
-    from adapterkit.registry.evaluation import Measured
+    from adapterkit.registry.evaluation import Score
 
 LIMIT = 64 << 20  # bytes of a results file
 
@@ -29,7 +29,7 @@ class Harness(Protocol):
     NAME: str
 
     def fits(self, value: Any) -> bool: ...
-    def measured(self, value: Any, path: Path, task: str) -> Iterable[Measured]: ...
+    def measured(self, value: Any, path: Path, task: str) -> Iterable[Score]: ...
 
 
 def harnesses() -> list[Harness]:
@@ -38,7 +38,7 @@ def harnesses() -> list[Harness]:
     return [cast(Harness, import_module(f"{__name__}.{name}")) for name in names]
 
 
-def read_results(path: Path, *, subject: str = "self", task: str = "") -> tuple[Measured, ...]:
+def read_results(path: Path, *, subject: str = "self", task: str = "") -> tuple[Score, ...]:
     """The figures of a results file.
 
     Args:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from adapterkit.registry.evaluation import Measured
+from adapterkit.registry.evaluation import Score
 from adapterkit.results import is_number, number, spread
 
 NAME = "HELM"
@@ -25,7 +25,7 @@ def fits(value: Any) -> bool:
     )
 
 
-def measured(value: Any, path: Path, task: str) -> Iterator[Measured]:
+def measured(value: Any, path: Path, task: str) -> Iterator[Score]:
     """The mean of every statistic; splits and perturbations are slices."""
     task = _task(path) or task
     counts = {_slice(one["name"]): one.get("mean") for one in value if one["name"]["name"] == "num_instances"}
@@ -35,7 +35,7 @@ def measured(value: Any, path: Path, task: str) -> Iterator[Measured]:
             continue
         part = _slice(one["name"])
         n = counts.get(part)
-        yield Measured(
+        yield Score(
             task,
             name,
             number(one["mean"], f"{task}/{name}"),

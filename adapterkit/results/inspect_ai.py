@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.errors import CheckFailed
-from adapterkit.registry.evaluation import Measured
+from adapterkit.registry.evaluation import Score
 from adapterkit.results import count, is_number, number, spread, utc
 
 NAME = "inspect-ai"
@@ -23,7 +23,7 @@ def fits(value: Any) -> bool:
     )
 
 
-def measured(value: Any, path: Path, task: str) -> Iterator[Measured]:
+def measured(value: Any, path: Path, task: str) -> Iterator[Score]:
     """Every metric of every scorer; the metric ``stderr`` is the standard error of the others."""
     if value["status"] != "success":
         raise CheckFailed(f"the run in {path} ended with '{value['status']}'", "give the log of a run that finished")
@@ -42,7 +42,7 @@ def measured(value: Any, path: Path, task: str) -> Iterator[Measured]:
         for name, figure in metrics.items():
             if name in ("stderr", "std", "var") or not is_number(figure):
                 continue
-            yield Measured(
+            yield Score(
                 str(about["task"]),
                 f"{name}:{score.get('name')}" if several else name,
                 number(figure, f"{about['task']}/{name}"),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from adapterkit.registry.evaluation import Measured
+from adapterkit.registry.evaluation import Score
 from adapterkit.results import count, is_number, number, spread
 
 NAME = "lighteval"
@@ -22,7 +22,7 @@ def fits(value: Any) -> bool:
     )
 
 
-def measured(value: Any, path: Path, task: str) -> Iterator[Measured]:
+def measured(value: Any, path: Path, task: str) -> Iterator[Score]:
     """Every metric of every task; a name ends with the number of examples, as ``leaderboard|arc:challenge|25``."""
     tasks = value.get("config_tasks") or {}
     versions = value.get("versions") or {}
@@ -37,7 +37,7 @@ def measured(value: Any, path: Path, task: str) -> Iterator[Measured]:
         for metric, figure in figures.items():
             if metric.endswith("_stderr") or not is_number(figure):
                 continue
-            yield Measured(
+            yield Score(
                 plain,
                 metric,
                 number(figure, f"{name}/{metric}"),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from adapterkit.registry.evaluation import Measured
+from adapterkit.registry.evaluation import Score
 from adapterkit.results import count, is_number, number, spread, utc
 
 NAME = "lm-evaluation-harness"
@@ -22,7 +22,7 @@ def fits(value: Any) -> bool:
     )
 
 
-def measured(value: Any, path: Path, task: str) -> Iterator[Measured]:
+def measured(value: Any, path: Path, task: str) -> Iterator[Score]:
     """Every ``metric,filter`` of every task; its standard error stands beside it as ``metric_stderr,filter``."""
     shots, counts = value.get("n-shot") or {}, value.get("n-samples") or {}
     hashes, versions = value.get("task_hashes") or {}, value.get("versions") or {}
@@ -43,7 +43,7 @@ def measured(value: Any, path: Path, task: str) -> Iterator[Measured]:
             metric, comma, kind = key.partition(",")
             if not comma or metric.endswith("_stderr") or not is_number(figure):
                 continue
-            yield Measured(
+            yield Score(
                 name,
                 metric if kind == "none" else f"{metric}:{kind}",
                 number(figure, f"{name}/{metric}"),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from adapterkit.registry.evaluation import Measured
+from adapterkit.registry.evaluation import Score
 from adapterkit.results import count, is_number, number, spread, utc
 
 NAME = "a table {metric: value}"
@@ -35,7 +35,7 @@ def fits(value: Any) -> bool:
     )
 
 
-def measured(value: Any, path: Path, task: str) -> Iterator[Measured]:
+def measured(value: Any, path: Path, task: str) -> Iterator[Score]:
     """Every metric, for all samples and for each slice."""
     whole = value.get("metrics")
     if whole is None and "slices" not in value:
@@ -45,7 +45,7 @@ def measured(value: Any, path: Path, task: str) -> Iterator[Measured]:
         for metric, figure in table.items():
             if metric == "n" or (metric.endswith("_stderr") and metric.removesuffix("_stderr") in table):
                 continue
-            yield Measured(
+            yield Score(
                 value.get("task") or task,
                 metric,
                 number(figure, metric),

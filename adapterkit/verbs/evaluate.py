@@ -24,7 +24,7 @@ from adapterkit.errors import AdapterkitError, NotFound, UnsupportedAdapter, Usa
 from adapterkit.registry.evaluation import BASE, SELF, SHUFFLED, ZEROS
 
 if TYPE_CHECKING:
-    from adapterkit.registry.evaluation import Measured
+    from adapterkit.registry.evaluation import Score
     from adapterkit.registry.evidence import Attached
     from adapterkit.registry.record import Record
 
@@ -64,7 +64,7 @@ class EvaluateReport:
 
     ref: str
     subjects: tuple[str, ...]
-    measured: tuple[Measured, ...]
+    measured: tuple[Score, ...]
     attached: Attached | None
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from adapterkit.errors import CheckFailed, NotFound
 from adapterkit.registry import evaluation, figures, fsck, policies, refs, resolve, served, store, verbs
-from adapterkit.registry.evaluation import Measured
+from adapterkit.registry.evaluation import Score
 from adapterkit.registry.evidence import attach_evaluation
 from adapterkit.registry.home import Home
 from adapterkit.registry.identity import Identity
@@ -49,8 +49,8 @@ def writer(root: Path, number: int, count: int, seed: int, acks: Path) -> None:
         version = rng.randrange(1, VERSIONS + 1)
         task = f"task-{number}-{step}"
         measured = [
-            Measured(task, "f1", value_of(number, step, version)),
-            Measured("gate", "acc", value_of(0, 0, version)),
+            Score(task, "f1", value_of(number, step, version)),
+            Score("gate", "acc", value_of(0, 0, version)),
         ]
         attach_evaluation(f"{NAME}@{version}", measured, home=root)
         done("figure", version, task)

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from adapterkit.cli import app
 from adapterkit.errors import CheckFailed, UsageError
 from adapterkit.registry import bundle, fsck, policies, register, verbs
-from adapterkit.registry.evaluation import Measured
+from adapterkit.registry.evaluation import Score
 from adapterkit.registry.evidence import attach_evaluation, attach_evidence, attach_verification
 from adapterkit.registry.figures import Figure
 from adapterkit.registry.identity import Identity
@@ -126,7 +126,7 @@ def test_what_is_no_policy(text: str) -> None:
 def tickets(home: Path, make) -> Path:  # type: ignore[no-untyped-def]
     base = Identity("org/base", "a" * 40)
     register.register_base(base, "base")
-    attach_evaluation("base", [Measured("tickets", "acc", 0.6, 0.01, 500)])
+    attach_evaluation("base", [Score("tickets", "acc", 0.6, 0.01, 500)])
     for number in range(2):
         register.register(make(content=b"weights %d" % number), "tickets", base=base)
     return home
@@ -135,11 +135,11 @@ def tickets(home: Path, make) -> Path:  # type: ignore[no-untyped-def]
 def test_an_alias_moves_only_when_all_holds(tickets: Path) -> None:
     with pytest.raises(CheckFailed, match="'acc' was never measured"):
         verbs.tag("tickets@1", "prod", require="acc>=base-0.01")
-    attach_evaluation("tickets@1", [Measured("tickets", "acc", 0.5, 0.01, 500)])
+    attach_evaluation("tickets@1", [Score("tickets", "acc", 0.5, 0.01, 500)])
     with pytest.raises(CheckFailed, match=r"acc is 0\.5 \(n 500\), not >= base 0\.6 \(n 500\) -0\.01"):
         verbs.tag("tickets@1", "prod", require="acc>=base-0.01")
     assert verbs.alias_now("tickets", "prod") is None
-    attach_evaluation("tickets@2", [Measured("tickets", "acc", 0.65, 0.01, 500)])
+    attach_evaluation("tickets@2", [Score("tickets", "acc", 0.65, 0.01, 500)])
     found = verbs.tag(
         "tickets@2", "prod", require="acc>=base-0.01"
     )  # its evidence is on a later version of the same bytes
@@ -152,7 +152,7 @@ def test_a_kept_policy_holds_for_everybody(tickets: Path, tmp_path: Path) -> Non
     policies.keep_policy("*", "prod", "verification=held", why="house rules")
     policies.keep_policy("tickets", "prod", "acc>=base")
     assert [one.text for one in policies.kept_policies("tickets", "prod")] == ["verification=held", "acc>=base"]
-    attach_evaluation("tickets@2", [Measured("tickets", "acc", 0.65)])
+    attach_evaluation("tickets@2", [Score("tickets", "acc", 0.65)])
     with pytest.raises(CheckFailed, match="'verification' was never measured"):
         verbs.tag("tickets@2", "prod")
     verbs.tag("tickets@2", "staging")  # another alias

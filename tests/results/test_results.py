@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from adapterkit.errors import AdapterkitError, CheckFailed, NotFound, UsageError
-from adapterkit.registry.evaluation import Measured
+from adapterkit.registry.evaluation import Score
 from adapterkit.results import harnesses, read_results
 
 # As lm-eval 0.4.13 writes it, without what nobody reads here.
@@ -74,7 +74,7 @@ def written(path: Path, value: object) -> Path:
     return path
 
 
-def plain(found: tuple[Measured, ...]) -> dict[str, tuple[float, float | None, int]]:
+def plain(found: tuple[Score, ...]) -> dict[str, tuple[float, float | None, int]]:
     return {one.label: (one.value, one.stderr, one.n) for one in found}
 
 
