@@ -270,7 +270,7 @@ def _check_peft(path: Path) -> None:
     found = json.loads(config.read_bytes()) if config.is_file() else {}
     if not isinstance(found, dict) or "peft_type" not in found:
         raise UnsupportedAdapter(
-            f"{path.name} is no folder of PEFT, and the harness loads no other", "convert it first: convert --to peft"
+            f"{path.name} is no folder of PEFT, and the harness loads no other", "convert it to peft first"
         )
 
 
@@ -292,7 +292,7 @@ def _null_adapter(path: Path, target: Path, subject: str) -> None:
     if subject == ZEROS and not plain:
         raise UnsupportedAdapter(
             f"zeros are no adapter that changes nothing for {config.get('peft_type')} with DoRA or whole modules",
-            "leave the null adapters out, or measure them yourself and add them with evidence add --of zeros",
+            "leave the null adapters out, or measure them yourself and add the results as evidence of zeros",
         )
     target.mkdir()
     (target / "adapter_config.json").write_bytes((path / "adapter_config.json").read_bytes())
