@@ -11,8 +11,9 @@ AdapterkitError                    exit 1   anything below; one sentence: what, 
 ├── UsageError                     exit 2   arguments that contradict each other
 │   └── RecipeError                exit 2   a recipe that cannot be understood or carried out
 ├── CheckFailed                    exit 3   a check or verification did not hold
-├── AuthError                      exit 4   the Hub wants a token, or another one
+├── AuthError                      exit 4   the Hub wants a token or a store credentials, or others
 ├── HubError                       exit 5   the network or the Hub failed
+├── StoreError                     exit 5   the network or an object store failed
 ├── UnsafeError                    exit 6   refused: a path out of its folder, a pickle, remote code
 └── NotFound                       exit 7   a file, a name or a repository that does not exist
 """
@@ -115,13 +116,19 @@ class CheckFailed(AdapterkitError):
 
 
 class AuthError(AdapterkitError):
-    """The Hub wants a token, or another one."""
+    """The Hub wants a token or a store credentials, or others."""
 
     exit_code = 4
 
 
 class HubError(AdapterkitError):
     """The network or the Hub failed."""
+
+    exit_code = 5
+
+
+class StoreError(AdapterkitError):
+    """The network or an object store failed."""
 
     exit_code = 5
 
