@@ -7,6 +7,6 @@ through obstore), `s3` (S3's own uploads), `connect` (credentials and endpoints,
 
 from adapterkit.stores.connect import open_store
 from adapterkit.stores.meter import Moved, moving
-from adapterkit.stores.store import Assembly, Entry, Pending, Store
+from adapterkit.stores.store import Assembly, Begun, Listed, Store
 
-__all__ = ["Assembly", "Entry", "Moved", "Pending", "Store", "moving", "open_store"]
+__all__ = ["Assembly", "Begun", "Listed", "Moved", "Store", "moving", "open_store"]

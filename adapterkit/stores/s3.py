@@ -17,7 +17,7 @@ from adapterkit.places import Address
 from adapterkit.stores import meter
 from adapterkit.stores.faults import NO_CONNECTION, Fault, told
 from adapterkit.stores.objects import ObjectStore
-from adapterkit.stores.store import Assembly, Entry, HeldPart, Pending
+from adapterkit.stores.store import Assembly, Begun, HeldPart, Listed
 
 T = TypeVar("T")
 MOST_COPIED = 5 << 30  # bytes of one CopyObject or UploadPartCopy
@@ -132,13 +132,13 @@ class S3(ObjectStore):
             raise Fault(words=_said(error)) from None
         return found
 
-    def head(self, key: str) -> Entry | None:
+    def head(self, key: str) -> Listed | None:
         try:
             found = self.ask(lambda: self.call("head_object", Key=key), self.place(key), pass_on=True)
         except Fault as fault:
             self.missing(fault, key)
             return None
-        return Entry(key, int(found["ContentLength"]), str(found.get("ETag", "")), dict(found.get("Metadata", {})))
+        return Listed(key, int(found["ContentLength"]), str(found.get("ETag", "")), dict(found.get("Metadata", {})))
 
     def put(self, key: str, data: bytes, *, absent: bool = False) -> bool:
         condition = {"IfNoneMatch": "*"} if absent else {}
@@ -195,15 +195,15 @@ class S3(ObjectStore):
     def resumed(self, key: str, id: str) -> Assembly:
         return _S3Assembly(self, key, id)
 
-    def uploads(self, prefix: str) -> list[Pending]:
-        found: list[Pending] = []
+    def uploads(self, prefix: str) -> list[Begun]:
+        found: list[Begun] = []
         marker: dict[str, Any] = {}
         while True:
             page = self.ask(
                 lambda marker=marker: self.call("list_multipart_uploads", Prefix=prefix, **marker),  # type: ignore[misc]
                 self.place(prefix) if prefix else self.root,
             )
-            found += [Pending(one["Key"], one["UploadId"], one["Initiated"]) for one in page.get("Uploads", [])]
+            found += [Begun(one["Key"], one["UploadId"], one["Initiated"]) for one in page.get("Uploads", [])]
             if not page.get("IsTruncated"):
                 return [one for one in found if one.key.startswith(prefix)]
             marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}

@@ -18,7 +18,7 @@ MOST_LISTED = 20_000  # objects below one prefix
 
 
 @dataclass(frozen=True)
-class Entry:
+class Listed:
     """An object: its key, its size in bytes, and the ETag by which it is known to be the same.
 
     Attributes:
@@ -31,7 +31,7 @@ class Entry:
     marks: Mapping[str, str] = field(default_factory=dict)
 
 
-class Pending(NamedTuple):
+class Begun(NamedTuple):
     """An upload that was begun and not ended: the key it is for, its id, and when it was begun."""
 
     key: str
@@ -104,7 +104,7 @@ class Store(ABC):
         return self.root / key
 
     @abstractmethod
-    def entries(self, prefix: str) -> list[Entry]:
+    def entries(self, prefix: str) -> list[Listed]:
         """The objects whose keys begin with ``prefix``, sorted.
 
         Raises:
@@ -112,7 +112,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def head(self, key: str) -> Entry | None:
+    def head(self, key: str) -> Listed | None:
         """An object, or None."""
 
     @abstractmethod
@@ -143,7 +143,7 @@ class Store(ABC):
         """An upload that was begun earlier, of a store that assembles."""
         raise NotImplementedError
 
-    def uploads(self, prefix: str) -> list[Pending]:
+    def uploads(self, prefix: str) -> list[Begun]:
         """Uploads to keys that begin with ``prefix`` which were neither completed nor aborted."""
         return []
 
