@@ -21,7 +21,7 @@ from adapterkit.stores.connect import open_store
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from adapterkit.stores.store import Listed, Store
+    from adapterkit.stores.store import Store, StoredObject
 
 WINDOW = 16 << 20  # bytes of one request, at most
 FIRST = 16 << 10  # bytes of the first request for safetensors: the header of a small file, the length of a large one's
@@ -79,7 +79,7 @@ class ObjectFile(Source):
         name: what to call it.
     """
 
-    def __init__(self, store: Store, entry: Listed, name: str, *, loose: bool = False) -> None:
+    def __init__(self, store: Store, entry: StoredObject, name: str, *, loose: bool = False) -> None:
         self.store, self.key, self.name, self.path, self.loose = store, entry.key, name, None, loose
         self.size, self.version = entry.size, entry.etag
         self._head = b""

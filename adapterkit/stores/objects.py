@@ -9,7 +9,7 @@ from typing import Any
 from adapterkit.places import Address
 from adapterkit.stores import meter
 from adapterkit.stores.faults import NO_CONNECTION, Fault, told
-from adapterkit.stores.store import MOST_LISTED, Listed, Store, too_many
+from adapterkit.stores.store import MOST_LISTED, Store, StoredObject, too_many
 
 # Parts that `stream` sends: as many abreast, of so many bytes.
 STREAM_PART, STREAM_ABREAST = 16 << 20, 2
@@ -45,15 +45,15 @@ class ObjectStore(Store):
         self._client = self._again()
         return True
 
-    def entries(self, prefix: str) -> list[Listed]:
+    def entries(self, prefix: str) -> list[StoredObject]:
         import obstore
 
-        def listed() -> list[Listed]:
-            found: list[Listed] = []
+        def listed() -> list[StoredObject]:
+            found: list[StoredObject] = []
             with _faults():
                 for number, page in enumerate(obstore.list(self._client, prefix=prefix or None, chunk_size=1000)):
                     meter.count(1 if number else 0)
-                    found += [Listed(one["path"], one["size"], one["e_tag"] or "") for one in page]
+                    found += [StoredObject(one["path"], one["size"], one["e_tag"] or "") for one in page]
                     if len(found) > MOST_LISTED:
                         raise too_many(self.place(prefix))
             # obstore takes a prefix for a folder's name whether or not it ends in a slash.
@@ -61,14 +61,14 @@ class ObjectStore(Store):
 
         return self.ask(listed, self.place(prefix) if prefix else self.root)
 
-    def head(self, key: str) -> Listed | None:
+    def head(self, key: str) -> StoredObject | None:
         import obstore
 
-        def asked() -> Listed:
+        def asked() -> StoredObject:
             with _faults():
                 found = obstore.get(self._client, key, options={"head": True})
                 marks = {name: str(value) for name, value in found.attributes.items() if name == _MARK}
-                return Listed(key, found.meta["size"], found.meta["e_tag"] or "", marks)
+                return StoredObject(key, found.meta["size"], found.meta["e_tag"] or "", marks)
 
         try:
             return self.ask(asked, self.place(key), pass_on=True)

@@ -17,7 +17,7 @@ from adapterkit.places import Address
 from adapterkit.stores import meter
 from adapterkit.stores.faults import NO_CONNECTION, Fault, told
 from adapterkit.stores.objects import ObjectStore
-from adapterkit.stores.store import Assembly, Begun, HeldPart, Listed
+from adapterkit.stores.store import Assembly, Begun, HeldPart, StoredObject
 
 T = TypeVar("T")
 MOST_COPIED = 5 << 30  # bytes of one CopyObject or UploadPartCopy
@@ -132,13 +132,15 @@ class S3(ObjectStore):
             raise Fault(words=_said(error)) from None
         return found
 
-    def head(self, key: str) -> Listed | None:
+    def head(self, key: str) -> StoredObject | None:
         try:
             found = self.ask(lambda: self.call("head_object", Key=key), self.place(key), pass_on=True)
         except Fault as fault:
             self.missing(fault, key)
             return None
-        return Listed(key, int(found["ContentLength"]), str(found.get("ETag", "")), dict(found.get("Metadata", {})))
+        return StoredObject(
+            key, int(found["ContentLength"]), str(found.get("ETag", "")), dict(found.get("Metadata", {}))
+        )
 
     def put(self, key: str, data: bytes, *, absent: bool = False) -> bool:
         condition = {"IfNoneMatch": "*"} if absent else {}

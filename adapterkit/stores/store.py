@@ -18,7 +18,7 @@ MOST_LISTED = 20_000  # objects below one prefix
 
 
 @dataclass(frozen=True)
-class Listed:
+class StoredObject:
     """An object: its key, its size in bytes, and the ETag by which it is known to be the same.
 
     Attributes:
@@ -104,7 +104,7 @@ class Store(ABC):
         return self.root / key
 
     @abstractmethod
-    def entries(self, prefix: str) -> list[Listed]:
+    def entries(self, prefix: str) -> list[StoredObject]:
         """The objects whose keys begin with ``prefix``, sorted.
 
         Raises:
@@ -112,7 +112,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def head(self, key: str) -> Listed | None:
+    def head(self, key: str) -> StoredObject | None:
         """An object, or None."""
 
     @abstractmethod
