@@ -43,7 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("dtypes",),
     ("redaction",),
     ("stores",),
-    ("places", "rows"),
+    ("places", "rows", "web"),
     ("disk",),
     ("errors", "_version"),
 )
