@@ -7,14 +7,23 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.disk import partial_folder, publish, publish_files, recover, staging
+from adapterkit.disk import partial_folder, publish, publish_files, recover, staging, write_file, writing
 from adapterkit.errors import OutputError, UsageError, option
 from adapterkit.places import local
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["check_target", "partial_folder", "publish", "publish_files", "staging"]
+__all__ = [
+    "check_free",
+    "check_target",
+    "named_beside",
+    "partial_folder",
+    "publish",
+    "publish_files",
+    "staging",
+    "write_beside",
+]
 
 
 def check_target(out: Path, inputs: Iterable[Path], nbytes: int, *, force: bool, held: Iterable[Path] = ()) -> None:
@@ -46,6 +55,37 @@ def check_target(out: Path, inputs: Iterable[Path], nbytes: int, *, force: bool,
             f"{out} needs {nbytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free",
             "free some space or write elsewhere",
         )
+
+
+def named_beside(out: Path, name: str) -> Path:
+    """Where something lies that belongs to an output which is a file: ``OUT.gguf.adapterkit.json``."""
+    return out.with_name(f"{out.name}.{name}")
+
+
+def check_free(path: Path, *, force: bool) -> None:
+    """Refuse a file that would be replaced beside an output.
+
+    Raises:
+        OutputError: it is there.
+    """
+    if os.path.lexists(path) and not force:
+        raise OutputError(f"{path} exists", f"move it away, or replace it with {option('force', True)}")
+
+
+def write_beside(out: Path, name: str, data: bytes, *, force: bool, mode: int = 0o666) -> Path:
+    """Write a small file beside an output; the file.
+
+    Raises:
+        OutputError: a file of that name appeared since `check_free`, or the disk refuses.
+    """
+    target = named_beside(out, name)
+    with writing(target.name, target.parent):
+        try:
+            write_file(target, data, new=not force, mode=mode)
+        except FileExistsError:
+            said = f"{target} appeared while {out.name} was being made"
+            raise OutputError(said, "move it away, and run it again") from None
+    return target
 
 
 def _held(path: Path) -> int:

@@ -13,15 +13,19 @@ from typing import TYPE_CHECKING, Any
 from adapterkit import disk
 from adapterkit.checkpoint.cut import whole_files
 from adapterkit.checkpoint.files import check_unchanged
+from adapterkit.checkpoint.folder import RECORD
 from adapterkit.checkpoint.journal import Journal
 from adapterkit.checkpoint.memory import check_memory
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import (
+    check_free,
     check_target,
+    named_beside,
     partial_folder,
     publish,
     publish_files,
     staging,
+    write_beside,
 )
 from adapterkit.checkpoint.sink import Sink, run_together
 from adapterkit.errors import OutputError
@@ -143,7 +147,7 @@ def write_together(
     """
     if not checked:
         for one, again in zip(writings, force, strict=True):
-            check_output(one.plan, one.sources, one.out, force=again)
+            check_output(one.plan, one.sources, one.out, force=again, record=one.record is not None)
     for one in writings:
         check_memory(one.plan.peak_memory, str(one.out))
     with ExitStack() as held:
@@ -193,12 +197,14 @@ def check_output(
     force: bool,
     inputs: Sequence[Path] = (),
     room: bool = True,
+    record: bool = False,
 ) -> None:
     """Refuse a target that exists, is read-only, lies in an input or has no room, before the first byte.
 
     Args:
         inputs: folders that are read beside ``sources``.
         room: whether the disk must have room for it.
+        record: whether ``adapterkit.json`` is written too, which lies beside an output that is a file.
     """
     paths = [*input_paths(plan, sources), *inputs]
     held = [partial_folder(out) / file.name for file in plan.files]
@@ -210,6 +216,8 @@ def check_output(
         if target.is_dir():
             raise OutputError(f"{target} is a folder", "name a file")
         check_target(target, paths, nbytes, force=force, held=held)
+    if record:
+        check_free(named_beside(out, RECORD), force=force)
 
 
 def input_paths(plan: Plan, sources: Sequence[Source]) -> list[Path]:
@@ -241,7 +249,7 @@ def finish(
             beside = record(folder) if record is not None else {}
             publish_files(folder, plan.targets(out), force=force)
             for name, data in beside.items():
-                disk.write_file(out.with_name(f"{out.name}.{name}"), data)
+                write_beside(out, name, data, force=force)
             return
         for name, data in extra.items():
             disk.write_inside(folder, name, data)
