@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_parts_cover_a_file_without_overlap(sizes: list[int], work: int) -> None
     plan = planned(sizes)
     parts = cut(plan, work)
     assert [parts[0].start, parts[-1].stop] == [0, plan.files[0].nbytes]
-    assert all(one.stop == other.start for one, other in zip(parts, parts[1:], strict=False))
+    assert all(one.stop == other.start for one, other in pairwise(parts))
     assert [step for part in parts for step in part.steps] == list(plan.steps)
     assert all(part.nbytes > 0 for part in parts)
 
