@@ -71,7 +71,9 @@ def main() -> None:
     )
     note(tiny_seconds=round(seconds, 2), tiny_mb=round(memory / 1e6))
     print("CPU seconds, and peak memory in MB\n")
-    print("| model | written as | files | tensors | --dry-run | --save-plan | plan file, MB | copied part | computed part |")
+    print(
+        "| model | written as | files | tensors | --dry-run | --save-plan | plan file, MB | copied part | computed part |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     print(f"| (a merge of 100 kB) | | | | | | | | {seconds:.1f} s, {memory / 1e6:.0f} MB |")
     for giant, how in RUNS:
@@ -85,7 +87,9 @@ def main() -> None:
         cells = [shown, saved]
         for index, part in enumerate(parts_of(plan, place / "out")):
             out = str(place / f"out{index}")
-            cells.append(measured("execute", str(plan), "-o", out, "--part", str(part), "--part-size", PART, "--jobs", "1"))
+            cells.append(
+                measured("execute", str(plan), "-o", out, "--part", str(part), "--part-size", PART, "--jobs", "1")
+            )
         told = [f"{seconds:.1f} s, {memory / 1e6:.0f} MB" for seconds, memory in cells]
         told.insert(2, f"{plan.stat().st_size / 1e6:.1f}")
         tensors = sum(len(file["tensors"]) for file in found["files"])
