@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.checkpoint.folder import INDEX, PIPELINE, SINGLE
 from adapterkit.checkpoint.header import build_header
 from adapterkit.checkpoint.listing import check_plain
-from adapterkit.checkpoint.plan_file import PlanStep, Steps, Tables, to_data, to_text
+from adapterkit.checkpoint.plan_file import PlanStep, Steps, Tables, columns_of, to_text
 from adapterkit.checkpoint.tensor import Stored
 from adapterkit.dtypes import DTYPES
 from adapterkit.errors import CheckpointError, UsageError, option
@@ -71,10 +71,6 @@ class Chunk:
     @property
     def content(self) -> bytes:
         return base64.b64decode(self.data)
-
-    def data_row(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -167,7 +163,7 @@ class Plan:
         """sha256 over everything that decides the output bytes; how many workers there are does not."""
         import hashlib
 
-        said = json.dumps({**to_data(self), "peak_memory": 0}, sort_keys=True, separators=(",", ":"))
+        said = json.dumps({**self._data(), "peak_memory": 0}, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(said.encode()).hexdigest()
 
     def header(self, file: PlannedFile) -> bytes:
@@ -175,7 +171,30 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan file; `adapterkit.checkpoint.plan_file` says what is in it."""
-        return to_text(to_data(self))
+        return to_text(self._data())
+
+    def _data(self) -> dict[str, Any]:
+        tables, columns = columns_of([file.steps for file in self.files])
+        files = [
+            {
+                "name": file.name,
+                "nbytes": file.nbytes,
+                "verbatim": file.verbatim,
+                "head": [asdict(chunk) for chunk in file.head],
+                **of_file,
+            }
+            for file, of_file in zip(self.files, columns, strict=True)
+        ]
+        return {
+            "format": self.format,
+            "layout": self.layout,
+            "peak_memory": self.peak_memory,
+            "metadata": dict(self.metadata),
+            "request": dict(self.request),
+            "inputs": dict(self.inputs),
+            **tables,
+            "files": files,
+        }
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Plan:

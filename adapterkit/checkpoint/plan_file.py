@@ -15,10 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
-
-if TYPE_CHECKING:
-    from adapterkit.checkpoint.plan import Plan, PlannedFile
+from typing import Any, NamedTuple, overload
 
 COLUMNS = ("tensors", "kinds", "offsets", "copies")
 
@@ -122,46 +119,20 @@ def _steps(columns: Mapping[str, Any], tables: Tables) -> Iterator[PlanStep]:
         index += 1 if count else 0
 
 
-def to_data(plan: Plan) -> dict[str, Any]:
-    """A plan as JSON."""
-    read = [file.steps for file in plan.files if isinstance(file.steps, Steps)]
-    if len(read) == len(plan.files) and all(steps.tables is read[0].tables for steps in read):
-        tables = read[0].tables.data() if read else {"kinds": [], "sources": []}
-        columns = [steps.columns for steps in read]
-    else:
-        tables, columns = _columns(plan.files)
-    files = [
-        {
-            "name": file.name,
-            "nbytes": file.nbytes,
-            "verbatim": file.verbatim,
-            "head": [chunk.data_row() for chunk in file.head],
-            **of_file,
-        }
-        for file, of_file in zip(plan.files, columns, strict=True)
-    ]
-    return {
-        "format": plan.format,
-        "layout": plan.layout,
-        "peak_memory": plan.peak_memory,
-        "metadata": dict(plan.metadata),
-        "request": dict(plan.request),
-        "inputs": dict(plan.inputs),
-        **tables,
-        "files": files,
-    }
-
-
-def _columns(files: Sequence[PlannedFile]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def columns_of(files: Sequence[Sequence[PlanStep]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The steps of files as JSON: the tables, and for each file its columns."""
+    read = [steps for steps in files if isinstance(steps, Steps)]
+    if read and len(read) == len(files) and all(steps.tables is read[0].tables for steps in read):
+        return read[0].tables.data(), [steps.columns for steps in read]
     kinds: dict[tuple[Any, ...], int] = {}
     sources: dict[str, int] = {}
     found = []
-    for file in files:
+    for steps in files:
         names, of_kind = [], []
         offsets: list[list[int]] = []
         copies: list[list[int]] = []
         there, copied = -1, ("", -1)
-        for index, step in enumerate(file.steps):
+        for index, step in enumerate(steps):
             tensor, dtype, shape, offset, nbytes, how, reads, source, source_offset = step
             names.append(tensor)
             of_kind.append(kinds.setdefault((dtype, shape, nbytes, how, reads), len(kinds)))
