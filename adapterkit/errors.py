@@ -13,6 +13,7 @@ AdapterkitError                    exit 1   anything below; one sentence: what, 
 ├── CheckFailed                    exit 3   a check or verification did not hold
 ├── AuthError                      exit 4   the Hub wants a token, or another one
 ├── HubError                       exit 5   the network or the Hub failed
+│   └── ServerError                exit 5   a server or an OCI registry did not answer, or went wrong
 ├── UnsafeError                    exit 6   refused: a path out of its folder, a pickle, remote code
 └── NotFound                       exit 7   a file, a name or a repository that does not exist
 """
@@ -124,6 +125,10 @@ class HubError(AdapterkitError):
     """The network or the Hub failed."""
 
     exit_code = 5
+
+
+class ServerError(HubError):
+    """A server that runs models, an OCI registry or a tracking server did not answer, or went wrong."""
 
 
 class UnsafeError(AdapterkitError):

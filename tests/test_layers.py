@@ -42,7 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("dtypes",),
     ("redaction",),
-    ("places", "rows"),
+    ("places", "rows", "web"),
     ("disk",),
     ("errors", "_version"),
 )

@@ -41,6 +41,7 @@ VERBS = {
     "push": ("adapterkit.cli.hub:push", "Publish a version to the Hugging Face Hub, in one commit."),
     "pull": ("adapterkit.cli.hub:pull", "Bring a repository from the Hugging Face Hub into the registry."),
     "serve-args": ("adapterkit.cli.serve", "Print the command or Modelfile that loads versions in a server."),
+    "deploy": ("adapterkit.cli.deploy", "Bring a running server to what an alias says, and see that it serves it."),
     "build": ("adapterkit.cli.build", "Carry out a recipe: merge, convert, verify, register, push, reproducibly."),
     "attest": ("adapterkit.cli.attest", "Write a provenance statement (in-toto, SLSA) beside an output."),
     "sign": ("adapterkit.cli.sign:sign", "Sign an output or a version with a key of your own."),
