@@ -24,7 +24,7 @@ _DENSE = frozenset({"F64", "F32", "F16", "BF16", "C64", "I64", "I32", "I16", "I8
 
 
 @dataclass(frozen=True)
-class Part:
+class PlanPart:
     """A range of one output file.
 
     Attributes:
@@ -68,9 +68,9 @@ class Part:
         return sum(step.reads for step in self.steps)
 
 
-def whole_files(files: Iterable[PlannedFile]) -> list[Part]:
+def whole_files(files: Iterable[PlannedFile]) -> list[PlanPart]:
     """Every file as one part."""
-    return [Part(index, file, 0, file.nbytes) for index, file in enumerate(files)]
+    return [PlanPart(index, file, 0, file.nbytes) for index, file in enumerate(files)]
 
 
 def cost_of(step: PlanStep) -> float:
@@ -80,7 +80,7 @@ def cost_of(step: PlanStep) -> float:
     return COMPUTE * step.reads + (COMPUTE if step.dtype in _DENSE else ENCODE) * step.nbytes
 
 
-def cut(plan: Plan, size: int | None = PART_SIZE) -> list[Part]:
+def cut(plan: Plan, size: int | None = PART_SIZE) -> list[PlanPart]:
     """The parts of a plan, in the order of its files; with None each file is one.
 
     Args:
@@ -88,7 +88,7 @@ def cut(plan: Plan, size: int | None = PART_SIZE) -> list[Part]:
     """
     if size is None:
         return whole_files(plan.files)
-    found: list[Part] = []
+    found: list[PlanPart] = []
     for file in plan.files:
         steps = sorted(file.steps, key=lambda step: step.offset)
         costs = [cost_of(step) for step in steps]
@@ -96,7 +96,7 @@ def cut(plan: Plan, size: int | None = PART_SIZE) -> list[Part]:
         bounds = [0, *(steps[place].offset for place in places), file.nbytes]
         edges = [0, *places, len(steps)]
         for start, stop, first, last in zip(bounds, bounds[1:], edges, edges[1:], strict=False):
-            found.append(Part(len(found), file, start, stop, sum(costs[first:last])))
+            found.append(PlanPart(len(found), file, start, stop, sum(costs[first:last])))
     return found
 
 
@@ -112,9 +112,9 @@ def _places(costs: Sequence[float], count: int) -> list[int]:
     return places
 
 
-def shares(parts: Sequence[Part], count: int) -> list[list[Part]]:
+def shares(parts: Sequence[PlanPart], count: int) -> list[list[PlanPart]]:
     """The parts dealt out to so many workers: the largest first, each to who has least to do."""
-    dealt: list[list[Part]] = [[] for _ in range(count)]
+    dealt: list[list[PlanPart]] = [[] for _ in range(count)]
     loads = [0.0] * count
     for part in sorted(parts, key=lambda part: (-part.cost, part.index)):
         least = min(range(count), key=loads.__getitem__)

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapterkit.checkpoint.cut import Part, whole_files
+from adapterkit.checkpoint.cut import PlanPart, whole_files
 from adapterkit.checkpoint.journal import Journal
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import check_target, partial_folder, staging
@@ -52,7 +52,7 @@ class Note:
     state: str
 
 
-def part_of(parts: Sequence[Part], index: int) -> Part:
+def part_of(parts: Sequence[PlanPart], index: int) -> PlanPart:
     """One of the parts.
 
     Raises:
@@ -65,7 +65,7 @@ def part_of(parts: Sequence[Part], index: int) -> Part:
 
 def write_part(
     plan: Plan,
-    part: Part,
+    part: PlanPart,
     tensors: Mapping[str, Tensor],
     sources: Sequence[Source],
     out: Path,
@@ -157,7 +157,7 @@ def forget(plan: Plan, out: Path, state: str) -> None:
                 os.unlink(folder / name)
 
 
-def left(plan: Plan, parts: Sequence[Part], out: Path) -> list[Part]:
+def left(plan: Plan, parts: Sequence[PlanPart], out: Path) -> list[PlanPart]:
     """The parts that are not said to be done."""
     folder = partial_folder(out)
     if not folder.is_dir():
@@ -177,7 +177,7 @@ def finish_parts(
     side_files: Mapping[str, bytes],
     force: bool = False,
     record: Callable[[Path], Mapping[str, bytes]] | None = None,
-    parts: Sequence[Part] | None = None,
+    parts: Sequence[PlanPart] | None = None,
 ) -> None:
     """Make the target once every part is done.
 
@@ -253,7 +253,7 @@ def _holes(covered: Iterable[tuple[int, int]], start: int, stop: int) -> bool:
     return place < stop or not hit
 
 
-def _there(folder: Path, part: Part) -> bool:
+def _there(folder: Path, part: PlanPart) -> bool:
     try:
         info = (folder / part.file.name).lstat()
         return stat.S_ISREG(info.st_mode) and info.st_size == part.file.nbytes

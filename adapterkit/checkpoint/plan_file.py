@@ -34,7 +34,7 @@ class PlanStep(NamedTuple):
     source_offset: int = 0
 
 
-class Kind(NamedTuple):
+class StepKind(NamedTuple):
     """What tensors have in common."""
 
     dtype: str
@@ -48,7 +48,9 @@ class Tables:
     """The rows that the columns of all files refer to."""
 
     def __init__(self, kinds: Sequence[Sequence[Any]], sources: Sequence[str]) -> None:
-        self.kinds = [Kind(str(d), tuple(map(int, shape)), int(n), str(how), int(r)) for d, shape, n, how, r in kinds]
+        self.kinds = [
+            StepKind(str(d), tuple(map(int, shape)), int(n), str(how), int(r)) for d, shape, n, how, r in kinds
+        ]
         self.sources = [str(name) for name in sources]
 
     def data(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from adapterkit.checkpoint.cut import Part
+    from adapterkit.checkpoint.cut import PlanPart
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.plan import Plan, PlannedFile
     from adapterkit.checkpoint.plan_file import PlanStep
@@ -106,7 +106,7 @@ class Sink:
         self.done = self.total = 0
         self.reused = 0
 
-    def run(self, parts: Sequence[Part]) -> None:
+    def run(self, parts: Sequence[PlanPart]) -> None:
         """Write parts.
 
         Raises:
@@ -115,7 +115,7 @@ class Sink:
         """
         run_together([(self, parts)], jobs=self._jobs, progress=self._progress)
 
-    def open(self, parts: Sequence[Part]) -> list[_Queue]:
+    def open(self, parts: Sequence[PlanPart]) -> list[_Queue]:
         """Make the files, and give what is to be done for each part."""
         proved = self._journal.read()
         self._journal.start()
@@ -154,7 +154,7 @@ class Sink:
     def place(self) -> str:
         return str(self._folder)
 
-    def _tasks(self, part: Part, fd: int, proved: Mapping[tuple[str, str], str]) -> Iterator[Callable[[], int]]:
+    def _tasks(self, part: PlanPart, fd: int, proved: Mapping[tuple[str, str], str]) -> Iterator[Callable[[], int]]:
         file = part.file
         if file.verbatim is not None:
             yield from _copy_tasks(self._sources[file.verbatim], part.start, fd, part.start, part.nbytes)
@@ -329,7 +329,7 @@ class _Pool:
 
 
 def run_together(
-    runs: Sequence[tuple[Sink, Sequence[Part]]],
+    runs: Sequence[tuple[Sink, Sequence[PlanPart]]],
     *,
     jobs: int,
     progress: Callable[[int, int], None] | None = None,

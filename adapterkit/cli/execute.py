@@ -39,12 +39,12 @@ def command(
       adapterkit execute plan.json -o merged --finish
     """
     from adapterkit.checkpoint.plan import Plan, parse_size
-    from adapterkit.verbs.execute import Opened, execute, has_parts
+    from adapterkit.verbs.execute import OpenPlan, execute, has_parts
 
     if part is not None and finish:
         raise click.UsageError("--part and --finish exclude each other: parts come first.")
     loaded = Plan.from_json(plan.read_bytes())
-    opened = Opened(loaded, out, None if part_size is None else parse_size(part_size))
+    opened = OpenPlan(loaded, out, None if part_size is None else parse_size(part_size))
     if not has_parts(loaded) and part is None:
         report = execute(loaded, out, jobs=jobs, force=force)
     else:

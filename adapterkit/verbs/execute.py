@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from adapterkit.checkpoint.cut import Part, cut
+from adapterkit.checkpoint.cut import PlanPart, cut
 from adapterkit.checkpoint.plan import Plan
 from adapterkit.errors import CheckpointError, UsageError, option
 from adapterkit.verbs.job import Job, Measured, peak_memory, run
@@ -26,7 +26,7 @@ VERBS = {
 }
 
 
-class Opened:
+class OpenPlan:
     """A plan, cut into parts, whose inputs are opened once: who executes many parts keeps it.
 
     Args:
@@ -40,7 +40,7 @@ class Opened:
         self._part_size = part_size
 
     @cached_property
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[PlanPart]:
         """The parts, in the order of the files."""
         if not has_parts(self.plan):
             raise UsageError("this plan has no parts: its files are known when its values are", "execute it whole")
@@ -85,7 +85,7 @@ class Opened:
             cpu_seconds=time.process_time() - spent,
         )
 
-    def left(self) -> list[Part]:
+    def left(self) -> list[PlanPart]:
         """The parts that are not done."""
         from adapterkit.checkpoint.parts import left
 
@@ -132,7 +132,7 @@ def execute(
         OutputError: parts are missing or the disk is full.
     """
     started = time.monotonic()
-    opened = Opened(plan, out, part_size)
+    opened = OpenPlan(plan, out, part_size)
     if part is not None:
         return opened.execute(part, jobs=jobs, progress=progress)
     if not has_parts(plan):

@@ -48,9 +48,9 @@ def measured(*arguments: str) -> tuple[float, int]:
 def parts_of(plan: Path, out: Path) -> tuple[int, int]:
     """A part that copies and one that computes, the smallest of each."""
     from adapterkit.checkpoint.plan import Plan, parse_size
-    from adapterkit.verbs.execute import Opened
+    from adapterkit.verbs.execute import OpenPlan
 
-    found = Opened(Plan.from_json(plan.read_bytes()), out, parse_size(PART)).parts
+    found = OpenPlan(Plan.from_json(plan.read_bytes()), out, parse_size(PART)).parts
     computed = [part for part in found if any(step.source is None for step in part.steps)]
     copied = [part for part in found if part not in computed]
     # Where everything is computed (a quantized base that is decoded) there is none of the other kind.

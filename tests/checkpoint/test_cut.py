@@ -19,12 +19,12 @@ from models import plain_adapter, plain_base, read_bytes
 sys.path.insert(0, str(Path(__file__).parents[1] / "gguf"))
 
 import adapterkit
-from adapterkit.checkpoint.cut import Part, cost_of, cut, shares
+from adapterkit.checkpoint.cut import PlanPart, cost_of, cut, shares
 from adapterkit.checkpoint.plan import Plan, PlannedFile
 from adapterkit.checkpoint.plan_file import PlanStep
 from adapterkit.disk import partial_folder
 from adapterkit.errors import CheckpointError, OutputError
-from adapterkit.verbs.execute import Opened
+from adapterkit.verbs.execute import OpenPlan
 from adapterkit.verbs.merge import plan_merge
 
 
@@ -113,7 +113,7 @@ def test_no_byte_depends_on_the_cut(make: Callable[[Path], tuple[Any, ...]], tmp
     to = {"to": "gguf"} if base.suffix else {}
     adapterkit.merge(base, [adapter], whole, **options)
     plan = Plan.from_json(plan_merge(base, [adapter], **options, **to).plan.to_json())
-    opened = Opened(plan, out, part_size=plan.nbytes // 7)
+    opened = OpenPlan(plan, out, part_size=plan.nbytes // 7)
     assert len(opened.parts) > len(plan.files)
     for part in reversed(opened.parts):
         report = opened.execute(part.index, jobs=1)
@@ -131,7 +131,7 @@ def test_a_run_goes_on_with_another_cut(tmp_path: Path) -> None:
     base, adapter, _ = _folder(tmp_path)
     adapterkit.merge(base, [adapter], tmp_path / "whole")
     plan = plan_merge(base, [adapter]).plan
-    fine, coarse = (Opened(plan, tmp_path / "out", part_size=size) for size in (2000, None))
+    fine, coarse = (OpenPlan(plan, tmp_path / "out", part_size=size) for size in (2000, None))
     for part in fine.parts[:-1]:
         fine.execute(part.index)
     assert [part.index for part in fine.left()] == [fine.parts[-1].index]
@@ -146,7 +146,7 @@ def test_a_run_goes_on_with_another_cut(tmp_path: Path) -> None:
 def test_parts_of_two_plans_are_never_put_together(tmp_path: Path) -> None:
     base, adapter, _ = _folder(tmp_path)
     one, other = (
-        Opened(plan_merge(base, [adapter], weights=[weight]).plan, tmp_path / "out", part_size=3000)
+        OpenPlan(plan_merge(base, [adapter], weights=[weight]).plan, tmp_path / "out", part_size=3000)
         for weight in (1.0, 2.0)
     )
     for part in one.parts:
@@ -176,7 +176,7 @@ def test_parts_of_a_base_that_changed_in_between_are_refused(tmp_path: Path) -> 
 def test_a_link_in_the_place_of_a_part_is_refused(tmp_path: Path) -> None:
     base, adapter, _ = _folder(tmp_path)
     plan = plan_merge(base, [adapter]).plan
-    opened = Opened(plan, tmp_path / "out", part_size=3000)
+    opened = OpenPlan(plan, tmp_path / "out", part_size=3000)
     opened.execute(0)
     victim = tmp_path / "victim"
     victim.write_bytes(b"mine")
@@ -225,6 +225,6 @@ def test_a_plan_file_whose_columns_do_not_fit_is_refused(column: str, value: Any
 
 def test_a_part_knows_its_bytes() -> None:
     plan = planned([5, 6, 7])
-    part = Part(0, plan.files[0], 15, 28)
+    part = PlanPart(0, plan.files[0], 15, 28)
     assert [step.tensor for step in part.steps] == ["t1", "t2"]
     assert (part.nbytes, part.reads, part.whole) == (13, 13, False)
