@@ -9,6 +9,7 @@ AdapterkitError                    exit 1   anything below; one sentence: what, 
 ├── OutputError                    exit 1   the result cannot be written where it was asked for
 ├── RegistryError                  exit 1   a record, blob, alias or bundle that is damaged or not understood
 ├── UsageError                     exit 2   arguments that contradict each other
+│   ├── MissingPackage             exit 2   what was asked for needs a package that is not installed
 │   └── RecipeError                exit 2   a recipe that cannot be understood or carried out
 ├── CheckFailed                    exit 3   a check or verification did not hold
 ├── AuthError                      exit 4   the Hub wants a token, or another one
@@ -103,6 +104,10 @@ class UsageError(AdapterkitError):
     """Arguments that contradict each other."""
 
     exit_code = 2
+
+
+class MissingPackage(UsageError):
+    """What was asked for needs a package that is not installed; the hint is the command that installs it."""
 
 
 class RecipeError(UsageError):

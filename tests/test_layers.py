@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("redaction",),
     ("places", "rows", "web"),
     ("disk",),
+    ("packages",),
     ("errors", "_version"),
 )
 HEIGHT = {unit: len(LAYERS) - number for number, layer in enumerate(LAYERS) for unit in layer}
