@@ -28,7 +28,7 @@ _LARGEST = 1 << 20  # bytes of a file
 
 
 @dataclass(frozen=True)
-class Known:
+class PeerMethod:
     """A method of mergekit.
 
     Attributes:
@@ -54,29 +54,31 @@ class Known:
 
 _MASKED = frozenset({"int8_mask"})
 _DENSITY = {"density": "density"}
-METHODS: Mapping[str, Known] = {
-    "linear": Known("linear", normalize=True),
-    "task_arithmetic": Known("linear", normalize=False, ignored=_MASKED | {"density"}),
-    "ties": Known("ties", each=_DENSITY, normalize=True, ignored=_MASKED),
-    "dare_linear": Known("dare", each=_DENSITY, ignored=_MASKED),
-    "dare_ties": Known("dare-ties", each=_DENSITY, normalize=False, ignored=_MASKED),
-    "breadcrumbs": Known("breadcrumbs", each={**_DENSITY, "gamma": "gamma"}, normalize=False, ignored=_MASKED),
-    "breadcrumbs_ties": Known(
+METHODS: Mapping[str, PeerMethod] = {
+    "linear": PeerMethod("linear", normalize=True),
+    "task_arithmetic": PeerMethod("linear", normalize=False, ignored=_MASKED | {"density"}),
+    "ties": PeerMethod("ties", each=_DENSITY, normalize=True, ignored=_MASKED),
+    "dare_linear": PeerMethod("dare", each=_DENSITY, ignored=_MASKED),
+    "dare_ties": PeerMethod("dare-ties", each=_DENSITY, normalize=False, ignored=_MASKED),
+    "breadcrumbs": PeerMethod("breadcrumbs", each={**_DENSITY, "gamma": "gamma"}, normalize=False, ignored=_MASKED),
+    "breadcrumbs_ties": PeerMethod(
         "breadcrumbs-ties", each={**_DENSITY, "gamma": "gamma"}, normalize=False, ignored=_MASKED
     ),
-    "della": Known(
+    "della": PeerMethod(
         "della", each={**_DENSITY, "epsilon": "epsilon"}, fixed={"elect": True}, normalize=True, ignored=_MASKED
     ),
-    "della_linear": Known("della", each={**_DENSITY, "epsilon": "epsilon"}, fixed={"elect": False}, ignored=_MASKED),
-    "model_stock": Known("model-stock", {"filter_wise": "filter_wise"}, fixed={"signed": True}, weighted=False),
-    "sce": Known("sce", {"density": "select_topk"}, weighted=False, ignored=_MASKED),
-    "slerp": Known("slerp-weights", {"t": "t"}, weighted=False, alone=1),
-    "nuslerp": Known("nuslerp", alone=2, ignored=frozenset({"nuslerp_flatten"})),
-    "multislerp": Known("multislerp", ignored=frozenset({"eps"})),
-    "nearswap": Known("nearswap", {"t": "t"}, weighted=False, alone=1),
-    "arcee_fusion": Known("arcee-fusion", weighted=False, alone=1),
-    "ram": Known("ram", {"epsilon": "epsilon"}, weighted=False),
-    "ramplus_tl": Known("ramplus-tl", {"epsilon": "epsilon", "r": "r", "alpha": "alpha"}, weighted=False),
+    "della_linear": PeerMethod(
+        "della", each={**_DENSITY, "epsilon": "epsilon"}, fixed={"elect": False}, ignored=_MASKED
+    ),
+    "model_stock": PeerMethod("model-stock", {"filter_wise": "filter_wise"}, fixed={"signed": True}, weighted=False),
+    "sce": PeerMethod("sce", {"density": "select_topk"}, weighted=False, ignored=_MASKED),
+    "slerp": PeerMethod("slerp-weights", {"t": "t"}, weighted=False, alone=1),
+    "nuslerp": PeerMethod("nuslerp", alone=2, ignored=frozenset({"nuslerp_flatten"})),
+    "multislerp": PeerMethod("multislerp", ignored=frozenset({"eps"})),
+    "nearswap": PeerMethod("nearswap", {"t": "t"}, weighted=False, alone=1),
+    "arcee_fusion": PeerMethod("arcee-fusion", weighted=False, alone=1),
+    "ram": PeerMethod("ram", {"epsilon": "epsilon"}, weighted=False),
+    "ramplus_tl": PeerMethod("ramplus-tl", {"epsilon": "epsilon", "r": "r", "alpha": "alpha"}, weighted=False),
 }
 # mergekit's own defaults where ours differ, and what it takes for an unset parameter of a model.
 _DEFAULTS = {"density": 1.0, "gamma": 0.01, "epsilon": 0.15, "select_topk": 1.0}

@@ -14,7 +14,7 @@ from adapterkit.errors import UsageError, option
 from adapterkit.ops.counter import stream, uniform
 from adapterkit.ops.rows import ComputedRows, DeltaRows, add, blocks, common_shape
 from adapterkit.ops.rules.parameters import Density, Election, Normalize, Own, Seed, Share
-from adapterkit.ops.rules.registry import Each, Range, rule
+from adapterkit.ops.rules.registry import PerAdapter, Range, rule
 from adapterkit.ops.select import kth_magnitudes, row_energies
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def della(
     *,
     density: Density = 0.5,
     epsilon: Annotated[
-        float, Range(0, 0.5), Each, "half-width of the range of keep probabilities around density"
+        float, Range(0, 0.5), PerAdapter, "half-width of the range of keep probabilities around density"
     ] = 0.1,
     elect: Annotated[bool, "elect signs and average as TIES does, instead of the sum"] = True,
     normalize: Normalize = "count",
@@ -147,7 +147,7 @@ def della(
     return _streamed(deltas, lambda rows, start: fuse(masked(rows, start)))
 
 
-Gamma = Annotated[float, Range(0, 1), Each, "share of entries dropped as outliers, the largest ones"]
+Gamma = Annotated[float, Range(0, 1), PerAdapter, "share of entries dropped as outliers, the largest ones"]
 
 
 @rule(paper="2312.06795", space="dense")

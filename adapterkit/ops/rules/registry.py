@@ -44,7 +44,7 @@ class Range:
         return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
 
 
-class Each:
+class PerAdapter:
     """Marks a parameter that may have a value for each adapter."""
 
 
@@ -209,5 +209,5 @@ def _parameter(parameter: inspect.Parameter, names: dict[str, Any]) -> Parameter
         range=next((extra for extra in extras if isinstance(extra, Range)), None),
         choices=tuple(get_args(base)) if literal else (),
         optional=optional,
-        each=Each in extras,
+        each=PerAdapter in extras,
     )
