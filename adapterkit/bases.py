@@ -54,6 +54,21 @@ def open_adapter(ref: Ref, *, headers_only: bool = False) -> Adapter:
     return load_adapter(ref, headers_only=headers_only)
 
 
+def open_change(ref: Ref, *, headers_only: bool = False) -> Adapter:
+    """Open what `merge` folds in: an adapter of any format, or a whole model that was fine-tuned from the base.
+
+    Raises:
+        NotFound, AdapterError, CheckpointError, UnsafeError, AuthError, HubError
+    """
+    from adapterkit.checkpoint.open import is_model
+
+    if not is_gguf(Path(ref).expanduser()) and is_model(ref, headers_only=headers_only):
+        from adapterkit.adapters.whole_model import as_adapter
+
+        return as_adapter(open_model(ref, headers_only=headers_only))
+    return open_adapter(ref, headers_only=headers_only)
+
+
 def open_base(
     base: Ref | Checkpoint,
     *,

@@ -39,7 +39,7 @@ def combined_edits(items: Sequence[Weighted], rule: BoundRule) -> tuple[Weighted
 def _is_delta(item: Weighted) -> bool:
     edit = item.edit
     whole = edit.override or edit.change.replaced is not None or edit.change.stored is not None
-    return not whole and len(edit.target.shape) > 1
+    return not whole and (len(edit.target.shape) > 1 or item.adapter.whole)
 
 
 def _combined(group: Sequence[Weighted], rule: BoundRule) -> Change:

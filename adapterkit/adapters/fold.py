@@ -123,6 +123,10 @@ def fold(
     for adapter in adapters:
         notes += orientation_notes(adapter, [one.edit for one in edits if one.adapter is adapter], names)
         notes += adapter.notes
+        if adapter.whole:
+            from adapterkit.adapters.whole_model import config_notes
+
+            notes += config_notes(adapter, base.config)
     settled = settle_ties(edits, names, base, base.config)
     tensors: dict[str, Tensor] = {**base.tensors, **settled.added}
     by_tensor: dict[str, list[Weighted]] = {}

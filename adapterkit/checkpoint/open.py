@@ -7,7 +7,7 @@ from pathlib import Path
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.files import LocalFile
 from adapterkit.checkpoint.finders import place_of
-from adapterkit.checkpoint.folder import read_file, read_folder
+from adapterkit.checkpoint.folder import ADAPTER_CONFIG, INDEX, SINGLE, read_file, read_folder
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.checkpoint.listing import Listing, LocalFolder, read_json
 from adapterkit.errors import NotFound, UnsafeError
@@ -40,6 +40,19 @@ def locate(ref: str | Path, *, headers_only: bool = False) -> Listing:
     from adapterkit.checkpoint.hub import hub_listing
 
     return hub_listing(hub, headers_only=headers_only)
+
+
+def is_model(ref: str | Path, *, headers_only: bool = False) -> bool:
+    """Whether a folder or Hub id holds a whole model and no adapter, as far as names of files tell.
+
+    Raises:
+        NotFound, AuthError, HubError: see `locate`.
+    """
+    meant = place_of(ref)
+    if (meant.file or Path(meant.place).expanduser()).is_file() or "#" in str(ref):
+        return False
+    names = locate(ref, headers_only=headers_only).names
+    return {"config.json"} <= names and ADAPTER_CONFIG not in names and bool({SINGLE, INDEX} & names)
 
 
 def open_checkpoint(ref: str | Path, *, headers_only: bool = False) -> Checkpoint:

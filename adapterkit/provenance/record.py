@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +103,13 @@ def base_parent(base: Checkpoint, role: str = "base", *, full: bool = False) -> 
 
 
 def adapter_parent(adapter: Adapter, role: str = "adapter", **parameters: Any) -> Parent:
-    """An adapter as a parent: by the digest of its files, the same whether or not it is registered."""
+    """An adapter as a parent: by the digest of its files, the same whether or not it is registered; a model by identity."""
+    if adapter.whole:
+        from adapterkit.adapters.whole_model import WholeModel
+
+        assert isinstance(adapter, WholeModel)
+        assert adapter.checkpoint is not None
+        return replace(base_parent(adapter.checkpoint, "model"), parameters=parameters)
     folder = adapter.folder
     if folder is None:  # a loose file, or read by range from the Hub: named by its weights alone
         weights = []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.half_saved import half_saved_note
-from adapterkit.bases import open_adapter, open_model
+from adapterkit.bases import open_change, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import AdapterkitError, AuthError, CheckFailed, HubError, UnsafeError
@@ -101,6 +101,8 @@ def check(request: CheckRequest) -> CheckReport:
     findings: list[Diagnostic] = []
     matches: list[BaseMatch] = []
     for adapter in loaded:
+        if adapter.whole:
+            continue  # its tensors tell by themselves, and are compared when the merge is planned
         compared = compare_bases(adapter, opened, full=request.full)
         named = _named_base(adapter, opened) + _claimed(adapter, opened)
         # Weights are believed over names: a base that is proved to be the same may be called anything.
@@ -116,7 +118,7 @@ def check(request: CheckRequest) -> CheckReport:
     findings += found
     if row is not None:
         findings += _runtime(row, opened, loaded)
-        for adapter in loaded:
+        for adapter in (one for one in loaded if not one.whole):
             findings += _expectations(adapter, opened, row)
     ok = all(finding.level != ERROR for finding in findings)
     refs = tuple(adapter.ref for adapter in loaded)
@@ -127,7 +129,7 @@ def check(request: CheckRequest) -> CheckReport:
 
 
 def _loaded(adapter: Any) -> Adapter:
-    return adapter if isinstance(adapter, Adapter) else open_adapter(adapter, headers_only=True)
+    return adapter if isinstance(adapter, Adapter) else open_change(adapter, headers_only=True)
 
 
 def _merged(
@@ -139,8 +141,9 @@ def _merged(
     touched, refused = 0, 0
     findings: list[Diagnostic] = []
     # Several adapters that do not fit are named each; what refuses them together is found when they are planned so.
-    alone = [(adapter,) for adapter in adapters]
-    for some in [*alone, adapters] if len(adapters) > 1 else alone:
+    # A whole model means nothing alone.
+    alone = [(adapter,) for adapter in adapters if not adapter.whole]
+    for some in [*alone, adapters] if len(adapters) > 1 else [adapters]:
         one = len(some) == 1
         asked = (
             request if some == adapters else replace(request, weights=None, parameters={}, method="linear", space=None)
@@ -154,10 +157,10 @@ def _merged(
             ref = some[0].ref if one else ", ".join(adapter.ref for adapter in some)
             findings.append(Diagnostic(ERROR, type(error).__name__, ref, error.message, error.hint))
         else:
-            if one:
+            if one or not alone:
                 touched += len(merge.folded.touched)
                 findings += _consequences(some[0], merge.folded, merge.notes)
-        if refused and one and some == alone[-1]:
+        if refused and one and alone and some == alone[-1]:
             break
     return touched, refused, findings
 

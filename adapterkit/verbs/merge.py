@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.half_saved import half_saved_note
-from adapterkit.bases import open_adapter, open_base, open_model
+from adapterkit.bases import open_base, open_change, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
-from adapterkit.errors import CheckFailed, option
+from adapterkit.errors import CheckFailed, UsageError, option
 from adapterkit.ops.device import check_name, check_there
 from adapterkit.requests.call import takes
 from adapterkit.requests.merge import FOLDER, GGUF, MergePlanRequest, MergeRequest
@@ -184,8 +184,9 @@ def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: b
     )
     form = request.form or (GGUF if opened.format == "gguf" else FOLDER)
     asked = replace(request, to=form)
-    given = (a if isinstance(a, Adapter) else open_adapter(a, headers_only=headers_only) for a in asked.given_adapters)
+    given = (a if isinstance(a, Adapter) else open_change(a, headers_only=headers_only) for a in asked.given_adapters)
     loaded = tuple(asked.narrowed(asked.told(adapter)) for adapter in given)
+    _no_copy(loaded, asked)
     inputs = None
     if fingerprints:
         inputs = {s.name: _fingerprint(s) for s in (*opened.sources, *(source for a in loaded for source in a.sources))}
@@ -201,6 +202,24 @@ def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: b
         },
     }
     return Merge(asked, opened, loaded, output(opened, loaded, asked, settings, values=values), values)
+
+
+def _no_copy(adapters: tuple[Adapter, ...], asked: MergeRequest) -> None:
+    """Refuse a merge whose result is one of its inputs.
+
+    Raises:
+        UsageError: one whole model with weight 1.
+    """
+    if (
+        len(adapters) == 1
+        and adapters[0].whole
+        and asked.rule is None
+        and set(asked.adapter_weights or (1.0,)) == {1.0}
+    ):
+        raise UsageError(
+            f"{adapters[0].ref} is a whole model: merged alone with weight 1 it is itself",
+            f"name several models, give it a {option('weights')}, or give an adapter",
+        )
 
 
 @takes(MergeRequest)
