@@ -42,8 +42,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("dtypes",),
     ("redaction",),
-    ("places", "rows"),
+    ("places", "rows", "web"),
     ("disk",),
+    ("packages",),
     ("errors", "_version"),
 )
 HEIGHT = {unit: len(LAYERS) - number for number, layer in enumerate(LAYERS) for unit in layer}

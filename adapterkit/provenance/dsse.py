@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.json_data import parse_json
 from adapterkit.errors import CheckFailed, CheckpointError, NotFound, UsageError
+from adapterkit.packages import missing
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
@@ -95,6 +96,7 @@ def private_key(path: Path) -> EllipticCurvePrivateKey:
     Raises:
         NotFound, UsageError
     """
+    _need()
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -115,6 +117,7 @@ def public_key(path: Path) -> EllipticCurvePublicKey:
     Raises:
         NotFound, UsageError
     """
+    _need()
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
@@ -139,6 +142,17 @@ def key_id(key: EllipticCurvePublicKey) -> str:
 
 
 _AGAIN = "get it again from where it was signed"
+
+
+def _need() -> None:
+    """
+    Raises:
+        MissingPackage: there is no cryptography, which the extra ``sign`` brings.
+    """
+    try:
+        import cryptography  # noqa: F401
+    except ImportError as error:
+        raise missing(error.name or "cryptography", "signing needs the package cryptography", "sign") from None
 
 
 def _read(path: Path, which: str) -> bytes:

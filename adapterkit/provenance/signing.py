@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
 from adapterkit.checkpoint.json_data import parse_json
-from adapterkit.errors import CheckFailed, CheckpointError, NotFound, OutputError, UnsafeError, UsageError, option
+from adapterkit.errors import CheckFailed, CheckpointError, NotFound, OutputError, UnsafeError, option
+from adapterkit.packages import missing
 from adapterkit.provenance import dsse
 from adapterkit.provenance.attested import RECORD, differing, hold, read_statements, seal_statements
 from adapterkit.provenance.signable import ENVELOPES, SIGNATURE, Signable, entries, signable
@@ -137,6 +138,7 @@ def verify(
         NotFound: there is no signature.
         UsageError, UnsafeError, RegistryError
     """
+    _package("hashing")
     public = dsse.public_key(Path(key).expanduser())
     with signable(target, ignore=ignore, home=home) as found:
         place = signature or found.signature
@@ -196,8 +198,7 @@ def _package(name: str) -> ModuleType:
     try:
         return importlib.import_module(f"model_signing.{name}")
     except ImportError as error:
-        hint = "install the extra: pip install 'adapterkit[sign]'"
-        raise UsageError(f"signing needs the package model-signing ({error})", hint) from None
+        raise missing(error.name or "model_signing", "signing needs the package model-signing", "sign") from None
 
 
 def _sign(signing: ModuleType, found: Signable, signature: Path, private: Path) -> None:

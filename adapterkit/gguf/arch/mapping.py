@@ -92,11 +92,11 @@ class Mapper:
         return found
 
     @cached_property
-    def _by_gguf(self) -> dict[str, tuple[Rule, int]]:
-        found: dict[str, tuple[Rule, int]] = {}
+    def _by_gguf(self) -> dict[str, list[tuple[Rule, int]]]:
+        found: dict[str, list[tuple[Rule, int]]] = {}
         for one in self.spec.rules:
             for number, name in enumerate(one.gguf if one.writes else ()):
-                found.setdefault(_shape_of(name), (one, number))
+                found.setdefault(_shape_of(name), []).append((one, number))
         return found
 
     def canonical(self, name: str) -> str:
@@ -336,10 +336,11 @@ class Mapper:
 
     def _match_gguf(self, name: str) -> tuple[Rule, int, str, int | None] | None:
         for text, suffix in ((name, ""), *((name[: -len(end)], end) for end in SUFFIXES if name.endswith(end))):
-            found = self._by_gguf.get(_NUMBER.sub("#", text + ".")[:-1])
-            if found is not None:
-                numbers = _NUMBER.findall(text + ".")
-                return (*found, suffix, int(numbers[0]) if numbers else None)
+            numbers = _NUMBER.findall(text + ".")
+            layer = int(numbers[0]) if numbers else None
+            for one, number in self._by_gguf.get(_NUMBER.sub("#", text + ".")[:-1], ()):
+                if one.layers is None or (layer is not None and one.layers(self.config, layer)):
+                    return one, number, suffix, layer
         return None
 
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from adapterkit.errors import TargetError
 from adapterkit.gguf.arch import (
+    coded,
+    coded_moe,
     dense,
     encoders,
     further,
@@ -40,6 +42,8 @@ _ROWS: tuple[ArchSpec, ...] = (
     *wholes.SPECS,
     *seq2seq.SPECS,
     *remote.SPECS,
+    *coded.SPECS,
+    *coded_moe.SPECS,
 )
 
 
