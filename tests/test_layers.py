@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("dtypes",),
     ("redaction",),
+    ("stores",),
     ("places", "rows", "web"),
     ("disk",),
     ("packages",),
