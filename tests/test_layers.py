@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("serving",),
     ("folders",),
     ("lint",),
+    ("results",),
     ("bases",),
     ("pickles",),
     ("registry",),
@@ -42,8 +43,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("ops",),
     ("dtypes",),
     ("redaction",),
-    ("places", "rows"),
+    ("stores",),
+    ("places", "rows", "web"),
     ("disk",),
+    ("packages",),
     ("errors", "_version"),
 )
 HEIGHT = {unit: len(LAYERS) - number for number, layer in enumerate(LAYERS) for unit in layer}

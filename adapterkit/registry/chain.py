@@ -20,7 +20,7 @@ from adapterkit.registry.names import check_time
 from adapterkit.registry.record import now
 from adapterkit.registry.refs import check_said
 
-FOLDERS = ("policies", "served")
+FOLDERS = ("policies", "served", "servers")
 """Folders of a home whose files are chains."""
 
 

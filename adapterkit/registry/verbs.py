@@ -17,7 +17,7 @@ from adapterkit.registry.names import LATEST, check_alias
 from adapterkit.registry.record import (
     Record,
 )
-from adapterkit.registry.refs import ANY, Gate, Move, Tagged
+from adapterkit.registry.refs import ANY, Move, Tagged
 
 
 @dataclass(frozen=True)
@@ -68,23 +68,35 @@ def tag(
     expected: int = ANY,
     why: str = "",
     by: str = "",
-    gate: Gate | None = None,
+    require: str = "",
+    dry_run: bool = False,
     home: Path | None = None,
 ) -> Tagged:
-    """Points ``alias`` of the name in ``ref`` to the version that ``ref`` means.
+    """Points ``alias`` of the name in ``ref`` to the version that ``ref`` means, if what is asked for holds.
 
     ``expected`` makes it a compare-and-swap: the version it must be at now, 0 for none. ``why`` and ``by`` (by default
-    whoever runs this) are kept with the move. Policies of the alias are asked by `adapterkit.gates.tag.tag`, which gives
-    them as ``gate``.
+    whoever runs this) are kept with the move.
+
+    Args:
+        require: conditions (see ``policy``) that have to hold beside the policies that are kept for the alias.
+        dry_run: ask, and move nothing.
 
     Raises:
-        CheckFailed: the alias is somewhere else than expected; or the gate refuses.
+        CheckFailed: the alias is somewhere else than expected; or a condition does not hold.
+        UsageError: a condition cannot be read.
     """
+    from adapterkit.registry.policies import gate_of
+
     check_alias(alias)
     at = open_home(home)
     record = resolve.find(at, ref)
     if record.version in at.hidden_versions(record.name):
         raise UsageError(f"{record.ref} was removed and gets no alias", "bring it back with restore first")
+    gate = gate_of(at, record, alias, require)
+    if dry_run:
+        now = refs.get(at, record.name, alias)
+        held = tuple(gate(now)) if gate is not None else ()
+        return Tagged(record.name, alias, record.version, record.digest, now.version if now else 0, False, held)
     return refs.move(
         at, record.name, alias, record.version, record.digest, expected, by=by or who(), why=why, gate=gate
     )

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -118,6 +119,20 @@ def hub(tmp_path_factory: pytest.TempPathFactory, things: Path) -> Iterator[Writ
         served.add("org/model-bnb-4bit", things / "base-nf4")
         served.add("my-org/my-adapter", things / "my-adapter")
         yield served
+    patch.undo()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpu1() -> Iterator[None]:
+    """A server of the pages, http://gpu1:8000, which is asked by way of a proxy that answers itself."""
+    sys.path.insert(0, str(ROOT / "tests" / "serving"))
+    from stub_servers import Stub, running
+
+    patch = pytest.MonkeyPatch()
+    with running(Stub("vllm", "meta-llama/Llama-3.2-1B")) as stub:
+        patch.setenv("http_proxy", stub.url)
+        patch.setenv("no_proxy", "127.0.0.1,localhost")
+        yield
     patch.undo()
 
 
