@@ -53,6 +53,10 @@ VERBS = {
     "attest": ("adapterkit.cli.attest", "Write a provenance statement (in-toto, SLSA) beside an output."),
     "sign": ("adapterkit.cli.sign:sign", "Sign an output or a version with a key of your own."),
     "verify-signature": ("adapterkit.cli.sign:verify", "Say whether an output or a version is what was signed."),
+    "verify-attestation": (
+        "adapterkit.cli.sign:attestation",
+        "Say whether signed statements about an output are true of it.",
+    ),
     "doctor": ("adapterkit.cli.doctor", "Say what is installed, what is missing, and what this machine can do."),
     "ui": ("adapterkit.cli.ui", "Look at the registry in a browser."),
     "demo": ("adapterkit.cli.demo", "Make a tiny model, train an adapter, merge it, and show that it worked."),

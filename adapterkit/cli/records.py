@@ -94,7 +94,8 @@ def _table(rows: Any) -> None:
 @click.command(name="show", short_help="Show one version: its files, base, parents and evidence.")
 @click.argument("ref")
 @click.option("--json", "as_json", is_flag=True, help="Print the record as JSON.")
-def show(ref: str, as_json: bool) -> int:
+@click.option("--sbom", "as_sbom", is_flag=True, help="Print a CycloneDX ML-BOM: files, parents, figures.")
+def show(ref: str, as_json: bool, as_sbom: bool) -> int:
     """Show what REF (name, name@3, name@prod, sha256:...) is and where it came from.
 
     Exits with 1 when bytes of it are missing.
@@ -102,12 +103,19 @@ def show(ref: str, as_json: bool) -> int:
     \b
     Example:
       adapterkit show my-adapter@prod
+      adapterkit show my-adapter@prod --sbom > bom.cdx.json
     """
     from adapterkit.registry.verbs import show as verb
 
+    if as_json and as_sbom:
+        raise click.UsageError("--json and --sbom are two forms of the same; give one.")
     found = verb(ref)
     record = found.record
-    if as_json:
+    if as_sbom:
+        from adapterkit.provenance.sbom import sbom
+
+        show_json(sbom(record))
+    elif as_json:
         show_json(
             {
                 "ref": record.ref,
