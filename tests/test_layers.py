@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipe",),
     ("ui",),
     ("verbs",),
-    ("hub",),
+    ("hub", "oci"),
     ("provenance",),
     ("requests",),
     ("serving",),
