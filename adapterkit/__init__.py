@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from adapterkit.verbs.combine import combine, combined
     from adapterkit.verbs.compare import CompareReport, compare
     from adapterkit.verbs.convert import convert, plan_convert
+    from adapterkit.verbs.doctor import DoctorReport, doctor
     from adapterkit.verbs.execute import execute
     from adapterkit.verbs.extract import extract
     from adapterkit.verbs.family import Family, open_family
@@ -81,6 +82,7 @@ _WHERE = {
     "CompareReport": "adapterkit.verbs.compare:CompareReport",
     "ConvertReport": "adapterkit.verbs.report:ConvertReport",
     "ExtractReport": "adapterkit.verbs.report:ExtractReport",
+    "DoctorReport": "adapterkit.verbs.doctor:DoctorReport",
     "Family": "adapterkit.verbs.family:Family",
     "Folded": "adapterkit.adapters.fold:Folded",
     "Handover": "adapterkit.serving.handover:Handover",
@@ -97,6 +99,7 @@ _WHERE = {
     "combined": "adapterkit.verbs.combine:combined",
     "compare": "adapterkit.verbs.compare:compare",
     "convert": "adapterkit.verbs.convert:convert",
+    "doctor": "adapterkit.verbs.doctor:doctor",
     "execute": "adapterkit.verbs.execute:execute",
     "extract": "adapterkit.verbs.extract:extract",
     "fold": "adapterkit.adapters.fold:fold",
@@ -126,6 +129,7 @@ __all__ = [
     "ConvertOptions",
     "ConvertReport",
     "ConvertRequest",
+    "DoctorReport",
     "ExtractReport",
     "ExtractRequest",
     "Family",
@@ -150,6 +154,7 @@ __all__ = [
     "combined",
     "compare",
     "convert",
+    "doctor",
     "execute",
     "extract",
     "fold",

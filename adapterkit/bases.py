@@ -12,7 +12,7 @@ from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.decoded import dequantized, is_plain
 from adapterkit.checkpoint.files import is_gguf
 from adapterkit.checkpoint.finders import place_of
-from adapterkit.checkpoint.open import open_checkpoint
+from adapterkit.checkpoint.open import is_object, open_checkpoint
 from adapterkit.dtypes import BY_LABEL
 from adapterkit.errors import TargetError, UsageError, option
 
@@ -23,8 +23,8 @@ def open_model(ref: Ref | Checkpoint, *, headers_only: bool = False) -> Checkpoi
     """Open a checkpoint of any format; no tensor is read.
 
     Args:
-        ref: a folder, a safetensors or GGUF file, a registry name, or a Hub id ``org/name[@revision]``; an open checkpoint
-            is given back.
+        ref: a folder, a safetensors or GGUF file, here or in a store, a registry name, or a Hub id
+            ``org/name[@revision]``; an open checkpoint is given back.
         headers_only: for a Hub id, read only the headers, by HTTP range.
 
     Raises:
@@ -32,6 +32,10 @@ def open_model(ref: Ref | Checkpoint, *, headers_only: bool = False) -> Checkpoi
     """
     if isinstance(ref, Checkpoint):
         return ref
+    if is_object(ref, (".gguf",)):
+        from adapterkit.gguf.checkpoint import open_gguf
+
+        return open_gguf(ref)
     meant = place_of(ref)
     path = meant.file or Path(meant.place).expanduser()
     if is_gguf(path):
@@ -47,7 +51,7 @@ def open_adapter(ref: Ref, *, headers_only: bool = False) -> Adapter:
     Raises:
         NotFound, AdapterError, CheckpointError, UnsafeError, AuthError, HubError
     """
-    if is_gguf(Path(ref).expanduser()):
+    if is_gguf(Path(ref).expanduser()) or is_object(ref, (".gguf",)):
         from adapterkit.gguf.adapter import open_gguf_adapter
 
         return open_gguf_adapter(ref)

@@ -20,7 +20,7 @@ from adapterkit.errors import AdapterkitError, CheckpointError, OutputError, no_
 from adapterkit.ops.threads import settle, start_all
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import torch
@@ -112,6 +112,7 @@ class Sink:
 
     def open(self, files: Sequence[PlannedFile]) -> list[_Queue]:
         """Make the files, and give what is to be done for each."""
+        expect(self._plan, files, self._sources.values())
         proved = self._journal.read()
         self._journal.start()
         queues = []
@@ -138,6 +139,8 @@ class Sink:
 
     def close(self) -> None:
         self._journal.close()
+        for source in self._sources.values():
+            source.expect(())
         while self._fds:
             os.close(self._fds.pop())
 
@@ -345,6 +348,43 @@ def run_together(
     finally:
         for sink in sinks:
             sink.close()
+
+
+def expect(
+    plan: Plan,
+    files: Sequence[PlannedFile],
+    sources: Iterable[Source],
+    inside: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+) -> None:
+    """Tell remote inputs which of their bytes these files of a plan are made of: all that no other file copies.
+
+    Args:
+        inside: by source, the ranges that do not come here since a store copies them itself.
+    """
+    remote = [source for source in sources if source.path is None]
+    if not remote:
+        return
+    here = {file.name for file in files}
+    apart: dict[str, list[tuple[int, int]]] = {name: list(ranges) for name, ranges in (inside or {}).items()}
+    for file in plan.files:
+        if file.name not in here and file.verbatim is not None:
+            apart.setdefault(file.verbatim, []).append((0, file.nbytes))
+        elif file.name not in here:
+            for step in file.steps:
+                if step.source is not None:
+                    copied = (step.source_offset, step.source_offset + step.nbytes)
+                    apart.setdefault(step.source, []).append(copied)
+    for source in remote:
+        source.expect(_rest(source, sorted(apart.get(source.name, []))))
+
+
+def _rest(source: Source, apart: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The bytes of a file behind its header that do not lie in these ranges."""
+    found, position = [], getattr(source, "held", 0)
+    for start, stop in apart:
+        found.append((position, start))
+        position = max(position, stop)
+    return [*found, (position, source.size)]
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -14,6 +14,7 @@ import click
 from adapterkit._version import __version__
 from adapterkit.cli.output import fail, form_of, interrupted
 from adapterkit.errors import AdapterkitError, no_memory, out_of_memory, spelled
+from adapterkit.packages import lacking
 
 # verb: (module, or module:attribute where one file holds several; one line for --help)
 VERBS = {
@@ -46,6 +47,7 @@ VERBS = {
     "attest": ("adapterkit.cli.attest", "Write a provenance statement (in-toto, SLSA) beside an output."),
     "sign": ("adapterkit.cli.sign:sign", "Sign an output or a version with a key of your own."),
     "verify-signature": ("adapterkit.cli.sign:verify", "Say whether an output or a version is what was signed."),
+    "doctor": ("adapterkit.cli.doctor", "Say what is installed, what is missing, and what this machine can do."),
     "ui": ("adapterkit.cli.ui", "Look at the registry in a browser."),
     "demo": ("adapterkit.cli.demo", "Make a tiny model, train an adapter, merge it, and show that it worked."),
 }
@@ -148,8 +150,8 @@ def app(debug: bool) -> None:
     BASE and ADAPTER are folders, registry names (name[@version|@alias]) or Hub ids (org/name[@revision]).
 
     \b
-    Exit codes: 0 ok, 1 failure, 2 usage, 3 a check did not hold, 4 authentication, 5 network or Hub,
-    6 refused as unsafe, 7 not found, 130 interrupted.
+    Exit codes: 0 ok, 1 failure, 2 usage or a missing package, 3 a check did not hold, 4 authentication,
+    5 network or Hub, 6 refused as unsafe, 7 not found, 130 interrupted.
     """
 
 
@@ -199,6 +201,9 @@ def _run(given: list[str]) -> Any:
     except Exception as error:
         if debug:
             raise
+        told = lacking(error)
+        if told is not None:
+            sys.exit(fail(given, told.exit_code, type(told).__name__, told.message, told.hint))
         if isinstance(error, OSError) and error.filename is not None:  # a path of the user's own, as in --save-plan
             text = f"{error.filename} cannot be used ({error.strerror})"
             sys.exit(fail(given, 1, "OSError", text, "check the path and its permissions"))

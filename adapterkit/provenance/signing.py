@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit import disk
 from adapterkit.checkpoint.json_data import parse_json
 from adapterkit.errors import CheckFailed, CheckpointError, NotFound, OutputError, UnsafeError, UsageError, option
+from adapterkit.packages import missing
 from adapterkit.registry import blobs, resolve
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.record import NOT_CONTENT, FileEntry, Record
@@ -153,8 +154,7 @@ def _package(name: str) -> ModuleType:
     try:
         return importlib.import_module(f"model_signing.{name}")
     except ImportError as error:
-        hint = "install the extra: pip install 'adapterkit[sign]'"
-        raise UsageError(f"signing needs the package model-signing ({error})", hint) from None
+        raise missing(error.name or "model_signing", "signing needs the package model-signing", "sign") from None
 
 
 def _hashing(links: bool, besides: tuple[str, ...] = ()) -> Any:
@@ -183,9 +183,9 @@ def _verify(model: Path, signature: Path, public: Path, what: str, *, links: boo
     """How many files the signature holds for."""
     if not signature.is_file():
         raise NotFound(f"{what} has no signature {signature}", f"sign it, or give it with {option('signature')}")
+    config = _package("verifying").Config()
     from cryptography.exceptions import InvalidSignature
 
-    config = _package("verifying").Config()
     payload = _payload(signature, what)
     if links:
         config.set_hashing_config(_like(payload))

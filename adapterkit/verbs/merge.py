@@ -260,8 +260,8 @@ class Loss:
     sampled: FidelityReport | None = field(default=None, init=False)
 
     def ahead(self) -> None:
-        """See `_still_there`. Values on the Hub are not there to be measured before a download."""
-        if all(source.path is not None for source in self.merge.sources):
+        """See `_still_there`. Values on the Hub are not there to be measured before a download; those in a store are."""
+        if all(source.path is not None or source.version for source in self.merge.sources):
             self.sampled = _still_there(self.merge, yes_lossy=self.merge.request.yes_lossy)
         if self.watched and self.merge.request.writes and self.watch is None:
             self.watch = self._watch()
@@ -429,10 +429,11 @@ def _fingerprint(source: Source) -> str:
     import hashlib
 
     first = source.read(0, 8)
+    version = f":{source.version}" if source.version else ""
     if first[:4] == b"GGUF":
-        return f"{source.size}:{hashlib.sha256(source.read(0, 1 << 20)).hexdigest()}"
+        return f"{source.size}:{hashlib.sha256(source.read(0, 1 << 20)).hexdigest()}{version}"
     length = min(int.from_bytes(first, "little"), source.size)
-    return f"{source.size}:{hashlib.sha256(source.read(8, length)).hexdigest()}"
+    return f"{source.size}:{hashlib.sha256(source.read(8, length)).hexdigest()}{version}"
 
 
 __all__ = ["Merge", "merge", "plan_merge", "planned", "replan"]
