@@ -23,7 +23,7 @@ ROOT = Path(adapterkit.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "__main__"),
     ("cli",),
-    ("recipe",),
+    ("recipe", "integrations"),
     ("ui",),
     ("verbs",),
     ("hub", "oci"),

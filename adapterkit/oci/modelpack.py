@@ -42,7 +42,7 @@ _LAYERS = 20_000
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedArtifact:
     """An artifact to be pushed: its manifest, its config, and a descriptor for each file."""
 
     manifest: bytes
@@ -54,7 +54,7 @@ class Packed:
         return sha256(self.manifest)
 
 
-def pack(record: Record, uploads: Sequence[Upload], name: str) -> Packed:
+def pack(record: Record, uploads: Sequence[Upload], name: str) -> PackedArtifact:
     """The artifact of a version.
 
     Args:
@@ -80,7 +80,7 @@ def pack(record: Record, uploads: Sequence[Upload], name: str) -> Packed:
         "layers": [layer.to_json() for layer, _ in layers],
         "annotations": about,
     }
-    return Packed(canonical(manifest), config, layers)
+    return PackedArtifact(canonical(manifest), config, layers)
 
 
 def _layer(upload: Upload) -> Descriptor:
