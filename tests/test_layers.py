@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("serving",),
     ("folders",),
     ("lint",),
+    ("results",),
     ("bases",),
     ("pickles",),
     ("registry",),
