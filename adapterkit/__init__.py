@@ -35,10 +35,8 @@ if TYPE_CHECKING:
     from adapterkit.recipe.run import build, plan_build
     from adapterkit.requests.adapters import CombineRequest, ExtractRequest, ResizeRequest
     from adapterkit.requests.convert import ConvertRequest
-    from adapterkit.requests.convert import ConvertRequest as ConvertOptions
     from adapterkit.requests.formats import Format
     from adapterkit.requests.merge import MergeRequest
-    from adapterkit.requests.merge import MergeRequest as MergeOptions
     from adapterkit.requests.register import RegisterRequest
     from adapterkit.requests.verify import VerifyRequest
     from adapterkit.serving.handover import Handover, handover
@@ -46,6 +44,7 @@ if TYPE_CHECKING:
     from adapterkit.verbs.combine import combine, combined
     from adapterkit.verbs.compare import CompareReport, compare
     from adapterkit.verbs.convert import convert, plan_convert
+    from adapterkit.verbs.doctor import DoctorReport, doctor
     from adapterkit.verbs.execute import execute
     from adapterkit.verbs.extract import extract
     from adapterkit.verbs.family import Family, open_family
@@ -76,8 +75,6 @@ _WHERE = {
     "ResizeRequest": "adapterkit.requests.adapters:ResizeRequest",
     "VerifyRequest": "adapterkit.requests.verify:VerifyRequest",
     "RegisterRequest": "adapterkit.requests.register:RegisterRequest",
-    "MergeOptions": "adapterkit.requests.merge:MergeRequest",  # the old names of two requests
-    "ConvertOptions": "adapterkit.requests.convert:ConvertRequest",
     "Adapter": "adapterkit.adapters.adapter:Adapter",
     "AdapterkitError": "adapterkit.errors:AdapterkitError",
     "CheckReport": "adapterkit.verbs.check:CheckReport",
@@ -86,6 +83,7 @@ _WHERE = {
     "CompareReport": "adapterkit.verbs.compare:CompareReport",
     "ConvertReport": "adapterkit.verbs.report:ConvertReport",
     "ExtractReport": "adapterkit.verbs.report:ExtractReport",
+    "DoctorReport": "adapterkit.verbs.doctor:DoctorReport",
     "Family": "adapterkit.verbs.family:Family",
     "Folded": "adapterkit.adapters.fold:Folded",
     "Handover": "adapterkit.serving.handover:Handover",
@@ -102,6 +100,7 @@ _WHERE = {
     "combined": "adapterkit.verbs.combine:combined",
     "compare": "adapterkit.verbs.compare:compare",
     "convert": "adapterkit.verbs.convert:convert",
+    "doctor": "adapterkit.verbs.doctor:doctor",
     "execute": "adapterkit.verbs.execute:execute",
     "extract": "adapterkit.verbs.extract:extract",
     "fold": "adapterkit.adapters.fold:fold",
@@ -128,9 +127,9 @@ __all__ = [
     "CombineReport",
     "CombineRequest",
     "CompareReport",
-    "ConvertOptions",
     "ConvertReport",
     "ConvertRequest",
+    "DoctorReport",
     "ExtractReport",
     "ExtractRequest",
     "Family",
@@ -138,7 +137,6 @@ __all__ = [
     "Handover",
     "ImatrixReport",
     "Inspection",
-    "MergeOptions",
     "MergeReport",
     "MergeRequest",
     "PartReport",
@@ -155,6 +153,7 @@ __all__ = [
     "combined",
     "compare",
     "convert",
+    "doctor",
     "execute",
     "extract",
     "fold",
@@ -197,6 +196,10 @@ hand_in("formats", _formats)  # a file that is put among the conversions is a fo
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
+        from adapterkit.deprecation import DEPRECATIONS, deprecated
+
+        if f"adapterkit.{name}" in DEPRECATIONS:
+            return __getattr__(deprecated(f"adapterkit.{name}").rpartition(".")[2])
         raise AttributeError(f"module 'adapterkit' has no attribute '{name}'")
     module, _, attribute = _WHERE[name].partition(":")
     value = getattr(importlib.import_module(module), attribute)

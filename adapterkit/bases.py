@@ -11,7 +11,7 @@ from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.decoded import dequantized, is_plain
 from adapterkit.checkpoint.files import is_gguf
 from adapterkit.checkpoint.finders import place_of
-from adapterkit.checkpoint.open import open_checkpoint
+from adapterkit.checkpoint.open import is_object, open_checkpoint
 from adapterkit.dtypes import BY_LABEL
 from adapterkit.errors import TargetError, UsageError, option
 from adapterkit.values import dataclass
@@ -40,8 +40,8 @@ def open_model(ref: Ref | Checkpoint, *, headers_only: bool = False) -> Checkpoi
     """Open a checkpoint of any format; no tensor is read.
 
     Args:
-        ref: a folder, a safetensors or GGUF file, a registry name, or a Hub id ``org/name[@revision]``; an open checkpoint
-            is given back.
+        ref: a folder, a safetensors or GGUF file, here or in a store, a registry name, or a Hub id
+            ``org/name[@revision]``; an open checkpoint is given back.
         headers_only: for a Hub id, read only the headers, by HTTP range.
 
     Raises:
@@ -49,6 +49,10 @@ def open_model(ref: Ref | Checkpoint, *, headers_only: bool = False) -> Checkpoi
     """
     if isinstance(ref, Checkpoint):
         return ref
+    if is_object(ref, (".gguf",)):
+        from adapterkit.gguf.checkpoint import open_gguf
+
+        return open_gguf(ref)
     meant = place_of(ref)
     path = meant.file or Path(meant.place).expanduser()
     if is_gguf(path):
@@ -64,11 +68,26 @@ def open_adapter(ref: Ref, *, headers_only: bool = False) -> Adapter:
     Raises:
         NotFound, AdapterError, CheckpointError, UnsafeError, AuthError, HubError
     """
-    if is_gguf(Path(ref).expanduser()):
+    if is_gguf(Path(ref).expanduser()) or is_object(ref, (".gguf",)):
         from adapterkit.gguf.adapter import open_gguf_adapter
 
         return open_gguf_adapter(ref)
     return load_adapter(ref, headers_only=headers_only)
+
+
+def open_change(ref: Ref, *, headers_only: bool = False) -> Adapter:
+    """Open what `merge` folds in: an adapter of any format, or a whole model that was fine-tuned from the base.
+
+    Raises:
+        NotFound, AdapterError, CheckpointError, UnsafeError, AuthError, HubError
+    """
+    from adapterkit.checkpoint.open import is_model
+
+    if not is_gguf(Path(ref).expanduser()) and is_model(ref, headers_only=headers_only):
+        from adapterkit.adapters.whole_model import as_adapter
+
+        return as_adapter(open_model(ref, headers_only=headers_only))
+    return open_adapter(ref, headers_only=headers_only)
 
 
 def open_base(

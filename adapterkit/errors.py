@@ -9,10 +9,13 @@ AdapterkitError                    exit 1   anything below; one sentence: what, 
 ├── OutputError                    exit 1   the result cannot be written where it was asked for
 ├── RegistryError                  exit 1   a record, blob, alias or bundle that is damaged or not understood
 ├── UsageError                     exit 2   arguments that contradict each other
+│   ├── MissingPackage             exit 2   what was asked for needs a package that is not installed
 │   └── RecipeError                exit 2   a recipe that cannot be understood or carried out
 ├── CheckFailed                    exit 3   a check or verification did not hold
-├── AuthError                      exit 4   the Hub wants a token, or another one
+├── AuthError                      exit 4   the Hub wants a token or a store credentials, or others
 ├── HubError                       exit 5   the network or the Hub failed
+│   └── ServerError                exit 5   a server or an OCI registry did not answer, or went wrong
+├── StoreError                     exit 5   the network or an object store failed
 ├── UnsafeError                    exit 6   refused: a path out of its folder, a pickle, remote code
 └── NotFound                       exit 7   a file, a name or a repository that does not exist
 """
@@ -104,6 +107,10 @@ class UsageError(AdapterkitError):
     exit_code = 2
 
 
+class MissingPackage(UsageError):
+    """What was asked for needs a package that is not installed; the hint is the command that installs it."""
+
+
 class RecipeError(UsageError):
     """A recipe that cannot be understood or carried out."""
 
@@ -115,13 +122,23 @@ class CheckFailed(AdapterkitError):
 
 
 class AuthError(AdapterkitError):
-    """The Hub wants a token, or another one."""
+    """The Hub wants a token or a store credentials, or others."""
 
     exit_code = 4
 
 
 class HubError(AdapterkitError):
     """The network or the Hub failed."""
+
+    exit_code = 5
+
+
+class ServerError(HubError):
+    """A server that runs models, an OCI registry or a tracking server did not answer, or went wrong."""
+
+
+class StoreError(AdapterkitError):
+    """The network or an object store failed."""
 
     exit_code = 5
 

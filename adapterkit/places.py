@@ -1,14 +1,85 @@
-"""What a place is called: a path here, or an address of something that is not read or written here."""
+"""What a place is called: a path here, an address in an object store, or an address of something that is neither."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 from adapterkit.errors import UsageError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
+STORES = ("s3", "gs", "az")
+"""Schemes of object stores: Amazon S3 and what speaks like it, Google Cloud Storage, Azure Blob Storage."""
+HUB = "hf"
+_ELSEWHERE_ON_THE_HUB = ("buckets", "datasets", "spaces")
+
+
+@dataclass(frozen=True, order=True)
+class Address:
+    """A place in an object store: ``s3://bucket/key``.
+
+    Attributes:
+        scheme: one of `STORES`.
+        bucket: of Azure, the container.
+        key: of an object, or what the keys of a folder's objects begin with; no slash at either end.
+    """
+
+    scheme: str
+    bucket: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"{self.scheme}://{self.bucket}/{self.key}".rstrip("/")
+
+    def __truediv__(self, name: str) -> Address:
+        return replace(self, key=f"{self.key}/{name}" if self.key else name)
+
+    @property
+    def name(self) -> str:
+        """What follows the last slash."""
+        return self.key.rpartition("/")[2]
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.name).stem
+
+    @property
+    def suffix(self) -> str:
+        return PurePosixPath(self.name).suffix
+
+    @property
+    def parent(self) -> Address:
+        return replace(self, key=self.key.rpartition("/")[0])
+
+    def with_name(self, name: str) -> Address:
+        """Another name beside this one."""
+        return self.parent / name
+
+
+def address_of(place: object) -> Address | None:
+    """The address in a store that a place is, or None.
+
+    A `Path` made of an address counts too, though it has lost a slash.
+
+    Raises:
+        UsageError: an address without a bucket, or with parts that no key may have.
+    """
+    if isinstance(place, Address):
+        return place
+    if not isinstance(place, (str, Path)):
+        return None
+    text = str(place)
+    found = _SCHEME.match(text)
+    if found is None or found[1].lower() not in STORES or _is_a_folder(text):
+        return None
+    bucket, _, key = text[found.end() :].removeprefix("/").partition("/")
+    key = key.strip("/")
+    if not bucket or {"", ".", ".."} & set(key.split("/") if key else ()) or not text.isprintable() or "\\" in text:
+        shown = text[:80].encode("unicode_escape").decode()
+        raise UsageError(f"{shown} is no address in a store", f"write it like {found[1].lower()}://bucket/folder")
+    return Address(found[1].lower(), bucket, key)
 
 
 def local(place: str | Path, what: str) -> str | Path:
@@ -23,7 +94,7 @@ def local(place: str | Path, what: str) -> str | Path:
         UsageError: an address of a store, a registry or a server.
     """
     found = _SCHEME.match(str(place))
-    if found is None or Path(str(place).partition("/")[0]).exists():
+    if found is None or _is_a_folder(str(place)):
         return place
     if found[1].lower() == "file":
         return unquote(re.sub(r"^file:/+", "/", str(place), flags=re.IGNORECASE))
@@ -31,3 +102,41 @@ def local(place: str | Path, what: str) -> str | Path:
         f"{what} is {place}, and {found[1]}:// is neither read nor written here",
         "give a path, and copy from or to the store with its own tool",
     )
+
+
+def readable(place: str | Path, what: str) -> str | Path:
+    """As `local`, where an address of a store, and of a model on the Hub, is a place too.
+
+    Raises:
+        UsageError: any other address.
+    """
+    address = address_of(place)
+    if address is not None:
+        return str(address)
+    found = _SCHEME.match(str(place))
+    if found is not None and found[1].lower() == HUB and not _is_a_folder(str(place)):
+        rest = str(place)[found.end() :].lstrip("/")
+        if rest.split("/")[0] not in _ELSEWHERE_ON_THE_HUB and rest:
+            return f"{HUB}://{rest}"
+    return local(place, what)
+
+
+def writable(place: str | Path | Address, what: str) -> Path | Address:
+    """Where an output goes: a path, or an address of a store.
+
+    Raises:
+        UsageError: any other address, or one that names no object.
+    """
+    address = address_of(place)
+    if address is None:
+        assert not isinstance(place, Address)
+        return Path(local(place, what))
+    if not address.key:
+        raise UsageError(f"{what} is {address}, a whole bucket", f"name a folder in it, as {address}/merged")
+    return address
+
+
+def _is_a_folder(text: str) -> bool:
+    """Whether a place begins with a folder that is there, though it looks like an address."""
+    head, _, rest = text.partition("/")
+    return not rest.startswith("/") and Path(head).exists()

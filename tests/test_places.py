@@ -11,15 +11,20 @@ from models import plain_adapter, plain_base
 
 import adapterkit
 from adapterkit.errors import AdapterkitError, UsageError
-from adapterkit.places import local
+from adapterkit.places import Address, address_of, local, readable
 
 ADDRESSES = (
-    "s3://models/out",
-    "gs://models/out",
+    "r2://models/out",
+    "gcs:/models/out",
     "hf://buckets/org/x",
     "oci://localhost:5000/x",
     "https://a.b/c",
-    "S3:/x",
+    "OCI:/x",
+)
+WHERE_NOTHING_IS_WRITTEN = (
+    ("combine", "adapter", "-o"),
+    ("resize", "adapter", "--rank", "1", "-o"),
+    ("merge", "base", "adapter", "--save-plan"),
 )
 
 
@@ -47,6 +52,59 @@ def test_an_address_is_refused(address: str, verb: tuple[str, ...], tmp_path: Pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("verb", WHERE_NOTHING_IS_WRITTEN, ids=lambda verb: f"{verb[0]}{verb[-1]}")
+def test_a_verb_that_does_not_write_to_a_store_says_so(verb: tuple[str, ...], tmp_path: Path) -> None:
+    plain_adapter(tmp_path / "adapter", plain_base(tmp_path / "base"))
+    before = sorted(tmp_path.rglob("*"))
+    done = subprocess.run(
+        [sys.executable, "-m", "adapterkit", *verb, "s3://models/out"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "s3:// is neither read nor written here" in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("given", "address"),
+    [
+        ("s3://b/k/x", Address("s3", "b", "k/x")),
+        ("S3://b/k/", Address("s3", "b", "k")),
+        (Path("s3://b/k"), Address("s3", "b", "k")),
+        ("gs://b", Address("gs", "b", "")),
+        ("az://c/m.gguf", Address("az", "c", "m.gguf")),
+        ("a/b", None),
+        ("hf://org/name", None),
+        ("s3:", None),
+    ],
+)
+def test_addresses_of_stores(given: str | Path, address: Address | None) -> None:
+    assert address_of(given) == address
+
+
+@pytest.mark.parametrize("given", ["s3://", "s3:///x", "s3://b/../x", "s3://b/a//b", "s3://b/\x07", "s3://b/a\\b"])
+def test_what_no_store_can_have_is_no_address(given: str) -> None:
+    with pytest.raises(UsageError, match="no address in a store"):
+        address_of(given)
+
+
+def test_an_address_has_the_parts_of_a_path() -> None:
+    address = Address("s3", "b", "k/m-Q8.gguf")
+    assert (address.name, address.stem, address.suffix) == ("m-Q8.gguf", "m-Q8", ".gguf")
+    assert str(address.with_name("x") / "y") == "s3://b/k/x/y"
+    assert str(Address("s3", "b", "").parent) == "s3://b"
+
+
+def test_a_model_on_the_hub_by_its_scheme() -> None:
+    assert readable("hf://org/name@main", "base") == "hf://org/name@main"
+    for other in ("hf://datasets/org/x", "hf://spaces/org/x", "hf://"):
+        with pytest.raises(UsageError, match="hf:// is neither read nor written"):
+            readable(other, "base")
+
+
 def test_a_recipe_and_python_refuse_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain_adapter(tmp_path / "adapter", plain_base(tmp_path / "base"))
     recipe = tmp_path / "adapterkit.toml"
@@ -54,10 +112,10 @@ def test_a_recipe_and_python_refuse_it_too(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(AdapterkitError, match=r"adapterkit.toml:3: .*s3:// is neither read nor written"):
         adapterkit.build(recipe)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="s3://"):
-        adapterkit.merge("base", "adapter", "s3://models/out")
-    with pytest.raises(UsageError, match="s3://"):
-        adapterkit.merge("s3://models/base", "adapter", "out")
+    with pytest.raises(UsageError, match="oci://"):
+        adapterkit.merge("base", "adapter", "oci://models/out")
+    with pytest.raises(UsageError, match="oci://"):
+        adapterkit.merge("oci://models/base", "adapter", "out")
     assert not [path for path in tmp_path.iterdir() if ":" in path.name]
 
 

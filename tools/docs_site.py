@@ -30,8 +30,8 @@ def cli_reference() -> str:
 
     about = (
         "Every verb prints its result on standard output and everything else on standard error. `--json` prints the report "
-        "as it stands. Exit codes: 0 ok, 1 failure, 2 usage, 3 a check did not hold, 4 authentication, 5 network or Hub, "
-        "6 refused as unsafe, 7 not found, 130 interrupted."
+        "as it stands. Exit codes: 0 ok, 1 failure, 2 usage or a missing package, 3 a check did not hold, 4 authentication, "
+        "5 network or Hub, 6 refused as unsafe, 7 not found, 130 interrupted."
     )
     parts = ["# Command line", "", about, ""]
     context = click.Context(app, info_name="adapterkit")

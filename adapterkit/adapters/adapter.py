@@ -53,6 +53,11 @@ class Adapter:
     left: tuple[str, ...] = ()
 
     @property
+    def whole(self) -> bool:
+        """Whether it is a whole model, see `adapterkit.adapters.whole_model`."""
+        return False
+
+    @property
     def needs_names(self) -> bool:
         """Whether only the base says which modules its tensors belong to."""
         return False

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from typing import TYPE_CHECKING, Final, Literal
 
 from adapterkit.checkpoint.tensor import Renamed
+from adapterkit.dtypes import F32, F64
 from adapterkit.errors import AdapterError
 from adapterkit.values import dataclass
 
@@ -52,11 +53,17 @@ class Weights(ABC):
 
 
 class Kernel(ABC):
-    """A change that is ready to compute; used by several threads at once, never modified."""
+    """A change that is ready to compute; used by several threads at once, never modified.
+
+    Attributes:
+        wide: rows of W may be float64 too, and then W' is. Others get float32, and their change is added in float64.
+    """
+
+    wide: bool = False
 
     def parts(self, rows: range) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, float]] | None:
         """The delta of ``rows`` as low-rank parts ``(where in rows, left [k, r], right [r, columns], scale)``, or None
-        when the change is not a low-rank addition. All float32."""
+        when the change is not a low-rank addition. Float32, or float64 where `wide` and W is."""
         return None
 
     @abstractmethod
@@ -115,7 +122,9 @@ class RowMap(Kernel):
 
 
 class LowRank(Kernel):
-    """W + scale * left @ right; left ``[rows, r]``, right ``[r, columns]``, float32."""
+    """W + scale * left @ right; left ``[rows, r]``, right ``[r, columns]``, float32 or float64."""
+
+    wide = True
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
         self.left, self.right, self.scale = left, right, scale
@@ -126,11 +135,14 @@ class LowRank(Kernel):
     def new(self, w: torch.Tensor, rows: range) -> torch.Tensor:
         import torch
 
-        return torch.addmm(w, self.left[rows.start : rows.stop : rows.step], self.right, alpha=self.scale)
+        left, right = (one.to(w.dtype) for one in (self.left[rows.start : rows.stop : rows.step], self.right))
+        return torch.addmm(w, left, right, alpha=self.scale)
 
 
 class StackedLowRank(Kernel):
     """One low-rank delta per expert on a stack ``[experts * rows, columns]``; left ``[e, rows, r]``, right ``[e, r, c]``."""
+
+    wide = True
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
         self.left, self.right, self.scale = left, right, scale
@@ -150,12 +162,14 @@ class StackedLowRank(Kernel):
 
         out = torch.empty_like(w)
         for where, left, right, scale in self.parts(rows):
-            out[where] = torch.addmm(w[where], left, right, alpha=scale)
+            out[where] = torch.addmm(w[where], left.to(w.dtype), right.to(w.dtype), alpha=scale)
         return out
 
 
 class Replacement(Kernel):
     """W' is a tensor of the adapter's own."""
+
+    wide = True
 
     def __init__(self, tensor: Tensor, columns: int) -> None:
         self._tensor, self._columns = tensor, columns
@@ -163,7 +177,7 @@ class Replacement(Kernel):
     def new(self, w: torch.Tensor, rows: range) -> torch.Tensor:
         start, stop = rows.start, rows[-1] + 1
         found = self._tensor.read(start * self._columns, stop * self._columns).view(-1, self._columns)
-        found = found[:: rows.step].float()
+        found = found[:: rows.step].to(w.dtype)
         if found.isnan().any():
             raise _broken(self._tensor, "NaN")
         return found
@@ -171,6 +185,8 @@ class Replacement(Kernel):
 
 class RowReplacement(Kernel):
     """Some rows of W are taken from the adapter: trained tokens of an embedding."""
+
+    wide = True
 
     def __init__(self, indices: list[int], values: torch.Tensor) -> None:
         self._values = values
@@ -190,13 +206,15 @@ def replace(tensor: Tensor, how: str = "replaced by the adapter's own") -> Chang
     return Change(how, lambda weights: Replacement(tensor, weights.shape[1]), tensor.nbytes, 0, tensor, tensor)
 
 
-def matrix(tensor: Tensor) -> torch.Tensor:
-    """A whole tensor of the adapter in float32, in its own shape.
+def matrix(tensor: Tensor, beside: DType = F32) -> torch.Tensor:
+    """A whole tensor of the adapter in float32, in its own shape; in float64 where the weights ``beside`` it are.
 
     Raises:
         AdapterError: it holds NaN or infinite values, which would spread over every weight it touches.
     """
-    return finite(raw(tensor).float(), tensor)
+    import torch
+
+    return finite(raw(tensor).to(torch.float64 if beside is F64 else torch.float32), tensor)
 
 
 def finite(values: torch.Tensor, tensor: Tensor) -> torch.Tensor:

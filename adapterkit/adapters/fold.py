@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -122,13 +122,17 @@ def fold(
     for adapter in adapters:
         notes += orientation_notes(adapter, [one.edit for one in edits if one.adapter is adapter], names)
         notes += adapter.notes
+        if adapter.whole:
+            from adapterkit.adapters.whole_model import config_notes
+
+            notes += config_notes(adapter, base.config)
     settled = settle_ties(edits, names, base, base.config)
     tensors: dict[str, Tensor] = {**base.tensors, **settled.added}
     by_tensor: dict[str, list[Weighted]] = {}
     if rule is None:
         together, order = composed_edits(settled.edits)
     else:
-        together, order = _ruled(settled.edits, rule), separate_note(settled.edits)
+        together, order = _ruled(settled.edits, rule, base.tensors), separate_note(settled.edits)
     notes += order
     for item in together:
         for name in item.edit.target.tensors:
@@ -147,10 +151,10 @@ def fold(
     return Folded(checkpoint, touched, tuple(added), vocab, settled.untied, head, every, settled.flag_off)
 
 
-def _ruled(edits: Sequence[Weighted], rule: BoundRule) -> tuple[Weighted, ...]:
+def _ruled(edits: Sequence[Weighted], rule: BoundRule, names: Iterable[str]) -> tuple[Weighted, ...]:
     from adapterkit.adapters.combined import combined_edits
 
-    return combined_edits(edits, rule)
+    return combined_edits(edits, rule, names)
 
 
 class _Fold:

@@ -22,15 +22,17 @@ from adapterkit.checkpoint.folder import (
     side_names,
 )
 from adapterkit.checkpoint.header import parse_header
-from adapterkit.checkpoint.open import locate
+from adapterkit.checkpoint.open import is_object, locate
 from adapterkit.checkpoint.tensor import Stored
 from adapterkit.errors import AdapterError, NotFound, UnsafeError
+from adapterkit.places import address_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.listing import Listing
+    from adapterkit.checkpoint.objects import ObjectFile
     from adapterkit.checkpoint.tensor import Tensor
 
 
@@ -49,6 +51,8 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
         AdapterError: config or weights are damaged or contradict each other.
         AuthError, HubError: the Hub said so.
     """
+    if is_object(_whole(ref), (".safetensors",)):
+        return _object(ref)
     path, parts = file_and_parts(ref)
     if path.name == WEIGHTS and path.with_name(ADAPTER_CONFIG).is_file():
         return load_adapter(path.parent)  # PEFT's own file, whose config lies beside it
@@ -96,6 +100,13 @@ def is_adapter(ref: str | Path) -> bool:
         NotFound, CheckpointError, AuthError, HubError
     """
     path, _ = file_and_parts(ref)
+    if is_object(_whole(ref), (".safetensors", ".gguf")):
+        if is_object(ref, (".gguf",)):
+            return False
+        from adapterkit.adapters.formats.keys import is_single
+
+        found = _file_in_store(ref)
+        return _of_peft(found) or is_single(parse_header(found.read, found.size, found.name).tensors)
     if path.is_file():
         if path.suffix != ".safetensors":
             return False
@@ -104,6 +115,35 @@ def is_adapter(ref: str | Path) -> bool:
         source = LocalFile(path, str(ref), loose=True)
         return is_single(parse_header(source.read, source.size, source.name).tensors)
     return bool({ADAPTER_CONFIG, PIPELINE_WEIGHTS} & locate(ref, headers_only=True).names)
+
+
+def _whole(ref: str | Path) -> str:
+    """The file of ``FILE#PART``."""
+    return str(ref).rpartition("#")[0] or str(ref)
+
+
+def _file_in_store(ref: str | Path) -> ObjectFile:
+    from adapterkit.checkpoint.objects import object_file
+
+    found = object_file(_whole(ref), loose=True)
+    if found is None:
+        raise NotFound(f"{_whole(ref)} does not exist", "check the bucket, the name and the endpoint")
+    return found
+
+
+def _of_peft(file: ObjectFile) -> bool:
+    """Whether PEFT's config lies beside a file in a store."""
+    beside = file.address.with_name(ADAPTER_CONFIG)
+    return file.address.name == WEIGHTS and file.store.head(beside.key) is not None
+
+
+def _object(ref: str | Path) -> Adapter:
+    """A single file in a store, or the folder of PEFT's own file there."""
+    found = _file_in_store(ref)
+    if _of_peft(found):
+        return load_adapter(str(found.address.parent))
+    parts = str(ref).rpartition("#")[2] if "#" in str(ref) else ""
+    return _single_file(found, str(ref), only=tuple(parts.split("+")) if parts else ())
 
 
 def _single_file(source: Source, ref: str, commit: str | None = None, only: tuple[str, ...] = ()) -> Adapter:
@@ -174,7 +214,7 @@ def _sharded(listing: Listing) -> Exception | None:
     """How to go on with a checkpoint of sharded training; None if the folder is none."""
     from adapterkit.checkpoint.sharded import KINDS, sharded_checkpoint
 
-    found = sharded_checkpoint(Path(listing.ref).expanduser())
+    found = sharded_checkpoint(Path(listing.ref).expanduser()) if address_of(listing.ref) is None else None
     if found is None:
         return None
     return UnsafeError(

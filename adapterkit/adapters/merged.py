@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import Weights
 from adapterkit.checkpoint.tensor import BLOCK, Tensor, rounded
-from adapterkit.dtypes import F32
+from adapterkit.dtypes import F32, F64
 from adapterkit.ops.device import CPU
 from adapterkit.values import dataclass
 
@@ -37,10 +37,14 @@ class StoredWeights(Weights):
         return StoredWeights(target, self._tensors)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
+        return self.read_as(start, stop, F32)
+
+    def read_as(self, start: int, stop: int, dtype: DType) -> torch.Tensor:
+        """Rows ``start:stop`` in float32 or float64."""
         import torch
 
         columns = self.shape[1]
-        out = torch.empty(stop - start, columns)
+        out = torch.empty(stop - start, columns, dtype=dtype.torch)
         for piece in self._pieces:
             wanted = _overlap(range(piece.row, piece.row + piece.count * piece.row_step, piece.row_step), start, stop)
             if not len(wanted):
@@ -53,12 +57,12 @@ class StoredWeights(Weights):
                 held = piece.columns or columns
                 turned = tensor.read_wide(piece.at * width, (piece.at + held) * width).view(held, width)
                 turned = turned[:, piece.row_at + first : piece.row_at + first + len(wanted)]
-                out[where, piece.held_columns(columns)] = turned.T.float()
+                out[where, piece.held_columns(columns)] = turned.T.to(out.dtype)
             else:
                 low = piece.at + first * piece.at_step
                 high = low + (len(wanted) - 1) * piece.at_step + 1
                 rows = tensor.read_wide(low * columns, high * columns).view(-1, columns)
-                out[where] = rows[:: piece.at_step].float()
+                out[where] = rows[:: piece.at_step].to(out.dtype)
         return out
 
 
@@ -76,7 +80,7 @@ class Applied:
 class Loaded:
     """A change's kernel, loaded once and shared by every tensor that holds a piece of the parameter."""
 
-    def __init__(self, change: Change, weights: Weights, users: int = 1) -> None:
+    def __init__(self, change: Change, weights: StoredWeights, users: int = 1) -> None:
         self.change, self._weights, self._users = change, weights, users
         self._lock = threading.Lock()
         self._kernel: Kernel | None = None
@@ -94,7 +98,8 @@ class Loaded:
         with self._lock:
             if self._whole is None:
                 rows = self._weights.shape[0]
-                self._whole = kernel.new(self._weights.read(0, rows), range(rows))
+                wide = kernel.wide and self._weights.dtype is F64
+                self._whole = kernel.new(self._weights.read_as(0, rows, F64 if wide else F32), range(rows))
             return self._whole
 
     def release(self) -> None:
@@ -106,7 +111,7 @@ class Loaded:
 
 
 class Merged(Tensor):
-    """W + sum of w_k (f_k(W) - W), accumulated in float32 and rounded once to ``dtype``.
+    """W + sum of w_k (f_k(W) - W), accumulated in float32 and rounded once to ``dtype``; in float64 where W is stored so.
 
     Every change sees the unmerged W, so the order of adapters does not matter. A single change of weight 1 is W' itself.
 
@@ -174,7 +179,7 @@ class Merged(Tensor):
         return found[start - first : stop - first]
 
     def both(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Elements ``start:stop`` of W' before rounding, and of W as stored, both float32 and flat."""
+        """Elements ``start:stop`` of W' before rounding, and of W as stored, both flat, float32 or float64 as `Merged` says."""
         import torch
 
         step = self._step
@@ -184,7 +189,7 @@ class Merged(Tensor):
             part[0].view(-1) if len(part) == 1 else torch.cat([one.view(-1) for one in part])
             for part in zip(*blocks, strict=True)
         )
-        return found[1][start - first : stop - first].cpu(), found[0][start - first : stop - first].float()
+        return found[1][start - first : stop - first].cpu(), found[0][start - first : stop - first].to(found[1].dtype)
 
     def release(self) -> None:
         self.base.release()
@@ -202,7 +207,8 @@ class Merged(Tensor):
         columns = self.columns
         low, high = start // columns, stop // columns
         stored = self.base.read_wide(start, stop).view(-1, columns)
-        acc = stored.to(self.device).float()
+        acc = stored.to(self.device)
+        acc = acc if acc.dtype == torch.float64 else acc.float()
         if acc.data_ptr() == stored.data_ptr():
             acc = acc.clone()
         one = self.applied[0][0] if self.applied else None
@@ -214,7 +220,7 @@ class Merged(Tensor):
                 _add(acc, stored, applied, loaded, low, high, alone)
         if self.factor != 1:
             acc.mul_(self.factor)
-            stored = stored.float() * self.factor
+            stored = stored.to(acc.dtype) * self.factor
         if not math.isfinite(float(acc.sum())):
             self.odd[start] = int((~torch.isfinite(acc)).sum())
         if self.watch is not None:
@@ -257,15 +263,15 @@ def _add(
     parts = kernel.parts(rows)
     if parts is not None:
         for sub, left, right, scale in parts:
-            there = (factor.to(acc.device) for factor in (left, right))
+            there = (factor.to(acc.device, acc.dtype) for factor in (left, right))
             torch.addmm(out[sub], *there, alpha=scale * applied.weight, out=out[sub])
         return
-    w = stored[where].float()
+    w = stored[where].to(acc.dtype if kernel.wide else torch.float32)
     new = kernel.new(w, rows)
-    if alone:
+    if alone and new.dtype == acc.dtype:
         acc[where] = new
     else:
-        acc[where] += (applied.weight * (new - w)).to(acc.device)
+        acc[where] += (applied.weight * (new - w)).to(acc.device, acc.dtype)
 
 
 def _add_transposed(
@@ -286,14 +292,14 @@ def _add_transposed(
     if parts is not None:
         for sub, left, right, scale in parts:
             part = out[:, sub]
-            there = (factor.to(acc.device) for factor in (right[:, columns].T, left.T))
+            there = (factor.to(acc.device, acc.dtype) for factor in (right[:, columns].T, left.T))
             part.addmm_(*there, alpha=scale * applied.weight)
         return
     new = loaded.whole()[rows.start : rows.stop : rows.step, columns].T
-    if alone:
+    if alone and new.dtype == acc.dtype:
         acc[where, beside] = new
     else:
-        out += (applied.weight * (new - stored[where, beside].float())).to(acc.device)
+        out += (applied.weight * (new - stored[where, beside].to(new.dtype))).to(acc.device, acc.dtype)
 
 
 def merged_columns(applied: tuple[Applied, ...], shape: tuple[int, ...]) -> int:

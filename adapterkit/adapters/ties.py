@@ -212,6 +212,8 @@ def _for_both(item: Weighted, rivals: Sequence[Weighted]) -> bool:
     """
     if item.edit.override:
         return True
+    if item.adapter.whole:
+        return not rivals
     if _are_rows(item):
         return not any(_are_rows(e) or e.edit.change.replaced is not None for e in rivals)
     return not rivals and _kept_tied(item)

@@ -35,6 +35,7 @@ class Source(ABC):
     size: int
     path: Path | None = None
     loose: bool = False  # the user named the file itself, so its folder is nobody's
+    version: str = ""  # of an object in a store: the ETag that every request asks for
 
     @abstractmethod
     def read(self, offset: int, length: int) -> bytes:
@@ -46,6 +47,9 @@ class Source(ABC):
         Raises:
             CheckpointError: it was written to or replaced.
         """
+
+    def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Say which bytes will be wanted, as (start, stop), so that a remote file can be read in few requests."""
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` from ``offset``.

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.files import LocalFile
 from adapterkit.checkpoint.finders import place_of
-from adapterkit.checkpoint.folder import read_file, read_folder
+from adapterkit.checkpoint.folder import ADAPTER_CONFIG, INDEX, SINGLE, read_file, read_folder
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.checkpoint.listing import Listing, LocalFolder, read_json
 from adapterkit.errors import NotFound, UnsafeError
-from adapterkit.places import local
+from adapterkit.places import address_of, readable
 
 _FILES = (".gguf", ".safetensors")  # of a file, never of a repository
 
 
 def locate(ref: str | Path, *, headers_only: bool = False) -> Listing:
-    """The files behind a reference: a local folder if there is one, else the registry, else the Hub.
+    """The files behind a reference: a store's, a local folder if there is one, else the registry, else the Hub.
 
     Args:
-        ref: a path, a registry name ``name[@version|@alias]``, or ``org/name[/sub/folder][@revision]``.
+        ref: a path, an address like ``s3://bucket/folder``, a registry name ``name[@version|@alias]``, or
+            ``org/name[/sub/folder][@revision]``.
         headers_only: for a Hub id, fetch weights by HTTP range as they are read instead of downloading them.
 
     Raises:
         NotFound: neither a path nor a Hub id.
-        AuthError, HubError: the Hub said so.
+        AuthError, HubError, StoreError: the Hub or the store said so.
     """
     if not str(ref).strip():
         raise NotFound("a reference is empty", "give a folder, a registry name or a Hub id like org/name")
-    ref = local(ref, "a reference")
+    address = address_of(ref)
+    if address is not None:
+        from adapterkit.checkpoint.objects import ObjectFolder
+
+        return ObjectFolder(address)
+    ref = readable(ref, "a reference")
     meant = place_of(ref)
     path = Path(meant.place).expanduser()
     if path.is_dir():
@@ -42,16 +49,31 @@ def locate(ref: str | Path, *, headers_only: bool = False) -> Listing:
     return hub_listing(hub, headers_only=headers_only)
 
 
+def is_model(ref: str | Path, *, headers_only: bool = False) -> bool:
+    """Whether a folder or Hub id holds a whole model and no adapter, as far as names of files tell.
+
+    Raises:
+        NotFound, AuthError, HubError: see `locate`.
+    """
+    meant = place_of(ref)
+    if (meant.file or Path(meant.place).expanduser()).is_file() or "#" in str(ref):
+        return False
+    names = locate(ref, headers_only=headers_only).names
+    return {"config.json"} <= names and ADAPTER_CONFIG not in names and bool({SINGLE, INDEX} & names)
+
+
 def open_checkpoint(ref: str | Path, *, headers_only: bool = False) -> Checkpoint:
     """Open a checkpoint; no tensor is read.
 
     Args:
-        ref: a folder, a safetensors file, a registry name, or a Hub id ``org/name[@revision]``.
+        ref: a folder or a safetensors file, here or in a store, a registry name, or a Hub id ``org/name[@revision]``.
         headers_only: for a Hub id, read only the headers, by HTTP range.
 
     Raises:
-        NotFound, CheckpointError, UnsafeError, AuthError, HubError
+        NotFound, CheckpointError, UnsafeError, AuthError, HubError, StoreError
     """
+    if is_object(ref, _FILES):
+        return _object(ref)
     meant = place_of(ref)
     path = meant.file or Path(meant.place).expanduser()
     if path.is_file():
@@ -64,3 +86,25 @@ def open_checkpoint(ref: str | Path, *, headers_only: bool = False) -> Checkpoin
             return read_file(LocalFile(path, meant.shown, loose=True), {})  # what lies beside it is not its own
         return read_file(LocalFile(path, meant.shown), read_json(LocalFile(config)))
     return read_folder(locate(ref, headers_only=headers_only))
+
+
+def is_object(ref: str | Path, suffixes: Sequence[str]) -> bool:
+    """Whether a reference is the address of a file in a store with one of these endings."""
+    address = address_of(ref)
+    return address is not None and address.suffix in suffixes
+
+
+def _object(ref: str | Path) -> Checkpoint:
+    """A safetensors file in a store, with the config beside it."""
+    from adapterkit.checkpoint.objects import object_file
+
+    address = address_of(ref)
+    found = object_file(ref, loose=True)
+    if address is None or found is None:
+        raise NotFound(f"{ref} does not exist", "check the bucket, the name and the endpoint")
+    if address.suffix != ".safetensors":
+        raise UnsafeError(
+            f"{ref} is not a safetensors file", "give a Hugging Face folder, a .safetensors or a .gguf file"
+        )
+    config = object_file(address.with_name("config.json"))
+    return read_file(found, {} if config is None else read_json(config))

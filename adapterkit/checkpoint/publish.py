@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.disk import calls, partial_folder, publish, publish_files, recover, staging
+from adapterkit.checkpoint.folder import RECORD
+from adapterkit.disk import calls, partial_folder, publish, publish_files, recover, staging, write_file, writing
 from adapterkit.errors import OutputError, UsageError, option
 from adapterkit.places import local
 
@@ -16,7 +17,18 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.plan import Plan
 
-__all__ = ["check_output", "check_target", "input_paths", "partial_folder", "publish", "publish_files", "staging"]
+__all__ = [
+    "check_free",
+    "check_output",
+    "check_target",
+    "input_paths",
+    "named_beside",
+    "partial_folder",
+    "publish",
+    "publish_files",
+    "staging",
+    "write_beside",
+]
 
 
 def check_target(out: Path, inputs: Iterable[Path], nbytes: int, *, force: bool, held: Iterable[Path] = ()) -> None:
@@ -50,6 +62,37 @@ def check_target(out: Path, inputs: Iterable[Path], nbytes: int, *, force: bool,
         )
 
 
+def named_beside(out: Path, name: str) -> Path:
+    """Where something lies that belongs to an output which is a file: ``OUT.gguf.adapterkit.json``."""
+    return out.with_name(f"{out.name}.{name}")
+
+
+def check_free(path: Path, *, force: bool) -> None:
+    """Refuse a file that would be replaced beside an output.
+
+    Raises:
+        OutputError: it is there.
+    """
+    if os.path.lexists(path) and not force:
+        raise OutputError(f"{path} exists", f"move it away, or replace it with {option('force', True)}")
+
+
+def write_beside(out: Path, name: str, data: bytes, *, force: bool, mode: int = 0o666) -> Path:
+    """Write a small file beside an output; the file.
+
+    Raises:
+        OutputError: a file of that name appeared since `check_free`, or the disk refuses.
+    """
+    target = named_beside(out, name)
+    with writing(target.name, target.parent):
+        try:
+            write_file(target, data, new=not force, mode=mode)
+        except FileExistsError:
+            said = f"{target} appeared while {out.name} was being made"
+            raise OutputError(said, "move it away, and run it again") from None
+    return target
+
+
 def _held(path: Path) -> int:
     """Bytes on disk of a file that another run may take away at any moment."""
     try:
@@ -66,12 +109,14 @@ def check_output(
     force: bool,
     inputs: Sequence[Path] = (),
     room: bool = True,
+    record: bool = False,
 ) -> None:
     """Refuse a target that exists, is read-only, lies in an input or has no room, before the first byte.
 
     Args:
         inputs: folders that are read beside ``sources``.
         room: whether the disk must have room for it.
+        record: whether ``adapterkit.json`` is written too, which lies beside an output that is a file.
     """
     paths = [*input_paths(plan, sources), *inputs]
     held = [partial_folder(out) / file.name for file in plan.files]
@@ -83,6 +128,8 @@ def check_output(
         if target.is_dir():
             raise OutputError(f"{target} is a folder", "name a file")
         check_target(target, paths, nbytes, force=force, held=held)
+    if record:
+        check_free(named_beside(out, RECORD), force=force)
 
 
 def input_paths(plan: Plan, sources: Sequence[Source]) -> list[Path]:

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
+from adapterkit.checkpoint.cut import whole_files
 from adapterkit.checkpoint.files import check_unchanged
 from adapterkit.checkpoint.journal import Journal
 from adapterkit.checkpoint.memory import check_memory
 from adapterkit.checkpoint.plan import default_jobs
-from adapterkit.checkpoint.publish import check_output, publish, publish_files, staging
+from adapterkit.checkpoint.publish import check_output, publish, publish_files, staging, write_beside
 from adapterkit.checkpoint.sink import Sink, run_together
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def write_together(
     """
     if not checked:
         for one, again in zip(writings, force, strict=True):
-            check_output(one.plan, one.sources, one.out, force=again)
+            check_output(one.plan, one.sources, one.out, force=again, record=one.record is not None)
     for one in writings:
         check_memory(one.plan.peak_memory, str(one.out))
     with ExitStack() as held:
@@ -127,8 +128,8 @@ def write_together(
             sink = Sink(one.plan, one.tensors, one.sources, folder, jobs=1, journal=journal)
             runs.append((sink, folder))
             staged.append(one)
-        files = [(sink, one.plan.files) for (sink, _), one in zip(runs, staged, strict=True)]
-        run_together(files, jobs=jobs or default_jobs(), progress=progress)
+        parts = [(sink, whole_files(one.plan.files)) for (sink, _), one in zip(runs, staged, strict=True)]
+        run_together(parts, jobs=jobs or default_jobs(), progress=progress)
         for one in writings:
             check_unchanged(one.sources)
         for (_, folder), one, again in zip(runs, staged, force, strict=True):
@@ -161,7 +162,7 @@ def finish(one: Writing, folder: Path, *, force: bool) -> None:
             beside = record(folder) if record is not None else {}
             publish_files(folder, plan.targets(out), force=force)
             for name, data in beside.items():
-                disk.write_file(out.with_name(f"{out.name}.{name}"), data)
+                write_beside(out, name, data, force=force)
             return
         for name, data in extra.items():
             disk.write_inside(folder, name, data)

@@ -13,6 +13,7 @@ import click
 from adapterkit._version import __version__
 from adapterkit.cli.output import fail, form_of, interrupted
 from adapterkit.errors import AdapterkitError, no_memory, out_of_memory, spelled
+from adapterkit.packages import lacking
 
 # verb: (module, or module:attribute where one file holds several; one line for --help)
 VERBS = {
@@ -30,20 +31,32 @@ VERBS = {
     "list": ("adapterkit.cli.records:list_", "List what is registered."),
     "show": ("adapterkit.cli.records:show", "Show one version: its files, base, parents and evidence."),
     "lineage": ("adapterkit.cli.records:lineage", "Show what a version was made from, and what was made of it."),
-    "tag": ("adapterkit.cli.aliases:tag", "Point an alias such as prod to a version."),
+    "evaluate": ("adapterkit.cli.evaluate", "Run lm-evaluation-harness on a version, its base and null adapters."),
+    "evidence": (
+        "adapterkit.cli.evidence",
+        "Add what an evaluation measured to a version, or show what is known of one.",
+    ),
+    "tag": ("adapterkit.cli.aliases:tag", "Point an alias such as prod to a version, if what is asked for holds."),
+    "policy": ("adapterkit.cli.aliases:policy", "Keep what an alias asks of a version before it may point there."),
     "untag": ("adapterkit.cli.aliases:untag", "Take an alias off."),
     "remove": ("adapterkit.cli.aliases:remove", "Take a version out of sight, or bring it back."),
     "fsck": ("adapterkit.cli.upkeep:fsck", "Read the whole registry and say what is damaged."),
     "gc": ("adapterkit.cli.upkeep:gc", "Free blobs that no visible version names."),
     "export": ("adapterkit.cli.bundles:export", "Write versions with all they were made from into one file."),
     "import": ("adapterkit.cli.bundles:import_", "Add what a bundle holds to the registry."),
-    "push": ("adapterkit.cli.hub:push", "Publish a version to the Hugging Face Hub, in one commit."),
-    "pull": ("adapterkit.cli.hub:pull", "Bring a repository from the Hugging Face Hub into the registry."),
+    "push": ("adapterkit.cli.hub:push", "Publish a version to the Hugging Face Hub, or to an OCI registry."),
+    "pull": ("adapterkit.cli.hub:pull", "Bring a repository from the Hub, or an OCI artifact, into the registry."),
     "serve-args": ("adapterkit.cli.serve", "Print the command or Modelfile that loads versions in a server."),
+    "deploy": ("adapterkit.cli.deploy", "Bring a running server to what an alias says, and see that it serves it."),
     "build": ("adapterkit.cli.build", "Carry out a recipe: merge, convert, verify, register, push, reproducibly."),
     "attest": ("adapterkit.cli.attest", "Write a provenance statement (in-toto, SLSA) beside an output."),
     "sign": ("adapterkit.cli.sign:sign", "Sign an output or a version with a key of your own."),
     "verify-signature": ("adapterkit.cli.sign:verify", "Say whether an output or a version is what was signed."),
+    "verify-attestation": (
+        "adapterkit.cli.sign:attestation",
+        "Say whether signed statements about an output are true of it.",
+    ),
+    "doctor": ("adapterkit.cli.doctor", "Say what is installed, what is missing, and what this machine can do."),
     "ui": ("adapterkit.cli.ui", "Look at the registry in a browser."),
     "demo": ("adapterkit.cli.demo", "Make a tiny model, train an adapter, merge it, and show that it worked."),
 }
@@ -148,8 +161,8 @@ def app(debug: bool) -> None:
     BASE and ADAPTER are folders, registry names (name[@version|@alias]) or Hub ids (org/name[@revision]).
 
     \b
-    Exit codes: 0 ok, 1 failure, 2 usage, 3 a check did not hold, 4 authentication, 5 network or Hub,
-    6 refused as unsafe, 7 not found, 130 interrupted.
+    Exit codes: 0 ok, 1 failure, 2 usage or a missing package, 3 a check did not hold, 4 authentication,
+    5 network or Hub, 6 refused as unsafe, 7 not found, 130 interrupted.
     """
 
 
@@ -199,6 +212,9 @@ def _run(given: list[str]) -> Any:
     except Exception as error:
         if debug:
             raise
+        told = lacking(error)
+        if told is not None:
+            sys.exit(fail(given, told.exit_code, type(told).__name__, told.message, told.hint))
         if isinstance(error, OSError) and error.filename is not None:  # a path of the user's own, as in --save-plan
             text = f"{error.filename} cannot be used ({error.strerror})"
             sys.exit(fail(given, 1, "OSError", text, "check the path and its permissions"))

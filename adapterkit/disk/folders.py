@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from adapterkit.disk.locks import LOCK_FILE, Busy, hold, release, taken
 from adapterkit.errors import OutputError, UnsafeError, option
 
 MARK = ".adapterkit-folder"  # where the sticky bit cannot be had
+_LOOKS, _PAUSE = 5, 0.02  # how often, and seconds between two looks
 _LONGEST = 230  # bytes of a name that a hidden name repeats whole; file systems allow 255
 
 
@@ -195,7 +197,8 @@ def staging(out: Path, *, resume: bool, shared: bool = False) -> Iterator[Path]:
     created = [path for path in reversed(out.parents) if not path.exists()]
     held: _Held | None = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        if created:
+            out.parent.mkdir(parents=True, exist_ok=True)
         for path in created:
             sync_folder(path.parent)
         held = _enter(folder, shared=shared)
@@ -203,6 +206,7 @@ def staging(out: Path, *, resume: bool, shared: bool = False) -> Iterator[Path]:
             _empty(folder, held.file)
         yield folder
     except Busy as busy:
+        _remove_empty(reversed(created))
         raise OutputError(f"another run is writing {out}", str(busy) or "wait for it, or choose another name") from None
     except BaseException as error:
         if not resume and held is not None:
@@ -235,10 +239,14 @@ def _enter(folder: Path, *, shared: bool) -> _Held:
         try:
             has_lock = held.fd is not None and calls.flock(held.fd, shared=shared)
         except BlockingIOError:
+            if made:
+                _leave(folder, held.fd)
             raise Busy from None
-        if held.fd is not None and not os.path.samestat(os.fstat(held.fd), os.lstat(folder)):
+        if not held.has(folder):
             raise Busy
         _take(folder, held.fd, made=made)
+        if not held.has(folder):
+            raise Busy
         if not has_lock and not shared:
             held.file = hold(folder)
     except FileNotFoundError:
@@ -250,6 +258,18 @@ def _enter(folder: Path, *, shared: bool) -> _Held:
             _remove_empty([folder])
         raise
     return held
+
+
+def _leave(folder: Path, fd: int | None) -> None:
+    """Take a folder away that was made and could not be locked, unless another run took it in between.
+
+    That run marks it at once. A system that says "busy" where nobody is would leave an empty folder otherwise.
+    """
+    for _ in range(_LOOKS):
+        if _marked(folder, fd):
+            return
+        time.sleep(_PAUSE)
+    _remove_empty([folder])
 
 
 def _empty(folder: Path, lock: str) -> None:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.config import AdapterConfig
 from adapterkit.adapters.keys import PREFIX
-from adapterkit.checkpoint.files import LocalFile
 from adapterkit.errors import AdapterError, option
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.mapping import Mapper
 from adapterkit.gguf.arch.table import spec_of
-from adapterkit.gguf.checkpoint import GGUFCheckpoint, open_gguf
+from adapterkit.gguf.checkpoint import GGUFCheckpoint, open_gguf, source_of
 from adapterkit.gguf.lora import ALPHA, lora_of
 from adapterkit.gguf.names import GGUFNames
 from adapterkit.gguf.peft import peft_of
@@ -77,6 +76,6 @@ def open_gguf_adapter(ref: str | Path) -> GGUFAdapter:
     }
     tensors = {name: tensor for name, tensor in opened.tensors.items() if not name.endswith("_norm.weight")}
     return GGUFAdapter(
-        str(ref), AdapterConfig(config, str(ref)), tensors, LocalFile(Path(ref).expanduser(), str(ref), loose=True),
+        str(ref), AdapterConfig(config, str(ref)), tensors, source_of(ref, loose=True),
         notes=("read as a GGUF LoRA",), opened=opened,
     )  # fmt: skip

@@ -12,9 +12,10 @@ from adapterkit.checkpoint.files import LocalFile
 from adapterkit.errors import CheckpointError, NotFound
 from adapterkit.gguf.reader import STRING, GGUFHeader, parse_gguf
 from adapterkit.gguf.tensors import stored
+from adapterkit.places import address_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.tensor import Tensor
@@ -64,13 +65,12 @@ def open_gguf(ref: str | Path) -> GGUFCheckpoint:
         CheckpointError: damaged, or parts that do not belong together.
         UnsafeError: names that are not plain.
     """
-    path = Path(ref).expanduser()
-    first = LocalFile(path, str(ref))
+    first = source_of(ref)
     header = read_header(first)
     count = header.get("split.count", 0)
     if not isinstance(count, int) or count <= 1:
         return _checkpoint(str(ref), [(first, header)])
-    parts = [(source, read_header(source)) for source in _parts(path, str(ref), count)]
+    parts = [(source, read_header(source)) for source in _parts(ref, count)]
     for number, (source, part) in enumerate(parts):
         if (part.get("split.count"), part.get("split.no")) != (count, number):
             raise CheckpointError(f"{source.name} is not part {number + 1} of {count}", "download the set again")
@@ -86,21 +86,45 @@ def read_header(source: Source) -> GGUFHeader:
     return parse_gguf(source.read, source.size, source.name)
 
 
-def _parts(path: Path, ref: str, count: int) -> list[LocalFile]:
-    found = _PART.fullmatch(path.name)
+def source_of(ref: str | Path, *, loose: bool = False) -> Source:
+    """The bytes of one GGUF file, here or in a store.
+
+    Raises:
+        NotFound: there is none.
+        UnsafeError, AuthError, StoreError
+    """
+    if address_of(ref) is None:
+        return LocalFile(Path(ref).expanduser(), str(ref), loose=loose)
+    from adapterkit.checkpoint.objects import object_file
+
+    found = object_file(ref, loose=loose)
+    if found is None:
+        raise NotFound(f"{ref} does not exist", "check the bucket, the name and the endpoint")
+    return found
+
+
+def _parts(ref: str | Path, count: int) -> list[Source]:
+    place = address_of(ref) or Path(ref)
+    found = _PART.fullmatch(place.name)
     if found is None or int(found["count"]) != count or count > MAX_PARTS:
         raise CheckpointError(
             f"{ref} is one of {count} parts, and its name does not end in -00001-of-{count:05d}.gguf",
             "give the parts the names under which they were published",
         )
     names = [f"{found['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
-    missing = [name for name in names if not (path.parent / name).is_file()]
+    sources: list[Source] = []
+    missing = []
+    for name in names:
+        try:
+            sources.append(source_of(str(place.with_name(name))))
+        except NotFound:
+            missing.append(name)
     if missing:
         raise NotFound(f"{ref}: {len(missing)} of {count} parts are missing, as {missing[0]}", "download them too")
-    return [LocalFile(path.parent / name, str(Path(ref).with_name(name))) for name in names]
+    return sources
 
 
-def _checkpoint(ref: str, parts: list[tuple[LocalFile, GGUFHeader]]) -> GGUFCheckpoint:
+def _checkpoint(ref: str, parts: Sequence[tuple[Source, GGUFHeader]]) -> GGUFCheckpoint:
     tensors: dict[str, Tensor] = {}
     shards: dict[str, str] = {}
     for source, header in parts:
@@ -108,7 +132,7 @@ def _checkpoint(ref: str, parts: list[tuple[LocalFile, GGUFHeader]]) -> GGUFChec
             if info.name in tensors:
                 raise CheckpointError(f"{source.name} holds tensor '{info.name}' a second time", "download it again")
             tensors[info.name] = stored(info, source)
-            shards[info.name] = Path(source.name).name
+            shards[info.name] = source.name.rpartition("/")[2]
     header = parts[0][1]
     metadata = {key: header[key] for key, kv in header.keys.items() if kv.type == STRING and key.startswith("general.")}
     return GGUFCheckpoint(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from adapterkit.errors import AdapterkitError, CheckpointError, UsageError
 from adapterkit.gguf.kernels.backends import peak_of, run_backend
 from adapterkit.gguf.types import GGMLType, ggml_type
+from adapterkit.packages import missing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,7 +131,7 @@ def decode(type_name: str, data: Bytes, columns: int) -> Floats:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
     except ImportError as error:
-        raise UsageError("GGUF tensors are decoded by the package gguf", "pip install 'adapterkit[gguf]'") from error
+        raise missing(error.name or "gguf", f"{kind.name} of GGUF is decoded by the package gguf", "gguf") from error
     import numpy as np
 
     raw = np.ascontiguousarray(data).reshape(-1, kind.row_bytes(columns))
@@ -205,8 +206,9 @@ def _candidates(x: torch.Tensor, backend: Backend) -> list[str]:
         raise UsageError(f"backend {backend!r} does not exist", "use auto, numba or torch")
     has_numba = x.device.type == "cpu" and find_spec("numba") is not None
     if backend == "numba" and not has_numba:
-        message = "the compiled encoders need numba and tensors on the CPU"
-        raise UsageError(message, "pip install 'adapterkit[gguf]', or use backend torch")
+        if x.device.type == "cpu":
+            raise missing("numba", "the compiled encoders need numba (the backend torch does not)")
+        raise UsageError("the compiled encoders need tensors on the CPU", "use backend torch")
     if backend == "auto":
         return ["numba", "torch"] if has_numba else ["torch"]
     return [backend]

@@ -48,9 +48,13 @@ def compare_bases(adapter: Adapter, base: Checkpoint, *, full: bool = False) -> 
     record = record_of(adapter)
     if record is None or record.base is None or not record.base.known:
         return None
+    return compare_base(record.base, base, full=full)
+
+
+def compare_base(said: Identity, base: Checkpoint, *, full: bool = False) -> IdentityComparison:
+    """The same for the identity that a record states."""
     from adapterkit.registry.weights import identity_of
 
-    said = record.base
     found = identity_of(base, "skeleton")
     comparison = _compare(said, found, base)
     if comparison.verdict in ("same", "misfit"):

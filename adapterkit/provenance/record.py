@@ -7,9 +7,11 @@ of their files; a base by its identity, read as far as it is cheap (16 KiB of ea
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +19,10 @@ from adapterkit import disk
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import AdapterkitError, UsageError
+from adapterkit.places import address_of
 from adapterkit.registry.beside import beside_bytes, read_beside
 from adapterkit.registry.canonical import sha256, thaw
-from adapterkit.registry.gather import gather
+from adapterkit.registry.gather import gather, gather_listed
 from adapterkit.registry.identity import Identity
 from adapterkit.registry.record import BESIDE, UNDATED, FileEntry, Operation, Parent, Record
 from adapterkit.registry.weights import cheap, identity_of
@@ -27,7 +30,9 @@ from adapterkit.registry.weights import cheap, identity_of
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.checkpoint.files import Source
 
+_BLOCK = 4 << 20  # bytes that are read at a time to be hashed
 _MOST = 2 << 30  # bytes that are hashed to name an adapter's folder; of a larger one only the adapter itself
 
 
@@ -102,8 +107,17 @@ def base_parent(base: Checkpoint, role: str = "base", *, full: bool = False) -> 
 
 
 def adapter_parent(adapter: Adapter, role: str = "adapter", **parameters: Any) -> Parent:
-    """An adapter as a parent: by the digest of its files, the same whether or not it is registered."""
+    """An adapter as a parent: by the digest of its files, the same whether or not it is registered; a model by identity."""
+    if adapter.whole:
+        from adapterkit.adapters.whole_model import WholeModel
+
+        assert isinstance(adapter, WholeModel)
+        assert adapter.checkpoint is not None
+        return replace(base_parent(adapter.checkpoint, "model"), parameters=parameters)
     folder = adapter.folder
+    if folder is None and adapter.source.version and not adapter.source.loose:
+        content = Record("adapter", files=_listed(adapter)).content
+        return Parent(role, content, label=label(adapter.ref, adapter.commit), parameters=parameters)
     if folder is None:  # a loose file, or read by range from the Hub: named by its weights alone
         weights = []
         for source in adapter.sources:
@@ -199,6 +213,29 @@ def _files(folder: Path, adapter: Adapter) -> list[tuple[str, Path]]:
         return found
     own = [source.path for source in adapter.sources if source.path is not None] + [folder / "adapter_config.json"]
     return [(path.name, path) for path in own if path.is_file()]
+
+
+def _listed(adapter: Adapter) -> tuple[FileEntry, ...]:
+    """As `_files`, of an adapter in a store."""
+    from adapterkit.checkpoint.objects import ObjectFolder
+
+    address = address_of(adapter.ref)
+    assert address is not None
+    listing = ObjectFolder(address)
+    found = gather_listed(listing)
+    if sum(source.size for _, source in found) > _MOST:
+        own = {source.name for source in adapter.sources} | {f"{listing.ref}/adapter_config.json"}
+        found = [(name.rpartition("/")[2], source) for name, source in found if source.name in own]
+    return tuple(FileEntry(name, source.size, _hashed(source)) for name, source in found)
+
+
+def _hashed(source: Source) -> str:
+    digest = hashlib.sha256()
+    source.expect([(0, source.size)])
+    for at in range(0, source.size, _BLOCK):
+        digest.update(source.read(at, _BLOCK))
+    source.expect(())
+    return digest.hexdigest()
 
 
 def _in_registry(folder: Path) -> Record | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from adapterkit import disk
 from adapterkit.errors import AdapterkitError, NotFound, RegistryError
-from adapterkit.registry import blobs, index, refs, store
+from adapterkit.registry import blobs, chain, index, refs, store
 from adapterkit.registry.home import LAYOUT, Home, default_home, entries, is_number
 from adapterkit.registry.names import is_name
 from adapterkit.registry.record import OpaqueRecord, Record
@@ -79,6 +79,7 @@ class _Check:
                     self._journal(name)
                     self._refs(name)
                     self._marks(name)
+            self._chains()
             rotten = self._blobs()
             self._missing(rotten)
             self._trees()
@@ -278,6 +279,13 @@ class _Check:
                 store.check_mark(path.read_bytes(), name, int(entry.name), str(path))
             except RegistryError as error:
                 self._say("hidden", path, error.message)
+
+    def _chains(self) -> None:
+        for path in chain.chains(self.home):
+            try:
+                chain.read_chain(path)
+            except RegistryError as error:
+                self._say(path.parent.name, path, error.message)
 
     def _blob_files(self) -> Iterator[Path]:
         top = self.home.root / "objects" / "sha256"

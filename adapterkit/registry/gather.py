@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.folder import PIPELINE_WEIGHTS
 from adapterkit.errors import NotFound, RegistryError, UnsafeError, UsageError
@@ -18,6 +18,10 @@ from adapterkit.registry.canonical import MAX_BYTES, parse
 from adapterkit.registry.identity import Identity
 from adapterkit.registry.names import check_path, is_repo
 from adapterkit.registry.record import BESIDE
+
+if TYPE_CHECKING:
+    from adapterkit.checkpoint.files import Source
+    from adapterkit.checkpoint.objects import ObjectFolder
 
 # Left behind by training, version control and desktops; a leading dot also keeps `.env` and its kind out.
 _SKIPPED = re.compile(
@@ -87,6 +91,12 @@ def gather(path: Path) -> GatheredFiles:
     if not files:
         raise UsageError(f"{path} holds no file that belongs to an artefact")
     return GatheredFiles(tuple(sorted(files)), tuple(sorted(skipped)))
+
+
+def gather_listed(listing: ObjectFolder) -> list[tuple[str, Source]]:
+    """As `gather`, of a folder that is not on this disk: the files that belong to an artefact, with their bytes."""
+    names = [name for name in listing.every if name != BESIDE and not any(map(_skip, name.split("/")))]
+    return [(check_path(name, f"a file of {listing.ref}"), listing.open(name)) for name in sorted(names)]
 
 
 def describe(path: Path) -> Described:

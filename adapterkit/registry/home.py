@@ -7,7 +7,10 @@
     refs/<name>/<alias>           where an alias is: a copy of the last line of its history
     history/<name>/<alias>        every move of an alias, each line naming the sum of the one before
     hidden/<name>/<n>             a mark that a version was removed from sight
+    servers/                      servers by name, with history
     trees/<hex>/<path>            symbolic links that give a record's blobs their names back; made when asked for
+    policies/                     what an alias asks of a version, with history (see `chain`)
+    served/                       what servers were told to serve, with history
     quarantine/                   what fsck moved out of the way
     staging/, incoming/           temporary files of records and of blobs
     locks/                        empty files to lock

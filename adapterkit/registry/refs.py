@@ -3,16 +3,20 @@
 Each move is one line of JSON with its own ``sum`` and the sum of the line before it (``prev``). The line is first
 appended to the history and then, as a file of its own, renamed over the ref: a ref is always a copy of a line of its
 history. A line behind it belongs to a move that was killed; the next move cuts it off, since nobody ever saw it.
+
+A move also says who made it and why, which conditions held, and (of a rollback) which move it took back. So an alias and
+the record of its move cannot come apart: they are one line.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 from adapterkit import disk
-from adapterkit.errors import CheckFailed, NotFound, RegistryError
+from adapterkit.errors import CheckFailed, NotFound, RegistryError, UsageError
 from adapterkit.registry.canonical import canonical, parse, sha256
 from adapterkit.registry.home import Home
 from adapterkit.registry.names import check_alias, check_time
@@ -20,12 +24,23 @@ from adapterkit.registry.record import now
 
 ANY: Final = -1
 """``expected`` of a move that takes whatever the alias points to now."""
-_TAIL = 4096
+_LINE = 1 << 16  # bytes that a line may have
+_TAIL = 2 * _LINE + 4096
+_REASON = 1000  # characters of a reason
+
+Gate = Callable[["Move | None"], Sequence[str]]
+"""Decides whether an alias may move, from where it is now; gives the conditions that held, or raises `CheckFailed`."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """One move of an alias. ``version`` 0 (and no digest) means that it was taken off."""
+    """One move of an alias. ``version`` 0 (and no digest) means that it was taken off.
+
+    Attributes:
+        by, why: who moved it and the reason given; empty in moves that say nothing of it.
+        held: the conditions that were asked for and held, as sentences.
+        undoes: the ``seq`` of the move that this one took back; 0 for a move of its own.
+    """
 
     name: str
     alias: str
@@ -34,10 +49,16 @@ class Move:
     digest: str
     at: str
     prev: str
+    by: str = ""
+    why: str = ""
+    held: tuple[str, ...] = ()
+    undoes: int = 0
 
     @property
     def _plain(self) -> dict[str, object]:
+        said: dict[str, object] = {"by": self.by, "why": self.why, "held": list(self.held), "undoes": self.undoes}
         return {
+            **{key: value for key, value in said.items() if value},
             "name": self.name,
             "alias": self.alias,
             "seq": self.seq,
@@ -60,7 +81,10 @@ class Move:
 
 @dataclass(frozen=True)
 class Tagged:
-    """Where an alias is now; ``before`` is the version it was at (0: none), ``moved`` False when it did not move."""
+    """Where an alias is now; ``before`` is the version it was at (0: none), ``moved`` False when it did not move.
+
+    ``held`` are the conditions that were asked for, as sentences.
+    """
 
     name: str
     alias: str
@@ -68,6 +92,7 @@ class Tagged:
     digest: str
     before: int
     moved: bool
+    held: tuple[str, ...] = ()
 
 
 def read_move(line: bytes, name: str, alias: str, where: str) -> Move:
@@ -78,7 +103,10 @@ def read_move(line: bytes, name: str, alias: str, where: str) -> Move:
     """
     value = parse(line, where)
     try:
-        move = Move(**{key: item for key, item in value.items() if key != "sum"})
+        said: dict[str, Any] = {key: item for key, item in value.items() if key != "sum"}
+        if "held" in said:
+            said["held"] = _held(said["held"])
+        move = Move(**said)
         good = move.line == line and (move.name, move.alias) == (name, alias) and type(move.version) is int
         check_time(move.at, where)
     except (TypeError, AttributeError, ValueError):
@@ -86,6 +114,12 @@ def read_move(line: bytes, name: str, alias: str, where: str) -> Move:
     if not good:
         raise RegistryError(f"{where} is damaged: a line of {name}@{alias} does not have the sum it states", "run fsck")
     return move
+
+
+def _held(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError("not a list of sentences")
+    return tuple(value)
 
 
 def get(home: Home, name: str, alias: str) -> Move | None:
@@ -114,17 +148,55 @@ def history(home: Home, name: str, alias: str) -> tuple[Move, ...]:
     return tuple(found)
 
 
-def move(home: Home, name: str, alias: str, version: int, digest: str, expected: int = ANY) -> Tagged:
+def standing(moves: Sequence[Move]) -> list[Move]:
+    """The moves that count, oldest first: without those that a rollback took back. The last one is where the alias is;
+    the one before it is where a rollback goes.
+
+    Args:
+        moves: the whole history, oldest first.
+    """
+    found: list[Move] = []
+    for step in moves:
+        if step.undoes:
+            found = found[:-1]
+            continue
+        if found and not found[-1].version:  # it was taken off and is set again
+            found.pop()
+        found.append(step)
+    return found
+
+
+def move(
+    home: Home,
+    name: str,
+    alias: str,
+    version: int,
+    digest: str,
+    expected: int = ANY,
+    *,
+    by: str = "",
+    why: str = "",
+    undoes: int = 0,
+    gate: Gate | None = None,
+) -> Tagged:
     """Points an alias to a version, or to nothing (version 0).
 
     ``expected`` is the version it must be at now (0: it must not exist); two writers that both expect the old one
     cannot both win.
 
+    Args:
+        by, why: who moves it, and the reason; kept with the move.
+        undoes: the move that this one takes back.
+        gate: asked under the alias's lock, so what it saw of the alias is still so when the alias moves.
+
     Raises:
-        CheckFailed: it is somewhere else than expected.
+        CheckFailed: it is somewhere else than expected; or the gate refuses.
         RegistryError: its ref or history is damaged.
+        UsageError: the reason is too long, or holds what does not print.
     """
     check_alias(alias)
+    check_said(why, "the reason")
+    check_said(by, "who moves it")
     with disk.writing(f"the alias {name}@{alias}", home.root), home.lock(name):
         current = _current(home, name, alias)
         before = current.version if current else 0
@@ -133,16 +205,30 @@ def move(home: Home, name: str, alias: str, version: int, digest: str, expected:
                 f"{name}@{alias} is at {_spell(before)}, not at {_spell(expected)}",
                 "somebody moved it; look at its history",
             )
+        held = tuple(gate(current if before else None)) if gate is not None else ()
         if before == version and (not current or current.digest == digest):
-            return Tagged(name, alias, version, digest, before, False)
+            return Tagged(name, alias, version, digest, before, False, held)
         seq, prev = (current.seq + 1, current.sum) if current else (1, "")
-        step = Move(name, alias, seq, version, digest, now(), prev)
+        step = Move(name, alias, seq, version, digest, now(), prev, by, why, held, undoes)
+        if len(step.line) > _LINE:  # so many conditions that their sentences do not fit: their number is kept
+            step = replace(step, held=(f"{len(held)} conditions",))
         for folder in (home.refs(name), home.history(name, alias).parent):
             disk.make_folder(folder)
         with disk.staged(home.staging, step.line) as temporary:
             _append(home, current, step)
             disk.publish_over(temporary, home.ref(name, alias))
-        return Tagged(name, alias, version, digest, before, True)
+        return Tagged(name, alias, version, digest, before, True, held)
+
+
+def check_said(text: str, what: str) -> str:
+    """``text``, when it is one printable line of a bounded length.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if len(text) > _REASON or not (text.isprintable() or not text):
+        raise UsageError(f"{what} is not one printable line of at most {_REASON} characters", "say it shorter")
+    return text
 
 
 def _spell(version: int) -> str:

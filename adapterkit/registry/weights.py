@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +22,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.checkpoint.files import Source
 
-PARALLEL = 16  # requests at a time, where bytes come from the Hub
+PARALLEL = 16  # requests at a time, where bytes come from the Hub or a store
+CLOSE = 64 << 10  # bytes between two windows that one request reads
+FEW = 1000  # tensors of a checkpoint in a store that are sampled one and all
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -62,11 +65,13 @@ def identity_of(checkpoint: Checkpoint, upto: str = "probe", *, hub_files: bool 
 
 
 def cheap(checkpoint: Checkpoint) -> str:
-    """The level that costs little: windows of every tensor where reading is a seek, of a few where it is a request, and
-    headers alone where tensors are computed."""
+    """The level that costs little: windows of every tensor where reading is a seek, or a request of a model in a store that
+    has not too many; of a few elsewhere; and headers alone where tensors are computed."""
     if any(tensor.extent is None for tensor in checkpoint.values()):
         return "skeleton"
-    return "sampled" if all(source.path is not None for source in checkpoint.sources) else "probe"
+    near = all(source.path is not None for source in checkpoint.sources)
+    stored = all(source.path is not None or source.version for source in checkpoint.sources)
+    return "sampled" if near or (stored and len(checkpoint) <= FEW) else "probe"
 
 
 def tensor_rows(checkpoint: Checkpoint) -> list[Tensor]:
@@ -82,7 +87,7 @@ class _Reader:
         self._ahead: dict[tuple[str, int, int], bytes] = {}
 
     def __call__(self, name: str, offset: int, length: int) -> bytes:
-        held = self._ahead.pop((name, offset, length), None)
+        held = self._ahead.get((name, offset, length))
         return self._read(name, offset, length) if held is None else held
 
     def _read(self, name: str, offset: int, length: int) -> bytes:
@@ -92,10 +97,44 @@ class _Reader:
         return extent.source.read(extent.offset + offset, length)
 
     def fetch(self, rows: Iterable[Tensor]) -> None:
-        """Read the windows of these tensors at the same time."""
-        wanted = [(name, offset, length) for name, _, _, nbytes in rows for offset, length in windows(nbytes)]
+        """Read the windows of these tensors at the same time, those that lie close together at once."""
+        near = _near(self._checkpoint, rows)
         with ThreadPoolExecutor(PARALLEL) as pool:
-            self._ahead.update(zip(wanted, pool.map(lambda key: self._read(*key), wanted), strict=True))
+            read = pool.map(lambda one: one.source.read(one.start, one.stop - one.start), near)
+            for one, data in zip(near, read, strict=True):
+                for key, at in one.windows:
+                    self._ahead[key] = data[at - one.start : at - one.start + key[2]]
+
+
+@dataclass
+class _Near:
+    """Windows of one file that are read in one request; each with its place in the file."""
+
+    source: Source
+    start: int
+    stop: int
+    windows: list[tuple[tuple[str, int, int], int]]
+
+
+def _near(checkpoint: Checkpoint, rows: Iterable[Tensor]) -> list[_Near]:
+    wanted = []
+    for name, _, _, nbytes in rows:
+        extent = checkpoint[name].extent
+        if extent is None:
+            raise CheckpointError(f"'{name}' of {checkpoint.ref} is computed and has no bytes of its own")
+        wanted += [
+            (extent.source.name, extent.offset + offset, (name, offset, length), extent.source)
+            for offset, length in windows(nbytes)
+        ]
+    found: list[_Near] = []
+    for _, at, key, source in sorted(wanted, key=lambda one: one[:3]):
+        last = found[-1] if found else None
+        if last is not None and last.source is source and at - last.stop <= CLOSE:
+            last.stop = max(last.stop, at + key[2])
+            last.windows.append((key, at))
+        else:
+            found.append(_Near(source, at, at + key[2], [(key, at)]))
+    return found
 
 
 def _known(checkpoint: Checkpoint) -> Identity:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from adapterkit.errors import UsageError
-from adapterkit.places import local
+from adapterkit.places import Address, local, readable, writable
 from adapterkit.values import dataclass
 
 # Kinds of values.
@@ -57,6 +57,7 @@ class Option:
         recipe: its place in a recipe, ``table.key``; empty where it has none.
         elsewhere: for each door that does not have it, why.
         open: values beyond ``choices`` are left to the verb, which refuses them in its own words.
+        store: of a path: an address in an object store is one too.
     """
 
     help: str
@@ -74,6 +75,7 @@ class Option:
     recipe: str = ""
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     open: bool = False
+    store: bool = False
 
     def values(self) -> tuple[str, ...]:
         """The choices, asked for now."""
@@ -125,10 +127,12 @@ def _ref(option: Option, name: str, value: Any) -> Any:
     """Paths, names and open objects (which have a ``ref`` of their own) pass."""
     if not isinstance(value, (str, Path)) and not hasattr(value, "ref"):
         raise _wrong(option, name, value)
-    return local(value, name) if isinstance(value, (str, Path)) else value
+    return readable(value, name) if isinstance(value, (str, Path)) else value
 
 
 def _path(option: Option, name: str, value: Any) -> Any:
+    if option.store and isinstance(value, (str, Path, Address)):
+        return writable(value, name)
     if not isinstance(value, (str, Path)):
         raise _wrong(option, name, value)
     return Path(local(value, name))

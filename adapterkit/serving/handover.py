@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit import disk
 from adapterkit.checkpoint.files import LocalFile
+from adapterkit.checkpoint.publish import write_beside
 from adapterkit.errors import UsageError
 from adapterkit.gguf.checkpoint import read_header
 from adapterkit.gguf.vocab.sources import GENERATION
@@ -60,13 +60,17 @@ def file_of(server: str) -> ModelFile:
     return row.file
 
 
-def write_handover(model: Path, server: str, *, beside: Path | None = None) -> Handover:
+def write_handover(model: Path, server: str, *, beside: Path | None = None, force: bool = True) -> Handover:
     """Write it beside the model, as ``MODEL.gguf.Modelfile`` or ``MODEL.gguf.llama-server.sh``; see `handover`.
 
     Args:
         model: the file that was written; of a set, the name it was asked for by.
         server: as for `handover`.
         beside: a folder with the model's ``generation_config.json``.
+        force: replace a file of that name.
+
+    Raises:
+        OutputError: such a file is there, or the disk refuses.
     """
     file = file_of(server)
     first = next(
@@ -74,11 +78,10 @@ def write_handover(model: Path, server: str, *, beside: Path | None = None) -> H
     )
     found = handover(first, server, generation=_generation(beside))
     local = found.text.replace(str(first), f"./{first.name}")  # both files stay together
-    target = model.with_name(f"{model.name}.{file.suffix}")
     if file.script:
         local = f'#!/bin/sh\ncd "$(dirname "$0")" || exit\nexec {local} "$@"\n'
-    with disk.writing(target.name, target.parent):
-        disk.write_file(target, local.encode(), mode=0o755 if file.script else 0o666)
+    mode = 0o755 if file.script else 0o666
+    target = write_beside(model, file.suffix, local.encode(), force=force, mode=mode)
     return Handover(server, local, found.notes, str(target), file.start.format(path=target))
 
 

@@ -9,6 +9,7 @@ from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.gguf.reader import GGUFHeader
+    from adapterkit.serving.live import Live
 
 # Fixes that several servers share. ``{adapter}`` and ``{base}`` stand for what `check` was given.
 MERGED = "merge the adapter and serve the result: adapterkit merge {base} {adapter} -o merged"
@@ -130,6 +131,7 @@ class Server:
         stored: the quantized bases it reads; None where that is not known.
         launch: how it is started; None where `serve-args` cannot say.
         file: what a GGUF model gets beside it; None where it is not served from one.
+        live: how it is told while it runs (`deploy`); None where it cannot be.
     """
 
     name: str
@@ -138,3 +140,4 @@ class Server:
     stored: StoredForms | None = None
     launch: Launch | None = None
     file: ModelFile | None = None
+    live: Callable[[], Live] | None = None

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.checkpoint.publish import check_free, named_beside
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
@@ -41,14 +42,17 @@ class ServerFile:
     server: str
     out: Path
     source: Path | None
+    force: bool
 
     def check(self) -> None:
-        """Nothing: the request knows the name of its output."""
+        from adapterkit.serving.handover import file_of
+
+        check_free(named_beside(self.out, file_of(self.server).suffix), force=self.force)
 
     def write(self) -> Sequence[str]:
         from adapterkit.serving.handover import write_handover
 
-        found = write_handover(self.out, self.server, beside=self.source)
+        found = write_handover(self.out, self.server, beside=self.source, force=self.force)
         return (*found.notes, f"{found.path} written; start it with: {found.start}")
 
 
@@ -58,9 +62,13 @@ class Statement:
 
     out: Path
     inputs: tuple[str, ...]
+    force: bool
 
     def check(self) -> None:
-        """Nothing: the record that it is made from is written with the output."""
+        from adapterkit.provenance.attest import NAME
+
+        if self.out.suffix in (".gguf", ".safetensors"):  # in a folder nothing is before the folder is
+            check_free(named_beside(self.out, NAME), force=self.force)
 
     def write(self) -> Sequence[str]:
         from adapterkit.provenance.attest import attest
@@ -82,8 +90,8 @@ def beside_of(request: Any, inputs: Iterable[object], *, source: Path | None = N
     if getattr(request, "mmproj", None) is not None and not request.makes_tower:
         found.append(TowerFile(Path(request.mmproj), out, request.force))
     if getattr(request, "server", None) is not None:
-        found.append(ServerFile(request.server, out, source))
+        found.append(ServerFile(request.server, out, source, request.force))
     if request.attest:
         here = [str(ref) for ref in inputs if ref is not None and (os.path.exists(str(ref)) or "/" not in str(ref))]
-        found.append(Statement(out, tuple(here)))
+        found.append(Statement(out, tuple(here), request.force))
     return tuple(found)

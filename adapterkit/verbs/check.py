@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.half_saved import half_saved_note
-from adapterkit.bases import open_adapter, open_model
+from adapterkit.bases import open_change, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import AdapterkitError, AuthError, CheckFailed, HubError, UnsafeError
@@ -99,6 +99,8 @@ def check(request: CheckRequest) -> CheckReport:
     findings: list[Diagnostic] = []
     matches: list[BaseMatch] = []
     for adapter in loaded:
+        if adapter.whole:
+            continue  # its tensors tell by themselves, and are compared when the merge is planned
         compared = compare_bases(adapter, opened, full=request.full)
         named = _named_base(adapter, opened) + _claimed(adapter, opened)
         # Weights are believed over names: a base that is proved to be the same may be called anything.
@@ -114,8 +116,11 @@ def check(request: CheckRequest) -> CheckReport:
     findings += found
     if row is not None:
         findings += _runtime(row, opened, loaded)
-        for adapter in loaded:
+        for adapter in (one for one in loaded if not one.whole):
             findings += _expectations(adapter, opened, row)
+    if request.scan:
+        for adapter in (one for one in loaded if not one.whole):
+            findings += _scanned(adapter, opened)
     ok = all(finding.level != ERROR for finding in findings)
     refs = tuple(adapter.ref for adapter in loaded)
     code = 0 if ok else refused or CheckFailed.exit_code
@@ -130,8 +135,30 @@ def _server(name: str) -> Server:
     return find(name)
 
 
+def _scanned(adapter: Adapter, base: Checkpoint) -> list[Diagnostic]:
+    """What a scan of the change finds; the values are read for it."""
+    from adapterkit.adapters.load import load_adapter
+    from adapterkit.provenance.fits import record_of
+    from adapterkit.provenance.scan import scan
+
+    record = record_of(adapter)
+    try:
+        read = load_adapter(adapter.ref)
+    except AdapterkitError as error:
+        return [
+            Diagnostic(NOTE, "scan-not-read", adapter.ref, f"its change was not looked at: {error.message}", error.hint)
+        ]
+    found = scan(read, base, said=record.base if record is not None else None)
+    beside = f"beside {found.peers} other adapters"
+    said = f"scanned {len(found.figures)} modules, {beside}; the largest deviation is {found.score:.1f}"
+    return [
+        *(Diagnostic(one.level, one.code, adapter.ref, one.message, one.hint) for one in found.oddities),
+        Diagnostic(NOTE, "scan", adapter.ref, said),
+    ]
+
+
 def _loaded(adapter: Any) -> Adapter:
-    return adapter if isinstance(adapter, Adapter) else open_adapter(adapter, headers_only=True)
+    return adapter if isinstance(adapter, Adapter) else open_change(adapter, headers_only=True)
 
 
 def _merged(
@@ -143,8 +170,9 @@ def _merged(
     touched, refused = 0, 0
     findings: list[Diagnostic] = []
     # Several adapters that do not fit are named each; what refuses them together is found when they are planned so.
-    alone = [(adapter,) for adapter in adapters]
-    for some in [*alone, adapters] if len(adapters) > 1 else alone:
+    # A whole model means nothing alone.
+    alone = [(adapter,) for adapter in adapters if not adapter.whole]
+    for some in [*alone, adapters] if len(adapters) > 1 else [adapters]:
         one = len(some) == 1
         asked = (
             request if some == adapters else replace(request, weights=None, parameters={}, method="linear", space=None)
@@ -158,10 +186,10 @@ def _merged(
             ref = some[0].ref if one else ", ".join(adapter.ref for adapter in some)
             findings.append(Diagnostic(ERROR, type(error).__name__, ref, error.message, error.hint))
         else:
-            if one:
+            if one or not alone:
                 touched += len(merge.folded.touched)
                 findings += _consequences(some[0], merge.folded, merge.notes)
-        if refused and one and some == alone[-1]:
+        if refused and one and alone and some == alone[-1]:
             break
     return touched, refused, findings
 

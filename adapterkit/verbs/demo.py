@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import AdapterkitError, OutputError
+from adapterkit.packages import need
 from adapterkit.verbs.merge import merge
 from adapterkit.verbs.verify import verify
 
@@ -83,14 +84,12 @@ def demo(folder: str | Path, say: Callable[[str], None] = lambda text: None) -> 
         raise OutputError(f"{root / taken[0]} exists", "give the demo another folder")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    try:
-        import peft
-        import torch
-        import transformers
-    except ImportError as error:
-        raise AdapterkitError(
-            f"the demo trains with {error.name}, which is not installed", "pip install 'adapterkit[demo]'"
-        ) from None
+    # PEFT writes its model card with jinja2.
+    need("peft", "tokenizers", "transformers", "jinja2", what="the demo trains a model", extra="demo")
+    import peft
+    import torch
+    import transformers
+
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     tokenizer = _tokenizer()

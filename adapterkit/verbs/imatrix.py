@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import CheckpointError, NotFound, UsageError, option
+from adapterkit.packages import need
 
 if TYPE_CHECKING:
     import torch
@@ -176,13 +177,8 @@ def _run(
     """Sums by parameter, and how many chunks the model ran over."""
     import torch
 
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"imatrix runs the model in transformers, and {error.name} is not installed",
-            "pip install 'adapterkit[demo]'",
-        ) from None
+    need("transformers", "tokenizers", what="imatrix runs the model in transformers", extra="demo")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from adapterkit.gguf.activations import Activations
     from adapterkit.requests.merge import parse_floats

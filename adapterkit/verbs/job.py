@@ -113,7 +113,8 @@ class Job:
         from adapterkit.checkpoint.publish import check_output
 
         assert self.out is not None
-        check_output(self.plan, self.sources, self.out, force=self.force, inputs=self.inputs, room=room)
+        record = self.record is not None
+        check_output(self.plan, self.sources, self.out, force=self.force, inputs=self.inputs, room=room, record=record)
 
     def writing(self) -> Writing:
         """What the sink is given."""

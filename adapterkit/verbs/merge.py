@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.half_saved import half_saved_note
-from adapterkit.bases import open_adapter, open_base, open_model
+from adapterkit.bases import open_base, open_change, open_model
+from adapterkit.checkpoint import odd
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
-from adapterkit.errors import CheckFailed, option
+from adapterkit.errors import CheckFailed, UsageError, option
 from adapterkit.ops.device import check_name, check_there
 from adapterkit.requests.call import takes
 from adapterkit.requests.merge import FOLDER, GGUF, MergeRequest
@@ -97,6 +98,7 @@ class Merge:
         from adapterkit.adapters.merged import not_finite
         from adapterkit.verbs.report import AdapterUse, MergeReport
 
+        copied = {} if measured.dry_run else odd.sampled(self.view.values())
         computed = [self.folded.checkpoint[name] for name in self.folded.touched]
         used = zip(self.adapters, self.weights, strict=True)
         dtype, rule, asked = self.request.floats, self.request.rule, self.request
@@ -128,6 +130,7 @@ class Merge:
                 *measured.notes,
                 *self._half_saved(),
                 *not_finite(computed),
+                *odd.said(copied),
             ),
         )
 
@@ -170,8 +173,9 @@ def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: b
     opened, values = open_base(request.base, base16=request.base16, trained=request.trained, headers_only=headers_only)
     form = request.form or (GGUF if opened.format == "gguf" else FOLDER)
     asked = replace(request, to=form)
-    given = (a if isinstance(a, Adapter) else open_adapter(a, headers_only=headers_only) for a in asked.given_adapters)
+    given = (a if isinstance(a, Adapter) else open_change(a, headers_only=headers_only) for a in asked.given_adapters)
     loaded = tuple(asked.narrowed(asked.told(adapter)) for adapter in given)
+    _no_copy(loaded, asked)
     inputs = None
     if fingerprints:
         inputs = {s.name: _fingerprint(s) for s in (*opened.sources, *(source for a in loaded for source in a.sources))}
@@ -187,6 +191,24 @@ def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: b
         },
     }
     return Merge(asked, opened, loaded, output(opened, loaded, asked, settings, values=values), values)
+
+
+def _no_copy(adapters: tuple[Adapter, ...], asked: MergeRequest) -> None:
+    """Refuse a merge whose result is one of its inputs.
+
+    Raises:
+        UsageError: one whole model with weight 1.
+    """
+    if (
+        len(adapters) == 1
+        and adapters[0].whole
+        and asked.rule is None
+        and set(asked.adapter_weights or (1.0,)) == {1.0}
+    ):
+        raise UsageError(
+            f"{adapters[0].ref} is a whole model: merged alone with weight 1 it is itself",
+            f"name several models, give it a {option('weights')}, or give an adapter",
+        )
 
 
 @takes(MergeRequest)
@@ -230,8 +252,8 @@ class Loss:
     sampled: FidelityReport | None = field(default=None, init=False)
 
     def ahead(self) -> None:
-        """See `_still_there`. Values on the Hub are not there to be measured before a download."""
-        if all(source.path is not None for source in self.merge.sources):
+        """See `_still_there`. Values on the Hub are not there to be measured before a download; those in a store are."""
+        if all(source.path is not None or source.version for source in self.merge.sources):
             self.sampled = _still_there(self.merge, yes_lossy=self.merge.request.yes_lossy)
         if self.watched and self.merge.request.writes and self.watch is None:
             self.watch = self._watch()
@@ -399,10 +421,11 @@ def _fingerprint(source: Source) -> str:
     import hashlib
 
     first = source.read(0, 8)
+    version = f":{source.version}" if source.version else ""
     if first[:4] == b"GGUF":
-        return f"{source.size}:{hashlib.sha256(source.read(0, 1 << 20)).hexdigest()}"
+        return f"{source.size}:{hashlib.sha256(source.read(0, 1 << 20)).hexdigest()}{version}"
     length = min(int.from_bytes(first, "little"), source.size)
-    return f"{source.size}:{hashlib.sha256(source.read(8, length)).hexdigest()}"
+    return f"{source.size}:{hashlib.sha256(source.read(8, length)).hexdigest()}{version}"
 
 
 __all__ = ["Merge", "merge", "planned", "replan"]

@@ -83,7 +83,14 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class PartReport:
-    """One part of a plan that was executed alone: the file that it is, in bytes and seconds."""
+    """One part of a plan that was executed alone, in bytes and seconds.
+
+    Attributes:
+        file: that it is, or that it lies in, from the byte ``start``.
+        reads: bytes that it takes from the inputs (an estimate).
+        reused: computed tensors that an interrupted run had finished.
+        cpu_seconds: of the process, in all its threads.
+    """
 
     out: str
     part: int
@@ -92,6 +99,10 @@ class PartReport:
     nbytes: int
     seconds: float
     peak_memory: int
+    start: int = 0
+    reads: int = 0
+    reused: int = 0
+    cpu_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,12 @@ SMALL = {
     "kept": "--side 512",
     "kill": "--kills 6 --megabytes 20",
     "linear": "--only llama --only gpt2 --only mixtral --only t5 --only qwen3_moe --only whisper",
+    "mergekit": "--only linear",
     "methods": "--only Vera --only HiRA --only LoHa",
     "no_alarm": "--only gpt2 --only qwen3_moe",
     "sweep": "--only gpt2 --only qwen3_moe --only whisper",
 }
 """Arguments of the small run of each proof; a name with ``$`` is a program of another project, taken from the environment."""
+
+PACKAGES = {"mergekit": "mergekit"}
+"""Packages that a proof wants beside those of the tests."""

@@ -565,6 +565,14 @@ ENCODERS: dict[str, Tiny] = {
         "GELU",
         lora=["Wqkv", "Wo"],
     ),
+    "nomic_bert": Tiny(
+        "NomicBertModel",
+        {
+            **{k: v for k, v in _BASE.items() if k not in ("num_key_value_heads", "tie_word_embeddings")},
+            "head_dim": 16,
+        },
+        lora=["q_proj", "down_proj"],
+    ),
     "eurobert": Tiny("EuroBertModel", _HALF, lora=["q_proj", "down_proj"]),
     "t5_encoder": Tiny(
         "T5EncoderModel",
@@ -846,6 +854,21 @@ DISGUISES: dict[str, tuple[str, Any, dict[str, Any]]] = {
                 }
             ]
             * 2,
+        },
+    ),
+    "minimax_text_01": (
+        "minimax",
+        _same,
+        {
+            "architectures": ["MiniMaxText01ForCausalLM"],
+            "model_type": "minimax_text_01",
+            "attn_type_list": [0, 1],
+            "layer_types": None,
+            "rotary_dim": 16,
+            "postnorm": True,
+            **{f"layernorm_{one}_alpha": 1.5 for one in ("full_attention", "linear_attention", "mlp")},
+            **{f"layernorm_{one}_beta": 1.0 for one in ("full_attention", "linear_attention", "mlp")},
+            **dict.fromkeys(("full_attn_alpha_factor", "linear_attn_alpha_factor", "mlp_alpha_factor")),
         },
     ),
     "iquest": ("llama", _same, {"architectures": ["IQuestCoderForCausalLM"], "model_type": "iquestcoder"}),

@@ -166,6 +166,18 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {**_HALF, "num_local_experts": 4, "num_experts_per_tok": 2},
         {"lora": _LINES},
     ),
+    "minimax": (
+        "MiniMaxForCausalLM",
+        {
+            **_HALF,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "layer_types": ["linear_attention", "full_attention"],
+            "rms_norm_eps": 1e-6,
+            **dict.fromkeys(("full_attn_alpha_factor", "linear_attn_alpha_factor", "mlp_alpha_factor"), 1.5),
+        },
+        {"lora": _LINES},
+    ),
     "mimo_v2_flash": (
         "MiMoV2FlashForCausalLM",
         {

@@ -19,7 +19,7 @@ from models import write_adapter
 import adapterkit
 from adapterkit.cli import main
 from adapterkit.disk import own_folder
-from adapterkit.errors import AdapterkitError, CheckpointError, NotFound
+from adapterkit.errors import AdapterkitError, CheckpointError, NotFound, OutputError
 from adapterkit.gguf.quantize import Quantization
 from adapterkit.gguf.reader import parse_gguf
 from adapterkit.gguf.tensors import Quantized, decoded
@@ -578,3 +578,42 @@ def test_headers_of_our_files_pass_our_own_reader(base: Path, adapter: Path, tmp
     assert header["general.type"] == "adapter"
     assert header["adapter.lora.alpha"] == 8
     assert sorted(header.tensors) == [f"blk.{i}.attn_q.weight.lora_{side}" for i in range(2) for side in "ab"]
+
+
+BESIDE = ("adapterkit.json", "adapterkit.intoto.json", "Modelfile")
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("what", ["file", "link"])
+def test_what_lies_beside_is_not_replaced(name: str, what: str, base: Path, adapter: Path, tmp_path: Path) -> None:
+    """The files that belong to an output which is a file are outputs too."""
+    out = tmp_path / "out.gguf"
+    place, kept = out.with_name(f"out.gguf.{name}"), tmp_path / "kept"
+    kept.write_text("mine")
+    place.symlink_to(kept) if what == "link" else place.write_text("mine")
+
+    def merge(**more: Any) -> Any:
+        server = "ollama" if name == "Modelfile" else None
+        return adapterkit.merge(base, [adapter], out, attest=True, server=server, **more)
+
+    for more in ({}, {"dry_run": True}):
+        with pytest.raises(OutputError, match=f"out.gguf.{name} exists"):
+            merge(**more)
+        assert not out.exists()
+        assert place.read_text() == kept.read_text() == "mine"
+    merge(force=True)
+    assert out.exists()
+    assert kept.read_text() == "mine"
+    assert place.read_text() != "mine"
+    assert not place.is_symlink()
+
+
+def test_a_record_that_appears_meanwhile_stays(base: Path, adapter: Path, tmp_path: Path) -> None:
+    from adapterkit.checkpoint import write
+
+    place, publish = tmp_path / "out.gguf.adapterkit.json", write.publish_files
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(write, "publish_files", lambda *a, **k: (place.write_text("another"), publish(*a, **k)))
+        with pytest.raises(OutputError, match="appeared while"):
+            adapterkit.merge(base, [adapter], tmp_path / "out.gguf")
+    assert place.read_text() == "another"

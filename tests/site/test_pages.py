@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -119,6 +120,29 @@ def hub(tmp_path_factory: pytest.TempPathFactory, things: Path) -> Iterator[Writ
         served.add("my-org/my-adapter", things / "my-adapter")
         yield served
     patch.undo()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpu1() -> Iterator[None]:
+    """A server of the pages, http://gpu1:8000, which is asked by way of a proxy that answers itself."""
+    sys.path.insert(0, str(ROOT / "tests" / "serving"))
+    from stub_servers import Stub, running
+
+    patch = pytest.MonkeyPatch()
+    with running(Stub("vllm", "meta-llama/Llama-3.2-1B")) as stub:
+        patch.setenv("http_proxy", stub.url)
+        patch.setenv("no_proxy", "127.0.0.1,localhost")
+        yield
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def oci(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The OCI registry of the pages: what is sent to 127.0.0.1:5000 is kept in memory."""
+    sys.path.insert(0, str(ROOT / "tests" / "oci"))
+    from memory_registry import answer_in_memory
+
+    answer_in_memory("127.0.0.1:5000", monkeypatch)
 
 
 def write_file(block: Block, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import stat
@@ -453,6 +454,48 @@ def test_long_names(inputs: tuple[Path, Path], tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / name)
     assert disk.partial_folder(tmp_path / ("o" * 250)) != disk.partial_folder(tmp_path / ("o" * 249 + "x"))
     assert os.listdir(tmp_path) == []
+
+
+def test_a_system_that_calls_every_folder_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*_: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(calls.fcntl, "flock", busy)
+    with pytest.raises(OutputError, match="another run"), disk.staging(tmp_path / "new" / "out", resume=False):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_folder_that_another_run_took_in_between(held: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was made here, and locked and marked there: it is the other run's, also while that one has nothing in it."""
+    folder, real = disk.partial_folder(tmp_path / "out"), folders._make
+    other: list[int] = []
+
+    def taken(path: Path) -> bool:
+        made = real(path)
+        other.append(os.open(path, os.O_RDONLY))
+        calls.fcntl.flock(other[0], calls.fcntl.LOCK_EX)
+        if held:
+            folders._mark(path, other[0])
+        return made
+
+    monkeypatch.setattr(folders, "_make", taken)
+    with pytest.raises(OutputError, match="another run"), disk.staging(tmp_path / "out", resume=False):
+        pass
+    assert folder.exists() == held
+    os.close(other[0])
+
+
+def test_a_folder_that_exists_is_not_made_again(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk that became read-only nothing is left undone without a word, and no call is made for nothing."""
+    made: list[str] = []
+    real = os.mkdir
+    monkeypatch.setattr(os, "mkdir", lambda path, *more, **k: (made.append(str(path)), real(path, *more, **k))[1])
+    adapterkit.merge(inputs[0], [inputs[1]], tmp_path / "out")
+    assert str(tmp_path) not in made
 
 
 def test_the_package_is_imported_where_there_is_no_fcntl() -> None:

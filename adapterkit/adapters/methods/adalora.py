@@ -34,7 +34,8 @@ def _edits(module: Module, context: Context) -> Iterator[Edit]:
         return  # every triple was pruned
 
     def load(weights: Weights) -> Kernel:
-        return LowRank(matrix(b), matrix(e) * matrix(a), scale)
+        left, inner, right = (matrix(one, weights.dtype) for one in (b, e, a))
+        return LowRank(left, inner * right, scale)
 
     yield edit(target, f"adalora r={rank}", load, (a, b, e))
 

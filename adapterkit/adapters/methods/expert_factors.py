@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import Change, Kernel, LowRank, StackedLowRank, Weights, matrix
 from adapterkit.adapters.method import Context, Edit, Module, check_matrix
+from adapterkit.dtypes import F64
 from adapterkit.errors import AdapterError, TargetError
 from adapterkit.values import dataclass
 
@@ -200,11 +201,12 @@ def _stack(target: Target, parts: list[_Part], context: Context) -> Edit:
     def load(weights: Weights) -> Kernel:
         import torch
 
-        left, right = torch.zeros(experts, outs, width), torch.zeros(experts, width, ins)
+        kind = torch.float64 if weights.dtype is F64 else torch.float32
+        left, right = (torch.zeros(shape, dtype=kind) for shape in ((experts, outs, width), (experts, width, ins)))
         used = [0] * experts
         for part in parts:
-            a, b = (_stacked(matrix(tensor)) for tensor in (part.a, part.b))
-            b = b if part.scale == 1 else (b.double() * part.scale).float()
+            a, b = (_stacked(matrix(tensor, weights.dtype)) for tensor in (part.a, part.b))
+            b = b if part.scale == 1 else (b.double() * part.scale).to(kind)
             for expert in _experts(part, experts):
                 beside = slice(used[expert], used[expert] + part.rank)
                 right[expert, beside] = a[expert if len(a) > 1 else 0]
@@ -274,7 +276,7 @@ def _one_by_one(part: _Part, context: Context) -> Iterator[Edit]:
         check_matrix(target, part.shape, part.key, context.where)
 
         def load(weights: Weights, expert: int = expert) -> Kernel:
-            a, b = matrix(part.a), matrix(part.b)
+            a, b = (matrix(side, weights.dtype) for side in (part.a, part.b))
             return LowRank(b[expert if len(b) > 1 else 0], a[expert if len(a) > 1 else 0], part.scale)
 
         yield Edit(target, Change(f"lora r={part.rank}", load, reads, held))

@@ -19,6 +19,7 @@ from adapterkit.adapters.methods.tokens import KEY as TOKENS
 from adapterkit.adapters.methods.tokens import token_edits
 from adapterkit.adapters.orientation import is_turned
 from adapterkit.adapters.target import transposed
+from adapterkit.dtypes import F32
 from adapterkit.errors import AdapterError, TargetError, option
 from adapterkit.values import dataclass
 
@@ -67,7 +68,9 @@ class LoraChange:
         from adapterkit.adapters.methods.normed import Normed, column_norms
         from adapterkit.ops import lora as ops
 
-        a, b = matrix(self.a), matrix(self.b)
+        # What PEFT itself repeats in float32 (see `ops.residual`), and norms over rows, stay in float32.
+        beside = F32 if self.residual or (self.embedding and self.magnitude is not None) else weights.dtype
+        a, b = matrix(self.a, beside), matrix(self.b, beside)
         if self.embedding:
             left, right = a.T.contiguous(), b.T.contiguous()
         else:
@@ -81,7 +84,7 @@ class LoraChange:
         if self.pool and right.shape[1] < weights.shape[1]:
             right = ops.pooled(right, self.pool)
         if self.diagonal is not None:
-            left = left * matrix(self.diagonal)
+            left = left * matrix(self.diagonal, beside)
         added = LowRank(left, right, self.scale)
         if self.magnitude is None and not self.residual:
             return added
@@ -89,7 +92,7 @@ class LoraChange:
         if self.residual:
             w = weights.read(0, weights.shape[0])
             shift = ops.residual(self.residual, w, right.shape[0], self.scale, self.turned)
-        magnitude = None if self.magnitude is None else matrix(self.magnitude).flatten()
+        magnitude = None if self.magnitude is None else matrix(self.magnitude, beside).flatten()
         norms = column_norms(weights, added) if magnitude is not None and self.embedding else None
         return Normed(added, shift, magnitude, norms, weights.dtype)
 
@@ -218,7 +221,7 @@ def _bias_edit(module: Module, context: Context, scale: float) -> Edit:
     def load(weights: Weights) -> Kernel:
         import torch
 
-        return LowRank(matrix(bias).view(-1, 1), torch.ones(1, 1), scale)
+        return LowRank(matrix(bias, weights.dtype).view(-1, 1), torch.ones(1, 1), scale)
 
     return Edit(target, Change("lora bias", load, bias.nbytes, bias.numel * 4, scale=scale))
 

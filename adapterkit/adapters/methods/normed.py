@@ -33,6 +33,7 @@ class Normed(Kernel):
         dtype: DType,
     ) -> None:
         self._added, self._shift, self._magnitude, self._norms, self._dtype = added, shift, magnitude, norms, dtype
+        self.wide = added.wide and shift is None and norms is None
 
     def new(self, w: torch.Tensor, rows: range) -> torch.Tensor:
         return self._scaled(self._summed(w, rows), None, rows)
@@ -47,7 +48,7 @@ class Normed(Kernel):
         if self._shift is not None:
             left, right = self._shift
             w = torch.addmm(w, left[rows.start : rows.stop : rows.step], right, alpha=-1)
-            w = w.to(self._dtype.torch).float()
+            w = w.to(self._dtype.torch).to(w.dtype)
         return self._added.new(w, rows)
 
     def _scaled(self, v: torch.Tensor, other: torch.Tensor | None, rows: range) -> torch.Tensor:

@@ -83,8 +83,8 @@ def stacked_edit(module: Module, context: Context, a: Tensor, b: Tensor) -> Edit
     slowest = stated_order(context.config, parameter.rpartition(".")[2]) == SLOWEST
 
     def load(weights: Weights) -> Kernel:
-        lower = matrix(a).view(experts, rank, a.shape[1])
-        flat = matrix(b)
+        lower = matrix(a, weights.dtype).view(experts, rank, a.shape[1])
+        flat = matrix(b, weights.dtype)
         if slowest:
             upper = flat.view(b.shape[0], experts, rank).permute(1, 0, 2)
         else:

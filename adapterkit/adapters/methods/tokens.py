@@ -43,7 +43,7 @@ def token_change(indices: list[int], rows: Tensor) -> Change:
     """The change that puts ``rows`` in the place of the given rows of an embedding."""
     return Change(
         f"{len(indices)} token rows replaced",
-        lambda weights: RowReplacement(indices, matrix(rows)),
+        lambda weights: RowReplacement(indices, matrix(rows, weights.dtype)),
         rows.nbytes,
         rows.numel * 4,
         stored=rows,

@@ -16,7 +16,7 @@ VISION_PARTS = ("vision_config", "audio_config", "vision_tower", "mm_vision_towe
 
 # Names under which the same number stands in configs, the one of most architectures first.
 ALIASES: dict[str, tuple[str, ...]] = {
-    "layers": ("n_layers", "num_hidden_layers", "n_layer", "num_layers"),
+    "layers": ("n_layers", "num_hidden_layers", "n_layer", "num_layers", "num_transformer_layers"),
     "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
     "kv_heads": ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "n_head_kv"),
     "hidden": ("hidden_size", "n_embd", "n_embed", "d_model", "dim"),
@@ -253,7 +253,24 @@ DERIVED: dict[str, Callable[[Config], int]] = {
 }
 
 
-COMPUTED: dict[str, Callable[[Config], float]] = {"one_over_root_width": lambda c: c.number("hidden") ** -0.5}
+def _jais_embedding(config: Config) -> float:
+    """What JAIS multiplies embeddings with."""
+    return float(config.need("mup_embeddings_scale", "embeddings_scale"))
+
+
+def _jais_output(config: Config) -> float:
+    """What JAIS multiplies the output layer with."""
+    alpha = config.get("mup_output_alpha")
+    if alpha is not None:
+        return float(alpha) * float(config.need("mup_width_scale"))
+    return float(config.need("width_scale"))
+
+
+COMPUTED: dict[str, Callable[[Config], float]] = {
+    "one_over_root_width": lambda c: c.number("hidden") ** -0.5,
+    "jais_embedding": _jais_embedding,
+    "jais_output": _jais_output,
+}
 
 
 def llama3_factors(rope: Mapping[str, Any], dim: int, factor: float = 8.0) -> list[float]:

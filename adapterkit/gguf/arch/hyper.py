@@ -27,6 +27,9 @@ REALS = frozenset(
         "attention.clamp_kqv",
         "attention.max_alibi_bias",
         "attention.scale",
+        "attention.output_scale",
+        "router_logit_softcapping",
+        "expert_group_scale",
         "attention.temperature_scale",
         "attn_logit_softcapping",
         "final_logit_softcapping",
@@ -59,7 +62,7 @@ REALS = frozenset(
 )
 POOLED = "pooling_type"
 ROPE_BASE = 10000.0  # what llama.cpp takes where a file does not say it
-UNPREFIXED = ("xielu.",)  # keys that llama.cpp names without the architecture
+UNPREFIXED = ("xielu.", "diffusion.")  # keys that llama.cpp names without the architecture
 GATING = {"softmax": 1, "sigmoid": 2, "sqrtsoftplus": 4}  # llama.cpp's ExpertGatingFuncType
 
 

@@ -27,12 +27,16 @@ class Rule:
         gguf: the tensors that they become, in the same way; none drops them.
         ops: what happens on the way.
         writes: False for a spelling that is read and never written.
+        layers: which layers have this name, where others have another for the same tensor.
+        items: what stands for ``{e}``, in order, where that is no number: ``("q", "k", "v")``.
     """
 
     hf: str
     gguf: tuple[str, ...]
     ops: tuple[Op, ...] = ()
     writes: bool = True
+    layers: Callable[[Config, int], bool] | None = None
+    items: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -175,6 +179,11 @@ def block(hf: str, *gguf: str, ops: Sequence[Op] = (), writes: bool = True) -> R
 def blocks(**names: str) -> tuple[Rule, ...]:
     """Rules without operations: GGUF name (``attn_q``) = name in the layer."""
     return tuple(block(hf, gguf) for gguf, hf in names.items())
+
+
+def tree(layer: str, names: Mapping[str, str], ops: Mapping[str, Sequence[Op]] | None = None) -> tuple[Rule, ...]:
+    """Rules of the tensors of a layer: GGUF name (``attn_q``) = name after ``layer``, with operations by GGUF name."""
+    return tuple(rule(f"{layer}{hf}", f"{BLOCK}{gguf}", ops=(ops or {}).get(gguf, ())) for gguf, hf in names.items())
 
 
 def plus_one(rules: Sequence[Rule]) -> tuple[Rule, ...]:

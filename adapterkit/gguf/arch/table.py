@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 from adapterkit.errors import TargetError
 from adapterkit.gguf.arch import (
+    coded,
+    coded_encoders,
+    coded_moe,
     dense,
     encoders,
     further,
@@ -40,6 +43,9 @@ _ROWS: tuple[ArchSpec, ...] = (
     *wholes.SPECS,
     *seq2seq.SPECS,
     *remote.SPECS,
+    *coded.SPECS,
+    *coded_encoders.SPECS,
+    *coded_moe.SPECS,
 )
 
 

@@ -7,7 +7,7 @@ from functools import cache
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from adapterkit.errors import UsageError
+from adapterkit.packages import missing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,8 +31,7 @@ def library() -> ctypes.CDLL:
         found = ctypes.CDLL(xllamacpp.__file__)
         quantize = found.ggml_quantize_chunk
     except (ImportError, OSError, AttributeError) as error:
-        message = "types like IQ2_XS are encoded by ggml's functions, which no installed package has"
-        raise UsageError(message, "pip install 'adapterkit[iq]'") from error
+        raise missing("xllamacpp", "types like IQ2_XS are encoded by ggml's own functions") from error
     quantize.restype = ctypes.c_size_t
     quantize.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
     return found

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.serving.server import PLAIN, Expectation, Launch, ModelFile, Server
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from adapterkit.gguf.reader import GGUFHeader
+    from adapterkit.serving.live import Live, Serving
 
 _TOOL = "llama.cpp convert_lora_to_gguf.py"
 _GGUF = (
@@ -42,6 +43,39 @@ def command(model: str, header: GGUFHeader, generation: Mapping[str, Any]) -> tu
     return shlex.join(parts), ()
 
 
+def _listed(answers: Sequence[Any]) -> Serving:
+    """``/lora-adapters``, a list of id, path and scale, and ``/v1/models``."""
+    from adapterkit.serving.live import ServedAdapter, Serving, openai_models
+
+    base = openai_models(answers[1:])
+    rows = [row for row in answers[0] if isinstance(row, dict)] if isinstance(answers[0], list) else []
+    adapters = (
+        ServedAdapter(str(row["path"]), str(row["path"]), float(row.get("scale") or 0.0), row["id"])
+        for row in rows
+        if isinstance(row.get("id"), int) and isinstance(row.get("path"), str)
+    )
+    return Serving(base.names, base.names[0] if base.names else "", tuple(adapters))
+
+
+def live() -> Live:
+    from adapterkit.serving.live import MODELS, Call, Live, openai_answer, openai_probe
+
+    return Live(
+        "llama.cpp tools/server/server.cpp, server-context.cpp and README.md (LoRA adapters)",
+        listing=(Call("GET", "/lora-adapters"), MODELS),
+        listed=_listed,
+        # What is not named gets a scale of 0. Without a cache, since keys and values are those of another adapter.
+        scales=lambda scales: Call("POST", "/lora-adapters", [{"id": place, "scale": s} for place, s in scales]),
+        probe=lambda adapter, base, prompt: openai_probe(base, prompt, cache_prompt=False),
+        answer=openai_answer,
+        gguf=True,
+        restart=lambda base, adapters: [
+            *("llama-server", "-m", base, "--lora", ",".join(path for _, path in adapters)),
+            "--lora-init-without-apply",
+        ],
+    )
+
+
 _FLAGS = {
     "temperature": "--temp",
     "top_k": "--top-k",
@@ -67,4 +101,5 @@ SERVER = Server(
         hub=False,
     ),
     file=ModelFile("llama-server.sh", command, script=True, start="{path}"),
+    live=live,
 )

@@ -2,8 +2,30 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from adapterkit.serving.punica import expectations
 from adapterkit.serving.server import NAMED, Expectation, Launch, Server
+
+if TYPE_CHECKING:
+    from adapterkit.serving.live import Live
+
+
+def live() -> Live:
+    from adapterkit.serving.live import Call, Live, generate_answer, generate_probe, info_listed
+
+    return Live(
+        "lorax router/src/server.rs; server/lorax_server/utils/sources/local.py; docs/models/adapters/index.md",
+        listing=(Call("GET", "/info"),),
+        listed=info_listed,
+        probe=lambda adapter, base, prompt: generate_probe(
+            prompt, **({"adapter_id": adapter, "adapter_source": "local"} if adapter else {})
+        ),
+        answer=generate_answer,
+        by_path=True,
+        knows=False,
+    )
+
 
 SERVER = Server(
     "lorax",
@@ -19,4 +41,5 @@ SERVER = Server(
         "predibase/lorax, docs/models/adapters/index.md",
         after='{{"inputs": "...", "parameters": {{"adapter_source": "local", "adapter_id": {json}}}}}',
     ),
+    live=live,
 )

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from adapterkit.serving.server import PLAIN, SCALED, Expectation, Launch, Server, StoredForms
 
+if TYPE_CHECKING:
+    from adapterkit.serving.live import Live
+
 _CONFIG = "sglang srt/lora/lora_config.py"
+
+
+def live() -> Live:
+    from adapterkit.serving.live import MODELS, Call, Live, openai_answer, openai_models, openai_probe
+
+    return Live(
+        "python/sglang/srt/entrypoints/http_server.py; srt/managers/io_struct.py and tokenizer_control_mixin.py",
+        listing=(MODELS,),
+        listed=openai_models,
+        load=lambda name, path: Call("POST", "/load_lora_adapter", {"lora_name": name, "lora_path": path}),
+        unload=lambda name: Call("POST", "/unload_lora_adapter", {"lora_name": name}),
+        # The adapter is named in its own field: a model's name is taken apart at a colon.
+        probe=lambda adapter, base, prompt: openai_probe(base, prompt, **({"lora_path": adapter} if adapter else {})),
+        answer=openai_answer,
+        allow="start it with --enable-lora, --max-lora-rank and --lora-target-modules",
+    )
+
 
 SERVER = Server(
     "sglang",
@@ -32,4 +54,5 @@ SERVER = Server(
         "docs.sglang.io, Advanced Features, LoRA Serving",
         each="{name}={path}",
     ),
+    live=live,
 )

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from adapterkit.serving.server import NAMED, PLAIN, SCALED, Expectation, Launch, Ranks, Server, StoredForms
+
+if TYPE_CHECKING:
+    from adapterkit.serving.live import Live
 
 _HELPER = "vllm/lora/peft_helper.py"
 _TESTS = "vllm tests/lora/test_peft_helper.py"
 _OLDER = "releases before the summer of 2026 use one alpha/r"
 _RESOLVER = "the file-system resolver compares names as text"
+
+
+def live() -> Live:
+    from adapterkit.serving.live import MODELS, Call, Live, openai_answer, openai_models, openai_probe
+
+    return Live(
+        "vllm/entrypoints/serve/lora/api_router.py and protocol.py; vllm/entrypoints/openai/models/serving.py",
+        listing=(MODELS,),
+        listed=openai_models,
+        # `load_inplace` stays off: a name is loaded once, so it cannot come to mean other weights.
+        load=lambda name, path: Call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}),
+        unload=lambda name: Call("POST", "/v1/unload_lora_adapter", {"lora_name": name}),
+        probe=lambda adapter, base, prompt: openai_probe(adapter or base, prompt),
+        answer=openai_answer,
+        allow="start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1",
+    )
+
 
 SERVER = Server(
     "vllm",
@@ -69,4 +91,5 @@ SERVER = Server(
         "docs.vllm.ai, Features, LoRA Adapters; vllm/config/lora.py",
         each="{name}={path}",
     ),
+    live=live,
 )

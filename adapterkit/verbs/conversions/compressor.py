@@ -21,7 +21,8 @@ from adapterkit.bases import open_model
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.plan import plan_file
 from adapterkit.checkpoint.write import Room, Writing
-from adapterkit.errors import AdapterkitError, CheckpointError, NotFound, UsageError, option
+from adapterkit.errors import AdapterkitError, CheckpointError, MissingPackage, NotFound, UsageError, option
+from adapterkit.packages import command as install
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.verbs.conversions import oneshot
 from adapterkit.verbs.conversions.conversion import Conversion, count_types
@@ -186,9 +187,9 @@ def _has_compressor(asked: ConvertRequest) -> None:
     except OSError:
         found = False
     if not found:
-        raise UsageError(
+        raise MissingPackage(
             f"awq and gptq are made by llm-compressor, which {command[0]} does not have",
-            f"install adapterkit[llmcompressor], or name another environment's Python with {option('compressor')}",
+            f"{install('llmcompressor')}, or name another environment's Python with {option('compressor')}",
         )
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.bases import open_model
-from adapterkit.checkpoint.open import locate
+from adapterkit.checkpoint import odd
+from adapterkit.checkpoint.open import is_object, locate
 from adapterkit.errors import NotFound
 from adapterkit.verbs.job import Job
 from adapterkit.verbs.report import ConvertReport
@@ -93,7 +94,8 @@ class Conversion:
             "notes": self.notes,
             **measured.facts,
         }
-        said["notes"] = (*said["notes"], *measured.notes)
+        copied = {} if measured.dry_run else odd.sampled(self.tensors.values())
+        said["notes"] = (*said["notes"], *measured.notes, *odd.said(copied))
         return ConvertReport(
             src=self.src,
             out="" if out is None else str(out),
@@ -116,7 +118,7 @@ def gguf_file(src: Any) -> GGUFCheckpoint | None:
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
 
     path = Path(src).expanduser()
-    if path.is_file():
+    if path.is_file() or is_object(src, (".gguf",)):
         opened = open_model(src)
         return opened if isinstance(opened, GGUFCheckpoint) else None
     if not path.exists():

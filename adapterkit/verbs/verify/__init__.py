@@ -41,7 +41,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
         NotFound, CheckpointError, AdapterError, TargetError, UsageError, UnsafeError, AuthError, HubError
     """
     from adapterkit.adapters.adapter import Adapter as Loaded
-    from adapterkit.bases import open_adapter
+    from adapterkit.bases import open_change
     from adapterkit.verbs.job import peak_memory
     from adapterkit.verbs.verify.findings import findings
     from adapterkit.verbs.verify.inputs import asked, inputs, open_inputs, same_as_recorded
@@ -57,7 +57,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
     found, stored = open_inputs(request.merged, request.base)
     given = request.adapters
     assert isinstance(given, tuple)
-    loaded = tuple(a if isinstance(a, Loaded) else open_adapter(a) for a in given)
+    loaded = tuple(a if isinstance(a, Loaded) else open_change(a) for a in given)
     if deepest >= LEVELS.index("model"):
         from adapterkit.verbs.verify.model import check_models
 

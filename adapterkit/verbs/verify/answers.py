@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from adapterkit.errors import AdapterkitError, UsageError, option
+from adapterkit.packages import need
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,12 +38,9 @@ def need_transformers() -> Any:
         UsageError: it is not installed.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        import transformers
-    except ImportError:
-        raise UsageError(
-            "the level model runs models in transformers, which is not installed", "pip install 'adapterkit[demo]'"
-        ) from None
+    need("transformers", "tokenizers", what="the level model runs models in transformers", extra="demo")
+    import transformers
+
     return transformers
 
 

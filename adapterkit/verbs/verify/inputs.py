@@ -97,7 +97,13 @@ def _matters(name: str, role: str) -> bool:
 
 
 def _parents(record: Record) -> list[Parent]:
-    return [parent for parent in record.parents if parent.role == "adapter"]
+    return [parent for parent in record.parents if parent.role in ("adapter", "model")]
+
+
+def _known(parent: Parent) -> str:
+    """The bytes of an adapter, or what tells a whole model from others."""
+    identity = parent.identity
+    return parent.content or ("" if identity is None else identity.sampled or identity.probe or identity.skeleton)
 
 
 def _weights(record: Record) -> list[float]:
@@ -110,11 +116,11 @@ def _same_adapters(record: Record, adapters: Sequence[Adapter]) -> tuple[Finding
 
     stated = _parents(record)
     given = [adapter_parent(adapter) for adapter in adapters]
-    if [parent.content for parent in stated] == [parent.content for parent in given]:
+    if [_known(parent) for parent in stated] == [_known(parent) for parent in given]:
         return ()
-    names = ", ".join(parent.label or parent.content[:12] for parent in stated) or "none"
+    names = ", ".join(parent.label or _known(parent)[:12] for parent in stated) or "none"
     text = f"the record beside MERGED names other adapters than were given ({names})"
-    same = sorted(parent.content for parent in stated) == sorted(parent.content for parent in given)
+    same = sorted(map(_known, stated)) == sorted(map(_known, given))
     hint = "give them in that order" if same else "give the files that were merged, or go by the tensors below"
     return (Finding("other adapter", WARNING, text, hint),)
 
@@ -127,6 +133,7 @@ def inputs(
     base16: Checkpoint | None,
 ) -> tuple[VerifiedInput, ...]:
     """Everything that was read, by digest: 16 KiB of each tensor of models, every byte of adapters."""
+    from adapterkit.adapters.whole_model import WholeModel
     from adapterkit.provenance.record import adapter_parent
 
     found = [
@@ -136,6 +143,9 @@ def inputs(
     if base16 is not None:
         found.append(VerifiedInput("original", base16.ref, digest(base16), commit=base16.commit))
     for adapter, weight in zip(adapters, weights, strict=True):
+        if isinstance(adapter, WholeModel) and adapter.checkpoint is not None:
+            found.append(VerifiedInput("model", adapter.ref, digest(adapter.checkpoint), weight, commit=adapter.commit))
+            continue
         content = f"sha256:{adapter_parent(adapter).content}"
         found.append(VerifiedInput("adapter", adapter.ref, content, weight, adapter.config.peft_type, adapter.commit))
     return tuple(found)

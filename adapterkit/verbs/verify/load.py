@@ -69,8 +69,9 @@ def _unchecked(why: str) -> Finding:
 
 def _built(subject: Subject, folder: Path, said: frozenset[str]) -> Iterator[Finding]:
     config = subject.found.config
-    if find_spec("transformers") is None or find_spec("accelerate") is None:
-        yield _unchecked("transformers and accelerate are not both installed")
+    lacking = [name for name in ("transformers", "tokenizers", "accelerate") if find_spec(name) is None]
+    if lacking:
+        yield _unchecked(f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not installed")
         return
     named = config.get("architectures")
     name = str(named[0]) if isinstance(named, list) and named else ""

@@ -1,0 +1,202 @@
+"""Any store, through obstore: objects read by range, listed, and written from beginning to end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from adapterkit.places import Address
+from adapterkit.stores import meter
+from adapterkit.stores.faults import NO_CONNECTION, Fault, told
+from adapterkit.stores.store import MOST_LISTED, Store, StoredObject, too_many
+
+# Parts that `stream` sends: as many abreast, of so many bytes.
+STREAM_PART, STREAM_ABREAST = 16 << 20, 2
+_MARK = "adapterkit"
+_STATUS = re.compile(r"status code: (\d{3})")
+_CODE = re.compile(r"<Code>([A-Za-z0-9]{2,64})</Code>")
+_KINDS = {
+    "NotFoundError": 404,
+    "FileNotFoundError": 404,
+    "PreconditionError": 412,
+    "AlreadyExistsError": 412,
+    "PermissionDeniedError": 403,
+    "UnauthenticatedError": 401,
+    "NotSupportedError": 501,
+    "InvalidPathError": 400,
+}
+
+
+class ObjectStore(Store):
+    """A bucket that obstore reads and writes.
+
+    Args:
+        client: one of obstore's stores.
+        again: makes it anew, with fresh credentials.
+    """
+
+    def __init__(self, root: Address, client: Any, again: Callable[[], Any] | None = None) -> None:
+        self.root, self._client, self._again = root, client, again
+
+    def renew(self) -> bool:
+        if self._again is None:
+            return False
+        self._client = self._again()
+        return True
+
+    def entries(self, prefix: str) -> list[StoredObject]:
+        import obstore
+
+        def listed() -> list[StoredObject]:
+            found: list[StoredObject] = []
+            with _faults():
+                for number, page in enumerate(obstore.list(self._client, prefix=prefix or None, chunk_size=1000)):
+                    meter.count(1 if number else 0)
+                    found += [StoredObject(one["path"], one["size"], one["e_tag"] or "") for one in page]
+                    if len(found) > MOST_LISTED:
+                        raise too_many(self.place(prefix))
+            # obstore takes a prefix for a folder's name whether or not it ends in a slash.
+            return sorted((one for one in found if one.key.startswith(prefix)), key=lambda one: one.key)
+
+        return self.ask(listed, self.place(prefix) if prefix else self.root)
+
+    def head(self, key: str) -> StoredObject | None:
+        import obstore
+
+        def asked() -> StoredObject:
+            with _faults():
+                found = obstore.get(self._client, key, options={"head": True})
+                marks = {name: str(value) for name, value in found.attributes.items() if name == _MARK}
+                return StoredObject(key, found.meta["size"], found.meta["e_tag"] or "", marks)
+
+        try:
+            return self.ask(asked, self.place(key), pass_on=True)
+        except Fault as fault:
+            self.missing(fault, key)
+            return None
+
+    def missing(self, fault: Fault, key: str) -> None:
+        """Let a fault pass that says only that there is no such object."""
+        if not fault.missing or fault.code == "NoSuchBucket":
+            raise told(fault, str(self.place(key))) from None
+
+    def read(self, key: str, start: int, nbytes: int, etag: str = "") -> bytes:
+        import obstore
+
+        if nbytes <= 0:
+            return b""
+
+        def asked() -> bytes:
+            with _faults():
+                wanted: Any = {"range": (start, start + nbytes), **({"if_match": etag} if etag else {})}
+                found = obstore.get(self._client, key, options=wanted)
+                data = bytes(found.bytes())
+            meter.count(down=len(data))
+            if len(data) != nbytes or found.range[0] != start:
+                raise Fault(words="the body was cut short")
+            return data
+
+        return self.ask(asked, self.place(key))
+
+    def put(self, key: str, data: bytes, *, absent: bool = False) -> bool:
+        import obstore
+
+        def asked() -> None:
+            with _faults():
+                obstore.put(self._client, key, data, mode="create" if absent else "overwrite", use_multipart=False)
+            meter.count(up=len(data))
+
+        return self._absent(asked, key, absent)
+
+    def _absent(self, asked: Callable[[], None], key: str, absent: bool) -> bool:
+        try:
+            self.ask(asked, self.place(key), writing=True, pass_on=True)
+            return True
+        except Fault as fault:
+            if absent and fault.changed:
+                return False
+            raise told(fault, str(self.place(key)), writing=True) from None
+
+    def delete(self, keys: Iterable[str]) -> None:
+        import obstore
+
+        for key in keys:
+
+            def asked(key: str = key) -> None:
+                with _faults():
+                    obstore.delete(self._client, key)
+
+            try:
+                self.ask(asked, self.place(key), writing=True, pass_on=True)
+            except Fault as fault:
+                self.missing(fault, key)
+
+    def stream(self, key: str, blocks: Iterator[bytes], marks: Mapping[str, str]) -> None:
+        import obstore
+
+        def counted() -> Iterator[bytes]:
+            for block in blocks:
+                meter.count(up=len(block))
+                yield block
+
+        def asked() -> None:
+            with _faults():
+                obstore.put(
+                    self._client,
+                    key,
+                    counted(),
+                    attributes=dict(marks),
+                    use_multipart=True,
+                    chunk_size=STREAM_PART,
+                    max_concurrency=STREAM_ABREAST,
+                )
+
+        meter.count(1)
+        try:
+            asked()  # once: what was computed is not there a second time
+        except Fault as fault:
+            raise told(fault, str(self.place(key)), writing=True) from None
+
+    def copy(self, source: Address, key: str, nbytes: int, etag: str = "") -> None:
+        import obstore
+
+        def asked() -> None:
+            with _faults():
+                obstore.copy(self._client, source.key, key)
+            meter.count(inside=nbytes)
+
+        self.ask(asked, self.place(key), writing=True)
+
+    def holds(self, address: Address) -> bool:
+        return (address.scheme, address.bucket) == (self.root.scheme, self.root.bucket)
+
+
+class _faults:  # noqa: N801  (a context manager)
+    """Turn what obstore raises into a `Fault`."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is None or isinstance(error, Fault) or not isinstance(error, Exception):
+            return
+        module = type(error).__module__.partition(".")[0]
+        if module != "obstore" and not isinstance(error, FileNotFoundError):
+            return
+        text = str(error)
+        status, code = _STATUS.search(text), _CODE.search(text)
+        known = _KINDS.get(type(error).__name__, 0)
+        raise Fault(int(status[1]) if status else known, code[1] if code else "", _words(text)) from None
+
+
+def _words(text: str) -> str:
+    """What a connection did, without addresses or headers in it."""
+    for sign, words in (
+        ("kind: Connect", NO_CONNECTION),
+        ("kind: Timeout", "no answer in time"),
+        ("decoding response body", "the body was cut short"),
+    ):
+        if sign in text:
+            return words
+    return "the connection failed"

@@ -1,0 +1,321 @@
+"""S3, and what speaks like it: read through obstore, written through boto3, which knows uploads of copied parts."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import boto3
+import botocore.config
+import botocore.exceptions
+
+from adapterkit.errors import OutputError
+from adapterkit.places import Address
+from adapterkit.stores import meter
+from adapterkit.stores.faults import NO_CONNECTION, Fault, told
+from adapterkit.stores.objects import ObjectStore
+from adapterkit.stores.store import Assembly, Begun, HeldPart, StoredObject
+
+T = TypeVar("T")
+MOST_COPIED = 5 << 30  # bytes of one CopyObject or UploadPartCopy
+DELETED_AT_ONCE = 1000
+CONNECTIONS = 64
+
+
+@dataclass
+class Client:
+    """boto3's client, and what obstore has to be told to talk to the same place as the same user."""
+
+    session: Any
+    bucket: str
+    s3: Any
+    credentials: Any
+    endpoint: str
+    region: str
+    path_style: bool
+
+    def provide(self) -> Any:
+        """Credentials for obstore, asked for again every few minutes."""
+        from datetime import datetime, timedelta, timezone
+
+        held = self.credentials.get_frozen_credentials()
+        return {
+            "access_key_id": held.access_key,
+            "secret_access_key": held.secret_key,
+            "token": held.token,
+            "expires_at": datetime.now(timezone.utc) + timedelta(minutes=5),
+        }
+
+
+def client_of(session: Any, bucket: str) -> Client:
+    """boto3's client for a bucket.
+
+    Raises:
+        botocore.exceptions.BotoCoreError, ValueError: settings that it does not understand.
+    """
+    credentials = session.get_credentials()
+    more: dict[str, Any] = {} if credentials is not None else {"signature_version": botocore.UNSIGNED}
+    plain = session.client("s3", region_name=session.region_name or "us-east-1")
+    ours = ".amazonaws.com" in (plain.meta.endpoint_url or "")
+    own = session._session.get_scoped_config().get("s3") or {}
+    style = own.get("addressing_style") if isinstance(own, dict) else None
+    style = style or ("auto" if ours else "path")
+    config = botocore.config.Config(
+        retries={"total_max_attempts": 1},
+        connect_timeout=10,
+        read_timeout=120,
+        max_pool_connections=CONNECTIONS,
+        s3={"addressing_style": style},
+        # Every upload carries an MD5 of its own; what is read is held against its length and ETag.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        **more,
+    )
+    region = session.region_name or (_region(session, bucket, config) if ours else "us-east-1")
+    s3 = session.client("s3", region_name=region, config=config)
+    endpoint = "" if ours else str(s3.meta.endpoint_url)
+    return Client(session, bucket, s3, credentials, endpoint, region, style == "path")
+
+
+def _region(session: Any, bucket: str, config: Any) -> str:
+    """Where Amazon keeps a bucket; it tells anybody."""
+    try:
+        found = session.client("s3", region_name="us-east-1", config=config).head_bucket(Bucket=bucket)
+    except botocore.exceptions.ClientError as error:
+        found = error.response
+    except botocore.exceptions.BotoCoreError:
+        found = {}
+    return str(found.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region", "us-east-1"))
+
+
+class S3(ObjectStore):
+    """A bucket of S3.
+
+    Args:
+        made: boto3's client.
+        reader: makes obstore's store of it.
+    """
+
+    assembles = True
+
+    def __init__(self, root: Address, made: Client, reader: Callable[[], Any]) -> None:
+        super().__init__(root, reader())
+        self._made, self._reader = made, reader
+
+    def renew(self) -> bool:
+        try:
+            fresh = client_of(boto3.session.Session(), self.root.bucket)
+        except (botocore.exceptions.BotoCoreError, ValueError):
+            return False
+        before, now = self._made.credentials, fresh.credentials
+        if now is None or (before is not None and now.access_key == before.access_key and now.token == before.token):
+            return False
+        self._made.s3, self._made.credentials = fresh.s3, now
+        self._client = self._reader()
+        return True
+
+    def call(self, name: str, **given: Any) -> dict[str, Any]:
+        """One request of boto3, without a second attempt; the bucket is this one."""
+        try:
+            found: dict[str, Any] = getattr(self._made.s3, name)(Bucket=self.root.bucket, **given)
+        except botocore.exceptions.ClientError as error:
+            said = error.response.get("Error", {})
+            status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+            code = str(said.get("Code", ""))
+            raise Fault(status, "" if code.isdigit() else code) from None
+        except (botocore.exceptions.NoCredentialsError, botocore.exceptions.PartialCredentialsError):
+            raise Fault(401, "NoCredentials") from None
+        except botocore.exceptions.BotoCoreError as error:
+            raise Fault(words=_said(error)) from None
+        return found
+
+    def head(self, key: str) -> StoredObject | None:
+        try:
+            found = self.ask(lambda: self.call("head_object", Key=key), self.place(key), pass_on=True)
+        except Fault as fault:
+            self.missing(fault, key)
+            return None
+        return StoredObject(
+            key, int(found["ContentLength"]), str(found.get("ETag", "")), dict(found.get("Metadata", {}))
+        )
+
+    def put(self, key: str, data: bytes, *, absent: bool = False) -> bool:
+        condition = {"IfNoneMatch": "*"} if absent else {}
+
+        def asked() -> None:
+            self.call("put_object", Key=key, Body=data, ContentMD5=_md5(data), **condition)
+            meter.count(up=len(data))
+
+        return self._absent(asked, key, absent)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        left = list(keys)
+        for at in range(0, len(left), DELETED_AT_ONCE):
+            some = [{"Key": key} for key in left[at : at + DELETED_AT_ONCE]]
+            wanted = {"Objects": some, "Quiet": True}
+            found = self.ask(lambda wanted=wanted: self.call("delete_objects", Delete=wanted), self.root, writing=True)  # type: ignore[misc]
+            for failed in found.get("Errors", []):
+                if failed.get("Code") != "NoSuchKey":
+                    what = str(self.place(str(failed.get("Key"))))
+                    raise OutputError(f"{what} could not be removed ({failed.get('Code')})", "check the permissions")
+
+    def stream(self, key: str, blocks: Iterator[bytes], marks: Mapping[str, str]) -> None:
+        upload = self.begin(key, marks)
+        try:
+            etags = {number: upload.put(number, block) for number, block in enumerate(blocks, 1)}
+            upload.complete(etags, absent=False)
+        except BaseException:
+            upload.abort()
+            raise
+
+    def copy(self, source: Address, key: str, nbytes: int, etag: str = "") -> None:
+        same = {"CopySourceIfMatch": etag} if etag else {}
+        wanted = {"Bucket": source.bucket, "Key": source.key}
+
+        def asked() -> None:
+            self.call("copy_object", Key=key, CopySource=wanted, **same)
+            meter.count(inside=nbytes)
+
+        self.copying(asked, source)
+
+    def copying(self, asked: Callable[[], T], source: Address) -> T:
+        """A copy inside the store: a condition that does not hold is the source's."""
+        try:
+            return self.ask(asked, source, writing=True, pass_on=True)
+        except Fault as fault:
+            raise told(fault, str(source), writing=not fault.changed) from None
+
+    def begin(self, key: str, marks: Mapping[str, str]) -> Assembly:
+        found = self.ask(
+            lambda: self.call("create_multipart_upload", Key=key, Metadata=dict(marks)), self.place(key), writing=True
+        )
+        return _S3Assembly(self, key, str(found["UploadId"]))
+
+    def resumed(self, key: str, id: str) -> Assembly:
+        return _S3Assembly(self, key, id)
+
+    def uploads(self, prefix: str) -> list[Begun]:
+        found: list[Begun] = []
+        marker: dict[str, Any] = {}
+        while True:
+            page = self.ask(
+                lambda marker=marker: self.call("list_multipart_uploads", Prefix=prefix, **marker),  # type: ignore[misc]
+                self.place(prefix) if prefix else self.root,
+            )
+            found += [Begun(one["Key"], one["UploadId"], one["Initiated"]) for one in page.get("Uploads", [])]
+            if not page.get("IsTruncated"):
+                return [one for one in found if one.key.startswith(prefix)]
+            marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def holds(self, address: Address) -> bool:
+        return address.scheme == self.root.scheme
+
+
+class _S3Assembly(Assembly):
+    def __init__(self, store: S3, key: str, id: str) -> None:
+        self._store, self.key, self.id = store, key, id
+
+    def put(self, number: int, data: bytes | memoryview) -> str:
+        digest = _md5(data)
+
+        def asked() -> str:
+            found = self._store.call(
+                "upload_part",
+                Key=self.key,
+                UploadId=self.id,
+                PartNumber=number,
+                Body=data if isinstance(data, bytes) else bytes(data),
+                ContentMD5=digest,
+            )
+            meter.count(up=len(data))
+            return str(found["ETag"])
+
+        return self._store.ask(asked, self._store.place(self.key), writing=True)
+
+    def copy(self, number: int, source: Address, etag: str, start: int, nbytes: int) -> str:
+        same = {"CopySourceIfMatch": etag} if etag else {}
+
+        def asked() -> str:
+            found = self._store.call(
+                "upload_part_copy",
+                Key=self.key,
+                UploadId=self.id,
+                PartNumber=number,
+                CopySource={"Bucket": source.bucket, "Key": source.key},
+                CopySourceRange=f"bytes={start}-{start + nbytes - 1}",
+                **same,
+            )
+            meter.count(inside=nbytes)
+            return str(found["CopyPartResult"]["ETag"])
+
+        return self._store.copying(asked, source)
+
+    def parts(self) -> dict[int, HeldPart] | None:
+        found: dict[int, HeldPart] = {}
+        marker: dict[str, Any] = {}
+        while True:
+            try:
+                page = self._store.ask(
+                    lambda marker=marker: self._store.call(  # type: ignore[misc]
+                        "list_parts", Key=self.key, UploadId=self.id, **marker
+                    ),
+                    self._store.place(self.key),
+                    pass_on=True,
+                )
+            except Fault as fault:
+                if fault.missing and fault.code != "NoSuchBucket":
+                    return None
+                raise told(fault, str(self._store.place(self.key))) from None
+            found |= {
+                int(one["PartNumber"]): HeldPart(int(one["Size"]), str(one["ETag"])) for one in page.get("Parts", [])
+            }
+            if not page.get("IsTruncated"):
+                return found
+            marker = {"PartNumberMarker": page["NextPartNumberMarker"]}
+
+    def complete(self, etags: Mapping[int, str], *, absent: bool) -> bool:
+        condition = {"IfNoneMatch": "*"} if absent else {}
+        parts = [{"PartNumber": number, "ETag": etags[number]} for number in sorted(etags)]
+        try:
+            self._store.ask(
+                lambda: self._store.call(
+                    "complete_multipart_upload",
+                    Key=self.key,
+                    UploadId=self.id,
+                    MultipartUpload={"Parts": parts},
+                    **condition,
+                ),
+                self._store.place(self.key),
+                writing=True,
+                pass_on=True,
+            )
+            return True
+        except Fault as fault:
+            if (absent and fault.changed) or fault.missing:
+                return False
+            raise told(fault, str(self._store.place(self.key)), writing=True) from None
+
+    def abort(self) -> None:
+        try:
+            self._store.ask(
+                lambda: self._store.call("abort_multipart_upload", Key=self.key, UploadId=self.id),
+                self._store.place(self.key),
+                writing=True,
+                pass_on=True,
+            )
+        except Fault as fault:
+            if not fault.missing:
+                raise told(fault, str(self._store.place(self.key)), writing=True) from None
+
+
+def _md5(data: bytes | memoryview) -> str:
+    """What a store holds a body against; no secret depends on it."""
+    return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
+
+
+def _said(error: Exception) -> str:
+    name = type(error).__name__
+    return "no answer in time" if "Timeout" in name else NO_CONNECTION if "Connect" in name else "the connection failed"

@@ -1,0 +1,179 @@
+"""What every store does: objects of one bucket, by key."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import NamedTuple, TypeVar
+
+from adapterkit.errors import UsageError
+from adapterkit.places import Address
+from adapterkit.stores import meter
+from adapterkit.stores.faults import Fault, told, trying
+
+T = TypeVar("T")
+MOST_LISTED = 20_000  # objects below one prefix
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """An object: its key, its size in bytes, and the ETag by which it is known to be the same.
+
+    Attributes:
+        marks: what its writer said of it, where that was asked for.
+    """
+
+    key: str
+    size: int
+    etag: str
+    marks: Mapping[str, str] = field(default_factory=dict)
+
+
+class Begun(NamedTuple):
+    """An upload that was begun and not ended: the key it is for, its id, and when it was begun."""
+
+    key: str
+    id: str
+    started: datetime
+
+
+class HeldPart(NamedTuple):
+    """A part that a store holds of an upload: its size in bytes and its ETag."""
+
+    size: int
+    etag: str
+
+
+class Assembly(ABC):
+    """An object on its way: parts in any order, nothing to be seen before `complete`.
+
+    Attributes:
+        key, id: of the object; of the upload.
+    """
+
+    key: str
+    id: str
+
+    @abstractmethod
+    def put(self, number: int, data: bytes | memoryview) -> str:
+        """Send part ``number`` (from 1); its ETag."""
+
+    @abstractmethod
+    def copy(self, number: int, source: Address, etag: str, start: int, nbytes: int) -> str:
+        """Have the store copy a range of another object of it as part ``number``; its ETag.
+
+        Raises:
+            CheckpointError: that object has another ETag now.
+        """
+
+    @abstractmethod
+    def parts(self) -> dict[int, HeldPart] | None:
+        """The parts that the store holds; None where it knows no such upload."""
+
+    @abstractmethod
+    def complete(self, etags: Mapping[int, str], *, absent: bool) -> bool:
+        """Make the object of these parts; False where ``absent`` and there is one already, or the upload is gone."""
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Let go of the parts; nothing where the upload is gone."""
+
+
+class Store(ABC):
+    """The objects of one bucket.
+
+    Every method raises, for what it cannot do:
+        AuthError: credentials that are missing, wrong or expired.
+        NotFound: no such object or bucket.
+        CheckpointError: an object that has another ETag than it was asked for by.
+        OutputError: no room.
+        StoreError: no answer, or one that says no, after several attempts.
+
+    Attributes:
+        root: the bucket's address.
+        assembles: uploads take parts in any order, and the store copies ranges into them.
+    """
+
+    root: Address
+    assembles = False
+
+    def place(self, key: str) -> Address:
+        """The address of a key, for messages."""
+        return self.root / key
+
+    @abstractmethod
+    def entries(self, prefix: str) -> list[StoredObject]:
+        """The objects whose keys begin with ``prefix``, sorted.
+
+        Raises:
+            UsageError: more than `MOST_LISTED`.
+        """
+
+    @abstractmethod
+    def head(self, key: str) -> StoredObject | None:
+        """An object, or None."""
+
+    @abstractmethod
+    def read(self, key: str, start: int, nbytes: int, etag: str = "") -> bytes:
+        """Exactly ``nbytes`` of an object from ``start``, if it still has this ETag."""
+
+    @abstractmethod
+    def put(self, key: str, data: bytes, *, absent: bool = False) -> bool:
+        """Write a small object; False where ``absent`` and there is one already."""
+
+    @abstractmethod
+    def delete(self, keys: Iterable[str]) -> None:
+        """Remove objects; one that is gone is no error."""
+
+    @abstractmethod
+    def stream(self, key: str, blocks: Iterator[bytes], marks: Mapping[str, str]) -> None:
+        """Write a large object block by block; nothing is to be seen before its end."""
+
+    @abstractmethod
+    def copy(self, source: Address, key: str, nbytes: int, etag: str = "") -> None:
+        """Have the store copy a whole object of it."""
+
+    def begin(self, key: str, marks: Mapping[str, str]) -> Assembly:
+        """Begin an upload, of a store that assembles."""
+        raise NotImplementedError
+
+    def resumed(self, key: str, id: str) -> Assembly:
+        """An upload that was begun earlier, of a store that assembles."""
+        raise NotImplementedError
+
+    def uploads(self, prefix: str) -> list[Begun]:
+        """Uploads to keys that begin with ``prefix`` which were neither completed nor aborted."""
+        return []
+
+    def renew(self) -> bool:
+        """Take fresh credentials from where the first ones came; False where there are none."""
+        return False
+
+    def holds(self, address: Address) -> bool:
+        """Whether this store can copy an object of ``address`` by itself."""
+        return address.scheme == self.root.scheme
+
+    def ask(self, request: Callable[[], T], what: object, *, writing: bool = False, pass_on: bool = False) -> T:
+        """The answer to one request, which is counted and tried again as `trying` says.
+
+        Args:
+            pass_on: raise the `Fault` that remains, for the caller to judge.
+        """
+
+        def counted() -> T:
+            meter.count(1)
+            return request()
+
+        try:
+            return trying(counted, self.renew)
+        except Fault as fault:
+            if pass_on:
+                raise
+            raise told(fault, str(what), writing=writing) from None
+
+
+def too_many(prefix: Address) -> UsageError:
+    """The error of a listing that does not end."""
+    return UsageError(f"more than {MOST_LISTED} objects lie below {prefix}", "name the folder of one model")

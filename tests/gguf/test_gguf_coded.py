@@ -1,0 +1,75 @@
+"""Architectures with code of their own: llama.cpp computes what their published formula says, and GGUF goes both ways."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+pytest.importorskip("xllamacpp")
+import arch_zoo as zoo
+import coded_zoo
+from coded_zoo_encoders import ENCODERS
+from coded_zoo_moe import MOE
+from gguf_runtime import PROMPTS, embeddings, far, logprobs
+
+from adapterkit.errors import TargetError
+from adapterkit.gguf.arch.config import Config
+from adapterkit.gguf.arch.table import spec_of
+from adapterkit.verbs.convert import convert
+
+CODED = {**coded_zoo.DENSE, **MOE, **ENCODERS}
+FAST = ("openelm", "neobert")
+
+
+@pytest.fixture(autouse=True)
+def _vocab(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapterkit.gguf.vocab.read_vocab", zoo.read_vocab)
+
+
+@pytest.mark.parametrize("kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in CODED])
+def test_the_runtime_computes_the_formula(kind: str, tmp_path: Path) -> None:
+    one = CODED[kind]
+    weights = coded_zoo.build(tmp_path / "hf", one)
+    convert(tmp_path / "hf", tmp_path / "base.gguf")
+    if not one.causal:
+        found, wanted = embeddings(tmp_path / "base.gguf"), coded_zoo.embeddings_of(one, weights, PROMPTS)
+    elif one.run is not None:
+        found, wanted = logprobs(tmp_path / "base.gguf")[0], coded_zoo.logprobs_of(one, weights, PROMPTS)
+    else:  # no formula here: the runtime loads it
+        assert logprobs(tmp_path / "base.gguf")[0].std() > 0.1
+        return
+    assert far(found, wanted) < one.tolerance
+
+
+@pytest.mark.parametrize("kind", CODED)
+def test_to_gguf_and_back_to_the_same_bytes(kind: str, tmp_path: Path) -> None:
+    coded_zoo.build(tmp_path / "hf", CODED[kind])
+    convert(tmp_path / "hf", tmp_path / "one.gguf")
+    convert(tmp_path / "one.gguf", tmp_path / "back", to="hf")
+    convert(tmp_path / "back", tmp_path / "two.gguf")
+    assert (tmp_path / "two.gguf").read_bytes() == (tmp_path / "one.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("kind", CODED)
+def test_a_config_that_the_runtime_has_built_in_otherwise_is_refused(kind: str, tmp_path: Path) -> None:
+    """Every `Fixed` of the row, with another value."""
+    import dataclasses
+
+    one = CODED[kind]
+    spec = spec_of(Config(one.config))
+    tried = 0
+    for fixed in spec.fixed:
+        if "." in fixed.field or fixed.when is not None or callable(fixed.value):
+            continue
+        other = not fixed.value if isinstance(fixed.value, bool) else "tanh" if isinstance(fixed.value, str) else 7
+        wrong = dataclasses.replace(one, config={**one.config, fixed.field: other})
+        folder = tmp_path / fixed.field
+        coded_zoo.build(folder, wrong)
+        with pytest.raises(TargetError, match=fixed.field):
+            convert(folder, tmp_path / "no.gguf")
+        tried += 1
+    assert tried or not spec.fixed
+    assert not (tmp_path / "no.gguf").exists()
