@@ -10,6 +10,7 @@ SMALL = {
     "converter": "--converter $LLAMA_CPP/convert_hf_to_gguf.py --python $CONVERTER_PYTHON llama gpt2",
     "faults": "--only resize",
     "gallery": "--only tied --only alpha --only rows",
+    "gates_kill": "--writers 4 --kills 10 --each 8",
     "gguf_archs": "--jobs 1 llama qwen3",
     "gguf_headers": "500 1",
     "gguf_merges": "llama",
