@@ -1,0 +1,80 @@
+"""Ray executes a plan: actors of a cluster that is started for the run, or of one that is there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from conftest import Case, events, kill_workers
+
+from adapterkit.errors import MissingPackage, OutputError
+from adapterkit.verbs.engines.on_ray import RayPool
+from adapterkit.verbs.engines.pool import Setting
+
+SMALL = "20KB"
+SETTING = Setting("", "", "out", None, 1)
+
+
+def test_ray_makes_every_byte_though_actors_are_killed(case: Case, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    log, out = tmp_path / "events", tmp_path / "out"
+    command = case.command("run", case.plan, "-o", out, "--on", "ray", "--workers", 2, "--part-size", SMALL)
+    running = subprocess.Popen([*command, "--events", str(log), "--json"], stdout=subprocess.PIPE, text=True)
+    killed = kill_workers(running, log, 2)
+    report = json.loads(running.communicate(timeout=250)[0])
+    assert running.returncode == 0
+    assert report["lost"] == killed == 2
+    assert (report["on"], report["workers"]) == ("ray", 2)
+    assert case.same(out)
+    assert report["bytes_written"] == report["nbytes"]
+    found = events(log)
+    assert report["parts"] == sum(one["event"] == "part-ended" for one in found) > 4
+    assert sum(one["reads"] for one in found if one["event"] == "part-ended") == report["bytes_read"]
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_there(case: Case, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    ray = [sys.executable, "-m", "ray.scripts.scripts"]
+    port = 26379
+    start = [*ray, "start", "--head", f"--port={port}", "--num-cpus=4", "--include-dashboard=false"]
+    subprocess.run(start, check=True, capture_output=True, timeout=120)
+    try:
+        given = ("run", case.plan, "-o", tmp_path / "out", "--on", "ray", "--part-size", SMALL, "--jobs", 1)
+        report = case.run(*given, "--address", f"127.0.0.1:{port}", "--workers", 4)
+        assert report["workers"] == 4
+        assert case.same(tmp_path / "out")
+        failing = case.run(
+            *("merge", case.base, case.adapter, "-o", tmp_path / "other", "--on", "ray", "--weight", "2"),
+            *("--address", f"127.0.0.1:{port}", "--workers", 2, "--jobs", 1),
+        )
+        assert failing["files"]
+        assert not case.same(tmp_path / "other")
+    finally:
+        subprocess.run([*ray, "stop"], check=True, capture_output=True, timeout=120)
+
+
+def test_without_ray_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingPackage, match=r"adapterkit\[ray\]"):
+        RayPool(SETTING, None, 1)
+
+
+def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoRay:
+        @staticmethod
+        def is_initialized() -> bool:
+            return False
+
+        @staticmethod
+        def init(**_: object) -> None:
+            raise ConnectionError("Failed to connect to head\nand much more")
+
+    monkeypatch.setitem(sys.modules, "ray", NoRay)  # type: ignore[arg-type]
+    with pytest.raises(OutputError, match=r"Ray does not answer at auto \(Failed to connect to head\)"):
+        RayPool(SETTING, "auto", 1)
