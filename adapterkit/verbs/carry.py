@@ -19,7 +19,7 @@ from adapterkit.verbs.job import Job, Measured, peak_memory, run, show
 
 if TYPE_CHECKING:
     from adapterkit.requests.workers import OnWorkers
-    from adapterkit.verbs.engines.driver import Tally
+    from adapterkit.verbs.engines.driver import RunTally
     from adapterkit.verbs.engines.pool import Pool, Setting
 
 PLAN_FILE = ".plan.json"  # in the hidden folder, for workers
@@ -103,7 +103,7 @@ def jobs_of(request: Any) -> int:
     return max(1, default_jobs() // workers_of(request)) if local else default_jobs()
 
 
-def by_workers(opened: OpenPlan, request: Any) -> Tally:
+def by_workers(opened: OpenPlan, request: Any) -> RunTally:
     """Have workers execute the parts that are left; a shared lock keeps others out of the hidden folder meanwhile.
 
     Raises:

@@ -28,7 +28,7 @@ Log = Callable[..., None]
 
 
 @dataclass
-class Tally:
+class RunTally:
     """What workers did.
 
     Attributes:
@@ -116,7 +116,7 @@ def drive(
     engine: str,
     log: Log,
     progress: Callable[[int, int], None] | None = None,
-) -> Tally:
+) -> RunTally:
     """Have workers execute the parts that are left.
 
     Args:
@@ -138,7 +138,7 @@ def drive(
     total = sum(part.nbytes for part in parts)
     state.done = total - sum(part.nbytes for part in left)
     count = min(count, max(1, len(left)))
-    tally = Tally(engine, count, len(parts), len(parts) - len(left))
+    tally = RunTally(engine, count, len(parts), len(parts) - len(left))
     log("started", engine=engine, workers=count, parts=len(parts), left=len(left), bytes=total)
     if not left:
         return tally
@@ -168,7 +168,7 @@ def drive(
     return tally
 
 
-def _heard(message: Message, state: _State, tally: Tally, log: Log) -> None:
+def _heard(message: Message, state: _State, tally: RunTally, log: Log) -> None:
     """Act on what a worker said."""
     worker = message.worker
     if message.kind == READY:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict
 from typing import Any
 
@@ -75,6 +77,9 @@ class RayPool:
         except ImportError:
             raise MissingPackage("Ray is not installed", "pip install 'adapterkit[ray]'") from None
         self._ray = ray
+        # Ray tells of lost workers on standard output, which is the report's.
+        self._quiet = ExitStack()
+        self._quiet.enter_context(redirect_stdout(sys.stderr))
         self._own = not ray.is_initialized()
         if self._own:
             how: dict[str, Any] = {"address": address} if address is not None else {"address": "local"}
@@ -85,11 +90,12 @@ class RayPool:
                     warnings.simplefilter("ignore")
                     ray.init(log_to_driver=False, logging_level="error", **how)
             except Exception as error:
+                self._quiet.close()
                 where = address or "this machine"
                 said = str(error).strip().splitlines()
                 raise OutputError(
                     f"Ray does not answer at {where} ({said[0] if said else type(error).__name__})",
-                    "start a cluster (ray start --head), or check the address",
+                    "start a cluster, or check the address and its token",
                 ) from error
         # A worker whose process ends is not brought back by Ray: the driver starts another, and knows that it did.
         self._class = ray.remote(num_cpus=setting.jobs, max_restarts=0, max_concurrency=2)(Worker)
@@ -156,6 +162,7 @@ class RayPool:
         self._actors.clear()
         if self._own:
             self._ray.shutdown()
+        self._quiet.close()
 
 
 _QUIET = {

@@ -87,8 +87,7 @@ def write_job(opened: OpenPlan, plan: Path, request: Any, count: int, size: int)
     text, where = _template(request)
     jobs = request.jobs or 1
     arguments = ["run", str(plan), "-o", str(out), "--part-size", str(size), "--jobs", str(jobs), "--tasks", str(tasks)]
-    if request.force:
-        arguments.append("--force")
+    arguments += ["--force"] * bool(request.force)
     memory = int(opened.plan.peak_memory * ROOM / 2**20) + 1
     given = {
         "name": _job_name(out.name),
