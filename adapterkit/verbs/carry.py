@@ -20,7 +20,7 @@ from adapterkit.verbs.job import Job, Measured, peak_memory, run, show
 if TYPE_CHECKING:
     from adapterkit.requests.workers import OnWorkers
     from adapterkit.verbs.engines.driver import RunTally
-    from adapterkit.verbs.engines.pool import Pool, Setting
+    from adapterkit.verbs.engines.pool import Pool, WorkerSetting
 
 PLAN_FILE = ".plan.json"  # in the hidden folder, for workers
 
@@ -111,14 +111,14 @@ def by_workers(opened: OpenPlan, request: Any) -> RunTally:
     """
     from adapterkit.checkpoint.parts import claimed
     from adapterkit.verbs.engines.driver import drive, log_to
-    from adapterkit.verbs.engines.pool import Setting
+    from adapterkit.verbs.engines.pool import WorkerSetting
 
     opened.forget_stale()
     with claimed(opened.plan, opened.out) as folder, log_to(_path(request.events)) as log:
         text = opened.plan.to_json()
         disk.write_inside(folder, PLAN_FILE, text.encode())
         size = part_size(request)
-        setting = Setting(text, str(folder / PLAN_FILE), str(opened.out.absolute()), size, jobs_of(request))
+        setting = WorkerSetting(text, str(folder / PLAN_FILE), str(opened.out.absolute()), size, jobs_of(request))
         count = workers_of(request)
         left = opened.left()
 
@@ -128,19 +128,19 @@ def by_workers(opened: OpenPlan, request: Any) -> RunTally:
         return drive(make, opened.parts, left, count, engine=request.on, log=log, progress=request.progress)
 
 
-def _local(setting: Setting, request: OnWorkers, count: int) -> Pool:
+def _local(setting: WorkerSetting, request: OnWorkers, count: int) -> Pool:
     from adapterkit.verbs.engines.local import LocalPool
 
     return LocalPool(setting)
 
 
-def _ray(setting: Setting, request: OnWorkers, count: int) -> Pool:
+def _ray(setting: WorkerSetting, request: OnWorkers, count: int) -> Pool:
     from adapterkit.verbs.engines.on_ray import RayPool
 
     return RayPool(setting, request.address, count)
 
 
-_POOLS: dict[str, Callable[[Setting, OnWorkers, int], Pool]] = {LOCAL: _local, RAY: _ray}
+_POOLS: dict[str, Callable[[WorkerSetting, OnWorkers, int], Pool]] = {LOCAL: _local, RAY: _ray}
 
 
 def _path(given: Any) -> Path | None:

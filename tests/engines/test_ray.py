@@ -18,10 +18,10 @@ from conftest import Case, events, kill_workers
 
 from adapterkit.errors import MissingPackage, OutputError
 from adapterkit.verbs.engines.on_ray import RayPool
-from adapterkit.verbs.engines.pool import Setting
+from adapterkit.verbs.engines.pool import WorkerSetting
 
 SMALL = "20KB"
-SETTING = Setting("", "", "out", None, 1)
+SETTING = WorkerSetting("", "", "out", None, 1)
 
 
 def test_ray_makes_every_byte_though_actors_are_killed(case: Case, tmp_path: Path) -> None:

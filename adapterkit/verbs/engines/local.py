@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import IO
 
-from adapterkit.verbs.engines.pool import LOST, Message, Setting
+from adapterkit.verbs.engines.pool import LOST, Message, WorkerSetting
 
 
 class _Child:
@@ -36,7 +36,7 @@ class _Child:
 class LocalPool:
     """See `adapterkit.verbs.engines.pool.Pool`."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: WorkerSetting) -> None:
         self._setting = setting
         self._children: dict[int, _Child] = {}
         self._selector = selectors.DefaultSelector()

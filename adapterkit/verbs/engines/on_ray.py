@@ -14,7 +14,7 @@ from dataclasses import asdict
 from typing import Any
 
 from adapterkit.errors import MissingPackage, OutputError
-from adapterkit.verbs.engines.pool import ENDED, FAILED, LOST, MOVED, READY, Message, Setting, as_said
+from adapterkit.verbs.engines.pool import ENDED, FAILED, LOST, MOVED, READY, Message, WorkerSetting, as_said
 
 PACE = 1.0  # seconds between two looks at how far parts are
 
@@ -69,7 +69,7 @@ class RayPool:
         OutputError: the cluster does not answer.
     """
 
-    def __init__(self, setting: Setting, address: str | None, count: int) -> None:
+    def __init__(self, setting: WorkerSetting, address: str | None, count: int) -> None:
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
         try:

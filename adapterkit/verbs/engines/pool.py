@@ -13,7 +13,7 @@ READY, MOVED, ENDED, FAILED, LOST = "ready", "moved", "ended", "failed", "lost"
 
 
 @dataclass(frozen=True)
-class Setting:
+class WorkerSetting:
     """What a worker is started with.
 
     Attributes:
