@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     from adapterkit.recipe.run import build, plan_build
     from adapterkit.requests.adapters import CombineRequest, ExtractRequest, ResizeRequest
     from adapterkit.requests.convert import ConvertRequest
-    from adapterkit.requests.convert import ConvertRequest as ConvertOptions
     from adapterkit.requests.merge import MergeRequest
-    from adapterkit.requests.merge import MergeRequest as MergeOptions
     from adapterkit.requests.register import RegisterRequest
     from adapterkit.requests.verify import VerifyRequest
     from adapterkit.requests.workers import RunRequest
@@ -132,7 +130,6 @@ __all__ = [
     "CombineReport",
     "CombineRequest",
     "CompareReport",
-    "ConvertOptions",
     "ConvertReport",
     "ConvertRequest",
     "DoctorReport",
@@ -143,7 +140,6 @@ __all__ = [
     "Handover",
     "ImatrixReport",
     "Inspection",
-    "MergeOptions",
     "MergeReport",
     "MergeRequest",
     "OpenPlan",
@@ -199,6 +195,10 @@ add_finder(_registered)  # registry names work wherever a path does
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
+        from adapterkit.deprecation import DEPRECATIONS, deprecated
+
+        if f"adapterkit.{name}" in DEPRECATIONS:
+            return __getattr__(deprecated(f"adapterkit.{name}").rpartition(".")[2])
         raise AttributeError(f"module 'adapterkit' has no attribute '{name}'")
     module, _, attribute = _WHERE[name].partition(":")
     value = getattr(importlib.import_module(module), attribute)
