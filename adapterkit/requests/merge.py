@@ -26,6 +26,7 @@ from adapterkit.requests.groups import (
     Types,
 )
 from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, RUN, VALUES, opt
+from adapterkit.requests.workers import OnWorkers
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ CALIBRATED = ("awq", "gptq")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, Running):
+class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, OnWorkers, Running):
     """A merge: what is folded into what, and what is written of it."""
 
     VERB: ClassVar[str] = "merge"

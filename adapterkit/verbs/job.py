@@ -176,21 +176,6 @@ def run(
     return reports
 
 
-def carry_out(job: Job, request: Any, started: float) -> Any:
-    """Do with a job what its request says: show it, save its plan, or carry it out.
-
-    Raises:
-        OutputError: the plan cannot be written.
-    """
-    if request.save_plan is not None:
-        from adapterkit import disk
-
-        disk.deliver(Path(request.save_plan), job.plan.to_json().encode())
-    if not request.writes:
-        return show(job, started)
-    return run([job], workers=request.jobs, resume=request.resume, progress=request.progress, started=started)[0]
-
-
 def peak_memory() -> int:
     """The largest resident set of this process so far, in bytes.
 

@@ -222,7 +222,7 @@ def merge(request: MergeRequest) -> MergeReport:
         CheckFailed: the output would lose the change.
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError, AuthError, HubError
     """
-    from adapterkit.verbs.job import carry_out
+    from adapterkit.verbs.carry import carry_out
     from adapterkit.verbs.ladder import abreast, rungs
 
     started = time.monotonic()
