@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import AdapterkitError
-from adapterkit.registry import figures, index, refs, served, store
+from adapterkit.registry import index, refs, served, store
+from adapterkit.registry.gathered import gathered
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.served import Served
 from adapterkit.ui.markup import Content, Markup, el
@@ -89,7 +90,7 @@ def _deployed(at: Home, row: tuple[str, str, int, str, str, str], servers: tuple
     except AdapterkitError:
         return Deployed(name, alias, version, kind, method, base, servers=servers)
     since, by, why = (move.at, move.by, move.why) if move is not None else ("", "", "")
-    evidence = figures.gathered(at, record)
+    evidence = gathered(at, record)
     return Deployed(name, alias, version, kind, method, base, since, by, why, servers, record.digest, evidence)
 
 

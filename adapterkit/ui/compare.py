@@ -11,6 +11,7 @@ from adapterkit.errors import AdapterkitError, NotFound
 from adapterkit.registry import figures as known
 from adapterkit.registry import resolve
 from adapterkit.registry.canonical import parse
+from adapterkit.registry.gathered import gathered
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.names import check_sha256
 from adapterkit.ui.markup import Content, Markup, el
@@ -70,7 +71,7 @@ def _settings(record: Record) -> dict[str, Content]:
 
 def _evidence(at: Home, record: Record) -> dict[str, Content]:
     found = {}
-    for one in known.figures(known.gathered(at, record)):
+    for one in known.figures(gathered(at, record)):
         spread = f" ± {one.stderr:.2g}" if one.stderr is not None else ""
         found[one.name] = f"{figure(one.value)}{spread}{f' ({one.about})' if one.about else ''}"
     return dict(found)

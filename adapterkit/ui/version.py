@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from adapterkit.registry import evaluation, figures, refs, verbs
+from adapterkit.registry import evaluation, refs, verbs
 from adapterkit.registry import verification as verified
+from adapterkit.registry.gathered import gathered
 from adapterkit.registry.home import open_home
 from adapterkit.registry.identity import Identity
 from adapterkit.registry.lineage import Edge, Lineage, Node, lineage
@@ -43,7 +44,7 @@ def page(name: str, version: int, home: Path | None = None) -> bytes:
         _deployed(board.board(home, of=name), record),
         _use(shown),
         _lineage(family),
-        _evidence(record, figures.gathered(at, record)),
+        _evidence(record, gathered(at, record)),
         card.section(at, record),
         _files(shown),
         id="content",
