@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import AdapterkitError
 from adapterkit.registry import index, refs, served, store
+from adapterkit.registry.base_names import base_names
 from adapterkit.registry.gathered import gathered
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.served import Served
@@ -172,8 +173,6 @@ def words(said: Iterable[Said]) -> Markup:
 
 def page(home: Home, number: int = 1) -> bytes:
     """All aliases, a hundred on a page."""
-    from adapterkit.ui.overview import base_names
-
     found = board(home.root, page=number, size=PAGE)
     names = index.ask(home, base_names) if home.exists else {}
     pages = max(1, -(-found.total // PAGE))
