@@ -26,7 +26,7 @@ _LIVE = ("prod", "production", "live", "release", "stable", "canary", "staging")
 
 
 @dataclass(frozen=True)
-class Deployed:
+class PointedVersion:
     """One alias: the version that it points to, its move, the servers that were told to serve it, and its evidence."""
 
     name: str
@@ -47,7 +47,7 @@ class Deployed:
 class Board:
     """The aliases of one page, and how many there are; ``stray`` is what servers serve without an alias."""
 
-    rows: tuple[Deployed, ...]
+    rows: tuple[PointedVersion, ...]
     total: int
     stray: tuple[Served, ...]
 
@@ -83,16 +83,16 @@ def board(home: Path | None = None, *, page: int = 1, size: int = SHOWN, of: str
     return Board(tuple(shown), len(rows), stray)
 
 
-def _deployed(at: Home, row: tuple[str, str, int, str, str, str], servers: tuple[Served, ...]) -> Deployed:
+def _deployed(at: Home, row: tuple[str, str, int, str, str, str], servers: tuple[Served, ...]) -> PointedVersion:
     name, alias, version, kind, method, base = row
     try:
         move = refs.get(at, name, alias)
         record = store.load_known(at, name, version)
     except AdapterkitError:
-        return Deployed(name, alias, version, kind, method, base, servers=servers)
+        return PointedVersion(name, alias, version, kind, method, base, servers=servers)
     since, by, why = (move.at, move.by, move.why) if move is not None else ("", "", "")
     evidence = gathered(at, record)
-    return Deployed(name, alias, version, kind, method, base, since, by, why, servers, record.digest, evidence)
+    return PointedVersion(name, alias, version, kind, method, base, since, by, why, servers, record.digest, evidence)
 
 
 def section(found: Board, names: Mapping[str, str], heading: str = "Deployed now") -> Markup | None:
@@ -112,7 +112,7 @@ def section(found: Board, names: Mapping[str, str], heading: str = "Deployed now
     )
 
 
-def _card(row: Deployed, names: Mapping[str, str]) -> Markup:
+def _card(row: PointedVersion, names: Mapping[str, str]) -> Markup:
     base = names.get(row.base, row.base)
     said = sentences(row.evidence)
     return el(
@@ -137,7 +137,7 @@ def _card(row: Deployed, names: Mapping[str, str]) -> Markup:
     )  # fmt: skip
 
 
-def where(row: Deployed) -> Markup:
+def where(row: PointedVersion) -> Markup:
     """Which servers serve an alias, and whether they serve what it says now."""
     if not row.servers:
         return el("p", "No server is known to serve it.", class_="quiet")
