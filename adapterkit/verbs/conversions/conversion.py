@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +85,7 @@ class Conversion:
         plan = self.plan if measured.plan is None else measured.plan
         out = self.request.out
         said: dict[str, Any] = {
-            "files": tuple(path.name for path in plan.targets(self.request.target or Path(".")).values()),
+            "files": plan.names(self.request.target or Path("-")),
             "nbytes": plan.nbytes,
             "tensors": len(plan.steps),
             "copied": sum(1 for step in plan.steps if step.source is not None),
@@ -102,6 +102,7 @@ class Conversion:
             seconds=measured.seconds,
             peak_memory=measured.peak_memory,
             dry_run=measured.dry_run,
+            **asdict(measured.moved),
             **said,
         )
 

@@ -24,6 +24,7 @@ from adapterkit.verbs.conversions.conversion import Conversion, count_types
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from adapterkit.checkpoint.listing import Listing
     from adapterkit.verbs.job import Recorder
 
 CONFIG = "config.json"
@@ -105,7 +106,7 @@ def with_config(view: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
 def folder_recorder(opened: Checkpoint, to: str, kind: str, stated: Mapping[str, Any]) -> Recorder:
     """What writes the record of a folder that was made from ``opened``."""
 
-    def write(folder: Path) -> Mapping[str, bytes]:
+    def write(folder: Path | Listing) -> Mapping[str, bytes]:
         from adapterkit.provenance.record import base_parent, parameters_of, recorder
 
         method = to if kind == "quantized" else ""
