@@ -84,6 +84,7 @@ class StoreOut:
         self._uploads: dict[str, FileUpload] = {}
         self._locks = {file.name: threading.Lock() for file in plan.files}
         self._noted: dict[str, StoredObject] = {}
+        self.there: list[str] = []  # what `check` found
         self._own = False
         self._visible: list[str] = []  # keys that this run made
 
@@ -124,9 +125,9 @@ class StoreOut:
         for source in self.sources.values():
             if isinstance(source, ObjectFile) and source.address.scheme == self.out.scheme:
                 self._apart(source, folder)
+        there = self.there = self._there()
         if self.force:
             return
-        there = self._there()
         if there and not (resume and self._claimed_plan() == self.plan.digest):
             raise OutputError(
                 f"{self.out} exists ({there[0]})", f"choose another name, or replace it with {option('force', True)}"
@@ -220,7 +221,8 @@ class StoreOut:
             said = json.loads(self.store.read(one.key, 0, one.size, one.etag))
             if self.store.assembles:
                 self.store.resumed(str(said["key"]), str(said["id"])).abort()
-        self.store.delete([one.key for one in notes])
+        if notes:
+            self.store.delete([one.key for one in notes])
 
     # ------------------------------------------------------------------ uploads
 
@@ -322,7 +324,8 @@ class StoreOut:
             if key in keys:
                 self._put(key, keys[key])
         written = {*keys, *self.targets.values()}
-        self.store.delete([key for key in stale if key not in written])
+        if left := [key for key in stale if key not in written]:
+            self.store.delete(left)
         self._clear()
 
     def _seal(self) -> None:
@@ -345,7 +348,9 @@ class StoreOut:
         """Take away what makes an output that is replaced look whole; the keys of all that is there."""
         there = self._there()
         first = [(self.out / name).key for name in (self.plan.index_name, CONFIG)]
-        self.store.delete([key for key in there if key in first or self.plan.layout == "file"])
+        gone = [key for key in there if key in first or self.plan.layout == "file"]
+        if gone:
+            self.store.delete(gone)
         return there
 
     def _complete(self, name: str) -> StoredObject:
@@ -390,7 +395,8 @@ class StoreOut:
             found = self._uploads.get(file.name)
             if found is not None and found.assembly is not None:
                 found.assembly.abort()
-        self.store.delete(self._visible)
+        if self._visible:
+            self.store.delete(self._visible)
         self._clear()
 
     def _abreast(self, do: Callable[[str], T], names: Sequence[str]) -> list[T]:

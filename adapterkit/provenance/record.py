@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.listing import Listing
 
 _BLOCK = 4 << 20  # bytes that are read at a time to be hashed
-_MOST = 2 << 30  # bytes that are hashed to name an adapter's folder; of a larger one only the adapter itself
+MOST_HASHED = 2 << 30  # bytes that are hashed to name an adapter's folder; of a larger one only the adapter itself
 
 
 def recorder(
@@ -69,7 +69,7 @@ def recorder(
         identity = None
         parts = sorted(_ggufs(folder))
         # The files of a set are hashed, where that does not mean to read a large output back from a store.
-        several = len(parts) > 1 and (isinstance(folder, Path) or _nbytes(folder) <= _MOST)
+        several = len(parts) > 1 and (isinstance(folder, Path) or _nbytes(folder) <= MOST_HASHED)
         if kind not in ("adapter", "combined") and not several:
             opened = _finished(folder, parts)
             level = cheap(opened)
@@ -243,7 +243,7 @@ def _files(folder: Path, adapter: Adapter) -> list[tuple[str, Path]]:
         found = list(gather(folder).files)
     except AdapterkitError:
         found = []
-    if found and sum(real.stat().st_size for _, real in found) <= _MOST:
+    if found and sum(real.stat().st_size for _, real in found) <= MOST_HASHED:
         return found
     own = [source.path for source in adapter.sources if source.path is not None] + [folder / "adapter_config.json"]
     return [(path.name, path) for path in own if path.is_file()]
@@ -257,7 +257,7 @@ def _listed(adapter: Adapter) -> tuple[FileEntry, ...]:
     assert address is not None
     listing = ObjectFolder(address)
     found = gather_listed(listing)
-    if sum(source.size for _, source in found) > _MOST:
+    if sum(source.size for _, source in found) > MOST_HASHED:
         own = {source.name for source in adapter.sources} | {f"{listing.ref}/adapter_config.json"}
         found = [(name.rpartition("/")[2], source) for name, source in found if source.name in own]
     return tuple(FileEntry(name, source.size, _hashed(source)) for name, source in found)

@@ -77,6 +77,7 @@ class Job:
         ahead: a check of values before the first byte.
         force: replace an output that exists.
         also: jobs of other outputs that are written in the same pass, such as the tower of a model.
+        recorded: the models and adapters that the record names, which are read once more for it.
     """
 
     plan: Plan
@@ -92,6 +93,7 @@ class Job:
     ahead: Callable[[], None] | None = None
     force: bool = False
     also: tuple[Job, ...] = ()
+    recorded: Callable[[], Sequence[Any]] | None = None
 
     def check(self, *, room: bool = True, resume: bool = False) -> None:
         """Refuse everything that can be refused before the first byte.
@@ -164,9 +166,11 @@ def foreseen(jobs: Sequence[Job]) -> Moved:
     """What object stores were asked for so far, and will be when jobs are carried out."""
     if not any(isinstance(job.out, Address) or any(source.version for source in job.sources) for job in jobs):
         return moved()
-    from adapterkit.checkpoint.foreseen import foreseen as of_one
+    from adapterkit.verbs.foreseen import foreseen as of_one
 
-    return sum((of_one(job) for job in jobs), moved())
+    # In this order: what is opened to look ahead is opened again by the run, and counts.
+    ahead = sum((of_one(job) for job in jobs), Moved())
+    return moved() + ahead
 
 
 def run(

@@ -95,6 +95,13 @@ class Merge:
         found = ((adapter.ref, half_saved_note(adapter)) for adapter in self.adapters)
         return tuple(f"{ref} {words}" for ref, words in found if words)
 
+    def _stored(self, base: Any) -> Checkpoint:
+        """The base as it is stored. Values that are decoded or quantized on the way have no bytes of their own; what they
+        were made from does."""
+        if self.base_values == "as stored":
+            return self.base
+        return open_model(base) if self.base.stored is None else self.base.stored.checkpoint
+
     def report(self, measured: Measured, fidelity: FidelityReport | None = None) -> MergeReport:
         """What was done, or would be."""
         from adapterkit.adapters.merged import not_finite
@@ -157,6 +164,7 @@ class Merge:
             ahead=loss.ahead,
             force=asked.force,
             also=() if self.output.tower is None else (self.output.tower,),
+            recorded=lambda: (self._stored(named), *self.adapters),
         )
 
 
@@ -311,10 +319,7 @@ def _record(
     from adapterkit.provenance.record import adapter_parent, base_parent, parameters_of, recorder
 
     asked = planned.request
-    # Values that are decoded or quantized on the way have no bytes of their own; what they were made from does.
-    stored = planned.base
-    if planned.base_values != "as stored":
-        stored = open_model(base)
+    stored = planned._stored(base)
     parents = [base_parent(stored, full=full)]
     if asked.base16 is not None:
         parents.append(base_parent(open_model(asked.base16), "original", full=full))

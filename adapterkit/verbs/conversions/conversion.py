@@ -7,14 +7,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.bases import open_model
+from adapterkit.bases import open_adapter, open_model
 from adapterkit.checkpoint.open import is_object, locate
 from adapterkit.errors import NotFound
+from adapterkit.places import address_of
 from adapterkit.verbs.job import Job
 from adapterkit.verbs.report import ConvertReport
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.plan import Plan
@@ -62,6 +63,16 @@ class Conversion:
         """The estimate, in bytes."""
         return self.plan.peak_memory
 
+    def _recorded(self) -> Sequence[Any]:
+        """What the record names that lies in a store: it is opened once more to be read."""
+        from adapterkit.requests.formats import FORMATS
+
+        found: list[Any] = []
+        if address_of(self.src) is not None:
+            found.append(open_adapter(self.src) if FORMATS[self.to].adapter else open_model(self.src))
+        base = getattr(self.request, "base", None)
+        return (*found, *([open_model(base)] if base is not None and address_of(base) is not None else ()))
+
     def job(self) -> Job:
         """The conversion as what an executor takes."""
         assert self.request is not None
@@ -74,6 +85,7 @@ class Conversion:
             side=self.side,
             record=self.record,
             beside=self.beside,
+            recorded=self._recorded,
             stage=self.stage,
             force=self.request.force,
             also=self.also,
