@@ -10,6 +10,7 @@ refuses it. So a run that is killed leaves no model, and what it left is found b
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -84,8 +85,8 @@ class StoreOut:
         self._uploads: dict[str, FileUpload] = {}
         self._locks = {file.name: threading.Lock() for file in plan.files}
         self._noted: dict[str, StoredObject] = {}
-        self.there: list[str] = []  # what `check` found
-        self._own = False
+        self._run = os.urandom(16).hex()
+        self._own = self._shared = False
         self._visible: list[str] = []  # keys that this run made
 
     # ------------------------------------------------------------------ what is moved
@@ -125,10 +126,10 @@ class StoreOut:
         for source in self.sources.values():
             if isinstance(source, ObjectFile) and source.address.scheme == self.out.scheme:
                 self._apart(source, folder)
-        there = self.there = self._there()
         if self.force:
             return
-        if there and not (resume and self._claimed_plan() == self.plan.digest):
+        there = self._there()
+        if there and not (resume and (self._claim() or {}).get("plan") == self.plan.digest):
             raise OutputError(
                 f"{self.out} exists ({there[0]})", f"choose another name, or replace it with {option('force', True)}"
             )
@@ -151,17 +152,21 @@ class StoreOut:
             return [one.key for one in self.store.entries(f"{self.out.key}/")]
         return [key for key in self.targets.values() if self.store.head(key) is not None]
 
-    def _claimed_plan(self) -> str | None:
-        """The digest of the plan that the target is claimed for; None where it is not."""
+    def _claim(self) -> dict[str, str] | None:
+        """What the claim of the target says; None where there is none."""
         key = (self.work / CLAIM).key
         found = self.store.head(key)
-        if found is None:
-            return None
+        return None if found is None else self._read_claim(found)
+
+    def _read_claim(self, found: StoredObject) -> dict[str, str]:
         try:
-            said = json.loads(self.store.read(key, 0, found.size, found.etag))
-            return str(said["plan"])
-        except (ValueError, KeyError, TypeError):
-            return ""
+            said = json.loads(self.store.read(found.key, 0, found.size, found.etag))
+            return {str(name): str(value) for name, value in said.items()}
+        except (ValueError, AttributeError):
+            return {}
+
+    def _said(self, **more: str) -> bytes:
+        return json.dumps({"plan": self.plan.digest, "run": self._run, **more}).encode()
 
     def begin(self, *, resume: bool = False, shared: bool = False) -> None:
         """Claim the target for this plan.
@@ -174,13 +179,13 @@ class StoreOut:
             OutputError: another run claimed it.
             AuthError, StoreError
         """
+        self._shared = shared
         noted = {one.key: one for one in self.store.entries(f"{self.work.key}/")}
         claim = (self.work / CLAIM).key
         if claim not in noted:
-            said = json.dumps({"plan": self.plan.digest}).encode()
-            self._own = self.store.put(claim, said, absent=True)
+            self._own = self.store.put(claim, self._said(), absent=True)
             if self._own and self.store.conditions is None:
-                self.store.conditions = not self.store.put(claim, said, absent=True)
+                self.store.conditions = not self.store.put(claim, self._said(), absent=True)
         if not self._own:
             self._take_over(noted, resume=resume, shared=shared)
         if self.store.conditions is False:
@@ -194,9 +199,14 @@ class StoreOut:
         self._noted = {one.key: one for one in self.store.entries(f"{self.work.key}/")}
 
     def _take_over(self, noted: dict[str, StoredObject], *, resume: bool, shared: bool) -> None:
-        plan = self._claimed_plan()
-        same = plan == self.plan.digest
+        said = self._claim() or {}
+        same = said.get("plan") == self.plan.digest
+        if said.get("run") == self._run:
+            self._own = True  # the answer to an earlier attempt was lost
+            return
         if same and (shared or resume):
+            self._run = said.get("run", self._run)
+            self._own = resume
             return
         if not self.force:
             if same:
@@ -208,9 +218,9 @@ class StoreOut:
                 f"another run writes {self.out}, of other inputs or options ({self.work / CLAIM})",
                 f"wait until it is done; if it was interrupted, take its place with {option('force', True)}",
             )
+        self.store.put((self.work / CLAIM).key, self._said())
         self._sweep(noted.values())
         noted.clear()
-        self.store.put((self.work / CLAIM).key, json.dumps({"plan": self.plan.digest}).encode())
         self._own = True
         self.notes = (f"took the place of another run to {self.out}",)
 
@@ -242,7 +252,8 @@ class StoreOut:
             return found
 
     def _note_of(self, file: PlannedFile) -> str:
-        return (self.work / f"{file.name}{NOTE}").key
+        # Of this plan alone: a run that was replaced may not know it yet.
+        return (self.work / f"{file.name}.{self.plan.digest[:16]}{NOTE}").key
 
     def _found(self, file: PlannedFile) -> FileUpload | None:
         note = self._noted.get(self._note_of(file))
@@ -271,9 +282,11 @@ class StoreOut:
         replaced = note in self._noted  # what it named is gone
         if self.store.put(note, said, absent=not replaced):
             return FileUpload(assembly)
+        there = self.store.head(note)
+        if there is not None and self.store.read(note, 0, there.size, there.etag) == said:
+            return FileUpload(assembly)  # the answer to an earlier attempt was lost
         # Another worker was sooner: its upload gets all parts of the file.
         assembly.abort()
-        there = self.store.head(note)
         found = None if there is None else self._of_note(file, there)
         if found is None:
             raise OutputError(f"the upload of {self.store.place(key)} is gone", "execute the part again")
@@ -332,17 +345,20 @@ class StoreOut:
         """See that the target is still claimed for this plan, and say that it is about to appear."""
         claim = (self.work / CLAIM).key
         found = self.store.head(claim)
-        lost = OutputError(
+        if found is None or not self._ours(self._read_claim(found)):
+            raise self._lost()
+        sealed = self._said(state="finishing")
+        if not self.store.put(claim, sealed, over=found.etag) and not self._ours(self._claim() or {}):
+            raise self._lost()
+
+    def _ours(self, said: Mapping[str, str]) -> bool:
+        """Whether a claim is that of this run; of workers of one plan, that of the plan."""
+        return said.get("plan") == self.plan.digest and (self._shared or said.get("run") == self._run)
+
+    def _lost(self) -> OutputError:
+        return OutputError(
             f"another run took over {self.out} meanwhile", "see which of the two is wanted, and run it again"
         )
-        if found is None:
-            raise lost
-        said = json.loads(self.store.read(claim, 0, found.size, found.etag))
-        if said.get("plan") != self.plan.digest:
-            raise lost
-        sealed = json.dumps({"plan": self.plan.digest, "state": "finishing"}).encode()
-        if not self.store.put(claim, sealed, over=found.etag) and self._claimed_plan() != self.plan.digest:
-            raise lost
 
     def _unveil(self) -> list[str]:
         """Take away what makes an output that is replaced look whole; the keys of all that is there."""
@@ -388,16 +404,16 @@ class StoreOut:
         self.store.delete([*notes, (self.work / CLAIM).key])
 
     def abandon(self) -> None:
-        """Leave nothing: abort the uploads and take the claim away, unless others work for it too."""
-        if not self._own:
-            return
+        """Leave nothing of this run: abort its uploads, and take its claim away if it is still its own."""
         for file in self.plan.files:
             found = self._uploads.get(file.name)
             if found is not None and found.assembly is not None:
                 found.assembly.abort()
-        if self._visible:
+        claimed = self._own and self._ours(self._claim() or {})
+        if self._visible and claimed:
             self.store.delete(self._visible)
-        self._clear()
+        gone = [self._note_of(file) for file in self.plan.files] if self._own else []
+        self.store.delete([*gone, *([(self.work / CLAIM).key] if claimed else [])])
 
     def _abreast(self, do: Callable[[str], T], names: Sequence[str]) -> list[T]:
         if len(names) < 2:

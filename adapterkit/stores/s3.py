@@ -146,7 +146,7 @@ class S3(ObjectStore):
         self.call("put_object", Key=key, Body=data, ContentMD5=_md5(data), **condition)
 
     def delete(self, keys: Iterable[str]) -> None:
-        left = list(keys)
+        left = sorted(set(keys))
         for at in range(0, len(left), DELETED_AT_ONCE):
             some = [{"Key": key} for key in left[at : at + DELETED_AT_ONCE]]
             wanted = {"Objects": some, "Quiet": True}

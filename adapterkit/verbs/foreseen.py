@@ -115,13 +115,14 @@ def _identity(checkpoint: Checkpoint, held: Mapping[str, int] | None = None) -> 
 
 def _claimed(made: StoreOut) -> Moved:
     """What keeps two runs apart, and is taken away at the end."""
-    said = len(json.dumps({"plan": made.plan.digest}))
+    said = len(json.dumps({"plan": made.plan.digest, "run": "r" * 32}))
     again = 0 if made.store.conditions is not None else 1
-    looked = 1 if made.plan.layout == "folder" else len(made.targets)  # for what is there already
+    replaced = 0
     if made.force:
-        looked += 1 + (1 if made.there else 0)
+        looked = 1 if made.plan.layout == "folder" else len(made.targets)  # for what is there already
+        replaced = looked + 1
     # The listing and the claim; then its head, its text, its seal; and the end of all notes.
-    return Moved(looked + 2 + again + 3 + 1, said, 2 * said + 24 + again * said)
+    return Moved(replaced + 2 + again + 3 + 1, said, 2 * said + 24 + again * said)
 
 
 def _sent(made: StoreOut) -> Moved:

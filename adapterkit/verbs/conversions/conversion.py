@@ -42,6 +42,7 @@ class Conversion:
         request: what was asked for.
         beside: what goes next to the output.
         also: what is written in the same pass.
+        named: what the record names, where it was opened for the plan.
     """
 
     src: str
@@ -57,6 +58,7 @@ class Conversion:
     request: ConvertRequest | None = None
     beside: tuple[Beside, ...] = ()
     also: tuple[Job, ...] = ()
+    named: tuple[Any, ...] = ()
 
     @property
     def peak_memory(self) -> int:
@@ -67,6 +69,8 @@ class Conversion:
         """What the record names that lies in a store: it is opened once more to be read."""
         from adapterkit.requests.formats import FORMATS
 
+        if self.named:
+            return self.named
         found: list[Any] = []
         if address_of(self.src) is not None:
             found.append(open_adapter(self.src) if FORMATS[self.to].adapter else open_model(self.src))

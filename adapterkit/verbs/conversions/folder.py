@@ -128,7 +128,9 @@ def planned_folder(
     plan = plan_safetensors(view, max_shard_size=asked.shard_size, jobs=jobs, request=stated)
     side = {file.name: file.bytes() for file in view.side_files}
     record = folder_recorder(opened, to, kind, stated)
-    return Conversion(opened.ref, to, plan, view, opened.sources, count_types(view), side, view.notes, record)
+    return Conversion(
+        opened.ref, to, plan, view, opened.sources, count_types(view), side, view.notes, record, named=(opened,)
+    )
 
 
 bf16, f16, f32 = (partial(_plain, dtype) for dtype in (BF16, F16, F32))
