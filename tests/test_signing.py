@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,13 @@ from models import plain_adapter, plain_base
 import adapterkit
 from adapterkit.cli import main
 from adapterkit.errors import CheckFailed, NotFound, UnsafeError, UsageError
+from adapterkit.provenance import dsse
+from adapterkit.provenance.attest import attest
+from adapterkit.provenance.attested import verify_attestation
 from adapterkit.provenance.signing import sign, verify
 from adapterkit.registry import fsck, register, verbs
+from adapterkit.registry.beside import beside_bytes, beside_path, read_beside
+from adapterkit.registry.checkout import checkout
 from adapterkit.registry.home import Home
 
 pytest.importorskip("model_signing", reason="model-signing is missing: pip install 'adapterkit[sign]'")
@@ -59,19 +66,110 @@ def test_a_folder_and_every_byte_of_it(out: Path, keys: tuple[Path, Path]) -> No
     private, public = keys
     signed = sign(out, private)
     assert signed.signature == out / "model.sig"
-    files = [path for path in out.iterdir() if path.name not in ("adapterkit.json", "model.sig")]
+    files = [path for path in out.iterdir() if path.name not in ("adapterkit.intoto.jsonl", "model.sig")]
     assert verify(out, public).files == len(files)
     for path in files:
         kept = path.read_bytes()
         for place in (0, len(kept) // 2, -1):
             flip(path, place)
-            with pytest.raises(CheckFailed, match=f"is not what was signed: other bytes in {path.name}; get"):
+            with pytest.raises(CheckFailed, match=f"is not what was signed: .*{path.name}"):
                 verify(out, public)
             path.write_bytes(kept)
     assert verify(out, public).files == len(files)
-    # Prose and records change when something is published; it stays what was signed.
-    (out / "README.md").write_text("hello")
+    (out / "model.sig").write_bytes((out / "model.sig").read_bytes() + b"\n")  # JSON, laid out otherwise
     assert verify(out, public).files == len(files)
+
+
+def record_of(out: Path, **fields: object) -> bytes:
+    """The record beside an output with other fields, and a digest that fits."""
+    record = read_beside(out)
+    assert record is not None
+    return beside_bytes(replace(record, **fields))  # type: ignore[arg-type]
+
+
+FORGED = {"measured": {"acc": 1.0}}
+
+
+@pytest.mark.parametrize(
+    "place", ["README.md", "adapterkit.intoto.json", ".gitattributes", "sub/deep/.x", ".git/hooks/post"]
+)
+@pytest.mark.parametrize("before", [True, False])
+def test_everything_beside_is_covered(
+    place: str, before: bool, out: Path, keys: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    private, public = keys
+    if before:
+        attest(out)
+        (out / place).parent.mkdir(parents=True, exist_ok=True)
+        if place != "adapterkit.intoto.json":
+            (out / place).write_text("as it was")
+    signed = sign(out, private)
+    assert signed.left_out == ((".git",) if before and ".git/" in place else ())
+    if not signed.left_out:
+        verify(out, public)
+    (out / place).parent.mkdir(parents=True, exist_ok=True)
+    (out / place).write_text("run evil.sh")
+    with pytest.raises(CheckFailed, match="is not what was signed") as error:
+        verify(out, public)
+    assert place in str(error.value)
+    held = verify(out, public, ignore=[place.partition("/")[0]])  # the user said so, and is told so
+    assert held.left_out == (place.partition("/")[0],)
+    if before and not signed.left_out:
+        (out / place).unlink()
+        with pytest.raises(CheckFailed, match="missing: "):
+            verify(out, public)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"evidence": FORGED}, {"meta": {"x": "y"}}, {"method": "other"}, {"operation": None}]
+)
+def test_a_record_that_says_something_else(
+    fields: dict[str, object], out: Path, keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    private, public = keys
+    for signable in (out, tmp_path / "model.gguf"):
+        if signable.suffix:
+            signable.write_bytes(b"GGUF")
+            beside_path(signable).write_bytes(record_of(out, files=(), identity=read_beside(out).base))  # type: ignore[union-attr]
+        sign(signable, private)
+        assert verify(signable, public).files
+        assert verify_attestation(signable, public).statements
+        kept = beside_path(signable).read_bytes()
+        forged = {**fields, "files": ()} if signable.suffix else fields
+        beside_path(signable).write_bytes(record_of(signable, **forged))
+        with pytest.raises(CheckFailed, match=f"another {next(iter(fields))} than was signed"):
+            verify(signable, public)
+        with pytest.raises(CheckFailed, match=f"another {next(iter(fields))} than was signed"):
+            verify_attestation(signable, public)
+        beside_path(signable).write_bytes(b"{}")
+        with pytest.raises(CheckFailed, match=r"not what was signed: .*adapterkit\.json"):
+            verify(signable, public)
+        beside_path(signable).write_bytes(kept)
+        assert verify(signable, public).files
+
+
+def test_what_lies_beside_a_file(out: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    """A start script is run by whoever trusts the signature."""
+    private, public = keys
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    script = tmp_path / "model.gguf.llama-server.sh"
+    script.write_text("exec llama-server")
+    (tmp_path / "model.gguf2").write_text("another's")
+    sign(file, private)
+    assert verify(file, public).files == 2
+    script.write_text("rm -rf /")
+    with pytest.raises(CheckFailed, match=r"other bytes in model\.gguf\.llama-server\.sh"):
+        verify(file, public)
+    script.write_text("exec llama-server")
+    (tmp_path / "model.gguf.Modelfile").write_text("FROM evil")
+    with pytest.raises(CheckFailed, match=r"not signed: model\.gguf\.Modelfile"):
+        verify(file, public)
+    (tmp_path / "model.gguf.Modelfile").unlink()
+    for path in list(tmp_path.glob("model.gguf*")):  # under another name it is still what was signed
+        path.rename(tmp_path / path.name.replace("model.gguf", "other.gguf", 1))
+    assert verify(tmp_path / "other.gguf", public).files == 2
+    assert verify_attestation(tmp_path / "other.gguf", public).unnamed == ()
 
 
 def test_files_more_or_less(out: Path, keys: tuple[Path, Path]) -> None:
@@ -133,6 +231,125 @@ def test_a_single_file(out: Path, keys: tuple[Path, Path], tmp_path: Path) -> No
     flip(file)
     with pytest.raises(CheckFailed, match=r"other bytes in \."):
         verify(file, public)
+
+
+def test_a_signed_output_stays_signed_on_its_way(
+    out: Path, keys: tuple[Path, Path], home: Path, tmp_path: Path
+) -> None:
+    """Registered, checked out, exported: the record gets a name and a time, and says the same."""
+    private, public = keys
+    (out / "README.md").write_text("a card")
+    (out / ".gitattributes").write_text("*.safetensors filter=lfs")
+    sign(out, private)
+    register.register(out, "desk")
+    assert verify("desk", public).files == len(list(out.iterdir())) - 3
+    checkout("desk", to=tmp_path / "again")
+    assert verify(tmp_path / "again", public).files == verify(out, public).files
+    assert [one.words for one in verify_attestation("desk", public).statements] == [
+        "SLSA provenance: urn:adapterkit:build:merge:v1, from 2 inputs",
+        "record, with no evidence",
+    ]
+    register.register(out, "desk", evidence={"measured": {"acc": 0.9}}, new_version=True)
+    with pytest.raises(CheckFailed, match="record of desk@2 has another evidence than was signed"):
+        verify("desk@2", public)
+    assert verify(sign("desk@2", private).ref, public).files
+    assert "record, with measured" in [one.words for one in verify_attestation("desk@3", public).statements]
+
+
+def test_a_version_whose_record_nobody_signed(out: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    """As an earlier adapterkit, or model-signing itself, signs: the files hold, and the record is anybody's."""
+    private, public = keys
+    sign(out, private)
+    (out / "adapterkit.intoto.jsonl").unlink()
+    register.register(out, "desk")
+    with pytest.raises(CheckFailed, match="desk@1 is not what was signed: its record is not signed"):
+        verify("desk", public)
+
+
+def test_a_statement_of_another_key_or_about_other_files(out: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    private, public = keys
+    other, other_public = key_pair(tmp_path, "other")
+    sign(out, private)
+    place = out / "adapterkit.intoto.jsonl"
+    kept = place.read_bytes()
+    sign(out, other)
+    strange = place.read_bytes()
+    sign(out, private)
+    assert verify_attestation(out, other_public, attestation=_written(tmp_path / "x.jsonl", strange)).statements
+    for data, said in (
+        (strange, "statement 1, was not signed with this key"),
+        (kept + strange, "statement 3, was not signed with this key"),
+        (b"", "holds no signed statement"),
+        (kept[:-30], "holds no signed statement"),
+        (b"[" * 100_000, "holds no signed statement"),
+        (b'{"payload": 3, "signatures": []}', "a field is missing"),
+    ):
+        place.write_bytes(data)
+        for held in (verify, verify_attestation):
+            with pytest.raises(CheckFailed, match=said):
+                held(out, public)
+    place.unlink()
+    with pytest.raises(NotFound, match="no signed statements"):
+        verify_attestation(out, public)
+    place.write_bytes(kept)
+    flip(out / "model-00001-of-00002.safetensors")
+    with pytest.raises(CheckFailed, match="other bytes in model-00001"):
+        verify_attestation(out, public)
+    attest_of_other = sealed({"_type": "https://in-toto.io/Statement/v1", "subject": []}, private)
+    with pytest.raises(CheckFailed, match="no in-toto statement about files"):
+        verify_attestation(out, public, attestation=_written(tmp_path / "y.jsonl", attest_of_other))
+
+
+def _written(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
+
+
+def sealed(statement: dict[str, object], private: Path) -> bytes:
+    return dsse.seal(json.dumps(statement).encode(), dsse.private_key(private))
+
+
+@pytest.mark.parametrize("curve", [ec.SECP256R1(), ec.SECP384R1(), ec.SECP521R1()])
+def test_envelopes_are_those_of_other_tools(curve: ec.EllipticCurve, out: Path, tmp_path: Path) -> None:
+    """securesystemslib, which in-toto and TUF use, takes ours, and we take its."""
+    from securesystemslib.dsse import Envelope
+    from securesystemslib.exceptions import VerificationError
+    from securesystemslib.signer import CryptoSigner, SSlibKey
+
+    key = ec.generate_private_key(curve)
+    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    private = _written(tmp_path / "k.pem", pem)
+    forms = serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    public = _written(tmp_path / "k.pub", key.public_key().public_bytes(*forms))
+    sign(out, private)
+    assert verify_attestation(out, public).statements
+    for line in (out / "adapterkit.intoto.jsonl").read_text().splitlines():
+        envelope = json.loads(line)
+        ours = SSlibKey.from_crypto(key.public_key(), keyid=envelope["signatures"][0]["keyid"])
+        read = Envelope.from_dict(envelope)
+        assert read.verify([ours], 1)
+        read.payload += b" "
+        with pytest.raises(VerificationError):
+            read.verify([ours], 1)
+    if curve.key_size == 256:  # the only kind of key that its own signer makes here
+        theirs = Envelope(json.dumps({"a": 1}).encode(), "application/vnd.in-toto+json", {})
+        theirs.sign(CryptoSigner(key))
+        (found,) = dsse.read_envelopes(json.dumps(theirs.to_dict(), indent=1).encode(), "theirs")
+        assert found.signed_by(key.public_key())
+
+
+def test_the_statement_that_is_sealed_is_the_one_that_lies_there(out: Path, keys: tuple[Path, Path]) -> None:
+    private, public = keys
+    attest(out)
+    sign(out, private)
+    said = verify_attestation(out, public).statements
+    assert said[0].payload == (out / "adapterkit.intoto.json").read_bytes()
+    files = {path.name for path in out.iterdir()} - {"adapterkit.json", "adapterkit.intoto.jsonl", "model.sig"}
+    assert set(said[1].subjects) == files
+    assert all(hashlib.sha256((out / name).read_bytes()).hexdigest() == sum_ for name, sum_ in said[1].subjects.items())
+    flip(out / "config.json", 0)
+    with pytest.raises(CheckFailed, match="not about what lies there: other bytes in config"):
+        sign(out, private)
 
 
 def test_it_travels_in_a_bundle(out: Path, keys: tuple[Path, Path], home: Path, tmp_path: Path) -> None:
@@ -198,7 +415,7 @@ def test_the_verbs(out: Path, keys: tuple[Path, Path], capsys: pytest.CaptureFix
             main([str(argument) for argument in arguments])
         return stopped.value.code, capsys.readouterr().out
 
-    assert run("sign", out, "--key", private) == (0, f"{out / 'model.sig'}\n")
+    assert run("sign", out, "--key", private) == (0, f"{out / 'model.sig'}\n{out / 'adapterkit.intoto.jsonl'}\n")
     code, said = run("verify-signature", out, "--key", public)
     assert (code, said.endswith("files are as they were signed\n")) == (0, True)
     flip(out / "config.json", 0)

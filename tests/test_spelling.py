@@ -93,8 +93,10 @@ def test_names_in_sentences_are_declared() -> None:
         "lora",
         "normalize",
         "health",
+        "ignore",
         "in_file",
-        *("allow_same", "canary", "probe", "token_env"),
+        *("allow_same", "canary", "probe", "token_env", "move_tag"),
+        *("tasks", "null", "base"),
     }
     used = {
         node.args[0].value

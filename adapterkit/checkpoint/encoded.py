@@ -8,10 +8,11 @@ that ask for any of them fill the ranges together.
 from __future__ import annotations
 
 import threading
-from math import gcd
+from math import gcd, isfinite
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.tensor import BLOCK, Tensor
+from adapterkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -146,10 +147,28 @@ class Encoding:
             with self._lock:
                 self._settle()
         new, old = self._read(start)
+        self._check(start, new)
         encoded = self.encoder.encode(start, new, old)
         if self.witness is not None and old is not None:
             self.witness(start, old, new, self.encoder.values(start, encoded))
         return encoded
+
+    def _check(self, start: int, values: torch.Tensor) -> None:
+        """
+        Raises:
+            CheckpointError: NaN or an infinity, which would spread over all values that share its scale.
+        """
+        import torch
+
+        if isfinite(float(values.sum())):  # a sum may overflow where no value does
+            return
+        bad = torch.nonzero(~torch.isfinite(values.reshape(-1)))
+        if len(bad):
+            raise CheckpointError(
+                f"'{self.weight.name}' cannot be {self.words or 'quantized'}: its value at {start + int(bad[0])} is not "
+                "finite, and would spread over all that share its scale",
+                "use a sound checkpoint",
+            )
 
     def _settle(self) -> None:
         if not self._looked:

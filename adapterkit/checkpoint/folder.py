@@ -26,7 +26,15 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # What never travels with merged weights: other copies of the weights, training state, the base's own card.
 _LEFT_BEHIND = (*PICKLES, ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".npz", ".tflite", ".index.json")
 _LEFT_BEHIND_NAMES = frozenset(
-    {"README.md", RECORD, "adapterkit.intoto.json", "model.sig", ADAPTER_CONFIG, "training_args.bin"}
+    {
+        "README.md",
+        RECORD,
+        "adapterkit.intoto.json",
+        "adapterkit.intoto.jsonl",
+        "model.sig",
+        ADAPTER_CONFIG,
+        "training_args.bin",
+    }
 )
 _LEFT_BEHIND_FOLDERS = frozenset({"original", "onnx", "openvino", "coreml"})
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapterkit.dtypes import DTYPES, DType
 from adapterkit.errors import CheckpointError, UnsafeError
@@ -24,8 +26,7 @@ MAX_DIMS = 32
 MAX_NUMEL = 1 << 63  # also of the dimensions that are not zero: torch multiplies them all
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """What a header says of one tensor; ``start`` and ``stop`` are absolute byte offsets in the file."""
 
     name: str
@@ -122,7 +123,7 @@ def parse_header(read: Callable[[int, int], bytes], size: int, where: str) -> He
         raise CheckpointError(f"{where}: its __metadata__ is not a map of strings", again)
     start = 8 + length
     tensors = sorted(
-        (_info(name, entry, start, where) for name, entry in found.items()), key=lambda t: (t.start, t.stop)
+        (_info(name, entry, start, where) for name, entry in found.items()), key=attrgetter("start", "stop")
     )
     position = start
     for info in tensors:
@@ -151,23 +152,35 @@ def _info(name: str, entry: Any, data_start: int, where: str) -> TensorInfo:
             raise ValueError
         dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
-        if not all(type(n) is int for n in (*shape, begin, end)) or end < begin:
+        if {*map(type, shape), type(begin), type(end)} != {int} or end < begin:
             raise ValueError
-        if prod(size or 1 for size in shape) >= MAX_NUMEL or prod(shape) * dtype.bits % 8:
-            raise ValueError
+        nbytes = _nbytes(dtype.code, shape)
     except KeyError as error:
         raise CheckpointError(
             f"{where}: tensor '{name}' has the unknown dtype {str(error)[:40]}", "update adapterkit"
         ) from None
     except (TypeError, ValueError):
         raise CheckpointError(f"{where}: tensor '{name}' has a malformed entry", "download or save it again") from None
-    if dtype.nbytes(shape) != end - begin:
+    if nbytes != end - begin:
         raise CheckpointError(
-            f"{where}: tensor '{name}' of shape {list(shape)} and dtype {dtype} takes {dtype.nbytes(shape)} bytes, "
+            f"{where}: tensor '{name}' of shape {list(shape)} and dtype {dtype} takes {nbytes} bytes, "
             f"not {end - begin}",
             "download or save it again",
         )
     return TensorInfo(name, dtype, shape, data_start + begin, data_start + end)
+
+
+@lru_cache(1024)  # a model has few shapes and many tensors
+def _nbytes(code: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor.
+
+    Raises:
+        ValueError: too many elements, or not whole bytes.
+    """
+    dtype = DTYPES[code]
+    if prod(size or 1 for size in shape) >= MAX_NUMEL or prod(shape) * dtype.bits % 8:
+        raise ValueError
+    return dtype.nbytes(shape)
 
 
 def build_header(

@@ -1,22 +1,34 @@
-"""One output file of a plan at a time: what a cluster runs.
+"""One part of a plan at a time: what several processes, or a cluster, run.
 
 Each part is written into the hidden folder beside the target, by any machine that sees it, in any order and at the same
-time; when all parts say they are done, `finish_parts` makes the folder the target. The bytes are those of one whole run.
+time; when all bytes of all files are said to be done, `finish_parts` makes the folder the target. The bytes are those of
+one whole run. What lies in the hidden folder beside the files:
+
+* ``.plan``: the digest of the plan whose parts these are. Parts of another plan are never put among them;
+* ``.journal.FILE.jsonl``: the computed tensors of a part that are finished; see `adapterkit.checkpoint.journal`;
+* ``.done.FILE``: a part that is finished, with the plan and the state of the inputs on the machine that wrote it.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import stat
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from adapterkit.checkpoint.cut import PlanPart, whole_files
 from adapterkit.checkpoint.journal import Journal
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import check_target, partial_folder, staging
 from adapterkit.checkpoint.sink import Sink
 from adapterkit.checkpoint.write import finish, identity, input_paths
-from adapterkit.disk import read_inside, write_inside
-from adapterkit.errors import OutputError, UsageError, option
+from adapterkit.disk import open_inside, read_inside, write_all, write_inside
+from adapterkit.errors import CheckpointError, OutputError, UsageError, option
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -26,34 +38,136 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.tensor import Tensor
 
+CLAIM, DONE = ".plan", ".done."
+
+
+@dataclass(frozen=True)
+class Note:
+    """That a range of a file is done: where, and what the inputs were there."""
+
+    file: str
+    start: int
+    stop: int
+    host: str
+    state: str
+
+
+def part_of(parts: Sequence[PlanPart], index: int) -> PlanPart:
+    """One of the parts.
+
+    Raises:
+        UsageError: there is none of this number.
+    """
+    if not 0 <= index < len(parts):
+        raise UsageError(f"there is no part {index}", f"this plan has parts 0 to {len(parts) - 1}")
+    return parts[index]
+
 
 def write_part(
     plan: Plan,
-    index: int,
+    part: PlanPart,
     tensors: Mapping[str, Tensor],
     sources: Sequence[Source],
     out: Path,
     *,
     jobs: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Write ``plan.files[index]`` into the hidden folder of ``out``; a part that was interrupted resumes.
+) -> int:
+    """Write a part into the hidden folder of ``out``; one that was interrupted resumes.
+
+    Returns:
+        How many computed tensors were re-used.
 
     Raises:
-        UsageError: there is no such part.
         OutputError, AdapterkitError: as for a whole run.
     """
-    if not 0 <= index < len(plan.files):
-        raise UsageError(f"there is no part {index}", f"this plan has parts 0 to {len(plan.files) - 1}")
-    file = plan.files[index]
     inputs = input_paths(plan, sources)
-    check_target(out, inputs, file.nbytes, force=True, held=[partial_folder(out) / file.name])
-    with staging(out, resume=True, shared=True) as folder:
-        journal = Journal(folder, identity(plan, sources), f".journal.{index}.jsonl")
-        Sink(plan, tensors, sources, folder, jobs=jobs or default_jobs(), journal=journal, progress=progress).run(
-            [file]
+    check_target(out, inputs, part.nbytes, force=True, held=[partial_folder(out) / part.file.name])
+    with claimed(plan, out) as folder:
+        state = identity(plan, sources)
+        journal = Journal(folder, state, f".journal.{part.name}.jsonl")
+        sink = Sink(
+            *(plan, tensors, sources, folder),
+            jobs=jobs or default_jobs(),
+            journal=journal,
+            shared=True,
+            progress=progress,
         )
-        write_inside(folder, _note(file.name), plan.digest.encode())
+        sink.run([part])
+        said = {"plan": plan.digest, "file": part.file.name, "start": part.start, "stop": part.stop}
+        note = {**said, "host": socket.gethostname(), "state": state}
+        write_inside(folder, DONE + part.name, json.dumps(note).encode())
+    return sink.reused
+
+
+@contextmanager
+def claimed(plan: Plan, out: Path) -> Iterator[Path]:
+    """The hidden folder of ``out``, for parts of this plan alone, while others may write parts of it too.
+
+    Raises:
+        OutputError: a run of another plan is writing there.
+    """
+    while True:
+        with staging(out, resume=True, shared=True) as folder:
+            found = _claim(folder, plan)
+            if found:
+                yield folder
+                return
+        # Parts of another plan lie there: they go, unless somebody is at them.
+        with staging(out, resume=True) as folder:
+            for name in os.listdir(folder):
+                if name.startswith((DONE, ".journal.")):
+                    os.unlink(folder / name)
+            write_inside(folder, CLAIM, plan.digest.encode())
+
+
+def _claim(folder: Path, plan: Plan) -> bool:
+    """Whether the parts in a hidden folder are those of this plan; the first that comes says so."""
+    try:
+        fd = open_inside(folder, CLAIM, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    except FileExistsError:
+        return _said(folder) == plan.digest.encode()
+    try:
+        write_all(fd, plan.digest.encode())
+    finally:
+        os.close(fd)
+    return True
+
+
+def _said(folder: Path) -> bytes:
+    """What plan a hidden folder is for; one that is being made at this moment is waited for."""
+    found = b""
+    for _ in range(50):
+        found = read_inside(folder, CLAIM) or b""
+        if len(found) == 64:
+            break
+        time.sleep(0.02)
+    return found
+
+
+def forget(plan: Plan, out: Path, state: str) -> None:
+    """Take away what this machine said to be done with inputs in another state than they are in now.
+
+    Args:
+        state: as `identity` has it.
+    """
+    with claimed(plan, out) as folder:
+        for name, note in _named_notes(plan, folder):
+            if note.host == socket.gethostname() and note.state != state:
+                os.unlink(folder / name)
+
+
+def left(plan: Plan, parts: Sequence[PlanPart], out: Path) -> list[PlanPart]:
+    """The parts that are not said to be done."""
+    folder = partial_folder(out)
+    if not folder.is_dir():
+        return list(parts)
+    covered = _covered(_notes(plan, folder))
+    return [
+        part
+        for part in parts
+        if _holes(covered.get(part.file.name, []), part.start, part.stop) or not _there(folder, part)
+    ]
 
 
 def finish_parts(
@@ -63,31 +177,85 @@ def finish_parts(
     side_files: Mapping[str, bytes],
     force: bool = False,
     record: Callable[[Path], Mapping[str, bytes]] | None = None,
+    parts: Sequence[PlanPart] | None = None,
 ) -> None:
     """Make the target once every part is done.
 
+    Args:
+        parts: as the caller counts them, for the error that names those that are missing; by default one a file.
+
     Raises:
         OutputError: parts are missing, or belong to another plan.
+        CheckpointError: an input changed between two parts.
     """
     if os.path.lexists(out) and not force:
         raise OutputError(f"{out} exists", f"choose another name, or replace it with {option('force', True)}")
     if not partial_folder(out).is_dir():
         raise OutputError(f"{out}: no part is done", "execute the parts, then finish")
     with staging(out, resume=True) as folder:
-        missing = [str(i) for i, file in enumerate(plan.files) if not _done(plan, folder, file.name, file.nbytes)]
+        missing = [str(part.index) for part in left(plan, parts or whole_files(plan.files), out)]
         if missing:
             raise OutputError(f"{out}: parts {', '.join(missing[:8])} are not done", "execute them, then finish again")
+        _check_inputs(_notes(plan, folder))
         finish(plan, folder, out, side_files, force=force, record=record)
 
 
-def _note(name: str) -> str:
-    return f".done.{name}"
+def _check_inputs(notes: Iterable[Note]) -> None:
+    """Refuse parts that one machine wrote of inputs in two states.
+
+    Raises:
+        CheckpointError: an input changed while the parts were executed.
+    """
+    states: dict[str, str] = {}
+    for note in notes:
+        if states.setdefault(note.host, note.state) != note.state:
+            raise CheckpointError(
+                f"an input changed while the parts were executed (on {note.host})",
+                f"remove the parts that are done ({DONE}* in the hidden folder) and execute them again",
+            )
 
 
-def _done(plan: Plan, folder: Path, name: str, nbytes: int) -> bool:
+def _notes(plan: Plan, folder: Path) -> list[Note]:
+    """The parts of this plan that are done, by what their writers said."""
+    return [note for _, note in _named_notes(plan, folder)]
+
+
+def _named_notes(plan: Plan, folder: Path) -> list[tuple[str, Note]]:
+    found = []
+    for name in sorted(os.listdir(folder)):
+        if not name.startswith(DONE):
+            continue
+        try:
+            said = json.loads(read_inside(folder, name) or b"")
+            if said.pop("plan") == plan.digest:
+                found.append((name, Note(**said)))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # torn: its part is not done
+    return found
+
+
+def _covered(notes: Iterable[Note]) -> dict[str, list[tuple[int, int]]]:
+    found: dict[str, list[tuple[int, int]]] = {}
+    for note in notes:
+        found.setdefault(note.file, []).append((note.start, note.stop))
+    return {name: sorted(ranges) for name, ranges in found.items()}
+
+
+def _holes(covered: Iterable[tuple[int, int]], start: int, stop: int) -> bool:
+    """Whether bytes of a range are not covered; an empty file is when something says so."""
+    place = start
+    hit = False
+    for low, high in covered:
+        hit = hit or low <= start <= high
+        if low > place:
+            break
+        place = max(place, high)
+    return place < stop or not hit
+
+
+def _there(folder: Path, part: PlanPart) -> bool:
     try:
-        proved = read_inside(folder, _note(name)) == plan.digest.encode()
-        info = (folder / name).lstat()
-        return proved and stat.S_ISREG(info.st_mode) and info.st_size == nbytes
+        info = (folder / part.file.name).lstat()
+        return stat.S_ISREG(info.st_mode) and info.st_size == part.file.nbytes
     except FileNotFoundError:
         return False

@@ -10,12 +10,14 @@ import base64
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from adapterkit.checkpoint.folder import INDEX, PIPELINE, SINGLE
 from adapterkit.checkpoint.header import build_header
 from adapterkit.checkpoint.listing import check_plain
+from adapterkit.checkpoint.plan_file import PlanStep, Steps, Tables, columns_of, to_text
 from adapterkit.checkpoint.tensor import Stored
 from adapterkit.dtypes import DTYPES
 from adapterkit.errors import CheckpointError, UsageError, option
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.tensor import Tensor
 
-FORMAT = 1  # of the plan file
+FORMAT = 2  # of the plan file
 BASELINE_MEMORY = 260_000_000  # bytes: python, torch and its libraries, as measured on Linux x86-64
 WORKER_MEMORY = 16_000_000  # bytes: block buffers of one worker thread
 
@@ -60,21 +62,6 @@ def default_jobs() -> int:
 
 
 @dataclass(frozen=True)
-class PlanStep:
-    """One tensor of an output file: copied from ``source`` when that is set, else computed."""
-
-    tensor: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-    how: str
-    reads: int
-    source: str | None = None
-    source_offset: int = 0
-
-
-@dataclass(frozen=True)
 class Chunk:
     """Bytes of an output file beside its tensors: a range of ``source`` when that is set, else ``data`` (base64)."""
 
@@ -100,7 +87,7 @@ class PlannedFile:
 
     name: str
     nbytes: int
-    steps: tuple[PlanStep, ...]
+    steps: Sequence[PlanStep]
     verbatim: str | None = None
     head: tuple[Chunk, ...] = ()
 
@@ -182,18 +169,43 @@ class Plan:
             return tuple(place.name for place in self.targets(out).values())
         return tuple(path.name for path in self.targets(out).values())
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 over everything that decides the output bytes; how many workers there are does not."""
         import hashlib
 
-        return hashlib.sha256(json.dumps(asdict(replace(self, peak_memory=0)), sort_keys=True).encode()).hexdigest()
+        said = json.dumps({**self._data(), "peak_memory": 0}, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(said.encode()).hexdigest()
 
     def header(self, file: PlannedFile) -> bytes:
         return build_header([(s.tensor, DTYPES[s.dtype], s.shape) for s in file.steps], self.metadata)[0]
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
+        """The plan file; `adapterkit.checkpoint.plan_file` says what is in it."""
+        return to_text(self._data())
+
+    def _data(self) -> dict[str, Any]:
+        tables, columns = columns_of([file.steps for file in self.files])
+        files = [
+            {
+                "name": file.name,
+                "nbytes": file.nbytes,
+                "verbatim": file.verbatim,
+                "head": [asdict(chunk) for chunk in file.head],
+                **of_file,
+            }
+            for file, of_file in zip(self.files, columns, strict=True)
+        ]
+        return {
+            "format": self.format,
+            "layout": self.layout,
+            "peak_memory": self.peak_memory,
+            "metadata": dict(self.metadata),
+            "request": dict(self.request),
+            "inputs": dict(self.inputs),
+            **tables,
+            "files": files,
+        }
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Plan:
@@ -207,11 +219,12 @@ class Plan:
             data = json.loads(text)
             if data["format"] != FORMAT:
                 raise CheckpointError(f"the plan has format {data['format']}, not {FORMAT}", "make it again")
+            tables = Tables(data["kinds"], data["sources"])
             files = tuple(
                 PlannedFile(
                     check_plain(file["name"], "the plan"),
-                    file["nbytes"],
-                    tuple(PlanStep(**{**step, "shape": tuple(step["shape"])}) for step in file["steps"]),
+                    int(file["nbytes"]),
+                    Steps(file, tables),
                     file["verbatim"],
                     tuple(Chunk(**chunk) for chunk in file["head"]),
                 )
@@ -338,16 +351,11 @@ def _same_header(tensors: Sequence[Tensor], like: Mapping[str, Tensor]) -> tuple
 
 def step_of(tensor: Tensor, offset: int) -> PlanStep:
     """The step that puts ``tensor`` at ``offset`` of its file."""
+    if type(tensor) is Stored:  # most are, and a large model has many
+        nbytes = tensor.nbytes
+        place = (tensor.source.name, tensor.offset)
+        return PlanStep(tensor.name, tensor.dtype.code, tensor.shape, offset, nbytes, "copy", nbytes, *place)
     extent = tensor.extent
-    source = None if extent is None else extent.source.name
-    return PlanStep(
-        tensor.name,
-        tensor.dtype.code,
-        tensor.shape,
-        offset,
-        tensor.nbytes,
-        tensor.how,
-        tensor.reads,
-        source,
-        0 if extent is None else extent.offset,
-    )
+    place_of = (None, 0) if extent is None else (extent.source.name, extent.offset)
+    about = (tensor.name, tensor.dtype.code, tensor.shape, offset, tensor.nbytes, tensor.how, tensor.reads)
+    return PlanStep(*about, *place_of)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from adapterkit.checkpoint.plan import Plan, PlannedFile, PlanStep
+    from adapterkit.checkpoint.plan import Plan, PlannedFile
+    from adapterkit.checkpoint.plan_file import PlanStep
     from adapterkit.checkpoint.tensor import Tensor
 
 LEAST = 5 << 20  # bytes of a part that is not the last
@@ -101,7 +102,7 @@ class Schedule:
 
     def of_range(self, start: int, stop: int) -> list[ObjectPart]:
         """The parts that begin in a range, so that ranges which make up the file have each part once."""
-        return [part for part in self.parts if start <= part.start < stop]
+        return [part for part in self.parts if start <= part.start < max(stop, 1)]
 
 
 def schedule(plan: Plan, file: PlannedFile, tensors: Mapping[str, Tensor], inside: Callable[[str], bool]) -> Schedule:

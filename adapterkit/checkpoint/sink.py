@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
     import torch
 
+    from adapterkit.checkpoint.cut import PlanPart
     from adapterkit.checkpoint.files import Source
-    from adapterkit.checkpoint.plan import Plan, PlannedFile, PlanStep
+    from adapterkit.checkpoint.plan import Plan, PlannedFile
+    from adapterkit.checkpoint.plan_file import PlanStep
     from adapterkit.checkpoint.tensor import Tensor
 
 COPY_CHUNK = 32 << 20  # bytes per copy task, so that a large tensor is shared among workers
@@ -79,6 +81,7 @@ class Sink:
         folder: the hidden folder, which exists.
         jobs: worker threads.
         journal: where finished tensors are noted.
+        shared: other processes may write the same files at this moment.
         progress: called now and then with bytes done and bytes in all.
     """
 
@@ -91,8 +94,10 @@ class Sink:
         *,
         jobs: int,
         journal: Journal,
+        shared: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> None:
+        self._shared = shared
         self._plan, self._tensors = plan, tensors
         self._sources = {source.name: source for source in sources}
         self._folder, self._jobs, self._journal, self._progress = folder, jobs, journal, progress
@@ -101,27 +106,31 @@ class Sink:
         self.done = self.total = 0
         self.reused = 0
 
-    def run(self, files: Sequence[PlannedFile]) -> None:
-        """Write ``files``.
+    def run(self, parts: Sequence[PlanPart]) -> None:
+        """Write parts.
 
         Raises:
             OutputError: the disk is full or fails.
             AdapterkitError: an input could not be read or a tensor not computed.
         """
-        run_together([(self, files)], jobs=self._jobs, progress=self._progress)
+        run_together([(self, parts)], jobs=self._jobs, progress=self._progress)
 
-    def open(self, files: Sequence[PlannedFile]) -> list[_Queue]:
-        """Make the files, and give what is to be done for each."""
-        expect(self._plan, files, self._sources.values())
+    def open(self, parts: Sequence[PlanPart]) -> list[_Queue]:
+        """Make the files, and give what is to be done for each part."""
+        expect(self._plan, [part.file for part in parts], self._sources.values(), _copied_elsewhere(parts))
         proved = self._journal.read()
         self._journal.start()
         queues = []
-        for file in files:
-            fd = disk.open_kept_inside(self._folder, file.name)
+        for part in parts:
+            make = disk.open_shared_inside if self._shared else disk.open_kept_inside
+            fd = make(self._folder, part.file.name)
             self._fds.append(fd)
-            os.ftruncate(fd, file.nbytes)
-            queues.append(_Queue(self, self._tasks(file, fd, proved), file.nbytes))
-        self.total = sum(file.nbytes for file in files)
+            if not part.whole:
+                disk.calls.hold_range(fd, part.start, part.nbytes)
+            if os.fstat(fd).st_size != part.file.nbytes:
+                os.ftruncate(fd, part.file.nbytes)
+            queues.append(_Queue(self, self._tasks(part, fd, proved), part.nbytes))
+        self.total = sum(part.nbytes for part in parts)
         return queues
 
     def check_sources(self) -> None:
@@ -148,21 +157,26 @@ class Sink:
     def place(self) -> str:
         return str(self._folder)
 
-    def _tasks(self, file: PlannedFile, fd: int, proved: Mapping[tuple[str, str], str]) -> Iterator[Callable[[], int]]:
+    def _tasks(self, part: PlanPart, fd: int, proved: Mapping[tuple[str, str], str]) -> Iterator[Callable[[], int]]:
+        file = part.file
         if file.verbatim is not None:
-            yield from _copy_tasks(self._sources[file.verbatim], 0, fd, 0, file.nbytes)
+            yield from _copy_tasks(self._sources[file.verbatim], part.start, fd, part.start, part.nbytes)
             return
-        if not file.head:
+        if not file.head and part.start == 0:
             header = self._plan.header(file)
             yield lambda: _write(fd, memoryview(header), 0)
         for chunk in file.head:
+            if not part.start <= chunk.offset < part.stop:
+                continue
             if chunk.source is not None:
                 source = self._sources[chunk.source]
                 yield from _copy_tasks(source, chunk.source_offset, fd, chunk.offset, chunk.nbytes)
             else:
                 yield lambda chunk=chunk: _write(fd, memoryview(chunk.content), chunk.offset)  # type: ignore[misc]
-        yield from (lambda gap=gap: _write(fd, memoryview(bytes(gap[1])), gap[0]) for gap in file.gaps)
-        for step in file.steps:
+        for gap in file.gaps:
+            if part.start <= gap[0] < part.stop:
+                yield lambda gap=gap: _write(fd, memoryview(bytes(gap[1])), gap[0])  # type: ignore[misc]
+        for step in part.steps:
             tensor = self._tensors[step.tensor]
             extent = tensor.extent
             if extent is not None:
@@ -318,12 +332,12 @@ class _Pool:
 
 
 def run_together(
-    runs: Sequence[tuple[Sink, Sequence[PlannedFile]]],
+    runs: Sequence[tuple[Sink, Sequence[PlanPart]]],
     *,
     jobs: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write files of several sinks, abreast, with one set of workers.
+    """Write parts of several sinks, abreast, with one set of workers.
 
     Raises:
         OutputError: the disk is full or fails.
@@ -332,9 +346,9 @@ def run_together(
     sinks = [sink for sink, _ in runs]
     try:
         queues = []
-        for sink, files in runs:
+        for sink, parts in runs:
             try:
-                queues += sink.open(files)
+                queues += sink.open(parts)
             except OSError as error:
                 raise _output_error(error, sink.place) from error
         _Pool(sinks, queues, progress).work(jobs)
@@ -386,6 +400,19 @@ def wanted_ranges(
                     copied = (step.source_offset, step.source_offset + step.nbytes)
                     apart.setdefault(step.source, []).append(copied)
     return [(source, _rest(source, sorted(apart.get(source.name, [])))) for source in remote]
+
+
+def _copied_elsewhere(parts: Sequence[PlanPart]) -> dict[str, list[tuple[int, int]]]:
+    """By source, what the other parts of the files that these parts lie in copy."""
+    if all(part.whole for part in parts):
+        return {}
+    here = {(part.file.name, step.tensor) for part in parts for step in part.steps}
+    found: dict[str, list[tuple[int, int]]] = {}
+    for file in {part.file.name: part.file for part in parts}.values():
+        for step in file.steps:
+            if step.source is not None and (file.name, step.tensor) not in here:
+                found.setdefault(step.source, []).append((step.source_offset, step.source_offset + step.nbytes))
+    return found
 
 
 def _rest(source: Source, apart: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

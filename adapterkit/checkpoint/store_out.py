@@ -194,6 +194,10 @@ class StoreOut:
             )
         self._noted = noted if resume or shared else {}
 
+    def shared(self) -> None:
+        """The claim is that of all workers of this plan, whichever of them made it."""
+        self._shared = True
+
     def look(self) -> None:
         """See which uploads there are, without a claim of one's own."""
         self._noted = {one.key: one for one in self.store.entries(f"{self.work.key}/")}

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 from adapterkit.checkpoint.files import check_unchanged
 from adapterkit.checkpoint.objects import ObjectFile, hold
 from adapterkit.checkpoint.schedule import ObjectPart, Schedule, Segment
-from adapterkit.checkpoint.sink import Sink, _bytes, _Queue, expect, run_together
+from adapterkit.checkpoint.sink import Sink, _bytes, _Queue, expect
 from adapterkit.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
+    from adapterkit.checkpoint.cut import PlanPart
     from adapterkit.checkpoint.plan import PlannedFile
     from adapterkit.checkpoint.store_out import FileUpload, StoreOut
 
@@ -46,26 +47,17 @@ class StoreSink(Sink):
         self.reused = 0
         hold(jobs)
 
-    def run_ranges(self, ranges: Sequence[tuple[PlannedFile, int, int]]) -> None:
-        """Send the parts of objects that begin in these ranges of files.
-
-        Raises:
-            OutputError, AuthError, StoreError
-            AdapterkitError: an input could not be read or a tensor not computed.
-        """
-        run_together([(self, ranges)], jobs=self._jobs, progress=self._progress)  # type: ignore[list-item]
-
-    def open(self, files: Sequence[PlannedFile] | Sequence[tuple[PlannedFile, int, int]]) -> list[_Queue]:
-        ranges = [one if isinstance(one, tuple) else (one, 0, one.nbytes + 1) for one in files]
-        named = [file for file, _, _ in ranges]
+    def open(self, parts: Sequence[PlanPart]) -> list[_Queue]:
+        """Give what is to be done for each part of the plan: the parts of objects that begin in it."""
+        named = list({part.file.name: part.file for part in parts}.values())
         expect(self._plan, named, self._sources.values(), self._made.copied(named))
         queues = []
-        for file, start, stop in ranges:
-            found = self._made.begun(file)
-            parts = self._made.schedule(file).of_range(start, stop)
-            self._expect_bytes(self._made.schedule(file), parts, found)
-            nbytes = sum(part.nbytes for part in parts)
-            queues.append(_Queue(self, self._part_tasks(file, parts, found), nbytes))
+        for one in parts:
+            made, found = self._made.schedule(one.file), self._made.begun(one.file)
+            begin = made.of_range(one.start, one.stop)
+            self._expect_bytes(made, begin, found)
+            nbytes = sum(part.nbytes for part in begin)
+            queues.append(_Queue(self, self._part_tasks(one.file, begin, found), nbytes))
             self.total += nbytes
         return queues
 

@@ -7,14 +7,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from adapterkit.checkpoint.cut import whole_files
 from adapterkit.checkpoint.sink import run_together
 from adapterkit.checkpoint.store_out import StoreOut
 from adapterkit.checkpoint.store_sink import StoreSink, written
 from adapterkit.errors import OutputError
 
 if TYPE_CHECKING:
+    from adapterkit.checkpoint.cut import PlanPart
     from adapterkit.checkpoint.listing import Listing
-    from adapterkit.checkpoint.plan import PlannedFile
 
 Progress = Callable[[int, int], None]
 
@@ -54,7 +55,7 @@ def write_to_stores(
             if not resume:
                 held.callback(one.made.abandon)
         sinks = [written(one.made, jobs=jobs, progress=progress) for one in writings]
-        files = [(sink, one.made.plan.files) for sink, one in zip(sinks, writings, strict=True)]
+        files = [(sink, whole_files(one.made.plan.files)) for sink, one in zip(sinks, writings, strict=True)]
         run_together(files, jobs=sinks[0].jobs, progress=progress)
         for one in writings:
             one.made.finish(one.side_files, one.record)
@@ -62,55 +63,50 @@ def write_to_stores(
     return sinks
 
 
-def write_ranges(
-    made: StoreOut,
-    ranges: Sequence[tuple[PlannedFile, int, int]],
-    *,
-    jobs: int | None = None,
-    progress: Progress | None = None,
-) -> int:
-    """Send the parts of objects that begin in some ranges of files, as one worker of several of the same plan.
+def send_part(made: StoreOut, part: PlanPart, *, jobs: int | None = None, progress: Progress | None = None) -> int:
+    """Send one part of a plan, as one worker of several; the output is begun as one that they share.
 
     Returns:
-        How many computed tensors another run had sent.
+        How many computed tensors in it another run had sent.
 
     Raises:
         OutputError: the target is claimed for another plan.
         AuthError, StoreError, CheckpointError
     """
-    made.begin(shared=True)
     sink = written(made, jobs=jobs, progress=progress)
-    sink.run_ranges(ranges)
+    sink.run([part])
     return sink.reused
 
 
-def ranges_left(made: StoreOut, ranges: Sequence[tuple[PlannedFile, int, int]]) -> list[int]:
-    """Of some ranges of files, the places of those whose parts are not all in the store."""
+def parts_left(made: StoreOut, parts: Sequence[PlanPart]) -> list[PlanPart]:
+    """Of some parts of a plan, those whose bytes are not all in the store."""
     made.look()
-    missing = {file.name: set(made.missing(file)) for file in {one[0].name: one[0] for one in ranges}.values()}
+    missing = {file.name: set(made.missing(file)) for file in made.plan.files}
     return [
-        place
-        for place, (file, start, stop) in enumerate(ranges)
-        if any(part.number in missing[file.name] for part in made.schedule(file).of_range(start, stop))
+        part
+        for part in parts
+        if any(
+            one.number in missing[part.file.name] for one in made.schedule(part.file).of_range(part.start, part.stop)
+        )
     ]
 
 
-def finish_ranges(
+def finish_in_store(
     made: StoreOut,
     *,
     side_files: Mapping[str, bytes],
     record: Callable[[Listing], Mapping[str, bytes]] | None = None,
+    parts: Sequence[PlanPart] | None = None,
 ) -> None:
-    """Make the output of a plan whose parts were sent by other workers.
+    """Make the output of a plan whose parts were sent by several workers.
 
     Raises:
         OutputError: parts are missing, the target is there already, or it is claimed for another plan.
         AuthError, StoreError
     """
-    made.look()
-    short = [file.name for file in made.plan.files if made.missing(file)]
-    if short:
-        raise OutputError(
-            f"{made.out}: parts of {', '.join(short[:4])} are not done", "execute them, then finish again"
-        )
+    made.check(resume=True)
+    missing = [str(part.index) for part in parts_left(made, parts or whole_files(made.plan.files))]
+    if missing:
+        raise OutputError(f"{made.out}: parts {', '.join(missing[:8])} are not done", "execute them, then finish again")
+    made.shared()
     made.finish(side_files, record)

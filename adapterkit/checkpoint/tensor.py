@@ -102,6 +102,11 @@ class Stored(Tensor):
     def __init__(self, name: str, dtype: DType, shape: tuple[int, ...], source: Source, offset: int) -> None:
         self.name, self.dtype, self.shape = name, dtype, shape
         self.source, self.offset = source, offset
+        self._nbytes = dtype.nbytes(shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
 
     @property
     def extent(self) -> Extent:

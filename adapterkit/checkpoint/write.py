@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
+from adapterkit.checkpoint.cut import whole_files
 from adapterkit.checkpoint.files import check_unchanged
 from adapterkit.checkpoint.folder import RECORD
 from adapterkit.checkpoint.journal import Journal
@@ -165,8 +166,8 @@ def write_together(
             sink = Sink(one.plan, one.tensors, one.sources, folder, jobs=1, journal=journal)
             runs.append((sink, folder))
             staged.append(one)
-        files = [(sink, one.plan.files) for (sink, _), one in zip(runs, staged, strict=True)]
-        run_together(files, jobs=jobs or default_jobs(), progress=progress)
+        parts = [(sink, whole_files(one.plan.files)) for (sink, _), one in zip(runs, staged, strict=True)]
+        run_together(parts, jobs=jobs or default_jobs(), progress=progress)
         for one in writings:
             check_unchanged(one.sources)
         for (_, folder), one, again in zip(runs, staged, force, strict=True):

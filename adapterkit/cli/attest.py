@@ -22,7 +22,7 @@ attest_option = click.option(
 def command(path: Path, inputs: tuple[str, ...], as_json: bool) -> None:
     """Write adapterkit.intoto.json beside PATH, the output of a verb, from the record that lies there.
 
-    It is unsigned; sign it with any tool for in-toto statements, or sign the output with `adapterkit sign`.
+    It is unsigned; `adapterkit sign` signs it, and the output with it.
 
     \b
     Example:

@@ -11,14 +11,22 @@ from adapterkit.cli.output import Progress, say, show_json, size
 
 @click.command(name="execute", short_help="Execute a saved plan, or one part of it.")
 @click.argument("plan", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder to make.")
+@click.option("-o", "--out", required=True, type=click.Path(), help="The folder to make, here or in a store.")
 @click.option("--part", type=click.IntRange(0), help="Only this part; the folder appears when all parts are finished.")
+@click.option("--part-size", metavar="SIZE", help="Work of a part, like 1GB; by default a part is a file.")
 @click.option("--finish", is_flag=True, help="All parts are done: make the folder.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
-    plan: Path, out: Path, part: int | None, finish: bool, jobs: int | None, force: bool, as_json: bool
+    plan: Path,
+    out: str,
+    part: int | None,
+    part_size: str | None,
+    finish: bool,
+    jobs: int | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Execute a PLAN that --save-plan of a verb wrote.
 
@@ -30,22 +38,24 @@ def command(
       adapterkit execute plan.json -o merged --part 0        # one call for each part, anywhere
       adapterkit execute plan.json -o merged --finish
     """
-    from adapterkit.checkpoint.plan import Plan
-    from adapterkit.verbs.execute import execute, has_parts
+    from adapterkit.checkpoint.plan import Plan, parse_size
+    from adapterkit.verbs.execute import OpenPlan, execute, has_parts
 
     if part is not None and finish:
         raise click.UsageError("--part and --finish exclude each other: parts come first.")
     loaded = Plan.from_json(plan.read_bytes())
-    wanted = [part] if part is not None else [] if finish or not has_parts(loaded) else list(range(len(loaded.files)))
-    for index in wanted:
-        progress = Progress(f"part {index} of {len(loaded.files)}", enabled=not as_json)
-        report = execute(loaded, out, part=index, jobs=jobs, force=force, progress=progress)
-        progress.close()
-    if part is None:
-        report = execute(loaded, out, force=force)
+    opened = OpenPlan(loaded, out, None if part_size is None else parse_size(part_size))
+    if not has_parts(loaded) and part is None:
+        report = execute(loaded, out, jobs=jobs, force=force)
+    else:
+        for index in [part] if part is not None else [] if finish else range(len(opened.parts)):
+            with Progress(f"part {index} of {len(opened.parts)}", enabled=not as_json) as progress:
+                report = opened.execute(index, jobs=jobs, progress=progress)
+        if part is None:
+            report = opened.finish(force=force)
     if as_json:
         show_json(report)
     elif part is not None:
-        say(f"part {part} of {len(loaded.files)} is done")
+        say(f"part {part} of {len(opened.parts)} is done")
     else:
         say(f"{out}: {size(report.nbytes)} in {len(loaded.files)} files")

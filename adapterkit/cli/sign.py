@@ -1,4 +1,4 @@
-"""`adapterkit sign`, `adapterkit verify-signature`"""
+"""`adapterkit sign`, `adapterkit verify-signature`, `adapterkit verify-attestation`"""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from pathlib import Path
 
 import click
 
-from adapterkit.cli.output import say, show_json
+from adapterkit.cli.output import note, say, show_json
 
 _PATH = click.Path(path_type=Path)
+_ignore = click.option(
+    "--ignore", multiple=True, metavar="NAME", help="A file or folder in it that is not looked at, such as .git."
+)
 
 
 @click.command(name="sign", short_help="Sign an output or a version with a key of your own.")
@@ -16,7 +19,10 @@ _PATH = click.Path(path_type=Path)
 @click.option("--key", required=True, type=_PATH, help="The private key: an elliptic curve key in PEM form.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def sign(target: str, key: Path, as_json: bool) -> None:
-    """Sign the files of an output (model.sig beside them) or of a registered version (a new version that carries it).
+    """Sign the files of an output or of a registered version (a new version that carries the signature).
+
+    model.sig covers every file, card and record included; adapterkit.intoto.jsonl holds the provenance and the record, with
+    its evidence, as signed in-toto statements. A .git folder is left out.
 
     Works offline, by OpenSSF model-signing: pip install 'adapterkit[sign]'. The password of an encrypted key is taken
     from ADAPTERKIT_KEY_PASSWORD.
@@ -31,22 +37,29 @@ def sign(target: str, key: Path, as_json: bool) -> None:
 
     made = verb(target, key)
     if as_json:
-        show_json({"signature": str(made.signature), "ref": made.ref})
-    elif made.ref:
+        rows = {"signature": str(made.signature), "statements": str(made.statements), "ref": made.ref}
+        show_json({**rows, "left_out": list(made.left_out)})
+        return
+    for name in made.left_out:
+        note(f"note: {name} is not signed; verify-signature takes --ignore {name}")
+    if made.ref:
         say(f"{made.ref} carries the signature; aliases stay where they are")
     else:
         say(str(made.signature))
+        say(str(made.statements))
 
 
 @click.command(name="verify-signature", short_help="Say whether an output or a version is what was signed.")
 @click.argument("target", metavar="PATH|REF")
 @click.option("--key", required=True, type=_PATH, help="The public key, in PEM form.")
 @click.option("--signature", type=_PATH, help="Where it lies, if not beside the files or in the version.")
+@_ignore
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def verify(target: str, key: Path, signature: Path | None, as_json: bool) -> None:
-    """Read every byte of PATH or REF and hold it against its signature.
+def verify(target: str, key: Path, signature: Path | None, ignore: tuple[str, ...], as_json: bool) -> None:
+    """Read every byte of PATH or REF and hold it against its signature, records and statements included.
 
-    Exits with 3 when a file was changed, added or is missing, or another key signed.
+    Exits with 3 when a file was changed, was added, is missing or was never signed, the record says something else than was
+    signed, or another key signed.
 
     \b
     Example:
@@ -54,8 +67,43 @@ def verify(target: str, key: Path, signature: Path | None, as_json: bool) -> Non
     """
     from adapterkit.provenance.signing import verify as verb
 
-    found = verb(target, key, signature=signature)
+    found = verb(target, key, signature=signature, ignore=ignore)
     if as_json:
-        show_json({"target": found.target, "files": found.files})
-    else:
-        say(f"{found.target}: {found.files} files are as they were signed")
+        show_json({"target": found.target, "files": found.files, "left_out": list(found.left_out)})
+        return
+    for name in found.left_out:
+        note(f"note: {name} was not looked at")
+    say(f"{found.target}: {found.files} files are as they were signed")
+
+
+@click.command(name="verify-attestation", short_help="Say whether signed statements about an output are true of it.")
+@click.argument("target", metavar="PATH|REF")
+@click.option("--key", required=True, type=_PATH, help="The public key, in PEM form.")
+@click.option("--attestation", type=_PATH, help="DSSE envelopes or a Sigstore bundle from elsewhere.")
+@_ignore
+@click.option("--json", "as_json", is_flag=True, help="Print the statements as JSON.")
+def attestation(target: str, key: Path, attestation: Path | None, ignore: tuple[str, ...], as_json: bool) -> None:
+    """Hold signed in-toto statements against the key, and against the files and the record of PATH or REF.
+
+    Reads adapterkit.intoto.jsonl, which sign writes, or what other tools wrote. Exits with 3 when another key signed, a file
+    that a statement names is missing or has other bytes, or the record says something else than was signed.
+
+    \b
+    Example:
+      adapterkit verify-attestation merged --key public.pem
+    """
+    from adapterkit.provenance.attested import verify_attestation
+
+    found = verify_attestation(target, key, attestation=attestation, ignore=ignore)
+    if as_json:
+        rows = [
+            {"predicateType": one.predicate_type, "subjects": dict(one.subjects), "predicate": dict(one.predicate)}
+            for one in found.statements
+        ]
+        show_json({"target": found.target, "statements": rows, "unnamed": list(found.unnamed)})
+        return
+    for one in found.statements:
+        say(f"{one.words}; {len(one.subjects)} files")
+    if found.unnamed:
+        note(f"note: no statement names {', '.join(found.unnamed[:10])}{', ...' if len(found.unnamed) > 10 else ''}")
+    say(f"{found.target}: {len(found.statements)} statements are signed with this key, and true of what is there")

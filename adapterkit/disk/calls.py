@@ -95,6 +95,20 @@ def flock(fd: int, *, shared: bool = False) -> bool:
     return True
 
 
+def hold_range(fd: int, start: int, nbytes: int) -> None:
+    """Say that this process writes these bytes of a file that others write at the same time.
+
+    Clients of NFS write whole pages unless a range of the file is locked: a page in which two ranges meet would bring back
+    what the neighbour had not written yet. Nobody waits for the lock, and where there is none nothing is held.
+    """
+    if fcntl is None or not nbytes:
+        return
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, nbytes, start)
+    except OSError:
+        pass  # another process writes the same bytes, or the file system has no such locks
+
+
 def rename_new(one: Any, other: Any) -> None:
     """Rename, unless the new name exists.
 

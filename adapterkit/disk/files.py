@@ -319,6 +319,31 @@ def open_kept_inside(folder: Path, name: str) -> int:
     return open_new_inside(folder, name)
 
 
+def open_shared_inside(folder: Path, name: str) -> int:
+    """A file inside a working folder that several processes write, each a range of its own; made by the first of them.
+
+    Raises:
+        UnsafeError: something else has its name.
+    """
+    while True:
+        try:
+            fd = open_inside(folder, name, os.O_RDWR)
+        except FileNotFoundError:
+            try:
+                return open_inside(folder, name, os.O_RDWR | os.O_CREAT | os.O_EXCL, make=True)
+            except FileExistsError:
+                continue
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise UnsafeError(f"{folder / name} is a link", "remove it, and run again") from None
+        info = os.fstat(fd)
+        if stat.S_ISREG(info.st_mode) and info.st_nlink <= 1:
+            return fd
+        os.close(fd)
+        raise UnsafeError(f"{folder / name} is no plain file of one name", "remove it, and run again")
+
+
 def read_inside(folder: Path, name: str) -> bytes | None:
     """The bytes of a plain file inside a working folder; None when there is none, or a link."""
     try:

@@ -30,7 +30,7 @@ ALLOWED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("vocab.txt", "merges.txt", "*.model", "*.tiktoken", "chat_template.jinja", "chat_template.json"),
     *("additional_chat_templates/*.jinja", "modules.json", "*sentence*.json", "*/config.json", "Modelfile"),
-    *(CARD, "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "adapterkit.intoto.json", "model.sig"),
+    *(CARD, "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "adapterkit.intoto.json*", "model.sig"),
 )
 _WEIGHTS = (".safetensors", ".gguf")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", ".model", ".tiktoken")

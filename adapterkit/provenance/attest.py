@@ -135,6 +135,11 @@ def statement(
     }
 
 
+def known_files(record: Record) -> list[Sequence[FileEntry]]:
+    """The files of every parent that is registered here; none of the others."""
+    return _matched(record.parents, [])[0]
+
+
 def _matched(parents: Sequence[Parent], inputs: Sequence[Path]) -> tuple[list[Sequence[FileEntry]], list[Path]]:
     """The files of every parent: of the input that has its content or identity, else as registered here; and the inputs
     that are none of them."""

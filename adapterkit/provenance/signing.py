@@ -1,59 +1,69 @@
-"""Signatures by OpenSSF model-signing (the extra ``sign``): with a key of one's own, offline.
+"""Signatures by OpenSSF model-signing (the extra ``sign``), and signed statements: with a key of one's own, offline.
 
-What is signed are the files that make the artefact what it is: weights, configuration, tokenizer. Cards, records and the
-signature itself are left out (and the signature says so), since publishing changes them. ``model.sig`` is a Sigstore
-bundle that the package's own ``model_signing verify key`` reads too.
+``sign`` writes two files. ``model.sig`` is a Sigstore bundle with the digest of every file of the output, card and record
+included; the package's own ``model_signing verify key`` reads it too. ``adapterkit.intoto.jsonl`` holds the provenance and
+the record as signed statements (see `adapterkit.provenance.attested`), which also name what model-signing leaves out:
+``.gitattributes`` and its kind, and what lies beside an output that is a file.
+
+``verify`` holds only where every file that is there is vouched for by one of the two, and the record says what was signed.
 
 An output keeps its signature beside it. A registered version is immutable: signing it adds a version of the same content
-that has ``model.sig`` among its files, and aliases stay where they are.
+that has both among its files, and aliases stay where they are.
 """
 
 from __future__ import annotations
 
-import os
-import re
+import hashlib
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
 from adapterkit.checkpoint.json_data import parse_json
-from adapterkit.errors import CheckFailed, CheckpointError, NotFound, OutputError, UnsafeError, UsageError, option
+from adapterkit.errors import CheckFailed, CheckpointError, NotFound, OutputError, UnsafeError, option
 from adapterkit.packages import missing
-from adapterkit.registry import blobs, resolve
-from adapterkit.registry.home import Home, open_home
-from adapterkit.registry.record import NOT_CONTENT, FileEntry, Record
+from adapterkit.provenance import dsse
+from adapterkit.provenance.attested import RECORD, differing, hold, read_statements, seal_statements
+from adapterkit.provenance.signable import ENVELOPES, SIGNATURE, Signable, entries, signable
+from adapterkit.registry import blobs
+from adapterkit.registry.beside import check_beside
+from adapterkit.registry.home import open_home
+from adapterkit.registry.record import BESIDE, FileEntry
 from adapterkit.registry.register import register_record
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-SIGNATURE = "model.sig"
-PASSWORD = "ADAPTERKIT_KEY_PASSWORD"
-"""The environment variable with the password of an encrypted private key."""
+PREDICATE = "https://model_signing/signature/v1.0"
+# What model-signing never looks at.
+_OF_GIT = (".git", ".gitattributes", ".github", ".gitignore")
+_AGAIN = "get it again from where it was signed"
 
 
 @dataclass(frozen=True)
 class Signed:
-    """``signature`` is the file; ``ref`` the version that carries it, where one was signed."""
+    """``signature`` and ``statements`` are the files; ``ref`` the version that carries them, where one was signed;
+    ``left_out`` what is not vouched for."""
 
     signature: Path
+    statements: Path
     ref: str = ""
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Holds:
-    """What a signature vouches for: ``target`` as given, and how many files."""
+    """What a signature vouches for: ``target`` as given, how many files, and what was not looked at as asked."""
 
     target: str
     files: int
+    left_out: tuple[str, ...] = ()
 
 
 def sign(target: str | Path, key: str | Path, *, home: Path | None = None) -> Signed:
-    """Signs an output or a registered version.
+    """Signs an output or a registered version, with its record and its provenance.
 
     Args:
         target: a folder or file, else a registry name ``name[@version|@alias]``.
@@ -62,31 +72,57 @@ def sign(target: str | Path, key: str | Path, *, home: Path | None = None) -> Si
     Raises:
         UsageError: the key cannot be used, or the extra is not installed.
         UnsafeError: the folder holds symbolic links.
+        CheckFailed: the record or the statement that lies there is about other files.
         NotFound, OutputError, RegistryError
     """
-    private = _key(key, "private")
-    path = _path(target)
-    if path is not None:
-        place = path / SIGNATURE if path.is_dir() else path.with_name(f"{path.name}.{SIGNATURE}")
-        with disk.writing(SIGNATURE, place.parent), tempfile.TemporaryDirectory(prefix="adapterkit-sign-") as folder:
+    signing = _package("signing")
+    private = Path(key).expanduser()
+    own = dsse.private_key(private)
+    with signable(target, home=home) as found:
+        if found.damaged:
+            raise CheckFailed(found.damaged, "restore the record, or take it out")
+        found, out = _without_git(found)
+        with tempfile.TemporaryDirectory(prefix="adapterkit-sign-") as folder:
             made = Path(folder) / SIGNATURE
-            _sign(path, made, private, links=False)
-            disk.write_file(place, made.read_bytes())
-        return Signed(place)
-    at = open_home(home)
-    record = resolve.find(at, str(target))
-    with tempfile.TemporaryDirectory(prefix="adapterkit-sign-") as folder, _folder(at, record) as model:
-        made = Path(folder) / SIGNATURE
-        _sign(model, made, private, links=True)
-        with at.store_lock(shared=True):
-            blob = blobs.put_file(at, made)
-    files = [file for file in record.files if file.path != SIGNATURE]
-    signed = replace(record, files=(*files, FileEntry(SIGNATURE, blob.size, blob.sha256)))
-    added = register_record(signed, record.name, home=home).record
-    return Signed(at.blob(blob.sha256), added.ref)
+            _sign(signing, found, made, private)
+            bundle = made.read_bytes()
+        digests = _digests(found, bundle)
+        files = entries(found, digests)
+        if found.record is not None and found.version is None:
+            check_beside(found.model, found.record, files)
+        statements = seal_statements(found, files, own)
+        if found.version is None:
+            assert found.signature is not None
+            assert found.envelopes is not None
+            with disk.writing(SIGNATURE, found.signature.parent):
+                disk.write_file(found.envelopes, statements)
+                disk.write_file(found.signature, bundle)
+            return Signed(found.signature, found.envelopes, left_out=out)
+    return _signed_version(found, {SIGNATURE: bundle, ENVELOPES: statements}, home)
 
 
-def verify(target: str | Path, key: str | Path, *, signature: Path | None = None, home: Path | None = None) -> Holds:
+def _signed_version(found: Signable, made: Mapping[str, bytes], home: Path | None) -> Signed:
+    at, record = open_home(home), found.version
+    assert record is not None
+    added = []
+    with at.store_lock(shared=True):
+        for name, data in made.items():
+            blob = blobs.put_chunks(at, [data], hashlib.sha256(data).hexdigest(), len(data))
+            added.append(FileEntry(name, blob.size, blob.sha256))
+    files = [file for file in record.files if file.path not in made]
+    ref = register_record(replace(record, files=(*files, *added)), record.name, home=home).record.ref
+    signature, statements = (at.blob(file.sha256) for file in added)
+    return Signed(signature, statements, ref)
+
+
+def verify(
+    target: str | Path,
+    key: str | Path,
+    *,
+    signature: Path | None = None,
+    ignore: Sequence[str] = (),
+    home: Path | None = None,
+) -> Holds:
     """Holds an output or a registered version against its signature; every byte is read.
 
     Args:
@@ -94,58 +130,66 @@ def verify(target: str | Path, key: str | Path, *, signature: Path | None = None
         key: the public key, in PEM form.
         signature: where it lies; by default ``model.sig`` in the folder, ``NAME.model.sig`` beside a file, or the one
             that the version carries.
+        ignore: files and folders inside it that are not looked at, such as the ``.git`` of a clone.
 
     Raises:
-        CheckFailed: a file was changed, is missing or was added, or another key signed.
+        CheckFailed: a file was changed, is missing, was added or was never signed; the record says something else than was
+            signed; or another key signed.
         NotFound: there is no signature.
         UsageError, UnsafeError, RegistryError
     """
-    public = _key(key, "public")
-    path = _path(target)
-    if path is not None:
-        beside = path / SIGNATURE if path.is_dir() else path.with_name(f"{path.name}.{SIGNATURE}")
-        return Holds(str(target), _verify(path, signature or beside, public, str(target)))
-    at = open_home(home)
-    record = resolve.find(at, str(target))
-    own = next((at.blob(file.sha256) for file in record.files if file.path == SIGNATURE), None)
-    if own is None and signature is None:
-        raise NotFound(f"{record.ref} is not signed", f"sign it: adapterkit sign {record.ref} --key PRIVATE.pem")
-    with _folder(at, record) as model:
-        return Holds(record.ref, _verify(model, signature or own or Path(), public, record.ref, links=True))
+    _package("hashing")
+    public = dsse.public_key(Path(key).expanduser())
+    with signable(target, ignore=ignore, home=home) as found:
+        place = signature or found.signature
+        if place is None and found.version is not None:
+            raise NotFound(f"{found.said} is not signed", f"sign it: adapterkit sign {found.said} --key PRIVATE.pem")
+        if place is None or not place.is_file():
+            raise NotFound(
+                f"{found.said} has no signature {place}", f"sign it, or give the file with {option('signature')}"
+            )
+        signed, hashing = _manifest(found, place, public)
+        here = _hashes(found, signed, hashing)
+        _compare(found, signed, here)
+        known = here if hashing["method"] == "files" and hashing["hash_type"] == "sha256" else {}
+        files = {file.path: file.sha256 for file in entries(found, known)}
+        statements = []
+        if found.envelopes is not None and found.envelopes.is_file():
+            statements = read_statements(found, public)
+            hold(found, statements, files)
+        named = {found.name_of(name) for name in signed}
+        for one in statements:
+            named |= {name for name in one.subjects if one.subjects[name] == files.get(name)}
+            named |= {name for name in files if found.own and files[name] in one.subjects.values()}
+        if extra := sorted(set(files) - named):
+            raise CheckFailed(
+                f"{found.said} is not what was signed: not signed: {', '.join(extra)}",
+                f"take out what does not belong there, or leave it out with {option('ignore', extra[0])}",
+            )
+        _record(found, signed, statements)
+        return Holds(found.said, len(files) + (found.beside is not None), found.left_out)
 
 
-def _path(target: str | Path) -> Path | None:
-    path = Path(target).expanduser()
-    if path.exists():
-        return path
-    if isinstance(target, Path) or os.sep in target:
-        raise NotFound(f"{target} does not exist", "give a folder, a file or a registry name")
-    return None
+def _record(found: Signable, signed: Mapping[str, str], statements: Sequence[Any]) -> None:
+    """The record beside the files, or of the version, is one that was signed: by its bytes or by what it says.
+
+    A registry gives an output another name, version and time, and the same record.
+    """
+    if found.beside is not None and BESIDE not in found.left_out:
+        if signed.get(BESIDE) == hashlib.sha256(found.beside.read_bytes()).hexdigest():
+            return
+    elif found.version is None:
+        return
+    said = [one for one in statements if one.predicate_type == RECORD and one.predicate]
+    if found.record is None or not said or differing(found.record, said):
+        what = f"not signed: {found.beside.name}" if found.beside is not None else "its record is not signed"
+        raise CheckFailed(f"{found.said} is not what was signed: {what}", f"sign it again, or {_AGAIN}")
 
 
-def _key(key: str | Path, which: str) -> Path:
-    path = Path(key).expanduser()
-    if not path.is_file():
-        raise NotFound(f"the {which} key {path} does not exist", "openssl makes keys: see adapterkit sign --help")
-    return path
-
-
-@contextmanager
-def _folder(at: Home, record: Record) -> Iterator[Path]:
-    """The signed files of a version under their names: a folder of links, named like the version."""
-    with tempfile.TemporaryDirectory(prefix="adapterkit-sign-") as folder:
-        model = Path(folder) / f"{record.name}-{record.version}"
-        for file in record.files:
-            if file.path in NOT_CONTENT:
-                continue
-            if not file.stored or not blobs.has(at, file.sha256, file.size):
-                raise NotFound(f"{record.ref} has no bytes of {file.path} here", "pull it, or run fsck")
-            place = model / file.path
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(at.blob(file.sha256).absolute())
-        if not model.is_dir():
-            raise UsageError(f"{record.ref} holds no files to sign", "a base is a reference; sign what lies at hand")
-        yield model
+def _without_git(found: Signable) -> tuple[Signable, tuple[str, ...]]:
+    """Without the folder of version control, which changes with every command and is nobody's output."""
+    kept = {name: path for name, path in found.files.items() if not name.startswith(".git/")}
+    return (replace(found, files=kept), (".git",)) if len(kept) < len(found.files) else (found, ())
 
 
 def _package(name: str) -> ModuleType:
@@ -157,94 +201,111 @@ def _package(name: str) -> ModuleType:
         raise missing(error.name or "model_signing", "signing needs the package model-signing", "sign") from None
 
 
-def _hashing(links: bool, besides: tuple[str, ...] = ()) -> Any:
-    config = _package("hashing").Config().use_file_serialization(allow_symlinks=links).set_allow_symlinks(links)
-    return config.set_ignored_paths(paths=sorted({*NOT_CONTENT, *besides}))
-
-
-def _sign(model: Path, signature: Path, private: Path, *, links: bool, besides: tuple[str, ...] = ()) -> None:
-    config = _package("signing").Config().set_hashing_config(_hashing(links, besides))
-    said = os.environ.get(PASSWORD)
+def _sign(signing: ModuleType, found: Signable, signature: Path, private: Path) -> None:
+    hashing = _package("hashing").Config().use_file_serialization(allow_symlinks=found.links)
+    hashing = hashing.set_allow_symlinks(found.links).set_ignored_paths(paths=sorted((SIGNATURE, ENVELOPES)))
+    said = dsse.password()
+    # Version 1.1 hands the password on as it is, to a function that takes bytes.
+    config = signing.Config().set_hashing_config(hashing)
+    config.use_elliptic_key_signer(private_key=private, password=said)
     try:
-        # Version 1.1 hands the password on as it is, to a function that takes bytes.
-        config.use_elliptic_key_signer(private_key=private, password=said.encode() if said is not None else None)
-    except (ValueError, TypeError, AttributeError) as error:  # the last: a key of another kind
-        hint = f"an elliptic curve key in PEM form is needed, its password in ${PASSWORD}"
-        raise UsageError(f"{private} cannot be used as a private key ({_line(error)})", hint) from None
-    try:
-        config.sign(model, signature)
+        config.sign(found.model, signature)
     except ValueError as error:
-        raise UnsafeError(f"{model} cannot be signed ({_line(error)})", "copy files in the place of links") from None
-    except OSError as error:
-        raise OutputError(f"{model} cannot be signed ({error.strerror})", "check the disk") from None
-
-
-def _verify(model: Path, signature: Path, public: Path, what: str, *, links: bool = False) -> int:
-    """How many files the signature holds for."""
-    if not signature.is_file():
-        raise NotFound(f"{what} has no signature {signature}", f"sign it, or give it with {option('signature')}")
-    config = _package("verifying").Config()
-    from cryptography.exceptions import InvalidSignature
-
-    payload = _payload(signature, what)
-    if links:
-        config.set_hashing_config(_like(payload))
-    try:
-        config.use_elliptic_key_verifier(public_key=public)
-    except (ValueError, TypeError, AttributeError) as error:  # the last: a key of another kind
-        raise UsageError(f"{public} cannot be used as a public key ({_line(error)})", "give it in PEM form") from None
-    try:
-        config.verify(model, signature)
-    except InvalidSignature:
-        raise CheckFailed(f"{what} was not signed with this key", "check whose key it is") from None
-    except OSError as error:
-        raise NotFound(f"{what} cannot be read ({error.strerror})", "check its files") from None
-    except ValueError as error:
-        raise CheckFailed(f"{what} is not what was signed: {_differences(error)}", "get it again") from None
-    except Exception as error:  # what the package says about a bundle that is none differs with what is wrong in it
-        raise CheckFailed(
-            f"{what} is not what was signed: {_line(error)}", "get it again from where it was signed"
+        raise UnsafeError(
+            f"{found.said} cannot be signed ({_line(error)})", "copy files in the place of links"
         ) from None
-    return len(payload["predicate"]["resources"])
+    except OSError as error:
+        raise OutputError(f"{found.said} cannot be signed ({error.strerror})", "check the disk") from None
 
 
-def _payload(signature: Path, what: str) -> Any:
-    """The statement inside a signature that nobody has verified yet."""
-    from base64 import b64decode
+def _digests(found: Signable, bundle: bytes) -> dict[str, str]:
+    """The sha256 of the files in a signature that was just made."""
+    payload = parse_json(dsse.read_envelopes(bundle, SIGNATURE)[0].payload, SIGNATURE)
+    return {found.name_of(one["name"]): one["digest"] for one in payload["predicate"]["resources"]}
 
+
+def _manifest(found: Signable, signature: Path, public: Any) -> tuple[dict[str, str], dict[str, Any]]:
+    """The files (or parts of files) of a signature with their digests, and how those were made.
+
+    Raises:
+        CheckFailed: it was made with another key, or is damaged.
+    """
+    name = SIGNATURE if found.links else signature.name
     try:
-        bundle = parse_json(signature.read_bytes(), signature.name)
-        found = parse_json(b64decode(bundle["dsseEnvelope"]["payload"]), signature.name)
-        found["predicate"]["resources"], found["predicate"]["serialization"]["method"]
-    except (CheckpointError, ValueError, KeyError, TypeError) as error:
-        said = f"its signature is damaged ({type(error).__name__})"
-        raise CheckFailed(f"{what} is not what was signed: {said}", "get it again from where it was signed") from None
-    return found
+        envelope, *more = dsse.read_envelopes(signature.read_bytes(), name)
+        if more:
+            raise CheckFailed("it holds several")
+    except CheckFailed as error:
+        raise CheckFailed(
+            f"{found.said} is not what was signed: its signature is damaged ({error.message})", _AGAIN
+        ) from None
+    if not envelope.signed_by(public):
+        raise CheckFailed(f"{found.said} was not signed with this key", "check whose key it is")
+    try:
+        payload = parse_json(envelope.payload, name)
+        predicate = payload["predicate"]
+        rows, how = predicate["resources"], dict(predicate["serialization"])
+        signed = {row["name"]: row["digest"] for row in rows}
+        whole = hashlib.sha256(b"".join(bytes.fromhex(row["digest"]) for row in rows)).hexdigest()
+        right = payload["predicateType"] == PREDICATE and payload["subject"][0]["digest"]["sha256"] == whole
+        if not right or len(signed) < len(rows) or how["method"] not in ("files", "shards"):
+            raise ValueError
+        how["hash_type"], how["shard_size"] = str(how["hash_type"]), int(how.get("shard_size", 0) or 0)
+    except (CheckpointError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        said = "its signature is damaged (it lists no files)"
+        raise CheckFailed(f"{found.said} is not what was signed: {said}", _AGAIN) from None
+    return signed, how
 
 
-def _like(payload: Any) -> Any:
-    """How a signature says that its files were hashed, for files that are links to blobs here."""
-    said = payload["predicate"]["serialization"]
+def _hashes(found: Signable, signed: Mapping[str, str], how: Mapping[str, Any]) -> dict[str, str]:
+    """The digests of what is there, made as those of the signature were; by the names in it."""
+    named = {name.partition(":")[0] for name in signed}  # a part of a file is NAME:FROM:TO
+    paths = [path for name, path in found.files.items() if name in named]
+    if found.own:
+        paths = []
+    elif BESIDE in named and found.beside is not None:
+        paths.append(found.beside)
     config = _package("hashing").Config()
-    if said["method"] == "shards":
-        config.use_shard_serialization(hashing_algorithm=said["hash_type"], shard_size=said["shard_size"])
-    else:
-        config.use_file_serialization(hashing_algorithm=said["hash_type"])
-    return config.set_allow_symlinks(True)
+    try:
+        if how["method"] == "shards":
+            config.use_shard_serialization(hashing_algorithm=how["hash_type"], shard_size=how["shard_size"])
+        else:
+            config.use_file_serialization(hashing_algorithm=how["hash_type"])
+        config.set_allow_symlinks(found.links)
+        config.set_ignored_paths(paths=[], ignore_git_paths=False)
+        if not paths and not found.own:
+            return {}
+        made = config.hash(found.model, files_to_hash=paths or None)
+    except ValueError as error:
+        raise CheckFailed(f"{found.said} is not what was signed: {_line(error)}", _AGAIN) from None
+    except OSError as error:
+        raise NotFound(f"{found.said} cannot be read ({error.strerror})", "check its files") from None
+    return {one.identifier: one.digest.digest_hex for one in made.resource_descriptors()}
 
 
-def _differences(error: ValueError) -> str:
-    """Which files, from a message that gives their digests as bytes."""
-    text = str(error).replace("\\'", "'")
+def _compare(found: Signable, signed: Mapping[str, str], here: Mapping[str, str]) -> None:
+    """
+    Raises:
+        CheckFailed: files of the signature that have other bytes, or are missing.
+    """
+    own = (
+        {BESIDE} if found.beside is not None or found.version is not None else set()
+    )  # told by what it says, see `_record`
+    out = [name.rstrip("/") for name in found.left_out]
+    names = [name for name in signed if name not in own and not any(_inside(name, folder) for folder in out)]
+    missing = sorted({name.partition(":")[0] for name in names if name not in here})
+    other = sorted({name.partition(":")[0] for name in names if name in here and here[name] != signed[name]})
     parts = []
-    for pattern, said in (
-        (r"Hash mismatch for '([^']+)'", "other bytes in"),
-        (r"Extra files found in model '[^']*': ([^'\"\]]+)", "not signed:"),
-        (r"Missing files in model '[^']*': ([^'\"\]]+)", "missing:"),
-    ):
-        if names := re.findall(pattern, text):
-            parts.append(f"{said} {', '.join(names)}")
-    return "; ".join(parts) or _line(error)
+    if other:
+        parts.append(f"other bytes in {', '.join(other)}")
+    if missing:
+        parts.append(f"missing: {', '.join(missing)}")
+    if parts:
+        raise CheckFailed(f"{found.said} is not what was signed: {'; '.join(parts)}", "get it again")
+
+
+def _inside(name: str, folder: str) -> bool:
+    return name.partition(":")[0] == folder or name.startswith(f"{folder}/")
 
 
 def _line(error: Exception) -> str:

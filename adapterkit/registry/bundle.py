@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 
 from adapterkit import disk
 from adapterkit.errors import CheckFailed, NotFound, OutputError, RegistryError, UnsafeError
-from adapterkit.registry import blobs, index, refs, resolve, store, verbs
+from adapterkit.registry import blobs, chain, index, policies, refs, resolve, store, verbs
 from adapterkit.registry.canonical import MAX_BYTES, canonical, parse, sha256
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.lineage import parents_of
@@ -126,10 +126,13 @@ def import_bundle(path: Path, *, aliases: bool = False, home: Path | None = None
             versions.append((record.ref, added.record.ref, added.new))
             for alias in names if aliases else ():
                 try:
-                    refs.move(at, record.name, alias, added.record.version, added.record.digest, expected=0)
+                    gate = policies.gate_of(at, added.record, alias)
+                    why = f"imported from {path.name}"[:200]
+                    where = (added.record.name, alias, added.record.version, added.record.digest)
+                    refs.move(at, *where, expected=0, by=chain.who(), why=why, gate=gate)
                     moved.append(f"{record.name}@{alias}")
                 except CheckFailed:
-                    pass  # It points somewhere here; that is the user's to move.
+                    pass  # It points somewhere here, or asks for more than this version has; that is the user's to move.
     return Imported(tuple(versions), tuple(moved), stored)
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.errors import NotFound, UsageError
-from adapterkit.registry import resolve
+from adapterkit.registry import evaluation, resolve, store
 from adapterkit.registry.beside import beside_path, read_beside, write_beside
 from adapterkit.registry.canonical import thaw
+from adapterkit.registry.evaluation import Score
+from adapterkit.registry.figures import joined
 from adapterkit.registry.home import open_home
 from adapterkit.registry.record import Record
-from adapterkit.registry.register import register_record
 from adapterkit.registry.verification import KEY, Verification, evidence_of
 
 
@@ -64,8 +65,24 @@ def attach_evidence(target: str | Path, kind: str, figures: Mapping[str, Any], *
     found = resolve.find(at, target)
     if found.version in at.hidden_versions(found.name):
         raise UsageError(f"{found.ref} was removed and gets no evidence", "first: adapterkit remove --restore REF")
-    added = register_record(_with(found, kind, figures), found.name, home=home)
+
+    def extended(there: list[Record]) -> Record:
+        # Whoever else added evidence about the same bytes meanwhile keeps it.
+        before = joined([*(one for one in there if one.digest != found.digest), found])
+        return replace(_with(replace(found, evidence=before), kind, figures), name="", version=0)
+
+    with at.store_lock(shared=True):
+        added = store.extend_record(at, found.name, found.content, extended)
     return Attached(added.record, ref=added.record.ref, new=added.new)
+
+
+def attach_evaluation(target: str | Path, found: Iterable[Score], *, home: Path | None = None) -> Attached:
+    """Adds figures of an evaluation (see ``evaluation``).
+
+    Raises:
+        NotFound, RegistryError, UsageError: as for `attach_evidence`.
+    """
+    return attach_evidence(target, evaluation.KEY, evaluation.evidence_of(found), home=home)
 
 
 def attach_verification(target: str | Path, levels: Iterable[Verification], *, home: Path | None = None) -> Attached:

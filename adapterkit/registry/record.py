@@ -32,7 +32,9 @@ SCHEMA = 1
 TYPE = "adapterkit.record"
 BESIDE = RECORD
 # Prose, signatures and the record itself: they change when an artefact is published, and it stays the same artefact.
-NOT_CONTENT = frozenset({BESIDE, "adapterkit.intoto.json", "README.md", ".gitattributes", "model.sig"})
+NOT_CONTENT = frozenset(
+    {BESIDE, "adapterkit.intoto.json", "adapterkit.intoto.jsonl", "README.md", ".gitattributes", "model.sig"}
+)
 KINDS = {
     "adapter": "an adapter as trained, extracted or resized",
     "combined": "an adapter made from several adapters",

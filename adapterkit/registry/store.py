@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from adapterkit import disk
@@ -42,20 +44,45 @@ def add_record(home: Home, draft: Record, name: str, new_version: bool = False) 
             raise RegistryError(f"{file.path} has no blob {file.sha256[:12]} in {home.root}", "store its bytes first")
     home.records(name)  # The name is checked before any lock or folder is made from it.
     with disk.writing(f"a record of {name}", home.root), home.lock(name):
-        journal = _healed_journal(home, name)
-        if not new_version and (found := _same_body(home, name, journal, draft.body)):
-            return Added(found, False)
-        disk.make_folder(home.records(name))
-        while True:
-            version = journal.count(b"\n") + 1
-            record = draft.registered(name, version)
-            line = b"%d %s %s\n" % (version, record.body.encode(), record.digest.encode())
-            with disk.staged(home.staging, record.data) as temporary:
-                _append(home, name, line, len(journal))
-                if disk.publish_new(temporary, home.record(name, version)):
-                    return Added(record, True)
-            # Only where locks do not work: somebody else took the number.
-            journal = rebuilt_journal(home, name)
+        return _add(home, draft, name, new_version)
+
+
+def extend_record(home: Home, name: str, content: str, change: Callable[[list[Record]], Record]) -> Added:
+    """Gives the next version of ``name`` to what ``change`` makes of the visible versions that have ``content`` (oldest
+    first, read under the name's lock, so that of two who extend at once neither loses what the other added).
+
+    Call it under ``home.store_lock(shared=True)``.
+
+    Raises:
+        RegistryError: the journal or a record is damaged.
+        OutputError: the disk is full or refuses.
+    """
+    with disk.writing(f"a record of {name}", home.root), home.lock(name):
+        hidden = home.hidden_versions(name)
+        there: list[Record] = []
+        for version in home.versions(name):
+            if version not in hidden:
+                with suppress(RegistryError, NotFound):  # fsck tells
+                    there.append(load_known(home, name, version))
+        return _add(home, change([one for one in there if one.content == content]), name, False)
+
+
+def _add(home: Home, draft: Record, name: str, new_version: bool) -> Added:
+    """``add_record`` for a caller that holds the name's lock."""
+    journal = _healed_journal(home, name)
+    if not new_version and (found := _same_body(home, name, journal, draft.body)):
+        return Added(found, False)
+    disk.make_folder(home.records(name))
+    while True:
+        version = journal.count(b"\n") + 1
+        record = draft.registered(name, version)
+        line = b"%d %s %s\n" % (version, record.body.encode(), record.digest.encode())
+        with disk.staged(home.staging, record.data) as temporary:
+            _append(home, name, line, len(journal))
+            if disk.publish_new(temporary, home.record(name, version)):
+                return Added(record, True)
+        # Only where locks do not work: somebody else took the number.
+        journal = rebuilt_journal(home, name)
 
 
 def heal(home: Home, record: Record) -> bool:

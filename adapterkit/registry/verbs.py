@@ -10,25 +10,28 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit.errors import CheckFailed, NotFound, UsageError
-from adapterkit.registry import blobs, refs, resolve, store
+from adapterkit.registry import blobs, index, refs, resolve, store
+from adapterkit.registry.base_names import base_shown, registered_bases
 from adapterkit.registry.chain import who
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.names import LATEST, check_alias
 from adapterkit.registry.record import (
     Record,
 )
-from adapterkit.registry.refs import ANY, Gate, Move, Tagged
+from adapterkit.registry.refs import ANY, Move, Tagged
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One version: its record, its aliases, all versions of its name, and the files whose bytes are not here."""
+    """One version: its record, its aliases, all versions of its name, the files whose bytes are not here, and what its base
+    is called here."""
 
     record: Record
     aliases: tuple[str, ...]
     versions: tuple[int, ...]
     hidden: bool
     missing: tuple[str, ...]
+    base: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def show(ref: str, *, home: Path | None = None) -> Shown:
         tuple(version for version in at.versions(record.name) if version not in hidden),
         record.version in hidden,
         tuple(missing),
+        base_shown(record, index.ask(at, registered_bases) if record.base is not None else {}),
     )
 
 
@@ -68,23 +72,35 @@ def tag(
     expected: int = ANY,
     why: str = "",
     by: str = "",
-    gate: Gate | None = None,
+    require: str = "",
+    dry_run: bool = False,
     home: Path | None = None,
 ) -> Tagged:
-    """Points ``alias`` of the name in ``ref`` to the version that ``ref`` means.
+    """Points ``alias`` of the name in ``ref`` to the version that ``ref`` means, if what is asked for holds.
 
     ``expected`` makes it a compare-and-swap: the version it must be at now, 0 for none. ``why`` and ``by`` (by default
-    whoever runs this) are kept with the move. Policies of the alias are asked by `adapterkit.gates.tag.tag`, which gives
-    them as ``gate``.
+    whoever runs this) are kept with the move.
+
+    Args:
+        require: conditions (see ``policy``) that have to hold beside the policies that are kept for the alias.
+        dry_run: ask, and move nothing.
 
     Raises:
-        CheckFailed: the alias is somewhere else than expected; or the gate refuses.
+        CheckFailed: the alias is somewhere else than expected; or a condition does not hold.
+        UsageError: a condition cannot be read.
     """
+    from adapterkit.registry.policies import gate_of
+
     check_alias(alias)
     at = open_home(home)
     record = resolve.find(at, ref)
     if record.version in at.hidden_versions(record.name):
         raise UsageError(f"{record.ref} was removed and gets no alias", "bring it back with restore first")
+    gate = gate_of(at, record, alias, require)
+    if dry_run:
+        now = refs.get(at, record.name, alias)
+        held = tuple(gate(now)) if gate is not None else ()
+        return Tagged(record.name, alias, record.version, record.digest, now.version if now else 0, False, held)
     return refs.move(
         at, record.name, alias, record.version, record.digest, expected, by=by or who(), why=why, gate=gate
     )

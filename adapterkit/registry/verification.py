@@ -15,6 +15,7 @@ from typing import Any
 
 from adapterkit._version import __version__
 from adapterkit.errors import RegistryError
+from adapterkit.registry import evaluation
 from adapterkit.registry.canonical import freeze, thaw
 from adapterkit.registry.names import check_time
 
@@ -98,6 +99,8 @@ def lines(evidence: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     for kind, value in evidence.items():
         if kind == KEY:
             found += [(f"{KEY}: {level.level}", sentence(level)) for level in read(evidence)]
+        elif kind == evaluation.KEY:
+            found += [(one.key, evaluation.sentence(one)) for one in evaluation.read(evidence)]
         else:
             found.append((kind, ", ".join(f"{name} {_plain(figure)}" for name, figure in value.items())))
     return tuple(found)

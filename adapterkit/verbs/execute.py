@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from adapterkit.checkpoint.cut import PlanPart, cut
 from adapterkit.checkpoint.plan import Plan
 from adapterkit.errors import CheckpointError, UsageError, option
-from adapterkit.verbs.job import Job, Measured, peak_memory, run
+from adapterkit.places import Address, writable
+from adapterkit.stores.meter import Meter, moving
+from adapterkit.verbs.job import Job, Measured, Progress, peak_memory, run
 from adapterkit.verbs.report import PartReport
+
+if TYPE_CHECKING:
+    from adapterkit.checkpoint.store_out import StoreOut
 
 # Verb of a plan: module and function that plan it again from the plan's request, for an output.
 VERBS = {
@@ -24,11 +31,123 @@ VERBS = {
 }
 
 
+class OpenPlan:
+    """A plan, cut into parts, whose inputs are opened once: who executes many parts keeps it.
+
+    Args:
+        plan: to be executed.
+        out: where its output goes.
+        part_size: work of a part (see `adapterkit.checkpoint.cut`); with None a part is a file.
+    """
+
+    def __init__(self, plan: Plan, out: str | Path | Address, part_size: int | None = None) -> None:
+        self.plan, self.out = plan, writable(out, "the output")
+        self._part_size = part_size
+
+    @cached_property
+    def parts(self) -> list[PlanPart]:
+        """The parts, in the order of the files."""
+        if not has_parts(self.plan):
+            raise UsageError("this plan has no parts: its files are known when its values are", "execute it whole")
+        return cut(self.plan, self._part_size)
+
+    @cached_property
+    def job(self) -> Job:
+        """The plan's job, made again.
+
+        Raises:
+            CheckpointError: the inputs are not those of the plan.
+        """
+        return _again(self.plan, self.out)
+
+    @cached_property
+    def in_store(self) -> StoreOut:
+        """The output in a store, which this worker has part in."""
+        made = self.job.in_store()
+        made.begin(shared=True)
+        return made
+
+    def execute(
+        self, index: int, *, jobs: int | None = None, progress: Callable[[int, int], None] | None = None
+    ) -> PartReport:
+        """Execute one part into the hidden folder beside the output.
+
+        Raises:
+            UsageError: there is no such part.
+            CheckpointError: the inputs are not those of the plan, or changed.
+            OutputError: the disk is full, or parts of another plan are being written there.
+        """
+        with moving() as meter:
+            return self._execute(index, meter, jobs, progress)
+
+    def _execute(self, index: int, meter: Meter, jobs: int | None, progress: Progress | None) -> PartReport:
+        from adapterkit.checkpoint.parts import part_of, write_part
+
+        started, spent = time.monotonic(), time.process_time()
+        part = part_of(self.parts, index)
+        job = self.job
+        if isinstance(self.out, Path):
+            reused = write_part(job.plan, part, job.tensors, job.sources, self.out, jobs=jobs, progress=progress)
+        else:
+            from adapterkit.checkpoint.store_write import send_part
+
+            reused = send_part(self.in_store, part, jobs=jobs, progress=progress)
+        return PartReport(
+            str(self.out),
+            index,
+            len(self.parts),
+            part.file.name,
+            part.nbytes,
+            time.monotonic() - started,
+            peak_memory(),
+            start=part.start,
+            reads=part.reads,
+            reused=reused,
+            cpu_seconds=time.process_time() - spent,
+            **asdict(meter.moved),
+        )
+
+    def left(self) -> list[PlanPart]:
+        """The parts that are not done."""
+        from adapterkit.checkpoint.parts import left
+
+        if isinstance(self.out, Address):
+            from adapterkit.checkpoint.store_write import parts_left
+
+            return parts_left(self.job.in_store(), self.parts)
+        return left(self.plan, self.parts, self.out)
+
+    def finish(self, *, force: bool = False) -> Any:
+        """Make the output of parts that are all done; the report of the verb.
+
+        Raises:
+            OutputError: parts are missing, or the output exists.
+        """
+        from adapterkit.checkpoint.parts import finish_parts
+
+        started, job = time.monotonic(), self.job
+        with moving() as meter:
+            if isinstance(self.out, Path):
+                finish_parts(job.plan, self.out, side_files=job.side, force=force, record=job.record, parts=self.parts)
+                notes: tuple[str, ...] = ()
+            else:
+                from adapterkit.checkpoint.store_write import finish_in_store
+
+                made = replace(job, force=force).in_store()
+                finish_in_store(made, side_files=job.side, record=job.record, parts=self.parts)
+                notes = made.notes
+            measured = Measured(
+                time.monotonic() - started, peak_memory(), plan=job.plan, notes=notes, moved=meter.moved
+            )
+        return job.report(measured)
+
+
 def execute(
     plan: Plan,
-    out: str | Path,
+    out: str | Path | Address,
     *,
     part: int | None = None,
+    part_size: int | None = None,
     jobs: int | None = None,
     force: bool = False,
     resume: bool = False,
@@ -39,6 +158,9 @@ def execute(
     The inputs are opened again and the plan is made again; it must come out the same. A plan whose files are known only
     when its values were computed (a combination, an extraction) has no parts: it is carried out whole.
 
+    Args:
+        part_size: work of a part in bytes; with None a part is a file.
+
     Returns:
         A `PartReport` for a part, else the report of the verb.
 
@@ -47,22 +169,14 @@ def execute(
         UsageError: there is no such part.
         OutputError: parts are missing or the disk is full.
     """
-    from adapterkit.checkpoint.parts import finish_parts, write_part
-
     started = time.monotonic()
-    job = _again(plan, Path(out))
-    if job.stage is not None:
-        if part is not None:
-            raise UsageError("this plan has no parts: its files are known when its values are", "execute it whole")
-        return run([replace(job, force=force)], workers=jobs, resume=resume, progress=progress, started=started)[0]
-    if part is None:
-        finish_parts(job.plan, Path(out), side_files=job.side, force=force, record=job.record)
-        return job.report(Measured(time.monotonic() - started, peak_memory(), plan=job.plan))
-    write_part(job.plan, part, job.tensors, job.sources, Path(out), jobs=jobs, progress=progress)
-    file = plan.files[part]
-    return PartReport(
-        str(out), part, len(plan.files), file.name, file.nbytes, time.monotonic() - started, peak_memory()
-    )
+    opened = OpenPlan(plan, out, part_size)
+    if part is not None:
+        return opened.execute(part, jobs=jobs, progress=progress)
+    if not has_parts(plan):
+        job = replace(opened.job, force=force)
+        return run([job], workers=jobs, resume=resume, progress=progress, started=started)[0]
+    return opened.finish(force=force)
 
 
 def has_parts(plan: Plan) -> bool:
@@ -70,7 +184,7 @@ def has_parts(plan: Plan) -> bool:
     return plan.request.get("staged") is not True
 
 
-def _again(plan: Plan, out: Path) -> Job:
+def _again(plan: Plan, out: Path | Address) -> Job:
     """The job of a plan, made again from what it asks for.
 
     Raises:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.half_saved import half_saved_note
 from adapterkit.bases import open_base, open_change, open_model
+from adapterkit.checkpoint import odd
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
 from adapterkit.errors import CheckFailed, UsageError, option
@@ -106,6 +107,7 @@ class Merge:
         """What was done, or would be."""
         from adapterkit.adapters.merged import not_finite
 
+        copied = {} if measured.dry_run else odd.sampled(self.view.values())
         computed = [self.folded.checkpoint[name] for name in self.folded.touched]
         used = zip(self.adapters, self.weights, strict=True)
         dtype, rule, asked = self.request.floats, self.request.rule, self.request
@@ -138,6 +140,7 @@ class Merge:
                 *measured.notes,
                 *self._half_saved(),
                 *not_finite(computed),
+                *odd.said(copied),
             ),
         )
 

@@ -87,7 +87,15 @@ class MergeReport:
 
 @dataclass(frozen=True)
 class PartReport:
-    """One part of a plan that was executed alone: the file that it is, in bytes and seconds."""
+    """One part of a plan that was executed alone, in bytes and seconds.
+
+    Attributes:
+        file: that it is, or that it lies in, from the byte ``start``.
+        reads: bytes that it takes from the inputs (an estimate).
+        reused: computed tensors that an interrupted run had finished.
+        cpu_seconds: of the process, in all its threads.
+        requests, bytes_down, bytes_up, bytes_inside: of object stores, as in `MergeReport`.
+    """
 
     out: str
     part: int
@@ -96,6 +104,14 @@ class PartReport:
     nbytes: int
     seconds: float
     peak_memory: int
+    start: int = 0
+    reads: int = 0
+    reused: int = 0
+    cpu_seconds: float = 0.0
+    requests: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    bytes_inside: int = 0
 
 
 @dataclass(frozen=True)

@@ -565,6 +565,14 @@ ENCODERS: dict[str, Tiny] = {
         "GELU",
         lora=["Wqkv", "Wo"],
     ),
+    "nomic_bert": Tiny(
+        "NomicBertModel",
+        {
+            **{k: v for k, v in _BASE.items() if k not in ("num_key_value_heads", "tie_word_embeddings")},
+            "head_dim": 16,
+        },
+        lora=["q_proj", "down_proj"],
+    ),
     "eurobert": Tiny("EuroBertModel", _HALF, lora=["q_proj", "down_proj"]),
     "t5_encoder": Tiny(
         "T5EncoderModel",

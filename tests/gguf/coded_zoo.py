@@ -38,7 +38,7 @@ class Coded:
         run: logits ``[t, vocab]`` of its weights and token numbers.
         tolerance: of log-probabilities.
         causal: whether the next token is asked for, and not an embedding.
-        head: of the tensor that logits come from.
+        head: of the tensor that logits come from; none where hidden states do.
     """
 
     config: dict[str, Any]
@@ -88,7 +88,7 @@ def embeddings_of(one: Coded, weights: Weights, prompts: Any) -> Any:
     import numpy as np
 
     assert one.run is not None
-    bare = {**weights, one.head: torch.eye(WIDTH).double()}
+    bare = {**weights, one.head: torch.eye(WIDTH).double()} if one.head else weights
     means = [one.run(bare, torch.tensor(p)).mean(0) for p in prompts]
     return np.array([(mean / mean.norm()).numpy() for mean in means])
 

@@ -79,10 +79,13 @@ def test_a_gate_that_refuses_moves_nothing(three: Path) -> None:
             raise CheckFailed(f"not while it is at {now.version}")
         return ["acc 0.7 >= 0.6"]
 
-    assert verbs.tag("math@1", "prod", gate=gate).held == ("acc 0.7 >= 0.6",)
+    def move(version: int) -> refs.Tagged:
+        return refs.move(Home(three), "math", "prod", version, verbs.show(f"math@{version}").record.digest, gate=gate)
+
+    assert move(1).held == ("acc 0.7 >= 0.6",)
     before = (three / "history" / "math" / "prod").read_bytes()
     with pytest.raises(CheckFailed, match="not while it is at 1"):
-        verbs.tag("math@2", "prod", gate=gate)
+        move(2)
     assert (three / "history" / "math" / "prod").read_bytes() == before
     assert verbs.history("math", "prod")[0].held == ("acc 0.7 >= 0.6",)
 

@@ -13,8 +13,10 @@ from models import plain_adapter, plain_base, read_tensors
 from safetensors.torch import save_file
 
 import adapterkit
+from adapterkit.checkpoint import odd
 from adapterkit.cli import main
-from adapterkit.errors import AdapterError
+from adapterkit.dtypes import DTYPES
+from adapterkit.errors import AdapterError, CheckpointError
 from adapterkit.ops.fidelity import Fidelity, block_sums
 
 TOUCHED, UNTOUCHED = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.input_layernorm.weight"
@@ -36,16 +38,16 @@ def test_a_base_with_an_odd_value(value: float, name: str, tmp_path: Path, capsy
     clean = adapterkit.merge(base, [adapter], tmp_path / "clean", fidelity=True)
     damaged(base, name, value)
     report = adapterkit.merge(base, [adapter], tmp_path / "out", fidelity=True)
-    said = [note for note in report.notes if "not finite" in note]
-    if name == TOUCHED:
-        assert said == [f"1 merged values are not finite (NaN or infinite), in {TOUCHED}"]
+    (said,) = [note for note in report.notes if "not finite" in note]
+    words = "merged" if name == TOUCHED else "input"
+    assert said.startswith(f"1 {words} values are not finite (NaN or infinite), in {name}")
     assert report.fidelity is not None
     assert clean.fidelity is not None
     assert report.fidelity.retention == pytest.approx(clean.fidelity.retention, abs=0.05)
     found = adapterkit.verify(tmp_path / "out", base=base, adapters=[adapter])
     assert found.ok
     kinds = [(one.kind, one.severity, one.tensors) for one in found.findings if one.kind == "not finite"]
-    assert kinds == ([("not finite", "warning", (TOUCHED,))] if name == TOUCHED else [])
+    assert kinds == [("not finite", "warning", (name,))]
     assert all(math.isfinite(x) for x in (found.tensors.retention, found.tensors.cosine, found.tensors.error))
     for command in (
         ["verify", tmp_path / "out", "--base", base, "--adapter", adapter, "--json"],
@@ -122,3 +124,74 @@ def test_tensors_without_values(tmp_path: Path) -> None:
     assert found.ok
     assert sum(found.tensors.counts.values()) == len(tensors)
     assert adapterkit.inspect(base).tensors == len(tensors)
+
+
+FLOATS = (
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+)
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_odd_values_are_counted_in_bytes_as_torch_counts_them(name: str) -> None:
+    dtype = next(row for row in DTYPES.values() if row.torch_name == name)
+    size = dtype.bits // 8
+    every = torch.arange(1 << min(dtype.bits, 16)).to(torch.int64)
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    high = every << (dtype.bits - 16) if size > 2 else every  # sign and exponent, and the first bits behind them
+    values = high.to(bits).view(getattr(torch, name))
+    wanted = int((~torch.isfinite(values.double())).sum())
+    assert wanted > 0
+    assert odd.count(values.view(torch.uint8).numpy().tobytes(), dtype) == wanted
+    assert odd.count_in(values, dtype) == wanted
+
+
+def test_values_of_other_dtypes_are_not_odd() -> None:
+    for dtype in DTYPES.values():
+        if not dtype.is_float or dtype.bits < 8:
+            assert odd.count(b"\xff" * 64, dtype) == 0
+
+
+@pytest.mark.parametrize("place", [0, 4097, 70_000, -1])
+def test_what_a_merge_says_of_a_large_tensor_that_it_copies(place: int, tmp_path: Path) -> None:
+    """16 KiB of each are looked at: the first and last values are, others may not be; `verify` reads all."""
+    base = plain_base(tmp_path / "base", layers=1)
+    adapter = plain_adapter(tmp_path / "adapter", base)
+    tensors = read_tensors(base) | {"large.one": torch.ones(400, 400)}
+    tensors["large.one"].view(-1)[place] = math.nan
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    report = adapterkit.merge(base, [adapter], tmp_path / "out")
+    said = [note for note in report.notes if "not finite" in note]
+    assert bool(said) == (place in (0, -1))
+    assert all("large.one" in note and "verify looks at all" in note for note in said)
+    found = adapterkit.verify(tmp_path / "out", base=base, adapters=[adapter])
+    assert [one.tensors for one in found.findings if one.kind == "not finite"] == [("large.one",)]
+    assert not [note for note in adapterkit.merge(base, [adapter], dry_run=True).notes if "not finite" in note]
+
+
+@pytest.mark.parametrize("to", ["f16", "f32", "bf16"])
+def test_what_a_conversion_says(to: str, tmp_path: Path) -> None:
+    base = damaged(plain_base(tmp_path / "base", layers=1), UNTOUCHED, math.nan)
+    report = adapterkit.convert(base, to=to, out=tmp_path / "out")
+    assert [UNTOUCHED in note for note in report.notes if "not finite" in note] == [True]
+
+
+@pytest.mark.parametrize("to", ["nf4", "int8", "fp8"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_value_that_would_spread_is_not_quantized(to: str, value: float, tmp_path: Path) -> None:
+    """One NaN in a block is a block of NaN, so this is no copy of what was there."""
+    base = damaged(plain_base(tmp_path / "base", layers=1, width=128), TOUCHED, value)
+    adapter = plain_adapter(tmp_path / "adapter", base)
+    for write in (
+        lambda: adapterkit.convert(base, to=to, out=tmp_path / "out"),
+        lambda: adapterkit.merge(base, [adapter], tmp_path / "out", quant=to),
+    ):
+        with pytest.raises(CheckpointError, match=f"'{TOUCHED}' cannot be .*: its value at 3 is not finite"):
+            write()
+        assert not (tmp_path / "out").exists()

@@ -262,7 +262,7 @@ SPECS = (
     ),
     ArchSpec(
         "eurobert",
-        ("EuroBertModel",),
+        ("EuroBertModel", "JinaEmbeddingsV5Model"),
         "eurobert",
         (*EMBEDDINGS, *NORMS, *attention(), *MLP),
         (_CAUSAL, constant("rope.scaling.type", "none"), _POOLING),

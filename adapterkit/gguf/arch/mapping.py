@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -85,10 +85,13 @@ class Mapper:
     # ------------------------------------------------------------------ names
 
     @cached_property
-    def _by_hf(self) -> dict[str, list[Rule]]:
-        found: dict[str, list[Rule]] = {}
+    def _by_hf(self) -> dict[str, list[tuple[str, Rule, int | None]]]:
+        """By the shape of a name: the names of rules, and which item each is of rules whose items have names."""
+        found: dict[str, list[tuple[str, Rule, int | None]]] = {}
         for one in self.spec.rules:
-            found.setdefault(_shape_of(one.hf), []).append(one)
+            names = enumerate(one.hf.replace("{e}", item) for item in one.items) if one.items else ((None, one.hf),)
+            for item, name in names:
+                found.setdefault(_shape_of(name), []).append((name, one, item))
         return found
 
     @cached_property
@@ -124,12 +127,12 @@ class Mapper:
     def _match(self, name: str) -> Match | None:
         for text, suffix in ((name, ""), *((name[: -len(end)], end) for end in SUFFIXES if name.endswith(end))):
             shape = _NUMBER.sub("#", text + ".")[:-1] if text else ""
-            for one in self._by_hf.get(shape, ()):
+            for template, one, item in self._by_hf.get(shape, ()):
                 if suffix and one.gguf and one.gguf[0].endswith(SUFFIXES):
                     continue
-                found = _instance(one.hf, one, suffix, [int(digits) for digits in _NUMBER.findall(text + ".")])
+                found = _instance(template, one, suffix, [int(digits) for digits in _NUMBER.findall(text + ".")])
                 if found is not None:
-                    return found
+                    return found if item is None else replace(found, item=item)
         return None
 
     # ------------------------------------------------------------------ Hugging Face -> GGUF
@@ -194,7 +197,8 @@ class Mapper:
         rules: dict[str, Rule],
     ) -> None:
         members.sort(key=lambda pair: pair[0] or 0)
-        if "{e}" in one.hf and [number for number, _ in members] != list(range(len(members))):
+        wanted = len(one.items) or len(members)
+        if "{e}" in one.hf and [number for number, _ in members] != list(range(wanted)):
             raise CheckpointError(
                 f"{ref}: of '{members[0][1]}' and its like, number {_gap([n or 0 for n, _ in members])} is missing or "
                 "there twice",
@@ -328,7 +332,8 @@ class Mapper:
             if len(back) > MOST:
                 raise CheckpointError(f"{ref}: {len(back)} experts", "convert the base again")
             for item, shape in enumerate(back):
-                result[self._written(_named(hf, layer).replace("{e}", str(item)) + suffix)] = shape
+                own = one.items[item] if one.items else str(item)
+                result[self._written(_named(hf, layer).replace("{e}", own) + suffix)] = shape
         return result
 
     def _written(self, name: str) -> str:

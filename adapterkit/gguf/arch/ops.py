@@ -267,6 +267,43 @@ class Stack(Op):
 
 
 @dataclass(frozen=True)
+class Join(Op):
+    """Tensors of these numbers of rows, one below the other."""
+
+    sizes: tuple[Number, ...]
+
+    def run(self, arrays: Sequence[Array], config: Config) -> list[Array]:
+        sizes = [config.number(size) for size in self.sizes]
+        if [array.shape[0] for array in arrays] != sizes:
+            raise MapError(f"tensors of {[array.shape[0] for array in arrays]} rows are not {sizes}")
+        return [Array((sum(sizes), *arrays[0].shape[1:]), tuple(box for array in arrays for box in array.boxes))]
+
+    def back(self, shapes: Sequence[Shape], config: Config) -> list[Shape]:
+        return [(config.number(size), *shapes[0][1:]) for size in self.sizes]
+
+
+@dataclass(frozen=True)
+class Seen(Op):
+    """The same numbers in the same order with other dimensions, where what was done before is of whole rows.
+
+    ``shape`` in GGUF, ``stored`` in the checkpoint.
+    """
+
+    shape: tuple[Number, ...]
+    stored: tuple[Number, ...]
+
+    def run(self, arrays: Sequence[Array], config: Config) -> list[Array]:
+        shape = tuple(config.number(size) for size in self.shape)
+        for array in arrays:
+            if prod(shape) != prod(array.shape):
+                raise MapError(f"{prod(array.shape)} numbers are not {' x '.join(map(str, shape))}")
+        return [Array(shape, array.boxes) for array in arrays]
+
+    def back(self, shapes: Sequence[Shape], config: Config) -> list[Shape]:
+        return [tuple(config.number(size) for size in self.stored) for _ in shapes]
+
+
+@dataclass(frozen=True)
 class Unjoin(Op):
     """Matrices that stand one below the other in one, as a stack: ``[count h, w]`` to ``[count, h, w]``."""
 

@@ -28,6 +28,7 @@ class Rule:
         ops: what happens on the way.
         writes: False for a spelling that is read and never written.
         layers: which layers have this name, where others have another for the same tensor.
+        items: what stands for ``{e}``, in order, where that is no number: ``("q", "k", "v")``.
     """
 
     hf: str
@@ -35,6 +36,7 @@ class Rule:
     ops: tuple[Op, ...] = ()
     writes: bool = True
     layers: Callable[[Config, int], bool] | None = None
+    items: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

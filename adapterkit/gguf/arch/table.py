@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from adapterkit.errors import TargetError
 from adapterkit.gguf.arch import (
     coded,
+    coded_encoders,
     coded_moe,
     dense,
     encoders,
@@ -43,6 +44,7 @@ _ROWS: tuple[ArchSpec, ...] = (
     *seq2seq.SPECS,
     *remote.SPECS,
     *coded.SPECS,
+    *coded_encoders.SPECS,
     *coded_moe.SPECS,
 )
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.bases import open_adapter, open_model
+from adapterkit.checkpoint import odd
 from adapterkit.checkpoint.open import is_object, locate
 from adapterkit.errors import NotFound
 from adapterkit.places import address_of
@@ -109,7 +110,8 @@ class Conversion:
             "notes": self.notes,
             **measured.facts,
         }
-        said["notes"] = (*said["notes"], *measured.notes)
+        copied = {} if measured.dry_run else odd.sampled(self.tensors.values())
+        said["notes"] = (*said["notes"], *measured.notes, *odd.said(copied))
         return ConvertReport(
             src=self.src,
             out="" if out is None else str(out),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
+from adapterkit.checkpoint import odd
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.ops.threads import settle, start_all
 from adapterkit.verbs.verify.report import (
@@ -59,6 +60,7 @@ class Tally:
     differing: int = 0
     parts: set[str] = field(default_factory=set)
     steps: float = 0.0
+    odd: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -73,11 +75,12 @@ class Judged:
     differing: int
     steps: float | None
     parts: frozenset[str] = frozenset()
+    copied: int = 0
 
     @property
     def odd(self) -> int:
         """How many values of what should be there are NaN or infinite."""
-        return sum(self.item.merged.odd.values()) if self.item.merged is not None else 0
+        return sum(self.item.merged.odd.values()) if self.item.merged is not None else self.copied
 
 
 def compare(
@@ -195,6 +198,9 @@ class _Comparison:
         count = min(CHUNK, mine.nbytes - at)
         one = mine.source.read(mine.offset + at, count)
         other = theirs.source.read(theirs.offset + at, count)
+        if bad := odd.count(one, expected.dtype):
+            with tally.lock:
+                tally.odd += bad
         if one != other:
             size = max(1, expected.dtype.bits // 8)
             differing = _differing(one, other, size)
@@ -216,6 +222,9 @@ class _Comparison:
             with tally.lock:
                 tally.differing += unequal
         item = tally.item
+        if item.merged is None and (bad := odd.count_in(wanted, expected.dtype)):
+            with tally.lock:
+                tally.odd += bad
         if item.encoding is not None:
             self._encoded(tally)
             self._finish(tally)
@@ -427,7 +436,7 @@ def judge(tally: Tally) -> Judged:
         status = FORMAT if sums.off <= limit and near <= NEAR_FORMAT else OFF
     if sums.lost and status != EQUAL:
         status = OFF
-    return Judged(item, status, sums, ours, tally.differing, steps, frozenset(tally.parts))
+    return Judged(item, status, sums, ours, tally.differing, steps, frozenset(tally.parts), tally.odd)
 
 
 def level(subject: Subject, judged: tuple[Judged, ...], named: dict[str, str], started: float) -> TensorLevel:

@@ -1,0 +1,350 @@
+"""`evaluate`: lm-evaluation-harness on a version, on its base, and on adapters that say nothing.
+
+The harness runs in a process of its own, once for all of them: a model that brings it down does not bring us down, and its
+libraries are imported once. Its results are read as `evidence add` reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.adapters.load import is_adapter
+from adapterkit.errors import AdapterkitError, NotFound, UnsupportedAdapter, UsageError, option
+from adapterkit.registry.evaluation import BASE, SELF, SHUFFLED, ZEROS
+
+if TYPE_CHECKING:
+    from adapterkit.registry.evaluation import Score
+    from adapterkit.registry.evidence import Attached
+    from adapterkit.registry.record import Record
+
+SEED = 1234
+
+# Reads what to do from a file; writes the results of each model to a file of its own.
+_CHILD = """
+import json, sys, time
+asked = json.load(open(sys.argv[1]))
+import lm_eval
+from lm_eval.tasks import TaskManager
+manager = TaskManager(include_path=asked["include_path"])
+for one in asked["models"]:
+    print("MODEL " + one["subject"], file=sys.stderr, flush=True)
+    found = lm_eval.simple_evaluate(
+        model="hf", model_args=one["args"], tasks=asked["tasks"], task_manager=manager, log_samples=False, **asked["options"]
+    )
+    found["date"] = time.time()
+    found["lm_eval_version"] = getattr(lm_eval, "__version__", "")
+    found.pop("samples", None)
+    found["config"] = {key: value for key, value in (found.get("config") or {}).items() if key == "limit"}
+    with open(one["out"], "w") as file:
+        json.dump(found, file, default=str)
+"""
+
+
+@dataclass(frozen=True)
+class EvaluateReport:
+    """What was measured.
+
+    Attributes:
+        ref: of what.
+        subjects: whose figures were taken, in order.
+        measured: all figures.
+        attached: where they are kept now; None where they are not.
+    """
+
+    ref: str
+    subjects: tuple[str, ...]
+    measured: tuple[Score, ...]
+    attached: Attached | None
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One model for the harness: a subject, and the arguments of transformers that load it."""
+
+    subject: str
+    args: Mapping[str, Any]
+
+
+def evaluate(
+    ref: str | Path,
+    tasks: str | Sequence[str],
+    *,
+    base: str | Path | None = None,
+    null: bool = False,
+    no_base: bool = False,
+    include_path: Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: str = "1",
+    device: str = "cpu",
+    dtype: str = "auto",
+    chat_template: bool = False,
+    attach: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+    home: Path | None = None,
+) -> EvaluateReport:
+    """Run lm-evaluation-harness and keep its figures as evidence.
+
+    Args:
+        ref: an adapter, a merged model or a GGUF file: a path, or a registry name.
+        tasks: names of tasks, one text with commas or a list.
+        base: of an adapter, where its record or config names none that can be loaded; of a merged model or GGUF file, to
+            measure it too.
+        null: also measure the base with the adapter's change set to zero, and with its values shuffled.
+        no_base: leave the base alone out.
+        include_path: a folder with task files of one's own.
+        limit: samples of each task; all of them by default.
+        num_fewshot: examples in the prompt; what the task says by default.
+        batch_size, device, dtype: as the harness takes them.
+        chat_template: put prompts into the tokenizer's chat template.
+        attach: add the figures to the record of ``ref``, where it has one.
+        say: gets a line when a model is begun.
+
+    Raises:
+        UsageError: the harness is not installed, or a base is not given that is needed.
+        UnsupportedAdapter: transformers cannot load such an adapter; or no null adapter can be made of it.
+        AdapterkitError: the harness failed; the sentence has its last line.
+        NotFound, RegistryError: see `adapterkit.registry.evidence.attach_evaluation`.
+    """
+    from adapterkit.registry.evidence import attach_evaluation
+    from adapterkit.results import read_results
+
+    if find_spec("lm_eval") is None:
+        raise UsageError("lm-evaluation-harness is not installed", "pip install 'adapterkit[eval]'")
+    names = [part.strip() for part in (tasks.split(",") if isinstance(tasks, str) else tasks) if part.strip()]
+    if not names:
+        raise UsageError("no task is named", f"give {option('tasks')}")
+    record, path = _found(ref, home)
+    with tempfile.TemporaryDirectory(prefix="adapterkit-evaluate-") as folder:
+        models = _models(Path(folder), path, record, base, null, no_base, dtype, home)
+        options = {
+            "limit": limit,
+            "num_fewshot": num_fewshot,
+            "batch_size": int(batch_size) if batch_size.isdigit() else batch_size,
+            "device": device,
+            "apply_chat_template": chat_template,
+            "random_seed": SEED,
+        }
+        asked = {
+            "include_path": str(include_path.resolve()) if include_path is not None else None,
+            "tasks": names,
+            "options": {key: value for key, value in options.items() if value is not None},
+            "models": [
+                {"subject": one.subject, "args": dict(one.args), "out": str(Path(folder) / f"{one.subject}.json")}
+                for one in models
+            ],
+        }
+        _run(Path(folder), asked, say)
+        found = [
+            figure
+            for one in models
+            for figure in read_results(Path(folder) / f"{one.subject}.json", subject=one.subject)
+        ]
+    attached = None
+    if attach and (record is not None or _has_record(path)):
+        attached = attach_evaluation(record.ref if record is not None else path, found, home=home)
+    subjects = tuple(one.subject for one in models)
+    return EvaluateReport(record.ref if record is not None else str(ref), subjects, tuple(found), attached)
+
+
+def _has_record(path: Path) -> bool:
+    from adapterkit.registry.beside import beside_path
+
+    return beside_path(path).is_file()
+
+
+def _found(ref: str | Path, home: Path | None) -> tuple[Record | None, Path]:
+    """The record of a registered version, and its files."""
+    from adapterkit.provenance.register import registered
+    from adapterkit.registry import finder
+
+    record = registered(ref, home=home)
+    if record is None:
+        path = Path(ref).expanduser()
+        if not path.exists():
+            raise NotFound(f"{ref} does not exist", "give a folder, a GGUF file or a registry name")
+        return None, path.resolve()
+    found = finder.find(record.ref, home=home)
+    if found is None or found.folder is None:
+        raise NotFound(f"{record.ref} has no bytes here", "pull it, or give the files themselves")
+    return record, found.file or found.folder
+
+
+def _models(
+    folder: Path,
+    path: Path,
+    record: Record | None,
+    base: str | Path | None,
+    null: bool,
+    no_base: bool,
+    dtype: str,
+    home: Path | None,
+) -> list[_Model]:
+    plain = {"dtype": dtype}
+    if path.is_dir() and is_adapter(path):
+        _check_peft(path)
+        under = {**plain, **_base_args(folder, path, record, base, home)}
+        found = [] if no_base else [_Model(BASE, under)]
+        found.append(_Model(SELF, {**under, "peft": _linked(folder, "adapter", path)}))
+        if null:
+            for subject in (ZEROS, SHUFFLED):
+                made = folder / f"adapter-{subject}"
+                _null_adapter(path, made, subject)
+                found.append(_Model(subject, {**under, "peft": str(made)}))
+        return found
+    if null:
+        raise UsageError("only an adapter has null adapters to be held against", f"leave {option('null', True)} out")
+    found = []
+    if base is not None and not no_base:
+        found.append(_Model(BASE, {**plain, **_pretrained(folder, "base", base, home)}))
+    found.append(_Model(SELF, {**plain, **_loaded(folder, "model", path)}))
+    return found
+
+
+def _base_args(
+    folder: Path, path: Path, record: Record | None, base: str | Path | None, home: Path | None
+) -> dict[str, Any]:
+    if base is not None:
+        return _pretrained(folder, "base", base, home)
+    if record is not None and record.base is not None and record.base.id:
+        revision = {"revision": record.base.commit} if record.base.commit else {}
+        return {"pretrained": record.base.id, **revision}
+    config = json.loads((path / "adapter_config.json").read_bytes())
+    named = config.get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        raise UsageError("the adapter does not say which base it is evaluated on", f"give {option('base')}")
+    revision = {"revision": config["revision"]} if config.get("revision") else {}
+    return {"pretrained": named, **revision}
+
+
+def _pretrained(folder: Path, name: str, ref: str | Path, home: Path | None) -> dict[str, Any]:
+    """What loads a base: a folder or file here, or a Hub id."""
+    from adapterkit.provenance.register import registered
+    from adapterkit.registry import finder
+
+    path = Path(ref).expanduser()
+    if path.exists():
+        return _loaded(folder, name, path.resolve())
+    record = registered(ref, home=home)
+    if record is None:
+        repo, _, revision = str(ref).partition("@")
+        return {"pretrained": repo, **({"revision": revision} if revision else {})}
+    found = finder.find(record.ref, home=home)
+    if found is not None and found.folder is not None:
+        return _loaded(folder, name, found.file or found.folder)
+    repo, _, revision = (found.hub or "" if found is not None else "").partition("@")
+    return {"pretrained": repo, **({"revision": revision} if revision else {})}
+
+
+def _loaded(folder: Path, name: str, path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        return {"pretrained": _linked(folder, name, path)}
+    if path.suffix == ".gguf":
+        # transformers reads a GGUF file beside which nothing else lies: its config and tokenizer come out of it.
+        place = folder / name
+        place.mkdir()
+        os.symlink(path, place / "model.gguf")
+        return {"pretrained": str(place), "gguf_file": "model.gguf"}
+    raise UsageError(f"{path} is neither a folder nor a GGUF file", "give the folder of the model")
+
+
+def _linked(folder: Path, name: str, path: Path) -> str:
+    """A name without commas and other marks for a folder, so that nothing in its path is read as an argument."""
+    os.symlink(path, folder / name, target_is_directory=True)
+    return str(folder / name)
+
+
+def _check_peft(path: Path) -> None:
+    config = path / "adapter_config.json"
+    found = json.loads(config.read_bytes()) if config.is_file() else {}
+    if not isinstance(found, dict) or "peft_type" not in found:
+        raise UnsupportedAdapter(
+            f"{path.name} is no folder of PEFT, and the harness loads no other", "convert it to peft first"
+        )
+
+
+def _null_adapter(path: Path, target: Path, subject: str) -> None:
+    """An adapter that has learned nothing: its change set to zero, or the values of each tensor shuffled.
+
+    Raises:
+        UnsupportedAdapter: zeros in its tensors are not no change.
+    """
+    import numpy as np
+
+    from adapterkit.checkpoint.header import parse_header
+
+    weights = sorted(path.glob("adapter_model*.safetensors"))
+    config = json.loads((path / "adapter_config.json").read_bytes())
+    if not weights:
+        raise UnsupportedAdapter("null adapters are made of safetensors files, and it has none", "save it again")
+    plain = config.get("peft_type") == "LORA" and not config.get("use_dora") and not config.get("modules_to_save")
+    if subject == ZEROS and not plain:
+        raise UnsupportedAdapter(
+            f"zeros are no adapter that changes nothing for {config.get('peft_type')} with DoRA or whole modules",
+            "leave the null adapters out, or measure them yourself and add the results as evidence of zeros",
+        )
+    target.mkdir()
+    (target / "adapter_config.json").write_bytes((path / "adapter_config.json").read_bytes())
+    generator = np.random.default_rng(SEED)
+    for file in weights:
+        data = bytearray(file.read_bytes())
+        header = parse_header(partial(_slice, bytes(data)), len(data), str(file))
+        for name in sorted(header.tensors):
+            info = header.tensors[name]
+            if subject == ZEROS:
+                data[info.start : info.stop] = bytes(info.nbytes)  # zero bytes are 0.0 in every float dtype
+            elif count := math.prod(info.shape):
+                values = np.frombuffer(data, np.uint8, info.nbytes, info.start).reshape(count, -1)
+                data[info.start : info.stop] = values[generator.permutation(count)].tobytes()
+        (target / file.name).write_bytes(data)
+
+
+def _slice(data: bytes, offset: int, length: int) -> bytes:
+    return data[offset : offset + length]
+
+
+def _run(folder: Path, asked: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """The harness, in a process of its own that ends with this one."""
+    plan = folder / "asked.json"
+    plan.write_text(json.dumps(asked))
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", _CHILD, str(plan)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=environment,
+    )
+    last = ""
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("MODEL "):
+                say(line.removeprefix("MODEL ").strip())
+            elif line.strip():
+                last = line.strip()
+        code = process.wait()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
+    if code or not all(Path(one["out"]).is_file() for one in asked["models"]):
+        raise AdapterkitError(
+            f"lm-evaluation-harness ended with {code}: {last[:400] or 'it said nothing'}",
+            "run lm_eval itself on the same model to see more",
+        )
