@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from adapterkit.adapters.adapter import Adapter
 from adapterkit.checkpoint.checkpoint import Checkpoint
@@ -21,12 +21,38 @@ from adapterkit.stores.meter import Moved
 if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.plan import Plan
-    from adapterkit.verbs.job import Job
 
 _RECORD = 3000  # bytes of a record, about
 
 
-def foreseen(job: Job) -> Moved:
+class Writes(Protocol):
+    """What is asked about: a `Job`."""
+
+    @property
+    def plan(self) -> Plan: ...
+
+    @property
+    def sources(self) -> tuple[Source, ...]: ...
+
+    @property
+    def out(self) -> Any: ...
+
+    @property
+    def side(self) -> Mapping[str, bytes]: ...
+
+    @property
+    def record(self) -> Any: ...
+
+    @property
+    def stage(self) -> Any: ...
+
+    @property
+    def recorded(self) -> Callable[[], Sequence[Any]] | None: ...
+
+    def in_store(self) -> StoreOut: ...
+
+
+def foreseen(job: Writes) -> Moved:
     """What is asked from now on, beside what planning asked already."""
     made = job.in_store() if isinstance(job.out, Address) and job.stage is None else None
     found = _inputs(job, made)
@@ -39,7 +65,7 @@ def foreseen(job: Job) -> Moved:
     return found
 
 
-def _inputs(job: Job, made: StoreOut | None) -> Moved:
+def _inputs(job: Writes, made: StoreOut | None) -> Moved:
     """Bytes of the inputs that come here to be computed, or sent on."""
     copied = made.copied(job.plan.files) if made is not None else {}
     found = Moved()
@@ -135,7 +161,7 @@ def _sent(made: StoreOut) -> Moved:
     return found
 
 
-def _beside(job: Job, made: StoreOut) -> Moved:
+def _beside(job: Writes, made: StoreOut) -> Moved:
     """Small files: those of the job, the index, the record."""
     plan = made.plan
     sizes = [len(data) for data in job.side.values()] if plan.layout == "folder" else []
