@@ -329,7 +329,7 @@ class StoreOut:
         beside = dict(side_files) if self.plan.layout == "folder" else {}
         if self.plan.layout == "folder" and len(self.plan.files) > 1:
             beside.setdefault(self.plan.index_name, index_json(self.plan))
-        said = record(Written(self, made, beside)) if record is not None else {}
+        said = record(StoredOutput(self, made, beside)) if record is not None else {}
         if self.plan.layout == "folder":
             keys = {(self.out / name).key: data for name, data in {**beside, **said}.items()}
             last = [(self.out / name).key for name in (*said, CONFIG, self.plan.index_name)]
@@ -426,7 +426,7 @@ class StoreOut:
             return list(pool.map(do, names))
 
 
-class Written(Listing):
+class StoredOutput(Listing):
     """The files of an output that is nearly finished: the weights in the store, the rest still here."""
 
     def __init__(self, made: StoreOut, weights: Mapping[str, StoredObject], beside: Mapping[str, bytes]) -> None:
