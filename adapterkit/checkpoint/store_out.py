@@ -194,6 +194,10 @@ class StoreOut:
             )
         self._noted = noted if resume or shared else {}
 
+    def is_there(self) -> bool:
+        """Whether the output is in its place, and nobody makes it anew."""
+        return all(self._made(file) is not None for file in self.plan.files) and self._claim() is None
+
     def shared(self) -> None:
         """The claim is that of all workers of this plan, whichever of them made it."""
         self._shared = True
@@ -418,6 +422,14 @@ class StoreOut:
             self.store.delete(self._visible)
         gone = [self._note_of(file) for file in self.plan.files] if self._own else []
         self.store.delete([*gone, *([(self.work / CLAIM).key] if claimed else [])])
+
+    def discard(self) -> None:
+        """Take away what workers of this plan left, if the claim is theirs."""
+        self.shared()
+        if self._ours(self._claim() or {}):
+            self.look()
+            self._sweep(self._noted.values())
+            self.store.delete([(self.work / CLAIM).key])
 
     def _abreast(self, do: Callable[[str], T], names: Sequence[str]) -> list[T]:
         if len(names) < 2:

@@ -21,14 +21,8 @@ from adapterkit.verbs.report import PartReport
 if TYPE_CHECKING:
     from adapterkit.checkpoint.store_out import StoreOut
 
-# Verb of a plan: module and function that plan it again from the plan's request, for an output.
-VERBS = {
-    "merge": "adapterkit.verbs.merge:replan",
-    "convert": "adapterkit.verbs.convert:replan",
-    "combine": "adapterkit.verbs.combine:replan",
-    "extract": "adapterkit.verbs.extract:replan",
-    "resize": "adapterkit.verbs.resize:replan",
-}
+VERBS = ("merge", "convert", "combine", "extract", "resize")
+"""Verbs whose plans can be saved; each has a function `replan`, which plans again from a plan's request, for an output."""
 
 
 class OpenPlan:
@@ -38,11 +32,14 @@ class OpenPlan:
         plan: to be executed.
         out: where its output goes.
         part_size: work of a part (see `adapterkit.checkpoint.cut`); with None a part is a file.
+        job: the plan's, where it is open already.
     """
 
-    def __init__(self, plan: Plan, out: str | Path | Address, part_size: int | None = None) -> None:
+    def __init__(
+        self, plan: Plan, out: str | Path | Address, part_size: int | None = None, *, job: Job | None = None
+    ) -> None:
         self.plan, self.out = plan, writable(out, "the output")
-        self._part_size = part_size
+        self._part_size, self._job = part_size, job
 
     @cached_property
     def parts(self) -> list[PlanPart]:
@@ -58,7 +55,16 @@ class OpenPlan:
         Raises:
             CheckpointError: the inputs are not those of the plan.
         """
-        return _again(self.plan, self.out)
+        return _again(self.plan, self.out) if self._job is None else self._job
+
+    def ready(self) -> None:
+        """Open the inputs, and import what every part needs, before the first part.
+
+        Raises:
+            CheckpointError: the inputs are not those of the plan.
+        """
+        import_module("torch")
+        _ = self.job
 
     @cached_property
     def in_store(self) -> StoreOut:
@@ -117,28 +123,71 @@ class OpenPlan:
             return parts_left(self.job.in_store(), self.parts)
         return left(self.plan, self.parts, self.out)
 
-    def finish(self, *, force: bool = False) -> Any:
-        """Make the output of parts that are all done; the report of the verb.
+    def check(self, *, force: bool = False) -> None:
+        """Refuse a target that exists, lies in an input, cannot be written, or has no room.
+
+        Raises:
+            UsageError, OutputError
+        """
+        replace(self.job, out=self.out, force=force).check_target(resume=True)
+
+    def is_there(self) -> bool:
+        """Whether the output is in its place, as far as names and sizes tell, and nobody makes it anew."""
+        from adapterkit.checkpoint.publish import partial_folder
+
+        if isinstance(self.out, Address):
+            return self.job.in_store().is_there()
+        targets = self.plan.targets(self.out)
+        sizes = {file.name: file.nbytes for file in self.plan.files}
+        whole = all(path.is_file() and path.stat().st_size == sizes[name] for name, path in targets.items())
+        return whole and not partial_folder(self.out).exists()
+
+    def is_busy(self) -> bool:
+        """Whether somebody is at the hidden folder at this moment."""
+        from adapterkit.disk import is_busy, partial_folder
+
+        if isinstance(self.out, Address):
+            return False  # a store does not know who is at it; workers of one plan do each other no harm
+        return is_busy(partial_folder(self.out))
+
+    def forget_stale(self) -> None:
+        """Forget what was done here of inputs that have changed since."""
+        from adapterkit.checkpoint.parts import forget
+        from adapterkit.checkpoint.write import identity
+
+        if isinstance(self.out, Address):
+            return  # the plan has the ETag of each input, and each request asks for it
+        forget(self.plan, self.out, identity(self.plan, self.job.sources))
+
+    def close(self, *, force: bool = False) -> None:
+        """Make the output of parts that are all done.
 
         Raises:
             OutputError: parts are missing, or the output exists.
+            CheckpointError: an input changed meanwhile.
         """
+        self._close(force=force)
+
+    def _close(self, *, force: bool) -> tuple[str, ...]:
+        job = self.job
+        if isinstance(self.out, Address):
+            from adapterkit.checkpoint.store_write import finish_in_store
+
+            made = replace(job, force=force).in_store()
+            finish_in_store(made, side_files=job.side, record=job.record, parts=self.parts)
+            return made.notes
         from adapterkit.checkpoint.parts import finish_parts
 
+        finish_parts(job.plan, self.out, side_files=job.side, force=force, record=job.record, parts=self.parts)
+        return ()
+
+    def finish(self, *, force: bool = False) -> Any:
+        """Make the output of parts that are all done; the report of the verb. See `close`."""
         started, job = time.monotonic(), self.job
         with moving() as meter:
-            if isinstance(self.out, Path):
-                finish_parts(job.plan, self.out, side_files=job.side, force=force, record=job.record, parts=self.parts)
-                notes: tuple[str, ...] = ()
-            else:
-                from adapterkit.checkpoint.store_write import finish_in_store
-
-                made = replace(job, force=force).in_store()
-                finish_in_store(made, side_files=job.side, record=job.record, parts=self.parts)
-                notes = made.notes
-            measured = Measured(
-                time.monotonic() - started, peak_memory(), plan=job.plan, notes=notes, moved=meter.moved
-            )
+            notes = self._close(force=force)
+            spent = time.monotonic() - started
+            measured = Measured(spent, peak_memory(), plan=job.plan, notes=notes, moved=meter.moved)
         return job.report(measured)
 
 
@@ -196,9 +245,8 @@ def _again(plan: Plan, out: Path | Address) -> Job:
             "this plan does not say which merge it is of",
             f"write one with {option('save_plan')}",
         )
-    module, _, function = VERBS[verb].partition(":")
     try:
-        job: Job = getattr(import_module(module), function)(plan.request, out).job()
+        job: Job = import_module(f"adapterkit.verbs.{verb}").replan(plan.request, out).job()
     except KeyError as error:
         raise CheckpointError(f"this plan of a {verb} does not say {error}", "make the plan again") from None
     if (job.plan.files, job.plan.inputs) != (plan.files, plan.inputs):

@@ -46,3 +46,22 @@ def test_parts_in_any_order_by_several_workers(s3: Proxy, place: str, tmp_path: 
     client = client_of(s3.server)
     assert not client.list_multipart_uploads(Bucket="models", Prefix=f"{place}/").get("Uploads")
     assert not client.list_objects_v2(Bucket="models", Prefix=f"{place}/.").get("Contents")
+
+
+@pytest.mark.parametrize("workers", [2])
+def test_run_on_this_machine(s3: Proxy, workers: int, place: str, tmp_path: Path) -> None:
+    from models import plain_base
+
+    base = plain_base(tmp_path / "base", layers=4, width=64, shards=3)
+    adapter = plain_adapter(tmp_path / "adapter", base)
+    upload(s3.server, base, "models", f"{place}/base")
+    adapterkit.merge(base, adapter, tmp_path / "out")
+    adapterkit.merge(f"s3://models/{place}/base", adapter, save_plan=tmp_path / "plan.json")
+    report = adapterkit.run(tmp_path / "plan.json", f"s3://models/{place}/out", on="local", workers=workers)
+    assert report.finished
+    found = download(s3.server, "models", f"{place}/out/")
+    assert found == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for task in range(2):
+        again = adapterkit.run(tmp_path / "plan.json", f"s3://models/{place}/array", task=task, tasks=2)
+        assert again.finished is (task == 1)
+    assert download(s3.server, "models", f"{place}/array/") == found
