@@ -12,6 +12,7 @@ from pathlib import Path
 
 from adapterkit.codecs.kinds import nested, written
 from adapterkit.errors import UsageError
+from adapterkit.places import Address
 from adapterkit.rows import handed_in
 from adapterkit.values import dataclass
 
@@ -112,7 +113,7 @@ def formats() -> Mapping[str, Format]:
     return {row.name: row for row in (*_listed(), *handed_in("formats"))}
 
 
-def find_format(name: str | None, out: str | Path | None) -> Format:
+def find_format(name: str | None, out: str | Path | Address | None) -> Format:
     """The format that was asked for, or that the suffix of ``out`` says.
 
     Raises:
@@ -120,7 +121,7 @@ def find_format(name: str | None, out: str | Path | None) -> Format:
     """
     choices = f"one of {', '.join(formats())}"
     if name is None:
-        suffix = Path(out).suffix if out is not None else ""
+        suffix = "" if out is None else out.suffix if isinstance(out, Address) else Path(out).suffix
         name = next((row.name for row in formats().values() if suffix and row.suffix == suffix), None)
         if name is None:
             raise UsageError("the output does not say its format", f"add --to, {choices}")
