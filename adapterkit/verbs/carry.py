@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -145,6 +144,8 @@ def _room(opened: OpenPlan) -> Iterator[Path]:
             yield folder
         return
     _ = opened.in_store  # claims it
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="adapterkit-") as name:
         yield Path(name)
 
