@@ -34,7 +34,7 @@ FIRST = "Needed first"
 # The order of the headings in --help; what has none comes first.
 GROUPS = (
     *(FIRST, "", "Output", "Combining", "Adapters", "Base", "GGUF types", "Thresholds", "Evidence", "Record"),
-    *("Beside the output", "Run"),
+    *("Beside the output", "Workers", "Run"),
 )
 _TYPED = {"method": NAMES, "space": SPACES}
 
