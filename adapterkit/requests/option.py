@@ -245,6 +245,8 @@ class Request:
     """
 
     VERB: ClassVar[str] = ""
+    FIRST: ClassVar[tuple[str, ...]] = ()
+    """What most people need: these fields lead ``--help``, in this order."""
 
     def __post_init__(self) -> None:
         for name, option in self.options().items():
