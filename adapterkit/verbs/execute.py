@@ -10,7 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from adapterkit.checkpoint.copies import copies
 from adapterkit.checkpoint.cut import PlanPart, cut
+from adapterkit.checkpoint.files import LocalFile
 from adapterkit.checkpoint.plan import Plan
 from adapterkit.errors import CheckpointError, UsageError, option
 from adapterkit.verbs.job import Job, Measured, peak_memory, run
@@ -33,6 +35,7 @@ class OpenPlan:
     def __init__(self, plan: Plan, out: str | Path, part_size: int | None = None, *, job: Job | None = None) -> None:
         self.plan, self.out = plan, Path(out)
         self._part_size, self._job = part_size, job
+        self._seen: dict[str, LocalFile] = {}
 
     @cached_property
     def parts(self) -> list[PlanPart]:
@@ -51,13 +54,8 @@ class OpenPlan:
         return _again(self.plan, self.out) if self._job is None else self._job
 
     def ready(self) -> None:
-        """Open the inputs, and import what every part needs, before the first part.
-
-        Raises:
-            CheckpointError: the inputs are not those of the plan.
-        """
+        """Import what every part needs, before the first; the inputs are opened when a part first computes something."""
         import_module("torch")
-        _ = self.job
 
     def execute(
         self, index: int, *, jobs: int | None = None, progress: Callable[[int, int], None] | None = None
@@ -73,8 +71,9 @@ class OpenPlan:
 
         started, spent = time.monotonic(), time.process_time()
         part = part_of(self.parts, index)
-        job = self.job
-        reused = write_part(job.plan, part, job.tensors, job.sources, self.out, jobs=jobs, progress=progress)
+        alone = None if "job" in self.__dict__ else copies(self.plan, part, self._seen)
+        tensors, sources = (self.job.tensors, self.job.sources) if alone is None else alone
+        reused = write_part(self.plan, part, tensors, sources, self.out, jobs=jobs, progress=progress)
         return PartReport(
             str(self.out),
             index,
