@@ -32,18 +32,17 @@ if TYPE_CHECKING:
     from adapterkit.recipe.run import build, plan_build
     from adapterkit.requests.adapters import CombineRequest, ExtractRequest, ResizeRequest
     from adapterkit.requests.convert import ConvertRequest
-    from adapterkit.requests.convert import ConvertRequest as ConvertOptions
     from adapterkit.requests.merge import MergeRequest
-    from adapterkit.requests.merge import MergeRequest as MergeOptions
     from adapterkit.requests.register import RegisterRequest
     from adapterkit.requests.verify import VerifyRequest
+    from adapterkit.requests.workers import RunRequest
     from adapterkit.serving.handover import Handover, handover
     from adapterkit.verbs.check import CheckReport, check
     from adapterkit.verbs.combine import combine, combined
     from adapterkit.verbs.compare import CompareReport, compare
     from adapterkit.verbs.convert import convert, plan_convert
     from adapterkit.verbs.doctor import DoctorReport, doctor
-    from adapterkit.verbs.execute import execute
+    from adapterkit.verbs.execute import OpenPlan, execute
     from adapterkit.verbs.extract import extract
     from adapterkit.verbs.family import Family, open_family
     from adapterkit.verbs.imatrix import ImatrixReport, imatrix
@@ -58,6 +57,7 @@ if TYPE_CHECKING:
         ResizeReport,
     )
     from adapterkit.verbs.resize import resize
+    from adapterkit.verbs.run import RunReport, run
     from adapterkit.verbs.verify import VerifyReport, verify
 
 _WHERE = {
@@ -72,6 +72,7 @@ _WHERE = {
     "ResizeRequest": "adapterkit.requests.adapters:ResizeRequest",
     "VerifyRequest": "adapterkit.requests.verify:VerifyRequest",
     "RegisterRequest": "adapterkit.requests.register:RegisterRequest",
+    "RunRequest": "adapterkit.requests.workers:RunRequest",
     "MergeOptions": "adapterkit.requests.merge:MergeRequest",  # the old names of two requests
     "ConvertOptions": "adapterkit.requests.convert:ConvertRequest",
     "Adapter": "adapterkit.adapters.adapter:Adapter",
@@ -87,6 +88,9 @@ _WHERE = {
     "Folded": "adapterkit.adapters.fold:Folded",
     "Handover": "adapterkit.serving.handover:Handover",
     "ImatrixReport": "adapterkit.verbs.imatrix:ImatrixReport",
+    "OpenPlan": "adapterkit.verbs.execute:OpenPlan",
+    "RunReport": "adapterkit.verbs.run:RunReport",
+    "run": "adapterkit.verbs.run:run",
     "Inspection": "adapterkit.verbs.inspect:Inspection",
     "MergeReport": "adapterkit.verbs.report:MergeReport",
     "PartReport": "adapterkit.verbs.report:PartReport",
@@ -126,7 +130,6 @@ __all__ = [
     "CombineReport",
     "CombineRequest",
     "CompareReport",
-    "ConvertOptions",
     "ConvertReport",
     "ConvertRequest",
     "DoctorReport",
@@ -137,14 +140,16 @@ __all__ = [
     "Handover",
     "ImatrixReport",
     "Inspection",
-    "MergeOptions",
     "MergeReport",
     "MergeRequest",
+    "OpenPlan",
     "PartReport",
     "Plan",
     "RegisterRequest",
     "ResizeReport",
     "ResizeRequest",
+    "RunReport",
+    "RunRequest",
     "VerifyReport",
     "VerifyRequest",
     "__version__",
@@ -173,6 +178,7 @@ __all__ = [
     "push",
     "register",
     "resize",
+    "run",
     "save",
     "verify",
 ]
@@ -189,6 +195,10 @@ add_finder(_registered)  # registry names work wherever a path does
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
+        from adapterkit.deprecation import DEPRECATIONS, deprecated
+
+        if f"adapterkit.{name}" in DEPRECATIONS:
+            return __getattr__(deprecated(f"adapterkit.{name}").rpartition(".")[2])
         raise AttributeError(f"module 'adapterkit' has no attribute '{name}'")
     module, _, attribute = _WHERE[name].partition(":")
     value = getattr(importlib.import_module(module), attribute)

@@ -33,7 +33,7 @@ Callback = Callable[..., Any]
 # The order of the headings in --help; what has none comes first.
 GROUPS = (
     *("", "Output", "Combining", "Adapters", "Base", "GGUF types", "Thresholds", "Evidence", "Record"),
-    *("Beside the output", "Run"),
+    *("Beside the output", "Workers", "Run"),
 )
 _TYPED = {"method": NAMES, "space": SPACES}
 
@@ -191,7 +191,7 @@ def _type(name: str, option: Option) -> Any:
     if option.kind == NUMBER:
         return click.FLOAT
     if option.kind == PATH:
-        return click.Path(path_type=Path)
+        return click.Path() if option.store else click.Path(path_type=Path)  # an address keeps its slashes
     if option.kind == REF:
         return REFERENCE
     if option.choices and not callable(option.choices) and not option.metavar:

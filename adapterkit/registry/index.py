@@ -257,7 +257,7 @@ def _fact(db: sqlite3.Connection, key: str) -> str:
 
 def content_of(db: sqlite3.Connection, mine: Callable[[str], bool] | None = None) -> dict[str, list[tuple[Any, ...]]]:
     """Every row that is a copy of the files, for comparing two indexes; with ``mine``, of some names."""
-    named, others = ("records", "unreadable", "aliases"), ("parents", "parent_levels", "levels", "files")
+    named, others = ("records", "unreadable", "aliases"), ("parents", "parent_levels", "levels", "files", "figures")
     found = {table: sorted(db.execute(f"select * from {table}").fetchall()) for table in (*named, *others)}
     if mine is not None:
         theirs = {digest for name, digest in db.execute("select name, digest from records") if not mine(name)}

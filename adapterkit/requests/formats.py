@@ -7,6 +7,7 @@ from pathlib import Path
 
 from adapterkit.codecs.kinds import NESTED, WRITTEN
 from adapterkit.errors import UsageError
+from adapterkit.places import Address
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,9 @@ FORMATS = {
         *(
             Format(name, f"single:{name}", what, frozenset({"base", "rank", "energy"}), adapter=True, single=True)
             for name, what in (
-                ("diffusers", "a LoRA as diffusers loads it"),
+                ("diffusers", "a LoRA, or a whole denoiser, as diffusers loads it"),
                 ("kohya", "a LoRA as sd-scripts, A1111 and Forge load it"),
-                ("comfyui", "a LoRA as ComfyUI names its modules"),
+                ("comfyui", "a LoRA, or a whole denoiser, as ComfyUI names its modules"),
                 ("lycoris", "a LoRA as LyCORIS' wrapper names its modules"),
             )
         ),
@@ -99,7 +100,7 @@ FORMATS = {
 }
 
 
-def find_format(name: str | None, out: str | Path | None) -> Format:
+def find_format(name: str | None, out: str | Path | Address | None) -> Format:
     """The format that was asked for, or that the suffix of ``out`` says.
 
     Raises:
@@ -107,7 +108,7 @@ def find_format(name: str | None, out: str | Path | None) -> Format:
     """
     choices = f"one of {', '.join(FORMATS)}"
     if name is None:
-        suffix = Path(out).suffix if out is not None else ""
+        suffix = "" if out is None else out.suffix if isinstance(out, Address) else Path(out).suffix
         name = next((row.name for row in FORMATS.values() if suffix and row.suffix == suffix), None)
         if name is None:
             raise UsageError("the output does not say its format", f"add --to, {choices}")
