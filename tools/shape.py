@@ -117,14 +117,10 @@ def loose() -> list[str]:
 def section() -> str:
     """The figures, as the page has them."""
     long = long_signatures()
-    every = [
-        (lines, f"{file.relative_to(PACKAGE).as_posix()}:{name}")
-        for file in files()
-        for name, _, lines in functions(file)
-    ]
-    sizes = [
-        (len(file.read_text(encoding="utf-8").splitlines()), file.relative_to(PACKAGE).as_posix()) for file in files()
-    ]
+    places = {file: file.relative_to(PACKAGE).as_posix() for file in files()}
+    every = [(lines, f"{place}:{name}") for file, place in places.items() for name, _, lines in functions(file)]
+    sizes = [(len(file.read_text(encoding="utf-8").splitlines()), place) for file, place in places.items()]
+    function, longest = max(every), max(sizes)
     rows = [f"| {why} | {len(names)} |" for why, names in REASONS.items()]
     return "\n".join(
         [
