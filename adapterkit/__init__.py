@@ -73,8 +73,6 @@ _WHERE = {
     "VerifyRequest": "adapterkit.requests.verify:VerifyRequest",
     "RegisterRequest": "adapterkit.requests.register:RegisterRequest",
     "RunRequest": "adapterkit.requests.workers:RunRequest",
-    "MergeOptions": "adapterkit.requests.merge:MergeRequest",  # the old names of two requests
-    "ConvertOptions": "adapterkit.requests.convert:ConvertRequest",
     "Adapter": "adapterkit.adapters.adapter:Adapter",
     "AdapterkitError": "adapterkit.errors:AdapterkitError",
     "CheckReport": "adapterkit.verbs.check:CheckReport",

@@ -14,6 +14,7 @@ from adapterkit.adapters.half_saved import half_saved_note
 from adapterkit.bases import open_base, open_change, open_model
 from adapterkit.checkpoint import odd
 from adapterkit.checkpoint.checkpoint import Checkpoint
+from adapterkit.checkpoint.files import fingerprint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
 from adapterkit.errors import CheckFailed, UsageError, option
 from adapterkit.ops.device import check_name, check_there
@@ -119,7 +120,9 @@ class Merge:
             base_commit=self.base.commit,
             base_values=self.base_values,
             method="linear" if rule is None else str(rule),
-            adapters=tuple(AdapterUse(a.ref, a.config.peft_type, w, a.commit, a.config.base) for a, w in used),
+            adapters=tuple(
+                AdapterUse(a.ref, a.config.peft_type, w, a.commit, a.config.base, a.config.label) for a, w in used
+            ),
             dtype="auto" if dtype is None else str(dtype),
             files=self.plan.names(out or Path("-")),
             nbytes=self.plan.nbytes,
@@ -204,7 +207,7 @@ def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: b
     _no_copy(loaded, asked)
     inputs = None
     if fingerprints:
-        inputs = {s.name: _fingerprint(s) for s in (*opened.sources, *(source for a in loaded for source in a.sources))}
+        inputs = {s.name: fingerprint(s) for s in (*opened.sources, *(source for a in loaded for source in a.sources))}
     settings: dict[str, Any] = {
         "max_shard_size": None if asked.max_shard_size is None else parse_size(asked.max_shard_size),
         "jobs": asked.jobs or default_jobs(),
@@ -434,18 +437,6 @@ def _folder_of(base: Checkpoint) -> Path | None:
     """The folder of a Hugging Face base on this disk."""
     path = base.sources[0].path if base.sources else None
     return None if path is None or path.suffix == ".gguf" else path.parent
-
-
-def _fingerprint(source: Source) -> str:
-    """Size and hash of the header: enough to see that a plan belongs to these files, without reading them."""
-    import hashlib
-
-    first = source.read(0, 8)
-    version = f":{source.version}" if source.version else ""
-    if first[:4] == b"GGUF":
-        return f"{source.size}:{hashlib.sha256(source.read(0, 1 << 20)).hexdigest()}{version}"
-    length = min(int.from_bytes(first, "little"), source.size)
-    return f"{source.size}:{hashlib.sha256(source.read(8, length)).hexdigest()}{version}"
 
 
 __all__ = ["Merge", "merge", "plan_merge", "planned", "replan"]
