@@ -29,14 +29,14 @@ def code(folder: Path | None = None) -> dict[str, str]:
     """``git``: the commit of the script's repository, with ``+changes`` where tracked files differ from it."""
     main = Path(sys.argv[0]) if sys.argv and sys.argv[0] else Path()
     where = folder or (main.resolve().parent if main.is_file() else Path.cwd())
-    commit = _git(where, "rev-parse", "HEAD")
+    commit = _git(where, ["rev-parse", "HEAD"])
     if not commit:
         return {}
-    changed = _git(where, "status", "--porcelain", "--untracked-files=no")
+    changed = _git(where, ["status", "--porcelain", "--untracked-files=no"])
     return {"git": commit + ("+changes" if changed else "")}
 
 
-def _git(folder: Path, *words: str) -> str:
+def _git(folder: Path, words: list[str]) -> str:
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=False
