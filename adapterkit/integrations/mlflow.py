@@ -20,6 +20,7 @@ from typing import Any
 
 from adapterkit.errors import AdapterkitError, AuthError, NotFound, ServerError, UsageError
 from adapterkit.integrations.tracking import LoggedVersion, adapter_of, copy_files, labels, numbers, registered
+from adapterkit.packages import need
 from adapterkit.registry.evidence import attach_evidence
 from adapterkit.registry.register import Registered
 
@@ -48,7 +49,7 @@ def log_version(
     Raises:
         ServerError: MLflow cannot be reached, or fails; nothing half done is left.
         NotFound: there is no such version, or run.
-        UsageError: it is no adapter, or MLflow is not installed.
+        UsageError: it is no adapter.
     """
     record, folder = adapter_of(ref, home)
     client, uri = _client(tracking_uri)
@@ -129,13 +130,12 @@ def _client(tracking_uri: str) -> tuple[Any, str]:
     """A client of a server that is there.
 
     Raises:
-        UsageError: MLflow is not installed.
+        MissingPackage: MLflow is not installed.
         ServerError: nothing answers.
     """
-    try:
-        import mlflow
-    except ImportError:
-        raise UsageError("MLflow is not installed", "pip install 'adapterkit[mlflow]'") from None
+    need("mlflow", what="versions are logged with MLflow's own client", extra="mlflow")
+    import mlflow
+
     uri = (tracking_uri or mlflow.get_tracking_uri()).rstrip("/")
     if uri.startswith("http"):
         from adapterkit.web import ask

@@ -17,6 +17,7 @@ from typing import Any
 
 from adapterkit.errors import AdapterkitError, AuthError, NotFound, ServerError, UsageError
 from adapterkit.integrations.tracking import LoggedVersion, adapter_of, copy_files, labels, numbers, registered
+from adapterkit.packages import need
 from adapterkit.registry.evidence import attach_evidence
 from adapterkit.registry.register import Registered
 
@@ -36,7 +37,7 @@ def log_version(
     Raises:
         ServerError: W&B cannot be reached, or fails.
         NotFound: there is no such version.
-        UsageError: it is no adapter, or wandb is not installed.
+        UsageError: it is no adapter.
     """
     from adapterkit.registry import verbs
 
@@ -114,8 +115,7 @@ def import_artifact(artifact: str, *, name: str = "", home: Path | None = None) 
 
 
 def _wandb() -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UsageError("wandb is not installed", "pip install 'adapterkit[wandb]'") from None
+    need("wandb", what="versions are logged with W&B's own client", extra="wandb")
+    import wandb
+
     return wandb
