@@ -109,7 +109,7 @@ EXTRAS = (
     Extra(
         "wandb",
         (Package("wandb", "wandb", "0.19"),),
-        "versions logged to Weights & Biases as artifacts, and imported from it",
+        "versions logged to W&B as artifacts, and imported from it",
     ),
 )
 
