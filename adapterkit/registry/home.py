@@ -27,13 +27,13 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit import disk
 from adapterkit.errors import RegistryError, UsageError
 from adapterkit.registry.canonical import sha256
 from adapterkit.registry.names import check_alias, check_name, check_sha256, is_name
+from adapterkit.values import dataclass
 
 LAYOUT = b"adapterkit registry 1\n"
 FOLDERS = (
