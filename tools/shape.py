@@ -36,6 +36,7 @@ REASONS: dict[str, tuple[str, ...]] = {
             "verbs/execute.py:execute",
         ),
         "verbs/imatrix.py:imatrix",
+        "integrations/transformers.py:RegisterCallback.__init__",
     ),
     "writes one record or line: each parameter is a field of it, given by name": (
         *("provenance/record.py:recorder", "provenance/register.py:_register_base", "registry/refs.py:move"),
