@@ -13,9 +13,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from adapterkit._version import __version__
-from adapterkit.checkpoint.finders import add_finder
+from adapterkit.checkpoint.finders import add_finder, set_maker
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.fold import Folded, fold
     from adapterkit.adapters.load import load_adapter
@@ -191,6 +193,15 @@ def _registered(ref: str) -> Found | None:
 
 
 add_finder(_registered)  # registry names work wherever a path does
+
+
+def _remade(at: Any, record: Any, folder: Path, base: Any) -> Path:
+    from adapterkit.verbs.remake import make
+
+    return make(at, record, folder, base)
+
+
+set_maker(_remade)  # what is kept as its recipe is made again where its bytes are asked for
 
 
 def __getattr__(name: str) -> Any:

@@ -47,9 +47,10 @@ def fsck(repair: bool, reindex: bool, as_json: bool) -> int:
 
 @click.command(name="gc", short_help="Free blobs that no visible version names.")
 @click.option("--apply", is_flag=True, help="Delete; without it, only say what would be.")
+@click.option("--recipes", is_flag=True, help="Say what keeping versions as their recipes would save; free nothing.")
 @click.option("--keep-days", type=click.FloatRange(0), default=14.0, show_default=True, help="Keep what is younger.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def gc(apply: bool, keep_days: float, as_json: bool) -> None:
+def gc(apply: bool, recipes: bool, keep_days: float, as_json: bool) -> None:
     """Say which blobs no visible version names, or free them with --apply. Records and aliases always stay.
 
     Exits with 3, and frees nothing, while a record cannot be read.
@@ -58,7 +59,11 @@ def gc(apply: bool, keep_days: float, as_json: bool) -> None:
     Example:
       adapterkit gc
       adapterkit gc --apply
+      adapterkit gc --recipes
     """
+    if recipes:
+        _recipes(apply, as_json)
+        return
     from adapterkit.registry.gc import gc as verb
 
     found = verb(apply=apply, keep_days=keep_days)
@@ -69,3 +74,20 @@ def gc(apply: bool, keep_days: float, as_json: bool) -> None:
     say(f"{done} {len(found.blobs)} blobs ({size(found.bytes)}) and {found.temporary} temporary files")
     if found.young:
         note(f"note: {found.young} more are younger than {keep_days:g} days")
+
+
+def _recipes(apply: bool, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from adapterkit.registry.gc import recipes as verb
+
+    if apply:
+        raise click.UsageError("--recipes frees nothing; register --as-recipe keeps a version so.")
+    found = verb()
+    if as_json:
+        show_json([asdict(one) for one in found])
+        return
+    for one in found:
+        say(f"{one.ref}: made by {one.operation}, {size(one.bytes)}")
+    said = f"{count(len(found))} versions could be kept as their recipes, {size(sum(one.bytes for one in found))}"
+    say(f"{said}; register --as-recipe proves it of one and keeps it so")
