@@ -12,7 +12,7 @@ import os
 import re
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from adapterkit.checkpoint.folder import INDEX, PIPELINE, SINGLE
 from adapterkit.checkpoint.header import build_header
@@ -21,6 +21,9 @@ from adapterkit.checkpoint.plan_file import PlanStep, Steps, Tables, columns_of,
 from adapterkit.checkpoint.tensor import Stored
 from adapterkit.dtypes import DTYPES
 from adapterkit.errors import CheckpointError, UsageError, option
+from adapterkit.places import Address
+
+Place = TypeVar("Place", "Path", "Address")
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -146,7 +149,7 @@ class Plan:
         """What the index of the files is called."""
         return PIPELINE + INDEX if all(file.name.startswith(PIPELINE) for file in self.files) else INDEX
 
-    def targets(self, out: Path) -> dict[str, Path]:
+    def targets(self, out: Place) -> dict[str, Place]:
         """Where the files of a plan for ``out`` end up; several of ``layout`` file are numbered before the suffix."""
         names = [file.name for file in self.files]
         if self.layout == "folder":
@@ -157,6 +160,14 @@ class Plan:
         return {
             name: out.with_name(f"{out.stem}-{i:05d}-of-{count:05d}{out.suffix}") for i, name in enumerate(names, 1)
         }
+
+    def names(self, out: Path | Address | None) -> tuple[str, ...]:
+        """What the files are called where they end up."""
+        if out is None:
+            return tuple(file.name for file in self.files)
+        if isinstance(out, Address):
+            return tuple(place.name for place in self.targets(out).values())
+        return tuple(path.name for path in self.targets(out).values())
 
     @cached_property
     def digest(self) -> str:

@@ -191,7 +191,7 @@ def _type(name: str, option: Option) -> Any:
     if option.kind == NUMBER:
         return click.FLOAT
     if option.kind == PATH:
-        return click.Path(path_type=Path)
+        return click.Path() if option.store else click.Path(path_type=Path)  # an address keeps its slashes
     if option.kind == REF:
         return REFERENCE
     if option.choices and not callable(option.choices) and not option.metavar:

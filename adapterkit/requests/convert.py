@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.errors import UsageError
+from adapterkit.places import Address
 from adapterkit.requests.formats import FORMATS, Format
 from adapterkit.requests.groups import (
     ADAPTERS,
@@ -35,9 +36,16 @@ class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
     VERB: ClassVar[str] = "convert"
 
     src: Ref = field(metadata=opt("What to convert: a model or an adapter.", REF, role=INPUT, recipe="output.from"))
-    out: Ref | None = field(
+    out: Ref | Address | None = field(
         default=None,
-        metadata=opt("The file or folder to make.", PATH, role=INPUT, short="-o", recipe="output.path"),
+        metadata=opt(
+            "The file or folder to make; an address in a store (s3://bucket/folder) too.",
+            PATH,
+            role=INPUT,
+            short="-o",
+            recipe="output.path",
+            store=True,
+        ),
     )
     to: str | None = field(
         default=None,
@@ -134,9 +142,9 @@ class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
     )  # fmt: skip
 
     @property
-    def target(self) -> Path | None:
+    def target(self) -> Path | Address | None:
         """Where the output goes."""
-        return None if self.out is None else Path(self.out)
+        return self.out if self.out is None or isinstance(self.out, Address) else Path(self.out)
 
     def need_base(self, form: str) -> Base:
         """The base.

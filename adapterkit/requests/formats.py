@@ -7,6 +7,7 @@ from pathlib import Path
 
 from adapterkit.codecs.kinds import NESTED, WRITTEN
 from adapterkit.errors import UsageError
+from adapterkit.places import Address
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ FORMATS = {
 }
 
 
-def find_format(name: str | None, out: str | Path | None) -> Format:
+def find_format(name: str | None, out: str | Path | Address | None) -> Format:
     """The format that was asked for, or that the suffix of ``out`` says.
 
     Raises:
@@ -107,7 +108,7 @@ def find_format(name: str | None, out: str | Path | None) -> Format:
     """
     choices = f"one of {', '.join(FORMATS)}"
     if name is None:
-        suffix = Path(out).suffix if out is not None else ""
+        suffix = "" if out is None else out.suffix if isinstance(out, Address) else Path(out).suffix
         name = next((row.name for row in FORMATS.values() if suffix and row.suffix == suffix), None)
         if name is None:
             raise UsageError("the output does not say its format", f"add --to, {choices}")

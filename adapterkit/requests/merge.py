@@ -12,6 +12,7 @@ from adapterkit.codecs.kinds import NESTED, WRITTEN
 from adapterkit.dtypes import BY_LABEL, DType
 from adapterkit.errors import CheckpointError, UsageError
 from adapterkit.ops.device import CPU
+from adapterkit.places import Address
 from adapterkit.requests.groups import (
     BASE,
     BESIDE,
@@ -51,9 +52,16 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
     adapters: Adapters = field(
         metadata=opt("The adapters, in order.", REF, role=INPUT, many=True, recipe="output.adapters")
     )
-    out: str | Path | None = field(
+    out: str | Path | Address | None = field(
         default=None,
-        metadata=opt("The folder to make, or a .gguf file.", PATH, role=INPUT, short="-o", recipe="output.path"),
+        metadata=opt(
+            "The folder to make, or a .gguf file; an address in a store (s3://bucket/folder) too.",
+            PATH,
+            role=INPUT,
+            short="-o",
+            recipe="output.path",
+            store=True,
+        ),
     )
     to: str | None = field(
         default=None,
@@ -148,9 +156,9 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
         return self.adapters
 
     @property
-    def target(self) -> Path | None:
+    def target(self) -> Path | Address | None:
         """Where the output goes."""
-        return None if self.out is None else Path(self.out)
+        return self.out if self.out is None or isinstance(self.out, Address) else Path(self.out)
 
     @property
     def form(self) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from adapterkit.errors import UsageError, option
+from adapterkit.places import Address
 from adapterkit.requests.groups import RUNNING
 from adapterkit.requests.option import CALL, COUNTS, FLAG, INPUT, NUMBER, PAIRS, PATH, WHOLE, Request, opt
 
@@ -166,7 +167,12 @@ class RunRequest(OnWorkers):
     VERB: ClassVar[str] = "run"
 
     plan: Ref = field(metadata=opt("The plan that --save-plan of a verb wrote.", PATH, role=INPUT))
-    out: Ref | None = field(default=None, metadata=opt("The folder or file to make.", PATH, role=INPUT, short="-o"))
+    out: Ref | Address | None = field(
+        default=None,
+        metadata=opt(
+            "The folder or file to make; an address in a store too.", PATH, role=INPUT, short="-o", store=True
+        ),
+    )
     jobs: int | None = field(
         default=None,
         kw_only=True,
@@ -218,6 +224,6 @@ class RunRequest(OnWorkers):
             raise UsageError("a task of a job array executes its parts itself", f"leave out {option('on')}")
 
     @property
-    def target(self) -> Path | None:
+    def target(self) -> Path | Address | None:
         """Where the output goes."""
-        return None if self.out is None else Path(self.out)
+        return self.out if self.out is None or isinstance(self.out, Address) else Path(self.out)

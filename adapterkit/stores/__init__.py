@@ -6,7 +6,7 @@ through obstore), `s3` (S3's own uploads), `connect` (credentials and endpoints,
 """
 
 from adapterkit.stores.connect import open_store
-from adapterkit.stores.meter import Moved, moving
+from adapterkit.stores.meter import Moved, moved, moving
 from adapterkit.stores.store import Assembly, Begun, Store, StoredObject
 
-__all__ = ["Assembly", "Begun", "Moved", "Store", "StoredObject", "moving", "open_store"]
+__all__ = ["Assembly", "Begun", "Moved", "Store", "StoredObject", "moved", "moving", "open_store"]

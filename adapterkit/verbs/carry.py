@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from adapterkit import disk
 from adapterkit.checkpoint.cut import PART_SIZE
 from adapterkit.checkpoint.plan import default_jobs, parse_size
 from adapterkit.errors import OutputError, UsageError, option
+from adapterkit.places import here
 from adapterkit.requests.workers import LOCAL, RAY, WRITTEN_JOBS, parse_rate
 from adapterkit.verbs.execute import OpenPlan, has_parts
 from adapterkit.verbs.job import Job, Measured, peak_memory, run, show
@@ -44,7 +46,7 @@ def carry_out(job: Job, request: Any, started: float) -> Any:
     opened = OpenPlan(job.plan, job.out or "", part_size(request), job=job)
     if request.on in WRITTEN_JOBS:
         return _written(opened, request, started)
-    if not request.resume:
+    if not request.resume and isinstance(opened.out, Path):
         with disk.staging(opened.out, resume=False):
             pass  # what an earlier run left goes
     try:
@@ -53,7 +55,7 @@ def carry_out(job: Job, request: Any, started: float) -> Any:
         opened.close(force=job.force)
     except BaseException:
         if not request.resume:
-            _discard(opened.out)
+            _discard(opened)
         raise
     notes = (*(note for one in job.beside for note in one.write()), tally.summary)
     del tower
@@ -109,16 +111,16 @@ def by_workers(opened: OpenPlan, request: Any) -> RunTally:
     Raises:
         OutputError, AdapterkitError: see `adapterkit.verbs.engines.driver.drive`.
     """
-    from adapterkit.checkpoint.parts import claimed
     from adapterkit.verbs.engines.driver import drive, log_to
     from adapterkit.verbs.engines.pool import WorkerSetting
 
     opened.forget_stale()
-    with claimed(opened.plan, opened.out) as folder, log_to(_path(request.events)) as log:
+    with _room(opened) as folder, log_to(_path(request.events)) as log:
         text = opened.plan.to_json()
         disk.write_inside(folder, PLAN_FILE, text.encode())
         size = part_size(request)
-        setting = WorkerSetting(text, str(folder / PLAN_FILE), str(opened.out.absolute()), size, jobs_of(request))
+        out = str(opened.out.absolute() if isinstance(opened.out, Path) else opened.out)
+        setting = WorkerSetting(text, str(folder / PLAN_FILE), out, size, jobs_of(request))
         count = workers_of(request)
         left = opened.left()
 
@@ -126,6 +128,20 @@ def by_workers(opened: OpenPlan, request: Any) -> RunTally:
             return _POOLS[request.on](setting, request, min(count, max(1, len(left))))
 
         return drive(make, opened.parts, left, count, engine=request.on, log=log, progress=request.progress)
+
+
+@contextmanager
+def _room(opened: OpenPlan) -> Iterator[Path]:
+    """A folder for the plan, while others keep out of the output: the hidden folder, or one here for an output in a store."""
+    from adapterkit.checkpoint.parts import claimed
+
+    if isinstance(opened.out, Path):
+        with claimed(opened.plan, opened.out) as folder:
+            yield folder
+        return
+    _ = opened.in_store  # claims it
+    with tempfile.TemporaryDirectory(prefix="adapterkit-") as name:
+        yield Path(name)
 
 
 def _local(setting: WorkerSetting, request: OnWorkers, count: int) -> Pool:
@@ -147,9 +163,12 @@ def _path(given: Any) -> Path | None:
     return None if given is None else Path(given)
 
 
-def _discard(out: Path) -> None:
-    """Take the hidden folder away, unless somebody is at it."""
-    with suppress(_Discarded, OutputError), disk.staging(out, resume=False):
+def _discard(opened: OpenPlan) -> None:
+    """Take away what workers left, unless somebody else is at it."""
+    if not isinstance(opened.out, Path):
+        opened.in_store.discard()
+        return
+    with suppress(_Discarded, OutputError), disk.staging(opened.out, resume=False):
         raise _Discarded
 
 
@@ -159,7 +178,7 @@ class _Discarded(Exception):
 
 def _written(opened: OpenPlan, request: Any, started: float) -> Any:
     """The report of a job whose files were written, and handed over where that was asked for."""
-    plan = opened.out.with_name(f"{opened.out.name}.plan.json").absolute()
+    plan = here(opened.out).with_name(f"{opened.out.name}.plan.json")
     disk.deliver(plan, opened.plan.to_json().encode())
     notes = (f"plan written to {plan}", *write_files(opened, request, plan))
     job = opened.job

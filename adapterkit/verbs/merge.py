@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
 from adapterkit.errors import CheckFailed, UsageError, option
 from adapterkit.ops.device import check_name, check_there
+from adapterkit.places import Address
 from adapterkit.requests.call import takes
 from adapterkit.requests.merge import FOLDER, GGUF, MergePlanRequest, MergeRequest
 from adapterkit.verbs.beside import beside_of
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.fidelity import FidelityReport, Watch
     from adapterkit.adapters.fold import Folded
     from adapterkit.checkpoint.files import Source
+    from adapterkit.checkpoint.listing import Listing
 
 COARSE_BITS = 5  # formats of so many bits and fewer lose a change to values that lie on such a grid already
 SAMPLED = 8  # tensors that are measured before a base's own grid is written again
@@ -95,6 +97,13 @@ class Merge:
         found = ((adapter.ref, half_saved_note(adapter)) for adapter in self.adapters)
         return tuple(f"{ref} {words}" for ref, words in found if words)
 
+    def _stored(self, base: Any) -> Checkpoint:
+        """The base as it is stored. Values that are decoded or quantized on the way have no bytes of their own; what they
+        were made from does."""
+        if self.base_values == "as stored":
+            return self.base
+        return open_model(base) if self.base.stored is None else self.base.stored.checkpoint
+
     def report(self, measured: Measured, fidelity: FidelityReport | None = None) -> MergeReport:
         """What was done, or would be."""
         from adapterkit.adapters.merged import not_finite
@@ -112,7 +121,7 @@ class Merge:
             method="linear" if rule is None else str(rule),
             adapters=tuple(AdapterUse(a.ref, a.config.peft_type, w, a.commit, a.config.base) for a, w in used),
             dtype="auto" if dtype is None else str(dtype),
-            files=tuple(path.name for path in self.plan.targets(out or Path(".")).values()),
+            files=self.plan.names(out or Path("-")),
             nbytes=self.plan.nbytes,
             tensors=len(self.view),
             touched=len(self.folded.touched),
@@ -126,6 +135,7 @@ class Merge:
             min_retention=asked.min_retention,
             min_cosine=asked.min_cosine,
             dry_run=measured.dry_run,
+            **asdict(measured.moved),
             notes=(
                 *self.notes,
                 *measured.notes,
@@ -158,6 +168,7 @@ class Merge:
             ahead=loss.ahead,
             force=asked.force,
             also=() if self.output.tower is None else (self.output.tower,),
+            recorded=lambda: (self._stored(named), *self.adapters),
         )
 
 
@@ -244,7 +255,7 @@ def merge(request: MergeRequest) -> MergeReport:
     return report
 
 
-def replan(data: Mapping[str, Any], out: Path | None) -> Merge:
+def replan(data: Mapping[str, Any], out: Path | Address | None) -> Merge:
     """The merge of a saved plan, planned again.
 
     Raises:
@@ -301,21 +312,18 @@ def _recorder(
     *,
     full: bool = False,
     measured: Callable[[], Mapping[str, Any]] | None = None,
-) -> Callable[[Path], dict[str, bytes]]:
+) -> Callable[[Path | Listing], dict[str, bytes]]:
     """What writes ``adapterkit.json`` when the weights are finished."""
     return partial(_record, planned, base, full, measured)
 
 
 def _record(
-    planned: Merge, base: Any, full: bool, measured: Callable[[], Mapping[str, Any]] | None, folder: Path
+    planned: Merge, base: Any, full: bool, measured: Callable[[], Mapping[str, Any]] | None, folder: Path | Listing
 ) -> dict[str, bytes]:
     from adapterkit.provenance.record import adapter_parent, base_parent, parameters_of, recorder
 
     asked = planned.request
-    # Values that are decoded or quantized on the way have no bytes of their own; what they were made from does.
-    stored = planned.base
-    if planned.base_values != "as stored":
-        stored = open_model(base)
+    stored = planned._stored(base)
     parents = [base_parent(stored, full=full)]
     if asked.base16 is not None:
         parents.append(base_parent(open_model(asked.base16), "original", full=full))

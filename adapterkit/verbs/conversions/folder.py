@@ -24,6 +24,7 @@ from adapterkit.verbs.conversions.conversion import Conversion, count_types
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from adapterkit.checkpoint.listing import Listing
     from adapterkit.verbs.job import Recorder
 
 CONFIG = "config.json"
@@ -105,7 +106,7 @@ def with_config(view: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
 def folder_recorder(opened: Checkpoint, to: str, kind: str, stated: Mapping[str, Any]) -> Recorder:
     """What writes the record of a folder that was made from ``opened``."""
 
-    def write(folder: Path) -> Mapping[str, bytes]:
+    def write(folder: Path | Listing) -> Mapping[str, bytes]:
         from adapterkit.provenance.record import base_parent, parameters_of, recorder
 
         method = to if kind == "quantized" else ""
@@ -127,7 +128,9 @@ def planned_folder(
     plan = plan_safetensors(view, max_shard_size=asked.shard_size, jobs=jobs, request=stated)
     side = {file.name: file.bytes() for file in view.side_files}
     record = folder_recorder(opened, to, kind, stated)
-    return Conversion(opened.ref, to, plan, view, opened.sources, count_types(view), side, view.notes, record)
+    return Conversion(
+        opened.ref, to, plan, view, opened.sources, count_types(view), side, view.notes, record, named=(opened,)
+    )
 
 
 bf16, f16, f32 = (partial(_plain, dtype) for dtype in (BF16, F16, F32))
