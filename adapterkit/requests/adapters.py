@@ -87,6 +87,7 @@ class CombineRequest(OfAdapters, Ruled, FactorOptions, Running):
     """Several adapters that become one."""
 
     VERB: ClassVar[str] = "combine"
+    FIRST: ClassVar[tuple[str, ...]] = ("out", "method", "weights", "rank", "energy", "dry_run")
 
     adapters: Adapters | Opened = field(
         metadata=opt("The adapters, in order.", REF, role=INPUT, many=True, recipe="output.adapters")
@@ -115,6 +116,7 @@ class ExtractRequest(FactorOptions, Running):
     """The difference of two checkpoints as an adapter."""
 
     VERB: ClassVar[str] = "extract"
+    FIRST: ClassVar[tuple[str, ...]] = ("out", "rank", "energy", "dtype", "force", "dry_run")
 
     base: Base = field(metadata=opt("The checkpoint that training began from.", REF, role=INPUT))
     tuned: Base = field(metadata=opt("The checkpoint that training made of it.", REF, role=INPUT))
@@ -131,6 +133,7 @@ class ResizeRequest(FactorOptions, Running):
     """An adapter at another rank."""
 
     VERB: ClassVar[str] = "resize"
+    FIRST: ClassVar[tuple[str, ...]] = ("out", "rank", "energy", "dtype", "force", "dry_run")
 
     adapter: str | Path | Adapter = field(metadata=opt("The adapter.", REF, role=INPUT))
     out: Ref | None = field(default=None, metadata=_out())

@@ -34,6 +34,7 @@ class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
     """A conversion. The row of a format says which of the options mean something for it; another one is an error."""
 
     VERB: ClassVar[str] = "convert"
+    FIRST: ClassVar[tuple[str, ...]] = ("out", "to", "quant", "base", "dtype", "dry_run")
 
     src: Ref = field(metadata=opt("What to convert: a model or an adapter.", REF, role=INPUT, recipe="output.from"))
     out: Ref | Address | None = field(

@@ -44,6 +44,7 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
     """A merge: what is folded into what, and what is written of it."""
 
     VERB: ClassVar[str] = "merge"
+    FIRST: ClassVar[tuple[str, ...]] = ("out", "quant", "weights", "method", "fidelity", "dry_run")
 
     base: Base = field(
         metadata=opt("The base: a folder, a safetensors or GGUF file, a registry name or a Hub id.", REF, role=INPUT,

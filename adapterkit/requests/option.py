@@ -241,6 +241,8 @@ class Request:
     """What a verb was asked for. A subclass has one field per option."""
 
     VERB: ClassVar[str] = ""
+    FIRST: ClassVar[tuple[str, ...]] = ()
+    """What most people need: these fields lead ``--help``, in this order."""
 
     def __post_init__(self) -> None:
         for name, option in self.options().items():

@@ -23,6 +23,7 @@ class VerifyRequest(OntoBase, OfAdapters, Ruled):
     """A verification. Options of the merge that are not named are taken from the record beside MERGED."""
 
     VERB: ClassVar[str] = "verify"
+    FIRST: ClassVar[tuple[str, ...]] = ("base", "adapters", "weights", "level", "prompts", "as_trained")
 
     merged: Base = field(metadata=opt("The folder, the GGUF file, the registry name or the Hub id.", REF, role=INPUT))
     base: Base = field(

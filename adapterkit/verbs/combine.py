@@ -101,7 +101,7 @@ class Combination:
             scale=asked.scale,
             parameters=dict(asked.parameters),
             adapters=tuple(
-                AdapterUse(a.ref, a.config.peft_type, w, a.commit, a.config.base)
+                AdapterUse(a.ref, a.config.peft_type, w, a.commit, a.config.base, a.config.label)
                 for a, w in zip(family.adapters, self.making.weights, strict=True)
             ),
             base=str(base or ""),

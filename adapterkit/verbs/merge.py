@@ -119,7 +119,9 @@ class Merge:
             base_commit=self.base.commit,
             base_values=self.base_values,
             method="linear" if rule is None else str(rule),
-            adapters=tuple(AdapterUse(a.ref, a.config.peft_type, w, a.commit, a.config.base) for a, w in used),
+            adapters=tuple(
+                AdapterUse(a.ref, a.config.peft_type, w, a.commit, a.config.base, a.config.label) for a, w in used
+            ),
             dtype="auto" if dtype is None else str(dtype),
             files=self.plan.names(out or Path("-")),
             nbytes=self.plan.nbytes,

@@ -35,13 +35,19 @@ class Forecast:
 
 @dataclass(frozen=True)
 class AdapterUse:
-    """One adapter of a merge."""
+    """One adapter of a merge.
+
+    Attributes:
+        method: as the config names it: ``LORA``.
+        label: as its authors write it: ``DoRA``.
+    """
 
     ref: str
     method: str
     weight: float
     commit: str | None = None
     base: str | None = None
+    label: str = ""
 
 
 @dataclass(frozen=True)
