@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.values import dataclass
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def add_finder(finder: Finder) -> None:
         _FINDERS.append(finder)
 
 
-Maker = Callable[[Any, Any, Path, Any], Path]
+Maker = Callable[[Any, Any, "Path", Any], "Path"]
 """``make(home, record, folder, base)`` carries out a record's operation inside a folder and gives what it made."""
 _MAKER: list[Maker] = []
 
@@ -65,6 +68,8 @@ def place_of(ref: str | Path) -> Place:
     Raises:
         NotFound: a registered name without that version or alias.
     """
+    from pathlib import Path
+
     text = str(ref)
     if isinstance(ref, Path) or "/" in text or Path(text).expanduser().exists():
         return Place(ref, text)

@@ -10,7 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.checkpoint.copies import copies
 from adapterkit.checkpoint.cut import PlanPart, cut
+from adapterkit.checkpoint.files import LocalFile
 from adapterkit.checkpoint.plan import Plan
 from adapterkit.errors import CheckpointError, UsageError, option
 from adapterkit.places import Address, writable
@@ -40,6 +42,7 @@ class OpenPlan:
     ) -> None:
         self.plan, self.out = plan, writable(out, "the output")
         self._part_size, self._job = part_size, job
+        self._seen: dict[str, LocalFile] = {}
 
     @cached_property
     def parts(self) -> list[PlanPart]:
@@ -58,13 +61,8 @@ class OpenPlan:
         return _again(self.plan, self.out) if self._job is None else self._job
 
     def ready(self) -> None:
-        """Open the inputs, and import what every part needs, before the first part.
-
-        Raises:
-            CheckpointError: the inputs are not those of the plan.
-        """
+        """Import what every part needs, before the first; the inputs are opened when a part first computes something."""
         import_module("torch")
-        _ = self.job
 
     @cached_property
     def in_store(self) -> StoreOut:
@@ -91,9 +89,10 @@ class OpenPlan:
 
         started, spent = time.monotonic(), time.process_time()
         part = part_of(self.parts, index)
-        job = self.job
         if isinstance(self.out, Path):
-            reused = write_part(job.plan, part, job.tensors, job.sources, self.out, jobs=jobs, progress=progress)
+            alone = None if "job" in self.__dict__ else copies(self.plan, part, self._seen)
+            tensors, sources = (self.job.tensors, self.job.sources) if alone is None else alone
+            reused = write_part(self.plan, part, tensors, sources, self.out, jobs=jobs, progress=progress)
         else:
             from adapterkit.checkpoint.store_write import send_part
 
