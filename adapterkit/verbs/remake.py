@@ -77,16 +77,14 @@ def make(at: Home, record: Record, folder: Path, base: str | Path | None) -> Pat
 
 def _options(request: type[Request], stated: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a record that are not what the verb does anyway."""
-    import dataclasses
-
-    known = {field.name: field for field in dataclasses.fields(request)}
+    known = request.options()
     found = {}
     for key, value in stated.items():
         name = _CALLED.get(key, key)
         if name in _INPUTS or value in (None, "", [], {}, False):
             continue
         # What a record says beside options (how values were stored) decides nothing here; the bytes are compared.
-        if name in known and value != known[name].default:
+        if name in known and value != getattr(request, name, None):  # a field's default is the class's own
             found[name] = value
     return found
 
