@@ -26,7 +26,7 @@ from adapterkit import disk
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.plan import plan_file
 from adapterkit.checkpoint.tensor import Tensor
-from adapterkit.checkpoint.write import write_safetensors
+from adapterkit.checkpoint.write import Writing, write_together
 from adapterkit.dtypes import F32
 from adapterkit.errors import UnsupportedAdapter, UsageError, option
 from adapterkit.provenance.record import adapter_parent, recorder
@@ -226,7 +226,7 @@ def _write(view: Checkpoint, shapes: Mapping[str, tuple[int, int]], rank: int, p
 def _file(tensors: Mapping[str, Tensor], folder: Path, name: str, side: Mapping[str, bytes]) -> int:
     """A folder with one safetensors file of small tensors; how many bytes that has."""
     plan = plan_file(name, list(tensors.values()), {"format": "pt"})
-    write_safetensors(plan, tensors, (), folder, side_files=side)
+    write_together([Writing(plan, tensors, (), folder, side)], force=[False])
     return plan.nbytes
 
 
