@@ -92,7 +92,8 @@ def arrow(request: CombineRequest) -> CombineReport:
     from adapterkit.verbs.combine import combine, told
 
     started = time.monotonic()
-    given = list(request.adapters) if isinstance(request.adapters, (tuple, list)) else list(request.adapters.adapters)
+    asked: Any = request.adapters  # several, or what `open_family` made of them
+    given = list(asked if isinstance(asked, (tuple, list)) else asked.adapters)
     top, temperature = _parameters(request, len(given))
     out = request.target
     with disk.writing(str(out), out.parent), disk.staging(out, resume=False) as folder:
