@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,7 @@ from adapterkit.verbs.report import AdapterUse, CombineReport
 if TYPE_CHECKING:
     import torch
 
+    from adapterkit.adapters.adapter import Adapter
     from adapterkit.requests.adapters import CombineRequest
 
 METHOD = "arrow"
@@ -81,16 +82,22 @@ class Padded(Tensor):
         return found.view(-1)[start:stop]
 
 
-def arrow(request: CombineRequest) -> CombineReport:
+def arrow(
+    request: CombineRequest,
+    alone: Callable[..., CombineReport],
+    opened: Callable[[Any, CombineRequest], Adapter],
+) -> CombineReport:
     """Write the folder.
+
+    Args:
+        alone: `combine` itself, which makes plain LoRA of each adapter.
+        opened: opens an adapter as the request says.
 
     Raises:
         UsageError: fewer than two adapters, or an option that Arrow has no use for.
         UnsupportedAdapter: an adapter that holds more than factors of two-dimensional weights.
         OutputError, NotFound, AdapterError, TargetError, ...: as `combine`.
     """
-    from adapterkit.verbs.combine import combine, told
-
     started = time.monotonic()
     asked: Any = request.adapters  # several, or what `open_family` made of them
     given = list(asked if isinstance(asked, (tuple, list)) else asked.adapters)
@@ -99,7 +106,7 @@ def arrow(request: CombineRequest) -> CombineReport:
     with disk.writing(str(out), out.parent), disk.staging(out, resume=False) as folder:
         plain = []
         for number, adapter in enumerate(given):
-            alone = replace(
+            one = replace(
                 request,
                 adapters=(adapter,),
                 out=folder / f".plain-{number}",
@@ -107,7 +114,7 @@ def arrow(request: CombineRequest) -> CombineReport:
                 parameters={},
                 force=False,
             )
-            plain.append(combine(**alone.given()))
+            plain.append(alone(**one.given()))
         refs = [row.ref for report in plain for row in report.adapters]
         views = [_view(folder / f".plain-{number}", refs[number]) for number in range(len(given))]
         shapes = _shapes(views, refs)
@@ -126,7 +133,7 @@ def arrow(request: CombineRequest) -> CombineReport:
             "adapters": [{"name": f"task_{number}", "made_of": Path(ref).name} for number, ref in enumerate(refs)],
         }
         disk.write_file(folder / SAID, (json.dumps(said, indent=2) + "\n").encode())
-        made_of = [adapter_parent(told(adapter, request)) for adapter in given]
+        made_of = [adapter_parent(opened(adapter, request)) for adapter in given]
         stated = {"method": METHOD, "top_k": top, "router_temperature": temperature}
         for name, data in recorder("combine", "combined", stated, made_of, method=METHOD)(folder).items():
             disk.write_file(folder / name, data)

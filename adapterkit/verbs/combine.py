@@ -257,7 +257,7 @@ def combine(request: CombineRequest) -> CombineReport:
     if request.method == "arrow":
         from adapterkit.verbs.arrow import arrow
 
-        return arrow(request)
+        return arrow(request, combine, told)
     started = time.monotonic()
     report: CombineReport = carry_out(planned(request).job(), request, started)
     return report
