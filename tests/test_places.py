@@ -25,6 +25,8 @@ WHERE_NOTHING_IS_WRITTEN = (
     ("combine", "adapter", "-o"),
     ("resize", "adapter", "--rank", "1", "-o"),
     ("merge", "base", "adapter", "--save-plan"),
+    ("attest",),
+    ("register", "--name", "x"),
 )
 
 
@@ -110,6 +112,9 @@ def test_a_recipe_and_python_refuse_it_too(tmp_path: Path, monkeypatch: pytest.M
     recipe = tmp_path / "adapterkit.toml"
     recipe.write_text('base = "base"\nadapters.a = "adapter"\noutputs.m = "s3://models/out"\n')
     with pytest.raises(AdapterkitError, match=r"adapterkit.toml:3: .*s3:// is neither read nor written"):
+        adapterkit.build(recipe)
+    recipe.write_text('base = "base"\nadapters.a = "s3://models/a"\noutputs.m = "m"\n')
+    with pytest.raises(AdapterkitError, match=r"adapterkit.toml:2: .*s3:// is neither read nor written"):
         adapterkit.build(recipe)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="oci://"):
