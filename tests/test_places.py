@@ -11,7 +11,7 @@ from models import plain_adapter, plain_base
 
 import adapterkit
 from adapterkit.errors import AdapterkitError, UsageError
-from adapterkit.places import Address, address_of, local, readable
+from adapterkit.places import Address, address_of, local, readable, writable
 
 ADDRESSES = (
     "r2://models/out",
@@ -91,6 +91,12 @@ def test_addresses_of_stores(given: str | Path, address: Address | None) -> None
 def test_what_no_store_can_have_is_no_address(given: str) -> None:
     with pytest.raises(UsageError, match="no address in a store"):
         address_of(given)
+
+
+@pytest.mark.parametrize("out", ["gs://models/out", "az://models/m.gguf"])
+def test_a_store_that_is_only_read_is_refused_as_an_output(out: str) -> None:
+    with pytest.raises(UsageError, match=r"(gs|az):// is read, and not written here"):
+        writable(out, "-o")
 
 
 def test_an_address_has_the_parts_of_a_path() -> None:
