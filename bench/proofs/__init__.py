@@ -21,9 +21,11 @@ SMALL = {
     "mergekit": "--only linear",
     "methods": "--only Vera --only HiRA --only LoHa",
     "no_alarm": "--only gpt2 --only qwen3_moe",
+    "store_plan": "--dir $GIANTS --model llama-405b",
     "sweep": "--only gpt2 --only qwen3_moe --only whisper",
 }
-"""Arguments of the small run of each proof; a name with ``$`` is a program of another project, taken from the environment."""
+"""Arguments of the small run of each proof; a name with ``$`` is taken from the environment: a program of
+another project, or a folder with room for sparse files."""
 
 PACKAGES = {"mergekit": "mergekit"}
 """Packages that a proof wants beside those of the tests."""
