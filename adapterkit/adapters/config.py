@@ -9,12 +9,13 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 from typing import Any
 
 from adapterkit.adapters.trainer_fields import decides_nothing
 from adapterkit.errors import AdapterError, UnsafeError
+from adapterkit.values import dataclass
 
 PATTERN_TIMEOUT = 2.0  # seconds for all matches of one config; patterns that need longer were made to hang
 MAX_PATTERN = 4096  # characters

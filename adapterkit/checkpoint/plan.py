@@ -6,11 +6,10 @@ too, and gives the same bytes. Nothing but headers is needed to make one.
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +21,7 @@ from adapterkit.checkpoint.tensor import Stored
 from adapterkit.dtypes import DTYPES
 from adapterkit.errors import CheckpointError, UsageError, option
 from adapterkit.places import Address
+from adapterkit.values import dataclass
 
 Place = TypeVar("Place", "Path", "Address")
 
@@ -73,6 +73,8 @@ class Chunk:
 
     @property
     def content(self) -> bytes:
+        import base64
+
         return base64.b64decode(self.data)
 
 

@@ -6,7 +6,6 @@ import gc
 import importlib
 import signal
 import sys
-from difflib import get_close_matches
 from typing import Any
 
 import click
@@ -145,6 +144,8 @@ class Verbs(click.Group):
                 from adapterkit.cli.look import command
 
                 return command.name, command, args
+            from difflib import get_close_matches
+
             close = get_close_matches(args[0], VERBS, n=1)
             ctx.fail(f"No such command '{args[0]}'." + (f" Did you mean '{close[0]}'?" if close else ""))
         return super().resolve_command(ctx, args)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from adapterkit.errors import UsageError
 from adapterkit.requests.groups import ADAPTERS, BASE, OUTPUT, OfAdapters, Ruled, Running
 from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, VALUES, WHOLE, Request, opt
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
@@ -25,7 +26,7 @@ class Opened(Protocol):
     def adapters(self) -> tuple[Adapter, ...]: ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)
 class FactorOptions(Request):
     """The factors of an adapter that is made."""
 
@@ -82,7 +83,7 @@ def _out() -> Any:
     return opt("The folder to make.", PATH, role=INPUT, short="-o", recipe="output.path")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class CombineRequest(OfAdapters, Ruled, FactorOptions, Running):
     """Several adapters that become one."""
 
@@ -111,7 +112,7 @@ class CombineRequest(OfAdapters, Ruled, FactorOptions, Running):
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ExtractRequest(FactorOptions, Running):
     """The difference of two checkpoints as an adapter."""
 
@@ -128,7 +129,7 @@ class ExtractRequest(FactorOptions, Running):
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ResizeRequest(FactorOptions, Running):
     """An adapter at another rank."""
 

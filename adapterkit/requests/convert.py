@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.errors import UsageError
 from adapterkit.places import Address
-from adapterkit.requests.formats import FORMATS, Format
+from adapterkit.requests.formats import Format, formats
 from adapterkit.requests.groups import (
     ADAPTERS,
     FLOAT_TYPES,
@@ -20,16 +20,17 @@ from adapterkit.requests.groups import (
 )
 from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, RUN, VALUES, WHOLE, opt
 from adapterkit.requests.workers import OnWorkers
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.requests.groups import Base, Ref
 
 
 def _formats() -> tuple[str, ...]:
-    return tuple(FORMATS)
+    return tuple(formats())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
     """A conversion. The row of a format says which of the options mean something for it; another one is an error."""
 
@@ -187,7 +188,7 @@ class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
         return replace(self, src=src)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ConvertPlanRequest(ConvertRequest):
     """A conversion to be planned.
 

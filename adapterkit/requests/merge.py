@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adapterkit.adapters.fold import FLOATS
-from adapterkit.codecs.kinds import NESTED, WRITTEN
-from adapterkit.dtypes import BY_LABEL, DType
+from adapterkit.codecs.kinds import nested, written
+from adapterkit.dtypes import BY_LABEL, FLOATS, DType
 from adapterkit.errors import CheckpointError, UsageError
 from adapterkit.ops.device import CPU
 from adapterkit.places import Address
@@ -29,17 +28,16 @@ from adapterkit.requests.groups import (
 )
 from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, RUN, VALUES, opt
 from adapterkit.requests.workers import OnWorkers
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.requests.groups import Adapters, Base
 
 FOLDER, GGUF = "folder", "gguf"
-FOLDER_FORMATS = (*WRITTEN, "keep")
-"""The quantized formats of a folder, and the base's own; every other value of ``quant`` is a type of a GGUF file."""
 CALIBRATED = ("awq", "gptq")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, OnWorkers, Running):
     """A merge: what is folded into what, and what is written of it."""
 
@@ -145,7 +143,7 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
                 f"{self.quant} needs a calibration, which a merge has no text for",
                 f"merge to 16 bits, then convert that --to {self.quant} --calibration FILE",
             )
-        if self.quant_double and self.quant not in NESTED:
+        if self.quant_double and self.quant not in nested():
             raise UsageError(f"{self.quant} has no nested scales", "leave out --double-quant, or use --quant nf4")
         if self.as_trained == "int8" and self.double_quant:
             raise UsageError("int8 has no nested scales", "leave out --double-quant, or use --as-trained nf4")
@@ -171,7 +169,7 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
     @property
     def folder_format(self) -> str | None:
         """The quantized format of a folder; None where ``quant`` is a type of a GGUF file, or not given."""
-        return self.quant if self.quant in FOLDER_FORMATS else None
+        return self.quant if self.quant is not None and self.quant in folder_formats() else None
 
     @property
     def gguf_types(self) -> Any:
@@ -258,24 +256,9 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
-@dataclass(frozen=True)
-class MergePlanRequest(MergeRequest):
-    """A merge to be planned.
-
-    Attributes:
-        headers_only: a base or adapter on the Hub is not downloaded, so the plan can be shown but not executed.
-        fingerprints: of the inputs, which let `execute` see whether they changed; a plan that is only shown can do
-            without.
-    """
-
-    headers_only: bool = field(default=True, kw_only=True)
-    fingerprints: bool = field(default=True, kw_only=True)
-
-    @classmethod
-    def of(cls, request: MergeRequest, *, headers_only: bool, fingerprints: bool = True) -> MergePlanRequest:
-        """The same merge, to be planned."""
-        given = {name: getattr(request, name) for name in request.options()}
-        return cls(**given, headers_only=headers_only, fingerprints=fingerprints)
+def folder_formats() -> tuple[str, ...]:
+    """The quantized formats of a folder, and the base's own; every other value of ``quant`` is a type of a GGUF file."""
+    return (*written(), "keep")
 
 
 def parse_floats(dtype: str) -> DType | None:
@@ -291,4 +274,4 @@ def parse_floats(dtype: str) -> DType | None:
     return BY_LABEL[dtype]
 
 
-__all__ = ["BASE", "FOLDER", "FOLDER_FORMATS", "GGUF", "MergePlanRequest", "MergeRequest", "parse_floats"]
+__all__ = ["BASE", "FOLDER", "GGUF", "MergeRequest", "folder_formats", "parse_floats"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,6 +11,7 @@ from adapterkit.errors import UsageError, option
 from adapterkit.places import Address
 from adapterkit.requests.groups import RUNNING
 from adapterkit.requests.option import CALL, COUNTS, FLAG, INPUT, NUMBER, PAIRS, PATH, WHOLE, Request, opt
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(b|B|bit)(?:/s|ps)", re.ASCII)
 _HERE = {"recipe": "of run, which says where a plan is executed"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)
 class OnWorkers(Request):
     """Where the parts of a plan are executed. No byte depends on it."""
 
@@ -160,7 +161,7 @@ def parse_rate(text: str) -> float:
     return rate if found[3] == "B" else rate / 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class RunRequest(OnWorkers):
     """A saved plan that is executed by workers."""
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.publish import check_free, named_beside
 from adapterkit.errors import UsageError, option
 from adapterkit.places import Address
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.verbs.job import Beside

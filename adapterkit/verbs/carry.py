@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,19 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
-from adapterkit.checkpoint.cut import PART_SIZE
 from adapterkit.checkpoint.plan import default_jobs, parse_size
 from adapterkit.errors import OutputError, UsageError, option
 from adapterkit.places import here
 from adapterkit.requests.workers import LOCAL, RAY, WRITTEN_JOBS, parse_rate
 from adapterkit.stores.meter import Moved, moved
-from adapterkit.verbs.execute import OpenPlan, has_parts
 from adapterkit.verbs.job import Job, Measured, peak_memory, run, show
 
 if TYPE_CHECKING:
     from adapterkit.requests.workers import OnWorkers
     from adapterkit.verbs.engines.driver import RunTally
     from adapterkit.verbs.engines.pool import Pool, WorkerSetting
+    from adapterkit.verbs.execute import OpenPlan
 
 PLAN_FILE = ".plan.json"  # in the hidden folder, for workers
 
@@ -42,6 +40,8 @@ def carry_out(job: Job, request: Any, started: float) -> Any:
         return forecast_in(report, job, request) if getattr(request, "workers", None) else report
     if getattr(request, "on", None) is None:
         return run([job], workers=request.jobs, resume=request.resume, progress=request.progress, started=started)[0]
+    from adapterkit.verbs.execute import OpenPlan
+
     _check(job, request)
     job.check()
     opened = OpenPlan(job.plan, job.out or "", part_size(request), job=job)
@@ -72,6 +72,8 @@ def _check(job: Job, request: Any) -> None:
     Raises:
         UsageError: it has no parts, or asks for what one process has to do.
     """
+    from adapterkit.verbs.execute import has_parts
+
     if job.out is None:
         raise UsageError("nothing says where the output goes", "add -o OUT")
     if job.stage is not None or not has_parts(job.plan):
@@ -91,6 +93,8 @@ def _check(job: Job, request: Any) -> None:
 
 def part_size(request: OnWorkers) -> int:
     """Work of a part."""
+    from adapterkit.checkpoint.cut import PART_SIZE
+
     return PART_SIZE if request.part_size is None else parse_size(request.part_size)
 
 
@@ -142,6 +146,8 @@ def _room(opened: OpenPlan) -> Iterator[Path]:
             yield folder
         return
     _ = opened.in_store  # claims it
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="adapterkit-") as name:
         yield Path(name)
 
@@ -208,6 +214,8 @@ def forecast_in(report: Any, job: Job, request: Any) -> Any:
         raise UsageError(
             "this plan has no parts: its files are known when its values are", f"leave out {option('workers')}"
         )
+    from adapterkit.verbs.execute import OpenPlan
+
     parts = OpenPlan(job.plan, "", part_size(request)).parts
     rate, jobs = parse_rate(request.bandwidth), request.jobs or default_jobs()
     found = tuple(forecast(parts, count, bandwidth=rate, price=request.price, jobs=jobs) for count in request.counts)

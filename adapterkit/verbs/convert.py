@@ -15,7 +15,7 @@ from adapterkit.errors import UsageError
 from adapterkit.places import Address, address_of
 from adapterkit.requests.call import takes
 from adapterkit.requests.convert import ConvertPlanRequest, ConvertRequest
-from adapterkit.requests.formats import FORMATS, Format, find_format
+from adapterkit.requests.formats import Format, find_format, formats
 from adapterkit.verbs.beside import beside_of
 from adapterkit.verbs.carry import carry_out
 from adapterkit.verbs.conversions.adapters import filed
@@ -78,7 +78,7 @@ def _planner(form: Format) -> Any:
 def convert(request: ConvertRequest) -> ConvertReport:
     """Write the same content in another format; nothing is loaded whole, and the output appears whole or not at all.
 
-    `adapterkit.requests.formats.FORMATS` says which formats are made of which, and which options they take.
+    `adapterkit.requests.formats.formats` says which formats are made of which, and which options they take.
 
     Raises:
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError
@@ -129,7 +129,7 @@ def _recorder(planned: Conversion, src: Any, request: ConvertRequest) -> Recorde
     def write(folder: Path | Listing) -> Mapping[str, bytes]:
         from adapterkit.provenance.record import base_parent, converted_parent, parameters_of, recorder
 
-        model = not FORMATS[planned.to].adapter
+        model = not formats()[planned.to].adapter
         parents = [converted_parent(src, model)]
         if request.base is not None:
             parents.insert(0, base_parent(open_model(request.base)))

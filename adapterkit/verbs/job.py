@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from adapterkit.checkpoint.write import Stage, Writing, check_output, write_together
 from adapterkit.errors import OutputError, UsageError
 from adapterkit.places import Address
 from adapterkit.stores.meter import Moved, moved
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.store_out import StoreOut
     from adapterkit.checkpoint.tensor import Tensor
+    from adapterkit.checkpoint.write import Stage, Writing
 
 Progress = Callable[[int, int], None]
 Recorder = Callable[["Path | Listing"], Mapping[str, bytes]]
@@ -118,6 +119,8 @@ class Job:
         Raises:
             UsageError, OutputError, AuthError, StoreError
         """
+        from adapterkit.checkpoint.publish import check_output
+
         assert self.out is not None
         if isinstance(self.out, Address):
             if self.stage is not None:
@@ -137,6 +140,8 @@ class Job:
 
     def writing(self) -> Writing:
         """What the sink is given."""
+        from adapterkit.checkpoint.write import Writing
+
         assert isinstance(self.out, Path)
         return Writing(self.plan, self.tensors, self.sources, self.out, self.side, self.record, self.stage)
 
@@ -188,6 +193,8 @@ def run(
         UsageError: a job does not say where its output goes.
         CheckFailed, OutputError, CheckpointError, AdapterError, UnsafeError
     """
+    from adapterkit.checkpoint.write import write_together
+
     started = time.monotonic() if started is None else started
     for job in jobs:
         if job.out is None:

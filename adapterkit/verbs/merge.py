@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +20,9 @@ from adapterkit.errors import CheckFailed, UsageError, option
 from adapterkit.ops.device import check_name, check_there
 from adapterkit.places import Address
 from adapterkit.requests.call import takes
-from adapterkit.requests.merge import FOLDER, GGUF, MergePlanRequest, MergeRequest
-from adapterkit.verbs.beside import beside_of
-from adapterkit.verbs.carry import carry_out
-from adapterkit.verbs.job import Job, Measured
-from adapterkit.verbs.ladder import abreast, rungs
+from adapterkit.requests.merge import FOLDER, GGUF, MergeRequest
+from adapterkit.values import dataclass
 from adapterkit.verbs.outputs import Output, output
-from adapterkit.verbs.report import AdapterUse, MergeReport
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,6 +31,8 @@ if TYPE_CHECKING:
     from adapterkit.adapters.fold import Folded
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.listing import Listing
+    from adapterkit.verbs.job import Job, Measured
+    from adapterkit.verbs.report import MergeReport
 
 COARSE_BITS = 5  # formats of so many bits and fewer lose a change to values that lie on such a grid already
 SAMPLED = 8  # tensors that are measured before a base's own grid is written again
@@ -108,6 +106,7 @@ class Merge:
     def report(self, measured: Measured, fidelity: FidelityReport | None = None) -> MergeReport:
         """What was done, or would be."""
         from adapterkit.adapters.merged import not_finite
+        from adapterkit.verbs.report import AdapterUse, MergeReport
 
         copied = {} if measured.dry_run else odd.sampled(self.view.values())
         computed = [self.folded.checkpoint[name] for name in self.folded.touched]
@@ -154,6 +153,9 @@ class Merge:
         Args:
             base: as the caller named it, where the request names what it is pinned to.
         """
+        from adapterkit.verbs.beside import beside_of
+        from adapterkit.verbs.job import Job
+
         asked = self.request
         named = asked.base if base is None else base
         loss = Loss(self, watched=asked.fidelity or asked.min_retention is not None or asked.min_cosine is not None)
@@ -175,31 +177,14 @@ class Merge:
         )
 
 
-@takes(MergePlanRequest)
-def plan_merge(request: MergePlanRequest) -> Merge:
-    """Plan a merge from headers alone.
-
-    With ``headers_only`` a base or adapter on the Hub is not downloaded, so the plan can be shown but not executed.
-    ``fingerprints`` of the inputs let `execute` see whether they changed.
+def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: bool = True) -> Merge:
+    """Plan a merge from headers alone; see `adapterkit.verbs.plan_merge.plan_merge`.
 
     Raises:
         NotFound, CheckpointError, AdapterError, TargetError, UsageError, UnsafeError, AuthError, HubError
     """
-    return planned(request, headers_only=request.headers_only, fingerprints=request.fingerprints)
-
-
-def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: bool = True) -> Merge:
-    """See `plan_merge`."""
     check_name(request.device) if headers_only else check_there(request.device)
-    opened, values = open_base(
-        request.base,
-        base16=request.base16,
-        as_trained=request.as_trained,
-        double_quant=request.double_quant,
-        quant_dtype=request.quant_dtype,
-        skip_modules=request.skip_modules,
-        headers_only=headers_only,
-    )
+    opened, values = open_base(request.base, base16=request.base16, trained=request.trained, headers_only=headers_only)
     form = request.form or (GGUF if opened.format == "gguf" else FOLDER)
     asked = replace(request, to=form)
     given = (a if isinstance(a, Adapter) else open_change(a, headers_only=headers_only) for a in asked.given_adapters)
@@ -251,6 +236,9 @@ def merge(request: MergeRequest) -> MergeReport:
         CheckFailed: the output would lose the change.
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError, AuthError, HubError
     """
+    from adapterkit.verbs.carry import carry_out
+    from adapterkit.verbs.ladder import abreast, rungs
+
     started = time.monotonic()
     how = {"headers_only": not request.writes, "fingerprints": request.writes or bool(request.save_plan)}
     made = [planned(one, **how) for one in rungs(request)]
@@ -439,4 +427,4 @@ def _folder_of(base: Checkpoint) -> Path | None:
     return None if path is None or path.suffix == ".gguf" else path.parent
 
 
-__all__ = ["Merge", "merge", "plan_merge", "planned", "replan"]
+__all__ = ["Merge", "merge", "planned", "replan"]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from typing import TYPE_CHECKING, Any
+
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.adapters.fidelity import FidelityReport

@@ -4,7 +4,7 @@
     python -m bench proofs workers_killed --on local --workers-killed 6 --drivers-killed 2     # small
 
 A worker is killed (SIGKILL) at a moment drawn between 0 and half a second after it began a part; a driver at a moment drawn
-between the start of its process and twice the time of a whole run. A driver that was killed is started again until it ends
+from the last two thirds of the time of a whole run. A driver that was killed is started again until it ends
 by itself. Nothing waits between two runs.
 """
 
@@ -57,7 +57,10 @@ class Runs:
         self._adapterkit("merge", root / "base", root / "adapter", "--save-plan", root / "plan.json")
         self.expected = content(root / "whole")
         self.count = 0
-        self.usual = 10.0  # seconds of a run
+        began = time.monotonic()
+        out = self.place()
+        self.end(out, self.start(out))
+        self.usual = time.monotonic() - began  # seconds of a run that nobody disturbs
 
     def _adapterkit(self, *words: object) -> None:
         subprocess.run([sys.executable, "-m", "adapterkit", *map(str, words)], check=True, stdout=subprocess.DEVNULL)
@@ -84,7 +87,6 @@ class Runs:
         """One run in which workers are killed."""
         out = self.place()
         process, killed, seen = self.start(out), set[int](), 0
-        began = time.monotonic()
 
         def later(pid: int, pause: float) -> None:
             time.sleep(pause)
@@ -108,7 +110,6 @@ class Runs:
         for thread in threads:
             thread.join()
         self.end(out, process)
-        self.usual = time.monotonic() - began
         return sum(one["event"] == "worker-lost" for one in events(Path(f"{out}.events")))
 
     def driver_killed(self) -> int:
@@ -117,7 +118,7 @@ class Runs:
         while True:
             process = self.start(out)
             try:
-                process.wait(self.draw.uniform(0.5, 2 * self.usual) if killed < 3 else 600)
+                process.wait(self.draw.uniform(0.3, 1.0) * self.usual if killed < 3 else 600)
                 break
             except subprocess.TimeoutExpired:
                 process.kill()

@@ -68,13 +68,13 @@ class Conversion:
 
     def _recorded(self) -> Sequence[Any]:
         """What the record names that lies in a store: it is opened once more to be read."""
-        from adapterkit.requests.formats import FORMATS
+        from adapterkit.requests.formats import formats
 
         if self.named:
             return self.named
         found: list[Any] = []
         if address_of(self.src) is not None:
-            found.append(open_adapter(self.src) if FORMATS[self.to].adapter else open_model(self.src))
+            found.append(open_adapter(self.src) if formats()[self.to].adapter else open_model(self.src))
         base = getattr(self.request, "base", None)
         return (*found, *([open_model(base)] if base is not None and address_of(base) is not None else ()))
 

@@ -8,15 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.fold import FLOATS
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint, SideFile
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.files import BytesFile
 from adapterkit.checkpoint.plan import plan_safetensors
 from adapterkit.checkpoint.tensor import Cast
-from adapterkit.codecs.kinds import WRITTEN
-from adapterkit.dtypes import BF16, F16, F32, DType
+from adapterkit.codecs.kinds import written
+from adapterkit.dtypes import BF16, F16, F32, FLOATS, DType
 from adapterkit.errors import UsageError, option
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.verbs.conversions.conversion import Conversion, count_types
@@ -138,6 +137,6 @@ bf16, f16, f32 = (partial(_plain, dtype) for dtype in (BF16, F16, F32))
 
 def __getattr__(name: str) -> Any:
     """The planner of a quantized format, by the word for it."""
-    if name in WRITTEN:
+    if name in written():
         return partial(_quantized, name)
     raise AttributeError(name)
