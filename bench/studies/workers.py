@@ -95,7 +95,7 @@ def main() -> None:
     options = parser.parse_args()
     from adapterkit.checkpoint.cut import cut
     from adapterkit.verbs.engines.forecast import opening, seconds_of
-    from adapterkit.verbs.merge import plan_merge
+    from adapterkit.verbs.plan_merge import plan_merge
 
     print(f"Simulated: {options.gigabits:g} Gb/s each way and {options.jobs} threads a worker\n")
     heads = (
