@@ -131,7 +131,8 @@ def _task(opened: OpenPlan, request: RunRequest, told: RunReport, started: float
     """Execute the share of one task of an array; the task that finds nothing left makes the output."""
     assert request.task is not None
     assert request.tasks is not None
-    if opened.is_there():
+    # What is older than the plan was not made by this job; `check` refuses it.
+    if opened.is_there() and opened.is_newer_than(Path(request.plan)):
         return replace(told, finished=True, notes=(f"{opened.out} is there already",))
     opened.check(force=request.force)
     share = {part.index for part in shares(opened.parts, request.tasks)[request.task]}

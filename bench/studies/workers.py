@@ -106,7 +106,7 @@ def main() -> None:
         "workers",
         "all alike",
         "unequal",
-        "one loss in 20 h",
+        "and one loss in 10 min",
         "lost",
         "in vain",
     )
