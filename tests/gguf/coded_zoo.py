@@ -39,6 +39,7 @@ class Coded:
         tolerance: of log-probabilities.
         causal: whether the next token is asked for, and not an embedding.
         head: of the tensor that logits come from; none where hidden states do.
+        ubatch: tokens that the runtime computes at a time; 0 for as many as it likes.
     """
 
     config: dict[str, Any]
@@ -47,6 +48,7 @@ class Coded:
     tolerance: float = 1e-5
     causal: bool = True
     head: str = "lm_head.weight"
+    ubatch: int = 0
 
 
 def tensors(one: Coded, scale: float = 0.15, seed: int = 0) -> Weights:

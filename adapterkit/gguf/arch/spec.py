@@ -128,6 +128,7 @@ class ArchSpec:
             the file's tensors.
         no_lora: ends of names of weights that the runtime multiplies with itself, without looking for a LoRA (plain
             ``ggml_mul_mat`` in its ``src/models``).
+        note: what the runtime does otherwise whatever a config says.
         output_apart: the output layer is other numbers than the embedding although the config ties them.
     """
 
@@ -160,6 +161,7 @@ class ArchSpec:
     output_apart: bool = False
     fixed: tuple[Fixed, ...] = ()
     reads_yarn_bounds: bool = False
+    note: str = ""
     back: Callable[[Mapping[str, Any], Mapping[str, Any], Any], dict[str, Any]] | None = None
 
     @property

@@ -11,6 +11,7 @@ from adapterkit.gguf.arch import (
     coded,
     coded_encoders,
     coded_moe,
+    coded_more,
     dense,
     encoders,
     further,
@@ -46,6 +47,7 @@ _ROWS: tuple[ArchSpec, ...] = (
     *coded.SPECS,
     *coded_encoders.SPECS,
     *coded_moe.SPECS,
+    *coded_more.SPECS,
 )
 
 
