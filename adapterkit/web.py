@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import IO, Any
 from urllib.parse import urlsplit
 
@@ -50,7 +50,8 @@ class WebStream:
     headers: Mapping[str, str]
     _body: Any
     _until: float
-    _host: str = field(default="")
+    _host: str
+    _bodiless: bool
 
     def blocks(self, most: int | None = None) -> Iterator[bytes]:
         """The body in blocks of at most 1 MiB.
@@ -73,7 +74,7 @@ class WebStream:
                 raise ServerError(f"{self._host} sent more than {most:,} bytes", "see what answers at that address")
             yield block
         said = self.headers.get("content-length", "")
-        if said.isdigit() and int(said) != total:
+        if said.isdigit() and int(said) != total and not self._bodiless:
             raise ServerError(f"{self._host} broke off after {total:,} of {said} bytes", "try again")
 
 
@@ -150,7 +151,7 @@ def stream(
 
     near = (urlsplit(url).hostname or "").startswith(_LOOPBACK)
     handlers: list[Any] = [Stay, urllib.request.ProxyHandler({})] if near else [Stay]
-    until = time.monotonic() + timeout
+    until, bare = time.monotonic() + timeout, method == "HEAD"
     try:
         answer: Any = urllib.request.build_opener(*handlers).open(request, timeout=timeout)
     except urllib.error.HTTPError as error:
@@ -159,7 +160,7 @@ def stream(
         raise _lost(host, error) from error
     try:
         named = {key.lower(): value for key, value in answer.headers.items()}
-        yield WebStream(answer.status, named, answer if hasattr(answer, "read1") else answer.fp, until, host)
+        yield WebStream(answer.status, named, answer if hasattr(answer, "read1") else answer.fp, until, host, bare)
     finally:
         answer.close()
 

@@ -23,10 +23,10 @@ ROOT = Path(adapterkit.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("__init__", "__main__"),
     ("cli",),
-    ("recipe",),
+    ("recipe", "integrations"),
     ("ui",),
     ("verbs",),
-    ("hub",),
+    ("hub", "oci"),
     ("provenance",),
     ("requests",),
     ("serving",),

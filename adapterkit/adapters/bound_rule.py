@@ -21,7 +21,8 @@ class BoundRule:
         method: its name in `adapterkit.ops.rules.RULES`.
         space: ``knots``, ``core`` or ``ctm``: align there, with ``method`` as the inner rule.
         scale: factor of the result, the lambda of the papers.
-        parameters: those of the method that differ from its defaults.
+        parameters: those of the method that differ from its defaults. ``weight`` is no method's: a factor for each adapter's
+            weight, as a number or by part of the model (`adapterkit.ops.settings`).
     """
 
     method: str = "linear"
@@ -50,16 +51,39 @@ class BoundRule:
         from adapterkit.ops.rules import find
 
         inner, row = find(self.method), self.row
+        own = self._own
         if row is not inner:
             if not (row.nested and inner.inner):
                 raise UsageError(
                     f"method {inner.name} cannot run in space {self.space}", "spaces are knots, core and ctm"
                 )
-            row.bind({**self.parameters, "rule": inner.name})
+            row.bind({**own, "rule": inner.name})
         else:
-            row.bind(dict(self.parameters))
+            row.bind(own)
+        _ = self.shares
         if not isfinite(self.scale):
             raise UsageError(f"lambda must be a finite number, got {self.scale}", "leave it out for 1")
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        """The parameters that are the method's."""
+        return {name: value for name, value in self.parameters.items() if name != "weight"}
+
+    @property
+    def shares(self) -> tuple[Any, ...]:
+        """A factor for each adapter's weight; none where nothing was said.
+
+        Raises:
+            UsageError: it is no number, or no rows of numbers.
+        """
+        from adapterkit.ops.rules import Parameter
+
+        if "weight" not in self.parameters:
+            return ()
+        found = Parameter("weight", float, 1.0, "a factor for each adapter's weight", each=True).check(
+            self.parameters["weight"], self.method
+        )
+        return found if isinstance(found, tuple) else (found,)
 
     @property
     def dense(self) -> bool:
@@ -81,7 +105,7 @@ class BoundRule:
     def __str__(self) -> str:
         words = [self.method, *([f"in {self.space}"] if self.space else [])]
         words += [
-            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={_shown(value)}"
             for name, value in self.parameters.items()
         ]
         words += [f"lambda={self.scale:g}"] if self.scale != 1 else []
@@ -94,6 +118,8 @@ class BoundRule:
         refs: Sequence[str],
         key: str,
         rank: int | None = None,
+        base: DeltaRows | None = None,
+        depth: float = 0.0,
     ) -> DeltaRows:
         """One delta out of those of several adapters.
 
@@ -103,12 +129,15 @@ class BoundRule:
             refs: what the adapters are called, for errors.
             key: the parameter's name, part of the seed of random masks.
             rank: passed to a method that has such a parameter of its own.
+            base: rows of the weight itself, where they are at hand.
+            depth: see `adapterkit.ops.settings`.
 
         Raises:
             UsageError: a delta without low rank, and a method that needs one.
         """
         from adapterkit.ops.lowrank import Factors
         from adapterkit.ops.rules import combine
+        from adapterkit.ops.settings import at
 
         if self.needs_factors:
             for part, ref in zip(parts, refs, strict=True):
@@ -118,15 +147,33 @@ class BoundRule:
                         f"use {option('method', 'linear')} or ties with {option('rank')}, or fold it in with merge",
                     )
         own = {"rank": rank} if rank is not None and self.has_rank else {}
+        scale = self.scale
+        if shares := self.shares:
+            if len(shares) != len(parts):
+                raise UsageError(f"{len(shares)} values of weight for {len(parts)} adapters", "give one for each")
+            weights = [w * at(share, key, depth) for w, share in zip(weights, shares, strict=True)]
+            if not any(weights):
+                weights, scale = [1.0] * len(parts), 0.0  # none counts in this part of the model
         return combine(
             parts,
             self.method,
             weights=weights,
-            scale=self.scale,
+            scale=scale,
             space=self.space,
             key=key,
-            **{**own, **self.parameters},
+            base=base,
+            depth=depth,
+            **{**own, **self._own},
         )
+
+
+def _shown(value: Any) -> str:
+    """A parameter that is rows, or several."""
+    from adapterkit.ops.settings import is_setting, setting
+
+    if is_setting(value):
+        return f"({setting(value, lambda one: one, '')})"
+    return f"[{', '.join(map(_shown, value))}]" if isinstance(value, (list, tuple)) else str(value)
 
 
 def check_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import Change, Kernel, LowRank, StackedLowRank, Weights
 from adapterkit.adapters.factors import ModuleDelta, Slot
+from adapterkit.ops.settings import depths
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import torch
 
@@ -19,8 +20,13 @@ if TYPE_CHECKING:
     from adapterkit.ops.rows import DeltaRows
 
 
-def combined_edits(items: Sequence[Weighted], rule: BoundRule) -> tuple[Weighted, ...]:
-    """The edits with those of one matrix combined by ``rule``; whole parameters, token rows and vectors stay as they are."""
+def combined_edits(items: Sequence[Weighted], rule: BoundRule, names: Iterable[str]) -> tuple[Weighted, ...]:
+    """The edits with those of one matrix combined by ``rule``; whole parameters, token rows and vectors stay as they are.
+
+    Args:
+        names: of the base's tensors, by which layers are counted.
+    """
+    depth = depths(names)
     groups: dict[Target, list[Weighted]] = {}
     for item in items:
         if _is_delta(item) and item.weight:
@@ -31,7 +37,7 @@ def combined_edits(items: Sequence[Weighted], rule: BoundRule) -> tuple[Weighted
         if not group:
             done.append(item)
         elif item is group[0]:
-            change = _combined(group, rule)
+            change = _combined(group, rule, depth)
             done.append(replace(item, edit=replace(item.edit, change=change), weight=1.0))
     return tuple(done)
 
@@ -42,7 +48,7 @@ def _is_delta(item: Weighted) -> bool:
     return not whole and (len(edit.target.shape) > 1 or item.adapter.whole)
 
 
-def _combined(group: Sequence[Weighted], rule: BoundRule) -> Change:
+def _combined(group: Sequence[Weighted], rule: BoundRule, depth: Callable[[str], float]) -> Change:
     target = group[0].edit.target
     rows, columns = target.matrix
     count = target.shape[0] if target.stacked and len(target.shape) == 3 else 1
@@ -55,7 +61,8 @@ def _combined(group: Sequence[Weighted], rule: BoundRule) -> Change:
         found = []
         for index, parts in enumerate(zip(*loaded, strict=True)):
             key = slot.parameter if count == 1 else f"{slot.parameter}.{index}"
-            found.append(rule.apply(parts, weights, refs, key))
+            rows = BaseRows(base, slot.shape, index)
+            found.append(rule.apply(parts, weights, refs, key, base=rows, depth=depth(slot.parameter)))
         return _kernel(found)
 
     changes = [item.edit.change for item in group]
@@ -76,6 +83,19 @@ def _kernel(found: Sequence[DeltaRows]) -> Kernel:
     rank = max(one.rank for one in factors)
     padded = [one.padded(rank) for one in factors]
     return StackedLowRank(torch.stack([one.b for one in padded]), torch.stack([one.a for one in padded]), 1.0)
+
+
+@dataclass(frozen=True)
+class BaseRows:
+    """The base's own rows, of one matrix of a stack of them, for rules that look at them."""
+
+    weights: Weights
+    shape: tuple[int, int]
+    index: int
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        first = self.index * self.shape[0]
+        return self.weights.read(first + start, first + stop)
 
 
 class RowDeltas(Kernel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +133,7 @@ def fold(
     if rule is None:
         together, order = composed_edits(settled.edits)
     else:
-        together, order = _ruled(settled.edits, rule), separate_note(settled.edits)
+        together, order = _ruled(settled.edits, rule, base.tensors), separate_note(settled.edits)
     notes += order
     for item in together:
         for name in item.edit.target.tensors:
@@ -152,10 +152,10 @@ def fold(
     return Folded(checkpoint, touched, tuple(added), vocab, settled.untied, head, every, settled.flag_off)
 
 
-def _ruled(edits: Sequence[Weighted], rule: BoundRule) -> tuple[Weighted, ...]:
+def _ruled(edits: Sequence[Weighted], rule: BoundRule, names: Iterable[str]) -> tuple[Weighted, ...]:
     from adapterkit.adapters.combined import combined_edits
 
-    return combined_edits(edits, rule)
+    return combined_edits(edits, rule, names)
 
 
 class _Fold:

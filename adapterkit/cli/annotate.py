@@ -44,6 +44,9 @@ FIELDS = {
     "local_base": "base_model_name_or_path",
     "no_base": "base_model_name_or_path",
     "UnsupportedAdapter": "peft_type",
+    "scan-hidden-whole": "modules_to_save",
+    "scan-whole": "modules_to_save",
+    "scan-hidden-rank": "r",
 }
 RULES = {
     "local-base": "A base named by a path means nothing on another machine.",
@@ -55,6 +58,20 @@ RULES = {
     "TargetError": "Every tensor of an adapter needs its place in the base.",
     "AdapterError": "The adapter is damaged or not understood.",
     "UnsupportedAdapter": "The adapter cannot be folded into weights.",
+    "scan": "How much of an adapter was scanned, and beside how many others.",
+    "scan-size": "The change of one module is far larger than that of others of its kind.",
+    "scan-spike": "The change of one module is one direction, far more than that of others of its kind.",
+    "scan-row": "The change of one module lies in one output row, far more than that of others of its kind.",
+    "scan-column": "The change of one module lies in one input column, far more than that of others of its kind.",
+    "scan-token": "The trained row of one token is far larger than the others.",
+    "scan-whole": "A whole parameter is replaced, and the scan does not look into it.",
+    "scan-hidden-whole": "A whole parameter is replaced that the config does not declare.",
+    "scan-hidden-rank": "A module has a higher rank than the config declares.",
+    "scan-code": "An adapter holds no code.",
+    "scan-pickle": "A pickle or archive can run code when it is loaded.",
+    "scan-file": "Files that do not belong to an adapter may be anything.",
+    "scan-large": "A change was too large for the scan to look into.",
+    "scan-not-read": "The change could not be looked at.",
 }
 
 

@@ -17,7 +17,7 @@ from adapterkit.requests.check import CheckRequest
     own=output_options("github", "sarif"),
 )
 def command(request: CheckRequest, form: str, report_file: Path | None, summary: Path | None, as_json: bool) -> int:
-    """Check ADAPTERs against BASE: names, shapes, vocabulary, what they say of their base. Headers only.
+    """Check ADAPTERs against BASE: names, shapes, vocabulary, what they say of their base. Headers only, but for --scan.
 
     Where an adapter has a record (see register), it is also checked that BASE has the weights it was trained on: from
     digests, else from at most 512 KiB of them.
@@ -28,7 +28,7 @@ def command(request: CheckRequest, form: str, report_file: Path | None, summary:
     \b
     Example:
       adapterkit check meta-llama/Llama-3.2-1B ./my-adapter --for vllm
-      adapterkit check meta-llama/Llama-3.2-1B ./my-adapter --output-format sarif > check.sarif
+      adapterkit check meta-llama/Llama-3.2-1B ./my-adapter --scan --output-format sarif > check.sarif
     """
     from adapterkit.verbs.check import check
 

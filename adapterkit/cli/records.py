@@ -10,6 +10,8 @@ import click
 from adapterkit.cli.output import note, say, show_json, size
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from adapterkit.registry.identity import Identity
     from adapterkit.registry.verbs import Shown
 
@@ -60,10 +62,13 @@ def list_(
         hidden=hidden,
     )
     if as_json:
-        rows = [{"ref": f"{row.name}@{row.version}", **row._asdict()} for row in found.rows]
+        rows = [
+            {"ref": f"{row.name}@{row.version}", **row._asdict(), "base_name": found.bases.get(row.base, "")}
+            for row in found.rows
+        ]
         show_json({"rows": rows, "unreadable": [item._asdict() for item in found.unreadable]})
     else:
-        _table(found.rows)
+        _table(found.rows, found.bases)
         for item in found.unreadable:
             note(f"error: {item.name}@{item.version} cannot be read: {item.why}; run fsck")
     return 1 if found.unreadable else 0
@@ -75,7 +80,7 @@ def _identity(ref: str) -> Identity:
     return identify_base(ref)
 
 
-def _table(rows: Any) -> None:
+def _table(rows: Any, bases: Mapping[str, str]) -> None:
     if not rows:
         note("nothing is registered that fits")
         return
@@ -84,7 +89,10 @@ def _table(rows: Any) -> None:
         removed = " (removed)" if row.hidden else ""
         ref = f"{row.name}@{row.version}{removed}"
         cells.append(
-            (ref, row.kind, row.method, row.base, size(row.size), ",".join(row.aliases), ",".join(row.evidence))
+            (
+                *(ref, row.kind, row.method, bases.get(row.base, row.base)),
+                *(size(row.size), ",".join(row.aliases), ",".join(row.evidence)),
+            )
         )
     widths = [max(len(cell) for cell in column) for column in zip(*cells, strict=True)]
     for line in cells:
@@ -121,6 +129,7 @@ def show(ref: str, as_json: bool, as_sbom: bool) -> int:
                 "ref": record.ref,
                 "aliases": list(found.aliases),
                 "versions": list(found.versions),
+                "base": found.base,
                 "hidden": found.hidden,
                 "missing": list(found.missing),
                 "content": record.content,
@@ -141,7 +150,7 @@ def _show(found: Shown) -> None:
         ("version", f"{record.ref}{' (removed)' if found.hidden else ''}, one of {len(found.versions)}"),
         ("aliases", ", ".join(found.aliases)),
         ("kind", " ".join(part for part in (record.kind, record.method) if part)),
-        ("base", record.base.label if record.base else ""),
+        ("base", found.base),
         ("", f"known by {', '.join(record.base.known)}" if record.base and record.base.known else ""),
         ("made by", f"{operation.name} ({operation.tool} {operation.tool_version})" if operation else ""),
         *(("from", f"{p.role}: {p.label or p.content[:12]}") for p in record.parents),

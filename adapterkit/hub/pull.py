@@ -72,7 +72,7 @@ def pull(ref: str, *, name: str = "", ignore_record: bool = False, home: Path | 
         raise NotFound(f"{ref} holds no safetensors or GGUF weights", "check the repository's files")
     at = open_home(home)
     at.create()
-    folder = _folder(at, sum(siblings[path].size or 0 for path in wanted), ref)
+    folder = pulling_folder(at, sum(siblings[path].size or 0 for path in wanted), ref)
     try:
         with ThreadPoolExecutor(PARALLEL) as pool:
             list(pool.map(lambda path: _fetch(hub.repo, commit, path, siblings[path], folder), wanted))
@@ -107,7 +107,7 @@ def _fetch(repo: str, commit: str, path: str, sibling: Any, folder: Path) -> Non
         raise CheckFailed(f"the bytes of {shown} are not those of commit {commit[:7]}", "pull it again")
 
 
-def _folder(at: Home, nbytes: int, ref: str) -> Path:
+def pulling_folder(at: Home, nbytes: int, ref: str) -> Path:
     """A folder on the disk of the registry, so that files become blobs by a link; those of killed pulls are taken away."""
     top = at.root / "pulling"
     with disk.writing("a download", at.root):

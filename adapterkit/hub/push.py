@@ -94,9 +94,9 @@ def push(
     """
     if not is_repo(repo) or "/" not in repo:
         raise UsageError(f"'{repo}' is not a repository", "give it as org/name")
-    record, files = _source(ref, home)
+    record, files = source_of(ref, home)
     if base_id:
-        record = _with_base(record, base_id)
+        record = with_base(record, base_id)
     ready = prepare(record, files)
     with hub_errors(repo, "write"):
         return _Push(repo, ready, tag, replace_card).run(private, create_pr)
@@ -312,7 +312,7 @@ def _holds(info: Any, uploads: tuple[Upload, ...], stale: tuple[str, ...]) -> bo
     return all(there.get(u.path) in _spellings(u) for u in uploads) and not any(path in there for path in stale)
 
 
-def _source(ref: str, home: Path | None) -> tuple[Record, list[tuple[FileEntry, Path]]]:
+def source_of(ref: str, home: Path | None) -> tuple[Record, list[tuple[FileEntry, Path]]]:
     """The record of what is to be published and where its files are.
 
     Raises:
@@ -351,7 +351,7 @@ def _folder(path: Path) -> tuple[Record, list[tuple[FileEntry, Path]]]:
     return Record(told.kind, files, method=told.method, parameters=dict(told.parameters), base=told.base), found
 
 
-def _with_base(record: Record, base_id: str) -> Record:
+def with_base(record: Record, base_id: str) -> Record:
     from adapterkit.registry.identity import Identity
 
     if not is_repo(base_id) or "/" not in base_id:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.load import is_adapter
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.hub_ref import parse_hub
-from adapterkit.errors import CheckFailed, NotFound, UsageError, option
+from adapterkit.errors import CheckFailed, NotFound, UnsafeError, UsageError, option
 from adapterkit.redaction import check_public
 from adapterkit.registry.beside import beside_path, read_beside
 from adapterkit.registry.identity import Identity, compare
@@ -55,6 +55,8 @@ def register(request: RegisterRequest) -> Registered:
     if known is None and beside is not None:
         known = beside.base
     known, warnings = _by_weights(known, home)
+    if request.scan:
+        warnings += _scanned(folder, known, home)
     own = _own_identity(folder, beside, full)
     stored = store(
         folder,
@@ -88,6 +90,24 @@ def _by_weights(base: Identity | None, home: Path | None) -> tuple[Identity | No
         f"registered as {other.ref}: another base, or another revision of it; it is filed under its weights, without the name"
     )
     return replace(base, id=""), (text,)
+
+
+def _scanned(folder: Path, base: Identity | None, home: Path | None) -> tuple[str, ...]:
+    """What stands out of an adapter's change, as sentences.
+
+    Raises:
+        UnsafeError: something in it has no place in an adapter.
+        UsageError: it is no adapter.
+    """
+    from adapterkit.adapters.load import load_adapter
+    from adapterkit.provenance.scan import scan
+
+    if not is_adapter(folder):
+        raise UsageError(f"{folder} is no adapter, and only adapters are scanned", f"leave {option('scan', True)} out")
+    found = scan(load_adapter(folder), said=base, home=home)
+    if wrong := [one.message for one in found.oddities if one.level == "error"]:
+        raise UnsafeError(f"{folder} was not registered: {'; '.join(wrong[:3])}", "see check with the same option")
+    return tuple(one.message for one in found.oddities if one.level == "warning")
 
 
 def claims(repo: str, *, home: Path | None = None) -> bool:

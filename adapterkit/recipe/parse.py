@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from adapterkit.errors import AdapterkitError, NotFound, RecipeError
+from adapterkit.recipe.mergekit import is_mergekit, read_mergekit
 from adapterkit.recipe.positions import line_of, positions
 from adapterkit.recipe.schema import Recipe, Table, known_options
 from adapterkit.requests.option import FLAG, NUMBER, PAIRS, PARAMETERS, PATH, REF, SWITCH, TEXT, WHOLE, Option
@@ -89,13 +90,15 @@ def find_recipe(given: str | Path | None) -> Path:
 
 
 def read_recipe(given: str | Path | None = None) -> RecipeFile:
-    """Read a recipe, or the table ``[tool.adapterkit]`` of a ``pyproject.toml``.
+    """Read a recipe, the table ``[tool.adapterkit]`` of a ``pyproject.toml``, or a merge of mergekit in YAML.
 
     Raises:
         NotFound: there is none.
         RecipeError: it is not TOML, or not a recipe; the sentence starts with its file and line.
     """
     path = find_recipe(given)
+    if is_mergekit(path):
+        return RecipeFile(path, _Reader(path, {}, ()).table(Recipe, read_mergekit(path), ()), {})
     try:
         text = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.registry import index
+from adapterkit.registry.base_names import registered_bases
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.index import Unreadable, VersionRow
 from adapterkit.registry.names import check_alias
@@ -18,10 +20,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class VersionListing:
-    """Versions by name, and the records that could not be read."""
+    """Versions by name, and the records that could not be read; ``bases`` are the registered names of bases by label."""
 
     rows: tuple[VersionRow, ...]
     unreadable: tuple[Unreadable, ...]
+    bases: Mapping[str, str] = field(default_factory=dict)
 
 
 def listing(
@@ -72,7 +75,7 @@ def listing(
             rows = [row for row in rows if _fits(found, row, fits)]
         if latest:
             rows = list({row.name: row for row in rows}.values())
-        return VersionListing(tuple(rows), found.unreadable())
+        return VersionListing(tuple(rows), found.unreadable(), registered_bases(found))
 
     return index.ask(at, ask)
 

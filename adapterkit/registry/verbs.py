@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit.errors import CheckFailed, NotFound, UsageError
-from adapterkit.registry import blobs, refs, resolve, store
+from adapterkit.registry import blobs, index, refs, resolve, store
+from adapterkit.registry.base_names import base_shown, registered_bases
 from adapterkit.registry.chain import who
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.names import LATEST, check_alias
@@ -22,13 +23,15 @@ from adapterkit.registry.refs import ANY, Move, Tagged
 
 @dataclass(frozen=True)
 class Shown:
-    """One version: its record, its aliases, all versions of its name, and the files whose bytes are not here."""
+    """One version: its record, its aliases, all versions of its name, the files whose bytes are not here, and what its base
+    is called here."""
 
     record: Record
     aliases: tuple[str, ...]
     versions: tuple[int, ...]
     hidden: bool
     missing: tuple[str, ...]
+    base: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def show(ref: str, *, home: Path | None = None) -> Shown:
         tuple(version for version in at.versions(record.name) if version not in hidden),
         record.version in hidden,
         tuple(missing),
+        base_shown(record, index.ask(at, registered_bases) if record.base is not None else {}),
     )
 
 

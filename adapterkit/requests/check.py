@@ -47,6 +47,14 @@ class CheckRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions):
             "Read every byte of BASE, where a record holds its strongest identity.", FLAG, elsewhere=_OF_MERGE
         ),
     )
+    scan: bool = field(
+        default=False,
+        kw_only=True,
+        metadata=opt(
+            "Also look into the change: spikes, layers and token rows that stand out, hidden parts, files that do not belong.",
+            FLAG, elsewhere=_OF_MERGE,
+        ),
+    )  # fmt: skip
     to: str | None = field(
         default=None,
         kw_only=True,

@@ -95,6 +95,14 @@ class RegisterRequest(Request):
             group=RECORD, elsewhere={"recipe": "an output is replaced by the next build"},
         ),
     )  # fmt: skip
+    scan: bool = field(
+        default=False,
+        kw_only=True,
+        metadata=opt(
+            "Look into an adapter's change first (see check --scan): warn of what stands out, refuse what has no place.",
+            FLAG, group=RECORD, elsewhere={"recipe": "check looks into the adapters of a recipe"},
+        ),
+    )  # fmt: skip
     ignore_record: bool = field(
         default=False,
         kw_only=True,

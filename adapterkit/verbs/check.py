@@ -120,12 +120,37 @@ def check(request: CheckRequest) -> CheckReport:
         findings += _runtime(row, opened, loaded)
         for adapter in (one for one in loaded if not one.whole):
             findings += _expectations(adapter, opened, row)
+    if request.scan:
+        for adapter in (one for one in loaded if not one.whole):
+            findings += _scanned(adapter, opened)
     ok = all(finding.level != ERROR for finding in findings)
     refs = tuple(adapter.ref for adapter in loaded)
     code = 0 if ok else refused or CheckFailed.exit_code
     return CheckReport(
         opened.ref, opened.commit, refs, request.server, ok, touched, tuple(findings), tuple(matches), code
     )
+
+
+def _scanned(adapter: Adapter, base: Checkpoint) -> list[Diagnostic]:
+    """What a scan of the change finds; the values are read for it."""
+    from adapterkit.adapters.load import load_adapter
+    from adapterkit.provenance.fits import record_of
+    from adapterkit.provenance.scan import scan
+
+    record = record_of(adapter)
+    try:
+        read = load_adapter(adapter.ref)
+    except AdapterkitError as error:
+        return [
+            Diagnostic(NOTE, "scan-not-read", adapter.ref, f"its change was not looked at: {error.message}", error.hint)
+        ]
+    found = scan(read, base, said=record.base if record is not None else None)
+    beside = f"beside {found.peers} other adapters"
+    said = f"scanned {len(found.figures)} modules, {beside}; the largest deviation is {found.score:.1f}"
+    return [
+        *(Diagnostic(one.level, one.code, adapter.ref, one.message, one.hint) for one in found.oddities),
+        Diagnostic(NOTE, "scan", adapter.ref, said),
+    ]
 
 
 def _loaded(adapter: Any) -> Adapter:

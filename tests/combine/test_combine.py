@@ -179,7 +179,7 @@ def test_svd_is_the_best_of_its_rank(make_base: Callable[..., Path], tmp_path: P
         assert row.error == pytest.approx(float((whole - best).norm() / whole.norm()), rel=1e-4)
 
 
-@pytest.mark.parametrize("method", list(RULES))
+@pytest.mark.parametrize("method", [name for name in RULES if name != "nearswap" and not RULES[name].based])
 def test_every_method_gives_what_peft_loads(method: str, make_base: Callable[..., Path], tmp_path: Path) -> None:
     base = make_base("llama")
     adapters = [make_adapter(tmp_path / f"a{i}", base, config(), seed=i) for i in range(2)]

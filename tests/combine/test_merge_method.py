@@ -37,7 +37,7 @@ def ties(deltas: list[torch.Tensor], density: float) -> torch.Tensor:
     kept = []
     for one in deltas:
         size = one.abs().flatten().sort(descending=True).values
-        kept.append(torch.where(one.abs() >= size[round(density * one.numel()) - 1], one, 0.0))
+        kept.append(torch.where(one.abs() >= size[int(density * one.numel()) - 1], one, 0.0))
     sign = sum(kept, torch.zeros(())).sign()
     agree = [(x.sign() == sign) & (x != 0) for x in kept]
     total = sum((x * m for x, m in zip(kept, agree, strict=True)), torch.zeros(()))

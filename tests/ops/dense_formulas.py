@@ -51,11 +51,11 @@ def elect_and_average(deltas: list[Tensor], majority: str = "total") -> Tensor:
 
 
 def ties(deltas: list[Tensor], density: float, majority: str = "total") -> Tensor:
-    return elect_and_average([d * top(d, round(density * d.numel())) for d in deltas], majority)
+    return elect_and_average([d * top(d, int(density * d.numel())) for d in deltas], majority)
 
 
 def magnitude_prune(deltas: list[Tensor], density: float) -> Tensor:
-    return sum(d * top(d, round(density * d.numel())) for d in deltas)
+    return sum(d * top(d, int(density * d.numel())) for d in deltas)
 
 
 def dropped(deltas: list[Tensor], density: float, seed: int, key: str) -> list[Tensor]:
@@ -80,13 +80,13 @@ def breadcrumbs(deltas: list[Tensor], density: float, gamma: float) -> Tensor:
     out = torch.zeros_like(deltas[0])
     for d in deltas:
         outliers = int(gamma * d.numel())
-        out += d * (top(d, outliers + round(density * d.numel())) & ~top(d, outliers))
+        out += d * (top(d, outliers + int(density * d.numel())) & ~top(d, outliers))
     return out
 
 
 def sce(deltas: list[Tensor], density: float, renormalize: bool) -> Tensor:
     stacked = torch.stack(deltas)
-    selected = stacked * top(stacked.var(0, correction=0), round(density * deltas[0].numel()))
+    selected = stacked * top(stacked.var(0, correction=0), int(density * deltas[0].numel()))
     energies = selected.square().sum((1, 2))
     eta = (energies / energies.sum())[:, None, None]
     agree = selected * selected.sum(0) > 0

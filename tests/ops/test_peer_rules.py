@@ -82,7 +82,7 @@ def breadcrumb(delta: torch.Tensor, density: float, gamma: float) -> torch.Tenso
     order = delta.abs().flatten().argsort(descending=True)
     outliers = int(gamma * delta.numel())
     mask = torch.zeros(delta.numel())
-    mask[order[outliers : outliers + round(density * delta.numel())]] = 1
+    mask[order[outliers : outliers + int(density * delta.numel())]] = 1
     return delta * mask.view_as(delta)
 
 

@@ -43,6 +43,24 @@ IDENTITY = {
 PAIRS = {"slerp", "nuslerp"}
 """Methods that go between two adapters."""
 
+BASED = {"slerp-weights", "arcee-fusion", "nearswap", "ram", "ramplus-tl"}
+"""Methods between the base and models, of which one is not given back whole; see `test_based`."""
+
+ONE = {"slerp-weights", "arcee-fusion", "nearswap"}
+"""Methods that take one adapter or model."""
+
+BASE = Dense(torch.randn(24, 19, generator=torch.Generator().manual_seed(9)))
+
+
+def taken(name: str) -> slice:
+    """As many adapters as a method takes, of three."""
+    return slice(1 if name in ONE else 2 if name in PAIRS else 3)
+
+
+def told(name: str) -> dict[str, Dense]:
+    return {"base": BASE} if RULES[name].based else {}
+
+
 TOLD = {"ties", "ties-peft", "multislerp", "karcher"}
 """Methods whose default depends on the weights themselves."""
 
@@ -55,7 +73,7 @@ SYMMETRIC = [
 
 
 def test_the_methods_of_the_issue_are_there() -> None:
-    assert set(IDENTITY) | {"iso-c", "iso-cts"} | PAIRS == set(RULES)
+    assert set(IDENTITY) | {"iso-c", "iso-cts"} | PAIRS | BASED == set(RULES)
 
 
 @pytest.mark.parametrize("name", IDENTITY)
@@ -77,17 +95,17 @@ def test_the_order_of_the_adapters_does_not_matter(name: str) -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_method_runs_as_it_comes(name: str) -> None:
-    parts = adapters(24, 19, 5, 3, 4)[: 2 if name in PAIRS else 3]
-    found = combine(parts, name, key="w")
+    parts = adapters(24, 19, 5, 3, 4)[taken(name)]
+    found = combine(parts, name, key="w", **told(name))
     assert found.shape == (24, 19)
     assert torch.isfinite(materialize(found)).all()
     assert isinstance(found, Factors) == (RULES[name].space != "dense")
-    assert torch.equal(materialize(found), materialize(combine(parts, name, key="w")))
+    assert torch.equal(materialize(found), materialize(combine(parts, name, key="w", **told(name))))
 
 
 @pytest.mark.parametrize("name", [m.name for m in RULES.values() if m.space != "dense"])
 def test_no_bit_of_a_factor_depends_on_the_threads(name: str) -> None:
-    parts = adapters(700, 900, 24, 24, 24)[: 2 if name in PAIRS else 3]
+    parts = adapters(700, 900, 24, 24, 24)[taken(name)]
     before = torch.get_num_threads()
     found = []
     try:
@@ -105,13 +123,13 @@ def test_no_bit_of_a_factor_depends_on_the_threads(name: str) -> None:
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_method_gives_the_rank_asked_for(name: str) -> None:
-    found = combine(adapters(24, 19, 5, 3, 4)[: 2 if name in PAIRS else 3], name, rank=3)
+    found = combine(adapters(24, 19, 5, 3, 4)[taken(name)], name, rank=3, **told(name))
     assert isinstance(found, Factors)
     assert found.rank <= 3
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in EVERY if name not in PAIRS | {"ties", "ties-peft", *["multislerp", "karcher"]}]
+    "name", [name for name in EVERY if name not in PAIRS | ONE | {"ties", "ties-peft", *["multislerp", "karcher"]}]
 )
 def test_weights_come_before_the_rule_and_scale_after(name: str) -> None:
     """Those left out are told the weights, and do more with them."""

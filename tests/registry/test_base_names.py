@@ -66,3 +66,23 @@ def test_check_says_it_too(siblings: tuple[Path, Path, Path], home: Path, tmp_pa
     assert len(found) == 1
     assert "registered as house@1" in found[0].message
     assert [one for one in check(tmp_path / "was", [adapter]).findings if "registered as" in one.message] == []
+
+
+def test_list_and_show_call_a_base_by_its_name(home: Path, make) -> None:  # type: ignore[no-untyped-def]
+    from click.testing import CliRunner
+
+    from adapterkit.cli import app
+    from adapterkit.registry import register, verbs
+    from adapterkit.registry.identity import Identity
+
+    weights = Identity(shapes="1" * 64, sampled="2" * 64)
+    register.register(make(content=b"1"), "tone", base=weights)
+    register.register(make(content=b"2"), "other", base=Identity(sampled="3" * 64))
+    assert verbs.show("tone").base.startswith("sampled 2222")
+    register.register_base(Identity("org/base", "", (), shapes="1" * 64, sampled="2" * 64), "house-base")
+    listed = CliRunner().invoke(app, ["list"]).output
+    assert "house-base" in next(line for line in listed.splitlines() if line.startswith("tone"))
+    assert "sampled 3333" in next(line for line in listed.splitlines() if line.startswith("other"))
+    assert "house-base (sampled 2222" in CliRunner().invoke(app, ["show", "tone"]).output
+    verbs.remove("house-base@1")
+    assert "house-base" not in CliRunner().invoke(app, ["list"]).output

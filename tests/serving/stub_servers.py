@@ -85,7 +85,9 @@ class Stub:
         except OSError:
             return self._no(404, f"No adapter found for {path}")
         if config["r"] > self.max_rank:
-            return self._no(400, f"LoRA rank {config['r']} is greater than max_lora_rank {self.max_rank}.")
+            # vLLM 0.33 answers what went wrong in the engine with 500.
+            status = 500 if self.kind == "vllm" else 400
+            return self._no(status, f"LoRA rank {config['r']} is greater than max_lora_rank {self.max_rank}.")
         self.loaded[name] = path
         old = next(reversed(self.weights.values()), "")
         self.weights[name] = old if "stale" in self.faults and old else digest(path)

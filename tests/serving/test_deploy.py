@@ -108,13 +108,13 @@ def test_where_a_server_goes_wrong_the_old_version_and_the_record_stay(
     assert deploy("tickets@prod", server).ref == "tickets@2"  # and when it is well again, it goes on
 
 
-def test_sglang_that_refuses_with_200_is_a_refusal(two: Path, start: Start, tmp_path: Path) -> None:
+def test_a_rank_that_is_refused_is_a_refusal_whatever_its_status(two: Path, start: Start, tmp_path: Path) -> None:
     register(plain_adapter(tmp_path / "wide", tmp_path / "base", rank=32, base_model_name_or_path=BASE), "wide")
-    for faults in ({"old"}, set[str]()):
-        stub = start("sglang")
+    for kind, faults in (("sglang", {"old"}), ("sglang", set[str]()), ("vllm", set[str]())):
+        stub = start(kind)
         stub.faults |= faults
         with pytest.raises(CheckFailed, match="rank 32 is greater"):
-            deploy("wide", stub.url, kind="sglang")
+            deploy("wide", stub.url, kind=kind)
         assert not stub.loaded
     assert endpoints.running(Home(two)) == ()
 

@@ -136,6 +136,15 @@ def gpu1() -> Iterator[None]:
     patch.undo()
 
 
+@pytest.fixture(autouse=True)
+def oci(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The OCI registry of the pages: what is sent to 127.0.0.1:5000 is kept in memory."""
+    sys.path.insert(0, str(ROOT / "tests" / "oci"))
+    from memory_registry import answer_in_memory
+
+    answer_in_memory("127.0.0.1:5000", monkeypatch)
+
+
 def write_file(block: Block, folder: Path) -> None:
     """Write a block that is a file, and read it as what it is."""
     path = folder / block.title

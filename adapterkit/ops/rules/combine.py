@@ -10,6 +10,7 @@ from adapterkit.ops.extract import low_rank
 from adapterkit.ops.lowrank import Factors
 from adapterkit.ops.rows import DeltaRows, common_shape, scaled
 from adapterkit.ops.rules.registry import ANY_DELTAS, RULES, CombinationRule, find
+from adapterkit.ops.settings import at
 from adapterkit.ops.threads import one_thread
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ def combine(
     rank: int | None = None,
     energy: float | None = None,
     key: str = "",
+    base: DeltaRows | None = None,
+    depth: float = 0.0,
     **parameters: Any,
 ) -> DeltaRows:
     """One delta out of several of the same weight.
@@ -40,6 +43,8 @@ def combine(
         rank: at most this rank in the result, which then is ``Factors``.
         energy: the smallest rank that keeps this share of the squared norm; the result then is ``Factors``.
         key: name of the tensor, part of the seed of random masks, so that each tensor gets its own.
+        base: the rows of the weight itself, for methods that look at them.
+        depth: of the layer, from 0 to 1, for parameters that change with it; see `adapterkit.ops.settings`.
         **parameters: those of the method.
 
     Returns:
@@ -54,6 +59,7 @@ def combine(
     chosen, parameters = _chosen(method, space, parameters)
     common_shape(parts)
     weighted, kept = _weighted(parts, weights)
+    left = [place for place, weight in enumerate(weights or ()) if weight == 0]
     if chosen.space != "dense" and chosen.name not in ANY_DELTAS:
         for part in weighted:
             if not isinstance(part, Factors):
@@ -63,9 +69,19 @@ def combine(
                 )
     if rank is not None and any(p.name == "rank" for p in chosen.parameters):
         parameters.setdefault("rank", rank)
-    bound: dict[str, Any] = dict(chosen.bind(parameters))
+    bound: dict[str, Any] = {name: at(value, key, depth) for name, value in chosen.bind(parameters).items()}
+    for name, value in bound.items():
+        if isinstance(value, tuple) and left and len(value) == len(parts):
+            bound[name] = tuple(one for place, one in enumerate(value) if place not in left)
     if chosen.keyed:
         bound["key"] = key
+    if chosen.based:
+        if base is None:
+            raise UsageError(
+                f"method {chosen.name} looks at the base's own values, and an adapter alone has none",
+                "fold it into the base with merge",
+            )
+        bound["base"] = base
     if chosen.weighted or (chosen.nested and RULES[bound["rule"]].weighted):
         bound["weights"] = kept
     with one_thread():

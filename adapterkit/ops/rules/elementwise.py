@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 from adapterkit.errors import UsageError, option
 from adapterkit.ops.counter import stream, uniform
 from adapterkit.ops.rows import ComputedRows, DeltaRows, add, blocks, common_shape
-from adapterkit.ops.rules.parameters import Density, Election, Normalize, Own, Seed
-from adapterkit.ops.rules.registry import Range, rule
+from adapterkit.ops.rules.parameters import Density, Election, Normalize, Own, Seed, Share
+from adapterkit.ops.rules.registry import PerAdapter, Range, rule
 from adapterkit.ops.select import kth_magnitudes, row_energies
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def ties(
     weights; with some, tau_t = w_t delta_t, and the mean divides by the weights that agree (mergekit's ``normalize: true``;
     a negative weight counts as its size), by their number, or not at all. ``ties-peft`` is what PEFT computes.
     """
-    cuts = [_cut(delta, density) for delta in deltas]
+    cuts = [_cut(delta, share) for delta, share in zip(deltas, _each(density, deltas), strict=True)]
     fuse = _Election(weights, majority, normalize, own_signs)
     return _streamed(deltas, lambda rows, _: fuse(_trimmed(rows, cuts)))
 
@@ -94,7 +94,7 @@ def dare_ties(
 @rule(paper="", space="dense")
 def magnitude_prune(deltas: Sequence[DeltaRows], *, density: Density = 0.2) -> DeltaRows:
     """Keep the largest entries of each delta and sum; no election, no rescaling."""
-    cuts = [_cut(delta, density) for delta in deltas]
+    cuts = [_cut(delta, share) for delta, share in zip(deltas, _each(density, deltas), strict=True)]
     return _streamed(deltas, lambda rows, _: add(_trimmed(rows, cuts)))
 
 
@@ -103,7 +103,9 @@ def della(
     deltas: Sequence[DeltaRows],
     *,
     density: Density = 0.5,
-    epsilon: Annotated[float, Range(0, 0.5), "half-width of the range of keep probabilities around density"] = 0.1,
+    epsilon: Annotated[
+        float, Range(0, 0.5), PerAdapter, "half-width of the range of keep probabilities around density"
+    ] = 0.1,
     elect: Annotated[bool, "elect signs and average as TIES does, instead of the sum"] = True,
     normalize: Normalize = "count",
     seed: Seed = 0,
@@ -116,20 +118,25 @@ def della(
     magnitude in its row, from density - epsilon to density + epsilon as in the authors' released code; what is kept is
     divided by its probability. ``density=1`` keeps everything.
     """
-    if density < 1 and not (epsilon < density and density + epsilon <= 1):
+    shares = _each(density, deltas)
+    widths = _each(epsilon, deltas)
+    for share, width in zip(shares, widths, strict=True):
+        if share == 1 or (width < share and share + width <= 1):
+            continue
         raise UsageError(
-            f"density {density:g} with epsilon {epsilon:g} gives keep probabilities outside (0, 1]",
+            f"density {share:g} with epsilon {width:g} gives keep probabilities outside (0, 1]",
             "choose epsilon below density and at most 1 - density",
         )
     n = common_shape(deltas)[1]
     streams = [stream(seed, i, key) for i in range(len(deltas))]
 
     def masked(rows: list[torch.Tensor], start: int) -> list[torch.Tensor]:
-        if density == 1:
-            return rows
         out = []
-        for x, source in zip(rows, streams, strict=True):
-            keep = _keep_probabilities(x, density, epsilon)
+        for x, source, share, width in zip(rows, streams, shares, widths, strict=True):
+            if share == 1:
+                out.append(x)
+                continue
+            keep = _keep_probabilities(x, share, width)
             drawn = uniform(source, start * n, x.numel()).view_as(x)
             out.append(torch.where(drawn < keep, x.double() / keep, 0.0))
         return out
@@ -140,7 +147,7 @@ def della(
     return _streamed(deltas, lambda rows, start: fuse(masked(rows, start)))
 
 
-Gamma = Annotated[float, Range(0, 1), "share of entries dropped as outliers, the largest ones"]
+Gamma = Annotated[float, Range(0, 1), PerAdapter, "share of entries dropped as outliers, the largest ones"]
 
 
 @rule(paper="2312.06795", space="dense")
@@ -183,7 +190,7 @@ def breadcrumbs_ties(
 def sce(
     deltas: Sequence[DeltaRows],
     *,
-    density: Density = 0.2,
+    density: Share = 0.2,
     renormalize: Annotated[bool, "divide each entry by the coefficients of the adapters that remain in it"] = True,
 ) -> DeltaRows:
     """Select the entries that vary most across adapters, weigh adapters by energy, erase minority signs (SCE).
@@ -259,11 +266,13 @@ def _banded(
     deltas: Sequence[DeltaRows], density: float, gamma: float
 ) -> Callable[[list[torch.Tensor]], list[torch.Tensor]]:
     """Breadcrumbs' mask: neither the largest nor the smallest entries of each delta."""
-    if density + gamma > 1:
-        raise UsageError(
-            f"density {density:g} and gamma {gamma:g} add up to more than 1", "keep at most what gamma leaves"
-        )
-    bands = [_band(delta, density, gamma) for delta in deltas]
+    pairs = list(zip(_each(density, deltas), _each(gamma, deltas), strict=True))
+    for share, outliers in pairs:
+        if share + outliers > 1:
+            raise UsageError(
+                f"density {share:g} and gamma {outliers:g} add up to more than 1", "keep at most what gamma leaves"
+            )
+    bands = [_band(delta, share, outliers) for delta, (share, outliers) in zip(deltas, pairs, strict=True)]
 
     def banded(rows: list[torch.Tensor]) -> list[torch.Tensor]:
         kept = []
@@ -282,17 +291,29 @@ def _streamed(deltas: Sequence[DeltaRows], rule: Callable[[list[torch.Tensor], i
     )
 
 
+def _each(value: float | Sequence[float], deltas: Sequence[DeltaRows]) -> list[float]:
+    """A parameter for each delta: one value for all, or one each.
+
+    Raises:
+        UsageError: another number of them.
+    """
+    found = [float(one) for one in value] if isinstance(value, (list, tuple)) else [float(value)] * len(deltas)  # type: ignore[arg-type]
+    if len(found) != len(deltas):
+        raise UsageError(f"{len(found)} values of a parameter for {len(deltas)} adapters", "give one, or one for each")
+    return found
+
+
 def _cut(delta: DeltaRows, density: float) -> float:
     """The magnitude at or above which the largest ``density`` of the entries lie."""
     entries = delta.shape[0] * delta.shape[1]
-    return kth_magnitudes(delta, [max(1, round(density * entries))])[0] if density < 1 else 0.0
+    return kth_magnitudes(delta, [max(1, int(density * entries))])[0] if density < 1 else 0.0
 
 
 def _band(delta: DeltaRows, density: float, gamma: float) -> tuple[float, float]:
     """The magnitudes between which entries are kept, both ends included."""
     entries = delta.shape[0] * delta.shape[1]
     outliers = min(int(gamma * entries), entries - 1)
-    last = min(entries, outliers + max(1, round(density * entries)))
+    last = min(entries, outliers + max(1, int(density * entries)))
     high, low = kth_magnitudes(delta, [outliers + 1, last])
     return (low if last < entries else 0.0), high
 
@@ -307,14 +328,16 @@ def _dropper(
     """DARE's mask: each entry kept with probability ``density`` and divided by it."""
     n = common_shape(deltas)[1]
     streams = [stream(seed, i, key) for i in range(len(deltas))]
+    shares = _each(density, deltas)
 
     def masked(rows: list[torch.Tensor], start: int) -> list[torch.Tensor]:
-        if density == 1:
-            return rows
         kept = []
-        for x, source in zip(rows, streams, strict=True):
+        for x, source, share in zip(rows, streams, shares, strict=True):
+            if share == 1:
+                kept.append(x)
+                continue
             drawn = uniform(source, start * n, x.numel()).view_as(x)
-            kept.append(torch.where(drawn < density, x.double() / density, 0.0))
+            kept.append(torch.where(drawn < share, x.double() / share, 0.0))
         return kept
 
     return masked

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from math import fsum, sqrt
 from typing import TYPE_CHECKING, Annotated
 
+from adapterkit.ops.gram import inner_products
 from adapterkit.ops.lowrank import Factors, core_of, stack, truncate
-from adapterkit.ops.measure import cosine
-from adapterkit.ops.rows import DeltaRows, add, blocks, common_shape, scaled, total
+from adapterkit.ops.rows import ComputedRows, DeltaRows, add, blocks, common_shape, scaled, total
 from adapterkit.ops.rules.elementwise import total_of
 from adapterkit.ops.rules.parameters import Normalize, Rank
 from adapterkit.ops.rules.registry import rule
@@ -50,42 +51,57 @@ def svd(parts: Sequence[Factors], *, rank: Rank = None) -> Factors:
 
 @rule(paper="2403.19522", space="factors")
 def model_stock(
-    parts: Sequence[Factors],
+    parts: Sequence[DeltaRows],
     *,
     filter_wise: Annotated[bool, "an angle and a ratio for each row, as the paper has it for filters"] = False,
-) -> Factors:
+    signed: Annotated[bool, "deltas that point apart lead away from their mean, as in mergekit"] = False,
+) -> DeltaRows:
     """The mean of the deltas, shrunk towards the base the more they disagree (Model Stock).
 
     Jang et al.: W = t mean(W_t) + (1 - t) W_0 with t = N c / (1 + (N - 1) c) and c the
     cosine between deltas, here the mean over pairs. Deltas that point apart (c < 0) are outside the geometry of the
-    paper; c is taken as 0 then. LoRA deltas are often near orthogonal, and t near 0 with them.
+    paper; c is taken as 0 then, unless ``signed``. LoRA deltas are often near orthogonal, and t near 0 with them.
     """
-    if not filter_wise or len(parts) == 1:
-        share = stock_ratio(parts) / len(parts)
-        return stack(parts, [share] * len(parts))
-    shares = _row_ratios(parts) / len(parts)
-    return stack([Factors((part.b.double() * shares[:, None]).float(), part.a) for part in parts])
+    factors = [part for part in parts if isinstance(part, Factors)]
+    low_rank = len(factors) == len(parts)
+    # A vector is one filter.
+    if not filter_wise or len(parts) == 1 or common_shape(parts)[1] == 1:
+        share = stock_ratio(parts, signed=signed) / len(parts)
+        return stack(factors, [share] * len(parts)) if low_rank else total([scaled(part, share) for part in parts])
+    shares = _row_ratios(parts, signed=signed) / len(parts)
+    if low_rank:
+        return stack([Factors((part.b.double() * shares[:, None]).float(), part.a) for part in factors])
+    whole = total(parts)
+    return ComputedRows(
+        whole.shape, lambda start, stop: (whole.rows(start, stop).double() * shares[start:stop, None]).float()
+    )
 
 
-def _row_ratios(parts: Sequence[Factors]) -> torch.Tensor:
+def _row_ratios(parts: Sequence[DeltaRows], *, signed: bool) -> torch.Tensor:
     """Model Stock's t of every row, in float64."""
     import torch
 
     n = len(parts)
     found = []
+    lowest = -1.0 if signed else 0.0
     for start, stop in blocks(common_shape(parts)):
         units = [torch.nn.functional.normalize(part.rows(start, stop).double(), dim=1) for part in parts]
         pairs = [(units[i] * units[j]).sum(1) for i in range(n) for j in range(i)]
-        c = (add(pairs) / len(pairs)).clamp(min=0.0)
-        found.append(n * c / (1 + (n - 1) * c))
+        c = (add(pairs) / len(pairs)).clamp(min=lowest)
+        below = 1 + (n - 1) * c
+        # Where it is 0 there is no ratio: the base stays.
+        found.append(torch.where(below.abs() < 1e-6, 0.0, n * c / torch.where(below == 0, 1.0, below)))
     return torch.cat(found)
 
 
-def stock_ratio(parts: Sequence[Factors]) -> float:
+def stock_ratio(parts: Sequence[DeltaRows], *, signed: bool = False) -> float:
     """The interpolation ratio t of Model Stock; 1 for one adapter."""
     n = len(parts)
     if n == 1:
         return 1.0
-    pairs = [cosine(x, y) for i, x in enumerate(parts) for y in parts[:i]]
-    c = max(0.0, sum(pairs) / len(pairs))
-    return n * c / (1 + (n - 1) * c)
+    products = inner_products(parts)
+    sizes = [sqrt(products[i][i]) for i in range(n)]
+    pairs = [products[i][j] / sizes[i] / sizes[j] if sizes[i] * sizes[j] else 0.0 for i in range(n) for j in range(i)]
+    c = max(-1.0 if signed else 0.0, fsum(pairs) / len(pairs))
+    below = 1 + (n - 1) * c
+    return n * c / below if abs(below) >= 1e-6 else 0.0

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from adapterkit.ops.rules.registry import Range
+from adapterkit.ops.rules.registry import PerAdapter, Range
 
-Density = Annotated[float, Range(0, 1, open_low=True), "share of entries kept"]
+Density = Annotated[float, Range(0, 1, open_low=True), PerAdapter, "share of entries kept"]
+Share = Annotated[float, Range(0, 1, open_low=True), "share of entries kept"]
 Election = Annotated[
     Literal["total", "frequency"], "elect each sign by the sum of the entries, or by the number of adapters"
 ]

@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 from adapterkit.errors import UsageError
+from adapterkit.ops.settings import Setting, is_setting, setting
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,9 +44,17 @@ class Range:
         return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
 
 
+class PerAdapter:
+    """Marks a parameter that may have a value for each adapter."""
+
+
 @dataclass(frozen=True)
 class Parameter:
-    """One thing a user can set on a method; ``type`` is float, int, bool or str (with ``choices``)."""
+    """One thing a user can set on a method; ``type`` is float, int, bool or str (with ``choices``).
+
+    A value may also be rows by part of the model (see `adapterkit.ops.settings`), and a list, one for each adapter, where
+    ``each``.
+    """
 
     name: str
     type: type
@@ -54,14 +63,15 @@ class Parameter:
     range: Range | None = None
     choices: tuple[str, ...] = ()
     optional: bool = False
+    each: bool = False
 
     @property
     def option(self) -> str:
         """The name on the command line."""
         return "--" + self.name.replace("_", "-")
 
-    def check(self, value: object, method: str) -> Value:
-        """The value in the parameter's type.
+    def check(self, value: object, method: str) -> Any:
+        """The value in the parameter's type; a `Setting` of rows, and a tuple of a list.
 
         Raises:
             UsageError: wrong type, out of range, or not a choice.
@@ -69,6 +79,13 @@ class Parameter:
         where = f"{self.name} of method {method}"
         if value is None and self.optional:
             return None
+        if isinstance(value, Setting):
+            return value
+        if is_setting(value):
+            rows: Any = value
+            return setting(rows, lambda one: self.check(one, method), where)
+        if self.each and isinstance(value, (list, tuple)) and value:
+            return tuple(self.check(one, method) for one in value)
         if self.choices:
             if value in self.choices:
                 return str(value)
@@ -80,7 +97,7 @@ class Parameter:
         checked = self.type(value)
         if self.range is not None and checked not in self.range:
             raise UsageError(f"{where} must be {self.range}, got {value!r}", self.help)
-        return checked  # type: ignore[no-any-return]
+        return checked
 
 
 _ARTICLES = {float: "a number", int: "a whole number", bool: "true or false", str: "a word"}
@@ -93,7 +110,7 @@ class CombinationRule:
     ``space`` is where the rule works: on the factors, on the small core matrices, or on the entries of the deltas.
     ``nested`` methods align adapters and leave the combination itself to an inner rule, whose parameters they take
     too; ``inner`` methods can be that rule. ``keyed`` rules are told the tensor's name, and ``weighted`` ones the weights that
-    the deltas were multiplied by.
+    the deltas were multiplied by; ``based`` ones get the base's own values.
     """
 
     name: str
@@ -106,13 +123,14 @@ class CombinationRule:
     inner: bool
     keyed: bool
     weighted: bool
+    based: bool
 
     @property
     def url(self) -> str:
         """Where the method is defined."""
         return f"https://arxiv.org/abs/{self.paper}" if self.paper else ""
 
-    def bind(self, given: dict[str, Any]) -> dict[str, Value]:
+    def bind(self, given: dict[str, Any]) -> dict[str, Any]:
         """All parameters of a call: those given, checked, and the defaults of the rest.
 
         Raises:
@@ -121,7 +139,7 @@ class CombinationRule:
         own = {p.name: p for p in self.parameters}
         mine = {name: value for name, value in given.items() if name in own}
         rest = {name: value for name, value in given.items() if name not in own}
-        bound: dict[str, Value] = {p.name: p.check(mine.get(p.name, p.default), self.name) for p in self.parameters}
+        bound: dict[str, Any] = {p.name: p.check(mine.get(p.name, p.default), self.name) for p in self.parameters}
         if self.nested:
             return bound | RULES[str(bound["rule"])].bind(rest)
         if rest:
@@ -131,7 +149,7 @@ class CombinationRule:
 
 
 RULES: dict[str, CombinationRule] = {}
-ANY_DELTAS = frozenset({"linear", "slerp", "nuslerp", "multislerp", "karcher"})
+ANY_DELTAS = frozenset({"linear", "slerp", "nuslerp", "multislerp", "karcher", "model-stock"})
 """Rules that keep low rank where it is and take any other delta too."""
 
 
@@ -144,7 +162,7 @@ def rule(*, paper: str, space: Space, inner: bool | None = None) -> Callable[[An
         found = tuple(
             _parameter(p, function.__globals__)
             for p in signature.parameters.values()
-            if p.kind is p.KEYWORD_ONLY and p.name not in ("key", "weights")
+            if p.kind is p.KEYWORD_ONLY and p.name not in ("key", "weights", "base")
         )
         RULES[name] = CombinationRule(
             name=name,
@@ -157,6 +175,7 @@ def rule(*, paper: str, space: Space, inner: bool | None = None) -> Callable[[An
             inner=space == "dense" if inner is None else inner,
             keyed="key" in signature.parameters,
             weighted="weights" in signature.parameters,
+            based="base" in signature.parameters,
         )
         return function
 
@@ -190,4 +209,5 @@ def _parameter(parameter: inspect.Parameter, names: dict[str, Any]) -> Parameter
         range=next((extra for extra in extras if isinstance(extra, Range)), None),
         choices=tuple(get_args(base)) if literal else (),
         optional=optional,
+        each=PerAdapter in extras,
     )

@@ -11,9 +11,9 @@ from math import acos, cos, fsum, sin, sqrt
 from typing import TYPE_CHECKING, Annotated
 
 from adapterkit.errors import UsageError
+from adapterkit.ops.gram import inner_products
 from adapterkit.ops.lowrank import Factors, stack
-from adapterkit.ops.measure import inner
-from adapterkit.ops.rows import ComputedRows, DeltaRows, add, blocks, common_shape
+from adapterkit.ops.rows import ComputedRows, DeltaRows, add, common_shape
 from adapterkit.ops.rules.registry import Range, rule
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def slerp(
     Shoemake, SIGGRAPH 1985: (sin((1 - t) a) x + sin(t a) y) / sin(a), a the angle between x and y.
     """
     _two(parts, "slerp")
-    return _summed(parts, _between(_gram(parts), t))
+    return _summed(parts, _between(inner_products(parts), t))
 
 
 @rule(paper="", space="core", inner=True)
@@ -43,7 +43,7 @@ def nuslerp(parts: Sequence[DeltaRows], *, weights: Sequence[float] = ()) -> Del
     _two(parts, "nuslerp")
     shares = _shares(weights, "nuslerp")
     # What came in is w x already.
-    gram = _unweighted(_gram(parts), weights)
+    gram = _unweighted(inner_products(parts), weights)
     return _summed(parts, [c / w for c, w in zip(_between(gram, shares[1]), weights, strict=True)])
 
 
@@ -55,7 +55,7 @@ def multislerp(parts: Sequence[DeltaRows], *, weights: Sequence[float] = ()) -> 
     the plane that touches the sphere at m are averaged and mapped back; the length is the mean of the norms.
     """
     shares = _shares(weights, "multislerp")
-    gram = _unweighted(_gram(parts), weights)
+    gram = _unweighted(inner_products(parts), weights)
     norms = [sqrt(max(gram[i][i], 0.0)) for i in range(len(parts))]
     units = [1 / norm if norm else 0.0 for norm in norms]
     length = fsum(w * n for w, n in zip(shares, norms, strict=True))
@@ -87,7 +87,7 @@ def karcher(
     along the mean of the logarithms.
     """
     shares = _shares(weights, "karcher")
-    gram = _unweighted(_gram(parts), weights)
+    gram = _unweighted(inner_products(parts), weights)
     norms = [sqrt(max(gram[i][i], 0.0)) for i in range(len(parts))]
     units = [1 / norm if norm else 0.0 for norm in norms]
     found = [w * u for w, u in zip(shares, units, strict=True)]
@@ -120,21 +120,6 @@ def _shares(weights: Sequence[float], name: str) -> list[float]:
     if any(weight <= 0 for weight in weights):
         raise UsageError(f"method {name} takes weights above 0", "leave out the adapter, or use linear")
     return [weight / fsum(weights) for weight in weights]
-
-
-def _gram(parts: Sequence[DeltaRows]) -> list[list[float]]:
-    """The inner products of all pairs, in float64."""
-    count = len(parts)
-    factors = [part for part in parts if isinstance(part, Factors)]
-    if len(factors) == count:
-        return [[inner(factors[i], factors[j]) for j in range(count)] for i in range(count)]
-    found = [[0.0] * count for _ in range(count)]
-    for start, stop in blocks(common_shape(parts)):
-        rows = [part.rows(start, stop).double() for part in parts]
-        for i in range(count):
-            for j in range(i + 1):
-                found[i][j] += float((rows[i] * rows[j]).sum())
-    return [[found[max(i, j)][min(i, j)] for j in range(count)] for i in range(count)]
 
 
 def _unweighted(gram: list[list[float]], weights: Sequence[float]) -> list[list[float]]:

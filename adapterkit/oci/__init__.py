@@ -1,0 +1,1 @@
+"""OCI registries as a remote: versions as artifacts of the CNCF ModelPack specification."""
