@@ -1,7 +1,7 @@
 """Rows: RWKV 6 and 7, and decoders with code of their own whose tensors are put together otherwise.
 
-RWKV (World 6, and 7 as flash-linear-attention stores it), ruGPT-3 XL, CogVLM, DeepSeek-OCR, Sarashina 2 Vision and Chameleon. Names
-and keys are those of llama.cpp's converter.
+RWKV (World 6, and 7 as flash-linear-attention stores it), ruGPT-3 XL, CogVLM, DeepSeek-OCR, Sarashina 2 Vision and
+Chameleon. Names and keys are those of llama.cpp's converter.
 """
 
 from __future__ import annotations
