@@ -78,6 +78,18 @@ def _rwkv6(w: Weights, ids: Tensor) -> Tensor:
     return linear(_ln(x, w, "rwkv.ln_out"), w, "head")
 
 
+def _wkv7(r: Tensor, decay: Tensor, k: Tensor, v: Tensor, kk: Tensor, rate: Tensor) -> Tensor:
+    """The memory of RWKV 7: what it gives at each token, ``[t, heads, size]``."""
+    _, count, size = r.shape
+    memory, rows = torch.zeros(count, size, size).double(), []
+    for t in range(len(r)):
+        taken = memory @ -kk[t][:, :, None]
+        new = taken @ (kk[t] * rate[t])[:, None, :] + v[t][:, :, None] * k[t][:, None, :]
+        memory = memory * decay[t][:, None, :] + new
+        rows.append((memory @ r[t][:, :, None])[:, :, 0])
+    return torch.stack(rows)
+
+
 def _rwkv7(w: Weights, ids: Tensor) -> Tensor:
     size = 32
     count = WIDTH // size
@@ -101,22 +113,50 @@ def _rwkv7(w: Weights, ids: Tensor) -> Tensor:
         kk = functional.normalize((k * w[a + "k_k"]).view(len(y), count, size), dim=-1, eps=1e-12)
         k = k * (1 + (rate - 1) * w[a + "k_a"])
         r, k, v, decay, rate = (one.view(len(y), count, size) for one in (r, k, v, decay, rate))
-        memory, rows = torch.zeros(count, size, size).double(), []
-        for t in range(len(y)):
-            taken = memory @ -kk[t][:, :, None]
-            memory = (
-                memory * decay[t][:, None, :]
-                + taken @ (kk[t] * rate[t])[:, None, :]
-                + v[t][:, :, None] * k[t][:, None, :]
-            )
-            rows.append((memory @ r[t][:, :, None])[:, :, 0])
-        out = _grouped(torch.stack(rows).flatten(1), w, a + "g_norm", count, 64e-5)
+        out = _grouped(_wkv7(r, decay, k, v, kk, rate).flatten(1), w, a + "g_norm", count, 64e-5)
         extra = (r * k * w[a + "r_k"]).sum(-1, keepdim=True) * v
         x = x + linear((out + extra.flatten(1)) * gate, w, a + "o_proj")
         y = _ln(x, w, at + "ffn_norm")
         key = relu2(linear(y + (_before(y) - y) * w[at + "ffn.x_k"], w, at + "ffn.key"))
         x = x + linear(key, w, at + "ffn.value")
     return linear(_ln(x, w, "model.norm"), w, "lm_head")
+
+
+def _hybrid(gate: bool) -> Any:
+    """RWKV 7 in the place of attention, between the norms and networks of a Qwen 2."""
+
+    def run(w: Weights, ids: Tensor) -> Tensor:
+        size = 32
+        count, first = WIDTH // size, torch.zeros(0)
+        x = w["model.embed_tokens.weight"][ids]
+        for index in range(LAYERS):
+            at = f"model.layers.{index}."
+            a = at + "self_attn.time_mixer."
+            y = rms(x, w[at + "input_layernorm.weight"])
+            sx = _before(y) - y
+            mixed = {one: y + sx * w[f"{a}x_{one}"][0, 0] for one in ("rwkvag" if gate else "rwkva")}
+            r, k, v = (linear(mixed[one], w, a + n) for one, n in (("r", "receptance"), ("k", "key"), ("v", "value")))
+
+            def low(name: str, x: Tensor, a: str = a) -> Tensor:
+                return w[f"{a}{name}0"][0, 0] + x @ w[f"{a}{name}2"]
+
+            decay = torch.exp(-0.606531 * torch.sigmoid(low("w", torch.tanh(mixed["w"] @ w[a + "w1"]))))
+            first = v if index == 0 else first
+            v = v if index == 0 else v + (first - v) * torch.sigmoid(low("v", mixed["v"] @ w[a + "v1"]))
+            rate = torch.sigmoid(low("a", mixed["a"] @ w[a + "a1"]))
+            kk = functional.normalize((k * w[a + "k_k"][0, 0]).view(len(y), count, size), dim=-1, eps=1e-12)
+            k = k * (1 + (rate - 1) * w[a + "k_a"][0, 0])
+            r, k, v, decay, rate = (one.view(len(y), count, size) for one in (r, k, v, decay, rate))
+            out = _wkv7(r, decay, k, v, kk, rate).flatten(1)
+            out = _grouped(out, w, a + "ln_x", count, 64e-5)
+            out = out + ((r * k * w[a + "r_k"]).sum(-1, keepdim=True) * v).flatten(1)
+            if gate:
+                out = out * (torch.sigmoid(mixed["g"] @ w[a + "g1"]) @ w[a + "g2"])
+            x = x + linear(out, w, a + "output")
+            x = x + mlp(rms(x, w[at + "post_attention_layernorm.weight"]), w, *(f"{at}mlp.{one}" for one in _GUD))
+        return linear(rms(x, w["model.norm.weight"]), w, "lm_head")
+
+    return run
 
 
 def _rugpt(w: Weights, ids: Tensor) -> Tensor:
@@ -197,7 +237,43 @@ _LOW7 = {
 }
 _BIG = 8200  # Chameleon's tokens of images
 
+
+def _hybrid_model(gate: bool) -> Coded:
+    low = [("w", 64), ("a", 64), *([("g", 128)] if gate else [])]
+    mixer: dict[str, tuple[int, ...]] = {
+        **_ln_shapes("ln_x"),
+        **{f"x_{one}": _VECTOR for one in ("rwkvag" if gate else "rwkva")},
+        **{f"{one}0": _VECTOR for one, _ in low if one != "g"},
+        **{f"{one}1": (WIDTH, rank) for one, rank in low},
+        **{f"{one}2": (rank, WIDTH) for one, rank in low},
+        "k_k": _VECTOR,
+        "k_a": _VECTOR,
+        "r_k": (2, 32),
+        **{f"{one}.weight": (WIDTH, WIDTH) for one in ("receptance", "key", "value", "output")},
+    }
+    return Coded(
+        {
+            **{k: v for k, v in _BASE.items() if k not in ("num_attention_heads", "num_key_value_heads")},
+            "architectures": ["RwkvHybridForCausalLM"],
+            "model_type": "rwkv_hybrid",
+            "head_size": 32,
+            "wkv_version": 7,
+            "wkv_has_gate": gate,
+        },
+        {
+            **_ends("model.embed_tokens", "model.norm"),
+            **_layers({**_LLAMA_NORMS, **_mlp(), **_layers(mixer, "self_attn.time_mixer.")}, "model.layers.{i}."),
+            "model.layers.1.self_attn.time_mixer.v0": _VECTOR,
+            "model.layers.1.self_attn.time_mixer.v1": (WIDTH, 32),
+            "model.layers.1.self_attn.time_mixer.v2": (32, WIDTH),
+        },
+        _hybrid(gate),
+    )
+
+
 MORE: dict[str, Coded] = {
+    "rwkv_hybrid": _hybrid_model(True),
+    "rwkv_hybrid_plain": _hybrid_model(False),
     "rwkv6": Coded(
         {
             "architectures": ["Rwkv6ForCausalLM"],

@@ -67,7 +67,7 @@ def test_a_config_that_the_runtime_has_built_in_otherwise_is_refused(kind: str, 
     for fixed in spec.fixed:
         if "." in fixed.field or fixed.when is not None or callable(fixed.value):
             continue
-        other = not fixed.value if isinstance(fixed.value, bool) else "tanh" if isinstance(fixed.value, str) else 7
+        other = not fixed.value if isinstance(fixed.value, bool) else "tanh" if isinstance(fixed.value, str) else 11
         wrong = dataclasses.replace(one, config={**one.config, fixed.field: other})
         folder = tmp_path / fixed.field
         coded_zoo.build(folder, wrong)

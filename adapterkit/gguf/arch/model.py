@@ -46,6 +46,8 @@ FLOAT32 = (
     "altup_correct_coef.weight",
     "altup_predict_coef.weight",
     "indexer.proj.weight",
+    "indexer.q_proj.weight",
+    "indexer.k_proj.weight",
     "time_mix_first.weight",
     "time_mix_w1.weight",
     "time_mix_w2.weight",

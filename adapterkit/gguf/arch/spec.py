@@ -188,6 +188,11 @@ def tree(layer: str, names: Mapping[str, str], ops: Mapping[str, Sequence[Op]] |
     return tuple(rule(f"{layer}{hf}", f"{BLOCK}{gguf}", ops=(ops or {}).get(gguf, ())) for gguf, hf in names.items())
 
 
+def named_items(hf: str, items: tuple[str, ...], gguf: str, *ops: Op) -> Rule:
+    """A rule for tensors whose names begin with ``hf`` and end with ``items``, which are put together in that order."""
+    return Rule(f"{hf}{{e}}", (gguf,), tuple(ops), items=items)
+
+
 def plus_one(rules: Sequence[Rule]) -> tuple[Rule, ...]:
     """Norms that are stored without the 1 that is added to their weights."""
     from adapterkit.gguf.arch.ops import Add

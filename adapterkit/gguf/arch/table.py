@@ -21,6 +21,7 @@ from adapterkit.gguf.arch import (
     moe,
     older,
     remote,
+    rwkv,
     seq2seq,
     wholes,
     windows,
@@ -48,6 +49,7 @@ _ROWS: tuple[ArchSpec, ...] = (
     *coded_encoders.SPECS,
     *coded_moe.SPECS,
     *coded_more.SPECS,
+    *rwkv.SPECS,
 )
 
 
