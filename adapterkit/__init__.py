@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     from adapterkit.recipe.run import build, plan_build
     from adapterkit.requests.adapters import CombineRequest, ExtractRequest, ResizeRequest
     from adapterkit.requests.convert import ConvertRequest
-    from adapterkit.requests.convert import ConvertRequest as ConvertOptions
     from adapterkit.requests.merge import MergeRequest
-    from adapterkit.requests.merge import MergeRequest as MergeOptions
     from adapterkit.requests.register import RegisterRequest
     from adapterkit.requests.verify import VerifyRequest
     from adapterkit.serving.handover import Handover, handover
@@ -72,8 +70,6 @@ _WHERE = {
     "ResizeRequest": "adapterkit.requests.adapters:ResizeRequest",
     "VerifyRequest": "adapterkit.requests.verify:VerifyRequest",
     "RegisterRequest": "adapterkit.requests.register:RegisterRequest",
-    "MergeOptions": "adapterkit.requests.merge:MergeRequest",  # the old names of two requests
-    "ConvertOptions": "adapterkit.requests.convert:ConvertRequest",
     "Adapter": "adapterkit.adapters.adapter:Adapter",
     "AdapterkitError": "adapterkit.errors:AdapterkitError",
     "CheckReport": "adapterkit.verbs.check:CheckReport",
@@ -126,7 +122,6 @@ __all__ = [
     "CombineReport",
     "CombineRequest",
     "CompareReport",
-    "ConvertOptions",
     "ConvertReport",
     "ConvertRequest",
     "DoctorReport",
@@ -137,7 +132,6 @@ __all__ = [
     "Handover",
     "ImatrixReport",
     "Inspection",
-    "MergeOptions",
     "MergeReport",
     "MergeRequest",
     "PartReport",
@@ -189,6 +183,10 @@ add_finder(_registered)  # registry names work wherever a path does
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
+        from adapterkit.deprecation import DEPRECATIONS, deprecated
+
+        if f"adapterkit.{name}" in DEPRECATIONS:
+            return __getattr__(deprecated(f"adapterkit.{name}").rpartition(".")[2])
         raise AttributeError(f"module 'adapterkit' has no attribute '{name}'")
     module, _, attribute = _WHERE[name].partition(":")
     value = getattr(importlib.import_module(module), attribute)

@@ -79,6 +79,16 @@ EXTRAS = (
         ),
         "the demo, imatrix, verify by the answers of models",
     ),
+    Extra(
+        "eval",
+        (Package("accelerate", "accelerate", "1.0"), Package("lm-eval", "lm_eval", "0.4.9")),
+        "evaluate: tasks of lm-evaluation-harness, run on a merged model or on an adapter",
+    ),
+    Extra(
+        "stores",
+        (Package("boto3", "boto3", "1.35"), Package("obstore", "obstore", "0.8")),
+        "models and outputs in S3 and other object stores",
+    ),
     Extra("iq", (Package("xllamacpp", "xllamacpp", "2025.1"),), "the IQ types of GGUF; GGUF files that answer"),
     Extra("bnb", (Package("bitsandbytes", "bitsandbytes", "0.45"),), "NF4 bases decoded faster"),
     Extra(

@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("stores",),
     ("places", "rows", "web"),
     ("disk",),
-    ("packages",),
+    ("packages", "deprecation"),
     ("errors", "_version"),
 )
 HEIGHT = {unit: len(LAYERS) - number for number, layer in enumerate(LAYERS) for unit in layer}

@@ -28,6 +28,8 @@ def bounds(lines: list[str]) -> dict[str, str]:
     for line in lines:
         requirement = line.partition(";")[0].strip()
         name, _, least = requirement.partition(">=")
+        if requirement.startswith("adapterkit["):
+            continue
         if ";" not in line or sys.version_info < (3, 11):
             found[re.sub(r"[-_.]+", "-", name).lower()] = least
     return found

@@ -30,11 +30,14 @@ NEEDED: dict[str, set[str]] = {
     "xllamacpp": {"merge to IQ3_S"},
     "bitsandbytes": set(),
     "model_signing": SIGNS,
-    "OpenSSL": SIGNS,
+    "OpenSSL": {"sign"},
     "llmcompressor": {"convert to awq"},
     "tokenizers": ANSWERS,
     "cryptography": SIGNS,
     "accelerate": set(),
+    "lm_eval": {"evaluate"},
+    "boto3": {"inspect of a store"},
+    "obstore": {"inspect of a store"},
 }
 READS = {
     *("inspect", "inspect of a GGUF", "check", "merge --dry-run", "merge --save-plan", "convert to awq"),

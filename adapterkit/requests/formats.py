@@ -70,9 +70,9 @@ FORMATS = {
         *(
             Format(name, f"single:{name}", what, frozenset({"base", "rank", "energy"}), adapter=True, single=True)
             for name, what in (
-                ("diffusers", "a LoRA as diffusers loads it"),
+                ("diffusers", "a LoRA, or a whole denoiser, as diffusers loads it"),
                 ("kohya", "a LoRA as sd-scripts, A1111 and Forge load it"),
-                ("comfyui", "a LoRA as ComfyUI names its modules"),
+                ("comfyui", "a LoRA, or a whole denoiser, as ComfyUI names its modules"),
                 ("lycoris", "a LoRA as LyCORIS' wrapper names its modules"),
             )
         ),

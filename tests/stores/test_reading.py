@@ -188,5 +188,5 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "obstore", None)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     for address in ("s3://models/x", "gs://models/y", "az://models/z"):
-        with pytest.raises(UsageError, match=r"which is not installed; pip install 'adapterkit\[stores\]'"):
+        with pytest.raises(UsageError, match=r"is not installed; pip install 'adapterkit\[stores\]'"):
             adapterkit.open(address)

@@ -186,6 +186,7 @@ FAMILIES = (
             "transformer_blocks.{}.ff_context.net.2",
         ),
         ("FluxTransformer2DModel",),
+        whole=True,
     ),
     PipelineFamily(
         "Flux.2",
@@ -197,6 +198,7 @@ FAMILIES = (
             "time_guidance_embed.timestep_embedder.linear_1",
         ),
         ("Flux2Transformer2DModel",),
+        whole=True,
     ),
     PipelineFamily(
         "Flux.3",
@@ -217,5 +219,6 @@ FAMILIES = (
         ("distilled_guidance_layer.layers.{}.in_layer",),
         ("distilled_guidance_layer.layers.{}.linear_1",),
         ("ChromaTransformer2DModel",),
+        whole=True,
     ),
 )

@@ -235,6 +235,7 @@ FAMILIES = (
         ("joint_blocks.{}.x_block.attn.qkv", "joint_blocks.{}.x_block.attn.proj", "joint_blocks.{}.x_block.mlp.fc1"),
         ("transformer_blocks.{}.norm1_context.linear", "time_text_embed.text_embedder.linear_1"),
         ("SD3Transformer2DModel",),
+        whole=True,
     ),
     PipelineFamily(
         "AuraFlow",
@@ -242,6 +243,7 @@ FAMILIES = (
         ("double_layers.{}.attn.w2q", "single_layers.{}.attn.w1q"),
         ("joint_transformer_blocks.{}.attn.to_q",),
         ("AuraFlowTransformer2DModel",),
+        whole=True,
     ),
     PipelineFamily(
         "Z-Image",
@@ -249,6 +251,7 @@ FAMILIES = (
         ("layers.{}.attention.qkv", "layers.{}.attention.out"),
         ("layers.{}.attention.to_q", "layers.{}.attention.to_out.0", "all_x_embedder.2-1"),
         ("ZImageTransformer2DModel",),
+        whole=True,
     ),
     PipelineFamily(
         "Lumina 2",
@@ -256,6 +259,7 @@ FAMILIES = (
         ("layers.{}.adaLN_modulation.1", "noise_refiner.{}.adaLN_modulation.1"),
         ("layers.{}.attn.to_q", "layers.{}.feed_forward.linear_1", "time_caption_embed.caption_embedder.1"),
         ("Lumina2Transformer2DModel",),
+        whole=True,
     ),
     PipelineFamily(
         "Ideogram 4",
@@ -294,6 +298,7 @@ FAMILIES = (
         ("blocks.{}.attn.wq", "blocks.{}.mlp.up", "txtfusion.projector", "first"),
         ("transformer_blocks.{}.attn.to_gate", "transformer_blocks.{}.ff.up", "text_fusion.projector"),
         ("Krea2Transformer2DModel",),
+        whole=True,
     ),
     PipelineFamily(
         "Sana",

@@ -139,6 +139,11 @@ class FamilyNames:
                 break
         return next(iter(found.values())) if len(found) == 1 else None
 
+    def laid(self, lead: str, core: str) -> Layout | None:
+        """Where a parameter of another layout is stored under this lead; None if nowhere or unclear."""
+        found = self._resolve(lead, core, ())
+        return found[0] if len(found) == 1 else None
+
     def aliases(self) -> Iterator[tuple[str, str]]:
         """Names of modules in other layouts, without a lead, and the same with the lead of the base."""
         done: set[str] = set()

@@ -78,6 +78,8 @@ class SharedRows:
         alias: another trainer's name for rows that a row above has: read, never written.
         wide: of ``width``: the module beside it whose rows tell how wide the model is, where the base has it.
         fold: the original is one vector of this many vectors, which diffusers stores as rows.
+        when: of two originals for the same part: the start of names in diffusers that must be there, or behind a ``-``
+            must not.
     """
 
     original: str
@@ -89,6 +91,7 @@ class SharedRows:
     alias: bool = False
     wide: str = ""
     fold: int = 0
+    when: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,8 @@ class PipelineFamily:
         original: names that only the original layout has.
         diffusers: names that only diffusers' layout has.
         classes: diffusers' classes.
+        whole: the table has every parameter of the model, so that whole checkpoints go from one layout to the other. Set where
+            diffusers' own conversion of what we make gives its model back, name by name.
     """
 
     name: str
@@ -108,6 +113,7 @@ class PipelineFamily:
     original: tuple[str, ...] = ()
     diffusers: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+    whole: bool = False
 
 
 def table(text: str, **shared: object) -> tuple[SharedRows, ...]:

@@ -58,8 +58,10 @@ def _unet() -> tuple[SharedRows, ...]:
             rows.append(SharedRows(f"output_blocks.{first + layer}.1.*", (f"up_blocks.{level}.attentions.{layer}.*",)))
         # Behind the attention of its level, where that has one.
         rows += [
-            SharedRows(f"output_blocks.{first + LAYERS}.{place}.conv", (f"up_blocks.{level}.upsamplers.0.conv",))
-            for place in (2, 1)
+            SharedRows(
+                f"output_blocks.{first + LAYERS}.{place}.conv", (f"up_blocks.{level}.upsamplers.0.conv",), when=when
+            )
+            for place, when in ((2, f"up_blocks.{level}.attentions."), (1, f"-up_blocks.{level}.attentions."))
         ]
     return tuple(rows)
 
@@ -90,6 +92,7 @@ FAMILIES = (
         ("input_blocks.{}.1.transformer_blocks.{}.attn1.to_q", "input_blocks.{}.0.in_layers.2", "input_blocks.0.0"),
         ("down_blocks.{}.attentions.{}.transformer_blocks.{}.attn1.to_q", "down_blocks.{}.resnets.{}.conv1"),
         ("UNet2DConditionModel",),
+        whole=True,
     ),
     PipelineFamily(
         "OpenCLIP text encoder",

@@ -264,6 +264,7 @@ FAMILIES = (
         ("double_blocks.{}.img_attn_qkv", "single_blocks.{}.modulation.linear", "double_blocks.{}.img_mlp.fc1"),
         ("context_embedder.token_refiner.refiner_blocks.{}.attn.to_q",),
         ("HunyuanVideoTransformer3DModel",),
+        whole=True,
     ),
     PipelineFamily(
         "Wan",
@@ -271,6 +272,7 @@ FAMILIES = (
         ("blocks.{}.self_attn.q", "blocks.{}.cross_attn.q", "blocks.{}.ffn.0", "blocks.{}.self_attn.o", "head.head"),
         ("blocks.{}.attn1.to_q", "blocks.{}.attn2.to_q", "blocks.{}.ffn.net.0.proj", "blocks.{}.attn1.to_out.0"),
         ("WanTransformer3DModel", "WanVACETransformer3DModel"),
+        whole=True,
     ),
     PipelineFamily(
         "LTX-2",
@@ -278,6 +280,7 @@ FAMILIES = (
         ("audio_patchify_proj", "av_ca_a2v_gate_adaln_single.linear"),
         ("audio_proj_in", "transformer_blocks.{}.audio_attn1.to_q"),
         ("LTX2VideoTransformer3DModel",),
+        whole=True,
     ),
     PipelineFamily(
         "LTX-Video",
@@ -285,6 +288,7 @@ FAMILIES = (
         ("patchify_proj", "adaln_single.linear"),
         ("time_embed.linear", "time_embed.emb.timestep_embedder.linear_1"),
         ("LTXVideoTransformer3DModel",),
+        whole=True,
     ),
     PipelineFamily(
         "Mochi",
@@ -306,6 +310,7 @@ FAMILIES = (
         ("blocks.{}.attn.qkv_proj", "video_patch_proj", "blocks.{}.mlp.fc1", "token_refiner.blocks.{}.attn.qkv_proj"),
         ("token_refiner.refiner_blocks.{}.attn.to_q", "transformer_blocks.{}.adaln_proj.linear"),
         ("MiniMaxH3Transformer3DModel",),
+        whole=True,
     ),
     PipelineFamily(
         "ACE-Step",

@@ -19,11 +19,19 @@ if TYPE_CHECKING:
     from adapterkit.requests.convert import ConvertRequest
 
 
-def _plan(asked: ConvertRequest, name: str) -> Conversion:
-    """An adapter of any format as a file of this style: as it is where it is LoRA, else by the factors of its deltas."""
+def _plan(asked: ConvertRequest, jobs: int, name: str) -> Conversion:
+    """An adapter of any format as a file of this style: as it is where it is LoRA, else by the factors of its deltas.
+
+    A whole model goes into the layout that this style names.
+    """
     from adapterkit.adapters.formats.write_single import STYLES, as_single
+    from adapterkit.adapters.load import is_adapter
     from adapterkit.adapters.names import Names
 
+    if not is_adapter(asked.src):
+        from adapterkit.verbs.conversions import layouts
+
+        return layouts.plan(asked, jobs, name)
     style = STYLES[name]
     parts = _parts(asked)
     if parts:
@@ -70,19 +78,19 @@ def _of_part(adapter: Adapter, name: str) -> AdapterFiles:
 
 def diffusers(asked: ConvertRequest, jobs: int) -> Conversion:
     """See `_plan`."""
-    return _plan(asked, "diffusers")
+    return _plan(asked, jobs, "diffusers")
 
 
 def kohya(asked: ConvertRequest, jobs: int) -> Conversion:
     """See `_plan`."""
-    return _plan(asked, "kohya")
+    return _plan(asked, jobs, "kohya")
 
 
 def comfyui(asked: ConvertRequest, jobs: int) -> Conversion:
     """See `_plan`."""
-    return _plan(asked, "comfyui")
+    return _plan(asked, jobs, "comfyui")
 
 
 def lycoris(asked: ConvertRequest, jobs: int) -> Conversion:
     """See `_plan`."""
-    return _plan(asked, "lycoris")
+    return _plan(asked, jobs, "lycoris")
