@@ -90,6 +90,15 @@ def _by_type() -> dict[str, ArchSpec]:
     return found
 
 
+def classes() -> dict[str, str]:
+    """Classes of ``architectures`` that convert, and the architecture that each becomes.
+
+    Of a whole model with a text part of any kind the architecture is ``its text part's``.
+    """
+    whole = dict.fromkeys(wholes.WRAPPERS, "its text part's")
+    return {**whole, **{name: spec.arch for name, spec in _by_class().items()}}
+
+
 def spec_of(config: Config) -> ArchSpec:
     """The row of a Hugging Face model.
 
