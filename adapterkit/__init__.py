@@ -35,13 +35,14 @@ if TYPE_CHECKING:
     from adapterkit.requests.merge import MergeRequest
     from adapterkit.requests.register import RegisterRequest
     from adapterkit.requests.verify import VerifyRequest
+    from adapterkit.requests.workers import RunRequest
     from adapterkit.serving.handover import Handover, handover
     from adapterkit.verbs.check import CheckReport, check
     from adapterkit.verbs.combine import combine, combined
     from adapterkit.verbs.compare import CompareReport, compare
     from adapterkit.verbs.convert import convert, plan_convert
     from adapterkit.verbs.doctor import DoctorReport, doctor
-    from adapterkit.verbs.execute import execute
+    from adapterkit.verbs.execute import OpenPlan, execute
     from adapterkit.verbs.extract import extract
     from adapterkit.verbs.family import Family, open_family
     from adapterkit.verbs.imatrix import ImatrixReport, imatrix
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
         ResizeReport,
     )
     from adapterkit.verbs.resize import resize
+    from adapterkit.verbs.run import RunReport, run
     from adapterkit.verbs.verify import VerifyReport, verify
 
 _WHERE = {
@@ -70,6 +72,9 @@ _WHERE = {
     "ResizeRequest": "adapterkit.requests.adapters:ResizeRequest",
     "VerifyRequest": "adapterkit.requests.verify:VerifyRequest",
     "RegisterRequest": "adapterkit.requests.register:RegisterRequest",
+    "RunRequest": "adapterkit.requests.workers:RunRequest",
+    "MergeOptions": "adapterkit.requests.merge:MergeRequest",  # the old names of two requests
+    "ConvertOptions": "adapterkit.requests.convert:ConvertRequest",
     "Adapter": "adapterkit.adapters.adapter:Adapter",
     "AdapterkitError": "adapterkit.errors:AdapterkitError",
     "CheckReport": "adapterkit.verbs.check:CheckReport",
@@ -83,6 +88,9 @@ _WHERE = {
     "Folded": "adapterkit.adapters.fold:Folded",
     "Handover": "adapterkit.serving.handover:Handover",
     "ImatrixReport": "adapterkit.verbs.imatrix:ImatrixReport",
+    "OpenPlan": "adapterkit.verbs.execute:OpenPlan",
+    "RunReport": "adapterkit.verbs.run:RunReport",
+    "run": "adapterkit.verbs.run:run",
     "Inspection": "adapterkit.verbs.inspect:Inspection",
     "MergeReport": "adapterkit.verbs.report:MergeReport",
     "PartReport": "adapterkit.verbs.report:PartReport",
@@ -134,11 +142,14 @@ __all__ = [
     "Inspection",
     "MergeReport",
     "MergeRequest",
+    "OpenPlan",
     "PartReport",
     "Plan",
     "RegisterRequest",
     "ResizeReport",
     "ResizeRequest",
+    "RunReport",
+    "RunRequest",
     "VerifyReport",
     "VerifyRequest",
     "__version__",
@@ -167,6 +178,7 @@ __all__ = [
     "push",
     "register",
     "resize",
+    "run",
     "save",
     "verify",
 ]

@@ -33,7 +33,7 @@ Callback = Callable[..., Any]
 # The order of the headings in --help; what has none comes first.
 GROUPS = (
     *("", "Output", "Combining", "Adapters", "Base", "GGUF types", "Thresholds", "Evidence", "Record"),
-    *("Beside the output", "Run"),
+    *("Beside the output", "Workers", "Run"),
 )
 _TYPED = {"method": NAMES, "space": SPACES}
 

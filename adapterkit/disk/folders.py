@@ -410,7 +410,7 @@ def recover(out: Path) -> None:
     """
     aside, folder = _aside(out), partial_folder(out)
     old, new = aside / "old", aside / "new"
-    if not is_own(aside) or _busy(folder) or _busy(new):
+    if not is_own(aside) or is_busy(folder) or is_busy(new):
         return
     if os.path.lexists(old) and not os.path.lexists(out):
         calls.rename_new(old, out)
@@ -419,7 +419,7 @@ def recover(out: Path) -> None:
     _take_away(aside)
 
 
-def _busy(folder: Path) -> bool:
+def is_busy(folder: Path) -> bool:
     """Whether a run holds a working folder at this moment."""
     try:
         with _opened(folder) as fd:

@@ -18,6 +18,7 @@ from adapterkit.requests.groups import (
     Types,
 )
 from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, RUN, VALUES, WHOLE, opt
+from adapterkit.requests.workers import OnWorkers
 
 if TYPE_CHECKING:
     from adapterkit.requests.groups import Base, Ref
@@ -28,7 +29,7 @@ def _formats() -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class ConvertRequest(Types, GGUFOutput, Running):
+class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
     """A conversion. The row of a format says which of the options mean something for it; another one is an error."""
 
     VERB: ClassVar[str] = "convert"

@@ -27,6 +27,7 @@ from adapterkit.requests.groups import (
     Types,
 )
 from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, RUN, VALUES, opt
+from adapterkit.requests.workers import OnWorkers
 
 if TYPE_CHECKING:
     from adapterkit.requests.groups import Adapters, Base
@@ -38,7 +39,7 @@ CALIBRATED = ("awq", "gptq")
 
 
 @dataclass(frozen=True)
-class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, Running):
+class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, OnWorkers, Running):
     """A merge: what is folded into what, and what is written of it."""
 
     VERB: ClassVar[str] = "merge"

@@ -18,6 +18,7 @@ from adapterkit.places import Address, local, readable, writable
 TEXT, WHOLE, NUMBER, FLAG, SWITCH, PATH, REF, PAIRS, PARAMETERS, CALL = (
     *("text", "whole", "number", "flag", "switch", "path", "ref", "pairs", "parameters", "call"),
 )
+COUNTS = "counts"
 # Roles: an input, what decides values of the output, what decides its bytes alone, or neither.
 INPUT, VALUES, BYTES, RUN = "input", "values", "bytes", "run"
 # Doors.
@@ -35,6 +36,7 @@ _WORDS = {
     PAIRS: "a mapping, or KEY=VALUE texts",
     PARAMETERS: "a mapping",
     CALL: "a function",
+    COUNTS: "a number, or several as 1,8,64",
 }
 
 
@@ -208,6 +210,12 @@ def _call(option: Option, name: str, value: Any) -> Any:
     return value
 
 
+def _counts(option: Option, name: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise _wrong(option, name, value)
+    return str(value)
+
+
 _CHECKS: dict[str, Callable[[Option, str, Any], Any]] = {
     TEXT: _text,
     REF: _ref,
@@ -219,6 +227,7 @@ _CHECKS: dict[str, Callable[[Option, str, Any], Any]] = {
     PAIRS: _pairs,
     PARAMETERS: _parameters,
     CALL: _call,
+    COUNTS: _counts,
 }
 
 

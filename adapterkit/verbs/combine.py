@@ -18,9 +18,10 @@ from adapterkit.provenance.record import adapter_parent, base_parent, recorder
 from adapterkit.requests.adapters import CombineRequest
 from adapterkit.requests.call import takes
 from adapterkit.verbs.beside import beside_of
+from adapterkit.verbs.carry import carry_out
 from adapterkit.verbs.factors import ESTIMATED, FactorWork
 from adapterkit.verbs.family import Family, carried, open_family
-from adapterkit.verbs.job import Job, Measured, Recorder, carry_out
+from adapterkit.verbs.job import Job, Measured, Recorder
 from adapterkit.verbs.ordered import in_order
 from adapterkit.verbs.report import AdapterUse, CombineReport
 

@@ -16,9 +16,10 @@ from adapterkit.requests.call import takes
 from adapterkit.requests.convert import ConvertPlanRequest, ConvertRequest
 from adapterkit.requests.formats import FORMATS, Format, find_format
 from adapterkit.verbs.beside import beside_of
+from adapterkit.verbs.carry import carry_out
 from adapterkit.verbs.conversions.adapters import filed
 from adapterkit.verbs.conversions.conversion import Conversion
-from adapterkit.verbs.job import Recorder, carry_out
+from adapterkit.verbs.job import Recorder
 from adapterkit.verbs.ladder import abreast, rungs
 
 if TYPE_CHECKING:

@@ -16,14 +16,8 @@ from adapterkit.errors import CheckpointError, UsageError, option
 from adapterkit.verbs.job import Job, Measured, peak_memory, run
 from adapterkit.verbs.report import PartReport
 
-# Verb of a plan: module and function that plan it again from the plan's request, for an output.
-VERBS = {
-    "merge": "adapterkit.verbs.merge:replan",
-    "convert": "adapterkit.verbs.convert:replan",
-    "combine": "adapterkit.verbs.combine:replan",
-    "extract": "adapterkit.verbs.extract:replan",
-    "resize": "adapterkit.verbs.resize:replan",
-}
+VERBS = ("merge", "convert", "combine", "extract", "resize")
+"""Verbs whose plans can be saved; each has a function `replan`, which plans again from a plan's request, for an output."""
 
 
 class OpenPlan:
@@ -33,11 +27,12 @@ class OpenPlan:
         plan: to be executed.
         out: where its output goes.
         part_size: work of a part (see `adapterkit.checkpoint.cut`); with None a part is a file.
+        job: the plan's, where it is open already.
     """
 
-    def __init__(self, plan: Plan, out: str | Path, part_size: int | None = None) -> None:
+    def __init__(self, plan: Plan, out: str | Path, part_size: int | None = None, *, job: Job | None = None) -> None:
         self.plan, self.out = plan, Path(out)
-        self._part_size = part_size
+        self._part_size, self._job = part_size, job
 
     @cached_property
     def parts(self) -> list[PlanPart]:
@@ -53,7 +48,16 @@ class OpenPlan:
         Raises:
             CheckpointError: the inputs are not those of the plan.
         """
-        return _again(self.plan, self.out)
+        return _again(self.plan, self.out) if self._job is None else self._job
+
+    def ready(self) -> None:
+        """Open the inputs, and import what every part needs, before the first part.
+
+        Raises:
+            CheckpointError: the inputs are not those of the plan.
+        """
+        import_module("torch")
+        _ = self.job
 
     def execute(
         self, index: int, *, jobs: int | None = None, progress: Callable[[int, int], None] | None = None
@@ -91,16 +95,52 @@ class OpenPlan:
 
         return left(self.plan, self.parts, self.out)
 
-    def finish(self, *, force: bool = False) -> Any:
-        """Make the output of parts that are all done; the report of the verb.
+    def check(self, *, force: bool = False) -> None:
+        """Refuse a target that exists, lies in an input, cannot be written, or has no room.
+
+        Raises:
+            UsageError, OutputError
+        """
+        replace(self.job, out=self.out, force=force).check_target()
+
+    def is_there(self) -> bool:
+        """Whether the output is in its place, as far as names and sizes tell, and nobody makes it anew."""
+        from adapterkit.checkpoint.publish import partial_folder
+
+        targets = self.plan.targets(self.out)
+        sizes = {file.name: file.nbytes for file in self.plan.files}
+        whole = all(path.is_file() and path.stat().st_size == sizes[name] for name, path in targets.items())
+        return whole and not partial_folder(self.out).exists()
+
+    def is_busy(self) -> bool:
+        """Whether somebody is at the hidden folder at this moment."""
+        from adapterkit.disk import is_busy, partial_folder
+
+        return is_busy(partial_folder(self.out))
+
+    def forget_stale(self) -> None:
+        """Forget what was done here of inputs that have changed since."""
+        from adapterkit.checkpoint.parts import forget
+        from adapterkit.checkpoint.write import identity
+
+        forget(self.plan, self.out, identity(self.plan, self.job.sources))
+
+    def close(self, *, force: bool = False) -> None:
+        """Make the output of parts that are all done.
 
         Raises:
             OutputError: parts are missing, or the output exists.
+            CheckpointError: an input changed meanwhile.
         """
         from adapterkit.checkpoint.parts import finish_parts
 
-        started, job = time.monotonic(), self.job
+        job = self.job
         finish_parts(job.plan, self.out, side_files=job.side, force=force, record=job.record, parts=self.parts)
+
+    def finish(self, *, force: bool = False) -> Any:
+        """Make the output of parts that are all done; the report of the verb. See `close`."""
+        started, job = time.monotonic(), self.job
+        self.close(force=force)
         return job.report(Measured(time.monotonic() - started, peak_memory(), plan=job.plan))
 
 
@@ -158,9 +198,8 @@ def _again(plan: Plan, out: Path) -> Job:
             "this plan does not say which merge it is of",
             f"write one with {option('save_plan')}",
         )
-    module, _, function = VERBS[verb].partition(":")
     try:
-        job: Job = getattr(import_module(module), function)(plan.request, out).job()
+        job: Job = import_module(f"adapterkit.verbs.{verb}").replan(plan.request, out).job()
     except KeyError as error:
         raise CheckpointError(f"this plan of a {verb} does not say {error}", "make the plan again") from None
     if (job.plan.files, job.plan.inputs) != (plan.files, plan.inputs):

@@ -24,9 +24,10 @@ from adapterkit.provenance.record import base_parent, recorder
 from adapterkit.requests.adapters import ExtractRequest
 from adapterkit.requests.call import takes
 from adapterkit.verbs.beside import beside_of
+from adapterkit.verbs.carry import carry_out
 from adapterkit.verbs.combine import check_rank, output_dtype
 from adapterkit.verbs.factors import ESTIMATED, FactorWork
-from adapterkit.verbs.job import Job, Measured, carry_out
+from adapterkit.verbs.job import Job, Measured
 from adapterkit.verbs.report import ExtractReport
 
 if TYPE_CHECKING:

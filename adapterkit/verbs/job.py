@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from adapterkit import disk
 from adapterkit.checkpoint.write import Stage, Writing, check_output, write_together
 from adapterkit.errors import OutputError, UsageError
 
@@ -168,19 +167,6 @@ def run(
         spent = Measured(time.monotonic() - started, peak_memory(), done.reused, done.plan, done.facts, notes)
         reports.append(job.report(spent))
     return reports
-
-
-def carry_out(job: Job, request: Any, started: float) -> Any:
-    """Do with a job what its request says: show it, save its plan, or carry it out.
-
-    Raises:
-        OutputError: the plan cannot be written.
-    """
-    if request.save_plan is not None:
-        disk.deliver(Path(request.save_plan), job.plan.to_json().encode())
-    if not request.writes:
-        return show(job, started)
-    return run([job], workers=request.jobs, resume=request.resume, progress=request.progress, started=started)[0]
 
 
 def peak_memory() -> int:

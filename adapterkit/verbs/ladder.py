@@ -31,6 +31,8 @@ def rungs(request: Any) -> tuple[Any, ...]:
         raise UsageError(f"{option('quant', request.quant)} is for GGUF outputs", "name the output like OUT.gguf")
     if not all(names) or len({name.upper() for name in names}) != len(names):
         raise UsageError(f"{option('quant', request.quant)} names a type twice or none", "write it like Q8_0,Q4_K_M")
+    if request.on is not None:
+        raise UsageError("several types are one pass of one process", f"leave out {option('on')}, or name one type")
     if request.save_plan is not None:
         raise UsageError("a plan is of one output", "save a plan for each type")
     first, *others = (

@@ -20,7 +20,8 @@ from adapterkit.ops.device import check_name, check_there
 from adapterkit.requests.call import takes
 from adapterkit.requests.merge import FOLDER, GGUF, MergePlanRequest, MergeRequest
 from adapterkit.verbs.beside import beside_of
-from adapterkit.verbs.job import Job, Measured, carry_out
+from adapterkit.verbs.carry import carry_out
+from adapterkit.verbs.job import Job, Measured
 from adapterkit.verbs.ladder import abreast, rungs
 from adapterkit.verbs.outputs import Output, output
 from adapterkit.verbs.report import AdapterUse, MergeReport

@@ -11,6 +11,29 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """What so many workers would take, planned and not run.
+
+    Attributes:
+        bytes_down, bytes_up: of all workers, from the inputs and into the output.
+        seconds: until the last worker ends; of a worker that moves bytes in both directions while it computes.
+        busy: share of the workers' time in which they have something to do.
+        money: workers times hours times the price of one.
+        bandwidth: bytes a second in each direction; ``jobs``: threads of a worker.
+    """
+
+    workers: int
+    parts: int
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    busy: float
+    money: float
+    bandwidth: float
+    jobs: int
+
+
+@dataclass(frozen=True)
 class AdapterUse:
     """One adapter of a merge."""
 
@@ -59,6 +82,7 @@ class MergeReport:
     min_cosine: float | None = None
     dry_run: bool = False
     notes: tuple[str, ...] = field(default=())
+    forecast: tuple[Forecast, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -155,6 +179,7 @@ class ConvertReport:
     dry_run: bool = False
     modules: tuple[ModuleRank, ...] = ()
     notes: tuple[str, ...] = ()
+    forecast: tuple[Forecast, ...] = ()
 
 
 @dataclass(frozen=True)

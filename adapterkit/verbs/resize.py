@@ -14,10 +14,11 @@ from adapterkit.provenance.record import recorder
 from adapterkit.requests.adapters import ResizeRequest
 from adapterkit.requests.call import takes
 from adapterkit.verbs.beside import beside_of
+from adapterkit.verbs.carry import carry_out
 from adapterkit.verbs.combine import check_rank, output_dtype, parents, rank_of, side_files
 from adapterkit.verbs.factors import ESTIMATED, FactorWork
 from adapterkit.verbs.family import Family, carried, open_family
-from adapterkit.verbs.job import Job, Measured, carry_out
+from adapterkit.verbs.job import Job, Measured
 from adapterkit.verbs.report import ModuleRank, ResizeReport
 
 if TYPE_CHECKING:
