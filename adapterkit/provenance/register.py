@@ -22,6 +22,7 @@ from adapterkit.requests.call import takes
 from adapterkit.requests.register import RegisterRequest
 
 if TYPE_CHECKING:
+    from adapterkit.adapters.scan import ScanReport
     from adapterkit.registry.record import Record
 
 
@@ -55,8 +56,9 @@ def register(request: RegisterRequest) -> Registered:
     if known is None and beside is not None:
         known = beside.base
     known, warnings = _by_weights(known, home)
-    if request.scan:
-        warnings += _scanned(folder, known, home)
+    scanned = _scanned(folder, known, home) if request.scan else None
+    if scanned is not None:
+        warnings += tuple(one.message for one in scanned.oddities if one.level == "warning")
     own = _own_identity(folder, beside, full)
     stored = store(
         folder,
@@ -72,6 +74,10 @@ def register(request: RegisterRequest) -> Registered:
         evidence=evidence,
         home=home,
     )
+    if scanned is not None:
+        from adapterkit.provenance.scan import keep_figures
+
+        keep_figures(stored.record, scanned.figures, home=home)
     return replace(stored, warnings=warnings)
 
 
@@ -92,8 +98,8 @@ def _by_weights(base: Identity | None, home: Path | None) -> tuple[Identity | No
     return replace(base, id=""), (text,)
 
 
-def _scanned(folder: Path, base: Identity | None, home: Path | None) -> tuple[str, ...]:
-    """What stands out of an adapter's change, as sentences.
+def _scanned(folder: Path, base: Identity | None, home: Path | None) -> ScanReport:
+    """What stands out of an adapter's change.
 
     Raises:
         UnsafeError: something in it has no place in an adapter.
@@ -107,7 +113,7 @@ def _scanned(folder: Path, base: Identity | None, home: Path | None) -> tuple[st
     found = scan(load_adapter(folder), said=base, home=home)
     if wrong := [one.message for one in found.oddities if one.level == "error"]:
         raise UnsafeError(f"{folder} was not registered: {'; '.join(wrong[:3])}", "see check with the same option")
-    return tuple(one.message for one in found.oddities if one.level == "warning")
+    return found
 
 
 def claims(repo: str, *, home: Path | None = None) -> bool:

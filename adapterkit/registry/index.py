@@ -248,7 +248,7 @@ def _fact(db: sqlite3.Connection, key: str) -> str:
 
 def content_of(db: sqlite3.Connection) -> dict[str, list[tuple[Any, ...]]]:
     """Every row that is a copy of the files, for comparing two indexes."""
-    tables = ("records", "unreadable", "parents", "parent_levels", "levels", "files", "aliases")
+    tables = ("records", "unreadable", "parents", "parent_levels", "levels", "files", "aliases", "figures")
     return {table: sorted(db.execute(f"select * from {table}").fetchall()) for table in tables}
 
 

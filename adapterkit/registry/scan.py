@@ -7,6 +7,7 @@ import time
 
 from adapterkit.errors import NotFound, RegistryError
 from adapterkit.registry import refs, store
+from adapterkit.registry.figures import figures
 from adapterkit.registry.home import Home, entries, staging_stamp
 from adapterkit.registry.identity import LEVELS, Identity
 from adapterkit.registry.names import check_sha256, is_name
@@ -123,17 +124,33 @@ def _insert(db: sqlite3.Connection, record: Record) -> None:
         db.executemany(
             "insert into levels values (?, ?, ?, ?)", ((record.digest, own, *row) for row in _levels(identity))
         )
+    db.executemany("insert or ignore into figures values (?, ?, ?)", _figures(record))
     for place, parent in enumerate(record.parents):
         db.execute("insert into parents values (?, ?, ?, ?)", (record.digest, place, parent.content, parent.role))
         rows = ((record.digest, place, *row) for row in _levels(parent.identity))
         db.executemany("insert into parent_levels values (?, ?, ?, ?)", rows)
 
 
+def _figures(record: Record) -> list[tuple[str, str, float]]:
+    try:
+        found = figures(record.evidence)
+    except RegistryError:
+        return []  # fsck and show tell
+    return [(record.digest, one.name, one.value) for one in found if isinstance(one.value, float)]
+
+
 def _levels(identity: Identity | None) -> list[tuple[str, str]]:
     return [(level, identity.level(level)) for level in LEVELS if identity.level(level)] if identity else []
 
 
-_OF_RECORD = {"files": "digest", "levels": "digest", "parents": "child", "parent_levels": "child", "records": "digest"}
+_OF_RECORD = {
+    "files": "digest",
+    "figures": "digest",
+    "levels": "digest",
+    "parents": "child",
+    "parent_levels": "child",
+    "records": "digest",
+}
 
 
 def _drop(db: sqlite3.Connection, name: str, version: int) -> None:
