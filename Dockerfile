@@ -12,8 +12,7 @@ RUN cd /src && grep '^torch==' constraints.txt > torch.txt && \
     /opt/adapterkit/bin/pip install --index-url "$TORCH_INDEX" -r torch.txt
 COPY pyproject.toml README.md LICENSE /src/
 COPY adapterkit /src/adapterkit
-RUN /opt/adapterkit/bin/pip install -c /src/constraints.txt "/src[$EXTRAS]" && \
-    /opt/adapterkit/bin/python -m compileall -q /opt/adapterkit/lib
+RUN /opt/adapterkit/bin/pip install -c /src/constraints.txt "/src[$EXTRAS]"
 
 FROM python:${PYTHON}-slim
 RUN useradd --uid 1000 --create-home adapterkit

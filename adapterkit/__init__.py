@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit._version import __version__
 from adapterkit.checkpoint.finders import add_finder
+from adapterkit.rows import hand_in
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.fold import Folded, fold
     from adapterkit.adapters.load import load_adapter
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from adapterkit.recipe.run import build, plan_build
     from adapterkit.requests.adapters import CombineRequest, ExtractRequest, ResizeRequest
     from adapterkit.requests.convert import ConvertRequest
+    from adapterkit.requests.formats import Format
     from adapterkit.requests.merge import MergeRequest
     from adapterkit.requests.register import RegisterRequest
     from adapterkit.requests.verify import VerifyRequest
@@ -47,7 +51,8 @@ if TYPE_CHECKING:
     from adapterkit.verbs.family import Family, open_family
     from adapterkit.verbs.imatrix import ImatrixReport, imatrix
     from adapterkit.verbs.inspect import Inspection, inspect
-    from adapterkit.verbs.merge import merge, plan_merge
+    from adapterkit.verbs.merge import merge
+    from adapterkit.verbs.plan_merge import plan_merge
     from adapterkit.verbs.report import (
         CombineReport,
         ConvertReport,
@@ -73,8 +78,6 @@ _WHERE = {
     "VerifyRequest": "adapterkit.requests.verify:VerifyRequest",
     "RegisterRequest": "adapterkit.requests.register:RegisterRequest",
     "RunRequest": "adapterkit.requests.workers:RunRequest",
-    "MergeOptions": "adapterkit.requests.merge:MergeRequest",  # the old names of two requests
-    "ConvertOptions": "adapterkit.requests.convert:ConvertRequest",
     "Adapter": "adapterkit.adapters.adapter:Adapter",
     "AdapterkitError": "adapterkit.errors:AdapterkitError",
     "CheckReport": "adapterkit.verbs.check:CheckReport",
@@ -116,7 +119,7 @@ _WHERE = {
     "open_family": "adapterkit.verbs.family:open_family",
     "plan_build": "adapterkit.recipe.run:plan_build",
     "plan_convert": "adapterkit.verbs.convert:plan_convert",
-    "plan_merge": "adapterkit.verbs.merge:plan_merge",
+    "plan_merge": "adapterkit.verbs.plan_merge:plan_merge",
     "resize": "adapterkit.verbs.resize:resize",
     "save": "adapterkit.checkpoint.save:save",
     "verify": "adapterkit.verbs.verify:verify",
@@ -190,7 +193,15 @@ def _registered(ref: str) -> Found | None:
     return find(ref)
 
 
+def _formats() -> Iterator[Format]:
+    from adapterkit.rows import brought
+    from adapterkit.verbs import conversions
+
+    return brought("adapterkit.verbs.conversions", conversions.__path__, "FORMAT", conversions.LISTED)
+
+
 add_finder(_registered)  # registry names work wherever a path does
+hand_in("formats", _formats)  # a file that is put among the conversions is a format
 
 
 def __getattr__(name: str) -> Any:

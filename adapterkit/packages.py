@@ -89,6 +89,7 @@ EXTRAS = (
         (Package("boto3", "boto3", "1.35"), Package("obstore", "obstore", "0.8")),
         "models and outputs in S3 and other object stores",
     ),
+    Extra("ray", (Package("ray", "ray", "2.40"),), "parts of a plan on the workers of Ray"),
     Extra("iq", (Package("xllamacpp", "xllamacpp", "2025.1"),), "the IQ types of GGUF; GGUF files that answer"),
     Extra("bnb", (Package("bitsandbytes", "bitsandbytes", "0.45"),), "NF4 bases decoded faster"),
     Extra(

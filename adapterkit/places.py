@@ -136,6 +136,11 @@ def writable(place: str | Path | Address, what: str) -> Path | Address:
     return address
 
 
+def here(place: Path | Address) -> Path:
+    """Where files about an output go: beside it, or in the working folder for one in a store."""
+    return (Path(place.name) if isinstance(place, Address) else place).absolute()
+
+
 def _is_a_folder(text: str) -> bool:
     """Whether a place begins with a folder that is there, though it looks like an address."""
     head, _, rest = text.partition("/")

@@ -119,6 +119,7 @@ SCENARIOS: dict[str, str] = {
 REFUSED = {
     "evaluate": "evaluate my-adapter --base base --tasks arc_easy",
     "inspect of a store": "inspect s3://bucket/model",
+    "run on Ray": "run plan.json -o by-ray --on ray",
 }
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.values import dataclass
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ def place_of(ref: str | Path) -> Place:
     Raises:
         NotFound: a registered name without that version or alias.
     """
+    from pathlib import Path
+
     text = str(ref)
     if isinstance(ref, Path) or "/" in text or Path(text).expanduser().exists():
         return Place(ref, text)

@@ -6,13 +6,12 @@ import gc
 import importlib
 import signal
 import sys
-from difflib import get_close_matches
 from typing import Any
 
 import click
 
 from adapterkit._version import __version__
-from adapterkit.cli.output import fail, form_of, interrupted
+from adapterkit.cli.output import fail, form_of, interrupted, others_speak_through_us
 from adapterkit.errors import AdapterkitError, no_memory, out_of_memory, spelled
 from adapterkit.packages import lacking
 
@@ -139,8 +138,14 @@ class Verbs(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the verb; of a word that is none, say which one is most like it."""
+        """Find the verb; of a path, say what it is; of a word that is neither, say which verb is most like it."""
         if args and not args[0].startswith("-") and args[0] not in VERBS:
+            if _is_place(args[0]):
+                from adapterkit.cli.look import command
+
+                return command.name, command, args
+            from difflib import get_close_matches
+
             close = get_close_matches(args[0], VERBS, n=1)
             ctx.fail(f"No such command '{args[0]}'." + (f" Did you mean '{close[0]}'?" if close else ""))
         return super().resolve_command(ctx, args)
@@ -148,6 +153,13 @@ class Verbs(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in VERBS.items()])
+
+
+def _is_place(word: str) -> bool:
+    """Whether a word is a path or a Hub id, and not a verb that is spelled wrongly."""
+    import os
+
+    return "/" in word or word in (".", "..") or word.startswith("~") or os.path.exists(word)
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -159,6 +171,8 @@ def app(debug: bool) -> None:
     \b
     A first merge:
       adapterkit merge BASE ADAPTER -o merged
+    What is this, and what comes next:
+      adapterkit PATH
     BASE and ADAPTER are folders, registry names (name[@version|@alias]) or Hub ids (org/name[@revision]).
 
     \b
@@ -176,6 +190,7 @@ def main(arguments: list[str] | None = None) -> Any:
     # key ignored; being told to stop never is.)
     asked = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGTERM, asked if callable(asked) else signal.default_int_handler)
+    others_speak_through_us()
     with spelled(_as_flag):
         _run(given)
 

@@ -37,7 +37,7 @@ def command(request: CombineRequest, as_json: bool) -> None:
     for text in report.notes:
         note(f"note: {text}")
     for used in report.adapters:
-        say(f"{used.ref} ({used.method}){'' if used.weight == 1 else f' x {used.weight:g}'}")
+        say(f"{used.ref} ({used.label or used.method}){'' if used.weight == 1 else f' x {used.weight:g}'}")
     how = f"{report.method}{f' in {report.space}' if report.space else ''}"
     if told(report, request):
         say(f"  by {how}, rank {report.rank} at most")

@@ -93,7 +93,7 @@ class MethodName(_ParamType):
         return click.Choice([row.name for row in _table().values() if row.nested or not self._nested])
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
-        return self._choice().get_metavar(param, ctx)
+        return "METHOD"  # there are thirty: the help names them, and --methods explains them
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return value if value == LINEAR and not self._nested else self._choice().convert(value, param, ctx)

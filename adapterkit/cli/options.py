@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from dataclasses import Field
 
 Callback = Callable[..., Any]
+FIRST = "Needed first"
 # The order of the headings in --help; what has none comes first.
 GROUPS = (
-    *("", "Output", "Combining", "Adapters", "Base", "GGUF types", "Thresholds", "Evidence", "Record"),
+    *(FIRST, "", "Output", "Combining", "Adapters", "Base", "GGUF types", "Thresholds", "Evidence", "Record"),
     *("Beside the output", "Workers", "Run"),
 )
 _TYPED = {"method": NAMES, "space": SPACES}
@@ -64,6 +65,7 @@ class RequestCommand(MethodCommand):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         options = self._request.options()
         rows: dict[str, list[tuple[str, str]]] = {}
+        leading: dict[str, tuple[str, str]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record is not None:
@@ -72,7 +74,12 @@ class RequestCommand(MethodCommand):
                 if known is not None and callable(known.choices):
                     record = (record[0], f"{record[1]} One of {', '.join(known.values())}.")
                 group = known.group if known is not None else self._group_of(parameter)
+                if first in self._request.FIRST:
+                    leading[first] = record
+                    continue
                 rows.setdefault(group, []).append(record)
+        if leading:
+            rows[FIRST] = [leading[name] for name in self._request.FIRST if name in leading]
         for group in sorted(rows, key=lambda name: GROUPS.index(name) if name in GROUPS else len(GROUPS)):
             with formatter.section(group or "Options"):
                 formatter.write_dl(rows[group])
@@ -191,7 +198,7 @@ def _type(name: str, option: Option) -> Any:
     if option.kind == NUMBER:
         return click.FLOAT
     if option.kind == PATH:
-        return click.Path(path_type=Path)
+        return click.Path() if option.store else click.Path(path_type=Path)  # an address keeps its slashes
     if option.kind == REF:
         return REFERENCE
     if option.choices and not callable(option.choices) and not option.metavar:

@@ -7,12 +7,24 @@ import click
 from adapterkit.cli.output import count, note, say, show_json, size
 
 
+def _part(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int]:
+    if value is None:
+        return 1, 1
+    number, _, parts = value.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and len(value) < 12):
+        raise click.BadParameter(f"'{value}' is not like 3/7")
+    return int(number), int(parts)
+
+
 @click.command(name="fsck", short_help="Read the whole registry and say what is damaged.")
 @click.option("--repair", is_flag=True, help="Set rotten blobs aside and write again what other files still say.")
 @click.option("--reindex", is_flag=True, help="Build the index again from the files first.")
+@click.option("--part", metavar="I/N", callback=_part, help="Check one of N parts, such as one a day: 3/7.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def fsck(repair: bool, reindex: bool, as_json: bool) -> int:
+def fsck(repair: bool, reindex: bool, part: tuple[int, int], as_json: bool) -> int:
     """Read and check every record, blob, alias and the index. Nothing is changed unless asked for, nothing ever deleted.
+
+    A large registry can be read in parts, in any order; all of them together check everything.
 
     Exits with 3 when something is damaged and not repaired.
 
@@ -20,6 +32,7 @@ def fsck(repair: bool, reindex: bool, as_json: bool) -> int:
     Example:
       adapterkit fsck
       adapterkit fsck --repair
+      adapterkit fsck --part 1/7
     """
     from adapterkit.registry.fsck import fsck as verb
 
@@ -28,7 +41,7 @@ def fsck(repair: bool, reindex: bool, as_json: bool) -> int:
         from adapterkit.registry.index import reindex as build
 
         build(open_home())
-    found = verb(repair=repair)
+    found = verb(repair=repair, part=part)
     if as_json:
         from dataclasses import asdict
 

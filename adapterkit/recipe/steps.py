@@ -17,8 +17,8 @@ from adapterkit.recipe.parse import Place, RecipeFile, key_of, nearest, shown
 from adapterkit.recipe.schema import BaseChoice, Combining, OutputTable, Table, VerifyTable, known_options
 from adapterkit.requests.adapters import CombineRequest
 from adapterkit.requests.convert import ConvertRequest
-from adapterkit.requests.formats import FORMATS
-from adapterkit.requests.merge import FOLDER, FOLDER_FORMATS, GGUF, MergeRequest
+from adapterkit.requests.formats import formats
+from adapterkit.requests.merge import FOLDER, GGUF, MergeRequest, folder_formats
 from adapterkit.requests.option import Request
 from adapterkit.verbs.tower import tower_path
 
@@ -188,7 +188,7 @@ class _Maker:
             source = self._source(asked, adapters, place)
             adapters = ()
         self._check_verify(verb, asked, place)
-        if verb == CONVERT and "base" not in FORMATS[to].takes:
+        if verb == CONVERT and "base" not in formats()[to].takes:
             choice = None
         if choice is not None:
             self._check_options(choice, verb, at, f"{shown(place)}, a {verb} to {to}")
@@ -218,7 +218,7 @@ class _Maker:
         )
 
     def _form(self, asked: OutputTable, place: Place) -> str:
-        known = [FOLDER, ADAPTER, *FORMATS]
+        known = [FOLDER, ADAPTER, *formats()]
         if asked.to is None:
             return GGUF if Path(asked.path).suffix == ".gguf" else FOLDER
         if asked.to not in known:
@@ -238,10 +238,10 @@ class _Maker:
             self.file.fail(
                 (*place, "from"),
                 f"{shown(place)} is converted to a folder, which is nothing new",
-                f"use {', '.join(FORMATS)}",
+                f"use {', '.join(formats())}",
             )
-        if to == FOLDER and asked.quant is not None and asked.quant not in FOLDER_FORMATS:
-            hint = f"use {', '.join(FOLDER_FORMATS)}, or give it a path that ends in .gguf"
+        if to == FOLDER and asked.quant is not None and asked.quant not in folder_formats():
+            hint = f"use {', '.join(folder_formats())}, or give it a path that ends in .gguf"
             self.file.fail((*place, "quant"), f"'{asked.quant}' is no format of a folder", hint)
         if asked.server is not None and to != GGUF:
             self.file.fail(
@@ -257,7 +257,7 @@ class _Maker:
             self.file.fail(
                 (*place, "keep-below"), "keep-below says which tensors are kept wider", 'add keep-touched = "Q8_0"'
             )
-        if to == GGUF and asked.quant in FOLDER_FORMATS:
+        if to == GGUF and asked.quant in folder_formats():
             self.file.fail((*place, "quant"), f"'{asked.quant}' is no type of a GGUF file", "use a mix such as Q4_K_M")
 
     def _check_options(self, table: Table, verb: str, place: Place, what: str) -> None:

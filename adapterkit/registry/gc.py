@@ -15,7 +15,8 @@ from pathlib import Path
 from adapterkit import disk
 from adapterkit.errors import CheckFailed, NotFound, RegistryError
 from adapterkit.registry import store
-from adapterkit.registry.home import Home, entries, open_home
+from adapterkit.registry.home import Home, entries, open_home, read_file
+from adapterkit.registry.names import is_name
 
 KEEP_DAYS = 14.0
 _TEMPORARY_SECONDS = 86400.0
@@ -68,13 +69,30 @@ def gc(*, apply: bool = False, keep_days: float = KEEP_DAYS, home: Path | None =
     return GcReport(apply, digests, sum(size for _, size in found), len(temporary), young)
 
 
+def _time(mark: Path) -> float:
+    """When a version was removed; now, where the mark cannot be read."""
+    try:
+        return mark.stat().st_mtime
+    except OSError:
+        return time.time()
+
+
 def _wanted(at: Home, removed_before: float) -> set[str]:
     """The digests that stay: all files of visible versions and of those removed lately."""
     wanted: set[str] = set()
-    for name in at.names():
+    known = set(at.names())
+    # The folder is made before the first line of the journal: without it, records are gone and their blobs may be wanted.
+    for entry in entries(at.root / "journal"):
+        if is_name(entry.name) and entry.name not in known:
+            raise CheckFailed(
+                f"the records of {entry.name} are gone, and nobody knows which blobs they name", "run fsck"
+            )
+    for name in sorted(known):
         hidden = at.hidden_versions(name)
         versions = at.versions(name)
-        if versions != list(range(1, len(versions) + 1)):
+        lines = read_file(at.journal(name)).count(b"\n") if at.journal(name).is_file() else 0
+        # One line more than records is a registration that was killed.
+        if versions != list(range(1, len(versions) + 1)) or lines > len(versions) + 1:
             raise CheckFailed(f"a record of {name} is missing, and nobody knows which blobs it names", "run fsck")
         for version in versions:
             try:
@@ -83,7 +101,7 @@ def _wanted(at: Home, removed_before: float) -> set[str]:
                 raise CheckFailed(
                     f"nothing is freed while a record cannot be read: {error.message}", "run fsck"
                 ) from error
-            if version not in hidden or at.hidden(name, version).stat().st_mtime > removed_before:
+            if version not in hidden or _time(at.hidden(name, version)) > removed_before:
                 wanted.update(file.sha256 for file in record.files)
     return wanted
 

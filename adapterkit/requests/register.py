@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.errors import UsageError
 from adapterkit.requests.option import FLAG, INPUT, PAIRS, PARAMETERS, PATH, REF, Request, opt
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.requests.groups import Ref
@@ -17,7 +18,7 @@ IDENTITY, RECORD = "Base", "Record"
 _SAID = "said by the output itself"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class RegisterRequest(Request):
     """A folder or file that becomes a version of a name."""
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from adapterkit.errors import UsageError, option
+from adapterkit.places import Address
 from adapterkit.requests.groups import RUNNING
 from adapterkit.requests.option import CALL, COUNTS, FLAG, INPUT, NUMBER, PAIRS, PATH, WHOLE, Request, opt
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -27,7 +29,7 @@ _RATE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(b|B|bit)(?:/s|ps)", re.ASCII)
 _HERE = {"recipe": "of run, which says where a plan is executed"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)
 class OnWorkers(Request):
     """Where the parts of a plan are executed. No byte depends on it."""
 
@@ -159,14 +161,19 @@ def parse_rate(text: str) -> float:
     return rate if found[3] == "B" else rate / 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class RunRequest(OnWorkers):
     """A saved plan that is executed by workers."""
 
     VERB: ClassVar[str] = "run"
 
     plan: Ref = field(metadata=opt("The plan that --save-plan of a verb wrote.", PATH, role=INPUT))
-    out: Ref | None = field(default=None, metadata=opt("The folder or file to make.", PATH, role=INPUT, short="-o"))
+    out: Ref | Address | None = field(
+        default=None,
+        metadata=opt(
+            "The folder or file to make; an address in a store too.", PATH, role=INPUT, short="-o", store=True
+        ),
+    )
     jobs: int | None = field(
         default=None,
         kw_only=True,
@@ -218,6 +225,6 @@ class RunRequest(OnWorkers):
             raise UsageError("a task of a job array executes its parts itself", f"leave out {option('on')}")
 
     @property
-    def target(self) -> Path | None:
+    def target(self) -> Path | Address | None:
         """Where the output goes."""
-        return None if self.out is None else Path(self.out)
+        return self.out if self.out is None or isinstance(self.out, Address) else Path(self.out)

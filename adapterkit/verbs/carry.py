@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
-from adapterkit.checkpoint.cut import PART_SIZE
 from adapterkit.checkpoint.plan import default_jobs, parse_size
 from adapterkit.errors import OutputError, UsageError, option
+from adapterkit.places import here
 from adapterkit.requests.workers import LOCAL, RAY, WRITTEN_JOBS, parse_rate
-from adapterkit.verbs.execute import OpenPlan, has_parts
 from adapterkit.verbs.job import Job, Measured, peak_memory, run, show
 
 if TYPE_CHECKING:
     from adapterkit.requests.workers import OnWorkers
     from adapterkit.verbs.engines.driver import RunTally
     from adapterkit.verbs.engines.pool import Pool, WorkerSetting
+    from adapterkit.verbs.execute import OpenPlan
 
 PLAN_FILE = ".plan.json"  # in the hidden folder, for workers
 
@@ -39,12 +39,14 @@ def carry_out(job: Job, request: Any, started: float) -> Any:
         return forecast_in(report, job, request) if getattr(request, "workers", None) else report
     if getattr(request, "on", None) is None:
         return run([job], workers=request.jobs, resume=request.resume, progress=request.progress, started=started)[0]
+    from adapterkit.verbs.execute import OpenPlan
+
     _check(job, request)
     job.check()
     opened = OpenPlan(job.plan, job.out or "", part_size(request), job=job)
     if request.on in WRITTEN_JOBS:
         return _written(opened, request, started)
-    if not request.resume:
+    if not request.resume and isinstance(opened.out, Path):
         with disk.staging(opened.out, resume=False):
             pass  # what an earlier run left goes
     try:
@@ -53,7 +55,7 @@ def carry_out(job: Job, request: Any, started: float) -> Any:
         opened.close(force=job.force)
     except BaseException:
         if not request.resume:
-            _discard(opened.out)
+            _discard(opened)
         raise
     notes = (*(note for one in job.beside for note in one.write()), tally.summary)
     del tower
@@ -68,6 +70,8 @@ def _check(job: Job, request: Any) -> None:
     Raises:
         UsageError: it has no parts, or asks for what one process has to do.
     """
+    from adapterkit.verbs.execute import has_parts
+
     if job.out is None:
         raise UsageError("nothing says where the output goes", "add -o OUT")
     if job.stage is not None or not has_parts(job.plan):
@@ -87,6 +91,8 @@ def _check(job: Job, request: Any) -> None:
 
 def part_size(request: OnWorkers) -> int:
     """Work of a part."""
+    from adapterkit.checkpoint.cut import PART_SIZE
+
     return PART_SIZE if request.part_size is None else parse_size(request.part_size)
 
 
@@ -109,16 +115,16 @@ def by_workers(opened: OpenPlan, request: Any) -> RunTally:
     Raises:
         OutputError, AdapterkitError: see `adapterkit.verbs.engines.driver.drive`.
     """
-    from adapterkit.checkpoint.parts import claimed
     from adapterkit.verbs.engines.driver import drive, log_to
     from adapterkit.verbs.engines.pool import WorkerSetting
 
     opened.forget_stale()
-    with claimed(opened.plan, opened.out) as folder, log_to(_path(request.events)) as log:
+    with _room(opened) as folder, log_to(_path(request.events)) as log:
         text = opened.plan.to_json()
         disk.write_inside(folder, PLAN_FILE, text.encode())
         size = part_size(request)
-        setting = WorkerSetting(text, str(folder / PLAN_FILE), str(opened.out.absolute()), size, jobs_of(request))
+        out = str(opened.out.absolute() if isinstance(opened.out, Path) else opened.out)
+        setting = WorkerSetting(text, str(folder / PLAN_FILE), out, size, jobs_of(request))
         count = workers_of(request)
         left = opened.left()
 
@@ -126,6 +132,22 @@ def by_workers(opened: OpenPlan, request: Any) -> RunTally:
             return _POOLS[request.on](setting, request, min(count, max(1, len(left))))
 
         return drive(make, opened.parts, left, count, engine=request.on, log=log, progress=request.progress)
+
+
+@contextmanager
+def _room(opened: OpenPlan) -> Iterator[Path]:
+    """A folder for the plan, while others keep out of the output: the hidden folder, or one here for an output in a store."""
+    from adapterkit.checkpoint.parts import claimed
+
+    if isinstance(opened.out, Path):
+        with claimed(opened.plan, opened.out) as folder:
+            yield folder
+        return
+    _ = opened.in_store  # claims it
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="adapterkit-") as name:
+        yield Path(name)
 
 
 def _local(setting: WorkerSetting, request: OnWorkers, count: int) -> Pool:
@@ -147,9 +169,12 @@ def _path(given: Any) -> Path | None:
     return None if given is None else Path(given)
 
 
-def _discard(out: Path) -> None:
-    """Take the hidden folder away, unless somebody is at it."""
-    with suppress(_Discarded, OutputError), disk.staging(out, resume=False):
+def _discard(opened: OpenPlan) -> None:
+    """Take away what workers left, unless somebody else is at it."""
+    if not isinstance(opened.out, Path):
+        opened.in_store.discard()
+        return
+    with suppress(_Discarded, OutputError), disk.staging(opened.out, resume=False):
         raise _Discarded
 
 
@@ -159,7 +184,7 @@ class _Discarded(Exception):
 
 def _written(opened: OpenPlan, request: Any, started: float) -> Any:
     """The report of a job whose files were written, and handed over where that was asked for."""
-    plan = opened.out.with_name(f"{opened.out.name}.plan.json").absolute()
+    plan = here(opened.out).with_name(f"{opened.out.name}.plan.json")
     disk.deliver(plan, opened.plan.to_json().encode())
     notes = (f"plan written to {plan}", *write_files(opened, request, plan))
     job = opened.job
@@ -187,6 +212,8 @@ def forecast_in(report: Any, job: Job, request: Any) -> Any:
         raise UsageError(
             "this plan has no parts: its files are known when its values are", f"leave out {option('workers')}"
         )
+    from adapterkit.verbs.execute import OpenPlan
+
     parts = OpenPlan(job.plan, "", part_size(request)).parts
     rate, jobs = parse_rate(request.bandwidth), request.jobs or default_jobs()
     found = tuple(forecast(parts, count, bandwidth=rate, price=request.price, jobs=jobs) for count in request.counts)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.factors import Slot
+    from adapterkit.checkpoint.listing import Listing
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.checkpoint.write import Room, Writing
@@ -79,7 +80,7 @@ class Combination:
             force=asked.force,
         )
 
-    def _record(self, folder: Path) -> Mapping[str, bytes]:
+    def _record(self, folder: Path | Listing) -> Mapping[str, bytes]:
         asked = self.request.stated("method", "scale", "space", "rank", "energy", "dtype")
         made_of = parents(self.making.family, self.making.weights)
         return recorder("combine", "combined", asked, made_of, method="lora")(folder)
@@ -100,7 +101,7 @@ class Combination:
             scale=asked.scale,
             parameters=dict(asked.parameters),
             adapters=tuple(
-                AdapterUse(a.ref, a.config.peft_type, w, a.commit, a.config.base)
+                AdapterUse(a.ref, a.config.peft_type, w, a.commit, a.config.base, a.config.label)
                 for a, w in zip(family.adapters, self.making.weights, strict=True)
             ),
             base=str(base or ""),

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.checkpoint.listing import Listing
     from adapterkit.ops.lowrank import Truncated
 
 DEFAULT_RANK = 32
@@ -125,7 +126,7 @@ class Extraction:
         """The largest rank that a layer can come out with."""
         return min(self.rank or slot.largest_rank, slot.largest_rank)
 
-    def _record(self, folder: Path) -> Mapping[str, bytes]:
+    def _record(self, folder: Path | Listing) -> Mapping[str, bytes]:
         asked = {**self.request.stated(*_STATED), "rank": self.rank}
         made_of = [base_parent(self.pair.base), base_parent(self.pair.tuned, "tuned")]
         return recorder("extract", "adapter", asked, made_of, method="lora")(folder)

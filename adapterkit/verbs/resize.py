@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from adapterkit.adapters.factors import Slot
+    from adapterkit.checkpoint.listing import Listing
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.ops.lowrank import Truncated
 
@@ -103,7 +104,7 @@ class Resizing:
         most = rank_of(self.family.parts[0].deltas[slot.parameter].change.how)
         return min(self.request.rank or most, most, slot.largest_rank)
 
-    def _record(self, folder: Path) -> Mapping[str, bytes]:
+    def _record(self, folder: Path | Listing) -> Mapping[str, bytes]:
         asked = self.request.stated(*_STATED)
         return recorder("resize", "adapter", asked, parents(self.family, [1.0]), method="lora")(folder)
 

@@ -28,6 +28,7 @@ from adapterkit.registry.gathered import gathered
 from adapterkit.registry.home import Home
 from adapterkit.registry.identity import Identity
 from adapterkit.registry.record import Record
+from bench.common import results
 
 NAME, ALIAS, LIMIT = "model", "prod", 0.5
 VERSIONS = 6
@@ -160,8 +161,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for what, value in run(Path(folder) / "home", given.writers, given.each, given.kills, given.seed).items():
+        found = run(Path(folder) / "home", given.writers, given.each, given.kills, given.seed)
+        for what, value in found.items():
             print(f"{what:<20} {value}")
+    results.note(writers=found["writers"], lost_moves=max(0, found["acknowledged moves"] - found["moves"]))
 
 
 if __name__ == "__main__":

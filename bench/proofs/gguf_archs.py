@@ -25,6 +25,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bench.common import results
+
 ROOT = Path(__file__).resolve().parents[2]
 DOC = ROOT / "docs" / "gguf-architectures.md"
 STORED = Path(__file__).with_suffix(".json")
@@ -296,6 +298,7 @@ def main() -> None:
     if options.write:
         shown = list(json.loads(STORED.read_text())["rows"].values())
         DOC.write_text(PAGE.format(table=table(shown), classes=_classes(), **_summary(shown)))
+    results.note(kinds=len(rows), wrong=sum(not _passed(row) for row in rows))
     sys.exit(1 if any(not _passed(row) for row in rows) else 0)
 
 

@@ -17,7 +17,7 @@ from adapterkit.disk import partial_folder
 from adapterkit.errors import CheckpointError, OutputError, UsageError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import Case, events, kill_workers
+from engine_case import Case, events, kill_workers
 
 SMALL = "20KB"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import Case, events, kill_workers
+from engine_case import Case, events, kill_workers
 
 from adapterkit.errors import MissingPackage, OutputError
 from adapterkit.verbs.engines.on_ray import RayPool

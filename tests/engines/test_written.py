@@ -18,7 +18,7 @@ from adapterkit.errors import NotFound, OutputError, UsageError
 from adapterkit.verbs.engines.written import filled, template_of
 
 sys.path.insert(0, str(Path(__file__).parent))
-from conftest import Case
+from engine_case import Case
 
 SMALL = "20KB"
 

@@ -13,7 +13,7 @@ import adapterkit
 from adapterkit.checkpoint.objects import WINDOW, ObjectFolder, windows_of
 from adapterkit.errors import AuthError, CheckpointError, NotFound, StoreError, UsageError
 from adapterkit.places import Address
-from adapterkit.stores import moving
+from adapterkit.stores.meter import moving
 
 
 @pytest.fixture(scope="module")

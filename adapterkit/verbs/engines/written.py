@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
 from adapterkit.errors import NotFound, OutputError, UsageError, option
+from adapterkit.places import here
 from adapterkit.requests.workers import K8S, SLURM
 
 if TYPE_CHECKING:
@@ -81,12 +82,13 @@ def write_job(opened: OpenPlan, plan: Path, request: Any, count: int, size: int)
         UsageError: see `filled`.
         OutputError: the scheduler refused the job.
     """
-    engine, out = request.on, opened.out.absolute()
+    engine, out = request.on, here(opened.out)
+    named = str(out if isinstance(opened.out, Path) else opened.out)
     tasks = min(count, len(opened.parts))
     path = out.with_name(f"{out.name}.{FILES[engine]}")
     text, where = _template(request)
     jobs = request.jobs or 1
-    arguments = ["run", str(plan), "-o", str(out), "--part-size", str(size), "--jobs", str(jobs), "--tasks", str(tasks)]
+    arguments = ["run", str(plan), "-o", named, "--part-size", str(size), "--jobs", str(jobs), "--tasks", str(tasks)]
     arguments += ["--force"] * bool(request.force)
     memory = int(opened.plan.peak_memory * ROOM / 2**20) + 1
     given = {
@@ -97,7 +99,7 @@ def write_job(opened: OpenPlan, plan: Path, request: Any, count: int, size: int)
         "memory": str(memory),
         "log": shlex.quote(str(out.with_name(f"{out.name}.%A_%a.log"))),
         "plan": str(plan),
-        "out": str(out),
+        "out": named,
         "command": shlex.join([sys.executable, "-m", "adapterkit", *arguments]),
         "arguments": json.dumps([*arguments, "--task", "$(JOB_COMPLETION_INDEX)"]),
     }
