@@ -102,6 +102,16 @@ EXTRAS = (
         (Package("llmcompressor", "llmcompressor", "0.14"),),
         "convert to awq and gptq; its own bounds are narrow, so it may need an environment of its own",
     ),
+    Extra(
+        "mlflow",
+        (Package("mlflow", "mlflow", "3"),),
+        "versions logged to MLflow, registered there, and imported from it",
+    ),
+    Extra(
+        "wandb",
+        (Package("wandb", "wandb", "0.19"),),
+        "versions logged to W&B as artifacts, and imported from it",
+    ),
 )
 
 

@@ -60,9 +60,12 @@ def fsck(repair: bool, reindex: bool, part: tuple[int, int], as_json: bool) -> i
 
 @click.command(name="gc", short_help="Free blobs that no visible version names.")
 @click.option("--apply", is_flag=True, help="Delete; without it, only say what would be.")
-@click.option("--keep-days", type=click.FloatRange(0), default=14.0, show_default=True, help="Keep what is younger.")
+@click.option("--keep-days", type=click.FloatRange(0), help="Keep what is younger; 14 by default, 1 for uploads.")
+@click.option(
+    "--uploads", metavar="ADDRESS", help="Uploads that runs to s3://bucket/folder left, instead of the registry."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def gc(apply: bool, keep_days: float, as_json: bool) -> None:
+def gc(apply: bool, keep_days: float | None, uploads: str | None, as_json: bool) -> None:
     """Say which blobs no visible version names, or free them with --apply. Records and aliases always stay.
 
     Exits with 3, and frees nothing, while a record cannot be read.
@@ -71,7 +74,12 @@ def gc(apply: bool, keep_days: float, as_json: bool) -> None:
     Example:
       adapterkit gc
       adapterkit gc --apply
+      adapterkit gc --uploads s3://models --apply
     """
+    if uploads is not None:
+        _uploads(uploads, apply, 1.0 if keep_days is None else keep_days, as_json)
+        return
+    keep_days = 14.0 if keep_days is None else keep_days
     from adapterkit.registry.gc import gc as verb
 
     found = verb(apply=apply, keep_days=keep_days)
@@ -80,5 +88,19 @@ def gc(apply: bool, keep_days: float, as_json: bool) -> None:
         return
     done = "freed" if apply else "would free"
     say(f"{done} {len(found.blobs)} blobs ({size(found.bytes)}) and {found.temporary} temporary files")
+    if found.young:
+        note(f"note: {found.young} more are younger than {keep_days:g} days")
+
+
+def _uploads(address: str, apply: bool, keep_days: float, as_json: bool) -> None:
+    from adapterkit.checkpoint.uploads import sweep_uploads
+
+    found = sweep_uploads(address, apply=apply, keep_days=keep_days)
+    if as_json:
+        show_json(found)
+        return
+    say(f"{'aborted' if apply else 'would abort'} {count(len(found.uploads))} uploads to {found.address}")
+    for key in found.uploads[:10]:
+        say(f"  {key}")
     if found.young:
         note(f"note: {found.young} more are younger than {keep_days:g} days")

@@ -55,7 +55,7 @@ def register(request: RegisterRequest) -> Registered:
         known = _named(beside.base, base_id)
     if known is None and beside is not None:
         known = beside.base
-    known, warnings = _by_weights(known, home)
+    known, warnings = by_weights(known, home)
     scanned = _scanned(folder, known, home) if request.scan else None
     if scanned is not None:
         warnings += tuple(one.message for one in scanned.oddities if one.level == "warning")
@@ -81,7 +81,7 @@ def register(request: RegisterRequest) -> Registered:
     return replace(stored, warnings=warnings)
 
 
-def _by_weights(base: Identity | None, home: Path | None) -> tuple[Identity | None, tuple[str, ...]]:
+def by_weights(base: Identity | None, home: Path | None) -> tuple[Identity | None, tuple[str, ...]]:
     """A base whose claimed Hub id was held against the registry: weights are believed over names.
 
     A commit comes from the Hub itself; an id alone is what somebody wrote into a config.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Left behind by training, version control and desktops; a leading dot also keeps `.env` and its kind out.
 _SKIPPED = re.compile(
-    r"(?:\..*|__pycache__|checkpoint-\d+|runs|wandb|.*\.tmp|.*~|optimizer\.(?:pt|bin)|scheduler\.pt|scaler\.pt"
+    r"(?:\..*|__pycache__|checkpoint-\d+|runs|wandb|.*\.tmp|.*~|optimizer\.(?:pt|bin)|trainer_state\.json|scheduler\.pt|scaler\.pt"
     r"|rng_state.*\.pth|training_args\.bin|lost\+found|thumbs\.db|desktop\.ini)",
     re.IGNORECASE,
 )
