@@ -103,7 +103,7 @@ class Step:
     def projector(self) -> Path | None:
         """Where the mmproj file goes, if there is one: a copy, or what is made of the base."""
         if self.asked.mmproj == AUTO:
-            return tower_path(self.out)
+            return self.out.with_name(tower_path(self.out).name)
         path = None if self.mmproj is None else self.mmproj.path
         return None if path is None else self.out.parent / path.name
 

@@ -201,6 +201,11 @@ SPECS = (
             *_NOMIC_FIXED,
             Fixed("activation_function", "swiglu", "computes swiglu in this architecture"),
             Fixed("hidden_act", "silu", "computes silu in this architecture"),
+            Fixed(
+                "head_dim",
+                lambda c: c.number("hidden") // c.number("heads"),
+                "has heads of hidden_size / num_attention_heads in this architecture",
+            ),
         ),
         encoder=True,
         back=_nomic_back,
