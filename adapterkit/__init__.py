@@ -13,11 +13,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from adapterkit._version import __version__
-from adapterkit.checkpoint.finders import add_finder
+from adapterkit.checkpoint.finders import add_finder, set_maker
 from adapterkit.rows import hand_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.fold import Folded, fold
@@ -202,6 +203,15 @@ def _formats() -> Iterator[Format]:
 
 add_finder(_registered)  # registry names work wherever a path does
 hand_in("formats", _formats)  # a file that is put among the conversions is a format
+
+
+def _remade(at: Any, record: Any, folder: Path, base: Any) -> Path:
+    from adapterkit.verbs.remake import make
+
+    return make(at, record, folder, base)
+
+
+set_maker(_remade)  # what is kept as its recipe is made again where its bytes are asked for
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.values import dataclass
 
@@ -36,6 +36,21 @@ def add_finder(finder: Finder) -> None:
     """Ask ``finder`` about every name that is no path; it answers None for a name that it does not know."""
     if finder not in _FINDERS:
         _FINDERS.append(finder)
+
+
+Maker = Callable[[Any, Any, "Path", Any], "Path"]
+"""``make(home, record, folder, base)`` carries out a record's operation inside a folder and gives what it made."""
+_MAKER: list[Maker] = []
+
+
+def set_maker(made: Maker) -> None:
+    """Hands in who makes a version again that is kept as its recipe."""
+    _MAKER[:] = [made]
+
+
+def maker() -> Maker | None:
+    """Who was handed in."""
+    return _MAKER[-1] if _MAKER else None
 
 
 @dataclass(frozen=True)

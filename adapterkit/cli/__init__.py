@@ -43,6 +43,7 @@ VERBS = {
     "remove": ("adapterkit.cli.aliases:remove", "Take a version out of sight, or bring it back."),
     "fsck": ("adapterkit.cli.upkeep:fsck", "Read the whole registry and say what is damaged."),
     "gc": ("adapterkit.cli.upkeep:gc", "Free blobs that no visible version names."),
+    "remake": ("adapterkit.cli.remake", "Make the bytes of a version again that is kept as its recipe."),
     "export": ("adapterkit.cli.bundles:export", "Write versions with all they were made from into one file."),
     "import": ("adapterkit.cli.bundles:import_", "Add what a bundle holds to the registry."),
     "push": ("adapterkit.cli.hub:push", "Publish a version to the Hugging Face Hub, or to an OCI registry."),

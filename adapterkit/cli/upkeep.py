@@ -60,12 +60,13 @@ def fsck(repair: bool, reindex: bool, part: tuple[int, int], as_json: bool) -> i
 
 @click.command(name="gc", short_help="Free blobs that no visible version names.")
 @click.option("--apply", is_flag=True, help="Delete; without it, only say what would be.")
+@click.option("--recipes", is_flag=True, help="Say what keeping versions as their recipes would save; free nothing.")
 @click.option("--keep-days", type=click.FloatRange(0), help="Keep what is younger; 14 by default, 1 for uploads.")
 @click.option(
     "--uploads", metavar="ADDRESS", help="Uploads that runs to s3://bucket/folder left, instead of the registry."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def gc(apply: bool, keep_days: float | None, uploads: str | None, as_json: bool) -> None:
+def gc(apply: bool, recipes: bool, keep_days: float | None, uploads: str | None, as_json: bool) -> None:
     """Say which blobs no visible version names, or free them with --apply. Records and aliases always stay.
 
     Exits with 3, and frees nothing, while a record cannot be read.
@@ -74,8 +75,14 @@ def gc(apply: bool, keep_days: float | None, uploads: str | None, as_json: bool)
     Example:
       adapterkit gc
       adapterkit gc --apply
+      adapterkit gc --recipes
       adapterkit gc --uploads s3://models --apply
     """
+    if recipes and uploads is not None:
+        raise click.UsageError("--recipes and --uploads are two different questions; give one.")
+    if recipes:
+        _recipes(apply, as_json)
+        return
     if uploads is not None:
         _uploads(uploads, apply, 1.0 if keep_days is None else keep_days, as_json)
         return
@@ -90,6 +97,23 @@ def gc(apply: bool, keep_days: float | None, uploads: str | None, as_json: bool)
     say(f"{done} {len(found.blobs)} blobs ({size(found.bytes)}) and {found.temporary} temporary files")
     if found.young:
         note(f"note: {found.young} more are younger than {keep_days:g} days")
+
+
+def _recipes(apply: bool, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from adapterkit.registry.gc import recipes as verb
+
+    if apply:
+        raise click.UsageError("--recipes frees nothing; register --as-recipe keeps a version so.")
+    found = verb()
+    if as_json:
+        show_json([asdict(one) for one in found])
+        return
+    for one in found:
+        say(f"{one.ref}: made by {one.operation}, {size(one.bytes)}")
+    said = f"{count(len(found))} versions could be kept as their recipes, {size(sum(one.bytes for one in found))}"
+    say(f"{said}; register --as-recipe proves it of one and keeps it so")
 
 
 def _uploads(address: str, apply: bool, keep_days: float, as_json: bool) -> None:

@@ -71,6 +71,8 @@ def register(request: RegisterRequest) -> Registered:
         new_version=request.new_version,
         link=request.link,
         ignore_beside=request.ignore_record,
+        as_recipe=request.as_recipe,
+        made_on=base if isinstance(base, (str, Path)) else None,
         evidence=evidence,
         home=home,
     )

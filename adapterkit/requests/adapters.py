@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from adapterkit.errors import UsageError
-from adapterkit.requests.groups import ADAPTERS, BASE, OUTPUT, OfAdapters, Ruled, Running
+from adapterkit.requests.groups import ADAPTERS, BASE, COMBINE, OUTPUT, OfAdapters, Ruled, Running
 from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, VALUES, WHOLE, Request, opt
 from adapterkit.values import dataclass
 
@@ -79,6 +79,12 @@ class FactorOptions(Request):
         return {name: getattr(self, name) for name in names} | dict(getattr(self, "parameters", {}))
 
 
+def _methods() -> tuple[str, ...]:
+    from adapterkit.ops.rules import RULES
+
+    return (*RULES, "arrow")
+
+
 def _out() -> Any:
     return opt("The folder to make.", PATH, role=INPUT, short="-o", recipe="output.path")
 
@@ -94,6 +100,14 @@ class CombineRequest(OfAdapters, Ruled, FactorOptions, Running):
         metadata=opt("The adapters, in order.", REF, role=INPUT, many=True, recipe="output.adapters")
     )
     out: Ref | None = field(default=None, metadata=_out())
+    method: str = field(
+        default="linear",
+        kw_only=True,
+        metadata=opt(
+            "How the deltas of several adapters become one; or arrow, which keeps them apart for a router. See --methods.",
+            role=VALUES, group=COMBINE, choices=_methods, recipe="merge.method", open=True,
+        ),
+    )  # fmt: skip
     base: Base | None = field(
         default=None,
         kw_only=True,

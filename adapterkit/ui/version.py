@@ -13,6 +13,7 @@ from adapterkit.registry.home import open_home
 from adapterkit.registry.identity import Identity
 from adapterkit.registry.lineage import Edge, Lineage, Node, lineage
 from adapterkit.registry.record import KINDS, Record
+from adapterkit.registry.remaking import is_recipe
 from adapterkit.registry.verbs import Shown
 from adapterkit.registry.verification import Verification
 from adapterkit.ui import board, card
@@ -281,6 +282,7 @@ def _files(shown: Shown) -> Markup | None:
     record = shown.record
     if not record.files:
         return None
+    absent = "made again when needed" if is_recipe(record) else "not kept here"
     rows = [
         el(
             "tr",
@@ -289,7 +291,11 @@ def _files(shown: Shown) -> Markup | None:
                 file.path,
                 el("span", " its bytes are missing", class_="bad") if file.path in shown.missing else None,
             ),
-            el("td", size(file.size) if file.stored else "not kept here", class_="number"),
+            el(
+                "td",
+                size(file.size) if file.stored else absent,
+                class_="number",
+            ),
             el("td", el("code", file.sha256[:16], title=file.sha256), class_="sum"),
         )
         for file in record.files

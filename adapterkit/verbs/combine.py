@@ -254,6 +254,10 @@ def combine(request: CombineRequest) -> CombineReport:
         TargetError: adapters of different bases, or that bring different values for the same parameter.
         NotFound, AdapterError, OutputError, CheckpointError, UnsafeError, AuthError, HubError
     """
+    if request.method == "arrow":
+        from adapterkit.verbs.arrow import arrow
+
+        return arrow(request, combine, told)
     started = time.monotonic()
     report: CombineReport = carry_out(planned(request).job(), request, started)
     return report

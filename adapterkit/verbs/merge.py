@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from adapterkit.verbs.report import MergeReport
 
 COARSE_BITS = 5  # formats of so many bits and fewer lose a change to values that lie on such a grid already
+LOOKED_AT = 4_000_000_000  # bytes of inputs in a store of which a dry run reads a sample too
 SAMPLED = 8  # tensors that are measured before a base's own grid is written again
 
 
@@ -267,10 +268,17 @@ class Loss:
 
     def ahead(self) -> None:
         """See `_still_there`. Values on the Hub are not there to be measured before a download; those in a store are."""
-        if all(source.path is not None or source.version for source in self.merge.sources):
+        if self._can_look():
             self.sampled = _still_there(self.merge, yes_lossy=self.merge.request.yes_lossy)
         if self.watched and self.merge.request.writes and self.watch is None:
             self.watch = self._watch()
+
+    def _can_look(self) -> bool:
+        """Whether values can be read now: a plan of a large model in a store is made of headers alone."""
+        sources = self.merge.sources
+        stored = sum(source.size for source in sources if source.path is None)
+        here = all(source.path is not None or source.version for source in sources)
+        return here and (self.merge.request.writes or stored <= LOOKED_AT)
 
     def _watch(self) -> Watch:
         from adapterkit.adapters.fidelity import Watch, own_format
