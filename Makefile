@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-slow fuzz lint bench docs dist release-check clean
+.PHONY: demo test test-slow fuzz lint bench docs dist release-check bench-compare clean
 
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
@@ -46,6 +46,10 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench speed merge
+
+# What moved in the stored results since the last tag, or since REF.
+bench-compare: $(VENV)/.installed
+	$(BIN)/python tools/bench_compare.py $(REF)
 
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

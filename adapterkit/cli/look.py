@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,7 +115,7 @@ def _checkpoint(ref: str, found: Inspection, record: Record | None) -> tuple[str
         proof = (
             f"adapterkit verify {name} --base {parts.get('base', 'BASE')} --adapter {parts.get('adapter', 'ADAPTER')}"
         )
-        return said, [proof, quant, f"adapterkit register {name}"]
+        return said, [proof, quant, f"adapterkit register {name} --name {_name(stem)}"]
     if ref.endswith(".gguf"):
         merge = f"adapterkit merge {name} ADAPTER -o {_named(stem, '-merged.gguf')}"
         return said, [f"adapterkit inspect {name}", merge, f"adapterkit convert {name} -o {_named(stem)} --to hf"]
@@ -130,3 +131,8 @@ def _stem(ref: str) -> str:
 
 def _named(stem: str, end: str = "") -> str:
     return shlex.quote(stem + end)
+
+
+def _name(stem: str) -> str:
+    """A name that the registry takes."""
+    return re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-._") or "model"

@@ -11,6 +11,7 @@ from adapterkit.adapters.load import is_adapter
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import CheckFailed, NotFound, UnsafeError, UsageError, option
+from adapterkit.places import local
 from adapterkit.redaction import check_public
 from adapterkit.registry.beside import beside_path, read_beside
 from adapterkit.registry.identity import Identity, compare
@@ -42,7 +43,7 @@ def register(request: RegisterRequest) -> Registered:
         check_public(f"{key}={value}", f"the metadata '{key}'")
     if kind == "base":
         return _register_base(path, name, base_id, method, meta, full, request.new_version, home)
-    if not Path(path).expanduser().exists():
+    if not Path(local(path, "what is registered")).expanduser().exists():
         hub = parse_hub(str(path))
         hint = f"pull {path} brings it from the Hub" if hub is not None else "give a folder or a file"
         raise NotFound(f"{path} does not exist", hint)

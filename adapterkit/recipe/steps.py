@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from adapterkit.adapters.load import file_and_parts
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import AdapterkitError, NotFound, RecipeError, UnsafeError, option
-from adapterkit.places import local
+from adapterkit.places import address_of, local
 from adapterkit.recipe.parse import Place, RecipeFile, key_of, nearest, shown
 from adapterkit.recipe.schema import BaseChoice, Combining, OutputTable, Table, VerifyTable, known_options
 from adapterkit.requests.adapters import CombineRequest
@@ -314,6 +314,9 @@ class _Maker:
         """A reference: a path beside the recipe if there is one, else a registry name or a Hub id."""
         if not ref:
             self.file.fail(place, f"{shown(place)} is empty", "name a folder, a file, a registry name or a Hub id")
+        if address_of(ref) is not None:
+            with located(self.file, *place):
+                local(ref, shown(place))  # a recipe knows its inputs by their files
         path = self.folder / Path(ref).expanduser()
         made = self.made.get(_real(path))
         if made is not None:
@@ -321,8 +324,8 @@ class _Maker:
             self.file.fail(place, f"{ref} is what outputs.{made} makes", hint)
         if path.exists() or file_and_parts(path)[1]:
             return Input(place, ref, path, weight=weight)
-        local = ref.startswith((".", "/", "~")) or ref.endswith((".gguf", ".safetensors"))
-        if local or (parse_hub(ref) is None and not _registered(ref)):
+        is_path = ref.startswith((".", "/", "~")) or ref.endswith((".gguf", ".safetensors"))
+        if is_path or (parse_hub(ref) is None and not _registered(ref)):
             hint = "give a path beside the recipe, a registry name or a Hub id like org/name"
             self.file.fail(place, f"{ref} does not exist", hint, NotFound)
         return Input(place, ref, weight=weight)

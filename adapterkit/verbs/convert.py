@@ -44,7 +44,7 @@ def planned(request: ConvertRequest, *, headers_only: bool = True, named: Any = 
     """See `plan_convert`.
 
     Args:
-        named: the source as the caller named it, where the request reads a passing copy of it.
+        named: the source as the caller named it, for the record; it differs where the request reads a temporary copy.
     """
     form = find_format(request.to, request.out)
     request.check_format(form)

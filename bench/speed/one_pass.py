@@ -4,7 +4,7 @@
 
 The usual road is PEFT's merge into a 16-bit folder, a 16-bit GGUF of it, and llama.cpp's own C quantizer on that file
 (``ggml_quantize_chunk`` of the library in xllamacpp, as many threads as ours, the same types). The 16-bit GGUF is written by
-adapterkit here, in one streaming pass, which is kinder to that road than its own converter.
+adapterkit's faster writer, in one streaming pass, which favours that road.
 
 Both alternate, every step in a process of its own; printed are medians, their ratio, the peak memory, and the bytes that
 lay on the disk at the worst moment. Start-up is shown apart: each process does the same on a tiny model first. A machine

@@ -63,7 +63,8 @@ def test_the_commands_that_are_named_work(here: Path) -> None:
     what, (verify, _, register) = look("my adapter-merged")
     assert what == "my adapter-merged: LlamaForCausalLM, 4,400 parameters, merged by adapterkit from base, my adapter"
     shell(verify)
-    shell(f"{register} --name mine")
+    assert register == "adapterkit register 'my adapter-merged' --name my-adapter-merged"
+    shell(register)
 
 
 def test_other_places(here: Path) -> None:
@@ -92,6 +93,17 @@ def test_json_and_what_is_not_there(here: Path, capsys: pytest.CaptureFixture[st
     code, _, err = run(capsys, "mrge")
     assert code == 2
     assert "Did you mean 'merge'?" in err
+
+
+def test_a_base_or_a_name_that_was_left_out(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more in ([], ["-o", "out"]):
+        code, _, err = run(capsys, "merge", "my adapter", *more)
+        assert code == 2
+        assert "my adapter is an adapter; its base comes first: adapterkit merge base my adapter" in err
+    assert "Missing argument 'ADAPTER...'" in run(capsys, "merge", "base")[2]
+    code, _, err = run(capsys, "register", "my adapter")
+    assert code == 2
+    assert "Missing option '--name'" in err
 
 
 # ------------------------------------------------------------------ help
