@@ -4,14 +4,20 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: demo test test-slow fuzz lint bench docs dist clean
+.PHONY: demo test test-slow fuzz lint bench docs dist release-check bench-compare clean
 
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+# PyTorch's index of builds without CUDA, which are some GB smaller; TORCH_INDEX= takes what the usual index has.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH = "torch==$$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)"
 
 # What the demo needs, and then what tests and linters need beside it.
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) "torch==$$(sed -n 's/^torch==\([0-9.]*\).*/\1/p' constraints.txt)"
+	test -z "$(TORCH_INDEX)" || $(PIP) --retries 1 --timeout 20 --index-url "$(TORCH_INDEX)" $(TORCH) 2>/dev/null || \
+		echo "no torch from $(TORCH_INDEX): taking that of the usual index"
+	$(PIP) $(TORCH)
 	$(PIP) -e '.[demo,gguf]'
 	touch $@
 
@@ -41,6 +47,10 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python -m bench speed merge
 
+# What moved in the stored results since the last tag, or since REF.
+bench-compare: $(VENV)/.installed
+	$(BIN)/python tools/bench_compare.py $(REF)
+
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
@@ -49,6 +59,10 @@ dist: $(VENV)/.installed
 	rm -rf dist
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m hatchling build
 	cd dist && sha256sum * > SHA256SUMS && cat SHA256SUMS
+
+# What has to be true of a release; RELEASE=1 asks for a dated changelog and a stored API too.
+release-check: $(VENV)/.installed
+	$(BIN)/python tools/release_check.py $(if $(RELEASE),--release)
 
 clean:
 	rm -rf $(VENV) demo build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,9 +13,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from adapterkit._version import __version__
-from adapterkit.checkpoint.finders import add_finder
+from adapterkit.checkpoint.finders import add_finder, set_maker
+from adapterkit.rows import hand_in
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.fold import Folded, fold
     from adapterkit.adapters.load import load_adapter
@@ -32,23 +36,24 @@ if TYPE_CHECKING:
     from adapterkit.recipe.run import build, plan_build
     from adapterkit.requests.adapters import CombineRequest, ExtractRequest, ResizeRequest
     from adapterkit.requests.convert import ConvertRequest
-    from adapterkit.requests.convert import ConvertRequest as ConvertOptions
+    from adapterkit.requests.formats import Format
     from adapterkit.requests.merge import MergeRequest
-    from adapterkit.requests.merge import MergeRequest as MergeOptions
     from adapterkit.requests.register import RegisterRequest
     from adapterkit.requests.verify import VerifyRequest
+    from adapterkit.requests.workers import RunRequest
     from adapterkit.serving.handover import Handover, handover
     from adapterkit.verbs.check import CheckReport, check
     from adapterkit.verbs.combine import combine, combined
     from adapterkit.verbs.compare import CompareReport, compare
     from adapterkit.verbs.convert import convert, plan_convert
     from adapterkit.verbs.doctor import DoctorReport, doctor
-    from adapterkit.verbs.execute import execute
+    from adapterkit.verbs.execute import OpenPlan, execute
     from adapterkit.verbs.extract import extract
     from adapterkit.verbs.family import Family, open_family
     from adapterkit.verbs.imatrix import ImatrixReport, imatrix
     from adapterkit.verbs.inspect import Inspection, inspect
-    from adapterkit.verbs.merge import merge, plan_merge
+    from adapterkit.verbs.merge import merge
+    from adapterkit.verbs.plan_merge import plan_merge
     from adapterkit.verbs.report import (
         CombineReport,
         ConvertReport,
@@ -58,6 +63,7 @@ if TYPE_CHECKING:
         ResizeReport,
     )
     from adapterkit.verbs.resize import resize
+    from adapterkit.verbs.run import RunReport, run
     from adapterkit.verbs.verify import VerifyReport, verify
 
 _WHERE = {
@@ -72,8 +78,7 @@ _WHERE = {
     "ResizeRequest": "adapterkit.requests.adapters:ResizeRequest",
     "VerifyRequest": "adapterkit.requests.verify:VerifyRequest",
     "RegisterRequest": "adapterkit.requests.register:RegisterRequest",
-    "MergeOptions": "adapterkit.requests.merge:MergeRequest",  # the old names of two requests
-    "ConvertOptions": "adapterkit.requests.convert:ConvertRequest",
+    "RunRequest": "adapterkit.requests.workers:RunRequest",
     "Adapter": "adapterkit.adapters.adapter:Adapter",
     "AdapterkitError": "adapterkit.errors:AdapterkitError",
     "CheckReport": "adapterkit.verbs.check:CheckReport",
@@ -87,6 +92,9 @@ _WHERE = {
     "Folded": "adapterkit.adapters.fold:Folded",
     "Handover": "adapterkit.serving.handover:Handover",
     "ImatrixReport": "adapterkit.verbs.imatrix:ImatrixReport",
+    "OpenPlan": "adapterkit.verbs.execute:OpenPlan",
+    "RunReport": "adapterkit.verbs.run:RunReport",
+    "run": "adapterkit.verbs.run:run",
     "Inspection": "adapterkit.verbs.inspect:Inspection",
     "MergeReport": "adapterkit.verbs.report:MergeReport",
     "PartReport": "adapterkit.verbs.report:PartReport",
@@ -112,7 +120,7 @@ _WHERE = {
     "open_family": "adapterkit.verbs.family:open_family",
     "plan_build": "adapterkit.recipe.run:plan_build",
     "plan_convert": "adapterkit.verbs.convert:plan_convert",
-    "plan_merge": "adapterkit.verbs.merge:plan_merge",
+    "plan_merge": "adapterkit.verbs.plan_merge:plan_merge",
     "resize": "adapterkit.verbs.resize:resize",
     "save": "adapterkit.checkpoint.save:save",
     "verify": "adapterkit.verbs.verify:verify",
@@ -126,7 +134,6 @@ __all__ = [
     "CombineReport",
     "CombineRequest",
     "CompareReport",
-    "ConvertOptions",
     "ConvertReport",
     "ConvertRequest",
     "DoctorReport",
@@ -137,14 +144,16 @@ __all__ = [
     "Handover",
     "ImatrixReport",
     "Inspection",
-    "MergeOptions",
     "MergeReport",
     "MergeRequest",
+    "OpenPlan",
     "PartReport",
     "Plan",
     "RegisterRequest",
     "ResizeReport",
     "ResizeRequest",
+    "RunReport",
+    "RunRequest",
     "VerifyReport",
     "VerifyRequest",
     "__version__",
@@ -173,6 +182,7 @@ __all__ = [
     "push",
     "register",
     "resize",
+    "run",
     "save",
     "verify",
 ]
@@ -184,11 +194,32 @@ def _registered(ref: str) -> Found | None:
     return find(ref)
 
 
+def _formats() -> Iterator[Format]:
+    from adapterkit.rows import brought
+    from adapterkit.verbs import conversions
+
+    return brought("adapterkit.verbs.conversions", conversions.__path__, "FORMAT", conversions.LISTED)
+
+
 add_finder(_registered)  # registry names work wherever a path does
+hand_in("formats", _formats)  # a file that is put among the conversions is a format
+
+
+def _remade(at: Any, record: Any, folder: Path, base: Any) -> Path:
+    from adapterkit.verbs.remake import make
+
+    return make(at, record, folder, base)
+
+
+set_maker(_remade)  # what is kept as its recipe is made again where its bytes are asked for
 
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
+        from adapterkit.deprecation import DEPRECATIONS, deprecated
+
+        if f"adapterkit.{name}" in DEPRECATIONS:
+            return __getattr__(deprecated(f"adapterkit.{name}").rpartition(".")[2])
         raise AttributeError(f"module 'adapterkit' has no attribute '{name}'")
     module, _, attribute = _WHERE[name].partition(":")
     value = getattr(importlib.import_module(module), attribute)

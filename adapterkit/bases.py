@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +14,26 @@ from adapterkit.checkpoint.finders import place_of
 from adapterkit.checkpoint.open import is_object, open_checkpoint
 from adapterkit.dtypes import BY_LABEL
 from adapterkit.errors import TargetError, UsageError, option
+from adapterkit.values import dataclass
 
 Ref = str | Path
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How training quantized the base in memory.
+
+    Attributes:
+        grid: ``nf4``, ``fp4`` or ``int8``; None where it did not.
+        double: nested scales.
+        dtype: in which the base was loaded; ``auto`` for its own.
+        skip: ``llm_int8_skip_modules`` of training.
+    """
+
+    grid: str | None = None
+    double: bool = False
+    dtype: str = "auto"
+    skip: tuple[str, ...] | None = None
 
 
 def open_model(ref: Ref | Checkpoint, *, headers_only: bool = False) -> Checkpoint:
@@ -77,10 +94,7 @@ def open_base(
     base: Ref | Checkpoint,
     *,
     base16: Ref | Checkpoint | None = None,
-    as_trained: str | None = None,
-    double_quant: bool = False,
-    quant_dtype: str = "auto",
-    skip_modules: Sequence[str] | None = None,
+    trained: Trained | None = None,
     headers_only: bool = False,
 ) -> tuple[Checkpoint, str]:
     """The base as a view of floating weights, and in a few words which values it has.
@@ -88,10 +102,7 @@ def open_base(
     Args:
         base: the base of the merge; when it is quantized, its decoded weights are used.
         base16: the original of a quantized base, to be used in its place.
-        as_trained: ``nf4``, ``fp4`` or ``int8``: quantize and decode what bitsandbytes would have quantized in training.
-        double_quant, quant_dtype: of ``as_trained``: nested scales, and the dtype in which the base was loaded (``auto``:
-            its own).
-        skip_modules: ``llm_int8_skip_modules`` of training.
+        trained: quantize and decode what bitsandbytes would have quantized in training.
         headers_only: do not download weights from the Hub.
 
     Raises:
@@ -106,8 +117,8 @@ def open_base(
     if base16 is not None:
         original = open_model(base16, headers_only=headers_only)
         view, values = _original(view, original), f"original ({original.ref})"
-    if as_trained is None:
-        if double_quant or quant_dtype != "auto" or skip_modules is not None:
+    if trained is None or trained.grid is None:
+        if trained not in (None, Trained()):
             raise UsageError(
                 "how training quantized was given, but not to what",
                 f"add {option('as_trained', 'nf4')}, or leave the rest out",
@@ -117,13 +128,14 @@ def open_base(
         raise UsageError(
             f"{opened.ref} is quantized itself", f"leave out {option('as_trained')}: its decoded weights are used"
         )
-    from adapterkit.adapters.as_trained import as_trained as trained
+    from adapterkit.adapters.as_trained import as_trained
     from adapterkit.codecs.grid import Grid
 
-    if quant_dtype != "auto" and quant_dtype not in ("bf16", "f16", "f32"):
-        raise UsageError(f"'{quant_dtype}' is no dtype that training loads a base in", "use bf16, f16 or f32")
-    grid = Grid(as_trained, double_quant, None if quant_dtype == "auto" else BY_LABEL[quant_dtype])
-    return trained(view, grid, skip=skip_modules), f"as trained in {grid}"
+    dtype = trained.dtype
+    if dtype != "auto" and dtype not in ("bf16", "f16", "f32"):
+        raise UsageError(f"'{dtype}' is no dtype that training loads a base in", "use bf16, f16 or f32")
+    grid = Grid(trained.grid, trained.double, None if dtype == "auto" else BY_LABEL[dtype])
+    return as_trained(view, grid, skip=trained.skip), f"as trained in {grid}"
 
 
 def _says_quantized(checkpoint: Checkpoint) -> bool:

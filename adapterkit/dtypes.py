@@ -6,11 +6,11 @@ torch's documentation for the names. Torch itself is imported only when a tensor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import CheckpointError
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,3 +82,4 @@ DTYPES = {row.code: row for row in _ROWS}
 BY_LABEL = {row.label: row for row in _ROWS}
 
 F64, F32, F16, BF16 = (DTYPES[code] for code in ("F64", "F32", "F16", "BF16"))
+FLOATS = (BF16, F16, F32, F64)

@@ -2,8 +2,9 @@
 
 import sys
 
+from adapterkit.deprecation import DEPRECATIONS
 from adapterkit.lint.folders import main
 
 if __name__ == "__main__":
-    print("warning: adapterkit.folders is now adapterkit.lint; call python -m adapterkit.lint", file=sys.stderr)
+    print(f"warning: {DEPRECATIONS['python -m adapterkit.folders'].sentence}", file=sys.stderr)
     sys.exit(main())

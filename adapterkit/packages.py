@@ -79,6 +79,17 @@ EXTRAS = (
         ),
         "the demo, imatrix, verify by the answers of models",
     ),
+    Extra(
+        "eval",
+        (Package("accelerate", "accelerate", "1.0"), Package("lm-eval", "lm_eval", "0.4.9")),
+        "evaluate: tasks of lm-evaluation-harness, run on a merged model or on an adapter",
+    ),
+    Extra(
+        "stores",
+        (Package("boto3", "boto3", "1.35"), Package("obstore", "obstore", "0.8")),
+        "models and outputs in S3 and other object stores",
+    ),
+    Extra("ray", (Package("ray", "ray", "2.40"),), "parts of a plan on the workers of Ray"),
     Extra("iq", (Package("xllamacpp", "xllamacpp", "2025.1"),), "the IQ types of GGUF; GGUF files that answer"),
     Extra("bnb", (Package("bitsandbytes", "bitsandbytes", "0.45"),), "NF4 bases decoded faster"),
     Extra(
@@ -90,6 +101,16 @@ EXTRAS = (
         "llmcompressor",
         (Package("llmcompressor", "llmcompressor", "0.14"),),
         "convert to awq and gptq; its own bounds are narrow, so it may need an environment of its own",
+    ),
+    Extra(
+        "mlflow",
+        (Package("mlflow", "mlflow", "3"),),
+        "versions logged to MLflow, registered there, and imported from it",
+    ),
+    Extra(
+        "wandb",
+        (Package("wandb", "wandb", "0.19"),),
+        "versions logged to W&B as artifacts, and imported from it",
     ),
 )
 

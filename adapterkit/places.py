@@ -12,6 +12,7 @@ from adapterkit.errors import UsageError
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 STORES = ("s3", "gs", "az")
 """Schemes of object stores: Amazon S3 and what speaks like it, Google Cloud Storage, Azure Blob Storage."""
+WRITTEN = ("s3",)
 HUB = "hf"
 _ELSEWHERE_ON_THE_HUB = ("buckets", "datasets", "spaces")
 
@@ -131,9 +132,19 @@ def writable(place: str | Path | Address, what: str) -> Path | Address:
     if address is None:
         assert not isinstance(place, Address)
         return Path(local(place, what))
+    if address.scheme not in WRITTEN:
+        raise UsageError(
+            f"{what} is {address}, and {address.scheme}:// is read, and not written here",
+            "write to s3://, or to a folder and copy that to the store with its own tool",
+        )
     if not address.key:
         raise UsageError(f"{what} is {address}, a whole bucket", f"name a folder in it, as {address}/merged")
     return address
+
+
+def here(place: Path | Address) -> Path:
+    """Where files about an output go: beside it, or in the working folder for one in a store."""
+    return (Path(place.name) if isinstance(place, Address) else place).absolute()
 
 
 def _is_a_folder(text: str) -> bool:

@@ -1,6 +1,7 @@
 """``python -m bench [--save RESULT] KIND NAME [ARGUMENTS]``: one runner for all scripts; without a name it lists them.
 
-With ``--save`` what was measured is stored in ``bench/results/RESULT.json``, from which the pages take their figures.
+With ``--save`` what was measured is stored in ``bench/results/RESULT.json``, from which the pages take their figures, or in a
+file ``RESULT`` that ends in .json. ``$NAME`` in an argument is taken from the environment, and stored as it is written.
 """
 
 from __future__ import annotations
@@ -8,8 +9,8 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import os
 import runpy
-import shlex
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -41,7 +42,7 @@ def main() -> None:
             for name, line in scripts(one).items():
                 print(f"  {name:<16} {line}")
         sys.exit(0 if kind in ("", "-h", "--help") else 2)
-    sys.argv[1:] = rest[1:]
+    sys.argv[1:] = map(os.path.expandvars, rest[1:])
     module = f"bench.{kind}.{rest[0]}"
     if not name:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -57,7 +58,7 @@ def main() -> None:
             code = end.code
     if code:  # what did not hold is no result
         sys.exit(f"not stored: {module} ended with {code}")
-    command = shlex.join(["python", "-m", "bench", kind, *rest])
+    command = " ".join(["python", "-m", "bench", kind, *rest])
     print(f"stored in {results.save(name, f'{kind} {rest[0]}', command, told.getvalue())}")
 
 

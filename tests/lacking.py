@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import stat
@@ -51,7 +52,7 @@ def lacking(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
         elif what == "renameat2":
             monkeypatch.setattr(calls, "_renameat2", lambda *_: False)
         elif what == "libc":
-            monkeypatch.setattr(calls.ctypes, "CDLL", lambda *_, **__: types.SimpleNamespace())
+            monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: types.SimpleNamespace())
         elif what == "copy_file_range":
             monkeypatch.setattr(os, "copy_file_range", _refusing(errno.EBADF))
         elif what == "copy_file_range_gone":

@@ -11,7 +11,7 @@ from models import plain_adapter, plain_base
 
 import adapterkit
 from adapterkit.errors import AdapterkitError, UsageError
-from adapterkit.places import Address, address_of, local, readable
+from adapterkit.places import Address, address_of, local, readable, writable
 
 ADDRESSES = (
     "r2://models/out",
@@ -25,6 +25,8 @@ WHERE_NOTHING_IS_WRITTEN = (
     ("combine", "adapter", "-o"),
     ("resize", "adapter", "--rank", "1", "-o"),
     ("merge", "base", "adapter", "--save-plan"),
+    ("attest",),
+    ("register", "--name", "x"),
 )
 
 
@@ -91,6 +93,12 @@ def test_what_no_store_can_have_is_no_address(given: str) -> None:
         address_of(given)
 
 
+@pytest.mark.parametrize("out", ["gs://models/out", "az://models/m.gguf"])
+def test_a_store_that_is_only_read_is_refused_as_an_output(out: str) -> None:
+    with pytest.raises(UsageError, match=r"(gs|az):// is read, and not written here"):
+        writable(out, "-o")
+
+
 def test_an_address_has_the_parts_of_a_path() -> None:
     address = Address("s3", "b", "k/m-Q8.gguf")
     assert (address.name, address.stem, address.suffix) == ("m-Q8.gguf", "m-Q8", ".gguf")
@@ -110,6 +118,9 @@ def test_a_recipe_and_python_refuse_it_too(tmp_path: Path, monkeypatch: pytest.M
     recipe = tmp_path / "adapterkit.toml"
     recipe.write_text('base = "base"\nadapters.a = "adapter"\noutputs.m = "s3://models/out"\n')
     with pytest.raises(AdapterkitError, match=r"adapterkit.toml:3: .*s3:// is neither read nor written"):
+        adapterkit.build(recipe)
+    recipe.write_text('base = "base"\nadapters.a = "s3://models/a"\noutputs.m = "m"\n')
+    with pytest.raises(AdapterkitError, match=r"adapterkit.toml:2: .*s3:// is neither read nor written"):
         adapterkit.build(recipe)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match="oci://"):

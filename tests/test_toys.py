@@ -197,13 +197,14 @@ def test_a_codec_that_is_written(copy: Copy) -> None:
     copy.add(
         "codecs/toy.py",
         "from dataclasses import replace\n\nfrom adapterkit.codecs.bnb8 import BNB8\n\n"
-        'KIND = replace(BNB8.kinds[0], name="toy8")\n'
+        'KIND = replace(BNB8.kinds[0], name="toy8", what="a toy of eight bits")\n'
         'CODEC = replace(BNB8, name="toy", methods=("toy",), marks=(), find=lambda parts, config: iter(()), kinds=(KIND,))\n',
     )
-    copy.insert("codecs/kinds.py", '    "fp8": ', '    "toy8": "a toy",\n')
     for word in ("toy8", "int8"):
         copy.run("merge", base, adapter, "-o", f"merged-{word}", "--quant", word)
         copy.run("convert", base, "--to", word, "-o", f"converted-{word}")
+    assert "toy8" in copy.run("convert", "--help")
+    assert "toy8" in copy.run("merge", "--help")
     for made in ("merged", "converted"):
         one, other = (read_tensors(copy.folder / f"{made}-{word}") for word in ("toy8", "int8"))
         assert one.keys() == other.keys()
@@ -216,13 +217,11 @@ def test_an_output_format_of_convert(copy: Copy) -> None:
     copy.add(
         "verbs/conversions/toy.py",
         "from functools import partial\n\nfrom adapterkit.dtypes import F16\n"
-        "from adapterkit.verbs.conversions.folder import _plain\n\nplan = partial(_plain, F16)\n",
+        "from adapterkit.requests.formats import Format\n"
+        "from adapterkit.verbs.conversions.folder import _plain\n\nplan = partial(_plain, F16)\n"
+        'FORMAT = Format("toy", "toy:plan", "a toy", frozenset({"max_shard_size"}))\n',
     )
-    copy.insert(
-        "requests/formats.py",
-        '        Format("hf", "hf:plan"',
-        '        Format("toy", "toy:plan", "a toy", _SHARDS),\n',
-    )
+    assert "toy" in copy.run("convert", "--help")
     copy.run("convert", base, "--to", "toy", "-o", "toy")
     copy.run("convert", base, "--to", "f16", "-o", "f16")
     one, other = read_tensors(copy.folder / "toy"), read_tensors(copy.folder / "f16")

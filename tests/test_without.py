@@ -30,11 +30,15 @@ NEEDED: dict[str, set[str]] = {
     "xllamacpp": {"merge to IQ3_S"},
     "bitsandbytes": set(),
     "model_signing": SIGNS,
-    "OpenSSL": SIGNS,
+    "OpenSSL": {"sign"},
     "llmcompressor": {"convert to awq"},
     "tokenizers": ANSWERS,
     "cryptography": SIGNS,
     "accelerate": set(),
+    "lm_eval": {"evaluate"},
+    "boto3": {"inspect of a store"},
+    "obstore": {"inspect of a store"},
+    "ray": {"run on Ray"},
 }
 READS = {
     *("inspect", "inspect of a GGUF", "check", "merge --dry-run", "merge --save-plan", "convert to awq"),
@@ -95,7 +99,7 @@ def wrong(package: str, results: dict[str, Any], refused: set[str]) -> dict[str,
 
 def test_without_each_optional_package(inputs: Path) -> None:
     """What needs the package says so at once; a merge needs none of them."""
-    asked = {package: ["merge", *sorted(needed)] for package, needed in NEEDED.items()}
+    asked = {package: ["merge", "merge --save-plan", *sorted(needed)] for package, needed in NEEDED.items()}
     for package in ("transformers", "tokenizers", "accelerate"):
         asked[package].append("verify")  # with them it takes seconds to build a model
     found = told(inputs, asked, ["torch", "adapterkit.verbs.merge", "adapterkit.verbs.verify"])

@@ -27,7 +27,8 @@ def filled(text: str) -> str:
     """The page with every figure as it is stored."""
 
     def table(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{results.shown(results.read(match[2])['tables'][match[3]])}\n\n{match[5]}"
+        stored = results.read(match[2])
+        return f"{match[1]}\n{results.shown(stored['tables'][match[3]], stored['figures'])}\n\n{match[5]}"
 
     def figure(match: re.Match[str]) -> str:
         value = results.read(match[2])["figures"][match[3]]

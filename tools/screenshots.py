@@ -14,8 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.registry import store, verbs
-from adapterkit.registry.evidence import attach_evidence, attach_verification
+from adapterkit.registry import served, store, verbs
+from adapterkit.registry.evaluation import Score
+from adapterkit.registry.evidence import attach_evaluation, attach_evidence, attach_verification
 from adapterkit.registry.home import Home
 from adapterkit.registry.identity import Identity
 from adapterkit.registry.record import FileEntry, Operation, Parent, Record
@@ -137,15 +138,42 @@ def fill(root: Path) -> Home:
         "support-and-refunds", "combined", "combine", [(support, 0.5), (refunds, 0.5)], qwen, method="svd", rank=32
     )
     filled.made("german-llama", "merged", "merge", [(german, 1)], llama, dtype="bf16")
-    for ref, alias in (
-        ("support-tone@1", "prod"),
-        ("support-tone@2", "prod"),
-        ("support-desk", "prod"),
-        ("support-desk-q5", "prod"),
-        ("support-desk-q4", "canary"),
-        ("legal-summaries", "prod"),
+    for name, value, under in (("support-tone@2", 0.742, 0.691), ("legal-summaries", 0.688, 0.652)):
+        task = name.partition("-")[0]
+        scores = [
+            Score(
+                task,
+                "acc",
+                figure,
+                0.0195,
+                500,
+                subject=of,
+                when="2026-02-12T16:00:00Z",
+                tool="lm-eval",
+                tool_version="0.4.13",
+            )
+            for of, figure in (("self", value), ("base", under), ("shuffled", under - 0.004))
+        ]
+        attach_evaluation(name, [*scores, Score(task, "acc", value - 0.031, 0.04, 120, "lang=de", when="2026-02-12T16:00:00Z")],
+                          home=root)  # fmt: skip
+    for ref, alias, by, why in (
+        ("support-tone@1", "prod", "mira", "first release"),
+        ("support-tone", "prod", "mira", "trained on the tickets of January"),
+        ("support-desk", "prod", "jo", "tone and refunds in one"),
+        ("support-desk-q5", "prod", "jo", "fits the small machines"),
+        ("support-desk-q4", "canary", "jo", ""),
+        ("legal-summaries", "prod", "mira", ""),
     ):
-        verbs.tag(ref, alias, home=root)
+        verbs.tag(ref, alias, by=by, why=why, home=root)
+    for server, ref, share, by in (
+        ("http://gpu1:8000", "support-tone@prod", 1.0, "mira"),
+        ("http://edge-7:8080", "support-desk-q5@prod", 1.0, "jo"),
+        ("http://gpu2:8000", "support-desk@prod", 1.0, "jo"),
+    ):
+        record = verbs.show(ref, home=root).record
+        name, _, alias = ref.partition("@")
+        called = f"{name}@{record.content[:12]}"
+        served.record_serving(server, record, served_as=called, alias=alias, share=share, by=by, home=root)
     return filled.home
 
 
@@ -175,6 +203,7 @@ def main() -> None:
         shoot(light, server.url, out / "ui-overview.png", 1280, 860)
         shoot(light, f"{server.url}v/support-desk/3", out / "ui-version.png", 1280, 1000, full=True)
         shoot(dark, f"{server.url}v/support-desk/3", out / "ui-version-dark.png", 1280, 1000)
+        shoot(light, f"{server.url}compare?a=support-tone@1&b=support-tone@3", out / "ui-compare.png", 1280, 900)
         shoot(dark, server.url, out / "ui-narrow-dark.png", 390, 800)
         opened.close()
         server.shutdown()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.folder import ADAPTER_WEIGHTS
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

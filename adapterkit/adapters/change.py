@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
 from adapterkit.checkpoint.tensor import Renamed
 from adapterkit.dtypes import F32, F64
 from adapterkit.errors import AdapterError
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

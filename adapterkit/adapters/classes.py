@@ -8,10 +8,11 @@ or tokens, and what else happens when embeddings are no longer tied. The table i
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -9,12 +9,13 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 from typing import Any
 
 from adapterkit.adapters.trainer_fields import decides_nothing
 from adapterkit.errors import AdapterError, UnsafeError
+from adapterkit.values import dataclass
 
 PATTERN_TIMEOUT = 2.0  # seconds for all matches of one config; patterns that need longer were made to hang
 MAX_PATTERN = 4096  # characters
@@ -55,6 +56,33 @@ COMMON_FIELDS = frozenset(
 )
 
 
+# How authors write the names of their methods, where it is not in capitals as in the config.
+_LABELS = {
+    "ADALORA": "AdaLoRA",
+    "DELORA": "DeLoRA",
+    "FOURIERFT": "FourierFT",
+    "GLORA": "GLoRA",
+    "GRALORA": "GraLoRA",
+    "HIRA": "HiRA",
+    "LN_TUNING": "LN tuning",
+    "LOHA": "LoHa",
+    "LOKR": "LoKr",
+    "LYCORIS": "LyCORIS",
+    "MISS": "MiSS",
+    "MODEL": "whole model",
+    "RANDLORA": "RandLoRA",
+    "ROAD": "RoAd",
+    "SHIRA": "SHiRA",
+    "TINYLORA": "TinyLoRA",
+    "TRAINABLE_TOKENS": "trainable tokens",
+    "UNILORA": "Uni-LoRA",
+    "VBLORA": "VB-LoRA",
+    "VERA": "VeRA",
+    "WAVEFT": "WaveFT",
+}
+_INITS = {"pissa": "PiSSA", "olora": "OLoRA", "corda": "CorDA", "loftq": "LoftQ", "eva": "EVA", "mica": "MiCA"}
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """The fields of one adapter config.
@@ -72,6 +100,18 @@ class AdapterConfig:
     @property
     def peft_type(self) -> str:
         return str(self.raw.get("peft_type") or "").upper()
+
+    @property
+    def label(self) -> str:
+        """The method as its authors write it: ``DoRA``, ``rsLoRA``, ``VB-LoRA``."""
+        kind = self.peft_type
+        if kind != "LORA":
+            return _LABELS.get(kind, kind)
+        init = str(self.get("init_lora_weights", "")).lower()
+        named = next((name for word, name in _INITS.items() if init.startswith(word)), "LoRA")
+        if self.get("use_dora"):
+            return "DoRA" if named == "LoRA" else f"{named} with DoRA"
+        return "rsLoRA" if self.get("use_rslora") and named == "LoRA" else named
 
     @property
     def base(self) -> str | None:

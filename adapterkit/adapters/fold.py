@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import Checked
@@ -20,17 +20,16 @@ from adapterkit.adapters.ties import Weighted, same_bytes, settle_ties
 from adapterkit.adapters.widened import widened_base
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.tensor import Cast, Tensor
-from adapterkit.dtypes import BF16, F16, F32, F64
+from adapterkit.dtypes import FLOATS
 from adapterkit.errors import AdapterError, TargetError, UsageError, option
 from adapterkit.ops.device import CPU
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.bound_rule import BoundRule
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.dtypes import DType
-
-FLOATS = (BF16, F16, F32, F64)
 
 
 @dataclass(frozen=True)

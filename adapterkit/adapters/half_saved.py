@@ -9,8 +9,9 @@ Only bytes are looked at, so nothing here needs torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter

@@ -7,11 +7,12 @@ where only one class has them. A class is never made up: where nothing tells, th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.classes import class_for, classes_with, head
 from adapterkit.checkpoint.tensor import Renamed
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

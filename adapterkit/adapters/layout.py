@@ -24,11 +24,12 @@ Operations, as they stand in ``names.json`` (``dim`` counts as in the tensor):
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.target import Piece
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

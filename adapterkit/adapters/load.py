@@ -10,7 +10,6 @@ from adapterkit.adapters.adapter import WEIGHTS, Adapter
 from adapterkit.adapters.brought import is_brought
 from adapterkit.adapters.config import AdapterConfig
 from adapterkit.adapters.experts import order_notes
-from adapterkit.adapters.formats import mlx
 from adapterkit.adapters.keys import plain_keys
 from adapterkit.checkpoint.checkpoint import SideFile
 from adapterkit.checkpoint.files import LocalFile, is_gguf
@@ -68,11 +67,14 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
             return _single_file(listing.open(PIPELINE_WEIGHTS), listing.ref, listing.commit)
         raise _no_config(listing)
     config = AdapterConfig(listing.json(ADAPTER_CONFIG), f"{listing.ref.rstrip('/')}/{ADAPTER_CONFIG}")
-    if mlx.is_mlx(listing.names, config.raw):
-        source, stored = _stored(listing, mlx.WEIGHTS)
-        config, tensors = mlx.read_mlx(stored, config.raw, config.where)
-        return Adapter(listing.ref, config, tensors, source, commit=listing.commit, notes=("read as an MLX adapter",))
     if not config.peft_type:
+        from adapterkit.adapters.formats import mlx
+
+        if mlx.is_mlx(listing.names, config.raw):
+            source, stored = _stored(listing, mlx.WEIGHTS)
+            config, tensors = mlx.read_mlx(stored, config.raw, config.where)
+            said = ("read as an MLX adapter",)
+            return Adapter(listing.ref, config, tensors, source, commit=listing.commit, notes=said)
         raise AdapterError(f"{config.where} names no peft_type", "it is not a PEFT adapter config, or a damaged one")
     sources, weights = _weights(listing)
     tensors, notes = plain_keys(weights, sources[0].name)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import Weights
 from adapterkit.checkpoint.tensor import BLOCK, Tensor, rounded
 from adapterkit.dtypes import F32, F64
 from adapterkit.ops.device import CPU
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

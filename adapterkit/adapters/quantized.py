@@ -16,7 +16,7 @@ from adapterkit.checkpoint.tensor import Transposed
 from adapterkit.codecs.codec import Layers
 from adapterkit.codecs.conv1d import is_conv1d
 from adapterkit.codecs.encode import InStep
-from adapterkit.codecs.kinds import NESTED
+from adapterkit.codecs.kinds import nested
 from adapterkit.codecs.table import find_kind, quantization
 from adapterkit.errors import UsageError
 
@@ -47,7 +47,7 @@ def quantized(
     form = find_kind(kind)
     if quantization(checkpoint.config) is not None:
         raise UsageError(f"{checkpoint.ref} is quantized already", "dequantize it first")
-    if double_quant and kind not in NESTED:
+    if double_quant and kind not in nested():
         raise UsageError(f"{kind} has no double quantization", "leave it out, or use nf4")
     skip = None if skip is None else tuple(skip)
     targets = quantized_targets(checkpoint, skip)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.checkpoint.checkpoint import Checkpoint
 
-LIMIT = 8.0
+LIMIT = 6.0
 """Robust deviations from which a module stands out; docs/scan.md has the rates of false alarms."""
 LARGEST = 1 << 22
 """Elements of a change without factors that is still looked into."""

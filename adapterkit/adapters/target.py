@@ -8,10 +8,11 @@ that one rule carries weights, low-rank factors and their inverses alike.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
+
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -7,13 +7,14 @@ changes the shared tensor instead (its issues 2018 and 2777), which is wrong for
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from adapterkit.adapters.classes import FLAG, flag_keys, untying
 from adapterkit.adapters.names import TEXT_CONFIGS
 from adapterkit.adapters.target import Piece
 from adapterkit.checkpoint.tensor import Renamed
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source

@@ -162,3 +162,15 @@ class BytesFile(Source):
 
     def read(self, offset: int, length: int) -> bytes:
         return self.data[offset : offset + length]
+
+
+def fingerprint(source: Source) -> str:
+    """Size and hash of the header: enough to see that a plan belongs to these files, without reading them."""
+    import hashlib
+
+    first = source.read(0, 8)
+    version = f":{source.version}" if source.version else ""
+    if first[:4] == GGUF_MAGIC:
+        return f"{source.size}:{hashlib.sha256(source.read(0, 1 << 20)).hexdigest()}{version}"
+    length = min(int.from_bytes(first, "little"), source.size)
+    return f"{source.size}:{hashlib.sha256(source.read(8, length)).hexdigest()}{version}"

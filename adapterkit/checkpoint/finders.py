@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit.values import dataclass
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,21 @@ def add_finder(finder: Finder) -> None:
         _FINDERS.append(finder)
 
 
+Maker = Callable[[Any, Any, "Path", Any], "Path"]
+"""``make(home, record, folder, base)`` carries out a record's operation inside a folder and gives what it made."""
+_MAKER: list[Maker] = []
+
+
+def set_maker(made: Maker) -> None:
+    """Hands in who makes a version again that is kept as its recipe."""
+    _MAKER[:] = [made]
+
+
+def maker() -> Maker | None:
+    """Who was handed in."""
+    return _MAKER[-1] if _MAKER else None
+
+
 @dataclass(frozen=True)
 class Place:
     """A path, or a Hub id as text, and what to call it; ``file`` when a registry name means a single file."""
@@ -49,6 +68,8 @@ def place_of(ref: str | Path) -> Place:
     Raises:
         NotFound: a registered name without that version or alias.
     """
+    from pathlib import Path
+
     text = str(ref)
     if isinstance(ref, Path) or "/" in text or Path(text).expanduser().exists():
         return Place(ref, text)

@@ -125,7 +125,8 @@ def read_index(listing: Listing, name: str) -> dict[str, str]:
     if not isinstance(found, dict) or not found:
         raise CheckpointError(f"{where} has no weight_map", "download or save it again")
     # Some writers put the folder itself in front, as in ./model-00001-of-00002.safetensors.
-    weight_map = {check_name(tensor, where): check_plain(_beside(file), where) for tensor, file in found.items()}
+    known: dict[str, str] = {}  # a large model names each of its files a thousand times
+    weight_map = {check_name(tensor, where): _plain(file, where, known) for tensor, file in found.items()}
     for file in dict.fromkeys(weight_map.values()):
         if not file.endswith(".safetensors"):
             raise UnsafeError(f"{where} points to {file!r}, not a safetensors file", "convert it to safetensors first")
@@ -157,6 +158,13 @@ def read_shards(listing: Listing, index: str) -> tuple[tuple[Source, ...], dict[
         _add(source, file, parse_header(source.read, source.size, source.name), weight_map, tensors, shards)
     _check_complete(listing.ref, weight_map, shards)
     return tuple(sources), tensors
+
+
+def _plain(file: Any, where: str, known: dict[str, str]) -> str:
+    if not isinstance(file, str) or file not in known:
+        checked = check_plain(_beside(file), where)
+        known[file] = checked
+    return known[file]
 
 
 def _beside(file: Any) -> Any:

@@ -8,7 +8,7 @@ through, duplicate keys (the last would win) and names that would be dangerous t
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 from math import prod
 from operator import attrgetter
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapterkit.dtypes import DTYPES, DType
 from adapterkit.errors import CheckpointError, UnsafeError
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -28,6 +28,11 @@ class Listing(ABC):
     @abstractmethod
     def names(self) -> frozenset[str]: ...
 
+    @property
+    def every(self) -> frozenset[str]:
+        """All names, also those that ``names`` leaves out since they are hidden or lie deep."""
+        return self.names
+
     @abstractmethod
     def open(self, name: str) -> Source:
         """The bytes of ``name``.

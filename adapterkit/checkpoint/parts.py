@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING
 from adapterkit.checkpoint.cut import PlanPart, whole_files
 from adapterkit.checkpoint.journal import Journal
 from adapterkit.checkpoint.plan import default_jobs
-from adapterkit.checkpoint.publish import check_target, partial_folder, staging
+from adapterkit.checkpoint.publish import check_target, input_paths, partial_folder, staging
 from adapterkit.checkpoint.sink import Sink
-from adapterkit.checkpoint.write import finish, identity, input_paths
+from adapterkit.checkpoint.write import Writing, finish, identity
 from adapterkit.disk import open_inside, read_inside, write_all, write_inside
 from adapterkit.errors import CheckpointError, OutputError, UsageError, option
 
@@ -197,7 +197,7 @@ def finish_parts(
         if missing:
             raise OutputError(f"{out}: parts {', '.join(missing[:8])} are not done", "execute them, then finish again")
         _check_inputs(_notes(plan, folder))
-        finish(plan, folder, out, side_files, force=force, record=record)
+        finish(Writing(plan, {}, (), out, side_files, record), folder, force=force)
 
 
 def _check_inputs(notes: Iterable[Note]) -> None:

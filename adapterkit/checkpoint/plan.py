@@ -6,13 +6,12 @@ too, and gives the same bytes. Nothing but headers is needed to make one.
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from adapterkit.checkpoint.folder import INDEX, PIPELINE, SINGLE
 from adapterkit.checkpoint.header import build_header
@@ -21,6 +20,10 @@ from adapterkit.checkpoint.plan_file import PlanStep, Steps, Tables, columns_of,
 from adapterkit.checkpoint.tensor import Stored
 from adapterkit.dtypes import DTYPES
 from adapterkit.errors import CheckpointError, UsageError, option
+from adapterkit.places import Address
+from adapterkit.values import dataclass
+
+Place = TypeVar("Place", "Path", "Address")
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -70,6 +73,8 @@ class Chunk:
 
     @property
     def content(self) -> bytes:
+        import base64
+
         return base64.b64decode(self.data)
 
 
@@ -146,7 +151,7 @@ class Plan:
         """What the index of the files is called."""
         return PIPELINE + INDEX if all(file.name.startswith(PIPELINE) for file in self.files) else INDEX
 
-    def targets(self, out: Path) -> dict[str, Path]:
+    def targets(self, out: Place) -> dict[str, Place]:
         """Where the files of a plan for ``out`` end up; several of ``layout`` file are numbered before the suffix."""
         names = [file.name for file in self.files]
         if self.layout == "folder":
@@ -157,6 +162,14 @@ class Plan:
         return {
             name: out.with_name(f"{out.stem}-{i:05d}-of-{count:05d}{out.suffix}") for i, name in enumerate(names, 1)
         }
+
+    def names(self, out: Path | Address | None) -> tuple[str, ...]:
+        """What the files are called where they end up."""
+        if out is None:
+            return tuple(file.name for file in self.files)
+        if isinstance(out, Address):
+            return tuple(place.name for place in self.targets(out).values())
+        return tuple(path.name for path in self.targets(out).values())
 
     @cached_property
     def digest(self) -> str:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.disk import partial_folder, publish, publish_files, recover, staging, write_file, writing
+from adapterkit.checkpoint.folder import RECORD
+from adapterkit.disk import calls, partial_folder, publish, publish_files, recover, staging, write_file, writing
 from adapterkit.errors import OutputError, UsageError, option
 from adapterkit.places import local
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
+
+    from adapterkit.checkpoint.files import Source
+    from adapterkit.checkpoint.plan import Plan
 
 __all__ = [
     "check_free",
+    "check_output",
     "check_target",
+    "input_paths",
     "named_beside",
     "partial_folder",
     "publish",
@@ -49,7 +54,7 @@ def check_target(out: Path, inputs: Iterable[Path], nbytes: int, *, force: bool,
     parent = next(folder for folder in real.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{parent} cannot be written to", "choose another place or change its permissions")
-    free = shutil.disk_usage(parent).free + sum(map(_held, held))
+    free = calls.free(parent) + sum(map(_held, held))
     if nbytes > free:
         raise OutputError(
             f"{out} needs {nbytes / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free",
@@ -94,3 +99,44 @@ def _held(path: Path) -> int:
         return int(getattr(path.stat(), "st_blocks", 0)) * 512
     except OSError:
         return 0
+
+
+def check_output(
+    plan: Plan,
+    sources: Sequence[Source],
+    out: Path,
+    *,
+    force: bool,
+    inputs: Sequence[Path] = (),
+    room: bool = True,
+    record: bool = False,
+) -> None:
+    """Refuse a target that exists, is read-only, lies in an input or has no room, before the first byte.
+
+    Args:
+        inputs: folders that are read beside ``sources``.
+        room: whether the disk must have room for it.
+        record: whether ``adapterkit.json`` is written too, which lies beside an output that is a file.
+    """
+    paths = [*input_paths(plan, sources), *inputs]
+    held = [partial_folder(out) / file.name for file in plan.files]
+    nbytes = plan.nbytes if room else 0
+    if plan.layout == "folder":
+        check_target(out, paths, nbytes, force=force, held=held)
+        return
+    for target in plan.targets(out).values():
+        if target.is_dir():
+            raise OutputError(f"{target} is a folder", "name a file")
+        check_target(target, paths, nbytes, force=force, held=held)
+    if record:
+        check_free(named_beside(out, RECORD), force=force)
+
+
+def input_paths(plan: Plan, sources: Sequence[Source]) -> list[Path]:
+    """What an output may not lie in or over: the folders of the inputs; files, where files stand for themselves."""
+    found = []
+    for source in sources:
+        if source.path is not None:
+            alone = source.loose or plan.layout == "file" or source.path.suffix == ".gguf"
+            found.append(source.path if alone else source.path.parent)
+    return found

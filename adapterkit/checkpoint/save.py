@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.plan import default_jobs, parse_size, plan_safetensors
-from adapterkit.checkpoint.write import write_safetensors
+from adapterkit.checkpoint.write import Writing, write_together
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,5 +40,6 @@ def save(
     limit = None if max_shard_size is None else parse_size(max_shard_size)
     plan = plan_safetensors(view, max_shard_size=limit, jobs=jobs or default_jobs())
     files = {file.name: file.bytes() for file in view.side_files}
-    write_safetensors(plan, view, view.sources, Path(out), side_files=files, jobs=jobs, force=force, progress=progress)
+    one = Writing(plan, view, view.sources, Path(out), files)
+    write_together([one], jobs=jobs, force=[force], progress=progress)
     return plan

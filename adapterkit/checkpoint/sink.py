@@ -375,9 +375,20 @@ def expect(
     Args:
         inside: by source, the ranges that do not come here since a store copies them itself.
     """
+    for source, ranges in wanted_ranges(plan, files, sources, inside):
+        source.expect(ranges)
+
+
+def wanted_ranges(
+    plan: Plan,
+    files: Sequence[PlannedFile],
+    sources: Iterable[Source],
+    inside: Mapping[str, Sequence[tuple[int, int]]] | None = None,
+) -> list[tuple[Source, list[tuple[int, int]]]]:
+    """What `expect` tells each remote input."""
     remote = [source for source in sources if source.path is None]
     if not remote:
-        return
+        return []
     here = {file.name for file in files}
     apart: dict[str, list[tuple[int, int]]] = {name: list(ranges) for name, ranges in (inside or {}).items()}
     for file in plan.files:
@@ -388,8 +399,7 @@ def expect(
                 if step.source is not None:
                     copied = (step.source_offset, step.source_offset + step.nbytes)
                     apart.setdefault(step.source, []).append(copied)
-    for source in remote:
-        source.expect(_rest(source, sorted(apart.get(source.name, []))))
+    return [(source, _rest(source, sorted(apart.get(source.name, [])))) for source in remote]
 
 
 def _copied_elsewhere(parts: Sequence[PlanPart]) -> dict[str, list[tuple[int, int]]]:

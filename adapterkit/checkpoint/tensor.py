@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING
 
 from adapterkit.dtypes import F16
 from adapterkit.errors import CheckpointError
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""`write_safetensors`: a view and its plan become a folder (or, for plans of other files, those files)."""
+"""`write_together`: views and their plans become folders (or, for plans of other files, those files)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,11 @@ from typing import TYPE_CHECKING, Any
 from adapterkit import disk
 from adapterkit.checkpoint.cut import whole_files
 from adapterkit.checkpoint.files import check_unchanged
-from adapterkit.checkpoint.folder import RECORD
 from adapterkit.checkpoint.journal import Journal
 from adapterkit.checkpoint.memory import check_memory
 from adapterkit.checkpoint.plan import default_jobs
-from adapterkit.checkpoint.publish import (
-    check_free,
-    check_target,
-    named_beside,
-    partial_folder,
-    publish,
-    publish_files,
-    staging,
-    write_beside,
-)
+from adapterkit.checkpoint.publish import check_output, publish, publish_files, staging, write_beside
 from adapterkit.checkpoint.sink import Sink, run_together
-from adapterkit.errors import OutputError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,42 +25,6 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.tensor import Tensor
-
-
-def write_safetensors(
-    plan: Plan,
-    tensors: Mapping[str, Tensor],
-    sources: Sequence[Source],
-    out: Path,
-    *,
-    side_files: Mapping[str, bytes],
-    record: Callable[[Path], Mapping[str, bytes]] | None = None,
-    jobs: int | None = None,
-    force: bool = False,
-    resume: bool = False,
-    progress: Callable[[int, int], None] | None = None,
-) -> int:
-    """Execute a plan into a folder, or the files it is of, which appear whole or not at all.
-
-    Args:
-        plan: what to write; ``tensors`` and ``sources`` are the handles and files it was made from.
-        out: the folder to make, or the file; several files get ``-00001-of-00003`` and so on before its suffix.
-        side_files: small files to write beside the weights, by relative name.
-        record: more small files, asked for when everything else lies in the hidden folder, which it is given; beside
-            an output that is a file they get its name and a dot before theirs.
-        jobs: worker threads.
-        force: replace an existing folder.
-        resume: re-use what an interrupted run left and its content proves, and leave the same behind if interrupted.
-        progress: called now and then with bytes done and bytes in all.
-
-    Returns:
-        How many computed tensors were re-used.
-
-    Raises:
-        OutputError, UsageError, AdapterkitError
-    """
-    one = Writing(plan, tensors, sources, out, side_files, record)
-    return write_together([one], jobs=jobs, force=[force], resume=resume, progress=progress)[0].reused
 
 
 Stage = Callable[["Room"], "Writing"]
@@ -97,9 +50,14 @@ class Room:
 
 @dataclass(frozen=True)
 class Writing:
-    """One output of several that are written together; see `write_safetensors` for the fields.
+    """One output: a folder, or the files that its plan is of, which appears whole or not at all.
 
     Attributes:
+        plan: what to write; ``tensors`` and ``sources`` are the handles and files it was made from.
+        out: the folder to make, or the file; several files get ``-00001-of-00003`` and so on before its suffix.
+        side_files: small files to write beside the weights, by relative name.
+        record: more small files, asked for when everything else lies in the hidden folder, which it is given; beside
+            an output that is a file they get its name and a dot before theirs.
         stage: run first; what it gives is written in the place of this one.
         made: names of files and folders that a stage left in the hidden folder for the output.
         facts: what a stage found out, for the report.
@@ -110,7 +68,7 @@ class Writing:
     tensors: Mapping[str, Tensor]
     sources: Sequence[Source]
     out: Path
-    side_files: Mapping[str, bytes]
+    side_files: Mapping[str, bytes] = field(default_factory=dict)
     record: Callable[[Path], Mapping[str, bytes]] | None = None
     stage: Stage | None = None
     made: frozenset[str] = frozenset()
@@ -136,10 +94,14 @@ def write_together(
     progress: Callable[[int, int], None] | None = None,
     checked: bool = False,
 ) -> list[Done]:
-    """Execute several plans abreast, so that inputs they share come from the disk once; each output appears whole or not
-    at all, all of them after the last byte is written.
+    """Execute plans abreast, so that inputs they share come from the disk once; each output appears whole or not at all,
+    all of them after the last byte is written.
 
     Args:
+        jobs: worker threads.
+        force: for each, whether it may replace what is there.
+        resume: re-use what an interrupted run left and its content proves, and leave the same behind if interrupted.
+        progress: called now and then with bytes done and bytes in all.
         checked: `check_output` was asked already.
 
     Raises:
@@ -171,7 +133,7 @@ def write_together(
         for one in writings:
             check_unchanged(one.sources)
         for (_, folder), one, again in zip(runs, staged, force, strict=True):
-            finish(one.plan, folder, one.out, one.side_files, force=again, record=_checked(one), made=one.made)
+            finish(replace(one, record=_checked(one)), folder, force=again)
     return [Done(one.plan, sink.reused, one.facts) for (sink, _), one in zip(runs, staged, strict=True)]
 
 
@@ -189,59 +151,10 @@ def _checked(one: Writing) -> Callable[[Path], Mapping[str, bytes]] | None:
     return made
 
 
-def check_output(
-    plan: Plan,
-    sources: Sequence[Source],
-    out: Path,
-    *,
-    force: bool,
-    inputs: Sequence[Path] = (),
-    room: bool = True,
-    record: bool = False,
-) -> None:
-    """Refuse a target that exists, is read-only, lies in an input or has no room, before the first byte.
-
-    Args:
-        inputs: folders that are read beside ``sources``.
-        room: whether the disk must have room for it.
-        record: whether ``adapterkit.json`` is written too, which lies beside an output that is a file.
-    """
-    paths = [*input_paths(plan, sources), *inputs]
-    held = [partial_folder(out) / file.name for file in plan.files]
-    nbytes = plan.nbytes if room else 0
-    if plan.layout == "folder":
-        check_target(out, paths, nbytes, force=force, held=held)
-        return
-    for target in plan.targets(out).values():
-        if target.is_dir():
-            raise OutputError(f"{target} is a folder", "name a file")
-        check_target(target, paths, nbytes, force=force, held=held)
-    if record:
-        check_free(named_beside(out, RECORD), force=force)
-
-
-def input_paths(plan: Plan, sources: Sequence[Source]) -> list[Path]:
-    """What an output may not lie in or over: the folders of the inputs; files, where files stand for themselves."""
-    found = []
-    for source in sources:
-        if source.path is not None:
-            alone = source.loose or plan.layout == "file" or source.path.suffix == ".gguf"
-            found.append(source.path if alone else source.path.parent)
-    return found
-
-
-def finish(
-    plan: Plan,
-    folder: Path,
-    out: Path,
-    side_files: Mapping[str, bytes],
-    *,
-    force: bool,
-    record: Callable[[Path], Mapping[str, bytes]] | None = None,
-    made: frozenset[str] = frozenset(),
-) -> None:
+def finish(one: Writing, folder: Path, *, force: bool) -> None:
     """Make the hidden folder the target, with the index and the side files; or its files the targets themselves."""
-    extra = dict(side_files)
+    plan, out, record = one.plan, one.out, one.record
+    extra = dict(one.side_files)
     if len(plan.files) > 1:
         extra.setdefault(plan.index_name, index_json(plan))
     try:
@@ -256,7 +169,7 @@ def finish(
         for name, data in (record(folder) if record is not None else {}).items():
             disk.write_inside(folder, name, data)
             extra[name] = data
-        keep = {file.name for file in plan.files} | made | {name.partition("/")[0] for name in extra}
+        keep = {file.name for file in plan.files} | one.made | {name.partition("/")[0] for name in extra}
         publish(folder, out, keep=keep, force=force)
     except OSError as error:
         raise disk.refused(error, str(out), out.parent) from error

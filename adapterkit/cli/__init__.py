@@ -6,13 +6,12 @@ import gc
 import importlib
 import signal
 import sys
-from difflib import get_close_matches
 from typing import Any
 
 import click
 
 from adapterkit._version import __version__
-from adapterkit.cli.output import fail, form_of, interrupted
+from adapterkit.cli.output import fail, form_of, interrupted, others_speak_through_us
 from adapterkit.errors import AdapterkitError, no_memory, out_of_memory, spelled
 from adapterkit.packages import lacking
 
@@ -27,6 +26,7 @@ VERBS = {
     "convert": ("adapterkit.cli.convert", "Write a model or an adapter in another format."),
     "imatrix": ("adapterkit.cli.imatrix", "Measure which columns of the weights matter, for quantizing a model."),
     "verify": ("adapterkit.cli.verify", "Prove that a merged model is the trained one."),
+    "run": ("adapterkit.cli.run", "Execute a saved plan by workers: here, by Ray, Slurm or Kubernetes."),
     "execute": ("adapterkit.cli.execute", "Execute a saved plan, or one part of it."),
     "register": ("adapterkit.cli.register", "Add a folder or file to the registry, as a new version of a name."),
     "list": ("adapterkit.cli.records:list_", "List what is registered."),
@@ -43,6 +43,7 @@ VERBS = {
     "remove": ("adapterkit.cli.aliases:remove", "Take a version out of sight, or bring it back."),
     "fsck": ("adapterkit.cli.upkeep:fsck", "Read the whole registry and say what is damaged."),
     "gc": ("adapterkit.cli.upkeep:gc", "Free blobs that no visible version names."),
+    "remake": ("adapterkit.cli.remake", "Make the bytes of a version again that is kept as its recipe."),
     "export": ("adapterkit.cli.bundles:export", "Write versions with all they were made from into one file."),
     "import": ("adapterkit.cli.bundles:import_", "Add what a bundle holds to the registry."),
     "push": ("adapterkit.cli.hub:push", "Publish a version to the Hugging Face Hub, or to an OCI registry."),
@@ -75,6 +76,7 @@ DOWNLOADS = (
         "convert",
         "imatrix",
         "verify",
+        "run",
         "execute",
         "register",
     ),
@@ -137,8 +139,14 @@ class Verbs(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the verb; of a word that is none, say which one is most like it."""
+        """Find the verb; of a path, say what it is; of a word that is neither, say which verb is most like it."""
         if args and not args[0].startswith("-") and args[0] not in VERBS:
+            if _is_place(args[0]):
+                from adapterkit.cli.look import command
+
+                return command.name, command, args
+            from difflib import get_close_matches
+
             close = get_close_matches(args[0], VERBS, n=1)
             ctx.fail(f"No such command '{args[0]}'." + (f" Did you mean '{close[0]}'?" if close else ""))
         return super().resolve_command(ctx, args)
@@ -146,6 +154,13 @@ class Verbs(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in VERBS.items()])
+
+
+def _is_place(word: str) -> bool:
+    """Whether a word is a path or a Hub id, and not a verb that is spelled wrongly."""
+    import os
+
+    return "/" in word or word in (".", "..") or word.startswith("~") or os.path.exists(word)
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -157,6 +172,8 @@ def app(debug: bool) -> None:
     \b
     A first merge:
       adapterkit merge BASE ADAPTER -o merged
+    What is this, and what comes next:
+      adapterkit PATH
     BASE and ADAPTER are folders, registry names (name[@version|@alias]) or Hub ids (org/name[@revision]).
 
     \b
@@ -174,6 +191,7 @@ def main(arguments: list[str] | None = None) -> Any:
     # key ignored; being told to stop never is.)
     asked = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGTERM, asked if callable(asked) else signal.default_int_handler)
+    others_speak_through_us()
     with spelled(_as_flag):
         _run(given)
 

@@ -22,6 +22,9 @@ def command(request: CombineRequest, as_json: bool) -> None:
     The sum is the true sum of the deltas, all scalings folded in. Methods that give deltas of full rank need --rank or
     --energy, or a --space.
 
+    With --method arrow the adapters stay apart: a folder that PEFT's create_arrow_model loads, with the prototypes by which it
+    chooses between them for each token.
+
     \b
     Example:
       adapterkit combine ./math ./code -o both --method svd --rank 32 --weight 0.6 --weight 0.4
@@ -37,10 +40,14 @@ def command(request: CombineRequest, as_json: bool) -> None:
     for text in report.notes:
         note(f"note: {text}")
     for used in report.adapters:
-        say(f"{used.ref} ({used.method}){'' if used.weight == 1 else f' x {used.weight:g}'}")
+        say(f"{used.ref} ({used.label or used.method}){'' if used.weight == 1 else f' x {used.weight:g}'}")
     how = f"{report.method}{f' in {report.space}' if report.space else ''}"
     if told(report, request):
         say(f"  by {how}, rank {report.rank} at most")
+        return
+    if not report.modules:  # the adapters stay apart
+        say(f"  {how}, rank {report.rank}")
+        say(f"{report.out}: {size(report.nbytes)}, {report.seconds:.1f} s")
         return
     say(f"  by {how}: {len(report.modules)} layers, rank {report.rank}{' and others' if report.own_ranks else ''}")
     say(f"  {kept(report.modules)}")

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from adapterkit.cli.output import Progress, say, show_json, size
 
+if TYPE_CHECKING:
+    from adapterkit.verbs.execute import OpenPlan
+
 
 @click.command(name="execute", short_help="Execute a saved plan, or one part of it.")
 @click.argument("plan", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The folder to make.")
+@click.option("-o", "--out", required=True, type=click.Path(), help="The folder to make, here or in a store.")
 @click.option("--part", type=click.IntRange(0), help="Only this part; the folder appears when all parts are finished.")
 @click.option("--part-size", metavar="SIZE", help="Work of a part, like 1GB; by default a part is a file.")
 @click.option("--finish", is_flag=True, help="All parts are done: make the folder.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
+@click.option("--served", is_flag=True, hidden=True, help="Execute the parts whose numbers stand on standard input.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     plan: Path,
-    out: Path,
+    out: str,
     part: int | None,
     part_size: str | None,
     finish: bool,
     jobs: int | None,
     force: bool,
+    served: bool,
     as_json: bool,
 ) -> None:
     """Execute a PLAN that --save-plan of a verb wrote.
@@ -45,6 +53,9 @@ def command(
         raise click.UsageError("--part and --finish exclude each other: parts come first.")
     loaded = Plan.from_json(plan.read_bytes())
     opened = OpenPlan(loaded, out, None if part_size is None else parse_size(part_size))
+    if served:
+        _serve(opened, jobs)
+        return
     if not has_parts(loaded) and part is None:
         report = execute(loaded, out, jobs=jobs, force=force)
     else:
@@ -59,3 +70,12 @@ def command(
         say(f"part {part} of {len(opened.parts)} is done")
     else:
         say(f"{out}: {size(report.nbytes)} in {len(loaded.files)} files")
+
+
+def _serve(opened: OpenPlan, jobs: int | None) -> None:
+    """Be a worker of `run`: messages have standard output for themselves, and what else is printed goes to standard error."""
+    from adapterkit.verbs.served import serve
+
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    serve(opened, sys.stdin.buffer, answers, jobs=jobs)

@@ -46,7 +46,7 @@ def show(report: MergeReport, request: MergeRequest) -> None:
         note(f"note: {text}")
     for used in report.adapters:
         weight = "" if used.weight == 1 else f" x {used.weight:g}"
-        say(f"{used.ref} ({used.method}){weight}")
+        say(f"{used.ref} ({used.label or used.method}){weight}")
     if report.method != "linear":
         say(f"  by {report.method}")
     values = "" if report.base_values == "as stored" else f" ({report.base_values})"

@@ -18,6 +18,8 @@ else:
     _ParamType = click.ParamType
 
 LINEAR = "linear"
+ROUTED = "arrow"
+"""What `combine` does without a rule: the adapters stay apart (`adapterkit.verbs.arrow`)."""
 _PLAIN = f"{__name__}.plain"  # of a context: this command line has no option of a method
 
 
@@ -93,9 +95,11 @@ class MethodName(_ParamType):
         return click.Choice([row.name for row in _table().values() if row.nested or not self._nested])
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
-        return self._choice().get_metavar(param, ctx)
+        return "METHOD"  # there are thirty: the help names them, and --methods explains them
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == ROUTED and ctx is not None and ctx.info_name == "combine":
+            return value
         return value if value == LINEAR and not self._nested else self._choice().convert(value, param, ctx)
 
 
@@ -112,6 +116,11 @@ def show_methods(context: click.Context, _: click.Parameter, wanted: bool) -> No
             click.echo(f"{'':<{width}}    {parameter.option}{default}: {parameter.help}{limits}")
         if row.url:
             click.echo(f"{'':<{width}}    {row.url}")
+    if context.info_name == "combine":
+        click.echo(
+            f"{ROUTED:<{width}}  Keep the adapters apart, with the prototypes by which a router chooses for each token."
+        )
+        click.echo(f"{'':<{width}}    arXiv:2405.11157")
     context.exit(0)
 
 

@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from dataclasses import Field
 
 Callback = Callable[..., Any]
+FIRST = "Needed first"
 # The order of the headings in --help; what has none comes first.
 GROUPS = (
-    *("", "Output", "Combining", "Adapters", "Base", "GGUF types", "Thresholds", "Evidence", "Record"),
-    *("Beside the output", "Run"),
+    *(FIRST, "", "Output", "Combining", "Adapters", "Base", "GGUF types", "Thresholds", "Evidence", "Record"),
+    *("Beside the output", "Workers", "Run"),
 )
 _TYPED = {"method": NAMES, "space": SPACES}
 
@@ -53,6 +54,19 @@ class RequestCommand(MethodCommand):
         self._request = request
         self._own = frozenset(parameter.name for parameter in own)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse; where only an adapter was given, say that the base comes before it."""
+        alone = next((word for word in args if not word.startswith("-")), "")
+        try:
+            return super().parse_args(ctx, args)
+        except click.MissingParameter as error:
+            if error.param is not None and error.param.name == "adapters" and _is_adapter(alone):
+                message = (
+                    f"{alone} is an adapter; its base comes first: adapterkit {ctx.info_name} {_base_of(alone)} {alone}"
+                )
+                raise click.UsageError(message, ctx) from None
+            raise
+
     def invoke(self, ctx: click.Context) -> Any:
         """Make the request of what was given, and call the callback with it."""
         given = dict(ctx.params)
@@ -64,6 +78,7 @@ class RequestCommand(MethodCommand):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         options = self._request.options()
         rows: dict[str, list[tuple[str, str]]] = {}
+        leading: dict[str, tuple[str, str]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx) if isinstance(parameter, click.Option) else None
             if record is not None:
@@ -72,7 +87,12 @@ class RequestCommand(MethodCommand):
                 if known is not None and callable(known.choices):
                     record = (record[0], f"{record[1]} One of {', '.join(known.values())}.")
                 group = known.group if known is not None else self._group_of(parameter)
+                if first in self._request.FIRST:
+                    leading[first] = record
+                    continue
                 rows.setdefault(group, []).append(record)
+        if leading:
+            rows[FIRST] = [leading[name] for name in self._request.FIRST if name in leading]
         for group in sorted(rows, key=lambda name: GROUPS.index(name) if name in GROUPS else len(GROUPS)):
             with formatter.section(group or "Options"):
                 formatter.write_dl(rows[group])
@@ -101,6 +121,23 @@ def command(
         )
 
     return decorate
+
+
+def _is_adapter(word: str) -> bool:
+    return bool(word) and (Path(word).expanduser() / "adapter_config.json").is_file()
+
+
+def _base_of(word: str) -> str:
+    """The base that an adapter names, as a word of a command line."""
+    import shlex
+
+    from adapterkit.adapters.load import load_adapter
+    from adapterkit.errors import AdapterkitError
+
+    try:
+        return shlex.quote(load_adapter(word, headers_only=True).config.base or "BASE")
+    except AdapterkitError:
+        return "BASE"
 
 
 def _named(ctx: click.Context, name: str) -> bool:
@@ -165,15 +202,17 @@ def _option(name: str, option: Option, one: Field[Any], flag: str) -> click.Opti
         off = f"--no-{flag.removeprefix('--')}"
         return click.Option([f"{flag}/{off}", name], default=None, help=option.help)
     shown = isinstance(default, (str, int, float)) and default not in ("", 1.0) and not option.many
+    # A default that is None is one too: an option that has to be given must have none at all.
+    more: dict[str, Any] = {} if _required(one) else {"default": None if option.many or not shown else default}
     return click.Option(
         [*spelled, flag, name],
         type=_type(name, option),
         multiple=option.many or isinstance(default, tuple),
         required=_required(one),
-        default=None if option.many or not shown else default,
         show_default=shown,
         metavar=option.metavar or None,
         help=option.help,
+        **more,
         shell_complete=_completed(option) if callable(option.choices) else None,
     )
 
@@ -191,7 +230,7 @@ def _type(name: str, option: Option) -> Any:
     if option.kind == NUMBER:
         return click.FLOAT
     if option.kind == PATH:
-        return click.Path(path_type=Path)
+        return click.Path() if option.store else click.Path(path_type=Path)  # an address keeps its slashes
     if option.kind == REF:
         return REFERENCE
     if option.choices and not callable(option.choices) and not option.metavar:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from typing import Any
@@ -13,6 +15,8 @@ import click
 
 from adapterkit.redaction import redact
 
+_SHOWWARNING = warnings.showwarning
+_WARNED: set[str] = set()
 LONGEST = 2000  # characters of a line that holds foreign text
 
 
@@ -47,6 +51,27 @@ def note(text: str) -> None:
     """A line beside the result."""
     Progress.clear()
     click.echo(clean(cut(text)), err=True)
+
+
+def others_speak_through_us() -> None:
+    """Bars of other libraries are not drawn, and what they warn of is a note like ours: one line, cleaned, each once.
+
+    Libraries read these variables when they are imported, which no verb has done yet. Whoever sets them differently, or asks
+    Python for warnings (``-W``, ``PYTHONWARNINGS``), is left with that.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if not sys.warnoptions and warnings.showwarning is _SHOWWARNING:
+        warnings.showwarning = _warned
+
+
+def _warned(message: Warning | str, *_: object, **__: object) -> None:
+    text = " ".join(str(message).split())
+    if text not in _WARNED:
+        _WARNED.add(text)
+        note(f"warning: {text}")
 
 
 def cut(text: str, most: int = LONGEST) -> str:

@@ -80,9 +80,19 @@ def _identity(ref: str) -> Identity:
     return identify_base(ref)
 
 
+def _nothing() -> str:
+    """What there is to do where no row is shown: the registry is empty, or the filters leave nothing."""
+    from adapterkit.registry.home import open_home
+
+    home = open_home()
+    if next(home.names(), None) is None:
+        return f"the registry {home.root} is empty; add an adapter: adapterkit register ./my-adapter --base BASE"
+    return "nothing that is registered fits these filters; adapterkit list shows everything"
+
+
 def _table(rows: Any, bases: Mapping[str, str]) -> None:
     if not rows:
-        note("nothing is registered that fits")
+        note(_nothing())
         return
     cells = [("VERSION", "KIND", "METHOD", "BASE", "SIZE", "ALIASES", "EVIDENCE")]
     for row in rows:

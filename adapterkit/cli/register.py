@@ -38,4 +38,6 @@ def command(request: RegisterRequest, as_json: bool) -> None:
     about = " ".join(part for part in (record.kind, record.method) if part)
     base_said = f", base {record.base.label}" if record.base else ""
     state = f"{size(found.stored)} stored" if found.new else "was there already"
+    if found.new and (dropped := sum(file.size for file in record.files if not file.stored)) and record.kind != "base":
+        state += f", {size(dropped)} kept as the recipe"
     say(f"{record.ref}: {about}, {len(record.files)} files, {size(record.size)}{base_said}; {state}")

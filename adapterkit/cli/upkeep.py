@@ -7,12 +7,24 @@ import click
 from adapterkit.cli.output import count, note, say, show_json, size
 
 
+def _part(context: click.Context, parameter: click.Parameter, value: str | None) -> tuple[int, int]:
+    if value is None:
+        return 1, 1
+    number, _, parts = value.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and len(value) < 12):
+        raise click.BadParameter(f"'{value}' is not like 3/7")
+    return int(number), int(parts)
+
+
 @click.command(name="fsck", short_help="Read the whole registry and say what is damaged.")
 @click.option("--repair", is_flag=True, help="Set rotten blobs aside and write again what other files still say.")
 @click.option("--reindex", is_flag=True, help="Build the index again from the files first.")
+@click.option("--part", metavar="I/N", callback=_part, help="Check one of N parts, such as one a day: 3/7.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def fsck(repair: bool, reindex: bool, as_json: bool) -> int:
+def fsck(repair: bool, reindex: bool, part: tuple[int, int], as_json: bool) -> int:
     """Read and check every record, blob, alias and the index. Nothing is changed unless asked for, nothing ever deleted.
+
+    A large registry can be read in parts, in any order; all of them together check everything.
 
     Exits with 3 when something is damaged and not repaired.
 
@@ -20,6 +32,7 @@ def fsck(repair: bool, reindex: bool, as_json: bool) -> int:
     Example:
       adapterkit fsck
       adapterkit fsck --repair
+      adapterkit fsck --part 1/7
     """
     from adapterkit.registry.fsck import fsck as verb
 
@@ -28,7 +41,7 @@ def fsck(repair: bool, reindex: bool, as_json: bool) -> int:
         from adapterkit.registry.index import reindex as build
 
         build(open_home())
-    found = verb(repair=repair)
+    found = verb(repair=repair, part=part)
     if as_json:
         from dataclasses import asdict
 
@@ -47,9 +60,13 @@ def fsck(repair: bool, reindex: bool, as_json: bool) -> int:
 
 @click.command(name="gc", short_help="Free blobs that no visible version names.")
 @click.option("--apply", is_flag=True, help="Delete; without it, only say what would be.")
-@click.option("--keep-days", type=click.FloatRange(0), default=14.0, show_default=True, help="Keep what is younger.")
+@click.option("--recipes", is_flag=True, help="Say what keeping versions as their recipes would save; free nothing.")
+@click.option("--keep-days", type=click.FloatRange(0), help="Keep what is younger; 14 by default, 1 for uploads.")
+@click.option(
+    "--uploads", metavar="ADDRESS", help="Uploads that runs to s3://bucket/folder left, instead of the registry."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def gc(apply: bool, keep_days: float, as_json: bool) -> None:
+def gc(apply: bool, recipes: bool, keep_days: float | None, uploads: str | None, as_json: bool) -> None:
     """Say which blobs no visible version names, or free them with --apply. Records and aliases always stay.
 
     Exits with 3, and frees nothing, while a record cannot be read.
@@ -58,7 +75,18 @@ def gc(apply: bool, keep_days: float, as_json: bool) -> None:
     Example:
       adapterkit gc
       adapterkit gc --apply
+      adapterkit gc --recipes
+      adapterkit gc --uploads s3://models --apply
     """
+    if recipes and uploads is not None:
+        raise click.UsageError("--recipes and --uploads are two different questions; give one.")
+    if recipes:
+        _recipes(apply, as_json)
+        return
+    if uploads is not None:
+        _uploads(uploads, apply, 1.0 if keep_days is None else keep_days, as_json)
+        return
+    keep_days = 14.0 if keep_days is None else keep_days
     from adapterkit.registry.gc import gc as verb
 
     found = verb(apply=apply, keep_days=keep_days)
@@ -67,5 +95,36 @@ def gc(apply: bool, keep_days: float, as_json: bool) -> None:
         return
     done = "freed" if apply else "would free"
     say(f"{done} {len(found.blobs)} blobs ({size(found.bytes)}) and {found.temporary} temporary files")
+    if found.young:
+        note(f"note: {found.young} more are younger than {keep_days:g} days")
+
+
+def _recipes(apply: bool, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from adapterkit.registry.gc import recipes as verb
+
+    if apply:
+        raise click.UsageError("--recipes frees nothing; register --as-recipe keeps a version so.")
+    found = verb()
+    if as_json:
+        show_json([asdict(one) for one in found])
+        return
+    for one in found:
+        say(f"{one.ref}: made by {one.operation}, {size(one.bytes)}")
+    said = f"{count(len(found))} versions could be kept as their recipes, {size(sum(one.bytes for one in found))}"
+    say(f"{said}; register --as-recipe proves it of one and keeps it so")
+
+
+def _uploads(address: str, apply: bool, keep_days: float, as_json: bool) -> None:
+    from adapterkit.checkpoint.uploads import sweep_uploads
+
+    found = sweep_uploads(address, apply=apply, keep_days=keep_days)
+    if as_json:
+        show_json(found)
+        return
+    say(f"{'aborted' if apply else 'would abort'} {count(len(found.uploads))} uploads to {found.address}")
+    for key in found.uploads[:10]:
+        say(f"  {key}")
     if found.young:
         note(f"note: {found.young} more are younger than {keep_days:g} days")

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterkit.cli.output import Progress, note, say, size
+from adapterkit.cli.output import Progress, duration, note, say, size
+from adapterkit.requests.workers import WRITTEN_JOBS
+
+if TYPE_CHECKING:
+    from adapterkit.verbs.report import Forecast
 
 
 def asked(request: Any, what: str, progress: Progress) -> dict[str, Any]:
@@ -27,8 +32,23 @@ def told(report: Any, request: Any) -> bool:
     """Say what would be written, where nothing was; whether that was so."""
     if request.save_plan is not None:
         note(f"plan written to {request.save_plan}")
-    if request.writes:
+    if request.writes and getattr(request, "on", None) not in WRITTEN_JOBS:
         return False
     files = getattr(report, "files", ("adapter_model.safetensors",))
     say(f"would write {size(report.nbytes)} in {len(files)} files, about {size(report.peak_memory)} of memory")
+    foretold(getattr(report, "forecast", ()))
     return True
+
+
+def foretold(rows: Sequence[Forecast]) -> None:
+    """What workers would take, a line for each number of them."""
+    if not rows:
+        return
+    first = rows[0]
+    say(
+        f"{first.parts} parts; reads {size(first.bytes_down)}, writes {size(first.bytes_up)}; by workers that move "
+        f"{first.bandwidth * 8 / 1e9:g} Gb/s each way and have {first.jobs} threads (planned, not run):"
+    )
+    say(f"  {'workers':>7} {'time':>10} {'busy':>5} {'money':>9}")
+    for row in rows:
+        say(f"  {row.workers:>7} {duration(row.seconds):>10} {row.busy:>5.0%} {row.money:>9.2f}")

@@ -106,7 +106,7 @@ class Kind:
     """A format that 16-bit weights can be written in.
 
     Attributes:
-        name: the word that asks for it, a key of `adapterkit.codecs.kinds.WRITTEN`.
+        name: the word that asks for it, a key of `adapterkit.codecs.kinds.written`.
         encoder: name, shape (as a linear layer), dtype of a weight, and whether scales are nested, to what writes it; None
             for a weight that does not fit.
         config: the ``quantization_config``.
@@ -114,6 +114,8 @@ class Kind:
         already: `Weight.how` of weights that are stored so.
         together: the encoder is an `InStep`: weights that servers run as one share a scale.
         some: as ``encoder``, for some rows of a weight, to measure what the format does to them.
+        what: one line for readers, of a codec in a file of its own.
+        nested: its scales can be quantized too; of a codec in a file of its own.
     """
 
     name: str
@@ -123,6 +125,8 @@ class Kind:
     already: tuple[str, ...]
     together: bool = False
     some: Callable[[str, tuple[int, ...], DType, bool], Encoder | None] | None = field(default=None, repr=False)
+    what: str = ""
+    nested: bool = False
 
 
 @dataclass(frozen=True)

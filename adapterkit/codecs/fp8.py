@@ -74,6 +74,7 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
     blocks = block_size(config, "weight_block_size")
     powers = setting(config, "scale_fmt", str) == "ue8m0"
     done: set[str] = set()
+    more_of = beside if any(name.endswith(BESIDE) for name in parts) else _nothing
     for end, instead in SCALES:
         for stem in stems(parts, end):
             name = stem + instead
@@ -82,11 +83,16 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
                 continue
             done.add(name)
             if codes.dtype.code in FLOAT8:
-                more = beside(parts, name)
+                more = more_of(parts, name)
                 comfy = end == ".scale_weight" or _says_comfy(more)
                 yield _float8(codes, parts[stem + end], blocks, more, powers, comfy=comfy)
             elif codes.dtype.code in ("U8", "I8", "F4"):
-                yield _pairs(codes, parts[stem + end], blocks, beside(parts, name))
+                yield _pairs(codes, parts[stem + end], blocks, more_of(parts, name))
+
+
+def _nothing(parts: Parts, name: str) -> tuple[StoredTensor, ...]:
+    """As `beside` for checkpoints in which nothing has such a name: most, of which a large one has 90,000 tensors."""
+    return ()
 
 
 def beside(parts: Parts, name: str) -> tuple[StoredTensor, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adapterkit import codecs
 from adapterkit.codecs.bnb4 import BNB4
 from adapterkit.codecs.bnb8 import BNB8
 from adapterkit.codecs.codec import Codec, Kind, Parts, Weight
@@ -13,42 +12,15 @@ from adapterkit.codecs.compressed import COMPRESSED
 from adapterkit.codecs.fp8 import FP8
 from adapterkit.codecs.gptq import AWQ, GPTQ
 from adapterkit.codecs.hqq import HQQ
+from adapterkit.codecs.kinds import others
 from adapterkit.codecs.mlx import MLX
 from adapterkit.codecs.mxfp4 import MXFP4
 from adapterkit.codecs.plain8 import is_scaled, plain_weights
 from adapterkit.codecs.torchao import TORCHAO
 from adapterkit.errors import CheckpointError, UsageError
-from adapterkit.rows import brought
 
-# What a checkpoint says of itself is tried in this order; a codec in a file of its own comes after them, as ``CODEC``.
-_FIRST: tuple[Codec, ...] = (BNB4, BNB8, FP8, MXFP4, COMPRESSED, GPTQ, AWQ, HQQ, TORCHAO, MLX)
-# Modules of this package that are no codec, or are above already.
-_KNOWN = frozenset(
-    {
-        "bits",
-        "blockwise",
-        "bnb4",
-        "bnb8",
-        "bnb_kernel",
-        "codec",
-        "compressed",
-        "conv1d",
-        "encode",
-        "fp8",
-        "gptq",
-        "grid",
-        "hqq",
-        "kinds",
-        "mlx",
-        "mxfp4",
-        "plain8",
-        "scaled",
-        "table",
-        "tiles",
-        "torchao",
-    }
-)
-CODECS: tuple[Codec, ...] = (*_FIRST, *brought(__package__, codecs.__path__, "CODEC", _KNOWN))
+# What a checkpoint says of itself is tried in this order; a codec in a file of its own comes after them.
+CODECS: tuple[Codec, ...] = (BNB4, BNB8, FP8, MXFP4, COMPRESSED, GPTQ, AWQ, HQQ, TORCHAO, MLX, *others())
 
 KINDS: dict[str, Kind] = {kind.name: kind for codec in CODECS for kind in codec.kinds}
 """Formats that 16-bit weights are written in, by the word that asks for them."""

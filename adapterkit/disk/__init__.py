@@ -39,7 +39,16 @@ from adapterkit.disk.files import (
     write_inside,
     writing,
 )
-from adapterkit.disk.folders import is_own, own_folder, partial_folder, publish, publish_files, recover, staging
+from adapterkit.disk.folders import (
+    is_busy,
+    is_own,
+    own_folder,
+    partial_folder,
+    publish,
+    publish_files,
+    recover,
+    staging,
+)
 from adapterkit.disk.locks import LOCK_SECONDS, locked
 
 __all__ = [
@@ -52,6 +61,7 @@ __all__ = [
     "fresh",
     "fsync",
     "hash_file",
+    "is_busy",
     "is_own",
     "locked",
     "make_folder",

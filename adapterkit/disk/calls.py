@@ -5,7 +5,6 @@ Each function looks at the system when it is called, not when this module is imp
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import sys
@@ -130,6 +129,8 @@ def exchange(one: Any, other: Any) -> bool:
 def _renameat2(one: Any, other: Any, how: int) -> bool:
     if sys.platform != "linux":
         return False
+    import ctypes
+
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         return False
@@ -169,6 +170,16 @@ def pwrite(fd: int, data: memoryview, offset: int) -> int:
     with _SEEK:
         os.lseek(fd, offset, os.SEEK_SET)
         return os.write(fd, data)
+
+
+def free(path: Any) -> int:
+    """Bytes that this user may still write on the file system of a path."""
+    if hasattr(os, "statvfs"):
+        found = os.statvfs(path)
+        return found.f_bavail * found.f_frsize
+    import shutil  # which brings three compressors with it
+
+    return shutil.disk_usage(path).free
 
 
 class _Lock:

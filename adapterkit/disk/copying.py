@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from adapterkit.disk import calls
 from adapterkit.disk.files import write_all
 
 if TYPE_CHECKING:
+    import hashlib
     import threading
 
 _BLOCK = 4 << 20
@@ -57,6 +57,8 @@ def reflink(source: int, target: int) -> bool:
 
 def hash_file(path: Path) -> tuple[str, int]:
     """(sha256, size) of a file."""
+    import hashlib
+
     fd = os.open(path, os.O_RDONLY | calls.flags("CLOEXEC", "BINARY"))
     try:
         return _hash_from(fd, 0, hashlib.sha256())
@@ -104,6 +106,8 @@ def copy_and_hash(source: int, target: int) -> tuple[str, int]:
     Shares extents where the file system can (FICLONE), else copies inside the kernel (copy_file_range), else through
     memory. The hash is taken from the copy, so it is right even when somebody writes to the source meanwhile.
     """
+    import hashlib
+
     hasher = hashlib.sha256()
     if reflink(source, target):
         return _hash_from(target, 0, hasher)

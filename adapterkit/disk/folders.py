@@ -17,7 +17,6 @@ everything lies in ``.NAME.replaced``, marked likewise, and the next run puts ri
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -212,7 +211,7 @@ def staging(out: Path, *, resume: bool, shared: bool = False) -> Iterator[Path]:
     except BaseException as error:
         if not resume and held is not None:
             if held.has(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove_tree(folder, ignore_errors=True)
             _remove_empty(reversed(created))
         if held is None:
             _remove_empty(reversed(created))
@@ -280,7 +279,7 @@ def _empty(folder: Path, lock: str) -> None:
         if entry.name in (MARK, lock):
             continue
         if entry.is_dir(follow_symlinks=False):
-            shutil.rmtree(entry.path)
+            _remove_tree(entry.path)
         else:
             os.unlink(entry.path)
 
@@ -320,7 +319,7 @@ def publish(folder: Path, out: Path, *, keep: set[str], force: bool) -> None:
                 left.append(entry.name)  # until it is the target: what is killed before has to be known as ours
             elif entry.name not in keep:
                 if entry.is_dir(follow_symlinks=False):
-                    shutil.rmtree(entry.path)
+                    _remove_tree(entry.path)
                 else:
                     os.unlink(entry.path)
         sync_tree(folder)
@@ -363,7 +362,7 @@ def publish_files(folder: Path, targets: Mapping[str, Path], *, force: bool) -> 
             raise OutputError(said, f"choose another name, or use {option('force', True)}") from None
         except OSError as error:
             raise refused(error, str(target), target.parent) from error
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove_tree(folder, ignore_errors=True)
 
 
 def _unmark(out: Path) -> None:
@@ -398,7 +397,7 @@ def _replace(folder: Path, out: Path) -> None:
         sync_folder(out.parent)
     finally:
         if os.path.lexists(out):  # else the old one is in there, and `recover` brings it back
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove_tree(aside, ignore_errors=True)
     sync_folder(out.parent)
 
 
@@ -410,7 +409,7 @@ def recover(out: Path) -> None:
     """
     aside, folder = _aside(out), partial_folder(out)
     old, new = aside / "old", aside / "new"
-    if not is_own(aside) or _busy(folder) or _busy(new):
+    if not is_own(aside) or is_busy(folder) or is_busy(new):
         return
     if os.path.lexists(old) and not os.path.lexists(out):
         calls.rename_new(old, out)
@@ -419,7 +418,7 @@ def recover(out: Path) -> None:
     _take_away(aside)
 
 
-def _busy(folder: Path) -> bool:
+def is_busy(folder: Path) -> bool:
     """Whether a run holds a working folder at this moment."""
     try:
         with _opened(folder) as fd:
@@ -430,6 +429,12 @@ def _busy(folder: Path) -> bool:
         return False
 
 
+def _remove_tree(path: str | Path, *, ignore_errors: bool = False) -> None:
+    import shutil  # which brings three compressors with it
+
+    shutil.rmtree(path, ignore_errors=ignore_errors)
+
+
 def _take_away(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    _remove_tree(folder, ignore_errors=True)
     sync_folder(folder.parent)

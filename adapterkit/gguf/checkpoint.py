@@ -70,15 +70,28 @@ def open_gguf(ref: str | Path) -> GGUFCheckpoint:
     count = header.get("split.count", 0)
     if not isinstance(count, int) or count <= 1:
         return _checkpoint(str(ref), [(first, header)])
-    parts = [(source, read_header(source)) for source in _parts(ref, count)]
+    return of_sources(str(ref), _parts(ref, count))
+
+
+def of_sources(ref: str, sources: Sequence[Source]) -> GGUFCheckpoint:
+    """A GGUF model in these files: one, or the parts of a set in order.
+
+    Raises:
+        CheckpointError: damaged, or parts that do not belong together.
+        UnsafeError: names that are not plain.
+    """
+    parts = [(source, read_header(source)) for source in sources]
+    count = len(parts)
+    if count == 1:
+        return _checkpoint(ref, parts)
     for number, (source, part) in enumerate(parts):
         if (part.get("split.count"), part.get("split.no")) != (count, number):
             raise CheckpointError(f"{source.name} is not part {number + 1} of {count}", "download the set again")
-    total = header.get("split.tensors.count")
+    total = parts[0][1].get("split.tensors.count")
     found = sum(len(part.tensors) for _, part in parts)
     if total is not None and total != found:
         raise CheckpointError(f"{ref}: its {count} parts hold {found} tensors, not {total}", "download the set again")
-    return _checkpoint(str(ref), parts)
+    return _checkpoint(ref, parts)
 
 
 def read_header(source: Source) -> GGUFHeader:

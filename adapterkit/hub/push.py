@@ -24,6 +24,7 @@ from adapterkit.errors import (
 )
 from adapterkit.hub.card import card
 from adapterkit.hub.files import CARD, Prepared, Upload, prepare
+from adapterkit.places import local
 from adapterkit.registry import blobs, resolve
 from adapterkit.registry.beside import check_beside, read_beside
 from adapterkit.registry.canonical import parse, sha256
@@ -319,7 +320,7 @@ def source_of(ref: str, home: Path | None) -> tuple[Record, list[tuple[FileEntry
         NotFound: bytes that are not there.
         UnsafeError: a folder that holds a link.
     """
-    path = Path(ref).expanduser()
+    path = Path(local(ref, "what is pushed")).expanduser()
     if path.is_dir():
         return _folder(path)
     at = open_home(home)

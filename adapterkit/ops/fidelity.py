@@ -33,7 +33,7 @@ class FidelitySums:
         return FidelitySums(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
 
     def scaled(self, factor: float) -> FidelitySums:
-        """As of so many times the entries."""
+        """The sums, scaled as if ``factor`` times as many entries had been measured; the counts stay."""
         made = FidelitySums(*(value * factor for value in astuple(self)))
         return replace(made, odd=self.odd, lost=self.lost)
 

@@ -27,6 +27,7 @@ from adapterkit import disk
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import AdapterkitError, NotFound, UsageError
+from adapterkit.places import local
 from adapterkit.provenance.record import entry
 from adapterkit.registry import index, store
 from adapterkit.registry.beside import beside_path, check_beside, read_beside
@@ -66,7 +67,7 @@ def attest(path: str | Path, inputs: Iterable[str | Path] = (), *, strict: bool 
         UsageError: the record does not say how it was made, or an input is not one that it names.
         OutputError: the statement cannot be written.
     """
-    out = Path(path).expanduser()
+    out = Path(local(path, "what is attested")).expanduser()
     if not out.exists():
         raise NotFound(f"{out} does not exist", "give the folder or file that was made")
     record = read_beside(out)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
 from adapterkit.bases import open_model
+from adapterkit.checkpoint.folder import read_folder
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.places import address_of
@@ -31,9 +32,10 @@ if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.checkpoint.files import Source
+    from adapterkit.checkpoint.listing import Listing
 
 _BLOCK = 4 << 20  # bytes that are read at a time to be hashed
-_MOST = 2 << 30  # bytes that are hashed to name an adapter's folder; of a larger one only the adapter itself
+MOST_HASHED = 2 << 30  # bytes that are hashed to name an adapter's folder; of a larger one only the adapter itself
 
 
 def recorder(
@@ -46,8 +48,9 @@ def recorder(
     evidence: Callable[[], Mapping[str, Any]] | None = None,
     full: bool = False,
     name: str = "",
-) -> Callable[[Path], dict[str, bytes]]:
-    """A function from a finished folder of weights (not yet in its place) to its record, as a file to write beside them.
+) -> Callable[[Path | Listing], dict[str, bytes]]:
+    """A function from a finished folder of weights (not yet in its place), or from what is finished in a store, to its record,
+    as a file to write beside them.
 
     Args:
         operation: the verb.
@@ -61,19 +64,19 @@ def recorder(
         name: of an output that is one file, which has another name in the hidden folder.
     """
 
-    def write(folder: Path) -> dict[str, bytes]:
+    def write(folder: Path | Listing) -> dict[str, bytes]:
         files: tuple[FileEntry, ...] = ()
         identity = None
-        parts = sorted(folder.glob("*.gguf"))
-        if kind not in ("adapter", "combined") and len(parts) < 2:
-            opened = open_model(parts[0] if parts else folder)
+        parts = sorted(_ggufs(folder))
+        # The files of a set are hashed, where that does not mean to read a large output back from a store.
+        several = len(parts) > 1 and (isinstance(folder, Path) or _nbytes(folder) <= MOST_HASHED)
+        if kind not in ("adapter", "combined") and not several:
+            opened = _finished(folder, parts)
             level = cheap(opened)
             found = identity_of(opened, "merkle" if full and level != "skeleton" else level)
             identity = Identity(**{name: getattr(found, name) for name in _LEVELS})
         if full or identity is None:
-            found_files = gather(folder).files
-            alone = name if len(found_files) == 1 and found_files[0][0].endswith(".gguf") else ""
-            files = tuple(entry(alone or path, real) for path, real in found_files)
+            files = _entries(folder, name)
         record = Record(
             kind=kind,
             files=files,
@@ -90,6 +93,37 @@ def recorder(
         return {BESIDE: beside_bytes(record)}
 
     return write
+
+
+def _ggufs(folder: Path | Listing) -> list[str]:
+    names = [path.name for path in folder.iterdir()] if isinstance(folder, Path) else folder.names
+    return [name for name in names if name.endswith(".gguf")]
+
+
+def _nbytes(listing: Listing) -> int:
+    return sum(listing.open(name).size for name in listing.names)
+
+
+def _finished(folder: Path | Listing, parts: Sequence[str]) -> Checkpoint:
+    """The model in a finished folder, or that is finished in a store."""
+    if isinstance(folder, Path):
+        return open_model(folder / parts[0] if parts else folder)
+    if not parts:
+        return read_folder(folder)
+    from adapterkit.gguf.checkpoint import of_sources
+
+    return of_sources(folder.ref, [folder.open(name) for name in parts])
+
+
+def _entries(folder: Path | Listing, name: str) -> tuple[FileEntry, ...]:
+    """Every file, hashed; one GGUF file alone by the name that it will have."""
+    if isinstance(folder, Path):
+        found = gather(folder).files
+        alone = name if len(found) == 1 and found[0][0].endswith(".gguf") else ""
+        return tuple(entry(alone or path, real) for path, real in found)
+    listed = gather_listed(folder)
+    alone = name if len(listed) == 1 and listed[0][0].endswith(".gguf") else ""
+    return tuple(FileEntry(alone or path, source.size, _hashed(source)) for path, source in listed)
 
 
 _LEVELS = ("shapes", "skeleton", "probe", "sampled", "merkle")
@@ -209,7 +243,7 @@ def _files(folder: Path, adapter: Adapter) -> list[tuple[str, Path]]:
         found = list(gather(folder).files)
     except AdapterkitError:
         found = []
-    if found and sum(real.stat().st_size for _, real in found) <= _MOST:
+    if found and sum(real.stat().st_size for _, real in found) <= MOST_HASHED:
         return found
     own = [source.path for source in adapter.sources if source.path is not None] + [folder / "adapter_config.json"]
     return [(path.name, path) for path in own if path.is_file()]
@@ -223,7 +257,7 @@ def _listed(adapter: Adapter) -> tuple[FileEntry, ...]:
     assert address is not None
     listing = ObjectFolder(address)
     found = gather_listed(listing)
-    if sum(source.size for _, source in found) > _MOST:
+    if sum(source.size for _, source in found) > MOST_HASHED:
         own = {source.name for source in adapter.sources} | {f"{listing.ref}/adapter_config.json"}
         found = [(name.rpartition("/")[2], source) for name, source in found if source.name in own]
     return tuple(FileEntry(name, source.size, _hashed(source)) for name, source in found)

@@ -11,6 +11,7 @@ from adapterkit.adapters.load import is_adapter
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import CheckFailed, NotFound, UnsafeError, UsageError, option
+from adapterkit.places import local
 from adapterkit.redaction import check_public
 from adapterkit.registry.beside import beside_path, read_beside
 from adapterkit.registry.identity import Identity, compare
@@ -22,6 +23,7 @@ from adapterkit.requests.call import takes
 from adapterkit.requests.register import RegisterRequest
 
 if TYPE_CHECKING:
+    from adapterkit.adapters.scan import ScanReport
     from adapterkit.registry.record import Record
 
 
@@ -41,7 +43,7 @@ def register(request: RegisterRequest) -> Registered:
         check_public(f"{key}={value}", f"the metadata '{key}'")
     if kind == "base":
         return _register_base(path, name, base_id, method, meta, full, request.new_version, home)
-    if not Path(path).expanduser().exists():
+    if not Path(local(path, "what is registered")).expanduser().exists():
         hub = parse_hub(str(path))
         hint = f"pull {path} brings it from the Hub" if hub is not None else "give a folder or a file"
         raise NotFound(f"{path} does not exist", hint)
@@ -54,9 +56,10 @@ def register(request: RegisterRequest) -> Registered:
         known = _named(beside.base, base_id)
     if known is None and beside is not None:
         known = beside.base
-    known, warnings = _by_weights(known, home)
-    if request.scan:
-        warnings += _scanned(folder, known, home)
+    known, warnings = by_weights(known, home)
+    scanned = _scanned(folder, known, home) if request.scan else None
+    if scanned is not None:
+        warnings += tuple(one.message for one in scanned.oddities if one.level == "warning")
     own = _own_identity(folder, beside, full)
     stored = store(
         folder,
@@ -69,13 +72,19 @@ def register(request: RegisterRequest) -> Registered:
         new_version=request.new_version,
         link=request.link,
         ignore_beside=request.ignore_record,
+        as_recipe=request.as_recipe,
+        made_on=base if isinstance(base, (str, Path)) else None,
         evidence=evidence,
         home=home,
     )
+    if scanned is not None:
+        from adapterkit.provenance.scan import keep_figures
+
+        keep_figures(stored.record, scanned.figures, home=home)
     return replace(stored, warnings=warnings)
 
 
-def _by_weights(base: Identity | None, home: Path | None) -> tuple[Identity | None, tuple[str, ...]]:
+def by_weights(base: Identity | None, home: Path | None) -> tuple[Identity | None, tuple[str, ...]]:
     """A base whose claimed Hub id was held against the registry: weights are believed over names.
 
     A commit comes from the Hub itself; an id alone is what somebody wrote into a config.
@@ -92,8 +101,8 @@ def _by_weights(base: Identity | None, home: Path | None) -> tuple[Identity | No
     return replace(base, id=""), (text,)
 
 
-def _scanned(folder: Path, base: Identity | None, home: Path | None) -> tuple[str, ...]:
-    """What stands out of an adapter's change, as sentences.
+def _scanned(folder: Path, base: Identity | None, home: Path | None) -> ScanReport:
+    """What stands out of an adapter's change.
 
     Raises:
         UnsafeError: something in it has no place in an adapter.
@@ -107,7 +116,7 @@ def _scanned(folder: Path, base: Identity | None, home: Path | None) -> tuple[st
     found = scan(load_adapter(folder), said=base, home=home)
     if wrong := [one.message for one in found.oddities if one.level == "error"]:
         raise UnsafeError(f"{folder} was not registered: {'; '.join(wrong[:3])}", "see check with the same option")
-    return tuple(one.message for one in found.oddities if one.level == "warning")
+    return found
 
 
 def claims(repo: str, *, home: Path | None = None) -> bool:

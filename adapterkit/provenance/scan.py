@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.registry.identity import Identity
     from adapterkit.registry.index import VersionRow
+    from adapterkit.registry.record import Record
 
 FORMAT = 1
 PEERS = 64  # other adapters that one is held against, the newest first
@@ -95,6 +96,13 @@ def _kept(at: Home, row: VersionRow) -> tuple[ModuleFigures, ...]:
         figures = ()  # of a method that needs its base, or without its bytes
     _keep(at, path, {"format": FORMAT, "figures": [asdict(one) for one in figures]})
     return figures
+
+
+def keep_figures(record: Record, figures: Iterable[ModuleFigures], *, home: Path | None = None) -> None:
+    """Keeps the figures of a registered version, for scans of others and for the page that compares versions."""
+    at = open_home(home)
+    path = at.root / "scans" / check_sha256(record.content, "content")
+    _keep(at, path, {"format": FORMAT, "figures": [asdict(one) for one in figures]})
 
 
 def _keep(at: Home, path: Path, value: Mapping[str, Any]) -> None:

@@ -241,19 +241,30 @@ def _manifest(found: Signable, signature: Path, public: Any) -> tuple[dict[str, 
         ) from None
     if not envelope.signed_by(public):
         raise CheckFailed(f"{found.said} was not signed with this key", "check whose key it is")
+    return listed(envelope.payload, found.said)
+
+
+def listed(payload: bytes, what: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """The files and digests in the statement of model-signing, and how those were made.
+
+    Raises:
+        CheckFailed: it is damaged; ``what`` is named in the sentence.
+    """
     try:
-        payload = parse_json(envelope.payload, name)
-        predicate = payload["predicate"]
-        rows, how = predicate["resources"], dict(predicate["serialization"])
+        said = parse_json(payload, SIGNATURE)
+        rows, how = said["predicate"]["resources"], dict(said["predicate"]["serialization"])
         signed = {row["name"]: row["digest"] for row in rows}
+        if not all(isinstance(text, str) for one in signed.items() for text in one):
+            raise TypeError
         whole = hashlib.sha256(b"".join(bytes.fromhex(row["digest"]) for row in rows)).hexdigest()
-        right = payload["predicateType"] == PREDICATE and payload["subject"][0]["digest"]["sha256"] == whole
+        right = said["predicateType"] == PREDICATE and said["subject"][0]["digest"]["sha256"] == whole
         if not right or len(signed) < len(rows) or how["method"] not in ("files", "shards"):
             raise ValueError
         how["hash_type"], how["shard_size"] = str(how["hash_type"]), int(how.get("shard_size", 0) or 0)
-    except (CheckpointError, ValueError, KeyError, TypeError, IndexError, AttributeError):
-        said = "its signature is damaged (it lists no files)"
-        raise CheckFailed(f"{found.said} is not what was signed: {said}", _AGAIN) from None
+    except (CheckpointError, ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError):
+        raise CheckFailed(
+            f"{what} is not what was signed: its signature is damaged (it lists no files)", _AGAIN
+        ) from None
     return signed, how
 
 

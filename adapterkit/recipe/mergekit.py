@@ -330,6 +330,8 @@ class _Merge:
             return default
         if not isinstance(value, list):
             return self._plain(value)
+        if not value:
+            self._fail("an empty list is no value", "give a number, or leave it out")
         if not all(isinstance(row, Mapping) for row in value):
             return [{"value": [self._plain(one) for one in value]}]
         rows = []
@@ -347,12 +349,18 @@ class _Merge:
     def _plain(self, value: Any) -> Any:
         if not isinstance(value, (bool, int, float)):
             self._fail(f"{brief(value)} is no number", "correct it")
-        return value if isinstance(value, bool) else float(value)
+        return value if isinstance(value, bool) else self._float(value)
+
+    def _float(self, value: float) -> float:
+        try:
+            return float(value)
+        except OverflowError:
+            self._fail(f"{brief(value)} is too large", "correct it")
 
     def _number(self, value: Any, name: str) -> float:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             self._fail(f"{name} is not one number for the whole model", "give one number")
-        return float(value)
+        return self._float(value)
 
     def _mapping(self, value: Any, what: str) -> Mapping[str, Any]:
         if value is None:

@@ -12,13 +12,13 @@ from typing import Any, NoReturn
 from adapterkit.adapters.load import file_and_parts
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import AdapterkitError, NotFound, RecipeError, UnsafeError, option
-from adapterkit.places import local
+from adapterkit.places import address_of, local
 from adapterkit.recipe.parse import Place, RecipeFile, key_of, nearest, shown
 from adapterkit.recipe.schema import BaseChoice, Combining, OutputTable, Table, VerifyTable, known_options
 from adapterkit.requests.adapters import CombineRequest
 from adapterkit.requests.convert import ConvertRequest
-from adapterkit.requests.formats import FORMATS
-from adapterkit.requests.merge import FOLDER, FOLDER_FORMATS, GGUF, MergeRequest
+from adapterkit.requests.formats import formats
+from adapterkit.requests.merge import FOLDER, GGUF, MergeRequest, folder_formats
 from adapterkit.requests.option import Request
 
 ADAPTER = "adapter"
@@ -184,7 +184,7 @@ class _Maker:
             source = self._source(asked, adapters, place)
             adapters = ()
         self._check_verify(verb, asked, place)
-        if verb == CONVERT and "base" not in FORMATS[to].takes:
+        if verb == CONVERT and "base" not in formats()[to].takes:
             choice = None
         if choice is not None:
             self._check_options(choice, verb, at, f"{shown(place)}, a {verb} to {to}")
@@ -214,7 +214,7 @@ class _Maker:
         )
 
     def _form(self, asked: OutputTable, place: Place) -> str:
-        known = [FOLDER, ADAPTER, *FORMATS]
+        known = [FOLDER, ADAPTER, *formats()]
         if asked.to is None:
             return GGUF if Path(asked.path).suffix == ".gguf" else FOLDER
         if asked.to not in known:
@@ -234,10 +234,10 @@ class _Maker:
             self.file.fail(
                 (*place, "from"),
                 f"{shown(place)} is converted to a folder, which is nothing new",
-                f"use {', '.join(FORMATS)}",
+                f"use {', '.join(formats())}",
             )
-        if to == FOLDER and asked.quant is not None and asked.quant not in FOLDER_FORMATS:
-            hint = f"use {', '.join(FOLDER_FORMATS)}, or give it a path that ends in .gguf"
+        if to == FOLDER and asked.quant is not None and asked.quant not in folder_formats():
+            hint = f"use {', '.join(folder_formats())}, or give it a path that ends in .gguf"
             self.file.fail((*place, "quant"), f"'{asked.quant}' is no format of a folder", hint)
         if asked.server is not None and to != GGUF:
             self.file.fail(
@@ -253,7 +253,7 @@ class _Maker:
             self.file.fail(
                 (*place, "keep-below"), "keep-below says which tensors are kept wider", 'add keep-touched = "Q8_0"'
             )
-        if to == GGUF and asked.quant in FOLDER_FORMATS:
+        if to == GGUF and asked.quant in folder_formats():
             self.file.fail((*place, "quant"), f"'{asked.quant}' is no type of a GGUF file", "use a mix such as Q4_K_M")
 
     def _check_options(self, table: Table, verb: str, place: Place, what: str) -> None:
@@ -314,6 +314,9 @@ class _Maker:
         """A reference: a path beside the recipe if there is one, else a registry name or a Hub id."""
         if not ref:
             self.file.fail(place, f"{shown(place)} is empty", "name a folder, a file, a registry name or a Hub id")
+        if address_of(ref) is not None:
+            with located(self.file, *place):
+                local(ref, shown(place))  # a recipe knows its inputs by their files
         path = self.folder / Path(ref).expanduser()
         made = self.made.get(_real(path))
         if made is not None:
@@ -321,8 +324,8 @@ class _Maker:
             self.file.fail(place, f"{ref} is what outputs.{made} makes", hint)
         if path.exists() or file_and_parts(path)[1]:
             return Input(place, ref, path, weight=weight)
-        local = ref.startswith((".", "/", "~")) or ref.endswith((".gguf", ".safetensors"))
-        if local or (parse_hub(ref) is None and not _registered(ref)):
+        is_path = ref.startswith((".", "/", "~")) or ref.endswith((".gguf", ".safetensors"))
+        if is_path or (parse_hub(ref) is None and not _registered(ref)):
             hint = "give a path beside the recipe, a registry name or a Hub id like org/name"
             self.file.fail(place, f"{ref} does not exist", hint, NotFound)
         return Input(place, ref, weight=weight)

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from adapterkit import disk
-from adapterkit.errors import CheckFailed, RegistryError, option
+from adapterkit.errors import CheckFailed, NotFound, RegistryError, option
+from adapterkit.registry.canonical import MAX_BYTES
 from adapterkit.registry.record import BESIDE, NOT_CONTENT, FileEntry, OpaqueRecord, Record, read
 
 
@@ -23,8 +24,8 @@ def read_beside(path: Path) -> Record | None:
         RegistryError: it is damaged, or written by a newer adapterkit.
     """
     try:
-        data = beside_path(path).read_bytes()
-    except FileNotFoundError:
+        data = disk.read_regular(beside_path(path), MAX_BYTES)
+    except NotFound:
         return None
     record = read(data, str(beside_path(path)), exact=False)
     if isinstance(record, OpaqueRecord):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -97,9 +98,10 @@ def put_chunks(home: Home, chunks: Iterable[bytes], digest: str, size: int) -> B
 def has(home: Home, digest: str, size: int) -> bool:
     """Whether a blob of that digest and size is stored; ``fsck`` reads the bytes."""
     try:
-        return home.blob(digest).stat().st_size == size
-    except FileNotFoundError:
+        found = home.blob(digest).stat()
+    except OSError:
         return False
+    return stat.S_ISREG(found.st_mode) and found.st_size == size
 
 
 def set_aside(home: Home, path: Path, why: str) -> Path:

@@ -7,7 +7,6 @@ shortest decimal that reads back to the same double (Python's ``repr``); NaN and
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -29,6 +28,8 @@ def canonical(value: Any) -> bytes:
 
 def sha256(data: bytes) -> str:
     """The sha256 of ``data`` as 64 lower-case hex digits."""
+    import hashlib
+
     return hashlib.sha256(data).hexdigest()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from adapterkit import disk
 from adapterkit.errors import NotFound, OutputError, RegistryError
-from adapterkit.registry import blobs, resolve
+from adapterkit.registry import blobs, remaking, resolve
 from adapterkit.registry.beside import write_beside
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.record import BESIDE, Record
@@ -20,14 +20,19 @@ def checkout(ref: str, *, to: Path | None = None, home: Path | None = None) -> P
     Without ``to``: a folder of symbolic links in the registry, made once and read-only by its blobs. With ``to``:
     copies (reflinks where possible) in a new folder, with ``adapterkit.json``.
 
+    A version that is kept as its recipe is made again.
+
     Raises:
         NotFound: some bytes are not in this registry.
+        CheckFailed: a version that is kept as its recipe comes out with other bytes.
         OutputError: ``to`` exists or cannot be written.
     """
     at = open_home(home)
     record = resolve.find(at, ref)
+    if remaking.is_recipe(record) and not all(blobs.has(at, file.sha256, file.size) for file in record.files):
+        remaking.bring_back(at, record)
     for file in record.files:
-        if not file.stored or not blobs.has(at, file.sha256, file.size):
+        if not blobs.has(at, file.sha256, file.size):
             where = f"; pull {record.origin.repo}@{record.origin.commit}" if record.origin else ""
             raise NotFound(f"{record.ref} has no bytes of {file.path} in {at.root}{where}")
     target = to if to is not None else at.tree(record.digest)

@@ -1,7 +1,4 @@
-"""Every figure that is known of a version, by name: from evaluations, verifications and fidelity, whoever attached them.
-
-Evidence is about bytes, so a version has the evidence of every version in sight with the same content.
-"""
+"""Figures by name, out of evidence: from evaluations, verifications and fidelity."""
 
 from __future__ import annotations
 
@@ -10,10 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from adapterkit.errors import NotFound, RegistryError
-from adapterkit.registry import evaluation, index, store, verification
+from adapterkit.registry import evaluation, verification
 from adapterkit.registry.canonical import thaw
-from adapterkit.registry.home import Home
 from adapterkit.registry.record import Record
 
 HELD, FAILED = "held", "failed"
@@ -47,20 +42,6 @@ class Figure:
         return ", ".join(part for part in (f"n {self.n}" if self.n else "", self.when[:10]) if part)
 
 
-def gathered(home: Home, record: Record) -> dict[str, Any]:
-    """The evidence of every version in sight that has this content, the later figures over the earlier, and the record's
-    own where nothing later says the same."""
-    versions = [record]
-    for row in index.ask(home, lambda found: found.by_content(record.content)):
-        if row.hidden or row.digest == record.digest:
-            continue
-        try:
-            versions.append(store.load_known(home, row.name, row.version))
-        except (RegistryError, NotFound):
-            continue  # fsck tells
-    return joined(versions)
-
-
 def joined(versions: Iterable[Record]) -> dict[str, Any]:
     """The evidence of several records of one content: key by key, the last one that was recorded counts."""
     found: dict[str, Any] = {}
@@ -68,17 +49,6 @@ def joined(versions: Iterable[Record]) -> dict[str, Any]:
         for kind, value in thaw(record.evidence).items():
             found[kind] = {**found.get(kind, {}), **value}
     return found
-
-
-def base_evidence(home: Home, record: Record) -> dict[str, Any]:
-    """The evidence of the registered base of a version; nothing where it has none."""
-    base = record.base
-    if base is None:
-        return {}
-    rows = index.ask(
-        home, lambda found: [row for row in found.by_identity(base) if row.kind == "base" and not row.hidden]
-    )
-    return joined(store.load_known(home, row.name, row.version) for row in rows)
 
 
 def figures(evidence: Mapping[str, Any], subject: str = evaluation.SELF) -> list[Figure]:

@@ -11,6 +11,7 @@ from adapterkit.registry.checkout import checkout
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.names import is_name
 from adapterkit.registry.record import NOT_CONTENT, Record
+from adapterkit.registry.remaking import is_recipe
 
 
 def find(ref: str, *, home: Path | None = None) -> Found | None:
@@ -24,7 +25,7 @@ def find(ref: str, *, home: Path | None = None) -> Found | None:
     if not is_known(at, ref):
         return None
     record = resolve.find(at, ref)
-    if any(file.stored for file in record.files):
+    if any(file.stored for file in record.files) or is_recipe(record):
         folder = checkout(record.ref, home=home)
         return Found(record.ref, folder, _only_file(record, folder))
     if record.origin is not None:

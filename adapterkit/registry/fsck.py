@@ -8,6 +8,9 @@ else.
 from __future__ import annotations
 
 import os
+import re
+import sqlite3
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -15,11 +18,13 @@ from functools import partial
 from pathlib import Path
 
 from adapterkit import disk
-from adapterkit.errors import AdapterkitError, NotFound, RegistryError
+from adapterkit.errors import AdapterkitError, NotFound, RegistryError, UsageError
 from adapterkit.registry import blobs, chain, index, refs, store
-from adapterkit.registry.home import LAYOUT, Home, default_home, entries, is_number
+from adapterkit.registry.canonical import sha256
+from adapterkit.registry.home import FOLDERS, LAYOUT, Home, default_home, entries, is_number, read_file
 from adapterkit.registry.names import is_name
 from adapterkit.registry.record import OpaqueRecord, Record
+from adapterkit.registry.scan import catch_up, folder_stamps, scan_name
 
 
 @dataclass(frozen=True)
@@ -53,39 +58,81 @@ class FsckReport:
         return all(problem.repaired for problem in self.problems)
 
 
-def fsck(*, repair: bool = False, home: Path | None = None) -> FsckReport:
+def fsck(*, repair: bool = False, part: tuple[int, int] = (1, 1), home: Path | None = None) -> FsckReport:
     """Reads and checks every record, journal, blob, alias, history, mark and tree, then compares the index with them.
 
     Writers may go on meanwhile; what is checked under its name's lock is never seen half done.
+
+    Args:
+        repair: put right what other files still say.
+        part: ``(2, 7)`` checks the second of seven parts: the names and the blobs whose digests fall into it. All parts
+            together check everything, in any order and on different days.
+
+    Raises:
+        UsageError: there is no such part.
     """
-    return _Check(Home(home if home is not None else default_home()), repair).run()
+    if not 1 <= part[0] <= part[1] <= 1024:
+        raise UsageError(f"there is no part {part[0]} of {part[1]}", "parts are counted from 1; there are at most 1024")
+    return _Check(Home(home if home is not None else default_home()), repair, part).run()
 
 
 class _Check:
-    def __init__(self, home: Home, repair: bool) -> None:
+    def __init__(self, home: Home, repair: bool, part: tuple[int, int]) -> None:
         self.home = home
         self.repair = repair
+        self.part = part
+        self.known: dict[int, Record | OpaqueRecord | None] = {}
         self.problems: list[RegistryProblem] = []
         self.notes: list[str] = []
         self.stored: dict[str, tuple[int, str]] = {}
         self.counts = {"records": 0, "blobs": 0, "bytes": 0, "aliases": 0}
 
     def run(self) -> FsckReport:
+        if self.home.root.exists() and not self.home.root.is_dir():
+            raise RegistryError(f"{self.home.root} is no folder", "name another home, or move it away")
         if self.home.root.exists() and any(entries(self.home.root)):
-            self._format()
-            for name in sorted(self._names()):
-                with self._lock(name):
-                    self._records(name)
-                    self._journal(name)
-                    self._refs(name)
-                    self._marks(name)
-            self._chains()
-            rotten = self._blobs()
-            self._missing(rotten)
-            self._trees()
-            self._index()
-            self._leftovers()
+            first = self.part[0] == 1
+            if first:
+                self._folders()
+                self._format()
+            with closing(index.empty()) as wanted:
+                self._all_names(wanted)
+                rotten = self._blobs()
+                self._missing(rotten)
+                self._index(wanted)
+            if first:
+                self._trees()
+                self._leftovers()
         return FsckReport(**self.counts, problems=tuple(self.problems), notes=tuple(self.notes))
+
+    def _all_names(self, wanted: sqlite3.Connection) -> None:
+        """Checks each name, and puts what its files say into a fresh index, so that every record is read once."""
+        stamps = folder_stamps(self.home, time.time_ns(), self._mine)
+        wanted.execute("begin")
+        for name in sorted(self._names()):
+            with self._lock(name):
+                self.known = {}
+                self._records(name)
+                self._journal(name)
+                self._refs(name)
+                self._marks(name)
+            if name in stamps:
+                scan_name(self.home, wanted, name, partial(self._loaded, name))
+                wanted.execute("insert into scanned values (?, ?)", (name, stamps[name]))
+        wanted.execute("commit")
+
+    def _loaded(self, name: str, version: int) -> Record | OpaqueRecord:
+        return self.known.get(version) or store.load(self.home, name, version)
+
+    def _mine(self, name: str) -> bool:
+        """Whether a name falls into this part."""
+        number, parts = self.part
+        return parts == 1 or int(sha256(name.encode())[:8], 16) % parts == number - 1
+
+    def _my_blobs(self, folder: str) -> bool:
+        number, parts = self.part
+        right = re.fullmatch("[0-9a-f]{2}", folder) is not None
+        return (int(folder, 16) if right else 0) % parts == number - 1
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
@@ -105,24 +152,75 @@ class _Check:
                 sentence += f"; it could not be repaired: {error}"
         self.problems.append(RegistryProblem(kind, path.relative_to(self.home.root).as_posix(), sentence, repaired))
 
+    def _folders(self) -> None:
+        """Every folder of the layout is there and is one."""
+        if not self.home.exists:
+            return  # begun and never finished, see `_format`
+        for name in FOLDERS:
+            path = self.home.root / name
+            if not os.path.lexists(path):
+                self._say("folder", path, "this folder is missing", partial(path.mkdir, parents=True))
+            elif not path.is_dir():
+                self._say(
+                    "folder", path, "something else is in the place of a folder", partial(self._folder_again, path)
+                )
+
+    def _folder_again(self, path: Path) -> None:
+        if path == self.home.quarantine:
+            path.rename(path.with_name(f"quarantine.{os.urandom(6).hex()}"))
+        disk.make_folder(self.home.quarantine)
+        blobs.set_aside(self.home, path, "no-folder")
+        path.mkdir()
+
+    def _read(self, path: Path) -> bytes:
+        """A small file; nothing where it is missing or cannot be read, which is said where it matters."""
+        try:
+            return read_file(path)
+        except (FileNotFoundError, RegistryError):
+            return b""
+
     def _format(self) -> None:
         path = self.home.format
-        data = path.read_bytes() if path.exists() else b""
-        if not path.exists() and not self._names():
+        if not os.path.lexists(path) and not self._names():
             # The mark comes last, so a home without it has nothing in it yet.
             self.notes.append("the registry was begun and never finished; whoever registers next finishes it")
-        elif data != LAYOUT:
-            self._say("format", path, "the mark of the layout is damaged or of a newer adapterkit")
+            return
+        data = self._read(path)
+        if data == LAYOUT:
+            return
+        newer = re.fullmatch(rb"adapterkit registry [1-9][0-9]*\n", data) is not None
+        what = "of a newer adapterkit" if newer else "damaged"
+        self._say(
+            "format", path, f"the mark of the layout is {what}", None if newer else partial(self._mark_again, path)
+        )
+
+    def _mark_again(self, path: Path) -> None:
+        disk.make_folder(self.home.staging)
+        disk.make_folder(self.home.quarantine)
+        if os.path.lexists(path):
+            blobs.set_aside(self.home, path, "damaged")
+        with disk.staged(self.home.staging, LAYOUT) as temporary:
+            disk.publish_new(temporary, path)
 
     def _names(self) -> set[str]:
         found: set[str] = set()
         for folder in ("records", "journal", "refs", "history", "hidden"):
             for entry in entries(self.home.root / folder):
-                if is_name(entry.name):
-                    found.add(entry.name)
-                else:
-                    self._say("stray", self.home.root / folder / entry.name, "this cannot be the name of an entry")
+                path = self.home.root / folder / entry.name
+                if not self._mine(entry.name if is_name(entry.name) else ""):
+                    continue
+                if not is_name(entry.name):
+                    self._say("stray", path, "this cannot be the name of an entry")
+                    continue
+                found.add(entry.name)
+                if folder == "journal" and not path.is_file():
+                    self._say("journal", path, "this is no file", partial(self._rebuild_journal, entry.name))
+                elif folder != "journal" and not path.is_dir():
+                    self._say("folder", path, "something else is in the place of a folder", partial(self._aside, path))
         return found
+
+    def _aside(self, path: Path) -> None:
+        blobs.set_aside(self.home, path, "no-folder")
 
     def _records(self, name: str) -> None:
         on_disk = self.home.versions(name)
@@ -147,7 +245,8 @@ class _Check:
 
     def _load(self, name: str, version: int) -> Record | OpaqueRecord | None:
         try:
-            return store.load(self.home, name, version)
+            self.known[version] = store.load(self.home, name, version)
+            return self.known[version]
         except RegistryError as error:
             self._say("record", self.home.record(name, version), error.message)
         except NotFound:
@@ -156,7 +255,7 @@ class _Check:
 
     def _journal(self, name: str) -> None:
         path = self.home.journal(name)
-        data = path.read_bytes() if path.exists() else b""
+        data = self._read(path)
         on_disk = self.home.versions(name)
         whole = data[: data.rfind(b"\n") + 1]
         lines = store.journal_lines(whole)
@@ -172,11 +271,7 @@ class _Check:
             return
         wrong = lines is None
         for version, body, digest in lines or ():
-            record = None
-            try:
-                record = store.load(self.home, name, version) if version in on_disk else None
-            except (RegistryError, NotFound):
-                continue
+            record = self.known.get(version)
             if record is not None and digest != store.UNKNOWN and record.digest != digest:
                 wrong = True
             if isinstance(record, Record) and body not in (store.UNKNOWN, record.body):
@@ -200,9 +295,10 @@ class _Check:
             path = self.home.root / "refs" / name / alias
             good, sound = self._history(name, alias)
             try:
-                current = refs.read_move(path.read_bytes(), name, alias, str(path)) if path.exists() else None
-            except RegistryError as error:
-                self._say("ref", path, error.message, partial(self._restore_ref, good[-1]) if good and sound else None)
+                current = refs.read_move(read_file(path), name, alias, str(path)) if os.path.lexists(path) else None
+            except (RegistryError, FileNotFoundError) as error:
+                said = error.message if isinstance(error, RegistryError) else "this leads nowhere"
+                self._say("ref", path, said, partial(self._restore_ref, good[-1]) if good and sound else None)
                 continue
             if current is None:
                 if len(good) > 1 or not sound:
@@ -216,7 +312,7 @@ class _Check:
     def _history(self, name: str, alias: str) -> tuple[list[refs.Move], bool]:
         """The sound lines of a history and whether all of it is sound and chained; a torn last line is no damage."""
         path = self.home.root / "history" / name / alias
-        data = path.read_bytes() if path.exists() else b""
+        data = self._read(path)
         good: list[refs.Move] = []
         sound = True
         for line in data[: data.rfind(b"\n") + 1].splitlines(keepends=True):
@@ -262,9 +358,11 @@ class _Check:
         self._rewrite(self.home.ref(move.name, move.alias), move.line)
 
     def _rewrite(self, path: Path, data: bytes) -> None:
-        if path.exists():
+        if os.path.lexists(path):
             blobs.set_aside(self.home, path, path.parent.parent.name)
-        disk.make_folder(path.parent)
+        if os.path.lexists(path.parent) and not path.parent.is_dir():
+            self._aside(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with disk.staged(self.home.staging, data) as temporary:
             disk.publish_over(temporary, path)
 
@@ -276,9 +374,9 @@ class _Check:
                 self._say("hidden", path, "this marks no version that is there")
                 continue
             try:
-                store.check_mark(path.read_bytes(), name, int(entry.name), str(path))
-            except RegistryError as error:
-                self._say("hidden", path, error.message)
+                store.check_mark(read_file(path), name, int(entry.name), str(path))
+            except (RegistryError, FileNotFoundError) as error:
+                self._say("hidden", path, getattr(error, "message", "this leads nowhere"))
 
     def _chains(self) -> None:
         for path in chain.chains(self.home):
@@ -290,6 +388,8 @@ class _Check:
     def _blob_files(self) -> Iterator[Path]:
         top = self.home.root / "objects" / "sha256"
         for folder in sorted(entries(top), key=lambda entry: entry.name):
+            if not self._my_blobs(folder.name):
+                continue
             for entry in sorted(entries(top / folder.name), key=lambda entry: entry.name):
                 yield Path(entry.path)
 
@@ -298,6 +398,11 @@ class _Check:
         rotten: set[str] = set()
         for path in self._blob_files():
             try:
+                if not path.is_symlink() and not path.is_file():
+                    if os.path.lexists(path):  # else gc took it
+                        rotten.add(path.name)
+                        self._say("blob", path, "this is no file", partial(self._quarantine, path))
+                    continue
                 digest, size = disk.hash_file(path)
             except FileNotFoundError:
                 continue  # gc may run meanwhile.
@@ -337,15 +442,16 @@ class _Check:
                             "tree", path, "this is not a link to a blob; remove the tree, it is made again when needed"
                         )
 
-    def _index(self) -> None:
-        """Compares a copy of the index, brought up to date in memory, with one built from the files."""
-        if not self.home.index.exists():
+    def _index(self, wanted: sqlite3.Connection) -> None:
+        """Compares a copy of the index, brought up to date in memory, with the one that was made of the files."""
+        if not os.path.lexists(self.home.index):
             return
-        with closing(index.fresh(self.home)) as wanted:
-            found = index.checked_copy(self.home)
-            if found is not None and found != index.content_of(wanted):
-                fix = partial(index.reindex, self.home)
-                self._say("index", self.home.index, "it is damaged or does not say what the files say", fix)
+        catch_up(self.home, wanted, self._mine)
+        mine = None if self.part[1] == 1 else self._mine
+        found = index.checked_copy(self.home, mine)
+        if found is not None and found != index.content_of(wanted, mine):
+            fix = partial(index.reindex, self.home)
+            self._say("index", self.home.index, "it is damaged or does not say what the files say", fix)
 
     def _leftovers(self) -> None:
         for folder in ("staging", "incoming"):

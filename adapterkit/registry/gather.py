@@ -21,11 +21,11 @@ from adapterkit.registry.record import BESIDE
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
-    from adapterkit.checkpoint.objects import ObjectFolder
+    from adapterkit.checkpoint.listing import Listing
 
 # Left behind by training, version control and desktops; a leading dot also keeps `.env` and its kind out.
 _SKIPPED = re.compile(
-    r"(?:\..*|__pycache__|checkpoint-\d+|runs|wandb|.*\.tmp|.*~|optimizer\.(?:pt|bin)|scheduler\.pt|scaler\.pt"
+    r"(?:\..*|__pycache__|checkpoint-\d+|runs|wandb|.*\.tmp|.*~|optimizer\.(?:pt|bin)|trainer_state\.json|scheduler\.pt|scaler\.pt"
     r"|rng_state.*\.pth|training_args\.bin|lost\+found|thumbs\.db|desktop\.ini)",
     re.IGNORECASE,
 )
@@ -93,7 +93,7 @@ def gather(path: Path) -> GatheredFiles:
     return GatheredFiles(tuple(sorted(files)), tuple(sorted(skipped)))
 
 
-def gather_listed(listing: ObjectFolder) -> list[tuple[str, Source]]:
+def gather_listed(listing: Listing) -> list[tuple[str, Source]]:
     """As `gather`, of a folder that is not on this disk: the files that belong to an artefact, with their bytes."""
     names = [name for name in listing.every if name != BESIDE and not any(map(_skip, name.split("/")))]
     return [(check_path(name, f"a file of {listing.ref}"), listing.open(name)) for name in sorted(names)]

@@ -15,7 +15,10 @@ from pathlib import Path
 from adapterkit import disk
 from adapterkit.errors import CheckFailed, NotFound, RegistryError
 from adapterkit.registry import store
-from adapterkit.registry.home import Home, entries, open_home
+from adapterkit.registry.home import Home, entries, open_home, read_file
+from adapterkit.registry.names import is_name
+from adapterkit.registry.record import FileEntry, Record
+from adapterkit.registry.remaking import OPERATIONS, can_drop, is_recipe, parent_ref
 
 KEEP_DAYS = 14.0
 _TEMPORARY_SECONDS = 86400.0
@@ -68,13 +71,89 @@ def gc(*, apply: bool = False, keep_days: float = KEEP_DAYS, home: Path | None =
     return GcReport(apply, digests, sum(size for _, size in found), len(temporary), young)
 
 
+@dataclass(frozen=True)
+class RecipeSaving:
+    """A version that could be kept as its recipe, and the bytes of it that nothing else needs."""
+
+    ref: str
+    operation: str
+    bytes: int
+
+
+def recipes(*, home: Path | None = None) -> tuple[RecipeSaving, ...]:
+    """What keeping versions as their recipes would save: those that a merge or a conversion made from what is here.
+
+    Whether the bytes come out the same is proved when one is registered so.
+    """
+    at = open_home(home)
+    found: list[tuple[Record, list[FileEntry]]] = []
+    needed: dict[str, int] = {}
+    for name in at.names():
+        hidden = at.hidden_versions(name)
+        for version in at.versions(name):
+            if version in hidden:
+                continue
+            try:
+                record = store.load_known(at, name, version)
+            except (RegistryError, NotFound):
+                continue  # fsck tells
+            dropped = (
+                [file for file in record.files if file.stored and can_drop(file)] if _can_be_made(at, record) else []
+            )
+            if dropped:
+                found.append((record, dropped))
+            kept = {file.sha256 for file in dropped}
+            for file in record.files:
+                if file.stored and file.sha256 not in kept:
+                    needed[file.sha256] = file.size
+    seen: set[str] = set()
+    savings = []
+    for record, files in sorted(found, key=lambda one: (one[0].name, one[0].version)):
+        saved = {file.sha256: file.size for file in files if file.sha256 not in needed and file.sha256 not in seen}
+        seen.update(saved)
+        if saved and record.operation is not None:
+            savings.append(RecipeSaving(record.ref, record.operation.name, sum(saved.values())))
+    return tuple(savings)
+
+
+def _can_be_made(at: Home, record: Record) -> bool:
+    operation = record.operation
+    if operation is None or operation.name not in OPERATIONS or not record.parents:
+        return False
+    for parent in record.parents:
+        if parent.content and parent_ref(at, parent.content):
+            continue
+        identity = parent.identity
+        if parent.role == "base" and identity is not None and identity.id and identity.commit:
+            continue
+        return False
+    return True
+
+
+def _time(mark: Path) -> float:
+    """When a version was removed; now, where the mark cannot be read."""
+    try:
+        return mark.stat().st_mtime
+    except OSError:
+        return time.time()
+
+
 def _wanted(at: Home, removed_before: float) -> set[str]:
     """The digests that stay: all files of visible versions and of those removed lately."""
     wanted: set[str] = set()
-    for name in at.names():
+    known = set(at.names())
+    # The folder is made before the first line of the journal: without it, records are gone and their blobs may be wanted.
+    for entry in entries(at.root / "journal"):
+        if is_name(entry.name) and entry.name not in known:
+            raise CheckFailed(
+                f"the records of {entry.name} are gone, and nobody knows which blobs they name", "run fsck"
+            )
+    for name in sorted(known):
         hidden = at.hidden_versions(name)
         versions = at.versions(name)
-        if versions != list(range(1, len(versions) + 1)):
+        lines = read_file(at.journal(name)).count(b"\n") if at.journal(name).is_file() else 0
+        # One line more than records is a registration that was killed.
+        if versions != list(range(1, len(versions) + 1)) or lines > len(versions) + 1:
             raise CheckFailed(f"a record of {name} is missing, and nobody knows which blobs it names", "run fsck")
         for version in versions:
             try:
@@ -83,8 +162,10 @@ def _wanted(at: Home, removed_before: float) -> set[str]:
                 raise CheckFailed(
                     f"nothing is freed while a record cannot be read: {error.message}", "run fsck"
                 ) from error
-            if version not in hidden or at.hidden(name, version).stat().st_mtime > removed_before:
-                wanted.update(file.sha256 for file in record.files)
+            if version not in hidden or _time(at.hidden(name, version)) > removed_before:
+                # What can be made again is kept for a while as everything else, and freed then.
+                again = is_recipe(record)
+                wanted.update(file.sha256 for file in record.files if file.stored or not again)
     return wanted
 
 

@@ -23,16 +23,17 @@ is still right (see ``index``).
 from __future__ import annotations
 
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit import disk
 from adapterkit.errors import RegistryError, UsageError
 from adapterkit.registry.canonical import sha256
 from adapterkit.registry.names import check_alias, check_name, check_sha256, is_name
+from adapterkit.values import dataclass
 
 LAYOUT = b"adapterkit registry 1\n"
 FOLDERS = (
@@ -155,7 +156,7 @@ class Home:
             RegistryError: the home is of a layout that this version does not know, or its mark is damaged.
         """
         try:
-            found = self.format.read_bytes()
+            found = read_file(self.format)
         except FileNotFoundError:
             return
         if found != LAYOUT:
@@ -190,6 +191,30 @@ class Home:
         return sorted(entry.name for entry in entries(self.refs(name)) if is_name(entry.name))
 
 
+def read_file(path: Path) -> bytes:
+    """The bytes of a small file of a registry.
+
+    Raises:
+        FileNotFoundError: there is none.
+        RegistryError: something else has its name (a folder, a pipe, a device), or it cannot be read.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | disk.calls.flags("CLOEXEC", "NONBLOCK", "BINARY"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(str(path)) from None
+    except OSError as error:
+        raise RegistryError(f"{path} cannot be read: {error.strerror}", "run fsck") from error
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise RegistryError(f"{path} is no file, and has the name of one of the registry", "run fsck")
+        with os.fdopen(os.dup(fd), "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise RegistryError(f"{path} cannot be read: {error.strerror}", "run fsck") from error
+    finally:
+        os.close(fd)
+
+
 def is_number(text: str) -> bool:
     """Whether ``text`` is a version number as file names spell it."""
     return text.isascii() and text.isdigit() and text[0] != "0" and len(text) <= 10
@@ -202,13 +227,15 @@ def entries(folder: Path) -> list[os.DirEntry[str]]:
             return list(found)
     except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise RegistryError(f"{folder} cannot be read: {error.strerror}", "check its permissions") from error
 
 
 def staging_stamp(home: Home) -> str:
     """The time of ``staging/``, through which every change passes; empty when there is no registry."""
     try:
         return str(home.staging.stat().st_mtime_ns)
-    except FileNotFoundError:
+    except OSError:
         return ""
 
 

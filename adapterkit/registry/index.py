@@ -19,6 +19,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from adapterkit.errors import OutputError
+from adapterkit.registry import blobs
 from adapterkit.registry.home import Home, staging_stamp
 from adapterkit.registry.schema import MIGRATIONS, migrate
 
@@ -171,9 +172,15 @@ def reindex(home: Home) -> int:
 
 def fresh(home: Home) -> sqlite3.Connection:
     """An index in memory, built from the files alone."""
+    db = empty()
+    _scan(home, db)
+    return db
+
+
+def empty() -> sqlite3.Connection:
+    """An index in memory that knows nothing yet."""
     db = sqlite3.connect(":memory:", isolation_level=None)
     migrate(db)
-    _scan(home, db)
     return db
 
 
@@ -201,7 +208,7 @@ def _current(home: Home) -> sqlite3.Connection:
 
 def _connect(home: Home) -> tuple[sqlite3.Connection | None, bool]:
     """The index as it is on disk and whether it has every step of the schema; None when it has to be built again."""
-    if not home.index.exists():
+    if not home.index.is_file():
         return None, False
     db = sqlite3.connect(home.index, timeout=30, isolation_level=None)
     try:
@@ -224,6 +231,8 @@ def _rebuild(home: Home) -> sqlite3.Connection:
         migrate(db)
         _scan(home, db)
     # A journal left by a killed writer belongs to the old file and must not be played into the new one.
+    if home.index.is_dir() and not home.index.is_symlink():
+        blobs.set_aside(home, home.index, "folder")
     home.index.unlink(missing_ok=True)
     (home.root / "index.db-journal").unlink(missing_ok=True)
     os.replace(path, home.index)
@@ -246,19 +255,26 @@ def _fact(db: sqlite3.Connection, key: str) -> str:
     return str(row[0]) if row else ""
 
 
-def content_of(db: sqlite3.Connection) -> dict[str, list[tuple[Any, ...]]]:
-    """Every row that is a copy of the files, for comparing two indexes."""
-    tables = ("records", "unreadable", "parents", "parent_levels", "levels", "files", "aliases")
-    return {table: sorted(db.execute(f"select * from {table}").fetchall()) for table in tables}
+def content_of(db: sqlite3.Connection, mine: Callable[[str], bool] | None = None) -> dict[str, list[tuple[Any, ...]]]:
+    """Every row that is a copy of the files, for comparing two indexes; with ``mine``, of some names."""
+    named, others = ("records", "unreadable", "aliases"), ("parents", "parent_levels", "levels", "files", "figures")
+    found = {table: sorted(db.execute(f"select * from {table}").fetchall()) for table in (*named, *others)}
+    if mine is not None:
+        theirs = {digest for name, digest in db.execute("select name, digest from records") if not mine(name)}
+        found |= {table: [row for row in found[table] if mine(row[0])] for table in named}
+        found |= {table: [row for row in found[table] if row[0] not in theirs] for table in others}
+    return found
 
 
-def checked_copy(home: Home) -> dict[str, list[tuple[Any, ...]]] | None:
+def checked_copy(home: Home, mine: Callable[[str], bool] | None = None) -> dict[str, list[tuple[Any, ...]]] | None:
     """What the index on disk says once it has caught up, without changing it; empty when it is damaged.
 
     None when a newer adapterkit made it: then it is nobody's loss, and is built again by the next question.
     """
     from urllib.parse import quote
 
+    if not home.index.is_file():
+        return {}
     try:
         with closing(sqlite3.connect(f"file:{quote(str(home.index))}?mode=ro", uri=True)) as db:
             applied = [name for (name,) in db.execute("select name from migrations order by rowid")]
@@ -271,6 +287,6 @@ def checked_copy(home: Home) -> dict[str, list[tuple[Any, ...]]] | None:
                 db.backup(copy)
                 migrate(copy)
                 _scan(home, copy)
-                return content_of(copy)
+                return content_of(copy, mine)
     except (sqlite3.Error, ValueError, TypeError):
         return {}

@@ -13,6 +13,7 @@ from pathlib import Path
 from adapterkit.errors import UsageError
 from adapterkit.registry import chain, evaluation, figures, store
 from adapterkit.registry.figures import Figure
+from adapterkit.registry.gathered import base_evidence, gathered
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.names import check_alias, check_name
 from adapterkit.registry.policy import CURRENT, judge, parse_policy, require_held
@@ -131,17 +132,17 @@ def known_figures(
     home: Home, record: Record, now: Move | None
 ) -> tuple[list[Figure], dict[str, Sequence[Figure] | None]]:
     """The figures of a version and of what it may be held against; None for an alias that points to nothing."""
-    evidence = figures.gathered(home, record)
+    evidence = gathered(home, record)
     others: dict[str, Sequence[Figure] | None] = {
         subject: figures.figures(evidence, subject) for subject in evaluation.SUBJECTS if subject != evaluation.SELF
     }
     measured = {one.name for one in others[evaluation.BASE] or ()}
-    of_base = figures.figures(figures.base_evidence(home, record))
+    of_base = figures.figures(base_evidence(home, record))
     others[evaluation.BASE] = [*(others[evaluation.BASE] or ()), *(one for one in of_base if one.name not in measured)]
     others[CURRENT] = None
     if now is not None:
         before = store.load_known(home, now.name, now.version)
-        others[CURRENT] = figures.figures(figures.gathered(home, before))
+        others[CURRENT] = figures.figures(gathered(home, before))
     return figures.figures(evidence), others
 
 

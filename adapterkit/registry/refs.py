@@ -18,7 +18,7 @@ from typing import Any, Final
 from adapterkit import disk
 from adapterkit.errors import CheckFailed, NotFound, RegistryError, UsageError
 from adapterkit.registry.canonical import canonical, parse, sha256
-from adapterkit.registry.home import Home
+from adapterkit.registry.home import Home, read_file
 from adapterkit.registry.names import check_alias, check_time
 from adapterkit.registry.record import now
 
@@ -141,7 +141,7 @@ def history(home: Home, name: str, alias: str) -> tuple[Move, ...]:
     current = _current(home, name, alias)
     found: list[Move] = []
     path = home.history(name, alias)
-    for line in (path.read_bytes() if path.exists() else b"").splitlines(keepends=True):
+    for line in (read_file(path) if path.exists() else b"").splitlines(keepends=True):
         if current is None or (found and found[-1].sum == current.sum):
             break  # The rest is a move that never took effect.
         found.append(read_move(line, name, alias, str(path)))
@@ -238,7 +238,7 @@ def _spell(version: int) -> str:
 def _current(home: Home, name: str, alias: str) -> Move | None:
     path = home.ref(name, alias)
     try:
-        return read_move(path.read_bytes(), name, alias, str(path))
+        return read_move(read_file(path), name, alias, str(path))
     except FileNotFoundError:
         return None
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adapterkit import disk
 from adapterkit.errors import UsageError, option
-from adapterkit.registry import blobs, store
+from adapterkit.registry import blobs, remaking, store
 from adapterkit.registry.beside import check_beside, read_beside
 from adapterkit.registry.gather import Described, describe, gather
-from adapterkit.registry.home import open_home
+from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.identity import Identity
 from adapterkit.registry.names import check_name
 from adapterkit.registry.record import UNDATED, FileEntry, Operation, Origin, Parent, Record
@@ -46,12 +47,16 @@ def register(
     new_version: bool = False,
     link: bool = False,
     ignore_beside: bool = False,
+    as_recipe: bool = False,
+    made_on: str | Path | None = None,
     home: Path | None = None,
 ) -> Registered:
     """Stores the files of ``path`` and adds a version of ``name``.
 
     What is not given is taken from ``adapterkit.json`` beside the files, then from their configuration. ``link`` makes
-    hard links instead of copies (see ``blobs``). ``new_version`` adds a version even when nothing changed.
+    hard links instead of copies (see ``blobs``). ``new_version`` adds a version even when nothing changed. ``as_recipe``
+    leaves the bytes of large files out, once they came out the same when they were made again (see ``remaking``);
+    ``made_on`` is the base for that.
 
     Raises:
         CheckFailed: ``adapterkit.json`` describes other files than are there.
@@ -69,9 +74,16 @@ def register(
         )
     at = open_home(home)
     at.create()
+    dropped: set[str] = set()
+    if as_recipe:
+        dropped = _proved(at, path, name, beside, gathered.files, made_on)
     with at.store_lock(shared=True):
         entries, stored = [], 0
         for inside, real in gathered.files:
+            if inside in dropped:
+                digest, nbytes = disk.hash_file(real)
+                entries.append(FileEntry(inside, nbytes, digest, stored=False))
+                continue
             blob = blobs.put_file(at, real, link)
             entries.append(FileEntry(inside, blob.size, blob.sha256))
             stored += blob.size if blob.new else 0
@@ -93,6 +105,30 @@ def register(
         )
         added = store.add_record(at, draft, name, new_version)
     return Registered(added.record, added.new, stored, gathered.skipped)
+
+
+def _proved(
+    at: Home,
+    path: Path,
+    name: str,
+    beside: Record | None,
+    files: Iterable[tuple[str, Path]],
+    base: str | Path | None,
+) -> set[str]:
+    """The files that need not be kept, after they were made again with the same bytes.
+
+    Raises:
+        UsageError, CheckFailed, NotFound: see `remaking.made_again`.
+    """
+    if beside is None or beside.operation is None:
+        raise UsageError(f"nothing says how {path} was made", "outputs of merge and convert have a record beside them")
+    entries = []
+    for inside, real in files:
+        digest, nbytes = disk.hash_file(real)
+        entries.append(FileEntry(inside, nbytes, digest))
+    draft = replace(beside, files=tuple(entries))
+    with remaking.made_again(at, draft, base):
+        return {file.path for file in entries if remaking.can_drop(file)}
 
 
 def register_base(

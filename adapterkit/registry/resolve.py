@@ -7,6 +7,7 @@ Names, versions and aliases are looked up in the files; only digests need the in
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from adapterkit.errors import NotFound, RegistryError, UsageError
@@ -111,7 +112,15 @@ def exists(home: Home, name: str) -> bool:
 def _missing(home: Home, name: str, version: str) -> NotFound:
     known = home.versions(name)
     if not known:
-        return NotFound(f"'{name}' is not in the registry {home.root}", "list shows what is")
+        return NotFound(f"'{name}' is not in the registry {home.root}", _near(name, home.names()))
     if not version:
         return NotFound(f"every version of '{name}' was removed", f"show {name}@{known[-1]} still works")
     return NotFound(f"{name} has no version {version}; its newest is {known[-1]}", "show lists its versions")
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """What to do about a name that is not there: the one that is most like it, if one is."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, list(known), n=1)
+    return f"did you mean '{close[0]}'?" if close else "list shows what is"

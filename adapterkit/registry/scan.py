@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from collections.abc import Callable
+from functools import partial
 
 from adapterkit.errors import NotFound, RegistryError
 from adapterkit.registry import refs, store
+from adapterkit.registry.figures import figures
 from adapterkit.registry.home import Home, entries, staging_stamp
 from adapterkit.registry.identity import LEVELS, Identity
 from adapterkit.registry.names import check_sha256, is_name
@@ -25,24 +28,27 @@ def _quiet(home: Home, stamp: str, at: int) -> bool:
         try:
             if at / 1e9 - entry.stat().st_mtime < DEAD_SECONDS:
                 return False
-        except FileNotFoundError:
+        except OSError:
             return False
     return True
 
 
-def catch_up(home: Home, db: sqlite3.Connection) -> None:
-    """Reads every name again whose folders changed since the index saw them; one transaction."""
+def catch_up(home: Home, db: sqlite3.Connection, mine: Callable[[str], bool] | None = None) -> None:
+    """Reads every name again whose folders changed since the index saw them; one transaction.
+
+    ``mine`` keeps it to some names, as if there were no others.
+    """
     at = time.time_ns()
     stamp = staging_stamp(home)
     quiet = _quiet(home, stamp, at)
     db.execute("begin immediate")
     try:
         seen = dict(db.execute("select name, stamp from scanned").fetchall())
-        stamps = _folder_stamps(home, at)
+        stamps = folder_stamps(home, at, mine)
         for name, value in stamps.items():
             if not value.endswith("?") and seen.get(name) == value:
                 continue
-            _scan(home, db, name)
+            scan_name(home, db, name, partial(store.load, home, name))
             db.execute("insert or replace into scanned values (?, ?)", (name, value))
         for name in seen.keys() - stamps.keys():
             _forget(db, name)
@@ -53,20 +59,24 @@ def catch_up(home: Home, db: sqlite3.Connection) -> None:
         raise
 
 
-def _folder_stamps(home: Home, at: int) -> dict[str, str]:
+def folder_stamps(home: Home, at: int, mine: Callable[[str], bool] | None = None) -> dict[str, str]:
     """name -> the times of its three folders; with ``?`` when one is too young to be believed."""
     found: dict[str, str] = {}
     for folder in ("records", "refs", "hidden"):
         for entry in entries(home.root / folder):
-            if not is_name(entry.name):
+            if not is_name(entry.name) or (mine is not None and not mine(entry.name)):
                 continue
-            time_ns = entry.stat().st_mtime_ns
+            try:
+                time_ns = entry.stat().st_mtime_ns
+            except OSError:
+                continue  # a link to nowhere; fsck says so
             young = "?" if at - time_ns < RACY_NS else ""
             found[entry.name] = f"{found.get(entry.name, '')} {folder[:2]}{time_ns}{young}"
     return {name: value.replace("?", "") + ("?" if "?" in value else "") for name, value in found.items()}
 
 
-def _scan(home: Home, db: sqlite3.Connection, name: str) -> None:
+def scan_name(home: Home, db: sqlite3.Connection, name: str, load: Callable[[int], Record | OpaqueRecord]) -> None:
+    """Reads what the files say of a name into an index; ``load`` gives the record of a version."""
     known = {version for (version,) in db.execute("select version from records where name = ?", (name,))}
     on_disk = set(home.versions(name))
     for version in known - on_disk:
@@ -74,7 +84,7 @@ def _scan(home: Home, db: sqlite3.Connection, name: str) -> None:
     db.execute("delete from unreadable where name = ?", (name,))
     for version in sorted(on_disk - known):
         try:
-            record = store.load(home, name, version)
+            record = load(version)
         except (NotFound, RegistryError) as error:
             db.execute("insert into unreadable values (?, ?, ?)", (name, version, str(error)))
             continue
@@ -123,17 +133,33 @@ def _insert(db: sqlite3.Connection, record: Record) -> None:
         db.executemany(
             "insert into levels values (?, ?, ?, ?)", ((record.digest, own, *row) for row in _levels(identity))
         )
+    db.executemany("insert or ignore into figures values (?, ?, ?)", _figures(record))
     for place, parent in enumerate(record.parents):
         db.execute("insert into parents values (?, ?, ?, ?)", (record.digest, place, parent.content, parent.role))
         rows = ((record.digest, place, *row) for row in _levels(parent.identity))
         db.executemany("insert into parent_levels values (?, ?, ?, ?)", rows)
 
 
+def _figures(record: Record) -> list[tuple[str, str, float]]:
+    try:
+        found = figures(record.evidence)
+    except RegistryError:
+        return []  # fsck and show tell
+    return [(record.digest, one.name, one.value) for one in found if isinstance(one.value, float)]
+
+
 def _levels(identity: Identity | None) -> list[tuple[str, str]]:
     return [(level, identity.level(level)) for level in LEVELS if identity.level(level)] if identity else []
 
 
-_OF_RECORD = {"files": "digest", "levels": "digest", "parents": "child", "parent_levels": "child", "records": "digest"}
+_OF_RECORD = {
+    "files": "digest",
+    "figures": "digest",
+    "levels": "digest",
+    "parents": "child",
+    "parent_levels": "child",
+    "records": "digest",
+}
 
 
 def _drop(db: sqlite3.Connection, name: str, version: int) -> None:

@@ -76,6 +76,21 @@ def m003_scanned(db: sqlite3.Connection) -> None:
     )
 
 
+@migration
+def m004_figures(db: sqlite3.Connection) -> None:
+    # Every record is read again, since the index did not keep its figures.
+    db.executescript(
+        """
+        create table figures (
+            digest text not null, name text not null, value real not null, primary key (digest, name)
+        ) without rowid;
+        create index figures_name on figures (name, value);
+        delete from records; delete from unreadable; delete from files; delete from aliases; delete from parents;
+        delete from levels; delete from parent_levels; delete from scanned; delete from facts;
+        """
+    )
+
+
 def migrate(db: sqlite3.Connection) -> None:
     db.execute("create table if not exists migrations (name text primary key)")
     applied = {name for (name,) in db.execute("select name from migrations")}

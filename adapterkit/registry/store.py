@@ -9,12 +9,13 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from adapterkit import disk
 from adapterkit.errors import NotFound, RegistryError
 from adapterkit.registry import blobs
 from adapterkit.registry.canonical import canonical, parse, sha256
-from adapterkit.registry.home import Home
+from adapterkit.registry.home import Home, read_file
 from adapterkit.registry.record import OpaqueRecord, Record, now, read
 
 _JOURNAL_LINE = rb"([1-9][0-9]{0,9}) ([0-9a-f]{64}) ([0-9a-f]{64})\n"
@@ -100,7 +101,7 @@ def heal(home: Home, record: Record) -> bool:
         pass
     with disk.writing(f"{record.name}@{record.version}", home.root), home.lock(record.name):
         journal = home.journal(record.name)
-        lines = (journal_lines(journal.read_bytes()) if journal.exists() else None) or []
+        lines = (journal_lines(read_file(journal)) if journal.exists() else None) or []
         if record.version > len(lines) or lines[record.version - 1][2] != record.digest:
             return False
         with disk.staged(home.staging, record.data) as temporary:
@@ -117,11 +118,9 @@ def load(home: Home, name: str, version: int) -> Record | OpaqueRecord:
     """
     path = home.record(name, version)
     try:
-        data = path.read_bytes()
+        data = read_file(path)
     except FileNotFoundError:
         raise NotFound(f"{name}@{version} is not in the registry {home.root}", "list shows what is") from None
-    except OSError as error:
-        raise RegistryError(f"{path} cannot be read: {error.strerror}") from error
     record = read(data, str(path))
     if (record.name, record.version) != (name, version):
         raise RegistryError(f"{path} holds {record.name}@{record.version}", "it was moved there; put it back")
@@ -197,9 +196,11 @@ def journal_lines(data: bytes) -> list[tuple[int, str, str]] | None:
 def _healed_journal(home: Home, name: str) -> bytes:
     """The journal without the line of a registration that was killed, and with lines for records that lack one."""
     try:
-        data = home.journal(name).read_bytes()
+        data = read_file(home.journal(name))
     except FileNotFoundError:
         data = b""
+    except RegistryError:
+        return rebuilt_journal(home, name)
     whole = data[: data.rfind(b"\n") + 1]
     count = whole.count(b"\n")
     tidy = re.fullmatch(_JOURNAL, whole) and (
@@ -235,11 +236,18 @@ def rebuilt_journal(home: Home, name: str) -> bytes:
         lines.append(b"%d %s %s\n" % (version, body.encode(), digest.encode()))
     data = b"".join(lines)
     path = home.journal(name)
-    if path.exists() and path.read_bytes() != data:
+    if os.path.lexists(path) and not _holds(path, data):
         blobs.set_aside(home, path, "journal")
     with disk.staged(home.staging, data) as temporary:
         disk.publish_over(temporary, path)
     return data
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return read_file(path) == data
+    except (FileNotFoundError, RegistryError):
+        return False
 
 
 def _append(home: Home, name: str, line: bytes, offset: int) -> None:
@@ -248,7 +256,9 @@ def _append(home: Home, name: str, line: bytes, offset: int) -> None:
     Not fsynced: after a power cut the journal is healed from the records.
     """
     fd = os.open(
-        home.journal(name), os.O_WRONLY | os.O_CREAT | disk.calls.flags("CLOEXEC", "NOFOLLOW", "BINARY"), 0o644
+        home.journal(name),
+        os.O_WRONLY | os.O_CREAT | disk.calls.flags("CLOEXEC", "NOFOLLOW", "NONBLOCK", "BINARY"),
+        0o644,
     )
     try:
         os.ftruncate(fd, offset)

@@ -98,7 +98,7 @@ class _Reader:
 
     def fetch(self, rows: Iterable[Tensor]) -> None:
         """Read the windows of these tensors at the same time, those that lie close together at once."""
-        near = _near(self._checkpoint, rows)
+        near = near_windows(self._checkpoint, rows)
         with ThreadPoolExecutor(PARALLEL) as pool:
             read = pool.map(lambda one: one.source.read(one.start, one.stop - one.start), near)
             for one, data in zip(near, read, strict=True):
@@ -107,7 +107,7 @@ class _Reader:
 
 
 @dataclass
-class _Near:
+class NearWindows:
     """Windows of one file that are read in one request; each with its place in the file."""
 
     source: Source
@@ -116,7 +116,7 @@ class _Near:
     windows: list[tuple[tuple[str, int, int], int]]
 
 
-def _near(checkpoint: Checkpoint, rows: Iterable[Tensor]) -> list[_Near]:
+def near_windows(checkpoint: Checkpoint, rows: Iterable[Tensor]) -> list[NearWindows]:
     wanted = []
     for name, _, _, nbytes in rows:
         extent = checkpoint[name].extent
@@ -126,14 +126,14 @@ def _near(checkpoint: Checkpoint, rows: Iterable[Tensor]) -> list[_Near]:
             (extent.source.name, extent.offset + offset, (name, offset, length), extent.source)
             for offset, length in windows(nbytes)
         ]
-    found: list[_Near] = []
+    found: list[NearWindows] = []
     for _, at, key, source in sorted(wanted, key=lambda one: one[:3]):
         last = found[-1] if found else None
         if last is not None and last.source is source and at - last.stop <= CLOSE:
             last.stop = max(last.stop, at + key[2])
             last.windows.append((key, at))
         else:
-            found.append(_Near(source, at, at + key[2], [(key, at)]))
+            found.append(NearWindows(source, at, at + key[2], [(key, at)]))
     return found
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def every() -> tuple[type[Request], ...]:
     """The request of each verb."""
-    from adapterkit.requests import adapters, check, convert, merge, register, verify
+    from adapterkit.requests import adapters, check, convert, merge, register, verify, workers
 
     return (
         merge.MergeRequest,
@@ -26,4 +26,5 @@ def every() -> tuple[type[Request], ...]:
         check.CheckRequest,
         verify.VerifyRequest,
         register.RegisterRequest,
+        workers.RunRequest,
     )

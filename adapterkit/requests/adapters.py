@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from adapterkit.errors import UsageError
-from adapterkit.requests.groups import ADAPTERS, BASE, OUTPUT, OfAdapters, Ruled, Running
+from adapterkit.requests.groups import ADAPTERS, BASE, COMBINE, OUTPUT, OfAdapters, Ruled, Running
 from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, VALUES, WHOLE, Request, opt
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
@@ -25,7 +26,7 @@ class Opened(Protocol):
     def adapters(self) -> tuple[Adapter, ...]: ...
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)
 class FactorOptions(Request):
     """The factors of an adapter that is made."""
 
@@ -78,20 +79,35 @@ class FactorOptions(Request):
         return {name: getattr(self, name) for name in names} | dict(getattr(self, "parameters", {}))
 
 
+def _methods() -> tuple[str, ...]:
+    from adapterkit.ops.rules import RULES
+
+    return (*RULES, "arrow")
+
+
 def _out() -> Any:
     return opt("The folder to make.", PATH, role=INPUT, short="-o", recipe="output.path")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class CombineRequest(OfAdapters, Ruled, FactorOptions, Running):
     """Several adapters that become one."""
 
     VERB: ClassVar[str] = "combine"
+    FIRST: ClassVar[tuple[str, ...]] = ("out", "method", "weights", "rank", "energy", "dry_run")
 
     adapters: Adapters | Opened = field(
         metadata=opt("The adapters, in order.", REF, role=INPUT, many=True, recipe="output.adapters")
     )
     out: Ref | None = field(default=None, metadata=_out())
+    method: str = field(
+        default="linear",
+        kw_only=True,
+        metadata=opt(
+            "How the deltas of several adapters become one; or arrow, which keeps them apart for a router. See --methods.",
+            role=VALUES, group=COMBINE, choices=_methods, recipe="merge.method", open=True,
+        ),
+    )  # fmt: skip
     base: Base | None = field(
         default=None,
         kw_only=True,
@@ -110,11 +126,12 @@ class CombineRequest(OfAdapters, Ruled, FactorOptions, Running):
     )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ExtractRequest(FactorOptions, Running):
     """The difference of two checkpoints as an adapter."""
 
     VERB: ClassVar[str] = "extract"
+    FIRST: ClassVar[tuple[str, ...]] = ("out", "rank", "energy", "dtype", "force", "dry_run")
 
     base: Base = field(metadata=opt("The checkpoint that training began from.", REF, role=INPUT))
     tuned: Base = field(metadata=opt("The checkpoint that training made of it.", REF, role=INPUT))
@@ -126,11 +143,12 @@ class ExtractRequest(FactorOptions, Running):
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ResizeRequest(FactorOptions, Running):
     """An adapter at another rank."""
 
     VERB: ClassVar[str] = "resize"
+    FIRST: ClassVar[tuple[str, ...]] = ("out", "rank", "energy", "dtype", "force", "dry_run")
 
     adapter: str | Path | Adapter = field(metadata=opt("The adapter.", REF, role=INPUT))
     out: Ref | None = field(default=None, metadata=_out())

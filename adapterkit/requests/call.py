@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from adapterkit.errors import UsageError
 from adapterkit.requests.option import Request
+from adapterkit.stores.meter import moving
 
 P = ParamSpec("P")
 Q = TypeVar("Q")
@@ -26,7 +27,8 @@ def takes(request: Callable[P, Q]) -> Callable[[Callable[[Q], R]], Callable[P, R
     def decorate(function: Callable[[Q], R]) -> Callable[P, R]:
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            return function(cls.bound(_named(cls, function.__name__, args, kwargs)))
+            with moving():
+                return function(cls.bound(_named(cls, function.__name__, args, kwargs)))
 
         call.__signature__ = inspect.signature(cls).replace(  # type: ignore[attr-defined]
             return_annotation=inspect.signature(function).return_annotation

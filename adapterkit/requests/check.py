@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, ClassVar
 
 from adapterkit.requests.groups import FLOAT_TYPES, OUTPUT, KeepOptions, OfAdapters, OntoBase, Ruled, Types
 from adapterkit.requests.merge import FOLDER, GGUF, MergeRequest
 from adapterkit.requests.option import BYTES, FLAG, INPUT, REF, opt
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.requests.groups import Adapters, Base
@@ -22,7 +23,7 @@ def _servers() -> Iterable[str]:
     return servers()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class CheckRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions):
     """A check. It plans the merge that has these options, and refuses what that refuses."""
 

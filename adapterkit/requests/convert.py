@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.errors import UsageError
-from adapterkit.requests.formats import FORMATS, Format
+from adapterkit.places import Address
+from adapterkit.requests.formats import Format, formats
 from adapterkit.requests.groups import (
     ADAPTERS,
     FLOAT_TYPES,
@@ -18,25 +19,35 @@ from adapterkit.requests.groups import (
     Types,
 )
 from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, RUN, VALUES, WHOLE, opt
+from adapterkit.requests.workers import OnWorkers
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.requests.groups import Base, Ref
 
 
 def _formats() -> tuple[str, ...]:
-    return tuple(FORMATS)
+    return tuple(formats())
 
 
-@dataclass(frozen=True)
-class ConvertRequest(Types, GGUFOutput, Running):
+@dataclass(frozen=True, eq=False, repr=False)
+class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
     """A conversion. The row of a format says which of the options mean something for it; another one is an error."""
 
     VERB: ClassVar[str] = "convert"
+    FIRST: ClassVar[tuple[str, ...]] = ("out", "to", "quant", "base", "dtype", "dry_run")
 
     src: Ref = field(metadata=opt("What to convert: a model or an adapter.", REF, role=INPUT, recipe="output.from"))
-    out: Ref | None = field(
+    out: Ref | Address | None = field(
         default=None,
-        metadata=opt("The file or folder to make.", PATH, role=INPUT, short="-o", recipe="output.path"),
+        metadata=opt(
+            "The file or folder to make; an address in a store (s3://bucket/folder) too.",
+            PATH,
+            role=INPUT,
+            short="-o",
+            recipe="output.path",
+            store=True,
+        ),
     )
     to: str | None = field(
         default=None,
@@ -133,9 +144,9 @@ class ConvertRequest(Types, GGUFOutput, Running):
     )  # fmt: skip
 
     @property
-    def target(self) -> Path | None:
+    def target(self) -> Path | Address | None:
         """Where the output goes."""
-        return None if self.out is None else Path(self.out)
+        return self.out if self.out is None or isinstance(self.out, Address) else Path(self.out)
 
     def need_base(self, form: str) -> Base:
         """The base.
@@ -177,7 +188,7 @@ class ConvertRequest(Types, GGUFOutput, Running):
         return replace(self, src=src)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class ConvertPlanRequest(ConvertRequest):
     """A conversion to be planned.
 

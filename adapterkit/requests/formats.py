@@ -1,12 +1,20 @@
-"""The table of formats that `convert` writes."""
+"""The table of formats that `convert` writes.
+
+The formats that come with the package are listed here, so that ``--help`` imports no planner. A format in a file of its own
+has its row there, as ``FORMAT``.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
-from adapterkit.codecs.kinds import NESTED, WRITTEN
+from adapterkit.codecs.kinds import nested, written
 from adapterkit.errors import UsageError
+from adapterkit.places import Address
+from adapterkit.rows import handed_in
+from adapterkit.values import dataclass
 
 
 @dataclass(frozen=True)
@@ -39,9 +47,10 @@ _TYPES = frozenset(
     {"quant", "imatrix", "pure", "tensor_types", "output_type", "token_embd_type", "leave_output", "yes_lossy"}
     | {"tensor_type_file", "include_weights", "exclude_weights"}
 )
-FORMATS = {
-    row.name: row
-    for row in (
+
+
+def _listed() -> tuple[Format, ...]:
+    return (
         Format(
             "gguf",
             "gguf:plan",
@@ -82,9 +91,9 @@ FORMATS = {
                 name,
                 f"folder:{name}",
                 what,
-                _SHARDS | {"skip_modules"} | ({"double_quant"} if name in NESTED else set()),
+                _SHARDS | {"skip_modules"} | ({"double_quant"} if name in nested() else set()),
             )
-            for name, what in WRITTEN.items()
+            for name, what in written().items()
         ),
         *(
             Format(
@@ -96,21 +105,26 @@ FORMATS = {
             for name in ("awq", "gptq")
         ),
     )
-}
 
 
-def find_format(name: str | None, out: str | Path | None) -> Format:
+@cache
+def formats() -> Mapping[str, Format]:
+    """Every format by its name."""
+    return {row.name: row for row in (*_listed(), *handed_in("formats"))}
+
+
+def find_format(name: str | None, out: str | Path | Address | None) -> Format:
     """The format that was asked for, or that the suffix of ``out`` says.
 
     Raises:
         UsageError: there is none of that name, or nothing says it.
     """
-    choices = f"one of {', '.join(FORMATS)}"
+    choices = f"one of {', '.join(formats())}"
     if name is None:
-        suffix = Path(out).suffix if out is not None else ""
-        name = next((row.name for row in FORMATS.values() if suffix and row.suffix == suffix), None)
+        suffix = "" if out is None else out.suffix if isinstance(out, Address) else Path(out).suffix
+        name = next((row.name for row in formats().values() if suffix and row.suffix == suffix), None)
         if name is None:
             raise UsageError("the output does not say its format", f"add --to, {choices}")
-    if name not in FORMATS:
+    if name not in formats():
         raise UsageError(f"'{name}' is no format to convert to", f"use {choices}")
-    return FORMATS[name]
+    return formats()[name]

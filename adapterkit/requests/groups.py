@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import InitVar, dataclass, field, fields, replace
+from dataclasses import InitVar, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,12 @@ from adapterkit.requests.option import (
     Request,
     opt,
 )
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.bound_rule import BoundRule
+    from adapterkit.bases import Trained
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.gguf.quantize import Quantization
 
@@ -44,7 +46,7 @@ BASE, ADAPTERS, COMBINE, OUTPUT, GGUF_TYPES, BESIDE, RUNNING = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)
 class OntoBase(Request):
     """Which values of the base the adapters are folded onto."""
 
@@ -92,8 +94,16 @@ class OntoBase(Request):
         ),
     )  # fmt: skip
 
+    @property
+    def trained(self) -> Trained:
+        """How training quantized the base."""
+        from adapterkit.bases import Trained
 
-@dataclass(frozen=True, kw_only=True)
+        skip = None if self.skip_modules is None else _words(self.skip_modules)
+        return Trained(self.as_trained, self.double_quant, self.quant_dtype, skip)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class OfAdapters(Request):
     """How adapters are read and weighed."""
 
@@ -145,6 +155,8 @@ class OfAdapters(Request):
 
     def told(self, adapter: Adapter) -> Adapter:
         """The adapter, read as these options say."""
+        if self.expert_order is None and not self.conv1d:
+            return adapter
         from adapterkit.adapters.told import as_told
 
         return as_told(adapter, self.expert_order, _words(self.conv1d))
@@ -183,7 +195,7 @@ def _spaces() -> tuple[str, ...]:
     return tuple(row.name for row in RULES.values() if row.nested)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)
 class Ruled(Request):
     """How several deltas become one."""
 
@@ -232,17 +244,17 @@ class Ruled(Request):
 
 
 def _types() -> Iterable[str]:
-    from adapterkit.codecs.kinds import WRITTEN
+    from adapterkit.codecs.kinds import written
     from adapterkit.gguf.filetypes import FILE_TYPES
 
-    return (*WRITTEN, "keep", *FILE_TYPES)
+    return (*written(), "keep", *FILE_TYPES)
 
 
 # The options that make a `Quantization`, and its fields where they have another name.
 _TYPES = {"quant": "mix", "token_embd_type": "token_embedding_type"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)
 class Types(Request):
     """The types of the tensors of an output.
 
@@ -373,7 +385,7 @@ _TYPE_NAMES = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)
 class KeepOptions(Request):
     """What of a GGUF output is kept wider, because an adapter changed it."""
 
@@ -399,7 +411,7 @@ def _with_file() -> Iterable[str]:
     return with_file()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)
 class GGUFOutput(Request):
     """What belongs to a GGUF output."""
 
@@ -485,7 +497,7 @@ class GGUFOutput(Request):
 _OF_BUILD = "of build, since no byte depends on it"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)
 class Running(Request):
     """How a verb that writes is carried out. No byte depends on it."""
 

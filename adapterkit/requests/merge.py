@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adapterkit.adapters.fold import FLOATS
-from adapterkit.codecs.kinds import NESTED, WRITTEN
-from adapterkit.dtypes import BY_LABEL, DType
+from adapterkit.codecs.kinds import nested, written
+from adapterkit.dtypes import BY_LABEL, FLOATS, DType
 from adapterkit.errors import CheckpointError, UsageError
 from adapterkit.ops.device import CPU
+from adapterkit.places import Address
 from adapterkit.requests.groups import (
     BASE,
     BESIDE,
@@ -27,21 +27,22 @@ from adapterkit.requests.groups import (
     Types,
 )
 from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, RUN, VALUES, opt
+from adapterkit.requests.workers import OnWorkers
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.requests.groups import Adapters, Base
 
 FOLDER, GGUF = "folder", "gguf"
-FOLDER_FORMATS = (*WRITTEN, "keep")
-"""The quantized formats of a folder, and the base's own; every other value of ``quant`` is a type of a GGUF file."""
 CALIBRATED = ("awq", "gptq")
 
 
-@dataclass(frozen=True)
-class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, Running):
+@dataclass(frozen=True, eq=False, repr=False)
+class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, OnWorkers, Running):
     """A merge: what is folded into what, and what is written of it."""
 
     VERB: ClassVar[str] = "merge"
+    FIRST: ClassVar[tuple[str, ...]] = ("out", "quant", "weights", "method", "fidelity", "dry_run")
 
     base: Base = field(
         metadata=opt("The base: a folder, a safetensors or GGUF file, a registry name or a Hub id.", REF, role=INPUT,
@@ -50,9 +51,16 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
     adapters: Adapters = field(
         metadata=opt("The adapters, in order.", REF, role=INPUT, many=True, recipe="output.adapters")
     )
-    out: str | Path | None = field(
+    out: str | Path | Address | None = field(
         default=None,
-        metadata=opt("The folder to make, or a .gguf file.", PATH, role=INPUT, short="-o", recipe="output.path"),
+        metadata=opt(
+            "The folder to make, or a .gguf file; an address in a store (s3://bucket/folder) too.",
+            PATH,
+            role=INPUT,
+            short="-o",
+            recipe="output.path",
+            store=True,
+        ),
     )
     to: str | None = field(
         default=None,
@@ -135,7 +143,7 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
                 f"{self.quant} needs a calibration, which a merge has no text for",
                 f"merge to 16 bits, then convert that --to {self.quant} --calibration FILE",
             )
-        if self.quant_double and self.quant not in NESTED:
+        if self.quant_double and self.quant not in nested():
             raise UsageError(f"{self.quant} has no nested scales", "leave out --double-quant, or use --quant nf4")
         if self.as_trained == "int8" and self.double_quant:
             raise UsageError("int8 has no nested scales", "leave out --double-quant, or use --as-trained nf4")
@@ -147,9 +155,9 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
         return self.adapters
 
     @property
-    def target(self) -> Path | None:
+    def target(self) -> Path | Address | None:
         """Where the output goes."""
-        return None if self.out is None else Path(self.out)
+        return self.out if self.out is None or isinstance(self.out, Address) else Path(self.out)
 
     @property
     def form(self) -> str | None:
@@ -161,7 +169,7 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
     @property
     def folder_format(self) -> str | None:
         """The quantized format of a folder; None where ``quant`` is a type of a GGUF file, or not given."""
-        return self.quant if self.quant in FOLDER_FORMATS else None
+        return self.quant if self.quant is not None and self.quant in folder_formats() else None
 
     @property
     def gguf_types(self) -> Any:
@@ -248,24 +256,9 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
-@dataclass(frozen=True)
-class MergePlanRequest(MergeRequest):
-    """A merge to be planned.
-
-    Attributes:
-        headers_only: a base or adapter on the Hub is not downloaded, so the plan can be shown but not executed.
-        fingerprints: of the inputs, which let `execute` see whether they changed; a plan that is only shown can do
-            without.
-    """
-
-    headers_only: bool = field(default=True, kw_only=True)
-    fingerprints: bool = field(default=True, kw_only=True)
-
-    @classmethod
-    def of(cls, request: MergeRequest, *, headers_only: bool, fingerprints: bool = True) -> MergePlanRequest:
-        """The same merge, to be planned."""
-        given = {name: getattr(request, name) for name in request.options()}
-        return cls(**given, headers_only=headers_only, fingerprints=fingerprints)
+def folder_formats() -> tuple[str, ...]:
+    """The quantized formats of a folder, and the base's own; every other value of ``quant`` is a type of a GGUF file."""
+    return (*written(), "keep")
 
 
 def parse_floats(dtype: str) -> DType | None:
@@ -281,4 +274,4 @@ def parse_floats(dtype: str) -> DType | None:
     return BY_LABEL[dtype]
 
 
-__all__ = ["BASE", "FOLDER", "FOLDER_FORMATS", "GGUF", "MergePlanRequest", "MergeRequest", "parse_floats"]
+__all__ = ["BASE", "FOLDER", "GGUF", "MergeRequest", "folder_formats", "parse_floats"]

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 from adapterkit.errors import UsageError
 from adapterkit.places import Address, local, readable, writable
+from adapterkit.values import dataclass
 
 # Kinds of values.
 TEXT, WHOLE, NUMBER, FLAG, SWITCH, PATH, REF, PAIRS, PARAMETERS, CALL = (
     *("text", "whole", "number", "flag", "switch", "path", "ref", "pairs", "parameters", "call"),
 )
+COUNTS = "counts"
 # Roles: an input, what decides values of the output, what decides its bytes alone, or neither.
 INPUT, VALUES, BYTES, RUN = "input", "values", "bytes", "run"
 # Doors.
@@ -35,6 +36,7 @@ _WORDS = {
     PAIRS: "a mapping, or KEY=VALUE texts",
     PARAMETERS: "a mapping",
     CALL: "a function",
+    COUNTS: "a number, or several as 1,8,64",
 }
 
 
@@ -106,6 +108,8 @@ class Option:
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """A hint: the known word that is most like ``word``, or all of them."""
+    import difflib
+
     close = difflib.get_close_matches(word.lower(), [str(one) for one in known], n=1)
     return f"did you mean '{close[0]}'?" if close else f"use {', '.join(map(str, known))}"
 
@@ -208,6 +212,12 @@ def _call(option: Option, name: str, value: Any) -> Any:
     return value
 
 
+def _counts(option: Option, name: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise _wrong(option, name, value)
+    return str(value)
+
+
 _CHECKS: dict[str, Callable[[Option, str, Any], Any]] = {
     TEXT: _text,
     REF: _ref,
@@ -219,6 +229,7 @@ _CHECKS: dict[str, Callable[[Option, str, Any], Any]] = {
     PAIRS: _pairs,
     PARAMETERS: _parameters,
     CALL: _call,
+    COUNTS: _counts,
 }
 
 
@@ -227,11 +238,15 @@ def opt(help: str, kind: str = TEXT, **more: Any) -> dict[str, Option]:
     return {_KEY: Option(help, kind, **more)}
 
 
-@dataclass(frozen=True)
 class Request:
-    """What a verb was asked for. A subclass has one field per option."""
+    """What a verb was asked for. A subclass has one field per option.
+
+    Requests are equal when they are of one class and all their fields are.
+    """
 
     VERB: ClassVar[str] = ""
+    FIRST: ClassVar[tuple[str, ...]] = ()
+    """What most people need: these fields lead ``--help``, in this order."""
 
     def __post_init__(self) -> None:
         for name, option in self.options().items():
@@ -245,6 +260,18 @@ class Request:
                     value = None
             object.__setattr__(self, name, value)
         self.check()
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in self._fields())
+
+    def __hash__(self) -> int:
+        return hash(tuple(getattr(self, name) for name in self._fields()))
+
+    def __repr__(self) -> str:
+        """The options that differ from their defaults, as they would be written in Python."""
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.given().items())})"
 
     def check(self) -> None:
         """Refuse options that mean nothing without others; verbs add what they know.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.errors import UsageError
 from adapterkit.requests.option import FLAG, INPUT, PAIRS, PARAMETERS, PATH, REF, Request, opt
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.requests.groups import Ref
@@ -17,7 +18,7 @@ IDENTITY, RECORD = "Base", "Record"
 _SAID = "said by the output itself"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class RegisterRequest(Request):
     """A folder or file that becomes a version of a name."""
 
@@ -103,6 +104,14 @@ class RegisterRequest(Request):
             FLAG, group=RECORD, elsewhere={"recipe": "check looks into the adapters of a recipe"},
         ),
     )  # fmt: skip
+    as_recipe: bool = field(
+        default=False,
+        kw_only=True,
+        metadata=opt(
+            "Keep how it was made and not its large files, after making it again gave the same bytes.", FLAG,
+            group=RECORD, elsewhere={"recipe": "the outputs of a recipe are kept where it says"},
+        ),
+    )  # fmt: skip
     ignore_record: bool = field(
         default=False,
         kw_only=True,
@@ -131,9 +140,13 @@ class RegisterRequest(Request):
     def check(self) -> None:
         super().check()
         if self.kind == "base":
-            for name in ("base", "link", "ignore_record", "evidence"):
+            for name in ("base", "link", "ignore_record", "evidence", "as_recipe", "scan"):
                 if name in self.given():
                     raise UsageError(f"{self.spelled(name)} does not apply to --kind base", "leave it out")
+
+        for name in ("link", "ignore_record"):
+            if self.as_recipe and name in self.given():
+                raise UsageError(f"{self.spelled(name)} does not go with {self.spelled('as_recipe')}", "leave it out")
 
     @property
     def texts(self) -> dict[str, str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.errors import UsageError
 from adapterkit.requests.groups import RUNNING, OfAdapters, OntoBase, Ruled
 from adapterkit.requests.merge import MergeRequest
 from adapterkit.requests.option import CALL, INPUT, NUMBER, PATH, REF, RUN, VALUES, WHOLE, opt
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.requests.groups import Adapters, Base, Progress, Ref
@@ -18,11 +19,12 @@ LEVELS = ("load", "tensors", "layers", "model")
 THRESHOLDS, EVIDENCE = "Thresholds", "Evidence"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class VerifyRequest(OntoBase, OfAdapters, Ruled):
     """A verification. Options of the merge that are not named are taken from the record beside MERGED."""
 
     VERB: ClassVar[str] = "verify"
+    FIRST: ClassVar[tuple[str, ...]] = ("base", "adapters", "weights", "level", "prompts", "as_trained")
 
     merged: Base = field(metadata=opt("The folder, the GGUF file, the registry name or the Hub id.", REF, role=INPUT))
     base: Base = field(

@@ -4,9 +4,3 @@ Reading needs obstore; writing to S3 also boto3, for parts that the store copies
 Modules: `meter` (what was moved), `faults` (what an answer means), `store` (what every store does), `objects` (any store,
 through obstore), `s3` (S3's own uploads), `connect` (credentials and endpoints, which stay there).
 """
-
-from adapterkit.stores.connect import open_store
-from adapterkit.stores.meter import Moved, moving
-from adapterkit.stores.store import Assembly, Begun, Store, StoredObject
-
-__all__ = ["Assembly", "Begun", "Moved", "Store", "StoredObject", "moving", "open_store"]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from adapterkit.errors import UsageError
+from adapterkit.packages import missing
 from adapterkit.places import Address
 from adapterkit.stores.objects import ObjectStore
 from adapterkit.stores.store import Store
@@ -42,7 +43,7 @@ def open_store(address: Address) -> Store:
 
 
 def _needed(what: str, error: ImportError) -> UsageError:
-    said = UsageError(f"{what} needs {error.name}, which is not installed", "pip install 'adapterkit[stores]'")
+    said = missing(error.name or "obstore", f"{what} needs a client of object stores", "stores")
     said.__cause__ = error
     return said
 

@@ -45,7 +45,7 @@ class Fault(Exception):
     @property
     def passing(self) -> bool:
         """Whether the same request may go well a little later."""
-        if self.code in _EXPIRED or _no_room(self.code):
+        if self.code in _EXPIRED or _no_room(self.code) or self.unknown:
             return False
         return self.status == 0 or self.status in _AGAIN or self.code in _AGAIN_CODES
 
@@ -61,6 +61,11 @@ class Fault(Exception):
     def changed(self) -> bool:
         """A condition did not hold."""
         return self.status == 412
+
+    @property
+    def unknown(self) -> bool:
+        """The store does not know what was asked for, such as a condition."""
+        return self.status in (501, 405) or self.code in ("NotImplemented", "XNotImplemented")
 
     @property
     def said(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 
@@ -31,34 +32,46 @@ class Moved:
             self.bytes_inside + other.bytes_inside,
         )
 
+    def __sub__(self, other: Moved) -> Moved:
+        return self + Moved(-other.requests, -other.bytes_down, -other.bytes_up, -other.bytes_inside)
+
 
 class Meter:
-    """A count that goes on while a run does; safe to use from several threads."""
+    """A count that began at some moment and goes on, in every thread of the process."""
 
-    def __init__(self) -> None:
-        self.moved = Moved()
+    def __init__(self, begun: Moved) -> None:
+        self._begun = begun
+
+    @property
+    def moved(self) -> Moved:
+        """What was moved since then."""
+        return _total - self._begun
 
 
 _lock = threading.Lock()
-_running: list[Meter] = []
+_total = Moved()
+_meter: ContextVar[Meter | None] = ContextVar("meter", default=None)
 
 
 @contextmanager
 def moving() -> Iterator[Meter]:
-    """Count what is moved within the block, in every thread."""
-    meter = Meter()
-    with _lock:
-        _running.append(meter)
+    """Count what is moved within the block; `moved` then says it."""
+    meter = Meter(_total)
+    token = _meter.set(meter)
     try:
         yield meter
     finally:
-        with _lock:
-            _running.remove(meter)
+        _meter.reset(token)
+
+
+def moved() -> Moved:
+    """What was moved since the innermost `moving` began, else since the process did."""
+    meter = _meter.get()
+    return _total if meter is None else meter.moved
 
 
 def count(requests: int = 0, *, down: int = 0, up: int = 0, inside: int = 0) -> None:
-    """Add to every count that is running."""
-    more = Moved(requests, down, up, inside)
+    """Add to what was moved."""
+    global _total
     with _lock:
-        for meter in _running:
-            meter.moved += more
+        _total += Moved(requests, down, up, inside)

@@ -9,11 +9,10 @@ from typing import Any
 from adapterkit.places import Address
 from adapterkit.stores import meter
 from adapterkit.stores.faults import NO_CONNECTION, Fault, told
-from adapterkit.stores.store import MOST_LISTED, Store, StoredObject, too_many
+from adapterkit.stores.store import MARK, MOST_LISTED, Store, StoredObject, too_many
 
 # Parts that `stream` sends: as many abreast, of so many bytes.
 STREAM_PART, STREAM_ABREAST = 16 << 20, 2
-_MARK = "adapterkit"
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>([A-Za-z0-9]{2,64})</Code>")
 _KINDS = {
@@ -67,7 +66,7 @@ class ObjectStore(Store):
         def asked() -> StoredObject:
             with _faults():
                 found = obstore.get(self._client, key, options={"head": True})
-                marks = {name: str(value) for name, value in found.attributes.items() if name == _MARK}
+                marks = {name: str(value) for name, value in found.attributes.items() if name.lower() == MARK}
                 return StoredObject(key, found.meta["size"], found.meta["e_tag"] or "", marks)
 
         try:
@@ -99,24 +98,33 @@ class ObjectStore(Store):
 
         return self.ask(asked, self.place(key))
 
-    def put(self, key: str, data: bytes, *, absent: bool = False) -> bool:
-        import obstore
-
-        def asked() -> None:
-            with _faults():
-                obstore.put(self._client, key, data, mode="create" if absent else "overwrite", use_multipart=False)
+    def put(self, key: str, data: bytes, *, absent: bool = False, over: str = "") -> bool:
+        def asked(conditional: bool) -> None:
+            self._put(key, data, absent=absent and conditional, over=over if conditional else "")
             meter.count(up=len(data))
 
-        return self._absent(asked, key, absent)
+        return self.conditionally(asked, key, absent or bool(over)) is not False
 
-    def _absent(self, asked: Callable[[], None], key: str, absent: bool) -> bool:
-        try:
-            self.ask(asked, self.place(key), writing=True, pass_on=True)
-            return True
-        except Fault as fault:
-            if absent and fault.changed:
-                return False
-            raise told(fault, str(self.place(key)), writing=True) from None
+    def _put(self, key: str, data: bytes, *, absent: bool, over: str) -> None:
+        import obstore
+
+        mode: Any = {"e_tag": over} if over else "create" if absent else "overwrite"
+        with _faults():
+            obstore.put(self._client, key, data, mode=mode, use_multipart=False)
+
+    def conditionally(self, asked: Callable[[bool], str | bool | None], key: str, conditional: bool) -> str | bool:
+        """Write on a condition; False where it does not hold. A store that has none is asked without."""
+        for wanted in (conditional and self.conditions is not False, False):
+            try:
+                found = self.ask(lambda wanted=wanted: asked(wanted), self.place(key), writing=True, pass_on=True)  # type: ignore[misc]
+                return True if found is None else found
+            except Fault as fault:
+                if wanted and fault.changed:
+                    return False
+                if not wanted or not fault.unknown:
+                    raise told(fault, str(self.place(key)), writing=True) from None
+                self.conditions = False
+        raise AssertionError("unreachable")
 
     def delete(self, keys: Iterable[str]) -> None:
         import obstore

@@ -6,20 +6,19 @@ import base64
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import boto3
 import botocore.config
 import botocore.exceptions
 
-from adapterkit.errors import OutputError
+from adapterkit.errors import AdapterkitError, OutputError
 from adapterkit.places import Address
 from adapterkit.stores import meter
 from adapterkit.stores.faults import NO_CONNECTION, Fault, told
 from adapterkit.stores.objects import ObjectStore
-from adapterkit.stores.store import Assembly, Begun, HeldPart, StoredObject
+from adapterkit.stores.store import Assembly, Begun, HeldPart, Store, StoredObject
 
-T = TypeVar("T")
 MOST_COPIED = 5 << 30  # bytes of one CopyObject or UploadPartCopy
 DELETED_AT_ONCE = 1000
 CONNECTIONS = 64
@@ -142,17 +141,12 @@ class S3(ObjectStore):
             key, int(found["ContentLength"]), str(found.get("ETag", "")), dict(found.get("Metadata", {}))
         )
 
-    def put(self, key: str, data: bytes, *, absent: bool = False) -> bool:
-        condition = {"IfNoneMatch": "*"} if absent else {}
-
-        def asked() -> None:
-            self.call("put_object", Key=key, Body=data, ContentMD5=_md5(data), **condition)
-            meter.count(up=len(data))
-
-        return self._absent(asked, key, absent)
+    def _put(self, key: str, data: bytes, *, absent: bool, over: str) -> None:
+        condition = {"IfNoneMatch": "*"} if absent else {"IfMatch": over} if over else {}
+        self.call("put_object", Key=key, Body=data, ContentMD5=_md5(data), **condition)
 
     def delete(self, keys: Iterable[str]) -> None:
-        left = list(keys)
+        left = sorted(set(keys))
         for at in range(0, len(left), DELETED_AT_ONCE):
             some = [{"Key": key} for key in left[at : at + DELETED_AT_ONCE]]
             wanted = {"Objects": some, "Quiet": True}
@@ -179,13 +173,9 @@ class S3(ObjectStore):
             self.call("copy_object", Key=key, CopySource=wanted, **same)
             meter.count(inside=nbytes)
 
-        self.copying(asked, source)
-
-    def copying(self, asked: Callable[[], T], source: Address) -> T:
-        """A copy inside the store: a condition that does not hold is the source's."""
         try:
-            return self.ask(asked, source, writing=True, pass_on=True)
-        except Fault as fault:
+            self.ask(asked, source, writing=True, pass_on=True)
+        except Fault as fault:  # a condition that does not hold is the source's
             raise told(fault, str(source), writing=not fault.changed) from None
 
     def begin(self, key: str, marks: Mapping[str, str]) -> Assembly:
@@ -213,12 +203,15 @@ class S3(ObjectStore):
     def holds(self, address: Address) -> bool:
         return address.scheme == self.root.scheme
 
+    def copies_to(self, other: Store) -> bool:
+        return isinstance(other, S3) and other._made.endpoint == self._made.endpoint
+
 
 class _S3Assembly(Assembly):
     def __init__(self, store: S3, key: str, id: str) -> None:
         self._store, self.key, self.id = store, key, id
 
-    def put(self, number: int, data: bytes | memoryview) -> str:
+    def put(self, number: int, data: bytes | bytearray) -> str:
         digest = _md5(data)
 
         def asked() -> str:
@@ -227,13 +220,24 @@ class _S3Assembly(Assembly):
                 Key=self.key,
                 UploadId=self.id,
                 PartNumber=number,
-                Body=data if isinstance(data, bytes) else bytes(data),
+                Body=data,
                 ContentMD5=digest,
             )
             meter.count(up=len(data))
             return str(found["ETag"])
 
-        return self._store.ask(asked, self._store.place(self.key), writing=True)
+        what = self._store.place(self.key)
+        try:
+            return self._store.ask(asked, what, writing=True, pass_on=True)
+        except Fault as fault:
+            raise self._failed(fault, what) from None
+
+    def _failed(self, fault: Fault, what: Address, *, writing: bool = True) -> AdapterkitError:
+        """The error of a fault; an upload that was aborted under a run is another run's doing."""
+        if fault.code != "NoSuchUpload":
+            return told(fault, str(what), writing=writing)
+        hint = "another run took its place, or its uploads were swept; run it again"
+        return OutputError(f"the upload of {self._store.place(self.key)} is gone", hint)
 
     def copy(self, number: int, source: Address, etag: str, start: int, nbytes: int) -> str:
         same = {"CopySourceIfMatch": etag} if etag else {}
@@ -251,7 +255,10 @@ class _S3Assembly(Assembly):
             meter.count(inside=nbytes)
             return str(found["CopyPartResult"]["ETag"])
 
-        return self._store.copying(asked, source)
+        try:
+            return self._store.ask(asked, source, writing=True, pass_on=True)
+        except Fault as fault:
+            raise self._failed(fault, source, writing=not fault.changed) from None
 
     def parts(self) -> dict[int, HeldPart] | None:
         found: dict[int, HeldPart] = {}
@@ -276,27 +283,21 @@ class _S3Assembly(Assembly):
                 return found
             marker = {"PartNumberMarker": page["NextPartNumberMarker"]}
 
-    def complete(self, etags: Mapping[int, str], *, absent: bool) -> bool:
-        condition = {"IfNoneMatch": "*"} if absent else {}
+    def complete(self, etags: Mapping[int, str], *, absent: bool) -> str | None:
         parts = [{"PartNumber": number, "ETag": etags[number]} for number in sorted(etags)]
-        try:
-            self._store.ask(
-                lambda: self._store.call(
-                    "complete_multipart_upload",
-                    Key=self.key,
-                    UploadId=self.id,
-                    MultipartUpload={"Parts": parts},
-                    **condition,
-                ),
-                self._store.place(self.key),
-                writing=True,
-                pass_on=True,
-            )
-            return True
-        except Fault as fault:
-            if (absent and fault.changed) or fault.missing:
-                return False
-            raise told(fault, str(self._store.place(self.key)), writing=True) from None
+
+        def asked(conditional: bool) -> str | bool:
+            given = {"Key": self.key, "UploadId": self.id, "MultipartUpload": {"Parts": parts}}
+            try:
+                condition = {"IfNoneMatch": "*"} if conditional else {}
+                return str(self._store.call("complete_multipart_upload", **given, **condition)["ETag"])
+            except Fault as fault:
+                if fault.missing and fault.code != "NoSuchBucket":
+                    return False
+                raise
+
+        found = self._store.conditionally(asked, self.key, absent)
+        return found if isinstance(found, str) else None
 
     def abort(self) -> None:
         try:
@@ -311,7 +312,7 @@ class _S3Assembly(Assembly):
                 raise told(fault, str(self._store.place(self.key)), writing=True) from None
 
 
-def _md5(data: bytes | memoryview) -> str:
+def _md5(data: bytes | bytearray) -> str:
     """What a store holds a body against; no secret depends on it."""
     return base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
 

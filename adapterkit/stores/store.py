@@ -14,6 +14,7 @@ from adapterkit.stores import meter
 from adapterkit.stores.faults import Fault, told, trying
 
 T = TypeVar("T")
+MARK = "adapterkit-plan"  # metadata of a weight object: the digest of the plan that it is of
 MOST_LISTED = 20_000  # objects below one prefix
 
 
@@ -57,7 +58,7 @@ class Assembly(ABC):
     id: str
 
     @abstractmethod
-    def put(self, number: int, data: bytes | memoryview) -> str:
+    def put(self, number: int, data: bytes | bytearray) -> str:
         """Send part ``number`` (from 1); its ETag."""
 
     @abstractmethod
@@ -73,8 +74,9 @@ class Assembly(ABC):
         """The parts that the store holds; None where it knows no such upload."""
 
     @abstractmethod
-    def complete(self, etags: Mapping[int, str], *, absent: bool) -> bool:
-        """Make the object of these parts; False where ``absent`` and there is one already, or the upload is gone."""
+    def complete(self, etags: Mapping[int, str], *, absent: bool) -> str | None:
+        """Make the object of these parts; its ETag, or None where ``absent`` and there is one already, or where the upload
+        is gone."""
 
     @abstractmethod
     def abort(self) -> None:
@@ -94,10 +96,12 @@ class Store(ABC):
     Attributes:
         root: the bucket's address.
         assembles: uploads take parts in any order, and the store copies ranges into them.
+        conditions: whether it keeps "only where there is none yet"; None until that was seen.
     """
 
     root: Address
     assembles = False
+    conditions: bool | None = None
 
     def place(self, key: str) -> Address:
         """The address of a key, for messages."""
@@ -120,8 +124,9 @@ class Store(ABC):
         """Exactly ``nbytes`` of an object from ``start``, if it still has this ETag."""
 
     @abstractmethod
-    def put(self, key: str, data: bytes, *, absent: bool = False) -> bool:
-        """Write a small object; False where ``absent`` and there is one already."""
+    def put(self, key: str, data: bytes, *, absent: bool = False, over: str = "") -> bool:
+        """Write a small object; False where ``absent`` and there is one already, or where the one that is to be written
+        ``over`` has another ETag. A store without conditions writes it in any case; see `conditions`."""
 
     @abstractmethod
     def delete(self, keys: Iterable[str]) -> None:
@@ -154,6 +159,10 @@ class Store(ABC):
     def holds(self, address: Address) -> bool:
         """Whether this store can copy an object of ``address`` by itself."""
         return address.scheme == self.root.scheme
+
+    def copies_to(self, other: Store) -> bool:
+        """Whether objects of this store can be copied into ``other`` without coming here: one service, one user."""
+        return self.root.scheme == other.root.scheme
 
     def ask(self, request: Callable[[], T], what: object, *, writing: bool = False, pass_on: bool = False) -> T:
         """The answer to one request, which is counted and tried again as `trying` says.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from adapterkit.registry.lineage import Lineage, Node
+from adapterkit.registry.lineage import Edge, Lineage, Node
 from adapterkit.ui.markup import Markup, el
 from adapterkit.ui.parts import version_url
 
@@ -74,17 +74,18 @@ def draw(lineage: Lineage) -> Markup:
     """The drawing; its root is marked, and what is registered here can be clicked."""
     placed = layout(lineage)
     at = placed.places
+    lit = deployed_path(lineage)
     lines = [
         el(
             "g",
             el("title", f"{edge.operation or 'made from'} ({edge.role})"),
             el("path", d=_curve(at[edge.parent], at[edge.child]), marker_end="url(#tip)"),
-            class_="edge on" if lineage.root in (edge.parent, edge.child) else "edge",
+            class_=_edge_class(edge, lineage.root, lit),
         )
         for edge in lineage.edges
         if edge.parent != edge.child
     ]
-    nodes = [_node(node, at[node.key], node.key == lineage.root) for node in lineage.nodes]
+    nodes = [_node(node, at[node.key], node.key == lineage.root, node.key in lit) for node in lineage.nodes]
     tip = Markup(
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
         '<path d="M0 0.5 L7.5 4 L0 7.5 z" class="tip"></path></marker></defs>'
@@ -104,6 +105,26 @@ def draw(lineage: Lineage) -> Markup:
     )
 
 
+def deployed_path(lineage: Lineage) -> set[str]:
+    """The keys of nodes that an alias points to, and of everything that those were made from."""
+    parents: dict[str, list[str]] = {}
+    for edge in lineage.edges:
+        parents.setdefault(edge.child, []).append(edge.parent)
+    lit: set[str] = set()
+    todo = [node.key for node in lineage.nodes if node.aliases]
+    while todo:
+        key = todo.pop()
+        if key not in lit:
+            lit.add(key)
+            todo += parents.get(key, ())
+    return lit
+
+
+def _edge_class(edge: Edge, root: str, lit: set[str]) -> str:
+    on = " on" if root in (edge.parent, edge.child) else ""
+    return f"edge{on}{' lit' if edge.parent in lit and edge.child in lit else ''}"
+
+
 def _curve(parent: tuple[float, float], child: tuple[float, float]) -> str:
     x, y = parent[0] + WIDTH, parent[1] + HEIGHT / 2
     to_x, to_y = child[0] - 1, child[1] + HEIGHT / 2
@@ -111,7 +132,7 @@ def _curve(parent: tuple[float, float], child: tuple[float, float]) -> str:
     return f"M{x:g} {y:g} C{x + bend:g} {y:g} {to_x - bend:g} {to_y:g} {to_x:g} {to_y:g}"
 
 
-def _node(node: Node, at: tuple[float, float], root: bool) -> Markup:
+def _node(node: Node, at: tuple[float, float], root: bool, lit: bool) -> Markup:
     x, y = at
     kind = " · ".join(part for part in (node.kind, node.method) if part)
     if node.aliases:
@@ -125,7 +146,9 @@ def _node(node: Node, at: tuple[float, float], root: bool) -> Markup:
         el("text", _short(below, LETTERS + 6), x=f"{x + 29:g}", y=f"{y + 42:g}", class_="below"),
     ]
     marks = " ".join(
-        word for word, there in (("root", root), ("gone", node.hidden), ("outside", not node.refs)) if there
+        word
+        for word, there in (("root", root), ("lit", lit), ("gone", node.hidden), ("outside", not node.refs))
+        if there
     )
     name, _, number = node.refs[0].rpartition("@") if node.refs else ("", "", "")
     if root or not node.refs:

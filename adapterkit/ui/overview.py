@@ -2,49 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from adapterkit.registry import index
+from adapterkit.registry.base_names import base_names
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.record import KINDS
+from adapterkit.ui import board
 from adapterkit.ui.markup import Content, Markup, el
-from adapterkit.ui.parts import aliases, badges, code, frame, kind_mark, ref_link, when
+from adapterkit.ui.parts import aliases, badges, code, figure, frame, kind_mark, ref_link, when
 
 if TYPE_CHECKING:
     from adapterkit.registry.index import Index, Unreadable, VersionRow
 
 PAGE = 100
 NO_BASE = "no base recorded"
-_LEVELS = "('merkle', 'files', 'sampled', 'commit')"
 
 
 @dataclass(frozen=True)
 class Query:
-    """What of the registry is asked for; empty fields ask for all. ``page`` counts from 1."""
+    """What of the registry is asked for; empty fields ask for all. ``page`` counts from 1.
+
+    ``figure`` is the name of one that has to be known, between ``least`` and ``most`` where those are numbers; ``sort`` is
+    ``high`` or ``low`` (by that figure) or ``new``.
+    """
 
     q: str = ""
     kind: str = ""
     base: str = ""
     page: int = 1
+    figure: str = ""
+    least: str = ""
+    most: str = ""
+    sort: str = ""
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is asked for: the first page."""
+        return self == Query()
 
     def url(self, **changes: object) -> str:
         """The address of this query with some fields changed."""
-        fields = {"q": self.q, "kind": self.kind, "base": self.base, "page": 1, **changes}
+        fields = {**self.__dict__, "page": 1, **changes}
         said = {key: value for key, value in fields.items() if value not in ("", 1)}
         return f"/?{urlencode(said)}" if said else "/"
 
 
 @dataclass(frozen=True)
 class NameEntry:
-    """One name: its newest version in sight, how many there are, and its aliases as ``(alias, version)``."""
+    """One name: its newest version in sight, how many there are, its aliases as ``(alias, version)``, and the figure that
+    was asked for."""
 
     row: VersionRow
     versions: int
     aliases: tuple[tuple[str, int], ...]
+    figure: float | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +87,8 @@ class Overview:
     versions: int
     pages: int
     unreadable: tuple[Unreadable, ...]
+    figures: tuple[str, ...] = ()
+    names_of_bases: Mapping[str, str] = field(default_factory=dict)
 
 
 def overview(query: Query, home: Path | None = None) -> Overview:
@@ -90,29 +110,35 @@ def _overview(found: Index, query: Query) -> Overview:
     all_bases: dict[str, int] = {}
     kinds: dict[str, int] = {}
     passed: dict[str, list[VersionRow]] = {}
+    values = _values(found, query.figure)
+    least, most = _number(query.least, -math.inf), _number(query.most, math.inf)
     for row in newest.values():
         base = named.get(row.digest if row.kind == "base" else row.base, row.base) or NO_BASE
         all_bases[base] = all_bases.get(base, 0) + 1
         text = f"{row.name} {row.method} {base} {' '.join(alias for alias, _ in pointed.get(row.name, ()))}".lower()
         if (query.base and base != query.base) or not all(word in text for word in words):
             continue
+        if query.figure and not least <= values.get(row.digest, math.nan) <= most:
+            continue
         kinds[row.kind] = kinds.get(row.kind, 0) + 1
         if not query.kind or row.kind == query.kind:
             passed.setdefault(base, []).append(row)
     order = {kind: place for place, kind in enumerate(("base", *KINDS))}
+    by = partial(_place, query, values, order)
     flat = [
         (base, row)
         for base in sorted(passed, key=lambda base: (base == NO_BASE, -len(passed[base]), base.lower()))
-        for row in sorted(passed[base], key=lambda row: (order[row.kind], row.name))
+        for row in sorted(passed[base], key=by)
     ]
     pages = max(1, -(-len(flat) // PAGE))
     page = min(query.page, pages)
     groups: dict[str, list[NameEntry]] = {}
     for base, row in flat[(page - 1) * PAGE : page * PAGE]:
-        entry = NameEntry(row, count[row.name], tuple(sorted(pointed.get(row.name, ()))))
+        told = tuple(sorted(pointed.get(row.name, ())))
+        entry = NameEntry(row, count[row.name], told, values.get(row.digest) if query.figure else None)
         groups.setdefault(base, []).append(entry)
     return Overview(
-        Query(query.q, query.kind, query.base, page),
+        replace(query, page=page),
         tuple(Group(base, len(passed[base]), tuple(entries)) for base, entries in groups.items()),
         tuple(sorted(all_bases.items(), key=lambda item: (item[0] == NO_BASE, -item[1], item[0].lower()))),
         tuple((kind, kinds[kind]) for kind in order if kind in kinds),
@@ -121,50 +147,41 @@ def _overview(found: Index, query: Query) -> Overview:
         len(rows),
         pages,
         found.unreadable(),
+        tuple(name for (name,) in found.db.execute(_COMMON, (_FIGURES,))),
+        named,
     )
 
 
-def base_names(found: Index) -> dict[str, str]:
-    """One name for each base, by the label in a row's ``base`` (or the digest of a base's own record).
+def _place(query: Query, values: Mapping[str, float], order: Mapping[str, int], row: VersionRow) -> tuple[Any, ...]:
+    """What rows are sorted by within their base."""
+    if query.sort in ("high", "low") and query.figure:
+        return (values[row.digest] * (-1 if query.sort == "high" else 1), row.name)
+    if query.sort == "new":
+        return (*(-ord(char) for char in row.created), row.name)
+    return (order[row.kind], row.name)
 
-    Labels of the same weights or the same Hub id are one base, and so is a model that was itself made on it. A Hub id is
-    the name if there is one, else the name under which the base is registered, else a digest.
-    """
-    parent: dict[str, str] = {}
 
-    def root(key: str) -> str:
-        while parent.setdefault(key, key) != key:
-            parent[key] = parent[parent[key]]
-            key = parent[key]
-        return key
+_FIGURES = 60  # names of figures that can be chosen
+_COMMON = "select name from figures group by name order by count(*) desc, name limit ?"
 
-    ids: dict[str, str] = {}
-    for label, repo in found.db.execute("select distinct base, base_id from records where base != ''"):
-        parent[root(label)] = root(f"id {repo}") if repo else root(label)
-        ids[label] = repo
-    of_base = f"""select distinct r.base, l.value from records r join levels l on l.digest = r.digest
-                  where l.own = 0 and l.level in {_LEVELS}"""
-    for label, value in found.db.execute(of_base):
-        parent[root(label)] = root(value)
-    own = f"""select r.digest, r.name, r.kind, r.base, l.value from records r join levels l on l.digest = r.digest
-              where l.own = 1 and l.level in {_LEVELS}"""
-    registered: dict[str, str] = {}
-    for digest, name, kind, label, value in found.db.execute(own):
-        if kind == "base":
-            parent[root(digest)] = root(value)
-            registered[digest] = name
-        elif label:  # what was made of a merged model belongs to the base of that model
-            parent[root(value)] = root(label)
-    best: dict[str, tuple[int, str]] = {}
-    for label, repo in ids.items():
-        best[root(label)] = min(best.get(root(label), (9, "")), (0, repo) if repo else (2, label))
-    for digest, name in registered.items():
-        best[root(digest)] = min(best.get(root(digest), (9, "")), (1, name))
-    return {key: best[root(key)][1] for key in (*ids, *registered)}
+
+def _values(found: Index, figure: str) -> dict[str, float]:
+    """The value of a figure by the digest of the record that carries it."""
+    if not figure:
+        return {}
+    return dict(found.db.execute("select digest, value from figures where name = ?", (figure,)).fetchall())
+
+
+def _number(text: str, otherwise: float) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        return otherwise
+    return otherwise if math.isnan(found) else found
 
 
 def page(found: Overview, home: Home) -> bytes:
-    """The first page as HTML."""
+    """The first page as HTML: what is deployed, then everything."""
     if not found.total and not found.unreadable:
         return frame("Registry", _empty(home), home=home)
     query = found.query
@@ -174,15 +191,53 @@ def page(found: Overview, home: Home) -> bytes:
         el("nav", *_bases(found), class_="bases", aria_label="Bases"),
         el(
             "main",
+            board.section(board.board(home.root), found.names_of_bases) if query.plain else None,
             el("h1", title) if query.base else el("h1", "Adapters", class_="quiet-title"),
             _summary(found),
+            _chooser(found),
             el("nav", *_kinds(found), class_="kinds", aria_label="Kinds"),
             [_group(group, query) for group in found.groups] or _nothing(query),
             _pager(found),
             id="content",
         ),
     )
-    return frame(title, *body, home=home, query=query.q, hidden={"kind": query.kind, "base": query.base}, side=True)
+    kept = {key: value for key, value in query.__dict__.items() if key not in ("q", "page")}
+    return frame(title, *body, home=home, query=query.q, hidden=kept, side=True)
+
+
+def _chooser(found: Overview) -> Markup | None:
+    """A form to filter and sort by a figure."""
+    query = found.query
+    if not found.figures:
+        return None
+    names = list(dict.fromkeys([*([query.figure] if query.figure else []), *found.figures]))
+    options = [el("option", "any figure", value="")]
+    options += [el("option", name, value=name, selected=name == query.figure) for name in names]
+    sorts = [("", "by kind and name"), ("high", "highest first"), ("low", "lowest first"), ("new", "newest first")]
+    kept = [(key, getattr(query, key)) for key in ("q", "kind", "base")]
+    return el(
+        "form",
+        [el("input", type="hidden", name=key, value=value) for key, value in kept if value],
+        el("label", "Figure ", el("select", options, name="figure")),
+        [
+            el("label", f"{word} ", el("input", name=key, value=getattr(query, key), inputmode="decimal", size=6))
+            for key, word in (("least", "from"), ("most", "to"))
+        ],
+        el(
+            "label",
+            "Sorted ",
+            el(
+                "select",
+                [el("option", text, value=key, selected=key == query.sort) for key, text in sorts],
+                name="sort",
+            ),
+        ),
+        el("button", "Show", type="submit"),
+        action="/",
+        method="get",
+        class_="chooser",
+        aria_label="Filter and sort by a figure",
+    )
 
 
 def _summary(found: Overview) -> Markup:
@@ -226,13 +281,8 @@ def _kinds(found: Overview) -> Iterable[Markup]:
 
 
 def _group(group: Group, query: Query) -> Markup:
-    head = el(
-        "tr",
-        [
-            el("th", name, scope="col", class_=name.lower())
-            for name in ("Name", "Kind", "Aliases", "Evidence", "Created")
-        ],
-    )
+    titles = ["Name", "Kind", "Aliases", "Evidence", *(["Figure"] if query.figure else []), "Created"]
+    head = el("tr", [el("th", name, scope="col", class_=name.lower()) for name in titles])
     heading = None
     if not query.base:
         link = el("a", group.base, href=query.url(base=group.base)) if group.base != NO_BASE else group.base
@@ -257,6 +307,7 @@ def _row(entry: NameEntry) -> Markup:
         el("td", kind_mark(row.kind), row.kind, " ", method, class_="kind"),
         el("td", aliases(row.name, entry.aliases, row.version), class_="aliases"),
         el("td", badges(row.evidence), class_="evidence"),
+        el("td", figure(entry.figure), class_="figure") if entry.figure is not None else None,
         el("td", when(row.created), class_="created"),
     )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from urllib.parse import quote
+from typing import Any
+from urllib.parse import quote, urlencode
 
 from adapterkit.registry.home import Home
 from adapterkit.registry.record import UNDATED
@@ -18,6 +19,7 @@ def frame(
     query: str = "",
     hidden: Mapping[str, str] | None = None,
     side: bool = False,
+    compare: tuple[str, str] = ("", ""),
 ) -> bytes:
     """A page with the bar on top; ``hidden`` fields go along with a search, ``side`` leaves room for a column."""
     search = el(
@@ -39,11 +41,19 @@ def frame(
         method="get",
         role="search",
     )
+    links = el(
+        "nav",
+        el("a", "Deployed", href="/deployed"),
+        el("a", "Compare", href=compare_url(*compare)) if all(compare) else None,
+        class_="tops",
+        aria_label="Pages of the registry",
+    )
     header = el(
         "header",
         el("a", "Skip to the content", href="#content", class_="skip"),
         el("a", mark(), el("span", "adapterkit"), href="/", class_="brand"),
         search,
+        links,
         el("span", place(home), class_="home", title="Where this registry lives"),
         class_="bar",
     )
@@ -71,6 +81,33 @@ def mark() -> Markup:
 def version_url(name: str, version: int) -> str:
     """The address of a version's page."""
     return f"/v/{quote(name)}/{version}"
+
+
+def compare_url(one: str, other: str) -> str:
+    """The address of the comparison of two versions."""
+    return f"/compare?{urlencode({'a': one, 'b': other})}"
+
+
+def size(nbytes: float) -> str:
+    """``1.23 GB``"""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+def figure(value: Any) -> str:
+    """A value of a record for a reader."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (tuple, list)):
+        return ", ".join(map(figure, value))
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {figure(item)}" for key, item in value.items())
+    return str(value)
 
 
 def ref_link(name: str, version: int, label: str = "") -> Markup:

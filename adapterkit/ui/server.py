@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 from adapterkit.errors import AdapterkitError, NotFound, OutputError, UnsafeError, UsageError
 from adapterkit.registry.home import Home, open_home
-from adapterkit.ui import overview, version
+from adapterkit.ui import board, compare, overview, version
 from adapterkit.ui.markup import text
 from adapterkit.ui.parts import message
 
@@ -121,6 +121,12 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/":
             asked = read_query(query)
             return HTTPStatus.OK, HTML, overview.page(overview.overview(asked, home.root), home), ""
+        if path == "/deployed":
+            return HTTPStatus.OK, HTML, board.page(home, read_query(query).page), ""
+        if path == "/compare":
+            given = parse_qs(query, max_num_fields=10)
+            one, other = (given.get(key, [""])[-1].strip() for key in ("a", "b"))
+            return HTTPStatus.OK, HTML, compare.page(one, other, home.root), ""
         if path.startswith("/static/"):
             name = path.removeprefix("/static/")
             if name in STATIC:
@@ -171,7 +177,9 @@ def read_query(query: str) -> overview.Query:
         given = {}
     number = given.get("page", ["1"])[-1]
     page = int(number) if number.isascii() and number.isdigit() and len(number) < 8 else 1
-    plain = {key: given.get(key, [""])[-1][:200].strip() for key in ("q", "kind", "base")}
+    plain = {
+        key: given.get(key, [""])[-1][:200].strip() for key in ("q", "kind", "base", "figure", "least", "most", "sort")
+    }
     return overview.Query(**plain, page=max(1, page))
 
 

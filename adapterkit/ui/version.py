@@ -6,17 +6,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from adapterkit.registry import refs, verbs
+from adapterkit.registry import evaluation, refs, verbs
 from adapterkit.registry import verification as verified
+from adapterkit.registry.gathered import gathered
 from adapterkit.registry.home import open_home
 from adapterkit.registry.identity import Identity
 from adapterkit.registry.lineage import Edge, Lineage, Node, lineage
 from adapterkit.registry.record import KINDS, Record
+from adapterkit.registry.remaking import is_recipe
 from adapterkit.registry.verbs import Shown
 from adapterkit.registry.verification import Verification
+from adapterkit.ui import board, card
 from adapterkit.ui.graph import draw
 from adapterkit.ui.markup import Content, Markup, el
-from adapterkit.ui.parts import aliases, code, frame, kind_mark, ref_link, version_url, when
+from adapterkit.ui.parts import aliases, code, compare_url, figure, frame, kind_mark, ref_link, size, version_url, when
+from adapterkit.ui.words import LABELS, sentences
 
 NODES = 60  # that a drawing shows
 _MOVES = 20
@@ -38,16 +42,73 @@ def page(name: str, version: int, home: Path | None = None) -> bytes:
     main = el(
         "main",
         _head(shown),
+        _deployed(board.board(home, of=name), record),
         _use(shown),
         _lineage(family),
-        _evidence(record),
+        _evidence(record, gathered(at, record)),
+        card.section(at, record),
         _files(shown),
         id="content",
         class_="version",
     )
     moves = [move for alias in at.alias_names(name) for move in refs.history(at, name, alias)]
-    aside = el("aside", _versions(shown), _facts(record), _moves(name, moves))
+    aside = el(
+        "aside", _versions(shown), _compare(shown), _facts(record), _moves(name, moves), aria_label=f"Facts of {ref}"
+    )
     return frame(ref, main, aside, home=at)
+
+
+def _deployed(found: board.Board, record: Record) -> Markup | None:
+    """Where this version is deployed, by the aliases that point to it."""
+    rows = [row for row in found.rows if row.version == record.version]
+    if not rows:
+        return None
+    items = [
+        el(
+            "li",
+            el("b", row.alias),
+            " points here",
+            [" since ", when(row.at)] if row.at else None,
+            f", by {row.by}" if row.by else None,
+            f": {row.why}" if row.why else None,
+            board.where(row),
+        )
+        for row in rows
+    ]
+    return el("section", el("h2", "Deployed"), el("ul", items, class_="pointed"), id="deployed")
+
+
+def _compare(shown: Shown) -> Markup | None:
+    """A form that needs no script: another version of the name, or any reference."""
+    record = shown.record
+    others = [version for version in reversed(shown.versions) if version != record.version][:50]
+    return el(
+        "section",
+        el("h2", "Compare"),
+        el(
+            "form",
+            el("input", type="hidden", name="a", value=record.ref),
+            el("label", "With", for_="other"),
+            el(
+                "input",
+                id="other",
+                name="b",
+                value=f"{record.name}@{others[0]}" if others else "",
+                placeholder="name@version",
+                autocomplete="off",
+                spellcheck="false",
+                required=True,
+            ),
+            el("button", "Compare", type="submit"),
+            action="/compare",
+            method="get",
+            class_="compare-with",
+        ),
+        el("p", el("a", f"@{others[0]} beside this", href=compare_url(f"{record.name}@{others[0]}", record.ref)))
+        if others
+        else None,
+        id="compare",
+    )
 
 
 def _head(shown: Shown) -> Content:
@@ -119,8 +180,10 @@ def _lineage(family: Lineage) -> Markup:
     )
     if made_from or made_of_it:
         scroll = el("div", draw(family), class_="scroll", tabindex=0, role="group", aria_label="Drawing of the lineage")
+        lit = any(node.aliases for node in family.nodes)
         drawing = (
             scroll,
+            el("p", "Thick lines lead to what an alias points to.", class_="quiet key") if lit else None,
             el("p", f"Only the nearest {NODES} are drawn; adapterkit lineage prints more.", class_="quiet")
             if family.cut
             else None,
@@ -154,24 +217,54 @@ def _relatives(title: str, name: str, found: list[tuple[Edge, Node]], roles: boo
     return el("div", el("h3", title), listed, id=name, class_="relatives")
 
 
-def _evidence(record: Record) -> Markup:
-    shown: list[Markup] = [_level(level) for level in verified.read(record.evidence)]
-    for kind, figures in record.evidence.items():
-        if kind != verified.KEY:
-            shown.append(el("div", el("h3", kind), _table(figures.items()), class_="card"))
-    none = el("p", "No figures yet: ", code("merge --fidelity"), " and ", code("verify"), " add them.", class_="quiet")
-    return el("section", el("h2", "Evidence"), el("div", shown, class_="cards") if shown else none, id="evidence")
+def _evidence(record: Record, evidence: Mapping[str, Any]) -> Markup:
+    """What is known of the bytes, whichever version it was added to: in words, then every figure."""
+    said = sentences(evidence)
+    shown: list[Markup] = [_level(level) for level in verified.read(evidence)]
+    if scores := evaluation.read(evidence):
+        shown.append(_scores(scores))
+    for kind, values in evidence.items():
+        if kind not in (verified.KEY, evaluation.KEY):
+            rows = [(LABELS.get(name, name), value) for name, value in values.items()]
+            shown.append(el("div", el("h3", kind), _table(rows), class_="card"))
+    none = el(
+        "p",
+        "No figures yet: ",
+        *(code("merge --fidelity"), ", ", code("verify"), ", ", code("evaluate"), " and ", code("evidence add")),
+        " add them.",
+        class_="quiet",
+    )
+    own = "" if record.evidence or not evidence else "It was added to another version with the same bytes."
+    cards = el("div", shown, class_="cards") if shown else none
+    told = el("p", own, class_="quiet") if own else None
+    return el("section", el("h2", "Evidence"), board.words(said) if said else None, told, cards, id="evidence")
+
+
+def _scores(scores: tuple[evaluation.Score, ...]) -> Markup:
+    rows = []
+    for one in scores:
+        spread = f" ± {one.stderr:.2g}" if one.stderr is not None else ""
+        whose = "" if one.subject == evaluation.SELF else f"{one.subject}: "
+        over = f"of {one.n:,}" if one.n else "of an unstated number"
+        made = ", ".join(part for part in (one.when[:10], f"{one.tool} {one.tool_version}".strip()) if part)
+        cells = el("th", f"{whose}{one.label}", scope="row"), el("td", f"{one.value:.4g}{spread}"), el("td", over)
+        rows.append(el("tr", *cells, el("td", made, class_="limit")))
+    head = el("tr", [el("th", name, scope="col") for name in ("Figure", "Value", "Samples", "Measured")])
+    table = el("table", el("thead", head), el("tbody", rows), class_="figures")
+    scroll = el("div", table, class_="scroll", tabindex=0, role="group", aria_label="Evaluations")
+    return el("div", el("h3", "evaluation"), scroll, class_="card wide")
 
 
 def _level(level: Verification) -> Markup:
     limits = dict(level.thresholds)
     rows: list[Markup] = []
-    for name, figure in level.figures.items():
+    for name, value in level.figures.items():
         option = next((key for key in limits if key == name or key.partition("_")[2] == name), "")
-        limit = f"{option.partition('_')[0]} {_figure(limits.pop(option))}" if option else ""
-        rows.append(el("tr", el("th", name, scope="row"), el("td", _figure(figure)), el("td", limit, class_="limit")))
+        limit = f"{option.partition('_')[0]} {figure(limits.pop(option))}" if option else ""
+        label = el("th", LABELS.get(name, name), scope="row", title=name)
+        rows.append(el("tr", label, el("td", figure(value)), el("td", limit, class_="limit")))
     rows += [
-        el("tr", el("th", name, scope="row"), el("td"), el("td", _figure(limit), class_="limit"))
+        el("tr", el("th", name, scope="row"), el("td"), el("td", figure(limit), class_="limit"))
         for name, limit in limits.items()
     ]
     verdict = el("span", "held" if level.ok else "did not hold", class_=f"badge {'good' if level.ok else 'bad'}")
@@ -189,6 +282,7 @@ def _files(shown: Shown) -> Markup | None:
     record = shown.record
     if not record.files:
         return None
+    absent = "made again when needed" if is_recipe(record) else "not kept here"
     rows = [
         el(
             "tr",
@@ -197,14 +291,25 @@ def _files(shown: Shown) -> Markup | None:
                 file.path,
                 el("span", " its bytes are missing", class_="bad") if file.path in shown.missing else None,
             ),
-            el("td", size(file.size) if file.stored else "not kept here", class_="number"),
+            el(
+                "td",
+                size(file.size) if file.stored else absent,
+                class_="number",
+            ),
             el("td", el("code", file.sha256[:16], title=file.sha256), class_="sum"),
         )
         for file in record.files
     ]
     head = el("tr", [el("th", name, scope="col") for name in ("File", "Size", "sha256")])
     heading = el("h2", "Files ", el("span", size(record.size), class_="count"))
-    table = el("div", el("table", el("thead", head), el("tbody", rows), class_="files"), class_="scroll")
+    table = el(
+        "div",
+        el("table", el("thead", head), el("tbody", rows), class_="files"),
+        class_="scroll",
+        tabindex=0,
+        role="group",
+        aria_label="Files",
+    )
     return el("section", heading, table, id="files")
 
 
@@ -263,7 +368,14 @@ def _moves(name: str, moves: list[refs.Move]) -> Markup | None:
             "li",
             el("b", move.alias),
             [" to ", ref_link(name, move.version, f"@{move.version}")] if move.version else " taken off",
-            el("span", when(move.at), class_="said"),
+            el(
+                "span",
+                when(move.at),
+                f", by {move.by}" if move.by else None,
+                ", a rollback" if move.undoes else None,
+                f": {move.why}" if move.why else None,
+                class_="said",
+            ),
         )
         for move in newest
     ]
@@ -272,7 +384,7 @@ def _moves(name: str, moves: list[refs.Move]) -> Markup | None:
 
 def _table(rows: Iterable[tuple[str, Any]]) -> Markup:
     cells = [
-        el("tr", el("th", name, scope="row"), el("td", value if isinstance(value, Markup) else _figure(value)))
+        el("tr", el("th", name, scope="row"), el("td", value if isinstance(value, Markup) else figure(value)))
         for name, value in rows
     ]
     return el("table", el("tbody", cells), class_="facts")
@@ -280,24 +392,3 @@ def _table(rows: Iterable[tuple[str, Any]]) -> Markup:
 
 def _digest(text: str) -> Markup:
     return el("code", text[:12], title=text, data_copy_text=text)
-
-
-def _figure(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, (tuple, list)):
-        return ", ".join(map(_figure, value))
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_figure(item)}" for key, item in value.items())
-    return str(value)
-
-
-def size(nbytes: float) -> str:
-    """``1.23 GB``"""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.3g} TB"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.publish import check_free, named_beside
+from adapterkit.errors import UsageError, option
+from adapterkit.places import Address
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.verbs.job import Beside
@@ -85,6 +87,12 @@ def beside_of(request: Any, inputs: Iterable[object], *, source: Path | None = N
     """
     out = request.target
     if out is None:
+        return ()
+    if isinstance(out, Address):
+        for name in ("mmproj", "server", "attest"):
+            if getattr(request, name, None) and not (name == "mmproj" and request.makes_tower):
+                what = f"what {option(name, getattr(request, name))} makes lies beside an output on a disk"
+                raise UsageError(f"{what}, and {out} is in a store", "leave it out, or write to a folder")
         return ()
     found: list[Beside] = []
     if getattr(request, "mmproj", None) is not None and not request.makes_tower:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +16,7 @@ from adapterkit.errors import AdapterkitError, AuthError, CheckFailed, HubError,
 from adapterkit.provenance.fits import compare_bases
 from adapterkit.requests.call import takes
 from adapterkit.requests.check import CheckRequest
-from adapterkit.serving.expectations import expected
-from adapterkit.serving.servers import find as find_server
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.adapters.fold import Folded
@@ -95,7 +93,7 @@ def check(request: CheckRequest) -> CheckReport:
         NotFound, CheckpointError, UnsafeError, AuthError, HubError: something cannot be read at all.
         UsageError: an unknown server, or options that contradict each other.
     """
-    row = None if request.server is None else find_server(request.server)
+    row = None if request.server is None else _server(request.server)
     opened = open_model(request.base, headers_only=True)
     loaded = tuple(_loaded(adapter) for adapter in request.given_adapters)
     findings: list[Diagnostic] = []
@@ -129,6 +127,12 @@ def check(request: CheckRequest) -> CheckReport:
     return CheckReport(
         opened.ref, opened.commit, refs, request.server, ok, touched, tuple(findings), tuple(matches), code
     )
+
+
+def _server(name: str) -> Server:
+    from adapterkit.serving.servers import find
+
+    return find(name)
 
 
 def _scanned(adapter: Adapter, base: Checkpoint) -> list[Diagnostic]:
@@ -306,6 +310,10 @@ def _runtime(server: Server, base: Checkpoint, adapters: Sequence[Adapter]) -> l
 
 
 def _expectations(adapter: Adapter, base: Checkpoint, server: Server) -> list[Diagnostic]:
+    import shlex
+
+    from adapterkit.serving.expectations import expected
+
     found = []
     for title, row in expected(server, adapter, base):
         level = WARNING if row.verdict == "depends" else ERROR

@@ -18,9 +18,10 @@ from adapterkit.provenance.record import adapter_parent, base_parent, recorder
 from adapterkit.requests.adapters import CombineRequest
 from adapterkit.requests.call import takes
 from adapterkit.verbs.beside import beside_of
+from adapterkit.verbs.carry import carry_out
 from adapterkit.verbs.factors import ESTIMATED, FactorWork
 from adapterkit.verbs.family import Family, carried, open_family
-from adapterkit.verbs.job import Job, Measured, Recorder, carry_out
+from adapterkit.verbs.job import Job, Measured, Recorder
 from adapterkit.verbs.ordered import in_order
 from adapterkit.verbs.report import AdapterUse, CombineReport
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.factors import Slot
+    from adapterkit.checkpoint.listing import Listing
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.checkpoint.write import Room, Writing
@@ -78,7 +80,7 @@ class Combination:
             force=asked.force,
         )
 
-    def _record(self, folder: Path) -> Mapping[str, bytes]:
+    def _record(self, folder: Path | Listing) -> Mapping[str, bytes]:
         asked = self.request.stated("method", "scale", "space", "rank", "energy", "dtype")
         made_of = parents(self.making.family, self.making.weights)
         return recorder("combine", "combined", asked, made_of, method="lora")(folder)
@@ -99,7 +101,7 @@ class Combination:
             scale=asked.scale,
             parameters=dict(asked.parameters),
             adapters=tuple(
-                AdapterUse(a.ref, a.config.peft_type, w, a.commit, a.config.base)
+                AdapterUse(a.ref, a.config.peft_type, w, a.commit, a.config.base, a.config.label)
                 for a, w in zip(family.adapters, self.making.weights, strict=True)
             ),
             base=str(base or ""),
@@ -252,6 +254,10 @@ def combine(request: CombineRequest) -> CombineReport:
         TargetError: adapters of different bases, or that bring different values for the same parameter.
         NotFound, AdapterError, OutputError, CheckpointError, UnsafeError, AuthError, HubError
     """
+    if request.method == "arrow":
+        from adapterkit.verbs.arrow import arrow
+
+        return arrow(request, combine, told)
     started = time.monotonic()
     report: CombineReport = carry_out(planned(request).job(), request, started)
     return report

@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.errors import UsageError
+from adapterkit.places import Address, address_of
 from adapterkit.requests.call import takes
 from adapterkit.requests.convert import ConvertPlanRequest, ConvertRequest
-from adapterkit.requests.formats import FORMATS, Format, find_format
+from adapterkit.requests.formats import Format, find_format, formats
 from adapterkit.verbs.beside import beside_of
+from adapterkit.verbs.carry import carry_out
 from adapterkit.verbs.conversions.adapters import filed
 from adapterkit.verbs.conversions.conversion import Conversion
-from adapterkit.verbs.job import Recorder, carry_out
+from adapterkit.verbs.job import Recorder
 from adapterkit.verbs.ladder import abreast, rungs
 
 if TYPE_CHECKING:
+    from adapterkit.checkpoint.listing import Listing
     from adapterkit.verbs.report import ConvertReport
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -41,7 +44,7 @@ def planned(request: ConvertRequest, *, headers_only: bool = True, named: Any = 
     """See `plan_convert`.
 
     Args:
-        named: the source as the caller named it, where the request reads a passing copy of it.
+        named: the source as the caller named it, for the record; it differs where the request reads a temporary copy.
     """
     form = find_format(request.to, request.out)
     request.check_format(form)
@@ -75,7 +78,7 @@ def _planner(form: Format) -> Any:
 def convert(request: ConvertRequest) -> ConvertReport:
     """Write the same content in another format; nothing is loaded whole, and the output appears whole or not at all.
 
-    `adapterkit.requests.formats.FORMATS` says which formats are made of which, and which options they take.
+    `adapterkit.requests.formats.formats` says which formats are made of which, and which options they take.
 
     Raises:
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError
@@ -85,7 +88,10 @@ def convert(request: ConvertRequest) -> ConvertReport:
     if request.allow_pickle:
         from adapterkit.pickles import unpickled
 
-        place = (request.target or Path()).absolute().parent
+        if address_of(request.src) is not None:
+            raise UsageError(f"pickles are read from a disk, and {request.src} is in a store", "download it first")
+        target = request.target
+        place = target.absolute().parent if isinstance(target, Path) else Path().absolute()
         with unpickled(request.src, place) as folder:
             read = [planned(one.reading(folder), headers_only=False, named=request.src) for one in rungs(request)]
             report = carry_out(abreast([one.job() for one in read]), request, started)
@@ -95,7 +101,7 @@ def convert(request: ConvertRequest) -> ConvertReport:
     return report
 
 
-def replan(data: Mapping[str, Any], out: Path | None) -> Conversion:
+def replan(data: Mapping[str, Any], out: Path | Address | None) -> Conversion:
     """The conversion of a saved plan, planned again."""
     given = {name: value for name, value in data.items() if name not in ("verb", "staged")}
     request = ConvertRequest.bound({**given, "out": out})
@@ -120,10 +126,10 @@ def _plain(value: Any) -> Any:
 def _recorder(planned: Conversion, src: Any, request: ConvertRequest) -> Recorder:
     """What writes ``adapterkit.json``: which source became this, and by which options."""
 
-    def write(folder: Path) -> Mapping[str, bytes]:
+    def write(folder: Path | Listing) -> Mapping[str, bytes]:
         from adapterkit.provenance.record import base_parent, converted_parent, parameters_of, recorder
 
-        model = not FORMATS[planned.to].adapter
+        model = not formats()[planned.to].adapter
         parents = [converted_parent(src, model)]
         if request.base is not None:
             parents.insert(0, base_parent(open_model(request.base)))

@@ -15,12 +15,12 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.load import is_adapter
 from adapterkit.errors import AdapterkitError, NotFound, UnsupportedAdapter, UsageError, option
+from adapterkit.packages import need
 from adapterkit.registry.evaluation import BASE, SELF, SHUFFLED, ZEROS
 
 if TYPE_CHECKING:
@@ -120,8 +120,7 @@ def evaluate(
     from adapterkit.registry.evidence import attach_evaluation
     from adapterkit.results import read_results
 
-    if find_spec("lm_eval") is None:
-        raise UsageError("lm-evaluation-harness is not installed", "pip install 'adapterkit[eval]'")
+    need("lm_eval", what="evaluate runs the tasks of lm-evaluation-harness")
     names = [part.strip() for part in (tasks.split(",") if isinstance(tasks, str) else tasks) if part.strip()]
     if not names:
         raise UsageError("no task is named", f"give {option('tasks')}")

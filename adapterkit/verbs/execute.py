@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from adapterkit.checkpoint.copies import copies
 from adapterkit.checkpoint.cut import PlanPart, cut
+from adapterkit.checkpoint.files import LocalFile
 from adapterkit.checkpoint.plan import Plan
 from adapterkit.errors import CheckpointError, UsageError, option
-from adapterkit.verbs.job import Job, Measured, peak_memory, run
+from adapterkit.places import Address, writable
+from adapterkit.stores.meter import Meter, moving
+from adapterkit.verbs.job import Job, Measured, Progress, peak_memory, run
 from adapterkit.verbs.report import PartReport
 
-# Verb of a plan: module and function that plan it again from the plan's request, for an output.
-VERBS = {
-    "merge": "adapterkit.verbs.merge:replan",
-    "convert": "adapterkit.verbs.convert:replan",
-    "combine": "adapterkit.verbs.combine:replan",
-    "extract": "adapterkit.verbs.extract:replan",
-    "resize": "adapterkit.verbs.resize:replan",
-}
+if TYPE_CHECKING:
+    from adapterkit.checkpoint.store_out import StoreOut
+
+VERBS = ("merge", "convert", "combine", "extract", "resize")
+"""Verbs whose plans can be saved; each has a function `replan`, which plans again from a plan's request, for an output."""
 
 
 class OpenPlan:
@@ -33,11 +34,15 @@ class OpenPlan:
         plan: to be executed.
         out: where its output goes.
         part_size: work of a part (see `adapterkit.checkpoint.cut`); with None a part is a file.
+        job: the plan's, where it is open already.
     """
 
-    def __init__(self, plan: Plan, out: str | Path, part_size: int | None = None) -> None:
-        self.plan, self.out = plan, Path(out)
-        self._part_size = part_size
+    def __init__(
+        self, plan: Plan, out: str | Path | Address, part_size: int | None = None, *, job: Job | None = None
+    ) -> None:
+        self.plan, self.out = plan, writable(out, "the output")
+        self._part_size, self._job = part_size, job
+        self._seen: dict[str, LocalFile] = {}
 
     @cached_property
     def parts(self) -> list[PlanPart]:
@@ -53,7 +58,18 @@ class OpenPlan:
         Raises:
             CheckpointError: the inputs are not those of the plan.
         """
-        return _again(self.plan, self.out)
+        return _again(self.plan, self.out) if self._job is None else self._job
+
+    def ready(self) -> None:
+        """Import what every part needs, before the first; the inputs are opened when a part first computes something."""
+        import_module("torch")
+
+    @cached_property
+    def in_store(self) -> StoreOut:
+        """The output in a store, which this worker has part in."""
+        made = self.job.in_store()
+        made.begin(shared=True)
+        return made
 
     def execute(
         self, index: int, *, jobs: int | None = None, progress: Callable[[int, int], None] | None = None
@@ -65,12 +81,22 @@ class OpenPlan:
             CheckpointError: the inputs are not those of the plan, or changed.
             OutputError: the disk is full, or parts of another plan are being written there.
         """
+        with moving() as meter:
+            return self._execute(index, meter, jobs, progress)
+
+    def _execute(self, index: int, meter: Meter, jobs: int | None, progress: Progress | None) -> PartReport:
         from adapterkit.checkpoint.parts import part_of, write_part
 
         started, spent = time.monotonic(), time.process_time()
         part = part_of(self.parts, index)
-        job = self.job
-        reused = write_part(job.plan, part, job.tensors, job.sources, self.out, jobs=jobs, progress=progress)
+        if isinstance(self.out, Path):
+            alone = None if "job" in self.__dict__ else copies(self.plan, part, self._seen)
+            tensors, sources = (self.job.tensors, self.job.sources) if alone is None else alone
+            reused = write_part(self.plan, part, tensors, sources, self.out, jobs=jobs, progress=progress)
+        else:
+            from adapterkit.checkpoint.store_write import send_part
+
+            reused = send_part(self.in_store, part, jobs=jobs, progress=progress)
         return PartReport(
             str(self.out),
             index,
@@ -83,30 +109,97 @@ class OpenPlan:
             reads=part.reads,
             reused=reused,
             cpu_seconds=time.process_time() - spent,
+            **asdict(meter.moved),
         )
 
     def left(self) -> list[PlanPart]:
         """The parts that are not done."""
         from adapterkit.checkpoint.parts import left
 
+        if isinstance(self.out, Address):
+            from adapterkit.checkpoint.store_write import parts_left
+
+            return parts_left(self.job.in_store(), self.parts)
         return left(self.plan, self.parts, self.out)
 
-    def finish(self, *, force: bool = False) -> Any:
-        """Make the output of parts that are all done; the report of the verb.
+    def check(self, *, force: bool = False) -> None:
+        """Refuse a target that exists, lies in an input, cannot be written, or has no room.
+
+        Raises:
+            UsageError, OutputError
+        """
+        replace(self.job, out=self.out, force=force).check_target(resume=True)
+
+    def is_there(self) -> bool:
+        """Whether the output is in its place, as far as names and sizes tell, and nobody makes it anew."""
+        from adapterkit.checkpoint.publish import partial_folder
+
+        if isinstance(self.out, Address):
+            return self.job.in_store().is_there()
+        targets = self.plan.targets(self.out)
+        sizes = {file.name: file.nbytes for file in self.plan.files}
+        whole = all(path.is_file() and path.stat().st_size == sizes[name] for name, path in targets.items())
+        return whole and not partial_folder(self.out).exists()
+
+    def is_newer_than(self, plan: Path) -> bool:
+        """Whether the output was made after a plan file; of a store, whose objects name their plan, that is not asked."""
+        if isinstance(self.out, Address):
+            return True
+        made = min(path.stat().st_mtime_ns for path in self.plan.targets(self.out).values())
+        return made >= plan.stat().st_mtime_ns
+
+    def is_busy(self) -> bool:
+        """Whether somebody is at the hidden folder at this moment."""
+        from adapterkit.disk import is_busy, partial_folder
+
+        if isinstance(self.out, Address):
+            return False  # a store does not know who is at it; workers of one plan do each other no harm
+        return is_busy(partial_folder(self.out))
+
+    def forget_stale(self) -> None:
+        """Forget what was done here of inputs that have changed since."""
+        from adapterkit.checkpoint.parts import forget
+        from adapterkit.checkpoint.write import identity
+
+        if isinstance(self.out, Address):
+            return  # the plan has the ETag of each input, and each request asks for it
+        forget(self.plan, self.out, identity(self.plan, self.job.sources))
+
+    def close(self, *, force: bool = False) -> None:
+        """Make the output of parts that are all done.
 
         Raises:
             OutputError: parts are missing, or the output exists.
+            CheckpointError: an input changed meanwhile.
         """
+        self._close(force=force)
+
+    def _close(self, *, force: bool) -> tuple[str, ...]:
+        job = self.job
+        if isinstance(self.out, Address):
+            from adapterkit.checkpoint.store_write import finish_in_store
+
+            made = replace(job, force=force).in_store()
+            finish_in_store(made, side_files=job.side, record=job.record, parts=self.parts)
+            return made.notes
         from adapterkit.checkpoint.parts import finish_parts
 
-        started, job = time.monotonic(), self.job
         finish_parts(job.plan, self.out, side_files=job.side, force=force, record=job.record, parts=self.parts)
-        return job.report(Measured(time.monotonic() - started, peak_memory(), plan=job.plan))
+        return ()
+
+    def finish(self, *, force: bool = False) -> Any:
+        """Make the output of parts that are all done; the report of the verb. See `close`."""
+        started, job = time.monotonic(), self.job
+        with moving() as meter:
+            notes = self._close(force=force)
+            spent = time.monotonic() - started
+            measured = Measured(spent, peak_memory(), plan=job.plan, notes=notes, moved=meter.moved)
+        return job.report(measured)
 
 
 def execute(
     plan: Plan,
-    out: str | Path,
+    out: str | Path | Address,
     *,
     part: int | None = None,
     part_size: int | None = None,
@@ -146,7 +239,7 @@ def has_parts(plan: Plan) -> bool:
     return plan.request.get("staged") is not True
 
 
-def _again(plan: Plan, out: Path) -> Job:
+def _again(plan: Plan, out: Path | Address) -> Job:
     """The job of a plan, made again from what it asks for.
 
     Raises:
@@ -158,9 +251,8 @@ def _again(plan: Plan, out: Path) -> Job:
             "this plan does not say which merge it is of",
             f"write one with {option('save_plan')}",
         )
-    module, _, function = VERBS[verb].partition(":")
     try:
-        job: Job = getattr(import_module(module), function)(plan.request, out).job()
+        job: Job = import_module(f"adapterkit.verbs.{verb}").replan(plan.request, out).job()
     except KeyError as error:
         raise CheckpointError(f"this plan of a {verb} does not say {error}", "make the plan again") from None
     if (job.plan.files, job.plan.inputs) != (plan.files, plan.inputs):

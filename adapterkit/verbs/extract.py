@@ -24,15 +24,17 @@ from adapterkit.provenance.record import base_parent, recorder
 from adapterkit.requests.adapters import ExtractRequest
 from adapterkit.requests.call import takes
 from adapterkit.verbs.beside import beside_of
+from adapterkit.verbs.carry import carry_out
 from adapterkit.verbs.combine import check_rank, output_dtype
 from adapterkit.verbs.factors import ESTIMATED, FactorWork
-from adapterkit.verbs.job import Job, Measured, carry_out
+from adapterkit.verbs.job import Job, Measured
 from adapterkit.verbs.report import ExtractReport
 
 if TYPE_CHECKING:
     import torch
 
     from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.checkpoint.listing import Listing
     from adapterkit.ops.lowrank import Truncated
 
 DEFAULT_RANK = 32
@@ -124,7 +126,7 @@ class Extraction:
         """The largest rank that a layer can come out with."""
         return min(self.rank or slot.largest_rank, slot.largest_rank)
 
-    def _record(self, folder: Path) -> Mapping[str, bytes]:
+    def _record(self, folder: Path | Listing) -> Mapping[str, bytes]:
         asked = {**self.request.stated(*_STATED), "rank": self.rank}
         made_of = [base_parent(self.pair.base), base_parent(self.pair.tuned, "tuned")]
         return recorder("extract", "adapter", asked, made_of, method="lora")(folder)

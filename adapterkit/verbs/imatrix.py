@@ -74,7 +74,8 @@ def imatrix(
     """
     from adapterkit.bases import open_model
     from adapterkit.checkpoint.files import check_unchanged
-    from adapterkit.checkpoint.write import check_output, write_safetensors
+    from adapterkit.checkpoint.publish import check_output
+    from adapterkit.checkpoint.write import Writing, write_together
     from adapterkit.gguf.activations import in_gguf
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
     from adapterkit.gguf.plan import plan_gguf
@@ -100,7 +101,7 @@ def imatrix(
     layout = _layout(found, [str(text)], done, chunk)
     planned = plan_gguf(layout, request={"verb": "imatrix"})
     tensors: dict[str, Tensor] = {one.name: one for one in layout.tensors}
-    write_safetensors(planned, tensors, (), Path(out), side_files={}, force=force)
+    write_together([Writing(planned, tensors, (), Path(out))], force=[force])
     missing = tuple(name for name in arrays if name not in found)
     notes: tuple[str, ...] = (
         () if not missing else (f"{len(missing)} weights were not seen, as {missing[0]}; they get no values",)
@@ -125,7 +126,7 @@ def added(files: Sequence[str | Path], out: str | Path, *, force: bool = False) 
         UsageError: fewer than two.
         OutputError
     """
-    from adapterkit.checkpoint.write import write_safetensors
+    from adapterkit.checkpoint.write import Writing, write_together
     from adapterkit.gguf.importance import add_up
     from adapterkit.gguf.plan import plan_gguf
 
@@ -136,7 +137,7 @@ def added(files: Sequence[str | Path], out: str | Path, *, force: bool = False) 
     layout = _layout(sums.found, sums.datasets, sums.chunks, sums.chunk)
     planned = plan_gguf(layout, request={"verb": "imatrix"})
     tensors: dict[str, Tensor] = {one.name: one for one in layout.tensors}
-    write_safetensors(planned, tensors, sums.sources, Path(out), side_files={}, force=force)
+    write_together([Writing(planned, tensors, sums.sources, Path(out))], force=[force])
     seconds = time.monotonic() - started
     text = ", ".join(sums.datasets)
     return ImatrixReport("", str(out), text, len(sums.found), sums.chunks, sums.chunk, seconds=seconds)

@@ -5,22 +5,26 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from adapterkit import disk
-from adapterkit.checkpoint.write import Stage, Writing, check_output, write_together
 from adapterkit.errors import OutputError, UsageError
+from adapterkit.places import Address
+from adapterkit.stores.meter import Moved, moved
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
+    from adapterkit.checkpoint.listing import Listing
     from adapterkit.checkpoint.plan import Plan
+    from adapterkit.checkpoint.store_out import StoreOut
     from adapterkit.checkpoint.tensor import Tensor
+    from adapterkit.checkpoint.write import Stage, Writing
 
 Progress = Callable[[int, int], None]
-Recorder = Callable[[Path], Mapping[str, bytes]]
-"""Given the finished folder that is not in its place yet, the record to write beside the weights."""
+Recorder = Callable[["Path | Listing"], Mapping[str, bytes]]
+"""Given the finished folder that is not in its place yet, or what is finished in a store, the record beside the weights."""
 
 
 class Beside(Protocol):
@@ -43,6 +47,7 @@ class Measured:
         plan: what was written, which is the job's own plan unless that had to be computed first.
         facts: what the job's stage found out.
         notes: of what was written beside.
+        moved: what was asked of object stores.
     """
 
     seconds: float = 0.0
@@ -52,6 +57,7 @@ class Measured:
     facts: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     dry_run: bool = False
+    moved: Moved = field(default_factory=Moved)
 
 
 @dataclass(frozen=True)
@@ -71,12 +77,13 @@ class Job:
         ahead: a check of values before the first byte.
         force: replace an output that exists.
         also: jobs of other outputs that are written in the same pass, such as the tower of a model.
+        recorded: the models and adapters that the record names, which are read once more for it.
     """
 
     plan: Plan
     tensors: Mapping[str, Tensor]
     sources: tuple[Source, ...]
-    out: Path | None
+    out: Path | Address | None
     report: Callable[[Measured], Any]
     side: Mapping[str, bytes] = field(default_factory=dict)
     record: Recorder | None = None
@@ -86,37 +93,56 @@ class Job:
     ahead: Callable[[], None] | None = None
     force: bool = False
     also: tuple[Job, ...] = ()
+    recorded: Callable[[], Sequence[Any]] | None = None
 
-    def check(self, *, room: bool = True) -> None:
+    def check(self, *, room: bool = True, resume: bool = False) -> None:
         """Refuse everything that can be refused before the first byte.
 
         Args:
             room: too little room on the disk is refused too.
+            resume: what an interrupted run left in a store is no target that exists.
 
         Raises:
             UsageError, OutputError, NotFound, CheckFailed, CheckpointError
         """
-        self.check_target(room=room)
+        self.check_target(room=room, resume=resume)
         for one in self.beside:
             one.check()
         if self.ahead is not None:
             self.ahead()
         for other in self.also:
-            other.check(room=room)
+            other.check(room=room, resume=resume)
 
-    def check_target(self, *, room: bool = True) -> None:
+    def check_target(self, *, room: bool = True, resume: bool = False) -> None:
         """Refuse a target that exists, lies in an input, cannot be written, or has no room.
 
         Raises:
-            UsageError, OutputError
+            UsageError, OutputError, AuthError, StoreError
         """
+        from adapterkit.checkpoint.publish import check_output
+
         assert self.out is not None
+        if isinstance(self.out, Address):
+            if self.stage is not None:
+                words = f"what is asked for is computed in a folder first, and {self.out} is in a store"
+                raise UsageError(words, "write it to a folder, then copy that to the store")
+            self.in_store().check(resume=resume)
+            return
         record = self.record is not None
         check_output(self.plan, self.sources, self.out, force=self.force, inputs=self.inputs, room=room, record=record)
 
+    def in_store(self) -> StoreOut:
+        """The output in its store."""
+        from adapterkit.checkpoint.store_out import StoreOut
+
+        assert isinstance(self.out, Address)
+        return StoreOut(self.plan, self.tensors, self.sources, self.out, force=self.force)
+
     def writing(self) -> Writing:
         """What the sink is given."""
-        assert self.out is not None
+        from adapterkit.checkpoint.write import Writing
+
+        assert isinstance(self.out, Path)
         return Writing(self.plan, self.tensors, self.sources, self.out, self.side, self.record, self.stage)
 
 
@@ -128,12 +154,27 @@ def show(job: Job, started: float) -> Any:
     notes: tuple[str, ...] = ()
     if job.out is not None:
         job.check(room=False)
+    if isinstance(job.out, Path):
         try:
             job.check_target()
         except OutputError as error:
             notes = (error.message,)
-    measured = Measured(time.monotonic() - started, job.plan.peak_memory, plan=job.plan, notes=notes, dry_run=True)
+    will = foreseen([job, *job.also])
+    measured = Measured(
+        time.monotonic() - started, job.plan.peak_memory, plan=job.plan, notes=notes, dry_run=True, moved=will
+    )
     return job.report(measured)
+
+
+def foreseen(jobs: Sequence[Job]) -> Moved:
+    """What object stores were asked for so far, and will be when jobs are carried out."""
+    if not any(isinstance(job.out, Address) or any(source.version for source in job.sources) for job in jobs):
+        return moved()
+    from adapterkit.verbs.foreseen import foreseen as of_one
+
+    # In this order: what is opened to look ahead is opened again by the run, and counts.
+    ahead = sum((of_one(job) for job in jobs), Moved())
+    return moved() + ahead
 
 
 def run(
@@ -152,12 +193,18 @@ def run(
         UsageError: a job does not say where its output goes.
         CheckFailed, OutputError, CheckpointError, AdapterError, UnsafeError
     """
+    from adapterkit.checkpoint.write import write_together
+
     started = time.monotonic() if started is None else started
     for job in jobs:
         if job.out is None:
             raise UsageError("nothing says where the output goes", "add -o OUT")
-        job.check()
+        job.check(resume=resume)
     every = [*jobs, *(other for job in jobs for other in job.also)]
+    if all(isinstance(job.out, Address) for job in every):
+        return _run_to_stores(jobs, every, workers, resume, progress, started)
+    if any(isinstance(job.out, Address) for job in every):
+        raise UsageError("of what is written in one pass, some lies in a store and some does not", "run them apart")
     force = [job.force for job in every]
     written = write_together(
         [job.writing() for job in every], jobs=workers, force=force, resume=resume, progress=progress, checked=True
@@ -165,22 +212,33 @@ def run(
     reports = []
     for job, done in zip(jobs, written, strict=True):
         notes = tuple(note for one in job.beside for note in one.write())
-        spent = Measured(time.monotonic() - started, peak_memory(), done.reused, done.plan, done.facts, notes)
+        spent = Measured(
+            time.monotonic() - started, peak_memory(), done.reused, done.plan, done.facts, notes, moved=moved()
+        )
         reports.append(job.report(spent))
     return reports
 
 
-def carry_out(job: Job, request: Any, started: float) -> Any:
-    """Do with a job what its request says: show it, save its plan, or carry it out.
+def _run_to_stores(
+    jobs: Sequence[Job],
+    every: Sequence[Job],
+    workers: int | None,
+    resume: bool,
+    progress: Progress | None,
+    started: float,
+) -> list[Any]:
+    """As `run`, of outputs that all lie in stores."""
+    from adapterkit.checkpoint.store_write import StoreWriting, write_to_stores
 
-    Raises:
-        OutputError: the plan cannot be written.
-    """
-    if request.save_plan is not None:
-        disk.deliver(Path(request.save_plan), job.plan.to_json().encode())
-    if not request.writes:
-        return show(job, started)
-    return run([job], workers=request.jobs, resume=request.resume, progress=request.progress, started=started)[0]
+    writings = [StoreWriting(job.in_store(), job.side, job.record) for job in every]
+    sinks = write_to_stores(writings, jobs=workers, resume=resume, progress=progress)
+    reports = []
+    for job, sink, one in zip(jobs, sinks, writings, strict=False):
+        spent = Measured(
+            time.monotonic() - started, peak_memory(), sink.reused, job.plan, notes=one.made.notes, moved=moved()
+        )
+        reports.append(job.report(spent))
+    return reports
 
 
 def peak_memory() -> int:

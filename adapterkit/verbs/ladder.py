@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from adapterkit.errors import UsageError, option
@@ -26,11 +25,13 @@ def rungs(request: Any) -> tuple[Any, ...]:
     names = [one.strip() for one in (request.quant or "").split(",")]
     if len(names) < 2:
         return (request,)
-    out = None if request.out is None else Path(request.out)
+    out = request.target
     if out is None or out.suffix != ".gguf" or request.to not in (None, "gguf"):
         raise UsageError(f"{option('quant', request.quant)} is for GGUF outputs", "name the output like OUT.gguf")
     if not all(names) or len({name.upper() for name in names}) != len(names):
         raise UsageError(f"{option('quant', request.quant)} names a type twice or none", "write it like Q8_0,Q4_K_M")
+    if request.on is not None:
+        raise UsageError("several types are one pass of one process", f"leave out {option('on')}, or name one type")
     if request.save_plan is not None:
         raise UsageError("a plan is of one output", "save a plan for each type")
     first, *others = (

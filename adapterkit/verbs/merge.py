@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,16 +14,15 @@ from adapterkit.adapters.half_saved import half_saved_note
 from adapterkit.bases import open_base, open_change, open_model
 from adapterkit.checkpoint import odd
 from adapterkit.checkpoint.checkpoint import Checkpoint
+from adapterkit.checkpoint.files import fingerprint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
 from adapterkit.errors import CheckFailed, UsageError, option
 from adapterkit.ops.device import check_name, check_there
+from adapterkit.places import Address
 from adapterkit.requests.call import takes
-from adapterkit.requests.merge import FOLDER, GGUF, MergePlanRequest, MergeRequest
-from adapterkit.verbs.beside import beside_of
-from adapterkit.verbs.job import Job, Measured, carry_out
-from adapterkit.verbs.ladder import abreast, rungs
+from adapterkit.requests.merge import FOLDER, GGUF, MergeRequest
+from adapterkit.values import dataclass
 from adapterkit.verbs.outputs import Output, output
-from adapterkit.verbs.report import AdapterUse, MergeReport
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,8 +30,12 @@ if TYPE_CHECKING:
     from adapterkit.adapters.fidelity import FidelityReport, Watch
     from adapterkit.adapters.fold import Folded
     from adapterkit.checkpoint.files import Source
+    from adapterkit.checkpoint.listing import Listing
+    from adapterkit.verbs.job import Job, Measured
+    from adapterkit.verbs.report import MergeReport
 
 COARSE_BITS = 5  # formats of so many bits and fewer lose a change to values that lie on such a grid already
+LOOKED_AT = 4_000_000_000  # bytes of inputs in a store of which a dry run reads a sample too
 SAMPLED = 8  # tensors that are measured before a base's own grid is written again
 
 
@@ -94,9 +97,17 @@ class Merge:
         found = ((adapter.ref, half_saved_note(adapter)) for adapter in self.adapters)
         return tuple(f"{ref} {words}" for ref, words in found if words)
 
+    def _stored(self, base: Any) -> Checkpoint:
+        """The base as it is stored. Values that are decoded or quantized on the way have no bytes of their own; what they
+        were made from does."""
+        if self.base_values == "as stored":
+            return self.base
+        return open_model(base) if self.base.stored is None else self.base.stored.checkpoint
+
     def report(self, measured: Measured, fidelity: FidelityReport | None = None) -> MergeReport:
         """What was done, or would be."""
         from adapterkit.adapters.merged import not_finite
+        from adapterkit.verbs.report import AdapterUse, MergeReport
 
         copied = {} if measured.dry_run else odd.sampled(self.view.values())
         computed = [self.folded.checkpoint[name] for name in self.folded.touched]
@@ -109,9 +120,11 @@ class Merge:
             base_commit=self.base.commit,
             base_values=self.base_values,
             method="linear" if rule is None else str(rule),
-            adapters=tuple(AdapterUse(a.ref, a.config.peft_type, w, a.commit, a.config.base) for a, w in used),
+            adapters=tuple(
+                AdapterUse(a.ref, a.config.peft_type, w, a.commit, a.config.base, a.config.label) for a, w in used
+            ),
             dtype="auto" if dtype is None else str(dtype),
-            files=tuple(path.name for path in self.plan.targets(out or Path(".")).values()),
+            files=self.plan.names(out or Path("-")),
             nbytes=self.plan.nbytes,
             tensors=len(self.view),
             touched=len(self.folded.touched),
@@ -125,6 +138,7 @@ class Merge:
             min_retention=asked.min_retention,
             min_cosine=asked.min_cosine,
             dry_run=measured.dry_run,
+            **asdict(measured.moved),
             notes=(
                 *self.notes,
                 *measured.notes,
@@ -140,6 +154,9 @@ class Merge:
         Args:
             base: as the caller named it, where the request names what it is pinned to.
         """
+        from adapterkit.verbs.beside import beside_of
+        from adapterkit.verbs.job import Job
+
         asked = self.request
         named = asked.base if base is None else base
         loss = Loss(self, watched=asked.fidelity or asked.min_retention is not None or asked.min_cosine is not None)
@@ -157,34 +174,18 @@ class Merge:
             ahead=loss.ahead,
             force=asked.force,
             also=() if self.output.tower is None else (self.output.tower,),
+            recorded=lambda: (self._stored(named), *self.adapters),
         )
 
 
-@takes(MergePlanRequest)
-def plan_merge(request: MergePlanRequest) -> Merge:
-    """Plan a merge from headers alone.
-
-    With ``headers_only`` a base or adapter on the Hub is not downloaded, so the plan can be shown but not executed.
-    ``fingerprints`` of the inputs let `execute` see whether they changed.
+def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: bool = True) -> Merge:
+    """Plan a merge from headers alone; see `adapterkit.verbs.plan_merge.plan_merge`.
 
     Raises:
         NotFound, CheckpointError, AdapterError, TargetError, UsageError, UnsafeError, AuthError, HubError
     """
-    return planned(request, headers_only=request.headers_only, fingerprints=request.fingerprints)
-
-
-def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: bool = True) -> Merge:
-    """See `plan_merge`."""
     check_name(request.device) if headers_only else check_there(request.device)
-    opened, values = open_base(
-        request.base,
-        base16=request.base16,
-        as_trained=request.as_trained,
-        double_quant=request.double_quant,
-        quant_dtype=request.quant_dtype,
-        skip_modules=request.skip_modules,
-        headers_only=headers_only,
-    )
+    opened, values = open_base(request.base, base16=request.base16, trained=request.trained, headers_only=headers_only)
     form = request.form or (GGUF if opened.format == "gguf" else FOLDER)
     asked = replace(request, to=form)
     given = (a if isinstance(a, Adapter) else open_change(a, headers_only=headers_only) for a in asked.given_adapters)
@@ -192,7 +193,7 @@ def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: b
     _no_copy(loaded, asked)
     inputs = None
     if fingerprints:
-        inputs = {s.name: _fingerprint(s) for s in (*opened.sources, *(source for a in loaded for source in a.sources))}
+        inputs = {s.name: fingerprint(s) for s in (*opened.sources, *(source for a in loaded for source in a.sources))}
     settings: dict[str, Any] = {
         "max_shard_size": None if asked.max_shard_size is None else parse_size(asked.max_shard_size),
         "jobs": asked.jobs or default_jobs(),
@@ -236,6 +237,9 @@ def merge(request: MergeRequest) -> MergeReport:
         CheckFailed: the output would lose the change.
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError, AuthError, HubError
     """
+    from adapterkit.verbs.carry import carry_out
+    from adapterkit.verbs.ladder import abreast, rungs
+
     started = time.monotonic()
     how = {"headers_only": not request.writes, "fingerprints": request.writes or bool(request.save_plan)}
     made = [planned(one, **how) for one in rungs(request)]
@@ -243,7 +247,7 @@ def merge(request: MergeRequest) -> MergeReport:
     return report
 
 
-def replan(data: Mapping[str, Any], out: Path | None) -> Merge:
+def replan(data: Mapping[str, Any], out: Path | Address | None) -> Merge:
     """The merge of a saved plan, planned again.
 
     Raises:
@@ -264,10 +268,17 @@ class Loss:
 
     def ahead(self) -> None:
         """See `_still_there`. Values on the Hub are not there to be measured before a download; those in a store are."""
-        if all(source.path is not None or source.version for source in self.merge.sources):
+        if self._can_look():
             self.sampled = _still_there(self.merge, yes_lossy=self.merge.request.yes_lossy)
         if self.watched and self.merge.request.writes and self.watch is None:
             self.watch = self._watch()
+
+    def _can_look(self) -> bool:
+        """Whether values can be read now: a plan of a large model in a store is made of headers alone."""
+        sources = self.merge.sources
+        stored = sum(source.size for source in sources if source.path is None)
+        here = all(source.path is not None or source.version for source in sources)
+        return here and (self.merge.request.writes or stored <= LOOKED_AT)
 
     def _watch(self) -> Watch:
         from adapterkit.adapters.fidelity import Watch, own_format
@@ -300,21 +311,18 @@ def _recorder(
     *,
     full: bool = False,
     measured: Callable[[], Mapping[str, Any]] | None = None,
-) -> Callable[[Path], dict[str, bytes]]:
+) -> Callable[[Path | Listing], dict[str, bytes]]:
     """What writes ``adapterkit.json`` when the weights are finished."""
     return partial(_record, planned, base, full, measured)
 
 
 def _record(
-    planned: Merge, base: Any, full: bool, measured: Callable[[], Mapping[str, Any]] | None, folder: Path
+    planned: Merge, base: Any, full: bool, measured: Callable[[], Mapping[str, Any]] | None, folder: Path | Listing
 ) -> dict[str, bytes]:
     from adapterkit.provenance.record import adapter_parent, base_parent, parameters_of, recorder
 
     asked = planned.request
-    # Values that are decoded or quantized on the way have no bytes of their own; what they were made from does.
-    stored = planned.base
-    if planned.base_values != "as stored":
-        stored = open_model(base)
+    stored = planned._stored(base)
     parents = [base_parent(stored, full=full)]
     if asked.base16 is not None:
         parents.append(base_parent(open_model(asked.base16), "original", full=full))
@@ -427,16 +435,4 @@ def _folder_of(base: Checkpoint) -> Path | None:
     return None if path is None or path.suffix == ".gguf" else path.parent
 
 
-def _fingerprint(source: Source) -> str:
-    """Size and hash of the header: enough to see that a plan belongs to these files, without reading them."""
-    import hashlib
-
-    first = source.read(0, 8)
-    version = f":{source.version}" if source.version else ""
-    if first[:4] == b"GGUF":
-        return f"{source.size}:{hashlib.sha256(source.read(0, 1 << 20)).hexdigest()}{version}"
-    length = min(int.from_bytes(first, "little"), source.size)
-    return f"{source.size}:{hashlib.sha256(source.read(8, length)).hexdigest()}{version}"
-
-
-__all__ = ["Merge", "merge", "plan_merge", "planned", "replan"]
+__all__ = ["Merge", "merge", "planned", "replan"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.fold import Folded, fold
@@ -11,6 +11,7 @@ from adapterkit.adapters.sidecars import side_files
 from adapterkit.checkpoint.plan import Plan, plan_safetensors
 from adapterkit.errors import UsageError, option
 from adapterkit.requests.merge import FOLDER, GGUF, parse_floats
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -217,7 +218,7 @@ def _gguf(
     made = fold_gguf(base, adapters, asked.adapter_weights, **how)
     notes: tuple[str, ...] = ()
     if asked.gguf_types is not None and asked.gguf_types.keep_below is not None:
-        how["too_lossy"], notes = _drowned(made.folded, made.through, asked.gguf_types)
+        how["too_lossy"], notes = _too_lossy(made.folded, made.through, asked.gguf_types)
         made = fold_gguf(base, adapters, asked.adapter_weights, **{**how, "quantization": asked.gguf_types})
     plan = plan_gguf(with_said(made.layout, asked.said), **settings)
     return Output(made.folded, made.written, plan, {}, (*notes, *made.notes), made.through)
@@ -254,7 +255,7 @@ def _hf_to_gguf(
     made = from_hf(folded.checkpoint, **how)
     if asked.gguf_types is not None and asked.gguf_types.keep_below is not None:
         measured = replace(folded, checkpoint=made.folded)
-        how["too_lossy"], said = _drowned(measured, made.through, asked.gguf_types)
+        how["too_lossy"], said = _too_lossy(measured, made.through, asked.gguf_types)
         notes = [*notes, *said]
         made = from_hf(folded.checkpoint, **{**how, "asked": asked.gguf_types})
     folded = replace(folded, checkpoint=made.folded)
@@ -284,7 +285,7 @@ def _freely(asked: Quantization | None) -> Quantization | None:
     return replace(asked, keep_touched=None, keep_below=None, yes_lossy=True)
 
 
-def _drowned(
+def _too_lossy(
     folded: Folded, through: Callable[[str, tuple[int, ...]], Through | None], asked: Quantization
 ) -> tuple[frozenset[str], tuple[str, ...]]:
     from adapterkit.gguf.too_lossy import too_lossy

@@ -3,22 +3,53 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from typing import TYPE_CHECKING, Any
+
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.adapters.fidelity import FidelityReport
 
 
 @dataclass(frozen=True)
+class Forecast:
+    """What so many workers would take, planned and not run.
+
+    Attributes:
+        bytes_down, bytes_up: of all workers, from the inputs and into the output.
+        seconds: until the last worker ends; of a worker that moves bytes in both directions while it computes.
+        busy: share of the workers' time in which they have something to do.
+        money: workers times hours times the price of one.
+        bandwidth: bytes a second in each direction; ``jobs``: threads of a worker.
+    """
+
+    workers: int
+    parts: int
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    busy: float
+    money: float
+    bandwidth: float
+    jobs: int
+
+
+@dataclass(frozen=True)
 class AdapterUse:
-    """One adapter of a merge."""
+    """One adapter of a merge.
+
+    Attributes:
+        method: as the config names it: ``LORA``.
+        label: as its authors write it: ``DoRA``.
+    """
 
     ref: str
     method: str
     weight: float
     commit: str | None = None
     base: str | None = None
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,6 +66,8 @@ class MergeReport:
         touched: tensors with a change folded in; ``copied`` are byte-identical to the base's.
         reused: of the touched ones, how many a resumed run found finished.
         peak_memory: measured over the process, or estimated for a dry run.
+        requests, bytes_down, bytes_up, bytes_inside: of object stores: what was asked, read, sent, and copied by a store
+            itself; for a dry run, what would be.
     """
 
     out: str
@@ -59,6 +92,11 @@ class MergeReport:
     min_cosine: float | None = None
     dry_run: bool = False
     notes: tuple[str, ...] = field(default=())
+    requests: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    bytes_inside: int = 0
+    forecast: tuple[Forecast, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -88,6 +126,7 @@ class PartReport:
         reads: bytes that it takes from the inputs (an estimate).
         reused: computed tensors that an interrupted run had finished.
         cpu_seconds: of the process, in all its threads.
+        requests, bytes_down, bytes_up, bytes_inside: of object stores, as in `MergeReport`.
     """
 
     out: str
@@ -101,6 +140,10 @@ class PartReport:
     reads: int = 0
     reused: int = 0
     cpu_seconds: float = 0.0
+    requests: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    bytes_inside: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,6 +182,7 @@ class ConvertReport:
         types: how many tensors have each type.
         reused: of the computed ones, how many a resumed run found finished.
         modules: what was kept of each delta, where they were decomposed.
+        requests, bytes_down, bytes_up, bytes_inside: of object stores, as in `MergeReport`.
     """
 
     src: str
@@ -155,6 +199,11 @@ class ConvertReport:
     dry_run: bool = False
     modules: tuple[ModuleRank, ...] = ()
     notes: tuple[str, ...] = ()
+    requests: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    bytes_inside: int = 0
+    forecast: tuple[Forecast, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,18 @@ from adapterkit.provenance.record import recorder
 from adapterkit.requests.adapters import ResizeRequest
 from adapterkit.requests.call import takes
 from adapterkit.verbs.beside import beside_of
+from adapterkit.verbs.carry import carry_out
 from adapterkit.verbs.combine import check_rank, output_dtype, parents, rank_of, side_files
 from adapterkit.verbs.factors import ESTIMATED, FactorWork
 from adapterkit.verbs.family import Family, carried, open_family
-from adapterkit.verbs.job import Job, Measured, carry_out
+from adapterkit.verbs.job import Job, Measured
 from adapterkit.verbs.report import ModuleRank, ResizeReport
 
 if TYPE_CHECKING:
     import torch
 
     from adapterkit.adapters.factors import Slot
+    from adapterkit.checkpoint.listing import Listing
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.ops.lowrank import Truncated
 
@@ -102,7 +104,7 @@ class Resizing:
         most = rank_of(self.family.parts[0].deltas[slot.parameter].change.how)
         return min(self.request.rank or most, most, slot.largest_rank)
 
-    def _record(self, folder: Path) -> Mapping[str, bytes]:
+    def _record(self, folder: Path | Listing) -> Mapping[str, bytes]:
         asked = self.request.stated(*_STATED)
         return recorder("resize", "adapter", asked, parents(self.family, [1.0]), method="lora")(folder)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.places import Address
 from adapterkit.verbs.job import Job
 
 if TYPE_CHECKING:
@@ -16,13 +17,13 @@ if TYPE_CHECKING:
 PREFIX = "mmproj-"
 
 
-def tower_path(out: Path) -> Path:
+def tower_path(out: Path | Address) -> Path | Address:
     """Where the tower's file goes: beside the output, under its name with ``mmproj-`` in front."""
-    return out.parent / f"{PREFIX}{out.name}"
+    return out.with_name(f"{PREFIX}{out.name}")
 
 
 def tower_job(
-    made: FromTower, out: Path, sources: tuple[Source, ...], settings: Mapping[str, Any], *, force: bool
+    made: FromTower, out: Path | Address, sources: tuple[Source, ...], settings: Mapping[str, Any], *, force: bool
 ) -> Job:
     """The tower's file as a job of its own.
 

@@ -26,7 +26,7 @@ def sparse(path: Path, tensors: Tensors) -> None:
         end = position + nbytes(code, shape)
         entries[name] = {"dtype": code, "shape": list(shape), "data_offsets": [position, end]}
         position = end
-    header = json.dumps(entries).encode()
+    header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     with open(path, "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)

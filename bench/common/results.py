@@ -5,8 +5,9 @@ A result is a file ``bench/results/NAME.json``::
     {"script": "speed merge", "command": "...", "measured": {"date", "commit", "version", "machine", "note"},
      "figures": {name: number}, "tables": {name: {"heads": [...], "formats": [...], "rows": [[...], ...]}}}
 
-``python -m bench --save NAME KIND SCRIPT ...`` writes one: the tables that a script prints as Markdown, and what it hands
-to `note`. ``python tools/figures.py`` puts stored figures into the pages.
+``python -m bench --save NAME KIND SCRIPT ...`` writes one: the tables that a script prints as Markdown, what it hands to
+`note`, and the lines that it prints. ``python tools/figures.py`` puts stored figures into the pages. Small runs of the
+proofs are stored as ``proofs/NAME``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,16 @@ def note(**figures: float | str) -> None:
     _NOTED.update(figures)
 
 
+def head(*heads: str) -> None:
+    """Print the head of a table, which `save` stores."""
+    print(_line(list(heads)) + "\n|" + "---|" * len(heads), flush=True)
+
+
+def row(*cells: str) -> None:
+    """Print a row of a table."""
+    print(_line(list(cells)), flush=True)
+
+
 def read(name: str) -> dict[str, Any]:
     """A stored result."""
     found: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
@@ -40,10 +52,14 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
-def shown(table: dict[str, Any]) -> str:
-    """A stored table as Markdown."""
+def shown(table: dict[str, Any], figures: Mapping[str, Any] | None = None) -> str:
+    """A stored table as Markdown. A text in it may name figures of the same result, as ``{seconds:.1f} s``."""
+    known = figures or {}
     rows = [
-        ["" if cell is None else form.format(cell) for form, cell in zip(table["formats"], row, strict=True)]
+        [
+            "" if cell is None else form.format(cell.format(**known) if isinstance(cell, str) else cell)
+            for form, cell in zip(table["formats"], row, strict=True)
+        ]
         for row in table["rows"]
     ]
     lines = [_line(table["heads"]), table.get("rule", "|" + "---|" * len(table["heads"])), *map(_line, rows)]
@@ -73,7 +89,7 @@ def _column(cells: list[str]) -> tuple[str, list[Any]]:
             continue
         match = _NUMBER.fullmatch(cell)
         if match is None:
-            return "{}", [one or None for one in cells]
+            return "{}", [_escaped(one) or None for one in cells]
         sign, whole, decimals, power, unit = match.groups()
         scale = 0.01 if unit == "%" else 1
         number = float(f"{sign}{whole.replace(',', '')}.{decimals or 0}{power or ''}")
@@ -86,7 +102,7 @@ def _column(cells: list[str]) -> tuple[str, list[Any]]:
         else:
             forms.add(f"{{:{',' if ',' in whole else ''}.{places}f}}{_escaped(unit)}")
         values.append(number)
-    return (forms.pop(), values) if len(forms) == 1 else ("{}", [one or None for one in cells])
+    return (forms.pop(), values) if len(forms) == 1 else ("{}", [_escaped(one) or None for one in cells])
 
 
 def _escaped(text: str) -> str:
@@ -104,7 +120,8 @@ def save(name: str, script: str, command: str, printed: str) -> Path:
         "tables": {("main", *(f"table{n}" for n in range(2, 99)))[i]: parsed(text) for i, text in enumerate(tables)},
         "printed": printed.splitlines(),
     }
-    path = FOLDER / f"{name}.json"
+    path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 

@@ -1,1 +1,29 @@
-"""Whether it holds, over everything that the installed libraries have."""
+"""Whether it holds, over everything that the installed libraries have.
+
+Each proof has a small run, whose result is stored in ``bench/results/proofs`` with the version that it was made with;
+``tests/test_proofs.py`` makes the small runs again (``pytest -m slow``). The whole run is the script without arguments.
+"""
+
+from __future__ import annotations
+
+SMALL = {
+    "converter": "--converter $LLAMA_CPP/convert_hf_to_gguf.py --python $CONVERTER_PYTHON llama gpt2",
+    "faults": "--only resize",
+    "gallery": "--only tied --only alpha --only rows",
+    "gates_kill": "--writers 4 --kills 10 --each 8",
+    "gguf_archs": "--jobs 1 llama qwen3",
+    "gguf_headers": "500 1",
+    "gguf_merges": "llama",
+    "imatrix": "$LLAMA_IMATRIX llama",
+    "kept": "--side 512",
+    "kill": "--kills 6 --megabytes 20",
+    "linear": "--only llama --only gpt2 --only mixtral --only t5 --only qwen3_moe --only whisper",
+    "mergekit": "--only linear",
+    "methods": "--only Vera --only HiRA --only LoHa",
+    "no_alarm": "--only gpt2 --only qwen3_moe",
+    "sweep": "--only gpt2 --only qwen3_moe --only whisper",
+}
+"""Arguments of the small run of each proof; a name with ``$`` is a program of another project, taken from the environment."""
+
+PACKAGES = {"mergekit": "mergekit"}
+"""Packages that a proof wants beside those of the tests."""

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from bench.common import results
+
 ROOT = Path(__file__).resolve().parents[2]
 TYPES = ("f32", "f16", "bf16")
 # What a model is called and how large it is; from the name of the folder here.
@@ -203,11 +205,12 @@ def main() -> None:
         at = options.keep or Path(folder)
         at.mkdir(exist_ok=True)
         rows = run(kinds, at, options)
-    print(f"{options.converter}, with {_version(options)}\n")
+    print(f"{options.converter.name}, with {_version(options)}\n")
     lines, meant, left = table(rows)
     print("\n".join([*lines, "", *(f"{number}. {why}" for why, number in meant.items())]))
     print(f"\n{len(rows)} models, {len(left)} differences that no row explains")
     print("\n".join(left))
+    results.note(models=len(rows), unexplained=len(left))
     sys.exit(1 if left else 0)
 
 

@@ -33,6 +33,7 @@ from adapterkit.registry.bundle import export_bundle
 from adapterkit.registry.checkout import checkout
 from adapterkit.registry.fsck import fsck
 from adapterkit.registry.register import register
+from bench.common import results
 
 CODES = ("EIO", "ENOSPC", "EDQUOT", "EINTR", "KILL")
 CALLS = ("pwrite", "write", "fsync", "rename", "replace", "rename_new", "link", "mkdir")
@@ -151,6 +152,7 @@ def main() -> None:
             print(f"{'register':<18} {json.dumps(rows['register'])}", flush=True)
     for line in wrong:
         print("WRONG", line)
+    results.note(**{f"{name}: {what}": row[what] for name, row in rows.items() for what in ("wrong",)})
     if given.json:
         given.json.write_text(json.dumps(rows, indent=2) + "\n")
     raise SystemExit(1 if wrong else 0)

@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.common import results
+
 ROOT = Path(__file__).resolve().parents[2]
 
 TEXT = {
@@ -479,7 +481,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="cases whose name holds this")
     parser.add_argument("--answers", action="store_true", help="also the level of the model")
     options = parser.parse_args()
-    wrong = 0
+    seen = wrong = 0
     for name, case in CASES.items():
         if options.only and not any(part in name for part in options.only):
             continue
@@ -491,6 +493,7 @@ def main() -> None:
             report = verify(broken.merged, **how)
             kinds = [finding.kind for finding in report.errors]
             caught = not report.ok and broken.kind in kinds
+            seen += 1
             wrong += not caught
             every = "; ".join(f"{one.kind}: {one.text}" for one in report.errors)
             said = next((one.text for one in report.errors if one.kind == broken.kind), every)
@@ -502,6 +505,7 @@ def main() -> None:
                 )
             told = f"{'ok' if caught else 'MISSED':<7} {name:<36} {', '.join(dict.fromkeys(kinds)):<20} {moved}{said}"
             print(told.replace(folder, ""), flush=True)
+    results.note(broken=seen, missed=wrong)
     sys.exit(1 if wrong else 0)
 
 

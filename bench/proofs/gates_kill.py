@@ -21,12 +21,14 @@ import traceback
 from pathlib import Path
 
 from adapterkit.errors import CheckFailed, NotFound
-from adapterkit.registry import evaluation, figures, fsck, policies, refs, resolve, served, store, verbs
+from adapterkit.registry import evaluation, fsck, policies, refs, resolve, served, store, verbs
 from adapterkit.registry.evaluation import Score
 from adapterkit.registry.evidence import attach_evaluation
+from adapterkit.registry.gathered import gathered
 from adapterkit.registry.home import Home
 from adapterkit.registry.identity import Identity
 from adapterkit.registry.record import Record
+from bench.common import results
 
 NAME, ALIAS, LIMIT = "model", "prod", 0.5
 VERSIONS = 6
@@ -132,7 +134,7 @@ def checked(home: Home, lines: list[list[str]]) -> dict[str, int]:
     known: dict[int, set[str]] = {}
     for version in range(1, VERSIONS + 1):
         record = resolve.find(home, f"{NAME}@{version}")
-        known[version] = {one.task for one in evaluation.read(figures.gathered(home, record))}
+        known[version] = {one.task for one in evaluation.read(gathered(home, record))}
     added = [(int(line[1]), line[2]) for line in lines if line[0] == "figure"]
     lost = [(version, task) for version, task in added if task not in known[version]]
     assert not lost, f"figures that were acknowledged are gone: {lost[:5]}"
@@ -159,8 +161,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        for what, value in run(Path(folder) / "home", given.writers, given.each, given.kills, given.seed).items():
+        found = run(Path(folder) / "home", given.writers, given.each, given.kills, given.seed)
+        for what, value in found.items():
             print(f"{what:<20} {value}")
+    results.note(writers=found["writers"], lost_moves=max(0, found["acknowledged moves"] - found["moves"]))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bench.common import results
+
 ROOT = Path(__file__).resolve().parents[2]
 DOC = ROOT / "docs" / "gguf-architectures.md"
 
@@ -224,6 +226,7 @@ def main() -> None:
             print(json.dumps(row), flush=True)
     if options.write:
         DOC.write_text(PAGE.format(table=table(rows), **_summary(rows)))
+    results.note(kinds=len(rows), wrong=sum(not _passed(row) for row in rows))
     sys.exit(1 if any(not _passed(row) for row in rows) else 0)
 
 

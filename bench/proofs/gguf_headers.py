@@ -18,6 +18,7 @@ from gguf_mutants import as_gguf_reads, as_we_read, mutants
 
 from adapterkit.errors import AdapterkitError
 from adapterkit.gguf.reader import parse_gguf
+from bench.common import results
 
 
 def main(count: int = 10_000, seed: int = 1) -> int:
@@ -45,6 +46,8 @@ def main(count: int = 10_000, seed: int = 1) -> int:
     print(
         f"{count} headers: {dict(outcomes)}, slowest {slowest * 1000:.1f} ms of the processor, peak {peak / 1e6:.1f} MB"
     )
+    refused, same, different = (outcomes[word] for word in ("refused", "as gguf", "DIFFERENT"))
+    results.note(headers=count, refused=refused, same=same, different=different)
     return int("DIFFERENT" in outcomes or slowest > 1 or peak > 200e6)
 
 

@@ -19,6 +19,7 @@ from adapterkit.gguf.checkpoint import open_gguf
 from adapterkit.gguf.vocab import pretokenizers
 from adapterkit.verbs.convert import convert
 from adapterkit.verbs.imatrix import imatrix
+from bench.common import results
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,7 +73,9 @@ def main(program: str, kinds: tuple[str, ...]) -> None:
         try:
             text = folder / "text.txt"
             text.write_text((ROOT / "docs" / "methods.md").read_text()[:6000])
-            print(f"{kind:12} {compare(program, kind, tokenizer, text, folder)}", flush=True)
+            said = compare(program, kind, tokenizer, text, folder)
+            print(f"{kind:12} {said}", flush=True)
+            results.note(**{kind: said.partition(";")[0]})
         finally:
             shutil.rmtree(folder)
 

@@ -8,6 +8,8 @@ Retention <got, wanted>/|wanted|^2 and cosine. The base sits on the format's gri
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 
 from adapterkit.codecs.encode import InStep
@@ -34,10 +36,13 @@ def cell(base: torch.Tensor, wanted: torch.Tensor, written: torch.Tensor) -> str
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, default=SIDE, help="rows and columns of the weight")
+    side = parser.parse_args().side
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
-    w = torch.randn(SIDE, SIDE, generator=generator) * 0.02
-    delta = torch.randn(SIDE, RANK, generator=generator) @ torch.randn(RANK, SIDE, generator=generator)
+    w = torch.randn(side, side, generator=generator) * 0.02
+    delta = torch.randn(side, RANK, generator=generator) @ torch.randn(RANK, side, generator=generator)
     delta *= w.norm() / delta.norm()
     print("| \\|delta\\|/\\|W\\| | " + " | ".join(KINDS) + " | keep-touched bf16 |")
     print("|---" * (len(KINDS) + 2) + "|")

@@ -24,6 +24,7 @@ import torch
 
 from adapterkit import merge
 from adapterkit.checkpoint.publish import partial_folder
+from bench.common import results
 
 LAYERS, RANK = 8, 16
 
@@ -109,6 +110,7 @@ def main() -> None:
                 shutil.rmtree(out)
     print(f"{kills} kills ({early} before the first byte), {half} half results seen")
     print(f"{resumed} runs resumed after kills, {reused} tensors re-used, {wrong} different from an undisturbed run")
+    results.note(kills=kills, half=half, different=wrong)
     raise SystemExit(1 if half or wrong else 0)
 
 

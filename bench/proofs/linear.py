@@ -19,7 +19,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 
 from adapterkit.adapters.linear import quantized_modules
-from bench.common import zoo
+from bench.common import results, zoo
 
 
 def by_transformers(model: Any) -> set[str]:
@@ -45,13 +45,16 @@ def by_adapterkit(model: Any) -> set[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--all", action="store_true", help="also classes that are no language models")
+    parser.add_argument("--only", action="append", default=[], help="a model type (may be given more than once)")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     import transformers
 
-    same = 0
+    same = differ = 0
     for kind, types in zoo.kinds().items():
         for model_type, name in types.items():
+            if options.only and model_type not in options.only:
+                continue
             if not options.all and not re.search(r"ForCausalLM|LMHead|ForConditionalGeneration", name):
                 continue
             try:
@@ -63,10 +66,12 @@ def main() -> None:
             if wanted == got:
                 same += 1
             else:
+                differ += 1
                 print(
                     f"{name} ({model_type}, {kind}): too many {sorted(got - wanted)[:3]}, missing {sorted(wanted - got)[:3]}"
                 )
     print(f"{same} classes agree")
+    results.note(agree=same, differ=differ)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 
+from bench.common import results
+
+LIMIT = 1e-5  # of a difference, as a part of the largest change
 GRADIENT = [0, 0.5, 0.3, 0.7, 1]
 BY_FILTER = [
     {"filter": "self_attn", "value": GRADIENT},
@@ -144,10 +147,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         make_models(folder)
+        found = {}
         for name, data in cases().items():
             if options.only in name:
-                off, _ = compared(folder, data)
-                print(f"| {name} | {off:.1e} |", flush=True)
+                found[name], _ = compared(folder, data)
+                print(f"| {name} | {found[name]:.1e} |", flush=True)
+    results.note(recipes=len(found), within=sum(off < LIMIT for off in found.values()))
 
 
 if __name__ == "__main__":

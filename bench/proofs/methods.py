@@ -192,21 +192,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write docs/methods.md")
     parser.add_argument("--speed", action="store_true", help="time merges instead")
+    parser.add_argument("--only", action="append", default=[], help="a tuner (may be given more than once)")
     arguments = parser.parse_args()
     if arguments.speed:
         speed()
         return 0
-    results, bad = [], 0
+    found, bad = [], 0
     for case in cases():
+        if arguments.only and case.method not in arguments.only:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             outcome = run(case, Path(folder))
-        results.append((case, outcome))
+        found.append((case, outcome))
         wrong = outcome.merge > case.tolerance
         bad += wrong
         print(f"{'WRONG' if wrong else 'ok':5} merge {outcome.merge:.1e}  forward {outcome.forward:.1e}  {case}")
-    print(f"{len(results)} cases, {bad} wrong")
+    print(f"{len(found)} cases, {bad} wrong")
+    results.note(cases=len(found), wrong=bad)
     if arguments.write:
-        (ROOT / "docs" / "methods.md").write_text(page(results), encoding="utf-8")
+        (ROOT / "docs" / "methods.md").write_text(page(found), encoding="utf-8")
     return 1 if bad else 0
 
 

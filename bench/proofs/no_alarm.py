@@ -16,6 +16,8 @@ import time
 import warnings
 from pathlib import Path
 
+from bench.common import results
+
 OTHERS = 8  # types of every kind but causal
 
 
@@ -82,6 +84,7 @@ def main() -> int:
             flush=True,
         )
     print(f"{right} of {right + alarms} architectures without an alarm ({verified} merges), {skipped} skipped")
+    results.note(right=right, alarms=alarms, merges=verified, skipped=skipped)
     return 1 if alarms else 0
 
 

@@ -39,6 +39,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.common import results
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
@@ -359,18 +361,26 @@ def _without_head(model: Any, folder: Path, names: Any, files: Mapping[str, Tens
     return lost + [n for n, t in outer.items() if not same(n, few, small, t) and not _tied(n, few, small, t)]
 
 
+def _counted(rows: list[Row]) -> dict[str, int]:
+    built = [row for row in rows if row.tensors]
+    merged = [row for row in built if row.f32]
+    return {
+        "built": len(built),
+        "found": sum(row.found == row.adapted for row in built),
+        "merged": len(merged),
+        "same_f32": sum(float(row.f32) <= 2e-6 for row in merged),
+        "same_bf16": sum(row.bf16 == "equal" for row in merged),
+    }
+
+
 def table(rows: list[Row]) -> str:
     """The rows as markdown, and a summary line."""
     lines = ["| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells) + " |" for row in rows]
-    built = [row for row in rows if row.tensors]
-    good = [row for row in built if row.found == row.adapted]
-    summary = f"{len(rows)} types, {len(built)} built, {len(good)} with every adapted parameter found"
-    merged = [row for row in built if row.f32]
-    if merged:
-        same_f32 = sum(float(row.f32) <= 2e-6 for row in merged)
-        same_bf16 = sum(row.bf16 == "equal" for row in merged)
-        summary += f", {same_f32} merged as PEFT does in float32, {same_bf16} bit-equal in bfloat16"
+    found = _counted(rows)
+    summary = f"{len(rows)} types, {found['built']} built, {found['found']} with every adapted parameter found"
+    if found["merged"]:
+        summary += f", {found['same_f32']} merged as PEFT does in float32, {found['same_bf16']} bit-equal in bfloat16"
     return "\n".join([*lines, "", summary + "."])
 
 
@@ -400,6 +410,7 @@ def main() -> int:
             print(f"{len(rows)}/{len(todo)} {row.seconds:5.1f}s", *row.cells, file=sys.stderr, flush=True)
     text = table(rows)
     print(text)
+    results.note(types=len(rows), **_counted(rows))
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
     if arguments.write:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench.common import results
 from bench.common.shapes import SHAPES, write_adapter, write_base
 
 CHILD = """
@@ -25,7 +26,8 @@ import json, os, sys, time
 from pathlib import Path
 import torch  # imports do not count
 from adapterkit.verbs.job import run
-from adapterkit.verbs.merge import merge, plan_merge
+from adapterkit.verbs.merge import merge
+from adapterkit.verbs.plan_merge import plan_merge
 def io():
     lines = dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())
     return int(lines["read_bytes"])
@@ -95,13 +97,15 @@ def main() -> None:
                 found[way].append(json.loads(done.stdout))
         size = sum(path.stat().st_size for path in (work / "base").glob("*.safetensors"))
         print(f"base of {size / 1e9:.2f} GB, outputs bf16, f16 and nf4, {asked.runs} runs, medians")
-        print("| | seconds | from the disk, in sizes of the base | peak memory |")
-        print("|---|---|---|---|")
+        results.note(base_gb=round(size / 1e9, 2))
+        results.head(
+            "three outputs (bf16, f16, nf4)", "seconds", "read from the disk, in sizes of the base", "peak memory"
+        )
         for way, rows in found.items():
             seconds, read, memory = (
                 statistics.median(row[name] for row in rows) for name in ("seconds", "read", "memory")
             )
-            print(f"| {way} | {seconds:.1f} | {read / size:.2f} | {memory / 1e6:.0f} MB |")
+            results.row(way, f"{seconds:.1f}", f"{read / size:.2f}", f"{memory / 1e6:.0f} MB")
     finally:
         shutil.rmtree(work)
 

@@ -16,11 +16,13 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from bench.common import results
 from bench.common.shapes import HIGH_WATER, SHAPES, linears
 
 RANK = 16
@@ -121,9 +123,8 @@ def ties(deltas: list[torch.Tensor], density: float = 0.2) -> torch.Tensor:
 
 def one_layer(root: Path, counts: list[int], kinds: list[str]) -> None:
     print(f"one layer, {LAYER} 4096 x 4096, rank {RANK} to rank {RANK}")
-    print(
-        f"{'':<9} {'adapters':>8} {'ours s':>8} {'PEFT s':>8} {'ratio':>7} {'our error':>10} {'PEFT error':>10} {'our MB':>7}"
-    )
+    peft = f"PEFT {version('peft')}"
+    results.head("one layer, 4096 x 4096", "adapters", "seconds", peft, "ratio", "error", "PEFT's error", "peak memory")
     folders = [write(root / f"one{i}", {LAYER: (4096, 4096)}, i) for i in range(max(counts))]
     for kind in kinds:
         for count in counts:
@@ -137,11 +138,14 @@ def one_layer(root: Path, counts: list[int], kinds: list[str]) -> None:
                 for folder in (root / "ours", root / "theirs" / "all")
             ]
             ratio = theirs["seconds"] / ours["seconds"]
-            print(
-                f"{kind:<9} {count:>10} {ours['seconds']:>10.3f} {theirs['seconds']:>10.1f} {ratio:>10.0f} "
-                f"{errors[0]:>10.6f} {errors[1]:>10.6f} {ours['memory'] / 1e6:>10.0f}",
-                flush=True,
+            cells = (
+                f"{ours['seconds']:.3f}",
+                f"{theirs['seconds']:.0f}",
+                f"{ratio:.0f}",
+                *(f"{one:.6f}" for one in errors),
             )
+            shown = "`svd`" if kind == "svd" else "`ties`, cut by SVD"
+            results.row(shown, str(count), *cells, f"{ours['memory'] / 1e6:.0f} MB")
 
 
 def whole(root: Path) -> None:
@@ -149,6 +153,7 @@ def whole(root: Path) -> None:
     layers = {f"model.layers.{i}.{name}": size for i in range(shape.layers) for name, size in linears(shape).items()}
     folders = [write(root / f"whole{i}", layers, i) for i in range(4)]
     found = run(OURS, "svd", root / "ours", *folders)
+    results.note(whole_s=round(found["seconds"], 1), whole_mb=round(found["memory"] / 1e6))
     print(
         f"whole 7B shape, {len(layers)} layers, 4 adapters by svd: {found['seconds']:.1f} s, "
         f"{found['memory'] / 1e6:.0f} MB at most"

@@ -17,6 +17,7 @@ import torch
 
 from adapterkit.ops.lowrank import Factors
 from adapterkit.ops.rules import combine
+from bench.common import results
 
 RANK = 16
 WEIGHTS = (0.7, 0.3)
@@ -51,7 +52,7 @@ def best(function: Callable[[], object], times: int) -> tuple[float, object]:
 
 def main(sizes: list[int]) -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, two adapters of rank {RANK} -> rank {RANK}")
-    print("     n   core ms  dense ms   ratio  core error  dense error  difference")
+    results.head("n", "core, ms", "dense, ms", "ratio", "core's error", "dense's error", "difference")
     for n in sizes:
         parts = [adapter(n, 1), adapter(n, 2)]
         fast, factors = best(lambda parts=parts: core_svd(parts), 3)  # type: ignore[misc]
@@ -63,10 +64,8 @@ def main(sizes: list[int]) -> None:
         norm = float(exact.norm())
         errors = [float((x - exact).norm()) / norm for x in (ours, matrix.double())]
         difference = float((ours - matrix).norm()) / norm
-        print(
-            f"{n:6d} {fast * 1e3:9.1f} {slow * 1e3:9.0f} {slow / fast:7.0f} {errors[0]:11.7f} {errors[1]:12.7f} "
-            f"{difference:11.1e}"
-        )
+        times = (f"{fast * 1e3:.1f}", f"{slow * 1e3:.0f}", f"{slow / fast:.0f}")
+        results.row(str(n), *times, *(f"{error:.7f}" for error in errors), f"{difference:.1e}")
 
 
 if __name__ == "__main__":

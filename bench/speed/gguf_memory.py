@@ -21,6 +21,7 @@ from pathlib import Path
 
 from adapterkit.gguf.metadata import f32, file_start, tensor_info, text, u32
 from adapterkit.gguf.types import TYPES
+from bench.common import results
 
 WIDTH, INNER, HEADS, VOCABULARY = 4096, 11008, 32, 32000
 LIMIT = 500e6
@@ -100,6 +101,7 @@ def main() -> int:
         f"{weights / 1e9:.2f}e9 weights to {options.mix}, {size / 1e9:.2f} GB, {options.jobs} threads: {seconds:.0f} s, "
         f"{weights / seconds / 1e6:.0f} M weights/s, peak memory {peak / 1e6:.0f} MB"
     )
+    results.note(weights=weights, memory_mb=round(peak / 1e6))
     return int(peak > LIMIT)
 
 

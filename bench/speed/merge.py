@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from bench.common import results
 from bench.common.shapes import HIGH_WATER, SHAPES, write_adapter, write_base
 
 OURS = (
@@ -98,6 +99,15 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
+_START = {"adapterkit": "", "PEFT": "peft_", "mergekit": "mergekit_"}
+
+
+def _shown(name: str) -> str:
+    from importlib.metadata import version
+
+    return {"cp -r": "`cp -r` of the base", "PEFT": f"PEFT {version('peft')}, merge and save"}.get(name, name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
@@ -156,12 +166,15 @@ def main() -> None:
             if index:  # the first round warms the caches
                 found[name].append(one)
     whole = statistics.median(one["work"] for one in found["cp -r"])
-    print(f"{'':<11} {'seconds':>8} {'over cp':>8} {'start-up':>8} {'peak memory':>12} {'runs':>5}")
+    results.head("", "seconds", "over `cp -r`", "peak memory")
     for name, runs in found.items():
         work, imports, memory = (statistics.median(one[key] for one in runs) for key in ("work", "imports", "memory"))
         peak = f"{memory / 1e6:.0f} MB" if memory else ""
-        print(f"{name:<11} {work:>8.2f} {work / whole:>8.2f} {imports:>8.2f} {peak:>12} {len(runs):>5}")
+        results.row(_shown(name), f"{work:.2f}", f"{work / whole:.1f}", peak)
+        if name != "cp -r":
+            results.note(**{f"{_START[name]}start_s": round(imports, 1)})
     pairs = [ours["work"] / theirs["work"] for ours, theirs in zip(found["adapterkit"], found["cp -r"], strict=True)]
+    results.note(ratio=round(statistics.median(pairs), 2), least=round(min(pairs), 2), most=round(max(pairs), 2))
     print(
         f"adapterkit over cp -r, pair by pair: median {statistics.median(pairs):.2f}, {min(pairs):.2f} to {max(pairs):.2f}"
     )

@@ -12,12 +12,14 @@ import argparse
 import json
 import shutil
 import statistics
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from bench.common import results
 from bench.common.shapes import SHAPES, write_base
 from bench.common.shapes import write_adapter as write_plain_adapter
 from bench.speed.merge import OURS, PEFT, run
@@ -78,7 +80,7 @@ def main() -> None:
             write_base(folder, SHAPES[shape])
     if not small[1].exists():
         write_plain_adapter(small[1], SHAPES["tiny"])
-    print(f"{'':<6} {'ours s':>7} {'PEFT s':>7} {'ratio':>6} {'our MB':>7} {'PEFT MB':>8}")
+    results.head("", "seconds", f"PEFT {version('peft')}", "ratio", "peak memory", "PEFT's")
     for name in options.methods:
         adapter, out = options.dir / options.shape / name, options.dir / options.shape / "out"
         if not adapter.exists():
@@ -89,11 +91,8 @@ def main() -> None:
         theirs = fresh(PEFT, folders)
         work = statistics.median(one["work"] for one in found)
         memory = max(one["memory"] for one in found)
-        print(
-            f"{name:<6} {work:>7.2f} {theirs['work']:>7.1f} {theirs['work'] / work:>6.1f} {memory / 1e6:>7.0f} "
-            f"{theirs['memory'] / 1e6:>8.0f}",
-            flush=True,
-        )
+        sizes = (f"{one / 1e6:.0f} MB" for one in (memory, theirs["memory"]))
+        results.row(name, f"{work:.1f}", f"{theirs['work']:.1f}", f"{theirs['work'] / work:.1f}", *sizes)
     shutil.rmtree(options.dir)
 
 

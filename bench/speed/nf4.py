@@ -21,6 +21,7 @@ from pathlib import Path
 
 import adapterkit
 from adapterkit.adapters.quantized import quantized
+from bench.common import results
 from bench.common.shapes import SHAPES, write_adapter, write_base
 from bench.speed.merge import HIGH_WATER, run
 
@@ -128,6 +129,15 @@ def written_bytes(root: Path) -> str:
     return str(sum(path.stat().st_size for path in (root / "base").glob("*.safetensors")))
 
 
+_SHOWN = {
+    "bitsandbytes": "bitsandbytes' decoding alone, writing nothing",
+    "and written": "bitsandbytes' decoding, and what it decoded written to a file",
+    "adapterkit": "adapterkit, the whole merge",
+    "usual": "transformers + PEFT: load, dequantize, merge, save",
+}
+_NOTED = {"adapterkit": "", "usual": "peer_"}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
@@ -154,16 +164,20 @@ def main() -> None:
         found["usual"] = [run(USUAL, str(nf4), str(adapter), str(out))]
     weights = found["bitsandbytes"][0]["weights"]
     print(f"{options.shape}: {weights / 1e9:.2f}e9 NF4 weights, LoRA r=16 on all of them, {jobs} threads, in {root}")
-    print(f"{'':<13} {'seconds':>8} {'Mweights/s':>11} {'imports':>8} {'peak memory':>12}")
+    results.head("", "seconds", "Mweights/s", "peak memory")
     for name, runs in found.items():
-        work, imports, memory = (statistics.median(one[key] for one in runs) for key in ("work", "imports", "memory"))
-        print(f"{name:<13} {work:>8.2f} {weights / work / 1e6:>11.0f} {imports:>8.2f} {memory / 1e6:>9.0f} MB")
-    for name, what in (("bitsandbytes", "decoding alone"), ("and written", "decoding and writing")):
+        work, memory = (statistics.median(one[key] for one in runs) for key in ("work", "memory"))
+        results.row(_SHOWN[name], f"{work:.2f}", f"{weights / work / 1e6:.0f}", f"{memory / 1e6:.0f} MB")
+        if name in _NOTED:
+            results.note(**{f"{_NOTED[name]}seconds": round(work, 2), f"{_NOTED[name]}memory_mb": round(memory / 1e6)})
+    print()
+    results.head("adapterkit's throughput over", "median", "least", "most")
+    for name, what in (
+        ("bitsandbytes", "bitsandbytes' decoding alone"),
+        ("and written", "its decoding, and what it decoded written"),
+    ):
         pairs = [theirs["work"] / ours["work"] for ours, theirs in zip(found["adapterkit"], found[name], strict=True)]
-        print(
-            f"adapterkit's throughput over bitsandbytes' {what}: median {statistics.median(pairs):.2f}, "
-            f"{min(pairs):.2f} to {max(pairs):.2f}"
-        )
+        results.row(what, f"{statistics.median(pairs):.2f}", f"{min(pairs):.2f}", f"{max(pairs):.2f}")
     shutil.rmtree(out, ignore_errors=True)
 
 

@@ -4,7 +4,7 @@
 
 The usual road is PEFT's merge into a 16-bit folder, a 16-bit GGUF of it, and llama.cpp's own C quantizer on that file
 (``ggml_quantize_chunk`` of the library in xllamacpp, as many threads as ours, the same types). The 16-bit GGUF is written by
-adapterkit here, in one streaming pass, which is kinder to that road than its own converter.
+adapterkit's faster writer, in one streaming pass, which favours that road.
 
 Both alternate, every step in a process of its own; printed are medians, their ratio, the peak memory, and the bytes that
 lay on the disk at the worst moment. Start-up is shown apart: each process does the same on a tiny model first. A machine
@@ -25,6 +25,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from bench.common import results
 from bench.common.shapes import HIGH_WATER, SHAPES, write_adapter, write_base
 
 COMMON = (
@@ -126,6 +127,9 @@ def work(source, out):
 """
     + FINISH
 )
+
+
+STEPS = ("merge", "convert", "quantize")  # of the usual road
 
 
 class Room:
@@ -240,20 +244,27 @@ def main() -> None:
                     "size": float(size),
                 }
                 found[name].append(row)
+                if name == "usual road":
+                    results.note(**{f"{what}_s": round(step["work"]) for what, step in zip(STEPS, steps, strict=True)})
                 parts = " + ".join(f"{step['work']:.1f}" for step in steps)
                 whole = f"{time.monotonic() - began:.1f} s with start-up, {row['cpu']:.1f} s of CPU"
                 held = f"{row['memory'] / 1e6:.0f} MB of memory, {row['room'] / 1e6:.1f} MB on the disk"
                 print(f"  run {number + 1}, {name}: {parts} s ({whole}, {held})", flush=True)
     finally:
         shutil.rmtree(options.dir, ignore_errors=True)
-    print(f"{'':12} {'work':>8} {'CPU':>8} {'start-up':>9} {'peak memory':>12} {'on the disk':>12}")
+    results.head("", "wall time", "CPU time", "peak memory", "on the disk, at most")
     for name, rows in found.items():
         middle = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-        spent = f"{middle['work']:>6.1f} s {middle['cpu']:>6.1f} s {middle['imports']:>7.1f} s"
-        print(f"{name:12} {spent} {middle['memory'] / 1e6:>9.0f} MB {middle['room'] / 1e6:>9.0f} MB")
+        spent, held = (f"{middle[key]:.1f} s" for key in ("work", "cpu")), (middle["memory"], middle["room"])
+        results.row(name, *spent, *(f"{size / 1e6:.0f} MB" for size in held))
+        peer = "" if name == "adapterkit" else "peer_"
+        noted = {"start_s": middle["imports"], "seconds": middle["work"], "disk_gb": middle["room"] / 1e9}
+        results.note(**{f"{peer}{key}": round(value, 1) for key, value in noted.items()})
+        results.note(**{f"{peer}memory_mb": round(middle["memory"] / 1e6)})
     ratios = [a["work"] / b["work"] for a, b in zip(found["adapterkit"], found["usual road"], strict=True)]
     cpu = [a["cpu"] / b["cpu"] for a, b in zip(found["adapterkit"], found["usual road"], strict=True)]
     own = found["adapterkit"][0]
+    results.note(ratio=round(statistics.median(ratios), 2), cpu_ratio=round(statistics.median(cpu), 2))
     print(f"wall time over the usual road's: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
     print(f"CPU time over the usual road's: {statistics.median(cpu):.2f}")
     print(f"written: {own['room'] / 1e6:.1f} MB, of which the file {own['size'] / 1e6:.1f} MB")

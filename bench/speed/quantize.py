@@ -23,6 +23,7 @@ from adapterkit.gguf.encode import encode_into
 from adapterkit.gguf.kernels import native
 from adapterkit.gguf.kernels.layouts import LAYOUTS
 from adapterkit.gguf.types import TYPES
+from bench.common import results
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -73,6 +74,17 @@ def measure(name: str, weighted: bool, backend: Any, threads: int, repeats: int,
     return weights / clock, weights / c_clock, c_clock / clock, c_used / used
 
 
+def ways(options: argparse.Namespace) -> list[tuple[str, int]]:
+    """numba with each number of threads, and torch, which is no way to be fast, with one."""
+    found = [("numba", threads) for threads in options.threads] if "numba" in options.backends else []
+    return found + ([("torch", options.threads[0])] if "torch" in options.backends else [])
+
+
+def _heading(weighted: bool, backend: str, threads: int, *, several: bool) -> str:
+    text = backend if backend == "torch" else f"{threads} thread{'s' if threads > 1 else ''}"
+    return f"with importance: {text}" if weighted and threads == 1 and backend != "torch" else text
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("types", nargs="*", metavar="TYPE", help="all by default")
@@ -82,19 +94,26 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=["numba", "torch"])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{'type':8} {'importance':10} {'threads':>7} {'backend':8} {'ours':>8} {'C':>8} {'ratio':>6} {'cpu':>6}")
+    columns = [(weighted, backend, threads) for weighted in (False, True) for backend, threads in ways(options)]
+    results.head("type", *(_heading(*one, several=len(options.threads) > 1) for one in columns))
+    speeds: list[float] = []
     lowest: dict[tuple[str, int, str], tuple[float, str]] = {}
     for name in options.types or LAYOUTS:
-        for weighted in [False, True] if LAYOUTS[name].given else [False]:
-            for backend in options.backends:
-                for threads in options.threads:
-                    found = measure(name, weighted, backend, threads, options.repeats, options.budget)
-                    ours, theirs, ratio, used = found
-                    label = f"{name:8} {'yes' if weighted else 'no':10} {threads:7} {backend:8}"
-                    print(f"{label} {ours:8.1f} {theirs:8.1f} {ratio:6.2f} {used:6.2f}", flush=True)
-                    for kind, one in (("clock", ratio), ("processor time", used)):
-                        key = (backend, threads, kind)
-                        lowest[key] = min(lowest.get(key, (one, name)), (one, name))
+        cells = []
+        for weighted, backend, threads in columns:
+            if weighted and not LAYOUTS[name].given:
+                cells.append("")
+                continue
+            *_, ratio, used = measure(name, weighted, backend, threads, options.repeats, options.budget)
+            cells.append(f"{used:.2f}")
+            if backend == "numba":
+                speeds.append(used)
+            for kind, one in (("clock", ratio), ("processor time", used)):
+                key = (backend, threads, kind)
+                lowest[key] = min(lowest.get(key, (one, name)), (one, name))
+        results.row(name, *cells)
+    if speeds:
+        results.note(least=round(min(speeds), 1), most=round(max(speeds), 1))
     for (backend, threads, kind), (ratio, name) in lowest.items():
         print(f"lowest ratio by {kind}, {backend}, {threads} thread(s): {ratio:.2f} ({name})")
 

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -31,6 +32,7 @@ from adapterkit.registry.identity import Identity
 from adapterkit.registry.record import FileEntry, Operation, Parent, Record
 from adapterkit.ui import overview
 from adapterkit.ui import version as version_page
+from bench.common import results
 
 VERBS = {
     "python -c pass": "pass",
@@ -89,7 +91,7 @@ def fill(home: Home, count: int, names: int) -> str:
     return last
 
 
-def timed(code: str, root: Path, repeats: int = 7) -> str:
+def timed(code: str, root: Path, repeats: int = 7) -> tuple[float, float]:
     """The median wall and processor milliseconds of a fresh Python that runs ``code``."""
     env = {**os.environ, "ADAPTERKIT_HOME": str(root), "PYTHONPATH": str(Path(__file__).parents[2])}
     wall, cpu = [], []
@@ -99,7 +101,11 @@ def timed(code: str, root: Path, repeats: int = 7) -> str:
         wall.append((time.perf_counter() - start) * 1000)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu.append((after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) * 1000)
-    return f"{statistics.median(wall):8.0f} ms {statistics.median(cpu):8.0f} ms on the processor"
+    return statistics.median(wall), statistics.median(cpu)
+
+
+def _shown(took: tuple[float, float]) -> str:
+    return f"{took[0]:8.0f} ms {took[1]:8.0f} ms on the processor"
 
 
 def speed(folder: Path, count: int) -> None:
@@ -115,7 +121,10 @@ def speed(folder: Path, count: int) -> None:
         time.sleep(2.1)  # Past the age at which a folder's time is believed.
         listing.listing(home=home.root)
         for verb, code in VERBS.items():
-            print(f"  {verb:<36} {timed(code.format(count=count, digest=digest[:16]), home.root)}")
+            took = timed(code.format(count=count, digest=digest[:16]), home.root)
+            print(f"  {verb:<36} {_shown(took)}")
+            if names == count:
+                results.note(**{f"{re.sub(r'[^a-z0-9]+', '_', verb.lower()).strip('_')}_ms": round(took[0])})
         for page, make in PAGES.items():
             times = []
             for _ in range(7):
@@ -124,7 +133,7 @@ def speed(folder: Path, count: int) -> None:
                 times.append((time.perf_counter() - start) * 1000)
             print(f"  {page:<36} {statistics.median(times):8.0f} ms in a server that runs")
         verbs.tag("adapter-1", "new", home=home.root)
-        print(f"  {'list, just after a change':<36} {timed(VERBS['list'].format(count=count), home.root, 3)}")
+        print(f"  {'list, just after a change':<36} {_shown(timed(VERBS['list'].format(count=count), home.root, 3))}")
 
 
 def register_big(folder: Path, size: int) -> None:
@@ -155,6 +164,8 @@ def register_big(folder: Path, size: int) -> None:
     base = statistics.median(figures["hash, copy, fsync"])
     for what, times in figures.items():
         print(f"  {what:<20} {statistics.median(times) * 1000:8.0f} ms  {statistics.median(times) / base:5.2f} x")
+    took = statistics.median(figures["register"])
+    results.note(register=round(took / base, 2), unsynced=round(took / statistics.median(figures["hash, copy"]), 2))
 
 
 def worker(root: Path, name: str, number: int, count: int, seed: int, acks: Path) -> None:
@@ -259,6 +270,7 @@ def main() -> None:
             print(
                 f"\n{given.processes} processes x {given.each}, killed at random: {time.perf_counter() - start:.0f} s"
             )
+            results.note(processes=given.processes, each=given.each, **figures)
             for what, value in figures.items():
                 print(f"  {what:<20} {value}")
 

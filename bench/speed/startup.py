@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench.common import results
 from bench.common.shapes import Shape, write_adapter, write_base
 
 SHAPE = Shape(hidden=32, ffn=64, layers=55, heads=2, kv_heads=1, vocab=64)  # 55 * 9 + 3 = 498 tensors
@@ -31,13 +32,13 @@ def main() -> None:
         write_base(base, SHAPE, shard_layers=20)
         write_adapter(adapter, SHAPE, rank=2)
         commands = {
-            "python": ["-c", "pass"],
-            "python, click": ["-c", "import click"],
-            "--help": ["-c", cli, "--help"],
-            "inspect": ["-c", cli, "inspect", str(base)],
-            "inspect ADAPTER": ["-c", cli, "inspect", str(adapter)],
-            "check": ["-c", cli, "check", str(base), str(adapter)],
-            "merge --dry-run": ["-c", cli, "merge", str(base), str(adapter), "--dry-run"],
+            "Python alone": ["-c", "pass"],
+            "Python and Click alone": ["-c", "import click"],
+            "`adapterkit --help`": ["-c", cli, "--help"],
+            "`inspect`": ["-c", cli, "inspect", str(base)],
+            "`inspect` of an adapter": ["-c", cli, "inspect", str(adapter)],
+            "`check`": ["-c", cli, "check", str(base), str(adapter)],
+            "`merge --dry-run`": ["-c", cli, "merge", str(base), str(adapter), "--dry-run"],
         }
         # An installed package has its bytecode beside it; the first, uncounted round writes it here.
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
@@ -48,8 +49,9 @@ def main() -> None:
                 subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
                 if index:
                     found[name].append(1000 * (time.perf_counter() - start))
+    results.head("whole process", "milliseconds")
     for name, times in found.items():
-        print(f"{name:<16} {statistics.median(times):>6.0f} ms  (least {min(times):.0f})")
+        results.row(name, f"{statistics.median(times):.0f}")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import shutil
 import statistics
 from pathlib import Path
 
+from bench.common import results
 from bench.common.shapes import SHAPES, write_adapter, write_base
 from bench.speed.merge import HIGH_WATER, OURS, run
 
@@ -31,6 +32,9 @@ told = {"imports": imported - start, "work": work, "memory": high_water(), "ok":
 print(json.dumps(told))
 """
 )
+
+
+_SHOWN = {"merge": "merge", "verify": "verify, all tensors right", "verify of the base": "verify, nothing merged"}
 
 
 def main() -> int:
@@ -63,11 +67,17 @@ def main() -> int:
             found["verify"].append(verified)
     if options.broken:
         found["verify of the base"] = [run(VERIFY, *map(str, (base, adapter, base, *small, jobs)))]
-    print(f"{'':<20} {'seconds':>8} {'imports':>8} {'peak memory':>12}")
+    results.head("", "seconds", "peak memory")
     for name, runs in found.items():
-        work, imports, memory = (statistics.median(one[key] for one in runs) for key in ("work", "imports", "memory"))
-        print(f"{name:<20} {work:>8.2f} {imports:>8.2f} {memory / 1e6:>9.0f} MB")
+        work, memory = (statistics.median(one[key] for one in runs) for key in ("work", "memory"))
+        results.row(_SHOWN[name], f"{work:.2f}", f"{memory / 1e6:.0f} MB")
+        if name == "verify":
+            results.note(seconds=round(work, 2), memory_mb=round(memory / 1e6))
+        elif name != "merge":
+            results.note(broken_times=round(work / statistics.median(one["work"] for one in found["verify"])))
+            results.note(broken_mb=round(memory / 1e6))
     pairs = [theirs["work"] / ours["work"] for ours, theirs in zip(found["merge"], found["verify"], strict=True)]
+    results.note(ratio=round(statistics.median(pairs), 2), least=round(min(pairs), 2), most=round(max(pairs), 2))
     print(
         f"verify over merge, pair by pair: median {statistics.median(pairs):.2f}, {min(pairs):.2f} to {max(pairs):.2f}"
     )

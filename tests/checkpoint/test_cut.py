@@ -25,7 +25,7 @@ from adapterkit.checkpoint.plan_file import PlanStep
 from adapterkit.disk import partial_folder
 from adapterkit.errors import CheckpointError, OutputError
 from adapterkit.verbs.execute import OpenPlan
-from adapterkit.verbs.merge import plan_merge
+from adapterkit.verbs.plan_merge import plan_merge
 
 
 def planned(sizes: list[int]) -> Plan:
@@ -228,3 +228,33 @@ def test_a_part_knows_its_bytes() -> None:
     part = PlanPart(0, plan.files[0], 15, 28)
     assert [step.tensor for step in part.steps] == ["t1", "t2"]
     assert (part.nbytes, part.reads, part.whole) == (13, 13, False)
+
+
+def test_a_part_that_only_copies_opens_its_own_files_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, adapter, _ = _folder(tmp_path)
+    adapterkit.merge(base, [adapter], tmp_path / "whole")
+    plan = plan_merge(base, [adapter]).plan
+    opened = OpenPlan(plan, tmp_path / "out", part_size=1500)
+    copied = [part for part in opened.parts if all(step.source for step in part.steps)]
+    assert 0 < len(copied) < len(opened.parts)
+    for part in copied:
+        opened.execute(part.index)
+    assert "job" not in vars(opened)
+    for part in opened.left():
+        opened.execute(part.index)
+    assert "job" in vars(opened)
+    opened.finish()
+    assert read_bytes(tmp_path / "out") == read_bytes(tmp_path / "whole")
+
+
+def test_a_part_that_only_copies_sees_that_its_file_is_another(tmp_path: Path) -> None:
+    base, adapter, _ = _folder(tmp_path)
+    plan = plan_merge(base, [adapter]).plan
+    opened = OpenPlan(plan, tmp_path / "out", part_size=1500)
+    part = next(part for part in opened.parts if all(step.source for step in part.steps))
+    changed = base / part.file.name
+    data = changed.read_bytes()
+    changed.write_bytes(data[:8] + data[8:].replace(b"model.norm", b"model.Norm").replace(b"layers.0.", b"layers.9."))
+    with pytest.raises(adapterkit.AdapterkitError):
+        opened.execute(part.index)
+    assert not (tmp_path / "out").exists()

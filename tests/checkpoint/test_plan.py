@@ -21,7 +21,7 @@ from adapterkit.checkpoint.plan import Plan, parse_size, plan_safetensors
 from adapterkit.checkpoint.tensor import Stored
 from adapterkit.dtypes import DTYPES
 from adapterkit.errors import AdapterkitError, CheckpointError, OutputError, UnsafeError, UsageError
-from adapterkit.verbs.merge import plan_merge
+from adapterkit.verbs.plan_merge import plan_merge
 
 if TYPE_CHECKING:
     from pathlib import Path

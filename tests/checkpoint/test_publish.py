@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import shutil
@@ -18,7 +19,6 @@ from models import plain_adapter, plain_base, read_bytes
 
 import adapterkit
 from adapterkit import disk
-from adapterkit.checkpoint import publish
 from adapterkit.checkpoint.publish import check_target, partial_folder, staging
 from adapterkit.disk import calls
 from adapterkit.errors import OutputError, UsageError
@@ -163,20 +163,14 @@ def test_read_only_target(inputs: tuple[Path, list[Path]], public: Path) -> None
 def test_too_little_room_is_said_before_the_first_byte(
     inputs: tuple[Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import collections
-
-    usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(publish.shutil, "disk_usage", lambda path: usage(100, 50, 50))
+    monkeypatch.setattr(calls, "free", lambda path: 50)
     with pytest.raises(OutputError, match=r"needs 0\.00 GB and .* has 0\.00 GB free"):
         adapterkit.merge(*inputs, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_room_that_an_interrupted_run_holds_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import collections
-
-    usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(publish.shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
+    monkeypatch.setattr(calls, "free", lambda path: 1000)
     (tmp_path / "held").write_bytes(b"x" * 100_000)
     check_target(tmp_path / "out", [], 90_000, force=False, held=[tmp_path / "held"])
     with pytest.raises(OutputError, match="GB free"):
@@ -252,7 +246,7 @@ def test_force_where_names_cannot_be_exchanged(
 ) -> None:
     import types
 
-    monkeypatch.setattr(calls.ctypes, "CDLL", lambda *_, **__: types.SimpleNamespace())
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: types.SimpleNamespace())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
     adapterkit.merge(*inputs, tmp_path / "out", force=True)

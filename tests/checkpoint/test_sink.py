@@ -162,8 +162,8 @@ def test_input_that_shrinks_while_it_is_read(which: str, tmp_path: Path) -> None
     os.truncate(file, file.stat().st_size - 200)
     before = sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(CheckpointError, match="ended"):
-        adapterkit.checkpoint.write.write_safetensors(
-            planned.plan, planned.folded.checkpoint, planned.sources, tmp_path / "out", side_files={}
+        write_together(
+            [Writing(planned.plan, planned.folded.checkpoint, planned.sources, tmp_path / "out")], force=[False]
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 

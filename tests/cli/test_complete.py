@@ -69,3 +69,41 @@ def test_a_word_that_is_no_verb_gets_the_nearest() -> None:
     done = subprocess.run([EXECUTABLE, "mrege"], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "Did you mean 'merge'?" in done.stderr
+
+
+def in_shell(shell: str, script: str, tmp_path: Path) -> str:
+    """Standard output of a script, with the executable on the path and a home of its own."""
+    path = f"{EXECUTABLE.parent}{os.pathsep}{os.environ['PATH']}"
+    around = {**os.environ, "PATH": path, "HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path), "TERM": "dumb"}
+    command = [shell, "--no-config", "-c", script] if shell == "fish" else [shell, "-f", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=around, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="there is no fish on this machine")
+def test_in_a_real_fish(tmp_path: Path) -> None:
+    """The line of the page, and fish's own `complete -C`, which prints what the key would offer."""
+    script = "_ADAPTERKIT_COMPLETE=fish_source adapterkit | source; complete -C 'adapterkit convert x --to pe'; "
+    script += "complete -C 'adapterkit com'"
+    assert [line.split("\t")[0] for line in in_shell("fish", script, tmp_path).splitlines()] == ["peft", "combine"]
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="there is no zsh on this machine")
+def test_in_a_real_zsh(tmp_path: Path) -> None:
+    """The line of the page, after `compinit`; what the function hands to zsh's own `compadd` and `_describe` is printed."""
+    script = (
+        "autoload -U compinit; compinit -u\n"
+        'eval "$(_ADAPTERKIT_COMPLETE=zsh_source adapterkit)"\n'
+        "compadd() { print -r -- compadd ${(P)@[-1]} }\n"
+        "_describe() { print -r -- describe ${(P)3} }\n"
+        "words=(adapterkit convert x --to pe); CURRENT=5\n"
+        "_adapterkit_completion\n"
+        "words=(adapterkit com); CURRENT=2\n"
+        "_adapterkit_completion\n"
+        "print -r -- registered $_comps[adapterkit]\n"
+    )
+    told = in_shell("zsh", script, tmp_path)
+    assert "peft" in told
+    assert "combine:Make one adapter of several." in told
+    assert "registered _adapterkit_completion" in told

@@ -200,7 +200,7 @@ def test_planning_needs_no_torch(bnb, tmp_path: Path) -> None:
     saved_quantized(tmp_path / "llama", tmp_path / "q", torch.bfloat16, **how)
     tuned = adapter(tmp_path / "adapter")
     script = (
-        "import sys; from adapterkit.verbs.merge import plan_merge\n"
+        "import sys; from adapterkit.verbs.plan_merge import plan_merge\n"
         f"base, quantized, adapter = {str(tmp_path / 'llama')!r}, {str(tmp_path / 'q')!r}, {str(tuned)!r}\n"
         "print(plan_merge(quantized, [adapter]).plan.steps[5].how)\n"
         "print(len(plan_merge(base, [adapter], as_trained='nf4', double_quant=True).plan.steps))\n"

@@ -129,10 +129,8 @@ def test_what_is_refused(home: Path, told: Path, base: Path, adapter: Path, tmp_
 
 
 def test_without_the_harness(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import adapterkit.verbs.evaluate as module
-
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(UsageError, match="lm-evaluation-harness is not installed") as refused:
+    monkeypatch.setattr("adapterkit.packages.find_spec", lambda name: None if name == "lm_eval" else name)
+    with pytest.raises(UsageError, match="lm_eval is not installed") as refused:
         evaluate(base, "tickets")
     assert refused.value.hint == "pip install 'adapterkit[eval]'"
 

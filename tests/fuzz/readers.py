@@ -78,6 +78,10 @@ def readers(folder: Path) -> Mapping[str, Reader]:
         "plan": Reader(_plan, (adapterkit.plan_merge(base, [adapter], headers_only=False).plan.to_json().encode(),)),
         "hub answer": Reader(_hub, (json.dumps(_INFO).encode(),)),
         "signature": Reader(_signature, (_SIGNATURE,)),
+        "manifest": Reader(_manifest, (_MANIFEST,)),
+        "statements": Reader(_statements, _sealed()),
+        "statement": Reader(_statement, (_STATEMENT,)),
+        "mergekit": Reader(_mergekit, _MERGEKIT),
         "imatrix": Reader(_imatrix, (_imatrix_seed(),)),
     }
 
@@ -306,6 +310,7 @@ _SIGNATURE = json.dumps(
     {
         "dsseEnvelope": {
             "payload": "eyJwcmVkaWNhdGUiOiB7InJlc291cmNlcyI6IFtdLCAic2VyaWFsaXphdGlvbiI6IHsibWV0aG9kIjogImZpbGVzIn19fQ==",
+            "payloadType": "application/vnd.in-toto+json",
             "signatures": [{"sig": "AA=="}],
         }
     }
@@ -344,7 +349,82 @@ def _hub(data: bytes, place: Path) -> object:
 
 
 def _signature(data: bytes, place: Path) -> object:
-    from adapterkit.provenance.signing import _payload
+    from adapterkit.provenance.dsse import read_envelopes
 
-    (place / "model.sig").write_bytes(data)
-    return _payload(place / "model.sig", "x")
+    return read_envelopes(data, "model.sig")
+
+
+_EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+_MANIFEST = json.dumps(
+    {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": "out", "digest": {"sha256": _EMPTY}}],
+        "predicateType": "https://model_signing/signature/v1.0",
+        "predicate": {
+            "serialization": {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": ["x"]},
+            "resources": [],
+        },
+    }
+).encode()
+_STATEMENT = json.dumps(
+    {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": "a", "digest": {"sha256": "ab" * 32}}, {"name": "b/c", "digest": {"sha256": "cd" * 32}}],
+        "predicateType": "https://slsa.dev/provenance/v1",
+        "predicate": {"buildDefinition": {"buildType": "x", "resolvedDependencies": [{"annotations": {}}]}},
+    }
+).encode()
+
+
+def _manifest(data: bytes, place: Path) -> object:
+    """What a signature says that was verified: its key may be anybody's."""
+    from adapterkit.provenance.signing import listed
+
+    return listed(data, "x")
+
+
+def _sealed() -> tuple[bytes, ...]:
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    from adapterkit.provenance.dsse import seal
+
+    key = ec.derive_private_key(7, ec.SECP256R1())
+    return (seal(_STATEMENT, key) + seal(b"{}", key), _SIGNATURE)
+
+
+def _statements(data: bytes, place: Path) -> object:
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    from adapterkit.provenance.dsse import read_envelopes
+
+    key = ec.derive_private_key(7, ec.SECP256R1()).public_key()
+    return [one.signed_by(key) for one in read_envelopes(data, "x.intoto.jsonl")]
+
+
+def _statement(data: bytes, place: Path) -> object:
+    from adapterkit.provenance import attested
+
+    return attested._statement(data, "x").words
+
+
+# ------------------------------------------------------------------ mergekit
+
+_MERGEKIT = (
+    b"""merge_method: ties
+base_model: org/base
+models:
+  - model: org/base+org/lora
+    parameters: {weight: [0.1, 0.5], density: 0.5}
+  - {model: ./b, parameters: {weight: 1}}
+parameters: {normalize: true, int8_mask: true}
+dtype: bfloat16
+tokenizer_source: base
+""",
+)
+
+
+def _mergekit(data: bytes, place: Path) -> object:
+    from adapterkit.recipe.mergekit import read_mergekit
+
+    (place / "mergekit.yaml").write_bytes(data)
+    return read_mergekit(place / "mergekit.yaml")

@@ -22,7 +22,7 @@ CORPUS = Path(__file__).with_name("corpus")
 NAMES = (
     *("safetensors", "index", "config.json", "adapter_config", "adapter weights", "gguf", "tokenizer.json"),
     *("tokenizer.model", "tokenizer_config", "recipe", "lock", "record", "bundle", "plan", "hub answer", "signature"),
-    "imatrix",
+    *("imatrix", "manifest", "statements", "statement", "mergekit"),
 )
 EXAMPLES = {"bundle": 30, "config.json": 40, "adapter_config": 40, "adapter weights": 40, "index": 60}
 MOST = 200 << 20  # bytes that one input may make a reader take

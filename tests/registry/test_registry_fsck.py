@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -11,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from adapterkit.errors import CheckFailed, RegistryError
-from adapterkit.registry import bundle, fsck, gc, index, listing, register, verbs
+from adapterkit.errors import AdapterkitError, CheckFailed, RegistryError, UsageError
+from adapterkit.registry import bundle, fsck, gc, index, lineage, listing, register, store, verbs
 from adapterkit.registry.home import Home
 
 
@@ -278,5 +279,110 @@ def test_fsck_never_stops_at_what_it_finds(filled: Path) -> None:
             path.write_bytes(rng.randbytes(rng.randrange(400)))
     for repair in (False, True, False):
         assert not fsck.fsck(repair=repair).clean
-    with pytest.raises(RegistryError):
-        index.ask(Home(filled), lambda found: found.rows())
+    assert index.ask(Home(filled), lambda found: found.rows()) == []
+    assert index.ask(Home(filled), lambda found: found.unreadable())
+
+
+DAMAGES = {
+    "gone": lambda path: shutil.rmtree(path) if path.is_dir() else path.unlink(),
+    "file": lambda path: path.write_text("junk"),
+    "folder": lambda path: path.mkdir(),
+    "link": lambda path: path.symlink_to("/nonexistent/place"),
+    "pipe": os.mkfifo,
+}
+PLACES = (
+    *(
+        "format",
+        "index.db",
+        "objects",
+        "records",
+        "journal",
+        "refs",
+        "history",
+        "hidden",
+        "trees",
+        "staging",
+        "incoming",
+    ),
+    *("locks", "quarantine", "records/desk", "refs/desk", "history/desk", "records/desk/1.json", "journal/desk"),
+    *("refs/desk/prod", "history/desk/prod", "hidden/desk/1"),
+)
+ASKED = {
+    "list": lambda: listing.listing(),
+    "show": lambda: verbs.show("desk@2"),
+    "alias": lambda: verbs.show("desk@prod"),
+    "history": lambda: verbs.history("desk", "prod"),
+    "digest": lambda: verbs.show("sha256:0000"),
+    "lineage": lambda: lineage.lineage("desk@2"),
+    "gc": lambda: gc.gc(apply=True, keep_days=0),
+    "tag": lambda: verbs.tag("desk@2", "next"),
+    "remove": lambda: verbs.remove("desk@3"),
+    "register": lambda: register.register(Path(os.environ["ADAPTERKIT_HOME"]).with_name("adapter"), "other"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_home_in_which_something_is_not_what_it_should_be(place: str, make: Any, tmp_path: Path) -> None:
+    """Every question ends in an answer or in a sentence; fsck says so, and repairs what other files still say."""
+    good, home, adapter = tmp_path / "good", tmp_path / "here", make()
+    for meta in ("1", "2", "3"):
+        register.register(adapter, "desk", meta={"x": meta}, home=good)
+    verbs.tag("desk@2", "prod", home=good)
+    verbs.remove("desk@1", home=good)
+    listing.listing(home=good)
+    kept = {path.name for path in (good / "objects").rglob("*") if path.is_file()}
+    for damage, harm in DAMAGES.items():
+        records = place.startswith(("records", "journal"))
+        for asked in (ASKED, {"gc": ASKED["gc"]}) if records else (ASKED,):
+            shutil.rmtree(home, ignore_errors=True)
+            shutil.copytree(good, home, symlinks=True)
+            DAMAGES["gone"](home / place)
+            if damage != "gone":
+                harm(home / place)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("ADAPTERKIT_HOME", str(home))
+                for question in asked.values():
+                    with contextlib.suppress(AdapterkitError):
+                        question()
+        # The last was gc alone: whatever was damaged, it freed nothing that some record may name.
+        left = {path.name for path in (home / "objects").rglob("*") if path.is_file()}
+        assert kept == left or not records, (place, damage)
+        fsck.fsck(repair=True, home=home)
+        again = fsck.fsck(home=home)
+        lost = place in ("objects", "records", "records/desk", "records/desk/1.json", "hidden", "hidden/desk/1")
+        assert lost or again.clean, (place, damage, again.problems)
+
+
+def test_parts_together_check_everything(filled: Path, tmp_path: Path) -> None:
+    whole = fsck.fsck()
+    parts = [fsck.fsck(part=(number, 5)) for number in range(1, 6)]
+    for count in ("records", "blobs", "bytes", "aliases"):
+        assert sum(getattr(part, count) for part in parts) == getattr(whole, count)
+        assert max(getattr(part, count) for part in parts) < getattr(whole, count) or getattr(whole, count) < 2
+    assert all(part.clean for part in parts)
+    for path in sorted(filled.rglob("*")):
+        if path.is_file() and path.parent.name != "locks":
+            path.chmod(0o644)
+            path.write_bytes(path.read_bytes()[:-1])
+    said = {(one.kind, one.path) for part in range(1, 6) for one in fsck.fsck(part=(part, 5)).problems}
+    assert said == {(one.kind, one.path) for one in fsck.fsck().problems}
+    assert len(said) > 5
+
+
+@pytest.mark.parametrize("part", [(0, 1), (2, 1), (1, 5000)])
+def test_a_part_that_there_is_not(part: tuple[int, int], home: Path) -> None:
+    with pytest.raises(UsageError, match="there is no part"):
+        fsck.fsck(part=part)
+
+
+def test_each_record_is_read_once(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listing.listing()
+    read: list[tuple[str, int]] = []
+    real = store.load
+    monkeypatch.setattr(
+        store, "load", lambda home, name, version: (read.append((name, version)), real(home, name, version))[1]
+    )
+    found = fsck.fsck()
+    aliases = found.aliases  # an alias is held against the record that it means
+    assert found.clean
+    assert len(read) <= found.records + aliases

@@ -25,6 +25,7 @@ from adapterkit.requests.merge import MergeRequest
 from adapterkit.requests.option import BYTES, INPUT, VALUES, Option, Request, default_of, flag_of
 from adapterkit.requests.register import RegisterRequest
 from adapterkit.requests.verify import VerifyRequest
+from adapterkit.requests.workers import RunRequest
 
 REQUESTS: dict[str, type[Request]] = {
     "merge": MergeRequest,
@@ -35,9 +36,10 @@ REQUESTS: dict[str, type[Request]] = {
     "verify": VerifyRequest,
     "register": RegisterRequest,
     "check": CheckRequest,
+    "run": RunRequest,
 }
 # Verbs that no step of a recipe is: their options have no place there.
-NO_STEP = {"extract", "resize", "check"}
+NO_STEP = {"extract", "resize", "check", "run"}
 OPTIONS = [(verb, name) for verb, request in REQUESTS.items() for name in request.options()]
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 _FENCE = re.compile(r"^( *)```(\w*)(.*?)\n(.*?)^\1```[ \t]*$", re.DOTALL | re.MULTILINE)
 _TITLE = re.compile(r'title="([^"]+)"')
 _NEEDS = re.compile(r"#.*\bneeds (\w+)")
@@ -190,9 +191,15 @@ def _understood(arguments: list[str]) -> tuple[int, str]:
 
 def _pip(words: list[str], folder: Path) -> str:
     data = (ROOT / "pyproject.toml").read_text()
-    for word in words[1:]:
+    asked = words[1:]
+    for flag in ("--index-url", "--torch-backend"):
+        if flag in asked:
+            if asked[asked.index(flag) + 1] not in (CPU_INDEX, "cpu"):
+                return f"{flag} of something else"
+            del asked[asked.index(flag) : asked.index(flag) + 2]
+    for word in asked:
         name, _, extras = word.partition("[")
-        if word.startswith("-") or name == "pre-commit":
+        if word.startswith("-") or name in ("pre-commit", "torch", "uv"):
             continue
         if name != "adapterkit":
             return f"nobody knows {name}"
@@ -200,6 +207,18 @@ def _pip(words: list[str], folder: Path) -> str:
             if not re.search(rf"^{extra} = \[", data, re.MULTILINE):
                 return f"adapterkit has no extra {extra}"
     return "" if words[0] == "install" else f"pip {words[0]}"
+
+
+def _uv(words: list[str], folder: Path) -> str:
+    return _pip(words[1:], folder) if words[:1] == ["pip"] else "" if words[:1] == ["venv"] else f"uv {words}"
+
+
+def _docker(words: list[str], folder: Path) -> str:
+    """A build of our Dockerfile, or a run of a command line that adapterkit understands."""
+    if words[0] == "build":
+        return "" if (ROOT / "Dockerfile").is_file() else "there is no Dockerfile"
+    code, said = _understood(words[words.index("adapterkit") + 1 :])
+    return said if code else ""
 
 
 def _make(words: list[str], folder: Path) -> str:
@@ -257,6 +276,8 @@ def _nothing(words: list[str], folder: Path) -> str:
 
 STAND_INS: dict[str, Callable[[list[str], Path], str]] = {
     "pip": _pip,
+    "uv": _uv,
+    "docker": _docker,
     "make": _make,
     "vllm": _vllm,
     "ollama": _ollama,

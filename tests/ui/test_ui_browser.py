@@ -11,8 +11,9 @@ from models import plain_adapter, plain_base
 
 import adapterkit
 from adapterkit.provenance.register import register
-from adapterkit.registry import verbs
-from adapterkit.registry.evidence import attach_verification
+from adapterkit.registry import served, verbs
+from adapterkit.registry.evaluation import Score
+from adapterkit.registry.evidence import attach_evaluation, attach_verification
 from adapterkit.registry.verification import Verification
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def test_from_an_adapter_to_what_was_made_of_it(page: Page, serve: Serve, chain:
     page.locator("svg.graph").get_by_role("link", name="desk@2").click()
     page.wait_for_url("**/v/desk/2")
     assert page.locator(f"code[title='{chain['desk']}']").count() == 1
-    assert page.locator("#evidence .badge").text_content() == "held"
+    assert page.locator("#evidence .card .badge").text_content() == "held"
     # And back up, in the list.
     made_from = page.locator("#made-from")
     assert made_from.get_by_role("link").all_text_contents() == ["the-base@1", "tone@1"]
@@ -93,7 +94,7 @@ def test_it_works_without_scripts(new_page: NewPage, serve: Serve, chain: dict[s
 
 def test_nothing_runs_off_the_screen(page: Page, serve: Serve, chain: dict[str, str]) -> None:
     url = serve()
-    for path in ("/", "/v/tone/1", "/v/desk/2", "/?q=nobody"):
+    for path in ("/", "/v/tone/1", "/v/desk/2", "/?q=nobody", "/deployed", "/compare?a=tone@1&b=desk@2"):
         page.goto(url + path)
         for width in (320, 390, 768, 1280):
             page.set_viewport_size({"width": width, "height": 800})
@@ -133,3 +134,51 @@ def test_every_text_can_be_read(new_page: NewPage, serve: Serve, chain: dict[str
     pairs = [(text, ground) for text in ("ink", "soft", "link") for ground in ("page", "card", "wash")]
     for text, ground in [*pairs, ("good", "good-wash"), ("bad", "bad-wash"), ("bad", "page")]:
         assert contrast(tuple(colours[text]), tuple(colours[ground])) >= 4.5, (text, ground)
+
+
+PAGES = (
+    "/",
+    "/v/tone/1",
+    "/v/desk/2",
+    "/deployed",
+    "/compare?a=desk@1&b=desk@2",
+    "/?figure=tickets/acc&sort=high",
+    "/?q=nobody",
+)
+
+
+@pytest.mark.parametrize(("dark", "width"), [(False, 1280), (True, 390)])
+def test_axe_finds_no_violation(new_page: NewPage, serve: Serve, chain: dict[str, str], dark: bool, width: int) -> None:
+    """The rules of axe-core 4 for WCAG and good practice, on every kind of page."""
+    package = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install 'adapterkit[test]'")
+    attach_evaluation(
+        "tone", [Score("tickets", "acc", 0.7, 0.02, 500), Score("tickets", "acc", 0.6, 0.02, 500, subject="base")]
+    )
+    served.record_serving("gpu-3", verbs.show("tone@1").record, served_as="tone@1", alias="prod")
+    page = new_page(dark=dark, width=width, height=900)
+    for path in PAGES:
+        page.goto(serve() + path)
+        found = package.Axe().run(page).response["violations"]
+        told = [(one["id"], [node["html"][:160] for node in one["nodes"]][:3]) for one in found]
+        assert told == [], path
+
+
+def test_the_keyboard_reaches_everything(page: Page, serve: Serve, chain: dict[str, str]) -> None:
+    page.goto(f"{serve()}/v/desk/2")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
+    reached: set[str] = set()
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.closest('section')?.id || document.activeElement.tagName"))
+    assert {"use", "lineage", "card", "compare", "versions"} <= reached
+
+
+def test_two_versions_are_compared(page: Page, serve: Serve, chain: dict[str, str]) -> None:
+    page.goto(f"{serve()}/v/desk/2")
+    page.get_by_label("With").fill("tone@1")
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.wait_for_url("**/compare?a=desk*")
+    assert page.locator("h1").text_content() == "desk@2 and tone@1"
+    differs = page.locator("#are tr.differs th").all_text_contents()
+    assert any(text.startswith("kind") for text in differs)

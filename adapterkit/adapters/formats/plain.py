@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.edits import check_config, group_modules, settle
 from adapterkit.adapters.methods import lora
 from adapterkit.adapters.names import Names
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,13 +11,14 @@ All factors of one stack become one change: for each expert the products side by
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import Change, Kernel, LowRank, StackedLowRank, Weights, matrix
 from adapterkit.adapters.method import Context, Edit, Module, check_matrix
 from adapterkit.dtypes import F64
 from adapterkit.errors import AdapterError, TargetError
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -8,15 +8,12 @@ a trained norm afterwards. Every combination is one `LoraChange`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import ALONE, SCALED, SUM, Change, LowRank, matrix
 from adapterkit.adapters.experts import FIELDS as EXPERT_FIELDS
 from adapterkit.adapters.method import GIVE_BASE, Context, Edit, Method, Module, check_matrix
 from adapterkit.adapters.methods.expert_factors import expert_edits
-from adapterkit.adapters.methods.mora import FIELDS as MORA_FIELDS
-from adapterkit.adapters.methods.mora import mora_edits
 from adapterkit.adapters.methods.stacked import stacked_edit, wrapped_leaves
 from adapterkit.adapters.methods.tokens import KEY as TOKENS
 from adapterkit.adapters.methods.tokens import token_edits
@@ -24,6 +21,7 @@ from adapterkit.adapters.orientation import is_turned
 from adapterkit.adapters.target import transposed
 from adapterkit.dtypes import F32
 from adapterkit.errors import AdapterError, TargetError, option
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.adapters.change import Kernel, Weights
@@ -103,6 +101,8 @@ def lora_edits(module: Module, context: Context) -> Iterator[Edit]:
     """The edits of one module: its weight, its bias, its trained token rows."""
     yield from token_edits(module, context)
     if context.config.flag("use_mora"):
+        from adapterkit.adapters.methods.mora import mora_edits
+
         yield from mora_edits(module, context)
     elif EMBEDDING_A in module.tensors or EMBEDDING_B in module.tensors:
         yield _embedding_edit(module, context)
@@ -334,9 +334,10 @@ METHODS = (
                 "arrow_config",
                 "kasa_config",
                 "ensure_weight_tying",
+                "use_mora",
+                "mora_type",
             }
         )
-        | MORA_FIELDS
         | EXPERT_FIELDS,
         refuse=refuse,
         low_rank=True,

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from adapterkit.adapters.change import Kernel, Weights
 
 A = "lora_A.weight"
-FIELDS = frozenset({"use_mora", "mora_type"})
 
 
 def mora_edits(module: Module, context: Context) -> Iterator[Edit]:

@@ -116,7 +116,13 @@ def _kernel(name: str, weighted: bool) -> Any:
         _version = version
         return _encode(block, n, size, range(subs), row_mean, x, importance, columns, out)
 
-    return njit(nogil=True, cache=True, error_model="numpy", fastmath=False)(kernel)
+    how = {"nogil": True, "error_model": "numpy", "fastmath": False}
+    try:
+        return njit(cache=True, **how)(kernel)
+    except (
+        RuntimeError
+    ):  # no folder that numba may write to, as in a read-only container: compiled anew by each process
+        return njit(cache=False, **how)(kernel)
 
 
 @cache

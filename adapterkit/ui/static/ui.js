@@ -33,6 +33,14 @@ for (const box of document.querySelectorAll(".scroll")) {
   }
 }
 
+// What can be scrolled on shows that there is more.
+for (const box of document.querySelectorAll(".scroll")) {
+  const mark = () => box.classList.toggle("cut", box.scrollLeft + box.clientWidth < box.scrollWidth - 4);
+  box.addEventListener("scroll", mark, { passive: true });
+  addEventListener("resize", mark, { passive: true });
+  mark();
+}
+
 // Keys: "/" searches, j and k walk through a list, Escape leaves the search.
 document.addEventListener("keydown", (event) => {
   const search = document.getElementById("q");

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.write import Room, Writing
 from adapterkit.errors import UsageError, option
+from adapterkit.places import Address
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.verbs.conversions.conversion import Conversion, count_types
 
@@ -111,7 +113,7 @@ class Computed:
 
         asked = self.asked
         target = asked.target
-        assert target is not None
+        assert isinstance(target, Path)
         family = open_family([self.adapter], open_model(asked.need_base(self.to)))
         making = Making(family, BoundRule(), (1.0,), target, rank=asked.rank, energy=asked.energy, full=True)
         made = making.run(room)
@@ -132,7 +134,7 @@ class Computed:
         return replace(made, facts=facts)
 
 
-def filed(plan: Plan, target: Path | None) -> Plan:
+def filed(plan: Plan, target: Path | Address | None) -> Plan:
     """The plan of a file that is the output itself, where the output has a file's name."""
     return replace(plan, layout="file") if target is not None and target.suffix == ".safetensors" else plan
 

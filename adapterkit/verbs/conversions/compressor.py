@@ -53,6 +53,8 @@ class Compressor:
 
     def run(self, room: Room) -> Writing:
         """Make the folder, and read it back by its headers."""
+        if any(source.path is None for source in self.opened.sources):
+            raise UsageError(f"llm-compressor reads a folder, and {self.opened.ref} is in a store", "download it first")
         if room.resume:
             raise UsageError("llm-compressor cannot continue an interrupted run", f"leave out {option('resume', True)}")
         with tempfile.TemporaryDirectory() as lent:
@@ -72,7 +74,7 @@ class Compressor:
         record = folder_recorder(self.opened, self.to, "quantized", stated)
         names = frozenset(entry.name for entry in os.scandir(room.folder))
         target = self.asked.target
-        assert target is not None
+        assert isinstance(target, Path)
         return Writing(NOTHING, {}, (), target, side, record, made=names, facts=facts)
 
     def _lend(self, folder: Path) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.bases import open_model
+from adapterkit.bases import open_adapter, open_model
 from adapterkit.checkpoint import odd
 from adapterkit.checkpoint.open import is_object, locate
 from adapterkit.errors import NotFound
+from adapterkit.places import address_of
 from adapterkit.verbs.job import Job
 from adapterkit.verbs.report import ConvertReport
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.plan import Plan
@@ -42,6 +43,7 @@ class Conversion:
         request: what was asked for.
         beside: what goes next to the output.
         also: what is written in the same pass.
+        named: what the record names, where it was opened for the plan.
     """
 
     src: str
@@ -57,11 +59,24 @@ class Conversion:
     request: ConvertRequest | None = None
     beside: tuple[Beside, ...] = ()
     also: tuple[Job, ...] = ()
+    named: tuple[Any, ...] = ()
 
     @property
     def peak_memory(self) -> int:
         """The estimate, in bytes."""
         return self.plan.peak_memory
+
+    def _recorded(self) -> Sequence[Any]:
+        """What the record names that lies in a store: it is opened once more to be read."""
+        from adapterkit.requests.formats import formats
+
+        if self.named:
+            return self.named
+        found: list[Any] = []
+        if address_of(self.src) is not None:
+            found.append(open_adapter(self.src) if formats()[self.to].adapter else open_model(self.src))
+        base = getattr(self.request, "base", None)
+        return (*found, *([open_model(base)] if base is not None and address_of(base) is not None else ()))
 
     def job(self) -> Job:
         """The conversion as what an executor takes."""
@@ -75,6 +90,7 @@ class Conversion:
             side=self.side,
             record=self.record,
             beside=self.beside,
+            recorded=self._recorded,
             stage=self.stage,
             force=self.request.force,
             also=self.also,
@@ -86,7 +102,7 @@ class Conversion:
         plan = self.plan if measured.plan is None else measured.plan
         out = self.request.out
         said: dict[str, Any] = {
-            "files": tuple(path.name for path in plan.targets(self.request.target or Path(".")).values()),
+            "files": plan.names(self.request.target or Path("-")),
             "nbytes": plan.nbytes,
             "tensors": len(plan.steps),
             "copied": sum(1 for step in plan.steps if step.source is not None),
@@ -104,6 +120,7 @@ class Conversion:
             seconds=measured.seconds,
             peak_memory=measured.peak_memory,
             dry_run=measured.dry_run,
+            **asdict(measured.moved),
             **said,
         )
 

@@ -8,15 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.fold import FLOATS
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint, SideFile
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.files import BytesFile
 from adapterkit.checkpoint.plan import plan_safetensors
 from adapterkit.checkpoint.tensor import Cast
-from adapterkit.codecs.kinds import WRITTEN
-from adapterkit.dtypes import BF16, F16, F32, DType
+from adapterkit.codecs.kinds import written
+from adapterkit.dtypes import BF16, F16, F32, FLOATS, DType
 from adapterkit.errors import UsageError, option
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.verbs.conversions.conversion import Conversion, count_types
@@ -24,6 +23,7 @@ from adapterkit.verbs.conversions.conversion import Conversion, count_types
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from adapterkit.checkpoint.listing import Listing
     from adapterkit.verbs.job import Recorder
 
 CONFIG = "config.json"
@@ -105,7 +105,7 @@ def with_config(view: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
 def folder_recorder(opened: Checkpoint, to: str, kind: str, stated: Mapping[str, Any]) -> Recorder:
     """What writes the record of a folder that was made from ``opened``."""
 
-    def write(folder: Path) -> Mapping[str, bytes]:
+    def write(folder: Path | Listing) -> Mapping[str, bytes]:
         from adapterkit.provenance.record import base_parent, parameters_of, recorder
 
         method = to if kind == "quantized" else ""
@@ -127,7 +127,9 @@ def planned_folder(
     plan = plan_safetensors(view, max_shard_size=asked.shard_size, jobs=jobs, request=stated)
     side = {file.name: file.bytes() for file in view.side_files}
     record = folder_recorder(opened, to, kind, stated)
-    return Conversion(opened.ref, to, plan, view, opened.sources, count_types(view), side, view.notes, record)
+    return Conversion(
+        opened.ref, to, plan, view, opened.sources, count_types(view), side, view.notes, record, named=(opened,)
+    )
 
 
 bf16, f16, f32 = (partial(_plain, dtype) for dtype in (BF16, F16, F32))
@@ -135,6 +137,6 @@ bf16, f16, f32 = (partial(_plain, dtype) for dtype in (BF16, F16, F32))
 
 def __getattr__(name: str) -> Any:
     """The planner of a quantized format, by the word for it."""
-    if name in WRITTEN:
+    if name in written():
         return partial(_quantized, name)
     raise AttributeError(name)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.errors import AdapterkitError, option
+from adapterkit.verbs.verify import decode_child
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,9 +102,16 @@ class InLlamaCpp:
         self.name = f"llama.cpp ({'xllamacpp' if inside else 'llama-server'})"
 
     def logprobs(self, ids: Sequence[int], positions: Sequence[int]) -> Floats:
-        """Float32 ``[positions, vocabulary]``; one question each, of which llama.cpp keeps what it has read already."""
+        """Float32 ``[positions, vocabulary]``: by one decode where the C functions can be used.
+
+        Else by one question each, of which llama.cpp keeps what it has read already.
+        """
         import numpy as np
 
+        if isinstance(self._server, _Inside) and self._server.at_once:
+            last = max(positions) + 1
+            found = self._server.ask({"prompt": list(ids[:last]), "positions": list(positions)})
+            return found[:, : self._vocabulary]
         rows = []
         for at in positions:
             asked = {
@@ -123,23 +131,34 @@ class InLlamaCpp:
 
 
 class _Inside:
-    """xllamacpp in a child process: what happens in there cannot end this one."""
+    """xllamacpp in a child process: what happens in there cannot end this one.
+
+    Attributes:
+        at_once: it answers for many positions in one question.
+    """
 
     def __init__(self, file: Path, context: int, threads: int, where: Path) -> None:
         self._where = where
         asked = json.dumps([str(file), context, threads, str(where)])
+        # With the C functions of the library where they are as they are known; else with its server.
+        for self.at_once in (True, False):
+            self._start(["-I", decode_child.__file__] if self.at_once else ["-c", _CHILD], asked)
+            if self._line() == "READY":
+                return
+            self.close()
+        raise AdapterkitError(f"llama.cpp cannot load {file}", "see whether this version knows its architecture")
+
+    def _start(self, program: list[str], asked: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, asked],
+            [sys.executable, *program, asked],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
         )
-        if self._line() != "READY":
-            self.close()
-            raise AdapterkitError(f"llama.cpp cannot load {file}", "see whether this version knows its architecture")
 
     def ask(self, asked: dict[str, Any]) -> Floats:
+        """One row, or one for each position."""
         import numpy as np
 
         assert self._process.stdin is not None
@@ -156,7 +175,7 @@ class _Inside:
         """The next line that is ours; llama.cpp may print others."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if line.startswith(("READY", "ROW", "ERROR")):
+            if line.startswith(("READY", "ROW", "ERROR", "NO ")):
                 return line.strip()
         return ""
 

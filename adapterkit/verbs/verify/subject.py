@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.fold import FLOATS, Folded
+from adapterkit.adapters.fold import Folded
 from adapterkit.adapters.merged import Merged, in_dtype
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.tensor import Cast, Tensor
+from adapterkit.dtypes import FLOATS
 from adapterkit.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -421,8 +422,7 @@ def _gguf_of_folder(
     from adapterkit.gguf.arch.model import as_gguf
     from adapterkit.verbs.verify.expected import of_base
 
-    how = ("base16", "as_trained", "double_quant", "quant_dtype", "skip_modules")
-    opened, values = open_base(base, **{name: getattr(asked, name) for name in how})
+    opened, values = open_base(base, base16=asked.base16, trained=asked.trained)
     folded = fold(opened, adapters, asked.adapter_weights, **_how(asked))
     files, _ = side_files(opened, folded, adapters, None)
     said: dict[str, Any] = {"config": patched_config(opened, folded, adapters, None), "files": files}

@@ -1,0 +1,457 @@
+"""An output in a store while it is made: its claim, its uploads, and how it appears.
+
+Beside the output, below ``.NAME.partial/``, lie small objects for as long as a run needs them: ``claim.json``, which names
+the plan whose output this will be, and ``FILE.upload``, which names the upload of a weight file. Uploads cannot be seen
+among the objects of a bucket. When every part of every file is there, the uploads are completed, then the files beside
+them are written, the record, the config, and the index last; where something has that name already, a store with conditions
+refuses it. So a run that is killed leaves no model, and what it left is found by the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from adapterkit.checkpoint.files import BytesFile, Source
+from adapterkit.checkpoint.listing import Listing
+from adapterkit.checkpoint.objects import ObjectFile
+from adapterkit.checkpoint.schedule import Schedule, schedule
+from adapterkit.checkpoint.write import index_json
+from adapterkit.errors import NotFound, OutputError, UsageError, option
+from adapterkit.places import Address
+from adapterkit.stores.connect import open_store
+from adapterkit.stores.store import MARK, Assembly, StoredObject
+
+if TYPE_CHECKING:
+    from adapterkit.checkpoint.plan import Plan, PlannedFile
+    from adapterkit.checkpoint.tensor import Tensor
+
+CLAIM, NOTE = "claim.json", ".upload"
+PARALLEL = 16  # requests at a time, where each is small
+CONFIG = "config.json"
+T = TypeVar("T")
+
+
+@dataclass
+class FileUpload:
+    """The upload of one file.
+
+    Attributes:
+        assembly: None where the file was completed already.
+        held: ETags of the parts that the store has.
+        object: the file, where it was completed already.
+    """
+
+    assembly: Assembly | None
+    held: dict[int, str] = field(default_factory=dict)
+    object: StoredObject | None = None
+
+
+def partial_address(out: Address) -> Address:
+    """Where the small objects of a run lie."""
+    return out.with_name(f".{out.name}.partial")
+
+
+class StoreOut:
+    """One output in a store.
+
+    Args:
+        plan, tensors, sources: what is written, and what it is made from.
+        out: the folder, or the file.
+        force: replace an output that is there.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        tensors: Mapping[str, Tensor],
+        sources: Sequence[Source],
+        out: Address,
+        *,
+        force: bool = False,
+    ) -> None:
+        self.plan, self.tensors, self.out, self.force = plan, tensors, out, force
+        self.store, self.work = open_store(out), partial_address(out)
+        self.sources = {source.name: source for source in sources}
+        self.targets = {name: address.key for name, address in plan.targets(out).items()}
+        self.notes: tuple[str, ...] = ()
+        self._lock = threading.Lock()
+        self._schedules: dict[str, Schedule] = {}
+        self._uploads: dict[str, FileUpload] = {}
+        self._locks = {file.name: threading.Lock() for file in plan.files}
+        self._noted: dict[str, StoredObject] = {}
+        self._run = os.urandom(16).hex()
+        self._own = self._shared = False
+        self._visible: list[str] = []  # keys that this run made
+
+    # ------------------------------------------------------------------ what is moved
+
+    def schedule(self, file: PlannedFile) -> Schedule:
+        """The parts of a file."""
+        with self._lock:
+            if file.name not in self._schedules:
+                self._schedules[file.name] = schedule(self.plan, file, self.tensors, self.inside)
+            return self._schedules[file.name]
+
+    def inside(self, name: str) -> bool:
+        """Whether the store can copy ranges of an input by itself."""
+        source = self.sources.get(name)
+        if not isinstance(source, ObjectFile) or not self.store.assembles:
+            return False
+        return self.store.holds(source.address) and open_store(source.address).copies_to(self.store)
+
+    def copied(self, files: Iterable[PlannedFile]) -> dict[str, list[tuple[int, int]]]:
+        """By input, the ranges that the store copies."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        for file in files:
+            for part in self.schedule(file).parts:
+                if part.source is not None:
+                    found.setdefault(part.source, []).append((part.source_offset, part.source_offset + part.nbytes))
+        return found
+
+    # ------------------------------------------------------------------ the claim
+
+    def check(self, *, resume: bool = False) -> None:
+        """Refuse a target that is there already or lies in or over an input.
+
+        Raises:
+            UsageError, OutputError, AuthError, NotFound, StoreError
+        """
+        folder = self.plan.layout == "folder"
+        for source in self.sources.values():
+            if isinstance(source, ObjectFile) and source.address.scheme == self.out.scheme:
+                self._apart(source, folder)
+        if self.force:
+            return
+        there = self._there()
+        if there and not (resume and (self._claim() or {}).get("plan") == self.plan.digest):
+            raise OutputError(
+                f"{self.out} exists ({there[0]})", f"choose another name, or replace it with {option('force', True)}"
+            )
+
+    def _apart(self, source: ObjectFile, folder: bool) -> None:
+        if source.address.bucket != self.out.bucket:
+            return
+        own = f"{self.out.key}/"
+        alone = source.loose or source.key.endswith(".gguf")
+        beside = "" if alone else f"{source.address.parent.key}/"
+        over = source.key in self.targets.values() or (folder and source.key.startswith(own))
+        if over or (beside not in ("", "/") and f"{self.out.key}/".startswith(beside)):
+            raise UsageError(
+                f"the output {self.out} lies in or over the input {source.name}", "write to another folder"
+            )
+
+    def _there(self) -> list[str]:
+        """Keys that are there already, by which the output would not be the only one of its name."""
+        if self.plan.layout == "folder":
+            return [one.key for one in self.store.entries(f"{self.out.key}/")]
+        return [key for key in self.targets.values() if self.store.head(key) is not None]
+
+    def _claim(self) -> dict[str, str] | None:
+        """What the claim of the target says; None where there is none."""
+        key = (self.work / CLAIM).key
+        found = self.store.head(key)
+        return None if found is None else self._read_claim(found)
+
+    def _read_claim(self, found: StoredObject) -> dict[str, str]:
+        try:
+            said = json.loads(self.store.read(found.key, 0, found.size, found.etag))
+            return {str(name): str(value) for name, value in said.items()}
+        except (ValueError, AttributeError):
+            return {}
+
+    def _said(self, **more: str) -> bytes:
+        return json.dumps({"plan": self.plan.digest, "run": self._run, **more}).encode()
+
+    def begin(self, *, resume: bool = False, shared: bool = False) -> None:
+        """Claim the target for this plan.
+
+        Args:
+            resume: go on with what an interrupted run of the same plan left.
+            shared: other workers of the same plan may be at it.
+
+        Raises:
+            OutputError: another run claimed it.
+            AuthError, StoreError
+        """
+        self._shared = shared
+        noted = {one.key: one for one in self.store.entries(f"{self.work.key}/")}
+        claim = (self.work / CLAIM).key
+        if claim not in noted:
+            self._own = self.store.put(claim, self._said(), absent=True)
+            if self._own and self.store.conditions is None:
+                self.store.conditions = not self.store.put(claim, self._said(), absent=True)
+        if not self._own:
+            self._take_over(noted, resume=resume, shared=shared)
+        if self.store.conditions is False:
+            self.notes = (
+                f"{self.store.root} keeps no conditions on writing: two runs to {self.out} at one time are not kept apart",
+            )
+        self._noted = noted if resume or shared else {}
+
+    def is_there(self) -> bool:
+        """Whether the output is in its place, and nobody makes it anew."""
+        return all(self._made(file) is not None for file in self.plan.files) and self._claim() is None
+
+    def shared(self) -> None:
+        """The claim is that of all workers of this plan, whichever of them made it."""
+        self._shared = True
+
+    def look(self) -> None:
+        """See which uploads there are, without a claim of one's own."""
+        self._noted = {one.key: one for one in self.store.entries(f"{self.work.key}/")}
+
+    def _take_over(self, noted: dict[str, StoredObject], *, resume: bool, shared: bool) -> None:
+        said = self._claim() or {}
+        same = said.get("plan") == self.plan.digest
+        if said.get("run") == self._run:
+            self._own = True  # the answer to an earlier attempt was lost
+            return
+        if same and (shared or resume):
+            self._run = said.get("run", self._run)
+            self._own = resume
+            return
+        if not self.force:
+            if same:
+                words = f"another run of this plan writes {self.out}, or was interrupted"
+                raise OutputError(
+                    words, f"go on with it ({option('resume', True)}) or begin anew ({option('force', True)})"
+                )
+            raise OutputError(
+                f"another run writes {self.out}, of other inputs or options ({self.work / CLAIM})",
+                f"wait until it is done; if it was interrupted, take its place with {option('force', True)}",
+            )
+        self.store.put((self.work / CLAIM).key, self._said())
+        self._sweep(noted.values())
+        noted.clear()
+        self._own = True
+        self.notes = (f"took the place of another run to {self.out}",)
+
+    def _sweep(self, noted: Iterable[StoredObject]) -> None:
+        """Abort the uploads that notes name, and take the notes away."""
+        notes = [one for one in noted if one.key.endswith(NOTE)]
+        for one in notes:
+            said = json.loads(self.store.read(one.key, 0, one.size, one.etag))
+            if self.store.assembles:
+                self.store.resumed(str(said["key"]), str(said["id"])).abort()
+        if notes:
+            self.store.delete([one.key for one in notes])
+
+    # ------------------------------------------------------------------ uploads
+
+    def upload(self, file: PlannedFile) -> FileUpload:
+        """The upload of a file: the one that a note names, or a new one, which is noted."""
+        with self._locks[file.name]:
+            if file.name not in self._uploads:
+                self._uploads[file.name] = self._found(file) or self._new(file)
+            return self._uploads[file.name]
+
+    def begun(self, file: PlannedFile) -> FileUpload | None:
+        """The upload of a file that an earlier run or another worker began."""
+        with self._locks[file.name]:
+            found = self._uploads.get(file.name) or self._found(file)
+            if found is not None:
+                self._uploads[file.name] = found
+            return found
+
+    def _note_of(self, file: PlannedFile) -> str:
+        # Of this plan alone: a run that was replaced may not know it yet.
+        return (self.work / f"{file.name}.{self.plan.digest[:16]}{NOTE}").key
+
+    def _found(self, file: PlannedFile) -> FileUpload | None:
+        note = self._noted.get(self._note_of(file))
+        return None if note is None else self._of_note(file, note)
+
+    def _of_note(self, file: PlannedFile, note: StoredObject) -> FileUpload | None:
+        said = json.loads(self.store.read(note.key, 0, note.size, note.etag))
+        assembly = self.store.resumed(str(said["key"]), str(said["id"]))
+        held = assembly.parts()
+        if held is None:
+            made = self._made(file)
+            return None if made is None else FileUpload(None, object=made)
+        sizes = {part.number: part.nbytes for part in self.schedule(file).parts}
+        return FileUpload(assembly, {n: part.etag for n, part in held.items() if sizes.get(n) == part.size})
+
+    def _made(self, file: PlannedFile) -> StoredObject | None:
+        """The finished object of a file, if there is one and it is of this plan."""
+        found = self.store.head(self.targets[file.name])
+        ours = found is not None and found.marks.get(MARK) == self.plan.digest and found.size == file.nbytes
+        return found if ours else None
+
+    def _new(self, file: PlannedFile) -> FileUpload:
+        key, note = self.targets[file.name], self._note_of(file)
+        assembly = self.store.begin(key, {MARK: self.plan.digest})
+        said = json.dumps({"plan": self.plan.digest, "key": key, "id": assembly.id}).encode()
+        replaced = note in self._noted  # what it named is gone
+        if self.store.put(note, said, absent=not replaced):
+            return FileUpload(assembly)
+        there = self.store.head(note)
+        if there is not None and self.store.read(note, 0, there.size, there.etag) == said:
+            return FileUpload(assembly)  # the answer to an earlier attempt was lost
+        # Another worker was sooner: its upload gets all parts of the file.
+        assembly.abort()
+        found = None if there is None else self._of_note(file, there)
+        if found is None:
+            raise OutputError(f"the upload of {self.store.place(key)} is gone", "execute the part again")
+        return found
+
+    def missing(self, file: PlannedFile) -> list[int]:
+        """The numbers of the parts of a file that the store does not have."""
+        found = self.begun(file)
+        if found is not None and found.object is not None:
+            return []
+        held = {} if found is None else found.held
+        return [part.number for part in self.schedule(file).parts if part.number not in held]
+
+    # ------------------------------------------------------------------ the end
+
+    def finish(
+        self,
+        side_files: Mapping[str, bytes],
+        record: Callable[[Listing], Mapping[str, bytes]] | None = None,
+    ) -> None:
+        """Make the objects of the uploads, then the files beside them, the index last.
+
+        Raises:
+            OutputError: the target appeared meanwhile, or another run took over.
+            AuthError, StoreError
+        """
+        self._seal()
+        stale = self._unveil() if self.force else []
+        names = [file.name for file in self.plan.files]
+        if self.plan.layout == "file":
+            names = [*names[1:], names[0]]  # a loader asks for the first part
+            made = dict(zip(names[:-1], self._abreast(self._complete, names[:-1]), strict=True))
+            made[names[-1]] = self._complete(names[-1])
+        else:
+            made = dict(zip(names, self._abreast(self._complete, names), strict=True))
+        beside = dict(side_files) if self.plan.layout == "folder" else {}
+        if self.plan.layout == "folder" and len(self.plan.files) > 1:
+            beside.setdefault(self.plan.index_name, index_json(self.plan))
+        said = record(StoredOutput(self, made, beside)) if record is not None else {}
+        if self.plan.layout == "folder":
+            keys = {(self.out / name).key: data for name, data in {**beside, **said}.items()}
+            last = [(self.out / name).key for name in (*said, CONFIG, self.plan.index_name)]
+        else:
+            keys = {self.out.with_name(f"{self.out.name}.{name}").key: data for name, data in said.items()}
+            last = []
+        self._abreast(lambda key: self._put(key, keys[key]), [key for key in keys if key not in last])
+        for key in last:
+            if key in keys:
+                self._put(key, keys[key])
+        written = {*keys, *self.targets.values()}
+        if left := [key for key in stale if key not in written]:
+            self.store.delete(left)
+        self._clear()
+
+    def _seal(self) -> None:
+        """See that the target is still claimed for this plan, and say that it is about to appear."""
+        claim = (self.work / CLAIM).key
+        found = self.store.head(claim)
+        if found is None or not self._ours(self._read_claim(found)):
+            raise self._lost()
+        sealed = self._said(state="finishing")
+        if not self.store.put(claim, sealed, over=found.etag) and not self._ours(self._claim() or {}):
+            raise self._lost()
+
+    def _ours(self, said: Mapping[str, str]) -> bool:
+        """Whether a claim is that of this run; of workers of one plan, that of the plan."""
+        return said.get("plan") == self.plan.digest and (self._shared or said.get("run") == self._run)
+
+    def _lost(self) -> OutputError:
+        return OutputError(
+            f"another run took over {self.out} meanwhile", "see which of the two is wanted, and run it again"
+        )
+
+    def _unveil(self) -> list[str]:
+        """Take away what makes an output that is replaced look whole; the keys of all that is there."""
+        there = self._there()
+        first = [(self.out / name).key for name in (self.plan.index_name, CONFIG)]
+        gone = [key for key in there if key in first or self.plan.layout == "file"]
+        if gone:
+            self.store.delete(gone)
+        return there
+
+    def _complete(self, name: str) -> StoredObject:
+        file = next(one for one in self.plan.files if one.name == name)
+        found, key = self.upload(file), self.targets[name]
+        if found.object is not None:
+            return found.object
+        assert found.assembly is not None
+        etag = found.assembly.complete(found.held, absent=not self.force)
+        if etag is not None:
+            self._visible.append(key)
+            return StoredObject(key, file.nbytes, etag)
+        made = self._made(file)  # the answer to an earlier attempt may have been lost
+        if made is None:
+            there = self.store.head(key) is not None
+            raise OutputError(
+                f"{self.store.place(key)} appeared while it was written"
+                if there
+                else f"the upload of {self.store.place(key)} is gone",
+                "another run writes there, or its uploads were swept; see which is wanted, and run it again",
+            )
+        return made
+
+    def _put(self, key: str, data: bytes) -> None:
+        if self.store.put(key, data, absent=not self.force):
+            self._visible.append(key)
+            return
+        found = self.store.head(key)
+        # The answer to an earlier attempt may have been lost, or an earlier run was killed in between.
+        if found is None or found.size != len(data) or self.store.read(key, 0, found.size, found.etag) != data:
+            raise OutputError(f"{self.store.place(key)} appeared while the weights were written", "see which is wanted")
+
+    def _clear(self) -> None:
+        notes = [self._note_of(file) for file in self.plan.files]
+        self.store.delete([*notes, (self.work / CLAIM).key])
+
+    def abandon(self) -> None:
+        """Leave nothing of this run: abort its uploads, and take its claim away if it is still its own."""
+        for file in self.plan.files:
+            found = self._uploads.get(file.name)
+            if found is not None and found.assembly is not None:
+                found.assembly.abort()
+        claimed = self._own and self._ours(self._claim() or {})
+        if self._visible and claimed:
+            self.store.delete(self._visible)
+        gone = [self._note_of(file) for file in self.plan.files] if self._own else []
+        self.store.delete([*gone, *([(self.work / CLAIM).key] if claimed else [])])
+
+    def discard(self) -> None:
+        """Take away what workers of this plan left, if the claim is theirs."""
+        self.shared()
+        if self._ours(self._claim() or {}):
+            self.look()
+            self._sweep(self._noted.values())
+            self.store.delete([(self.work / CLAIM).key])
+
+    def _abreast(self, do: Callable[[str], T], names: Sequence[str]) -> list[T]:
+        if len(names) < 2:
+            return [do(name) for name in names]
+        with ThreadPoolExecutor(min(PARALLEL, len(names))) as pool:
+            return list(pool.map(do, names))
+
+
+class StoredOutput(Listing):
+    """The files of an output that is nearly finished: the weights in the store, the rest still here."""
+
+    def __init__(self, made: StoreOut, weights: Mapping[str, StoredObject], beside: Mapping[str, bytes]) -> None:
+        self.ref, self._made, self._weights, self._beside = str(made.out), made, weights, beside
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset({*self._weights, *self._beside})
+
+    def open(self, name: str) -> Source:
+        if name in self._beside:
+            return BytesFile(f"{self.ref}/{name}", self._beside[name])
+        if name not in self._weights:
+            raise NotFound(f"{self.ref}/{name} does not exist", "write it first")
+        found = self._weights[name]
+        return ObjectFile(self._made.store, found, str(self._made.store.place(found.key)))

@@ -1,0 +1,138 @@
+"""`adapterkit PATH`: what lies there, and the three commands that usually come next."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from adapterkit.cli.output import say, show_json
+
+if TYPE_CHECKING:
+    from adapterkit.registry.record import Record
+    from adapterkit.verbs.inspect import Inspection
+
+MOST = 12  # folders that are listed
+
+
+@click.command(name="look", hidden=True)
+@click.argument("ref", metavar="PATH")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+def command(ref: str, as_json: bool) -> None:
+    """Say what PATH (a folder, a file or a Hub id) is, and which commands come next.
+
+    \b
+    Example:
+      adapterkit ./my-adapter
+    """
+    what, commands = look(ref)
+    if as_json:
+        show_json({"ref": ref, "what": what, "next": commands})
+        return
+    say(what)
+    for words in commands:
+        say(f"  {words}")
+
+
+def look(ref: str) -> tuple[str, list[str]]:
+    """One sentence about a reference, and command lines.
+
+    Raises:
+        NotFound, CheckpointError, AdapterError, UnsafeError, AuthError, HubError: it is nothing that adapterkit knows.
+    """
+    path = Path(ref).expanduser()
+    if path.suffix == ".toml" and path.is_file():
+        name = shlex.quote(ref)
+        said = f"{ref}: a recipe"
+        return said, [
+            f"adapterkit build {name} --plan",
+            f"adapterkit build {name}",
+            f"adapterkit build {name} --locked",
+        ]
+    inside = _inside(path)
+    if inside:
+        return inside
+    from adapterkit.registry.beside import read_beside
+    from adapterkit.verbs.inspect import inspect
+
+    found = inspect(ref)
+    if found.kind == "adapter":
+        return _adapter(ref, found)
+    return _checkpoint(ref, found, read_beside(path) if path.exists() else None)
+
+
+def _inside(path: Path) -> tuple[str, list[str]] | None:
+    """A folder of folders, as trainers leave it."""
+    if not path.is_dir() or any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+        return None
+    adapters = sorted(one.parent for one in path.glob("*/adapter_config.json"))
+    models = sorted(one.parent for one in path.glob("*/config.json"))
+    if not adapters and not models:
+        return None
+    kinds = [
+        f"{len(rows)} {word}{'s' if len(rows) > 1 else ''}"
+        for rows, word in ((adapters, "adapter"), (models, "model"))
+        if rows
+    ]
+    every = [*adapters, *models]
+    names = ", ".join(one.name for one in every[:MOST]) + (", ..." if len(every) > MOST else "")
+    last = max(every, key=lambda one: one.stat().st_mtime)
+    return f"{path}: a folder with {' and '.join(kinds)}: {names}", [f"adapterkit {shlex.quote(str(last))}"]
+
+
+def _adapter(ref: str, found: Inspection) -> tuple[str, list[str]]:
+    from adapterkit.adapters.load import load_adapter
+
+    label = load_adapter(ref, headers_only=True).config.label
+    rank = f" of rank {'/'.join(found.ranks)}" if found.ranks else ""
+    said = (
+        f"{ref}: {'an' if label[:1] in 'AEIO' else 'a'} {label}{rank} on {', '.join(found.targets) or 'whole modules'}"
+    )
+    said += f", for {found.base}" if found.base else "; it does not name its base"
+    if found.mergeable:
+        said += f"; it cannot be merged: {found.mergeable}"
+    base, name = shlex.quote(found.base) if found.base else "BASE", shlex.quote(ref)
+    stem = _stem(ref)
+    return said, [
+        f"adapterkit check {base} {name}",
+        f"adapterkit merge {base} {name} -o {_named(stem, '-merged')}",
+        f"adapterkit merge {base} {name} -o {_named(stem, '-Q4_K_M.gguf')} --quant Q4_K_M",
+    ]
+
+
+def _checkpoint(ref: str, found: Inspection, record: Record | None) -> tuple[str, list[str]]:
+    name, stem = shlex.quote(ref), _stem(ref)
+    kind = found.architecture or "a model"
+    said = f"{ref}: {kind}, {found.parameters:,} parameters"
+    quant = f"adapterkit convert {name} -o {_named(stem, '-Q4_K_M.gguf')} --quant Q4_K_M"
+    if record is not None and record.operation is not None and record.operation.name == "merge":
+        labels = [one.label or one.content[:12] for one in record.parents]
+        said += f", merged by adapterkit from {', '.join(labels)}"
+        parts = {one.role: shlex.quote(one.label) for one in record.parents if one.label}
+        proof = (
+            f"adapterkit verify {name} --base {parts.get('base', 'BASE')} --adapter {parts.get('adapter', 'ADAPTER')}"
+        )
+        return said, [proof, quant, f"adapterkit register {name} --name {_name(stem)}"]
+    if ref.endswith(".gguf"):
+        merge = f"adapterkit merge {name} ADAPTER -o {_named(stem, '-merged.gguf')}"
+        return said, [f"adapterkit inspect {name}", merge, f"adapterkit convert {name} -o {_named(stem)} --to hf"]
+    return said, [f"adapterkit inspect {name}", f"adapterkit merge {name} ADAPTER -o {_named(stem, '-merged')}", quant]
+
+
+def _stem(ref: str) -> str:
+    """A name for what is made of it."""
+    path = Path(ref).expanduser()
+    name = path.resolve().name if path.exists() else ref.rpartition("/")[2]
+    return name.partition("@")[0].removesuffix(".gguf").removesuffix(".safetensors") or "model"
+
+
+def _named(stem: str, end: str = "") -> str:
+    return shlex.quote(stem + end)
+
+
+def _name(stem: str) -> str:
+    """A name that the registry takes."""
+    return re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-._") or "model"

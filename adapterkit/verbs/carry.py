@@ -1,0 +1,222 @@
+"""What a verb does with its job: show it, save its plan, carry it out, or have workers do so."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapterkit import disk
+from adapterkit.checkpoint.plan import default_jobs, parse_size
+from adapterkit.errors import OutputError, UsageError, option
+from adapterkit.places import here
+from adapterkit.requests.workers import LOCAL, RAY, WRITTEN_JOBS, parse_rate
+from adapterkit.stores.meter import Moved, moved
+from adapterkit.verbs.job import Job, Measured, peak_memory, run, show
+
+if TYPE_CHECKING:
+    from adapterkit.requests.workers import OnWorkers
+    from adapterkit.verbs.engines.driver import RunTally
+    from adapterkit.verbs.engines.pool import Pool, WorkerSetting
+    from adapterkit.verbs.execute import OpenPlan
+
+PLAN_FILE = ".plan.json"  # in the hidden folder, for workers
+
+
+def carry_out(job: Job, request: Any, started: float) -> Any:
+    """Do with a job what its request says: show it, save its plan, or carry it out, here or by workers.
+
+    Raises:
+        OutputError: the plan cannot be written.
+        UsageError: workers were asked for, and the plan has no parts.
+    """
+    if request.save_plan is not None:
+        disk.deliver(Path(request.save_plan), job.plan.to_json().encode())
+    if not request.writes:
+        report = show(job, started)
+        return forecast_in(report, job, request) if getattr(request, "workers", None) else report
+    if getattr(request, "on", None) is None:
+        return run([job], workers=request.jobs, resume=request.resume, progress=request.progress, started=started)[0]
+    from adapterkit.verbs.execute import OpenPlan
+
+    _check(job, request)
+    job.check()
+    opened = OpenPlan(job.plan, job.out or "", part_size(request), job=job)
+    if request.on in WRITTEN_JOBS:
+        return _written(opened, request, started)
+    if not request.resume and isinstance(opened.out, Path):
+        with disk.staging(opened.out, resume=False):
+            pass  # what an earlier run left goes
+    try:
+        tally = by_workers(opened, request)
+        tower = run(list(job.also), workers=request.jobs, resume=request.resume) if job.also else []
+        opened.close(force=job.force)
+    except BaseException:
+        if not request.resume:
+            _discard(opened)
+        raise
+    notes = (*(note for one in job.beside for note in one.write()), tally.summary)
+    del tower
+    peak = max(tally.peak_memory, peak_memory())
+    spent = time.monotonic() - started
+    measured = Measured(spent, peak, tally.reused, job.plan, {}, notes, moved=Moved(**tally.moved) + moved())
+    return job.report(measured)
+
+
+def _check(job: Job, request: Any) -> None:
+    """Refuse a job that workers cannot carry out as it was asked for.
+
+    Raises:
+        UsageError: it has no parts, or asks for what one process has to do.
+    """
+    from adapterkit.verbs.execute import has_parts
+
+    if job.out is None:
+        raise UsageError("nothing says where the output goes", "add -o OUT")
+    if job.stage is not None or not has_parts(job.plan):
+        raise UsageError("this plan has no parts: its files are known when its values are", f"leave out {option('on')}")
+    for name in ("fidelity", "min_retention", "min_cosine"):
+        if getattr(request, name, None):
+            raise UsageError(
+                f"{option(name)} is measured in one pass by one process",
+                f"leave out {option('on')}, or verify the output",
+            )
+    if request.on in WRITTEN_JOBS and (job.beside or job.also):
+        raise UsageError(
+            f"a job that is written ({request.on}) makes the output alone, and nothing beside it",
+            f"use {option('on', LOCAL)} or {option('on', RAY)}, or make the rest afterwards",
+        )
+
+
+def part_size(request: OnWorkers) -> int:
+    """Work of a part."""
+    from adapterkit.checkpoint.cut import PART_SIZE
+
+    return PART_SIZE if request.part_size is None else parse_size(request.part_size)
+
+
+def workers_of(request: OnWorkers) -> int:
+    """How many workers there are; a worker each for two processors, where nothing is said."""
+    return request.counts[0] if request.counts else max(1, default_jobs() // 2)
+
+
+def jobs_of(request: Any) -> int:
+    """Threads of a worker: on this machine the workers share the processors."""
+    if request.jobs is not None:
+        return int(request.jobs)
+    local = request.on == LOCAL or (request.on == RAY and request.address is None)
+    return max(1, default_jobs() // workers_of(request)) if local else default_jobs()
+
+
+def by_workers(opened: OpenPlan, request: Any) -> RunTally:
+    """Have workers execute the parts that are left; a shared lock keeps others out of the hidden folder meanwhile.
+
+    Raises:
+        OutputError, AdapterkitError: see `adapterkit.verbs.engines.driver.drive`.
+    """
+    from adapterkit.verbs.engines.driver import drive, log_to
+    from adapterkit.verbs.engines.pool import WorkerSetting
+
+    opened.forget_stale()
+    with _room(opened) as folder, log_to(_path(request.events)) as log:
+        text = opened.plan.to_json()
+        disk.write_inside(folder, PLAN_FILE, text.encode())
+        size = part_size(request)
+        out = str(opened.out.absolute() if isinstance(opened.out, Path) else opened.out)
+        setting = WorkerSetting(text, str(folder / PLAN_FILE), out, size, jobs_of(request))
+        count = workers_of(request)
+        left = opened.left()
+
+        def make() -> Pool:
+            return _POOLS[request.on](setting, request, min(count, max(1, len(left))))
+
+        return drive(make, opened.parts, left, count, engine=request.on, log=log, progress=request.progress)
+
+
+@contextmanager
+def _room(opened: OpenPlan) -> Iterator[Path]:
+    """A folder for the plan, while others keep out of the output: the hidden folder, or one here for an output in a store."""
+    from adapterkit.checkpoint.parts import claimed
+
+    if isinstance(opened.out, Path):
+        with claimed(opened.plan, opened.out) as folder:
+            yield folder
+        return
+    _ = opened.in_store  # claims it
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="adapterkit-") as name:
+        yield Path(name)
+
+
+def _local(setting: WorkerSetting, request: OnWorkers, count: int) -> Pool:
+    from adapterkit.verbs.engines.local import LocalPool
+
+    return LocalPool(setting)
+
+
+def _ray(setting: WorkerSetting, request: OnWorkers, count: int) -> Pool:
+    from adapterkit.verbs.engines.on_ray import RayPool
+
+    return RayPool(setting, request.address, count)
+
+
+_POOLS: dict[str, Callable[[WorkerSetting, OnWorkers, int], Pool]] = {LOCAL: _local, RAY: _ray}
+
+
+def _path(given: Any) -> Path | None:
+    return None if given is None else Path(given)
+
+
+def _discard(opened: OpenPlan) -> None:
+    """Take away what workers left, unless somebody else is at it."""
+    if not isinstance(opened.out, Path):
+        opened.in_store.discard()
+        return
+    with suppress(_Discarded, OutputError), disk.staging(opened.out, resume=False):
+        raise _Discarded
+
+
+class _Discarded(Exception):
+    """Makes `staging` tidy up."""
+
+
+def _written(opened: OpenPlan, request: Any, started: float) -> Any:
+    """The report of a job whose files were written, and handed over where that was asked for."""
+    plan = here(opened.out).with_name(f"{opened.out.name}.plan.json")
+    disk.deliver(plan, opened.plan.to_json().encode())
+    notes = (f"plan written to {plan}", *write_files(opened, request, plan))
+    job = opened.job
+    seconds = time.monotonic() - started
+    return job.report(Measured(seconds, job.plan.peak_memory, plan=job.plan, notes=notes, dry_run=True))
+
+
+def write_files(opened: OpenPlan, request: Any, plan: Path | None = None) -> tuple[str, ...]:
+    """Write the files of a job for a scheduler; what to tell the user. See `adapterkit.verbs.engines.written.write_job`.
+
+    Args:
+        plan: the plan file, where the request does not name one.
+    """
+    from adapterkit.verbs.engines.written import write_job
+
+    where = Path(request.plan).absolute() if plan is None else plan
+    return write_job(opened, where, request, workers_of(request), part_size(request))
+
+
+def forecast_in(report: Any, job: Job, request: Any) -> Any:
+    """A report of what would be done, with what workers would take."""
+    from adapterkit.verbs.engines.forecast import forecast
+
+    if job.stage is not None:
+        raise UsageError(
+            "this plan has no parts: its files are known when its values are", f"leave out {option('workers')}"
+        )
+    from adapterkit.verbs.execute import OpenPlan
+
+    parts = OpenPlan(job.plan, "", part_size(request)).parts
+    rate, jobs = parse_rate(request.bandwidth), request.jobs or default_jobs()
+    found = tuple(forecast(parts, count, bandwidth=rate, price=request.price, jobs=jobs) for count in request.counts)
+    return replace(report, forecast=found)

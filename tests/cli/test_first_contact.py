@@ -1,0 +1,188 @@
+"""What somebody meets who does not know adapterkit: a path alone, help, empty places, wrong words, other libraries' noise."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+from models import edit_config, plain_adapter, plain_base
+
+from adapterkit.adapters.config import AdapterConfig
+from adapterkit.cli import VERBS, app, main
+from adapterkit.cli.look import look
+from adapterkit.requests import every
+from adapterkit.verbs.merge import merge
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of one call."""
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return int(stopped.value.code or 0), out, err
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ADAPTERKIT_HOME", str(tmp_path / "home"))
+    plain_adapter(tmp_path / "my adapter", plain_base(tmp_path / "base"), base_model_name_or_path="base")
+    return tmp_path
+
+
+# ------------------------------------------------------------------ a path alone
+
+
+def test_an_adapter_and_what_comes_next(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "my adapter")
+    said, *commands = out.splitlines()
+    assert code == 0
+    assert said == "my adapter: a LoRA of rank 4 on q_proj, up_proj, for base"
+    assert [line.split()[1] for line in commands] == ["check", "merge", "merge"]
+    assert commands[0] == "  adapterkit check base 'my adapter'"
+
+
+def test_the_commands_that_are_named_work(here: Path) -> None:
+    """Each is run as it is printed, by a shell, and so are those for what the second one made."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def shell(command: str) -> None:
+        done = subprocess.run(["bash", "-c", command], cwd=here, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, (command, done.stderr)
+
+    _, (check, folder, _) = look("my adapter")
+    shell(check)
+    shell(folder)
+    what, (verify, _, register) = look("my adapter-merged")
+    assert what == "my adapter-merged: LlamaForCausalLM, 4,400 parameters, merged by adapterkit from base, my adapter"
+    shell(verify)
+    assert register == "adapterkit register 'my adapter-merged' --name my-adapter-merged"
+    shell(register)
+
+
+def test_other_places(here: Path) -> None:
+    base, adapter = here / "base", here / "my adapter"
+    what, commands = look("base")
+    assert what == "base: LlamaForCausalLM, 4,400 parameters"
+    assert commands[1] == "adapterkit merge base ADAPTER -o base-merged"
+    edit_config(adapter, base_model_name_or_path=None)
+    what, commands = look("my adapter")
+    assert what.endswith("; it does not name its base")
+    assert commands[1] == "adapterkit merge BASE 'my adapter' -o 'my adapter-merged'"
+    what, (command,) = look(".")
+    assert what == ".: a folder with 1 adapter and 1 model: my adapter, base"
+    assert command in ("adapterkit base", "adapterkit 'my adapter'")
+    (here / "r.toml").write_text('base = "base"\n')
+    assert look("r.toml")[1][0] == "adapterkit build r.toml --plan"
+    merge(base, [adapter], here / "m")
+    assert "merged by adapterkit" in look("m")[0]
+
+
+def test_json_and_what_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "base", "--json")
+    assert code == 0
+    assert json.loads(out)["next"][0] == "adapterkit inspect base"
+    assert run(capsys, "./nothing")[0] == 7
+    code, _, err = run(capsys, "mrge")
+    assert code == 2
+    assert "Did you mean 'merge'?" in err
+
+
+def test_a_base_or_a_name_that_was_left_out(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for more in ([], ["-o", "out"]):
+        code, _, err = run(capsys, "merge", "my adapter", *more)
+        assert code == 2
+        assert "my adapter is an adapter; its base comes first: adapterkit merge base my adapter" in err
+    assert "Missing argument 'ADAPTER...'" in run(capsys, "merge", "base")[2]
+    code, _, err = run(capsys, "register", "my adapter")
+    assert code == 2
+    assert "Missing option '--name'" in err
+
+
+# ------------------------------------------------------------------ help
+
+
+@pytest.mark.parametrize("request_", [one for one in every() if one.FIRST], ids=lambda one: one.VERB)
+def test_the_options_that_people_need_first_lead(request_: type) -> None:
+    shown = CliRunner().invoke(app, [request_.VERB, "--help"], prog_name="adapterkit").output  # type: ignore[attr-defined]
+    lines = shown[shown.index("Needed first:") :].splitlines()[1:]
+    block = lines[: lines.index("")]
+    flags = [line.split()[0] for line in block if line.startswith("  -")]
+    assert len(flags) == len(request_.FIRST) == 6  # type: ignore[attr-defined]
+    assert shown.index("Needed first:") < min(shown.index(word) for word in ("Run:",) if word in shown)
+    command = app.get_command(click.Context(app), request_.VERB)  # type: ignore[attr-defined]
+    assert command is not None
+    assert len([flag for flag in flags if flag in ("-o,", *(name for one in command.params for name in one.opts))]) == 6
+
+
+def test_help_names_every_method_once() -> None:
+    shown = CliRunner().invoke(app, ["merge", "--help"], prog_name="adapterkit").output
+    assert shown.count("arcee-fusion") == 1
+
+
+# ------------------------------------------------------------------ empty places and wrong names
+
+
+def test_an_empty_registry_says_how_to_begin(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "the registry" in (err := run(capsys, "list")[2])
+    assert "is empty; add an adapter: adapterkit register ./my-adapter --base BASE" in err
+    assert run(capsys, "register", "my adapter", "--name", "tickets", "--base", "base")[0] == 0
+    assert "fits these filters; adapterkit list shows everything" in run(capsys, "list", "--method", "dora")[2]
+    code, _, err = run(capsys, "show", "tickest")
+    assert code == 7
+    assert "did you mean 'tickets'?" in err
+    assert "list shows what is" in run(capsys, "show", "zzz")[2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "label"),
+    [
+        ({"peft_type": "LORA"}, "LoRA"),
+        ({"peft_type": "LORA", "use_dora": True}, "DoRA"),
+        ({"peft_type": "LORA", "use_rslora": True}, "rsLoRA"),
+        ({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}, "PiSSA"),
+        ({"peft_type": "LORA", "init_lora_weights": True}, "LoRA"),
+        ({"peft_type": "ADALORA"}, "AdaLoRA"),
+        ({"peft_type": "vblora"}, "VB-LoRA"),
+        ({"peft_type": "IA3"}, "IA3"),
+    ],
+)
+def test_methods_are_named_as_their_authors_do(fields: dict[str, object], label: str) -> None:
+    assert AdapterConfig(fields, "x").label == label
+
+
+def test_a_merge_names_the_method(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_config(here / "my adapter", use_rslora=True)
+    code, out, _ = run(capsys, "merge", "base", "my adapter", "-o", "out", "--dry-run")
+    assert code == 0
+    assert "my adapter (rsLoRA)" in out
+
+
+# ------------------------------------------------------------------ other libraries
+
+
+def test_what_other_libraries_say_is_said_by_us() -> None:
+    code = (
+        "import warnings\nfrom adapterkit.cli.output import others_speak_through_us as quiet\nquiet()\n"
+        "for _ in range(3): warnings.warn('a thing\\n  went \\x1b[31mwrong', RuntimeWarning)\n"
+        "import os; print(os.environ['HF_HUB_DISABLE_PROGRESS_BARS'])\n"
+        "from huggingface_hub.utils import are_progress_bars_disabled; print(are_progress_bars_disabled())\n"
+    )
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TQDM", "PYTHONWARN"))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=clean)
+    assert done.stderr == "warning: a thing went \\x1b[31mwrong\n"
+    assert done.stdout.split() == ["1", "True"]
+    asked = subprocess.run([sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, timeout=60)
+    assert asked.stderr.count("RuntimeWarning") == 3
+
+
+def test_every_verb_has_help_that_is_short() -> None:
+    for verb, (_, text) in VERBS.items():
+        assert len(text) < 90, verb
