@@ -243,7 +243,7 @@ def proxied(server: str) -> Iterator[Proxy]:
             if slow and data:
                 self.wfile.write(data[:1])
                 self.wfile.flush()
-                time.sleep(0.3)
+                time.sleep(0.05)
                 data = data[1:]
             self.wfile.write(data[: len(data) // 2] if cut else data)
             if cut:

@@ -9,7 +9,7 @@ from typing import Any
 
 from adapterkit.recipe.lock import Pinned
 from adapterkit.recipe.schema import Table, known_options
-from adapterkit.recipe.steps import COMBINE, MERGE, Input, Step
+from adapterkit.recipe.steps import AUTO, COMBINE, MERGE, Input, Step
 from adapterkit.requests.adapters import CombineRequest
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.requests.merge import MergeRequest
@@ -120,5 +120,5 @@ def _said(table: Table) -> dict[str, Any]:
     return {
         name: value
         for name, value in table.options.items()
-        if name not in (*_FILES, "base16") and value != known[name].default
+        if (name not in (*_FILES, "base16") or value == AUTO) and value != known[name].default
     }

@@ -20,8 +20,10 @@ from adapterkit.requests.convert import ConvertRequest
 from adapterkit.requests.formats import formats
 from adapterkit.requests.merge import FOLDER, GGUF, MergeRequest, folder_formats
 from adapterkit.requests.option import Request
+from adapterkit.verbs.tower import tower_path
 
 ADAPTER = "adapter"
+AUTO = "auto"  # of mmproj: made of the base, and not a file that is copied
 MERGE, COMBINE, CONVERT = "merge", "combine", "convert"
 OF_VERB: dict[str, type[Request]] = {MERGE: MergeRequest, COMBINE: CombineRequest, CONVERT: ConvertRequest}
 # Which tables and references of an output mean something for what makes it; its options are those of the verb.
@@ -99,7 +101,9 @@ class Step:
 
     @property
     def projector(self) -> Path | None:
-        """Where the copy of the mmproj file goes, if there is one."""
+        """Where the mmproj file goes, if there is one: a copy, or what is made of the base."""
+        if self.asked.mmproj == AUTO:
+            return self.out.with_name(tower_path(self.out).name)
         path = None if self.mmproj is None else self.mmproj.path
         return None if path is None else self.out.parent / path.name
 
@@ -206,7 +210,7 @@ class _Maker:
             base16=base16,
             source=source,
             imatrix=self._file((*place, "imatrix"), asked.imatrix),
-            mmproj=self._file((*place, "mmproj"), asked.mmproj),
+            mmproj=None if asked.mmproj == AUTO else self._file((*place, "mmproj"), asked.mmproj),
             calibration=self._file((*place, "calibration"), asked.calibration),
             adapters=adapters,
             compressor=self._program(asked.compressor),

@@ -14,6 +14,7 @@ from adapterkit.checkpoint.plan import default_jobs, parse_size
 from adapterkit.errors import OutputError, UsageError, option
 from adapterkit.places import here
 from adapterkit.requests.workers import LOCAL, RAY, WRITTEN_JOBS, parse_rate
+from adapterkit.stores.meter import Moved, moved
 from adapterkit.verbs.job import Job, Measured, peak_memory, run, show
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def carry_out(job: Job, request: Any, started: float) -> Any:
     notes = (*(note for one in job.beside for note in one.write()), tally.summary)
     del tower
     peak = max(tally.peak_memory, peak_memory())
-    measured = Measured(time.monotonic() - started, peak, tally.reused, job.plan, {}, notes)
+    spent = time.monotonic() - started
+    measured = Measured(spent, peak, tally.reused, job.plan, {}, notes, moved=Moved(**tally.moved) + moved())
     return job.report(measured)
 
 

@@ -141,6 +141,13 @@ class OpenPlan:
         whole = all(path.is_file() and path.stat().st_size == sizes[name] for name, path in targets.items())
         return whole and not partial_folder(self.out).exists()
 
+    def is_newer_than(self, plan: Path) -> bool:
+        """Whether the output was made after a plan file; of a store, whose objects name their plan, that is not asked."""
+        if isinstance(self.out, Address):
+            return True
+        made = min(path.stat().st_mtime_ns for path in self.plan.targets(self.out).values())
+        return made >= plan.stat().st_mtime_ns
+
     def is_busy(self) -> bool:
         """Whether somebody is at the hidden folder at this moment."""
         from adapterkit.disk import is_busy, partial_folder

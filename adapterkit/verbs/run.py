@@ -35,6 +35,7 @@ class RunReport:
         cpu_seconds, worker_seconds: of all workers, over their parts.
         peak_memory: the largest of a worker.
         reused: computed tensors that an interrupted run had finished.
+        requests, bytes_down, bytes_up, bytes_inside: of object stores, by the workers.
         report: of the plan's verb, when the output is in its place.
     """
 
@@ -55,6 +56,10 @@ class RunReport:
     worker_seconds: float = 0.0
     peak_memory: int = 0
     reused: int = 0
+    requests: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    bytes_inside: int = 0
     notes: tuple[str, ...] = ()
     forecast: tuple[Forecast, ...] = ()
     report: Any = None
@@ -101,6 +106,10 @@ def run(request: RunRequest) -> RunReport:
         worker_seconds=tally.worker_seconds,
         peak_memory=max(tally.peak_memory, peak_memory()),
         reused=tally.reused,
+        requests=tally.requests,
+        bytes_down=tally.bytes_down,
+        bytes_up=tally.bytes_up,
+        bytes_inside=tally.bytes_inside,
         report=report,
     )
 
@@ -122,7 +131,8 @@ def _task(opened: OpenPlan, request: RunRequest, told: RunReport, started: float
     """Execute the share of one task of an array; the task that finds nothing left makes the output."""
     assert request.task is not None
     assert request.tasks is not None
-    if opened.is_there():
+    # What is older than the plan was not made by this job; `check` refuses it.
+    if opened.is_there() and opened.is_newer_than(Path(request.plan)):
         return replace(told, finished=True, notes=(f"{opened.out} is there already",))
     opened.check(force=request.force)
     share = {part.index for part in shares(opened.parts, request.tasks)[request.task]}

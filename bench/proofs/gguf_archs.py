@@ -1,5 +1,8 @@
 """Every architecture of the table in llama.cpp itself: ``python -m bench proofs gguf_archs [--jobs 8] [--write] [KIND ...]``.
 
+The rows of the kinds that ran take their places in ``bench/proofs/gguf_archs.json``; without a KIND all run, and ``none`` runs
+nothing. ``--write`` makes the page out of what is stored.
+
 For each a tiny random model is made with transformers. `convert` writes its GGUF in float32, `merge` writes base + LoRA as
 GGUF in one pass, onto that GGUF, and as a LoRA file beside it; llama.cpp (the xllamacpp wheel, each server in a process of
 its own) says the log-probabilities of the next token, transformers and PEFT say theirs. Then GGUF -> Hugging Face -> GGUF,
@@ -26,6 +29,33 @@ from bench.common import results
 
 ROOT = Path(__file__).resolve().parents[2]
 DOC = ROOT / "docs" / "gguf-architectures.md"
+STORED = Path(__file__).with_suffix(".json")
+CLASSES = Path(__file__).with_name("converter_classes.json")
+# Why a class of llama.cpp's converter has no row here.
+_DRAFT = "a draft for speculative decoding, which is no model by itself"
+_NOT_TEXT = "it has no language model"
+WHY_NOT = {
+    **dict.fromkeys(
+        (
+            *("DFlash2DraftModel", "DFlashDraftModel", "DSparkDraftModel", "DSparkSpeculator", "DeepseekV4DSparkModel"),
+            *("Eagle3DraftModel", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Gemma4AssistantForCausalLM"),
+            *("Gemma4DSparkModel", "Gemma4UnifiedAssistantForCausalLM", "Lfm2DSparkDraftModel", "LingDSparkModel"),
+            *("LlamaForCausalLMEagle3", "MuseGlimmerAssistantModel", "Qwen3DSparkModel"),
+        ),
+        _DRAFT,
+    ),
+    **dict.fromkeys(
+        (
+            "Lfm25AudioTokenizer",
+            "PocketTTSModel",
+            "Qwen3TTSForConditionalGeneration",
+            "UltravoxModel",
+            "WavTokenizerDec",
+        ),
+        _NOT_TEXT,
+    ),
+    "DistilBertForSequenceClassification": "llama.cpp has tanh in the head where the model has ReLU, so it is refused",
+}
 
 
 def sweep(kind: str) -> dict[str, Any]:
@@ -45,6 +75,8 @@ def sweep(kind: str) -> dict[str, Any]:
                 _disguise(kind, Path(folder), found)
             elif kind in zoo.ENCODERS:
                 _encoder(kind, Path(folder), found)
+            elif kind in _coded():
+                _formula(kind, Path(folder), found)
             else:
                 _model(kind, Path(folder), found)
         except Exception as err:  # one row of a table must not lose the others
@@ -161,6 +193,40 @@ def _disguise(kind: str, at: Path, found: dict[str, Any]) -> None:
     found["plain"] = _far(logprobs(at / "base.gguf")[0], plain)
 
 
+def _coded() -> dict[str, Any]:
+    """Models whose class is code in their own repository: tensors by hand, and their formula in float64."""
+    import coded_zoo
+    from coded_zoo_encoders import ENCODERS
+    from coded_zoo_moe import MOE
+    from coded_zoo_more import MORE
+
+    return {f"{kind}*": one for kind, one in {**coded_zoo.DENSE, **MOE, **ENCODERS, **MORE}.items()}
+
+
+def _formula(kind: str, at: Path, found: dict[str, Any]) -> None:
+    import coded_zoo
+    from gguf_runtime import PROMPTS, embeddings, logprobs
+
+    from adapterkit.verbs.convert import convert
+
+    one = _coded()[kind]
+    weights = coded_zoo.build(at / "hf", one)
+    found |= {"class": one.config["architectures"][0], "tolerance": one.tolerance, "why": "", "own": "formula"}
+    found["kind"] = kind.removesuffix("*")
+    convert(at / "hf", at / "base.gguf")
+    found["arch"] = _arch(at / "base.gguf")
+    if not one.causal:
+        found["plain"] = _far(embeddings(at / "base.gguf"), coded_zoo.embeddings_of(one, weights, PROMPTS))
+    else:
+        size = one.config.get("vocab_size", coded_zoo.VOCAB)
+        said = logprobs(at / "base.gguf", vocab=size, ubatch=one.ubatch)[0]
+        wanted = None if one.run is None else coded_zoo.logprobs_of(one, weights, PROMPTS)
+        found["plain"] = "llama.cpp loads and runs it" if wanted is None else _far(said, wanted)
+    convert(at / "base.gguf", at / "back", to="hf")
+    convert(at / "back", at / "again.gguf")
+    found["same"] = (at / "again.gguf").read_bytes() == (at / "base.gguf").read_bytes()
+
+
 def _arch(file: Path) -> str:
     from adapterkit.bases import open_model
 
@@ -218,14 +284,20 @@ def main() -> None:
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    kinds = options.kinds or [*zoo.ZOO, *zoo.ENCODERS, *zoo.DISGUISES]
+    every = [*zoo.ZOO, *zoo.ENCODERS, *zoo.DISGUISES, *_coded()]
+    kinds = [] if options.kinds == ["none"] else options.kinds or every
+    stored = json.loads(STORED.read_text())["rows"] if STORED.is_file() else {}
     rows = []
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for row in pool.map(sweep, kinds):
             rows.append(row)
             print(json.dumps(row), flush=True)
+            stored[row["kind"]] = row
+            ordered = {name: stored[name] for name in (one.removesuffix("*") for one in every) if name in stored}
+            STORED.write_text(json.dumps({"versions": _versions(), "rows": ordered}, indent=1) + "\n")
     if options.write:
-        DOC.write_text(PAGE.format(table=table(rows), **_summary(rows)))
+        shown = list(json.loads(STORED.read_text())["rows"].values())
+        DOC.write_text(PAGE.format(table=table(shown), classes=_classes(), **_summary(shown)))
     results.note(kinds=len(rows), wrong=sum(not _passed(row) for row in rows))
     sys.exit(1 if any(not _passed(row) for row in rows) else 0)
 
@@ -233,6 +305,32 @@ def main() -> None:
 def _passed(row: dict[str, Any]) -> bool:
     figures = [row.get(key) for key in ("plain", "merged", "onto", "lora", "reads")]
     return "error" not in row and all(v < row["tolerance"] for v in figures if isinstance(v, float))
+
+
+def _versions() -> str:
+    return ", ".join(f"{name} {version(name)}" for name in ("transformers", "peft", "torch", "xllamacpp"))
+
+
+def _classes() -> str:
+    """The classes of llama.cpp's converter: how many convert here, and why the others do not."""
+    from adapterkit.gguf.arch.table import classes
+
+    named, here = json.loads(CLASSES.read_text())["classes"], classes()
+    missing = [name for name in named if name not in here]
+    lines = [
+        f"**{len(named) - len(missing)} of the {len(named)} classes of the converter's map of text models convert.**",
+        "",
+    ]
+    reasons: dict[str, list[str]] = {}
+    for name in missing:
+        reasons.setdefault(WHY_NOT.get(name, "no row yet"), []).append(f"`{name}`")
+    lines += ["Not converted:", "", *(f"* {reason}: {', '.join(names)}." for reason, names in reasons.items())]
+    found = {name: here[name] for name in named if name in here}
+    by_arch: dict[str, list[str]] = {}
+    for name, arch in found.items():
+        by_arch.setdefault(arch, []).append(f"`{name}`")
+    lines += ["", "| GGUF | classes |", "|---|---|", *(f"| {a} | {', '.join(n)} |" for a, n in sorted(by_arch.items()))]
+    return "\n".join(lines)
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -245,7 +343,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
     read = [row["reads"] for row in rows if "reads" in row]
     return {
-        "versions": ", ".join(f"{name} {version(name)}" for name in ("transformers", "peft", "torch", "xllamacpp")),
+        "versions": _versions(),
         "count": len(rows),
         "archs": len({row.get("arch") for row in rows}),
         "exact": len(exact),
@@ -305,7 +403,24 @@ embedding):
 * **roberta and xlm-roberta** are told from bert by their tokenizer when going back, which the models above do not have. With it
   they give the same bytes too (`tests/gguf/test_gguf_there_and_back.py`).
 
-Architectures in the last rows have no class in transformers; their checkpoints were made from a model that computes the same.
+* **minimax** (Text-01, M1): the norm after linear attention has an epsilon of its own (1e-6), and llama.cpp one for all; a
+  config with another is written with `--allow-approximate rms_norm_eps`.
+* **plamo2**: llama.cpp's own converter writes 0 heads for layers with a mixer, and the runtime then never answers; ours says
+  their number.
+* **neobert**: its code has the query, key and value of each head after the other. llama.cpp's own converter leaves them so, and
+  the runtime takes all queries first; ours are sorted.
+* **rwkv6**: nothing is halved every sixth layer, which is for half precision; `rescale_every_n_layers` is 0.
+* **sarvam**: the bias that chooses experts is stored as it is; its mean, which its code takes away, changes no choice.
+* **cogvlm**: llama.cpp answers with the scores of the first token of a batch. The figure is for a micro-batch of one token, and
+  the conversion says so.
+* **grovemoe** has no formula here: its tensors and keys are those of llama.cpp's own converter, and the runtime runs it.
+
+Architectures in the last rows have no class in transformers; their checkpoints were made from a model that computes the same,
+or by hand, and compared with their formula in float64 (`tests/gguf/coded_zoo.py` and its neighbours).
+
+## The classes of llama.cpp's converter
+
+{classes}
 
 ## Beside llama.cpp's own converter
 

@@ -25,7 +25,7 @@ from adapterkit.checkpoint.plan_file import PlanStep
 from adapterkit.disk import partial_folder
 from adapterkit.errors import CheckpointError, OutputError
 from adapterkit.verbs.execute import OpenPlan
-from adapterkit.verbs.merge import plan_merge
+from adapterkit.verbs.plan_merge import plan_merge
 
 
 def planned(sizes: list[int]) -> Plan:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from engine_case import Case
 
 import adapterkit
-from adapterkit.verbs.merge import plan_merge
+from adapterkit.verbs.plan_merge import plan_merge
 
 
 @pytest.fixture

@@ -252,6 +252,32 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         },
         {"lora": _TEXT_LORA},
     ),
+    "minimax_m3": (
+        "MiniMaxM3SparseForConditionalGeneration",
+        {
+            "text_config": {
+                **_HALF,
+                "intermediate_size": 32,
+                "dense_intermediate_size": 96,
+                "shared_intermediate_size": 32,
+                "rotary_dim": 8,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "index_head_dim": 16,
+                "index_n_heads": 2,
+                "mlp_layer_types": ["dense", "sparse"],
+                "layer_types": ["full_attention", "minimax_m3_sparse"],
+            },
+            "vision_config": {
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 48,
+            },
+        },
+        {"lora": r".*language_model.*self_attn\.(q_proj|k_proj|v_proj|o_proj)", "alone": False},
+    ),
     "step3p7": (
         "Step3p7ForConditionalGeneration",
         {

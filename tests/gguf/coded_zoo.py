@@ -39,6 +39,8 @@ class Coded:
         tolerance: of log-probabilities.
         causal: whether the next token is asked for, and not an embedding.
         head: of the tensor that logits come from; none where hidden states do.
+        scale: of the random weights.
+        ubatch: tokens that the runtime computes at a time; 0 for as many as it likes.
     """
 
     config: dict[str, Any]
@@ -47,9 +49,11 @@ class Coded:
     tolerance: float = 1e-5
     causal: bool = True
     head: str = "lm_head.weight"
+    ubatch: int = 0
+    scale: float = 0.15
 
 
-def tensors(one: Coded, scale: float = 0.15, seed: int = 0) -> Weights:
+def tensors(one: Coded, seed: int = 0) -> Weights:
     """Random float32 weights; those of norms are around 1."""
     generator = torch.Generator().manual_seed(seed)
     found: Weights = {}
@@ -57,7 +61,7 @@ def tensors(one: Coded, scale: float = 0.15, seed: int = 0) -> Weights:
     for name, shape in one.shapes.items():
         for layer in range(layers) if "{i}" in name else (0,):
             for expert in range(4) if "{e}" in name else (0,):
-                values = torch.randn(shape, generator=generator) * scale
+                values = torch.randn(shape, generator=generator) * one.scale
                 own = name.replace("{i}", str(layer)).replace("{e}", str(expert))
                 near_one = len(shape) == 1 and own.endswith("weight")
                 found[own] = values + 1.0 if near_one else values
@@ -627,5 +631,6 @@ DENSE: dict[str, Coded] = {
         },
         _spark,
         5e-3,
+        scale=0.1,
     ),
 }

@@ -169,3 +169,30 @@ def test_a_conversion_makes_it_too(tmp_path: Path) -> None:
     assert (tmp_path / "mmproj-o.gguf").read_bytes() == (tmp_path / "alone.gguf").read_bytes()
     with pytest.raises(UsageError, match="tower"):
         convert(tmp_path / "o.gguf", tmp_path / "again.gguf", mmproj="auto")
+
+
+def test_a_recipe_makes_the_tower_beside(tmp_path: Path) -> None:
+    from adapterkit.recipe.report import UNCHANGED
+    from adapterkit.recipe.run import build
+
+    hf = tmp_path / "hf"
+    zoo.build(hf, "qwen2_vl")
+    text = f'base = "{hf}"\n[adapters]\na = "{tmp_path / "adapter"}"\n[outputs.m]\npath = "build/m.gguf"\nmmproj = "auto"\n'
+    make_adapter(tmp_path / "adapter", hf, _tower_lora(), scale=0.1)
+    path = tmp_path / "work" / "adapterkit.toml"
+    path.parent.mkdir()
+    path.write_text(text)
+    report = build(path)
+    assert "mmproj-m.gguf" in report.outputs[0].files
+    adapterkit.merge(hf, [tmp_path / "adapter"], tmp_path / "by-hand.gguf", mmproj="auto")
+    made = (path.parent / "build/mmproj-m.gguf").read_bytes()
+    assert made == (tmp_path / "mmproj-by-hand.gguf").read_bytes()
+    assert build(path).outputs[0].state == UNCHANGED
+    path.write_text(text.replace('mmproj = "auto"\n', ""))
+    assert build(path).changed == 1
+
+
+def _tower_lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, lora_alpha=8, target_modules=r".*(visual.*qkv|q_proj)")

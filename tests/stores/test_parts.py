@@ -48,6 +48,7 @@ def test_parts_in_any_order_by_several_workers(s3: Proxy, place: str, tmp_path: 
     assert not client.list_objects_v2(Bucket="models", Prefix=f"{place}/.").get("Contents")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [2])
 def test_run_on_this_machine(s3: Proxy, workers: int, place: str, tmp_path: Path) -> None:
     from models import plain_base

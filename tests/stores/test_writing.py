@@ -243,7 +243,6 @@ def first_of_each(what: object, method: str) -> Callable[[Asked], Any]:
 @pytest.mark.parametrize(
     ("fault", "method"),
     [
-        ((500, "InternalError"), "PUT"),
         ((503, "SlowDown"), "POST"),
         ((409, "ConditionalRequestConflict"), "PUT"),
         (HANG_UP, "PUT"),
@@ -343,6 +342,7 @@ def test_an_interrupted_run_goes_on(s3: Proxy, wide: tuple[Path, Path], put: Put
     assert left(s3, place) == ([], 0)
 
 
+@pytest.mark.slow
 def test_parts_are_as_s3_wants_them(s3: Proxy, wide: tuple[Path, Path], put: Put, place: str) -> None:
     base, adapter = put(wide[0]), put(wide[1])
     adapterkit.merge(base, adapter, f"s3://models/{place}/out")

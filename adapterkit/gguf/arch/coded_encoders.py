@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.gguf.arch import dense, hybrid
+from adapterkit.gguf.arch import dense, encoders, hybrid
 from adapterkit.gguf.arch.builtin import Fixed
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.fields import MORE
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 CAUSAL = constant("attention.causal", False)
+LABELS = encoders.LABELS
 POOLED = Key("pooling_type", pooling)
 _BERT_NEEDS = ("token_embd.weight", "token_embd_norm.weight")
 
@@ -138,6 +139,39 @@ def _neo_back(values: Mapping[str, Any], config: Mapping[str, Any], base: Any) -
     return {"intermediate_size": -(-3 * values["feed_forward_length"] // 2), "hidden_act": "swiglu", "is_causal": None}
 
 
+_NEO = (
+    rule("encoder", "token_embd"),
+    rule("layer_norm", "enc.output_norm"),
+    *tree(
+        "transformer_encoder.{i}.",
+        {
+            "attn_norm": "attention_norm",
+            # Its code has the query, key and value of each head after the other; llama.cpp's own converter
+            # leaves them so, and its runtime takes all queries first.
+            "attn_qkv": "qkv",
+            "attn_output": "wo",
+            "ffn_norm": "ffn_norm",
+            "ffn_up": "ffn.w12",
+            "ffn_down": "ffn.w3",
+        },
+        {"attn_qkv": [ByHead("heads")]},
+    ),
+)
+_NEO_KEYS = (
+    CAUSAL,
+    Key("feed_forward_length", _neo_width),
+    constant("rope.freq_base", 10000.0),
+    constant("rope.scaling.type", "none"),
+    Key("attention.layer_norm_rms_epsilon", "norm_eps", 1e-6),
+    Key("pooling_type", lambda c: pooling(c) or POOLING["cls"]),
+)
+_NEO_FIXED = (
+    Fixed("hidden_act", "swiglu", "computes swiglu in this architecture", default="swiglu"),
+    Fixed("rms_norm", True, "has RMS norms in this architecture"),
+    Fixed("rope", True, "rotates positions in this architecture"),
+)
+
+
 def _both_ways(row: ArchSpec, **more: Any) -> ArchSpec:
     """A decoder whose tokens see all others."""
     return replace(row, keys=(*row.keys, CAUSAL, POOLED), variant=None, encoder=True, types=(), **more)
@@ -167,6 +201,11 @@ SPECS = (
             *_NOMIC_FIXED,
             Fixed("activation_function", "swiglu", "computes swiglu in this architecture"),
             Fixed("hidden_act", "silu", "computes silu in this architecture"),
+            Fixed(
+                "head_dim",
+                lambda c: c.number("hidden") // c.number("heads"),
+                "has heads of hidden_size / num_attention_heads in this architecture",
+            ),
         ),
         encoder=True,
         back=_nomic_back,
@@ -259,42 +298,30 @@ SPECS = (
         "neo-bert",
         ("NeoBERT", "NeoBERTLMHead"),
         "neobert",
-        (
-            rule("encoder", "token_embd"),
-            rule("layer_norm", "enc.output_norm"),
-            *tree(
-                "transformer_encoder.{i}.",
-                {
-                    "attn_norm": "attention_norm",
-                    # Its code has the query, key and value of each head after the other; llama.cpp's own converter
-                    # leaves them so, and its runtime takes all queries first.
-                    "attn_qkv": "qkv",
-                    "attn_output": "wo",
-                    "ffn_norm": "ffn_norm",
-                    "ffn_up": "ffn.w12",
-                    "ffn_down": "ffn.w3",
-                },
-                {"attn_qkv": [ByHead("heads")]},
-            ),
-        ),
-        (
-            CAUSAL,
-            Key("feed_forward_length", _neo_width),
-            constant("rope.freq_base", 10000.0),
-            constant("rope.scaling.type", "none"),
-            Key("attention.layer_norm_rms_epsilon", "norm_eps", 1e-6),
-            Key("pooling_type", lambda c: pooling(c) or POOLING["cls"]),
-        ),
+        _NEO,
+        _NEO_KEYS,
         prefixes=("model.",),
         root="model.",
         drops=(r"^decoder\.", r"freqs_cis$"),
         needs=("token_embd.weight", "enc.output_norm.weight"),
-        fixed=(
-            Fixed("hidden_act", "swiglu", "computes swiglu in this architecture", default="swiglu"),
-            Fixed("rms_norm", True, "has RMS norms in this architecture"),
-            Fixed("rope", True, "rotates positions in this architecture"),
-        ),
+        fixed=_NEO_FIXED,
         encoder=True,
+        back=_neo_back,
+    ),
+    ArchSpec(
+        "neo-bert",
+        ("NeoBERTForSequenceClassification",),
+        "neobert_classifier",
+        (*_NEO, rule("dense", "cls"), rule("classifier", "cls.output")),
+        (*_NEO_KEYS, LABELS),
+        prefixes=("model.",),
+        root="model.",
+        drops=(r"freqs_cis$",),
+        needs=("token_embd.weight", "enc.output_norm.weight", "cls.weight", "cls.output.weight"),
+        when=lambda base: "cls.output.weight" in base,
+        fixed=_NEO_FIXED,
+        encoder=True,
+        defaults={"model_type": "neobert"},
         back=_neo_back,
     ),
     _both_ways(

@@ -27,9 +27,10 @@ from adapterkit.gguf.arch.shared import (
     attention,
     constant,
     experts,
+    shared_expert,
     window_pattern,
 )
-from adapterkit.gguf.arch.spec import ArchSpec, Key, Rule, block, blocks, rule, tree
+from adapterkit.gguf.arch.spec import ArchSpec, Key, Rule, block, blocks, plus_one, rule, tree
 from adapterkit.gguf.arch.windows import kinds
 
 if TYPE_CHECKING:
@@ -124,8 +125,8 @@ _NO_BETAS = tuple(
 
 
 def _minimax_rope(config: Config) -> int:
-    size = config.number("head_dim")
-    return int(config.get("rotary_dim", default=size * float(config.rope.get("partial_rotary_factor", 1.0))))
+    size, share = config.number("head_dim"), config.rope.get("partial_rotary_factor")
+    return int(config.get("rotary_dim", default=size) if share is None else size * float(share))
 
 
 def _minimax_back(values: Mapping[str, Any], config: Mapping[str, Any], base: Any) -> dict[str, Any]:
@@ -138,6 +139,65 @@ def _minimax_back(values: Mapping[str, Any], config: Mapping[str, Any], base: An
         **dict.fromkeys(("full_attn_beta_factor", "linear_attn_beta_factor", "mlp_beta_factor"), 1.0),
         "num_experts": None,
     }
+
+
+# ------------------------------------------------------------------ MiniMax M3
+
+
+def _sparse(flat: str, nested: str) -> Any:
+    """A number of the indexer, in either spelling of its config."""
+
+    def find(config: Config) -> int:
+        found = config.get(flat, default=config.get("sparse_attention_config", default={}).get(nested))
+        return int(config.need(flat) if found is None else found)
+
+    return find
+
+
+def _m3_dense(config: Config) -> int:
+    """Layers before the first with experts."""
+    found = config.get("moe_layer_freq")
+    sparse = [bool(one) for one in found] if isinstance(found, list) else []
+    named = config.get("mlp_layer_types")
+    sparse = [one == "sparse" for one in named] if isinstance(named, list) else sparse
+    return sparse.index(True) if True in sparse else len(sparse)
+
+
+def _m3_indexed(config: Config) -> list[str]:
+    """llama.cpp chooses blocks in every layer with experts, and in no other."""
+    lead = _m3_dense(config)
+    return ["full_attention"] * lead + ["minimax_m3_sparse"] * (config.number("layers") - lead)
+
+
+def _m3_shared(config: Config) -> int:
+    found = config.get("n_shared_experts")
+    return int(
+        found if found is not None else config.number("shared_intermediate_size") // config.number("intermediate_size")
+    )
+
+
+def _m3_back(values: Mapping[str, Any], config: Mapping[str, Any], base: Any) -> dict[str, Any]:
+    lead, layers, width = (
+        values["leading_dense_block_count"],
+        values["block_count"],
+        values["expert_feed_forward_length"],
+    )
+    rotated = values["rope.dimension_count"]
+    text = {
+        **{name: value for name, value in config.items() if name not in ("architectures", "model_type")},
+        "model_type": "minimax_m3_vl_text",
+        "intermediate_size": width,
+        "dense_intermediate_size": values["feed_forward_length"],
+        "shared_intermediate_size": width * values["expert_shared_count"],
+        "num_local_experts": values["expert_count"],
+        "rotary_dim": rotated,
+        "mlp_layer_types": ["dense"] * lead + ["sparse"] * (layers - lead),
+        "layer_types": ["full_attention"] * lead + ["minimax_m3_sparse"] * (layers - lead),
+        "hidden_act": "silu",
+        **dict.fromkeys(("num_experts", "scoring_func")),
+    }
+    text = {name: value for name, value in text.items() if value is not None}
+    return {**dict.fromkeys(config), **text, "architectures": ["MiniMaxM3SparseForCausalLM"]}
 
 
 # ------------------------------------------------------------------ PLaMo 2
@@ -509,6 +569,70 @@ SPECS = (
             Fixed("shared_intermediate_size", 0, "has no shared experts in this architecture"),
         ),
         back=_minimax_back,
+    ),
+    ArchSpec(
+        "minimax-m3",
+        ("MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration"),
+        "minimax_m3_vl_text",
+        plus_one(
+            (
+                *EMBEDDINGS,
+                *NORMS,
+                *attention(),
+                *QK_NORMS,
+                *MLP,
+                *blocks(
+                    **{
+                        "indexer.q_proj": "self_attn.index_q_proj",
+                        "indexer.k_proj": "self_attn.index_k_proj",
+                        "indexer.q_norm": "self_attn.index_q_norm",
+                        "indexer.k_norm": "self_attn.index_k_norm",
+                    }
+                ),
+                *w123(),
+                *shared_expert("block_sparse_moe.shared_experts"),
+                block("block_sparse_moe.e_score_correction_bias", "exp_probs_b.bias"),
+            )
+        ),
+        (
+            Key("expert_feed_forward_length", "intermediate_size", needed=True),
+            Key("rope.dimension_count", _minimax_rope),
+            Key("expert_gating_func", lambda c: GATING["sigmoid"]),
+            Key("expert_shared_count", _m3_shared),
+            Key("expert_weights_scale", "routed_scaling_factor", needed=True),
+            constant("expert_weights_norm", True),
+            Key(
+                "attention.indexer.head_count",
+                _sparse("index_n_heads", "sparse_num_index_heads"),
+                field="index_n_heads",
+            ),
+            Key("attention.indexer.key_length", _sparse("index_head_dim", "sparse_index_dim"), field="index_head_dim"),
+            Key(
+                "attention.indexer.top_k", _sparse("index_topk_blocks", "sparse_topk_blocks"), field="index_topk_blocks"
+            ),
+            Key(
+                "attention.indexer.block_size",
+                _sparse("index_block_size", "sparse_block_size"),
+                field="index_block_size",
+            ),
+            Key(
+                "attention.indexer.local_blocks",
+                _sparse("index_local_blocks", "sparse_local_block"),
+                field="index_local_blocks",
+            ),
+            Key("leading_dense_block_count", _m3_dense),
+        ),
+        uneven=True,
+        own_output=True,
+        types=("minimax_m3_vl", "minimax_m3"),
+        drops=(r"^(vision_tower|multi_modal_projector|patch_merge_mlp)\.",),
+        fixed=(
+            SILU,
+            Fixed("layer_types", _m3_indexed, "chooses blocks of tokens in all layers with experts, and in no other"),
+            Fixed("swiglu_alpha", 1.702, "has 1.702 there"),
+            Fixed("swiglu_limit", 7.0, "clips at 7"),
+        ),
+        back=_m3_back,
     ),
     ArchSpec(
         "plamo2",

@@ -79,7 +79,9 @@ class Config:
 
     @property
     def has_vision(self) -> bool:
-        return any(key in self.raw for key in VISION_PARTS)
+        thinker = self.raw.get("thinker_config")
+        parts = (self.raw, thinker if isinstance(thinker, Mapping) else {})
+        return any(key in part for part in parts for key in VISION_PARTS)
 
     def get(self, *names: str, default: Any = None) -> Any:
         """The first of these fields that is there and not null."""
@@ -249,6 +251,7 @@ DERIVED: dict[str, Callable[[Config], int]] = {
     "gate_up_rows": lambda c: 2 * c.number("moe_intermediate_size"),
     "nemotron_groups": lambda c: c.number("n_groups"),
     "dbrx_experts": lambda c: int(c.get("ffn_config", default={}).get("moe_num_experts", 0)),
+    "rwkv_heads": lambda c: c.number("hidden") // max(int(c.need("head_dim", "head_size")), 1),
     "ssm_heads": lambda c: int(c.get("mamba_n_heads", default=0)),
 }
 

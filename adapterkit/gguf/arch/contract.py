@@ -44,7 +44,7 @@ scale_attention_softmax_in_fp32 reorder_and_upcast_attn sparse_prediction sparse
 reference_compile repad_logits_with_grad compile_model mlm_probability mask_token vocab_pad seq_length
 gradient_checkpointing_use_reentrant use_mambapy use_falcon_mambapy use_mamba_kernels use_associative_scan
 num_nextn_predict_layers mtp_num_hidden_layers pad_head_dim_to_multiple_of
-language_model_only mamba_ssm_dtype tie_word_embeddings has_visual_encoder modality
+language_model_only mamba_ssm_dtype block_size tie_word_embeddings has_visual_encoder modality
 """
 HARMLESS = frozenset(_HARMLESS_WORDS.split())
 

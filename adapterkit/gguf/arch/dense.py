@@ -297,7 +297,14 @@ SPECS = (
     ),
     ArchSpec(
         "qwen2vl",
-        ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration", "Qwen2VLModel"),
+        (
+            "Qwen2VLForConditionalGeneration",
+            "Qwen2_5_VLForConditionalGeneration",
+            "Qwen2VLModel",
+            "Qwen2_5OmniModel",
+            "Qwen2_5OmniForConditionalGeneration",
+            "Qwen2_5OmniThinkerForConditionalGeneration",
+        ),
         "qwen2_vl",
         _PLAIN,
         types=("qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"),
@@ -443,7 +450,7 @@ SPECS = (
     ),
     ArchSpec(
         "stablelm",
-        ("StableLmForCausalLM", "StableLMEpochForCausalLM"),
+        ("StableLmForCausalLM", "StableLMEpochForCausalLM", "LlavaStableLMEpochForCausalLM"),
         "stablelm",
         (
             *_PLAIN,

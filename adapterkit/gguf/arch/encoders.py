@@ -51,7 +51,7 @@ _BERT_DROPS = (
     r"^lm_head\.",
     r"position_ids$",
 )
-_LABELS = Key(
+LABELS = Key(
     "classifier.output_labels",
     lambda c: (
         [str(name) for _, name in sorted(c.need("id2label").items(), key=lambda pair: int(pair[0]))]
@@ -139,7 +139,7 @@ SPECS = (
         ("BertModel", "BertForMaskedLM", "CamembertModel"),
         "bert",
         _BERT,
-        (_CAUSAL, _POOLING, _LABELS),
+        (_CAUSAL, _POOLING, LABELS),
         prefixes=("bert.",),
         drops=_BERT_DROPS,
         needs=("token_embd.weight", "position_embd.weight"),
@@ -152,7 +152,7 @@ SPECS = (
         ("BertForSequenceClassification",),
         "bert_classifier",
         (*_BERT, rule("pooler.dense", "cls"), rule("classifier", "cls.output")),
-        (_CAUSAL, _POOLING, _LABELS),
+        (_CAUSAL, _POOLING, LABELS),
         prefixes=("bert.",),
         drops=tuple(one for one in _BERT_DROPS if "pooler" not in one),
         when=lambda base: "cls.output.weight" in base and base.header.get("tokenizer.ggml.model") == "bert",
@@ -173,7 +173,7 @@ SPECS = (
                 rule("classifier.out_proj", "cls.output"),
             )
         ),
-        (Key("context_length", _positions), _CAUSAL, _POOLING, _LABELS),
+        (Key("context_length", _positions), _CAUSAL, _POOLING, LABELS),
         prefixes=("roberta.",),
         drops=_BERT_DROPS,
         types=("xlm-roberta",),
@@ -226,7 +226,7 @@ SPECS = (
         ("ModernBertForSequenceClassification",),
         "modernbert_classifier",
         (*_MODERN, rule("head.dense", "cls"), rule("head.norm", "cls.norm"), rule("classifier", "cls.output")),
-        (*_MODERN_KEYS, _LABELS),
+        (*_MODERN_KEYS, LABELS),
         prefixes=("model.",),
         when=lambda base: "cls.output.weight" in base,
         needs=("token_embd.weight", "output_norm.weight", "cls.weight", "cls.norm.weight", "cls.output.weight"),

@@ -283,6 +283,7 @@ FIXED: dict[str, tuple[Fixed, ...]] = {
         Fixed("relative_attention_max_distance", 128, "has 128 there"),
     ),
 }
+FIXED["jais2"] = (_activation("relu2"), *_biased("attention_bias", "mlp_bias"))
 FIXED["bert_classifier"] = FIXED["bert"]
 FIXED["modernbert_classifier"] = (*FIXED["modernbert"], *_no_bias("classifier_bias"))
 FIXED["gemma3_embedding"] = tuple(one for one in _gemma(62) if one.field != "use_bidirectional_attention")

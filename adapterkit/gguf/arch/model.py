@@ -46,6 +46,14 @@ FLOAT32 = (
     "altup_correct_coef.weight",
     "altup_predict_coef.weight",
     "indexer.proj.weight",
+    "indexer.q_proj.weight",
+    "indexer.k_proj.weight",
+    "time_mix_first.weight",
+    "time_mix_w1.weight",
+    "time_mix_w2.weight",
+    "time_mix_decay_w1.weight",
+    "time_mix_decay_w2.weight",
+    "time_mix_lerp_fused.weight",
 )
 
 
@@ -150,6 +158,7 @@ def as_gguf(
             tensors = {one.tensor: Constant(one.tensor, factors), **tensors}
     notes = held(spec, read, approximate)
     values = hyperparameters(spec, read) | _scalars(view, mapper)
+    notes = (*((spec.note,) if spec.note else ()), *notes)
     notes = (*notes, *tie_note(mapper), *scaling(spec, read).notes, *left_out(read), *_of_towers(towers), *unread(read))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     label = size_label(shapes, _first(values.get("expert_count")))

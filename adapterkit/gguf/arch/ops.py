@@ -92,6 +92,18 @@ class Interleave(Op):
 
 
 @dataclass(frozen=True)
+class InterleaveColumns(Op):
+    """The same along the columns, of what is stored as one row per head: ``[heads, size]``."""
+
+    def run(self, arrays: Sequence[Array], config: Config) -> list[Array]:
+        found = []
+        for array in arrays:
+            box, half = array.box(), _divided(array.width, 2, "halves")
+            found.append(Array(array.shape, (replace(box, columns=box.columns.unfold(2, half).swapped(0, 1)),)))
+        return found
+
+
+@dataclass(frozen=True)
 class RotaryHalves(Op):
     """The reverse for the rotary part of each head alone: even rows, then odd ones, then those without a rotation."""
 

@@ -128,6 +128,7 @@ class ArchSpec:
             the file's tensors.
         no_lora: ends of names of weights that the runtime multiplies with itself, without looking for a LoRA (plain
             ``ggml_mul_mat`` in its ``src/models``).
+        note: what the runtime does otherwise whatever a config says.
         output_apart: the output layer is other numbers than the embedding although the config ties them.
     """
 
@@ -160,6 +161,7 @@ class ArchSpec:
     output_apart: bool = False
     fixed: tuple[Fixed, ...] = ()
     reads_yarn_bounds: bool = False
+    note: str = ""
     back: Callable[[Mapping[str, Any], Mapping[str, Any], Any], dict[str, Any]] | None = None
 
     @property
@@ -184,6 +186,11 @@ def blocks(**names: str) -> tuple[Rule, ...]:
 def tree(layer: str, names: Mapping[str, str], ops: Mapping[str, Sequence[Op]] | None = None) -> tuple[Rule, ...]:
     """Rules of the tensors of a layer: GGUF name (``attn_q``) = name after ``layer``, with operations by GGUF name."""
     return tuple(rule(f"{layer}{hf}", f"{BLOCK}{gguf}", ops=(ops or {}).get(gguf, ())) for gguf, hf in names.items())
+
+
+def named_items(hf: str, items: tuple[str, ...], gguf: str, *ops: Op) -> Rule:
+    """A rule for tensors whose names begin with ``hf`` and end with ``items``, which are put together in that order."""
+    return Rule(f"{hf}{{e}}", (gguf,), tuple(ops), items=items)
 
 
 def plus_one(rules: Sequence[Rule]) -> tuple[Rule, ...]:

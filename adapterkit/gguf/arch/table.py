@@ -11,6 +11,7 @@ from adapterkit.gguf.arch import (
     coded,
     coded_encoders,
     coded_moe,
+    coded_more,
     dense,
     encoders,
     further,
@@ -20,6 +21,7 @@ from adapterkit.gguf.arch import (
     moe,
     older,
     remote,
+    rwkv,
     seq2seq,
     wholes,
     windows,
@@ -46,6 +48,8 @@ _ROWS: tuple[ArchSpec, ...] = (
     *coded.SPECS,
     *coded_encoders.SPECS,
     *coded_moe.SPECS,
+    *coded_more.SPECS,
+    *rwkv.SPECS,
 )
 
 
@@ -84,6 +88,15 @@ def _by_type() -> dict[str, ArchSpec]:
         for name in spec.model_types:
             found.setdefault(name, spec)
     return found
+
+
+def classes() -> dict[str, str]:
+    """Classes of ``architectures`` that convert, and the architecture that each becomes.
+
+    Of a whole model with a text part of any kind the architecture is ``its text part's``.
+    """
+    whole = dict.fromkeys(wholes.WRAPPERS, "its text part's")
+    return {**whole, **{name: spec.arch for name, spec in _by_class().items()}}
 
 
 def spec_of(config: Config) -> ArchSpec:

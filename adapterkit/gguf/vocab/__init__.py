@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import CheckpointError, UsageError
 from adapterkit.gguf.metadata import Entry, text, u32
-from adapterkit.gguf.vocab import bpe, pretokenizers, proto, special, spm, tekken, templates, unigram, wordpiece
+from adapterkit.gguf.vocab import bpe, pretokenizers, proto, special, spm, tekken, templates, unigram, wordpiece, world
 from adapterkit.gguf.vocab.inverse import tokenizer_files
 from adapterkit.gguf.vocab.sources import (
     GENERATION,
@@ -37,7 +37,7 @@ __all__ = ["FILES", "Vocab", "read_vocab", "tokenizer_files"]
 # Side files that say something of a tokenizer; templates of other names lie in a folder of their own.
 FILES = (
     *(TOKENIZER, SETTINGS, SPECIAL_MAP, "added_tokens.json", GENERATION, TEKKEN, WORDS, VOCABULARY, MERGES),
-    *(*SENTENCEPIECE, templates.JINJA, templates.JSON),
+    *(*SENTENCEPIECE, templates.JINJA, templates.JSON, world.FILE),
 )
 TYPE_COUNT = "tokenizer.ggml.token_type_count"
 _READERS: dict[str, Callable[[Sources, TokenTable, str | None], tuple[list[Entry], list[Entry]]]] = {
@@ -46,6 +46,7 @@ _READERS: dict[str, Callable[[Sources, TokenTable, str | None], tuple[list[Entry
     "tekken": tekken.read,
     "wordpiece": wordpiece.read,
     "unigram": unigram.read,
+    "world": world.read,
 }
 # What an architecture's row may say, and the kinds that its files may then turn out to be.
 KINDS = {
@@ -54,6 +55,7 @@ KINDS = {
     "bpe": ("bpe", "spm", "tekken"),
     "wordpiece": ("wordpiece", "bpe", "unigram"),
     "unigram": ("unigram", "spm"),
+    "world": ("world",),
 }
 # Roles by the texts that these families always use, where no file names them.
 _ROLES = {
@@ -67,6 +69,7 @@ _ROLES = {
         "mask": "[MASK]",
     },
     "tekken": tekken.ROLES,
+    "world": world.ROLES,
 }
 # What a family's classes put before and after a text where no tokenizer.json says it.
 _ADDED = {"spm": (True, False), "tekken": (True, False), "wordpiece": (True, True), "unigram": (False, True)}
@@ -148,6 +151,8 @@ def _kind(sources: Sources, kind: str) -> str:
 
 def _of_files(sources: Sources) -> str | None:
     name = spm.file_of(sources)
+    if world.FILE in sources:
+        return "world"
     if TOKENIZER in sources:
         if sources.model_kind != "BPE":
             family = {"WordPiece": "wordpiece", "Unigram": "unigram"}.get(sources.model_kind)

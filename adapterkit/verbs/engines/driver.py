@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 LOSSES = 10  # workers that may be lost over one part, or one after the other, before the part is given up
 PAUSE = 0.25  # seconds between two looks at the workers
 
+MOVED_IN_STORES = ("requests", "bytes_down", "bytes_up", "bytes_inside")
+
 Log = Callable[..., None]
 
 
@@ -42,6 +44,7 @@ class RunTally:
         peak_memory: the largest of a worker, in bytes.
         reused: computed tensors that an interrupted run had finished.
         seconds: of the run.
+        requests, bytes_down, bytes_up, bytes_inside: of object stores.
     """
 
     engine: str
@@ -56,6 +59,10 @@ class RunTally:
     peak_memory: int = 0
     reused: int = 0
     seconds: float = 0.0
+    requests: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    bytes_inside: int = 0
 
     @property
     def summary(self) -> str:
@@ -72,6 +79,13 @@ class RunTally:
         self.worker_seconds += float(said["seconds"])
         self.peak_memory = max(self.peak_memory, int(said["peak_memory"]))
         self.reused += int(said["reused"])
+        for name in MOVED_IN_STORES:
+            setattr(self, name, getattr(self, name) + int(said.get(name, 0)))
+
+    @property
+    def moved(self) -> dict[str, int]:
+        """What was asked of object stores."""
+        return {name: getattr(self, name) for name in MOVED_IN_STORES}
 
 
 @contextmanager
