@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 
 from adapterkit.errors import MissingPackage
@@ -157,15 +158,24 @@ def lacking(error: BaseException) -> MissingPackage | None:
     return None
 
 
-def need(*modules: str, what: str, extra: str = "") -> None:
-    """Look for packages before they are imported: a library that imports its parts late blames another one.
+def need(*modules: str, what: str, extra: str = "", tried: bool = True) -> None:
+    """Look for packages and import them, each by itself: a library that imports its parts late blames another one.
+
+    Args:
+        what, extra: as in `missing`.
+        tried: import them; without it they are only looked for, as they will be imported by another process.
 
     Raises:
-        MissingPackage: one is not installed; ``what`` and ``extra`` as in `missing`.
+        MissingPackage: one is not installed.
     """
     for module in modules:
         if find_spec(module) is None:
             raise missing(module, what, extra)
+        if tried:
+            try:
+                import_module(module)
+            except ModuleNotFoundError as error:
+                raise missing(error.name or module, what, extra) from error
 
 
 def is_ours(module: str | None) -> bool:

@@ -120,7 +120,7 @@ def evaluate(
     from adapterkit.registry.evidence import attach_evaluation
     from adapterkit.results import read_results
 
-    need("lm_eval", what="evaluate runs the tasks of lm-evaluation-harness")
+    need("lm_eval", what="evaluate runs the tasks of lm-evaluation-harness", tried=False)
     names = [part.strip() for part in (tasks.split(",") if isinstance(tasks, str) else tasks) if part.strip()]
     if not names:
         raise UsageError("no task is named", f"give {option('tasks')}")
