@@ -19,7 +19,7 @@ SMALL = {
     "imatrix": "$LLAMA_IMATRIX llama",
     "kept": "--side 512",
     "kill": "--kills 6 --megabytes 20",
-    "kills": "--kills 100 (ended early) and --only register --kills 40",
+    "kills": "--kills 20 --only register",
     "linear": "--only llama --only gpt2 --only mixtral --only t5 --only qwen3_moe --only whisper",
     "mergekit": "--only linear",
     "methods": "--only Vera --only HiRA --only LoHa",
