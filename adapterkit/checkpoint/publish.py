@@ -7,8 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.folder import RECORD
-from adapterkit.disk import calls, partial_folder, publish, publish_files, recover, staging, write_file, writing
-from adapterkit.errors import OutputError, UsageError, option
+from adapterkit.disk import (
+    calls,
+    partial_folder,
+    publish,
+    publish_files,
+    read_regular,
+    recover,
+    staging,
+    write_file,
+    writing,
+)
+from adapterkit.errors import AdapterkitError, OutputError, UsageError, option
 from adapterkit.places import local
 
 if TYPE_CHECKING:
@@ -17,11 +27,15 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.plan import Plan
 
+_RECORD_BYTES = 16 << 20  # of a record, at most
+_RECORD_KEYS = frozenset({"digest", "files", "kind", "operation", "parents"})  # what every record of an output has
+
 __all__ = [
     "check_free",
     "check_output",
     "check_target",
     "input_paths",
+    "is_left_over",
     "named_beside",
     "partial_folder",
     "publish",
@@ -65,6 +79,20 @@ def check_target(out: Path, inputs: Iterable[Path], nbytes: int, *, force: bool,
 def named_beside(out: Path, name: str) -> Path:
     """Where something lies that belongs to an output which is a file: ``OUT.gguf.adapterkit.json``."""
     return out.with_name(f"{out.name}.{name}")
+
+
+def is_left_over(record: Path) -> bool:
+    """Whether a file beside an output that is gone is the record of it, which the next output of that name replaces.
+
+    It is a plain file that reads as a record of ours: who made it wrote nothing of their own into it.
+    """
+    import json
+
+    try:
+        found = json.loads(read_regular(record, _RECORD_BYTES))
+    except (AdapterkitError, ValueError, RecursionError, OSError):
+        return False
+    return isinstance(found, dict) and found.keys() >= _RECORD_KEYS
 
 
 def check_free(path: Path, *, force: bool) -> None:
@@ -128,8 +156,9 @@ def check_output(
         if target.is_dir():
             raise OutputError(f"{target} is a folder", "name a file")
         check_target(target, paths, nbytes, force=force, held=held)
-    if record:
-        check_free(named_beside(out, RECORD), force=force)
+    beside = named_beside(out, RECORD)
+    if record and not is_left_over(beside):
+        check_free(beside, force=force)
 
 
 def input_paths(plan: Plan, sources: Sequence[Source]) -> list[Path]:

@@ -13,10 +13,19 @@ from typing import TYPE_CHECKING, Any
 from adapterkit import disk
 from adapterkit.checkpoint.cut import whole_files
 from adapterkit.checkpoint.files import check_unchanged
+from adapterkit.checkpoint.folder import RECORD
 from adapterkit.checkpoint.journal import Journal
 from adapterkit.checkpoint.memory import check_memory
 from adapterkit.checkpoint.plan import default_jobs
-from adapterkit.checkpoint.publish import check_output, publish, publish_files, staging, write_beside
+from adapterkit.checkpoint.publish import (
+    check_output,
+    is_left_over,
+    named_beside,
+    publish,
+    publish_files,
+    staging,
+    write_beside,
+)
 from adapterkit.checkpoint.sink import Sink, run_together
 
 if TYPE_CHECKING:
@@ -162,7 +171,8 @@ def finish(one: Writing, folder: Path, *, force: bool) -> None:
             beside = record(folder) if record is not None else {}
             publish_files(folder, plan.targets(out), force=force)
             for name, data in beside.items():
-                write_beside(out, name, data, force=force)
+                ours = name == RECORD and is_left_over(named_beside(out, name))
+                write_beside(out, name, data, force=force or ours)
             return
         for name, data in extra.items():
             disk.write_inside(folder, name, data)

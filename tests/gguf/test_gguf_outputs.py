@@ -608,6 +608,19 @@ def test_what_lies_beside_is_not_replaced(name: str, what: str, base: Path, adap
     assert not place.is_symlink()
 
 
+def test_the_record_of_an_output_that_is_gone_is_replaced(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Who removes OUT.gguf and makes it again has not to know of the record beside it."""
+    out, place = tmp_path / "out.gguf", tmp_path / "out.gguf.adapterkit.json"
+    adapterkit.merge(base, [adapter], out)
+    before = place.read_bytes()
+    out.unlink()
+    adapterkit.merge(base, [adapter], out, weights=[0.5], dry_run=True)
+    adapterkit.merge(base, [adapter], out, weights=[0.5])
+    assert place.read_bytes() != before
+    with pytest.raises(OutputError, match=r"out.gguf exists"):
+        adapterkit.merge(base, [adapter], out)
+
+
 def test_a_record_that_appears_meanwhile_stays(base: Path, adapter: Path, tmp_path: Path) -> None:
     from adapterkit.checkpoint import write
 
