@@ -39,6 +39,8 @@ NEEDED: dict[str, set[str]] = {
     "boto3": {"inspect of a store"},
     "obstore": {"inspect of a store"},
     "ray": {"run on Ray"},
+    "mlflow": set(),  # integrations in Python, which no verb imports; their own tests hide them
+    "wandb": set(),
 }
 READS = {
     *("inspect", "inspect of a GGUF", "check", "merge --dry-run", "merge --save-plan", "convert to awq"),

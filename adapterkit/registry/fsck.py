@@ -101,6 +101,7 @@ class _Check:
                 self._missing(rotten)
                 self._index(wanted)
             if first:
+                self._chains()
                 self._trees()
                 self._leftovers()
         return FsckReport(**self.counts, problems=tuple(self.problems), notes=tuple(self.notes))

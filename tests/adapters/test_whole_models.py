@@ -73,7 +73,7 @@ def test_ties_with_mergekits_formula(models: Path, tmp_path: Path) -> None:
         deltas = []
         for weight, model in zip(weights, tuned, strict=True):
             delta = model[name].double() - w.double()
-            kept = max(1, round(0.4 * delta.numel()))
+            kept = max(1, int(0.4 * delta.numel()))
             cut = delta.abs().flatten().sort(descending=True).values[kept - 1]
             deltas.append(weight * torch.where(delta.abs() >= cut, delta, 0.0))
         stack = torch.stack(deltas)
@@ -81,7 +81,7 @@ def test_ties_with_mergekits_formula(models: Path, tmp_path: Path) -> None:
         divisor = (torch.tensor(weights).double().view(-1, *[1] * w.dim()) * agree * (stack != 0)).sum(0)
         wanted = w.double() + (stack * agree).sum(0) / torch.where(divisor == 0, 1.0, divisor)
         close = (out[name].double() - wanted).abs() < 1e-6
-        assert close.double().mean() > 0.995, name  # an entry at the cut may fall on either side
+        assert close.double().mean() > 0.999, name  # the last bit of an entry at the cut may fall on either side
 
 
 def test_an_adapter_and_a_model_together(models: Path, tmp_path: Path) -> None:

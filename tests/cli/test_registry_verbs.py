@@ -162,6 +162,7 @@ def test_aliases_and_removal(run: Any, base: Path, adapter: Path) -> None:
         "digest": run("show", "mine@2", "--json")["record"]["digest"],
         "before": 1,
         "moved": True,
+        "held": [],
     }
     assert [row["ref"] for row in run("list", "--tag", "prod", "--json")["rows"]] == ["mine@2"]
     assert [move["version"] for move in run("tag", "mine", "prod", "--history", "--json")] == [1, 2]

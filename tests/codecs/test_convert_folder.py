@@ -254,7 +254,7 @@ def test_without_llm_compressor(calibrated, capsys) -> None:
         assert run("convert", *calibrated, "--to", "gptq", *program) == 2
         said = capsys.readouterr().err
         assert "which" in said
-        assert "install adapterkit[llmcompressor], or name another environment's Python with --compressor" in said
+        assert "install 'adapterkit[llmcompressor]', or name another environment's Python with --compressor" in said
         assert said.count("\n") == 1
 
 

@@ -395,7 +395,11 @@ def truncated(folder: Path) -> Path:
 
 
 def strange(folder: Path) -> Path:
-    return write_gguf(folder / "strange.gguf", tensors(), arch="rwkv7", metadata={"rwkv7.block_count": 2})
+    return write_gguf(folder / "strange.gguf", tensors(), arch="rwkv99", metadata={"rwkv99.block_count": 2})
+
+
+def says_little(folder: Path) -> Path:
+    return write_gguf(folder / "little.gguf", tensors(), arch="rwkv7", metadata={"rwkv7.block_count": 2})
 
 
 def no_heads(folder: Path) -> Path:
@@ -492,6 +496,11 @@ REFUSED: dict[str, tuple[list[Any], int, str]] = {
     "exists": (["merge", "{}/base.gguf", "{}/adapter", "-o", "{}/base.gguf"], 2, ""),
     "dtype": (["merge", "{}/base.gguf", "{}/adapter", "-o", "{}/o.gguf", "--dtype", "f16"], 2, "use --quant"),
     "unknown architecture": (["merge", strange, "{}/adapter", "-o", "{}/o.gguf"], 1, "not known here"),
+    "says little": (
+        ["merge", says_little, "{}/adapter", "-o", "{}/o.gguf"],
+        1,
+        "metadata does not say 'wkv.head_size'",
+    ),
     "no heads": (
         ["merge", no_heads, "{}/adapter", "-o", "{}/o.gguf"],
         1,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import TargetError
+from adapterkit.errors import CheckpointError, TargetError
 from adapterkit.gguf.arch.config import ALIASES, Config, llama3_factors, single
 from adapterkit.gguf.arch.fields import MORE, NULL, floats, shortest
 from adapterkit.gguf.arch.hyper import GATING
@@ -110,7 +110,13 @@ def config_of(base: GGUFCheckpoint, spec: ArchSpec) -> dict[str, Any]:
     config |= spec.defaults
     more = spec.back or MORE.get(spec.model_type)
     if more is not None:
-        config |= more(values, config, base)
+        try:
+            config |= more(values, config, base)
+        except KeyError as error:  # each row reads keys that the runtime needs too
+            raise CheckpointError(
+                f"{base.ref}: its metadata does not say '{error.args[0]}', which {spec.model_type} needs",
+                "download it again",
+            ) from None
     return {name: None if value is NULL else value for name, value in config.items() if value is not None}
 
 
