@@ -31,7 +31,7 @@ def test_every_proof_has_a_small_run_with_a_stored_result() -> None:
     for path in STORED.glob("*.json"):
         result = stored(path.stem)
         assert result["script"] == f"proofs {path.stem}"
-        assert result["command"].startswith(f"python -m bench proofs {path.stem}")
+        assert result["command"] == f"python -m bench proofs {path.stem} {SMALL[path.stem]}".rstrip()
         assert result["measured"]["version"]
         assert re.fullmatch(r"[0-9a-f]{7,40}", result["measured"]["commit"])
         assert result["figures"] or result["tables"]

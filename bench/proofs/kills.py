@@ -28,6 +28,7 @@ import adapterkit
 from adapterkit.disk import recover
 from adapterkit.registry.fsck import fsck
 from adapterkit.registry.register import register
+from bench.common import results
 from bench.proofs.faults import inputs, state, verbs
 
 
@@ -164,6 +165,7 @@ def main() -> None:
             print(f"{name:<22} {json.dumps(rows[name])}", flush=True)
     total = {key: sum(row[key] for row in rows.values()) for key in ("kills", "left something to do", "wrong")}
     print(f"{total['kills']} kills, {total['left something to do']} left something to do, {total['wrong']} wrong")
+    results.note(kills=total["kills"], wrong=total["wrong"])
     for line in wrong:
         print("WRONG", line)
     if given.json:

@@ -13,7 +13,10 @@ from adapterkit.cli import app, main
 
 PAGE = (Path(__file__).parents[2] / "docs/cluster.md").read_text(encoding="utf-8")
 COMMANDS = [
-    line for block in re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines() if line.strip()
+    line.removeprefix("$ ")
+    for block in re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
 ]
 # What is another here: models of a few kilobytes, workers of this machine, another name for each output.
 HERE = {
