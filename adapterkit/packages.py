@@ -9,7 +9,6 @@ import re
 import sys
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import distributions
 from importlib.util import find_spec
 
 from adapterkit.errors import MissingPackage
@@ -119,6 +118,8 @@ EXTRAS = (
 
 def installer() -> str:
     """The command that installs into this environment: pip, or uv where the environment has no pip."""
+    from importlib.metadata import distributions  # slow to import
+
     # By its metadata: asking the import system for pip makes setuptools take its hands off distutils, and says so.
     return "pip install" if any(True for _ in distributions(name="pip")) else "uv pip install"
 

@@ -78,7 +78,8 @@ def test_the_sentence_names_the_extra_that_brings_it(monkeypatch: pytest.MonkeyP
     assert isinstance(told, UsageError)
     assert told.exit_code == 2
     assert str(told) == "the compiled encoders need numba, and numba is not installed; pip install 'adapterkit[gguf]'"
-    monkeypatch.setattr(packages, "distributions", lambda name: iter(()))  # an environment made by uv, which has no pip
+    # An environment made by uv has no pip.
+    monkeypatch.setattr("importlib.metadata.distributions", lambda name: iter(()))
     assert missing("cryptography", "signing needs it", "sign").hint == "uv pip install 'adapterkit[sign]'"
     assert missing("xxhash", "x").message == "xxhash, which adapterkit always needs, is not installed"
 
