@@ -106,7 +106,11 @@ def _kept(place: Path) -> tuple[Any, ...]:
     return place / "base-nf4", adapter, {"quant": "keep", "yes_lossy": True}
 
 
-@pytest.mark.parametrize("make", [_folder, _one_gguf, _kept], ids=["folder", "one GGUF file", "keep"])
+@pytest.mark.parametrize(
+    "make",
+    [_folder, pytest.param(_one_gguf, marks=pytest.mark.slow), _kept],
+    ids=["folder", "one GGUF file", "keep"],
+)
 def test_no_byte_depends_on_the_cut(make: Callable[[Path], tuple[Any, ...]], tmp_path: Path) -> None:
     base, adapter, options = make(tmp_path)
     whole, out = (tmp_path / f"{name}{'.gguf' if base.suffix else ''}" for name in ("whole", "out"))

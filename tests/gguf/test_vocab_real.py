@@ -56,6 +56,7 @@ def test_sentencepiece(name: str, tmp_path: Path) -> None:
     compare(sentencepiece_case(name, "tokenizer.model", carried(name).read_bytes()), tmp_path)
 
 
+@pytest.mark.slow
 def test_tekken(tmp_path: Path) -> None:
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
