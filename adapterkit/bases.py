@@ -13,7 +13,7 @@ from adapterkit.checkpoint.files import is_gguf
 from adapterkit.checkpoint.finders import place_of
 from adapterkit.checkpoint.open import is_object, open_checkpoint
 from adapterkit.dtypes import BY_LABEL
-from adapterkit.errors import TargetError, UsageError, option
+from adapterkit.errors import NotFound, TargetError, UsageError, option
 from adapterkit.values import dataclass
 
 Ref = str | Path
@@ -83,11 +83,14 @@ def open_change(ref: Ref, *, headers_only: bool = False) -> Adapter:
     """
     from adapterkit.checkpoint.open import is_model
 
-    if not is_gguf(Path(ref).expanduser()) and is_model(ref, headers_only=headers_only):
-        from adapterkit.adapters.whole_model import as_adapter
+    try:
+        return open_adapter(ref, headers_only=headers_only)
+    except NotFound:
+        if not is_model(ref, headers_only=headers_only):
+            raise
+    from adapterkit.adapters.whole_model import as_adapter
 
-        return as_adapter(open_model(ref, headers_only=headers_only))
-    return open_adapter(ref, headers_only=headers_only)
+    return as_adapter(open_model(ref, headers_only=headers_only))
 
 
 def open_base(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import UsageError, option
@@ -51,16 +51,9 @@ class BoundRule:
         from adapterkit.ops.rules import find
 
         inner, row = find(self.method), self.row
-        own = self._own
-        if row is not inner:
-            if not (row.nested and inner.inner):
-                raise UsageError(
-                    f"method {inner.name} cannot run in space {self.space}", "spaces are knots, core and ctm"
-                )
-            row.bind({**own, "rule": inner.name})
-        else:
-            row.bind(own)
-        _ = self.shares
+        if row is not inner and not (row.nested and inner.inner):
+            raise UsageError(f"method {inner.name} cannot run in space {self.space}", "spaces are knots, core and ctm")
+        _ = self._bound, self.shares
         if not isfinite(self.scale):
             raise UsageError(f"lambda must be a finite number, got {self.scale}", "leave it out for 1")
 
@@ -84,6 +77,44 @@ class BoundRule:
             self.parameters["weight"], self.method
         )
         return found if isinstance(found, tuple) else (found,)
+
+    def check_count(self, count: int) -> None:
+        """Refuse parameters with a value for each of another number of adapters.
+
+        Raises:
+            UsageError
+        """
+        for name, value in {**self._bound, "weight": self.shares or None}.items():
+            if isinstance(value, tuple) and len(value) != count:
+                raise UsageError(f"{len(value)} values of {name} for {count} adapters", "give one, or one for each")
+
+    def here(self, name: str, depth: float, places: Sequence[int]) -> BoundRule:
+        """The method as it counts for one weight: its parameters as numbers.
+
+        Args:
+            name: of the weight, which filters of parameters look for.
+            depth: of its layer; see `adapterkit.ops.settings`.
+            places: which of the adapters act on it.
+        """
+        from adapterkit.ops.settings import at
+
+        def picked(value: Any) -> Any:
+            found = at(value, name, depth)
+            return tuple(found[place] for place in places) if isinstance(found, tuple) else found
+
+        bound = {key: value for key, value in self._bound.items() if key in self.parameters}
+        if shares := self.shares:
+            bound["weight"] = shares
+        return replace(self, parameters={key: picked(value) for key, value in bound.items()})
+
+    @property
+    def _bound(self) -> dict[str, Any]:
+        """The method's parameters, checked: those given and the defaults of the rest."""
+        from adapterkit.ops.rules import find
+
+        row = self.row
+        inner = {} if row is find(self.method) else {"rule": find(self.method).name}
+        return row.bind({**self._own, **inner})
 
     @property
     def dense(self) -> bool:
@@ -119,9 +150,8 @@ class BoundRule:
         key: str,
         rank: int | None = None,
         base: DeltaRows | None = None,
-        depth: float = 0.0,
     ) -> DeltaRows:
-        """One delta out of those of several adapters.
+        """One delta out of those of several adapters, by a rule whose parameters are numbers; see `here`.
 
         Args:
             parts: of one weight.
@@ -130,14 +160,12 @@ class BoundRule:
             key: the parameter's name, part of the seed of random masks.
             rank: passed to a method that has such a parameter of its own.
             base: rows of the weight itself, where they are at hand.
-            depth: see `adapterkit.ops.settings`.
 
         Raises:
             UsageError: a delta without low rank, and a method that needs one.
         """
         from adapterkit.ops.lowrank import Factors
         from adapterkit.ops.rules import combine
-        from adapterkit.ops.settings import at
 
         if self.needs_factors:
             for part, ref in zip(parts, refs, strict=True):
@@ -149,9 +177,7 @@ class BoundRule:
         own = {"rank": rank} if rank is not None and self.has_rank else {}
         scale = self.scale
         if shares := self.shares:
-            if len(shares) != len(parts):
-                raise UsageError(f"{len(shares)} values of weight for {len(parts)} adapters", "give one for each")
-            weights = [w * at(share, key, depth) for w, share in zip(weights, shares, strict=True)]
+            weights = [w * share for w, share in zip(weights, shares, strict=True)]
             if not any(weights):
                 weights, scale = [1.0] * len(parts), 0.0  # none counts in this part of the model
         return combine(
@@ -162,7 +188,6 @@ class BoundRule:
             space=self.space,
             key=key,
             base=base,
-            depth=depth,
             **{**own, **self._own},
         )
 

@@ -10,23 +10,32 @@ from adapterkit.adapters.factors import ModuleDelta, Slot
 from adapterkit.ops.settings import depths
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Iterable, Sequence
 
     import torch
 
+    from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.bound_rule import BoundRule
     from adapterkit.adapters.target import Target
     from adapterkit.adapters.ties import Weighted
     from adapterkit.ops.rows import DeltaRows
 
 
-def combined_edits(items: Sequence[Weighted], rule: BoundRule, names: Iterable[str]) -> tuple[Weighted, ...]:
+def combined_edits(
+    items: Sequence[Weighted], rule: BoundRule, adapters: Sequence[Adapter], names: Iterable[str]
+) -> tuple[Weighted, ...]:
     """The edits with those of one matrix combined by ``rule``; whole parameters, token rows and vectors stay as they are.
 
     Args:
+        adapters: all of them, in order.
         names: of the base's tensors, by which layers are counted.
+
+    Raises:
+        UsageError: a parameter has values for another number of adapters.
     """
+    rule.check_count(len(adapters))
     depth = depths(names)
+    places = {id(adapter): place for place, adapter in enumerate(adapters)}
     groups: dict[Target, list[Weighted]] = {}
     for item in items:
         if _is_delta(item) and item.weight:
@@ -37,7 +46,9 @@ def combined_edits(items: Sequence[Weighted], rule: BoundRule, names: Iterable[s
         if not group:
             done.append(item)
         elif item is group[0]:
-            change = _combined(group, rule, depth)
+            parameter = item.edit.target.parameter
+            here = rule.here(parameter, depth(parameter), [places[id(one.adapter)] for one in group])
+            change = _combined(group, here)
             done.append(replace(item, edit=replace(item.edit, change=change), weight=1.0))
     return tuple(done)
 
@@ -48,7 +59,7 @@ def _is_delta(item: Weighted) -> bool:
     return not whole and (len(edit.target.shape) > 1 or item.adapter.whole)
 
 
-def _combined(group: Sequence[Weighted], rule: BoundRule, depth: Callable[[str], float]) -> Change:
+def _combined(group: Sequence[Weighted], rule: BoundRule) -> Change:
     target = group[0].edit.target
     rows, columns = target.matrix
     count = target.shape[0] if target.stacked and len(target.shape) == 3 else 1
@@ -61,8 +72,7 @@ def _combined(group: Sequence[Weighted], rule: BoundRule, depth: Callable[[str],
         found = []
         for index, parts in enumerate(zip(*loaded, strict=True)):
             key = slot.parameter if count == 1 else f"{slot.parameter}.{index}"
-            rows = BaseRows(base, slot.shape, index)
-            found.append(rule.apply(parts, weights, refs, key, base=rows, depth=depth(slot.parameter)))
+            found.append(rule.apply(parts, weights, refs, key, base=BaseRows(base, slot.shape, index)))
         return _kernel(found)
 
     changes = [item.edit.change for item in group]

@@ -152,11 +152,6 @@ def adapter_edits(
         TargetError: a tensor has no target, or the shapes do not fit.
         AdapterError, UnsupportedAdapter: see `check_config`.
     """
-    if adapter.whole:
-        from adapterkit.adapters.whole_model import WholeModel, model_edits
-
-        assert isinstance(adapter, WholeModel)
-        return model_edits(adapter, names, config)
     adapter = settle(adapter.fitted(names, config), names, config)
     method = check_config(adapter, residual_base=residual_base, allow_unknown=allow_unknown)
     if not adapter.tensors:

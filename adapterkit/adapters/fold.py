@@ -103,12 +103,18 @@ def fold(
     adapters = [settle(adapter, names, base.config) for adapter in adapters]
 
     def found(base: Checkpoint, names: Names) -> list[Weighted]:
+        if any(adapter.whole for adapter in adapters):
+            from adapterkit.adapters.whole_model import model_edits
         how = {"residual_base": residual_base, "allow_unknown": allow_unknown}
         pairs = zip(adapters, factors, strict=True)
         return [
             Weighted(edit, adapter, factor)
             for adapter, factor in pairs
-            for edit in adapter_edits(adapter, names, base.config, **how)
+            for edit in (
+                adapter_edits(adapter, names, base.config, **how)
+                if not adapter.whole
+                else model_edits(adapter, names, base)
+            )
         ]
 
     for prefix in prefixes(adapters, base.config):
@@ -132,7 +138,7 @@ def fold(
     if rule is None:
         together, order = composed_edits(settled.edits)
     else:
-        together, order = _ruled(settled.edits, rule, base.tensors), separate_note(settled.edits)
+        together, order = _ruled(settled.edits, rule, adapters, base.tensors), separate_note(settled.edits)
     notes += order
     for item in together:
         for name in item.edit.target.tensors:
@@ -151,10 +157,12 @@ def fold(
     return Folded(checkpoint, touched, tuple(added), vocab, settled.untied, head, every, settled.flag_off)
 
 
-def _ruled(edits: Sequence[Weighted], rule: BoundRule, names: Iterable[str]) -> tuple[Weighted, ...]:
+def _ruled(
+    edits: Sequence[Weighted], rule: BoundRule, adapters: Sequence[Adapter], names: Iterable[str]
+) -> tuple[Weighted, ...]:
     from adapterkit.adapters.combined import combined_edits
 
-    return combined_edits(edits, rule, names)
+    return combined_edits(edits, rule, adapters, names)
 
 
 class _Fold:

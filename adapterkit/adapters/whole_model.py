@@ -15,6 +15,7 @@ from adapterkit.adapters.change import Change, Replacement
 from adapterkit.adapters.config import AdapterConfig
 from adapterkit.adapters.method import Edit
 from adapterkit.adapters.target import Piece, Target
+from adapterkit.adapters.ties import is_tied, same_bytes
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.dtypes import BF16, F16, F32, F64
 from adapterkit.errors import TargetError
@@ -28,19 +29,11 @@ if TYPE_CHECKING:
 
 KIND = "MODEL"  # in the place of a peft_type
 _FLOATS = (BF16, F16, F32, F64)
-# What a config says of how a model is stored, served or was trained, and not of what its weights compute.
+# What a config says of how a model is stored or was trained, and not of what it answers; a tie is told by the weights.
 _HARMLESS = frozenset(
     {
-        *(
-            "_name_or_path",
-            "architectures",
-            "bos_token_id",
-            "dtype",
-            "eos_token_id",
-            "pad_token_id",
-            "quantization_config",
-        ),
-        *("torch_dtype", "transformers_version", "use_cache", "unsloth_version", "unsloth_fixed", "_commit_hash"),
+        *("_name_or_path", "architectures", "dtype", "quantization_config", "tie_word_embeddings", "torch_dtype"),
+        *("transformers_version", "use_cache", "unsloth_version", "unsloth_fixed", "_commit_hash"),
         *("attention_dropout", "hidden_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range"),
     }
 )
@@ -80,32 +73,41 @@ def as_adapter(model: Checkpoint) -> WholeModel:
     )
 
 
-def model_edits(model: WholeModel, names: Names, config: Mapping[str, Any]) -> list[Edit]:
+def model_edits(model: Adapter, names: Names, base: Checkpoint) -> list[Edit]:
     """The edit of every tensor.
 
     Args:
-        names, config: of the base.
+        names: of the base.
 
     Raises:
-        TargetError: the model is of another type than the base, or one of both has a tensor that the other has not, or
-            not in that size.
+        TargetError: the model is of another type than the base, one of both has a tensor that the other has not, or not in
+            that size, or one that is no floating tensor and differs.
     """
+    assert isinstance(model, WholeModel)
     assert model.checkpoint is not None
-    kind, other = config.get("model_type"), model.checkpoint.config.get("model_type")
+    kind, other = base.config.get("model_type"), model.checkpoint.config.get("model_type")
     if kind != other:
         raise TargetError(f"{model.ref} is a {other} and the base a {kind}", "models are merged onto their common base")
     shapes = names.checkpoint_shapes
-    held = model.checkpoint.tensors
-    targets = {name: _target(name, tensor, model, names, shapes) for name, tensor in model.tensors.items()}
-    edits = [
-        Edit(target, _change(model.tensors[name]))
-        for name, target in targets.items()
-        if target is not None and model.tensors[name].dtype in _FLOATS
-    ]
-    missing = [name for name in shapes if name not in held and not _shared(name, names, held)]
+    edits = []
+    for name, tensor in model.tensors.items():
+        target = _target(name, tensor, model, names, shapes)
+        if target is not None and tensor.dtype in _FLOATS:
+            edits.append(Edit(target, _change(tensor)))
+        elif target is not None:
+            _check_same(name, tensor, model, base)
+    missing = []
+    for name in (one for one in shapes if one not in model.checkpoint.tensors):
+        twin = _twin(name, names, model)
+        if twin is None:
+            missing.append(name)
+        elif twin in model.tensors and not (twin in base and same_bytes(base[name], base[twin])):
+            # The base has two tensors where the model has one for both.
+            edits.append(Edit(_whole(name, shapes[name]), _change(model.tensors[twin])))
     if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise TargetError(
-            f"{model.ref} has no '{missing[0]}', which the base has (and {len(missing) - 1} more)",
+            f"{model.ref} has no '{missing[0]}', which the base has{more}",
             "models are merged onto their common base, all in one layout of names",
         )
     return edits
@@ -121,7 +123,7 @@ def _target(
                 f"{model.ref}: '{name}' is {list(tensor.shape)} and the base's is {list(shapes[name])}",
                 "give models of one size and one vocabulary",
             )
-        return Target(name, tensor.shape, (Piece(name, tensor.shape[0] if tensor.shape else 1),))
+        return _whole(name, tensor.shape)
     shared = names.tied(name)
     found = None if shared is None else names.find(shared)
     if found is None or shared is None:
@@ -130,30 +132,39 @@ def _target(
             "models are merged onto their common base, all in one layout of names",
         )
     twin = next((one for one in found.tensors if one in model.tensors), None)
-    if twin is not None and _same(model.tensors[twin], tensor):
+    if twin is not None and same_bytes(model.tensors[twin], tensor):
         return None
     return Target(name, found.shape, found.pieces)
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    from adapterkit.adapters.ties import same_bytes
+def _whole(name: str, shape: tuple[int, ...]) -> Target:
+    """All rows of a stored tensor."""
+    return Target(name, shape, (Piece(name, shape[0] if shape else 1),))
 
-    return same_bytes(one, other)
+
+def _twin(name: str, names: Names, model: WholeModel) -> str | None:
+    """The tensor of the model that stands for this one too, where its config ties them; None where nothing does."""
+    assert model.checkpoint is not None
+    held = model.checkpoint.tensors
+    twins = [one for pair in names.declared_ties() if name in pair for one in pair if one in held]
+    return twins[0] if twins and is_tied(model.checkpoint.config) else None
 
 
-def _shared(name: str, names: Names, held: Mapping[str, Tensor]) -> bool:
-    """Whether the model holds this tensor under the name of the one it is tied to, as its base stores it twice."""
-    twins = (pair for pair in names.declared_ties() if name in pair)
-    return any(one in held for pair in twins for one in pair)
+def _check_same(name: str, tensor: Tensor, model: WholeModel, base: Checkpoint) -> None:
+    """Refuse a tensor that is no floating one, which has no difference to weigh, and is not the base's.
+
+    Raises:
+        TargetError
+    """
+    if name in base and not same_bytes(base[name], tensor):
+        raise TargetError(
+            f"{model.ref}: '{name}' holds {tensor.dtype} and is not the base's; such values cannot be weighed",
+            "give models whose tables and buffers are the base's",
+        )
 
 
 def _change(tensor: Tensor) -> Change:
-    return Change(
-        "model",
-        lambda weights: Replacement(tensor, weights.shape[1]),
-        reads=tensor.nbytes,
-        memory=0,
-    )
+    return Change("model", lambda weights: Replacement(tensor, weights.shape[1]), tensor.nbytes, 0)
 
 
 def config_notes(model: Adapter, config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -73,7 +73,7 @@ METHODS: Mapping[str, PeerMethod] = {
     "model_stock": PeerMethod("model-stock", {"filter_wise": "filter_wise"}, fixed={"signed": True}, weighted=False),
     "sce": PeerMethod("sce", {"density": "select_topk"}, weighted=False, ignored=_MASKED),
     "slerp": PeerMethod("slerp-weights", {"t": "t"}, weighted=False, alone=1),
-    "nuslerp": PeerMethod("nuslerp", alone=2, ignored=frozenset({"nuslerp_flatten"})),
+    "nuslerp": PeerMethod("nuslerp", alone=2),
     "multislerp": PeerMethod("multislerp", ignored=frozenset({"eps"})),
     "nearswap": PeerMethod("nearswap", {"t": "t"}, weighted=False, alone=1),
     "arcee_fusion": PeerMethod("arcee-fusion", weighted=False, alone=1),
@@ -86,8 +86,9 @@ _ELSEWHERE = {
     "karcher": "its mean is of whole weights; adapterkit's karcher is of the changes",
     "passthrough": "adapterkit does not stack layers of several models",
 }
-# Parameters whose one accepted value says what happens anyway.
-_ONLY = {"rescale": None, "nuslerp_row_wise": False, "normalize_weights": True, "nuslerp_flatten": True}
+# Parameters whose one accepted value says what happens anyway; ``rescale`` is on in what drops at random.
+_ONLY = {"nuslerp_row_wise": False, "normalize_weights": True, "nuslerp_flatten": True}
+_RESCALED = frozenset({"dare_linear", "dare_ties", "della", "della_linear"})
 
 
 def is_mergekit(path: Path) -> bool:
@@ -271,8 +272,11 @@ class _Merge:
 
         sum w_i W_i / sum w_i = W_0 + sum over i > 0 of (w_i / sum w) (W_i - W_0).
         """
-        own = self._value("weight", base) if base in self.models else 0.0
-        every = [0.0 if own is None else own, *given]
+        # A base that is not listed is merged too, with the weight of everything.
+        own = self._value("weight", base if base in self.models else None)
+        if own is None:
+            self._fail(f"{base} has no weight", "name it under models, with one")
+        every = [own, *given]
         lists = [value if isinstance(value, list) else [value] for value in every]
         size = max(map(len, lists))
         if not all(isinstance(one, (int, float)) for value in lists for one in value) or any(
@@ -309,16 +313,17 @@ class _Merge:
     def _check_parameters(self, others: Sequence[str]) -> None:
         """Refuse a parameter that nothing reads."""
         row = self.row
-        shared = {*row.shared.values(), *row.ignored, *_ONLY, "lambda", "normalize"}
+        shared = {*row.shared.values(), *row.ignored, *_ONLY, "lambda", "normalize", "rescale"}
         each = {*row.each.values(), *row.ignored} | ({"weight"} if row.weighted else set())
         for scope in self._scopes:
             for name, value in scope.items():
                 if name not in shared | each:
                     self._fail(f"{self.name} has no parameter {name} here", "leave it out")
-                if name in _ONLY and _ONLY[name] is not None and value is not _ONLY[name] and name not in row.ignored:
+                if name in _ONLY and value is not _ONLY[name]:
                     self._fail(f"{name}: {value} is not computed here", f"set {name}: {str(_ONLY[name]).lower()}")
-        if self._value("nuslerp_flatten", None) is False or self._value("rescale", None) is not None:
-            self._fail("rescale and nuslerp_flatten are not computed here", "leave them out")
+        rescale = self._value("rescale", None)
+        if rescale not in (None, self.name in _RESCALED):
+            self._fail(f"rescale: {brief(rescale)} of {self.name} is not computed here", "leave it out")
         for ref in others:
             for name in self.models[ref]:
                 if name not in each:

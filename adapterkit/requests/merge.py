@@ -49,7 +49,13 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
                      recipe="base.ref")
     )  # fmt: skip
     adapters: Adapters = field(
-        metadata=opt("The adapters, in order.", REF, role=INPUT, many=True, recipe="output.adapters")
+        metadata=opt(
+            "The adapters, in order; or whole models that were trained from the base.",
+            REF,
+            role=INPUT,
+            many=True,
+            recipe="output.adapters",
+        )
     )
     out: str | Path | Address | None = field(
         default=None,

@@ -112,14 +112,15 @@ def check(request: CheckRequest) -> CheckReport:
         if compared is not None:
             matches.append(BaseMatch(adapter.ref, *(getattr(compared, field) for field in _COMPARED)))
             findings += _proved(adapter, compared)
+    alone = tuple(adapter for adapter in loaded if not adapter.whole)  # a whole model is no adapter to a server
     touched, refused, found = _merged(request, opened, loaded)
     findings += found
     if row is not None:
-        findings += _runtime(row, opened, loaded)
-        for adapter in (one for one in loaded if not one.whole):
+        findings += _runtime(row, opened, alone)
+        for adapter in alone:
             findings += _expectations(adapter, opened, row)
     if request.scan:
-        for adapter in (one for one in loaded if not one.whole):
+        for adapter in alone:
             findings += _scanned(adapter, opened)
     ok = all(finding.level != ERROR for finding in findings)
     refs = tuple(adapter.ref for adapter in loaded)

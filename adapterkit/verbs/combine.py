@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,8 +182,13 @@ class Making:
         return min(self.rank or most, slot.largest_rank)
 
     def _compute(self, slot: Slot) -> tuple[int, Sequence[Truncated]] | None:
-        found = _of_slot(self.family, slot, self.rule, self.weights, (self.rank, self.energy, self.full))
+        bounds = (self.rank, self.energy, self.full)
+        found = _of_slot(self.family, slot, self.rule, self.weights, bounds, self._depth)
         return None if found is None else (0, found)
+
+    @cached_property
+    def _depth(self) -> Depth:
+        return _depth_of(self.family)
 
 
 def planned(request: CombineRequest) -> Combination:
@@ -201,6 +207,11 @@ def planned(request: CombineRequest) -> Combination:
         )
     )
     weights = check_weights(request.adapter_weights, len(family.adapters))
+    rule.check_count(len(family.adapters))
+    if rule.row.based:
+        raise UsageError(
+            f"method {rule.row.name} looks at the base's own values, which no adapter holds", "fold them in with merge"
+        )
     notes = [*family.notes, *check_rank(request.rank, request.energy, family.slots.values())]
     if rule.dense and request.rank is None and request.energy is None:
         raise UsageError(
@@ -296,9 +307,10 @@ def combined(
     factors = check_weights(weights, len(family.adapters))  # type: ignore[arg-type]
 
     def one(slot: Slot) -> tuple[Slot, tuple[Truncated, ...]] | None:
-        found = _of_slot(family, slot, rule, factors, (rank, energy, full))
+        found = _of_slot(family, slot, rule, factors, (rank, energy, full), depth)
         return None if found is None else (slot, found)
 
+    depth = _depth_of(family)
     slots = list(family.slots.values())
     sizes = [sum(delta.change.reads for _, delta in family.deltas(slot.parameter)) for slot in slots]
     for item in in_order(one, slots, jobs or default_jobs(), sizes, progress):
@@ -310,8 +322,18 @@ Bounds = tuple["int | None", "float | None", bool]
 """Rank, energy, and whether a delta without a low rank is decomposed down to the noise of float32."""
 
 
+Depth = Callable[[str], float]
+
+
+def _depth_of(family: Family) -> Depth:
+    """How deep each weight lies: among the layers of the base, or of the adapters where there is none."""
+    from adapterkit.ops.settings import depths
+
+    return depths(family.slots if family.base is None else family.base)
+
+
 def _of_slot(
-    family: Family, slot: Slot, rule: BoundRule, weights: Sequence[float], bounds: Bounds
+    family: Family, slot: Slot, rule: BoundRule, weights: Sequence[float], bounds: Bounds, depth: Depth
 ) -> tuple[Truncated, ...] | None:
     """The combined deltas of a slot, one per expert; None where every weight is 0."""
     users, experts = family.load(slot.parameter)
@@ -319,10 +341,11 @@ def _of_slot(
     if not any(used):
         return None
     refs = [family.adapters[i].ref for i in users]
+    here = rule.here(slot.parameter, depth(slot.parameter), users)
     found = []
     for index, parts in enumerate(experts):
         key = slot.parameter if slot.count == 1 else f"{slot.parameter}.{index}"
-        found.append(_combined(rule, parts, used, refs, key, *bounds))
+        found.append(_combined(here, parts, used, refs, key, *bounds))
     return tuple(found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,38 @@ def test_a_model_that_stores_its_tie_twice(models: Path, tmp_path: Path) -> None
     assert all(torch.equal(out[name], plain[name]) for name in plain)
 
 
+def test_a_base_with_two_tensors_where_the_model_has_one(tmp_path: Path) -> None:
+    """The base's output layer is its own; the model's is its embedding, and that is what it brings."""
+    llama(tied=False).save_pretrained(tmp_path / "base")
+    tied = llama()
+    with torch.no_grad():
+        for parameter in tied.parameters():
+            parameter.add_(0.05)
+    tied.save_pretrained(tmp_path / "tied")
+    assert "lm_head.weight" not in read(tmp_path / "tied")
+    adapterkit.merge(tmp_path / "base", tmp_path / "tied", tmp_path / "out", weights=[0.5])
+    base, model, out = (read(tmp_path / name) for name in ("base", "tied", "out"))
+    wanted = (base["lm_head.weight"] + model["model.embed_tokens.weight"]) / 2
+    torch.testing.assert_close(out["lm_head.weight"], wanted, rtol=0, atol=2e-7)
+    # And where its config says that they are not tied, the tensor is missing.
+    config = json.loads((tmp_path / "tied/config.json").read_text())
+    (tmp_path / "tied/config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    with pytest.raises(TargetError, match=r"has no 'lm_head.weight', which the base has;"):
+        adapterkit.merge(tmp_path / "base", tmp_path / "tied", tmp_path / "again", weights=[0.5])
+
+
+def test_buffers_that_cannot_be_weighed(models: Path, tmp_path: Path) -> None:
+    for name, value in (("base", 1), ("same", 1), ("other", 2)):
+        place = tmp_path / name
+        LlamaForCausalLM.from_pretrained(models / ("base" if name == "base" else "m1")).save_pretrained(place)
+        tensors = {**read(place), "model.table": torch.full((4,), value, dtype=torch.int64)}
+        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    adapterkit.merge(tmp_path / "base", tmp_path / "same", tmp_path / "out", weights=[0.5])
+    assert torch.equal(read(tmp_path / "out")["model.table"], torch.ones(4, dtype=torch.int64))
+    with pytest.raises(TargetError, match=r"'model.table' holds i64 and is not the base's"):
+        adapterkit.merge(tmp_path / "base", tmp_path / "other", tmp_path / "again", weights=[0.5])
+
+
 def test_what_is_no_merge_of_models(models: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="merged alone with weight 1 it is itself"):
         adapterkit.merge(models / "base", models / "m1", tmp_path / "out")
@@ -148,6 +181,7 @@ def test_check_plans_models_together_and_names_other_settings(models: Path, tmp_
     assert report.touched == 20
     report = adapterkit.check(models / "base", [models / "m1"])
     assert not report.ok
+    assert adapterkit.check(models / "base", [models / "m1", models / "m2"], server="llama.cpp").touched == 20
     notes = adapterkit.merge(models / "base", [models / "m1", tmp_path / "other"], tmp_path / "out").notes
     assert any("rms_norm_eps 0.001 (base 1e-06); the result has the base's" in note for note in notes)
 

@@ -164,3 +164,60 @@ def test_a_method_says_that_it_takes_changes_of_the_unmerged_weight(
     before, got, *ones = (read_tensors(folder) for folder in (base, tmp_path / "rows", *tmp_path.glob("one*")))
     name = "model.layers.0.self_attn.q_proj.weight"
     assert (got[name] - before[name] - sum(one[name] - before[name] for one in ones)).abs().max() < 5e-6
+
+
+def lora(names: list[str]) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, lora_alpha=8, target_modules=names)
+
+
+def _some(base: Path, tmp_path: Path) -> list[Path]:
+    """Two adapters of which one acts on more modules."""
+    targets = (["q_proj", "up_proj"], ["q_proj"])
+    return [make_adapter(tmp_path / f"a{i}", base, lora(names), seed=i) for i, names in enumerate(targets)]
+
+
+@pytest.mark.parametrize("verb", ["merge", "combine"])
+def test_a_value_for_each_adapter_counts_where_only_one_acts(
+    verb: str, make_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Weight and density of the first adapter on a module that the second does not touch."""
+    base = make_base("llama")
+    adapters = _some(base, tmp_path)
+    given: dict[str, Any] = {"method": "magnitude-prune", "parameters": {"density": [1.0, 0.5], "weight": [0.25, 2.0]}}
+    if verb == "merge":
+        merge(base, adapters, tmp_path / "out", **given)
+        got = read_tensors(tmp_path / "out")["model.layers.0.mlp.up_proj.weight"].double()
+        got -= read_tensors(base)["model.layers.0.mlp.up_proj.weight"].double()
+    else:
+        combine(adapters, tmp_path / "out", rank=16, base=base, **given)
+        got = delta(tmp_path / "out", "model.layers.0.mlp.up_proj.weight", scale=1.0)
+    wanted = 0.25 * delta(adapters[0], "model.layers.0.mlp.up_proj.weight")
+    assert (got - wanted).norm() / wanted.norm() < 1e-5
+
+
+def test_combine_knows_how_deep_a_layer_lies(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    base = make_base("llama")
+    adapters = [make_adapter(tmp_path / f"a{i}", base, lora(["q_proj"]), seed=i) for i in range(2)]
+    weight = [[{"value": [0.0, 1.0]}], [{"value": [1.0, 0.0]}]]
+    combine(adapters, tmp_path / "out", method="linear", parameters={"weight": weight}, rank=8)
+    first, last = (f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))
+    for name, whose in ((first, 1), (last, 0)):
+        wanted = delta(adapters[whose], name)
+        assert (delta(tmp_path / "out", name, scale=1.0) - wanted).norm() / wanted.norm() < 1e-5
+
+
+def test_values_for_another_number_of_adapters_are_refused_when_planned(
+    make_base: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = make_base("llama")
+    adapters = _some(base, tmp_path)
+    for given in ({"density": [0.1, 0.2, 0.3]}, {"weight": [1.0]}):
+        name, values = next(iter(given.items()))
+        with pytest.raises(UsageError, match=f"{len(values)} values of {name} for 2 adapters"):
+            merge(base, adapters, tmp_path / "out", method="ties", parameters=given, dry_run=True)
+        with pytest.raises(UsageError, match=f"{len(values)} values of {name} for 2 adapters"):
+            combine(adapters, tmp_path / "out", method="ties", parameters=given, rank=4, dry_run=True)
+    with pytest.raises(UsageError, match="looks at the base's own values"):
+        combine(adapters[:1], tmp_path / "out", method="slerp-weights", rank=4, dry_run=True)

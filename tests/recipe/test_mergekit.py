@@ -149,6 +149,7 @@ def test_an_adapter_on_the_base_is_the_adapter_alone(tmp_path: Path) -> None:
         "merge_method": "dare_linear",
         "base_model": "a/base",
         "models": [{"model": "a/base+a/lora", "parameters": {"weight": 1, "density": 0.5}}],
+        "parameters": {"rescale": True},
     }
     recipe = read_recipe(written(tmp_path, data)).recipe
     assert [one.ref for one in recipe.adapters.values()] == ["a/lora"]
@@ -173,6 +174,9 @@ MODELS = [{"model": "one", "parameters": {"weight": 1}}, {"model": "two", "param
         ({"merge_method": "ties", "base_model": "b", "parameters": {"density": "some"}}, "'some' is no number"),
         ({"merge_method": "slerp", "base_model": "b", "parameters": {"t": 0.5}}, "takes 1 beside the base"),
         ({"merge_method": "dare_ties", "base_model": "b", "parameters": {"rescale": False}}, "rescale"),
+        ({"merge_method": "ties", "base_model": "b", "parameters": {"rescale": True}}, "rescale: True of ties"),
+        ({"merge_method": "linear", "base_model": "b"}, "b has no weight"),
+        ({"merge_method": "nuslerp", "base_model": "b", "parameters": {"nuslerp_flatten": False}}, "nuslerp_flatten"),
         ({"merge_method": "ties", "base_model": "b+lora"}, "is no plain name of a model"),
         (
             {"merge_method": "linear", "parameters": {"normalize": False}},

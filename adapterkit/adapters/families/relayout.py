@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.families.names import DENOISER, FamilyNames, entries, family_of, named
@@ -185,8 +185,3 @@ def _handle(name: str, layout: Layout, stored: Mapping[str, Tensor]) -> Tensor:
     if len({stored[piece.tensor].dtype for piece in pieces}) > 1:
         raise CheckpointError(f"the parts of '{name}' have several dtypes", "convert the model to one dtype first")
     return Rearranged(name, layout, stored)
-
-
-def with_lead(found: Relaid, lead: str) -> Relaid:
-    """The same under a lead, as checkpoints of one file have it."""
-    return replace(found, tensors={lead + name: Renamed(lead + name, tensor) for name, tensor in found.tensors.items()})

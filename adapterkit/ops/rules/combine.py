@@ -10,7 +10,6 @@ from adapterkit.ops.extract import low_rank
 from adapterkit.ops.lowrank import Factors
 from adapterkit.ops.rows import DeltaRows, common_shape, scaled
 from adapterkit.ops.rules.registry import ANY_DELTAS, RULES, CombinationRule, find
-from adapterkit.ops.settings import at
 from adapterkit.ops.threads import one_thread
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ def combine(
     energy: float | None = None,
     key: str = "",
     base: DeltaRows | None = None,
-    depth: float = 0.0,
     **parameters: Any,
 ) -> DeltaRows:
     """One delta out of several of the same weight.
@@ -44,7 +42,6 @@ def combine(
         energy: the smallest rank that keeps this share of the squared norm; the result then is ``Factors``.
         key: name of the tensor, part of the seed of random masks, so that each tensor gets its own.
         base: the rows of the weight itself, for methods that look at them.
-        depth: of the layer, from 0 to 1, for parameters that change with it; see `adapterkit.ops.settings`.
         **parameters: those of the method.
 
     Returns:
@@ -69,7 +66,7 @@ def combine(
                 )
     if rank is not None and any(p.name == "rank" for p in chosen.parameters):
         parameters.setdefault("rank", rank)
-    bound: dict[str, Any] = {name: at(value, key, depth) for name, value in chosen.bind(parameters).items()}
+    bound = chosen.bind(parameters)
     for name, value in bound.items():
         if isinstance(value, tuple) and left and len(value) == len(parts):
             bound[name] = tuple(one for place, one in enumerate(value) if place not in left)

@@ -60,7 +60,7 @@ def plan(asked: ConvertRequest, jobs: int, to: str) -> Conversion:
     like = _config_of(asked, found)
     shards = dict.fromkeys(found.tensors, FILE)
     folder = replace(like, tensors=found.tensors, shards=shards, metadata={}, index=None, sources=opened.sources)
-    made = plan_safetensors(folder, max_shard_size=asked.shard_size, jobs=jobs)
+    made = plan_safetensors(folder, jobs=jobs)
     side = {file.name: file.bytes() for file in like.side_files}
     return Conversion(
         opened.ref, to, made, found.tensors, opened.sources, count_types(found.tensors), side, tuple(notes), record
