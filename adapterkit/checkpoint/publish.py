@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.plan import Plan
+    from adapterkit.places import Address
 
-_RECORD_BYTES = 16 << 20  # of a record, at most
+RECORD_BYTES = 16 << 20  # of a record, at most
 _RECORD_KEYS = frozenset({"digest", "files", "kind", "operation", "parents"})  # what every record of an output has
 
 __all__ = [
@@ -88,15 +89,29 @@ def is_left_over(out: Path) -> bool:
     The record is a plain file that reads as one of ours: who made it wrote nothing of their own into it. Neither the output
     is there, nor a part of one that was split: they share the name of the record.
     """
+    try:
+        data = read_regular(named_beside(out, RECORD), RECORD_BYTES)
+        part = part_name(out)
+        alone = not os.path.lexists(out) and not any(part.fullmatch(name) for name in os.listdir(out.absolute().parent))
+    except (AdapterkitError, OSError):
+        return False
+    return alone and is_record(data)
+
+
+def is_record(data: bytes) -> bool:
+    """Whether a file reads as the record of an output."""
     import json
 
     try:
-        found = json.loads(read_regular(named_beside(out, RECORD), _RECORD_BYTES))
-        part = re.compile(rf"{re.escape(out.stem)}-\d{{5}}-of-\d{{5}}{re.escape(out.suffix)}")
-        alone = not os.path.lexists(out) and not any(part.fullmatch(name) for name in os.listdir(out.absolute().parent))
-    except (AdapterkitError, ValueError, RecursionError, OSError):
+        found = json.loads(data)
+    except (ValueError, RecursionError):
         return False
-    return alone and isinstance(found, dict) and found.keys() >= _RECORD_KEYS
+    return isinstance(found, dict) and found.keys() >= _RECORD_KEYS
+
+
+def part_name(out: Path | Address) -> re.Pattern[str]:
+    """What the parts are called of an output that is one file or several."""
+    return re.compile(rf"{re.escape(out.stem)}-\d{{5}}-of-\d{{5}}{re.escape(out.suffix)}")
 
 
 def check_free(path: Path, *, force: bool) -> None:

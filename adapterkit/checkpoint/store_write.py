@@ -104,7 +104,7 @@ def finish_in_store(
         OutputError: parts are missing, the target is there already, or it is claimed for another plan.
         AuthError, StoreError
     """
-    made.check(resume=True)
+    made.check(resume=True, record=record is not None)
     missing = [str(part.index) for part in parts_left(made, parts or whole_files(made.plan.files))]
     if missing:
         raise OutputError(f"{made.out}: parts {', '.join(missing[:8])} are not done", "execute them, then finish again")

@@ -114,6 +114,35 @@ def test_gguf_whole_and_in_parts(s3: Proxy, split: str | None, put: Put, place: 
     within(planned, done)
 
 
+@pytest.mark.parametrize("there", ["nothing", "parts", "another file"])
+def test_a_record_beside_a_file_is_replaced_only_if_its_output_is_gone(
+    there: str, s3: Proxy, put: Put, place: str, tmp_path: Path
+) -> None:
+    base, adapter, out = gguf_base(tmp_path), gguf_adapter(tmp_path), f"s3://models/{place}/out/m.gguf"
+    client, name = client_of(s3.server), f"{place}/out/m.gguf"
+    adapterkit.merge(base, adapter, out, max_shard_size="40KB" if there == "parts" else None)
+    if there != "parts":
+        client.delete_object(Bucket="models", Key=name)
+    if there == "another file":
+        client.put_object(Bucket="models", Key=f"{name}.adapterkit.json", Body=b"mine")
+    before = download(s3.server, "models", f"{place}/out/")
+    if there == "nothing":
+        within(
+            adapterkit.merge(base, adapter, out, weights=[0.5], dry_run=True),
+            adapterkit.merge(base, adapter, out, weights=[0.5]),
+            share=0.5,
+        )
+        (tmp_path / "out").mkdir()
+        adapterkit.merge(base, adapter, tmp_path / "out/m.gguf", weights=[0.5])
+        assert download(s3.server, "models", f"{place}/out/") == here(tmp_path / "out")
+    else:
+        for more in ({"dry_run": True}, {}):
+            with pytest.raises(OutputError, match=r"m.gguf exists .*m.gguf.adapterkit.json"):
+                adapterkit.merge(base, adapter, out, **more)
+        assert download(s3.server, "models", f"{place}/out/") == before
+    assert left(s3, place) == ([], 0)
+
+
 def test_convert_reads_and_writes_stores(
     s3: Proxy, small: tuple[Path, Path], put: Put, place: str, tmp_path: Path
 ) -> None:
