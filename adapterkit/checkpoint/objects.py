@@ -76,10 +76,14 @@ _windows = _Windows()
 _numbers = count()
 
 
-def hold(jobs: int) -> int:
-    """Keep as many windows as so many worker threads need; the bytes of memory that they take."""
+def hold(jobs: int) -> None:
+    """Keep as many windows as so many worker threads need."""
     _windows.limit = max(HELD, 2 * jobs)
-    return _windows.limit * WINDOW
+
+
+def window_memory(names: Iterable[str], jobs: int) -> int:
+    """Bytes of memory of the windows of so many worker threads; none where no input of these names lies in a store."""
+    return max(HELD, 2 * jobs) * WINDOW if any(address_of(name) is not None for name in names) else 0
 
 
 class ObjectFile(Source):

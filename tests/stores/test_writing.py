@@ -14,7 +14,7 @@ from store_server import FLIP_UP, HANG_UP, LOSE_ANSWER, Asked, Proxy, client_of,
 
 import adapterkit
 from adapterkit.checkpoint.schedule import LEAST
-from adapterkit.errors import AuthError, CheckpointError, OutputError, StoreError, UsageError
+from adapterkit.errors import AuthError, CheckpointError, OutOfMemory, OutputError, StoreError, UsageError
 
 MOVED = ("requests", "bytes_down", "bytes_up", "bytes_inside")
 
@@ -185,6 +185,29 @@ def test_what_cannot_go_to_a_store_is_refused_by_name(small: tuple[Path, Path], 
     with pytest.raises(UsageError, match="a whole bucket"):
         adapterkit.merge(*small, "s3://models")
     assert not s3.seen
+
+
+def test_memory_holds_what_is_on_its_way(
+    s3: Proxy, small: tuple[Path, Path], put: Put, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight windows of 16 MiB, or two for each worker; and for each worker a part of 16 MiB that it sends."""
+    base, adapter, out = put(small[0]), put(small[1]), f"s3://models/{place}/out"
+    adapterkit.merge(base, adapter, save_plan=tmp_path / "plan.json", jobs=2)
+    peak = json.loads((tmp_path / "plan.json").read_text())["peak_memory"]
+    need = peak + (8 + 2) * (16 << 20)
+    monkeypatch.setattr("adapterkit.checkpoint.memory._limits", lambda: [(need - 1, "a test")])
+    with pytest.raises(OutOfMemory, match="a test allows"):
+        adapterkit.merge(base, adapter, out, jobs=2)
+    assert left(s3, place) == ([], 0)
+    monkeypatch.setattr("adapterkit.checkpoint.memory._limits", lambda: [(need, "a test")])
+    adapterkit.merge(base, adapter, out, jobs=2)
+    for target, more in ((out + "-2", 10), (tmp_path / "out", 8)):
+        text = tmp_path / "task.sh"
+        text.write_text("{{memory}} {{command}}")
+        monkeypatch.chdir(tmp_path)
+        adapterkit.run(tmp_path / "plan.json", target, on="slurm", workers=2, jobs=2, template=text)
+        said = (tmp_path / f"{str(target).rpartition('/')[2]}.slurm.sh").read_text().split()[0]
+        assert int(said) == int((peak + more * (16 << 20)) * 1.25 / 2**20) + 1
 
 
 # ------------------------------------------------------------------ two runs
