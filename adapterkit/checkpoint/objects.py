@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.files import Source
@@ -31,27 +32,36 @@ AHEAD = 64 << 10  # bytes of the first window of reads that follow one another
 HELD = 8  # windows in memory, of all files together, unless there are many workers
 
 
+_Key = tuple[int, int, int]  # number of a file; start and stop of a window, so that it holds what is expected now
+
+
 class _Windows:
     """Windows that were fetched, the last used last; those of all files share one limit."""
 
     def __init__(self) -> None:
         self.limit = HELD
-        self._lock = threading.Lock()
-        self._held: OrderedDict[tuple[int, int], _Window] = OrderedDict()
+        self._lock = threading.RLock()  # a file may be collected, and forgotten, while its thread holds it
+        self._held: OrderedDict[_Key, _Window] = OrderedDict()
 
-    def take(self, key: tuple[int, int], start: int, stop: int) -> _Window:
+    def take(self, key: _Key) -> _Window:
         with self._lock:
             window = self._held.get(key)
             if window is None:
-                window = self._held[key] = _Window(start, stop)
+                window = self._held[key] = _Window(key[1], key[2])
                 while len(self._held) > self.limit:
                     self._held.popitem(last=False)
             self._held.move_to_end(key)
             return window
 
-    def drop(self, key: tuple[int, int]) -> None:
+    def drop(self, key: _Key) -> None:
         with self._lock:
             self._held.pop(key, None)
+
+    def forget(self, file: int) -> None:
+        """Drop the windows of a file that is gone."""
+        with self._lock:
+            for key in [key for key in self._held if key[0] == file]:
+                self._held.pop(key, None)
 
 
 class _Window:
@@ -63,12 +73,17 @@ class _Window:
 
 
 _windows = _Windows()
+_numbers = count()
 
 
-def hold(jobs: int) -> int:
-    """Keep as many windows as so many worker threads need; the bytes of memory that they take."""
+def hold(jobs: int) -> None:
+    """Keep as many windows as so many worker threads need."""
     _windows.limit = max(HELD, 2 * jobs)
-    return _windows.limit * WINDOW
+
+
+def window_memory(names: Iterable[str], jobs: int) -> int:
+    """Bytes of memory of the windows of so many worker threads; none where no input of these names lies in a store."""
+    return max(HELD, 2 * jobs) * WINDOW if any(address_of(name) is not None for name in names) else 0
 
 
 class ObjectFile(Source):
@@ -82,6 +97,7 @@ class ObjectFile(Source):
     def __init__(self, store: Store, entry: StoredObject, name: str, *, loose: bool = False) -> None:
         self.store, self.key, self.name, self.path, self.loose = store, entry.key, name, None, loose
         self.size, self.version = entry.size, entry.etag
+        self._number = next(_numbers)
         self._head = b""
         self._head_lock = threading.Lock()
         self._starts: list[int] = []
@@ -153,8 +169,8 @@ class ObjectFile(Source):
         return self._unexpected(offset, length)
 
     def _expected(self, at: int, offset: int, length: int) -> bytes:
-        key = (id(self), at)
-        window = _windows.take(key, self._starts[at], self._stops[at])
+        key = (self._number, self._starts[at], self._stops[at])
+        window = _windows.take(key)
         with window.lock:
             if not window.data:
                 window.data = self.store.read(self.key, window.start, window.stop - window.start, self.version)
@@ -182,8 +198,7 @@ class ObjectFile(Source):
         return self.store.read(self.key, offset, length, self.version)
 
     def __del__(self) -> None:
-        for at in range(len(getattr(self, "_starts", ()))):
-            _windows.drop((id(self), at))
+        _windows.forget(getattr(self, "_number", -1))
 
 
 def _first_bytes(key: str, size: int) -> int:

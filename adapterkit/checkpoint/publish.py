@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.plan import Plan
+    from adapterkit.places import Address
 
-_RECORD_BYTES = 16 << 20  # of a record, at most
+RECORD_BYTES = 16 << 20  # of a record, at most
 _RECORD_KEYS = frozenset({"digest", "files", "kind", "operation", "parents"})  # what every record of an output has
 
 __all__ = [
@@ -81,18 +83,35 @@ def named_beside(out: Path, name: str) -> Path:
     return out.with_name(f"{out.name}.{name}")
 
 
-def is_left_over(record: Path) -> bool:
-    """Whether a file beside an output that is gone is the record of it, which the next output of that name replaces.
+def is_left_over(out: Path) -> bool:
+    """Whether the record beside an output that is a file is all that is left of it: the next output of that name replaces it.
 
-    It is a plain file that reads as a record of ours: who made it wrote nothing of their own into it.
+    The record is a plain file that reads as one of ours: who made it wrote nothing of their own into it. Neither the output
+    is there, nor a part of one that was split: they share the name of the record.
     """
+    try:
+        data = read_regular(named_beside(out, RECORD), RECORD_BYTES)
+        part = part_name(out)
+        alone = not os.path.lexists(out) and not any(part.fullmatch(name) for name in os.listdir(out.absolute().parent))
+    except (AdapterkitError, OSError):
+        return False
+    return alone and is_record(data)
+
+
+def is_record(data: bytes) -> bool:
+    """Whether a file reads as the record of an output."""
     import json
 
     try:
-        found = json.loads(read_regular(record, _RECORD_BYTES))
-    except (AdapterkitError, ValueError, RecursionError, OSError):
+        found = json.loads(data)
+    except (ValueError, RecursionError):
         return False
     return isinstance(found, dict) and found.keys() >= _RECORD_KEYS
+
+
+def part_name(out: Path | Address) -> re.Pattern[str]:
+    """What the parts are called of an output that is one file or several."""
+    return re.compile(rf"{re.escape(out.stem)}-\d{{5}}-of-\d{{5}}{re.escape(out.suffix)}")
 
 
 def check_free(path: Path, *, force: bool) -> None:
@@ -156,9 +175,8 @@ def check_output(
         if target.is_dir():
             raise OutputError(f"{target} is a folder", "name a file")
         check_target(target, paths, nbytes, force=force, held=held)
-    beside = named_beside(out, RECORD)
-    if record and not is_left_over(beside):
-        check_free(beside, force=force)
+    if record and not is_left_over(out):
+        check_free(named_beside(out, RECORD), force=force)
 
 
 def input_paths(plan: Plan, sources: Sequence[Source]) -> list[Path]:

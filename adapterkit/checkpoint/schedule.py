@@ -105,6 +105,11 @@ class Schedule:
         return [part for part in self.parts if start <= part.start < max(stop, 1)]
 
 
+def sent_at_once(file: PlannedFile) -> int:
+    """About how many bytes of a file a worker holds and sends as one part."""
+    return max(SENT, -(-file.nbytes // (MOST_PARTS // 2)))
+
+
 def schedule(plan: Plan, file: PlannedFile, tensors: Mapping[str, Tensor], inside: Callable[[str], bool]) -> Schedule:
     """The parts of a file.
 
@@ -118,7 +123,7 @@ def schedule(plan: Plan, file: PlannedFile, tensors: Mapping[str, Tensor], insid
     segments = tuple(_joined(_segments(plan, file)))
     runs = _runs(segments, inside)
     parts: list[ObjectPart] = []
-    sent = max(SENT, -(-file.nbytes // (MOST_PARTS // 2)))
+    sent = sent_at_once(file)
     for start, stop, source, offset in runs:
         if source is None:
             bounds = _cuts(segments, tensors, start, stop, sent)

@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from adapterkit.checkpoint.files import BytesFile, Source
+from adapterkit.checkpoint.folder import RECORD
 from adapterkit.checkpoint.listing import Listing
 from adapterkit.checkpoint.objects import ObjectFile
+from adapterkit.checkpoint.publish import RECORD_BYTES, is_record, part_name
 from adapterkit.checkpoint.schedule import Schedule, schedule
 from adapterkit.checkpoint.write import index_json
 from adapterkit.errors import NotFound, OutputError, UsageError, option
@@ -116,8 +118,11 @@ class StoreOut:
 
     # ------------------------------------------------------------------ the claim
 
-    def check(self, *, resume: bool = False) -> None:
+    def check(self, *, resume: bool = False, record: bool = False) -> None:
         """Refuse a target that is there already or lies in or over an input.
+
+        Args:
+            record: whether ``adapterkit.json`` is written too, which lies beside an output that is a file.
 
         Raises:
             UsageError, OutputError, AuthError, NotFound, StoreError
@@ -129,6 +134,9 @@ class StoreOut:
         if self.force:
             return
         there = self._there()
+        if record and self.plan.layout == "file" and not there:
+            found = self.store.head(self._record)
+            there = [] if found is None or self._is_left_over(found) else [found.key]
         if there and not (resume and (self._claim() or {}).get("plan") == self.plan.digest):
             raise OutputError(
                 f"{self.out} exists ({there[0]})", f"choose another name, or replace it with {option('force', True)}"
@@ -151,6 +159,25 @@ class StoreOut:
         if self.plan.layout == "folder":
             return [one.key for one in self.store.entries(f"{self.out.key}/")]
         return [key for key in self.targets.values() if self.store.head(key) is not None]
+
+    @property
+    def _record(self) -> str:
+        """The key of the record beside an output that is a file."""
+        return self.out.with_name(f"{self.out.name}.{RECORD}").key
+
+    def _is_left_over(self, record: StoredObject) -> bool:
+        """Whether a record is all that is left of its output; see `adapterkit.checkpoint.publish.is_left_over`."""
+        if record.key != self._record or self.plan.layout != "file" or record.size > RECORD_BYTES:
+            return False
+        folder, part = self.out.parent, part_name(self.out)
+        try:
+            found = self.store.entries(f"{folder.key}/" if folder.key else "")
+        except UsageError:  # too many to tell
+            return False
+        names = {self.store.place(one.key) for one in found if one.key not in self.targets.values()}
+        if any(one.parent == folder and (one == self.out or part.fullmatch(one.name)) for one in names):
+            return False
+        return is_record(self.store.read(record.key, 0, record.size, record.etag))
 
     def _claim(self) -> dict[str, str] | None:
         """What the claim of the target says; None where there is none."""
@@ -404,8 +431,12 @@ class StoreOut:
             return
         found = self.store.head(key)
         # The answer to an earlier attempt may have been lost, or an earlier run was killed in between.
-        if found is None or found.size != len(data) or self.store.read(key, 0, found.size, found.etag) != data:
-            raise OutputError(f"{self.store.place(key)} appeared while the weights were written", "see which is wanted")
+        if found is not None and found.size == len(data) and self.store.read(key, 0, found.size, found.etag) == data:
+            return
+        if found is not None and self._is_left_over(found) and self.store.put(key, data, over=found.etag):
+            self._visible.append(key)
+            return
+        raise OutputError(f"{self.store.place(key)} appeared while the weights were written", "see which is wanted")
 
     def _clear(self) -> None:
         notes = [self._note_of(file) for file in self.plan.files]

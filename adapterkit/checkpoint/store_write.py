@@ -8,14 +8,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.cut import whole_files
+from adapterkit.checkpoint.memory import check_memory
+from adapterkit.checkpoint.objects import window_memory
+from adapterkit.checkpoint.schedule import sent_at_once
 from adapterkit.checkpoint.sink import run_together
 from adapterkit.checkpoint.store_out import StoreOut
-from adapterkit.checkpoint.store_sink import StoreSink, written
+from adapterkit.checkpoint.store_sink import StoreSink, default_store_jobs, written
 from adapterkit.errors import OutputError
+from adapterkit.places import Address
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from adapterkit.checkpoint.cut import PlanPart
     from adapterkit.checkpoint.listing import Listing
+    from adapterkit.checkpoint.plan import Plan
 
 Progress = Callable[[int, int], None]
 
@@ -46,10 +53,16 @@ def write_to_stores(
     ``resume`` leaves when it fails is nothing.
 
     Raises:
+        OutOfMemory: this process may not use as much memory as it takes.
         OutputError: another run claimed a target or took over.
         AuthError, StoreError, CheckpointError
     """
     with ExitStack() as held:
+        for one in writings:
+            plan = one.made.plan
+            check_memory(
+                plan.peak_memory + store_memory(plan, one.made.out, jobs or default_store_jobs()), str(one.made.out)
+            )
         for one in writings:
             one.made.begin(resume=resume)
             if not resume:
@@ -61,6 +74,12 @@ def write_to_stores(
             one.made.finish(one.side_files, one.record)
         held.pop_all()
     return sinks
+
+
+def store_memory(plan: Plan, out: Path | Address, jobs: int) -> int:
+    """Bytes of memory beyond a plan's estimate: what is read ahead from a store, and what is on its way to one."""
+    sent = max((sent_at_once(file) for file in plan.files), default=0) if isinstance(out, Address) else 0
+    return window_memory(plan.inputs, jobs) + jobs * sent
 
 
 def send_part(made: StoreOut, part: PlanPart, *, jobs: int | None = None, progress: Progress | None = None) -> int:
@@ -104,7 +123,7 @@ def finish_in_store(
         OutputError: parts are missing, the target is there already, or it is claimed for another plan.
         AuthError, StoreError
     """
-    made.check(resume=True)
+    made.check(resume=True, record=record is not None)
     missing = [str(part.index) for part in parts_left(made, parts or whole_files(made.plan.files))]
     if missing:
         raise OutputError(f"{made.out}: parts {', '.join(missing[:8])} are not done", "execute them, then finish again")

@@ -20,7 +20,6 @@ from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import (
     check_output,
     is_left_over,
-    named_beside,
     publish,
     publish_files,
     staging,
@@ -169,10 +168,10 @@ def finish(one: Writing, folder: Path, *, force: bool) -> None:
     try:
         if plan.layout == "file":
             beside = record(folder) if record is not None else {}
+            ours = is_left_over(out)  # asked before the new output has that name
             publish_files(folder, plan.targets(out), force=force)
             for name, data in beside.items():
-                ours = name == RECORD and is_left_over(named_beside(out, name))
-                write_beside(out, name, data, force=force or ours)
+                write_beside(out, name, data, force=force or (ours and name == RECORD))
             return
         for name, data in extra.items():
             disk.write_inside(folder, name, data)

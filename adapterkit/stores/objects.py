@@ -1,9 +1,9 @@
-"""Any store, through obstore: objects read by range, listed, and written from beginning to end."""
+"""Any store, through obstore: objects read by range and listed; small ones written whole."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from adapterkit.places import Address
@@ -11,8 +11,6 @@ from adapterkit.stores import meter
 from adapterkit.stores.faults import NO_CONNECTION, Fault, told
 from adapterkit.stores.store import MARK, MOST_LISTED, Store, StoredObject, too_many
 
-# Parts that `stream` sends: as many abreast, of so many bytes.
-STREAM_PART, STREAM_ABREAST = 16 << 20, 2
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>([A-Za-z0-9]{2,64})</Code>")
 _KINDS = {
@@ -139,42 +137,6 @@ class ObjectStore(Store):
                 self.ask(asked, self.place(key), writing=True, pass_on=True)
             except Fault as fault:
                 self.missing(fault, key)
-
-    def stream(self, key: str, blocks: Iterator[bytes], marks: Mapping[str, str]) -> None:
-        import obstore
-
-        def counted() -> Iterator[bytes]:
-            for block in blocks:
-                meter.count(up=len(block))
-                yield block
-
-        def asked() -> None:
-            with _faults():
-                obstore.put(
-                    self._client,
-                    key,
-                    counted(),
-                    attributes=dict(marks),
-                    use_multipart=True,
-                    chunk_size=STREAM_PART,
-                    max_concurrency=STREAM_ABREAST,
-                )
-
-        meter.count(1)
-        try:
-            asked()  # once: what was computed is not there a second time
-        except Fault as fault:
-            raise told(fault, str(self.place(key)), writing=True) from None
-
-    def copy(self, source: Address, key: str, nbytes: int, etag: str = "") -> None:
-        import obstore
-
-        def asked() -> None:
-            with _faults():
-                obstore.copy(self._client, source.key, key)
-            meter.count(inside=nbytes)
-
-        self.ask(asked, self.place(key), writing=True)
 
     def holds(self, address: Address) -> bool:
         return (address.scheme, address.bucket) == (self.root.scheme, self.root.bucket)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from adapterkit.stores.faults import NO_CONNECTION, Fault, told
 from adapterkit.stores.objects import ObjectStore
 from adapterkit.stores.store import Assembly, Begun, HeldPart, Store, StoredObject
 
-MOST_COPIED = 5 << 30  # bytes of one CopyObject or UploadPartCopy
 DELETED_AT_ONCE = 1000
 CONNECTIONS = 64
 
@@ -155,28 +154,6 @@ class S3(ObjectStore):
                 if failed.get("Code") != "NoSuchKey":
                     what = str(self.place(str(failed.get("Key"))))
                     raise OutputError(f"{what} could not be removed ({failed.get('Code')})", "check the permissions")
-
-    def stream(self, key: str, blocks: Iterator[bytes], marks: Mapping[str, str]) -> None:
-        upload = self.begin(key, marks)
-        try:
-            etags = {number: upload.put(number, block) for number, block in enumerate(blocks, 1)}
-            upload.complete(etags, absent=False)
-        except BaseException:
-            upload.abort()
-            raise
-
-    def copy(self, source: Address, key: str, nbytes: int, etag: str = "") -> None:
-        same = {"CopySourceIfMatch": etag} if etag else {}
-        wanted = {"Bucket": source.bucket, "Key": source.key}
-
-        def asked() -> None:
-            self.call("copy_object", Key=key, CopySource=wanted, **same)
-            meter.count(inside=nbytes)
-
-        try:
-            self.ask(asked, source, writing=True, pass_on=True)
-        except Fault as fault:  # a condition that does not hold is the source's
-            raise told(fault, str(source), writing=not fault.changed) from None
 
     def begin(self, key: str, marks: Mapping[str, str]) -> Assembly:
         found = self.ask(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple, TypeVar
@@ -131,14 +131,6 @@ class Store(ABC):
     @abstractmethod
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects; one that is gone is no error."""
-
-    @abstractmethod
-    def stream(self, key: str, blocks: Iterator[bytes], marks: Mapping[str, str]) -> None:
-        """Write a large object block by block; nothing is to be seen before its end."""
-
-    @abstractmethod
-    def copy(self, source: Address, key: str, nbytes: int, etag: str = "") -> None:
-        """Have the store copy a whole object of it."""
 
     def begin(self, key: str, marks: Mapping[str, str]) -> Assembly:
         """Begin an upload, of a store that assembles."""

@@ -130,6 +130,15 @@ class OpenPlan:
         """
         replace(self.job, out=self.out, force=force).check_target(resume=True)
 
+    def take_over(self) -> None:
+        """Take the place of a run of another plan that claimed the output in a store, and may be gone.
+
+        Raises:
+            AuthError, StoreError
+        """
+        if isinstance(self.out, Address):
+            replace(self.job, force=True).in_store().begin(shared=True)
+
     def is_there(self) -> bool:
         """Whether the output is in its place, as far as names and sizes tell, and nobody makes it anew."""
         from adapterkit.checkpoint.publish import partial_folder

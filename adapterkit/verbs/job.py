@@ -122,13 +122,13 @@ class Job:
         from adapterkit.checkpoint.publish import check_output
 
         assert self.out is not None
+        record = self.record is not None
         if isinstance(self.out, Address):
             if self.stage is not None:
                 words = f"what is asked for is computed in a folder first, and {self.out} is in a store"
                 raise UsageError(words, "write it to a folder, then copy that to the store")
-            self.in_store().check(resume=resume)
+            self.in_store().check(resume=resume, record=record)
             return
-        record = self.record is not None
         check_output(self.plan, self.sources, self.out, force=self.force, inputs=self.inputs, room=room, record=record)
 
     def in_store(self) -> StoreOut:

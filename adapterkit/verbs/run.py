@@ -90,6 +90,8 @@ def run(request: RunRequest) -> RunReport:
         opened.check(force=request.force)
         return replace(told, on=str(request.on), left=len(opened.parts), notes=write_files(opened, request))
     opened.check(force=request.force)
+    if request.force:
+        opened.take_over()
     tally = by_workers(opened, request)
     report = opened.finish(force=request.force)
     return replace(
@@ -135,6 +137,8 @@ def _task(opened: OpenPlan, request: RunRequest, told: RunReport, started: float
     if opened.is_there() and opened.is_newer_than(Path(request.plan)):
         return replace(told, finished=True, notes=(f"{opened.out} is there already",))
     opened.check(force=request.force)
+    if request.force:
+        opened.take_over()
     share = {part.index for part in shares(opened.parts, request.tasks)[request.task]}
     todo = [part for part in opened.left() if part.index in share]
     done, progress = [], _Sum(sum(part.nbytes for part in todo), request.progress)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from adapterkit.places import Address
@@ -46,10 +46,4 @@ class FolderStore(Store):
         raise Fault(403, "AccessDenied")
 
     def delete(self, keys: Iterable[str]) -> None:
-        raise Fault(403, "AccessDenied")
-
-    def stream(self, key: str, blocks: Iterator[bytes], marks: Mapping[str, str]) -> None:
-        raise Fault(403, "AccessDenied")
-
-    def copy(self, source: Address, key: str, nbytes: int, etag: str = "") -> None:
         raise Fault(403, "AccessDenied")

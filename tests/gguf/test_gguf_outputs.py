@@ -630,6 +630,23 @@ def test_the_record_of_an_output_that_is_gone_is_replaced(base: Path, adapter: P
         adapterkit.merge(base, [adapter], out)
 
 
+@pytest.mark.parametrize("split_first", [False, True])
+def test_the_record_of_an_output_that_is_there_is_kept(
+    split_first: bool, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """OUT.gguf and OUT-00001-of-0000N.gguf are other files, and have one record."""
+    out, place = tmp_path / "out.gguf", tmp_path / "out.gguf.adapterkit.json"
+    split: dict[str, Any] = {"max_shard_size": "20KB"}
+    first, second = (split, {}) if split_first else ({}, split)
+    adapterkit.merge(base, [adapter], out, **first)
+    there, before = sorted(tmp_path.glob("out*.gguf")), place.read_bytes()
+    assert len(there) > 1 or not split_first
+    for more in ({}, {"dry_run": True}):
+        with pytest.raises(OutputError, match=r"out.gguf.adapterkit.json exists"):
+            adapterkit.merge(base, [adapter], out, **second, **more)
+    assert (sorted(tmp_path.glob("out*.gguf")), place.read_bytes()) == (there, before)
+
+
 def test_a_record_that_appears_meanwhile_stays(base: Path, adapter: Path, tmp_path: Path) -> None:
     from adapterkit.checkpoint import write
 

@@ -48,6 +48,28 @@ def test_parts_in_any_order_by_several_workers(s3: Proxy, place: str, tmp_path: 
     assert not client.list_objects_v2(Bucket="models", Prefix=f"{place}/.").get("Contents")
 
 
+def test_a_task_takes_the_place_of_another_plan_only_if_forced(s3: Proxy, place: str, tmp_path: Path) -> None:
+    from models import plain_base
+
+    base = plain_base(tmp_path / "base", layers=2)
+    adapter = plain_adapter(tmp_path / "adapter", base)
+    out = f"s3://models/{place}/out"
+    for name, weight in (("one", 0.5), ("two", 1.0)):
+        adapterkit.merge(base, adapter, weights=weight, save_plan=tmp_path / f"{name}.json")
+    first = OpenPlan(Plan.from_json((tmp_path / "one.json").read_bytes()), out)
+    first.execute(0)  # and is never heard of again
+    with pytest.raises(OutputError, match="another run writes"):
+        adapterkit.run(tmp_path / "two.json", out, task=0, tasks=1)
+    assert adapterkit.run(tmp_path / "two.json", out, task=0, tasks=1, force=True).finished
+    adapterkit.merge(base, adapter, tmp_path / "out")
+    assert download(s3.server, "models", f"{place}/out/") == {
+        path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()
+    }
+    client = client_of(s3.server)
+    assert not client.list_multipart_uploads(Bucket="models", Prefix=f"{place}/").get("Uploads")
+    assert not client.list_objects_v2(Bucket="models", Prefix=f"{place}/.").get("Contents")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [2])
 def test_run_on_this_machine(s3: Proxy, workers: int, place: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from store_server import FLIP_UP, HANG_UP, LOSE_ANSWER, Asked, Proxy, client_of,
 
 import adapterkit
 from adapterkit.checkpoint.schedule import LEAST
-from adapterkit.errors import AuthError, CheckpointError, OutputError, StoreError, UsageError
+from adapterkit.errors import AuthError, CheckpointError, OutOfMemory, OutputError, StoreError, UsageError
 
 MOVED = ("requests", "bytes_down", "bytes_up", "bytes_inside")
 
@@ -114,6 +114,35 @@ def test_gguf_whole_and_in_parts(s3: Proxy, split: str | None, put: Put, place: 
     within(planned, done)
 
 
+@pytest.mark.parametrize("there", ["nothing", "parts", "another file"])
+def test_a_record_beside_a_file_is_replaced_only_if_its_output_is_gone(
+    there: str, s3: Proxy, put: Put, place: str, tmp_path: Path
+) -> None:
+    base, adapter, out = gguf_base(tmp_path), gguf_adapter(tmp_path), f"s3://models/{place}/out/m.gguf"
+    client, name = client_of(s3.server), f"{place}/out/m.gguf"
+    adapterkit.merge(base, adapter, out, max_shard_size="40KB" if there == "parts" else None)
+    if there != "parts":
+        client.delete_object(Bucket="models", Key=name)
+    if there == "another file":
+        client.put_object(Bucket="models", Key=f"{name}.adapterkit.json", Body=b"mine")
+    before = download(s3.server, "models", f"{place}/out/")
+    if there == "nothing":
+        within(
+            adapterkit.merge(base, adapter, out, weights=[0.5], dry_run=True),
+            adapterkit.merge(base, adapter, out, weights=[0.5]),
+            share=0.5,
+        )
+        (tmp_path / "out").mkdir()
+        adapterkit.merge(base, adapter, tmp_path / "out/m.gguf", weights=[0.5])
+        assert download(s3.server, "models", f"{place}/out/") == here(tmp_path / "out")
+    else:
+        for more in ({"dry_run": True}, {}):
+            with pytest.raises(OutputError, match=r"m.gguf exists .*m.gguf.adapterkit.json"):
+                adapterkit.merge(base, adapter, out, **more)
+        assert download(s3.server, "models", f"{place}/out/") == before
+    assert left(s3, place) == ([], 0)
+
+
 def test_convert_reads_and_writes_stores(
     s3: Proxy, small: tuple[Path, Path], put: Put, place: str, tmp_path: Path
 ) -> None:
@@ -156,6 +185,29 @@ def test_what_cannot_go_to_a_store_is_refused_by_name(small: tuple[Path, Path], 
     with pytest.raises(UsageError, match="a whole bucket"):
         adapterkit.merge(*small, "s3://models")
     assert not s3.seen
+
+
+def test_memory_holds_what_is_on_its_way(
+    s3: Proxy, small: tuple[Path, Path], put: Put, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight windows of 16 MiB, or two for each worker; and for each worker a part of 16 MiB that it sends."""
+    base, adapter, out = put(small[0]), put(small[1]), f"s3://models/{place}/out"
+    adapterkit.merge(base, adapter, save_plan=tmp_path / "plan.json", jobs=2)
+    peak = json.loads((tmp_path / "plan.json").read_text())["peak_memory"]
+    need = peak + (8 + 2) * (16 << 20)
+    monkeypatch.setattr("adapterkit.checkpoint.memory._limits", lambda: [(need - 1, "a test")])
+    with pytest.raises(OutOfMemory, match="a test allows"):
+        adapterkit.merge(base, adapter, out, jobs=2)
+    assert left(s3, place) == ([], 0)
+    monkeypatch.setattr("adapterkit.checkpoint.memory._limits", lambda: [(need, "a test")])
+    adapterkit.merge(base, adapter, out, jobs=2)
+    for target, more in ((out + "-2", 10), (tmp_path / "out", 8)):
+        text = tmp_path / "task.sh"
+        text.write_text("{{memory}} {{command}}")
+        monkeypatch.chdir(tmp_path)
+        adapterkit.run(tmp_path / "plan.json", target, on="slurm", workers=2, jobs=2, template=text)
+        said = (tmp_path / f"{str(target).rpartition('/')[2]}.slurm.sh").read_text().split()[0]
+        assert int(said) == int((peak + more * (16 << 20)) * 1.25 / 2**20) + 1
 
 
 # ------------------------------------------------------------------ two runs

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
+from adapterkit.checkpoint.store_write import store_memory
 from adapterkit.errors import NotFound, OutputError, UsageError, option
 from adapterkit.places import here
 from adapterkit.requests.workers import K8S, SLURM
@@ -90,7 +91,7 @@ def write_job(opened: OpenPlan, plan: Path, request: Any, count: int, size: int)
     jobs = request.jobs or 1
     arguments = ["run", str(plan), "-o", named, "--part-size", str(size), "--jobs", str(jobs), "--tasks", str(tasks)]
     arguments += ["--force"] * bool(request.force)
-    memory = int(opened.plan.peak_memory * ROOM / 2**20) + 1
+    memory = int((opened.plan.peak_memory + store_memory(opened.plan, opened.out, jobs)) * ROOM / 2**20) + 1
     given = {
         "name": _job_name(out.name),
         "tasks": str(tasks),

@@ -1,0 +1,52 @@
+"""What is fetched ahead of a plan: a window holds the bytes of its own range, whatever was expected before."""
+
+from __future__ import annotations
+
+import pytest
+
+from adapterkit.checkpoint.objects import ObjectFile
+from adapterkit.stores.store import StoredObject
+
+MB = 1 << 20
+CONTENT = bytes(range(251)) * (2 * MB // 251 + 1)
+
+
+class _Reads:
+    """What `ObjectFile` asks of a store."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+
+    def read(self, key: str, start: int, nbytes: int, etag: str = "") -> bytes:
+        self.asked.append((start, start + nbytes))
+        return CONTENT[start : start + nbytes]
+
+
+@pytest.mark.parametrize("second", [(MB, MB + 1000), (100_000, 101_000), (150_000, 400_000)])
+def test_a_window_is_of_what_is_expected_now(second: tuple[int, int]) -> None:
+    """A worker executes one part after the other; of the first it did not read everything that it had fetched."""
+    store = _Reads()
+    file = ObjectFile(store, StoredObject("base.bin", 2 * MB, "e"), "base.bin")  # type: ignore[arg-type]
+    file.expect([(120_000, 200_000)])
+    assert file.read(120_000, 1000) == CONTENT[120_000:121_000]
+    file.expect([second])
+    fetched = len(store.asked)
+    start, stop = second
+    found = b"".join(file._some(at, min(500, stop - at)) for at in range(start, stop, 500))
+    assert found == CONTENT[start:stop]
+    assert store.asked[fetched:] == [second]
+
+
+def test_what_a_file_fetched_goes_with_it() -> None:
+    """Also after its run has said that it expects nothing more."""
+    from adapterkit.checkpoint.objects import _windows
+
+    store = _Reads()
+    file = ObjectFile(store, StoredObject("base.bin", 2 * MB, "e"), "base.bin")  # type: ignore[arg-type]
+    before = len(_windows._held)
+    file.expect([(120_000, 200_000)])
+    file.read(120_000, 1000)
+    assert len(_windows._held) == before + 1
+    file.expect(())
+    del file
+    assert len(_windows._held) == before
