@@ -90,6 +90,9 @@ def test_lm_eval(tmp_path: Path) -> None:
     colours, gsm, _ = found
     assert (colours.tool, colours.tool_version, colours.when) == ("lm-eval", "0.4.13", "2026-11-28T12:22:00Z")
     assert dict(gsm.settings) == {"num_fewshot": 5, "task_version": 3.0, "limit": 100.0}
+    whole = {**LM_EVAL, "config": {"limit": None}, "chat_template_sha": "ab12"}  # the harness puts the template's here
+    assert read_results(written(tmp_path / "all.json", whole))[1].settings["limit"] is None
+    assert read_results(written(tmp_path / "all.json", whole))[1].settings["chat_template"] is True
     assert "/somewhere" not in json.dumps([one.to_json() for one in found])  # no path of a machine is kept
     assert len(colours.source) == 64
 
