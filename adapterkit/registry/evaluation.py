@@ -137,6 +137,16 @@ def read(evidence: Mapping[str, Any]) -> tuple[Score, ...]:
     return tuple(found)
 
 
+def read_shown(evidence: Mapping[str, Any]) -> tuple[tuple[Score, ...], str]:
+    """The figures for readers, and a sentence where what is there is something else: one record from elsewhere must not
+    hide all others.
+    """
+    try:
+        return read(evidence), ""
+    except RegistryError as error:
+        return (), error.message
+
+
 def sentence(one: Score) -> str:
     """``0.712 ± 0.02 over 500 samples; 2026-01-31, lm-eval 0.4.13``"""
     spread = f" \N{PLUS-MINUS SIGN} {one.stderr:.2g}" if one.stderr is not None else ""

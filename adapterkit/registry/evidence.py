@@ -95,5 +95,7 @@ def attach_verification(target: str | Path, levels: Iterable[Verification], *, h
 
 
 def _with(record: Record, kind: str, figures: Mapping[str, Any]) -> Record:
+    if kind == evaluation.KEY:
+        evaluation.read({kind: figures})
     before = thaw(record.evidence)
     return replace(record, evidence={**before, kind: {**before.get(kind, {}), **figures}})

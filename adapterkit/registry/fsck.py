@@ -260,15 +260,14 @@ class _Check:
         on_disk = self.home.versions(name)
         whole = data[: data.rfind(b"\n") + 1]
         lines = store.journal_lines(whole)
-        # One line more than records is a registration that was killed, one less is one after a power cut.
+        # One line more than records is a registration that was killed, if its record is in staging still; one less is one
+        # after a power cut.
         count = len(lines) if lines is not None else -1
         newest = on_disk[-1] if on_disk else 0
-        if count > newest + 1:
-            self._say(
-                "record",
-                self.home.record(name, newest + 1),
-                f"{name}@{newest + 1} to {count} vanished, says the journal",
-            )
+        killed = lines is not None and count == newest + 1 and lines[-1][2] in store.begun(self.home)
+        if count > newest and not killed:
+            gone = f"{name}@{newest + 1}{f' to {count}' if count > newest + 1 else ''}"
+            self._say("record", self.home.record(name, newest + 1), f"{gone} vanished, says the journal")
             return
         wrong = lines is None
         for version, body, digest in lines or ():

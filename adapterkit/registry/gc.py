@@ -8,7 +8,9 @@ and quarantine are never touched.
 from __future__ import annotations
 
 import os
+import shutil
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from adapterkit.registry import store
 from adapterkit.registry.home import Home, entries, open_home, read_file
 from adapterkit.registry.names import is_name
 from adapterkit.registry.record import FileEntry, Record
-from adapterkit.registry.remaking import OPERATIONS, can_drop, is_recipe, parent_ref
+from adapterkit.registry.remaking import OPERATIONS, TEMPORARY, can_drop, is_recipe, parent_ref
 
 KEEP_DAYS = 14.0
 _TEMPORARY_SECONDS = 86400.0
@@ -26,7 +28,9 @@ _TEMPORARY_SECONDS = 86400.0
 
 @dataclass(frozen=True)
 class GcReport:
-    """What was (``applied``) or would be freed: digests of blobs, their bytes, temporary files; what is too young."""
+    """What was (``applied``) or would be freed: digests of blobs, their bytes, temporary files and folders; and how many blobs
+    are too young.
+    """
 
     applied: bool
     blobs: tuple[str, ...]
@@ -49,7 +53,8 @@ def gc(*, apply: bool = False, keep_days: float = KEEP_DAYS, home: Path | None =
         return GcReport(apply, (), 0, 0, 0)
     with at.store_lock(shared=False):
         now = time.time()
-        wanted = _wanted(at, now - keep_days * 86400)
+        begun = store.begun(at)
+        wanted, killed = _wanted(at, now - keep_days * 86400, begun)
         found: list[tuple[Path, int]] = []
         young = 0
         for folder in entries(at.root / "objects" / "sha256"):
@@ -62,11 +67,14 @@ def gc(*, apply: bool = False, keep_days: float = KEEP_DAYS, home: Path | None =
                     young += 1
                 else:
                     found.append((Path(entry.path), info.st_size))
-        temporary = _old_temporary(at, now)
+        temporary = [path for path in _old_temporary(at, now) if path not in {begun[one] for one in killed}]
         if apply:
             with disk.writing("the removal of blobs", at.root):
                 for path in [path for path, _ in found] + temporary:
-                    os.unlink(path)
+                    if path.is_dir() and not path.is_symlink():
+                        shutil.rmtree(path)
+                    else:
+                        os.unlink(path)
     digests = tuple(sorted(path.name for path, _ in found))
     return GcReport(apply, digests, sum(size for _, size in found), len(temporary), young)
 
@@ -138,9 +146,18 @@ def _time(mark: Path) -> float:
         return time.time()
 
 
-def _wanted(at: Home, removed_before: float) -> set[str]:
-    """The digests that stay: all files of visible versions and of those removed lately."""
+def _wanted(at: Home, removed_before: float, begun: Collection[str]) -> tuple[set[str], set[str]]:
+    """The digests that stay: all files of visible versions and of those removed lately; and which of ``begun`` tell that
+    the last line of a journal is of a killed registration.
+
+    Args:
+        begun: digests of the records that killed registrations left in staging.
+
+    Raises:
+        CheckFailed: a record cannot be read or is gone.
+    """
     wanted: set[str] = set()
+    killed: set[str] = set()
     known = set(at.names())
     # The folder is made before the first line of the journal: without it, records are gone and their blobs may be wanted.
     for entry in entries(at.root / "journal"):
@@ -151,10 +168,20 @@ def _wanted(at: Home, removed_before: float) -> set[str]:
     for name in sorted(known):
         hidden = at.hidden_versions(name)
         versions = at.versions(name)
-        lines = read_file(at.journal(name)).count(b"\n") if at.journal(name).is_file() else 0
-        # One line more than records is a registration that was killed.
-        if versions != list(range(1, len(versions) + 1)) or lines > len(versions) + 1:
-            raise CheckFailed(f"a record of {name} is missing, and nobody knows which blobs it names", "run fsck")
+        journal = read_file(at.journal(name)) if at.journal(name).is_file() else b""
+        lines = journal[: journal.rfind(b"\n") + 1].splitlines()
+        # A line that a killed registration left, of a record that never was.
+        if (
+            len(lines) == len(versions) + 1
+            and (last := lines[-1].decode("ascii", "replace").rpartition(" ")[2]) in begun
+        ):
+            killed.add(last)
+            lines.pop()
+        if versions != list(range(1, len(versions) + 1)) or len(lines) > len(versions):
+            raise CheckFailed(
+                f"a record of {name} is missing, and nobody knows which blobs it names",
+                "put it back from a copy of the registry, or register the name again to go on without it",
+            )
         for version in versions:
             try:
                 record = store.load_known(at, name, version)
@@ -166,10 +193,17 @@ def _wanted(at: Home, removed_before: float) -> set[str]:
                 # What can be made again is kept for a while as everything else, and freed then.
                 again = is_recipe(record)
                 wanted.update(file.sha256 for file in record.files if file.stored or not again)
-    return wanted
+    return wanted, killed
 
 
 def _old_temporary(at: Home, now: float) -> list[Path]:
-    """Temporary files that no living writer can still use."""
+    """Temporary files that no living writer can still use, and folders in which a killed one made versions again."""
     found = [Path(entry.path) for folder in (at.staging, at.incoming) for entry in entries(folder)]
-    return [path for path in found if now - path.lstat().st_mtime > _TEMPORARY_SECONDS]
+    found += [Path(entry.path) for entry in entries(at.root) if entry.name.startswith(TEMPORARY)]
+    return [path for path in found if now - _newest(path) > _TEMPORARY_SECONDS]
+
+
+def _newest(path: Path) -> float:
+    """When a file, or anything in a folder, was last written."""
+    inside = path.rglob("*") if path.is_dir() and not path.is_symlink() else ()
+    return max(float(one.lstat().st_mtime) for one in (path, *inside))

@@ -43,6 +43,7 @@ _VALUE = (
     rf"(?:(?P<other>[a-z]+)\s*(?:(?P<sign>[+-])\s*(?P<offset>{_NUMBER})\s*(?P<unit>se|%)?)?"
     rf"|(?P<number>-?(?:{_NUMBER}))(?P<percent>\s*%)?)"
 )
+_ABOUT = {"n": "the number of samples", "stderr": "the standard error"}
 _FLAT = 1e-12  # what float arithmetic leaves of an offset: 0.7 - 0.01 is 0.69
 
 
@@ -142,15 +143,19 @@ def _unknown(figure: str, part: str, subject: str) -> str:
     return f"'{figure}'{sliced} was never measured{of}"
 
 
+def _about(condition: Condition, figure: Figure) -> float | None:
+    """What a condition asks about a figure; None where it is not stated."""
+    return (float(figure.n) or None) if condition.about == "n" else figure.stderr
+
+
 def _one(condition: Condition, figure: Figure, others: Mapping[str, Sequence[Figure] | None]) -> Judgement:
     value: float | str | None = figure.value
     name = figure.name
     if condition.about:
-        value = (float(figure.n) or None) if condition.about == "n" else figure.stderr
+        value = _about(condition, figure)
         name = f"{name}.{condition.about}"
         if value is None:
-            said = "the number of samples" if condition.about == "n" else "the standard error"
-            return Judgement(False, f"{condition.text}: {said} of {figure.name} is not stated")
+            return Judgement(False, f"{condition.text}: {_ABOUT[condition.about]} of {figure.name} is not stated")
     if condition.word:
         word = {"failed": FAILED, "held": HELD}.get(condition.word, condition.word)
         right = (str(value) == word) != (condition.compare == "!=")
@@ -179,7 +184,11 @@ def _against(
         )
     other = match.value
     if condition.about:
-        other = float(match.n) if condition.about == "n" else (match.stderr or 0.0)
+        stated = _about(condition, match)
+        if stated is None:
+            said = f"{_ABOUT[condition.about]} of {figure.name} of {condition.other}"
+            return Judgement(False, f"{condition.text}: {said} is not stated")
+        other = stated
     offset, spelled = condition.number, f"{condition.number:+g}" if condition.number else ""
     if condition.unit == "se":
         if figure.stderr is None or match.stderr is None:

@@ -162,6 +162,8 @@ def standing(moves: Sequence[Move]) -> list[Move]:
             continue
         if found and not found[-1].version:  # it was taken off and is set again
             found.pop()
+            if found and (found[-1].version, found[-1].digest) == (step.version, step.digest):
+                found.pop()  # where it was before: going back from there leads further back
         found.append(step)
     return found
 

@@ -21,6 +21,8 @@ from adapterkit.registry.home import Home
 from adapterkit.registry.record import NOT_CONTENT, FileEntry, Record
 
 OPERATIONS = ("merge", "convert")
+TEMPORARY = ".remake-"
+"""What the names of folders begin with in which versions are made again; gc sweeps those that a killed one left."""
 SMALL = 1 << 16
 """Bytes up to which a file is kept anyway: configs and tokenizers."""
 
@@ -52,7 +54,7 @@ def made_again(at: Home, record: Record, base: str | Path | None = None) -> Iter
     if operation is None or operation.name not in OPERATIONS or carry_out is None:
         how = operation.name if operation is not None else "nothing that is recorded"
         raise UsageError(f"{name} was made by {how}, which is not carried out again", "keep its bytes")
-    with tempfile.TemporaryDirectory(prefix=".remake-", dir=at.root) as temporary:
+    with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=at.root) as temporary:
         try:
             made = carry_out(at, record, Path(temporary), base)
         except (NotFound, CheckFailed):

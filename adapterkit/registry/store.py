@@ -15,7 +15,7 @@ from adapterkit import disk
 from adapterkit.errors import NotFound, RegistryError
 from adapterkit.registry import blobs
 from adapterkit.registry.canonical import canonical, parse, sha256
-from adapterkit.registry.home import Home, read_file
+from adapterkit.registry.home import Home, entries, read_file
 from adapterkit.registry.record import OpaqueRecord, Record, now, read
 
 _JOURNAL_LINE = rb"([1-9][0-9]{0,9}) ([0-9a-f]{64}) ([0-9a-f]{64})\n"
@@ -79,11 +79,26 @@ def _add(home: Home, draft: Record, name: str, new_version: bool) -> Added:
         record = draft.registered(name, version)
         line = b"%d %s %s\n" % (version, record.body.encode(), record.digest.encode())
         with disk.staged(home.staging, record.data) as temporary:
-            _append(home, name, line, len(journal))
-            if disk.publish_new(temporary, home.record(name, version)):
-                return Added(record, True)
+            try:
+                _append(home, name, line, len(journal))
+                if disk.publish_new(temporary, home.record(name, version)):
+                    return Added(record, True)
+            except BaseException:
+                # The staged record goes now, and without it the line would speak of a record that was lost.
+                _append(home, name, b"", len(journal))
+                raise
         # Only where locks do not work: somebody else took the number.
         journal = rebuilt_journal(home, name)
+
+
+def begun(home: Home) -> dict[str, Path]:
+    """Staged records by their digest. A registration that was killed leaves one, which tells the last line of its journal
+    from the line of a record that was lost."""
+    found: dict[str, Path] = {}
+    for entry in entries(home.staging):
+        with suppress(RegistryError, FileNotFoundError):
+            found[read(read_file(Path(entry.path)), entry.path).digest] = Path(entry.path)
+    return found
 
 
 def heal(home: Home, record: Record) -> bool:

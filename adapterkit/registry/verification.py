@@ -100,7 +100,8 @@ def lines(evidence: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
         if kind == KEY:
             found += [(f"{KEY}: {level.level}", sentence(level)) for level in read(evidence)]
         elif kind == evaluation.KEY:
-            found += [(one.key, evaluation.sentence(one)) for one in evaluation.read(evidence)]
+            scores, wrong = evaluation.read_shown(evidence)
+            found += [(one.key, evaluation.sentence(one)) for one in scores] + ([(kind, wrong)] if wrong else [])
         else:
             found.append((kind, ", ".join(f"{name} {_plain(figure)}" for name, figure in value.items())))
     return tuple(found)

@@ -65,9 +65,14 @@ def read_results(path: Path, *, subject: str = "self", task: str = "") -> tuple[
     source = sha256(data)
     for harness in harnesses():
         if harness.fits(value):
-            found = [
-                replace(one, subject=subject, source=source) for one in harness.measured(value, path, task or path.stem)
-            ]
+            try:
+                scores = list(harness.measured(value, path, task or path.stem))
+            except (AttributeError, TypeError, KeyError, ValueError, OverflowError, RecursionError) as error:
+                raise UsageError(
+                    f"{path} looks like a file of {harness.NAME}, and a part of it has another shape ({str(error)[:100]})",
+                    "give the file as the harness wrote it",
+                ) from error
+            found = [replace(one, subject=subject, source=source) for one in scores]
             if not found:
                 raise UsageError(
                     f"{path} is a file of {harness.NAME} that holds no figure", "give the file of a whole run"

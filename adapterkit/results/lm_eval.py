@@ -33,10 +33,13 @@ def measured(value: Any, path: Path, task: str) -> Iterator[Score]:
             "num_fewshot": shots.get(name),
             "task_version": versions.get(name),
             "task_hash": hashes.get(name),
-            "limit": config.get("limit"),
-            "chat_template": config.get("chat_template_sha") or None,
         }
         settings = {key: item for key, item in said.items() if isinstance(item, (int, float, str))}
+        # That there was no limit or no template is said too: only what both figures state is held against each other.
+        if "limit" in config and (config["limit"] is None or is_number(config["limit"])):
+            settings["limit"] = config["limit"]
+        if "chat_template_sha" in value:
+            settings["chat_template"] = bool(value["chat_template_sha"])
         samples = counts.get(name)
         effective = samples.get("effective") if isinstance(samples, dict) else None
         for key, figure in figures.items():

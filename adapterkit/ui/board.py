@@ -14,7 +14,7 @@ from adapterkit.registry.gathered import gathered
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.served import Served
 from adapterkit.ui.markup import Content, Markup, el
-from adapterkit.ui.parts import code, frame, kind_mark, ref_link, when
+from adapterkit.ui.parts import code, frame, kind_mark, ref_link, version_url, when
 from adapterkit.ui.words import Said, sentences
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _card(row: PointedVersion, names: Mapping[str, str]) -> Markup:
         "li",
         el(
             "h3",
-            el("a", f"{row.name}@{row.alias}", href=f"/v/{row.name}/{row.version}"),
+            el("a", f"{row.name}@{row.alias}", href=version_url(row.name, row.version)),
             " is ",
             ref_link(row.name, row.version, f"version {row.version}"),
         ),

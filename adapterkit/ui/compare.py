@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import AdapterkitError, NotFound
+from adapterkit.registry import evaluation, resolve
 from adapterkit.registry import figures as known
-from adapterkit.registry import resolve
 from adapterkit.registry.canonical import parse
 from adapterkit.registry.gathered import gathered
 from adapterkit.registry.home import Home, open_home
@@ -70,8 +70,12 @@ def _settings(record: Record) -> dict[str, Content]:
 
 
 def _evidence(at: Home, record: Record) -> dict[str, Content]:
+    evidence = gathered(at, record)
     found = {}
-    for one in known.figures(gathered(at, record)):
+    if wrong := evaluation.read_shown(evidence)[1]:
+        found[evaluation.KEY] = wrong
+        del evidence[evaluation.KEY]
+    for one in known.figures(evidence):
         spread = f" ± {one.stderr:.2g}" if one.stderr is not None else ""
         found[one.name] = f"{figure(one.value)}{spread}{f' ({one.about})' if one.about else ''}"
     return dict(found)

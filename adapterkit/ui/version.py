@@ -221,7 +221,7 @@ def _evidence(record: Record, evidence: Mapping[str, Any]) -> Markup:
     """What is known of the bytes, whichever version it was added to: in words, then every figure."""
     said = sentences(evidence)
     shown: list[Markup] = [_level(level) for level in verified.read(evidence)]
-    if scores := evaluation.read(evidence):
+    if scores := evaluation.read_shown(evidence)[0]:
         shown.append(_scores(scores))
     for kind, values in evidence.items():
         if kind not in (verified.KEY, evaluation.KEY):

@@ -51,8 +51,11 @@ class Said:
 def sentences(evidence: Mapping[str, Any]) -> list[Said]:
     """What the evidence of a version says, verdicts first."""
     said = [_level(level) for level in verification.read(evidence)]
-    own = [one for one in evaluation.read(evidence) if one.subject == evaluation.SELF]
-    others = {(one.label, one.subject): one for one in evaluation.read(evidence)}
+    scores, wrong = evaluation.read_shown(evidence)
+    if wrong:
+        said.append(Said(wrong))
+    own = [one for one in scores if one.subject == evaluation.SELF]
+    others = {(one.label, one.subject): one for one in scores}
     for one in own:
         beside = [
             f"{name} {others[one.label, subject].value:.4g}"
@@ -80,8 +83,7 @@ def _level(level: Verification) -> Said:
         if isinstance(figures.get("retention"), float):
             parts.append(f"{figures['retention']:.2%} of the change is there")
     if level.level == "model":
-        over = figures.get("tokens") or figures.get("prompts")
-        unit = "tokens" if figures.get("tokens") else "prompts"
+        over, unit = next(((counts[key], key) for key in ("tokens", "prompts") if counts.get(key)), (0, ""))
         if isinstance(figures.get("top1"), float):
             parts.append(f"same likeliest token for {figures['top1']:.2%}" + (f" of {over:,} {unit}" if over else ""))
         if isinstance(figures.get("kl"), float):

@@ -46,6 +46,7 @@ for one in asked["models"]:
     found["lm_eval_version"] = getattr(lm_eval, "__version__", "")
     found.pop("samples", None)
     found["config"] = {key: value for key, value in (found.get("config") or {}).items() if key == "limit"}
+    found["chat_template_sha"] = asked["options"]["apply_chat_template"]  # stands in files of the harness, not in this
     with open(one["out"], "w") as file:
         json.dump(found, file, default=str)
 """

@@ -33,7 +33,7 @@ def simple_evaluate(model, model_args, tasks, task_manager, log_samples, **optio
         file.write(json.dumps([real, tasks, options, task_manager.include_path]) + "\\n")
     if "crash" in tasks:
         raise ValueError("no such task: crash")
-    return {"results": {task: {"size,none": size, "size_stderr,none": 0.5} for task in tasks}, "n-shot": {}, "config": {}}
+    return {"results": {task: {"size,none": size, "size_stderr,none": 0.5} for task in tasks}, "n-shot": {}, "config": {"limit": options.get("limit")}}
 """
 MANAGER = """
 class TaskManager:
@@ -89,6 +89,21 @@ def test_an_adapter_its_base_and_null_adapters(
     assert calls[0][3] == str(tmp_path)
     with pytest.raises(CheckFailed, match="not < shuffled"):
         verbs.tag("tone", "prod", require="tickets/size<shuffled-1")
+
+
+@pytest.mark.parametrize(("more", "setting"), [({"limit": 5}, "limit"), ({"chat_template": True}, "chat_template")])
+def test_figures_of_other_settings_are_not_compared(
+    home: Path, told: Path, base: Path, adapter: Path, more: dict[str, Any], setting: str
+) -> None:
+    """Neither a part of the samples with all of them, nor prompts in a template with plain ones."""
+    register(adapter, "tone", base=base)
+    evaluate("tone@1", "tickets", base=base, no_base=True)
+    verbs.tag("tone@2", "prod", require="size>0")
+    register(plain_adapter(adapter.parent / "next", base, seed=9, peft_type="LORA"), "tone", base=base)
+    evaluate("tone@3", "tickets", base=base, no_base=True, **more)
+    with pytest.raises(CheckFailed, match=f"measured with another {setting}"):
+        verbs.tag("tone@4", "prod", require="size>=current-1000")
+    verbs.tag("tone@4", "prod", require="size>0")
 
 
 def test_the_base_that_its_record_names(home: Path, told: Path, adapter: Path) -> None:

@@ -55,6 +55,18 @@ def test_rollbacks_go_back_step_by_step(three: Path) -> None:
     assert fsck.fsck().clean
 
 
+def test_a_rollback_of_an_alias_that_came_back_to_where_it_was(three: Path) -> None:
+    """Taken off and set to the same version again: a rollback goes to the version before it, and does not stay."""
+    for version in (1, 2):
+        verbs.tag(f"math@{version}", "prod")
+    verbs.untag("math", "prod")
+    verbs.tag("math@2", "prod")
+    found = verbs.rollback("math", "prod")
+    assert (found.version, found.moved) == (1, True)
+    with pytest.raises(NotFound, match="never anywhere else"):
+        verbs.rollback("math", "prod")
+
+
 def test_a_rollback_after_an_alias_was_taken_off(three: Path) -> None:
     verbs.tag("math@1", "prod")
     verbs.untag("math", "prod")

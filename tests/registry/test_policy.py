@@ -41,6 +41,13 @@ def held(text: str) -> bool:
     return all(verdict.held for verdict in judge(parse_policy(text), OWN, OTHERS))
 
 
+@pytest.mark.parametrize("text", ["acc.n>=base", "acc.stderr>=zeros"])
+def test_what_is_not_stated_of_the_other_does_not_hold(text: str) -> None:
+    (verdict,) = judge(parse_policy(text), OWN[:1], OTHERS)
+    assert not verdict.held
+    assert "is not stated" in verdict.sentence
+
+
 def sentences(text: str) -> str:
     return "; ".join(verdict.sentence for verdict in judge(parse_policy(text), OWN, OTHERS))
 

@@ -270,6 +270,20 @@ def test_gc_takes_old_temporary_files_only(filled: Path, monkeypatch: pytest.Mon
     assert fsck.fsck().notes == ()
 
 
+def test_gc_takes_folders_in_which_a_killed_one_made_versions_again(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (filled / ".remake-abc/model").mkdir(parents=True)
+    (filled / ".remake-abc/model/weights").write_bytes(b"x")
+    age(filled, monkeypatch, 2)
+    (filled / ".remake-now").mkdir()
+    os.utime(filled / ".remake-now", (gc.time.time(), gc.time.time()))
+    assert gc.gc().temporary == 1
+    assert (filled / ".remake-abc/model/weights").exists()
+    assert gc.gc(apply=True).temporary == 1
+    assert [path.name for path in filled.glob(".remake-*")] == [".remake-now"]
+
+
 def test_fsck_never_stops_at_what_it_finds(filled: Path) -> None:
     """Random bytes in every file at once: a report, no exception."""
     rng = random.Random(1)

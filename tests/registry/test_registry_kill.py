@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from adapterkit.registry import fsck, index, listing, register
+from adapterkit.errors import CheckFailed
+from adapterkit.registry import fsck, gc, index, listing, register
 from adapterkit.registry.home import Home
 
 
@@ -71,6 +72,48 @@ def test_a_registration_killed_at_any_step_leaves_a_clean_registry(home: Path, m
     assert found.record.version == 2
     assert fsck.fsck().clean
     assert [row.version for row in listing.listing().rows] == [1, 2]
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_gc_tells_a_killed_registration_from_a_lost_record(
+    home: Path, make: Any, there: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both leave a journal with one line more than records; only the killed one left its record in staging."""
+    for number in range(there):
+        register.register(make(content=b"%d" % number), "a")
+    register.register(make(content=b"else"), "else")
+    folder = make("second", b"second" * 1000)
+    child = os.fork()
+    if child == 0:
+        real = os.link
+
+        def dying(source: Any, target: Any, **more: Any) -> None:
+            if str(target).endswith(f"records/a/{there + 1}.json"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            real(source, target, **more)
+
+        os.link = dying  # type: ignore[assignment]
+        try:
+            register.register(folder, "a")
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    assert (home / "journal/a").read_bytes().count(b"\n") == there + 1
+    assert fsck.fsck().clean
+    later = time.time() + 20 * 86400
+    with monkeypatch.context() as patched:
+        patched.setattr(gc.time, "time", lambda: later)
+        gc.gc(apply=True)
+        gc.gc(apply=True)  # what tells it is not swept
+    assert fsck.fsck().clean
+    assert register.register(folder, "a").record.version == there + 1
+    with monkeypatch.context() as patched:
+        patched.setattr(gc.time, "time", lambda: later)
+        gc.gc(apply=True)
+    (home / f"records/a/{there + 1}.json").unlink()
+    assert [problem.kind for problem in fsck.fsck().problems if not problem.repaired] == ["record"]
+    with pytest.raises(CheckFailed, match="a record of a is missing"):
+        gc.gc(apply=True, keep_days=-1)
 
 
 def test_an_index_whose_writer_is_killed_is_right_again(home: Path, make: Any) -> None:

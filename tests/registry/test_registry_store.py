@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from contextlib import ExitStack
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,10 +103,25 @@ def test_the_line_of_a_killed_registration_is_cut_off(home: Path, make: Any) -> 
     register.register(make(), "a")
     journal = home / "journal/a"
     journal.write_bytes(journal.read_bytes() + b"2 %s %s\n" % (b"a" * 64, b"b" * 64))
-    assert fsck.fsck().clean
     assert register.register(make(content=b"x"), "a").record.version == 2
     assert journal.read_bytes().count(b"\n") == 2
     assert b"a" * 64 not in journal.read_bytes()
+    assert fsck.fsck().clean
+
+
+def test_a_registration_that_fails_leaves_no_line(home: Path, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    register.register(make(), "a")
+    before = (home / "journal/a").read_bytes()
+
+    def refuse(*_: Any) -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store.disk, "publish_new", refuse)
+        with pytest.raises(OutputError):
+            store.add_record(Home(home), replace(verbs.show("a@1").record, meta={"n": "2"}), "a")
+    assert (home / "journal/a").read_bytes() == before
+    assert fsck.fsck().clean
 
 
 def test_records_that_cannot_be_read_are_never_written_over(home: Path, make: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,9 @@ def test_lm_eval(tmp_path: Path) -> None:
     colours, gsm, _ = found
     assert (colours.tool, colours.tool_version, colours.when) == ("lm-eval", "0.4.13", "2026-11-28T12:22:00Z")
     assert dict(gsm.settings) == {"num_fewshot": 5, "task_version": 3.0, "limit": 100.0}
+    whole = {**LM_EVAL, "config": {"limit": None}, "chat_template_sha": "ab12"}  # the harness puts the template's here
+    assert read_results(written(tmp_path / "all.json", whole))[1].settings["limit"] is None
+    assert read_results(written(tmp_path / "all.json", whole))[1].settings["chat_template"] is True
     assert "/somewhere" not in json.dumps([one.to_json() for one in found])  # no path of a machine is kept
     assert len(colours.source) == 64
 
@@ -170,6 +175,51 @@ def test_figures_that_are_none_are_refused(tmp_path: Path) -> None:
         read_results(written(tmp_path / "x.json", {"results": {}, "n-shot": {}}))
     with pytest.raises(AdapterkitError, match="without brackets"):
         read_results(written(tmp_path / "x.json", {"task": "a\nb", "metrics": {"acc": 1}}))
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value in plain JSON but the whole."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in inside:
+        yield (*at, key)
+        yield from places(item, (*at, key))
+
+
+TABLE = {"task": "t", "n": 3, "metrics": {"acc": 0.5, "acc_stderr": 0.1}, "slices": {"de": {"acc": 0.4}}}
+
+
+@pytest.mark.parametrize("whole", [LM_EVAL, INSPECT, LIGHTEVAL, HELM, TABLE], ids=lambda value: str(value)[:12])
+def test_any_value_of_another_shape_is_read_or_refused(tmp_path: Path, whole: Any) -> None:
+    whole = {**whole, "stats": {"completed_at": "2026-01-31"}} if whole is INSPECT else whole
+    refused = 0
+    for place in places(whole):
+        for odd in (None, True, -1, 10**400, float("inf"), "", "\ud800", [], [1], {}, {"a": [1]}):
+            value = copy.deepcopy(whole)
+            inner = value
+            for key in place[:-1]:
+                inner = inner[key]
+            inner[place[-1]] = odd
+            try:
+                read_results(written(tmp_path / "run" / "x.json", value))
+            except AdapterkitError:
+                refused += 1
+    assert refused
+
+
+@pytest.mark.parametrize(
+    ("whole", "change"),
+    [
+        (LM_EVAL, {"n-shot": [1]}),
+        (INSPECT, {"results": [1]}),
+        (INSPECT, {"stats": "x"}),
+        (LIGHTEVAL, {"config_tasks": ["x"]}),
+        (TABLE, {"slices": [1]}),
+        (TABLE, {"metrics": {"acc": 10**400}}),
+    ],
+)
+def test_a_part_of_another_shape_is_named_with_the_file(tmp_path: Path, whole: Any, change: Any) -> None:
+    with pytest.raises(UsageError, match=r"x\.json looks like a file of .* another shape"):
+        read_results(written(tmp_path / "x.json", {**whole, **change}))
 
 
 def test_every_harness_is_found() -> None:

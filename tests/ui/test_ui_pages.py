@@ -5,18 +5,22 @@ from __future__ import annotations
 import re
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from models import plain_adapter, plain_base
 
 import adapterkit
+from adapterkit.errors import RegistryError
 from adapterkit.provenance.register import register
 from adapterkit.registry import served, verbs
 from adapterkit.registry.evaluation import Score
-from adapterkit.registry.evidence import attach_evaluation, attach_verification
+from adapterkit.registry.evidence import attach_evaluation, attach_evidence, attach_verification
+from adapterkit.registry.home import Home
 from adapterkit.registry.lineage import lineage
-from adapterkit.registry.verification import Verification
+from adapterkit.registry.store import add_record
+from adapterkit.registry.verification import Verification, evidence_of, lines
 from adapterkit.ui.card import blocks
 from adapterkit.ui.graph import deployed_path
 from adapterkit.ui.markup import render
@@ -154,6 +158,23 @@ def test_a_card(tone: Path, tmp_path: Path, serve: Serve) -> None:
     assert "It comes with the version." in page
     text = "# A\n\n- one\n- two\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n```sh\nls\n```\nend"
     assert render(list(blocks(text))).startswith("<h3>A</h3><ul><li>one</li><li>two</li></ul>")
+
+
+def test_evidence_of_another_shape_does_not_hide_the_rest(tone: Path, tmp_path: Path, serve: Serve) -> None:
+    """A record from elsewhere states what no record of ours does: the pages say so, and show everything else."""
+    with pytest.raises(RegistryError, match="does not hold exactly"):
+        attach_evidence("tone@1", "evaluation", {"acc": {"value": 1}})
+    found = verbs.show("tone@1").record
+    odd = Verification("model", True, {"top1": 0.5, "tokens": "many", "kl": "little"})
+    evidence = {"evaluation": {"<b>": {"value": 1}}, "verification": evidence_of([odd])}
+    add_record(Home(tone), replace(found, name="", version=0, evidence=evidence), "other")
+    verbs.tag("other@1", "prod")
+    url = serve()
+    for page in ("/", "/deployed", "/v/other/1", "/compare?a=tone@1&b=other@1"):
+        said = text_of(url + page)
+        assert "other@1" in said or "other@prod" in said
+        assert "does not hold exactly" in said
+    assert ("evaluation", True) in [(kind, "exactly" in text) for kind, text in lines(evidence)]
 
 
 def test_words_have_denominators() -> None:
