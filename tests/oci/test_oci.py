@@ -274,6 +274,9 @@ def test_layers_of_other_kinds_are_refused(host: str, tickets: Path, tmp_path: P
             tmp_path,
             raw(registry, [good, {**good, "annotations": {"org.cncf.model.filepath": "ADAPTER_model.safetensors"}}]),
         )
+    beside = blob(registry, b"x", "LICENSE"), blob(registry, b"{}", "LICENSE/config.json")
+    with pytest.raises(UnsafeError, match="as a file and as a folder"):
+        elsewhere(tmp_path, raw(registry, [good, config, *beside]))
     with pytest.raises(CheckFailed, match="archive"):
         elsewhere(tmp_path, raw(registry, [{**good, "mediaType": "application/vnd.cncf.model.weight.v1.tar"}]))
     with pytest.raises(NotFound, match="no safetensors"):
