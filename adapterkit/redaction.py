@@ -26,6 +26,11 @@ def holds_secret(text: str) -> bool:
     return re.search(_PUBLISHED, text) is not None
 
 
+def without_login(text: str) -> str:
+    """Text whose addresses name no user and no password: ``https://user:password@host/`` is ``https://host/``."""
+    return re.sub(r"(?<=://)[^/\s@]*(?:@[^/\s@]*)*@", "", text)
+
+
 def check_public(text: str, where: str) -> None:
     """
     Raises:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from adapterkit.cli.output import note, say, show_json
 from adapterkit.errors import UsageError
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from adapterkit.verbs.deployed import DeploymentState
 
 _OF_A_SERVER = ("kind", "base", "copy", "seen_as", "token_env")
+_USED = {"off": ("to", "timeout"), "status": ("to",), "add_server": _OF_A_SERVER, "remove_server": ()}
+"""What else each of these takes; whatever else was given would be dropped, and is refused."""
 
 
 def _prompt(text: str) -> str | list[int]:
@@ -92,9 +95,9 @@ def command(
         raise UsageError(
             "deploy does one thing at a time", "give REF, or one of --status, --add-server and --remove-server"
         )
-    given = [f"--{key.replace('_', '-')}" for key in _OF_A_SERVER if of_server[key]]
-    if given and not (ref or add_server):
-        raise UsageError(f"{given[0]} says what a server is", "give it with --add-server, or with REF and an address")
+    asked_for = {"off": off, "status": status, "add_server": add_server, "remove_server": remove_server}
+    for one in (name for name, given in asked_for.items() if given):
+        _only(one, ("ref", "as_json", one, *_USED[one]))
     if status:
         return _status(to, as_json)
     if add_server or remove_server:
@@ -130,6 +133,18 @@ def command(
     if found.answer:
         say(f"it answered: {' '.join(found.answer.split())[:200]}")
     return 0
+
+
+def _only(one: str, used: tuple[str, ...]) -> None:
+    """
+    Raises:
+        UsageError: an option was given that has no meaning with ``one``.
+    """
+    context = click.get_current_context()
+    for option in context.command.params:
+        name = option.name or ""
+        if name not in used and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            raise UsageError(f"{option.opts[0]} has no meaning with --{one.replace('_', '-')}", "leave it out")
 
 
 def _status(server: str, as_json: bool) -> int:

@@ -21,6 +21,7 @@ from typing import Any
 from adapterkit.errors import AdapterkitError, AuthError, NotFound, ServerError, UsageError
 from adapterkit.integrations.tracking import LoggedVersion, adapter_of, copy_files, labels, numbers, registered
 from adapterkit.packages import need
+from adapterkit.redaction import without_login
 from adapterkit.registry.evidence import attach_evidence
 from adapterkit.registry.register import Registered
 
@@ -77,7 +78,8 @@ def log_version(
             if mine:
                 _forget(client, identity)
             raise
-        url = f"{uri}/#/experiments/{run.info.experiment_id}/runs/{identity}" if uri.startswith("http") else ""
+        shown = without_login(uri)
+        url = f"{shown}/#/experiments/{run.info.experiment_id}/runs/{identity}" if uri.startswith("http") else ""
     said = {"run": identity, "url": url, "model": model, "version": version}
     attached = attach_evidence(record.ref, "mlflow", {key: value for key, value in said.items() if value}, home=home)
     return LoggedVersion(attached.ref, identity, url, model, version)
@@ -140,17 +142,18 @@ def _client(tracking_uri: str) -> tuple[Any, str]:
     if uri.startswith("http"):
         from adapterkit.web import ask
 
-        # Its own client tries for minutes.
-        answer = ask("GET", f"{uri}/health", timeout=10)
+        # Its own client tries for minutes. No login is needed to see whether it is there.
+        shown = without_login(uri)
+        answer = ask("GET", f"{shown}/health", timeout=10)
         if not answer.ok and answer.status not in (401, 403, 404):
-            raise ServerError(f"MLflow at {uri} is not well ({answer.status})", "see its log")
+            raise ServerError(f"MLflow at {shown} is not well ({answer.status})", "see its log")
     client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
     return client, uri
 
 
 @contextmanager
 def _errors(uri: str) -> Iterator[None]:
-    """MLflow's errors as ours; its client gives up sooner than in minutes."""
+    """MLflow's errors as ours, without the login that an address may hold; its client gives up sooner than in minutes."""
     from mlflow.exceptions import MlflowException
 
     before = {key: os.environ.get(key) for key in _PATIENCE}
@@ -160,7 +163,7 @@ def _errors(uri: str) -> Iterator[None]:
     except AdapterkitError:
         raise
     except MlflowException as error:
-        said = " ".join(str(error).split())[:300]
+        said = without_login(" ".join(str(error).split()))[:300]
         code = getattr(error, "error_code", "")
         if code == "RESOURCE_DOES_NOT_EXIST":
             raise NotFound(f"MLflow has no such thing ({said})", "check the name") from error
@@ -170,11 +173,10 @@ def _errors(uri: str) -> Iterator[None]:
             ) from error
         if code in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
             raise UsageError(f"MLflow refuses that ({said})") from error
-        raise ServerError(f"MLflow at {uri} failed ({said})", "try again when it is there") from error
+        raise ServerError(f"MLflow at {without_login(uri)} failed ({said})", "try again when it is there") from error
     except OSError as error:
-        raise ServerError(
-            f"MLflow at {uri} failed ({type(error).__name__}: {error})", "try again when it is there"
-        ) from error
+        said = f"{type(error).__name__}: {without_login(str(error))}"
+        raise ServerError(f"MLflow at {without_login(uri)} failed ({said})", "try again when it is there") from error
     finally:
         for key, value in before.items():
             if value is None:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from adapterkit.redaction import holds_secret
+from adapterkit.redaction import holds_secret, without_login
 
 _ROWS = 1024
 """Rows of a data set that its fingerprint reads, evenly spread, the first and the last among them."""
@@ -103,7 +103,7 @@ def link() -> dict[str, str]:
     if run is not None:
         found = {"run": str(getattr(run, "url", "") or ""), "run.name": str(getattr(run, "name", "") or run.id)}
     elif mlflow is not None and hasattr(mlflow, "active_run") and (active := mlflow.active_run()) is not None:
-        uri = str(mlflow.get_tracking_uri()).rstrip("/")
+        uri = without_login(str(mlflow.get_tracking_uri())).rstrip("/")
         page = f"{uri}/#/experiments/{active.info.experiment_id}/runs/{active.info.run_id}"
         found = {"run": page if uri.startswith("http") else f"mlflow:{active.info.run_id}"}
         found["run.name"] = str(active.info.run_name or active.info.run_id)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import CheckFailed, RegistryError, UnsafeError
@@ -132,7 +133,7 @@ def files_of(manifest: Manifest, where: str) -> tuple[ArtifactFile, ...]:
 
     Raises:
         CheckFailed: a layer has no digest, no name, or is an archive.
-        UnsafeError: a name would leave its folder, or is there twice.
+        UnsafeError: a name would leave its folder, is there twice, or is a folder too.
     """
     value: Mapping[str, Any] = manifest.value
     rows = value.get("layers")
@@ -156,4 +157,8 @@ def files_of(manifest: Manifest, where: str) -> tuple[ArtifactFile, ...]:
         if key in found:
             raise UnsafeError(f"{where} holds {path} twice", "do not use it")
         found[key] = ArtifactFile(path, layer.digest, layer.size)
+    folders = {str(folder) for key in found for folder in PurePosixPath(key).parents}
+    both = next((file.path for key, file in found.items() if key in folders), None)
+    if both is not None:
+        raise UnsafeError(f"{where} holds {both} as a file and as a folder", "do not use it")
     return tuple(found.values())

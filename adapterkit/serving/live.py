@@ -82,6 +82,7 @@ class Live:
         allow: what has to be set so that it may be told while it runs.
         restart: the command that starts it with adapters, of the base and of pairs of name and path; None where it is told
             while it runs.
+        splits: characters at which its command takes a name and a path apart, so that neither may hold them.
         routes: it can send a share of the requests of one name to another adapter.
     """
 
@@ -98,6 +99,7 @@ class Live:
     gguf: bool = False
     allow: str = ""
     restart: Callable[[str, Sequence[tuple[str, str]]], list[str]] | None = None
+    splits: str = ""
     routes: bool = False
 
 

@@ -191,21 +191,28 @@ class Making:
         return _depth_of(self.family)
 
 
+def _family(request: CombineRequest) -> Family:
+    """The adapters, held against each other and the base.
+
+    Raises:
+        TargetError: they are of different bases.
+    """
+    given: Any = request.adapters
+    if isinstance(given, Family):
+        return given
+    return open_family(
+        [request.narrowed(told(a, request)) for a in given],
+        request.base,
+        residual_base=request.residual_base,
+        allow_unknown=request.allow_unknown,
+    )
+
+
 def planned(request: CombineRequest) -> Combination:
     """Plan a combination from headers alone; see `combine`."""
-    given: Any = request.adapters
     rule = BoundRule(request.method, request.space, request.scale, dict(request.parameters))
     stored = output_dtype(request.dtype)
-    family = (
-        given
-        if isinstance(given, Family)
-        else open_family(
-            [request.narrowed(told(a, request)) for a in given],
-            request.base,
-            residual_base=request.residual_base,
-            allow_unknown=request.allow_unknown,
-        )
-    )
+    family = _family(request)
     weights = check_weights(request.adapter_weights, len(family.adapters))
     rule.check_count(len(family.adapters))
     if rule.row.based:
@@ -268,6 +275,7 @@ def combine(request: CombineRequest) -> CombineReport:
     if request.method == "arrow":
         from adapterkit.verbs.arrow import arrow
 
+        _family(request)  # each of them is read alone below, and only together it shows that they are of one base
         return arrow(request, combine, told)
     started = time.monotonic()
     report: CombineReport = carry_out(planned(request).job(), request, started)

@@ -100,7 +100,7 @@ def deploy(
         NotFound, UsageError, RegistryError, AuthError
     """
     at = open_home(home)
-    record = resolve.find(at, ref)
+    resolve.find(at, ref)  # what does not exist is said before anything is locked
     endpoint = endpoint_of(at, to, Endpoint("", to, kind, base, copy, seen_as, token_env))
     row = find_server(endpoint.kind)
     if row.live is None:
@@ -111,19 +111,24 @@ def deploy(
             f"deploy without {option('canary')}, and let the router before it divide the requests",
         )
     with endpoints.server_lock(at, endpoint.name):
+        record = resolve.find(at, ref)  # the alias may have moved while another deployment was waited for
         run = _Deploy(at, endpoint, row, record, _alias(at, ref), probe, allow_same, timeout, restart_file)
         return run.run()
 
 
 def undeploy(name: str, to: str, *, timeout: float = TIMEOUT, home: Path | None = None) -> Deployed:
-    """Take a name off a server.
+    """Take a name off a server, with the versions of before that are loaded still.
+
+    Args:
+        to: the name of a server, or its address.
 
     Raises:
         NotFound: nothing of that name was deployed there.
+        UsageError: an address that nobody named.
         ServerError, CheckFailed
     """
     at = open_home(home)
-    endpoint = endpoints.find_endpoint(at, to)
+    endpoint = endpoint_of(at, to, Endpoint("", to, ""))
     live = connection(endpoint)
     with endpoints.server_lock(at, endpoint.name):
         now = endpoints.deployed(at, endpoint.name, name)
@@ -133,8 +138,11 @@ def undeploy(name: str, to: str, *, timeout: float = TIMEOUT, home: Path | None 
         found = next((one for one in serving.adapters if live.is_it(one, now.served_as)), None)
         if live.live.scales is not None and found is not None:
             live.set_scales({one.place: 0.0 if one is found else one.scale for one in serving.adapters})
-        elif live.live.unload is not None and found is not None:
-            live.tell(live.live.unload(now.served_as), timeout)
+        elif live.live.unload is not None:
+            listed = {one.name for one in serving.adapters}
+            for served_as in _names_of(at, endpoint, name):
+                if served_as in listed:
+                    live.tell(live.live.unload(served_as), timeout)
         for one in served.serving(endpoint.name, home=at.root):
             if one.name == name:
                 served.record_stopped(endpoint.name, one.served_as, home=at.root)
@@ -305,6 +313,10 @@ def connection(endpoint: Endpoint) -> Connection:
 # ------------------------------------------------------------------ one deployment
 
 
+class _AsBefore(CheckFailed):
+    """It answers exactly as with the version before."""
+
+
 class _Deploy:
     def __init__(
         self,
@@ -331,7 +343,7 @@ class _Deploy:
         serving = self.server.serving()
         notes = suits(self.record, self.row, self.live, self.endpoint, serving, self.at)
         path = place_of(self.record, self.row, self.live, self.endpoint, self.at)
-        place = path if self.live.by_path or self.live.scales else f"{self.record.name}@{self.record.content[:12]}"
+        place = path if self.live.by_path or self.live.scales else self._short()
         base = serving.names[0] if serving.names else ""
         if self.live.scales is not None:
             answer, changed, place = self._apply(serving, place, base)
@@ -369,18 +381,21 @@ class _Deploy:
                 served.record_stopped(self.endpoint.name, one.served_as, home=home)
 
     def _earlier(self) -> list[str]:
-        """What the versions of this name were called on the server, newest first."""
-        steps = served.served_history(self.endpoint.name, home=self.at.root)
-        return list(dict.fromkeys(step.served_as for step in reversed(steps) if step.name == self.record.name))
+        return _names_of(self.at, self.endpoint, self.record.name)
+
+    def _short(self) -> str:
+        """The name that means these bytes for ever."""
+        return f"{self.record.name}{'-' if '@' in self.live.splits else '@'}{self.record.content[:12]}"
 
     # ---- servers that load by name
 
     def _load(self, serving: Serving, served: str, path: str, base: str) -> tuple[ProbeAnswer, bool]:
         assert self.live.load is not None
         there = next((one for one in serving.adapters if one.name == served), None)
-        loaded = False
+        loaded, moved = False, ""
         if there is not None and there.path and there.path != path and not _same_file(there.path, path):
             self._unload(served)  # the same weights from another folder, which may be gone tomorrow
+            moved = there.path
             there = None
         try:
             if there is None:
@@ -390,7 +405,7 @@ class _Deploy:
             answer = self._probed(served, base, {one.name for one in serving.adapters})
         except BaseException as error:
             if loaded:
-                raise self._undone(error, lambda: self._unload_if_listed(served)) from error
+                raise self._undone(error, lambda: self._back(served, moved)) from error
             raise
         return answer, loaded
 
@@ -416,19 +431,19 @@ class _Deploy:
         asked = call.body.get("model") if isinstance(call.body, dict) else None
         if answer.model and asked == served and answer.model != served:
             raise CheckFailed(f"{self.endpoint.name} was asked for {served} and answered as {answer.model}", _LOOK)
-        self._differs(answer, self.server.ask_prompt("", base, self.prompt), "its base without an adapter")
+        self._differs(answer, self.server.ask_prompt("", base, self.prompt), "its base without an adapter", CheckFailed)
         old = self.now
         if old is not None and old.content != self.record.content and (old.served_as in listed or not self.live.knows):
             try:
                 before = self.server.ask_prompt(old.served_as, base, self.prompt)
             except (CheckFailed, NotFound):
                 return answer  # what is gone cannot be served in place of the new one
-            self._differs(answer, before, _ref(old))
+            self._differs(answer, before, _ref(old), _AsBefore)
         return answer
 
-    def _differs(self, answer: ProbeAnswer, other: ProbeAnswer, what: str) -> None:
+    def _differs(self, answer: ProbeAnswer, other: ProbeAnswer, what: str, kind: type[CheckFailed]) -> None:
         if answer.same(other) and answer.logprobs and other.logprobs and not self.allow_same:
-            raise CheckFailed(
+            raise kind(
                 f"{self.endpoint.name} answers the probe with {self.record.ref} exactly as with {what}, to the last figure",
                 f"give another prompt with {option('probe')}, or {option('allow_same', True)} if that is right",
             )
@@ -437,9 +452,13 @@ class _Deploy:
         assert self.live.unload is not None
         self.server.tell(self.live.unload(served), _QUICK)
 
-    def _unload_if_listed(self, served: str) -> None:
+    def _back(self, served: str, moved: str) -> None:
+        """Unload what is listed under a name, and load what was there from another folder before, where that is given."""
         if any(one.name == served for one in self.server.serving().adapters):
             self._unload(served)
+        if moved:
+            assert self.live.load is not None
+            self.server.tell(self.live.load(served, moved), self.timeout)
 
     # ---- servers that have their adapters since they were started
 
@@ -469,7 +488,7 @@ class _Deploy:
             if after != {place: float(place == mine.place) for place in was}:
                 raise CheckFailed(f"{self.endpoint.name} answered that the scales are set, and lists others", _LOOK)
             answer = self.server.ask_prompt(served, base, self.prompt)
-            self._differs(answer, before, "what it applied before")
+            self._differs(answer, before, "what it applied before", CheckFailed)
         except BaseException as error:
             raise self._undone(error, lambda: self.server.set_scales(was)) from error
         return answer, True, mine.path
@@ -491,19 +510,38 @@ class _Deploy:
         if not isinstance(self.prompt, str):
             raise UsageError(f"{self.row.name} takes text as a prompt", f"give {option('probe')} as text")
         try:
-            return self._probed(served, base, set()), True
-        except (CheckFailed, NotFound) as error:
-            if self.live.restart is None or "exactly as with" in error.message:
+            return self._probed(served, base, set()), self.now is None or self.now.served_as != served
+        except _AsBefore:
+            raise
+        except (CheckFailed, NotFound) as error:  # it refuses the name, or answers as its base does
+            if self.live.restart is None:
                 raise
-            raise self._not_started(serving, path, error.message) from error
+            raise self._not_started(serving, path, error) from error
 
-    def _not_started(self, serving: Serving, path: str, why: str = "") -> CheckFailed:
+    def _others(self, serving: Serving) -> list[tuple[str, str]]:
+        """Name and path of what else it has to have; of a server that lists nothing, what was deployed to it from here."""
+        from adapterkit.verbs.suits import place_of
+
+        if self.live.knows:
+            return [(one.name, one.path) for one in serving.adapters if one.path]
+        found = []
+        for one in served.serving(self.endpoint.name, home=self.at.root):
+            if one.served_as != self._short():
+                record = resolve.find(self.at, f"{one.name}@{one.version}")
+                found.append((one.served_as, place_of(record, self.row, self.live, self.endpoint, self.at)))
+        return found
+
+    def _not_started(self, serving: Serving, path: str, why: AdapterkitError | None = None) -> AdapterkitError:
         """What to do where the server has to be started anew; the script is written where one was asked for."""
         assert self.live.restart is not None
-        short = f"{self.record.name}@{self.record.content[:12]}"
-        others = [(one.name, one.path) for one in serving.adapters if one.path]
-        words = self.live.restart(serving.path or self.endpoint.base or "BASE", [*others, (short, path)])
-        said = why or f"{self.endpoint.name} was started without {self.record.ref}"
+        if any(character in path for character in self.live.splits):
+            return UsageError(
+                f"{self.row.name} takes a path apart at one of '{self.live.splits}', and {path} has one",
+                f"give it a copy in a folder without, with {option('copy')}",
+            )
+        others = self._others(serving)
+        words = self.live.restart(serving.path or self.endpoint.base or "BASE", [*others, (self._short(), path)])
+        said = why.message if why else f"{self.endpoint.name} was started without {self.record.ref}"
         if self.restart_file is None:
             hint = f"start it with: {shlex.join(words)}; then deploy again"
         else:
@@ -512,6 +550,10 @@ class _Deploy:
             disk.write_file(self.restart_file, f"#!/bin/sh\nexec {shlex.join(words)}\n".encode())
             self.restart_file.chmod(0o755)
             hint = f"start it with {self.restart_file}, then deploy again"
+        if not self.live.knows:
+            hint += "; it lists no adapters, so add those that were not deployed from here"
+        if why:
+            hint += f"; if it was started so, {why.hint}"
         return CheckFailed(f"{said}, and {self.row.name} takes adapters only when it starts", hint)
 
     # ---- afterwards
@@ -522,7 +564,7 @@ class _Deploy:
             undo()
         except AdapterkitError as second:
             if isinstance(error, AdapterkitError):
-                more = f"and what was loaded could not be taken back ({second.message}); nothing refers to it"
+                more = f"and what was done could not be taken back ({second.message}); the record is as it was"
                 return type(error)(f"{error.message}, {more}", error.hint)
         return error
 
@@ -541,6 +583,12 @@ class _Deploy:
         except AdapterkitError as error:
             notes.append(f"an older version could not be unloaded ({error.message})")
         return notes
+
+
+def _names_of(at: Home, endpoint: Endpoint, name: str) -> list[str]:
+    """What the versions of a name were called on a server, newest first."""
+    steps = served.served_history(endpoint.name, home=at.root)
+    return list(dict.fromkeys(step.served_as for step in reversed(steps) if step.name == name))
 
 
 def _ref(one: Served) -> str:

@@ -110,7 +110,10 @@ def _asked(endpoint: Endpoint, one: Served) -> tuple[str, str]:
     except AdapterkitError as error:
         return UNREACHABLE, error.message
     try:
-        server.ask_prompt(one.served_as, serving.names[0] if serving.names else "", PROBE)
+        base = serving.names[0] if serving.names else ""
+        said, bare = server.ask_prompt(one.served_as, base, PROBE), server.ask_prompt("", base, PROBE)
     except AdapterkitError as error:
         return MISSING, error.message
+    if said.logprobs and bare.logprobs and said.same(bare):
+        return MISSING, "it answers as its base without an adapter"
     return SERVED, ""

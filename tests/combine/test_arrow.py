@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from adapterkit import combine
 from adapterkit.cli import main
-from adapterkit.errors import UnsupportedAdapter, UsageError
+from adapterkit.errors import TargetError, UnsupportedAdapter, UsageError
 
 IDS = torch.tensor([[1, 5, 17, 80, 33, 9]])
 
@@ -116,6 +116,11 @@ def test_what_arrow_has_no_use_for(base: Path, tmp_path: Path, capsys: pytest.Ca
     for parameters in ({"top_k": 3}, {"top_k": 0}, {"temperature": 0.0}, {"density": 0.5}):
         with pytest.raises(UsageError):
             combine([one, two], out, method="arrow", parameters=parameters)
+    other = adapter(tmp_path / "other", base, 4)
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/other"}))
+    with pytest.raises(TargetError, match="on org/other"):
+        combine([one, other], out, method="arrow")
     whole = adapter(tmp_path / "whole", base, 3, modules_to_save=["lm_head"])
     with pytest.raises(UnsupportedAdapter, match="arrow routes"):
         combine([one, whole], out, method="arrow")

@@ -185,6 +185,41 @@ def test_an_mlflow_that_is_away_is_said_at_once(tickets: str, home: Path) -> Non
     assert len(Home(home).versions("tickets")) == before
 
 
+def test_a_password_in_the_address_is_neither_said_nor_kept(tickets: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``https://user:password@host`` is how MLflow's own address is often set."""
+    mlflow = pytest.importorskip("mlflow")
+    from mlflow.exceptions import MlflowException
+
+    from adapterkit import web
+    from adapterkit.integrations import runs
+
+    login, asked = "https://ci:p@ss-w0rd@mlflow.example.com", []
+
+    def well(method: str, url: str, **given: Any) -> web.WebAnswer:
+        asked.append(url)
+        return web.WebAnswer(200, {})
+
+    def fails(*given: Any, **more: Any) -> None:
+        raise MlflowException(f"API request to {login}/api failed")
+
+    monkeypatch.setattr(web, "ask", well)
+    monkeypatch.setattr(mlflow.MlflowClient, "get_experiment_by_name", fails)
+    with pytest.raises(ServerError) as caught:
+        ours.log_version(tickets, tracking_uri=login)
+    assert asked == ["https://mlflow.example.com/health"]
+    assert "mlflow.example.com" in caught.value.message
+    assert "ss-w0rd" not in str(caught.value)
+
+    class Run:
+        class info:  # noqa: N801
+            run_id, experiment_id, run_name = "r1", "7", "mine"
+
+    monkeypatch.setattr(mlflow, "active_run", Run)
+    monkeypatch.setattr(mlflow, "get_tracking_uri", lambda: login)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert runs.link()["run"] == "https://mlflow.example.com/#/experiments/7/runs/r1"
+
+
 def test_whole_models_are_not_logged(home: Path, tmp_path: Path) -> None:
     register(plain_base(tmp_path / "base"), "model", kind="merged")
     with pytest.raises(UsageError, match="adapters are logged"):

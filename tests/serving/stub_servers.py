@@ -11,7 +11,9 @@ What each follows:
   ``error_message`` and ``loaded_adapters``; ``/v1/models`` lists ``lora_registry.get_all_adapters()``),
   ``srt/lora/lora_registry.py`` (a name that is there is refused), ``srt/managers/io_struct.py`` (``LoRAUpdateOutput``).
 * LoRAX: ``router/src/server.rs`` (``/generate``, ``/info``), ``server/lorax_server/utils/sources/local.py``.
-* TGI: ``router/src/server.rs``; adapters are those of ``--lora-adapters`` and no others.
+* TGI: ``router/src/server.rs``; adapters are those of ``--lora-adapters``, each ID[=PATH][@REVISION]
+  (``server/text_generation_server/utils/adapter.py``, ``parse_lora_adapters``); a request that names another is answered by
+  the base (``models/flash_causal_lm.py``: ``ADAPTER_TO_INDEX.get(r.adapter_id, 0)``).
 """
 
 from __future__ import annotations
@@ -58,6 +60,16 @@ class Stub:
         if path == "/generate" and self.kind in ("lorax", "tgi"):
             return self._generate(body)
         return 404, {"detail": "Not Found"}
+
+    def start_tgi(self, words: list[str]) -> None:
+        """Start it anew by a command."""
+        self.loaded.clear()
+        for one in words[words.index("--lora-adapters") + 1].split(","):
+            assert one.count("=") < 2 > one.count("@"), f"Invalid LoRA adapter format: {one}"
+            named, _, revision = one.partition("@")
+            name, _, path = named.partition("=")
+            assert path, f"{name} at {revision} would come from the Hub"
+            self.loaded[name] = path
 
     def _paths(self, what: str) -> tuple[str, ...]:
         if "fixed" in self.faults:
@@ -128,12 +140,7 @@ class Stub:
 
     def _generate(self, body: Any) -> tuple[int, Any]:
         name = body["parameters"].get("adapter_id", "")
-        if self.kind == "tgi" and name and name not in self.loaded:
-            return 424, {
-                "error": f"Request failed during generation: adapter {name} is not loaded",
-                "error_type": "generation",
-            }
-        path = self.loaded.get(name, name) if self.kind == "tgi" else name
+        path = self.loaded.get(name, "") if self.kind == "tgi" else name
         if path and not Path(path).is_dir():
             return 422, {"error": f"adapter {path} cannot be found", "error_type": "validation"}
         weights = digest(path) if path else ""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import plain_adapter, plain_base
@@ -188,9 +189,22 @@ def test_lorax_loads_by_the_path_and_tgi_has_to_be_started_anew(two: Path, start
         deploy("tickets@prod", tgi.url, kind="tgi", restart_file=script)
     words = script.read_text().split()
     assert words[words.index("--model-id") + 1] == BASE
-    name, _, path = words[words.index("--lora-adapters") + 1].partition("=")
-    tgi.loaded[name] = path
-    assert deploy("tickets@prod", tgi.url, kind="tgi").served == name == short(1)
+    tgi.start_tgi(words)
+    first = deploy("tickets@prod", tgi.url, kind="tgi")
+    assert (first.served, first.new) == (short(1).replace("@", "-"), True)
+    assert not deploy("tickets@prod", tgi.url, kind="tgi").new
+    assert set(tgi.loaded) == {first.served}
+    # The next one is started beside it: what it has is nowhere listed, so that it comes from the record.
+    with pytest.raises(CheckFailed, match="exactly as with its base"):
+        deploy("tickets@2", tgi.url, kind="tgi", restart_file=script)
+    tgi.loaded.clear()
+    assert [one.state for one in status(server=first.server)] == ["missing"]
+    tgi.start_tgi(script.read_text().split())
+    assert len(tgi.loaded) == 2
+    assert [one.state for one in status(server=first.server)] == ["served"]
+    assert deploy("tickets@2", tgi.url, kind="tgi").before == "tickets@1"
+    with pytest.raises(UsageError, match="takes a path apart"):
+        deploy("tickets@1", start("tgi").url, kind="tgi", copy=str(tmp_path / "of@here"))
     with pytest.raises(UsageError, match="text as a prompt"):
         deploy("tickets@prod", tgi.url, kind="tgi", probe=[1, 2])
     assert {one.state for one in status()} == {"served"}
@@ -209,6 +223,45 @@ def test_a_copy_for_a_server_that_sees_another_folder(two: Path, start: Start, t
     (folder / "adapter_model.safetensors").write_bytes(b"other")
     with pytest.raises(CheckFailed, match="is not the file of tickets@1"):
         deploy("tickets@1", "gpu")
+
+
+@pytest.mark.parametrize("kind", TOLD)
+def test_what_is_served_from_another_folder_comes_back_where_the_new_one_fails(
+    kind: str, two: Path, start: Start, tmp_path: Path
+) -> None:
+    stub = start(kind)
+    deploy("tickets@1", stub.url, kind=kind)
+    before = dict(stub.loaded)
+    add_server("gpu", stub.url, kind=kind, copy=str(tmp_path / "served"), seen_as="/adapters")
+    with pytest.raises(AdapterkitError):
+        deploy("tickets@1", "gpu")  # the server sees no such folder
+    assert stub.loaded == before
+    (state,) = status()
+    assert state.state == "served"
+
+
+def test_who_waited_for_another_deployment_deploys_what_the_alias_says_now(
+    two: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = endpoints.server_lock
+
+    def lock(*given: Any) -> Any:
+        verbs.tag("tickets@2", "prod")  # while it waits
+        return kept(*given)
+
+    monkeypatch.setattr(endpoints, "server_lock", lock)
+    assert deploy("tickets@prod", start("vllm").url, kind="vllm").ref == "tickets@2"
+    assert status()[0].ok
+
+
+@pytest.mark.parametrize("kind", TOLD)
+def test_what_is_taken_off_goes_with_the_version_before_it(kind: str, two: Path, start: Start) -> None:
+    stub = start(kind)
+    for version in (1, 2):
+        deploy(f"tickets@{version}", stub.url, kind=kind)
+    stub.loaded["somebody-else"] = "/elsewhere"
+    undeploy("tickets", stub.url)
+    assert names(stub) == {"somebody-else"}
 
 
 def test_a_token_is_read_from_its_variable_and_kept_nowhere(
@@ -293,7 +346,18 @@ def test_the_command_line_says_what_is_served_and_its_exit_codes(
     assert run("tickets@prod", "--to", "http://127.0.0.1:9", "--kind", "vllm")[0] == 5
     for words in (["tickets"], ["--status", "tickets"], [], ["tickets", "--to", "gpu", "--kind", "vllm"]):
         assert run(*words)[0] == 2, words
-    assert run("--status", "--kind", "vllm")[0] == 2
+    url = stub.url
+    for words in (
+        ["--status", "--kind", "vllm"],
+        ["--status", "--off"],
+        ["--status", "--probe", "x"],
+        ["tickets", "--to", "gpu", "--off", "--canary", "0.1"],
+        ["tickets", "--to", "gpu", "--off", "--restart-file", "x"],
+        ["--add-server", "other", url, "--kind", "vllm", "--to", "gpu"],
+        ["--remove-server", "gpu", "--allow-same"],
+    ):
+        code, _, err = run(*words)
+        assert (code, "has no meaning with" in err) == (2, True), words
     assert run("tickets", "--to", "gpu", "--canary", "0.1")[0] == 2
     stub.faults.clear()
     assert run("tickets", "--to", "gpu", "--off")[:2] == (

@@ -69,6 +69,7 @@ def live() -> Live:
         probe=lambda adapter, base, prompt: openai_probe(base, prompt, cache_prompt=False),
         answer=openai_answer,
         gguf=True,
+        splits=",",
         restart=lambda base, adapters: [
             *("llama-server", "-m", base, "--lora", ",".join(path for _, path in adapters)),
             "--lora-init-without-apply",
