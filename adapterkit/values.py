@@ -35,12 +35,14 @@ def _frozen(
     if repr:
         shared["__repr__"] = _repr
     if eq:
-        shared |= {"__eq__": _eq} if "__eq__" in cls.__dict__ else {"__eq__": _eq, "__hash__": _hash}
-    shared = {name: function for name, function in shared.items() if name not in cls.__dict__}
+        shared |= {"__eq__": _eq, "__hash__": _hash}
+    # A class that writes ``__eq__`` alone is given ``__hash__ = None`` by Python; that is not its own.
+    shared = {name: function for name, function in shared.items() if cls.__dict__.get(name) is None}
     # A frozen class may only follow frozen ones, so what has such a base is made frozen by the standard library too.
     below = any(getattr(base, "__dataclass_params__", None) is not None for base in cls.__mro__[1:])
     made = dataclasses.dataclass(init=False, repr=False, eq=False, kw_only=kw_only, frozen=below)(cls)
-    made.__dataclass_params__.frozen = frozen
+    said = made.__dataclass_params__
+    said.init, said.repr, said.eq, said.frozen = init, repr, eq, frozen
     if init and "__init__" not in cls.__dict__:
         shared["__init__"] = _initializer(made)
     for name, function in shared.items():
@@ -52,8 +54,9 @@ def _initializer(cls: Any) -> Callable[..., None]:
     """``__init__`` of a class whose fields are known."""
     placed: list[str] = []
     named: list[str] = []
-    body = ["values = self.__dict__"]
-    space: dict[str, Any] = {"_missing": dataclasses.MISSING}
+    # Names that no field has.
+    body = ["__values__ = __self__.__dict__"]
+    space: dict[str, Any] = {"__missing__": dataclasses.MISSING}
     passed = []
     for name, one in cls.__dataclass_fields__.items():
         kind = one._field_type.name
@@ -62,20 +65,20 @@ def _initializer(cls: Any) -> Callable[..., None]:
         made = one.default_factory is not dataclasses.MISSING
         given = name
         if made:
-            space[f"_make_{name}"] = one.default_factory
-            given = f"_make_{name}() if {name} is _missing else {name}" if one.init else f"_make_{name}()"
+            space[f"__make_{name}__"] = one.default_factory
+            given = f"__make_{name}__() if {name} is __missing__ else {name}" if one.init else f"__make_{name}__()"
         elif one.default is not dataclasses.MISSING:
-            space[f"_default_{name}"] = one.default
+            space[f"__default_{name}__"] = one.default
         if one.init:
-            default = "=_missing" if made else f"=_default_{name}" if f"_default_{name}" in space else ""
+            default = "=__missing__" if made else f"=__default_{name}__" if f"__default_{name}__" in space else ""
             (named if one.kw_only else placed).append(name + default)
         if kind == "_FIELD_INITVAR":
             passed.append(name)
         elif one.init or made:
-            body.append(f"values[{name!r}] = {given}")
+            body.append(f"__values__[{name!r}] = {given}")
     if hasattr(cls, "__post_init__"):
-        body.append(f"self.__post_init__({', '.join(passed)})")
-    taken = ", ".join(["self", *placed, *(["*", *named] if named else [])])
+        body.append(f"__self__.__post_init__({', '.join(passed)})")
+    taken = ", ".join(["__self__", *placed, *(["*", *named] if named else [])])
     exec(f"def __init__({taken}):\n " + "\n ".join(body), space)
     found: Any = space["__init__"]
     found.__qualname__ = f"{cls.__qualname__}.__init__"
@@ -84,9 +87,11 @@ def _initializer(cls: Any) -> Callable[..., None]:
 
 
 @cache
-def _compared(cls: Any) -> Callable[[Any], Any]:
-    """A function that gives the values of an object by which it is compared."""
-    names = [one.name for one in dataclasses.fields(cls) if one.compare]
+def _values(cls: Any, hashed: bool = False) -> Callable[[Any], Any]:
+    """A function that gives the values of an object by which it is compared, or hashed."""
+    names = [
+        one.name for one in dataclasses.fields(cls) if (one.compare if not hashed or one.hash is None else one.hash)
+    ]
     return attrgetter(*names) if len(names) > 1 else lambda one: tuple(getattr(one, name) for name in names)
 
 
@@ -94,13 +99,13 @@ def _eq(self: Any, other: object) -> bool:
     if other.__class__ is not self.__class__:
         return NotImplemented  # type: ignore[no-any-return]
     cls: Any = self.__class__
-    values = _compared(cls)
+    values = _values(cls)
     return bool(values(self) == values(other))
 
 
 def _hash(self: Any) -> int:
     cls: Any = self.__class__
-    return hash(_compared(cls)(self))
+    return hash(_values(cls, True)(self))
 
 
 def _repr(self: Any) -> str:

@@ -32,7 +32,7 @@ def test_it_tells_what_is_installed_and_leaves_nothing(tmp_path: Path) -> None:
     assert versions["click"] == version("click")
     assert found.ok
     assert found.version == adapterkit.__version__
-    assert found.machine.cores == len(os.sched_getaffinity(0))
+    assert 1 <= found.machine.cores <= len(os.sched_getaffinity(0))  # a quota may allow fewer
     assert found.machine.torch == "cpu" if torch.version.cuda is None else found.machine.torch.startswith("cuda")
     assert os.listdir(tmp_path) == []
     assert found.disk.write > 0
@@ -44,7 +44,6 @@ def test_what_is_missing_comes_with_its_command(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(
         "adapterkit.packages.Package.installed", lambda self: "" if self.name in ("numba", "regex") else "9999"
     )
-    monkeypatch.setattr(module, "TRIED", FEW)
     shown = CliRunner().invoke(app, ["doctor", str(tmp_path)], standalone_mode=False)
     assert shown.return_value == 3
     assert "regex            missing (needs 2024.4.16 or later)" in shown.output

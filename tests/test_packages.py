@@ -45,6 +45,12 @@ def test_the_extras_are_those_of_pyproject() -> None:
     assert {extra.name: {one.name: one.least for one in extra.packages} for extra in EXTRAS} == said
 
 
+def test_the_page_lists_every_extra() -> None:
+    page = (Path(__file__).parents[1] / "docs/installing.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE)
+    assert sorted(rows) == sorted([*(extra.name for extra in EXTRAS), "all"])
+
+
 def test_modules_are_what_the_packages_bring() -> None:
     """A wrong module would make a package look missing: each that is installed is found by its table."""
     here = []

@@ -429,3 +429,72 @@ def test_without_the_extra(out: Path, keys: tuple[Path, Path], monkeypatch: pyte
         monkeypatch.setitem(sys.modules, name, None)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"pip install 'adapterkit\[sign\]'"):
         sign(out, keys[0])
+
+
+def test_pieces_of_two_signed_outputs_are_not_one(out: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    private, public = keys
+    sign(out, private)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "adapter_config.json").write_text('{"base_model_name_or_path": "elsewhere"}')  # transformers would load it
+    beside_path(other).write_bytes(record_of(out, files=(), evidence=FORGED))
+    sign(other, private)
+    (out / "adapter_config.json").write_bytes((other / "adapter_config.json").read_bytes())
+    statements = out / "adapterkit.intoto.jsonl"
+    both = statements.read_bytes() + (other / "adapterkit.intoto.jsonl").read_bytes()
+    statements.write_bytes(both)
+    with pytest.raises(CheckFailed, match=r"not signed: adapter_config\.json"):
+        verify(out, public)
+    (out / "adapter_config.json").unlink()
+    kept = statements.read_bytes()
+    other_record = beside_path(other).read_bytes()
+    # Another output of which every file lies in this one too, and whose record says more.
+    shutil.rmtree(other)
+    other.mkdir()
+    shutil.copy(out / "config.json", other)
+    beside_path(other).write_bytes(other_record)
+    sign(other, private)
+    statements.write_bytes(kept.splitlines()[0] + b"\n" + kept.splitlines()[1] + b"\n")
+    assert verify(out, public).files
+    statements.write_bytes(statements.read_bytes() + (other / "adapterkit.intoto.jsonl").read_bytes())
+    beside_path(out).write_bytes(beside_path(other).read_bytes())
+    with pytest.raises(CheckFailed, match=r"not signed: adapterkit\.json"):
+        verify(out, public)
+
+
+def test_a_file_beside_under_a_name_that_nobody_signed(keys: tuple[Path, Path], tmp_path: Path) -> None:
+    private, public = keys
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF")
+    (tmp_path / "model.gguf.Modelfile").write_text("FROM model.gguf")
+    sign(model, private)
+    assert verify(model, public).files == 2
+    shutil.copy(tmp_path / "model.gguf.Modelfile", tmp_path / "model.gguf.start.sh")
+    with pytest.raises(CheckFailed, match=r"not signed: model\.gguf\.start\.sh"):
+        verify(model, public)
+
+
+@pytest.mark.parametrize("leads", ["a folder", "a pipe", "nowhere", "a file"])
+def test_a_link_that_was_added_is_not_followed(leads: str, out: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    private, public = keys
+    sign(out, private)
+    place = tmp_path / "place"
+    if leads == "a folder":
+        place.mkdir()
+    elif leads == "a pipe":
+        os.mkfifo(place)
+    elif leads == "a file":
+        place.write_text("x")
+    (out / "extra").symlink_to(place)
+    with pytest.raises(CheckFailed if leads == "a file" else UnsafeError, match="extra"):
+        verify(out, public)
+    if leads == "a file":
+        assert verify_attestation(out, public).unnamed == ("extra",)
+        return
+    with pytest.raises(UnsafeError, match="extra is a link that leads to no file"):
+        verify_attestation(out, public)
+    (out / "extra").unlink()
+    (out / "adapterkit.json").unlink()
+    (out / "adapterkit.json").symlink_to(place)
+    with pytest.raises(UnsafeError, match=r"adapterkit\.json is a link that leads to no file"):
+        verify(out, public)

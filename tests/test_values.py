@@ -116,6 +116,33 @@ def test_what_a_class_writes_itself_stays() -> None:
     assert repr(Odd(1)) == "odd"
 
 
+@pytest.mark.parametrize("maker", [dataclass, dataclasses.dataclass])
+def test_fields_of_any_name_and_what_is_hashed(maker: Any) -> None:
+    @maker(frozen=True)
+    class OddNames:
+        self: int
+        values: int = 2
+        made: int = field(default=3, compare=True, hash=False)
+        made_here: list[int] = field(default_factory=list, compare=False)
+
+    odd: Any = OddNames
+    assert vars(odd(4, 5)) == {"self": 4, "values": 5, "made": 3, "made_here": []}
+    assert hash(odd(1)) == hash(odd(1, made=9)) == hash((1, 2))
+    assert odd(1) != odd(1, made=9)
+
+    @maker(frozen=True)
+    class Own:
+        x: int
+
+        def __eq__(self, other: object) -> bool:
+            return True
+
+    made: Any = Own
+    assert hash(made(1)) == hash((1,))
+    said = made.__dataclass_params__
+    assert (said.init, said.repr, said.eq, said.frozen) == (True, True, True, True)
+
+
 def test_other_kinds_are_left_to_the_standard_library() -> None:
     @dataclass
     class Open:

@@ -26,8 +26,10 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
+
+from adapterkit.packages import CPU_INDEX  # noqa: E402
+
 RESULTS = ROOT / "bench/results/clean_envs.json"
-CPU = "https://download.pytorch.org/whl/cpu"
 # Sets of extras: none, and each that users are told of.
 SETS = ("", "gguf", "demo", "iq", "sign", "all")
 SENTENCE = re.compile(r"^error: .*; (uv )?pip install '?[\w\[\]-]+'?", re.MULTILINE)
@@ -85,7 +87,9 @@ def try_one(python: str, extras: str, wheel: Path, inputs: Path, work: Path) -> 
     pip = [str(env / "bin/python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     began = time.time()
     # The build without CUDA where its index or a local wheel has it; else what the usual index has, as for anybody.
-    without = subprocess.run([*pip, "--retries", "1", "--index-url", CPU, "torch"], capture_output=True, check=False)
+    without = subprocess.run(
+        [*pip, "--retries", "1", "--index-url", CPU_INDEX, "torch"], capture_output=True, check=False
+    )
     row["torch"] = "cpu" if without.returncode == 0 else "usual index"
     wanted = f"{wheel}[{extras}]" if extras else str(wheel)
     done = subprocess.run([*pip, wanted], capture_output=True, text=True, check=False)

@@ -98,7 +98,7 @@ def verify_attestation(
         statements = read_statements(found, public, attestation)
         here = {file.path: file.sha256 for file in entries(found, {})}
         hold(found, statements, here)
-        named = {name for one in statements for name in _subjects(found, one)}
+        named = {name for one in statements for name in subjects_of(found, one)}
         return Attestations(found.said, tuple(statements), tuple(name for name in here if name not in named))
 
 
@@ -186,7 +186,7 @@ def differing(record: Record, said: Sequence[SignedStatement]) -> str:
 
 def _off(found: Signable, one: SignedStatement, here: Mapping[str, str]) -> str:
     """The first file that a statement names and that is missing or has other bytes, in words; empty where there is none."""
-    for name, digest in _subjects(found, one).items():
+    for name, digest in subjects_of(found, one).items():
         if any(name == folder.rstrip("/") or name.startswith(f"{folder.rstrip('/')}/") for folder in found.left_out):
             continue
         if here.get(name) != digest:
@@ -194,7 +194,7 @@ def _off(found: Signable, one: SignedStatement, here: Mapping[str, str]) -> str:
     return ""
 
 
-def _subjects(found: Signable, one: SignedStatement) -> Mapping[str, str]:
+def subjects_of(found: Signable, one: SignedStatement) -> Mapping[str, str]:
     """The files that a statement names, by their names here: an output that is a file may have been renamed."""
     names = list(one.subjects)
     if not found.own or found.own in names:

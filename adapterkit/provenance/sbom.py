@@ -5,7 +5,8 @@
     pedigree.ancestors        the parents again, as CycloneDX wants what something descends from
     dependencies              version -> parents
 
-Everything comes from the record, so the same record gives the same bytes; a record without a time states none.
+Everything comes from the record, so the same record gives the same bytes; a record without a time states none, and
+of one that no verb made the tool is this version of adapterkit.
 
 Format: CycloneDX 1.6 (ECMA-424), https://cyclonedx.org/docs/1.6/json/.
 """

@@ -113,7 +113,7 @@ def _beside(path: Path) -> tuple[Record | None, Path | None, str]:
     place = beside_path(path)
     if not os.path.lexists(place):
         return None, None, ""
-    _plain(place)
+    _readable(_plain(place))
     try:
         return read_beside(path), place, ""
     except RegistryError as error:
@@ -148,6 +148,16 @@ def _plain(path: Path) -> Path:
     return path
 
 
+def _readable(path: Path) -> Path:
+    """
+    Raises:
+        UnsafeError: it is a link to something else than a file: a pipe, a device, a folder, nothing.
+    """
+    if not path.is_file():
+        raise UnsafeError(f"{path} is a link that leads to no file", "take it out of the folder")
+    return path
+
+
 def _kept(found: Signable, ignore: Sequence[str]) -> Signable:
     """Without what the user said not to look at."""
     out: list[str] = []
@@ -162,11 +172,15 @@ def _kept(found: Signable, ignore: Sequence[str]) -> Signable:
 
 
 def entries(found: Signable, known: Mapping[str, str]) -> list[FileEntry]:
-    """The files with their sha256: those that are known already, the others by reading them."""
+    """The files with their sha256: those that are known already, the others by reading them.
+
+    Raises:
+        UnsafeError: one is a link that leads to no file.
+    """
     from adapterkit import disk
 
     made = []
     for name, path in found.files.items():
-        digest, size = (known[name], path.stat().st_size) if name in known else disk.hash_file(path)
+        digest, size = (known[name], path.stat().st_size) if name in known else disk.hash_file(_readable(path))
         made.append(FileEntry(name, size, digest))
     return made

@@ -6,6 +6,7 @@ the record as signed statements (see `adapterkit.provenance.attested`), which al
 ``.gitattributes`` and its kind, and what lies beside an output that is a file.
 
 ``verify`` holds only where every file that is there is vouched for by one of the two, and the record says what was signed.
+The statements have to name all files of the signature: pieces of two signed outputs are not one.
 
 An output keeps its signature beside it. A registered version is immutable: signing it adds a version of the same content
 that has both among its files, and aliases stay where they are.
@@ -25,7 +26,15 @@ from adapterkit.checkpoint.json_data import parse_json
 from adapterkit.errors import CheckFailed, CheckpointError, NotFound, OutputError, UnsafeError, option
 from adapterkit.packages import missing
 from adapterkit.provenance import dsse
-from adapterkit.provenance.attested import RECORD, differing, hold, read_statements, seal_statements
+from adapterkit.provenance.attested import (
+    RECORD,
+    SignedStatement,
+    differing,
+    hold,
+    read_statements,
+    seal_statements,
+    subjects_of,
+)
 from adapterkit.provenance.signable import ENVELOPES, SIGNATURE, Signable, entries, signable
 from adapterkit.registry import blobs
 from adapterkit.registry.beside import check_beside
@@ -157,20 +166,21 @@ def verify(
         if found.envelopes is not None and found.envelopes.is_file():
             statements = read_statements(found, public)
             hold(found, statements, files)
-        named = {found.name_of(name) for name in signed}
-        for one in statements:
-            named |= {name for name in one.subjects if one.subjects[name] == files.get(name)}
-            named |= {name for name in files if found.own and files[name] in one.subjects.values()}
+        named = {found.name_of(name.partition(":")[0]) for name in signed}
+        # A true statement about another output, signed with the same key, vouches for nothing here.
+        same = [one for one in statements if subjects_of(found, one).keys() >= named - {BESIDE}]
+        for one in same:
+            named |= {name for name, digest in subjects_of(found, one).items() if files.get(name) == digest}
         if extra := sorted(set(files) - named):
             raise CheckFailed(
                 f"{found.said} is not what was signed: not signed: {', '.join(extra)}",
                 f"take out what does not belong there, or leave it out with {option('ignore', extra[0])}",
             )
-        _record(found, signed, statements)
+        _record(found, signed, same)
         return Holds(found.said, len(files) + (found.beside is not None), found.left_out)
 
 
-def _record(found: Signable, signed: Mapping[str, str], statements: Sequence[Any]) -> None:
+def _record(found: Signable, signed: Mapping[str, str], statements: Sequence[SignedStatement]) -> None:
     """The record beside the files, or of the version, is one that was signed: by its bytes or by what it says.
 
     A registry gives an output another name, version and time, and the same record.
