@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
@@ -292,12 +293,12 @@ def main() -> None:
         for row in pool.map(sweep, kinds):
             rows.append(row)
             print(json.dumps(row), flush=True)
-            stored[row["kind"]] = row
+            stored[row["kind"]] = {**row, "versions": _versions()}
             ordered = {name: stored[name] for name in (one.removesuffix("*") for one in every) if name in stored}
-            STORED.write_text(json.dumps({"versions": _versions(), "rows": ordered}, indent=1) + "\n")
+            STORED.write_text(json.dumps({"rows": ordered}, indent=1) + "\n")
     if options.write:
         shown = list(json.loads(STORED.read_text())["rows"].values())
-        DOC.write_text(PAGE.format(table=table(shown), classes=_classes(), **_summary(shown)))
+        DOC.write_text(PAGE.format(table=table(shown), classes=_classes(shown), **_summary(shown)))
     results.note(kinds=len(rows), wrong=sum(not _passed(row) for row in rows))
     sys.exit(1 if any(not _passed(row) for row in rows) else 0)
 
@@ -311,14 +312,24 @@ def _versions() -> str:
     return ", ".join(f"{name} {version(name)}" for name in ("transformers", "peft", "torch", "xllamacpp"))
 
 
-def _classes() -> str:
-    """The classes of llama.cpp's converter: how many convert here, and why the others do not."""
+def _measured(rows: list[dict[str, Any]]) -> str:
+    """With which versions how many rows were measured."""
+    counts = Counter(row["versions"] for row in rows).most_common()
+    return "\n".join(f"* {count} with {versions}" for versions, count in counts)
+
+
+def _classes(rows: list[dict[str, Any]]) -> str:
+    """The classes of llama.cpp's converter: which convert here, which of them ran, and why the others do not."""
     from adapterkit.gguf.arch.table import classes
 
     named, here = json.loads(CLASSES.read_text())["classes"], classes()
     missing = [name for name in named if name not in here]
+    ran = {row.get("class") for row in rows}
     lines = [
         f"**{len(named) - len(missing)} of the {len(named)} classes of the converter's map of text models convert.**",
+        "",
+        f"{sum(name in ran for name in named if name in here)} of these ran, as rows of the table above. Those with a * did",
+        "not run in llama.cpp under their own name; most have the rules of another class, or of their text part.",
         "",
     ]
     reasons: dict[str, list[str]] = {}
@@ -328,7 +339,7 @@ def _classes() -> str:
     found = {name: here[name] for name in named if name in here}
     by_arch: dict[str, list[str]] = {}
     for name, arch in found.items():
-        by_arch.setdefault(arch, []).append(f"`{name}`")
+        by_arch.setdefault(arch, []).append(f"`{name}`" if name in ran else f"`{name}`\\*")
     lines += ["", "| GGUF | classes |", "|---|---|", *(f"| {a} | {', '.join(n)} |" for a, n in sorted(by_arch.items()))]
     return "\n".join(lines)
 
@@ -343,7 +354,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
     read = [row["reads"] for row in rows if "reads" in row]
     return {
-        "versions": _versions(),
+        "versions": _measured(rows),
         "count": len(rows),
         "archs": len({row.get("arch") for row in rows}),
         "exact": len(exact),
@@ -359,7 +370,10 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 PAGE = """# GGUF architectures
 
-Written by `bench/proofs/gguf_archs.py --write` with {versions}.
+Written by `bench/proofs/gguf_archs.py --write` out of `bench/proofs/gguf_archs.json`. A row keeps its figures until its kind
+runs again, so rows may be older than the code. Measured were:
+
+{versions}
 
 **{count} models of {archs} GGUF architectures. {exact} agree with transformers to {exact_worst} or better in every column,
 {gelu} more to {gelu_worst} (GELU, which ggml takes from a table in half precision;

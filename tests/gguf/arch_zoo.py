@@ -183,8 +183,8 @@ ZOO: dict[str, Tiny] = {
     "qwen3": Tiny("Qwen3ForCausalLM", _HALF, reads={"head_dim": 128}),
     "seed_oss": Tiny("SeedOssForCausalLM", {**_HALF, "attention_bias": True, "attention_out_bias": False}),
     "gemma": Tiny("GemmaForCausalLM", {**_HALF, "tie_word_embeddings": True}, GELU, "GELU"),
-    "gemma2": Tiny("Gemma2ForCausalLM", _GEMMA, GELU, "GELU", reads={"query_pre_attn_scalar": 256}),
-    "gemma3": Tiny("Gemma3ForCausalLM", _GEMMA, GELU, "GELU", reads={"query_pre_attn_scalar": 256}),
+    "gemma2": Tiny("Gemma2ForCausalLM", _GEMMA, GELU, "GELU", reads={"query_pre_attn_scalar": 256, "head_dim": 256}),
+    "gemma3": Tiny("Gemma3ForCausalLM", _GEMMA, GELU, "GELU", reads={"query_pre_attn_scalar": 256, "head_dim": 256}),
     "gemma3n": Tiny(
         "Gemma3nForCausalLM",
         {

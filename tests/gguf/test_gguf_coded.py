@@ -17,7 +17,7 @@ from coded_zoo_more import MORE
 from gguf_runtime import PROMPTS, embeddings, far, logprobs
 
 from adapterkit.errors import TargetError
-from adapterkit.gguf.arch.config import Config
+from adapterkit.gguf.arch.config import TEXT_PARTS, Config
 from adapterkit.gguf.arch.table import spec_of
 from adapterkit.verbs.convert import convert
 
@@ -65,14 +65,34 @@ def test_a_config_that_the_runtime_has_built_in_otherwise_is_refused(kind: str, 
     spec = spec_of(Config(one.config))
     tried = 0
     for fixed in spec.fixed:
-        if "." in fixed.field or fixed.when is not None or callable(fixed.value):
+        if fixed.when is not None or callable(fixed.value):
             continue
+        field = fixed.field.removeprefix("rope.")  # of any place that says how positions are rotated
         other = not fixed.value if isinstance(fixed.value, bool) else "tanh" if isinstance(fixed.value, str) else 11
-        wrong = dataclasses.replace(one, config={**one.config, fixed.field: other})
-        folder = tmp_path / fixed.field
+        part = next((name for name in TEXT_PARTS if name in one.config), None)
+        inner = {field: other} if part is None else {part: {**one.config[part], field: other}}
+        wrong = dataclasses.replace(one, config={**one.config, **inner})
+        folder = tmp_path / field
         coded_zoo.build(folder, wrong)
-        with pytest.raises(TargetError, match=fixed.field):
+        with pytest.raises(TargetError, match=field):
             convert(folder, tmp_path / "no.gguf")
         tried += 1
     assert tried or all(callable(fixed.value) or fixed.when for fixed in spec.fixed)
     assert not (tmp_path / "no.gguf").exists()
+
+
+def test_scaled_positions_of_a_row_with_keys_of_its_own_stay(tmp_path: Path) -> None:
+    """CodeShell's files say a scaling by 1; a config that stretches positions says its own."""
+    import dataclasses
+
+    from gguf import GGUFReader
+
+    one = CODED["codeshell"]
+    for name, scaling, factor in (("plain", None, 1.0), ("twice", {"type": "linear", "factor": 2.0}, 2.0)):
+        at = tmp_path / name
+        coded_zoo.build(at / "hf", dataclasses.replace(one, config={**one.config, "rope_scaling": scaling}))
+        convert(at / "hf", at / "one.gguf")
+        assert GGUFReader(at / "one.gguf").fields["codeshell.rope.scaling.factor"].contents() == factor
+        convert(at / "one.gguf", at / "back", to="hf")
+        convert(at / "back", at / "two.gguf")
+        assert (at / "two.gguf").read_bytes() == (at / "one.gguf").read_bytes()

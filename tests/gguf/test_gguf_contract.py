@@ -193,3 +193,23 @@ def test_check_asks_the_same_contract(server: str, tmp_path: Path) -> None:
     adapter = make_adapter(tmp_path / "b", tmp_path / "mla", lora(target_modules=["q_a_proj"]), scale=0.1)
     report = check(tmp_path / "mla", [adapter], server=server)
     assert [one.code for one in report.findings if one.code.startswith(server)][:1] == [f"{server}-unheard"]
+
+
+@pytest.mark.parametrize(
+    ("cls", "change"),
+    [
+        ("LlamaBidirectionalModel", {"hidden_act": "relu"}),
+        ("Sarashina2VisionForCausalLM", {"hidden_act": "relu"}),
+        ("Lfm2BidirectionalModel", {"conv_bias": True}),
+        ("SarvamMoEForCausalLM", {"hidden_act": "relu"}),
+        ("Qwen3OmniMoeForConditionalGeneration", {"norm_topk_prob": False}),
+        ("Qwen3OmniMoeForConditionalGeneration", {"hidden_act": "relu"}),
+        ("GlmOcrForConditionalGeneration", {"hidden_act": "relu"}),
+        ("PaddleOCRVLForConditionalGeneration", {"hidden_act": "relu"}),
+        ("HunYuanVLForConditionalGeneration", {"attention_bias": True}),
+    ],
+)
+def test_a_class_that_another_row_computes_is_held_to_what_that_has_built_in(cls: str, change: dict[str, Any]) -> None:
+    config = {"architectures": [cls], "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, **change}
+    with pytest.raises(TargetError, match=next(iter(change))):
+        held(spec_of(Config(config)), Config(config))

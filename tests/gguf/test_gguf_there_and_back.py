@@ -116,6 +116,20 @@ def test_what_is_needed_may_be_none(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert json.loads((back / "config.json").read_text())["first_k_dense_replace"] == 0
 
 
+@pytest.mark.parametrize(("kind", "layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_the_config_says_the_scale_that_the_runtime_has_built_in(
+    kind: str, layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma's 27B, known by its layers, scales queries by hidden_size / num_attention_heads and not by the head size."""
+    monkeypatch.setattr("adapterkit.gguf.vocab.read_vocab", zoo.read_vocab)
+    tiny = zoo.ZOO[kind]
+    config = {**tiny.config, "num_hidden_layers": layers, "hidden_size": 32, "intermediate_size": 16}
+    monkeypatch.setitem(zoo.ZOO, "27b", replace(tiny, config={**config, "query_pre_attn_scalar": 8, "head_dim": 16}))
+    zoo.build(tmp_path / "hf", "27b")
+    _, back = there_and_back(tmp_path)
+    assert json.loads((back / "config.json").read_text())["query_pre_attn_scalar"] == 32 // 4
+
+
 def test_floats_beside_quantized_weights_are_not_rounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Biases of experts are matrices, and in float32 in a GGUF file."""
     from models import read_tensors

@@ -89,6 +89,7 @@ def config_of(base: GGUFCheckpoint, spec: ArchSpec) -> dict[str, Any]:
     for name, field in {**own, **{name: field for name, field in COMMON.items() if name not in own}}.items():
         if values.get(name) or values.get(name) is False or (name in values and name in needed):
             config.setdefault(field, values[name])
+    said = frozenset(config)
     if isinstance(config.get("num_key_value_heads"), list):
         config["num_key_value_heads"] = next((n for n in config["num_key_value_heads"] if n), 0)
     gating = {number: word for word, number in GATING.items()}.get(values.get("expert_gating_func", 0))
@@ -117,7 +118,22 @@ def config_of(base: GGUFCheckpoint, spec: ArchSpec) -> dict[str, Any]:
                 f"{base.ref}: its metadata does not say '{error.args[0]}', which {spec.model_type} needs",
                 "download it again",
             ) from None
+    config |= _built_in(spec, config, said, base)
     return {name: None if value is NULL else value for name, value in config.items() if value is not None}
+
+
+def _built_in(spec: ArchSpec, config: Mapping[str, Any], said: Collection[str], base: GGUFCheckpoint) -> dict[str, Any]:
+    """Fields that no key of a file says, where they are not what the runtime has built in for this one."""
+    read = Config({name: value for name, value in config.items() if value is not NULL}, base.ref, where="metadata")
+    found: dict[str, Any] = {}
+    for one in spec.fixed:
+        if one.field in said or "." in one.field or one.limit is not None:
+            continue
+        differs = one.differs(read)
+        if differs is not None:
+            value = differs[1]
+            found[one.field] = int(value) if isinstance(value, float) and value.is_integer() else value
+    return found
 
 
 def _rope(values: Values, base: Collection[str], config: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from adapterkit.errors import CheckpointError
 from adapterkit.gguf.arch.builtin import Fixed
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.ops import Add, Copies, Each, Interleave, Scale, Split, Tile, Turn
+from adapterkit.gguf.arch.rope import kind_of
 from adapterkit.gguf.arch.shared import (
     EMBEDDINGS,
     LLAMA3,
@@ -33,6 +34,25 @@ LAYERS = Key("block_count", lambda c: c.number("layers"))
 SILU = Fixed("hidden_act", "silu", "computes silu in this architecture")
 _GELU = Fixed("activation_function", "gelu", "computes gelu in this architecture")
 _NO_BIASES = Fixed("attention_bias", False, "has no such biases in this architecture")
+
+
+# ------------------------------------------------------------------ CodeShell
+
+
+def _stretched(config: Config) -> bool:
+    """Whether its config asks for scaled positions, of which `scaling` has the keys."""
+    return kind_of(config.rope) in ("linear", "yarn")
+
+
+def _codeshell_back(values: Mapping[str, Any], config: Mapping[str, Any], base: Any) -> dict[str, Any]:
+    factor = values.get("rope.scaling.factor", 1.0)
+    return {
+        "n_layer": values["block_count"],
+        "group_query_attention": True,
+        "position_embedding_type": "rope",
+        "rope_parameters": config["rope_parameters"] if factor != 1.0 else None,
+        "num_hidden_layers": None,
+    }
 
 
 # ------------------------------------------------------------------ Refact
@@ -253,24 +273,20 @@ SPECS = (
             Key("attention.head_count_kv", "num_query_groups", needed=True),
             Key("attention.layer_norm_epsilon", "layer_norm_epsilon", needed=True),
             constant("rope.freq_base", 10000.0),
-            constant("rope.scaling.type", "linear"),
-            constant("rope.scaling.factor", 1.0),
+            Key("rope.scaling.type", lambda c: None if _stretched(c) else "linear"),
+            Key("rope.scaling.factor", lambda c: None if _stretched(c) else 1.0),
         ),
         common=False,
         own_output=True,
         drops=(r"rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$"),
         fixed=(
             _GELU,
+            Fixed("group_query_attention", True, "has groups of query heads in this architecture"),
+            Fixed("rope.rope_theta", 10000.0, "has a rotary base of 10000 in this architecture"),
             Fixed("position_embedding_type", "rope", "rotates positions in this architecture", default="rope"),
             Fixed("scale_attn_weights", True, "divides the scores by the root of the head size"),
         ),
-        back=lambda values, config, base: {
-            "n_layer": values["block_count"],
-            "group_query_attention": True,
-            "position_embedding_type": "rope",
-            "rope_parameters": None,
-            "num_hidden_layers": None,
-        },
+        back=_codeshell_back,
     ),
     ArchSpec(
         "refact",

@@ -116,12 +116,16 @@ _JINA = (
         },
     ),
 )
+_JINA_FIXED = (
+    Fixed("position_embedding_type", "alibi", "has ALiBi in this architecture", default="absolute"),
+    Fixed("feed_forward_type", "geglu", "has gates of gelu in this architecture", default="original"),
+)
 
 
 def _jina_back(values: Mapping[str, Any], config: Mapping[str, Any], base: Any) -> dict[str, Any]:
     return {
         "position_embedding_type": "alibi",
-        "feed_forward_type": "geglu" if "blk.0.layer_output_norm.weight" in base else "reglu",
+        "feed_forward_type": "geglu",
         "type_vocab_size": base["token_types.weight"].shape[0],
         "is_causal": None,
     }
@@ -260,10 +264,7 @@ SPECS = (
         needs=_BERT_NEEDS,
         variant=lambda c: "jina_bert_code" if "qk-post-norm" in str(c.get("auto_map", default="")) else None,
         when=lambda base: "blk.0.attn_norm_2.weight" not in base,
-        fixed=(
-            Fixed("position_embedding_type", "alibi", "has ALiBi in this architecture", default="absolute"),
-            Fixed("feed_forward_type", "geglu", "has gates of gelu in this architecture", default="original"),
-        ),
+        fixed=_JINA_FIXED,
         types=("bert",),
         encoder=True,
         back=_jina_back,
@@ -285,7 +286,7 @@ SPECS = (
         drops=(r"^cls\.", r"^(bert\.)?pooler\.", r"position_ids$"),
         needs=_BERT_NEEDS,
         when=lambda base: "blk.0.attn_norm_2.weight" in base,
-        fixed=(Fixed("position_embedding_type", "alibi", "has ALiBi in this architecture", default="absolute"),),
+        fixed=_JINA_FIXED,
         encoder=True,
         defaults={
             "model_type": "jina_bert",

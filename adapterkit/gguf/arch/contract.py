@@ -45,6 +45,7 @@ reference_compile repad_logits_with_grad compile_model mlm_probability mask_toke
 gradient_checkpointing_use_reentrant use_mambapy use_falcon_mambapy use_mamba_kernels use_associative_scan
 num_nextn_predict_layers mtp_num_hidden_layers pad_head_dim_to_multiple_of
 language_model_only mamba_ssm_dtype block_size tie_word_embeddings has_visual_encoder modality
+weight_tying qkv_proj_bias mlp_fc1_bias mlp_fc2_bias rescale_every
 """
 HARMLESS = frozenset(_HARMLESS_WORDS.split())
 

@@ -289,6 +289,20 @@ FIXED["modernbert_classifier"] = (*FIXED["modernbert"], *_no_bias("classifier_bi
 FIXED["gemma3_embedding"] = tuple(one for one in _gemma(62) if one.field != "use_bidirectional_attention")
 FIXED["falcon_two_norms"] = FIXED["falcon"]
 FIXED["granitehybrid_dense"] = FIXED["granitemoehybrid"]
+# Rows of other classes that the runtime computes with the code of these.
+for _row, _of in {
+    "llama_bidirec": "llama",
+    "sarashina2_vision": "llama",
+    "lfm2_bidirectional": "lfm2",
+    "qwen3_asr": "qwen3_vl",
+    "qwen3_omni_moe": "qwen3_vl_moe",
+    "glm_ocr": "glm4",
+    "glm_ocr_sections": "glm4v",
+    "hunyuan_vl_text": "hunyuan_v1_dense",
+    "paddleocr_vl_text": "ernie4_5",
+    **dict.fromkeys(("t5_relu_scaled", "t5_relu_apart", "t5_gated_scaled", "t5_gated_apart"), "t5"),
+}.items():
+    FIXED[_row] = FIXED[_of]
 
 # Ends of names of weights that are multiplied without looking for a LoRA: in every architecture, and by row.
 NEVER_LORA = (
@@ -317,6 +331,9 @@ FIXED |= dict.fromkeys(
     (
         "eurobert",
         "afmoe",
+        "bailing_moe_v2",
+        "sarvam_moe",
+        "plamo2",
         "cohere2_moe",
         "exaone_moe",
         "glm",
