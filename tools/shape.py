@@ -57,7 +57,7 @@ REASONS: dict[str, tuple[str, ...]] = {
         *("gguf/kernels/wide.py:grid_sums", "gguf/kernels/wide.py:symmetric_sums"),
     ),
     "a formula with its parameters, by their names in the paper or the format": (
-        *("adapters/bound_rule.py:BoundRule.apply", "adapters/merged.py:_add", "adapters/merged.py:_add_transposed"),
+        *("adapters/merged.py:_add", "adapters/merged.py:_add_transposed"),
         *(
             "codecs/compressed.py:_new",
             "codecs/gptq.py:_weight",
