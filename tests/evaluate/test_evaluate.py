@@ -33,7 +33,8 @@ def simple_evaluate(model, model_args, tasks, task_manager, log_samples, **optio
         file.write(json.dumps([real, tasks, options, task_manager.include_path]) + "\\n")
     if "crash" in tasks:
         raise ValueError("no such task: crash")
-    return {"results": {task: {"size,none": size, "size_stderr,none": 0.5} for task in tasks}, "n-shot": {}, "config": {"limit": options.get("limit")}}
+    results = {task: {"size,none": size, "size_stderr,none": 0.5} for task in tasks}
+    return {"results": results, "n-shot": {}, "config": {"limit": options.get("limit")}}
 """
 MANAGER = """
 class TaskManager:
