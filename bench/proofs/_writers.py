@@ -373,15 +373,15 @@ def writers(top: Path, only: list[str] | None = None) -> Iterator[dict[str, Writ
     bundle = top / "x.bundle"
     export_bundle(("x",), bundle, home=home)
     file = gguf_base(top / "base.gguf")
-    adapters, one = [adapter], {"jobs": 1}
+    adapters = [adapter]
     files: dict[str, Callable[[Path], object]] = {
-        "merge": lambda out: adapterkit.merge(base, adapters, out, **one),
-        "merge --force": lambda out: adapterkit.merge(base, adapters, out, force=True, **one),
-        "merge --quant nf4": lambda out: adapterkit.merge(base, adapters, out, quant="nf4", **one),
-        "merge of a GGUF base": lambda out: adapterkit.merge(file, adapters, out, **one),
-        "convert": lambda out: adapterkit.convert(base, out, to="f16", **one),
-        "combine": lambda out: adapterkit.combine([adapter, adapter], out, **one),
-        "resize": lambda out: adapterkit.resize(adapter, out, rank=1, **one),
+        "merge": lambda out: adapterkit.merge(base, adapters, out, jobs=1),
+        "merge --force": lambda out: adapterkit.merge(base, adapters, out, force=True, jobs=1),
+        "merge --quant nf4": lambda out: adapterkit.merge(base, adapters, out, quant="nf4", jobs=1),
+        "merge of a GGUF base": lambda out: adapterkit.merge(file, adapters, out, jobs=1),
+        "convert": lambda out: adapterkit.convert(base, out, to="f16", jobs=1),
+        "combine": lambda out: adapterkit.combine([adapter, adapter], out, jobs=1),
+        "resize": lambda out: adapterkit.resize(adapter, out, rank=1, jobs=1),
         "export": lambda out: export_bundle(("x",), out, home=home),
         "checkout": lambda out: checkout("x", to=out, home=home),
     }
