@@ -99,7 +99,7 @@ class RequestCommand(MethodCommand):
 
     def _group_of(self, parameter: click.Parameter) -> str:
         """Options that are no fields: parameters of methods, and those about the command itself."""
-        return "Run" if parameter.name in self._own or "--help" in parameter.opts else "Combining"
+        return "Combining" if self.is_of_methods(parameter) else "Run"
 
 
 def command(
