@@ -33,8 +33,8 @@ Callback = Callable[..., Any]
 FIRST = "Needed first"
 # The order of the headings in --help; what has none comes first.
 GROUPS = (
-    *(FIRST, "", "Output", "Combining", "Adapters", "Base", "GGUF types", "Thresholds", "Evidence", "Record"),
-    *("Beside the output", "Workers", "Run"),
+    *(FIRST, "", "Output", "Combining", "Adapters", "Base", "GGUF types", "Thresholds", "Models", "Tasks"),
+    *("Evidence", "Record", "Beside the output", "Workers", "Run"),
 )
 _TYPED = {"method": NAMES, "space": SPACES}
 
