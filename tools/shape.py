@@ -37,7 +37,7 @@ REASONS: dict[str, tuple[str, ...]] = {
         "integrations/transformers.py:RegisterCallback.__init__",
     ),
     "writes one record or line: each parameter is a field of it, given by name": (
-        *("provenance/record.py:recorder", "provenance/register.py:_register_base", "registry/refs.py:move"),
+        *("provenance/record.py:recorder", "registry/refs.py:move"),
         *("registry/register.py:register", "registry/register.py:register_base", "registry/served.py:record_serving"),
     ),
     "a kernel that is compiled: it takes arrays and numbers, and no values of ours": (
