@@ -86,7 +86,7 @@ def test_a_computed_adapter_is_refused_resumed_and_replaced_as_every_output(
     with pytest.raises((StoreError, adapterkit.errors.AuthError)):
         adapterkit.resize(stored, out, rank=2, resume=True)
     s3.rule = None
-    with pytest.raises(OutputError, match="exists|another run"):  # of other options
+    with pytest.raises(OutputError, match=r"exists|another run"):  # of other options
         adapterkit.resize(stored, out, rank=1)
     adapterkit.resize(stored, out, rank=2, resume=True)
     adapterkit.resize(made / "a1", tmp_path / "low", rank=2)
