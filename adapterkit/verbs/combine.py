@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.factors import Slot
+    from adapterkit.adapters.formats.contents import Contents
     from adapterkit.checkpoint.listing import Listing
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.tensor import Tensor
@@ -176,6 +177,8 @@ class Making:
             self.dtype,
             self.own_ranks,
             self.to,
+            family.names,
+            _like(family),
         )
 
     def bound(self, slot: Slot) -> int:
@@ -231,6 +234,8 @@ def planned(request: CombineRequest) -> Combination:
     if over.whole or over.tokens:
         notes.append(f"carried over as they are: {', '.join([*over.whole, *over.tokens])[:400]}")
     side_files(family.adapters, notes)
+    from adapterkit.adapters.formats.write_single import style_of
+
     again = {
         "verb": request.VERB,
         "adapters": [adapter.ref for adapter in family.adapters],
@@ -248,10 +253,19 @@ def planned(request: CombineRequest) -> Combination:
         request.rank,
         request.energy,
         own_ranks=request.own_ranks,
-        to=request.to,
+        to=request.styled(style_of(family.adapters[0])),
         request=again,
     )
     return Combination(request, making, tuple(notes))
+
+
+def _like(family: Family) -> Contents | None:
+    """The first file, with the modules of all: which part of a pipeline each is of."""
+    first, *others = (adapter.contents for adapter in family.adapters)
+    if first is None:
+        return None
+    more = [module for other in others if other is not None for module in other.modules]
+    return replace(first, modules=(*first.modules, *more))
 
 
 def told(adapter: Ref | Adapter, request: CombineRequest) -> Adapter:
