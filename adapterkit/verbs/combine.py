@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,6 +230,8 @@ def planned(request: CombineRequest) -> Combination:
             f"method {rule.row.name} gives deltas of full rank",
             f"give {option('rank', 'R')} or {option('energy', 'E')}, or {option('space', 'core')}, or fold them in with merge",
         )
+    if rule.method != "linear":
+        _check_layouts(family, rule)
     over = carried(family)
     if over.whole or over.tokens:
         notes.append(f"carried over as they are: {', '.join([*over.whole, *over.tokens])[:400]}")
@@ -257,6 +259,27 @@ def planned(request: CombineRequest) -> Combination:
         request=again,
     )
     return Combination(request, making, tuple(notes))
+
+
+def _check_layouts(family: Family, rule: BoundRule) -> None:
+    """Adapters that name the same rows otherwise can be added up, and compared value by value only under one name.
+
+    Raises:
+        UsageError: one has the original names of its family, another diffusers'.
+    """
+    from adapterkit.adapters.families.names import family_of
+
+    found: dict[str, Adapter] = {}
+    for adapter, part in zip(family.adapters, family.parts, strict=True):
+        told = family_of(part.deltas)
+        if told is not None:
+            found.setdefault(told[1], adapter)
+    if len(found) > 1:
+        one, other = found.values()
+        raise UsageError(
+            f"{one.ref} and {other.ref} name the same modules in two layouts, and {rule.method} compares them by name",
+            f"convert one of them first: adapterkit convert FILE {option('to', 'diffusers')}",
+        )
 
 
 def _like(family: Family) -> Contents | None:
