@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from adapterkit.adapters.merged import Merged, in_dtype
 from adapterkit.adapters.wider import RECORD, check_fp8, in_fp8, leaving, left_out, not_in_vllm, patched_record
@@ -91,10 +91,10 @@ def trained_on_the_grid(adapters: Sequence[Adapter], weights: Sequence[float] | 
     return "torchao"
 
 
-FP8 = "fp8"
+FP8: Literal["fp8"] = "fp8"
 
 
-def kept(folded: Folded, touched_as: DType | str | None = None, rule: str | None = None) -> KeptFold:
+def kept(folded: Folded, touched_as: DType | Literal["fp8"] | None = None, rule: str | None = None) -> KeptFold:
     """The view of a fold in which everything is stored as in the base.
 
     Args:
@@ -118,19 +118,20 @@ def kept(folded: Folded, touched_as: DType | str | None = None, rule: str | None
     wider = leaving(form, touched & set(form.weights)) if touched_as is not None else []
     if touched_as == FP8:
         check_fp8(form, wider)
+    floats = None if isinstance(touched_as, str) else touched_as
     out = set(wider)
     for name, tensor in stored.items():
         weight = parts.get(name)
         if weight is None:
             tensors[name] = new[name] if name in touched and name in new else tensor
-        elif weight.name in out and isinstance(touched_as, str):
+        elif weight.name in out and touched_as == FP8:
             if weight.name not in encodings:
                 made = _in_fp8(weight, new[weight.name], stored)
                 encodings[weight.name] = made[0].shared
                 tensors.update({one.name: one for one in made})
-        elif weight.name in out and touched_as is not None:
+        elif weight.name in out and floats is not None:
             if weight.name not in tensors:
-                tensors[weight.name] = _in(new[weight.name], touched_as)
+                tensors[weight.name] = _in(new[weight.name], floats)
         elif weight.name not in touched:
             tensors[name] = tensor
         elif weight.name not in encodings:

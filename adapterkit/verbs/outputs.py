@@ -182,7 +182,7 @@ def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, se
         )
     folded = fold(base, adapters, asked.adapter_weights, **_how(asked))
     rule = trained_on_the_grid(adapters, asked.adapter_weights)
-    touched_as = asked.keep_touched if asked.keep_touched == FP8 else parse_floats(asked.keep_touched or "auto")
+    touched_as = FP8 if asked.keep_touched == FP8 else parse_floats(asked.keep_touched or "auto")
     made = kept(folded, touched_as, rule)
     view = made.view
     wider = {name: view[name] for name in made.wider}
