@@ -33,8 +33,8 @@ Callback = Callable[..., Any]
 FIRST = "Needed first"
 # The order of the headings in --help; what has none comes first.
 GROUPS = (
-    *(FIRST, "", "Output", "Combining", "Adapters", "Base", "GGUF types", "Thresholds", "Evidence", "Record"),
-    *("Beside the output", "Workers", "Run"),
+    *(FIRST, "", "Output", "Combining", "Adapters", "Base", "GGUF types", "Thresholds", "Models", "Tasks"),
+    *("Evidence", "Record", "Beside the output", "Workers", "Run"),
 )
 _TYPED = {"method": NAMES, "space": SPACES}
 
@@ -99,7 +99,7 @@ class RequestCommand(MethodCommand):
 
     def _group_of(self, parameter: click.Parameter) -> str:
         """Options that are no fields: parameters of methods, and those about the command itself."""
-        return "Run" if parameter.name in self._own or "--help" in parameter.opts else "Combining"
+        return "Combining" if self.is_of_methods(parameter) else "Run"
 
 
 def command(
