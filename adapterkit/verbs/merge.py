@@ -137,6 +137,8 @@ class Merge:
             fidelity=fidelity,
             min_retention=asked.min_retention,
             min_cosine=asked.min_cosine,
+            max_error=asked.max_error,
+            max_dead=asked.max_dead,
             dry_run=measured.dry_run,
             **asdict(measured.moved),
             notes=(
@@ -159,7 +161,7 @@ class Merge:
 
         asked = self.request
         named = asked.base if base is None else base
-        loss = Loss(self, watched=asked.fidelity or asked.min_retention is not None or asked.min_cosine is not None)
+        loss = Loss(self, watched=asked.measures)
         folders = tuple(adapter.folder for adapter in self.adapters if adapter.folder is not None)
         return Job(
             plan=self.plan,
@@ -288,7 +290,7 @@ class Loss:
             words = own_format(made.encodings) if made.encodings else None
             return Watch(self.merge.folded, words, lambda name, shape: None, made.encodings)
         kind = self.merge.request.folder_format or _grid_name(self.merge)
-        return Watch(self.merge.folded, kind, made.through)
+        return Watch(self.merge.folded, kind, made.through, importance=made.importance)
 
     def report(self) -> FidelityReport | None:
         """What was measured, if anything was."""
@@ -300,8 +302,11 @@ class Loss:
         if found is None:
             return {}
         figures = {
-            name: float(f"{getattr(found, name):.6g}") for name in ("retention", "cosine", "relative", "unmoved")
+            name: float(f"{getattr(found, name):.6g}")
+            for name in ("cosine", "error", "weighed", "retention", "relative", "unmoved")
+            if getattr(found, name) is not None
         }
+        figures["dead"] = len(found.dead)
         return {"fidelity": {**figures, "format": found.format, "worst": found.worst.name if found.worst else ""}}
 
 
