@@ -22,8 +22,6 @@ ADDRESSES = (
     "OCI:/x",
 )
 WHERE_NOTHING_IS_WRITTEN = (
-    ("combine", "adapter", "-o"),
-    ("resize", "adapter", "--rank", "1", "-o"),
     ("merge", "base", "adapter", "--save-plan"),
     ("attest",),
     ("register", "--name", "x"),
