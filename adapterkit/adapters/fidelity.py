@@ -179,9 +179,9 @@ class Watch:
                 encoding.witness = partial(self._written, name, tensor)
                 continue
             by = self._importance(name, tensor.shape)
-            tensor.watch = partial(self._add, name, tensor, through(name, tensor.shape), by)
+            tensor.watch = partial(self._add, name, tensor, (through(name, tensor.shape), by))
             if isinstance(tensor.base, Merged):  # the base as trained: its change is what quantization did to it
-                tensor.base.watch = partial(self._add, name + BASE, tensor.base, None, None)
+                tensor.base.watch = partial(self._add, name + BASE, tensor.base, (None, None))
 
     def stop(self) -> None:
         """Watch no longer."""
@@ -240,14 +240,14 @@ class Watch:
         self,
         key: str,
         tensor: Merged,
-        through: Through | None,
-        importance: torch.Tensor | None,
+        how: tuple[Through | None, torch.Tensor | None],
         start: int,
         base: torch.Tensor,
         wanted: torch.Tensor,
     ) -> None:
         from adapterkit.ops.fidelity import block_sums
 
+        through, importance = how
         rows = base.shape[0]
         if tensor.numel > WHOLE and rows >= self._share:
             # Some rows of every block, not always the first.

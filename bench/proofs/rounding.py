@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from bench.common.results import head, note
+from bench.common.results import note
 from bench.proofs.facts import FACTS, packaged, train
 
 NF4 = (-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0, 0.0795803, 0.1609302, 0.2461123,
@@ -40,7 +40,7 @@ CALIBRATION, GENERAL = 2048, 48  # tokens in all, and of each prompt
 
 @dataclass(frozen=True)
 class Grid:
-    """A format: ``group`` columns (and ``rows`` rows) share a scale; ``scale`` of a largest value; ``nearest`` of value / scale."""
+    """A format: ``group`` columns (and ``rows`` rows) share a scale, made of their largest value."""
 
     group: int
     rows: int
@@ -132,8 +132,9 @@ class Bench:
     """The model, the texts, and the reference of one format."""
 
     def __init__(self, at: Path, steps: int) -> None:
-        import adapterkit
         from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        import adapterkit
 
         if not (at / "hf").exists():
             adapterkit.convert(packaged(), at / "hf", to="hf")
@@ -161,8 +162,8 @@ class Bench:
 
     def _answer(self, question: str, answer: str) -> tuple[list[int], int]:
         ask = [{"role": "user", "content": question}]
-        head = self.tokenizer.apply_chat_template(ask, add_generation_prompt=True, tokenize=False)
-        return self._ids(head + answer + "<|im_end|>"), len(self._ids(head)) - 1
+        start = self.tokenizer.apply_chat_template(ask, add_generation_prompt=True, tokenize=False)
+        return self._ids(start + answer + "<|im_end|>"), len(self._ids(start)) - 1
 
     def put(self, weights: dict[str, torch.Tensor]) -> None:
         with torch.no_grad():
