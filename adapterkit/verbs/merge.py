@@ -97,6 +97,21 @@ class Merge:
         found = ((adapter.ref, half_saved_note(adapter)) for adapter in self.adapters)
         return tuple(f"{ref} {words}" for ref, words in found if words)
 
+    def _trained_elsewhere(self, dry_run: bool) -> tuple[str, ...]:
+        """Adapters that say they were trained on quantized values that these are not, and how far those are."""
+        from adapterkit.adapters.trained_base import elsewhere, how_far, trained_base
+
+        said = []
+        for adapter in self.adapters:
+            words, trained = elsewhere(adapter, self.base, self.base_values), trained_base(adapter)
+            if words is None or trained is None:
+                continue
+            here = not dry_run and all(source.path is not None for source in self.sources)
+            far = how_far(self.folded, trained.grid) if here else None
+            moved = "" if far is None else f"; quantizing moves the base {far:.2g} times as far as the adapters do"
+            said.append(f"{words}{moved}")
+        return tuple(said)
+
     def _stored(self, base: Any) -> Checkpoint:
         """The base as it is stored. Values that are decoded or quantized on the way have no bytes of their own; what they
         were made from does."""
@@ -145,6 +160,7 @@ class Merge:
                 *self.notes,
                 *measured.notes,
                 *self._half_saved(),
+                *self._trained_elsewhere(measured.dry_run),
                 *not_finite(computed),
                 *odd.said(copied),
             ),
