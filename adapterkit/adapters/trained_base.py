@@ -143,11 +143,12 @@ def how_far(folded: Folded, grid: str) -> float | None:
 
 
 def _texts(folder: Path | None) -> Iterator[tuple[str, str]]:
-    for name in () if folder is None else _FILES:
-        path = folder / name
+    if folder is None:
+        return
+    for path in (folder / name for name in _FILES):
         try:
             if path.is_file() and path.stat().st_size <= _MOST:
-                yield name, path.read_text(encoding="utf-8", errors="replace")
+                yield path.name, path.read_text(encoding="utf-8", errors="replace")
         except OSError:
             continue
 
