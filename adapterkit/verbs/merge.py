@@ -98,6 +98,21 @@ class Merge:
         found = ((adapter.ref, half_saved_note(adapter)) for adapter in self.adapters)
         return tuple(f"{ref} {words}" for ref, words in found if words)
 
+    def _trained_elsewhere(self, dry_run: bool) -> tuple[str, ...]:
+        """Adapters that say they were trained on quantized values that these are not, and how far those are."""
+        from adapterkit.adapters.trained_base import elsewhere, how_far, trained_base
+
+        said = []
+        for adapter in self.adapters:
+            words, trained = elsewhere(adapter, self.base, self.base_values), trained_base(adapter)
+            if words is None or trained is None:
+                continue
+            here = not dry_run and all(source.path is not None for source in self.sources)
+            far = how_far(self.folded, trained.grid) if here else None
+            moved = "" if far is None else f"; quantizing moves the base {far:.2g} times as far as the adapters do"
+            said.append(f"{words}{moved}")
+        return tuple(said)
+
     def _stored(self, base: Any) -> Checkpoint:
         """The base as it is stored. Values that are decoded or quantized on the way have no bytes of their own; what they
         were made from does."""
@@ -140,6 +155,8 @@ class Merge:
             fidelity=fidelity,
             min_retention=asked.min_retention,
             min_cosine=asked.min_cosine,
+            max_error=asked.max_error,
+            max_dead=asked.max_dead,
             dry_run=measured.dry_run,
             **asdict(measured.moved),
             notes=(
@@ -147,6 +164,7 @@ class Merge:
                 *measured.notes,
                 *instead,
                 *self._half_saved(),
+                *self._trained_elsewhere(measured.dry_run),
                 *not_finite(computed),
                 *odd.said(copied),
             ),
@@ -163,7 +181,7 @@ class Merge:
 
         asked = self.request
         named = asked.base if base is None else base
-        loss = Loss(self, watched=asked.fidelity or asked.min_retention is not None or asked.min_cosine is not None)
+        loss = Loss(self, watched=asked.measures)
         folders = tuple(adapter.folder for adapter in self.adapters if adapter.folder is not None)
         return Job(
             plan=self.plan,
@@ -295,7 +313,7 @@ class Loss:
             words = own_format(made.encodings) if made.encodings else None
             return Watch(self.merge.folded, words, lambda name, shape: None, made.encodings)
         kind = self.merge.request.folder_format or _grid_name(self.merge)
-        return Watch(self.merge.folded, kind, made.through)
+        return Watch(self.merge.folded, kind, made.through, importance=made.importance)
 
     def report(self) -> FidelityReport | None:
         """What was measured, if anything was."""
@@ -307,8 +325,11 @@ class Loss:
         if found is None:
             return {}
         figures = {
-            name: float(f"{getattr(found, name):.6g}") for name in ("retention", "cosine", "relative", "unmoved")
+            name: float(f"{getattr(found, name):.6g}")
+            for name in ("cosine", "error", "weighed", "retention", "relative", "unmoved")
+            if getattr(found, name) is not None
         }
+        figures["dead"] = len(found.dead)
         return {"fidelity": {**figures, "format": found.format, "worst": found.worst.name if found.worst else ""}}
 
 

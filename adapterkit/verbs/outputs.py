@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from adapterkit.adapters.adapter import Adapter
-    from adapterkit.adapters.fidelity import Through
+    from adapterkit.adapters.fidelity import Importance, Through
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.checkpoint.encoded import Encoding
     from adapterkit.gguf.quantize import Quantization
@@ -40,6 +40,7 @@ class Output:
         through: where changed tensors are quantized: a tensor's name and shape to a function that encodes and decodes
             some of its rows, for the report on fidelity.
         encodings: changed tensors that are written in the base's own format.
+        importance: how strongly inputs use each column of a changed tensor, where an importance matrix says it.
         own: the output is in the base's own format.
         aware: training saw the sum on that format's grid, so nothing of it is lost there.
         tower: what writes the tower's file beside it, where that is made.
@@ -52,6 +53,7 @@ class Output:
     notes: tuple[str, ...]
     through: Callable[[str, tuple[int, ...]], Through | None] | None = None
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
+    importance: Importance | None = None
     own: bool = False
     aware: bool = False
     tower: Job | None = None
@@ -222,7 +224,8 @@ def _gguf(
         how["too_lossy"], notes = _too_lossy(made.folded, made.through, asked.gguf_types)
         made = fold_gguf(base, adapters, asked.adapter_weights, **{**how, "quantization": asked.gguf_types})
     plan = plan_gguf(with_said(made.layout, asked.said), **settings)
-    return Output(made.folded, made.written, plan, {}, (*notes, *made.notes), made.through)
+    notes = (*notes, *made.notes)
+    return Output(made.folded, made.written, plan, {}, notes, made.through, importance=made.importance)
 
 
 def _hf_to_gguf(
@@ -262,7 +265,8 @@ def _hf_to_gguf(
     folded = replace(folded, checkpoint=made.folded)
     view = replace(folded.checkpoint, tensors=made.tensors)
     plan = plan_gguf(with_said(made.layout, asked.said), **settings)
-    return Output(folded, view, plan, {}, (*notes, *made.notes), made.through, tower=tower)
+    said_of = (*notes, *made.notes)
+    return Output(folded, view, plan, {}, said_of, made.through, importance=made.importance, tower=tower)
 
 
 def _tower(
