@@ -398,7 +398,8 @@ def main() -> None:
         if asked.stored and "error" not in kept[kind]:
             stored = json.loads(asked.stored.read_text()) if asked.stored.is_file() else {}
             stored[kind] = words(kept[kind])
-            asked.stored.write_text(json.dumps(stored, indent=1) + "\n")
+            lines = (f"{json.dumps(name)}: {json.dumps(one)}" for name, one in stored.items())
+            asked.stored.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     runtime.close()
 
 

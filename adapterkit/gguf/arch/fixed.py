@@ -267,7 +267,12 @@ FIXED: dict[str, tuple[Fixed, ...]] = {
         ),
     ),
     "mamba2": _MAMBA,
-    "jamba": (_SILU, *_no_bias("mamba_proj_bias"), *_biased("mamba_conv_bias")),
+    "jamba": (
+        Fixed("mamba_expand", 2, "has mixers of twice the width in this architecture"),
+        _SILU,
+        *_no_bias("mamba_proj_bias"),
+        *_biased("mamba_conv_bias"),
+    ),
     "falcon_h1": (_SILU, *_biased("mamba_conv_bias")),
     "granitemoehybrid": (_SILU, *_no_bias("mamba_proj_bias"), *_biased("mamba_conv_bias")),
     "bert": (_GELU, _POSITIONS, _ENCODER),
@@ -326,6 +331,7 @@ NO_LORA: dict[str, tuple[str, ...]] = {
     ),
     "gemma4_text": ("per_layer_model_proj.weight",),
     "jamba": ("ssm_dt.weight",),
+    "minimax_m3_vl_text": ("indexer.q_proj.weight", "indexer.k_proj.weight"),
     "falcon_mamba": ("ssm_dt.weight",),
 }
 
@@ -390,7 +396,12 @@ FIXED["minicpm3"] = (
     Fixed("rope.mscale_all_dim", 0, "does not scale attention by it in this architecture"),
 )
 FIXED["kimi_linear"] = (*_BIASES, _LATENT_EPSILON)
-FIXED["nemotron_h"] = (*_no_bias("mlp_bias", "use_bias"), *_biased("use_conv_bias"))
+FIXED["nemotron_h"] = FIXED["nemotron_h_moe"] = (*_no_bias("mlp_bias", "use_bias"), *_biased("use_conv_bias"))
+FIXED["minimax_m3_vl_text"] = (
+    Fixed(
+        "shared_intermediate_size", lambda c: c.number("intermediate_size"), "has shared experts as wide as the others"
+    ),
+)
 FIXED["bamba"] = (*_no_bias("mamba_proj_bias"), *_biased("mamba_conv_bias"))
 FIXED["lfm2_moe"] = (*_no_bias("conv_bias"), *_biased("use_expert_bias"))
 FIXED["olmo2"] = (
