@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from adapterkit.recipe.run import build, plan_build
     from adapterkit.requests.adapters import CombineRequest, ExtractRequest, ResizeRequest
     from adapterkit.requests.convert import ConvertRequest
+    from adapterkit.requests.evaluate import EvaluateRequest
     from adapterkit.requests.formats import Format
     from adapterkit.requests.merge import MergeRequest
     from adapterkit.requests.register import RegisterRequest
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from adapterkit.verbs.compare import CompareReport, compare
     from adapterkit.verbs.convert import convert, plan_convert
     from adapterkit.verbs.doctor import DoctorReport, doctor
+    from adapterkit.verbs.evaluate import EvaluateReport, evaluate
     from adapterkit.verbs.execute import OpenPlan, execute
     from adapterkit.verbs.extract import extract
     from adapterkit.verbs.family import Family, open_family
@@ -76,6 +78,7 @@ _WHERE = {
     "CombineRequest": "adapterkit.requests.adapters:CombineRequest",
     "ExtractRequest": "adapterkit.requests.adapters:ExtractRequest",
     "ResizeRequest": "adapterkit.requests.adapters:ResizeRequest",
+    "EvaluateRequest": "adapterkit.requests.evaluate:EvaluateRequest",
     "VerifyRequest": "adapterkit.requests.verify:VerifyRequest",
     "RegisterRequest": "adapterkit.requests.register:RegisterRequest",
     "RunRequest": "adapterkit.requests.workers:RunRequest",
@@ -86,6 +89,7 @@ _WHERE = {
     "CombineReport": "adapterkit.verbs.report:CombineReport",
     "CompareReport": "adapterkit.verbs.compare:CompareReport",
     "ConvertReport": "adapterkit.verbs.report:ConvertReport",
+    "EvaluateReport": "adapterkit.verbs.evaluate:EvaluateReport",
     "ExtractReport": "adapterkit.verbs.report:ExtractReport",
     "DoctorReport": "adapterkit.verbs.doctor:DoctorReport",
     "Family": "adapterkit.verbs.family:Family",
@@ -108,6 +112,7 @@ _WHERE = {
     "compare": "adapterkit.verbs.compare:compare",
     "convert": "adapterkit.verbs.convert:convert",
     "doctor": "adapterkit.verbs.doctor:doctor",
+    "evaluate": "adapterkit.verbs.evaluate:evaluate",
     "execute": "adapterkit.verbs.execute:execute",
     "extract": "adapterkit.verbs.extract:extract",
     "fold": "adapterkit.adapters.fold:fold",
@@ -137,6 +142,8 @@ __all__ = [
     "ConvertReport",
     "ConvertRequest",
     "DoctorReport",
+    "EvaluateReport",
+    "EvaluateRequest",
     "ExtractReport",
     "ExtractRequest",
     "Family",
@@ -164,6 +171,7 @@ __all__ = [
     "compare",
     "convert",
     "doctor",
+    "evaluate",
     "execute",
     "extract",
     "fold",

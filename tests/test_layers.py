@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recipe", "integrations"),
     ("ui",),
     ("verbs",),
-    ("hub", "oci"),
+    ("hub", "oci", "bucket"),
     ("provenance",),
     ("requests",),
     ("serving",),

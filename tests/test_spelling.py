@@ -95,7 +95,7 @@ def test_names_in_sentences_are_declared() -> None:
         "health",
         "ignore",
         "in_file",
-        *("allow_same", "canary", "probe", "token_env", "move_tag"),
+        *("allow_same", "canary", "probe", "token_env", "move_tag", "tag"),
         *("tasks", "null", "base"),
     }
     used = {

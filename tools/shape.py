@@ -23,8 +23,7 @@ MOST = 6
 REASONS: dict[str, tuple[str, ...]] = {
     "a command of click: one parameter for each option, by name": (
         *("cli/aliases.py:policy", "cli/aliases.py:tag", "cli/build.py:command", "cli/deploy.py:command"),
-        *("cli/evaluate.py:command", "cli/execute.py:command", "cli/hub.py:push", "cli/imatrix.py:command"),
-        "cli/records.py:list_",
+        *("cli/execute.py:command", "cli/hub.py:push", "cli/imatrix.py:command", "cli/records.py:list_"),
     ),
     "a function of the Python API: keywords with defaults, which callers give by name": (
         *("adapters/fold.py:fold", "hub/push.py:push", "oci/push.py:push_oci", "ops/rules/combine.py:combine"),
@@ -32,14 +31,13 @@ REASONS: dict[str, tuple[str, ...]] = {
         *(
             "verbs/deploy.py:add_server",
             "verbs/deploy.py:deploy",
-            "verbs/evaluate.py:evaluate",
             "verbs/execute.py:execute",
         ),
         "verbs/imatrix.py:imatrix",
         "integrations/transformers.py:RegisterCallback.__init__",
     ),
     "writes one record or line: each parameter is a field of it, given by name": (
-        *("provenance/record.py:recorder", "provenance/register.py:_register_base", "registry/refs.py:move"),
+        *("provenance/record.py:recorder", "registry/refs.py:move"),
         *("registry/register.py:register", "registry/register.py:register_base", "registry/served.py:record_serving"),
     ),
     "a kernel that is compiled: it takes arrays and numbers, and no values of ours": (
@@ -70,7 +68,7 @@ REASONS: dict[str, tuple[str, ...]] = {
     "the one place where a model is put together: base, adapters, files and settings meet there": (
         *("adapters/merged.py:Merged.__init__", "gguf/arch/mapping.py:Mapper._add", "gguf/arch/model.py:as_gguf"),
         *("gguf/fold.py:fold_gguf", "gguf/from_hf.py:from_hf", "gguf/towers/make.py:from_tower"),
-        *("verbs/evaluate.py:_models", "verbs/verify/replay.py:_loaded"),
+        "verbs/verify/replay.py:_loaded",
     ),
     "drives a run: what is written, from where, to where, and how": (
         *("checkpoint/parts.py:write_part", "checkpoint/publish.py:check_output", "checkpoint/sink.py:Sink.__init__"),

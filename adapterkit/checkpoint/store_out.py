@@ -118,11 +118,13 @@ class StoreOut:
 
     # ------------------------------------------------------------------ the claim
 
-    def check(self, *, resume: bool = False, record: bool = False) -> None:
+    def check(self, *, resume: bool = False, record: bool = False, claimed: bool = False) -> None:
         """Refuse a target that is there already or lies in or over an input.
 
         Args:
+            resume: what an interrupted run of this plan left there is none that is there already.
             record: whether ``adapterkit.json`` is written too, which lies beside an output that is a file.
+            claimed: with ``resume``, that of a run of any plan: this one is not the last word.
 
         Raises:
             UsageError, OutputError, AuthError, NotFound, StoreError
@@ -137,7 +139,8 @@ class StoreOut:
         if record and self.plan.layout == "file" and not there:
             found = self.store.head(self._record)
             there = [] if found is None or self._is_left_over(found) else [found.key]
-        if there and not (resume and (self._claim() or {}).get("plan") == self.plan.digest):
+        said = self._claim() if there and resume else None
+        if there and not (said is not None and (claimed or said.get("plan") == self.plan.digest)):
             raise OutputError(
                 f"{self.out} exists ({there[0]})", f"choose another name, or replace it with {option('force', True)}"
             )

@@ -44,6 +44,10 @@ class MethodCommand(click.Command):
         self._plain = (*self._plain, option)
         self.params.append(option)
 
+    def is_of_methods(self, parameter: click.Parameter) -> bool:
+        """Whether an option is a parameter of a method, or lists them."""
+        return parameter.callback is show_methods or (parameter in self.params and parameter not in self._plain)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         known = {name for parameter in self._plain for name in (*parameter.opts, *parameter.secondary_opts)}
         ctx.meta[_PLAIN] = all(not word.startswith("--") or word.partition("=")[0] in known for word in args)

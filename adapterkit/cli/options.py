@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from adapterkit.cli.complete import REFERENCE, Listed
 from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, methods_flag
+from adapterkit.cli.paths import FILE
 from adapterkit.requests.option import (
     CLI,
     FLAG,
@@ -33,8 +34,8 @@ Callback = Callable[..., Any]
 FIRST = "Needed first"
 # The order of the headings in --help; what has none comes first.
 GROUPS = (
-    *(FIRST, "", "Output", "Combining", "Adapters", "Base", "GGUF types", "Thresholds", "Evidence", "Record"),
-    *("Beside the output", "Workers", "Run"),
+    *(FIRST, "", "Output", "Combining", "Adapters", "Base", "GGUF types", "Thresholds", "Models", "Tasks"),
+    *("Evidence", "Record", "Beside the output", "Workers", "Run"),
 )
 _TYPED = {"method": NAMES, "space": SPACES}
 
@@ -99,7 +100,7 @@ class RequestCommand(MethodCommand):
 
     def _group_of(self, parameter: click.Parameter) -> str:
         """Options that are no fields: parameters of methods, and those about the command itself."""
-        return "Run" if parameter.name in self._own or "--help" in parameter.opts else "Combining"
+        return "Combining" if self.is_of_methods(parameter) else "Run"
 
 
 def command(
@@ -230,7 +231,7 @@ def _type(name: str, option: Option) -> Any:
     if option.kind == NUMBER:
         return click.FLOAT
     if option.kind == PATH:
-        return click.Path() if option.store else click.Path(path_type=Path)  # an address keeps its slashes
+        return click.Path() if option.store else FILE  # an address keeps its slashes
     if option.kind == REF:
         return REFERENCE
     if option.choices and not callable(option.choices) and not option.metavar:

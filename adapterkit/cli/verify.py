@@ -10,12 +10,13 @@ import click
 
 from adapterkit.cli.options import command as command_of
 from adapterkit.cli.output import Progress, count, note, say, show_json
+from adapterkit.cli.paths import FILE
 from adapterkit.requests.verify import VerifyRequest
 
 if TYPE_CHECKING:
     from adapterkit.verbs.verify.report import VerifyReport
 
-_FILE = click.Path(path_type=Path)
+_FILE = FILE
 # What is done with the report, which a caller in Python does by itself.
 _OWN = (
     click.Option(["--html"], type=_FILE, metavar="FILE", help="Write the evidence as one HTML page."),

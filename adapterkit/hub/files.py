@@ -23,6 +23,9 @@ from adapterkit.registry.names import is_repo
 from adapterkit.registry.record import BESIDE, NOT_CONTENT, FileEntry, Parent, Record
 
 CARD = "README.md"
+IN_BUCKET = "bucket"
+"""The key of a record's ``meta`` that says from which bucket it was pulled."""
+_PULLED_FROM = ("oci", IN_BUCKET)  # not published again: the same version is the same in every remote
 # By name, anywhere at most one folder deep where the pattern says so. A pickle is never on it.
 ALLOWED = (
     *("*.safetensors", "*.safetensors.index.json", "*.gguf", "*/model.safetensors"),
@@ -185,8 +188,9 @@ def _strings(value: Any, where: str) -> Iterable[tuple[str, str]]:
 def _published(record: Record, uploads: list[Upload]) -> tuple[Record, list[str]]:
     """The record of what is published: without a local name, and with the original as a source if it differs."""
     files = tuple(FileEntry(u.path, u.size, u.sha256) for u in uploads if u.path not in NOT_CONTENT)
-    meta = {key: value for key, value in record.meta.items() if not _OF_A_MACHINE.match(value)}
-    notes = [f"meta '{key}' is a path of this machine and is not published" for key in record.meta if key not in meta]
+    known = {key: value for key, value in record.meta.items() if key not in _PULLED_FROM}
+    meta = {key: value for key, value in known.items() if not _OF_A_MACHINE.match(value)}
+    notes = [f"meta '{key}' is a path of this machine and is not published" for key in known if key not in meta]
     found = replace(record, files=files, name="", version=0, meta=meta)
     for where, value in _strings(found.to_json(), BESIDE):
         if _OF_A_MACHINE.match(value):

@@ -1,4 +1,4 @@
-"""From the name of an adapter in a request to a folder with its verified bytes: from the registry, an OCI registry, or the Hub.
+"""From the name of an adapter in a request to a folder with its verified bytes: from the registry, or a remote of it.
 
 A name is ``NAME@WHICH``: an alias, a version, or twelve or more digits of the content's digest (what `deploy` calls it);
 ``WHICH`` may be left out for the newest version. Servers remember what a name meant when they first asked, so only digests and
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit import disk
+from adapterkit.bucket.layout import is_bucket
 from adapterkit.errors import AdapterkitError, CheckFailed, NotFound, UsageError
 from adapterkit.registry import refs, resolve
 from adapterkit.registry.checkout import checkout
@@ -35,7 +36,8 @@ class ResolvedAdapter:
 
 
 def sources_of(text: str) -> tuple[str, ...]:
-    """Where adapters may come from: ``registry``, ``oci://host/prefix``, ``hub:org``, with commas between.
+    """Where adapters may come from, with commas between: ``registry``, ``oci://host/prefix``, ``s3://bucket/prefix``,
+    ``hub:org``.
 
     Raises:
         UsageError: something else.
@@ -43,8 +45,10 @@ def sources_of(text: str) -> tuple[str, ...]:
     found = tuple(part.strip() for part in text.split(",") if part.strip())
     for part in found:
         hub = part.startswith("hub:") and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", part[4:])
-        if part != REGISTRY and not part.startswith("oci://") and not hub:
-            raise UsageError(f"'{part}' is no place for adapters", "use registry, oci://host/prefix or hub:org")
+        bucket = part.startswith("s3://") and is_bucket(part)
+        if part != REGISTRY and not part.startswith("oci://") and not bucket and not hub:
+            hint = "use registry, oci://host/prefix, s3://bucket/prefix or hub:org"
+            raise UsageError(f"'{part}' is no place for adapters", hint)
     return found
 
 
@@ -105,13 +109,20 @@ def _known(at: Home, name: str, which: str, digest: str) -> Record:
 
 
 def _fetched(source: str, name: str, which: str, digest: str, at: Home) -> Record:
-    """Pulled from a remote into the registry, under its name. A digest is looked for in what the remote calls newest."""
+    """Pulled from a remote into the registry, under its name. A digest is looked for in what
+    a remote calls newest; in a bucket under the digest itself."""
     record: Record
     if source.startswith("oci://"):
         from adapterkit.oci.pull import pull_oci
 
         tag = f":{which}" if which and not digest else ""
         record = pull_oci(f"{source.rstrip('/')}/{name}{tag}", name=name, home=at.root).record
+    elif is_bucket(source):
+        from adapterkit.bucket.pull import pull_bucket
+
+        # `push` sets a tag of the content's first digits, so here an older version is found by its digest too.
+        tag = f"@{digest[:12]}" if digest else f"@{which}" if which else ""
+        record = pull_bucket(f"{source.rstrip('/')}/{name}{tag}", name=name, home=at.root).record
     else:
         from adapterkit.hub.pull import pull
 

@@ -7,14 +7,14 @@ Pushing again sends only what is missing. A tag that means another artifact is m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit.errors import HubError, OutputError, UsageError, option
 from adapterkit.hub.files import CARD, Upload, prepare
 from adapterkit.hub.push import source_of, with_base
 from adapterkit.oci.client import OciRegistry
-from adapterkit.oci.modelpack import META, pack
+from adapterkit.oci.modelpack import pack
 from adapterkit.oci.reference import parse_oci
 from adapterkit.oci.signatures import sign_artifact
 from adapterkit.registry.canonical import sha256
@@ -82,8 +82,7 @@ def push_oci(
     record, files = source_of(ref, home)
     if base_id:
         record = with_base(record, base_id)
-    meta = {key: value for key, value in record.meta.items() if key != META}
-    ready = prepare(replace(record, meta=meta), files)
+    ready = prepare(record, files)
     uploads = list(ready.uploads)
     if ready.card is not None:
         uploads.append(Upload(CARD, ready.card, len(ready.card), sha256(ready.card)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +41,7 @@ def register(request: RegisterRequest) -> Registered:
     for key, value in meta.items():
         check_public(f"{key}={value}", f"the metadata '{key}'")
     if kind == "base":
-        return _register_base(path, name, base_id, method, meta, full, request.new_version, home)
+        return _register_base(request)
     if not Path(local(path, "what is registered")).expanduser().exists():
         hub = parse_hub(str(path))
         hint = f"pull {path} brings it from the Hub" if hub is not None else "give a folder or a file"
@@ -153,18 +152,17 @@ def claimed_by(base: Identity, *, home: Path | None = None) -> Record | None:
     return fits[0][0] if fits else None
 
 
-def _register_base(
-    path: str | Path,
-    name: str,
-    base_id: str,
-    method: str,
-    meta: Mapping[str, str] | None,
-    full: bool,
-    new_version: bool,
-    home: Path | None,
-) -> Registered:
-    identity = _named(identify_base(path, full=full, home=home), base_id)
-    return register_base(identity, name, method=method, meta=meta, new_version=new_version, home=home)
+def _register_base(request: RegisterRequest) -> Registered:
+    ref: Any = request.path
+    identity = _named(identify_base(ref, full=request.full, home=request.folder), request.base_id)
+    return register_base(
+        identity,
+        request.name,
+        method=request.method,
+        meta=request.texts,
+        new_version=request.new_version,
+        home=request.folder,
+    )
 
 
 def identify_base(ref: str | Path, *, full: bool = False, home: Path | None = None) -> Identity:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def every() -> tuple[type[Request], ...]:
     """The request of each verb."""
-    from adapterkit.requests import adapters, check, convert, merge, register, verify, workers
+    from adapterkit.requests import adapters, check, convert, evaluate, merge, register, verify, workers
 
     return (
         merge.MergeRequest,
@@ -27,4 +27,5 @@ def every() -> tuple[type[Request], ...]:
         verify.VerifyRequest,
         register.RegisterRequest,
         workers.RunRequest,
+        evaluate.EvaluateRequest,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from adapterkit.errors import UsageError
+from adapterkit.places import Address
 from adapterkit.requests.groups import ADAPTERS, BASE, COMBINE, OUTPUT, OfAdapters, Ruled, Running
 from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, VALUES, WHOLE, Request, opt
 from adapterkit.values import dataclass
@@ -61,7 +62,7 @@ class FactorOptions(Request):
     )  # fmt: skip
 
     @property
-    def target(self) -> Path:
+    def target(self) -> Path | Address:
         """Where the output goes.
 
         Raises:
@@ -70,7 +71,7 @@ class FactorOptions(Request):
         out = getattr(self, "out", None)
         if out is None:
             raise UsageError("nothing says where the adapter goes", "add -o DIR")
-        return Path(out)
+        return out if isinstance(out, Address) else Path(out)
 
     def stated(self, *always: str) -> dict[str, Any]:
         """The options as JSON for a record: those that it always has, and what was given beside them."""
@@ -86,7 +87,8 @@ def _methods() -> tuple[str, ...]:
 
 
 def _out() -> Any:
-    return opt("The folder to make.", PATH, role=INPUT, short="-o", recipe="output.path")
+    words = "The folder to make; an address in a store (s3://bucket/folder) too."
+    return opt(words, PATH, role=INPUT, short="-o", recipe="output.path", store=True)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -99,7 +101,7 @@ class CombineRequest(OfAdapters, Ruled, FactorOptions, Running):
     adapters: Adapters | Opened = field(
         metadata=opt("The adapters, in order.", REF, role=INPUT, many=True, recipe="output.adapters")
     )
-    out: Ref | None = field(default=None, metadata=_out())
+    out: Ref | Address | None = field(default=None, metadata=_out())
     method: str = field(
         default="linear",
         kw_only=True,
@@ -135,7 +137,7 @@ class ExtractRequest(FactorOptions, Running):
 
     base: Base = field(metadata=opt("The checkpoint that training began from.", REF, role=INPUT))
     tuned: Base = field(metadata=opt("The checkpoint that training made of it.", REF, role=INPUT))
-    out: Ref | None = field(default=None, metadata=_out())
+    out: Ref | Address | None = field(default=None, metadata=_out())
     exact: bool = field(
         default=False,
         kw_only=True,
@@ -151,7 +153,7 @@ class ResizeRequest(FactorOptions, Running):
     FIRST: ClassVar[tuple[str, ...]] = ("out", "rank", "energy", "dtype", "force", "dry_run")
 
     adapter: str | Path | Adapter = field(metadata=opt("The adapter.", REF, role=INPUT))
-    out: Ref | None = field(default=None, metadata=_out())
+    out: Ref | Address | None = field(default=None, metadata=_out())
     max_error: float | None = field(
         default=None,
         kw_only=True,

@@ -29,6 +29,7 @@ from adapterkit.checkpoint.tensor import Tensor
 from adapterkit.checkpoint.write import Writing, write_together
 from adapterkit.dtypes import F32
 from adapterkit.errors import UnsupportedAdapter, UsageError, option
+from adapterkit.places import Address
 from adapterkit.provenance.record import adapter_parent, recorder
 from adapterkit.verbs.report import AdapterUse, CombineReport
 
@@ -103,6 +104,10 @@ def arrow(
     given = list(asked if isinstance(asked, (tuple, list)) else asked.adapters)
     top, temperature = _parameters(request, len(given))
     out = request.target
+    if isinstance(out, Address):
+        raise UsageError(
+            f"{METHOD} makes a folder of adapters, and {out} is in a store", "write it to a folder, then copy that"
+        )
     with disk.writing(str(out), out.parent), disk.staging(out, resume=False) as folder:
         plain = []
         for number, adapter in enumerate(given):

@@ -20,7 +20,7 @@ from adapterkit.requests.adapters import CombineRequest
 from adapterkit.requests.call import takes
 from adapterkit.verbs.beside import beside_of
 from adapterkit.verbs.carry import carry_out
-from adapterkit.verbs.factors import ESTIMATED, FactorWork
+from adapterkit.verbs.factors import ESTIMATED, FactorWork, sent
 from adapterkit.verbs.family import Family, carried, open_family
 from adapterkit.verbs.job import Job, Measured, Recorder
 from adapterkit.verbs.ordered import in_order
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from adapterkit.dtypes import DType
     from adapterkit.ops.lowrank import Factors, Truncated
     from adapterkit.ops.rows import DeltaRows
+    from adapterkit.places import Address
     from adapterkit.registry.record import Parent
 
 NOISE = 1e-6  # relative error that float32 leaves in W' - W anyway
@@ -72,7 +73,7 @@ class Combination:
         return Job(
             plan=work.plan(),
             tensors={},
-            sources=(),
+            sources=work.sources,
             out=None if asked.out is None else asked.target,
             report=self.report,
             inputs=tuple(adapter.folder for adapter in family.adapters if adapter.folder is not None),
@@ -115,6 +116,7 @@ class Combination:
             peak_memory=measured.peak_memory,
             reused=facts.get("known", 0),
             dry_run=measured.dry_run,
+            **sent(measured),
             notes=tuple(dict.fromkeys(notes)),
         )
 
@@ -126,7 +128,7 @@ class Making:
     family: Family
     rule: BoundRule
     weights: tuple[float, ...]
-    target: Path | None = None
+    target: Path | Address | None = None
     dtype: DType = F32
     rank: int | None = None
     energy: float | None = None
@@ -282,7 +284,7 @@ def combine(request: CombineRequest) -> CombineReport:
     return report
 
 
-def replan(data: Mapping[str, Any], out: Path | None) -> Combination:
+def replan(data: Mapping[str, Any], out: Path | Address | None) -> Combination:
     """The combination of a saved plan, planned again."""
     known = {name for name, _ in CombineRequest.options().items()}
     given = {name: value for name, value in data.items() if name in known}

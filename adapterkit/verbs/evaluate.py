@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,8 @@ from adapterkit.adapters.load import is_adapter
 from adapterkit.errors import AdapterkitError, NotFound, UnsupportedAdapter, UsageError, option
 from adapterkit.packages import need
 from adapterkit.registry.evaluation import BASE, SELF, SHUFFLED, ZEROS
+from adapterkit.requests.call import takes
+from adapterkit.requests.evaluate import EvaluateRequest
 
 if TYPE_CHECKING:
     from adapterkit.registry.evaluation import Score
@@ -77,40 +79,9 @@ class _Model:
     args: Mapping[str, Any]
 
 
-def evaluate(
-    ref: str | Path,
-    tasks: str | Sequence[str],
-    *,
-    base: str | Path | None = None,
-    null: bool = False,
-    no_base: bool = False,
-    include_path: Path | None = None,
-    limit: int | None = None,
-    num_fewshot: int | None = None,
-    batch_size: str = "1",
-    device: str = "cpu",
-    dtype: str = "auto",
-    chat_template: bool = False,
-    attach: bool = True,
-    say: Callable[[str], None] = lambda text: None,
-    home: Path | None = None,
-) -> EvaluateReport:
+@takes(EvaluateRequest)
+def evaluate(request: EvaluateRequest) -> EvaluateReport:
     """Run lm-evaluation-harness and keep its figures as evidence.
-
-    Args:
-        ref: an adapter, a merged model or a GGUF file: a path, or a registry name.
-        tasks: names of tasks, one text with commas or a list.
-        base: of an adapter, where its record or config names none that can be loaded; of a merged model or GGUF file, to
-            measure it too.
-        null: also measure the base with the adapter's change set to zero, and with its values shuffled.
-        no_base: leave the base alone out.
-        include_path: a folder with task files of one's own.
-        limit: samples of each task; all of them by default.
-        num_fewshot: examples in the prompt; what the task says by default.
-        batch_size, device, dtype: as the harness takes them.
-        chat_template: put prompts into the tokenizer's chat template.
-        attach: add the figures to the record of ``ref``, where it has one.
-        say: gets a line when a model is begun.
 
     Raises:
         UsageError: the harness is not installed, or a base is not given that is needed.
@@ -122,40 +93,42 @@ def evaluate(
     from adapterkit.results import read_results
 
     need("lm_eval", what="evaluate runs the tasks of lm-evaluation-harness", tried=False)
-    names = [part.strip() for part in (tasks.split(",") if isinstance(tasks, str) else tasks) if part.strip()]
-    if not names:
-        raise UsageError("no task is named", f"give {option('tasks')}")
-    record, path = _found(ref, home)
+    home = request.folder
+    record, path = _found(request.ref, home)
     with tempfile.TemporaryDirectory(prefix="adapterkit-evaluate-") as folder:
-        models = _models(Path(folder), path, record, base, null, no_base, dtype, home)
+        models = _models(Path(folder), path, record, request)
         options = {
-            "limit": limit,
-            "num_fewshot": num_fewshot,
-            "batch_size": int(batch_size) if batch_size.isdigit() else batch_size,
-            "device": device,
-            "apply_chat_template": chat_template,
+            "limit": request.limit,
+            "num_fewshot": request.num_fewshot,
+            "batch_size": request.batch,
+            "device": request.device,
+            "apply_chat_template": request.chat_template,
             "random_seed": SEED,
         }
         asked = {
-            "include_path": str(include_path.resolve()) if include_path is not None else None,
-            "tasks": names,
+            "include_path": request.tasks_folder,
+            "tasks": request.names,
             "options": {key: value for key, value in options.items() if value is not None},
             "models": [
                 {"subject": one.subject, "args": dict(one.args), "out": str(Path(folder) / f"{one.subject}.json")}
                 for one in models
             ],
         }
-        _run(Path(folder), asked, say)
+        _run(Path(folder), asked, request.say or _silent)
         found = [
             figure
             for one in models
             for figure in read_results(Path(folder) / f"{one.subject}.json", subject=one.subject)
         ]
     attached = None
-    if attach and (record is not None or _has_record(path)):
+    if request.attach and (record is not None or _has_record(path)):
         attached = attach_evaluation(record.ref if record is not None else path, found, home=home)
     subjects = tuple(one.subject for one in models)
-    return EvaluateReport(record.ref if record is not None else str(ref), subjects, tuple(found), attached)
+    return EvaluateReport(record.ref if record is not None else str(request.ref), subjects, tuple(found), attached)
+
+
+def _silent(text: str) -> None:
+    """Say nothing."""
 
 
 def _has_record(path: Path) -> bool:
@@ -181,32 +154,24 @@ def _found(ref: str | Path, home: Path | None) -> tuple[Record | None, Path]:
     return record, found.file or found.folder
 
 
-def _models(
-    folder: Path,
-    path: Path,
-    record: Record | None,
-    base: str | Path | None,
-    null: bool,
-    no_base: bool,
-    dtype: str,
-    home: Path | None,
-) -> list[_Model]:
-    plain = {"dtype": dtype}
+def _models(folder: Path, path: Path, record: Record | None, request: EvaluateRequest) -> list[_Model]:
+    base, home = request.base, request.folder
+    plain = {"dtype": request.dtype}
     if path.is_dir() and is_adapter(path):
         _check_peft(path)
         under = {**plain, **_base_args(folder, path, record, base, home)}
-        found = [] if no_base else [_Model(BASE, under)]
+        found = [] if request.no_base else [_Model(BASE, under)]
         found.append(_Model(SELF, {**under, "peft": _linked(folder, "adapter", path)}))
-        if null:
+        if request.null:
             for subject in (ZEROS, SHUFFLED):
                 made = folder / f"adapter-{subject}"
                 _null_adapter(path, made, subject)
                 found.append(_Model(subject, {**under, "peft": str(made)}))
         return found
-    if null:
+    if request.null:
         raise UsageError("only an adapter has null adapters to be held against", f"leave {option('null', True)} out")
     found = []
-    if base is not None and not no_base:
+    if base is not None and not request.no_base:
         found.append(_Model(BASE, {**plain, **_pretrained(folder, "base", base, home)}))
     found.append(_Model(SELF, {**plain, **_loaded(folder, "model", path)}))
     return found

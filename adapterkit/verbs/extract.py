@@ -26,7 +26,7 @@ from adapterkit.requests.call import takes
 from adapterkit.verbs.beside import beside_of
 from adapterkit.verbs.carry import carry_out
 from adapterkit.verbs.combine import check_rank, output_dtype
-from adapterkit.verbs.factors import ESTIMATED, FactorWork
+from adapterkit.verbs.factors import ESTIMATED, FactorWork, sent
 from adapterkit.verbs.job import Job, Measured
 from adapterkit.verbs.report import ExtractReport
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.checkpoint.listing import Listing
     from adapterkit.ops.lowrank import Truncated
+    from adapterkit.places import Address
 
 DEFAULT_RANK = 32
 
@@ -74,7 +75,7 @@ class Extraction:
         return Job(
             plan=work.plan(),
             tensors={},
-            sources=(),
+            sources=sources,
             out=out,
             report=self.report,
             inputs=tuple(one.path if one.loose else one.path.parent for one in sources if one.path is not None),
@@ -151,6 +152,7 @@ class Extraction:
             peak_memory=measured.peak_memory,
             reused=facts.get("known", 0),
             dry_run=measured.dry_run,
+            **sent(measured),
             notes=(*self.notes, *([ESTIMATED] if measured.dry_run else []), *measured.notes),
         )
 
@@ -190,7 +192,7 @@ def extract(request: ExtractRequest) -> ExtractReport:
     return report
 
 
-def replan(data: Mapping[str, Any], out: Path | None) -> Extraction:
+def replan(data: Mapping[str, Any], out: Path | Address | None) -> Extraction:
     """The extraction of a saved plan, planned again."""
     given = {name: value for name, value in data.items() if name in ExtractRequest.options()}
     return planned(ExtractRequest.bound({**given, "out": out}))

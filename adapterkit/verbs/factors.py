@@ -15,6 +15,7 @@ from adapterkit.checkpoint.plan import Plan, plan_file
 from adapterkit.checkpoint.write import Room, Writing, identity
 from adapterkit.dtypes import F32
 from adapterkit.errors import UnsupportedAdapter, option
+from adapterkit.places import here
 from adapterkit.verbs.ordered import in_order
 from adapterkit.verbs.report import ModuleRank
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
     from adapterkit.dtypes import DType
     from adapterkit.ops.lowrank import Truncated
-    from adapterkit.verbs.job import Recorder
+    from adapterkit.places import Address
+    from adapterkit.verbs.job import Measured, Recorder
 
 ESTIMATED = "ranks and errors are known when the factors are computed; the size is the most that it can be"
 
@@ -67,11 +69,11 @@ class FactorWork:
         made = plan_file(WEIGHTS, tensors, {"format": "pt"})
         return Plan(made.files, made.metadata, made.peak_memory, {}, {**self.request, "staged": True})
 
-    def stage(self, out: Path | None) -> Callable[[Room], Writing]:
+    def stage(self, out: Path | Address | None) -> Callable[[Room], Writing]:
         """The function that computes the factors and gives what is to be written."""
 
         def run(room: Room) -> Writing:
-            return self._run(room, out or Path())
+            return self._run(room, here(out) if out is not None else Path())
 
         return run
 
@@ -141,6 +143,11 @@ def module_rank(slot: Slot, found: Sequence[Truncated], before: int = 0) -> Modu
 
 def _row(said: Mapping[str, Any]) -> ModuleRank:
     return ModuleRank(**{**said, "shape": tuple(said["shape"])})
+
+
+def sent(measured: Measured) -> dict[str, int]:
+    """What was asked of object stores, for a report; of a dry run nothing, since what is read is known when it is."""
+    return {} if measured.dry_run else asdict(measured.moved)
 
 
 def _unread(slot: Slot) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +15,8 @@ from adapterkit.stores.meter import Moved, moved
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
+    from contextlib import ExitStack
+
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.listing import Listing
     from adapterkit.checkpoint.plan import Plan
@@ -124,10 +126,9 @@ class Job:
         assert self.out is not None
         record = self.record is not None
         if isinstance(self.out, Address):
-            if self.stage is not None:
-                words = f"what is asked for is computed in a folder first, and {self.out} is in a store"
-                raise UsageError(words, "write it to a folder, then copy that to the store")
-            self.in_store().check(resume=resume, record=record)
+            # The plan of a staged job is known when its values are; it is held against the target again then.
+            made = self.in_store()
+            made.check(resume=resume, record=record, claimed=self.stage is not None)
             return
         check_output(self.plan, self.sources, self.out, force=self.force, inputs=self.inputs, room=room, record=record)
 
@@ -228,17 +229,46 @@ def _run_to_stores(
     started: float,
 ) -> list[Any]:
     """As `run`, of outputs that all lie in stores."""
+    from contextlib import ExitStack
+
     from adapterkit.checkpoint.store_write import StoreWriting, write_to_stores
 
-    writings = [StoreWriting(job.in_store(), job.side, job.record) for job in every]
-    sinks = write_to_stores(writings, jobs=workers, resume=resume, progress=progress)
     reports = []
-    for job, sink, one in zip(jobs, sinks, writings, strict=False):
-        spent = Measured(
-            time.monotonic() - started, peak_memory(), sink.reused, job.plan, notes=one.made.notes, moved=moved()
-        )
-        reports.append(job.report(spent))
+    with ExitStack() as held:
+        staged = [_staged(job, held, workers, resume, progress) for job in every]
+        writings = [StoreWriting(job.in_store(), job.side, job.record) for job, _ in staged]
+        sinks = write_to_stores(writings, jobs=workers, resume=resume, progress=progress)
+        for (job, facts), sink, one in zip(staged[: len(jobs)], sinks, writings, strict=False):
+            spent = time.monotonic() - started
+            done = Measured(spent, peak_memory(), sink.reused, job.plan, facts, one.made.notes, moved=moved())
+            reports.append(job.report(done))
     return reports
+
+
+def _staged(
+    job: Job, held: ExitStack, workers: int | None, resume: bool, progress: Progress | None
+) -> tuple[Job, Mapping[str, Any]]:
+    """A job whose stage has run, with what that found out. Values wait in a temporary folder, until they are sent."""
+    if job.stage is None:
+        return job, {}
+    import tempfile
+
+    from adapterkit import disk
+    from adapterkit.checkpoint.plan import default_jobs
+    from adapterkit.checkpoint.write import Room
+
+    folder = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="adapterkit-")))
+    try:
+        made = job.stage(Room(folder, workers or default_jobs(), progress=progress))
+    except OSError as error:
+        raise disk.refused(error, str(folder), folder.parent) from error
+    if made.close is not None:
+        held.callback(made.close)
+    record: Any = made.record or job.record
+    plan, tensors, sources = made.plan, made.tensors, tuple(made.sources)
+    known = replace(job, plan=plan, tensors=tensors, sources=sources, side=made.side_files, record=record, stage=None)
+    known.check_target(resume=resume)
+    return known, made.facts
 
 
 def peak_memory() -> int:

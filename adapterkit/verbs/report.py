@@ -234,6 +234,10 @@ class CombineReport:
     reused: int = 0
     dry_run: bool = False
     notes: tuple[str, ...] = ()
+    requests: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    bytes_inside: int = 0
 
 
 @dataclass(frozen=True)
@@ -253,6 +257,10 @@ class ResizeReport:
     reused: int = 0
     dry_run: bool = False
     notes: tuple[str, ...] = ()
+    requests: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    bytes_inside: int = 0
 
 
 @dataclass(frozen=True)
@@ -278,6 +286,10 @@ class ExtractReport:
     reused: int = 0
     dry_run: bool = False
     notes: tuple[str, ...] = ()
+    requests: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    bytes_inside: int = 0
 
 
 def to_json(report: Any) -> str:

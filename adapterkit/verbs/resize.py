@@ -16,7 +16,7 @@ from adapterkit.requests.call import takes
 from adapterkit.verbs.beside import beside_of
 from adapterkit.verbs.carry import carry_out
 from adapterkit.verbs.combine import check_rank, output_dtype, parents, rank_of, side_files
-from adapterkit.verbs.factors import ESTIMATED, FactorWork
+from adapterkit.verbs.factors import ESTIMATED, FactorWork, sent
 from adapterkit.verbs.family import Family, carried, open_family
 from adapterkit.verbs.job import Job, Measured
 from adapterkit.verbs.report import ModuleRank, ResizeReport
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.listing import Listing
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.ops.lowrank import Truncated
+    from adapterkit.places import Address
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Resizing:
         return Job(
             plan=work.plan(),
             tensors={},
-            sources=(),
+            sources=work.sources,
             out=out,
             report=self.report,
             inputs=() if one.folder is None else (one.folder,),
@@ -127,6 +128,7 @@ class Resizing:
             peak_memory=measured.peak_memory,
             reused=facts.get("known", 0),
             dry_run=measured.dry_run,
+            **sent(measured),
             notes=(*self.notes, *([ESTIMATED] if measured.dry_run else []), *measured.notes),
         )
 
@@ -159,7 +161,7 @@ def resize(request: ResizeRequest) -> ResizeReport:
     return report
 
 
-def replan(data: Mapping[str, Any], out: Path | None) -> Resizing:
+def replan(data: Mapping[str, Any], out: Path | Address | None) -> Resizing:
     """The adapter of a saved plan, planned again."""
     given = {name: value for name, value in data.items() if name in ResizeRequest.options()}
     return planned(ResizeRequest.bound({**given, "out": out}))

@@ -7,16 +7,18 @@ Each run works in a forked child on tiny inputs. At the n-th ``pwrite``, ``write
 says so; here it is raised, so it counts as a failure), or the process gets SIGKILL. Then: the target is absent or has the
 right bytes; a run that was not killed left nothing beside it and ended with an error of ours; and the next run gives the
 right bytes and leaves nothing either.
+
+A verb that writes to the Hub or to a store makes few of these calls, and a request that fails for it (``connect``, ``send``)
+has the same four causes.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
-import hashlib
 import json
 import os
-import shutil
+import socket
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -24,66 +26,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
-import adapterkit
 from adapterkit.disk import calls as system
 from adapterkit.errors import AdapterkitError
-from adapterkit.registry.bundle import export_bundle
-from adapterkit.registry.checkout import checkout
-from adapterkit.registry.fsck import fsck
-from adapterkit.registry.register import register
 from bench.common import results
+from bench.proofs._writers import NAMES, Writer, writers
 
 CODES = ("EIO", "ENOSPC", "EDQUOT", "EINTR", "KILL")
 CALLS = ("pwrite", "write", "fsync", "rename", "replace", "rename_new", "link", "mkdir")
+SENT = ("send", "connect")
 MOST = 400  # of one call
-
-
-def inputs(folder: Path) -> tuple[Path, Path]:
-    """A base of two layers and an adapter."""
-    torch.manual_seed(0)
-    names = [f"model.layers.{layer}.self_attn.{leaf}_proj" for layer in range(2) for leaf in "qkv"]
-    tensors = {f"{name}.weight": torch.randn(16, 16).bfloat16() for name in names}
-    base, adapter = folder / "base", folder / "adapter"
-    base.mkdir()
-    (base / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
-    (base / "1_Pooling").mkdir()
-    (base / "1_Pooling" / "config.json").write_text("{}")
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    adapter.mkdir()
-    factors = {}
-    for name in names:
-        factors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(2, 16)
-        factors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(16, 2)
-    save_file(factors, adapter / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "k_proj", "v_proj"]}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    return base, adapter
-
-
-def verbs(base: Path, adapter: Path, home: Path) -> dict[str, Callable[[Path], object]]:
-    return {
-        "merge": lambda out: adapterkit.merge(base, [adapter], out, jobs=1),
-        "merge --force": lambda out: adapterkit.merge(base, [adapter], out, jobs=1, force=True),
-        "merge --quant nf4": lambda out: adapterkit.merge(base, [adapter], out, jobs=1, quant="nf4"),
-        "convert": lambda out: adapterkit.convert(base, out, to="f16", jobs=1),
-        "combine": lambda out: adapterkit.combine([adapter, adapter], out, jobs=1),
-        "resize": lambda out: adapterkit.resize(adapter, out, rank=1, jobs=1),
-        "export": lambda out: export_bundle(("x",), out, home=home),
-        "checkout": lambda out: checkout("x", to=out, home=home),
-    }
-
-
-def state(out: Path) -> str | None:
-    """A digest of everything at the target."""
-    if not os.path.lexists(out):
-        return None
-    files = [out] if out.is_file() else sorted(path for path in out.rglob("*") if path.is_file())
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.relative_to(out.parent)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def child(work: Callable[[], object], call: str, code: str, nth: int) -> int:
@@ -103,20 +55,29 @@ def child(work: Callable[[], object], call: str, code: str, nth: int) -> int:
 
 
 def _inject(work: Callable[[], object], call: str, code: str, nth: int) -> int:
-    where: Any = system if call == "rename_new" else os
-    real, seen = getattr(where, call), 0
+    seen = 0
 
-    def fails(*args: Any, **more: Any) -> Any:
-        nonlocal seen
-        seen += 1
-        if seen == nth:
-            if code == "KILL":
-                os.kill(os.getpid(), 9)
-            number = getattr(errno, code)
-            raise OSError(number, os.strerror(number))
-        return real(*args, **more)
+    def failing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def fails(*args: Any, **more: Any) -> Any:
+            nonlocal seen
+            seen += 1
+            if seen == nth:
+                if code == "KILL":
+                    os.kill(os.getpid(), 9)
+                number = getattr(errno, code)
+                raise OSError(number, os.strerror(number))
+            return real(*args, **more)
 
-    setattr(where, call, fails)
+        return fails
+
+    if call in SENT:
+        names = ("send", "sendall") if call == "send" else ("connect",)
+        plain = socket.socket
+        made = {name: failing(getattr(plain, name)) for name in names}
+        setattr(socket, "socket", type("Failing", (plain,), made))  # noqa: B010
+    elif call:
+        where: Any = system if call == "rename_new" else os
+        setattr(where, call, failing(getattr(where, call)))
     try:
         work()
     except AdapterkitError:
@@ -126,96 +87,69 @@ def _inject(work: Callable[[], object], call: str, code: str, nth: int) -> int:
     return 0 if seen >= nth else 2
 
 
+def undisturbed(work: Callable[[], object]) -> int:
+    """The end of a run that nothing happens to."""
+    return child(work, "", "", 0)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", choices=NAMES)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    rows, wrong = {}, []
-    with tempfile.TemporaryDirectory() as made:
-        top = Path(made)
-        base, adapter = inputs(top)
-        home = top / "home"
-        register(adapter, "x", home=home)
-        todo = verbs(base, adapter, home)
-        for name, verb in todo.items():
-            if given.only not in (None, name):
-                continue
-            verb(top / "right")
-            right = state(top / "right" if name != "x" else top)
-            shutil.rmtree(top / "right") if (top / "right").is_dir() else (top / "right").unlink()
-            rows[name] = run(name, verb, top, right, wrong)
-            print(f"{name:<18} {json.dumps(rows[name])}", flush=True)
-        if given.only in (None, "register"):
-            rows["register"] = registered(adapter, top, wrong)
-            print(f"{'register':<18} {json.dumps(rows['register'])}", flush=True)
+    rows: dict[str, dict[str, int]] = {}
+    wrong: list[str] = []
+    results.head("Verb", "Faults", "Kills", "Ended with a sentence", "Done all the same", "Wrong")
+    with tempfile.TemporaryDirectory() as made, writers(Path(made), given.only) as todo:
+        for name, writer in todo.items():
+            row = rows[name] = run(name, writer, wrong)
+            results.row(name, *(f"{row[key]:,}" for key in ("faults", "kills", "refused", "done", "wrong")))
     for line in wrong:
         print("WRONG", line)
-    results.note(**{f"{name}: {what}": row[what] for name, row in rows.items() for what in ("wrong",)})
+    results.note(**{f"{name}: wrong": row["wrong"] for name, row in rows.items()})
     if given.json:
         given.json.write_text(json.dumps(rows, indent=2) + "\n")
     raise SystemExit(1 if wrong else 0)
 
 
-def run(name: str, verb: Callable[[Path], object], top: Path, right: str | None, wrong: list[str]) -> dict[str, int]:
+def run(name: str, writer: Writer, wrong: list[str]) -> dict[str, int]:
     row = {"faults": 0, "kills": 0, "refused": 0, "done": 0, "wrong": 0}
-    place = top / "place"
-    out = place / "right"
-    for call in CALLS:
+    writer.warm()
+    writer.start()
+    if undisturbed(writer.run):
+        raise SystemExit(f"{name}: an undisturbed run failed")
+    right, beside = writer.state(), writer.beside()
+    for call in (*CALLS, *(SENT if name in ("push", "merge in a store") else ())):
         for code in CODES:
             for nth in range(1, MOST):
-                shutil.rmtree(place, ignore_errors=True)
-                place.mkdir()
-                before = None
-                if name == "merge --force":
-                    out.mkdir()
-                    (out / "old").write_text("old")
-                    before = state(out)
-                ended = child(lambda: verb(out), call, code, nth)
+                writer.start()
+                before = writer.beside()
+                ended = child(writer.run, call, code, nth)
                 if ended == 2:
                     break
                 row["kills" if code == "KILL" else "faults"] += 1
                 row["refused"] += ended == 1
                 row["done"] += ended == 0
-                said = f"{name}: {code} at {call} {nth}: ended {ended}, left {sorted(os.listdir(place))}"
-                bad = ended == 3 or (code != "KILL" and set(os.listdir(place)) - {out.name})
-                # Between two renames of a replacement the next look puts it right.
-                from adapterkit.disk import recover
-
-                recover(out)
-                bad = bad or state(out) not in (before, right) or (ended == 0 and state(out) != right)
-                if state(out) is None or before is not None:
-                    bad = bad or child(lambda: verb(out), "mkdir", "EIO", 10**6) not in (0, 2)
-                if os.path.lexists(out) and (name != "merge --force" or ended == 0):
-                    verb_again = [entry for entry in os.listdir(place) if entry != out.name]
-                    bad = bad or (bool(verb_again) and code != "KILL")
-                bad = bad or state(out) != right
+                bad = []
+                if ended == 3:
+                    bad.append("ended with an error of Python")
+                if code != "KILL" and (left := set(writer.beside()) - set(beside) - set(before)):
+                    bad.append(f"left {sorted(left)}")
+                writer.mend()  # between two renames of a replacement the next look puts it right
+                if (found := writer.state()) not in (None, right):
+                    bad.append(f"target is {found}")
+                if ended == 0 and found != right:
+                    bad.append("done, and not there")
+                if found is not None:
+                    writer.take_away()
+                if end := undisturbed(writer.again):
+                    bad.append(f"the next run ended {end}")
+                if writer.state() != right or writer.beside() != beside:
+                    bad.append(f"after the next: right {writer.state() == right}, there {writer.beside()}")
                 if bad:
                     row["wrong"] += 1
-                    wrong.append(said)
-    return row
-
-
-def registered(adapter: Path, top: Path, wrong: list[str]) -> dict[str, int]:
-    """The registry after faults and kills of its first registration: clean, or made whole by the next."""
-    row = {"faults": 0, "kills": 0, "refused": 0, "done": 0, "wrong": 0}
-    home = top / "born"
-    for call in CALLS:
-        for code in CODES:
-            for nth in range(1, MOST):
-                shutil.rmtree(home, ignore_errors=True)
-                ended = child(lambda: register(adapter, "y", home=home), call, code, nth)
-                if ended == 2:
-                    break
-                row["kills" if code == "KILL" else "faults"] += 1
-                row["refused"] += ended == 1
-                row["done"] += ended == 0
-                bad = ended == 3 or (code != "KILL" and home.exists() and bool(fsck(home=home).problems))
-                register(adapter, "y", home=home)
-                if bad or fsck(home=home).problems:
-                    row["wrong"] += 1
-                    wrong.append(f"register: {code} at {call} {nth}: ended {ended}")
+                    wrong.append(f"{name}: {code} at {call} {nth}: {'; '.join(bad)}")
     return row
 
 

@@ -2,10 +2,10 @@
 
     python -m bench proofs kills [--kills 1000] [--only VERB] [--seed 0] [--json FILE]
 
-The verbs and inputs are those of the proof ``faults``, and a merge of a GGUF base beside them. Each run works in a forked
-child and is killed at a moment between its start and a little after the time that an undisturbed one takes. Then: the target
-is absent or has the right bytes, the next run gives the right bytes, and nothing is left beside it. After each kill of
-``register`` the registry has no problem that ``fsck`` sees, and every record that was there is there.
+Verbs and inputs are those of the proof ``faults``. Each run works in a forked child and is killed at a moment between its
+start and a little after the time that an undisturbed one takes. Then: the target is absent or has the right bytes, the next
+run gives the right bytes, and nothing is left beside it. After each kill of ``register`` in a home that is full the registry
+has no problem that ``fsck`` sees, and every record that was there is there.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import argparse
 import json
 import os
 import random
-import shutil
 import signal
+import statistics
 import tempfile
 import time
 import warnings
@@ -24,35 +24,13 @@ from pathlib import Path
 
 import torch
 
-import adapterkit
-from adapterkit.disk import recover
 from adapterkit.registry.fsck import fsck
 from adapterkit.registry.register import register
 from bench.common import results
-from bench.proofs.faults import inputs, state, verbs
+from bench.proofs._writers import NAMES, Writer, writers
 
-
-def gguf_base(path: Path) -> Path:
-    """A GGUF file with the layers of the other base."""
-    import gguf
-    import numpy
-
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in (("block_count", 2), ("head_count", 2), ("head_count_kv", 2)):
-        name = key if key == "block_count" else f"attention.{key}"
-        writer.add_uint32(f"llama.{name}", value)
-    rng = numpy.random.default_rng(0)
-    writer.add_tensor("token_embd.weight", rng.standard_normal((8, 16)).astype(numpy.float32))
-    writer.add_tensor("output_norm.weight", numpy.ones(16, numpy.float32))
-    for layer in range(2):
-        for leaf in "qkv":
-            values = rng.standard_normal((16, 16)).astype(numpy.float32)
-            writer.add_tensor(f"blk.{layer}.attn_{leaf}.weight", values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+AGAIN = "register again"
+KEYS = ("kills", "left something to do", "done before", "wrong")
 
 
 def start(work: Callable[[], object]) -> int:
@@ -71,9 +49,14 @@ def start(work: Callable[[], object]) -> int:
 
 
 def timed(work: Callable[[], object]) -> float:
+    """Seconds of an undisturbed run.
+
+    Raises:
+        RuntimeError: it failed.
+    """
     started = time.monotonic()
     if os.waitstatus_to_exitcode(os.waitpid(start(work), 0)[1]):
-        raise SystemExit("an undisturbed run failed")
+        raise RuntimeError("an undisturbed run failed")
     return time.monotonic() - started
 
 
@@ -84,43 +67,43 @@ def killed(work: Callable[[], object], after: float) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
 
 
-def remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def outputs(
-    name: str, verb: Callable[[Path], object], top: Path, kills: int, chance: random.Random, wrong: list[str]
-) -> dict[str, int]:
-    place = top / f"place-{name.replace(' ', '-')}"
-    out = place / ("right.gguf" if "GGUF" in name else "right")
-    place.mkdir()
-    took = timed(lambda: verb(out))
-    right, beside = state(out), sorted(os.listdir(place))
-    row = {"kills": 0, "left something to do": 0, "wrong": 0}
+def outputs(name: str, writer: Writer, kills: int, chance: random.Random, wrong: list[str]) -> dict[str, int]:
+    writer.warm()
+    writer.start()
+    timed(writer.run)
+    right, beside = writer.state(), writer.beside()
+    writer.start()
+    before, took = writer.beside(), [timed(writer.run)]
+    row = dict.fromkeys(KEYS, 0)
     while row["kills"] < kills:
-        if name != "merge --force":
-            for entry in place.iterdir():
-                remove(entry)
-        if not killed(lambda: verb(out), chance.uniform(0, took * 1.1)):
+        writer.start()
+        # The machine may be busier at one time than at another: the last undisturbed runs say how long one takes.
+        if not killed(writer.run, chance.uniform(0, statistics.median(took[-5:]) * 1.1)):
             continue
         row["kills"] += 1
-        recover(out)
-        half = state(out) not in (None, right)
-        row["left something to do"] += sorted(os.listdir(place)) != beside
-        if name != "merge --force" and state(out) is not None:
-            remove(out)
-        for entry in beside:
-            if entry != out.name and state(out) is None:
-                (place / entry).unlink(missing_ok=True)
-        timed(lambda: verb(out))
-        if half or state(out) != right or sorted(os.listdir(place)) != beside:
+        row["left something to do"] += writer.beside() not in (before, beside)
+        writer.mend()
+        bad = []
+        if (found := writer.state()) not in (None, right):
+            bad.append(f"target is {found}")
+        if found is not None:
+            row["done before"] += 1
+            writer.take_away()
+        try:
+            took.append(timed(writer.again))
+        except RuntimeError as error:
+            bad.append(f"the next: {error}")
+        if writer.state() != right or writer.beside() != beside:
+            bad.append(f"after the next: right {writer.state() == right}, there {writer.beside()}")
+        if bad:
             row["wrong"] += 1
-            wrong.append(f"{name}: half {half}, right {state(out) == right}, left {sorted(os.listdir(place))}")
+            wrong.append(f"{name}: {'; '.join(bad)}")
     return row
 
 
-def registered(adapter: Path, top: Path, kills: int, chance: random.Random, wrong: list[str]) -> dict[str, int]:
-    home, row, number = top / "registry", {"kills": 0, "left something to do": 0, "wrong": 0}, 0
+def registered(adapter: Path, home: Path, kills: int, chance: random.Random, wrong: list[str]) -> dict[str, int]:
+    """One home, in which every run adds a version."""
+    row, number = dict.fromkeys(KEYS, 0), 0
     took = timed(lambda: register(adapter, "first", home=home))
     while row["kills"] < kills:
         number += 1
@@ -131,40 +114,37 @@ def registered(adapter: Path, top: Path, kills: int, chance: random.Random, wron
         row["kills"] += 1
         found = fsck(home=home)
         row["left something to do"] += bool(found.notes)
-        lost = before - {path.name for path in (home / "records").rglob("*.json")}
+        there = {path.name for path in (home / "records").rglob("*.json")}
+        row["done before"] += there != before
         timed(work)
-        if found.problems or lost or fsck(home=home).problems:
+        if found.problems or before - there or fsck(home=home).problems:
             row["wrong"] += 1
-            wrong.append(f"register: {[one.sentence for one in found.problems]}, lost {lost}")
+            wrong.append(f"{AGAIN}: {[one.sentence for one in found.problems]}, lost {before - there}")
     return row
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=1000, help="Of all verbs together.")
-    parser.add_argument("--only")
+    parser.add_argument("--only", action="append", choices=(*NAMES, AGAIN))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    chance, wrong, rows = random.Random(given.seed), list[str](), {}
-    with tempfile.TemporaryDirectory() as made:
-        top = Path(made)
-        base, adapter = inputs(top)
-        register(adapter, "x", home=top / "home")
-        file = gguf_base(top / "base.gguf")
-        todo = verbs(base, adapter, top / "home")
-        todo["merge of a GGUF base"] = lambda out: adapterkit.merge(file, [adapter], out, jobs=1, force=True)
-        names = [name for name in (*todo, "register") if given.only in (None, name)]
-        each = -(-given.kills // len(names))
+    wrong, rows = list[str](), {}
+    names = given.only or [*NAMES, AGAIN]
+    each = -(-given.kills // len(names))
+    results.head("Verb", "Kills", "Left something to do", "Done before the kill", "Wrong")
+    with tempfile.TemporaryDirectory() as made, writers(Path(made), names) as todo:
         for name in names:
-            if name == "register":
-                rows[name] = registered(adapter, top, each, chance, wrong)
+            chance = random.Random(f"{given.seed} {name}")
+            if name == AGAIN:
+                rows[name] = registered(Path(made) / "adapter", Path(made) / "registry", each, chance, wrong)
             else:
-                rows[name] = outputs(name, todo[name], top, each, chance, wrong)
-            print(f"{name:<22} {json.dumps(rows[name])}", flush=True)
-    total = {key: sum(row[key] for row in rows.values()) for key in ("kills", "left something to do", "wrong")}
-    print(f"{total['kills']} kills, {total['left something to do']} left something to do, {total['wrong']} wrong")
+                rows[name] = outputs(name, todo[name], each, chance, wrong)
+            results.row(name, *(f"{rows[name][key]:,}" for key in KEYS))
+    total = {key: sum(row[key] for row in rows.values()) for key in KEYS}
+    results.row("all", *(f"{total[key]:,}" for key in KEYS))
     results.note(kills=total["kills"], wrong=total["wrong"])
     for line in wrong:
         print("WRONG", line)

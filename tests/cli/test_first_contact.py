@@ -130,6 +130,18 @@ def test_help_names_every_method_once() -> None:
 # ------------------------------------------------------------------ empty places and wrong names
 
 
+@pytest.mark.parametrize("verb", ["merge", "combine", "check", "extract", "convert"])
+def test_only_options_of_methods_stand_under_combining(verb: str) -> None:
+    """The rest is of the run: how inputs are read, and in which form the report is shown."""
+    shown = CliRunner().invoke(app, [verb, "--help"]).output
+    sections = {part.partition(":")[0]: part for part in shown.split("\n\n")}
+    combining = sections.get("Combining", "")
+    assert ("--density" in combining) == (verb in ("merge", "combine", "check"))
+    for flag in ("--no-verify-download", "--follow-links", "--json", "--help"):
+        assert flag not in combining
+        assert flag in sections["Run"]
+
+
 def test_an_empty_registry_says_how_to_begin(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "the registry" in (err := run(capsys, "list")[2])
     assert "is empty; add an adapter: adapterkit register ./my-adapter --base BASE" in err

@@ -230,7 +230,7 @@ def test_from_an_oci_registry_and_the_hub(
     assert serving.resolve("nothing@prod") is None
 
 
-@pytest.mark.parametrize("text", ["s3://bucket", "hub:", "hub:org/name", "folder"])
+@pytest.mark.parametrize("text", ["gs://bucket", "hub:", "hub:org/name", "folder"])
 def test_other_sources_are_refused_by_name(text: str) -> None:
     with pytest.raises(UsageError, match="no place for adapters"):
         resolving.sources_of(text)

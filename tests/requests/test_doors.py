@@ -21,6 +21,7 @@ from adapterkit.recipe.schema import AdapterChoice, BaseChoice, OutputTable, Reg
 from adapterkit.requests.adapters import CombineRequest, ExtractRequest, ResizeRequest
 from adapterkit.requests.check import CheckRequest
 from adapterkit.requests.convert import ConvertRequest
+from adapterkit.requests.evaluate import EvaluateRequest
 from adapterkit.requests.merge import MergeRequest
 from adapterkit.requests.option import BYTES, INPUT, VALUES, Option, Request, default_of, flag_of
 from adapterkit.requests.register import RegisterRequest
@@ -37,9 +38,10 @@ REQUESTS: dict[str, type[Request]] = {
     "register": RegisterRequest,
     "check": CheckRequest,
     "run": RunRequest,
+    "evaluate": EvaluateRequest,
 }
 # Verbs that no step of a recipe is: their options have no place there.
-NO_STEP = {"extract", "resize", "check", "run"}
+NO_STEP = {"extract", "resize", "check", "run", "evaluate"}
 OPTIONS = [(verb, name) for verb, request in REQUESTS.items() for name in request.options()]
 
 
@@ -157,6 +159,7 @@ NOTHING: dict[str, Callable[[Path], list[str]]] = {
     ],
     "register": lambda at: ["register", f"{at}/base", "--name", "base", "--kind", "base", "--link"],
     "check": lambda at: ["check", f"{at}/base", f"{at}/adapter", "--double-quant"],
+    "evaluate": lambda at: ["evaluate", f"{at}/base", "--tasks", "none", "--null"],
 }
 
 

@@ -63,12 +63,6 @@ def _which(config: Config) -> str:
 
 def _check(config: Config) -> None:
     _gated(config)
-    if int(config.get("relative_attention_max_distance", default=128)) != 128:
-        raise CheckpointError(
-            f"{config.ref}: llama.cpp's t5 tells distances up to 128 apart (relative_attention_max_distance)",
-            "run it with transformers",
-        )
-
     layers = config.number("num_layers")
     if int(config.get("num_decoder_layers", default=layers)) > layers:
         raise CheckpointError(

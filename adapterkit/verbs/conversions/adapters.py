@@ -113,7 +113,7 @@ class Computed:
 
         asked = self.asked
         target = asked.target
-        assert isinstance(target, Path)
+        assert target is not None
         family = open_family([self.adapter], open_model(asked.need_base(self.to)))
         making = Making(family, BoundRule(), (1.0,), target, rank=asked.rank, energy=asked.energy, full=True)
         made = making.run(room)

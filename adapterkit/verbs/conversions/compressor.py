@@ -23,6 +23,7 @@ from adapterkit.checkpoint.plan import plan_file
 from adapterkit.checkpoint.write import Room, Writing
 from adapterkit.errors import AdapterkitError, CheckpointError, MissingPackage, NotFound, UsageError, option
 from adapterkit.packages import command as install
+from adapterkit.places import Address
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.verbs.conversions import oneshot
 from adapterkit.verbs.conversions.conversion import Conversion, count_types
@@ -143,6 +144,9 @@ def _planned(kind: str, asked: ConvertRequest, jobs: int) -> Conversion:
         )
     if not any("token" in file.name for file in opened.side_files):
         raise NotFound(f"{opened.ref} has no tokenizer, which calibration needs", "copy the base's beside it")
+    if isinstance(asked.target, Address):
+        words = f"llm-compressor writes a folder, and {asked.target} is in a store"
+        raise UsageError(words, "write it to a folder, then copy that to the store")
     _has_compressor(asked)
     notes = (*opened.notes, f"{kind} by llm-compressor: the whole model is loaded")
     stage = Compressor(opened, kind, asked, notes).run

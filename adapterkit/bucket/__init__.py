@@ -1,0 +1,1 @@
+"""Versions of the registry in a bucket of an object store: push and pull."""

@@ -1,0 +1,98 @@
+"""Adapters that are computed (combined, extracted, resized, in another style) and written to a bucket."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import plain_adapter, plain_base
+from store_server import Asked, Proxy, client_of, download, upload
+
+import adapterkit
+from adapterkit.errors import OutputError, StoreError, UsageError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a model trained from it, and two adapters."""
+    folder = tmp_path_factory.mktemp("made")
+    base = plain_base(folder / "base")
+    for seed in (1, 2):
+        plain_adapter(folder / f"a{seed}", base, seed=seed)
+    adapterkit.merge(base, folder / "a1", folder / "tuned")
+    return folder
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def unnamed(found: dict[str, bytes]) -> dict[str, bytes]:
+    """Without what says by which address an input was read."""
+    config = {name: json.loads(data) for name, data in found.items() if name == "adapter_config.json"}
+    for said in config.values():
+        said.pop("base_model_name_or_path")
+    rest = {name: data for name, data in found.items() if name not in ("adapter_config.json", "adapterkit.json")}
+    return rest | {name: json.dumps(said).encode() for name, said in config.items()}
+
+
+def test_every_verb_that_computes_an_adapter_writes_the_bytes_of_a_local_run(
+    s3: Proxy, made: Path, place: str, tmp_path: Path
+) -> None:
+    for name in ("base", "tuned", "a1", "a2"):
+        upload(s3.server, made / name, "models", f"{place}/{name}")
+    where = f"s3://models/{place}"
+
+    def both(out: str, run: Any) -> Any:
+        run(made, tmp_path / out)
+        s3.clear()
+        done = run(where, f"{where}/{out}")
+        assert (done.requests, done.bytes_down, done.bytes_up) == (s3.count(), s3.down, s3.up)
+        found = download(s3.server, "models", f"{place}/{out}")
+        here = {f"/{name}": data for name, data in files(tmp_path / out).items()} or {"": (tmp_path / out).read_bytes()}
+        strip = {name.removeprefix("/"): data for name, data in found.items() if name != ".adapterkit.json"}
+        assert unnamed(strip) == unnamed({name.removeprefix("/"): data for name, data in here.items()})
+        assert any(name.endswith("adapterkit.json") for name in found)
+        return done
+
+    both("sum", lambda at, out: adapterkit.combine([f"{at}/a1", f"{at}/a2"], out))
+    both("low", lambda at, out: adapterkit.resize(f"{at}/a1", out, rank=2))
+    both("difference", lambda at, out: adapterkit.extract(f"{at}/base", f"{at}/tuned", out, rank=4))
+    both("one.safetensors", lambda at, out: adapterkit.combine([f"{at}/a1", f"{at}/a2"], out, to="kohya"))
+    # The result is an adapter as any other, and no working object is left.
+    adapterkit.merge(f"{where}/base", f"{where}/sum", tmp_path / "merged")
+    adapterkit.merge(made / "base", tmp_path / "sum", tmp_path / "again")
+    assert files(tmp_path / "merged")["model.safetensors"] == files(tmp_path / "again")["model.safetensors"]
+    keys = client_of(s3.server).list_objects_v2(Bucket="models", Prefix=f"{place}/.").get("Contents", [])
+    assert not keys
+
+
+def test_a_computed_adapter_is_refused_resumed_and_replaced_as_every_output(
+    s3: Proxy, made: Path, place: str, tmp_path: Path
+) -> None:
+    upload(s3.server, made / "a1", "models", f"{place}/a1")
+    stored, out = f"s3://models/{place}/a1", f"s3://models/{place}/out"
+    with pytest.raises(UsageError, match="lies in or over the input"):
+        adapterkit.resize(stored, f"{stored}/low", rank=2)
+    with pytest.raises(UsageError, match="arrow"):
+        adapterkit.combine([made / "a1", made / "a2"], out, method="arrow")
+
+    def spoilt(asked: Asked) -> tuple[int, str] | None:
+        return (403, "AccessDenied") if asked.method == "PUT" and asked.path.endswith("adapter_config.json") else None
+
+    s3.rule = spoilt
+    with pytest.raises((StoreError, adapterkit.errors.AuthError)):
+        adapterkit.resize(stored, out, rank=2, resume=True)
+    s3.rule = None
+    with pytest.raises(OutputError, match=r"exists|another run"):  # of other options
+        adapterkit.resize(stored, out, rank=1)
+    adapterkit.resize(stored, out, rank=2, resume=True)
+    adapterkit.resize(made / "a1", tmp_path / "low", rank=2)
+    assert unnamed(download(s3.server, "models", f"{place}/out/")) == unnamed(files(tmp_path / "low"))
+    with pytest.raises(OutputError, match="exists"):
+        adapterkit.resize(stored, out, rank=2)
+    adapterkit.resize(stored, out, rank=1, force=True)
+    config = json.loads(download(s3.server, "models", f"{place}/out/")["adapter_config.json"])
+    assert config["r"] == 1
