@@ -11,7 +11,7 @@ import pytest
 from browser import browser, new_page, page  # noqa: F401  (fixtures)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 # Before anything imports a library that reads them: no test may reach the network by accident, and none may find a token.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -29,6 +29,14 @@ def _few_threads() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test looks into, or writes to, what somebody registered on this machine; processes that it starts neither."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ADAPTERKIT_HOME", str(tmp_path_factory.mktemp("registry") / "home"))
+        yield
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ LACKS = (
     "fcntl",
     "renameat2",
     "libc",
+    "fallocate",
     "copy_file_range",
     "copy_file_range_gone",
     "link",
@@ -53,6 +54,8 @@ def lacking(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
             monkeypatch.setattr(calls, "_renameat2", lambda *_: False)
         elif what == "libc":
             monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: types.SimpleNamespace())
+        elif what == "fallocate":
+            monkeypatch.setattr(calls, "allocate", lambda *_: 0)
         elif what == "copy_file_range":
             monkeypatch.setattr(os, "copy_file_range", _refusing(errno.EBADF))
         elif what == "copy_file_range_gone":

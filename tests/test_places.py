@@ -10,8 +10,11 @@ import pytest
 from models import plain_adapter, plain_base
 
 import adapterkit
+from adapterkit.cli import main
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.places import Address, address_of, local, readable, writable
+from adapterkit.provenance.signable import signable
+from adapterkit.registry.bundle import export_bundle
 
 ADDRESSES = (
     "r2://models/out",
@@ -50,6 +53,58 @@ def test_an_address_is_refused(address: str, verb: tuple[str, ...], tmp_path: Pa
     assert done.returncode == 2, done.stderr
     assert f"{address.partition(':')[0]}:// is neither read nor written here" in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
+
+
+HERE_ONLY = (
+    "export tickets -o {}",
+    "import {}",
+    "sign {} --key k.pem",
+    "sign adapter --key {}",
+    "verify-signature {} --key adapter",
+    "verify-signature adapter --key {}",
+    "verify-attestation adapter --key adapter --attestation {}",
+    "verify base --base base --adapter adapter --html {}",
+    "verify base --base base --adapter adapter --markdown {}",
+    "check base adapter --report {}",
+    "inspect base --compare adapter --html {}",
+    "evidence add tickets {}",
+    "execute {} -o out",
+    "run {} -o out",
+    "run plan.json -o out --events {}",
+    "run plan.json -o out --on slurm --workers 2 --template {}",
+    "build {}",
+    "demo {}",
+    "doctor {}",
+    "attest {}",
+    "imatrix base --text {} -o i.gguf",
+    "imatrix base --text t.txt -o {}",
+    "push tickets oci://127.0.0.1:1/x --sign {}",
+    "pull oci://127.0.0.1:1/x --verify {}",
+    "serve-args tickets --for vllm --copy {}",
+    "deploy tickets --to http://127.0.0.1:1 --copy {}",
+)
+"""Commands that take a path of this machine, and nothing else, in the place of the braces."""
+
+
+def test_every_command_that_takes_a_path_refuses_an_address(
+    tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain_adapter(Path("adapter"), plain_base(Path("base")))
+    for name in ("k.pem", "t.txt", "plan.json"):
+        Path(name).write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    for words in HERE_ONLY:
+        for address in ("s3://models/x", "ftp://host/x", "OCI:/x"):
+            with pytest.raises(SystemExit) as end:
+                main([address if word == "{}" else word for word in words.split()])
+            said = capsys.readouterr().err
+            assert (end.value.code, f"{address.partition(':')[0]}:// is neither" in said) == (2, True), (words, said)
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(UsageError, match="the bundle is"):
+        export_bundle(("tickets",), Path("s3://models/x"), home=home)
+    with pytest.raises(UsageError, match="what is signed is"), signable("s3://models/x"):
+        pass
 
 
 @pytest.mark.parametrize("verb", WHERE_NOTHING_IS_WRITTEN, ids=lambda verb: f"{verb[0]}{verb[-1]}")

@@ -10,7 +10,9 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from adapterkit import disk
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.tensor import Tensor
 
 COPY_CHUNK = 32 << 20  # bytes per copy task, so that a large tensor is shared among workers
+ALLOCATE = 128 << 20  # bytes for which a file is given room in one step
+ASIDE = 4096  # tasks that wait for torch while others are done before them
 FLUSH = 256 << 20  # bytes after which what was written so far is sent to the disk, while the workers go on
 
 
@@ -49,6 +53,14 @@ class _Job:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
+@dataclass(frozen=True)
+class _Task:
+    """One piece of work, which gives how many bytes it wrote; ``plain``: torch is not needed for it."""
+
+    run: Callable[[], int]
+    plain: bool = True
+
+
 @dataclass(eq=False)
 class _Queue:
     """What is left to do for one file of a sink, and how many workers are at it.
@@ -57,18 +69,28 @@ class _Queue:
     """
 
     sink: Sink
-    tasks: Iterator[Callable[[], int]]
+    tasks: Iterator[_Task]
     left: int  # bytes
     workers: int = 0
     empty: bool = False
+    aside: deque[_Task] = field(default_factory=deque)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def take(self) -> Callable[[], int] | None:
+    def take(self) -> _Task | None:
         """The next task; None when there are no more."""
         with self.lock:
-            task = next(self.tasks, None)
+            task = self.aside.popleft() if self.aside else next(self.tasks, None)
             self.empty = task is None
         return task
+
+    def take_plain(self) -> _Task | None:
+        """The next task without torch; those before it are put aside. None when there are no more near."""
+        with self.lock:
+            while len(self.aside) < ASIDE and (task := next(self.tasks, None)) is not None:
+                if task.plain:
+                    return task
+                self.aside.append(task)
+        return None
 
 
 class Sink:
@@ -103,6 +125,8 @@ class Sink:
         self._folder, self._jobs, self._journal, self._progress = folder, jobs, journal, progress
         self._count = threading.Lock()
         self._fds: list[int] = []
+        self.rooms: Sequence[Callable[[], int]] = ()
+        """Steps that give the files room for what is computed, so that less is left to the writing."""
         self.done = self.total = 0
         self.reused = 0
 
@@ -129,6 +153,8 @@ class Sink:
                 disk.calls.hold_range(fd, part.start, part.nbytes)
             if os.fstat(fd).st_size != part.file.nbytes:
                 os.ftruncate(fd, part.file.nbytes)
+            if not proved:
+                self.rooms = (*self.rooms, *_rooms(part, fd))
             queues.append(_Queue(self, self._tasks(part, fd, proved), part.nbytes))
         self.total = sum(part.nbytes for part in parts)
         return queues
@@ -157,14 +183,14 @@ class Sink:
     def place(self) -> str:
         return str(self._folder)
 
-    def _tasks(self, part: PlanPart, fd: int, proved: Mapping[tuple[str, str], str]) -> Iterator[Callable[[], int]]:
+    def _tasks(self, part: PlanPart, fd: int, proved: Mapping[tuple[str, str], str]) -> Iterator[_Task]:
         file = part.file
         if file.verbatim is not None:
             yield from _copy_tasks(self._sources[file.verbatim], part.start, fd, part.start, part.nbytes)
             return
         if not file.head and part.start == 0:
             header = self._plan.header(file)
-            yield lambda: _write(fd, memoryview(header), 0)
+            yield _Task(lambda: _write(fd, memoryview(header), 0))
         for chunk in file.head:
             if not part.start <= chunk.offset < part.stop:
                 continue
@@ -172,10 +198,10 @@ class Sink:
                 source = self._sources[chunk.source]
                 yield from _copy_tasks(source, chunk.source_offset, fd, chunk.offset, chunk.nbytes)
             else:
-                yield lambda chunk=chunk: _write(fd, memoryview(chunk.content), chunk.offset)  # type: ignore[misc]
+                yield _Task(partial(_write, fd, memoryview(chunk.content), chunk.offset))
         for gap in file.gaps:
             if part.start <= gap[0] < part.stop:
-                yield lambda gap=gap: _write(fd, memoryview(bytes(gap[1])), gap[0])  # type: ignore[misc]
+                yield _Task(partial(_write_zeros, fd, gap[1], gap[0]))
         for step in part.steps:
             tensor = self._tensors[step.tensor]
             extent = tensor.extent
@@ -186,10 +212,10 @@ class Sink:
             proof = proved.get((file.name, step.tensor))
             job = _Job(file, step, tensor, fd, [b""] * len(blocks), len(blocks), proof)
             if proof is not None:
-                yield lambda job=job: self._check(job)  # type: ignore[misc]
+                yield _Task(partial(self._check, job), plain=False)
                 continue
             for index, start in enumerate(blocks):
-                yield lambda job=job, index=index, start=start: self._compute(job, index, start)  # type: ignore[misc]
+                yield _Task(partial(self._compute, job, index, start), plain=False)
 
     def _compute(self, job: _Job, index: int, start: int) -> int:
         tensor = job.tensor
@@ -231,6 +257,8 @@ class _Pool:
         self._count = threading.Lock()
         self._stop = threading.Event()
         self._failure: BaseException | None = None
+        self._first, self._ready = threading.Lock(), threading.Event()
+        self._rooms = iter([(sink, room) for sink in sinks for room in sink.rooms])
 
     def work(self, jobs: int) -> None:
         threads = [threading.Thread(target=self._worker, daemon=True) for _ in range(jobs)]
@@ -265,8 +293,11 @@ class _Pool:
     def _worker(self) -> None:
         queue: _Queue | None = None
         try:
+            if not self._first.acquire(blocking=False):
+                self._before_torch()
             import torch
 
+            self._ready.set()
             # Threads of our own beat torch's: those wait for each other after every operation.
             settle()
             with torch.inference_mode():
@@ -278,10 +309,7 @@ class _Pool:
                     task = queue.take()
                     if task is None:
                         continue
-                    count = task()
-                    with self._count:
-                        queue.sink.done += count
-                        queue.left -= count
+                    self._do(queue, task)
         except BaseException as error:
             if no_memory(error):
                 error = out_of_memory(error)
@@ -290,6 +318,33 @@ class _Pool:
             with self._count:
                 self._failure = self._failure or error
             self._stop.set()
+
+    def _do(self, queue: _Queue, task: _Task) -> None:
+        count = task.run()
+        with self._count:
+            queue.sink.done += count
+            queue.left -= count
+
+    def _before_torch(self) -> None:
+        """While the first worker imports torch, the others copy what is only copied, and give the files room."""
+        for queue in self._queues:
+            while not self._passed() and (task := queue.take_plain()) is not None:
+                try:
+                    self._do(queue, task)
+                except OSError as error:
+                    raise _output_error(error, queue.sink.place) from error
+        while not self._passed():
+            with self._count:
+                sink, room = next(self._rooms, (None, None))
+            if sink is None or room is None:
+                return
+            try:
+                room()
+            except OSError as error:
+                raise _output_error(error, sink.place) from error
+
+    def _passed(self) -> bool:
+        return self._ready.is_set() or self._stop.is_set()
 
     def _flusher(self) -> None:
         """Flush while writing, so that the final fsync has little left to do."""
@@ -437,10 +492,27 @@ def _write(fd: int, data: memoryview, offset: int) -> int:
     return len(data)
 
 
-def _copy_tasks(source: Source, start: int, fd: int, offset: int, nbytes: int) -> Iterator[Callable[[], int]]:
+def _rooms(part: PlanPart, fd: int) -> Iterator[Callable[[], int]]:
+    """Steps that give a file room for the tensors that are computed: found while nothing else can be done."""
+    start = stop = 0
+    for step in (*part.steps, None):
+        if step is not None and step.offset == stop and step.source is None:
+            stop += step.nbytes
+            continue
+        for at in range(start, stop, ALLOCATE):
+            yield partial(disk.calls.allocate, fd, at, min(ALLOCATE, stop - at))
+        if step is not None:
+            start, stop = step.offset, step.offset + (step.nbytes if step.source is None else 0)
+
+
+def _write_zeros(fd: int, count: int, offset: int) -> int:
+    return _write(fd, memoryview(bytes(count)), offset)
+
+
+def _copy_tasks(source: Source, start: int, fd: int, offset: int, nbytes: int) -> Iterator[_Task]:
     for at in range(0, nbytes, COPY_CHUNK):
         count = min(COPY_CHUNK, nbytes - at)
-        yield lambda at=at, count=count: _copy(source, start + at, fd, offset + at, count)  # type: ignore[misc]
+        yield _Task(partial(_copy, source, start + at, fd, offset + at, count))
 
 
 def _copy(source: Source, start: int, fd: int, offset: int, nbytes: int) -> int:

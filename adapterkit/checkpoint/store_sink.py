@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from adapterkit.checkpoint.files import check_unchanged
 from adapterkit.checkpoint.objects import ObjectFile, hold
 from adapterkit.checkpoint.schedule import ObjectPart, Schedule, Segment
-from adapterkit.checkpoint.sink import Sink, _bytes, _Queue, expect
+from adapterkit.checkpoint.sink import Sink, _bytes, _Queue, _Task, expect
 from adapterkit.errors import CheckpointError, OutputError
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ class StoreSink(Sink):
         self._plan, self._tensors, self._sources = made.plan, made.tensors, made.sources
         self._count = threading.Lock()
         self._left: dict[str, int] = {}  # bytes of each computed tensor that are still to be sent
+        self.rooms = ()
         self.done = self.total = 0
         self.reused = 0
         hold(jobs)
@@ -75,15 +76,13 @@ class StoreSink(Sink):
         for name, nbytes in left.items():
             self._left[name] = self._left.get(name, 0) + nbytes
 
-    def _part_tasks(
-        self, file: PlannedFile, parts: Sequence[ObjectPart], found: FileUpload | None
-    ) -> Iterator[Callable[[], int]]:
+    def _part_tasks(self, file: PlannedFile, parts: Sequence[ObjectPart], found: FileUpload | None) -> Iterator[_Task]:
         kept = _kept(found)
         for part in parts:
             if part.number in kept:
-                yield partial(int, part.nbytes)
+                yield _Task(partial(int, part.nbytes))
             else:
-                yield partial(self._do, file, part)
+                yield _Task(partial(self._do, file, part), plain=part.source is not None)
 
     def _do(self, file: PlannedFile, part: ObjectPart) -> int:
         """Have one part in the store."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit.cli.output import clean, say_command, show_json
+from adapterkit.cli.paths import FILE
 
 if TYPE_CHECKING:
     from adapterkit.lint.problems import Problem
@@ -79,7 +80,7 @@ def output_options(*forms: str) -> tuple[click.Option, ...]:
     """``--output-format`` with these forms beside ``text`` and ``json``, ``--report`` and ``--summary``."""
     words = {"github": "github annotates files", "sarif": "sarif is for code scanning"}
     how = ", ".join(words[one] for one in forms)
-    choices, file = click.Choice(["text", "json", *forms]), click.Path(path_type=Path)
+    choices, file = click.Choice(["text", "json", *forms]), FILE
     return (
         click.Option(["--output-format", "form"], type=choices, default="text", help=f"Of the result; {how}."),
         click.Option(["--report", "report_file"], type=file, metavar="FILE", help="Write the report to FILE as JSON."),

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from adapterkit.cli.output import note, say, show_json
+from adapterkit.cli.paths import FILE
 
 attest_option = click.option(
     "--attest", is_flag=True, help="Write a SLSA provenance statement (in-toto) beside OUT, with every file's sha256."
@@ -16,7 +17,7 @@ attest_option = click.option(
 
 
 @click.command(name="attest", short_help="Write a provenance statement (in-toto, SLSA) beside an output.")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=FILE)
 @click.option("--input", "inputs", multiple=True, metavar="REF", help="What it was made from, to name its files too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(path: Path, inputs: tuple[str, ...], as_json: bool) -> None:

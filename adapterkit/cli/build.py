@@ -9,6 +9,7 @@ import click
 
 from adapterkit.cli.annotate import append_summary, output_options, write_report
 from adapterkit.cli.output import Progress, count, note, say, show_json, size
+from adapterkit.cli.paths import LocalPath
 
 if TYPE_CHECKING:
     from adapterkit.recipe.report import BuildPlan, BuildReport
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     short_help="Carry out a recipe: merge, convert, verify, register, push, reproducibly.",
     params=[*output_options("github")],
 )
-@click.argument("recipe", required=False, metavar="[RECIPE.toml]")
+@click.argument("recipe", required=False, metavar="[RECIPE.toml]", type=LocalPath())
 @click.option("--plan", "plan_only", is_flag=True, help="Print everything that will happen, from headers, and stop.")
 @click.option("--locked", is_flag=True, help="Use the lock, and exit with 3 if anything that it holds moved.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads; the result does not depend on it.")

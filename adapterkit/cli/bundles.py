@@ -7,11 +7,12 @@ from pathlib import Path
 import click
 
 from adapterkit.cli.output import say, show_json, size
+from adapterkit.cli.paths import FILE
 
 
 @click.command(name="export", short_help="Write versions with all they were made from into one file.")
 @click.argument("refs", nargs=-1, required=True, metavar="REF...")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The file or, with --folder, folder.")
+@click.option("-o", "--out", required=True, type=FILE, help="The file or, with --folder, folder.")
 @click.option("--no-parents", is_flag=True, help="Leave out what they were made from.")
 @click.option("--folder", is_flag=True, help="One version, as a folder of plain files.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -46,7 +47,7 @@ def export(refs: tuple[str, ...], out: Path, no_parents: bool, folder: bool, as_
 
 
 @click.command(name="import", short_help="Add what a bundle holds to the registry.")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=FILE)
 @click.option("--aliases", is_flag=True, help="Set the aliases it carries too, where there are none of that name.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def import_(bundle: Path, aliases: bool, as_json: bool) -> None:

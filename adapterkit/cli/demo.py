@@ -5,10 +5,11 @@ from __future__ import annotations
 import click
 
 from adapterkit.cli.output import note, say, show_json
+from adapterkit.cli.paths import LocalPath
 
 
 @click.command(name="demo", short_help="Make a tiny model, train an adapter, merge it, and show that it worked.")
-@click.argument("folder", default="adapterkit-demo", metavar="[DIR]")
+@click.argument("folder", default="adapterkit-demo", metavar="[DIR]", type=LocalPath())
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(folder: str, as_json: bool) -> None:
     """Train a tiny base and an adapter in DIR, merge them, and show what each of the three says. Works offline.

@@ -9,6 +9,7 @@ import click
 from click.core import ParameterSource
 
 from adapterkit.cli.output import note, say, show_json
+from adapterkit.cli.paths import FILE, LocalPath
 from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -34,7 +35,13 @@ def _prompt(text: str) -> str | list[int]:
 @click.option("--to", default="", metavar="URL|NAME", help="The server: its address, or its name in the registry.")
 @click.option("--kind", default="", metavar="SERVER", help="What runs there: vllm, sglang, lorax, llama.cpp or tgi.")
 @click.option("--base", default="", help="The base that it serves: a registered name, folder, Hub id or GGUF file.")
-@click.option("--copy", default="", metavar="DIR", help="Copy versions to this folder, which the server can read.")
+@click.option(
+    "--copy",
+    default="",
+    type=LocalPath(),
+    metavar="DIR",
+    help="Copy versions to this folder, which the server can read.",
+)
 @click.option("--seen-as", default="", metavar="DIR", help="What the server calls that folder, or the registry's.")
 @click.option("--token-env", default="", metavar="VARIABLE", help="The environment variable with the server's token.")
 @click.option("--probe", default="", metavar="TEXT", help="What to ask it afterwards; ids:1,5,17 for token ids.")
@@ -46,7 +53,7 @@ def _prompt(text: str) -> str | list[int]:
 )
 @click.option(
     "--restart-file",
-    type=click.Path(path_type=Path),
+    type=FILE,
     help="Write the script that starts the server with it, if it must be.",
 )
 @click.option(

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from adapterkit.cli.output import note, say, show_json, size
+from adapterkit.cli.paths import FILE
 
 if TYPE_CHECKING:
     from adapterkit.verbs.doctor import DoctorDisk, DoctorExtra, DoctorMachine, DoctorPackage
 
 
 @click.command(name="doctor", short_help="Say what is installed, what is missing, and what this machine can do.")
-@click.argument("folder", default=".", metavar="[FOLDER]", type=click.Path(path_type=Path))
+@click.argument("folder", default=".", metavar="[FOLDER]", type=FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(folder: Path, as_json: bool) -> int:
     """Say what is installed, what each missing extra would add, and what this machine and the disk of FOLDER can do.

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from adapterkit.cli.output import note, say, show_json
+from adapterkit.cli.paths import FILE
 
 
 @click.group(name="evidence", short_help="Add what an evaluation measured to a version, or show what is known of one.")
@@ -22,7 +23,7 @@ def command() -> None:
 
 @command.command(name="add", short_help="Read results files of harnesses into the record of a version.")
 @click.argument("ref")
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, type=FILE)
 @click.option(
     "--of",
     "subject",

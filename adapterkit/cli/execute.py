@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import click
 
 from adapterkit.cli.output import Progress, say, show_json, size
+from adapterkit.cli.paths import LocalPath
 
 if TYPE_CHECKING:
     from adapterkit.verbs.execute import OpenPlan
 
 
 @click.command(name="execute", short_help="Execute a saved plan, or one part of it.")
-@click.argument("plan", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("plan", type=LocalPath(exists=True, dir_okay=False, path_type=Path))
 @click.option("-o", "--out", required=True, type=click.Path(), help="The folder to make, here or in a store.")
 @click.option("--part", type=click.IntRange(0), help="Only this part; the folder appears when all parts are finished.")
 @click.option("--part-size", metavar="SIZE", help="Work of a part, like 1GB; by default a part is a file.")

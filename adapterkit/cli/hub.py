@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adapterkit.cli.output import note, say, show_json, size
+from adapterkit.cli.paths import FILE
 from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def _only(there: str, given: dict[str, object]) -> None:
 )
 @click.option(
     "--sign",
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="KEY",
     help="OCI: sign the artifact as cosign does, with this private key.",
 )
@@ -170,7 +171,7 @@ def _pulled(done: OciPulled | BucketPulled, also: str, as_json: bool, more: dict
 @click.option("--ignore-record", is_flag=True, help="Do not use the repository's adapterkit.json.")
 @click.option(
     "--verify",
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="KEY",
     help="OCI: the artifact has to be signed for this public key.",
 )

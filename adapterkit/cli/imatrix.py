@@ -7,21 +7,22 @@ from pathlib import Path
 import click
 
 from adapterkit.cli.output import Progress, count, note, say, show_json
+from adapterkit.cli.paths import FILE
 from adapterkit.errors import UsageError
 
 
 @click.command(name="imatrix", short_help="Measure which columns of the weights matter, for quantizing a model.")
 @click.argument("model", required=False)
-@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="Text like the model's own.")
+@click.option("--text", type=FILE, metavar="FILE", help="Text like the model's own.")
 @click.option(
     "--in-file",
     "files",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=FILE,
     metavar="FILE",
     help="A matrix to add up with the others, in place of MODEL and --text; given twice or more.",
 )
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="The .gguf file to make.")
+@click.option("-o", "--out", required=True, type=FILE, help="The .gguf file to make.")
 @click.option("--chunk", type=click.IntRange(2), default=512, show_default=True, help="Tokens at a time.")
 @click.option("--chunks", type=click.IntRange(1), help="At most so many; by default the whole text.")
 @click.option(
@@ -44,7 +45,7 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Run MODEL (a Hugging Face folder, merged if adapters belong to it) over a text and write an importance matrix.
+    """Run MODEL (a folder, merged if adapters belong to it, or a GGUF file) over a text and write an importance matrix.
 
     The file is llama-imatrix's: `--imatrix` here and llama-quantize take it. Needs transformers.
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adapterkit.cli.output import count, note, say, show_json, size
+from adapterkit.cli.paths import FILE
 
 if TYPE_CHECKING:
     from adapterkit.verbs.compare import Pair
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 @click.argument("refs", nargs=-1, required=True, metavar="ADAPTER|CHECKPOINT...")
 @click.option("--base", help="The adapter's base, to give its share of the parameters.")
 @click.option("--compare", "comparing", is_flag=True, help="Hold several adapters against each other.")
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="With --compare: also write a heat map.")
+@click.option("--html", type=FILE, metavar="FILE", help="With --compare: also write a heat map.")
 @click.option("--health", is_flag=True, help="Read the factors: NaN, untrained modules, norms, effective ranks.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(

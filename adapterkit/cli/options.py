@@ -11,6 +11,7 @@ from click.core import ParameterSource
 
 from adapterkit.cli.complete import REFERENCE, Listed
 from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, methods_flag
+from adapterkit.cli.paths import FILE
 from adapterkit.requests.option import (
     CLI,
     FLAG,
@@ -230,7 +231,7 @@ def _type(name: str, option: Option) -> Any:
     if option.kind == NUMBER:
         return click.FLOAT
     if option.kind == PATH:
-        return click.Path() if option.store else click.Path(path_type=Path)  # an address keeps its slashes
+        return click.Path() if option.store else FILE  # an address keeps its slashes
     if option.kind == REF:
         return REFERENCE
     if option.choices and not callable(option.choices) and not option.metavar:

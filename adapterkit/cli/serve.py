@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from adapterkit.cli.output import note, say, show_json
+from adapterkit.cli.paths import FILE
 from adapterkit.serving.servers import startable
 
 
@@ -20,7 +21,7 @@ def _names(context: click.Context, parameter: click.Parameter, typed: str) -> li
     "--for", "server", required=True, metavar="SERVER", help=f"One of {', '.join(startable())}.", shell_complete=_names
 )
 @click.option("--base", default="", help="What to serve adapters on; by default the Hub id of their base.")
-@click.option("--copy", type=click.Path(path_type=Path), metavar="DIR", help="Copy the files there instead of linking.")
+@click.option("--copy", type=FILE, metavar="DIR", help="Copy the files there instead of linking.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(refs: tuple[str, ...], server: str, base: str, copy: Path | None, as_json: bool) -> None:
     """Print what loads exactly these registered versions: one model, or several adapters on one base.

@@ -7,15 +7,16 @@ from pathlib import Path
 import click
 
 from adapterkit.cli.output import note, say, show_json
+from adapterkit.cli.paths import FILE, LocalPath
 
-_PATH = click.Path(path_type=Path)
+_PATH = FILE
 _ignore = click.option(
     "--ignore", multiple=True, metavar="NAME", help="A file or folder in it that is not looked at, such as .git."
 )
 
 
 @click.command(name="sign", short_help="Sign an output or a version with a key of your own.")
-@click.argument("target", metavar="PATH|REF")
+@click.argument("target", metavar="PATH|REF", type=LocalPath())
 @click.option("--key", required=True, type=_PATH, help="The private key: an elliptic curve key in PEM form.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def sign(target: str, key: Path, as_json: bool) -> None:
@@ -50,7 +51,7 @@ def sign(target: str, key: Path, as_json: bool) -> None:
 
 
 @click.command(name="verify-signature", short_help="Say whether an output or a version is what was signed.")
-@click.argument("target", metavar="PATH|REF")
+@click.argument("target", metavar="PATH|REF", type=LocalPath())
 @click.option("--key", required=True, type=_PATH, help="The public key, in PEM form.")
 @click.option("--signature", type=_PATH, help="Where it lies, if not beside the files or in the version.")
 @_ignore
@@ -77,7 +78,7 @@ def verify(target: str, key: Path, signature: Path | None, ignore: tuple[str, ..
 
 
 @click.command(name="verify-attestation", short_help="Say whether signed statements about an output are true of it.")
-@click.argument("target", metavar="PATH|REF")
+@click.argument("target", metavar="PATH|REF", type=LocalPath())
 @click.option("--key", required=True, type=_PATH, help="The public key, in PEM form.")
 @click.option("--attestation", type=_PATH, help="DSSE envelopes or a Sigstore bundle from elsewhere.")
 @_ignore

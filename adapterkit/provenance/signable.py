@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapterkit.errors import NotFound, RegistryError, UnsafeError, UsageError, option
+from adapterkit.places import local
 from adapterkit.provenance.attest import NAME as STATEMENT
 from adapterkit.registry import blobs, resolve
 from adapterkit.registry.beside import beside_path, read_beside
@@ -75,7 +76,7 @@ def signable(target: str | Path, *, ignore: Sequence[str] = (), home: Path | Non
         UnsafeError: a pipe, a device or a socket lies among the files.
         RegistryError
     """
-    path = Path(target).expanduser()
+    path = Path(local(target, "what is signed")).expanduser()
     if path.exists():
         yield _kept(_of_folder(path) if path.is_dir() else _of_file(path), ignore)
         return

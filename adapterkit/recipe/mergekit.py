@@ -40,6 +40,7 @@ class PeerMethod:
         weighted: whether models have weights.
         ignored: parameters that change no value.
         alone: how many models beside the base it takes; None for any number.
+        whole: the method where no base is named: of whole weights, the first model's among them.
     """
 
     method: str
@@ -50,6 +51,7 @@ class PeerMethod:
     weighted: bool = True
     ignored: frozenset[str] = frozenset()
     alone: int | None = None
+    whole: str = ""
 
 
 _MASKED = frozenset({"int8_mask"})
@@ -73,8 +75,11 @@ METHODS: Mapping[str, PeerMethod] = {
     "model_stock": PeerMethod("model-stock", {"filter_wise": "filter_wise"}, fixed={"signed": True}, weighted=False),
     "sce": PeerMethod("sce", {"density": "select_topk"}, weighted=False, ignored=_MASKED),
     "slerp": PeerMethod("slerp-weights", {"t": "t"}, weighted=False, alone=1),
-    "nuslerp": PeerMethod("nuslerp", alone=2),
-    "multislerp": PeerMethod("multislerp", ignored=frozenset({"eps"})),
+    "nuslerp": PeerMethod("nuslerp", alone=2, whole="nuslerp-weights"),
+    "multislerp": PeerMethod("multislerp", ignored=frozenset({"eps"}), whole="multislerp-weights"),
+    "karcher": PeerMethod(
+        "karcher-weights", {"steps": "max_iter", "tolerance": "tol"}, weighted=False, whole="karcher-weights"
+    ),
     "nearswap": PeerMethod("nearswap", {"t": "t"}, weighted=False, alone=1),
     "arcee_fusion": PeerMethod("arcee-fusion", weighted=False, alone=1),
     "ram": PeerMethod("ram", {"epsilon": "epsilon"}, weighted=False),
@@ -82,10 +87,8 @@ METHODS: Mapping[str, PeerMethod] = {
 }
 # mergekit's own defaults where ours differ, and what it takes for an unset parameter of a model.
 _DEFAULTS = {"density": 1.0, "gamma": 0.01, "epsilon": 0.15, "select_topk": 1.0}
-_ELSEWHERE = {
-    "karcher": "its mean is of whole weights; adapterkit's karcher is of the changes",
-    "passthrough": "adapterkit does not stack layers of several models",
-}
+_BY_MERGEKIT = "let mergekit write that model; adapters are merged into it here as into any other"
+_ELSEWHERE = {"passthrough": f"adapterkit stacks no layers of several models: {_BY_MERGEKIT}"}
 # Parameters whose one accepted value says what happens anyway; ``rescale`` is on in what drops at random.
 _ONLY = {"nuslerp_row_wise": False, "normalize_weights": True, "nuslerp_flatten": True}
 _RESCALED = frozenset({"dare_linear", "dare_ties", "della", "della_linear"})
@@ -133,9 +136,12 @@ class _Merge:
 
     def recipe(self) -> dict[str, Any]:
         base, others = self._base()
-        if self.row.alone is not None and len(others) != self.row.alone:
+        whole = self.row.whole if self._data.get("base_model") is None else ""
+        alone = 1 if whole and self.row.alone == 2 else self.row.alone
+        if alone is not None and len(others) != alone:
             self._fail(
-                f"{self.name} takes {self.row.alone} beside the base, and the file has {len(others)}", "correct it"
+                f"{self.name} takes {alone} beside {'the first' if whole else 'the base'}, and the file has {len(others)}",
+                "correct it",
             )
         if not others:
             self._fail("no model beside the base is named", "add one under models")
@@ -144,7 +150,7 @@ class _Merge:
         for ours, theirs in self.row.shared.items():
             value = self._rows(self._value(theirs, None), _DEFAULTS.get(theirs))
             if value is not None:
-                parameters[ours] = value
+                parameters[ours] = self._whole_number(value, theirs) if ours == "steps" else value
         for ours, theirs in self.row.each.items():
             values = [self._rows(self._value(theirs, ref), _DEFAULTS[theirs]) for ref in others]
             parameters[ours] = values[0] if all(value == values[0] for value in values) else values
@@ -152,8 +158,8 @@ class _Merge:
             self._no_outliers(parameters)
         weights: list[Any] = [1.0] * len(others)
         if self.row.weighted:
-            weights = self._weights(base, others, parameters)
-        merge: dict[str, Any] = {"method": self.row.method}
+            weights = self._weights(base, others, parameters, whole)
+        merge: dict[str, Any] = {"method": whole or self.row.method}
         scale = self._value("lambda", None)
         if scale is not None:
             merge["lambda"] = self._number(scale, "lambda")
@@ -171,7 +177,10 @@ class _Merge:
             output["dtype"] = _DTYPES[dtype]
         tokens = self._data.get("tokenizer_source")
         if tokens not in (None, "base", base):
-            self._fail(f"tokenizer_source {brief(tokens)} takes another vocabulary than the base's", "use base")
+            self._fail(
+                f"tokenizer_source {brief(tokens)} takes another vocabulary than the base's",
+                f"use base, or {_BY_MERGEKIT}",
+            )
         return {"base": base, "adapters": adapters, "merge": merge, "outputs": {OUTPUT: output}}
 
     def _listed(self) -> tuple[dict[str, Mapping[str, Any]], list[Mapping[str, Any]]]:
@@ -183,7 +192,7 @@ class _Merge:
         scopes = [top]
         if slices is not None:
             if not isinstance(slices, list) or len(slices) != 1:
-                self._fail("it stacks several slices of layers", "adapterkit keeps the layers of the base as they are")
+                self._fail("it stacks several slices of layers", _ELSEWHERE["passthrough"])
             part = self._mapping(slices[0], "slices[0]")
             self._known_keys(part, frozenset({"sources", "parameters"}), "slices[0]")
             scopes.insert(0, self._mapping(part.get("parameters"), "slices[0].parameters"))
@@ -207,7 +216,7 @@ class _Merge:
         """The base, and what is merged into it."""
         base = self._data.get("base_model")
         if base is None:
-            if self.name != "linear":
+            if self.name != "linear" and not self.row.whole:
                 self._fail(
                     f"{self.name} without base_model is of whole weights, and adapterkit's is of changes", "name it"
                 )
@@ -245,13 +254,22 @@ class _Merge:
         own = [] if ref is None else [self.models[ref]]
         return next((scope[name] for scope in (*own, *self._scopes) if name in scope), None)
 
-    def _weights(self, base: str, others: Sequence[str], parameters: dict[str, Any]) -> list[Any]:
+    def _weights(self, base: str, others: Sequence[str], parameters: dict[str, Any], whole: str) -> list[Any]:
         """A number for each model; values by part of the model go into ``parameters``."""
         given = [self._value("weight", ref) for ref in others]
         if any(value is None for value in given):
             ref = others[given.index(None)]
             self._fail(f"{ref} has no weight", "give it one")
         asked = self._value("normalize", None)
+        if whole:
+            own = self._rows(self._value("weight", base), None)
+            if own is None:
+                self._fail(f"{base} has no weight", "give it one")
+            parameters["own"] = own
+            if any(_smallest(self._rows(value, None)) < 0 for value in (own, *given)):
+                self._fail(
+                    f"{self.name} of whole weights with a weight below 0 is not computed here", "leave out the model"
+                )
         if self.row.normalize is None and asked:
             self._fail(f"normalize of {self.name} is none of ours", "leave it out")
         normalize = bool(self.row.normalize if asked is None else asked)
@@ -366,6 +384,12 @@ class _Merge:
         if not isinstance(value, (int, float)) or isinstance(value, bool):
             self._fail(f"{name} is not one number for the whole model", "give one number")
         return self._float(value)
+
+    def _whole_number(self, value: Any, name: str) -> int:
+        number = self._number(value, name)
+        if not number.is_integer():
+            self._fail(f"{name} {brief(value)} is no whole number", "correct it")
+        return int(number)
 
     def _mapping(self, value: Any, what: str) -> Mapping[str, Any]:
         if value is None:

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 from adapterkit import disk
 from adapterkit.errors import CheckFailed, NotFound, OutputError, RegistryError, UnsafeError
+from adapterkit.places import local
 from adapterkit.registry import blobs, chain, index, policies, refs, resolve, store, verbs
 from adapterkit.registry.canonical import MAX_BYTES, canonical, parse, sha256
 from adapterkit.registry.home import Home, open_home
@@ -63,7 +64,7 @@ def export_bundle(wanted: tuple[str, ...], to: Path, *, parents: bool = True, ho
         NotFound: some bytes are not in this registry.
         OutputError: ``to`` exists or cannot be written.
     """
-    at = open_home(home)
+    to, at = Path(local(to, "the bundle")), open_home(home)
     if os.path.lexists(to):
         raise OutputError(f"{to} exists", "name a file that does not")
     records = _closure(at, [resolve.find(at, ref) for ref in wanted], parents)
@@ -106,7 +107,7 @@ def import_bundle(path: Path, *, aliases: bool = False, home: Path | None = None
         UnsafeError: a member is a link, a device, or has a name that no bundle of ours has.
         RegistryError: the bundle is damaged, incomplete or of a newer format.
     """
-    at = open_home(home)
+    path, at = Path(local(path, "the bundle")), open_home(home)
     at.create()
     with open(disk.open_regular(path), "rb") as file, at.store_lock(shared=True):
         reader = _Reader(file, str(path))

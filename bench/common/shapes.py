@@ -7,6 +7,7 @@ not depend on them.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,12 +110,15 @@ def write_base(folder: Path, shape: Shape, dtype: torch.dtype = torch.bfloat16, 
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def write_adapter(folder: Path, shape: Shape, rank: int = 16, **config: object) -> None:
-    """A LoRA on all linear layers, as PEFT would save it."""
+def write_adapter(
+    folder: Path, shape: Shape, rank: int = 16, modules: Sequence[str] | None = None, **config: object
+) -> None:
+    """A LoRA on all linear layers, or on those that are named, as PEFT would save it."""
     folder.mkdir(parents=True)
     tensors = {}
+    taken = {name: size for name, size in linears(shape).items() if modules is None or name.split(".")[1] in modules}
     for layer in range(shape.layers):
-        for name, (rows, columns) in linears(shape).items():
+        for name, (rows, columns) in taken.items():
             key = f"base_model.model.model.layers.{layer}.{name}"
             tensors[f"{key}.lora_A.weight"] = _values(rank, columns, 100 + layer, torch.float32)
             tensors[f"{key}.lora_B.weight"] = _values(rows, rank, 200 + layer, torch.float32)
@@ -124,7 +128,7 @@ def write_adapter(folder: Path, shape: Shape, rank: int = 16, **config: object) 
         "task_type": "CAUSAL_LM",
         "r": rank,
         "lora_alpha": 2 * rank,
-        "target_modules": sorted({name.rpartition(".")[2] for name in linears(shape)}),
+        "target_modules": sorted({name.rpartition(".")[2] for name in taken}),
         "bias": "none",
         **config,
     }

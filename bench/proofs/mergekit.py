@@ -76,6 +76,13 @@ def cases() -> dict[str, dict[str, Any]]:
         "slerp, by layer and filter": recipe("slerp", count=1, t=BY_FILTER),
         "nuslerp": recipe("nuslerp", count=2, each=weighted),
         "multislerp": recipe("multislerp", each=weighted),
+        "nuslerp of whole weights": recipe("nuslerp", count=2, base=False, each=weighted),
+        "multislerp of whole weights": recipe("multislerp", base=False, each=weighted),
+        "multislerp of whole weights, by layer": recipe(
+            "multislerp", base=False, each=lambda k: {"weight": [[0.2, 1], 0.5, [1, 0]][k]}
+        ),
+        "karcher": recipe("karcher", base=False),
+        "karcher, with a base": recipe("karcher", max_iter=5),
         "nearswap": recipe("nearswap", count=1, t=0.01),
         "arcee_fusion": recipe("arcee_fusion", count=1),
         "ram": recipe("ram", epsilon=0.03),

@@ -21,6 +21,7 @@ from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.checkpoint.plan import plan_safetensors
 from adapterkit.checkpoint.tensor import Tensor
 from adapterkit.checkpoint.write import Writing, write_together
+from adapterkit.disk import calls
 from adapterkit.errors import CheckpointError, OutputError
 
 
@@ -39,6 +40,54 @@ def test_same_bytes_with_any_number_of_workers(large: tuple[Path, Path], tmp_pat
     first = read_bytes(tmp_path / "1")
     assert read_bytes(tmp_path / "2") == first
     assert read_bytes(tmp_path / "8") == first
+
+
+def hold_torch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Workers do all that they can before torch is there; the bytes that files were given room for."""
+    room: list[int] = []
+    allocate = calls.allocate
+
+    def counted(fd: int, start: int, nbytes: int) -> int:
+        room.append(nbytes)
+        return allocate(fd, start, nbytes)
+
+    monkeypatch.setattr(calls, "allocate", counted)
+    monkeypatch.setattr(sink._Pool, "_passed", lambda self: self._stop.is_set())
+    return room
+
+
+def test_what_is_done_before_torch_is_there(
+    large: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = large
+    plan = adapterkit.plan_merge(base, [adapter]).plan
+    adapterkit.merge(base, [adapter], tmp_path / "right", jobs=1)
+    room = hold_torch(monkeypatch)
+    monkeypatch.setattr(sink, "ALLOCATE", 1 << 20)
+    monkeypatch.setattr(sink, "ASIDE", 3)  # what is behind them waits for its turn
+    adapterkit.merge(base, [adapter], tmp_path / "few", jobs=3)
+    monkeypatch.setattr(sink, "ASIDE", 4096)
+    adapterkit.merge(base, [adapter], tmp_path / "all", jobs=3)
+    assert read_bytes(tmp_path / "few") == read_bytes(tmp_path / "all") == read_bytes(tmp_path / "right")
+    touched = [step for file in plan.files for step in file.steps if step.source is None]
+    assert sum(room) == 2 * sum(step.nbytes for step in touched)
+    assert len(room) > 4
+
+
+@pytest.mark.parametrize("what", ["room", "copy"])
+def test_a_disk_that_is_full_before_torch_is_there(
+    what: str, large: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = large
+    hold_torch(monkeypatch)
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(calls, "allocate", full) if what == "room" else monkeypatch.setattr(sink, "_copy", full)
+    with pytest.raises(OutputError, match="disk is full"):
+        adapterkit.merge(base, [adapter], tmp_path / "out", jobs=2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_same_bytes_when_one_file_becomes_many(large: tuple[Path, Path], tmp_path: Path) -> None:

@@ -43,10 +43,13 @@ IDENTITY = {
 PAIRS = {"slerp", "nuslerp"}
 """Methods that go between two adapters."""
 
-BASED = {"slerp-weights", "arcee-fusion", "nearswap", "ram", "ramplus-tl"}
+BASED = {
+    *("slerp-weights", "arcee-fusion", "nearswap", "ram", "ramplus-tl"),
+    *("nuslerp-weights", "multislerp-weights", "karcher-weights"),
+}
 """Methods between the base and models, of which one is not given back whole; see `test_based`."""
 
-ONE = {"slerp-weights", "arcee-fusion", "nearswap"}
+ONE = {"slerp-weights", "arcee-fusion", "nearswap", "nuslerp-weights"}
 """Methods that take one adapter or model."""
 
 BASE = Dense(torch.randn(24, 19, generator=torch.Generator().manual_seed(9)))
@@ -63,6 +66,16 @@ def told(name: str) -> dict[str, Dense]:
 
 TOLD = {"ties", "ties-peft", "multislerp", "karcher"}
 """Methods whose default depends on the weights themselves."""
+
+SPHERICAL = ["nuslerp", "multislerp", "karcher", "nuslerp-weights", "multislerp-weights", "karcher-weights"]
+
+
+@pytest.mark.parametrize("name", SPHERICAL)
+def test_weights_that_no_adapter_changes_stay(name: str) -> None:
+    """Zeros have no direction: they are nobody's opposite."""
+    zeros = [Dense(torch.zeros(24, 19))] * 3
+    assert not materialize(combine(zeros[taken(name)], name, **told(name))).any()
+
 
 SYMMETRIC = [
     "linear", "ties-peft", "breadcrumbs-ties",
@@ -128,9 +141,7 @@ def test_every_method_gives_the_rank_asked_for(name: str) -> None:
     assert found.rank <= 3
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in EVERY if name not in PAIRS | ONE | {"ties", "ties-peft", *["multislerp", "karcher"]}]
-)
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in PAIRS | ONE and not RULES[name].weighted])
 def test_weights_come_before_the_rule_and_scale_after(name: str) -> None:
     """Those left out are told the weights, and do more with them."""
     parts = adapters(24, 19, 5, 3)

@@ -99,6 +99,52 @@ def test_slerp_by_filter_and_layer(models: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(out[name].double(), expected, rtol=0, atol=5e-7)
 
 
+@pytest.mark.parametrize("name", ["nuslerp", "multislerp", "karcher"])
+def test_whole_weights_on_the_sphere(name: str, models: Path, tmp_path: Path) -> None:
+    """Without base_model mergekit turns between whole weights, the first model's among them."""
+    who = ("base", "one") if name == "nuslerp" else ("base", "one", "two")
+    given = {"base": 0.7, "one": 0.5, "two": 0.0} if name != "karcher" else dict.fromkeys(who, 1.0)
+    parameters = {"tol": 1e-10, "max_iter": 50} if name == "karcher" else {"weight": 0.5}
+    listed = [{"model": n, "parameters": {"weight": given[n]} if name != "karcher" else {}} for n in who]
+    data = {"merge_method": name, "models": listed, "parameters": parameters, "dtype": "float32"}
+    out = built(models, tmp_path, data)
+    found = dict(zip(("base", "one", "two"), read(models), strict=True))
+    for key in found["base"]:
+        vectors = [found[n][key].double().flatten() for n in who if given[n]]
+        shares = torch.tensor([given[n] for n in who if given[n]], dtype=torch.float64)
+        shares = shares / shares.sum()
+        lengths = torch.stack([v.norm() for v in vectors])
+        units = [v / v.norm() for v in vectors]
+        if name == "karcher":
+            mean = sum(s * u for s, u in zip(shares, units, strict=True))
+            mean = mean / mean.norm()
+            for _ in range(50):
+                logs = []
+                for unit in units:
+                    angle = torch.atan2((unit - (unit @ mean) * mean).norm(), unit @ mean)
+                    along = unit - (unit @ mean) * mean
+                    logs.append(angle * along / along.norm() if along.norm() > 0 else along)
+                step = sum(s * log for s, log in zip(shares, logs, strict=True))
+                if step.norm() < 1e-13:
+                    break
+                mean = mean * step.norm().cos() + step / step.norm() * step.norm().sin()
+            expected = (shares @ lengths) * mean
+        else:  # the mean of two: at the share of the angle; of lengths in nuslerp each keeps its own
+            angle = torch.atan2((units[1] - (units[1] @ units[0]) * units[0]).norm(), units[1] @ units[0])
+            parts = units if name == "multislerp" else vectors
+            if angle < 1e-7:
+                expected = shares[0] * vectors[0] + shares[1] * vectors[1]
+            elif name == "nuslerp":
+                expected = ((shares[0] * angle).sin() * parts[0] + (shares[1] * angle).sin() * parts[1]) / angle.sin()
+            else:
+                mean = shares[0] * units[0] + shares[1] * units[1]
+                mean = mean / mean.norm()
+                flat = sum(s * (u - (u @ mean) * mean) for s, u in zip(shares, units, strict=True))
+                turn = flat.norm()
+                expected = (shares @ lengths) * (mean * turn.cos() + (flat / turn * turn.sin() if turn > 1e-13 else 0))
+        torch.testing.assert_close(out[key].double().flatten(), expected, rtol=0, atol=5e-7)
+
+
 def test_weights_by_layer(models: Path, tmp_path: Path) -> None:
     data = {
         "merge_method": "task_arithmetic",
@@ -158,12 +204,22 @@ def test_an_adapter_on_the_base_is_the_adapter_alone(tmp_path: Path) -> None:
 
 MODELS = [{"model": "one", "parameters": {"weight": 1}}, {"model": "two", "parameters": {"weight": 1}}]
 
+BARE: list[dict[str, Any]] = [{"model": "one"}, {"model": "two"}]
+
 
 @pytest.mark.parametrize(
     ("data", "words"),
     [
         ({"merge_method": "passthrough"}, "passthrough is none that adapterkit computes"),
-        ({"merge_method": "karcher"}, "karcher is none that adapterkit computes"),
+        (
+            {"merge_method": "karcher", "parameters": {"max_iter": 2.5}, "models": BARE},
+            "max_iter 2.5 is no whole number",
+        ),
+        ({"merge_method": "karcher", "parameters": {"max_iter": [1, 2]}, "models": BARE}, "max_iter is not one number"),
+        (
+            {"merge_method": "multislerp", "parameters": {"weight": -1}, "models": BARE},
+            "with a weight below 0",
+        ),
         ({"merge_method": "magic"}, "the methods that are: linear, task_arithmetic"),
         ({"merge_method": "ties"}, "ties without base_model is of whole weights"),
         ({"merge_method": "ties", "base_model": "b", "tokenizer_source": "union"}, "takes another vocabulary"),

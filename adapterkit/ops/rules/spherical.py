@@ -34,7 +34,7 @@ def slerp(
     Shoemake, SIGGRAPH 1985: (sin((1 - t) a) x + sin(t a) y) / sin(a), a the angle between x and y.
     """
     _two(parts, "slerp")
-    return _summed(parts, _between(inner_products(parts), t))
+    return _summed(parts, between(inner_products(parts), t))
 
 
 @rule(paper="", space="core", inner=True)
@@ -42,9 +42,9 @@ def nuslerp(parts: Sequence[DeltaRows], *, weights: Sequence[float] = ()) -> Del
     """Spherical interpolation whose place is the weights' (nuslerp): t = w_2 / (w_1 + w_2)."""
     _two(parts, "nuslerp")
     shares = _shares(weights, "nuslerp")
-    # What came in is w x already.
+    # What came in is w x already. However alike two are, mergekit turns between them.
     gram = _unweighted(inner_products(parts), weights)
-    return _summed(parts, [c / w for c, w in zip(_between(gram, shares[1]), weights, strict=True)])
+    return _summed(parts, [c / w for c, w in zip(between(gram, shares[1], 1.0), weights, strict=True)])
 
 
 @rule(paper="", space="core", inner=True)
@@ -56,22 +56,7 @@ def multislerp(parts: Sequence[DeltaRows], *, weights: Sequence[float] = ()) -> 
     """
     shares = _shares(weights, "multislerp")
     gram = _unweighted(inner_products(parts), weights)
-    norms = [sqrt(max(gram[i][i], 0.0)) for i in range(len(parts))]
-    units = [1 / norm if norm else 0.0 for norm in norms]
-    length = fsum(w * n for w, n in zip(shares, norms, strict=True))
-    mean = [w * u for w, u in zip(shares, units, strict=True)]  # coefficients of the deltas
-    size = _norm(mean, gram)
-    if size < _SMALL:
-        raise UsageError("the deltas point in opposite directions, so they have no mean on the sphere", "use linear")
-    mean = [c / size for c in mean]
-    dots = [_dot(mean, _one(i, units), gram) for i in range(len(parts))]
-    along = fsum(w * d for w, d in zip(shares, dots, strict=True))
-    tangent = [w * u - along * m for w, u, m in zip(shares, units, mean, strict=True)]
-    turn = _norm(tangent, gram)
-    found = (
-        mean if turn < _SMALL else [m * cos(turn) + t * sin(turn) / turn for m, t in zip(mean, tangent, strict=True)]
-    )
-    return _summed(parts, [length * c / w for c, w in zip(found, weights, strict=True)])
+    return _summed(parts, [c / w for c, w in zip(tangent_mean(gram, shares), weights, strict=True)])
 
 
 @rule(paper="", space="core", inner=True)
@@ -88,27 +73,74 @@ def karcher(
     """
     shares = _shares(weights, "karcher")
     gram = _unweighted(inner_products(parts), weights)
-    norms = [sqrt(max(gram[i][i], 0.0)) for i in range(len(parts))]
-    units = [1 / norm if norm else 0.0 for norm in norms]
-    found = [w * u for w, u in zip(shares, units, strict=True)]
-    size = _norm(found, gram)
-    if size < _SMALL:
-        raise UsageError("the deltas point in opposite directions, so they have no mean on the sphere", "use linear")
-    found = [c / size for c in found]
+    return _summed(parts, [c / w for c, w in zip(mean_by_angles(gram, shares, steps), weights, strict=True)])
+
+
+def tangent_mean(gram: list[list[float]], shares: Sequence[float]) -> list[float]:
+    """The coefficients of `multislerp` for vectors with these inner products and shares, which add up to 1.
+
+    Raises:
+        UsageError: the vectors cancel out.
+    """
+    norms, units, mean = _start(gram, shares)
+    if not any(mean):
+        return mean
+    dots = [_dot(mean, _one(i, units), gram) for i in range(len(shares))]
+    along = fsum(w * d for w, d in zip(shares, dots, strict=True))
+    tangent = [w * u - along * m for w, u, m in zip(shares, units, mean, strict=True)]
+    turn = _norm(tangent, gram)
+    found = (
+        mean if turn < _SMALL else [m * cos(turn) + t * sin(turn) / turn for m, t in zip(mean, tangent, strict=True)]
+    )
+    length = fsum(w * n for w, n in zip(shares, norms, strict=True))
+    return [length * c for c in found]
+
+
+def mean_by_angles(
+    gram: list[list[float]], shares: Sequence[float], steps: int, tolerance: float = 1e-9
+) -> list[float]:
+    """The coefficients of `karcher` for vectors with these inner products and shares, which add up to 1.
+
+    It ends after ``steps``, or before one that would turn by less than ``tolerance`` (radians).
+
+    Raises:
+        UsageError: the vectors cancel out.
+    """
+    count = len(shares)
+    norms, units, found = _start(gram, shares)
+    if not any(found):
+        return found
+    length = fsum(w * n for w, n in zip(shares, norms, strict=True))
+    # A vector of zeros has no direction, and takes no part in the mean of them.
+    pointing = fsum(w for w, n in zip(shares, norms, strict=True) if n)
     for _ in range(steps):
-        step = [0.0] * len(parts)
+        step = [0.0] * count
         for i, share in enumerate(shares):
+            if not norms[i]:
+                continue
             dot = max(-1.0, min(1.0, _dot(found, _one(i, units), gram)))
             angle = acos(dot)
-            factor = share * (angle / sin(angle) if angle > _SMALL and sin(angle) > _SMALL else 1.0)
+            factor = share / pointing * (angle / sin(angle) if angle > _SMALL and sin(angle) > _SMALL else 1.0)
             step = [s - factor * dot * f for s, f in zip(step, found, strict=True)]
             step[i] += factor * units[i]
         turn = _norm(step, gram)
-        if turn < 1e-9:
+        if turn < tolerance:
             break
         found = [f * cos(turn) + s * sin(turn) / turn for f, s in zip(found, step, strict=True)]
-    length = fsum(w * n for w, n in zip(shares, norms, strict=True))
-    return _summed(parts, [length * c / w for c, w in zip(found, weights, strict=True)])
+    return [length * c for c in found]
+
+
+def _start(gram: list[list[float]], shares: Sequence[float]) -> tuple[list[float], list[float], list[float]]:
+    """Norms, what makes unit vectors of them, and the direction of the weighted sum of those; zeros where all are zero."""
+    norms = [sqrt(max(gram[i][i], 0.0)) for i in range(len(shares))]
+    units = [1 / norm if norm else 0.0 for norm in norms]
+    mean = [w * u for w, u in zip(shares, units, strict=True)]
+    if not any(norms):
+        return norms, units, mean
+    size = _norm(mean, gram)
+    if size < _SMALL:
+        raise UsageError("the deltas point in opposite directions, so they have no mean on the sphere", "use linear")
+    return norms, units, [c / size for c in mean]
 
 
 def _two(parts: Sequence[DeltaRows], name: str) -> None:
@@ -126,12 +158,12 @@ def _unweighted(gram: list[list[float]], weights: Sequence[float]) -> list[list[
     return [[gram[i][j] / (weights[i] * weights[j]) for j in range(len(gram))] for i in range(len(gram))]
 
 
-def _between(gram: list[list[float]], t: float) -> list[float]:
-    """The coefficients of slerp."""
+def between(gram: list[list[float]], t: float, alike_above: float = _ALIKE) -> list[float]:
+    """The coefficients of slerp; vectors with a larger cosine than ``alike_above`` are blended."""
     size = sqrt(max(gram[0][0] * gram[1][1], 0.0))
     alike = max(-1.0, min(1.0, gram[0][1] / size)) if size else 1.0
     angle = acos(alike)
-    if abs(alike) > _ALIKE or sin(angle) < _SMALL:
+    if abs(alike) > alike_above or sin(angle) < _SMALL:
         return [1 - t, t]
     return [sin((1 - t) * angle) / sin(angle), sin(t * angle) / sin(angle)]
 
