@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from adapterkit.adapters.adapter import Adapter
-    from adapterkit.adapters.fidelity import Through
+    from adapterkit.adapters.fidelity import Importance, Through
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.checkpoint.encoded import Encoding
     from adapterkit.gguf.quantize import Quantization
@@ -40,6 +40,7 @@ class Output:
         through: where changed tensors are quantized: a tensor's name and shape to a function that encodes and decodes
             some of its rows, for the report on fidelity.
         encodings: changed tensors that are written in the base's own format.
+        importance: how strongly inputs use each column of a changed tensor, where an importance matrix says it.
         own: the output is in the base's own format.
         aware: training saw the sum on that format's grid, so nothing of it is lost there.
         tower: what writes the tower's file beside it, where that is made.
@@ -52,6 +53,7 @@ class Output:
     notes: tuple[str, ...]
     through: Callable[[str, tuple[int, ...]], Through | None] | None = None
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
+    importance: Importance | None = None
     own: bool = False
     aware: bool = False
     tower: Job | None = None
@@ -172,7 +174,7 @@ def _stored_in(base: Checkpoint) -> set[tuple[str | None, bool]]:
 
 def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, settings: Mapping[str, Any]) -> Output:
     """In the format that the base is stored in."""
-    from adapterkit.adapters.kept import keep_index, kept, sizes, stored_form, trained_on_the_grid
+    from adapterkit.adapters.kept import FP8, keep_index, kept, sizes, stored_form, trained_on_the_grid
 
     form = stored_form(base)
     if asked.dtype != "auto" or (asked.quant_double and asked.quant == KEEP):
@@ -182,7 +184,8 @@ def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, se
         )
     folded = fold(base, adapters, asked.adapter_weights, **_how(asked))
     rule = trained_on_the_grid(adapters, asked.adapter_weights)
-    made = kept(folded, parse_floats(asked.keep_touched or "auto"), rule)
+    touched_as = FP8 if asked.keep_touched == FP8 else parse_floats(asked.keep_touched or "auto")
+    made = kept(folded, touched_as, rule)
     view = made.view
     wider = {name: view[name] for name in made.wider}
     folded = replace(folded, checkpoint=replace(folded.checkpoint, tensors={**folded.checkpoint.tensors, **wider}))
@@ -192,7 +195,7 @@ def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, se
     plan = plan_safetensors(view, like=form.checkpoint.tensors, **settings)
     side |= keep_index(form.checkpoint, plan)
     aware = rule is not None and all(rule in form.weights[name].others for name in made.encodings)
-    said_of = (*notes, view.notes[-1], sizes(form, view))
+    said_of = (*notes, *view.notes[len(folded.checkpoint.notes) :], sizes(form, view))
     if aware:
         said_of += ("the adapter was trained with its sum on this grid: what is written is what training saw",)
     return Output(folded, view, plan, side, said_of, encodings=made.encodings, own=True, aware=aware)
@@ -221,7 +224,8 @@ def _gguf(
         how["too_lossy"], notes = _too_lossy(made.folded, made.through, asked.gguf_types)
         made = fold_gguf(base, adapters, asked.adapter_weights, **{**how, "quantization": asked.gguf_types})
     plan = plan_gguf(with_said(made.layout, asked.said), **settings)
-    return Output(made.folded, made.written, plan, {}, (*notes, *made.notes), made.through)
+    notes = (*notes, *made.notes)
+    return Output(made.folded, made.written, plan, {}, notes, made.through, importance=made.importance)
 
 
 def _hf_to_gguf(
@@ -261,7 +265,8 @@ def _hf_to_gguf(
     folded = replace(folded, checkpoint=made.folded)
     view = replace(folded.checkpoint, tensors=made.tensors)
     plan = plan_gguf(with_said(made.layout, asked.said), **settings)
-    return Output(folded, view, plan, {}, (*notes, *made.notes), made.through, tower=tower)
+    said_of = (*notes, *made.notes)
+    return Output(folded, view, plan, {}, said_of, made.through, importance=made.importance, tower=tower)
 
 
 def _tower(
