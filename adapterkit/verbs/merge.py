@@ -16,7 +16,7 @@ from adapterkit.checkpoint import odd
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.files import fingerprint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
-from adapterkit.errors import CheckFailed, UsageError, option
+from adapterkit.errors import CheckFailed, TargetError, UsageError, option
 from adapterkit.ops.device import check_name, check_there
 from adapterkit.places import Address
 from adapterkit.requests.call import takes
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 COARSE_BITS = 5  # formats of so many bits and fewer lose a change to values that lie on such a grid already
 LOOKED_AT = 4_000_000_000  # bytes of inputs in a store of which a dry run reads a sample too
 SAMPLED = 8  # tensors that are measured before a base's own grid is written again
+FEW = 4  # tensors that are measured to say what another format would keep
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,10 @@ class Merge:
             return self.base
         return open_model(base) if self.base.stored is None else self.base.stored.checkpoint
 
-    def report(self, measured: Measured, fidelity: FidelityReport | None = None) -> MergeReport:
-        """What was done, or would be."""
+    def report(
+        self, measured: Measured, fidelity: FidelityReport | None = None, instead: tuple[str, ...] = ()
+    ) -> MergeReport:
+        """What was done, or would be; ``instead`` says what another format would have kept."""
         from adapterkit.adapters.merged import not_finite
         from adapterkit.verbs.report import AdapterUse, MergeReport
 
@@ -159,6 +162,7 @@ class Merge:
             notes=(
                 *self.notes,
                 *measured.notes,
+                *instead,
                 *self._half_saved(),
                 *self._trained_elsewhere(measured.dry_run),
                 *not_finite(computed),
@@ -184,7 +188,7 @@ class Merge:
             tensors=self.view,
             sources=self.sources,
             out=asked.target,
-            report=lambda measured: self.report(measured, loss.report()),
+            report=lambda measured: self.report(measured, loss.report(), loss.instead),
             side=self.side,
             record=_recorder(self, named, full=asked.full_record, measured=loss.figures),
             inputs=folders,
@@ -283,11 +287,14 @@ class Loss:
     watched: bool
     watch: Watch | None = field(default=None, init=False)
     sampled: FidelityReport | None = field(default=None, init=False)
+    instead: tuple[str, ...] = field(default=(), init=False)
 
     def ahead(self) -> None:
         """See `_still_there`. Values on the Hub are not there to be measured before a download; those in a store are."""
         if self._can_look():
             self.sampled = _still_there(self.merge, yes_lossy=self.merge.request.yes_lossy)
+            if self.merge.request.writes:
+                self.instead = _if_kept(self.merge)
         if self.watched and self.merge.request.writes and self.watch is None:
             self.watch = self._watch()
 
@@ -408,6 +415,28 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
             f"format, or insist with {option('yes_lossy', True)}",
         )
     return found
+
+
+def _if_kept(planned: Merge) -> tuple[str, ...]:
+    """What the base's own format would keep of the bytes and of the change, where it is not what is written."""
+    form = planned.base.stored
+    if form is None or planned.output.own or planned.request.to != FOLDER or planned.base.format == "gguf":
+        return ()
+    from adapterkit.adapters.fidelity import left_in_own_format
+    from adapterkit.adapters.kept import kept
+
+    name = option("quant", "keep")
+    try:
+        made = kept(planned.folded)
+        found = left_in_own_format(planned.folded, made.encodings, tensors=FEW) if made.encodings else None
+    except (UsageError, TargetError) as error:
+        return (f"{name} could not write this: {error.message}",)
+    size = sum(tensor.nbytes for tensor in made.view.values())
+    whole = sum(tensor.nbytes for tensor in planned.view.values())
+    said = f"{name} would write {size / 1e9:.3g} GB in place of {whole / 1e9:.3g} GB"
+    if found is None or found.worst is None:
+        return (said,)
+    return (f"{said} and keep about {found.retention:.0%} of the change (cosine {found.cosine:.2f})",)
 
 
 def _still_there_in_gguf(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:

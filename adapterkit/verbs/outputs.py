@@ -174,7 +174,7 @@ def _stored_in(base: Checkpoint) -> set[tuple[str | None, bool]]:
 
 def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, settings: Mapping[str, Any]) -> Output:
     """In the format that the base is stored in."""
-    from adapterkit.adapters.kept import keep_index, kept, sizes, stored_form, trained_on_the_grid
+    from adapterkit.adapters.kept import FP8, keep_index, kept, sizes, stored_form, trained_on_the_grid
 
     form = stored_form(base)
     if asked.dtype != "auto" or (asked.quant_double and asked.quant == KEEP):
@@ -184,7 +184,8 @@ def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, se
         )
     folded = fold(base, adapters, asked.adapter_weights, **_how(asked))
     rule = trained_on_the_grid(adapters, asked.adapter_weights)
-    made = kept(folded, parse_floats(asked.keep_touched or "auto"), rule)
+    touched_as = FP8 if asked.keep_touched == FP8 else parse_floats(asked.keep_touched or "auto")
+    made = kept(folded, touched_as, rule)
     view = made.view
     wider = {name: view[name] for name in made.wider}
     folded = replace(folded, checkpoint=replace(folded.checkpoint, tensors={**folded.checkpoint.tensors, **wider}))
@@ -194,7 +195,7 @@ def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, se
     plan = plan_safetensors(view, like=form.checkpoint.tensors, **settings)
     side |= keep_index(form.checkpoint, plan)
     aware = rule is not None and all(rule in form.weights[name].others for name in made.encodings)
-    said_of = (*notes, view.notes[-1], sizes(form, view))
+    said_of = (*notes, *view.notes[len(folded.checkpoint.notes) :], sizes(form, view))
     if aware:
         said_of += ("the adapter was trained with its sum on this grid: what is written is what training saw",)
     return Output(folded, view, plan, side, said_of, encodings=made.encodings, own=True, aware=aware)

@@ -237,11 +237,11 @@ def test_scales_that_are_no_numbers(store, name: str, part: str, message: str) -
     assert f"a.{part}" in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["fp8 blocks", "ct int4", "ct nvfp4", "fp8 tensor"])
+@pytest.mark.parametrize("name", ["fp8 blocks", "ct int4", "ct nvfp4", "fp8 tensor", "mlx"])
 def test_a_scale_of_zero_over_other_numbers(store, name: str) -> None:
     made = FORMATS[name]
     tensors = {f"a.{leaf}": tensor.contiguous() for leaf, tensor in made.encode(weight(0, (256, 256))).items()}
-    part = next(leaf for leaf in tensors if "weight_scale" in leaf)
+    part = next(leaf for leaf in tensors if "weight_scale" in leaf or leaf.endswith("scales"))
     tensors[part] = torch.zeros_like(tensors[part])
     handle = dequantized(store(tensors, made.config))["a.weight"]
     with pytest.raises(CheckpointError, match="is zero where its numbers are not"):
@@ -297,6 +297,10 @@ def test_a_config_without_a_dtype_never_means_float32(tmp_path: Path, name: str)
     assert {t.dtype for n, t in stored(tmp_path / "out").items() if n.endswith("_proj.weight")} == {torch.bfloat16}
     assert any("names no dtype; weights are decoded to bf16" in note for note in report.notes)
     assert any("quant='keep' writes the base's own format" in note for note in report.notes)
+    said = next(note for note in report.notes if "quant='keep' would write" in note)
+    kept = merge(base, [tmp_path / "adapter"], tmp_path / "kept", quant="keep", yes_lossy=True, fidelity=True)
+    assert kept.fidelity is not None
+    assert f"keep about {kept.fidelity.retention:.0%} of the change (cosine {kept.fidelity.cosine:.2f})" in said
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -392,3 +396,30 @@ def test_a_weight_that_an_adapter_brings_whole(tmp_path: Path) -> None:
     after = stored(tmp_path / "out")
     for leaf, tensor in FORMATS["ct int4"].encode(own.float()).items():
         assert same(after[f"{OTHER}.{leaf}"], tensor), leaf
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("fp8 short blocks", "modules_to_not_convert"), ("ct int4", "ignore"), ("nf4", "llm_int8_skip_modules")],
+)
+def test_a_config_that_names_modules_that_are_not_there(tmp_path: Path, name: str, key: str) -> None:
+    """None of them: it belongs to other weights. Some: a note. Patterns, heads and names of fused modules are left alone."""
+    base = base_of(tmp_path, name)
+    said = json.loads((base / "config.json").read_text())
+    gone, usual = (
+        "model.layers.7.mlp.gone_proj",
+        ["lm_head", "re:.*gate$", "model.layers.0.self_attn.qkv_proj", "model.mtp.1.a.b"],
+    )
+    for names, refused, noted in (
+        ([*usual, gone], True, False),
+        ([*usual, gone, "model.layers.0.self_attn"], False, True),
+        ([*usual, "language_model.layers.0.self_attn.q_proj"], False, False),
+    ):
+        said["quantization_config"][key] = names
+        (base / "config.json").write_text(json.dumps(said))
+        if refused:
+            with pytest.raises(CheckpointError, match=f"leaves '{gone}' in 16 bits"):
+                dequantized(open_checkpoint(base))
+        else:
+            notes = dequantized(open_checkpoint(base)).notes
+            assert any(gone in note for note in notes) is noted
