@@ -170,6 +170,6 @@ def _of_text(text: str, name: str) -> TrainedBase | None:
     if eight and not four:
         return TrainedBase("int8", None, where)
     # axolotl and LLaMA-Factory take NF4 unless told otherwise, bitsandbytes itself FP4: its config always says it.
-    kind = said("bnb_4bit_quant_type") or "nf4"
+    kind = "fp4" if said("bnb_4bit_quant_type") == "fp4" else "nf4"
     double = said("bnb_4bit_use_double_quant") or said("double_quantization")
-    return TrainedBase(kind, None if not double else double == "true", where)
+    return TrainedBase(kind, double == "true" if double in ("true", "false") else None, where)
