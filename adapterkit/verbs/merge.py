@@ -100,8 +100,7 @@ class Merge:
 
     def _trained_elsewhere(self, dry_run: bool) -> tuple[str, ...]:
         """Adapters that say they were trained on quantized values that these are not, and how far those are."""
-        from adapterkit.adapters.fidelity import coarse_tensors
-        from adapterkit.adapters.trained_base import elsewhere, how_far, trained_base
+        from adapterkit.adapters.trained_base import already_coarse, elsewhere, how_far, trained_base
 
         here = not dry_run and all(source.path is not None for source in self.sources)
         said = []
@@ -109,7 +108,7 @@ class Merge:
             words, trained = elsewhere(adapter, self.base, self.base_values), trained_base(adapter)
             if adapter.whole or words is None or trained is None:
                 continue
-            if here and self.base_values == "as stored" and self.base.format != "gguf" and coarse_tensors(self.folded):
+            if here and self.base_values == "as stored" and self.base.format != "gguf" and already_coarse(self.folded):
                 continue  # a folder that was decoded from such a grid has the values that training saw
             far = how_far(self.folded, trained.grid) if here else None
             moved = "" if far is None else f"; quantizing moves the base {far:.2g} times as far as the adapters do"
