@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.fold import Folded, fold
 from adapterkit.adapters.sidecars import side_files
+from adapterkit.checkpoint.pipeline import components
 from adapterkit.checkpoint.plan import Plan, plan_safetensors
 from adapterkit.errors import UsageError, option
+from adapterkit.places import Address
 from adapterkit.requests.merge import FOLDER, GGUF, parse_floats
 from adapterkit.values import dataclass
 
@@ -82,6 +84,8 @@ def output(
             f"{base.ref} holds no tower" if base.format == "gguf" else "an mmproj file belongs beside a GGUF file",
             "merge into the Hugging Face base, and name the output like OUT.gguf",
         )
+    if components(base.config):
+        _check_pipeline(base, asked)
     found = _OUTPUTS.get((base.format == "gguf", asked.to))
     if found is None:
         raise UsageError(
@@ -89,6 +93,28 @@ def output(
             "name the output so, or convert it first: adapterkit convert BASE.gguf --to hf -o DIR",
         )
     return found(base, adapters, asked, settings, values)
+
+
+def _check_pipeline(base: Checkpoint, asked: MergeRequest) -> None:
+    """A pipeline is written as it is stored, in one run, to a folder.
+
+    Raises:
+        UsageError: anything else is asked for.
+    """
+    given = {
+        option("quant"): asked.quant,
+        option("dtype"): None if asked.dtype == "auto" else asked.dtype,
+        option("max_shard_size"): asked.max_shard_size,
+        option("on"): asked.on,
+        option("save_plan"): asked.save_plan,
+    }
+    wrong = next((name for name, value in given.items() if value is not None), None)
+    if wrong is not None:
+        raise UsageError(f"{base.ref} is a pipeline, for which {wrong} means nothing", "merge into one of its folders")
+    if asked.to != FOLDER or one_file(asked) or isinstance(asked.target, Address):
+        raise UsageError(
+            f"{base.ref} is a pipeline and becomes a folder on a disk", f"name a folder: {option('out')} DIR"
+        )
 
 
 def _folder(

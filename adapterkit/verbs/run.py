@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit import disk
 from adapterkit.checkpoint.cut import shares
-from adapterkit.checkpoint.plan import Plan
+from adapterkit.checkpoint.plan import MOST_PLAN, Plan
 from adapterkit.errors import OutputError, UsageError, option
 from adapterkit.requests.call import takes
 from adapterkit.requests.workers import WRITTEN_JOBS, RunRequest, parse_rate
@@ -77,7 +78,7 @@ def run(request: RunRequest) -> RunReport:
         MissingPackage: Ray is not installed.
     """
     started = time.monotonic()
-    plan = Plan.from_json(Path(request.plan).read_bytes())
+    plan = Plan.from_json(disk.read_regular(Path(request.plan), MOST_PLAN))
     opened = OpenPlan(plan, request.target or "", part_size(request))
     told = RunReport(str(request.plan), str(request.out or ""), "", 0, len(opened.parts), nbytes=plan.nbytes)
     if request.dry_run:
@@ -158,6 +159,10 @@ def _task(opened: OpenPlan, request: RunRequest, told: RunReport, started: float
         worker_seconds=sum(one.seconds for one in done),
         peak_memory=peak_memory(),
         reused=sum(one.reused for one in done),
+        requests=sum(one.requests for one in done),
+        bytes_down=sum(one.bytes_down for one in done),
+        bytes_up=sum(one.bytes_up for one in done),
+        bytes_inside=sum(one.bytes_inside for one in done),
         report=report,
     )
 
