@@ -1,4 +1,4 @@
-"""What llama.cpp makes of every config field of every row: ``tools/gguf_contract.py [--write FILE] [KIND ...]``.
+"""What llama.cpp makes of every config field: ``tools/gguf_contract.py [--write FILE] [--stored FILE] [KIND ...]``.
 
 For each architecture of ``tests/gguf/arch_zoo.py`` a tiny random model is made with transformers. Then, one at a time, each
 field of its config gets another value, the model is built and converted again, and llama.cpp (the xllamacpp wheel) says the
@@ -7,7 +7,7 @@ log-probabilities of the token after a prompt that is longer than the windows; t
 * ``agrees``: the file computes what transformers computes, and the field does something there;
 * ``idle``: both agree and the field changes nothing in transformers either;
 * ``refused``: the conversion says no (the sentence is kept);
-* ``noted``: the file differs, and the conversion said so;
+* ``noted``: the file differs, and the conversion said what it does not say of the unchanged model;
 * ``silent``: the file differs, and nothing was said. A fault;
 * ``no-load``: llama.cpp does not load the file. A fault;
 * ``no-model``: transformers itself does not build or run such a model.
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,16 @@ router_aux_loss_coef router_jitter_noise aux_loss_alpha seq_aux rescale_prenorm_
 max_window_layers seq_length ep_size tie_word_embeddings base_model_tp_plan base_model_pp_plan
 """
 LEFT_OUT = frozenset(_LEFT_OUT_WORDS.split())
+_PARTS = ("text_config", "thinker_config")
 ACTIVATIONS = ("relu", "gelu", "silu", "gelu_pytorch_tanh", "relu2")
 
 
 def perturbations(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Title -> the fields that differ."""
+    """Title -> the fields that differ; of a model that sees or hears, those of its text part."""
+    for part in _PARTS:
+        if isinstance(config.get(part), dict):
+            inner = perturbations(config[part])
+            return {f"{part}.{title}": {part: change} for title, change in inner.items()}
     found: dict[str, dict[str, Any]] = {}
     for name, value in config.items():
         if name in LEFT_OUT or "dropout" in name or name.endswith("_pdrop") or name.startswith("_"):
@@ -106,8 +112,15 @@ def _others(name: str, value: Any) -> list[Any]:
 def _ropes(config: dict[str, Any]) -> dict[str, Any]:
     """Rotary embeddings of every kind, with each of their numbers."""
     rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or not rope or any(isinstance(one, dict) for one in rope.values()):
+    if not isinstance(rope, dict) or not rope:
         return {}
+    if any(isinstance(one, dict) for one in rope.values()):
+        return {
+            f"{kind} {title}": {**rope, kind: changed}
+            for kind, one in rope.items()
+            if isinstance(one, dict)
+            for title, changed in _ropes({**config, "rope_parameters": one}).items()
+        }
     head = config.get("qk_rope_head_dim") or config.get("head_dim") or 64 // config.get("num_attention_heads", 4)
     half = int(head * rope.get("partial_rotary_factor", 1.0)) // 2
     plain = {k: v for k, v in rope.items() if k in ("rope_theta", "partial_rotary_factor", "mrope_section")}
@@ -248,15 +261,27 @@ def measure(kind: str, runtime: Runtime, only: set[str] | None = None) -> dict[s
         for title, change in perturbations(config).items():
             if only is not None and title not in only:
                 continue
-            _, verdict = _one(at / "other", kind, tiny, change, encoder, runtime, base)
+            _, verdict = _one(at / "other", kind, tiny, change, encoder, runtime, base, said.get("notes", ()))
             found["fields"][title] = verdict
         if only is None:
             found["lora"] = loras(at / "base.gguf", at, encoder, runtime)
     return found
 
 
+def _changed(config: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    parts = {name: _changed(config[name], value) for name, value in change.items() if name in _PARTS and name in config}
+    return {**config, **change, **parts}
+
+
 def _one(
-    folder: Path, kind: str, tiny: Any, change: dict[str, Any], encoder: bool, runtime: Runtime, base: Any
+    folder: Path,
+    kind: str,
+    tiny: Any,
+    change: dict[str, Any],
+    encoder: bool,
+    runtime: Runtime,
+    base: Any,
+    usual: Collection[str] = (),
 ) -> tuple[Any, dict[str, Any]]:
     """Transformers' own answer (with the shapes of its weights), and the verdict."""
     import shutil
@@ -269,7 +294,7 @@ def _one(
     shutil.rmtree(folder, ignore_errors=True)
     file = folder.with_suffix(".gguf")
     file.unlink(missing_ok=True)
-    zoo.ZOO["perturbed"] = replace(tiny, config={**tiny.config, **change})
+    zoo.ZOO["perturbed"] = replace(tiny, config=_changed(tiny.config, change))
     try:
         model = zoo.build(folder, "perturbed")
         expected = of_model(model, encoder)
@@ -285,7 +310,7 @@ def _one(
     except AdapterkitError as err:
         return (expected, shapes), {"verdict": "refused", **found, "why": f"{err}".replace(str(folder), "MODEL")[:300]}
     got = runtime.run(file, pool=encoder)
-    notes = [note for note in report.notes if "no token" not in note]
+    notes = [note for note in report.notes if "no token" not in note and note not in usual]
     if isinstance(got, str):
         return (expected, shapes), {"verdict": "no-load", **found, "why": got}
     far = float(f"{abs(got - expected).max():.2g}")
@@ -339,10 +364,19 @@ def loras(file: Path, at: Path, encoder: bool, runtime: Runtime) -> dict[str, st
     return found
 
 
+def words(found: dict[str, Any]) -> dict[str, Any]:
+    """The verdicts of a kind without their figures."""
+    fields = {title: one["verdict"] for title, one in found["fields"].items()}
+    return {"class": found["class"], "fields": fields, "lora": found["lora"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kinds", nargs="*")
     parser.add_argument("--write", type=Path, help="where the verdicts go, as JSON; kinds not named are kept")
+    parser.add_argument(
+        "--stored", type=Path, help="the same with the words alone, as tests/gguf/contract.json has them"
+    )
     asked = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import arch_zoo as zoo
@@ -361,6 +395,11 @@ def main() -> None:
         print(f"{kind}: silent or not loaded: {bad}; no LoRA on: {lost} {kept[kind].get('error', '')}", flush=True)
         if asked.write:
             asked.write.write_text(json.dumps(kept, indent=1) + "\n")
+        if asked.stored and "error" not in kept[kind]:
+            stored = json.loads(asked.stored.read_text()) if asked.stored.is_file() else {}
+            stored[kind] = words(kept[kind])
+            lines = (f"{json.dumps(name)}: {json.dumps(one)}" for name, one in stored.items())
+            asked.stored.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     runtime.close()
 
 

@@ -25,9 +25,12 @@ if TYPE_CHECKING:
     from adapterkit.ops.fidelity import FidelitySums
 
     Through = Callable[[torch.Tensor], torch.Tensor]
+    Importance = Callable[[str, tuple[int, ...]], torch.Tensor | None]
 
 ENOUGH = 0.9  # retention below which a report warns
-DEAD, DEAD_COSINE = 0.5, 0.1  # retention and cosine below which a tensor's change counts as lost
+DEAD = (
+    0.5  # cosine (or retention) below which a tensor's change counts as lost: more of what is written is something else
+)
 # Of a large tensor one row in so many is measured. What a format adds is so much larger than what a dtype does that its
 # mean needs more of them: with an error of NF4's size (0.09 |W|) the retention of n entries is within 0.09 |W|/|delta|/sqrt(n).
 SAMPLE, SAMPLE_FORMAT = 16, 8
@@ -39,7 +42,9 @@ RANGES = 4  # of a tensor that is looked at before it is written
 
 @dataclass(frozen=True)
 class TensorFidelity:
-    """One tensor: |delta|/|W|, share of entries that did not move, retention, cosine; see `adapterkit.ops.fidelity`.
+    """One tensor: |delta|/|W|, share of entries that did not move, retention, cosine, error; see `adapterkit.ops.fidelity`.
+
+    ``weighed`` is the error with every column times its importance, where there is an importance matrix.
 
     ``base_error`` is |W - decode(encode(W))| / |delta| where the base is taken as trained: what the adapter would have to
     do without if it were folded onto W instead.
@@ -51,17 +56,27 @@ class TensorFidelity:
     retention: float
     cosine: float
     base_error: float | None = None
+    error: float = 0.0
+    weighed: float | None = None
+
+    @property
+    def dead(self) -> bool:
+        """Whether less than half of the change is left, or what is written points elsewhere."""
+        return self.retention < DEAD or self.cosine < DEAD
 
 
 @dataclass(frozen=True)
 class FidelityReport:
     """What survives of a merge.
 
+    Cosine and error come first: they order real outputs as their answers do. Retention alone does not: noise can raise it.
+
     Attributes:
-        retention, cosine, relative, unmoved: over all measured tensors together.
-        worst: the tensor that keeps least.
-        tensors: every measured tensor, those that keep least first.
+        retention, cosine, relative, unmoved, error: over all measured tensors together.
+        worst: the tensor with the least cosine.
+        tensors: every measured tensor, those of the least cosine first.
         format: what the numbers are for, as ``bf16`` or ``nf4``.
+        weighed: the error with every column times its importance, over the tensors that have one; None without any.
     """
 
     retention: float
@@ -71,6 +86,8 @@ class FidelityReport:
     worst: TensorFidelity | None
     tensors: tuple[TensorFidelity, ...]
     format: str
+    error: float = 0.0
+    weighed: float | None = None
 
     @property
     def base_error(self) -> float | None:
@@ -83,30 +100,36 @@ class FidelityReport:
         """One line."""
         if self.worst is None:
             return "nothing was changed"
+        weighed = "" if self.weighed is None else f" ({self.weighed:.2g} by importance)"
         return (
-            f"{self.retention:.1%} of the change survives in {self.format}, cosine {self.cosine:.3f}; "
-            f"worst: {self.worst.name} {self.worst.retention:.1%}{self._lost}"
+            f"cosine {self.cosine:.3f} with the change in {self.format}, error beside it {self.error:.2g}{weighed}, "
+            f"{self.retention:.1%} of it survives; worst: {self.worst.name} {self.worst.cosine:.3f}{self._lost}"
         )
 
     @property
     def dead(self) -> tuple[TensorFidelity, ...]:
         """Tensors of whose change less than half is left, or that point elsewhere: a mean over all hides them."""
-        return tuple(row for row in self.tensors if row.retention < DEAD or row.cosine < DEAD_COSINE)
+        return tuple(row for row in self.tensors if row.dead)
 
     @property
     def _lost(self) -> str:
         """Words for the tensors that a mean hides."""
-        if not self.dead or len(self.dead) == len(self.tensors):
+        if not self.dead:
             return ""
-        names = ", ".join(row.name for row in self.dead[:4])
-        more = f" and {len(self.dead) - 4} more" if len(self.dead) > 4 else ""
-        return f"; {len(self.dead)} of {len(self.tensors)} tensors lose theirs: {names}{more}"
+        if len(self.dead) == len(self.tensors):
+            return f"; below {DEAD:g} in every tensor: what {self.format} adds or loses is larger than the change"
+        names = ", ".join(row.name for row in self.dead)
+        return (
+            f"; {len(self.dead)} of {len(self.tensors)} tensors are dead (cosine or retention below {DEAD:g}): {names}"
+        )
 
     @property
     def advice(self) -> str:
         """What to do when little survives; empty when enough does."""
         if self.retention >= ENOUGH:
-            return ""
+            if not self.dead or len(self.dead) == len(self.tensors):
+                return ""
+            return f"keep the dead tensors wider ({option('keep_touched')}), or keep the adapter beside the base"
         if self.format in ("bf16", "fp8"):
             return f"write {option('dtype', 'f16')}, or keep the adapter beside the base"
         road = f"start from the 16-bit base ({option('base16')}), keep these layers at 8 bits"
@@ -123,6 +146,7 @@ class Watch:
         through: for another format, a tensor's name and shape to a function that encodes and decodes some of its rows, or
             to None where it stays in its dtype.
         encodings: tensors that are written in the base's own format, where ``kind`` is the name of that.
+        importance: a tensor's name and shape to how strongly inputs use each of its columns, or to None.
     """
 
     def __init__(
@@ -131,8 +155,10 @@ class Watch:
         kind: str | None = None,
         through: Callable[[str, tuple[int, ...]], Through | None] | None = None,
         encodings: Mapping[str, Encoding] | None = None,
+        importance: Importance | None = None,
     ) -> None:
         view = folded.checkpoint
+        self._importance = importance or (lambda name, shape: None)
         self._encodings = encodings or {}
         self._sums: dict[str, dict[int, FidelitySums]] = {}
         self._lock = threading.Lock()
@@ -152,9 +178,10 @@ class Watch:
             if encoding is not None:
                 encoding.witness = partial(self._written, name, tensor)
                 continue
-            tensor.watch = partial(self._add, name, tensor, through(name, tensor.shape))
+            by = self._importance(name, tensor.shape)
+            tensor.watch = partial(self._add, name, tensor, (through(name, tensor.shape), by))
             if isinstance(tensor.base, Merged):  # the base as trained: its change is what quantization did to it
-                tensor.base.watch = partial(self._add, name + BASE, tensor.base, None)
+                tensor.base.watch = partial(self._add, name + BASE, tensor.base, (None, None))
 
     def stop(self) -> None:
         """Watch no longer."""
@@ -180,8 +207,12 @@ class Watch:
                 one = Fidelity.of(sums)
                 below = sum(self._sums.get(name + BASE, {}).values(), FidelitySums())
                 error = sqrt(below.dd / below.count / (sums.dd / sums.count)) if below.count and sums.dd else None
-                found.append(TensorFidelity(name, one.relative, one.unmoved, one.retention, one.cosine, error))
-        found.sort(key=lambda item: (item.retention, item.name))
+                found.append(
+                    TensorFidelity(
+                        name, one.relative, one.unmoved, one.retention, one.cosine, error, one.error, one.weighed
+                    )
+                )
+        found.sort(key=lambda item: (item.cosine, item.name))
         whole = Fidelity.of(total)
         return FidelityReport(
             whole.retention,
@@ -191,6 +222,8 @@ class Watch:
             found[0] if found else None,
             tuple(found),
             self._format,
+            whole.error,
+            whole.weighed,
         )
 
     def _written(
@@ -199,7 +232,7 @@ class Watch:
         """A range that was encoded: every value is measured."""
         from adapterkit.ops.fidelity import block_sums
 
-        sums = block_sums(base, wanted, written)
+        sums = block_sums(base, wanted, written, error=True)
         with self._lock:
             self._sums.setdefault(name, {})[start] = sums
 
@@ -207,13 +240,14 @@ class Watch:
         self,
         key: str,
         tensor: Merged,
-        through: Through | None,
+        how: tuple[Through | None, torch.Tensor | None],
         start: int,
         base: torch.Tensor,
         wanted: torch.Tensor,
     ) -> None:
         from adapterkit.ops.fidelity import block_sums
 
+        through, importance = how
         rows = base.shape[0]
         if tensor.numel > WHOLE and rows >= self._share:
             # Some rows of every block, not always the first.
@@ -221,7 +255,7 @@ class Watch:
             first = start // tensor.block % self._share * count
             base, wanted = base[first : first + count], wanted[first : first + count]
         written = wanted.to(tensor.dtype.torch) if through is None else through(wanted)
-        sums = block_sums(base, wanted, written)
+        sums = block_sums(base, wanted, written, error=True, importance=importance)
         with self._lock:
             self._sums.setdefault(key, {})[start] = sums
 

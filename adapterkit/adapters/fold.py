@@ -19,6 +19,7 @@ from adapterkit.adapters.target import Target
 from adapterkit.adapters.ties import Weighted, same_bytes, settle_ties
 from adapterkit.adapters.widened import widened_base
 from adapterkit.checkpoint.decoded import dequantized
+from adapterkit.checkpoint.pipeline import lead_of
 from adapterkit.checkpoint.tensor import Cast, Tensor
 from adapterkit.dtypes import FLOATS
 from adapterkit.errors import AdapterError, TargetError, UsageError, option
@@ -258,7 +259,12 @@ def replicated_base(base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[Chec
 
 def _shards(base: Checkpoint, merged: Mapping[str, Tensor]) -> dict[str, str]:
     last = list(base.shards.values())[-1] if base.shards else "model.safetensors"
-    return {name: base.shards.get(name, last) for name in merged}
+    of_folder = {lead_of(file): file for file in base.shards.values() if "/" in file}
+    found = {}
+    for name in merged:
+        own = next((file for lead, file in of_folder.items() if name.startswith(lead)), last) if of_folder else last
+        found[name] = base.shards.get(name, own)
+    return found
 
 
 def _check_vocabulary(base: Checkpoint, merged: Mapping[str, Tensor], names: Names) -> None:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from adapterkit.adapters.merged import Merged, in_dtype
-from adapterkit.adapters.wider import RECORD, leaving, left_out, patched_record
+from adapterkit.adapters.wider import RECORD, check_fp8, in_fp8, leaving, left_out, not_in_vllm, patched_record
 from adapterkit.checkpoint.decoded import Decoded
 from adapterkit.checkpoint.encoded import Encoded, Encoding
 from adapterkit.checkpoint.tensor import Retyped, Transposed
 from adapterkit.codecs.conv1d import is_conv1d
+from adapterkit.codecs.table import method_of, quantization
 from adapterkit.errors import TargetError, UsageError, option
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class KeptFold:
     Attributes:
         view: what is written.
         encodings: the weights that are encoded again, by the names that they have when decoded.
-        wider: the weights that left the base's format.
+        wider: the weights that left the base's format for a floating dtype.
     """
 
     view: Checkpoint
@@ -90,13 +91,17 @@ def trained_on_the_grid(adapters: Sequence[Adapter], weights: Sequence[float] | 
     return "torchao"
 
 
-def kept(folded: Folded, touched_as: DType | None = None, rule: str | None = None) -> KeptFold:
+FP8: Literal["fp8"] = "fp8"
+
+
+def kept(folded: Folded, touched_as: DType | Literal["fp8"] | None = None, rule: str | None = None) -> KeptFold:
     """The view of a fold in which everything is stored as in the base.
 
     Args:
         folded: of a view of decoded weights.
         touched_as: write changed weights, and those that servers run as one with them, in this dtype instead; the config
-            then names them among the modules that are not quantized.
+            then names them among the modules that are not quantized. ``fp8`` is FP8 with a scale per row, which the config
+            of compressed-tensors can name beside another format.
         rule: of another library than a format's own, for formats that have one; see `trained_on_the_grid`.
 
     Raises:
@@ -111,14 +116,22 @@ def kept(folded: Folded, touched_as: DType | None = None, rule: str | None = Non
     tensors: dict[str, Tensor] = {}
     encodings: dict[str, Encoding] = {}
     wider = leaving(form, touched & set(form.weights)) if touched_as is not None else []
+    if touched_as == FP8:
+        check_fp8(form, wider)
+    floats = None if isinstance(touched_as, str) else touched_as
     out = set(wider)
     for name, tensor in stored.items():
         weight = parts.get(name)
         if weight is None:
             tensors[name] = new[name] if name in touched and name in new else tensor
-        elif weight.name in out and touched_as is not None:
+        elif weight.name in out and touched_as == FP8:
+            if weight.name not in encodings:
+                made = _in_fp8(weight, new[weight.name], stored)
+                encodings[weight.name] = made[0].shared
+                tensors.update({one.name: one for one in made})
+        elif weight.name in out and floats is not None:
             if weight.name not in tensors:
-                tensors[weight.name] = _in(new[weight.name], touched_as)
+                tensors[weight.name] = _in(new[weight.name], floats)
         elif weight.name not in touched:
             tensors[name] = tensor
         elif weight.name not in encodings:
@@ -131,11 +144,14 @@ def kept(folded: Folded, touched_as: DType | None = None, rule: str | None = Non
     known = {weight.name for weight in form.weights.values()}
     tensors.update({name: tensor for name, tensor in new.items() if name not in known and name not in tensors})
     last = list(stored.shards.values())[-1] if stored.shards else "model.safetensors"
-    counts = Counter(form.weights[name].how for name in encodings)
+    counts = Counter(form.weights[name].how for name in encodings if name not in out)
     said = ", ".join(f"{count} in {how}" for how, count in counts.items())
     if wider:
         said = f"{said or 'nothing'}; {len(wider)} weights left it and are {touched_as}"
-    config = left_out(stored.config, stored, wider, form.weights) if wider else stored.config
+    config = stored.config
+    if wider:
+        config = in_fp8(config, wider) if touched_as == FP8 else left_out(config, stored, wider, form.weights)
+    caveat = not_in_vllm(method_of(quantization(stored.config) or {}), wider)
     side_files = tuple(
         patched_record(file, wider) if wider and file.name == RECORD else file for file in stored.side_files
     )
@@ -145,9 +161,13 @@ def kept(folded: Folded, touched_as: DType | None = None, rule: str | None = Non
         shards={name: stored.shards.get(name, places.get(name, last)) for name in tensors},
         config=config,
         side_files=side_files,
-        notes=(*folded.checkpoint.notes, f"the base's own format kept; written again: {said or 'nothing'}"),
+        notes=(
+            *folded.checkpoint.notes,
+            f"the base's own format kept; written again: {said or 'nothing'}",
+            *((caveat,) if caveat else ()),
+        ),
     )
-    return KeptFold(view, encodings, tuple(wider))
+    return KeptFold(view, encodings, () if touched_as == FP8 else tuple(wider))
 
 
 def _check_layers(form: StoredForm, new: Mapping[str, Tensor]) -> None:
@@ -223,6 +243,16 @@ def _encoded(weight: Weight, tensor: Tensor, stored: Checkpoint, rule: str | Non
     encoder = weight.others.get(rule or "", weight.encoder)()
     shared = Encoding(linear, encoder, _both(tensor, linear, weight), weight.how)
     return list(_handles(shared))
+
+
+def _in_fp8(weight: Weight, tensor: Tensor, stored: Checkpoint) -> list[Encoded]:
+    """A weight in FP8 with a scale per row, as compressed-tensors stores it."""
+    from adapterkit.codecs.compressed import new_rows
+
+    turned = is_conv1d(weight.name, stored.config) and not weight.upright
+    linear = Transposed(tensor) if turned else tensor
+    encoder = new_rows(weight.name, linear.shape, tensor.dtype)
+    return list(_handles(Encoding(linear, encoder, _both(tensor, linear, weight), "fp8 per row")))
 
 
 def _handles(shared: Encoding) -> Iterator[Encoded]:

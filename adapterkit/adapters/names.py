@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.layout import MOST_BLOCKS, Layout, UnmappableError, lead_of, run, unrun, whole
 from adapterkit.adapters.renamings import Loader, table
 from adapterkit.adapters.target import Piece, Target
+from adapterkit.checkpoint.pipeline import components
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -86,6 +87,11 @@ class Names:
         """The model type of the config and of the configs inside it."""
         parts = [self._config, *(part for part in self._config.values() if hasattr(part, "get"))]
         return frozenset(str(part.get("model_type") or "") for part in parts)
+
+    @cached_property
+    def components(self) -> tuple[str, ...]:
+        """Of a pipeline, the folders that hold tensors; empty for a model."""
+        return components(self._config)
 
     @cached_property
     def known_class(self) -> bool:

@@ -175,4 +175,4 @@ def found_files(store: Store, where: BucketReference) -> tuple[BucketFile, ...] 
 
 def missing(where: BucketReference) -> NotFound:
     """The error of a version that is not there."""
-    return NotFound(f"{where} does not exist", "check the folder and the tag; push sets the tag latest by itself")
+    return NotFound(f"{where} does not exist", "check the folder and the tag (latest, where none is said)")

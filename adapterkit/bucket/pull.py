@@ -99,7 +99,7 @@ def _fetch(store: Store, exact: BucketReference, file: BucketFile, folder: Path)
     finally:
         os.close(target)
     if digest.hexdigest() != file.sha256:
-        raise CheckFailed(f"the bytes of {store.place(key)} are not those of its digest", "push it again")
+        raise CheckFailed(f"the bytes of {store.place(key)} are not those of its digest", "remove it, and push again")
 
 
 def _default_name(reference: BucketReference) -> str:

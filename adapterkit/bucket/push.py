@@ -17,7 +17,6 @@ from adapterkit.bucket.layout import (
     MANIFEST,
     BucketFile,
     BucketReference,
-    found_files,
     found_tag,
     manifest_of,
     parse_bucket,
@@ -106,10 +105,12 @@ def push_bucket(
         raise OutputError(
             f"{to} is sha256:{before[0][:12]} and is not moved", f"choose another tag, or {option('move_tag', True)}"
         )
-    left = _left(store, exact, uploads)
+    vouched = _vouched(store, exact, manifest)
+    left = _left(store, exact, uploads) if vouched else uploads
     for upload in left:
         _send(store, exact, upload)
-    store.put((exact.files / MANIFEST).key, manifest, absent=True)
+    if not vouched:
+        store.put((exact.files / MANIFEST).key, manifest)
     by_digest = BucketReference(to.folder, ready.record.content[:_BY_DIGEST])
     store.put(by_digest.pointer.key, tag_bytes(exact.digest), absent=True)
     if before is None:
@@ -135,10 +136,16 @@ def push_bucket(
     )
 
 
+def _vouched(store: Store, exact: BucketReference, manifest: bytes) -> bool:
+    """Whether the manifest of an earlier push, which is written last, is there as it has to be."""
+    there = store.head((exact.files / MANIFEST).key)
+    if there is None or there.size != len(manifest):
+        return False
+    return store.read(there.key, 0, there.size, there.etag) == manifest
+
+
 def _left(store: Store, exact: BucketReference, uploads: list[Upload]) -> list[Upload]:
-    """The files that have to be sent: all, where no manifest vouches for what lies there."""
-    if found_files(store, exact) is None:
-        return uploads
+    """The files of an earlier push that are gone, or of another size."""
     held = {one.key: one.size for one in store.entries(f"{exact.files.key}/")}
     return [upload for upload in uploads if held.get((exact.files / upload.path).key) != upload.size]
 

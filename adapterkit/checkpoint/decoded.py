@@ -92,7 +92,7 @@ def dequantized(checkpoint: Checkpoint, dtype: DType | None = None) -> Checkpoin
     if is_plain(checkpoint):
         return checkpoint
     from adapterkit.codecs.conv1d import is_conv1d
-    from adapterkit.codecs.table import CACHE, find_weights, without_quantization
+    from adapterkit.codecs.table import CACHE, absent_modules, find_weights, without_quantization
 
     weights = find_weights(checkpoint.tensors, checkpoint.config, checkpoint.ref)
     if not weights:
@@ -104,6 +104,10 @@ def dequantized(checkpoint: Checkpoint, dtype: DType | None = None) -> Checkpoin
         if dtype is None:
             dtype = usual_dtype(checkpoint, used)
             notes = (f"config.json names no dtype; weights are decoded to {dtype}, as the other tensors are",)
+    absent, _ = absent_modules(checkpoint.tensors, checkpoint.config)
+    if absent:
+        others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        notes += (f"config.json leaves '{absent[0]}'{others} in 16 bits, which is not in the checkpoint",)
     decoded: dict[str, Tensor] = {}
     for weight in weights:
         handle = Decoded(weight, dtype)

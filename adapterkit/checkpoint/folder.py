@@ -188,12 +188,6 @@ def _only_weights(listing: Listing) -> str:
             f"{listing.ref} holds its weights only as a pickle ({pickled[0]}), which can run code when loaded",
             "save it again with safe_serialization=True",
         )
-    if "model_index.json" in listing.names:
-        parts = sorted({name.partition("/")[0] for name in listing.names if name.endswith(".safetensors")})
-        raise NotFound(
-            f"{listing.ref} is a pipeline, whose parts are merged one at a time",
-            f"name one of its folders as the base ({', '.join(parts)})",
-        )
     raise NotFound(f"{listing.ref} holds no safetensors weights", "give a Hugging Face model folder")
 
 

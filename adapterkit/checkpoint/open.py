@@ -11,6 +11,7 @@ from adapterkit.checkpoint.finders import place_of
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG, INDEX, SINGLE, read_file, read_folder
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.checkpoint.listing import Listing, LocalFolder, read_json
+from adapterkit.checkpoint.pipeline import is_pipeline, read_pipeline
 from adapterkit.errors import NotFound, UnsafeError
 from adapterkit.places import address_of, readable
 
@@ -85,7 +86,8 @@ def open_checkpoint(ref: str | Path, *, headers_only: bool = False) -> Checkpoin
         if not config.is_file():
             return read_file(LocalFile(path, meant.shown, loose=True), {})  # what lies beside it is not its own
         return read_file(LocalFile(path, meant.shown), read_json(LocalFile(config)))
-    return read_folder(locate(ref, headers_only=headers_only))
+    listing = locate(ref, headers_only=headers_only)
+    return read_pipeline(listing) if is_pipeline(listing.names) else read_folder(listing)
 
 
 def is_object(ref: str | Path, suffixes: Sequence[str]) -> bool:

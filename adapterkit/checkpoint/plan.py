@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from adapterkit.checkpoint.folder import INDEX, PIPELINE, SINGLE
 from adapterkit.checkpoint.header import build_header
 from adapterkit.checkpoint.listing import check_plain
+from adapterkit.checkpoint.pipeline import lead_of
 from adapterkit.checkpoint.plan_file import PlanStep, Steps, Tables, columns_of, to_text
 from adapterkit.checkpoint.tensor import Stored
 from adapterkit.dtypes import DTYPES
@@ -151,6 +152,11 @@ class Plan:
         """What the index of the files is called."""
         return PIPELINE + INDEX if all(file.name.startswith(PIPELINE) for file in self.files) else INDEX
 
+    @property
+    def in_folders(self) -> bool:
+        """Whether the files are those of a pipeline, each in the folder of its component."""
+        return any("/" in file.name for file in self.files)
+
     def targets(self, out: Place) -> dict[str, Place]:
         """Where the files of a plan for ``out`` end up; several of ``layout`` file are numbered before the suffix."""
         names = [file.name for file in self.files]
@@ -180,7 +186,10 @@ class Plan:
         return hashlib.sha256(said.encode()).hexdigest()
 
     def header(self, file: PlannedFile) -> bytes:
-        return build_header([(s.tensor, DTYPES[s.dtype], s.shape) for s in file.steps], self.metadata)[0]
+        lead = lead_of(file.name)
+        return build_header(
+            [(s.tensor.removeprefix(lead), DTYPES[s.dtype], s.shape) for s in file.steps], self.metadata
+        )[0]
 
     def to_json(self) -> str:
         """The plan file; `adapterkit.checkpoint.plan_file` says what is in it."""
@@ -224,7 +233,7 @@ class Plan:
             tables = Tables(data["kinds"], data["sources"])
             files = tuple(
                 PlannedFile(
-                    check_plain(file["name"], "the plan"),
+                    _checked(file["name"]),
                     int(file["nbytes"]),
                     Steps(file, tables),
                     file["verbatim"],
@@ -238,6 +247,14 @@ class Plan:
             raise CheckpointError(
                 f"this is not a plan file ({error!r})", f"write one with {option('save_plan')}"
             ) from None
+
+
+def _checked(name: str) -> str:
+    """The name of an output file: plain, or in the folder of a pipeline's component."""
+    folder, slash, file = str(name).partition("/")
+    for part in (folder, file) if slash else (folder,):
+        check_plain(part, "the plan")
+    return name
 
 
 def plan_safetensors(
@@ -256,6 +273,8 @@ def plan_safetensors(
             and shapes as one of those, it gets that file's header and order.
     """
     metadata = {**view.metadata, "format": view.metadata.get("format", "pt")}
+    if max_shard_size is not None and any("/" in file for file in view.shards.values()):
+        raise UsageError("a pipeline keeps the shards of its components", f"leave out {option('max_shard_size')}")
     groups = _own_shards(view) if max_shard_size is None else _packed_shards(view, max_shard_size)
     files = tuple(_plan_file(name, tensors, metadata, like or {}) for name, tensors in groups)
     memory = max((tensor.memory for tensor in view.values()), default=0)
@@ -273,7 +292,7 @@ def _own_shards(view: Checkpoint) -> list[tuple[str, list[Tensor]]]:
     groups: dict[str, list[Tensor]] = {}
     for name, tensor in view.items():
         groups.setdefault(view.shards[name], []).append(tensor)
-    if len(groups) == 1:
+    if len(groups) == 1 and "/" not in next(iter(groups)):
         return [(_lead(view) + SINGLE, next(iter(groups.values())))]
     return list(groups.items())
 
@@ -320,8 +339,9 @@ def _plan_file(
         start = 8 + int.from_bytes(found.read(0, 8), "little")
         head = Chunk(0, start, source=found.name)
         return PlannedFile(name, found.size, steps, head=(head,))
-    header, offsets = build_header([(t.name, t.dtype, t.shape) for t in tensors], metadata)
-    steps = tuple(step_of(tensor, offsets[tensor.name]) for tensor in tensors)
+    lead = lead_of(name)
+    header, offsets = build_header([(t.name.removeprefix(lead), t.dtype, t.shape) for t in tensors], metadata)
+    steps = tuple(step_of(tensor, offsets[tensor.name.removeprefix(lead)]) for tensor in tensors)
     return PlannedFile(name, steps[-1].offset + steps[-1].nbytes if steps else len(header), steps)
 
 

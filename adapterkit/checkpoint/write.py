@@ -16,6 +16,7 @@ from adapterkit.checkpoint.files import check_unchanged
 from adapterkit.checkpoint.folder import RECORD
 from adapterkit.checkpoint.journal import Journal
 from adapterkit.checkpoint.memory import check_memory
+from adapterkit.checkpoint.pipeline import lead_of
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import (
     check_output,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from adapterkit.checkpoint.files import Source
-    from adapterkit.checkpoint.plan import Plan
+    from adapterkit.checkpoint.plan import Plan, PlannedFile
     from adapterkit.checkpoint.tensor import Tensor
 
 
@@ -163,7 +164,9 @@ def finish(one: Writing, folder: Path, *, force: bool) -> None:
     """Make the hidden folder the target, with the index and the side files; or its files the targets themselves."""
     plan, out, record = one.plan, one.out, one.record
     extra = dict(one.side_files)
-    if len(plan.files) > 1:
+    if plan.in_folders:
+        extra |= component_indexes(plan)
+    elif len(plan.files) > 1:
         extra.setdefault(plan.index_name, index_json(plan))
     try:
         if plan.layout == "file":
@@ -178,7 +181,9 @@ def finish(one: Writing, folder: Path, *, force: bool) -> None:
         for name, data in (record(folder) if record is not None else {}).items():
             disk.write_inside(folder, name, data)
             extra[name] = data
-        keep = {file.name for file in plan.files} | one.made | {name.partition("/")[0] for name in extra}
+        keep = (
+            {file.name.partition("/")[0] for file in plan.files} | one.made | {name.partition("/")[0] for name in extra}
+        )
         publish(folder, out, keep=keep, force=force)
     except OSError as error:
         raise disk.refused(error, str(out), out.parent) from error
@@ -188,6 +193,28 @@ def index_json(plan: Plan) -> bytes:
     """``model.safetensors.index.json`` for a sharded plan, in the layout that transformers writes."""
     found = {"metadata": {"total_size": plan.total_size}, "weight_map": dict(sorted(plan.weight_map.items()))}
     return (json.dumps(found, indent=2) + "\n").encode()
+
+
+def component_indexes(plan: Plan) -> dict[str, bytes]:
+    """The indexes of a pipeline's components that are sharded, by their names in the output."""
+    folders: dict[str, list[PlannedFile]] = {}
+    for file in plan.files:
+        folders.setdefault(lead_of(file.name), []).append(file)
+    found = {}
+    for lead, files in folders.items():
+        if len(files) > 1:
+            folder = lead.removesuffix(".")
+            plain = tuple(
+                replace(
+                    file,
+                    name=file.name.removeprefix(f"{folder}/"),
+                    steps=tuple(step._replace(tensor=step.tensor.removeprefix(lead)) for step in file.steps),
+                )
+                for file in files
+            )
+            own = replace(plan, files=plain)
+            found[f"{folder}/{own.index_name}"] = index_json(own)
+    return found
 
 
 def identity(plan: Plan, sources: Sequence[Source]) -> str:

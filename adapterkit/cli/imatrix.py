@@ -45,7 +45,7 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Run MODEL (a Hugging Face folder, merged if adapters belong to it) over a text and write an importance matrix.
+    """Run MODEL (a folder, merged if adapters belong to it, or a GGUF file) over a text and write an importance matrix.
 
     The file is llama-imatrix's: `--imatrix` here and llama-quantize take it. Needs transformers.
 

@@ -69,10 +69,14 @@ def show_fidelity(found: FidelityReport) -> None:
     """What survives, and the tensors that keep least."""
     say(found.summary)
     trained = any(row.base_error is not None for row in found.tensors)
-    say(f"  {'retention':>9} {'cosine':>7} {'unmoved':>8} {'|d|/|W|':>8}{' |W-q|/|d|' if trained else ''}  tensor")
+    say(
+        f"  {'cosine':>7} {'error':>7} {'retention':>9} {'unmoved':>8} {'|d|/|W|':>8}{' |W-q|/|d|' if trained else ''}  tensor"
+    )
     for row in found.tensors[:5]:
         error = f" {row.base_error:>9.2f}" if row.base_error is not None else " " * 10 * trained
-        say(f"  {row.retention:>9.1%} {row.cosine:>7.4f} {row.unmoved:>8.1%} {row.relative:>8.1e}{error}  {row.name}")
+        off = row.error if row.weighed is None else row.weighed
+        kept = f"{row.cosine:>7.4f} {off:>7.2g} {row.retention:>9.1%} {row.unmoved:>8.1%} {row.relative:>8.1e}"
+        say(f"  {kept}{error}  {row.name}")
     if found.base_error is not None:
         say(f"quantizing the base moved it {found.base_error:.2g} times as far as the adapter does (the median layer)")
     if found.advice:

@@ -121,8 +121,9 @@ def show(report: VerifyReport) -> None:
         counts = ", ".join(f"{count(number)} {status}" for status, number in tensors.counts.items())
         say(f"tensors  {counts}; {count(tensors.touched)} of {count(tensors.total)} changed by adapters")
         say(
-            f"         {tensors.retention:.2%} of the change is there (cosine {tensors.cosine:.5f}, |d|/|W| "
-            f"{tensors.relative:.1e}, unmoved {tensors.unmoved:.1%}), {tensors.seconds:.1f} s"
+            f"         cosine {tensors.cosine:.5f} with the change, error beside it {tensors.error:.2g}, "
+            f"{tensors.retention:.2%} of it is there (|d|/|W| {tensors.relative:.1e}, unmoved {tensors.unmoved:.1%}), "
+            f"{tensors.seconds:.1f} s"
         )
     if report.layers is not None:
         layers = report.layers

@@ -396,5 +396,6 @@ BNB4 = Codec(
     what="NF4 and FP4, every block size, with and without double quantization, any storage dtype",
     test="test_bitsandbytes.py: bitsandbytes",
     leave=listed("llm_int8_skip_modules"),
+    fused=True,
     kinds=(_kind("nf4"), _kind("fp4")),
 )

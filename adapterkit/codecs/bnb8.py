@@ -134,6 +134,7 @@ BNB8 = Codec(
     what="LLM.int8 with row-wise scales",
     test="test_bitsandbytes.py: bitsandbytes",
     leave=listed("llm_int8_skip_modules"),
+    fused=True,
     kinds=(
         Kind(
             "int8",

@@ -143,6 +143,7 @@ class Codec:
         what: which variants are read, for readers.
         leave: writes names of modules into a ``quantization_config`` that are stored in 16 bits beside the others; takes the
             config, those names, and the linear modules that are in 16 bits already. None: loaders go by the tensors alone.
+        fused: servers look for their own name of a fused module (``qkv_proj``) where ``leave`` writes.
         kinds: how it is written anew.
         elsewhere: targets of ``convert`` that another program writes in this format.
         test: the tests that hold it against the library that defines it, or against the published layout.
@@ -157,6 +158,7 @@ class Codec:
     what: str
     test: str
     leave: Leave | None = field(default=None, repr=False)
+    fused: bool = False
     kinds: tuple[Kind, ...] = ()
     elsewhere: tuple[str, ...] = ()
 

@@ -372,6 +372,20 @@ def new_blocks(name: str, shape: tuple[int, ...], dtype: DType, double: bool) ->
     )
 
 
+def new_rows(name: str, shape: tuple[int, ...], dtype: DType) -> Encoder:
+    """FP8 with a scale per row."""
+    return _new(
+        name,
+        shape,
+        ("weight", F8, shape[1]),
+        dtype,
+        (1, shape[1]),
+        lambda: float8(F8, dtype),
+        lambda rows: rows.contiguous().view(F8.torch),
+        as_bytes,
+    )
+
+
 def new_int4(name: str, shape: tuple[int, ...], dtype: DType, double: bool) -> Encoder | None:
     """INT4 in groups of 128 columns; None where those do not divide the columns, which compressed-tensors refuses."""
     if shape[1] % GROUP:

@@ -336,7 +336,7 @@ def _weight(
 
 
 def _leave_gptq(config: dict[str, Any], names: Sequence[str], plain: Sequence[str]) -> None:
-    """GPTQModel's ``dynamic``: a pattern behind ``-:`` is not quantized. Not tried in a server."""
+    """GPTQModel's ``dynamic``: a pattern behind ``-:`` is not quantized (vLLM, `get_dynamic_override`)."""
     config["dynamic"] = {**(config.get("dynamic") or {}), **{f"-:^{re.escape(name)}$": {} for name in names}}
 
 
@@ -351,6 +351,7 @@ GPTQ = Codec(
     what="2, 3, 4 and 8 bits, versions 1 and 2, activation order (g_idx); auto-round's export of it",
     test="test_gptq.py: auto-round (slow), else by its published layout",
     leave=_leave_gptq,
+    fused=True,
 )
 AWQ = Codec(
     "AWQ",
@@ -362,4 +363,5 @@ AWQ = Codec(
     what="gemm of 4 bits",
     test="test_gptq.py: AutoAWQ where installed, else by its published layout",
     leave=listed("modules_to_not_convert"),
+    fused=True,
 )

@@ -143,11 +143,14 @@ def _weight(
             else whole(scales).view(rows, across)
         )
         bias = whole(parts[2]).view(rows, across) if len(parts) == 3 else None
+        empty = bias is not None and bool((factor == 0).any())
 
         def decode(start: int, stop: int) -> torch.Tensor:
             first, last = start // columns, stop // columns
             codes = read(first, last).view(last - first, across, size)
             part = slice(first, last)
+            if empty and bool(((codes != 0).any(2) & (factor[part] == 0)).any()):
+                raise CheckpointError(f"a scale of '{scales.name}' is zero where its numbers are not", AGAIN)
             found = decoded(codes, factor[part, :, None], None if bias is None else bias[part, :, None])
             return found.to(dtype.torch).view(-1)
 

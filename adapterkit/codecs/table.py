@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -121,7 +122,53 @@ def find_weights(parts: Parts, config: Mapping[str, Any], where: str) -> list[We
     found = [weight for codec in rows for weight in codec.find(parts, quantized)]
     if rows:
         _check(parts, found, rows, where)
+    absent, named = absent_modules(parts, config)
+    if absent and len(absent) == named:
+        raise CheckpointError(
+            f"config.json of {where} leaves '{absent[0]}' in 16 bits, and the checkpoint has no module that it names there",
+            "restore the config.json that was saved with these weights",
+        )
     return found
+
+
+LISTS = (
+    "modules_to_not_convert",
+    "ignore",
+    "ignored_layers",
+    "llm_int8_skip_modules",
+    "exclude_modules",
+    "skip_modules",
+)
+_IN_LAYER = re.compile(r"(?:^|\.)([A-Za-z_]\w*\.\d+\.[\w.]+)$")
+# Names that servers give to fused modules, and layers that predict further tokens, which are often left out.
+_ELSEWHERE = re.compile(r"(?:.*\.)?(?:(?:fused_)?qkv\w*|gate_up_proj|w13|in_proj_(?:qkvz|ba))$|(?:.*\.)?mtp\b.*")
+
+
+def absent_modules(parts: Parts, config: Mapping[str, Any]) -> tuple[list[str], int]:
+    """Modules of a layer that a ``quantization_config`` names as not quantized and that are not there; and how many it names.
+
+    Only whole names are looked at, from the number of the layer on: patterns and names of a kind of layer fit or do not.
+    """
+    said = quantization(config) or {}
+    inner = said.get("quantization")
+    lists = [part.get(key) for part in (said, inner) if isinstance(part, Mapping) for key in LISTS]
+    named = [name for one in lists if isinstance(one, list) for name in one if isinstance(name, str)]
+    first, more = config.get("num_hidden_layers"), config.get("num_nextn_predict_layers")
+    last = range(first, first + more) if isinstance(first, int) and isinstance(more, int) else range(0)
+    asked = {}
+    for name in named:
+        found = _IN_LAYER.search(name)
+        if found and not _ELSEWHERE.fullmatch(name) and int(found[1].split(".")[1]) not in last:
+            asked[name] = found[1]
+    if not asked:
+        return [], 0
+    there: set[str] = set()
+    for name in parts:
+        found = _IN_LAYER.search(name)
+        if found:
+            words = found[1].split(".")
+            there.update(".".join(words[:count]) for count in range(3, len(words) + 1))
+    return [name for name, key in asked.items() if key not in there], len(asked)
 
 
 def _check(parts: Parts, found: list[Weight], rows: list[Codec], where: str) -> None:

@@ -130,4 +130,5 @@ TORCHAO = Codec(
     what="int8 and float8, plain layouts",
     test="test_torchao.py: torchao where installed, else by its published layout",
     leave=listed("modules_to_not_convert"),
+    fused=True,
 )

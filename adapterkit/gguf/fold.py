@@ -15,11 +15,13 @@ from adapterkit.gguf.hf import gguf_names
 from adapterkit.gguf.names import OUTPUT
 from adapterkit.gguf.plan import FileLayout
 from adapterkit.gguf.quantize import Quantization, typed
-from adapterkit.gguf.tensors import decoded, kind_of, round_trip
+from adapterkit.gguf.tensors import decoded, importance_of, kind_of, round_trip
 from adapterkit.gguf.text_part import text_part
 from adapterkit.ops.device import CPU
 
 if TYPE_CHECKING:
+    import torch
+
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.bound_rule import BoundRule
     from adapterkit.adapters.fidelity import Through
@@ -49,7 +51,12 @@ class GGUFFolded:
         if name not in self.written or len(shape) < 2:
             return None
         kind = kind_of(self.written[name])
-        return lambda rows: round_trip(kind, rows.reshape(-1, shape[-1])).view(rows.shape)
+        by = self.importance(name, shape)
+        return lambda rows: round_trip(kind, rows.reshape(-1, shape[-1]), by).view(rows.shape)
+
+    def importance(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+        """How strongly inputs use the columns of a changed tensor; see `adapterkit.verbs.outputs.Output`."""
+        return None if name not in self.written else importance_of(self.written[name], shape)
 
 
 def fold_gguf(

@@ -15,7 +15,7 @@ from adapterkit.gguf.filetypes import file_type
 from adapterkit.gguf.grids import on_four_bits
 from adapterkit.gguf.plan import FileLayout
 from adapterkit.gguf.quantize import GRID_BITS, Quantization, TypeInputs, typed_from
-from adapterkit.gguf.tensors import bits_per_weight, round_trip
+from adapterkit.gguf.tensors import bits_per_weight, importance_of, round_trip
 from adapterkit.gguf.types import TYPES
 
 if TYPE_CHECKING:
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     import torch
 
     from adapterkit.adapters.adapter import Adapter
-    from adapterkit.adapters.fidelity import Through
+    from adapterkit.adapters.fidelity import Importance, Through
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.dtypes import DType
+    from adapterkit.gguf.arch.mapping import Mapped
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class FromHF:
         folded: the checkpoint that is read, its merged tensors not rounded.
         types: how many tensors have each type.
         through: what a type does to rows of a changed tensor; see `adapterkit.verbs.outputs.Output`.
+        importance: how strongly inputs use each column of one, where an importance matrix says it.
     """
 
     model: Model
@@ -48,6 +50,7 @@ class FromHF:
     types: dict[str, int]
     notes: tuple[str, ...]
     through: Callable[[str, tuple[int, ...]], Through | None]
+    importance: Importance
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -120,8 +123,20 @@ def from_hf(
     kinds = {tensor.name: tensor.dtype.code for tensor in found.tensors}
     if too_lossy is None:
         kept += _again(base, model, touched, kinds, yes_lossy=asked.yes_lossy)
-    through = partial(through_types, model.mapped.sources, kinds)
-    return FromHF(model, layout, view, found.types, (*model.notes, *notes, *kept, *found.notes), through)
+    importance = partial(_importance, model.mapped, {tensor.name: tensor for tensor in found.tensors})
+    through = partial(through_types, model.mapped.sources, kinds, importance)
+    return FromHF(model, layout, view, found.types, (*model.notes, *notes, *kept, *found.notes), through, importance)
+
+
+def _importance(
+    mapped: Mapped, tensors: Mapping[str, Tensor], name: str, shape: tuple[int, ...]
+) -> torch.Tensor | None:
+    """How strongly inputs use the columns of a checkpoint's tensor, where they lie in GGUF as in the checkpoint."""
+    for one in mapped.sources.get(name, ()):
+        boxes = [box for box in mapped.arrays[one].boxes if box.tensor == name] if one in tensors else []
+        if boxes and all(not b.turned and b.columns.is_plain and b.columns.count == shape[-1] for b in boxes):
+            return importance_of(tensors[one], shape)
+    return None
 
 
 def _again(
@@ -166,15 +181,19 @@ def _packed(
 
 
 def through_types(
-    sources: Mapping[str, tuple[str, ...]], kinds: Mapping[str, str], name: str, shape: tuple[int, ...]
+    sources: Mapping[str, tuple[str, ...]],
+    kinds: Mapping[str, str],
+    importance: Importance | None,
+    name: str,
+    shape: tuple[int, ...],
 ) -> Through | None:
     """Rows of a checkpoint's tensor through the type of what it becomes: a row keeps its values under an index map."""
     became = next((kinds[one] for one in sources.get(name, ()) if one in kinds), None)
     if became is None or len(shape) < 2:
         return None
-    columns = shape[-1]
+    columns, by = shape[-1], None if importance is None else importance(name, shape)
 
     def through(rows: torch.Tensor) -> torch.Tensor:
-        return round_trip(TYPES[became], rows.reshape(-1, columns)).view(rows.shape)
+        return round_trip(TYPES[became], rows.reshape(-1, columns), by).view(rows.shape)
 
     return through

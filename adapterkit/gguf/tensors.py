@@ -220,8 +220,8 @@ class FiniteCast(Cast):
         raise error
 
 
-def round_trip(kind: GGMLType, rows: torch.Tensor) -> torch.Tensor:
-    """Rows as they come back from a type: ``decode(encode(rows))``."""
+def round_trip(kind: GGMLType, rows: torch.Tensor, importance: torch.Tensor | None = None) -> torch.Tensor:
+    """Rows as they come back from a type, encoded with the columns' importance: ``decode(encode(rows))``."""
     import torch
 
     if is_plain(kind):
@@ -229,9 +229,17 @@ def round_trip(kind: GGMLType, rows: torch.Tensor) -> torch.Tensor:
     from adapterkit.gguf.encode import decode, encode
 
     matrix = rows.reshape(-1, rows.shape[-1])
-    return torch.from_numpy(decode(kind.name, encode(kind.name, matrix), rows.shape[-1])).view(rows.shape)
+    return torch.from_numpy(decode(kind.name, encode(kind.name, matrix, importance), rows.shape[-1])).view(rows.shape)
 
 
 def _rows(shape: tuple[int, ...]) -> int:
     columns = shape[-1] if shape else 1
     return min(max(1, BLOCK // columns) * columns, max(prod(shape), 1))
+
+
+def importance_of(tensor: Tensor, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """How strongly inputs use each column of a matrix, float32; None where no matrix says it, or one for each expert does."""
+    import torch
+
+    found = getattr(tensor, "importance", None)
+    return torch.from_numpy(found[0]) if found is not None and found.shape == (1, shape[-1]) else None

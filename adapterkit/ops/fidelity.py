@@ -1,8 +1,9 @@
-"""How much of a change survives rounding: sums over blocks, and the four numbers that come of them.
+"""How much of a change survives rounding: sums over blocks, and the numbers that come of them.
 
 With W the base, D the change that was wanted (W' - W before rounding) and G the one that was written: relative size
 |D|/|W|; unmoved, the share of entries where G is nothing; retention <G, D>/|D|^2, 1 when all of the change is there;
-cosine <G, D>/(|G||D|), less than 1 by what rounding adds.
+cosine <G, D>/(|G||D|), less than 1 by what rounding adds; error |G-D|/|D|, and the same with every column weighed by how
+strongly inputs use it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 class FidelitySums:
     """Sums over entries: how many, how many moved, <W, W>, <D, D>, <G, D>, <G, G>, and <G-D, G-D> where it is asked for; and
     how many entries were left out because W, W' or what was written is NaN or infinite there (``odd``), and at how many of
-    them W' is neither (``lost``)."""
+    them W' is neither (``lost``). ``weighed_ee`` and ``weighed_dd`` are <G-D, G-D> and <D, D> with each column times its
+    importance, of blocks that have one."""
 
     count: float = 0.0
     moved: float = 0.0
@@ -28,6 +30,8 @@ class FidelitySums:
     ee: float = 0.0
     odd: float = 0.0
     lost: float = 0.0
+    weighed_ee: float = 0.0
+    weighed_dd: float = 0.0
 
     def __add__(self, other: FidelitySums) -> FidelitySums:
         return FidelitySums(*(mine + theirs for mine, theirs in zip(astuple(self), astuple(other), strict=True)))
@@ -63,6 +67,11 @@ class FidelitySums:
         return sqrt(self.ee / self.dd) if self.dd else self.off
 
     @property
+    def weighed_error(self) -> float | None:
+        """The error with each column times its importance; None where no block had one."""
+        return sqrt(self.weighed_ee / self.weighed_dd) if self.weighed_dd else None
+
+    @property
     def off(self) -> float:
         """\\|G-D|/|W|"""
         return sqrt(self.ee / self.ww) if self.ww else (1.0 if self.ee else 0.0)
@@ -73,7 +82,14 @@ class FidelitySums:
         return sqrt(self.ee / self.dd / self.count) if self.dd and self.count else 0.0
 
 
-def block_sums(base: torch.Tensor, wanted: torch.Tensor, got: torch.Tensor, *, error: bool = False) -> FidelitySums:
+def block_sums(
+    base: torch.Tensor,
+    wanted: torch.Tensor,
+    got: torch.Tensor,
+    *,
+    error: bool = False,
+    importance: torch.Tensor | None = None,
+) -> FidelitySums:
     """The sums of one block.
 
     Products are summed in float32, which a block of 1 MB can bear, and blocks in float64.
@@ -83,6 +99,7 @@ def block_sums(base: torch.Tensor, wanted: torch.Tensor, got: torch.Tensor, *, e
         wanted: W' before rounding, of any floating dtype.
         got: what was written, of any floating dtype.
         error: <G-D, G-D> too.
+        importance: float32 ``[columns]``, the mean square of each column's inputs, where the block is whole rows of them.
     """
     w, new, there = (tensor.reshape(-1).float() for tensor in (base, wanted, got))
     odd = lost = 0
@@ -102,21 +119,28 @@ def block_sums(base: torch.Tensor, wanted: torch.Tensor, got: torch.Tensor, *, e
         w, d, g = w.double(), d.double(), g.double()
         dots = [dots[0], w.dot(w), d.dot(d), g.dot(d), g.dot(g), *([(d - g).dot(d - g)] if error else [])]
     sums = FidelitySums(float(w.numel()), *(float(dot) for dot in dots))
+    if importance is not None and not odd and w.numel() % len(importance) == 0:
+        off, change = (v.view(-1, len(importance)).double().square().sum(0) for v in (g - d, d))
+        by = importance.double()
+        sums = replace(sums, weighed_ee=float(off @ by), weighed_dd=float(change @ by))
     return replace(sums, odd=float(odd), lost=float(lost)) if odd else sums
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """The four numbers of a tensor, or of many."""
+    """The numbers of a tensor, or of many: ``error`` where it was asked for, ``weighed`` where there was importance."""
 
     relative: float
     unmoved: float
     retention: float
     cosine: float
+    error: float = 0.0
+    weighed: float | None = None
 
     @classmethod
     def of(cls, sums: FidelitySums) -> Fidelity:
         """From summed blocks; a change of nothing is kept whole."""
         if sums.dd == 0:
             return cls(0.0, sums.unmoved, 1.0, 1.0)
-        return cls(sums.relative if sums.ww else float("inf"), sums.unmoved, sums.retention, sums.cosine)
+        relative = sums.relative if sums.ww else float("inf")
+        return cls(relative, sums.unmoved, sums.retention, sums.cosine, sums.error, sums.weighed_error)

@@ -28,7 +28,12 @@ VERIFY, REGISTER, PUSH = "verify", "register", "push"
 # kind of a registered conversion, by its form; a merge and a combination say it in the record beside them
 _KINDS = {"gguf": "converted", "gguf-lora": "converted", "peft": "adapter", "mlx": "adapter"}
 
-_OF_TENSORS = ("min_retention", "min_cosine")  # thresholds that the tensors are held to; the others ask the model
+_OF_TENSORS = (
+    "min_retention",
+    "min_cosine",
+    "max_error",
+    "max_dead",
+)  # thresholds that the tensors are held to; the others ask the model
 
 Task = tuple[str, str, Callable[[], dict[str, Any]]]
 
@@ -40,7 +45,7 @@ def words(step: Step) -> tuple[str, ...]:
     if verify is not None:
         limits = [
             f"{name.replace('_', '-')} {value:g}"
-            for name in ("max_kl", "min_top1", "min_retention", "min_cosine")
+            for name in ("max_kl", "min_top1", *_OF_TENSORS)
             if (value := getattr(verify, name)) is not None
         ]
         page = [f"a page in {verify.html}"] if verify.html is not None else []
@@ -156,6 +161,8 @@ class After:
             min_top1=asked.min_top1,
             min_retention=asked.min_retention,
             min_cosine=asked.min_cosine,
+            max_error=asked.max_error,
+            max_dead=asked.max_dead,
             jobs=self._how.jobs,
             progress=self._how.progress,
             **merge_options(merged),
@@ -250,7 +257,8 @@ def _summary(found: VerifyReport) -> str:
     if found.tensors is None:
         return f"{found.level}: headers, config and the files beside them"
     counts = ", ".join(f"{number} {status}" for status, number in found.tensors.counts.items() if number)
-    parts = [f"{counts}; {found.tensors.retention:.1%} of the change is there"]
+    there = f"the change has cosine {found.tensors.cosine:.4f}, {found.tensors.retention:.1%} of it is there"
+    parts = [f"{counts}; {there}"]
     if found.layers is not None:
         parts.append(f"layers lose {found.layers.lost:.1%} of it")
     if found.model is not None:
@@ -268,8 +276,10 @@ def _levels(found: VerifyReport) -> Iterator[Verification]:
         yield Verification("load", found.ok, {}, {}, **dated)
         return
     figures = {
-        "retention": tensors.retention,
         "cosine": tensors.cosine,
+        "error": tensors.error,
+        "retention": tensors.retention,
+        "dead": len(tensors.dead),
         "tensors": tensors.total,
         "touched": tensors.touched,
     }

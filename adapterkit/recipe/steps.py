@@ -361,8 +361,9 @@ class _Maker:
                         key = name.replace("_", "-")
                         what = f"{shown((*at, key))} needs the model's answers, and level {said.level} does not ask for them"
                         self.file.fail((*at, key), what, 'use level = "model"')
-            for key, limit in (("min-retention", said.min_retention), ("min-cosine", said.min_cosine)):
-                if said.level == "none" and limit is not None:
+            for name in ("min_retention", "min_cosine", "max_error", "max_dead"):
+                key = name.replace("_", "-")
+                if said.level == "none" and getattr(said, name) is not None:
                     self.file.fail((*at, key), f"nothing is verified, so {key} cannot be met", "raise the level")
             self._file((*at, "prompts"), said.prompts)
         if asked.verify is not None and verb == CONVERT and asked.from_ is None:

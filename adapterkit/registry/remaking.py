@@ -20,7 +20,7 @@ from adapterkit.registry.gather import gather
 from adapterkit.registry.home import Home
 from adapterkit.registry.record import NOT_CONTENT, FileEntry, Record
 
-OPERATIONS = ("merge", "convert")
+OPERATIONS = ("merge", "convert", "combine", "resize", "extract")
 TEMPORARY = ".remake-"
 """What the names of folders begin with in which versions are made again; gc sweeps those that a killed one left."""
 SMALL = 1 << 16

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from adapterkit.requests.groups import Adapters, Base, Ref
 
 FACTOR_TYPES = ("f32", "bf16", "f16")
-STYLES = ("peft", "diffusers", "kohya", "comfyui", "lycoris")
+FOLDERS = ("peft", "mlx")  # of several files
+STYLES = (*FOLDERS, "diffusers", "kohya", "comfyui", "lycoris")
 
 
 class Opened(Protocol):
@@ -46,10 +47,11 @@ class FactorOptions(Request):
         default="f32",
         metadata=opt("Dtype of the factors.", role=BYTES, group=OUTPUT, choices=FACTOR_TYPES, recipe="output.dtype"),
     )
-    to: str = field(
-        default="peft",
+    to: str | None = field(
+        default=None,
         metadata=opt(
-            "The file that is written: peft is a folder, the others are one file as those programs load it.",
+            "What is written: peft (the default) and mlx are folders, the others one file as those programs load it. Where OUT "
+            "ends in .safetensors, by default a file as that of the first adapter.",
             role=BYTES, group=OUTPUT, choices=STYLES, recipe="output.to",
         ),
     )  # fmt: skip
@@ -60,6 +62,25 @@ class FactorOptions(Request):
             role=BYTES, group=OUTPUT, recipe="output.own-ranks",
         ),
     )  # fmt: skip
+
+    def styled(self, first: str) -> str:
+        """What is written.
+
+        Args:
+            first: the style of file that the first input has, for an output that is a file.
+
+        Raises:
+            UsageError: a folder is to be a file.
+        """
+        out = getattr(self, "out", None)
+        file = out is not None and str(out).endswith(".safetensors")
+        if self.to is None:
+            return first if file else "peft"
+        if file and self.to in FOLDERS:
+            raise UsageError(
+                f"{self.to} is a folder, and {out} is the name of a file", "name a folder, or another format"
+            )
+        return self.to
 
     @property
     def target(self) -> Path | Address:

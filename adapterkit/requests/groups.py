@@ -392,7 +392,7 @@ class KeepOptions(Request):
     keep_touched: str | None = field(
         default=None,
         metadata=opt(
-            "Give what adapters change at least this type of a GGUF file, or with --quant keep this dtype of a folder.",
+            "Give what adapters change at least this type of a GGUF file, or with --quant keep this dtype or fp8 of a folder.",
             role=BYTES, group=GGUF_TYPES, metavar="TYPE", recipe="output.keep-touched",
         ),
     )  # fmt: skip

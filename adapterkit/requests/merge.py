@@ -26,7 +26,7 @@ from adapterkit.requests.groups import (
     Running,
     Types,
 )
-from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, RUN, VALUES, opt
+from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, RUN, VALUES, WHOLE, opt
 from adapterkit.requests.workers import OnWorkers
 from adapterkit.values import dataclass
 
@@ -133,6 +133,22 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
             role=RUN, group=OUTPUT, metavar="X", low=0, high=1, recipe="verify.min-cosine",
         ),
     )  # fmt: skip
+    max_error: float | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Exit with 3 when the error beside the change, |written - trained| / |change|, is more; by --imatrix where given.",
+            NUMBER, role=RUN, group=OUTPUT, metavar="X", low=0, recipe="verify.max-error",
+        ),
+    )  # fmt: skip
+    max_dead: int | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Exit with 3 when more tensors than this have a cosine or a retention below 0.5.", WHOLE,
+            role=RUN, group=OUTPUT, metavar="N", low=0, recipe="verify.max-dead",
+        ),
+    )  # fmt: skip
     full_record: bool = field(
         default=False,
         kw_only=True,
@@ -153,6 +169,12 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
             raise UsageError(f"{self.quant} has no nested scales", "leave out --double-quant, or use --quant nf4")
         if self.as_trained == "int8" and self.double_quant:
             raise UsageError("int8 has no nested scales", "leave out --double-quant, or use --as-trained nf4")
+
+    @property
+    def measures(self) -> bool:
+        """Whether what survives is measured in the same pass."""
+        limits = (self.min_retention, self.min_cosine, self.max_error, self.max_dead)
+        return self.fidelity or any(limit is not None for limit in limits)
 
     @property
     def given_adapters(self) -> tuple[Any, ...]:

@@ -87,6 +87,22 @@ class VerifyRequest(OntoBase, OfAdapters, Ruled):
             role=RUN, group=THRESHOLDS, metavar="Z", low=0, high=1, recipe="verify.min-cosine",
         ),
     )  # fmt: skip
+    max_error: float | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Exit with 3 when the error beside the change, |written - trained| / |change|, is more.", NUMBER,
+            role=RUN, group=THRESHOLDS, metavar="X", low=0, recipe="verify.max-error",
+        ),
+    )  # fmt: skip
+    max_dead: int | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Exit with 3 when more tensors than this have a cosine or a retention below 0.5.", WHOLE,
+            role=RUN, group=THRESHOLDS, metavar="N", low=0, recipe="verify.max-dead",
+        ),
+    )  # fmt: skip
     on_purpose: tuple[str, ...] | str = field(
         default=(),
         kw_only=True,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.half_saved import half_saved_note
+from adapterkit.adapters.trained_base import elsewhere
 from adapterkit.bases import open_change, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.hub_ref import parse_hub
@@ -103,6 +104,9 @@ def check(request: CheckRequest) -> CheckReport:
             continue  # its tensors tell by themselves, and are compared when the merge is planned
         compared = compare_bases(adapter, opened, full=request.full)
         named = _named_base(adapter, opened) + _claimed(adapter, opened)
+        words = elsewhere(adapter, opened)
+        if words is not None:
+            findings.append(Diagnostic(NOTE, "quantized-base", adapter.ref, words))
         # Weights are believed over names: a base that is proved to be the same may be called anything.
         same = compared is not None and compared.fits
         findings += [one for one in named if not (same and one.code == OTHER_BASE)]

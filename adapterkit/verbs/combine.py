@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.factors import Slot
+    from adapterkit.adapters.formats.contents import Contents
     from adapterkit.checkpoint.listing import Listing
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.tensor import Tensor
@@ -176,6 +177,8 @@ class Making:
             self.dtype,
             self.own_ranks,
             self.to,
+            family.names,
+            _like(family),
         )
 
     def bound(self, slot: Slot) -> int:
@@ -227,10 +230,14 @@ def planned(request: CombineRequest) -> Combination:
             f"method {rule.row.name} gives deltas of full rank",
             f"give {option('rank', 'R')} or {option('energy', 'E')}, or {option('space', 'core')}, or fold them in with merge",
         )
+    if rule.method != "linear":
+        _check_layouts(family, rule)
     over = carried(family)
     if over.whole or over.tokens:
         notes.append(f"carried over as they are: {', '.join([*over.whole, *over.tokens])[:400]}")
     side_files(family.adapters, notes)
+    from adapterkit.adapters.formats.write_single import style_of
+
     again = {
         "verb": request.VERB,
         "adapters": [adapter.ref for adapter in family.adapters],
@@ -248,10 +255,40 @@ def planned(request: CombineRequest) -> Combination:
         request.rank,
         request.energy,
         own_ranks=request.own_ranks,
-        to=request.to,
+        to=request.styled(style_of(family.adapters[0])),
         request=again,
     )
     return Combination(request, making, tuple(notes))
+
+
+def _check_layouts(family: Family, rule: BoundRule) -> None:
+    """Adapters that name the same rows otherwise can be added up, and compared value by value only under one name.
+
+    Raises:
+        UsageError: one has the original names of its family, another diffusers'.
+    """
+    from adapterkit.adapters.families.names import family_of
+
+    found: dict[str, Adapter] = {}
+    for adapter, part in zip(family.adapters, family.parts, strict=True):
+        told = family_of(part.deltas)
+        if told is not None:
+            found.setdefault(told[1], adapter)
+    if len(found) > 1:
+        one, other = found.values()
+        raise UsageError(
+            f"{one.ref} and {other.ref} name the same modules in two layouts, and {rule.method} compares them by name",
+            f"convert one of them first: adapterkit convert FILE {option('to', 'diffusers')}",
+        )
+
+
+def _like(family: Family) -> Contents | None:
+    """The first file, with the modules of all: which part of a pipeline each is of."""
+    first, *others = (adapter.contents for adapter in family.adapters)
+    if first is None:
+        return None
+    more = [module for other in others if other is not None for module in other.modules]
+    return replace(first, modules=(*first.modules, *more))
 
 
 def told(adapter: Ref | Adapter, request: CombineRequest) -> Adapter:

@@ -120,7 +120,8 @@ class Extraction:
             self._record,
             output_dtype(asked.dtype),
             asked.own_ranks,
-            asked.to,
+            asked.styled("diffusers" if "_class_name" in pair.base.config else "comfyui"),
+            Names(pair.base.shapes, pair.base.config),
         )
 
     def bound(self, slot: Slot) -> int:

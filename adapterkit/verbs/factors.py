@@ -21,6 +21,8 @@ from adapterkit.verbs.report import ModuleRank
 
 if TYPE_CHECKING:
     from adapterkit.adapters.factors import Slot
+    from adapterkit.adapters.formats.contents import Contents
+    from adapterkit.adapters.names import Names
     from adapterkit.checkpoint.files import Source
     from adapterkit.dtypes import DType
     from adapterkit.ops.lowrank import Truncated
@@ -46,6 +48,8 @@ class FactorWork:
         request: what was asked for, for the plan.
         record: what writes ``adapterkit.json``.
         dtype, own_ranks, to: see the request.
+        names: those of the base, where there is one.
+        like: the file that it is made of, whose metadata it keeps.
     """
 
     slots: Sequence[Slot]
@@ -60,6 +64,8 @@ class FactorWork:
     dtype: DType = F32
     own_ranks: bool = False
     to: str = "peft"
+    names: Names | None = None
+    like: Contents | None = None
 
     def plan(self) -> Plan:
         """An upper bound of what will be written, from headers alone."""
@@ -120,7 +126,13 @@ class FactorWork:
                 f"the adapter is more than factors of linear layers, which no file of {self.to} holds",
                 f"write {option('to', 'peft')}",
             )
-        files = as_single(adapter, *factors, STYLES[self.to])
+        if self.to == "mlx":
+            from adapterkit.adapters.formats.write import as_mlx
+
+            folder = as_mlx(adapter, *factors)
+            plan = plan_file(folder.weights, list(folder.tensors.values()), folder.metadata)
+            return replace(made, plan=plan, tensors=folder.tensors, side_files=folder.side)
+        files = as_single(replace(adapter, contents=self.like), *factors, STYLES[self.to], self.names)
         plan = plan_file(files.weights, list(files.tensors.values()), files.metadata)
         if made.out.suffix == ".safetensors":
             plan = replace(plan, layout="file")

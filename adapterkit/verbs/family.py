@@ -48,6 +48,11 @@ class Family:
         return tuple((i, delta) for i, delta in found if delta is not None)
 
     @property
+    def names(self) -> Names | None:
+        """Those of the base, where one was given."""
+        return None if self.base is None else Names(self.base.shapes, self.base.config)
+
+    @property
     def sources(self) -> tuple[Source, ...]:
         """The files that are read."""
         base = () if self.base is None else self.base.sources

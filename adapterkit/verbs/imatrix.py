@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +60,8 @@ def imatrix(
     The text is cut into chunks; each begins with the token that the tokenizer puts before texts, and is run alone.
 
     Args:
-        model: a Hugging Face folder (merged, if adapters are to be in it), a registry name or a Hub id.
+        model: a Hugging Face folder (merged, if adapters are to be in it), a GGUF file, a registry name or a Hub id. A GGUF
+            file is decoded to a folder beside ``out`` for as long as the model runs.
         text: a file of plain text like what the model will see.
         out: the ``.gguf`` to make; it appears whole or not at all.
         chunk: tokens at a time.
@@ -86,7 +89,13 @@ def imatrix(
     said = _text(Path(text))
     opened = open_model(model)
     if isinstance(opened, GGUFCheckpoint):
-        raise UsageError(f"{opened.ref} is a GGUF file", "give the Hugging Face folder that it was made from")
+        nothing = _layout({}, [str(text)], 0, chunk)
+        check_output(plan_gguf(nothing), opened.sources, Path(out), force=force)  # before a folder is made for nothing
+        with _as_folder(model, Path(out)) as folder:
+            found_there = imatrix(
+                folder, text, out, chunk=chunk, chunks=chunks, dtype=dtype, force=force, progress=progress
+            )
+        return replace(found_there, model=opened.ref, seconds=time.monotonic() - started)
     names, shapes, arrays = _maps(opened)
     # The plan is made again when the values are there; this one has the same sizes, and finds out what cannot be written.
     blank = _layout({name: _zeros(array.shape) for name, array in arrays.items()}, [str(text)], 0, chunk)
@@ -111,6 +120,17 @@ def imatrix(
         notes += (f"{unused} stacks have experts that no token of this text was sent to; use more text",)
     seconds = time.monotonic() - started
     return ImatrixReport(opened.ref, str(out), str(text), len(found), done, chunk, missing, seconds, notes)
+
+
+@contextmanager
+def _as_folder(model: str | Path, out: Path) -> Iterator[Path]:
+    """A GGUF file as a Hugging Face folder, for as long as it is needed."""
+    from adapterkit.verbs.convert import convert
+
+    place = out.absolute().parent
+    with tempfile.TemporaryDirectory(prefix=".adapterkit-imatrix-", dir=place if place.is_dir() else None) as lent:
+        convert(model, Path(lent) / "hf", to="hf")
+        yield Path(lent) / "hf"
 
 
 def added(files: Sequence[str | Path], out: str | Path, *, force: bool = False) -> ImatrixReport:

@@ -15,6 +15,7 @@ from adapterkit.adapters.formats.plain import resolved
 from adapterkit.adapters.load import is_adapter, load_adapter
 from adapterkit.adapters.methods.lora import EMBEDDING_A, EMBEDDING_B, MAGNITUDE, A, B
 from adapterkit.bases import open_model
+from adapterkit.checkpoint.pipeline import components
 from adapterkit.errors import AdapterError
 from adapterkit.values import dataclass
 
@@ -203,7 +204,9 @@ def _flat_family(paths: list[str]) -> tuple[Any, str] | None:
 def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     dtypes = Counter(str(tensor.dtype) for tensor in checkpoint.values())
     architectures = checkpoint.config.get("architectures") or [checkpoint.config.get("model_type", "")]
-    if not any(architectures):
+    if components(checkpoint.config):
+        architectures = [checkpoint.config["_class_name"]]
+    elif not any(architectures):
         architectures = [_family(checkpoint)]
     return Inspection(
         ref=checkpoint.ref,

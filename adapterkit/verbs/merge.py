@@ -16,7 +16,7 @@ from adapterkit.checkpoint import odd
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.files import fingerprint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
-from adapterkit.errors import CheckFailed, UsageError, option
+from adapterkit.errors import AdapterkitError, CheckFailed, UsageError, option
 from adapterkit.ops.device import check_name, check_there
 from adapterkit.places import Address
 from adapterkit.requests.call import takes
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 COARSE_BITS = 5  # formats of so many bits and fewer lose a change to values that lie on such a grid already
 LOOKED_AT = 4_000_000_000  # bytes of inputs in a store of which a dry run reads a sample too
 SAMPLED = 8  # tensors that are measured before a base's own grid is written again
+FEW = 4  # tensors that are measured to say what another format would keep
+HELD = 1 << 28  # bytes that an encoder may hold for it
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,21 @@ class Merge:
         found = ((adapter.ref, half_saved_note(adapter)) for adapter in self.adapters)
         return tuple(f"{ref} {words}" for ref, words in found if words)
 
+    def _trained_elsewhere(self, dry_run: bool) -> tuple[str, ...]:
+        """Adapters that say they were trained on quantized values that these are not, and how far those are."""
+        from adapterkit.adapters.trained_base import elsewhere, how_far, trained_base
+
+        said = []
+        for adapter in self.adapters:
+            words, trained = elsewhere(adapter, self.base, self.base_values), trained_base(adapter)
+            if words is None or trained is None:
+                continue
+            here = not dry_run and all(source.path is not None for source in self.sources)
+            far = how_far(self.folded, trained.grid) if here else None
+            moved = "" if far is None else f"; quantizing moves the base {far:.2g} times as far as the adapters do"
+            said.append(f"{words}{moved}")
+        return tuple(said)
+
     def _stored(self, base: Any) -> Checkpoint:
         """The base as it is stored. Values that are decoded or quantized on the way have no bytes of their own; what they
         were made from does."""
@@ -104,8 +121,10 @@ class Merge:
             return self.base
         return open_model(base) if self.base.stored is None else self.base.stored.checkpoint
 
-    def report(self, measured: Measured, fidelity: FidelityReport | None = None) -> MergeReport:
-        """What was done, or would be."""
+    def report(
+        self, measured: Measured, fidelity: FidelityReport | None = None, instead: tuple[str, ...] = ()
+    ) -> MergeReport:
+        """What was done, or would be; ``instead`` says what another format would have kept."""
         from adapterkit.adapters.merged import not_finite
         from adapterkit.verbs.report import AdapterUse, MergeReport
 
@@ -137,12 +156,16 @@ class Merge:
             fidelity=fidelity,
             min_retention=asked.min_retention,
             min_cosine=asked.min_cosine,
+            max_error=asked.max_error,
+            max_dead=asked.max_dead,
             dry_run=measured.dry_run,
             **asdict(measured.moved),
             notes=(
                 *self.notes,
                 *measured.notes,
+                *instead,
                 *self._half_saved(),
+                *self._trained_elsewhere(measured.dry_run),
                 *not_finite(computed),
                 *odd.said(copied),
             ),
@@ -159,14 +182,14 @@ class Merge:
 
         asked = self.request
         named = asked.base if base is None else base
-        loss = Loss(self, watched=asked.fidelity or asked.min_retention is not None or asked.min_cosine is not None)
+        loss = Loss(self, watched=asked.measures)
         folders = tuple(adapter.folder for adapter in self.adapters if adapter.folder is not None)
         return Job(
             plan=self.plan,
             tensors=self.view,
             sources=self.sources,
             out=asked.target,
-            report=lambda measured: self.report(measured, loss.report()),
+            report=lambda measured: self.report(measured, loss.report(), loss.instead),
             side=self.side,
             record=_recorder(self, named, full=asked.full_record, measured=loss.figures),
             inputs=folders,
@@ -265,11 +288,14 @@ class Loss:
     watched: bool
     watch: Watch | None = field(default=None, init=False)
     sampled: FidelityReport | None = field(default=None, init=False)
+    instead: tuple[str, ...] = field(default=(), init=False)
 
     def ahead(self) -> None:
         """See `_still_there`. Values on the Hub are not there to be measured before a download; those in a store are."""
         if self._can_look():
             self.sampled = _still_there(self.merge, yes_lossy=self.merge.request.yes_lossy)
+            if self.merge.request.writes:
+                self.instead = _if_kept(self.merge)
         if self.watched and self.merge.request.writes and self.watch is None:
             self.watch = self._watch()
 
@@ -288,7 +314,7 @@ class Loss:
             words = own_format(made.encodings) if made.encodings else None
             return Watch(self.merge.folded, words, lambda name, shape: None, made.encodings)
         kind = self.merge.request.folder_format or _grid_name(self.merge)
-        return Watch(self.merge.folded, kind, made.through)
+        return Watch(self.merge.folded, kind, made.through, importance=made.importance)
 
     def report(self) -> FidelityReport | None:
         """What was measured, if anything was."""
@@ -300,8 +326,11 @@ class Loss:
         if found is None:
             return {}
         figures = {
-            name: float(f"{getattr(found, name):.6g}") for name in ("retention", "cosine", "relative", "unmoved")
+            name: float(f"{getattr(found, name):.6g}")
+            for name in ("cosine", "error", "weighed", "retention", "relative", "unmoved")
+            if getattr(found, name) is not None
         }
+        figures["dead"] = len(found.dead)
         return {"fidelity": {**figures, "format": found.format, "worst": found.worst.name if found.worst else ""}}
 
 
@@ -387,6 +416,34 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
             f"format, or insist with {option('yes_lossy', True)}",
         )
     return found
+
+
+def _if_kept(planned: Merge) -> tuple[str, ...]:
+    """What the base's own format would keep of the bytes and of the change, where it is not what is written."""
+    form = planned.base.stored
+    if form is None or planned.output.own or planned.request.to != FOLDER or planned.base.format == "gguf":
+        return ()
+    from adapterkit.adapters.fidelity import left_in_own_format
+    from adapterkit.adapters.kept import kept
+
+    name = option("quant", "keep")
+    try:
+        made = kept(planned.folded)
+        # What would have to be held or read whole is left out: this is only said beside another output.
+        small = {
+            weight: one
+            for weight, one in made.encodings.items()
+            if one.encoder.memory <= HELD and not one.encoder.twice
+        }
+        found = left_in_own_format(planned.folded, small, tensors=FEW) if small else None
+    except AdapterkitError as error:
+        return (f"{name} could not write this: {error.message}",)
+    size = sum(tensor.nbytes for tensor in made.view.values())
+    whole = sum(tensor.nbytes for tensor in planned.view.values())
+    said = f"{name} would write {size / 1e9:.3g} GB in place of {whole / 1e9:.3g} GB"
+    if found is None or found.worst is None:
+        return (said,)
+    return (f"{said} and keep about {found.retention:.0%} of the change (cosine {found.cosine:.2f})",)
 
 
 def _still_there_in_gguf(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:

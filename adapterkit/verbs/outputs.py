@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.fold import Folded, fold
 from adapterkit.adapters.sidecars import side_files
+from adapterkit.checkpoint.pipeline import components
 from adapterkit.checkpoint.plan import Plan, plan_safetensors
 from adapterkit.errors import UsageError, option
+from adapterkit.places import Address
 from adapterkit.requests.merge import FOLDER, GGUF, parse_floats
 from adapterkit.values import dataclass
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from adapterkit.adapters.adapter import Adapter
-    from adapterkit.adapters.fidelity import Through
+    from adapterkit.adapters.fidelity import Importance, Through
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.checkpoint.encoded import Encoding
     from adapterkit.gguf.quantize import Quantization
@@ -40,6 +42,7 @@ class Output:
         through: where changed tensors are quantized: a tensor's name and shape to a function that encodes and decodes
             some of its rows, for the report on fidelity.
         encodings: changed tensors that are written in the base's own format.
+        importance: how strongly inputs use each column of a changed tensor, where an importance matrix says it.
         own: the output is in the base's own format.
         aware: training saw the sum on that format's grid, so nothing of it is lost there.
         tower: what writes the tower's file beside it, where that is made.
@@ -52,6 +55,7 @@ class Output:
     notes: tuple[str, ...]
     through: Callable[[str, tuple[int, ...]], Through | None] | None = None
     encodings: Mapping[str, Encoding] = field(default_factory=dict)
+    importance: Importance | None = None
     own: bool = False
     aware: bool = False
     tower: Job | None = None
@@ -80,6 +84,8 @@ def output(
             f"{base.ref} holds no tower" if base.format == "gguf" else "an mmproj file belongs beside a GGUF file",
             "merge into the Hugging Face base, and name the output like OUT.gguf",
         )
+    if components(base.config):
+        _check_pipeline(base, asked)
     found = _OUTPUTS.get((base.format == "gguf", asked.to))
     if found is None:
         raise UsageError(
@@ -87,6 +93,28 @@ def output(
             "name the output so, or convert it first: adapterkit convert BASE.gguf --to hf -o DIR",
         )
     return found(base, adapters, asked, settings, values)
+
+
+def _check_pipeline(base: Checkpoint, asked: MergeRequest) -> None:
+    """A pipeline is written as it is stored, in one run, to a folder.
+
+    Raises:
+        UsageError: anything else is asked for.
+    """
+    given = {
+        option("quant"): asked.quant,
+        option("dtype"): None if asked.dtype == "auto" else asked.dtype,
+        option("max_shard_size"): asked.max_shard_size,
+        option("on"): asked.on,
+        option("save_plan"): asked.save_plan,
+    }
+    wrong = next((name for name, value in given.items() if value is not None), None)
+    if wrong is not None:
+        raise UsageError(f"{base.ref} is a pipeline, for which {wrong} means nothing", "merge into one of its folders")
+    if asked.to != FOLDER or one_file(asked) or isinstance(asked.target, Address):
+        raise UsageError(
+            f"{base.ref} is a pipeline and becomes a folder on a disk", f"name a folder: {option('out')} DIR"
+        )
 
 
 def _folder(
@@ -172,7 +200,7 @@ def _stored_in(base: Checkpoint) -> set[tuple[str | None, bool]]:
 
 def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, settings: Mapping[str, Any]) -> Output:
     """In the format that the base is stored in."""
-    from adapterkit.adapters.kept import keep_index, kept, sizes, stored_form, trained_on_the_grid
+    from adapterkit.adapters.kept import FP8, keep_index, kept, sizes, stored_form, trained_on_the_grid
 
     form = stored_form(base)
     if asked.dtype != "auto" or (asked.quant_double and asked.quant == KEEP):
@@ -182,7 +210,8 @@ def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, se
         )
     folded = fold(base, adapters, asked.adapter_weights, **_how(asked))
     rule = trained_on_the_grid(adapters, asked.adapter_weights)
-    made = kept(folded, parse_floats(asked.keep_touched or "auto"), rule)
+    touched_as = FP8 if asked.keep_touched == FP8 else parse_floats(asked.keep_touched or "auto")
+    made = kept(folded, touched_as, rule)
     view = made.view
     wider = {name: view[name] for name in made.wider}
     folded = replace(folded, checkpoint=replace(folded.checkpoint, tensors={**folded.checkpoint.tensors, **wider}))
@@ -192,7 +221,7 @@ def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, se
     plan = plan_safetensors(view, like=form.checkpoint.tensors, **settings)
     side |= keep_index(form.checkpoint, plan)
     aware = rule is not None and all(rule in form.weights[name].others for name in made.encodings)
-    said_of = (*notes, view.notes[-1], sizes(form, view))
+    said_of = (*notes, *view.notes[len(folded.checkpoint.notes) :], sizes(form, view))
     if aware:
         said_of += ("the adapter was trained with its sum on this grid: what is written is what training saw",)
     return Output(folded, view, plan, side, said_of, encodings=made.encodings, own=True, aware=aware)
@@ -221,7 +250,8 @@ def _gguf(
         how["too_lossy"], notes = _too_lossy(made.folded, made.through, asked.gguf_types)
         made = fold_gguf(base, adapters, asked.adapter_weights, **{**how, "quantization": asked.gguf_types})
     plan = plan_gguf(with_said(made.layout, asked.said), **settings)
-    return Output(made.folded, made.written, plan, {}, (*notes, *made.notes), made.through)
+    notes = (*notes, *made.notes)
+    return Output(made.folded, made.written, plan, {}, notes, made.through, importance=made.importance)
 
 
 def _hf_to_gguf(
@@ -261,7 +291,8 @@ def _hf_to_gguf(
     folded = replace(folded, checkpoint=made.folded)
     view = replace(folded.checkpoint, tensors=made.tensors)
     plan = plan_gguf(with_said(made.layout, asked.said), **settings)
-    return Output(folded, view, plan, {}, (*notes, *made.notes), made.through, tower=tower)
+    said_of = (*notes, *made.notes)
+    return Output(folded, view, plan, {}, said_of, made.through, importance=made.importance, tower=tower)
 
 
 def _tower(

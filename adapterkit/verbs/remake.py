@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from adapterkit.requests.option import Request
 
 _CALLED = {"mix": "quant"}  # what a record calls it, and what it is asked for by
+_ADAPTERS = ("combine", "resize", "extract")
 _INPUTS = {"base", "adapters", "weights", "src", "out", "home"}
 
 
@@ -52,7 +53,9 @@ def make(at: Home, record: Record, folder: Path, base: str | Path | None) -> Pat
     alone = len(files) == 1 and "/" not in files[0]
     out = folder / files[0] if alone else folder / (record.name or "out")
     stated = thaw(record.operation.parameters)
-    if record.operation.name == "merge":
+    if record.operation.name in _ADAPTERS:
+        _adapter(at, record, out, stated, base)
+    elif record.operation.name == "merge":
         adapters = [parent for parent in record.parents if parent.role == "adapter"]
         under = next((parent for parent in record.parents if parent.role == "base"), None)
         weights = [float(parent.parameters.get("weight", 1.0)) for parent in adapters]
@@ -73,6 +76,37 @@ def make(at: Home, record: Record, folder: Path, base: str | Path | None) -> Pat
             more["base"] = base if base is not None else _base(at, under)
         convert(_version(at, source), out, **more)
     return out
+
+
+def _adapter(at: Home, record: Record, out: Path, stated: Mapping[str, Any], base: str | Path | None) -> None:
+    """Combine, resize or extract again."""
+    from adapterkit.requests.adapters import CombineRequest, ExtractRequest, ResizeRequest
+    from adapterkit.verbs.combine import combine
+    from adapterkit.verbs.extract import extract
+    from adapterkit.verbs.resize import resize
+
+    assert record.operation is not None
+    verb = record.operation.name
+    given = [parent for parent in record.parents if parent.role == "adapter"]
+    under = next((parent for parent in record.parents if parent.role == "base"), None)
+    more: dict[str, Any] = {}
+    if base is not None or under is not None:
+        more["base"] = base if base is not None else _base(at, under)
+    if verb == "extract":
+        tuned = next((parent for parent in record.parents if parent.role == "tuned"), None)
+        extract(more["base"] if more else _base(at, None), _base(at, tuned), out, **_options(ExtractRequest, stated))
+        return
+    if not given:
+        raise NotFound("its record names no adapter", "keep its bytes")
+    if verb == "resize":
+        resize(_version(at, given[0]), out, **more, **_options(ResizeRequest, stated))
+        return
+    known = CombineRequest.options()
+    # Parameters of a method stand among the options, by their own names.
+    own = {name: value for name, value in stated.items() if name not in known and name not in _INPUTS}
+    weights = [float(parent.parameters.get("weight", 1.0)) for parent in given]
+    adapters = [_version(at, parent) for parent in given]
+    combine(adapters, out, weights=weights, **more, **own, **_options(CombineRequest, stated))
 
 
 def _options(request: type[Request], stated: Mapping[str, Any]) -> dict[str, Any]:

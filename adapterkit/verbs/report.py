@@ -63,6 +63,7 @@ class MergeReport:
         method: how the deltas of several adapters became one.
         fidelity: what of the change survives in the output, when that was asked for.
         min_retention, min_cosine: the least share and the least cosine that were asked for.
+        max_error, max_dead: the largest error beside the change, and how many tensors may lose theirs.
         touched: tensors with a change folded in; ``copied`` are byte-identical to the base's.
         reused: of the touched ones, how many a resumed run found finished.
         peak_memory: measured over the process, or estimated for a dry run.
@@ -90,6 +91,8 @@ class MergeReport:
     fidelity: FidelityReport | None = None
     min_retention: float | None = None
     min_cosine: float | None = None
+    max_error: float | None = None
+    max_dead: int | None = None
     dry_run: bool = False
     notes: tuple[str, ...] = field(default=())
     requests: int = 0
@@ -114,6 +117,12 @@ class MergeReport:
             words.append(f"less than {least:.1%} of the change survives")
         if cosine is not None and not found.cosine >= cosine:
             words.append(f"what is written of the change has cosine {found.cosine:.4f} with it, less than {cosine:g}")
+        error = found.error if found.weighed is None else found.weighed
+        if self.max_error is not None and not error <= self.max_error:
+            words.append(f"the error beside the change is {error:.3g}, more than {self.max_error:g}")
+        if self.max_dead is not None and len(found.dead) > self.max_dead:
+            names = ", ".join(row.name for row in found.dead)
+            words.append(f"{len(found.dead)} tensors have a cosine or a retention below 0.5 ({names})")
         return tuple(words)
 
 

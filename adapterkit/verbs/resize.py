@@ -85,6 +85,8 @@ class Resizing:
             "base": None if asked.base is None else str(getattr(asked.base, "ref", asked.base)),
             **asked.stated(*_STATED),
         }
+        from adapterkit.adapters.formats.write_single import style_of
+
         return FactorWork(
             list(family.slots.values()),
             [part.deltas[name].change.reads for name in family.slots],
@@ -97,7 +99,9 @@ class Resizing:
             self._record,
             output_dtype(asked.dtype),
             asked.own_ranks,
-            asked.to,
+            asked.styled(style_of(one)),
+            family.names,
+            one.contents,
         )
 
     def bound(self, slot: Slot) -> int:

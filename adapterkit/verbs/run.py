@@ -158,6 +158,10 @@ def _task(opened: OpenPlan, request: RunRequest, told: RunReport, started: float
         worker_seconds=sum(one.seconds for one in done),
         peak_memory=peak_memory(),
         reused=sum(one.reused for one in done),
+        requests=sum(one.requests for one in done),
+        bytes_down=sum(one.bytes_down for one in done),
+        bytes_up=sum(one.bytes_up for one in done),
+        bytes_inside=sum(one.bytes_inside for one in done),
         report=report,
     )
 

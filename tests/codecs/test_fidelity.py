@@ -69,14 +69,18 @@ def test_a_merge_reports_what_its_files_show(tmp_path: Path) -> None:
     before, after = load_file(tmp_path / "llama/model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     factors = load_file(tuned / "adapter_model.safetensors")
     assert [item.name for item in report.fidelity.tensors] == sorted(
-        (Q, DOWN), key=lambda name: next(i.retention for i in report.fidelity.tensors if i.name == name)
+        (Q, DOWN), key=lambda name: next(i.cosine for i in report.fidelity.tensors if i.name == name)
     )
     for item in report.fidelity.tensors:
         key = f"base_model.model.{item.name.removesuffix('.weight')}"
         delta = 2 * factors[f"{key}.lora_B.weight"].double() @ factors[f"{key}.lora_A.weight"].double()
         wanted = before[item.name].double() + delta
         assert numbers(item) == pytest.approx(exact(before[item.name], wanted, after[item.name]), rel=1e-3, abs=1e-4)
-    assert report.fidelity.summary.startswith("100.0% of the change survives in bf16, cosine ")
+        moved, change = after[item.name].double() - wanted, wanted - before[item.name].double()
+        assert item.error == pytest.approx((moved.norm() / change.norm()).item(), rel=1e-3)
+    assert report.fidelity.summary.startswith(
+        "cosine 1.000 with the change in bf16, error beside it 0.0018, 100.0% of it "
+    )
     assert json.loads(to_json(report))["fidelity"]["worst"]["name"] == report.fidelity.worst.name
     assert merge(tmp_path / "llama", [tuned], tmp_path / "out2").fidelity is None
 
@@ -284,4 +288,15 @@ def test_a_mean_does_not_hide_tensors_that_lose_all() -> None:
     rows = tuple(TensorFidelity(f"t{i}", 0.01, 0.0, 0.07 if i < 2 else 1.0, 0.08 if i < 2 else 0.9) for i in range(8))
     report = FidelityReport(0.963, 0.85, 0.01, 0.0, rows[0], rows, "Q4_K_M")
     assert [row.name for row in report.dead] == ["t0", "t1"]
-    assert report.summary.endswith("; 2 of 8 tensors lose theirs: t0, t1")
+    assert report.summary.endswith("; 2 of 8 tensors are dead (cosine or retention below 0.5): t0, t1")
+    assert "dead tensors wider" in report.advice
+
+
+def test_importance_weighs_the_columns_of_an_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    w, d, e = (torch.randn(6, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    by = torch.tensor([0.0, 1.0, 5.0, 0.25])
+    sums = block_sums(w.float(), (w + d).float(), (w + d + 0.1 * e).float(), error=True, importance=by)
+    wanted = (((0.1 * e) ** 2 * by).sum() / (d**2 * by).sum()).sqrt().item()
+    assert (sums + FidelitySums()).weighed_error == pytest.approx(wanted, rel=1e-4)
+    assert FidelitySums().weighed_error is None

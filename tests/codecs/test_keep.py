@@ -237,15 +237,24 @@ def test_scales_that_are_no_numbers(store, name: str, part: str, message: str) -
     assert f"a.{part}" in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["fp8 blocks", "ct int4", "ct nvfp4", "fp8 tensor"])
+@pytest.mark.parametrize("name", ["fp8 blocks", "ct int4", "ct nvfp4", "fp8 tensor", "mlx"])
 def test_a_scale_of_zero_over_other_numbers(store, name: str) -> None:
     made = FORMATS[name]
     tensors = {f"a.{leaf}": tensor.contiguous() for leaf, tensor in made.encode(weight(0, (256, 256))).items()}
-    part = next(leaf for leaf in tensors if "weight_scale" in leaf)
+    part = next(leaf for leaf in tensors if "weight_scale" in leaf or leaf.endswith("scales"))
     tensors[part] = torch.zeros_like(tensors[part])
     handle = dequantized(store(tensors, made.config))["a.weight"]
     with pytest.raises(CheckpointError, match="is zero where its numbers are not"):
         handle.read(0, handle.numel)
+
+
+def test_two_scales_where_one_belongs(store) -> None:
+    """A list of scales has one for each row; two of them are not taken for blocks of 128 rows."""
+    made = FORMATS["fp8 tensor"]
+    tensors = {f"a.{leaf}": tensor for leaf, tensor in made.encode(weight(0, (256, 256))).items()}
+    tensors["a.weight_scale"] = torch.ones(2)
+    with pytest.raises(CheckpointError, match=r"'a.weight_scale' is \[2\], which covers no 256x256 weight"):
+        dequantized(store(tensors, made.config))
 
 
 def test_a_base_of_16_bits_has_no_format_to_keep(tmp_path: Path) -> None:
@@ -297,6 +306,10 @@ def test_a_config_without_a_dtype_never_means_float32(tmp_path: Path, name: str)
     assert {t.dtype for n, t in stored(tmp_path / "out").items() if n.endswith("_proj.weight")} == {torch.bfloat16}
     assert any("names no dtype; weights are decoded to bf16" in note for note in report.notes)
     assert any("quant='keep' writes the base's own format" in note for note in report.notes)
+    said = next(note for note in report.notes if "quant='keep' would write" in note)
+    kept = merge(base, [tmp_path / "adapter"], tmp_path / "kept", quant="keep", yes_lossy=True, fidelity=True)
+    assert kept.fidelity is not None
+    assert f"keep about {kept.fidelity.retention:.0%} of the change (cosine {kept.fidelity.cosine:.2f})" in said
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -392,3 +405,45 @@ def test_a_weight_that_an_adapter_brings_whole(tmp_path: Path) -> None:
     after = stored(tmp_path / "out")
     for leaf, tensor in FORMATS["ct int4"].encode(own.float()).items():
         assert same(after[f"{OTHER}.{leaf}"], tensor), leaf
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [("fp8 short blocks", "modules_to_not_convert"), ("ct int4", "ignore"), ("nf4", "llm_int8_skip_modules")],
+)
+def test_a_config_that_names_modules_that_are_not_there(tmp_path: Path, name: str, key: str) -> None:
+    """None of them: it belongs to other weights. Some: a note. Patterns, heads and names of fused modules are left alone."""
+    base = base_of(tmp_path, name)
+    said = json.loads((base / "config.json").read_text())
+    gone, usual = (
+        "model.layers.7.mlp.gone_proj",
+        ["lm_head", "re:.*gate$", "model.layers.0.self_attn.qkv_proj", "model.mtp.1.a.b"],
+    )
+    for names, refused, noted in (
+        ([*usual, gone], True, False),
+        ([*usual, gone, "model.layers.0.self_attn"], False, True),
+        ([*usual, "language_model.layers.0.self_attn.q_proj"], False, False),
+    ):
+        said["quantization_config"][key] = names
+        (base / "config.json").write_text(json.dumps(said))
+        if refused:
+            with pytest.raises(CheckpointError, match=f"leaves '{gone}' in 16 bits"):
+                dequantized(open_checkpoint(base))
+        else:
+            notes = dequantized(open_checkpoint(base)).notes
+            assert any(gone in note for note in notes) is noted
+
+
+def test_what_keep_cannot_write_does_not_stop_a_merge_to_16_bits(tmp_path: Path) -> None:
+    """GPTQ groups of different sizes are decoded; the report says that `keep` could not write them."""
+    base = base_of(tmp_path, "gptq act order")
+    tuned = adapter_of(tmp_path, torch.full((OUT, 4), 0.05), IN)
+    file = base / "model-00001-of-00002.safetensors"
+    tensors = load_file(file)
+    groups = tensors[f"{TOUCHED}.g_idx"]
+    groups[(groups == 0).nonzero()[0]] = 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    report = merge(base, [tuned], tmp_path / "out")
+    assert any("quant='keep' could not write this: the groups of" in note for note in report.notes)
+    with pytest.raises(CheckpointError, match="of different sizes, which cannot be written again"):
+        merge(base, [tuned], tmp_path / "kept", quant="keep", yes_lossy=True)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stored_formats import FORMATS
 from test_as_trained import adapter, model, saved_quantized
-from test_keep import IN, OUT, TOUCHED, adapter_of, base_of, same, stored
+from test_keep import IN, OTHER, OUT, TOUCHED, adapter_of, base_of, same, stored
 
-from adapterkit import merge
+from adapterkit import merge, verify
 from adapterkit.adapters.wider import leaving
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.open import open_checkpoint
@@ -153,3 +155,128 @@ def test_only_beside_keep(tmp_path: Path) -> None:
         merge(base, [tuned], tmp_path / "out", keep_touched="bf16")
     with pytest.raises(UsageError, match="'Q8_0' is no output dtype"):
         merge(base, [tuned], tmp_path / "out", quant="keep", keep_touched="Q8_0")
+    with pytest.raises(UsageError, match="per tensor already, which fp8 does not widen"):
+        merge(base, [tuned], tmp_path / "out", quant="keep", keep_touched="fp8")
+    (tmp_path / "nf4").mkdir()
+    with pytest.raises(UsageError, match="a config of 'bitsandbytes' cannot name FP8"):
+        merge(base_of(tmp_path / "nf4", "nf4"), [tuned], tmp_path / "out", quant="keep", keep_touched="fp8")
+
+
+FUSED = "model.layers.0.self_attn.qkv_proj"
+SHARDS = [FUSED.replace("qkv", part) for part in "qkv"]
+
+
+def vllm_and_sglang_skip(said: dict[str, Any], fused: str, shards: list[str]) -> bool:
+    """Whether servers run a fused module in 16 bits, by the rules that `adapterkit.adapters.wider` names the sources of."""
+    method = said["quant_method"]
+    if method == "bitsandbytes":
+        parts = fused.split(".")
+        listed = said["llm_int8_skip_modules"]
+        return any(".".join(parts[: n + 1]) in listed for n in range(len(parts))) or bool({*parts} & {*listed})
+    if method == "awq":
+        vllm = all(any(name in shard for name in said["modules_to_not_convert"]) for shard in shards)
+        return vllm and any(name in fused for name in said["modules_to_not_convert"])
+    if method == "gptq":
+        return any(key.startswith("-:") and re.match(key[2:], fused) for key in said["dynamic"])
+    listed = said["ignore"] if method in ("compressed-tensors", "modelopt") else said["modules_to_not_convert"]
+    found = {shard in listed for shard in shards}
+    assert len(found) == 1, "servers refuse a fused module of which a part is quantized"
+    return found.pop()
+
+
+@pytest.mark.parametrize("name", ["fp8 short blocks", "ct int4", "nf4", "int8", "gptq", "awq", "modelopt nvfp4"])
+def test_servers_find_what_left(tmp_path: Path, name: str) -> None:
+    """The fused module that holds a changed projection is run in 16 bits, that of the next layer is not."""
+    made = FORMATS[name]
+    base = tmp_path / "base"
+    base.mkdir()
+    w = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0)) * 0.05
+    layers = [[shard.replace("layers.0", f"layers.{layer}") for shard in SHARDS] for layer in (0, 1)]
+    tensors = {f"{n}.{leaf}": t.clone() for ns in layers for n in ns for leaf, t in made.encode(w).items()}
+    save_file({n: t.contiguous() for n, t in tensors.items()}, base / "model.safetensors", metadata={"format": "pt"})
+    config = {"model_type": "llama", "torch_dtype": "bfloat16", "quantization_config": made.config}
+    (base / "config.json").write_text(json.dumps(config))
+    tuned = adapter_of(tmp_path, torch.full((OUT, 4), 0.01), IN)
+    merge(base, [tuned], tmp_path / "out", quant="keep", keep_touched="bf16")
+    said = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert vllm_and_sglang_skip(said, FUSED, SHARDS)
+    assert not vllm_and_sglang_skip(said, FUSED.replace("layers.0", "layers.1"), layers[1])
+    after = stored(tmp_path / "out")
+    assert all(after[f"{shard}.weight"].dtype is torch.bfloat16 for shard in SHARDS)
+
+
+def test_experts_that_vllm_takes_as_quantized(tmp_path: Path) -> None:
+    """gpt-oss: vLLM reads no list of modules for MXFP4, and the report says so."""
+    base = tmp_path / "base"
+    base.mkdir()
+    name = "model.layers.0.mlp.experts.down_proj"
+    tensors = {
+        f"{name}_blocks": torch.randint(0, 256, (2, 32, 2, 16), dtype=torch.uint8),
+        f"{name}_scales": torch.full((2, 32, 2), 120, dtype=torch.uint8),
+    }
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    said = {"model_type": "gpt_oss", "torch_dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4"}}
+    (base / "config.json").write_text(json.dumps(said))
+    tuned = tmp_path / "adapter"
+    tuned.mkdir()
+    key = "base_model.model.model.layers.0.mlp.experts.lora_"
+    save_file(
+        {f"{key}A.weight": torch.randn(4, 64), f"{key}B.weight": torch.randn(32, 4)},
+        tuned / "adapter_model.safetensors",
+    )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_parameters": ["mlp.experts.down_proj"]}
+    (tuned / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "b"}))
+    kept = merge(base, [tuned], tmp_path / "kept", quant="keep", yes_lossy=True)
+    assert not any("vLLM" in note for note in kept.notes)
+    assert (tmp_path / "kept/config.json").read_bytes() == (base / "config.json").read_bytes()
+    report = merge(base, [tuned], tmp_path / "out", quant="keep", keep_touched="bf16")
+    assert any("vLLM takes all experts of a mxfp4 model as quantized" in note for note in report.notes)
+    assert stored(tmp_path / "out")[name].shape == (2, 64, 32)
+
+
+@pytest.mark.parametrize("name", ["ct int4", "ct nvfp4", "ct mxfp4"])
+def test_fp8_beside_another_format(tmp_path: Path, name: str) -> None:
+    """A group of its own in the config; bytes of compressed-tensors; transformers loads both."""
+    import transformers
+
+    small = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    plain = transformers.LlamaForCausalLM(small).to(torch.bfloat16)
+    base, made = tmp_path / "base", FORMATS[name]
+    plain.save_pretrained(base)
+    tensors = {}
+    for key, tensor in stored(base).items():
+        if key.endswith("_proj.weight"):
+            tensors |= {f"{key.removesuffix('weight')}{leaf}": t for leaf, t in made.encode(tensor.float()).items()}
+        else:
+            tensors[key] = tensor
+    save_file({n: t.contiguous() for n, t in tensors.items()}, base / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    said = {**made.config, "quantization_status": "compressed"}  # type: ignore[dict-item]
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": said}, default=lambda one: str(one)))
+    b = torch.randn(64, 4, generator=torch.Generator().manual_seed(8)) * 0.01
+    tuned = adapter_of(tmp_path, b, 64)
+    report = merge(base, [tuned], tmp_path / "out", quant="keep", keep_touched="fp8", fidelity=True)
+    assert report.fidelity is not None
+    assert report.fidelity.retention > 0.9
+    assert verify(tmp_path / "out", base=base, adapters=[tuned]).ok
+    after = stored(tmp_path / "out")
+    old = dequantized(open_checkpoint(base))[f"{TOUCHED}.weight"]
+    a = load_file(tuned / "adapter_model.safetensors")[f"base_model.model.{TOUCHED}.lora_A.weight"]
+    wanted = torch.addmm(old.read_wide(0, old.numel).view(64, 64).float(), b, a)
+    scale = (wanted.abs().amax(1, keepdim=True) / 448).bfloat16()
+    codes = (wanted / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert same(after[f"{TOUCHED}.weight"], codes)
+    assert same(after[f"{TOUCHED}.weight_scale"], scale)
+    assert same(after[f"{OTHER}.weight_packed"], tensors[f"{OTHER}.weight_packed"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+        ids = torch.arange(8)[None]
+        got = loaded(ids).logits
+    read = dequantized(open_checkpoint(tmp_path / "out"))
+    plain.load_state_dict({n: t.read(0, t.numel).view(t.shape) for n, t in read.items()}, strict=False)
+    assert torch.allclose(got, plain(ids).logits, atol=0.05)

@@ -217,3 +217,40 @@ def test_other_verbs_write_it_too(verb: str, style: str, tmp_path: Path) -> None
     found = added(base, out)
     for name, tensor in wanted.items():
         assert (found[name] - tensor).abs().max() <= 5e-6 * tensor.abs().max()
+
+
+def test_a_name_that_is_a_file_is_a_file_of_the_first_style(tmp_path: Path) -> None:
+    """combine, resize and extract write ``OUT.safetensors`` as one file: keys and metadata as those of the first input."""
+    tensors, deltas = drawn(FLUX, "transformer.")
+    save_file(tensors, tmp_path / "lora.safetensors", {"ss_output_name": "mine", "sshs_model_hash": "1"})
+    zeros = {name: torch.zeros(delta.shape) for name, delta in deltas.items()}
+    zeros |= {f"{SINGLE}.attn.to_k.weight": torch.zeros(WIDE, WIDE)}
+    zeros |= {f"{DOUBLE}.attn.{name}_proj.weight": torch.zeros(WIDE, WIDE) for name in ("add_q", "add_v")}
+    base = write_checkpoint(tmp_path / "transformer", zeros, {"_class_name": "FluxTransformer2DModel"})
+    adapterkit.convert(tmp_path / "lora.safetensors", tmp_path / "kohya.safetensors", to="kohya", base=base)
+    for first, lead in (("lora", "transformer."), ("kohya", "lora_unet_")):
+        file = tmp_path / f"{first}.safetensors"
+        outs = [tmp_path / f"{first}-{verb}.safetensors" for verb in ("combined", "resized")]
+        adapterkit.combine([file, tmp_path / "lora.safetensors"], outs[0], base=base, weights=[0.25, 0.75])
+        # Fused modules of kohya's names: rows that nobody trained come from the base.
+        adapterkit.resize(file, outs[1], rank=8, base=base)
+        for out in outs:
+            assert all(key.startswith(lead) for key in load_file(out))
+            with safe_open(out, "pt") as opened:
+                said = opened.metadata()
+            assert (said["ss_output_name"], "sshs_model_hash" in said) == ("mine", False)
+            found = added(base, out)
+            for name, delta in deltas.items():
+                assert (found[name].double() - delta).abs().max() <= 1e-5 * delta.abs().max(), name
+    with pytest.raises(UsageError, match="in two layouts, and ties compares them by name"):
+        both = [tmp_path / "kohya.safetensors", tmp_path / "lora.safetensors"]
+        adapterkit.combine(both, tmp_path / "ties", base=base, method="ties", parameters={"density": 0.5}, rank=2)
+    for to in ("peft", "mlx"):
+        with pytest.raises(UsageError, match=f"{to} is a folder"):
+            adapterkit.resize(tmp_path / "lora.safetensors", tmp_path / "x.safetensors", rank=1, base=base, to=to)
+    adapterkit.resize(tmp_path / "lora.safetensors", tmp_path / "mlx", rank=8, base=base, to="mlx")
+    found = {
+        name: tensor.read(0, tensor.numel).view(tensor.shape)
+        for name, tensor in fold(open_checkpoint(base), [load_adapter(tmp_path / "mlx")]).checkpoint.tensors.items()
+    }
+    assert all((found[name].double() - delta).abs().max() <= 1e-5 * delta.abs().max() for name, delta in deltas.items())

@@ -278,10 +278,10 @@ def test_a_base_in_shards(diffusers: Any, unet: tuple[Any, Path], tmp_path: Path
         assert all(torch.equal(again[name], tensor) for name, tensor in read_tensors(tmp_path / out).items())
 
 
-def test_a_whole_pipeline_is_not_a_base(unet: tuple[Any, Path]) -> None:
+def test_a_pipeline_that_names_no_component(unet: tuple[Any, Path]) -> None:
     _, folder = unet
     (folder.parent / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    with pytest.raises(NotFound, match=r"is a pipeline, .*one at a time; name one of its folders as the base \(unet\)"):
+    with pytest.raises(NotFound, match=r"names no component .*; name one of its folders as the base \(unet\)"):
         open_checkpoint(folder.parent)
 
 

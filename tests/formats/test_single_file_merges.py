@@ -156,3 +156,13 @@ def test_inspect_names_a_file(keys: tuple[str, ...], family: str, style: str, tm
         {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": torch.zeros(6, 2)}, tmp_path / "flux.safetensors"
     )
     assert adapterkit.inspect(tmp_path / "flux.safetensors").architecture == "Flux.1 (original layout)"
+
+
+def test_a_dotted_file_of_whole_differences(wan: Path) -> None:
+    """No factors at all: `diff` of a weight alone, under ComfyUI's names."""
+    delta = torch.randn(WIDE, WIDE)
+    save_file({"diffusion_model.blocks.0.cross_attn.q.diff": delta}, wan / "diff.safetensors")
+    adapterkit.merge(wan / "wan.safetensors", [wan / "diff.safetensors"], wan / "out.safetensors")
+    key = "blocks.0.cross_attn.q.weight"
+    before, after = load_file(wan / "wan.safetensors"), load_file(wan / "out.safetensors")
+    assert torch.allclose(after[key], before[key] + delta, atol=1e-6)

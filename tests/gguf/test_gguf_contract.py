@@ -72,7 +72,158 @@ def test_what_the_runtime_has_built_in_is_refused(name: str, tmp_path: Path) -> 
     assert not (tmp_path / "o.gguf").exists()
 
 
+_LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
+_STRETCHED = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+_BY_KIND = {"full_attention": _LOCAL, "sliding_attention": _STRETCHED}
+_LOUD = {"full_attention": {**YARN, "attention_factor": 1.7}, "sliding_attention": _LOCAL}
+_ONE_KIND = {"layer_types": ["full_attention", "sliding_attention", "full_attention", "full_attention"]}
+
+# The same, without a model: (kinds, change, words of the sentence).
+SAID: dict[str, tuple[tuple[str, ...], dict[str, Any], tuple[str, ...]]] = {
+    "a scaling of layers with windows": (
+        ("gemma3", "mellum", "laguna", "olmo3", "mimo_v2_flash", "modernbert"),
+        {"rope_parameters": _BY_KIND},
+        ("'linear'", "'sliding_attention'"),
+    ),
+    "both kinds of layers scaled": (
+        ("mellum", "mimo_v2_flash"),
+        {"rope_parameters": {"full_attention": _STRETCHED, "sliding_attention": _STRETCHED}},
+        ("'linear'", "'sliding_attention'"),
+    ),
+    "an attention factor of some layers": (
+        ("gemma3", "mimo_v2_flash", "modernbert"),
+        {"rope_parameters": _LOUD},
+        ("attention factor of 1.7", "sliding_attention"),
+    ),
+    "two rotary bases": (
+        ("olmo3",),
+        {"rope_parameters": {"full_attention": {**_LOCAL, "rope_theta": 500.0}, "sliding_attention": _LOCAL}},
+        ("rope_theta", "one rotary base"),
+    ),
+    "biases": (
+        ("afmoe", "cohere2_moe", "mellum", "laguna", "hy_v3", "minicpm3", "bitnet", "youtu", "kimi_linear", "eurobert"),
+        {"attention_bias": True},
+        ("attention_bias", "no such biases"),
+    ),
+    "biases that must be there": (("bamba",), {"mamba_conv_bias": False}, ("mamba_conv_bias", "without them")),
+    "windows elsewhere": (("afmoe", "laguna"), _ONE_KIND, ("layer_types", "every f")),
+    "a large epsilon": (
+        ("glm4_moe_lite", "youtu", "minicpm3", "deepseek_v32", "glm_moe_dsa", "kimi_linear"),
+        {"rms_norm_eps": 0.03},
+        ("rms_norm_eps", "one epsilon"),
+    ),
+    "latent attention, stretched": (
+        ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"),
+        {"rope_parameters": _STRETCHED},
+        ("'linear'", "deepseek2"),
+    ),
+    "yarn that scales the rotated part alone": (
+        ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu", "deepseek_v32"),
+        {"rope_parameters": YARN},
+        ("mscale", "mscale_all_dim"),
+    ),
+    "shared keys that come from no pair": (
+        ("gemma4",),
+        {"layer_types": ["full_attention", "sliding_attention"] * 3, "num_kv_shared_layers": 2},
+        ("num_kv_shared_layers", "pair"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_it_is_refused_from_the_config_alone(name: str) -> None:
+    kinds, change, words = SAID[name]
+    for kind in kinds:
+        tiny = (zoo.ZOO | zoo.ENCODERS)[kind]
+        plain = {"num_hidden_layers": 2, "max_position_embeddings": 128, **tiny.config, "architectures": [tiny.cls]}
+        said = {**plain, **change}
+        if "layer_types" in change:
+            said |= {"num_hidden_layers": len(change["layer_types"]), "sliding_window": 8}
+        config = Config(said)
+        spec = spec_of(config)
+        with pytest.raises(AdapterkitError) as raised:
+            if spec.check is not None:
+                spec.check(config)
+            held(spec, config)
+            scaling(spec, config)
+        assert all(word in str(raised.value) for word in words), (kind, str(raised.value))
+
+
+def test_a_scaling_of_a_kind_of_layers_that_is_not_there_is_none() -> None:
+    tiny = zoo.ZOO["mellum"]
+    config = Config({**tiny.config, "architectures": [tiny.cls], "layer_types": ["full_attention"] * 2})
+    config.rope_by_kind.clear()
+    config.rope_by_kind.update(_BY_KIND)
+    assert scaling(spec_of(config), config).keys == {}
+
+
+@pytest.mark.parametrize(
+    ("sections", "theta", "context", "covered"),
+    [
+        ([24, 20, 20], 5e6, 262144, True),  # Qwen3-VL: two of 64 are not covered, and turn too slowly to show
+        ([24, 20, 20], 10000.0, 32768, False),
+        ([22, 21, 21], 10000.0, 32768, True),
+    ],
+)
+def test_interleaved_sections_cover_all_frequencies(
+    sections: list[int], theta: float, context: int, covered: bool
+) -> None:
+    rope = {"rope_type": "default", "rope_theta": theta, "mrope_section": sections, "mrope_interleaved": True}
+    config = Config(
+        {
+            "architectures": ["Qwen3VLForConditionalGeneration"],
+            "text_config": {"head_dim": 128, "rope_parameters": rope, "max_position_embeddings": context},
+        }
+    )
+    spec = spec_of(config)
+    if covered:
+        assert held(spec, config) == ()
+        return
+    with pytest.raises(TargetError, match=r"mrope_section.*more than \d+ tokens"):
+        held(spec, config)
+    assert len(held(spec, config, ["rope.mrope_section"])) == 1
+
+
+SCALED_BACK = {
+    "attention": {**YARN, "attention_factor": 1.7},
+    "mscale": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0},
+    "bounds": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0},
+    "truncate": {**YARN, "truncate": False},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 48,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 32,
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0 + i for i in range(8)],
+        "attention_factor": 1.3,
+    },
+}
+
+
+@pytest.mark.parametrize("name", SCALED_BACK)
+def test_a_scaling_of_positions_comes_back_from_the_file(name: str, tmp_path: Path) -> None:
+    """What transformers computes of the folder that was a file is what it computed of the model."""
+    from models import load_model
+
+    model = _build(tmp_path / "hf", "llama", rope_parameters=SCALED_BACK[name])
+    convert(tmp_path / "hf", tmp_path / "o.gguf")
+    convert(tmp_path / "o.gguf", tmp_path / "back", to="hf")
+    assert far(of_model(load_model(tmp_path / "back")), of_model(model)) < 1e-5
+
+
 WRITTEN = {
+    "scaled positions of a bitnet": ("bitnet", {"rope_parameters": YARN}),
+    "the output of a tied apertus": ("apertus", {"tie_word_embeddings": True}),
+    "softmax over the chosen experts": ("cohere2_moe", {"norm_topk_prob": False}),
+    "the base of dbrx": ("dbrx", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
     "windows of gemma3": ("gemma3", {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}),
     "windows of cohere2": (
         "cohere2",

@@ -182,6 +182,35 @@ def test_importance_of_every_expert(tmp_path: Path) -> None:
     assert metadata["quantize.imatrix.chunks_count"].endswith((7).to_bytes(4, "little"))
 
 
+def test_the_error_beside_a_change_is_weighed_by_an_importance_matrix(
+    base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """Expected: the formula, on what the gguf package reads of both outputs; the encoder uses the same matrix."""
+    import gguf
+    import numpy as np
+
+    name = "blk.0.attn_q.weight"
+    by = np.abs(random_array(1, 64, seed=5)) ** 4 + 1e-3
+    matrix = {f"{name}.in_sum2": by, f"{name}.counts": np.ones((1, 1), "float32")}
+    imatrix = write_gguf(tmp_path / "i.gguf", matrix, metadata={"general.type": "imatrix"})
+    asked = Quantization("Q4_0", imatrix=imatrix)
+    out = tmp_path / "out.gguf"
+    report = adapterkit.merge(base, [adapter], out, quantization=asked, fidelity=True)
+    adapterkit.merge(base, [adapter], tmp_path / "wide.gguf", quantization=Quantization("F32"))
+    before, after, wanted = (
+        next(gguf.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors if t.name == name)
+        for path in (base, out, tmp_path / "wide.gguf")
+    )
+    exact = (((after - wanted) ** 2 * by).sum() / ((wanted - before) ** 2 * by).sum()) ** 0.5
+    (row,) = [one for one in report.fidelity.tensors if one.name == name]
+    assert row.weighed == pytest.approx(exact, rel=1e-4)
+    assert row.weighed < row.error
+    assert report.fidelity.weighed == pytest.approx(exact, rel=1e-4)
+    assert [one.weighed for one in report.fidelity.tensors if one.name != name] == [None]
+    fails = adapterkit.merge(base, [adapter], out, quantization=asked, max_error=exact * 0.99, force=True)
+    assert [f"{exact:.3g}, more than" in words for words in fails.unmet] == [True]
+
+
 def test_any_number_of_threads_writes_the_same_bytes(base: Path, adapter: Path, tmp_path: Path) -> None:
     for jobs in (1, 3):
         out = tmp_path / f"{jobs}.gguf"

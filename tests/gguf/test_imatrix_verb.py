@@ -115,6 +115,12 @@ def test_dense_layers(tmp_path: Path, tokenizer: str, words: Path) -> None:
             expected = sums[f"model.layers.{layer}.{part}.{module}"].numpy()
             np.testing.assert_allclose(found[f"blk.{layer}.{name}.weight.in_sum2"], expected, rtol=1e-5)
             assert found[f"blk.{layer}.{name}.weight.counts"] == [len(rows) * CHUNK]
+    convert(folder, tmp_path / "model.gguf")
+    of_file = imatrix(tmp_path / "model.gguf", words, tmp_path / "of_file.gguf", chunk=CHUNK)
+    assert (of_file.model, of_file.tensors) == (str(tmp_path / "model.gguf"), 14)
+    for name, value in values(tmp_path / "of_file.gguf").items():
+        np.testing.assert_array_equal(value, found[name])
+    assert sorted(one.name for one in tmp_path.iterdir() if one.name.startswith(".")) == []
     header = open_gguf(tmp_path / "imatrix.gguf").header
     assert header["general.type"] == "imatrix"
     assert (header["imatrix.datasets"], header["imatrix.chunk_count"]) == ([str(words)], len(rows))
@@ -210,9 +216,6 @@ def test_refused(tmp_path: Path, tokenizer: str, words: Path) -> None:
     with pytest.raises(OutputError):
         imatrix(folder, words, out)
     assert out.read_bytes() == b"x"
-    convert(folder, tmp_path / "model.gguf")
-    with pytest.raises(UsageError, match="is a GGUF file"):
-        imatrix(tmp_path / "model.gguf", words, tmp_path / "other.gguf")
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match="transformers cannot load"):
         imatrix(folder, words, tmp_path / "other.gguf", chunk=CHUNK)

@@ -126,3 +126,17 @@ def test_gc_says_what_would_be_saved(desk: Path, tmp_path: Path) -> None:
     said = CliRunner().invoke(app, ["gc", "--recipes"]).output
     assert "wide@1: made by convert" in said
     assert "1 versions could be kept as their recipes" in said
+
+
+def test_adapters_that_are_computed_are_kept_as_recipes_too(desk: Path, tmp_path: Path, base: Path) -> None:
+    register(plain_adapter(tmp_path / "other", base, seed=3), "terse", base=base)
+    adapterkit.combine(["tone", "terse"], tmp_path / "sum", weights=[0.5, 2.0], method="ties", density=0.5, rank=6)
+    adapterkit.resize("tone", tmp_path / "low", rank=2, dtype="bf16")
+    register(base, "whole", kind="merged")
+    adapterkit.extract("whole", "desk", tmp_path / "change", rank=3)
+    for name in ("sum", "low", "change"):
+        weights = (tmp_path / name / "adapter_model.safetensors").read_bytes()
+        found = register(tmp_path / name, name, as_recipe=True).record
+        assert [file.stored for file in found.files if file.path == "adapter_model.safetensors"] == [False]
+        assert (checkout(name) / "adapter_model.safetensors").read_bytes() == weights
+    assert fsck.fsck().clean

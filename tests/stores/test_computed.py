@@ -11,7 +11,9 @@ from models import plain_adapter, plain_base
 from store_server import Asked, Proxy, client_of, download, upload
 
 import adapterkit
+from adapterkit.checkpoint.plan import Plan
 from adapterkit.errors import OutputError, StoreError, UsageError
+from adapterkit.verbs.execute import execute
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,13 @@ def test_every_verb_that_computes_an_adapter_writes_the_bytes_of_a_local_run(
     both("low", lambda at, out: adapterkit.resize(f"{at}/a1", out, rank=2))
     both("difference", lambda at, out: adapterkit.extract(f"{at}/base", f"{at}/tuned", out, rank=4))
     both("one.safetensors", lambda at, out: adapterkit.combine([f"{at}/a1", f"{at}/a2"], out, to="kohya"))
+    adapterkit.combine([f"{where}/a1", f"{where}/a2"], save_plan=tmp_path / "plan.json", dry_run=True)
+    plan = Plan.from_json((tmp_path / "plan.json").read_bytes())
+    execute(plan, f"{where}/by-plan")
+    assert (
+        download(s3.server, "models", f"{place}/by-plan/")["adapter_model.safetensors"]
+        == (tmp_path / "sum/adapter_model.safetensors").read_bytes()
+    )
     # The result is an adapter as any other, and no working object is left.
     adapterkit.merge(f"{where}/base", f"{where}/sum", tmp_path / "merged")
     adapterkit.merge(made / "base", tmp_path / "sum", tmp_path / "again")

@@ -60,7 +60,13 @@ def test_a_task_takes_the_place_of_another_plan_only_if_forced(s3: Proxy, place:
     first.execute(0)  # and is never heard of again
     with pytest.raises(OutputError, match="another run writes"):
         adapterkit.run(tmp_path / "two.json", out, task=0, tasks=1)
-    assert adapterkit.run(tmp_path / "two.json", out, task=0, tasks=1, force=True).finished
+    s3.clear()
+    done = adapterkit.run(tmp_path / "two.json", out, task=0, tasks=1, force=True)
+    assert done.finished
+    parts = [one for one in s3.seen if one.method == "PUT" and "partNumber" in one.query]
+    # The parts and the notes of their uploads; what makes the output is in the report of the verb.
+    assert 0 < sum(one.up for one in parts) <= done.bytes_up < s3.up
+    assert 0 < done.requests < s3.count()
     adapterkit.merge(base, adapter, tmp_path / "out")
     assert download(s3.server, "models", f"{place}/out/") == {
         path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()

@@ -102,6 +102,10 @@ def test_what_was_tampered_with_is_refused(s3: Proxy, tickets: Path, place: str,
     put(s3, f"{folder}/manifest.json", whole["manifest.json"].replace(b"LICENSE", b"LICENCE"))
     with pytest.raises(CheckFailed, match="not that of its digest"):
         pull_bucket(to, home=other)
+    assert push_bucket("tickets@1", to).uploaded  # nothing vouches for what lies there
+    client_of(s3.server).delete_object(Bucket="models", Key=f"{folder}/LICENSE")
+    assert push_bucket("tickets@1", to).uploaded == ("LICENSE",)
+    assert pull_bucket(to, home=other).record.content == done.content
     rows = json.loads(whole["manifest.json"])["files"]
 
     def named(*paths: str) -> str:

@@ -254,6 +254,19 @@ def test_a_threshold_for_the_cosine(made: tuple[Path, Path, Path], tmp_path: Pat
     failed = verify(out, base=base, adapters=[small], min_retention=0, min_cosine=exact + 0.001)
     assert [f"asks for {exact + 0.001:g}" in one.text for one in failed.errors] == [True]
     assert failed.thresholds.min_cosine == exact + 0.001
+    # The error beside the change and the tensors that lose theirs have limits of their own, the same at both doors.
+    error = failed.tensors.error
+    names = [one.name for one in failed.tensors.tensors if one.touched and min(one.cosine, one.retention) < 0.5]
+    assert [one.name for one in failed.tensors.dead] == names
+    moved, wanted = moved - wanted, wanted
+    assert error == pytest.approx((moved.norm() / wanted.norm()).item(), rel=1e-2)
+    for option, limit, code in (
+        ("--max-error", error * 1.01, 0),
+        ("--max-error", error * 0.99, 3),
+        ("--max-dead", len(names), 0),
+    ):
+        assert run(["merge", base, small, "-o", tmp_path / "held", "--force", option, f"{limit}"]) == code
+        assert run([*command, option, f"{limit}"]) == code
 
 
 @pytest.mark.parametrize("quant", ["nf4", "int8", "fp8"])

@@ -91,6 +91,7 @@ _TOLD = frozenset(
         *("target_modules", "exclude_modules", "lora_dropout", "bias", "init_lora_weights", "fan_in_fan_out"),
         *("inference_mode", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version"),
         *("layers_to_transform", "layers_pattern", "modules_to_save", "megatron_core", "ensure_weight_tying"),
+        "qalora_group_size",  # of `use_qalora`, and set where that is not
     }
 )
 

@@ -63,7 +63,7 @@ _ENDS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
 # Text encoders once had the same names for their attention as a UNet.
 _TEXT = {".to_q": ".q_proj", ".to_k": ".k_proj", ".to_v": ".v_proj", ".to_out.0": ".out_proj"}
 _OF_WHOLE = (".weight", ".bias", ".scale")
-_FACTORS = frozenset({UP, DOWN, MID, "oft_blocks"})
+_FACTORS = frozenset({UP, DOWN, MID, "oft_blocks", "diff", "diff_b"})
 
 
 @dataclass(frozen=True)

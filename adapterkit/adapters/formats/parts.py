@@ -110,6 +110,10 @@ def settled(adapter: Adapter, names: Names | None, fit: Callable[[Adapter], obje
 def _places(names: Names) -> dict[str, str]:
     """Where the parts of a pipeline lie in a checkpoint of one file: kind and lead; empty where the base is one part."""
     leads = names.families.leads
+    inside = names.components
+    if inside:
+        kinds = {KINDS.get(name, name): f"{name}." for name in reversed(inside)}
+        return {**kinds, **{name: f"{name}." for name in inside}}
     found = {
         kind: lead for kind, known in ENCODERS.items() if (lead := next((one for one in known if one in leads), None))
     }
@@ -126,16 +130,23 @@ def _placed(adapter: Adapter, contents: Contents, names: Names, places: Mapping[
     for part in contents.parts:
         own = contents.of(part)
         kind = KINDS.get(part, "")
-        lead = places.get(kind)
+        lead = places.get(part) or places.get(kind)
+        if names.components and not part:
+            lead = places.get("denoiser")
         if part and lead is None:
             if part in adapter.only or len(contents.parts) == 1:
                 raise TargetError(
                     f"{adapter.ref}: the base has no place for '{part}' ({len(own)} modules)",
-                    f"it holds {', '.join(sorted(places))}; name another part",
+                    f"it holds {', '.join(names.components or sorted(places))}; name another part",
                 )
             left.append(f"{part} ({len(own)} modules): the base has no such part")
             continue
         modules += _resolved(own, names, adapter, lead or "")
+    others = [name for name in names.components if name.startswith("transformer_")]
+    denoised = {places.get(part) or places.get(KINDS.get(part, "denoiser")) for part in contents.parts}
+    if others and places.get("denoiser") in denoised and not denoised & {f"{name}." for name in others}:
+        said = f"{adapter.ref} goes into {places['denoiser'].removesuffix('.')}; {' and '.join(others)} stays as it is"
+        adapter = replace(adapter, notes=(*adapter.notes, said))
     if not modules:
         raise TargetError(f"none of the parts of {adapter.ref} fits the base", "give the base it was trained on")
     return _made(adapter, contents, modules, left)

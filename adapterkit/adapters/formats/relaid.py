@@ -52,7 +52,7 @@ def relaid(factors: Sequence[PlainFactors], layout: str, rows_of: Rows = lambda 
         entry = _entry(one.path, family, lambda entry: entry.part is None)
         wanted = entry is not None and (layout == "diffusers" or entry[0].row.alias)
         found += _cut(one, *entry, held) if wanted and entry is not None else [one]
-    return found if layout == "diffusers" else _joined(found, family, rows_of)
+    return _stacked(found if layout == "diffusers" else _joined(found, family, rows_of))
 
 
 def _entry(
@@ -150,21 +150,58 @@ def _factors(path: str, rank: int, scale: float, a: Tensor, b: Tensor) -> PlainF
 
 def _joined(factors: Sequence[PlainFactors], family: PipelineFamily | None, rows_of: Rows) -> list[PlainFactors]:
     """Parts of diffusers as modules of the original layout."""
-    found: dict[str, tuple[TableEntry, tuple[int, ...], str, dict[int, PlainFactors]] | PlainFactors] = {}
+    found: list[PlainFactors] = []
+    groups: dict[str, tuple[TableEntry, tuple[int, ...], str, dict[int, PlainFactors]]] = {}
     for one in factors:
         place = _entry(one.path, family, lambda entry: entry.part is not None and not entry.row.alias)
         if place is None:
-            found[one.path] = one
+            found.append(one)
             continue
         entry, captures, rest = place
         name = _path(entry, None, captures, rest)
         if len(entry.row.parts) == 1:
-            found[name] = _made(one, name, one.stored[0], _turned_halves(entry.row, one), one.stored[1])
+            found.append(_made(one, name, one.stored[0], _turned_halves(entry.row, one), one.stored[1]))
             continue
-        group = found.setdefault(name, (entry, captures, rest, {}))
-        assert isinstance(group, tuple)
-        group[3][entry.part or 0] = one
-    return [one if isinstance(one, PlainFactors) else _fused(name, *one, rows_of) for name, one in found.items()]
+        parts = groups.setdefault(name, (entry, captures, rest, {}))[3]
+        number = entry.part or 0
+        parts[number] = _together([parts[number], one]) if number in parts else one
+    return [*found, *(_fused(name, *one, rows_of) for name, one in groups.items())]
+
+
+def _stacked(factors: Sequence[PlainFactors]) -> list[PlainFactors]:
+    """One for each module: what several adapters add to it under names of both layouts is added up."""
+    found: dict[str, list[PlainFactors]] = {}
+    for one in factors:
+        found.setdefault(one.path, []).append(one)
+    return [_together(several) for several in found.values()]
+
+
+def _together(several: Sequence[PlainFactors]) -> PlainFactors:
+    """The sum of factors of one module: their A below each other, their B side by side with the scale in it."""
+    first, *others = several
+    if not others:
+        return first
+    if any(one.embedding or one.turned for one in several):
+        raise UnsupportedAdapter(
+            f"{first.path} is named twice, in two layouts", "convert one adapter first, then combine"
+        )
+    a, b = first.stored
+    rank = sum(one.rank for one in several)
+
+    def make_a() -> torch.Tensor:
+        import torch
+
+        return torch.cat([_read(one.stored[0]).float() for one in several])
+
+    def make_b() -> torch.Tensor:
+        import torch
+
+        return torch.cat([_read(one.stored[1]).float() * one.scale for one in several], 1)
+
+    nbytes = sum(tensor.nbytes for one in several for tensor in one.stored)
+    made_a = FunctionTensor(a.name, F32, (rank, a.shape[1]), make_a, "A of several", nbytes)
+    made_b = FunctionTensor(b.name, F32, (b.shape[0], rank), make_b, "B of several", nbytes)
+    return _factors(first.path, rank, 1.0, made_a, made_b)
 
 
 def _fused(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.families.names import ENCODERS, family_of
@@ -69,7 +69,13 @@ STYLES = {
         Style(
             "diffusers",
             "diffusers",
-            {"denoiser": "transformer.", "te1": "text_encoder.", "te2": "text_encoder_2.", "te3": "text_encoder_3."},
+            {
+                "denoiser": "transformer.",
+                "te1": "text_encoder.",
+                "te2": "text_encoder_2.",
+                "te3": "text_encoder_3.",
+                "transformer_2": "transformer_2.",
+            },
             False,
             ("lora_A.weight", "lora_B.weight"),
             False,
@@ -103,6 +109,12 @@ STYLES = {
 }
 
 
+def style_of(adapter: Adapter) -> str:
+    """The style that the file of an adapter has; diffusers' where it is none of these."""
+    written = {"kohya": "kohya", "ComfyUI": "comfyui", "LyCORIS": "lycoris"}
+    return "diffusers" if adapter.contents is None else written.get(adapter.contents.style, "diffusers")
+
+
 def as_single(
     adapter: Adapter,
     factors: Sequence[PlainFactors],
@@ -128,7 +140,8 @@ def as_single(
     for one in factors:
         if one.embedding or one.turned:
             raise UnsupportedAdapter(f"{one.path} is no layer that such files have", f"write {option('to', 'peft')}")
-        parts.setdefault(_kind(one.path, adapter), []).append(one)
+        kind, path = _place(one.path, adapter)
+        parts.setdefault(kind, []).append(replace(one, path=path))
     if len(parts) > 1 and style.name == "lycoris":
         raise UnsupportedAdapter(
             f"{adapter.ref} is for {len(parts)} models, and such a file is of one", "name one part"
@@ -140,6 +153,21 @@ def as_single(
             path = one.path.replace(".", "_") if style.flat else one.path
             tensors |= _named(one, lead + path, style)
     return AdapterFiles(style.weights, tensors, {}, (), _metadata(adapter, factors))
+
+
+# How the components of a pipeline lead their modules, where those are more than a denoiser.
+_COMPONENTS = {
+    "text_encoder.": "te1",
+    "text_encoder_2.": "te2",
+    "text_encoder_3.": "te3",
+    "transformer_2.": "transformer_2",
+}
+
+
+def _place(path: str, adapter: Adapter) -> tuple[str, str]:
+    """The part of a pipeline that a module is of, and its path there."""
+    lead = next((lead for lead in _COMPONENTS if path.startswith(lead)), "")
+    return (_COMPONENTS[lead], path.removeprefix(lead)) if lead else (_kind(path, adapter), path)
 
 
 def _kind(path: str, adapter: Adapter) -> str:
@@ -154,7 +182,7 @@ def _kind(path: str, adapter: Adapter) -> str:
 
 
 def _laid(own: list[PlainFactors], kind: str, style: Style, names: Names | None) -> list[PlainFactors]:
-    if kind != "denoiser":
+    if kind not in ("denoiser", "transformer_2"):
         return relaid(own, "diffusers", _rows(names))
     told = family_of([bare(one.path) for one in own])
     if told is not None and told[0].name == UNET and style.name == "kohya":
@@ -178,6 +206,8 @@ def _lead(kind: str, own: list[PlainFactors], style: Style, parts: Mapping[str, 
         return "unet."
     if style.name == "kohya" and kind == "te1" and "te2" not in parts:
         return "lora_te_"
+    if kind not in style.leads:
+        raise UnsupportedAdapter(f"a file of {style.name} has no name for {kind}", f"write {option('to', 'diffusers')}")
     return style.leads[kind]
 
 

@@ -10,6 +10,7 @@ from adapterkit.gguf.arch.config import ALIASES, Config, llama3_factors, single
 from adapterkit.gguf.arch.fields import MORE, NULL, floats, shortest
 from adapterkit.gguf.arch.hyper import GATING
 from adapterkit.gguf.arch.mapping import Mapper
+from adapterkit.gguf.arch.rope import ATTENTION, OWN_YARN, mscale
 from adapterkit.gguf.arch.table import specs_of
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ _ROPE = {
     "rope.scaling.yarn_beta_fast": "beta_fast",
     "rope.scaling.yarn_beta_slow": "beta_slow",
 }
+_SWITCHED_OFF = 1e20  # a divisor that stops a frequency
+# Positions that models were trained with before Llama 3.1's scaling, the usual ones first.
+_TRAINED = (8192, 4096, 2048, 16384, 32768, 65536, 131072, *(2**k for k in range(4, 11)), 262144, 524288)
+ATTENTION_FACTOR = "attention_factor"
 # Tensors whose presence a config says: (a tensor of layer 0 or of none, model types, fields).
 _BIASES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("attn_q.bias", ("attention_bias", "qkv_bias", "use_qkv_bias")),
@@ -118,8 +123,22 @@ def config_of(base: GGUFCheckpoint, spec: ArchSpec) -> dict[str, Any]:
                 f"{base.ref}: its metadata does not say '{error.args[0]}', which {spec.model_type} needs",
                 "download it again",
             ) from None
+    _scaled(config, rope)
     config |= _built_in(spec, config, said, base)
     return {name: None if value is NULL else value for name, value in config.items() if value is not None}
+
+
+def _scaled(config: dict[str, Any], rope: Mapping[str, Any]) -> None:
+    """The scaling of positions, where a row's own fields say the rest of its rotary embeddings anew."""
+    full = rope.get("full_attention", rope)
+    own = config.get("rope_parameters")
+    if full.get("rope_type", "default") == "default" or not isinstance(own, dict):
+        return
+    mine = own.get("full_attention", own)
+    if mine.get("rope_type", "default") == "default":
+        mine |= {name: value for name, value in full.items() if name not in mine or name == "rope_type"}
+    elif ATTENTION_FACTOR in full:
+        mine.setdefault(ATTENTION_FACTOR, full[ATTENTION_FACTOR])
 
 
 def _built_in(spec: ArchSpec, config: Mapping[str, Any], said: Collection[str], base: GGUFCheckpoint) -> dict[str, Any]:
@@ -127,7 +146,7 @@ def _built_in(spec: ArchSpec, config: Mapping[str, Any], said: Collection[str], 
     read = Config({name: value for name, value in config.items() if value is not NULL}, base.ref, where="metadata")
     found: dict[str, Any] = {}
     for one in spec.fixed:
-        if one.field in said or "." in one.field or one.limit is not None:
+        if one.field in said or "." in one.field or one.limit is not None or one.field == "layer_types":
             continue
         differs = one.differs(read)
         if differs is not None:
@@ -141,9 +160,19 @@ def _rope(values: Values, base: Collection[str], config: Mapping[str, Any]) -> d
     if "rope.freq_base" in values:
         rope["rope_theta"] = values["rope.freq_base"]
     kind = values.get("rope.scaling.type")
+    if kind == "linear" and values.get("rope.scaling.factor", 1.0) == 1.0:
+        kind = None
     rope["rope_type"] = kind if kind in ("linear", "yarn", "longrope") else "default"
     if rope["rope_type"] != "default":
         rope |= {field: values[key] for key, field in _ROPE.items() if key in values}
+    extra = values.get(ATTENTION)
+    if extra is not None and kind == "yarn":
+        rope[ATTENTION_FACTOR] = shortest(float(extra) * mscale(float(rope.get("factor", 1.0))))
+    elif extra is not None:
+        rope[ATTENTION_FACTOR] = extra
+    log = values.get(OWN_YARN)
+    if log is not None and kind == "yarn":
+        rope["mscale"] = rope["mscale_all_dim"] = shortest(single(log / 0.1))
     heads, width = config.get("num_attention_heads"), config.get("hidden_size")
     size = config.get("head_dim") or (
         width // heads if isinstance(heads, int) and heads and isinstance(width, int) else 0
@@ -153,15 +182,25 @@ def _rope(values: Values, base: Collection[str], config: Mapping[str, Any]) -> d
         rope["partial_rotary_factor"] = rotated / size
     if "rope.dimension_sections" in values:
         rope["mrope_section"] = [one for one in values["rope.dimension_sections"] if one]
-    _factors(rope, base, int(rotated or size or 0))
+    if isinstance(config.get("original_max_position_embeddings"), int):
+        rope.setdefault("original_max_position_embeddings", config["original_max_position_embeddings"])
+    _factors(rope, base, int(rotated or size or 0), config.get("max_position_embeddings"))
+    if rope["rope_type"] == "default" and rope.pop(ATTENTION_FACTOR, 1.0) != 1.0:
+        raise TargetError(
+            f"its metadata has an '{ATTENTION}' of {extra:g} without a scaling of positions, which no config.json says",
+            "merge into the GGUF file itself",
+        )
     if "rope.freq_base_swa" in values:
         local = {"rope_type": "default", "rope_theta": values["rope.freq_base_swa"]}
         return {"full_attention": rope, "sliding_attention": local}
     return rope if len(rope) > 1 else {}
 
 
-def _factors(rope: dict[str, Any], base: Any, size: int) -> None:
-    """What made the divisors of the rotary frequencies: longrope's lists, or the four numbers of Llama 3.1."""
+def _factors(rope: dict[str, Any], base: Any, size: int, context: Any) -> None:
+    """What made the divisors of the rotary frequencies: longrope's lists, or the four numbers of Llama 3.1.
+
+    Divisors of another origin (yarn with bounds of its own) become longrope's lists too, with the same for all lengths.
+    """
     for name in ("long", "short"):
         found = base.get(f"rope_factors_{name}.weight") if hasattr(base, "get") else None
         if found is not None:
@@ -171,17 +210,24 @@ def _factors(rope: dict[str, Any], base: Any, size: int) -> None:
     if found is None:
         return
     wanted = floats(found)
+    if max(wanted, default=1.0) >= _SWITCHED_OFF:
+        return  # frequencies that are left out, which a row's own fields say
     factor = shortest(max(wanted, default=1.0))
-    for old in (8192, 4096, 2048, 16384, 32768, 64, 128, 256, 512, 1024):
-        for high in (4.0, 1.0):
+    for old in _TRAINED:
+        for low, high in ((1.0, 4.0), (1.0, 2.0), (1.0, 8.0), (2.0, 4.0)):
             tried = {
                 "rope_type": "llama3",
                 "rope_theta": rope.get("rope_theta", 10000.0),
                 "factor": factor,
-                "low_freq_factor": 1.0,
+                "low_freq_factor": low,
                 "high_freq_factor": high,
                 "original_max_position_embeddings": old,
             }
-            if high > 1 and [single(one) for one in llama3_factors(tried, size)] == wanted:
+            if ATTENTION_FACTOR not in rope and [single(one) for one in llama3_factors(tried, size)] == wanted:
                 rope |= tried
                 return
+    if len(wanted) == size // 2 and isinstance(context, int):
+        lists = [shortest(one) for one in wanted]
+        rope |= {"rope_type": "longrope", "short_factor": lists, "long_factor": lists}
+        rope.setdefault(ATTENTION_FACTOR, 1.0)
+        rope.setdefault("original_max_position_embeddings", context)

@@ -89,6 +89,17 @@ def held(spec: ArchSpec, config: Config, approximate: Collection[str] = ()) -> t
     return tuple(notes)
 
 
+def of_speech(config: Config) -> tuple[str, ...]:
+    """A note on what a class that hears leaves out of its text part, and the runtime does not."""
+    scaling = config.get("logits_scaling", default=1.0)
+    if scaling == 1.0 or not any(name.startswith("GraniteSpeech") for name in config.classes):
+        return ()
+    said = (
+        f"'logits_scaling' is {_shown(scaling)}: llama.cpp divides by it, and transformers' class for speech does not"
+    )
+    return (f"{said}, so probabilities of tokens differ and their order does not",)
+
+
 def unread(config: Config) -> tuple[str, ...]:
     """A note on the fields of a config that nothing here has asked for and that are not known to be harmless."""
     strange = sorted(

@@ -7,7 +7,16 @@ from typing import Any
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.ops import Cut
 from adapterkit.gguf.arch.pooling import POOLING, pooling
-from adapterkit.gguf.arch.shared import EMBEDDINGS, MLP, NORMS, VOCAB_SIZE, attention, constant, window_pattern
+from adapterkit.gguf.arch.shared import (
+    EMBEDDINGS,
+    MLP,
+    NO_SCALING,
+    NORMS,
+    VOCAB_SIZE,
+    attention,
+    constant,
+    window_pattern,
+)
 from adapterkit.gguf.arch.spec import ArchSpec, Key, Rule, rule
 
 
@@ -123,7 +132,7 @@ _MODERN_KEYS = (
     _POOLING,
     Key("attention.sliding_window", "local_attention", needed=True),
     Key("attention.sliding_window_pattern", _modernbert_pattern, field="global_attn_every_n_layers"),
-    constant("rope.scaling.type", "none"),
+    NO_SCALING,
     VOCAB_SIZE,
     Key("hidden_activation", "hidden_activation"),
     Key(
@@ -265,7 +274,7 @@ SPECS = (
         ("EuroBertModel", "JinaEmbeddingsV5Model"),
         "eurobert",
         (*EMBEDDINGS, *NORMS, *attention(), *MLP),
-        (_CAUSAL, constant("rope.scaling.type", "none"), _POOLING),
+        (_CAUSAL, NO_SCALING, _POOLING),
         prefixes=("model.",),
         encoder=True,
     ),

@@ -105,9 +105,6 @@ def _deepseek(values: Values, config: Values, base: Any) -> dict[str, Any]:
         found |= {"model_type": "deepseek_v3", "architectures": ["DeepseekV3ForCausalLM"], "scoring_func": None}
     else:
         found |= {"topk_method": "greedy", "scoring_func": None if "expert_gating_func" not in values else "softmax"}
-    log = values.get("rope.scaling.yarn_log_multiplier")
-    if log is not None:
-        found["rope_parameters"] = {**config.get("rope_parameters", {}), "mscale_all_dim": shortest(single(log / 0.1))}
     return found
 
 

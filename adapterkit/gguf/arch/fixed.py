@@ -7,9 +7,10 @@ the runtime with transformers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.gguf.arch.builtin import Fixed
+from adapterkit.gguf.arch.hyper import rotary_dim
 
 if TYPE_CHECKING:
     from adapterkit.gguf.arch.config import Config
@@ -266,7 +267,12 @@ FIXED: dict[str, tuple[Fixed, ...]] = {
         ),
     ),
     "mamba2": _MAMBA,
-    "jamba": (_SILU, *_no_bias("mamba_proj_bias"), *_biased("mamba_conv_bias")),
+    "jamba": (
+        Fixed("mamba_expand", 2, "has mixers of twice the width in this architecture"),
+        _SILU,
+        *_no_bias("mamba_proj_bias"),
+        *_biased("mamba_conv_bias"),
+    ),
     "falcon_h1": (_SILU, *_biased("mamba_conv_bias")),
     "granitemoehybrid": (_SILU, *_no_bias("mamba_proj_bias"), *_biased("mamba_conv_bias")),
     "bert": (_GELU, _POSITIONS, _ENCODER),
@@ -325,30 +331,126 @@ NO_LORA: dict[str, tuple[str, ...]] = {
     ),
     "gemma4_text": ("per_layer_model_proj.weight",),
     "jamba": ("ssm_dt.weight",),
+    "minimax_m3_vl_text": ("indexer.q_proj.weight", "indexer.k_proj.weight"),
     "falcon_mamba": ("ssm_dt.weight",),
 }
+
+
+def _fourths(full: int) -> Callable[[Config], list[str]]:
+    """Every fourth layer sees all, from the one with this number on."""
+
+    def built_in(config: Config) -> list[str]:
+        layers = range(config.number("layers"))
+        return ["full_attention" if i % 4 == full else "sliding_attention" for i in layers]
+
+    return built_in
+
+
+def _windows_somewhere(config: Config) -> bool:
+    return bool(config.get("sliding_window")) and isinstance(config.get("layer_types"), list)
+
+
+def _coarse(config: Config) -> bool:
+    return float(config.get("rms_norm_eps", default=1e-6)) > 2e-5
+
+
+def _theta_of_windows(config: Config) -> Any:
+    local = config.rope_by_kind.get("sliding_attention")
+    theta = local.get("rope_theta") if isinstance(local, dict) else None
+    return config.rope.get("rope_theta") if theta is None else theta
+
+
+# Epsilons up to 1e-5 differ from 1e-6 by less than what float32 shows in a model.
+_LATENT_EPSILON = Fixed(
+    "rms_norm_eps", 1e-6, "has one epsilon for all norms, and those of the compressed parts have 1e-6", when=_coarse
+)
+_BIASES = _no_bias("attention_bias")
+FIXED["glm"] = (_SILU, _SPLIT_HEADS)
+FIXED["eurobert"] = (_SILU, *_BIASES, *_no_bias("mlp_bias"), _SPLIT_HEADS)
+FIXED["afmoe"] = (
+    _SILU,
+    *_BIASES,
+    Fixed("layer_types", _fourths(3), "leaves positions out in every fourth layer", when=_windows_somewhere),
+)
+FIXED["laguna"] = (
+    _SILU,
+    *_BIASES,
+    Fixed("layer_types", _fourths(0), "has no window in the first of every four layers", when=_windows_somewhere),
+)
+for _row in ("cohere2_moe", "mellum"):
+    FIXED[_row] = (_SILU, *_BIASES)
+for _row in ("hy_v3", "step3p7"):
+    FIXED[_row] = (_SILU, *_BIASES, *_no_bias("mlp_bias"))
+FIXED["bitnet"] = _BIASES
+for _row in ("glm4_moe_lite", "youtu", "deepseek_v32"):
+    FIXED[_row] = (_SILU, *_BIASES, _LATENT_EPSILON)
+FIXED["glm_moe_dsa"] = (
+    *FIXED["deepseek_v32"],
+    Fixed("rope.rope_type", "default", "scales attention of stretched positions otherwise", when=lambda c: True),
+)
+FIXED["minicpm3"] = (
+    _SILU,
+    *_BIASES,
+    *_no_bias("mlp_bias"),
+    _LATENT_EPSILON,
+    Fixed("rope.mscale_all_dim", 0, "does not scale attention by it in this architecture"),
+)
+FIXED["kimi_linear"] = (*_BIASES, _LATENT_EPSILON)
+FIXED["nemotron_h"] = FIXED["nemotron_h_moe"] = (*_no_bias("mlp_bias", "use_bias"), *_biased("use_conv_bias"))
+FIXED["minimax_m3_vl_text"] = (
+    Fixed(
+        "shared_intermediate_size", lambda c: c.number("intermediate_size"), "has shared experts as wide as the others"
+    ),
+)
+FIXED["bamba"] = (*_no_bias("mamba_proj_bias"), *_biased("mamba_conv_bias"))
+FIXED["lfm2_moe"] = (*_no_bias("conv_bias"), *_biased("use_expert_bias"))
+FIXED["olmo2"] = (
+    *FIXED["olmo2"],
+    Fixed("rope.rope_theta", _theta_of_windows, "has one rotary base for all layers of this architecture"),
+)
+
+
+def _unrotated(config: Config) -> list[float]:
+    """Frequencies that interleaved sections do not cover: their position is 0 in the runtime.
+
+    Source: ``GGML_ROPE_TYPE_IMROPE`` in ggml's ``ggml_mrope_cache_init``.
+    """
+    sections = config.rope_by_kind.get("mrope_section")
+    if not isinstance(sections, list) or len(sections) < 3 or not sum(sections):
+        return []
+    half, theta = rotary_dim(config) // 2, float(config.rope.get("rope_theta", 10000.0))
+    places = ((i, i % sum(sections)) for i in range(half))
+    return [theta ** (-i / half) for i, place in places if place >= 3 * sections[place % 3]]
+
+
+def _turned_before(config: Config) -> int:
+    """The tokens until the fastest of these frequencies has turned a quarter of a radian."""
+    return int(0.25 / max(_unrotated(config)))
+
+
+_COVERED = Fixed(
+    "rope.mrope_section",
+    [],
+    "leaves the frequencies unrotated that these interleaved sections do not cover",
+    when=lambda c: bool(_unrotated(c)) and _turned_before(c) < c.number("context"),
+    limit=lambda c: f"texts of more than {_turned_before(c)} tokens",
+)
+for _row in ("qwen3_vl", "qwen3_vl_moe", "qwen3_asr", "qwen3_omni_moe", "qwen3_5_text", "qwen3_5_moe_text"):
+    FIXED[_row] = (*FIXED[_row], _COVERED)
+FIXED["qwen2_vl"] = (
+    *FIXED["qwen2_vl"],
+    Fixed("rms_norm_eps", 1e-6, "adds no epsilon in the norms of this architecture", when=_coarse),
+)
 FIXED |= dict.fromkeys(
     (
-        "eurobert",
-        "afmoe",
         "bailing_moe_v2",
         "sarvam_moe",
         "plamo2",
-        "cohere2_moe",
         "exaone_moe",
-        "glm",
-        "glm4_moe_lite",
         "granite_swa",
         "granitemoe_swa",
-        "hy_v3",
-        "mellum",
-        "laguna",
-        "minicpm3",
         "minimax_m2",
         "solar_open",
-        "youtu",
-        "deepseek_v32",
-        "glm_moe_dsa",
     ),
     (_SILU,),
 )

@@ -8,6 +8,7 @@ from adapterkit.errors import CheckpointError
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.hybrid import mamba
 from adapterkit.gguf.arch.ops import Interleave, Stack, Turn, Unjoin
+from adapterkit.gguf.arch.rope import SCALED, kind_of
 from adapterkit.gguf.arch.shared import (
     EMBEDDINGS,
     FUSED_MLP,
@@ -241,6 +242,7 @@ SPECS = (
             *_UP_DOWN,
         ),
         (VOCAB_SIZE, ROPE_DIM),
+        own_output=True,
         factors=(LLAMA3, *LONGROPE),
         scalars=(
             Scalars("model.layers.{i}.mlp.act_fn.alpha_n", "xielu.alpha_n", (1,)),
@@ -297,7 +299,7 @@ SPECS = (
             Key("feed_forward_length", part_of("ffn_config", "ffn_hidden_size")),
             Key("attention.head_count", "n_heads", needed=True),
             Key("attention.head_count_kv", part_of("attn_config", "kv_n_heads")),
-            Key("rope.freq_base", part_of("attn_config", "rope_theta")),
+            Key("rope.freq_base", lambda c: c.rope.get("rope_theta") or part_of("attn_config", "rope_theta")(c)),
             Key("attention.clamp_kqv", part_of("attn_config", "clip_qkv")),
             Key("expert_count", part_of("ffn_config", "moe_num_experts")),
             Key("expert_used_count", part_of("ffn_config", "moe_top_k")),
@@ -321,13 +323,21 @@ SPECS = (
             block("self_attn.inner_attn_ln", "attn_sub_norm", writes=False),
             block("mlp.ffn_layernorm", "ffn_sub_norm", writes=False),
         ),
-        (VOCAB_SIZE, constant("rope.scaling.type", "linear"), constant("rope.scaling.factor", 1.0)),
+        (
+            VOCAB_SIZE,
+            Key("rope.scaling.type", lambda c: None if kind_of(c.rope) in SCALED else "linear"),
+            Key("rope.scaling.factor", lambda c: None if kind_of(c.rope) in SCALED else 1.0),
+        ),
         tied=True,
         check=_plain_bitnet,
         back=lambda values, config, base: {
             "hidden_act": "silu",
             "tie_word_embeddings": True,
-            "rope_parameters": {"rope_type": "default", "rope_theta": values.get("rope.freq_base", 10000.0)},
+            **(
+                {"rope_parameters": {"rope_type": "default", "rope_theta": values.get("rope.freq_base", 10000.0)}}
+                if values.get("rope.scaling.factor", 1.0) == 1.0
+                else {}
+            ),
         },
     ),
     ArchSpec(

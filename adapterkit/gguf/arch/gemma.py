@@ -47,6 +47,20 @@ def _as_released(config: Config) -> None:
         )
 
 
+def _shared_from_a_pair(config: Config) -> None:
+    """The last layers may share keys and values: in the runtime those of the two layers before them, by their place."""
+    shared, kinds = config.get("num_kv_shared_layers", default=0), config.get("layer_types")
+    if not shared or not isinstance(kinds, list):
+        return
+    first = len(kinds) - int(shared)
+    if kinds[max(first - 2, 0) : first] != ["sliding_attention", "full_attention"]:
+        raise CheckpointError(
+            f"{config.ref}: llama.cpp's gemma4 shares keys and values of a layer with a window and one without, in this "
+            f"order, and the layers before its {shared} shared ones are no such pair (num_kv_shared_layers, layer_types)",
+            "run it with transformers",
+        )
+
+
 def _global(config: Config, field: str, instead: str) -> int:
     """A number of the layers with full attention: its own field, or that of such a layer in ``per_layer_config``."""
     found = config.get(field)
@@ -157,6 +171,7 @@ SPECS = (
             Key("rope.dimension_count_swa", "head_dim"),
         ),
         factors=(ComputedTensor("rope_freqs.weight", _proportional),),
+        check=_shared_from_a_pair,
         drops=(r"\.rotary_emb\.",),
         types=("gemma4", "gemma4_unified", "gemma4_unified_text"),
         uneven=True,

@@ -136,11 +136,12 @@ _DEEPSEEK = next(spec for spec in moe.SPECS if spec.arch == "deepseek2")
 _GLM_VOCAB = 154880  # of GLM-4.5 and what came of it
 
 # Source: plain ggml_mul_mat in llama.cpp's deepseek2.cpp, minicpm3.cpp and kimi-linear.cpp.
-_DEAF = tuple(f"{name}.weight" for name in ("attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b", "output"))
+_DEAF_NAMES = ("attn_k_b", "attn_v_b", "attn_q", "attn_q_a", "attn_q_b", "attn_kv_a_mqa", "attn_kv_b", "output")
+_DEAF = tuple(f"{name}.weight" for name in _DEAF_NAMES)
 _KIMI_DEAF = (
     *_DEAF,
     *(f"{name}.weight" for name in ("attn_k", "attn_v", "attn_output")),
-    *(f"ssm_{name}.weight" for name in ("f_a", "f_b", "g_a", "g_b", "beta")),
+    *(f"ssm_{name}.weight" for name in ("f_a", "f_b", "g_a", "g_b", "beta", "conv1d_q", "conv1d_k", "conv1d_v")),
 )
 
 _INDEXER = blocks(

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
 DIVISORS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 YARN_FAST, YARN_SLOW = 32.0, 1.0  # the bounds of yarn that are built in, in turns of a frequency
 OWN_YARN = "rope.scaling.yarn_log_multiplier"  # of architectures that compute the factor of attention themselves
+ATTENTION = "rope.scaling.attn_factor"
+# Architectures whose layers with windows are rotated plainly whatever is scaled in the others.
+# Source: attn_factor in src/models of llama.cpp.
+_PLAIN_WINDOWS = frozenset(("olmo2", "mellum", "laguna"))
 _PLAIN = frozenset(("", "default", "mrope", "proportional", "axial", "none"))
+SCALED = frozenset(("linear", "yarn", "longrope"))  # the types that a file has a word for
 _EVERYWHERE = frozenset(
     ("rope_type", "type", "rope_theta", "partial_rotary_factor", "mrope_section", "mrope_interleaved")
 )
@@ -49,10 +54,36 @@ def scaling(spec: ArchSpec, config: Config) -> Scaling:
         CheckpointError: a scaling without its numbers.
         TargetError: llama.cpp cannot compute it in this architecture.
     """
+    found = _scaling(spec, config)
+    kinds = config.get("layer_types")
+    apart = {
+        name: rope
+        for name, rope in config.rope_by_kind.items()
+        if isinstance(rope, dict) and name != "full_attention" and (not isinstance(kinds, list) or name in kinds)
+    }
+    for name, rope in apart.items():
+        other = kind_of(rope)
+        if other == "dynamic":
+            late = f"rope type 'dynamic' of {name} is left out: texts of more than {config.number('context')} tokens differ"
+            found = Scaling(found.keys, (*found.notes, late))
+        elif other not in _PLAIN:
+            raise _refused(spec, config, f"the rope type '{other}' in layers of the kind '{name}'")
+    if apart and ATTENTION in found.keys and spec.arch not in _PLAIN_WINDOWS:
+        raise _refused(
+            spec,
+            config,
+            f"an attention factor of {_attention(config):g} in some layers and none in those of {min(apart)}",
+        )
+    return found
+
+
+def _scaling(spec: ArchSpec, config: Config) -> Scaling:
     rope = config.rope
     kind = kind_of(rope)
     if kind in _PLAIN:
         return Scaling()
+    if kind == "linear" and any(key.name == OWN_YARN for key in spec.keys):
+        raise _refused(spec, config, "the rope type 'linear'")
     if kind == "linear":
         return Scaling({"rope.scaling.type": "linear", "rope.scaling.factor": need(config, "factor")})
     if kind == "dynamic":
@@ -69,9 +100,7 @@ def scaling(spec: ArchSpec, config: Config) -> Scaling:
         if loads(spec, LONG):
             found: dict[str, Any] = {"rope.scaling.type": "longrope"}
             factor = long_attention(config)
-            return Scaling(
-                found if factor is None else {**found, "rope.scaling.attn_factor": factor}, _by_context(config)
-            )
+            return Scaling(found if factor is None else {**found, ATTENTION: factor}, _by_context(config))
         raise _refused(spec, config, "the rope type 'longrope'")
     raise _refused(spec, config, f"the rope type '{kind}'")
 
@@ -125,7 +154,7 @@ def long_attention(config: Config) -> float | None:
     old = original_context(config)
     scale = need(config, "factor") if rope.get("factor") is not None else config.number("context") / old
     if kind_of(rope) == "yarn":
-        return _mscale(scale)
+        return mscale(scale)
     return math.sqrt(1 + math.log(scale) / math.log(old)) if scale > 1 else 1.0
 
 
@@ -148,7 +177,7 @@ def _yarn(spec: ArchSpec, config: Config) -> Scaling:
     factor, original = need(config, "factor"), need(config, "original_max_position_embeddings")
     own = any(key.name == OWN_YARN for key in spec.keys)
     if not own and _stretched_otherwise(config) and loads(spec, DIVISORS):
-        return Scaling({"rope.scaling.attn_factor": yarn_attention(config)})
+        return Scaling({ATTENTION: yarn_attention(config)})
     found: dict[str, Any] = {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": factor,
@@ -170,12 +199,18 @@ def _yarn(spec: ArchSpec, config: Config) -> Scaling:
     if own:
         if config.rope.get("attention_factor") is not None:
             raise _refused(spec, config, f"an attention_factor of {config.rope['attention_factor']:g}")
+        if abs(yarn_attention(config) - 1) > 1e-7:  # the runtime scales all of a head there, and not the rotated part
+            raise _refused(spec, config, "yarn without an 'mscale' that equals its 'mscale_all_dim'")
         return Scaling(found, notes)
     # llama.cpp multiplies this with what yarn has by itself, 1 + 0.1 ln(factor).
-    extra = yarn_attention(config) / _mscale(factor)
+    extra = yarn_attention(config) / mscale(factor)
     if abs(extra - 1) > 1e-7:
-        found["rope.scaling.attn_factor"] = extra
+        found[ATTENTION] = extra
     return Scaling(found, notes)
+
+
+def _attention(config: Config) -> float:
+    return yarn_attention(config) if kind_of(config.rope) == "yarn" else float(long_attention(config) or 1.0)
 
 
 def yarn_attention(config: Config) -> float:
@@ -184,11 +219,12 @@ def yarn_attention(config: Config) -> float:
     if rope.get("attention_factor") is not None:
         return need(config, "attention_factor")
     if rope.get("mscale") and rope.get("mscale_all_dim"):
-        return _mscale(factor, need(config, "mscale")) / _mscale(factor, need(config, "mscale_all_dim"))
-    return _mscale(factor)
+        return mscale(factor, need(config, "mscale")) / mscale(factor, need(config, "mscale_all_dim"))
+    return mscale(factor)
 
 
-def _mscale(factor: float, weight: float = 1.0) -> float:
+def mscale(factor: float, weight: float = 1.0) -> float:
+    """What yarn multiplies attention with for a stretch of ``factor``."""
     return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 

@@ -101,6 +101,13 @@ def _averaged(config: Config) -> None:
         )
 
 
+def _cohere_normed(config: Config) -> bool:
+    """Softmax is taken over the chosen experts alone, whatever the field says."""
+    if config.get("expert_selection_fn", default="softmax") == "softmax":
+        return True
+    return bool(config.get("norm_topk_prob", default=True))
+
+
 def _one_base(config: Config) -> None:
     local = config.rope_by_kind.get("sliding_attention")
     theirs = local.get("rope_theta") if isinstance(local, dict) else None
@@ -412,7 +419,7 @@ SPECS = (
                 lambda c: c.get("prefix_dense_intermediate_size", default=c.number("intermediate_size")),
             ),
             Key("leading_dense_block_count", dense_lead, field="first_k_dense_replace"),
-            Key("expert_weights_norm", "norm_topk_prob", False),
+            Key("expert_weights_norm", _cohere_normed, field="norm_topk_prob"),
             Key("expert_shared_count", lambda c: c.get("num_shared_experts") or None, field="num_shared_experts"),
             Key(
                 "expert_shared_feed_forward_length",
@@ -460,6 +467,7 @@ SPECS = (
             NO_SCALING,
         ),
         drops=(r"^mtp\.",),
+        own_output=True,
         back=_exaone_moe_back,
     ),
     ArchSpec(
@@ -563,6 +571,7 @@ SPECS = (
         "mellum",
         (*EMBEDDINGS, *NORMS, *attention(), *QK_NORMS, *experts()),
         (EXPERT_WIDTH, WINDOW, PATTERN),
+        own_output=True,
         check=_one_base,
         back=_mellum_back,
     ),
@@ -637,6 +646,7 @@ SPECS = (
             ),
             SIGMOID,
         ),
+        own_output=True,
         back=_minimax_back,
     ),
     ArchSpec(
@@ -668,6 +678,7 @@ SPECS = (
         types=("mimo_v2",),
         drops=(r"^model\.mtp\.", r"^mtp\."),
         uneven=True,
+        own_output=True,
         check=_no_heads_apart,
         back=_mimo_back,
     ),

@@ -129,7 +129,7 @@ def from_tower(
         [f"adapters change {len(idle)} tensors, as '{idle[0]}', that the tower is not computed with"] if idle else []
     )
     return FromTower(
-        mapped, unused, layout, found.types, (*found.notes, *notes), partial(through_types, mapped.sources, types)
+        mapped, unused, layout, found.types, (*found.notes, *notes), partial(through_types, mapped.sources, types, None)
     )
 
 

@@ -20,7 +20,7 @@ from adapterkit.requests.verify import LEVELS, VerifyRequest
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, Thresholds, VerifyReport
 
 if TYPE_CHECKING:
-    from adapterkit.verbs.verify.report import ModelLevel
+    from adapterkit.verbs.verify.report import ModelLevel, TensorLevel
 
 Ref = str | Path
 Progress = Callable[[int, int], None]
@@ -79,6 +79,8 @@ def verify(request: VerifyRequest) -> VerifyReport:
             *loading(planned, around),
             *_retention(tensors.retention, request.min_retention, wrong),
             *_cosine(tensors.cosine, request.min_cosine),
+            *_error(tensors.error, request.max_error),
+            *_dead(tensors, request.max_dead),
         ]
     else:
         every += [*names(planned), *around, *loading(planned, around)]
@@ -106,7 +108,14 @@ def verify(request: VerifyRequest) -> VerifyReport:
         tensors=tensors,
         layers=layers,
         model=model,
-        thresholds=Thresholds(request.max_kl, request.min_top1, request.min_retention, request.min_cosine),
+        thresholds=Thresholds(
+            request.max_kl,
+            request.min_top1,
+            request.min_retention,
+            request.min_cosine,
+            request.max_error,
+            request.max_dead,
+        ),
         options=_shown(planned.options),
         record=how.record is not None,
         inputs=inputs(found, stored, loaded, planned.weights, None),
@@ -143,6 +152,29 @@ def _cosine(there: float, asked: float | None) -> list[Finding]:
         "what the output's dtype or format added"
     )
     return [Finding("swallowed", ERROR, text, f"write {option('dtype', 'f16')} or f32, or more bits", figure=there)]
+
+
+def _error(there: float, asked: float | None) -> list[Finding]:
+    """What is written lies too far from what was trained, beside the size of the change."""
+    if asked is None or there <= asked:
+        return []
+    text = f"the error beside the change is {there:.3g} ({option('max_error')} allows {asked:g})"
+    return [Finding("swallowed", ERROR, text, f"write {option('dtype', 'f16')} or f32, or more bits", figure=there)]
+
+
+def _dead(found: TensorLevel, asked: int | None) -> list[Finding]:
+    """Tensors that lose their change, which figures over all tensors hide."""
+    dead = found.dead
+    if asked is not None and len(dead) > asked:
+        severity, allowed = ERROR, f" ({option('max_dead')} allows {asked})"
+    elif dead and len(dead) < found.touched:
+        severity, allowed = NOTE, ""
+    else:
+        return []
+    names = ", ".join(one.name for one in dead)
+    text = f"{len(dead)} of {found.touched} changed tensors have a cosine or a retention below 0.5{allowed}: {names}"
+    hint = "write these tensors wider, or keep the adapter beside the base"
+    return [Finding("dead tensors", severity, text, hint, figure=float(len(dead)))]
 
 
 def _answers(found: ModelLevel, max_kl: float | None, min_top1: float | None) -> list[Finding]:

@@ -34,11 +34,18 @@ def _levels(report: VerifyReport) -> Iterator[Verification]:
         return
     figures = {
         **dict(sorted(tensors.counts.items())),
-        "retention": _short(tensors.retention),
         "cosine": _short(tensors.cosine),
+        "error": _short(tensors.error),
+        "retention": _short(tensors.retention),
+        "dead": len(tensors.dead),
         **figures,
     }
-    bounds = {"min_retention": limits.min_retention, "min_cosine": limits.min_cosine}
+    bounds = {
+        "min_retention": limits.min_retention,
+        "min_cosine": limits.min_cosine,
+        "max_error": limits.max_error,
+        "max_dead": limits.max_dead,
+    }
     held = {name: limit for name, limit in bounds.items() if limit is not None}
     yield Verification("tensors", not apart, figures, held)
     if report.layers is not None:

@@ -131,7 +131,8 @@ def _figures(report: VerifyReport) -> Iterator[tuple[str, str, str]]:
     small = "byte for byte" if right == equal else f"{right - equal:,} more within rounding or the format"
     yield "Tensors as merge writes them", f"{equal:,} of {tensors.total:,}", small
     yield "Changed by adapters", f"{tensors.touched:,}", f"|delta|/|W| {tensors.relative:.1e} over all of them"
-    yield "Change that survives", f"{tensors.retention:.2%}", f"cosine {tensors.cosine:.5f}"
+    beside = f"error beside it {tensors.error:.2g}; {tensors.retention:.2%} of it survives"
+    yield "Cosine with the change", f"{tensors.cosine:.5f}", beside
     if report.layers is not None:
         lost = f"of what the adapter does; {report.layers.inputs} inputs"
         yield "Lost in the outputs", f"{report.layers.lost:.2%}", lost

@@ -19,6 +19,7 @@ EQUAL, ROUNDING, FORMAT, OFF, MISSING, EXTRA, SHAPE = (
     "shape",
 )
 RIGHT = frozenset({EQUAL, ROUNDING, FORMAT})
+DEAD = 0.5  # cosine and retention below which a tensor's change counts as lost, as for `adapterkit.adapters.fidelity`
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,16 @@ class TensorLevel:
     tensors: tuple[TensorCheck, ...]
     nbytes: int
     seconds: float
+
+    @property
+    def dead(self) -> tuple[TensorCheck, ...]:
+        """Changed tensors whose change is less than half there, or that point elsewhere; as `merge --fidelity` counts them."""
+        known = ((one, one.retention, one.cosine) for one in self.tensors if one.touched)
+        return tuple(
+            one
+            for one, retention, cosine in known
+            if (retention is not None and retention < DEAD) or (cosine is not None and cosine < DEAD)
+        )
 
 
 @dataclass(frozen=True)
@@ -244,6 +255,8 @@ class Thresholds:
     min_top1: float | None = None
     min_retention: float | None = None
     min_cosine: float | None = None
+    max_error: float | None = None
+    max_dead: int | None = None
 
 
 @dataclass(frozen=True)

@@ -127,5 +127,11 @@ def _files(found: Checkpoint) -> Iterator[Finding]:
         text = "adapter_config.json lies in MERGED: transformers would load that adapter on top of the merged weights"
         yield Finding("applied twice", ERROR, text, "remove adapter_config.json and adapter_model.safetensors from it")
     names = {path.name for path in folder.iterdir()}
-    if not names & {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json"}:
+    if "_class_name" not in found.config and not names & {
+        "tokenizer.json",
+        "tokenizer.model",
+        "vocab.json",
+        "vocab.txt",
+        "tokenizer_config.json",
+    }:
         yield Finding("no tokenizer", NOTE, "MERGED has no tokenizer", "copy the base's, if it is a language model")

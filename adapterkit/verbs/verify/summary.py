@@ -41,8 +41,9 @@ def _lines(report: VerifyReport) -> Iterator[str]:
         counts = ", ".join(f"{number:,} {status}" for status, number in tensors.counts.items())
         yield f"| tensors | compared | {counts} |"
         yield f"| | changed by adapters | {tensors.touched:,} of {tensors.total:,} |"
-        yield f"| | retention | {tensors.retention:.2%} |"
         yield f"| | cosine | {tensors.cosine:.5f} |"
+        yield f"| | error beside the change | {tensors.error:.2g} |"
+        yield f"| | retention | {tensors.retention:.2%} |"
     if report.layers is not None:
         layers = report.layers
         yield f"| layers | error of the outputs | {layers.error:.2e} (the adapter changes them by {layers.change:.2e}) |"
