@@ -101,14 +101,16 @@ class Merge:
 
     def _trained_elsewhere(self, dry_run: bool) -> tuple[str, ...]:
         """Adapters that say they were trained on quantized values that these are not, and how far those are."""
-        from adapterkit.adapters.trained_base import elsewhere, how_far, trained_base
+        from adapterkit.adapters.trained_base import already_coarse, elsewhere, how_far, trained_base
 
+        here = not dry_run and all(source.path is not None for source in self.sources)
         said = []
         for adapter in self.adapters:
             words, trained = elsewhere(adapter, self.base, self.base_values), trained_base(adapter)
-            if words is None or trained is None:
+            if adapter.whole or words is None or trained is None:
                 continue
-            here = not dry_run and all(source.path is not None for source in self.sources)
+            if here and self.base_values == "as stored" and self.base.format != "gguf" and already_coarse(self.folded):
+                continue  # a folder that was decoded from such a grid has the values that training saw
             far = how_far(self.folded, trained.grid) if here else None
             moved = "" if far is None else f"; quantizing moves the base {far:.2g} times as far as the adapters do"
             said.append(f"{words}{moved}")
