@@ -71,12 +71,16 @@ def trained_base(adapter: Adapter) -> TrainedBase | None:
 
 def _of_base(config: Path, said: str) -> TrainedBase | None:
     """What the config of a base that is a folder here says."""
-    from adapterkit.codecs.table import method_of, quantization
-
     try:
-        found = quantization(json.loads(config.read_text(encoding="utf-8")))
+        text = config.read_text(encoding="utf-8")
+        read = json.loads(text)
     except (OSError, ValueError, RecursionError):
         return None
+    if "quant" not in text or not isinstance(read, dict):
+        return None
+    from adapterkit.codecs.table import method_of, quantization
+
+    found = quantization(read)
     if found is None:
         return None
     where, method = f"its config names {said}", method_of(found)
@@ -120,13 +124,20 @@ def elsewhere(adapter: Adapter, base: Checkpoint, values: str = "") -> str | Non
     return f"{adapter.ref} was trained on a base in {trained} ({trained.where}), and {here}{road}"
 
 
+def already_coarse(folded: Folded) -> bool:
+    """Whether the base's values lie on a grid of five bits or fewer: a folder that was decoded from one."""
+    from adapterkit.adapters.fidelity import coarse_tensors
+
+    return bool(coarse_tensors(folded, tensors=SAMPLED))
+
+
 def how_far(folded: Folded, grid: str) -> float | None:
     """How far quantizing the base moves it beside what the adapters do: the median |W - decode(encode(W))| / |delta| of a few
     tensors; None where nothing can be measured, or where the base's values lie on a coarse grid already."""
-    from adapterkit.adapters.fidelity import coarse_tensors, merged_tensors, through_format
+    from adapterkit.adapters.fidelity import merged_tensors, through_format
 
     matrices = [tensor for tensor in merged_tensors(folded).values() if len(tensor.shape) == 2]
-    if grid not in _BITSANDBYTES or not matrices or coarse_tensors(folded, tensors=SAMPLED):
+    if grid not in _BITSANDBYTES or not matrices or already_coarse(folded):
         return None
     found = []
     for index in range(min(SAMPLED, len(matrices))):
@@ -170,6 +181,6 @@ def _of_text(text: str, name: str) -> TrainedBase | None:
     if eight and not four:
         return TrainedBase("int8", None, where)
     # axolotl and LLaMA-Factory take NF4 unless told otherwise, bitsandbytes itself FP4: its config always says it.
-    kind = said("bnb_4bit_quant_type") or "nf4"
+    kind = "fp4" if said("bnb_4bit_quant_type") == "fp4" else "nf4"
     double = said("bnb_4bit_use_double_quant") or said("double_quantization")
-    return TrainedBase(kind, None if not double else double == "true", where)
+    return TrainedBase(kind, double == "true" if double in ("true", "false") else None, where)

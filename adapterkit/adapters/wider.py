@@ -145,7 +145,7 @@ def check_fp8(form: StoredForm, names: Sequence[str]) -> None:
         UsageError: its config has no word for that, or a server does not run it.
     """
     method = method_of(quantization(form.checkpoint.config) or {})
-    how = next((form.weights[name].how for name in names if _is_fp8(form.weights[name].how)), None)
+    how = next((form.weights[name].how for name in names if _is_wide(form.weights[name].how)), None)
     if how is not None:
         raise UsageError(f"{form.checkpoint.ref} is {how} already, which fp8 does not widen", "use bf16")
     if names and not method.startswith("compressed"):
@@ -158,8 +158,9 @@ def check_fp8(form: StoredForm, names: Sequence[str]) -> None:
         raise UsageError(f"'{expert}' is an expert, and servers run no FP8 experts with 16-bit inputs", "use bf16")
 
 
-def _is_fp8(how: str) -> bool:
-    return how.startswith(("fp8", "f8", "float8", "F8", "mxfp8"))
+def _is_wide(how: str) -> bool:
+    """Whether a format has eight bits already."""
+    return how.startswith(("fp8", "f8", "mxfp8", "int8", "i8"))
 
 
 def in_fp8(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.tensor import Tensor
 
+MOST_PLAN = 1 << 30  # bytes of a saved plan
 FORMAT = 2  # of the plan file
 BASELINE_MEMORY = 260_000_000  # bytes: python, torch and its libraries, as measured on Linux x86-64
 WORKER_MEMORY = 16_000_000  # bytes: block buffers of one worker thread

@@ -47,12 +47,13 @@ def command(
       adapterkit execute plan.json -o merged --part 0        # one call for each part, anywhere
       adapterkit execute plan.json -o merged --finish
     """
-    from adapterkit.checkpoint.plan import Plan, parse_size
+    from adapterkit.checkpoint.plan import MOST_PLAN, Plan, parse_size
+    from adapterkit.disk import read_regular
     from adapterkit.verbs.execute import OpenPlan, execute, has_parts
 
     if part is not None and finish:
         raise click.UsageError("--part and --finish exclude each other: parts come first.")
-    loaded = Plan.from_json(plan.read_bytes())
+    loaded = Plan.from_json(read_regular(plan, MOST_PLAN))
     opened = OpenPlan(loaded, out, None if part_size is None else parse_size(part_size))
     if served:
         _serve(opened, jobs)

@@ -201,7 +201,8 @@ def grid_of(
     down, across = scale.shape[-2:] if len(scale.shape) >= 2 else (count, 1)
     if len(scale.shape) > 1 and down == 1 and across == rows and columns != rows:
         down, across = rows, 1
-    if count and lead * down * across == count:
+    flat = len(scale.shape) < 2 and count != rows  # one number is above, and a list has one for each row
+    if count and lead * down * across == count and not flat:
         for height, width in blocks:
             if (down, across) == (-(-rows // height), -(-columns // width)):
                 return (height, width), (down, across)

@@ -242,7 +242,7 @@ def _manifest(found: Signable, signature: Path, public: Any) -> tuple[dict[str, 
     """
     name = SIGNATURE if found.links else signature.name
     try:
-        envelope, *more = dsse.read_envelopes(signature.read_bytes(), name)
+        envelope, *more = dsse.read_envelopes(disk.read_regular(signature, dsse.MOST, name), name)
         if more:
             raise CheckFailed("it holds several")
     except CheckFailed as error:

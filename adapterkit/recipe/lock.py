@@ -17,9 +17,10 @@ from adapterkit._version import __version__
 from adapterkit.adapters.load import file_and_parts
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG, read_index, side_names, weight_names
 from adapterkit.checkpoint.hub_ref import parse_hub
+from adapterkit.checkpoint.json_data import parse_json
 from adapterkit.checkpoint.listing import LocalFolder
 from adapterkit.checkpoint.open import locate
-from adapterkit.errors import CheckFailed, NotFound, RecipeError, option
+from adapterkit.errors import CheckFailed, CheckpointError, NotFound, RecipeError, option
 from adapterkit.recipe.parse import OPTIONS, RecipeFile, shown
 from adapterkit.recipe.schema import Table, known_options
 from adapterkit.recipe.state import State, digest_of, key_of
@@ -96,7 +97,7 @@ def read_lock(path: Path) -> Lock | None:
         RecipeError: it is damaged, or of another version.
     """
     try:
-        data = json.loads(path.read_bytes())
+        data = parse_json(disk.read_regular(path, 1 << 28), str(path))
         if data.pop("format") != FORMAT:
             raise RecipeError(
                 f"{path} is of another version of adapterkit",
@@ -105,9 +106,9 @@ def read_lock(path: Path) -> Lock | None:
         inputs = {name: Pinned(**entry) for name, entry in data.pop("inputs").items()}
         outputs = {name: Locked(**entry) for name, entry in data.pop("outputs").items()}
         return Lock(inputs=inputs, outputs=outputs, **data)
-    except FileNotFoundError:
+    except NotFound:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (CheckpointError, ValueError, KeyError, TypeError, AttributeError):
         hint = f"restore it, or delete it and build without {option('locked', True)}"
         raise RecipeError(f"{path} is not a lock file, or a damaged one", hint, (str(path), 1)) from None
 

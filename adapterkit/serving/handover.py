@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.files import LocalFile
+from adapterkit.checkpoint.json_data import parse_json
 from adapterkit.checkpoint.publish import write_beside
-from adapterkit.errors import UsageError
+from adapterkit.disk import read_regular
+from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.gguf.checkpoint import read_header
 from adapterkit.gguf.vocab.sources import GENERATION
 from adapterkit.serving.servers import servers, with_file
@@ -87,7 +88,7 @@ def write_handover(model: Path, server: str, *, beside: Path | None = None, forc
 
 def _generation(folder: Path | None) -> dict[str, Any]:
     try:
-        found = json.loads((folder / GENERATION).read_bytes()) if folder is not None else {}
-    except (OSError, ValueError):
+        found = parse_json(read_regular(folder / GENERATION, 1 << 20), GENERATION) if folder is not None else {}
+    except AdapterkitError:
         return {}
     return found if isinstance(found, dict) else {}

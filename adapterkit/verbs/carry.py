@@ -79,7 +79,8 @@ def _check(job: Job, request: Any) -> None:
     if job.stage is not None or not has_parts(job.plan):
         raise UsageError("this plan has no parts: its files are known when its values are", f"leave out {option('on')}")
     for name in ("fidelity", "min_retention", "min_cosine", "max_error", "max_dead"):
-        if getattr(request, name, None) not in (None, False):
+        asked = getattr(request, name, None)
+        if asked is not None and asked is not False:  # a limit of 0 is one
             raise UsageError(
                 f"{option(name)} is measured in one pass by one process",
                 f"leave out {option('on')}, or verify the output",

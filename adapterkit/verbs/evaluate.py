@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.load import is_adapter
+from adapterkit.checkpoint.json_data import parse_json
+from adapterkit.disk import open_regular, read_regular
 from adapterkit.errors import AdapterkitError, NotFound, UnsupportedAdapter, UsageError, option
 from adapterkit.packages import need
 from adapterkit.registry.evaluation import BASE, SELF, SHUFFLED, ZEROS
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 SEED = 1234
 
 # Reads what to do from a file; writes the results of each model to a file of its own.
+CONFIG = "adapter_config.json"
+MOST_CONFIG = 64 << 20  # bytes
 _CHILD = """
 import json, sys, time
 asked = json.load(open(sys.argv[1]))
@@ -185,7 +189,7 @@ def _base_args(
     if record is not None and record.base is not None and record.base.id:
         revision = {"revision": record.base.commit} if record.base.commit else {}
         return {"pretrained": record.base.id, **revision}
-    config = json.loads((path / "adapter_config.json").read_bytes())
+    config = _config(path)
     named = config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise UsageError("the adapter does not say which base it is evaluated on", f"give {option('base')}")
@@ -230,10 +234,20 @@ def _linked(folder: Path, name: str, path: Path) -> str:
     return str(folder / name)
 
 
+def _config(path: Path) -> dict[str, Any]:
+    """An adapter's config.
+
+    Raises:
+        CheckpointError, UnsafeError, NotFound: it is no JSON of a size and shape that one has, or no plain file.
+    """
+    found = parse_json(read_regular(path / CONFIG, MOST_CONFIG), f"{path.name}/{CONFIG}")
+    return found if isinstance(found, dict) else {}
+
+
 def _check_peft(path: Path) -> None:
-    config = path / "adapter_config.json"
-    found = json.loads(config.read_bytes()) if config.is_file() else {}
-    if not isinstance(found, dict) or "peft_type" not in found:
+    for file in path.glob("adapter_model*"):
+        os.close(open_regular(file))  # the harness would wait for a pipe
+    if not os.path.lexists(path / CONFIG) or "peft_type" not in _config(path):
         raise UnsupportedAdapter(
             f"{path.name} is no folder of PEFT, and the harness loads no other", "convert it to peft first"
         )
@@ -250,7 +264,7 @@ def _null_adapter(path: Path, target: Path, subject: str) -> None:
     from adapterkit.checkpoint.header import parse_header
 
     weights = sorted(path.glob("adapter_model*.safetensors"))
-    config = json.loads((path / "adapter_config.json").read_bytes())
+    config = _config(path)
     if not weights:
         raise UnsupportedAdapter("null adapters are made of safetensors files, and it has none", "save it again")
     plain = config.get("peft_type") == "LORA" and not config.get("use_dora") and not config.get("modules_to_save")
@@ -260,7 +274,7 @@ def _null_adapter(path: Path, target: Path, subject: str) -> None:
             "leave the null adapters out, or measure them yourself and add the results as evidence of zeros",
         )
     target.mkdir()
-    (target / "adapter_config.json").write_bytes((path / "adapter_config.json").read_bytes())
+    (target / CONFIG).write_bytes(json.dumps(config).encode())
     generator = np.random.default_rng(SEED)
     for file in weights:
         data = bytearray(file.read_bytes())

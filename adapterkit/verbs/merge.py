@@ -16,7 +16,7 @@ from adapterkit.checkpoint import odd
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.files import fingerprint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
-from adapterkit.errors import CheckFailed, TargetError, UsageError, option
+from adapterkit.errors import AdapterkitError, CheckFailed, UsageError, option
 from adapterkit.ops.device import check_name, check_there
 from adapterkit.places import Address
 from adapterkit.requests.call import takes
@@ -38,6 +38,7 @@ COARSE_BITS = 5  # formats of so many bits and fewer lose a change to values tha
 LOOKED_AT = 4_000_000_000  # bytes of inputs in a store of which a dry run reads a sample too
 SAMPLED = 8  # tensors that are measured before a base's own grid is written again
 FEW = 4  # tensors that are measured to say what another format would keep
+HELD = 1 << 28  # bytes that an encoder may hold for it
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,16 @@ class Merge:
 
     def _trained_elsewhere(self, dry_run: bool) -> tuple[str, ...]:
         """Adapters that say they were trained on quantized values that these are not, and how far those are."""
-        from adapterkit.adapters.trained_base import elsewhere, how_far, trained_base
+        from adapterkit.adapters.trained_base import already_coarse, elsewhere, how_far, trained_base
 
+        here = not dry_run and all(source.path is not None for source in self.sources)
         said = []
         for adapter in self.adapters:
             words, trained = elsewhere(adapter, self.base, self.base_values), trained_base(adapter)
-            if words is None or trained is None:
+            if adapter.whole or words is None or trained is None:
                 continue
-            here = not dry_run and all(source.path is not None for source in self.sources)
+            if here and self.base_values == "as stored" and self.base.format != "gguf" and already_coarse(self.folded):
+                continue  # a folder that was decoded from such a grid has the values that training saw
             far = how_far(self.folded, trained.grid) if here else None
             moved = "" if far is None else f"; quantizing moves the base {far:.2g} times as far as the adapters do"
             said.append(f"{words}{moved}")
@@ -428,8 +431,14 @@ def _if_kept(planned: Merge) -> tuple[str, ...]:
     name = option("quant", "keep")
     try:
         made = kept(planned.folded)
-        found = left_in_own_format(planned.folded, made.encodings, tensors=FEW) if made.encodings else None
-    except (UsageError, TargetError) as error:
+        # What would have to be held or read whole is left out: this is only said beside another output.
+        small = {
+            weight: one
+            for weight, one in made.encodings.items()
+            if one.encoder.memory <= HELD and not one.encoder.twice
+        }
+        found = left_in_own_format(planned.folded, small, tensors=FEW) if small else None
+    except AdapterkitError as error:
         return (f"{name} could not write this: {error.message}",)
     size = sum(tensor.nbytes for tensor in made.view.values())
     whole = sum(tensor.nbytes for tensor in planned.view.values())

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit import disk
 from adapterkit.checkpoint.cut import shares
-from adapterkit.checkpoint.plan import Plan
+from adapterkit.checkpoint.plan import MOST_PLAN, Plan
 from adapterkit.errors import OutputError, UsageError, option
 from adapterkit.requests.call import takes
 from adapterkit.requests.workers import WRITTEN_JOBS, RunRequest, parse_rate
@@ -77,7 +78,7 @@ def run(request: RunRequest) -> RunReport:
         MissingPackage: Ray is not installed.
     """
     started = time.monotonic()
-    plan = Plan.from_json(Path(request.plan).read_bytes())
+    plan = Plan.from_json(disk.read_regular(Path(request.plan), MOST_PLAN))
     opened = OpenPlan(plan, request.target or "", part_size(request))
     told = RunReport(str(request.plan), str(request.out or ""), "", 0, len(opened.parts), nbytes=plan.nbytes)
     if request.dry_run:

@@ -34,7 +34,7 @@ USE = """```python\nmodel = load("org/model", BitsAndBytesConfig(load_in_4bit=Tr
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    return plain_base(tmp_path / "base", layers=1, dtype="float32")
+    return plain_base(tmp_path / "base", layers=1, width=128, dtype="float32")
 
 
 @pytest.mark.parametrize(
@@ -50,6 +50,11 @@ def base(tmp_path: Path) -> Path:
         ),
         ({"args.json": json.dumps({"quant_method": "hqq", "quant_bits": 4})}, "m", None),
         ({"args.json": json.dumps({"quant_method": "bnb", "quant_bits": None})}, "m", None),
+        (
+            {"args.json": json.dumps({"quant_method": "bnb", "quant_bits": 4, "bnb_4bit_quant_type": None})},
+            "m",
+            ("nf4", None),
+        ),
         ({"training_args.yaml": "quantization_bit: 8\nquantization_method: bnb\n"}, "m", ("int8", None)),
         ({}, "unsloth/llama-3-8b-bnb-4bit", ("nf4", None)),
         ({}, "unsloth/Qwen3-4B-unsloth-bnb-4bit", ("nf4", None)),
@@ -101,5 +106,9 @@ def test_a_merge_says_it_and_how_far_the_base_is(base: Path, tmp_path: Path) -> 
     assert any(one.code == "quantized-base" for one in adapterkit.check(base, [adapter]).findings)
     as_trained = adapterkit.merge(base, [adapter], tmp_path / "same", as_trained="nf4", double_quant=True)
     assert not any("was trained on a base in" in text for text in as_trained.notes)
+    adapterkit.merge(base, [adapter], tmp_path / "packed", quant="nf4")
+    adapterkit.convert(tmp_path / "packed", tmp_path / "decoded", to="bf16")
+    decoded = adapterkit.merge(tmp_path / "decoded", [adapter], tmp_path / "on-decoded")
+    assert not any("was trained on a base in" in text for text in decoded.notes)
     other = adapterkit.merge(base, [adapter], tmp_path / "other", as_trained="nf4")
     assert any("and the base is taken as trained in nf4" in text for text in other.notes)

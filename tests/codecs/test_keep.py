@@ -248,6 +248,15 @@ def test_a_scale_of_zero_over_other_numbers(store, name: str) -> None:
         handle.read(0, handle.numel)
 
 
+def test_two_scales_where_one_belongs(store) -> None:
+    """A list of scales has one for each row; two of them are not taken for blocks of 128 rows."""
+    made = FORMATS["fp8 tensor"]
+    tensors = {f"a.{leaf}": tensor for leaf, tensor in made.encode(weight(0, (256, 256))).items()}
+    tensors["a.weight_scale"] = torch.ones(2)
+    with pytest.raises(CheckpointError, match=r"'a.weight_scale' is \[2\], which covers no 256x256 weight"):
+        dequantized(store(tensors, made.config))
+
+
 def test_a_base_of_16_bits_has_no_format_to_keep(tmp_path: Path) -> None:
     base = base_of(tmp_path, "fp8 tensor")
     merge(base, [adapter_of(tmp_path, torch.ones(OUT, 4) * 0.1, IN)], tmp_path / "plain")
@@ -423,3 +432,18 @@ def test_a_config_that_names_modules_that_are_not_there(tmp_path: Path, name: st
         else:
             notes = dequantized(open_checkpoint(base)).notes
             assert any(gone in note for note in notes) is noted
+
+
+def test_what_keep_cannot_write_does_not_stop_a_merge_to_16_bits(tmp_path: Path) -> None:
+    """GPTQ groups of different sizes are decoded; the report says that `keep` could not write them."""
+    base = base_of(tmp_path, "gptq act order")
+    tuned = adapter_of(tmp_path, torch.full((OUT, 4), 0.05), IN)
+    file = base / "model-00001-of-00002.safetensors"
+    tensors = load_file(file)
+    groups = tensors[f"{TOUCHED}.g_idx"]
+    groups[(groups == 0).nonzero()[0]] = 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    report = merge(base, [tuned], tmp_path / "out")
+    assert any("quant='keep' could not write this: the groups of" in note for note in report.notes)
+    with pytest.raises(CheckpointError, match="of different sizes, which cannot be written again"):
+        merge(base, [tuned], tmp_path / "kept", quant="keep", yes_lossy=True)

@@ -32,6 +32,8 @@ ROOM = 1.25  # of memory, beyond what the plan says
 _PLACE = re.compile(r"\{\{\s*([a-z][a-z0-9_]*)\s*(?:=([^{}\n]*))?\}\}")
 _NAME = re.compile(r"[^a-z0-9]+")
 
+MOST_TEMPLATE = 1 << 20  # bytes
+
 
 def template_of(engine: str) -> str:
     """The template that comes with the package."""
@@ -117,8 +119,10 @@ def _template(request: Any) -> tuple[str, str]:
         return template_of(request.on), f"the template of {request.on}"
     path = Path(request.template)
     try:
-        return path.read_text(encoding="utf-8"), str(path)
-    except FileNotFoundError:
+        return disk.read_regular(path, MOST_TEMPLATE).decode("utf-8"), str(path)
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not text in UTF-8", "save it again as UTF-8") from None
+    except NotFound:
         raise NotFound(
             f"{path} does not exist", "copy a template with adapterkit run --print-template ENGINE"
         ) from None

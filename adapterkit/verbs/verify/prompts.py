@@ -8,10 +8,12 @@ tokenizer.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adapterkit.disk import open_regular
 from adapterkit.errors import NotFound, UsageError
 
 MOST_BYTES = 16 << 20
@@ -46,9 +48,10 @@ def read_prompts(path: Path | None) -> tuple[Prompt, ...]:
     """
     path = path or BUILT_IN
     try:
-        size = path.stat().st_size
-        data = path.read_bytes() if size <= MOST_BYTES else b""
-    except FileNotFoundError:
+        with open(open_regular(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(MOST_BYTES + 1) if size <= MOST_BYTES else b""
+    except NotFound:
         raise NotFound(f"{path} does not exist", "give a text file of prompts") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read ({error.strerror})", "give a text file of prompts") from None
