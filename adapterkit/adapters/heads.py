@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 # Tasks whose classes are told apart by nothing but their names: the heads of all are called alike.
 _NAMED_ALIKE = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"})
 DEFAULT_LABELS = 2
+OWN_NUMBER = {"pvt": 1000}
+"""Model types whose config has a number of labels of its own, which wins over the list of their names: its default."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,8 @@ def labels_of(config: Mapping[str, Any]) -> int:
     if isinstance(names, dict) and names:
         return len(names)
     number = config.get("num_labels", config.get("_num_labels"))
-    return number if isinstance(number, int) and not isinstance(number, bool) else DEFAULT_LABELS
+    usual = OWN_NUMBER.get(str(config.get("model_type")), DEFAULT_LABELS)
+    return number if isinstance(number, int) and not isinstance(number, bool) else usual
 
 
 def with_head(config: dict[str, Any], head: Brought) -> None:
@@ -177,6 +180,8 @@ def with_head(config: dict[str, Any], head: Brought) -> None:
         config["label2id"] = {f"LABEL_{i}": i for i in range(head.labels)}
         for key in ("num_labels", "_num_labels"):
             config.pop(key, None)
+        if config.get("model_type") in OWN_NUMBER:
+            config["num_labels"] = head.labels
     if head.tokens is not None:
         config["vocab_size"] = head.tokens
 

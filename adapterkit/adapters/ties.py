@@ -96,7 +96,6 @@ def settle_ties(
     apart, notes = apart or both, notes + again
     if not apart:
         return Untied(tuple(done), {}, False, tuple(notes))
-    heads = tuple(added)
     if names.ties_by_pattern:
         notes.append(
             f"config.json keeps {FLAG}, which also ties the blocks that layers share: transformers 5 reads both tensors "
@@ -104,9 +103,12 @@ def settle_ties(
         )
         return Untied(tuple(done), added, True, tuple(notes))
     how = untying(names.class_name, config)
-    done += _follow(done, names, tensors, added, how.stays)
+    # A head that is scaled can share nobody's tensor.
+    stays = how.stays if how.factor == 1 else frozenset(name for name in how.stays if "embed" in name)
+    done += _follow(done, names, tensors, added, stays)
     notes.append(f"config.json says {FLAG}: false")
-    factors = {} if how.factor == 1 else {name: how.factor for name in heads if len(added[name].shape) == 2}
+    heads = [name for name, tensor in added.items() if "embed" not in name and len(tensor.shape) == 2]
+    factors = {} if how.factor == 1 else dict.fromkeys(heads, how.factor)
     return Untied(tuple(done), added, True, (*notes, *how.notes), True, factors)
 
 
@@ -175,10 +177,8 @@ def _pairs(edits: Sequence[Weighted], names: Names) -> list[tuple[str, str]]:
             if shared is not None:
                 pairs[shared, parameter] = None
         else:
-            # Encoder and decoder embeddings that share one table stay one; only an output layer can be told apart.
             for head in names.sharers(parameter):
-                if "embed" not in head:
-                    pairs[parameter, head] = None
+                pairs[parameter, head] = None
     return list(pairs)
 
 

@@ -130,6 +130,18 @@ def test_a_peft_folder_is_of_the_denoiser(pipe: Path, tmp_path: Path) -> None:
     assert close(merged, drawn(2, 8, 8).double() + change(20))
 
 
+def test_the_third_text_encoder_of_flux_is_the_second_of_its_pipeline(tmp_path: Path) -> None:
+    """sd-scripts counts CLIP-L, CLIP-G and T5, and Flux has no CLIP-G."""
+    pipe, module = tmp_path / "pipe", "encoder.block.0.layer.0.SelfAttention.q"
+    component(pipe / "text_encoder_2", {f"{module}.weight": drawn(1, 8, 8)}, {"model_type": "t5"}, "model.safetensors")
+    said = {"_class_name": "FluxPipeline", "text_encoder_2": ["transformers", "T5EncoderModel"]}
+    (pipe / "model_index.json").write_text(json.dumps(said), encoding="utf-8")
+    save_file(lora("lora_te3_" + module.replace(".", "_"), 30), tmp_path / "file.safetensors")
+    merge(pipe, [tmp_path / "file.safetensors"], tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "text_encoder_2" / "model.safetensors")
+    assert close(merged[f"{module}.weight"], drawn(1, 8, 8).double() + change(30))
+
+
 def test_two_transformers(tmp_path: Path) -> None:
     """Wan 2.2 has one for high noise and one for low; a file that names none is for the first, and that is said."""
     pipe, module = tmp_path / "pipe", "blocks.0.attn1.to_q"
@@ -155,8 +167,8 @@ def test_two_transformers(tmp_path: Path) -> None:
 
 def test_what_a_pipeline_is_not(pipe: Path, tmp_path: Path) -> None:
     file = tmp_path / "file.safetensors"
-    save_file(lora("text_encoder_3.encoder.block.0.layer.0.SelfAttention.q", 20), file)
-    with pytest.raises(TargetError, match="no place for 'text_encoder_3'"):
+    save_file(lora("controlnet.mid_block.to_q", 20), file)
+    with pytest.raises(TargetError, match="no place for 'controlnet'"):
         merge(pipe, [file], tmp_path / "out")
     save_file(lora(f"unet.{TO_Q}", 20), file)
     for options in (

@@ -219,6 +219,15 @@ def test_a_scaling_of_positions_comes_back_from_the_file(name: str, tmp_path: Pa
     assert far(of_model(load_model(tmp_path / "back")), of_model(model)) < 1e-5
 
 
+def test_a_factor_of_attention_without_a_scaling_comes_back(tmp_path: Path) -> None:
+    from models import load_model
+
+    _build(tmp_path / "hf", "llama")
+    convert(tmp_path / "hf", tmp_path / "o.gguf", override_kv="llama.rope.scaling.attn_factor=float:1.3")
+    convert(tmp_path / "o.gguf", tmp_path / "back", to="hf")
+    assert far(of_model(load_model(tmp_path / "back")), logprobs(tmp_path / "o.gguf")[0]) < 1e-5
+
+
 WRITTEN = {
     "scaled positions of a bitnet": ("bitnet", {"rope_parameters": YARN}),
     "the output of a tied apertus": ("apertus", {"tie_word_embeddings": True}),

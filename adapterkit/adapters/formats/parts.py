@@ -113,6 +113,8 @@ def _places(names: Names) -> dict[str, str]:
     inside = names.components
     if inside:
         kinds = {KINDS.get(name, name): f"{name}." for name in reversed(inside)}
+        if "te2" in kinds:
+            kinds.setdefault("te3", kinds["te2"])  # sd-scripts calls Flux' T5 the third, diffusers the second
         return {**kinds, **{name: f"{name}." for name in inside}}
     found = {
         kind: lead for kind, known in ENCODERS.items() if (lead := next((one for one in known if one in leads), None))

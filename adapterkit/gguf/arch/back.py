@@ -185,11 +185,10 @@ def _rope(values: Values, base: Collection[str], config: Mapping[str, Any]) -> d
     if isinstance(config.get("original_max_position_embeddings"), int):
         rope.setdefault("original_max_position_embeddings", config["original_max_position_embeddings"])
     _factors(rope, base, int(rotated or size or 0), config.get("max_position_embeddings"))
-    if rope["rope_type"] == "default" and rope.pop(ATTENTION_FACTOR, 1.0) != 1.0:
-        raise TargetError(
-            f"its metadata has an '{ATTENTION}' of {extra:g} without a scaling of positions, which no config.json says",
-            "merge into the GGUF file itself",
-        )
+    if rope["rope_type"] == "default" and rope.get(ATTENTION_FACTOR, 1.0) != 1.0:
+        _for_all_lengths(rope, [1.0] * (int(rotated or size or 0) // 2), config.get("max_position_embeddings"))
+    if rope["rope_type"] == "default":
+        rope.pop(ATTENTION_FACTOR, None)
     if "rope.freq_base_swa" in values:
         local = {"rope_type": "default", "rope_theta": values["rope.freq_base_swa"]}
         return {"full_attention": rope, "sliding_attention": local}
@@ -226,8 +225,14 @@ def _factors(rope: dict[str, Any], base: Any, size: int, context: Any) -> None:
             if ATTENTION_FACTOR not in rope and [single(one) for one in llama3_factors(tried, size)] == wanted:
                 rope |= tried
                 return
-    if len(wanted) == size // 2 and isinstance(context, int):
-        lists = [shortest(one) for one in wanted]
-        rope |= {"rope_type": "longrope", "short_factor": lists, "long_factor": lists}
-        rope.setdefault(ATTENTION_FACTOR, 1.0)
-        rope.setdefault("original_max_position_embeddings", context)
+    if len(wanted) == size // 2:
+        _for_all_lengths(rope, [shortest(one) for one in wanted], context)
+
+
+def _for_all_lengths(rope: dict[str, Any], divisors: list[Any], context: Any) -> None:
+    """Divisors of frequencies, and a factor of attention, as longrope says them: the same for short texts and long ones."""
+    if not divisors or not isinstance(context, int):
+        return
+    rope |= {"rope_type": "longrope", "short_factor": divisors, "long_factor": divisors}
+    rope.setdefault(ATTENTION_FACTOR, 1.0)
+    rope.setdefault("original_max_position_embeddings", context)
