@@ -27,7 +27,7 @@ class Copy:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.touched = folder, set[str]()
-        shutil.copytree(PACKAGE, folder / "adapterkit", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(PACKAGE, folder / "adapterkit")  # with what Python compiled, as nearly all stays as it was
 
     def add(self, name: str, text: str) -> None:
         """A new file."""
