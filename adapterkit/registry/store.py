@@ -13,7 +13,7 @@ from pathlib import Path
 
 from adapterkit import disk
 from adapterkit.errors import NotFound, RegistryError
-from adapterkit.registry import blobs
+from adapterkit.registry import blobs, index
 from adapterkit.registry.canonical import canonical, parse, sha256
 from adapterkit.registry.home import Home, entries, read_file
 from adapterkit.registry.record import OpaqueRecord, Record, now, read
@@ -58,14 +58,21 @@ def extend_record(home: Home, name: str, content: str, change: Callable[[list[Re
         RegistryError: the journal or a record is damaged.
         OutputError: the disk is full or refuses.
     """
-    with disk.writing(f"a record of {name}", home.root), home.lock(name):
+    others = index.ask(home, lambda found: found.versions_of_other_content(name, content))
+    known: dict[int, Record] = {}
+
+    def there() -> list[Record]:
         hidden = home.hidden_versions(name)
-        there: list[Record] = []
-        for version in home.versions(name):
-            if version not in hidden:
+        shown = [version for version in home.versions(name) if version not in others and version not in hidden]
+        for version in shown:
+            if version not in known:
                 with suppress(RegistryError, NotFound):  # fsck tells
-                    there.append(load_known(home, name, version))
-        return _add(home, change([one for one in there if one.content == content]), name, False)
+                    known[version] = load_known(home, name, version)
+        return [known[version] for version in shown if version in known and known[version].content == content]
+
+    there()  # what is read before the lock is not read under it, where others wait
+    with disk.writing(f"a record of {name}", home.root), home.lock(name):
+        return _add(home, change(there()), name, False)
 
 
 def _add(home: Home, draft: Record, name: str, new_version: bool) -> Added:
