@@ -103,7 +103,9 @@ def _adapter(at: Home, record: Record, out: Path, stated: Mapping[str, Any], bas
         return
     known = CombineRequest.options()
     # Parameters of a method stand among the options, by their own names.
-    own = {_CALLED.get(name, name): value for name, value in stated.items() if name not in known and name not in _INPUTS}
+    own = {
+        _CALLED.get(name, name): value for name, value in stated.items() if name not in known and name not in _INPUTS
+    }
     more |= {"parameters": own} if own else {}
     adapters = [_version(at, parent) for parent in given]
     if any(parent.parameters for parent in given):
