@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapterkit import disk
 from adapterkit.errors import NotFound, RegistryError
-from adapterkit.registry import blobs, index
+from adapterkit.registry import blobs
 from adapterkit.registry.canonical import canonical, parse, sha256
 from adapterkit.registry.home import Home, entries, read_file
 from adapterkit.registry.record import OpaqueRecord, Record, now, read
@@ -48,17 +48,21 @@ def add_record(home: Home, draft: Record, name: str, new_version: bool = False) 
         return _add(home, draft, name, new_version)
 
 
-def extend_record(home: Home, name: str, content: str, change: Callable[[list[Record]], Record]) -> Added:
+def extend_record(
+    home: Home, name: str, content: str, change: Callable[[list[Record]], Record], others: Collection[int] = ()
+) -> Added:
     """Gives the next version of ``name`` to what ``change`` makes of the visible versions that have ``content`` (oldest
     first, read under the name's lock, so that of two who extend at once neither loses what the other added).
 
     Call it under ``home.store_lock(shared=True)``.
 
+    Args:
+        others: versions that are known to have other content, and are not read.
+
     Raises:
         RegistryError: the journal or a record is damaged.
         OutputError: the disk is full or refuses.
     """
-    others = index.ask(home, lambda found: found.versions_of_other_content(name, content))
     known: dict[int, Record] = {}
 
     def there() -> list[Record]:
