@@ -11,10 +11,13 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from adapterkit.checkpoint.pipeline import component_configs, with_component
 from adapterkit.checkpoint.tensor import Tensor
+from adapterkit.errors import TargetError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from typing import Any
 
     import torch
 
@@ -65,6 +68,10 @@ def widened_base(base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[Checkpo
     """The base with as many inputs as its adapters were trained on, and a note; unchanged where they are the base's own.
 
     Only the first layer of a model of Flux' kind, and only to a multiple of its inputs: another width is another base.
+    Of a pipeline, the config of the component says it.
+
+    Raises:
+        TargetError: a config of diffusers says another number of inputs than the layer has.
     """
     asked = max((_width(adapter) for adapter in adapters), default=0)
     if not asked or not any(block in name for name in base for block in _BLOCKS):
@@ -76,13 +83,26 @@ def widened_base(base: Checkpoint, adapters: Sequence[Adapter]) -> tuple[Checkpo
     columns = base[name].shape[1]
     if asked <= columns or asked % columns:
         return base, []
-    config = dict(base.config)
-    if config.get("in_channels") == columns:
-        # diffusers takes the number of outputs from that of inputs where it is not said.
-        config["out_channels"] = config.get("out_channels") or columns
-        config["in_channels"] = asked
+    inside, folder = component_configs(base.config), name.partition(".")[0]
+    config = _wider(inside.get(folder, {}) if inside else base.config, columns, asked, f"{base.ref}: '{name}'")
+    if inside:
+        config = with_component(base.config, folder, config)
     note = f"'{name}' takes {asked} inputs in place of {columns}, as the adapter was trained; the new columns start as zeros"
     return replace(base, tensors={**base.tensors, name: Widened(base[name], asked)}, config=config), [note]
+
+
+def _wider(config: Mapping[str, Any], columns: int, asked: int, where: str) -> dict[str, Any]:
+    """A config that says as many inputs as were asked for; unchanged where it is no model's of diffusers and says none."""
+    said = config.get("in_channels", columns if "_class_name" in config else None)
+    if said == columns:
+        # diffusers takes the number of outputs from that of inputs where it is not said.
+        return {**config, "in_channels": asked, "out_channels": config.get("out_channels") or columns}
+    if "_class_name" in config:
+        raise TargetError(
+            f"{where} has {columns} inputs, and its config.json says in_channels {said}, so it cannot be widened to {asked}",
+            "correct config.json, or give the base that the adapter was trained on",
+        )
+    return dict(config)
 
 
 def _width(adapter: Adapter) -> int:

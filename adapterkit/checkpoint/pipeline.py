@@ -16,10 +16,12 @@ from adapterkit.checkpoint.tensor import Stored
 from adapterkit.errors import CheckpointError, NotFound, UnsafeError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from adapterkit.checkpoint.files import Source
 
 MODEL_INDEX = "model_index.json"
-COMPONENTS = "pipeline_components"  # a field of our own: a tuple, which no JSON is
+COMPONENTS = "pipeline_components"  # a field of our own: a tuple of folders and their configs; no JSON is a tuple
 # Other copies of weights that do not travel: they are not merged into.
 _COPIES = (".safetensors", ".bin", ".pt", ".ckpt", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".h5")
 _PICKLED = (".bin", ".pt", ".ckpt", ".msgpack")
@@ -27,8 +29,18 @@ _PICKLED = (".bin", ".pt", ".ckpt", ".msgpack")
 
 def components(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The components of a pipeline that was opened by `read_pipeline`; empty where a config is a model's."""
+    return tuple(component_configs(config))
+
+
+def component_configs(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The parsed ``config.json`` of each component of a pipeline; empty where a config is a model's."""
     found = config.get(COMPONENTS)
-    return found if isinstance(found, tuple) else ()
+    return dict(found) if isinstance(found, tuple) else {}
+
+
+def with_component(config: Mapping[str, Any], name: str, said: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a pipeline in which the component ``name`` says something else."""
+    return {**config, COMPONENTS: tuple({**component_configs(config), name: said}.items())}
 
 
 def _named(config: Mapping[str, Any]) -> Iterable[str]:
@@ -42,6 +54,14 @@ def lead_of(file: str) -> str:
     """What stands before the names of a file's tensors in a plan and not in the file."""
     folder, slash, _ = file.rpartition("/")
     return f"{folder}." if slash else ""
+
+
+def folder_of(checkpoint: Checkpoint) -> Path | None:
+    """The folder on this disk in which a checkpoint's files stand, of a pipeline the one with its ``model_index.json``."""
+    path = checkpoint.sources[0].path if checkpoint.sources else None
+    if path is None:
+        return None
+    return path.parent.parent if components(checkpoint.config) else path.parent
 
 
 class Component(Listing):
@@ -82,7 +102,7 @@ def read_pipeline(listing: Listing) -> Checkpoint:
     sources: list[Source] = []
     side: dict[str, SideFile] = {}
     notes: list[str] = []
-    held = []
+    held: dict[str, Mapping[str, Any]] = {}
     for name in _named(config):
         one = Component(listing, name)
         if not any(file.endswith(".safetensors") for file in one.names):
@@ -94,7 +114,7 @@ def read_pipeline(listing: Listing) -> Checkpoint:
                 f"{one.ref} is quantized, and a pipeline is merged in floats",
                 f"merge into that folder alone: {one.ref}",
             )
-        held.append(name)
+        held[name] = opened.config
         for key, tensor in opened.tensors.items():
             assert isinstance(tensor, Stored)
             tensors[f"{name}.{key}"] = Stored(f"{name}.{key}", tensor.dtype, tensor.shape, tensor.source, tensor.offset)
@@ -111,7 +131,7 @@ def read_pipeline(listing: Listing) -> Checkpoint:
             f"{listing.ref}/{MODEL_INDEX} names no component that has weights",
             f"name one of its folders as the base ({', '.join(there)})",
         )
-    config = {**config, COMPONENTS: tuple(held)}
+    config = {**config, COMPONENTS: tuple(held.items())}
     weights = set(shards.values())
     rest = [name for name in listing.names if not name.startswith(tuple(f"{one}/" for one in held))]
     left = [name for name in listing.names if name.endswith(_COPIES) and name not in weights]

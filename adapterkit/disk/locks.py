@@ -7,7 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from adapterkit.disk import calls
@@ -15,6 +15,8 @@ from adapterkit.disk.files import open_inside, read_inside, write_all, writing
 from adapterkit.errors import OutputError
 
 LOCK_SECONDS = 60.0
+_PAUSE = 0.004  # seconds between two looks of one who has waited for a while
+_LATECOMER = 0.02  # its first pause behind others: those who came before look more often
 LOCK_FILE = re.compile(r"\.lock\.([1-9][0-9]{0,8})")
 
 
@@ -26,35 +28,66 @@ class Busy(Exception):
 def locked(path: Path, shared: bool = False, timeout: float = LOCK_SECONDS) -> Iterator[None]:
     """Holds ``flock`` on ``path`` (created when missing), exclusively or shared.
 
+    Who wants it first takes the lock of ``path.turn`` and keeps that until it has ``path``: nobody who comes later
+    overtakes it, neither the process that just let go nor one that would share the lock with those who hold it. Each who
+    passes leaves another mark in that file, so whoever waits behind knows that the lock is passed on, and waits on.
+
     On a file system without locks nothing is held; what is published there relies on names that can be made once only.
 
     Raises:
-        OutputError: another process kept it for ``timeout`` seconds, or the file cannot be opened.
+        OutputError: others kept it for ``timeout`` seconds and it was passed on to nobody, or the file cannot be opened.
     """
-    with writing("a lock", path.parent):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | calls.flags("CLOEXEC", "NOFOLLOW", "NONBLOCK"), 0o666)
+    fd = _opened(path)
     try:
-        # Counted in own pauses, not by the clock: a machine that slept for an hour has not waited.
-        waited, pause = 0.0, 0.0005
-        while True:
-            try:
-                with writing("a lock", path.parent):
-                    calls.flock(fd, shared=shared)
-                break
-            except OutputError as error:
-                if not isinstance(error.__cause__, BlockingIOError):
-                    raise
-                if waited > timeout:
-                    raise OutputError(
-                        f"another process has held {path} for {timeout:.0f} seconds",
-                        "wait for it or end it, then run again",
-                    ) from None
-                time.sleep(pause * (0.5 + os.urandom(1)[0] / 256))
-                waited += pause
-                pause = min(pause * 1.5, 0.02)
+        turn = _opened(path.with_name(f"{path.name}.turn"))
+        try:
+            waiter = _Waiter(path, turn, timeout)
+            waiter.take(turn, False, _LATECOMER, 0.8)
+            waiter.take(fd, shared, 0.0005, 1.5)
+            with suppress(OSError):  # a full disk: those who wait then count as if nobody had passed
+                os.pwrite(turn, os.urandom(8), 0)
+        finally:
+            os.close(turn)
         yield
     finally:
         os.close(fd)
+
+
+def _opened(path: Path) -> int:
+    with writing("a lock", path.parent):
+        return os.open(path, os.O_RDWR | os.O_CREAT | calls.flags("CLOEXEC", "NOFOLLOW", "NONBLOCK"), 0o666)
+
+
+class _Waiter:
+    """One who waits for a lock, and for how long it was passed on to nobody."""
+
+    def __init__(self, path: Path, turn: int, timeout: float) -> None:
+        self.path, self.turn, self.timeout = path, turn, timeout
+        self.waited, self.mark = 0.0, b""
+
+    def take(self, fd: int, shared: bool, first: float, factor: float) -> None:
+        """Takes the lock of ``fd``, with pauses from ``first`` seconds on that each differ from the last by ``factor``."""
+        pause = first
+        while True:
+            try:
+                with writing("a lock", self.path.parent):
+                    calls.flock(fd, shared=shared)
+                return
+            except OutputError as error:
+                if not isinstance(error.__cause__, BlockingIOError):
+                    raise
+            mark = calls.pread(self.turn, 8, 0)
+            if mark != self.mark:
+                self.mark, self.waited = mark, 0.0
+            if self.waited > self.timeout:
+                raise OutputError(
+                    f"another process has held {self.path} for {self.timeout:.0f} seconds",
+                    "wait for it or end it, then run again",
+                )
+            time.sleep(pause * (0.5 + os.urandom(1)[0] / 256))
+            # Counted in own pauses, not by the clock: a machine that slept for an hour has not waited.
+            self.waited += pause
+            pause = max(pause * factor, _PAUSE) if factor < 1 else min(pause * factor, _PAUSE)
 
 
 def hold(folder: Path) -> str:

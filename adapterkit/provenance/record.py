@@ -19,6 +19,7 @@ from adapterkit import disk
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.folder import read_folder
 from adapterkit.checkpoint.hub_ref import parse_hub
+from adapterkit.checkpoint.pipeline import folder_of
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.places import address_of
 from adapterkit.registry.beside import beside_bytes, read_beside
@@ -133,7 +134,7 @@ def base_parent(base: Checkpoint, role: str = "base", *, full: bool = False) -> 
     """A whole model as a parent: by its identity, and by content where a registry knows that."""
     level = cheap(base)
     identity = identity_of(base, "merkle" if full and level != "skeleton" else level)
-    folder = base.sources[0].path.parent if base.sources and base.sources[0].path is not None else None
+    folder = folder_of(base)
     record = _in_registry(folder) if folder is not None else None
     if record is None:
         return Parent(role, identity=identity, label=label(base.ref, base.commit))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.errors import NotFound, UsageError
-from adapterkit.registry import evaluation, resolve, store
+from adapterkit.registry import evaluation, index, resolve, store
 from adapterkit.registry.beside import beside_path, read_beside, write_beside
 from adapterkit.registry.canonical import thaw
 from adapterkit.registry.evaluation import Score
@@ -71,8 +71,9 @@ def attach_evidence(target: str | Path, kind: str, figures: Mapping[str, Any], *
         before = joined([*(one for one in there if one.digest != found.digest), found])
         return replace(_with(replace(found, evidence=before), kind, figures), name="", version=0)
 
+    others = index.ask(at, lambda rows: rows.versions_of_other_content(found.name, found.content))
     with at.store_lock(shared=True):
-        added = store.extend_record(at, found.name, found.content, extended)
+        added = store.extend_record(at, found.name, found.content, extended, others)
     return Attached(added.record, ref=added.record.ref, new=added.new)
 
 

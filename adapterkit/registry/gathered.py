@@ -3,6 +3,7 @@ version in sight with the same content."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from adapterkit.errors import NotFound, RegistryError
@@ -12,18 +13,31 @@ from adapterkit.registry.home import Home
 from adapterkit.registry.record import Record
 
 
-def gathered(home: Home, record: Record) -> dict[str, Any]:
+def gathered(home: Home, record: Record, known: dict[str, Record] | None = None) -> dict[str, Any]:
     """The evidence of every version in sight that has this content, the later figures over the earlier, and the record's
-    own where nothing later says the same."""
-    versions = [record]
-    for row in index.ask(home, lambda found: found.by_content(record.content)):
-        if row.hidden or row.digest == record.digest:
+    own where nothing later says the same.
+
+    Args:
+        known: records by digest that need not be read again; what is read is added.
+    """
+    return joined(same_content(home, record, index.ask(home, lambda found: found.places(record.content)), known))
+
+
+def same_content(
+    home: Home, record: Record, places: Iterable[tuple[str, int, str]], known: dict[str, Record] | None = None
+) -> list[Record]:
+    """A record and those at ``places`` (see `Index.places`); one that cannot be read is left out."""
+    found, known = [record], {} if known is None else known
+    for name, version, digest in places:
+        if digest == record.digest:
             continue
-        try:
-            versions.append(store.load_known(home, row.name, row.version))
-        except (RegistryError, NotFound):
-            continue  # fsck tells
-    return joined(versions)
+        if digest not in known:
+            try:
+                known[digest] = store.load_known(home, name, version)
+            except (RegistryError, NotFound):
+                continue  # fsck tells
+        found.append(known[digest])
+    return found
 
 
 def base_evidence(home: Home, record: Record) -> dict[str, Any]:

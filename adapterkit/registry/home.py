@@ -13,7 +13,7 @@
     served/                       what servers were told to serve, with history
     quarantine/                   what fsck moved out of the way
     staging/, incoming/           temporary files of records and of blobs
-    locks/                        empty files to lock
+    locks/                        files to lock; a ``.turn`` beside each for those who wait
     index.db                      SQLite, rebuilt from the rest at any time
 
 Each change of records, refs or marks goes through ``staging``, so one look at that folder's time tells whether an index

@@ -98,6 +98,16 @@ class Index:
         """All versions that are the same artefact, hidden ones too."""
         return self.rows("content = ?", (content,), hidden=True)
 
+    def places(self, content: str) -> list[tuple[str, int, str]]:
+        """Name, version and digest of every version in sight that is the same artefact, by name and version."""
+        asked = "select name, version, digest from records where content = ? and not hidden order by name, version"
+        return self.db.execute(asked, (content,)).fetchall()
+
+    def versions_of_other_content(self, name: str, content: str) -> set[int]:
+        """The versions of a name that are another artefact; those that cannot be read are not among them."""
+        asked = "select version from records where name = ? and content != ?"
+        return {version for (version,) in self.db.execute(asked, (name, content))}
+
     def by_identity(self, identity: Identity) -> list[VersionRow]:
         """All versions whose own identity agrees at the strongest level that any of them has; commit and bytes only."""
         for level in ("merkle", "files", "sampled", "commit"):

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapterkit.errors import UsageError
-from adapterkit.registry import chain, evaluation, figures, store
+from adapterkit.errors import AdapterkitError, UsageError
+from adapterkit.registry import chain, evaluation, figures, refs, store
 from adapterkit.registry.figures import Figure
 from adapterkit.registry.gathered import base_evidence, gathered
 from adapterkit.registry.home import Home, open_home
@@ -116,12 +117,18 @@ def gate_of(home: Home, record: Record, alias: str, extra: str = "") -> Gate | N
     if not asked and not (home.root / "policies").is_dir():
         return None
 
+    known: dict[str, Record] = {}
+    with suppress(AdapterkitError):  # the gate tells
+        # Records are read before the lock, where nobody waits; under it only what was added meanwhile.
+        if asked or kept_policies(record.name, alias, home=home.root):
+            known_figures(home, record, refs.get(home, record.name, alias), known)
+
     def gate(now: Move | None) -> Sequence[str]:
         kept = kept_policies(record.name, alias, home=home.root)
         conditions = [one for policy in kept for one in parse_policy(policy.text)] + list(asked)
         if not conditions:
             return ()
-        own, others = known_figures(home, record, now)
+        own, others = known_figures(home, record, now, known)
         ref = record.ref or record.name
         return require_held(ref, f"{record.name}@{alias}", judge(conditions, own, others))
 
@@ -129,10 +136,14 @@ def gate_of(home: Home, record: Record, alias: str, extra: str = "") -> Gate | N
 
 
 def known_figures(
-    home: Home, record: Record, now: Move | None
+    home: Home, record: Record, now: Move | None, known: dict[str, Record] | None = None
 ) -> tuple[list[Figure], dict[str, Sequence[Figure] | None]]:
-    """The figures of a version and of what it may be held against; None for an alias that points to nothing."""
-    evidence = gathered(home, record)
+    """The figures of a version and of what it may be held against; None for an alias that points to nothing.
+
+    Args:
+        known: records by digest that need not be read again; what is read is added.
+    """
+    evidence = gathered(home, record, known)
     others: dict[str, Sequence[Figure] | None] = {
         subject: figures.figures(evidence, subject) for subject in evaluation.SUBJECTS if subject != evaluation.SELF
     }
@@ -142,7 +153,7 @@ def known_figures(
     others[CURRENT] = None
     if now is not None:
         before = store.load_known(home, now.name, now.version)
-        others[CURRENT] = figures.figures(gathered(home, before))
+        others[CURRENT] = figures.figures(gathered(home, before, known))
     return figures.figures(evidence), others
 
 

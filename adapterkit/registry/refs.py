@@ -179,6 +179,7 @@ def move(
     by: str = "",
     why: str = "",
     undoes: int = 0,
+    after: int = 0,
     gate: Gate | None = None,
 ) -> Tagged:
     """Points an alias to a version, or to nothing (version 0).
@@ -189,10 +190,12 @@ def move(
     Args:
         by, why: who moves it, and the reason; kept with the move.
         undoes: the move that this one takes back.
+        after: the ``seq`` of the move that has to be the last one: an alias that left and came back is at the expected
+            version, and its history is another one. 0 asks nothing.
         gate: asked under the alias's lock, so what it saw of the alias is still so when the alias moves.
 
     Raises:
-        CheckFailed: it is somewhere else than expected; or the gate refuses.
+        CheckFailed: it is somewhere else than expected, or moved after the move that should be the last; or the gate refuses.
         RegistryError: its ref or history is damaged.
         UsageError: the reason is too long, or holds what does not print.
     """
@@ -207,6 +210,8 @@ def move(
                 f"{name}@{alias} is at {_spell(before)}, not at {_spell(expected)}",
                 "somebody moved it; look at its history",
             )
+        if after and (current is None or current.seq != after):
+            raise CheckFailed(f"{name}@{alias} was moved meanwhile", "look at its history, then run again")
         held = tuple(gate(current if before else None)) if gate is not None else ()
         if before == version and (not current or current.digest == digest):
             return Tagged(name, alias, version, digest, before, False, held)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,24 +48,35 @@ def add_record(home: Home, draft: Record, name: str, new_version: bool = False) 
         return _add(home, draft, name, new_version)
 
 
-def extend_record(home: Home, name: str, content: str, change: Callable[[list[Record]], Record]) -> Added:
+def extend_record(
+    home: Home, name: str, content: str, change: Callable[[list[Record]], Record], others: Collection[int] = ()
+) -> Added:
     """Gives the next version of ``name`` to what ``change`` makes of the visible versions that have ``content`` (oldest
     first, read under the name's lock, so that of two who extend at once neither loses what the other added).
 
     Call it under ``home.store_lock(shared=True)``.
 
+    Args:
+        others: versions that are known to have other content, and are not read.
+
     Raises:
         RegistryError: the journal or a record is damaged.
         OutputError: the disk is full or refuses.
     """
-    with disk.writing(f"a record of {name}", home.root), home.lock(name):
+    known: dict[int, Record] = {}
+
+    def there() -> list[Record]:
         hidden = home.hidden_versions(name)
-        there: list[Record] = []
-        for version in home.versions(name):
-            if version not in hidden:
+        shown = [version for version in home.versions(name) if version not in others and version not in hidden]
+        for version in shown:
+            if version not in known:
                 with suppress(RegistryError, NotFound):  # fsck tells
-                    there.append(load_known(home, name, version))
-        return _add(home, change([one for one in there if one.content == content]), name, False)
+                    known[version] = load_known(home, name, version)
+        return [known[version] for version in shown if version in known and known[version].content == content]
+
+    there()  # what is read before the lock is not read under it, where others wait
+    with disk.writing(f"a record of {name}", home.root), home.lock(name):
+        return _add(home, change(there()), name, False)
 
 
 def _add(home: Home, draft: Record, name: str, new_version: bool) -> Added:

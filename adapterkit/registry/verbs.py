@@ -131,7 +131,8 @@ def rollback(
         CheckFailed: the version was removed, or somebody moved the alias meanwhile.
     """
     at = open_home(home)
-    moves = refs.standing(refs.history(at, name, alias))
+    known = refs.history(at, name, alias)
+    moves = refs.standing(known)
     if not moves:
         raise NotFound(f"{name} has no alias '{alias}'", "show lists its aliases")
     if len(moves) < 2:
@@ -152,6 +153,7 @@ def rollback(
         by=by or who(),
         why=why,
         undoes=last.seq,
+        after=known[-1].seq,
     )
 
 

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.errors import AdapterkitError
 from adapterkit.registry import index, refs, served, store
 from adapterkit.registry.base_names import base_names
-from adapterkit.registry.gathered import gathered
+from adapterkit.registry.figures import joined
+from adapterkit.registry.gathered import same_content
 from adapterkit.registry.home import Home, open_home
+from adapterkit.registry.record import Record
 from adapterkit.registry.served import Served
 from adapterkit.ui.markup import Content, Markup, el
 from adapterkit.ui.parts import code, frame, kind_mark, ref_link, version_url, when
@@ -79,19 +81,44 @@ def board(home: Path | None = None, *, page: int = 1, size: int = SHOWN, of: str
     rows.sort(key=lambda row: (row[:2] not in by_alias, place.get(row[1], 99), row[1], row[0]))
     known = {row[:2] for row in rows}
     stray = tuple(one for one in running if not of and (one.name, one.alias) not in known)
-    shown = [_deployed(at, row, tuple(by_alias.get(row[:2], ()))) for row in rows[(page - 1) * size : page * size]]
-    return Board(tuple(shown), len(rows), stray)
+    rows, total = rows[(page - 1) * size : page * size], len(rows)
+    records = {row[:2]: record for row in rows if (record := _record(at, row)) is not None}
+
+    def same(found: Index) -> dict[str, list[tuple[str, int, str]]]:
+        return {record.content: found.places(record.content) for record in records.values()}
+
+    places = index.ask(at, same) if records else {}  # one question for all of them
+    shown = []
+    for row in rows:
+        servers = tuple(by_alias.get(row[:2], ()))
+        record = records.get(row[:2])
+        evidence = joined(same_content(at, record, places.get(record.content, ()))) if record is not None else None
+        shown.append(_deployed(at, row, servers, record, evidence or {}))
+    return Board(tuple(shown), total, stray)
 
 
-def _deployed(at: Home, row: tuple[str, str, int, str, str, str], servers: tuple[Served, ...]) -> PointedVersion:
+def _record(at: Home, row: tuple[str, str, int, str, str, str]) -> Record | None:
+    try:
+        return store.load_known(at, row[0], row[2])
+    except AdapterkitError:
+        return None  # fsck tells
+
+
+def _deployed(
+    at: Home,
+    row: tuple[str, str, int, str, str, str],
+    servers: tuple[Served, ...],
+    record: Record | None,
+    evidence: Mapping[str, Any],
+) -> PointedVersion:
     name, alias, version, kind, method, base = row
     try:
         move = refs.get(at, name, alias)
-        record = store.load_known(at, name, version)
     except AdapterkitError:
+        record = None
+    if record is None:
         return PointedVersion(name, alias, version, kind, method, base, servers=servers)
     since, by, why = (move.at, move.by, move.why) if move is not None else ("", "", "")
-    evidence = gathered(at, record)
     return PointedVersion(name, alias, version, kind, method, base, since, by, why, servers, record.digest, evidence)
 
 

@@ -13,6 +13,7 @@ from adapterkit.adapters.trained_base import elsewhere
 from adapterkit.bases import open_change, open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.hub_ref import parse_hub
+from adapterkit.checkpoint.pipeline import folder_of
 from adapterkit.errors import AdapterkitError, AuthError, CheckFailed, HubError, UnsafeError
 from adapterkit.provenance.fits import compare_bases
 from adapterkit.requests.call import takes
@@ -34,7 +35,7 @@ class Diagnostic:
     Attributes:
         level: ``error`` (the check fails), ``warning`` or ``note``.
         code: a stable word for scripts.
-        adapter: the adapter it is about.
+        adapter: the adapter that it is about, or the base.
         message, hint: what, and what to do.
     """
 
@@ -193,10 +194,10 @@ def _merged(
         else:
             if one or not alone:
                 touched += len(merge.folded.touched)
-                findings += _consequences(some[0], merge.folded, merge.notes)
+                findings += _consequences(some[0], merge.folded, merge.notes, merge.base)
         if refused and one and alone and some == alone[-1]:
             break
-    return touched, refused, findings
+    return touched, refused, list(dict.fromkeys(findings))  # what is said of the base, each plan says again
 
 
 OTHER_BASE = "other-base"
@@ -275,19 +276,19 @@ def _made_from(base: Checkpoint, said: str) -> bool:
     """Whether the record beside the base says that it was made from what the adapter names."""
     from adapterkit.registry.beside import read_beside
 
-    path = base.sources[0].path if base.sources else None
-    if path is None:
+    path, folder = base.sources[0].path if base.sources else None, folder_of(base)
+    if path is None or folder is None:
         return False
     try:
-        record = read_beside(path if path.suffix == ".gguf" else path.parent)
+        record = read_beside(path if path.suffix == ".gguf" else folder)
     except AdapterkitError:
         return False  # a record that cannot be read proves nothing
     names = [] if record is None else [parent.label for parent in record.parents]
     return any(name.partition("@")[0] in (said, Path(said).name) for name in names if name)
 
 
-def _consequences(adapter: Adapter, folded: Folded, notes: Sequence[str]) -> list[Diagnostic]:
-    found = [Diagnostic(NOTE, "merge", adapter.ref, note) for note in notes]
+def _consequences(adapter: Adapter, folded: Folded, notes: Sequence[str], base: Checkpoint) -> list[Diagnostic]:
+    found = [Diagnostic(NOTE, "merge", base.ref if note in base.notes else adapter.ref, note) for note in notes]
     if folded.vocab is not None:
         old, new = folded.vocab
         found.append(Diagnostic(NOTE, "vocabulary", adapter.ref, f"the vocabulary changes from {old} to {new} rows"))

@@ -490,8 +490,9 @@ def _was_gguf(base: Checkpoint) -> bool:
 
 def _folder_of(base: Checkpoint) -> Path | None:
     """The folder of a Hugging Face base on this disk."""
-    path = base.sources[0].path if base.sources else None
-    return None if path is None or path.suffix == ".gguf" else path.parent
+    from adapterkit.checkpoint.pipeline import folder_of
+
+    return None if base.format == "gguf" else folder_of(base)
 
 
 __all__ = ["Merge", "merge", "planned", "replan"]

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from adapterkit.registry.record import Parent, Record
     from adapterkit.requests.option import Request
 
-_CALLED = {"mix": "quant"}  # what a record calls it, and what it is asked for by
+_CALLED = {"mix": "quant", "router_temperature": "temperature"}  # what a record calls it, and what it is asked for by
 _ADAPTERS = ("combine", "resize", "extract")
 _INPUTS = {"base", "adapters", "weights", "src", "out", "home"}
 
@@ -103,10 +103,14 @@ def _adapter(at: Home, record: Record, out: Path, stated: Mapping[str, Any], bas
         return
     known = CombineRequest.options()
     # Parameters of a method stand among the options, by their own names.
-    own = {name: value for name, value in stated.items() if name not in known and name not in _INPUTS}
-    weights = [float(parent.parameters.get("weight", 1.0)) for parent in given]
+    own = {
+        _CALLED.get(name, name): value for name, value in stated.items() if name not in known and name not in _INPUTS
+    }
+    more |= {"parameters": own} if own else {}
     adapters = [_version(at, parent) for parent in given]
-    combine(adapters, out, weights=weights, **more, **own, **_options(CombineRequest, stated))
+    if any(parent.parameters for parent in given):
+        more["weights"] = [float(parent.parameters.get("weight", 1.0)) for parent in given]
+    combine(adapters, out, **more, **_options(CombineRequest, stated))
 
 
 def _options(request: type[Request], stated: Mapping[str, Any]) -> dict[str, Any]:

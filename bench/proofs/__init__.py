@@ -12,7 +12,7 @@ SMALL = {
     "facts": "--steps 40",
     "faults": "--only resize",
     "gallery": "--only tied --only alpha --only rows",
-    "gates_kill": "--writers 4 --kills 10 --each 8",
+    "gates_kill": "--writers 6 --kills 60 --each 20",
     "gguf_archs": "--jobs 1 llama qwen3",
     "gguf_headers": "500 1",
     "gguf_merges": "llama",

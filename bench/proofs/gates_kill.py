@@ -47,6 +47,7 @@ def writer(root: Path, number: int, count: int, seed: int, acks: Path) -> None:
     def done(*words: object) -> None:
         os.write(fd, (" ".join(map(str, words)) + "\n").encode())
 
+    me = os.getpid()  # a step that was killed is done again, and may move the alias again
     for step in range(steps_in(acks), count):
         version = rng.randrange(1, VERSIONS + 1)
         task = f"task-{number}-{step}"
@@ -57,13 +58,13 @@ def writer(root: Path, number: int, count: int, seed: int, acks: Path) -> None:
         attach_evaluation(f"{NAME}@{version}", measured, home=root)
         done("figure", version, task)
         with contextlib.suppress(CheckFailed):
-            moved = verbs.tag(f"{NAME}@{version}", ALIAS, why=f"writer-{number}-{step}", home=root)
+            moved = verbs.tag(f"{NAME}@{version}", ALIAS, why=f"writer-{number}-{step}-{me}", home=root)
             if moved.moved:
-                done("move", version, f"writer-{number}-{step}")
+                done("move", version, f"writer-{number}-{step}-{me}")
         if rng.random() < 0.2:
             with contextlib.suppress(CheckFailed, NotFound):  # somebody moved it meanwhile, or nothing is before it
-                back = verbs.rollback(NAME, ALIAS, why=f"back-{number}-{step}", home=root)
-                done("move", back.version, f"back-{number}-{step}")
+                back = verbs.rollback(NAME, ALIAS, why=f"back-{number}-{step}-{me}", home=root)
+                done("move", back.version, f"back-{number}-{step}-{me}")
         record = verbs.show(f"{NAME}@{version}", home=root).record
         served.record_serving(f"server-{number}", record, served_as=f"step-{step}", home=root)
         done("step", step)

@@ -10,7 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapterkit.errors import CheckpointError, TargetError, UnsafeError, UsageError
+from adapterkit.verbs.check import check
+from adapterkit.verbs.combine import combine
+from adapterkit.verbs.convert import convert
 from adapterkit.verbs.merge import merge
+from adapterkit.verbs.resize import resize
 from adapterkit.verbs.verify import verify
 
 FC1 = "text_model.encoder.layers.0.mlp.fc1"
@@ -191,3 +195,125 @@ def test_what_a_pipeline_is_not(pipe: Path, tmp_path: Path) -> None:
     (pipe / "vae" / "diffusion_pytorch_model.safetensors").rename(pipe / "vae" / "diffusion_pytorch_model.bin")
     with pytest.raises(UnsafeError, match="vae"):
         merge(pipe, [file], tmp_path / "out")
+
+
+FLUX = "transformer_blocks.0.attn.to_q"
+WIDE = "diffusion_pytorch_model.safetensors"
+
+
+def flux(folder: Path, **config: object) -> None:
+    """A pipeline whose transformer has a first layer of 8 inputs."""
+    tensors = {"x_embedder.weight": drawn(1, 8, 8), f"{FLUX}.weight": drawn(2, 8, 8)}
+    component(folder / "transformer", tensors, {"_class_name": "FluxTransformer2DModel", **config}, WIDE)
+    said = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(said), encoding="utf-8")
+
+
+def test_a_first_layer_that_is_widened_is_told_by_its_component(tmp_path: Path) -> None:
+    """Control LoRAs take twice the inputs. diffusers' default is what a config of its that says nothing means."""
+    a, b = drawn(3, 2, 16), drawn(4, 8, 2)
+    file = tmp_path / "control.safetensors"
+    save_file({"transformer.x_embedder.lora_A.weight": a, "transformer.x_embedder.lora_B.weight": b}, file)
+    for name, config in {"said": {"in_channels": 8, "out_channels": None}, "default": {}}.items():
+        pipe, out = tmp_path / f"{name}-pipe", tmp_path / name
+        flux(pipe, **config)
+        merge(pipe, [file], out)
+        found = load_file(out / "transformer" / WIDE)["x_embedder.weight"]
+        assert close(found, torch.cat([drawn(1, 8, 8), torch.zeros(8, 8)], 1).double() + b.double() @ a.double())
+        config = json.loads((out / "transformer" / "config.json").read_text())
+        assert (config["in_channels"], config["out_channels"]) == (16, 8)
+        assert (out / "model_index.json").read_bytes() == (pipe / "model_index.json").read_bytes()
+        assert not (out / "config.json").exists()
+        assert verify(out, base=pipe, adapters=[file]).ok
+        (out / "transformer" / "config.json").write_bytes((pipe / "transformer" / "config.json").read_bytes())
+        report = verify(out, base=pipe, adapters=[file])
+        assert not report.ok
+        assert any("transformer/config.json says in_channels" in one.text for one in report.findings)
+    flux(tmp_path / "other", in_channels=2)
+    for base in (tmp_path / "other", tmp_path / "other" / "transformer"):
+        with pytest.raises(TargetError, match="says in_channels 2"):
+            merge(base, [file], tmp_path / "out")
+    save_file(
+        {"transformer.x_embedder.lora_A.weight": drawn(3, 2, 12), "transformer.x_embedder.lora_B.weight": b}, file
+    )
+    with pytest.raises(TargetError, match="is made for a weight of"):
+        merge(tmp_path / "other", [file], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_words_of_a_component_are_changed_in_its_folder_alone(tmp_path: Path) -> None:
+    """Rows of an embedding need a tokenizer and a config; T5 keeps its embedding under two names."""
+    pipe = tmp_path / "pipe"
+    tensors = {"shared.weight": drawn(1, 8, 8), "encoder.embed_tokens.weight": drawn(1, 8, 8)}
+    config: dict[str, object] = {"model_type": "t5", "architectures": ["T5EncoderModel"], "vocab_size": 8}
+    component(pipe / "text_encoder", tensors, config, "model.safetensors")
+    said = {"_class_name": "PixArtAlphaPipeline", "text_encoder": ["transformers", "T5EncoderModel"]}
+    (pipe / "model_index.json").write_text(json.dumps(said), encoding="utf-8")
+    file = tmp_path / "file.safetensors"
+    save_file(lora("text_encoder.shared", 20), file)
+    with pytest.raises(TargetError, match="may share"):
+        merge(pipe, [file], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_verify_compares_what_stands_beside_the_weights(pipe: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "file.safetensors", tmp_path / "out"
+    save_file(lora(f"unet.{TO_Q}", 20) | lora(f"text_encoder.{FC1}", 21), file)
+    (pipe / "tokenizer").mkdir()
+    (pipe / "tokenizer" / "merges.txt").write_text("a b", encoding="utf-8")
+    merge(pipe, [file], out, only=["unet"])
+    assert verify(out, base=pipe, adapters=[file]).ok  # the record of the pipeline says `only`
+    unet = json.loads((out / "unet" / "config.json").read_text())
+    more = {**unet, "_diffusers_version": "1", "act_fn": "silu"}  # as diffusers writes it again
+    (out / "unet" / "config.json").write_text(json.dumps(more), encoding="utf-8")
+    (out / "tokenizer" / "merges.txt").write_text("b a", encoding="utf-8")
+    report = verify(out, base=pipe, adapters=[file])
+    assert report.ok
+    assert [one.severity for one in report.findings if "tokenizer/merges.txt" in one.text] == ["warning"]
+    for name, text in (("unet/config.json", '{"_class_name": "Other"}'), ("scheduler/scheduler_config.json", None)):
+        before = (out / name).read_bytes()
+        (out / name).unlink()
+        if text is not None:
+            (out / name).write_text(text, encoding="utf-8")
+        found = verify(out, base=pipe, adapters=[file])
+        assert not found.ok
+        assert [name in one.text for one in found.findings if one.severity == "error"] == [True]
+        (out / name).write_bytes(before)
+
+
+def test_notes_of_a_check_stand_under_what_they_are_of(pipe: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    for seed, file in enumerate(files):
+        save_file(lora(f"unet.{TO_Q}", seed), file)
+    found = check(pipe, files).findings
+    said = [one for one in found if one.message.startswith("a pipeline of")]
+    assert [one.adapter for one in said] == [str(pipe)]
+
+
+def test_combined_and_resized_with_a_pipeline_as_base(pipe: Path, tmp_path: Path) -> None:
+    files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    save_file(lora(f"unet.{TO_Q}", 20) | lora(f"text_encoder_2.{FC1}", 21), files[0])
+    save_file(lora(f"lora_unet_{TO_Q.replace('.', '_')}", 22, 1.0), files[1])
+    exact = {"unet": change(20) + change(22, 0.5), "text_encoder_2": change(21)}
+    made = [tmp_path / "three.safetensors", tmp_path / "folder", tmp_path / "four.safetensors"]
+    for out in made[:2]:
+        combine(files, out, base=pipe)
+    resize(made[0], made[2], rank=4, base=pipe)
+    merge(pipe, files, tmp_path / "both")
+    for number, some in enumerate([files, *([one] for one in made)]):
+        merge(pipe, some, tmp_path / f"out{number}")
+        for folder, name, key in (("unet", FIRST, TO_Q), ("text_encoder_2", "model.safetensors", FC1)):
+            found = load_file(tmp_path / f"out{number}" / folder / name)[f"{key}.weight"]
+            base = load_file(pipe / folder / name)[f"{key}.weight"].double()
+            assert float((found.double() - base - exact[folder]).abs().max()) <= 2e-5
+
+
+def test_a_pipeline_is_converted_to_floats_alone(pipe: Path, tmp_path: Path) -> None:
+    (pipe / "text_encoder" / "config.json").write_text('{"torch_dtype": "float32"}', encoding="utf-8")
+    convert(pipe, tmp_path / "half", to="bf16")
+    assert load_file(tmp_path / "half" / "unet" / FIRST)[f"{TO_Q}.weight"].dtype is torch.bfloat16
+    assert json.loads((tmp_path / "half" / "text_encoder" / "config.json").read_text()) == {"torch_dtype": "bfloat16"}
+    for kind in ("nf4", "int8", "gptq"):
+        with pytest.raises(UsageError, match="is a pipeline"):
+            convert(pipe, tmp_path / "out", to=kind)
+    assert not (tmp_path / "out").exists()

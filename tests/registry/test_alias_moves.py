@@ -67,6 +67,28 @@ def test_a_rollback_of_an_alias_that_came_back_to_where_it_was(three: Path) -> N
         verbs.rollback("math", "prod")
 
 
+def test_a_rollback_is_refused_when_the_alias_left_and_came_back_meanwhile(
+    three: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The version is the one that was expected, and the way back from there is another one."""
+    for version in (1, 3):
+        verbs.tag(f"math@{version}", "prod")
+    read = refs.history
+
+    def others_move(home: Home, name: str, alias: str) -> tuple[refs.Move, ...]:
+        found = read(home, name, alias)
+        for version in (2, 3):
+            verbs.tag(f"math@{version}", "prod")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(refs, "history", others_move)
+        with pytest.raises(CheckFailed, match="moved meanwhile"):
+            verbs.rollback("math", "prod")
+    assert [move.version for move in verbs.history("math", "prod")] == [1, 3, 2, 3]
+    assert verbs.rollback("math", "prod").version == 2
+
+
 def test_a_rollback_after_an_alias_was_taken_off(three: Path) -> None:
     verbs.tag("math@1", "prod")
     verbs.untag("math", "prod")

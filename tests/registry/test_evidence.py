@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jsonschema
@@ -16,11 +18,12 @@ import adapterkit
 from adapterkit.cli import app
 from adapterkit.errors import NotFound, RegistryError, UsageError
 from adapterkit.hub.card import card
-from adapterkit.registry import fsck, index, lineage, listing, register, verbs
+from adapterkit.registry import fsck, index, lineage, listing, register, store, verbs
 from adapterkit.registry.beside import read_beside
 from adapterkit.registry.checkout import checkout
 from adapterkit.registry.evidence import attach_evidence, attach_verification
 from adapterkit.registry.home import Home
+from adapterkit.registry.record import Record
 from adapterkit.registry.verification import Verification, read
 
 TENSOR = Verification("tensor", True, {"tensors": 42, "max_abs": 0.0}, {}, "2026-01-31T23:59:59Z")
@@ -129,3 +132,34 @@ def test_show_and_the_card_say_it_in_words(home: Path, make) -> None:  # type: i
     assert "| verification: model | held: kl 0.001235 (limit 0.01)" in text
     front = yaml.safe_load(text.split("---")[1])
     assert front["metrics"] == ["kl", "max_abs", "tensors", "top1"]
+
+
+def test_under_the_lock_only_what_was_added_meanwhile_is_read(  # type: ignore[no-untyped-def]
+    home: Path, make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another adds evidence between the first look and the lock: it is kept, and it alone is read under the lock."""
+    register.register(make(), "math")
+    register.register(make(content=b"other weights"), "math")
+    for number in range(3):
+        attach_evidence("math@1", f"kind-{number}", {"kept": number})
+    real, load, held, under = Home.lock, store.load_known, [0], []
+
+    @contextmanager
+    def lock(at: Home, name: str) -> Iterator[None]:
+        monkeypatch.setattr(Home, "lock", real)
+        attach_evidence("math@1", "meanwhile", {"kept": 7})
+        with real(at, name):
+            held[0] += 1
+            yield
+            held[0] -= 1
+
+    def read_record(at: Home, name: str, version: int) -> Record:
+        under.extend([version] * held[0])
+        return load(at, name, version)
+
+    monkeypatch.setattr(Home, "lock", lock)
+    monkeypatch.setattr(store, "load_known", read_record)
+    found = attach_evidence("math@1", "last", {"kept": 9})
+    assert set(found.record.evidence) == {"kind-0", "kind-1", "kind-2", "meanwhile", "last"}
+    assert under == [6]
+    assert fsck.fsck(home=home).clean

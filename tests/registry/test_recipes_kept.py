@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -139,4 +140,31 @@ def test_adapters_that_are_computed_are_kept_as_recipes_too(desk: Path, tmp_path
         found = register(tmp_path / name, name, as_recipe=True).record
         assert [file.stored for file in found.files if file.path == "adapter_model.safetensors"] == [False]
         assert (checkout(name) / "adapter_model.safetensors").read_bytes() == weights
+    assert fsck.fsck().clean
+
+
+def test_combinations_with_what_they_were_made_with(home: Path, tmp_path: Path, base: Path) -> None:
+    """Weights, parameters of a method, a rank; and arrow, whose adapters stay apart and have no weights."""
+    given = [plain_adapter(tmp_path / f"a{seed}", base, seed=seed, rank=16) for seed in (1, 2, 3)]
+    for number, folder in enumerate(given):
+        register(folder, f"tone-{number}")
+    ways: list[dict[str, Any]] = [
+        {"method": "arrow"},
+        {"method": "arrow", "parameters": {"top_k": 1, "temperature": 0.5}},
+        {"method": "dare-ties", "weights": [1, 0.5, 1], "rank": 16, "parameters": {"density": 0.6, "seed": 7}},
+        {"method": "linear", "weights": [0.3, 0.0, -1.0], "scale": 0.5, "skip": ["*up_proj*"], "dtype": "bf16"},
+    ]
+    for number, way in enumerate(ways):
+        out = tmp_path / f"out-{number}"
+        adapterkit.combine(given if number % 2 else ["tone-0", "tone-1", "tone-2"], out, **way)
+        record = register(out, f"both-{number}", as_recipe=True).record
+        gone = {file.path for file in record.files if not file.stored}
+        apart = ("task_0/", "task_1/", "task_2/") if way["method"] == "arrow" else ("",)
+        assert {f"{folder}adapter_model.safetensors" for folder in apart} <= gone, way
+        assert remake(f"both-{number}") > 0
+        folder = checkout(f"both-{number}")
+        names = sorted(path.relative_to(out) for path in out.rglob("*") if path.is_file())
+        for name in names:
+            assert name.name == "adapterkit.json" or (folder / name).read_bytes() == (out / name).read_bytes(), name
+        gc.gc(apply=True, keep_days=0)
     assert fsck.fsck().clean

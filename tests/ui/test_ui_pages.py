@@ -7,6 +7,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import plain_adapter, plain_base
@@ -14,13 +15,14 @@ from models import plain_adapter, plain_base
 import adapterkit
 from adapterkit.errors import RegistryError
 from adapterkit.provenance.register import register
-from adapterkit.registry import served, verbs
+from adapterkit.registry import index, served, verbs
 from adapterkit.registry.evaluation import Score
 from adapterkit.registry.evidence import attach_evaluation, attach_evidence, attach_verification
 from adapterkit.registry.home import Home
 from adapterkit.registry.lineage import lineage
 from adapterkit.registry.store import add_record
 from adapterkit.registry.verification import Verification, evidence_of, lines
+from adapterkit.ui import board
 from adapterkit.ui.card import blocks
 from adapterkit.ui.graph import deployed_path
 from adapterkit.ui.markup import render
@@ -183,3 +185,22 @@ def test_words_have_denominators() -> None:
     )
     (said,) = sentences({"verification": {"tensors": level.to_json()}})
     assert said.text == "every tensor recomputed: 21 of 24 byte for byte, 50.00% of the change is there; 2026-01-31"
+
+
+def test_a_page_of_aliases_asks_the_index_a_fixed_number_of_times(tone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> int:
+        count, ask = [0], index.ask
+
+        def counted(*given: Any) -> Any:
+            count[0] += 1
+            return ask(*given)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(index, "ask", counted)
+            assert board.board(size=100).rows
+        return count[0]
+
+    before = asked()
+    for number in range(5):
+        verbs.tag("tone@1", f"alias-{number}")
+    assert asked() == before

@@ -12,6 +12,7 @@ from adapterkit.bases import open_model
 from adapterkit.checkpoint.checkpoint import Checkpoint, SideFile
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.files import BytesFile
+from adapterkit.checkpoint.pipeline import component_configs, components
 from adapterkit.checkpoint.plan import plan_safetensors
 from adapterkit.checkpoint.tensor import Cast
 from adapterkit.codecs.kinds import written
@@ -29,11 +30,14 @@ if TYPE_CHECKING:
 CONFIG = "config.json"
 
 
-def open_folder(asked: ConvertRequest, to: str) -> Checkpoint:
+def open_folder(asked: ConvertRequest, to: str, *, pipelines: bool = False) -> Checkpoint:
     """A Hugging Face checkpoint as it is stored.
 
+    Args:
+        pipelines: a whole pipeline of diffusers will do.
+
     Raises:
-        UsageError: a GGUF file.
+        UsageError: a GGUF file, or a pipeline.
         NotFound, CheckpointError, UnsafeError, AuthError, HubError
     """
     opened = open_model(asked.src, headers_only=getattr(asked, "headers_only", False))
@@ -42,6 +46,11 @@ def open_folder(asked: ConvertRequest, to: str) -> Checkpoint:
             f"{opened.ref} is a GGUF file, and {to} is a format of Hugging Face folders",
             f"give the folder that it was made from, or use {option('to', 'gguf')}",
         )
+    if components(opened.config) and not pipelines:
+        raise UsageError(
+            f"{opened.ref} is a pipeline, and {to} is the format of one model",
+            f"convert one of its folders ({', '.join(components(opened.config))})",
+        )
     return opened
 
 
@@ -49,7 +58,7 @@ def _plain(dtype: DType, asked: ConvertRequest, jobs: int) -> Conversion:
     """A checkpoint of any format as plain weights, all floating tensors in ``dtype``."""
     from adapterkit.adapters.sidecars import name_dtype
 
-    opened = open_folder(asked, str(dtype))
+    opened = open_folder(asked, str(dtype), pipelines=True)
     view = dequantized(opened, dtype)
     tensors = {
         name: Cast(tensor, dtype) if tensor.dtype in FLOATS and tensor.dtype is not dtype else tensor
@@ -57,9 +66,13 @@ def _plain(dtype: DType, asked: ConvertRequest, jobs: int) -> Conversion:
     }
     config = json.loads(json.dumps(dict(view.config)))
     name_dtype(config, dtype)
-    return planned_folder(
-        opened, with_config(replace(view, tensors=tensors), config), str(dtype), "converted", asked, jobs
-    )
+    view = with_config(replace(view, tensors=tensors), config)
+    for name, said in component_configs(opened.config).items():
+        mine = json.loads(json.dumps(said))
+        name_dtype(mine, dtype)
+        if mine != said:
+            view = _with_file(view, f"{name}/{CONFIG}", mine)
+    return planned_folder(opened, view, str(dtype), "converted", asked, jobs)
 
 
 def _quantized(kind: str, asked: ConvertRequest, jobs: int) -> Conversion:
@@ -97,9 +110,14 @@ def with_config(view: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
     """The view with another ``config.json``, where it had one."""
     if view.side_file(CONFIG) is None or config == view.config:
         return view
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    others = tuple(file for file in view.side_files if file.name != CONFIG)
-    return replace(view, config=config, side_files=(*others, SideFile(CONFIG, BytesFile(CONFIG, text.encode()))))
+    return replace(_with_file(view, CONFIG, config), config=config)
+
+
+def _with_file(view: Checkpoint, name: str, said: Mapping[str, Any]) -> Checkpoint:
+    """The view with one JSON file beside it that says this."""
+    text = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
+    others = tuple(file for file in view.side_files if file.name != name)
+    return replace(view, side_files=(*others, SideFile(name, BytesFile(name, text.encode()))))
 
 
 def folder_recorder(opened: Checkpoint, to: str, kind: str, stated: Mapping[str, Any]) -> Recorder:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.bases import open_model
+from adapterkit.checkpoint.pipeline import folder_of
 from adapterkit.errors import RegistryError, UsageError, option
 from adapterkit.registry.beside import beside_path, read_beside
 from adapterkit.requests.merge import MergeRequest
@@ -46,7 +47,7 @@ def place(checkpoint: Checkpoint) -> Path | None:
     if path is None:
         return None
     loose = path.suffix == ".gguf" or checkpoint.sources[0].loose  # what lies beside such a file is not its own
-    return path if loose else path.parent
+    return path if loose else folder_of(checkpoint)
 
 
 def asked(merged: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str, Any]) -> Asked:

@@ -21,6 +21,7 @@ from adapterkit.adapters.brought import (
     TOKENIZER,
     TOKENIZER_CONFIG,
 )
+from adapterkit.checkpoint.pipeline import components
 from adapterkit.verbs.verify.inputs import place
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding
 
@@ -69,6 +70,10 @@ def _unchecked(why: str) -> Finding:
 
 def _built(subject: Subject, folder: Path, said: frozenset[str]) -> Iterator[Finding]:
     config = subject.found.config
+    if components(config):
+        text = "the components of a pipeline were compared by names, shapes and configs, and not loaded"
+        yield Finding("not loaded", NOTE, text)
+        return
     lacking = [name for name in ("transformers", "tokenizers", "accelerate") if find_spec(name) is None]
     if lacking:
         yield _unchecked(f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not installed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.verbs.verify.companions import companions
 from adapterkit.verbs.verify.inputs import place
 from adapterkit.verbs.verify.metadata import metadata
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding
@@ -40,7 +41,7 @@ def sanity(subject: Subject, on_purpose: Sequence[str] = ()) -> list[Finding]:
     found = list(metadata(subject, on_purpose))
     if subject.found.format == "gguf":
         return found
-    return [*_config(subject), *_files(subject.found)]
+    return [*_config(subject), *_files(subject.found), *companions(subject)]
 
 
 def _config(subject: Subject) -> Iterator[Finding]:
