@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -63,6 +62,8 @@ class ServerFile:
         return (*found.notes, f"{found.path} written; start it with: {found.start}")
 
     def made(self) -> dict[Path, str] | None:
+        import hashlib  # what is imported here, a dry run imports
+
         from adapterkit.serving.handover import beside_model
 
         path, data, _ = beside_model(self.out, self.server, self.source)
