@@ -8,7 +8,9 @@ version 4 (``--older PYTHON``), for what a folder means differs between the two:
   on the meta device built with two numbers of labels and two vocabularies;
 * flags: config keys other than ``tie_word_embeddings`` that decide whether embeddings are tied, from the config classes;
 * untie: what else a class does with that flag. Every class that ties is built twice with the same numbers, tied and not,
-  and run: the factor between both outputs, and what stays tied although the flag is off.
+  and run: the factor between both outputs, what stays tied although the flag is off, and tied parameters that have
+  another shape then (``resized``);
+* embedding_classes, embeddings: what embeddings do besides a lookup, and where they stand; see `embedding_kinds`.
 
 Run it after a new release of transformers:
 
@@ -264,6 +266,11 @@ def probe(only: str = "") -> dict[str, dict[str, Any]]:
         still = sorted(n for names in places(apart).values() if len(names) > 1 for n in names if n in shared)
         if still:
             row["stays"] = still
+        sizes = {n: tuple(p.shape) for n, p in tied.named_parameters(remove_duplicate=False) if n in shared}
+        own = {n: tuple(p.shape) for n, p in apart.named_parameters(remove_duplicate=False)}
+        resized = sorted(n for n, size in sizes.items() if own.get(n, size) != size)
+        if resized:
+            row["resized"] = resized
         try:
             values = dict(tied.state_dict(keep_vars=True).items())
             apart.load_state_dict({k: v.detach().clone() for k, v in values.items()}, strict=False)
@@ -303,6 +310,8 @@ def both(new: dict[str, dict[str, Any]], old: dict[str, dict[str, Any]]) -> dict
 
 
 def build(older: str | None, before: dict[str, Any]) -> dict[str, Any]:
+    from embedding_kinds import embeddings
+
     found = tasks()
     about = {
         "source": f"transformers {version('transformers')}: models/auto, models/*/configuration_*.py, the classes run",
@@ -318,6 +327,7 @@ def build(older: str | None, before: dict[str, Any]) -> dict[str, Any]:
     else:
         about["older"], untied4 = before["about"]["older"], before["untie4"]
     untied = collapsed(probe())
+    kinds, places = embeddings()
     return {
         "about": about,
         "tasks": found,
@@ -325,6 +335,8 @@ def build(older: str | None, before: dict[str, Any]) -> dict[str, Any]:
         "flags": flags(),
         "untie": untied,
         "untie4": both(untied, untied4),
+        "embedding_classes": kinds,
+        "embeddings": places,
     }
 
 

@@ -91,11 +91,13 @@ class Untying:
     Attributes:
         factor: by which the output layer has to be multiplied for the model to answer as before.
         stays: parameters that share their values whatever the flag says.
+        resized: parameters that have another shape when they are tied no longer: they cannot be told apart.
         notes: what a user should know.
     """
 
     factor: float = 1.0
     stays: frozenset[str] = frozenset()
+    resized: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
 
 
@@ -122,7 +124,7 @@ def untying(name: str, config: Mapping[str, Any]) -> Untying:
             f"transformers 4 multiplies the logits of {name} by the square root of {before} when embeddings are not tied, "
             "and version 5 does not; the folder is right for version 5"
         )
-    return Untying(factor, stays, tuple(notes))
+    return Untying(factor, stays, frozenset(new.get("resized", ())), tuple(notes))
 
 
 def flag_keys(config: Mapping[str, Any]) -> tuple[str, ...]:

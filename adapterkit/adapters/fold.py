@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.change import Checked
 from adapterkit.adapters.composed import composed_edits, separate_note
 from adapterkit.adapters.edits import adapter_edits, settle
+from adapterkit.adapters.embeddings import check_embeddings
 from adapterkit.adapters.heads import Brought, brought, prefixed, prefixes
 from adapterkit.adapters.merged import Applied, Loaded, Merged, StoredWeights, merged_columns
 from adapterkit.adapters.names import Names
@@ -85,7 +86,7 @@ def fold(
 
     Raises:
         UsageError: no adapters, or another number of weights.
-        TargetError, AdapterError, UnsupportedAdapter: see `adapter_edits`.
+        TargetError, AdapterError, UnsupportedAdapter: see `adapter_edits` and `check_embeddings`.
     """
     if not adapters:
         raise UsageError("no adapter was given", "name at least one")
@@ -107,16 +108,15 @@ def fold(
         if any(adapter.whole for adapter in adapters):
             from adapterkit.adapters.whole_model import model_edits
         how = {"residual_base": residual_base, "allow_unknown": allow_unknown}
-        pairs = zip(adapters, factors, strict=True)
-        return [
-            Weighted(edit, adapter, factor)
-            for adapter, factor in pairs
-            for edit in (
-                adapter_edits(adapter, names, base.config, **how)
-                if not adapter.whole
-                else model_edits(adapter, names, base)
-            )
-        ]
+        made: list[Weighted] = []
+        for adapter, factor in zip(adapters, factors, strict=True):
+            if adapter.whole:
+                edits = model_edits(adapter, names, base)
+            else:
+                edits = adapter_edits(adapter, names, base.config, **how)
+                check_embeddings(adapter, edits, names, base.config)
+            made += [Weighted(edit, adapter, factor) for edit in edits]
+        return made
 
     for prefix in prefixes(adapters, base.config):
         names.also_under(prefix)

@@ -14,6 +14,7 @@ from adapterkit.adapters.classes import FLAG, flag_keys, untying
 from adapterkit.adapters.names import TEXT_CONFIGS
 from adapterkit.adapters.target import Piece
 from adapterkit.checkpoint.tensor import Renamed
+from adapterkit.errors import UnsupportedAdapter
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
@@ -71,6 +72,9 @@ def settle_ties(
 
     The flag that ties an output layer ties whatever else the class declares: where one pair is separated, every other
     parameter that had no tensor of its own gets one, so that the model is the same with the flag off.
+
+    Raises:
+        UnsupportedAdapter: the class wants another shape of what would become a tensor of its own.
     """
     if not is_tied(config):
         return Untied(tuple(edits), {}, False, ())
@@ -103,6 +107,13 @@ def settle_ties(
         )
         return Untied(tuple(done), added, True, tuple(notes))
     how = untying(names.class_name, config)
+    stuck = sorted(how.resized)
+    if stuck:
+        raise UnsupportedAdapter(
+            f"the adapter changes one side of a tie that {names.class_name} cannot do without: '{stuck[0]}' has another "
+            "shape there when it is not tied",
+            "serve the adapter beside its base, or train it without the embedding and the output layer",
+        )
     # A head that is scaled can share nobody's tensor.
     stays = how.stays if how.factor == 1 else frozenset(name for name in how.stays if "embed" in name)
     done += _follow(done, names, tensors, added, stays)

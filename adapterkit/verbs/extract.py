@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.brought import is_brought
+from adapterkit.adapters.embeddings import holds_factors
 from adapterkit.adapters.factors import Kind, Slot
 from adapterkit.adapters.linear import linear_modules
 from adapterkit.adapters.merged import StoredWeights
@@ -269,6 +270,9 @@ class _Pair:
                 if _embeds(name) and self.names[1].sharers(name) and not name.endswith("embed_tokens.weight"):
                     # `ensure_weight_tying` knows no other name, and factors on one side would part the two.
                     self._save(found, name, after, "is also the output layer")
+                    continue
+                if not holds_factors(name, self.tuned.config):
+                    self._save(found, name, after, "does more than look up what it is given")
                     continue
                 slot = self._slot(name, after)
                 found.slots.append(slot)
