@@ -63,7 +63,7 @@ def _check_vocabulary(base: Checkpoint, folded: Folded, name: str, config: Mappi
     lead, hint = f"{name}.", f"merge into that component alone: {base.ref.rstrip('/')}/{name}"
     touched = {one.removeprefix(lead) for one in folded.touched if one.startswith(lead)}
     for one in sorted(touched):
-        if lead + one not in base or base[lead + one].shape[:1] != folded.checkpoint[lead + one].shape[:1]:
+        if lead + one in base and base[lead + one].shape[:1] != folded.checkpoint[lead + one].shape[:1]:
             raise TargetError(f"the adapter gives '{lead}{one}' another number of rows than the pipeline has", hint)
     if not touched or "model_type" not in config:
         return

@@ -250,7 +250,8 @@ def test_words_of_a_component_are_changed_in_its_folder_alone(tmp_path: Path) ->
     said = {"_class_name": "PixArtAlphaPipeline", "text_encoder": ["transformers", "T5EncoderModel"]}
     (pipe / "model_index.json").write_text(json.dumps(said), encoding="utf-8")
     file = tmp_path / "file.safetensors"
-    save_file(lora("text_encoder.shared", 20), file)
+    whole = {"text_encoder.shared.lora_A.weight": drawn(1, 2, 8), "text_encoder.shared.lora_B.weight": drawn(2, 8, 2)}
+    save_file(whole, file)
     with pytest.raises(TargetError, match="may share"):
         merge(pipe, [file], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -306,6 +307,22 @@ def test_combined_and_resized_with_a_pipeline_as_base(pipe: Path, tmp_path: Path
             found = load_file(tmp_path / f"out{number}" / folder / name)[f"{key}.weight"]
             base = load_file(pipe / folder / name)[f"{key}.weight"].double()
             assert float((found.double() - base - exact[folder]).abs().max()) <= 2e-5
+
+
+def test_an_interrupted_merge_goes_on(pipe: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file.safetensors"
+    save_file(lora(f"unet.{TO_Q}", 20) | lora(f"text_encoder.{FC1}", 21), file)
+    merge(pipe, [file], tmp_path / "whole")
+
+    def stop(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge(pipe, [file], tmp_path / "out", resume=True, progress=stop, jobs=1)
+    assert not (tmp_path / "out").exists()
+    assert merge(pipe, [file], tmp_path / "out", resume=True).reused == 2
+    for path in (tmp_path / "whole").rglob("*.safetensors"):
+        assert (tmp_path / "out" / path.relative_to(tmp_path / "whole")).read_bytes() == path.read_bytes()
 
 
 def test_a_pipeline_is_converted_to_floats_alone(pipe: Path, tmp_path: Path) -> None:
