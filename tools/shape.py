@@ -36,6 +36,9 @@ REASONS: dict[str, tuple[str, ...]] = {
         "verbs/imatrix.py:imatrix",
         "integrations/transformers.py:RegisterCallback.__init__",
     ),
+    "writes outputs abreast: how, in keywords with defaults, which callers give by name": (
+        "checkpoint/write.py:write_together",
+    ),
     "writes one record or line: each parameter is a field of it, given by name": (
         *("provenance/record.py:recorder", "registry/refs.py:move"),
         *("registry/register.py:register", "registry/register.py:register_base", "registry/served.py:record_serving"),

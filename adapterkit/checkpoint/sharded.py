@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG, ADAPTER_INDEX, ADAPTER_WEIGHTS
+from adapterkit.disk import read_regular
 from adapterkit.errors import CheckpointError
 
 KINDS = {"dcp": "a torch.distributed.checkpoint folder (FSDP)", "zero": "a DeepSpeed ZeRO checkpoint"}
@@ -40,8 +41,9 @@ def sharded_checkpoint(folder: Path) -> Sharded | None:
     config = next((one / ADAPTER_CONFIG for one in (folder, folder.parent) if (one / ADAPTER_CONFIG).is_file()), None)
     steps = [path for path in places if _STEP.fullmatch(path.name)]
     latest = folder / "latest"
-    if latest.is_file() and latest.stat().st_size < 256:
-        named = latest.read_text(errors="replace").strip()
+    # A link to the last step, or a file that names it. What is neither is refused: which step is meant is not guessed.
+    if latest.exists() and not latest.is_dir():
+        named = read_regular(latest, 1 << 12).decode("utf-8", "replace").strip()
         steps = [path for path in steps if path.name == named] or steps
     for place in (*steps[-1:], folder):
         if any(place.glob("*_optim_states.pt")) or any(place.glob("zero_pp_rank_*_model_states.pt")):

@@ -21,6 +21,7 @@ from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import (
     check_output,
     is_left_over,
+    named_beside,
     publish,
     publish_files,
     staging,
@@ -86,6 +87,52 @@ class Writing:
 
 
 @dataclass(frozen=True)
+class Ready:
+    """An output that lies whole in the hidden folder, and has no name yet.
+
+    Attributes:
+        keep: of a folder, the names at its top; what else lies in the hidden folder is taken away.
+        beside: small files that get their names after those of an output that is no folder.
+    """
+
+    writing: Writing
+    folder: Path
+    keep: frozenset[str] = frozenset()
+    beside: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def out(self) -> Path:
+        return self.writing.out
+
+    def files(self) -> dict[Path, Path | bytes]:
+        """Every file, by where it will be: where it lies now, or its bytes."""
+        if self.writing.plan.layout == "file":
+            found: dict[Path, Path | bytes] = {named_beside(self.out, name): data for name, data in self.beside.items()}
+            targets = self.writing.plan.targets(self.out)
+            return {**{target: self.folder / name for name, target in targets.items()}, **found}
+        inside = [path.relative_to(self.folder) for path in sorted(self.folder.rglob("*")) if path.is_file()]
+        return {self.out / path: self.folder / path for path in inside if path.parts[0] in self.keep}
+
+    def publish(self, *, force: bool) -> None:
+        """Give it its name: the folder, or each of its files.
+
+        Raises:
+            OutputError: the target appeared meanwhile, or the disk refuses.
+        """
+        plan, out = self.writing.plan, self.out
+        try:
+            if plan.layout != "file":
+                publish(self.folder, out, keep=set(self.keep), force=force)
+                return
+            ours = is_left_over(out)  # asked before the new output has that name
+            publish_files(self.folder, plan.targets(out), force=force)
+            for name, data in self.beside.items():
+                write_beside(out, name, data, force=force or (ours and name == RECORD))
+        except OSError as error:
+            raise disk.refused(error, str(out), out.parent) from error
+
+
+@dataclass(frozen=True)
 class Done:
     """What was written: the plan as it was carried out, computed tensors that were re-used, and a stage's facts."""
 
@@ -102,6 +149,7 @@ def write_together(
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
     checked: bool = False,
+    before: Callable[[Sequence[Ready]], None] = lambda ready: None,
 ) -> list[Done]:
     """Execute plans abreast, so that inputs they share come from the disk once; each output appears whole or not at all,
     all of them after the last byte is written.
@@ -112,6 +160,7 @@ def write_together(
         resume: re-use what an interrupted run left and its content proves, and leave the same behind if interrupted.
         progress: called now and then with bytes done and bytes in all.
         checked: `check_output` was asked already.
+        before: called with all of them when they are whole, before the first has its name.
 
     Raises:
         OutputError, UsageError, AdapterkitError
@@ -141,8 +190,12 @@ def write_together(
         run_together(parts, jobs=jobs or default_jobs(), progress=progress)
         for one in writings:
             check_unchanged(one.sources)
-        for (_, folder), one, again in zip(runs, staged, force, strict=True):
-            finish(replace(one, record=_checked(one)), folder, force=again)
+        whole = [
+            ready(replace(one, record=_checked(one)), folder) for (_, folder), one in zip(runs, staged, strict=True)
+        ]
+        before(whole)
+        for made_ready, again in zip(whole, force, strict=True):
+            made_ready.publish(force=again)
     return [Done(one.plan, sink.reused, one.facts) for (sink, _), one in zip(runs, staged, strict=True)]
 
 
@@ -160,8 +213,8 @@ def _checked(one: Writing) -> Callable[[Path], Mapping[str, bytes]] | None:
     return made
 
 
-def finish(one: Writing, folder: Path, *, force: bool) -> None:
-    """Make the hidden folder the target, with the index and the side files; or its files the targets themselves."""
+def ready(one: Writing, folder: Path) -> Ready:
+    """Put the index, the side files and the record into the hidden folder, which is whole then."""
     plan, out, record = one.plan, one.out, one.record
     extra = dict(one.side_files)
     if plan.in_folders:
@@ -170,23 +223,21 @@ def finish(one: Writing, folder: Path, *, force: bool) -> None:
         extra.setdefault(plan.index_name, index_json(plan))
     try:
         if plan.layout == "file":
-            beside = record(folder) if record is not None else {}
-            ours = is_left_over(out)  # asked before the new output has that name
-            publish_files(folder, plan.targets(out), force=force)
-            for name, data in beside.items():
-                write_beside(out, name, data, force=force or (ours and name == RECORD))
-            return
+            return Ready(one, folder, beside=record(folder) if record is not None else {})
         for name, data in extra.items():
             disk.write_inside(folder, name, data)
         for name, data in (record(folder) if record is not None else {}).items():
             disk.write_inside(folder, name, data)
             extra[name] = data
-        keep = (
-            {file.name.partition("/")[0] for file in plan.files} | one.made | {name.partition("/")[0] for name in extra}
-        )
-        publish(folder, out, keep=keep, force=force)
     except OSError as error:
         raise disk.refused(error, str(out), out.parent) from error
+    written = {file.name.partition("/")[0] for file in plan.files} | {name.partition("/")[0] for name in extra}
+    return Ready(one, folder, keep=frozenset(written | one.made))
+
+
+def finish(one: Writing, folder: Path, *, force: bool) -> None:
+    """Make the hidden folder the target, with the index and the side files; or its files the targets themselves."""
+    ready(one, folder).publish(force=force)
 
 
 def index_json(plan: Plan) -> bytes:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from adapterkit import disk
 from adapterkit.errors import CheckpointError, NotFound
 from adapterkit.gguf import imatrix
 from adapterkit.gguf.reader import MAGIC
@@ -43,14 +45,17 @@ def load_importance(path: Path) -> Importance:
     """Read an importance matrix.
 
     Raises:
+        NotFound, UnsafeError: there is none, or it is a pipe or a device.
         CheckpointError: damaged, or not one.
     """
-    if path.stat().st_size > MAX_BYTES:
-        raise CheckpointError(f"{path} is too large to be an importance matrix", "give the file llama-imatrix wrote")
-    with path.open("rb") as file:
+    with open(disk.open_regular(path), "rb") as file:
+        if os.fstat(file.fileno()).st_size > MAX_BYTES:
+            raise CheckpointError(
+                f"{path} is too large to be an importance matrix", "give the file llama-imatrix wrote"
+            )
         magic = file.read(4)
-    if magic != MAGIC:
-        return Importance(*imatrix.parse_legacy(path.read_bytes()))
+        if magic != MAGIC:
+            return Importance(*imatrix.parse_legacy(magic + file.read()))
     found = _opened(path)
     arrays = {name: tensor.read(0, tensor.numel).float().view(tensor.shape).numpy() for name, tensor in found.items()}
     datasets = found.header.get("imatrix.datasets", [])
@@ -117,8 +122,8 @@ def _floats(opened: GGUFCheckpoint, name: str) -> torch.Tensor:
 
 def _readable(path: Path) -> BinaryIO:
     try:
-        return path.open("rb")
-    except FileNotFoundError:
+        return open(disk.open_regular(path), "rb")
+    except NotFound:
         raise NotFound(f"{path} does not exist", "give a file that imatrix or llama-imatrix wrote") from None
 
 

@@ -95,7 +95,7 @@ def parse_tensor_type(given: str) -> tuple[str, str]:
     """
     pattern, equals, kind = given.rpartition("=")
     if not equals or not pattern:
-        raise UsageError(f"'{given}' is not REGEX=TYPE", "write it like attn_v=Q8_0")
+        raise UsageError(f"'{given[:80]}' is not REGEX=TYPE", "write it like attn_v=Q8_0")
     return pattern, ggml_type(kind).name
 
 
@@ -261,7 +261,7 @@ def _importance(asked: Quantization, wanted: Mapping[str, str]) -> Importance | 
         return None
     from adapterkit.gguf.importance import load_importance
 
-    if not Path(asked.imatrix).is_file():
+    if not Path(asked.imatrix).exists():
         raise NotFound(f"{asked.imatrix} does not exist", "give the file that llama-imatrix wrote")
     found = load_importance(Path(asked.imatrix))
     if not any(name in found.values for name in wanted):

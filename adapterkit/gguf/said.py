@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import NotFound, UsageError, option
+from adapterkit.checkpoint.json_data import parse_json
+from adapterkit.disk import read_regular
+from adapterkit.errors import CheckpointError, NotFound, UsageError, option
 from adapterkit.gguf.metadata import Entry, array, boolean, f32, text, u32
 from adapterkit.gguf.reader import STRING
 
@@ -55,15 +56,17 @@ def with_said(layout: FileLayout, entries: Sequence[Entry]) -> FileLayout:
 def _of_file(file: str | Path | None) -> list[Entry]:
     if file is None:
         return []
+    hint = "give a JSON file with keys like general.author"
     path = Path(file)
-    if not path.is_file():
-        raise NotFound(f"{file} does not exist", "give a JSON file with keys like general.author")
+    if not path.exists():
+        raise NotFound(f"{file} does not exist", hint)
     if path.stat().st_size > MOST:
-        raise UsageError(f"{file} is too large for metadata", "give a JSON file with keys like general.author")
+        raise UsageError(f"{file} is too large for metadata", hint)
+    said = read_regular(path, MOST, str(file))
     try:
-        data = json.loads(path.read_bytes())
-    except ValueError:
-        raise UsageError(f"{file} is not JSON", 'write it like {"general.author": "..."}') from None
+        data = parse_json(said, str(file))
+    except CheckpointError as error:
+        raise UsageError(f"{file} is not JSON ({error})", 'write it like {"general.author": "..."}') from None
     if not isinstance(data, dict):
         raise UsageError(f"{file} is not an object", 'write it like {"general.author": "..."}')
     return [_of_json(str(file), key, value) for key, value in data.items()]
@@ -122,7 +125,11 @@ def read_pairs(file: str | Path) -> tuple[tuple[str, str], ...]:
     """
     from adapterkit.gguf.quantize import parse_tensor_type
 
-    path = Path(file)
-    if not path.is_file():
-        raise NotFound(f"{file} does not exist", "give a file of lines like attn_v=Q8_0")
-    return tuple(parse_tensor_type(one) for one in path.read_text(encoding="utf-8").split())
+    hint = "give a file of lines like attn_v=Q8_0"
+    try:
+        said = read_regular(Path(file), MOST, str(file)).decode("utf-8")
+    except NotFound:
+        raise NotFound(f"{file} does not exist", hint) from None
+    except (CheckpointError, ValueError) as error:
+        raise UsageError(f"{file} is no file of tensor types ({error})", hint) from None
+    return tuple(parse_tensor_type(one) for one in said.split())

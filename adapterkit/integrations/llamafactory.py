@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from adapterkit.disk import read_regular
 from adapterkit.errors import NotFound, UsageError
 
+MOST = 1 << 20  # bytes of a config
 KEYS = ("adapterkit_name", "adapterkit_alias", "adapterkit_strict")
 
 
@@ -39,14 +41,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
-        found = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
+        data = read_regular(path, MOST)
+    except NotFound:
         raise NotFound(f"{path} does not exist", "give the config that llamafactory-cli train takes") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is no YAML ({' '.join(str(error).split())[:200]})", "correct it") from None
+    found = _yaml(data, str(path))
     if not isinstance(found, dict):
         raise UsageError(f"{path} is no config", "give the one that llamafactory-cli train takes")
     return found
@@ -54,15 +53,23 @@ def _read(path: Path) -> dict[str, Any]:
 
 def split(config: dict[str, Any], more: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Our keys, and the config without them; ``KEY=VALUE`` words take the place of what it says."""
-    import yaml
-
     for word in more:
         key, equals, value = word.partition("=")
         if not equals:
             raise UsageError(f"'{word}' sets nothing", "give KEY=VALUE")
-        config = {**config, key: yaml.safe_load(value)}
+        config = {**config, key: _yaml(value.encode(errors="surrogateescape"), f"the value of {key}")}
     own = {key: config[key] for key in KEYS if key in config}
     return own, {key: value for key, value in config.items() if key not in KEYS}
+
+
+def _yaml(data: bytes, what: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(data.decode("utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        said = "it nests too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
+        raise UsageError(f"{what} is no YAML ({said})", "correct it") from None
 
 
 def callback(own: dict[str, Any], args: dict[str, Any]) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
-from adapterkit.errors import AuthError, CheckFailed, NotFound, ServerError
+from adapterkit.checkpoint.json_data import parse_json
+from adapterkit.disk import read_regular
+from adapterkit.errors import AdapterkitError, AuthError, CheckFailed, NotFound, ServerError
 from adapterkit.oci.reference import OciReference
 from adapterkit.web import WebAnswer, WebStream, ask, stream
 
@@ -305,12 +306,13 @@ def login_of(host: str) -> str:
         if place is None or not place.is_file():
             continue
         try:
-            value = json.loads(place.read_text())
-        except (OSError, ValueError):
+            value = parse_json(read_regular(place, 1 << 20), str(place))
+        except AdapterkitError:
             continue
-        if not isinstance(value, dict):
+        logins = value.get("auths") or {} if isinstance(value, dict) else None
+        row = logins.get(host) or {} if isinstance(logins, dict) else None
+        if not isinstance(row, dict):
             continue
-        row = (value.get("auths") or {}).get(host) or {}
         said = row.get("auth", "")
         if not said and row.get("username"):
             said = base64.b64encode(f"{row['username']}:{row.get('password', '')}".encode()).decode()

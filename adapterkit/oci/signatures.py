@@ -13,7 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import CheckFailed, ServerError, UsageError
+from adapterkit.disk import read_regular
+from adapterkit.errors import CheckFailed, CheckpointError, NotFound, ServerError, UsageError
 from adapterkit.oci.client import MANIFEST, Descriptor, Manifest, OciRegistry, descriptor
 from adapterkit.registry.canonical import canonical, sha256
 
@@ -25,6 +26,7 @@ _PAYLOAD = "application/vnd.dev.cosign.simplesigning.v1+json"
 _CONFIG = "application/vnd.oci.image.config.v1+json"
 _NOTE = "dev.cosignproject.cosign/signature"
 _PASSWORD = "ADAPTERKIT_KEY_PASSWORD"
+_MOST_KEY = 1 << 20  # bytes of a key
 _MOST = 100  # signatures of one artifact that are looked at
 
 
@@ -133,13 +135,14 @@ def _holds(registry: OciRegistry, layer: Descriptor, digest: str, public: ec.Ell
 
 def _private(path: Path) -> ec.EllipticCurvePrivateKey:
     _needs_library()
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
     password = os.environ.get(_PASSWORD, "").encode() or None
     try:
-        found = serialization.load_pem_private_key(path.read_bytes(), password)
-    except (OSError, ValueError, TypeError) as error:
+        found = serialization.load_pem_private_key(read_regular(path, _MOST_KEY), password)
+    except (CheckpointError, NotFound, UnsupportedAlgorithm, ValueError, TypeError) as error:
         raise UsageError(
             f"{path} cannot be used as a private key ({error})", f"its password is read from ${_PASSWORD}"
         ) from None
@@ -152,12 +155,13 @@ def _private(path: Path) -> ec.EllipticCurvePrivateKey:
 
 def _public(path: Path) -> ec.EllipticCurvePublicKey:
     _needs_library()
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
     try:
-        found = serialization.load_pem_public_key(path.read_bytes())
-    except (OSError, ValueError) as error:
+        found = serialization.load_pem_public_key(read_regular(path, _MOST_KEY))
+    except (CheckpointError, NotFound, UnsupportedAlgorithm, ValueError) as error:
         raise UsageError(f"{path} cannot be used as a public key ({error})", "give the key in PEM form") from None
     if not isinstance(found, ec.EllipticCurvePublicKey):
         raise UsageError(f"{path} is no elliptic curve key", "give the public half of the key that signed")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit import disk
 from adapterkit.checkpoint.json_data import parse_json
 from adapterkit.errors import CheckFailed, CheckpointError, NotFound
 from adapterkit.provenance import dsse
@@ -139,12 +140,12 @@ def read_statements(found: Signable, key: EllipticCurvePublicKey, given: Path | 
         CheckFailed: one is damaged, or another key signed it.
     """
     place = given or found.envelopes
-    if place is None or not place.is_file():
+    if place is None or not place.exists():
         missing = place if place is not None else ENVELOPES
         raise NotFound(f"{found.said} has no signed statements ({missing})", "sign makes them, or give their file")
     where = place.name if not found.links or given is not None else ENVELOPES
     statements = []
-    for number, envelope in enumerate(dsse.read_envelopes(place.read_bytes(), where), 1):
+    for number, envelope in enumerate(dsse.read_envelopes(disk.read_regular(place, dsse.MOST, where), where), 1):
         if not envelope.signed_by(key):
             raise CheckFailed(
                 f"{where}, statement {number}, was not signed with this key", "check whose key it is, or get it again"

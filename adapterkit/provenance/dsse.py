@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.json_data import parse_json
+from adapterkit.disk import read_regular
 from adapterkit.errors import CheckFailed, CheckpointError, NotFound, UsageError
 from adapterkit.packages import missing
 
@@ -156,9 +157,9 @@ def _need() -> None:
 
 
 def _read(path: Path, which: str) -> bytes:
-    if not path.is_file():
+    if not path.exists():
         raise NotFound(f"the {which} key {path} does not exist", "openssl makes keys: see adapterkit sign --help")
-    return path.read_bytes()
+    return read_regular(path, 1 << 20, f"the {which} key {path}")
 
 
 def _envelope(value: Any, where: str) -> Envelope:

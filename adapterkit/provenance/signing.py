@@ -153,7 +153,7 @@ def verify(
         place = signature or found.signature
         if place is None and found.version is not None:
             raise NotFound(f"{found.said} is not signed", f"sign it: adapterkit sign {found.said} --key PRIVATE.pem")
-        if place is None or not place.is_file():
+        if place is None or not place.exists():
             raise NotFound(
                 f"{found.said} has no signature {place}", f"sign it, or give the file with {option('signature')}"
             )

@@ -185,10 +185,14 @@ class After:
         from adapterkit.verbs.verify.page import html
 
         path, data = page_of(self._file, name), html(found).encode()
+        digest = hashlib.sha256(data).hexdigest()
+        self._state.coming_pages[name] = digest  # what is cut off now leaves the page before or this one
+        self._state.save()
         with disk.writing(path.name, path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             disk.write_file(path, data)
-        self._state.pages[name] = hashlib.sha256(data).hexdigest()
+        self._state.pages[name] = digest
+        del self._state.coming_pages[name]
         self._state.save()
         self._note(f"page written to {path}")
 
@@ -232,11 +236,8 @@ def page_of(file: RecipeFile, name: str) -> Path:
     return file.folder / Path(name).expanduser()
 
 
-def check_pages(file: RecipeFile, steps: tuple[Step, ...], written: Mapping[str, str]) -> None:
+def check_pages(file: RecipeFile, steps: tuple[Step, ...], state: State) -> None:
     """Refuse to replace a page that an earlier build did not write, or that was changed since.
-
-    Args:
-        written: sha256 of those that it wrote, by what the recipe calls them.
 
     Raises:
         OutputError: there is one.
@@ -245,8 +246,8 @@ def check_pages(file: RecipeFile, steps: tuple[Step, ...], written: Mapping[str,
         if step.verify is None or step.verify.html is None:
             continue
         path = page_of(file, step.verify.html)
-        before = written.get(step.verify.html)
-        if os.path.lexists(path) and (before is None or not path.is_file() or disk.hash_file(path)[0] != before):
+        ours = [pages.get(step.verify.html) for pages in (state.pages, state.coming_pages)]
+        if os.path.lexists(path) and (not any(ours) or not path.is_file() or disk.hash_file(path)[0] not in ours):
             raise OutputError(
                 f"{path} exists, and this recipe did not write it", f"move it away, or use {option('force', True)}"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.recipe.lock import Pinned
 from adapterkit.recipe.schema import Table, known_options
@@ -14,6 +14,9 @@ from adapterkit.requests.adapters import CombineRequest
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.requests.merge import MergeRequest
 from adapterkit.verbs.job import Job, run
+
+if TYPE_CHECKING:
+    from adapterkit.checkpoint.write import Ready
 
 Ref = str | Path
 Progress = Callable[[int, int], None]
@@ -97,9 +100,13 @@ def job_of(step: Step, pins: Pins, how: How, *, force: bool) -> Job:
     return job
 
 
-def carry(jobs: Sequence[Job], how: How) -> list[Any]:
-    """Carry out jobs abreast; a report for each."""
-    return run(jobs, workers=how.jobs, resume=how.resume, progress=how.progress)
+def carry(jobs: Sequence[Job], how: How, before: Callable[[Sequence[Ready]], None] = lambda ready: None) -> list[Any]:
+    """Carry out jobs abreast; a report for each.
+
+    Args:
+        before: called with all outputs when they are whole, before the first has its name.
+    """
+    return run(jobs, workers=how.jobs, resume=how.resume, progress=how.progress, before=before)
 
 
 def combine_step(step: Step, pins: Pins, how: How, *, force: bool) -> Any:

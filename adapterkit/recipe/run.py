@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from adapterkit import disk
 from adapterkit.checkpoint.plan import BASELINE_MEMORY, WORKER_MEMORY, default_jobs
 from adapterkit.recipe import after
 from adapterkit.recipe.after import After, in_folder
 from adapterkit.recipe.carry import How, carry, job_of, planned, settings
+from adapterkit.recipe.cut_off import digests_of, is_ours, is_whole
 from adapterkit.recipe.lock import (
     Lock,
     Locked,
@@ -29,9 +31,13 @@ from adapterkit.recipe.lock import (
 )
 from adapterkit.recipe.parse import RecipeFile, read_recipe, shown
 from adapterkit.recipe.report import AGAIN, NEW, UNCHANGED, BuildPlan, BuildReport, BuiltOutput, PlannedOutput
-from adapterkit.recipe.state import Made, State, key_of, output_files
+from adapterkit.recipe.state import Coming, Made, State, key_of, output_files
 from adapterkit.recipe.steps import CONVERT, MERGE, Input, Step, check_inside, located, steps_of
 from adapterkit.verbs.job import Measured, peak_memory
+
+if TYPE_CHECKING:
+    from adapterkit.checkpoint.write import Ready
+    from adapterkit.verbs.job import Beside, Job
 
 Note = Callable[[str], None]
 
@@ -136,7 +142,8 @@ class _Build:
     def _known(self, step: Step) -> Made | None:
         """What this recipe made there before, if it lies there as it was made."""
         made = self.state.made.get(step.name)
-        if made is None or made.path != in_folder(step.out, self.file.folder) or not os.path.lexists(step.out):
+        there = os.path.lexists(step.out) or step.is_file  # a set of files has no file of the output's own name
+        if made is None or made.path != in_folder(step.out, self.file.folder) or not there or not made.files:
             return None
         return made if self.state.is_there(made, self.file.folder) else None
 
@@ -166,6 +173,7 @@ class _Build:
         digests: dict[str, str] = {}
         states = {}
         for step in self.steps:
+            self._take_up(step)
             state, why, made = self._state(step, digests)
             states[step.name] = (state, why)
             if state == UNCHANGED and made is not None:
@@ -222,18 +230,19 @@ class _Build:
         states: dict[str, str] = {}
         passes, notes = 0, list[str]()
         if not force:
-            after.check_pages(self.file, self.steps, self.state.pages)
+            after.check_pages(self.file, self.steps, self.state)
         for step in self.steps:
             self._pin(step)
         for step in self.steps:
             if step.name in made:
                 continue
             digests = {name: one.digest for name, one in made.items()}
+            self._take_up(step, how)
             state, why, there = self._state(step, digests)
             if state == UNCHANGED and there is not None:
                 made[step.name], states[step.name] = there, UNCHANGED
             else:
-                group = self._beside(step, made, digests)
+                group = self._group(step, made, digests, how)
                 note(f"{', '.join(one.name for one in group)}: {why}")
                 passes += 1
                 for one, report in zip(group, self._make(group, digests, how, force=force), strict=True):
@@ -269,26 +278,104 @@ class _Build:
             notes=tuple(notes),
         )
 
-    def _beside(self, step: Step, made: Mapping[str, Made], digests: Mapping[str, str]) -> list[Step]:
+    def _group(self, step: Step, made: Mapping[str, Made], digests: Mapping[str, str], how: How) -> list[Step]:
         """The step, and the merges of the same fold that have to be made too."""
         if step.verb != MERGE:
             return [step]
         later = [one for one in self.steps if one.name not in made and one.name != step.name]
         same = [one for one in later if one.verb == MERGE and one.fold() == step.fold()]
+        for one in same:
+            self._take_up(one, how)
         return [step, *(one for one in same if self._state(one, digests)[0] != UNCHANGED)]
 
     def _make(
         self, group: Sequence[Step], digests: Mapping[str, str], how: How, *, force: bool
     ) -> list[dict[str, Any]]:
         # What this recipe made and nobody touched since may be replaced without asking.
-        replace = [force or self._known(one) is not None for one in group]
+        replace = [force or self._known(one) is not None or self._cut_off(one, how) for one in group]
         jobs = []
         for one, again in zip(group, replace, strict=True):
             with located(self.file, "outputs", one.name):
                 jobs.append(job_of(one, self.pins, how, force=again))
         with located(self.file, "outputs", group[0].name):
-            found = carry(jobs, how)
+            found = carry(jobs, how, lambda ready: self._note_coming(group, jobs, digests, ready))
         return [asdict(report) for report in found]
+
+    def _note_coming(
+        self, group: Sequence[Step], jobs: Sequence[Job], digests: Mapping[str, str], ready: Sequence[Ready]
+    ) -> None:
+        """Note what outputs will be before they have their names, so that the next build knows them if this is its last
+        act."""
+        for step, job in zip(group, jobs, strict=True):
+            key = self._key(step, digests)
+            assert key is not None
+            outs = {job.out, *(other.out for other in job.also)}
+            files = digests_of(self.state, step, [one for one in ready if one.out in outs])
+            self.state.coming[step.name] = Coming(key, in_folder(step.out, self.file.folder), files)
+        self.state.save()
+
+    def _coming(self, step: Step) -> Coming | None:
+        coming = self.state.coming.get(step.name)
+        return coming if coming is not None and coming.path == in_folder(step.out, self.file.folder) else None
+
+    def _take_up(self, step: Step, how: How | None = None) -> None:
+        """Take an output for made that a build gave its name and was cut off before it noted that.
+
+        Without ``how``, for a plan, nothing is written, and an output with files beside it is not looked at.
+        """
+        if how is not None and (step.name in self.state.made or step.name in self.state.coming):
+            with disk.writing(step.out.name, step.out.parent):
+                disk.recover(step.out)
+        coming = self._coming(step)
+        if coming is None:
+            return
+        more: dict[str, str] = {}
+        if not is_whole(self.state, step, coming.files):
+            return
+        if step.asked.server is not None or step.projector is not None:
+            if how is None:
+                return
+            beside = self._beside(step, how)
+            more = self._beside_made(beside)
+            there = self.state.hash_files(output_files(step.out, more))
+            if any(digest != more[name] for name, digest in there.items()):
+                return
+            for one in beside:  # again, which also takes away what was cut off of it
+                one.write()
+        made = Made(coming.key, coming.path, {**coming.files, **more})
+        if how is not None:
+            before = self.state.made.get(step.name)
+            old = {} if before is None or not step.is_file or before.path != made.path else before.files
+            for name in set(old) - set(made.files):  # parts of a set that had more of them
+                path = step.out.parent / name
+                if path.is_file() and self.state.sha256(path) == old[name]:
+                    path.unlink()
+            del self.state.coming[step.name]
+        self.state.made[step.name] = made
+
+    def _beside(self, step: Step, how: How) -> tuple[Beside, ...]:
+        """What is written next to an output, whatever lies there."""
+        with located(self.file, "outputs", step.name):
+            return job_of(step, self.pins, how, force=True).beside
+
+    @staticmethod
+    def _beside_made(beside: Sequence[Beside]) -> dict[str, str]:
+        """The sha256 of what lies beside an output, by its name, as it is written for the output that is there."""
+        return {path.name: digest for one in beside for path, digest in (one.made() or {}).items()}
+
+    def _cut_off(self, step: Step, how: How) -> bool:
+        """Whether all that lies where a step writes is what a build that was cut off was about to make, or what one made
+        before it."""
+        coming = self._coming(step)
+        if coming is None:
+            return False
+        before = self.state.made.get(step.name)
+        known = [coming.files, *([before.files] if before is not None and before.path == coming.path else [])]
+        with located(self.file, "outputs", step.name):
+            job = job_of(step, self.pins, how, force=True)
+        if step.is_file and job.beside and is_whole(self.state, step, coming.files):
+            known.append(self._beside_made(job.beside))
+        return is_ours(self.state, step, job, known)
 
     def _note_made(self, step: Step, report: Mapping[str, Any], digests: Mapping[str, str]) -> Made:
         key = self._key(step, digests)
@@ -304,6 +391,7 @@ class _Build:
                 (step.out.parent / name).unlink(missing_ok=True)
         one = Made(key, in_folder(step.out, self.file.folder), self.state.hash_files(files))
         self.state.made[step.name] = one
+        self.state.coming.pop(step.name, None)
         self.state.save()
         return one
 
@@ -317,6 +405,7 @@ class _Build:
     def _forget(self, made: Mapping[str, Made]) -> None:
         """Drop what is known of outputs that the recipe makes no more; the files stay."""
         self.state.made = {name: one for name, one in self.state.made.items() if name in made}
+        self.state.coming = {name: one for name, one in self.state.coming.items() if name in made}
         self.state.save()
 
     def _built(self, step: Step, state: str, made: Made, reports: Mapping[str, Mapping[str, Any]]) -> BuiltOutput:

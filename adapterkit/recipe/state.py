@@ -44,6 +44,21 @@ class Made:
         return digest_of(self.files)
 
 
+@dataclass(frozen=True)
+class Coming:
+    """What a step is about to make, noted before anything of it has its name.
+
+    A run that is cut off between the two leaves an output that the next one knows by these digests.
+
+    Attributes:
+        key, path, files: as of `Made`.
+    """
+
+    key: str
+    path: str
+    files: Mapping[str, str]
+
+
 def digest_of(files: Mapping[str, str]) -> str:
     """One digest of many files: sha256 over lines of digest, two spaces and name, as ``sha256sum`` prints them."""
     lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
@@ -63,6 +78,9 @@ class State:
         self._hashes: dict[str, list[Any]] = {}
         self.made: dict[str, Made] = {}
         self.pages: dict[str, str] = {}  # sha256 of the pages that were written, by what the recipe calls them
+        self.coming: dict[str, Coming] = {}
+        self.coming_pages: dict[str, str] = {}
+        self._moved: dict[tuple[int, ...], str] = {}  # of files that lay under another name when they were hashed
         try:
             data = json.loads(disk.read_inside(self.path.parent, self.path.name) or b"")
             if data["format"] == FORMAT:
@@ -72,8 +90,11 @@ class State:
                 if disk.is_own(self.path.parent):
                     self.made = {str(name): Made(**entry) for name, entry in data["made"].items()}
                     self.pages = {str(name): str(entry) for name, entry in data.get("pages", {}).items()}
+                    self.coming = {str(name): Coming(**entry) for name, entry in data.get("coming", {}).items()}
+                    self.coming_pages = {str(k): str(entry) for k, entry in data.get("coming_pages", {}).items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             self._hashes, self.made, self.pages = {}, {}, {}  # nothing is known, then
+            self.coming, self.coming_pages = {}, {}
 
     def sha256(self, path: Path) -> str:
         """The sha256 of a file, from memory where its size, times and inode are those that were hashed."""
@@ -82,9 +103,15 @@ class State:
         known = self._hashes.get(name)
         if known is not None and known[:-1] == before:
             return str(known[-1])
-        digest, _ = disk.hash_file(path)
+        digest = self._moved.get(_self(path)) or disk.hash_file(path)[0]
         if _state(path) == before and time.time_ns() - max(before[1], before[2]) > _SETTLED:
             self._hashes[name] = [*before, digest]
+        return digest
+
+    def sha256_before(self, path: Path) -> str:
+        """The sha256 of a file of this run that gets another name, under which it is not read again."""
+        digest, _ = disk.hash_file(path)
+        self._moved[_self(path)] = digest
         return digest
 
     def hash_files(self, files: Mapping[str, Path]) -> dict[str, str]:
@@ -103,10 +130,15 @@ class State:
             OutputError: the folder cannot be written.
         """
         hashes = {name: entry for name, entry in self._hashes.items() if os.path.exists(name)}
-        made = {name: asdict(entry) for name, entry in self.made.items()}
-        data = json.dumps(
-            {"format": FORMAT, "hashes": hashes, "made": made, "pages": self.pages}, indent=1, sort_keys=True
-        )
+        known = {
+            "format": FORMAT,
+            "hashes": hashes,
+            "made": {name: asdict(entry) for name, entry in self.made.items()},
+            "pages": self.pages,
+            "coming": {name: asdict(entry) for name, entry in self.coming.items()},
+            "coming_pages": self.coming_pages,
+        }
+        data = json.dumps(known, indent=1, sort_keys=True)
         try:
             disk.own_folder(self.path.parent)
             disk.write_file(self.path.parent / ".gitignore", b"*\n")
@@ -127,3 +159,9 @@ def output_files(out: Path, known: Iterable[str] = ()) -> dict[str, Path]:
 def _state(path: Path) -> list[int]:
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _self(path: Path) -> tuple[int, ...]:
+    """What stays of a file when it is renamed."""
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns

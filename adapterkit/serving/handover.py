@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.files import LocalFile
 from adapterkit.checkpoint.json_data import parse_json
-from adapterkit.checkpoint.publish import write_beside
+from adapterkit.checkpoint.publish import named_beside, write_beside
 from adapterkit.disk import read_regular
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.gguf.checkpoint import read_header
@@ -74,6 +74,15 @@ def write_handover(model: Path, server: str, *, beside: Path | None = None, forc
         OutputError: such a file is there, or the disk refuses.
     """
     file = file_of(server)
+    _, data, notes = beside_model(model, server, beside)
+    mode = 0o755 if file.script else 0o666
+    target = write_beside(model, file.suffix, data, force=force, mode=mode)
+    return Handover(server, data.decode(), notes, str(target), file.start.format(path=target))
+
+
+def beside_model(model: Path, server: str, beside: Path | None) -> tuple[Path, bytes, tuple[str, ...]]:
+    """Where `write_handover` writes, what, and what it notes."""
+    file = file_of(server)
     first = next(
         path for path in (model, *sorted(model.parent.glob(f"{model.stem}-00001-of-*.gguf"))) if path.is_file()
     )
@@ -81,9 +90,7 @@ def write_handover(model: Path, server: str, *, beside: Path | None = None, forc
     local = found.text.replace(str(first), f"./{first.name}")  # both files stay together
     if file.script:
         local = f'#!/bin/sh\ncd "$(dirname "$0")" || exit\nexec {local} "$@"\n'
-    mode = 0o755 if file.script else 0o666
-    target = write_beside(model, file.suffix, local.encode(), force=force, mode=mode)
-    return Handover(server, local, found.notes, str(target), file.start.format(path=target))
+    return named_beside(model, file.suffix), local.encode(), found.notes
 
 
 def _generation(folder: Path | None) -> dict[str, Any]:

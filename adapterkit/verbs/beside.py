@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit import disk
 from adapterkit.checkpoint.publish import check_free, named_beside
 from adapterkit.errors import UsageError, option
 from adapterkit.places import Address
@@ -30,6 +31,9 @@ class TowerFile:
     def write(self) -> Sequence[str]:
         self._projector(again=True).copy()
         return ()
+
+    def made(self) -> dict[Path, str] | None:
+        return {self.out.parent / self.file.name: disk.hash_file(self.file)[0]}
 
     def _projector(self, *, again: bool = False) -> Any:
         from adapterkit.gguf.projector import Projector
@@ -57,6 +61,14 @@ class ServerFile:
         found = write_handover(self.out, self.server, beside=self.source, force=self.force)
         return (*found.notes, f"{found.path} written; start it with: {found.start}")
 
+    def made(self) -> dict[Path, str] | None:
+        import hashlib  # what is imported here, a dry run imports
+
+        from adapterkit.serving.handover import beside_model
+
+        path, data, _ = beside_model(self.out, self.server, self.source)
+        return {path: hashlib.sha256(data).hexdigest()}
+
 
 @dataclass(frozen=True)
 class Statement:
@@ -76,6 +88,9 @@ class Statement:
         from adapterkit.provenance.attest import attest
 
         return (f"attested in {attest(self.out, self.inputs, strict=False).path}",)
+
+    def made(self) -> dict[Path, str] | None:
+        return None  # it says when it was made
 
 
 def beside_of(request: Any, inputs: Iterable[object], *, source: Path | None = None) -> tuple[Beside, ...]:

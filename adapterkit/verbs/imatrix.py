@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit import disk
 from adapterkit.errors import CheckpointError, NotFound, UsageError, option
 from adapterkit.packages import need
 
@@ -165,8 +166,9 @@ def added(files: Sequence[str | Path], out: str | Path, *, force: bool = False) 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+        with open(disk.open_regular(path), encoding="utf-8") as file:
+            return file.read()
+    except NotFound:
         raise NotFound(f"{path} does not exist", "give a file of plain text") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is no text ({error})", "give a file of plain text in UTF-8") from None

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.store_out import StoreOut
     from adapterkit.checkpoint.tensor import Tensor
-    from adapterkit.checkpoint.write import Stage, Writing
+    from adapterkit.checkpoint.write import Ready, Stage, Writing
 
 Progress = Callable[[int, int], None]
 Recorder = Callable[["Path | Listing"], Mapping[str, bytes]]
@@ -37,6 +37,9 @@ class Beside(Protocol):
 
     def write(self) -> Sequence[str]:
         """Write it, when the output is there; notes for the user."""
+
+    def made(self) -> dict[Path, str] | None:
+        """The sha256 of what `write` makes of an output that is there, by its path; None where nobody can say."""
 
 
 @dataclass(frozen=True)
@@ -185,10 +188,14 @@ def run(
     resume: bool = False,
     progress: Progress | None = None,
     started: float | None = None,
+    before: Callable[[Sequence[Ready]], None] = lambda ready: None,
 ) -> list[Any]:
     """Carry out jobs, abreast: where they share inputs, those come from the disk once. A report for each.
 
     Each output appears whole or not at all, and all of them after the last byte is written.
+
+    Args:
+        before: called with all outputs on a disk when they are whole, before the first has its name.
 
     Raises:
         UsageError: a job does not say where its output goes.
@@ -208,7 +215,13 @@ def run(
         raise UsageError("of what is written in one pass, some lies in a store and some does not", "run them apart")
     force = [job.force for job in every]
     written = write_together(
-        [job.writing() for job in every], jobs=workers, force=force, resume=resume, progress=progress, checked=True
+        [job.writing() for job in every],
+        jobs=workers,
+        force=force,
+        resume=resume,
+        progress=progress,
+        checked=True,
+        before=before,
     )[: len(jobs)]
     reports = []
     for job, done in zip(jobs, written, strict=True):

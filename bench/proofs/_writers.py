@@ -21,7 +21,6 @@ from safetensors.torch import save_file
 
 import adapterkit
 from adapterkit.disk import recover
-from adapterkit.errors import OutputError
 from adapterkit.registry.bundle import export_bundle, import_bundle
 from adapterkit.registry.checkout import checkout
 from adapterkit.registry.fsck import fsck
@@ -224,14 +223,6 @@ class Project(Writer):
     def run(self) -> object:
         os.environ["ADAPTERKIT_HOME"] = str(self.place / "home")
         return adapterkit.build(self.place / "adapterkit.toml", jobs=1)
-
-    def again(self) -> object:
-        """A build that was killed after an output had its name and before that was noted does not know it for its own: the
-        next is told to replace it."""
-        try:
-            return self.run()
-        except OutputError:
-            return adapterkit.build(self.place / "adapterkit.toml", jobs=1, force=True)
 
     def state(self) -> str | None:
         """Outputs are right one by one: the run that comes next makes the others."""

@@ -1,0 +1,72 @@
+"""What a build that was cut off left under the names of its outputs: known by its bytes, never by its name alone."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adapterkit.checkpoint.folder import RECORD
+from adapterkit.checkpoint.publish import named_beside
+from adapterkit.disk.folders import MARK
+from adapterkit.disk.locks import LOCK_FILE
+from adapterkit.recipe.state import State, output_files
+from adapterkit.recipe.steps import Step
+
+if TYPE_CHECKING:
+    from adapterkit.checkpoint.write import Ready
+    from adapterkit.verbs.job import Job
+
+Digests = Mapping[str, str]
+
+
+def digests_of(state: State, step: Step, ready: Sequence[Ready]) -> dict[str, str]:
+    """The sha256 of every file of an output that has no name yet, by its name then: inside of a folder, else beside."""
+    top = step.out.parent if step.is_file else step.out
+    found = {}
+    for one in ready:
+        for target, now in one.files().items():
+            name = target.relative_to(top).as_posix()
+            found[name] = state.sha256_before(now) if isinstance(now, Path) else hashlib.sha256(now).hexdigest()
+    return found
+
+
+def is_whole(state: State, step: Step, files: Digests) -> bool:
+    """Whether an output lies there byte for byte, and in its folder nothing beside it."""
+    found = output_files(step.out, files)
+    return bool(files) and set(found) == set(files) and state.hash_files(found) == dict(files)
+
+
+def is_ours(state: State, step: Step, job: Job, known: Sequence[Digests]) -> bool:
+    """Whether everything that a job would replace is among what builds made or were about to make.
+
+    Args:
+        known: sha256 by name, of several outputs; files of a folder all have to be of the same one.
+    """
+    if not step.is_file:
+        found = output_files(step.out) if step.out.is_dir() and not step.out.is_symlink() else {}
+        plain = {name: path for name, path in found.items() if name != MARK and not LOCK_FILE.fullmatch(name)}
+        return bool(plain) and state.hash_files(plain) in [dict(files) for files in known]
+    names = {name for files in known for name in files}
+    for one in (job, *job.also):
+        assert isinstance(one.out, Path)
+        names |= {path.name for path in one.plan.targets(one.out).values()} | {named_beside(one.out, RECORD).name}
+    names |= {path.name for path in _beside(step)}
+    there = [step.out.parent / name for name in sorted(names)]
+    if any(path.is_symlink() or (path.exists() and not path.is_file()) for path in there):
+        return False
+    files = {path.name: path for path in there if path.is_file()}
+    return bool(files) and all(
+        digest in [one.get(name) for one in known] for name, digest in state.hash_files(files).items()
+    )
+
+
+def _beside(step: Step) -> list[Path]:
+    """What a step writes next to a file when that is there."""
+    found = [] if step.projector is None else [step.projector]
+    if step.asked.server is not None:
+        from adapterkit.serving.handover import file_of
+
+        found.append(named_beside(step.out, file_of(step.asked.server).suffix))
+    return found
