@@ -379,7 +379,8 @@ def open_regular(path: Path, what: str = "") -> int:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode):
             kind = "folder" if stat.S_ISDIR(mode) else "pipe" if stat.S_ISFIFO(mode) else "device"
-            raise UnsafeError(f"{what} is a {kind}, not a file", "copy what it gives into a file first")
+            hint = "name a file" if kind == "folder" else "copy what it gives into a file first"
+            raise UnsafeError(f"{what} is a {kind}, not a file", hint)
     except BaseException:
         os.close(fd)
         raise

@@ -45,7 +45,7 @@ def locked(path: Path, shared: bool = False, timeout: float = LOCK_SECONDS) -> I
             waiter.take(turn, False, _LATECOMER, 0.8)
             waiter.take(fd, shared, 0.0005, 1.5)
             with suppress(OSError):  # a full disk: those who wait then count as if nobody had passed
-                os.pwrite(turn, os.urandom(8), 0)
+                calls.pwrite(turn, memoryview(os.urandom(8)), 0)
         finally:
             os.close(turn)
         yield

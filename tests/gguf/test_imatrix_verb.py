@@ -14,7 +14,7 @@ import torch
 from models import load_model
 from vocab_zoo import byte_level
 
-from adapterkit.errors import AdapterkitError, CheckpointError, NotFound, OutputError, UsageError
+from adapterkit.errors import AdapterkitError, CheckpointError, NotFound, OutputError, UnsafeError, UsageError
 from adapterkit.gguf.checkpoint import open_gguf
 from adapterkit.gguf.importance import load_importance
 from adapterkit.gguf.quantize import Quantization
@@ -205,7 +205,7 @@ def test_refused(tmp_path: Path, tokenizer: str, words: Path) -> None:
     cases: list[tuple[type[AdapterkitError], str, dict[str, Any]]] = [
         (NotFound, "does not exist", {"text": tmp_path / "no.txt"}),
         (UsageError, "fewer than one chunk", {"chunk": 5000}),
-        (UsageError, "is no text", {"text": tmp_path}),
+        (UnsafeError, "is a folder, not a file", {"text": tmp_path}),
         (UsageError, "says nothing", {"chunk": 1}),
     ]
     for kind, says, more in cases:
