@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     Importance = Callable[[str, tuple[int, ...]], torch.Tensor | None]
 
 ENOUGH = 0.9  # retention below which a report warns
-DEAD = (
-    0.5  # cosine (or retention) below which a tensor's change counts as lost: more of what is written is something else
-)
+# Cosine or retention below which a tensor's change counts as lost: more of what is written is something else.
+DEAD = 0.5
 # Of a large tensor one row in so many is measured. What a format adds is so much larger than what a dtype does that its
 # mean needs more of them: with an error of NF4's size (0.09 |W|) the retention of n entries is within 0.09 |W|/|delta|/sqrt(n).
 SAMPLE, SAMPLE_FORMAT = 16, 8

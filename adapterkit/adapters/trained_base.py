@@ -8,6 +8,7 @@ bitsandbytes), axolotl's config in its card, ms-swift's ``args.json``, LLaMA-Fac
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,8 +60,9 @@ def trained_base(adapter: Adapter) -> TrainedBase | None:
         if found is not None:
             return found
     said = adapter.config.base or ""
-    config = Path(said).expanduser() / "config.json"
-    if said and config.is_file():
+    # A stranger wrote it: a home that is nobody's is left as it stands.
+    config = Path(os.path.expanduser(said)) / "config.json"
+    if said and config.is_file() and config.stat().st_size <= _MOST:
         return _of_base(config, said)
     named = _NAME.search(said)
     if named is None:

@@ -105,9 +105,6 @@ def check(request: CheckRequest) -> CheckReport:
             continue  # its tensors tell by themselves, and are compared when the merge is planned
         compared = compare_bases(adapter, opened, full=request.full)
         named = _named_base(adapter, opened) + _claimed(adapter, opened)
-        words = elsewhere(adapter, opened)
-        if words is not None:
-            findings.append(Diagnostic(NOTE, "quantized-base", adapter.ref, words))
         # Weights are believed over names: a base that is proved to be the same may be called anything.
         same = compared is not None and compared.fits
         findings += [one for one in named if not (same and one.code == OTHER_BASE)]
@@ -195,6 +192,10 @@ def _merged(
             if one or not alone:
                 touched += len(merge.folded.touched)
                 findings += _consequences(some[0], merge.folded, merge.notes, merge.base)
+                for adapter in some:
+                    words = None if adapter.whole else elsewhere(adapter, merge.base, merge.base_values)
+                    if words is not None:
+                        findings.append(Diagnostic(NOTE, "quantized-base", adapter.ref, words))
         if refused and one and alone and some == alone[-1]:
             break
     return touched, refused, list(dict.fromkeys(findings))  # what is said of the base, each plan says again

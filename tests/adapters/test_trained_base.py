@@ -104,6 +104,8 @@ def test_a_merge_says_it_and_how_far_the_base_is(base: Path, tmp_path: Path) -> 
     assert float(min(far)) * 0.9 <= said <= float(max(far)) * 1.1
     assert torch.tensor(far).isfinite().all()
     assert any(one.code == "quantized-base" for one in adapterkit.check(base, [adapter]).findings)
+    asked = adapterkit.check(base, [adapter], as_trained="nf4", double_quant=True)
+    assert not any(one.code == "quantized-base" for one in asked.findings)
     as_trained = adapterkit.merge(base, [adapter], tmp_path / "same", as_trained="nf4", double_quant=True)
     assert not any("was trained on a base in" in text for text in as_trained.notes)
     adapterkit.merge(base, [adapter], tmp_path / "packed", quant="nf4")
@@ -112,3 +114,10 @@ def test_a_merge_says_it_and_how_far_the_base_is(base: Path, tmp_path: Path) -> 
     assert not any("was trained on a base in" in text for text in decoded.notes)
     other = adapterkit.merge(base, [adapter], tmp_path / "other", as_trained="nf4")
     assert any("and the base is taken as trained in nf4" in text for text in other.notes)
+
+
+@pytest.mark.parametrize("said", ["~nobody-here/model", "~", "model\0-bnb-4bit-x", "/dev/zero"])
+def test_a_base_that_is_no_place_here(said: str, base: Path, tmp_path: Path) -> None:
+    """Whoever made the adapter wrote it: it is looked up, and never an error."""
+    adapter = plain_adapter(tmp_path / "a", base, base_model_name_or_path=said)
+    assert adapterkit.check(base, [adapter]).touched == adapterkit.merge(base, [adapter], tmp_path / "out").touched
