@@ -14,13 +14,12 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
-from adapterkit.errors import CheckFailed, NotFound, RegistryError, UnsafeError, UsageError
+from adapterkit.errors import CheckFailed, NotFound, UsageError
 from adapterkit.places import Address, address_of, writable
 from adapterkit.registry.canonical import canonical, sha256
-from adapterkit.registry.names import check_path
+from adapterkit.registry.names import check_paths
 from adapterkit.stores.store import Store, StoredObject
 
 MANIFEST, TAGS = "manifest.json", "tags"
@@ -110,22 +109,11 @@ def read_manifest(data: bytes, where: BucketReference) -> tuple[BucketFile, ...]
         files = [BucketFile(str(one["path"]), str(one["sha256"]), _whole(one["size"])) for one in said["files"]]
     except (ValueError, TypeError, KeyError):
         raise CheckFailed(f"the manifest of {where} is none", "push it again") from None
-    found: dict[str, BucketFile] = {}
+    check_paths([MANIFEST, *(file.path for file in files)], str(where))
     for file in files:
-        try:
-            check_path(file.path, "a file")
-        except RegistryError as error:
-            raise UnsafeError(f"{where}: {error.message}", "do not use it") from None
-        if file.path.casefold() in found or file.path.casefold() == MANIFEST:
-            raise UnsafeError(f"{where} holds {file.path} twice", "do not use it")
         if not _DIGEST.fullmatch(file.sha256):
             raise CheckFailed(f"{where} has no digest of {file.path}", "push it again")
-        found[file.path.casefold()] = file
-    folders = {str(folder) for key in found for folder in PurePosixPath(key).parents}
-    both = next((file.path for key, file in found.items() if key in folders), None)
-    if both is not None:
-        raise UnsafeError(f"{where} holds {both} as a file and as a folder", "do not use it")
-    return tuple(found.values())
+    return tuple(files)
 
 
 def _whole(value: Any) -> int:

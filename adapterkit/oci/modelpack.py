@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import CheckFailed, RegistryError, UnsafeError
+from adapterkit.errors import CheckFailed
 from adapterkit.oci.client import MANIFEST, Descriptor, Manifest, descriptor
 from adapterkit.registry.canonical import canonical, sha256
-from adapterkit.registry.names import check_path
+from adapterkit.registry.names import check_paths
 
 if TYPE_CHECKING:
     from adapterkit.hub.files import Upload
@@ -141,7 +140,7 @@ def files_of(manifest: Manifest, where: str) -> tuple[ArtifactFile, ...]:
         raise CheckFailed(f"{where} is no artifact with layers", "give the manifest of one model")
     if len(rows) > _LAYERS:
         raise CheckFailed(f"{where} has {len(rows):,} layers", "it is no model")
-    found: dict[str, ArtifactFile] = {}
+    found = []
     for row in rows:
         layer = descriptor(row, "a layer")
         if layer.media_type.endswith(("tar", "+gzip", "+zstd", "tar.gzip", "tar.gz")):
@@ -149,16 +148,6 @@ def files_of(manifest: Manifest, where: str) -> tuple[ArtifactFile, ...]:
                 f"{where} has a layer that is an archive ({layer.media_type})", "push it with one layer for each file"
             )
         path = layer.annotations.get(FILEPATH) or layer.annotations.get(TITLE, "")
-        try:
-            check_path(path, "a layer")
-        except RegistryError as error:
-            raise UnsafeError(f"{where}: {error.message}", "do not use it") from None
-        key = path.casefold()
-        if key in found:
-            raise UnsafeError(f"{where} holds {path} twice", "do not use it")
-        found[key] = ArtifactFile(path, layer.digest, layer.size)
-    folders = {str(folder) for key in found for folder in PurePosixPath(key).parents}
-    both = next((file.path for key, file in found.items() if key in folders), None)
-    if both is not None:
-        raise UnsafeError(f"{where} holds {both} as a file and as a folder", "do not use it")
-    return tuple(found.values())
+        found.append(ArtifactFile(path, layer.digest, layer.size))
+    check_paths((file.path for file in found), where)
+    return tuple(found)

@@ -7,6 +7,7 @@ bidirectional mark can make two names look the same, and no name can leave its f
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from adapterkit.errors import AdapterkitError, RegistryError, UnsafeError, UsageError
 
@@ -92,6 +93,30 @@ def check_path(text: object, where: str) -> str:
         if plain and text.isprintable() and "\\" not in text and ":" not in text and (text.isascii() or _is_nfc(text)):
             return text
     raise RegistryError(f"{where} is not a relative path inside its folder: {ascii(text)[:120]}")
+
+
+def check_paths(paths: Iterable[str], where: str) -> None:
+    """Refuse paths of files that cannot lie in one folder, on a disk that knows no case too.
+
+    Args:
+        where: what holds them, for the error.
+
+    Raises:
+        UnsafeError: one would leave the folder, is there twice, or is a folder of another.
+    """
+    found: dict[str, str] = {}
+    for path in paths:
+        try:
+            check_path(path, "a file")
+        except RegistryError as error:
+            raise UnsafeError(f"{where}: {error.message}", "do not use it") from None
+        if path.casefold() in found:
+            raise UnsafeError(f"{where} holds {path} twice", "do not use it")
+        found[path.casefold()] = path
+    folders = {key[:at] for key in found for at, letter in enumerate(key) if letter == "/"}
+    both = next((path for key, path in found.items() if key in folders), None)
+    if both is not None:
+        raise UnsafeError(f"{where} holds {both} as a file and as a folder", "do not use it")
 
 
 def _is_nfc(text: str) -> bool:
