@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -92,10 +93,12 @@ def local(place: str | Path, what: str) -> str | Path:
         what: the option that names it.
 
     Raises:
-        UsageError: an address of a store, a registry or a server.
+        UsageError: an address of a store, a registry or a server; or the home of a user who is not there.
     """
     found = _SCHEME.match(str(place))
     if found is None or _is_a_folder(str(place)):
+        if str(place).startswith("~") and os.path.expanduser(str(place)) == str(place):
+            raise UsageError(f"{what} is {place}, and this machine has no such user", "write the path out")
         return place
     if found[1].lower() == "file":
         return unquote(re.sub(r"^file:/+", "/", str(place), flags=re.IGNORECASE))

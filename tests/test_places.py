@@ -196,3 +196,20 @@ def test_a_folder_of_that_name_that_is_there_can_be_read(tmp_path: Path, monkeyp
     plain_base(tmp_path / "s3:/base")
     monkeypatch.chdir(tmp_path)
     assert adapterkit.open("s3:/base").ref == "s3:/base"
+
+
+@pytest.mark.parametrize("verb", ["inspect", "check", "merge", "register", "sign", "evaluate"])
+def test_the_home_of_a_user_who_is_not_there(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = {
+        "check": ["base"],
+        "merge": ["adapter", "-o", str(tmp_path / "out")],
+        "register": ["--name", "x"],
+        "sign": ["--key", "k"],
+        "evaluate": ["--tasks", "x"],
+    }
+    with pytest.raises(SystemExit) as end:
+        main([verb, "~nobody-here/model", *more.get(verb, [])])
+    assert end.value.code == 2
+    assert "no such user" in capsys.readouterr().err
+    assert local("~", "x") == "~"
+    assert list(tmp_path.iterdir()) == []

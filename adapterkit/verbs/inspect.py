@@ -17,6 +17,7 @@ from adapterkit.adapters.methods.lora import EMBEDDING_A, EMBEDDING_B, MAGNITUDE
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.pipeline import components
 from adapterkit.errors import AdapterError
+from adapterkit.places import readable
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
@@ -96,7 +97,9 @@ def inspect(ref: str | Path, *, base: str | Path | None = None, health: bool = F
 
     Raises:
         NotFound, CheckpointError, AdapterError, UnsafeError, AuthError, HubError
+        UsageError: an address that nothing is read from.
     """
+    ref = readable(ref, "what is inspected")
     if is_adapter(ref):
         opened = None if base is None else open_model(base, headers_only=True)
         adapter = load_adapter(ref, headers_only=not health)
