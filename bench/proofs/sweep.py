@@ -393,7 +393,7 @@ def main() -> int:
     parser.add_argument("--names-only", action="store_true", help="do not merge")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--write", type=Path, help="markdown file to write the table to")
-    parser.add_argument("--json", type=Path, help="file for the rows as JSON")
+    parser.add_argument("--json", type=Path, help="file for the rows as JSON; what it holds is not run again")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     todo = [
@@ -403,16 +403,22 @@ def main() -> int:
         if (not arguments.only or model_type in arguments.only) and (not arguments.kind or kind in arguments.kind)
     ]
     rows: list[Row] = []
+    if arguments.json and arguments.json.exists():
+        kept = {(row["type"], row["kind"]): Row(**row) for row in json.loads(arguments.json.read_text(encoding="utf-8"))}
+        rows = [kept[item] for item in todo if item in kept]
+        todo = [item for item in todo if item not in kept]
     work = partial(_work, merge=not arguments.names_only, verbose=bool(arguments.only))
     with ProcessPoolExecutor(arguments.jobs) if arguments.jobs > 1 else nullcontext() as pool:
         for row in pool.map(work, todo) if pool else map(work, todo):
             rows.append(row)
+            if arguments.json:
+                arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
             print(f"{len(rows)}/{len(todo)} {row.seconds:5.1f}s", *row.cells, file=sys.stderr, flush=True)
+    order = list(zoo.kinds())
+    rows.sort(key=lambda row: (order.index(row.kind), row.type))
     text = table(rows)
     print(text)
     results.note(types=len(rows), **_counted(rows))
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")
     if arguments.write:
         write(arguments.write, text)
     return 0
