@@ -38,7 +38,9 @@ ARGS = {
 TOGETHER = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
 
 
-def library(kind: str, weight: torch.Tensor, largest: float, scale: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+def library(
+    kind: str, weight: torch.Tensor, largest: float, scale: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """What compressed-tensors stores of a weight whose fused partners reach up to ``largest``.
 
     With its own scales from the largest magnitude of each tile, or with those given.
