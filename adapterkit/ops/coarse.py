@@ -53,8 +53,8 @@ def _scattered(rows: torch.Tensor) -> bool:
     if rows.dim() != 2 or rows.shape[0] < BLOCK or rows.shape[1] < BLOCK:
         return False
     w = rows[:: max(1, rows.shape[0] // (4 * BLOCK))].float().abs().contiguous()
-    steps = torch.arange(1, STEPS + 1, dtype=torch.float32)
-    ratios = (steps[:, None] / steps).unique()
+    steps = range(1, STEPS + 1)
+    ratios = torch.tensor(sorted({one / other for one in steps for other in steps}))
     middles = (ratios[1:] + ratios[:-1]) / 2
     found = 0
     for column in range(0, w.shape[1], max(1, -(-w.shape[1] // SOME))):
