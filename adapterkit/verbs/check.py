@@ -211,11 +211,11 @@ def _merged(
 
 def _left(request: CheckRequest, merge: Merge) -> list[Diagnostic]:
     """What of the change survives: measured where a limit was named, and where a grid that the base lies on is written."""
+    if request.quant is None and not request.limited:
+        return []
     from adapterkit.verbs.merge import Loss
     from adapterkit.verbs.report import unmet
 
-    if request.quant is None and not request.limited:
-        return []
     ref = merge.base.ref
     try:
         found = Loss(merge, watched=request.limited).unwritten()
