@@ -313,7 +313,7 @@ class Bucket(Writer):
         import obstore.store  # noqa: F401
 
         import adapterkit.checkpoint.store_sink
-        import adapterkit.stores.s3  # noqa: F401
+        import adapterkit.stores.s3
 
         boto3.session.Session().client("s3")
         with tempfile.TemporaryDirectory() as folder:
