@@ -311,7 +311,7 @@ def _break_token(config: TowerConfig) -> int:
         listed = [(one.get("id"), one) for one in said if isinstance(one, dict)] if isinstance(said, list) else []
         for number, entry in said.items() if isinstance(said, dict) else listed:
             if isinstance(entry, dict) and entry.get("content") == "[IMG_BREAK]" and str(number).isdecimal():
-                return int(number)
+                return int(str(number))
     raise CheckpointError(
         f"{config.ref}: its tokenizer has no token [IMG_BREAK]", "add the tokenizer of the base model"
     )
