@@ -74,6 +74,9 @@ def _built(subject: Subject, folder: Path, said: frozenset[str]) -> Iterator[Fin
         text = "the components of a pipeline were compared by names, shapes and configs, and not loaded"
         yield Finding("not loaded", NOTE, text)
         return
+    if subject.found.metadata.get("format") == "mlx":
+        yield _unchecked("MERGED is in MLX's layout, which mlx-lm and mlx-vlm load and transformers does not")
+        return
     lacking = [name for name in ("transformers", "tokenizers", "accelerate") if find_spec(name) is None]
     if lacking:
         yield _unchecked(f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not installed")
