@@ -15,7 +15,7 @@ MAX_DIGITS = 40  # of a whole number
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-class Holds(ValueError):
+class OddJson(ValueError):
     """It is JSON, and holds what no sensible file does; the text says what."""
 
 
@@ -23,7 +23,7 @@ def json_value(data: bytes | str) -> Any:
     """The value of a JSON text, in UTF-8 where it is bytes.
 
     Raises:
-        Holds: it nests deeper than `MAX_DEPTH`, has a whole number of more than `MAX_DIGITS` digits, or half a character (a
+        OddJson: it nests deeper than `MAX_DEPTH`, has a whole number of more than `MAX_DIGITS` digits, or half a character (a
             lone surrogate).
         ValueError: it is not JSON.
     """
@@ -31,14 +31,14 @@ def json_value(data: bytes | str) -> Any:
     try:
         found = json.loads(text, parse_int=_whole)
     except RecursionError:
-        raise Holds(f"values that nest more than {MAX_DEPTH} deep") from None
+        raise OddJson(f"values that nest more than {MAX_DEPTH} deep") from None
     if _SURROGATE.search(text):
         try:
             json.dumps(found, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError:
-            raise Holds("text with half a character in it") from None
+            raise OddJson("text with half a character in it") from None
     if text.count("[") + text.count("{") > MAX_DEPTH and _deeper(found, MAX_DEPTH):
-        raise Holds(f"values that nest more than {MAX_DEPTH} deep")
+        raise OddJson(f"values that nest more than {MAX_DEPTH} deep")
     return found
 
 
@@ -50,7 +50,7 @@ def is_whole(text: str) -> bool:
 
 def _whole(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
-        raise Holds(f"a number of {len(digits)} digits")
+        raise OddJson(f"a number of {len(digits)} digits")
     return int(digits)
 
 

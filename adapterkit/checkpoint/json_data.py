@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from adapterkit.errors import CheckpointError
-from adapterkit.foreign import Holds, json_value
+from adapterkit.foreign import OddJson, json_value
 
 
 def parse_json(data: bytes, where: str) -> Any:
@@ -16,7 +16,7 @@ def parse_json(data: bytes, where: str) -> Any:
     """
     try:
         return json_value(data)
-    except Holds as error:
+    except OddJson as error:
         raise CheckpointError(f"{where} holds {error}", "download or save it again") from None
     except ValueError as error:
         raise CheckpointError(f"{where} is not valid JSON ({error})", "download or save it again") from None
