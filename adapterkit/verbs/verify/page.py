@@ -91,6 +91,7 @@ def html(report: VerifyReport) -> str:
             *_model(report),
             *_inputs(report),
             f"<footer>adapterkit {__version__}, {report.seconds:.1f} s, {report.peak_memory / 1e6:,.0f} MB of memory.",
+            '<a id="version" href=".." hidden>This version in the registry</a>',
             f"</footer></main><script>{script}</script></body></html>\n",
         ]
     )
