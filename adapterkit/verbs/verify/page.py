@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit._version import __version__
+from adapterkit.foreign import is_whole
 from adapterkit.verbs.heatmap import place
 from adapterkit.verbs.verify.report import EQUAL, RIGHT
 
@@ -198,7 +199,7 @@ def _grid(rows: Sequence[TensorCheck]) -> tuple[list[str], dict[str, dict[str, T
         row, column = place(one.name)
         columns[column] = None
         grid.setdefault(row, {})[column] = one
-    order = sorted(grid, key=lambda row: [int(n) if n.isdigit() else -1 for n in row.split(".")])
+    order = sorted(grid, key=lambda row: [int(n) if is_whole(n) else -1 for n in row.split(".")])
     return list(columns), {row: grid[row] for row in order}
 
 
