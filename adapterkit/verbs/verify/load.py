@@ -8,7 +8,6 @@ was not checked.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from adapterkit.adapters.brought import (
     TOKENIZER_CONFIG,
 )
 from adapterkit.checkpoint.pipeline import components
+from adapterkit.foreign import json_value
 from adapterkit.verbs.verify.inputs import place
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding
 
@@ -254,7 +254,7 @@ def _read(folder: Path) -> dict[str, bytes]:
 
 def _object(data: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
+        found = json_value(data)
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
