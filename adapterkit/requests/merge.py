@@ -106,7 +106,8 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
         kw_only=True,
         metadata=opt(
             "Write what rounding to the output's format takes as a LoRA of at most this rank beside it, OUT-residual.", WHOLE,
-            role=BYTES, group=OUTPUT, metavar="RANK", low=1, recipe="output.residual",
+            role=BYTES, group=OUTPUT, metavar="RANK", low=1,
+            elsewhere={"recipe": "an output of a recipe is one folder or file"},
         ),
     )  # fmt: skip
     device: str = field(

@@ -103,6 +103,14 @@ class VerifyRequest(OntoBase, OfAdapters, Ruled):
             role=RUN, group=THRESHOLDS, metavar="N", low=0, recipe="verify.max-dead",
         ),
     )  # fmt: skip
+    residual: Ref | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "What merge --residual wrote beside MERGED; by default what its record speaks of. The limits are of the two.", REF,
+            role=RUN, group=THRESHOLDS, metavar="REF", elsewhere={"recipe": "it is found beside the output"},
+        ),
+    )  # fmt: skip
     on_purpose: tuple[str, ...] | str = field(
         default=(),
         kw_only=True,

@@ -354,7 +354,10 @@ class Loss:
             if getattr(found, name) is not None
         }
         figures["dead"] = len(found.dead)
-        return {**residual, "fidelity": {**figures, "format": found.format, "worst": found.worst.name if found.worst else ""}}
+        return {
+            **residual,
+            "fidelity": {**figures, "format": found.format, "worst": found.worst.name if found.worst else ""},
+        }
 
 
 def _recorder(

@@ -197,9 +197,7 @@ class Residual:
             return ""
         if any(slot.kind == "stacked" for slot in self.slots) and not isinstance(self._form, GGUFForm):
             # vLLM takes the factors of stacked experts in the order of an older PEFT.
-            return (
-                f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(target)!r}), {str(out)!r})  # PEFT"
-            )
+            return f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(target)!r}), {str(out)!r})  # PEFT"
         server = servers()["llama.cpp" if isinstance(self._form, GGUFForm) else "vllm"]
         row, path = server.launch, shlex.quote(str(out))
         assert row is not None

@@ -362,7 +362,13 @@ def shipped(bench: Bench, kind: str, at: Path) -> dict[str, float]:
             continue
         factors = at / f"{kind}-kept-residual"
         title = f"`--quant keep --residual {rank}`"
-        row(title, f"keep_residual{rank}", beside(factors, written), out / weights, factors / "adapter_model.safetensors")
+        row(
+            title,
+            f"keep_residual{rank}",
+            beside(factors, written),
+            out / weights,
+            factors / "adapter_model.safetensors",
+        )
     wide = at / f"{kind}-wide"
     adapterkit.merge(base, [at / "adapter"], wide, quant="keep", keep_touched="bf16", force=True)
     row("`--quant keep --keep-touched bf16`", "keep_touched", read(wide), wide / weights)
