@@ -106,7 +106,7 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
         default=None,
         kw_only=True,
         metadata=opt(
-            "Write what rounding to the output's format takes as a LoRA of at most this rank beside it, OUT-residual.", WHOLE,
+            "Write what rounding takes as a LoRA of at most this rank beside the output: OUT-residual.", WHOLE,
             role=BYTES, group=OUTPUT, metavar="RANK", low=1,
             elsewhere={"recipe": "an output of a recipe is one folder or file"},
         ),

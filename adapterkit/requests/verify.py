@@ -75,7 +75,7 @@ class VerifyRequest(OntoBase, OfAdapters, Ruled, Limits):
         default=None,
         kw_only=True,
         metadata=opt(
-            "What merge --residual wrote beside MERGED; by default what its record speaks of. The limits are of the two.", REF,
+            "What merge --residual wrote beside MERGED; by default what its record names. Limits are of the two.", REF,
             role=RUN, group=THRESHOLDS, metavar="REF", elsewhere={"recipe": "no output of a recipe has one"},
         ),
     )  # fmt: skip
