@@ -16,6 +16,7 @@ from adapterkit.requests.groups import (
     BASE,
     BESIDE,
     FLOAT_TYPES,
+    LIMITS,
     OUTPUT,
     RUNNING,
     GGUFOutput,
@@ -27,7 +28,7 @@ from adapterkit.requests.groups import (
     Running,
     Types,
 )
-from adapterkit.requests.option import BYTES, FLAG, INPUT, PATH, REF, RUN, VALUES, opt
+from adapterkit.requests.option import BYTES, FLAG, INPUT, PATH, REF, RUN, VALUES, WHOLE, opt
 from adapterkit.requests.workers import OnWorkers
 from adapterkit.values import dataclass
 
@@ -155,7 +156,7 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
         Raises:
             UsageError: an option that has no meaning for an output with a residual beside it.
         """
-        for name in ("min_retention", "min_cosine", "max_error", "max_dead"):
+        for name in LIMITS:
             if getattr(self, name) is not None:
                 raise UsageError(
                     f"{option(name)} is measured on the output alone, and {option('residual')} stands beside it",
