@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from adapterkit.adapters.write_peft import Extras, peft_config
 from adapterkit.checkpoint.plan import BASELINE_MEMORY, default_jobs
@@ -24,13 +24,39 @@ from adapterkit.verbs.job import Job
 from adapterkit.verbs.report import ModuleRank, ResidualReport
 
 if TYPE_CHECKING:
+    from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.factors import Slot
+    from adapterkit.adapters.fold import Folded
     from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.checkpoint.write import Room, Writing
     from adapterkit.ops.lowrank import Truncated
-    from adapterkit.verbs.merge import Merge
+    from adapterkit.requests.merge import MergeRequest
     from adapterkit.verbs.outputs import Output
+
+
+class OfMerge(Protocol):
+    """What a residual needs of the merge that it belongs to: `adapterkit.verbs.merge.Merge`."""
+
+    @property
+    def request(self) -> MergeRequest: ...
+    @property
+    def base(self) -> Checkpoint: ...
+    @property
+    def adapters(self) -> tuple[Adapter, ...]: ...
+    @property
+    def output(self) -> Output: ...
+    @property
+    def folded(self) -> Folded: ...
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def sources(self) -> tuple[Any, ...]: ...
+
+    def again(self) -> Output:
+        """The same output with handles of its own."""
+
 
 WHOLE = 1 << 28  # entries of a difference up to which it is held in memory, where it is computed once
 ENDING = "-residual"
@@ -80,7 +106,7 @@ class Residual:
         found: what was kept of each weight, once that is known.
     """
 
-    merge: Merge
+    merge: OfMerge
     rank: int
     found: tuple[ModuleRank, ...] = field(default=(), init=False)
 
@@ -245,7 +271,7 @@ class FolderForm:
 
     form = None
 
-    def __init__(self, merge: Merge, output: Output) -> None:
+    def __init__(self, merge: OfMerge, output: Output) -> None:
         from adapterkit.verbs.extract import ModelPair
 
         self._view, self._own = output.view, output.own
@@ -364,7 +390,7 @@ def encoded_weights(output: Output, base: Checkpoint | None) -> dict[str, list[T
 class GGUFForm:
     """A LoRA file of llama.cpp: slots are the tensors of the GGUF output."""
 
-    def __init__(self, merge: Merge, output: Output) -> None:
+    def __init__(self, merge: OfMerge, output: Output) -> None:
         from adapterkit.adapters.factors import Slot
         from adapterkit.gguf.names import EMBEDDING, OUTPUT
         from adapterkit.gguf.tensors import Quantized
@@ -451,7 +477,7 @@ class GGUFForm:
         return plan, tensors
 
 
-def _runtime(merge: Merge) -> tuple[str, Sequence[str]]:
+def _runtime(merge: OfMerge) -> tuple[str, Sequence[str]]:
     """The architecture of a GGUF output, and the ends of the names to which llama.cpp applies no LoRA.
 
     Raises:
