@@ -26,7 +26,7 @@ _OWN = (
         ["--attach/--no-attach"],
         default=None,
         help="Write the figures into MERGED's record. By default into the adapterkit.json beside an output, and not into "
-        "a registered version, which would make a new one.",
+        "a registered version, which would make a new one. With --html such a version keeps the page too.",
     ),
 )
 
@@ -59,7 +59,7 @@ def command(
     merged = str(request.merged)
     write(report, html, markdown, step_summary=step_summary)
     if attach or (attach is None and report.record and Path(merged).exists()):
-        _attach(report, merged)
+        _attach(report, merged, page=html is not None)
     if as_json:
         show_json(report)
     else:
@@ -67,10 +67,11 @@ def command(
     return 0 if report.ok else 3
 
 
-def _attach(report: VerifyReport, merged: str) -> None:
+def _attach(report: VerifyReport, merged: str, *, page: bool) -> None:
     from adapterkit.verbs.verify.evidence import attach
+    from adapterkit.verbs.verify.page import html
 
-    found = attach(report, merged)
+    found = attach(report, merged, page=html(report).encode() if page else b"")
     if found.new:
         note(f"evidence written to {found.ref or found.path}")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit._version import __version__
+from adapterkit.foreign import is_whole
 from adapterkit.verbs.heatmap import place
 from adapterkit.verbs.verify.report import EQUAL, RIGHT
 
@@ -90,6 +91,7 @@ def html(report: VerifyReport) -> str:
             *_model(report),
             *_inputs(report),
             f"<footer>adapterkit {__version__}, {report.seconds:.1f} s, {report.peak_memory / 1e6:,.0f} MB of memory.",
+            '<a id="version" href=".." hidden>This version in the registry</a>',
             f"</footer></main><script>{script}</script></body></html>\n",
         ]
     )
@@ -197,7 +199,7 @@ def _grid(rows: Sequence[TensorCheck]) -> tuple[list[str], dict[str, dict[str, T
         row, column = place(one.name)
         columns[column] = None
         grid.setdefault(row, {})[column] = one
-    order = sorted(grid, key=lambda row: [int(n) if n.isdigit() else -1 for n in row.split(".")])
+    order = sorted(grid, key=lambda row: [int(n) if is_whole(n) else -1 for n in row.split(".")])
     return list(columns), {row: grid[row] for row in order}
 
 
