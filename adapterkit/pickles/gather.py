@@ -238,7 +238,7 @@ def _end_to_end(optimizers: list[Any], shapes: Any, wanted: list[str]) -> dict[s
         if len(between) != len(group):
             raise Broken(f"it holds {len(between)} paddings for {len(group)} parameters")
         offset = 0
-        for (name, shape), padding in zip(group.items(), between):
+        for (name, shape), padding in zip(group.items(), between, strict=True):
             size = prod(shape)
             if offset + size > flat.numel():
                 raise Broken(f"the flat states end before {name}; a file is cut short")
