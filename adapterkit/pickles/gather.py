@@ -148,7 +148,9 @@ def dcp(folder: Path, wanted: list[str]) -> dict[str, Any]:
     found = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata) and _is_wanted(name, wanted) and not _OPTIMIZER & set(name.split("."))
+        if isinstance(entry, TensorStorageMetadata)
+        and _is_wanted(name, wanted)
+        and not _OPTIMIZER & set(name.split("."))
     }
     if found:
         try:
@@ -255,7 +257,9 @@ def _frozen(model: dict[str, Any], models: list[Path], count: int, wanted: list[
     """
     import torch
 
-    shapes = {name: shape for name, shape in (model.get("frozen_param_shapes") or {}).items() if _is_wanted(name, wanted)}
+    shapes = {
+        name: shape for name, shape in (model.get("frozen_param_shapes") or {}).items() if _is_wanted(name, wanted)
+    }
     tensors: dict[str, Any] = {}
     if shapes:
         have = {_rank(path) for path in models}
