@@ -106,10 +106,10 @@ def _unwrapped(keys: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
             found[key] = rest
             seen.update((name, LEADING[name]) for name in leads)
     # A class of the trainer's around the PEFT model, under whatever name.
-    leads = {now.partition(PREFIX)[0] if PREFIX in now else None for now in found.values()}
-    if len(leads) == 1 and (lead := leads.pop()):
-        seen[lead.rstrip(".")] = "a training class"
-        found = {key: now.removeprefix(lead) for key, now in found.items()}
+    around = {now.partition(PREFIX)[0] if PREFIX in now else None for now in found.values()}
+    if len(around) == 1 and (outer := around.pop()):
+        seen[outer.rstrip(".")] = "a training class"
+        found = {key: now.removeprefix(outer) for key, now in found.items()}
     # Data parallelism inside PEFT's wrapper, or around a model whose keys lack the prefix.
     for lead in (PREFIX, ""):
         inner = f"{lead}module."
