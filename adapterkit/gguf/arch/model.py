@@ -12,7 +12,7 @@ from adapterkit.checkpoint.tensor import Renamed, Tensor
 from adapterkit.dtypes import BF16, F16, F32
 from adapterkit.errors import CheckpointError, TargetError, option
 from adapterkit.gguf.arch.config import Config
-from adapterkit.gguf.arch.contract import held, of_speech, unread
+from adapterkit.gguf.arch.contract import held, left_out_by_transformers, unread
 from adapterkit.gguf.arch.hyper import hyper_entries, hyperparameters
 from adapterkit.gguf.arch.mapping import EMBEDDING, Mapped
 from adapterkit.gguf.arch.mxfp4 import Repacked, repacked
@@ -160,7 +160,7 @@ def as_gguf(
     values = hyperparameters(spec, read) | _scalars(view, mapper)
     notes = (*((spec.note,) if spec.note else ()), *notes)
     notes = (*notes, *tie_note(mapper), *scaling(spec, read).notes, *left_out(read), *_of_towers(towers))
-    notes = (*notes, *of_speech(read), *unread(read))
+    notes = (*notes, *left_out_by_transformers(read), *unread(read))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     label = size_label(shapes, _first(values.get("expert_count")))
     entries = [*general(base, adapters, files or {}, label, spec.arch), *hyper_entries(spec.arch, values)]
