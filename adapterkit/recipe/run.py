@@ -30,10 +30,10 @@ from adapterkit.recipe.lock import (
     write_lock,
 )
 from adapterkit.recipe.parse import RecipeFile, read_recipe, shown
-from adapterkit.recipe.spread import spread
 from adapterkit.recipe.report import AGAIN, NEW, UNCHANGED, BuildPlan, BuildReport, BuiltOutput, PlannedOutput
+from adapterkit.recipe.spread import spread
 from adapterkit.recipe.state import Coming, Made, State, key_of, output_files
-from adapterkit.recipe.steps import CONVERT, MERGE, Input, Step, check_inside, located, steps_of
+from adapterkit.recipe.steps import CONVERT, Input, Step, check_inside, located, steps_of
 from adapterkit.verbs.job import Measured, peak_memory
 
 if TYPE_CHECKING:

@@ -225,7 +225,9 @@ def fixed_bounds(spec: ArchSpec) -> tuple[Fixed, ...]:
         return f"all texts unless it is started with its options yarn-beta-fast {fast:g} and yarn-beta-slow {slow:g}"
 
     return tuple(
-        Fixed(f"rope.{name}", value, f"takes {value:g} in a {spec.arch}, whatever the file says", None, stretched, unless)
+        Fixed(
+            f"rope.{name}", value, f"takes {value:g} in a {spec.arch}, whatever the file says", None, stretched, unless
+        )
         for name, value in (("beta_fast", YARN_FAST), ("beta_slow", YARN_SLOW))
     )
 
@@ -258,9 +260,7 @@ def _stretched_otherwise(config: Config) -> bool:
     return _bounds(config) != (YARN_FAST, YARN_SLOW) or config.rope.get("truncate") is False
 
 
-def divisors(
-    config: Config, dim: int, llama3_factor: float = 8.0, theta: float | None = None
-) -> list[float] | None:
+def divisors(config: Config, dim: int, llama3_factor: float = 8.0, theta: float | None = None) -> list[float] | None:
     """Divisors of the ``dim // 2`` rotary frequencies, where a file says a scaling by them; None where it needs none.
 
     Args:

@@ -21,6 +21,7 @@ from adapterkit.gguf.arch import (
     moe,
     older,
     remote,
+    rerank,
     rwkv,
     seq2seq,
     wholes,
@@ -51,6 +52,7 @@ _ROWS: tuple[ArchSpec, ...] = (
     *coded_moe.SPECS,
     *coded_more.SPECS,
     *rwkv.SPECS,
+    *rerank.SPECS,
 )
 
 
