@@ -16,8 +16,10 @@ from gguf_runtime import far, logprobs, of_model
 
 import adapterkit.gguf.vocab
 from adapterkit.errors import AdapterkitError, TargetError
+from adapterkit.gguf.arch import omitted
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.contract import held, left_out_by_transformers
+from adapterkit.gguf.arch.fits import sound
 from adapterkit.gguf.arch.hyper import hyperparameters
 from adapterkit.gguf.arch.rope import scaling
 from adapterkit.gguf.arch.table import classes, spec_of
@@ -167,6 +169,47 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "hidden_act": "silu",
         "max_window_layers": 48,
     },
+    "LLaVA 1.5": {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "vision_config": {"hidden_size": 1024},
+        "text_config": {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "vocab_size": 32064,
+        },
+    },
+    "Pixtral 12B": {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "vision_config": {"head_dim": 64},
+        "text_config": {
+            "model_type": "mistral",
+            "head_dim": 128,
+            "hidden_size": 5120,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 1024000,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e9,
+            "sliding_window": None,
+            "vocab_size": 131072,
+        },
+    },
+    "Qwen2-Audio": {
+        "architectures": ["Qwen2AudioForConditionalGeneration"],
+        "audio_config": {"model_type": "qwen2_audio_encoder"},
+        "text_config": {
+            "model_type": "qwen2",
+            "intermediate_size": 11008,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000,
+            "sliding_window": 32768,
+            "use_mrope": False,
+        },
+    },
     "gpt-oss 20B": {
         "architectures": ["GptOssForCausalLM"],
         "hidden_size": 2880,
@@ -210,7 +253,42 @@ def _whole(config: dict[str, Any], approximate: tuple[str, ...] = ()) -> tuple[d
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_config_is_not_refused(name: str) -> None:
-    assert _whole(PUBLISHED[name])[0]["block_count"] == Config(PUBLISHED[name]).number("layers")
+    values = _whole(PUBLISHED[name])[0]
+    sound(values, name)
+    assert values["block_count"] == Config(PUBLISHED[name]).number("layers")
+    assert values["attention.head_count"]
+
+
+def test_what_a_text_part_leaves_out_is_its_classs(tmp_path: Path) -> None:
+    """The config of a whole model without all that its text part's class says: the same file."""
+    tiny = zoo.ZOO["llava"]
+    text = {**tiny.config["text_config"], "num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 8}
+    text = {**text, "model_type": "mistral", "hidden_size": 64, "head_dim": 2, "rms_norm_eps": 1e-6}
+    zoo.ZOO["changed"] = replace(tiny, config={**tiny.config, "text_config": text})
+    zoo.build(tmp_path / "hf", "changed")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    convert(tmp_path / "hf", tmp_path / "whole.gguf")
+    for name in ("num_attention_heads", "num_key_value_heads", "rms_norm_eps"):
+        del config["text_config"][name]
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    convert(tmp_path / "hf", tmp_path / "short.gguf")
+    assert (tmp_path / "short.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_defaults_are_those_of_transformers() -> None:
+    import dataclasses
+
+    from transformers import CONFIG_MAPPING
+
+    for kind in {line.split()[0] for line in omitted._ROWS.split("\n") if line}:
+        defaults = {one.name: one.default for one in dataclasses.fields(CONFIG_MAPPING[kind])}
+        assert omitted.of_class(kind), kind
+        for name, value in omitted.of_class(kind).items():
+            assert defaults[name] == value, (kind, name)
+    for kind, theta in omitted.THETAS.items():
+        assert CONFIG_MAPPING[kind].default_theta == theta, kind
+    assert Config({"model_type": "hy_v3", "architectures": ["HYV3ForCausalLM"]}).rope["rope_theta"] == 11158840.0
 
 
 # Fields that publishers set, where transformers' own default is a model that llama.cpp does not compute.

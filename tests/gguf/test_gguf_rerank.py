@@ -91,9 +91,10 @@ def test_a_qwen3_classifier_answers_with_probabilities(count: int, tmp_path: Pat
     assert any("sigmoid" in note for note in report.notes)
     fields = GGUFReader(str(tmp_path / "o.gguf")).fields
     assert fields["qwen3.pooling_type"].contents() == 4
-    assert fields["qwen3.classifier.output_labels"].contents() == ["kind 0", *(["not kind 0"] if count == 1 else [])] + [
-        f"kind {i}" for i in range(1, count)
-    ]
+    assert fields["qwen3.classifier.output_labels"].contents() == [
+        "kind 0",
+        *(["not kind 0"] if count == 1 else []),
+    ] + [f"kind {i}" for i in range(1, count)]
     convert(tmp_path / "o.gguf", tmp_path / "back", to="hf")
     convert(tmp_path / "back", tmp_path / "again.gguf")
     assert (tmp_path / "again.gguf").read_bytes() == (tmp_path / "o.gguf").read_bytes()
@@ -110,7 +111,10 @@ def test_a_language_model_that_answers_yes_or_no(tied: bool, tmp_path: Path) -> 
         convert(hf, tmp_path / "o.gguf", as_reranker=True)
     words = json.loads((hf / "tokenizer.json").read_text())
     vocab = words["model"]["vocab"]
-    for old, new in ((next(w for w in vocab if vocab[w] == 300), "yes"), (next(w for w in vocab if vocab[w] == 301), "no")):
+    for old, new in (
+        (next(w for w in vocab if vocab[w] == 300), "yes"),
+        (next(w for w in vocab if vocab[w] == 301), "no"),
+    ):
         number = vocab.pop(old)
         vocab[new] = number
         words["model"]["merges"] = [m for m in words["model"]["merges"] if "".join(m) != old and old not in m]

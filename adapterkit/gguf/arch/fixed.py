@@ -418,7 +418,7 @@ FIXED["lfm2_moe"] = (
     Fixed("norm_topk_prob", True, _NORMED.does),
     Fixed("routed_scaling_factor", 1.0, "does not scale what experts give in this architecture"),
 )
-FIXED["minimax"] = (_no_window(),)
+FIXED["minimax"] = (_no_window(lambda c: bool(c.get("sliding_window")) and window(c) < c.number("context")),)
 FIXED["phimoe"] = (
     *FIXED["phimoe"],
     Fixed("rope.partial_rotary_factor", 1.0, "turns whole heads in this architecture"),

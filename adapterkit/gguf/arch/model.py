@@ -13,6 +13,7 @@ from adapterkit.dtypes import BF16, F16, F32
 from adapterkit.errors import CheckpointError, TargetError, option
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.contract import held, left_out_by_transformers, unread
+from adapterkit.gguf.arch.fits import fits, sound
 from adapterkit.gguf.arch.hyper import hyper_entries, hyperparameters
 from adapterkit.gguf.arch.mapping import EMBEDDING, Mapped
 from adapterkit.gguf.arch.mxfp4 import Repacked, repacked
@@ -169,6 +170,8 @@ def as_gguf(
     notes = (*notes, *tie_note(mapper), *scaling(spec, read).notes, *left_out(read), *_of_towers(towers))
     notes = (*notes, *left_out_by_transformers(read), *unread(read))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    sound(values, base.ref)
+    fits(spec.arch, values, shapes, base.ref)
     label = size_label(shapes, _first(values.get("expert_count")))
     entries = [*general(base, adapters, files or {}, label, spec.arch), *hyper_entries(spec.arch, values)]
     own = plain or own_type(view, mapped)
