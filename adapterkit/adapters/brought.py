@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.foreign import json_value
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -131,8 +133,8 @@ def _stale_processor(mine: Mapping[str, bytes]) -> set[str]:
 def _object(data: bytes) -> dict[str, Any]:
     """A JSON object; an empty one where it is none, for what cannot be read states nothing."""
     try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
+        found = json_value(data)
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 

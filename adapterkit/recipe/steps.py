@@ -18,6 +18,7 @@ from adapterkit.recipe.schema import BaseChoice, Combining, OutputTable, Table, 
 from adapterkit.requests.adapters import CombineRequest
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.requests.formats import formats
+from adapterkit.requests.groups import LIMITS
 from adapterkit.requests.merge import FOLDER, GGUF, MergeRequest, folder_formats
 from adapterkit.requests.option import Request
 from adapterkit.verbs.tower import tower_path
@@ -370,7 +371,7 @@ class _Maker:
                         key = name.replace("_", "-")
                         what = f"{shown((*at, key))} needs the model's answers, and level {said.level} does not ask for them"
                         self.file.fail((*at, key), what, 'use level = "model"')
-            for name in ("min_retention", "min_cosine", "max_error", "max_dead"):
+            for name in LIMITS:
                 key = name.replace("_", "-")
                 if said.level == "none" and getattr(said, name) is not None:
                     self.file.fail((*at, key), f"nothing is verified, so {key} cannot be met", "raise the level")

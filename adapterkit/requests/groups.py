@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 FLOAT_TYPES = ("auto", "bf16", "f16", "f32")
 GRIDS = ("nf4", "fp4", "int8")
 
-BASE, ADAPTERS, COMBINE, OUTPUT, GGUF_TYPES, BESIDE, RUNNING = (
-    *("Base", "Adapters", "Combining", "Output", "GGUF types", "Beside the output", "Run"),
+BASE, ADAPTERS, COMBINE, OUTPUT, GGUF_TYPES, BESIDE, RUNNING, THRESHOLDS = (
+    *("Base", "Adapters", "Combining", "Output", "GGUF types", "Beside the output", "Run", "Thresholds"),
 )
 
 
@@ -403,6 +403,48 @@ class KeepOptions(Request):
             role=BYTES, group=GGUF_TYPES, metavar="X", low=0, high=1, recipe="output.keep-below",
         ),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)
+class Limits(Request):
+    """What of the change has to be there; see `adapterkit.ops.fidelity` for the figures."""
+
+    min_cosine: float | None = field(
+        default=None,
+        metadata=opt(
+            "Exit with 3 when the cosine of the change that is written with the one that was trained is less.", NUMBER,
+            role=RUN, group=THRESHOLDS, metavar="X", low=0, high=1, recipe="verify.min-cosine",
+        ),
+    )  # fmt: skip
+    max_error: float | None = field(
+        default=None,
+        metadata=opt(
+            "Exit with 3 when the error beside the change, |written - trained| / |change|, is more; by --imatrix where given.",
+            NUMBER, role=RUN, group=THRESHOLDS, metavar="X", low=0, recipe="verify.max-error",
+        ),
+    )  # fmt: skip
+    min_retention: float | None = field(
+        default=None,
+        metadata=opt(
+            "Exit with 3 when less than this share of the change survives; verify asks for 0.5 by default.", NUMBER,
+            role=RUN, group=THRESHOLDS, metavar="X", low=0, high=1, recipe="verify.min-retention",
+        ),
+    )  # fmt: skip
+    max_dead: int | None = field(
+        default=None,
+        metadata=opt(
+            "Exit with 3 when more tensors than this have a cosine or a retention below 0.5.", WHOLE,
+            role=RUN, group=THRESHOLDS, metavar="N", low=0, recipe="verify.max-dead",
+        ),
+    )  # fmt: skip
+
+    @property
+    def limited(self) -> bool:
+        """Whether one of them was named."""
+        return any(getattr(self, name) is not None for name in LIMITS)
+
+
+LIMITS = ("min_cosine", "max_error", "min_retention", "max_dead")
 
 
 def _with_file() -> Iterable[str]:

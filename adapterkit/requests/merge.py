@@ -20,13 +20,14 @@ from adapterkit.requests.groups import (
     RUNNING,
     GGUFOutput,
     KeepOptions,
+    Limits,
     OfAdapters,
     OntoBase,
     Ruled,
     Running,
     Types,
 )
-from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, RUN, VALUES, WHOLE, opt
+from adapterkit.requests.option import BYTES, FLAG, INPUT, PATH, REF, RUN, VALUES, opt
 from adapterkit.requests.workers import OnWorkers
 from adapterkit.values import dataclass
 
@@ -38,7 +39,7 @@ CALIBRATED = ("awq", "gptq")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, OnWorkers, Running):
+class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, Limits, OnWorkers, Running):
     """A merge: what is folded into what, and what is written of it."""
 
     VERB: ClassVar[str] = "merge"
@@ -117,38 +118,6 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
             role=RUN, group=OUTPUT, elsewhere={"recipe": "verify measures it"},
         ),
     )  # fmt: skip
-    min_retention: float | None = field(
-        default=None,
-        kw_only=True,
-        metadata=opt(
-            "Exit with 3 when less than this share of the change survives.", NUMBER,
-            role=RUN, group=OUTPUT, metavar="X", low=0, high=1, recipe="verify.min-retention",
-        ),
-    )  # fmt: skip
-    min_cosine: float | None = field(
-        default=None,
-        kw_only=True,
-        metadata=opt(
-            "Exit with 3 when the cosine of the change that is written with the one that was trained is less.", NUMBER,
-            role=RUN, group=OUTPUT, metavar="X", low=0, high=1, recipe="verify.min-cosine",
-        ),
-    )  # fmt: skip
-    max_error: float | None = field(
-        default=None,
-        kw_only=True,
-        metadata=opt(
-            "Exit with 3 when the error beside the change, |written - trained| / |change|, is more; by --imatrix where given.",
-            NUMBER, role=RUN, group=OUTPUT, metavar="X", low=0, recipe="verify.max-error",
-        ),
-    )  # fmt: skip
-    max_dead: int | None = field(
-        default=None,
-        kw_only=True,
-        metadata=opt(
-            "Exit with 3 when more tensors than this have a cosine or a retention below 0.5.", WHOLE,
-            role=RUN, group=OUTPUT, metavar="N", low=0, recipe="verify.max-dead",
-        ),
-    )  # fmt: skip
     full_record: bool = field(
         default=False,
         kw_only=True,
@@ -173,8 +142,7 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
     @property
     def measures(self) -> bool:
         """Whether what survives is measured in the same pass."""
-        limits = (self.min_retention, self.min_cosine, self.max_error, self.max_dead)
-        return self.fidelity or any(limit is not None for limit in limits)
+        return self.fidelity or self.limited
 
     @property
     def given_adapters(self) -> tuple[Any, ...]:

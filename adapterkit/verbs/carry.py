@@ -13,6 +13,7 @@ from adapterkit import disk
 from adapterkit.checkpoint.plan import default_jobs, parse_size
 from adapterkit.errors import OutputError, UsageError, option
 from adapterkit.places import here
+from adapterkit.requests.groups import LIMITS
 from adapterkit.requests.workers import LOCAL, RAY, WRITTEN_JOBS, parse_rate
 from adapterkit.stores.meter import Moved, moved
 from adapterkit.verbs.job import Job, Measured, peak_memory, run, show
@@ -83,7 +84,7 @@ def _check(job: Job, request: Any) -> None:
         raise UsageError("nothing says where the output goes", "add -o OUT")
     if job.stage is not None or not has_parts(job.plan):
         raise UsageError("this plan has no parts: its files are known when its values are", f"leave out {option('on')}")
-    for name in ("fidelity", "min_retention", "min_cosine", "max_error", "max_dead"):
+    for name in ("fidelity", *LIMITS):
         asked = getattr(request, name, None)
         if asked is not None and asked is not False:  # a limit of 0 is one
             raise UsageError(

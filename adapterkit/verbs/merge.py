@@ -302,6 +302,17 @@ class Loss:
         if self.watched and self.merge.request.writes and self.watch is None:
             self.watch = self._watch()
 
+    def unwritten(self) -> FidelityReport | None:
+        """What of the change would survive, every changed tensor computed for it; None where its values are not here.
+
+        Raises:
+            CheckFailed: see `_still_there`.
+        """
+        if not self._can_look():
+            return None
+        _still_there(self.merge, yes_lossy=self.merge.request.yes_lossy)
+        return self._watch().measure() if self.watched else None
+
     def _can_look(self) -> bool:
         """Whether values can be read now: a plan of a large model in a store is made of headers alone."""
         sources = self.merge.sources
@@ -387,6 +398,7 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
     if quant is None:
         return _still_there_in_gguf(planned, yes_lossy=yes_lossy)
     from adapterkit.adapters.fidelity import (
+        DEAD,
         ENOUGH,
         already_on_grid,
         coarse_tensors,
@@ -397,10 +409,12 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
 
     if planned.output.own:
         found = left_in_own_format(planned.folded, planned.output.encodings, tensors=SAMPLED)
-        if found.worst is not None and found.retention < ENOUGH and not (yes_lossy or planned.output.aware):
+        # A change folded onto the original is spread by rounding, and kept on average; on the grid itself it is there or not.
+        lost = found.retention < ENOUGH or (found.cosine < DEAD and planned.request.base16 is None)
+        if found.worst is not None and lost and not (yes_lossy or planned.output.aware):
             raise CheckFailed(
                 f"the values of {planned.base.ref} are {found.format} already, and of this change {found.retention:.1%} "
-                "would survive that grid again",
+                f"would survive that grid again (cosine {found.cosine:.2f})",
                 f"keep what changed wider ({option('quant', 'keep')} {option('keep_touched', 'bf16')}), fold onto the 16-bit "
                 f"original ({option('base16')}), write 16 bits (no {option('quant')}), keep the adapter beside the base, "
                 f"or insist with {option('yes_lossy', True)}",
@@ -411,10 +425,11 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
     if not same and (find_kind(quant).bits > COARSE_BITS or not coarse_tensors(planned.folded)):
         return None
     found = left_on_grid(planned.folded, quant, tensors=SAMPLED)
-    if found.retention < ENOUGH and not yes_lossy:
+    if (found.retention < ENOUGH or (same and found.cosine < DEAD)) and not yes_lossy:
         raise CheckFailed(
             f"the values of {planned.base.ref} are {quant if same else 'on a coarse grid'} already, and of this change "
-            f"{found.retention:.1%} would survive {'that grid again' if same else f'that of {quant}'}",
+            f"{found.retention:.1%} would survive {'that grid again' if same else f'that of {quant}'} "
+            f"(cosine {found.cosine:.2f})",
             f"fold onto the 16-bit original ({option('base16')}, or no {option('as_trained')}), write 16 bits or another "
             f"format, or insist with {option('yes_lossy', True)}",
         )

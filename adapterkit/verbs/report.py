@@ -10,6 +10,7 @@ from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.adapters.fidelity import FidelityReport
+    from adapterkit.requests.groups import Limits
 
 
 @dataclass(frozen=True)
@@ -109,21 +110,24 @@ class MergeReport:
     @property
     def unmet(self) -> tuple[str, ...]:
         """What was asked of the change and does not hold, in words."""
-        found, least, cosine = self.fidelity, self.min_retention, self.min_cosine
-        if found is None:
-            return ()
-        words = []
-        if least is not None and not found.retention >= least:
-            words.append(f"less than {least:.1%} of the change survives")
-        if cosine is not None and not found.cosine >= cosine:
-            words.append(f"what is written of the change has cosine {found.cosine:.4f} with it, less than {cosine:g}")
-        error = found.error if found.weighed is None else found.weighed
-        if self.max_error is not None and not error <= self.max_error:
-            words.append(f"the error beside the change is {error:.3g}, more than {self.max_error:g}")
-        if self.max_dead is not None and len(found.dead) > self.max_dead:
-            some = f"{len(found.dead)} of {len(found.tensors)} changed tensors have a cosine or a retention below 0.5"
-            words.append(f"{some}, more than {self.max_dead} (the report names them)")
-        return tuple(words)
+        return () if self.fidelity is None else unmet(self.fidelity, self)
+
+
+def unmet(found: FidelityReport, asked: MergeReport | Limits) -> tuple[str, ...]:
+    """What was asked of a change and does not hold, in words."""
+    words = []
+    least, cosine = asked.min_retention, asked.min_cosine
+    if least is not None and not found.retention >= least:
+        words.append(f"less than {least:.1%} of the change survives")
+    if cosine is not None and not found.cosine >= cosine:
+        words.append(f"what is written of the change has cosine {found.cosine:.4f} with it, less than {cosine:g}")
+    error = found.error if found.weighed is None else found.weighed
+    if asked.max_error is not None and not error <= asked.max_error:
+        words.append(f"the error beside the change is {error:.3g}, more than {asked.max_error:g}")
+    if asked.max_dead is not None and len(found.dead) > asked.max_dead:
+        some = f"{len(found.dead)} of {len(found.tensors)} changed tensors have a cosine or a retention below 0.5"
+        words.append(f"{some}, more than {asked.max_dead} (the report names them)")
+    return tuple(words)
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,7 @@ def unread(config: Config) -> tuple[str, ...]:
         and name not in HARMLESS
         and not isinstance(value, dict)
         and value not in (None, [], "")
+        and not (isinstance(value, bool) and name.endswith("bias"))  # the tensors say it: each is written or refused
         and not (config.has_vision and config.raw.get(name) == value and name not in config.text_part)
     )
     if not strange:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from adapterkit.errors import CheckpointError
+from adapterkit.foreign import json_value
 from adapterkit.gguf.arch.config import Config
 
 POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}
@@ -76,6 +76,6 @@ def _modules(config: Config) -> list[dict[str, Any]]:
 
 def _json(config: Config, name: str) -> Any:
     try:
-        return json.loads(config.files.get(name, b"null"))
+        return json_value(config.files.get(name, b"null"))
     except ValueError:
         raise CheckpointError(f"{config.ref}: {name} is damaged", "download it again") from None

@@ -200,11 +200,11 @@ def _shown(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value != plain.get(name)}
 
 
-def html(report: VerifyReport) -> str:
+def html(report: VerifyReport, *, command: str = "", when: str = "") -> str:
     """The evidence as one page; see `adapterkit.verbs.verify.page`."""
     from adapterkit.verbs.verify.page import html as page
 
-    return page(report)
+    return page(report, command=command, when=when)
 
 
 def markdown(report: VerifyReport) -> str:

@@ -72,12 +72,13 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def attach(report: VerifyReport, target: str | Path | None = None) -> Attached:
+def attach(report: VerifyReport, target: str | Path | None = None, *, page: bytes = b"") -> Attached:
     """Write the figures into the record of MERGED.
 
     Args:
         report: what was found.
         target: the output with its record beside it, or a registry name; MERGED by default.
+        page: the report as HTML, which a registered version keeps.
 
     Raises:
         NotFound: it has no record.
@@ -85,4 +86,4 @@ def attach(report: VerifyReport, target: str | Path | None = None) -> Attached:
     """
     from adapterkit.registry.evidence import attach_verification
 
-    return attach_verification(target if target is not None else report.merged, verifications(report))
+    return attach_verification(target if target is not None else report.merged, verifications(report), page=page)

@@ -11,6 +11,7 @@ from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.tensor import Cast, Tensor
 from adapterkit.dtypes import FLOATS
 from adapterkit.errors import CheckpointError, UsageError
+from adapterkit.foreign import json_value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -353,10 +354,9 @@ def _bits(tensor: Tensor) -> float:
 
 
 def _planned_config(side: Mapping[str, bytes], base: Checkpoint) -> Mapping[str, Any]:
-    import json
 
     found = side.get("config.json")
-    return json.loads(found) if found is not None else base.config
+    return json_value(found) if found is not None else base.config
 
 
 def _ties(folded: Folded, floats: Checkpoint, values: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
