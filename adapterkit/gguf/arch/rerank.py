@@ -84,16 +84,15 @@ def token_ids(files: Mapping[str, bytes], ref: str) -> dict[str, int]:
         words = json.loads(files.get("tokenizer.json", b"{}")).get("model", {}).get("vocab", {})
     except (ValueError, AttributeError):
         words = {}
-    found = (
-        {field: words.get(word) for field, word in ((RANK_YES, "yes"), (RANK_NO, "no"))}
-        if isinstance(words, dict)
-        else {}
-    )
-    if not all(type(one) is int for one in found.values()) or not found:
-        raise CheckpointError(
-            f"{ref}: a reranker of this kind answers 'yes' or 'no', and its tokenizer.json has no such tokens",
-            "convert it as the language model that it is",
-        )
+    found: dict[str, int] = {}
+    for field, word in ((RANK_YES, "yes"), (RANK_NO, "no")):
+        number = words.get(word) if isinstance(words, dict) else None
+        if type(number) is not int:
+            raise CheckpointError(
+                f"{ref}: a reranker of this kind answers 'yes' or 'no', and its tokenizer.json has no such tokens",
+                "convert it as the language model that it is",
+            )
+        found[field] = number
     return found
 
 
