@@ -105,6 +105,7 @@ def _check_pipeline(base: Checkpoint, asked: MergeRequest) -> None:
         option("quant"): asked.quant,
         option("dtype"): None if asked.dtype == "auto" else asked.dtype,
         option("max_shard_size"): asked.max_shard_size,
+        option("residual"): asked.residual,
         option("on"): asked.on,
         option("save_plan"): asked.save_plan,
     }
@@ -247,7 +248,7 @@ def _gguf(
             f"{base.ref} is a GGUF base, which has types of its own",
             f"use {option('quant')}, as in {option('quant', 'F16')}",
         )
-    how: dict[str, Any] = {**_how(asked), "quantization": _freely(asked.gguf_types)}
+    how: dict[str, Any] = {**_how(asked), "quantization": _beside(_freely(asked.gguf_types), asked)}
     made = fold_gguf(base, adapters, asked.adapter_weights, **how)
     notes: tuple[str, ...] = ()
     if asked.gguf_types is not None and asked.gguf_types.keep_below is not None:
@@ -278,7 +279,7 @@ def _hf_to_gguf(
         "adapters": adapters,
         "touched": folded.touched,
         "files": files,
-        "asked": _freely(asked.gguf_types),
+        "asked": _beside(_freely(asked.gguf_types), asked),
         "dtype": asked.floats,
         "pre": asked.pre,
         "approximate": tuple(asked.allow_approximate),
@@ -319,6 +320,15 @@ def _freely(asked: Quantization | None) -> Quantization | None:
     if asked is None or asked.keep_below is None:
         return asked
     return replace(asked, keep_touched=None, keep_below=None, yes_lossy=True)
+
+
+def _beside(types: Quantization | None, asked: MergeRequest) -> Quantization | None:
+    """The types of an output whose rounding is kept beside it: nothing of the change is lost there."""
+    if asked.residual is None:
+        return types
+    from adapterkit.gguf.quantize import Quantization as Types
+
+    return replace(types or Types(), yes_lossy=True)
 
 
 def _too_lossy(
