@@ -176,9 +176,10 @@ class After:
 
     def _page(self, name: str, found: VerifyReport) -> None:
         """The evidence as a page, whether it holds or not."""
+        from adapterkit.registry.record import now
         from adapterkit.verbs.verify.page import html
 
-        path, data = page_of(self._file, name), html(found).encode()
+        path, data = page_of(self._file, name), html(found, when=now()).encode()
         digest = hashlib.sha256(data).hexdigest()
         self._state.coming_pages[name] = digest  # what is cut off now leaves the page before or this one
         self._state.save()
