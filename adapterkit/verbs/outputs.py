@@ -204,9 +204,7 @@ def _stored_in(base: Checkpoint) -> dict[tuple[str | None, bool], bool]:
     # A weight no larger than a tile is called otherwise ("per row"); its numbers are the same.
     alike = len({word.split()[0] for word in how}) == 1
     said = base.stored.checkpoint.config
-    return {
-        (kind.name, nested): has_layout(said, kind) for kind in KINDS.values() if alike and how & set(kind.already)
-    }
+    return {(kind.name, nested): has_layout(said, kind) for kind in KINDS.values() if alike and how & set(kind.already)}
 
 
 def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, settings: Mapping[str, Any]) -> Output:

@@ -167,9 +167,7 @@ def torchao(kind: str, w: torch.Tensor, delta: torch.Tensor) -> Callable[[], obj
         from torchao.prototype.mx_formats.mx_tensor import MXTensor
 
         mx = MXTensor.to_mx(w, torch.float4_e2m1fn_x2, 32)
-        return lambda: MXTensor.to_mx(
-            (mx.dequantize(torch.float32) + delta).bfloat16(), torch.float4_e2m1fn_x2, 32
-        )
+        return lambda: MXTensor.to_mx((mx.dequantize(torch.float32) + delta).bfloat16(), torch.float4_e2m1fn_x2, 32)
     return None
 
 

@@ -41,7 +41,17 @@ def groups(*names: str) -> dict[str, Any]:
     for number, (name, module) in enumerate(zip(names, ("q_proj", "k_proj", "v_proj"), strict=False)):
         group = json.loads(json.dumps(FORMATS[name].config["config_groups"]["group_0"], default=str))
         found[f"group_{number}"] = {**group, "targets": [f"re:.*{module}$"]}
-    return {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": found, "ignore": ["lm_head"]}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "mixed-precision",
+        "config_groups": found,
+        "ignore": ["lm_head"],
+    }
+
+
+def packed(bits: int, target: str) -> dict[str, Any]:
+    weights = {"num_bits": bits, "type": "int", "group_size": 32}
+    return {"targets": [target], "weights": weights, "format": "pack-quantized"}
 
 
 MIXED: dict[str, tuple[dict[str, Any], dict[str, Encode]]] = {
@@ -58,8 +68,8 @@ MIXED: dict[str, tuple[dict[str, Any], dict[str, Encode]]] = {
         {
             **groups("ct int4", "ct int4"),
             "config_groups": {
-                "a": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "group_size": 32}, "format": "pack-quantized"},
-                "b": {"targets": ["re:.*k_proj"], "weights": {"num_bits": 8, "type": "int", "group_size": 32}, "format": "pack-quantized"},
+                "a": packed(4, "Linear"),
+                "b": packed(8, "re:.*k_proj"),
             },
         },
         {
