@@ -282,12 +282,13 @@ def merge(request: MergeRequest) -> MergeReport:
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError, AuthError, HubError
     """
     from adapterkit.verbs.carry import carry_out
-    from adapterkit.verbs.ladder import abreast, rungs
+    from adapterkit.verbs.ladder import abreast, plans_of, rungs
 
     started = time.monotonic()
     how = {"headers_only": not request.writes, "fingerprints": request.writes or bool(request.save_plan)}
     made = [planned(one, **how) for one in rungs(request)]
-    report: MergeReport = carry_out(abreast([one.job() for one in made]), request, started)
+    jobs = [one.job() for one in made]
+    report: MergeReport = carry_out(abreast(jobs), request, started, plans_of(request, jobs))
     return report
 
 

@@ -127,7 +127,8 @@ def _folder(
             "what changed can be kept wider only in a format that the rest has already",
             f"add {option('quant')} keep, or leave it out",
         )
-    if asked.gguf_types is not None or asked.pre is not None or asked.said:
+    of_gguf = asked.pre is not None or asked.said or asked.as_reranker or asked.allow_approximate
+    if asked.gguf_types is not None or of_gguf:
         raise UsageError("options of a GGUF output were given for a folder", "name the output like OUT.gguf")
     if own:
         return _one_file(_kept(base, adapters, asked, settings), asked)
@@ -239,6 +240,9 @@ def _gguf(
     assert isinstance(base, GGUFCheckpoint)
     if asked.pre is not None:
         raise UsageError(f"{base.ref} is a GGUF base, which has a tokenizer of its own", f"leave out {option('pre')}")
+    for name in ("as_reranker", "allow_approximate"):
+        if getattr(asked, name):
+            raise UsageError(f"{base.ref} is a GGUF base, which is a model of its kind", f"leave out {option(name)}")
     if asked.dtype != "auto" or asked.folder_format is not None or values != "as stored":
         raise UsageError(
             f"{base.ref} is a GGUF base, which has types of its own",
@@ -279,6 +283,7 @@ def _hf_to_gguf(
         "dtype": asked.floats,
         "pre": asked.pre,
         "approximate": tuple(asked.allow_approximate),
+        "as_reranker": asked.as_reranker,
     }
     tower = None
     if asked.makes_tower:
