@@ -134,6 +134,12 @@ def show(report: VerifyReport) -> None:
             f"{tensors.retention:.2%} of it is there (|d|/|W| {tensors.relative:.1e}, unmoved {tensors.unmoved:.1%}), "
             f"{tensors.seconds:.1f} s"
         )
+    if report.pair is not None:
+        pair = report.pair
+        say(
+            f"together with {report.residual}: cosine {pair.cosine:.5f}, error {pair.error:.2g}, "
+            f"{pair.retention:.2%} of the change is there, {pair.seconds:.1f} s"
+        )
     if report.layers is not None:
         layers = report.layers
         say(

@@ -117,6 +117,15 @@ class Step:
         """Whether the output is a file (or a set of them) and not a folder."""
         return self.to in (GGUF, "gguf-lora")
 
+    @property
+    def shares(self) -> Any:
+        """What a step reads: those that agree in it are written in one pass. A step that shares with none has its name."""
+        if self.verb == MERGE:
+            return self.fold()
+        if self.verb == CONVERT and self.to == GGUF and self.source is not None:
+            return (CONVERT, self.source.path or self.source.ref)
+        return self.name
+
     def fold(self) -> tuple[Any, ...]:
         """What decides the folded values: two merges that agree in it can share one pass over the base."""
         refs = tuple((one.path or one.ref, one.weight) for one in self.adapters)

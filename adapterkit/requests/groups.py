@@ -493,6 +493,13 @@ class GGUFOutput(Request):
             role=VALUES, group=GGUF_TYPES, many=True, metavar="FIELD", recipe="output.allow-approximate",
         ),
     )  # fmt: skip
+    as_reranker: bool = field(
+        default=False,
+        metadata=opt(
+            "Write a Qwen3-Reranker as one: what llama-server's rerank endpoint asks, and the scores of yes and no alone.",
+            FLAG, role=VALUES, group=GGUF_TYPES, recipe="output.as-reranker",
+        ),
+    )  # fmt: skip
     mmproj: Ref | None = field(
         default=None,
         metadata=opt(

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.codecs.kinds import nested, written
 from adapterkit.dtypes import BY_LABEL, FLOATS, DType
-from adapterkit.errors import CheckpointError, UsageError
+from adapterkit.errors import CheckpointError, UsageError, option
 from adapterkit.ops.device import CPU
 from adapterkit.places import Address
 from adapterkit.requests.groups import (
     BASE,
     BESIDE,
     FLOAT_TYPES,
+    LIMITS,
     OUTPUT,
     RUNNING,
     GGUFOutput,
@@ -27,7 +28,7 @@ from adapterkit.requests.groups import (
     Running,
     Types,
 )
-from adapterkit.requests.option import BYTES, FLAG, INPUT, PATH, REF, RUN, VALUES, opt
+from adapterkit.requests.option import BYTES, FLAG, INPUT, PATH, REF, RUN, VALUES, WHOLE, opt
 from adapterkit.requests.workers import OnWorkers
 from adapterkit.values import dataclass
 
@@ -102,6 +103,15 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
             role=BYTES, group=OUTPUT, flag="--double-quant", needs=("quant",), recipe="output.double-quant",
         ),
     )  # fmt: skip
+    residual: int | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Write what rounding takes as a LoRA of at most this rank beside the output: OUT-residual.", WHOLE,
+            role=BYTES, group=OUTPUT, metavar="RANK", low=1,
+            elsewhere={"recipe": "an output of a recipe is one folder or file"},
+        ),
+    )  # fmt: skip
     device: str = field(
         default=CPU,
         kw_only=True,
@@ -136,8 +146,27 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
             )
         if self.quant_double and self.quant not in nested():
             raise UsageError(f"{self.quant} has no nested scales", "leave out --double-quant, or use --quant nf4")
+        if self.residual is not None:
+            self._check_residual()
         if self.as_trained == "int8" and self.double_quant:
             raise UsageError("int8 has no nested scales", "leave out --double-quant, or use --as-trained nf4")
+
+    def _check_residual(self) -> None:
+        """
+        Raises:
+            UsageError: an option that has no meaning for an output with a residual beside it.
+        """
+        for name in LIMITS:
+            if getattr(self, name) is not None:
+                raise UsageError(
+                    f"{option(name)} is measured on the output alone, and {option('residual')} stands beside it",
+                    f"merge without {option(name)}, then verify: that measures the two together",
+                )
+        if self.save_plan is not None:
+            raise UsageError(
+                f"a plan is of one output, and {option('residual')} is a second one",
+                f"leave out {option('save_plan')}, or {option('residual')}",
+            )
 
     @property
     def measures(self) -> bool:

@@ -71,6 +71,14 @@ class VerifyRequest(OntoBase, OfAdapters, Ruled, Limits):
             role=RUN, group=THRESHOLDS, metavar="Y", low=0, high=1, recipe="verify.min-top1",
         ),
     )  # fmt: skip
+    residual: Ref | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "What merge --residual wrote beside MERGED; by default what its record names. Limits are of the two.", REF,
+            role=RUN, group=THRESHOLDS, metavar="REF", elsewhere={"recipe": "no output of a recipe has one"},
+        ),
+    )  # fmt: skip
     on_purpose: tuple[str, ...] | str = field(
         default=(),
         kw_only=True,

@@ -54,6 +54,28 @@ class AdapterUse:
 
 
 @dataclass(frozen=True)
+class ResidualReport:
+    """What rounding took of a merge, as a LoRA beside its output.
+
+    Attributes:
+        out: the folder, or the GGUF file.
+        rank: of the factors, at most.
+        modules: how many weights have factors; ``nbytes``: of their file.
+        held: share of the squared norm of what rounding took that the factors hold; None before it is computed.
+        command: serves output and residual together.
+        notes: weights that have none, and why.
+    """
+
+    out: str
+    rank: int
+    modules: int
+    nbytes: int
+    held: float | None
+    command: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class MergeReport:
     """What a merge did, or with ``dry_run`` would do.
 
@@ -70,6 +92,7 @@ class MergeReport:
         peak_memory: measured over the process, or estimated for a dry run.
         requests, bytes_down, bytes_up, bytes_inside: of object stores: what was asked, read, sent, and copied by a store
             itself; for a dry run, what would be.
+        residual: what rounding took, where that was asked for; ``fidelity`` is of the output alone.
     """
 
     out: str
@@ -101,6 +124,7 @@ class MergeReport:
     bytes_up: int = 0
     bytes_inside: int = 0
     forecast: tuple[Forecast, ...] = ()
+    residual: ResidualReport | None = None
 
     @property
     def ok(self) -> bool:

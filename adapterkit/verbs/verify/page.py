@@ -144,6 +144,9 @@ def _figures(report: VerifyReport) -> Iterator[tuple[str, str, str]]:
     yield "Changed by adapters", f"{tensors.touched:,}", f"|delta|/|W| {tensors.relative:.1e} over all of them"
     beside = f"error beside it {tensors.error:.2g}; {tensors.retention:.2%} of it survives"
     yield "Cosine with the change", f"{tensors.cosine:.5f}", beside
+    if report.pair is not None:
+        beside = f"error {report.pair.error:.2g}; {report.pair.retention:.2%} of the change is there"
+        yield f"With {report.residual}", f"{report.pair.cosine:.5f}", beside
     if report.layers is not None:
         lost = f"of what the adapter does; {report.layers.inputs} inputs"
         yield "Lost in the outputs", f"{report.layers.lost:.2%}", lost
