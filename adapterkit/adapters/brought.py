@@ -93,7 +93,7 @@ def with_brought(base: Mapping[str, bytes], adapters: Sequence[Adapter]) -> tupl
 def _has_template(files: Mapping[str, bytes]) -> bool:
     if any(name in TEMPLATES or name.startswith(MORE_TEMPLATES) for name in files):
         return True
-    return _inline(files) is not None
+    return _inline(files) is not None or bool(_object(files.get(PROCESSOR_CONFIG, b"")).get(TEMPLATE))
 
 
 def _inline(files: Mapping[str, bytes]) -> Any:

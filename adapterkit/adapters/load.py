@@ -11,6 +11,7 @@ from adapterkit.adapters.brought import is_brought
 from adapterkit.adapters.config import AdapterConfig
 from adapterkit.adapters.experts import order_notes
 from adapterkit.adapters.keys import plain_keys
+from adapterkit.adapters.methods import METHODS
 from adapterkit.checkpoint.checkpoint import SideFile
 from adapterkit.checkpoint.files import LocalFile, is_gguf
 from adapterkit.checkpoint.folder import (
@@ -79,7 +80,7 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
             return _mlx(listing.open(weights_of_mlx), config, listing.ref, listing.commit)
         raise AdapterError(f"{config.where} names no peft_type", "it is not a PEFT adapter config, or a damaged one")
     sources, weights = _weights(listing)
-    tensors, notes = plain_keys(weights, sources[0].name)
+    tensors, notes = plain_keys(weights, sources[0].name, METHODS.get(config.peft_type))
     side_files = tuple(
         SideFile(name, listing.open(name)) for name in side_names(listing.names, {WEIGHTS}) if is_brought(name)
     )

@@ -275,7 +275,7 @@ def _as_flag(name: str, value: object) -> str:
 def _run(given: list[str]) -> Any:
     debug = "--debug" in given
     try:
-        code = app.main(args=given, prog_name="adapterkit", standalone_mode=False)
+        code = app.main(args=given, prog_name="adapterkit", standalone_mode=False, obj=tuple(given))
         gc.freeze()  # nor is there anything to find at the end
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Abort:

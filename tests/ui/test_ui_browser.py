@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from click.testing import CliRunner
 from models import plain_adapter, plain_base
 
 import adapterkit
-from adapterkit.cli import app
+from adapterkit.cli import main
 from adapterkit.provenance.register import register
 from adapterkit.registry import served, verbs
 from adapterkit.registry.evaluation import Score
@@ -202,8 +202,9 @@ def test_the_page_of_verify_and_back(
         "--level",
         "tensors",
     ]
-    done = CliRunner().invoke(app, [*command, "--html", str(tmp_path / "proof.html")])
-    assert done.exit_code == 0, done.output
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--html", str(tmp_path / "proof.html")])
+    assert ended.value.code == 0
     kept = verbs.show("desk")
     assert kept.record.content == chain["desk"]  # the same model, and a page about it
     assert fsck(home=home).clean
@@ -214,5 +215,9 @@ def test_the_page_of_verify_and_back(
     page.get_by_role("link", name="This version in the registry").click()
     page.wait_for_url(f"**/v/desk/{kept.record.version}/")
     assert page.locator("h1").text_content() == kept.record.ref
+    text = (tmp_path / "proof.html").read_text()
+    assert re.search(r"<p class=.dim.>20\d\d-\d\d-\d\d \d\d:\d\d UTC</p>", text)
+    assert f"adapterkit verify desk --base {tmp_path / 'base'} --adapter tone" in text
+    assert "(LoRA)" in text
     page.goto((tmp_path / "proof.html").as_uri())
     assert page.get_by_role("link", name="This version in the registry").count() == 0

@@ -40,6 +40,14 @@ def _levels(report: VerifyReport) -> Iterator[Verification]:
         "dead": len(tensors.dead),
         **figures,
     }
+    if report.pair is not None:  # what the limits are of
+        pair = report.pair
+        figures["residual"] = {
+            "cosine": _short(pair.cosine),
+            "error": _short(pair.error),
+            "retention": _short(pair.retention),
+            "dead": len(pair.dead),
+        }
     bounds = {
         "min_retention": limits.min_retention,
         "min_cosine": limits.min_cosine,

@@ -71,8 +71,13 @@ MEASURES = (
 )
 
 
-def html(report: VerifyReport) -> str:
-    """The page."""
+def html(report: VerifyReport, *, command: str = "", when: str = "") -> str:
+    """The page.
+
+    Args:
+        command: the command line that made the report.
+        when: UTC time, like ``2026-01-31T23:59:59Z``.
+    """
     here = Path(__file__).parent
     style, script = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     title = f"{_name(report.merged)}: {'verified' if report.ok else 'not verified'}"
@@ -83,7 +88,7 @@ def html(report: VerifyReport) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{for_page(title)}</title><style>{style}</style></head><body>",
             '<a class="skip" href="#findings">To the findings</a><main>',
-            *_head(report),
+            *_head(report, command, when),
             *_findings(report),
             *_map(report),
             *_layers(report),
@@ -103,12 +108,16 @@ def _name(ref: str) -> str:
 # ------------------------------------------------------------------ the head
 
 
-def _head(report: VerifyReport) -> Iterator[str]:
+def _head(report: VerifyReport, command: str, when: str) -> Iterator[str]:
     tone, word = ("ok", "verified") if report.ok else ("error", "not verified")
     adapters = " and ".join(f"<code>{for_page(one)}</code>" for one in report.adapters)
     yield f'<header><span class="badge {tone}">{word}</span>'
     yield f"<h1>{for_page(_verdict(report))}</h1>"
     yield f"<p><code>{for_page(report.merged)}</code> beside <code>{for_page(report.base)}</code> with {adapters}</p>"
+    if when:
+        yield f'<p class="dim">{for_page(when[:16].replace("T", " "))} UTC</p>'
+    if command:
+        yield f"<p><code>{for_page(command)}</code></p>"
     yield '<dl class="figures">'
     for title, value, small in _figures(report):
         yield f"<div><dt>{for_page(title)}</dt><dd>{for_page(value)}<small>{for_page(small)}</small></dd></div>"
@@ -134,6 +143,9 @@ def _figures(report: VerifyReport) -> Iterator[tuple[str, str, str]]:
     yield "Changed by adapters", f"{tensors.touched:,}", f"|delta|/|W| {tensors.relative:.1e} over all of them"
     beside = f"error beside it {tensors.error:.2g}; {tensors.retention:.2%} of it survives"
     yield "Cosine with the change", f"{tensors.cosine:.5f}", beside
+    if report.pair is not None:
+        beside = f"error {report.pair.error:.2g}; {report.pair.retention:.2%} of the change is there"
+        yield f"With {report.residual}", f"{report.pair.cosine:.5f}", beside
     if report.layers is not None:
         lost = f"of what the adapter does; {report.layers.inputs} inputs"
         yield "Lost in the outputs", f"{report.layers.lost:.2%}", lost
