@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from adapterkit.adapters.write_peft import Extras, peft_config
 from adapterkit.checkpoint.plan import BASELINE_MEMORY, default_jobs
 from adapterkit.dtypes import F16
-from adapterkit.errors import UsageError, option
+from adapterkit.errors import CheckpointError, UsageError, option
 from adapterkit.places import Address
 from adapterkit.verbs.factors import FactorWork
 from adapterkit.verbs.job import Job
@@ -59,6 +59,7 @@ class OfMerge(Protocol):
 
 
 WHOLE = 1 << 28  # entries of a difference up to which it is held in memory, where it is computed once
+LEAST = 0.01  # share of a loss that rounding its factors may take
 ENDING = "-residual"
 
 
@@ -94,6 +95,18 @@ class _Difference:
 
     def rows(self, start: int, stop: int) -> Any:
         return self._wanted(start, stop) - self._written(start, stop)
+
+
+def _spoiled(cuts: Sequence[Truncated]) -> float:
+    """The norm, about, of what rounding the factors to 16 bits adds; infinite where they do not fit."""
+    total = 0.0
+    for cut in cuts:
+        off = 0.0
+        for factor in (cut.factors.a, cut.factors.b):
+            size, lost = float(factor.double().norm()), float((factor.half().double() - factor.double()).norm())
+            off += lost / size if size else 0.0
+        total += (off * cut.norm) ** 2
+    return float(total**0.5)
 
 
 @dataclass
@@ -206,6 +219,11 @@ class Residual:
             cuts.append(low_rank(delta, rank=min(self.rank, slot.largest_rank)))
             still = lost.pieces[at + 1][2] if at + 1 < len(lost.pieces) else frozenset()
             form.release(tensors - still)
+        if _spoiled(cuts) > LEAST * sum(cut.norm**2 for cut in cuts) ** 0.5:
+            raise CheckpointError(
+                f"what rounding took of '{slot.parameter}' is too large or too small for factors of 16 bits",
+                f"leave out {option('residual')}",
+            )
         return cuts
 
     def _named(self) -> str:

@@ -16,7 +16,7 @@ from adapterkit import merge, verify
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.cli import main
-from adapterkit.errors import OutputError, UsageError
+from adapterkit.errors import CheckpointError, OutputError, UsageError
 
 KEY = f"base_model.model.{TOUCHED}.lora_"
 
@@ -137,6 +137,25 @@ def test_what_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (tmp_path / "cut/out-residual" / name).read_bytes() == whole
 
 
+def test_no_output_appears_before_its_residual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adapterkit.checkpoint.write import Ready
+
+    base, tuned, _ = inputs(tmp_path, "int8")
+    publish, seen = Ready.publish, []
+
+    def once(self: Ready, *, force: bool) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(self.out.name)
+        publish(self, force=force)
+
+    monkeypatch.setattr(Ready, "publish", once)
+    with pytest.raises(KeyboardInterrupt):
+        merge(base, [tuned], tmp_path / "out", quant="keep", residual=2)
+    assert seen == ["out-residual"]
+    assert not (tmp_path / "out").exists()
+
+
 def test_verify_measures_the_two_together(tmp_path: Path) -> None:
     base, tuned, _ = inputs(tmp_path, "nf4", size=0.001)
     out, residual = tmp_path / "out", tmp_path / "out-residual"
@@ -157,6 +176,14 @@ def test_verify_measures_the_two_together(tmp_path: Path) -> None:
     alone = verify(out, base=base, adapters=[tuned], level="tensors")
     assert not alone.ok
     assert {"no residual", "swallowed"} <= {finding.kind for finding in alone.findings}
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-24])
+def test_what_16_bits_cannot_hold_is_refused(tmp_path: Path, size: float) -> None:
+    base, tuned, _ = inputs(tmp_path, "int8", size=size)
+    with pytest.raises(CheckpointError, match="q_proj"):
+        merge(base, [tuned], tmp_path / "out", quant="keep", residual=4)
+    assert not (tmp_path / "out").exists()
 
 
 REFUSED = {

@@ -71,7 +71,7 @@ def together(
     def work(item: Item) -> tuple[Item, FidelitySums, float]:
         return (item, *_measured(item, pair[item.name]))
 
-    rows, total, apart = [], FidelitySums(), []
+    rows, total, apart, without = [], FidelitySums(), [], []
     sizes = [item.floats.nbytes for item in items]
     for item, sums, off in in_order(work, items, jobs, sizes, progress):
         if item.touched:
@@ -80,6 +80,8 @@ def together(
         # What was cut of rounding's loss is never more than that loss.
         if item.name in named and sums.ee**0.5 > SLACK * off**0.5 + FLOOR * sums.dd**0.5:
             apart.append(item.name)
+        elif item.touched and item.name not in named and item.format is not None and off:
+            without.append(item.name)
     found: list[Finding] = []
     if apart:
         more = f" and {len(apart) - 1} more" if len(apart) > 1 else ""
@@ -87,10 +89,9 @@ def together(
             f"{residual.ref} takes MERGED further from what was trained, in {apart[0]}{more}: it is of another output"
         )
         found.append(Finding("other residual", ERROR, text, "give the one that was written beside it", tuple(apart)))
-    without = [item.name for item in items if item.touched and item.format is not None and item.name not in named]
     if without:
         more = f" and {len(without) - 1} more" if len(without) > 1 else ""
-        text = f"{without[0]}{more} changed and has no part in the residual"
+        text = f"{without[0]}{more} lost something to rounding and has no part in the residual"
         found.append(Finding("no residual", NOTE, text, tensors=tuple(without)))
     figures: dict[str, Any] = {
         name: getattr(total, name) for name in ("retention", "cosine", "relative", "unmoved", "error")
