@@ -96,7 +96,7 @@ def output(
 
 
 def _check_pipeline(base: Checkpoint, asked: MergeRequest) -> None:
-    """A pipeline is written as it is stored, in one run, to a folder.
+    """A pipeline is written as it is stored, to a folder.
 
     Raises:
         UsageError: anything else is asked for.
@@ -106,8 +106,6 @@ def _check_pipeline(base: Checkpoint, asked: MergeRequest) -> None:
         option("dtype"): None if asked.dtype == "auto" else asked.dtype,
         option("max_shard_size"): asked.max_shard_size,
         option("residual"): asked.residual,
-        option("on"): asked.on,
-        option("save_plan"): asked.save_plan,
     }
     wrong = next((name for name, value in given.items() if value is not None), None)
     if wrong is not None:
