@@ -285,7 +285,10 @@ class Residual:
         held = 1 - left / total if total else None
         notes = tuple(self._form.skipped)
         if held is not None and held < MOST:
-            notes = (f"the residual holds {held:.1%} of what rounding takes: the rest is noise of no small rank", *notes)
+            notes = (
+                f"the residual holds {held:.1%} of what rounding takes: the rest is noise of no small rank",
+                *notes,
+            )
         return ResidualReport(
             "" if self.out is None else str(self.out),
             self.rank,
