@@ -24,6 +24,7 @@ SMALL = {
     "mergekit": "--only linear",
     "methods": "--only Vera --only HiRA --only LoHa",
     "no_alarm": "--only gpt2 --only qwen3_moe",
+    "peft_matrix": "--tests $PEFT_TESTS --only IA3 --only Groups --only qwen2 --only lora_variants",
     "rounding": "--steps 10 --formats nf4",
     "store_plan": "--dir $GIANTS --model llama-405b",
     "sweep": "--only gpt2 --only qwen3_moe --only whisper",

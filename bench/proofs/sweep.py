@@ -404,7 +404,9 @@ def main() -> int:
     ]
     rows: list[Row] = []
     if arguments.json and arguments.json.exists():
-        kept = {(row["type"], row["kind"]): Row(**row) for row in json.loads(arguments.json.read_text(encoding="utf-8"))}
+        kept = {
+            (row["type"], row["kind"]): Row(**row) for row in json.loads(arguments.json.read_text(encoding="utf-8"))
+        }
         rows = [kept[item] for item in todo if item in kept]
         todo = [item for item in todo if item not in kept]
     work = partial(_work, merge=not arguments.names_only, verbose=bool(arguments.only))
