@@ -72,7 +72,9 @@ def _oft(module: Module, context: Context) -> Iterator[Edit]:
         turn = (turn if name == OFT_EMBEDDING else turn.mT).float().contiguous()
         return RowMap(lambda w, rows: ops.times_blocks(w, turn))
 
-    yield edit(target, f"oft {blocks}x{size}", load, (vectors,), blocks * size * size, BEFORE)
+    # Inputs are turned by the first adapter first, and so is what an embedding gives out.
+    order = AFTER if name == OFT_EMBEDDING else BEFORE
+    yield edit(target, f"oft {blocks}x{size}", load, (vectors,), blocks * size * size, order)
 
 
 def _boft(module: Module, context: Context) -> Iterator[Edit]:
