@@ -12,9 +12,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
-from adapterkit.errors import ServerError, UsageError, option
+from adapterkit.errors import AdapterkitError, ServerError, UsageError, option
+from adapterkit.foreign import is_whole, json_value
 
 _CHUNK = 1 << 20
 _LOOPBACK = ("localhost", "127.", "[::1]", "::1")
@@ -37,7 +38,7 @@ class WebAnswer:
     def value(self) -> Any:
         """The body as JSON; as text where it is none."""
         try:
-            return json.loads(self.data)
+            return json_value(self.data)
         except ValueError:
             return self.data.decode("utf-8", "replace")
 
@@ -74,7 +75,7 @@ class WebStream:
                 raise ServerError(f"{self._host} sent more than {most:,} bytes", "see what answers at that address")
             yield block
         said = self.headers.get("content-length", "")
-        if said.isdigit() and int(said) != total and not self._bodiless:
+        if is_whole(said) and int(said) != total and not self._bodiless:
             raise ServerError(f"{self._host} broke off after {total:,} of {said} bytes", "try again")
 
 
@@ -101,7 +102,7 @@ def check_url(url: str) -> str:
     Raises:
         UsageError: another scheme, no host, or a password in it.
     """
-    parts = urlsplit(url)
+    parts = parts_of(url, UsageError)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UsageError(f"'{url}' is no address of a server", "give it like http://host:8000")
     if "@" in parts.netloc:
@@ -110,6 +111,20 @@ def check_url(url: str) -> str:
     if parts.query or parts.fragment:
         raise UsageError(f"'{url}' is more than an address", "leave out what follows the path")
     return url.rstrip("/")
+
+
+def parts_of(url: str, kind: type[AdapterkitError] = ServerError) -> SplitResult:
+    """The parts of an address, of a user or of a server's answer.
+
+    Raises:
+        AdapterkitError: of ``kind``: it is no address, such as ``http://[``.
+    """
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        raise kind(f"'{url[:100]}' is no address of a server", "give it like http://host:8000") from None
+    return parts
 
 
 @contextmanager
@@ -136,7 +151,7 @@ def stream(
     import urllib.error
     import urllib.request
 
-    host = urlsplit(url).netloc
+    host = parts_of(url).netloc
     given = {"User-Agent": "adapterkit", **(headers or {})}
     if body is not None:
         data = json.dumps(body).encode()
@@ -149,14 +164,14 @@ def stream(
         def redirect_request(self, *_: Any) -> None:
             return None
 
-    near = (urlsplit(url).hostname or "").startswith(_LOOPBACK)
+    near = (parts_of(url).hostname or "").startswith(_LOOPBACK)
     handlers: list[Any] = [Stay, urllib.request.ProxyHandler({})] if near else [Stay]
     until, bare = time.monotonic() + timeout, method == "HEAD"
     try:
         answer: Any = urllib.request.build_opener(*handlers).open(request, timeout=timeout)
     except urllib.error.HTTPError as error:
         answer = error
-    except (OSError, _http_error()) as error:
+    except (OSError, ValueError, _http_error()) as error:  # an address that cannot be sent is a ValueError
         raise _lost(host, error) from error
     try:
         named = {key.lower(): value for key, value in answer.headers.items()}

@@ -17,7 +17,7 @@ from adapterkit.gguf.kernels import backends, selftest
 from adapterkit.gguf.kernels.layouts import LAYOUTS
 from adapterkit.gguf.types import TYPES
 
-ROWS, COLUMNS = 20, 768
+ROWS, COLUMNS = 10, 768
 NEEDS_IMPORTANCE = [name for name, kind in TYPES.items() if kind.needs_importance]
 VARIANTS = [(name, weighted) for name, layout in LAYOUTS.items() for weighted in (False, layout.given is not None)]
 VARIANTS = list(dict.fromkeys(VARIANTS))

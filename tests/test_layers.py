@@ -47,13 +47,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("places", "rows", "web"),
     ("disk",),
     ("packages", "deprecation"),
-    ("errors", "values", "_version"),
+    ("errors", "values", "foreign", "_version"),
 )
 HEIGHT = {unit: len(LAYERS) - number for number, layer in enumerate(LAYERS) for unit in layer}
 
 # Some know even less of what lies below them.
 ONLY = {
-    "codecs": {"ops", "dtypes", "rows", "errors", "values"},
+    "codecs": {"ops", "dtypes", "rows", "errors", "values", "foreign"},
     "ops": {"dtypes", "errors", "values"},
 }
 HEAVY = ("torch", "numpy", "transformers", "peft", "safetensors", "numba", "gguf", "scipy", "pandas")

@@ -32,7 +32,7 @@ from adapterkit.verbs.verify import verify
 
 
 def test_every_row_names_a_known_feature_its_source_and_a_way_out() -> None:
-    assert set(servers()) == {"vllm", "sglang", "tgi", "lorax", "llama.cpp", "ollama", "mlx"}
+    assert set(servers()) == {"vllm", "sglang", "tgi", "lorax", "llama.cpp", "ollama", "mlx", "semantic-router"}
     for name, server in servers().items():
         assert server.expectations, name
         told = [(row.feature, row.architectures) for row in server.expectations]

@@ -100,7 +100,7 @@ def test_a_verb(copy: Copy) -> None:
         '"""`adapterkit toy`"""\n\nimport click\n\nfrom adapterkit.cli.output import say\n\n\n'
         '@click.command(name="toy")\ndef command() -> None:\n    """Say it."""\n    say("a toy")\n',
     )
-    copy.insert("cli/__init__.py", '    "demo": (', '    "toy": ("adapterkit.cli.toy", "Be a toy."),\n')
+    copy.insert("cli/__init__.py", '        "demo": Verb(', '        "toy": Verb("adapterkit.cli.toy", "Be a toy."),\n')
     assert "a toy" in copy.run("toy")
     assert "Be a toy." in copy.run("--help")
     assert len(copy.touched) == said("a verb")

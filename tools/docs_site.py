@@ -44,17 +44,15 @@ def cli_reference() -> str:
 
 def options_reference() -> str:
     """Every option of the verbs that have a request: its keyword, its flag, its key in a recipe, and what it decides."""
-    from adapterkit.requests import adapters, check, convert, merge, register, verify
+    from adapterkit.requests import every
     from adapterkit.requests.option import flag_of
 
-    requests = (merge.MergeRequest, convert.ConvertRequest, adapters.CombineRequest, adapters.ExtractRequest)
-    requests += (adapters.ResizeRequest, verify.VerifyRequest, register.RegisterRequest, check.CheckRequest)
     about = (
         "One row per option. *Values* decides the values of the output, *bytes* its layout or dtype alone, *run* neither; an "
         "*input* is what is read or where it goes. A dash is a door that does not have the option, with the reason."
     )
     parts = ["# Options", "", about, ""]
-    for request in requests:
+    for request in every():
         parts += [f"## {request.VERB}", "", "| keyword | command line | recipe | decides | |", "|---|---|---|---|---|"]
         for name, option in request.options().items():
             elsewhere = option.elsewhere

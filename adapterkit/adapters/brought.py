@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.foreign import json_value
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -91,7 +93,7 @@ def with_brought(base: Mapping[str, bytes], adapters: Sequence[Adapter]) -> tupl
 def _has_template(files: Mapping[str, bytes]) -> bool:
     if any(name in TEMPLATES or name.startswith(MORE_TEMPLATES) for name in files):
         return True
-    return _inline(files) is not None
+    return _inline(files) is not None or bool(_object(files.get(PROCESSOR_CONFIG, b"")).get(TEMPLATE))
 
 
 def _inline(files: Mapping[str, bytes]) -> Any:
@@ -131,8 +133,8 @@ def _stale_processor(mine: Mapping[str, bytes]) -> set[str]:
 def _object(data: bytes) -> dict[str, Any]:
     """A JSON object; an empty one where it is none, for what cannot be read states nothing."""
     try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
+        found = json_value(data)
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 

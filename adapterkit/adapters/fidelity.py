@@ -182,6 +182,22 @@ class Watch:
             if isinstance(tensor.base, Merged):  # the base as trained: its change is what quantization did to it
                 tensor.base.watch = partial(self._add, name + BASE, tensor.base, (None, None))
 
+    def measure(self, tensors: int | None = None) -> FidelityReport:
+        """The numbers without writing: every tensor, or at most so many, is computed for them."""
+        names = list(self._tensors)
+        if tensors is not None and len(names) > tensors:
+            names = [names[index * len(names) // tensors] for index in range(tensors)]
+        for name in names:
+            tensor, encoding = self._tensors[name], self._encodings.get(name)
+            if encoding is not None:
+                encoding.measure()
+                continue
+            for start in range(0, tensor.numel, tensor.block):
+                tensor.read(start, min(start + tensor.block, tensor.numel))
+            tensor.release()
+        self.stop()
+        return self.report()
+
     def stop(self) -> None:
         """Watch no longer."""
         for tensor in self._tensors.values():
@@ -327,18 +343,7 @@ def left_on_grid(
         tensors: at most so many tensors, spread over the model; None measures all.
         through: of another format, as of `Watch`.
     """
-    watch = Watch(folded, kind, through)
-    merged = merged_tensors(folded)
-    names = list(merged)
-    if tensors is not None and len(names) > tensors:
-        names = [names[index * len(names) // tensors] for index in range(tensors)]
-    for name in names:
-        tensor = merged[name]
-        for start in range(0, tensor.numel, tensor.block):
-            tensor.read(start, min(start + tensor.block, tensor.numel))
-        tensor.release()
-    watch.stop()
-    return watch.report()
+    return Watch(folded, kind, through).measure(tensors)
 
 
 def coarse_tensors(folded: Folded, *, tensors: int = 8) -> list[str]:

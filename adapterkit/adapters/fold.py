@@ -240,7 +240,8 @@ class _Fold:
 
     def _load(self, change: Any, target: Target, name: str) -> Loaded:
         if id(change) not in self._loaded:
-            rows = self._tensors[name].shape[0] if len(target.tensors) == 1 and not target.pieces[0].transposed else 0
+            stored = self._tensors[name].shape  # more rows than the module has: a resized vocabulary
+            rows = stored[0] if len(stored) < 3 and len(target.tensors) == 1 and not target.pieces[0].transposed else 0
             shape = (max(rows, target.matrix[0]), target.matrix[1]) if not target.stacked else target.matrix
             weights = StoredWeights(target, self._tensors, shape)
             self._loaded[id(change)] = Loaded(change, weights, len(target.tensors))

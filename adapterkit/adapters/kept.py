@@ -16,7 +16,7 @@ from adapterkit.checkpoint.decoded import Decoded
 from adapterkit.checkpoint.encoded import Encoded, Encoding
 from adapterkit.checkpoint.tensor import Retyped, Transposed
 from adapterkit.codecs.conv1d import is_conv1d
-from adapterkit.codecs.table import method_of, quantization
+from adapterkit.codecs.table import method_of, quantization, without_quantization
 from adapterkit.errors import TargetError, UsageError, option
 
 if TYPE_CHECKING:
@@ -151,6 +151,8 @@ def kept(folded: Folded, touched_as: DType | Literal["fp8"] | None = None, rule:
     config = stored.config
     if wider:
         config = in_fp8(config, wider) if touched_as == FP8 else left_out(config, stored, wider, form.weights)
+        if touched_as != FP8 and out >= form.weights.keys():
+            config = without_quantization(stored.config)  # nothing is quantized any more, which readers would look for
     caveat = not_in_vllm(method_of(quantization(stored.config) or {}), wider)
     side_files = tuple(
         patched_record(file, wider) if wider and file.name == RECORD else file for file in stored.side_files

@@ -13,6 +13,8 @@ from adapterkit.errors import AdapterError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from adapterkit.adapters.method import Method
+
     Item = TypeVar("Item")
 
 PREFIX = "base_model.model."
@@ -31,16 +33,19 @@ LEADING = {"module": "data parallelism", "model": "a training class", "pretraine
 # What Tinker and transformers call the output layer.
 UNEMBED, OUTPUT = "unembed_tokens", "lm_head"
 
-# What PEFT puts an adapter's name after.
-_INFIXED = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector", "modules_to_save")
+# Tensors that all modules share and that PEFT keeps several of: whether the name of one stands in front of the adapter's.
+_SEVERAL = {"frod_V": True, "frod_s_indices": True, "frod_s_size": True, "tinylora_v": False}
 
 
-def plain_keys(stored: Mapping[str, Item], where: str) -> tuple[dict[str, Item], tuple[str, ...]]:
+def plain_keys(
+    stored: Mapping[str, Item], where: str, method: Method | None = None
+) -> tuple[dict[str, Item], tuple[str, ...]]:
     """The same values by module path and the part of the module, and what a user should know about the keys.
 
     Args:
         stored: by the keys of the file.
         where: the file, for errors.
+        method: the adapter's, where it is known: in whose tensors' keys an adapter's name may stand.
 
     Raises:
         AdapterError: two keys mean the same.
@@ -48,6 +53,7 @@ def plain_keys(stored: Mapping[str, Item], where: str) -> tuple[dict[str, Item],
     unwrapped, wrappers = _unwrapped(stored)
     found: dict[str, Item] = {}
     bare, named, twice, tinker = 0, 0, 0, 0
+    shared = () if method is None else tuple(name for name in method.shared if name not in method.ignored)
     for name, value in stored.items():
         key = unwrapped[name]
         if key.startswith(PREFIX):
@@ -59,10 +65,15 @@ def plain_keys(stored: Mapping[str, Item], where: str) -> tuple[dict[str, Item],
             key = key.removeprefix("base_model.")  # tensors shared by all modules lie one level higher
         else:
             bare += 1
-        plain = _without_adapter_name(key)
+        copied = next((name for name in shared if f".{name}." in key), None)
+        if copied is not None:  # a state dict has what all modules share once more in each of them
+            key = key[key.index(f".{copied}.") + 1 :]
+        plain = _without_adapter_name(key, method)
         named += plain != key
         plain, renamed = _output_layer(plain)
         tinker += renamed
+        if plain in found and shared and plain.startswith(shared):
+            continue
         if plain in found:
             raise AdapterError(f"{where} holds two tensors for '{plain}'", "it mixes several adapters; save one alone")
         found[plain] = value
@@ -94,6 +105,11 @@ def _unwrapped(keys: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
         if leads and rest.startswith(PREFIX):
             found[key] = rest
             seen.update((name, LEADING[name]) for name in leads)
+    # A class of the trainer's around the PEFT model, under whatever name.
+    around = {now.partition(PREFIX)[0] if PREFIX in now else None for now in found.values()}
+    if len(around) == 1 and (outer := around.pop()):
+        seen[outer.rstrip(".")] = "a training class"
+        found = {key: now.removeprefix(outer) for key, now in found.items()}
     # Data parallelism inside PEFT's wrapper, or around a model whose keys lack the prefix.
     for lead in (PREFIX, ""):
         inner = f"{lead}module."
@@ -120,18 +136,34 @@ def _output_layer(key: str) -> tuple[str, bool]:
     return (f"{OUTPUT}.{rest}", True) if found and path in ("", "model.") else (key, False)
 
 
-def _without_adapter_name(key: str) -> str:
+def _without_adapter_name(key: str, method: Method | None) -> str:
+    """A key as PEFT saves it, of one as a state dict has it: ``lora_A.NAME.weight``, ``ia3_l.NAME``."""
     parts = key.split(".")
-    for at, part in enumerate(parts):
-        if part not in _INFIXED:
-            continue
-        rest = parts[at + 1 :]
-        if part == "modules_to_save":
-            return ".".join([*parts[:at], *rest[1:]]) if len(rest) > 1 else key
-        if part == "lora_magnitude_vector" and rest in ([], ["weight"]):
-            return ".".join(parts[: at + 1])
-        if len(rest) == 2 and rest[1] in ("weight", "bias"):
-            return ".".join([*parts[: at + 1], rest[1]])
-        if part.startswith("lora_embedding") and len(rest) == 1:
-            return ".".join(parts[: at + 1])
+    if "modules_to_save" in parts:
+        at = parts.index("modules_to_save")
+        return ".".join([*parts[:at], *parts[at + 2 :]]) if len(parts) > at + 2 else key
+    if method is None:
+        return key
+    if parts[0] in method.shared:
+        return ".".join([parts[0], *_own_part(parts[0], parts[1:])])
+    if any(key.endswith(f".{suffix}") for suffix in method.suffixes):
+        return key
+    for suffix in method.suffixes:
+        wanted = suffix.split(".")
+        # The name stands behind any one of the suffix's parts.
+        for behind in range(1, len(wanted) + 1):
+            lead, tail = wanted[:behind], wanted[behind:]
+            at = len(parts) - len(wanted) - 1
+            if at > 0 and parts[at : at + behind] == lead and parts[at + behind + 1 :] == tail:
+                short = suffix.removesuffix(".weight")  # what is no module any more when PEFT saves it
+                return ".".join([*parts[:at], short if short in method.suffixes else suffix])
     return key
+
+
+def _own_part(name: str, rest: list[str]) -> list[str]:
+    """What stands behind the name of a shared tensor, without the adapter's name."""
+    if name not in _SEVERAL:
+        return rest[1:] if len(rest) == 1 else rest
+    if len(rest) != 2:
+        return rest
+    return rest[:1] if _SEVERAL[name] else rest[1:]

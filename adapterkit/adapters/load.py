@@ -11,6 +11,7 @@ from adapterkit.adapters.brought import is_brought
 from adapterkit.adapters.config import AdapterConfig
 from adapterkit.adapters.experts import order_notes
 from adapterkit.adapters.keys import plain_keys
+from adapterkit.adapters.methods import METHODS
 from adapterkit.checkpoint.checkpoint import SideFile
 from adapterkit.checkpoint.files import LocalFile, is_gguf
 from adapterkit.checkpoint.folder import (
@@ -57,7 +58,11 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
     if path.name == WEIGHTS and path.with_name(ADAPTER_CONFIG).is_file():
         return load_adapter(path.parent)  # PEFT's own file, whose config lies beside it
     if path.is_file() and path.suffix == ".safetensors":
-        return _single_file(LocalFile(path, str(ref), loose=True), str(ref), only=parts)
+        source = LocalFile(path, str(ref), loose=True)
+        said = _mlx_beside(path)
+        if said is not None and not parts:
+            return _mlx(source, said, str(ref))
+        return _single_file(source, str(ref), only=parts)
     if is_gguf(path):
         road = f"make a PEFT adapter of it: adapterkit convert {path.name} --to peft --base BASE -o DIR"
         raise AdapterError(f"{ref} is a GGUF file, which is not read as an adapter here", road)
@@ -70,14 +75,12 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
     if not config.peft_type:
         from adapterkit.adapters.formats import mlx
 
-        if mlx.is_mlx(listing.names, config.raw):
-            source, stored = _stored(listing, mlx.WEIGHTS)
-            config, tensors = mlx.read_mlx(stored, config.raw, config.where)
-            said = ("read as an MLX adapter",)
-            return Adapter(listing.ref, config, tensors, source, commit=listing.commit, notes=said)
+        weights_of_mlx = mlx.mlx_file(listing.names, config.raw)
+        if weights_of_mlx is not None:
+            return _mlx(listing.open(weights_of_mlx), config, listing.ref, listing.commit)
         raise AdapterError(f"{config.where} names no peft_type", "it is not a PEFT adapter config, or a damaged one")
     sources, weights = _weights(listing)
-    tensors, notes = plain_keys(weights, sources[0].name)
+    tensors, notes = plain_keys(weights, sources[0].name, METHODS.get(config.peft_type))
     side_files = tuple(
         SideFile(name, listing.open(name)) for name in side_names(listing.names, {WEIGHTS}) if is_brought(name)
     )
@@ -113,7 +116,7 @@ def is_adapter(ref: str | Path) -> bool:
         from adapterkit.adapters.formats.keys import is_single
 
         source = LocalFile(path, str(ref), loose=True)
-        return is_single(parse_header(source.read, source.size, source.name).tensors)
+        return is_single(parse_header(source.read, source.size, source.name).tensors) or _mlx_beside(path) is not None
     return bool({ADAPTER_CONFIG, PIPELINE_WEIGHTS} & locate(ref, headers_only=True).names)
 
 
@@ -162,6 +165,25 @@ def _single_file(source: Source, ref: str, commit: str | None = None, only: tupl
     return replace(adapter, notes=_told(adapter))
 
 
+def _mlx(source: Source, config: AdapterConfig, ref: str, commit: str | None = None) -> Adapter:
+    """An adapter of mlx-lm or mlx-vlm: a weight file and its config."""
+    from adapterkit.adapters.formats import mlx
+
+    read, tensors = mlx.read_mlx(_handles(source), config.raw, config.where)
+    return Adapter(ref, read, tensors, source, commit=commit, notes=("read as an MLX adapter",))
+
+
+def _mlx_beside(path: Path) -> AdapterConfig | None:
+    """The config beside a weight file of MLX; its trainers save `0000100_adapters.safetensors` there while they train."""
+    from adapterkit.adapters.formats import mlx
+
+    beside = path.with_name(ADAPTER_CONFIG)
+    if not path.name.endswith((mlx.WEIGHTS, mlx.OTHER_WEIGHTS)) or not beside.is_file():
+        return None
+    config = AdapterConfig(locate(path.parent).json(ADAPTER_CONFIG), str(beside))
+    return config if mlx.is_mlx_config(config.raw) else None
+
+
 def _told(adapter: Adapter) -> tuple[str, ...]:
     """How a single file was read."""
     contents = adapter.contents
@@ -206,8 +228,12 @@ def _weights(listing: Listing) -> tuple[tuple[Source, ...], Mapping[str, Tensor]
 
 def _stored(listing: Listing, name: str) -> tuple[Source, dict[str, Stored]]:
     source = listing.open(name)
+    return source, _handles(source)
+
+
+def _handles(source: Source) -> dict[str, Stored]:
     header = parse_header(source.read, source.size, source.name)
-    return source, {key: Stored(key, t.dtype, t.shape, source, t.start) for key, t in header.tensors.items()}
+    return {key: Stored(key, t.dtype, t.shape, source, t.start) for key, t in header.tensors.items()}
 
 
 def _sharded(listing: Listing) -> Exception | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.layout import MOST_BLOCKS, Layout, UnmappableError, lead_of, run, unrun, whole
 from adapterkit.adapters.renamings import Loader, table
+from adapterkit.adapters.stacks import experts, numbered
 from adapterkit.adapters.target import Piece, Target
 from adapterkit.checkpoint.pipeline import components
 
@@ -37,6 +38,9 @@ HEAD = ("language_model.lm_head.", "model.language_model.lm_head.", "text_model.
 
 # The part of an any-to-any model that is trained is a model with a head itself.
 OMNI = ("thinker.", "")
+
+# The vision tower of Qwen's models, in transformers over the years and in MLX.
+VISION = ("model.visual.", "visual.", "vision_tower.")
 
 # A longer name is nobody's parameter: it is only ever matched as it stands.
 LONGEST = 500
@@ -73,8 +77,16 @@ class Names:
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> None:
-        self._shapes = shapes
+        self._stored_shapes = shapes
         self._config = config
+        # Single experts of MLX's stacks, under the names that they have elsewhere: (stack, first row).
+        self._experts: dict[str, tuple[str, int]] = {}
+        self._shapes = shapes
+        alone: dict[str, tuple[int, ...]] = {}
+        for name, shape, stack, first in experts(shapes, self.model_types):
+            alone[name], self._experts[name] = shape, (stack, first)
+        if alone:
+            self._shapes = {**shapes, **alone}
         self._targets: dict[str, Target | None] = {}
         self._parts: dict[tuple[int, tuple[tuple[int, ...], ...]], _Takers] = {}
         self._called: dict[str, str] = {}  # tensor -> its name in the module tree, filled in with `_known`
@@ -237,7 +249,7 @@ class Names:
     @property
     def checkpoint_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of the tensors of the Hugging Face checkpoint, by name."""
-        return self._shapes
+        return self._stored_shapes
 
     def parameters(self) -> Iterator[str]:
         """Every parameter the checkpoint is known to hold, by its module-tree name."""
@@ -322,7 +334,11 @@ class Names:
 
     def _whole(self, name: str, lead: int) -> Layout:
         """A tensor with its first ``lead`` dimensions as rows, by where it is stored."""
-        return whole(name, self._shapes[name], lead)
+        layout = whole(name, self._shapes[name], lead)
+        if name not in self._experts:
+            return layout
+        stack, first = self._experts[name]
+        return Layout(layout.shape, lead, (Piece(stack, layout.rows, at=first),))
 
     def _converted(self, group: _Group) -> list[Layout] | None:
         """The layouts of a group's parameters; None when its tensors are not what the rule expects."""
@@ -417,11 +433,12 @@ class Names:
             if name.startswith(other + "."):
                 inner = name[len(other) + 1 :]
                 found += [inner, prefix + inner]
-        for family in (TEXT, HEAD, OMNI):
+        for family in (TEXT, HEAD, OMNI, VISION):
             start = next((start for start in family if name.startswith(start)), None)
             if start is not None:
                 found += [other + name[len(start) :] for other in family if other != start]
-        return list(dict.fromkeys(found))
+        other_names = numbered(name)
+        return list(dict.fromkeys(found if other_names is None else [*found, other_names]))
 
     @staticmethod
     def _agreed(layouts: Iterator[Layout | None]) -> Layout | None:

@@ -7,13 +7,13 @@ bitsandbytes), axolotl's config in its card, ms-swift's ``args.json``, LLaMA-Fac
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import option
+from adapterkit.foreign import json_value
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ def _of_base(config: Path, said: str) -> TrainedBase | None:
     """What the config of a base that is a folder here says."""
     try:
         text = config.read_text(encoding="utf-8")
-        read = json.loads(text)
-    except (OSError, ValueError, RecursionError):
+        read = json_value(text)
+    except (OSError, ValueError):
         return None
     if "quant" not in text or not isinstance(read, dict):
         return None

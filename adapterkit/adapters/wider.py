@@ -25,6 +25,7 @@ from adapterkit.checkpoint.checkpoint import SideFile
 from adapterkit.checkpoint.files import BytesFile
 from adapterkit.codecs.table import CODECS, KEYS, SECTIONS, method_of, quantization
 from adapterkit.errors import UsageError
+from adapterkit.foreign import json_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -194,12 +195,13 @@ def in_fp8(config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
 def patched_record(file: SideFile, names: Sequence[str]) -> SideFile:
     """ModelOpt's `hf_quant_config.json` with the modules that left the grid."""
     try:
-        found = json.loads(file.bytes())
+        found = json_value(file.bytes())
     except ValueError:
         return file
     settings = found.get("quantization") if isinstance(found, dict) else None
     if not isinstance(settings, dict):
         return file
-    before = settings.get("exclude_modules") or []
+    said = settings.get("exclude_modules")
+    before = [one for one in said if isinstance(one, str)] if isinstance(said, list) else []
     settings["exclude_modules"] = list(dict.fromkeys([*before, *modules_of(names)]))
     return SideFile(file.name, BytesFile(file.name, (json.dumps(found, indent=4) + "\n").encode()))

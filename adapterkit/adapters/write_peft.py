@@ -21,6 +21,7 @@ from adapterkit.adapters.keys import PREFIX
 from adapterkit.checkpoint.journal import block_digest, tensor_digest
 from adapterkit.checkpoint.tensor import Renamed, Tensor
 from adapterkit.dtypes import F32, DType
+from adapterkit.foreign import json_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -127,7 +128,7 @@ class FactorStore:
         end = 0
         for line in lines[1:-1]:
             try:
-                said = json.loads(line)
+                said = json_value(line)
                 kept = [_Kept(int(offset), int(rank)) for offset, rank in said["kept"]]
                 start, stop = int(said["start"]), int(said["stop"])
                 proved = start == end and tensor_digest([block_digest(disk.calls.pread(self._fd, stop - start, start))])

@@ -10,13 +10,13 @@ only where there is none yet, or, where it may move, only over what was seen the
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from adapterkit.errors import CheckFailed, NotFound, UsageError
+from adapterkit.foreign import json_value
 from adapterkit.places import Address, address_of, writable
 from adapterkit.registry.canonical import canonical, sha256
 from adapterkit.registry.names import check_paths
@@ -103,7 +103,7 @@ def read_manifest(data: bytes, where: BucketReference) -> tuple[BucketFile, ...]
     if sha256(data) != where.digest:
         raise CheckFailed(f"the manifest of {where} is not that of its digest", "do not use it; push it again")
     try:
-        said = json.loads(data)
+        said = json_value(data)
         if said["schema"] != SCHEMA:
             raise CheckFailed(f"{where} was pushed by a newer adapterkit", "update this one")
         files = [BucketFile(str(one["path"]), str(one["sha256"]), _whole(one["size"])) for one in said["files"]]
@@ -134,7 +134,7 @@ def found_tag(store: Store, where: BucketReference) -> tuple[str, StoredObject] 
     digest = ""
     if there.size <= _LONGEST:
         try:
-            digest = str(json.loads(store.read(there.key, 0, there.size, there.etag))["manifest"])
+            digest = str(json_value(store.read(there.key, 0, there.size, there.etag))["manifest"])
         except (ValueError, TypeError, KeyError):
             digest = ""
     if not _DIGEST.fullmatch(digest):

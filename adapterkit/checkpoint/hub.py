@@ -25,6 +25,7 @@ from adapterkit.checkpoint.folder import (
 from adapterkit.checkpoint.hub_bytes import Stated, cached_digest, check_bytes, stated_of
 from adapterkit.checkpoint.listing import Listing, LocalFolder
 from adapterkit.errors import AdapterkitError, AuthError, CheckpointError, HubError, NotFound
+from adapterkit.foreign import is_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -319,7 +320,7 @@ class HubFile(Source):
                     said = response.headers.get("Content-Range", "")
                     total = said.rpartition("/")[2]
                     skip = 0
-                    if response.status_code != 206 or not total.isdigit():
+                    if response.status_code != 206 or not is_whole(total):
                         # A server without ranges sends the whole file.
                         total, skip = response.headers.get("Content-Length", ""), offset
                     elif not said.startswith(f"bytes {offset}-"):
@@ -331,7 +332,7 @@ class HubFile(Source):
                 fault = error
         if response.status_code >= 400:
             hf_raise_for_status(response)
-        if not total.isascii() or not total.isdigit() or len(total) > 15:
+        if not is_whole(total) or len(total) > 15:
             raise HubError(f"the Hub does not say how large {self.name} is", "try again, or use another endpoint")
         if fault is not None or len(data) < min(length, int(total) - offset):
             raise _Interrupted(str(fault or "it ended too early"))

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from adapterkit import disk
 from adapterkit.errors import CheckFailed
+from adapterkit.foreign import json_value
 
 UNCHECKED = "ADAPTERKIT_NO_VERIFY_DOWNLOAD"
 _PARALLEL = 4
@@ -120,9 +121,9 @@ class _Memory:
         self._known: dict[str, list[Any]] = {}
         self._new = False
         try:
-            found = json.loads(disk.read_inside(self._path.parent, self._path.name) or b"{}")
+            found = json_value(disk.read_inside(self._path.parent, self._path.name) or b"{}")
             self._known = {str(name): list(entry) for name, entry in found.items()}
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, TypeError, AttributeError):
             pass  # nothing is known, then
 
     def digest(self, path: Path, *, sha256: bool) -> str:

@@ -13,6 +13,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
+from adapterkit.foreign import json_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -50,7 +51,7 @@ class Journal:
         found: dict[tuple[str, str], str] = {}
         for line in lines[1:-1]:
             try:
-                entry = json.loads(line)
+                entry = json_value(line)
                 found[entry["file"], entry["tensor"]] = entry["digest"]
             except (ValueError, KeyError, TypeError):
                 continue

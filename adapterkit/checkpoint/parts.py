@@ -29,6 +29,7 @@ from adapterkit.checkpoint.sink import Sink
 from adapterkit.checkpoint.write import Writing, finish, identity
 from adapterkit.disk import open_inside, read_inside, write_all, write_inside
 from adapterkit.errors import CheckpointError, OutputError, UsageError, option
+from adapterkit.foreign import json_value
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -226,7 +227,7 @@ def _named_notes(plan: Plan, folder: Path) -> list[tuple[str, Note]]:
         if not name.startswith(DONE):
             continue
         try:
-            said = json.loads(read_inside(folder, name) or b"")
+            said = json_value(read_inside(folder, name) or b"")
             if said.pop("plan") == plan.digest:
                 found.append((name, Note(**said)))
         except (ValueError, KeyError, TypeError, AttributeError):

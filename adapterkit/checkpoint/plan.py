@@ -21,6 +21,7 @@ from adapterkit.checkpoint.plan_file import PlanStep, Steps, Tables, columns_of,
 from adapterkit.checkpoint.tensor import Stored
 from adapterkit.dtypes import DTYPES
 from adapterkit.errors import CheckpointError, UsageError, option
+from adapterkit.foreign import json_value
 from adapterkit.places import Address
 from adapterkit.values import dataclass
 
@@ -228,7 +229,7 @@ class Plan:
             UnsafeError: a file that it would write lies outside of the target.
         """
         try:
-            data = json.loads(text)
+            data = json_value(text)
             if data["format"] != FORMAT:
                 raise CheckpointError(f"the plan has format {data['format']}, not {FORMAT}", "make it again")
             tables = Tables(data["kinds"], data["sources"])
@@ -244,7 +245,7 @@ class Plan:
             )
             maps = [dict(data[name]) for name in ("metadata", "inputs", "request")]
             return cls(files, maps[0], int(data["peak_memory"]), maps[1], maps[2], FORMAT, str(data["layout"]))
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise CheckpointError(
                 f"this is not a plan file ({error!r})", f"write one with {option('save_plan')}"
             ) from None

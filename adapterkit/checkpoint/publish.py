@@ -20,6 +20,7 @@ from adapterkit.disk import (
     writing,
 )
 from adapterkit.errors import AdapterkitError, OutputError, UsageError, option
+from adapterkit.foreign import json_value
 from adapterkit.places import local
 
 if TYPE_CHECKING:
@@ -100,11 +101,10 @@ def is_left_over(out: Path) -> bool:
 
 def is_record(data: bytes) -> bool:
     """Whether a file reads as the record of an output."""
-    import json
 
     try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
+        found = json_value(data)
+    except ValueError:
         return False
     return isinstance(found, dict) and found.keys() >= _RECORD_KEYS
 

@@ -48,6 +48,7 @@ def sharded_checkpoint(folder: Path) -> Sharded | None:
     for place in (*steps[-1:], folder):
         if any(place.glob("*_optim_states.pt")) or any(place.glob("zero_pp_rank_*_model_states.pt")):
             return Sharded("zero", place, config)
+    places.sort(key=lambda place: place != folder and place.name.startswith("optim"))  # FSDP's optimizer lies beside
     for place in places:
         if (place / ".metadata").is_file():
             return Sharded("dcp", place, config)

@@ -24,7 +24,8 @@ from adapterkit.checkpoint.objects import ObjectFile
 from adapterkit.checkpoint.publish import RECORD_BYTES, is_record, part_name
 from adapterkit.checkpoint.schedule import Schedule, schedule
 from adapterkit.checkpoint.write import index_json
-from adapterkit.errors import NotFound, OutputError, UsageError, option
+from adapterkit.errors import AuthError, NotFound, OutputError, UsageError, option
+from adapterkit.foreign import json_value
 from adapterkit.places import Address
 from adapterkit.stores.connect import open_store
 from adapterkit.stores.store import MARK, Assembly, StoredObject
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.tensor import Tensor
 
 CLAIM, NOTE = "claim.json", ".upload"
+MOST_SAID = 1 << 16  # bytes of a claim or a note; ours have some hundred
 PARALLEL = 16  # requests at a time, where each is small
 CONFIG = "config.json"
 T = TypeVar("T")
@@ -189,8 +191,11 @@ class StoreOut:
         return None if found is None else self._read_claim(found)
 
     def _read_claim(self, found: StoredObject) -> dict[str, str]:
+        """What a claim or a note says; nothing where it is damaged."""
+        if found.size > MOST_SAID:
+            return {}
         try:
-            said = json.loads(self.store.read(found.key, 0, found.size, found.etag))
+            said = json_value(self.store.read(found.key, 0, found.size, found.etag))
             return {str(name): str(value) for name, value in said.items()}
         except (ValueError, AttributeError):
             return {}
@@ -223,6 +228,8 @@ class StoreOut:
                 f"{self.store.root} keeps no conditions on writing: two runs to {self.out} at one time are not kept apart",
             )
         self._noted = noted if resume or shared else {}
+        if self._own and not shared:
+            self._end_strays()
 
     def is_there(self) -> bool:
         """Whether the output is in its place, and nobody makes it anew."""
@@ -262,13 +269,29 @@ class StoreOut:
         self._own = True
         self.notes = (f"took the place of another run to {self.out}",)
 
+    def _end_strays(self) -> None:
+        """Abort uploads of these files that no note names: a run that was killed right after it began one could not note
+        it. Of workers that share a plan, one may be about to."""
+        keys = set(self.targets.values())
+        prefix = self.out if self.plan.layout == "folder" else self.out.with_name(self.out.stem)
+        try:
+            begun = [one for one in self.store.uploads(prefix.key) if one.key in keys]
+        except AuthError:  # who may write may not be allowed to list uploads; the bucket's owner sweeps them
+            return
+        if begun:
+            notes = (self._read_claim(one) for one in self._noted.values() if one.key.endswith(NOTE))
+            named = {note.get("id") for note in notes}
+            for one in begun:
+                if one.id not in named:
+                    self.store.resumed(one.key, one.id).abort()
+
     def _sweep(self, noted: Iterable[StoredObject]) -> None:
         """Abort the uploads that notes name, and take the notes away."""
         notes = [one for one in noted if one.key.endswith(NOTE)]
         for one in notes:
-            said = json.loads(self.store.read(one.key, 0, one.size, one.etag))
-            if self.store.assembles:
-                self.store.resumed(str(said["key"]), str(said["id"])).abort()
+            said = self._read_claim(one)
+            if self.store.assembles and said.keys() >= {"key", "id"}:
+                self.store.resumed(said["key"], said["id"]).abort()
         if notes:
             self.store.delete([one.key for one in notes])
 
@@ -298,8 +321,10 @@ class StoreOut:
         return None if note is None else self._of_note(file, note)
 
     def _of_note(self, file: PlannedFile, note: StoredObject) -> FileUpload | None:
-        said = json.loads(self.store.read(note.key, 0, note.size, note.etag))
-        assembly = self.store.resumed(str(said["key"]), str(said["id"]))
+        said = self._read_claim(note)
+        if said.get("key") != self.targets[file.name] or "id" not in said:
+            return None  # not a note of this file, whoever wrote it
+        assembly = self.store.resumed(said["key"], said["id"])
         held = assembly.parts()
         if held is None:
             made = self._made(file)
@@ -352,6 +377,9 @@ class StoreOut:
             AuthError, StoreError
         """
         self._seal()
+        if self._shared:  # all parts are there, so what no upload of ours holds is of a worker that was killed
+            self._noted = {one.key: one for one in self.store.entries(f"{self.work.key}/")}
+            self._end_strays()
         stale = self._unveil() if self.force else []
         names = [file.name for file in self.plan.files]
         if self.plan.layout == "file":

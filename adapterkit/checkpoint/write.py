@@ -194,7 +194,8 @@ def write_together(
             ready(replace(one, record=_checked(one)), folder) for (_, folder), one in zip(runs, staged, strict=True)
         ]
         before(whole)
-        for made_ready, again in zip(whole, force, strict=True):
+        # What stands beside an output has its name before the output has: a kill in between leaves no output without it.
+        for made_ready, again in reversed(list(zip(whole, force, strict=True))):
             made_ready.publish(force=again)
     return [Done(one.plan, sink.reused, one.facts) for (sink, _), one in zip(runs, staged, strict=True)]
 

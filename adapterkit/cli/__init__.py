@@ -6,7 +6,7 @@ import gc
 import importlib
 import signal
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -15,73 +15,138 @@ from adapterkit.cli.output import fail, form_of, interrupted, others_speak_throu
 from adapterkit.errors import AdapterkitError, no_memory, out_of_memory, spelled
 from adapterkit.packages import lacking
 
-# verb: (module, or module:attribute where one file holds several; one line for --help)
-VERBS = {
-    "inspect": ("adapterkit.cli.inspect", "Show what an adapter or a checkpoint is, and how it is."),
-    "check": ("adapterkit.cli.check", "Say whether adapters fit a base, and what a server makes of them."),
-    "merge": ("adapterkit.cli.merge", "Fold adapters into a base, in one streaming pass."),
-    "combine": ("adapterkit.cli.combine", "Make one adapter of several."),
-    "extract": ("adapterkit.cli.extract", "Make an adapter of the difference of two checkpoints."),
-    "resize": ("adapterkit.cli.resize", "Bring an adapter to another rank."),
-    "convert": ("adapterkit.cli.convert", "Write a model or an adapter in another format."),
-    "imatrix": ("adapterkit.cli.imatrix", "Measure which columns of the weights matter, for quantizing a model."),
-    "verify": ("adapterkit.cli.verify", "Prove that a merged model is the trained one."),
-    "run": ("adapterkit.cli.run", "Execute a saved plan by workers: here, by Ray, Slurm or Kubernetes."),
-    "execute": ("adapterkit.cli.execute", "Execute a saved plan, or one part of it."),
-    "register": ("adapterkit.cli.register", "Add a folder or file to the registry, as a new version of a name."),
-    "list": ("adapterkit.cli.records:list_", "List what is registered."),
-    "show": ("adapterkit.cli.records:show", "Show one version: its files, base, parents and evidence."),
-    "lineage": ("adapterkit.cli.records:lineage", "Show what a version was made from, and what was made of it."),
-    "evaluate": ("adapterkit.cli.evaluate", "Run lm-evaluation-harness on a version, its base and null adapters."),
-    "evidence": (
-        "adapterkit.cli.evidence",
-        "Add what an evaluation measured to a version, or show what is known of one.",
-    ),
-    "tag": ("adapterkit.cli.aliases:tag", "Point an alias such as prod to a version, if what is asked for holds."),
-    "policy": ("adapterkit.cli.aliases:policy", "Keep what an alias asks of a version before it may point there."),
-    "untag": ("adapterkit.cli.aliases:untag", "Take an alias off."),
-    "remove": ("adapterkit.cli.aliases:remove", "Take a version out of sight, or bring it back."),
-    "fsck": ("adapterkit.cli.upkeep:fsck", "Read the whole registry and say what is damaged."),
-    "gc": ("adapterkit.cli.upkeep:gc", "Free blobs that no visible version names."),
-    "remake": ("adapterkit.cli.remake", "Make the bytes of a version again that is kept as its recipe."),
-    "export": ("adapterkit.cli.bundles:export", "Write versions with all they were made from into one file."),
-    "import": ("adapterkit.cli.bundles:import_", "Add what a bundle holds to the registry."),
-    "push": ("adapterkit.cli.hub:push", "Publish a version to the Hugging Face Hub, or to an OCI registry."),
-    "pull": ("adapterkit.cli.hub:pull", "Bring a repository from the Hub, or an OCI artifact, into the registry."),
-    "serve-args": ("adapterkit.cli.serve", "Print the command or Modelfile that loads versions in a server."),
-    "deploy": ("adapterkit.cli.deploy", "Bring a running server to what an alias says, and see that it serves it."),
-    "build": ("adapterkit.cli.build", "Carry out a recipe: merge, convert, verify, register, push, reproducibly."),
-    "attest": ("adapterkit.cli.attest", "Write a provenance statement (in-toto, SLSA) beside an output."),
-    "sign": ("adapterkit.cli.sign:sign", "Sign an output or a version with a key of your own."),
-    "verify-signature": ("adapterkit.cli.sign:verify", "Say whether an output or a version is what was signed."),
-    "verify-attestation": (
-        "adapterkit.cli.sign:attestation",
-        "Say whether signed statements about an output are true of it.",
-    ),
-    "doctor": ("adapterkit.cli.doctor", "Say what is installed, what is missing, and what this machine can do."),
-    "ui": ("adapterkit.cli.ui", "Look at the registry in a browser."),
-    "demo": ("adapterkit.cli.demo", "Make a tiny model, train an adapter, merge it, and show that it worked."),
+
+class Verb(NamedTuple):
+    """A row of the help.
+
+    Attributes:
+        where: module, or module:attribute where one file holds several.
+        text: one line for ``--help``.
+        downloads: it may read files from the Hub.
+    """
+
+    where: str
+    text: str
+    downloads: bool = False
+
+
+# group of the help: its verbs, in the order in which people need them
+GROUPS: dict[str, dict[str, Verb]] = {
+    "First steps": {
+        "demo": Verb("adapterkit.cli.demo", "Make a tiny model, train an adapter, merge it, and show that it worked."),
+        "doctor": Verb(
+            "adapterkit.cli.doctor",
+            "Say what is installed, what is missing, and what this machine can do.",
+        ),
+        "inspect": Verb(
+            "adapterkit.cli.inspect",
+            "Show what an adapter or a checkpoint is, and how it is.",
+            downloads=True,
+        ),
+    },
+    "Models and adapters": {
+        "check": Verb(
+            "adapterkit.cli.check",
+            "Say whether adapters fit a base, and what a server makes of them.",
+            downloads=True,
+        ),
+        "merge": Verb("adapterkit.cli.merge", "Fold adapters into a base, in one streaming pass.", downloads=True),
+        "convert": Verb("adapterkit.cli.convert", "Write a model or an adapter in another format.", downloads=True),
+        "verify": Verb("adapterkit.cli.verify", "Prove that a merged model is the trained one.", downloads=True),
+        "combine": Verb("adapterkit.cli.combine", "Make one adapter of several.", downloads=True),
+        "extract": Verb(
+            "adapterkit.cli.extract",
+            "Make an adapter of the difference of two checkpoints.",
+            downloads=True,
+        ),
+        "resize": Verb("adapterkit.cli.resize", "Bring an adapter to another rank.", downloads=True),
+        "imatrix": Verb(
+            "adapterkit.cli.imatrix",
+            "Measure which columns of the weights matter, for quantizing a model.",
+            downloads=True,
+        ),
+    },
+    "Plans and recipes": {
+        "build": Verb(
+            "adapterkit.cli.build",
+            "Carry out a recipe: merge, convert, verify, register, push, reproducibly.",
+            downloads=True,
+        ),
+        "run": Verb(
+            "adapterkit.cli.run",
+            "Execute a saved plan by workers: here, by Ray, Slurm or Kubernetes.",
+            downloads=True,
+        ),
+        "execute": Verb("adapterkit.cli.execute", "Execute a saved plan, or one part of it.", downloads=True),
+    },
+    "Registry": {
+        "register": Verb(
+            "adapterkit.cli.register",
+            "Add a folder or file to the registry, as a new version of a name.",
+            downloads=True,
+        ),
+        "list": Verb("adapterkit.cli.records:list_", "List what is registered."),
+        "show": Verb("adapterkit.cli.records:show", "Show one version: its files, base, parents and evidence."),
+        "lineage": Verb(
+            "adapterkit.cli.records:lineage",
+            "Show what a version was made from, and what was made of it.",
+        ),
+        "remove": Verb("adapterkit.cli.aliases:remove", "Take a version out of sight, or bring it back."),
+        "export": Verb("adapterkit.cli.bundles:export", "Write versions with all they were made from into one file."),
+        "import": Verb("adapterkit.cli.bundles:import_", "Add what a bundle holds to the registry."),
+        "remake": Verb("adapterkit.cli.remake", "Make the bytes of a version again that is kept as its recipe."),
+        "fsck": Verb("adapterkit.cli.upkeep:fsck", "Read the whole registry and say what is damaged."),
+        "gc": Verb("adapterkit.cli.upkeep:gc", "Free blobs that no visible version names."),
+        "ui": Verb("adapterkit.cli.ui", "Look at the registry in a browser."),
+    },
+    "Releases": {
+        "evaluate": Verb(
+            "adapterkit.cli.evaluate",
+            "Run lm-evaluation-harness on a version, its base and null adapters.",
+        ),
+        "evidence": Verb(
+            "adapterkit.cli.evidence",
+            "Add what an evaluation measured to a version, or show what is known of one.",
+        ),
+        "policy": Verb(
+            "adapterkit.cli.aliases:policy",
+            "Keep what an alias asks of a version before it may point there.",
+        ),
+        "tag": Verb(
+            "adapterkit.cli.aliases:tag",
+            "Point an alias such as prod to a version, if what is asked for holds.",
+        ),
+        "untag": Verb("adapterkit.cli.aliases:untag", "Take an alias off."),
+    },
+    "Servers and remotes": {
+        "deploy": Verb(
+            "adapterkit.cli.deploy",
+            "Bring a running server to what an alias says, and see that it serves it.",
+        ),
+        "serve-args": Verb("adapterkit.cli.serve", "Print the command or Modelfile that loads versions in a server."),
+        "push": Verb(
+            "adapterkit.cli.hub:push",
+            "Publish a version to the Hugging Face Hub, an OCI registry or a bucket.",
+        ),
+        "pull": Verb(
+            "adapterkit.cli.hub:pull",
+            "Bring a version from the Hub, an OCI registry or a bucket into the registry.",
+        ),
+    },
+    "Provenance": {
+        "attest": Verb("adapterkit.cli.attest", "Write a provenance statement (in-toto, SLSA) beside an output."),
+        "verify-attestation": Verb(
+            "adapterkit.cli.sign:attestation",
+            "Say whether signed statements about an output are true of it.",
+        ),
+        "sign": Verb("adapterkit.cli.sign:sign", "Sign an output or a version with a key of your own."),
+        "verify-signature": Verb(
+            "adapterkit.cli.sign:verify",
+            "Say whether an output or a version is what was signed.",
+        ),
+    },
 }
-
-
-# Verbs that may read files from the Hub.
-DOWNLOADS = (
-    *(
-        "inspect",
-        "check",
-        "merge",
-        "combine",
-        "extract",
-        "resize",
-        "convert",
-        "imatrix",
-        "verify",
-        "run",
-        "execute",
-        "register",
-    ),
-    "build",
-)
+VERBS = {name: verb for group in GROUPS.values() for name, verb in group.items()}
 
 
 def _no_verify_download() -> click.Option:
@@ -129,9 +194,9 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
-        module, _, attribute = VERBS[cmd_name][0].partition(":")
+        module, _, attribute = VERBS[cmd_name].where.partition(":")
         command: click.Command = getattr(importlib.import_module(module), attribute or "command")
-        if cmd_name in DOWNLOADS and all(one.name != "no_verify_download" for one in command.params):
+        if VERBS[cmd_name].downloads and all(one.name != "no_verify_download" for one in command.params):
             getattr(command, "add_option", command.params.append)(_no_verify_download())
             getattr(command, "add_option", command.params.append)(_follow_links())
         return command
@@ -152,8 +217,10 @@ class Verbs(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in VERBS.items()])
+        longest = max(map(len, VERBS))
+        for group, verbs in GROUPS.items():
+            with formatter.section(group):
+                formatter.write_dl([(name.ljust(longest), verb.text) for name, verb in verbs.items()])
 
 
 def _is_place(word: str) -> bool:
@@ -208,7 +275,7 @@ def _as_flag(name: str, value: object) -> str:
 def _run(given: list[str]) -> Any:
     debug = "--debug" in given
     try:
-        code = app.main(args=given, prog_name="adapterkit", standalone_mode=False)
+        code = app.main(args=given, prog_name="adapterkit", standalone_mode=False, obj=tuple(given))
         gc.freeze()  # nor is there anything to find at the end
         sys.exit(code if isinstance(code, int) else 0)
     except click.exceptions.Abort:

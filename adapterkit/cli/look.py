@@ -111,7 +111,7 @@ def _checkpoint(ref: str, found: Inspection, record: Record | None) -> tuple[str
     if record is not None and record.operation is not None and record.operation.name == "merge":
         labels = [one.label or one.content[:12] for one in record.parents]
         said += f", merged by adapterkit from {', '.join(labels)}"
-        parts = {one.role: shlex.quote(one.label) for one in record.parents if one.label}
+        parts = {one.role: shlex.quote(_near(ref, one.label)) for one in record.parents if one.label}
         proof = (
             f"adapterkit verify {name} --base {parts.get('base', 'BASE')} --adapter {parts.get('adapter', 'ADAPTER')}"
         )
@@ -120,6 +120,12 @@ def _checkpoint(ref: str, found: Inspection, record: Record | None) -> tuple[str
         merge = f"adapterkit merge {name} ADAPTER -o {_named(stem, '-merged.gguf')}"
         return said, [f"adapterkit inspect {name}", merge, f"adapterkit convert {name} -o {_named(stem)} --to hf"]
     return said, [f"adapterkit inspect {name}", f"adapterkit merge {name} ADAPTER -o {_named(stem, '-merged')}", quant]
+
+
+def _near(ref: str, label: str) -> str:
+    """A folder of that name beside what was made of it, which is where most people keep it; else the name."""
+    beside = Path(ref).expanduser().parent / label
+    return str(beside) if not Path(label).exists() and beside.exists() else label
 
 
 def _stem(ref: str) -> str:

@@ -11,7 +11,7 @@ from adapterkit.requests.merge import MergeRequest
 
 if TYPE_CHECKING:
     from adapterkit.adapters.fidelity import FidelityReport
-    from adapterkit.verbs.report import MergeReport
+    from adapterkit.verbs.report import MergeReport, ResidualReport
 
 
 @command_of(MergeRequest, name="merge", short_help="Fold adapters into a base, in one streaming pass.")
@@ -55,6 +55,8 @@ def show(report: MergeReport, request: MergeRequest) -> None:
     say(f"  into {report.base}{values}: {count(report.touched)} of {count(report.tensors)} tensors changed, {others}")
     for name in report.added:
         say(f"  new: {name}")
+    if report.residual is not None:
+        show_residual(report.residual)
     if told(report, request):
         return
     resumed = f", {report.reused} tensors re-used" if report.reused else ""
@@ -63,6 +65,18 @@ def show(report: MergeReport, request: MergeRequest) -> None:
         show_fidelity(report.fidelity)
     for words in report.unmet:
         note(f"error: {words}")
+
+
+def show_residual(found: ResidualReport) -> None:
+    """What stands beside the output, and how the two are served."""
+    held = "" if found.held is None else f", {found.held:.1%} of what rounding takes"
+    say(f"{found.out or 'residual'}: rank {found.rank}, {count(found.modules)} weights, {size(found.nbytes)}{held}")
+    for text in found.notes[:4]:
+        note(f"note: {text}")
+    if len(found.notes) > 4:
+        note(f"note: and {len(found.notes) - 4} more weights like these")
+    if found.command:
+        say(f"  together: {found.command}")
 
 
 def show_fidelity(found: FidelityReport) -> None:

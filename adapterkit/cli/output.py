@@ -143,6 +143,17 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.2f} TB"
 
 
+def command_line() -> str:
+    """The command line that is being carried out, as a shell takes it, without secrets; empty where a caller made it."""
+    import shlex
+
+    from adapterkit.redaction import redact
+
+    context = click.get_current_context(silent=True)
+    given = context.find_root().obj if context is not None else None
+    return redact(shlex.join(["adapterkit", *given])) if given else ""
+
+
 def count(number: int) -> str:
     return f"{number:,}"
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adapterkit.cli.options import command as command_of
-from adapterkit.cli.output import Progress, count, note, say, show_json
+from adapterkit.cli.output import Progress, command_line, count, note, say, show_json
 from adapterkit.cli.paths import FILE
 from adapterkit.requests.verify import VerifyRequest
 
@@ -26,7 +26,7 @@ _OWN = (
         ["--attach/--no-attach"],
         default=None,
         help="Write the figures into MERGED's record. By default into the adapterkit.json beside an output, and not into "
-        "a registered version, which would make a new one.",
+        "a registered version, which would make a new one. With --html such a version keeps the page too.",
     ),
 )
 
@@ -57,9 +57,10 @@ def command(
         named = {name: getattr(request, name) for name in request.named}
         report = verify(**named, progress=progress)
     merged = str(request.merged)
-    write(report, html, markdown, step_summary=step_summary)
+    page = as_html(report) if html is not None else ""
+    write(report, html, markdown, page=page, step_summary=step_summary)
     if attach or (attach is None and report.record and Path(merged).exists()):
-        _attach(report, merged)
+        _attach(report, merged, page)
     if as_json:
         show_json(report)
     else:
@@ -67,16 +68,26 @@ def command(
     return 0 if report.ok else 3
 
 
-def _attach(report: VerifyReport, merged: str) -> None:
+def _attach(report: VerifyReport, merged: str, page: str) -> None:
     from adapterkit.verbs.verify.evidence import attach
 
-    found = attach(report, merged)
+    found = attach(report, merged, page=page.encode())
     if found.new:
         note(f"evidence written to {found.ref or found.path}")
 
 
-def write(report: VerifyReport, html: Path | None, markdown: Path | None, *, step_summary: bool = False) -> None:
-    """The page and the summary, where they are wanted.
+def as_html(report: VerifyReport) -> str:
+    """The page, with the command that made it and when."""
+    from adapterkit.registry.record import now
+    from adapterkit.verbs.verify.page import html
+
+    return html(report, command=command_line(), when=now())
+
+
+def write(
+    report: VerifyReport, html: Path | None, markdown: Path | None, *, page: str = "", step_summary: bool = False
+) -> None:
+    """The page (``page``, or made here) and the summary, where they are wanted.
 
     Raises:
         OutputError: a file cannot be written.
@@ -88,9 +99,7 @@ def write(report: VerifyReport, html: Path | None, markdown: Path | None, *, ste
 
     try:
         if html is not None:
-            from adapterkit.verbs.verify.page import html as as_page
-
-            deliver(html, as_page(report).encode())
+            deliver(html, (page or as_html(report)).encode())
             note(f"page written to {html}")
         if markdown is not None:
             deliver(markdown, as_markdown(report).encode())
@@ -124,6 +133,12 @@ def show(report: VerifyReport) -> None:
             f"         cosine {tensors.cosine:.5f} with the change, error beside it {tensors.error:.2g}, "
             f"{tensors.retention:.2%} of it is there (|d|/|W| {tensors.relative:.1e}, unmoved {tensors.unmoved:.1%}), "
             f"{tensors.seconds:.1f} s"
+        )
+    if report.pair is not None:
+        pair = report.pair
+        say(
+            f"together with {report.residual}: cosine {pair.cosine:.5f}, error {pair.error:.2g}, "
+            f"{pair.retention:.2%} of the change is there, {pair.seconds:.1f} s"
         )
     if report.layers is not None:
         layers = report.layers

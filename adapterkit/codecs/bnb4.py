@@ -33,6 +33,7 @@ from adapterkit.codecs.encode import Encoder, TensorSpec
 from adapterkit.codecs.grid import BLOCKSIZES, Grid
 from adapterkit.dtypes import BF16, DTYPES, F16, F32, DType
 from adapterkit.errors import CheckpointError
+from adapterkit.foreign import json_value
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -81,7 +82,7 @@ def read_state(part: StoredTensor) -> QuantState:
     if prod(part.shape) > MAX_STATE or part.dtype.bits != 8:
         raise CheckpointError(f"'{part.name}' is not the state of a 4-bit weight", AGAIN)
     try:
-        found = json.loads(part.raw().decode("utf-8"))
+        found = json_value(part.raw().decode("utf-8"))
         shape = tuple(found["shape"])
         state = QuantState(
             found["quant_type"],
@@ -94,7 +95,7 @@ def read_state(part: StoredTensor) -> QuantState:
         numbers = (*shape, state.blocksize, state.nested_blocksize)
         if state.kind not in KINDS or not shape or not all(type(n) is int and n >= 0 for n in numbers):
             raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"'{part.name}' is not the state of a 4-bit weight", AGAIN) from None
     if state.blocksize not in BLOCKSIZES:
         raise CheckpointError(

@@ -31,6 +31,7 @@ from adapterkit.codecs.encode import Encoder, TensorSpec
 from adapterkit.codecs.scaled import ScaledWeight, Written, grid_of, grid_scales
 from adapterkit.dtypes import BF16, DTYPES, F32, DType
 from adapterkit.errors import CheckpointError
+from adapterkit.foreign import json_value
 
 if TYPE_CHECKING:
     import torch
@@ -143,8 +144,8 @@ def _says_comfy(more: tuple[StoredTensor, ...]) -> bool:
     if said is None:
         return False
     try:
-        form = json.loads(said.raw().decode("utf-8"))["format"] if prod(said.shape) < MOST_SETTINGS else None
-    except (ValueError, KeyError, TypeError, RecursionError):
+        form = json_value(said.raw().decode("utf-8"))["format"] if prod(said.shape) < MOST_SETTINGS else None
+    except (ValueError, KeyError, TypeError):
         form = None
     if form not in COMFY:
         raise CheckpointError(

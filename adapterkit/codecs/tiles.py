@@ -31,11 +31,15 @@ class Numbers:
         choose: the scale and the zero point of a tile, as they are stored.
         code: values to codes, before they are packed.
         value: codes to what they are decoded to, float32.
+        search: of a new weight, factors of a tile's extremes; the scale of that with the least squared error is taken.
+        finer: what is then added to the best of them, to look once more.
     """
 
     choose: Choose
     code: Code
     value: Value
+    search: tuple[float, ...] = ()
+    finer: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,10 @@ class Tiles(Encoder):
                 scale, zero, _ = self._before(line)
                 return self._given(kept, scale, zero)
         tiles = self._tiles(new)
-        scale, zero, times = self.numbers.choose(*(bounds or (tiles.amin((1, 3)), tiles.amax((1, 3)))))
+        if self.numbers.search and self.held is None and bounds is None:
+            scale, zero, times = self._searched(tiles)
+        else:
+            scale, zero, times = self.numbers.choose(*(bounds or (tiles.amin((1, 3)), tiles.amax((1, 3)))))
         if kept is not None and changed is not None:
             old_scale, old_zero, _ = self._before(line)
             scale = _where(changed, scale, old_scale)
@@ -215,6 +222,25 @@ class Tiles(Encoder):
 
     def end(self) -> None:
         self._settled, self._stored, self._codes = (), None, None
+
+    def _searched(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The scale of each tile that gives the least squared error among those that are tried."""
+        import torch
+
+        numbers = self.numbers
+        low, high = tiles.amin((1, 3)), tiles.amax((1, 3))
+        factor = torch.ones_like(low)
+        least = torch.full_like(low, torch.inf)
+        for steps, finer in ((numbers.search, False), (numbers.finer, True)):
+            around = factor.clone() if finer else torch.zeros_like(low)
+            for step in steps:
+                tried = around + step
+                scale, zero, times = numbers.choose(low * tried, high * tried)
+                codes = numbers.code(tiles, _spread(scale), _spread_or_none(zero), _spread_or_none(times))
+                off = numbers.value(codes, _spread(scale), _spread_or_none(zero)).sub_(tiles).square_().sum((1, 3))
+                better = off < least
+                factor, least = torch.where(better, tried, factor), torch.where(better, off, least)
+        return numbers.choose(low * factor, high * factor)
 
     def _given(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         packed = self.pack(codes)

@@ -396,7 +396,11 @@ def read_regular(path: Path, limit: int, what: str = "") -> bytes:
     """
     with open(open_regular(path, what), "rb") as file:
         try:
-            data = file.read(limit + 1)
+            # Of a size that the system states, no more room is made than it needs; in /proc that is 0.
+            stated = os.fstat(file.fileno()).st_size
+            data = file.read(min(stated or limit, limit) + 1)
+            while len(data) <= limit and (more := file.read(min(limit + 1 - len(data), 1 << 20))):
+                data += more  # it grew, or its size was not stated
         except OSError as error:
             raise CheckpointError(f"{what or path} cannot be read ({error.strerror})", "check the disk") from None
     if len(data) > limit:

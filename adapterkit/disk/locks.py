@@ -13,6 +13,7 @@ from pathlib import Path
 from adapterkit.disk import calls
 from adapterkit.disk.files import open_inside, read_inside, write_all, writing
 from adapterkit.errors import OutputError
+from adapterkit.foreign import json_value
 
 LOCK_SECONDS = 60.0
 _PAUSE = 0.004  # seconds between two looks of one who has waited for a while
@@ -144,7 +145,7 @@ def _last(folder: Path) -> int:
 def _gone(said: bytes | None) -> bool:
     """Whether the process that made a lock file has ended."""
     try:
-        holder = json.loads(said or b"")
+        holder = json_value(said or b"")
         if holder["host"] != _host():
             return False
         return bool(calls.process_start(int(holder["pid"])) != holder["start"])

@@ -74,8 +74,12 @@ def open_gguf_adapter(ref: str | Path) -> GGUFAdapter:
         "lora_alpha": opened.header.get(ALPHA, 0.0),
         "base_model_name_or_path": opened.header.get("general.base_model.0.name"),
     }
-    tensors = {name: tensor for name, tensor in opened.tensors.items() if not name.endswith("_norm.weight")}
+    norms = [name for name in opened.tensors if name.endswith("_norm.weight")]
+    tensors = {name: tensor for name, tensor in opened.tensors.items() if name not in norms}
+    notes: tuple[str, ...] = ("read as a GGUF LoRA",)
+    if norms:
+        notes += (f"left out, as llama.cpp does: {len(norms)} norms of the file, as '{norms[0]}'",)
     return GGUFAdapter(
         str(ref), AdapterConfig(config, str(ref)), tensors, source_of(ref, loose=True),
-        notes=("read as a GGUF LoRA",), opened=opened,
+        notes=notes, opened=opened,
     )  # fmt: skip

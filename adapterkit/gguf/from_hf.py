@@ -71,6 +71,7 @@ def from_hf(
     too_lossy: frozenset[str] | None = None,
     approximate: Collection[str] = (),
     elsewhere: Collection[str] = (),
+    as_reranker: bool = False,
 ) -> FromHF:
     """Plan a GGUF file of a view of a Hugging Face checkpoint; nothing is read but headers and the tokenizer.
 
@@ -82,6 +83,7 @@ def from_hf(
         too_lossy: the changed tensors, by the checkpoint's names, that alone are kept wider.
         approximate: see `as_gguf`.
         elsewhere: tensors that the mmproj file beside it holds.
+        as_reranker: see `as_gguf`.
 
     Raises:
         TargetError, CheckpointError: see `as_gguf` and `read_vocab`.
@@ -101,6 +103,7 @@ def from_hf(
         plain=None if dtype is None else dtype.code,
         approximate=approximate,
         elsewhere=elsewhere,
+        as_reranker=as_reranker,
     )
     tokens, notes = vocabulary(model, files or {}, config, pre)
     changed = tuple(dict.fromkeys(one for name in touched for one in model.mapped.sources.get(name, ())))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.hub_ref import parse_hub
+from adapterkit.foreign import json_value
 from adapterkit.gguf.metadata import Entry, array, f32, text, u32
 from adapterkit.gguf.reader import I32, STRING
 
@@ -115,7 +115,7 @@ def _sources(kind: str, refs: Sequence[str], where: str = "") -> list[Entry]:
 
 def _sampling(files: Mapping[str, bytes]) -> list[Entry]:
     try:
-        config = json.loads(files.get("generation_config.json", b"{}"))
+        config = json_value(files.get("generation_config.json", b"{}"))
     except ValueError:
         return []
     entries = []
@@ -151,7 +151,7 @@ def read_card(base: Checkpoint) -> dict[str, Any]:
 
     try:
         front = yaml.safe_load(found[1])
-    except (yaml.YAMLError, RecursionError):
+    except (yaml.YAMLError, ValueError, RecursionError):  # a date that is none is a ValueError
         return {}
     return front if isinstance(front, dict) else {}
 

@@ -99,7 +99,8 @@ def from_tensors(tensors: Mapping[str, npt.NDArray[np.floating]]) -> dict[str, F
         rows = sums.reshape(counts.size, -1)
         called = counts > 0
         means = np.ones_like(rows)
-        means[called] = rows[called] / counts[called, None]
+        with np.errstate(over="ignore"):  # what is too large is said below
+            means[called] = rows[called] / counts[called, None]
         found[weight] = _finite(weight, means.reshape(-1))
     if not found:
         raise CheckpointError("the file has no .in_sum2 tensors, so it is no importance matrix", "pass another file")

@@ -8,13 +8,15 @@ all tensors, so every other scaling is folded into ``lora_b``.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import Weights
 from adapterkit.adapters.config import AdapterConfig
 from adapterkit.adapters.edits import adapter_edits
+from adapterkit.adapters.write_peft import Factor
 from adapterkit.checkpoint.tensor import Tensor
-from adapterkit.dtypes import F32
+from adapterkit.dtypes import F16, F32
 from adapterkit.errors import UnsupportedAdapter
 from adapterkit.gguf.filetypes import FILE_TYPES
 from adapterkit.gguf.metadata import Entry, array, f32, text, u32
@@ -26,14 +28,17 @@ from adapterkit.gguf.text_part import text_part
 from adapterkit.gguf.types import TYPES, GGMLType
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     import torch
 
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.adapters.change import Kernel
+    from adapterkit.adapters.factors import Slot
     from adapterkit.adapters.method import Edit
     from adapterkit.adapters.target import Piece, Target
+
+    Pair = tuple[torch.Tensor, torch.Tensor]
 
 ALPHA, A, B = "adapter.lora.alpha", ".lora_a", ".lora_b"
 INVOCATION = "adapter.alora.invocation_tokens"
@@ -138,7 +143,8 @@ def lora_tensors(
             a, b = b, a.T  # looked up by row: the factor with the vocabulary is called A
         tensors += [PlannedFactor(name + A, a, "lora a"), PlannedFactor(name + B, b, "lora b")]
     written = [encoded(tensor, _fitting(tensor, kind)) for tensor in tensors]
-    return written, _entries(adapter, names.arch, alpha, kind, invocation), tuple(notes)
+    entries = lora_entries(names.arch, alpha, kind, adapter.config.base or "", invocation)
+    return written, entries, tuple(notes)
 
 
 def _fitting(tensor: Tensor, kind: str) -> GGMLType:
@@ -233,9 +239,18 @@ def _factors(parts: list[_Part], shape: tuple[int, ...], alpha: float) -> tuple[
     return (a, b) if len(shape) > 2 else (a[0], b[0])
 
 
-def _entries(
-    adapter: Adapter, arch: str, alpha: float, kind: str = "F32", invocation: Sequence[int] | None = None
+def lora_entries(
+    arch: str, alpha: float, kind: str = "F32", base: str = "", invocation: Sequence[int] | None = None
 ) -> list[Entry]:
+    """The metadata of a LoRA file.
+
+    Args:
+        arch: of the model.
+        alpha: each tensor is applied with ``alpha / r``.
+        kind: the type of the factors.
+        base: what the model is called.
+        invocation: the tokens of an aLoRA.
+    """
     entries = [
         text("general.architecture", arch),
         text("general.type", "adapter"),
@@ -245,9 +260,36 @@ def _entries(
     ]
     if invocation:
         entries.append(array(INVOCATION, U32, [int(token) for token in invocation]))
-    if adapter.config.base:
-        entries += [u32("general.base_model.count", 1), text("general.base_model.0.name", adapter.config.base)]
+    if base:
+        entries += [u32("general.base_model.count", 1), text("general.base_model.0.name", base)]
     return entries
+
+
+def factor_tensors(ranks: Mapping[Slot, int], read: Callable[[Slot], Sequence[Pair]]) -> list[Tensor]:
+    """The tensors of a LoRA file for slots that are tensors of a GGUF model, F16, in the order of such files.
+
+    Args:
+        ranks: of the slots; the factors of each are filled up with zeros.
+        read: gives B ``[m, r]`` and A ``[r, n]`` of a slot, one pair for each matrix of a stack.
+    """
+    found: list[Tensor] = []
+    for slot in sorted(ranks, key=lambda one: place(one.parameter)):
+        rank, (m, n) = ranks[slot], slot.shape
+        front = (slot.count,) if slot.kind == "stacked" else ()
+        found.append(Factor(slot.parameter + A, F16, (*front, rank, n), partial(_stack, slot, rank, 1, read)))
+        found.append(Factor(slot.parameter + B, F16, (*front, m, rank), partial(_stack, slot, rank, 0, read)))
+    return found
+
+
+def _stack(slot: Slot, rank: int, side: int, read: Callable[[Slot], Sequence[Pair]]) -> torch.Tensor:
+    """One side of all pairs of a slot, filled up to a rank."""
+    import torch
+
+    pad = torch.nn.functional.pad
+    pairs = read(slot)
+    if side == 0:
+        return torch.stack([pad(b, (0, rank - b.shape[1])) for b, _ in pairs])
+    return torch.stack([pad(a, (0, 0, 0, rank - a.shape[0])) for _, a in pairs])
 
 
 def lora_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

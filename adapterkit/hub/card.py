@@ -86,11 +86,16 @@ def _front_matter(front: dict[str, Any], record: Record) -> str:
     said = front.get("tags")
     theirs = [tag for tag in said if not str(tag).startswith("base_model:")] if isinstance(said, list) else []
     ours = ["adapterkit", *([record.method] if re.fullmatch(r"[A-Za-z0-9][\w.-]*", record.method) else [])]
-    front["tags"] = list(dict.fromkeys([*theirs, *ours]))
+    front["tags"] = _once([*theirs, *ours])
     if measured := _metrics(record):
         said = front.get("metrics")
-        front["metrics"] = list(dict.fromkeys([*(said if isinstance(said, list) else []), *measured]))
+        front["metrics"] = _once([*(said if isinstance(said, list) else []), *measured])
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000)}---\n"
+
+
+def _once(values: list[Any]) -> list[Any]:
+    """Each value once, in order; a card may hold what has no hash."""
+    return list({repr(value): value for value in values}.values())
 
 
 def _metrics(record: Record) -> list[str]:

@@ -16,6 +16,7 @@ from adapterkit.checkpoint.files import LocalFile
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG
 from adapterkit.checkpoint.header import parse_header
 from adapterkit.errors import CheckFailed, UnsafeError, option
+from adapterkit.foreign import json_value
 from adapterkit.redaction import check_public
 from adapterkit.registry.beside import beside_bytes
 from adapterkit.registry.canonical import sha256
@@ -141,8 +142,8 @@ def _without_local_paths(path: str, data: bytes, record: Record) -> tuple[bytes 
     if not path.endswith(".json") or path.endswith((*_VOCABULARIES, ".index.json")) or not data:
         return None, []
     try:
-        config = json.loads(data)
-    except (ValueError, RecursionError):
+        config = json_value(data)
+    except ValueError:
         raise UnsafeError(f"{path} is not JSON, so nobody can tell what is in it", "repair it or take it out") from None
     notes: list[str] = []
     if not isinstance(config, dict):

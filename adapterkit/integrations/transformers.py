@@ -10,7 +10,6 @@ resumed, and one that was cut off is not.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
@@ -21,6 +20,7 @@ from transformers import TrainerCallback
 from transformers import __version__ as version
 
 from adapterkit.errors import AdapterError, AdapterkitError, NotFound
+from adapterkit.foreign import is_whole, json_value
 from adapterkit.integrations import runs
 from adapterkit.registry.home import open_home
 from adapterkit.registry.identity import Identity
@@ -220,7 +220,7 @@ def _checkpoints(output: Path) -> list[tuple[int, Path]]:
     found = []
     for folder in output.glob("checkpoint-*"):
         step = folder.name.removeprefix("checkpoint-")
-        if step.isdigit() and (folder / STATE).is_file():
+        if is_whole(step) and (folder / STATE).is_file():
             found.append((int(step), folder))
     return sorted(found)
 
@@ -240,7 +240,7 @@ def _adapters(folder: Path) -> list[tuple[Path, str]]:
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
     try:
-        found = json.loads((folder / STATE).read_text())["log_history"]
+        found = json_value((folder / STATE).read_text())["log_history"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
     return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from adapterkit.foreign import json_value
 from adapterkit.lint.problems import ERROR, NOTE, WARNING, Problem, github, line_of_key, sarif, text
 from adapterkit.redaction import holds_secret
 
@@ -76,8 +77,8 @@ def _config(path: Path) -> list[Problem]:
     file = str(path)
     try:
         data = path.read_bytes()[:_LIMIT].decode("utf-8")
-        config = json.loads(data)
-    except (ValueError, RecursionError, OSError) as error:
+        config = json_value(data)
+    except (ValueError, OSError) as error:
         return [Problem(ERROR, "bad-config", f"it is not JSON ({error})", "save the adapter again", file, 1)]
     if not isinstance(config, dict):
         return [Problem(ERROR, "bad-config", "it is not a JSON object", "save the adapter again", file, 1)]

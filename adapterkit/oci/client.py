@@ -15,13 +15,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlencode, urljoin, urlsplit
+from urllib.parse import quote, urlencode, urljoin
 
 from adapterkit.checkpoint.json_data import parse_json
 from adapterkit.disk import read_regular
 from adapterkit.errors import AdapterkitError, AuthError, CheckFailed, NotFound, ServerError
+from adapterkit.foreign import is_whole
 from adapterkit.oci.reference import OciReference
-from adapterkit.web import WebAnswer, WebStream, ask, stream
+from adapterkit.web import WebAnswer, WebStream, ask, parts_of, stream
 
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 INDEX = "application/vnd.oci.image.index.v1+json"
@@ -79,11 +80,11 @@ class OciRegistry:
             if found.status != 401 or attempt == 2:
                 break
             self._log_in(found, "pull" if method in ("GET", "HEAD") else "pull,push")
-        return self._checked(found, f"{method} {urlsplit(url).path}")
+        return self._checked(found, f"{method} {parts_of(url).path}")
 
     def _sent(self, url: str) -> dict[str, str]:
         """The token, where the address is the registry's own."""
-        return self._headers if urlsplit(url).netloc == self.reference.host else {}
+        return self._headers if parts_of(url).netloc == self.reference.host else {}
 
     def _checked(self, found: WebAnswer, what: str) -> WebAnswer:
         if found.status in (401, 403):
@@ -110,7 +111,7 @@ class OciRegistry:
         realm = fields.get("realm", "")
         if kind.lower() != "bearer" or not realm:
             return
-        if urlsplit(realm).scheme != "https" and not (self.reference.plain and urlsplit(realm).scheme == "http"):
+        if parts_of(realm).scheme != "https" and not (self.reference.plain and parts_of(realm).scheme == "http"):
             raise AuthError(f"{self.reference.host} asks for a login at {realm}, which is not safe", "use HTTPS")
         query = {"scope": f"repository:{self.reference.name}:{actions}"}
         if "service" in fields:
@@ -120,7 +121,7 @@ class OciRegistry:
         token = found.value.get("token") or found.value.get("access_token") if isinstance(found.value, dict) else None
         if not found.ok or not isinstance(token, str):
             raise AuthError(
-                f"{urlsplit(realm).netloc} gives no token for {self.reference}", f"docker login {self.reference.host}"
+                f"{parts_of(realm).netloc} gives no token for {self.reference}", f"docker login {self.reference.host}"
             )
         self._headers = {"Authorization": f"Bearer {token}"}
 
@@ -129,7 +130,7 @@ class OciRegistry:
     def has_blob(self, digest: str, size: int) -> bool:
         found = self._ask("HEAD", f"/blobs/sha256:{digest}", timeout=_QUICK)
         said = found.headers.get("content-length", "")
-        if found.ok and said.isdigit() and int(said) != size:
+        if found.ok and is_whole(said) and int(said) != size:
             raise CheckFailed(
                 f"{self.reference.host} has a blob {digest[:12]} of {said} bytes, and it has {size}", "look at it"
             )
@@ -155,9 +156,9 @@ class OciRegistry:
         place = begun.headers.get("location", "")
         if begun.status != 202 or not place:
             raise ServerError(f"{self.reference.host} takes no upload ({_said(begun)})", "see its settings")
-        url = urljoin(self._base + "/", place)
+        url = _joined(self._base + "/", place)
         self._safe(url)
-        url += ("&" if urlsplit(url).query else "?") + f"digest={quote(f'sha256:{digest}')}"
+        url += ("&" if parts_of(url).query else "?") + f"digest={quote(f'sha256:{digest}')}"
         timeout = _QUICK + size / _SLOWEST
         headers = {"Content-Type": "application/octet-stream"}
         if isinstance(source, bytes):
@@ -183,11 +184,11 @@ class OciRegistry:
                     self._log_in(WebAnswer(401, found.headers), "pull")
                     continue
                 if found.status in (301, 302, 303, 307, 308) and "location" in found.headers:
-                    url = urljoin(url, found.headers["location"])
+                    url = _joined(url, found.headers["location"])
                     self._safe(url)
                     continue
                 answer = WebAnswer(found.status, found.headers, url=url)
-                self._checked(answer, f"GET {urlsplit(url).path}")
+                self._checked(answer, f"GET {parts_of(url).path}")
                 if not answer.ok:
                     raise NotFound(
                         f"{self.reference.host} does not have the blob {digest[:12]} ({found.status})", "push it again"
@@ -211,10 +212,10 @@ class OciRegistry:
         return data
 
     def _safe(self, url: str) -> None:
-        scheme = urlsplit(url).scheme
+        scheme = parts_of(url).scheme
         if scheme != "https" and not (self.reference.plain and scheme == "http"):
             raise ServerError(
-                f"{self.reference.host} sends us to {scheme}://{urlsplit(url).netloc}", "it has to be HTTPS"
+                f"{self.reference.host} sends us to {scheme}://{parts_of(url).netloc}", "it has to be HTTPS"
             )
 
     # ---- manifests
@@ -279,6 +280,18 @@ def descriptor(row: Any, what: str) -> Descriptor:
     raise CheckFailed(
         f"the manifest describes {what} without a sha256 and a size", "it was not made by a client of OCI"
     )
+
+
+def _joined(url: str, place: str) -> str:
+    """The address that a header names.
+
+    Raises:
+        ServerError: it is none.
+    """
+    try:
+        return urljoin(url, place)
+    except ValueError:
+        raise ServerError(f"'{place[:100]}' is no address of a server", "see what answers at the registry") from None
 
 
 def _said(found: WebAnswer) -> str:

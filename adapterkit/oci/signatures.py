@@ -7,7 +7,6 @@ What is signed is a small JSON ("simple signing") that names the manifest by dig
 from __future__ import annotations
 
 import base64
-import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.disk import read_regular
 from adapterkit.errors import CheckFailed, CheckpointError, NotFound, ServerError, UsageError
+from adapterkit.foreign import json_value
 from adapterkit.oci.client import MANIFEST, Descriptor, Manifest, OciRegistry, descriptor
 from adapterkit.registry.canonical import canonical, sha256
 
@@ -125,7 +125,7 @@ def _holds(registry: OciRegistry, layer: Descriptor, digest: str, public: ec.Ell
     try:
         payload = registry.read_blob(layer.digest, layer.size)
         public.verify(base64.b64decode(layer.annotations[_NOTE], validate=True), payload, ec.ECDSA(hashes.SHA256()))
-        said: Any = json.loads(payload)["critical"]["image"]["docker-manifest-digest"]
+        said: Any = json_value(payload)["critical"]["image"]["docker-manifest-digest"]
     except (InvalidSignature, ValueError, KeyError, TypeError):
         return False
     except (CheckFailed, ServerError):

@@ -14,6 +14,7 @@ from adapterkit.checkpoint.folder import ADAPTER_WEIGHTS, INDEX, SINGLE
 from adapterkit.checkpoint.listing import check_plain
 from adapterkit.checkpoint.sharded import sharded_checkpoint
 from adapterkit.errors import CheckpointError, NotFound
+from adapterkit.foreign import json_value
 from adapterkit.pickles.apart import CHILD, answered
 from adapterkit.pickles.checkpoints import gather
 
@@ -87,7 +88,7 @@ def _pickled(folder: Path) -> dict[str, str]:
     if not index.is_file() or (folder / SINGLE).exists() or (folder / INDEX).exists():
         return {}
     try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        shards = sorted(set(json_value(index.read_text())["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError):
         raise CheckpointError(f"{index} is damaged", "download it again") from None
     for name in shards:

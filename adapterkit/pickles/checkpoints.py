@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
     from adapterkit.checkpoint.sharded import Sharded
 
-# What of a whole model's state belongs to an adapter, beside the endings of its method's keys.
-_ALWAYS = (".modules_to_save.", ".token_adapter.", "trainable_tokens_delta")
+# What of a whole model's state belongs to an adapter, beside its method's tensors.
+_ALWAYS = (".modules_to_save.", ".trainable_tokens_delta")
+_TOKENS = "token_adapter"
 
 
 def gather(found: Sharded, place: Path) -> None:
@@ -40,7 +41,13 @@ def gather(found: Sharded, place: Path) -> None:
     method = METHODS.get(str(config.get("peft_type") or "").upper())
     if method is None:
         raise CheckpointError(f"{found.config} names no peft_type that is known here", "give the adapter's own config")
-    stems = {f".{suffix.removesuffix('.weight').removesuffix('.bias')}" for suffix in method.suffixes}
-    wanted = [*stems, *(f"{name}." for name in method.shared), *_ALWAYS]
+    stems = {suffix.partition(".")[0] for suffix in method.suffixes} - {_TOKENS}
+    wanted = [*(f".{stem}" for stem in sorted(stems)), *(f".{name}." for name in method.shared), *_ALWAYS]
+    wanted += _biases(str(config.get("bias") or "none"))
     answered("gather.py", found.kind, str(found.folder), str(place / ADAPTER_WEIGHTS), more=(json.dumps(wanted),))
     shutil.copyfile(found.config, place / ADAPTER_CONFIG)
+
+
+def _biases(trained: str) -> list[str]:
+    """What the names of trained biases hold, by the config's ``bias``: those of the wrapped modules, or all."""
+    return [] if trained == "none" else [".bias"] if trained == "all" else [".base_layer.bias"]

@@ -24,13 +24,17 @@ _PLAIN = {
     ("collections", "OrderedDict"), ("collections", "defaultdict"), ("builtins", "set"), ("builtins", "frozenset"),
     ("builtins", "slice"), ("builtins", "complex"), ("builtins", "list"), ("builtins", "dict"), ("builtins", "tuple"),
     ("torch", "Size"), ("torch", "device"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor"),
-    ("torch._utils", "_rebuild_parameter"), ("torch.serialization", "_get_layout"), ("datetime", "timedelta"),
+    ("torch.serialization", "_get_layout"), ("datetime", "timedelta"),
 }  # fmt: skip
 _LAYOUT = {
     "torch.distributed.checkpoint.metadata": None,
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
     "torch.distributed.checkpoint._extension": None,
 }
+
+
+# Parts of the names of an optimizer's state, which holds the names of the parameters too.
+_OPTIMIZER = {"optim", "optims", "optimizer", "optimizers", "optimizer_state", "optimizer_state_dict"}
 
 
 class Broken(Exception):
@@ -62,6 +66,16 @@ class Stub:
         return id(self)
 
 
+def _data_of_parameter(data: Any, *rest: Any) -> Any:
+    """A parameter's tensor: what a trainer hung on the parameter stays out."""
+    return data
+
+
+def _without_attributes(build: Any, kind: Any, given: Any, state: Any) -> Any:
+    """A tensor that had attributes, without them: ``build`` is one of the functions that `Unpickler` gave."""
+    return build(*given)
+
+
 class Unpickler(pickle.Unpickler):
     """Builds tensors, containers and the layout of a checkpoint; a `Stub` for everything else."""
 
@@ -72,6 +86,12 @@ class Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if name == "ZeroStageEnum":
+            return int
+        if module == "torch._utils" and name.startswith("_rebuild_parameter"):
+            return _data_of_parameter
+        if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
+            return _without_attributes
         if module in ("torch", "torch.storage") and re.fullmatch(r"\w*Storage", name):
             return super().find_class(module, name)
         names = _LAYOUT.get(module, ())
@@ -128,7 +148,9 @@ def dcp(folder: Path, wanted: list[str]) -> dict[str, Any]:
     found = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata) and any(part in name for part in wanted)
+        if isinstance(entry, TensorStorageMetadata)
+        and _is_wanted(name, wanted)
+        and not _OPTIMIZER & set(name.split("."))
     }
     if found:
         try:
@@ -144,12 +166,13 @@ def zero(folder: Path, wanted: list[str]) -> dict[str, Any]:
     Layout: deepspeed/utils/zero_to_fp32.py. Stage 1 and 2 cut each group of parameters, end to end, in equal parts for the
     processes; stage 3 cuts every parameter by itself.
     """
-    import torch
-
     states = sorted(folder.glob("*_optim_states.pt"), key=_rank)
     models = sorted(folder.glob("*_model_states.pt"), key=_rank)
     if not states or not models:
         raise Broken("it has no *_optim_states.pt or no *_model_states.pt, so it is no whole ZeRO checkpoint")
+    parallel = next((path for path in (*states, *models) if re.search(r"mp_rank_0*[1-9]|expp_rank", path.name)), None)
+    if parallel is not None:
+        raise Broken(f"{parallel.name} says that it was saved with model or expert parallelism, which is not read here")
     optimizers = []
     for path in states:
         found = _load(path)
@@ -172,34 +195,89 @@ def zero(folder: Path, wanted: list[str]) -> dict[str, Any]:
     shapes = model.get("param_shapes") if isinstance(model, dict) else None
     if not isinstance(shapes, (list, tuple)) or not all(isinstance(group, dict) for group in shapes):
         raise Broken(f"{models[0].name} has no param_shapes, which say what the flat states are made of")
-    tensors: dict[str, Any] = {}
-    if int(stage) == 3:
-        flats = [torch.cat([part.flatten() for part in o["fp32_flat_groups"]]) for o in optimizers]
-        offset = 0
-        for group in shapes:
-            for name, shape in group.items():
-                size = prod(shape)
-                part = ceil(size / count)
-                if any(offset + part > flat.numel() for flat in flats):
-                    raise Broken(f"the flat states end before {name}; a file is cut short")
-                if any(one in name for one in wanted):
-                    pieces = [flat[offset : offset + part] for flat in flats]
-                    tensors[name] = torch.cat(pieces)[:size].view(tuple(shape)).clone()
-                offset += part
-    else:
-        for index, group in enumerate(shapes):
-            parts = [o["single_partition_of_fp32_groups"][index].flatten() for o in optimizers]
-            flat, offset = torch.cat(parts), 0
-            for name, shape in group.items():
-                size = prod(shape)
-                if offset + size > flat.numel():
-                    raise Broken(f"the flat states end before {name}; a file is cut short")
-                if any(one in name for one in wanted):
-                    tensors[name] = flat[offset : offset + size].view(tuple(shape)).clone()
-                offset += size
+    trained = _split_over_processes if int(stage) == 3 else _end_to_end
+    tensors = trained(optimizers, shapes, wanted)
+    tensors.update(_frozen(model, models, count if int(stage) == 3 else 1, wanted))
     for name, source in (model.get("shared_params") or {}).items():
-        if source in tensors and any(one in name for one in wanted):
+        if source in tensors and _is_wanted(name, wanted):
             tensors[name] = tensors[source]
+    return tensors
+
+
+def _is_wanted(name: str, wanted: list[str]) -> bool:
+    return any(one in name for one in wanted)
+
+
+def _split_over_processes(optimizers: list[Any], shapes: Any, wanted: list[str]) -> dict[str, Any]:
+    """Stage 3: every process has its part of each parameter."""
+    import torch
+
+    count, tensors = len(optimizers), {}
+    flats = [torch.cat([part.flatten() for part in o["fp32_flat_groups"]]) for o in optimizers]
+    offset = 0
+    for group in shapes:
+        for name, shape in group.items():
+            size = prod(shape)
+            part = ceil(size / count)
+            if any(offset + part > flat.numel() for flat in flats):
+                raise Broken(f"the flat states end before {name}; a file is cut short")
+            if _is_wanted(name, wanted):
+                pieces = [flat[offset : offset + part] for flat in flats]
+                tensors[name] = torch.cat(pieces)[:size].view(tuple(shape)).clone()
+            offset += part
+    return tensors
+
+
+def _end_to_end(optimizers: list[Any], shapes: Any, wanted: list[str]) -> dict[str, Any]:
+    """Stages 1 and 2: the parameters of a group stand end to end, and every process has a part of that."""
+    import torch
+
+    tensors: dict[str, Any] = {}
+    paddings = optimizers[0].get("param_alignment_paddings")  # since DeepSpeed 0.18: what stands between two parameters
+    for index, group in enumerate(shapes):
+        flat = torch.cat([o["single_partition_of_fp32_groups"][index].flatten() for o in optimizers])
+        between = paddings[index] if isinstance(paddings, (list, tuple)) else [0] * len(group)
+        if len(between) != len(group):
+            raise Broken(f"it holds {len(between)} paddings for {len(group)} parameters")
+        offset = 0
+        for (name, shape), padding in zip(group.items(), between, strict=True):
+            size = prod(shape)
+            if offset + size > flat.numel():
+                raise Broken(f"the flat states end before {name}; a file is cut short")
+            if _is_wanted(name, wanted):
+                tensors[name] = flat[offset : offset + size].view(tuple(shape)).clone()
+            offset += size + padding
+    return tensors
+
+
+def _frozen(model: dict[str, Any], models: list[Path], count: int, wanted: list[str]) -> dict[str, Any]:
+    """What of an adapter was not trained: parameters that the method freezes (the A of LoRA-FA), and buffers.
+
+    At stage 3 every one of ``count`` processes has its part of a frozen parameter.
+    """
+    import torch
+
+    shapes = {
+        name: shape for name, shape in (model.get("frozen_param_shapes") or {}).items() if _is_wanted(name, wanted)
+    }
+    tensors: dict[str, Any] = {}
+    if shapes:
+        have = {_rank(path) for path in models}
+        if count > 1 and have != set(range(count)):
+            lost = sorted(set(range(count)) - have)
+            raise Broken(
+                f"it was saved by {count} processes, and the model states of rank {lost[0] if lost else '?'} are missing"
+            )
+        parts = [model, *(_load(path) for path in models[1:])] if count > 1 else [model]
+        for name, shape in shapes.items():
+            pieces = [part["frozen_param_fragments"][name].flatten() for part in parts]
+            flat = torch.cat(pieces)
+            if flat.numel() < prod(shape):
+                raise Broken(f"{name} is not whole in the model states; a file is cut short")
+            tensors[name] = flat[: prod(shape)].view(tuple(shape)).clone()
+    module = model.get("module") or {}
+    buffers = [name for name in model.get("buffer_names") or () if _is_wanted(name, wanted)]
+    tensors.update({name: module[name].clone() for name in buffers if name in module})
     return tensors
 
 
@@ -218,6 +296,8 @@ def main() -> dict[str, object]:
         found = {"dcp": dcp, "zero": zero}[kind](folder, wanted)
     except Broken as error:
         return {"error": str(error)}
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        return {"error": f"its parts do not fit together ({(str(error).splitlines() or ['unknown'])[0][:200]})"}
     if not found:
         return {"error": "it holds no tensors of an adapter"}
     answer: dict[str, object] = write(out, found, names)

@@ -20,6 +20,7 @@ from adapterkit.recipe.state import Made, State, key_of
 from adapterkit.recipe.steps import CONVERT, Step
 from adapterkit.registry.record import UNDATED
 from adapterkit.registry.verification import KEY, Verification, evidence_of
+from adapterkit.requests.groups import LIMITS
 
 if TYPE_CHECKING:
     from adapterkit.verbs.verify.report import VerifyReport
@@ -27,13 +28,6 @@ if TYPE_CHECKING:
 VERIFY, REGISTER, PUSH = "verify", "register", "push"
 # kind of a registered conversion, by its form; a merge and a combination say it in the record beside them
 _KINDS = {"gguf": "converted", "gguf-lora": "converted", "peft": "adapter", "mlx": "adapter"}
-
-_OF_TENSORS = (
-    "min_retention",
-    "min_cosine",
-    "max_error",
-    "max_dead",
-)  # thresholds that the tensors are held to; the others ask the model
 
 Task = tuple[str, str, Callable[[], dict[str, Any]]]
 
@@ -45,7 +39,7 @@ def words(step: Step) -> tuple[str, ...]:
     if verify is not None:
         limits = [
             f"{name.replace('_', '-')} {value:g}"
-            for name in ("max_kl", "min_top1", *_OF_TENSORS)
+            for name in ("max_kl", "min_top1", *LIMITS)
             if (value := getattr(verify, name)) is not None
         ]
         page = [f"a page in {verify.html}"] if verify.html is not None else []
@@ -182,9 +176,10 @@ class After:
 
     def _page(self, name: str, found: VerifyReport) -> None:
         """The evidence as a page, whether it holds or not."""
+        from adapterkit.registry.record import now
         from adapterkit.verbs.verify.page import html
 
-        path, data = page_of(self._file, name), html(found).encode()
+        path, data = page_of(self._file, name), html(found, when=now()).encode()
         digest = hashlib.sha256(data).hexdigest()
         self._state.coming_pages[name] = digest  # what is cut off now leaves the page before or this one
         self._state.save()
@@ -284,13 +279,13 @@ def _levels(found: VerifyReport) -> Iterator[Verification]:
         "tensors": tensors.total,
         "touched": tensors.touched,
     }
-    yield Verification("tensor", found.ok, figures, {k: v for k, v in limits.items() if k in _OF_TENSORS}, **dated)
+    yield Verification("tensor", found.ok, figures, {k: v for k, v in limits.items() if k in LIMITS}, **dated)
     if found.layers is not None:
         layers = {"lost": found.layers.lost, "error": found.layers.error, "worst": found.layers.worst}
         yield Verification("layer", found.ok, layers, {}, **dated)
     if found.model is not None:
         model = {"kl": found.model.merged.mean_kl, "top1": found.model.merged.top1, "tokens": found.model.tokens}
-        yield Verification("model", found.ok, model, {k: v for k, v in limits.items() if k not in _OF_TENSORS}, **dated)
+        yield Verification("model", found.ok, model, {k: v for k, v in limits.items() if k not in LIMITS}, **dated)
 
 
 def in_folder(path: Path, folder: Path) -> str:

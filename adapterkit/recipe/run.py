@@ -31,8 +31,9 @@ from adapterkit.recipe.lock import (
 )
 from adapterkit.recipe.parse import RecipeFile, read_recipe, shown
 from adapterkit.recipe.report import AGAIN, NEW, UNCHANGED, BuildPlan, BuildReport, BuiltOutput, PlannedOutput
+from adapterkit.recipe.spread import spread
 from adapterkit.recipe.state import Coming, Made, State, key_of, output_files
-from adapterkit.recipe.steps import CONVERT, MERGE, Input, Step, check_inside, located, steps_of
+from adapterkit.recipe.steps import CONVERT, Input, Step, check_inside, located, steps_of
 from adapterkit.verbs.job import Measured, peak_memory
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class _Build:
     """A recipe with everything that is known of it before a byte is written."""
 
     def __init__(self, file: RecipeFile, *, locked: bool, outside: bool = False) -> None:
+        file = spread(file)
         self.file, self.locked = file, locked
         self.steps = steps_of(file)
         if not outside:
@@ -279,11 +281,11 @@ class _Build:
         )
 
     def _group(self, step: Step, made: Mapping[str, Made], digests: Mapping[str, str], how: How) -> list[Step]:
-        """The step, and the merges of the same fold that have to be made too."""
-        if step.verb != MERGE:
+        """The step, and those of the same inputs that have to be made too: merges of one fold, conversions of one source."""
+        if step.shares == step.name:
             return [step]
         later = [one for one in self.steps if one.name not in made and one.name != step.name]
-        same = [one for one in later if one.verb == MERGE and one.fold() == step.fold()]
+        same = [one for one in later if one.shares == step.shares]
         for one in same:
             self._take_up(one, how)
         return [step, *(one for one in same if self._state(one, digests)[0] != UNCHANGED)]
@@ -425,10 +427,10 @@ class _Build:
 
 
 def _groups(steps: Sequence[Step]) -> list[tuple[str, ...]]:
-    """Steps that are written abreast: merges of the same fold; every other one alone."""
+    """Steps that are written abreast: merges of the same fold, conversions of the same source; every other one alone."""
     found: dict[Any, list[str]] = {}
     for step in steps:
-        found.setdefault(step.fold() if step.verb == MERGE else step.name, []).append(step.name)
+        found.setdefault(step.shares, []).append(step.name)
     return [tuple(names) for names in found.values()]
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from adapterkit import disk
 from adapterkit.errors import OutputError
+from adapterkit.foreign import json_value
 
 FOLDER = ".adapterkit"
 FORMAT = 1
@@ -82,7 +83,7 @@ class State:
         self.coming_pages: dict[str, str] = {}
         self._moved: dict[tuple[int, ...], str] = {}  # of files that lay under another name when they were hashed
         try:
-            data = json.loads(disk.read_inside(self.path.parent, self.path.name) or b"")
+            data = json_value(disk.read_inside(self.path.parent, self.path.name) or b"")
             if data["format"] == FORMAT:
                 # A hash holds for an inode and its times, which nobody foresees. What was made is believed only of a folder
                 # that was made here: a repository may carry one that calls its own files the outputs.
@@ -92,7 +93,7 @@ class State:
                     self.pages = {str(name): str(entry) for name, entry in data.get("pages", {}).items()}
                     self.coming = {str(name): Coming(**entry) for name, entry in data.get("coming", {}).items()}
                     self.coming_pages = {str(k): str(entry) for k, entry in data.get("coming_pages", {}).items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             self._hashes, self.made, self.pages = {}, {}, {}  # nothing is known, then
             self.coming, self.coming_pages = {}, {}
 

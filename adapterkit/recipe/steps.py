@@ -18,6 +18,7 @@ from adapterkit.recipe.schema import BaseChoice, Combining, OutputTable, Table, 
 from adapterkit.requests.adapters import CombineRequest
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.requests.formats import formats
+from adapterkit.requests.groups import LIMITS
 from adapterkit.requests.merge import FOLDER, GGUF, MergeRequest, folder_formats
 from adapterkit.requests.option import Request
 from adapterkit.verbs.tower import tower_path
@@ -115,6 +116,15 @@ class Step:
     def is_file(self) -> bool:
         """Whether the output is a file (or a set of them) and not a folder."""
         return self.to in (GGUF, "gguf-lora")
+
+    @property
+    def shares(self) -> Any:
+        """What a step reads: those that agree in it are written in one pass. A step that shares with none has its name."""
+        if self.verb == MERGE:
+            return self.fold()
+        if self.verb == CONVERT and self.to == GGUF and self.source is not None:
+            return (CONVERT, self.source.path or self.source.ref)
+        return self.name
 
     def fold(self) -> tuple[Any, ...]:
         """What decides the folded values: two merges that agree in it can share one pass over the base."""
@@ -361,7 +371,7 @@ class _Maker:
                         key = name.replace("_", "-")
                         what = f"{shown((*at, key))} needs the model's answers, and level {said.level} does not ask for them"
                         self.file.fail((*at, key), what, 'use level = "model"')
-            for name in ("min_retention", "min_cosine", "max_error", "max_dead"):
+            for name in LIMITS:
                 key = name.replace("_", "-")
                 if said.level == "none" and getattr(said, name) is not None:
                     self.file.fail((*at, key), f"nothing is verified, so {key} cannot be met", "raise the level")

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from adapterkit.errors import NotFound, UsageError
-from adapterkit.registry import evaluation, index, resolve, store
+from adapterkit.registry import blobs, evaluation, index, resolve, store
 from adapterkit.registry.beside import beside_path, read_beside, write_beside
-from adapterkit.registry.canonical import thaw
+from adapterkit.registry.canonical import sha256, thaw
 from adapterkit.registry.evaluation import Score
 from adapterkit.registry.figures import joined
 from adapterkit.registry.home import open_home
-from adapterkit.registry.record import Record
+from adapterkit.registry.record import PROOF, SIGNATURE, FileEntry, Record
 from adapterkit.registry.verification import KEY, Verification, evidence_of
 
 
@@ -34,13 +34,16 @@ class Attached:
     new: bool = True
 
 
-def attach_evidence(target: str | Path, kind: str, figures: Mapping[str, Any], *, home: Path | None = None) -> Attached:
+def attach_evidence(
+    target: str | Path, kind: str, figures: Mapping[str, Any], *, page: bytes = b"", home: Path | None = None
+) -> Attached:
     """Adds evidence about a registered version, or about an output with ``adapterkit.json`` beside it.
 
     Args:
         target: a folder or file, else a registry name ``name[@version|@alias]`` or digest.
         kind: of the evidence, such as ``fidelity``; of ``verification`` use `attach_verification`.
         figures: plain JSON; each key takes the place of what was there under it, other keys stay.
+        page: HTML that shows them; a registered version keeps it as its file ``PROOF``, unless it is signed.
 
     Raises:
         NotFound: there is no such version; or the output has no record beside it.
@@ -52,7 +55,7 @@ def attach_evidence(target: str | Path, kind: str, figures: Mapping[str, Any], *
     if isinstance(target, Path) or os.sep in target or os.path.exists(target):
         path = Path(target).expanduser()
         if path.parent.name == "trees" and (path.parent.parent / "format").is_file():  # a version, as a folder
-            return attach_evidence(f"sha256:{path.name}", kind, figures, home=path.parent.parent)
+            return attach_evidence(f"sha256:{path.name}", kind, figures, page=page, home=path.parent.parent)
         found = read_beside(path)
         if found is None:
             hint = "outputs of adapterkit have one; register takes any folder, and evidence goes to its version then"
@@ -69,10 +72,14 @@ def attach_evidence(target: str | Path, kind: str, figures: Mapping[str, Any], *
     def extended(there: list[Record]) -> Record:
         # Whoever else added evidence about the same bytes meanwhile keeps it.
         before = joined([*(one for one in there if one.digest != found.digest), found])
-        return replace(_with(replace(found, evidence=before), kind, figures), name="", version=0)
+        return replace(_with(replace(found, evidence=before), kind, figures), name="", version=0, files=files)
 
     others = index.ask(at, lambda rows: rows.versions_of_other_content(found.name, found.content))
+    files = found.files
     with at.store_lock(shared=True):
+        if page and all(file.path != SIGNATURE for file in files):  # a signature covers all files there are
+            blob = blobs.put_chunks(at, [page], sha256(page), len(page))
+            files = (*(file for file in files if file.path != PROOF), FileEntry(PROOF, blob.size, blob.sha256))
         added = store.extend_record(at, found.name, found.content, extended, others)
     return Attached(added.record, ref=added.record.ref, new=added.new)
 
@@ -86,13 +93,15 @@ def attach_evaluation(target: str | Path, found: Iterable[Score], *, home: Path 
     return attach_evidence(target, evaluation.KEY, evaluation.evidence_of(found), home=home)
 
 
-def attach_verification(target: str | Path, levels: Iterable[Verification], *, home: Path | None = None) -> Attached:
-    """Adds what ``verify`` found, level by level.
+def attach_verification(
+    target: str | Path, levels: Iterable[Verification], *, page: bytes = b"", home: Path | None = None
+) -> Attached:
+    """Adds what ``verify`` found, level by level, and the page that it wrote.
 
     Raises:
         NotFound, RegistryError, UsageError: as for `attach_evidence`.
     """
-    return attach_evidence(target, KEY, evidence_of(levels), home=home)
+    return attach_evidence(target, KEY, evidence_of(levels), page=page, home=home)
 
 
 def _with(record: Record, kind: str, figures: Mapping[str, Any]) -> Record:

@@ -96,7 +96,7 @@ def read_policy(text: str) -> str:
 
     try:
         value = tomllib.loads(data)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of many digits is no TOML error
         raise UsageError(f"{path} is not TOML ({error})", 'write require = ["verification=held"]') from None
     found = value.get("require")
     if value.keys() != {"require"} or not isinstance(found, list) or not all(isinstance(one, str) for one in found):

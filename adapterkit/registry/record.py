@@ -32,8 +32,11 @@ SCHEMA = 1
 TYPE = "adapterkit.record"
 BESIDE = RECORD
 # Prose, signatures and the record itself: they change when an artefact is published, and it stays the same artefact.
+PROOF = "adapterkit-verify.html"
+"""The page of ``verify``, as a version keeps it."""
+SIGNATURE = "model.sig"
 NOT_CONTENT = frozenset(
-    {BESIDE, "adapterkit.intoto.json", "adapterkit.intoto.jsonl", "README.md", ".gitattributes", "model.sig"}
+    {BESIDE, "adapterkit.intoto.json", "adapterkit.intoto.jsonl", "README.md", ".gitattributes", SIGNATURE, PROOF}
 )
 KINDS = {
     "adapter": "an adapter as trained, extracted or resized",

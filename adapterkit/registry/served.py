@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from adapterkit.errors import UnsafeError, UsageError
 from adapterkit.redaction import check_public
@@ -17,6 +16,7 @@ from adapterkit.registry.canonical import sha256
 from adapterkit.registry.chain import ChainEntry
 from adapterkit.registry.home import Home, entries, open_home
 from adapterkit.registry.record import Record
+from adapterkit.web import parts_of
 
 SERVING, STOPPED = "serving", "stopped"
 
@@ -148,7 +148,8 @@ def check_server(server: str) -> str:
     """
     if not 0 < len(server) <= 512 or not server.isprintable() or " " in server:
         raise UsageError(f"{server[:80]!a} is not a server", "give a URL such as http://127.0.0.1:8000, or a name")
-    if urlsplit(server).username is not None or "@" in urlsplit(server).netloc:
+    parts = parts_of(server, UsageError)
+    if parts.username is not None or "@" in parts.netloc:
         raise UnsafeError("the address of the server holds credentials, and it is kept", "leave them out")
     check_public(server, "the address of the server")
     return server.rstrip("/")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import field
 from typing import TYPE_CHECKING, ClassVar
 
-from adapterkit.requests.groups import FLOAT_TYPES, OUTPUT, KeepOptions, OfAdapters, OntoBase, Ruled, Types
+from adapterkit.requests.groups import FLOAT_TYPES, OUTPUT, KeepOptions, Limits, OfAdapters, OntoBase, Ruled, Types
 from adapterkit.requests.merge import FOLDER, GGUF, MergeRequest
 from adapterkit.requests.option import BYTES, FLAG, INPUT, REF, opt
 from adapterkit.values import dataclass
@@ -24,7 +24,7 @@ def _servers() -> Iterable[str]:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class CheckRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions):
+class CheckRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, Limits):
     """A check. It plans the merge that has these options, and refuses what that refuses."""
 
     VERB: ClassVar[str] = "check"

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 FLOAT_TYPES = ("auto", "bf16", "f16", "f32")
 GRIDS = ("nf4", "fp4", "int8")
 
-BASE, ADAPTERS, COMBINE, OUTPUT, GGUF_TYPES, BESIDE, RUNNING = (
-    *("Base", "Adapters", "Combining", "Output", "GGUF types", "Beside the output", "Run"),
+BASE, ADAPTERS, COMBINE, OUTPUT, GGUF_TYPES, BESIDE, RUNNING, THRESHOLDS = (
+    *("Base", "Adapters", "Combining", "Output", "GGUF types", "Beside the output", "Run", "Thresholds"),
 )
 
 
@@ -405,6 +405,48 @@ class KeepOptions(Request):
     )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True, init=False, eq=False, repr=False)
+class Limits(Request):
+    """What of the change has to be there; see `adapterkit.ops.fidelity` for the figures."""
+
+    min_cosine: float | None = field(
+        default=None,
+        metadata=opt(
+            "Exit with 3 when the cosine of the change that is written with the one that was trained is less.", NUMBER,
+            role=RUN, group=THRESHOLDS, metavar="X", low=0, high=1, recipe="verify.min-cosine",
+        ),
+    )  # fmt: skip
+    max_error: float | None = field(
+        default=None,
+        metadata=opt(
+            "Exit with 3 when the error beside the change, |written - trained| / |change|, is more; by --imatrix where given.",
+            NUMBER, role=RUN, group=THRESHOLDS, metavar="X", low=0, recipe="verify.max-error",
+        ),
+    )  # fmt: skip
+    min_retention: float | None = field(
+        default=None,
+        metadata=opt(
+            "Exit with 3 when less than this share of the change survives; verify asks for 0.5 by default.", NUMBER,
+            role=RUN, group=THRESHOLDS, metavar="X", low=0, high=1, recipe="verify.min-retention",
+        ),
+    )  # fmt: skip
+    max_dead: int | None = field(
+        default=None,
+        metadata=opt(
+            "Exit with 3 when more tensors than this have a cosine or a retention below 0.5.", WHOLE,
+            role=RUN, group=THRESHOLDS, metavar="N", low=0, recipe="verify.max-dead",
+        ),
+    )  # fmt: skip
+
+    @property
+    def limited(self) -> bool:
+        """Whether one of them was named."""
+        return any(getattr(self, name) is not None for name in LIMITS)
+
+
+LIMITS = ("min_cosine", "max_error", "min_retention", "max_dead")
+
+
 def _with_file() -> Iterable[str]:
     from adapterkit.serving.servers import with_file
 
@@ -449,6 +491,13 @@ class GGUFOutput(Request):
             "A field of config.json that llama.cpp computes otherwise past a limit (sliding_window: texts longer than the "
             "window); write it all the same; may be given again.",
             role=VALUES, group=GGUF_TYPES, many=True, metavar="FIELD", recipe="output.allow-approximate",
+        ),
+    )  # fmt: skip
+    as_reranker: bool = field(
+        default=False,
+        metadata=opt(
+            "Write a Qwen3-Reranker as one: what llama-server's rerank endpoint asks, and the scores of yes and no alone.",
+            FLAG, role=VALUES, group=GGUF_TYPES, recipe="output.as-reranker",
         ),
     )  # fmt: skip
     mmproj: Ref | None = field(

@@ -9,24 +9,26 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.codecs.kinds import nested, written
 from adapterkit.dtypes import BY_LABEL, FLOATS, DType
-from adapterkit.errors import CheckpointError, UsageError
+from adapterkit.errors import CheckpointError, UsageError, option
 from adapterkit.ops.device import CPU
 from adapterkit.places import Address
 from adapterkit.requests.groups import (
     BASE,
     BESIDE,
     FLOAT_TYPES,
+    LIMITS,
     OUTPUT,
     RUNNING,
     GGUFOutput,
     KeepOptions,
+    Limits,
     OfAdapters,
     OntoBase,
     Ruled,
     Running,
     Types,
 )
-from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, RUN, VALUES, WHOLE, opt
+from adapterkit.requests.option import BYTES, FLAG, INPUT, PATH, REF, RUN, VALUES, WHOLE, opt
 from adapterkit.requests.workers import OnWorkers
 from adapterkit.values import dataclass
 
@@ -38,7 +40,7 @@ CALIBRATED = ("awq", "gptq")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, OnWorkers, Running):
+class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, Limits, OnWorkers, Running):
     """A merge: what is folded into what, and what is written of it."""
 
     VERB: ClassVar[str] = "merge"
@@ -101,6 +103,15 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
             role=BYTES, group=OUTPUT, flag="--double-quant", needs=("quant",), recipe="output.double-quant",
         ),
     )  # fmt: skip
+    residual: int | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Write what rounding takes as a LoRA of at most this rank beside the output: OUT-residual.", WHOLE,
+            role=BYTES, group=OUTPUT, metavar="RANK", low=1,
+            elsewhere={"recipe": "an output of a recipe is one folder or file"},
+        ),
+    )  # fmt: skip
     device: str = field(
         default=CPU,
         kw_only=True,
@@ -115,38 +126,6 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
         metadata=opt(
             "Measure, in the same pass, what of the change survives in the output.", FLAG,
             role=RUN, group=OUTPUT, elsewhere={"recipe": "verify measures it"},
-        ),
-    )  # fmt: skip
-    min_retention: float | None = field(
-        default=None,
-        kw_only=True,
-        metadata=opt(
-            "Exit with 3 when less than this share of the change survives.", NUMBER,
-            role=RUN, group=OUTPUT, metavar="X", low=0, high=1, recipe="verify.min-retention",
-        ),
-    )  # fmt: skip
-    min_cosine: float | None = field(
-        default=None,
-        kw_only=True,
-        metadata=opt(
-            "Exit with 3 when the cosine of the change that is written with the one that was trained is less.", NUMBER,
-            role=RUN, group=OUTPUT, metavar="X", low=0, high=1, recipe="verify.min-cosine",
-        ),
-    )  # fmt: skip
-    max_error: float | None = field(
-        default=None,
-        kw_only=True,
-        metadata=opt(
-            "Exit with 3 when the error beside the change, |written - trained| / |change|, is more; by --imatrix where given.",
-            NUMBER, role=RUN, group=OUTPUT, metavar="X", low=0, recipe="verify.max-error",
-        ),
-    )  # fmt: skip
-    max_dead: int | None = field(
-        default=None,
-        kw_only=True,
-        metadata=opt(
-            "Exit with 3 when more tensors than this have a cosine or a retention below 0.5.", WHOLE,
-            role=RUN, group=OUTPUT, metavar="N", low=0, recipe="verify.max-dead",
         ),
     )  # fmt: skip
     full_record: bool = field(
@@ -167,14 +146,32 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
             )
         if self.quant_double and self.quant not in nested():
             raise UsageError(f"{self.quant} has no nested scales", "leave out --double-quant, or use --quant nf4")
+        if self.residual is not None:
+            self._check_residual()
         if self.as_trained == "int8" and self.double_quant:
             raise UsageError("int8 has no nested scales", "leave out --double-quant, or use --as-trained nf4")
+
+    def _check_residual(self) -> None:
+        """
+        Raises:
+            UsageError: an option that has no meaning for an output with a residual beside it.
+        """
+        for name in LIMITS:
+            if getattr(self, name) is not None:
+                raise UsageError(
+                    f"{option(name)} is measured on the output alone, and {option('residual')} stands beside it",
+                    f"merge without {option(name)}, then verify: that measures the two together",
+                )
+        if self.save_plan is not None:
+            raise UsageError(
+                f"a plan is of one output, and {option('residual')} is a second one",
+                f"leave out {option('save_plan')}, or {option('residual')}",
+            )
 
     @property
     def measures(self) -> bool:
         """Whether what survives is measured in the same pass."""
-        limits = (self.min_retention, self.min_cosine, self.max_error, self.max_dead)
-        return self.fidelity or any(limit is not None for limit in limits)
+        return self.fidelity or self.limited
 
     @property
     def given_adapters(self) -> tuple[Any, ...]:

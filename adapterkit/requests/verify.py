@@ -7,7 +7,7 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.errors import UsageError
-from adapterkit.requests.groups import RUNNING, OfAdapters, OntoBase, Ruled
+from adapterkit.requests.groups import RUNNING, THRESHOLDS, Limits, OfAdapters, OntoBase, Ruled
 from adapterkit.requests.merge import MergeRequest
 from adapterkit.requests.option import CALL, INPUT, NUMBER, PATH, REF, RUN, VALUES, WHOLE, opt
 from adapterkit.values import dataclass
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from adapterkit.requests.groups import Adapters, Base, Progress, Ref
 
 LEVELS = ("load", "tensors", "layers", "model")
-THRESHOLDS, EVIDENCE = "Thresholds", "Evidence"
+EVIDENCE = "Evidence"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class VerifyRequest(OntoBase, OfAdapters, Ruled):
+class VerifyRequest(OntoBase, OfAdapters, Ruled, Limits):
     """A verification. Options of the merge that are not named are taken from the record beside MERGED."""
 
     VERB: ClassVar[str] = "verify"
@@ -71,36 +71,12 @@ class VerifyRequest(OntoBase, OfAdapters, Ruled):
             role=RUN, group=THRESHOLDS, metavar="Y", low=0, high=1, recipe="verify.min-top1",
         ),
     )  # fmt: skip
-    min_retention: float | None = field(
+    residual: Ref | None = field(
         default=None,
         kw_only=True,
         metadata=opt(
-            "Exit with 3 when less of the change survives, 0.5 by default.", NUMBER,
-            role=RUN, group=THRESHOLDS, metavar="Z", low=0, high=1, recipe="verify.min-retention",
-        ),
-    )  # fmt: skip
-    min_cosine: float | None = field(
-        default=None,
-        kw_only=True,
-        metadata=opt(
-            "Exit with 3 when the cosine of the change that is there with the one that was trained is less.", NUMBER,
-            role=RUN, group=THRESHOLDS, metavar="Z", low=0, high=1, recipe="verify.min-cosine",
-        ),
-    )  # fmt: skip
-    max_error: float | None = field(
-        default=None,
-        kw_only=True,
-        metadata=opt(
-            "Exit with 3 when the error beside the change, |written - trained| / |change|, is more.", NUMBER,
-            role=RUN, group=THRESHOLDS, metavar="X", low=0, recipe="verify.max-error",
-        ),
-    )  # fmt: skip
-    max_dead: int | None = field(
-        default=None,
-        kw_only=True,
-        metadata=opt(
-            "Exit with 3 when more tensors than this have a cosine or a retention below 0.5.", WHOLE,
-            role=RUN, group=THRESHOLDS, metavar="N", low=0, recipe="verify.max-dead",
+            "What merge --residual wrote beside MERGED; by default what its record names. Limits are of the two.", REF,
+            role=RUN, group=THRESHOLDS, metavar="REF", elsewhere={"recipe": "no output of a recipe has one"},
         ),
     )  # fmt: skip
     on_purpose: tuple[str, ...] | str = field(

@@ -6,7 +6,6 @@ One file of this package for each harness: `NAME` for readers, `fits` says wheth
 
 from __future__ import annotations
 
-import json
 import math
 import pkgutil
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from adapterkit.errors import CheckFailed, UsageError
+from adapterkit.foreign import json_value
 
 if TYPE_CHECKING:
     from adapterkit.registry.evaluation import Score
@@ -56,8 +56,8 @@ def read_results(path: Path, *, subject: str = "self", task: str = "") -> tuple[
 
     data = read_regular(path, LIMIT, "a results file")
     try:
-        value = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError):
+        value = json_value(data.decode("utf-8"))
+    except ValueError:
         raise UsageError(
             f"{path} is not JSON, and no results file that is known",
             "inspect-ai's .eval files become JSON by `inspect log dump`",
@@ -67,7 +67,7 @@ def read_results(path: Path, *, subject: str = "self", task: str = "") -> tuple[
         if harness.fits(value):
             try:
                 scores = list(harness.measured(value, path, task or path.stem))
-            except (AttributeError, TypeError, KeyError, ValueError, OverflowError, RecursionError) as error:
+            except (AttributeError, TypeError, KeyError, ValueError, OverflowError) as error:
                 raise UsageError(
                     f"{path} looks like a file of {harness.NAME}, and a part of it has another shape ({str(error)[:100]})",
                     "give the file as the harness wrote it",

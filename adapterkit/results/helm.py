@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from adapterkit.foreign import json_value
 from adapterkit.registry.evaluation import Score
 from adapterkit.results import is_number, number, spread
 
@@ -56,7 +56,7 @@ def _slice(name: dict[str, Any]) -> str:
 def _task(path: Path) -> str:
     spec = path.with_name("run_spec.json")
     try:
-        found = json.loads(spec.read_bytes())["name"]
+        found = json_value(spec.read_bytes())["name"]
     except (OSError, ValueError, KeyError, TypeError):
         found = ""
     return str(found).partition(":")[0]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from adapterkit.foreign import is_whole
 from adapterkit.registry.evaluation import Score
 from adapterkit.results import count, is_number, number, spread
 
@@ -30,9 +31,9 @@ def measured(value: Any, path: Path, task: str) -> Iterator[Score]:
         if name == "all":  # the mean of everything, whatever that was
             continue
         front, bar, shots = name.rpartition("|")
-        plain = front if bar and shots.isdigit() else name
+        plain = front if bar and is_whole(shots) else name
         config = tasks.get(name) or tasks.get(plain) or {}
-        said = {"num_fewshot": int(shots) if bar and shots.isdigit() else None, "task_version": versions.get(name)}
+        said = {"num_fewshot": int(shots) if bar and is_whole(shots) else None, "task_version": versions.get(name)}
         settings = {key: item for key, item in said.items() if isinstance(item, (int, str))}
         for metric, figure in figures.items():
             if metric.endswith("_stderr") or not is_number(figure):

@@ -74,16 +74,20 @@ def serve_args(
         if row.parts:
             text = text.replace(paths[0], _PART.sub("-*.gguf", paths[0]))
     elif not adapters:
-        text = row.model.format(path=quoted[0])
+        text = row.model.format(path=quoted[0], json=json.dumps(paths[0]))
     else:
         on = base or _base(adapters, server, row)
-        each = [row.each.format(name=r.name, path=path) for r, path in zip(records, quoted, strict=True)]
+        each = [
+            row.each.format(name=name, path=path, about=json.dumps(_about(record)))
+            for name, record, path in zip(_names(records), records, quoted, strict=True)
+        ]
         if row.between == "," and any("," in path for path in paths):
             raise UsageError(
                 f"{server} takes paths apart at commas, and {paths[0]} has one", f"use {option('copy', 'DIR')}"
             )
         text = row.adapters.format(
             base=shlex.quote(on) if row.shell else on,
+            json=json.dumps(on),
             each=row.between.join(each),
             count=len(records),
             rank=_rank(records, asked),
@@ -118,6 +122,18 @@ def _base(adapters: Sequence[Record], server: str, row: Launch) -> str:
         hint = f"give it with {option('base')}" + (": a GGUF file" if row.gguf else "")
         raise NotFound(f"nothing says what {server} is to load as the base", hint)
     return ids.pop()
+
+
+def _names(records: Sequence[Record]) -> list[str]:
+    """Under what each is served: its name, with the version where two versions of one name are."""
+    names = [record.name for record in records]
+    return [record.name if names.count(record.name) == 1 else f"{record.name}-{record.version}" for record in records]
+
+
+def _about(record: Record) -> str:
+    """What a router is told of an adapter: its description, else what it is."""
+    said = record.meta.get("description") or record.meta.get("dataset")
+    return said or f"{record.ref}, {record.method or record.kind}"
 
 
 def _rank(records: Sequence[Record], server: Server) -> int:

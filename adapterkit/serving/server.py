@@ -72,10 +72,11 @@ class Launch:
     """How a server is started.
 
     Attributes:
-        model: the command for a whole model; ``{path}``.
-        adapters: the command for a base with adapters; ``{base}``, ``{each}``, ``{rank}``, ``{count}``.
+        model: the command for a whole model; ``{path}``, or ``{json}`` in quotes.
+        adapters: the command for a base with adapters; ``{base}``, or ``{json}`` in quotes; ``{each}``, ``{rank}``,
+            ``{count}``.
         source: where the flags are documented.
-        each: one adapter in it; ``{name}``, ``{path}``; ``between`` stands between two.
+        each: one adapter in it; ``{name}``, ``{path}``, ``{about}``, a description in quotes; ``between`` stands between two.
         several: what is added to the command where there is more than one.
         after: a request that names an adapter, where it takes more than its name; ``{json}`` path, ``{place}`` from 0.
         after_one: whether a single adapter needs that request too.

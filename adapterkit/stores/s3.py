@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import boto3
 import botocore.config
 import botocore.exceptions
 
-from adapterkit.errors import AdapterkitError, OutputError
+from adapterkit.errors import AdapterkitError, OutputError, StoreError
 from adapterkit.places import Address
 from adapterkit.stores import meter
 from adapterkit.stores.faults import NO_CONNECTION, Fault, told
@@ -128,6 +129,13 @@ class S3(ObjectStore):
             raise Fault(401, "NoCredentials") from None
         except botocore.exceptions.BotoCoreError as error:
             raise Fault(words=_said(error)) from None
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            RecursionError,
+        ):  # of boto3's own reading: a number or date that is none
+            raise _nonsense(self.place(str(given.get("Key", "")))) from None
         return found
 
     def head(self, key: str) -> StoredObject | None:
@@ -136,9 +144,10 @@ class S3(ObjectStore):
         except Fault as fault:
             self.missing(fault, key)
             return None
-        return StoredObject(
-            key, int(found["ContentLength"]), str(found.get("ETag", "")), dict(found.get("Metadata", {}))
-        )
+        with _sense(self.place(key)):
+            return StoredObject(
+                key, int(found["ContentLength"]), str(found.get("ETag", "")), dict(found.get("Metadata", {}))
+            )
 
     def _put(self, key: str, data: bytes, *, absent: bool, over: str) -> None:
         condition = {"IfNoneMatch": "*"} if absent else {"IfMatch": over} if over else {}
@@ -150,7 +159,7 @@ class S3(ObjectStore):
             some = [{"Key": key} for key in left[at : at + DELETED_AT_ONCE]]
             wanted = {"Objects": some, "Quiet": True}
             found = self.ask(lambda wanted=wanted: self.call("delete_objects", Delete=wanted), self.root, writing=True)  # type: ignore[misc]
-            for failed in found.get("Errors", []):
+            for failed in found.get("Errors") or []:
                 if failed.get("Code") != "NoSuchKey":
                     what = str(self.place(str(failed.get("Key"))))
                     raise OutputError(f"{what} could not be removed ({failed.get('Code')})", "check the permissions")
@@ -159,7 +168,8 @@ class S3(ObjectStore):
         found = self.ask(
             lambda: self.call("create_multipart_upload", Key=key, Metadata=dict(marks)), self.place(key), writing=True
         )
-        return _S3Assembly(self, key, str(found["UploadId"]))
+        with _sense(self.place(key)):
+            return _S3Assembly(self, key, str(found["UploadId"]))
 
     def resumed(self, key: str, id: str) -> Assembly:
         return _S3Assembly(self, key, id)
@@ -172,10 +182,13 @@ class S3(ObjectStore):
                 lambda marker=marker: self.call("list_multipart_uploads", Prefix=prefix, **marker),  # type: ignore[misc]
                 self.place(prefix) if prefix else self.root,
             )
-            found += [Begun(one["Key"], one["UploadId"], one["Initiated"]) for one in page.get("Uploads", [])]
-            if not page.get("IsTruncated"):
-                return [one for one in found if one.key.startswith(prefix)]
-            marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+            with _sense(self.root):
+                found += [Begun(one["Key"], one["UploadId"], one["Initiated"]) for one in page.get("Uploads", [])]
+                if not page.get("IsTruncated"):
+                    return [one for one in found if one.key.startswith(prefix)]
+                marker = _next(
+                    marker, {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+                )
 
     def holds(self, address: Address) -> bool:
         return address.scheme == self.root.scheme
@@ -190,6 +203,7 @@ class _S3Assembly(Assembly):
 
     def put(self, number: int, data: bytes | bytearray) -> str:
         digest = _md5(data)
+        what = self._store.place(self.key)
 
         def asked() -> str:
             found = self._store.call(
@@ -201,9 +215,9 @@ class _S3Assembly(Assembly):
                 ContentMD5=digest,
             )
             meter.count(up=len(data))
-            return str(found["ETag"])
+            with _sense(what):
+                return str(found["ETag"])
 
-        what = self._store.place(self.key)
         try:
             return self._store.ask(asked, what, writing=True, pass_on=True)
         except Fault as fault:
@@ -230,7 +244,8 @@ class _S3Assembly(Assembly):
                 **same,
             )
             meter.count(inside=nbytes)
-            return str(found["CopyPartResult"]["ETag"])
+            with _sense(source):
+                return str(found["CopyPartResult"]["ETag"])
 
         try:
             return self._store.ask(asked, source, writing=True, pass_on=True)
@@ -253,12 +268,14 @@ class _S3Assembly(Assembly):
                 if fault.missing and fault.code != "NoSuchBucket":
                     return None
                 raise told(fault, str(self._store.place(self.key))) from None
-            found |= {
-                int(one["PartNumber"]): HeldPart(int(one["Size"]), str(one["ETag"])) for one in page.get("Parts", [])
-            }
-            if not page.get("IsTruncated"):
-                return found
-            marker = {"PartNumberMarker": page["NextPartNumberMarker"]}
+            with _sense(self._store.place(self.key)):
+                found |= {
+                    int(one["PartNumber"]): HeldPart(int(one["Size"]), str(one["ETag"]))
+                    for one in page.get("Parts", [])
+                }
+                if not page.get("IsTruncated"):
+                    return found
+                marker = _next(marker, {"PartNumberMarker": page["NextPartNumberMarker"]})
 
     def complete(self, etags: Mapping[int, str], *, absent: bool) -> str | None:
         parts = [{"PartNumber": number, "ETag": etags[number]} for number in sorted(etags)]
@@ -267,7 +284,9 @@ class _S3Assembly(Assembly):
             given = {"Key": self.key, "UploadId": self.id, "MultipartUpload": {"Parts": parts}}
             try:
                 condition = {"IfNoneMatch": "*"} if conditional else {}
-                return str(self._store.call("complete_multipart_upload", **given, **condition)["ETag"])
+                done = self._store.call("complete_multipart_upload", **given, **condition)
+                with _sense(self._store.place(self.key)):
+                    return str(done["ETag"])
             except Fault as fault:
                 if fault.missing and fault.code != "NoSuchBucket":
                     return False
@@ -287,6 +306,30 @@ class _S3Assembly(Assembly):
         except Fault as fault:
             if not fault.missing:
                 raise told(fault, str(self._store.place(self.key)), writing=True) from None
+
+
+@contextmanager
+def _sense(what: Address) -> Iterator[None]:
+    """Where the fields of an answer are read: what is no answer of S3 is a `StoreError`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise _nonsense(what) from None
+
+
+def _nonsense(what: Address) -> StoreError:
+    return StoreError(f"the store's answer about {what} is none of S3", "see what answers at the endpoint")
+
+
+def _next(before: Mapping[str, Any], marker: dict[str, Any]) -> dict[str, Any]:
+    """Where the next page begins.
+
+    Raises:
+        ValueError: where this one began: such a list has no end.
+    """
+    if marker == before:
+        raise ValueError(marker)
+    return marker
 
 
 def _md5(data: bytes | bytearray) -> str:

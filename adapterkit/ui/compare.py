@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import AdapterkitError, NotFound
+from adapterkit.foreign import is_whole
 from adapterkit.registry import evaluation, resolve
 from adapterkit.registry import figures as known
 from adapterkit.registry.canonical import parse
@@ -152,7 +153,7 @@ def _layers(at: Home, a: Record, b: Record) -> Markup | None:
 
 
 def _in_order(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(part), "") if is_whole(part) else (-1, part) for part in name.split(".")]
 
 
 def _bar(found: tuple[float, int] | None, most: float) -> Markup:

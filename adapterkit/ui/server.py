@@ -38,9 +38,15 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-_VERSION = r"/v/([^/]+)/([1-9][0-9]{0,9})"
+_VERSION = r"/v/([^/]+)/([1-9][0-9]{0,9})/?"
+_PROOF = r"/v/([^/]+)/([1-9][0-9]{0,9})/verify/"
 _NAME = r"/v/([^/]+)"
 HTML = "text/html; charset=utf-8"
+# A page that came with a version is a stranger's: it may run its script, and reaches neither the network nor these pages.
+PROOF_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; sandbox allow-scripts"
+)
 
 
 class PageServer(ThreadingHTTPServer):
@@ -88,6 +94,7 @@ class _Handler(BaseHTTPRequestHandler):
     server_version = "adapterkit"
     sys_version = ""
     timeout = 30.0  # seconds that a connection may be silent
+    policy = ""  # of one answer, where it is another than that of our own pages
 
     def do_GET(self) -> None:
         self._answer(*self._page())
@@ -98,6 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _page(self) -> tuple[int, str, bytes, str]:
         """(status, type, body, location)"""
         home = self.server.home
+        self.policy = ""
         if self.headers.get("Host", "").lower() not in self.server.hosts:
             said = f"This server answers to {self.server.url} only."
             return HTTPStatus.MISDIRECTED_REQUEST, "text/plain; charset=utf-8", said.encode(), ""
@@ -133,6 +141,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return HTTPStatus.OK, STATIC[name], static(name), ""
         elif found := re.fullmatch(_VERSION, path):
             return HTTPStatus.OK, HTML, version.page(unquote(found[1]), int(found[2]), home.root), ""
+        elif found := re.fullmatch(_PROOF, path):
+            proof = version.proof(unquote(found[1]), int(found[2]), home)
+            self.policy = PROOF_POLICY
+            return HTTPStatus.OK, HTML, proof, ""
         elif found := re.fullmatch(_NAME, path):
             from adapterkit.registry import resolve
 
@@ -143,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, status: int, kind: str, body: bytes, location: str) -> None:
         self.send_response(status)
         for name, value in HEADERS.items():
-            self.send_header(name, value)
+            self.send_header(name, self.policy if name == "Content-Security-Policy" and self.policy else value)
         if location:
             self.send_header("Location", location)
         self.send_header("Content-Type", kind)

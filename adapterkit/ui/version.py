@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from adapterkit.errors import NotFound
 from adapterkit.registry import evaluation, refs, verbs
 from adapterkit.registry import verification as verified
 from adapterkit.registry.gathered import gathered
-from adapterkit.registry.home import open_home
+from adapterkit.registry.home import Home, open_home, read_file
 from adapterkit.registry.identity import Identity
 from adapterkit.registry.lineage import Edge, Lineage, Node, lineage
-from adapterkit.registry.record import KINDS, Record
+from adapterkit.registry.record import KINDS, PROOF, Record
 from adapterkit.registry.remaking import is_recipe
 from adapterkit.registry.verbs import Shown
 from adapterkit.registry.verification import Verification
@@ -23,6 +24,7 @@ from adapterkit.ui.parts import aliases, code, compare_url, figure, frame, kind_
 from adapterkit.ui.words import LABELS, sentences
 
 NODES = 60  # that a drawing shows
+PROOF_LIMIT = 16 << 20  # bytes of a page of verify that is shown
 _MOVES = 20
 
 
@@ -56,6 +58,20 @@ def page(name: str, version: int, home: Path | None = None) -> bytes:
         "aside", _versions(shown), _compare(shown), _facts(record), _moves(name, moves), aria_label=f"Facts of {ref}"
     )
     return frame(ref, main, aside, home=at)
+
+
+def proof(name: str, version: int, home: Home) -> bytes:
+    """The page of ``verify`` that a version keeps.
+
+    Raises:
+        NotFound: there is no such version, or it keeps none.
+        RegistryError: its record is damaged.
+    """
+    shown = verbs.show(f"{name}@{version}", home=home.root)
+    for file in shown.record.files:
+        if file.path == PROOF and file.stored and PROOF not in shown.missing and file.size <= PROOF_LIMIT:
+            return read_file(home.blob(file.sha256))
+    raise NotFound(f"{name}@{version} keeps no page of verify", "verify REF --html FILE --attach keeps one")
 
 
 def _deployed(found: board.Board, record: Record) -> Markup | None:
@@ -237,7 +253,11 @@ def _evidence(record: Record, evidence: Mapping[str, Any]) -> Markup:
     own = "" if record.evidence or not evidence else "It was added to another version with the same bytes."
     cards = el("div", shown, class_="cards") if shown else none
     told = el("p", own, class_="quiet") if own else None
-    return el("section", el("h2", "Evidence"), board.words(said) if said else None, told, cards, id="evidence")
+    kept = any(file.path == PROOF and file.stored for file in record.files)
+    link = el("a", "The page that verify wrote", href=f"{version_url(record.name, record.version)}/verify/")
+    page = el("p", link) if kept else None
+    words = board.words(said) if said else None
+    return el("section", el("h2", "Evidence"), words, page, told, cards, id="evidence")
 
 
 def _scores(scores: tuple[evaluation.Score, ...]) -> Markup:

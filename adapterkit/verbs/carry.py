@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +13,13 @@ from adapterkit import disk
 from adapterkit.checkpoint.plan import default_jobs, parse_size
 from adapterkit.errors import OutputError, UsageError, option
 from adapterkit.places import here
+from adapterkit.requests.groups import LIMITS
 from adapterkit.requests.workers import LOCAL, RAY, WRITTEN_JOBS, parse_rate
 from adapterkit.stores.meter import Moved, moved
 from adapterkit.verbs.job import Job, Measured, peak_memory, run, show
 
 if TYPE_CHECKING:
+    from adapterkit.checkpoint.plan import Plan
     from adapterkit.requests.workers import OnWorkers
     from adapterkit.verbs.engines.driver import RunTally
     from adapterkit.verbs.engines.pool import Pool, WorkerSetting
@@ -26,15 +28,19 @@ if TYPE_CHECKING:
 PLAN_FILE = ".plan.json"  # in the hidden folder, for workers
 
 
-def carry_out(job: Job, request: Any, started: float) -> Any:
+def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path, Plan] | None = None) -> Any:
     """Do with a job what its request says: show it, save its plan, or carry it out, here or by workers.
+
+    Args:
+        plans: what is saved, and where; by default the job's own plan.
 
     Raises:
         OutputError: the plan cannot be written.
         UsageError: workers were asked for, and the plan has no parts.
     """
     if request.save_plan is not None:
-        disk.deliver(Path(request.save_plan), job.plan.to_json().encode())
+        for path, plan in (plans or {Path(request.save_plan): job.plan}).items():
+            disk.deliver(path, plan.to_json().encode())
     if not request.writes:
         report = show(job, started)
         return forecast_in(report, job, request) if getattr(request, "workers", None) else report
@@ -78,7 +84,7 @@ def _check(job: Job, request: Any) -> None:
         raise UsageError("nothing says where the output goes", "add -o OUT")
     if job.stage is not None or not has_parts(job.plan):
         raise UsageError("this plan has no parts: its files are known when its values are", f"leave out {option('on')}")
-    for name in ("fidelity", "min_retention", "min_cosine", "max_error", "max_dead"):
+    for name in ("fidelity", *LIMITS):
         asked = getattr(request, name, None)
         if asked is not None and asked is not False:  # a limit of 0 is one
             raise UsageError(

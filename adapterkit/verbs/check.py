@@ -18,12 +18,14 @@ from adapterkit.errors import AdapterkitError, AuthError, CheckFailed, HubError,
 from adapterkit.provenance.fits import compare_bases
 from adapterkit.requests.call import takes
 from adapterkit.requests.check import CheckRequest
+from adapterkit.requests.groups import LIMITS
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.adapters.fold import Folded
     from adapterkit.registry.identity import IdentityComparison
     from adapterkit.serving.server import Server
+    from adapterkit.verbs.merge import Merge
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 
@@ -87,6 +89,7 @@ class CheckReport:
 @takes(CheckRequest)
 def check(request: CheckRequest) -> CheckReport:
     """Check adapters against a base from headers alone, and from a few windows of its weights where a record names the base.
+    Values are computed where a limit of what has to survive is named, or a quantized output is.
 
     The merge that has the same options is planned: what `merge` refuses is refused here, in the same words. With
     ``server``, a key of `adapterkit.serving.servers.servers`, it is also said what that server would make of them.
@@ -192,6 +195,11 @@ def _merged(
             if one or not alone:
                 touched += len(merge.folded.touched)
                 findings += _consequences(some[0], merge.folded, merge.notes, merge.base)
+            if some == adapters:
+                left = _left(request, merge)
+                findings += left
+                refused = refused or (CheckFailed.exit_code if any(one.level == ERROR for one in left) else 0)
+            if one or not alone:
                 for adapter in some:
                     words = None if adapter.whole else elsewhere(adapter, merge.base, merge.base_values)
                     if words is not None:
@@ -199,6 +207,31 @@ def _merged(
         if refused and one and alone and some == alone[-1]:
             break
     return touched, refused, list(dict.fromkeys(findings))  # what is said of the base, each plan says again
+
+
+def _left(request: CheckRequest, merge: Merge) -> list[Diagnostic]:
+    """What of the change survives: measured where a limit was named, and where a grid that the base lies on is written."""
+    if request.quant is None and not request.limited:
+        return []
+    from adapterkit.verbs.merge import Loss
+    from adapterkit.verbs.report import unmet
+
+    ref = merge.base.ref
+    try:
+        found = Loss(merge, watched=request.limited).unwritten()
+    except CheckFailed as error:
+        return [Diagnostic(ERROR, "lost", ref, error.message, error.hint)]
+    if not request.limited:
+        return []
+    if found is None:
+        named = ", ".join(request.spelled(name) for name in LIMITS if getattr(request, name) is not None)
+        message = f"{named} asks for values, and those of {ref} are not on this disk"
+        return [Diagnostic(ERROR, "not-measured", ref, message, "download the base, or let merge measure it")]
+    wrong = unmet(found, request)
+    return [
+        *(Diagnostic(ERROR, "lost", ref, words, found.advice) for words in wrong),
+        Diagnostic(NOTE, "fidelity", ref, found.summary),
+    ]
 
 
 OTHER_BASE = "other-base"

@@ -21,7 +21,7 @@ from adapterkit.verbs.carry import carry_out
 from adapterkit.verbs.conversions.adapters import filed
 from adapterkit.verbs.conversions.conversion import Conversion
 from adapterkit.verbs.job import Recorder
-from adapterkit.verbs.ladder import abreast, rungs
+from adapterkit.verbs.ladder import abreast, plans_of, rungs
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.listing import Listing
@@ -94,10 +94,12 @@ def convert(request: ConvertRequest) -> ConvertReport:
         place = target.absolute().parent if isinstance(target, Path) else Path().absolute()
         with unpickled(request.src, place) as folder:
             read = [planned(one.reading(folder), headers_only=False, named=request.src) for one in rungs(request)]
-            report = carry_out(abreast([one.job() for one in read]), request, started)
+            jobs = [one.job() for one in read]
+            report = carry_out(abreast(jobs), request, started, plans_of(request, jobs))
             return report
     made = [planned(one, headers_only=not request.writes) for one in rungs(request)]
-    report = carry_out(abreast([one.job() for one in made]), request, started)
+    jobs = [one.job() for one in made]
+    report = carry_out(abreast(jobs), request, started, plans_of(request, jobs))
     return report
 
 

@@ -62,7 +62,7 @@ class Extraction:
     """
 
     request: ExtractRequest
-    pair: _Pair
+    pair: ModelPair
     found: _Found
     rank: int | None
     notes: tuple[str, ...]
@@ -165,7 +165,7 @@ _STATED = ("rank", "energy", "exact", "dtype")
 def planned(request: ExtractRequest) -> Extraction:
     """Plan an extraction; see `extract`. Which matrices differ is found by reading them, in a stream."""
     check_rank(request.rank, request.energy, ())
-    pair = _Pair(open_base(request.base)[0], open_base(request.tuned)[0])
+    pair = ModelPair(open_base(request.base)[0], open_base(request.tuned)[0])
     found = pair.differences()
     rank = request.rank
     if rank is None and request.energy is None:
@@ -227,7 +227,7 @@ class Difference:
         return found
 
 
-class _Pair:
+class ModelPair:
     """Two checkpoints of one model, seen through the names of their parameters."""
 
     def __init__(self, base: Checkpoint, tuned: Checkpoint) -> None:
@@ -267,16 +267,13 @@ class _Pair:
                 else:
                     found.unchanged += 1
             elif self._differs(before, after):
-                if _embeds(name) and self.names[1].sharers(name) and not name.endswith("embed_tokens.weight"):
-                    # `ensure_weight_tying` knows no other name, and factors on one side would part the two.
-                    self._save(found, name, after, "is also the output layer")
+                why = self.without_factors(name)
+                if why:
+                    self._save(found, name, after, why)
                     continue
-                if not holds_factors(name, self.tuned.config):
-                    self._save(found, name, after, "does more than look up what it is given")
-                    continue
-                slot = self._slot(name, after)
+                slot = self.slot(name, after)
                 found.slots.append(slot)
-                turned = slot.kind == "linear" and is_conv1d(self.names[1].model_types, slot.module)
+                turned = self.turned(slot)
                 found.targets[name] = (transposed(before), transposed(after)) if turned else (before, after)
             else:
                 found.unchanged += 1
@@ -334,7 +331,19 @@ class _Pair:
         head = "lm_head.weight"
         return is_tied(self.tuned.config) and head not in self.targets
 
-    def _slot(self, name: str, target: Target) -> Slot:
+    def without_factors(self, name: str) -> str:
+        """Why a matrix cannot have the factors of a LoRA; empty where it can."""
+        if _embeds(name) and self.names[1].sharers(name) and not name.endswith("embed_tokens.weight"):
+            # `ensure_weight_tying` knows no other name, and factors on one side would part the two.
+            return "is also the output layer"
+        return "" if holds_factors(name, self.tuned.config) else "does more than look up what it is given"
+
+    def turned(self, slot: Slot) -> bool:
+        """Whether a slot's factors lie across its parameter: a Conv1D of transformers."""
+        return slot.kind == "linear" and is_conv1d(self.names[1].model_types, slot.module)
+
+    def slot(self, name: str, target: Target) -> Slot:
+        """Where a LoRA acts on a parameter."""
         module = name.rpartition(".")[0]
         if target.stacked and len(target.shape) == 3:
             shape = (target.shape[1], target.shape[2])
@@ -384,7 +393,7 @@ def _embeds(name: str) -> bool:
     return "embed" in leaf.lower() or leaf in ("wte", "wpe", "shared", "lm_head", "embed_out")
 
 
-def _side(pair: _Pair, notes: list[str]) -> dict[str, bytes]:
+def _side(pair: ModelPair, notes: list[str]) -> dict[str, bytes]:
     """The tuned checkpoint's tokenizer, where it is not the base's."""
     files = dict(_tokenizer(pair.tuned))
     if files == dict(_tokenizer(pair.base)):

@@ -24,10 +24,14 @@ if TYPE_CHECKING:
     from adapterkit.adapters.formats.contents import Contents
     from adapterkit.adapters.names import Names
     from adapterkit.checkpoint.files import Source
+    from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.dtypes import DType
     from adapterkit.ops.lowrank import Truncated
     from adapterkit.places import Address
     from adapterkit.verbs.job import Measured, Recorder
+
+# Slots with their ranks, and what reads B and A of one: the plan of what is written, and its tensors.
+Form = Callable[["Mapping[Slot, int]", Callable[["Slot"], Any]], "tuple[Plan, Sequence[Tensor]]"]
 
 ESTIMATED = "ranks and errors are known when the factors are computed; the size is the most that it can be"
 
@@ -50,6 +54,7 @@ class FactorWork:
         dtype, own_ranks, to: see the request.
         names: those of the base, where there is one.
         like: the file that it is made of, whose metadata it keeps.
+        form: what is written of slots of these ranks, in the place of PEFT's folder: the plan and its tensors.
     """
 
     slots: Sequence[Slot]
@@ -66,11 +71,15 @@ class FactorWork:
     to: str = "peft"
     names: Names | None = None
     like: Contents | None = None
+    form: Form | None = None
 
     def plan(self) -> Plan:
         """An upper bound of what will be written, from headers alone."""
         bounds = {slot: max(1, self.bound(slot)) for slot in self.slots}
         ranks = bounds if self.own_ranks else dict.fromkeys(bounds, max(bounds.values(), default=1))
+        if self.form is not None:
+            made = self.form(ranks, _unread)[0]
+            return replace(made, request={**self.request, "staged": True})
         tensors = adapter_tensors(ranks, Extras(), self.dtype, _unread)
         made = plan_file(WEIGHTS, tensors, {"format": "pt"})
         return Plan(made.files, made.metadata, made.peak_memory, {}, {**self.request, "staged": True})
@@ -99,10 +108,15 @@ class FactorWork:
         used = [slot for slot in self.slots if slot.parameter in store.rows]
         extras = self.extras(used)
         ranks = store.ranks(used, own=self.own_ranks)
+        rows = tuple(_row(store.rows[slot.parameter]) for slot in used)
+        if self.form is not None:
+            plan, tensors = self.form(ranks, store.read)
+            facts: dict[str, Any] = {"modules": rows, "known": reused}
+            named = {tensor.name: tensor for tensor in tensors}
+            return Writing(plan, named, self.sources, out, {}, self.record, facts=facts, close=store.close)
         config = config_json(self.config(used, extras), ranks)
         tensors = adapter_tensors(ranks, extras, self.dtype, store.read)
         plan = plan_file(WEIGHTS, tensors, {"format": "pt"})
-        rows = tuple(_row(store.rows[slot.parameter]) for slot in used)
         side = {**extras.side, ADAPTER_CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()}
         carried = (*extras.whole, *extras.tokens)
         facts = {"config": config, "modules": rows, "carried": carried, "extras": extras, "known": reused}

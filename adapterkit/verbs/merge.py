@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.listing import Listing
     from adapterkit.verbs.job import Job, Measured
     from adapterkit.verbs.report import MergeReport
+    from adapterkit.verbs.residual import Residual
 
 COARSE_BITS = 5  # formats of so many bits and fewer lose a change to values that lie on such a grid already
 LOOKED_AT = 4_000_000_000  # bytes of inputs in a store of which a dry run reads a sample too
@@ -49,6 +50,7 @@ class Merge:
         request: what was asked for.
         base, adapters: as opened.
         output: the fold, in the form in which it will be written.
+        settings: of its planner.
         base_values: which values of its own the base has; see `open_base`.
     """
 
@@ -57,6 +59,20 @@ class Merge:
     adapters: tuple[Adapter, ...]
     output: Output
     base_values: str = "as stored"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def residual(self) -> Residual | None:
+        """What rounding takes, where it is to be written beside the output."""
+        if self.request.residual is None:
+            return None
+        from adapterkit.verbs.residual import Residual
+
+        return Residual(self, self.request.residual)
+
+    def again(self) -> Output:
+        """The same output with handles of its own."""
+        return output(self.base, self.adapters, self.request, self.settings, values=self.base_values)
 
     @property
     def folded(self) -> Folded:
@@ -161,6 +177,7 @@ class Merge:
             max_error=asked.max_error,
             max_dead=asked.max_dead,
             dry_run=measured.dry_run,
+            residual=None if self.residual is None else self.residual.report(),
             **asdict(measured.moved),
             notes=(
                 *self.notes,
@@ -185,6 +202,7 @@ class Merge:
         asked = self.request
         named = asked.base if base is None else base
         loss = Loss(self, watched=asked.measures)
+        residual = () if self.residual is None else (self.residual.job(),)
         folders = tuple(adapter.folder for adapter in self.adapters if adapter.folder is not None)
         return Job(
             plan=self.plan,
@@ -198,7 +216,7 @@ class Merge:
             beside=beside_of(asked, [named, asked.base16, *asked.given_adapters], source=_folder_of(self.base)),
             ahead=loss.ahead,
             force=asked.force,
-            also=() if self.output.tower is None else (self.output.tower,),
+            also=(*(() if self.output.tower is None else (self.output.tower,)), *residual),
             recorded=lambda: (self._stored(named), *self.adapters),
         )
 
@@ -230,7 +248,8 @@ def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: b
             **asked.stated(),
         },
     }
-    return Merge(asked, opened, loaded, output(opened, loaded, asked, settings, values=values), values)
+    made = output(opened, loaded, asked, settings, values=values)
+    return Merge(asked, opened, loaded, made, values, settings)
 
 
 def _no_copy(adapters: tuple[Adapter, ...], asked: MergeRequest) -> None:
@@ -263,12 +282,13 @@ def merge(request: MergeRequest) -> MergeReport:
         NotFound, CheckpointError, AdapterError, TargetError, OutputError, UsageError, UnsafeError, AuthError, HubError
     """
     from adapterkit.verbs.carry import carry_out
-    from adapterkit.verbs.ladder import abreast, rungs
+    from adapterkit.verbs.ladder import abreast, plans_of, rungs
 
     started = time.monotonic()
     how = {"headers_only": not request.writes, "fingerprints": request.writes or bool(request.save_plan)}
     made = [planned(one, **how) for one in rungs(request)]
-    report: MergeReport = carry_out(abreast([one.job() for one in made]), request, started)
+    jobs = [one.job() for one in made]
+    report: MergeReport = carry_out(abreast(jobs), request, started, plans_of(request, jobs))
     return report
 
 
@@ -295,11 +315,23 @@ class Loss:
     def ahead(self) -> None:
         """See `_still_there`. Values on the Hub are not there to be measured before a download; those in a store are."""
         if self._can_look():
-            self.sampled = _still_there(self.merge, yes_lossy=self.merge.request.yes_lossy)
+            asked = self.merge.request
+            self.sampled = _still_there(self.merge, yes_lossy=asked.yes_lossy or asked.residual is not None)
             if self.merge.request.writes:
                 self.instead = _if_kept(self.merge)
         if self.watched and self.merge.request.writes and self.watch is None:
             self.watch = self._watch()
+
+    def unwritten(self) -> FidelityReport | None:
+        """What of the change would survive, every changed tensor computed for it; None where its values are not here.
+
+        Raises:
+            CheckFailed: see `_still_there`.
+        """
+        if not self._can_look():
+            return None
+        _still_there(self.merge, yes_lossy=self.merge.request.yes_lossy)
+        return self._watch().measure() if self.watched else None
 
     def _can_look(self) -> bool:
         """Whether values can be read now: a plan of a large model in a store is made of headers alone."""
@@ -324,16 +356,20 @@ class Loss:
 
     def figures(self) -> dict[str, Any]:
         """The evidence that a record gets when the weights are finished."""
-        found = self.report()
+        found, beside = self.report(), self.merge.residual
+        residual = {} if beside is None else beside.evidence()
         if found is None:
-            return {}
+            return residual
         figures = {
             name: float(f"{getattr(found, name):.6g}")
             for name in ("cosine", "error", "weighed", "retention", "relative", "unmoved")
             if getattr(found, name) is not None
         }
         figures["dead"] = len(found.dead)
-        return {"fidelity": {**figures, "format": found.format, "worst": found.worst.name if found.worst else ""}}
+        return {
+            **residual,
+            "fidelity": {**figures, "format": found.format, "worst": found.worst.name if found.worst else ""},
+        }
 
 
 def _recorder(
@@ -386,6 +422,7 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
     if quant is None:
         return _still_there_in_gguf(planned, yes_lossy=yes_lossy)
     from adapterkit.adapters.fidelity import (
+        DEAD,
         ENOUGH,
         already_on_grid,
         coarse_tensors,
@@ -396,13 +433,15 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
 
     if planned.output.own:
         found = left_in_own_format(planned.folded, planned.output.encodings, tensors=SAMPLED)
-        if found.worst is not None and found.retention < ENOUGH and not (yes_lossy or planned.output.aware):
+        # A change folded onto the original is spread by rounding, and kept on average; on the grid itself it is there or not.
+        lost = found.retention < ENOUGH or (found.cosine < DEAD and planned.request.base16 is None)
+        if found.worst is not None and lost and not (yes_lossy or planned.output.aware):
             raise CheckFailed(
                 f"the values of {planned.base.ref} are {found.format} already, and of this change {found.retention:.1%} "
-                "would survive that grid again",
+                f"would survive that grid again (cosine {found.cosine:.2f})",
                 f"keep what changed wider ({option('quant', 'keep')} {option('keep_touched', 'bf16')}), fold onto the 16-bit "
-                f"original ({option('base16')}), write 16 bits (no {option('quant')}), keep the adapter beside the base, "
-                f"or insist with {option('yes_lossy', True)}",
+                f"original ({option('base16')}), write 16 bits (no {option('quant')}), keep what rounding takes "
+                f"beside the output ({option('residual', '16')}), or insist with {option('yes_lossy', True)}",
             )
         return found if found.worst is not None else None
 
@@ -410,10 +449,11 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
     if not same and (find_kind(quant).bits > COARSE_BITS or not coarse_tensors(planned.folded)):
         return None
     found = left_on_grid(planned.folded, quant, tensors=SAMPLED)
-    if found.retention < ENOUGH and not yes_lossy:
+    if (found.retention < ENOUGH or (same and found.cosine < DEAD)) and not yes_lossy:
         raise CheckFailed(
             f"the values of {planned.base.ref} are {quant if same else 'on a coarse grid'} already, and of this change "
-            f"{found.retention:.1%} would survive {'that grid again' if same else f'that of {quant}'}",
+            f"{found.retention:.1%} would survive {'that grid again' if same else f'that of {quant}'} "
+            f"(cosine {found.cosine:.2f})",
             f"fold onto the 16-bit original ({option('base16')}, or no {option('as_trained')}), write 16 bits or another "
             f"format, or insist with {option('yes_lossy', True)}",
         )

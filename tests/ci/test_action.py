@@ -44,7 +44,7 @@ def act(job: Path, installed: Path, **given: str) -> Run:
     install = (
         "--no-index pip"
         if done.is_dir()
-        else f"--no-deps --no-build-isolation --no-cache-dir --target {installed} {ROOT}"
+        else f"--no-deps --no-build-isolation --no-cache-dir --no-compile --target {installed} {ROOT}"
     )
     names = {name.replace("_", "-"): value for name, value in {"install": install, **given}.items()}
     shutil.rmtree(job / ".runner", ignore_errors=True)

@@ -196,5 +196,5 @@ def test_what_other_libraries_say_is_said_by_us() -> None:
 
 
 def test_every_verb_has_help_that_is_short() -> None:
-    for verb, (_, text) in VERBS.items():
-        assert len(text) < 90, verb
+    for name, verb in VERBS.items():
+        assert len(verb.text) < 90, name

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from models import plain_adapter, plain_base
 
 from adapterkit.errors import AdapterkitError, NotFound, UsageError
@@ -47,6 +48,36 @@ def test_sglang_and_lorax() -> None:
     found = serve_args(["billing"], "lorax")
     assert shlex.split(found.text) == ["lorax-launcher", "--model-id", "org/base"]
     assert json.loads(found.requests[0])["parameters"] == {"adapter_source": "local", "adapter_id": found.paths[0]}
+
+
+def test_two_versions_of_one_name_are_two_adapters(tmp_path: Path) -> None:
+    register(plain_adapter(tmp_path / "more", tmp_path / "base", rank=2, base_model_name_or_path="org/base"), "support")
+    words = shlex.split(serve_args(["support@1", "support@2"], "vllm").text)
+    assert {word.partition("=")[0] for word in words if "=/" in word} == {"support-1", "support-2"}
+
+
+def test_the_table_of_a_router(tmp_path: Path) -> None:
+    """The keys are those of the project's own values of deploy/kubernetes/ai-gateway (config version v0.3)."""
+    said = 'Bills: "when", and how much'
+    folder = plain_adapter(tmp_path / "bills", tmp_path / "base", rank=2, base_model_name_or_path="org/base")
+    register(folder, "true", meta={"description": said})
+    found = serve_args(["true", "support"], "semantic-router")
+    assert yaml.safe_load(found.text) == {
+        "routing": {
+            "modelCards": [
+                {
+                    "name": "org/base",
+                    "loras": [
+                        {"name": "true", "description": said},
+                        {"name": "support", "description": "support@1, lora"},
+                    ],
+                }
+            ]
+        }
+    }
+    vllm = shlex.split(serve_args(["true", "support"], "vllm").text)
+    assert [word.partition("=")[0] for word in vllm if "=/" in word] == ["true", "support"]
+    assert yaml.safe_load(serve_args(["model"], "semantic-router").text)["routing"]["modelCards"][0]["name"]
 
 
 def test_gguf_servers(tmp_path: Path) -> None:

@@ -367,7 +367,9 @@ def test_axolotl_3822_an_adapter_that_was_trained_on_the_grid(tmp_path: Path) ->
         merge(base, [tuned], tmp_path / "half", quant="keep")
 
 
-@pytest.mark.parametrize(("name", "to"), [("nf4", "nf4"), ("fp4", "fp4"), ("ct mxfp4", "mxfp4")])
+@pytest.mark.parametrize(
+    ("name", "to"), [("nf4", "nf4"), ("fp4", "fp4"), ("ct mxfp4", "mxfp4"), ("gptq act order", "nf4")]
+)
 def test_a_folder_that_was_decoded_from_four_bits_is_known_by_its_values(tmp_path: Path, name: str, to: str) -> None:
     """Without a record and without a config that says so."""
     base = base_of(tmp_path, name)

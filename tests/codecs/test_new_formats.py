@@ -38,8 +38,13 @@ ARGS = {
 TOGETHER = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
 
 
-def library(kind: str, weight: torch.Tensor, largest: float) -> dict[str, torch.Tensor]:
-    """What compressed-tensors stores of a weight whose fused partners reach up to ``largest``."""
+def library(
+    kind: str, weight: torch.Tensor, largest: float, scale: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """What compressed-tensors stores of a weight whose fused partners reach up to ``largest``.
+
+    With its own scales from the largest magnitude of each tile, or with those given.
+    """
     form, args, (tall, wide) = ARGS[kind]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -50,8 +55,13 @@ def library(kind: str, weight: torch.Tensor, largest: float) -> dict[str, torch.
         how = QuantizationArgs(**args)
         tiles = weight.view(weight.shape[0] // tall, tall, weight.shape[1] // wide, wide)
         over = generate_gparam(torch.tensor(-largest), torch.tensor(largest)) if kind == "nvfp4" else None
-        scale, _ = calculate_qparams(tiles.amin((1, 3)), tiles.amax((1, 3)), how, over)
-        scale = scale if kind.endswith("fp4") else scale.bfloat16()
+        if scale is None:
+            scale, _ = calculate_qparams(tiles.amin((1, 3)), tiles.amax((1, 3)), how, over)
+            scale = scale if kind.endswith("fp4") else scale.bfloat16()
+        elif kind == "nvfp4":
+            scale = scale.float()
+        elif kind == "mxfp4":  # calculate_qparams gives powers of two, and the compressor stores their exponents
+            scale = torch.exp2(scale.view(torch.uint8).float() - 127)
         state = {"weight": weight, "weight_scale": scale if kind.endswith("fp4") else scale.float()}
         if over is not None:
             state["weight_global_scale"] = over
@@ -78,23 +88,45 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", ARGS)
 def test_equals_compressed_tensors(base: Path, tmp_path: Path, kind: str) -> None:
-    """Byte for byte, from the same float32 values; NVFP4's global scale is shared by what servers run as one."""
+    """FP8 blocks byte for byte; of four bits the codes of the scales that were searched, which are nearer than its own ones.
+
+    NVFP4's global scale is shared by what servers run as one.
+    """
     report = convert(base, tmp_path / "out", to=kind)
     assert report.to == kind
     before, after = stored(base), stored(tmp_path / "out")
+    read = dequantized(open_checkpoint(tmp_path / "out"))
     seen = set()
     for group in TOGETHER:
         names = [name for name in before if name.split(".")[-2] in group]
         largest = max(float(before[name].abs().max()) for name in names)
         for name in names:
-            for leaf, tensor in library(kind, before[name].float(), largest).items():
-                key = f"{name.removesuffix('weight')}{leaf}"
+            w, module = before[name].float(), name.removesuffix("weight")
+            own = library(kind, w, largest)
+            scale = None if kind == "fp8-block" else after[f"{module}weight_scale"]
+            for leaf, tensor in library(kind, w, largest, scale).items():
+                key = f"{module}{leaf}"
                 seen.add(key)
                 assert same(after[key].view(tensor.shape), tensor), key
+            off = (read[name].read_wide(0, w.numel()).view(w.shape).float() - w).norm()
+            assert off <= error_of(kind, own, w) * (1 if kind == "fp8-block" else 0.999)
     assert set(after) - seen == {name for name in before if not name.endswith("_proj.weight")}
     said = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert said["format"] == ARGS[kind][0]
     assert said["ignore"] == ["lm_head"]
+
+
+def error_of(kind: str, found: dict[str, torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """|W - what compressed-tensors decodes its own to|."""
+    form, args, _ = ARGS[kind]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+        scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**args), format=form)
+        decoded = BaseCompressor.get_value_from_registry(form).decompress(dict(found), scheme)["weight"]
+    return (decoded.float() - weight).norm()
 
 
 @pytest.mark.parametrize("kind", ["int4", "nvfp4", "mxfp4", "fp8-block"])

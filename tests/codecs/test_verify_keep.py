@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from stored_formats import FORMATS
 from test_keep import OTHER, TOUCHED, adapter_of, base_of, shape_of
 
-from adapterkit import merge, verify
+from adapterkit import check, merge, verify
 
 
 def made(folder: Path, name: str, size: float = 0.02) -> tuple[Path, Path, Path]:
@@ -129,3 +130,27 @@ def test_weights_that_left_the_grid(tmp_path: Path) -> None:
     report = verify(tmp_path / "out", base=base, adapters=[tuned])
     assert kinds(report) == set()
     assert report.ok
+
+
+def test_check_measures_what_merge_would_write(tmp_path: Path) -> None:
+    """The same figures without an output; a limit that does not hold fails it as it fails the merge."""
+    base = base_of(tmp_path, "ct int4")
+    rows, columns = shape_of(base)
+    tuned = adapter_of(tmp_path, torch.randn(rows, 4, generator=torch.Generator().manual_seed(8)) * 0.005, columns)
+    grids: tuple[dict[str, Any], ...] = ({"quant": "keep", "yes_lossy": True}, {"quant": "nf4", "yes_lossy": True})
+    for asked in (*grids, {}):
+        written = merge(base, [tuned], tmp_path / "out", fidelity=True, force=True, **asked)
+        assert written.fidelity is not None
+        least = written.fidelity.cosine
+        more = min(1.0, least + 1e-4)
+        good = check(base, [tuned], min_cosine=least - 1e-4, **asked)
+        bad = check(base, [tuned], min_cosine=more, max_dead=0, **asked)
+        assert good.ok
+        assert next(one.message for one in good.findings if one.code == "fidelity") == written.fidelity.summary
+        assert (bad.ok, bad.exit_code) == (False, 3)
+        assert any(f"less than {more:g}" in one.message for one in bad.findings if one.code == "lost")
+    (tmp_path / "small").mkdir()
+    small = adapter_of(tmp_path / "small", torch.full((rows, 4), 1e-5), columns)
+    stopped = check(base, [small], quant="keep")  # as the merge stops where nobody insists
+    assert stopped.exit_code == 3
+    assert any("of this change" in one.message for one in stopped.findings if one.level == "error")

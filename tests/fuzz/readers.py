@@ -15,6 +15,7 @@ from typing import Any
 from models import plain_adapter, plain_base
 
 import adapterkit
+from fuzz.later_readers import later
 
 Read = Callable[[bytes, Path], object]
 
@@ -83,6 +84,7 @@ def readers(folder: Path) -> Mapping[str, Reader]:
         "statement": Reader(_statement, (_STATEMENT,)),
         "mergekit": Reader(_mergekit, _MERGEKIT),
         "imatrix": Reader(_imatrix, (_imatrix_seed(),)),
+        **{name: Reader(read, seeds) for name, (read, seeds) in later(folder, base, adapter).items()},
     }
 
 

@@ -19,12 +19,38 @@ from fuzz.mutate import mutated
 from fuzz.readers import Reader, readers
 
 CORPUS = Path(__file__).with_name("corpus")
-NAMES = (
+FIRST = (
     *("safetensors", "index", "config.json", "adapter_config", "adapter weights", "gguf", "tokenizer.json"),
     *("tokenizer.model", "tokenizer_config", "recipe", "lock", "record", "bundle", "plan", "hub answer", "signature"),
     *("imatrix", "manifest", "statements", "statement", "mergekit"),
 )
-EXAMPLES = {"bundle": 30, "config.json": 40, "adapter_config": 40, "adapter weights": 40, "index": 60}
+LATER = (
+    *("oci manifest", "oci referrers", "oci headers", "bucket manifest", "bucket tag", "bucket listing"),
+    *(
+        "claim of a store",
+        "results",
+        "policy",
+        "imatrix.gguf",
+        "tensor types",
+        "metadata file",
+        "prompts",
+        "model card",
+    ),
+    *("files beside a base", "said of training", "adapter of mlx", "metadata of an adapter", "quantization", "login"),
+    *("state of a recipe", "journal", "tekken.json", "vocab.txt", "rwkv vocabulary", "question of the UI"),
+    "config of LLaMA-Factory",
+)
+NAMES = (*FIRST, *LATER)
+EXAMPLES = {
+    **dict.fromkeys(LATER, 50),
+    **dict.fromkeys(("files beside a base", "metadata of an adapter", "oci headers"), 20),
+    "bucket listing": 5,
+    "bundle": 30,
+    "config.json": 40,
+    "adapter_config": 40,
+    "adapter weights": 40,
+    "index": 60,
+}
 MOST = 200 << 20  # bytes that one input may make a reader take
 PATIENCE = 20.0  # seconds of CPU; a second is what is promised of a quiet machine, and `run.py` measures it
 

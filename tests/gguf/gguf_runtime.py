@@ -14,7 +14,7 @@ PROMPTS = ([1, 5, 17, 200], [1, 260, 33, 7, 90, 271, 3], [1, 44])
 _SERVER = """
 import json, sys
 import xllamacpp as x
-files, prompts, vocab, lora, ubatch = json.loads(sys.argv[1])
+files, prompts, vocab, lora, ubatch, bounds = json.loads(sys.argv[1])
 found = []
 for file in files:
     p = x.CommonParams()
@@ -25,6 +25,8 @@ for file in files:
     p.flash_attn_type = x.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if ubatch:
         p.n_ubatch = ubatch
+    if bounds:
+        p.yarn_beta_fast, p.yarn_beta_slow = bounds
     if lora:
         p.lora_adapters = [x.CommonAdapterLoraInfo(lora, 1.0)]
     server = x.Server(p)
@@ -41,11 +43,20 @@ print("RESULT" + json.dumps(found))
 """
 
 
-def logprobs(*files: Path, lora: Path | None = None, vocab: int = 288, ubatch: int = 0) -> Any:
-    """Float64 ``[files, prompts, vocab]``: the log-probabilities of the token after each of `PROMPTS`."""
+def logprobs(
+    *files: Path,
+    lora: Path | None = None,
+    vocab: int = 288,
+    ubatch: int = 0,
+    bounds: tuple[float, float] | None = None,
+) -> Any:
+    """Float64 ``[files, prompts, vocab]``: the log-probabilities of the token after each of `PROMPTS`.
+
+    ``bounds``: those of yarn, as the runtime's options.
+    """
     import numpy as np
 
-    asked = json.dumps([[str(file) for file in files], PROMPTS, vocab, str(lora) if lora else "", ubatch])
+    asked = json.dumps([[str(file) for file in files], PROMPTS, vocab, str(lora) if lora else "", ubatch, bounds])
     done = subprocess.run([sys.executable, "-c", _SERVER, asked], capture_output=True, text=True, timeout=120)
     line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
     assert line is not None, f"llama.cpp gave no answer: {done.returncode} {done.stderr[-1500:]}"

@@ -53,7 +53,7 @@ BUILT_IN = {
         {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
         ("sliding_window", "more than 8 tokens"),
     ),
-    "yarn's bounds": ("qwen3", {"rope_parameters": {**YARN, "beta_fast": 16.0}}, ("beta_fast 16", "qwen3")),
+    "yarn's bounds": ("qwen3", {"rope_parameters": {**YARN, "beta_fast": 16.0}}, ("beta_fast", "16", "qwen3")),
     "llama3 without its tensor": (
         "qwen3",
         {"rope_parameters": {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}},

@@ -194,5 +194,72 @@ def test_a_ladder_appears_whole_or_not_at_all(hf: Path, tmp_path: Path) -> None:
     for quant, named in (("Q8_0,Q8_0", "twice"), ("Q8_0,", "twice or none"), ("Q8_0,Q9_X", "Q9_X")):
         with pytest.raises(UsageError, match=named):
             convert(hf, tmp_path / "p.gguf", quant=quant)
+    assert not list(tmp_path.glob("p*"))
     with pytest.raises(UsageError, match="GGUF outputs"):
         convert(hf, tmp_path / "folder", to="hf", quant="Q8_0,Q5_K_M")
+
+
+def test_a_ladder_is_a_plan_for_each_type(hf: Path, tmp_path: Path) -> None:
+    """Each plan is carried out by itself, and gives the file that the pass of all gives."""
+    from adapterkit.checkpoint.plan import Plan
+    from adapterkit.verbs.execute import execute
+
+    adapter = make_adapter(tmp_path / "a", hf, lora(), scale=0.1)
+    adapterkit.merge(hf, [adapter], tmp_path / "o.gguf", quant="Q8_0,q4_0")
+    adapterkit.merge(hf, [adapter], tmp_path / "o2.gguf", quant="Q8_0,q4_0", save_plan=tmp_path / "p.json")
+    assert sorted(path.name for path in tmp_path.glob("p*")) == ["p-Q4_0.json", "p-Q8_0.json"]
+    assert not list(tmp_path.glob("o2*"))
+    for name in ("Q8_0", "Q4_0"):
+        plan = Plan.from_json((tmp_path / f"p-{name}.json").read_bytes())
+        execute(plan, tmp_path / f"done-{name}.gguf", part=0)
+        execute(plan, tmp_path / f"done-{name}.gguf")
+        assert (tmp_path / f"done-{name}.gguf").read_bytes() == (tmp_path / f"o-{name}.gguf").read_bytes()
+    convert(hf, to="gguf", quant="Q8_0,Q4_0", save_plan=tmp_path / "c.json")
+    assert len(list(tmp_path.glob("c-*.json"))) == 2
+
+
+LADDER = """\
+base = "hf"
+adapters = {one = "a"}
+
+[outputs.all]
+path = "all.gguf"
+quant = "Q8_0,q4_0"
+
+[outputs.plain]
+path = "plain.gguf"
+dtype = "f32"
+
+[outputs.again]
+path = "again.gguf"
+quant = "Q8_0,Q4_0"
+from = "plain"
+yes-lossy = true
+"""
+
+
+def test_a_ladder_in_a_recipe_is_an_output_for_each_type(hf: Path, tmp_path: Path) -> None:
+    from adapterkit.errors import RecipeError
+    from adapterkit.recipe.run import build, plan_build
+
+    assert hf == tmp_path / "hf"
+    adapter = make_adapter(tmp_path / "a", hf, lora(), scale=0.1)
+    (tmp_path / "adapterkit.toml").write_text(LADDER)
+    plan = plan_build(tmp_path)
+    assert [row.name for row in plan.outputs] == ["all-Q8_0", "all-Q4_0", "plain", "again-Q8_0", "again-Q4_0"]
+    report = build(tmp_path)
+    assert report.passes == 2  # one over the base, one over the float32 file
+    adapterkit.merge(hf, [adapter], tmp_path / "o.gguf", quant="Q8_0,Q4_0")
+    for name in ("Q8_0", "Q4_0"):
+        assert (tmp_path / f"all-{name}.gguf").read_bytes() == (tmp_path / f"o-{name}.gguf").read_bytes()
+        assert (tmp_path / f"again-{name}.gguf").is_file()
+    assert build(tmp_path).passes == 0
+    for line, said, words in (
+        ('quant = "Q8_0,Q8_0"', 'quant = "Q8_0,q4_0"', "adapterkit.toml:6.*twice or none"),
+        ('path = "all.gguf"\nregister = "x"', 'path = "all.gguf"', "adapterkit.toml:6.*'register' is of one file"),
+        ('path = "all"', 'path = "all.gguf"', "for GGUF outputs"),
+        ("[outputs.all-Q8_0]", "[outputs.plain]", "there is an output 'all-Q8_0' already"),
+    ):
+        (tmp_path / "adapterkit.toml").write_text(LADDER.replace(said, line))
+        with pytest.raises(RecipeError, match=words):
+            plan_build(tmp_path)

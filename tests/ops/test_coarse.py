@@ -41,3 +41,21 @@ def test_integers_with_scales_along_rows_or_columns(bits: int, coarse: bool) -> 
     values = ((w / scale).round() * scale).view(128, 128).bfloat16()
     assert is_coarse(values) is coarse
     assert is_coarse(values.T) is coarse
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("bits", "coarse"), [(2, True), (3, True), (4, True), (8, False)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_groups_whose_columns_lie_scattered(bits: int, coarse: bool, symmetric: bool, dtype: torch.dtype) -> None:
+    """GPTQ with activation order, by AutoGPTQ's formula: a 16-bit folder does not say which columns share a scale."""
+    groups, most = weight(128, 512).view(128, -1, 64), 2**bits - 1
+    low, high = groups.amin(2, keepdim=True).clamp(max=0), groups.amax(2, keepdim=True).clamp(min=0)
+    if symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    scale = (high - low) / most
+    zero = torch.full_like(scale, (most + 1) / 2) if symmetric else (-low / scale).round()
+    values = (((groups / scale).round() + zero).clamp(0, most) - zero) * scale.half().float()
+    scattered = values.view(128, 512)[:, torch.randperm(512, generator=torch.Generator().manual_seed(3))].to(dtype)
+    assert is_coarse(scattered) is coarse
+    assert is_coarse(scattered.T) is coarse

@@ -13,6 +13,8 @@ from models import plain_adapter, plain_base, read_bytes
 from store_server import Asked, Proxy, client_of, download
 
 import adapterkit
+from adapterkit.checkpoint.plan import PlannedFile
+from adapterkit.checkpoint.store_out import FileUpload, StoreOut
 from adapterkit.checkpoint.uploads import sweep_uploads
 from adapterkit.errors import UsageError
 
@@ -51,6 +53,33 @@ def test_a_run_that_is_killed_leaves_nothing_to_be_seen(s3: Proxy, place: str, t
     adapterkit.merge(base, adapter, tmp_path / "out")
     assert download(s3.server, "models", f"{place}/out/") == read_bytes(tmp_path / "out", record=True)
     assert open_uploads(s3, place) == 0
+
+
+def test_an_upload_that_a_killed_run_could_not_note_is_ended(
+    s3: Proxy, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the upload's beginning and its note lies one request."""
+    base = plain_base(tmp_path / "base", layers=4, width=64, shards=3)
+    adapter = plain_adapter(tmp_path / "adapter", base)
+    out = f"s3://models/{place}/out"
+    client = client_of(s3.server)
+    client.create_multipart_upload(Bucket="models", Key=f"{place}/outside/x.safetensors")  # of somebody else
+    put = StoreOut._new
+
+    def killed(self: StoreOut, file: PlannedFile) -> FileUpload:
+        self.store.begin(self.targets[file.name], {})
+        raise SystemExit
+
+    monkeypatch.setattr(StoreOut, "_new", killed)
+    monkeypatch.setattr(StoreOut, "abandon", lambda self: None)
+    with pytest.raises(SystemExit):
+        adapterkit.merge(base, adapter, out, resume=True, jobs=1)
+    assert open_uploads(s3, place) > 1
+    monkeypatch.setattr(StoreOut, "_new", put)
+    adapterkit.merge(base, adapter, out, resume=True, jobs=1)
+    left = client.list_multipart_uploads(Bucket="models", Prefix=f"{place}/")["Uploads"]
+    assert [one["Key"] for one in left] == [f"{place}/outside/x.safetensors"]
+    client.abort_multipart_upload(Bucket="models", Key=left[0]["Key"], UploadId=left[0]["UploadId"])
 
 
 def test_what_is_swept_is_gone(s3: Proxy, place: str, tmp_path: Path) -> None:

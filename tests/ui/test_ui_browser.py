@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +11,12 @@ import pytest
 from models import plain_adapter, plain_base
 
 import adapterkit
+from adapterkit.cli import main
 from adapterkit.provenance.register import register
 from adapterkit.registry import served, verbs
 from adapterkit.registry.evaluation import Score
 from adapterkit.registry.evidence import attach_evaluation, attach_verification
+from adapterkit.registry.fsck import fsck
 from adapterkit.registry.verification import Verification
 
 if TYPE_CHECKING:
@@ -182,3 +185,39 @@ def test_two_versions_are_compared(page: Page, serve: Serve, chain: dict[str, st
     assert page.locator("h1").text_content() == "desk@2 and tone@1"
     differs = page.locator("#are tr.differs th").all_text_contents()
     assert any(text.startswith("kind") for text in differs)
+
+
+def test_the_page_of_verify_and_back(
+    page: Page, serve: Serve, chain: dict[str, str], tmp_path: Path, home: Path
+) -> None:
+    """`verify --html --attach` keeps its page with the version; each of the two pages leads to the other."""
+    command = [
+        "verify",
+        "desk",
+        "--base",
+        str(tmp_path / "base"),
+        "--adapter",
+        "tone",
+        "--attach",
+        "--level",
+        "tensors",
+    ]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--html", str(tmp_path / "proof.html")])
+    assert ended.value.code == 0
+    kept = verbs.show("desk")
+    assert kept.record.content == chain["desk"]  # the same model, and a page about it
+    assert fsck(home=home).clean
+    page.goto(f"{serve()}/v/desk/{kept.record.version}")
+    page.get_by_role("link", name="The page that verify wrote").click()
+    page.wait_for_url("**/verify/")
+    assert page.locator("h1").text_content() == "What is deployed is what was trained"
+    page.get_by_role("link", name="This version in the registry").click()
+    page.wait_for_url(f"**/v/desk/{kept.record.version}/")
+    assert page.locator("h1").text_content() == kept.record.ref
+    text = (tmp_path / "proof.html").read_text()
+    assert re.search(r"<p class=.dim.>20\d\d-\d\d-\d\d \d\d:\d\d UTC</p>", text)
+    assert f"adapterkit verify desk --base {tmp_path / 'base'} --adapter tone" in text
+    assert "(LoRA)" in text
+    page.goto((tmp_path / "proof.html").as_uri())
+    assert page.get_by_role("link", name="This version in the registry").count() == 0

@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 
 from adapterkit.cli import app
-from adapterkit.registry import store, verbs
+from adapterkit.registry import register, store, verbs
 from adapterkit.registry.evidence import attach_verification
 from adapterkit.registry.home import Home
 from adapterkit.registry.identity import Identity
@@ -301,3 +301,36 @@ def test_the_command(home: Path, tmp_path: Path) -> None:
         finally:
             running.send_signal(signal.SIGINT)
         assert running.wait(20) == 0
+
+
+def test_a_page_of_verify_can_do_nothing_to_ours(serve: Serve, home: Path, tmp_path: Path) -> None:
+    """It came with the version, from whoever made that: it runs in an origin of its own, without a network."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    register.register(folder, "math")
+    page = b"<!doctype html><script>fetch('/')</script>"
+    found = attach_verification("math", [Verification("tensors", True, {})], page=page)
+    assert attach_verification("math", [Verification("tensors", True, {})], page=page).record == found.record
+    url = serve()
+    status, headers, body = ask(url, "/v/math/2/verify/")
+    assert (status, body.encode()) == (200, page)
+    policy = headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert policy.endswith("sandbox allow-scripts")
+    assert "The page that verify wrote" in ask(url, "/v/math/2")[2]
+    status, headers, body = ask(url, "/v/math/1/verify/")
+    assert (status, "keeps no page of verify" in body) == (404, True)
+    assert "unsafe-inline" not in headers["content-security-policy"]
+    assert ask(url, "/v/math/9/verify/")[0] == 404
+
+
+def test_a_signed_version_takes_no_page(home: Path, tmp_path: Path) -> None:
+    """Its signature covers all files that there are."""
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for name in ("adapter_config.json", "model.sig"):
+        (folder / name).write_text("{}")
+    register.register(folder, "math")
+    found = attach_verification("math", [Verification("tensors", True, {})], page=b"<p>").record
+    assert [file.path for file in found.files] == ["adapter_config.json", "model.sig"]

@@ -11,7 +11,6 @@ method of ours (`adapterkit.adapters.methods.single`).
 
 from __future__ import annotations
 
-import json
 import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from adapterkit.adapters.config import FLAT, AdapterConfig
 from adapterkit.adapters.formats.keys import BIAS, DOWN, EMBEDDINGS, UP, WHOLE, is_prefixed, read_key
 from adapterkit.checkpoint.tensor import Renamed
 from adapterkit.errors import AdapterError, UnsupportedAdapter
+from adapterkit.foreign import json_value
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.tensor import Stored, Tensor
@@ -225,8 +225,8 @@ def _said(metadata: Mapping[str, str], where: str) -> Mapping[str, Any]:
     if text is None:
         return {}
     try:
-        found = json.loads(text) if len(text) <= MAX_METADATA else None
-    except (ValueError, RecursionError):
+        found = json_value(text) if len(text) <= MAX_METADATA else None
+    except ValueError:
         found = None
     if not isinstance(found, dict):
         raise AdapterError(f"{where}: its {METADATA} is no config", "save the adapter again")

@@ -15,28 +15,69 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.config import AdapterConfig
 from adapterkit.adapters.formats.views import part, turned
+from adapterkit.adapters.stacks import NUMBERED, NUMBERED_BLOCK, STACK
 from adapterkit.checkpoint.tensor import Renamed
 from adapterkit.errors import AdapterError, UnsupportedAdapter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from adapterkit.checkpoint.tensor import Tensor
 
 WEIGHTS = "adapters.safetensors"
+OTHER_WEIGHTS = "weights.safetensors"  # mlx-vlm looks for it too
+LEAVES = (".lora_a", ".lora_b", ".A", ".B")
 EMBEDDINGS = frozenset(
     {"embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings", "embedding"}
 )
-# mlx-lm stacks the experts of a layer into one module; these are the names they have alone.
-_EXPERTS = {"block_sparse_moe": {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}}
+
+
+# Where MLX keeps the parts of a multimodal model that Hugging Face has below one `model.`.
+NESTED = ("language_model.", "vision_tower.", "audio_tower.", "multi_modal_projector.")
+VISUAL = ("model.visual.", "visual.")  # Qwen's vision tower
+_ONE_EXPERT = re.compile(r"(.*?)([^.]+)\.experts\.(\d+)\.([^.]+)")
 
 
 _OLDER = {"A": "lora_a", "B": "lora_b"}  # what mlx-vlm called the factors until 2025
 
 
-def is_mlx(names: frozenset[str], config: Mapping[str, Any]) -> bool:
-    """Whether a folder with these files and this ``adapter_config.json`` holds an MLX adapter."""
-    return WEIGHTS in names and "peft_type" not in config
+def mlx_file(names: frozenset[str], config: Mapping[str, Any]) -> str | None:
+    """The weight file of an MLX adapter in a folder with these files and this ``adapter_config.json``; None for another."""
+    if "peft_type" in config:
+        return None
+    return WEIGHTS if WEIGHTS in names else OTHER_WEIGHTS if OTHER_WEIGHTS in names and is_mlx_config(config) else None
+
+
+def is_mlx_config(config: Mapping[str, Any]) -> bool:
+    """Whether an ``adapter_config.json`` is of mlx-lm or mlx-vlm, of today or older."""
+    return "peft_type" not in config and bool({"fine_tune_type", "lora_parameters", "lora_layers"} & set(config))
+
+
+def is_nested(paths: Iterable[str]) -> bool:
+    """Whether modules of a multimodal model are among these."""
+    return any(path.startswith(VISUAL) or path.removeprefix("model.").startswith(NESTED) for path in paths)
+
+
+def mlx_path(path: str, nested: bool) -> tuple[str, int | None]:
+    """What MLX calls a module of Hugging Face, and which of the experts there it is.
+
+    Args:
+        nested: it is a module of a multimodal model.
+    """
+    if path.startswith("model.language_model."):
+        path = "language_model.model." + path.removeprefix("model.language_model.")
+    elif path.startswith("model.") and path.removeprefix("model.").startswith(NESTED):
+        path = path.removeprefix("model.")
+    elif path.startswith(VISUAL):
+        path = NESTED[1] + path.partition("visual.")[2]
+    elif nested and path == "lm_head":
+        path = "language_model.lm_head"
+    found = _ONE_EXPERT.fullmatch(path)
+    if found is None:
+        return path, None
+    head, block, expert, name = found.groups()
+    alone = next((one for one, other in NUMBERED.items() if other == name), name)
+    return f"{head}{block}.{STACK}.{alone}", int(expert)
 
 
 def read_mlx(
@@ -124,8 +165,8 @@ def _named(path: str, leaf: str, tensor: Tensor, dora: bool, where: str) -> dict
 
 def _expert(path: str, index: int) -> str:
     """The module of one expert of a stack."""
-    found = re.fullmatch(r"(.*?)([^.]+)\.switch_mlp\.([^.]+)", path)
+    found = re.fullmatch(rf"(.*?)([^.]+)\.{STACK}\.([^.]+)", path)
     if found is None:
         return f"{path}.{index}"
     head, block, name = found.groups()
-    return f"{head}{block}.experts.{index}.{_EXPERTS.get(block, {}).get(name, name)}"
+    return f"{head}{block}.experts.{index}.{NUMBERED.get(name, name) if block == NUMBERED_BLOCK else name}"

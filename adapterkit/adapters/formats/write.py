@@ -123,11 +123,23 @@ def as_mlx(
     same = _uniform(factors)
     size = max((one.rank for one in factors), default=1)
     tensors: dict[str, Tensor] = {}
+    stacks: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+    nested = mlx.is_nested(one.path for one in factors)
     for one in factors:
-        names = [f"{one.path}.lora_a", f"{one.path}.lora_b"]
-        for name, tensor in _pair(one, names, size, same).items():
-            tensors[name] = turned(name, tensor)
-    keys = {re.sub(r"^.*\.(?:layers|h|blocks)\.\d+\.", "", one.path) for one in factors}
+        path, expert = mlx.mlx_path(one.path, nested)
+        names = [f"{path}.lora_a", f"{path}.lora_b"]
+        pair = _pair(one, names, size, same)
+        if expert is None:
+            tensors |= {name: turned(name, tensor) for name, tensor in pair.items()}
+        else:
+            stacks.setdefault(path, {})[expert] = (pair[names[0]], pair[names[1]])
+    count = 1 + max((expert for experts in stacks.values() for expert in experts), default=0)
+    for path, experts in stacks.items():
+        for side, name in enumerate((f"{path}.lora_a", f"{path}.lora_b")):
+            tensors[name] = _stack(name, {expert: pair[side] for expert, pair in experts.items()}, count)
+    paths = {name.rpartition(".")[0] for name in tensors}
+    # mlx-vlm finds modules by whole names only; mlx-lm by these and by names in a layer.
+    keys = paths if nested else {re.sub(r"^.*\.(?:layers|h|blocks)\.\d+\.", "", path) for path in paths}
     scale = factors[0].scale if factors and same else 1.0
     config = {
         "fine_tune_type": "lora",
@@ -163,6 +175,32 @@ def _pair(one: PlainFactors, names: list[str], size: int, same: bool) -> dict[st
         name: FunctionTensor(name, F32, shape, partial(folded, side), "scaling folded in", 4 * shape[0] * shape[1])
         for side, (name, shape) in enumerate(zip(names, shapes, strict=True))
     }
+
+
+def _stack(name: str, parts: Mapping[int, Tensor], count: int) -> Tensor:
+    """One side of the factors of all experts, `[experts, ...]`; zeros for an expert that is not trained.
+
+    Raises:
+        UnsupportedAdapter: they differ in shape.
+    """
+    first = next(iter(parts.values()))
+    odd = next((part for part in parts.values() if part.shape != first.shape), None)
+    if odd is not None:
+        raise UnsupportedAdapter(
+            f"'{odd.name}' is {list(odd.shape)} for one expert and {list(first.shape)} for another, which MLX stacks",
+            "merge it and convert the model",
+        )
+
+    def make() -> torch.Tensor:
+        import torch
+
+        found = torch.zeros((count, *first.shape), dtype=first.dtype.torch)
+        for expert, part in parts.items():
+            found[expert] = part.read(0, part.numel).view(part.shape)
+        return found
+
+    read = sum(part.nbytes for part in parts.values())
+    return FunctionTensor(name, first.dtype, (count, *first.shape), make, f"{len(parts)} experts stacked", read)
 
 
 def _paths(adapter: Adapter) -> list[str]:

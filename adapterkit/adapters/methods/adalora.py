@@ -47,6 +47,7 @@ METHODS = (
         formula="W' = W + alpha/(init_r + 1e-5) B (E * A)",
         source="arXiv:2303.10512",
         suffixes=(A, B, E),
+        ignored=("ranknum",),
         edits=_edits,
         fields=LORA[0].fields
         | {"target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"},

@@ -215,6 +215,11 @@ def _bias_edit(module: Module, context: Context, scale: float) -> Edit:
     """b' = b + s * lora_B.bias."""
     bias = module.tensors[B_BIAS]
     key = f"{module.path}.{B_BIAS}"
+    if context.names.find(f"{module.path}.bias") is None:
+        raise TargetError(
+            f"{context.where}: '{key}' is added to a bias, and {module.path} has none in the base",
+            "serve the adapter unmerged, or train it without lora_bias",
+        )
     target = context.target(f"{module.path}.bias", key)
     check_matrix(target, (bias.numel, 1), key, context.where)
 

@@ -123,9 +123,23 @@ def config_of(base: GGUFCheckpoint, spec: ArchSpec) -> dict[str, Any]:
                 f"{base.ref}: its metadata does not say '{error.args[0]}', which {spec.model_type} needs",
                 "download it again",
             ) from None
+    config |= _classifier(config, values, base)
     _scaled(config, rope)
     config |= _built_in(spec, config, said, base)
     return {name: None if value is NULL else value for name, value in config.items() if value is not None}
+
+
+def _classifier(config: Mapping[str, Any], values: Mapping[str, Any], base: GGUFCheckpoint) -> dict[str, Any]:
+    """The labels of a classifier, and its class where a row has that of the model without a head first."""
+    names = values.get("classifier.output_labels")
+    if not isinstance(names, list) or "cls.output.weight" not in base:
+        return {}
+    cls = str((config.get("architectures") or [""])[0])
+    found: dict[str, Any] = {"id2label": {str(i): str(name) for i, name in enumerate(names)}}
+    found["label2id"] = {name: int(i) for i, name in found["id2label"].items()}
+    if cls.endswith("Model"):
+        found["architectures"] = [f"{cls.removesuffix('Model')}ForSequenceClassification"]
+    return found
 
 
 def _scaled(config: dict[str, Any], rope: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from adapterkit.errors import CheckpointError
+from adapterkit.gguf.arch.omitted import completed
 
 TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 VISION_PARTS = ("vision_config", "audio_config", "vision_tower", "mm_vision_tower", "sound_config", "encoder_config")
@@ -58,6 +59,8 @@ class Config:
                 inner = {**part, **next((part[k] for k in TEXT_PARTS if isinstance(part.get(k), Mapping)), part)}
                 break
         merged = {**config, **inner}
+        if where == "config.json":
+            merged = completed(merged, inner)
         self.text: dict[str, Any] = merged
         self.text_part = inner or merged
         self.asked: set[str] = set(_ROPE_FIELDS)
@@ -118,7 +121,7 @@ class Config:
         value = self.need(*ALIASES.get(name, (name,)))
         if isinstance(value, list):
             value = next((one for one in value if isinstance(one, int) and one > 0), 0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value or value < 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0 or value % 1 != 0:
             raise CheckpointError(f"{self.ref}: '{name}' in its {self.where} is not a number", "correct it")
         return int(value)
 
@@ -161,6 +164,8 @@ _ROPE_FIELDS = frozenset(_ROPE_FIELDS_WORDS.split())
 
 def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
     found = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if isinstance(found, (str, list)):
+        raise CheckpointError(f"'rope_parameters' of a config.json is {str(found)[:40]!r}, and no table", "correct it")
     rope: dict[str, Any] = dict(found) if isinstance(found, Mapping) else {}
     if isinstance(rope.get("full_attention"), Mapping) or isinstance(rope.get("sliding_attention"), Mapping):
         return {key: dict(value) if isinstance(value, Mapping) else value for key, value in rope.items()}
@@ -209,7 +214,7 @@ def _layers(config: Config) -> int:
     if isinstance(kinds, (list, str)):
         return len(kinds)
     found = config.need(*ALIASES["layers"])
-    if isinstance(found, bool) or not isinstance(found, (int, float)) or found != found or found < 0:
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or found < 0 or found % 1 != 0:
         raise CheckpointError(f"{config.ref}: 'layers' in its {config.where} is not a number", "correct it")
     return int(found)
 

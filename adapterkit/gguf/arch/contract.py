@@ -89,15 +89,18 @@ def held(spec: ArchSpec, config: Config, approximate: Collection[str] = ()) -> t
     return tuple(notes)
 
 
-def of_speech(config: Config) -> tuple[str, ...]:
-    """A note on what a class that hears leaves out of its text part, and the runtime does not."""
+def left_out_by_transformers(config: Config) -> tuple[str, ...]:
+    """Notes on what a class of transformers leaves out of its config, and the runtime does not."""
     scaling = config.get("logits_scaling", default=1.0)
-    if scaling == 1.0 or not any(name.startswith("GraniteSpeech") for name in config.classes):
-        return ()
-    said = (
-        f"'logits_scaling' is {_shown(scaling)}: llama.cpp divides by it, and transformers' class for speech does not"
-    )
-    return (f"{said}, so probabilities of tokens differ and their order does not",)
+    if scaling != 1.0 and any(name.startswith("GraniteSpeech") for name in config.classes):
+        said = f"'logits_scaling' is {_shown(scaling)}: llama.cpp divides by it, and transformers' class for speech"
+        return (f"{said} does not, so probabilities of tokens differ and their order does not",)
+    share = config.rope.get("partial_rotary_factor", 1.0)
+    turned = config.get("rotary_dim") if "MiniMaxForCausalLM" in config.classes else None
+    if "MiniMaxForCausalLM" in config.classes and (share != 1.0 or turned not in (None, config.number("head_dim"))):
+        said = f"'rotary_dim' is {turned}" if turned is not None else f"'partial_rotary_factor' is {_shown(share)}"
+        return (f"{said}: llama.cpp and the model's own code turn that part of a head, transformers' class all of it",)
+    return ()
 
 
 def unread(config: Config) -> tuple[str, ...]:
@@ -109,6 +112,7 @@ def unread(config: Config) -> tuple[str, ...]:
         and name not in HARMLESS
         and not isinstance(value, dict)
         and value not in (None, [], "")
+        and not (isinstance(value, bool) and name.endswith("bias"))  # the tensors say it: each is written or refused
         and not (config.has_vision and config.raw.get(name) == value and name not in config.text_part)
     )
     if not strange:

@@ -28,6 +28,7 @@ from adapterkit.gguf.arch.shared import (
     attention,
     constant,
     of_sections,
+    reranks,
     text_of,
     unusual_pattern,
     window_pattern,
@@ -293,7 +294,7 @@ SPECS = (
         ("Qwen3ForCausalLM", "Qwen3Model", "StepVLForConditionalGeneration"),
         "qwen3",
         (*_PLAIN, *QK_NORMS),
-        variant=lambda c: of_sections(c, "qwen3_vl"),
+        variant=lambda c: reranks(c) or of_sections(c, "qwen3_vl"),
     ),
     ArchSpec(
         "qwen2vl",

@@ -6,7 +6,7 @@ from typing import Any
 
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.ops import Cut
-from adapterkit.gguf.arch.pooling import POOLING, pooling
+from adapterkit.gguf.arch.pooling import POOLING, is_classifier, labels, pooling
 from adapterkit.gguf.arch.shared import (
     EMBEDDINGS,
     MLP,
@@ -62,11 +62,7 @@ _BERT_DROPS = (
 )
 LABELS = Key(
     "classifier.output_labels",
-    lambda c: (
-        [str(name) for _, name in sorted(c.need("id2label").items(), key=lambda pair: int(pair[0]))]
-        if any(one.endswith("ForSequenceClassification") for one in c.classes) and c.get("id2label")
-        else None
-    ),
+    lambda c: labels(c) if is_classifier(c) else None,
 )
 _BERT = _older_norms((*_BERT_EMBEDDINGS, rule("embeddings.position_embeddings", "position_embd"), *_BERT_LAYERS))
 
@@ -168,6 +164,8 @@ SPECS = (
         needs=("token_embd.weight", "position_embd.weight", "cls.weight", "cls.output.weight"),
         defaults={"model_type": "bert"},
         encoder=True,
+        note="llama.cpp gives every token the type of a first text, so scores of pairs differ where that of the second "
+        "counts (token_type_ids)",
     ),
     ArchSpec(
         "bert",

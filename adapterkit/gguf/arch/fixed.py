@@ -375,6 +375,9 @@ FIXED["afmoe"] = (
 FIXED["laguna"] = (
     _SILU,
     *_BIASES,
+    Fixed("moe_router_score_func", "sigmoid", "scores experts by a sigmoid in this architecture"),
+    Fixed("moe_router_use_sigmoid", True, "scores experts by a sigmoid in this architecture"),
+    Fixed("moe_router_logit_softcapping", 0, "does not cap the scores of experts in this architecture"),
     Fixed("layer_types", _fourths(0), "has no window in the first of every four layers", when=_windows_somewhere),
 )
 for _row in ("cohere2_moe", "mellum"):
@@ -382,8 +385,9 @@ for _row in ("cohere2_moe", "mellum"):
 for _row in ("hy_v3", "step3p7"):
     FIXED[_row] = (_SILU, *_BIASES, *_no_bias("mlp_bias"))
 FIXED["bitnet"] = _BIASES
+_PAIRS = Fixed("rope_interleave", True, "rotates neighbouring numbers in this architecture")
 for _row in ("glm4_moe_lite", "youtu", "deepseek_v32"):
-    FIXED[_row] = (_SILU, *_BIASES, _LATENT_EPSILON)
+    FIXED[_row] = (_SILU, *_BIASES, _LATENT_EPSILON, _PAIRS)
 FIXED["glm_moe_dsa"] = (
     *FIXED["deepseek_v32"],
     Fixed("rope.rope_type", "default", "scales attention of stretched positions otherwise", when=lambda c: True),
@@ -395,15 +399,30 @@ FIXED["minicpm3"] = (
     _LATENT_EPSILON,
     Fixed("rope.mscale_all_dim", 0, "does not scale attention by it in this architecture"),
 )
-FIXED["kimi_linear"] = (*_BIASES, _LATENT_EPSILON)
-FIXED["nemotron_h"] = FIXED["nemotron_h_moe"] = (*_no_bias("mlp_bias", "use_bias"), *_biased("use_conv_bias"))
+FIXED["kimi_linear"] = (_SILU, *_BIASES, _LATENT_EPSILON)
+FIXED["mimo_v2_flash"] = (_SILU, *_BIASES)
+FIXED["nemotron_h"] = FIXED["nemotron_h_moe"] = (
+    _activation("silu", "mamba_hidden_act"),
+    *_no_bias("mlp_bias", "use_bias"),
+    *_biased("use_conv_bias"),
+)
 FIXED["minimax_m3_vl_text"] = (
     Fixed(
         "shared_intermediate_size", lambda c: c.number("intermediate_size"), "has shared experts as wide as the others"
     ),
 )
-FIXED["bamba"] = (*_no_bias("mamba_proj_bias"), *_biased("mamba_conv_bias"))
-FIXED["lfm2_moe"] = (*_no_bias("conv_bias"), *_biased("use_expert_bias"))
+FIXED["bamba"] = (_SILU, *_no_bias("mamba_proj_bias"), *_biased("mamba_conv_bias"))
+FIXED["lfm2_moe"] = (
+    *_no_bias("conv_bias"),
+    *_biased("use_expert_bias"),
+    Fixed("norm_topk_prob", True, _NORMED.does),
+    Fixed("routed_scaling_factor", 1.0, "does not scale what experts give in this architecture"),
+)
+FIXED["minimax"] = (_no_window(lambda c: bool(c.get("sliding_window")) and window(c) < c.number("context")),)
+FIXED["phimoe"] = (
+    *FIXED["phimoe"],
+    Fixed("rope.partial_rotary_factor", 1.0, "turns whole heads in this architecture"),
+)
 FIXED["olmo2"] = (
     *FIXED["olmo2"],
     Fixed("rope.rope_theta", _theta_of_windows, "has one rotary base for all layers of this architecture"),

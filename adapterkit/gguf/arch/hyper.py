@@ -170,6 +170,10 @@ def full_key(arch: str, name: str) -> str:
     return name if name.startswith(UNPREFIXED) else f"{arch}.{name}"
 
 
+# Ends of names of keys that are counts.
+_COUNTS = ("_count", "_length", "_count_kv", "dimension_count", "sliding_window")
+
+
 def hyper_entry(key: str, name: str, value: Any) -> Entry:
     if isinstance(value, list):
         kind = I32
@@ -182,9 +186,11 @@ def hyper_entry(key: str, name: str, value: Any) -> Entry:
         return array(key, kind, [float(one) if kind == F32 else one for one in value])
     if isinstance(value, bool):
         return boolean(key, value)
-    if isinstance(value, str):
+    if isinstance(value, str) and name not in REALS and not name.endswith(_COUNTS):
         return text(key, value)
     if name in REALS:
+        if isinstance(value, str):
+            raise CheckpointError(f"the config gives {value!r} for '{name}', which is no number", "correct config.json")
         return f32(key, float(value))
     if not isinstance(value, (int, float)) or value != int(value) or not 0 <= value < 1 << 32:
         raise CheckpointError(f"the config gives {value!r} for '{name}', which is no count", "correct config.json")

@@ -154,6 +154,11 @@ class Mapper:
                 (dropped if self._unused(name) else strange).append(name)
                 continue
             if not found.rule.gguf or self._beyond(found):
+                if self._beyond(found) and not self._predicts:
+                    raise CheckpointError(
+                        f"{ref}: its config.json says {self.layers} layers, and '{name}' is of one after them",
+                        "give the config.json that belongs to these weights",
+                    )
                 dropped.append(name)
                 continue
             key = (found.rule.hf, found.suffix, found.layer)
@@ -238,6 +243,12 @@ class Mapper:
                 f"{ref}: '{name}' is {len(arrays)} tensors where one was expected", "download it again"
             )
         return arrays
+
+    @cached_property
+    def _predicts(self) -> bool:
+        """Whether the config says that there are layers which predict further tokens."""
+        said = {**self.config.raw, **self.config.text}
+        return any(value for name, value in said.items() if "nextn" in name or "mtp" in name)
 
     def _beyond(self, found: Match) -> bool:
         """A tensor of layers after the last: multi-token prediction, which is left out."""

@@ -12,11 +12,13 @@ from adapterkit.checkpoint.tensor import Renamed, Tensor
 from adapterkit.dtypes import BF16, F16, F32
 from adapterkit.errors import CheckpointError, TargetError, option
 from adapterkit.gguf.arch.config import Config
-from adapterkit.gguf.arch.contract import held, of_speech, unread
+from adapterkit.gguf.arch.contract import held, left_out_by_transformers, unread
+from adapterkit.gguf.arch.fits import fits, sound
 from adapterkit.gguf.arch.hyper import hyper_entries, hyperparameters
 from adapterkit.gguf.arch.mapping import EMBEDDING, Mapped
 from adapterkit.gguf.arch.mxfp4 import Repacked, repacked
 from adapterkit.gguf.arch.pooling import left_out
+from adapterkit.gguf.arch.rerank import check_row, is_reranker, token_ids, with_prompt
 from adapterkit.gguf.arch.rope import scaling
 from adapterkit.gguf.arch.table import spec_of
 from adapterkit.gguf.arch.ties import mapper_of
@@ -117,6 +119,7 @@ def as_gguf(
     plain: str | None = None,
     approximate: Collection[str] = (),
     elsewhere: Collection[str] = (),
+    as_reranker: bool = False,
 ) -> Model:
     """A view of a Hugging Face checkpoint as a GGUF model.
 
@@ -129,14 +132,19 @@ def as_gguf(
         plain: the float type of a file that is not quantized; by default that of the first matrix.
         approximate: config fields that the runtime may compute otherwise past a limit; see `held`.
         elsewhere: tensors that another file holds, so that a change of them is not lost.
+        as_reranker: of a language model that answers yes or no, the scores of these; see `adapterkit.gguf.arch.rerank`.
 
     Raises:
         TargetError: an architecture or a tensor that the table does not know, a change that GGUF has no place for, or a
             config that llama.cpp does not compute.
         CheckpointError: a config or tensors that are incomplete or do not fit each other.
     """
+    if as_reranker:
+        config = {**config, **token_ids(files or {}, base.ref)}
     read = Config(config, base.ref, files)
     spec = spec_of(read)
+    if as_reranker:
+        check_row(spec, base.ref)
     mapper = mapper_of(spec, read, base)
     mapped = mapper.to_gguf(view.shapes, base.ref)
     lost = [name for name in touched if not (name in mapped.sources or name in elsewhere or mapper.scalar(name))]
@@ -160,8 +168,10 @@ def as_gguf(
     values = hyperparameters(spec, read) | _scalars(view, mapper)
     notes = (*((spec.note,) if spec.note else ()), *notes)
     notes = (*notes, *tie_note(mapper), *scaling(spec, read).notes, *left_out(read), *_of_towers(towers))
-    notes = (*notes, *of_speech(read), *unread(read))
+    notes = (*notes, *left_out_by_transformers(read), *unread(read))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    sound(values, base.ref)
+    fits(spec.arch, values, shapes, base.ref)
     label = size_label(shapes, _first(values.get("expert_count")))
     entries = [*general(base, adapters, files or {}, label, spec.arch), *hyper_entries(spec.arch, values)]
     own = plain or own_type(view, mapped)
@@ -268,4 +278,5 @@ def vocabulary(
             f"{model.config.ref}: its tokenizer has {found.size} tokens and its embedding {model.rows} rows",
             "give the tokenizer of this model",
         )
-    return found.entries, found.notes
+    entries = with_prompt(found.entries) if is_reranker(model.spec) else found.entries
+    return entries, found.notes

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from adapterkit.errors import CheckpointError
+from adapterkit.foreign import json_value
 from adapterkit.gguf.arch.config import Config
 
 POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3, "rank": 4}
@@ -20,11 +20,13 @@ _KNOWN = ("Transformer", "Pooling", "Normalize")  # modules that a server has by
 
 
 def pooling(config: Config) -> int | None:
-    """How sentence-transformers pools this model, when its ``modules.json`` says it.
+    """How this model is pooled: by its head, if it is a classifier, or as its ``modules.json`` says.
 
     Raises:
         CheckpointError: in a way that GGUF has no number for.
     """
+    if is_classifier(config):
+        return POOLING["rank"]
     for module in _modules(config):
         if str(module.get("type", "")).endswith("Pooling"):
             found = _json(config, f"{module.get('path')}/config.json")
@@ -36,6 +38,23 @@ def pooling(config: Config) -> int | None:
                 raise CheckpointError(f"{config.ref}: GGUF has no number for how it is pooled", "use mean, cls or last")
             return POOLING[mode]
     return None
+
+
+def is_classifier(config: Config) -> bool:
+    """Whether its class gives a text scores."""
+    return any(one.endswith("ForSequenceClassification") for one in config.classes)
+
+
+def labels(config: Config) -> list[str]:
+    """The labels of a classifier in their order; transformers leaves two without names out of its config."""
+    found = config.get("id2label")
+    if isinstance(found, dict) and found:
+        try:
+            return [str(name) for _, name in sorted(found.items(), key=lambda pair: int(pair[0]))]
+        except ValueError:
+            raise CheckpointError(f"{config.ref}: 'id2label' has keys that are no numbers", "correct it") from None
+    count = config.get("num_labels", default=2)
+    return [f"LABEL_{i}" for i in range(count if type(count) is int and 0 < count <= 100_000 else 2)]
 
 
 def left_out(config: Config) -> tuple[str, ...]:
@@ -57,6 +76,6 @@ def _modules(config: Config) -> list[dict[str, Any]]:
 
 def _json(config: Config, name: str) -> Any:
     try:
-        return json.loads(config.files.get(name, b"null"))
+        return json_value(config.files.get(name, b"null"))
     except ValueError:
         raise CheckpointError(f"{config.ref}: {name} is damaged", "download it again") from None

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import CheckpointError, TargetError
+from adapterkit.gguf.arch.builtin import Fixed
 from adapterkit.gguf.arch.config import Config, llama3_factors
 
 if TYPE_CHECKING:
@@ -184,16 +185,13 @@ def _yarn(spec: ArchSpec, config: Config) -> Scaling:
         "rope.scaling.original_context_length": original,
     }
     notes: tuple[str, ...] = ()
-    fast, slow = _bounds(config)
-    if spec.reads_yarn_bounds:
+    if spec.reads_yarn_bounds or _bounds(config) != (YARN_FAST, YARN_SLOW):
         given = config.rope.get("beta_fast"), config.rope.get("beta_slow")
         found |= {
             key: value
             for key, value in zip(("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"), given, strict=True)
             if value is not None
         }
-    elif (fast, slow) != (YARN_FAST, YARN_SLOW):
-        raise _refused(spec, config, f"yarn with beta_fast {fast:g} and beta_slow {slow:g} (built in: 32 and 1)")
     if config.rope.get("truncate") is False:
         notes = ("rope_parameters.truncate is false, and llama.cpp rounds yarn's bounds: small differences",)
     if own:
@@ -207,6 +205,31 @@ def _yarn(spec: ArchSpec, config: Config) -> Scaling:
     if abs(extra - 1) > 1e-7:
         found[ATTENTION] = extra
     return Scaling(found, notes)
+
+
+def fixed_bounds(spec: ArchSpec) -> tuple[Fixed, ...]:
+    """yarn's bounds, where the runtime reads none from a file and no small tensor can hold what they come to.
+
+    Whoever starts llama.cpp can give them, so a file is written for those who allow it.
+    """
+    own = any(key.name == OWN_YARN for key in spec.keys)
+    read = spec.reads_yarn_bounds or any(key.name == "rope.scaling.yarn_beta_fast" for key in spec.keys)
+    if read or (loads(spec, DIVISORS) and not own):
+        return ()
+
+    def stretched(config: Config) -> bool:
+        return kind_of(config.rope) == "yarn"
+
+    def unless(config: Config) -> str:
+        fast, slow = _bounds(config)
+        return f"all texts unless it is started with its options yarn-beta-fast {fast:g} and yarn-beta-slow {slow:g}"
+
+    return tuple(
+        Fixed(
+            f"rope.{name}", value, f"takes {value:g} in a {spec.arch}, whatever the file says", None, stretched, unless
+        )
+        for name, value in (("beta_fast", YARN_FAST), ("beta_slow", YARN_SLOW))
+    )
 
 
 def _attention(config: Config) -> float:
@@ -237,19 +260,21 @@ def _stretched_otherwise(config: Config) -> bool:
     return _bounds(config) != (YARN_FAST, YARN_SLOW) or config.rope.get("truncate") is False
 
 
-def divisors(config: Config, dim: int, llama3_factor: float = 8.0) -> list[float] | None:
+def divisors(config: Config, dim: int, llama3_factor: float = 8.0, theta: float | None = None) -> list[float] | None:
     """Divisors of the ``dim // 2`` rotary frequencies, where a file says a scaling by them; None where it needs none.
 
     Args:
         dim: the rotated dimensions of a head.
         llama3_factor: of a ``llama3`` scaling that does not say its own.
+        theta: the rotary base, where ``rope_parameters`` have none for these layers.
     """
     kind = kind_of(config.rope)
+    rope = config.rope if theta is None else {**config.rope, "rope_theta": theta}
     if kind == "llama3":
-        return llama3_factors(config.rope, dim, llama3_factor)
+        return llama3_factors(rope, dim, llama3_factor)
     if kind != "yarn" or not _stretched_otherwise(config):
         return None
-    base, factor = float(config.rope.get("rope_theta", 10000.0)), need(config, "factor")
+    base, factor = float(rope.get("rope_theta", 10000.0)), need(config, "factor")
     original, truncate = need(config, "original_max_position_embeddings"), config.rope.get("truncate", True)
     low, high = (dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base)) for turns in _bounds(config))
     if truncate:

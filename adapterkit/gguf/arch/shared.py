@@ -100,6 +100,17 @@ def of_sections(config: Config, other: str) -> str | None:
     return other if isinstance(config.rope_by_kind.get("mrope_section"), list) else None
 
 
+RANK_YES, RANK_NO = "rank_yes_id", "rank_no_id"
+"""Fields that stand in a config while a reranker is written: the tokens whose scores are compared."""
+
+
+def reranks(config: Config) -> str | None:
+    """The row that writes a qwen3 as a reranker, where that was asked (`adapterkit.gguf.arch.rerank`)."""
+    if config.raw.get(RANK_YES) is None:
+        return None
+    return "qwen3_reranker_tied" if config.get("tie_word_embeddings", default=False) else "qwen3_reranker"
+
+
 def text_of(model_type: str, cls: str) -> Callable[[Mapping[str, Any], Mapping[str, Any], Any], dict[str, Any]]:
     """A config of the class that computes the same of text as the text part of a model that sees."""
 

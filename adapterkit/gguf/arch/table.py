@@ -21,12 +21,14 @@ from adapterkit.gguf.arch import (
     moe,
     older,
     remote,
+    rerank,
     rwkv,
     seq2seq,
     wholes,
     windows,
 )
 from adapterkit.gguf.arch.fixed import FIXED, NEVER_LORA, NO_LORA
+from adapterkit.gguf.arch.rope import fixed_bounds
 
 if TYPE_CHECKING:
     from adapterkit.gguf.arch.config import Config
@@ -50,6 +52,7 @@ _ROWS: tuple[ArchSpec, ...] = (
     *coded_moe.SPECS,
     *coded_more.SPECS,
     *rwkv.SPECS,
+    *rerank.SPECS,
 )
 
 
@@ -57,7 +60,7 @@ def _under_contract(row: ArchSpec) -> ArchSpec:
     kind = row.model_type
     return replace(
         row,
-        fixed=(*row.fixed, *FIXED.get(kind, ())),
+        fixed=(*row.fixed, *FIXED.get(kind, ()), *fixed_bounds(row)),
         no_lora=(*NEVER_LORA, *row.no_lora, *NO_LORA.get(kind, ())),
     )
 

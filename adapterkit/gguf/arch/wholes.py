@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import CheckpointError
 from adapterkit.gguf.arch import dense, gemma, moe
-from adapterkit.gguf.arch.config import Config, llama3_factors
+from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.ops import RotaryHalves
+from adapterkit.gguf.arch.rope import DIVISORS, divisors
 from adapterkit.gguf.arch.shared import DEEPSTACK, EMBEDDINGS, EXPERT_WIDTH, MLP, NORMS, QK_NORMS, attention, text_of
 from adapterkit.gguf.arch.spec import ArchSpec, ComputedTensor, Key, block, blocks, plus_one
 from adapterkit.gguf.arch.windows import SIGMOID, dense_lead, kinds
@@ -77,6 +78,13 @@ def _step_check(config: Config) -> None:
                 f"{config.ref}: llama.cpp's step35 turns {wanted} of a head in layers of '{kind}', and this one {found}",
                 "run it with transformers",
             )
+    scaled = config.get("yarn_only_types")
+    if config.rope.get("rope_type", "default") != "default" and scaled not in (None, ["full_attention"]):
+        raise CheckpointError(
+            f"{config.ref}: llama.cpp's step35 scales the positions of layers that see all, and this one has "
+            f"'yarn_only_types' {scaled}",
+            "run it with transformers",
+        )
     scalar = config.get("query_pre_attn_scalar")
     if scalar is not None and float(scalar) != config.number("head_dim"):
         raise CheckpointError(f"{config.ref}: llama.cpp's step35 has no 'query_pre_attn_scalar'", "run it elsewhere")
@@ -100,14 +108,10 @@ def _limits(name: str) -> Any:
 
 
 def _step_factors(config: Config) -> list[float] | None:
-    """The divisors of Llama 3.1 for the half of a head that layers which see all turn; ones for the rest."""
-    rope = config.rope
-    if str(rope.get("rope_type", "")).lower() != "llama3":
-        return None
+    """The divisors for the half of a head that layers which see all turn; ones for the rest."""
     size = config.number("head_dim")
-    theta = _theta(config, "full_attention") or 10000.0
-    found = llama3_factors({**rope, "rope_theta": theta}, size // 2)
-    return found + [1.0] * (size // 2 - len(found))
+    found = divisors(config, size // 2, theta=_theta(config, "full_attention") or 10000.0)
+    return None if found is None else found + [1.0] * (size // 2 - len(found))
 
 
 def _step_back(values: Mapping[str, Any], config: Mapping[str, Any], base: Any) -> dict[str, Any]:
@@ -239,7 +243,7 @@ SPECS: tuple[ArchSpec, ...] = (
             Key("swiglu_clamp_exp", _limits("swiglu_limits")),
             Key("swiglu_clamp_shexp", _limits("swiglu_limits_shared")),
         ),
-        factors=(ComputedTensor("rope_freqs.weight", _step_factors),),
+        factors=(ComputedTensor(DIVISORS, _step_factors, True),),
         types=("step3p5",),
         drops=(r"^vit_", r"^model\.vision_model"),
         uneven=True,

@@ -6,12 +6,12 @@ converter. The config that a row's keys ask is that of the tower, with a few fie
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from adapterkit.errors import CheckpointError, TargetError
+from adapterkit.foreign import json_value
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.ops import Add, Column, FirstLast, Frames, Interleave, OneRow, Op, Pixels, Split
 from adapterkit.gguf.arch.spec import ArchSpec, Key, Rule, rule
@@ -83,7 +83,7 @@ def _preprocessor(files: Mapping[str, bytes], ref: str) -> dict[str, Any]:
         if name not in files:
             continue
         try:
-            said = json.loads(files[name])
+            said = json_value(files[name])
         except ValueError:
             raise CheckpointError(f"{ref}: {name} is damaged", "download it again") from None
         if isinstance(said, dict):
@@ -305,13 +305,13 @@ def _break_token(config: TowerConfig) -> int:
     """The token that ends a row of an image, by its text."""
     for name, part in (("tokenizer_config.json", "added_tokens_decoder"), ("tokenizer.json", "added_tokens")):
         try:
-            said = json.loads(config.files.get(name, b"{}")).get(part) or {}
+            said = json_value(config.files.get(name, b"{}")).get(part) or {}
         except (ValueError, AttributeError):
             raise CheckpointError(f"{config.ref}: {name} is damaged", "download it again") from None
-        entries = said.items() if isinstance(said, dict) else ((one.get("id"), one) for one in said)
-        for number, entry in entries:
-            if isinstance(entry, dict) and entry.get("content") == "[IMG_BREAK]":
-                return int(number)
+        listed = [(one.get("id"), one) for one in said if isinstance(one, dict)] if isinstance(said, list) else []
+        for number, entry in said.items() if isinstance(said, dict) else listed:
+            if isinstance(entry, dict) and entry.get("content") == "[IMG_BREAK]" and str(number).isdecimal():
+                return int(str(number))
     raise CheckpointError(
         f"{config.ref}: its tokenizer has no token [IMG_BREAK]", "add the tokenizer of the base model"
     )

@@ -20,6 +20,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "\u2581"  # SentencePiece's mark for a space
 ADDED_SCORE, PADDING_SCORE = -1000.0, -10000.0  # the converter's
 
+MOST_ROWS = 1 << 24  # tokens; the largest vocabularies have a million
+
 MODEL, PRE = "tokenizer.ggml.model", "tokenizer.ggml.pre"
 TOKENS, SCORES, TYPES, MERGES = (
     "tokenizer.ggml.tokens",
@@ -80,8 +82,13 @@ class TokenTable:
         """As many tokens as the embedding has rows: fewer are padded, added ones beyond it are left out.
 
         Raises:
-            CheckpointError: the model's own vocabulary is larger than the embedding, or a token appears twice.
+            CheckpointError: the model's own vocabulary is larger than the embedding, there are more tokens than any model
+                has, or a token appears twice.
         """
+        if rows > MOST_ROWS:  # an embedding without columns may have any number of rows
+            raise CheckpointError(
+                f"there are {rows:,} tokens, and no model has more than {MOST_ROWS:,}", "copy it again"
+            )
         beyond = sorted(number for number in self.texts if number >= rows)
         foreign = set(beyond) - set(added)
         if foreign:

@@ -41,6 +41,8 @@ def _parsed(line: str, number: int) -> tuple[bytes, int, int]:
     literal, _, length = rest.rpartition(" ")
     try:
         token = ast.literal_eval(literal)
-        return token.encode() if isinstance(token, str) else bytes(token), int(length), int(first)
-    except (ValueError, SyntaxError, TypeError):
+        if not isinstance(token, (str, bytes)):
+            raise ValueError(literal)
+        return token.encode() if isinstance(token, str) else token, int(length), int(first)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         raise CheckpointError(f"{FILE} is damaged at line {number}", "download it again") from None

@@ -33,6 +33,9 @@ def plan(asked: ConvertRequest, jobs: int) -> Conversion:
         )
     if asked.dtype != "auto" or asked.pre is not None:
         raise UsageError(f"{src} is a GGUF file, with types and a tokenizer of its own", f"use {option('quant')} alone")
+    for name in ("as_reranker", "allow_approximate"):
+        if getattr(asked, name):
+            raise UsageError(f"{src} is a GGUF file, which is a model of its kind", f"leave out {option(name)}")
     return _of_gguf(opened, asked, jobs)
 
 
@@ -85,6 +88,7 @@ def _of_hf(opened: Any, request: ConvertRequest, jobs: int) -> Conversion:
         dtype=parse_floats(request.dtype),
         pre=request.pre,
         approximate=tuple(request.allow_approximate),
+        as_reranker=request.as_reranker,
         elsewhere=held,
     )
     stated = {"verb": "convert", "dtype": request.dtype, "pre": request.pre, **asked.request()}

@@ -20,6 +20,9 @@ from adapterkit.requests.verify import LEVELS, VerifyRequest
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, Thresholds, VerifyReport
 
 if TYPE_CHECKING:
+    from adapterkit.adapters.adapter import Adapter
+    from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.verbs.verify.inputs import Asked
     from adapterkit.verbs.verify.report import ModelLevel, TensorLevel
 
 Ref = str | Path
@@ -68,19 +71,28 @@ def verify(request: VerifyRequest) -> VerifyReport:
     planned = subject(found, stored, loaded, {k: v for k, v in how.given.items() if k not in ("only", "skip")})
     around = sanity(planned, request.on_purpose)
     every = [*how.findings, *same_as_recorded(how.record, stored, found)]
-    tensors = layers = model = None
+    tensors = layers = model = pair = None
+    beside, missing = _residual(request.residual, how, found)
+    every += missing
     if deepest >= LEVELS.index("tensors"):
         judged = compare(planned, jobs=jobs, progress=progress)
         wrong, named = findings(planned, judged)
         tensors = tensor_level(planned, judged, named, started)
+        if beside is not None:
+            from adapterkit.checkpoint.plan import default_jobs
+            from adapterkit.verbs.verify.pair import together
+
+            pair, unfit = together(planned, tensors, beside, jobs=jobs or default_jobs(), progress=progress)
+            wrong = (*wrong, *unfit)
+        there = tensors if pair is None else pair
         every += [
             *wrong,
             *around,
             *loading(planned, around),
-            *_retention(tensors.retention, request.min_retention, wrong),
-            *_cosine(tensors.cosine, request.min_cosine),
-            *_error(tensors.error, request.max_error),
-            *_dead(tensors, request.max_dead),
+            *_retention(there.retention, request.min_retention, wrong),
+            *_cosine(there.cosine, request.min_cosine),
+            *_error(there.error, request.max_error),
+            *_dead(there, request.max_dead),
         ]
     else:
         every += [*names(planned), *around, *loading(planned, around)]
@@ -97,7 +109,12 @@ def verify(request: VerifyRequest) -> VerifyReport:
 
         model = compare_models(planned, stored, prompts, jobs=jobs)
         every += _answers(model, request.max_kl, request.min_top1)
-    check_unchanged((*found.sources, *stored.sources, *(source for one in loaded for source in one.sources)))
+        if beside is not None:
+            every.append(
+                Finding("alone", NOTE, f"the models answered without {beside.ref}: the figures are of MERGED alone")
+            )
+    read = (*loaded, *(() if beside is None else (beside,)))
+    check_unchanged((*found.sources, *stored.sources, *(source for one in read for source in one.sources)))
     return VerifyReport(
         ok=not any(finding.severity == ERROR for finding in every),
         merged=found.ref,
@@ -108,6 +125,8 @@ def verify(request: VerifyRequest) -> VerifyReport:
         tensors=tensors,
         layers=layers,
         model=model,
+        residual="" if beside is None else beside.ref,
+        pair=pair,
         thresholds=Thresholds(
             request.max_kl,
             request.min_top1,
@@ -123,6 +142,16 @@ def verify(request: VerifyRequest) -> VerifyReport:
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
     )
+
+
+def _residual(given: Ref | None, how: Asked, found: Checkpoint) -> tuple[Adapter | None, tuple[Finding, ...]]:
+    """The residual beside MERGED: the one that is given, or that the record speaks of."""
+    from adapterkit.bases import open_change
+    from adapterkit.verbs.verify.inputs import place
+    from adapterkit.verbs.verify.pair import stated_residual
+
+    path, missing = (given, ()) if given is not None else stated_residual(how.record, place(found))
+    return None if path is None else open_change(path), missing
 
 
 def _retention(there: float, asked: float | None, wrong: Sequence[Finding]) -> list[Finding]:
@@ -200,11 +229,11 @@ def _shown(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value != plain.get(name)}
 
 
-def html(report: VerifyReport) -> str:
+def html(report: VerifyReport, *, command: str = "", when: str = "") -> str:
     """The evidence as one page; see `adapterkit.verbs.verify.page`."""
     from adapterkit.verbs.verify.page import html as page
 
-    return page(report)
+    return page(report, command=command, when=when)
 
 
 def markdown(report: VerifyReport) -> str:

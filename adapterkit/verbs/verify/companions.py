@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.folder import INDEX
 from adapterkit.checkpoint.pipeline import MODEL_INDEX, components
+from adapterkit.foreign import json_value
 from adapterkit.verbs.verify.report import ERROR, WARNING, Finding
 
 if TYPE_CHECKING:
@@ -59,8 +60,8 @@ def companions(subject: Subject) -> Iterator[Finding]:
 
 def _object(data: bytes) -> dict[str, Any] | None:
     try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
+        found = json_value(data)
+    except ValueError:
         return None
     return found if isinstance(found, dict) else None
 

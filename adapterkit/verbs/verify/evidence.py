@@ -40,6 +40,14 @@ def _levels(report: VerifyReport) -> Iterator[Verification]:
         "dead": len(tensors.dead),
         **figures,
     }
+    if report.pair is not None:  # what the limits are of
+        pair = report.pair
+        figures["residual"] = {
+            "cosine": _short(pair.cosine),
+            "error": _short(pair.error),
+            "retention": _short(pair.retention),
+            "dead": len(pair.dead),
+        }
     bounds = {
         "min_retention": limits.min_retention,
         "min_cosine": limits.min_cosine,
@@ -72,12 +80,13 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def attach(report: VerifyReport, target: str | Path | None = None) -> Attached:
+def attach(report: VerifyReport, target: str | Path | None = None, *, page: bytes = b"") -> Attached:
     """Write the figures into the record of MERGED.
 
     Args:
         report: what was found.
         target: the output with its record beside it, or a registry name; MERGED by default.
+        page: the report as HTML, which a registered version keeps.
 
     Raises:
         NotFound: it has no record.
@@ -85,4 +94,4 @@ def attach(report: VerifyReport, target: str | Path | None = None) -> Attached:
     """
     from adapterkit.registry.evidence import attach_verification
 
-    return attach_verification(target if target is not None else report.merged, verifications(report))
+    return attach_verification(target if target is not None else report.merged, verifications(report), page=page)

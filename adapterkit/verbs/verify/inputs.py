@@ -148,7 +148,7 @@ def inputs(
             found.append(VerifiedInput("model", adapter.ref, digest(adapter.checkpoint), weight, commit=adapter.commit))
             continue
         content = f"sha256:{adapter_parent(adapter).content}"
-        found.append(VerifiedInput("adapter", adapter.ref, content, weight, adapter.config.peft_type, adapter.commit))
+        found.append(VerifiedInput("adapter", adapter.ref, content, weight, adapter.config.label, adapter.commit))
     return tuple(found)
 
 

@@ -8,7 +8,6 @@ was not checked.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from adapterkit.adapters.brought import (
     TOKENIZER_CONFIG,
 )
 from adapterkit.checkpoint.pipeline import components
+from adapterkit.foreign import json_value
 from adapterkit.verbs.verify.inputs import place
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding
 
@@ -73,6 +73,9 @@ def _built(subject: Subject, folder: Path, said: frozenset[str]) -> Iterator[Fin
     if components(config):
         text = "the components of a pipeline were compared by names, shapes and configs, and not loaded"
         yield Finding("not loaded", NOTE, text)
+        return
+    if subject.found.metadata.get("format") == "mlx":
+        yield _unchecked("MERGED is in MLX's layout, which mlx-lm and mlx-vlm load and transformers does not")
         return
     lacking = [name for name in ("transformers", "tokenizers", "accelerate") if find_spec(name) is None]
     if lacking:
@@ -251,7 +254,7 @@ def _read(folder: Path) -> dict[str, bytes]:
 
 def _object(data: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
+        found = json_value(data)
+    except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -31,3 +31,7 @@ for (const map of maps) {
   });
 }
 addEventListener("beforeprint", () => { for (const one of document.querySelectorAll("details")) one.open = true; });
+
+// In a file there is no version to go to; the pages of `adapterkit ui` serve this one below its version.
+const version = document.getElementById("version");
+if (version && location.pathname.endsWith("/verify/")) version.hidden = false;

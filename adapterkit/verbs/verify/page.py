@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit._version import __version__
+from adapterkit.foreign import is_whole
 from adapterkit.verbs.heatmap import place
 from adapterkit.verbs.verify.report import EQUAL, RIGHT
 
@@ -71,8 +72,13 @@ MEASURES = (
 )
 
 
-def html(report: VerifyReport) -> str:
-    """The page."""
+def html(report: VerifyReport, *, command: str = "", when: str = "") -> str:
+    """The page.
+
+    Args:
+        command: the command line that made the report.
+        when: UTC time, like ``2026-01-31T23:59:59Z``.
+    """
     here = Path(__file__).parent
     style, script = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     title = f"{_name(report.merged)}: {'verified' if report.ok else 'not verified'}"
@@ -83,13 +89,14 @@ def html(report: VerifyReport) -> str:
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(title)}</title><style>{style}</style></head><body>",
             '<a class="skip" href="#findings">To the findings</a><main>',
-            *_head(report),
+            *_head(report, command, when),
             *_findings(report),
             *_map(report),
             *_layers(report),
             *_model(report),
             *_inputs(report),
             f"<footer>adapterkit {__version__}, {report.seconds:.1f} s, {report.peak_memory / 1e6:,.0f} MB of memory.",
+            '<a id="version" href=".." hidden>This version in the registry</a>',
             f"</footer></main><script>{script}</script></body></html>\n",
         ]
     )
@@ -102,12 +109,16 @@ def _name(ref: str) -> str:
 # ------------------------------------------------------------------ the head
 
 
-def _head(report: VerifyReport) -> Iterator[str]:
+def _head(report: VerifyReport, command: str, when: str) -> Iterator[str]:
     tone, word = ("ok", "verified") if report.ok else ("error", "not verified")
     adapters = " and ".join(f"<code>{escape(one)}</code>" for one in report.adapters)
     yield f'<header><span class="badge {tone}">{word}</span>'
     yield f"<h1>{escape(_verdict(report))}</h1>"
     yield f"<p><code>{escape(report.merged)}</code> beside <code>{escape(report.base)}</code> with {adapters}</p>"
+    if when:
+        yield f'<p class="dim">{escape(when[:16].replace("T", " "))} UTC</p>'
+    if command:
+        yield f"<p><code>{escape(command)}</code></p>"
     yield '<dl class="figures">'
     for title, value, small in _figures(report):
         yield f"<div><dt>{escape(title)}</dt><dd>{escape(value)}<small>{escape(small)}</small></dd></div>"
@@ -133,6 +144,9 @@ def _figures(report: VerifyReport) -> Iterator[tuple[str, str, str]]:
     yield "Changed by adapters", f"{tensors.touched:,}", f"|delta|/|W| {tensors.relative:.1e} over all of them"
     beside = f"error beside it {tensors.error:.2g}; {tensors.retention:.2%} of it survives"
     yield "Cosine with the change", f"{tensors.cosine:.5f}", beside
+    if report.pair is not None:
+        beside = f"error {report.pair.error:.2g}; {report.pair.retention:.2%} of the change is there"
+        yield f"With {report.residual}", f"{report.pair.cosine:.5f}", beside
     if report.layers is not None:
         lost = f"of what the adapter does; {report.layers.inputs} inputs"
         yield "Lost in the outputs", f"{report.layers.lost:.2%}", lost
@@ -197,7 +211,7 @@ def _grid(rows: Sequence[TensorCheck]) -> tuple[list[str], dict[str, dict[str, T
         row, column = place(one.name)
         columns[column] = None
         grid.setdefault(row, {})[column] = one
-    order = sorted(grid, key=lambda row: [int(n) if n.isdigit() else -1 for n in row.split(".")])
+    order = sorted(grid, key=lambda row: [int(n) if is_whole(n) else -1 for n in row.split(".")])
     return list(columns), {row: grid[row] for row in order}
 
 

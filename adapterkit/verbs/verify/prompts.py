@@ -7,7 +7,6 @@ tokenizer.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from adapterkit.disk import open_regular
 from adapterkit.errors import NotFound, UsageError
+from adapterkit.foreign import json_value
 
 MOST_BYTES = 16 << 20
 MOST_TOKENS = 512  # of one prompt; the rest is not scored
@@ -94,8 +94,8 @@ def _lines(text: str, path: Path) -> list[Prompt]:
 
 def _prompt(line: str) -> Prompt | None:
     try:
-        value: Any = json.loads(line)
-    except (ValueError, RecursionError):
+        value: Any = json_value(line)
+    except ValueError:
         return None
     if isinstance(value, str):
         return Prompt(value) if value.strip() else None

@@ -269,7 +269,8 @@ class VerifyReport:
         options: of the merge, as they were taken for right.
         record: whether they came from the record beside MERGED.
         inputs: everything that was read, by digest.
-        tensors, layers, model: the figures of each level that was run.
+        tensors, layers, model: the figures of each level that was run, of MERGED alone.
+        residual: what stands beside MERGED, where that is measured too; ``pair``: the figures of the two together.
     """
 
     ok: bool
@@ -281,6 +282,8 @@ class VerifyReport:
     tensors: TensorLevel | None = None
     layers: LayerLevel | None = None
     model: ModelLevel | None = None
+    residual: str = ""
+    pair: TensorLevel | None = None
     thresholds: Thresholds = Thresholds()
     options: Mapping[str, Any] = field(default_factory=dict)
     record: bool = False

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.errors import AdapterkitError, option
+from adapterkit.foreign import json_value
 from adapterkit.verbs.verify import decode_child
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 START = 300.0  # seconds that a server may take to load a model
 ANSWER = 600.0  # seconds for one answer
+MOST_ANSWER = 256 << 20  # bytes of an answer, which has a line for each token of the vocabulary
 
 # Reads one question (JSON) per line, answers each with a line that names a file of float32 log-probabilities.
 _CHILD = """
@@ -227,15 +229,15 @@ class _Beside:
         request = urllib.request.Request(f"{self._url}/completion", data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=ANSWER) as answer:
-                found = json.load(answer)
+                found = json_value(answer.read(MOST_ANSWER))
             top = found["completion_probabilities"][0]["top_logprobs"]
-        except (OSError, ValueError, KeyError, IndexError) as error:
+            row = np.full(self._vocabulary, -np.inf, np.float32)
+            for one in top:
+                row[one["id"]] = one["logprob"]
+        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise AdapterkitError(
                 f"llama-server gave no answer ({error})", f"use {option('level', 'layers')}"
             ) from None
-        row = np.full(self._vocabulary, -np.inf, np.float32)
-        for one in top:
-            row[one["id"]] = one["logprob"]
         return row
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.tensor import Cast, Tensor
 from adapterkit.dtypes import FLOATS
 from adapterkit.errors import CheckpointError, UsageError
+from adapterkit.foreign import json_value
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -353,10 +354,9 @@ def _bits(tensor: Tensor) -> float:
 
 
 def _planned_config(side: Mapping[str, bytes], base: Checkpoint) -> Mapping[str, Any]:
-    import json
 
     found = side.get("config.json")
-    return json.loads(found) if found is not None else base.config
+    return json_value(found) if found is not None else base.config
 
 
 def _ties(folded: Folded, floats: Checkpoint, values: Checkpoint) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -426,8 +426,9 @@ def _gguf_of_folder(
     folded = fold(opened, adapters, asked.adapter_weights, **_how(asked))
     files, _ = side_files(opened, folded, adapters, None)
     said: dict[str, Any] = {"config": patched_config(opened, folded, adapters, None), "files": files}
-    new = as_gguf(folded.checkpoint, base=opened, adapters=adapters, touched=folded.touched, **said)
-    old = as_gguf(opened, base=opened, config=opened.config)
+    how: dict[str, Any] = {"approximate": tuple(asked.allow_approximate), "as_reranker": asked.as_reranker}
+    new = as_gguf(folded.checkpoint, base=opened, adapters=adapters, touched=folded.touched, **said, **how)
+    old = as_gguf(opened, base=opened, config=opened.config, files=files, **how)
     changed = {one for name in folded.touched for one in new.mapped.sources[name]}
     pairs = _Pairs(found)
     for name, tensor in new.tensors.items():

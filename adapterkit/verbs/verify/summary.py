@@ -44,6 +44,11 @@ def _lines(report: VerifyReport) -> Iterator[str]:
         yield f"| | cosine | {tensors.cosine:.5f} |"
         yield f"| | error beside the change | {tensors.error:.2g} |"
         yield f"| | retention | {tensors.retention:.2%} |"
+    if report.pair is not None:
+        pair = report.pair
+        yield f"| with {_text(report.residual)} | cosine | {pair.cosine:.5f} |"
+        yield f"| | error beside the change | {pair.error:.2g} |"
+        yield f"| | retention | {pair.retention:.2%} |"
     if report.layers is not None:
         layers = report.layers
         yield f"| layers | error of the outputs | {layers.error:.2e} (the adapter changes them by {layers.change:.2e}) |"

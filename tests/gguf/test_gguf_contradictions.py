@@ -1,0 +1,102 @@
+"""A config that contradicts its tensors, or says no number where one belongs, is one sentence and no file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import arch_zoo as zoo
+import pytest
+from gguf import GGUFWriter
+
+import adapterkit
+import adapterkit.gguf.vocab
+from adapterkit.errors import AdapterkitError
+from adapterkit.verbs.convert import convert
+
+GONE = object()
+ROPE = {"rope_type": "default"}
+# What a config of 2 layers, width 64, 4 heads and 2 of keys of 16 numbers says instead, and a word of the sentence.
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "fewer layers": ({"num_hidden_layers": 1}, "says 1 layers, and 'model.layers.1"),
+    "more layers": ({"num_hidden_layers": 3}, "'blk.2.attn_k.weight' is missing"),
+    "half a layer": ({"num_hidden_layers": 2.5}, "'layers' .* is not a number"),
+    "layers in words": ({"num_hidden_layers": "2"}, "'layers' .* is not a number"),
+    "no heads": ({"num_attention_heads": 0}, "not a multiple of 0 heads"),
+    "three heads": ({"num_attention_heads": 3}, "not a multiple of 3 heads"),
+    "eight heads": ({"num_attention_heads": 8}, "attn_q.weight' has 64 rows, .* says 128"),
+    "one head of keys": ({"num_key_value_heads": 1}, "attn_k.weight' has 32 rows, .* says 16"),
+    "eight heads of keys": ({"num_key_value_heads": 8}, "attn_k.weight' has 32 rows, .* says 128"),
+    "larger heads": ({"head_dim": 32}, "attn_k.weight' has 32 rows, .* says 64"),
+    "narrower": ({"hidden_size": 32}, "token_embd.weight' has 64 columns, .* says 32"),
+    "narrower networks": ({"intermediate_size": 64}, "ffn_down.weight' has 96 columns, .* says 64"),
+    "an epsilon in words": ({"rms_norm_eps": "small"}, "gives 'small' for 'attention.layer_norm_rms_epsilon'"),
+    "no epsilon": ({"rms_norm_eps": GONE}, "does not say 'rms_norm_eps'"),
+    "an epsilon below nothing": ({"rms_norm_eps": -1}, "is negative"),
+    "an epsilon that is none": ({"rms_norm_eps": float("nan")}, "is no number"),
+    "rotation in words": ({"rope_parameters": "x"}, "no table"),
+    "a base in words": ({"rope_parameters": {**ROPE, "rope_theta": "big"}}, "gives 'big' for 'rope.freq_base'"),
+    "a base of nothing": ({"rope_parameters": {**ROPE, "rope_theta": 0}}, "gives 0 for 'rope.freq_base'"),
+    "no context": ({"max_position_embeddings": GONE}, "does not say 'max_position_embeddings'"),
+    "a context of nothing": ({"max_position_embeddings": 0}, "gives 0 for 'context_length'"),
+    "a context beyond counting": ({"max_position_embeddings": 2**40}, "no count"),
+    "a class in words": ({"architectures": "LlamaForCausalLM"}, "list of class names"),
+    "a list of activations": ({"hidden_act": ["silu"]}, "hidden_act"),
+    "yarn without a factor": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+    "an unknown rotation": ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "spiral"),
+}
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("contradictions") / "hf"
+    zoo.build(folder, "llama")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapterkit.gguf.vocab, "read_vocab", zoo.read_vocab)
+
+
+def test_contradictions_are_refused_by_name(hf: Path, tmp_path: Path) -> None:
+    base = tmp_path / "hf"
+    shutil.copytree(hf, base)
+    config = json.loads((hf / "config.json").read_text())
+    for name, (change, words) in WRONG.items():
+        said = {key: value for key, value in {**config, **change}.items() if value is not GONE}
+        (base / "config.json").write_text(json.dumps(said))
+        with pytest.raises(AdapterkitError, match=words) as raised:
+            convert(base, tmp_path / "o.gguf")
+        assert len(str(raised.value)) < 400, name
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"], name
+
+
+def test_layers_after_the_last_are_left_out_where_the_config_says_that_they_predict(hf: Path, tmp_path: Path) -> None:
+    base = tmp_path / "hf"
+    shutil.copytree(hf, base)
+    config = json.loads((hf / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1, "num_nextn_predict_layers": 1}))
+    convert(base, tmp_path / "o.gguf")
+    assert (tmp_path / "o.gguf").is_file()
+
+
+def test_norms_of_a_lora_file_are_said_to_be_left_out(hf: Path, tmp_path: Path) -> None:
+    import numpy as np
+
+    writer = GGUFWriter(str(tmp_path / "lora.gguf"), "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    rng = np.random.default_rng(0)
+    writer.add_tensor("blk.0.attn_q.weight.lora_a", rng.normal(0, 1, (4, 64)).astype(np.float32))
+    writer.add_tensor("blk.0.attn_q.weight.lora_b", rng.normal(0, 1, (64, 4)).astype(np.float32))
+    writer.add_tensor("blk.0.attn_norm.weight", np.ones(64, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    report = adapterkit.merge(hf, [tmp_path / "lora.gguf"], tmp_path / "o.gguf")
+    assert any("left out, as llama.cpp does: 1 norms" in note for note in report.notes)

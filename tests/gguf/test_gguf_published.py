@@ -1,0 +1,414 @@
+"""Configs as they are published are not refused, and what a runtime option must say is right once it says it.
+
+Sources of the configs: transformers' own defaults and docstrings, and what serving engines test their loaders with.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import arch_zoo as zoo
+import pytest
+from gguf_runtime import far, logprobs, of_model
+
+import adapterkit.gguf.vocab
+from adapterkit.errors import AdapterkitError, TargetError
+from adapterkit.gguf.arch import omitted
+from adapterkit.gguf.arch.config import Config
+from adapterkit.gguf.arch.contract import held, left_out_by_transformers
+from adapterkit.gguf.arch.fits import sound
+from adapterkit.gguf.arch.hyper import hyperparameters
+from adapterkit.gguf.arch.rope import scaling
+from adapterkit.gguf.arch.table import classes, spec_of
+from adapterkit.verbs.convert import convert
+
+
+@pytest.fixture(autouse=True)
+def _no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapterkit.gguf.vocab, "read_vocab", zoo.read_vocab)
+
+
+def _layers(count: int, full: int) -> list[str]:
+    return ["full_attention" if i % 4 == full else "sliding_attention" for i in range(count)]
+
+
+_DEFAULT = {"rope_type": "default"}
+STEP = {
+    "architectures": ["Step3p7ForConditionalGeneration"],
+    "vision_config": {"model_type": "perception_encoder", "width": 1536},
+    "text_config": {
+        "architectures": ["Step3p5ForCausalLM"],
+        "model_type": "step3p5",
+        "hidden_size": 4096,
+        "intermediate_size": 11264,
+        "num_hidden_layers": 45,
+        "head_dim": 128,
+        "max_position_embeddings": 262144,
+        "vocab_size": 128896,
+        "num_attention_heads": 64,
+        "num_attention_groups": 8,
+        "moe_num_experts": 288,
+        "moe_top_k": 8,
+        "moe_intermediate_size": 1280,
+        "share_expert_dim": 1280,
+        "norm_expert_weight": True,
+        "moe_router_scaling_factor": 3.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 2.0,
+            "original_max_position_embeddings": 131072,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 32.0,
+        },
+        "yarn_only_types": ["full_attention"],
+        "moe_layers_enum": ",".join(map(str, range(3, 45))),
+        "sliding_window": 512,
+        "layer_types": _layers(48, 0),
+        "attention_other_setting": {"num_attention_heads": 96, "num_attention_groups": 8, "head_dim": 128},
+        "partial_rotary_factors": [0.5 if i % 4 == 0 else 1.0 for i in range(48)],
+        "rope_theta": [5e6 if i % 4 == 0 else 1e4 for i in range(48)],
+        "num_nextn_predict_layers": 3,
+    },
+}
+_LATENT = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "Step 3.7": STEP,
+    "Mellum 2": {
+        "architectures": ["MellumForCausalLM"],
+        "hidden_size": 2304,
+        "intermediate_size": 7168,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 896,
+        "norm_topk_prob": True,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "max_position_embeddings": 131072,
+        "sliding_window": 1024,
+        "use_sliding_window": True,
+        "vocab_size": 98304,
+        "layer_types": _layers(28, 3),
+        "rope_parameters": {
+            "full_attention": {
+                "rope_type": "yarn",
+                "rope_theta": 500000.0,
+                "factor": 16.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "original_max_position_embeddings": 8192,
+                "attention_factor": 1.2772588722239782,
+            },
+            "sliding_attention": {**_DEFAULT, "rope_theta": 500000.0},
+        },
+    },
+    "Hy3": {
+        "architectures": ["HYV3ForCausalLM"],
+        "hidden_size": 4096,
+        "intermediate_size": 13312,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "num_experts": 192,
+        "num_experts_per_tok": 8,
+        "qk_norm": True,
+        "moe_intermediate_size": 1536,
+        "num_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 262144,
+        "router_scaling_factor": 2.826,
+        "route_norm": True,
+        "vocab_size": 120832,
+        "rope_parameters": {**_DEFAULT, "rope_theta": 11158840.0},
+    },
+    "Youtu 2B": {
+        "architectures": ["YoutuForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "vocab_size": 128256,
+        "rms_norm_eps": 1e-6,
+        "rope_interleave": True,
+        **_LATENT,
+        "max_position_embeddings": 131072,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rope_parameters": {**_DEFAULT, "rope_theta": 1600000},
+    },
+    "Qwen3 30B-A3B": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "vocab_size": 151936,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "max_position_embeddings": 40960,
+        "rope_theta": 1e6,
+        "rope_scaling": None,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+        "max_window_layers": 48,
+    },
+    "LLaVA 1.5": {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "vision_config": {"hidden_size": 1024},
+        "text_config": {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "vocab_size": 32064,
+        },
+    },
+    "Pixtral 12B": {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "vision_config": {"head_dim": 64},
+        "text_config": {
+            "model_type": "mistral",
+            "head_dim": 128,
+            "hidden_size": 5120,
+            "intermediate_size": 14336,
+            "max_position_embeddings": 1024000,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e9,
+            "sliding_window": None,
+            "vocab_size": 131072,
+        },
+    },
+    "Qwen2-Audio": {
+        "architectures": ["Qwen2AudioForConditionalGeneration"],
+        "audio_config": {"model_type": "qwen2_audio_encoder"},
+        "text_config": {
+            "model_type": "qwen2",
+            "intermediate_size": 11008,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000,
+            "sliding_window": 32768,
+            "use_mrope": False,
+        },
+    },
+    "gpt-oss 20B": {
+        "architectures": ["GptOssForCausalLM"],
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "attention_bias": True,
+        "swiglu_limit": 7.0,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": 128,
+        "max_position_embeddings": 131072,
+        "initial_context_length": 4096,
+        "vocab_size": 201088,
+        "rope_theta": 150000,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+    },
+}
+
+
+def _whole(config: dict[str, Any], approximate: tuple[str, ...] = ()) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Everything that a config alone decides of a file: its keys, and notes."""
+    read = Config(config)
+    spec = spec_of(read)
+    for one in spec.factors:
+        one.make(read)
+    notes = held(spec, read, approximate)
+    return hyperparameters(spec, read), (*notes, *scaling(spec, read).notes)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_config_is_not_refused(name: str) -> None:
+    values = _whole(PUBLISHED[name])[0]
+    sound(values, name)
+    assert values["block_count"] == Config(PUBLISHED[name]).number("layers")
+    assert values["attention.head_count"]
+
+
+def test_what_a_text_part_leaves_out_is_its_classs(tmp_path: Path) -> None:
+    """The config of a whole model without all that its text part's class says: the same file."""
+    tiny = zoo.ZOO["llava"]
+    text = {**tiny.config["text_config"], "num_hidden_layers": 1, "num_attention_heads": 32, "num_key_value_heads": 8}
+    text = {**text, "model_type": "mistral", "hidden_size": 64, "head_dim": 2, "rms_norm_eps": 1e-6}
+    zoo.ZOO["changed"] = replace(tiny, config={**tiny.config, "text_config": text})
+    zoo.build(tmp_path / "hf", "changed")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    convert(tmp_path / "hf", tmp_path / "whole.gguf")
+    for name in ("num_attention_heads", "num_key_value_heads", "rms_norm_eps"):
+        del config["text_config"][name]
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    convert(tmp_path / "hf", tmp_path / "short.gguf")
+    assert (tmp_path / "short.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_defaults_are_those_of_transformers() -> None:
+    import dataclasses
+
+    from transformers import CONFIG_MAPPING
+
+    for kind in {line.split()[0] for line in omitted._ROWS.split("\n") if line}:
+        defaults = {one.name: one.default for one in dataclasses.fields(CONFIG_MAPPING[kind])}
+        assert omitted.of_class(kind), kind
+        for name, value in omitted.of_class(kind).items():
+            assert defaults[name] == value, (kind, name)
+    for kind, theta in omitted.THETAS.items():
+        assert CONFIG_MAPPING[kind].default_theta == theta, kind
+    assert Config({"model_type": "hy_v3", "architectures": ["HYV3ForCausalLM"]}).rope["rope_theta"] == 11158840.0
+
+
+# Fields that publishers set, where transformers' own default is a model that llama.cpp does not compute.
+SET_BY_PUBLISHERS: dict[str, dict[str, Any]] = {
+    "AfmoeForCausalLM": {"mup_enabled": True},
+    "DbrxForCausalLM": {"attn_config": {"clip_qkv": 8, "kv_n_heads": 8, "rope_theta": 500000}},
+    "Dots1ForCausalLM": {"n_shared_experts": 2},
+    "Exaone4ForCausalLM": {"num_hidden_layers": 64, "layer_types": None, "sliding_window_pattern": "LLLG"},
+    "LagunaForCausalLM": {"layer_types": _layers(40, 0)},
+    "Lfm2MoeForCausalLM": {"layer_types": ["conv"] * 16 + ["full_attention"] * 16},
+    "MiniMaxM3SparseForConditionalGeneration": {
+        "layer_types": ["full_attention"] * 3 + ["minimax_m3_sparse"] * 57,
+        "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 57,
+    },
+    "NemotronHForCausalLM": {"layers_block_type": None, "hybrid_override_pattern": "MEMEM*E", "num_hidden_layers": 7},
+    "PhimoeForCausalLM": {"attention_bias": True, "lm_head_bias": True},
+    "Qwen3MoeForCausalLM": {"norm_topk_prob": True},
+    "Step3p7ForConditionalGeneration": {"rope_parameters": None, "partial_rotary_factors": [0.5] * 45},
+}
+SET_BY_PUBLISHERS["Exaone4_5_ForConditionalGeneration"] = SET_BY_PUBLISHERS["Exaone4ForCausalLM"]
+# Published as they are, and written only for those who allow the field that differs past a limit.
+BY_PERMISSION = {
+    "MistralForCausalLM": "sliding_window",
+    "FalconMambaForCausalLM": "mixer_rms_eps",
+    "MiniMaxForCausalLM": "rms_norm_eps",
+}
+# llama.cpp computes no published model of these.
+NOT_COMPUTED = {"BitNetForCausalLM": "relu2"}
+
+
+@pytest.mark.slow
+def test_the_defaults_of_every_class_are_computed_or_told_apart() -> None:
+    """transformers' defaults are those of a published model of each family, but for `SET_BY_PUBLISHERS`."""
+    import transformers
+
+    refused, tried = {}, 0
+    for name in sorted(classes()):
+        made = getattr(getattr(transformers, name, None), "config_class", None)
+        if made is None:
+            continue
+        config = json.loads(json.dumps(made().to_dict(), default=str))
+        inner = next((config[key] for key in ("text_config", "thinker_config") if key in config), config)
+        inner |= SET_BY_PUBLISHERS.get(name, {})
+        allowed = (BY_PERMISSION[name],) if name in BY_PERMISSION else ()
+        tried += 1
+        try:
+            _whole({**config, "architectures": [name]}, allowed)
+        except AdapterkitError as err:
+            refused[name] = str(err)
+    assert tried > 140
+    assert set(refused) == set(NOT_COMPUTED), {k: v for k, v in refused.items() if k not in NOT_COMPUTED}
+    assert all(word in refused[name] for name, word in NOT_COMPUTED.items())
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LAGUNA = {
+    "full_attention": {
+        **YARN,
+        "original_max_position_embeddings": 512,
+        "beta_fast": 64.0,
+        "beta_slow": 10.0,
+        "attention_factor": 1.3,
+        "partial_rotary_factor": 0.5,
+    },
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope"), [("laguna", LAGUNA), ("qwen3", {**YARN, "beta_fast": 3.0, "beta_slow": 2.0})]
+)
+def test_bounds_of_yarn_that_no_file_says_are_given_to_the_runtime(
+    kind: str, rope: dict[str, Any], tmp_path: Path
+) -> None:
+    tiny = zoo.ZOO[kind]
+    zoo.ZOO["changed"] = replace(tiny, config={**tiny.config, "rope_parameters": rope})
+    expected = of_model(zoo.build(tmp_path / "hf", "changed"))
+    with pytest.raises(TargetError, match=r"beta_fast.*yarn-beta-fast \d+.*allow_approximate='rope.beta_fast'"):
+        convert(tmp_path / "hf", tmp_path / "o.gguf")
+    inner = rope.get("full_attention", rope)
+    allowed = [f"rope.{name}" for name in ("beta_fast", "beta_slow") if name in inner]
+    report = convert(tmp_path / "hf", tmp_path / "o.gguf", allow_approximate=allowed)
+    assert any("yarn-beta-fast" in note for note in report.notes)
+    bounds = (inner["beta_fast"], inner.get("beta_slow", 1.0))
+    assert far(logprobs(tmp_path / "o.gguf", bounds=bounds)[0], expected) < 1e-5
+    assert far(logprobs(tmp_path / "o.gguf")[0], expected) > 1e-4
+    convert(tmp_path / "o.gguf", tmp_path / "back", to="hf")
+    said = Config(json.loads((tmp_path / "back/config.json").read_text())).rope
+    assert said["beta_fast"] == inner["beta_fast"]
+
+
+def test_llama3s_frequencies_turn_half_a_head_in_step(tmp_path: Path) -> None:
+    """As published (lists, one scaling for the layers that see all) and as transformers saves it again."""
+    tiny = zoo.ZOO["step3p7"]
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    llama3["original_max_position_embeddings"] = 32
+    text = dict(tiny.config["text_config"])
+    rope = text["rope_parameters"]
+    rope = {**rope, "full_attention": {**rope["full_attention"], **llama3}}
+    zoo.ZOO["changed"] = replace(tiny, config={**tiny.config, "text_config": {**text, "rope_parameters": rope}})
+    expected = of_model(zoo.build(tmp_path / "hf", "changed"))
+    convert(tmp_path / "hf", tmp_path / "saved.gguf")
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    del config["text_config"]["rope_parameters"]
+    config["text_config"] |= {"rope_theta": [50000.0, 10000.0], "partial_rotary_factors": [0.5, 1.0]}
+    config["text_config"] |= {"rope_scaling": llama3, "yarn_only_types": ["full_attention"]}
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    convert(tmp_path / "hf", tmp_path / "published.gguf")
+    for found in logprobs(tmp_path / "saved.gguf", tmp_path / "published.gguf"):
+        assert far(found, expected) < tiny.tolerance * 2
+    config["text_config"]["yarn_only_types"] = ["full_attention", "sliding_attention"]
+    (tmp_path / "hf/config.json").write_text(json.dumps(config))
+    with pytest.raises(AdapterkitError, match="yarn_only_types"):
+        convert(tmp_path / "hf", tmp_path / "other.gguf")
+
+
+def test_what_a_class_of_transformers_leaves_out_is_said() -> None:
+    plain = {"architectures": ["MiniMaxForCausalLM"], "head_dim": 16, "hidden_size": 64, "num_attention_heads": 4}
+    assert left_out_by_transformers(Config(plain)) == ()
+    for more in ({"rotary_dim": 8}, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}):
+        (note,) = left_out_by_transformers(Config({**plain, **more}))
+        assert "that part of a head" in note
+    assert left_out_by_transformers(Config({**plain, "rotary_dim": 8, "architectures": ["MiniMaxM1ForCausalLM"]})) == ()
