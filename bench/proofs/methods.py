@@ -46,8 +46,9 @@ MATRIX = """
 Each row of the tables of models and configs in the tests of PEFT's source release (`bench/proofs/peft_matrix.py`): base + live
 adapter beside the merged file, loaded by the model's own class; outputs within 1e-5 of their spread. Modules of no library are
 bases without a config. "Twice" is two adapters of one config, both active. "No adapter": PEFT itself cannot make, save, load or
-run it. Of <!--peft_matrix.rows:,-->0<!--/--> rows <!--peft_matrix.equal:,-->0<!--/--> are equal, <!--peft_matrix.refused-->0<!--/--> are refused and
-<!--peft_matrix.wrong-->0<!--/--> are wrong; PEFT merges <!--peft_matrix.refused_that_peft_merges-->0<!--/--> of those that are refused here.
+run it. Of <!--peft_matrix.rows:,-->1,312<!--/--> rows <!--peft_matrix.equal:,-->1,044<!--/--> are equal,
+and <!--peft_matrix.refused-->203<!--/--> are refused, of which PEFT
+merges <!--peft_matrix.refused_that_peft_merges-->86<!--/-->; <!--peft_matrix.wrong-->0<!--/--> are wrong.
 
 <!-- figures peft_matrix.main -->
 
