@@ -7,7 +7,9 @@ run, weight by weight, from the values that a reader of the output will have.
 
 from __future__ import annotations
 
+import json
 import shlex
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -67,7 +69,7 @@ def residual_path(out: Path | Address) -> Path | Address:
     """Where the residual of an output goes: beside it, ``OUT-residual`` or ``OUT-residual.gguf``."""
     if out.suffix == ".gguf":
         return out.with_name(f"{out.name.removesuffix('.gguf')}{ENDING}.gguf")
-    return out.with_name(f"{out.name.removesuffix('.safetensors')}{ENDING}")
+    return out.with_name(f"{out.name}{ENDING}")
 
 
 @dataclass(frozen=True)
@@ -174,12 +176,14 @@ class Residual:
         """How the factors are computed."""
         shown, merge = self._form, self.merge
         fresh: list[FolderForm | GGUFForm] = []
+        lock = threading.Lock()
 
         def form() -> FolderForm | GGUFForm:
             # Handles of its own: those of the output are read by its writer at the same time.
-            if not fresh:
-                fresh.append(type(shown)(merge, merge.again()))
-            return fresh[0]
+            with lock:
+                if not fresh:
+                    fresh.append(type(shown)(merge, merge.again()))
+                return fresh[0]
 
         def compute(slot: Slot) -> tuple[int, Sequence[Truncated]] | None:
             cuts = self._cuts(form(), slot)
@@ -239,28 +243,38 @@ class Residual:
         target, out = self.merge.request.target, self.out
         if target is None or out is None:
             return ""
-        if any(slot.kind == "stacked" for slot in self.slots) and not isinstance(self._form, GGUFForm):
-            # vLLM takes the factors of stacked experts in the order of an older PEFT.
-            return f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(target)!r}), {str(out)!r})  # PEFT"
-        server = servers()["llama.cpp" if isinstance(self._form, GGUFForm) else "vllm"]
-        row, path = server.launch, shlex.quote(str(out))
+        gguf = isinstance(self._form, GGUFForm)
+        server = servers()["llama.cpp" if gguf else "vllm"]
+        row, ranks, path = server.launch, server.ranks, shlex.quote(str(out))
         assert row is not None
         rank = max(min(self.rank, slot.largest_rank) for slot in self.slots)
-        steps = server.ranks.steps if server.ranks is not None else ()
-        rank = next((step for step in steps if step >= rank), rank)
+        # vLLM takes the factors of stacked experts in the order of an older PEFT.
+        stacked = any(slot.kind == "stacked" for slot in self.slots)
+        if not gguf and (stacked or not self._generates or (ranks is not None and rank > ranks.largest)):
+            return f"PeftModel.from_pretrained(model, {str(out)!r}), where model is that of {str(target)!r} in transformers"
+        rank = next((step for step in (ranks.steps if ranks is not None else ()) if step >= rank), rank)
         each = row.each.format(name=out.name.removesuffix(".gguf"), path=path)
-        return row.adapters.format(base=shlex.quote(str(target)), each=each, count=1, rank=rank)
+        first = self.merge.plan.names(target)[0] if gguf else ""
+        base = str(target.with_name(first.rpartition("/")[2])) if first else str(target)
+        return row.adapters.format(base=shlex.quote(base), each=each, count=1, rank=rank)
+
+    @property
+    def _generates(self) -> bool:
+        """Whether the model is one that answers: what vLLM serves adapters of."""
+        named = self.merge.folded.checkpoint.config.get("architectures") or ()
+        ends = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+        return not named or any(str(name).endswith(ends) for name in named)
 
     def _card(self) -> str:
         name = self._named()
         return (
-            f"---\nbase_model: {name}\nlibrary_name: peft\ntags:\n- lora\n---\n\n# What rounding took of {name}\n\n"
+            f"---\nbase_model: {json.dumps(name)}\nlibrary_name: peft\ntags:\n- lora\n---\n\n# What rounding took of {name}\n\n"
             f"`{name}` is a base with an adapter folded in, written in a coarse format. These factors of rank {self.rank} are\n"
             "what its rounding took. Load them on that output, always: together they are the model that was trained; the\n"
             "output alone is not.\n\n"
             "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
-            f'model = PeftModel.from_pretrained(model, "{name.removesuffix(".safetensors")}{ENDING}")\n```\n'
+            f"model = AutoModelForCausalLM.from_pretrained({name!r})\n"
+            f"model = PeftModel.from_pretrained(model, {name + ENDING!r})\n```\n"
         )
 
     def report(self) -> ResidualReport:
@@ -296,15 +310,19 @@ class FolderForm:
         self.floats: Checkpoint = output.folded.checkpoint
         self.encoded = encoded_weights(output, merge.base if output.own else None)
         self._pair = ModelPair(self.floats, self.floats)
+        # The values that readers of the output have, by the names of decoded weights.
+        self._written = {**self.floats.tensors, **{name: self._back(name) for name in self.encoded}}
         self.skipped: list[str] = []
         self.slots = list(self._slots())
 
     def _slots(self) -> Any:
         seen: set[str] = set()
+        taken: list[Any] = []  # of encoded weights; a name that is tied to another has its pieces
         for name, target in self._pair.targets.items():
             there = {piece.tensor for piece in target.pieces}
-            if not there & self.encoded.keys() or there <= seen:
+            if not there & self.encoded.keys() or (there <= seen and target.pieces in taken):
                 continue
+            taken.append(target.pieces)
             matrix = len(target.shape) > 1 and (name.endswith(".weight") or target.stacked)
             why = self._pair.without_factors(name) if matrix else "is no matrix"
             seen |= there
@@ -316,11 +334,6 @@ class FolderForm:
         if missed:
             others = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
             self.skipped.append(f"{missed[0]}{others} belongs to no module that a LoRA can name: it is in no residual")
-
-    @cached_property
-    def _written(self) -> dict[str, Tensor]:
-        """The values that readers of the output have, by the names of decoded weights."""
-        return {**self.floats.tensors, **{name: self._back(name) for name in self.encoded}}
 
     def _back(self, name: str) -> Tensor:
         from adapterkit.checkpoint.read_back import ReadBack
@@ -410,11 +423,16 @@ class GGUFForm:
 
     def __init__(self, merge: OfMerge, output: Output) -> None:
         from adapterkit.adapters.factors import Slot
+        from adapterkit.checkpoint.read_back import ReadBack
         from adapterkit.gguf.names import EMBEDDING, OUTPUT
         from adapterkit.gguf.tensors import Quantized
 
         self._merge = merge
         self._tensors = {tensor.name: tensor for tensor in output.view.values() if isinstance(tensor, Quantized)}
+        self._written = {
+            name: ReadBack(tensor.inner, partial(self._load, name), tensor.nbytes)
+            for name, tensor in self._tensors.items()
+        }
         self.skipped: list[str] = []
         self.slots = []
         arch, ends = _runtime(merge)
@@ -436,15 +454,6 @@ class GGUFForm:
             self.slots.append(
                 Slot(name, name, "stacked" if stacked else "linear", (rows, columns), experts[0] if experts else 1)
             )
-
-    @cached_property
-    def _written(self) -> dict[str, Tensor]:
-        from adapterkit.checkpoint.read_back import ReadBack
-
-        return {
-            name: ReadBack(tensor.inner, partial(self._load, name), tensor.nbytes)
-            for name, tensor in self._tensors.items()
-        }
 
     def _load(self, name: str) -> Tensor:
         from adapterkit.checkpoint.read_back import InFull

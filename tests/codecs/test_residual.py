@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,7 +93,7 @@ def test_a_dry_run_says_its_size_and_writes_nothing(tmp_path: Path, capsys: pyte
     with pytest.raises(SystemExit):
         main(["merge", str(base), str(tuned), "-o", str(out), "--quant", "keep", "--residual", "4", "--force"])
     assert "out-residual: rank 4" in capsys.readouterr().out
-    assert "base_model: out\n" in (residual / "README.md").read_text()
+    assert 'base_model: "out"\n' in (residual / "README.md").read_text()
 
 
 def test_it_is_the_same_by_any_road(tmp_path: Path) -> None:
@@ -189,6 +190,7 @@ def test_what_16_bits_cannot_hold_is_refused(tmp_path: Path, size: float) -> Non
 REFUSED = {
     "nothing is encoded": {"dtype": "bf16"},
     "every weight left the grid": {"quant": "keep", "keep_touched": "bf16"},
+    "one file": {"quant": "keep", "out": "out.safetensors"},
     "a limit": {"quant": "keep", "min_cosine": 0.9},
     "a saved plan": {"quant": "keep", "save_plan": "plan.json", "dry_run": True},
     "a job that is written": {"quant": "keep", "on": "slurm", "workers": 2},
@@ -198,8 +200,9 @@ REFUSED = {
 @pytest.mark.parametrize("why", REFUSED)
 def test_what_has_no_residual_is_refused(tmp_path: Path, why: str) -> None:
     base, tuned, _ = inputs(tmp_path, "fp8 tensor")
+    asked: dict[str, Any] = {"out": "out", **REFUSED[why]}
     with pytest.raises(UsageError):
-        merge(base, [tuned], tmp_path / "out", residual=2, **REFUSED[why])  # type: ignore[arg-type]
+        merge(base, [tuned], tmp_path / asked.pop("out"), residual=2, **asked)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out-residual").exists()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from adapterkit.verbs.verify.report import TensorLevel
     from adapterkit.verbs.verify.subject import Item, Subject
 
+_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 # Rounding of the factors to 16 bits may add so much to an error that is nothing.
 SLACK = 1.01
 FLOOR = 1e-3  # of the change
@@ -34,7 +36,7 @@ def stated_residual(record: Record | None, where: Path | None) -> tuple[Path | N
     rank = None if record is None or record.operation is None else record.operation.parameters.get("residual")
     if rank is None or where is None:
         return None, ()
-    path = residual_path(where)
+    path = residual_path(where.with_name(_PART.sub(".gguf", where.name)))
     assert isinstance(path, Path)
     if path.exists():
         return path, ()
