@@ -276,5 +276,5 @@ def identity(plan: Plan, sources: Sequence[Source]) -> str:
         stat = os.stat(source.path) if source.path is not None else None
         # The change time also tells of a file that was swapped for one of the same age.
         state = (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) if stat is not None else ()
-        digest.update(f"{source.name}:{source.size}:{state}\n".encode())
+        digest.update(os.fsencode(f"{source.name}:{source.size}:{state}\n"))
     return digest.hexdigest()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, nearest
 
 
 class FileType(NamedTuple):
@@ -64,5 +64,5 @@ def file_type(name: str) -> tuple[str, FileType]:
     upper = name.upper()
     upper = ALIASES.get(upper, upper)
     if upper not in FILE_TYPES:
-        raise UsageError(f"{name!r} is no quantization", f"use one of {', '.join(FILE_TYPES)}")
+        raise UsageError(f"{name!r} is no quantization", nearest(name, FILE_TYPES))
     return upper, FILE_TYPES[upper]

@@ -393,7 +393,7 @@ def _health(adapter: Adapter, pairs: list[tuple[Module, tuple[Any, Any]]]) -> tu
         except AdapterError:
             scale = 1.0
         norm = scale * float(values.square().sum().sqrt())
-        parts = (zero_rows("lora_A", a), zero_rows("lora_B", b))
+        parts = (zero_rows("lora_A", a, b), zero_rows("lora_B", b))
         problem = "untrained" if not total.any() else next((f"half saved: {part}" for part in parts if part), "")
         found.append(ModuleHealth(module.path, rank, norm, float(effective), problem, experts))
     return tuple(found)
