@@ -51,7 +51,7 @@ class Head:
     Attributes:
         name: of the class.
         prefix: under which its base model stands.
-        own: its parameters outside of the base model.
+        own: its parameters outside of the base model; a name that ends with a dot is a whole module.
         labels, tokens: which dimensions count ``num_labels``, and those outside the base model that count ``vocab_size``.
         partly: of ``own`` only what is counted is known, and whether there is a base model inside is not: some classes
             have its parts in themselves (SigLIP), some have more of their own than the table holds (DPT).
@@ -63,6 +63,10 @@ class Head:
     labels: tuple[Counted, ...]
     tokens: tuple[Counted, ...]
     partly: bool = False
+
+    def has(self, parameter: str) -> bool:
+        """Whether a parameter stands outside of the base model."""
+        return parameter in self.own or any(one[-1] == "." and parameter.startswith(one) for one in self.own)
 
 
 def head(name: str) -> Head | None:
@@ -86,9 +90,9 @@ def class_for(task: str, model_type: str) -> str | None:
 
 def classes_with(parameters: Iterable[str], model_type: str) -> list[str]:
     """The classes of a model type that have all of ``parameters`` beside their base model."""
-    wanted = set(parameters)
+    wanted = list(parameters)
     names = {types[model_type] for types in table()["tasks"].values() if model_type in types}
-    return [name for name in sorted(names) if (one := head(name)) is not None and wanted <= one.own]
+    return [name for name in sorted(names) if (one := head(name)) is not None and all(map(one.has, wanted))]
 
 
 @dataclass(frozen=True)
