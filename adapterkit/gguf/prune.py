@@ -22,14 +22,18 @@ if TYPE_CHECKING:
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)", re.DOTALL)
 # Architectures of which llama.cpp computes a layer, or all of them, by its place or by how many there are.
 # Source: src/models of llama.cpp.
-_BY_PLACE = frozenset(("smollm3", "llama4", "gemma2", "gemma3", "command-r", "baichuan", "exaone4"))
-# Keys whose layers are counted from the first, where they are no list of a value per layer.
-_COUNTED = (
-    "attention.sliding_window",
-    "leading_dense_block_count",
-    "interleave_moe_layer_step",
-    "nextn_predict_layers",
+_BY_PLACE = frozenset(
+    ("smollm3", "llama4", "gemma2", "gemma3", "gemma3n", "gemma4", "command-r", "baichuan", "exaone4", "grovemoe")
 )
+# Keys whose layers are counted from the first.
+_COUNTED = (
+    *("attention.sliding_window", "leading_dense_block_count", "interleave_moe_layer_step", "nextn_predict_layers"),
+    *("n_deepstack_layers", "attention.shared_kv_layers", "moe_every_n_layers", "full_attention_interval"),
+)
+# Architectures whose windows lie where a list of a value per layer says, and nothing else goes by place.
+_LISTED = frozenset(("mellum", "mimo2", "granite_swa"))
+_NOT_BY_LAYER = ("rope.dimension_sections", "classifier.output_labels")
+_BESIDE = "xielu."  # keys of a value per layer that have no architecture in front
 
 
 def layers_of(said: str) -> frozenset[int]:
@@ -72,7 +76,8 @@ def pruned(base: GGUFCheckpoint, layers: frozenset[int]) -> tuple[GGUFCheckpoint
                 tensors[name] = stored(replace(info, name=name), source)
     entries = [u32(f"{base.arch}.block_count", len(new))]
     for key, entry in base.header.keys.items():
-        if key.startswith(f"{base.arch}.") and entry.type == ARRAY and entry.count == count:
+        own = key.startswith((f"{base.arch}.", _BESIDE)) and not key.endswith(_NOT_BY_LAYER)
+        if own and entry.type == ARRAY and entry.count == count:
             assert entry.item_type is not None
             entries.append(array(key, entry.item_type, [base.header[key][one] for one in new]))
     return replace(base, tensors=tensors), entries
@@ -82,7 +87,7 @@ def _check_alike(base: GGUFCheckpoint, count: int) -> None:
     """Refuse a model of layers that are not interchangeable."""
     key = next((one for one in _COUNTED if base.number(one)), None)
     patterned = isinstance(base.header.get(f"{base.arch}.attention.sliding_window_pattern"), list)
-    if key == _COUNTED[0] and patterned:
+    if key == _COUNTED[0] and patterned and base.arch in _LISTED:
         key = None
     if base.arch in _BY_PLACE or key is not None:
         why = f"'{base.arch}.{key}'" if key is not None else f"a {base.arch}"

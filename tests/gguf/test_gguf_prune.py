@@ -35,6 +35,7 @@ KINDS = ["full_attention", "sliding_attention", "full_attention", "sliding_atten
     [
         ("llama", {"num_hidden_layers": 4}, "1-2"),
         ("llama", {"num_hidden_layers": 3}, "0"),
+        ("apertus", {"num_hidden_layers": 4}, "2"),
         ("mellum", {"num_hidden_layers": 4, "layer_types": KINDS, "sliding_window": 3}, "1"),
     ],
 )

@@ -111,7 +111,7 @@ def completed(config: Mapping[str, Any], inner: Mapping[str, Any]) -> dict[str, 
     kind = str(config.get("model_type") or "")
     found = dict(config)
     if inner:
-        found |= {name: value for name, value in of_class(kind).items() if found.get(name) is None}
+        found |= {name: value for name, value in of_class(kind).items() if name not in found}
     ropes = (config.get("rope_parameters") or {}, config.get("rope_scaling") or {}, config)
     said = any(isinstance(one, Mapping) and any(one.get(name) is not None for name in _THETA_FIELDS) for one in ropes)
     by_kind = any(isinstance(one, Mapping) and "full_attention" in one for one in ropes[:2])
