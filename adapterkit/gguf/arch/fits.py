@@ -14,7 +14,8 @@ from adapterkit.errors import CheckpointError
 
 # Keys of every architecture without which llama.cpp loads no file, and the field that they come from.
 NEEDED = {"context_length": "max_position_embeddings", "embedding_length": "hidden_size"}
-_OWN_WIDTH = frozenset(("arctic",))  # its dense networks are as wide as the model
+# The dense networks of an arctic are as wide as the model; the field of a qwen counts the gate and what it gates.
+_OWN_WIDTH = frozenset(("arctic", "qwen"))
 _HINT = "give the config.json that belongs to these weights"
 
 
