@@ -22,7 +22,7 @@ AdapterkitError                    exit 1   anything below; one sentence: what, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -43,6 +43,15 @@ def option(name: str, value: object = None) -> str:
         value: what to give it; True for one that is only switched on.
     """
     return _SPELLING[-1](name, value)
+
+
+def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """A hint on a word that is none of those known: the one that is most like it; else ``otherwise``, or all of them."""
+    import difflib
+
+    words = {one.lower().replace("_", "-"): one for one in map(str, known)}
+    close = difflib.get_close_matches(word.lower().replace("_", "-"), words, n=1)
+    return f"did you mean '{words[close[0]]}'?" if close else otherwise or f"use {', '.join(words.values())}"
 
 
 @contextmanager

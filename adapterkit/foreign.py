@@ -1,4 +1,4 @@
-"""JSON and numbers in text from strangers: what no sensible file holds is none to us, and every refusal is a `ValueError`.
+"""JSON, numbers and text from strangers: what no sensible file holds is none to us, and every refusal is a `ValueError`.
 
 `json.loads` alone raises `RecursionError` where lists nest deeply, takes whole numbers that no float and no C program holds,
 and gives text with half a character in it, which nothing can write.
@@ -40,6 +40,20 @@ def json_value(data: bytes | str) -> Any:
     if text.count("[") + text.count("{") > MAX_DEPTH and _deeper(found, MAX_DEPTH):
         raise OddJson(f"values that nest more than {MAX_DEPTH} deep")
     return found
+
+
+def printable(text: str) -> str:
+    """The text with everything that is not printed, half characters too, as an escape: ``\\x1b``, ``\\u202e``."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def for_page(text: str) -> str:
+    """Text for HTML and SVG: no markup, and nothing that does not print."""
+    from html import escape
+
+    return escape(printable(text))
 
 
 def is_whole(text: str) -> bool:

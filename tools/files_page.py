@@ -18,6 +18,7 @@ PAGE = ROOT / "docs" / "files.md"
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "families")]
 
 import test_checkpoint_conversions as checkpoints  # noqa: E402
+import test_comfyui_maps as comfyui  # noqa: E402
 import test_lora_conversions as files  # noqa: E402
 
 
@@ -33,11 +34,11 @@ def asked(test: Callable[..., Any], *arguments: Any) -> str:
 def of_files() -> str:
     from diffusers.loaders import lora_conversion_utils
 
-    lines = ["| family, keys | into diffusers' folder, and into the original file | oracle |", "|---|---|---|"]
+    lines = ["| family, keys | into a folder of diffusers | into the original file |", "|---|---|---|"]
     for name, (function, _, _) in files.CASES.items():
         with tempfile.TemporaryDirectory() as folder:
             cell = asked(files.test_as_diffusers_converts_it, name, lora_conversion_utils, Path(folder))
-        lines.append(f"| {name} | {cell} | `_convert_{function}_to_diffusers`; formula |")
+        lines.append(f"| {name} | {cell}: `_convert_{function}_to_diffusers` | {cell}: formula |")
     return "\n".join(lines) + "\n"
 
 
@@ -51,10 +52,22 @@ def of_checkpoints() -> str:
     return "\n".join(lines) + "\n"
 
 
+COMFYUI = {"Flux.1": "flux", "SD3": "mmdit", "AuraFlow": "auraflow", "SD 1.5": "unet", "SDXL": "unet"}
+
+
+def of_comfyui() -> str:
+    lines = ["| family | parameters | where ComfyUI has them, both ways | oracle |", "|---|---|---|---|"]
+    for name, rows in comfyui.MAPS.items():
+        if name != "source":
+            cell = asked(comfyui.test_every_row_is_where_comfyui_has_it, name)
+            lines.append(f"| {name} | {len(rows)} | {cell} | `{COMFYUI[name]}_to_diffusers` |")
+    return "\n".join(lines) + "\n"
+
+
 def page() -> str:
     """The page with the tables as they are now."""
     text = PAGE.read_text(encoding="utf-8")
-    for mark, table in (("files", of_files), ("checkpoints", of_checkpoints)):
+    for mark, table in (("files", of_files), ("checkpoints", of_checkpoints), ("comfyui", of_comfyui)):
         start, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->\n"
         text = re.sub(f"{start}.*?{end}", lambda _: start + table() + end, text, flags=re.DOTALL)  # noqa: B023
     return text
@@ -66,3 +79,4 @@ if __name__ == "__main__":
     else:
         print(of_files())
         print(of_checkpoints())
+        print(of_comfyui())

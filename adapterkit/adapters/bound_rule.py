@@ -55,7 +55,7 @@ class BoundRule:
             raise UsageError(f"method {inner.name} cannot run in space {self.space}", "spaces are knots, core and ctm")
         _ = self._bound, self.shares
         if not isfinite(self.scale):
-            raise UsageError(f"lambda must be a finite number, got {self.scale}", "leave it out for 1")
+            raise UsageError(f"{option('scale')} must be a finite number, got {self.scale}", "leave it out for 1")
 
     @property
     def _own(self) -> dict[str, Any]:

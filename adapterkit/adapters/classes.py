@@ -68,7 +68,11 @@ def head(name: str) -> Head | None:
     if row is None:
         return None
     labels, tokens = (tuple(Counted(*one) for one in row.get(key, ())) for key in ("labels", "tokens"))
-    return Head(name, row.get("prefix", ""), frozenset(row.get("own", ())), labels, tokens)
+    own = frozenset(row.get("own", ()))
+    if not own:
+        # It has its base model's parts in itself and no module around them: only what is counted is known to be its own.
+        return Head(name, "", frozenset(one.parameter for one in (*labels, *tokens)), labels, tokens)
+    return Head(name, row.get("prefix", ""), own, labels, tokens)
 
 
 def class_for(task: str, model_type: str) -> str | None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.checkpoint.tensor import Tensor
 
+A, B = "lora_A.weight", "lora_B.weight"
 FACTORS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B")
 LEAST = 0.5  # of the rows: two processes leave half of them
 _MOST = 1 << 26  # bytes of a factor that is looked at; an output layer's of rank 64 has 32 MiB
@@ -43,15 +44,21 @@ def half_saved(adapter: Adapter) -> list[HalfSaved]:
     """Every factor of an adapter on this disk that looks saved in part; of one on the Hub nothing is read."""
     found = []
     for key, tensor in adapter.tensors.items():
-        if key.endswith(FACTORS):
-            one = zero_rows(key, tensor)
+        # Modules that were trained whole are sharded as factors are.
+        if key.endswith(FACTORS) or (key.endswith(".weight") and len(tensor.shape) == 2):
+            one = zero_rows(key, tensor, adapter.tensors.get(key.removesuffix(A) + B) if key.endswith(A) else None)
             if one is not None:
                 found.append(one)
     return found
 
 
-def zero_rows(key: str, tensor: Tensor) -> HalfSaved | None:
-    """What is zero of one factor, if it is at least half of it and the rest is one run of rows."""
+def zero_rows(key: str, tensor: Tensor, other: Tensor | None = None) -> HalfSaved | None:
+    """What is zero of one factor, if it is at least half of it and the rest is one run of rows.
+
+    Args:
+        other: B of an A. Where its columns are zero at the same ranks, those are only padding (adapters of unequal ranks
+            side by side), and nothing is lost.
+    """
     extent = tensor.extent
     rows = tensor.shape[0] if len(tensor.shape) > 1 else 0
     if (
@@ -68,7 +75,23 @@ def zero_rows(key: str, tensor: Tensor) -> HalfSaved | None:
     full = [at for at in range(rows) if data[at * width : (at + 1) * width] != nothing]
     if not full or len(full) > (1 - LEAST) * rows or full[-1] - full[0] + 1 != len(full):
         return None
+    if other is not None and _no_columns(other, rows, full[0], full[-1] + 1):
+        return None
     return HalfSaved(key, rows - len(full), rows)
+
+
+def _no_columns(tensor: Tensor, columns: int, first: int, end: int) -> bool:
+    """Whether a matrix with that many columns is zero in all but those from ``first`` to ``end``."""
+    extent = tensor.extent
+    if extent is None or extent.source.path is None or len(tensor.shape) != 2 or tensor.shape[1] != columns:
+        return False
+    if not 0 < extent.nbytes <= _MOST or extent.nbytes % (tensor.shape[0] * columns):
+        return False
+    data = extent.source.read(extent.offset, extent.nbytes)
+    size = extent.nbytes // (tensor.shape[0] * columns)
+    before, after = bytes(first * size), bytes((columns - end) * size)
+    rows = (data[at : at + columns * size] for at in range(0, len(data), columns * size))
+    return all(row.startswith(before) and row.endswith(after) for row in rows)
 
 
 def half_saved_note(adapter: Adapter) -> str | None:

@@ -117,7 +117,9 @@ ADDED = "added by the adapter"
 def _class(adapters: Sequence[Adapter], config: Mapping[str, Any], added: Sequence[str]) -> Head | None:
     for adapter in adapters:
         name = trained_class(adapter, config)
-        if name is not None and (one := head(name)) is not None and _holds(one, added):
+        if name is None or (one := head(name)) is None:
+            continue
+        if adapter.config.get("auto_mapping") or _holds(one, added):
             return one
     if any(adapter.config.get("auto_mapping") for adapter in adapters) or not added:
         return None
@@ -126,8 +128,11 @@ def _class(adapters: Sequence[Adapter], config: Mapping[str, Any], added: Sequen
 
 
 def _holds(one: Head, added: Sequence[str]) -> bool:
-    """Whether a class's own modules hold all of these; buffers (of a batch norm) stand beside their parameters."""
-    modules = {name.partition(".")[0] for name in one.own}
+    """Whether a class holds all of these: in its own modules, or in its base model, of which a base may lack the pooler.
+
+    Buffers (of a batch norm) stand beside their parameters.
+    """
+    modules = {name.partition(".")[0] for name in one.own} | ({one.prefix} if one.prefix else set())
     return all(name in one.own or name.partition(".")[0] in modules for name in added)
 
 
@@ -156,7 +161,7 @@ def _sizes(start: Brought, one: Head, found: Mapping[str, tuple[int, ...]], conf
     changed = replace(start)
     if len(labels) == 1 and labels != {labels_of(config)}:
         changed = replace(changed, labels=labels.pop())
-    if len(tokens) == 1 and tokens != {config.get("vocab_size")} and isinstance(config.get("vocab_size"), int):
+    if len(tokens) == 1 and tokens != {config.get("vocab_size")}:
         changed = replace(changed, tokens=tokens.pop())
     return changed
 

@@ -107,8 +107,13 @@ class Names:
 
     @cached_property
     def known_class(self) -> bool:
-        """Whether the config names a model type that the table has, or a class of diffusers."""
-        return "_class_name" in self._config or not self.model_types.isdisjoint(table()["types"])
+        """Whether the config names a model type that the table has, or a class of diffusers; of a file without a config,
+        whether a family of image, video or sound models has its names."""
+        if "_class_name" in self._config or not self.model_types.isdisjoint(table()["types"]):
+            return True
+        from adapterkit.adapters.families.names import family_of
+
+        return not self._config and family_of(self._stored_shapes) is not None
 
     def find(self, parameter: str) -> Target | None:
         """Where ``parameter`` (a module-tree name without ``base_model.model.``) is stored; None if nowhere or unclear.

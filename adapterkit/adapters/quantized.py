@@ -61,7 +61,9 @@ def quantized(
     shards: dict[str, str] = {}
     for name, tensor in checkpoint.tensors.items():
         linear = Transposed(tensor) if is_conv1d(name, checkpoint.config) else tensor
-        encoder = form.encoder(name, linear.shape, linear.dtype, double_quant) if name in whole else None
+        # A layer without values has no scale.
+        fits = name in whole and linear.numel
+        encoder = form.encoder(name, linear.shape, linear.dtype, double_quant) if fits else None
         if isinstance(encoder, InStep):
             encoder.largest = peaks[name].value
         if name in whole and encoder is None:

@@ -59,8 +59,9 @@ class PlanPart:
 
     @property
     def name(self) -> str:
-        """What stands for it in the names of files."""
-        return self.file.name if self.whole else f"{self.file.name}.{self.start}-{self.stop}"
+        """What stands for it in the names of files; a file of a pipeline's component lies in a folder."""
+        name = self.file.name.replace("/", "+")
+        return name if self.whole else f"{name}.{self.start}-{self.stop}"
 
     @property
     def reads(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.checkpoint import Checkpoint, SideFile
@@ -36,6 +37,8 @@ _LEFT_BEHIND_NAMES = frozenset(
         "training_args.bin",
     }
 )
+# One of several files that are numbered: what stands before its number, and how many there are.
+_NUMBERED = re.compile(r"(.{0,200}?)\d{5}-of-(\d{5})\.safetensors")
 _LEFT_BEHIND_FOLDERS = frozenset({"original", "onnx", "openvino", "coreml"})
 
 
@@ -54,6 +57,7 @@ def read_folder(listing: Listing) -> Checkpoint:
         files = [single]
     elif index in listing.names:
         weight_map = read_index(listing, index)
+        _check_none_left(listing, weight_map.values(), index)
         files = list(dict.fromkeys(weight_map.values()))
     else:
         files = [_only_weights(listing)]
@@ -142,6 +146,7 @@ def read_shards(listing: Listing, index: str) -> tuple[tuple[Source, ...], dict[
         UnsafeError: a name leads out of the folder.
     """
     weight_map = read_index(listing, index)
+    _check_none_left(listing, weight_map.values(), index)
     files = sorted(set(weight_map.values()))
     missing = [file for file in files if file not in listing.names]
     if missing:
@@ -168,7 +173,26 @@ def _plain(file: Any, where: str, known: dict[str, str]) -> str:
 
 
 def _beside(file: Any) -> Any:
-    return file.removeprefix("./") if isinstance(file, str) else file
+    while isinstance(file, str) and file.startswith("./"):
+        file = file[2:].lstrip("/")
+    return file
+
+
+def _check_none_left(listing: Listing, files: Iterable[str], index: str) -> None:
+    """Whether every file that is numbered like those of an index is in it.
+
+    Raises:
+        CheckpointError: one is not, so its tensors would be lost.
+    """
+    leads = {match[1]: match[2] for file in files if (match := _NUMBERED.fullmatch(file))}
+    named = set(files)
+    for name in sorted(listing.names):
+        match = _NUMBERED.fullmatch(name)
+        if match is not None and leads.get(match[1]) == match[2] and name not in named:
+            raise CheckpointError(
+                f"{listing.ref.rstrip('/')}/{index} does not name {name}, which is numbered like the files that it names",
+                "download the index again; if that file is no part of the model, move it away",
+            )
 
 
 def _only_weights(listing: Listing) -> str:

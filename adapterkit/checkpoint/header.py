@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
 MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
-MAX_NAME = 1024
+MAX_NAME = 4096  # characters
 MAX_DIMS = 32
 MAX_NUMEL = 1 << 63  # also of the dimensions that are not zero: torch multiplies them all
 

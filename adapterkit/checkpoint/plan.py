@@ -194,8 +194,18 @@ class Plan:
         )[0]
 
     def to_json(self) -> str:
-        """The plan file; `adapterkit.checkpoint.plan_file` says what is in it."""
-        return to_text(self._data())
+        """The plan file; `adapterkit.checkpoint.plan_file` says what is in it.
+
+        Raises:
+            UsageError: it would name a file whose name is not UTF-8.
+        """
+        text = to_text(self._data())
+        if not text.isascii():
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise UsageError("a plan names its inputs, and the name of one is not UTF-8", "rename it") from None
+        return text
 
     def _data(self) -> dict[str, Any]:
         tables, columns = columns_of([file.steps for file in self.files])

@@ -194,7 +194,8 @@ def write_together(
             ready(replace(one, record=_checked(one)), folder) for (_, folder), one in zip(runs, staged, strict=True)
         ]
         before(whole)
-        for made_ready, again in zip(whole, force, strict=True):
+        # What stands beside an output has its name before the output has: a kill in between leaves no output without it.
+        for made_ready, again in reversed(list(zip(whole, force, strict=True))):
             made_ready.publish(force=again)
     return [Done(one.plan, sink.reused, one.facts) for (sink, _), one in zip(runs, staged, strict=True)]
 
@@ -275,5 +276,5 @@ def identity(plan: Plan, sources: Sequence[Source]) -> str:
         stat = os.stat(source.path) if source.path is not None else None
         # The change time also tells of a file that was swapped for one of the same age.
         state = (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) if stat is not None else ()
-        digest.update(f"{source.name}:{source.size}:{state}\n".encode())
+        digest.update(os.fsencode(f"{source.name}:{source.size}:{state}\n"))
     return digest.hexdigest()

@@ -12,7 +12,7 @@ import click
 
 from adapterkit._version import __version__
 from adapterkit.cli.output import fail, form_of, interrupted, others_speak_through_us
-from adapterkit.errors import AdapterkitError, no_memory, out_of_memory, spelled
+from adapterkit.errors import AdapterkitError, nearest, no_memory, out_of_memory, spelled
 from adapterkit.packages import lacking
 
 
@@ -210,10 +210,8 @@ class Verbs(click.Group):
                 from adapterkit.cli.look import command
 
                 return command.name, command, args
-            from difflib import get_close_matches
-
-            close = get_close_matches(args[0], VERBS, n=1)
-            ctx.fail(f"No such command '{args[0]}'." + (f" Did you mean '{close[0]}'?" if close else ""))
+            hint = nearest(args[0], VERBS, "adapterkit --help lists them")
+            ctx.fail(f"No such command '{args[0]}'. {hint[0].upper()}{hint[1:]}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

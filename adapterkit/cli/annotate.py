@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit import disk
 from adapterkit.cli.output import clean, say_command, show_json
 from adapterkit.cli.paths import FILE
 
@@ -142,5 +143,5 @@ def append_summary(path: Path | None, markdown: str) -> None:
             data[: max(0, LIMIT - there - 32)].decode("utf-8", "ignore").rpartition("\n")[0].encode()
             + b"\n\n(cut off)\n"
         )
-    with open(path, "ab") as file:
+    with open(disk.open_appended(path), "ab") as file:
         file.write(data)

@@ -93,7 +93,7 @@ def write(
         OutputError: a file cannot be written.
         UsageError: there is no job to summarise.
     """
-    from adapterkit.disk import deliver
+    from adapterkit.disk import deliver, open_appended
     from adapterkit.errors import OutputError, UsageError
     from adapterkit.verbs.verify.summary import markdown as as_markdown
 
@@ -108,7 +108,7 @@ def write(
             summary = os.environ.get("GITHUB_STEP_SUMMARY")
             if not summary:
                 raise UsageError("GITHUB_STEP_SUMMARY is not set", "leave out --step-summary outside of a job")
-            with open(summary, "a", encoding="utf-8") as file:
+            with open(open_appended(Path(summary)), "a", encoding="utf-8") as file:
                 file.write(as_markdown(report))
     except OSError as error:
         raise OutputError(f"{error.filename} cannot be written ({error.strerror})", "check the path") from None

@@ -81,6 +81,16 @@ def find_kind(name: str) -> Kind:
     return KINDS[name]
 
 
+def has_layout(config: Mapping[str, Any], kind: Kind) -> bool:
+    """Whether quantized weights under this ``config.json`` have the tensors and the config of ``kind``.
+
+    The same numbers may be stored in other layouts: FP8 blocks in that of transformers and in that of compressed-tensors.
+    """
+    codec = next(codec for codec in CODECS if kind in codec.kinds)
+    quantized = quantization(config)
+    return codec.alone if quantized is None else method_of(quantized) in codec.methods
+
+
 def known_methods() -> list[str]:
     return sorted({method for codec in CODECS for method in codec.methods})
 

@@ -186,11 +186,51 @@ def deliver(path: Path, data: bytes) -> None:
             mode = 0
         if stat.S_ISDIR(mode):
             raise OutputError(f"{path} is a folder", "name a file")
-        if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode):
-            with open(path, "wb") as file:
+        if _is_stream(mode):
+            with open(_stream(path), "wb") as file:
                 file.write(data)
             return
         write_file(path, data)
+
+
+def open_appended(path: Path) -> int:
+    """A descriptor that adds to the end of a file that the user named, made where it is not there. No link is followed to a
+    file; a device, or a pipe that somebody reads, takes the bytes as they come.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    with writing(path.name, path.parent):
+        try:
+            mode = os.stat(path).st_mode
+        except OSError:
+            mode = 0
+        if _is_stream(mode):
+            return _stream(path)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | calls.flags("NOFOLLOW", "CLOEXEC", "NONBLOCK", "BINARY")
+        try:
+            return os.open(path, flags, 0o666)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise OutputError(f"{path} is a link, and nothing is added through one", "name the file itself") from None
+
+
+def _is_stream(mode: int) -> bool:
+    return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
+def _stream(path: Path) -> int:
+    """A device or a pipe, open for writing; a pipe that nobody reads is not waited for."""
+    try:
+        fd = os.open(path, os.O_WRONLY | calls.flags("CLOEXEC", "NONBLOCK", "BINARY"))
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        raise OutputError(f"{path} is a pipe or a socket that nobody reads", "name a file") from None
+    if hasattr(os, "set_blocking"):
+        os.set_blocking(fd, True)
+    return fd
 
 
 @contextmanager

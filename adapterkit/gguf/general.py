@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 HUB = "https://huggingface.co/"
-MOST_CARD = 1 << 20  # bytes of a model card that are read
+MOST_CARD = 1 << 16  # bytes of a card that are read for its front matter; YAML takes a second of CPU for 200,000
 # general.sampling.*: (key, fields of generation_config.json, whether it is a whole number)
 _SAMPLING = (
     ("sequence", ("sequence",), None),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -129,13 +130,15 @@ def _location(file: str) -> dict[str, str]:
 
     path = file.replace("\\", "/")
     if PurePosixPath(path).is_absolute():
-        return {"uri": f"file://{quote(path)}"}
-    return {"uri": quote(path), "uriBaseId": "SRCROOT"}
+        return {"uri": f"file://{quote(os.fsencode(path))}"}
+    return {"uri": quote(os.fsencode(path)), "uriBaseId": "SRCROOT"}
 
 
 def _fingerprint(problem: Problem) -> str:
     """The same for the same problem after its file was edited elsewhere."""
-    return hashlib.sha256(f"{problem.code}\0{problem.file}\0{problem.message}".encode()).hexdigest()[:32]
+    return hashlib.sha256(
+        f"{problem.code}\0{problem.file}\0{problem.message}".encode(errors="backslashreplace")
+    ).hexdigest()[:32]
 
 
 def summary(title: str, problems: Sequence[Problem], verdict: str) -> str:

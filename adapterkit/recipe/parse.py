@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 import sys
@@ -12,6 +11,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from adapterkit import errors
 from adapterkit.errors import AdapterkitError, NotFound, RecipeError
 from adapterkit.recipe.mergekit import is_mergekit, read_mergekit
 from adapterkit.recipe.positions import line_of, positions
@@ -155,8 +155,7 @@ def key_of(one: Field[Any]) -> str:
 
 def nearest(name: str, known: list[str]) -> str:
     """A hint: the known word that is most like ``name``, or all of them."""
-    close = difflib.get_close_matches(name.replace("_", "-").lower(), known, n=1)
-    return f"did you mean '{close[0]}'?" if close else f"known: {', '.join(sorted(known))}"
+    return errors.nearest(name, known, f"known: {', '.join(sorted(known))}")
 
 
 class _Reader:

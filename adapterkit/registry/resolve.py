@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from adapterkit.errors import NotFound, RegistryError, UsageError
+from adapterkit.errors import NotFound, RegistryError, UsageError, nearest
 from adapterkit.registry import index, refs, store
 from adapterkit.registry.home import Home, is_number
 from adapterkit.registry.names import LATEST, check_alias, check_name, is_name
@@ -120,7 +120,4 @@ def _missing(home: Home, name: str, version: str) -> NotFound:
 
 def _near(name: str, known: Iterable[str]) -> str:
     """What to do about a name that is not there: the one that is most like it, if one is."""
-    from difflib import get_close_matches
-
-    close = get_close_matches(name, list(known), n=1)
-    return f"did you mean '{close[0]}'?" if close else "list shows what is"
+    return nearest(name, known, "list shows what is")

@@ -53,6 +53,7 @@ def _named(cls: type[Request], verb: str, args: tuple[Any, ...], kwargs: dict[st
     missing = [name for name in names if name not in given and name not in kwargs and _required(fields[name])]
     missing += [name for name, one in fields.items() if one.kw_only and _required(one) and name not in kwargs]
     if missing:
+        cls.known(kwargs)  # the name of one may be spelled wrongly
         raise UsageError(f"{verb} needs {', '.join(missing)}", f"give {missing[0]}")
     return {**given, **kwargs}
 

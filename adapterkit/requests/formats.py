@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from adapterkit.codecs.kinds import nested, written
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, nearest
 from adapterkit.places import Address
 from adapterkit.rows import handed_in
 from adapterkit.values import dataclass
@@ -126,5 +126,5 @@ def find_format(name: str | None, out: str | Path | Address | None) -> Format:
         if name is None:
             raise UsageError("the output does not say its format", f"add --to, {choices}")
     if name not in formats():
-        raise UsageError(f"'{name}' is no format to convert to", f"use {choices}")
+        raise UsageError(f"'{name}' is no format to convert to", nearest(name, formats(), f"use {choices}"))
     return formats()[name]

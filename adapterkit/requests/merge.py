@@ -162,6 +162,11 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
                     f"{option(name)} is measured on the output alone, and {option('residual')} stands beside it",
                     f"merge without {option(name)}, then verify: that measures the two together",
                 )
+        if self.target is not None and self.target.suffix == ".safetensors":
+            raise UsageError(
+                f"{option('residual')} stands beside a folder or a GGUF file, which a server loads with it",
+                "name a folder, without .safetensors",
+            )
         if self.save_plan is not None:
             raise UsageError(
                 f"a plan is of one output, and {option('residual')} is a second one",

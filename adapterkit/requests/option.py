@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, nearest
 from adapterkit.places import Address, local, readable, writable
 from adapterkit.values import dataclass
 
@@ -104,14 +104,6 @@ class Option:
             value = (value,)
         one = Option(self.help, self.kind, choices=self.choices, low=self.low, high=self.high, open=self.open)
         return tuple(one.checked(name, item) for item in value)
-
-
-def nearest(word: str, known: Sequence[str]) -> str:
-    """A hint: the known word that is most like ``word``, or all of them."""
-    import difflib
-
-    close = difflib.get_close_matches(word.lower(), [str(one) for one in known], n=1)
-    return f"did you mean '{close[0]}'?" if close else f"use {', '.join(map(str, known))}"
 
 
 def _wrong(option: Option, name: str, value: Any) -> UsageError:
@@ -323,20 +315,27 @@ class Request:
         Raises:
             UsageError: an option that this verb does not have.
         """
-        known = cls._fields()
-        strange = [name for name in given if name not in known and name not in cls.taken()]
-        keywords = dict(given)
-        if strange and "parameters" in known:
-            keywords = _with_parameters(keywords, strange)
-            strange = [name for name in strange if name in keywords]
-        if strange:
-            hint = nearest(strange[0], sorted(known))
-            hint = hint if hint.startswith("did") else f"it has {', '.join(sorted(known))}"
-            article = "an" if cls.VERB[:1] in "aeiou" else "a"
-            raise UsageError(f"{article} {cls.VERB} has no option '{strange[0]}'", hint)
+        keywords = cls.known(given)
         made = cls(**keywords)
         object.__setattr__(made, "_named", frozenset(name for name, value in keywords.items() if value is not None))
         return made
+
+    @classmethod
+    def known(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Keywords as the fields have them, parameters of a method put together.
+
+        Raises:
+            UsageError: one is no option of the verb.
+        """
+        fields, keywords = cls._fields(), dict(given)
+        strange = [name for name in given if name not in fields and name not in cls.taken()]
+        if strange and "parameters" in fields:
+            keywords = _with_parameters(keywords, strange)
+            strange = [name for name in strange if name in keywords]
+        if strange:
+            hint = nearest(strange[0], fields, f"it has {', '.join(sorted(fields))}")
+            raise UsageError(f"{cls.VERB} has no option '{strange[0]}'", hint)
+        return keywords
 
     @classmethod
     def taken(cls) -> frozenset[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adapterkit.checkpoint.pipeline import MODEL_INDEX
 from adapterkit.errors import NotFound, UsageError, option
 from adapterkit.registry import resolve
 from adapterkit.registry.checkout import checkout
@@ -106,6 +107,11 @@ def _path(record: Record, row: Launch, server: str, copy: Path | None, home: Pat
     else:
         folder = checkout(record.ref, home=home)
     files = [file.path for file in record.files if file.path not in NOT_CONTENT]
+    if MODEL_INDEX in files:
+        raise UsageError(
+            f"{record.ref} is a pipeline of several models, and {server} loads one language model",
+            "load the folder with diffusers, or with ComfyUI's nodes for it",
+        )
     ggufs = sorted(path for path in files if path.endswith(".gguf"))
     if row.gguf and not ggufs:
         raise UsageError(

@@ -129,12 +129,8 @@ class S3(ObjectStore):
             raise Fault(401, "NoCredentials") from None
         except botocore.exceptions.BotoCoreError as error:
             raise Fault(words=_said(error)) from None
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            RecursionError,
-        ):  # of boto3's own reading: a number or date that is none
+        # What boto3 itself cannot read: a number or a date that is none.
+        except (ValueError, TypeError, KeyError, RuntimeError):
             raise _nonsense(self.place(str(given.get("Key", "")))) from None
         return found
 

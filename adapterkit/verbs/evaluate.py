@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.load import is_adapter
 from adapterkit.checkpoint.json_data import parse_json
+from adapterkit.checkpoint.pipeline import MODEL_INDEX
 from adapterkit.disk import open_regular, read_regular
 from adapterkit.errors import AdapterkitError, NotFound, UnsupportedAdapter, UsageError, option
 from adapterkit.packages import need
@@ -217,6 +218,11 @@ def _pretrained(folder: Path, name: str, ref: str | Path, home: Path | None) -> 
 
 
 def _loaded(folder: Path, name: str, path: Path) -> dict[str, Any]:
+    if (path / MODEL_INDEX).is_file():
+        raise UsageError(
+            f"{path} is a pipeline of several models, and lm-evaluation-harness takes one language model",
+            "give the folder of a component that is one",
+        )
     if path.is_dir():
         return {"pretrained": _linked(folder, name, path)}
     if path.suffix == ".gguf":

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from html import escape
 from typing import TYPE_CHECKING
+
+from adapterkit.foreign import for_page
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -42,7 +43,7 @@ def heat_map(report: CompareReport) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width"><title>Adapters compared</title>',
         f"<style>{_STYLE}</style></head><body><h1>Adapters compared</h1><ol>",
-        *(f"<li>{escape(ref)}</li>" for ref in report.adapters),
+        *(f"<li>{for_page(ref)}</li>" for ref in report.adapters),
         "</ol><h2>In total</h2>",
         _table(
             [title for title, _, _ in _MEASURES.values()],
@@ -98,6 +99,6 @@ def _cell(pair: Pair | None, name: str) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
-    body = "".join(f'<tr><th scope="row">{escape(name)}</th>{"".join(cells)}</tr>' for name, cells in rows)
+    head = "".join(f'<th scope="col">{for_page(column)}</th>' for column in columns)
+    body = "".join(f'<tr><th scope="row">{for_page(name)}</th>{"".join(cells)}</tr>' for name, cells in rows)
     return f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'

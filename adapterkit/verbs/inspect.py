@@ -184,6 +184,27 @@ def _file_details(adapter: Adapter) -> dict[str, str]:
     }
 
 
+def _folder_details(adapter: Adapter, paths: list[str]) -> dict[str, str]:
+    """What a folder says it is for: the class that was trained, and the sections or halves of the model that it changes."""
+    if adapter.contents is not None:
+        return {}
+    from adapterkit.adapters.formats.narrow import SECTIONS, section_of
+
+    auto = adapter.config.get("auto_mapping")
+    trained = str(auto.get("base_model_class") or "") if isinstance(auto, dict) else ""
+    counts = Counter(section_of(path) for path in paths)
+    if counts.keys().isdisjoint(SECTIONS):
+        counts = Counter(half for path in paths for half in ("encoder", "decoder") if half in path.split("."))
+    parts = [f"{part} ({count} module{'s' * (count != 1)})" for part, count in sorted(counts.items())]
+    brought = {file.name for file in adapter.side_files}
+    found = {
+        "trained class": trained,
+        "parts": ", ".join(parts),
+        "library": "sentence-transformers" if "modules.json" in brought else "",
+    }
+    return {name: value for name, value in found.items() if value}
+
+
 def _flat_family(paths: list[str]) -> tuple[Any, str] | None:
     """The family of names without dots, by the marks of every family without theirs."""
     from adapterkit.adapters.families.names import FAMILIES
@@ -258,7 +279,7 @@ def inspect_adapter(adapter: Adapter, base: Checkpoint | None, health: bool) -> 
         peft_version=str(config.get("peft_version", "")),
         share=adapter.parameters / base.parameters if base is not None and base.parameters else None,
         mergeable=mergeable,
-        details=_file_details(adapter),
+        details=_file_details(adapter) | _folder_details(adapter, [module.path for module in modules]),
         commit=adapter.commit or "",
         health=_health(adapter, pairs) if health else (),
         notes=adapter.notes,
@@ -372,7 +393,7 @@ def _health(adapter: Adapter, pairs: list[tuple[Module, tuple[Any, Any]]]) -> tu
         except AdapterError:
             scale = 1.0
         norm = scale * float(values.square().sum().sqrt())
-        parts = (zero_rows("lora_A", a), zero_rows("lora_B", b))
+        parts = (zero_rows("lora_A", a, b), zero_rows("lora_B", b))
         problem = "untrained" if not total.any() else next((f"half saved: {part}" for part in parts if part), "")
         found.append(ModuleHealth(module.path, rank, norm, float(effective), problem, experts))
     return tuple(found)

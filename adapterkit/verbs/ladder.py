@@ -77,4 +77,5 @@ def abreast(jobs: list[Job]) -> Job:
     def said(measured: Any) -> Any:
         return report(replace(measured, notes=(*measured.notes, f"written in the same pass: {names}")))
 
-    return replace(first, report=said, also=(*first.also, *others))
+    beside = tuple(one for job in others for one in job.also)  # each type has its own residual
+    return replace(first, report=said, also=(*first.also, *others, *beside))

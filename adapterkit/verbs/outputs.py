@@ -96,7 +96,7 @@ def output(
 
 
 def _check_pipeline(base: Checkpoint, asked: MergeRequest) -> None:
-    """A pipeline is written as it is stored, in one run, to a folder.
+    """A pipeline is written as it is stored, to a folder.
 
     Raises:
         UsageError: anything else is asked for.
@@ -106,8 +106,6 @@ def _check_pipeline(base: Checkpoint, asked: MergeRequest) -> None:
         option("dtype"): None if asked.dtype == "auto" else asked.dtype,
         option("max_shard_size"): asked.max_shard_size,
         option("residual"): asked.residual,
-        option("on"): asked.on,
-        option("save_plan"): asked.save_plan,
     }
     wrong = next((name for name, value in given.items() if value is not None), None)
     if wrong is not None:
@@ -121,7 +119,13 @@ def _check_pipeline(base: Checkpoint, asked: MergeRequest) -> None:
 def _folder(
     base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, settings: Mapping[str, Any], values: str
 ) -> Output:
-    own = asked.quant == KEEP or (asked.folder_format, asked.quant_double) in _stored_in(base)
+    alike = _stored_in(base).get((asked.folder_format, asked.quant_double))
+    if alike is False:
+        raise UsageError(
+            f"{base.ref} has the numbers of {asked.quant} already, in another layout",
+            f"use {option('quant', 'keep')}, and convert the base or the result to {asked.quant} where that layout is needed",
+        )
+    own = asked.quant == KEEP or alike is True
     if asked.keep_touched is not None and not own:
         raise UsageError(
             "what changed can be kept wider only in a format that the rest has already",
@@ -186,18 +190,19 @@ def _one_file(made: Output, asked: MergeRequest) -> Output:
     return replace(made, plan=replace(made.plan, layout="file"), side={}, notes=(*made.notes, *said))
 
 
-def _stored_in(base: Checkpoint) -> set[tuple[str | None, bool]]:
+def _stored_in(base: Checkpoint) -> dict[tuple[str | None, bool], bool]:
     """The words for the format of a quantized base, where 16-bit weights are written in it too, each with whether its
-    scales are nested."""
+    scales are nested; and whether its layout is that of the word, too."""
     if base.stored is None:
-        return set()
-    from adapterkit.codecs.table import KINDS
+        return {}
+    from adapterkit.codecs.table import KINDS, has_layout
 
     how = {weight.how for weight in base.stored.weights.values()}
     nested = any(word.endswith(" double") for word in how)
     # A weight no larger than a tile is called otherwise ("per row"); its numbers are the same.
     alike = len({word.split()[0] for word in how}) == 1
-    return {(kind.name, nested) for kind in KINDS.values() if alike and how & set(kind.already)}
+    said = base.stored.checkpoint.config
+    return {(kind.name, nested): has_layout(said, kind) for kind in KINDS.values() if alike and how & set(kind.already)}
 
 
 def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, settings: Mapping[str, Any]) -> Output:

@@ -7,7 +7,9 @@ run, weight by weight, from the values that a reader of the output will have.
 
 from __future__ import annotations
 
+import json
 import shlex
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from adapterkit.adapters.write_peft import Extras, peft_config
 from adapterkit.checkpoint.plan import BASELINE_MEMORY, default_jobs
 from adapterkit.dtypes import F16
-from adapterkit.errors import UsageError, option
+from adapterkit.errors import CheckpointError, UsageError, option
 from adapterkit.places import Address
 from adapterkit.verbs.factors import FactorWork
 from adapterkit.verbs.job import Job
@@ -59,6 +61,7 @@ class OfMerge(Protocol):
 
 
 WHOLE = 1 << 28  # entries of a difference up to which it is held in memory, where it is computed once
+LEAST = 0.01  # share of a loss that rounding its factors may take
 ENDING = "-residual"
 
 
@@ -66,7 +69,7 @@ def residual_path(out: Path | Address) -> Path | Address:
     """Where the residual of an output goes: beside it, ``OUT-residual`` or ``OUT-residual.gguf``."""
     if out.suffix == ".gguf":
         return out.with_name(f"{out.name.removesuffix('.gguf')}{ENDING}.gguf")
-    return out.with_name(f"{out.name.removesuffix('.safetensors')}{ENDING}")
+    return out.with_name(f"{out.name}{ENDING}")
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,18 @@ class _Difference:
 
     def rows(self, start: int, stop: int) -> Any:
         return self._wanted(start, stop) - self._written(start, stop)
+
+
+def _spoiled(cuts: Sequence[Truncated]) -> float:
+    """The norm, about, of what rounding the factors to 16 bits adds; infinite where they do not fit."""
+    total = 0.0
+    for cut in cuts:
+        off = 0.0
+        for factor in (cut.factors.a, cut.factors.b):
+            size, lost = float(factor.double().norm()), float((factor.half().double() - factor.double()).norm())
+            off += lost / size if size else 0.0
+        total += (off * cut.norm) ** 2
+    return float(total**0.5)
 
 
 @dataclass
@@ -161,12 +176,14 @@ class Residual:
         """How the factors are computed."""
         shown, merge = self._form, self.merge
         fresh: list[FolderForm | GGUFForm] = []
+        lock = threading.Lock()
 
         def form() -> FolderForm | GGUFForm:
             # Handles of its own: those of the output are read by its writer at the same time.
-            if not fresh:
-                fresh.append(type(shown)(merge, merge.again()))
-            return fresh[0]
+            with lock:
+                if not fresh:
+                    fresh.append(type(shown)(merge, merge.again()))
+                return fresh[0]
 
         def compute(slot: Slot) -> tuple[int, Sequence[Truncated]] | None:
             cuts = self._cuts(form(), slot)
@@ -206,6 +223,11 @@ class Residual:
             cuts.append(low_rank(delta, rank=min(self.rank, slot.largest_rank)))
             still = lost.pieces[at + 1][2] if at + 1 < len(lost.pieces) else frozenset()
             form.release(tensors - still)
+        if _spoiled(cuts) > LEAST * sum(cut.norm**2 for cut in cuts) ** 0.5:
+            raise CheckpointError(
+                f"what rounding took of '{slot.parameter}' is too large or too small for factors of 16 bits",
+                f"leave out {option('residual')}",
+            )
         return cuts
 
     def _named(self) -> str:
@@ -221,28 +243,38 @@ class Residual:
         target, out = self.merge.request.target, self.out
         if target is None or out is None:
             return ""
-        if any(slot.kind == "stacked" for slot in self.slots) and not isinstance(self._form, GGUFForm):
-            # vLLM takes the factors of stacked experts in the order of an older PEFT.
-            return f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({str(target)!r}), {str(out)!r})  # PEFT"
-        server = servers()["llama.cpp" if isinstance(self._form, GGUFForm) else "vllm"]
-        row, path = server.launch, shlex.quote(str(out))
+        gguf = isinstance(self._form, GGUFForm)
+        server = servers()["llama.cpp" if gguf else "vllm"]
+        row, ranks, path = server.launch, server.ranks, shlex.quote(str(out))
         assert row is not None
         rank = max(min(self.rank, slot.largest_rank) for slot in self.slots)
-        steps = server.ranks.steps if server.ranks is not None else ()
-        rank = next((step for step in steps if step >= rank), rank)
+        # vLLM takes the factors of stacked experts in the order of an older PEFT.
+        stacked = any(slot.kind == "stacked" for slot in self.slots)
+        if not gguf and (stacked or not self._generates or (ranks is not None and rank > ranks.largest)):
+            return f"PeftModel.from_pretrained(model, {str(out)!r}), where model is that of {str(target)!r} in transformers"
+        rank = next((step for step in (ranks.steps if ranks is not None else ()) if step >= rank), rank)
         each = row.each.format(name=out.name.removesuffix(".gguf"), path=path)
-        return row.adapters.format(base=shlex.quote(str(target)), each=each, count=1, rank=rank)
+        first = self.merge.plan.names(target)[0] if gguf else ""
+        base = str(target.with_name(first.rpartition("/")[2])) if first else str(target)
+        return row.adapters.format(base=shlex.quote(base), each=each, count=1, rank=rank)
+
+    @property
+    def _generates(self) -> bool:
+        """Whether the model is one that answers: what vLLM serves adapters of."""
+        named = self.merge.folded.checkpoint.config.get("architectures") or ()
+        ends = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+        return not named or any(str(name).endswith(ends) for name in named)
 
     def _card(self) -> str:
         name = self._named()
         return (
-            f"---\nbase_model: {name}\nlibrary_name: peft\ntags:\n- lora\n---\n\n# What rounding took of {name}\n\n"
+            f"---\nbase_model: {json.dumps(name)}\nlibrary_name: peft\ntags:\n- lora\n---\n\n# What rounding took of {name}\n\n"
             f"`{name}` is a base with an adapter folded in, written in a coarse format. These factors of rank {self.rank} are\n"
             "what its rounding took. Load them on that output, always: together they are the model that was trained; the\n"
             "output alone is not.\n\n"
             "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-            f'model = AutoModelForCausalLM.from_pretrained("{name}")\n'
-            f'model = PeftModel.from_pretrained(model, "{name.removesuffix(".safetensors")}{ENDING}")\n```\n'
+            f"model = AutoModelForCausalLM.from_pretrained({name!r})\n"
+            f"model = PeftModel.from_pretrained(model, {name + ENDING!r})\n```\n"
         )
 
     def report(self) -> ResidualReport:
@@ -278,15 +310,19 @@ class FolderForm:
         self.floats: Checkpoint = output.folded.checkpoint
         self.encoded = encoded_weights(output, merge.base if output.own else None)
         self._pair = ModelPair(self.floats, self.floats)
+        # The values that readers of the output have, by the names of decoded weights.
+        self._written = {**self.floats.tensors, **{name: self._back(name) for name in self.encoded}}
         self.skipped: list[str] = []
         self.slots = list(self._slots())
 
     def _slots(self) -> Any:
         seen: set[str] = set()
+        taken: list[Any] = []  # of encoded weights; a name that is tied to another has its pieces
         for name, target in self._pair.targets.items():
             there = {piece.tensor for piece in target.pieces}
-            if not there & self.encoded.keys() or there <= seen:
+            if not there & self.encoded.keys() or (there <= seen and target.pieces in taken):
                 continue
+            taken.append(target.pieces)
             matrix = len(target.shape) > 1 and (name.endswith(".weight") or target.stacked)
             why = self._pair.without_factors(name) if matrix else "is no matrix"
             seen |= there
@@ -298,11 +334,6 @@ class FolderForm:
         if missed:
             others = f" and {len(missed) - 1} more" if len(missed) > 1 else ""
             self.skipped.append(f"{missed[0]}{others} belongs to no module that a LoRA can name: it is in no residual")
-
-    @cached_property
-    def _written(self) -> dict[str, Tensor]:
-        """The values that readers of the output have, by the names of decoded weights."""
-        return {**self.floats.tensors, **{name: self._back(name) for name in self.encoded}}
 
     def _back(self, name: str) -> Tensor:
         from adapterkit.checkpoint.read_back import ReadBack
@@ -392,11 +423,16 @@ class GGUFForm:
 
     def __init__(self, merge: OfMerge, output: Output) -> None:
         from adapterkit.adapters.factors import Slot
+        from adapterkit.checkpoint.read_back import ReadBack
         from adapterkit.gguf.names import EMBEDDING, OUTPUT
         from adapterkit.gguf.tensors import Quantized
 
         self._merge = merge
         self._tensors = {tensor.name: tensor for tensor in output.view.values() if isinstance(tensor, Quantized)}
+        self._written = {
+            name: ReadBack(tensor.inner, partial(self._load, name), tensor.nbytes)
+            for name, tensor in self._tensors.items()
+        }
         self.skipped: list[str] = []
         self.slots = []
         arch, ends = _runtime(merge)
@@ -418,15 +454,6 @@ class GGUFForm:
             self.slots.append(
                 Slot(name, name, "stacked" if stacked else "linear", (rows, columns), experts[0] if experts else 1)
             )
-
-    @cached_property
-    def _written(self) -> dict[str, Tensor]:
-        from adapterkit.checkpoint.read_back import ReadBack
-
-        return {
-            name: ReadBack(tensor.inner, partial(self._load, name), tensor.nbytes)
-            for name, tensor in self._tensors.items()
-        }
 
     def _load(self, name: str) -> Tensor:
         from adapterkit.checkpoint.read_back import InFull

@@ -12,6 +12,7 @@ SMALL = {
     "embeddings": "bert qwen2",
     "facts": "--steps 40",
     "faults": "--only resize",
+    "fuzz": "--inputs 200 --only lock",
     "gallery": "--only tied --only alpha --only rows",
     "gates_kill": "--writers 6 --kills 60 --each 20",
     "gguf_archs": "--jobs 1 llama qwen3",

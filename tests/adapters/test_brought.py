@@ -99,11 +99,13 @@ def test_processor_and_generation_config_of_the_adapter(pair: tuple[Path, Path])
     base, adapter = pair
     (base / "preprocessor_config.json").write_text('{"size": 1}')
     (base / "generation_config.json").write_text('{"temperature": 1.0}')
-    (adapter / "processor_config.json").write_text('{"image_processor": {"size": 2}}')
+    FORMS["jinja"](base, BASE)
+    (adapter / "processor_config.json").write_text('{"image_processor": {"size": 2}, "chat_template": "TRAINED"}')
     (adapter / "generation_config.json").write_text('{"temperature": 0.5}')
     adapterkit.merge(base, [adapter], base.parent / "out")
     out = base.parent / "out"
     assert not (out / "preprocessor_config.json").exists()
+    assert not (out / "chat_template.jinja").exists()
     assert json.loads((out / "processor_config.json").read_text())["image_processor"] == {"size": 2}
     assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.5
 

@@ -57,3 +57,25 @@ def test_what_training_itself_leaves_is_not(base: Path, tmp_path: Path, side: st
     adapter = write_adapter(tmp_path / "b", tensors)
     assert half_saved(load_adapter(adapter)) == []
     assert not any(one.code == "half-saved" for one in adapterkit.check(base, [adapter]).findings)
+
+
+def test_ranks_that_are_padded_lose_nothing(base: Path, tmp_path: Path) -> None:
+    """Adapters of unequal ranks side by side: zero rows of A whose columns of B are zero too."""
+    tensors = read_tensors(plain_adapter(tmp_path / "a", base))
+    for name, tensor in tensors.items():
+        if "lora_A" in name:
+            tensor[1:] = 0
+        else:
+            tensor[:, 1:] = 0
+    adapter = write_adapter(tmp_path / "b", tensors)
+    assert half_saved(load_adapter(adapter)) == []
+    assert not any("half saved" in row.problem for row in adapterkit.inspect(adapter, health=True).health)
+
+
+def test_a_module_that_was_trained_whole_is_looked_at_too(base: Path, tmp_path: Path) -> None:
+    tensors = read_tensors(plain_adapter(tmp_path / "a", base))
+    head = read_tensors(base)["lm_head.weight"]
+    head[5:] = 0
+    tensors["base_model.model.lm_head.weight"] = head
+    adapter = write_adapter(tmp_path / "b", tensors, modules_to_save=["lm_head"])
+    assert [one.key for one in half_saved(load_adapter(adapter))] == ["lm_head.weight"]

@@ -34,6 +34,11 @@ FEW = (
     *(("ctc", "wav2vec2"), ("ctc", "hubert"), ("audio-classification", "wavlm")),
     *(("image-classification", "vit"), ("image-classification", "swin"), ("video-classification", "timesformer")),
     ("image-classification", "pvt"),  # its config has a number of its own beside the labels
+    *(
+        ("image-classification", "siglip"),
+        ("audio-classification", "whisper"),
+    ),  # their base model's parts in themselves
+    ("ctc", "wav2vec2-bert"),  # its base model counts no tokens
 )
 LABELS = 5
 

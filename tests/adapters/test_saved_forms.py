@@ -13,7 +13,7 @@ import adapterkit
 from adapterkit.adapters.keys import plain_keys
 from adapterkit.adapters.load import load_adapter
 from adapterkit.adapters.methods import METHODS
-from adapterkit.errors import AdapterError, NotFound, UnsafeError
+from adapterkit.errors import AdapterError, CheckpointError, NotFound, UnsafeError
 from adapterkit.lint.folders import check_folder
 
 if TYPE_CHECKING:
@@ -232,6 +232,8 @@ OTHERS: list[dict[str, Any]] = [
     {"lorap_lr_ratio": 16.0, "lorap_emb_lr": 1e-6, "model_key_mapping": {"arch_name": "llama"}},
     {"nvfp4_merge_aware": {"scale_mode": "fresh", "encoder": "torchao-0.16"}},
     {"enable_lora": None, "merge_weights": True},
+    {"dropout_position": "post", "lora_A_init_method": "xavier", "lora_B_init_method": "zero", "use_triton": True},
+    {"loraplus_lr_ratio": 16.0, "library_name": "peft", "trainer_version": "1.2"},
     {"auto_mapping": {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True}},
 ]
 
@@ -248,3 +250,18 @@ def test_a_field_that_may_change_the_formula_stops_it(tmp_path: Path) -> None:
     adapter = edit_config(plain_adapter(tmp_path / "a", base), enable_lora=[True, False, True])
     with pytest.raises(AdapterError, match="enable_lora"):
         adapterkit.plan_merge(base, [adapter], fingerprints=False)
+
+
+def test_an_index_that_leaves_a_numbered_file_out_is_refused(tmp_path: Path) -> None:
+    """The tensors of that file would be lost without a word."""
+    base = plain_base(tmp_path / "base", shards=3)
+    adapter = plain_adapter(tmp_path / "a", base)
+    index = base / "model.safetensors.index.json"
+    said = json.loads(index.read_text())
+    last = max(said["weight_map"].values())
+    said["weight_map"] = {name: f"././{file}" for name, file in said["weight_map"].items() if file != last}
+    index.write_text(json.dumps(said))
+    with pytest.raises(CheckpointError, match=f"does not name {last}"):
+        adapterkit.merge(base, [adapter], tmp_path / "out")
+    (base / last).unlink()  # and that every tensor of the model is there is the business of who saved it
+    adapterkit.merge(base, [plain_adapter(tmp_path / "b", base)], tmp_path / "out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from adapterkit import merge, verify
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.cli import main
-from adapterkit.errors import OutputError, UsageError
+from adapterkit.errors import CheckpointError, OutputError, UsageError
 
 KEY = f"base_model.model.{TOUCHED}.lora_"
 
@@ -92,7 +93,7 @@ def test_a_dry_run_says_its_size_and_writes_nothing(tmp_path: Path, capsys: pyte
     with pytest.raises(SystemExit):
         main(["merge", str(base), str(tuned), "-o", str(out), "--quant", "keep", "--residual", "4", "--force"])
     assert "out-residual: rank 4" in capsys.readouterr().out
-    assert "base_model: out\n" in (residual / "README.md").read_text()
+    assert 'base_model: "out"\n' in (residual / "README.md").read_text()
 
 
 def test_it_is_the_same_by_any_road(tmp_path: Path) -> None:
@@ -137,6 +138,25 @@ def test_what_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert (tmp_path / "cut/out-residual" / name).read_bytes() == whole
 
 
+def test_no_output_appears_before_its_residual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adapterkit.checkpoint.write import Ready
+
+    base, tuned, _ = inputs(tmp_path, "int8")
+    publish, seen = Ready.publish, []
+
+    def once(self: Ready, *, force: bool) -> None:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(self.out.name)
+        publish(self, force=force)
+
+    monkeypatch.setattr(Ready, "publish", once)
+    with pytest.raises(KeyboardInterrupt):
+        merge(base, [tuned], tmp_path / "out", quant="keep", residual=2)
+    assert seen == ["out-residual"]
+    assert not (tmp_path / "out").exists()
+
+
 def test_verify_measures_the_two_together(tmp_path: Path) -> None:
     base, tuned, _ = inputs(tmp_path, "nf4", size=0.001)
     out, residual = tmp_path / "out", tmp_path / "out-residual"
@@ -159,9 +179,18 @@ def test_verify_measures_the_two_together(tmp_path: Path) -> None:
     assert {"no residual", "swallowed"} <= {finding.kind for finding in alone.findings}
 
 
+@pytest.mark.parametrize("size", [1e30, 1e-24])
+def test_what_16_bits_cannot_hold_is_refused(tmp_path: Path, size: float) -> None:
+    base, tuned, _ = inputs(tmp_path, "int8", size=size)
+    with pytest.raises(CheckpointError, match="q_proj"):
+        merge(base, [tuned], tmp_path / "out", quant="keep", residual=4)
+    assert not (tmp_path / "out").exists()
+
+
 REFUSED = {
     "nothing is encoded": {"dtype": "bf16"},
     "every weight left the grid": {"quant": "keep", "keep_touched": "bf16"},
+    "one file": {"quant": "keep", "out": "out.safetensors"},
     "a limit": {"quant": "keep", "min_cosine": 0.9},
     "a saved plan": {"quant": "keep", "save_plan": "plan.json", "dry_run": True},
     "a job that is written": {"quant": "keep", "on": "slurm", "workers": 2},
@@ -171,8 +200,9 @@ REFUSED = {
 @pytest.mark.parametrize("why", REFUSED)
 def test_what_has_no_residual_is_refused(tmp_path: Path, why: str) -> None:
     base, tuned, _ = inputs(tmp_path, "fp8 tensor")
+    asked: dict[str, Any] = {"out": "out", **REFUSED[why]}
     with pytest.raises(UsageError):
-        merge(base, [tuned], tmp_path / "out", residual=2, **REFUSED[why])  # type: ignore[arg-type]
+        merge(base, [tuned], tmp_path / asked.pop("out"), residual=2, **asked)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out-residual").exists()
 

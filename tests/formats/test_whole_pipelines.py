@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import read_bytes
 from safetensors.torch import load_file, save_file
 
+from adapterkit.checkpoint.plan import Plan
 from adapterkit.errors import CheckpointError, TargetError, UnsafeError, UsageError
 from adapterkit.verbs.check import check
 from adapterkit.verbs.combine import combine
 from adapterkit.verbs.convert import convert
+from adapterkit.verbs.evaluate import evaluate
+from adapterkit.verbs.execute import OpenPlan
 from adapterkit.verbs.merge import merge
 from adapterkit.verbs.resize import resize
 from adapterkit.verbs.verify import verify
@@ -179,7 +183,6 @@ def test_what_a_pipeline_is_not(pipe: Path, tmp_path: Path) -> None:
         {"quant": "nf4"},
         {"dtype": "bf16"},
         {"max_shard_size": "1GB"},
-        {"save_plan": tmp_path / "plan.json"},
     ):
         with pytest.raises(UsageError, match="is a pipeline"):
             merge(pipe, [file], tmp_path / "out", **options)
@@ -309,6 +312,20 @@ def test_combined_and_resized_with_a_pipeline_as_base(pipe: Path, tmp_path: Path
             assert float((found.double() - base - exact[folder]).abs().max()) <= 2e-5
 
 
+def test_a_plan_of_a_pipeline_is_executed_in_parts(pipe: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file.safetensors"
+    save_file(lora(f"unet.{TO_Q}", 20) | lora(f"text_encoder.{FC1}", 21), file)
+    merge(pipe, [file], tmp_path / "whole")
+    merge(pipe, [file], tmp_path / "out", save_plan=tmp_path / "plan.json")
+    plan = Plan.from_json((tmp_path / "plan.json").read_text())
+    opened = OpenPlan(plan, tmp_path / "out", part_size=plan.nbytes // 3)
+    assert len(opened.parts) >= len(plan.files)
+    for part in opened.parts:
+        opened.execute(part.index, jobs=1)
+    opened.finish()
+    assert read_bytes(tmp_path / "out") == read_bytes(tmp_path / "whole")
+
+
 def test_an_interrupted_merge_goes_on(pipe: Path, tmp_path: Path) -> None:
     file = tmp_path / "file.safetensors"
     save_file(lora(f"unet.{TO_Q}", 20) | lora(f"text_encoder.{FC1}", 21), file)
@@ -333,4 +350,8 @@ def test_a_pipeline_is_converted_to_floats_alone(pipe: Path, tmp_path: Path) -> 
     for kind in ("nf4", "int8", "gptq"):
         with pytest.raises(UsageError, match="is a pipeline"):
             convert(pipe, tmp_path / "out", to=kind)
+    with pytest.raises(UsageError, match=r"is a pipeline, and comfyui .* \(.*unet"):
+        convert(pipe, tmp_path / "out.safetensors", to="comfyui")
+    with pytest.raises(UsageError, match="is a pipeline of several models"):
+        evaluate(pipe, tasks=["arc_easy"])
     assert not (tmp_path / "out").exists()

@@ -587,6 +587,6 @@ def _vocab_of(name: str) -> Read:
 
         kind = {"vocab.txt": "wordpiece", "tekken.json": "auto"}.get(name, "world")
         pre = "tekken" if name == "tekken.json" else None
-        return read_vocab({name: data}, {"model_type": "llama"}, kind=kind, rows=0, pre=pre)
+        return read_vocab({name: data}, {"model_type": "llama"}, kind=kind, rows=1002, pre=pre)
 
     return read

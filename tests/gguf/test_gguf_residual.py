@@ -58,3 +58,17 @@ def test_every_rounded_matrix_has_a_part(tiny: Callable[[str], Tiny], tmp_path: 
     alone = divergence(expected, logprobs(tmp_path / "out.gguf")[0])
     found = divergence(expected, logprobs(tmp_path / "out.gguf", lora=tmp_path / "out-residual.gguf")[0])
     assert found < alone
+
+
+def test_every_type_of_one_pass_has_its_own(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
+    base = tiny("llama")
+    adapter = make_adapter(tmp_path / "adapter", base.hf, lora(target_modules=["q_proj"]), scale=0.02)
+    adapterkit.merge(base.gguf, [adapter], tmp_path / "out.gguf", quant="Q8_0,Q4_0", residual=4)
+    adapterkit.merge(base.gguf, [adapter], tmp_path / "alone.gguf", quant="Q4_0", residual=4)
+    made = {path.name for path in tmp_path.glob("out-*.gguf")}
+    assert made == {f"out-{kind}{end}.gguf" for kind in ("Q8_0", "Q4_0") for end in ("", "-residual")}
+
+    def factors(file: Path) -> dict[str, bytes]:
+        return {name: tensor.raw() for name, tensor in adapterkit.open(file).items()}
+
+    assert factors(tmp_path / "out-Q4_0-residual.gguf") == factors(tmp_path / "alone-residual.gguf")

@@ -407,3 +407,21 @@ def test_parts_are_as_s3_wants_them(s3: Proxy, wide: tuple[Path, Path], put: Put
     for parts in sizes.values():
         assert sorted(parts) == list(range(1, len(parts) + 1))
         assert all(parts[number] >= LEAST for number in parts if number != max(parts))
+
+
+def test_what_rounding_took_is_written_beside_an_output_in_a_store(
+    s3: Proxy, small: tuple[Path, Path], put: Put, place: str, tmp_path: Path
+) -> None:
+    adapterkit.convert(small[0], tmp_path / "nf4", to="nf4")
+    how: dict[str, Any] = {"quant": "keep", "residual": 2}
+    adapterkit.merge(tmp_path / "nf4", small[1], tmp_path / "out", **how)
+    base, adapter, out = put(tmp_path / "nf4"), put(small[1]), f"s3://models/{place}/out"
+    planned = adapterkit.merge(base, adapter, out, dry_run=True, **how)
+    done = adapterkit.merge(base, adapter, out, **how)
+    assert planned.residual is not None
+    assert done.residual is not None
+    assert done.residual.out == f"{out}-residual"
+    assert download(s3.server, "models", f"{place}/out/") == here(tmp_path / "out")
+    assert download(s3.server, "models", f"{place}/out-residual/") == here(tmp_path / "out-residual")
+    with pytest.raises(OutputError):
+        adapterkit.merge(base, adapter, out, **how)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import stat
@@ -20,11 +21,13 @@ from models import plain_base, read_bytes
 import adapterkit
 from adapterkit import disk
 from adapterkit.disk import calls, folders
-from adapterkit.errors import AdapterkitError, NotFound, OutputError, UnsafeError
+from adapterkit.errors import AdapterkitError, NotFound, OutputError, UnsafeError, UsageError
 from adapterkit.gguf.projector import Projector
+from adapterkit.lint.problems import Problem, sarif
 from adapterkit.registry.bundle import export_bundle
 from adapterkit.registry.checkout import checkout
 from adapterkit.registry.register import register
+from adapterkit.verbs.verify import html as page
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -514,3 +517,51 @@ def test_names_that_differ_in_case_only(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(os.path, "lexists", lambda path: real(path) or real(str(path).lower()))
     with pytest.raises((OutputError, AdapterkitError)):
         adapterkit.convert(base, to="f16", out=tmp_path / "BASE")
+
+
+@pytest.mark.parametrize("write", [disk.open_appended, lambda path: disk.deliver(path, b"new")], ids=["added", "new"])
+def test_a_pipe_that_nobody_reads_is_not_waited_for(write: Callable[[Path], object], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "events")
+    with pytest.raises(OutputError, match="nobody reads"):
+        write(tmp_path / "events")
+    reading = os.open(tmp_path / "events", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        disk.deliver(tmp_path / "events", b"read")
+        assert os.read(reading, 9) == b"read"
+    finally:
+        os.close(reading)
+
+
+def test_nothing_is_added_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "events").symlink_to("victim")
+    with pytest.raises(OutputError, match="is a link"):
+        disk.open_appended(tmp_path / "events")
+    (tmp_path / "dangling").symlink_to("made")
+    with pytest.raises(OutputError, match="is a link"):
+        disk.open_appended(tmp_path / "dangling")
+    assert not (tmp_path / "made").exists()
+    (tmp_path / "out").symlink_to("/dev/null")
+    os.close(disk.open_appended(tmp_path / "out"))
+    for text in ("one", "two"):
+        with open(disk.open_appended(tmp_path / "victim"), "a") as file:
+            file.write(f" {text}")
+    assert (tmp_path / "victim").read_text() == "precious one two"
+
+
+def test_names_that_are_not_utf8(tmp_path: Path, inputs: tuple[Path, Path]) -> None:
+    """Linux takes any bytes as a name; what prints, hashes or serves it as JSON has to as well."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/raw\xff"))
+    for one, name in zip(inputs, ("base", "adapter"), strict=True):
+        shutil.copytree(one, folder / name)
+    base, adapter, out = (folder / name for name in ("base", "adapter", "out"))
+    adapterkit.merge(base, adapter, out, jobs=1)
+    report = adapterkit.verify(out, base=base, adapters=[adapter], level="tensors")
+    assert report.ok
+    assert "raw\\udcff" in page(report)
+    page(report).encode()
+    with pytest.raises(UsageError, match="not UTF-8"):
+        adapterkit.merge(base, adapter, folder / "other", save_plan=folder / "plan.json")
+    problem = Problem("error", "x", "text", "hint", f"{adapter}/adapter_config.json", 1)
+    assert "raw%FF/adapter" in json.dumps(sarif([problem], {}))
+    json.dumps(sarif([problem], {}), ensure_ascii=False).encode()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import plain_adapter, plain_base, read_tensors
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.checkpoint import odd
@@ -195,3 +195,16 @@ def test_a_value_that_would_spread_is_not_quantized(to: str, value: float, tmp_p
         with pytest.raises(CheckpointError, match=f"'{TOUCHED}' cannot be .*: its value at 3 is not finite"):
             write()
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["nf4", "int8", "mxfp4", "nvfp4", "fp8-block"])
+@pytest.mark.parametrize("shape", [(0, 64), (64, 0)])
+def test_a_linear_layer_without_values_is_not_quantized(to: str, shape: tuple[int, int], tmp_path: Path) -> None:
+    base = plain_base(tmp_path / "base", layers=1, width=64)
+    tensors = load_file(base / "model.safetensors")
+    name = next(name for name in tensors if "q_proj" in name)
+    save_file({**tensors, name: torch.zeros(shape)}, base / "model.safetensors", metadata={"format": "pt"})
+    adapterkit.convert(base, to=to, out=tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors")[name].shape == shape
+    adapterkit.convert(tmp_path / "out", to="bf16", out=tmp_path / "back")
+    assert load_file(tmp_path / "back" / "model.safetensors")[name].shape == shape

@@ -19,7 +19,9 @@ SECTIONS: Mapping[str, re.Pattern[str]] = {
         r"(?:^|\.)(?:visual|vision\w*|image_\w+|multi_?modal_projector|mm_projector|mlp1|vit|img_\w+|aligner|connector)"
         r"(?:\.|$)"
     ),
-    "audio": re.compile(r"(?:^|\.)(?:audio\w*|speech_\w+|code2wav|codec_\w+|depth_decoder)(?:\.|$)"),
+    "audio": re.compile(
+        r"(?:^|\.)(?:audio\w*|speech_\w+|code2wav|token2wav|codec_\w+|depth_decoder|talker|code_predictor)(?:\.|$)"
+    ),
 }
 TEXT = "text"  # whatever is of no other section
 

@@ -20,7 +20,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 SPACE = "\u2581"  # SentencePiece's mark for a space
 ADDED_SCORE, PADDING_SCORE = -1000.0, -10000.0  # the converter's
 
-MOST_ROWS = 1 << 24  # tokens; the largest vocabularies have a million
+MOST_ROWS = 1 << 22  # tokens; the largest vocabularies have a million
 
 MODEL, PRE = "tokenizer.ggml.model", "tokenizer.ggml.pre"
 TOKENS, SCORES, TYPES, MERGES = (

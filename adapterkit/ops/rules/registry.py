@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, nearest
 from adapterkit.ops.settings import Setting, is_setting, setting
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def find(name: str) -> CombinationRule:
     """
     found = RULES.get(name.replace("_", "-"))
     if found is None:
-        raise UsageError(f"there is no combination method {name!r}", f"the methods are {', '.join(RULES)}")
+        raise UsageError(f"there is no combination method '{name}'", nearest(name, sorted(RULES)))
     return found
 
 

@@ -78,12 +78,12 @@ def _plain(dtype: DType, asked: ConvertRequest, jobs: int) -> Conversion:
 def _quantized(kind: str, asked: ConvertRequest, jobs: int) -> Conversion:
     """A checkpoint with its linear layers quantized; a quantized one is decoded first, and the report says so."""
     from adapterkit.adapters.quantized import quantized
-    from adapterkit.codecs.table import KINDS
+    from adapterkit.codecs.table import KINDS, has_layout
 
     opened = open_folder(asked, kind)
     view = dequantized(opened)
     if view is not opened:
-        if stored_formats(view) & set(KINDS[kind].already):
+        if stored_formats(view) & set(KINDS[kind].already) and has_layout(opened.config, KINDS[kind]):
             raise UsageError(f"{opened.ref} is {kind} already", "copy it, or give the 16-bit original")
         view = replace(
             view,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from adapterkit.adapters.families.relayout import DIFFUSERS, ORIGINAL, Relaid, relaid
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.decoded import dequantized
+from adapterkit.checkpoint.pipeline import components
 from adapterkit.checkpoint.plan import plan_file, plan_safetensors
 from adapterkit.errors import TargetError, UsageError, option
 from adapterkit.verbs.conversions.conversion import Conversion, count_types
@@ -40,6 +41,11 @@ def plan(asked: ConvertRequest, jobs: int, to: str) -> Conversion:
     if asked.rank or asked.energy:
         raise UsageError("a whole model has no rank", f"leave out {option('rank')} and {option('energy')}")
     opened = open_model(path if parts else asked.src, headers_only=getattr(asked, "headers_only", False))
+    if components(opened.config):
+        raise UsageError(
+            f"{opened.ref} is a pipeline, and {to} is the layout of one model",
+            f"convert one of its folders ({', '.join(components(opened.config))})",
+        )
     view = dequantized(opened)
     if view.shapes == opened.shapes:
         view = opened  # float8 without scales: its bytes stay

@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit import disk
 from adapterkit.errors import OutputError
 from adapterkit.verbs.engines.pool import ENDED, FAILED, LOST, MOVED, READY, Message, Pool, raised
 
@@ -94,7 +95,7 @@ def log_to(path: Path | None) -> Iterator[Log]:
     if path is None:
         yield lambda event, **fields: None
         return
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    fd = disk.open_appended(path)
 
     def log(event: str, **fields: Any) -> None:
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")

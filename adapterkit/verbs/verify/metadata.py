@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import UsageError, option
+from adapterkit.errors import UsageError, nearest, option
 from adapterkit.gguf.vocab import special, templates
 from adapterkit.gguf.vocab.table import MERGES, MODEL, NORMAL, PRE, SCORES, SPACE, TOKENS, TYPES, UNUSED
 from adapterkit.verbs.verify.meaning import same, shown, value
@@ -129,13 +129,10 @@ def _header_of(found: Checkpoint) -> GGUFHeader:
 
 
 def _check_keys(given: Sequence[str], mine: GGUFHeader, theirs: GGUFHeader) -> None:
-    from difflib import get_close_matches
-
     known = [*dict.fromkeys((*theirs.keys, *mine.keys))]
     for key in given:
         if key not in known:
-            near = get_close_matches(key, known, 1)
-            hint = f"did you mean '{near[0]}'?" if near else "give a key such as tokenizer.chat_template"
+            hint = nearest(key, known, "give a key such as tokenizer.chat_template")
             raise UsageError(f"'{key}' is no key of MERGED or its base", hint)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from math import log10
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit._version import __version__
-from adapterkit.foreign import is_whole
+from adapterkit.foreign import for_page, is_whole
 from adapterkit.verbs.heatmap import place
 from adapterkit.verbs.verify.report import EQUAL, RIGHT
 
@@ -87,7 +86,7 @@ def html(report: VerifyReport, *, command: str = "", when: str = "") -> str:
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title><style>{style}</style></head><body>",
+            f"<title>{for_page(title)}</title><style>{style}</style></head><body>",
             '<a class="skip" href="#findings">To the findings</a><main>',
             *_head(report, command, when),
             *_findings(report),
@@ -111,17 +110,17 @@ def _name(ref: str) -> str:
 
 def _head(report: VerifyReport, command: str, when: str) -> Iterator[str]:
     tone, word = ("ok", "verified") if report.ok else ("error", "not verified")
-    adapters = " and ".join(f"<code>{escape(one)}</code>" for one in report.adapters)
+    adapters = " and ".join(f"<code>{for_page(one)}</code>" for one in report.adapters)
     yield f'<header><span class="badge {tone}">{word}</span>'
-    yield f"<h1>{escape(_verdict(report))}</h1>"
-    yield f"<p><code>{escape(report.merged)}</code> beside <code>{escape(report.base)}</code> with {adapters}</p>"
+    yield f"<h1>{for_page(_verdict(report))}</h1>"
+    yield f"<p><code>{for_page(report.merged)}</code> beside <code>{for_page(report.base)}</code> with {adapters}</p>"
     if when:
-        yield f'<p class="dim">{escape(when[:16].replace("T", " "))} UTC</p>'
+        yield f'<p class="dim">{for_page(when[:16].replace("T", " "))} UTC</p>'
     if command:
-        yield f"<p><code>{escape(command)}</code></p>"
+        yield f"<p><code>{for_page(command)}</code></p>"
     yield '<dl class="figures">'
     for title, value, small in _figures(report):
-        yield f"<div><dt>{escape(title)}</dt><dd>{escape(value)}<small>{escape(small)}</small></dd></div>"
+        yield f"<div><dt>{for_page(title)}</dt><dd>{for_page(value)}<small>{for_page(small)}</small></dd></div>"
     yield "</dl></header>"
 
 
@@ -174,12 +173,12 @@ def _findings(report: VerifyReport) -> Iterator[str]:
 
 
 def _finding(one: Finding) -> str:
-    parts = [f'<li class="{one.severity}"><b>{escape(one.kind)}</b> <span class="dim">{one.severity}</span><br>']
-    parts.append(escape(one.text))
+    parts = [f'<li class="{one.severity}"><b>{for_page(one.kind)}</b> <span class="dim">{one.severity}</span><br>']
+    parts.append(for_page(one.text))
     if one.hint:
-        parts.append(f'<span class="hint">{escape(one.hint)}</span>')
+        parts.append(f'<span class="hint">{for_page(one.hint)}</span>')
     if len(one.tensors) > 1:
-        shown = "".join(f"<li><code>{escape(name)}</code></li>" for name in one.tensors[:LISTED])
+        shown = "".join(f"<li><code>{for_page(name)}</code></li>" for name in one.tensors[:LISTED])
         more = f"<p>and {len(one.tensors) - LISTED} more</p>" if len(one.tensors) > LISTED else ""
         parts.append(f"<details><summary>{len(one.tensors)} tensors</summary><ul>{shown}</ul>{more}</details>")
     return "".join(parts) + "</li>"
@@ -216,12 +215,12 @@ def _grid(rows: Sequence[TensorCheck]) -> tuple[list[str], dict[str, dict[str, T
 
 
 def _table(measure: Measure, columns: Sequence[str], grid: dict[str, dict[str, TensorCheck]], *, hidden: bool) -> str:
-    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    head = "".join(f'<th scope="col">{for_page(column)}</th>' for column in columns)
     body = "".join(
-        f'<tr><th scope="row">{escape(row)}</th>{"".join(_cell(cells.get(column), measure) for column in columns)}</tr>'
+        f'<tr><th scope="row">{for_page(row)}</th>{"".join(_cell(cells.get(column), measure) for column in columns)}</tr>'
         for row, cells in grid.items()
     )
-    caption = f"<caption>{measure.title}: {escape(measure.says)}</caption>"
+    caption = f"<caption>{measure.title}: {for_page(measure.says)}</caption>"
     state = " hidden" if hidden else ""
     return (
         f'<table class="map" id="map-{measure.name}"{state}>{caption}'
@@ -234,9 +233,9 @@ def _cell(one: TensorCheck | None, measure: Measure) -> str:
         return '<td class="none">&ndash;</td>'
     value = getattr(one, measure.name)
     wrong = " wrong" if one.status not in RIGHT else ""
-    told = escape(_told(one), quote=True)
+    told = for_page(_told(one))
     if value is None:
-        return f'<td class="none{wrong}" title="{told}">{escape(one.status)}</td>'
+        return f'<td class="none{wrong}" title="{told}">{for_page(one.status)}</td>'
     loss = max(0.0, min(1.0, measure.loss(float(value))))
     tone, strength = ("bad", 0.08 + 0.5 * loss) if loss > 0.05 else ("good", 0.16)
     if measure.name == "relative":
@@ -264,7 +263,7 @@ def _layers(report: VerifyReport) -> Iterator[str]:
         return
     yield "<h2>Outputs of layers</h2>"
     yield (
-        f"<p>The same {escape(layers.inputs)} inputs through each module, as base with adapters and as merged: outputs "
+        f"<p>The same {for_page(layers.inputs)} inputs through each module, as base with adapters and as merged: outputs "
         f"differ by {layers.error:.1e} of their size, where the adapter changes them by {layers.change:.1e}.</p>"
     )
     worst = sorted(layers.modules, key=lambda one: -one.lost)[:WORST]
@@ -276,7 +275,7 @@ def _layers(report: VerifyReport) -> Iterator[str]:
 def _layer(one: LayerCheck) -> str:
     numbers = (f"{one.error:.1e}", f"{one.change:.1e}", f"{one.lost:.2%}")
     return (
-        f"<tr><td><code>{escape(one.module)}</code></td>"
+        f"<tr><td><code>{for_page(one.module)}</code></td>"
         + "".join(f'<td class="num">{n}</td>' for n in numbers)
         + "</tr>"
     )
@@ -288,8 +287,8 @@ def _model(report: VerifyReport) -> Iterator[str]:
         return
     yield "<h2>Answers</h2>"
     yield (
-        f"<p>{len(model.prompts)} prompts, {model.tokens:,} scored tokens. Merged runs in {escape(model.runtime)}, base + "
-        f"adapters by {escape(model.trained)}; distances are from base + adapters.</p>"
+        f"<p>{len(model.prompts)} prompts, {model.tokens:,} scored tokens. Merged runs in {for_page(model.runtime)}, base + "
+        f"adapters by {for_page(model.trained)}; distances are from base + adapters.</p>"
     )
     yield '<div class="bars">'
     for name, found, tone in (("merged", model.merged, "link"), ("base alone", model.base, "bad")):
@@ -316,15 +315,16 @@ def _bar(name: str, found: Distance, tone: str) -> str:
 
 def _prompt(prompt: PromptCheck, top: float) -> str:
     cut = ", cut" if prompt.truncated else ""
-    parts = [f'<section class="prompt"><q>{escape(prompt.text)}</q>']
+    parts = [f'<section class="prompt"><q>{for_page(prompt.text)}</q>']
     parts.append(
         f'<p class="dim">{prompt.tokens} tokens{cut}: KL mean {prompt.merged.mean_kl:.1e}, max {prompt.merged.max_kl:.1e}; '
         f"top-1 {prompt.merged.top1:.1%}</p>{_spark(prompt, top)}"
     )
     if prompt.partings:
         rows = "".join(
-            f'<tr><td class="num">{one.at}</td><td><code>{escape(one.before)}</code></td>'
-            f'<td><mark class="ok">{escape(one.trained)}</mark></td><td><mark class="error">{escape(one.merged)}</mark></td>'
+            f'<tr><td class="num">{one.at}</td><td><code>{for_page(one.before)}</code></td>'
+            f'<td><mark class="ok">{for_page(one.trained)}</mark></td>'
+            f'<td><mark class="error">{for_page(one.merged)}</mark></td>'
             f'<td class="num">{one.kl:.1e}</td></tr>'
             for one in prompt.partings
         )
@@ -362,12 +362,14 @@ def _inputs(report: VerifyReport) -> Iterator[str]:
     yield '<div class="scroll"><table class="list"><thead><tr><th></th><th>what</th><th>digest</th></tr></thead><tbody>'
     for one in report.inputs:
         weight = f" &times; {one.weight:g}" if one.weight not in (None, 1.0) else ""
-        commit = f" <span class='dim'>@{escape(one.commit[:12])}</span>" if one.commit else ""
-        method = f" <span class='dim'>({escape(one.method)})</span>" if one.method else ""
-        yield f"<tr><td>{one.role}</td><td><code>{escape(one.ref)}</code>{commit}{method}{weight}</td>"
-        yield f'<td class="mono">{escape(one.digest)}</td></tr>'
+        commit = f" <span class='dim'>@{for_page(one.commit[:12])}</span>" if one.commit else ""
+        method = f" <span class='dim'>({for_page(one.method)})</span>" if one.method else ""
+        yield f"<tr><td>{one.role}</td><td><code>{for_page(one.ref)}</code>{commit}{method}{weight}</td>"
+        yield f'<td class="mono">{for_page(one.digest)}</td></tr>'
     yield "</tbody></table></div>"
     if report.options:
         source = "from the record beside MERGED" if report.record else "as given"
-        shown = ", ".join(f"<code>{escape(name)}={escape(str(value))}</code>" for name, value in report.options.items())
+        shown = ", ".join(
+            f"<code>{for_page(name)}={for_page(str(value))}</code>" for name, value in report.options.items()
+        )
         yield f"<p>Options of the merge, {source}: {shown}</p>"

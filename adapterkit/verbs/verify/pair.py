@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from adapterkit.verbs.verify.report import TensorLevel
     from adapterkit.verbs.verify.subject import Item, Subject
 
+_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 # Rounding of the factors to 16 bits may add so much to an error that is nothing.
 SLACK = 1.01
 FLOOR = 1e-3  # of the change
@@ -34,7 +36,7 @@ def stated_residual(record: Record | None, where: Path | None) -> tuple[Path | N
     rank = None if record is None or record.operation is None else record.operation.parameters.get("residual")
     if rank is None or where is None:
         return None, ()
-    path = residual_path(where)
+    path = residual_path(where.with_name(_PART.sub(".gguf", where.name)))
     assert isinstance(path, Path)
     if path.exists():
         return path, ()
@@ -71,7 +73,7 @@ def together(
     def work(item: Item) -> tuple[Item, FidelitySums, float]:
         return (item, *_measured(item, pair[item.name]))
 
-    rows, total, apart = [], FidelitySums(), []
+    rows, total, apart, without = [], FidelitySums(), [], []
     sizes = [item.floats.nbytes for item in items]
     for item, sums, off in in_order(work, items, jobs, sizes, progress):
         if item.touched:
@@ -80,6 +82,8 @@ def together(
         # What was cut of rounding's loss is never more than that loss.
         if item.name in named and sums.ee**0.5 > SLACK * off**0.5 + FLOOR * sums.dd**0.5:
             apart.append(item.name)
+        elif item.touched and item.name not in named and item.format is not None and off:
+            without.append(item.name)
     found: list[Finding] = []
     if apart:
         more = f" and {len(apart) - 1} more" if len(apart) > 1 else ""
@@ -87,10 +91,9 @@ def together(
             f"{residual.ref} takes MERGED further from what was trained, in {apart[0]}{more}: it is of another output"
         )
         found.append(Finding("other residual", ERROR, text, "give the one that was written beside it", tuple(apart)))
-    without = [item.name for item in items if item.touched and item.format is not None and item.name not in named]
     if without:
         more = f" and {len(without) - 1} more" if len(without) > 1 else ""
-        text = f"{without[0]}{more} changed and has no part in the residual"
+        text = f"{without[0]}{more} lost something to rounding and has no part in the residual"
         found.append(Finding("no residual", NOTE, text, tensors=tuple(without)))
     figures: dict[str, Any] = {
         name: getattr(total, name) for name in ("retention", "cosine", "relative", "unmoved", "error")
