@@ -62,6 +62,7 @@ class OfMerge(Protocol):
 
 WHOLE = 1 << 28  # entries of a difference up to which it is held in memory, where it is computed once
 LEAST = 0.01  # share of a loss that rounding its factors may take
+MOST = 0.5  # share of what rounding takes, below which the report says that the factors hold little of it
 ENDING = "-residual"
 
 
@@ -281,14 +282,21 @@ class Residual:
         """What is written beside the output; its size as planned, which is less where ranks come out smaller."""
         total = sum(one.norm**2 for one in self.found)
         left = sum((one.norm * one.error) ** 2 for one in self.found)
+        held = 1 - left / total if total else None
+        notes = tuple(self._form.skipped)
+        if held is not None and held < MOST:
+            notes = (
+                f"the residual holds {held:.1%} of what rounding takes: the rest is noise of no small rank",
+                *notes,
+            )
         return ResidualReport(
             "" if self.out is None else str(self.out),
             self.rank,
             len(self.found) or len(self.slots),
             self.work.plan().nbytes,
-            1 - left / total if total else None,
+            held,
             self.command,
-            tuple(self._form.skipped),
+            notes,
         )
 
     def evidence(self) -> dict[str, Any]:

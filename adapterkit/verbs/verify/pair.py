@@ -126,6 +126,8 @@ def _measured(item: Item, pair: Tensor) -> tuple[FidelitySums, float]:
     from adapterkit.ops.fidelity import FidelitySums, block_sums
 
     sums, off = FidelitySums(), 0.0
+    if item.merged is not None:
+        item.merged.watch = None  # it tells of blocks that nobody takes any more
     step = item.floats.block
     for start in range(0, item.floats.numel, step):
         stop = min(start + step, item.floats.numel)
