@@ -77,6 +77,16 @@ def test_a_small_rank_is_the_best_of_its_rank(tmp_path: Path) -> None:
     assert "vllm serve" in report.residual.command
 
 
+def test_a_config_that_names_modules_of_16_bits(tmp_path: Path) -> None:
+    base, tuned, wanted = inputs(tmp_path, "ct int4")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"]["ignore"] = ["model.embed_tokens"]
+    (base / "config.json").write_text(json.dumps(config))
+    merge(base, [tuned], tmp_path / "out", quant="keep", residual=1000)
+    written = values(tmp_path / "out").double()
+    assert (written + product(tmp_path / "out-residual") - wanted).norm() <= 3e-3 * (wanted - written).norm()
+
+
 def test_a_dry_run_says_its_size_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, tuned, _ = inputs(tmp_path, "ct int4")
     out, residual = tmp_path / "out", tmp_path / "out-residual"
