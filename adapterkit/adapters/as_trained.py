@@ -95,7 +95,9 @@ def quantized_targets(checkpoint: Checkpoint, skip: Iterable[str] | None = None)
     shapes = {name: target.shape for name, target in found.items()}
     modules = quantized_modules(shapes, checkpoint.config, None if skip is None else tuple(skip))
     if not modules:
-        raise UsageError(f"{checkpoint.ref} has no linear layers that bitsandbytes would quantize", "check the base")
+        raise UsageError(
+            f"{checkpoint.ref} has no linear layers to quantize (experts are left alone)", "check the base"
+        )
     targets = [found[f"{module}.weight"] for module in modules]
     for target in targets:
         for name in target.tensors:

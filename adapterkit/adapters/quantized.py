@@ -75,7 +75,8 @@ def quantized(
         raise UsageError(f"{checkpoint.ref} has no linear layer that {kind} fits", "write 16 bits")
     dtype = next(iter(checkpoint[name] for name in whole)).dtype.torch_name
     modules = {target.parameter.removesuffix(".weight") for target in targets}
-    layers = Layers(dtype, double_quant, skip, tuple(sorted({*kept, *_left(checkpoint, modules)})))
+    left = sorted({*kept, *_left(checkpoint, modules)})
+    layers = Layers(dtype, double_quant, skip, tuple(left))
     config = {**checkpoint.config, "quantization_config": form.config(layers)}
     words = f"{kind} double" if double_quant else kind
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -86,8 +87,18 @@ def quantized(
         shards=shards,
         config=config,
         side_files=(*side_files, SideFile(CONFIG, BytesFile(CONFIG, text.encode()))),
-        notes=(*checkpoint.notes, f"{len(whole) - len(kept)} linear layers written in {words}"),
+        notes=(*checkpoint.notes, *_experts(left, kind), f"{len(whole) - len(kept)} linear layers written in {words}"),
     )
+
+
+def _experts(left: Iterable[str], kind: str) -> list[str]:
+    """What is said of experts that stay in 16 bits: they may be most of a model."""
+    found = [module for module in left if ".experts" in module]
+    if not found:
+        return []
+    return [
+        f"the experts stay in 16 bits ({len(found)} modules, as '{found[0]}'): {kind} is written for linear layers alone"
+    ]
 
 
 class _Peak:
@@ -137,4 +148,10 @@ def _left(checkpoint: Checkpoint, modules: set[str]) -> set[str]:
     }
     left = {module for module in linear_modules(shapes, checkpoint.config) if module not in modules}
     experts = {name.rpartition(".")[0] for name, shape in shapes.items() if len(shape) == 3 and ".experts." in name}
-    return left | experts
+    # Experts that no class is known to stack are there one by one.
+    alone = {
+        name.removesuffix(".weight")
+        for name, tensor in checkpoint.items()
+        if name.endswith(".weight") and ".experts." in name and len(tensor.shape) == 2
+    }
+    return left | experts | {m for m in alone - modules if f"{m.partition('.experts.')[0]}.experts" not in experts}

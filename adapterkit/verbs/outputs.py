@@ -147,7 +147,7 @@ def _folder(
         config = json.loads(side.get(CONFIG, b"{}"))
         config["quantization_config"] = view.config["quantization_config"]
         side[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-        notes = [*notes, view.notes[-1]]
+        notes = [*notes, *view.notes[len(folded.checkpoint.notes) :]]
     if base.stored is not None:
         from adapterkit.adapters.kept import sizes
 

@@ -2,8 +2,9 @@
 
     python -m bench proofs kept    # the table of docs/quantized.md, on a 2048x2048 Gaussian weight and a rank-16 change
 
-Retention <got, wanted>/|wanted|^2 and cosine. The base sits on the format's grid; "keep" writes base + delta there again,
-"touched" writes it in bfloat16, "base16" writes W16 + delta in the format.
+Retention <got, wanted>/|wanted|^2 and cosine in brackets. The base sits on the format's grid; before the stroke base + delta
+is written there again, behind it W16 + delta (`--base16`); the last two columns write base + delta, of an INT4 base, in FP8
+with a scale per row and in bfloat16.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import argparse
 
 import torch
 
+from adapterkit.codecs.compressed import new_rows
 from adapterkit.codecs.encode import InStep
 from adapterkit.codecs.table import KINDS
 from adapterkit.dtypes import BF16
 from adapterkit.ops.fidelity import Fidelity, block_sums
+from bench.common import results
 
 SIDE, RANK = 2048, 16
+SHOWN = ("fp8-block", "int4", "nvfp4", "mxfp4", "nf4", "int8")
 SIZES = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 
@@ -44,19 +48,20 @@ def main() -> None:
     w = torch.randn(side, side, generator=generator) * 0.02
     delta = torch.randn(side, RANK, generator=generator) @ torch.randn(RANK, side, generator=generator)
     delta *= w.norm() / delta.norm()
-    print("| \\|delta\\|/\\|W\\| | " + " | ".join(KINDS) + " | keep-touched bf16 |")
-    print("|---" * (len(KINDS) + 2) + "|")
+    results.head("\\|delta\\|/\\|W\\|", *SHOWN, "`--keep-touched fp8`", "`--keep-touched bf16`")
     for size in SIZES:
         cells = []
-        for kind in KINDS:
+        for kind in SHOWN:
             base = through(kind, w)
             new = base + size * delta
             original = w + size * delta
             kept = cell(base, new, through(kind, new))
             cells.append(f"{kept} / {cell(w, original, through(kind, original))}")
-        base = through("nf4", w)
+        base = through("int4", w)
         new = base + size * delta
-        print(f"| {size} | " + " | ".join(cells) + f" | {cell(base, new, new.bfloat16().float())} |")
+        rows = new_rows("w.weight", tuple(w.shape), BF16)
+        eight = rows.values(0, rows.encode(0, new.reshape(-1), None)).view(w.shape)
+        results.row(str(size), *cells, cell(base, new, eight), cell(base, new, new.bfloat16().float()))
 
 
 if __name__ == "__main__":

@@ -171,3 +171,26 @@ def test_weights_that_do_not_fit_stay(tmp_path: Path) -> None:
     assert "model.layers.0.self_attn.o_proj.weight_packed" in got
     said = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert said["ignore"] == ["model.layers.0.self_attn.q_proj"]
+
+
+def test_experts_that_stay_are_said(tmp_path: Path) -> None:
+    """They may be most of a model, so that the output is larger than its name lets expect."""
+    base = tmp_path / "base"
+    base.mkdir()
+    modules = ["self_attn.q_proj", *(f"mlp.experts.{i}.{one}_proj" for i in (0, 1) for one in ("gate", "up", "down"))]
+    alone = "model.layers.1.mlp.experts.0.gate_proj"  # a stack that is not whole
+    tensors = {f"model.layers.0.{one}.weight": torch.randn(128, 128).bfloat16() for one in modules}
+    tensors[f"{alone}.weight"] = torch.randn(128, 128).bfloat16()
+    save_file(tensors, base / "model.safetensors")
+    (base / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}))
+    tuned = adapter_of(tmp_path, torch.full((128, 4), 0.01), 128)
+    for report in (
+        convert(base, tmp_path / "converted", to="nvfp4"),
+        merge(base, [tuned], tmp_path / "merged", quant="nvfp4"),
+    ):
+        assert any("the experts stay in 16 bits" in note for note in report.notes)
+        assert any("1 linear layers written in nvfp4" in note for note in report.notes)
+    for out in ("converted", "merged"):
+        assert "model.layers.0.mlp.experts.1.gate_proj.weight" in stored(tmp_path / out)
+        said = json.loads((tmp_path / out / "config.json").read_text())["quantization_config"]
+        assert {"model.layers.0.mlp.experts", alone} <= set(said["ignore"])
