@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stored_formats import FORMATS
-from test_keep import OTHER, TOUCHED, adapter_of, base_of, shape_of
+from test_keep import OTHER, TOUCHED, adapter_of, base_of, shape_of, stored
 
 from adapterkit import merge, verify
 from adapterkit.checkpoint.decoded import dequantized
@@ -220,12 +220,10 @@ def test_what_has_no_residual_is_refused(tmp_path: Path, why: str) -> None:
 def test_a_folder_that_left_its_grid_whole_says_so(tmp_path: Path) -> None:
     """Where nothing is quantized any more, the config does not send readers to look for it."""
     base, tuned, wanted = inputs(tmp_path, "nf4")
-    for file in base.glob("*.safetensors"):  # the other layer goes
-        kept = {name: tensor for name, tensor in load_file(file).items() if not name.startswith(OTHER)}
-        save_file(kept, file, metadata={"format": "pt"})
-    index = json.loads((base / "model.safetensors.index.json").read_text())
-    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if not name.startswith(OTHER)}
-    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    kept = {name: tensor for name, tensor in stored(base).items() if not name.startswith(OTHER)}  # the other layer goes
+    for file in (*base.glob("*.safetensors"), base / "model.safetensors.index.json"):
+        file.unlink()
+    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
     merge(base, [tuned], tmp_path / "out", quant="keep", keep_touched="bf16")
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
     assert (values(tmp_path / "out").double() - wanted).norm() <= 0.01 * wanted.norm()
