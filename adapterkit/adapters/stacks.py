@@ -17,7 +17,7 @@ _ALONE = re.compile(r"(.*\.experts\.\d+\.)(gate_proj|up_proj|down_proj)(\..+)")
 NUMBERED = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 NUMBERED_BLOCK = "block_sparse_moe"
 _NUMBERED_TYPES = frozenset({"lfm2_moe"})
-MOST = 1 << 14  # experts of a stack; a header that says more is not followed
+MOST = 1 << 20  # experts of all stacks; a header that says more is not followed
 
 
 def experts(
@@ -27,10 +27,12 @@ def experts(
 
     gpt-oss and Llama 4 have the stack in `experts.gate_proj`; the single ones are called `experts.gate_proj.0` then.
     """
+    left = MOST
     for name, shape in shapes.items():
         found = _PARTS.fullmatch(name) if "_proj." in name else None
-        if found is None or len(shape) != (3 if found[4] == "weight" else 2) or shape[0] > MOST:
+        if found is None or len(shape) != (3 if found[4] == "weight" else 2) or shape[0] > left:
             continue
+        left -= shape[0]
         head, inside, part, leaf = found.groups()
         numbered = head.endswith(f"{NUMBERED_BLOCK}.") or not model_types.isdisjoint(_NUMBERED_TYPES)
         rows = prod(shape[1:-1]) if len(shape) == 3 else shape[1]

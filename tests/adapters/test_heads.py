@@ -39,6 +39,7 @@ FEW = (
         ("audio-classification", "whisper"),
     ),  # their base model's parts in themselves
     ("ctc", "wav2vec2-bert"),  # its base model counts no tokens
+    ("QUESTION_ANS", "t5"),
 )
 LABELS = 5
 
@@ -76,14 +77,16 @@ def examined(task: str, kind: str, folder: Path, labels: int = LABELS, before: i
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
-                if key in known.own:
+                if known.has(key):
                     parameter.normal_(0, 0.1, generator=generator)
         linear = [n for n, m in model.base_model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)]
-        prefix = f"{known.prefix}." if known.prefix else ""
+        prefix = f"{known.prefix}." if known.prefix and hasattr(model, known.prefix) else ""
         # A pooler that the saved base has not is another base's.
         there = [key for file in (folder / "base").glob("*.safetensors") for key in load_file(file)]
         linear = [n for n in linear if "pooler" not in n or any("pooler" in key for key in there)]
-        modules = sorted({key.partition(".")[0] for key in known.own})
+        # A head inside of the base model (Perceiver) is named whole.
+        inside = [key.rpartition(".")[0] for key in known.own if known.prefix and key.startswith(prefix)]
+        modules = sorted(inside or {key.partition(".")[0] for key in known.own})
         lora = LoraConfig(
             task_type=task if task in PEFT_TASKS else None,
             target_modules=[prefix + n for n in linear[:2]],

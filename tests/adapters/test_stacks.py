@@ -11,6 +11,7 @@ from models import read_tensors, write_adapter, write_checkpoint
 from safetensors.torch import save_file
 
 import adapterkit
+from adapterkit.errors import UnsupportedAdapter
 
 mx = pytest.importorskip("mlx.core")
 
@@ -151,3 +152,23 @@ def test_to_mlx_stacks_experts_and_names_parts_as_mlx_does(tmp_path: Path) -> No
     assert not a[1].any()
     config = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
     assert set(config["lora_parameters"]["keys"]) == modules
+
+
+def test_peft_on_the_whole_stack(tmp_path: Path) -> None:
+    """`target_parameters` of transformers 5, whose gate and up are one parameter, onto MLX's three; to MLX it is refused."""
+    base, values = model(tmp_path / "base", "mlp", "olmoe", "affine", 8, 32)
+    key = "base_model.model.model.layers.0.mlp.experts"
+    a, b = random(1, EXPERTS * RANK, WIDTH), random(2, 2 * OUT, EXPERTS * RANK)
+    said = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj"]}
+    tensors = {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+    adapter = write_adapter(tmp_path / "adapter", tensors, r=RANK, lora_alpha=2 * RANK, **said)
+    adapterkit.merge(base, [adapter], tmp_path / "out", dtype="f32")
+    found = read_tensors(tmp_path / "out")
+    # PEFT keeps a stack's B as [out, rank * experts], the expert as the fastest index.
+    wide_a, wide_b = a.view(EXPERTS, RANK, WIDTH), b.view(2 * OUT, RANK, EXPERTS)
+    change = 2.0 * torch.einsum("ore,erw->eow", wide_b.double(), wide_a.double())
+    for part, name in ((slice(0, OUT), "gate_proj"), (slice(OUT, None), "up_proj")):
+        path = f"model.layers.0.mlp.switch_mlp.{name}"
+        assert (found[f"{path}.weight"] - (values[path].double() + change[:, part])).abs().max() <= 2e-6
+    with pytest.raises(UnsupportedAdapter, match="whole stacks of experts"):
+        adapterkit.convert(adapter, tmp_path / "mlx", to="mlx", base=base)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapters.safetensors"
 OTHER_WEIGHTS = "weights.safetensors"  # mlx-vlm looks for it too
-LEAVES = (".lora_a", ".lora_b", ".A", ".B")
 EMBEDDINGS = frozenset(
     {"embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings", "embedding"}
 )

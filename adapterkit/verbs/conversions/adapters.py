@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.write import Room, Writing
-from adapterkit.errors import UsageError, option
+from adapterkit.errors import UnsupportedAdapter, UsageError, option
 from adapterkit.places import Address
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.verbs.conversions.conversion import Conversion, count_types
@@ -127,7 +127,11 @@ class Computed:
             from adapterkit.adapters.formats.plain import scaled_factors
 
             factors = scaled_factors(plain)
-            assert factors is not None
+            if factors is None:
+                raise UnsupportedAdapter(
+                    f"{self.adapter.ref} changes whole stacks of experts, which are no modules of {self.to}",
+                    "merge it into the model, in the layout that the server loads",
+                )
             files = planned_files(plain, self.layout(plain, *factors), self.to)
             made = replace(made, plan=filed(files.plan, target), tensors=files.tensors, side_files=files.side)
             facts |= {"types": files.types, "files": tuple(file.name for file in files.plan.files)}
