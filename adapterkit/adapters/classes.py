@@ -53,6 +53,8 @@ class Head:
         prefix: under which its base model stands.
         own: its parameters outside of the base model; a name that ends with a dot is a whole module.
         labels, tokens: which dimensions count ``num_labels``, and those outside the base model that count ``vocab_size``.
+        partly: of ``own`` only what is counted is known, and whether there is a base model inside is not: some classes
+            have its parts in themselves (SigLIP), some have more of their own than the table holds (DPT).
     """
 
     name: str
@@ -60,6 +62,7 @@ class Head:
     own: frozenset[str]
     labels: tuple[Counted, ...]
     tokens: tuple[Counted, ...]
+    partly: bool = False
 
     def has(self, parameter: str) -> bool:
         """Whether a parameter stands outside of the base model."""
@@ -73,10 +76,10 @@ def head(name: str) -> Head | None:
         return None
     labels, tokens = (tuple(Counted(*one) for one in row.get(key, ())) for key in ("labels", "tokens"))
     own = frozenset(row.get("own", ()))
-    if not own:
-        # It has its base model's parts in itself and no module around them: only what is counted is known to be its own.
-        return Head(name, "", frozenset(one.parameter for one in (*labels, *tokens)), labels, tokens)
-    return Head(name, row.get("prefix", ""), own, labels, tokens)
+    partly = not own
+    if partly:
+        own = frozenset(one.parameter for one in (*labels, *tokens))
+    return Head(name, row.get("prefix", ""), own, labels, tokens, partly)
 
 
 def class_for(task: str, model_type: str) -> str | None:

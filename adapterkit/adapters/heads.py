@@ -108,6 +108,8 @@ def brought(edits: Iterable[Weighted], config: Mapping[str, Any], tensors: Itera
         return _sizes(Brought(), head(was) or one if was else one, found, config)
     prefix = one.prefix + "." if one.prefix else ""
     beside = prefix and added and not any(name.startswith(prefix) for name in tensors)
+    if one.partly:  # then the names of the adapter's modules say whether there is a base model inside
+        beside = beside and any(key.startswith(prefix) for adapter in adapters.values() for key in adapter.tensors)
     return _sizes(Brought(one.name, prefix=prefix if beside else ""), one, found, config)
 
 

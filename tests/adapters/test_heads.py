@@ -80,7 +80,7 @@ def examined(task: str, kind: str, folder: Path, labels: int = LABELS, before: i
                 if known.has(key):
                     parameter.normal_(0, 0.1, generator=generator)
         linear = [n for n, m in model.base_model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)]
-        prefix = f"{known.prefix}." if known.prefix else ""
+        prefix = f"{known.prefix}." if known.prefix and hasattr(model, known.prefix) else ""
         # A pooler that the saved base has not is another base's.
         there = [key for file in (folder / "base").glob("*.safetensors") for key in load_file(file)]
         linear = [n for n in linear if "pooler" not in n or any("pooler" in key for key in there)]
