@@ -164,6 +164,9 @@ def brought(model: Any, told: dict[str, Any]) -> list[str]:
         if isinstance(model.get_submodule(module), torch.nn.ModuleList | torch.nn.ModuleDict):
             module = ".".join(parts[:-1])
         found.add(module)
+    for path, _ in model.named_modules():
+        if path not in found and path.rpartition(".")[2] in found and any(path.startswith(f"{one}.") for one in found):
+            raise Unmade(f"PEFT takes {path}, inside of what is saved whole, for another module to save")
     return sorted(found)
 
 
@@ -308,6 +311,8 @@ def examined(task: str, kind: str, cls: Any, folder: Path) -> Row:
     base, adapter, out = folder / "base", folder / "adapter", folder / "out"
     try:
         base_of(task, kind, cls, base)
+        if task not in TRAINED:
+            reloaded(task, base)  # some bases are of no class that the auto class knows
         wrapped, told = trained(task, cls, base, adapter)
         live = wrapped.base_model.model
         inputs = question(live)

@@ -97,11 +97,11 @@ def examined(task: str, kind: str, folder: Path, labels: int = LABELS, before: i
         wrapped.save_pretrained(folder / "adapter", save_embedding_layers=False)
         trained = set(load_file(folder / "adapter" / "adapter_model.safetensors"))
         wanted = {key: value.clone() for key, value in wrapped.merge_and_unload().state_dict().items()}
-        plain = set(
-            cls.from_pretrained(folder / "base", output_loading_info=True, **size, ignore_mismatched_sizes=True)[1][
-                "missing_keys"
-            ]
-        )
+        _, told = cls.from_pretrained(folder / "base", output_loading_info=True, **size, ignore_mismatched_sizes=True)
+        plain = set(told["missing_keys"])
+        # The family's bare model is another one (Perceiver's image classes have wider layers by the same config).
+        if before is None and any(not known.has(one[0]) for one in told["mismatched_keys"]):
+            raise ValueError("the bare model has layers of another size")
     except Exception as error:
         pytest.skip(f"{type(error).__name__}: {str(error)[:80]}")
     # What the class has beside the head and the base does not hold was never saved by anyone.
