@@ -248,6 +248,7 @@ def test_an_architecture_of_gguf(copy: Copy) -> None:
         shard.unlink()
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     config = json.loads((base / "config.json").read_text()) | {"vocab_size": len(letters)}
+    config |= {"max_position_embeddings": 128, "rms_norm_eps": 1e-6}
     for word, row in (("llama", "LlamaForCausalLM"), ("toy", "ToyForCausalLM")):
         (base / "config.json").write_text(json.dumps(config | {"architectures": [row], "model_type": word}))
         if word == "toy":

@@ -4,8 +4,8 @@ The facts come from the installed ``transformers`` (Apache-2.0), and where it is
 version 4 (``--older PYTHON``), for what a folder means differs between the two:
 
 * tasks: task type (as PEFT names it, or the auto class's own) -> model type -> class, from the auto classes;
-* heads: what each of these classes has beside its base model, and which dimensions count labels or tokens, from models
-  on the meta device built with two numbers of labels and two vocabularies;
+* heads: what each of these classes has beside its base model (a name that ends with a dot is a whole module), and which
+  dimensions count labels or tokens, from models on the meta device built with two numbers of labels and two vocabularies;
 * flags: config keys other than ``tie_word_embeddings`` that decide whether embeddings are tied, from the config classes;
 * untie: what else a class does with that flag. Every class that ties is built twice with the same numbers, tied and not,
   and run: the factor between both outputs, what stays tied although the flag is off, and tied parameters that have
@@ -142,6 +142,35 @@ def counted(cls: Any, key: str, one: int, two: int) -> list[list[Any]]:
     return found
 
 
+def bare(cls: Any) -> set[str]:
+    """The parameters of the bare model of a class's family; none where there is no such class, or it is this one."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    name = auto.MODEL_MAPPING_NAMES.get(cls.config_class.model_type)
+    other = getattr(transformers, name if isinstance(name, str) else name[0], None) if name else None
+    if other is None or other is cls:
+        return set()
+    try:
+        return set(shapes(other))
+    except Exception:
+        return set()
+
+
+def embedded(cls: Any) -> set[str]:
+    """The weights of a class that are looked up."""
+    import torch
+
+    with torch.device("meta"):
+        model = tiny(cls)
+    return {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
+
+
+def holds(own: list[str], parameter: str) -> bool:
+    """Whether a parameter is one of these, or of a module that is named with a dot behind."""
+    return parameter in own or any(one.endswith(".") and parameter.startswith(one) for one in own)
+
+
 def heads(names: set[str]) -> dict[str, dict[str, Any]]:
     """Class -> its own parameters and what in them counts labels or tokens."""
     import transformers
@@ -158,13 +187,20 @@ def heads(names: set[str]) -> dict[str, dict[str, Any]]:
             continue
         prefix = cls.base_model_prefix
         own = sorted(key for key in every if not prefix or not key.startswith(prefix + "."))
-        if len(own) == len(every) or len(own) > 40:
-            own = []  # it has no base model inside, or is one
-        outside = set(own)
+        if len(own) in (0, len(every)):  # its base model stands beside the head, or the head inside of the base model
+            inside = bare(cls)
+            prefix = prefix if not own else ""
+            own = sorted(key for key in every if inside and not {key, key.removeprefix(f"{prefix}.")} & inside)
+            if 2 * len(own) > len(every):  # the bare model is another one
+                own = []
+        if len(own) > 40:
+            own = sorted({key.partition(".")[0] + "." for key in own})
         row: dict[str, Any] = {"type": cls.config_class.model_type, "prefix": prefix}
         row["own"] = own
         row["labels"] = list(counted(cls, "num_labels", 5, 7))
-        row["tokens"] = [one for one in counted(cls, "vocab_size", 97, 101) if one[0] in outside and one[3] >= 0]
+        tokens = [one for one in counted(cls, "vocab_size", 97, 101) if one[3] >= 0]
+        lookups = embedded(cls) if tokens and not own else set()
+        row["tokens"] = [one for one in tokens if (one[0] not in lookups if not own else holds(own, one[0]))]
         found[name] = {key: value for key, value in row.items() if value}
     return found
 

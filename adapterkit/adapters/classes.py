@@ -51,8 +51,10 @@ class Head:
     Attributes:
         name: of the class.
         prefix: under which its base model stands.
-        own: its parameters outside of the base model.
+        own: its parameters outside of the base model; a name that ends with a dot is a whole module.
         labels, tokens: which dimensions count ``num_labels``, and those outside the base model that count ``vocab_size``.
+        partly: of ``own`` only what is counted is known, and whether there is a base model inside is not: some classes
+            have its parts in themselves (SigLIP), some have more of their own than the table holds (DPT).
     """
 
     name: str
@@ -60,6 +62,11 @@ class Head:
     own: frozenset[str]
     labels: tuple[Counted, ...]
     tokens: tuple[Counted, ...]
+    partly: bool = False
+
+    def has(self, parameter: str) -> bool:
+        """Whether a parameter stands outside of the base model."""
+        return parameter in self.own or any(one[-1] == "." and parameter.startswith(one) for one in self.own)
 
 
 def head(name: str) -> Head | None:
@@ -69,10 +76,10 @@ def head(name: str) -> Head | None:
         return None
     labels, tokens = (tuple(Counted(*one) for one in row.get(key, ())) for key in ("labels", "tokens"))
     own = frozenset(row.get("own", ()))
-    if not own:
-        # It has its base model's parts in itself and no module around them: only what is counted is known to be its own.
-        return Head(name, "", frozenset(one.parameter for one in (*labels, *tokens)), labels, tokens)
-    return Head(name, row.get("prefix", ""), own, labels, tokens)
+    partly = not own
+    if partly:
+        own = frozenset(one.parameter for one in (*labels, *tokens))
+    return Head(name, row.get("prefix", ""), own, labels, tokens, partly)
 
 
 def class_for(task: str, model_type: str) -> str | None:
@@ -83,9 +90,9 @@ def class_for(task: str, model_type: str) -> str | None:
 
 def classes_with(parameters: Iterable[str], model_type: str) -> list[str]:
     """The classes of a model type that have all of ``parameters`` beside their base model."""
-    wanted = set(parameters)
+    wanted = list(parameters)
     names = {types[model_type] for types in table()["tasks"].values() if model_type in types}
-    return [name for name in sorted(names) if (one := head(name)) is not None and wanted <= one.own]
+    return [name for name in sorted(names) if (one := head(name)) is not None and all(map(one.has, wanted))]
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,11 @@ adapters active applies them one after the other; so does this, in the order giv
 word      with V what the adapters before made of W                       methods
 ========  ==============================================================  =========================================
 sum       V + (f(W) - W)                                                  all that are not below
-after     f(V)                                                            IA3, HRA, BOFT, RoAd, MiSS "bat"
-before    f(V), the last adapter first                                    OFT: PEFT turns the input by the first, then
-                                                                          by the next (its own merge has it reversed)
+after     f(V)                                                            IA3, HRA, BOFT, RoAd, MiSS "bat", OFT of an
+                                                                          embedding
+before    f(V), the last adapter first                                    OFT of a layer: PEFT turns the input by the
+                                                                          first, then by the next (its own merge has it
+                                                                          reversed)
 scaled    m / ||W + delta|| * (V + delta)                                 DoRA, beside DoRA and LoRA
 alone     none                                                            inits that take something out of W, OSF
 ========  ==============================================================  =========================================
@@ -24,7 +26,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.change import AFTER, ALONE, BEFORE, SCALED, SUM, Change, Kernel, Weights
-from adapterkit.errors import UnsupportedAdapter
+from adapterkit.errors import UnsupportedAdapter, option
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,6 +85,13 @@ def _ordered(group: Sequence[Weighted]) -> list[Weighted] | None:
     methods = {item.adapter.config.peft_type for item in group}
     if len(methods) == 1 and (len(set(kinds)) == 1 or set(kinds) == {SUM, SCALED}) and ALONE not in kinds:
         return list(reversed(group)) if BEFORE in kinds else list(group)
+    if len(methods) == 1 and set(kinds) == {ALONE}:
+        one, two = group[:2]
+        raise UnsupportedAdapter(
+            f"{one.adapter.ref} ({one.edit.change.how}) and {two.adapter.ref} ({two.edit.change.how}) were each trained on "
+            f"what their own initialisation left of {one.edit.target.parameter}, so no order of them is what was trained",
+            f"convert each with {option('plain', True)} to a LoRA of the base first: those add up",
+        )
     dependent = next(item for item in group if item.edit.change.composes != SUM)
     other = next(item for item in group if item.adapter is not dependent.adapter)
     raise UnsupportedAdapter(

@@ -79,7 +79,7 @@ def may_resize(
         for counted in (*one.labels, *one.tokens):
             if counted.parameter == parameter and apart == [counted.dim] and counted.number(new) is not None:
                 return True
-    return not any(parameter in one.own for one in known) and apart == [0] and not known
+    return not any(one.has(parameter) for one in known) and apart == [0] and not known
 
 
 def brought(edits: Iterable[Weighted], config: Mapping[str, Any], tensors: Iterable[str]) -> Brought:
@@ -99,7 +99,7 @@ def brought(edits: Iterable[Weighted], config: Mapping[str, Any], tensors: Itera
         return Brought()
     was = base_class(config)
     one = _class(list(adapters.values()), config, added)
-    if one is None or not set(found) & one.own:
+    if one is None or not any(map(one.has, found)):
         one = None if was is None or added else head(was)
         if one is None:
             return Brought(notes=_unknown(added, was))
@@ -108,6 +108,8 @@ def brought(edits: Iterable[Weighted], config: Mapping[str, Any], tensors: Itera
         return _sizes(Brought(), head(was) or one if was else one, found, config)
     prefix = one.prefix + "." if one.prefix else ""
     beside = prefix and added and not any(name.startswith(prefix) for name in tensors)
+    if one.partly:  # then the names of the adapter's modules say whether there is a base model inside
+        beside = beside and any(key.startswith(prefix) for adapter in adapters.values() for key in adapter.tensors)
     return _sizes(Brought(one.name, prefix=prefix if beside else ""), one, found, config)
 
 
@@ -133,7 +135,7 @@ def _holds(one: Head, added: Sequence[str]) -> bool:
     Buffers (of a batch norm) stand beside their parameters.
     """
     modules = {name.partition(".")[0] for name in one.own} | ({one.prefix} if one.prefix else set())
-    return all(name in one.own or name.partition(".")[0] in modules for name in added)
+    return all(one.has(name) or name.partition(".")[0] in modules for name in added)
 
 
 def _told_by_task(adapters: Sequence[Adapter], one: Head, was: str | None) -> bool:

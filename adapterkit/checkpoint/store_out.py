@@ -24,7 +24,7 @@ from adapterkit.checkpoint.objects import ObjectFile
 from adapterkit.checkpoint.publish import RECORD_BYTES, is_record, part_name
 from adapterkit.checkpoint.schedule import Schedule, schedule
 from adapterkit.checkpoint.write import index_json
-from adapterkit.errors import AuthError, NotFound, OutputError, UsageError, option
+from adapterkit.errors import AuthError, NotFound, OutputError, StoreError, UsageError, option
 from adapterkit.foreign import json_value
 from adapterkit.places import Address
 from adapterkit.stores.connect import open_store
@@ -276,7 +276,8 @@ class StoreOut:
         prefix = self.out if self.plan.layout == "folder" else self.out.with_name(self.out.stem)
         try:
             begun = [one for one in self.store.uploads(prefix.key) if one.key in keys]
-        except AuthError:  # who may write may not be allowed to list uploads; the bucket's owner sweeps them
+        # Not every store lists uploads, nor may everybody who writes there; `gc --uploads` sweeps for its owner.
+        except (AuthError, StoreError):
             return
         if begun:
             notes = (self._read_claim(one) for one in self._noted.values() if one.key.endswith(NOTE))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from adapterkit.errors import UsageError, nearest
+from adapterkit.errors import UsageError, nearest, option
 
 
 class FileType(NamedTuple):
@@ -63,6 +63,8 @@ def file_type(name: str) -> tuple[str, FileType]:
     """
     upper = name.upper()
     upper = ALIASES.get(upper, upper)
+    if upper == "COPY":
+        raise UsageError("COPY keeps every tensor's type, which is what happens anyway", f"leave out {option('quant')}")
     if upper not in FILE_TYPES:
         raise UsageError(f"{name!r} is no quantization", nearest(name, FILE_TYPES))
     return upper, FILE_TYPES[upper]

@@ -12,6 +12,7 @@ from adapterkit.requests.formats import Format, formats
 from adapterkit.requests.groups import (
     ADAPTERS,
     FLOAT_TYPES,
+    GGUF_TYPES,
     OUTPUT,
     RUNNING,
     GGUFOutput,
@@ -132,6 +133,22 @@ class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
         metadata=opt(
             "Float type of a GGUF made from a Hugging Face model, and of a folder made from a GGUF file.",
             role=BYTES, group=OUTPUT, choices=FLOAT_TYPES, recipe="output.dtype",
+        ),
+    )  # fmt: skip
+    vocab_only: bool = field(
+        default=False,
+        kw_only=True,
+        metadata=opt(
+            "Of a GGUF output: metadata and tokenizer, and no tensors.", FLAG,
+            role=VALUES, group=GGUF_TYPES, recipe="output.vocab-only",
+        ),
+    )  # fmt: skip
+    prune_layers: str | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Of a GGUF file: leave these layers out, as 3,5-8.",
+            role=VALUES, group=GGUF_TYPES, metavar="LAYERS", recipe="output.prune-layers",
         ),
     )  # fmt: skip
     allow_pickle: bool = field(

@@ -317,6 +317,7 @@ class FolderForm:
         self._view, self._own = output.view, output.own
         self.floats: Checkpoint = output.folded.checkpoint
         self.encoded = encoded_weights(output, merge.base if output.own else None)
+        self._plain = _plain(output, self.encoded, merge.base if output.own else None)
         self._pair = ModelPair(self.floats, self.floats)
         # The values that readers of the output have, by the names of decoded weights.
         self._written = {**self.floats.tensors, **{name: self._back(name) for name in self.encoded}}
@@ -353,7 +354,7 @@ class FolderForm:
         from adapterkit.checkpoint.read_back import InFull
         from adapterkit.dtypes import F32
 
-        held: dict[str, Tensor] = {}
+        held: dict[str, Tensor] = dict(self._plain)
         for tensor in self.encoded[name]:
             held[tensor.name] = InFull(tensor) if tensor.extent is None else tensor
         for tensor in self.encoded[name]:
@@ -424,6 +425,16 @@ def encoded_weights(output: Output, base: Checkpoint | None) -> dict[str, list[T
         parts = () if form is None or name not in form.weights else form.weights[name].parts
         tensors += [output.view[p.name] for p in parts if p.name not in there and p.name in output.view]
     return found
+
+
+def _plain(output: Output, encoded: Mapping[str, Sequence[Tensor]], base: Checkpoint | None) -> dict[str, Tensor]:
+    """What an output does not quantize: a config names such modules, and readers look for them."""
+    parts = {tensor.name for tensors in encoded.values() for tensor in tensors}
+    form = None if base is None else base.stored
+    if form is not None:  # but not what is written wider now
+        stored = {part.name for weight in form.weights.values() for part in weight.parts}
+        parts |= {name for name in stored if output.view.get(name) is form.checkpoint.get(name)}
+    return {name: tensor for name, tensor in output.view.items() if name not in parts}
 
 
 class GGUFForm:

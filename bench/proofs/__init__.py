@@ -26,9 +26,11 @@ SMALL = {
     "mergekit": "--only linear",
     "methods": "--only Vera --only HiRA --only LoHa",
     "no_alarm": "--only gpt2 --only qwen3_moe",
+    "peft_matrix": "--tests $PEFT_TESTS --only IA3 --only Groups --only qwen2 --only lora_variants",
     "rounding": "--steps 10 --formats nf4",
     "store_plan": "--dir $GIANTS --model llama-405b",
     "sweep": "--only gpt2 --only qwen3_moe --only whisper",
+    "task_classes": "--only bert --only vit --only wav2vec2",
     "workers_killed": "--on local --workers-killed 2 --drivers-killed 1",
 }
 """Arguments of the small run of each proof; a name with ``$`` is taken from the environment: a program of

@@ -10,12 +10,14 @@ with a scale per row and in bfloat16.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 import torch
 
 from adapterkit.codecs.compressed import new_rows
 from adapterkit.codecs.encode import InStep
 from adapterkit.codecs.table import KINDS
+from adapterkit.codecs.tiles import Tiles
 from adapterkit.dtypes import BF16
 from adapterkit.ops.fidelity import Fidelity, block_sums
 from bench.common import results
@@ -25,12 +27,16 @@ SHOWN = ("fp8-block", "int4", "nvfp4", "mxfp4", "nf4", "int8")
 SIZES = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 
-def through(kind: str, w: torch.Tensor) -> torch.Tensor:
-    """decode(encode(W)) of a whole weight."""
+def through(kind: str, w: torch.Tensor, *, again: bool = False) -> torch.Tensor:
+    """decode(encode(W)) of a whole weight; ``again``: by the rule for a stored one, whose scales are not searched."""
     encoder = KINDS[kind].encoder("w.weight", tuple(w.shape), BF16, False)
     assert encoder is not None
     if isinstance(encoder, InStep):
         encoder.largest = lambda: float(w.abs().max())
+    tiles = getattr(encoder, "_tiles", encoder)
+    if again and isinstance(tiles, Tiles):
+        rule = tiles.number
+        tiles.number = lambda: replace(rule(), search=(), finer=())
     return encoder.values(0, encoder.encode(0, w.reshape(-1), None)).view(w.shape).float()
 
 
@@ -55,7 +61,7 @@ def main() -> None:
             base = through(kind, w)
             new = base + size * delta
             original = w + size * delta
-            kept = cell(base, new, through(kind, new))
+            kept = cell(base, new, through(kind, new, again=True))
             cells.append(f"{kept} / {cell(w, original, through(kind, original))}")
         base = through("int4", w)
         new = base + size * delta

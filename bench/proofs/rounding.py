@@ -314,7 +314,7 @@ def shipped(bench: Bench, kind: str, at: Path) -> dict[str, float]:
     from adapterkit.adapters.load import load_adapter
     from adapterkit.bases import open_base
 
-    to = "fp8" if kind == "fp8" else kind
+    to = "fp8-block" if kind == "fp8" else kind
     base = at / to
     if not base.exists():
         adapterkit.convert(at / "hf", base, to=to)

@@ -6,7 +6,7 @@
 
 For each model type a tiny random model (`zoo`) is saved; PEFT puts a LoRA on all its linear layers and stacked experts,
 except those that share their memory with another one: there PEFT adds both changes to the one tensor. Types that could
-not be built give the error in the last column.
+not be built give the error in the last column. `encodec` and `wavtokenizer_encoder` have no linear layer, so PEFT adapts none.
 
 * names: each adapted parameter, put together from the tensors that `Names.find` gives, equals the parameter in memory;
 * old on new: each tensor that has another name or shape in a file of the module tree's own format (version 5 of

@@ -31,6 +31,16 @@ class Net(nn.Module):
         return self.lin(x)
 
 
+class Lookup(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb = nn.Embedding(OUT, IN)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.emb(ids)
+
+
 ON: dict[str, Any] = {"target_modules": ["lin"]}
 DEPENDENT: dict[str, Callable[[], Any]] = {
     "ia3": lambda: peft.IA3Config(feedforward_modules=[], **ON),
@@ -52,9 +62,9 @@ SUMMED: dict[str, Callable[[], Any]] = {
 }
 
 
-def train(folder: Path, configs: Sequence[Any]) -> dict[str, torch.Tensor]:
-    """Save adapters ``0``, ``1``, ... of one model; gives what the live model with all of them computes."""
-    model = peft.get_peft_model(Net(), configs[0], adapter_name="0")
+def trained(folder: Path, net: nn.Module, configs: Sequence[Any]) -> Any:
+    """Save adapters ``0``, ``1``, ... of one model; gives the live model with all of them, in float64."""
+    model = peft.get_peft_model(net, configs[0], adapter_name="0")
     for number, config in enumerate(configs[1:], 1):
         model.add_adapter(str(number), config)
     generator = torch.Generator().manual_seed(1)
@@ -65,15 +75,22 @@ def train(folder: Path, configs: Sequence[Any]) -> dict[str, torch.Tensor]:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
     model.save_pretrained(folder)
     model.base_model.set_adapter(names)
-    model.double().eval()
+    return model.double().eval()
+
+
+def train(folder: Path, configs: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """The same for the linear layer; gives what the live model computes, as its weight and bias."""
+    model = trained(folder, Net(), configs)
     with torch.no_grad():
         bias = model(torch.zeros(1, IN, dtype=torch.float64))
         weight = (model(torch.eye(IN, dtype=torch.float64)) - bias).T
     return {"lin.weight": weight, "lin.bias": bias[0]}
 
 
-def merged(tmp_path: Path, count: int, **options: Any) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    base = save_module(tmp_path / "base", Net(), {"model_type": "mine"})
+def merged(
+    tmp_path: Path, count: int, net: nn.Module | None = None, **options: Any
+) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
+    base = save_module(tmp_path / "base", net or Net(), {"model_type": "mine"})
     report = adapterkit.merge(base, [tmp_path / str(n) for n in range(count)], tmp_path / "out", force=True, **options)
     return read_tensors(tmp_path / "out"), report.notes
 
@@ -93,6 +110,23 @@ def test_adapters_of_one_method_together_are_what_peft_runs(
     assert apart(found, want) < 2e-6
     said = any("order matters" in note and note.index("/0, then") < note.index("/1") for note in notes)
     assert said == (make in DEPENDENT.values())
+
+
+EMBEDDED: dict[str, Callable[[], Any]] = {
+    "oft": lambda: peft.OFTConfig(r=0, oft_block_size=8, target_modules=["emb"]),
+    "oft of one": lambda: peft.OFTConfig(r=0, oft_block_size=8, block_share=True, target_modules=["emb"]),
+    "lora": lambda: peft.LoraConfig(r=4, target_modules=["emb"]),
+    "hira": lambda: peft.HiraConfig(r=4, target_modules=["emb"]),
+}
+
+
+@pytest.mark.parametrize("make", EMBEDDED.values(), ids=EMBEDDED)
+def test_adapters_of_one_embedding_together_are_what_peft_runs(tmp_path: Path, make: Callable[[], Any]) -> None:
+    """What an embedding gives out is changed by the first adapter first; a layer's weight has that the other way round."""
+    with torch.no_grad():
+        want = trained(tmp_path, Lookup(), [make() for _ in range(3)])(torch.arange(OUT))
+    found, _ = merged(tmp_path, 3, Lookup())
+    assert apart(found, {"emb.weight": want}) < 2e-6
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(["dora", "lora", "dora again"])), ids="-".join)
@@ -129,8 +163,15 @@ def test_two_inits_that_took_something_out_of_w_are_refused(tmp_path: Path) -> N
     adapters = [
         plain_adapter(tmp_path / name, base, seed=seed, init_lora_weights="pissa") for seed, name in enumerate("ab")
     ]
-    with pytest.raises(UnsupportedAdapter, match="pissa"):
+    with pytest.raises(UnsupportedAdapter, match=r"pissa.* were each trained on") as raised:
         adapterkit.plan_merge(base, adapters, fingerprints=False)
+    assert "plain=True" in raised.value.hint
+    for name in "ab":
+        adapterkit.convert(tmp_path / name, tmp_path / f"plain {name}", to="peft", plain=True, base=base)
+        adapterkit.merge(base, [tmp_path / name], tmp_path / f"merged {name}")
+    adapterkit.merge(base, [tmp_path / "plain a", tmp_path / "plain b"], tmp_path / "both")
+    before, one, two, both = (read_tensors(tmp_path / name) for name in ("base", "merged a", "merged b", "both"))
+    assert apart(both, {n: one[n].double() + two[n].double() - before[n].double() for n in before}) < 2**-7  # bfloat16
     plain = plain_adapter(tmp_path / "c", base, seed=3)
     assert adapterkit.plan_merge(base, [adapters[0], plain], fingerprints=False).folded.touched
 

@@ -39,6 +39,7 @@ FEW = (
         ("audio-classification", "whisper"),
     ),  # their base model's parts in themselves
     ("ctc", "wav2vec2-bert"),  # its base model counts no tokens
+    ("QUESTION_ANS", "t5"),
 )
 LABELS = 5
 
@@ -76,14 +77,16 @@ def examined(task: str, kind: str, folder: Path, labels: int = LABELS, before: i
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for key, parameter in model.named_parameters():
-                if key in known.own:
+                if known.has(key):
                     parameter.normal_(0, 0.1, generator=generator)
         linear = [n for n, m in model.base_model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)]
-        prefix = f"{known.prefix}." if known.prefix else ""
+        prefix = f"{known.prefix}." if known.prefix and hasattr(model, known.prefix) else ""
         # A pooler that the saved base has not is another base's.
         there = [key for file in (folder / "base").glob("*.safetensors") for key in load_file(file)]
         linear = [n for n in linear if "pooler" not in n or any("pooler" in key for key in there)]
-        modules = sorted({key.partition(".")[0] for key in known.own})
+        # A head inside of the base model (Perceiver) is named whole.
+        inside = [key.rpartition(".")[0] for key in known.own if known.prefix and key.startswith(prefix)]
+        modules = sorted(inside or {key.partition(".")[0] for key in known.own})
         lora = LoraConfig(
             task_type=task if task in PEFT_TASKS else None,
             target_modules=[prefix + n for n in linear[:2]],
@@ -94,11 +97,11 @@ def examined(task: str, kind: str, folder: Path, labels: int = LABELS, before: i
         wrapped.save_pretrained(folder / "adapter", save_embedding_layers=False)
         trained = set(load_file(folder / "adapter" / "adapter_model.safetensors"))
         wanted = {key: value.clone() for key, value in wrapped.merge_and_unload().state_dict().items()}
-        plain = set(
-            cls.from_pretrained(folder / "base", output_loading_info=True, **size, ignore_mismatched_sizes=True)[1][
-                "missing_keys"
-            ]
-        )
+        _, told = cls.from_pretrained(folder / "base", output_loading_info=True, **size, ignore_mismatched_sizes=True)
+        plain = set(told["missing_keys"])
+        # The family's bare model is another one (Perceiver's image classes have wider layers by the same config).
+        if before is None and any(not known.has(one[0]) for one in told["mismatched_keys"]):
+            raise ValueError("the bare model has layers of another size")
     except Exception as error:
         pytest.skip(f"{type(error).__name__}: {str(error)[:80]}")
     # What the class has beside the head and the base does not hold was never saved by anyone.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from stored_formats import FORMATS
-from test_keep import OTHER, TOUCHED, adapter_of, base_of, shape_of
+from test_keep import OTHER, TOUCHED, adapter_of, base_of, shape_of, stored
 
 from adapterkit import merge, verify
 from adapterkit.checkpoint.decoded import dequantized
@@ -75,6 +75,16 @@ def test_a_small_rank_is_the_best_of_its_rank(tmp_path: Path) -> None:
     assert record["operation"]["parameters"]["residual"] == 3
     assert record["evidence"]["residual"]["held"] == pytest.approx(report.residual.held, rel=1e-4)
     assert "vllm serve" in report.residual.command
+
+
+def test_a_config_that_names_modules_of_16_bits(tmp_path: Path) -> None:
+    base, tuned, wanted = inputs(tmp_path, "ct int4")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"]["ignore"] = ["model.embed_tokens"]
+    (base / "config.json").write_text(json.dumps(config))
+    merge(base, [tuned], tmp_path / "out", quant="keep", residual=1000)
+    written = values(tmp_path / "out").double()
+    assert (written + product(tmp_path / "out-residual") - wanted).norm() <= 3e-3 * (wanted - written).norm()
 
 
 def test_a_dry_run_says_its_size_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,12 +220,10 @@ def test_what_has_no_residual_is_refused(tmp_path: Path, why: str) -> None:
 def test_a_folder_that_left_its_grid_whole_says_so(tmp_path: Path) -> None:
     """Where nothing is quantized any more, the config does not send readers to look for it."""
     base, tuned, wanted = inputs(tmp_path, "nf4")
-    for file in base.glob("*.safetensors"):  # the other layer goes
-        kept = {name: tensor for name, tensor in load_file(file).items() if not name.startswith(OTHER)}
-        save_file(kept, file, metadata={"format": "pt"})
-    index = json.loads((base / "model.safetensors.index.json").read_text())
-    index["weight_map"] = {name: file for name, file in index["weight_map"].items() if not name.startswith(OTHER)}
-    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    kept = {name: tensor for name, tensor in stored(base).items() if not name.startswith(OTHER)}  # the other layer goes
+    for file in (*base.glob("*.safetensors"), base / "model.safetensors.index.json"):
+        file.unlink()
+    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
     merge(base, [tuned], tmp_path / "out", quant="keep", keep_touched="bf16")
     assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
     assert (values(tmp_path / "out").double() - wanted).norm() <= 0.01 * wanted.norm()

@@ -33,13 +33,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "narrower": ({"hidden_size": 32}, "token_embd.weight' has 64 columns, .* says 32"),
     "narrower networks": ({"intermediate_size": 64}, "ffn_down.weight' has 96 columns, .* says 64"),
     "an epsilon in words": ({"rms_norm_eps": "small"}, "gives 'small' for 'attention.layer_norm_rms_epsilon'"),
-    "no epsilon": ({"rms_norm_eps": GONE}, "does not say 'rms_norm_eps'"),
+    "no epsilon": ({"rms_norm_eps": GONE, "model_type": "other"}, "does not say 'rms_norm_eps'"),
     "an epsilon below nothing": ({"rms_norm_eps": -1}, "is negative"),
     "an epsilon that is none": ({"rms_norm_eps": float("nan")}, "is no number"),
     "rotation in words": ({"rope_parameters": "x"}, "no table"),
     "a base in words": ({"rope_parameters": {**ROPE, "rope_theta": "big"}}, "gives 'big' for 'rope.freq_base'"),
     "a base of nothing": ({"rope_parameters": {**ROPE, "rope_theta": 0}}, "gives 0 for 'rope.freq_base'"),
-    "no context": ({"max_position_embeddings": GONE}, "does not say 'max_position_embeddings'"),
+    "no context": ({"max_position_embeddings": GONE, "model_type": "other"}, "does not say 'max_position_embeddings'"),
     "a context of nothing": ({"max_position_embeddings": 0}, "gives 0 for 'context_length'"),
     "a context beyond counting": ({"max_position_embeddings": 2**40}, "no count"),
     "a class in words": ({"architectures": "LlamaForCausalLM"}, "list of class names"),
@@ -72,6 +72,20 @@ def test_contradictions_are_refused_by_name(hf: Path, tmp_path: Path) -> None:
             convert(base, tmp_path / "o.gguf")
         assert len(str(raised.value)) < 400, name
         assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"], name
+
+
+def test_a_context_and_an_epsilon_that_are_left_out_are_the_classs(hf: Path, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    base = tmp_path / "hf"
+    shutil.copytree(hf, base)
+    config = json.loads((hf / "config.json").read_text())
+    del config["max_position_embeddings"], config["rms_norm_eps"]
+    (base / "config.json").write_text(json.dumps(config))
+    convert(base, tmp_path / "o.gguf")
+    fields = GGUFReader(str(tmp_path / "o.gguf")).fields
+    assert fields["llama.context_length"].contents() == 2048
+    assert fields["llama.attention.layer_norm_rms_epsilon"].contents() == pytest.approx(1e-6)
 
 
 def test_layers_after_the_last_are_left_out_where_the_config_says_that_they_predict(hf: Path, tmp_path: Path) -> None:

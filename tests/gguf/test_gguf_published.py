@@ -15,7 +15,7 @@ import pytest
 from gguf_runtime import far, logprobs, of_model
 
 import adapterkit.gguf.vocab
-from adapterkit.errors import AdapterkitError, TargetError
+from adapterkit.errors import AdapterkitError, TargetError, UsageError
 from adapterkit.gguf.arch import omitted
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.contract import held, left_out_by_transformers
@@ -412,3 +412,29 @@ def test_what_a_class_of_transformers_leaves_out_is_said() -> None:
         (note,) = left_out_by_transformers(Config({**plain, **more}))
         assert "that part of a head" in note
     assert left_out_by_transformers(Config({**plain, "rotary_dim": 8, "architectures": ["MiniMaxM1ForCausalLM"]})) == ()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "given"),
+    [
+        ("mistral", {"sliding_window": 8}, {"allow_approximate": ["sliding_window"]}),
+        ("qwen3", {}, {"as_reranker": True}),
+    ],
+)
+def test_verify_knows_what_was_asked(kind: str, change: dict[str, Any], given: dict[str, Any], tmp_path: Path) -> None:
+    from gguf_runtime import lora
+    from models import make_adapter
+
+    import adapterkit
+
+    tiny = zoo.ZOO[kind]
+    zoo.ZOO["changed"] = replace(tiny, config={**tiny.config, **change})
+    zoo.build(tmp_path / "hf", "changed")
+    (tmp_path / "hf/tokenizer.json").write_text(json.dumps({"model": {"vocab": {"yes": 20, "no": 30}}}))
+    adapter = make_adapter(tmp_path / "a", tmp_path / "hf", lora(), scale=0.1)
+    with pytest.raises(UsageError, match="options of a GGUF output"):
+        adapterkit.merge(tmp_path / "hf", [adapter], tmp_path / "folder", **given)
+    adapterkit.merge(tmp_path / "hf", [adapter], tmp_path / "o.gguf", **given)
+    report = adapterkit.verify(tmp_path / "o.gguf", base=tmp_path / "hf", adapters=[adapter])
+    assert report.ok
+    assert not report.findings

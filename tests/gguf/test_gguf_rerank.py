@@ -101,12 +101,12 @@ def test_a_qwen3_classifier_answers_with_probabilities(count: int, tmp_path: Pat
     assert abs(scores(tmp_path / "o.gguf")[0] - expected).max() < 1e-5
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_language_model_that_answers_yes_or_no(tied: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tied", [True, False, "with an output layer of its own"])
+def test_a_language_model_that_answers_yes_or_no(tied: Any, tmp_path: Path) -> None:
     import torch
 
     hf = tmp_path / "hf"
-    model = _build(hf, "Qwen3ForCausalLM", "qwen2", tie_word_embeddings=tied, max_position_embeddings=512)
+    model = _build(hf, "Qwen3ForCausalLM", "qwen2", tie_word_embeddings=tied is True, max_position_embeddings=512)
     with pytest.raises(CheckpointError, match="no such tokens"):
         convert(hf, tmp_path / "o.gguf", as_reranker=True)
     words = json.loads((hf / "tokenizer.json").read_text())
@@ -119,6 +119,9 @@ def test_a_language_model_that_answers_yes_or_no(tied: bool, tmp_path: Path) -> 
         vocab[new] = number
         words["model"]["merges"] = [m for m in words["model"]["merges"] if "".join(m) != old and old not in m]
     (hf / "tokenizer.json").write_text(json.dumps(words))
+    if isinstance(tied, str):
+        config = json.loads((hf / "config.json").read_text())
+        (hf / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
     report = convert(hf, tmp_path / "o.gguf", as_reranker=True)
     assert any("the probability of 'yes'" in note for note in report.notes)
     expected = []

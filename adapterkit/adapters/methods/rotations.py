@@ -25,7 +25,7 @@ from adapterkit.errors import AdapterError, TargetError, UnsupportedAdapter
 if TYPE_CHECKING:
     import torch
 
-    from adapterkit.adapters.change import Kernel, Weights
+    from adapterkit.adapters.change import Composition, Kernel, Weights
     from adapterkit.adapters.target import Target
 
 OFT, OFT_EMBEDDING, OFT_OLD = "oft_R.weight", "oft_embedding_R.weight", "oft_r"
@@ -72,7 +72,9 @@ def _oft(module: Module, context: Context) -> Iterator[Edit]:
         turn = (turn if name == OFT_EMBEDDING else turn.mT).float().contiguous()
         return RowMap(lambda w, rows: ops.times_blocks(w, turn))
 
-    yield edit(target, f"oft {blocks}x{size}", load, (vectors,), blocks * size * size, BEFORE)
+    # Inputs are turned by the first adapter first, and so is what an embedding gives out.
+    composes: Composition = AFTER if name == OFT_EMBEDDING else BEFORE
+    yield edit(target, f"oft {blocks}x{size}", load, (vectors,), blocks * size * size, composes)
 
 
 def _boft(module: Module, context: Context) -> Iterator[Edit]:

@@ -14,7 +14,8 @@ from adapterkit.errors import CheckpointError
 
 # Keys of every architecture without which llama.cpp loads no file, and the field that they come from.
 NEEDED = {"context_length": "max_position_embeddings", "embedding_length": "hidden_size"}
-_OWN_WIDTH = frozenset(("arctic",))  # its dense networks are as wide as the model
+# The dense networks of an arctic are as wide as the model; the field of a qwen counts the gate and what it gates.
+_OWN_WIDTH = frozenset(("arctic", "qwen"))
 _HINT = "give the config.json that belongs to these weights"
 
 
@@ -58,6 +59,9 @@ def fits(arch: str, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, .
     embedding = shapes.get("token_embd.weight")
     if embedding is not None and isinstance(width, int) and embedding[-1] != width:
         raise _wrong(ref, "token_embd.weight", f"{embedding[-1]} columns", "hidden_size", width)
+    labels, head = values.get("classifier.output_labels"), shapes.get("cls.output.weight")
+    if isinstance(labels, list) and head is not None and head[0] != len(labels):
+        raise _wrong(ref, "cls.output.weight", f"{head[0]} rows", "id2label", len(labels))
     for layer in range(_number(values.get("block_count"), 0) or 0):
         _attention(values, shapes, layer, ref)
         inner = None if arch in _OWN_WIDTH else _number(values.get("feed_forward_length"), layer)

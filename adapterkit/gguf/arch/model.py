@@ -141,6 +141,8 @@ def as_gguf(
     """
     if as_reranker:
         config = {**config, **token_ids(files or {}, base.ref)}
+        if any(name.endswith("lm_head.weight") for name in view.shapes):
+            config["tie_word_embeddings"] = False  # its rows count, whatever the config says
     read = Config(config, base.ref, files)
     spec = spec_of(read)
     if as_reranker:

@@ -93,6 +93,8 @@ THETAS = {
     "solar_open": 1_000_000.0,
 }
 """Rotary bases of model types that are not 10,000."""
+_CONTEXTS = ("max_position_embeddings", "n_ctx", "n_positions", "max_length", "model_max_length", "seq_length")
+_EPSILONS = ("rms_norm_eps", "norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
 _THETA_FIELDS = ("rope_theta", "global_rope_theta", "rope_global_theta", "rope_theta_global", "rotary_emb_base")
 
 
@@ -110,8 +112,12 @@ def completed(config: Mapping[str, Any], inner: Mapping[str, Any]) -> dict[str, 
     """
     kind = str(config.get("model_type") or "")
     found = dict(config)
+    of_all = of_class(kind)
     if inner:
-        found |= {name: value for name, value in of_class(kind).items() if found.get(name) is None}
+        found |= {name: value for name, value in of_all.items() if name not in found}
+    for names in (_CONTEXTS, _EPSILONS):  # what older configs leave out, and llama.cpp has no default for
+        if not any(name in found for name in names):
+            found |= {name: of_all[name] for name in names if name in of_all}
     ropes = (config.get("rope_parameters") or {}, config.get("rope_scaling") or {}, config)
     said = any(isinstance(one, Mapping) and any(one.get(name) is not None for name in _THETA_FIELDS) for one in ropes)
     by_kind = any(isinstance(one, Mapping) and "full_attention" in one for one in ropes[:2])

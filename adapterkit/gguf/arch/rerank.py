@@ -145,7 +145,6 @@ SPECS = (
             ),
             "qwen3_reranker_tied": (
                 rule("model.embed_tokens.weight", "token_embd.weight", "cls.output.weight", ops=[TwoRows(whole=True)]),
-                rule("lm_head"),
             ),
         }.items()
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import NotFound, UsageError, option
@@ -9,6 +10,7 @@ from adapterkit.requests.convert import ConvertRequest
 from adapterkit.verbs.conversions.conversion import Conversion
 
 if TYPE_CHECKING:
+    from adapterkit.gguf.metadata import Entry
     from adapterkit.verbs.job import Job
 
 
@@ -41,6 +43,7 @@ def plan(asked: ConvertRequest, jobs: int) -> Conversion:
 
 def _of_gguf(opened: Any, request: ConvertRequest, jobs: int) -> Conversion:
     from adapterkit.gguf.plan import FileLayout, plan_gguf
+    from adapterkit.gguf.prune import layers_of, pruned
     from adapterkit.gguf.quantize import Quantization, typed
     from adapterkit.gguf.said import with_said
 
@@ -49,10 +52,23 @@ def _of_gguf(opened: Any, request: ConvertRequest, jobs: int) -> Conversion:
             f"{opened.ref} is a GGUF {opened.kind}, not a model", f"add {option('to', 'peft')}, or give a model"
         )
     asked = request.types or Quantization()
+    changed: list[Entry] = []
+    if request.vocab_only:
+        raise UsageError(
+            f"the tokenizer alone is written of a Hugging Face model, and {opened.ref} is a GGUF file",
+            f"leave out {option('vocab_only', True)}",
+        )
+    if request.prune_layers is not None:
+        if asked.imatrix is not None:
+            raise UsageError(
+                "an importance matrix is of all layers, and some are left out",
+                f"leave out the layers first, then add {option('imatrix')} to the next conversion",
+            )
+        opened, changed = pruned(opened, layers_of(request.prune_layers))
     found = typed(opened, opened, asked)
     layout = FileLayout(found.tensors, found.entries, opened.header.alignment, opened.sources[0])
     stated = {"verb": "convert", **asked.request()}
-    layout = with_said(layout, request.said)
+    layout = with_said(with_said(layout, changed), request.said)
     planned = plan_gguf(layout, max_shard_size=request.shard_size, jobs=jobs, request=stated)
     tensors = {tensor.name: tensor for tensor in found.tensors}
     return Conversion(opened.ref, "gguf", planned, tensors, opened.sources, found.types, {}, found.notes)
@@ -62,14 +78,23 @@ def _of_hf(opened: Any, request: ConvertRequest, jobs: int) -> Conversion:
     from adapterkit.checkpoint.decoded import dequantized
     from adapterkit.gguf.from_hf import from_hf
     from adapterkit.gguf.plan import plan_gguf
-    from adapterkit.gguf.quantize import Quantization
+    from adapterkit.gguf.quantize import FILE_TYPE, QUANTIZATION_VERSION, Quantization
     from adapterkit.gguf.said import with_said
     from adapterkit.gguf.towers.make import from_tower
     from adapterkit.requests.merge import parse_floats
     from adapterkit.verbs.tower import tower_job
 
+    if request.prune_layers is not None:
+        raise UsageError(
+            f"layers are left out of a GGUF file, and {opened.ref} is none",
+            f"convert it first, without {option('prune_layers')}",
+        )
     view = dequantized(opened)
     asked = request.types or Quantization()
+    if request.vocab_only and (request.types is not None or request.makes_tower or request.as_reranker):
+        raise UsageError(
+            f"{option('vocab_only', True)} writes no tensors", "leave out what says how tensors are written"
+        )
     files = {file.name: file.bytes() for file in view.side_files}
     also: tuple[Job, ...] = ()
     held: frozenset[str] = frozenset()
@@ -92,6 +117,9 @@ def _of_hf(opened: Any, request: ConvertRequest, jobs: int) -> Conversion:
         elsewhere=held,
     )
     stated = {"verb": "convert", "dtype": request.dtype, "pre": request.pre, **asked.request()}
+    if request.vocab_only:
+        without = tuple(one for one in made.layout.entries if one.key not in (FILE_TYPE, QUANTIZATION_VERSION))
+        made = replace(made, layout=replace(made.layout, tensors=(), entries=without), types={})
     planned = plan_gguf(
         with_said(made.layout, request.said), max_shard_size=request.shard_size, jobs=jobs, request=stated
     )
