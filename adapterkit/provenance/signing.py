@@ -176,7 +176,9 @@ def verify(
         if extra := sorted(set(files) - named):
             raise CheckFailed(
                 f"{found.said} is not what was signed: not signed: {', '.join(extra)}",
-                _left_out(extra, f"take out what does not belong there, or leave it out with {option('ignore', extra[0])}"),
+                _left_out(
+                    extra, f"take out what does not belong there, or leave it out with {option('ignore', extra[0])}"
+                ),
             )
         _record(found, signed, same)
         return Holds(found.said, len(files) + (found.beside is not None), found.left_out)
@@ -327,7 +329,9 @@ def _compare(found: Signable, signed: Mapping[str, str], here: Mapping[str, str]
     if missing:
         parts.append(f"missing: {', '.join(missing)}")
     if parts:
-        raise CheckFailed(f"{found.said} is not what was signed: {'; '.join(parts)}", _left_out(other, "get it again", missing))
+        raise CheckFailed(
+            f"{found.said} is not what was signed: {'; '.join(parts)}", _left_out(other, "get it again", missing)
+        )
 
 
 def _left_out(names: Sequence[str], otherwise: str, missing: Sequence[str] = ()) -> str:
