@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -254,3 +255,57 @@ def test_a_name_that_is_a_file_is_a_file_of_the_first_style(tmp_path: Path) -> N
         for name, tensor in fold(open_checkpoint(base), [load_adapter(tmp_path / "mlx")]).checkpoint.tensors.items()
     }
     assert all((found[name].double() - delta).abs().max() <= 1e-5 * delta.abs().max() for name, delta in deltas.items())
+
+
+def test_sd_scripts_names_of_each_stable_diffusion(tmp_path: Path) -> None:
+    """sd-scripts looks for ``lora_te_`` in SD 1 and 2 alone, and names the UNet of SDXL in the original layout."""
+    torch.manual_seed(0)
+    block, layer = "down_blocks.1.attentions.0.transformer_blocks", "text_model.encoder.layers.0.self_attn.q_proj"
+    inside = {"unet": f"{block}.0.attn2.to_v", "text_encoder": layer, "text_encoder_2": layer}
+    flat = "lora_unet_{}_1_attentions_0_transformer_blocks_{}_attn2_to_v".format
+    old, sdxl = flat("down_blocks", 0), "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_v"
+    te = "_text_model_encoder_layers_0_self_attn_q_proj"
+
+    def base(*components: str) -> Path:
+        folder = tmp_path / f"pipeline{len(components)}"
+        for name in components:
+            write_checkpoint(folder / name, {f"{inside[name]}.weight": torch.zeros(WIDE, WIDE)}, {})
+        index = {name: ["diffusers", "Any"] for name in components}
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline", **index}))
+        return folder
+
+    def drawn_for(width: int, **modules: str) -> Tensors:
+        return {
+            f"{lead}.{path}.lora_{half}.weight": torch.randn(*shape)
+            for lead, path in modules.items()
+            for half, shape in (("A", (RANK, width)), ("B", (WIDE, RANK)))
+        }
+
+    both, first = base(*inside), base("unet", "text_encoder")
+    encoder = {"text_encoder": layer}
+    cases: list[tuple[Tensors, Path | None, set[str]]] = [
+        (drawn_for(WIDE, **encoder), first, {f"lora_te{te}"}),
+        (drawn_for(WIDE, **encoder), both, {f"lora_te1{te}"}),
+        (drawn_for(WIDE, unet=inside["unet"], **encoder), first, {old, f"lora_te{te}"}),
+        (drawn_for(WIDE, unet=inside["unet"], **encoder), both, {sdxl, f"lora_te1{te}"}),
+        # Without a base the shapes tell, and the other parts of the file.
+        (drawn_for(768, unet=inside["unet"], **encoder), None, {old, f"lora_te{te}"}),
+        (drawn_for(2048, unet=inside["unet"], **encoder), None, {sdxl, f"lora_te1{te}"}),
+        (drawn_for(WIDE, **encoder, text_encoder_2=layer), None, {f"lora_te1{te}", f"lora_te2{te}"}),
+        (drawn_for(WIDE, transformer=f"{DOUBLE}.attn.to_out.0", **encoder), None, {
+            "lora_unet_double_blocks_0_img_attn_proj", f"lora_te1{te}"}),
+    ]  # fmt: skip
+    for number, (tensors, pipeline, wanted) in enumerate(cases):
+        source, out = tmp_path / f"{number}.safetensors", tmp_path / f"kohya{number}.safetensors"
+        save_file(tensors, source)
+        adapterkit.convert(source, out, to="kohya", base=pipeline)
+        assert {key.partition(".")[0] for key in load_file(out)} == wanted, number
+    adapterkit.combine([tmp_path / "1.safetensors", tmp_path / "3.safetensors"], tmp_path / "sum.safetensors",
+                       base=both, to="kohya")  # fmt: skip
+    assert {key.partition(".")[0] for key in load_file(tmp_path / "sum.safetensors")} == {sdxl, f"lora_te1{te}"}
+    # What looks at the text alone is known as a UNet's too.
+    adapterkit.convert(tmp_path / "5.safetensors", tmp_path / "back.safetensors", to="diffusers")
+    assert {key.partition(".")[0] for key in load_file(tmp_path / "back.safetensors")} == {"unet", "text_encoder"}
+    with pytest.raises(UnsupportedAdapter, match=r"2 models \(denoiser, te1\)") as refused:
+        adapterkit.convert(tmp_path / "3.safetensors", tmp_path / "x.safetensors", to="lycoris", base=both)
+    assert refused.value.hint == "name one part: only='PART'"

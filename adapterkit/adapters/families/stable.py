@@ -10,8 +10,11 @@ against diffusers' conversions by the tests.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from adapterkit.adapters.families.row import BARE, JOINED, PipelineFamily, SharedRows, table
 
+_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 LAYERS, LEVELS = 2, 4  # layers of a level in every UNet of the family, levels at most
 
 _RESNET = {
@@ -85,12 +88,35 @@ _OPEN_CLIP = (
     SharedRows("text_projection", ("text_projection.weight",), leaves=BARE, turned=True),
 )
 
+# What a LoRA may be trained on alone: the attention to the text, one half of the UNet, a block.
+_TRAINED = (
+    *("proj_in", "proj_out", "transformer_blocks.{}.ff.net.0.proj", "transformer_blocks.{}.ff.net.2"),
+    *(f"transformer_blocks.{{}}.{side}.{name}" for side in ("attn1", "attn2") for name in _PROJECTIONS),
+)
+
+
+def _marks(attentions: tuple[str, ...], resnets: tuple[str, ...], layers: Iterable[str]) -> tuple[str, ...]:
+    inside = [f"{block}.{name}" for block in attentions for name in _TRAINED]
+    return (*inside, *(f"{block}.{name}" for block in resnets for name in layers))
+
+
 FAMILIES = (
     PipelineFamily(
         "Stable Diffusion UNet",
         _unet(),
-        ("input_blocks.{}.1.transformer_blocks.{}.attn1.to_q", "input_blocks.{}.0.in_layers.2", "input_blocks.0.0"),
-        ("down_blocks.{}.attentions.{}.transformer_blocks.{}.attn1.to_q", "down_blocks.{}.resnets.{}.conv1"),
+        (
+            "input_blocks.0.0",
+            *_marks(
+                ("input_blocks.{}.1", "middle_block.1", "output_blocks.{}.1"),
+                ("input_blocks.{}.0", "middle_block.0", "middle_block.2", "output_blocks.{}.0"),
+                _RESNET,
+            ),
+        ),
+        _marks(
+            ("down_blocks.{}.attentions.{}", "mid_block.attentions.{}", "up_blocks.{}.attentions.{}"),
+            ("down_blocks.{}.resnets.{}", "mid_block.resnets.{}", "up_blocks.{}.resnets.{}"),
+            _RESNET.values(),
+        ),
         ("UNet2DConditionModel",),
         whole=True,
     ),

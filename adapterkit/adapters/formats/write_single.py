@@ -10,14 +10,14 @@
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.families.names import ENCODERS, family_of
+from adapterkit.adapters.families.names import ENCODERS
 from adapterkit.adapters.formats.contents import METADATA
+from adapterkit.adapters.formats.generation import counts_encoders, is_sdxl, is_unet
 from adapterkit.adapters.formats.parts import KINDS
 from adapterkit.adapters.formats.relaid import bare, relaid
 from adapterkit.adapters.formats.views import FunctionTensor
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     import torch
 
     from adapterkit.adapters.adapter import Adapter
+    from adapterkit.adapters.formats.contents import Contents
     from adapterkit.adapters.formats.plain import PlainFactors
     from adapterkit.adapters.formats.relaid import Rows
     from adapterkit.adapters.names import Names
     from adapterkit.checkpoint.tensor import Tensor
 
-UNET = "Stable Diffusion UNet"
 _STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", METADATA)
 
 
@@ -144,11 +144,14 @@ def as_single(
         parts.setdefault(kind, []).append(replace(one, path=path))
     if len(parts) > 1 and style.name == "lycoris":
         raise UnsupportedAdapter(
-            f"{adapter.ref} is for {len(parts)} models, and such a file is of one", "name one part"
+            f"{adapter.ref} is for {len(parts)} models ({', '.join(sorted(parts))}), and such a file is of one",
+            f"name one part: {option('only', 'PART')}",
         )
     tensors: dict[str, Tensor] = {}
+    counted = counts_encoders(parts, adapter.contents, names)
     for kind, own in parts.items():
-        laid, lead = _laid(own, kind, style, names), _lead(kind, own, style, parts)
+        laid = _laid(own, kind, style, adapter.contents, names)
+        lead = _lead(kind, own, style, counted)
         for one in laid:
             path = one.path.replace(".", "_") if style.flat else one.path
             tensors |= _named(one, lead + path, style)
@@ -162,6 +165,12 @@ _COMPONENTS = {
     "text_encoder_3.": "te3",
     "transformer_2.": "transformer_2",
 }
+
+
+def component_lead(part: str) -> str:
+    """How the modules of a part of a pipeline are led where several stand together; empty for a denoiser."""
+    kind = KINDS.get(part, part)
+    return next((lead for lead, known in _COMPONENTS.items() if known == kind), "")
 
 
 def _place(path: str, adapter: Adapter) -> tuple[str, str]:
@@ -181,14 +190,13 @@ def _kind(path: str, adapter: Adapter) -> str:
     return "te1" if bare(path).startswith("text_model.") else "denoiser"
 
 
-def _laid(own: list[PlainFactors], kind: str, style: Style, names: Names | None) -> list[PlainFactors]:
+def _laid(
+    own: list[PlainFactors], kind: str, style: Style, contents: Contents | None, names: Names | None
+) -> list[PlainFactors]:
     if kind not in ("denoiser", "transformer_2"):
         return relaid(own, "diffusers", _rows(names))
-    told = family_of([bare(one.path) for one in own])
-    if told is not None and told[0].name == UNET and style.name == "kohya":
-        # sd-scripts names the UNet of SDXL in the original layout and any other in diffusers'.
-        deep = any(re.search(r"transformer_blocks\.[2-9]", one.path) for one in own)
-        return relaid(own, "original" if deep else "diffusers", _rows(names))
+    if style.name == "kohya" and is_unet(own):
+        return relaid(own, "original" if is_sdxl(own, contents, names) else "diffusers", _rows(names))
     return relaid(own, style.layout, _rows(names))
 
 
@@ -200,11 +208,10 @@ def _rows(names: Names | None) -> Rows:
     return rows
 
 
-def _lead(kind: str, own: list[PlainFactors], style: Style, parts: Mapping[str, object]) -> str:
-    told = family_of([bare(one.path) for one in own])
-    if style.name == "diffusers" and kind == "denoiser" and told is not None and told[0].name == UNET:
+def _lead(kind: str, own: list[PlainFactors], style: Style, counted: bool) -> str:
+    if style.name == "diffusers" and kind == "denoiser" and is_unet(own):
         return "unet."
-    if style.name == "kohya" and kind == "te1" and "te2" not in parts:
+    if style.name == "kohya" and kind == "te1" and not counted:
         return "lora_te_"
     if kind not in style.leads:
         raise UnsupportedAdapter(f"a file of {style.name} has no name for {kind}", f"write {option('to', 'diffusers')}")

@@ -13,8 +13,10 @@ from adapterkit.verbs.conversions.conversion import Conversion
 
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
+    from adapterkit.adapters.formats.contents import FileModule
     from adapterkit.adapters.formats.plain import PlainFactors
     from adapterkit.adapters.formats.write import AdapterFiles
+    from adapterkit.adapters.formats.write_single import Style
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.requests.convert import ConvertRequest
 
@@ -35,10 +37,8 @@ def _plan(asked: ConvertRequest, jobs: int, name: str) -> Conversion:
     style = STYLES[name]
     parts = _parts(asked)
     if parts:
-        files = [_of_part(part, name) for part in parts]
-        tensors = {key: tensor for one in files for key, tensor in one.tensors.items()}
         notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
-        return planned_tensors(parts[0].ref, replace(files[0], tensors=tensors), parts[0].sources, name, notes)
+        return planned_tensors(parts[0].ref, _together(parts, style), parts[0].sources, name, notes)
     adapter, base = open_adapter(asked)
     names = None if base is None else Names(base.shapes, base.config)
 
@@ -63,17 +63,27 @@ def _parts(asked: ConvertRequest) -> list[Adapter]:
     return [opened(adapter, contents, (part,)) for part in contents.parts]
 
 
-def _of_part(adapter: Adapter, name: str) -> AdapterFiles:
+def _together(parts: list[Adapter], style: Style) -> AdapterFiles:
     from adapterkit.adapters.formats.plain import scaled_factors
-    from adapterkit.adapters.formats.write_single import STYLES, as_single
+    from adapterkit.adapters.formats.write_single import as_single, component_lead
     from adapterkit.errors import UsageError
 
-    found = scaled_factors(adapter)
-    if found is None:
-        raise UsageError(
-            f"{adapter.ref} is more than LoRA, which is computed against its base", f"add {option('base', 'BASE')}"
-        )
-    return as_single(adapter, *found, STYLES[name])
+    factors: list[PlainFactors] = []
+    whole: dict[str, Tensor] = {}
+    modules: list[FileModule] = []
+    for part in parts:
+        found = scaled_factors(part)
+        if found is None or part.contents is None:
+            raise UsageError(
+                f"{part.ref} is more than LoRA, which is computed against its base", f"add {option('base', 'BASE')}"
+            )
+        modules += part.contents.modules
+        lead = component_lead(part.contents.modules[0].part)
+        factors += [replace(one, path=lead + one.path) for one in found[0]]
+        whole |= found[1]
+    first = parts[0]
+    assert first.contents is not None
+    return as_single(replace(first, contents=replace(first.contents, modules=tuple(modules))), factors, whole, style)
 
 
 def diffusers(asked: ConvertRequest, jobs: int) -> Conversion:
