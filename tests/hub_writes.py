@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,16 @@ def git_blob(data: bytes) -> str:
 
 @dataclass
 class WriteFault:
-    """Answers ``times`` calls with a status, or cuts the connection (None), before or after the work was done."""
+    """Answers ``times`` calls with a status, cuts the connection (None) or says nothing (SILENT), before or after the work
+    was done."""
 
     match: Callable[[str, str], bool]
     status: int | None
     times: int
     after: bool
+
+
+SILENT = 0
 
 
 class WritableHub(Hub):
@@ -46,6 +51,7 @@ class WritableHub(Hub):
         self.tags: dict[str, dict[str, str]] = {}
         self.commits_made = 0
         self.public_names: set[str] = set()
+        self.speak = threading.Event()  # what is silent until then
 
     @property
     def handler(self) -> type[_Handler]:
@@ -85,7 +91,9 @@ class _Writes(_Handler):
         return fault
 
     def _break(self, fault: WriteFault) -> None:
-        if fault.status is None:
+        if fault.status == SILENT:
+            self.hub.speak.wait(60)
+        if not fault.status:
             self.close_connection = True
             self.connection.close()
         else:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hub_writes import TOKEN, WritableHub, writable_hub  # noqa: F401  (the fixture hub)
+from hub_writes import SILENT, TOKEN, WritableHub, writable_hub  # noqa: F401  (the fixture hub)
 from models import edit_config, plain_adapter, plain_base, read_tensors, write_checkpoint
 
 import adapterkit
+from adapterkit.checkpoint import hub as client
 from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.errors import (
     AdapterkitError,
@@ -495,3 +496,34 @@ def test_what_the_hub_states_is_enough_for_the_same_files(hub: WritableHub, base
     report = check("org/mirror", ["mine"])
     assert (report.bases[0].verdict, report.bases[0].level) == ("same", "files")
     assert not any("resolve" in call.path and call.ranged is False and call.sent > 4096 for call in hub.calls)
+
+
+@pytest.mark.parametrize("words", ["/api/models/my-org/mine", "/repos/create", "/preupload/", "/commit/", "/tag/"])
+def test_a_hub_that_goes_silent_is_not_waited_for(
+    hub: WritableHub, registered: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "SILENCE", 0.5)
+    hub.break_write(words, SILENT, times=99)
+    try:
+        with pytest.raises(HubError, match=r"could not be reached|timed out"):
+            push(registered, REPO, tag="v1")
+        hub.write_faults.clear()
+    finally:
+        hub.speak.set()
+    monkeypatch.setattr(client, "SILENCE", 60)
+    assert push(registered, REPO, tag="v1").commit == hub.tags[REPO]["v1"]
+
+
+def test_a_silent_hub_is_not_waited_for_when_it_is_read(
+    hub: WritableHub, registered: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(registered, REPO)
+    monkeypatch.setenv("ADAPTERKIT_HOME", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(client, "SILENCE", 0.5)
+    hub.break_write("/api/models/my-org/mine", SILENT, times=99)  # files have limits of the client's own
+    with pytest.raises(HubError):
+        pull(REPO)
+    hub.write_faults.clear()
+    hub.speak.set()
+    monkeypatch.setattr(client, "SILENCE", 60)
+    assert pull(REPO).record.name

@@ -256,6 +256,44 @@ def test_a_signed_output_stays_signed_on_its_way(
     assert "record, with measured" in [one.words for one in verify_attestation("desk@3", public).statements]
 
 
+def test_what_a_push_and_the_hub_change(out: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
+    """The card is written anew and .gitattributes added: the sentence names both and the way to hold the rest."""
+    private, public = keys
+    (tmp_path / "out" / "README.md").write_text("a card")
+    sign(out, private)
+    (out / "README.md").write_text("---\nlicense: mit\n---\na card")
+    (out / ".gitattributes").write_text("*.safetensors filter=lfs")
+    with pytest.raises(CheckFailed, match=r"other bytes in README\.md") as refused:
+        verify(out, public)
+    assert refused.value.hint.endswith("ignore='README.md'")
+    with pytest.raises(CheckFailed, match=r"not signed: \.gitattributes") as refused:
+        verify(out, public, ignore=["README.md"])
+    assert refused.value.hint.endswith("ignore='.gitattributes'")
+    assert verify(out, public, ignore=["README.md", ".gitattributes"]).left_out == ("README.md", ".gitattributes")
+    flip(out / "config.json")
+    with pytest.raises(CheckFailed, match=r"other bytes in README\.md, config\.json") as refused:
+        verify(out, public)
+    assert "ignore" not in refused.value.hint
+
+
+def test_a_folder_that_was_signed_before_it_had_a_record(keys: tuple[Path, Path], home: Path, tmp_path: Path) -> None:
+    private, public = keys
+    adapter = plain_adapter(tmp_path / "adapter", plain_base(tmp_path / "base"))
+    sign(adapter, private)
+    register.register(adapter, "bare")
+    checkout("bare", to=tmp_path / "again")
+    for place in ("bare", tmp_path / "again"):
+        for held in (verify, verify_attestation):
+            with pytest.raises(CheckFailed, match="it had no record then") as refused:
+                held(place, public)
+            assert "ignore='adapterkit.json'" in refused.value.hint
+            held(place, public, ignore=["adapterkit.json"])
+        assert verify(place, public, ignore=["adapterkit.json"]).left_out == ("adapterkit.json",)
+    flip(tmp_path / "again" / "adapter_model.safetensors")
+    with pytest.raises(CheckFailed, match="other bytes in adapter_model"):
+        verify(tmp_path / "again", public, ignore=["adapterkit.json"])
+
+
 def test_a_version_whose_record_nobody_signed(out: Path, keys: tuple[Path, Path], tmp_path: Path) -> None:
     """As an earlier adapterkit, or model-signing itself, signs: the files hold, and the record is anybody's."""
     private, public = keys

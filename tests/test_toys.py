@@ -75,7 +75,7 @@ def test_an_option_of_a_merge(copy: Copy) -> None:
         "requests/merge.py",
         "    full_record: bool = field(\n",
         "    toy: float = field(\n        default=1.0,\n        kw_only=True,\n"
-        '        metadata=opt("A toy.", NUMBER, role=VALUES, group=OUTPUT, recipe="output.toy"),\n    )\n',
+        '        metadata=opt("A toy.", "number", role=VALUES, group=OUTPUT, recipe="output.toy"),\n    )\n',
     )
     copy.insert(
         "verbs/merge.py",

@@ -36,6 +36,7 @@ FIRST_BYTES = 1 << 17  # one request fetches a header of up to this size whole
 PARALLEL = 16
 MAX_ERROR = 1 << 16  # bytes of an error's text
 RETRIES = 3  # of one request, when the server is busy or the connection drops
+SILENCE = 120.0  # seconds for which the Hub may say nothing; huggingface_hub by itself waits for ever
 
 # A weight file is only read where headers are wanted, so these never come down with the side files.
 _WEIGHTS = (*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".npz", ".tflite")
@@ -47,7 +48,8 @@ def hub_errors(what: str, may: str = "read") -> Iterator[None]:
     from huggingface_hub import errors as hf
 
     try:
-        yield
+        with _patience():
+            yield
     except AdapterkitError:
         raise
     except hf.HFValidationError:
@@ -96,6 +98,23 @@ def hub_errors(what: str, may: str = "read") -> Iterator[None]:
         ):
             raise HubError(f"the Hub could not be reached for {what} ({error})", "check the network") from None
         raise
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Give the client of huggingface_hub a limit to wait, where it has none (from release 1.0 on it is one for the process)."""
+    import huggingface_hub as hf
+
+    client = hf.get_session() if hasattr(hf, "get_session") else None
+    before = getattr(client, "timeout", None)
+    if client is None or before is None or before.read is not None:
+        yield
+        return
+    client.timeout = type(before)(SILENCE)
+    try:
+        yield
+    finally:
+        client.timeout = before
 
 
 def _inside_the_client(error: BaseException) -> bool:
@@ -171,7 +190,7 @@ def repo_info(repo: str, revision: str | None) -> Any:
 
     import huggingface_hub as hf
 
-    info = hf.HfApi().model_info(repo, revision=revision, files_metadata=True)
+    info = hf.HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=SILENCE)
     siblings = info.siblings or ()
     plain = all(isinstance(s.rfilename, str) and isinstance(s.size, int | None) for s in siblings)
     if not isinstance(info.sha, str) or not re.fullmatch("[0-9a-f]{40}", info.sha) or not plain:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.checkpoint import hub
 from adapterkit.checkpoint.hub import hub_errors
 from adapterkit.errors import (
     CheckFailed,
@@ -141,7 +142,7 @@ class _Push:
         )
 
     def _info(self, revision: str | None = None) -> Any:
-        return self.api.model_info(self.repo, revision=revision, files_metadata=True)
+        return self.api.model_info(self.repo, revision=revision, files_metadata=True, timeout=hub.SILENCE)
 
     def _repository(self, private: bool, create_pr: bool) -> Any:
         """The head of the repository, made if it was not there."""

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
 from adapterkit.checkpoint.json_data import parse_json
-from adapterkit.errors import CheckFailed, CheckpointError, NotFound
+from adapterkit.errors import CheckFailed, CheckpointError, NotFound, option
 from adapterkit.provenance import dsse
 from adapterkit.provenance.attest import PREDICATE, known_files, statement
 from adapterkit.provenance.attest import STATEMENT as IN_TOTO
 from adapterkit.provenance.signable import ENVELOPES, STATEMENT, Signable, entries, signable
-from adapterkit.registry.record import FileEntry, Record
+from adapterkit.registry.record import BESIDE, FileEntry, Record
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
@@ -169,8 +169,13 @@ def hold(found: Signable, statements: Sequence[SignedStatement], here: Mapping[s
     if lies is not None and lies.read_bytes() not in [one.payload for one in statements]:
         raise CheckFailed(f"{found.said} is not what was signed: other bytes in {lies.name}", _AGAIN)
     said = [one for one in statements if one.predicate_type == RECORD]
+    if BESIDE in found.left_out:
+        return
     if found.damaged:
         raise CheckFailed(f"{found.said} is not what was signed: {found.damaged}", _AGAIN)
+    if found.record is not None and said and not any(one.predicate for one in said):
+        hint = f"sign it again, or hold the files alone with {option('ignore', BESIDE)}"
+        raise CheckFailed(f"{found.said} is not what was signed: it had no record then", hint)
     if found.record is not None and said and (other := differing(found.record, said)):
         raise CheckFailed(f"the record of {found.said} has another {other} than was signed", _AGAIN)
 

@@ -165,9 +165,9 @@ def _kept(found: Signable, ignore: Sequence[str]) -> Signable:
     for one in ignore:
         name = one.rstrip("/")
         inside = [file for file in found.files if file == name or file.startswith(f"{name}/")]
-        if not inside:
+        if not inside and (name != BESIDE or (found.record is None and found.beside is None)):
             raise UsageError(f"{found.said} holds no {one}", f"leave out {option('ignore', one)}")
-        out += inside
+        out += inside or [name]
     kept = {name: path for name, path in found.files.items() if name not in out}
     return replace(found, files=kept, left_out=tuple(ignore)) if out else found
 

@@ -49,6 +49,8 @@ PREDICATE = "https://model_signing/signature/v1.0"
 # What model-signing never looks at.
 _OF_GIT = (".git", ".gitattributes", ".github", ".gitignore")
 _AGAIN = "get it again from where it was signed"
+# What a push to the Hub writes anew, and what the Hub adds.
+_OF_HUB = frozenset({"README.md", ".gitattributes"})
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,9 @@ def verify(
         if extra := sorted(set(files) - named):
             raise CheckFailed(
                 f"{found.said} is not what was signed: not signed: {', '.join(extra)}",
-                f"take out what does not belong there, or leave it out with {option('ignore', extra[0])}",
+                _left_out(
+                    extra, f"take out what does not belong there, or leave it out with {option('ignore', extra[0])}"
+                ),
             )
         _record(found, signed, same)
         return Holds(found.said, len(files) + (found.beside is not None), found.left_out)
@@ -185,7 +189,9 @@ def _record(found: Signable, signed: Mapping[str, str], statements: Sequence[Sig
 
     A registry gives an output another name, version and time, and the same record.
     """
-    if found.beside is not None and BESIDE not in found.left_out:
+    if BESIDE in found.left_out:
+        return
+    if found.beside is not None:
         if signed.get(BESIDE) == hashlib.sha256(found.beside.read_bytes()).hexdigest():
             return
     elif found.version is None:
@@ -193,7 +199,8 @@ def _record(found: Signable, signed: Mapping[str, str], statements: Sequence[Sig
     said = [one for one in statements if one.predicate_type == RECORD and one.predicate]
     if found.record is None or not said or differing(found.record, said):
         what = f"not signed: {found.beside.name}" if found.beside is not None else "its record is not signed"
-        raise CheckFailed(f"{found.said} is not what was signed: {what}", f"sign it again, or {_AGAIN}")
+        hint = f"sign it again, or hold the files alone with {option('ignore', BESIDE)}"
+        raise CheckFailed(f"{found.said} is not what was signed: {what}", hint)
 
 
 def _without_git(found: Signable) -> tuple[Signable, tuple[str, ...]]:
@@ -322,7 +329,17 @@ def _compare(found: Signable, signed: Mapping[str, str], here: Mapping[str, str]
     if missing:
         parts.append(f"missing: {', '.join(missing)}")
     if parts:
-        raise CheckFailed(f"{found.said} is not what was signed: {'; '.join(parts)}", "get it again")
+        raise CheckFailed(
+            f"{found.said} is not what was signed: {'; '.join(parts)}", _left_out(other, "get it again", missing)
+        )
+
+
+def _left_out(names: Sequence[str], otherwise: str, missing: Sequence[str] = ()) -> str:
+    """What to do about files that were not signed as they are: those that the Hub or a push changes can be left out."""
+    if not names or missing or not _OF_HUB.issuperset(names):
+        return otherwise
+    options = " ".join(option("ignore", name) for name in names)
+    return f"a push writes the card, and the Hub adds .gitattributes; hold the other files with {options}"
 
 
 def _inside(name: str, folder: str) -> bool:

@@ -38,17 +38,35 @@ def adapter(folder: Path) -> Path:
     return folder
 
 
+# The kernel counts what this process holds as the child's most (`ru_maxrss` outlives `execve`); VmHWM is the child's own.
+WATCHED = """
+import atexit, os, runpy
+
+def say_peak():
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith("VmHWM:"))
+    os.write(PIPE, line.split()[1].encode())
+
+atexit.register(say_peak)
+runpy.run_module("adapterkit", run_name="__main__", alter_sys=True)
+"""
+
+
 def taken(root: Path, *words: str) -> tuple[int, float, float]:
     """Exit code, seconds of CPU and MB at most of a run of the command line."""
+    read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
-        os.execve(
-            sys.executable, [sys.executable, "-m", "adapterkit", *words], {**os.environ, "ADAPTERKIT_HOME": str(root)}
-        )
+        os.set_inheritable(write, True)
+        code = WATCHED.replace("PIPE", str(write))
+        os.execve(sys.executable, [sys.executable, "-c", code, *words], {**os.environ, "ADAPTERKIT_HOME": str(root)})
+    os.close(write)
+    with os.fdopen(read, "rb") as pipe:
+        peak = int(pipe.read() or 0) / 1024
     _, status, usage = os.wait4(pid, 0)
-    return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
+    return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, peak
 
 
 def main() -> None:
