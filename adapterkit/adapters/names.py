@@ -279,7 +279,7 @@ class Names:
         """The names that other programs have for a model of images, video or sound."""
         from adapterkit.adapters.families.names import FamilyNames
 
-        return FamilyNames(self._shapes)
+        return FamilyNames(self._shapes, str(self._config.get("_class_name", "")))
 
     @cached_property
     def _loader(self) -> Loader:

@@ -43,7 +43,9 @@ LUMINA = {
     "layers.0.attn.to_v": 4,
     "layers.0.feed_forward.linear_1": 8,
 }
-MINIMAX = {"transformer_blocks.0.ff.net.0.proj": 2 * WIDE, "transformer_blocks.0.attn.to_k": WIDE, "proj_in": WIDE}
+MINIMAX = {"transformer_blocks.0.ff.net.0.proj": 2 * WIDE, "transformer_blocks.0.attn.to_k": WIDE, "proj_in": WIDE} | {
+    "transformer_blocks.0.adaln_proj.linear": WIDE
+}
 SD3 = {f"{DOUBLE}.attn.to_q": WIDE, f"{DOUBLE}.attn.add_q_proj": WIDE, f"{DOUBLE}.norm1_context.linear": 2 * WIDE}
 CASES = {"Flux": FLUX, "Wan": WAN, "Z-Image": Z_IMAGE, "Lumina 2": LUMINA, "MiniMax-H3": MINIMAX, "SD3": SD3}
 
@@ -257,6 +259,32 @@ def test_a_name_that_is_a_file_is_a_file_of_the_first_style(tmp_path: Path) -> N
     assert all((found[name].double() - delta).abs().max() <= 1e-5 * delta.abs().max() for name, delta in deltas.items())
 
 
+def test_names_of_several_families(tmp_path: Path) -> None:
+    """The attention of SD3, Flux, Krea 2 and others has one name in diffusers: the base says what to call it elsewhere."""
+    names = [f"{DOUBLE}.attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")]
+    tensors, deltas = drawn(dict.fromkeys(names, WIDE), "transformer.")
+    source = tmp_path / "lora.safetensors"
+    save_file(tensors, source)
+    with pytest.raises(UnsupportedAdapter, match=r"attn.to_. may be of Flux.1, .* or Krea 2") as refused:
+        adapterkit.convert(source, tmp_path / "x.safetensors", to="comfyui")
+    assert refused.value.hint == "add base='BASE'"
+    zeros = {name: torch.zeros(delta.shape) for name, delta in deltas.items()}
+    wanted = {
+        "SD3Transformer2DModel": "joint_blocks.0.x_block.attn.qkv",
+        "FluxTransformer2DModel": "double_blocks.0.img_attn.qkv",
+        "MiniMaxH3Transformer3DModel": "blocks.0.attn.qkv_proj",
+    }
+    for said, module in wanted.items():
+        base = write_checkpoint(tmp_path / said, zeros, {"_class_name": said})
+        out = tmp_path / f"{said}.safetensors"
+        adapterkit.convert(source, out, to="comfyui", base=base)
+        found = load_file(out)
+        a, b, alpha = (found[f"diffusion_model.{module}.{x}"] for x in ("lora_down.weight", "lora_up.weight", "alpha"))
+        delta = alpha.double() / len(a) * b.double() @ a.double()
+        stacked = torch.cat([deltas[f"{name}.weight"] for name in names[:3]])
+        assert (delta - stacked).abs().max() <= 2e-6 * stacked.abs().max()
+
+
 def test_sd_scripts_names_of_each_stable_diffusion(tmp_path: Path) -> None:
     """sd-scripts looks for ``lora_te_`` in SD 1 and 2 alone, and names the UNet of SDXL in the original layout."""
     torch.manual_seed(0)
@@ -292,8 +320,8 @@ def test_sd_scripts_names_of_each_stable_diffusion(tmp_path: Path) -> None:
         (drawn_for(768, unet=inside["unet"], **encoder), None, {old, f"lora_te{te}"}),
         (drawn_for(2048, unet=inside["unet"], **encoder), None, {sdxl, f"lora_te1{te}"}),
         (drawn_for(WIDE, **encoder, text_encoder_2=layer), None, {f"lora_te1{te}", f"lora_te2{te}"}),
-        (drawn_for(WIDE, transformer=f"{DOUBLE}.attn.to_out.0", **encoder), None, {
-            "lora_unet_double_blocks_0_img_attn_proj", f"lora_te1{te}"}),
+        (drawn_for(WIDE, transformer=f"{SINGLE}.proj_out", **encoder), None, {
+            "lora_unet_single_blocks_0_linear2", f"lora_te1{te}"}),
     ]  # fmt: skip
     for number, (tensors, pipeline, wanted) in enumerate(cases):
         source, out = tmp_path / f"{number}.safetensors", tmp_path / f"kohya{number}.safetensors"

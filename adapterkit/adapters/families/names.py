@@ -108,10 +108,12 @@ class FamilyNames:
 
     Args:
         shapes: of every tensor by its name.
+        said: diffusers' class in the config; empty where it names none.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], said: str = "") -> None:
         self._shapes = shapes
+        self._said = said
         self._families: dict[str, PipelineFamily | None] = {}
 
     @cached_property
@@ -173,6 +175,11 @@ class FamilyNames:
             if layout is not None:
                 (own if entry.family is self._family(lead) else found)[layout.pieces] = layout
         return list((own or found).values())
+
+    def family_at(self, parameter: str) -> PipelineFamily | None:
+        """The family of the model that a parameter or module of the base lies in: by its class, or else its names."""
+        said = next((family for family in FAMILIES if self._said in family.classes), None)
+        return said or self._family(self.lead_of(parameter))
 
     def _family(self, lead: str) -> PipelineFamily | None:
         """The family of what has this lead: where two tables differ, its own counts."""

@@ -33,19 +33,27 @@ def bare(path: str) -> str:
     return path.removeprefix(next((lead for lead in _LONGEST if path.startswith(lead)), ""))
 
 
-def relaid(factors: Sequence[PlainFactors], layout: str, rows_of: Rows = lambda path: None) -> list[PlainFactors]:
+def relaid(
+    factors: Sequence[PlainFactors],
+    layout: str,
+    rows_of: Rows = lambda path: None,
+    family: PipelineFamily | None = None,
+) -> list[PlainFactors]:
     """The factors under the names of a layout, without leads.
 
     Args:
         layout: ``original`` or ``diffusers``.
         rows_of: how many rows a module of the base has; None where no base is known.
+        family: of the base; without it, the one that the modules' names tell.
 
     Raises:
-        UnsupportedAdapter: modules become one, and nothing says how many rows those have that the adapter leaves alone.
+        UnsupportedAdapter: several families have these names and no base says which it is; or modules become one, and
+            nothing says how many rows those have that the adapter leaves alone.
     """
     plain = [replace(one, path=bare(one.path)) for one in factors]
-    told = family_of([one.path for one in plain])
-    family = None if told is None else told[0]
+    if family is None:
+        told = family_of([one.path for one in plain])
+        family = None if told is None else told[0]
     held = {one.path: one for one in plain}
     found: list[PlainFactors] = []
     for one in plain:
@@ -63,7 +71,21 @@ def _entry(
     ]
     own = [place for place in places if not place[0].row.alias]
     chosen = own or places
+    if len({_meaning(*place) for place in chosen}) > 1:
+        known = list(dict.fromkeys(place[0].family.name for place in chosen))
+        raise UnsupportedAdapter(
+            f"{path} may be of {', '.join(known[:-1])} or {known[-1]}, whose other layouts call it differently",
+            f"add {option('base', 'BASE')}",
+        )
     return chosen[0] if chosen else None
+
+
+def _meaning(entry: TableEntry, captures: tuple[int, ...], rest: str) -> tuple[object, ...]:
+    """What a module becomes in the other layout."""
+    row = entry.row
+    others = [None] if entry.part is not None else range(len(row.parts))
+    names = tuple(_path(entry, part, captures, rest) for part in others)
+    return names, entry.part, len(row.parts), row.swap, row.turned
 
 
 def _path(entry: TableEntry, part: int | None, captures: tuple[int, ...], rest: str) -> str:

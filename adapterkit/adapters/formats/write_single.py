@@ -195,9 +195,10 @@ def _laid(
 ) -> list[PlainFactors]:
     if kind not in ("denoiser", "transformer_2"):
         return relaid(own, "diffusers", _rows(names))
+    family = None if names is None else names.families.family_at(own[0].path)
     if style.name == "kohya" and is_unet(own):
-        return relaid(own, "original" if is_sdxl(own, contents, names) else "diffusers", _rows(names))
-    return relaid(own, style.layout, _rows(names))
+        return relaid(own, "original" if is_sdxl(own, contents, names) else "diffusers", _rows(names), family)
+    return relaid(own, style.layout, _rows(names), family)
 
 
 def _rows(names: Names | None) -> Rows:
