@@ -138,7 +138,7 @@ def test_on_the_command_line_and_from_a_plan(
     ("how", "words"),
     [
         ({"method": "ties", "parameters": {"density": 2}}, "density of method ties must be"),
-        ({"method": "dare", "space": "knots", "scale": float("nan")}, "lambda must be a finite number"),
+        ({"method": "dare", "space": "knots", "scale": float("nan")}, "must be a finite number"),
         ({"method": "svd", "parameters": {"seed": 1}}, "has no parameter seed"),
     ],
 )

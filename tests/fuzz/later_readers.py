@@ -387,7 +387,7 @@ def _beside_of(base: Path) -> Read:
         from adapterkit.serving.handover import _generation
 
         files = dict.fromkeys((*_NAMES, "tokenizer.json", "tokenizer_config.json"), data)
-        said: Any = mock.Mock(files=files, ref="x")
+        said: Any = mock.Mock(files=files, ref="x", classes=())
         for name in _NAMES:
             _put(place, name, data)
         _put(place, "README.md", b"---\n" + data + b"\n---\n")

@@ -6,12 +6,12 @@ The runtime takes the last token, ``cls.output`` of it, and the softmax of that 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import CheckpointError, TargetError, option
+from adapterkit.foreign import json_value
 from adapterkit.gguf import metadata
 from adapterkit.gguf.arch import dense
 from adapterkit.gguf.arch.maps import Array, Box, MapError, Strided
@@ -81,7 +81,7 @@ def token_ids(files: Mapping[str, bytes], ref: str) -> dict[str, int]:
         CheckpointError: the tokenizer has no single tokens "yes" and "no".
     """
     try:
-        words = json.loads(files.get("tokenizer.json", b"{}")).get("model", {}).get("vocab", {})
+        words = json_value(files.get("tokenizer.json", b"{}")).get("model", {}).get("vocab", {})
     except (ValueError, AttributeError):
         words = {}
     found: dict[str, int] = {}
