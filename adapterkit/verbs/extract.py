@@ -19,6 +19,8 @@ from adapterkit.adapters.target import Target, transposed
 from adapterkit.adapters.ties import is_tied
 from adapterkit.adapters.write_peft import Extras, InMemory, peft_config
 from adapterkit.bases import open_base
+from adapterkit.checkpoint.memory import check_memory
+from adapterkit.checkpoint.plan import BASELINE_MEMORY
 from adapterkit.checkpoint.tensor import Renamed, Tensor
 from adapterkit.errors import CheckpointError, TargetError
 from adapterkit.provenance.record import base_parent, recorder
@@ -165,6 +167,9 @@ _STATED = ("rank", "energy", "exact", "dtype")
 def planned(request: ExtractRequest) -> Extraction:
     """Plan an extraction; see `extract`. Which matrices differ is found by reading them, in a stream."""
     check_rank(request.rank, request.energy, ())
+    check_memory(
+        BASELINE_MEMORY, str(request.out)
+    )  # torch, which finds the differences, aborts where it gets too little
     pair = ModelPair(open_base(request.base)[0], open_base(request.tuned)[0])
     found = pair.differences()
     rank = request.rank

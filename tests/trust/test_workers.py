@@ -17,6 +17,7 @@ from models import plain_adapter, plain_base
 
 import adapterkit
 from adapterkit.checkpoint import files, memory, sink
+from adapterkit.cli import app
 from adapterkit.errors import AdapterkitError, CheckpointError, OutOfMemory, OutputError, no_memory
 from adapterkit.ops import threads
 from adapterkit.verbs.ordered import in_order
@@ -160,6 +161,23 @@ def test_a_process_with_little_address_space(megabytes: int, inputs: tuple[Path,
     assert done.returncode == 0 or (done.returncode == 1 and "memory" in done.stderr.splitlines()[-1]), done.stderr
     assert (tmp_path / "out").exists() == (done.returncode == 0)
     assert [path.name for path in tmp_path.iterdir()] in ([], ["out"])
+
+
+@pytest.mark.parametrize("verb", ["extract", "verify", "imatrix"])
+def test_verbs_that_compute_before_they_write_say_it_first(
+    verb: str, inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch ends the process with SIGABRT where it is loaded and gets no more: so it is not loaded."""
+    base, adapter = inputs
+    (tmp_path / "text").write_text("words")
+    words = {
+        "extract": [str(base), str(base), "-o", str(tmp_path / "out")],
+        "verify": [str(base), "--base", str(base), "--adapter", str(adapter)],
+        "imatrix": [str(base), "--text", str(tmp_path / "text"), "-o", str(tmp_path / "out.gguf")],
+    }[verb]
+    monkeypatch.setattr(memory, "_limits", lambda: [(400_000_000, memory.ADDRESSES)])
+    with pytest.raises(OutOfMemory, match="virtual memory, and ulimit -v allows 400 MB"):
+        app.main([verb, *words], standalone_mode=False)
 
 
 # ------------------------------------------------------------------ inputs that change

@@ -45,6 +45,8 @@ def verify(request: VerifyRequest) -> VerifyReport:
     """
     from adapterkit.adapters.adapter import Adapter as Loaded
     from adapterkit.bases import open_change
+    from adapterkit.checkpoint.memory import check_memory
+    from adapterkit.checkpoint.plan import BASELINE_MEMORY
     from adapterkit.verbs.job import peak_memory
     from adapterkit.verbs.verify.findings import findings
     from adapterkit.verbs.verify.inputs import asked, inputs, open_inputs, same_as_recorded
@@ -58,6 +60,8 @@ def verify(request: VerifyRequest) -> VerifyReport:
     deepest, jobs, progress = request.depth, request.jobs, request.progress
     prompts = None if request.prompts is None else Path(request.prompts)
     found, stored = open_inputs(request.merged, request.base)
+    if deepest >= LEVELS.index("tensors"):
+        check_memory(BASELINE_MEMORY, "verify")  # torch aborts where it gets too little
     given = request.adapters
     assert isinstance(given, tuple)
     loaded = tuple(a if isinstance(a, Loaded) else open_change(a) for a in given)
