@@ -289,7 +289,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"weights": [1]}, "1 weights for 2 adapters"),
     ({"weights": [1, float("nan")]}, "must be a finite number"),
     ({"weights": [0, 0]}, "every weight is 0"),
-    ({"scale": float("inf")}, "must be a finite number"),
+    ({"scale": float("inf")}, "scale= must be a finite number"),
     ({"method": "ties", "density": 1.5, "rank": 4}, r"density of method ties must be in \(0, 1\]"),
     ({"method": "ties", "beta": 1, "rank": 4}, "has no parameter beta"),
     ({"method": "nothing"}, "no combination method"),
