@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from adapterkit.errors import CheckpointError, NotFound, OutputError, UnsafeErro
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _LONGEST = 200  # bytes of a name that a temporary name repeats; file systems allow 255
+READER = 2.0  # seconds in which somebody has to begin to read a pipe
 _STRAY = 86400.0  # seconds after which a temporary file of a system without locks belongs to a run that was killed
 
 
@@ -221,13 +223,18 @@ def _is_stream(mode: int) -> bool:
 
 
 def _stream(path: Path) -> int:
-    """A device or a pipe, open for writing; a pipe that nobody reads is not waited for."""
-    try:
-        fd = os.open(path, os.O_WRONLY | calls.flags("CLOEXEC", "NONBLOCK", "BINARY"))
-    except OSError as error:
-        if error.errno != errno.ENXIO:
-            raise
-        raise OutputError(f"{path} is a pipe or a socket that nobody reads", "name a file") from None
+    """A device or a pipe, open for writing; a pipe that nobody begins to read is given up."""
+    until = time.monotonic() + READER
+    while True:
+        try:
+            fd = os.open(path, os.O_WRONLY | calls.flags("CLOEXEC", "NONBLOCK", "BINARY"))
+            break
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            if time.monotonic() >= until:
+                raise OutputError(f"{path} is a pipe or a socket that nobody reads", "name a file") from None
+        time.sleep(0.02)
     if hasattr(os, "set_blocking"):
         os.set_blocking(fd, True)
     return fd
