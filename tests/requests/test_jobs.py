@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import subprocess
-import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from models import plain_adapter, plain_base, read_bytes
 
 import adapterkit
 from adapterkit.checkpoint.plan import Plan
+from adapterkit.cli import main
 from adapterkit.errors import AdapterError, UsageError
 
 
@@ -34,9 +37,16 @@ VERBS: dict[str, tuple[str, ...]] = {
 }
 
 
-def run(place: Path, *arguments: str, timeout: int = 120) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "adapterkit", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=place)
+def run(place: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line as a shell would run it in a folder, without a process of its own."""
+    out, err, before = io.StringIO(), io.StringIO(), Path.cwd()
+    os.chdir(place)
+    try:
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            main(list(arguments))
+    finally:
+        os.chdir(before)
+    return subprocess.CompletedProcess(arguments, int(ended.value.code or 0), out.getvalue(), err.getvalue())
 
 
 @pytest.mark.parametrize("verb", VERBS)
