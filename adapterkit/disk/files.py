@@ -182,10 +182,7 @@ def deliver(path: Path, data: bytes) -> None:
         OutputError: it cannot be written.
     """
     with writing(path.name, path.parent):
-        try:
-            mode = os.stat(path).st_mode
-        except OSError:
-            mode = 0
+        mode = _mode(path)
         if stat.S_ISDIR(mode):
             raise OutputError(f"{path} is a folder", "name a file")
         if _is_stream(mode):
@@ -203,11 +200,7 @@ def open_appended(path: Path) -> int:
         OutputError: it cannot be written.
     """
     with writing(path.name, path.parent):
-        try:
-            mode = os.stat(path).st_mode
-        except OSError:
-            mode = 0
-        if _is_stream(mode):
+        if _is_stream(_mode(path)):
             return _stream(path)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | calls.flags("NOFOLLOW", "CLOEXEC", "NONBLOCK", "BINARY")
         try:
@@ -216,6 +209,14 @@ def open_appended(path: Path) -> int:
             if error.errno != errno.ELOOP:
                 raise
             raise OutputError(f"{path} is a link, and nothing is added through one", "name the file itself") from None
+
+
+def _mode(path: Path) -> int:
+    """What lies at a path, links followed; 0 where nothing can be seen."""
+    try:
+        return os.stat(path).st_mode
+    except OSError:
+        return 0
 
 
 def _is_stream(mode: int) -> bool:

@@ -43,7 +43,8 @@ def attach_evidence(
         target: a folder or file, else a registry name ``name[@version|@alias]`` or digest.
         kind: of the evidence, such as ``fidelity``; of ``verification`` use `attach_verification`.
         figures: plain JSON; each key takes the place of what was there under it, other keys stay.
-        page: HTML that shows them; a registered version keeps it as its file ``PROOF``, unless it is signed.
+        page: HTML that shows them; a registered version keeps it as its file ``PROOF``, unless it is signed, or keeps a page
+            of the same figures already: a page says when it was made, and the same figures are no new version.
 
     Raises:
         NotFound: there is no such version; or the output has no record beside it.
@@ -77,7 +78,9 @@ def attach_evidence(
     others = index.ask(at, lambda rows: rows.versions_of_other_content(found.name, found.content))
     files = found.files
     with at.store_lock(shared=True):
-        if page and all(file.path != SIGNATURE for file in files):  # a signature covers all files there are
+        paths = {file.path for file in files}
+        shown = PROOF in paths and _with(found, kind, figures).evidence == found.evidence
+        if page and not shown and SIGNATURE not in paths:  # a signature covers all files there are
             blob = blobs.put_chunks(at, [page], sha256(page), len(page))
             files = (*(file for file in files if file.path != PROOF), FileEntry(PROOF, blob.size, blob.sha256))
         added = store.extend_record(at, found.name, found.content, extended, others)

@@ -419,7 +419,7 @@ class Limits(Request):
     max_error: float | None = field(
         default=None,
         metadata=opt(
-            "Exit with 3 when the error beside the change, |written - trained| / |change|, is more; by --imatrix where given.",
+            "Exit with 3 when |written - trained| / |change| is more, weighed by the importance matrix where there is one.",
             NUMBER, role=RUN, group=THRESHOLDS, metavar="X", low=0, recipe="verify.max-error",
         ),
     )  # fmt: skip

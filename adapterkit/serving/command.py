@@ -138,8 +138,7 @@ def _names(records: Sequence[Record]) -> list[str]:
 
 def _about(record: Record) -> str:
     """What a router is told of an adapter: its description, else what it is."""
-    said = record.meta.get("description") or record.meta.get("dataset")
-    return said or f"{record.ref}, {record.method or record.kind}"
+    return record.meta.get("description") or f"{record.ref}, {record.method or record.kind}"
 
 
 def _rank(records: Sequence[Record], server: Server) -> int:

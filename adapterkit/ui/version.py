@@ -13,7 +13,7 @@ from adapterkit.registry.gathered import gathered
 from adapterkit.registry.home import Home, open_home, read_file
 from adapterkit.registry.identity import Identity
 from adapterkit.registry.lineage import Edge, Lineage, Node, lineage
-from adapterkit.registry.record import KINDS, PROOF, Record
+from adapterkit.registry.record import KINDS, PROOF, FileEntry, Record
 from adapterkit.registry.remaking import is_recipe
 from adapterkit.registry.verbs import Shown
 from adapterkit.registry.verification import Verification
@@ -47,7 +47,7 @@ def page(name: str, version: int, home: Path | None = None) -> bytes:
         _deployed(board.board(home, of=name), record),
         _use(shown),
         _lineage(family),
-        _evidence(record, gathered(at, record)),
+        _evidence(shown, gathered(at, record)),
         card.section(at, record),
         _files(shown),
         id="content",
@@ -68,10 +68,16 @@ def proof(name: str, version: int, home: Home) -> bytes:
         RegistryError: its record is damaged.
     """
     shown = verbs.show(f"{name}@{version}", home=home.root)
-    for file in shown.record.files:
-        if file.path == PROOF and file.stored and PROOF not in shown.missing and file.size <= PROOF_LIMIT:
-            return read_file(home.blob(file.sha256))
+    kept = _proof_of(shown)
+    if kept is not None:
+        return read_file(home.blob(kept.sha256))
     raise NotFound(f"{name}@{version} keeps no page of verify", "verify REF --html FILE --attach keeps one")
+
+
+def _proof_of(shown: Shown) -> FileEntry | None:
+    """The page of ``verify``, where its bytes are here and are no more than a page has."""
+    files = (file for file in shown.record.files if file.path == PROOF and file.stored and file.size <= PROOF_LIMIT)
+    return None if PROOF in shown.missing else next(files, None)
 
 
 def _deployed(found: board.Board, record: Record) -> Markup | None:
@@ -233,9 +239,9 @@ def _relatives(title: str, name: str, found: list[tuple[Edge, Node]], roles: boo
     return el("div", el("h3", title), listed, id=name, class_="relatives")
 
 
-def _evidence(record: Record, evidence: Mapping[str, Any]) -> Markup:
+def _evidence(shown_version: Shown, evidence: Mapping[str, Any]) -> Markup:
     """What is known of the bytes, whichever version it was added to: in words, then every figure."""
-    said = sentences(evidence)
+    record, said = shown_version.record, sentences(evidence)
     shown: list[Markup] = [_level(level) for level in verified.read(evidence)]
     if scores := evaluation.read_shown(evidence)[0]:
         shown.append(_scores(scores))
@@ -253,9 +259,8 @@ def _evidence(record: Record, evidence: Mapping[str, Any]) -> Markup:
     own = "" if record.evidence or not evidence else "It was added to another version with the same bytes."
     cards = el("div", shown, class_="cards") if shown else none
     told = el("p", own, class_="quiet") if own else None
-    kept = any(file.path == PROOF and file.stored for file in record.files)
     link = el("a", "The page that verify wrote", href=f"{version_url(record.name, record.version)}/verify/")
-    page = el("p", link) if kept else None
+    page = el("p", link) if _proof_of(shown_version) is not None else None
     words = board.words(said) if said else None
     return el("section", el("h2", "Evidence"), words, page, told, cards, id="evidence")
 

@@ -311,7 +311,9 @@ def test_a_page_of_verify_can_do_nothing_to_ours(serve: Serve, home: Path, tmp_p
     register.register(folder, "math")
     page = b"<!doctype html><script>fetch('/')</script>"
     found = attach_verification("math", [Verification("tensors", True, {})], page=page)
-    assert attach_verification("math", [Verification("tensors", True, {})], page=page).record == found.record
+    # A page of another minute shows the same figures: no new version.
+    again = attach_verification("math", [Verification("tensors", True, {})], page=page + b"<p>later</p>")
+    assert (again.new, again.record) == (False, found.record)
     url = serve()
     status, headers, body = ask(url, "/v/math/2/verify/")
     assert (status, body.encode()) == (200, page)
