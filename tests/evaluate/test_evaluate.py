@@ -111,7 +111,7 @@ def test_figures_of_other_settings_are_not_compared(
 def test_the_base_that_its_record_names(
     home: Path, told: Path, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its bytes are held against the Hub's digests before the harness reads them; where there are pickles only, it loads them."""
+    """Its bytes are held against the Hub's digests before the harness reads them; pickles are left to it."""
     wanted: list[str] = []
     kept = LocalFolder(base)
 
