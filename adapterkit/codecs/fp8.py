@@ -92,7 +92,7 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
                 yield _float8(codes, scale, blocks, more, powers, comfy=comfy)
             elif codes.dtype.code in ("U8", "I8", "F4"):
                 more = more_of(parts, name)
-                if _says_comfy(more) or unsaid and end == "_scale":
+                if _says_comfy(more) or (unsaid and end == "_scale"):
                     raise _swizzled(codes)
                 yield _pairs(codes, parts[stem + end], end, more)
 
