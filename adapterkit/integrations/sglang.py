@@ -43,10 +43,10 @@ def register() -> None:
 
     from adapterkit.integrations.resolving import sources_of
 
-    HookRegistry.register(TARGET, Names(sources_of(said)).around, HookType.AROUND)
+    HookRegistry.register(TARGET, AdapterLookup(sources_of(said)).around, HookType.AROUND)
 
 
-class Names:
+class AdapterLookup:
     """What names of adapters mean, and when that was asked.
 
     Args:
