@@ -93,7 +93,9 @@ def _of_run(path: Path) -> MegatronRun:
     alpha, dim = _number(peft.get("alpha")), _number(peft.get("dim"))
     if alpha is None or dim is None or dim != int(dim) or dim < 1:
         raise AdapterError(f"{path} says no alpha and dim of its adapter", "give the config of the training run")
-    model: Mapping[str, Any] = next((data[name] for name in ("model", "config") if isinstance(data.get(name), dict)), {})
+    model: Mapping[str, Any] = next(
+        (data[name] for name in ("model", "config") if isinstance(data.get(name), dict)), {}
+    )
     heads = {
         name: value
         for name in ("num_attention_heads", "num_query_groups", "kv_channels")
