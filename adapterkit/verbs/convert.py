@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from adapterkit.verbs.ladder import abreast, plans_of, rungs
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.checkpoint.files import Seen
     from adapterkit.checkpoint.listing import Listing
     from adapterkit.verbs.job import Job
@@ -96,9 +98,11 @@ def convert(request: ConvertRequest) -> ConvertReport:
         if address_of(request.src) is not None:
             raise UsageError(f"pickles are read from a disk, and {request.src} is in a store", "download it first")
         target = request.target
-        place = target.absolute().parent if isinstance(target, Path) else Path().absolute()
         watched: list[Seen] = []
-        with unpickled(request.src, place, watched) as folder:
+        parents = target.absolute().parents if isinstance(target, Path) else (Path().absolute(),)
+        place = next(parent for parent in parents if parent.is_dir())
+        needed = partial(_base_of, request)
+        with unpickled(request.src, place, needed, watched) as folder:
             read = [planned(one.reading(folder), headers_only=False, named=request.src) for one in rungs(request)]
             jobs = [_watching(one.job(), watched) for one in read]
             report = carry_out(abreast(jobs), request, started, plans_of(request, jobs))
@@ -107,6 +111,10 @@ def convert(request: ConvertRequest) -> ConvertReport:
     jobs = [one.job() for one in made]
     report = carry_out(abreast(jobs), request, started, plans_of(request, jobs))
     return report
+
+
+def _base_of(request: ConvertRequest) -> Checkpoint:
+    return open_model(request.need_base("peft"), headers_only=True)
 
 
 def _watching(job: Job, watched: Sequence[Seen]) -> Job:
