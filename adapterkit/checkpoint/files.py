@@ -36,7 +36,7 @@ class Source(ABC):
     path: Path | None = None
     loose: bool = False  # the user named the file itself, so its folder is nobody's
     version: str = ""  # of an object in a store: the ETag that every request asks for
-    beside: Sequence[Seen] = ()  # of a weight file: the small files that were read with it
+    beside: Sequence[FirstSeen] = ()  # of a weight file: the small files that were read with it
 
     @abstractmethod
     def read(self, offset: int, length: int) -> bytes:
@@ -67,7 +67,7 @@ class Source(ABC):
         return CheckpointError(f"{self.name} ended at byte {at} while it was read", "download or save it again")
 
 
-class Seen:
+class FirstSeen:
     """A local file as it was when it was first looked at."""
 
     __slots__ = ("name", "path", "state")
@@ -101,7 +101,7 @@ class LocalFile(Source):
             if not stat.S_ISREG(info.st_mode):
                 kind = "folder" if stat.S_ISDIR(info.st_mode) else "pipe or a device"
                 raise UnsafeError(f"{self.name} is a {kind}, not a file", "give a plain file")
-            self.size, self.seen = info.st_size, Seen(self.name, path, _state(info))
+            self.size, self.seen = info.st_size, FirstSeen(self.name, path, _state(info))
         except FileNotFoundError:
             raise NotFound(f"{self.name} does not exist", "check the path, or download the missing file") from None
         except OSError as error:
@@ -165,7 +165,7 @@ def check_unchanged(sources: Iterable[Source]) -> None:
     Raises:
         CheckpointError: one did; see `Source.check_unchanged`.
     """
-    beside: dict[int, Seen] = {}
+    beside: dict[int, FirstSeen] = {}
     for source in sources:
         source.check_unchanged()
         beside |= {id(one): one for one in source.beside}
@@ -173,13 +173,13 @@ def check_unchanged(sources: Iterable[Source]) -> None:
         one.check_unchanged()
 
 
-def seen(path: Path) -> tuple[Seen, ...]:
+def seen(path: Path) -> tuple[FirstSeen, ...]:
     """A file, or every file of a folder that is not hidden, as it is now: for what another program will read."""
     from pathlib import Path
 
     if not path.is_dir():
         return (LocalFile(path).seen,)
-    found: list[Seen] = []
+    found: list[FirstSeen] = []
     for folder, names, files in os.walk(path):
         names[:] = [name for name in names if not name.startswith(".")]
         places = [os.path.join(folder, name) for name in files if not name.startswith(".")]

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.checkpoint.files import LocalFile, Seen, Source
+from adapterkit.checkpoint.files import FirstSeen, LocalFile, Source
 from adapterkit.checkpoint.json_data import parse_json
 from adapterkit.errors import CheckpointError, NotFound, UnsafeError, option
 
@@ -107,7 +107,7 @@ class LocalFolder(Listing):
             if folder.name == "trees" and (folder.parent / "format").is_file():
                 self._allowed += [folder.parent / "objects", folder.parent / "records"]
         self._names = frozenset(self._walk(path, PurePosixPath()))
-        self._read: list[Seen] = []
+        self._read: list[FirstSeen] = []
 
     def _walk(self, folder: Path, prefix: PurePosixPath) -> Iterable[str]:
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from adapterkit.checkpoint.files import LocalFile, Seen, seen
+from adapterkit.checkpoint.files import FirstSeen, LocalFile, seen
 from adapterkit.checkpoint.folder import ADAPTER_WEIGHTS, INDEX, SINGLE
 from adapterkit.checkpoint.listing import LocalFolder, check_plain, read_json
 from adapterkit.checkpoint.sharded import sharded_checkpoint
@@ -33,7 +33,7 @@ def unpickled(
     src: str | Path,
     beside: Path,
     base: Callable[[], Checkpoint] | None = None,
-    watched: list[Seen] | None = None,
+    watched: list[FirstSeen] | None = None,
 ) -> Iterator[Path]:
     """The same folder with its pickled weights as safetensors, for as long as the context lasts.
 
@@ -91,7 +91,7 @@ def unpickled(
         yield place
 
 
-def _unchanged(before: list[Seen], watched: list[Seen] | None) -> None:
+def _unchanged(before: list[FirstSeen], watched: list[FirstSeen] | None) -> None:
     for one in before:
         one.check_unchanged()
     if watched is not None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adapterkit.checkpoint.checkpoint import Checkpoint
-    from adapterkit.checkpoint.files import Seen
+    from adapterkit.checkpoint.files import FirstSeen
     from adapterkit.checkpoint.listing import Listing
     from adapterkit.verbs.job import Job
     from adapterkit.verbs.report import ConvertReport
@@ -98,7 +98,7 @@ def convert(request: ConvertRequest) -> ConvertReport:
         if address_of(request.src) is not None:
             raise UsageError(f"pickles are read from a disk, and {request.src} is in a store", "download it first")
         target = request.target
-        watched: list[Seen] = []
+        watched: list[FirstSeen] = []
         parents = target.absolute().parents if isinstance(target, Path) else (Path().absolute(),)
         place = next(parent for parent in parents if parent.is_dir())
         needed = partial(_base_of, request)
@@ -117,7 +117,7 @@ def _base_of(request: ConvertRequest) -> Checkpoint:
     return open_model(request.need_base("peft"), headers_only=True)
 
 
-def _watching(job: Job, watched: Sequence[Seen]) -> Job:
+def _watching(job: Job, watched: Sequence[FirstSeen]) -> Job:
     """A job whose record names files that were read before it: they have to be the same still when it has named them."""
     record = job.record
     if record is None:
