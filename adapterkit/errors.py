@@ -186,10 +186,27 @@ def no_memory(error: BaseException | None) -> bool:
         seen.add(id(error))
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == 12):  # ENOMEM
             return True
+        if isinstance(error, BlockingIOError) and _of_a_start(error):  # EAGAIN: no more processes for this user
+            return True
         if not isinstance(error, AdapterkitError) and any(text in str(error).lower() for text in _NO_MEMORY):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def _of_a_start(error: BaseException) -> bool:
+    """Whether an error was raised where a process is started."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_code.co_name in ("_execute_child", "_fork_exec", "fork")
+
+
+def how_it_ended(code: int) -> str:
+    """What became of a process of ours, by its exit status."""
+    if code >= 0:
+        return f"it ended with {code}"
+    return f"it was ended by signal {-code}" + (", perhaps since memory ran out" if code == -9 else "")
 
 
 def out_of_memory(error: BaseException, limit: str = "") -> OutOfMemory:

@@ -10,6 +10,7 @@ _CGROUPS = Path("/sys/fs/cgroup")
 _OF_PROCESS = Path("/proc/self/cgroup")
 ADDRESSES = "ulimit -v"
 MAPPED = 550_000_000  # bytes of addresses beyond the memory that is used; measured with torch 2.9 on two threads
+IN_TRANSFORMERS = 340_000_000  # and where transformers is loaded, with all that it brings; measured with 5.24
 _FEW = 4_000_000_000
 _NONE = 1 << 60  # what cgroups of version 1 say where there is no limit, and more
 
@@ -27,18 +28,19 @@ def _limits() -> list[tuple[int, str]]:
     return [*_of_process(), *_of_groups()]
 
 
-def check_memory(need: int, what: str) -> None:
+def check_memory(need: int, what: str, *, mapped: int = MAPPED) -> None:
     """Refuse work that does not fit.
 
     Args:
         need: bytes, by the plan's estimate.
+        mapped: bytes of addresses beyond them that libraries take.
 
     Raises:
         OutOfMemory: a limit is smaller.
     """
     for allowed, who in _limits():
         # Libraries take room for addresses that they never use as memory.
-        wanted, kind = (need + MAPPED, "virtual memory") if who == ADDRESSES else (need, "memory")
+        wanted, kind = (need + mapped, "virtual memory") if who == ADDRESSES else (need, "memory")
         if wanted > allowed:
             raise OutOfMemory(
                 f"{what} needs about {wanted / 1e6:,.0f} MB of {kind}, and {who} allows {allowed / 1e6:,.0f} MB",
@@ -67,7 +69,7 @@ def _of_process() -> list[tuple[int, str]]:
 
 def _of_groups() -> list[tuple[int, str]]:
     try:
-        lines = _OF_PROCESS.read_text().splitlines()
+        lines = _OF_PROCESS.read_text(errors="surrogateescape").splitlines()
     except OSError:
         return []
     found = []

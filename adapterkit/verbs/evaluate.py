@@ -25,7 +25,7 @@ from adapterkit.checkpoint.listing import LocalFolder
 from adapterkit.checkpoint.open import locate
 from adapterkit.checkpoint.pipeline import MODEL_INDEX
 from adapterkit.disk import open_regular, read_regular
-from adapterkit.errors import AdapterkitError, NotFound, UnsupportedAdapter, UsageError, option
+from adapterkit.errors import AdapterkitError, NotFound, UnsupportedAdapter, UsageError, how_it_ended, option
 from adapterkit.packages import need
 from adapterkit.registry.evaluation import BASE, SELF, SHUFFLED, ZEROS
 from adapterkit.requests.call import takes
@@ -350,7 +350,8 @@ def _run(folder: Path, asked: Mapping[str, Any], say: Callable[[str], None]) -> 
         if process.stderr is not None:
             process.stderr.close()
     if code or not all(Path(one["out"]).is_file() for one in asked["models"]):
+        how = f"ended with {code}: {last[:400] or 'it said nothing'}" if code >= 0 else f"failed: {how_it_ended(code)}"
         raise AdapterkitError(
-            f"lm-evaluation-harness ended with {code}: {last[:400] or 'it said nothing'}",
+            f"lm-evaluation-harness {how}",
             "run lm_eval itself on the same model to see more",
         )

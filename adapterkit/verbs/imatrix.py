@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
-from adapterkit.checkpoint.memory import check_memory
+from adapterkit.checkpoint.memory import IN_TRANSFORMERS, MAPPED, check_memory
 from adapterkit.checkpoint.plan import BASELINE_MEMORY
 from adapterkit.errors import CheckpointError, NotFound, UsageError, option
 from adapterkit.packages import need
@@ -78,7 +78,9 @@ def imatrix(
         CheckpointError, TargetError: a model that transformers cannot run here, or that GGUF has no names for.
         OutputError
     """
-    check_memory(BASELINE_MEMORY, str(out))  # torch, which is imported here, aborts where it gets too little
+    check_memory(
+        BASELINE_MEMORY, str(out), mapped=MAPPED + IN_TRANSFORMERS
+    )  # torch, which is imported here, aborts where it gets too little
     from adapterkit.bases import open_model
     from adapterkit.checkpoint.files import check_unchanged
     from adapterkit.checkpoint.publish import check_output

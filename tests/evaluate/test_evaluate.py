@@ -32,6 +32,8 @@ def simple_evaluate(model, model_args, tasks, task_manager, log_samples, **optio
         paths = ("pretrained", "peft")
         real = {key: os.path.realpath(value) if key in paths else value for key, value in model_args.items()}
         file.write(json.dumps([real, tasks, options, task_manager.include_path]) + "\\n")
+    if "killed" in tasks:
+        os.kill(os.getpid(), 9)
     if "crash" in tasks:
         raise ValueError("no such task: crash")
     results = {task: {"size,none": size, "size_stderr,none": 0.5} for task in tasks}
@@ -165,6 +167,8 @@ def test_a_merged_model_a_path_and_a_gguf_file(home: Path, told: Path, base: Pat
 def test_what_is_refused(home: Path, told: Path, base: Path, adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(AdapterkitError, match="ended with 1: ValueError: no such task: crash"):
         evaluate(base, "crash")
+    with pytest.raises(AdapterkitError, match="harness failed: it was ended by signal 9, perhaps since memory ran out"):
+        evaluate(base, "killed")
     with pytest.raises(UsageError, match="no task is named"):
         evaluate(base, " , ")
     with pytest.raises(NotFound, match="does not exist"):

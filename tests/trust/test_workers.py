@@ -130,7 +130,7 @@ def test_limits_of_control_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "fs" / "pod" / "memory.max").write_text("500000000\n")
     assert memory.memory_limit() == (500_000_000, "the control group of this process (a container, perhaps)")
     (tmp_path / "fs" / "memory" / "v1").mkdir(parents=True)
-    (tmp_path / "cgroup").write_text("0::/pod/box\n5:cpu,memory:/v1\n1:name=systemd:/x\nodd\n")
+    (tmp_path / "cgroup").write_bytes(b"0::/pod/box\n5:cpu,memory:/v1/deep\n1:name=systemd:/x\xff\nodd\n")
     (tmp_path / "fs" / "memory" / "v1" / "memory.limit_in_bytes").write_text("400000000\n")
     assert memory.memory_limit()[0] == 400_000_000  # type: ignore[index]
     (tmp_path / "fs" / "memory" / "v1" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
@@ -178,6 +178,63 @@ def test_verbs_that_compute_before_they_write_say_it_first(
     monkeypatch.setattr(memory, "_limits", lambda: [(400_000_000, memory.ADDRESSES)])
     with pytest.raises(OutOfMemory, match="virtual memory, and ulimit -v allows 400 MB"):
         app.main([verb, *words], standalone_mode=False)
+    if verb != "extract":  # transformers is loaded too
+        monkeypatch.setattr(memory, "_limits", lambda: [(1_000_000_000, memory.ADDRESSES)])
+        with pytest.raises(OutOfMemory, match="virtual memory, and ulimit -v allows 1,000 MB"):
+            app.main([verb, *words], standalone_mode=False)
+
+
+# ------------------------------------------------------------------ processes of ours that are killed
+
+
+KILLED = "import os, sys\nos.kill(os.getpid(), 9)\n"
+ANSWERS_ONCE = """
+import json, os, sys
+import numpy
+print("READY", flush=True)
+for line in sys.stdin:
+    numpy.save(json.loads(sys.argv[1])[3], numpy.zeros(3))
+    print("ROW", flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_process_that_reads_pickles_and_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adapterkit.pickles import apart
+
+    (tmp_path / "child.py").write_text(KILLED)
+    (tmp_path / "x.bin").write_bytes(b"x")
+    monkeypatch.setattr(apart, "CHILD", tmp_path / "child.py")
+    with pytest.raises(
+        OutOfMemory, match=r"x\.bin could not be read: .*ended by signal 9, perhaps since memory ran out"
+    ):
+        apart.answered("child.py", str(tmp_path / "x.bin"), str(tmp_path / "out"))
+
+
+def test_llama_that_is_killed_between_two_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adapterkit.verbs.verify import decode_child, runtime
+
+    (tmp_path / "child.py").write_text(ANSWERS_ONCE)
+    monkeypatch.setattr(decode_child, "__file__", str(tmp_path / "child.py"))
+    child = runtime._Inside(tmp_path / "x.gguf", 8, 1, tmp_path / "row.npy")
+    assert child.ask({"ids": [1]}).tolist() == [0, 0, 0]
+    child._process.wait(20)
+    with pytest.raises(AdapterkitError, match=r"no answer \(it was ended by signal 9"):
+        child.ask({"ids": [1]})
+    child.close()
+
+
+def test_processes_that_the_system_does_not_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user may have only so many (``ulimit -u``)."""
+
+    def _execute_child(*_: Any, **__: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(subprocess.Popen, "_execute_child", _execute_child)
+    with pytest.raises(BlockingIOError) as caught:
+        subprocess.run([sys.executable], check=False)
+    assert no_memory(caught.value)
+    assert not no_memory(BlockingIOError(errno.EAGAIN, "a lock"))
 
 
 # ------------------------------------------------------------------ inputs that change

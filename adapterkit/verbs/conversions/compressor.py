@@ -21,7 +21,15 @@ from adapterkit.bases import open_model
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.plan import plan_file
 from adapterkit.checkpoint.write import Room, Writing
-from adapterkit.errors import AdapterkitError, CheckpointError, MissingPackage, NotFound, UsageError, option
+from adapterkit.errors import (
+    AdapterkitError,
+    CheckpointError,
+    MissingPackage,
+    NotFound,
+    UsageError,
+    how_it_ended,
+    option,
+)
 from adapterkit.packages import command as install
 from adapterkit.places import Address
 from adapterkit.requests.convert import ConvertRequest
@@ -111,7 +119,7 @@ class Compressor:
             ) from None
         if done.returncode:
             lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-            said = lines[-1] if lines else f"it ended with {done.returncode}"
+            said = lines[-1] if lines and done.returncode > 0 else how_it_ended(done.returncode)
             raise AdapterkitError(
                 f"llm-compressor could not make {self.to} of {self.opened.ref}: {said}",
                 "give a causal language model in 16 bits with its tokenizer, and layers of whole groups of 128 inputs",

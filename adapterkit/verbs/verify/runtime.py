@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import socket
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.plan import default_jobs
-from adapterkit.errors import AdapterkitError, option
+from adapterkit.errors import AdapterkitError, how_it_ended, option
 from adapterkit.foreign import json_value
 from adapterkit.verbs.verify import decode_child
 
@@ -164,13 +165,15 @@ class _Inside:
         import numpy as np
 
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(asked) + "\n")
-        self._process.stdin.flush()
-        line = self._line()
+        line = ""
+        with contextlib.suppress(OSError):  # it ended since the last answer
+            self._process.stdin.write(json.dumps(asked) + "\n")
+            self._process.stdin.flush()
+            line = self._line()
         if line != "ROW":
-            raise AdapterkitError(
-                f"llama.cpp gave no answer ({line[:200] or 'it ended'})", f"use {option('level', 'layers')}"
-            )
+            self.close()
+            said = line[:200] or how_it_ended(self._process.returncode)
+            raise AdapterkitError(f"llama.cpp gave no answer ({said})", f"use {option('level', 'layers')}")
         return np.asarray(np.load(self._where), dtype=np.float32)
 
     def _line(self) -> str:
@@ -184,7 +187,8 @@ class _Inside:
     def close(self) -> None:
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(OSError):  # what was not read any more
+                    stream.close()
         try:
             self._process.wait(10)
         except subprocess.TimeoutExpired:
