@@ -187,6 +187,7 @@ FAMILIES = (
         ),
         ("FluxTransformer2DModel",),
         whole=True,
+        said=r"flux[-_. ]?(1|dev|schnell|kontext|fill|redux|canny|depth|krea)",
     ),
     PipelineFamily(
         "Flux.2",
@@ -199,6 +200,7 @@ FAMILIES = (
         ),
         ("Flux2Transformer2DModel",),
         whole=True,
+        said=r"flux[-_. ]?2",
     ),
     PipelineFamily(
         "Flux.3",
@@ -212,6 +214,7 @@ FAMILIES = (
         ),
         ("single_transformer_blocks.{}.ff.linear_in",),
         ("Flux3Transformer2DModel",),
+        said=r"flux[-_. ]?3",
     ),
     PipelineFamily(
         "Chroma",
@@ -220,5 +223,6 @@ FAMILIES = (
         ("distilled_guidance_layer.layers.{}.linear_1",),
         ("ChromaTransformer2DModel",),
         whole=True,
+        said=r"chroma",
     ),
 )
