@@ -289,6 +289,7 @@ FAMILIES = (
             "transformer_blocks.{}.txt_mod.1",
         ),
         ("QwenImageTransformer2DModel",),
+        whole=True,
         said=r"qwen[-_ ]?image",
     ),
     PipelineFamily(
@@ -297,6 +298,7 @@ FAMILIES = (
         (),
         ("double_stream_blocks.{}.block.attn1.to_q", "single_stream_blocks.{}.block.attn1.to_q"),
         ("HiDreamImageTransformer2DModel",),
+        whole=True,
         said=r"hidream",
     ),
     PipelineFamily(
@@ -314,6 +316,8 @@ FAMILIES = (
         ("blocks.{}.cross_attn.kv_linear", "blocks.{}.mlp.inverted_conv.conv"),
         ("transformer_blocks.{}.ff.conv_inverted",),
         ("SanaTransformer2DModel",),
+        whole=True,
+        only_original=("pos_embed", "y_embedder.y_embedding"),
         said=r"\bsana",
     ),
 )

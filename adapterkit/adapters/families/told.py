@@ -113,7 +113,7 @@ def called(family: PipelineFamily, path: str, layout: str) -> tuple[object, ...]
     chosen = [place for place in fitting if not place[0].row.alias] or fitting
     if not chosen:
         return ("same", path)
-    entry, captures, rest = chosen[0]
+    entry, captures, rest = min(chosen, key=lambda place: len(place[1]))
     row = entry.row
     others = range(len(row.parts)) if entry.part is None else (None,)
     names = tuple(named(entry, part, captures, rest) for part in others)

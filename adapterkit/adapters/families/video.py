@@ -179,6 +179,8 @@ _MOCHI = (
         t5_yproj -> time_embed.caption_proj
         final_layer.linear -> proj_out
     """),
+    # The last of its 48 blocks has no more of the text's side than a scale.
+    SharedRows("blocks.47.mod_y", ("transformer_blocks.47.norm1_context.linear_1",)),
     SharedRows("blocks.{}.mod_y", ("transformer_blocks.{}.norm1_context.linear_1",), alias=True),
 )
 
@@ -300,6 +302,7 @@ FAMILIES = (
         ("blocks.{}.attn.qkv_x", "t5_yproj"),
         ("time_embed.pooler.to_q", "time_embed.caption_proj"),
         ("MochiTransformer3DModel",),
+        whole=True,
         said=r"mochi",
     ),
     PipelineFamily(
@@ -307,7 +310,8 @@ FAMILIES = (
         _ANIMA,
         ("blocks.{}.self_attn.q_proj", "blocks.{}.self_attn.output_proj", "blocks.{}.mlp.layer1", "x_embedder.proj.1"),
         ("patch_embed.proj", "transformer_blocks.{}.norm1.linear_1", "time_embed.t_embedder.linear_1"),
-        ("CosmosTransformer3DModel", "AnimaTransformer3DModel"),
+        ("CosmosTransformer3DModel",),
+        whole=True,
         said=r"anima|cosmos",
     ),
     PipelineFamily(

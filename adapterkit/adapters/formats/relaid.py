@@ -96,7 +96,7 @@ def _entry(
 ) -> tuple[TableEntry, tuple[int, ...], str] | None:
     places = [place for place in entries(path + END) if fits(place[0]) and place[0].family is family]
     own = [place for place in places if not place[0].row.alias]
-    return next(iter(own or places), None)
+    return min(own or places, key=lambda place: len(place[1]), default=None)
 
 
 def _path(entry: TableEntry, part: int | None, captures: tuple[int, ...], rest: str) -> str:

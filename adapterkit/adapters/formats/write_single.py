@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from adapterkit.adapters.families.names import ENCODERS, FAMILIES, bare
 from adapterkit.adapters.families.told import SAID
 from adapterkit.adapters.formats.contents import METADATA
+from adapterkit.adapters.formats.encoders import encoder_lead, model_of
 from adapterkit.adapters.formats.generation import counts_encoders, is_sdxl, is_unet
 from adapterkit.adapters.formats.parts import KINDS
 from adapterkit.adapters.formats.relaid import TrainedOn, family_for, relaid
@@ -150,12 +151,17 @@ def as_single(
         )
     tensors: dict[str, Tensor] = {}
     counted = counts_encoders(parts, adapter.contents, names)
+    encoders = any(kind.startswith("te") for kind in parts)
+    model = model_of(parts, _origin(adapter), names) if encoders else ""
     notes: list[str] = []
     for kind, own in parts.items():
         laid = _laid(own, kind, style, adapter, names, notes)
-        lead = _lead(kind, own, style, counted)
+        lead, taken = _lead(kind, own, style, counted), ""
+        if kind.startswith("te") and style.name != "lycoris":
+            lead, taken = encoder_lead(kind, own, style.name, model, adapter.ref) or (lead, "")
         for one in laid:
-            path = one.path.replace(".", "_") if style.flat else one.path
+            path = one.path.removeprefix(taken)
+            path = path.replace(".", "_") if style.flat else path
             tensors |= _named(one, lead + path, style)
     return AdapterFiles(style.weights, tensors, {}, tuple(notes), _metadata(adapter, factors))
 
