@@ -95,12 +95,16 @@ class Store(ABC):
 
     Attributes:
         root: the bucket's address.
-        assembles: uploads take parts in any order, and the store copies ranges into them.
+        assembles: uploads take parts in any order, and the store copies ranges, or whole objects, into them.
+        copies_ranges: whether what it copies may be a part of an object.
+        keeps_uploads: until somebody aborts them; else it drops them by itself.
         conditions: whether it keeps "only where there is none yet"; None until that was seen.
     """
 
     root: Address
     assembles = False
+    copies_ranges = True
+    keeps_uploads = True
     conditions: bool | None = None
 
     def place(self, key: str) -> Address:
@@ -132,8 +136,21 @@ class Store(ABC):
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects; one that is gone is no error."""
 
-    def begin(self, key: str, marks: Mapping[str, str]) -> Assembly:
-        """Begin an upload, of a store that assembles."""
+    def deletions(self, count: int) -> int:
+        """How many requests it takes to remove so many objects."""
+        return count
+
+    def begin(self, key: str, marks: Mapping[str, str], work: Address) -> Assembly:
+        """Begin an upload, of a store that assembles.
+
+        Args:
+            marks: what the object will say of itself.
+            work: a folder for small objects of this run, in a store that has no uploads of its own.
+        """
+        raise NotImplementedError
+
+    def ending(self, parts: int) -> int:
+        """How many requests an upload of so many parts takes beside them."""
         raise NotImplementedError
 
     def resumed(self, key: str, id: str) -> Assembly:
