@@ -47,7 +47,7 @@ from adapterkit.codecs.fp8 import (
     unpack_floats,
     unpack_pairs,
 )
-from adapterkit.codecs.scaled import ScaledWeight, Written, check_like, grid_of, grid_scales
+from adapterkit.codecs.scaled import ScaledWeight, Written, check_like, check_over, grid_of, grid_scales
 from adapterkit.dtypes import BF16, DTYPES, F32, DType
 from adapterkit.errors import CheckpointError
 
@@ -294,7 +294,13 @@ def _fp4(name: str, packed: StoredTensor, scale: StoredTensor, more: tuple[Store
     check_dtype(check_shape(packed, (-1, -1), "FP4"), ("U8", "I8", "F4"), "FP4")
     shape = (*packed.shape[:-1], packed.shape[-1] * 2)
     block, grid = grid_of(shape, scale, [])
-    over = _named(more, "weight_global_scale")
+    over = check_over(_named(more, "weight_global_scale"), shape)
+    if (scale.dtype.code == "F8_E4M3") != (over is not None):
+        what = "without" if over is None else "with"
+        raise CheckpointError(
+            f"'{packed.name}' has scales in {scale.dtype} {what} a weight_global_scale, which is neither NVFP4 nor MXFP4",
+            AGAIN,
+        )
 
     def numbers() -> Numbers:
         return e2m1_numbers(scale.dtype, over, multiply=False, power=mx_exponents)

@@ -28,7 +28,7 @@ from adapterkit.codecs.codec import (
     whole,
 )
 from adapterkit.codecs.encode import Encoder, TensorSpec
-from adapterkit.codecs.scaled import ScaledWeight, Written, grid_of, grid_scales
+from adapterkit.codecs.scaled import ScaledWeight, Written, check_over, grid_of, grid_scales
 from adapterkit.dtypes import BF16, DTYPES, F32, DType
 from adapterkit.errors import CheckpointError
 from adapterkit.foreign import json_value
@@ -74,6 +74,7 @@ BESIDE = (
 def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
     blocks = block_size(config, "weight_block_size")
     powers = setting(config, "scale_fmt", str) == "ue8m0"
+    unsaid = not config
     done: set[str] = set()
     more_of = beside if any(name.endswith(BESIDE) for name in parts) else _nothing
     for end, instead in SCALES:
@@ -84,11 +85,29 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
                 continue
             done.add(name)
             if codes.dtype.code in FLOAT8:
-                more = more_of(parts, name)
+                more, scale = more_of(parts, name), parts[stem + end]
                 comfy = end == ".scale_weight" or _says_comfy(more)
-                yield _float8(codes, parts[stem + end], blocks, more, powers, comfy=comfy)
+                if unsaid and scale.dtype.code in EXPONENTS:
+                    raise _swizzled(codes)
+                yield _float8(codes, scale, blocks, more, powers, comfy=comfy)
             elif codes.dtype.code in ("U8", "I8", "F4"):
-                yield _pairs(codes, parts[stem + end], blocks, more_of(parts, name))
+                more = more_of(parts, name)
+                if _says_comfy(more) or (unsaid and end == "_scale"):
+                    raise _swizzled(codes)
+                yield _pairs(codes, parts[stem + end], end, more)
+
+
+EXPONENTS = ("U8", "F8_E8M0")
+
+
+def _swizzled(codes: StoredTensor) -> CheckpointError:
+    """Blocks of scales without a config: ComfyUI's files of NVFP4 and MXFP8 have them in the order of a GPU's matrix units
+    (comfy_kitchen, tensor/nvfp4.py and mxfp8.py), which nothing in the file tells from the plain order."""
+    return CheckpointError(
+        f"'{codes.name}' has scales per block and no quantization_config; files of ComfyUI hold those in the order of a "
+        "GPU's matrix units, which adapterkit does not read",
+        "give the config.json that was saved with it, or the 16-bit base",
+    )
 
 
 def _nothing(parts: Parts, name: str) -> tuple[StoredTensor, ...]:
@@ -240,13 +259,28 @@ def float8_values(dtype: DType, codes: torch.Tensor, scale: torch.Tensor, zero: 
     return floats(codes.contiguous().view(dtype.torch)) * factors(scale)
 
 
-def _pairs(
-    codes: StoredTensor, scale: StoredTensor, blocks: list[tuple[int, int]], more: tuple[StoredTensor, ...]
-) -> Weight:
-    """FP4: two values per byte; with `weight_scale_2` it is NVFP4."""
+def _pairs(codes: StoredTensor, scale: StoredTensor, end: str, more: tuple[StoredTensor, ...]) -> Weight:
+    """FP4: two values per byte; with `weight_scale_2` it is NVFP4.
+
+    Raises:
+        CheckpointError: the scales are those of no such format: bytes may be integers of 8 or 4 bits too.
+    """
     shape = (*codes.shape[:-1], codes.shape[-1] * 2)
     block, grid = grid_of(shape, scale, [])
-    over = next((part for part in more if part.name.endswith("weight_scale_2")), None)
+    over = check_over(next((part for part in more if part.name.endswith("weight_scale_2")), None), shape)
+    if scale.dtype.code == "F8_E4M3":
+        known = over is not None and block == (1, 16)
+    elif scale.dtype.code in EXPONENTS:
+        known = over is None
+    else:  # DeepSeek's and transformers' names; ModelOpt and ComfyUI have integers with `weight_scale`
+        known = over is None and end in ("_scale_inv", ".scale") and block[0] == 1
+    if not known:
+        beside_it = "" if over is None else f" and '{over.name}'"
+        raise CheckpointError(
+            f"'{codes.name}' ({codes.dtype}) with '{scale.name}' ({scale.dtype}, {describe(block, shape)}){beside_it} is no "
+            "layout of 4-bit floats that adapterkit reads",
+            "adapterkit reads NVFP4 (FP8 scales of 16 columns and weight_scale_2) and MXFP4; give the 16-bit base",
+        )
 
     def numbers() -> Numbers:
         return e2m1_numbers(scale.dtype, over, multiply=True)
