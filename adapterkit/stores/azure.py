@@ -123,14 +123,17 @@ class Azure(Store):
     Args:
         made: who asks.
         again: finds that out anew.
+        opened: the store of another address, from which a range is copied.
     """
 
     assembles = True
     conditions = True
     keeps_uploads = False
 
-    def __init__(self, root: Address, made: Account, again: Callable[[], Account]) -> None:
-        self.root, self.account, self._again = root, made, again
+    def __init__(
+        self, root: Address, made: Account, again: Callable[[], Account], opened: Callable[[Address], Store]
+    ) -> None:
+        self.root, self.account, self._again, self.opened = root, made, again, opened
 
     def renew(self) -> bool:
         fresh = self._again()
@@ -278,9 +281,7 @@ class _Blocks(Assembly):
         return self._store.ask(asked, self._store.place(self.key), writing=True)
 
     def copy(self, number: int, source: Address, etag: str, start: int, nbytes: int) -> str:
-        from adapterkit.stores.connect import open_store
-
-        place = open_store(source)
+        place = self._store.opened(source)
         assert isinstance(place, Azure)
         same = {"headers": {"x-ms-source-if-match": _quoted(etag)}} if etag else {}
 

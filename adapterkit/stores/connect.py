@@ -124,7 +124,7 @@ def _az(root: Address) -> Store:
     except ImportError as error:
         raise _needed(f"{root.scheme}://", error) from None
     try:
-        return Azure(root, account(), account)
+        return Azure(root, account(), account, open_store)
     except ValueError as error:
         raise UsageError(
             f"the settings for {root.scheme}:// are not understood ({type(error).__name__})", "check AZURE_STORAGE_*"
