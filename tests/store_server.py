@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 KEY, SECRET = "adapterkit", "adapterkit-secret"  # of this server alone
+RENEWED = "adapterkit-renewed"  # another key of one who may do the same
 
 
 def weed() -> str | None:
@@ -57,6 +58,11 @@ def serving(folder: Path) -> Iterator[str]:
         {
             "name": "one",
             "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
+            "actions": ["Admin", "Read", "Write"],
+        },
+        {
+            "name": "renewed",
+            "credentials": [{"accessKey": RENEWED, "secretKey": SECRET}],
             "actions": ["Admin", "Read", "Write"],
         },
         {"name": "two", "credentials": [{"accessKey": "reader", "secretKey": SECRET}], "actions": ["Read:readable"]},

@@ -163,9 +163,6 @@ class S3(ObjectStore):
     def deletions(self, count: int) -> int:
         return -(-count // DELETED_AT_ONCE)
 
-    def ending(self, parts: int) -> int:
-        return 2  # begun and completed
-
     def begin(self, key: str, marks: Mapping[str, str], work: Address) -> Assembly:
         found = self.ask(
             lambda: self.call("create_multipart_upload", Key=key, Metadata=dict(marks)), self.place(key), writing=True
