@@ -75,7 +75,7 @@ def read_folder(listing: Listing) -> Checkpoint:
     if weight_map is not None:
         _check_complete(listing.ref, weight_map, shards)
     config = listing.json("config.json") if "config.json" in listing.names else {}
-    _check_names(config, listing.ref)
+    check_names(config, listing.ref)
     if "auto_map" in config:
         notes.append("config.json names custom code (auto_map); adapterkit carries it over and never runs it")
     side_files = tuple(SideFile(name, listing.open(name)) for name in side_names(listing.names, set(files)))
@@ -93,12 +93,15 @@ def read_folder(listing: Listing) -> Checkpoint:
     )
 
 
-def _check_names(config: Mapping[str, Any], where: str) -> None:
+def check_names(config: Mapping[str, Any], where: str) -> None:
     """Refuse a config whose words for the model's class are of another type than everything that reads them expects.
 
     Raises:
-        CheckpointError: ``architectures`` is no list of names, or ``model_type`` no name.
+        CheckpointError: ``architectures`` is no list of names, or ``model_type`` or ``_class_name`` no name.
     """
+    own = config.get("_class_name")
+    if own is not None and not isinstance(own, str):
+        raise CheckpointError(f"{where}: _class_name in its config is {repr(own)[:60]}", "it is a name")
     named, kind = config.get("architectures"), config.get("model_type")
     if named is not None and not (isinstance(named, list) and all(isinstance(one, str) for one in named)):
         shown = repr(named)[:60]

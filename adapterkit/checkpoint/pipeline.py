@@ -94,9 +94,10 @@ def read_pipeline(listing: Listing) -> Checkpoint:
         NotFound, CheckpointError, UnsafeError: see `adapterkit.checkpoint.folder.read_folder`; a component is quantized, or
             has its weights only as pickles.
     """
-    from adapterkit.checkpoint.folder import read_folder, side_names
+    from adapterkit.checkpoint.folder import check_names, read_folder, side_names
 
     config = listing.json(MODEL_INDEX)
+    check_names(config, listing.ref)
     tensors: dict[str, Any] = {}
     shards: dict[str, str] = {}
     sources: list[Source] = []

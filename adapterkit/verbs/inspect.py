@@ -229,7 +229,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     dtypes = Counter(str(tensor.dtype) for tensor in checkpoint.values())
     architectures = checkpoint.config.get("architectures") or [checkpoint.config.get("model_type", "")]
     if components(checkpoint.config):
-        architectures = [checkpoint.config["_class_name"]]
+        architectures = [checkpoint.config.get("_class_name", "")]
     elif not any(architectures):
         architectures = [_family(checkpoint)]
     return Inspection(

@@ -37,6 +37,10 @@ def later(folder: Path, base: Path, adapter: Path) -> Rows:
         "said of training": (_training_of(base, adapter), tuple(_TRAINING)),
         "adapter of mlx": (_mlx_of(folder), (_json(_MLX),)),
         "metadata of an adapter": (_single_of(folder), (_json({"transformer.r": 2, "transformer.lora_alpha": 4}),)),
+        "file of an adapter": (_file, _files()),
+        "index of an adapter": _indexed_of(folder, adapter),
+        "pipeline": _pipeline_of(folder, base),
+        "run of megatron": (_megatron, tuple(_RUNS)),
         "quantization": (_quantization, tuple(map(_json, _QUANTS))),
         "login": (_login, (_json({"auths": {"h": {"auth": "eDp5"}, "i": {"username": "x"}}, "credsStore": "y"}),)),
         "state of a recipe": (_state, (_json(_STATE),)),
@@ -477,6 +481,86 @@ def _single_of(folder: Path) -> Read:
         return adapterkit.inspect(path)
 
     return read
+
+
+def _files() -> tuple[bytes, ...]:
+    """One file each of kohya's scripts, of ComfyUI, of LyCORIS and of Diffusers."""
+    from safetensors.torch import save
+    from torch import ones, tensor
+
+    flat = "lora_unet_double_blocks_0_img_attn_qkv"
+    dotted = "diffusion_model.double_blocks.0.img_attn.qkv"
+    up, down = ones(24, 2), ones(2, 8)
+    return (
+        save({f"{flat}.lora_up.weight": up, f"{flat}.lora_down.weight": down, f"{flat}.alpha": tensor(2.0)}),
+        save({f"{dotted}.lora_B.weight": up, f"{dotted}.lora_A.weight": down, f"{dotted}.alpha": tensor(2.0)}),
+        save({f"{flat}.hada_{name}": ones(8, 8) for name in ("w1_a", "w1_b", "w2_a", "w2_b")}),
+        save({"unet.down_blocks.0.attentions.0.to_q.lora.up.weight": up, "text_encoder.a.lora_A.weight": down}),
+    )
+
+
+def _file(data: bytes, place: Path) -> object:
+    import adapterkit
+
+    return adapterkit.inspect(_put(place, "lora.safetensors", data))
+
+
+def _indexed_of(folder: Path, adapter: Path) -> tuple[Read, tuple[bytes, ...]]:
+    from safetensors.torch import load_file, save_file
+
+    at = folder / "indexed"
+    at.mkdir()
+    (at / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    names = {name: f"adapter_model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
+    for file in set(names.values()):
+        save_file({name: tensors[name] for name, other in names.items() if other == file}, at / file)
+
+    def read(data: bytes, place: Path) -> object:
+        import adapterkit
+
+        (at / "adapter_model.safetensors.index.json").write_bytes(data)
+        return adapterkit.inspect(at)
+
+    return read, (_json({"metadata": {"total_size": 9}, "weight_map": names}),)
+
+
+def _pipeline_of(folder: Path, base: Path) -> tuple[Read, tuple[bytes, ...]]:
+    at = folder / "pipeline"
+    (at / "text_encoder").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        (at / "text_encoder" / name).write_bytes((base / name).read_bytes())
+
+    def read(data: bytes, place: Path) -> object:
+        import adapterkit
+
+        (at / "model_index.json").write_bytes(data)
+        return adapterkit.inspect(at)
+
+    said = {
+        "_class_name": "XPipeline",
+        "text_encoder": ["transformers", "LlamaModel"],
+        "scheduler": [None, None],
+        "n": 1,
+    }
+    return read, (_json(said),)
+
+
+_RUNS = (
+    b"peft:\n  _target_: x.peft.lora.LoRA\n  alpha: 16\n  dim: 8\nmodel:\n  num_attention_heads: 4\n  num_query_groups: 2\n",
+    b"model_transform: {_target_: x.DoRA, alpha: 1.5, dim: 4}\nconfig: &c {kv_channels: 8}\nother: *c\n",
+)
+
+
+def _megatron(data: bytes, place: Path) -> object:
+    from adapterkit.checkpoint.sharded import sharded_checkpoint
+    from adapterkit.pickles.megatron import _of_run
+
+    for step in (1, 2):
+        _put(place, f"iter_000000{step}/.metadata", b"x")
+    _put(place, "latest_checkpointed_iteration.txt", data[:7] if data[:1].isdigit() else b"2")
+    sharded_checkpoint(place)
+    return _of_run(_put(place, "run_config.yaml", data))
 
 
 _QUANTS: tuple[Any, ...] = (

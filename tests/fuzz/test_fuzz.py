@@ -38,12 +38,13 @@ LATER = (
     ),
     *("files beside a base", "said of training", "adapter of mlx", "metadata of an adapter", "quantization", "login"),
     *("state of a recipe", "journal", "tekken.json", "vocab.txt", "rwkv vocabulary", "question of the UI"),
-    "config of LLaMA-Factory",
+    *("config of LLaMA-Factory", "file of an adapter", "index of an adapter", "pipeline", "run of megatron"),
 )
 NAMES = (*FIRST, *LATER)
 EXAMPLES = {
     **dict.fromkeys(LATER, 50),
     **dict.fromkeys(("files beside a base", "metadata of an adapter", "oci headers"), 20),
+    **dict.fromkeys(("index of an adapter", "pipeline", "file of an adapter"), 30),
     "bucket listing": 5,
     "bundle": 30,
     "config.json": 40,
