@@ -86,7 +86,10 @@ def _last(folder: Path, places: list[Path]) -> list[Path]:
         return places
     tracker = folder / _TRACKER
     text = read_regular(tracker, 1 << 12).decode("utf-8", "replace").strip() if tracker.is_file() else ""
-    last = next((place for place in iterations if text.isascii() and text.isdigit() and place.name == f"iter_{int(text):07d}"), None)
+    last = next(
+        (place for place in iterations if text.isascii() and text.isdigit() and place.name == f"iter_{int(text):07d}"),
+        None,
+    )
     if last is None:
         names = ", ".join(place.name for place in iterations[:4])
         raise CheckpointError(f"{folder} holds several iterations ({names}) and no {_TRACKER}", "name one of them")

@@ -87,6 +87,16 @@ def test_a_class_that_nobody_knows_is_said(right: tuple[Path, Path], tmp_path: P
     assert said.severity == "note"
 
 
+@pytest.mark.parametrize("name", ["num_hidden_layers", "n_layer", "text_config"])
+def test_a_config_of_a_billion_layers_is_not_built(name: str, right: tuple[Path, Path], tmp_path: Path) -> None:
+    """transformers would, until memory runs out."""
+    adapterkit.merge(right[0], [right[1]], tmp_path / "out")
+    changed(tmp_path / "out", **{name: {"num_layers": 10**9} if name == "text_config" else 10**9})
+    report = verify(tmp_path / "out", base=right[0], adapters=[right[1]], level="load")
+    assert any("says 1,000,000,000 layers, and MERGED holds" in one.text for one in report.findings)
+    assert not report.ok
+
+
 def test_code_of_the_folder_is_not_run(right: tuple[Path, Path], tmp_path: Path) -> None:
     adapterkit.merge(right[0], [right[1]], tmp_path / "out")
     (tmp_path / "out" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")

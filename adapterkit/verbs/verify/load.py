@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from adapterkit.verbs.verify.subject import Subject
 
 MOST_TEXT = 64 << 20  # bytes of a file that is read for what it says
+MOST_LAYERS = 2_000  # of a model that transformers builds to be asked; it takes a hundredth of a second for each
+_OF_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "depth")
 NAMED = 4  # tensors that a sentence names
 
 
@@ -81,6 +83,14 @@ def _built(subject: Subject, folder: Path, said: frozenset[str]) -> Iterator[Fin
     if lacking:
         yield _unchecked(f"{' and '.join(lacking)} {'is' if len(lacking) == 1 else 'are'} not installed")
         return
+    layers = _layers(config)
+    if layers > MOST_LAYERS:
+        if layers > len(subject.found):
+            text = f"config.json says {layers:,} layers, and MERGED holds {len(subject.found):,} tensors"
+            yield Finding("missing key", ERROR, text, "correct config.json, or merge again")
+            return
+        yield _unchecked(f"MERGED has {layers:,} layers, more than {MOST_LAYERS:,}, and was not built in transformers")
+        return
     named = config.get("architectures")
     name = str(named[0]) if isinstance(named, list) and named else ""
     from adapterkit.verbs.verify.answers import need_transformers
@@ -120,6 +130,13 @@ def _built(subject: Subject, folder: Path, said: frozenset[str]) -> Iterator[Fin
         yield Finding(
             "unread key", NOTE, f"{name} does not read {_names(rest)}, which the base has too", "", tuple(rest)
         )
+
+
+def _layers(config: Mapping[str, Any]) -> int:
+    """The most layers that a config says, whatever its class calls them."""
+    nested = [one for one in config.values() if isinstance(one, dict)]
+    said = [one.get(name) for one in (config, *nested) for name in _OF_LAYERS]
+    return max((one for one in said if type(one) is int), default=0)
 
 
 def _told(cls: Any, folder: Path) -> Mapping[str, Any] | str:
