@@ -187,10 +187,10 @@ def unheld(
     ]
     if not lost:
         return ""
-    said = ", ".join(name.rstrip(".") for name in lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+    modules = list(dict.fromkeys(name.rstrip(".") if name.endswith(".") else name.partition(".")[0] for name in lost))
     return (
-        f"{one.name} has {said}, which neither the base nor the adapter holds: whatever loads it fills that with random numbers, "
-        "as training did without saving them (train it, or save it, with modules_to_save)"
+        f"{one.name} has {', '.join(modules)}, which neither the base nor the adapter holds: what loads it fills that with random "
+        "numbers, as training did without saving them (train it, or save it, with modules_to_save)"
     )
 
 
