@@ -220,7 +220,7 @@ def heads(names: set[str]) -> dict[str, dict[str, Any]]:
 def inside_of(every: Iterable[str], prefix: str) -> set[str]:
     """The modules of a base model, each with a dot behind."""
     rest = [key.removeprefix(f"{prefix}.") for key in every if key.startswith(f"{prefix}.")]
-    return {one.partition(".")[0] + "." for one in rest if "." in one}
+    return {one.partition(".")[0] + "." for one in rest if "." in one} - {"shared."}  # tied to what the others look up
 
 
 def flags() -> dict[str, list[str]]:

@@ -189,8 +189,8 @@ def unheld(
         return ""
     modules = list(dict.fromkeys(name.rstrip(".") if name.endswith(".") else name.partition(".")[0] for name in lost))
     return (
-        f"{one.name} has {', '.join(modules)}, which neither the base nor the adapter holds: what loads it fills that with random "
-        "numbers, as training did without saving them (train it, or save it, with modules_to_save)"
+        f"{one.name} has {', '.join(modules)}, which neither the base nor the adapter holds: what loads it fills that "
+        "with random numbers, as training did without saving them (train it, or save it, with modules_to_save)"
     )
 
 
