@@ -44,6 +44,7 @@ from adapterkit.codecs.fp8 import (
     float8_values,
     float8_written,
     pairs_written,
+    scale_over,
     unpack_floats,
     unpack_pairs,
 )
@@ -291,7 +292,7 @@ def _integers(
 
 
 def _fp4(name: str, packed: StoredTensor, scale: StoredTensor, more: tuple[StoredTensor, ...]) -> Weight:
-    check_dtype(check_shape(packed, (-1, -1), "FP4"), ("U8", "I8", "F4"), "FP4")
+    check_dtype(packed if len(packed.shape) == 3 else check_shape(packed, (-1, -1), "FP4"), ("U8", "I8", "F4"), "FP4")
     shape = (*packed.shape[:-1], packed.shape[-1] * 2)
     block, grid = grid_of(shape, scale, [])
     over = check_over(_named(more, "weight_global_scale"), shape)
@@ -302,8 +303,8 @@ def _fp4(name: str, packed: StoredTensor, scale: StoredTensor, more: tuple[Store
             AGAIN,
         )
 
-    def numbers() -> Numbers:
-        return e2m1_numbers(scale.dtype, over, multiply=False, power=mx_exponents)
+    def numbers(line: torch.Tensor | None = None) -> Numbers:
+        return e2m1_numbers(scale.dtype, scale_over(over, shape, line), multiply=False, power=mx_exponents)
 
     return ScaledWeight(
         name,
@@ -316,9 +317,7 @@ def _fp4(name: str, packed: StoredTensor, scale: StoredTensor, more: tuple[Store
         grid,
         lambda: grid_scales(scale, grid, over, divide=True),
         (packed, scale, *more),
-        written=pairs_written(packed, scale, numbers, over, multiply=False)
-        if over is None or prod(over.shape) == 1
-        else None,
+        written=pairs_written(packed, scale, numbers, over, multiply=False),
     ).weight()
 
 
@@ -538,6 +537,7 @@ KINDS = (
         ),
         8.0,
         ("fp8 128x128",),
+        experts=True,
     ),
     Kind(
         "int4",
@@ -547,6 +547,7 @@ KINDS = (
         ),
         4.0,
         ("int4 per 128", "int4 per row"),
+        experts=True,
     ),
     Kind(
         "nvfp4",
@@ -561,6 +562,7 @@ KINDS = (
         ("nvfp4 per 16",),
         together=True,
         some=_some_nvfp4,
+        experts=True,
     ),
     Kind(
         "mxfp4",
@@ -573,6 +575,7 @@ KINDS = (
         ),
         4.0,
         ("mxfp4 per 32",),
+        experts=True,
     ),
 )
 

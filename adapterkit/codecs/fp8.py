@@ -282,8 +282,8 @@ def _pairs(codes: StoredTensor, scale: StoredTensor, end: str, more: tuple[Store
             "adapterkit reads NVFP4 (FP8 scales of 16 columns and weight_scale_2) and MXFP4; give the 16-bit base",
         )
 
-    def numbers() -> Numbers:
-        return e2m1_numbers(scale.dtype, over, multiply=True)
+    def numbers(line: torch.Tensor | None = None) -> Numbers:
+        return e2m1_numbers(scale.dtype, scale_over(over, shape, line), multiply=True)
 
     return ScaledWeight(
         codes.name,
@@ -296,9 +296,7 @@ def _pairs(codes: StoredTensor, scale: StoredTensor, end: str, more: tuple[Store
         grid,
         lambda: grid_scales(scale, grid, over),
         (codes, scale, *more),
-        written=pairs_written(codes, scale, numbers, over, multiply=True)
-        if over is None or prod(over.shape) == 1
-        else None,
+        written=pairs_written(codes, scale, numbers, over, multiply=True),
     ).weight()
 
 
@@ -312,12 +310,12 @@ def unpack_pairs(rows: torch.Tensor) -> torch.Tensor:
 def pairs_written(
     codes: StoredTensor,
     scale: StoredTensor,
-    numbers: Callable[[], Numbers],
+    numbers: Callable[[torch.Tensor | None], Numbers],
     over: StoredTensor | None,
     *,
     multiply: bool,
 ) -> Written:
-    """How 4-bit floats are written: two to a byte, the first in the low half."""
+    """How 4-bit floats are written: two to a byte, the first in the low half; ``numbers`` of some rows, or of all."""
 
     def torchao() -> Numbers:
         assert over is not None
@@ -333,8 +331,29 @@ def pairs_written(
 
         return unpair(rows)
 
-    others = {"torchao": torchao} if over is not None else {}
-    return Written(numbers, pack, unpack, scale, others=others)
+    several = over is not None and prod(over.shape) > 1
+    others = {"torchao": torchao} if over is not None and not several else {}
+    by_line = numbers if several else None
+    return Written(partial(numbers, None), pack, unpack, scale, others=others, by_line=by_line)
+
+
+def scale_over(
+    over: StoredTensor | None, shape: tuple[int, ...], line: torch.Tensor | None = None
+) -> torch.Tensor | float | None:
+    """The scale over those of a weight: one number, or that of each of some rows, of whose matrix it is.
+
+    Args:
+        over: as it is stored, one number or one per matrix.
+        shape: of the weight.
+        line: rows of the matrices, one below the other; all by default.
+    """
+    if over is None:
+        return None
+    found = whole(over).float().view(-1)
+    if found.numel() == 1:
+        return float(found[0])
+    each = found.repeat_interleave(shape[-2])
+    return each if line is None else each[line]
 
 
 def torchao_nvfp4(over: StoredTensor, *, multiply: bool) -> Numbers:
@@ -367,7 +386,7 @@ def torchao_nvfp4(over: StoredTensor, *, multiply: bool) -> Numbers:
 
 
 def e2m1_numbers(
-    scale: DType, over: StoredTensor | float | None, *, multiply: bool, power: MxRule | None = None
+    scale: DType, over: torch.Tensor | float | None, *, multiply: bool, power: MxRule | None = None
 ) -> Numbers:
     """FP4 (e2m1) with FP8 scales under one over all (NVFP4), or with scales that are powers of two.
 
@@ -377,7 +396,7 @@ def e2m1_numbers(
 
     Args:
         scale: dtype of the scales.
-        over: the scale of the whole tensor, stored or known.
+        over: the scale of the whole tensor, or for each tile of a column of them that of its matrix.
         multiply: it is multiplied with the others (ModelOpt), not divided by (compressed-tensors).
         power: absmax to the exponent of a scale, where scales are powers of two; rounded up by default.
     """
@@ -386,21 +405,26 @@ def e2m1_numbers(
     from adapterkit.codecs.bits import E2M1, to_e2m1
     from adapterkit.codecs.tiles import Numbers
 
-    whole_scale = over if over is None or isinstance(over, float) else float(whole(over).float().view(-1)[0])
+    def beside(tiles: torch.Tensor) -> torch.Tensor | float:
+        """The scale of the whole tensor, broadcast against tiles."""
+        assert over is not None
+        return over if isinstance(over, float) else over.view(-1, *[1] * (tiles.dim() - 1))
 
     def meant(stored: torch.Tensor) -> torch.Tensor:
         found = factors(stored)
-        if whole_scale is None:
+        if over is None:
             return found
-        return found * whole_scale if multiply else found / torch.tensor(whole_scale)
+        factor = beside(found)
+        return found * factor if multiply else found / torch.as_tensor(factor)
 
     def choose(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         largest = torch.maximum(-low, high)
-        if scale.bits == 8 and whole_scale is None and scale.code != "F8_E4M3":
+        if scale.bits == 8 and over is None and scale.code != "F8_E4M3":
             return exponent_bytes((power or round_up)(largest, 6.0), scale), None, None
         found = largest / 6.0
-        if whole_scale is not None:
-            found = found / whole_scale if multiply else found * whole_scale
+        if over is not None:
+            factor = beside(found)
+            found = found / factor if multiply else found * factor
         if scale.bits > 8:
             return torch.where(found > 0, found, 1.0).to(scale.torch), None, None
         rounded = found.clamp(max=448.0).to(torch.float8_e4m3fn).float()

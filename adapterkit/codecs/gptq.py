@@ -372,14 +372,7 @@ def _weight(
 
         def order() -> torch.Tensor:
             assert groups is not None
-            found = check_index(groups, count)
-            sizes = found.bincount(minlength=count)
-            if bool((sizes[:-1] != size).any()) or int(sizes[-1]) > size:
-                raise CheckpointError(
-                    f"the groups of '{groups.name}' are of different sizes, which cannot be written again",
-                    "write 16 bits",
-                )
-            return found
+            return check_index(groups, count)
 
         def complete(parts: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
             words, scale, zero = parts

@@ -46,6 +46,7 @@ class Written:
         scale: the stored scales.
         zero: the stored zero points, and what packs them, where they are stored.
         others: what other libraries do with a tile, by their names.
+        by_line: as ``numbers``, for the rows that are given, where stacked matrices differ.
     """
 
     numbers: Callable[[], Numbers]
@@ -54,6 +55,7 @@ class Written:
     scale: StoredTensor
     zero: tuple[StoredTensor, Callable[[torch.Tensor], torch.Tensor]] | None = None
     others: Mapping[str, Callable[[], Numbers]] = field(default_factory=dict)
+    by_line: Callable[[torch.Tensor], Numbers] | None = None
 
 
 @dataclass(frozen=True)
@@ -111,13 +113,7 @@ class ScaledWeight:
 
         def order() -> torch.Tensor:
             assert self.groups is not None
-            found = check_index(self.groups, across)
-            if bool((found.bincount(minlength=across) != self.block[1]).any()):
-                raise CheckpointError(
-                    f"the groups of '{self.groups.name}' are of different sizes, which cannot be written again",
-                    "write 16 bits",
-                )
-            return found
+            return check_index(self.groups, across)
 
         def complete(held: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
             found = {scale.name: held[0].reshape(-1)}
@@ -141,6 +137,7 @@ class ScaledWeight:
                 None if self.groups is None else order,
             ),
             row_codes=stored,
+            by_line=written.by_line,
         )
 
     def load(self) -> Decode:
