@@ -243,5 +243,5 @@ def test_an_option_of_another_kind_of_remote_is_refused(home: Path) -> None:
         adapterkit.push("x", "s3://b/x", create_pr=True)
     with pytest.raises(UsageError, match="move_tag=True is for OCI registries and buckets, and org/x is not"):
         adapterkit.push("x", "org/x", move_tag=True)
-    with pytest.raises(UsageError, match="verify=.* is for OCI registries, and hf://org/x is not"):
+    with pytest.raises(UsageError, match=r"verify=.* is for OCI registries, and hf://org/x is not"):
         adapterkit.pull("hf://org/x", verify="key.pem")
