@@ -125,7 +125,7 @@ def test_a_remote_of_another_kind(hub: WritableHub, recipe: Path, monkeypatch: p
     answer_in_memory("127.0.0.1:5000", monkeypatch)
     there = "oci://127.0.0.1:5000/team/styled:v1"
     recipe.write_text(RECIPE + f'register = "styled"\npush = {{repo = "{there}", private = true}}\n')
-    with pytest.raises(UsageError, match="private=True is for the Hub, and oci://.* is not"):
+    with pytest.raises(UsageError, match=r"private=True is for the Hub, and oci://.* is not"):
         plan_build(recipe)
     recipe.write_text(RECIPE + f'register = "styled"\npush = "{there}"\n')
     done = build(recipe).outputs[0].after["push"]
