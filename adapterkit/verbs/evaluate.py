@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.load import is_adapter
 from adapterkit.checkpoint.files import seen
+from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.checkpoint.json_data import parse_json
 from adapterkit.checkpoint.listing import LocalFolder
 from adapterkit.checkpoint.open import locate
@@ -227,12 +228,14 @@ def _pretrained(folder: Path, name: str, ref: str | Path, home: Path | None) -> 
 
 def _from_hub(folder: Path, repo: str, revision: str) -> dict[str, Any]:
     """What a repository (or a folder that a config names) is loaded by: its files, held against the commit's digests as in
-    every verb. One that has pickles only is left to the harness.
+    every verb. One that has pickles only, or a name without an organization, is left to the harness.
 
     Raises:
         NotFound, CheckFailed, AuthError, HubError
     """
-    listing = locate(f"{repo}@{revision}" if revision and not Path(repo).expanduser().is_dir() else repo)
+    ref = f"{repo}@{revision}" if revision and not Path(repo).expanduser().is_dir() else repo
+    # What is neither a folder nor named by an organization (as `gpt2`) only the harness knows.
+    listing = locate(ref) if parse_hub(ref) is not None or Path(repo).expanduser().is_dir() else None
     if isinstance(listing, LocalFolder) and any(name.endswith(".safetensors") for name in listing.names):
         return {"pretrained": _linked(folder, "base", listing.path.resolve())}
     return {"pretrained": repo, **({"revision": revision} if revision else {})}

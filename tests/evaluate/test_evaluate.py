@@ -127,7 +127,9 @@ def test_the_base_that_its_record_names(
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
     kept = LocalFolder(base)
     evaluate("tone", ["tickets"], no_base=True, attach=False, base="other/base@v1")
-    first, second = (call[0] for call in asked(told))
+    evaluate("tone", ["tickets"], no_base=True, attach=False, base="gpt2@main")
+    first, second, third = (call[0] for call in asked(told))
+    assert (third["pretrained"][-4:], third["revision"]) == ("gpt2", "main")
     assert wanted == ["someone/base", "other/base@v1"]
     assert first["pretrained"] == str(base.resolve())
     assert (second["pretrained"][-10:], second["revision"]) == ("other/base", "v1")
