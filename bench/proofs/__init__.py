@@ -22,6 +22,7 @@ SMALL = {
     "kept": "--side 512",
     "kill": "--kills 6 --megabytes 20",
     "kills": "--kills 20 --only register",
+    "layouts": "--only awq --only comfyui --only modelopt",
     "linear": "--only llama --only gpt2 --only mixtral --only t5 --only qwen3_moe --only whisper",
     "mergekit": "--only linear",
     "methods": "--only Vera --only HiRA --only LoHa",
