@@ -19,6 +19,7 @@ SMALL = {
     "gguf_headers": "500 1",
     "gguf_merges": "llama",
     "imatrix": "$LLAMA_IMATRIX llama",
+    "keep_plan": "--dir $GIANTS",
     "kept": "--side 512",
     "kill": "--kills 6 --megabytes 20",
     "kills": "--kills 20 --only register",
