@@ -2,11 +2,11 @@
 
     python -m bench --save keep_plan proofs keep_plan --dir /var/tmp/adapterkit-huge
 
-Base and adapter are sparse files (`bench.common.giants`) in files of about 0.6 GB, a LoRA of rank 16 on all projections of attention.
-One file of the base that holds attention, and its factors, get real numbers; that file of the output is executed as a part of
-the saved plan and read: every tensor that the adapter does not touch has the base's bytes, the others those of transformers'
-rule (per block of 128 x 128 codes of W * (448 / absmax), scale absmax / 448) for decode(W) + BA in float32. Fails where the plan is
-more than 690 GB, takes 12 processor seconds or 1.5 GB of memory, or a tensor of the file is another.
+Base and adapter are sparse files (`bench.common.giants`) in files of about 0.6 GB, a LoRA of rank 16 on all projections of
+attention. One file of the base that holds attention, and its factors, get real numbers; that file of the output is executed as
+a part of the saved plan and read: every tensor that the adapter does not touch has the base's bytes, the others those of
+transformers' rule (per block of 128 x 128 codes of W * (448 / absmax), scale absmax / 448) for decode(W) + BA in float32. Fails
+where the plan is more than 690 GB, takes 12 processor seconds or 1.5 GB of memory, or a tensor of the file is another.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ def facts(name: str) -> Iterator[bool]:
         (folder / "none").mkdir()
         nothing = keep.adapter_of(folder / "none", torch.zeros(rows, 4), columns)
         merge(base, [nothing], folder / "same", quant="keep", yes_lossy=True)
-        yield keep.raw(folder / "same") == keep.raw(base)
+        yield bool(keep.raw(folder / "same") == keep.raw(base))
         b = torch.randn(rows, 4, generator=torch.Generator().manual_seed(8)) * 0.02
         tuned = keep.adapter_of(folder, b, columns)
         handle = dequantized(open_checkpoint(base))[f"{keep.TOUCHED}.weight"]
@@ -221,10 +221,10 @@ def facts(name: str) -> Iterator[bool]:
 
 def _alike(got: torch.Tensor, wanted: torch.Tensor, leaf: str) -> bool:
     if "quant_state" not in leaf:
-        return keep.same(got, wanted)
+        return bool(keep.same(got, wanted))
     said, meant = (json.loads(bytes(one.tolist())) for one in (got, wanted))
     near = abs(said.pop("nested_offset", 0) - meant.pop("nested_offset", 0)) <= 1e-7
-    return near and bool(said == meant)
+    return bool(near and said == meant)
 
 
 def main() -> int:
