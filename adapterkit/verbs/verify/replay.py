@@ -8,7 +8,7 @@ the memory of its largest matrix.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from adapterkit.adapters.target import Target
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.verbs.verify.subject import Subject
 
@@ -64,26 +65,53 @@ def _replayed(
 ) -> dict[str, torch.Tensor]:
     import torch
 
-    names = Names(trained.shapes, trained.config)
     wanted = _wanted(subject)
     kept: dict[str, list[torch.Tensor]] = {}
-    with contextlib.ExitStack() as stack:
-        for path, module in model.named_modules():
-            own = [name for name, parameter in module.named_parameters(recurse=False) if parameter is not None]
-            if own:
-                stack.enter_context(_loaded(module, path, own, names, trained, wanted, kept))
-        with torch.inference_mode():
-            # Without the output layer, which is the largest matrix and feeds nothing.
-            body = model.base_model if hasattr(model, "base_model") else model
-            for ids in texts:
-                if len(ids) > 1:
-                    body(input_ids=torch.tensor([list(ids)]))
+
+    def seen(module: Any, weight: Target, x: torch.Tensor) -> None:
+        if len(weight.pieces) == 1 and x.shape[-1] == weight.matrix[1]:
+            for name in wanted.get(weight.pieces[0].tensor, ()):
+                kept.setdefault(name, []).append(x.reshape(-1, x.shape[-1]).detach().clone())
+
+    run_streamed(model, trained, [[ids] for ids in texts if len(ids) > 1], seen)
     found = {}
     for name, parts in kept.items():
         rows = torch.cat(parts)
         step = max(1, len(rows) // ROWS)
         found[name] = rows[::step][:ROWS].float().contiguous()
     return found
+
+
+def run_streamed(
+    model: Any,
+    view: Checkpoint,
+    batches: Sequence[Sequence[Sequence[int]]],
+    seen: Callable[[Any, Target, torch.Tensor], None],
+) -> None:
+    """Run a model without weights over tokens; each module has the values of a view while it is called.
+
+    Args:
+        model: of `adapterkit.verbs.verify.answers.empty_model`.
+        view: in whose tensors the parameters are found, float32 is computed with.
+        batches: rows of tokens, of one length in a batch.
+        seen: told of every module with a weight that gets floats: the module, where its weight is, and what it gets.
+
+    Raises:
+        ValueError: a parameter that the view does not hold.
+    """
+    import torch
+
+    names = Names(view.shapes, view.config)
+    with contextlib.ExitStack() as stack:
+        for path, module in model.named_modules():
+            own = [name for name, parameter in module.named_parameters(recurse=False) if parameter is not None]
+            if own:
+                stack.enter_context(_loaded(module, path, own, names, view, seen))
+        with torch.inference_mode():
+            # Without the output layer, which is the largest matrix and feeds nothing.
+            body = model.base_model if hasattr(model, "base_model") else model
+            for rows in batches:
+                body(input_ids=torch.tensor([list(ids) for ids in rows]))
 
 
 def _wanted(subject: Subject) -> dict[str, tuple[str, ...]]:
@@ -105,8 +133,7 @@ def _loaded(
     own: Sequence[str],
     names: Names,
     trained: Checkpoint,
-    wanted: Mapping[str, tuple[str, ...]],
-    kept: dict[str, list[torch.Tensor]],
+    seen: Callable[[Any, Target, torch.Tensor], None],
 ) -> Iterator[None]:
     """A module that gets its weights when it is called."""
     import torch
@@ -142,13 +169,9 @@ def _loaded(
         for leaf in own:
             setattr(module, leaf, torch.nn.Parameter(read(leaf), requires_grad=False))
         weight = targets.get("weight")
-        plain = weight is not None and len(weight.pieces) == 1
-        if not plain or weight is None or not args or not isinstance(args[0], torch.Tensor):
+        if weight is None or not args or not isinstance(args[0], torch.Tensor) or not args[0].is_floating_point():
             return
-        x = args[0]
-        if x.is_floating_point() and x.shape[-1] == weight.matrix[1]:
-            for name in wanted.get(weight.pieces[0].tensor, ()):
-                kept.setdefault(name, []).append(x.reshape(-1, x.shape[-1]).detach().clone())
+        seen(module, weight, args[0])
 
     def after(module: Any, args: Any, result: Any) -> None:
         for leaf in own:

@@ -421,6 +421,9 @@ def judge(tally: Tally) -> Judged:
     steps: float | None = None
     if item.parts and not tally.differing:
         status = EQUAL
+    elif item.fed:
+        # The error of a column is in the columns after it: what is there is a value of the grid, and no farther than it is.
+        status = FORMAT if sums.off <= UNKNOWN_FORMAT * 2.0**-item.bits else OFF
     elif item.own and not item.touched:
         status = OFF  # nobody changed it: other bytes are other codes or scales
     elif item.format is None:
