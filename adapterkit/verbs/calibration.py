@@ -17,10 +17,11 @@ from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.checkpoint.plan import default_jobs
+from adapterkit.checkpoint.plan import BASELINE_MEMORY, default_jobs
 from adapterkit.codecs.feedback import Factors, Fed, Lost
 from adapterkit.errors import AdapterkitError, CheckpointError, UsageError, option
 from adapterkit.places import Address
+from adapterkit.verbs.imatrix import read_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -71,7 +72,7 @@ class Calibration:
 
     def __init__(self, view: Callable[[], Checkpoint], text: Path, near: Path | Address | None) -> None:
         self._view, self._text, self._near = view, text, near
-        self._wanted: set[str] = set()
+        self._wanted: dict[str, tuple[int, ...]] = {}
         self._found: dict[str, _Rows] | None = None
         self._lock = threading.Lock()
         self._factors = Factors()
@@ -95,7 +96,7 @@ class Calibration:
                 f"{option('rounding', 'feedback')} is for matrices whose columns share scales in groups, and '{name}' is {why}",
                 f"leave out {option('rounding')}, or keep what rounding takes beside the output ({option('residual', '16')})",
             )
-        self._wanted.add(name)
+        self._wanted[name] = shape
         return Fed(name, encoder, form, (shape[0], shape[1]), lambda: self._inputs(name), self._factors, self.lost)
 
     def check(self, ref: str, config: Any) -> None:
@@ -105,7 +106,6 @@ class Calibration:
             NotFound, UsageError: no such text, no library that runs the model, or a model that it does not know.
         """
         from adapterkit.packages import need
-        from adapterkit.verbs.imatrix import read_text
 
         need(
             "transformers",
@@ -120,6 +120,24 @@ class Calibration:
                 f"{ref} has no config.json that names a model, so nothing can read the text",
                 f"leave out {option('rounding')}",
             )
+
+    @property
+    def disk(self) -> int:
+        """Bytes that the inputs of all layers take while the output is written, at most: projections share theirs."""
+        return sum(2 * TOKENS * shape[1] for shape in self._wanted.values())
+
+    @property
+    def memory(self) -> int:
+        """About what the model that reads takes: some activations of the widest layer, and its weight."""
+        widest = max((sum(shape) for shape in self._wanted.values()), default=0)
+        largest = max((shape[0] * shape[1] for shape in self._wanted.values()), default=0)
+        return BASELINE_MEMORY + 16 * TOKENS * widest + 8 * largest
+
+    def digest(self) -> str:
+        """What tells this text from others, for a plan that is carried out later."""
+        import hashlib
+
+        return hashlib.sha256(read_text(self._text).encode()).hexdigest()
 
     @property
     def figures(self) -> dict[str, float]:
@@ -205,7 +223,7 @@ class Calibration:
             UsageError: no tokenizer, or too little text.
         """
         from adapterkit.checkpoint.pipeline import folder_of
-        from adapterkit.verbs.imatrix import read_text, text_ids
+        from adapterkit.verbs.imatrix import text_ids
         from adapterkit.verbs.verify.answers import open_tokenizer
 
         folder = folder_of(view)

@@ -121,11 +121,15 @@ class Merge:
         figures = {name: float(f"{value:.6g}") for name, value in calibration.figures.items()}
         return {"rounding": {"tokens": calibration.tokens, **figures}}
 
-    def _fed_back(self) -> tuple[str, ...]:
+    def _fed_back(self, dry_run: bool) -> tuple[str, ...]:
         calibration = self.output.calibration
         if calibration is None:
             return ()
         said = f"rounded with feedback, by {calibration.tokens} tokens of {self.request.calibration}"
+        if dry_run:
+            at_most = f"{calibration.disk / 1e9:.2g} GB of disk"
+            text = self.request.calibration
+            return (f"the merged model reads {text} first; what goes into its layers waits on at most {at_most}",)
         figures = calibration.figures
         if not figures:
             return (said,)
@@ -204,7 +208,7 @@ class Merge:
                 *self.notes,
                 *measured.notes,
                 *instead,
-                *(() if measured.dry_run else self._fed_back()),
+                *self._fed_back(measured.dry_run),
                 *self._half_saved(),
                 *self._trained_elsewhere(measured.dry_run),
                 *not_finite(computed),

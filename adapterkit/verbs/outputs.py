@@ -164,7 +164,7 @@ def _folder(
             )
     if one_file(asked):
         view = replace(view, metadata=_without_hashes(view.metadata), shards=dict.fromkeys(view, _ONE))
-    plan = plan_safetensors(view, **settings)
+    plan = _with_text(plan_safetensors(view, **settings), calibration)
     return _one_file(Output(folded, view, plan, side, tuple(notes), calibration=calibration), asked)
 
 
@@ -238,7 +238,7 @@ def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, se
     # The config is the base's own, with what else the merge changed.
     said = replace(folded, checkpoint=replace(folded.checkpoint, config=view.config))
     side, notes = side_files(replace(form.checkpoint, side_files=view.side_files), said, adapters, None)
-    plan = plan_safetensors(view, like=form.checkpoint.tensors, **settings)
+    plan = _with_text(plan_safetensors(view, like=form.checkpoint.tensors, **settings), calibration)
     side |= keep_index(form.checkpoint, plan)
     aware = rule is not None and all(rule in form.weights[name].others for name in made.encodings)
     said_of = (*notes, *view.notes[len(folded.checkpoint.notes) :], sizes(form, view))
@@ -246,6 +246,14 @@ def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, se
         said_of += ("the adapter was trained with its sum on this grid: what is written is what training saw",)
     how: dict[str, Any] = {"encodings": made.encodings, "own": True, "aware": aware, "calibration": calibration}
     return Output(folded, view, plan, side, said_of, **how)
+
+
+def _with_text(plan: Plan, calibration: Calibration | None) -> Plan:
+    """A plan that belongs to its calibration text too."""
+    if calibration is None:
+        return plan
+    inputs = {**plan.inputs, "calibration": calibration.digest()} if plan.inputs else {}
+    return replace(plan, inputs=inputs, peak_memory=max(plan.peak_memory, calibration.memory))
 
 
 def _calibration(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest) -> Calibration | None:
