@@ -9,6 +9,7 @@ from adapterkit.codecs.bnb4 import FourBit, FourBitAgain
 from adapterkit.codecs.compressed import Nvfp4
 from adapterkit.codecs.feedback import ByColumns, Scales
 from adapterkit.codecs.tiles import Tiles, take, where
+from adapterkit.errors import CheckpointError, option
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ def by_columns(encoder: Encoder, shape: tuple[int, ...]) -> ByColumns | None:
     if len(shape) != 2:
         return None
     tiles = encoder.tiles if isinstance(encoder, Nvfp4) else encoder
-    if isinstance(tiles, Tiles) and tiles.shape.rows == tiles.shape.height:
+    if isinstance(tiles, Tiles) and tiles.shape.rows == tiles.shape.height and tiles.by_line is None:
         tiles.in_one_range()
         return TilesByColumns(tiles)
     if isinstance(encoder, (FourBit, FourBitAgain)) and shape[1] % encoder.state.blocksize == 0:
@@ -53,7 +54,15 @@ class TilesByColumns:
     def order(self) -> torch.Tensor | None:
         import torch
 
-        return self._tiles.before(torch.arange(0))[2] if self._tiles.held is not None else None
+        found = None if self._tiles.held is None else self._tiles.before(torch.arange(0))[2]
+        if found is None:
+            return None
+        if found.columns.numel() != self._tiles.shape.columns or bool(found.empty.any()):
+            raise CheckpointError(
+                f"'{self._tiles.made[0].name}' has groups of different sizes, which are not rounded with feedback",
+                f"leave out {option('rounding')}",
+            )
+        return found.columns
 
     def stored(self, group: int) -> Scales | None:
         import torch
