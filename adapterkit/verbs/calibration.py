@@ -167,8 +167,8 @@ class Calibration:
         """The inputs of all layers, from one pass."""
         import torch
 
+        from adapterkit.verbs.streamed import run_streamed
         from adapterkit.verbs.verify.answers import check_known, empty_model
-        from adapterkit.verbs.verify.replay import run_streamed
 
         view = self._view()
         check_known(view.config, view.ref)
