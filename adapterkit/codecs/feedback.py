@@ -85,7 +85,7 @@ class ByColumns(Protocol):
 
 
 @dataclass
-class Lost:
+class LostOutputs:
     """What of a change is lost in the outputs of layers, on the calibration text: sums of squares over weights.
 
     Attributes:
@@ -111,7 +111,7 @@ class Lost:
         return sum(r[0] for r in rows), sum(r[1] for r in rows), sum(r[2] for r in rows)
 
 
-class Factors:
+class InverseFactors:
     """The factor U and the diagonal of H for inputs; the last one is kept, because projections share their inputs."""
 
     def __init__(self) -> None:
@@ -148,6 +148,14 @@ def factor(x: torch.Tensor, order: torch.Tensor | None = None) -> tuple[torch.Te
     return found.float(), weigh
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What the weights of a model share."""
+
+    factors: InverseFactors = field(default_factory=InverseFactors)
+    lost: LostOutputs = field(default_factory=LostOutputs)
+
+
 class Fed(Encoder):
     """A format whose rounding is fed back. A range is the whole weight, since columns follow each other.
 
@@ -157,8 +165,7 @@ class Fed(Encoder):
         form: the same, by columns.
         shape: of the weight, ``[out, in]``.
         inputs: opens what goes into its layer.
-        factors: shared by the weights of a model.
-        lost: told what is lost of each weight.
+        shared: with the other weights of the model.
     """
 
     def __init__(
@@ -168,11 +175,10 @@ class Fed(Encoder):
         form: ByColumns,
         shape: tuple[int, int],
         inputs: Callable[[], Inputs],
-        factors: Factors,
-        lost: Lost,
+        shared: Shared,
     ) -> None:
         self._name, self._inner, self._form, self._shape = name, inner, form, shape
-        self._inputs, self._factors, self._lost = inputs, factors, lost
+        self._inputs, self._factors, self._lost = inputs, shared.factors, shared.lost
         rows, columns = shape
         self.made, self.streams = inner.made, inner.streams
         self.unit = rows * columns

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.plan import BASELINE_MEMORY, default_jobs
-from adapterkit.codecs.feedback import Factors, Fed, Lost
+from adapterkit.codecs.feedback import Fed, Shared
 from adapterkit.errors import AdapterkitError, CheckpointError, UsageError, option
 from adapterkit.places import Address
 from adapterkit.verbs.imatrix import read_text
@@ -66,7 +66,6 @@ class Calibration:
         near: where the output goes; the inputs wait on the disk that it is on.
 
     Attributes:
-        lost: what rounding loses in the outputs of layers, as far as weights were encoded.
         tokens: that were read; 0 before that.
     """
 
@@ -75,8 +74,7 @@ class Calibration:
         self._wanted: dict[str, tuple[int, ...]] = {}
         self._found: dict[str, _Rows] | None = None
         self._lock = threading.Lock()
-        self._factors = Factors()
-        self.lost, self.tokens = Lost(), 0
+        self._shared, self.tokens = Shared(), 0
 
     def fed(self, name: str, encoder: Encoder, shape: tuple[int, ...], how: str) -> Encoder:
         """The encoder of a weight with feedback.
@@ -97,7 +95,7 @@ class Calibration:
                 f"leave out {option('rounding')}, or keep what rounding takes beside the output ({option('residual', '16')})",
             )
         self._wanted[name] = shape
-        return Fed(name, encoder, form, (shape[0], shape[1]), lambda: self._inputs(name), self._factors, self.lost)
+        return Fed(name, encoder, form, (shape[0], shape[1]), lambda: self._inputs(name), self._shared)
 
     def check(self, ref: str, config: Any) -> None:
         """What can be refused before anything is read.
@@ -142,7 +140,7 @@ class Calibration:
     @property
     def figures(self) -> dict[str, float]:
         """The error in the outputs of layers on the text beside what the change does to them, and that of nearest values."""
-        change, left, nearest = self.lost.sums()
+        change, left, nearest = self._shared.lost.sums()
         if not change:
             return {}
         return {"left": sqrt(left / change), "nearest": sqrt(nearest / change)}

@@ -399,7 +399,7 @@ def fed_back(bench: Bench, kind: str, at: Path) -> dict[str, float]:
 
     bench.put({name: w + bench.delta[name] for name, w in read(base).items()})
     trained = bench.ask(bench.answers), bench.ask(bench.general)
-    figures: dict[str, float] = {f"{kind}_live_fed_facts": bench.right(trained[0])}
+    figures: dict[str, float] = {"live_fed_facts": bench.right(trained[0])}
     print(
         f"\n| {kind}: `merge` writes | facts | KL facts | KL general | MB | CPU seconds |\n|---|---|---|---|---|---|",
         flush=True,
@@ -415,13 +415,13 @@ def fed_back(bench: Bench, kind: str, at: Path) -> dict[str, float]:
         right, size = bench.right(answers), (out / "model.safetensors").stat().st_size / 1e6
         one, two = kl(trained[0], answers), kl(trained[1], general)
         print(f"| {title} | {right} | {one:.2g} | {two:.2g} | {size:.0f} | {seconds:.0f} |", flush=True)
-        figures.update({f"{kind}_{key}_facts": right, f"{kind}_{key}_kl": one, f"{kind}_{key}_kl_general": two})
-        figures.update({f"{kind}_{key}_mb": size, f"{kind}_{key}_cpu_s": seconds})
+        figures.update({f"{key}_facts": right, f"{key}_kl": one, f"{key}_kl_general": two})
+        figures.update({f"{key}_mb": size, f"{key}_cpu_s": seconds})
         if more:
             left = json.loads((out / "adapterkit.json").read_text())["evidence"]["rounding"]
             print(json.dumps(left), report.peak_memory, flush=True)
-            figures.update({f"{kind}_left": left["left"], f"{kind}_left_nearest": left["nearest"]})
-            figures[f"{kind}_peak_gb"] = report.peak_memory / 1e9
+            figures.update({"left": left["left"], "left_nearest": left["nearest"]})
+            figures["peak_gb"] = report.peak_memory / 1e9
     return figures
 
 

@@ -13,7 +13,7 @@ from adapterkit.checkpoint.open import open_checkpoint
 from adapterkit.codecs import feedback
 from adapterkit.codecs.columns import by_columns
 from adapterkit.codecs.encode import Encoder
-from adapterkit.codecs.feedback import Factors, Fed, Lost
+from adapterkit.codecs.feedback import Fed, Shared
 from adapterkit.codecs.table import find_weights
 
 ROUNDED = tuple(name for name in FORMATS if name not in ("int8", "fp8 plain"))
@@ -60,7 +60,7 @@ def fed_of(folder: Path) -> tuple[Fed, Encoder, torch.Tensor, Text]:
     assert form is not None
     text = Text(weight.shape[1])
     rows, columns = weight.shape
-    return Fed(weight.name, encoder, form, (rows, columns), lambda: text, Factors(), Lost()), plain, old, text
+    return Fed(weight.name, encoder, form, (rows, columns), lambda: text, Shared()), plain, old, text
 
 
 def changed(old: torch.Tensor, shape: tuple[int, int], size: float) -> torch.Tensor:
