@@ -197,15 +197,10 @@ class OpenPlan:
         return ()
 
     def finish(self, *, force: bool = False) -> Any:
-        """Make the output of parts that are all done, and what belongs beside it; the report of the verb. See `close`."""
+        """Make the output of parts that are all done; the report of the verb. See `close`."""
         started, job = time.monotonic(), self.job
         with moving() as meter:
-            # A vision tower, say, is small: who finishes writes it. One that is there already is of a finish that was killed.
-            also = [replace(one, force=force) for one in job.also if force or not _is_whole(one)]
-            if also and not self.left():
-                run(also)
             notes = self._close(force=force)
-            notes += tuple(note for one in job.beside for note in one.write())
             spent = time.monotonic() - started
             measured = Measured(spent, peak_memory(), plan=job.plan, notes=notes, moved=meter.moved)
         return job.report(measured)
@@ -246,15 +241,6 @@ def execute(
         job = replace(opened.job, force=force)
         return run([job], workers=jobs, resume=resume, progress=progress, started=started)[0]
     return opened.finish(force=force)
-
-
-def _is_whole(job: Job) -> bool:
-    """Whether the files of an output on this disk are there, as far as their sizes tell."""
-    if not isinstance(job.out, Path):
-        return False
-    sizes = {file.name: file.nbytes for file in job.plan.files}
-    targets = job.plan.targets(job.out)
-    return all(path.is_file() and path.stat().st_size == sizes[name] for name, path in targets.items())
 
 
 def has_parts(plan: Plan) -> bool:

@@ -18,8 +18,7 @@ from models import load_model, make_adapter
 from mtmd_c import seen
 
 import adapterkit
-from adapterkit.checkpoint.plan import Plan
-from adapterkit.errors import CheckpointError, OutputError, TargetError, UsageError
+from adapterkit.errors import CheckpointError, TargetError, UsageError
 from adapterkit.verbs.convert import convert
 
 CLOSE = 2e-3  # ggml takes GELU from a table and convolves in half precision
@@ -168,16 +167,6 @@ def test_a_conversion_makes_it_too(tmp_path: Path) -> None:
     convert(tmp_path / "hf", tmp_path / "o.gguf", mmproj="auto")
     convert(tmp_path / "hf", tmp_path / "alone.gguf", to="mmproj")
     assert (tmp_path / "mmproj-o.gguf").read_bytes() == (tmp_path / "alone.gguf").read_bytes()
-    # A saved plan says so too: whoever finishes its parts writes it, and once.
-    convert(tmp_path / "hf", tmp_path / "parts.gguf", mmproj="auto", save_plan=tmp_path / "plan.json")
-    plan = Plan.from_json((tmp_path / "plan.json").read_bytes())
-    with pytest.raises(OutputError, match="no part is done"):
-        adapterkit.execute(plan, tmp_path / "parts.gguf")
-    assert not (tmp_path / "mmproj-parts.gguf").exists()
-    adapterkit.execute(plan, tmp_path / "parts.gguf", part=0)
-    adapterkit.execute(plan, tmp_path / "parts.gguf")
-    for name in ("parts.gguf", "mmproj-parts.gguf"):
-        assert (tmp_path / name).read_bytes() == (tmp_path / name.replace("parts", "o")).read_bytes()
     with pytest.raises(UsageError, match="tower"):
         convert(tmp_path / "o.gguf", tmp_path / "again.gguf", mmproj="auto")
 
