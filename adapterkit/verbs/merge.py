@@ -398,7 +398,14 @@ def _record(
     kind = "quantized" if changed else "merged"
     # The words alone: which original it was stands among the parents.
     stated = {**parameters_of(planned.plan.request), "base_values": planned.base_values.partition(" (")[0]}
-    write = recorder("merge", kind, stated, parents, method=asked.folder_format or "", evidence=measured, full=full)
+    name = "" if asked.target is None else asked.target.name
+    write = recorder(
+        *("merge", kind, stated, parents),
+        method=asked.folder_format or "",
+        evidence=measured,
+        full=full,
+        name=name,
+    )
     return write(folder)
 
 

@@ -91,10 +91,16 @@ def held(spec: ArchSpec, config: Config, approximate: Collection[str] = ()) -> t
 
 def left_out_by_transformers(config: Config) -> tuple[str, ...]:
     """Notes on what a class of transformers leaves out of its config, and the runtime does not."""
-    scaling = config.get("logits_scaling", default=1.0)
-    if scaling != 1.0 and any(name.startswith("GraniteSpeech") for name in config.classes):
-        said = f"'logits_scaling' is {_shown(scaling)}: llama.cpp divides by it, and transformers' class for speech"
-        return (f"{said} does not, so probabilities of tokens differ and their order does not",)
+    from adapterkit.gguf.arch.wholes import WRAPPERS
+
+    head = next((name for name in config.classes if name in WRAPPERS), None)
+    for field, neutral in (("logits_scaling", 1.0), ("logit_scale", 1.0), ("final_logit_softcapping", None)):
+        value = config.get(field) if head is not None else None
+        if value is not None and value != neutral:
+            said = (
+                f"'{field}' is {_shown(value)}: llama.cpp applies it to the scores of tokens, and transformers' {head}"
+            )
+            return (f"{said} does not, so probabilities differ and the order of tokens does not",)
     share = config.rope.get("partial_rotary_factor", 1.0)
     turned = config.get("rotary_dim") if "MiniMaxForCausalLM" in config.classes else None
     if "MiniMaxForCausalLM" in config.classes and (share != 1.0 or turned not in (None, config.number("head_dim"))):

@@ -27,6 +27,7 @@ from adapterkit.gguf.arch.views import Constant, gathered
 from adapterkit.gguf.filetypes import FILE_TYPES
 from adapterkit.gguf.general import general, size_label
 from adapterkit.gguf.metadata import Entry, u32
+from adapterkit.gguf.towers.rows import has_tower
 
 if TYPE_CHECKING:
     import torch
@@ -169,8 +170,14 @@ def as_gguf(
     notes = held(spec, read, approximate)
     values = hyperparameters(spec, read) | _scalars(view, mapper)
     notes = (*((spec.note,) if spec.note else ()), *notes)
-    notes = (*notes, *tie_note(mapper), *scaling(spec, read).notes, *left_out(read), *_of_towers(towers))
-    notes = (*notes, *left_out_by_transformers(read), *unread(read))
+    notes = (
+        *notes,
+        *tie_note(mapper),
+        *scaling(spec, read).notes,
+        *left_out(read),
+        *_of_towers(towers, made=has_tower(config)),
+    )
+    notes = (*notes, *_of_towers(towers, made=has_tower(config)), *left_out_by_transformers(read), *unread(read))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     sound(values, base.ref)
     if not spec.encoder:  # whose configs may carry fields that no class of theirs reads, as num_key_value_heads
@@ -191,11 +198,13 @@ def as_gguf(
     return Model(spec, read, tensors, tuple(entries), hparams, kinds, mapped, written, notes)
 
 
-def _of_towers(names: Sequence[str]) -> tuple[str, ...]:
+def _of_towers(names: Sequence[str], *, made: bool) -> tuple[str, ...]:
     if not names:
         return ()
     left = f"left out: the change of {len(names)} tensors of a tower, as '{names[0]}'"
-    return (f"{left}; this file is the text part alone ({option('mmproj', 'auto')} writes the projector beside it)",)
+    writes = f"({option('mmproj', 'auto')} writes the projector beside it)"
+    road = writes if made else "(merge into a folder for the rest)"
+    return (f"{left}; this file is the text part alone {road}",)
 
 
 def _scalars(view: Checkpoint, mapper: Mapper) -> dict[str, Any]:
