@@ -22,6 +22,7 @@ from adapterkit.codecs.codec import (
     listed,
     stems,
     whole,
+    zero_scale,
 )
 from adapterkit.codecs.encode import Encoder, TensorSpec
 from adapterkit.dtypes import DTYPES, F32
@@ -63,10 +64,13 @@ def _weight(weight: StoredTensor, scales: StoredTensor, used: tuple[StoredTensor
         from adapterkit.codecs.blockwise import decode_int8
 
         largest = check_scales(whole(scales).view(-1).float(), scales)
+        empty = bool((largest == 0).any())
 
         def decode(start: int, stop: int) -> torch.Tensor:
-            codes = weight.read(start, stop).view(-1, columns)
-            return decode_int8(codes, largest[start // columns : stop // columns]).view(-1)
+            codes, factor = weight.read(start, stop).view(-1, columns), largest[start // columns : stop // columns]
+            if empty and bool(((codes != 0).any(1) & (factor == 0)).any()):
+                raise zero_scale(weight.name)
+            return decode_int8(codes, factor).view(-1)
 
         return decode
 

@@ -261,6 +261,11 @@ def check_scales(scales: torch.Tensor, part: StoredTensor) -> torch.Tensor:
     return scales
 
 
+def zero_scale(name: str) -> CheckpointError:
+    """A scale of zero stands for zeros; over other numbers it would erase them."""
+    return CheckpointError(f"a scale of '{name}' is zero where its numbers are not", AGAIN)
+
+
 def check_index(part: StoredTensor, count: int) -> torch.Tensor:
     """A stored tensor of indices below ``count``, flat.
 

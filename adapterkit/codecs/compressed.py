@@ -44,10 +44,11 @@ from adapterkit.codecs.fp8 import (
     float8_values,
     float8_written,
     pairs_written,
+    scale_over,
     unpack_floats,
     unpack_pairs,
 )
-from adapterkit.codecs.scaled import ScaledWeight, Written, check_like, grid_of, grid_scales
+from adapterkit.codecs.scaled import ScaledWeight, Written, check_like, check_over, grid_of, grid_scales
 from adapterkit.dtypes import BF16, DTYPES, F32, DType
 from adapterkit.errors import CheckpointError
 
@@ -291,13 +292,19 @@ def _integers(
 
 
 def _fp4(name: str, packed: StoredTensor, scale: StoredTensor, more: tuple[StoredTensor, ...]) -> Weight:
-    check_dtype(check_shape(packed, (-1, -1), "FP4"), ("U8", "I8", "F4"), "FP4")
+    check_dtype(packed if len(packed.shape) == 3 else check_shape(packed, (-1, -1), "FP4"), ("U8", "I8", "F4"), "FP4")
     shape = (*packed.shape[:-1], packed.shape[-1] * 2)
     block, grid = grid_of(shape, scale, [])
-    over = _named(more, "weight_global_scale")
+    over = check_over(_named(more, "weight_global_scale"), shape)
+    if (scale.dtype.code == "F8_E4M3") != (over is not None):
+        what = "without" if over is None else "with"
+        raise CheckpointError(
+            f"'{packed.name}' has scales in {scale.dtype} {what} a weight_global_scale, which is neither NVFP4 nor MXFP4",
+            AGAIN,
+        )
 
-    def numbers() -> Numbers:
-        return e2m1_numbers(scale.dtype, over, multiply=False, power=mx_exponents)
+    def numbers(line: torch.Tensor | None = None) -> Numbers:
+        return e2m1_numbers(scale.dtype, scale_over(over, shape, line), multiply=False, power=mx_exponents)
 
     return ScaledWeight(
         name,
@@ -310,9 +317,7 @@ def _fp4(name: str, packed: StoredTensor, scale: StoredTensor, more: tuple[Store
         grid,
         lambda: grid_scales(scale, grid, over, divide=True),
         (packed, scale, *more),
-        written=pairs_written(packed, scale, numbers, over, multiply=False)
-        if over is None or prod(over.shape) == 1
-        else None,
+        written=pairs_written(packed, scale, numbers, over, multiply=False),
     ).weight()
 
 

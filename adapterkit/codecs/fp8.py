@@ -28,7 +28,7 @@ from adapterkit.codecs.codec import (
     whole,
 )
 from adapterkit.codecs.encode import Encoder, TensorSpec
-from adapterkit.codecs.scaled import ScaledWeight, Written, grid_of, grid_scales
+from adapterkit.codecs.scaled import ScaledWeight, Written, check_over, grid_of, grid_scales
 from adapterkit.dtypes import BF16, DTYPES, F32, DType
 from adapterkit.errors import CheckpointError
 from adapterkit.foreign import json_value
@@ -74,6 +74,7 @@ BESIDE = (
 def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
     blocks = block_size(config, "weight_block_size")
     powers = setting(config, "scale_fmt", str) == "ue8m0"
+    unsaid = not config
     done: set[str] = set()
     more_of = beside if any(name.endswith(BESIDE) for name in parts) else _nothing
     for end, instead in SCALES:
@@ -84,11 +85,29 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
                 continue
             done.add(name)
             if codes.dtype.code in FLOAT8:
-                more = more_of(parts, name)
+                more, scale = more_of(parts, name), parts[stem + end]
                 comfy = end == ".scale_weight" or _says_comfy(more)
-                yield _float8(codes, parts[stem + end], blocks, more, powers, comfy=comfy)
+                if unsaid and scale.dtype.code in EXPONENTS:
+                    raise _swizzled(codes)
+                yield _float8(codes, scale, blocks, more, powers, comfy=comfy)
             elif codes.dtype.code in ("U8", "I8", "F4"):
-                yield _pairs(codes, parts[stem + end], blocks, more_of(parts, name))
+                more = more_of(parts, name)
+                if _says_comfy(more) or (unsaid and end == "_scale"):
+                    raise _swizzled(codes)
+                yield _pairs(codes, parts[stem + end], end, more)
+
+
+EXPONENTS = ("U8", "F8_E8M0")
+
+
+def _swizzled(codes: StoredTensor) -> CheckpointError:
+    """Blocks of scales without a config: ComfyUI's files of NVFP4 and MXFP8 have them in the order of a GPU's matrix units
+    (comfy_kitchen, tensor/nvfp4.py and mxfp8.py), which nothing in the file tells from the plain order."""
+    return CheckpointError(
+        f"'{codes.name}' has scales per block and no quantization_config; files of ComfyUI hold those in the order of a "
+        "GPU's matrix units, which adapterkit does not read",
+        "give the config.json that was saved with it, or the 16-bit base",
+    )
 
 
 def _nothing(parts: Parts, name: str) -> tuple[StoredTensor, ...]:
@@ -240,16 +259,31 @@ def float8_values(dtype: DType, codes: torch.Tensor, scale: torch.Tensor, zero: 
     return floats(codes.contiguous().view(dtype.torch)) * factors(scale)
 
 
-def _pairs(
-    codes: StoredTensor, scale: StoredTensor, blocks: list[tuple[int, int]], more: tuple[StoredTensor, ...]
-) -> Weight:
-    """FP4: two values per byte; with `weight_scale_2` it is NVFP4."""
+def _pairs(codes: StoredTensor, scale: StoredTensor, end: str, more: tuple[StoredTensor, ...]) -> Weight:
+    """FP4: two values per byte; with `weight_scale_2` it is NVFP4.
+
+    Raises:
+        CheckpointError: the scales are those of no such format: bytes may be integers of 8 or 4 bits too.
+    """
     shape = (*codes.shape[:-1], codes.shape[-1] * 2)
     block, grid = grid_of(shape, scale, [])
-    over = next((part for part in more if part.name.endswith("weight_scale_2")), None)
+    over = check_over(next((part for part in more if part.name.endswith("weight_scale_2")), None), shape)
+    if scale.dtype.code == "F8_E4M3":
+        known = over is not None and block == (1, 16)
+    elif scale.dtype.code in EXPONENTS:
+        known = over is None
+    else:  # DeepSeek's and transformers' names; ModelOpt and ComfyUI have integers with `weight_scale`
+        known = over is None and end in ("_scale_inv", ".scale") and block[0] == 1
+    if not known:
+        beside_it = "" if over is None else f" and '{over.name}'"
+        raise CheckpointError(
+            f"'{codes.name}' ({codes.dtype}) with '{scale.name}' ({scale.dtype}, {describe(block, shape)}){beside_it} is no "
+            "layout of 4-bit floats that adapterkit reads",
+            "adapterkit reads NVFP4 (FP8 scales of 16 columns and weight_scale_2) and MXFP4; give the 16-bit base",
+        )
 
-    def numbers() -> Numbers:
-        return e2m1_numbers(scale.dtype, over, multiply=True)
+    def numbers(line: torch.Tensor | None = None) -> Numbers:
+        return e2m1_numbers(scale.dtype, scale_over(over, shape, line), multiply=True)
 
     return ScaledWeight(
         codes.name,
@@ -262,9 +296,7 @@ def _pairs(
         grid,
         lambda: grid_scales(scale, grid, over),
         (codes, scale, *more),
-        written=pairs_written(codes, scale, numbers, over, multiply=True)
-        if over is None or prod(over.shape) == 1
-        else None,
+        written=pairs_written(codes, scale, numbers, over, multiply=True),
     ).weight()
 
 
@@ -278,12 +310,12 @@ def unpack_pairs(rows: torch.Tensor) -> torch.Tensor:
 def pairs_written(
     codes: StoredTensor,
     scale: StoredTensor,
-    numbers: Callable[[], Numbers],
+    numbers: Callable[[torch.Tensor | None], Numbers],
     over: StoredTensor | None,
     *,
     multiply: bool,
 ) -> Written:
-    """How 4-bit floats are written: two to a byte, the first in the low half."""
+    """How 4-bit floats are written: two to a byte, the first in the low half; ``numbers`` of some rows, or of all."""
 
     def torchao() -> Numbers:
         assert over is not None
@@ -299,8 +331,29 @@ def pairs_written(
 
         return unpair(rows)
 
-    others = {"torchao": torchao} if over is not None else {}
-    return Written(numbers, pack, unpack, scale, others=others)
+    several = over is not None and prod(over.shape) > 1
+    others = {"torchao": torchao} if over is not None and not several else {}
+    by_line = numbers if several else None
+    return Written(partial(numbers, None), pack, unpack, scale, others=others, by_line=by_line)
+
+
+def scale_over(
+    over: StoredTensor | None, shape: tuple[int, ...], line: torch.Tensor | None = None
+) -> torch.Tensor | float | None:
+    """The scale over those of a weight: one number, or that of each of some rows, of whose matrix it is.
+
+    Args:
+        over: as it is stored, one number or one per matrix.
+        shape: of the weight.
+        line: rows of the matrices, one below the other; all by default.
+    """
+    if over is None:
+        return None
+    found = whole(over).float().view(-1)
+    if found.numel() == 1:
+        return float(found[0])
+    each = found.repeat_interleave(shape[-2])
+    return each if line is None else each[line]
 
 
 def torchao_nvfp4(over: StoredTensor, *, multiply: bool) -> Numbers:
@@ -333,7 +386,7 @@ def torchao_nvfp4(over: StoredTensor, *, multiply: bool) -> Numbers:
 
 
 def e2m1_numbers(
-    scale: DType, over: StoredTensor | float | None, *, multiply: bool, power: MxRule | None = None
+    scale: DType, over: torch.Tensor | float | None, *, multiply: bool, power: MxRule | None = None
 ) -> Numbers:
     """FP4 (e2m1) with FP8 scales under one over all (NVFP4), or with scales that are powers of two.
 
@@ -343,7 +396,7 @@ def e2m1_numbers(
 
     Args:
         scale: dtype of the scales.
-        over: the scale of the whole tensor, stored or known.
+        over: the scale of the whole tensor, or for each tile of a column of them that of its matrix.
         multiply: it is multiplied with the others (ModelOpt), not divided by (compressed-tensors).
         power: absmax to the exponent of a scale, where scales are powers of two; rounded up by default.
     """
@@ -352,21 +405,26 @@ def e2m1_numbers(
     from adapterkit.codecs.bits import E2M1, to_e2m1
     from adapterkit.codecs.tiles import Numbers
 
-    whole_scale = over if over is None or isinstance(over, float) else float(whole(over).float().view(-1)[0])
+    def beside(tiles: torch.Tensor) -> torch.Tensor | float:
+        """The scale of the whole tensor, broadcast against tiles."""
+        assert over is not None
+        return over if isinstance(over, float) else over.view(-1, *[1] * (tiles.dim() - 1))
 
     def meant(stored: torch.Tensor) -> torch.Tensor:
         found = factors(stored)
-        if whole_scale is None:
+        if over is None:
             return found
-        return found * whole_scale if multiply else found / torch.tensor(whole_scale)
+        factor = beside(found)
+        return found * factor if multiply else found / torch.as_tensor(factor)
 
     def choose(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         largest = torch.maximum(-low, high)
-        if scale.bits == 8 and whole_scale is None and scale.code != "F8_E4M3":
+        if scale.bits == 8 and over is None and scale.code != "F8_E4M3":
             return exponent_bytes((power or round_up)(largest, 6.0), scale), None, None
         found = largest / 6.0
-        if whole_scale is not None:
-            found = found / whole_scale if multiply else found * whole_scale
+        if over is not None:
+            factor = beside(found)
+            found = found / factor if multiply else found * factor
         if scale.bits > 8:
             return torch.where(found > 0, found, 1.0).to(scale.torch), None, None
         rounded = found.clamp(max=448.0).to(torch.float8_e4m3fn).float()

@@ -30,6 +30,7 @@ from adapterkit.codecs.codec import (
     setting,
     stems,
     whole,
+    zero_scale,
 )
 from adapterkit.codecs.encode import TensorSpec
 from adapterkit.errors import CheckpointError
@@ -68,22 +69,22 @@ class Packing:
 
 
 def find_gptq(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
-    bits = _bits(config)
-    if bits not in (2, 3, 4, 8):
-        raise CheckpointError(f"GPTQ weights of {bits} bits are not known", "adapterkit reads 2, 3, 4 and 8 bits")
-    layout = setting(config, "packing_format", str, default="auto_round:auto_gptq")
-    if not layout.endswith("gptq"):
-        raise CheckpointError(f"auto-round's packing '{layout}' is not known", "export it again as auto_gptq")
-    symmetric = setting(config, "sym", bool, default=True)
-    off = 0 if config.get("checkpoint_format") == "gptq_v2" else 1
+    said = _gptq_settings(config)
+    off = 0 if said.version == 2 else 1
     for stem in stems(parts, ".qweight"):
         packed = check_shape(parts[f"{stem}.qweight"], (-1, -1), "GPTQ")
         words, out = packed.shape
+        zeros = check_shape(companion(parts, f"{stem}.qzeros", packed.name, "GPTQ"), (-1, -1), "GPTQ")
+        fitting = [bits for bits in said.bits if words * 32 % bits == 0 and zeros.shape[1] == -(-out * bits // 32)]
+        if packed.dtype.code != "I32" or len(fitting) != 1:
+            raise CheckpointError(
+                f"'{packed.name}' ({packed.dtype}, {words} rows) with zero points {list(zeros.shape)} is no GPTQ of "
+                f"{' or '.join(map(str, said.bits))} bits",
+                AGAIN,
+            )
+        bits = fitting[0]
         rows = words * 32 // bits
         what = f"GPTQ of {bits} bits"
-        if packed.dtype.code != "I32" or words * 32 % bits:
-            raise CheckpointError(f"'{packed.name}' ({packed.dtype}, {words} rows) is no {what}", AGAIN)
-        zeros = check_shape(companion(parts, f"{stem}.qzeros", packed.name, what), (-1, -(-out * bits // 32)), what)
         scales = companion(parts, f"{stem}.scales", packed.name, what)
         check_shape(scales, (zeros.shape[0], out), what)
         check_dtype(zeros, ("I32",), what)
@@ -91,45 +92,108 @@ def find_gptq(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
         groups = parts.get(f"{stem}.g_idx")
         if groups is not None:
             check_dtype(check_shape(groups, (rows,), what), INTEGERS, what)
-        size = _group_size(config, rows, zeros.shape[0], packed.name)
-
-        def values(held: torch.Tensor, first: int, last: int, rows: int = rows) -> torch.Tensor:
-            from adapterkit.codecs.bits import unpack
-
-            return unpack(held[:, first:last].T, bits, rows)
-
-        def zero_points(held: torch.Tensor, out: int = out) -> torch.Tensor:
-            from adapterkit.codecs.bits import unpack
-
-            # Version 1 wrote z - 1 in as many bits, so 0 became the largest value.
-            found: torch.Tensor = (unpack(held, bits, out) + off) & ((1 << int(bits)) - 1)
-            return found
-
-        def pack_rows(found: torch.Tensor) -> torch.Tensor:
-            from adapterkit.codecs.bits import pack
-
-            return pack(found.int(), bits)
-
-        def unpack_rows(words: torch.Tensor, rows: int = rows) -> torch.Tensor:
-            from adapterkit.codecs.bits import unpack
-
-            return unpack(words, bits, rows)
-
-        def pack_zeros(found: torch.Tensor) -> torch.Tensor:
-            from adapterkit.codecs.bits import pack
-
-            return pack((found.int() - off) & ((1 << int(bits)) - 1), bits)
-
-        packing = Packing(
-            values, zero_points, pack_rows, unpack_rows, pack_zeros, lambda: _gptq_numbers(bits, symmetric=symmetric)
-        )
+        elif zeros.shape[0] > 1 and config.get("desc_act") is True:
+            raise CheckpointError(f"'{packed.name}' has no g_idx, and the config says that its order is another", AGAIN)
+        size = _group_size(said.sizes, rows, zeros.shape[0], packed.name, ordered=groups is not None)
+        packing = _gptq_packing(bits, rows, out, off, zeros, said.symmetric)
         yield _weight(stem, (out, rows), packed, zeros, scales, groups, size, packing, f"gptq {bits} bit")
 
 
+@dataclass(frozen=True)
+class GptqSettings:
+    """What a config says of GPTQ weights, for the checkpoint and for single modules of it.
+
+    Attributes:
+        bits, sizes: of weights and groups, all that are named; each module has what fits its shapes.
+        symmetric: by which scales are chosen; None where modules differ and their zero points tell.
+        version: of stored zero points: 1 has them less one.
+    """
+
+    bits: tuple[int, ...]
+    sizes: tuple[int, ...]
+    symmetric: bool | None
+    version: int
+
+
+def _gptq_settings(config: Mapping[str, Any]) -> GptqSettings:
+    """GPTQModel's ``dynamic`` and auto-round's ``extra_config`` give single modules other settings.
+
+    Raises:
+        CheckpointError: a layout or a setting that is not known.
+    """
+    form = setting(config, "checkpoint_format", str, default=setting(config, "format", str, default="gptq")).lower()
+    if form not in ("gptq", "gptq_v2") or config.get("is_marlin_format"):
+        form = "marlin" if config.get("is_marlin_format") else form
+        raise CheckpointError(
+            f"GPTQ in the layout '{form}' is not known", "adapterkit reads gptq and gptq_v2; give the 16-bit base"
+        )
+    layout = setting(config, "packing_format", str, default="auto_round:auto_gptq")
+    if not layout.endswith("gptq"):
+        raise CheckpointError(f"auto-round's packing '{layout}' is not known", "export it again as auto_gptq")
+    others = [setting(config, key, dict, default={}) for key in ("dynamic", "extra_config")]
+    single = [own for one in others for own in one.values() if isinstance(own, Mapping)]
+    # A module that is not quantized may say 16 bits.
+    named = (_bits(config), *(bits for own in single if (bits := _bits(own)) is not None and bits < 16))
+    unknown = [bits for bits in named if bits not in (2, 3, 4, 8)]
+    if unknown:
+        raise CheckpointError(f"GPTQ weights of {unknown[0]} bits are not known", "adapterkit reads 2, 3, 4 and 8 bits")
+    sizes = (_size(config, -1), *(size for own in single if (size := _size(own)) is not None))
+    symmetric = setting(config, "sym", bool, default=True)
+    alike = all(setting(own, "sym", bool, default=symmetric) is symmetric for own in single)
+    bits_of = tuple(dict.fromkeys(bits for bits in named if bits is not None))
+    return GptqSettings(bits_of, tuple(dict.fromkeys(sizes)), symmetric if alike else None, 2 if form[-1] == "2" else 1)
+
+
+def _gptq_packing(bits: int, rows: int, out: int, off: int, stored: StoredTensor, symmetric: bool | None) -> Packing:
+    """How GPTQ packs a module of ``out`` outputs and ``rows`` inputs; ``stored`` are its zero points."""
+
+    def values(held: torch.Tensor, first: int, last: int) -> torch.Tensor:
+        from adapterkit.codecs.bits import unpack
+
+        return unpack(held[:, first:last].T, bits, rows)
+
+    def zero_points(held: torch.Tensor) -> torch.Tensor:
+        from adapterkit.codecs.bits import unpack
+
+        # Version 1 wrote z - 1 in as many bits, so 0 became the largest value.
+        found: torch.Tensor = (unpack(held, bits, out) + off) & ((1 << bits) - 1)
+        return found
+
+    def pack_rows(found: torch.Tensor) -> torch.Tensor:
+        from adapterkit.codecs.bits import pack
+
+        return pack(found.int(), bits)
+
+    def unpack_rows(words: torch.Tensor) -> torch.Tensor:
+        from adapterkit.codecs.bits import unpack
+
+        return unpack(words, bits, rows)
+
+    def pack_zeros(found: torch.Tensor) -> torch.Tensor:
+        from adapterkit.codecs.bits import pack
+
+        return pack((found.int() - off) & ((1 << bits) - 1), bits)
+
+    def numbers() -> Numbers:
+        middle = symmetric
+        if middle is None:
+            middle = bool((zero_points(whole(stored)) == 1 << (bits - 1)).all())
+        return _gptq_numbers(bits, symmetric=middle)
+
+    return Packing(values, zero_points, pack_rows, unpack_rows, pack_zeros, numbers)
+
+
 def find_awq(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
-    bits, version = _bits(config, 4), setting(config, "version", str, default="gemm").lower()
+    form = setting(config, "version", str, default=setting(config, "checkpoint_format", str, default="gemm"))
+    bits, version = _bits(config, 4), form.lower()
     if bits != 4 or version != "gemm":
         raise CheckpointError(f"AWQ '{version}' of {bits} bits is not known", "adapterkit reads gemm of 4 bits")
+    scaled = next((name for name in parts if name.endswith(".act.scales")), None)
+    if scaled is not None:
+        raise CheckpointError(
+            f"'{scaled}' divides what the activation gives (AutoAWQ's ScaledActivation), and the next layer is stored for that",
+            "give the 16-bit base",
+        )
     for stem in stems(parts, ".qweight"):
         packed = check_shape(parts[f"{stem}.qweight"], (-1, -1), "AWQ")
         rows, out = packed.shape[0], packed.shape[1] * 8
@@ -138,7 +202,7 @@ def find_awq(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
         check_shape(scales, (zeros.shape[0], out), "AWQ")
         for part, kinds in ((packed, ("I32",)), (zeros, ("I32",)), (scales, FLOATS)):
             check_dtype(part, kinds, "AWQ")
-        size = _group_size(config, rows, zeros.shape[0], packed.name)
+        size = _group_size((_size(config, -1),), rows, zeros.shape[0], packed.name)
 
         def values(held: torch.Tensor, first: int, last: int) -> torch.Tensor:
             return _awq(held[:, first // 8 : last // 8]).T
@@ -231,14 +295,25 @@ def _bits(config: Mapping[str, Any], default: int | None = None) -> int | None:
     return found
 
 
-def _group_size(config: Mapping[str, Any], rows: int, groups: int, name: str) -> int:
-    size = setting(config, "group_size", int, default=setting(config, "q_group_size", int, default=-1))
-    size = size if size > 0 else max(rows, 1)
-    if -(-rows // size) != groups:
-        raise CheckpointError(
-            f"'{name}' has {groups} groups where {rows} inputs in groups of {size} have {-(-rows // size)}", AGAIN
-        )
-    return size
+def _size(config: Mapping[str, Any], default: int | None = None) -> Any:
+    return setting(config, "group_size", int, default=setting(config, "q_group_size", int, default=default))
+
+
+def _group_size(named: tuple[int, ...], rows: int, groups: int, name: str, *, ordered: bool = False) -> int:
+    """The group size among those that a config names which gives that many groups.
+
+    Args:
+        ordered: each input's group is stored, so that sizes that come to the same are no matter.
+
+    Raises:
+        CheckpointError: none does, or two do.
+    """
+    sizes = dict.fromkeys(min(size, max(rows, 1)) if size > 0 else max(rows, 1) for size in named)
+    fitting = [size for size in sizes if -(-rows // size) == groups]
+    if not fitting or (len(fitting) > 1 and not ordered):
+        said = " or ".join(f"{size} have {-(-rows // size)}" for size in sizes)
+        raise CheckpointError(f"'{name}' has {groups} groups where {rows} inputs in groups of {said}", AGAIN)
+    return fitting[0]
 
 
 def _weight(
@@ -262,13 +337,17 @@ def _weight(
         zero = packing.zeros(whole(zeros)).float()
         scale = check_scales(whole(scales).float(), scales)
         group = torch.arange(rows) // size if groups is None else check_index(groups, count)
+        empty = bool((scale == 0).any())
 
         def decode(start: int, stop: int) -> torch.Tensor:
             first, last = start // rows, -(-stop // rows)
             part = slice(first, last)
             found = packing.values(held, first, last).float()
             found -= torch.index_select(zero[:, part], 0, group).T
-            found *= torch.index_select(scale[:, part], 0, group).T
+            factor = torch.index_select(scale[:, part], 0, group).T
+            if empty and bool(((found != 0) & (factor == 0)).any()):
+                raise zero_scale(f"{stem}.weight")
+            found *= factor
             return found.reshape(-1).to(scales.dtype.torch)
 
         return decode
@@ -293,14 +372,7 @@ def _weight(
 
         def order() -> torch.Tensor:
             assert groups is not None
-            found = check_index(groups, count)
-            sizes = found.bincount(minlength=count)
-            if bool((sizes[:-1] != size).any()) or int(sizes[-1]) > size:
-                raise CheckpointError(
-                    f"the groups of '{groups.name}' are of different sizes, which cannot be written again",
-                    "write 16 bits",
-                )
-            return found
+            return check_index(groups, count)
 
         def complete(parts: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
             words, scale, zero = parts
@@ -348,7 +420,7 @@ GPTQ = Codec(
     find_gptq,
     False,
     "AutoGPTQ, nn_modules/qlinear; GPTQModel, nn_modules/qlinear/__init__.py: PackableQuantLinear",
-    what="2, 3, 4 and 8 bits, versions 1 and 2, activation order (g_idx); auto-round's export of it",
+    what="2, 3, 4 and 8 bits, also by module, versions 1 and 2, activation order (g_idx); auto-round's export of it",
     test="test_gptq.py: auto-round (slow), else by its published layout",
     leave=_leave_gptq,
     fused=True,

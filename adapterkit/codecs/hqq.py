@@ -25,6 +25,7 @@ from adapterkit.codecs.codec import (
     listed,
     stems,
     whole,
+    zero_scale,
 )
 from adapterkit.codecs.encode import Encoder, TensorSpec
 from adapterkit.dtypes import BF16, F16, F32, DType
@@ -120,14 +121,18 @@ def _decoder(
 ) -> Decode:
     import torch
 
-    scales, zeros = check_scales(whole(scale), scale).to(dtype.torch), whole(zero).to(dtype.torch)
+    scales, zeros = (check_scales(whole(part), part).to(dtype.torch) for part in (scale, zero))
+    empty = bool((scales == 0).any())
     columns = packed.shape[1]
 
     def decode(start: int, stop: int) -> torch.Tensor:
         first, last = start // columns, stop // columns
         part = slice(first, last) if axis == 1 else slice(None)
         codes = torch.cat(list(_numbers(packed, bits, count, first, last))).to(dtype.torch)
-        return ((codes - zeros[part]) * scales[part]).view(-1)
+        codes -= zeros[part]
+        if empty and bool(((codes != 0) & (scales[part] == 0)).any()):
+            raise zero_scale(packed.name)
+        return (codes * scales[part]).view(-1)
 
     return decode
 

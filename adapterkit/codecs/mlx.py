@@ -25,6 +25,7 @@ from adapterkit.codecs.codec import (
     setting,
     stems,
     whole,
+    zero_scale,
 )
 from adapterkit.codecs.encode import Encoder, TensorSpec
 from adapterkit.codecs.fp8 import factors
@@ -86,7 +87,8 @@ def _affine(parts: Parts, stem: str, words: StoredTensor, bits: int, size: int) 
         return codes.to(scale.dtype) * scale + bias
 
     parts_of = (words, scales, biases)
-    return _weight(f"{stem}.weight", shape, bits, size, parts_of, numbers, decoded, f"mlx {bits} bit, groups of {size}")
+    how = f"mlx {bits} bit, groups of {size}"
+    return _weight(f"{stem}.weight", shape, bits, size, parts_of, numbers, decoded, lambda scale: scale, how)
 
 
 def _floats(parts: Parts, stem: str, words: StoredTensor, mode: str) -> Weight:
@@ -110,7 +112,7 @@ def _floats(parts: Parts, stem: str, words: StoredTensor, mode: str) -> Weight:
     def numbers() -> Numbers:
         return _float_numbers(mode, decoded)
 
-    return _weight(f"{stem}.weight", shape, bits, size, (words, scales), numbers, decoded, f"mlx {mode}")
+    return _weight(f"{stem}.weight", shape, bits, size, (words, scales), numbers, decoded, meant, f"mlx {mode}")
 
 
 def _weight(
@@ -121,6 +123,7 @@ def _weight(
     parts: tuple[StoredTensor, ...],
     numbers: Callable[[], Numbers],
     decoded: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor],
+    meant: Callable[[torch.Tensor], torch.Tensor],
     how: str,
 ) -> Weight:
     words, scales = parts[:2]
@@ -137,12 +140,9 @@ def _weight(
         return unpack(found, bits, columns)
 
     def load() -> Decode:
-        factor = (
-            check_scales(whole(scales).view(rows, across), scales)
-            if len(parts) == 3
-            else whole(scales).view(rows, across)
-        )
-        bias = whole(parts[2]).view(rows, across) if len(parts) == 3 else None
+        factor = whole(scales).view(rows, across)
+        check_scales(meant(factor), scales)
+        bias = check_scales(whole(parts[2]).view(rows, across), parts[2]) if len(parts) == 3 else None
         empty = bias is not None and bool((factor == 0).any())
 
         def decode(start: int, stop: int) -> torch.Tensor:
@@ -150,7 +150,7 @@ def _weight(
             codes = read(first, last).view(last - first, across, size)
             part = slice(first, last)
             if empty and bool(((codes != 0).any(2) & (factor[part] == 0)).any()):
-                raise CheckpointError(f"a scale of '{scales.name}' is zero where its numbers are not", AGAIN)
+                raise zero_scale(scales.name)
             found = decoded(codes, factor[part, :, None], None if bias is None else bias[part, :, None])
             return found.to(dtype.torch).view(-1)
 

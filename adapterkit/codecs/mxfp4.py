@@ -17,6 +17,7 @@ from adapterkit.codecs.codec import (
     StoredTensor,
     Weight,
     check_dtype,
+    check_scales,
     check_shape,
     companion,
     listed,
@@ -63,8 +64,8 @@ def _weight(name: str, blocks: StoredTensor, scales: StoredTensor) -> Weight:
                         del held[old]
                     size = out * groups
                     packed = blocks.read(index * size * 16, (index + 1) * size * 16).view(out, groups, 16)
-                    factors = powers(scales.read(index * size, (index + 1) * size)).view(out, groups, 1)
-                    held[index] = packed, factors
+                    factors = check_scales(powers(scales.read(index * size, (index + 1) * size)), scales)
+                    held[index] = packed, factors.view(out, groups, 1)
                 return held[index]
 
         def decode(start: int, stop: int) -> torch.Tensor:

@@ -11,7 +11,16 @@ from functools import partial
 from math import prod
 from typing import TYPE_CHECKING
 
-from adapterkit.codecs.codec import AGAIN, StoredTensor, Weight, check_index, check_scales, check_shape, whole
+from adapterkit.codecs.codec import (
+    AGAIN,
+    StoredTensor,
+    Weight,
+    check_index,
+    check_scales,
+    check_shape,
+    whole,
+    zero_scale,
+)
 from adapterkit.codecs.encode import TensorSpec
 from adapterkit.errors import CheckpointError
 
@@ -37,6 +46,7 @@ class Written:
         scale: the stored scales.
         zero: the stored zero points, and what packs them, where they are stored.
         others: what other libraries do with a tile, by their names.
+        by_line: as ``numbers``, for the rows that are given, where stacked matrices differ.
     """
 
     numbers: Callable[[], Numbers]
@@ -45,6 +55,7 @@ class Written:
     scale: StoredTensor
     zero: tuple[StoredTensor, Callable[[torch.Tensor], torch.Tensor]] | None = None
     others: Mapping[str, Callable[[], Numbers]] = field(default_factory=dict)
+    by_line: Callable[[torch.Tensor], Numbers] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,13 +113,7 @@ class ScaledWeight:
 
         def order() -> torch.Tensor:
             assert self.groups is not None
-            found = check_index(self.groups, across)
-            if bool((found.bincount(minlength=across) != self.block[1]).any()):
-                raise CheckpointError(
-                    f"the groups of '{self.groups.name}' are of different sizes, which cannot be written again",
-                    "write 16 bits",
-                )
-            return found
+            return check_index(self.groups, across)
 
         def complete(held: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
             found = {scale.name: held[0].reshape(-1)}
@@ -132,6 +137,7 @@ class ScaledWeight:
                 None if self.groups is None else order,
             ),
             row_codes=stored,
+            by_line=written.by_line,
         )
 
     def load(self) -> Decode:
@@ -160,24 +166,14 @@ class ScaledWeight:
             codes = self.codes.read(first * stored, last * stored).view(last - first, stored)
             found = self.unpack(codes)
             factor = spread(scales, first, last)
-            if empty and zeros is None:
-                self._check_empty(found, factor)
             found = found.view(last - first, self.grid[1], self.block[1]) if factor.dim() == 3 else found
             if zeros is not None:
                 found = found - spread(zeros, first, last)
+            if empty and bool(((found != 0) & (factor == 0)).any()):
+                raise zero_scale(self.name)
             return (found * factor).view(-1).to(self.dtype.torch)
 
         return decode
-
-    def _check_empty(self, numbers: torch.Tensor, factor: torch.Tensor) -> None:
-        """A scale of zero stands for a tile of zeros.
-
-        Raises:
-            CheckpointError: it has other numbers under it, which it would erase.
-        """
-        tiles = numbers.view(numbers.shape[0], -1, self.block[1]) if factor.dim() == 3 else numbers
-        if bool(((tiles != 0) & (factor == 0)).any()):
-            raise CheckpointError(f"a scale of '{self.name}' is zero where its numbers are not", AGAIN)
 
 
 def grid_of(
@@ -234,6 +230,20 @@ def grid_scales(
         factor = factor.repeat_interleave(found.shape[0] // factor.shape[0], 0)
         found = found / factor if divide else found * factor
     return found
+
+
+def check_over(over: StoredTensor | None, shape: tuple[int, ...]) -> StoredTensor | None:
+    """A scale over others, one for all of a weight or one for each matrix that is stacked in it.
+
+    Raises:
+        CheckpointError: there are others.
+    """
+    if over is not None and prod(over.shape) not in (1, prod(shape[:-2])):
+        raise CheckpointError(
+            f"'{over.name}' is {list(over.shape)} for a weight of {'x'.join(map(str, shape))}, which has one or one per matrix",
+            AGAIN,
+        )
+    return over
 
 
 def check_like(part: StoredTensor, shape: tuple[int, ...], what: str) -> StoredTensor:

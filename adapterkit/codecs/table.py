@@ -31,6 +31,8 @@ KEYS = ("quantization_config", "compression_config", "quantization")
 SECTIONS = ("text_config", "language_config", "llm_config", "thinker_config", "vision_config", "audio_config")
 # 16-bit weights never have these dtypes; buffers (position ids, masks) do, under other names.
 PACKED_ENDS = (".weight", ".qweight", ".W_q", ".weight_packed", "_blocks", "_qdata")
+# Ends of names of scales, beside stacked experts whose own names end in no ".weight".
+SCALED = ("_scale", "_scales", "_scale_inv", "_weight_scale", "_weight_scale_inv", "_weight_scale_2", ".scale")
 # What belongs to no weight and a 16-bit checkpoint does not have: scales of a quantized key-value cache, ComfyUI's mark.
 CACHE = (".k_scale", ".v_scale", ".q_scale", ".prob_scale", "scaled_fp8")
 
@@ -132,6 +134,7 @@ def find_weights(parts: Parts, config: Mapping[str, Any], where: str) -> list[We
     found = [weight for codec in rows for weight in codec.find(parts, quantized)]
     if rows:
         _check(parts, found, rows, where)
+        _check_inputs(parts, found, quantized, where)
     absent, named = absent_modules(parts, config)
     if absent and len(absent) == named:
         raise CheckpointError(
@@ -181,6 +184,34 @@ def absent_modules(parts: Parts, config: Mapping[str, Any]) -> tuple[list[str], 
     return [name for name, key in asked.items() if key not in there], len(asked)
 
 
+# Beside a quantized weight, what the server does to its inputs or adds to its outputs: the weight alone is not the layer's.
+ON_INPUTS = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b", "act_pre_scale", "smooth", "smooth_factor")
+ROTATED = ("transform_config", "rotation_config")
+
+
+def _check_inputs(parts: Parts, found: list[Weight], quantized: Mapping[str, Any], where: str) -> None:
+    """Weights stand for themselves: nothing is done to what goes into them.
+
+    Raises:
+        CheckpointError: a quantizer smoothed or rotated them, and inputs are scaled or turned for that while the model runs.
+    """
+    said = next((key for key in ROTATED if quantized.get(key)), None)
+    if said is not None:
+        raise CheckpointError(
+            f"the quantized weights of {where} are rotated ('{said}' in the quantization_config), and inputs are turned for "
+            "that while the model runs",
+            "give the 16-bit base",
+        )
+    for weight in found:
+        module = weight.name.rpartition(".")[0]
+        beside = next((name for leaf in ON_INPUTS if (name := f"{module}.{leaf}") in parts), None)
+        if beside is not None:
+            raise CheckpointError(
+                f"'{beside}' is applied beside '{weight.name}' while the model runs, which is stored for that",
+                "give the 16-bit base",
+            )
+
+
 def _check(parts: Parts, found: list[Weight], rows: list[Codec], where: str) -> None:
     """Nothing of a format may be left over."""
     what = " or ".join(codec.name for codec in rows)
@@ -189,7 +220,9 @@ def _check(parts: Parts, found: list[Weight], rows: list[Codec], where: str) -> 
     for name, part in parts.items():
         if name in used:
             continue
-        if name.endswith(marks) or (name.endswith(PACKED_ENDS) and (not part.dtype.is_float or part.dtype.bits <= 8)):
+        narrow = not part.dtype.is_float or part.dtype.bits <= 8
+        scaled = narrow and len(part.shape) > 1 and any(f"{name}{end}" in parts for end in SCALED)
+        if name.endswith(marks) or (narrow and name.endswith(PACKED_ENDS)) or scaled:
             raise CheckpointError(
                 f"{where} is only partly {what}: '{name}' ({part.dtype}) belongs to no weight that is complete",
                 "download or save it again",

@@ -51,7 +51,7 @@ class Held:
             ``[k, columns]``, before they are packed.
         scales: all stored scales, ``[lines, across]``.
         zeros: all stored zero points, ``[lines, across]``, as `Numbers` has them.
-        order: for each column its group, where groups of columns do not lie together.
+        order: for each column its group, where groups of columns do not lie together. They may be of different sizes.
     """
 
     codes: Callable[[], Callable[[int, int], torch.Tensor]]
@@ -83,6 +83,37 @@ class Shape:
         return self.rows // self.height * -(-self.height // self.block[0])
 
 
+@dataclass(frozen=True)
+class _Order:
+    """Groups of columns, put side by side; short ones repeat their last column, and one without columns the first of all.
+
+    Attributes:
+        columns: for each place the column that stands there, ``[across * wide]``.
+        places: for each column its place.
+        empty: the groups that have no column.
+    """
+
+    columns: torch.Tensor
+    places: torch.Tensor
+    empty: torch.Tensor
+
+    @classmethod
+    def of(cls, groups: torch.Tensor, across: int) -> _Order:
+        """From the group of each column."""
+        import torch
+
+        sizes = groups.bincount(minlength=across)
+        wide = int(sizes.max())
+        order = groups.argsort(stable=True)
+        first = sizes.cumsum(0) - sizes
+        within = torch.arange(wide)[None, :].minimum((sizes - 1).clamp(min=0)[:, None])
+        columns = order[(first.clamp(max=order.numel() - 1)[:, None] + within).view(-1)]
+        sorted_groups = groups[order]
+        places = torch.empty_like(order)
+        places[order] = sorted_groups * wide + torch.arange(order.numel()) - first[sorted_groups]
+        return cls(columns, places, sizes == 0)
+
+
 @dataclass
 class Tiles(Encoder):
     """Encodes rows of a weight whose scales cover tiles.
@@ -91,6 +122,7 @@ class Tiles(Encoder):
         made: see `Encoder`.
         shape: how it is cut.
         number: gives what is done with a tile, when that is needed: a plan needs no numbers.
+        by_line: as ``number``, for the tiles of some lines, where those differ.
         pack: codes ``[k, columns]`` to their stored rows.
         unpack: the reverse.
         complete: all tensors but streamed codes, from (held codes,) scales and zero points of all lines.
@@ -109,8 +141,9 @@ class Tiles(Encoder):
     step: int = 1
     row_codes: int = 0
     streams: bool = True
+    by_line: Callable[[torch.Tensor], Numbers] | None = None
     _settled: tuple[torch.Tensor, ...] = field(default=(), init=False, repr=False)
-    _stored: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None = field(
+    _stored: tuple[torch.Tensor, torch.Tensor | None, _Order | None] | None = field(
         default=None, init=False, repr=False
     )
 
@@ -183,16 +216,16 @@ class Tiles(Encoder):
             if not bool(changed.any()):
                 scale, zero, _ = self._before(line)
                 return self._given(kept, scale, zero)
-        tiles = self._tiles(new)
-        if self.numbers.search and self.held is None and bounds is None:
+        tiles, numbers = self._tiles(new), self._of(line)
+        if numbers.search and self.held is None and bounds is None:
             scale, zero, times = self._searched(tiles)
         else:
-            scale, zero, times = self.numbers.choose(*(bounds or (tiles.amin((1, 3)), tiles.amax((1, 3)))))
+            scale, zero, times = numbers.choose(*(bounds or (tiles.amin((1, 3)), tiles.amax((1, 3)))))
         if kept is not None and changed is not None:
             old_scale, old_zero, _ = self._before(line)
             scale = _where(changed, scale, old_scale)
             zero = None if zero is None or old_zero is None else _where(changed, zero, old_zero)
-        codes = self.numbers.code(tiles, _spread(scale), _spread_or_none(zero), _spread_or_none(times))
+        codes = numbers.code(tiles, _spread(scale), _spread_or_none(zero), _spread_or_none(times))
         found = self._rows(codes, rows)
         if kept is not None and changed is not None:
             found = torch.where(self._rows(_spread(changed).expand(codes.shape), rows), found, kept)
@@ -200,12 +233,13 @@ class Tiles(Encoder):
 
     def finish(self, held: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
         if self._settled:
-            low, high, moved = self._settled
-            scale, zero, _ = self.numbers.choose(low, high)
-            if self.held is not None:
-                import torch
+            import torch
 
-                old_scale, old_zero, _ = self._before(torch.arange(scale.shape[0]))
+            low, high, moved = self._settled
+            line = torch.arange(low.shape[0])
+            scale, zero, _ = self._of(line).choose(low, high)
+            if self.held is not None:
+                old_scale, old_zero, _ = self._before(line)
                 scale = _where(moved > 0, scale, old_scale)
                 zero = None if zero is None or old_zero is None else _where(moved > 0, zero, old_zero)
             scales = (scale,) if zero is None else (scale, zero)
@@ -217,11 +251,17 @@ class Tiles(Encoder):
         stored = encoded[0] if rows is None else encoded[0].view(rows, -1)
         codes = self.unpack(stored)
         zero = encoded[2] if len(encoded) > 2 else None
-        found = self.numbers.value(self._tiles(codes), _spread(encoded[1]), _spread_or_none(zero))
+        first = start // self.shape.columns
+        line = self._lines(first, first + codes.shape[0])[:: self._tall]
+        found = self._of(line).value(self._tiles(codes), _spread(encoded[1]), _spread_or_none(zero))
         return self._rows(found, codes.shape[0]).reshape(-1)
 
     def end(self) -> None:
         self._settled, self._stored, self._codes = (), None, None
+
+    def _of(self, line: torch.Tensor) -> Numbers:
+        """What is done with the tiles of some lines."""
+        return self.numbers if self.by_line is None else self.by_line(line)
 
     def _searched(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """The scale of each tile that gives the least squared error among those that are tried."""
@@ -254,12 +294,12 @@ class Tiles(Encoder):
         down = -(-self.shape.height // self.shape.block[0])
         return row // self.shape.height * down + row % self.shape.height // self.shape.block[0]
 
-    def _before(self, line: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    def _before(self, line: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, _Order | None]:
         """Stored scales and zero points of some lines, and the order of the columns."""
         scale, zero, order = self._all()
         return _take(scale, line), None if zero is None else _take(zero, line), order
 
-    def _all(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    def _all(self) -> tuple[torch.Tensor, torch.Tensor | None, _Order | None]:
         held = self.held
         if held is None:
             import torch
@@ -267,7 +307,7 @@ class Tiles(Encoder):
             return torch.empty(0), None, None
         if self._stored is None:
             zeros = None if held.zeros is None else held.zeros()
-            order = None if held.order is None else held.order().argsort(stable=True)
+            order = None if held.order is None else _Order.of(held.order(), self.shape.across)
             self._stored = held.scales(), zeros, order
         return self._stored
 
@@ -279,9 +319,9 @@ class Tiles(Encoder):
         if rows.is_floating_point():
             rows = rows.float()
         order = self._all()[2]
-        if order is not None:
-            rows = rows[:, order]
         tall, wide = self._tall, self.shape.block[1]
+        if order is not None:
+            rows, wide = rows[:, order.columns], order.columns.numel() // self.shape.across
         more = self.shape.across * wide - rows.shape[1]
         if more:
             rows = torch.cat([rows, rows[:, -1:].expand(-1, more)], 1)
@@ -296,22 +336,19 @@ class Tiles(Encoder):
 
     def _rows(self, tiles: torch.Tensor, count: int) -> torch.Tensor:
         """The reverse of `_tiles`."""
-        import torch
-
         tall = self._tall
         found = tiles.reshape(tiles.shape[0] * tall, -1)
         height = self.shape.height
         if tall > 1 and height % tall:
             size = min(height, count)
             found = found.view(count // size, -1, found.shape[1])[:, :size].reshape(count, -1)
-        found = found[:, : self.shape.columns]
         order = self._all()[2]
-        if order is not None:
-            found = found[:, torch.argsort(order)]
-        return found
+        return found[:, : self.shape.columns] if order is None else found[:, order.places]
 
     def _changed(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-        return self._tiles(new != old).any(3).any(1)
+        found = self._tiles(new != old).any(3).any(1)
+        order = self._all()[2]
+        return found if order is None else found & ~order.empty
 
 
 def _spread(scale: torch.Tensor) -> torch.Tensor:

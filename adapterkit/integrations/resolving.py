@@ -7,6 +7,8 @@ versions are safe against a change; an alias is answered under the name with its
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from pathlib import Path
 from adapterkit import disk
 from adapterkit.bucket.layout import is_bucket
 from adapterkit.errors import AdapterkitError, CheckFailed, NotFound, UsageError
+from adapterkit.integrations import ALIASES
 from adapterkit.registry import refs, resolve
 from adapterkit.registry.checkout import checkout
 from adapterkit.registry.home import Home, is_number, open_home
@@ -92,6 +95,23 @@ def find_adapter(
     raise NotFound(
         f"no source has '{asked}' ({'; '.join(said) or 'there are none'})", "see what is registered: adapterkit list"
     )
+
+
+def answer(asked: str, base: str, sources: Sequence[str], log: logging.Logger) -> ResolvedAdapter | None:
+    """What a server's plug-in gives it for a name that the server does not know; None where it shall say so itself.
+
+    Whether aliases are taken is said by the environment. What is wrong goes to ``log``, where the server's own errors are:
+    the one who asked may be a stranger.
+    """
+    try:
+        found = find_adapter(asked, base=base, sources=sources, aliases=os.environ.get(ALIASES, "1") != "0")
+    except NotFound as error:
+        log.info("adapterkit: %s", error.message)
+        return None
+    except AdapterkitError as error:
+        log.error("adapterkit: %s", error)
+        return None
+    return found
 
 
 def _known(at: Home, name: str, which: str, digest: str) -> Record:

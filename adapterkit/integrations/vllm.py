@@ -9,7 +9,7 @@ so nothing is done until ``ADAPTERKIT_RESOLVER_SOURCES`` says where adapters may
 
 vLLM asks once for each name and then remembers the answer until the adapter is unloaded: after an alias has moved it goes on
 with the old version. The answers to requests name the version with its digest, and ``ADAPTERKIT_RESOLVE_ALIASES=0`` refuses
-aliases; to follow one, use `adapterkit deploy`. SGLang has no such hook yet (sgl-project/sglang#15417); `deploy` serves it too.
+aliases; to follow one, use `adapterkit deploy`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,11 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.errors import AdapterkitError, NotFound
+from adapterkit.integrations import SOURCES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SOURCES = "ADAPTERKIT_RESOLVER_SOURCES"
-ALIASES = "ADAPTERKIT_RESOLVE_ALIASES"
 NAME = "adapterkit"
 log = logging.getLogger("vllm.adapterkit")
 
@@ -57,17 +55,10 @@ def resolver(sources: Sequence[str]) -> Any:
 
 
 def _answer(base: str, asked: str, sources: tuple[str, ...], request: Any) -> Any:
-    from adapterkit.integrations.resolving import find_adapter
+    from adapterkit.integrations.resolving import answer
 
-    aliases = os.environ.get(ALIASES, "1") != "0"
-    try:
-        found = find_adapter(asked, base=base, sources=sources, aliases=aliases)
-    except NotFound as error:
-        log.info("adapterkit: %s", error.message)
-        return None
-    except AdapterkitError as error:
-        # Other resolvers may have it; what is wrong here is said where the server's own errors are.
-        log.error("adapterkit: %s", error)
+    found = answer(asked, base, sources, log)  # where there is none, other resolvers may have it
+    if found is None:
         return None
     if found.served != asked:
         log.warning("adapterkit: '%s' is %s (%s) until it is unloaded", asked, found.served, found.record.ref)

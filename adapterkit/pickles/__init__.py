@@ -17,16 +17,19 @@ from adapterkit.errors import CheckpointError, NotFound
 from adapterkit.foreign import json_value
 from adapterkit.pickles.apart import CHILD, answered
 from adapterkit.pickles.checkpoints import gather
+from adapterkit.pickles.megatron import gather_megatron
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from adapterkit.checkpoint.checkpoint import Checkpoint
 
 _NAMES = {"adapter_model.bin": ADAPTER_WEIGHTS, "pytorch_model.bin": SINGLE}
 _INDEX = "pytorch_model.bin.index.json"
 
 
 @contextmanager
-def unpickled(src: str | Path, beside: Path) -> Iterator[Path]:
+def unpickled(src: str | Path, beside: Path, base: Callable[[], Checkpoint] | None = None) -> Iterator[Path]:
     """The same folder with its pickled weights as safetensors, for as long as the context lasts.
 
     A child process loads each file with ``torch.load(weights_only=True)``, which builds tensors and nothing else, and
@@ -35,6 +38,7 @@ def unpickled(src: str | Path, beside: Path) -> Iterator[Path]:
     Args:
         src: a folder.
         beside: where the temporary folder is made; it needs as much room as the weights.
+        base: opens the base, which a checkpoint of Megatron needs; raises where none was given.
 
     Raises:
         NotFound: no such folder.
@@ -47,9 +51,13 @@ def unpickled(src: str | Path, beside: Path) -> Iterator[Path]:
     sharded = sharded_checkpoint(folder)
     if sharded is not None:
         with TemporaryDirectory(dir=beside, prefix=".gathered.") as made:
-            place = Path(made) / folder.resolve().name
-            place.mkdir()
-            gather(sharded, place)
+            place = Path(made) / (folder.resolve().name or "adapter")
+            if sharded.kind == "mcore":
+                assert base is not None
+                gather_megatron(sharded, Path(made), place, base())
+            else:
+                place.mkdir()
+                gather(sharded, place)
             yield place
         return
     found = _pickled(folder)

@@ -1,9 +1,10 @@
 """Run in a process of its own: ``python -I gather.py KIND FOLDER OUT DTYPES WANTED MEMORY``; imports nothing of adapterkit.
 
 Puts the tensors of a sharded checkpoint together and writes those whose names hold one of WANTED as a safetensors file.
-KIND is ``dcp`` (torch.distributed.checkpoint) or ``zero`` (DeepSpeed). Classes that a pickle names and that are not tensors
-or the layout itself are stood in for by an empty one, so nothing of theirs runs. The last line of stdout is JSON: the names,
-or what went wrong.
+KIND is ``dcp`` (torch.distributed.checkpoint), ``mcore`` (the same of Megatron) or ``zero`` (DeepSpeed); of ``mcore``, the file
+OUT.parts says in how many pieces the rows of each tensor were saved. Classes that a pickle names and that are not tensors or
+the layout itself are stood in for by an empty one, so nothing of theirs runs. The last line of stdout is JSON: the names, or
+what went wrong.
 """
 
 from __future__ import annotations
@@ -35,6 +36,18 @@ _LAYOUT = {
 
 # Parts of the names of an optimizer's state, which holds the names of the parameters too.
 _OPTIMIZER = {"optim", "optims", "optimizer", "optimizers", "optimizer_state", "optimizer_state_dict"}
+
+
+# What else Megatron writes into a checkpoint.
+_STATE = {
+    "rng_state",
+    "rerun_state_machine_state",
+    "opt_param_scheduler",
+    "lr_schedulers",
+    "scheduler",
+    "loops",
+    "dataloader",
+}
 
 
 class Broken(Exception):
@@ -127,14 +140,8 @@ def dcp(folder: Path, wanted: list[str]) -> dict[str, Any]:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
     from torch.distributed.checkpoint.state_dict_loader import load as load_checkpoint
 
-    with open(folder / ".metadata", "rb") as file:
-        try:
-            metadata = Unpickler(file).load()
-            entries = dict(metadata.state_dict_metadata)
-            places = list((metadata.storage_data or {}).values())
-        except Exception as error:  # a damaged pickle fails in any of the ways that an object can
-            raise Broken(f".metadata is damaged ({(str(error).splitlines() or ['unreadable'])[0][:200]})") from None
-    for place in places:
+    entries, metadata = _metadata(folder)
+    for place in list((metadata.storage_data or {}).values()):
         name = getattr(place, "relative_path", None)
         if not isinstance(name, str) or "/" in name or "\\" in name or name.startswith("."):
             raise Broken(f".metadata points to {str(name)[:80]!r}, out of its folder")
@@ -148,16 +155,57 @@ def dcp(folder: Path, wanted: list[str]) -> dict[str, Any]:
     found = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in entries.items()
-        if isinstance(entry, TensorStorageMetadata)
-        and _is_wanted(name, wanted)
-        and not _OPTIMIZER & set(name.split("."))
+        if isinstance(entry, TensorStorageMetadata) and _is_wanted(name, wanted) and not _is_optimizer(name)
     }
+    for name in found:
+        held = sum(prod(chunk.sizes) for chunk in entries[name].chunks)
+        if held < prod(entries[name].size):
+            raise Broken(
+                f"it holds {held} of the {prod(entries[name].size)} numbers of {name}; a process saved nothing"
+            )
     if found:
         try:
             load_checkpoint(found, storage_reader=Reader(folder), no_dist=True)
         except Exception as error:  # torch wraps whatever went wrong in its own, which differ by release
             raise Broken(f"its tensors cannot be read ({(str(error).splitlines() or ['damaged'])[0][:200]})") from None
     return found
+
+
+def mcore(folder: Path, wanted: list[str], out: str) -> dict[str, Any]:
+    """The adapter in a checkpoint of Megatron: nothing but tensors of an adapter may be in it, beside an optimizer's."""
+    entries, _ = _metadata(folder)
+    tensors = {name: entry for name, entry in entries.items() if hasattr(entry, "chunks") and not _is_optimizer(name)}
+    other = [name for name in tensors if not _is_wanted(name, wanted) and not _is_state(name)]
+    if other:
+        more = f" and {len(other) - 1} others" if len(other) > 1 else ""
+        raise Broken(f"it holds '{other[0]}'{more} beside the adapter, and nothing there says whether that was trained")
+    parts = {}
+    for name, entry in tensors.items():
+        axis = len(entry.size) - (1 if name.endswith("weight_magnitude") else 2)
+        if _is_wanted(name, wanted):
+            parts[name] = len({int(chunk.offsets[axis]) for chunk in entry.chunks}) if axis >= 0 else 1
+    with open(out + ".parts", "w", encoding="utf-8") as file:
+        json.dump(parts, file)
+    return dcp(folder, wanted)
+
+
+def _is_optimizer(name: str) -> bool:
+    return bool(_OPTIMIZER & set(name.split(".")))
+
+
+def _is_state(name: str) -> bool:
+    """Whether an entry is a trainer's own: the state of random numbers, of the data, of the scheduler."""
+    return "_extra_state" in name or name.partition("/")[0].partition(".")[0] in _STATE
+
+
+def _metadata(folder: Path) -> tuple[dict[str, Any], Any]:
+    """What ``.metadata`` says of every entry, and all of it."""
+    with open(folder / ".metadata", "rb") as file:
+        try:
+            metadata = Unpickler(file).load()
+            return dict(metadata.state_dict_metadata), metadata
+        except Exception as error:  # a damaged pickle fails in any of the ways that an object can
+            raise Broken(f".metadata is damaged ({(str(error).splitlines() or ['unreadable'])[0][:200]})") from None
 
 
 def zero(folder: Path, wanted: list[str]) -> dict[str, Any]:
@@ -293,7 +341,7 @@ def main() -> dict[str, object]:
     names, wanted = json.loads(sys.argv[4]), json.loads(sys.argv[5])
     bound(int(sys.argv[6]))
     try:
-        found = {"dcp": dcp, "zero": zero}[kind](folder, wanted)
+        found = mcore(folder, wanted, out) if kind == "mcore" else {"dcp": dcp, "zero": zero}[kind](folder, wanted)
     except Broken as error:
         return {"error": str(error)}
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -92,8 +92,9 @@ def convert(request: ConvertRequest) -> ConvertReport:
         if address_of(request.src) is not None:
             raise UsageError(f"pickles are read from a disk, and {request.src} is in a store", "download it first")
         target = request.target
-        place = target.absolute().parent if isinstance(target, Path) else Path().absolute()
-        with unpickled(request.src, place) as folder:
+        parents = target.absolute().parents if isinstance(target, Path) else (Path().absolute(),)
+        place = next(parent for parent in parents if parent.is_dir())
+        with unpickled(request.src, place, lambda: open_model(request.need_base("peft"), headers_only=True)) as folder:
             read = [planned(one.reading(folder), headers_only=False, named=request.src) for one in rungs(request)]
             jobs = [one.job() for one in read]
             report = carry_out(abreast(jobs), request, started, plans_of(request, jobs))

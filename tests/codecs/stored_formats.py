@@ -65,9 +65,9 @@ def mxfp8(weight: torch.Tensor) -> Stored:
     return {name.removeprefix("a."): tensor for name, tensor in found.items()}
 
 
-def modelopt_nvfp4(weight: torch.Tensor) -> Stored:
+def modelopt_nvfp4(weight: torch.Tensor, over: torch.Tensor | None = None) -> Stored:
     """ModelOpt, quantization/qtensor/nvfp4_tensor.py: NVFP4QTensor.quantize, with a given scale of the whole tensor."""
-    over = torch.tensor(1.0 / 4096)
+    over = torch.tensor(1.0 / 4096) if over is None else over
     groups = weight.view(weight.shape[0], -1, 16)
     scale = (groups.abs().amax(2) / (6.0 * over)).clamp(max=448)
     scale = torch.where(scale.to(F8).float() == 0, 1.0, scale).to(F8)
@@ -159,8 +159,8 @@ def bnb8(weight: torch.Tensor) -> Stored:
     return {"weight": codes, "SCB": scale, "weight_format": torch.tensor(0, dtype=torch.uint8)}
 
 
-def gptq(bits: int, *, order: bool, symmetric: bool, version: int = 1) -> Format:
-    """AutoGPTQ: quantization/quantizer.py (find_params), nn_modules/qlinear (pack)."""
+def gptq(bits: int, *, order: bool, symmetric: bool, version: int = 1, uneven: bool = False) -> Format:
+    """AutoGPTQ: quantization/quantizer.py (find_params), nn_modules/qlinear (pack); ``uneven``: groups of any size."""
     size, most = 32, 2**bits - 1
 
     def encode(weight: torch.Tensor) -> Stored:
@@ -169,9 +169,14 @@ def gptq(bits: int, *, order: bool, symmetric: bool, version: int = 1) -> Format
         if order:
             index = index[torch.randperm(inside, generator=torch.Generator().manual_seed(3))]
         groups = int(index.max()) + 1
+        if uneven:
+            index[(index == 1) | (torch.arange(inside) % 7 == 0)] = 0
         scales, zeros = torch.empty(groups, weight.shape[0]), torch.empty(groups, weight.shape[0])
         for group in range(groups):
             part = weight[:, index == group]
+            if not part.numel():
+                scales[group], zeros[group] = 1, 2
+                continue
             low, high = part.amin(1).clamp(max=0), part.amax(1).clamp(min=0)
             if symmetric:
                 high = torch.maximum(-low, high)
@@ -287,6 +292,7 @@ FORMATS: dict[str, Format] = {
     "int8": Format(bnb8, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
     "gptq": gptq(4, order=False, symmetric=True),
     "gptq act order": gptq(4, order=True, symmetric=False),
+    "gptq uneven": gptq(4, order=True, symmetric=False, uneven=True),
     "gptq 3 bit v2": gptq(3, order=False, symmetric=False, version=2),
     "awq": Format(
         awq, {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}, "float16"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stored_formats import FORMATS, e2m1
+from stored_formats import FORMATS, e2m1, modelopt_nvfp4
 from test_hqq import CONFIG as HQQ
 from test_hqq import PACKINGS, hqq
 
@@ -437,15 +437,53 @@ def test_a_config_that_names_modules_that_are_not_there(tmp_path: Path, name: st
 
 
 def test_what_keep_cannot_write_does_not_stop_a_merge_to_16_bits(tmp_path: Path) -> None:
-    """GPTQ groups of different sizes are decoded; the report says that `keep` could not write them."""
-    base = base_of(tmp_path, "gptq act order")
+    """float8 with zero points is decoded; the report says that `keep` could not write it."""
+    base = base_of(tmp_path, "ct fp8 rows")
     tuned = adapter_of(tmp_path, torch.full((OUT, 4), 0.05), IN)
     file = base / "model-00001-of-00002.safetensors"
     tensors = load_file(file)
-    groups = tensors[f"{TOUCHED}.g_idx"]
-    groups[(groups == 0).nonzero()[0]] = 1
+    tensors[f"{TOUCHED}.weight_zero_point"] = torch.zeros_like(tensors[f"{TOUCHED}.weight_scale"])
     save_file(tensors, file, metadata={"format": "pt"})
     report = merge(base, [tuned], tmp_path / "out")
-    assert any("quant='keep' could not write this: the groups of" in note for note in report.notes)
-    with pytest.raises(CheckpointError, match="of different sizes, which cannot be written again"):
+    assert any("quant='keep' could not write this: " in note for note in report.notes)
+    with pytest.raises(UsageError, match="per row, which adapterkit does not write"):
         merge(base, [tuned], tmp_path / "kept", quant="keep", yes_lossy=True)
+
+
+@pytest.mark.parametrize("name", ["ModelOpt", "compressed-tensors"])
+def test_stacked_experts_in_nvfp4_have_a_scale_each(store, name: str) -> None:
+    """The second scale is one number per expert; each is written as the library writes that expert alone."""
+    modelopt = name == "ModelOpt"
+    over = torch.tensor([1.0 / 4096, 1.0 / 900, 1.0 / 20000])
+    leaves = (
+        ("weight", "weight_scale", "weight_scale_2")
+        if modelopt
+        else ("weight_packed", "weight_scale", "weight_global_scale")
+    )
+
+    def stacked(weights: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = [modelopt_nvfp4(one, scale) for one, scale in zip(weights, over, strict=True)]
+        parts = {leaf: torch.stack([one[leaf] for one in found]) for leaf in ("weight", "weight_scale")}
+        return dict(
+            zip((f"a.{leaf}" for leaf in leaves), (*parts.values(), over if modelopt else 1 / over), strict=True)
+        )
+
+    weights = torch.stack([weight(seed, (48, 64)) * 10**-seed for seed in range(3)])
+    tensors = stacked(weights)
+    config = FORMATS["modelopt nvfp4" if modelopt else "ct nvfp4"].config
+    checkpoint = store(tensors, config)
+    before = dequantized(checkpoint)["a.weight"]
+    w = before.read_wide(0, before.numel).float().view(3, 48, 64)
+    delta = torch.zeros(3, 48, 64)
+    assert all(torch.equal(t, tensors[n]) for n, t in written_again(checkpoint, "a.weight", delta).items())
+    delta[1] = weight(5, (48, 64)) * 0.05
+    got = written_again(checkpoint, "a.weight", delta)
+    for leaf, tensor in stacked(w + delta).items():
+        if leaf in got:
+            assert torch.equal(got[leaf][1], tensor[1])
+            assert torch.equal(got[leaf][::2], tensors[leaf][::2])
+    again = (
+        dequantized(store({**tensors, **got}, config))["a.weight"].read_wide(0, before.numel).float().view(3, 48, 64)
+    )
+    assert (again - w - delta)[1].norm() < 0.2 * w[1].norm()
+    assert torch.equal(again[::2], w[::2])

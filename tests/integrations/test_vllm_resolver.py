@@ -18,7 +18,7 @@ import pytest
 from models import plain_adapter, plain_base
 
 from adapterkit.errors import UsageError
-from adapterkit.integrations import resolving, vllm
+from adapterkit.integrations import ALIASES, SOURCES, resolving, vllm
 from adapterkit.provenance.register import register
 from adapterkit.registry import verbs
 from adapterkit.registry.home import Home
@@ -87,8 +87,8 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
         module = ModuleType(name)
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.delenv(vllm.SOURCES, raising=False)
-    monkeypatch.delenv(vllm.ALIASES, raising=False)
+    monkeypatch.delenv(SOURCES, raising=False)
+    monkeypatch.delenv(ALIASES, raising=False)
     resolving._verified.clear()
     return found
 
@@ -104,7 +104,7 @@ def tickets(home: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def serving(registry: Registry, tickets: Path, monkeypatch: pytest.MonkeyPatch) -> Serving:
-    monkeypatch.setenv(vllm.SOURCES, "registry")
+    monkeypatch.setenv(SOURCES, "registry")
     vllm.register()
     return Serving(BASE, registry)
 
@@ -158,7 +158,7 @@ def test_after_a_move_of_the_alias_the_digest_still_means_the_same(
 def test_aliases_can_be_refused(
     serving: Serving, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv(vllm.ALIASES, "0")
+    monkeypatch.setenv(ALIASES, "0")
     for asked in ("tickets@prod", "tickets", "tickets@latest"):
         assert serving.resolve(asked) is None
     assert "aliases may not be used" in caplog.text
@@ -220,7 +220,7 @@ def test_from_an_oci_registry_and_the_hub(
     push_oci("tickets@2", "oci://127.0.0.1:5000/team/tickets:latest")
     first, second = short(1), short(2)
     monkeypatch.setenv("ADAPTERKIT_HOME", str(tmp_path / "server"))
-    monkeypatch.setenv(vllm.SOURCES, "registry, oci://127.0.0.1:5000/team")
+    monkeypatch.setenv(SOURCES, "registry, oci://127.0.0.1:5000/team")
     vllm.register()
     serving = Serving(BASE, registry)
     assert serving.resolve(second).lora_name == second  # type: ignore[union-attr]
