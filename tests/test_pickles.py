@@ -114,6 +114,42 @@ def test_what_is_no_mapping_of_tensors(what: str, tmp_path: Path) -> None:
     assert sorted(item.name for item in tmp_path.iterdir()) == ["adapter", "base"]
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer.json", "notes.txt"])
+def test_a_link_out_of_the_folder_does_not_become_a_file_of_the_output(
+    name: str, pickled: tuple[Path, Any], tmp_path: Path
+) -> None:
+    adapter, _ = pickled
+    (tmp_path / "secret").write_text("private")
+    (adapter / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(UnsafeError, match="is a link out of its folder"):
+        convert(adapter, tmp_path / "out", to="peft", allow_pickle=True)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["adapter", "base", "secret"]
+
+
+@pytest.mark.parametrize("when", ["read", "recorded"])
+def test_pickles_that_change_while_they_are_converted(
+    when: str, pickled: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the record names is what was read."""
+    import adapterkit.pickles as module
+    from adapterkit.provenance import record
+
+    adapter, _ = pickled
+    place, name = (module, "_convert") if when == "read" else (record, "converted_parent")
+    real = getattr(place, name)
+
+    def late(*args: Any) -> Any:
+        found = real(*args)
+        data = (adapter / "adapter_model.bin").read_bytes()
+        (adapter / "adapter_model.bin").write_bytes(data[:-1] + b"x")
+        return found
+
+    monkeypatch.setattr(place, name, late)
+    with pytest.raises(CheckpointError, match=r"adapter_model\.bin changed while it was read"):
+        convert(adapter, tmp_path / "out", to="peft", allow_pickle=True)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["adapter", "base"]
+
+
 def test_only_folders_here(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="download it first"), unpickled("org/name", tmp_path):
         pass

@@ -114,7 +114,7 @@ def quantized_modules(
     found = []
     for module in linear_modules(shapes, config):
         head = skip is None and (HEADS.fullmatch(module) is not None or module in heads)
-        if not head and not any(_matches(pattern, module) for pattern in patterns):
+        if not head and not any(is_named(pattern, module) for pattern in patterns):
             found.append(module)
     return found
 
@@ -124,7 +124,7 @@ def _types(config: Mapping[str, Any]) -> set[str]:
     return {kind for part in parts if isinstance(kind := part.get("model_type"), str)}
 
 
-def _matches(pattern: str, module: str) -> bool:
+def is_named(pattern: str, module: str) -> bool:
     """transformers' rule: from the start to the end of a word, as a regular expression, or as the end of the name."""
     if module.endswith(pattern):
         return True

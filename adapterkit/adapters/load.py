@@ -59,6 +59,8 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
         return load_adapter(path.parent)  # PEFT's own file, whose config lies beside it
     if path.is_file() and path.suffix == ".safetensors":
         source = LocalFile(path, str(ref), loose=True)
+        beside = path.with_name(ADAPTER_CONFIG)
+        source.beside = (LocalFile(beside).seen,) if beside.is_file() else ()
         said = _mlx_beside(path)
         if said is not None and not parts:
             return _mlx(source, said, str(ref))

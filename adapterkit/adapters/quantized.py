@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.as_trained import quantized_targets
+from adapterkit.adapters.linear import is_named
 from adapterkit.adapters.wider import fused_with
 from adapterkit.checkpoint.checkpoint import SideFile
 from adapterkit.checkpoint.encoded import encoded
@@ -18,6 +20,7 @@ from adapterkit.codecs.conv1d import is_conv1d
 from adapterkit.codecs.encode import InStep
 from adapterkit.codecs.kinds import nested
 from adapterkit.codecs.table import find_kind, quantization
+from adapterkit.dtypes import BF16, F16, F32
 from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.target import Target
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.checkpoint.tensor import Tensor
+    from adapterkit.codecs.codec import Kind
 
 CONFIG = "config.json"
 
@@ -51,10 +55,13 @@ def quantized(
         raise UsageError(f"{kind} has no double quantization", "leave it out, or use nf4")
     skip = None if skip is None else tuple(skip)
     targets = quantized_targets(checkpoint, skip)
-    whole = {target.pieces[0].tensor: target for target in targets if _is_whole(target, checkpoint)}
+    # Tensors that hold a whole matrix, and what that is called.
+    whole = {target.pieces[0].tensor: target.parameter for target in targets if _is_whole(target, checkpoint)}
     split = next((t.parameter for t in targets if t.pieces[0].tensor not in whole), None)
     if split is not None:
         raise UsageError(f"'{split}' is stored in pieces, which {kind} cannot be", "write 16 bits")
+    experts = _experts_of(checkpoint, form, skip) if form.experts else []
+    whole.update({name: name for name in experts})
     peaks = _peaks(whole, checkpoint) if form.together else {}
     kept: list[str] = []
     tensors: dict[str, Tensor] = {}
@@ -62,12 +69,12 @@ def quantized(
     for name, tensor in checkpoint.tensors.items():
         linear = Transposed(tensor) if is_conv1d(name, checkpoint.config) else tensor
         # A layer without values has no scale.
-        fits = name in whole and linear.numel
+        fits = name in whole and linear.numel and not (form.experts and linear.shape[0] == 1)
         encoder = form.encoder(name, linear.shape, linear.dtype, double_quant) if fits else None
         if isinstance(encoder, InStep):
             encoder.largest = peaks[name].value
         if name in whole and encoder is None:
-            kept.append(whole[name].parameter.removesuffix(".weight"))
+            kept.append(whole[name].removesuffix(".weight"))
         for made in [tensor] if encoder is None else encoded(linear, encoder):
             tensors[made.name] = made
             shards[made.name] = checkpoint.shards.get(name, "model.safetensors")
@@ -75,7 +82,7 @@ def quantized(
         raise UsageError(f"{checkpoint.ref} has no linear layer that {kind} fits", "write 16 bits")
     dtype = next(iter(checkpoint[name] for name in whole)).dtype.torch_name
     modules = {target.parameter.removesuffix(".weight") for target in targets}
-    left = sorted({*kept, *_left(checkpoint, modules)})
+    left = sorted({*kept, *_left(checkpoint, modules, set(experts)), *(_routers(checkpoint) if form.experts else ())})
     layers = Layers(dtype, double_quant, skip, tuple(left))
     config = {**checkpoint.config, "quantization_config": form.config(layers)}
     words = f"{kind} double" if double_quant else kind
@@ -87,17 +94,58 @@ def quantized(
         shards=shards,
         config=config,
         side_files=(*side_files, SideFile(CONFIG, BytesFile(CONFIG, text.encode()))),
-        notes=(*checkpoint.notes, *_experts(left, kind), f"{len(whole) - len(kept)} linear layers written in {words}"),
+        notes=(
+            *checkpoint.notes,
+            *_experts(left, form),
+            f"{len(whole) - len(kept)} linear layers written in {words}",
+            *((f"{len(experts)} of them are experts, each with scales of its own",) if experts else ()),
+        ),
     )
 
 
-def _experts(left: Iterable[str], kind: str) -> list[str]:
+def _experts(left: Iterable[str], form: Kind) -> list[str]:
     """What is said of experts that stay in 16 bits: they may be most of a model."""
     found = [module for module in left if ".experts" in module]
     if not found:
         return []
+    why = (
+        f"{form.name} is written of experts that are stored one by one, and of a layer's all or none"
+        if form.experts
+        else f"{form.name} is written for linear layers alone"
+    )
+    return [f"the experts stay in 16 bits ({len(found)} modules, as '{found[0]}'): {why}"]
+
+
+_ONE = re.compile(r"(.*\bexperts)\.\d+\.[\w.]+\.weight")  # a matrix of one expert
+ROUTERS = ("gate", "router", "shared_expert_gate")
+
+
+def _experts_of(checkpoint: Checkpoint, form: Kind, skip: tuple[str, ...] | None) -> list[str]:
+    """Experts that are stored one by one and can be written, as llm-compressor stores them and servers load them.
+
+    Of a layer all or none: servers run them as one.
+    """
+    layers: dict[str, list[str]] = {}
+    for name, tensor in checkpoint.items():
+        found = _ONE.fullmatch(name)
+        if found is not None and len(tensor.shape) == 2 and tensor.numel and tensor.dtype in (BF16, F16, F32):
+            layers.setdefault(found[1], []).append(name)
+    chosen: list[str] = []
+    for names in layers.values():
+        modules = [name.removesuffix(".weight") for name in names]
+        skipped = any(is_named(pattern, module) for pattern in skip or () for module in modules)
+        tensors = [checkpoint[name] for name in names]
+        fit = all(form.encoder(t.name, t.shape, t.dtype, False) is not None for t in tensors)
+        if fit and not skipped:
+            chosen += names
+    return chosen
+
+
+def _routers(checkpoint: Checkpoint) -> list[str]:
+    """Modules that choose experts: some servers make linear layers of them, which the config has to leave alone."""
+    ends = tuple(f".{name}.weight" for name in ROUTERS)
     return [
-        f"the experts stay in 16 bits ({len(found)} modules, as '{found[0]}'): {kind} is written for linear layers alone"
+        n.removesuffix(".weight") for n, tensor in checkpoint.items() if n.endswith(ends) and len(tensor.shape) == 2
     ]
 
 
@@ -120,12 +168,12 @@ class _Peak:
             return self._found
 
 
-def _peaks(whole: Mapping[str, Target], checkpoint: Checkpoint) -> dict[str, _Peak]:
+def _peaks(whole: Mapping[str, str], checkpoint: Checkpoint) -> dict[str, _Peak]:
     """For each weight the peak that it shares with those that servers run as one with it."""
     shared: dict[str, _Peak] = {}
     found = {}
-    for name, target in whole.items():
-        groups = fused_with(target.parameter)
+    for name, parameter in whole.items():
+        groups = fused_with(parameter)
         peak = shared.setdefault(groups[0] if groups else name, _Peak())
         peak.tensors.append(checkpoint[name])
         found[name] = peak
@@ -137,21 +185,29 @@ def _is_whole(target: Target, checkpoint: Checkpoint) -> bool:
     return len(target.pieces) == 1 and not piece.transposed and checkpoint[piece.tensor].shape == target.shape
 
 
-def _left(checkpoint: Checkpoint, modules: set[str]) -> set[str]:
-    """Linear layers and stacks of experts that stay in 16 bits: a list given to transformers replaces its own."""
+def _left(checkpoint: Checkpoint, modules: set[str], written: set[str]) -> set[str]:
+    """Linear layers and stacks of experts that stay in 16 bits: a list given to transformers replaces its own.
+
+    Args:
+        modules: linear layers that are not among them.
+        written: tensors of experts that are not.
+    """
     from adapterkit.adapters.linear import linear_modules
     from adapterkit.adapters.names import Names
 
     names = Names(checkpoint.shapes, checkpoint.config)
-    shapes: Mapping[str, tuple[int, ...]] = {
-        name: target.shape for name in names.parameters() if (target := names.find(name)) is not None
-    }
+    targets = {name: target for name in names.parameters() if (target := names.find(name)) is not None}
+    shapes: Mapping[str, tuple[int, ...]] = {name: target.shape for name, target in targets.items()}
     left = {module for module in linear_modules(shapes, checkpoint.config) if module not in modules}
-    experts = {name.rpartition(".")[0] for name, shape in shapes.items() if len(shape) == 3 and ".experts." in name}
+    experts = {
+        name.rpartition(".")[0]
+        for name, target in targets.items()
+        if len(target.shape) == 3 and ".experts." in name and not written.issuperset(target.tensors)
+    }
     # Experts that no class is known to stack are there one by one.
     alone = {
         name.removesuffix(".weight")
         for name, tensor in checkpoint.items()
-        if name.endswith(".weight") and ".experts." in name and len(tensor.shape) == 2
+        if name.endswith(".weight") and ".experts." in name and len(tensor.shape) == 2 and name not in written
     }
     return left | experts | {m for m in alone - modules if f"{m.partition('.experts.')[0]}.experts" not in experts}

@@ -11,7 +11,7 @@ from adapterkit.disk import calls
 from adapterkit.errors import CheckpointError, NotFound, UnsafeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
 
@@ -36,6 +36,7 @@ class Source(ABC):
     path: Path | None = None
     loose: bool = False  # the user named the file itself, so its folder is nobody's
     version: str = ""  # of an object in a store: the ETag that every request asks for
+    beside: Sequence[FirstSeen] = ()  # of a weight file: the small files that were read with it
 
     @abstractmethod
     def read(self, offset: int, length: int) -> bytes:
@@ -66,6 +67,29 @@ class Source(ABC):
         return CheckpointError(f"{self.name} ended at byte {at} while it was read", "download or save it again")
 
 
+class FirstSeen:
+    """A local file as it was when it was first looked at."""
+
+    __slots__ = ("name", "path", "state")
+
+    def __init__(self, name: str, path: Path, state: tuple[int, ...]) -> None:
+        self.name, self.path, self.state = name, path, state
+
+    def check_unchanged(self, fd: int | None = None) -> None:
+        """See that the file, and what was opened of it, is still that one.
+
+        Raises:
+            CheckpointError: it was written to or replaced.
+        """
+        try:
+            here = [os.stat(self.path), *([] if fd is None else [os.fstat(fd)])]
+        except OSError:
+            here = []
+        if not here or any(_state(info) != self.state for info in here):
+            hint = "run it again when nothing writes to it (a download or a training, perhaps)"
+            raise CheckpointError(f"{self.name} changed while it was read", hint)
+
+
 class LocalFile(Source):
     """A file on disk, read by ``pread``; opened at the first read, closed with the object."""
 
@@ -77,7 +101,7 @@ class LocalFile(Source):
             if not stat.S_ISREG(info.st_mode):
                 kind = "folder" if stat.S_ISDIR(info.st_mode) else "pipe or a device"
                 raise UnsafeError(f"{self.name} is a {kind}, not a file", "give a plain file")
-            self.size, self._state = info.st_size, _state(info)
+            self.size, self.seen = info.st_size, FirstSeen(self.name, path, _state(info))
         except FileNotFoundError:
             raise NotFound(f"{self.name} does not exist", "check the path, or download the missing file") from None
         except OSError as error:
@@ -101,15 +125,7 @@ class LocalFile(Source):
         return self._fd
 
     def check_unchanged(self) -> None:
-        try:
-            here = [os.stat(self.path)] if self.path is not None else []
-            if self._fd is not None:
-                here.append(os.fstat(self._fd))
-        except OSError:
-            here = []
-        if not here or any(_state(info) != self._state for info in here):
-            hint = "run it again when nothing writes to it (a download or a training, perhaps)"
-            raise CheckpointError(f"{self.name} changed while it was read", hint)
+        self.seen.check_unchanged(self._fd)
 
     def read(self, offset: int, length: int) -> bytes:
         data = b""
@@ -144,9 +160,31 @@ class LocalFile(Source):
 
 
 def check_unchanged(sources: Iterable[Source]) -> None:
-    """See that no file changed since it was opened; see `Source.check_unchanged`."""
+    """See that no file changed since it was opened, nor any that was read with it (a config, an index, a tokenizer).
+
+    Raises:
+        CheckpointError: one did; see `Source.check_unchanged`.
+    """
+    beside: dict[int, FirstSeen] = {}
     for source in sources:
         source.check_unchanged()
+        beside |= {id(one): one for one in source.beside}
+    for one in beside.values():
+        one.check_unchanged()
+
+
+def seen(path: Path) -> tuple[FirstSeen, ...]:
+    """A file, or every file of a folder that is not hidden, as it is now: for what another program will read."""
+    from pathlib import Path
+
+    if not path.is_dir():
+        return (LocalFile(path).seen,)
+    found: list[FirstSeen] = []
+    for folder, names, files in os.walk(path):
+        names[:] = [name for name in names if not name.startswith(".")]
+        places = [os.path.join(folder, name) for name in files if not name.startswith(".")]
+        found += [LocalFile(Path(place)).seen for place in places if os.path.isfile(place)]
+    return tuple(found)
 
 
 def _state(info: os.stat_result) -> tuple[int, ...]:

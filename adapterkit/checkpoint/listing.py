@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.checkpoint.files import LocalFile, Source
+from adapterkit.checkpoint.files import FirstSeen, LocalFile, Source
 from adapterkit.checkpoint.json_data import parse_json
 from adapterkit.errors import CheckpointError, NotFound, UnsafeError, option
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 MAX_JSON = 64 << 20  # bytes; the index of a trillion-parameter checkpoint is about 10 MB
+WEIGHTS = (".safetensors", ".gguf")
 MAX_DEPTH = 2  # folders; side files lie at most this deep (sentence-transformers keeps `1_Pooling/config.json`)
 
 
@@ -106,6 +107,7 @@ class LocalFolder(Listing):
             if folder.name == "trees" and (folder.parent / "format").is_file():
                 self._allowed += [folder.parent / "objects", folder.parent / "records"]
         self._names = frozenset(self._walk(path, PurePosixPath()))
+        self._read: list[FirstSeen] = []
 
     def _walk(self, folder: Path, prefix: PurePosixPath) -> Iterable[str]:
         try:
@@ -136,4 +138,9 @@ class LocalFolder(Listing):
         if not inside and not _follows and not name.endswith(".safetensors"):
             hint = f"replace the link by the file itself, or add {option('follow_links')} if it is meant"
             raise UnsafeError(f"{shown} is a link out of its folder", hint)
-        return LocalFile(path, shown)
+        found = LocalFile(path, shown)
+        if name.endswith(WEIGHTS):
+            found.beside = self._read
+        else:
+            self._read.append(found.seen)
+        return found

@@ -85,7 +85,9 @@ def open_checkpoint(ref: str | Path, *, headers_only: bool = False) -> Checkpoin
         config = path.with_name("config.json")
         if not config.is_file():
             return read_file(LocalFile(path, meant.shown, loose=True), {})  # what lies beside it is not its own
-        return read_file(LocalFile(path, meant.shown), read_json(LocalFile(config)))
+        weights, said = LocalFile(path, meant.shown), LocalFile(config)
+        weights.beside = (said.seen,)
+        return read_file(weights, read_json(said))
     listing = locate(ref, headers_only=headers_only)
     return read_pipeline(listing) if is_pipeline(listing.names) else read_folder(listing)
 

@@ -116,6 +116,7 @@ class Kind:
         some: as ``encoder``, for some rows of a weight, to measure what the format does to them.
         what: one line for readers, of a codec in a file of its own.
         nested: its scales can be quantized too; of a codec in a file of its own.
+        experts: experts that are stored one by one are written too, and layers of one output and routers are not.
     """
 
     name: str
@@ -127,6 +128,7 @@ class Kind:
     some: Callable[[str, tuple[int, ...], DType, bool], Encoder | None] | None = field(default=None, repr=False)
     what: str = ""
     nested: bool = False
+    experts: bool = False
 
 
 @dataclass(frozen=True)

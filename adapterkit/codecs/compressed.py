@@ -537,6 +537,7 @@ KINDS = (
         ),
         8.0,
         ("fp8 128x128",),
+        experts=True,
     ),
     Kind(
         "int4",
@@ -546,6 +547,7 @@ KINDS = (
         ),
         4.0,
         ("int4 per 128", "int4 per row"),
+        experts=True,
     ),
     Kind(
         "nvfp4",
@@ -560,6 +562,7 @@ KINDS = (
         ("nvfp4 per 16",),
         together=True,
         some=_some_nvfp4,
+        experts=True,
     ),
     Kind(
         "mxfp4",
@@ -572,6 +575,7 @@ KINDS = (
         ),
         4.0,
         ("mxfp4 per 32",),
+        experts=True,
     ),
 )
 

@@ -42,6 +42,7 @@ from adapterkit.disk.files import (
 )
 from adapterkit.disk.folders import (
     is_busy,
+    is_of_user,
     is_own,
     own_folder,
     partial_folder,
@@ -63,6 +64,7 @@ __all__ = [
     "fsync",
     "hash_file",
     "is_busy",
+    "is_of_user",
     "is_own",
     "locked",
     "make_folder",

@@ -78,6 +78,15 @@ def is_own(path: Path) -> bool:
         return False
 
 
+def is_of_user(path: Path) -> bool:
+    """Whether ``path`` is a real folder that belongs to this user, or to whom this disk gives all that this user makes."""
+    try:
+        with _opened(path) as fd:
+            return _owned(path, fd)
+    except (OSError, UnsafeError):
+        return False
+
+
 def _make(path: Path) -> bool:
     try:
         os.mkdir(path)

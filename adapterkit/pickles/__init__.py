@@ -10,11 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from adapterkit.checkpoint.files import FirstSeen, LocalFile, seen
 from adapterkit.checkpoint.folder import ADAPTER_WEIGHTS, INDEX, SINGLE
-from adapterkit.checkpoint.listing import check_plain
+from adapterkit.checkpoint.listing import LocalFolder, check_plain, read_json
 from adapterkit.checkpoint.sharded import sharded_checkpoint
 from adapterkit.errors import CheckpointError, NotFound
-from adapterkit.foreign import json_value
 from adapterkit.pickles.apart import CHILD, answered
 from adapterkit.pickles.checkpoints import gather
 from adapterkit.pickles.megatron import gather_megatron
@@ -29,7 +29,12 @@ _INDEX = "pytorch_model.bin.index.json"
 
 
 @contextmanager
-def unpickled(src: str | Path, beside: Path, base: Callable[[], Checkpoint] | None = None) -> Iterator[Path]:
+def unpickled(
+    src: str | Path,
+    beside: Path,
+    base: Callable[[], Checkpoint] | None = None,
+    watched: list[FirstSeen] | None = None,
+) -> Iterator[Path]:
     """The same folder with its pickled weights as safetensors, for as long as the context lasts.
 
     A child process loads each file with ``torch.load(weights_only=True)``, which builds tensors and nothing else, and
@@ -39,17 +44,19 @@ def unpickled(src: str | Path, beside: Path, base: Callable[[], Checkpoint] | No
         src: a folder.
         beside: where the temporary folder is made; it needs as much room as the weights.
         base: opens the base, which a checkpoint of Megatron needs; raises where none was given.
+        watched: gets the files that were read, as they were before.
 
     Raises:
         NotFound: no such folder.
         UnsafeError: a pickle that is more than tensors, or names that lead out of the folder.
-        CheckpointError: it cannot be read, or holds something else.
+        CheckpointError: it cannot be read, holds something else, or changed while it was read.
     """
     folder = Path(src).expanduser()
     if not folder.is_dir():
         raise NotFound(f"{src} is no folder here", "pickles are only converted from a folder; download it first")
     sharded = sharded_checkpoint(folder)
     if sharded is not None:
+        before = [*seen(sharded.folder), *(() if sharded.config is None else seen(sharded.config))]
         with TemporaryDirectory(dir=beside, prefix=".gathered.") as made:
             place = Path(made) / (folder.resolve().name or "adapter")
             if sharded.kind == "mcore":
@@ -58,12 +65,14 @@ def unpickled(src: str | Path, beside: Path, base: Callable[[], Checkpoint] | No
             else:
                 place.mkdir()
                 gather(sharded, place)
+            _unchanged(before, watched)
             yield place
         return
     found = _pickled(folder)
     if not found:
         yield folder
         return
+    before = [LocalFile(folder / name).seen for name in found]
     with TemporaryDirectory(dir=beside, prefix=".unpickled.") as made:
         place = Path(made) / folder.resolve().name
         place.mkdir()
@@ -73,10 +82,20 @@ def unpickled(src: str | Path, beside: Path, base: Callable[[], Checkpoint] | No
                 weight_map[key] = new
         if len(found) > 1:
             (place / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        listing = LocalFolder(folder)
         for path in folder.iterdir():
-            if path.is_file() and path.name not in (*found, _INDEX):
+            if path.is_file() and path.name in listing.names and path.name not in (*found, _INDEX):
+                listing.open(path.name)  # a link out of the folder would be a plain file in this one
                 _link(path, place / path.name)
+        _unchanged(before, watched)
         yield place
+
+
+def _unchanged(before: list[FirstSeen], watched: list[FirstSeen] | None) -> None:
+    for one in before:
+        one.check_unchanged()
+    if watched is not None:
+        watched += before
 
 
 def _link(path: Path, new: Path) -> None:
@@ -96,8 +115,8 @@ def _pickled(folder: Path) -> dict[str, str]:
     if not index.is_file() or (folder / SINGLE).exists() or (folder / INDEX).exists():
         return {}
     try:
-        shards = sorted(set(json_value(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
+        shards = sorted(set(read_json(LocalFile(index))["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError):
         raise CheckpointError(f"{index} is damaged", "download it again") from None
     for name in shards:
         check_plain(str(name), str(index))

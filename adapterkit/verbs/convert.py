@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,12 @@ from adapterkit.verbs.job import Recorder
 from adapterkit.verbs.ladder import abreast, plans_of, rungs
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.checkpoint.files import FirstSeen
     from adapterkit.checkpoint.listing import Listing
+    from adapterkit.verbs.job import Job
     from adapterkit.verbs.report import ConvertReport
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
@@ -92,17 +98,38 @@ def convert(request: ConvertRequest) -> ConvertReport:
         if address_of(request.src) is not None:
             raise UsageError(f"pickles are read from a disk, and {request.src} is in a store", "download it first")
         target = request.target
+        watched: list[FirstSeen] = []
         parents = target.absolute().parents if isinstance(target, Path) else (Path().absolute(),)
         place = next(parent for parent in parents if parent.is_dir())
-        with unpickled(request.src, place, lambda: open_model(request.need_base("peft"), headers_only=True)) as folder:
+        needed = partial(_base_of, request)
+        with unpickled(request.src, place, needed, watched) as folder:
             read = [planned(one.reading(folder), headers_only=False, named=request.src) for one in rungs(request)]
-            jobs = [one.job() for one in read]
+            jobs = [_watching(one.job(), watched) for one in read]
             report = carry_out(abreast(jobs), request, started, plans_of(request, jobs))
             return report
     made = [planned(one, headers_only=not request.writes) for one in rungs(request)]
     jobs = [one.job() for one in made]
     report = carry_out(abreast(jobs), request, started, plans_of(request, jobs))
     return report
+
+
+def _base_of(request: ConvertRequest) -> Checkpoint:
+    return open_model(request.need_base("peft"), headers_only=True)
+
+
+def _watching(job: Job, watched: Sequence[FirstSeen]) -> Job:
+    """A job whose record names files that were read before it: they have to be the same still when it has named them."""
+    record = job.record
+    if record is None:
+        return job
+
+    def write(folder: Path | Listing) -> Mapping[str, bytes]:
+        made = record(folder)
+        for one in watched:
+            one.check_unchanged()
+        return made
+
+    return replace(job, record=write)
 
 
 def replan(data: Mapping[str, Any], out: Path | Address | None) -> Conversion:

@@ -79,7 +79,7 @@ def demo(folder: str | Path, say: Callable[[str], None] = lambda text: None) -> 
         AdapterkitError: transformers, tokenizers or peft is not installed, or merged and adapter disagree.
     """
     root = Path(folder)
-    taken = [name for name in ("base", "adapter", "merged", GGUF_FILE) if (root / name).exists()]
+    taken = [name for name in ("base", "adapter", "merged", GGUF_FILE) if os.path.lexists(root / name)]
     if taken:
         raise OutputError(f"{root / taken[0]} exists", "give the demo another folder")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.load import is_adapter
+from adapterkit.checkpoint.files import seen
 from adapterkit.checkpoint.json_data import parse_json
+from adapterkit.checkpoint.listing import LocalFolder
+from adapterkit.checkpoint.open import locate
 from adapterkit.checkpoint.pipeline import MODEL_INDEX
 from adapterkit.disk import open_regular, read_regular
 from adapterkit.errors import AdapterkitError, NotFound, UnsupportedAdapter, UsageError, option
@@ -91,6 +94,8 @@ def evaluate(request: EvaluateRequest) -> EvaluateReport:
     Raises:
         UsageError: the harness is not installed, or a base is not given that is needed.
         UnsupportedAdapter: transformers cannot load such an adapter; or no null adapter can be made of it.
+        CheckpointError: a file changed while the harness ran.
+        CheckFailed: the bytes of a base from the Hub are not those of its commit.
         AdapterkitError: the harness failed; the sentence has its last line.
         NotFound, RegistryError: see `adapterkit.registry.evidence.attach_evaluation`.
     """
@@ -101,7 +106,10 @@ def evaluate(request: EvaluateRequest) -> EvaluateReport:
     home = request.folder
     record, path = _found(request.ref, home)
     with tempfile.TemporaryDirectory(prefix="adapterkit-evaluate-") as folder:
+        before = seen(path)
         models = _models(Path(folder), path, record, request)
+        links = {Path(place, name) for place, *names in os.walk(folder) for name in (*names[0], *names[1])}
+        before += tuple(one for link in links if link.is_symlink() for one in seen(link.resolve()))
         options = {
             "limit": request.limit,
             "num_fewshot": request.num_fewshot,
@@ -120,6 +128,8 @@ def evaluate(request: EvaluateRequest) -> EvaluateReport:
             ],
         }
         _run(Path(folder), asked, request.say or _silent)
+        for one in before:
+            one.check_unchanged()  # what was measured is what is named
         found = [
             figure
             for one in models
@@ -188,14 +198,12 @@ def _base_args(
     if base is not None:
         return _pretrained(folder, "base", base, home)
     if record is not None and record.base is not None and record.base.id:
-        revision = {"revision": record.base.commit} if record.base.commit else {}
-        return {"pretrained": record.base.id, **revision}
+        return _from_hub(folder, record.base.id, record.base.commit)
     config = _config(path)
     named = config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise UsageError("the adapter does not say which base it is evaluated on", f"give {option('base')}")
-    revision = {"revision": config["revision"]} if config.get("revision") else {}
-    return {"pretrained": named, **revision}
+    return _from_hub(folder, named, str(config.get("revision") or ""))
 
 
 def _pretrained(folder: Path, name: str, ref: str | Path, home: Path | None) -> dict[str, Any]:
@@ -209,11 +217,24 @@ def _pretrained(folder: Path, name: str, ref: str | Path, home: Path | None) -> 
     record = registered(ref, home=home)
     if record is None:
         repo, _, revision = str(ref).partition("@")
-        return {"pretrained": repo, **({"revision": revision} if revision else {})}
+        return _from_hub(folder, repo, revision)
     found = finder.find(record.ref, home=home)
     if found is not None and found.folder is not None:
         return _loaded(folder, name, found.file or found.folder)
     repo, _, revision = (found.hub or "" if found is not None else "").partition("@")
+    return _from_hub(folder, repo, revision)
+
+
+def _from_hub(folder: Path, repo: str, revision: str) -> dict[str, Any]:
+    """What a repository (or a folder that a config names) is loaded by: its files, held against the commit's digests as in
+    every verb. One that has pickles only is left to the harness.
+
+    Raises:
+        NotFound, CheckFailed, AuthError, HubError
+    """
+    listing = locate(f"{repo}@{revision}" if revision and not Path(repo).expanduser().is_dir() else repo)
+    if isinstance(listing, LocalFolder) and any(name.endswith(".safetensors") for name in listing.names):
+        return {"pretrained": _linked(folder, "base", listing.path.resolve())}
     return {"pretrained": repo, **({"revision": revision} if revision else {})}
 
 

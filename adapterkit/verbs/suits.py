@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.errors import AdapterkitError, CheckFailed, UsageError, option
+from adapterkit.errors import AdapterkitError, CheckFailed, UnsafeError, UsageError, option
 from adapterkit.registry.checkout import checkout
 from adapterkit.registry.record import NOT_CONTENT
 
@@ -156,11 +157,31 @@ def place_of(record: Record, row: Server, live: Live, endpoint: Endpoint, at: Ho
 
 
 def _must_hold(record: Record, folder: Path) -> None:
+    """See that a copy of before is one that nobody else can have prepared: a folder of this user with the files of the version
+    and no other, none of them a link.
+
+    Raises:
+        UnsafeError, CheckFailed
+    """
     from adapterkit import disk
 
+    hint = f"move {folder} away, and deploy again"
+    if folder.is_symlink() or not folder.is_dir():
+        raise UnsafeError(f"{folder} is a link or no folder", hint)
+    if not disk.is_of_user(folder):
+        raise UnsafeError(f"{folder} belongs to another user, who can change it at any time", hint)
+    known = {file.path: file for file in record.files}
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            inside = path.relative_to(folder).as_posix()
+            if path.is_symlink() or (name in files and not path.is_file()):
+                raise UnsafeError(f"{path} is a link or no file", hint)
+            if name in files and inside not in known and inside not in NOT_CONTENT and not name.startswith("."):
+                raise CheckFailed(f"{path} is no file of {record.ref}", hint)
     for file in record.files:
         path = folder / file.path
         if file.path in NOT_CONTENT:
             continue
         if not path.is_file() or disk.hash_file(path)[0] != file.sha256:
-            raise CheckFailed(f"{path} is not the file of {record.ref}", f"move {folder} away, and deploy again")
+            raise CheckFailed(f"{path} is not the file of {record.ref}", hint)

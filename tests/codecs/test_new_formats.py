@@ -173,24 +173,79 @@ def test_weights_that_do_not_fit_stay(tmp_path: Path) -> None:
     assert said["ignore"] == ["model.layers.0.self_attn.q_proj"]
 
 
-def test_experts_that_stay_are_said(tmp_path: Path) -> None:
-    """They may be most of a model, so that the output is larger than its name lets expect."""
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import transformers
+
+    torch.manual_seed(0)
+    small = transformers.Qwen3MoeConfig(
+        hidden_size=128, moe_intermediate_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=64, vocab_size=64, num_experts=3, num_experts_per_tok=2, mlp_only_layers=[],
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("moe") / "base"
+    transformers.Qwen3MoeForCausalLM(small).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ARGS)
+def test_experts_are_written_one_by_one(experts: Path, tmp_path: Path, kind: str) -> None:
+    """As llm-compressor writes them (model_free/converter.py): each a linear layer; gate and up share NVFP4's global scale."""
+    report = convert(experts, tmp_path / "out", to=kind)
+    assert any("9 of them are experts" in note for note in report.notes)
+    before, after = stored(experts), stored(tmp_path / "out")
+    for number in range(3):
+        for group in TOGETHER[2:]:
+            names = [f"model.layers.0.mlp.experts.{number}.{one}.weight" for one in group]
+            largest = max(float(before[name].abs().max()) for name in names)
+            for name in names:
+                module = name.removesuffix("weight")
+                scale = None if kind == "fp8-block" else after[f"{module}weight_scale"]
+                for leaf, tensor in library(kind, before[name].float(), largest, scale).items():
+                    assert same(after[f"{module}{leaf}"].view(tensor.shape), tensor), name
+    said = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert said["ignore"] == ["lm_head", "model.layers.0.mlp.gate"]
+    assert same(after["model.layers.0.mlp.gate.weight"], before["model.layers.0.mlp.gate.weight"])
+    # An adapter on attention keeps the experts' bytes, and one without a change all of them.
+    tuned = adapter_of(tmp_path, torch.randn(128, 4, generator=torch.Generator().manual_seed(1)) * 0.1, 128)
+    merge(tmp_path / "out", [tuned], tmp_path / "kept", quant="keep", yes_lossy=True)
+    kept = stored(tmp_path / "kept")
+    assert all(same(kept[name], tensor) for name, tensor in after.items() if "q_proj" not in name)
+
+
+def test_transformers_loads_experts_in_int4(experts: Path, tmp_path: Path) -> None:
+    import transformers
+
+    convert(experts, tmp_path / "out", to="int4")
+    read = dequantized(open_checkpoint(tmp_path / "out"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        how = transformers.CompressedTensorsConfig(dequantize=True)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", quantization_config=how, dtype=torch.bfloat16
+        )
+    got = loaded.state_dict()["model.layers.0.mlp.experts.down_proj"][1]
+    handle = read["model.layers.0.mlp.experts.1.down_proj.weight"]
+    assert torch.equal(got, handle.read(0, handle.numel).view(got.shape))
+
+
+@pytest.mark.parametrize("why", ["skipped", "narrow", "stacked"])
+def test_experts_that_stay_are_said(experts: Path, tmp_path: Path, why: str) -> None:
+    """Of a layer all or none; stacks stay. They may be most of a model: the output is larger than its name lets expect."""
     base = tmp_path / "base"
     base.mkdir()
-    modules = ["self_attn.q_proj", *(f"mlp.experts.{i}.{one}_proj" for i in (0, 1) for one in ("gate", "up", "down"))]
-    alone = "model.layers.1.mlp.experts.0.gate_proj"  # a stack that is not whole
-    tensors = {f"model.layers.0.{one}.weight": torch.randn(128, 128).bfloat16() for one in modules}
-    tensors[f"{alone}.weight"] = torch.randn(128, 128).bfloat16()
+    tensors = {name: tensor for name, tensor in stored(experts).items() if why != "stacked" or ".experts." not in name}
+    stem = "model.layers.0.mlp.experts"
+    if why == "narrow":
+        tensors[f"{stem}.2.down_proj.weight"] = torch.randn(128, 72).bfloat16()
+    if why == "stacked":
+        tensors |= {f"{stem}.gate_up_proj": torch.randn(3, 256, 128), f"{stem}.down_proj": torch.randn(3, 128, 128)}
     save_file(tensors, base / "model.safetensors")
-    (base / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}))
-    tuned = adapter_of(tmp_path, torch.full((128, 4), 0.01), 128)
-    for report in (
-        convert(base, tmp_path / "converted", to="nvfp4"),
-        merge(base, [tuned], tmp_path / "merged", quant="nvfp4"),
-    ):
-        assert any("the experts stay in 16 bits" in note for note in report.notes)
-        assert any("1 linear layers written in nvfp4" in note for note in report.notes)
-    for out in ("converted", "merged"):
-        assert "model.layers.0.mlp.experts.1.gate_proj.weight" in stored(tmp_path / out)
-        said = json.loads((tmp_path / out / "config.json").read_text())["quantization_config"]
-        assert {"model.layers.0.mlp.experts", alone} <= set(said["ignore"])
+    (base / "config.json").write_bytes((experts / "config.json").read_bytes())
+    skip = ["lm_head", "experts.1.up_proj"] if why == "skipped" else None
+    report = convert(base, tmp_path / "out", to="nvfp4", skip_modules=skip)
+    assert any("the experts stay in 16 bits" in note for note in report.notes)
+    assert any("4 linear layers written in nvfp4" in note for note in report.notes)
+    after = stored(tmp_path / "out")
+    assert all(same(after[name], tensor) for name, tensor in tensors.items() if ".experts." in name)
+    said = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert any(module.startswith(stem) for module in said["ignore"])

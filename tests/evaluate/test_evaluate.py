@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from models import plain_adapter, plain_base, read_tensors
 
-from adapterkit.errors import AdapterkitError, CheckFailed, NotFound, UnsupportedAdapter, UsageError
+from adapterkit.checkpoint.listing import LocalFolder
+from adapterkit.errors import AdapterkitError, CheckFailed, CheckpointError, NotFound, UnsupportedAdapter, UsageError
 from adapterkit.provenance.register import register
 from adapterkit.registry import evaluation, verbs
 from adapterkit.verbs.evaluate import _null_adapter, evaluate
@@ -107,12 +108,48 @@ def test_figures_of_other_settings_are_not_compared(
     verbs.tag("tone@4", "prod", require="size>0")
 
 
-def test_the_base_that_its_record_names(home: Path, told: Path, adapter: Path) -> None:
+def test_the_base_that_its_record_names(
+    home: Path, told: Path, base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its bytes are held against the Hub's digests before the harness reads them; pickles are left to it."""
+    wanted: list[str] = []
+    kept = LocalFolder(base)
+
+    def find(ref: str) -> LocalFolder:
+        wanted.append(ref)
+        return kept
+
+    monkeypatch.setattr("adapterkit.verbs.evaluate.locate", find)
     register(adapter, "tone")
     evaluate("tone", ["tickets"], no_base=True, attach=False)
-    ((args, _, _, _),) = asked(told)
-    assert args["pretrained"].endswith("someone/base")
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    kept = LocalFolder(base)
+    evaluate("tone", ["tickets"], no_base=True, attach=False, base="other/base@v1")
+    first, second = (call[0] for call in asked(told))
+    assert wanted == ["someone/base", "other/base@v1"]
+    assert first["pretrained"] == str(base.resolve())
+    assert (second["pretrained"][-10:], second["revision"]) == ("other/base", "v1")
     assert verbs.show("tone").versions == (1,)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_config.json", "adapter_model.safetensors"])
+def test_files_that_change_while_the_harness_runs(
+    name: str, home: Path, told: Path, base: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No figure is kept of bytes that are not those that are named."""
+    from adapterkit.verbs import evaluate as module
+
+    real = module._run
+
+    def run(*args: Any) -> None:
+        real(*args)
+        (path,) = (folder / name for folder in (base, adapter) if (folder / name).exists())
+        path.write_bytes(path.read_bytes()[:-2] + b"  ")
+
+    monkeypatch.setattr(module, "_run", run)
+    register(adapter, "tone", base=base)
+    with pytest.raises(CheckpointError, match=f"{name} changed while it was read"):
+        evaluate(adapter, "tickets", base=base)
 
 
 def test_a_merged_model_a_path_and_a_gguf_file(home: Path, told: Path, base: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,6 +17,7 @@ from adapterkit.cli import main
 from adapterkit.errors import AdapterkitError, AuthError, CheckFailed, NotFound, RegistryError, ServerError, UsageError
 from adapterkit.provenance.register import register
 from adapterkit.registry import endpoints, refs, served, verbs
+from adapterkit.registry.checkout import checkout
 from adapterkit.registry.home import Home
 from adapterkit.verbs.deploy import add_server, deploy, remove_server, undeploy
 from adapterkit.verbs.deployed import status
@@ -223,6 +225,38 @@ def test_a_copy_for_a_server_that_sees_another_folder(two: Path, start: Start, t
     (folder / "adapter_model.safetensors").write_bytes(b"other")
     with pytest.raises(CheckFailed, match="is not the file of tickets@1"):
         deploy("tickets@1", "gpu")
+
+
+@pytest.mark.parametrize("planted", ["link", "dangling", "inside", "more", "owner", "pipe", "file"])
+def test_what_another_prepared_at_the_place_of_a_copy_is_not_served(
+    planted: str, two: Path, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name can be foreseen, and whoever may write there could change what is served afterwards."""
+    stub = start("sglang")
+    add_server("gpu", stub.url, kind="sglang", copy=str(tmp_path / "served"))
+    folder = tmp_path / "served" / short(1).replace("@", "-")
+    theirs = checkout("tickets@1", to=tmp_path / "theirs")
+    folder.parent.mkdir()
+    if planted in ("link", "dangling"):
+        folder.symlink_to(theirs if planted == "link" else tmp_path / "nowhere")
+    elif planted == "file":
+        folder.write_text("x")
+    else:
+        theirs.rename(folder)
+        if planted == "inside":
+            weights = folder / "adapter_model.safetensors"
+            weights.rename(tmp_path / "elsewhere")
+            weights.symlink_to(tmp_path / "elsewhere")
+        elif planted == "more":
+            (folder / "chat_template.jinja").write_text("{{ 'theirs' }}")
+        elif planted == "pipe":
+            os.mkfifo(folder / "tokenizer.json")
+        else:
+            monkeypatch.setattr("adapterkit.disk.is_of_user", lambda path: False)
+    with pytest.raises(AdapterkitError, match=r"link|belongs to another|is no file of tickets@1|exists|no folder"):
+        deploy("tickets@1", "gpu")
+    assert not stub.loaded
+    assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize("kind", TOLD)

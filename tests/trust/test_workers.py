@@ -230,6 +230,63 @@ def test_an_input_that_changes_while_it_is_read(
     assert os.listdir(tmp_path / "out") == []
 
 
+SMALL: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "merge": (VERBS["merge"], ("base/config.json", "base/tokenizer.json", "adapter/adapter_config.json")),
+    "index": (VERBS["merge"], ("base/model.safetensors.index.json",)),
+    "convert": (VERBS["convert"], ("base/config.json", "base/1_Pooling/config.json")),
+    "mlx": (lambda base, adapter, out: adapterkit.convert(adapter, out, to="mlx"), ("adapter/adapter_config.json",)),
+    "combine": (VERBS["combine"], ("adapter/adapter_config.json", "adapter/tokenizer_config.json")),
+    "resize": (
+        lambda base, adapter, out: adapterkit.resize(adapter, out=out, rank=1),
+        ("adapter/adapter_config.json",),
+    ),
+    "extract": (
+        lambda base, adapter, out: adapterkit.extract(base, base.with_name("tuned"), out),
+        ("tuned/config.json",),
+    ),
+    "verify": (VERBS["verify"], ("adapter/adapter_config.json", "base/config.json")),
+    "weights": (
+        lambda base, adapter, out: adapterkit.merge(base, [adapter / "adapter_model.safetensors"], out),
+        ("adapter/adapter_config.json",),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def told_of(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    base = plain_base(folder / "base", layers=1, shards=2)
+    adapter = plain_adapter(folder / "adapter", base)
+    (base / "1_Pooling").mkdir()
+    for path in ("base/1_Pooling/config.json", "base/tokenizer.json", "adapter/tokenizer_config.json"):
+        (folder / path).write_text("{}")
+    adapterkit.merge(base, [adapter], folder / "tuned")
+    return folder
+
+
+@pytest.mark.parametrize(("verb", "name"), [(verb, name) for verb, (_, names) in SMALL.items() for name in names])
+def test_a_small_file_that_changes_while_weights_are_read(
+    verb: str, name: str, told_of: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A config or a tokenizer is read before the weights and named by the record after them: it has to be the same one."""
+    folder = tmp_path / "in"
+    shutil.copytree(told_of, folder)
+    real = files.check_unchanged
+
+    def late(sources: Any) -> None:
+        path = folder / name
+        path.write_bytes(path.read_bytes() + b" ")
+        real(sources)
+
+    from adapterkit.verbs import verify
+
+    for module in (sink, verify):
+        monkeypatch.setattr(module, "check_unchanged", late)
+    with pytest.raises(CheckpointError, match=rf"{Path(name).name} changed while it was read"):
+        SMALL[verb][0](folder / "base", folder / "adapter", tmp_path / "out")
+    assert os.listdir(tmp_path) == ["in"]
+
+
 def test_an_input_that_changes_while_the_record_is_made(
     own: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import CheckpointError
@@ -40,7 +41,9 @@ def _parsed(line: str, number: int) -> tuple[bytes, int, int]:
     first, _, rest = line.partition(" ")
     literal, _, length = rest.rpartition(" ")
     try:
-        token = ast.literal_eval(literal)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's own words about text like `1if`
+            token = ast.literal_eval(literal)
         if not isinstance(token, (str, bytes)):
             raise ValueError(literal)
         return token.encode() if isinstance(token, str) else token, int(length), int(first)
