@@ -13,6 +13,7 @@ from adapterkit.dtypes import BF16, F16, F32
 from adapterkit.errors import CheckpointError, TargetError, option
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.contract import held, left_out_by_transformers, unread
+from adapterkit.gguf.arch.dense_modules import sizes
 from adapterkit.gguf.arch.fits import fits, sound
 from adapterkit.gguf.arch.hyper import hyper_entries, hyperparameters
 from adapterkit.gguf.arch.mapping import EMBEDDING, Mapped
@@ -174,11 +175,12 @@ def as_gguf(
         *notes,
         *tie_note(mapper),
         *scaling(spec, read).notes,
-        *left_out(read),
+        *left_out(read, dense="dense_2.weight" in tensors),
         *_of_towers(towers, made=has_tower(config)),
     )
     notes = (*notes, *_of_towers(towers, made=has_tower(config)), *left_out_by_transformers(read), *unread(read))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    values |= sizes(shapes, values["embedding_length"], base.ref)
     sound(values, base.ref)
     if not spec.encoder:  # whose configs may carry fields that no class of theirs reads, as num_key_value_heads
         fits(spec.arch, values, shapes, base.ref)
