@@ -87,7 +87,12 @@ EXTRAS = (
     ),
     Extra(
         "stores",
-        (Package("boto3", "boto3", "1.35"), Package("obstore", "obstore", "0.8")),
+        (
+            Package("azure-storage-blob", "azure", "12.20"),
+            Package("boto3", "boto3", "1.35"),
+            Package("google-auth", "google", "2.30"),
+            Package("obstore", "obstore", "0.8"),
+        ),
         "models and outputs in S3 and other object stores",
     ),
     Extra("ray", (Package("ray", "ray", "2.40"),), "parts of a plan on the workers of Ray"),

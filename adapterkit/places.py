@@ -13,7 +13,7 @@ from adapterkit.errors import UsageError
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 STORES = ("s3", "gs", "az")
 """Schemes of object stores: Amazon S3 and what speaks like it, Google Cloud Storage, Azure Blob Storage."""
-WRITTEN = ("s3",)
+WRITTEN = ("s3", "gs", "az")
 HUB = "hf"
 _ELSEWHERE_ON_THE_HUB = ("buckets", "datasets", "spaces")
 

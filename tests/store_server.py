@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 KEY, SECRET = "adapterkit", "adapterkit-secret"  # of this server alone
+RENEWED = "adapterkit-renewed"  # another key of one who may do the same
 
 
 def weed() -> str | None:
@@ -57,6 +58,11 @@ def serving(folder: Path) -> Iterator[str]:
         {
             "name": "one",
             "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
+            "actions": ["Admin", "Read", "Write"],
+        },
+        {
+            "name": "renewed",
+            "credentials": [{"accessKey": RENEWED, "secretKey": SECRET}],
             "actions": ["Admin", "Read", "Write"],
         },
         {"name": "two", "credentials": [{"accessKey": "reader", "secretKey": SECRET}], "actions": ["Read:readable"]},
@@ -221,7 +227,7 @@ def proxied(server: str) -> Iterator[Proxy]:
             span = re.fullmatch(r"bytes=(\d+)-(\d+)", asked.headers.get("x-amz-copy-source-range", ""))
             copied = int(span[2]) - int(span[1]) + 1 if span and status == 200 else 0
             seen = Seen(asked.method, asked.path, asked.query, asked.headers.get("range", ""), status, 0, down, copied)
-            if status == 200 and asked.method == "PUT":
+            if status in (200, 201) and asked.method == "PUT":
                 seen.up = len(asked.body)
             with lock:
                 proxy.seen.append(seen)
@@ -235,7 +241,8 @@ def proxied(server: str) -> Iterator[Proxy]:
             for name, value in headers.items():
                 if name.lower() not in ("content-length", "transfer-encoding"):
                     self.send_header(name, value)
-            length = headers.get("Content-Length", str(len(data))) if self.command == "HEAD" else str(len(data))
+            said = {name.lower(): value for name, value in headers.items()}
+            length = said.get("content-length", str(len(data))) if self.command == "HEAD" else str(len(data))
             self.send_header("Content-Length", length)
             self.end_headers()
             if self.command == "HEAD":

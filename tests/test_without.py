@@ -36,7 +36,9 @@ NEEDED: dict[str, set[str]] = {
     "cryptography": SIGNS,
     "accelerate": set(),
     "lm_eval": {"evaluate"},
+    "azure": {"inspect of Azure's store"},
     "boto3": {"inspect of a store"},
+    "google": {"inspect of Google's store"},
     "obstore": {"inspect of a store"},
     "ray": {"run on Ray"},
     "mlflow": set(),  # integrations in Python, which no verb imports; their own tests hide them

@@ -119,6 +119,8 @@ SCENARIOS: dict[str, str] = {
 REFUSED = {
     "evaluate": "evaluate my-adapter --base base --tasks arc_easy",
     "inspect of a store": "inspect s3://bucket/model",
+    "inspect of Google's store": "inspect gs://bucket/model",
+    "inspect of Azure's store": "inspect az://container/model",
     "run on Ray": "run plan.json -o by-ray --on ray",
 }
 

@@ -171,7 +171,8 @@ def _send(store: Store, exact: BucketReference, upload: Upload) -> None:
 
 
 def _send_parts(store: Store, key: str, upload: Upload, source: IO[bytes]) -> None:
-    assembly = store.begin(key, {})
+    place = store.place(key)
+    assembly = store.begin(key, {}, place.with_name(f".{place.name}.partial"))
     try:
         digest, total = hashlib.sha256(), 0
         etags: dict[int, str] = {}

@@ -1,9 +1,10 @@
 """How one output file becomes an object: its bytes cut into parts, each copied by the store or sent from here.
 
-S3 takes an object as at most 10,000 parts of 5 MiB to 5 GiB, the last one of any size. Runs of bytes that lie in an object of
-the same store as they are become copied parts. What lies between is sent; where that is less than a part may be, it takes
-the beginning of the run behind it along. Parts are cut between blocks of a tensor, so that nothing is computed twice. The
-cut follows from the plan alone: every worker finds the same parts under the same numbers.
+S3 takes an object as at most 10,000 parts of 5 MiB to 5 GiB, the last one of any size; what holds there holds in the other
+stores. Runs of bytes that lie in an object of the same store as they are become copied parts. What lies between is sent;
+where that is less than a part may be, it takes the beginning of the run behind it along. Parts are cut between blocks of a
+tensor, so that nothing is computed twice. The cut follows from the plan alone: every worker finds the same parts under the
+same numbers.
 """
 
 from __future__ import annotations
@@ -110,12 +111,20 @@ def sent_at_once(file: PlannedFile) -> int:
     return max(SENT, -(-file.nbytes // (MOST_PARTS // 2)))
 
 
-def schedule(plan: Plan, file: PlannedFile, tensors: Mapping[str, Tensor], inside: Callable[[str], bool]) -> Schedule:
+def schedule(
+    plan: Plan,
+    file: PlannedFile,
+    tensors: Mapping[str, Tensor],
+    inside: Callable[[Segment], bool],
+    *,
+    ranges: bool = True,
+) -> Schedule:
     """The parts of a file.
 
     Args:
         tensors: the handles that the plan was made from.
-        inside: whether the store can copy from an input of this name.
+        inside: whether the store can copy bytes of an input.
+        ranges: whether it copies ranges; else what is copied is one part.
 
     Raises:
         UsageError: more than S3 takes.
@@ -128,7 +137,7 @@ def schedule(plan: Plan, file: PlannedFile, tensors: Mapping[str, Tensor], insid
         if source is None:
             bounds = _cuts(segments, tensors, start, stop, sent)
         else:
-            bounds = [*range(start, stop, COPIED), stop]
+            bounds = [*range(start, stop, COPIED), stop] if ranges else [start, stop]
             if len(bounds) > 2 and bounds[-1] - bounds[-2] < LEAST:
                 bounds[-2] -= LEAST
         for low, high in pairwise(bounds):
@@ -186,11 +195,11 @@ def _joined(segments: Iterator[Segment]) -> Iterator[Segment]:
 _Run = tuple[int, int, "str | None", int]  # start, stop, source, offset in it
 
 
-def _runs(segments: Sequence[Segment], inside: Callable[[str], bool]) -> list[_Run]:
+def _runs(segments: Sequence[Segment], inside: Callable[[Segment], bool]) -> list[_Run]:
     """What is copied and what is sent, in order; each long enough for a part, but for the last."""
     found: list[_Run] = []
     for one in segments:
-        copied = one.source is not None and one.nbytes >= LEAST and inside(one.source)
+        copied = one.source is not None and one.nbytes >= LEAST and inside(one)
         start, source, offset = one.offset, one.source if copied else None, one.source_offset if copied else 0
         short = found and found[-1][2] is None and found[-1][1] - found[-1][0] < LEAST
         if copied and short:

@@ -22,7 +22,7 @@ from adapterkit.checkpoint.folder import RECORD
 from adapterkit.checkpoint.listing import Listing
 from adapterkit.checkpoint.objects import ObjectFile
 from adapterkit.checkpoint.publish import RECORD_BYTES, is_record, part_name
-from adapterkit.checkpoint.schedule import Schedule, schedule
+from adapterkit.checkpoint.schedule import Schedule, Segment, schedule
 from adapterkit.checkpoint.write import index_json
 from adapterkit.errors import AuthError, NotFound, OutputError, StoreError, UsageError, option
 from adapterkit.foreign import json_value
@@ -99,13 +99,17 @@ class StoreOut:
         """The parts of a file."""
         with self._lock:
             if file.name not in self._schedules:
-                self._schedules[file.name] = schedule(self.plan, file, self.tensors, self.inside)
+                self._schedules[file.name] = schedule(
+                    self.plan, file, self.tensors, self.inside, ranges=self.store.copies_ranges
+                )
             return self._schedules[file.name]
 
-    def inside(self, name: str) -> bool:
-        """Whether the store can copy ranges of an input by itself."""
-        source = self.sources.get(name)
+    def inside(self, segment: Segment) -> bool:
+        """Whether the store can copy bytes of an input by itself."""
+        source = self.sources.get(segment.source or "")
         if not isinstance(source, ObjectFile) or not self.store.assembles:
+            return False
+        if not self.store.copies_ranges and (segment.source_offset, segment.nbytes) != (0, source.size):
             return False
         return self.store.holds(source.address) and open_store(source.address).copies_to(self.store)
 
@@ -341,7 +345,7 @@ class StoreOut:
 
     def _new(self, file: PlannedFile) -> FileUpload:
         key, note = self.targets[file.name], self._note_of(file)
-        assembly = self.store.begin(key, {MARK: self.plan.digest})
+        assembly = self.store.begin(key, {MARK: self.plan.digest}, self.work)
         said = json.dumps({"plan": self.plan.digest, "key": key, "id": assembly.id}).encode()
         replaced = note in self._noted  # what it named is gone
         if self.store.put(note, said, absent=not replaced):

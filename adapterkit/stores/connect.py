@@ -2,8 +2,9 @@
 
 S3: boto3's chain (``AWS_ACCESS_KEY_ID`` and so on, ``AWS_PROFILE``, ``~/.aws``, a role of the machine) and its endpoint
 (``AWS_ENDPOINT_URL``, ``AWS_ENDPOINT_URL_S3``, ``endpoint_url`` of a profile); without any credentials, as anybody.
-Google: its default credentials (``GOOGLE_APPLICATION_CREDENTIALS``, gcloud's own). Azure: ``AZURE_STORAGE_ACCOUNT_NAME``
-with a key, a token or an identity. None of them is stored, printed, or part of a plan or a record.
+Google: its default credentials (``GOOGLE_APPLICATION_CREDENTIALS``, gcloud's own, the machine's), else as anybody. Azure:
+``AZURE_STORAGE_CONNECTION_STRING``, or ``AZURE_STORAGE_ACCOUNT_NAME`` with a key, a signature or an identity, else as anybody.
+None of them is stored, printed, or part of a plan or a record.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from typing import Any
 from adapterkit.errors import UsageError
 from adapterkit.packages import missing
 from adapterkit.places import Address
-from adapterkit.stores.objects import ObjectStore
+from adapterkit.stores.faults import NO_CONNECTION, Fault
 from adapterkit.stores.store import Store
 
 # No attempts of the client's own: ours are counted.
 _ONCE = {"max_retries": 0}
 _WAIT = {"connect_timeout": "10s", "read_timeout": "30s", "timeout": "600s"}
-_DECIDE = ("AWS_", "GOOGLE_", "AZURE_")  # of names in the environment
+_DECIDE = ("AWS_", "GOOGLE_", "AZURE_", "STORAGE_", "CLOUDSDK_")  # of names in the environment
 
 _lock = threading.Lock()
 _open: dict[Any, Store] = {}
@@ -77,32 +78,57 @@ def _s3(root: Address) -> Store:
     return S3(root, made, reader)
 
 
-def _through(name: str) -> Callable[[Address], Store]:
-    def opened(root: Address) -> Store:
-        try:
-            import obstore.store
-        except ImportError as error:
-            raise _needed(f"{root.scheme}://", error) from None
-        made = getattr(obstore.store, name)
-
-        def client() -> Any:
-            return made(root.bucket, client_options=_WAIT, retry_config=_ONCE)
-
-        try:
-            return ObjectStore(root, client(), client)
-        except Exception as error:  # of obstore's own kinds, one for each setting
-            if type(error).__module__.partition(".")[0] not in ("obstore", "builtins"):
-                raise
-            raise UsageError(
-                f"the settings for {root.scheme}:// are not understood ({type(error).__name__})",
-                "check the credentials in the environment",
-            ) from None
-
-    return opened
+def _gs(root: Address) -> Store:
+    try:
+        from adapterkit.stores.gcs import ENDPOINT, Gcs
+        from adapterkit.stores.http import Http
+    except ImportError as error:
+        raise _needed(f"{root.scheme}://", error) from None
+    http = Http()
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST", "")  # as for Google's own clients
+    if emulator:
+        return Gcs(root, http, emulator if "://" in emulator else f"http://{emulator}")
+    return Gcs(root, http, ENDPOINT, _google(root, http))
 
 
-_OPENERS: dict[str, Callable[[Address], Store]] = {
-    "s3": _s3,
-    "gs": _through("GCSStore"),
-    "az": _through("AzureStore"),
-}
+def _google(root: Address, http: Any) -> Callable[[bool], str] | None:
+    """Makes the header of Google's default credentials; None where there are none."""
+    try:
+        import google.auth.exceptions
+        import google.auth.transport.urllib3
+    except ImportError as error:
+        raise _needed(f"{root.scheme}://", error) from None
+    try:
+        found, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/devstorage.read_write"])
+    except google.auth.exceptions.DefaultCredentialsError:
+        return None
+    lock, asking = threading.Lock(), google.auth.transport.urllib3.Request(http.pool)
+
+    def header(anew: bool) -> str:
+        with lock:
+            if anew or not found.valid:
+                try:
+                    found.refresh(asking)
+                except google.auth.exceptions.TransportError:
+                    raise Fault(words=NO_CONNECTION) from None
+                except google.auth.exceptions.GoogleAuthError:
+                    raise Fault(401, "InvalidToken") from None
+            return f"Bearer {found.token}"
+
+    return header
+
+
+def _az(root: Address) -> Store:
+    try:
+        from adapterkit.stores.azure import Azure, account
+    except ImportError as error:
+        raise _needed(f"{root.scheme}://", error) from None
+    try:
+        return Azure(root, account(), account, open_store)
+    except ValueError as error:
+        raise UsageError(
+            f"the settings for {root.scheme}:// are not understood ({type(error).__name__})", "check AZURE_STORAGE_*"
+        ) from None
+
+
+_OPENERS: dict[str, Callable[[Address], Store]] = {"s3": _s3, "gs": _gs, "az": _az}

@@ -18,11 +18,20 @@ T = TypeVar("T")
 
 _AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 _AGAIN_CODES = frozenset(
-    {"RequestTimeout", "BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "SlowDown", "IncompleteBody"}
+    {
+        *("RequestTimeout", "BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "SlowDown", "IncompleteBody"),
+        *("Md5Mismatch", "rateLimitExceeded", "userRateLimitExceeded"),
+    }
 )
 _EXPIRED = frozenset({"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"})
+_STALE = frozenset({"authError", "InvalidAuthenticationInfo", "AuthenticationFailed"})  # expired perhaps, or wrong
 _SKEWED = frozenset({"RequestTimeTooSkewed", "RequestInTheFuture"})
-_WHO = frozenset({"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AuthorizationHeaderMalformed"})
+_WHO = frozenset(
+    {
+        *("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AuthorizationHeaderMalformed"),
+        *("AuthenticationFailed", "InvalidAuthenticationInfo", "NoAuthenticationInformation"),
+    }
+)
 _NO_ROOM = ("Quota", "StorageFull", "InsufficientStorage", "NoSpace", "ServiceQuotaExceeded")
 
 
@@ -90,7 +99,7 @@ def trying(request: Callable[[], T], renew: Callable[[], bool]) -> T:
         try:
             return request()
         except Fault as fault:
-            if fault.expired and not renewed and renew():
+            if (fault.expired or fault.code in _STALE) and not renewed and renew():
                 renewed = True
                 continue
             fault.attempts = made

@@ -160,7 +160,10 @@ class S3(ObjectStore):
                     what = str(self.place(str(failed.get("Key"))))
                     raise OutputError(f"{what} could not be removed ({failed.get('Code')})", "check the permissions")
 
-    def begin(self, key: str, marks: Mapping[str, str]) -> Assembly:
+    def deletions(self, count: int) -> int:
+        return -(-count // DELETED_AT_ONCE)
+
+    def begin(self, key: str, marks: Mapping[str, str], work: Address) -> Assembly:
         found = self.ask(
             lambda: self.call("create_multipart_upload", Key=key, Metadata=dict(marks)), self.place(key), writing=True
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -95,13 +96,20 @@ class Store(ABC):
 
     Attributes:
         root: the bucket's address.
-        assembles: uploads take parts in any order, and the store copies ranges into them.
+        assembles: uploads take parts in any order, and the store copies ranges, or whole objects, into them.
+        copies_ranges: whether what it copies may be a part of an object.
+        keeps_uploads: until somebody aborts them; else it drops them by itself.
+        renewals: how often fresh credentials were taken; `renewing` is held meanwhile.
         conditions: whether it keeps "only where there is none yet"; None until that was seen.
     """
 
     root: Address
     assembles = False
+    copies_ranges = True
+    keeps_uploads = True
     conditions: bool | None = None
+    renewals = 0
+    renewing = threading.Lock()
 
     def place(self, key: str) -> Address:
         """The address of a key, for messages."""
@@ -132,9 +140,22 @@ class Store(ABC):
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects; one that is gone is no error."""
 
-    def begin(self, key: str, marks: Mapping[str, str]) -> Assembly:
-        """Begin an upload, of a store that assembles."""
+    def deletions(self, count: int) -> int:
+        """How many requests it takes to remove so many objects."""
+        return count
+
+    def begin(self, key: str, marks: Mapping[str, str], work: Address) -> Assembly:
+        """Begin an upload, of a store that assembles.
+
+        Args:
+            marks: what the object will say of itself.
+            work: a folder for small objects of this run, in a store that has no uploads of its own.
+        """
         raise NotImplementedError
+
+    def ending(self, parts: int) -> int:
+        """How many requests an upload of so many parts takes beside them: to begin and to complete it."""
+        return 2
 
     def resumed(self, key: str, id: str) -> Assembly:
         """An upload that was begun earlier, of a store that assembles."""
@@ -167,8 +188,17 @@ class Store(ABC):
             meter.count(1)
             return request()
 
+        before = self.renewals
+
+        def renew() -> bool:
+            """Whether another attempt has other credentials: those that another thread took meanwhile will do."""
+            with self.renewing:
+                if self.renewals == before and self.renew():
+                    self.renewals += 1
+            return self.renewals != before
+
         try:
-            return trying(counted, self.renew)
+            return trying(counted, renew)
         except Fault as fault:
             if pass_on:
                 raise

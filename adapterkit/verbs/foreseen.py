@@ -147,8 +147,9 @@ def _claimed(made: StoreOut) -> Moved:
     if made.force:
         looked = 1 if made.plan.layout == "folder" else len(made.targets)  # for what is there already
         replaced = looked + 1
+    gone = made.store.deletions(len(made.plan.files) + 1)
     # The listing and the claim; then its head, its text, its seal; and the end of all notes.
-    return Moved(replaced + 2 + again + 3 + 1, said, 2 * said + 24 + again * said)
+    return Moved(replaced + 2 + again + 3 + gone, said, 2 * said + 24 + again * said)
 
 
 def _sent(made: StoreOut) -> Moved:
@@ -157,7 +158,8 @@ def _sent(made: StoreOut) -> Moved:
         parts = made.schedule(file).parts
         note = len(json.dumps({"plan": made.plan.digest, "key": made.targets[file.name], "id": "i" * 80}))
         schedule = made.schedule(file)
-        found += Moved(len(parts) + 3, 0, schedule.sent + note, schedule.inside)  # begun, noted, completed
+        rest = 1 + made.store.ending(len(parts))  # a note; begun, and completed
+        found += Moved(len(parts) + rest, 0, schedule.sent + note, schedule.inside)
     return found
 
 

@@ -40,11 +40,13 @@ CONVERSIONS: dict[str, tuple[str, int, str]] = {
     "MiniMax-H3": ("convert_minimax_h3_transformer_checkpoint_to_diffusers", 1, ""),
     "SD3": ("convert_sd3_transformer_checkpoint_to_diffusers", 2, r"^joint_blocks\.1\.context_block\.(attn\.proj|mlp)"),
     "AuraFlow": ("convert_auraflow_transformer_checkpoint_to_diffusers", 1, ""),
+    "Mochi": ("convert_mochi_transformer_checkpoint_to_diffusers", 48, r"^blocks\.47\.(attn\.proj_y|mlp_y)"),
     "Sana": ("convert_sana_transformer_to_diffusers", 1, ""),
 }
 # Parameters that the models have not, as biases.
 LACKING = {
     "Flux.3": r"\.bias$",
+    "Mochi": r"(attn\.(qkv|[qk]_norm)_[xy]|mlp_[xy]\.w[12])\.bias$",
     "MiniMax-H3": r"blocks.*\.bias$",
     "AuraFlow": r"(?<!init_x_linear)\.bias$",
     "Sana": r"(attn\.qkv|point_conv\.conv|attention_y_norm)\.bias$",
@@ -112,6 +114,7 @@ def converted(name: str, functions: Any) -> tuple[Tensors, Tensors]:
     more = {"config": {}} if name == "MiniMax-H3" else {}
     convert: Callable[..., Tensors] = getattr(functions, function)
     before = {key: tensor for key, tensor in before.items() if not re.search(LACKING.get(name, "^$"), key)}
+    before |= {"pos_frequencies": torch.zeros(3, 1, 1)} if name == "Mochi" else {}
     thrown = ("pos_embed", "y_embedder.y_embedding") if name == "Sana" else ()
     extra = {key: torch.zeros(1) for key in thrown}
     after = convert({**copy.deepcopy(before), **extra}, **more)

@@ -47,6 +47,7 @@ MINIMAX = {"transformer_blocks.0.ff.net.0.proj": 2 * WIDE, "transformer_blocks.0
     "transformer_blocks.0.adaln_proj.linear": WIDE
 }
 SD3 = {f"{DOUBLE}.attn.to_q": WIDE, f"{DOUBLE}.attn.add_q_proj": WIDE, f"{DOUBLE}.norm1_context.linear": 2 * WIDE}
+SAID = {"Flux": "flux1", "Z-Image": "zimage"}  # whose names are those of HunyuanVideo and Ideogram 4 too
 CASES = {"Flux": FLUX, "Wan": WAN, "Z-Image": Z_IMAGE, "Lumina 2": LUMINA, "MiniMax-H3": MINIMAX, "SD3": SD3}
 
 
@@ -73,7 +74,8 @@ def added(base: Path, file: Path) -> Tensors:
 @pytest.mark.parametrize("family", CASES)
 def test_every_style_adds_the_same(family: str, style: str, tmp_path: Path) -> None:
     tensors, deltas = drawn(CASES[family], "transformer.")
-    save_file(tensors, tmp_path / "lora.safetensors", {"ss_output_name": "mine", "sshs_model_hash": "1"})
+    metadata = {"ss_output_name": "mine", "sshs_model_hash": "1", "ss_base_model_version": SAID.get(family, "")}
+    save_file(tensors, tmp_path / "lora.safetensors", metadata)
     zeros = {name: torch.zeros(delta.shape) for name, delta in deltas.items()}
     zeros |= {f"{SINGLE}.attn.to_k.weight": torch.zeros(WIDE, WIDE)} if family == "Flux" else {}
     zeros |= (
@@ -111,7 +113,7 @@ def test_every_style_adds_the_same(family: str, style: str, tmp_path: Path) -> N
 def test_rows_that_nobody_knows(tmp_path: Path) -> None:
     """Of Flux's fused rows the adapter has q alone; how wide the rest is, only a base tells."""
     tensors, deltas = drawn({f"{SINGLE}.attn.to_q": WIDE}, "transformer.")
-    save_file(tensors, tmp_path / "lora.safetensors")
+    save_file(tensors, tmp_path / "lora.safetensors", {"modelspec.architecture": "flux-1-dev/lora"})
     with pytest.raises(UnsupportedAdapter, match="proj_mlp, which the adapter leaves alone") as refused:
         adapterkit.convert(tmp_path / "lora.safetensors", tmp_path / "kohya.safetensors", to="kohya")
     assert refused.value.hint == "add base='BASE'"
@@ -265,7 +267,7 @@ def test_names_of_several_families(tmp_path: Path) -> None:
     tensors, deltas = drawn(dict.fromkeys(names, WIDE), "transformer.")
     source = tmp_path / "lora.safetensors"
     save_file(tensors, source)
-    with pytest.raises(UnsupportedAdapter, match=r"attn.to_. may be of Flux.1, .* or Krea 2") as refused:
+    with pytest.raises(UnsupportedAdapter, match=r"attn.to_.' may be of Flux.1, .* or Qwen-Image") as refused:
         adapterkit.convert(source, tmp_path / "x.safetensors", to="comfyui")
     assert refused.value.hint == "add base='BASE'"
     zeros = {name: torch.zeros(delta.shape) for name, delta in deltas.items()}

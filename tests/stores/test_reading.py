@@ -184,8 +184,17 @@ def test_names_that_would_lead_out_are_not_names(s3: Proxy, place: str) -> None:
 def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    monkeypatch.setitem(sys.modules, "obstore.store", None)
-    monkeypatch.setitem(sys.modules, "obstore", None)
+    for module in (
+        "obstore.store",
+        "obstore",
+        "google.auth.transport.urllib3",
+        "azure.storage.blob",
+        "azure.core.exceptions",
+    ):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "adapterkit.stores.azure", raising=False)
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setattr("adapterkit.stores.connect._open", {})
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     for address in ("s3://models/x", "gs://models/y", "az://models/z"):
         with pytest.raises(UsageError, match=r"is not installed; pip install 'adapterkit\[stores\]'"):

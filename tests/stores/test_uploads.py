@@ -67,7 +67,7 @@ def test_an_upload_that_a_killed_run_could_not_note_is_ended(
     put = StoreOut._new
 
     def killed(self: StoreOut, file: PlannedFile) -> FileUpload:
-        self.store.begin(self.targets[file.name], {})
+        self.store.begin(self.targets[file.name], {}, self.work)
         raise SystemExit
 
     monkeypatch.setattr(StoreOut, "_new", killed)
@@ -103,6 +103,6 @@ def test_what_is_swept_is_gone(s3: Proxy, place: str, tmp_path: Path) -> None:
     assert open_uploads(s3, place) == 0
     assert download(s3.server, "models", f"{place}/") == {}
     adapterkit.merge(base, adapter, out)  # nothing stands in its way
-    for other in ("out", "gs://models/x", "hf://org/name"):
+    for other in ("out", "ftp://models/x", "hf://org/name"):
         with pytest.raises(UsageError, match="has no uploads"):
             sweep_uploads(other)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from bases import gguf_adapter, gguf_base, wide_base
 from models import plain_adapter, plain_base
-from store_server import FLIP_UP, HANG_UP, LOSE_ANSWER, Asked, Proxy, client_of, download, upload
+from store_server import FLIP_UP, HANG_UP, KEY, LOSE_ANSWER, RENEWED, Asked, Proxy, client_of, download, upload
 
 import adapterkit
 from adapterkit.checkpoint.schedule import LEAST
-from adapterkit.errors import AuthError, CheckpointError, OutOfMemory, OutputError, StoreError, UsageError
+from adapterkit.errors import AuthError, CheckpointError, NotFound, OutOfMemory, OutputError, StoreError, UsageError
 
 MOVED = ("requests", "bytes_down", "bytes_up", "bytes_inside")
 
@@ -332,6 +332,66 @@ def test_what_stays_leaves_nothing(
     assert "00002-of-00003.safetensors" in str(error.value)
     assert download(s3.server, "models", f"{place}/") == {}
     assert left(s3, place) == ([], 0)
+
+
+def test_credentials_that_expire_are_looked_for_again(
+    s3: Proxy, small: tuple[Path, Path], put: Put, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of the run whoever hands them out has put new ones where the first came from."""
+    base, adapter, expired = put(small[0]), put(small[1]), []
+
+    def rule(asked: Asked) -> tuple[int, str] | None:
+        if "partNumber" in asked.query:
+            monkeypatch.setenv("AWS_ACCESS_KEY_ID", RENEWED)
+            expired.append(asked)
+        old = f"Credential={KEY}/" in asked.headers.get("authorization", "")
+        return (400, "ExpiredToken") if expired and old else None
+
+    s3.rule = rule
+    adapterkit.merge(base, adapter, f"s3://models/{place}/out")
+    adapterkit.merge(*small, tmp_path / "out")
+    assert download(s3.server, "models", f"{place}/out/") == here(tmp_path / "out")
+    assert expired
+
+
+ODD = (
+    "sp ace",
+    "plus+and%20percent",
+    "ünï-日本",
+    "a=b&c?d#e",
+    "dots.of.many.safetensors.d",
+    "..hidden",
+    "q'uo\"te(s)*!",
+)
+
+
+def test_keys_of_every_kind(s3: Proxy, place: str, tmp_path: Path) -> None:
+    """Names that URLs, shells and patterns read otherwise; a prefix that is an object too; a slash at the end."""
+    base = plain_base(tmp_path / "base", shards=2)
+    adapter = plain_adapter(tmp_path / "adapter", base)
+    adapterkit.merge(base, adapter, tmp_path / "out")
+    client = client_of(s3.server)
+    for number, name in enumerate(ODD):
+        upload(s3.server, base, "models", f"{place}/{name}/base")
+        out = f"s3://models/{place}/{name}/out{'/' * (number % 3)}"
+        adapterkit.merge(f"s3://models/{place}/{name}/base/", adapter, out)
+        assert download(s3.server, "models", f"{place}/{name}/out/") == here(tmp_path / "out"), name
+    # Beside the folder lies an object of its name, and a longer name that begins like it.
+    client.put_object(Bucket="models", Key=f"{place}/two-more/config.json", Body=b"not json")
+    client.put_object(Bucket="models", Key=f"{place}/two/", Body=b"")
+    upload(s3.server, base, "models", f"{place}/two")
+    found = adapterkit.merge(f"s3://models/{place}/two", adapter, f"s3://models/{place}/tw")
+    assert found.bytes_up
+    made, same = download(s3.server, "models", f"{place}/tw/"), here(tmp_path / "out")
+    del made["adapterkit.json"], same["adapterkit.json"]  # it names the base by the folder
+    assert made == same
+    # One byte is no model; nothing is none either.
+    client.put_object(Bucket="models", Key=f"{place}/byte/model.safetensors", Body=b"x")
+    client.put_object(Bucket="models", Key=f"{place}/byte/config.json", Body=b"{}")
+    for address, kind in ((f"{place}/byte", CheckpointError), (f"{place}/nothing", NotFound)):
+        with pytest.raises(kind, match=address.rpartition("/")[2]):
+            adapterkit.merge(f"s3://models/{address}", adapter, f"s3://models/{place}/never")
+    assert download(s3.server, "models", f"{place}/never") == {}
 
 
 def test_a_source_replaced_under_a_copy_is_an_error(s3: Proxy, wide: tuple[Path, Path], put: Put, place: str) -> None:

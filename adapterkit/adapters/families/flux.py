@@ -140,10 +140,11 @@ def _flux3_block(original: str, diffusers: str) -> tuple[SharedRows, ...]:
     return (*names, *norms)
 
 
-_MODES = ("image", "video", "audio", "text")
+_MODES = ("image", "image_cond", "txt")
 _FLUX3 = (
     *_flux3_block("single_blocks.{}", "single_transformer_blocks.{}"),
     *_flux3_block("content_mode_blocks.{}", "mode_blocks.{}"),
+    *_flux3_block("txt_mode_blocks.{}", "txt_mode_blocks.{}"),
     *(row for mode in _MODES for row in _flux3_block(f"content_mode_blocks.{mode}.{{}}", f"mode_blocks.{mode}.{{}}")),
     *(row for mode in _MODES for row in _flux3_block(f"content_mode_blocks.{{}}.{mode}", f"mode_blocks.{{}}.{mode}")),
     *table("""
@@ -187,6 +188,7 @@ FAMILIES = (
         ),
         ("FluxTransformer2DModel",),
         whole=True,
+        said=r"flux[-_. ]?(1|dev|schnell|kontext|fill|redux|canny|depth|krea)",
     ),
     PipelineFamily(
         "Flux.2",
@@ -199,6 +201,7 @@ FAMILIES = (
         ),
         ("Flux2Transformer2DModel",),
         whole=True,
+        said=r"flux[-_. ]?2",
     ),
     PipelineFamily(
         "Flux.3",
@@ -212,6 +215,8 @@ FAMILIES = (
         ),
         ("single_transformer_blocks.{}.ff.linear_in",),
         ("Flux3Transformer2DModel",),
+        whole=True,
+        said=r"flux[-_. ]?3",
     ),
     PipelineFamily(
         "Chroma",
@@ -220,5 +225,6 @@ FAMILIES = (
         ("distilled_guidance_layer.layers.{}.linear_1",),
         ("ChromaTransformer2DModel",),
         whole=True,
+        said=r"chroma",
     ),
 )

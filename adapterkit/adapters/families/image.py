@@ -236,6 +236,7 @@ FAMILIES = (
         ("transformer_blocks.{}.norm1_context.linear", "time_text_embed.text_embedder.linear_1"),
         ("SD3Transformer2DModel",),
         whole=True,
+        said=r"sd[-_ ]?3|stable[-_ ]diffusion[-_ ]3",
     ),
     PipelineFamily(
         "AuraFlow",
@@ -244,6 +245,7 @@ FAMILIES = (
         ("joint_transformer_blocks.{}.attn.to_q",),
         ("AuraFlowTransformer2DModel",),
         whole=True,
+        said=r"aura[-_ ]?flow",
     ),
     PipelineFamily(
         "Z-Image",
@@ -252,6 +254,7 @@ FAMILIES = (
         ("layers.{}.attention.to_q", "layers.{}.attention.to_out.0", "all_x_embedder.2-1"),
         ("ZImageTransformer2DModel",),
         whole=True,
+        said=r"z[-_ ]?image",
     ),
     PipelineFamily(
         "Lumina 2",
@@ -260,6 +263,7 @@ FAMILIES = (
         ("layers.{}.attn.to_q", "layers.{}.feed_forward.linear_1", "time_caption_embed.caption_embedder.1"),
         ("Lumina2Transformer2DModel",),
         whole=True,
+        said=r"lumina",
     ),
     PipelineFamily(
         "Ideogram 4",
@@ -267,6 +271,7 @@ FAMILIES = (
         ("layers.{}.attention.o",),
         ("layers.{}.adaln_modulation",),
         ("Ideogram4Transformer2DModel",),
+        said=r"ideogram",
     ),
     PipelineFamily(
         "Qwen-Image",
@@ -284,6 +289,8 @@ FAMILIES = (
             "transformer_blocks.{}.txt_mod.1",
         ),
         ("QwenImageTransformer2DModel",),
+        whole=True,
+        said=r"qwen[-_ ]?image",
     ),
     PipelineFamily(
         "HiDream",
@@ -291,6 +298,8 @@ FAMILIES = (
         (),
         ("double_stream_blocks.{}.block.attn1.to_q", "single_stream_blocks.{}.block.attn1.to_q"),
         ("HiDreamImageTransformer2DModel",),
+        whole=True,
+        said=r"hidream",
     ),
     PipelineFamily(
         "Krea 2",
@@ -299,6 +308,7 @@ FAMILIES = (
         ("transformer_blocks.{}.attn.to_gate", "transformer_blocks.{}.ff.up", "text_fusion.projector"),
         ("Krea2Transformer2DModel",),
         whole=True,
+        said=r"krea[-_ ]?2",
     ),
     PipelineFamily(
         "Sana",
@@ -306,5 +316,8 @@ FAMILIES = (
         ("blocks.{}.cross_attn.kv_linear", "blocks.{}.mlp.inverted_conv.conv"),
         ("transformer_blocks.{}.ff.conv_inverted",),
         ("SanaTransformer2DModel",),
+        whole=True,
+        only_original=("pos_embed", "y_embedder.y_embedding"),
+        said=r"\bsana",
     ),
 )

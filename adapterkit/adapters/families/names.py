@@ -35,6 +35,7 @@ ENCODERS: Mapping[str, tuple[str, ...]] = {
     "te3": ("text_encoders.t5xxl.transformer.",),
 }
 LEADS = (*DENOISER, *(lead for leads in ENCODERS.values() for lead in leads))
+_LONGEST = tuple(sorted(LEADS, key=len, reverse=True))
 LONGEST = 500  # characters; a longer name is of no table
 DEPTH = 3  # tables between a name and the base's, at most
 
@@ -86,6 +87,11 @@ def entries(name: str) -> Iterator[tuple[TableEntry, tuple[int, ...], str]]:
             captures = entry.pattern.captures(numbers)
             if captures is not None:
                 yield entry, captures, name[len(head) :]
+
+
+def bare(path: str) -> str:
+    """A module's path without what leads it in a checkpoint."""
+    return path.removeprefix(next((lead for lead in _LONGEST if path.startswith(lead)), ""))
 
 
 def named(entry: TableEntry, part: int | None, captures: tuple[int, ...], rest: str) -> str:
@@ -277,9 +283,6 @@ def family_of(names: Iterable[str]) -> tuple[PipelineFamily, str] | None:
         if best is None or count > best[0]:
             best = (count, family, layout)
     return None if best is None else (best[1], best[2])
-
-
-_LONGEST = tuple(sorted(LEADS, key=len, reverse=True))
 
 
 @lru_cache(maxsize=1)

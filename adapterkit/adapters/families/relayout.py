@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.families.names import DENOISER, FamilyNames, entries, family_of, named
+from adapterkit.adapters.families.names import DENOISER, FamilyNames, TableEntry, entries, family_of, named
 from adapterkit.adapters.layout import Layout, whole
 from adapterkit.adapters.target import Target
 from adapterkit.checkpoint.tensor import Renamed, Tensor
@@ -34,11 +34,13 @@ class Relaid:
         family: which it is.
         tensors: by their new names, without a lead.
         left: tensors of the file that are no part of the denoiser.
+        dropped: tensors that the other layout does not store.
     """
 
     family: PipelineFamily
     tensors: Mapping[str, Tensor]
     left: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
 
 
 class Rearranged(Tensor):
@@ -106,11 +108,18 @@ def relaid(model: Checkpoint, to: str, ref: str = "") -> Relaid:
             f"{ref} is {family.name}, of which the table has what adapters train and not the whole model",
             "convert its adapters; merges go into either layout",
         )
-    if layout == to:
+    cores = [name.removeprefix(lead) for name in held]
+    if layout == to and any(_places(core, family, DIFFUSERS if to == ORIGINAL else ORIGINAL) for core in cores):
         raise UsageError(f"{ref} has the {to} layout already ({family.name})", "copy it")
+    if to == ORIGINAL and family.only_original:
+        raise UsageError(
+            f"the original layout of {family.name} also holds {', '.join(family.only_original)}, which diffusers has not",
+            "convert from the original to diffusers; merges go into either layout",
+        )
+    dropped = tuple(lead + name for name in family.only_original if lead + name in held)
+    held = {name: tensor for name, tensor in held.items() if name not in dropped}
     shapes = {name: tensor.shape for name, tensor in held.items()}
     names = FamilyNames(shapes)
-    cores = [name.removeprefix(lead) for name in held]
     found: dict[str, Tensor] = {}
     used: Counter[str] = Counter()
     for name, tensor in held.items():
@@ -133,7 +142,7 @@ def relaid(model: Checkpoint, to: str, ref: str = "") -> Relaid:
             f"{ref}: '{wrong}' holds {held[wrong].numel:,} values, of which the {to} layout takes {used[wrong]:,}",
             f"it is no plain {family.name}; report the model",
         )
-    return Relaid(family, found, left)
+    return Relaid(family, found, left, dropped)
 
 
 def _lead(names: Mapping[str, Tensor]) -> str:
@@ -148,13 +157,18 @@ def _lead(names: Mapping[str, Tensor]) -> str:
     return best[0]
 
 
+def _places(core: str, family: PipelineFamily, to: str) -> list[tuple[TableEntry, tuple[int, ...], str]]:
+    """Where a tensor is in the family's table, as what becomes another in the layout ``to``."""
+    places = [one for one in entries(core) if one[0].family is family and (one[0].part is None) == (to == DIFFUSERS)]
+    own = [one for one in places if not one[0].row.alias] or places
+    # A row for one block counts more than that for all of them.
+    fewest = min((len(captures) for _, captures, _ in own), default=0)
+    return [one for one in own if one[2] or len(one[1]) == fewest]
+
+
 def _called(core: str, family: PipelineFamily, to: str, cores: Sequence[str]) -> list[str]:
     """The names that a tensor, or its parts or its whole, have in the other layout."""
-    places = [
-        one
-        for one in entries(core)
-        if one[0].family is family and not one[0].row.alias and (one[0].part is None) == (to == DIFFUSERS)
-    ]
+    places = _places(core, family, to)
     found = []
     # A name that a row has exactly is not one of what lies below another.
     for entry, captures, rest in [one for one in places if not one[2]] or places:

@@ -106,6 +106,8 @@ class PipelineFamily:
         classes: diffusers' classes.
         whole: the table has every parameter of the model, so that whole checkpoints go from one layout to the other. Set where
             diffusers' own conversion of what we make gives its model back, name by name.
+        only_original: tensors that diffusers has not.
+        said: how a trainer's file calls its models, as a pattern; asked where names alone do not tell.
     """
 
     name: str
@@ -114,6 +116,8 @@ class PipelineFamily:
     diffusers: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
     whole: bool = False
+    only_original: tuple[str, ...] = ()
+    said: str = ""
 
 
 def table(text: str, **shared: object) -> tuple[SharedRows, ...]:

@@ -119,6 +119,7 @@ FAMILIES = (
         ),
         ("UNet2DConditionModel",),
         whole=True,
+        said=r"sd[-_ ]?(xl|v?[12](?!\d))|stable[-_ ]diffusion[-_ ](v?[12](?!\d)|xl)",
     ),
     PipelineFamily(
         "OpenCLIP text encoder",

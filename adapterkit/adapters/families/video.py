@@ -179,6 +179,8 @@ _MOCHI = (
         t5_yproj -> time_embed.caption_proj
         final_layer.linear -> proj_out
     """),
+    # The last of its 48 blocks has no more of the text's side than a scale.
+    SharedRows("blocks.47.mod_y", ("transformer_blocks.47.norm1_context.linear_1",)),
     SharedRows("blocks.{}.mod_y", ("transformer_blocks.{}.norm1_context.linear_1",), alias=True),
 )
 
@@ -265,6 +267,7 @@ FAMILIES = (
         ("context_embedder.token_refiner.refiner_blocks.{}.attn.to_q",),
         ("HunyuanVideoTransformer3DModel",),
         whole=True,
+        said=r"hunyuan[-_ ]?video|frame[-_ ]?pack",
     ),
     PipelineFamily(
         "Wan",
@@ -273,6 +276,7 @@ FAMILIES = (
         ("blocks.{}.attn1.to_q", "blocks.{}.attn2.to_q", "blocks.{}.ffn.net.0.proj", "blocks.{}.attn1.to_out.0"),
         ("WanTransformer3DModel", "WanVACETransformer3DModel"),
         whole=True,
+        said=r"\bwan[-_. ]?\d",
     ),
     PipelineFamily(
         "LTX-2",
@@ -281,6 +285,7 @@ FAMILIES = (
         ("audio_proj_in", "transformer_blocks.{}.audio_attn1.to_q"),
         ("LTX2VideoTransformer3DModel",),
         whole=True,
+        said=r"ltx[-_ ]?(v|video)?[-_. ]?2",
     ),
     PipelineFamily(
         "LTX-Video",
@@ -289,6 +294,7 @@ FAMILIES = (
         ("time_embed.linear", "time_embed.emb.timestep_embedder.linear_1"),
         ("LTXVideoTransformer3DModel",),
         whole=True,
+        said=r"ltx[-_ ]?(v|video)(?![-_. ]?2)",
     ),
     PipelineFamily(
         "Mochi",
@@ -296,13 +302,17 @@ FAMILIES = (
         ("blocks.{}.attn.qkv_x", "t5_yproj"),
         ("time_embed.pooler.to_q", "time_embed.caption_proj"),
         ("MochiTransformer3DModel",),
+        whole=True,
+        said=r"mochi",
     ),
     PipelineFamily(
         "Cosmos-2 and Anima",
         _ANIMA,
         ("blocks.{}.self_attn.q_proj", "blocks.{}.self_attn.output_proj", "blocks.{}.mlp.layer1", "x_embedder.proj.1"),
         ("patch_embed.proj", "transformer_blocks.{}.norm1.linear_1", "time_embed.t_embedder.linear_1"),
-        ("CosmosTransformer3DModel", "AnimaTransformer3DModel"),
+        ("CosmosTransformer3DModel",),
+        whole=True,
+        said=r"anima|cosmos",
     ),
     PipelineFamily(
         "MiniMax-H3",
@@ -311,6 +321,7 @@ FAMILIES = (
         ("token_refiner.refiner_blocks.{}.attn.to_q", "transformer_blocks.{}.adaln_proj.linear"),
         ("MiniMaxH3Transformer3DModel",),
         whole=True,
+        said=r"minimax[-_ ]?h3",
     ),
     PipelineFamily(
         "ACE-Step",
@@ -318,5 +329,6 @@ FAMILIES = (
         (),
         ("layers.{}.self_attn.to_q", "layers.{}.cross_attn.to_q"),
         ("AceStepTransformer1DModel",),
+        said=r"ace[-_ ]?step",
     ),
 )

@@ -18,8 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.families.names import ENCODERS, family_of
-from adapterkit.adapters.formats.relaid import bare
+from adapterkit.adapters.families.names import ENCODERS, bare, family_of
 
 if TYPE_CHECKING:
     from adapterkit.adapters.formats.contents import Contents

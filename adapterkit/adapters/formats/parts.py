@@ -34,7 +34,16 @@ KINDS: Mapping[str, str] = {
         ),
         "denoiser",
     ),
-    **dict.fromkeys(("te", "te1", "text_encoder", "text_encoders.clip_l"), "te1"),
+    **dict.fromkeys(
+        (
+            *("te", "te1", "text_encoder", "text_encoders.clip_l", "text_encoders.clip_h"),
+            *(
+                f"text_encoders.{one}"
+                for one in ("gemma2_2b", "qwen3_06b", "qwen3_4b", "qwen25_7b", "umt5xxl", "pile_t5xl")
+            ),
+        ),
+        "te1",
+    ),
     **dict.fromkeys(("te2", "text_encoder_2", "text_encoders.clip_g"), "te2"),
     **dict.fromkeys(("te3", "text_encoder_3", "text_encoders.t5xxl"), "te3"),
 }

@@ -8,10 +8,11 @@ product is the same, bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.families.names import LEADS, TableEntry, entries, family_of, named
+from adapterkit.adapters.families.names import TableEntry, bare, entries, named
+from adapterkit.adapters.families.told import called, names_of, told_family
 from adapterkit.adapters.formats.plain import PlainFactors
 from adapterkit.adapters.formats.views import FunctionTensor
 from adapterkit.dtypes import F32
@@ -25,35 +26,62 @@ if TYPE_CHECKING:
 
 Rows = Callable[[str], int | None]
 END = ".weight"
-_LONGEST = tuple(sorted(LEADS, key=len, reverse=True))
 
 
-def bare(path: str) -> str:
-    """A module's path without what leads it in a checkpoint."""
-    return path.removeprefix(next((lead for lead in _LONGEST if path.startswith(lead)), ""))
+@dataclass(frozen=True)
+class TrainedOn:
+    """What an adapter says of the model that it was trained on.
+
+    Attributes:
+        ref: what to call it in an error.
+        said: names of the model or its architecture.
+        class_name: diffusers' class.
+    """
+
+    ref: str = "the adapter"
+    said: tuple[str, ...] = ()
+    class_name: str = ""
+
+
+def family_for(factors: Sequence[PlainFactors], layout: str, origin: TrainedOn) -> tuple[PipelineFamily | None, str]:
+    """The family of an adapter without a base, and a sentence where its names alone did not tell.
+
+    Raises:
+        UnsupportedAdapter: several families have these names, call the modules otherwise in this layout, and nothing says
+            which it is.
+    """
+    modules = {one.path: (one.stored[1].shape[0], one.stored[0].shape[1]) for one in factors}
+    found, why = told_family(modules, layout, origin.said, origin.class_name)
+    if len(found) > 1:
+        odd = next(path for path in map(bare, modules) if len({called(family, path, layout) for family in found}) > 1)
+        raise UnsupportedAdapter(
+            f"{origin.ref}: '{odd}' may be of {names_of(found)}, whose {layout} layouts call it differently",
+            f"add {option('base', 'BASE')}",
+        )
+    if not found:
+        return None, ""
+    return found[0], f"{origin.ref} is read as {found[0].name} by {why}" if why else ""
 
 
 def relaid(
     factors: Sequence[PlainFactors],
     layout: str,
+    family: PipelineFamily | None,
     rows_of: Rows = lambda path: None,
-    family: PipelineFamily | None = None,
 ) -> list[PlainFactors]:
     """The factors under the names of a layout, without leads.
 
     Args:
         layout: ``original`` or ``diffusers``.
+        family: whose names they have; None where they are of no family, and keep them.
         rows_of: how many rows a module of the base has; None where no base is known.
-        family: of the base; without it, the one that the modules' names tell.
 
     Raises:
-        UnsupportedAdapter: several families have these names and no base says which it is; or modules become one, and
-            nothing says how many rows those have that the adapter leaves alone.
+        UnsupportedAdapter: modules become one, and nothing says how many rows those have that the adapter leaves alone.
     """
     plain = [replace(one, path=bare(one.path)) for one in factors]
     if family is None:
-        told = family_of([one.path for one in plain])
-        family = None if told is None else told[0]
+        return plain
     held = {one.path: one for one in plain}
     found: list[PlainFactors] = []
     for one in plain:
@@ -64,28 +92,11 @@ def relaid(
 
 
 def _entry(
-    path: str, family: PipelineFamily | None, fits: Callable[[TableEntry], bool]
+    path: str, family: PipelineFamily, fits: Callable[[TableEntry], bool]
 ) -> tuple[TableEntry, tuple[int, ...], str] | None:
-    places = [
-        place for place in entries(path + END) if fits(place[0]) and (family is None or place[0].family is family)
-    ]
+    places = [place for place in entries(path + END) if fits(place[0]) and place[0].family is family]
     own = [place for place in places if not place[0].row.alias]
-    chosen = own or places
-    if len({_meaning(*place) for place in chosen}) > 1:
-        known = list(dict.fromkeys(place[0].family.name for place in chosen))
-        raise UnsupportedAdapter(
-            f"{path} may be of {', '.join(known[:-1])} or {known[-1]}, whose other layouts call it differently",
-            f"add {option('base', 'BASE')}",
-        )
-    return chosen[0] if chosen else None
-
-
-def _meaning(entry: TableEntry, captures: tuple[int, ...], rest: str) -> tuple[object, ...]:
-    """What a module becomes in the other layout."""
-    row = entry.row
-    others = [None] if entry.part is not None else range(len(row.parts))
-    names = tuple(_path(entry, part, captures, rest) for part in others)
-    return names, entry.part, len(row.parts), row.swap, row.turned
+    return min(own or places, key=lambda place: len(place[1]), default=None)
 
 
 def _path(entry: TableEntry, part: int | None, captures: tuple[int, ...], rest: str) -> str:
@@ -170,7 +181,7 @@ def _factors(path: str, rank: int, scale: float, a: Tensor, b: Tensor) -> PlainF
     return PlainFactors(path, rank, scale, lambda: (_read(a), _read(b)), (a, b))
 
 
-def _joined(factors: Sequence[PlainFactors], family: PipelineFamily | None, rows_of: Rows) -> list[PlainFactors]:
+def _joined(factors: Sequence[PlainFactors], family: PipelineFamily, rows_of: Rows) -> list[PlainFactors]:
     """Parts of diffusers as modules of the original layout."""
     found: list[PlainFactors] = []
     groups: dict[str, tuple[TableEntry, tuple[int, ...], str, dict[int, PlainFactors]]] = {}

@@ -15,11 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from adapterkit.adapters.families.names import ENCODERS
+from adapterkit.adapters.families.names import ENCODERS, FAMILIES, bare
+from adapterkit.adapters.families.told import SAID
 from adapterkit.adapters.formats.contents import METADATA
+from adapterkit.adapters.formats.encoders import encoder_lead, model_of
 from adapterkit.adapters.formats.generation import counts_encoders, is_sdxl, is_unet
 from adapterkit.adapters.formats.parts import KINDS
-from adapterkit.adapters.formats.relaid import bare, relaid
+from adapterkit.adapters.formats.relaid import TrainedOn, family_for, relaid
 from adapterkit.adapters.formats.views import FunctionTensor
 from adapterkit.adapters.formats.write import AdapterFiles
 from adapterkit.checkpoint.tensor import Renamed
@@ -30,12 +32,12 @@ if TYPE_CHECKING:
     import torch
 
     from adapterkit.adapters.adapter import Adapter
-    from adapterkit.adapters.formats.contents import Contents
     from adapterkit.adapters.formats.plain import PlainFactors
     from adapterkit.adapters.formats.relaid import Rows
     from adapterkit.adapters.names import Names
     from adapterkit.checkpoint.tensor import Tensor
 
+ENCODER = next(family for family in FAMILIES if family.name == "OpenCLIP text encoder")
 _STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", METADATA)
 
 
@@ -149,13 +151,19 @@ def as_single(
         )
     tensors: dict[str, Tensor] = {}
     counted = counts_encoders(parts, adapter.contents, names)
+    encoders = any(kind.startswith("te") for kind in parts)
+    model = model_of(parts, _origin(adapter), names) if encoders else ""
+    notes: list[str] = []
     for kind, own in parts.items():
-        laid = _laid(own, kind, style, adapter.contents, names)
-        lead = _lead(kind, own, style, counted)
+        laid = _laid(own, kind, style, adapter, names, notes)
+        lead, taken = _lead(kind, own, style, counted), ""
+        if kind.startswith("te") and style.name != "lycoris":
+            lead, taken = encoder_lead(kind, own, style.name, model, adapter.ref) or (lead, "")
         for one in laid:
-            path = one.path.replace(".", "_") if style.flat else one.path
+            path = one.path.removeprefix(taken)
+            path = path.replace(".", "_") if style.flat else path
             tensors |= _named(one, lead + path, style)
-    return AdapterFiles(style.weights, tensors, {}, (), _metadata(adapter, factors))
+    return AdapterFiles(style.weights, tensors, {}, tuple(notes), _metadata(adapter, factors))
 
 
 # How the components of a pipeline lead their modules, where those are more than a denoiser.
@@ -191,14 +199,27 @@ def _kind(path: str, adapter: Adapter) -> str:
 
 
 def _laid(
-    own: list[PlainFactors], kind: str, style: Style, contents: Contents | None, names: Names | None
+    own: list[PlainFactors], kind: str, style: Style, adapter: Adapter, names: Names | None, notes: list[str]
 ) -> list[PlainFactors]:
     if kind not in ("denoiser", "transformer_2"):
-        return relaid(own, "diffusers", _rows(names))
-    family = None if names is None else names.families.family_at(own[0].path)
+        return relaid(own, "diffusers", ENCODER, _rows(names))
+    layout = style.layout
     if style.name == "kohya" and is_unet(own):
-        return relaid(own, "original" if is_sdxl(own, contents, names) else "diffusers", _rows(names), family)
-    return relaid(own, style.layout, _rows(names), family)
+        layout = "original" if is_sdxl(own, adapter.contents, names) else "diffusers"
+    family = None if names is None else names.families.family_at(own[0].path)
+    if family is None:
+        family, note = family_for(own, layout, _origin(adapter))
+        notes += [note] if note else []
+    return relaid(own, layout, family, _rows(names))
+
+
+def _origin(adapter: Adapter) -> TrainedOn:
+    """What an adapter says that it was trained on."""
+    metadata = {} if adapter.contents is None else adapter.contents.metadata
+    auto = adapter.config.get("auto_mapping")
+    trained = str(auto.get("base_model_class") or "") if isinstance(auto, dict) else ""
+    said = [*(metadata.get(name) for name in SAID), adapter.config.base]
+    return TrainedOn(adapter.ref, tuple(str(text) for text in said if text), trained)
 
 
 def _rows(names: Names | None) -> Rows:

@@ -58,6 +58,8 @@ def plan(asked: ConvertRequest, jobs: int, to: str) -> Conversion:
                 f"name the denoiser alone: {path}#{PARTS[0]}",
             )
         notes.append(f"{len(found.left)} tensors of other parts are left out, as '{found.left[0]}'")
+    if found.dropped:
+        notes.append(f"left out, since diffusers has no such tensor: {', '.join(found.dropped)}")
     record = folder_recorder(opened, to, "converted", {"verb": "convert", "to": to})
     if to == "comfyui":
         made = plan_file(FILE, list(found.tensors.values()), {"format": "pt"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -33,6 +34,7 @@ class Worker:
         from adapterkit.checkpoint.plan import Plan
         from adapterkit.verbs.execute import OpenPlan
 
+        gc.set_threshold(100_000, 50, 100)  # as the command line does: a plan is many objects that all live on
         try:
             plan = Plan.from_json(self._setting["plan"])
             self._opened = OpenPlan(plan, self._setting["out"], self._setting["part_size"])

@@ -1,0 +1,378 @@
+"""Outputs in Google's and Azure's stores: the bytes of a local run, counted as planned, conditional, resumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import emulators
+import pytest
+from bases import gguf_adapter, gguf_base, wide_base
+from models import plain_adapter, plain_base
+from store_server import CUT, HANG_UP, LOSE_ANSWER, Asked, Proxy, proxied
+from test_writing import first_of_each, here, within
+
+import adapterkit
+from adapterkit.bucket.pull import pull_bucket
+from adapterkit.bucket.push import push_bucket
+from adapterkit.checkpoint.plan import Plan
+from adapterkit.checkpoint.uploads import sweep_uploads
+from adapterkit.errors import AuthError, CheckpointError, OutputError, StoreError, UsageError
+from adapterkit.places import Address
+from adapterkit.provenance.register import register
+from adapterkit.stores.connect import open_store
+from adapterkit.stores.store import Store
+
+BUCKET = "models"
+ANONYMOUS = ("GOOGLE_APPLICATION_CREDENTIALS", "AZURE_STORAGE_CONNECTION_STRING", "AZURE_STORAGE_SAS_TOKEN")
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    """The endpoint of a store's emulator, started when it is first asked for."""
+    from contextlib import ExitStack
+
+    pytest.importorskip("obstore", reason="the extra stores is not installed")
+    held, found = ExitStack(), dict[str, str]()
+
+    def one(scheme: str) -> str:
+        if scheme not in found:
+            start = {"gs": emulators.google, "az": emulators.azure}[scheme]
+            found[scheme] = held.enter_context(start(tmp_path_factory.mktemp(scheme)))
+            _bucket(scheme, found[scheme])
+        return found[scheme]
+
+    with held:
+        yield one
+
+
+def _bucket(scheme: str, endpoint: str) -> None:
+    import urllib3
+
+    if scheme == "gs":
+        head = {"Content-Type": "application/json"}
+        made = urllib3.request(
+            "POST", f"{endpoint}/storage/v1/b?project=x", body=json.dumps({"name": BUCKET}), headers=head
+        )
+        assert made.status == 200
+        return
+    from azure.storage.blob import BlobServiceClient
+
+    by: Any = {"account_name": emulators.ACCOUNT, "account_key": emulators.KEY}
+    BlobServiceClient(endpoint, credential=by).create_container(BUCKET)
+
+
+@pytest.fixture(params=["gs", "az"])
+def proxy(
+    request: pytest.FixtureRequest, emulated: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Proxy]:
+    """A proxy before an emulator, which the environment names."""
+    scheme = request.param
+    endpoint = emulated(scheme)
+    for name in ANONYMOUS:
+        monkeypatch.delenv(name, raising=False)
+    root, _, path = endpoint.removeprefix("http://").partition("/")
+    with proxied(f"http://{root}") as found:
+        if scheme == "gs":
+            monkeypatch.setenv("STORAGE_EMULATOR_HOST", found.endpoint)
+        else:
+            monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"{found.endpoint}/{path}")
+            monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", emulators.ACCOUNT)
+            monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", emulators.KEY)
+        monkeypatch.setattr("adapterkit.stores.faults.FIRST_PAUSE", 0.001)
+        found.scheme = scheme  # type: ignore[attr-defined]
+        yield found
+        found.clear()
+
+
+@pytest.fixture
+def store(proxy: Proxy) -> Store:
+    return open_store(Address(proxy.scheme, BUCKET, ""))  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def put(store: Store, place: str) -> Callable[[Path], str]:
+    """Puts a folder or a file into the store; its address."""
+
+    def one(path: Path) -> str:
+        for name, data in (here(path) if path.is_dir() else {"": path.read_bytes()}).items():
+            store.put(f"{place}/{path.name}/{name}".rstrip("/"), data)
+        return f"{store.root.scheme}://{BUCKET}/{place}/{path.name}"
+
+    return one
+
+
+def there(store: Store, prefix: str) -> dict[str, bytes]:
+    return {one.key.removeprefix(prefix): store.read(one.key, 0, one.size, one.etag) for one in store.entries(prefix)}
+
+
+@pytest.mark.slow
+def test_merges_in_a_store_are_merges(store: Store, put: Callable[[Path], str], place: str, tmp_path: Path) -> None:
+    base = wide_base(tmp_path)
+    adapter = plain_adapter(tmp_path / "adapter", base, modules=("q_proj",))
+    adapterkit.merge(base, adapter, tmp_path / "out")
+    stored, beside = put(base), put(adapter)
+    out = f"{store.root.scheme}://{BUCKET}/{place}/m e+r%20g/öut"
+    planned = adapterkit.merge(stored, beside, out, dry_run=True)
+    done = adapterkit.merge(stored, beside, out)
+    assert there(store, f"{place}/m e+r%20g/öut/") == here(tmp_path / "out")
+    assert [one.key for one in store.entries(f"{place}/m e+r%20g/.")] == []
+    within(planned, done)
+    assert adapterkit.verify(out, base=stored, adapters=beside).ok
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("small")
+    base = plain_base(folder / "base", layers=4, width=64, shards=3)
+    return base, plain_adapter(folder / "adapter", base)
+
+
+@pytest.fixture(scope="module")
+def merged(small: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("merged") / "out"
+    adapterkit.merge(*small, out)
+    return here(out)
+
+
+def test_an_object_of_many_parts(proxy: Proxy, store: Store, place: str) -> None:
+    """More than Google composes at a time; sent in any order; known to the next run by number."""
+
+    def strict(asked: Asked) -> tuple[int, str] | None:
+        """As Google documents it: the emulator composes whatever is there."""
+        over = asked.path.endswith("whole/compose") and "ifGenerationMatch=0" in asked.query
+        return (412, "conditionNotMet") if over and store.head(f"{place}/whole") is not None else None
+
+    proxy.rule = strict
+    work = Address(store.root.scheme, BUCKET, f"{place}/.work")
+    made = store.begin(f"{place}/whole", {"adapterkit-plan": "abc"}, work)
+    pieces = {number: bytes([number]) * (number % 5 + 1) for number in range(1, 71)}
+    for number in sorted(pieces, reverse=True):
+        made.put(number, pieces[number])
+    assert store.head(f"{place}/whole") is None
+    again = store.resumed(made.key, made.id)
+    held = again.parts()
+    assert held is not None
+    assert {number: part.size for number, part in held.items()} == {n: len(data) for n, data in pieces.items()}
+    etag = again.complete({number: part.etag for number, part in held.items()}, absent=True)
+    found = store.head(f"{place}/whole")
+    assert found is not None
+    assert (found.etag, found.marks) == (etag, {"adapterkit-plan": "abc"})
+    assert store.read(found.key, 0, found.size, found.etag) == b"".join(pieces.values())
+    assert [one.key for one in store.entries(f"{place}/")] == [f"{place}/whole"]
+    assert made.parts() is None  # it is over
+    another = store.begin(f"{place}/whole", {}, work)
+    another.put(1, b"x")
+    assert another.complete({1: ""}, absent=True) is None  # there is one
+    assert another.complete({1: ""}, absent=False)
+
+
+@pytest.mark.slow
+def test_a_whole_file_is_copied_inside(store: Store, put: Callable[[Path], str], place: str, tmp_path: Path) -> None:
+    """Google copies whole objects alone; Azure also ranges. A source that is another by now is an error."""
+    base = wide_base(tmp_path)
+    last = plain_adapter(tmp_path / "adapter", base, modules=("lm_head",))  # in the second of two files
+    stored, beside = put(base), put(last)
+    out = f"{stored.rpartition('/')[0]}/out"
+    adapterkit.merge(base, last, tmp_path / "out")
+    done = adapterkit.merge(stored, beside, out)
+    assert there(store, f"{place}/out/") == here(tmp_path / "out")
+    assert done.bytes_inside >= (base / "model-00001-of-00002.safetensors").stat().st_size
+
+    adapterkit.merge(stored, beside, save_plan=tmp_path / "plan.json")
+    plan = Plan.from_json((tmp_path / "plan.json").read_bytes())
+    key = f"{place}/base/model-00001-of-00002.safetensors"
+    found = store.head(key)
+    assert found is not None
+    store.put(key, store.read(key, 0, found.size - 2) + b"\x01\x01")
+    with pytest.raises(CheckpointError, match="changed"):
+        adapterkit.execute(plan, f"{out}2", part=0)
+
+
+def test_who_comes_second_is_told(store: Store, small: tuple[Path, Path], merged: dict[str, bytes], place: str) -> None:
+    out = f"{store.root.scheme}://{BUCKET}/{place}/out"
+    other: list[str] = []
+
+    def meanwhile(done: int, total: int) -> None:
+        if not other:
+            with pytest.raises(OutputError, match="another run writes") as error:
+                adapterkit.merge(*small, out, weights=0.5)
+            other.append(str(error.value))
+
+    adapterkit.merge(*small, out, progress=meanwhile)
+    assert there(store, f"{place}/out/") == merged
+    assert other
+    with pytest.raises(OutputError, match="exists"):
+        adapterkit.merge(*small, out, weights=0.5)
+    adapterkit.merge(*small, out, weights=0.5, force=True)
+    assert there(store, f"{place}/out/").keys() == merged.keys()
+    assert there(store, f"{place}/out/") != merged
+    assert store.entries(f"{place}/.") == []
+
+
+def test_a_run_that_is_replaced_ends(
+    store: Store, small: tuple[Path, Path], merged: dict[str, bytes], place: str
+) -> None:
+    out = f"{store.root.scheme}://{BUCKET}/{place}/out"
+    reports: list[Any] = []
+
+    def meanwhile(done: int, total: int) -> None:
+        if not reports:
+            reports.append(None)
+            reports[0] = adapterkit.merge(*small, out, force=True)
+
+    with pytest.raises(OutputError, match=r"took over|is gone|appeared"):
+        adapterkit.merge(*small, out, weights=0.5, progress=meanwhile)
+    assert there(store, f"{place}/out/") == merged
+    assert store.entries(f"{place}/.") == []
+
+
+def test_an_interrupted_run_goes_on(
+    proxy: Proxy, store: Store, small: tuple[Path, Path], merged: dict[str, bytes], place: str
+) -> None:
+    out = f"{store.root.scheme}://{BUCKET}/{place}/out"
+    where = f"{store.root.scheme}://{BUCKET}/{place}"
+
+    def interrupt(done: int, total: int) -> None:
+        if done >= total // 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        adapterkit.merge(*small, out, resume=True, progress=interrupt, jobs=1)
+    assert there(store, f"{place}/out") == {}
+    if store.root.scheme == "gs":
+        swept = sweep_uploads(where, keep_days=0)
+        assert swept.uploads
+        assert not swept.applied
+    else:
+        with pytest.raises(UsageError, match="by itself"):
+            sweep_uploads(where, keep_days=0)
+    before = proxy.up
+    done = adapterkit.merge(*small, out, resume=True)
+    assert there(store, f"{place}/out/") == merged
+    assert proxy.up - before < sum(map(len, merged.values()))  # what was sent is not sent again
+    assert done.reused
+    assert store.entries(f"{place}/.") == []
+
+
+def test_what_is_swept_is_gone(store: Store, place: str) -> None:
+    if store.root.scheme == "az":
+        pytest.skip("Azure drops blocks by itself")
+    where = f"gs://{BUCKET}/{place}"
+    made = store.begin(f"{place}/out/x.safetensors", {}, Address("gs", BUCKET, f"{place}/.out.partial"))
+    made.put(1, b"one")
+    assert sweep_uploads(where).young == 1
+    assert sweep_uploads(where, keep_days=0, apply=True).uploads == (f"{place}/out/x.safetensors",)
+    assert store.entries(f"{place}/") == []
+
+
+def test_parts_by_several_workers(
+    store: Store, small: tuple[Path, Path], merged: dict[str, bytes], place: str, tmp_path: Path
+) -> None:
+    out = f"{store.root.scheme}://{BUCKET}/{place}/out"
+    adapterkit.merge(*small, save_plan=tmp_path / "plan.json")
+    plan = Plan.from_json((tmp_path / "plan.json").read_bytes())
+    for part in (2, 0, 1, 0):
+        adapterkit.execute(plan, out, part=part)
+    adapterkit.execute(plan, out)
+    assert there(store, f"{place}/out/") == merged
+
+
+def test_gguf_in_parts(store: Store, put: Callable[[Path], str], place: str, tmp_path: Path) -> None:
+    base, adapter = gguf_base(tmp_path), gguf_adapter(tmp_path)
+    (tmp_path / "out").mkdir()
+    adapterkit.merge(base, adapter, tmp_path / "out/m.gguf", max_shard_size="40KB")
+    adapterkit.merge(
+        put(base), put(adapter), f"{store.root.scheme}://{BUCKET}/{place}/out/m.gguf", max_shard_size="40KB"
+    )
+    assert there(store, f"{place}/out/").keys() == here(tmp_path / "out").keys()
+    for name, data in here(tmp_path / "out").items():
+        if name.endswith(".gguf"):
+            assert there(store, f"{place}/out/")[name] == data
+
+
+SLOW = pytest.mark.slow
+PASSING = [
+    ((503, "ServerBusy"), "POST"),
+    (LOSE_ANSWER, "POST"),
+    (LOSE_ANSWER, "PUT"),
+    (CUT, "GET"),
+    pytest.param((503, "ServerBusy"), "PUT", marks=SLOW),
+    pytest.param((429, "rateLimitExceeded"), "GET", marks=SLOW),
+    pytest.param(HANG_UP, "PUT", marks=SLOW),
+    pytest.param(HANG_UP, "POST", marks=SLOW),
+    pytest.param(LOSE_ANSWER, "DELETE", marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("fault", "method"), PASSING)
+def test_what_passes_is_tried_again(
+    fault: object,
+    method: str,
+    proxy: Proxy,
+    store: Store,
+    small: tuple[Path, Path],
+    merged: dict[str, bytes],
+    place: str,
+) -> None:
+    proxy.rule = first_of_each(fault, method)
+    adapterkit.merge(*small, f"{store.root.scheme}://{BUCKET}/{place}/out")
+    proxy.clear()
+    assert there(store, f"{place}/out/") == merged
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind", "words"),
+    [
+        ((403, "forbidden"), AuthError, "refused"),
+        ((401, "authError"), AuthError, "credentials"),
+        ((403, "AuthenticationFailed"), AuthError, "credentials"),
+        ((403, "QuotaExceeded"), OutputError, "no room"),
+        ((500, "InternalError"), StoreError, "7 attempts"),
+    ],
+)
+def test_what_stays_leaves_nothing(
+    fault: object, kind: type[Exception], words: str, proxy: Proxy, store: Store, small: tuple[Path, Path], place: str
+) -> None:
+    def rule(asked: Any) -> Any:
+        sent = "comp=block&" in asked.query + "&" or asked.query.startswith("blockid") or b"/00001" in asked.body[:300]
+        return fault if sent and b"00002-of-00003" in asked.path.encode() + asked.body[:300] else None
+
+    proxy.rule = rule
+    with pytest.raises(kind, match=words) as error:
+        adapterkit.merge(*small, f"{store.root.scheme}://{BUCKET}/{place}/out")
+    proxy.clear()
+    assert "00002-of-00003.safetensors" in str(error.value)
+    assert store.entries(f"{place}/") == []
+
+
+def test_nobody_there_is_said_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("azure.storage.blob", reason="the extra stores is not installed")
+    monkeypatch.setattr("adapterkit.stores.faults.FIRST_PAUSE", 0.001)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "127.0.0.1:9")
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", "http://127.0.0.1:9/one")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "one")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "b25l")
+    for scheme in ("gs", "az"):
+        with pytest.raises(StoreError, match=r"3 attempts \(no connection\)"):
+            adapterkit.inspect(f"{scheme}://models/x")
+
+
+def test_an_account_that_nobody_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("azure.storage.blob", reason="the extra stores is not installed")
+    for name in ("AZURE_STORAGE_ENDPOINT", "AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_CONNECTION_STRING"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UsageError, match=r"which account az:// is of; set AZURE_STORAGE_ACCOUNT_NAME"):
+        adapterkit.inspect("az://models/x")
+
+
+def test_a_remote_of_the_registry(store: Store, home: Path, place: str, tmp_path: Path) -> None:
+    base = plain_base(tmp_path / "base")
+    register(plain_adapter(tmp_path / "a1", base, base_model_name_or_path="org/base"), "tickets", base=base)
+    to = f"{store.root.scheme}://{BUCKET}/{place}/tickets"
+    done = push_bucket("tickets@1", f"{to}@v1")
+    pulled = pull_bucket(f"{to}@v1", home=tmp_path / "elsewhere")
+    assert pulled.record.content == done.content
+    assert push_bucket("tickets@1", f"{to}@v1").new is False
