@@ -18,7 +18,7 @@ import adapterkit.gguf.vocab
 from adapterkit.errors import AdapterkitError, TargetError, UsageError
 from adapterkit.gguf.arch import omitted
 from adapterkit.gguf.arch.config import Config
-from adapterkit.gguf.arch.contract import held, left_out_by_transformers
+from adapterkit.gguf.arch.contract import held, left_out_by_transformers, unread
 from adapterkit.gguf.arch.fits import sound
 from adapterkit.gguf.arch.hyper import hyperparameters
 from adapterkit.gguf.arch.rope import scaling
@@ -524,3 +524,20 @@ def test_the_word_of_dots_llm1_for_its_sigmoid_is_known() -> None:
     said |= {"routed_scaling_factor": 2.5, "norm_topk_prob": True, "max_position_embeddings": 128}
     config = Config({**said, "n_group": 1, "topk_group": 1})
     assert hyperparameters(spec_of(config), config)["expert_gating_func"] == 2
+
+
+def test_what_published_configs_say_of_nothing_is_no_note() -> None:
+    """Qwen2.5's windows that are switched off, and how a cache is kept."""
+    said = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4}
+    said |= {"num_hidden_layers": 2, "sliding_window": 32768, "use_sliding_window": False, "use_mrope": False}
+    said |= {"cache_implementation": "hybrid", "max_window_layers": 28}
+    config = Config(said)
+    held(spec_of(config), config)
+    assert not any(word in note for note in unread(config) for word in ("sliding", "mrope", "cache"))
+
+
+def test_an_epsilon_of_compressed_parts_is_said() -> None:
+    said = {"architectures": ["Glm4MoeLiteForCausalLM"], "kv_lora_rank": 32, "rms_norm_eps": 1e-5}
+    (note,) = left_out_by_transformers(Config(said))
+    assert "'rms_norm_eps' is 1e-05" in note
+    assert left_out_by_transformers(Config({**said, "rms_norm_eps": 1e-6})) == ()
