@@ -17,7 +17,6 @@ from adapterkit.requests.groups import LIMITS
 from adapterkit.requests.option import RUN
 from adapterkit.requests.workers import LOCAL, RAY, WRITTEN_JOBS, parse_rate
 from adapterkit.stores.meter import Moved, moved
-from adapterkit.verbs.execute import REST, RESTS
 from adapterkit.verbs.job import Job, Measured, peak_memory, run, show
 
 if TYPE_CHECKING:
@@ -78,6 +77,8 @@ def _with_the_rest(plans: Mapping[Path, Plan], request: Any) -> dict[Path, Plan]
     Raises:
         UsageError: something is measured while the values pass, which no plan does.
     """
+    from adapterkit.verbs.execute import REST, RESTS
+
     asked, run = request.given(), request.given(RUN)
     measured = next((name for name in ("fidelity", *LIMITS) if name in run), None)
     if measured is not None:

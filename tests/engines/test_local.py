@@ -137,6 +137,8 @@ def test_another_run_of_the_same_output_is_refused_meanwhile(case: Case, tmp_pat
         ({"on": "slurm", "workers": 2, "attest": True}, "nothing beside it"),
         ({"on": "nomad"}, "not a value of"),
         ({"on": "local", "save_plan": "p.json"}, "not executed"),
+        ({"save_plan": "p.json", "fidelity": True}, "is measured while one process writes"),
+        ({"save_plan": "p.json", "min_cosine": 0.0}, "min_cosine= is measured while one process writes"),
         ({"dry_run": True, "workers": 2, "bandwidth": "fast"}, "not a rate"),
     ],
 )
