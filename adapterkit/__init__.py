@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.save import save
     from adapterkit.errors import AdapterkitError
-    from adapterkit.hub.pull import pull
-    from adapterkit.hub.push import push
     from adapterkit.provenance.register import register
     from adapterkit.recipe.run import build, plan_build
     from adapterkit.requests.adapters import CombineRequest, ExtractRequest, ResizeRequest
@@ -39,6 +37,7 @@ if TYPE_CHECKING:
     from adapterkit.requests.evaluate import EvaluateRequest
     from adapterkit.requests.formats import Format
     from adapterkit.requests.merge import MergeRequest
+    from adapterkit.requests.publish import PullRequest, PushRequest
     from adapterkit.requests.register import RegisterRequest
     from adapterkit.requests.verify import VerifyRequest
     from adapterkit.requests.workers import RunRequest
@@ -56,6 +55,7 @@ if TYPE_CHECKING:
     from adapterkit.verbs.inspect import Inspection, inspect
     from adapterkit.verbs.merge import merge
     from adapterkit.verbs.plan_merge import plan_merge
+    from adapterkit.verbs.publish import pull, push
     from adapterkit.verbs.report import (
         CombineReport,
         ConvertReport,
@@ -71,8 +71,8 @@ if TYPE_CHECKING:
 _WHERE = {
     "open_model": "adapterkit.bases:open_model",
     "register": "adapterkit.provenance.register:register",
-    "push": "adapterkit.hub.push:push",
-    "pull": "adapterkit.hub.pull:pull",
+    "push": "adapterkit.verbs.publish:push",
+    "pull": "adapterkit.verbs.publish:pull",
     "MergeRequest": "adapterkit.requests.merge:MergeRequest",
     "ConvertRequest": "adapterkit.requests.convert:ConvertRequest",
     "CombineRequest": "adapterkit.requests.adapters:CombineRequest",
@@ -80,6 +80,8 @@ _WHERE = {
     "ResizeRequest": "adapterkit.requests.adapters:ResizeRequest",
     "EvaluateRequest": "adapterkit.requests.evaluate:EvaluateRequest",
     "VerifyRequest": "adapterkit.requests.verify:VerifyRequest",
+    "PullRequest": "adapterkit.requests.publish:PullRequest",
+    "PushRequest": "adapterkit.requests.publish:PushRequest",
     "RegisterRequest": "adapterkit.requests.register:RegisterRequest",
     "RunRequest": "adapterkit.requests.workers:RunRequest",
     "Adapter": "adapterkit.adapters.adapter:Adapter",
@@ -156,6 +158,8 @@ __all__ = [
     "OpenPlan",
     "PartReport",
     "Plan",
+    "PullRequest",
+    "PushRequest",
     "RegisterRequest",
     "ResizeReport",
     "ResizeRequest",

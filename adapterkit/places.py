@@ -15,6 +15,8 @@ STORES = ("s3", "gs", "az")
 """Schemes of object stores: Amazon S3 and what speaks like it, Google Cloud Storage, Azure Blob Storage."""
 WRITTEN = ("s3", "gs", "az")
 HUB = "hf"
+OCI = "oci"
+BUCKET = "bucket"
 _ELSEWHERE_ON_THE_HUB = ("buckets", "datasets", "spaces")
 
 
@@ -148,6 +150,34 @@ def writable(place: str | Path | Address, what: str) -> Path | Address:
 def here(place: Path | Address) -> Path:
     """Where files about an output go: beside it, or in the working folder for one in a store."""
     return (Path(place.name) if isinstance(place, Address) else place).absolute()
+
+
+def remote_of(text: str) -> tuple[str, str]:
+    """Which kind of remote an address of `push` and `pull` is, and the address as that kind writes it.
+
+    Returns:
+        `HUB` and ``org/name[@revision]``; `OCI` and ``oci://...``; or `BUCKET` and the address of a folder in a store.
+
+    Raises:
+        UsageError: another scheme, or a part of the Hub that holds no models.
+    """
+    scheme, sign, rest = text.partition("://")
+    if not sign:
+        return HUB, text
+    if scheme.lower() == OCI:
+        return OCI, f"{OCI}://{rest}"
+    if scheme.lower() in STORES:
+        return BUCKET, f"{scheme.lower()}://{rest}"
+    if scheme.lower() == HUB and rest.split("/")[0] not in _ELSEWHERE_ON_THE_HUB:
+        return HUB, rest
+    shown = text[:80].encode("unicode_escape").decode()
+    what = "a model repository of the Hub" if scheme.lower() == HUB else "a remote"
+    raise UsageError(f"{shown} is not {what}", f"use org/name, oci://host/name:tag, or a folder of {_or(STORES)}")
+
+
+def _or(schemes: tuple[str, ...]) -> str:
+    *most, last = (f"{scheme}://" for scheme in schemes)
+    return f"{', '.join(most)} or {last}"
 
 
 def _is_a_folder(text: str) -> bool:

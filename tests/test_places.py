@@ -15,7 +15,7 @@ import adapterkit
 from adapterkit.cli import app, main
 from adapterkit.cli.complete import Reference
 from adapterkit.errors import AdapterkitError, UsageError
-from adapterkit.places import Address, address_of, local, readable, writable
+from adapterkit.places import BUCKET, HUB, OCI, Address, address_of, local, readable, remote_of, writable
 from adapterkit.provenance.signable import signable
 from adapterkit.registry.bundle import export_bundle
 
@@ -241,3 +241,35 @@ def test_the_home_of_a_user_who_is_not_there(verb: str, tmp_path: Path, capsys: 
     assert "no such user" in capsys.readouterr().err
     assert local("~", "x") == "~"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_kinds_of_remotes() -> None:
+    assert remote_of("org/name@v1") == (HUB, "org/name@v1")
+    assert remote_of("hf://org/name@v1") == (HUB, "org/name@v1")
+    assert remote_of("OCI://localhost:5000/x:v1") == (OCI, "oci://localhost:5000/x:v1")
+    for scheme in ("s3", "gs", "az"):
+        assert remote_of(f"{scheme}://models/x@v1") == (BUCKET, f"{scheme}://models/x@v1")
+
+
+@pytest.mark.parametrize("verb", ["push", "pull"])
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("ftp://host/x", "is not a remote"),
+        ("https://huggingface.co/org/name", "is not a remote"),
+        ("hf://buckets/org/x", "is not a model repository of the Hub"),
+        ("hf://datasets/org/x", "is not a model repository of the Hub"),
+    ],
+)
+def test_what_is_no_remote_is_refused(address: str, said: str, verb: str, home: Path) -> None:
+    with pytest.raises(UsageError, match=said):
+        adapterkit.pull(address) if verb == "pull" else adapterkit.push("x", address)
+
+
+def test_an_option_of_another_kind_of_remote_is_refused(home: Path) -> None:
+    with pytest.raises(UsageError, match="create_pr=True is for the Hub, and s3://b/x is not"):
+        adapterkit.push("x", "s3://b/x", create_pr=True)
+    with pytest.raises(UsageError, match="move_tag=True is for OCI registries and buckets, and org/x is not"):
+        adapterkit.push("x", "org/x", move_tag=True)
+    with pytest.raises(UsageError, match=r"verify=.* is for OCI registries, and hf://org/x is not"):
+        adapterkit.pull("hf://org/x", verify="key.pem")

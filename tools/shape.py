@@ -23,7 +23,7 @@ MOST = 6
 REASONS: dict[str, tuple[str, ...]] = {
     "a command of click: one parameter for each option, by name": (
         *("cli/aliases.py:policy", "cli/aliases.py:tag", "cli/build.py:command", "cli/deploy.py:command"),
-        *("cli/execute.py:command", "cli/hub.py:push", "cli/imatrix.py:command", "cli/records.py:list_"),
+        *("cli/execute.py:command", "cli/imatrix.py:command", "cli/records.py:list_"),
     ),
     "a function of the Python API: keywords with defaults, which callers give by name": (
         *("adapters/fold.py:fold", "hub/push.py:push", "oci/push.py:push_oci", "ops/rules/combine.py:combine"),

@@ -58,6 +58,11 @@ class BucketPushed:
     content: str
     notes: tuple[str, ...] = ()
 
+    @property
+    def where(self) -> str:
+        """The folder of the version in the bucket."""
+        return self.folder
+
 
 def push_bucket(
     ref: str,

@@ -2,77 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-import click
-
+from adapterkit.cli.options import command as command_of
 from adapterkit.cli.output import note, say, show_json, size
-from adapterkit.cli.paths import FILE
-from adapterkit.errors import UsageError
-
-if TYPE_CHECKING:
-    from adapterkit.bucket.pull import BucketPulled
-    from adapterkit.oci.pull import OciPulled
-
-_OCI = "oci://"
-_PLAIN = "Speak HTTP with an OCI registry; on the loopback interface that is done in any case."
+from adapterkit.places import BUCKET, HUB, OCI
+from adapterkit.requests.publish import PullRequest, PushRequest
 
 
-def _in_store(repo: str) -> bool:
-    """Whether a remote is an address of a store."""
-    from adapterkit.places import address_of
-
-    return address_of(repo) is not None
-
-
-def _only(there: str, given: dict[str, object]) -> None:
-    """
-    Raises:
-        UsageError: an option that belongs to the other kind of remote.
-    """
-    wrong = next((name for name, value in given.items() if value), "")
-    if wrong:
-        raise UsageError(f"--{wrong} is of {there}", "leave it out")
-
-
-@click.command(name="push", short_help="Publish a version to the Hugging Face Hub, an OCI registry or a bucket.")
-@click.argument("ref")
-@click.argument("repo", metavar="ORG/NAME|oci://HOST/NAME:TAG|s3://BUCKET/FOLDER")
-@click.option("--private", is_flag=True, help="Make a new repository private; refuse one that is public.")
-@click.option("--tag", metavar="TAG", help="The Hub: set this tag to the commit. Buckets: the tag to set (latest).")
-@click.option("--create-pr", is_flag=True, help="Propose it in a pull request.")
-@click.option("--base-id", default="", metavar="ORG/NAME", help="The Hub id of the base, where the record has none.")
-@click.option("--replace-card", is_flag=True, help="Do not keep the prose of the card on the Hub.")
-@click.option("--move-tag", is_flag=True, help="OCI, buckets: let a tag that means another version mean this one.")
-@click.option(
-    "--share-with",
-    multiple=True,
-    metavar="NAME",
-    help="OCI: a repository there whose blobs may be used, as the base's.",
+@command_of(
+    PushRequest, name="push", short_help="Publish a version to the Hugging Face Hub, an OCI registry or a bucket."
 )
-@click.option(
-    "--sign",
-    type=FILE,
-    metavar="KEY",
-    help="OCI: sign the artifact as cosign does, with this private key.",
-)
-@click.option("--plain-http", is_flag=True, help=_PLAIN)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def push(
-    ref: str,
-    repo: str,
-    private: bool,
-    tag: str | None,
-    create_pr: bool,
-    base_id: str,
-    replace_card: bool,
-    move_tag: bool,
-    share_with: tuple[str, ...],
-    sign: Path | None,
-    plain_http: bool,
-    as_json: bool,
-) -> None:
+def push(request: PushRequest, as_json: bool) -> None:
     """Publish REF (a registry name or a folder) as ORG/NAME: weights, configs, tokenizer, record and a model card.
 
     Files come from an allow-list; links, secrets and paths of this machine are refused. Pushing again after a failure
@@ -93,91 +34,42 @@ def push(
       adapterkit push my-adapter@prod oci://registry.example.com/adapters/mine:v1
       adapterkit push my-adapter@prod s3://models/adapters/mine --tag v1
     """
-    if _in_store(repo):
-        _only("the Hub", {"private": private, "create-pr": create_pr, "replace-card": replace_card})
-        _only("OCI registries", {"share-with": share_with, "sign": sign, "plain-http": plain_http})
-        from adapterkit.bucket.push import push_bucket
+    from adapterkit.verbs.publish import push as verb
 
-        there = push_bucket(ref, repo, tag=tag, base_id=base_id, move_tag=move_tag)
-        if as_json:
-            show_json(there)
-            return
-        for text in (*there.notes, *([f"not published: {', '.join(there.left_out)}"] if there.left_out else [])):
-            note(f"note: {text}")
-        for path in there.uploaded:
-            say(f"  {path}")
-        sent = f"{len(there.uploaded)} files sent ({size(there.sent)})" if there.uploaded else "was there already"
-        say(f"{there.address}: {there.folder}: {sent}{', tag set' if there.new else ''}")
-        return
-    if repo.startswith(_OCI):
-        _only("the Hub", {"private": private, "tag": tag, "create-pr": create_pr, "replace-card": replace_card})
-        from adapterkit.oci.push import push_oci
-
-        done = push_oci(
-            ref, repo, base_id=base_id, move_tag=move_tag, share_with=share_with, key=sign, plain_http=plain_http
-        )
-        if as_json:
-            show_json(done)
-            return
-        for text in (*done.notes, *([f"not published: {', '.join(done.left_out)}"] if done.left_out else [])):
-            note(f"note: {text}")
-        for path in done.uploaded:
-            say(f"  {path}")
-        shared = f", {len(done.mounted) + len(done.kept)} there already" if done.mounted or done.kept else ""
-        state = f"{len(done.uploaded)} files sent ({size(done.sent)}){shared}" if done.new else "was there already"
-        say(f"{done.address}@sha256:{done.digest}: {state}{', signed' if done.signature else ''}")
-        return
-    _only("OCI registries", {"move-tag": move_tag, "share-with": share_with, "sign": sign, "plain-http": plain_http})
-    from adapterkit.hub.push import push as verb
-
-    found = verb(ref, repo, private=private, tag=tag, create_pr=create_pr, base_id=base_id, replace_card=replace_card)
+    done = verb(**{name: getattr(request, name) for name in request.named})
     if as_json:
-        show_json(found)
+        show_json(done)
         return
-    for text in found.notes:
+    for text in (*done.notes, *([f"not published: {', '.join(done.left_out)}"] if done.left_out else [])):
         note(f"note: {text}")
-    if found.left_out:
-        note(f"note: not published: {', '.join(found.left_out)}")
-    for path in found.uploaded:
+    for path in done.uploaded:
         say(f"  {path}")
-    state = f"{len(found.uploaded)} files" if found.new else "was there already"
-    say(f"{found.pull_request or found.url}: {state}{f', tag {found.tag}' if found.tag else ''}")
+    say(_PUSHED[request.kind](done))
 
 
-def _pulled(done: OciPulled | BucketPulled, also: str, as_json: bool, more: dict[str, object]) -> None:
-    """Say what a pull from an OCI registry or a bucket brought."""
-    if as_json:
-        show_json(
-            {
-                "ref": done.record.ref,
-                "address": done.address,
-                "new": done.new,
-                "stored": done.stored,
-                "left_out": list(done.left_out),
-                **more,
-                "record": done.record.to_json(),
-            }
-        )
-        return
-    if done.left_out:
-        note(f"note: not fetched: {', '.join(done.left_out)}")
-    state = f"{size(done.stored)} stored" if done.new else "was there already"
-    say(f"{done.record.ref}: {done.address}, {len(done.record.files)} files; {state}{also}")
+def _on_the_hub(done: Any) -> str:
+    state = f"{len(done.uploaded)} files" if done.new else "was there already"
+    return f"{done.where}: {state}{f', tag {done.tag}' if done.tag else ''}"
 
 
-@click.command(name="pull", short_help="Bring a version from the Hub, an OCI registry or a bucket into the registry.")
-@click.argument("repo", metavar="ORG/NAME[@REVISION]|oci://HOST/NAME:TAG|s3://BUCKET/FOLDER[@TAG]")
-@click.option("--name", default="", help="The name to register it under; by default the repository's.")
-@click.option("--ignore-record", is_flag=True, help="Do not use the repository's adapterkit.json.")
-@click.option(
-    "--verify",
-    type=FILE,
-    metavar="KEY",
-    help="OCI: the artifact has to be signed for this public key.",
+def _in_oci(done: Any) -> str:
+    shared = f", {len(done.mounted) + len(done.kept)} there already" if done.mounted or done.kept else ""
+    state = f"{len(done.uploaded)} files sent ({size(done.sent)}){shared}" if done.new else "was there already"
+    return f"{done.where}: {state}{', signed' if done.signature else ''}"
+
+
+def _in_a_bucket(done: Any) -> str:
+    sent = f"{len(done.uploaded)} files sent ({size(done.sent)})" if done.uploaded else "was there already"
+    return f"{done.address}: {done.where}: {sent}{', tag set' if done.new else ''}"
+
+
+_PUSHED = {HUB: _on_the_hub, OCI: _in_oci, BUCKET: _in_a_bucket}
+
+
+@command_of(
+    PullRequest, name="pull", short_help="Bring a version from the Hub, an OCI registry or a bucket into the registry."
 )
-@click.option("--plain-http", is_flag=True, help=_PLAIN)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def pull(repo: str, name: str, ignore_record: bool, verify: Path | None, plain_http: bool, as_json: bool) -> None:
+def pull(request: PullRequest, as_json: bool) -> None:
     """Register what ORG/NAME holds at a revision, which is resolved to a commit first; every byte is checked.
 
     With oci://HOST/NAME:TAG (or @sha256:...) an artifact of an OCI registry; with s3://BUCKET/FOLDER@TAG (or @sha256:...) what
@@ -192,29 +84,22 @@ def pull(repo: str, name: str, ignore_record: bool, verify: Path | None, plain_h
       adapterkit pull oci://registry.example.com/adapters/mine:v1 --verify cosign.pub
       adapterkit pull s3://models/adapters/mine@v1
     """
-    if _in_store(repo):
-        _only("OCI registries", {"verify": verify, "plain-http": plain_http})
-        from adapterkit.bucket.pull import pull_bucket
+    from adapterkit.verbs.publish import pull as verb
 
-        _pulled(pull_bucket(repo, name=name, ignore_record=ignore_record), "", as_json, {})
-        return
-    if repo.startswith(_OCI):
-        from adapterkit.oci.pull import pull_oci
-
-        done = pull_oci(repo, name=name, ignore_record=ignore_record, key=verify, plain_http=plain_http)
-        _pulled(done, ", signed as asked" if done.signed else "", as_json, {"signed": done.signed})
-        return
-    _only("OCI registries", {"verify": verify, "plain-http": plain_http})
-    from adapterkit.hub.pull import pull as verb
-
-    found = verb(repo, name=name, ignore_record=ignore_record)
+    found: Any = verb(**{name: getattr(request, name) for name in request.named})
     record = found.record
     if as_json:
+        own = (
+            ("repo", "commit")
+            if request.kind == HUB
+            else ("address", "signed")
+            if request.kind == OCI
+            else ("address",)
+        )
         show_json(
             {
                 "ref": record.ref,
-                "repo": found.repo,
-                "commit": found.commit,
+                **{name: getattr(found, name) for name in own},
                 "new": found.new,
                 "stored": found.stored,
                 "left_out": list(found.left_out),
@@ -225,4 +110,6 @@ def pull(repo: str, name: str, ignore_record: bool, verify: Path | None, plain_h
     if found.left_out:
         note(f"note: not fetched: {', '.join(found.left_out)}")
     state = f"{size(found.stored)} stored" if found.new else "was there already"
-    say(f"{record.ref}: {found.repo}@{found.commit[:7]}, {len(record.files)} files; {state}")
+    where = f"{found.repo}@{found.commit[:7]}" if request.kind == HUB else found.address
+    signed = ", signed as asked" if request.kind == OCI and found.signed else ""
+    say(f"{record.ref}: {where}, {len(record.files)} files; {state}{signed}")

@@ -65,6 +65,11 @@ class Pushed:
     content: str
     notes: tuple[str, ...] = ()
 
+    @property
+    def where(self) -> str:
+        """The address of the pull request, or of the repository."""
+        return self.pull_request or self.url
+
 
 def push(
     ref: str,

@@ -48,6 +48,11 @@ class OciPushed:
     signature: str = ""
     notes: tuple[str, ...] = ()
 
+    @property
+    def where(self) -> str:
+        """The address that means this artifact for ever."""
+        return f"{self.address}@sha256:{self.digest}"
+
 
 def push_oci(
     ref: str,

@@ -58,9 +58,11 @@ def check(file: RecipeFile, steps: tuple[Step, ...]) -> None:
     Raises:
         RecipeError, UnsafeError, UsageError: one that cannot be.
     """
+    from adapterkit.places import HUB
     from adapterkit.recipe.steps import located
     from adapterkit.redaction import check_public
     from adapterkit.registry.names import check_alias, check_name, is_repo
+    from adapterkit.requests.publish import PushRequest
 
     for step in steps:
         register, push = step.asked.register, step.asked.push
@@ -74,7 +76,9 @@ def check(file: RecipeFile, steps: tuple[Step, ...]) -> None:
                     check_public(f"{key}={value}", f"the metadata '{key}'")
         if push is None:
             continue
-        if not is_repo(push.repo) or "/" not in push.repo:
+        with located(file, *at, "push"):
+            kind = PushRequest("", **vars(push)).kind
+        if kind == HUB and (not is_repo(push.repo) or "/" not in push.repo):
             file.fail((*at, "push"), f"'{push.repo}' is not a repository", "give it as org/name")
         if push.tag is not None and not re.fullmatch(r"[\w][\w./-]{0,127}", push.tag):
             file.fail((*at, "push", "tag"), f"'{push.tag}' cannot be a tag", "use letters, digits, '.', '_', '-'")
@@ -214,16 +218,16 @@ class After:
         return {"ref": record.ref, "digest": record.digest, "new": found.new, "alias": asked.alias}
 
     def _push(self, step: Step, done: Mapping[str, Any]) -> dict[str, Any]:
-        from adapterkit.hub.push import push
+        from adapterkit.hub.push import Pushed
+        from adapterkit.verbs.publish import push
 
         asked = step.asked.push
         assert asked is not None
         ref = done[REGISTER]["ref"] if REGISTER in done else str(step.out)
-        found = push(
-            ref, asked.repo, private=asked.private, tag=asked.tag, create_pr=asked.create_pr, base_id=asked.base_id
-        )
-        self._note(f"{step.name}: {found.pull_request or found.url}")
-        return {"repo": found.repo, "commit": found.commit, "url": found.pull_request or found.url, "new": found.new}
+        found = push(ref, **vars(asked))
+        self._note(f"{step.name}: {found.where}")
+        exact = {"commit": found.commit} if isinstance(found, Pushed) else {"digest": found.digest}
+        return {"repo": asked.repo, "url": found.where, "new": found.new, **exact}
 
 
 def page_of(file: RecipeFile, name: str) -> Path:

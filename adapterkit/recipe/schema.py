@@ -137,7 +137,7 @@ class Registration:
 
 @dataclass(frozen=True)
 class Publication:
-    """A repository on the Hub."""
+    """A remote: a repository on the Hub, of an OCI registry, or a folder of a bucket; the keys are the options of `push`."""
 
     SHORT: ClassVar[str] = "repo"
     repo: str
@@ -145,6 +145,10 @@ class Publication:
     tag: str | None = None
     create_pr: bool = False
     base_id: str = ""
+    replace_card: bool = False
+    move_tag: bool = False
+    share_with: tuple[str, ...] = ()
+    plain_http: bool = False
 
 
 @dataclass(frozen=True)

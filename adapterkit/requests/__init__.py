@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def every() -> tuple[type[Request], ...]:
     """The request of each verb."""
-    from adapterkit.requests import adapters, check, convert, evaluate, merge, register, verify, workers
+    from adapterkit.requests import adapters, check, convert, evaluate, merge, publish, register, verify, workers
 
     return (
         merge.MergeRequest,
@@ -26,6 +26,8 @@ def every() -> tuple[type[Request], ...]:
         check.CheckRequest,
         verify.VerifyRequest,
         register.RegisterRequest,
+        publish.PushRequest,
+        publish.PullRequest,
         workers.RunRequest,
         evaluate.EvaluateRequest,
     )

@@ -39,6 +39,7 @@ def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path, Plan]
         UsageError: workers were asked for, and the plan has no parts.
     """
     if request.save_plan is not None:
+        _check_saved(request)
         for path, plan in (plans or {Path(request.save_plan): job.plan}).items():
             disk.deliver(path, plan.to_json().encode())
     if not request.writes:
@@ -70,6 +71,21 @@ def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path, Plan]
     spent = time.monotonic() - started
     measured = Measured(spent, peak, tally.reused, job.plan, {}, notes, moved=Moved(**tally.moved) + moved())
     return job.report(measured)
+
+
+def _check_saved(request: Any) -> None:
+    """Refuse what a saved plan does not hold, so that nobody who executes it misses it.
+
+    Raises:
+        UsageError: something beside the output, or a measurement of it.
+    """
+    for name in ("mmproj", "server", "attest", "fidelity", *LIMITS):
+        asked = getattr(request, name, None)
+        if asked is not None and asked is not False:  # a limit of 0 is one
+            raise UsageError(
+                f"a saved plan makes the output alone, without what {option(name, asked)} asks for",
+                f"leave out {option('save_plan')}, or ask for it when the output is there",
+            )
 
 
 def _check(job: Job, request: Any) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import pytest
 from hub_writes import TOKEN, WritableHub, writable_hub  # noqa: F401  (the fixture hub)
 from models import plain_adapter, plain_base, read_bytes
 
-from adapterkit.errors import AuthError, CheckFailed, NotFound
+import adapterkit
+from adapterkit.errors import AuthError, CheckFailed, NotFound, UsageError
 from adapterkit.recipe.report import AGAIN, UNCHANGED
 from adapterkit.recipe.run import build, plan_build
 
@@ -112,6 +115,27 @@ def test_what_was_made_is_pushed_once(hub: WritableHub, recipe: Path) -> None:
     again = build(recipe, locked=True)
     assert [call for call in hub.calls if call.method != "GET"] == []
     assert again.outputs[0].after == after
+
+
+def test_a_remote_of_another_kind(hub: WritableHub, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a recipe pushes to an OCI registry is what `pull` brings from there."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "oci"))
+    from memory_registry import answer_in_memory
+
+    answer_in_memory("127.0.0.1:5000", monkeypatch)
+    there = "oci://127.0.0.1:5000/team/styled:v1"
+    recipe.write_text(RECIPE + f'register = "styled"\npush = {{repo = "{there}", private = true}}\n')
+    with pytest.raises(UsageError, match=r"private=True is for the Hub, and oci://.* is not"):
+        plan_build(recipe)
+    recipe.write_text(RECIPE + f'register = "styled"\npush = "{there}"\n')
+    done = build(recipe).outputs[0].after["push"]
+    assert done["url"] == f"{there}@sha256:{done['digest']}"
+    home = recipe.parent / "elsewhere"
+    pulled = adapterkit.pull(done["url"], home=home).record
+    made = read_bytes(recipe.parent / "build/merged")
+    assert {file.sha256 for file in pulled.files} >= {
+        hashlib.sha256(data).hexdigest() for name, data in made.items() if name.endswith(".safetensors")
+    }
 
 
 def test_what_does_not_verify_is_not_pushed(hub: WritableHub, recipe: Path) -> None:

@@ -17,13 +17,22 @@ import adapterkit
 from adapterkit.cli import app
 from adapterkit.errors import UsageError
 from adapterkit.recipe.parse import key_of
-from adapterkit.recipe.schema import AdapterChoice, BaseChoice, OutputTable, Registration, VerifyTable, known_options
+from adapterkit.recipe.schema import (
+    AdapterChoice,
+    BaseChoice,
+    OutputTable,
+    Publication,
+    Registration,
+    VerifyTable,
+    known_options,
+)
 from adapterkit.requests.adapters import CombineRequest, ExtractRequest, ResizeRequest
 from adapterkit.requests.check import CheckRequest
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.requests.evaluate import EvaluateRequest
 from adapterkit.requests.merge import MergeRequest
 from adapterkit.requests.option import BYTES, INPUT, VALUES, Option, Request, default_of, flag_of
+from adapterkit.requests.publish import PullRequest, PushRequest
 from adapterkit.requests.register import RegisterRequest
 from adapterkit.requests.verify import VerifyRequest
 from adapterkit.requests.workers import RunRequest
@@ -39,9 +48,11 @@ REQUESTS: dict[str, type[Request]] = {
     "check": CheckRequest,
     "run": RunRequest,
     "evaluate": EvaluateRequest,
+    "push": PushRequest,
+    "pull": PullRequest,
 }
 # Verbs that no step of a recipe is: their options have no place there.
-NO_STEP = {"extract", "resize", "check", "run", "evaluate"}
+NO_STEP = {"extract", "resize", "check", "run", "evaluate", "pull"}
 OPTIONS = [(verb, name) for verb, request in REQUESTS.items() for name in request.options()]
 
 
@@ -76,12 +87,13 @@ def test_an_option_is_a_key_of_a_recipe(verb: str, name: str) -> None:
     tables = {"base": BaseChoice, "adapters": AdapterChoice, "verify": VerifyTable, "output": OutputTable}
     if verb == "verify" and option.role in (INPUT, VALUES):
         return  # a step is verified with the options of the merge that made it
-    if "recipe" in option.elsewhere or (verb == "register" and option.role == INPUT):
+    if "recipe" in option.elsewhere or (verb in ("register", "push") and option.role == INPUT):
         return
     table, _, key = option.recipe.partition(".")
     assert table, f"{name} of {verb} is no key of a recipe, and gives no reason"
-    if table == "register":
-        assert key in {key_of(one) for one in vars(Registration)["__dataclass_fields__"].values()}
+    if table in ("register", "push"):
+        of = Registration if table == "register" else Publication
+        assert key in {key_of(one) for one in vars(of)["__dataclass_fields__"].values()}
         return
     fields = vars(tables[table])["__dataclass_fields__"].values() if table in tables else ()
     assert key in known_options(table) or key in {key_of(one) for one in fields}
