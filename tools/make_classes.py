@@ -4,8 +4,9 @@ The facts come from the installed ``transformers`` (Apache-2.0), and where it is
 version 4 (``--older PYTHON``), for what a folder means differs between the two:
 
 * tasks: task type (as PEFT names it, or the auto class's own) -> model type -> class, from the auto classes;
-* heads: what each of these classes has beside its base model (a name that ends with a dot is a whole module), and which
-  dimensions count labels or tokens, from models on the meta device built with two numbers of labels and two vocabularies;
+* heads: what each of these classes has beside its base model (a name that ends with a dot is a whole module), which modules of
+  its base model another base model of the type may be without (``inner``), and which dimensions count labels or tokens, from
+  models on the meta device built with two numbers of labels and two vocabularies;
 * flags: config keys other than ``tie_word_embeddings`` that decide whether embeddings are tied, from the config classes;
 * untie: what else a class does with that flag. Every class that ties is built twice with the same numbers, tied and not,
   and run: the factor between both outputs, what stays tied although the flag is off, and tied parameters that have
@@ -28,6 +29,7 @@ import re
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,7 @@ TASKS = {
     "table-question-answering": "MODEL_FOR_TABLE_QUESTION_ANSWERING_MAPPING_NAMES",
 }
 FLAG = "tie_word_embeddings"
+POOLER = {"pooler."}  # a base model may be saved without one (``add_pooling_layer=False``) even if all classes have it
 MOST = 20_000_000  # parameters of a model that is run
 
 
@@ -176,6 +179,7 @@ def heads(names: set[str]) -> dict[str, dict[str, Any]]:
     import transformers
 
     found: dict[str, dict[str, Any]] = {}
+    held: dict[str, dict[str, set[str]]] = {}
     for name in sorted(names):
         cls = getattr(transformers, name, None)
         if cls is None:
@@ -202,7 +206,21 @@ def heads(names: set[str]) -> dict[str, dict[str, Any]]:
         lookups = embedded(cls) if tokens and not own else set()
         row["tokens"] = [one for one in tokens if (one[0] not in lookups if not own else holds(own, one[0]))]
         found[name] = {key: value for key, value in row.items() if value}
+        if prefix:
+            held.setdefault(row["type"], {})[name] = inside_of(every, prefix)
+    for several in held.values():
+        always = set.intersection(*several.values())
+        for name, modules in several.items():
+            inner = modules - always | modules & POOLER
+            if inner and "labels" in found[name]:
+                found[name]["inner"] = sorted(inner)
     return found
+
+
+def inside_of(every: Iterable[str], prefix: str) -> set[str]:
+    """The modules of a base model, each with a dot behind."""
+    rest = [key.removeprefix(f"{prefix}.") for key in every if key.startswith(f"{prefix}.")]
+    return {one.partition(".")[0] + "." for one in rest if "." in one} - {"shared."}  # tied to what the others look up
 
 
 def flags() -> dict[str, list[str]]:

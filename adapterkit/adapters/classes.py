@@ -55,6 +55,8 @@ class Head:
         labels, tokens: which dimensions count ``num_labels``, and those outside the base model that count ``vocab_size``.
         partly: of ``own`` only what is counted is known, and whether there is a base model inside is not: some classes
             have its parts in themselves (SigLIP), some have more of their own than the table holds (DPT).
+        inner: modules of its base model that another base model of the type may be without, each with a dot behind: the
+            pooler of BERT for classification.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Head:
     labels: tuple[Counted, ...]
     tokens: tuple[Counted, ...]
     partly: bool = False
+    inner: frozenset[str] = frozenset()
 
     def has(self, parameter: str) -> bool:
         """Whether a parameter stands outside of the base model."""
@@ -79,7 +82,7 @@ def head(name: str) -> Head | None:
     partly = not own
     if partly:
         own = frozenset(one.parameter for one in (*labels, *tokens))
-    return Head(name, row.get("prefix", ""), own, labels, tokens, partly)
+    return Head(name, row.get("prefix", ""), own, labels, tokens, partly, frozenset(row.get("inner", ())))
 
 
 def class_for(task: str, model_type: str) -> str | None:

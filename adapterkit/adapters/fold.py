@@ -11,7 +11,7 @@ from adapterkit.adapters.change import Checked
 from adapterkit.adapters.composed import composed_edits, separate_note
 from adapterkit.adapters.edits import adapter_edits, settle
 from adapterkit.adapters.embeddings import check_embeddings
-from adapterkit.adapters.heads import Brought, brought, prefixed, prefixes
+from adapterkit.adapters.heads import Brought, brought, prefixed, prefixes, unheld
 from adapterkit.adapters.merged import Applied, Loaded, Merged, StoredWeights, merged_columns
 from adapterkit.adapters.names import Names
 from adapterkit.adapters.orientation import orientation_notes
@@ -47,6 +47,7 @@ class Folded:
         head: what adapters that bring a head say of the merged model.
         notes: what a user should know.
         flag_off: the config may no longer say that embeddings are tied.
+        unheld: what the merged model's class has and nothing holds; "" where that is nothing.
     """
 
     checkpoint: Checkpoint
@@ -57,6 +58,7 @@ class Folded:
     head: Brought
     notes: tuple[str, ...]
     flag_off: bool = False
+    unheld: str = ""
 
 
 def fold(
@@ -153,9 +155,10 @@ def fold(
     checkpoint = replace(base, tensors=merged, shards=shards)
     resized = [(base[n].shape[0], merged[n].shape[0]) for n in by_tensor if n in base and _resized(base[n], merged[n])]
     vocab = resized[0] if resized and head.labels is None else None
-    every = (*notes, *settled.notes, *head.notes)
+    lost = unheld(head, adapters, base.config, merged, names)
+    every = (*notes, *settled.notes, *head.notes, *((lost,) if lost else ()))
     touched = (*by_tensor, *(name for name in settled.factors if name not in by_tensor))
-    return Folded(checkpoint, touched, tuple(added), vocab, settled.untied, head, every, settled.flag_off)
+    return Folded(checkpoint, touched, tuple(added), vocab, settled.untied, head, every, settled.flag_off, lost)
 
 
 def _ruled(

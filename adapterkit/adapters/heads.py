@@ -157,6 +157,47 @@ def _unknown(added: Sequence[str], was: str | None) -> tuple[str, ...]:
     )
 
 
+def unheld(
+    found: Brought, adapters: Sequence[Adapter], config: Mapping[str, Any], held: Iterable[str], names: Names
+) -> str:
+    """What the class with a head has and neither the base nor the adapters hold, in one sentence; "" where that is nothing.
+
+    Training had it too, filled with random numbers that were saved nowhere.
+
+    Args:
+        held: every tensor of the merged model.
+    """
+    trained = [
+        name
+        for adapter in adapters
+        if adapter.config.get("auto_mapping") or adapter.config.get("task_type") in _NAMED_ALIKE
+        if (name := trained_class(adapter, config)) is not None
+    ]
+    one = next((row for name in (found.name, *trained, base_class(config)) if name and (row := head(name))), None)
+    if one is None or not one.labels:
+        return ""
+    lead = one.prefix + "." if one.prefix else ""
+    every = {name.removeprefix(lead) for name in (*held, *names.parameters())}
+    wanted = [*sorted(one.own), *(lead + module for module in sorted(one.inner))]
+    lost = [
+        name
+        for name in wanted
+        if not _held(name.removeprefix(lead), every)
+        and names.tied(f"{name}weight" if name.endswith(".") else name) is None
+    ]
+    if not lost:
+        return ""
+    modules = list(dict.fromkeys(name.rstrip(".") if name.endswith(".") else name.partition(".")[0] for name in lost))
+    return (
+        f"{one.name} has {', '.join(modules)}, which neither the base nor the adapter holds: what loads it fills that "
+        "with random numbers, as training did without saving them (train it, or save it, with modules_to_save)"
+    )
+
+
+def _held(name: str, every: set[str]) -> bool:
+    return any(one.startswith(name) for one in every) if name.endswith(".") else name in every
+
+
 def _sizes(start: Brought, one: Head, found: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> Brought:
     labels = {n for c in one.labels if c.parameter in found and (n := c.number(found[c.parameter])) is not None}
     tokens = {n for c in one.tokens if c.parameter in found and (n := c.number(found[c.parameter])) is not None}

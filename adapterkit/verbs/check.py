@@ -322,7 +322,13 @@ def _made_from(base: Checkpoint, said: str) -> bool:
 
 
 def _consequences(adapter: Adapter, folded: Folded, notes: Sequence[str], base: Checkpoint) -> list[Diagnostic]:
-    found = [Diagnostic(NOTE, "merge", base.ref if note in base.notes else adapter.ref, note) for note in notes]
+    found = [
+        Diagnostic(NOTE, "merge", base.ref if note in base.notes else adapter.ref, note)
+        for note in notes
+        if note != folded.unheld
+    ]
+    if folded.unheld:
+        found.append(Diagnostic(WARNING, "random", adapter.ref, folded.unheld))
     if folded.vocab is not None:
         old, new = folded.vocab
         found.append(Diagnostic(NOTE, "vocabulary", adapter.ref, f"the vocabulary changes from {old} to {new} rows"))
