@@ -162,7 +162,8 @@ def _decoder(
     bits = packed.dtype.bits
     stored = -(-((state.count + 1) // 2) * 8 // bits)  # elements of the storage dtype
 
-    empty = bool((scales == 0).any())
+    # A nested scale may come out as zero where the block's own was only small.
+    empty = nested is None and bool((scales == 0).any())
 
     def decode(start: int, stop: int) -> torch.Tensor:
         codes = packed.read(start * 4 // bits, min(-(-stop * 4 // bits), stored)).view(torch.uint8)

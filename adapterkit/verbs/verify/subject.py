@@ -428,10 +428,13 @@ def _gguf_of_folder(
     from adapterkit.adapters.fold import fold
     from adapterkit.adapters.sidecars import patched_config, side_files
     from adapterkit.bases import open_base
+    from adapterkit.gguf.arch.dense_modules import with_dense
     from adapterkit.gguf.arch.model import as_gguf
     from adapterkit.verbs.verify.expected import of_base
 
     opened, values = open_base(base, base16=asked.base16, trained=asked.trained)
+    if asked.dense_modules:
+        opened = with_dense(opened)
     folded = fold(opened, adapters, asked.adapter_weights, **_how(asked))
     files, _ = side_files(opened, folded, adapters, None)
     said: dict[str, Any] = {"config": patched_config(opened, folded, adapters, None), "files": files}
