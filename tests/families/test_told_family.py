@@ -8,6 +8,7 @@ diffusers' class must tell the one it names, and the published sizes of one fami
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -210,12 +211,15 @@ def test_a_file_alone(case: str, tmp_path: Path) -> None:
     path, size, said, to, wanted = FILES[case]
     file = lora(tmp_path / "lora.safetensors", {path: size}, said)
     out = tmp_path / "out.safetensors"
+    family = adapterkit.inspect(file).details["family"]
     if " or " in wanted or "," in wanted:
+        assert re.match(wanted, family)
         with pytest.raises(UnsupportedAdapter, match=f"may be of {wanted}"):
             adapterkit.convert(file, out, to=to)
         assert not out.exists()
         return
     report = adapterkit.convert(file, out, to=to)
+    assert " or " not in family
     lead = {"comfyui": "diffusion_model.", "diffusers": "transformer."}[to]
     assert {key.rpartition(".lora_")[0] or key.removesuffix(".alpha") for key in load_file(out)} == {lead + wanted}
     assert any("is read as" in note for note in report.notes) == (case != "Wan")
@@ -240,3 +244,11 @@ def test_pefts_config_names_the_class(tmp_path: Path) -> None:
     adapterkit.convert(folder, tmp_path / "out.safetensors", to="comfyui")
     found = {key.partition(".lora_")[0].removesuffix(".alpha") for key in load_file(tmp_path / "out.safetensors")}
     assert found == {f"diffusion_model.single_layers.0.attn.w1{x}" for x in "qkv"}
+
+
+def test_a_file_of_a_language_model_is_of_no_family(tmp_path: Path) -> None:
+    """Loose PEFT keys, whose names ACE-Step has too."""
+    names = [f"base_model.model.model.layers.0.self_attn.{x}_proj" for x in "qkvo"]
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, 16) for name in names}
+    save_file(tensors | {f"{name}.lora_B.weight": torch.ones(16, 2) for name in names}, tmp_path / "lora.safetensors")
+    assert "family" not in adapterkit.inspect(tmp_path / "lora.safetensors").details
