@@ -13,7 +13,6 @@ from adapterkit.errors import UsageError
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
 STORES = ("s3", "gs", "az")
 """Schemes of object stores: Amazon S3 and what speaks like it, Google Cloud Storage, Azure Blob Storage."""
-WRITTEN = ("s3", "gs", "az")
 HUB = "hf"
 OCI = "oci"
 BUCKET = "bucket"
@@ -137,11 +136,6 @@ def writable(place: str | Path | Address, what: str) -> Path | Address:
     if address is None:
         assert not isinstance(place, Address)
         return Path(local(place, what))
-    if address.scheme not in WRITTEN:
-        raise UsageError(
-            f"{what} is {address}, and {address.scheme}:// is read, and not written here",
-            "write to s3://, or to a folder and copy that to the store with its own tool",
-        )
     if not address.key:
         raise UsageError(f"{what} is {address}, a whole bucket", f"name a folder in it, as {address}/merged")
     return address

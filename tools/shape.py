@@ -37,7 +37,7 @@ REASONS: dict[str, tuple[str, ...]] = {
         "integrations/transformers.py:RegisterCallback.__init__",
     ),
     "writes outputs abreast: how, in keywords with defaults, which callers give by name": (
-        "checkpoint/write.py:write_together",
+        *("checkpoint/parts.py:finish_parts", "checkpoint/write.py:write_together"),
     ),
     "writes one record or line: each parameter is a field of it, given by name": (
         *("provenance/record.py:recorder", "registry/refs.py:move"),

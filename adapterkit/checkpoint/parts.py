@@ -179,11 +179,13 @@ def finish_parts(
     force: bool = False,
     record: Callable[[Path], Mapping[str, bytes]] | None = None,
     parts: Sequence[PlanPart] | None = None,
+    first: Callable[[], None] = lambda: None,
 ) -> None:
     """Make the target once every part is done.
 
     Args:
         parts: as the caller counts them, for the error that names those that are missing; by default one a file.
+        first: called when all parts are known to be done, before the target has its name.
 
     Raises:
         OutputError: parts are missing, or belong to another plan.
@@ -198,6 +200,7 @@ def finish_parts(
         if missing:
             raise OutputError(f"{out}: parts {', '.join(missing[:8])} are not done", "execute them, then finish again")
         _check_inputs(_notes(plan, folder))
+        first()
         finish(Writing(plan, {}, (), out, side_files, record), folder, force=force)
 
 

@@ -79,6 +79,8 @@ def write_to_stores(
 def store_memory(plan: Plan, out: Path | Address, jobs: int) -> int:
     """Bytes of memory beyond a plan's estimate: what is read ahead from a store, and what is on its way to one."""
     sent = max((sent_at_once(file) for file in plan.files), default=0) if isinstance(out, Address) else 0
+    if isinstance(out, Address) and out.scheme != "s3":
+        sent *= 2  # a part, and the request that it becomes
     return window_memory(plan.inputs, jobs) + jobs * sent
 
 

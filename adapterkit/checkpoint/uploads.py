@@ -8,7 +8,7 @@ from datetime import datetime, timedelta, timezone
 
 from adapterkit.checkpoint.store_out import CLAIM, NOTE
 from adapterkit.errors import UsageError
-from adapterkit.places import WRITTEN, address_of
+from adapterkit.places import address_of
 from adapterkit.stores.connect import open_store
 from adapterkit.stores.store import StoredObject
 
@@ -47,7 +47,7 @@ def sweep_uploads(address: str, *, keep_days: float = 1.0, apply: bool = False) 
         AuthError, NotFound, StoreError
     """
     place = address_of(address)
-    if place is None or place.scheme not in WRITTEN:
+    if place is None:
         raise UsageError(f"{address} has no uploads", "give an address like s3://bucket/folder")
     store = open_store(place)
     if not store.keeps_uploads:

@@ -63,7 +63,9 @@ def fsck(repair: bool, reindex: bool, part: tuple[int, int], as_json: bool) -> i
 @click.option("--recipes", is_flag=True, help="Say what keeping versions as their recipes would save; free nothing.")
 @click.option("--keep-days", type=click.FloatRange(0), help="Keep what is younger; 14 by default, 1 for uploads.")
 @click.option(
-    "--uploads", metavar="ADDRESS", help="Uploads that runs to s3://bucket/folder left, instead of the registry."
+    "--uploads",
+    metavar="ADDRESS",
+    help="Uploads that runs to s3://bucket/folder (or gs://) left, instead of the registry.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def gc(apply: bool, recipes: bool, keep_days: float | None, uploads: str | None, as_json: bool) -> None:

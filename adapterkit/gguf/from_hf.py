@@ -16,6 +16,7 @@ from adapterkit.gguf.grids import on_four_bits
 from adapterkit.gguf.plan import FileLayout
 from adapterkit.gguf.quantize import GRID_BITS, Quantization, TypeInputs, typed_from
 from adapterkit.gguf.tensors import bits_per_weight, importance_of, round_trip
+from adapterkit.gguf.towers.rows import has_tower
 from adapterkit.gguf.types import TYPES
 
 if TYPE_CHECKING:
@@ -113,10 +114,9 @@ def from_hf(
     asked, now, kept = _packed(model, asked, touched, view)
     if model.config.has_vision and model.mapped.dropped and not elsewhere:
         count = len(model.mapped.dropped)
-        kept.append(
-            f"the text part alone: {count} other tensors belong in an mmproj file, which "
-            f"{option('mmproj', 'auto')} makes beside it"
-        )
+        made = f"{option('mmproj', 'auto')} makes beside it"
+        where = made if has_tower(config) else "is published beside the base (none is made of this class)"
+        kept.append(f"the text part alone: {count} other tensors belong in an mmproj file, which {where}")
     wider = None
     if too_lossy is not None:
         wider = frozenset(one for name in too_lossy for one in model.mapped.sources.get(name, ()))

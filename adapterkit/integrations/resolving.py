@@ -39,8 +39,8 @@ class ResolvedAdapter:
 
 
 def sources_of(text: str) -> tuple[str, ...]:
-    """Where adapters may come from, with commas between: ``registry``, ``oci://host/prefix``, ``s3://bucket/prefix``,
-    ``hub:org``.
+    """Where adapters may come from, with commas between: ``registry``, ``oci://host/prefix``, ``s3://bucket/prefix`` (or
+    ``gs://``, ``az://``), ``hub:org``.
 
     Raises:
         UsageError: something else.
@@ -48,9 +48,8 @@ def sources_of(text: str) -> tuple[str, ...]:
     found = tuple(part.strip() for part in text.split(",") if part.strip())
     for part in found:
         hub = part.startswith("hub:") and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", part[4:])
-        bucket = part.startswith("s3://") and is_bucket(part)
-        if part != REGISTRY and not part.startswith("oci://") and not bucket and not hub:
-            hint = "use registry, oci://host/prefix, s3://bucket/prefix or hub:org"
+        if part != REGISTRY and not part.startswith("oci://") and not is_bucket(part) and not hub:
+            hint = "use registry, oci://host/prefix, s3://bucket/prefix (gs://, az://) or hub:org"
             raise UsageError(f"'{part}' is no place for adapters", hint)
     return found
 

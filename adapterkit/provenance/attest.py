@@ -18,6 +18,7 @@ Formats: in-toto attestation framework v1 (Statement, ResourceDescriptor, Digest
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def attest(path: str | Path, inputs: Iterable[str | Path] = (), *, strict: bool 
         OutputError: the statement cannot be written.
     """
     out = Path(local(path, "what is attested")).expanduser()
-    if not out.exists():
+    if not out.exists() and not parts_of(out):
         raise NotFound(f"{out} does not exist", "give the folder or file that was made")
     record = read_beside(out)
     if record is None:
@@ -230,5 +231,15 @@ def _place(ref: str | Path) -> Path:
     raise NotFound(f"{ref} is not here", "give the path of the input, or leave it out: the record names it")
 
 
+def parts_of(out: Path) -> list[Path]:
+    """The files of a set that was written in the place of one GGUF file, ``OUT-00001-of-00003.gguf``."""
+    numbered = re.compile(re.escape(out.stem) + r"-\d{5}-of-\d{5}" + re.escape(out.suffix))
+    if out.suffix != ".gguf" or not out.parent.is_dir():
+        return []
+    return sorted(path for path in out.parent.iterdir() if numbered.fullmatch(path.name))
+
+
 def _files(path: Path) -> list[FileEntry]:
+    if not path.exists():
+        return [entry(part.name, part) for part in parts_of(path)]
     return [entry(inside, real) for inside, real in gather(path).files]

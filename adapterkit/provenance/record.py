@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -98,7 +99,8 @@ def recorder(
 
 def _ggufs(folder: Path | Listing) -> list[str]:
     names = [path.name for path in folder.iterdir()] if isinstance(folder, Path) else folder.names
-    return [name for name in names if name.endswith(".gguf")]
+    # What runs note in the hidden folder begins with a dot, and may end with the name of a file.
+    return [name for name in names if name.endswith(".gguf") and not name.startswith(".")]
 
 
 def _nbytes(listing: Listing) -> int:
@@ -117,14 +119,31 @@ def _finished(folder: Path | Listing, parts: Sequence[str]) -> Checkpoint:
 
 
 def _entries(folder: Path | Listing, name: str) -> tuple[FileEntry, ...]:
-    """Every file, hashed; one GGUF file alone by the name that it will have."""
+    """Every file, hashed; an output that is one file, or a set of parts, by the names that it will have."""
     if isinstance(folder, Path):
         found = gather(folder).files
-        alone = name if len(found) == 1 and found[0][0].endswith(".gguf") else ""
-        return tuple(entry(alone or path, real) for path, real in found)
+        called = _called([path for path, _ in found], name)
+        return tuple(entry(called(path), real) for path, real in found)
     listed = gather_listed(folder)
-    alone = name if len(listed) == 1 and listed[0][0].endswith(".gguf") else ""
-    return tuple(FileEntry(alone or path, source.size, _hashed(source)) for path, source in listed)
+    called = _called([path for path, _ in listed], name)
+    return tuple(FileEntry(called(path), source.size, _hashed(source)) for path, source in listed)
+
+
+_PART = re.compile(r"model(-\d{5}-of-\d{5}\.gguf)")  # in the hidden folder
+
+
+def _called(paths: Sequence[str], name: str) -> Callable[[str], str]:
+    """What a file of the hidden folder is called when it is in its place.
+
+    Args:
+        name: of an output that is a file, or a set of parts; else none.
+    """
+    suffix = Path(name).suffix
+    if suffix not in (".gguf", ".safetensors"):
+        return lambda path: path
+    if len(paths) == 1 and paths[0].endswith(suffix):
+        return lambda path: name
+    return lambda path: _PART.sub(lambda found: Path(name).stem + found[1], path)
 
 
 _LEVELS = ("shapes", "skeleton", "probe", "sampled", "merkle")

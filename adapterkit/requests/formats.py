@@ -42,7 +42,10 @@ class Format:
 
 _SHARDS = frozenset({"max_shard_size"})
 _SAID = frozenset({"model_name", "metadata", "override_kv"})
-_GGUF = frozenset({"pre", "mmproj", "allow_approximate", "as_reranker", "prune_layers", "vocab_only"}) | _SAID
+_GGUF = (
+    frozenset({"pre", "mmproj", "allow_approximate", "as_reranker", "dense_modules", "prune_layers", "vocab_only"})
+    | _SAID
+)
 _TYPES = frozenset(
     {"quant", "imatrix", "pure", "tensor_types", "output_type", "token_embd_type", "leave_output", "yes_lossy"}
     | {"tensor_type_file", "include_weights", "exclude_weights"}

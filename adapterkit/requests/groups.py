@@ -500,6 +500,13 @@ class GGUFOutput(Request):
             FLAG, role=VALUES, group=GGUF_TYPES, recipe="output.as-reranker",
         ),
     )  # fmt: skip
+    dense_modules: bool = field(
+        default=False,
+        metadata=opt(
+            "Of an EmbeddingGemma: the Dense layers of sentence-transformers after the pooling, too.", FLAG, role=VALUES,
+            flag="--sentence-transformers-dense-modules", group=GGUF_TYPES, recipe="output.dense-modules",
+        ),
+    )  # fmt: skip
     mmproj: Ref | None = field(
         default=None,
         metadata=opt(

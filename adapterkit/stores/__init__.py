@@ -1,6 +1,7 @@
 """Object stores: what is asked of one, counted, tried again, and told in one sentence when it fails.
 
-Reading needs obstore; writing to S3 also boto3, for parts that the store copies by itself. Both are in the extra `stores`.
-Modules: `meter` (what was moved), `faults` (what an answer means), `store` (what every store does), `objects` (any store,
-through obstore), `s3` (S3's own uploads), `connect` (credentials and endpoints, which stay there).
+S3 is read through obstore and written through boto3, which knows uploads of copied parts; Google is asked by its JSON API with
+google-auth's tokens, Azure through its own client. All are in the extra `stores`.
+Modules: `meter` (what was moved), `faults` (what an answer means), `store` (what every store does), `objects` (what obstore
+does), `s3`, `http` and `gcs`, `azure`, `connect` (credentials and endpoints, which stay there).
 """

@@ -101,6 +101,10 @@ def _google(root: Address, http: Any) -> Callable[[bool], str] | None:
     try:
         found, _ = google.auth.default(scopes=["https://www.googleapis.com/auth/devstorage.read_write"])
     except google.auth.exceptions.DefaultCredentialsError:
+        if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS"):  # named on purpose: not to be asked as anybody
+            raise UsageError(
+                "what GOOGLE_APPLICATION_CREDENTIALS names holds no credentials of Google", "correct it, or unset it"
+            ) from None
         return None
     lock, asking = threading.Lock(), google.auth.transport.urllib3.Request(http.pool)
 

@@ -14,6 +14,7 @@ from adapterkit.checkpoint.plan import default_jobs, parse_size
 from adapterkit.errors import OutputError, UsageError, option
 from adapterkit.places import here
 from adapterkit.requests.groups import LIMITS
+from adapterkit.requests.option import RUN
 from adapterkit.requests.workers import LOCAL, RAY, WRITTEN_JOBS, parse_rate
 from adapterkit.stores.meter import Moved, moved
 from adapterkit.verbs.job import Job, Measured, peak_memory, run, show
@@ -36,11 +37,10 @@ def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path, Plan]
 
     Raises:
         OutputError: the plan cannot be written.
-        UsageError: workers were asked for, and the plan has no parts.
+        UsageError: workers were asked for, and the plan has no parts; or a plan is saved with what it cannot hold.
     """
     if request.save_plan is not None:
-        _check_saved(request)
-        for path, plan in (plans or {Path(request.save_plan): job.plan}).items():
+        for path, plan in _with_the_rest(plans or {Path(request.save_plan): job.plan}, request).items():
             disk.deliver(path, plan.to_json().encode())
     if not request.writes:
         report = show(job, started)
@@ -59,33 +59,39 @@ def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path, Plan]
             pass  # what an earlier run left goes
     try:
         tally = by_workers(opened, request)
-        tower = run(list(job.also), workers=request.jobs, resume=request.resume) if job.also else []
-        opened.close(force=job.force)
+        beside = opened.close(force=job.force)
     except BaseException:
         if not request.resume:
             _discard(opened)
         raise
-    notes = (*(note for one in job.beside for note in one.write()), tally.summary)
-    del tower
+    notes = (*beside, tally.summary)
     peak = max(tally.peak_memory, peak_memory())
     spent = time.monotonic() - started
     measured = Measured(spent, peak, tally.reused, job.plan, {}, notes, moved=Moved(**tally.moved) + moved())
     return job.report(measured)
 
 
-def _check_saved(request: Any) -> None:
-    """Refuse what a saved plan does not hold, so that nobody who executes it misses it.
+def _with_the_rest(plans: Mapping[Path, Plan], request: Any) -> dict[Path, Plan]:
+    """Plans with what was asked for beside their output. Of several, the tower's file stands beside the first.
 
     Raises:
-        UsageError: something beside the output, or a measurement of it.
+        UsageError: something is measured while the values pass, which no plan does.
     """
-    for name in ("mmproj", "server", "attest", "fidelity", *LIMITS):
-        asked = getattr(request, name, None)
-        if asked is not None and asked is not False:  # a limit of 0 is one
-            raise UsageError(
-                f"a saved plan makes the output alone, without what {option(name, asked)} asks for",
-                f"leave out {option('save_plan')}, or ask for it when the output is there",
-            )
+    from adapterkit.verbs.execute import REST, RESTS
+
+    asked, run = request.given(), request.given(RUN)
+    measured = next((name for name in ("fidelity", *LIMITS) if name in run), None)
+    if measured is not None:
+        raise UsageError(
+            f"{option(measured)} is measured while one process writes, which a plan does not say",
+            f"leave out {option('save_plan')}, or verify the output",
+        )
+    rest = {name: str(asked[name]) if isinstance(asked[name], Path) else asked[name] for name in RESTS if name in asked}
+    found: dict[Path, Plan] = {}
+    for path, plan in plans.items():
+        found[path] = replace(plan, request={**plan.request, REST: rest}) if rest else plan
+        rest = {name: value for name, value in rest.items() if name != "mmproj"}
+    return found
 
 
 def _check(job: Job, request: Any) -> None:

@@ -171,13 +171,13 @@ def _recorder(planned: Conversion, src: Any, request: ConvertRequest) -> Recorde
         stated = parameters_of({**dict(sorted(asked.items())), **planned.plan.request})
         parameters = {"to": planned.to, **stated}
         out = request.target
+        name = "" if out is None else out.name
         if not model:
             method = "lora" if request.plain else ""
-            name = "" if out is None else out.name
             return recorder("convert", "adapter", parameters, parents, method=method, name=name)(folder)
         kind = "converted" if set(planned.types) <= FLOATS else "quantized"
         mix = types.mix if types is not None else None
-        return recorder("convert", kind, parameters, parents, method=mix or "")(folder)
+        return recorder("convert", kind, parameters, parents, method=mix or "", name=name)(folder)
 
     return write
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from adapterkit.checkpoint.copies import copies
 from adapterkit.checkpoint.cut import PlanPart, cut
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 VERBS = ("merge", "convert", "combine", "extract", "resize")
 """Verbs whose plans can be saved; each has a function `replan`, which plans again from a plan's request, for an output."""
+REST = "beside"  # in a plan's request: what was asked for beside the output
+RESTS = ("mmproj", "server", "attest", "full_record")  # the options of it; no byte of the weights depends on them
+_MADE = ".beside"  # in the hidden folder: what stands beside the output is there already, and is of this plan
 
 
 class OpenPlan:
@@ -129,6 +132,42 @@ class OpenPlan:
             UsageError, OutputError
         """
         replace(self.job, out=self.out, force=force).check_target(resume=True)
+        for one in self._beside(force=force):
+            one.check()
+        if not self._rest_is_made():
+            for other in self.job.also:
+                replace(other, force=force).check_target(resume=True)
+
+    def _beside(self, *, force: bool) -> list[Any]:
+        """What goes next to the output."""
+        return [replace(cast("Any", one), force=force) for one in self.job.beside]
+
+    def _rest_is_made(self) -> bool:
+        """Whether an earlier end of this plan made what stands beside the output, and was ended before the output."""
+        from adapterkit.disk import partial_folder, read_inside
+
+        if isinstance(self.out, Address):
+            return False  # an object names its plan
+        folder = partial_folder(self.out)
+        return folder.is_dir() and read_inside(folder, _MADE) == self.plan.digest.encode()
+
+    def _make_rest(self, *, force: bool) -> None:
+        """Write the other outputs of the plan, such as a tower's file. They are there before the output is.
+
+        Raises:
+            OutputError: one exists, or the disk is full.
+        """
+        if not self.job.also:
+            return
+        from adapterkit.disk import partial_folder, write_inside
+
+        force = force or self._rest_is_made()
+
+        def ready(found: Any) -> None:
+            if isinstance(self.out, Path):
+                write_inside(partial_folder(self.out), _MADE, self.plan.digest.encode())
+
+        run([replace(other, force=force) for other in self.job.also], resume=True, before=ready)
 
     def take_over(self) -> None:
         """Take the place of a run of another plan that claimed the output in a store, and may be gone.
@@ -174,14 +213,14 @@ class OpenPlan:
             return  # the plan has the ETag of each input, and each request asks for it
         forget(self.plan, self.out, identity(self.plan, self.job.sources))
 
-    def close(self, *, force: bool = False) -> None:
-        """Make the output of parts that are all done.
+    def close(self, *, force: bool = False) -> tuple[str, ...]:
+        """Make the output of parts that are all done, and what stands beside it; notes for the user.
 
         Raises:
             OutputError: parts are missing, or the output exists.
             CheckpointError: an input changed meanwhile.
         """
-        self._close(force=force)
+        return self._close(force=force)
 
     def _close(self, *, force: bool) -> tuple[str, ...]:
         job = self.job
@@ -189,12 +228,20 @@ class OpenPlan:
             from adapterkit.checkpoint.store_write import finish_in_store
 
             made = replace(job, force=force).in_store()
+            self._make_rest(force=force)
             finish_in_store(made, side_files=job.side, record=job.record, parts=self.parts)
             return made.notes
         from adapterkit.checkpoint.parts import finish_parts
 
-        finish_parts(job.plan, self.out, side_files=job.side, force=force, record=job.record, parts=self.parts)
-        return ()
+        finish_parts(
+            *(job.plan, self.out),
+            side_files=job.side,
+            force=force,
+            record=job.record,
+            parts=self.parts,
+            first=lambda: self._make_rest(force=force),
+        )
+        return tuple(note for one in self._beside(force=force) for note in one.write())
 
     def finish(self, *, force: bool = False) -> Any:
         """Make the output of parts that are all done; the report of the verb. See `close`."""
@@ -261,9 +308,22 @@ def _again(plan: Plan, out: Path | Address) -> Job:
             f"write one with {option('save_plan')}",
         )
     try:
-        job: Job = import_module(f"adapterkit.verbs.{verb}").replan(plan.request, out).job()
+        asked = {name: value for name, value in plan.request.items() if name != REST}
+        job: Job = import_module(f"adapterkit.verbs.{verb}").replan({**asked, **_rest_of(plan)}, out).job()
     except KeyError as error:
         raise CheckpointError(f"this plan of a {verb} does not say {error}", "make the plan again") from None
     if (job.plan.files, job.plan.inputs) != (plan.files, plan.inputs):
         raise CheckpointError("the base or an adapter changed since the plan was made", "make the plan again")
-    return job
+    return replace(job, plan=replace(job.plan, request=plan.request))
+
+
+def _rest_of(plan: Plan) -> dict[str, Any]:
+    """What a plan was asked for beside its output.
+
+    Raises:
+        CheckpointError: that is no set of options.
+    """
+    found = plan.request.get(REST, {})
+    if not isinstance(found, Mapping) or not set(found) <= set(RESTS):
+        raise CheckpointError(f"{REST!r} of this plan is no set of options", "make the plan again")
+    return dict(found)

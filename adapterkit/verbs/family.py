@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.factors import ModuleDelta, Parts, Slot, take_apart
 from adapterkit.adapters.fold import replicated_base
+from adapterkit.adapters.formats.parts import undotted
 from adapterkit.adapters.names import Names
 from adapterkit.adapters.ties import same_bytes
 from adapterkit.bases import open_adapter, open_base
@@ -102,6 +103,8 @@ def open_family(
         notes += replicas
         fits = names
         loaded = tuple(adapter.fitted(fits, opened.config) for adapter in loaded)
+    else:
+        loaded = tuple(undotted(adapter) for adapter in loaded)
     nameless = next((adapter for adapter in loaded if adapter.needs_names), None)
     if nameless is not None:
         raise UsageError(

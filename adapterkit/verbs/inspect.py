@@ -167,14 +167,10 @@ def _file_details(adapter: Adapter) -> dict[str, str]:
     contents = adapter.contents
     if contents is None:
         return {}
-    from adapterkit.adapters.families.names import family_of
-
-    names = [module.path for module in contents.modules if not module.flat]
-    told = family_of(names) or _flat_family([module.path for module in contents.modules if module.flat])
     parts = [f"{part} ({len(contents.of(part))} modules)" for part in contents.parts if part]
     found = {
         "keys": f"{contents.style} style",
-        "family": "" if told is None else f"{told[0].name} ({told[1]} names)",
+        "family": _file_family(adapter),
         "parts": ", ".join(parts),
         "embeddings": ", ".join(contents.apart[:3]),
     }
@@ -182,6 +178,27 @@ def _file_details(adapter: Adapter) -> dict[str, str]:
     return {name: value for name, value in found.items() if value} | {
         name: value[:LONGEST_SETTING] for name, value in said.items() if value != "None"
     }
+
+
+def _file_family(adapter: Adapter) -> str:
+    """The family of a file's modules and whose names they have; every family that it may be of where nothing tells."""
+    from adapterkit.adapters.families.names import bare, family_of
+    from adapterkit.adapters.families.told import SAID, module_of, names_of, sharing, told_family
+    from adapterkit.adapters.formats.parts import KINDS, size_of, undotted
+
+    contents = undotted(adapter).contents
+    assert contents is not None
+    denoisers = [one for one in contents.modules if KINDS.get(one.part, "denoiser") == "denoiser"] or contents.modules
+    sizes = {one.path: size_of(one) or (0, 0) for one in denoisers if not one.flat}
+    told = family_of(sizes) or _flat_family([one.path for one in denoisers if one.flat])
+    said = [text for name in SAID if (text := contents.metadata.get(name))]
+    families = sharing(map(bare, sizes))
+    of_diffusers = any(module_of(family, bare(path)) for family in families for path in sizes)
+    layout = told[1] if told is not None else "diffusers" if of_diffusers else "original"
+    found, _ = told_family(sizes, "original" if layout == "diffusers" else "diffusers", said)
+    if not found and told is None:
+        return ""
+    return f"{names_of(found) if found or told is None else told[0].name} ({layout} names)"
 
 
 def _folder_details(adapter: Adapter, paths: list[str]) -> dict[str, str]:

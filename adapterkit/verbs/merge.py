@@ -230,6 +230,10 @@ def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: b
     check_name(request.device) if headers_only else check_there(request.device)
     opened, values = open_base(request.base, base16=request.base16, trained=request.trained, headers_only=headers_only)
     form = request.form or (GGUF if opened.format == "gguf" else FOLDER)
+    if request.dense_modules and form == GGUF and opened.format != "gguf":
+        from adapterkit.gguf.arch.dense_modules import with_dense
+
+        opened = with_dense(opened)
     asked = replace(request, to=form)
     given = (a if isinstance(a, Adapter) else open_change(a, headers_only=headers_only) for a in asked.given_adapters)
     loaded = tuple(asked.narrowed(asked.told(adapter)) for adapter in given)
@@ -398,7 +402,14 @@ def _record(
     kind = "quantized" if changed else "merged"
     # The words alone: which original it was stands among the parents.
     stated = {**parameters_of(planned.plan.request), "base_values": planned.base_values.partition(" (")[0]}
-    write = recorder("merge", kind, stated, parents, method=asked.folder_format or "", evidence=measured, full=full)
+    name = "" if asked.target is None else asked.target.name
+    write = recorder(
+        *("merge", kind, stated, parents),
+        method=asked.folder_format or "",
+        evidence=measured,
+        full=full,
+        name=name,
+    )
     return write(folder)
 
 

@@ -131,7 +131,7 @@ def _folder(
             "what changed can be kept wider only in a format that the rest has already",
             f"add {option('quant')} keep, or leave it out",
         )
-    of_gguf = asked.pre is not None or asked.said or asked.as_reranker or asked.allow_approximate
+    of_gguf = asked.pre is not None or asked.said or asked.as_reranker or asked.dense_modules or asked.allow_approximate
     if asked.gguf_types is not None or of_gguf:
         raise UsageError("options of a GGUF output were given for a folder", "name the output like OUT.gguf")
     if own:
@@ -245,7 +245,7 @@ def _gguf(
     assert isinstance(base, GGUFCheckpoint)
     if asked.pre is not None:
         raise UsageError(f"{base.ref} is a GGUF base, which has a tokenizer of its own", f"leave out {option('pre')}")
-    for name in ("as_reranker", "allow_approximate"):
+    for name in ("as_reranker", "allow_approximate", "dense_modules"):
         if getattr(asked, name):
             raise UsageError(f"{base.ref} is a GGUF base, which is a model of its kind", f"leave out {option(name)}")
     if asked.dtype != "auto" or asked.folder_format is not None or values != "as stored":

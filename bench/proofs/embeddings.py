@@ -119,6 +119,19 @@ def tiny(at: Path, kind: str, cls: str | None, how: str) -> float:
     return float((served(at / "m.gguf", PROMPTS) * pooled(model, how)).sum(-1).min())
 
 
+def gemma(at: Path, dense: bool) -> float:
+    """The least cosine of a tiny EmbeddingGemma, with its two Dense layers after the pooling or without."""
+    import numpy as np
+    import test_gguf_dense_modules as zoo
+
+    import adapterkit
+
+    model, matrices = zoo.build(at / "hf")
+    adapterkit.convert(at / "hf", at / "m.gguf", dense_modules=dense)
+    wanted: Any = zoo.wanted(model, matrices if dense else [])
+    return float(np.min((served(at / "m.gguf", PROMPTS) * wanted).sum(-1)))
+
+
 def main() -> None:
     """Run the proof."""
     import argparse
@@ -140,6 +153,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="embeddings-") as name:
             rows.append((kind if cls is None else f"{kind} ({cls})", how, tiny(Path(name), kind, cls, how)))
             print(rows[-1], file=sys.stderr, flush=True)
+    for dense in (False, True):
+        if not only or "embeddinggemma" in only:
+            with tempfile.TemporaryDirectory(prefix="embeddings-") as name:
+                title = "embeddinggemma, its Dense layers too" if dense else "embeddinggemma"
+                rows.append((title, "mean", gemma(Path(name), dense)))
     print("| model | pooled | 1 - least cosine |")
     print("|---|---|---|")
     for title, how, cosine in rows:

@@ -65,6 +65,7 @@ def main() -> None:
     how = {"quant": "keep"} if args.model == "deepseek-v3" else {}
     found = planned(folder, args.model, **how)
     print(found)
+    results.note(**{name: round(value, 1) for name, value in found.items() if name not in ("model", "files")})
     results.note(within=int(found["header_mb"] * 1e6 <= MOST))
     assert found["header_mb"] * 1e6 <= MOST, "more than 12 MB of headers were read"
 

@@ -18,6 +18,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from bench.common import results
 from bench.common.shapes import HIGH_WATER, SHAPES, write_adapter, write_base
 from bench.speed.one_pass import run, tokenizer
 
@@ -85,10 +86,18 @@ def main() -> None:
                 made[name] = digests(then)
     finally:
         shutil.rmtree(options.dir, ignore_errors=True)
+    middles = {
+        name: {key: statistics.median(row[key] for row in rows) for key in rows[0]} for name, rows in found.items()
+    }
+    one, three = middles["one pass"], middles["three runs"]
+    results.note(
+        read_ratio=round(one["read"] / three["read"], 2),
+        ratio=round(one["work"] / three["work"], 2),
+        cpu_ratio=round(one["cpu"] / three["cpu"], 2),
+    )
     print("| way | seconds | CPU seconds | GB read | MB of memory |")
     print("|---|---|---|---|---|")
-    for name, rows in found.items():
-        middle = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+    for name, middle in middles.items():
         numbers = (
             f"{middle['work']:.1f} | {middle['cpu']:.1f} | {middle['read'] / 1e9:.2f} | {middle['memory'] / 1e6:.0f}"
         )

@@ -79,3 +79,23 @@ def test_a_module_that_was_trained_whole_is_looked_at_too(base: Path, tmp_path: 
     tensors["base_model.model.lm_head.weight"] = head
     adapter = write_adapter(tmp_path / "b", tensors, modules_to_save=["lm_head"])
     assert [one.key for one in half_saved(load_adapter(adapter))] == ["lm_head.weight"]
+
+
+def test_a_few_rows_are_enough_to_know_a_whole_factor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large factor a few rows are looked at; half of it is found wherever it lies."""
+    import torch
+
+    from adapterkit.checkpoint.files import LocalFile
+
+    rows, key = 67, "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{key}.lora_A.weight": torch.ones(4, 8), f"{key}.lora_B.weight": torch.ones(rows, 4)}
+    whole = load_adapter(write_adapter(tmp_path / "whole", tensors))
+    read, seen = LocalFile.read, list[int]()
+    monkeypatch.setattr(LocalFile, "read", lambda self, at, n: seen.append(n) or read(self, at, n))
+    assert half_saved(whole) == []
+    assert sum(seen) < rows * 4 * 4 // 2
+    for start in range(0, rows - rows // 2 + 1, 3):
+        tensors[f"{key}.lora_B.weight"] = torch.zeros(rows, 4)
+        tensors[f"{key}.lora_B.weight"][start : start + rows // 2] = 1
+        found = half_saved(load_adapter(write_adapter(tmp_path / f"a{start}", tensors)))
+        assert [one.zeros for one in found] == [rows - rows // 2], start

@@ -18,7 +18,7 @@ import adapterkit.gguf.vocab
 from adapterkit.errors import AdapterkitError, TargetError, UsageError
 from adapterkit.gguf.arch import omitted
 from adapterkit.gguf.arch.config import Config
-from adapterkit.gguf.arch.contract import held, left_out_by_transformers
+from adapterkit.gguf.arch.contract import held, left_out_by_transformers, unread
 from adapterkit.gguf.arch.fits import sound
 from adapterkit.gguf.arch.hyper import hyperparameters
 from adapterkit.gguf.arch.rope import scaling
@@ -438,3 +438,106 @@ def test_verify_knows_what_was_asked(kind: str, change: dict[str, Any], given: d
     report = adapterkit.verify(tmp_path / "o.gguf", base=tmp_path / "hf", adapters=[adapter])
     assert report.ok
     assert not report.findings
+
+
+_GROUPS = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+    "n_group": 4,
+    "topk_group": 2,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-6,
+}
+_HUNYUAN = {"alpha": 1000.0, "beta_fast": 32, "beta_slow": 1, "factor": 1.0, "mscale": 1.0, "type": "dynamic"}
+_AS_SAID: dict[str, tuple[str, dict[str, Any]]] = {
+    "HunYuan dense": (
+        "HunYuanDenseV1ForCausalLM",
+        {"model_type": "hunyuan_v1_dense", "head_dim": 16, "rope_theta": 10000.0, "rope_scaling": _HUNYUAN},
+    ),
+    "HunYuan MoE": (
+        "HunYuanMoEV1ForCausalLM",
+        {
+            "model_type": "hunyuan_v1_moe",
+            "head_dim": 16,
+            "rope_theta": 10000.0,
+            "rope_scaling": _HUNYUAN,
+            "num_experts": 4,
+            "moe_topk": [2, 2],
+            "num_shared_expert": [1, 1],
+            "moe_intermediate_size": [48, 48],
+        },
+    ),
+    "DeepSeek V2 with groups that choose nothing": (
+        "DeepseekV2ForCausalLM",
+        {"model_type": "deepseek_v2", **_GROUPS, "topk_method": "greedy", "norm_topk_prob": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _AS_SAID)
+def test_a_config_as_it_is_published_computes_the_same(name: str, tmp_path: Path) -> None:
+    """By the file that was published, not by one that transformers saves of it."""
+    import torch
+    import transformers
+    from models import randomize
+
+    cls, said = _AS_SAID[name]
+    plain = {"vocab_size": 288, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    plain |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5}
+    config = {"architectures": [cls], **plain, **said, "tie_word_embeddings": False, "torch_dtype": "float32"}
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    (hf / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    read = transformers.AutoConfig.from_pretrained(hf)
+    model = transformers.AutoModelForCausalLM.from_config(read).float().eval()
+    randomize(model, scale=0.1)
+    model.save_pretrained(hf)
+    (hf / "config.json").write_text(json.dumps(config))
+    report = convert(hf, tmp_path / "o.gguf")
+    assert not any("dynamic" in note for note in report.notes)
+    assert far(logprobs(tmp_path / "o.gguf")[0], of_model(model)) < 1e-5
+
+
+def test_groups_of_experts_by_their_best_are_refused() -> None:
+    said = {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2", **_GROUPS}
+    said |= {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4}
+    config = Config({**said, "topk_method": "group_limited_greedy"})
+    with pytest.raises(TargetError, match="topk_method"):
+        held(spec_of(config), config)
+    for more in ({"n_group": 1, "topk_group": 1}, {"topk_group": 4}):
+        config = Config({**said, "topk_method": "group_limited_greedy", **more})
+        held(spec_of(config), config)
+
+
+def test_the_word_of_dots_llm1_for_its_sigmoid_is_known() -> None:
+    said = {"architectures": ["Dots1ForCausalLM"], "model_type": "dots1", "scoring_func": "noaux_tc", **_GROUPS}
+    said |= {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}
+    said |= {"routed_scaling_factor": 2.5, "norm_topk_prob": True, "max_position_embeddings": 128}
+    config = Config({**said, "n_group": 1, "topk_group": 1})
+    assert hyperparameters(spec_of(config), config)["expert_gating_func"] == 2
+
+
+def test_what_published_configs_say_of_nothing_is_no_note() -> None:
+    """Qwen2.5's windows that are switched off, and how a cache is kept."""
+    said = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 64, "num_attention_heads": 4}
+    said |= {"num_hidden_layers": 2, "sliding_window": 32768, "use_sliding_window": False, "use_mrope": False}
+    said |= {"cache_implementation": "hybrid", "max_window_layers": 28}
+    config = Config(said)
+    held(spec_of(config), config)
+    assert not any(word in note for note in unread(config) for word in ("sliding", "mrope", "cache"))
+
+
+def test_an_epsilon_of_compressed_parts_is_said() -> None:
+    said = {"architectures": ["Glm4MoeLiteForCausalLM"], "kv_lora_rank": 32, "rms_norm_eps": 1e-5}
+    (note,) = left_out_by_transformers(Config(said))
+    assert "'rms_norm_eps' is 1e-05" in note
+    assert left_out_by_transformers(Config({**said, "rms_norm_eps": 1e-6})) == ()

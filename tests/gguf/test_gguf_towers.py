@@ -171,6 +171,70 @@ def test_a_conversion_makes_it_too(tmp_path: Path) -> None:
         convert(tmp_path / "o.gguf", tmp_path / "again.gguf", mmproj="auto")
 
 
+def test_a_saved_plan_keeps_what_stands_beside(tmp_path: Path) -> None:
+    """A tower, a server's file and a statement are no part of the bytes; a plan of parts makes them all the same."""
+    from adapterkit.checkpoint.plan import Plan
+    from adapterkit.errors import OutputError
+    from adapterkit.verbs.execute import OpenPlan, execute
+
+    hf, plan_file, places = tmp_path / "hf", tmp_path / "p.json", {}
+    zoo.build(hf, "gemma3")
+    adapter = adapter_of_both(tmp_path / "adapter", hf)
+    for name in ("whole", "parts"):
+        places[name] = tmp_path / name
+        places[name].mkdir()
+    given: dict[str, Any] = {"mmproj": "auto", "server": "ollama", "attest": True}
+    adapterkit.merge(hf, [adapter], places["whole"] / "m.gguf", **given)
+    adapterkit.merge(hf, [adapter], places["parts"] / "m.gguf", **given, save_plan=plan_file)
+    plan = Plan.from_json(plan_file.read_text())
+    opened = OpenPlan(plan, places["parts"] / "m.gguf", 60_000)
+    assert len(opened.parts) > 1
+    for part in opened.parts:
+        opened.execute(part.index)
+    opened.finish()
+    found = {name: {path.name: path.read_bytes() for path in place.iterdir()} for name, place in places.items()}
+    assert set(found["whole"]) == {
+        *("m.gguf", "m.gguf.Modelfile", "m.gguf.adapterkit.json"),
+        *("m.gguf.adapterkit.intoto.json", "mmproj-m.gguf"),
+    }
+    assert found["parts"] == found["whole"]
+    # One part, whose note in the hidden folder ends like the file: the record is the same, and so is the statement.
+    execute(plan, tmp_path / "one.gguf", part=0)
+    execute(plan, tmp_path / "one.gguf")
+    assert (tmp_path / "one.gguf.adapterkit.json").read_bytes() == found["whole"]["m.gguf.adapterkit.json"]
+    assert (tmp_path / "one.gguf.adapterkit.intoto.json").exists()
+    (tmp_path / "mmproj-no.gguf").write_bytes(b"another")
+    with pytest.raises(OutputError, match="mmproj-no"):
+        OpenPlan(plan, tmp_path / "no.gguf").check()
+    with pytest.raises(UsageError, match="min_cosine= is measured"):
+        adapterkit.merge(hf, [adapter], tmp_path / "no.gguf", min_cosine=0.5, save_plan=tmp_path / "q.json")
+
+
+def test_a_tower_of_an_end_that_was_cut_off_is_this_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the tower's name and the output's, the end is made again."""
+    from adapterkit.checkpoint import parts
+    from adapterkit.checkpoint.plan import Plan
+    from adapterkit.verbs.execute import OpenPlan
+
+    zoo.build(tmp_path / "hf", "gemma3")
+    convert(tmp_path / "hf", tmp_path / "o.gguf", mmproj="auto", save_plan=tmp_path / "p.json")
+    plan = Plan.from_json((tmp_path / "p.json").read_text())
+
+    def gone(*given: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(parts, "finish", gone)
+        first = OpenPlan(plan, tmp_path / "o.gguf")
+        first.execute(0)
+        first.finish()
+    assert [path.name for path in tmp_path.glob("*.gguf")] == ["mmproj-o.gguf"]
+    again = OpenPlan(plan, tmp_path / "o.gguf")
+    again.check()
+    again.finish()
+    assert sorted(path.name for path in tmp_path.glob("*.gguf")) == ["mmproj-o.gguf", "o.gguf"]
+
+
 def test_a_recipe_makes_the_tower_beside(tmp_path: Path) -> None:
     from adapterkit.recipe.report import UNCHANGED
     from adapterkit.recipe.run import build

@@ -230,10 +230,14 @@ def test_from_an_oci_registry_and_the_hub(
     assert serving.resolve("nothing@prod") is None
 
 
-@pytest.mark.parametrize("text", ["gs://bucket", "hub:", "hub:org/name", "folder"])
+@pytest.mark.parametrize("text", ["ftp://bucket", "hub:", "hub:org/name", "folder"])
 def test_other_sources_are_refused_by_name(text: str) -> None:
     with pytest.raises(UsageError, match="no place for adapters"):
         resolving.sources_of(text)
+
+
+def test_buckets_of_every_store_are_sources() -> None:
+    assert resolving.sources_of("s3://b/x, gs://b/x,az://c") == ("s3://b/x", "gs://b/x", "az://c")
 
 
 def test_from_the_hub(tickets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

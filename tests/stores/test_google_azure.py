@@ -360,6 +360,16 @@ def test_nobody_there_is_said_soon(monkeypatch: pytest.MonkeyPatch) -> None:
             adapterkit.inspect(f"{scheme}://models/x")
 
 
+def test_credentials_that_are_named_and_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("google.auth", reason="the extra stores is not installed")
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    (tmp_path / "bad.json").write_text('{"type": "service_account"}')
+    for name in ("bad.json", "gone.json"):
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / name))
+        with pytest.raises(UsageError, match="names holds no credentials of Google; correct it, or unset it"):
+            adapterkit.inspect("gs://models/x")
+
+
 def test_an_account_that_nobody_names(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("azure.storage.blob", reason="the extra stores is not installed")
     for name in ("AZURE_STORAGE_ENDPOINT", "AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_CONNECTION_STRING"):

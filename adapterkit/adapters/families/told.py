@@ -139,15 +139,11 @@ def told_family(
     """
     sizes = {bare(path): size for path, size in modules.items()}
     found = sharing(sizes)
-
-    def sized(one: PipelineFamily) -> bool:
-        return all(_fits(one, path, _same(size)) for path, size in sizes.items())
-
     evidence: tuple[tuple[Callable[[PipelineFamily], bool], str], ...] = (
         (lambda one: class_name in one.classes, "the class that it says it was trained on"),
         (lambda one: any(is_said(one, text) for text in said), "what it says it was trained on"),
-        (sized, "its sizes"),
-        (lambda one: sized(one) and _is_complete(one, sizes), "its sizes and the number of its blocks"),
+        (lambda one: has_sizes(one, sizes), "its sizes"),
+        (lambda one: has_sizes(one, sizes) and _is_complete(one, sizes), "its sizes and the number of its blocks"),
         (lambda one: all(_fits(one, path, _alike(size)) for path, size in sizes.items()), "the shapes of its modules"),
     )
     if _agree(found, sizes, layout):
@@ -158,6 +154,11 @@ def told_family(
             return left[:1], why
         found = left or found
     return found, ""
+
+
+def has_sizes(family: PipelineFamily, sizes: Mapping[str, Size]) -> bool:
+    """Whether the family's published models have modules of these names and sizes."""
+    return all(_fits(family, path, _same(size)) for path, size in sizes.items())
 
 
 def sharing(modules: Iterable[str]) -> list[PipelineFamily]:

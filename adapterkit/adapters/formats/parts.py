@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.config import FLAT, PARTS
 from adapterkit.adapters.families.names import DENOISER, ENCODERS
 from adapterkit.adapters.formats.contents import Contents, FileModule, assembled, moved
+from adapterkit.adapters.formats.keys import DOWN, UP
 from adapterkit.errors import AdapterError, TargetError, UsageError, option
 
 if TYPE_CHECKING:
@@ -79,6 +80,39 @@ def opened(adapter: Adapter, contents: Contents, only: Sequence[str] = ()) -> Ad
     return replace(adapter, config=config, tensors=tensors, contents=contents, only=tuple(only))
 
 
+# The family of each kind of part, where a file is read without a base.
+_TEXT_ENCODER = "OpenCLIP text encoder"
+
+
+def undotted(adapter: Adapter) -> Adapter:
+    """The adapter of a file with names without dots, under the names that the families' tables have for all of them; as it
+    is where they have none, or several.
+    """
+    from adapterkit.adapters.families.flat import dotted
+    from adapterkit.adapters.families.told import SAID
+
+    contents = adapter.contents
+    if contents is None or contents.placed or not any(module.flat for module in contents.modules):
+        return adapter
+    said = [text for name in SAID if (text := contents.metadata.get(name))]
+    modules: list[FileModule] = []
+    for part in contents.parts:
+        own = contents.of(part)
+        flat = {module.path: size for module in own if module.flat and (size := size_of(module)) is not None}
+        encoder = KINDS.get(part, "").startswith("te")
+        paths = dotted(flat, said, lambda family, encoder=encoder: (family.name == _TEXT_ENCODER) == encoder)  # type: ignore[misc]
+        if paths is None or len(flat) < sum(module.flat for module in own):
+            return adapter
+        modules += [moved(module, paths[module.path]) if module.flat else module for module in own]
+    return opened(adapter, replace(contents, modules=tuple(modules)), adapter.only)
+
+
+def size_of(module: FileModule) -> tuple[int, int] | None:
+    """The rows and columns that a LoRA changes; None of another method."""
+    down, up = module.tensors.get(DOWN), module.tensors.get(UP)
+    return None if down is None or up is None else (up.shape[0], down.shape[1])
+
+
 def settled(adapter: Adapter, names: Names | None, fit: Callable[[Adapter], object] | None = None) -> Adapter:
     """The adapter for one base: its parts in their places, its paths with dots.
 
@@ -96,6 +130,7 @@ def settled(adapter: Adapter, names: Names | None, fit: Callable[[Adapter], obje
         return adapter
     parts = contents.parts
     if names is None:
+        adapter = undotted(adapter)
         if len(parts) > 1:
             listed = ", ".join(part or "one without a name" for part in parts)
             raise UsageError(

@@ -46,8 +46,11 @@ gradient_checkpointing_use_reentrant use_mambapy use_falcon_mambapy use_mamba_ke
 num_nextn_predict_layers mtp_num_hidden_layers pad_head_dim_to_multiple_of
 language_model_only mamba_ssm_dtype block_size tie_word_embeddings has_visual_encoder modality
 weight_tying qkv_proj_bias mlp_fc1_bias mlp_fc2_bias rescale_every
+cache_implementation for_llm_compressor initial_context_length mamba_chunk_size chunk_size use_mrope full_attn_mod
+interpolate_factor order_of_interleaved_layers
 """
 HARMLESS = frozenset(_HARMLESS_WORDS.split())
+LATENT_EPSILON = 1e-6  # of the norms of latent attention in DeepSeek's code and its kin
 
 
 def held(spec: ArchSpec, config: Config, approximate: Collection[str] = ()) -> tuple[str, ...]:
@@ -91,16 +94,29 @@ def held(spec: ArchSpec, config: Config, approximate: Collection[str] = ()) -> t
 
 def left_out_by_transformers(config: Config) -> tuple[str, ...]:
     """Notes on what a class of transformers leaves out of its config, and the runtime does not."""
-    scaling = config.get("logits_scaling", default=1.0)
-    if scaling != 1.0 and any(name.startswith("GraniteSpeech") for name in config.classes):
-        said = f"'logits_scaling' is {_shown(scaling)}: llama.cpp divides by it, and transformers' class for speech"
-        return (f"{said} does not, so probabilities of tokens differ and their order does not",)
+    from adapterkit.gguf.arch.wholes import WRAPPERS
+
+    head = next((name for name in config.classes if name in WRAPPERS), None)
+    for field, neutral in (("logits_scaling", 1.0), ("logit_scale", 1.0), ("final_logit_softcapping", None)):
+        value = config.get(field) if head is not None else None
+        if value is not None and value != neutral:
+            said = (
+                f"'{field}' is {_shown(value)}: llama.cpp applies it to the scores of tokens, and transformers' {head}"
+            )
+            return (f"{said} does not, so probabilities differ and the order of tokens does not",)
     share = config.rope.get("partial_rotary_factor", 1.0)
     turned = config.get("rotary_dim") if "MiniMaxForCausalLM" in config.classes else None
     if "MiniMaxForCausalLM" in config.classes and (share != 1.0 or turned not in (None, config.number("head_dim"))):
         said = f"'rotary_dim' is {turned}" if turned is not None else f"'partial_rotary_factor' is {_shown(share)}"
         return (f"{said}: llama.cpp and the model's own code turn that part of a head, transformers' class all of it",)
+    epsilon = config.get("rms_norm_eps")
+    if config.get("kv_lora_rank") and isinstance(epsilon, float) and epsilon != LATENT_EPSILON:
+        said = f"'rms_norm_eps' is {_shown(epsilon)}: the norms of the compressed parts have it too in llama.cpp, and"
+        return (f"{said} {LATENT_EPSILON:g} in the model: small differences",)
     return ()
+
+
+_WINDOWS = ("sliding_window", "use_sliding_window")
 
 
 def unread(config: Config) -> tuple[str, ...]:
@@ -113,6 +129,7 @@ def unread(config: Config) -> tuple[str, ...]:
         and not isinstance(value, dict)
         and value not in (None, [], "")
         and not (isinstance(value, bool) and name.endswith("bias"))  # the tensors say it: each is written or refused
+        and not (name in _WINDOWS and config.text.get("use_sliding_window") is False)  # as Qwen2.5 is published
         and not (config.has_vision and config.raw.get(name) == value and name not in config.text_part)
     )
     if not strange:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.errors import CheckpointError, TargetError
+from adapterkit.gguf.arch.dense_modules import RULES as DENSE_RULES
 from adapterkit.gguf.arch.ops import ByGroup, Each, Interleave, RotaryHalves, Split, Stack
-from adapterkit.gguf.arch.rope import DIVISORS, divisors, original_context
+from adapterkit.gguf.arch.rope import DIVISORS, NTK_ALPHA, divisors, original_context
 from adapterkit.gguf.arch.shared import (
     AFTER_NORMS,
     DEEPSTACK,
@@ -374,7 +375,7 @@ SPECS = (
         "gemma-embedding",
         ("Gemma3TextModel",),
         "gemma3_embedding",
-        plus_one((*EMBEDDINGS, *FOUR_NORMS, *attention(), *MLP, *QK_NORMS)),
+        (*plus_one((*EMBEDDINGS, *FOUR_NORMS, *attention(), *MLP, *QK_NORMS)), *DENSE_RULES),
         (
             Key("context_length", "max_position_embeddings", 131072),
             Key("attention.head_count", "num_attention_heads", 8),
@@ -653,6 +654,7 @@ SPECS = (
             *_PLAIN,
             *blocks(attn_q_norm="self_attn.query_layernorm", attn_k_norm="self_attn.key_layernorm"),
         ),
+        (NTK_ALPHA,),
         leave=("expert_count", "expert_used_count"),
     ),
     ArchSpec(

@@ -55,6 +55,12 @@ def _no_window(when: Callable[[Config], bool] = windowed) -> Fixed:
     return Fixed("sliding_window", None, "has no window in this architecture", when=when, limit=_beyond_window)
 
 
+def _by_best(config: Config) -> bool:
+    """Whether groups of experts are chosen by the best expert of each, as DeepSeek V2 does it."""
+    groups, used = config.get("n_group", default=1), config.get("topk_group", default=1)
+    return config.get("topk_method") == "group_limited_greedy" and 1 <= (used or 1) < (groups or 1)
+
+
 def _head_of_hidden(config: Config) -> int:
     return config.number("hidden") // config.number("heads")
 
@@ -195,6 +201,7 @@ FIXED: dict[str, tuple[Fixed, ...]] = {
         Fixed("rms_norm_eps", 1e-6, "has one epsilon for all norms, and those of the compressed parts have 1e-6"),
         Fixed("rope_interleave", True, "rotates neighbouring numbers in this architecture"),
         Fixed("moe_layer_freq", 1, "has experts in every layer after the dense ones"),
+        Fixed("topk_method", "noaux_tc", "goes by the best two experts of a group, not by the best", when=_by_best),
         Fixed(
             "norm_topk_prob",
             False,
@@ -360,7 +367,7 @@ def _theta_of_windows(config: Config) -> Any:
     return config.rope.get("rope_theta") if theta is None else theta
 
 
-# Released models say 1e-5 and pass, as in llama.cpp's own converter; what that changes was not measured.
+# Released models say 1e-5 and pass with a note, as in llama.cpp's own converter; in a tiny GLM-4.7-Flash that is 1.3e-4.
 _LATENT_EPSILON = Fixed(
     "rms_norm_eps", 1e-6, "has one epsilon for all norms, and those of the compressed parts have 1e-6", when=_coarse
 )

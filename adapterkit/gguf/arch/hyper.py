@@ -63,7 +63,8 @@ REALS = frozenset(
 POOLED = "pooling_type"
 ROPE_BASE = 10000.0  # what llama.cpp takes where a file does not say it
 UNPREFIXED = ("xielu.", "diffusion.")  # keys that llama.cpp names without the architecture
-GATING = {"softmax": 1, "sigmoid": 2, "sqrtsoftplus": 4}  # llama.cpp's ExpertGatingFuncType
+# llama.cpp's ExpertGatingFuncType; dots.llm1 calls the sigmoid of DeepSeek V3 by the way that experts are chosen
+GATING = {"noaux_tc": 2, "softmax": 1, "sigmoid": 2, "sqrtsoftplus": 4}
 
 
 def hyperparameters(spec: ArchSpec, config: Config) -> dict[str, Any]:
@@ -125,6 +126,8 @@ def common(config: Config, scaled: dict[str, Any]) -> dict[str, Any]:
     groups, used = config.get("n_group"), config.get("topk_group")
     if isinstance(groups, int) and isinstance(used, int) and used >= groups:
         groups = used = 1  # all groups are used: there is nothing to choose
+    if config.model_type == "deepseek_v2" and config.get("topk_method", default="greedy") == "greedy":
+        groups = used = 1  # DeepSeek V2 says groups that it chooses nothing by
     found |= {k: v for k, v in zip(_GROUPS, (groups, used), strict=True) if v is not None}
     gating = config.get(*_GATING)
     if gating is not None:

@@ -31,7 +31,7 @@ ROOTS = (
 HEADS = ("model.language_model.lm_head.", "language_model.lm_head.", "thinker.lm_head.", "text_model.lm_head.")
 # Parts of names of towers for images and sound, and of what joins them to the text.
 TOWERS = re.compile(
-    r"visual\.|vision[._]|audio[._]|talker\.|token2wav\.|code2wav\.|projector|image_newline|view_seperator|patch_embed"
+    r"visual[._]|vision[._]|video_tower\.|audio[._]|talker\.|token2wav\.|code2wav\.|projector|image_newline|view_seperator|patch_embed"
     r"|patch_merg|connector\.|^vit\.|^vpm\.|^siglip|^merger\.|^resampler\.|^mlp\d?\.|embed_vision|embed_audio|sam_model"
     r"|^model\.mm_|image_|^model\.(aligner|generation_\w+|vqmodel|merger)\.|^encoder\.|^multi_modal_|^mlp_AR\."
 )

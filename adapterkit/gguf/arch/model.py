@@ -13,6 +13,7 @@ from adapterkit.dtypes import BF16, F16, F32
 from adapterkit.errors import CheckpointError, TargetError, option
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.contract import held, left_out_by_transformers, unread
+from adapterkit.gguf.arch.dense_modules import sizes
 from adapterkit.gguf.arch.fits import fits, sound
 from adapterkit.gguf.arch.hyper import hyper_entries, hyperparameters
 from adapterkit.gguf.arch.mapping import EMBEDDING, Mapped
@@ -27,6 +28,7 @@ from adapterkit.gguf.arch.views import Constant, gathered
 from adapterkit.gguf.filetypes import FILE_TYPES
 from adapterkit.gguf.general import general, size_label
 from adapterkit.gguf.metadata import Entry, u32
+from adapterkit.gguf.towers.rows import has_tower
 
 if TYPE_CHECKING:
     import torch
@@ -169,9 +171,16 @@ def as_gguf(
     notes = held(spec, read, approximate)
     values = hyperparameters(spec, read) | _scalars(view, mapper)
     notes = (*((spec.note,) if spec.note else ()), *notes)
-    notes = (*notes, *tie_note(mapper), *scaling(spec, read).notes, *left_out(read), *_of_towers(towers))
-    notes = (*notes, *left_out_by_transformers(read), *unread(read))
+    notes = (
+        *notes,
+        *tie_note(mapper),
+        *scaling(spec, read).notes,
+        *left_out(read, dense="dense_2.weight" in tensors),
+        *_of_towers(towers, made=has_tower(config)),
+    )
+    notes = (*notes, *_of_towers(towers, made=has_tower(config)), *left_out_by_transformers(read), *unread(read))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    values |= sizes(shapes, values["embedding_length"], base.ref)
     sound(values, base.ref)
     if not spec.encoder:  # whose configs may carry fields that no class of theirs reads, as num_key_value_heads
         fits(spec.arch, values, shapes, base.ref)
@@ -191,11 +200,13 @@ def as_gguf(
     return Model(spec, read, tensors, tuple(entries), hparams, kinds, mapped, written, notes)
 
 
-def _of_towers(names: Sequence[str]) -> tuple[str, ...]:
+def _of_towers(names: Sequence[str], *, made: bool) -> tuple[str, ...]:
     if not names:
         return ()
     left = f"left out: the change of {len(names)} tensors of a tower, as '{names[0]}'"
-    return (f"{left}; this file is the text part alone ({option('mmproj', 'auto')} writes the projector beside it)",)
+    writes = f"({option('mmproj', 'auto')} writes the projector beside it)"
+    road = writes if made else "(merge into a folder for the rest)"
+    return (f"{left}; this file is the text part alone {road}",)
 
 
 def _scalars(view: Checkpoint, mapper: Mapper) -> dict[str, Any]:

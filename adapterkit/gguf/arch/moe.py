@@ -18,7 +18,7 @@ from adapterkit.gguf.arch.ops import (
     Turn,
     TurnedHalves,
 )
-from adapterkit.gguf.arch.rope import original_context
+from adapterkit.gguf.arch.rope import NTK_ALPHA, original_context
 from adapterkit.gguf.arch.shared import (
     DEEPSTACK,
     EMBEDDINGS,
@@ -230,6 +230,8 @@ SPECS = (
         common=False,
         factors=LONGROPE,
         own_output=True,
+        note="llama.cpp takes the shares of PhiMoE's experts by a plain softmax and norms by their root mean square, where the "
+        "model has a sparse mixer and layer norms: scores differ",
     ),
     ArchSpec(
         "olmoe",
@@ -430,6 +432,7 @@ SPECS = (
                 lambda c: _all_same("moe_intermediate_size")(c) or c.number("intermediate_size"),
             ),
             Key("expert_used_count", _all_same("moe_topk")),
+            NTK_ALPHA,
             Key("expert_shared_count", _all_same("num_shared_expert")),
         ),
     ),

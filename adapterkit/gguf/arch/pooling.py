@@ -27,7 +27,7 @@ def pooling(config: Config) -> int | None:
     """
     if is_classifier(config):
         return POOLING["rank"]
-    for module in _modules(config):
+    for module in modules(config):
         if str(module.get("type", "")).endswith("Pooling"):
             found = _json(config, f"{module.get('path')}/config.json")
             if not isinstance(found, dict):
@@ -57,19 +57,20 @@ def labels(config: Config) -> list[str]:
     return [f"LABEL_{i}" for i in range(count if type(count) is int and 0 < count <= 100_000 else 2)]
 
 
-def left_out(config: Config) -> tuple[str, ...]:
-    """A note on sentence-transformers modules that come after the model and are in no GGUF file."""
+def left_out(config: Config, *, dense: bool = False) -> tuple[str, ...]:
+    """A note on sentence-transformers modules that come after the model and are not in the file; ``dense``: those are."""
     names = [
         str(module.get("path") or module.get("type"))
-        for module in _modules(config)
-        if not str(module.get("type", "")).endswith(_KNOWN)
+        for module in modules(config)
+        if not str(module.get("type", "")).endswith((*_KNOWN, "Dense") if dense else _KNOWN)
     ]
     if not names:
         return ()
     return (f"{', '.join(names)} of sentence-transformers are not in the file; its embeddings are those before them",)
 
 
-def _modules(config: Config) -> list[dict[str, Any]]:
+def modules(config: Config) -> list[dict[str, Any]]:
+    """The modules of sentence-transformers, in their order."""
     found = _json(config, MODULES)
     return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.errors import CheckpointError, TargetError
 from adapterkit.gguf.arch.builtin import Fixed
 from adapterkit.gguf.arch.config import Config, llama3_factors
+from adapterkit.gguf.arch.spec import Key
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,6 +88,8 @@ def _scaling(spec: ArchSpec, config: Config) -> Scaling:
         raise _refused(spec, config, "the rope type 'linear'")
     if kind == "linear":
         return Scaling({"rope.scaling.type": "linear", "rope.scaling.factor": need(config, "factor")})
+    if kind == "dynamic" and rope.get("alpha") and NTK_ALPHA in spec.keys:
+        return Scaling()  # the base says it
     if kind == "dynamic":
         return Scaling(
             {}, (f"rope type 'dynamic' is left out: texts of more than {config.number('context')} tokens differ",)
@@ -286,3 +289,17 @@ def divisors(config: Config, dim: int, llama3_factor: float = 8.0, theta: float 
         ramp = min(max((index - low) / (high - low), 0.0), 1.0)
         found.append(1 / (ramp / factor + 1 - ramp))
     return found
+
+
+def ntk_alpha(config: Config) -> float | None:
+    """The rotary base stretched by ``alpha``: ``theta * alpha ** (d / (d - 2))``, d the size of a head."""
+    rope, size = config.rope, config.number("head_dim")
+    theta = rope.get("rope_theta")
+    if rope.get("rope_type") not in ("dynamic", "xdrope") or not rope.get("alpha"):
+        return None if theta is None else float(theta)
+    stretch: float = float(rope["alpha"]) ** (size / (size - 2))
+    return float(theta or 10000.0) * stretch
+
+
+NTK_ALPHA = Key("rope.freq_base", ntk_alpha)
+"""Of HunYuan, whose configs call it dynamic: the base is stretched once, for texts of all lengths."""

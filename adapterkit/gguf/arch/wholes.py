@@ -9,7 +9,7 @@ from adapterkit.errors import CheckpointError
 from adapterkit.gguf.arch import dense, gemma, moe
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.ops import RotaryHalves
-from adapterkit.gguf.arch.rope import DIVISORS, divisors
+from adapterkit.gguf.arch.rope import DIVISORS, NTK_ALPHA, divisors
 from adapterkit.gguf.arch.shared import DEEPSTACK, EMBEDDINGS, EXPERT_WIDTH, MLP, NORMS, QK_NORMS, attention, text_of
 from adapterkit.gguf.arch.spec import ArchSpec, ComputedTensor, Key, block, blocks, plus_one
 from adapterkit.gguf.arch.windows import SIGMOID, dense_lead, kinds
@@ -21,13 +21,30 @@ if TYPE_CHECKING:
 WRAPPERS = frozenset(
     (
         "AudioFlamingo3ForConditionalGeneration",
+        "AyaVisionForConditionalGeneration",
+        "Cohere2VisionForConditionalGeneration",
         "Exaone4_5_ForConditionalGeneration",
+        "FastVlmForConditionalGeneration",
+        "GlmAsrForConditionalGeneration",
+        "GotOcr2ForConditionalGeneration",
         "GraniteSpeechForConditionalGeneration",
         "GraniteSpeechPlusForConditionalGeneration",
+        "Idefics3ForConditionalGeneration",
+        "InternVLForConditionalGeneration",
         "JanusForConditionalGeneration",
+        "LightOnOcrForConditionalGeneration",
         "LlavaForConditionalGeneration",
+        "LlavaNextForConditionalGeneration",
+        "LlavaNextVideoForConditionalGeneration",
+        "LlavaOnevisionForConditionalGeneration",
         "MiniCPMV4_6ForConditionalGeneration",
+        "MusicFlamingoForConditionalGeneration",
+        "Ovis2ForConditionalGeneration",
+        "PerceptionLMForConditionalGeneration",
         "Qwen2AudioForConditionalGeneration",
+        "SmolVLMForConditionalGeneration",
+        "VideoLlavaForConditionalGeneration",
+        "VipLlavaForConditionalGeneration",
         "VoxtralForConditionalGeneration",
     )
 )
@@ -144,16 +161,6 @@ def _step_back(values: Mapping[str, Any], config: Mapping[str, Any], base: Any) 
 
 
 # ------------------------------------------------------------------ HunYuan
-
-
-def ntk_alpha(config: Config) -> float | None:
-    """The rotary base stretched by ``alpha``: ``theta * alpha ** (d / (d - 2))``, d the size of a head."""
-    rope, size = config.rope, config.number("head_dim")
-    theta = rope.get("rope_theta")
-    if rope.get("rope_type") not in ("dynamic", "xdrope") or not rope.get("alpha"):
-        return None if theta is None else float(theta)
-    stretch: float = float(rope["alpha"]) ** (size / (size - 2))
-    return float(theta or 10000.0) * stretch
 
 
 def _hunyuan_sections(config: Config) -> list[int] | None:
@@ -284,7 +291,7 @@ SPECS: tuple[ArchSpec, ...] = (
         "hunyuan_vl_text",
         _HUNYUAN.rules,
         (
-            Key("rope.freq_base", ntk_alpha),
+            NTK_ALPHA,
             Key("rope.dimension_sections", _hunyuan_sections),
         ),
         leave=("expert_count", "expert_used_count"),

@@ -629,6 +629,16 @@ TOWERS: tuple[Tower, ...] = (
 )
 
 
+def has_tower(config: Mapping[str, Any]) -> bool:
+    """Whether an mmproj file is made of a model with this config."""
+    return _found(config) is not None
+
+
+def _found(config: Mapping[str, Any]) -> Tower | None:
+    names = config.get("architectures") or []
+    return next((one for one in TOWERS if any(name in one.classes for name in names) and one.when(config)), None)
+
+
 def tower_of(config: Mapping[str, Any], ref: str) -> Tower:
     """The family of a model's projector.
 
@@ -636,9 +646,9 @@ def tower_of(config: Mapping[str, Any], ref: str) -> Tower:
         TargetError: none is known; the sentence names those that are.
     """
     names = config.get("architectures") or []
-    for tower in TOWERS:
-        if any(name in tower.classes for name in names) and tower.when(config):
-            return tower
+    tower = _found(config)
+    if tower is not None:
+        return tower
     known = ", ".join(sorted({name for tower in TOWERS for name in tower.classes}))
     raise TargetError(
         f"{ref}: how an mmproj file stores the tower of a {next(iter(names), None) or 'model without architectures'} is not "

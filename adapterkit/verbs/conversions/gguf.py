@@ -35,7 +35,7 @@ def plan(asked: ConvertRequest, jobs: int) -> Conversion:
         )
     if asked.dtype != "auto" or asked.pre is not None:
         raise UsageError(f"{src} is a GGUF file, with types and a tokenizer of its own", f"use {option('quant')} alone")
-    for name in ("as_reranker", "allow_approximate"):
+    for name in ("as_reranker", "allow_approximate", "dense_modules"):
         if getattr(asked, name):
             raise UsageError(f"{src} is a GGUF file, which is a model of its kind", f"leave out {option(name)}")
     return _of_gguf(opened, asked, jobs)
@@ -76,6 +76,7 @@ def _of_gguf(opened: Any, request: ConvertRequest, jobs: int) -> Conversion:
 
 def _of_hf(opened: Any, request: ConvertRequest, jobs: int) -> Conversion:
     from adapterkit.checkpoint.decoded import dequantized
+    from adapterkit.gguf.arch.dense_modules import with_dense
     from adapterkit.gguf.from_hf import from_hf
     from adapterkit.gguf.plan import plan_gguf
     from adapterkit.gguf.quantize import FILE_TYPE, QUANTIZATION_VERSION, Quantization
@@ -89,6 +90,8 @@ def _of_hf(opened: Any, request: ConvertRequest, jobs: int) -> Conversion:
             f"layers are left out of a GGUF file, and {opened.ref} is none",
             f"convert it first, without {option('prune_layers')}",
         )
+    if request.dense_modules:
+        opened = with_dense(opened)
     view = dequantized(opened)
     asked = request.types or Quantization()
     if request.vocab_only and (request.types is not None or request.makes_tower or request.as_reranker):

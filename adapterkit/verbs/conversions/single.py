@@ -50,12 +50,12 @@ def _plan(asked: ConvertRequest, jobs: int, name: str) -> Conversion:
 
 def _parts(asked: ConvertRequest) -> list[Adapter]:
     """Of a file for several parts of a pipeline, and no base: each part, where their paths need no base."""
-    from adapterkit.adapters.formats.parts import opened
+    from adapterkit.adapters.formats.parts import opened, undotted
     from adapterkit.adapters.load import load_adapter
 
     if asked.base is not None:
         return []
-    adapter = load_adapter(asked.src)
+    adapter = undotted(load_adapter(asked.src))
     contents = adapter.contents
     flat = contents is not None and any(module.flat for module in contents.modules)
     if contents is None or len(contents.parts) < 2 or flat or adapter.config.get(FLAT):
