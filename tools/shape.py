@@ -71,7 +71,6 @@ REASONS: dict[str, tuple[str, ...]] = {
     "the one place where a model is put together: base, adapters, files and settings meet there": (
         *("adapters/merged.py:Merged.__init__", "gguf/arch/mapping.py:Mapper._add", "gguf/arch/model.py:as_gguf"),
         *("gguf/fold.py:fold_gguf", "gguf/from_hf.py:from_hf", "gguf/towers/make.py:from_tower"),
-        "verbs/verify/replay.py:_loaded",
     ),
     "drives a run: what is written, from where, to where, and how": (
         *("checkpoint/parts.py:write_part", "checkpoint/publish.py:check_output", "checkpoint/sink.py:Sink.__init__"),

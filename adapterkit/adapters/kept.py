@@ -20,7 +20,7 @@ from adapterkit.codecs.table import method_of, quantization, without_quantizatio
 from adapterkit.errors import TargetError, UsageError, option
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch
 
@@ -31,7 +31,11 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.codecs.codec import Weight
+    from adapterkit.codecs.encode import Encoder
     from adapterkit.dtypes import DType
+
+    # A weight's name, the encoder of its format, its shape and the format's name, to what rounds it with feedback.
+    FedInto = Callable[[str, Encoder, tuple[int, ...], str], Encoder]
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,12 @@ def trained_on_the_grid(adapters: Sequence[Adapter], weights: Sequence[float] | 
 FP8: Literal["fp8"] = "fp8"
 
 
-def kept(folded: Folded, touched_as: DType | Literal["fp8"] | None = None, rule: str | None = None) -> KeptFold:
+def kept(
+    folded: Folded,
+    touched_as: DType | Literal["fp8"] | None = None,
+    rule: str | None = None,
+    fed: FedInto | None = None,
+) -> KeptFold:
     """The view of a fold in which everything is stored as in the base.
 
     Args:
@@ -103,6 +112,8 @@ def kept(folded: Folded, touched_as: DType | Literal["fp8"] | None = None, rule:
             then names them among the modules that are not quantized. ``fp8`` is FP8 with a scale per row, which the config
             of compressed-tensors can name beside another format.
         rule: of another library than a format's own, for formats that have one; see `trained_on_the_grid`.
+        fed: gives the encoder of a weight that is rounded with feedback: its name, the format's encoder, its shape and what
+            the format is called.
 
     Raises:
         UsageError: the base is not quantized, or the format of a touched weight cannot be written.
@@ -135,7 +146,7 @@ def kept(folded: Folded, touched_as: DType | Literal["fp8"] | None = None, rule:
         elif weight.name not in touched:
             tensors[name] = tensor
         elif weight.name not in encodings:
-            made = _encoded(weight, new[weight.name], stored, rule)
+            made = _encoded(weight, new[weight.name], stored, rule, fed)
             encodings[weight.name] = made[0].shared
             # Codes come first, whatever their names: what they find on the way is in what follows.
             tensors.update({one.name: one for one in made})
@@ -230,7 +241,9 @@ def keep_index(stored: Checkpoint, plan: Plan) -> dict[str, bytes]:
     return {stored.index.name: stored.index.bytes()}
 
 
-def _encoded(weight: Weight, tensor: Tensor, stored: Checkpoint, rule: str | None) -> list[Encoded]:
+def _encoded(
+    weight: Weight, tensor: Tensor, stored: Checkpoint, rule: str | None, fed: FedInto | None
+) -> list[Encoded]:
     if weight.encoder is None:
         raise UsageError(
             f"'{weight.name}' is stored in {weight.how}, which adapterkit does not write", "leave out keep: 16 bits"
@@ -243,6 +256,8 @@ def _encoded(weight: Weight, tensor: Tensor, stored: Checkpoint, rule: str | Non
             "leave out keep, or merge without the resized vocabulary",
         )
     encoder = weight.others.get(rule or "", weight.encoder)()
+    if fed is not None:
+        encoder = fed(weight.name, encoder, weight.shape, weight.how)
     shared = Encoding(linear, encoder, _both(tensor, linear, weight), weight.how)
     return list(_handles(shared))
 

@@ -26,6 +26,7 @@ from adapterkit.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from adapterkit.adapters.kept import FedInto
     from adapterkit.adapters.target import Target
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.checkpoint.tensor import Tensor
@@ -35,7 +36,12 @@ CONFIG = "config.json"
 
 
 def quantized(
-    checkpoint: Checkpoint, kind: str, *, double_quant: bool = False, skip: Iterable[str] | None = None
+    checkpoint: Checkpoint,
+    kind: str,
+    *,
+    double_quant: bool = False,
+    skip: Iterable[str] | None = None,
+    fed: FedInto | None = None,
 ) -> Checkpoint:
     """A view in which the linear layers are quantized, and the config says so.
 
@@ -44,6 +50,7 @@ def quantized(
         kind: a key of `adapterkit.codecs.table.KINDS`, as ``nf4`` or ``fp8``.
         double_quant: with nested scales, where the format has them.
         skip: modules to keep in 16 bits, in the place of the output layer; names or patterns, as ``llm_int8_skip_modules``.
+        fed: see `adapterkit.adapters.kept.kept`.
 
     Raises:
         UsageError: there is no such kind, the view is quantized, or a layer is stored in pieces.
@@ -73,6 +80,8 @@ def quantized(
         encoder = form.encoder(name, linear.shape, linear.dtype, double_quant) if fits else None
         if isinstance(encoder, InStep):
             encoder.largest = peaks[name].value
+        if encoder is not None and fed is not None:
+            encoder = fed(name, encoder, linear.shape, kind)
         if name in whole and encoder is None:
             kept.append(whole[name].removesuffix(".weight"))
         for made in [tensor] if encoder is None else encoded(linear, encoder):

@@ -162,7 +162,8 @@ def _decoder(
     bits = packed.dtype.bits
     stored = -(-((state.count + 1) // 2) * 8 // bits)  # elements of the storage dtype
 
-    empty = bool((scales == 0).any())
+    # A nested scale may come out as zero where the block's own was only small.
+    empty = nested is None and bool((scales == 0).any())
 
     def decode(start: int, stop: int) -> torch.Tensor:
         codes = packed.read(start * 4 // bits, min(-(-stop * 4 // bits), stored)).view(torch.uint8)
@@ -201,12 +202,12 @@ class FourBit(Encoder):
 
     def __init__(self, name: str, shape: tuple[int, ...], grid: Grid, dtype: DType) -> None:
         self._name, self._grid = name, grid
-        self._state = QuantState(grid.kind, grid.blocksize, dtype, shape, NESTED if grid.double else 0)
-        blocks = self._state.blocks
+        self.state = QuantState(grid.kind, grid.blocksize, dtype, shape, NESTED if grid.double else 0)
+        blocks = self.state.blocks
         self.unit, self.unit_codes, self.memory = grid.blocksize, grid.blocksize // 2, 8 * blocks
-        size = STATE_BYTES if grid.double else len(state_json(self._state))
+        size = STATE_BYTES if grid.double else len(state_json(self.state))
         self.made = (
-            TensorSpec(name, U8, (-(-self._state.count // 2), 1)),
+            TensorSpec(name, U8, (-(-self.state.count // 2), 1)),
             TensorSpec(f"{name}.absmax", U8 if grid.double else F32, (blocks,)),
             TensorSpec(f"{name}.quant_map", F32, (16,)),
             *(
@@ -231,7 +232,7 @@ class FourBit(Encoder):
 
         name = self._name
         found = {f"{name}.absmax": held[0], f"{name}.quant_map": blockwise.values(self._grid.kind)}
-        state = self._state
+        state = self.state
         if self._grid.double:
             codes, largest, offset = blockwise.nest(held[0])
             found |= {f"{name}.absmax": codes, f"{name}.nested_absmax": largest}
@@ -242,7 +243,7 @@ class FourBit(Encoder):
         return found
 
     def values(self, start: int, encoded: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return _values(self._state, encoded[0], encoded[1], start)
+        return _values(self.state, encoded[0], encoded[1], start)
 
 
 class FourBitAgain(Encoder):
@@ -256,7 +257,7 @@ class FourBitAgain(Encoder):
         nested: tuple[StoredTensor, StoredTensor] | None,
         text: StoredTensor,
     ) -> None:
-        self._state, self._packed, self._absmax, self._nested, self._text = state, packed, absmax, nested, text
+        self.state, self._packed, self._absmax, self._nested, self._text = state, packed, absmax, nested, text
         self.unit = state.blocksize
         self.unit_codes = state.blocksize * 4 // packed.dtype.bits
         self.memory = 9 * state.blocks
@@ -268,12 +269,20 @@ class FourBitAgain(Encoder):
             size = max(text.shape[0], longest if not _has_room(state, text) else 0)
             self.made += (_as_stored(nested[0]), TensorSpec(text.name, text.dtype, (size,)))
 
+    def packed(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes of the whole weight, two in a byte, as they are stored."""
+        import torch
+
+        return torch.nn.functional.pad(codes, (0, -codes.numel() % (self._packed.dtype.bits // 8))).view(
+            self._packed.dtype.torch
+        )
+
     def encode(self, start: int, new: torch.Tensor, old: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         import torch
 
         from adapterkit.codecs.blockwise import absmax_of, encode_4bit
 
-        state, size = self._state, self._state.blocksize
+        state, size = self.state, self.state.blocksize
         absmax = absmax_of(new, size)
         changed = torch.ones_like(absmax, dtype=torch.bool)
         if old is not None:
@@ -284,8 +293,8 @@ class FourBitAgain(Encoder):
                 changed[-1] = moved[full:].any()
         kept: torch.Tensor | None = None
         if not bool(changed.all()):
-            kept = self._stored(start, new.numel())
-            absmax = torch.where(changed, absmax, self._scales()[start // size :][: absmax.numel()])
+            kept = self.stored(start, new.numel())
+            absmax = torch.where(changed, absmax, self.scales()[start // size :][: absmax.numel()])
         codes = encode_4bit(new, absmax, state.kind, size)
         short = -codes.numel() % (self._packed.dtype.bits // 8)
         codes = torch.nn.functional.pad(codes, (0, short))
@@ -306,30 +315,36 @@ class FourBitAgain(Encoder):
         if not bool(changed.any()):
             return {**stored, self._text.name: _filled(self._text.raw(), length)}
         codes, largest, offset = blockwise.nest(scales)
-        text = state_json(replace(self._state, offset=float(f"{float(offset):.9g}")))
+        text = state_json(replace(self.state, offset=float(f"{float(offset):.9g}")))
         found = {self._absmax.name: codes, self._nested[0].name: largest.to(self._nested[0].dtype.torch)}
         return {**found, self._text.name: _filled(text, length)}
 
     def values(self, start: int, encoded: tuple[torch.Tensor, ...]) -> torch.Tensor:
         import torch
 
-        return _values(self._state, encoded[0].view(torch.uint8), encoded[1], start)
+        return _values(self.state, encoded[0].view(torch.uint8), encoded[1], start)
 
     def end(self) -> None:
         self._before = None
 
-    def _scales(self) -> torch.Tensor:
+    @property
+    def nested(self) -> bool:
+        """Whether its scales are quantized too."""
+        return self._nested is not None
+
+    def scales(self) -> torch.Tensor:
+        """One float32 scale per block, as they are stored now."""
         if self._before is None:
-            self._before = _scales(self._state, self._absmax, self._nested)
+            self._before = _scales(self.state, self._absmax, self._nested)
         return self._before
 
-    def _stored(self, start: int, count: int) -> torch.Tensor:
+    def stored(self, start: int, count: int) -> torch.Tensor:
         """The stored bytes of a range."""
         import torch
 
         first = start // self.unit * self.unit_codes
         total = prod(self._packed.shape)
-        last = total if start + count >= self._state.count else first + count // self.unit * self.unit_codes
+        last = total if start + count >= self.state.count else first + count // self.unit * self.unit_codes
         return self._packed.read(first, last).view(torch.uint8)
 
 

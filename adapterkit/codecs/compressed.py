@@ -461,7 +461,7 @@ class Nvfp4(InStep):
 
             return torch.tensor([self._scale()])
 
-        self._tiles = _new(
+        self.tiles = _new(
             name,
             shape,
             ("weight_packed", U8, shape[1] // 2),
@@ -472,8 +472,8 @@ class Nvfp4(InStep):
             bits.unpair,
             {"weight_global_scale": (F32, (1,), value)},
         )
-        self.made, self.unit, self.unit_codes = self._tiles.made, self._tiles.unit, self._tiles.unit_codes
-        self.memory = self._tiles.memory
+        self.made, self.unit, self.unit_codes = self.tiles.made, self.tiles.unit, self.tiles.unit_codes
+        self.memory = self.tiles.memory
 
     def _scale(self) -> float:
         if self._over is None:
@@ -485,13 +485,13 @@ class Nvfp4(InStep):
         return self._over
 
     def encode(self, start: int, new: torch.Tensor, old: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-        return self._tiles.encode(start, new, old)
+        return self.tiles.encode(start, new, old)
 
     def finish(self, held: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
-        return self._tiles.finish(held)
+        return self.tiles.finish(held)
 
     def values(self, start: int, encoded: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return self._tiles.values(start, encoded)
+        return self.tiles.values(start, encoded)
 
 
 def _some_nvfp4(name: str, shape: tuple[int, ...], dtype: DType, double: bool) -> Encoder | None:

@@ -121,7 +121,10 @@ def _gptq_settings(config: Mapping[str, Any]) -> GptqSettings:
     Raises:
         CheckpointError: a layout or a setting that is not known.
     """
-    form = setting(config, "checkpoint_format", str, default=setting(config, "format", str, default="gptq")).lower()
+    form = setting(config, "checkpoint_format", str, default="").lower()
+    if not form:
+        other = str(config.get("format")).lower()  # GPTQModel takes that word too; other tools mean other things by it
+        form = other if other in ("gptq_v2", "gptq_p", "marlin", "bitblas") else "gptq"
     if form not in ("gptq", "gptq_v2") or config.get("is_marlin_format"):
         form = "marlin" if config.get("is_marlin_format") else form
         raise CheckpointError(

@@ -164,6 +164,13 @@ class Tiles(Encoder):
         if not self.streams:
             self.memory += sum(one.dtype.nbytes(one.shape) for one in self.made[:1])
 
+    def in_one_range(self) -> None:
+        """Take the whole weight as one range from now on; a tile that is too large to be held is held then."""
+        shape = self.shape
+        self._tall = min(shape.block[0], shape.height)
+        self.twice = False
+        self.unit, self.unit_codes = shape.rows * shape.columns, shape.rows * self.row_codes
+
     @property
     def numbers(self) -> Numbers:
         """What is done with a tile."""
@@ -182,12 +189,12 @@ class Tiles(Encoder):
         import torch
 
         rows = torch.cat(seen)
-        line = self._lines(0, rows.shape[0])
+        line = self.lines_of(0, rows.shape[0])
         shape = (self.shape.lines, self.shape.across)
-        where = line[:, None].expand(-1, self.shape.across)
-        low = torch.full(shape, torch.inf).scatter_reduce(0, where, rows[:, 0], "amin")
-        high = torch.full(shape, -torch.inf).scatter_reduce(0, where, rows[:, 1], "amax")
-        changed = torch.zeros(shape).scatter_reduce(0, where, rows[:, 2], "amax")
+        spots = line[:, None].expand(-1, self.shape.across)
+        low = torch.full(shape, torch.inf).scatter_reduce(0, spots, rows[:, 0], "amin")
+        high = torch.full(shape, -torch.inf).scatter_reduce(0, spots, rows[:, 1], "amax")
+        changed = torch.zeros(shape).scatter_reduce(0, spots, rows[:, 2], "amax")
         self._settled = low, high, changed
 
     def encode(self, start: int, new: torch.Tensor, old: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -198,13 +205,15 @@ class Tiles(Encoder):
         again = self.held is not None and old is not None
         bounds: tuple[torch.Tensor, torch.Tensor] | None = None
         if self._settled:
-            line = self._lines(first, first + rows)
+            line = self.lines_of(first, first + rows)
             low, high, moved = (one[line] for one in self._settled)
             bounds = low, high
             changed = moved > 0 if again else None
         else:
             line = (
-                self._lines(first, first + rows)[:: self._tall] if self._tall > 1 else self._lines(first, first + rows)
+                self.lines_of(first, first + rows)[:: self._tall]
+                if self._tall > 1
+                else self.lines_of(first, first + rows)
             )
             changed = self._changed(new, old) if again and old is not None else None
         kept: torch.Tensor | None = None
@@ -214,22 +223,22 @@ class Tiles(Encoder):
                 self._codes = self.held.codes()
             kept = self._codes(first, first + rows)
             if not bool(changed.any()):
-                scale, zero, _ = self._before(line)
-                return self._given(kept, scale, zero)
+                scale, zero, _ = self.before(line)
+                return self.given(kept, scale, zero)
         tiles, numbers = self._tiles(new), self._of(line)
         if numbers.search and self.held is None and bounds is None:
             scale, zero, times = self._searched(tiles)
         else:
             scale, zero, times = numbers.choose(*(bounds or (tiles.amin((1, 3)), tiles.amax((1, 3)))))
         if kept is not None and changed is not None:
-            old_scale, old_zero, _ = self._before(line)
-            scale = _where(changed, scale, old_scale)
-            zero = None if zero is None or old_zero is None else _where(changed, zero, old_zero)
+            old_scale, old_zero, _ = self.before(line)
+            scale = where(changed, scale, old_scale)
+            zero = None if zero is None or old_zero is None else where(changed, zero, old_zero)
         codes = numbers.code(tiles, _spread(scale), _spread_or_none(zero), _spread_or_none(times))
         found = self._rows(codes, rows)
         if kept is not None and changed is not None:
             found = torch.where(self._rows(_spread(changed).expand(codes.shape), rows), found, kept)
-        return self._given(found, scale, zero)
+        return self.given(found, scale, zero)
 
     def finish(self, held: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
         if self._settled:
@@ -239,9 +248,9 @@ class Tiles(Encoder):
             line = torch.arange(low.shape[0])
             scale, zero, _ = self._of(line).choose(low, high)
             if self.held is not None:
-                old_scale, old_zero, _ = self._before(line)
-                scale = _where(moved > 0, scale, old_scale)
-                zero = None if zero is None or old_zero is None else _where(moved > 0, zero, old_zero)
+                old_scale, old_zero, _ = self.before(line)
+                scale = where(moved > 0, scale, old_scale)
+                zero = None if zero is None or old_zero is None else where(moved > 0, zero, old_zero)
             scales = (scale,) if zero is None else (scale, zero)
             held = (*held[: 0 if self.streams else 1], *scales)
         return self.complete(held)
@@ -252,7 +261,7 @@ class Tiles(Encoder):
         codes = self.unpack(stored)
         zero = encoded[2] if len(encoded) > 2 else None
         first = start // self.shape.columns
-        line = self._lines(first, first + codes.shape[0])[:: self._tall]
+        line = self.lines_of(first, first + codes.shape[0])[:: self._tall]
         found = self._of(line).value(self._tiles(codes), _spread(encoded[1]), _spread_or_none(zero))
         return self._rows(found, codes.shape[0]).reshape(-1)
 
@@ -282,11 +291,11 @@ class Tiles(Encoder):
                 factor, least = torch.where(better, tried, factor), torch.where(better, off, least)
         return numbers.choose(low * factor, high * factor)
 
-    def _given(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    def given(self, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         packed = self.pack(codes)
         return (packed.reshape(-1) if self.streams else packed, scale, *(() if zero is None else (zero,)))
 
-    def _lines(self, first: int, last: int) -> torch.Tensor:
+    def lines_of(self, first: int, last: int) -> torch.Tensor:
         """For each row the line of tiles that it is in."""
         import torch
 
@@ -294,10 +303,10 @@ class Tiles(Encoder):
         down = -(-self.shape.height // self.shape.block[0])
         return row // self.shape.height * down + row % self.shape.height // self.shape.block[0]
 
-    def _before(self, line: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, _Order | None]:
+    def before(self, line: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, _Order | None]:
         """Stored scales and zero points of some lines, and the order of the columns."""
         scale, zero, order = self._all()
-        return _take(scale, line), None if zero is None else _take(zero, line), order
+        return take(scale, line), None if zero is None else take(zero, line), order
 
     def _all(self) -> tuple[torch.Tensor, torch.Tensor | None, _Order | None]:
         held = self.held
@@ -359,7 +368,7 @@ def _spread_or_none(scale: torch.Tensor | None) -> torch.Tensor | None:
     return None if scale is None else scale[:, None, :, None]
 
 
-def _take(stored: torch.Tensor, line: torch.Tensor) -> torch.Tensor:
+def take(stored: torch.Tensor, line: torch.Tensor) -> torch.Tensor:
     """Some lines; torch cannot index every 8-bit dtype."""
     if stored.is_floating_point() and stored.element_size() == 1:
         import torch
@@ -368,7 +377,7 @@ def _take(stored: torch.Tensor, line: torch.Tensor) -> torch.Tensor:
     return stored[line]
 
 
-def _where(which: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+def where(which: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     import torch
 
     if one.is_floating_point() and one.element_size() == 1:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.tensor import Cast
 from adapterkit.dtypes import BF16, F16, F32
-from adapterkit.errors import CheckpointError, UsageError
+from adapterkit.errors import CheckpointError, TargetError, UsageError
 from adapterkit.gguf.arch.back import config_of, spec_of_gguf
 from adapterkit.gguf.arch.config import Config
+from adapterkit.gguf.arch.dense_modules import NAMES
 from adapterkit.gguf.arch.hyper import full_key
 from adapterkit.gguf.arch.mapping import Mapper
 from adapterkit.gguf.arch.pooling import MODES, POOLING
@@ -43,6 +44,12 @@ def to_hf(base: GGUFCheckpoint, dtype: DType | None = None) -> tuple[Checkpoint,
 
     if base.kind != "model":
         raise UsageError(f"{base.ref} is a GGUF {base.kind}, not a model", "give a model")
+    dense = next((f"{name}.weight" for name in NAMES if f"{name}.weight" in base), None)
+    if dense is not None:
+        raise TargetError(
+            f"{base.ref}: '{dense}' is a layer of sentence-transformers, which has a folder of its own beside the model",
+            "take the Hugging Face folder that the file was made from",
+        )
     spec = spec_of_gguf(base)
     config = config_of(base, spec)
     view, sources = hf_view(base, Mapper(spec, Config(config, base.ref)))

@@ -33,10 +33,11 @@ from adapterkit.requests.workers import OnWorkers
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
-    from adapterkit.requests.groups import Adapters, Base
+    from adapterkit.requests.groups import Adapters, Base, Ref
 
 FOLDER, GGUF = "folder", "gguf"
 CALIBRATED = ("awq", "gptq")
+NEAREST, FEEDBACK = "nearest", "feedback"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -103,6 +104,23 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
             role=BYTES, group=OUTPUT, flag="--double-quant", needs=("quant",), recipe="output.double-quant",
         ),
     )  # fmt: skip
+    rounding: str = field(
+        default=NEAREST,
+        kw_only=True,
+        metadata=opt(
+            "How values are put on the grid of --quant: feedback makes up for each column's error in the columns after it "
+            "(GPTQ's rule), by what goes into the layers on the text of --calibration.",
+            role=BYTES, group=OUTPUT, choices=(NEAREST, FEEDBACK), recipe="output.rounding",
+        ),
+    )  # fmt: skip
+    calibration: Ref | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Of --rounding feedback: text like the model's own.", PATH,
+            role=BYTES, group=OUTPUT, metavar="FILE", needs=("rounding",), recipe="output.calibration",
+        ),
+    )  # fmt: skip
     residual: int | None = field(
         default=None,
         kw_only=True,
@@ -148,6 +166,8 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
             raise UsageError(f"{self.quant} has no nested scales", "leave out --double-quant, or use --quant nf4")
         if self.residual is not None:
             self._check_residual()
+        if self.rounding == FEEDBACK:
+            self._check_feedback()
         if self.as_trained == "int8" and self.double_quant:
             raise UsageError("int8 has no nested scales", "leave out --double-quant, or use --as-trained nf4")
 
@@ -171,6 +191,36 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
             raise UsageError(
                 f"a plan is of one output, and {option('residual')} is a second one",
                 f"leave out {option('save_plan')}, or {option('residual')}",
+            )
+
+    def _check_feedback(self) -> None:
+        """
+        Raises:
+            UsageError: no text, no grid, or an option that has no meaning beside feedback.
+        """
+        asked = option("rounding", FEEDBACK)
+        if self.folder_format is None:
+            raise UsageError(
+                f"{asked} is of a folder on a grid", f"add {option('quant')} keep, nf4, fp8-block, mxfp4 or int4"
+            )
+        if self.calibration is None:
+            raise UsageError(
+                f"{asked} needs a text that shows what goes into the layers", f"add {option('calibration', 'FILE')}"
+            )
+        if self.keep_touched is not None:
+            raise UsageError(
+                f"{option('keep_touched')} takes what changed off the grid, so there is nothing to round",
+                f"leave out {option('rounding')} or {option('keep_touched')}",
+            )
+        if self.residual is not None:
+            raise UsageError(
+                f"{option('residual')} holds less of what feedback takes than of what the nearest value does",
+                f"leave out {option('rounding')} or {option('residual')}",
+            )
+        if self.measures and self.folder_format != "keep":
+            raise UsageError(
+                f"what survives of a new format is measured with the nearest values, and {asked} writes others",
+                "merge without the limits, then verify",
             )
 
     @property
@@ -206,7 +256,7 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
         """The `Quantization` of a GGUF output; None where nothing was said, or a folder's format was."""
         if self.folder_format is None:
             return self.types
-        return replace(self, quant=None, quant_double=False, yes_lossy=False, keep_touched=None).types
+        return replace(self, quant=None, quant_double=False, yes_lossy=False, keep_touched=None, **_NEAREST).types
 
     @property
     def floats(self) -> DType | None:
@@ -280,6 +330,9 @@ _IN_TYPES = {
     *("yes_lossy", "mmproj", "tensor_type_file", "include_weights", "exclude_weights"),
 }
 """Options that a record has inside ``quantization``, and the file beside, which has no part in the bytes."""
+
+
+_NEAREST: dict[str, Any] = {"rounding": NEAREST, "calibration": None}
 
 
 def _plain(value: Any) -> Any:

@@ -90,7 +90,7 @@ def imatrix(
     started = time.monotonic()
     if chunk < 2:
         raise UsageError(f"a chunk of {chunk} tokens says nothing", f"use {option('chunk', 512)}")
-    said = _text(Path(text))
+    said = read_text(Path(text))
     opened = open_model(model)
     if isinstance(opened, GGUFCheckpoint):
         nothing = _layout({}, [str(text)], 0, chunk)
@@ -167,7 +167,7 @@ def added(files: Sequence[str | Path], out: str | Path, *, force: bool = False) 
     return ImatrixReport("", str(out), text, len(sums.found), sums.chunks, sums.chunk, seconds=seconds)
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         with open(disk.open_regular(path), encoding="utf-8") as file:
             return file.read()
@@ -221,7 +221,7 @@ def _run(
         raise CheckpointError(
             f"transformers cannot load {opened.ref} ({reason})", "give a model that it can run"
         ) from None
-    first, ids = _ids(tokenizer, said)
+    first, ids = text_ids(tokenizer, said)
     count = len(ids) // chunk
     if most is not None:
         count = min(count, most)
@@ -241,7 +241,7 @@ def _run(
     return gathering.sums, count
 
 
-def _ids(tokenizer: Any, said: str) -> tuple[int | None, list[int]]:
+def text_ids(tokenizer: Any, said: str) -> tuple[int | None, list[int]]:
     """The token that begins a text, if the tokenizer adds one, and the text's own."""
     plain = list(tokenizer(said, add_special_tokens=False, verbose=False)["input_ids"])
     framed = list(tokenizer("a")["input_ids"])

@@ -180,6 +180,10 @@ def _file_details(adapter: Adapter) -> dict[str, str]:
     }
 
 
+# Modules that language models have too: of these names alone a file is of no family.
+_LANGUAGE = re.compile(r"(?:^|\.)layers\.\d+\.(?:self_attn|mlp)\.")
+
+
 def _file_family(adapter: Adapter) -> str:
     """The family of a file's modules and whose names they have; every family that it may be of where nothing tells."""
     from adapterkit.adapters.families.names import bare, family_of
@@ -196,7 +200,7 @@ def _file_family(adapter: Adapter) -> str:
     of_diffusers = any(module_of(family, bare(path)) for family in families for path in sizes)
     layout = told[1] if told is not None else "diffusers" if of_diffusers else "original"
     found, _ = told_family(sizes, "original" if layout == "diffusers" else "diffusers", said)
-    if not found and told is None:
+    if told is None and (not found or all(_LANGUAGE.search(path) for path in sizes)):
         return ""
     return f"{names_of(found) if found or told is None else told[0].name} ({layout} names)"
 

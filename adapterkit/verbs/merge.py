@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.fold import Folded
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.listing import Listing
+    from adapterkit.verbs.calibration import Calibration
     from adapterkit.verbs.job import Job, Measured
     from adapterkit.verbs.report import MergeReport
     from adapterkit.verbs.residual import Residual
@@ -40,6 +41,7 @@ LOOKED_AT = 4_000_000_000  # bytes of inputs in a store of which a dry run reads
 SAMPLED = 8  # tensors that are measured before a base's own grid is written again
 FEW = 4  # tensors that are measured to say what another format would keep
 HELD = 1 << 28  # bytes that an encoder may hold for it
+MOST_LEFT = 0.5  # error in the outputs of layers beside what the change does there, above which feedback stops
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,29 @@ class Merge:
     def sources(self) -> tuple[Source, ...]:
         """Every weight file that is read, the adapters' too."""
         return (*self.base.sources, *(source for adapter in self.adapters for source in adapter.sources))
+
+    def rounded(self) -> dict[str, Any]:
+        """Figures of rounding with feedback, for the record."""
+        calibration = self.output.calibration
+        if calibration is None:
+            return {}
+        figures = {name: float(f"{value:.6g}") for name, value in calibration.figures.items()}
+        return {"rounding": {"tokens": calibration.tokens, **figures}}
+
+    def _fed_back(self, dry_run: bool) -> tuple[str, ...]:
+        calibration = self.output.calibration
+        if calibration is None:
+            return ()
+        said = f"rounded with feedback, by {calibration.tokens} tokens of {self.request.calibration}"
+        if dry_run:
+            at_most = f"{calibration.disk / 1e9:.2g} GB of disk"
+            text = self.request.calibration
+            return (f"the merged model reads {text} first; what goes into its layers waits on at most {at_most}",)
+        figures = calibration.figures
+        if not figures:
+            return (said,)
+        beside = f"{figures['left']:.2g} of what the change does to the outputs of layers there"
+        return (f"{said}: the error is {beside} (the nearest values: {figures['nearest']:.2g})",)
 
     def _half_saved(self) -> tuple[str, ...]:
         found = ((adapter.ref, half_saved_note(adapter)) for adapter in self.adapters)
@@ -183,6 +208,7 @@ class Merge:
                 *self.notes,
                 *measured.notes,
                 *instead,
+                *self._fed_back(measured.dry_run),
                 *self._half_saved(),
                 *self._trained_elsewhere(measured.dry_run),
                 *not_finite(computed),
@@ -320,7 +346,9 @@ class Loss:
         """See `_still_there`. Values on the Hub are not there to be measured before a download; those in a store are."""
         if self._can_look():
             asked = self.merge.request
-            self.sampled = _still_there(self.merge, yes_lossy=asked.yes_lossy or asked.residual is not None)
+            # The text is read for a merge that is written, not for one that is shown.
+            if asked.writes or self.merge.output.calibration is None:
+                self.sampled = _still_there(self.merge, yes_lossy=asked.yes_lossy or asked.residual is not None)
             if self.merge.request.writes:
                 self.instead = _if_kept(self.merge)
         if self.watched and self.merge.request.writes and self.watch is None:
@@ -362,6 +390,7 @@ class Loss:
         """The evidence that a record gets when the weights are finished."""
         found, beside = self.report(), self.merge.residual
         residual = {} if beside is None else beside.evidence()
+        residual |= self.merge.rounded()
         if found is None:
             return residual
         figures = {
@@ -445,6 +474,9 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
     if planned.output.own:
         found = left_in_own_format(planned.folded, planned.output.encodings, tensors=SAMPLED)
         # A change folded onto the original is spread by rounding, and kept on average; on the grid itself it is there or not.
+        calibration = planned.output.calibration
+        if calibration is not None:
+            return _fed(planned, calibration, found, yes_lossy=yes_lossy)
         lost = found.retention < ENOUGH or (found.cosine < DEAD and planned.request.base16 is None)
         if found.worst is not None and lost and not (yes_lossy or planned.output.aware):
             raise CheckFailed(
@@ -469,6 +501,25 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
             f"format, or insist with {option('yes_lossy', True)}",
         )
     return found
+
+
+def _fed(planned: Merge, calibration: Calibration, found: FidelityReport, *, yes_lossy: bool) -> FidelityReport | None:
+    """The report of a merge that is rounded with feedback, whose loss is that of the outputs of layers: single weights move
+    away from what was wanted so that sums of them do not.
+
+    Raises:
+        CheckFailed: most of what the change does there is lost, and nobody said that this is fine.
+    """
+    figures = calibration.figures
+    if figures and figures["left"] > MOST_LEFT and not yes_lossy:
+        raise CheckFailed(
+            f"rounded with feedback onto {found.format}, the outputs of layers are off by {figures['left']:.2f} of what this "
+            f"change does to them (the nearest values: {figures['nearest']:.2f})",
+            f"keep what changed wider ({option('quant', 'keep')} {option('keep_touched', 'bf16')}), keep what rounding takes "
+            f"beside the output ({option('residual', '16')}, with the nearest values), or insist with "
+            f"{option('yes_lossy', True)}",
+        )
+    return found if found.worst is not None else None
 
 
 def _if_kept(planned: Merge) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.fold import Folded, fold
@@ -12,7 +13,7 @@ from adapterkit.checkpoint.pipeline import components
 from adapterkit.checkpoint.plan import Plan, plan_safetensors
 from adapterkit.errors import UsageError, option
 from adapterkit.places import Address
-from adapterkit.requests.merge import FOLDER, GGUF, parse_floats
+from adapterkit.requests.merge import FEEDBACK, FOLDER, GGUF, parse_floats
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.encoded import Encoding
     from adapterkit.gguf.quantize import Quantization
     from adapterkit.requests.merge import MergeRequest
+    from adapterkit.verbs.calibration import Calibration
     from adapterkit.verbs.job import Job
 
 CONFIG = "config.json"
@@ -46,6 +48,7 @@ class Output:
         own: the output is in the base's own format.
         aware: training saw the sum on that format's grid, so nothing of it is lost there.
         tower: what writes the tower's file beside it, where that is made.
+        calibration: what weights are rounded by, where that is with feedback.
     """
 
     folded: Folded
@@ -59,6 +62,7 @@ class Output:
     own: bool = False
     aware: bool = False
     tower: Job | None = None
+    calibration: Calibration | None = None
 
 
 def output(
@@ -136,14 +140,16 @@ def _folder(
         raise UsageError("options of a GGUF output were given for a folder", "name the output like OUT.gguf")
     if own:
         return _one_file(_kept(base, adapters, asked, settings), asked)
-    dtype = asked.floats
+    dtype, calibration = asked.floats, None
     folded = fold(base, adapters, asked.adapter_weights, dtype=dtype, **_how(asked))
     side, notes = side_files(base, folded, adapters, dtype)
     view = folded.checkpoint
     if asked.folder_format is not None:
         from adapterkit.adapters.quantized import quantized
 
-        view = quantized(view, asked.folder_format, double_quant=asked.quant_double)
+        calibration = _calibration(base, adapters, asked)
+        fed = None if calibration is None else calibration.fed
+        view = quantized(view, asked.folder_format, double_quant=asked.quant_double, fed=fed)
         config = json.loads(side.get(CONFIG, b"{}"))
         config["quantization_config"] = view.config["quantization_config"]
         side[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
@@ -158,7 +164,8 @@ def _folder(
             )
     if one_file(asked):
         view = replace(view, metadata=_without_hashes(view.metadata), shards=dict.fromkeys(view, _ONE))
-    return _one_file(Output(folded, view, plan_safetensors(view, **settings), side, tuple(notes)), asked)
+    plan = _with_text(plan_safetensors(view, **settings), calibration)
+    return _one_file(Output(folded, view, plan, side, tuple(notes), calibration=calibration), asked)
 
 
 _ONE = "model.safetensors"
@@ -218,20 +225,53 @@ def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, se
     folded = fold(base, adapters, asked.adapter_weights, **_how(asked))
     rule = trained_on_the_grid(adapters, asked.adapter_weights)
     touched_as = FP8 if asked.keep_touched == FP8 else parse_floats(asked.keep_touched or "auto")
-    made = kept(folded, touched_as, rule)
+    calibration = _calibration(base, adapters, asked)
+    if calibration is not None and rule is not None:
+        raise UsageError(
+            "the adapter was trained with its sum on this grid, which the nearest value keeps as it is",
+            f"leave out {option('rounding')}",
+        )
+    made = kept(folded, touched_as, rule, None if calibration is None else calibration.fed)
     view = made.view
     wider = {name: view[name] for name in made.wider}
     folded = replace(folded, checkpoint=replace(folded.checkpoint, tensors={**folded.checkpoint.tensors, **wider}))
     # The config is the base's own, with what else the merge changed.
     said = replace(folded, checkpoint=replace(folded.checkpoint, config=view.config))
     side, notes = side_files(replace(form.checkpoint, side_files=view.side_files), said, adapters, None)
-    plan = plan_safetensors(view, like=form.checkpoint.tensors, **settings)
+    plan = _with_text(plan_safetensors(view, like=form.checkpoint.tensors, **settings), calibration)
     side |= keep_index(form.checkpoint, plan)
     aware = rule is not None and all(rule in form.weights[name].others for name in made.encodings)
     said_of = (*notes, *view.notes[len(folded.checkpoint.notes) :], sizes(form, view))
     if aware:
         said_of += ("the adapter was trained with its sum on this grid: what is written is what training saw",)
-    return Output(folded, view, plan, side, said_of, encodings=made.encodings, own=True, aware=aware)
+    how: dict[str, Any] = {"encodings": made.encodings, "own": True, "aware": aware, "calibration": calibration}
+    return Output(folded, view, plan, side, said_of, **how)
+
+
+def _with_text(plan: Plan, calibration: Calibration | None) -> Plan:
+    """A plan that belongs to its calibration text too."""
+    if calibration is None:
+        return plan
+    inputs = {**plan.inputs, "calibration": calibration.digest()} if plan.inputs else {}
+    return replace(plan, inputs=inputs, peak_memory=max(plan.peak_memory, calibration.memory))
+
+
+def _calibration(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest) -> Calibration | None:
+    """What weights are rounded by, where that is with feedback: base + adapters read the text.
+
+    Raises:
+        NotFound, UsageError: see `adapterkit.verbs.calibration.Calibration.check`.
+    """
+    if asked.rounding != FEEDBACK or asked.calibration is None:
+        return None
+    from adapterkit.verbs.calibration import Calibration as Made
+
+    def view() -> Checkpoint:
+        return fold(base, adapters, asked.adapter_weights, **_how(asked)).checkpoint
+
+    made = Made(view, Path(asked.calibration), asked.target)
+    made.check(base.ref, base.config)
+    return made
 
 
 def _gguf(

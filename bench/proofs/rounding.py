@@ -13,7 +13,8 @@ on the answers and on general text (the prompts of `verify`), and facts whose an
 * the residual of the nearest value as a LoRA of rank 8 and 16 beside it: the best of its rank, and the best by H;
 * changed weights in bfloat16, and the 16-bit original + delta rounded once.
 
-A second table has what `merge --quant keep` writes of the same base, with `--residual`, read back from its files.
+A second table has what `merge --quant keep` writes of the same base, with `--residual` or, with `--feedback`, with
+`--rounding feedback`, read back from its files.
 """
 
 from __future__ import annotations
@@ -228,14 +229,15 @@ def main() -> None:
     parser.add_argument("--formats", default="nf4,mxfp4,int4,fp8")
     parser.add_argument("--work", type=Path, help="keep model and adapter here")
     parser.add_argument("--shipped", action="store_true", help="what merge writes alone, without the study")
+    parser.add_argument("--feedback", action="store_true", help="of that, --rounding feedback alone")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rounding-") as name:
         at = asked.work or Path(name)
         bench = Bench(at, asked.steps)
         found = {}
         for kind in asked.formats.split(","):
-            found[kind] = {} if asked.shipped else measured(bench, kind)
-            found[kind] |= shipped(bench, kind, at)
+            found[kind] = {} if asked.shipped or asked.feedback else measured(bench, kind)
+            found[kind] |= fed_back(bench, kind, at) if asked.feedback else shipped(bench, kind, at)
     note(**{f"{kind}_{key}": value for kind, rows in found.items() for key, value in rows.items()})
 
 
@@ -372,6 +374,54 @@ def shipped(bench: Bench, kind: str, at: Path) -> dict[str, float]:
     wide = at / f"{kind}-wide"
     adapterkit.merge(base, [at / "adapter"], wide, quant="keep", keep_touched="bf16", force=True)
     row("`--quant keep --keep-touched bf16`", "keep_touched", read(wide), wide / weights)
+    return figures
+
+
+def fed_back(bench: Bench, kind: str, at: Path) -> dict[str, float]:
+    """What `merge --quant keep --rounding feedback` writes, read back from its files, beside `--quant keep` alone.
+
+    Its calibration text is what the study takes: the questions with their answers, then pages of these docs.
+    """
+    import adapterkit
+    from adapterkit.bases import open_base
+
+    to = "fp8-block" if kind == "fp8" else kind
+    base = at / to
+    if not base.exists():
+        adapterkit.convert(at / "hf", base, to=to)
+    pages = "\n".join(p.read_text(encoding="utf-8") for p in sorted((Path(__file__).parents[2] / "docs").glob("*.md")))
+    text = at / "calibration.txt"
+    text.write_text("\n".join(bench.tokenizer.decode(row) for row, _ in bench.answers) + "\n" + pages, encoding="utf-8")
+
+    def read(folder: Path) -> dict[str, torch.Tensor]:
+        view = open_base(folder)[0]
+        return {n: view[n].read_wide(0, view[n].numel).float().view(view[n].shape) for n in bench.layers}
+
+    bench.put({name: w + bench.delta[name] for name, w in read(base).items()})
+    trained = bench.ask(bench.answers), bench.ask(bench.general)
+    figures: dict[str, float] = {"live_fed_facts": bench.right(trained[0])}
+    print(
+        f"\n| {kind}: `merge` writes | facts | KL facts | KL general | MB | CPU seconds |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
+    fed = {"rounding": "feedback", "calibration": text}
+    for title, key, more in (("`--quant keep`", "keep", {}), ("`--quant keep --rounding feedback`", "fed", fed)):
+        out = at / f"{kind}-{key}"
+        started = time.process_time()
+        report = adapterkit.merge(base, [at / "adapter"], out, quant="keep", yes_lossy=True, force=True, **more)
+        seconds = time.process_time() - started
+        bench.put(read(out))
+        answers, general = bench.ask(bench.answers), bench.ask(bench.general)
+        right, size = bench.right(answers), (out / "model.safetensors").stat().st_size / 1e6
+        one, two = kl(trained[0], answers), kl(trained[1], general)
+        print(f"| {title} | {right} | {one:.2g} | {two:.2g} | {size:.0f} | {seconds:.0f} |", flush=True)
+        figures.update({f"{key}_facts": right, f"{key}_kl": one, f"{key}_kl_general": two})
+        figures.update({f"{key}_mb": size, f"{key}_cpu_s": seconds})
+        if more:
+            left = json.loads((out / "adapterkit.json").read_text())["evidence"]["rounding"]
+            print(json.dumps(left), report.peak_memory, flush=True)
+            figures.update({"left": left["left"], "left_nearest": left["nearest"]})
+            figures["peak_gb"] = report.peak_memory / 1e9
     return figures
 
 

@@ -244,3 +244,11 @@ def test_pefts_config_names_the_class(tmp_path: Path) -> None:
     adapterkit.convert(folder, tmp_path / "out.safetensors", to="comfyui")
     found = {key.partition(".lora_")[0].removesuffix(".alpha") for key in load_file(tmp_path / "out.safetensors")}
     assert found == {f"diffusion_model.single_layers.0.attn.w1{x}" for x in "qkv"}
+
+
+def test_a_file_of_a_language_model_is_of_no_family(tmp_path: Path) -> None:
+    """Loose PEFT keys, whose names ACE-Step has too."""
+    names = [f"base_model.model.model.layers.0.self_attn.{x}_proj" for x in "qkvo"]
+    tensors = {f"{name}.lora_A.weight": torch.ones(2, 16) for name in names}
+    save_file(tensors | {f"{name}.lora_B.weight": torch.ones(16, 2) for name in names}, tmp_path / "lora.safetensors")
+    assert "family" not in adapterkit.inspect(tmp_path / "lora.safetensors").details

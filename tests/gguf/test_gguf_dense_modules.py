@@ -114,6 +114,19 @@ def test_the_runtime_multiplies_with_them(tmp_path: Path) -> None:
     assert 1 - (embeddings(tmp_path / "merged.gguf") * wanted(live, matrices)).sum(-1).min() < 1e-5
 
 
+def test_verify_knows_them_and_no_folder_loses_them(tmp_path: Path) -> None:
+    import peft
+
+    build(tmp_path / "hf")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"])
+    adapter = make_adapter(tmp_path / "adapter", tmp_path / "hf", config, scale=0.2)
+    adapterkit.merge(tmp_path / "hf", [adapter], tmp_path / "o.gguf", dense_modules=True)
+    report = adapterkit.verify(tmp_path / "o.gguf", base=tmp_path / "hf", adapters=[adapter])
+    assert report.ok, report
+    with pytest.raises(TargetError, match=r"dense_2\.weight"):
+        convert(tmp_path / "o.gguf", tmp_path / "back", to="hf")
+
+
 def test_what_the_runtime_has_no_place_for_is_refused(tmp_path: Path) -> None:
     build(tmp_path / "hf")
     said = tmp_path / "hf" / "2_Dense" / "config.json"

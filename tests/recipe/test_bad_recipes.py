@@ -190,7 +190,7 @@ WRONG: dict[str, tuple[str, int, str, str]] = {
         "merge.expert-order is 'slow'",
         "use fastest, slowest",
     ),
-    "calibrated_merge": (GOOD + 'q = {path = "q", calibration = "prompts.txt"}\n', 8, "'calibration' means", "leave"),
+    "calibrated_merge": (GOOD + 'q = {path = "q", calibration = "prompts.txt"}\n', 8, "calibration means", "leave"),
     "not_for_a_merge": (
         GOOD + 'q = {path = "q", rank = 4}\n',
         8,

@@ -72,7 +72,8 @@ def verify(request: VerifyRequest) -> VerifyReport:
     how = asked(found, loaded, request.of_merge())
     parts = OfAdapters(only=how.given.get("only", ()), skip=how.given.get("skip", ()))
     loaded = tuple(parts.narrowed(adapter) for adapter in loaded)
-    planned = subject(found, stored, loaded, {k: v for k, v in how.given.items() if k not in ("only", "skip")})
+    options = {k: v for k, v in how.given.items() if k not in ("only", "skip")}
+    planned = subject(found, stored, loaded, options, fed=how.fed)
     around = sanity(planned, request.on_purpose)
     every = [*how.findings, *same_as_recorded(how.record, stored, found)]
     tensors = layers = model = pair = None
@@ -93,7 +94,12 @@ def verify(request: VerifyRequest) -> VerifyReport:
             *wrong,
             *around,
             *loading(planned, around),
-            *_retention(there.retention, request.min_retention, wrong),
+            *_fed(how.fed, there),
+            *(
+                ()
+                if how.fed and request.min_retention is None
+                else _retention(there.retention, request.min_retention, wrong)
+            ),
             *_cosine(there.cosine, request.min_cosine),
             *_error(there.error, request.max_error),
             *_dead(there, request.max_dead),
@@ -146,6 +152,22 @@ def verify(request: VerifyRequest) -> VerifyReport:
         seconds=time.monotonic() - started,
         peak_memory=peak_memory(),
     )
+
+
+def _fed(fed: bool, there: TensorLevel) -> list[Finding]:
+    """What is said of weights that were rounded with feedback."""
+    if not fed:
+        return []
+    ours = [(row.error, row.ours) for row in there.tensors if row.error is not None and row.ours]
+    beside = (
+        f", {sum(a for a, _ in ours) / sum(b for _, b in ours):.2g} times that of the nearest values" if ours else ""
+    )
+    text = (
+        f"rounded with feedback: the error of single weights beside the change is {there.error:.3g}{beside}, for outputs of "
+        "layers that are nearer"
+    )
+    hint = f"see {option('level', 'layers')} or {option('level', 'model')} for what is left of the change"
+    return [Finding("feedback", NOTE, text, hint, figure=there.error)]
 
 
 def _residual(given: Ref | None, how: Asked, found: Checkpoint) -> tuple[Adapter | None, tuple[Finding, ...]]:

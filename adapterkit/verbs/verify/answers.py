@@ -162,7 +162,7 @@ class Tokenizer:
     """
 
     def __init__(self, folders: Sequence[str | Path]) -> None:
-        self._tokenizer = _tokenizer(folders)
+        self._tokenizer = open_tokenizer(folders)
 
     def ids(self, text: str, messages: Sequence[Mapping[str, str]] = ()) -> list[int]:
         """The tokens of a text or of a chat.
@@ -188,7 +188,7 @@ class Tokenizer:
         return str(self._tokenizer.decode(list(ids)))
 
 
-def _tokenizer(folders: Sequence[str | Path]) -> Any:
+def open_tokenizer(folders: Sequence[str | Path]) -> Any:
     transformers = need_transformers()
     for folder in folders:
         names = {path.name for path in Path(folder).iterdir()} if Path(folder).is_dir() else set()

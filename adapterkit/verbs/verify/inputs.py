@@ -10,7 +10,7 @@ from adapterkit.bases import open_model
 from adapterkit.checkpoint.pipeline import folder_of
 from adapterkit.errors import RegistryError, UsageError, option
 from adapterkit.registry.beside import beside_path, read_beside
-from adapterkit.requests.merge import MergeRequest
+from adapterkit.requests.merge import FEEDBACK, MergeRequest
 from adapterkit.requests.option import VALUES
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, VerifiedInput
 
@@ -39,6 +39,12 @@ class Asked:
     given: Mapping[str, Any]
     record: Record | None
     findings: tuple[Finding, ...]
+
+    @property
+    def fed(self) -> bool:
+        """Whether the record says that weights were rounded with feedback."""
+        operation = None if self.record is None else self.record.operation
+        return operation is not None and operation.parameters.get("rounding") == FEEDBACK
 
 
 def place(checkpoint: Checkpoint) -> Path | None:

@@ -1,20 +1,16 @@
 """Activations of base + adapters, with the weights of one module in memory at a time.
 
-The model is built without weights; a module gets its own when it is called and loses them when it is done. What goes into
-each touched module is kept, a few rows of it, for `adapterkit.verbs.verify.layers`. So a model of any size can be replayed in
-the memory of its largest matrix.
+What goes into each touched module is kept, a few rows of it, for `adapterkit.verbs.verify.layers`. So a model of any size can
+be replayed in the memory of its largest matrix; see `adapterkit.verbs.streamed`.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.merged import StoredWeights
-from adapterkit.adapters.names import Names
 from adapterkit.errors import AdapterkitError
+from adapterkit.verbs.streamed import run_streamed
 from adapterkit.verbs.verify.inputs import place
 from adapterkit.verbs.verify.layers import ROWS
 from adapterkit.verbs.verify.prompts import read_prompts
@@ -24,6 +20,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from adapterkit.adapters.target import Target
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.verbs.verify.subject import Subject
 
@@ -64,20 +61,15 @@ def _replayed(
 ) -> dict[str, torch.Tensor]:
     import torch
 
-    names = Names(trained.shapes, trained.config)
     wanted = _wanted(subject)
     kept: dict[str, list[torch.Tensor]] = {}
-    with contextlib.ExitStack() as stack:
-        for path, module in model.named_modules():
-            own = [name for name, parameter in module.named_parameters(recurse=False) if parameter is not None]
-            if own:
-                stack.enter_context(_loaded(module, path, own, names, trained, wanted, kept))
-        with torch.inference_mode():
-            # Without the output layer, which is the largest matrix and feeds nothing.
-            body = model.base_model if hasattr(model, "base_model") else model
-            for ids in texts:
-                if len(ids) > 1:
-                    body(input_ids=torch.tensor([list(ids)]))
+
+    def seen(module: Any, weight: Target, x: torch.Tensor) -> None:
+        if len(weight.pieces) == 1 and x.shape[-1] == weight.matrix[1]:
+            for name in wanted.get(weight.pieces[0].tensor, ()):
+                kept.setdefault(name, []).append(x.reshape(-1, x.shape[-1]).detach().clone())
+
+    run_streamed(model, trained, [[ids] for ids in texts if len(ids) > 1], seen)
     found = {}
     for name, parts in kept.items():
         rows = torch.cat(parts)
@@ -96,72 +88,3 @@ def _wanted(subject: Subject) -> dict[str, tuple[str, ...]]:
         for name, became in subject.became.items()
         if any(one in touched for one in became)
     }
-
-
-@contextlib.contextmanager
-def _loaded(
-    module: Any,
-    path: str,
-    own: Sequence[str],
-    names: Names,
-    trained: Checkpoint,
-    wanted: Mapping[str, tuple[str, ...]],
-    kept: dict[str, list[torch.Tensor]],
-) -> Iterator[None]:
-    """A module that gets its weights when it is called."""
-    import torch
-
-    targets = {}
-    for leaf in own:
-        parameter = f"{path}.{leaf}" if path else leaf
-        target = names.find(parameter)
-        if target is None:
-            other = names.tied(parameter)
-            target = names.find(other) if other is not None else None
-        if target is None:
-            raise ValueError(f"'{parameter}' is not in the base")
-        targets[leaf] = target
-
-    def read(leaf: str) -> torch.Tensor:
-        target = targets[leaf]
-        rows = StoredWeights(target, trained.tensors)
-        values = rows.read(0, target.matrix[0]).view(target.shape)
-        for tensor in target.tensors:
-            trained[tensor].release()
-        return values
-
-    def rows_of(ids: torch.Tensor) -> torch.Tensor:
-        """An embedding's rows, without the rest of it."""
-        weights = StoredWeights(targets["weight"], trained.tensors)
-        flat = ids.reshape(-1)
-        wanted = flat.tolist()
-        found = {one: weights.read(one, one + 1)[0] for one in set(wanted)}
-        return torch.stack([found[one] for one in wanted]).view(*ids.shape, -1)
-
-    def before(module: Any, args: Any) -> None:
-        for leaf in own:
-            setattr(module, leaf, torch.nn.Parameter(read(leaf), requires_grad=False))
-        weight = targets.get("weight")
-        plain = weight is not None and len(weight.pieces) == 1
-        if not plain or weight is None or not args or not isinstance(args[0], torch.Tensor):
-            return
-        x = args[0]
-        if x.is_floating_point() and x.shape[-1] == weight.matrix[1]:
-            for name in wanted.get(weight.pieces[0].tensor, ()):
-                kept.setdefault(name, []).append(x.reshape(-1, x.shape[-1]).detach().clone())
-
-    def after(module: Any, args: Any, result: Any) -> None:
-        for leaf in own:
-            empty = getattr(module, leaf).to("meta")
-            setattr(module, leaf, torch.nn.Parameter(empty, requires_grad=False))
-
-    if type(module) is torch.nn.Embedding:
-        module.__dict__["forward"] = rows_of
-        yield
-        return
-    hooks = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -45,6 +45,7 @@ class Item:
         touched: adapters change it.
         format: a word for how values are encoded; None where they are floats.
         bits: per weight, in that format.
+        fed: it is rounded with feedback: single values lie farther from what was wanted, so that sums of them do not.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Item:
     base: Tensor | None = None
     own: bool = False
     encoding: Encoding | None = None
+    fed: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -108,7 +110,9 @@ class Subject:
     side: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def subject(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str, Any]) -> Subject:
+def subject(
+    found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str, Any], *, fed: bool = False
+) -> Subject:
     """Plan the merge that MERGED claims to be, and put the two side by side.
 
     Args:
@@ -116,6 +120,7 @@ def subject(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], op
         base: the base, as it is stored.
         adapters: in the order of their weights.
         options: those of `adapterkit.requests.merge.MergeRequest`.
+        fed: the record says that MERGED was rounded with feedback.
 
     Raises:
         NotFound, CheckpointError, AdapterError, TargetError, UsageError, UnsafeError
@@ -124,7 +129,11 @@ def subject(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], op
         return _gguf(found, base, adapters, options)
     if base.format == "gguf":
         raise UsageError(f"{found.ref} is a folder and {base.ref} is a GGUF file", "give the base as a folder")
-    return _folder(found, base, adapters, options)
+    made = _folder(found, base, adapters, options)
+    if not fed:
+        return made
+    items = tuple(replace(one, fed=one.format is not None and (one.touched or not one.own)) for one in made.items)
+    return replace(made, items=items)
 
 
 def _folder(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str, Any]) -> Subject:
@@ -419,10 +428,13 @@ def _gguf_of_folder(
     from adapterkit.adapters.fold import fold
     from adapterkit.adapters.sidecars import patched_config, side_files
     from adapterkit.bases import open_base
+    from adapterkit.gguf.arch.dense_modules import with_dense
     from adapterkit.gguf.arch.model import as_gguf
     from adapterkit.verbs.verify.expected import of_base
 
     opened, values = open_base(base, base16=asked.base16, trained=asked.trained)
+    if asked.dense_modules:
+        opened = with_dense(opened)
     folded = fold(opened, adapters, asked.adapter_weights, **_how(asked))
     files, _ = side_files(opened, folded, adapters, None)
     said: dict[str, Any] = {"config": patched_config(opened, folded, adapters, None), "files": files}

@@ -46,6 +46,7 @@ MOST_STEPS = 4.0  # of the dtype: what a tool that rounds several times is off b
 AS_GOOD = 1.6  # squared error over that of our encoding; an importance matrix shifts it so much
 NEAR = 0.05  # of the retention, beside five standard errors
 NEAR_FORMAT = 0.1
+FED = 0.8  # relative error of a weight that is rounded with feedback; another weight's is above 1
 UNKNOWN_FORMAT = 3.0  # relative error of a format with b bits is at most this times 2^-b
 
 
@@ -169,7 +170,11 @@ class _Comparison:
 
     def _watch(self, name: str, start: int, base: torch.Tensor, wanted: torch.Tensor) -> None:
         """Called by `Merged` while a block is computed, in the thread that asked for it."""
-        self._seen.__dict__.setdefault("blocks", []).append((start, base, wanted))
+        self._seen.__dict__.setdefault("blocks", []).append((name, start, base, wanted))
+
+    def _blocks(self, item: Item) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """What was computed of a weight; others that share a scale with it may have been read for that."""
+        return (block[1:] for block in self._seen.blocks if block[0] == item.name)
 
     def _witness(self, start: int, base: torch.Tensor, wanted: torch.Tensor, written: torch.Tensor) -> None:
         """Called when a range is encoded, in the thread that asked for it."""
@@ -229,7 +234,7 @@ class _Comparison:
             self._encoded(tally)
             self._finish(tally)
             return int(there.numel()) * there.element_size()
-        for at, base, new in self._seen.blocks:
+        for at, base, new in self._blocks(item):
             ready = (there, wanted) if item.format is None and at == start and len(new.view(-1)) == len(there) else None
             self._measure(tally, at, base, new, ready, same)
         if item.merged is None and item.base is not None:
@@ -246,7 +251,7 @@ class _Comparison:
         self._seen.blocks = []
         stop = min(start + item.floats.block, item.floats.numel)
         wide = item.floats.read_wide(start, stop)
-        for at, base, new in self._seen.blocks:
+        for at, base, new in self._blocks(item):
             self._measure(tally, at, base, new, None, False)
         if item.merged is None:
             columns = item.floats.shape[-1]
@@ -421,6 +426,10 @@ def judge(tally: Tally) -> Judged:
     steps: float | None = None
     if item.parts and not tally.differing:
         status = EQUAL
+    elif item.fed:
+        # The error of a column is in the columns after it. How far that goes depends on the text: where few directions have
+        # inputs, the others may move freely.
+        status = FORMAT if sums.off <= FED else OFF
     elif item.own and not item.touched:
         status = OFF  # nobody changed it: other bytes are other codes or scales
     elif item.format is None:
