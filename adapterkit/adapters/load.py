@@ -245,9 +245,12 @@ def _sharded(listing: Listing) -> Exception | None:
     found = sharded_checkpoint(Path(listing.ref).expanduser()) if address_of(listing.ref) is None else None
     if found is None:
         return None
+    how = f"adapterkit convert {listing.ref} --to peft --allow-pickle -o DIR"
+    if found.kind == "mcore":
+        how = f"adapterkit convert {listing.ref} --to peft --base BASE --allow-pickle -o DIR"
     return UnsafeError(
         f"{listing.ref} is {KINDS[found.kind]}, whose files are pickles and not yet an adapter",
-        f"if you trust it: adapterkit convert {listing.ref} --to peft --allow-pickle -o DIR",
+        f"if you trust it: {how}",
     )
 
 

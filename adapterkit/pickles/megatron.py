@@ -71,7 +71,8 @@ def _run(found: Sharded) -> MegatronRun:
     if found.config is not None:
         config = read_json(LocalFile(found.config, str(found.config)))
         alpha, rank = _number(config.get("lora_alpha")), _number(config.get("r"))
-        if alpha is not None and config.get("use_rslora") in (None, False):
+        plain = not any(config.get(name) for name in ("use_rslora", "alpha_pattern", "rank_pattern"))
+        if alpha is not None and plain:
             return MegatronRun(str(found.config), alpha, int(rank or 0), config.get("use_dora") is True)
     raise NotFound(
         f"{found.folder} is {KINDS['mcore']} without the config of its run, and alpha is in none of its tensors",
