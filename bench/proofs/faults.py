@@ -1,6 +1,7 @@
 """Let the disk fail at every call of every verb that writes, or kill the run there, and count what is left.
 
-    python -m bench proofs faults [--only VERB] [--json FILE]
+    python -m bench proofs faults [--only VERB] [--codes EIO,KILL] [--json FILE]
+    python -m bench proofs faults --rows FOLDER        # add up what several runs wrote with --json
 
 Each run works in a forked child on tiny inputs. At the n-th ``pwrite``, ``write``, ``fsync``, ``rename``, ``link`` or
 ``mkdir`` the call fails with EIO, ENOSPC or EDQUOT, is interrupted (EINTR, which Python repeats by itself when the system
@@ -21,7 +22,7 @@ import os
 import socket
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ CODES = ("EIO", "ENOSPC", "EDQUOT", "EINTR", "KILL")
 CALLS = ("pwrite", "write", "fsync", "rename", "replace", "rename_new", "link", "mkdir")
 SENT = ("send", "connect")
 MOST = 400  # of one call
+KEYS = ("faults", "kills", "refused", "done", "wrong")
 
 
 def child(work: Callable[[], object], call: str, code: str, nth: int) -> int:
@@ -95,33 +97,57 @@ def undisturbed(work: Callable[[], object]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=NAMES)
+    parser.add_argument("--codes", type=lambda text: text.split(","), default=CODES, help="causes, divided by commas")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--rows", type=Path, help="a folder with what runs wrote with --json: nothing is run")
     given = parser.parse_args()
+    if strange := set(given.codes) - set(CODES):
+        parser.error(f"no such cause: {', '.join(sorted(strange))}")
     torch.set_num_threads(1)
     rows: dict[str, dict[str, int]] = {}
     wrong: list[str] = []
     results.head("Verb", "Faults", "Kills", "Ended with a sentence", "Done all the same", "Wrong")
-    with tempfile.TemporaryDirectory() as made, writers(Path(made), given.only) as todo:
-        for name, writer in todo.items():
-            row = rows[name] = run(name, writer, wrong)
-            results.row(name, *(f"{row[key]:,}" for key in ("faults", "kills", "refused", "done", "wrong")))
+    if given.rows is not None:
+        rows = added(sorted(given.rows.glob("*.json")))
+        for name, row in rows.items():
+            _show(name, row)
+    else:
+        with tempfile.TemporaryDirectory() as made, writers(Path(made), given.only) as todo:
+            for name, writer in todo.items():
+                row = rows[name] = run(name, writer, wrong, given.codes)
+                _show(name, row)
+    _show("all", {key: sum(row[key] for row in rows.values()) for key in KEYS})
     for line in wrong:
         print("WRONG", line)
     results.note(**{f"{name}: wrong": row["wrong"] for name, row in rows.items()})
     if given.json:
         given.json.write_text(json.dumps(rows, indent=2) + "\n")
-    raise SystemExit(1 if wrong else 0)
+    raise SystemExit(1 if any(row["wrong"] for row in rows.values()) else 0)
 
 
-def run(name: str, writer: Writer, wrong: list[str]) -> dict[str, int]:
-    row = {"faults": 0, "kills": 0, "refused": 0, "done": 0, "wrong": 0}
+def added(files: Sequence[Path]) -> dict[str, dict[str, int]]:
+    """What several runs counted, in the order of the verbs."""
+    found = {name: dict.fromkeys(KEYS, 0) for name in NAMES}
+    for file in files:
+        for name, row in json.loads(file.read_text()).items():
+            for key in KEYS:
+                found[name][key] += row[key]
+    return {name: row for name, row in found.items() if row["faults"] or row["kills"]}
+
+
+def _show(name: str, row: dict[str, int]) -> None:
+    results.row(name, *(f"{row[key]:,}" for key in KEYS))
+
+
+def run(name: str, writer: Writer, wrong: list[str], codes: Sequence[str] = CODES) -> dict[str, int]:
+    row = dict.fromkeys(KEYS, 0)
     writer.warm()
     writer.start()
     if undisturbed(writer.run):
         raise SystemExit(f"{name}: an undisturbed run failed")
     right, beside = writer.state(), writer.beside()
     for call in (*CALLS, *(SENT if name in ("push", "merge in a store") else ())):
-        for code in CODES:
+        for code in codes:
             for nth in range(1, MOST):
                 writer.start()
                 before = writer.beside()
