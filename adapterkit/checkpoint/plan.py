@@ -14,8 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from adapterkit.checkpoint.folder import INDEX, PIPELINE, SINGLE
-from adapterkit.checkpoint.hashes import HASHES, with_room
-from adapterkit.checkpoint.header import build_header
+from adapterkit.checkpoint.header import HASHES, build_header, with_room
 from adapterkit.checkpoint.listing import check_plain
 from adapterkit.checkpoint.pipeline import lead_of
 from adapterkit.checkpoint.plan_file import PlanStep, Steps, Tables, columns_of, to_text

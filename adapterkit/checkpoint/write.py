@@ -14,7 +14,7 @@ from adapterkit import disk
 from adapterkit.checkpoint.cut import whole_files
 from adapterkit.checkpoint.files import check_unchanged
 from adapterkit.checkpoint.folder import RECORD
-from adapterkit.checkpoint.hashing import fill
+from adapterkit.checkpoint.hashes import fill
 from adapterkit.checkpoint.journal import Journal
 from adapterkit.checkpoint.memory import check_memory
 from adapterkit.checkpoint.pipeline import lead_of

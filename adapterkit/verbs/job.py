@@ -129,7 +129,7 @@ class Job:
         assert self.out is not None
         record = self.record is not None
         if isinstance(self.out, Address):
-            from adapterkit.checkpoint.hashing import has_room
+            from adapterkit.checkpoint.hashes import has_room
 
             # The plan of a staged job is known when its values are, and so are hashes; it is held against the target again
             # then.
@@ -140,7 +140,7 @@ class Job:
 
     def in_store(self) -> StoreOut:
         """The output in its store."""
-        from adapterkit.checkpoint.hashing import without_room
+        from adapterkit.checkpoint.hashes import without_room
         from adapterkit.checkpoint.store_out import StoreOut
 
         assert isinstance(self.out, Address)
@@ -290,7 +290,7 @@ def _staged(
 
 def _hashed(job: Job, facts: Mapping[str, Any], resume: bool) -> tuple[Job, Mapping[str, Any]]:
     """The job with the hashes that the metadata of its file state."""
-    from adapterkit.checkpoint.hashing import filled
+    from adapterkit.checkpoint.hashes import filled
 
     plan = filled(job.plan, job.tensors)
     if plan is not job.plan:

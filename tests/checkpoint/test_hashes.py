@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 import adapterkit
-from adapterkit.checkpoint.hashes import HASHES, with_room
-from adapterkit.checkpoint.hashing import fill, without_room
+from adapterkit.checkpoint.hashes import fill, without_room
+from adapterkit.checkpoint.header import HASHES, with_room
 from adapterkit.checkpoint.plan import plan_file
 from adapterkit.errors import OutputError
 
