@@ -50,7 +50,7 @@ class Asked:
     def other_weights(self) -> bool:
         """Whether other weights were given than the record states."""
         given = self.given.get("weights")
-        return self.record is not None and bool(given) and list(map(float, given)) != _weights(self.record)
+        return self.record is not None and given is not None and [float(one) for one in given] != _weights(self.record)
 
 
 def place(checkpoint: Checkpoint) -> Path | None:
