@@ -97,10 +97,10 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
         if weights_of_mlx is not None:
             return _mlx(listing.open(weights_of_mlx), config, listing.ref, listing.commit)
         raise AdapterError(f"{config.where} names no peft_type", "it is not a PEFT adapter config, or a damaged one")
-    beside = next((name for name in TRAINED_WHOLE if name in listing.names), None)
-    if beside is not None:
-        by, way = TRAINED_WHOLE[beside]
-        raise UnsupportedAdapter(f"{listing.ref} is half of what was trained: {beside} beside it holds {by}", way)
+    whole = next((name for name in TRAINED_WHOLE if name in listing.names), None)
+    if whole is not None:
+        by, way = TRAINED_WHOLE[whole]
+        raise UnsupportedAdapter(f"{listing.ref} is half of what was trained: {whole} beside it holds {by}", way)
     sources, weights = _weights(listing)
     tensors, notes = plain_keys(weights, sources[0].name, METHODS.get(config.peft_type))
     side_files = tuple(
