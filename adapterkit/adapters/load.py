@@ -42,7 +42,7 @@ TRAINED_WHOLE = {
     # swift/tuner_plugin/lora_llm.py (ms-swift 4.6)
     "vit.safetensors": (
         "the vision tower and the aligner, trained whole by ms-swift",
-        "merge both with swift export --adapters DIR --merge_lora true",
+        "merge both with ms-swift's own export (merge_lora)",
     ),
     # haotian-liu/LLaVA, llava/train/train.py and llava/model/builder.py
     "non_lora_trainables.bin": (
