@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.load import is_adapter
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.hub_ref import parse_hub
-from adapterkit.errors import CheckFailed, NotFound, UnsafeError, UsageError, option
+from adapterkit.errors import AdapterkitError, CheckFailed, NotFound, UnsafeError, UsageError, option
 from adapterkit.places import local
 from adapterkit.redaction import check_public
 from adapterkit.registry.beside import beside_path, read_beside
@@ -55,7 +55,7 @@ def register(request: RegisterRequest) -> Registered:
         known = _named(beside.base, base_id)
     if known is None and beside is not None:
         known = beside.base
-    known, warnings = by_weights(known, home)
+    known, warnings = by_weights(known, home, said=_said(folder))
     scanned = _scanned(folder, known, home) if request.scan else None
     if scanned is not None:
         warnings += tuple(one.message for one in scanned.oddities if one.level == "warning")
@@ -83,21 +83,34 @@ def register(request: RegisterRequest) -> Registered:
     return replace(stored, warnings=warnings)
 
 
-def by_weights(base: Identity | None, home: Path | None) -> tuple[Identity | None, tuple[str, ...]]:
-    """A base whose claimed Hub id was held against the registry: weights are believed over names.
+def by_weights(base: Identity | None, home: Path | None, said: str = "") -> tuple[Identity | None, tuple[str, ...]]:
+    """A base whose claimed name was held against what has that name here: weights are believed over names.
 
     A commit comes from the Hub itself; an id alone is what somebody wrote into a config.
+
+    Args:
+        said: what the config calls the base, where that may be another name than ``base.id``; see `called`.
     """
-    if base is None or not base.id or base.commit or not base.known:
+    if base is None or not base.known:
         return base, ()
-    other = claimed_by(base, home=home)
-    if other is None:
-        return base, ()
-    text = (
-        f"its config names {base.id} as its base, and the base given has other weights than the {base.id} that is "
-        f"registered as {other.ref}: another base, or another revision of it; it is filed under its weights, without the name"
-    )
-    return replace(base, id=""), (text,)
+    for name in dict.fromkeys((said, base.id)):
+        if not name or (base.commit and name == base.id):
+            continue
+        other = contradicted(base, called(name, home=home))
+        if other:
+            text = (
+                f"its config names {name} as its base, and the base given has {other}: another base, or another "
+                "revision of it; it is filed under its weights, without the name"
+            )
+            return replace(base, id="" if name == base.id else base.id), (text,)
+    return base, ()
+
+
+def _said(folder: Path) -> str:
+    """What the config of an adapter's folder calls its base."""
+    from adapterkit.registry.gather import named_base
+
+    return named_base(folder) if folder.is_dir() else ""
 
 
 def _scanned(folder: Path, base: Identity | None, home: Path | None) -> ScanReport:
@@ -118,11 +131,6 @@ def _scanned(folder: Path, base: Identity | None, home: Path | None) -> ScanRepo
     return found
 
 
-def claims(repo: str, *, home: Path | None = None) -> bool:
-    """Whether a base of that Hub id is registered, so that a claim can be held against its weights."""
-    return is_repo(repo) and any(one.identity is not None and one.identity.id == repo for one in _bases(home))
-
-
 def _bases(home: Path | None) -> list[Record]:
     """The records of registered bases."""
     from adapterkit.registry import index, store
@@ -139,17 +147,57 @@ def _bases(home: Path | None) -> list[Record]:
     return index.ask(at, ask)
 
 
-def claimed_by(base: Identity, *, home: Path | None = None) -> Record | None:
-    """A registered base of the same Hub id whose weights are proved to be others; None where nothing contradicts it."""
-    same = [one for one in _bases(home) if one.identity is not None and one.identity.id == base.id]
-    fits = [
-        (one, compare(replace(base, id=""), replace(one.identity, id="", commit="")).fits)
-        for one in same
-        if one.identity
+def called(name: str, *, home: Path | None = None) -> list[tuple[str, Identity]]:
+    """The weights that have a name here, each with words for it: registered bases of that Hub id, versions of that
+    registered name, else the folder of that path."""
+    found = [
+        (f"the {name} that is registered as {one.ref}", one.identity)
+        for one in (*(one for one in _bases(home) if one.identity and one.identity.id == name), *_called(name, home))
+        if one.identity is not None
     ]
-    if any(found is not False for _, found in fits):
-        return None
-    return fits[0][0] if fits else None
+    return found or _in_folder(name)
+
+
+def contradicted(base: Identity, named: list[tuple[str, Identity]]) -> str:
+    """What a base has, in words, where it is proved to be none of ``named``; "" where it is one, or nobody can tell."""
+    weights = replace(base, id="", commit="")
+    found = [(words, compare(weights, replace(one, id="", commit=""))) for words, one in named]
+    if not found or any(one.fits is not False for _, one in found):
+        return ""
+    words, one = next((pair for pair in found if pair[1].verdict == "other"), found[0])
+    if one.verdict == "other":
+        return f"other weights than {words}"
+    return f"other tensors than {words} (so has a quantized copy)"
+
+
+def _called(name: str, home: Path | None) -> list[Record]:
+    """The models that a registered name means: one version, or all where the name says none."""
+    from adapterkit.registry import resolve, store
+    from adapterkit.registry.finder import is_known
+    from adapterkit.registry.home import open_home
+
+    at = open_home(home)
+    if "/" in name or name.startswith("sha256:") or not at.root.is_dir() or not is_known(at, name):
+        return []
+    if "@" not in name:
+        hidden = at.hidden_versions(name)
+        return [store.load_known(at, name, version) for version in at.versions(name) if version not in hidden]
+    try:
+        return [resolve.find(at, name)]
+    except NotFound:
+        return []  # a version that is not here contradicts nothing
+
+
+def _in_folder(name: str) -> list[tuple[str, Identity]]:
+    """The weights of a folder here; none where it cannot be read."""
+    try:
+        path = Path(name).expanduser()
+        if not path.is_dir():
+            return []
+        opened = open_model(path, headers_only=True)
+        return [(f"the folder {name}", identity_of(opened, cheap(opened)))]
+    except (AdapterkitError, OSError, RuntimeError):
+        return []  # no model: a name alone, which proves nothing
 
 
 def _register_base(request: RegisterRequest) -> Registered:
