@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.load import is_adapter
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.hub_ref import parse_hub
-from adapterkit.errors import AdapterkitError, CheckFailed, NotFound, UnsafeError, UsageError, option
+from adapterkit.errors import CheckFailed, NotFound, UnsafeError, UsageError, option
 from adapterkit.places import local
+from adapterkit.provenance.claims import called, contradicted
 from adapterkit.redaction import check_public
 from adapterkit.registry.beside import beside_path, read_beside
 from adapterkit.registry.identity import Identity, compare
@@ -129,75 +130,6 @@ def _scanned(folder: Path, base: Identity | None, home: Path | None) -> ScanRepo
     if wrong := [one.message for one in found.oddities if one.level == "error"]:
         raise UnsafeError(f"{folder} was not registered: {'; '.join(wrong[:3])}", "see check with the same option")
     return found
-
-
-def _bases(home: Path | None) -> list[Record]:
-    """The records of registered bases."""
-    from adapterkit.registry import index, store
-    from adapterkit.registry.home import open_home
-
-    at = open_home(home)
-    if not at.root.is_dir():
-        return []
-
-    def ask(found: index.Index) -> list[Record]:
-        rows = found.rows("kind = ?", ("base",), hidden=False)
-        return [store.load_known(found.home, row.name, row.version) for row in rows]
-
-    return index.ask(at, ask)
-
-
-def called(name: str, *, home: Path | None = None) -> list[tuple[str, Identity]]:
-    """The weights that have a name here, each with words for it: registered bases of that Hub id, versions of that
-    registered name, else the folder of that path."""
-    found = [
-        (f"the {name} that is registered as {one.ref}", one.identity)
-        for one in (*(one for one in _bases(home) if one.identity and one.identity.id == name), *_called(name, home))
-        if one.identity is not None
-    ]
-    return found or _in_folder(name)
-
-
-def contradicted(base: Identity, named: list[tuple[str, Identity]]) -> str:
-    """What a base has, in words, where it is proved to be none of ``named``; "" where it is one, or nobody can tell."""
-    weights = replace(base, id="", commit="")
-    found = [(words, compare(weights, replace(one, id="", commit=""))) for words, one in named]
-    if not found or any(one.fits is not False for _, one in found):
-        return ""
-    words, one = next((pair for pair in found if pair[1].verdict == "other"), found[0])
-    if one.verdict == "other":
-        return f"other weights than {words}"
-    return f"other tensors than {words} (so has a quantized copy)"
-
-
-def _called(name: str, home: Path | None) -> list[Record]:
-    """The models that a registered name means: one version, or all where the name says none."""
-    from adapterkit.registry import resolve, store
-    from adapterkit.registry.finder import is_known
-    from adapterkit.registry.home import open_home
-
-    at = open_home(home)
-    if "/" in name or name.startswith("sha256:") or not at.root.is_dir() or not is_known(at, name):
-        return []
-    if "@" not in name:
-        hidden = at.hidden_versions(name)
-        return [store.load_known(at, name, version) for version in at.versions(name) if version not in hidden]
-    try:
-        return [resolve.find(at, name)]
-    except NotFound:
-        return []  # a version that is not here contradicts nothing
-
-
-def _in_folder(name: str) -> list[tuple[str, Identity]]:
-    """The weights of a folder here; none where it cannot be read."""
-    try:
-        path = Path(name).expanduser()
-        if not path.is_dir():
-            return []
-        opened = open_model(path, headers_only=True)
-        return [(f"the folder {name}", identity_of(opened, cheap(opened)))]
-    except (AdapterkitError, OSError, RuntimeError):
-        return []  # no model: a name alone, which proves nothing
 
 
 def _register_base(request: RegisterRequest) -> Registered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -280,18 +281,23 @@ def _named_base(adapter: Adapter, base: Checkpoint) -> list[Diagnostic]:
 
 def _claimed(adapter: Adapter, base: Checkpoint) -> list[Diagnostic]:
     """Whether what has the name that the adapter's config gives its base has other weights than the base given."""
+    from adapterkit.registry.home import open_home
+
     said = adapter.config.base or ""
     hub = parse_hub(base.ref) if base.commit else None
     if not said or (hub is not None and hub.repo == said):
         return []
-    from adapterkit.provenance.register import called, contradicted
+    folder, there = folder_of(base), os.path.isdir(said)
+    if (there and folder is not None and folder.samefile(said)) or not (there or open_home(None).root.is_dir()):
+        return []
+    from adapterkit.provenance.claims import called, contradicted
+
+    named = called(said)
+    if not named:
+        return []
     from adapterkit.registry.weights import cheap, identity_of
 
-    folder = folder_of(base)
-    if folder is not None and Path(said).is_dir() and folder.samefile(said):
-        return []
-    named = called(said)
-    other = contradicted(identity_of(base, cheap(base)), named) if named else ""
+    other = contradicted(identity_of(base, cheap(base)), named)
     if not other:
         return []
     message = f"its config names {said} as its base, and {base.ref} has {other}"
