@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapterkit.errors import AdapterkitError, NotFound
+from adapterkit.errors import AdapterkitError, NotFound, UsageError
 
 if TYPE_CHECKING:
     from adapterkit.registry.identity import Identity
@@ -55,8 +55,8 @@ def _called(name: str, home: Path | None) -> list[Record]:
         return [store.load_known(at, name, version) for version in at.versions(name) if version not in hidden]
     try:
         return [resolve.find(at, name)]
-    except NotFound:
-        return []  # a version that is not here contradicts nothing
+    except (NotFound, UsageError):
+        return []  # a version that is not here, or no name at all, contradicts nothing
 
 
 def _in_folder(name: str) -> list[tuple[str, Identity]]:
