@@ -97,7 +97,8 @@ def test_registered_names_and_folders_are_held_against_the_weights(
         assert [one for one in check(house, [adapter]).findings if "has other" in one.message] == []
     # A name whose versions have both weights, a version that is not here, a folder without a model: no contradiction.
     (tmp_path / "empty").mkdir()
-    for number, name in enumerate(("garden", "loft@9", str(tmp_path / "empty"), "tone-0", "~nobody-here/x", "loft@@", "loft@a b")):
+    quiet = ("garden", "loft@9", str(tmp_path / "empty"), "tone-0", "~nobody-here/x", "loft@@", "loft@a b")
+    for number, name in enumerate(quiet):
         _claiming(adapter, name)
         assert register(adapter, name=f"quiet-{number}", base=str(garden), home=home).warnings == (), name
 
