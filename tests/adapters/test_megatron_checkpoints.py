@@ -202,6 +202,11 @@ def test_experts_and_router_of_nemo(tmp_path: Path) -> None:
     (folder / "context" / "model.yaml").write_text(several)
     with pytest.raises(UnsupportedAdapter, match="expert_model_parallel_size 2"):
         adapterkit.convert(folder, tmp_path / "no", to="peft", allow_pickle=True, base=base)
+    (folder / "context" / "model.yaml").unlink()  # what stands for it says nothing of ranks
+    said = {"peft_type": "LORA", "lora_alpha": ALPHA, "r": DIM}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    with pytest.raises(UnsupportedAdapter, match="does not say whether the run had several ranks"):
+        adapterkit.convert(folder, tmp_path / "no", to="peft", allow_pickle=True, base=base)
 
 
 class Held:
