@@ -27,8 +27,7 @@ def plan(asked: ConvertRequest, jobs: int) -> Conversion:
             raise
         raise UsageError(
             f"{asked.src} is a whole model, and mlx is a format of adapters",
-            f"convert it with mlx_lm.convert --hf-path {asked.src} -q; into what that writes, merge with "
-            f"{option('quant', 'keep')}",
+            f"convert it with mlx-lm's own mlx_lm.convert; into what that writes, merge with {option('quant', 'keep')}",
         ) from None
     return laid_out(adapter, base, asked, "mlx", as_mlx)
 
