@@ -15,7 +15,7 @@ from models import plain_adapter, plain_base, read_tensors
 from adapterkit.adapters.load import load_adapter
 from adapterkit.bases import open_model
 from adapterkit.cli import main
-from adapterkit.errors import CheckpointError, NotFound, UnsafeError
+from adapterkit.errors import CheckpointError, NotFound, UnsafeError, UsageError
 from adapterkit.pickles import unpickled
 from adapterkit.verbs.convert import convert
 
@@ -44,6 +44,12 @@ def test_an_old_adapter_is_converted_when_asked(
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "new"]
+
+
+def test_no_plan_is_saved_that_would_be_refused(pickled: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be saved with allow_pickle=True"):
+        convert(pickled[0], tmp_path / "new", to="peft", allow_pickle=True, save_plan=tmp_path / "plan.json")
+    assert not (tmp_path / "plan.json").exists()
 
 
 def test_every_dtype_and_layout(tmp_path: Path) -> None:

@@ -267,6 +267,8 @@ def test_what_is_no_remote_is_refused(address: str, said: str, verb: str, home: 
 
 
 def test_an_option_of_another_kind_of_remote_is_refused(home: Path) -> None:
+    with pytest.raises(UsageError, match="share_with='base' is for OCI registries, and s3://b/x is not"):
+        adapterkit.push("x", "s3://b/x", share_with=["base", "other"])
     with pytest.raises(UsageError, match="create_pr=True is for the Hub, and s3://b/x is not"):
         adapterkit.push("x", "s3://b/x", create_pr=True)
     with pytest.raises(UsageError, match="move_tag=True is for OCI registries and buckets, and org/x is not"):

@@ -25,7 +25,7 @@ from adapterkit.checkpoint.folder import (
 from adapterkit.checkpoint.header import parse_header
 from adapterkit.checkpoint.open import is_object, locate
 from adapterkit.checkpoint.tensor import Stored
-from adapterkit.errors import AdapterError, NotFound, UnsafeError
+from adapterkit.errors import AdapterError, NotFound, UnsafeError, UnsupportedAdapter
 from adapterkit.places import address_of
 
 if TYPE_CHECKING:
@@ -35,6 +35,21 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.listing import Listing
     from adapterkit.checkpoint.objects import ObjectFile
     from adapterkit.checkpoint.tensor import Tensor
+
+
+# Files of parameters that a trainer trained whole and keeps beside PEFT's: what they hold, and what merges both.
+TRAINED_WHOLE = {
+    # swift/tuner_plugin/lora_llm.py (ms-swift 4.6)
+    "vit.safetensors": (
+        "the vision tower and the aligner, trained whole by ms-swift",
+        "merge both with ms-swift's own export (merge_lora)",
+    ),
+    # haotian-liu/LLaVA, llava/train/train.py and llava/model/builder.py
+    "non_lora_trainables.bin": (
+        "the projector and what else LLaVA trained whole",
+        "merge both with LLaVA's scripts/merge_lora_weights.py",
+    ),
+}
 
 
 def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
@@ -50,6 +65,7 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
         NotFound: no adapter there.
         UnsafeError: pickled weights only.
         AdapterError: config or weights are damaged or contradict each other.
+        UnsupportedAdapter: parameters that were trained whole lie in a file of the trainer's own beside it.
         AuthError, HubError: the Hub said so.
     """
     if is_object(_whole(ref), (".safetensors",)):
@@ -81,6 +97,10 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
         if weights_of_mlx is not None:
             return _mlx(listing.open(weights_of_mlx), config, listing.ref, listing.commit)
         raise AdapterError(f"{config.where} names no peft_type", "it is not a PEFT adapter config, or a damaged one")
+    whole = next((name for name in TRAINED_WHOLE if name in listing.names), None)
+    if whole is not None:
+        by, way = TRAINED_WHOLE[whole]
+        raise UnsupportedAdapter(f"{listing.ref} is half of what was trained: {whole} beside it holds {by}", way)
     sources, weights = _weights(listing)
     tensors, notes = plain_keys(weights, sources[0].name, METHODS.get(config.peft_type))
     side_files = tuple(

@@ -25,6 +25,11 @@ MAX_HEADER = 100_000_000  # bytes, the limit of the reference implementation
 MAX_NAME = 4096  # characters
 MAX_DIMS = 32
 MAX_NUMEL = 1 << 63  # also of the dimensions that are not zero: torch multiplies them all
+MODEL, LEGACY, SPEC = "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"
+HASHES = {MODEL: "0" * 64, LEGACY: "0" * 8, SPEC: "0x" + "0" * 64}
+"""Hashes that metadata state of the file itself, and what a plan has in their place; see `adapterkit.checkpoint.hashes`."""
+TRAINING = "ss_"
+_SPEC = "modelspec."
 
 
 class TensorInfo(NamedTuple):
@@ -199,3 +204,11 @@ def build_header(
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, {name: start + offset for name, offset in offsets.items()}
+
+
+def with_room(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Metadata with room for the hashes that go with them; what they stated of another file's bytes is gone."""
+    kept = {name: value for name, value in metadata.items() if name not in HASHES}
+    asked = [MODEL, LEGACY] if any(name.startswith(TRAINING) for name in kept) else []
+    asked += [SPEC] if any(name.startswith(_SPEC) for name in kept) else []
+    return kept | {name: HASHES[name] for name in asked}

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from adapterkit.checkpoint.folder import INDEX, PIPELINE, SINGLE
-from adapterkit.checkpoint.header import build_header
+from adapterkit.checkpoint.header import HASHES, build_header, with_room
 from adapterkit.checkpoint.listing import check_plain
 from adapterkit.checkpoint.pipeline import lead_of
 from adapterkit.checkpoint.plan_file import PlanStep, Steps, Tables, columns_of, to_text
@@ -284,7 +284,7 @@ def plan_safetensors(
         like: tensors as they lie in the files of an input: where an output file holds tensors of the same names, dtypes
             and shapes as one of those, it gets that file's header and order.
     """
-    metadata = {**view.metadata, "format": view.metadata.get("format", "pt")}
+    metadata = with_room({**view.metadata, "format": view.metadata.get("format", "pt")})
     if max_shard_size is not None and any("/" in file for file in view.shards.values()):
         raise UsageError("a pipeline keeps the shards of its components", f"leave out {option('max_shard_size')}")
     groups = _own_shards(view) if max_shard_size is None else _packed_shards(view, max_shard_size)
@@ -297,7 +297,8 @@ def plan_safetensors(
 def plan_file(name: str, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> Plan:
     """Plan one safetensors file of small tensors, such as an adapter's."""
     memory = BASELINE_MEMORY + WORKER_MEMORY + max((tensor.memory for tensor in tensors), default=0)
-    return Plan((_plan_file(name, tensors, metadata),), dict(metadata), memory, {}, {})
+    metadata = with_room(metadata)
+    return Plan((_plan_file(name, tensors, metadata),), metadata, memory, {}, {})
 
 
 def _own_shards(view: Checkpoint) -> list[tuple[str, list[Tensor]]]:
@@ -344,7 +345,8 @@ def _plan_file(
     if source is not None:
         steps = tuple(step_of(tensor, tensor.extent.offset) for tensor in tensors if tensor.extent is not None)
         return PlannedFile(name, source.size, steps, verbatim=source.name)
-    again = _same_header(tensors, like) if like else None
+    stated = metadata.keys() & HASHES.keys()  # of the bytes of that file, which are others here
+    again = _same_header(tensors, like) if like and not stated else None
     if again is not None:
         found, places = again
         steps = tuple(step_of(tensor, places[tensor.name]) for tensor in tensors)

@@ -459,6 +459,7 @@ class StoreOut:
                 else f"the upload of {self.store.place(key)} is gone",
                 "another run writes there, or its uploads were swept; see which is wanted, and run it again",
             )
+        found.assembly.abort()  # where an upload is made of objects, they may still be there
         return made
 
     def _put(self, key: str, data: bytes) -> None:

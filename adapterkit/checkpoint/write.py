@@ -14,6 +14,7 @@ from adapterkit import disk
 from adapterkit.checkpoint.cut import whole_files
 from adapterkit.checkpoint.files import check_unchanged
 from adapterkit.checkpoint.folder import RECORD
+from adapterkit.checkpoint.hashes import fill
 from adapterkit.checkpoint.journal import Journal
 from adapterkit.checkpoint.memory import check_memory
 from adapterkit.checkpoint.pipeline import lead_of
@@ -215,7 +216,7 @@ def _checked(one: Writing) -> Callable[[Path], Mapping[str, bytes]] | None:
 
 
 def ready(one: Writing, folder: Path) -> Ready:
-    """Put the index, the side files and the record into the hidden folder, which is whole then."""
+    """Put hashes, the index, the side files and the record into the hidden folder, which is whole then."""
     plan, out, record = one.plan, one.out, one.record
     extra = dict(one.side_files)
     if plan.in_folders:
@@ -223,6 +224,7 @@ def ready(one: Writing, folder: Path) -> Ready:
     elif len(plan.files) > 1:
         extra.setdefault(plan.index_name, index_json(plan))
     try:
+        fill(plan, folder)
         if plan.layout == "file":
             return Ready(one, folder, beside=record(folder) if record is not None else {})
         for name, data in extra.items():

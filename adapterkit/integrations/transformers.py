@@ -190,7 +190,7 @@ def base_identity(
         return Identity(id=repo) if repo else None
     if repo and not found.id:
         found = replace(found, id=repo, commit=commit)
-    return by_weights(found, home)[0]
+    return by_weights(found, home, said=named)[0]
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:

@@ -56,7 +56,8 @@ def unpickled(
         raise NotFound(f"{src} is no folder here", "pickles are only converted from a folder; download it first")
     sharded = sharded_checkpoint(folder)
     if sharded is not None:
-        before = [*seen(sharded.folder), *(() if sharded.config is None else seen(sharded.config))]
+        configs = [one for one in (sharded.config, sharded.run) if one is not None]
+        before = [first for one in (sharded.folder, *configs) for first in seen(one)]
         with TemporaryDirectory(dir=beside, prefix=".gathered.") as made:
             place = Path(made) / (folder.resolve().name or "adapter")
             if sharded.kind == "mcore":

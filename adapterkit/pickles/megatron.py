@@ -73,7 +73,10 @@ def _run(found: Sharded) -> MegatronRun:
         alpha, rank = _number(config.get("lora_alpha")), _number(config.get("r"))
         plain = not any(config.get(name) for name in ("use_rslora", "alpha_pattern", "rank_pattern"))
         if alpha is not None and plain:
-            return MegatronRun(str(found.config), alpha, int(rank or 0), config.get("use_dora") is True)
+            # It says nothing of ranks: whether the adapter of grouped experts is that of all of them is not known.
+            return MegatronRun(
+                str(found.config), alpha, int(rank or 0), config.get("use_dora") is True, expert_parallel=0
+            )
     raise NotFound(
         f"{found.folder} is {KINDS['mcore']} without the config of its run, and alpha is in none of its tensors",
         f"put the run's run_config.yaml (NeMo: context/model.yaml) beside it, or an {ADAPTER_CONFIG} with its lora_alpha and r",

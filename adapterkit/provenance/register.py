@@ -11,6 +11,7 @@ from adapterkit.bases import open_model
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import CheckFailed, NotFound, UnsafeError, UsageError, option
 from adapterkit.places import local
+from adapterkit.provenance.claims import called, contradicted
 from adapterkit.redaction import check_public
 from adapterkit.registry.beside import beside_path, read_beside
 from adapterkit.registry.identity import Identity, compare
@@ -55,7 +56,7 @@ def register(request: RegisterRequest) -> Registered:
         known = _named(beside.base, base_id)
     if known is None and beside is not None:
         known = beside.base
-    known, warnings = by_weights(known, home)
+    known, warnings = by_weights(known, home, said=_said(folder))
     scanned = _scanned(folder, known, home) if request.scan else None
     if scanned is not None:
         warnings += tuple(one.message for one in scanned.oddities if one.level == "warning")
@@ -83,21 +84,34 @@ def register(request: RegisterRequest) -> Registered:
     return replace(stored, warnings=warnings)
 
 
-def by_weights(base: Identity | None, home: Path | None) -> tuple[Identity | None, tuple[str, ...]]:
-    """A base whose claimed Hub id was held against the registry: weights are believed over names.
+def by_weights(base: Identity | None, home: Path | None, said: str = "") -> tuple[Identity | None, tuple[str, ...]]:
+    """A base whose claimed name was held against what has that name here: weights are believed over names.
 
     A commit comes from the Hub itself; an id alone is what somebody wrote into a config.
+
+    Args:
+        said: what the config calls the base, where that may be another name than ``base.id``; see `called`.
     """
-    if base is None or not base.id or base.commit or not base.known:
+    if base is None or not base.known:
         return base, ()
-    other = claimed_by(base, home=home)
-    if other is None:
-        return base, ()
-    text = (
-        f"its config names {base.id} as its base, and the base given has other weights than the {base.id} that is "
-        f"registered as {other.ref}: another base, or another revision of it; it is filed under its weights, without the name"
-    )
-    return replace(base, id=""), (text,)
+    for name in dict.fromkeys((said, base.id)):
+        if not name or (base.commit and name == base.id):
+            continue
+        other = contradicted(base, called(name, home=home))
+        if other:
+            text = (
+                f"its config names {name} as its base, and the base given has {other}: another base, or another "
+                "revision of it; it is filed under its weights, without the name"
+            )
+            return replace(base, id="" if name == base.id else base.id), (text,)
+    return base, ()
+
+
+def _said(folder: Path) -> str:
+    """What the config of an adapter's folder calls its base."""
+    from adapterkit.registry.gather import named_base
+
+    return named_base(folder) if folder.is_dir() else ""
 
 
 def _scanned(folder: Path, base: Identity | None, home: Path | None) -> ScanReport:
@@ -116,40 +130,6 @@ def _scanned(folder: Path, base: Identity | None, home: Path | None) -> ScanRepo
     if wrong := [one.message for one in found.oddities if one.level == "error"]:
         raise UnsafeError(f"{folder} was not registered: {'; '.join(wrong[:3])}", "see check with the same option")
     return found
-
-
-def claims(repo: str, *, home: Path | None = None) -> bool:
-    """Whether a base of that Hub id is registered, so that a claim can be held against its weights."""
-    return is_repo(repo) and any(one.identity is not None and one.identity.id == repo for one in _bases(home))
-
-
-def _bases(home: Path | None) -> list[Record]:
-    """The records of registered bases."""
-    from adapterkit.registry import index, store
-    from adapterkit.registry.home import open_home
-
-    at = open_home(home)
-    if not at.root.is_dir():
-        return []
-
-    def ask(found: index.Index) -> list[Record]:
-        rows = found.rows("kind = ?", ("base",), hidden=False)
-        return [store.load_known(found.home, row.name, row.version) for row in rows]
-
-    return index.ask(at, ask)
-
-
-def claimed_by(base: Identity, *, home: Path | None = None) -> Record | None:
-    """A registered base of the same Hub id whose weights are proved to be others; None where nothing contradicts it."""
-    same = [one for one in _bases(home) if one.identity is not None and one.identity.id == base.id]
-    fits = [
-        (one, compare(replace(base, id=""), replace(one.identity, id="", commit="")).fits)
-        for one in same
-        if one.identity
-    ]
-    if any(found is not False for _, found in fits):
-        return None
-    return fits[0][0] if fits else None
 
 
 def _register_base(request: RegisterRequest) -> Registered:

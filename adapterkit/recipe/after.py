@@ -77,8 +77,8 @@ def check(file: RecipeFile, steps: tuple[Step, ...]) -> None:
         if push is None:
             continue
         with located(file, *at, "push"):
-            kind = PushRequest("", **vars(push)).kind
-        if kind == HUB and (not is_repo(push.repo) or "/" not in push.repo):
+            asked = PushRequest("", **vars(push))
+        if asked.kind == HUB and (not is_repo(asked.address) or "/" not in asked.address):
             file.fail((*at, "push"), f"'{push.repo}' is not a repository", "give it as org/name")
         if push.tag is not None and not re.fullmatch(r"[\w][\w./-]{0,127}", push.tag):
             file.fail((*at, "push", "tag"), f"'{push.tag}' cannot be a tag", "use letters, digits, '.', '_', '-'")

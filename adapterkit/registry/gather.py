@@ -119,6 +119,16 @@ def describe(path: Path) -> Described:
     return Described()
 
 
+def named_base(path: Path) -> str:
+    """What ``adapter_config.json`` of a folder calls the base: a Hub id, a path, or any other name; "" where it says none.
+
+    Raises:
+        RegistryError: the configuration is not JSON.
+    """
+    name = (_json(path / "adapter_config.json") or {}).get("base_model_name_or_path")
+    return name if isinstance(name, str) and name.isprintable() else ""
+
+
 def _base(config: Mapping[str, Any]) -> Identity | None:
     """The base that a PEFT configuration names: a Hub id and a pinned commit, never a local path."""
     name, revision = config.get("base_model_name_or_path"), config.get("revision")

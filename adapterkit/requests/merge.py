@@ -109,7 +109,8 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
         kw_only=True,
         metadata=opt(
             "How values are put on the grid of --quant: feedback makes up for each column's error in the columns after it "
-            "(GPTQ's rule), by what goes into the layers on the text of --calibration.",
+            "(GPTQ's rule), by what goes into the layers on the text of --calibration; docs/quantized.md says for which "
+            "formats a model was measured.",
             role=BYTES, group=OUTPUT, choices=(NEAREST, FEEDBACK), recipe="output.rounding",
         ),
     )  # fmt: skip

@@ -37,6 +37,7 @@ class RemoteRequest(Request):
             kinds = self.OF.get(name, (kind,))
             if kind not in kinds:
                 of = " and ".join(_WORDS[one] for one in kinds)
+                value = value[0] if isinstance(value, tuple) else value  # of one that may be given again
                 raise UsageError(f"{option(name, value)} is for {of}, and {self.repo} is not", "leave it out")
 
     @property

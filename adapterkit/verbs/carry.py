@@ -39,11 +39,16 @@ def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path, Plan]
         OutputError: the plan cannot be written.
         UsageError: workers were asked for, and the plan has no parts; or a plan is saved with what it cannot hold.
     """
+    saved = {}
     if request.save_plan is not None:
-        for path, plan in _with_the_rest(plans or {Path(request.save_plan): job.plan}, request).items():
-            disk.deliver(path, plan.to_json().encode())
+        saved = _with_the_rest(plans or {Path(request.save_plan): job.plan}, request)
     if not request.writes:
         report = show(job, started)
+        for (
+            path,
+            plan,
+        ) in saved.items():  # of what holds the checks: whoever carries out a plan does not make them again
+            disk.deliver(path, plan.to_json().encode())
         return forecast_in(report, job, request) if getattr(request, "workers", None) else report
     if getattr(request, "on", None) is None:
         return run([job], workers=request.jobs, resume=request.resume, progress=request.progress, started=started)[0]

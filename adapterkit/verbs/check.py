@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -107,10 +108,10 @@ def check(request: CheckRequest) -> CheckReport:
         if adapter.whole:
             continue  # its tensors tell by themselves, and are compared when the merge is planned
         compared = compare_bases(adapter, opened, full=request.full)
-        named = _named_base(adapter, opened) + _claimed(adapter, opened)
+        named = _named_base(adapter, opened)
         # Weights are believed over names: a base that is proved to be the same may be called anything.
         same = compared is not None and compared.fits
-        findings += [one for one in named if not (same and one.code == OTHER_BASE)]
+        findings += [one for one in named if not (same and one.code == OTHER_BASE)] + _claimed(adapter, opened)
         partly = half_saved_note(adapter)
         if partly is not None:
             findings.append(Diagnostic(WARNING, "half-saved", adapter.ref, f"it {partly}"))
@@ -279,23 +280,27 @@ def _named_base(adapter: Adapter, base: Checkpoint) -> list[Diagnostic]:
 
 
 def _claimed(adapter: Adapter, base: Checkpoint) -> list[Diagnostic]:
-    """Whether the registry knows the base that the adapter's config names, and it has other weights than the one given."""
+    """Whether what has the name that the adapter's config gives its base has other weights than the base given."""
     from adapterkit.registry.home import open_home
 
     said = adapter.config.base or ""
-    if base.commit or not said or not open_home(None).root.is_dir():
+    hub = parse_hub(base.ref) if base.commit else None
+    if not said or (hub is not None and hub.repo == said):
         return []
-    from adapterkit.provenance.register import claimed_by, claims
+    folder, there = folder_of(base), os.path.isdir(said)
+    if (there and folder is not None and folder.samefile(said)) or not (there or open_home(None).root.is_dir()):
+        return []
+    from adapterkit.provenance.claims import called, contradicted
+
+    named = called(said)
+    if not named:
+        return []
     from adapterkit.registry.weights import cheap, identity_of
 
-    if not claims(said):
+    other = contradicted(identity_of(base, cheap(base)), named)
+    if not other:
         return []
-    other = claimed_by(replace(identity_of(base, cheap(base)), id=said))
-    if other is None:
-        return []
-    message = (
-        f"it was trained on {said}, and {base.ref} has other weights than the {said} that is registered as {other.ref}"
-    )
+    message = f"its config names {said} as its base, and {base.ref} has {other}"
     return [Diagnostic(WARNING, OTHER_BASE, adapter.ref, message, "shapes alone do not tell siblings apart")]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.plan import default_jobs
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, option
 from adapterkit.places import Address, address_of
 from adapterkit.requests.call import takes
 from adapterkit.requests.convert import ConvertPlanRequest, ConvertRequest
@@ -97,6 +97,11 @@ def convert(request: ConvertRequest) -> ConvertReport:
 
         if address_of(request.src) is not None:
             raise UsageError(f"pickles are read from a disk, and {request.src} is in a store", "download it first")
+        if request.save_plan is not None:
+            raise UsageError(
+                f"a plan is carried out without reading a pickle, so it cannot be saved with {option('allow_pickle', True)}",
+                f"convert {request.src} to safetensors first, and plan from that",
+            )
         target = request.target
         watched: list[FirstSeen] = []
         parents = target.absolute().parents if isinstance(target, Path) else (Path().absolute(),)

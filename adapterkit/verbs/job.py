@@ -129,18 +129,22 @@ class Job:
         assert self.out is not None
         record = self.record is not None
         if isinstance(self.out, Address):
-            # The plan of a staged job is known when its values are; it is held against the target again then.
+            from adapterkit.checkpoint.hashes import has_room
+
+            # The plan of a staged job is known when its values are, and so are hashes; it is held against the target again
+            # then.
             made = self.in_store()
-            made.check(resume=resume, record=record, claimed=self.stage is not None)
+            made.check(resume=resume, record=record, claimed=self.stage is not None or has_room(self.plan))
             return
         check_output(self.plan, self.sources, self.out, force=self.force, inputs=self.inputs, room=room, record=record)
 
     def in_store(self) -> StoreOut:
         """The output in its store."""
+        from adapterkit.checkpoint.hashes import without_room
         from adapterkit.checkpoint.store_out import StoreOut
 
         assert isinstance(self.out, Address)
-        return StoreOut(self.plan, self.tensors, self.sources, self.out, force=self.force)
+        return StoreOut(without_room(self.plan), self.tensors, self.sources, self.out, force=self.force)
 
     def writing(self) -> Writing:
         """What the sink is given."""
@@ -248,12 +252,12 @@ def _run_to_stores(
 
     reports = []
     with ExitStack() as held:
-        staged = [_staged(job, held, workers, resume, progress) for job in every]
+        staged = [_hashed(*_staged(job, held, workers, resume, progress), resume) for job in every]
         writings = [StoreWriting(job.in_store(), job.side, job.record) for job, _ in staged]
         sinks = write_to_stores(writings, jobs=workers, resume=resume, progress=progress)
         for (job, facts), sink, one in zip(staged[: len(jobs)], sinks, writings, strict=False):
             spent = time.monotonic() - started
-            done = Measured(spent, peak_memory(), sink.reused, job.plan, facts, one.made.notes, moved=moved())
+            done = Measured(spent, peak_memory(), sink.reused, one.made.plan, facts, one.made.notes, moved=moved())
             reports.append(job.report(done))
     return reports
 
@@ -282,6 +286,17 @@ def _staged(
     known = replace(job, plan=plan, tensors=tensors, sources=sources, side=made.side_files, record=record, stage=None)
     known.check_target(resume=resume)
     return known, made.facts
+
+
+def _hashed(job: Job, facts: Mapping[str, Any], resume: bool) -> tuple[Job, Mapping[str, Any]]:
+    """The job with the hashes that the metadata of its file state."""
+    from adapterkit.checkpoint.hashes import filled
+
+    plan = filled(job.plan, job.tensors)
+    if plan is not job.plan:
+        job = replace(job, plan=plan)
+        job.check_target(resume=resume)
+    return job, facts
 
 
 def peak_memory() -> int:

@@ -346,8 +346,9 @@ class Loss:
         """See `_still_there`. Values on the Hub are not there to be measured before a download; those in a store are."""
         if self._can_look():
             asked = self.merge.request
-            # The text is read for a merge that is written, not for one that is shown.
-            if asked.writes or self.merge.output.calibration is None:
+            # The text is read for a merge that is written, also from a plan, and not for one that is shown.
+            planned_to_write = asked.save_plan is not None and not asked.yes_lossy
+            if asked.writes or planned_to_write or self.merge.output.calibration is None:
                 self.sampled = _still_there(self.merge, yes_lossy=asked.yes_lossy or asked.residual is not None)
             if self.merge.request.writes:
                 self.instead = _if_kept(self.merge)

@@ -163,23 +163,17 @@ def _folder(
                 f"the adapter was trained with its sum on the NVFP4 grid, which {option('quant')} keep writes; this is not it"
             )
     if one_file(asked):
-        view = replace(view, metadata=_without_hashes(view.metadata), shards=dict.fromkeys(view, _ONE))
+        view = replace(view, shards=dict.fromkeys(view, _ONE))
     plan = _with_text(plan_safetensors(view, **settings), calibration)
     return _one_file(Output(folded, view, plan, side, tuple(notes), calibration=calibration), asked)
 
 
 _ONE = "model.safetensors"
-# What the metadata of a file say of its own bytes, which a merge changes.
-_HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 
 
 def one_file(asked: MergeRequest) -> bool:
     """Whether the output is one safetensors file, not a folder."""
     return asked.target is not None and asked.target.suffix == ".safetensors"
-
-
-def _without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in metadata.items() if name not in _HASHES}
 
 
 def _one_file(made: Output, asked: MergeRequest) -> Output:

@@ -18,7 +18,9 @@ from models import random_tensors, read_tensors, write_checkpoint
 import adapterkit
 from adapterkit.adapters.formats.megatron import MegatronRun, as_peft
 from adapterkit.adapters.names import Names
+from adapterkit.bases import open_model
 from adapterkit.errors import AdapterError, CheckpointError, NotFound, TargetError, UnsafeError, UnsupportedAdapter
+from adapterkit.pickles import unpickled
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -198,9 +200,21 @@ def test_experts_and_router_of_nemo(tmp_path: Path) -> None:
     router = was["model.layers.1.mlp.gate.weight"].double() + change(stacked, "mlp.router.adapter", 1)
     assert close(got["model.layers.1.mlp.gate.weight"], router)
     assert all(got[name].equal(was[name]) for name in was if name.startswith("model.layers.0."))
+
+    def rewritten() -> Any:
+        (folder / "context" / "model.yaml").write_text(run.replace("alpha: 12", "alpha: 24"))
+        return open_model(base)
+
+    with pytest.raises(CheckpointError, match=r"model\.yaml.* changed"), unpickled(folder, tmp_path, rewritten):
+        pass
     several = run.replace("kv_channels: null", "expert_model_parallel_size: 2")
     (folder / "context" / "model.yaml").write_text(several)
     with pytest.raises(UnsupportedAdapter, match="expert_model_parallel_size 2"):
+        adapterkit.convert(folder, tmp_path / "no", to="peft", allow_pickle=True, base=base)
+    (folder / "context" / "model.yaml").unlink()  # what stands for it says nothing of ranks
+    said = {"peft_type": "LORA", "lora_alpha": ALPHA, "r": DIM}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    with pytest.raises(UnsupportedAdapter, match="does not say whether the run had several ranks"):
         adapterkit.convert(folder, tmp_path / "no", to="peft", allow_pickle=True, base=base)
 
 
@@ -217,8 +231,6 @@ class Held:
 
 
 def placed(base: Path, tensors: dict[str, torch.Tensor], parts: dict[str, int] | None = None, **run: Any) -> Any:
-    from adapterkit.bases import open_model
-
     opened = open_model(base)
     held: Any = {name: Held(name, tensor) for name, tensor in tensors.items()}
     names = Names(opened.shapes, opened.config)

@@ -13,7 +13,7 @@ import adapterkit
 from adapterkit.adapters.keys import plain_keys
 from adapterkit.adapters.load import load_adapter
 from adapterkit.adapters.methods import METHODS
-from adapterkit.errors import AdapterError, CheckpointError, NotFound, UnsafeError
+from adapterkit.errors import AdapterError, CheckpointError, NotFound, UnsafeError, UnsupportedAdapter
 from adapterkit.lint.folders import check_folder
 
 if TYPE_CHECKING:
@@ -265,3 +265,16 @@ def test_an_index_that_leaves_a_numbered_file_out_is_refused(tmp_path: Path) -> 
         adapterkit.merge(base, [adapter], tmp_path / "out")
     (base / last).unlink()  # and that every tensor of the model is there is the business of who saved it
     adapterkit.merge(base, [plain_adapter(tmp_path / "b", base)], tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["vit.safetensors", "non_lora_trainables.bin"])
+def test_a_vision_tower_that_was_trained_whole_beside_the_adapter_does_not_vanish(name: str, tmp_path: Path) -> None:
+    """ms-swift (full ViT, LoRA of the text) and LLaVA keep it in a file of their own, which PEFT does not read."""
+    base = plain_base(tmp_path / "base")
+    adapter = plain_adapter(tmp_path / "adapter", base)
+    (adapter / name).write_bytes(b"")
+    with pytest.raises(UnsupportedAdapter, match=f"half of what was trained: {name} beside it holds the"):
+        adapterkit.merge(base, [adapter], tmp_path / "out")
+    with pytest.raises(UnsupportedAdapter, match=name):
+        adapterkit.convert(adapter, tmp_path / "mlx", to="mlx")
+    assert not (tmp_path / "out").exists()

@@ -15,8 +15,10 @@ from adapterkit.codecs.columns import by_columns
 from adapterkit.codecs.encode import Encoder
 from adapterkit.codecs.feedback import Fed, Shared
 from adapterkit.codecs.table import find_weights
+from adapterkit.errors import CheckpointError
 
-ROUNDED = tuple(name for name in FORMATS if name not in ("int8", "fp8 plain"))
+UNEVEN = "gptq uneven"
+ROUNDED = tuple(name for name in FORMATS if name not in ("int8", "fp8 plain", UNEVEN))
 
 
 class Text:
@@ -91,6 +93,13 @@ def test_outputs_are_nearer_than_those_of_the_nearest_values(tmp_path: Path, nam
     # What did not change keeps its codes and its scales, whatever decoding rounds.
     kept, again = fed.encode(0, old, old), plain.encode(0, old[: plain.unit], old[: plain.unit])
     assert all(torch.equal(raw(one)[: len(raw(two))], raw(two)) for one, two in zip(kept, again, strict=True))
+
+
+def test_groups_of_different_sizes_are_refused(tmp_path: Path) -> None:
+    base = base_of(tmp_path, UNEVEN)
+    fed, _, old, _ = fed_of(base)
+    with pytest.raises(CheckpointError, match="groups of different sizes"):
+        fed.encode(0, changed(old, shape_of(base), 0.1), old)
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:

@@ -146,6 +146,43 @@ def test_new_outputs(trained: dict[str, Path], tmp_path: Path) -> None:
         assert checked.ok, [f"{finding.kind}: {finding.text}" for finding in checked.findings]
 
 
+@pytest.mark.parametrize("kind", ["keep", "nvfp4"])
+def test_verify_finds_another_change_under_its_record(
+    trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Weights that hold the change not at all, twice or with the wrong sign, beside the record of the right ones."""
+    base, adapter, text = trained["base"], trained["adapter"], trained["text.txt"]
+    if kind == "keep":
+        base = tmp_path / "base"
+        convert(trained["base"], base, to="nf4")
+    how: dict[str, Any] = {"quant": kind, "yes_lossy": kind == "keep"}
+    fed = tmp_path / "fed"
+    merge(base, [adapter], fed, **how, rounding="feedback", calibration=text)
+    assert verify(fed, base=base, adapters=[adapter], level="tensors").ok
+    rows: list[tuple[float, set[str]]] = [
+        (0.0, {"not applied"}),
+        (2.0, {"applied twice", "other scaling"}),
+        (-1.0, {"subtracted", "other scaling", "not applied"}),
+    ]
+    for weight, kinds in rows:
+        other = tmp_path / f"times{weight}"
+        merge(base, [adapter], other, weights=[weight], **how)
+        (other / "adapterkit.json").write_bytes((fed / "adapterkit.json").read_bytes())
+        found = verify(other, base=base, adapters=[adapter], level="tensors")
+        assert not found.ok
+        errors = {finding.kind for finding in found.findings if finding.severity == "error"}
+        assert errors
+        assert errors <= kinds
+        assert "changed since" in {finding.kind for finding in found.findings}
+        with monkeypatch.context() as patch:  # as if the record named these files
+            patch.setattr("adapterkit.verbs.verify.inputs.same_as_recorded", lambda *_: ())
+            found = verify(other, base=base, adapters=[adapter], level="tensors")
+        assert {finding.kind for finding in found.findings if finding.severity == "error"} <= kinds
+        assert not found.ok
+    given = verify(fed, base=base, adapters=[adapter], weights=[2.0], level="tensors")
+    assert not given.ok
+
+
 def test_what_is_refused(trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter, text = tmp_path / "base", trained["adapter"], trained["text.txt"]
     convert(trained["base"], base, to="nf4")
@@ -175,3 +212,7 @@ def test_what_is_refused(trained: dict[str, Path], tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("adapterkit.verbs.merge.MOST_LEFT", 0.0)
     with pytest.raises(CheckFailed, match="outputs of layers are off by"):
         merge(base, [adapter], out, **{**fed, "yes_lossy": False})
+    # Whoever carries out a plan asks nothing any more.
+    with pytest.raises(CheckFailed, match="outputs of layers are off by"):
+        merge(base, [adapter], out, **{**fed, "yes_lossy": False}, save_plan=tmp_path / "plan.json", dry_run=True)
+    assert not (tmp_path / "plan.json").exists()

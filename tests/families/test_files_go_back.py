@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -65,6 +66,11 @@ def drawn(modules: Mapping[str, int], lead: str, scale: float = 1.0) -> tuple[Te
     return file, deltas
 
 
+def behind_header(file: Path) -> str:
+    data = file.read_bytes()
+    return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+
+
 def added(base: Path, file: Path) -> Tensors:
     found = fold(open_checkpoint(base), [load_adapter(file)]).checkpoint
     return {name: tensor.read(0, tensor.numel).view(tensor.shape) for name, tensor in found.tensors.items()}
@@ -99,7 +105,7 @@ def test_every_style_adds_the_same(family: str, style: str, tmp_path: Path) -> N
     with safe_open(out, "pt") as opened:
         said = opened.metadata()
     assert said["ss_output_name"] == "mine"
-    assert "sshs_model_hash" not in said
+    assert said["sshs_model_hash"] == behind_header(out)
     found = added(base, out)
     for name, delta in deltas.items():
         assert (found[name].double() - delta).abs().max() <= 2e-6 * delta.abs().max(), name
@@ -243,7 +249,7 @@ def test_a_name_that_is_a_file_is_a_file_of_the_first_style(tmp_path: Path) -> N
             assert all(key.startswith(lead) for key in load_file(out))
             with safe_open(out, "pt") as opened:
                 said = opened.metadata()
-            assert (said["ss_output_name"], "sshs_model_hash" in said) == ("mine", False)
+            assert (said["ss_output_name"], said["sshs_model_hash"]) == ("mine", behind_header(out))
             found = added(base, out)
             for name, delta in deltas.items():
                 assert (found[name].double() - delta).abs().max() <= 1e-5 * delta.abs().max(), name

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from adapterkit.adapters.fold import fold
 from adapterkit.adapters.load import load_adapter
 from adapterkit.checkpoint.open import open_checkpoint
-from adapterkit.errors import AdapterError, UnsupportedAdapter
+from adapterkit.errors import AdapterError, NotFound, UnsupportedAdapter, UsageError
 from adapterkit.verbs.convert import convert
 
 PARAMETERS = {"rank": 4, "scale": 7.5, "dropout": 0.0}
@@ -130,6 +130,15 @@ def test_what_mlx_cannot_hold(make_base: Callable[..., Path], tmp_path: Path) ->
     adapter = make_adapter(tmp_path / "adapter", base, config)
     with pytest.raises(UnsupportedAdapter, match=r"whole parameters \(lm_head.weight\)"):
         convert(adapter, tmp_path / "mlx", to="mlx")
+    model = tmp_path / "model"
+    (model / "checkpoint-1").mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"model is a whole model, and mlx is a format of adapters; .*mlx_lm.convert"):
+        convert(model, tmp_path / "mlx", to="mlx")
+    (model / "checkpoint-1" / "adapter_config.json").write_text("{}")
+    for missing, said in ((model, "holds adapters in sub-folders"), (tmp_path / "none", "does not exist")):
+        with pytest.raises(NotFound, match=said):
+            convert(missing, tmp_path / "mlx", to="mlx")
     assert not (tmp_path / "mlx").exists()
 
 

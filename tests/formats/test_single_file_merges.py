@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -65,7 +66,10 @@ def test_a_file_comes_out_of_a_file(wan: Path) -> None:
     assert out.is_file()
     with safe_open(out, "pt") as opened:
         assert opened.metadata()["modelspec.title"] == "Wan"
-        assert "modelspec.hash_sha256" not in opened.metadata()  # of other bytes
+        data = out.read_bytes()
+        behind = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+        assert opened.metadata()["modelspec.hash_sha256"] == f"0x{behind}"
+        assert "sshs_model_hash" not in opened.metadata()  # nothing was trained into a file of its own
     assert json.loads((wan / "merged.safetensors.adapterkit.json").read_text())["kind"] == "merged"
     before, after = load_file(wan / "wan.safetensors"), load_file(out)
     assert [name for name in before if not torch.equal(before[name], after[name])] == ["blocks.0.cross_attn.q.weight"]

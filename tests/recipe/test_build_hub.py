@@ -97,7 +97,7 @@ def test_a_repository_that_is_not_there(hub: WritableHub, recipe: Path) -> None:
 
 
 def test_what_was_made_is_pushed_once(hub: WritableHub, recipe: Path) -> None:
-    recipe.write_text(RECIPE + 'register = "styled"\npush = {repo = "me/styled", private = true, tag = "v1"}\n')
+    recipe.write_text(RECIPE + 'register = "styled"\npush = {repo = "hf://me/styled", private = true, tag = "v1"}\n')
     report = build(recipe)
     after = report.outputs[0].after
     assert list(after) == ["verify", "register", "push"]

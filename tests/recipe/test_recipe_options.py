@@ -17,6 +17,7 @@ from adapterkit.errors import AdapterkitError, OutputError, UsageError
 from adapterkit.gguf.quantize import Quantization
 from adapterkit.recipe.report import UNCHANGED
 from adapterkit.recipe.run import build, plan_build
+from adapterkit.requests import every
 
 
 @pytest.fixture(scope="module")
@@ -156,3 +157,15 @@ def test_the_command_line_builds_them(inputs: Path, tmp_path: Path, monkeypatch:
     assert not end.value.code
     keys: dict[str, Any] = adapterkit.open("q.gguf").header.keys
     assert "tokenizer.ggml.pre" in keys
+
+
+def test_the_page_names_every_key_of_an_output() -> None:
+    page = (Path(__file__).parents[2] / "docs/recipes.md").read_text(encoding="utf-8")
+    keys = {
+        option.recipe.removeprefix("output.")
+        for request in every()
+        for option in request.options().values()
+        if option.recipe.startswith("output.")
+    }
+    assert {"calibration", "dense-modules"} <= keys
+    assert not {key for key in keys if f"`{key}`" not in page}

@@ -68,6 +68,50 @@ def test_check_says_it_too(siblings: tuple[Path, Path, Path], home: Path, tmp_pa
     assert [one for one in check(tmp_path / "was", [adapter]).findings if "registered as" in one.message] == []
 
 
+def _claiming(adapter: Path, name: str) -> None:
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": name}))
+
+
+def test_registered_names_and_folders_are_held_against_the_weights(
+    siblings: tuple[Path, Path, Path], home: Path, tmp_path: Path
+) -> None:
+    """The config claims a base by its registered name, by a version of it, or by its folder; no Hub id is anywhere."""
+    house, garden, adapter = siblings
+    register(house, name="garden", kind="base", home=home)  # garden@2 has the weights of the house
+    register(house, name="loft", kind="base", home=home)
+    claims = {"loft": "loft@1", "garden@2": "garden@2", str(house): "the folder"}
+    for number, (name, said) in enumerate(claims.items()):
+        _claiming(adapter, name)
+        found = register(adapter, name=f"tone-{number}", base=str(garden), home=home)
+        (warning,) = found.warnings
+        assert f"names {name} as its base" in warning
+        assert said in warning
+        assert found.record.base is not None
+        assert found.record.base.id == ""
+        (finding,) = [one for one in check(garden, [adapter]).findings if "has other weights than" in one.message]
+        assert said in finding.message
+        # A record that knows the weights does not silence what its config says.
+        assert [one.level for one in check(garden, [f"tone-{number}"]).findings if said in one.message] == ["warning"]
+        assert register(adapter, name=f"right-{number}", base=str(house), home=home).warnings == ()
+        assert [one for one in check(house, [adapter]).findings if "has other" in one.message] == []
+    # A name whose versions have both weights, a version that is not here, a folder without a model: no contradiction.
+    (tmp_path / "empty").mkdir()
+    quiet = ("garden", "loft@9", str(tmp_path / "empty"), "tone-0", "~nobody-here/x", "loft@@", "loft@a b")
+    for number, name in enumerate(quiet):
+        _claiming(adapter, name)
+        assert register(adapter, name=f"quiet-{number}", base=str(garden), home=home).warnings == (), name
+
+
+def test_a_base_with_an_id_and_a_config_that_claims_another(siblings: tuple[Path, Path, Path], home: Path) -> None:
+    _, garden, adapter = siblings
+    register(garden, name="named", kind="base", base_id="acme/garden", home=home)
+    found = register(adapter, name="tone", base="named", home=home)
+    assert "names acme/house as its base" in found.warnings[0]
+    assert found.record.base is not None
+    assert found.record.base.id == "acme/garden"
+
+
 def test_list_and_show_call_a_base_by_its_name(home: Path, make) -> None:  # type: ignore[no-untyped-def]
     from click.testing import CliRunner
 

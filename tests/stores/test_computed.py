@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from models import plain_adapter, plain_base
+from safetensors import safe_open
 from store_server import Asked, Proxy, client_of, download, upload
 
 import adapterkit
@@ -63,6 +64,9 @@ def test_every_verb_that_computes_an_adapter_writes_the_bytes_of_a_local_run(
     both("low", lambda at, out: adapterkit.resize(f"{at}/a1", out, rank=2))
     both("difference", lambda at, out: adapterkit.extract(f"{at}/base", f"{at}/tuned", out, rank=4))
     both("one.safetensors", lambda at, out: adapterkit.combine([f"{at}/a1", f"{at}/a2"], out, to="kohya"))
+    # Its metadata state hashes of it, which are put in before the first byte is sent.
+    with safe_open(tmp_path / "one.safetensors", "pt") as opened:
+        assert int(opened.metadata()["sshs_model_hash"], 16)
     adapterkit.combine([f"{where}/a1", f"{where}/a2"], save_plan=tmp_path / "plan.json", dry_run=True)
     plan = Plan.from_json((tmp_path / "plan.json").read_bytes())
     execute(plan, f"{where}/by-plan")

@@ -93,7 +93,7 @@ class MegatronRun:
         alpha: numerator of the scale; it is in no tensor.
         dim: the rank; 0 where it says none.
         dora: it is DoRA.
-        expert_parallel: ranks that each train their own adapter of grouped experts.
+        expert_parallel: ranks that each train their own adapter of grouped experts; 0 where nothing says how many.
         ranks_differ: experts have a rank of their own.
         heads: ``num_attention_heads``, ``num_query_groups`` and ``kv_channels`` of the model, as far as it says them.
     """
@@ -352,6 +352,12 @@ class _Reader:
                 f"{self._run.where} says expert_model_parallel_size {self._run.expert_parallel}: every rank trained an adapter "
                 "of its own for its experts, and a checkpoint holds the first one's",
                 "export the adapter from the running model (AutoBridge.export_adapter_weights)",
+            )
+        if not self._run.expert_parallel:
+            raise UnsupportedAdapter(
+                f"{module.name} is one adapter for all experts, and {self._run.where} does not say whether the run had several "
+                "ranks of expert parallelism, each with an adapter of its own",
+                "put the run's run_config.yaml (NeMo: context/model.yaml) beside the checkpoint",
             )
         count = next((number for name in _EXPERTS if (number := self._number(name))), 0)
         if not count:

@@ -25,7 +25,7 @@ from adapterkit.adapters.formats.relaid import TrainedOn, family_for, relaid
 from adapterkit.adapters.formats.views import FunctionTensor
 from adapterkit.adapters.formats.write import AdapterFiles
 from adapterkit.checkpoint.tensor import Renamed
-from adapterkit.dtypes import F32
+from adapterkit.dtypes import BF16, F32
 from adapterkit.errors import UnsupportedAdapter, option
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.tensor import Tensor
 
 ENCODER = next(family for family in FAMILIES if family.name == "OpenCLIP text encoder")
-_STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", METADATA)
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,9 @@ def as_single(
             path = one.path.removeprefix(taken)
             path = path.replace(".", "_") if style.flat else path
             tensors |= _named(one, lead + path, style)
-    return AdapterFiles(style.weights, tensors, {}, tuple(notes), _metadata(adapter, factors))
+    # In safetensors' own order, so that a hash of these tensors is the same whoever saves them.
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.bits, item[1].dtype is not BF16, item[0])))
+    return AdapterFiles(style.weights, ordered, {}, tuple(notes), _metadata(adapter, factors))
 
 
 # How the components of a pipeline lead their modules, where those are more than a denoiser.
@@ -271,7 +272,7 @@ def _named(one: PlainFactors, module: str, style: Style) -> dict[str, Tensor]:
 def _metadata(adapter: Adapter, factors: Sequence[PlainFactors]) -> dict[str, str]:
     """What the file says of its training, and what A1111 and ComfyUI show of a LoRA."""
     old = {} if adapter.contents is None else adapter.contents.metadata
-    kept = {name: value for name, value in old.items() if name not in _STALE}
+    kept = {name: value for name, value in old.items() if name != METADATA}
     ranks = {one.rank for one in factors}
     alphas = {one.scale * one.rank for one in factors}
     said = {

@@ -176,7 +176,6 @@ def as_gguf(
         *tie_note(mapper),
         *scaling(spec, read).notes,
         *left_out(read, dense="dense_2.weight" in tensors),
-        *_of_towers(towers, made=has_tower(config)),
     )
     notes = (*notes, *_of_towers(towers, made=has_tower(config)), *left_out_by_transformers(read), *unread(read))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}

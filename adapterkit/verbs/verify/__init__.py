@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.verbs.verify.inputs import Asked
     from adapterkit.verbs.verify.report import ModelLevel, TensorLevel
+    from adapterkit.verbs.verify.tensors import Judged
 
 Ref = str | Path
 Progress = Callable[[int, int], None]
@@ -76,9 +77,11 @@ def verify(request: VerifyRequest) -> VerifyReport:
     parts = OfAdapters(only=how.given.get("only", ()), skip=how.given.get("skip", ()))
     loaded = tuple(parts.narrowed(adapter) for adapter in loaded)
     options = {k: v for k, v in how.given.items() if k not in ("only", "skip")}
-    planned = subject(found, stored, loaded, options, fed=how.fed)
-    around = sanity(planned, request.on_purpose)
     every = [*how.findings, *same_as_recorded(how.record, stored, found)]
+    # The record speaks for the files, the base and the adapters that it names, and for no others.
+    fed = how.fed and not every and not how.other_weights
+    planned = subject(found, stored, loaded, options, fed=fed)
+    around = sanity(planned, request.on_purpose)
     tensors = layers = model = pair = None
     beside, missing = _residual(request.residual, how, found)
     every += missing
@@ -97,10 +100,10 @@ def verify(request: VerifyRequest) -> VerifyReport:
             *wrong,
             *around,
             *loading(planned, around),
-            *_fed(how.fed, there),
+            *(_fed(there, judged, wrong) if fed else _not_fed(how)),
             *(
                 ()
-                if how.fed and request.min_retention is None
+                if fed and request.min_retention is None
                 else _retention(there.retention, request.min_retention, wrong)
             ),
             *_cosine(there.cosine, request.min_cosine),
@@ -157,10 +160,36 @@ def verify(request: VerifyRequest) -> VerifyReport:
     )
 
 
-def _fed(fed: bool, there: TensorLevel) -> list[Finding]:
-    """What is said of weights that were rounded with feedback."""
-    if not fed:
+def _not_fed(how: Asked) -> list[Finding]:
+    """What is said where the record speaks of feedback, and of other files or inputs."""
+    if not how.fed:
         return []
+    text = (
+        "the record says that MERGED was rounded with feedback, and it is not the record of these files and inputs: "
+        "weights are compared as if they were rounded to the nearest values"
+    )
+    hint = "give the files, the base, the adapters and the weights that the record names, or merge again"
+    return [Finding("feedback", WARNING, text, hint)]
+
+
+def _fed(there: TensorLevel, judged: Sequence[Judged], wrong: Sequence[Finding]) -> list[Finding]:
+    """What is said of weights that were rounded with feedback. Of a small change the single weight shows little, and all
+    together show whether it is there.
+    """
+    from adapterkit.ops.fidelity import FidelitySums
+    from adapterkit.verbs.verify.tensors import is_there
+
+    found = [one for one in judged if one.item.fed and one.item.touched]
+    sums = sum((one.sums for one in found), FidelitySums())
+    near = sum((one.ours for one in found), FidelitySums())
+    own = all(one.item.own for one in found)
+    if not any(one.severity == ERROR for one in wrong) and not is_there(sums, near, own=own):
+        text = (
+            f"{sums.retention:.0%} of the change is in all weights together that were rounded with feedback, and "
+            f"{near.retention:.0%} in their nearest values"
+        )
+        hint = "merge again: the adapter was not applied, or not as the record says"
+        return [Finding("other change", ERROR, text, hint, tuple(one.item.name for one in found), sums.retention)]
     ours = [(row.error, row.ours) for row in there.tensors if row.error is not None and row.ours]
     beside = (
         f", {sum(a for a, _ in ours) / sum(b for _, b in ours):.2g} times that of the nearest values" if ours else ""

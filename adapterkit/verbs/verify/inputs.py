@@ -46,6 +46,12 @@ class Asked:
         operation = None if self.record is None else self.record.operation
         return operation is not None and operation.parameters.get("rounding") == FEEDBACK
 
+    @property
+    def other_weights(self) -> bool:
+        """Whether other weights were given than the record states."""
+        given = self.given.get("weights")
+        return self.record is not None and given is not None and [float(one) for one in given] != _weights(self.record)
+
 
 def place(checkpoint: Checkpoint) -> Path | None:
     """The folder, or the single file, that a checkpoint was read from; None where it is not on this disk."""

@@ -47,6 +47,7 @@ AS_GOOD = 1.6  # squared error over that of our encoding; an importance matrix s
 NEAR = 0.05  # of the retention, beside five standard errors
 NEAR_FORMAT = 0.1
 FED = 0.8  # relative error of a weight that is rounded with feedback; another weight's is above 1
+HALF = 0.5  # of a change, by which it may be weaker or stronger there than with the nearest values
 UNKNOWN_FORMAT = 3.0  # relative error of a format with b bits is at most this times 2^-b
 
 
@@ -429,7 +430,7 @@ def judge(tally: Tally) -> Judged:
     elif item.fed:
         # The error of a column is in the columns after it. How far that goes depends on the text: where few directions have
         # inputs, the others may move freely.
-        status = FORMAT if sums.off <= FED else OFF
+        status = FORMAT if sums.off <= FED and is_there(sums, ours, own=item.own) else OFF
     elif item.own and not item.touched:
         status = OFF  # nobody changed it: other bytes are other codes or scales
     elif item.format is None:
@@ -446,6 +447,22 @@ def judge(tally: Tally) -> Judged:
     if sums.lost and status != EQUAL:
         status = OFF
     return Judged(item, status, sums, ours, tally.differing, steps, frozenset(tally.parts), tally.odd)
+
+
+def is_there(sums: FidelitySums, ours: FidelitySums, *, own: bool) -> bool:
+    """Whether a change that was rounded with feedback is there once: not left out, not twice, not with the wrong sign.
+
+    Args:
+        sums: of what is there.
+        ours: of the nearest values, of which feedback keeps about as much, or more.
+        own: the base is on the same grid, so that a weight that nobody changed does not move at all.
+    """
+    if not sums.dd:
+        return True
+    if own and not sums.moved:
+        return False
+    slack = 5 * sums.uncertainty
+    return HALF * min(1.0, ours.retention) - slack <= sums.retention <= 1 + HALF + slack
 
 
 def level(subject: Subject, judged: tuple[Judged, ...], named: dict[str, str], started: float) -> TensorLevel:
