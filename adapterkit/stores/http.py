@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import urllib3
 
+from adapterkit.foreign import json_value
 from adapterkit.stores.faults import NO_CONNECTION, Fault
 
 CONNECTIONS = 64
@@ -35,7 +35,7 @@ class Answer:
         Raises:
             ValueError: it is none.
         """
-        found = json.loads(self.body)
+        found = json_value(self.body)
         if not isinstance(found, dict):
             raise ValueError("no object")
         return found

@@ -116,10 +116,11 @@ def main() -> None:
             for name, writer in todo.items():
                 row = rows[name] = run(name, writer, wrong, given.codes)
                 _show(name, row)
-    _show("all", {key: sum(row[key] for row in rows.values()) for key in KEYS})
+    total = {key: sum(row[key] for row in rows.values()) for key in KEYS}
+    _show("all", total)
     for line in wrong:
         print("WRONG", line)
-    results.note(**{f"{name}: wrong": row["wrong"] for name, row in rows.items()})
+    results.note(faults=total["faults"], kills=total["kills"], wrong=total["wrong"])
     if given.json:
         given.json.write_text(json.dumps(rows, indent=2) + "\n")
     raise SystemExit(1 if any(row["wrong"] for row in rows.values()) else 0)

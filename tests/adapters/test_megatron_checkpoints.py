@@ -175,6 +175,7 @@ def refused(tmp_path: Path, base: Path, place: Path) -> None:
         assert part.equal(read_tensors(tmp_path / "out" / "peft")[name])
 
 
+@pytest.mark.slow
 def test_experts_and_router_of_nemo(tmp_path: Path) -> None:
     """One adapter of all experts of a layer, numbered layers, NeMo's folders; one layer has an adapter."""
     base = base_of(tmp_path / "base", experts=3)

@@ -146,6 +146,7 @@ def composed_over(store: Store, asked: Asked) -> tuple[int, str] | None:
     return None if store.head(key) is None else (412, "conditionNotMet")
 
 
+@pytest.mark.slow
 def test_an_object_of_many_parts(proxy: Proxy, store: Store, place: str) -> None:
     """More than Google composes at a time; sent in any order; known to the next run by number."""
 

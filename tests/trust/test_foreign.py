@@ -18,6 +18,7 @@ ROOT = Path(adapterkit.__file__).parent
 # Who calls the standard library's reader, and why that is no file of a stranger, or a reader with limits of its own.
 OWN = {
     "adapters/classes.py": "a table of the package",
+    "adapters/families/told.py": "a table of the package",
     "adapters/methods/spectral.py": "a table of the package",
     "adapters/renamings.py": "a table of the package",
     "checkpoint/header.py": "limits of its own",

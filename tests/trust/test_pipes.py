@@ -28,7 +28,7 @@ from adapterkit.recipe.lock import read_lock
 from adapterkit.serving.handover import _generation
 from adapterkit.verbs.engines.written import _template
 from adapterkit.verbs.evaluate import _check_peft, _null_adapter
-from adapterkit.verbs.imatrix import _text, added
+from adapterkit.verbs.imatrix import added, read_text
 from adapterkit.verbs.verify.prompts import read_prompts
 
 
@@ -63,7 +63,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "a file of prompts": read_prompts,
     "a lock": read_lock,
     "a plan that is executed": lambda path: _command("execute", str(path), "-o", str(path.with_name("out"))),
-    "a text for an imatrix": _text,
+    "a text for an imatrix": read_text,
     "an importance matrix": load_importance,
     "an importance matrix of a merge": lambda path: _importance(Quantization("Q4_0", imatrix=path), {}),
     "matrices to add up": lambda path: added([path, path], path.with_name("out.gguf")),

@@ -20,6 +20,7 @@ from models import plain_adapter, plain_base
 import adapterkit
 from adapterkit import disk
 from adapterkit.cli import app
+from adapterkit.disk import files as disk_files
 from adapterkit.errors import AdapterkitError
 from adapterkit.provenance.register import register
 
@@ -94,7 +95,9 @@ PLANTED = ("link", "dangling", "hard", "folder", "pipe")
 
 
 @pytest.fixture(autouse=True)
-def _in_time() -> Iterator[None]:
+def _in_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(disk_files, "READER", 0.1)  # nobody reads these pipes
+
     def late(number: int, frame: FrameType | None) -> None:
         raise AssertionError("it waits for what was planted")
 
