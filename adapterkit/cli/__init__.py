@@ -210,7 +210,7 @@ class Verbs(click.Group):
                 from adapterkit.cli.look import command
 
                 return command.name, command, args
-            hint = nearest(args[0], VERBS, "adapterkit --help lists them")
+            hint = nearest(args[0], VERBS, "see adapterkit --help")
             ctx.fail(f"No such command '{args[0]}'. {hint[0].upper()}{hint[1:]}")
         return super().resolve_command(ctx, args)
 

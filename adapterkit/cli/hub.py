@@ -64,6 +64,8 @@ def _in_a_bucket(done: Any) -> str:
 
 
 _PUSHED = {HUB: _on_the_hub, OCI: _in_oci, BUCKET: _in_a_bucket}
+# What a pull's JSON says of the remote.
+_SHOWN = {HUB: ("repo", "commit"), OCI: ("address", "signed"), BUCKET: ("address",)}
 
 
 @command_of(
@@ -89,17 +91,10 @@ def pull(request: PullRequest, as_json: bool) -> None:
     found: Any = verb(**{name: getattr(request, name) for name in request.named})
     record = found.record
     if as_json:
-        own = (
-            ("repo", "commit")
-            if request.kind == HUB
-            else ("address", "signed")
-            if request.kind == OCI
-            else ("address",)
-        )
         show_json(
             {
                 "ref": record.ref,
-                **{name: getattr(found, name) for name in own},
+                **{name: getattr(found, name) for name in _SHOWN[request.kind]},
                 "new": found.new,
                 "stored": found.stored,
                 "left_out": list(found.left_out),

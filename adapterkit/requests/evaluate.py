@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from adapterkit.errors import UsageError
 from adapterkit.requests.groups import RUNNING
-from adapterkit.requests.option import CALL, FLAG, INPUT, PATH, REF, SWITCH, TEXT, WHOLE, Request, opt
+from adapterkit.requests.option import CALL, FLAG, INPUT, PATH, REF, SWITCH, TEXT, WHOLE, InHome, Request, opt
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ MODELS, TASKS, KEPT = "Models", "Tasks", "Evidence"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class EvaluateRequest(Request):
+class EvaluateRequest(InHome, Request):
     """Tasks of lm-evaluation-harness, and the models that they are run on."""
 
     VERB: ClassVar[str] = "evaluate"
@@ -115,8 +115,3 @@ class EvaluateRequest(Request):
     def tasks_folder(self) -> str | None:
         """Where tasks of one's own are; absolute, since the harness runs elsewhere."""
         return None if self.include_path is None else str(Path(self.include_path).expanduser().resolve())
-
-    @property
-    def folder(self) -> Path | None:
-        """The registry's folder, where it was named."""
-        return None if self.home is None else Path(self.home)

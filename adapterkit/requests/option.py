@@ -348,6 +348,17 @@ class Request:
         return tuple(name for name, one in cls._fields().items() if not one.kw_only)
 
 
+class InHome:
+    """A request with a field ``home``: the registry's folder."""
+
+    home: Any
+
+    @property
+    def folder(self) -> Path | None:
+        """The registry's folder, where it was named."""
+        return None if self.home is None else Path(self.home)
+
+
 def _with_parameters(given: dict[str, Any], strange: Sequence[str]) -> dict[str, Any]:
     """Keywords that are parameters of a combination method, as one mapping."""
     from adapterkit.ops.rules import RULES

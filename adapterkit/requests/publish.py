@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from adapterkit.errors import UsageError, option
 from adapterkit.places import BUCKET, HUB, OCI, remote_of
-from adapterkit.requests.option import FLAG, INPUT, PATH, REF, Request, opt
+from adapterkit.requests.option import FLAG, INPUT, PATH, REF, InHome, Request, opt
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _HOME = opt("The registry's folder.", PATH, elsewhere={"cli": "$ADAPTERKIT_HOME"
 _PLAIN = "OCI: speak HTTP; on the loopback interface that is done in any case."
 
 
-class RemoteRequest(Request):
+class RemoteRequest(InHome, Request):
     """A request to a remote. `OF` says which kinds of remote an option is for; those not named there are for all."""
 
     OF: ClassVar[Mapping[str, tuple[str, ...]]] = {}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.errors import UsageError
-from adapterkit.requests.option import FLAG, INPUT, PAIRS, PARAMETERS, PATH, REF, Request, opt
+from adapterkit.requests.option import FLAG, INPUT, PAIRS, PARAMETERS, PATH, REF, InHome, Request, opt
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ _SAID = "said by the output itself"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RegisterRequest(Request):
+class RegisterRequest(InHome, Request):
     """A folder or file that becomes a version of a name."""
 
     VERB: ClassVar[str] = "register"
@@ -152,8 +151,3 @@ class RegisterRequest(Request):
     def texts(self) -> dict[str, str]:
         """The free text by key."""
         return dict(self.meta)  # type: ignore[arg-type]
-
-    @property
-    def folder(self) -> Path | None:
-        """The registry's folder, where it was named."""
-        return None if self.home is None else Path(self.home)

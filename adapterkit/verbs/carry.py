@@ -44,10 +44,8 @@ def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path, Plan]
         saved = _with_the_rest(plans or {Path(request.save_plan): job.plan}, request)
     if not request.writes:
         report = show(job, started)
-        for (
-            path,
-            plan,
-        ) in saved.items():  # of what holds the checks: whoever carries out a plan does not make them again
+        # Only now: `show` makes the checks, and whoever carries out a plan does not make them again.
+        for path, plan in saved.items():
             disk.deliver(path, plan.to_json().encode())
         return forecast_in(report, job, request) if getattr(request, "workers", None) else report
     if getattr(request, "on", None) is None:

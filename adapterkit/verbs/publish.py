@@ -32,7 +32,7 @@ def push(request: PushRequest) -> Pushed | OciPushed | BucketPushed:
         AuthError, HubError, ServerError, StoreError: the remote said no, failed, or somebody else was faster.
         NotFound, RegistryError, CheckFailed
     """
-    given: dict[str, Any] = {"base_id": request.base_id, "home": _folder(request.home)}
+    given: dict[str, Any] = {"base_id": request.base_id, "home": request.folder}
     ref = str(request.ref)
     if request.kind == BUCKET:
         from adapterkit.bucket.push import push_bucket
@@ -76,7 +76,7 @@ def pull(request: PullRequest) -> Pulled | OciPulled | BucketPulled:
     given: dict[str, Any] = {
         "name": request.name,
         "ignore_record": request.ignore_record,
-        "home": _folder(request.home),
+        "home": request.folder,
     }
     if request.kind == BUCKET:
         from adapterkit.bucket.pull import pull_bucket
@@ -90,7 +90,3 @@ def pull(request: PullRequest) -> Pulled | OciPulled | BucketPulled:
     from adapterkit.hub.pull import pull as pull_hub
 
     return pull_hub(request.address, **given)
-
-
-def _folder(home: Any) -> Path | None:
-    return None if home is None else Path(home)
