@@ -97,6 +97,21 @@ def test_a_config_of_a_billion_layers_is_not_built(name: str, right: tuple[Path,
     assert not report.ok
 
 
+def test_weights_that_are_converted_while_they_are_loaded(make_base: Callable[..., Path], tmp_path: Path) -> None:
+    """transformers' own sentence reads like a fault of the folder, which loads."""
+    pytest.importorskip("bitsandbytes")
+    base = make_base(hidden_size=64, intermediate_size=64)
+    adapter = plain_adapter(tmp_path / "adapter", base)
+    adapterkit.merge(base, [adapter], tmp_path / "out", quant="nf4", yes_lossy=True)
+    report = verify(tmp_path / "out", base=base, adapters=[adapter], level="load")
+    (said,) = [one for one in report.findings if one.kind == "not loaded"]
+    assert said.severity == "note"
+    assert "no class of bitsandbytes weights without loading them" in said.text
+    import transformers
+
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").num_parameters() > 0
+
+
 def test_code_of_the_folder_is_not_run(right: tuple[Path, Path], tmp_path: Path) -> None:
     adapterkit.merge(right[0], [right[1]], tmp_path / "out")
     (tmp_path / "out" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")

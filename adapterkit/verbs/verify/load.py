@@ -63,6 +63,10 @@ def names(subject: Subject) -> list[Finding]:
     return found
 
 
+# Formats whose weights transformers converts while it loads them, so that its class cannot be built without values.
+_NEEDS_VALUES = ("bitsandbytes",)
+
+
 def _unchecked(why: str) -> Finding:
     return Finding("not loaded", NOTE, f"{why}; missing, unexpected and mismatched keys were not looked for")
 
@@ -103,6 +107,12 @@ def _built(subject: Subject, folder: Path, said: frozenset[str]) -> Iterator[Fin
         return
     told = _told(cls, folder)
     if isinstance(told, str):
+        method = (config.get("quantization_config") or {}).get("quant_method")
+        if method in _NEEDS_VALUES:
+            yield _unchecked(
+                f"transformers {transformers.__version__} builds no class of {method} weights without loading them"
+            )
+            return
         yield _unchecked(f"transformers {transformers.__version__} cannot build {name} from it ({told})")
         return
     brought = {*subject.folded.touched, *subject.folded.added}
