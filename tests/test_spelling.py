@@ -30,7 +30,6 @@ ABOVE = (
 )
 ALONE = {
     "checkpoint/hub_bytes.py": "Python has a function for it, set_verify_downloads",
-    "verbs/conversions/mlx.py": "the flags of mlx_lm.convert, which is another program",
     "packages.py": "the flags of pip and uv, which are the same for every door",
 }
 
