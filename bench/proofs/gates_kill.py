@@ -165,7 +165,8 @@ def main() -> None:
         found = run(Path(folder) / "home", given.writers, given.each, given.kills, given.seed)
         for what, value in found.items():
             print(f"{what:<20} {value}")
-    results.note(writers=found["writers"], lost_moves=max(0, found["acknowledged moves"] - found["moves"]))
+    lost = max(0, found["acknowledged moves"] - found["moves"])
+    results.note(writers=found["writers"], killed=found["killed"], moves=found["moves"], lost_moves=lost)
 
 
 if __name__ == "__main__":
