@@ -114,6 +114,7 @@ def quantized(
             *_experts(left, form),
             f"{len(whole) - len(kept)} linear layers written in {words}",
             *((f"{len(experts)} of them are experts, each with scales of its own",) if experts else ()),
+            *((form.of_experts,) if experts and form.of_experts else ()),
         ),
     )
 
