@@ -61,7 +61,13 @@ def quantized(
     if double_quant and kind not in nested():
         raise UsageError(f"{kind} has no double quantization", "leave it out, or use nf4")
     skip = None if skip is None else tuple(skip)
-    targets = quantized_targets(checkpoint, skip)
+    routers = _routers(checkpoint) if form.experts else set()
+    # Some routers are plain linear layers: what the config leaves alone must not be written.
+    targets = [
+        target
+        for target in quantized_targets(checkpoint, skip)
+        if routers.isdisjoint(name.removesuffix(".weight") for name in target.tensors)
+    ]
     # Tensors that hold a whole matrix, and what that is called.
     whole = {target.pieces[0].tensor: target.parameter for target in targets if _is_whole(target, checkpoint)}
     split = next((t.parameter for t in targets if t.pieces[0].tensor not in whole), None)
@@ -91,7 +97,7 @@ def quantized(
         raise UsageError(f"{checkpoint.ref} has no linear layer that {kind} fits", "write 16 bits")
     dtype = next(iter(checkpoint[name] for name in whole)).dtype.torch_name
     modules = {target.parameter.removesuffix(".weight") for target in targets}
-    left = sorted({*kept, *_left(checkpoint, modules, set(experts)), *(_routers(checkpoint) if form.experts else ())})
+    left = sorted({*kept, *_left(checkpoint, modules, set(experts)), *routers})
     layers = Layers(dtype, double_quant, skip, tuple(left))
     config = {**checkpoint.config, "quantization_config": form.config(layers)}
     words = f"{kind} double" if double_quant else kind
@@ -108,6 +114,7 @@ def quantized(
             *_experts(left, form),
             f"{len(whole) - len(kept)} linear layers written in {words}",
             *((f"{len(experts)} of them are experts, each with scales of its own",) if experts else ()),
+            *((form.of_experts,) if experts and form.of_experts else ()),
         ),
     )
 
@@ -126,7 +133,8 @@ def _experts(left: Iterable[str], form: Kind) -> list[str]:
 
 
 _ONE = re.compile(r"(.*\bexperts)\.\d+\.[\w.]+\.weight")  # a matrix of one expert
-ROUTERS = ("gate", "router", "shared_expert_gate")
+# Last words of their modules; the longer ones are those of DBRX and JetMoE, of Hunyuan, of Switch and NLLB.
+ROUTERS = ("gate", "router", "shared_expert_gate", "router.layer", "gate.wg", "router.classifier")
 
 
 def _experts_of(checkpoint: Checkpoint, form: Kind, skip: tuple[str, ...] | None) -> list[str]:
@@ -135,27 +143,31 @@ def _experts_of(checkpoint: Checkpoint, form: Kind, skip: tuple[str, ...] | None
     Of a layer all or none: servers run them as one.
     """
     layers: dict[str, list[str]] = {}
-    for name, tensor in checkpoint.items():
-        found = _ONE.fullmatch(name)
-        if found is not None and len(tensor.shape) == 2 and tensor.numel and tensor.dtype in (BF16, F16, F32):
+    for name in checkpoint:
+        if (found := _ONE.fullmatch(name)) is not None:
             layers.setdefault(found[1], []).append(name)
     chosen: list[str] = []
-    for names in layers.values():
-        modules = [name.removesuffix(".weight") for name in names]
+    for stem, names in layers.items():
+        modules = [stem, *(name.removesuffix(".weight") for name in names)]
         skipped = any(is_named(pattern, module) for pattern in skip or () for module in modules)
-        tensors = [checkpoint[name] for name in names]
-        fit = all(form.encoder(t.name, t.shape, t.dtype, False) is not None for t in tensors)
+        fit = all(_fits(checkpoint[name], form) for name in names)
         if fit and not skipped:
             chosen += names
     return chosen
 
 
-def _routers(checkpoint: Checkpoint) -> list[str]:
+def _fits(tensor: Tensor, form: Kind) -> bool:
+    """Whether the matrix of an expert can be written; one of one row is left, as linear layers of one output are."""
+    matrix = len(tensor.shape) == 2 and tensor.shape[0] > 1 and tensor.numel and tensor.dtype in (BF16, F16, F32)
+    return bool(matrix) and form.encoder(tensor.name, tensor.shape, tensor.dtype, False) is not None
+
+
+def _routers(checkpoint: Checkpoint) -> set[str]:
     """Modules that choose experts: some servers make linear layers of them, which the config has to leave alone."""
     ends = tuple(f".{name}.weight" for name in ROUTERS)
-    return [
+    return {
         n.removesuffix(".weight") for n, tensor in checkpoint.items() if n.endswith(ends) and len(tensor.shape) == 2
-    ]
+    }
 
 
 class _Peak:

@@ -117,6 +117,7 @@ class Kind:
         what: one line for readers, of a codec in a file of its own.
         nested: its scales can be quantized too; of a codec in a file of its own.
         experts: experts that are stored one by one are written too, and layers of one output and routers are not.
+        of_experts: what is said where experts are written, of programs that read them otherwise.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Kind:
     what: str = ""
     nested: bool = False
     experts: bool = False
+    of_experts: str = ""
 
 
 @dataclass(frozen=True)

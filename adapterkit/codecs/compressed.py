@@ -563,6 +563,9 @@ KINDS = (
         together=True,
         some=_some_nvfp4,
         experts=True,
+        # integrations/compressed_tensors.py of 5.24: its conversion of experts takes `weight_scale` alone.
+        of_experts="transformers (5.24) leaves out weight_global_scale where it stacks experts, without a word, and computes "
+        "other values; write mxfp4, int4 or fp8-block for it",
     ),
     Kind(
         "mxfp4",

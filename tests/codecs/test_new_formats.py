@@ -212,10 +212,14 @@ def test_experts_are_written_one_by_one(experts: Path, tmp_path: Path, kind: str
     assert all(same(kept[name], tensor) for name, tensor in after.items() if "q_proj" not in name)
 
 
-def test_transformers_loads_experts_in_int4(experts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ARGS)
+def test_transformers_loads_experts(experts: Path, tmp_path: Path, kind: str) -> None:
+    """All but NVFP4's, whose global scale it leaves out; that is said."""
     import transformers
 
-    convert(experts, tmp_path / "out", to="int4")
+    report = convert(experts, tmp_path / "out", to=kind)
+    right = not any("transformers (5.24) leaves out weight_global_scale" in note for note in report.notes)
+    assert right == (kind != "nvfp4")
     read = dequantized(open_checkpoint(tmp_path / "out"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -225,10 +229,10 @@ def test_transformers_loads_experts_in_int4(experts: Path, tmp_path: Path) -> No
         )
     got = loaded.state_dict()["model.layers.0.mlp.experts.down_proj"][1]
     handle = read["model.layers.0.mlp.experts.1.down_proj.weight"]
-    assert torch.equal(got, handle.read(0, handle.numel).view(got.shape))
+    assert torch.equal(got, handle.read(0, handle.numel).view(got.shape)) == right
 
 
-@pytest.mark.parametrize("why", ["skipped", "narrow", "stacked"])
+@pytest.mark.parametrize("why", ["skipped", "all skipped", "narrow", "double", "stacked"])
 def test_experts_that_stay_are_said(experts: Path, tmp_path: Path, why: str) -> None:
     """Of a layer all or none; stacks stay. They may be most of a model: the output is larger than its name lets expect."""
     base = tmp_path / "base"
@@ -237,11 +241,14 @@ def test_experts_that_stay_are_said(experts: Path, tmp_path: Path, why: str) -> 
     stem = "model.layers.0.mlp.experts"
     if why == "narrow":
         tensors[f"{stem}.2.down_proj.weight"] = torch.randn(128, 72).bfloat16()
+    if why == "double":
+        tensors[f"{stem}.2.down_proj.weight"] = torch.randn(128, 128).double()
     if why == "stacked":
         tensors |= {f"{stem}.gate_up_proj": torch.randn(3, 256, 128), f"{stem}.down_proj": torch.randn(3, 128, 128)}
     save_file(tensors, base / "model.safetensors")
     (base / "config.json").write_bytes((experts / "config.json").read_bytes())
-    skip = ["lm_head", "experts.1.up_proj"] if why == "skipped" else None
+    named = {"skipped": "experts.1.up_proj", "all skipped": "mlp.experts"}
+    skip = ["lm_head", named[why]] if why in named else None
     report = convert(base, tmp_path / "out", to="nvfp4", skip_modules=skip)
     assert any("the experts stay in 16 bits" in note for note in report.notes)
     assert any("4 linear layers written in nvfp4" in note for note in report.notes)
@@ -249,3 +256,32 @@ def test_experts_that_stay_are_said(experts: Path, tmp_path: Path, why: str) -> 
     assert all(same(after[name], tensor) for name, tensor in tensors.items() if ".experts." in name)
     said = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert any(module.startswith(stem) for module in said["ignore"])
+
+
+@pytest.mark.parametrize("kind", ["int4", "fp8-block"])
+def test_routers_that_are_linear_layers_stay(tmp_path: Path, kind: str) -> None:
+    """AFMoE's router is an nn.Linear, and so is Hunyuan's: the config leaves them alone, so their values stay."""
+    import transformers
+
+    torch.manual_seed(0)
+    small = transformers.AfmoeConfig(
+        hidden_size=128, moe_intermediate_size=128, intermediate_size=128, num_hidden_layers=1, num_dense_layers=0,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=64, vocab_size=64, num_experts=3, num_experts_per_tok=2,
+        num_shared_experts=1,
+    )  # fmt: skip
+    base, out = tmp_path / "base", tmp_path / "out"
+    transformers.AfmoeForCausalLM(small).to(torch.bfloat16).save_pretrained(base)
+    other = {"model.layers.0.mlp.gate.wg.weight": torch.randn(3, 128).bfloat16()}
+    save_file({**stored(base), **other}, base / "model.safetensors")
+    convert(base, out, to=kind)
+    before, after = stored(base), stored(out)
+    routers = ["model.layers.0.mlp.gate.wg", "model.layers.0.mlp.router.gate"]
+    assert all(same(after[f"{name}.weight"], before[f"{name}.weight"]) for name in routers)
+    # What the config leaves alone is not written, and the other way round.
+    ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    assert ignored == ["lm_head", *routers]
+    written = {name.rpartition(".")[0] for name in after if name.endswith(".weight_scale")}
+    assert written.isdisjoint(ignored)
+    assert "model.layers.0.mlp.shared_experts.down_proj" in written
+    read = dequantized(open_checkpoint(out))
+    assert {name: tensor.shape for name, tensor in read.items()} == {n: tuple(t.shape) for n, t in before.items()}
