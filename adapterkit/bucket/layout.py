@@ -77,13 +77,13 @@ def parse_bucket(text: str) -> BucketReference:
     place, sign, which = text.partition("@")
     folder = writable(place, "the remote")
     if not isinstance(folder, Address):
-        raise UsageError(f"{text} is no folder in a store", "give it like s3://bucket/adapters/tickets@v1")
+        raise UsageError(
+            f"{text} is no folder in a store", "give it like s3://bucket/adapters/tickets@v1 (or gs://, az://)"
+        )
     digest = which.removeprefix("sha256:") if which.startswith("sha256:") else ""
     tag = "" if digest else (which or LATEST)
     if (sign and not which) or (digest and not _DIGEST.fullmatch(digest)) or (tag and not _TAG.fullmatch(tag)):
-        raise UsageError(
-            f"'{which[:80]}' is no tag and no digest", "give it like s3://bucket/adapters/tickets@v1 or @sha256:..."
-        )
+        raise UsageError(f"'{which[:80]}' is no tag and no digest", f"give it like {folder}@v1 or {folder}@sha256:...")
     return BucketReference(folder, tag, digest)
 
 

@@ -167,7 +167,7 @@ def _send(store: Store, exact: BucketReference, upload: Upload) -> None:
                 source = held.enter_context(open(upload.source, "rb"))
             except OSError as error:
                 raise OutputError(f"{upload.path} cannot be read ({error.strerror})", "check the disk") from None
-        if upload.size <= PART or not store.assembles:
+        if upload.size <= PART:
             data = source.read(upload.size + 1)
             _same(upload, hashlib.sha256(data).hexdigest(), len(data))
             store.put(key, data)

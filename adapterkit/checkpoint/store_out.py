@@ -28,7 +28,7 @@ from adapterkit.errors import AuthError, NotFound, OutputError, StoreError, Usag
 from adapterkit.foreign import json_value
 from adapterkit.places import Address
 from adapterkit.stores.connect import open_store
-from adapterkit.stores.store import MARK, Assembly, StoredObject
+from adapterkit.stores.store import MARK, PARALLEL, Assembly, StoredObject
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.plan import Plan, PlannedFile
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 CLAIM, NOTE = "claim.json", ".upload"
 MOST_SAID = 1 << 16  # bytes of a claim or a note; ours have some hundred
-PARALLEL = 16  # requests at a time, where each is small
 CONFIG = "config.json"
 T = TypeVar("T")
 
@@ -107,7 +106,7 @@ class StoreOut:
     def inside(self, segment: Segment) -> bool:
         """Whether the store can copy bytes of an input by itself."""
         source = self.sources.get(segment.source or "")
-        if not isinstance(source, ObjectFile) or not self.store.assembles:
+        if not isinstance(source, ObjectFile):
             return False
         if not self.store.copies_ranges and (segment.source_offset, segment.nbytes) != (0, source.size):
             return False
@@ -295,7 +294,7 @@ class StoreOut:
         notes = [one for one in noted if one.key.endswith(NOTE)]
         for one in notes:
             said = self._read_claim(one)
-            if self.store.assembles and said.keys() >= {"key", "id"}:
+            if said.keys() >= {"key", "id"}:
                 self.store.resumed(said["key"], said["id"]).abort()
         if notes:
             self.store.delete([one.key for one in notes])

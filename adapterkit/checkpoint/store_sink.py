@@ -15,7 +15,7 @@ from adapterkit.checkpoint.files import check_unchanged
 from adapterkit.checkpoint.objects import ObjectFile, hold
 from adapterkit.checkpoint.schedule import ObjectPart, Schedule, Segment
 from adapterkit.checkpoint.sink import Sink, _bytes, _Queue, _Task, expect
-from adapterkit.errors import CheckpointError, OutputError
+from adapterkit.errors import CheckpointError
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.cut import PlanPart
@@ -182,8 +182,4 @@ def _overlaps(made: Schedule, part: ObjectPart) -> Iterator[tuple[Segment, int, 
 
 def written(made: StoreOut, *, jobs: int | None, progress: Callable[[int, int], None] | None) -> StoreSink:
     """The sink of an output, with the workers that it is given."""
-    if not made.store.assembles:
-        raise OutputError(
-            f"{made.store.root.scheme}:// is read, and not written here", "write to s3://, or to a folder"
-        )
     return StoreSink(made, jobs=jobs or default_store_jobs(), progress=progress)

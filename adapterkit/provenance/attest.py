@@ -18,7 +18,6 @@ Formats: in-toto attestation framework v1 (Statement, ResourceDescriptor, Digest
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 from adapterkit import disk
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.hub_ref import parse_hub
+from adapterkit.checkpoint.publish import part_name
 from adapterkit.errors import AdapterkitError, NotFound, UsageError
 from adapterkit.places import local
 from adapterkit.provenance.record import entry
@@ -233,10 +233,9 @@ def _place(ref: str | Path) -> Path:
 
 def parts_of(out: Path) -> list[Path]:
     """The files of a set that was written in the place of one GGUF file, ``OUT-00001-of-00003.gguf``."""
-    numbered = re.compile(re.escape(out.stem) + r"-\d{5}-of-\d{5}" + re.escape(out.suffix))
     if out.suffix != ".gguf" or not out.parent.is_dir():
         return []
-    return sorted(path for path in out.parent.iterdir() if numbered.fullmatch(path.name))
+    return sorted(path for path in out.parent.iterdir() if part_name(out).fullmatch(path.name))
 
 
 def _files(path: Path) -> list[FileEntry]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -28,7 +27,6 @@ from adapterkit.stores.faults import NO_CONNECTION, Fault, told
 from adapterkit.stores.store import MARK, MOST_LISTED, Assembly, HeldPart, Store, StoredObject, too_many
 
 CONNECTIONS = 64
-_PARALLEL = 16
 _HOUR = timedelta(hours=1)
 _CODES = {"ContainerNotFound": "NoSuchBucket"}
 _THERE = ("BlobAlreadyExists", "UnauthorizedBlobOverwrite")
@@ -126,7 +124,6 @@ class Azure(Store):
         opened: the store of another address, from which a range is copied.
     """
 
-    assembles = True
     conditions = True
     keeps_uploads = False
 
@@ -215,15 +212,7 @@ class Azure(Store):
         return True
 
     def delete(self, keys: Iterable[str]) -> None:
-        with ThreadPoolExecutor(_PARALLEL) as pool:
-            list(pool.map(self._delete, sorted(set(keys))))
-
-    def _delete(self, key: str) -> None:
-        try:
-            self.ask(lambda: self.call(key, "delete_blob"), self.place(key), writing=True, pass_on=True)
-        except Fault as fault:
-            if not fault.missing or fault.code == "NoSuchBucket":
-                raise told(fault, str(self.place(key)), writing=True) from None
+        self.delete_each(keys, lambda key: self.call(key, "delete_blob"))
 
     def deletions(self, count: int) -> int:
         return count
@@ -286,7 +275,8 @@ class _Blocks(Assembly):
         same = {"headers": {"x-ms-source-if-match": _quoted(etag)}} if etag else {}
 
         def asked() -> str:
-            url, more = place.source_of(source.key)
+            with _faults():  # an identity may give no token
+                url, more = place.source_of(source.key)
             span = {"source_offset": start, "source_length": nbytes}
             self._store.call(self.key, "stage_block_from_url", self._block(number), url, **span, **more, **same)
             meter.count(inside=nbytes)
@@ -360,7 +350,8 @@ class _faults:  # noqa: N801  (a context manager)
         if not isinstance(error, wrong.AzureError):
             return
         if isinstance(error, wrong.HttpResponseError) and error.status_code:
-            code = str(getattr(error, "error_code", "") or "").rpartition(".")[2]
+            named = getattr(error, "error_code", "") or ""  # a word, or of the client's list of words
+            code = str(getattr(named, "value", named))
             status = 412 if code in _THERE else int(error.status_code)
             raise Fault(status, _CODES.get(code, code)) from None
         if isinstance(error, wrong.ClientAuthenticationError):  # of the identity: it is none

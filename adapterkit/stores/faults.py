@@ -121,7 +121,7 @@ def told(fault: Fault, what: str, *, writing: bool = False) -> AdapterkitError:
     if fault.code in _WHO or fault.status == 401:
         return AuthError(
             f"the store does not accept the credentials for {what} ({fault.said})",
-            "check the access key and its region",
+            "check them (those of S3 with their region too)",
         )
     if _no_room(fault.code) or fault.status == 507:
         return OutputError(f"the store has no room for {what} ({fault.said})", "raise the quota or remove something")
@@ -130,7 +130,7 @@ def told(fault: Fault, what: str, *, writing: bool = False) -> AdapterkitError:
     if fault.code == "NoSuchBucket":
         return NotFound(f"the bucket of {what} does not exist", "check its name and the endpoint")
     if fault.missing:
-        return NotFound(f"{what} does not exist", "check the address, and the endpoint if it is not Amazon's")
+        return NotFound(f"{what} does not exist", "check the address, and the endpoint where you set one")
     if fault.changed and not writing:
         return CheckpointError(f"{what} changed while it was read", "run it again when nothing writes to it")
     if fault.status and not fault.passing:

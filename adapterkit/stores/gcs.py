@@ -21,13 +21,12 @@ from adapterkit.places import Address
 from adapterkit.stores import meter
 from adapterkit.stores.faults import Fault, told
 from adapterkit.stores.http import Answer, Http, md5
-from adapterkit.stores.store import MOST_LISTED, Assembly, Begun, HeldPart, Store, StoredObject, too_many
+from adapterkit.stores.store import MOST_LISTED, PARALLEL, Assembly, Begun, HeldPart, Store, StoredObject, too_many
 
 ENDPOINT = "https://storage.googleapis.com"
 COMPOSED = 32  # objects that one request puts together, at most
 BEGUN = "begun"  # the object that says an upload is going on
 _KEY = "adapterkit-key"  # its metadata: the key of the object that is wanted
-_PARALLEL = 16
 _BOUND = "adapterkit-3f1c9a"
 _BYTES = "application/octet-stream"
 
@@ -40,7 +39,6 @@ class Gcs(Store):
         token: makes the ``Authorization`` header's value, anew where it is asked to; None to ask as anybody.
     """
 
-    assembles = True
     copies_ranges = False
     conditions = True
 
@@ -173,18 +171,7 @@ class Gcs(Store):
             return str(found.value["generation"])
 
     def delete(self, keys: Iterable[str]) -> None:
-        left = sorted(set(keys))
-        with ThreadPoolExecutor(_PARALLEL) as pool:
-            list(pool.map(self._delete, left))
-
-    def _delete(self, key: str) -> None:
-        try:
-            self.ask(
-                lambda: self.call("DELETE", self.object_path(key), {}), self.place(key), writing=True, pass_on=True
-            )
-        except Fault as fault:
-            if not fault.missing or fault.code == "NoSuchBucket":
-                raise told(fault, str(self.place(key)), writing=True) from None
+        self.delete_each(keys, lambda key: self.call("DELETE", self.object_path(key), {}))
 
     def deletions(self, count: int) -> int:
         return count
@@ -279,7 +266,7 @@ class _Parts(Assembly):
             while len(names) > COMPOSED:
                 groups = [names[at : at + COMPOSED] for at in range(0, len(names), COMPOSED)]
                 made = [self.object(f"c{level}-{number:05d}") for number in range(len(groups))]
-                with ThreadPoolExecutor(_PARALLEL) as pool:
+                with ThreadPoolExecutor(PARALLEL) as pool:
                     list(pool.map(self._compose, groups, made))
                 names, level = made, level + 1
             found = self._compose(names, self.key, "0" if absent else "", marks)

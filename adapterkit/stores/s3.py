@@ -98,8 +98,6 @@ class S3(ObjectStore):
         reader: makes obstore's store of it.
     """
 
-    assembles = True
-
     def __init__(self, root: Address, made: Client, reader: Callable[[], Any]) -> None:
         super().__init__(root, reader())
         self._made, self._reader = made, reader

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import NamedTuple, TypeVar
@@ -17,6 +18,7 @@ from adapterkit.stores.faults import Fault, told, trying
 T = TypeVar("T")
 MARK = "adapterkit-plan"  # metadata of a weight object: the digest of the plan that it is of
 MOST_LISTED = 20_000  # objects below one prefix
+PARALLEL = 16  # requests at a time, where each is small
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,13 @@ class Store(ABC):
 
     Attributes:
         root: the bucket's address.
-        assembles: uploads take parts in any order, and the store copies ranges, or whole objects, into them.
-        copies_ranges: whether what it copies may be a part of an object.
+        copies_ranges: whether what it copies into an upload may be a part of an object.
         keeps_uploads: until somebody aborts them; else it drops them by itself.
         renewals: how often fresh credentials were taken; `renewing` is held meanwhile.
         conditions: whether it keeps "only where there is none yet"; None until that was seen.
     """
 
     root: Address
-    assembles = False
     copies_ranges = True
     keeps_uploads = True
     conditions: bool | None = None
@@ -140,12 +140,25 @@ class Store(ABC):
     def delete(self, keys: Iterable[str]) -> None:
         """Remove objects; one that is gone is no error."""
 
+    def delete_each(self, keys: Iterable[str], request: Callable[[str], object]) -> None:
+        """`delete` of a store that takes one request for each object, several at a time."""
+
+        def gone(key: str) -> None:
+            try:
+                self.ask(lambda: request(key), self.place(key), writing=True, pass_on=True)
+            except Fault as fault:
+                if not fault.missing or fault.code == "NoSuchBucket":
+                    raise told(fault, str(self.place(key)), writing=True) from None
+
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            list(pool.map(gone, sorted(set(keys))))
+
     def deletions(self, count: int) -> int:
         """How many requests it takes to remove so many objects."""
         return count
 
     def begin(self, key: str, marks: Mapping[str, str], work: Address) -> Assembly:
-        """Begin an upload, of a store that assembles.
+        """Begin an upload: parts in any order.
 
         Args:
             marks: what the object will say of itself.
@@ -158,7 +171,7 @@ class Store(ABC):
         return 2
 
     def resumed(self, key: str, id: str) -> Assembly:
-        """An upload that was begun earlier, of a store that assembles."""
+        """An upload that was begun earlier."""
         raise NotImplementedError
 
     def uploads(self, prefix: str) -> list[Begun]:

@@ -14,8 +14,6 @@ from adapterkit.stores.store import Store, StoredObject
 class FolderStore(Store):
     """Reads only. What it would be asked to write is planned, and not carried out."""
 
-    assembles = True
-
     def __init__(self, root: Address, folder: Path) -> None:
         self.root, self.folder = root, folder
         self.read_bytes: dict[str, int] = {}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save, save_file
 import adapterkit
 from adapterkit.checkpoint.hashes import fill, without_room
 from adapterkit.checkpoint.header import HASHES, with_room
-from adapterkit.checkpoint.plan import plan_file
+from adapterkit.checkpoint.plan import Plan, plan_file
 from adapterkit.errors import OutputError
 
 SAID = {
@@ -115,3 +115,28 @@ def test_a_file_that_ended_early_is_no_output(tmp_path: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(bytes(made.nbytes - 1))
     with pytest.raises(OutputError, match="not written to its end"):
         fill(made, tmp_path)
+
+
+def test_a_run_that_is_killed_beside_its_hashes_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tmp_path / "flux.safetensors"
+    names = [f"double_blocks.0.{side}_attn.proj.weight" for side in ("img", "txt")]
+    save_file({name: torch.randn(64, 64) for name in names}, base, SAID)
+    whole, out = tmp_path / "whole.safetensors", tmp_path / "out.safetensors"
+    adapterkit.merge(base, [lora(tmp_path, 64)], whole)
+
+    def before(plan: Plan, folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    def after(plan: Plan, folder: Path) -> None:
+        fill(plan, folder)
+        raise KeyboardInterrupt
+
+    for killed in (before, after):
+        with monkeypatch.context() as patched:
+            patched.setattr("adapterkit.checkpoint.write.fill", killed)
+            with pytest.raises(KeyboardInterrupt):
+                adapterkit.merge(base, [tmp_path / "lora.safetensors"], out, resume=True)
+        assert not out.exists()
+    report = adapterkit.merge(base, [tmp_path / "lora.safetensors"], out, resume=True)
+    assert report.reused == 2
+    assert out.read_bytes() == whole.read_bytes()

@@ -21,7 +21,7 @@ import adapterkit
 from adapterkit.adapters.fold import fold
 from adapterkit.adapters.load import is_adapter, load_adapter
 from adapterkit.checkpoint.open import open_checkpoint
-from adapterkit.errors import AdapterError, NotFound, TargetError, UnsupportedAdapter
+from adapterkit.errors import AdapterError, NotFound, TargetError, UnsupportedAdapter, UsageError
 from adapterkit.provenance.register import register
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -320,6 +320,23 @@ def test_it_is_registered_and_converted_as_an_adapter(
     assert (record.kind, record.method) == ("adapter", "lora")
     adapterkit.convert(file, tmp_path / "peft", to="peft")
     check(folder, tmp_path / "peft", fused(model, file, None))
+
+
+def test_a_convolution_is_named_with_and_without_the_base(unet: tuple[Any, Path], tmp_path: Path) -> None:
+    import peft
+
+    model, folder = unet
+    words = r"down_blocks\.0\.resnets\.0\.conv1 is a convolution, and a LoRA of convolutions is not written as kohya"
+    file = saved(model, tmp_path / "lora", lora())
+    for base in (None, folder):
+        with pytest.raises(UnsupportedAdapter, match=words):
+            adapterkit.convert(file, tmp_path / "out.safetensors", to="kohya", base=base)
+    with pytest.raises(UsageError, match=r"conv1 is a convolution; what it adds has to be computed against its base"):
+        adapterkit.convert(file, tmp_path / "out", to="peft", plain=True)
+    loha = peft.get_peft_model(copy.deepcopy(model), peft.LoHaConfig(r=2, target_modules=["conv1"]))
+    loha.save_pretrained(tmp_path / "loha")
+    with pytest.raises(UnsupportedAdapter, match=words):
+        adapterkit.convert(tmp_path / "loha", tmp_path / "out.safetensors", to="kohya", base=folder)
 
 
 def test_a_config_of_one_part_says_nothing_of_another(tmp_path: Path) -> None:

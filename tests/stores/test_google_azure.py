@@ -16,6 +16,7 @@ from store_server import CUT, HANG_UP, LOSE_ANSWER, Asked, Proxy, proxied
 from test_writing import first_of_each, here, within
 
 import adapterkit
+from adapterkit.bucket.layout import parse_bucket
 from adapterkit.bucket.pull import pull_bucket
 from adapterkit.bucket.push import push_bucket
 from adapterkit.checkpoint.plan import Plan
@@ -393,3 +394,58 @@ def test_a_remote_of_the_registry(store: Store, home: Path, place: str, tmp_path
     pulled = pull_bucket(f"{to}@v1", home=tmp_path / "elsewhere")
     assert pulled.record.content == done.content
     assert push_bucket("tickets@1", f"{to}@v1").new is False
+
+
+def azure_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The store of an account whose service is a proxy that answers everything itself."""
+    pytest.importorskip("azure.storage.blob", reason="the extra stores is not installed")
+    monkeypatch.setattr("adapterkit.stores.faults.FIRST_PAUSE", 0.001)
+    monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING", raising=False)
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"{endpoint}/one")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "one")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "b25l")
+    return open_store(Address("az", BUCKET, ""))
+
+
+def test_azures_words_are_those_of_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client gives some as words, some as members of a list (learn.microsoft.com, "Blob service error codes")."""
+    with proxied("http://127.0.0.1:9") as proxy:
+        found = azure_at(proxy.endpoint, monkeypatch)
+        proxy.rule = lambda asked: (403, "AuthenticationFailed")
+        with pytest.raises(
+            AuthError, match=r"does not accept the credentials for az://models/a \(AuthenticationFailed\)"
+        ):
+            found.put("a", b"x")
+        proxy.rule = lambda asked: (403, "UnauthorizedBlobOverwrite")
+        assert not found.put("a", b"x", absent=True)
+        proxy.rule = lambda asked: (400, "InvalidBlockList")
+        assert found.begin("a", {}, Address("az", BUCKET, "w")).complete({1: ""}, absent=False) is None
+        proxy.clear()
+        proxy.rule = lambda asked: (400, "Md5Mismatch")  # the body was damaged on its way
+        with pytest.raises(StoreError, match=r"in 7 attempts \(Md5Mismatch\)"):
+            found.put("a", b"x")
+        assert proxy.count() == 7
+
+
+def test_an_identity_that_gives_no_token_for_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    with proxied("http://127.0.0.1:9") as proxy:
+        found = azure_at(proxy.endpoint, monkeypatch)
+        from azure.core.exceptions import ClientAuthenticationError
+
+        from adapterkit.stores.azure import Account, Azure
+
+        def bearer() -> str:
+            raise ClientAuthenticationError("nobody is logged in")
+
+        made = Account(found.account.service, bearer=bearer)
+        store = Azure(found.root, made, lambda: made, lambda address: store)
+        upload = store.begin("b", {}, Address("az", BUCKET, "w"))
+        with pytest.raises(AuthError, match="does not accept the credentials for az://models/a"):
+            upload.copy(1, Address("az", BUCKET, "a"), "", 0, 8)
+        assert proxy.count() == 0
+
+
+def test_hints_name_the_store_that_was_asked_for() -> None:
+    for scheme in ("gs", "az"):
+        with pytest.raises(UsageError, match=f"give it like {scheme}://models/x@v1 or {scheme}://models/x@sha256:"):
+            parse_bucket(f"{scheme}://models/x@")

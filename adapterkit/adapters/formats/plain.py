@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.tensor import Tensor
 
 
+_BASE_LAYER = {"base_layer.weight", "base_layer.bias"}
+
+
 @dataclass(frozen=True)
 class PlainFactors:
     """The delta of one module, ``scale * b @ a``, in PEFT's shapes.
@@ -58,6 +61,27 @@ def scaled_factors(adapter: Adapter) -> tuple[list[PlainFactors], dict[str, Tens
     return [_scaled(module, adapter) for module in modules], whole
 
 
+def convolution(adapter: Adapter) -> str:
+    """The path of the first convolution that a LoRA is of, whose factors have more than two dimensions; "" where none is."""
+    method = check_config(adapter)
+    modules = group_modules(adapter, method)[0] if method.peft_type == "LORA" else ()
+    deep = (one.path for one in modules if lora.A in one.tensors and len(one.tensors[lora.A].shape) > 2)
+    return next(deep, "")
+
+
+def why_not_scaled(adapter: Adapter) -> str:
+    """Why `scaled_factors` gives None, in words: the method, or what the first such module is or has."""
+    method = check_config(adapter)
+    if method.peft_type != "LORA":
+        return f"it is {method.title.split(',')[0].partition(':')[0]}, not LoRA"
+    if path := convolution(adapter):
+        return f"{path} is a convolution"
+    module = next(one for one in group_modules(adapter, method)[0] if not _is_plain(one, adapter))
+    if more := sorted(set(module.tensors) - {lora.A, lora.B, lora.EMBEDDING_A, lora.EMBEDDING_B} - _BASE_LAYER):
+        return f"{module.path} has {more[0]} beside its factors"
+    return f"{module.path} is more than factors and a scaling, by its config"
+
+
 def resolved(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     """The adapter with module paths that need no base.
 
@@ -77,7 +101,7 @@ def _is_plain(module: Module, adapter: Adapter) -> bool:
     special = mutated or any(
         config.get(name) for name in ("use_dora", "use_bdlora", "use_qalora", "kasa_config", "use_mora")
     )
-    names = set(module.tensors) - {"base_layer.weight", "base_layer.bias"}
+    names = set(module.tensors) - _BASE_LAYER
     matrices = all(len(module.tensors[name].shape) == 2 for name in names)
     return names in pairs and matrices and module.depth == 0 and not special and not config.get("target_parameters")
 

@@ -63,6 +63,7 @@ def laid_out(adapter: Adapter, base: Checkpoint | None, asked: ConvertRequest, t
 
     Raises:
         UsageError: its deltas have to be computed against a base, and none is given.
+        UnsupportedAdapter: it is of convolutions, which this format is not written with.
     """
     from adapterkit.adapters.formats.plain import scaled_factors
 
@@ -77,15 +78,16 @@ def laid_out(adapter: Adapter, base: Checkpoint | None, asked: ConvertRequest, t
 
 
 def _computed(adapter: Adapter, base: Checkpoint | None, asked: ConvertRequest, to: str, layout: Layout) -> Conversion:
-    from adapterkit.adapters.edits import method_of
+    from adapterkit.adapters.formats.plain import why_not_scaled
     from adapterkit.checkpoint.plan import plan_file
     from adapterkit.verbs.combine import check_rank
     from adapterkit.verbs.family import open_family
 
+    if to != "peft":
+        check_convolutions(adapter, to)
     if base is None:
-        name = method_of(adapter).title.split(",")[0]
         raise UsageError(
-            f"{adapter.ref} is {name} with more than scalings, which is computed against its base",
+            f"{adapter.ref}: {why_not_scaled(adapter)}; what it adds has to be computed against its base",
             f"name the base with {option('base')}",
         )
     notes = check_rank(asked.rank, asked.energy, open_family([adapter], base).slots.values())
@@ -93,6 +95,21 @@ def _computed(adapter: Adapter, base: Checkpoint | None, asked: ConvertRequest, 
     notes = [*notes, "ranks are known when the deltas are computed, so the plan has no bytes"]
     stage = Computed(adapter, asked, to, layout).run
     return Conversion(adapter.ref, to, nothing, {}, adapter.sources, {}, {}, (*adapter.notes, *notes), stage=stage)
+
+
+def check_convolutions(adapter: Adapter, to: str) -> None:
+    """Refuse a LoRA of convolutions, whose factors are no two matrices, with or without the base.
+
+    Raises:
+        UnsupportedAdapter: it is one.
+    """
+    from adapterkit.adapters.formats.plain import convolution
+
+    if path := convolution(adapter):
+        raise UnsupportedAdapter(
+            f"{adapter.ref}: {path} is a convolution, and a LoRA of convolutions is not written as {to}",
+            f"convert it with {option('to', 'peft')}, which keeps it, or merge it into the model",
+        )
 
 
 @dataclass(frozen=True)
@@ -128,6 +145,7 @@ class Computed:
 
             factors = scaled_factors(plain)
             if factors is None:
+                check_convolutions(plain, self.to)
                 raise UnsupportedAdapter(
                     f"{self.adapter.ref} changes whole stacks of experts, which are no modules of {self.to}",
                     "merge it into the model, in the layout that the server loads",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapters.config import FLAT
 from adapterkit.errors import option
-from adapterkit.verbs.conversions.adapters import laid_out, open_adapter, planned_tensors
+from adapterkit.verbs.conversions.adapters import check_convolutions, laid_out, open_adapter, planned_tensors
 from adapterkit.verbs.conversions.conversion import Conversion
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _parts(asked: ConvertRequest) -> list[Adapter]:
 
 
 def _together(parts: list[Adapter], style: Style) -> AdapterFiles:
-    from adapterkit.adapters.formats.plain import scaled_factors
+    from adapterkit.adapters.formats.plain import scaled_factors, why_not_scaled
     from adapterkit.adapters.formats.write_single import as_single, component_lead
     from adapterkit.errors import UsageError
 
@@ -74,8 +74,10 @@ def _together(parts: list[Adapter], style: Style) -> AdapterFiles:
     for part in parts:
         found = scaled_factors(part)
         if found is None or part.contents is None:
+            check_convolutions(part, style.name)
             raise UsageError(
-                f"{part.ref} is more than LoRA, which is computed against its base", f"add {option('base', 'BASE')}"
+                f"{part.ref}: {why_not_scaled(part)}; what it adds has to be computed against its base",
+                f"name the base with {option('base')}",
             )
         modules += part.contents.modules
         lead = component_lead(part.contents.modules[0].part)
