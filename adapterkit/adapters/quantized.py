@@ -147,13 +147,29 @@ def _experts_of(checkpoint: Checkpoint, form: Kind, skip: tuple[str, ...] | None
         if (found := _ONE.fullmatch(name)) is not None:
             layers.setdefault(found[1], []).append(name)
     chosen: list[str] = []
+    called = _called(checkpoint) if skip else {}
     for stem, names in layers.items():
-        modules = [stem, *(name.removesuffix(".weight") for name in names)]
+        modules = {stem, *(name.removesuffix(".weight") for name in names)}
+        # What transformers calls them counts too: `mlp.experts` of a Mixtral, whose file says `block_sparse_moe.experts`.
+        modules |= {one for name in names for one in called.get(name, ())}
         skipped = any(is_named(pattern, module) for pattern in skip or () for module in modules)
         fit = all(_fits(checkpoint[name], form) for name in names)
         if fit and not skipped:
             chosen += names
     return chosen
+
+
+def _called(checkpoint: Checkpoint) -> dict[str, set[str]]:
+    """Of each tensor the parameters that it is part of, and their modules, by the names in the model."""
+    from adapterkit.adapters.names import Names
+
+    names = Names(checkpoint.shapes, checkpoint.config)
+    found: dict[str, set[str]] = {}
+    for parameter in names.parameters():
+        target = names.find(parameter)
+        for tensor in target.tensors if target is not None else ():
+            found.setdefault(tensor, set()).update((parameter, parameter.rpartition(".")[0]))
+    return found
 
 
 def _fits(tensor: Tensor, form: Kind) -> bool:

@@ -258,6 +258,23 @@ def test_experts_that_stay_are_said(experts: Path, tmp_path: Path, why: str) -> 
     assert any(module.startswith(stem) for module in said["ignore"])
 
 
+@pytest.mark.parametrize("name", ["mlp.experts", "block_sparse_moe.experts", "mlp.experts.down_proj"])
+def test_experts_are_skipped_by_the_file_s_name_and_by_the_model_s(name: str, tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 32}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).bfloat16()
+    model.save_pretrained(tmp_path / "base")
+    base = stored(tmp_path / "base")
+    experts = [key for key in base if ".block_sparse_moe.experts." in key]
+    assert len(experts) == 6
+    convert(tmp_path / "base", tmp_path / "out", to="int4", skip_modules=["lm_head", name])
+    after = stored(tmp_path / "out")
+    assert all(same(after[key], base[key]) for key in experts)
+    assert "model.layers.0.self_attn.q_proj.weight_packed" in after
+
+
 @pytest.mark.parametrize("kind", ["int4", "fp8-block"])
 def test_routers_that_are_linear_layers_stay(tmp_path: Path, kind: str) -> None:
     """AFMoE's router is an nn.Linear, and so is Hunyuan's: the config leaves them alone, so their values stay."""
