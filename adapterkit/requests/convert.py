@@ -107,7 +107,7 @@ class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
         default=None,
         kw_only=True,
         metadata=opt(
-            "Of awq and gptq: text like the model's own.", PATH,
+            "For awq and gptq: a text like what the model will see.", PATH,
             role=VALUES, group=OUTPUT, metavar="FILE", recipe="output.calibration",
         ),
     )  # fmt: skip

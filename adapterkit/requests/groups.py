@@ -503,7 +503,7 @@ class GGUFOutput(Request):
     dense_modules: bool = field(
         default=False,
         metadata=opt(
-            "Of an EmbeddingGemma: the Dense layers of sentence-transformers after the pooling, too.", FLAG, role=VALUES,
+            "EmbeddingGemma: also write the Dense layers of sentence-transformers that follow the pooling.", FLAG, role=VALUES,
             flag="--sentence-transformers-dense-modules", group=GGUF_TYPES, recipe="output.dense-modules",
         ),
     )  # fmt: skip

@@ -118,7 +118,7 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
         default=None,
         kw_only=True,
         metadata=opt(
-            "Of --rounding feedback: text like the model's own.", PATH,
+            "For --rounding feedback: a text like what the model will see.", PATH,
             role=BYTES, group=OUTPUT, metavar="FILE", needs=("rounding",), recipe="output.calibration",
         ),
     )  # fmt: skip

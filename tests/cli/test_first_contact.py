@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -48,8 +49,8 @@ def test_an_adapter_and_what_comes_next(here: Path, capsys: pytest.CaptureFixtur
     assert commands[0] == "  adapterkit check base 'my adapter'"
 
 
-def test_the_commands_that_are_named_work(here: Path) -> None:
-    """Each is run as it is printed, by a shell, and so are those for what the second one made."""
+def test_the_commands_that_are_named_work(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is run as it is printed, and so are those for what the second one made; the first one by a shell."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(Path(__file__).parents[2])}
 
@@ -57,14 +58,20 @@ def test_the_commands_that_are_named_work(here: Path) -> None:
         done = subprocess.run(["bash", "-c", command], cwd=here, env=env, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, (command, done.stderr)
 
+    def here_too(command: str) -> None:
+        name, *words = shlex.split(command)
+        assert name == "adapterkit"
+        code, _, err = run(capsys, *words)
+        assert code == 0, (command, err)
+
     _, (check, folder, _) = look("my adapter")
     shell(check)
-    shell(folder)
+    here_too(folder)
     what, (verify, _, register) = look("my adapter-merged")
     assert what == "my adapter-merged: LlamaForCausalLM, 4,400 parameters, merged by adapterkit from base, my adapter"
-    shell(verify)
+    here_too(verify)
     assert register == "adapterkit register 'my adapter-merged' --name my-adapter-merged"
-    shell(register)
+    here_too(register)
 
 
 def test_other_places(here: Path) -> None:

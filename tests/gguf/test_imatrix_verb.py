@@ -14,6 +14,7 @@ import torch
 from models import load_model
 from vocab_zoo import byte_level
 
+from adapterkit.cli import main
 from adapterkit.errors import AdapterkitError, CheckpointError, NotFound, OutputError, UnsafeError, UsageError
 from adapterkit.gguf.checkpoint import open_gguf
 from adapterkit.gguf.importance import load_importance
@@ -185,12 +186,17 @@ def test_a_kernel_on_its_side(tmp_path: Path, tokenizer: str, words: Path) -> No
     np.testing.assert_allclose(found["blk.1.attn_qkv.weight.in_sum2"], seen.numpy(), rtol=1e-5)
 
 
-def test_quantizing_takes_the_file(tmp_path: Path, tokenizer: str, words: Path) -> None:
+def test_quantizing_takes_the_file(
+    tmp_path: Path, tokenizer: str, words: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = build(tmp_path / "hf", "LlamaForCausalLM", tokenizer)
-    command = [sys.executable, "-m", "adapterkit", "imatrix", folder, "--text", words, "-o", tmp_path / "im.gguf"]
-    done = subprocess.run([*command, "--chunk", "32", "--json"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["tensors"] == 14
+    capsys.readouterr()
+    command = ["imatrix", folder, "--text", words, "-o", tmp_path / "im.gguf", "--chunk", 32, "--json"]
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in command])
+    out, err = capsys.readouterr()
+    assert not ended.value.code, err
+    assert json.loads(out)["tensors"] == 14
     assert load_importance(tmp_path / "im.gguf").of("blk.0.ffn_down.weight", (256, 256)).shape == (1, 256)
     for name, more in (("with", {"imatrix": tmp_path / "im.gguf"}), ("without", {})):
         convert(folder, tmp_path / f"{name}.gguf", quantization=Quantization("Q4_K_M", **more))
