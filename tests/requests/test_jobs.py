@@ -88,7 +88,7 @@ def test_a_saved_plan_gives_the_same_bytes(verb: str, place: Path) -> None:
 
 def test_a_plan_without_parts_says_so(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    run(place, "resize", *VERBS["resize"], "--save-plan", "plan.json")
+    run(place, "convert", "a", "--to", "mlx", "--save-plan", "plan.json")
     plan = Plan.from_json((place / "plan.json").read_bytes())
     with pytest.raises(UsageError, match="no parts"):
         adapterkit.execute(plan, place / "out", part=0)
