@@ -41,7 +41,7 @@ def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path, Plan]
     """
     saved = {}
     if request.save_plan is not None:
-        saved = _with_the_rest(plans or {Path(request.save_plan): job.executed}, request)
+        saved = _with_the_rest(plans or {Path(request.save_plan): job.executed}, job, request)
     if not request.writes:
         report = show(job, started)
         # Only now: `show` makes the checks, and whoever carries out a plan does not make them again.
@@ -81,7 +81,7 @@ def _together(measured: Measured, tally: RunTally, started: float) -> Measured:
     )
 
 
-def _with_the_rest(plans: Mapping[Path, Plan], request: Any) -> dict[Path, Plan]:
+def _with_the_rest(plans: Mapping[Path, Plan], job: Job, request: Any) -> dict[Path, Plan]:
     """Plans with what was asked for beside their output. Of several, the tower's file stands beside the first.
 
     Raises:
@@ -90,7 +90,7 @@ def _with_the_rest(plans: Mapping[Path, Plan], request: Any) -> dict[Path, Plan]
     from adapterkit.verbs.execute import REST, RESTS
 
     asked, run = request.given(), request.given(RUN)
-    measured = next((name for name in ("fidelity", *LIMITS) if name in run), None)
+    measured = next((name for name in ("fidelity", *LIMITS) if name in run), None) if job.results is None else None
     if measured is not None:
         raise UsageError(
             f"{option(measured)} is measured while one process writes, which a plan does not say",
@@ -116,7 +116,8 @@ def _check(job: Job, request: Any) -> None:
         raise UsageError("nothing says where the output goes", "add -o OUT")
     if not has_parts(job.executed):
         raise UsageError("this plan has no parts: its files are known when its values are", f"leave out {option('on')}")
-    for name in ("fidelity", *LIMITS):
+    # Results are judged when all of them are there.
+    for name in ("fidelity", *LIMITS) if job.results is None else ():
         asked = getattr(request, name, None)
         if asked is not None and asked is not False:  # a limit of 0 is one
             raise UsageError(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.store_out import StoreOut
     from adapterkit.checkpoint.write import Room, Writing
 
-VERBS = ("merge", "convert", "combine", "extract", "resize")
+VERBS = ("merge", "convert", "combine", "extract", "resize", "verify")
 """Verbs whose plans can be saved; each has a function `replan`, which plans again from a plan's request, for an output."""
 REST = "beside"  # in a plan's request: what was asked for beside the output
 RESTS = ("mmproj", "server", "attest", "full_record")  # the options of it; no byte of the weights depends on them

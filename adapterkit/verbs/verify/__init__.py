@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,12 @@ from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, Thresh
 if TYPE_CHECKING:
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.checkpoint.files import Source
+    from adapterkit.places import Address
+    from adapterkit.verbs.verify.in_parts import VerifyJob
     from adapterkit.verbs.verify.inputs import Asked
     from adapterkit.verbs.verify.report import ModelLevel, TensorLevel
+    from adapterkit.verbs.verify.subject import Subject
     from adapterkit.verbs.verify.tensors import Judged
 
 Ref = str | Path
@@ -45,31 +50,180 @@ def verify(request: VerifyRequest) -> VerifyReport:
     Raises:
         NotFound, CheckpointError, AdapterError, TargetError, UsageError, UnsafeError, AuthError, HubError
     """
+    started = time.monotonic()
+    if request.planned:
+        from adapterkit.verbs.verify.in_parts import carried_out
+
+        return carried_out(request, opened(request), started)
+    made = opened(request)
+    judged = made.compared(request.jobs, request.progress) if made.by_tensors else ()
+    return made.report(judged, started, request.jobs, request.progress)
+
+
+def replan(data: Mapping[str, Any], out: Path | Address | None) -> VerifyJob:
+    """The comparison of a saved plan, planned again."""
+    from adapterkit.verbs.verify.in_parts import VerifyJob
+
+    given = {name: value for name, value in data.items() if name in VerifyRequest.options()}
+    request = VerifyRequest.bound({**given, "out": out})
+    return VerifyJob(opened(request), request.target)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A verification whose inputs are open; headers have been read, and nothing else.
+
+    Attributes:
+        request: what was asked for.
+        found, stored: MERGED and the base, as they are stored.
+        loaded: the adapters.
+        how: the options of the merge.
+        planned: what is compared with what.
+        every: findings that are known already.
+        fed: MERGED was rounded with feedback, by its record.
+        beside: the residual beside MERGED.
+    """
+
+    request: VerifyRequest
+    found: Checkpoint
+    stored: Checkpoint
+    loaded: tuple[Adapter, ...]
+    how: Asked
+    planned: Subject
+    every: tuple[Finding, ...]
+    fed: bool
+    beside: Adapter | None
+
+    @property
+    def by_tensors(self) -> bool:
+        """Whether tensors are compared."""
+        return self.request.depth >= LEVELS.index("tensors")
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Every file that is read."""
+        read = (*self.loaded, *(() if self.beside is None else (self.beside,)))
+        return (*self.found.sources, *self.stored.sources, *(source for one in read for source in one.sources))
+
+    def compared(self, jobs: int | None, progress: Progress | None) -> tuple[Judged, ...]:
+        """Every weight that is in both, compared here."""
+        from adapterkit.verbs.verify.tensors import compare
+
+        return compare(self.planned, jobs=jobs, progress=progress)
+
+    def report(
+        self, judged: tuple[Judged, ...], started: float, jobs: int | None, progress: Progress | None
+    ) -> VerifyReport:
+        """What compared weights and the other levels say.
+
+        Args:
+            judged: the weights, in the order of the subject's; none where tensors are not compared.
+            started: when the verification began.
+        """
+        from adapterkit.verbs.job import peak_memory
+        from adapterkit.verbs.verify.findings import findings
+        from adapterkit.verbs.verify.inputs import inputs
+        from adapterkit.verbs.verify.load import loading, names
+        from adapterkit.verbs.verify.sanity import sanity
+        from adapterkit.verbs.verify.tensors import level as tensor_level
+
+        request, planned, beside, how, fed = self.request, self.planned, self.beside, self.how, self.fed
+        prompts = None if request.prompts is None else Path(request.prompts)
+        around = sanity(planned, request.on_purpose)
+        tensors = layers = model = pair = None
+        every = list(self.every)
+        if self.by_tensors:
+            wrong, named = findings(planned, judged)
+            tensors = tensor_level(planned, judged, named, started)
+            if beside is not None:
+                from adapterkit.checkpoint.plan import default_jobs
+                from adapterkit.verbs.verify.pair import together
+
+                pair, unfit = together(planned, tensors, beside, jobs=jobs or default_jobs(), progress=progress)
+                wrong = (*wrong, *unfit)
+            there = tensors if pair is None else pair
+            every += [
+                *wrong,
+                *around,
+                *loading(planned, around),
+                *(_fed(there, judged, wrong) if fed else _not_fed(how)),
+                *(
+                    ()
+                    if fed and request.min_retention is None
+                    else _retention(there.retention, request.min_retention, wrong)
+                ),
+                *_cosine(there.cosine, request.min_cosine),
+                *_error(there.error, request.max_error),
+                *_dead(there, request.max_dead),
+            ]
+        else:
+            every += [*names(planned), *around, *loading(planned, around)]
+        if request.depth >= LEVELS.index("layers"):
+            from adapterkit.verbs.verify.layers import compare_layers
+            from adapterkit.verbs.verify.replay import activations
+
+            replayed, why = activations(planned, prompts)
+            layers = compare_layers(planned, inputs=replayed, jobs=jobs)
+            if why:
+                every.append(Finding("random inputs", NOTE, f"layers were fed random numbers: {why}"))
+        if request.depth >= LEVELS.index("model"):
+            from adapterkit.verbs.verify.model import compare_models
+
+            model = compare_models(planned, self.stored, prompts, jobs=jobs)
+            every += _answers(model, request.max_kl, request.min_top1)
+            if beside is not None:
+                every.append(
+                    Finding("alone", NOTE, f"the models answered without {beside.ref}: the figures are of MERGED alone")
+                )
+        check_unchanged(self.sources)
+        return VerifyReport(
+            ok=not any(finding.severity == ERROR for finding in every),
+            merged=self.found.ref,
+            base=self.stored.ref,
+            adapters=tuple(adapter.ref for adapter in self.loaded),
+            level=LEVELS[request.depth],
+            findings=tuple(every),
+            tensors=tensors,
+            layers=layers,
+            model=model,
+            residual="" if beside is None else beside.ref,
+            pair=pair,
+            thresholds=Thresholds(
+                request.max_kl,
+                request.min_top1,
+                request.min_retention,
+                request.min_cosine,
+                request.max_error,
+                request.max_dead,
+            ),
+            options=_shown(planned.options),
+            record=how.record is not None,
+            inputs=inputs(self.found, self.stored, self.loaded, planned.weights, None),
+            notes=tuple(dict.fromkeys(planned.notes)),
+            seconds=time.monotonic() - started,
+            peak_memory=peak_memory(),
+        )
+
+
+def opened(request: VerifyRequest) -> Verification:
+    """Open what is compared, and plan the merge that MERGED claims to be; see `verify`."""
     from adapterkit.adapters.adapter import Adapter as Loaded
     from adapterkit.bases import open_change
     from adapterkit.checkpoint.memory import IN_TRANSFORMERS, MAPPED, check_memory
     from adapterkit.checkpoint.plan import BASELINE_MEMORY
-    from adapterkit.verbs.job import peak_memory
-    from adapterkit.verbs.verify.findings import findings
-    from adapterkit.verbs.verify.inputs import asked, inputs, open_inputs, same_as_recorded
-    from adapterkit.verbs.verify.load import loading, names
-    from adapterkit.verbs.verify.sanity import sanity
+    from adapterkit.verbs.verify.inputs import asked, open_inputs, same_as_recorded
     from adapterkit.verbs.verify.subject import subject
-    from adapterkit.verbs.verify.tensors import compare
-    from adapterkit.verbs.verify.tensors import level as tensor_level
 
-    started = time.monotonic()
-    deepest, jobs, progress = request.depth, request.jobs, request.progress
     prompts = None if request.prompts is None else Path(request.prompts)
     found, stored = open_inputs(request.merged, request.base)
-    if deepest >= LEVELS.index("tensors"):
+    if request.depth >= LEVELS.index("tensors"):
         # torch aborts where it gets too little, and the model's class is built in transformers where that is installed.
         more = IN_TRANSFORMERS if find_spec("transformers") is not None else 0
         check_memory(BASELINE_MEMORY, "verify", mapped=MAPPED + more)
     given = request.adapters
     assert isinstance(given, tuple)
     loaded = tuple(a if isinstance(a, Loaded) else open_change(a) for a in given)
-    if deepest >= LEVELS.index("model"):
+    if request.depth >= LEVELS.index("model"):
         from adapterkit.verbs.verify.model import check_models
 
         check_models(found, stored, prompts)
@@ -81,83 +235,8 @@ def verify(request: VerifyRequest) -> VerifyReport:
     # The record speaks for the files, the base and the adapters that it names, and for no others.
     fed = how.fed and not every and not how.other_weights
     planned = subject(found, stored, loaded, options, fed=fed)
-    around = sanity(planned, request.on_purpose)
-    tensors = layers = model = pair = None
     beside, missing = _residual(request.residual, how, found)
-    every += missing
-    if deepest >= LEVELS.index("tensors"):
-        judged = compare(planned, jobs=jobs, progress=progress)
-        wrong, named = findings(planned, judged)
-        tensors = tensor_level(planned, judged, named, started)
-        if beside is not None:
-            from adapterkit.checkpoint.plan import default_jobs
-            from adapterkit.verbs.verify.pair import together
-
-            pair, unfit = together(planned, tensors, beside, jobs=jobs or default_jobs(), progress=progress)
-            wrong = (*wrong, *unfit)
-        there = tensors if pair is None else pair
-        every += [
-            *wrong,
-            *around,
-            *loading(planned, around),
-            *(_fed(there, judged, wrong) if fed else _not_fed(how)),
-            *(
-                ()
-                if fed and request.min_retention is None
-                else _retention(there.retention, request.min_retention, wrong)
-            ),
-            *_cosine(there.cosine, request.min_cosine),
-            *_error(there.error, request.max_error),
-            *_dead(there, request.max_dead),
-        ]
-    else:
-        every += [*names(planned), *around, *loading(planned, around)]
-    if deepest >= LEVELS.index("layers"):
-        from adapterkit.verbs.verify.layers import compare_layers
-        from adapterkit.verbs.verify.replay import activations
-
-        replayed, why = activations(planned, prompts)
-        layers = compare_layers(planned, inputs=replayed, jobs=jobs)
-        if why:
-            every.append(Finding("random inputs", NOTE, f"layers were fed random numbers: {why}"))
-    if deepest >= LEVELS.index("model"):
-        from adapterkit.verbs.verify.model import compare_models
-
-        model = compare_models(planned, stored, prompts, jobs=jobs)
-        every += _answers(model, request.max_kl, request.min_top1)
-        if beside is not None:
-            every.append(
-                Finding("alone", NOTE, f"the models answered without {beside.ref}: the figures are of MERGED alone")
-            )
-    read = (*loaded, *(() if beside is None else (beside,)))
-    check_unchanged((*found.sources, *stored.sources, *(source for one in read for source in one.sources)))
-    return VerifyReport(
-        ok=not any(finding.severity == ERROR for finding in every),
-        merged=found.ref,
-        base=stored.ref,
-        adapters=tuple(adapter.ref for adapter in loaded),
-        level=LEVELS[deepest],
-        findings=tuple(every),
-        tensors=tensors,
-        layers=layers,
-        model=model,
-        residual="" if beside is None else beside.ref,
-        pair=pair,
-        thresholds=Thresholds(
-            request.max_kl,
-            request.min_top1,
-            request.min_retention,
-            request.min_cosine,
-            request.max_error,
-            request.max_dead,
-        ),
-        options=_shown(planned.options),
-        record=how.record is not None,
-        inputs=inputs(found, stored, loaded, planned.weights, None),
-        notes=tuple(dict.fromkeys(planned.notes)),
-        seconds=time.monotonic() - started,
-        peak_memory=peak_memory(),
-    )
+    return Verification(request, found, stored, loaded, how, planned, (*every, *missing), fed, beside)
 
 
 def _not_fed(how: Asked) -> list[Finding]:
