@@ -167,7 +167,7 @@ class Extraction:
 _STATED = ("rank", "energy", "exact", "dtype")
 
 
-def planned(request: ExtractRequest, known: Known | None = None) -> Extraction:
+def planned(request: ExtractRequest, known: KnownDifferences | None = None) -> Extraction:
     """Plan an extraction; see `extract`. Which tensors differ is found by reading them, in a stream.
 
     Args:
@@ -209,11 +209,11 @@ def extract(request: ExtractRequest) -> ExtractReport:
 def replan(data: Mapping[str, Any], out: Path | Address | None) -> Extraction:
     """The extraction of a saved plan, planned again."""
     given = {name: value for name, value in data.items() if name in ExtractRequest.options()}
-    return planned(ExtractRequest.bound({**given, "out": out}), Known.of(data))
+    return planned(ExtractRequest.bound({**given, "out": out}), KnownDifferences.of(data))
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownDifferences:
     """What a saved plan says of two checkpoints.
 
     Attributes:
@@ -225,7 +225,7 @@ class Known:
     state: Mapping[str, str]
 
     @classmethod
-    def of(cls, data: Mapping[str, Any]) -> Known | None:
+    def of(cls, data: Mapping[str, Any]) -> KnownDifferences | None:
         """Out of a plan's request; None where it does not say it."""
         differ, state = data.get("differ"), data.get("state")
         if not isinstance(differ, list) or not isinstance(state, Mapping):

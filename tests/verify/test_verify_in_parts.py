@@ -80,7 +80,7 @@ def same_by_parts(merged: Path, asked: dict[str, Any], tmp_path: Path) -> None:
     for part in reversed(workers[0].parts):
         workers[part.index % 2].execute(part.index)
     there = merged / "config.json" if merged.is_dir() else merged
-    with pytest.raises((OutputError, UsageError), match="exists|lies in or over"):
+    with pytest.raises((OutputError, UsageError), match=r"exists|lies in or over"):
         OpenPlan(plan, there, SIZE).check()
     report = OpenPlan(plan, out, SIZE).finish()
     assert without_time(report) == without_time(whole)

@@ -25,14 +25,14 @@ from adapterkit.verbs.carry import carry_out
 from adapterkit.verbs.job import Job, Measured
 from adapterkit.verbs.report import to_json
 from adapterkit.verbs.verify.report import VerifyReport
-from adapterkit.verbs.verify.tensors import Comparison, Judged
+from adapterkit.verbs.verify.tensors import Judged, TensorComparison
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.results import ResultFile, Results
     from adapterkit.checkpoint.write import Stage
     from adapterkit.places import Address
     from adapterkit.requests.verify import VerifyRequest
-    from adapterkit.verbs.verify import Verification
+    from adapterkit.verbs.verify.opened import OpenVerification
     from adapterkit.verbs.verify.subject import Item
 
 REPORT = "report.json"
@@ -47,7 +47,7 @@ class VerifyJob:
         out: where the report goes.
     """
 
-    verification: Verification
+    verification: OpenVerification
     out: Path | Address | None
 
     def job(self) -> Job:
@@ -74,7 +74,7 @@ class VerifyJob:
     def results(self) -> Results:
         """The verdict of each weight as a result of its own."""
         made = self.verification
-        comparison = Comparison(made.planned)
+        comparison = TensorComparison(made.planned)
         found = [_result(comparison, item) for item in made.planned.items]
         return planned_results(found, made.sources, made.request.stated(), self._of_results)
 
@@ -107,7 +107,7 @@ class VerifyJob:
         return replace(report, notes=notes, nbytes=nbytes, seconds=measured.seconds, peak_memory=measured.peak_memory)
 
 
-def carried_out(request: VerifyRequest, made: Verification, started: float) -> VerifyReport:
+def carried_out(request: VerifyRequest, made: OpenVerification, started: float) -> VerifyReport:
     """Do with a verification what its request says: show it, save its plan, or carry it out, here or by workers.
 
     Without a place for the report, workers of this machine have one that goes with the run.
@@ -126,7 +126,7 @@ def _plan(data: bytes) -> Plan:
     return Plan((PlannedFile(REPORT, len(data), (), head=head),), layout="file")
 
 
-def _result(comparison: Comparison, item: Item) -> Result:
+def _result(comparison: TensorComparison, item: Item) -> Result:
     names = [json.dumps(found.name) for _, found in item.parts]
 
     def compute() -> tuple[Any, Sequence[bytes]]:

@@ -110,10 +110,10 @@ def compare(
     Raises:
         CheckpointError, AdapterError: something cannot be read or computed.
     """
-    return Comparison(subject, progress).run(jobs or default_jobs())
+    return TensorComparison(subject, progress).run(jobs or default_jobs())
 
 
-class Comparison:
+class TensorComparison:
     """See `compare`; a weight may be compared alone too."""
 
     def __init__(self, subject: Subject, progress: Callable[[int, int], None] | None = None) -> None:
