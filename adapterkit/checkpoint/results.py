@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.files import fingerprint
@@ -26,44 +26,39 @@ if TYPE_CHECKING:
 
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.write import Stage
+    from adapterkit.dtypes import DType
 
 STAGED, IN_PARTS = "staged", "results"  # in the request of a plan: its files hold results
 FILE = ".results.safetensors"
 _LENGTH = 8  # bytes that say how long the JSON is
-_BYTES = DTYPES["U8"]
 
 
+@dataclass(eq=False)
 class Result(Tensor):
     """One result: JSON, and bytes after it.
 
-    Args:
+    Attributes:
         name: of the result.
-        said: the most bytes of its JSON.
+        room: the most bytes of its JSON.
         data: the most bytes that follow.
-        reads: bytes that are read for it.
-        how: a few words for the plan.
+        input_bytes: bytes that are read for it.
+        words: a few for the plan.
         compute: gives both.
-        memory: bytes that are held meanwhile, beside the result.
+        held: bytes of memory that are held meanwhile, beside the result.
     """
 
-    def __init__(
-        self,
-        name: str,
-        said: int,
-        data: int,
-        reads: int,
-        how: str,
-        compute: Callable[[], tuple[Any, Sequence[bytes]]],
-        memory: int = 0,
-    ) -> None:
-        self.name, self.dtype, self._said, self._reads, self._how = name, _BYTES, said, reads, how
-        self.shape = (_LENGTH + said + data,)
-        self._compute, self._memory = compute, memory
+    name: str
+    room: int
+    data: int
+    input_bytes: int
+    words: str
+    compute: Callable[[], tuple[Any, Sequence[bytes]]]
+    held: int = 0
+    dtype: DType = field(default=DTYPES["U8"], init=False)
 
     @property
-    def room(self) -> int:
-        """Bytes that its JSON has room in."""
-        return self._said
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return (_LENGTH + self.room + self.data,)
 
     @property
     def block(self) -> int:
@@ -71,27 +66,27 @@ class Result(Tensor):
 
     @property
     def reads(self) -> int:
-        return self._reads
+        return self.input_bytes
 
     @property
     def memory(self) -> int:
-        return self._memory + 2 * self.numel
+        return self.held + 2 * self.numel
 
     @property
     def how(self) -> str:
-        return self._how
+        return self.words
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         import torch
 
-        found, data = self._compute()
+        found, data = self.compute()
         text = json.dumps(found, separators=(",", ":")).encode()
         made = torch.zeros(self.shape, dtype=torch.uint8)
-        if len(text) > self._said or sum(map(len, data)) > self.numel - _LENGTH - self._said:
+        if len(text) > self.room or sum(map(len, data)) > self.data:
             raise AdapterkitError(
                 f"the result of {self.name} is larger than the plan has room for", "carry it out whole, and report it"
             )
-        at = _LENGTH + self._said
+        at = _LENGTH + self.room
         for place, one in ((0, len(text).to_bytes(_LENGTH, "little")), (_LENGTH, text)):
             made[place : place + len(one)] = torch.frombuffer(bytearray(one), dtype=torch.uint8)
         for one in data:

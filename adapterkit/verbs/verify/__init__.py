@@ -52,4 +52,18 @@ def replan(data: Mapping[str, Any], out: Path | Address | None) -> VerifyJob:
     return VerifyJob(opened(request), request.target)
 
 
+def html(report: VerifyReport, *, command: str = "", when: str = "") -> str:
+    """The evidence as one page; see `adapterkit.verbs.verify.page`."""
+    from adapterkit.verbs.verify.page import html as page
+
+    return page(report, command=command, when=when)
+
+
+def markdown(report: VerifyReport) -> str:
+    """The evidence as a summary for a job; see `adapterkit.verbs.verify.summary`."""
+    from adapterkit.verbs.verify.summary import markdown as summary
+
+    return summary(report)
+
+
 __all__ = ["LEVELS", "Finding", "VerifyReport", "verify"]

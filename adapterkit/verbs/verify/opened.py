@@ -329,17 +329,3 @@ def _shown(options: Mapping[str, Any]) -> dict[str, Any]:
 
     plain = MergeRequest("", ("",)).stated() | {"to": options.get("to")}
     return {name: value for name, value in options.items() if value != plain.get(name)}
-
-
-def html(report: VerifyReport, *, command: str = "", when: str = "") -> str:
-    """The evidence as one page; see `adapterkit.verbs.verify.page`."""
-    from adapterkit.verbs.verify.page import html as page
-
-    return page(report, command=command, when=when)
-
-
-def markdown(report: VerifyReport) -> str:
-    """The evidence as a summary for a job; see `adapterkit.verbs.verify.summary`."""
-    from adapterkit.verbs.verify.summary import markdown as summary
-
-    return summary(report)
