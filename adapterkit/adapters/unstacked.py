@@ -121,9 +121,9 @@ def unstacked(checkpoint: Checkpoint, wanted: Callable[[str, list[Tensor]], bool
             break
         made = [(target, _parts(target, _stem(stem, called), called[2:])) for target in targets]
         matrices: dict[str, list[OfStack]] = {}
-        for target, found in made:
+        for target, mine in made:
             shared = _Stack(target, checkpoint.tensors)
-            matrices[target.tensors[0]] = [OfStack(part.name, part.rows, shared) for part in found]
+            matrices[target.tensors[0]] = [OfStack(part.name, part.rows, shared) for part in mine]
         if wanted(stem, [one for found in matrices.values() for one in found]):
             parts |= matrices
     if not parts:
