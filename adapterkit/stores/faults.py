@@ -85,6 +85,19 @@ def _no_room(code: str) -> bool:
     return any(word in code for word in _NO_ROOM)
 
 
+_again = 0
+
+
+def _count_again() -> None:
+    global _again
+    _again += 1
+
+
+def tried_again() -> int:
+    """How many requests of this process were made once more so far."""
+    return _again
+
+
 def trying(request: Callable[[], T], renew: Callable[[], bool]) -> T:
     """The answer to a request, tried again while that may help.
 
@@ -105,6 +118,7 @@ def trying(request: Callable[[], T], renew: Callable[[], bool]) -> T:
             fault.attempts = made
             if not fault.passing or made == (UNREACHED if fault.words == NO_CONNECTION else ATTEMPTS):
                 raise
+        _count_again()
         time.sleep(pause * (0.5 + random.random() / 2))
         pause = min(pause * 2, LONGEST_PAUSE)
     raise AssertionError("unreachable")
