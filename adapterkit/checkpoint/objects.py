@@ -114,6 +114,9 @@ class ObjectFile(Source):
     def address(self) -> Address:
         return self.store.place(self.key)
 
+    def check_unchanged(self) -> None:
+        self.store.check_unchanged(self.key, self.version)
+
     def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Say which bytes will be wanted, as (start, stop): each is fetched once if they are read about in order."""
         cut = windows_of(ranges)

@@ -87,6 +87,7 @@ class StoreOut:
         self._schedules: dict[str, Schedule] = {}
         self._uploads: dict[str, FileUpload] = {}
         self._locks = {file.name: threading.Lock() for file in plan.files}
+        self._failed: set[str] = set()
         self._noted: dict[str, StoredObject] = {}
         self._run = os.urandom(16).hex()
         self._own = self._shared = False
@@ -306,7 +307,16 @@ class StoreOut:
         with self._locks[file.name]:
             if file.name not in self._uploads:
                 self._uploads[file.name] = self._found(file) or self._new(file)
+                if file.name in self._failed:
+                    self.give_up(file)
             return self._uploads[file.name]
+
+    def give_up(self, file: PlannedFile) -> None:
+        """A part of a file was not sent, so those who wait for it need not."""
+        self._failed.add(file.name)
+        found = self._uploads.get(file.name)
+        if found is not None and found.assembly is not None:
+            found.assembly.give_up()
 
     def begun(self, file: PlannedFile) -> FileUpload | None:
         """The upload of a file that an earlier run or another worker began."""

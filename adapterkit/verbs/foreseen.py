@@ -72,7 +72,7 @@ def _inputs(job: Writes, made: StoreOut | None) -> Moved:
     for source, ranges in wanted_ranges(job.plan, job.plan.files, job.sources, copied):
         if isinstance(source, ObjectFile):
             found += _windows(ranges)
-    return found
+    return found + Moved(sum(one.store.rechecks for one in job.sources if isinstance(one, ObjectFile)))
 
 
 def _windows(ranges: Iterable[tuple[int, int]]) -> Moved:
@@ -149,7 +149,12 @@ def _claimed(made: StoreOut) -> Moved:
         replaced = looked + 1
     gone = made.store.deletions(len(made.plan.files) + 1)
     # The listing and the claim; then its head, its text, its seal; and the end of all notes.
-    return Moved(replaced + 2 + again + 3 + gone, said, 2 * said + 24 + again * said)
+    return Moved(replaced + 3 + 2 * _conditional(made) + again + gone, said, 2 * said + 24 + again * said)
+
+
+def _conditional(made: StoreOut) -> int:
+    """How many requests it takes to write a small object on a condition."""
+    return made.store.put_requests + made.store.more_if_conditional
 
 
 def _sent(made: StoreOut) -> Moved:
@@ -158,7 +163,7 @@ def _sent(made: StoreOut) -> Moved:
         parts = made.schedule(file).parts
         note = len(json.dumps({"plan": made.plan.digest, "key": made.targets[file.name], "id": "i" * 80}))
         schedule = made.schedule(file)
-        rest = 1 + made.store.ending(len(parts))  # a note; begun, and completed
+        rest = _conditional(made) + made.store.ending(len(parts))  # a note; begun, and completed
         found += Moved(len(parts) + rest, 0, schedule.sent + note, schedule.inside)
     return found
 
@@ -171,7 +176,7 @@ def _beside(job: Writes, made: StoreOut) -> Moved:
         sizes.append(sum(len(step.tensor) + 45 for step in plan.steps) + 60)
     if job.record is not None:
         sizes.append(_RECORD)
-    return Moved(len(sizes), 0, sum(sizes))
+    return Moved(len(sizes) * (made.store.put_requests if made.force else _conditional(made)), 0, sum(sizes))
 
 
 def _read_back(plan: Plan, made: StoreOut) -> Moved:
