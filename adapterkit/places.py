@@ -173,7 +173,9 @@ def remote_of(text: str) -> tuple[str, str]:
         return BUCKET, f"{scheme.lower()}://{rest}"
     shown = text[:80].encode("unicode_escape").decode()
     what = "a model repository or a bucket of the Hub" if scheme.lower() == HUB else "a remote"
-    raise UsageError(f"{shown} is not {what}", f"use org/name, oci://host/name:tag, or a folder of {_or(STORES.values())}")
+    raise UsageError(
+        f"{shown} is not {what}", f"use org/name, oci://host/name:tag, or a folder of {_or(STORES.values())}"
+    )
 
 
 def _or(buckets: Iterable[str]) -> str:

@@ -236,8 +236,18 @@ class StoreOut:
             self._end_strays()
 
     def is_there(self) -> bool:
-        """Whether the output is in its place, and nobody makes it anew."""
-        return all(self._made(file) is not None for file in self.plan.files) and self._claim() is None
+        """Whether the output is in its place, and nobody makes it anew; in a store without marks, as far as names and sizes
+        tell."""
+        found = self._made if self.store.marked else self._alike
+        return all(found(file) is not None for file in self.plan.files) and self._claim() is None
+
+    def is_newer_than(self, moment: float) -> bool:
+        """Whether the weights were written after a moment, in seconds since 1970; in a store with marks, which name their
+        plan, that is not asked."""
+        if self.store.marked:
+            return True
+        found = [self._alike(file) for file in self.plan.files]
+        return all(one is not None and one.written is not None and one.written.timestamp() >= moment for one in found)
 
     def shared(self) -> None:
         """The claim is that of all workers of this plan, whichever of them made it."""
@@ -351,6 +361,11 @@ class StoreOut:
         found = self.store.head(self.targets[file.name])
         ours = found is not None and found.marks.get(MARK) == self.plan.digest and found.size == file.nbytes
         return found if ours else None
+
+    def _alike(self, file: PlannedFile) -> StoredObject | None:
+        """The object in the place of a file, if it has its size."""
+        found = self.store.head(self.targets[file.name])
+        return found if found is not None and found.size == file.nbytes else None
 
     def _new(self, file: PlannedFile) -> FileUpload:
         key, note = self.targets[file.name], self._note_of(file)

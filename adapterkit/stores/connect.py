@@ -139,7 +139,7 @@ def _az(root: Address) -> Store:
 def _hf(root: Address) -> Store:
     try:
         from huggingface_hub import constants
-        from huggingface_hub.utils import build_hf_headers
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         from adapterkit.stores.hub import HubBucket
     except ImportError as error:

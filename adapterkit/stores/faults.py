@@ -33,6 +33,10 @@ _WHO = frozenset(
         *("AuthenticationFailed", "InvalidAuthenticationInfo", "NoAuthenticationInformation"),
     }
 )
+_CHECK = {
+    "s3": "check them (those of S3 with their region too)",
+    "hf": "set HF_TOKEN to a token that may use the bucket, or log in (hf auth login)",
+}
 _NO_ROOM = ("Quota", "StorageFull", "InsufficientStorage", "NoSpace", "ServiceQuotaExceeded")
 
 
@@ -127,7 +131,7 @@ def told(fault: Fault, what: str, *, writing: bool = False) -> AdapterkitError:
     if fault.code in _WHO or fault.status == 401:
         return AuthError(
             f"the store does not accept the credentials for {what} ({fault.said})",
-            "check them (those of S3 with their region too)",
+            _CHECK.get(what.partition("://")[0], "check them"),
         )
     if _no_room(fault.code) or fault.status == 507:
         return OutputError(f"the store has no room for {what} ({fault.said})", "raise the quota or remove something")

@@ -82,7 +82,7 @@ class HubBucket(Store):
 
     def call(self, method: str, path: str, body: bytes | None = None, kind: str = "application/json") -> Any:
         """The response to one request about the bucket; ``path`` is behind its name, or a whole address of the Hub's."""
-        from huggingface_hub.utils import get_session
+        from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
         url = path if path.startswith("http") else f"{self.endpoint}/api/buckets/{self.name}{path}"
         sent = {**self._headers, **({"Content-Type": kind} if body is not None else {})}
@@ -106,12 +106,8 @@ class HubBucket(Store):
     # ------------------------------------------------------------------ reading
 
     def entries(self, prefix: str) -> list[StoredObject]:
-        return [one for one, _ in self._listed(prefix)]
-
-    def _listed(self, prefix: str) -> list[tuple[StoredObject, datetime]]:
-        """The files whose names begin so, and when they were written."""
         within = quote(prefix.rstrip("/"), safe="")
-        url, found = f"/tree{'/' if within else ''}{within}?recursive=true", dict[str, tuple[StoredObject, datetime]]()
+        url, found = f"/tree{'/' if within else ''}{within}?recursive=true", dict[str, StoredObject]()
         while url:
             try:
                 page = self.ask(lambda url=url: self.call("GET", url), self.place(prefix), pass_on=True)  # type: ignore[misc]
@@ -120,11 +116,11 @@ class HubBucket(Store):
                     break
                 raise told(fault, str(self.place(prefix) if prefix else self.root)) from None
             with _sense(self.root):
-                rows = [(self._stored(one), _moment(one)) for one in json_value(page.content) if one["type"] == "file"]
+                rows = [self._stored(one) for one in json_value(page.content) if one["type"] == "file"]
                 before, url = url, str(page.links.get("next", {}).get("url", ""))
                 if url and (url == before or not url.startswith(f"{self.endpoint}/")):
                     raise ValueError(url)
-            found |= {one.key: (one, when) for one, when in rows if one.key.startswith(prefix)}
+            found |= {one.key: one for one in rows if one.key.startswith(prefix)}
             if len(found) > MOST_LISTED:
                 raise too_many(self.place(prefix))
         return [found[key] for key in sorted(found)]
@@ -134,7 +130,9 @@ class HubBucket(Store):
         if not _HASH.fullmatch(hash):
             raise ValueError(hash)
         self._sizes[hash] = size
-        return StoredObject(str(said["path"]), size, hash)
+        when = said.get("uploadedAt") or said.get("mtime")
+        written = datetime.fromisoformat(str(when).replace("Z", "+00:00")) if when else None
+        return StoredObject(str(said["path"]), size, hash, written=written)
 
     def _looked(self, keys: Sequence[str]) -> dict[str, StoredObject]:
         """Those of some files that are there; one request."""
@@ -244,10 +242,11 @@ class HubBucket(Store):
         hidden = f"{folder}/.{name}" if folder else f".{name}"
         begun: dict[str, Begun] = {}
         for where in sorted({prefix, hidden}):
-            for one, when in self._listed(where):
+            for one in self.entries(where):
                 if one.key.endswith(f"/{BEGUN}") and ".parts/" in one.key and one.key not in begun:
                     key = self._said(one).get("key", "")
-                    if key.startswith(prefix):
+                    if key.startswith(prefix):  # of one without a date nobody knows that it is old
+                        when = one.written or datetime.now(timezone.utc)
                         begun[one.key] = Begun(key, one.key.removesuffix(f"/{BEGUN}"), when)
         return list(begun.values())
 
@@ -467,12 +466,6 @@ class _Runs(Assembly):
                 run.writer.abort()
         if there := self._there():
             self._remove(there)
-
-
-def _moment(said: Mapping[str, Any]) -> datetime:
-    """When a file was written; now, where that is not said, so that it counts as young."""
-    text = said.get("uploadedAt") or said.get("mtime")
-    return datetime.fromisoformat(str(text).replace("Z", "+00:00")) if text else datetime.now(timezone.utc)
 
 
 def _no_answer(error: Exception) -> Exception:

@@ -27,12 +27,14 @@ class StoredObject:
 
     Attributes:
         marks: what its writer said of it, where that was asked for.
+        written: when, by the store's clock; of a store that keeps no marks.
     """
 
     key: str
     size: int
     etag: str
     marks: Mapping[str, str] = field(default_factory=dict)
+    written: datetime | None = field(default=None, compare=False)
 
 
 class Begun(NamedTuple):

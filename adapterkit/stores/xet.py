@@ -143,4 +143,6 @@ def _faults() -> Iterator[None]:
         status = int(found[1]) if found else 0
         code = "AuthenticationFailed" if status == 401 else ""
         words = "no connection to the store of bytes" if "sending request" in str(error) else "the connection failed"
+        if status == 404:  # not of the name that was asked for: the bucket has that
+            status, words = 0, "the store of bytes answers 404"
         raise Fault(status, code, words, most=1) from None

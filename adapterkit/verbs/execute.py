@@ -190,9 +190,9 @@ class OpenPlan:
         return whole and not partial_folder(self.out).exists()
 
     def is_newer_than(self, plan: Path) -> bool:
-        """Whether the output was made after a plan file; of a store, whose objects name their plan, that is not asked."""
+        """Whether the output was made after a plan file; of a store whose objects name their plan, that is not asked."""
         if isinstance(self.out, Address):
-            return True
+            return self.job.in_store().is_newer_than(plan.stat().st_mtime)
         made = min(path.stat().st_mtime_ns for path in self.plan.targets(self.out).values())
         return made >= plan.stat().st_mtime_ns
 

@@ -3,7 +3,8 @@
 The API follows huggingface_hub 2.4 (``hf_api.py``: ``create_bucket``, ``bucket_info``, ``list_bucket_tree``,
 ``get_bucket_paths_info``, ``_batch_bucket_files``, ``get_bucket_file_metadata``; ``utils/_pagination.py``; ``utils/_xet.py``)
 and the answer to a token's renewal that hf_xet 1.8 documents (``XetSession.new_upload_commit``). The store of bytes is hf_xet's
-own, in a folder (``local://``): real chunks, xorbs and shards. ``caught`` names another one, which answers with a status.
+own, in a folder (``local://``): real chunks, xorbs and shards. Of a bucket
+whose name ends in a status it is another one, which answers everything with it.
 """
 
 from __future__ import annotations
@@ -62,11 +63,12 @@ class BucketHub(Hub):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.cas, self.caught = f"local://{folder}", 0
+        self.cas = f"local://{folder}"
         self.buckets: dict[str, Bucket] = {}
         self.asked: list[Wanted] = []
         self.rule: Callable[[Wanted], int | str | tuple[int, dict[str, str]] | None] | None = None
         self._known: dict[str, int] = {EMPTY: 0}
+        self._bytes: Any = None
 
     @property
     def handler(self) -> type[BaseHTTPRequestHandler]:
@@ -77,8 +79,9 @@ class BucketHub(Hub):
         if hash not in self._known:
             import hf_xet
 
-            stream = hf_xet.XetSession().new_download_stream_group(endpoint=self.cas)
-            found = sum(len(data) for data in stream.download_stream(hf_xet.XetFileInfo(hash)))
+            if self._bytes is None:
+                self._bytes = hf_xet.XetSession().new_download_stream_group(endpoint=self.cas)
+            found = sum(len(data) for data in self._bytes.download_stream(hf_xet.XetFileInfo(hash)))
             if not found:
                 return None
             self._known[hash] = found
@@ -86,19 +89,19 @@ class BucketHub(Hub):
 
     def clear(self) -> None:
         self.asked.clear()
-        self.rule, self.caught = None, 0
+        self.rule = None
 
 
 class _Buckets(_Handler):
     hub: BucketHub
 
-    def do_GET(self) -> None:
+    def do_GET(self) -> None:  # noqa: N802
         path = urlsplit(self.path).path
         if not re.match(r"/(api/)?buckets/|/cas/", path):
             return super().do_GET()
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if path.startswith("/cas/"):
-            return self._answer(self.hub.caught, b"")
+            return self._answer(int(path.split("/")[2]), b"")
         wanted = Wanted(self.command, unquote(path), body, len(self.hub.asked))
         self.hub.asked.append(wanted)
         said = self.hub.rule(wanted) if self.hub.rule is not None else None
@@ -132,7 +135,8 @@ class _Buckets(_Handler):
         if bucket is None or (token is None and (bucket.private or writes)):
             raise _Problem(401 if token is None else 404, "RepoNotFound", "Bucket not found")
         if rest in ("xet-read-token", "xet-write-token"):
-            at = f"{self.hub.url}/cas" if self.hub.caught else self.hub.cas
+            status = re.search(r"[45]\d\d$", name)
+            at = f"{self.hub.url}/cas/{status[0]}" if status else self.hub.cas
             return 200, {"accessToken": "cas-token", "exp": int(time.time()) + 900, "casUrl": at}, {}
         if rest == "paths-info":
             paths = json.loads(body)["paths"]
@@ -146,11 +150,15 @@ class _Buckets(_Handler):
             if held is None:
                 raise _Problem(404, "EntryNotFound", "Entry not found")
             route = f"{self.hub.url}/api/buckets/{name}/xet-read-token"
-            return 200, {}, {
-                "X-Xet-Hash": held.hash,
-                "X-Linked-Size": str(held.size),
-                "Link": f'<{route}>; rel="xet-auth"',
-            }
+            return (
+                200,
+                {},
+                {
+                    "X-Xet-Hash": held.hash,
+                    "X-Linked-Size": str(held.size),
+                    "Link": f'<{route}>; rel="xet-auth"',
+                },
+            )
         assert not rest
         size = sum(one.size for one in bucket.files.values())
         said = {"id": name, "private": bucket.private, "createdAt": "2026-02-06T17:37:57.000Z"}
