@@ -178,11 +178,11 @@ def foreseen(jobs: Sequence[Job]) -> Moved:
     """What object stores were asked for so far, and will be when jobs are carried out."""
     if not any(isinstance(job.out, Address) or any(source.version for source in job.sources) for job in jobs):
         return moved()
-    from adapterkit.verbs.foreseen import foreseen as of_one
+    from adapterkit.verbs.foreseen import foreseen as ahead
 
     # In this order: what is opened to look ahead is opened again by the run, and counts.
-    ahead = sum((of_one(job) for job in jobs), Moved())
-    return moved() + ahead
+    found = ahead(jobs)
+    return moved() + found
 
 
 def run(
