@@ -144,7 +144,7 @@ def _hf(root: Address) -> Store:
         from adapterkit.stores.hub import HubBucket
     except ImportError as error:
         raise _needed(f"{root.scheme}://buckets/", error) from None
-    return HubBucket(root, lambda: build_hf_headers(library_name="adapterkit"), lambda: constants.ENDPOINT)
+    return HubBucket(root, lambda: build_hf_headers(library_name="adapterkit"), lambda: constants.ENDPOINT, open_store)
 
 
 _OPENERS: dict[str, Callable[[Address], Store]] = {"s3": _s3, "gs": _gs, "az": _az, "hf": _hf}

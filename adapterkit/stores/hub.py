@@ -51,6 +51,7 @@ class HubBucket(Store):
     Args:
         headers: says who asks, as the Hub's own tools do, anew each time.
         endpoint: of the Hub.
+        opened: the store of another address, from which a file is copied.
     """
 
     copies_ranges = False
@@ -58,8 +59,14 @@ class HubBucket(Store):
     marked = False
     put_requests, more_if_conditional, rechecks = 2, 1, 1
 
-    def __init__(self, root: Address, headers: Callable[[], Mapping[str, str]], endpoint: Callable[[], str]) -> None:
-        self.root, self._who, self._endpoint = root, headers, endpoint
+    def __init__(
+        self,
+        root: Address,
+        headers: Callable[[], Mapping[str, str]],
+        endpoint: Callable[[], str],
+        opened: Callable[[Address], Store],
+    ) -> None:
+        self.root, self._who, self._endpoint, self.opened = root, headers, endpoint, opened
         self._headers = headers()
         self._xet = Xet(self._access)
         self._sizes: dict[str, int] = {}  # of files that were listed, by hash
@@ -374,9 +381,7 @@ class _Runs(Assembly):
             meter.count(inside=nbytes)
             return str(number)
         # Another region, perhaps, from which nothing is copied: the bytes take the way through here.
-        from adapterkit.stores.connect import open_store
-
-        place = open_store(source)
+        place = store.opened(source)
         spans = ((at, min(WINDOW, nbytes - at)) for at in range(0, nbytes, WINDOW))
         with _told(self._place):
             hash = store.hash_sent(place.read(source.key, at, count, etag) for at, count in spans)
