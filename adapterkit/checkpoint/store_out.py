@@ -107,11 +107,12 @@ class StoreOut:
     def inside(self, segment: Segment) -> bool:
         """Whether the store can copy bytes of an input by itself."""
         source = self.sources.get(segment.source or "")
-        if not isinstance(source, ObjectFile):
+        at = source.stored_at if source is not None else None
+        if source is None or at is None or not self.store.holds(at) or not open_store(at).copies_to(self.store):
             return False
         if not self.store.copies_ranges and (segment.source_offset, segment.nbytes) != (0, source.size):
             return False
-        return self.store.holds(source.address) and open_store(source.address).copies_to(self.store)
+        return bool(source.stored_as())
 
     def copied(self, files: Iterable[PlannedFile]) -> dict[str, list[tuple[int, int]]]:
         """By input, the ranges that the store copies."""

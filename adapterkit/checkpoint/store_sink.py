@@ -13,7 +13,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.files import check_unchanged
-from adapterkit.checkpoint.objects import ObjectFile, hold
+from adapterkit.checkpoint.objects import hold
 from adapterkit.checkpoint.schedule import ObjectPart, Schedule, Segment
 from adapterkit.checkpoint.sink import Sink, _bytes, _Queue, _Task, expect
 from adapterkit.errors import CheckpointError
@@ -110,8 +110,8 @@ class StoreSink(Sink):
             return part.nbytes
         if part.source is not None:
             source = self._sources[part.source]
-            assert isinstance(source, ObjectFile)
-            at = (source.address, source.version, part.source_offset, part.nbytes)
+            assert source.stored_at is not None
+            at = (source.stored_at, source.stored_as(), part.source_offset, part.nbytes)
             etag = upload.assembly.copy(part.number, *at)
         else:
             data = bytearray(part.nbytes)

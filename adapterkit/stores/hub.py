@@ -46,7 +46,7 @@ _NOTHING = "0" * 64  # of a file without bytes
 
 
 class HubBucket(Store):
-    """A bucket of the Hub.
+    """A bucket of the Hub; or a model repository (``models/owner/name``), from which bytes are copied and read.
 
     Args:
         headers: says who asks, as the Hub's own tools do, anew each time.
@@ -80,6 +80,10 @@ class HubBucket(Store):
         """``owner/name``, as the API calls the bucket."""
         return self.root.bucket.partition("/")[2]
 
+    @property
+    def _is_bucket(self) -> bool:
+        return self.root.bucket.startswith("buckets/")
+
     def renew(self) -> bool:
         before, self._headers = self._headers, self._who()
         self._xet.forget()
@@ -91,7 +95,7 @@ class HubBucket(Store):
         """The response to one request about the bucket; ``path`` is behind its name, or a whole address of the Hub's."""
         from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
-        url = path if path.startswith("http") else f"{self.endpoint}/api/buckets/{self.name}{path}"
+        url = path if path.startswith("http") else f"{self.endpoint}/api/{self.root.bucket}{path}"
         sent = {**self._headers, **({"Content-Type": kind} if body is not None else {})}
         try:
             found = get_session().request(method, url, headers=sent, content=body, timeout=_WAIT)
@@ -102,12 +106,12 @@ class HubBucket(Store):
         return found
 
     def _access(self, kind: str) -> Access:
-        path = f"/xet-{kind}-token"
+        path = f"/xet-{kind}-token{'' if self._is_bucket else '/main'}"
         meter.count(1)
         found = self.call("GET", path)
         with _sense(self.root):
             said = json_value(found.content)
-            url = f"{self.endpoint}/api/buckets/{self.name}{path}"
+            url = f"{self.endpoint}/api/{self.root.bucket}{path}"
             return Access(str(said["casUrl"]), str(said["accessToken"]), int(said["exp"]), url, self._headers)
 
     # ------------------------------------------------------------------ reading
@@ -164,10 +168,11 @@ class HubBucket(Store):
             data = self._xet.read(etag, self._sizes.get(etag), start, nbytes)
             meter.count(down=len(data))
             if len(data) != nbytes:
-                meter.count(1)
-                there = self._looked([key]).get(key)
-                if there is None or there.etag != etag:
-                    raise Fault(412)
+                if self._is_bucket:
+                    meter.count(1)
+                    there = self._looked([key]).get(key)
+                    if there is None or there.etag != etag:
+                        raise Fault(412)
                 raise Fault(words="the body was cut short", most=SHORT)
             return data
 
@@ -200,9 +205,9 @@ class HubBucket(Store):
         return {"type": "addFile", "path": key, "xetHash": hash, "mtime": int(time.time() * 1000)}
 
     def naming(self, key: str, hash: str, source: str) -> dict[str, Any]:
-        """A line of `batch`: a name for a file of another bucket, or of this one."""
-        owner = source.partition("/")[2]
-        more = {"sourceRepoType": "bucket", "sourceRepoId": owner}
+        """A line of `batch`: a name for a file of another bucket, of this one, or of a model repository."""
+        kind, _, owner = source.partition("/")
+        more = {"sourceRepoType": kind.removesuffix("s"), "sourceRepoId": owner}
         return {"type": "copyFile", "path": key, "xetHash": hash, "mtime": int(time.time() * 1000), **more}
 
     def batch(self, lines: Sequence[Mapping[str, Any]], *, every: bool = True) -> list[str]:

@@ -9,7 +9,6 @@ whose name ends in a status it is another one, which answers everything with it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from hub import Hub, _Handler, _Problem
+from hub import LARGE, Hub, _entry, _Handler, _Problem
 
 EMPTY = "0" * 64
 PAGE = 7  # files of a page, so that lists have several
@@ -87,6 +86,14 @@ class BucketHub(Hub):
             self._known[hash] = found
         return self._known[hash]
 
+    def keep(self, data: bytes) -> str:
+        """Have bytes in the store of bytes, as those of a repository are; their hash."""
+        import hf_xet
+
+        with hf_xet.XetSession().new_upload_commit(endpoint=self.cas) as commit:
+            made = commit.start_upload_bytes(data, sha256=hf_xet.SKIP_SHA256)
+        return str(made.result().xet_info.hash)
+
     def clear(self) -> None:
         self.asked.clear()
         self.rule = None
@@ -97,7 +104,7 @@ class _Buckets(_Handler):
 
     def do_GET(self) -> None:  # noqa: N802
         path = urlsplit(self.path).path
-        if not re.match(r"/(api/)?buckets/|/cas/", path):
+        if not re.match(r"/(api/)?buckets/|/cas/|/api/models/[^/]+/[^/]+/(paths-info|xet-)", path):
             return super().do_GET()
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if path.startswith("/cas/"):
@@ -124,6 +131,12 @@ class _Buckets(_Handler):
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815
 
     def _bucket(self, path: str, body: bytes) -> tuple[int, Any, dict[str, str]]:
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/paths-info/(.+)", path):
+            _, files = self._files(unquote(found[1]), found[2])
+            asked = parse_qs(body.decode())["paths"]
+            return 200, [self._of_repo(name, files[name]) for name in asked if name in files], {}
+        if re.fullmatch(r"/api/models/[^/]+/[^/]+/xet-read-token/.+", path):
+            return 200, {"accessToken": "cas-token", "exp": int(time.time()) + 900, "casUrl": self.hub.cas}, {}
         found = re.fullmatch(r"/(?:api/)?buckets/([^/]+/[^/]+)(?:/(.*))?", path)
         assert found is not None
         name, rest = unquote(found[1]), found[2] or ""
@@ -164,6 +177,9 @@ class _Buckets(_Handler):
         said = {"id": name, "private": bucket.private, "createdAt": "2026-02-06T17:37:57.000Z"}
         return 200, {**said, "size": size, "totalFiles": len(bucket.files)}, {}
 
+    def _of_repo(self, name: str, data: bytes) -> dict[str, Any]:
+        return {**_entry(name, data), **({"xetHash": self.hub.keep(data)} if name.endswith(LARGE) else {})}
+
     def _tree(self, bucket: Bucket, path: str, prefix: str) -> tuple[int, Any, dict[str, str]]:
         query = parse_qs(urlsplit(self.path).query)
         assert query["recursive"] == ["true"]
@@ -199,19 +215,8 @@ class _Buckets(_Handler):
             held = self.hub.buckets[line["sourceRepoId"]].files.values()
             return any(one.hash == line["xetHash"] for one in held)
         repo = self.hub.repos[line["sourceRepoId"]]
-        return any(line["xetHash"] == xet_hash(data) for files in repo.commits.values() for data in files.values())
-
-
-def xet_hash(data: bytes) -> str:
-    """The hash by which the store of bytes knows a file; hf_xet's own function, which takes files."""
-    import tempfile
-
-    import hf_xet
-
-    with tempfile.NamedTemporaryFile(prefix=hashlib.sha1(data).hexdigest()) as file:
-        file.write(data)
-        file.flush()
-        return str(hf_xet.hash_files([file.name])[0].hash)
+        large = [data for files in repo.commits.values() for name, data in files.items() if name.endswith(LARGE)]
+        return any(line["xetHash"] == self.hub.keep(data) for data in large)
 
 
 def _row(path: str, held: Held) -> dict[str, Any]:

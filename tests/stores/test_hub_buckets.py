@@ -160,6 +160,19 @@ def test_what_no_adapter_touches_gets_another_name_and_does_not_move(
     assert done.bytes_inside == 0
     assert there("again/", tmp_path / "again") == wide[2]
 
+    # From a model repository too: what goes up is only what an adapter touches.
+    hub.add("org/base", wide[0])
+    done = adapterkit.merge("hf://org/base", beside, f"{ROOT}/from-model")
+    assert done.bytes_inside == len(wide[2][first])
+    found = there("from-model/", tmp_path / "model")
+    assert {name: data for name, data in found.items() if name != "adapterkit.json"} == {
+        name: data for name, data in wide[2].items() if name != "adapterkit.json"
+    }
+    hub.rule = lambda asked: refused_copy(asked, ".parts/")
+    assert adapterkit.merge("hf://org/base", beside, f"{ROOT}/by-way").bytes_inside == 0
+    hub.clear()
+    assert there("by-way/", tmp_path / "way")[first] == wide[2][first]
+
     # By several workers, each of which sends a piece of a file: they are read back, and sent as one.
     adapterkit.merge(base, beside, save_plan=tmp_path / "plan.json")
     plan = Plan.from_json((tmp_path / "plan.json").read_bytes())
