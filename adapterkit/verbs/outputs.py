@@ -146,12 +146,13 @@ def _folder(
     view = folded.checkpoint
     if asked.folder_format is not None:
         from adapterkit.adapters.quantized import quantized
+        from adapterkit.codecs.table import KEYS
 
         calibration = _calibration(base, adapters, asked)
         fed = None if calibration is None else calibration.fed
         view = quantized(view, asked.folder_format, double_quant=asked.quant_double, fed=fed)
         config = json.loads(side.get(CONFIG, b"{}"))
-        config["quantization_config"] = view.config["quantization_config"]
+        config |= {key: view.config[key] for key in KEYS if key in view.config}
         side[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         notes = [*notes, *view.notes[len(folded.checkpoint.notes) :]]
     if base.stored is not None:
@@ -203,7 +204,13 @@ def _stored_in(base: Checkpoint) -> dict[tuple[str | None, bool], bool]:
     # A weight no larger than a tile is called otherwise ("per row"); its numbers are the same.
     alike = len({word.split()[0] for word in how}) == 1
     said = base.stored.checkpoint.config
-    return {(kind.name, nested): has_layout(said, kind) for kind in KINDS.values() if alike and how & set(kind.already)}
+    found = {}
+    for kind in KINDS.values() if alike else ():
+        same = has_layout(said, kind)
+        # Of a format in several numbers, a word that is not the config's is another format, not another layout.
+        if how & set(kind.already) and (same or kind.said is None):
+            found[kind.name, nested] = same
+    return found
 
 
 def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, settings: Mapping[str, Any]) -> Output:
