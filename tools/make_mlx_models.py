@@ -71,7 +71,8 @@ for line in sys.stdin:
 """
 
 WIDE = dict.fromkeys(
-    ("hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size"), 64
+    ("hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size"),
+    64,
 ) | dict.fromkeys(("moe_shared_expert_intermediate_size", "shared_intermediate_size", "expert_ffn_hidden_size"), 64)
 WIDE |= {"head_dim": 16}
 # Fields without a default that published configs have and that transformers 5 does not write.
@@ -99,7 +100,8 @@ class Mlx:
     def ask(self, **words: Any) -> dict[str, Any]:
         if self.child.poll() is not None:  # a model of mlx-lm's that ends the process
             self.__enter__()
-        assert self.child.stdin is not None and self.child.stdout is not None
+        assert self.child.stdin is not None
+        assert self.child.stdout is not None
         self.child.stdin.write(json.dumps({key: str(value) for key, value in words.items()}) + "\n")
         self.child.stdin.flush()
         for line in self.child.stdout:
@@ -117,6 +119,7 @@ class Mlx:
 def types() -> list[str]:
     """Model types of causal language models that mlx-lm has a file for, under this name or one it maps it to."""
     import mlx_lm
+
     from bench.common import zoo
 
     folder = Path(mlx_lm.__file__).parent
@@ -197,8 +200,9 @@ def _older(file: Path, config: Any) -> None:
 def look(name: str, mlx: Mlx, folder: Path) -> dict[str, Any] | str:
     """What is found of one type."""
     import torch
-    from bench.common import zoo
     from safetensors.torch import load_file
+
+    from bench.common import zoo
 
     model, config = zoo.build(name)
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -263,7 +267,7 @@ def main() -> None:
                     mlx_models.GIVEN[name] = found
                     found = held(mlx, scratch) or found
                     mlx_models.GIVEN.clear()
-                (rows if isinstance(found, dict) else refused)[name] = found  # type: ignore[assignment]
+                (rows if isinstance(found, dict) else refused)[name] = found
                 print(name, "ok" if isinstance(found, dict) else found, flush=True)
     made = {
         "source": f"mlx-lm {version('mlx-lm')}, transformers {version('transformers')}; tools/make_mlx_models.py",

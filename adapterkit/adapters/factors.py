@@ -306,10 +306,7 @@ class _Kinds:
             targets = {name: self._names.find(name) for name in self._names.parameters()}
             shapes = {name: target.shape for name, target in targets.items() if target is not None}
             self._linear = frozenset(linear_modules(shapes, self._config))
-        word = module.rpartition(".")[2]
-        # Denoisers call linear layers so: `context_embedder` of Flux; their configs name no type of transformers.
-        denoiser = word.endswith("embedder") and "model_type" not in self._config
-        return "linear" if module in self._linear or "embed" not in word or denoiser else "embedding"
+        return "linear" if module in self._linear or "embed" not in module.rpartition(".")[2] else "embedding"
 
 
 def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 # A file of parameters that ms-swift trained whole (the vision tower and the aligner), under the keys that PEFT's wrapper has;
 # swift/tuner_plugin/lora_llm.py (ms-swift 4.6).
 TRAINED_WHOLE = "vit.safetensors"
-# Pickles of such parameters: what they hold, and what merges both. haotian-liu/LLaVA, llava/train/train.py, llava/model/builder.py
+# Pickles of such parameters: what they hold, and what merges both.
+# haotian-liu/LLaVA, llava/train/train.py and llava/model/builder.py
 _PICKLED_WHOLE = {
     "non_lora_trainables.bin": (
         "the projector and what else LLaVA trained whole",
@@ -99,17 +100,19 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
         by, way = _PICKLED_WHOLE[whole]
         raise UnsupportedAdapter(f"{listing.ref} is half of what was trained: {whole} beside it holds {by}", way)
     sources, weights = _weights(listing)
-    said: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
     if TRAINED_WHOLE in listing.names:
         beside, more = _stored(listing, TRAINED_WHOLE)
         sources, weights = (*sources, beside), _with_whole(weights, more, listing)
-        said = (f"{TRAINED_WHOLE} beside it holds {len(more)} parameters that ms-swift trained whole; they replace the base's",)
+        told = (
+            f"{TRAINED_WHOLE} beside it holds {len(more)} parameters that ms-swift trained whole; they replace the base's",
+        )
     tensors, notes = plain_keys(weights, sources[0].name, METHODS.get(config.peft_type))
     beside_it = {*side_names(listing.names, {WEIGHTS}), *({VALUE_HEAD} & listing.names)}
     side_files = tuple(
         SideFile(name, listing.open(name)) for name in sorted(beside_it) if is_brought(name, listing.names)
     )
-    notes = (*said, *notes, *order_notes(config))
+    notes = (*told, *notes, *order_notes(config))
     return Adapter(listing.ref, config, tensors, sources[0], side_files, listing.commit, notes, sources[1:])
 
 
@@ -257,9 +260,7 @@ def _weights(listing: Listing) -> tuple[tuple[Source, ...], Mapping[str, Tensor]
     return read_shards(listing, ADAPTER_INDEX)
 
 
-def _with_whole(
-    weights: Mapping[str, Tensor], more: Mapping[str, Tensor], listing: Listing
-) -> dict[str, Tensor]:
+def _with_whole(weights: Mapping[str, Tensor], more: Mapping[str, Tensor], listing: Listing) -> dict[str, Tensor]:
     """Factors, and the parameters that were trained whole beside them.
 
     Raises:

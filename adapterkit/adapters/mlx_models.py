@@ -1,7 +1,7 @@
 """What mlx-lm makes of a model's tensors, by model type: from the table ``mlx_models.json``.
 
-Which layers it quantizes, which of them otherwise than the rest (routers of experts in 8 bits), what it calls tensors, and which
-experts it stacks. The table is made from mlx-lm by ``tools/make_mlx_models.py``; mlx is never imported.
+Which layers it quantizes, which of them otherwise than the rest (routers of experts in 8 bits), what it calls tensors, and
+which experts it stacks. The table is made from mlx-lm by ``tools/make_mlx_models.py``; mlx is never imported.
 """
 
 from __future__ import annotations

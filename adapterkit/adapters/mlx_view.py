@@ -156,7 +156,8 @@ def _row(checkpoint: Checkpoint) -> MlxModel:
         return rows()[name]
     raise UsageError(
         f"{checkpoint.ref} is of type '{name}', whose tensors mlx-lm does not take as they are, or has no model for",
-        f"write 16 bits and convert that with mlx_lm.convert or mlx_vlm.convert; {option('quant', 'keep')} writes what they make",
+        "write 16 bits and convert that with mlx_lm.convert or mlx_vlm.convert; what they make is a base for "
+        f"{option('quant', 'keep')}",
     )
 
 
@@ -170,9 +171,7 @@ def _shard(file: str) -> str:
     return file if file.startswith("model") else f"model-{file}"
 
 
-def mlx_named(
-    checkpoint: Checkpoint, model: MlxModel | None = None
-) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+def mlx_named(checkpoint: Checkpoint, model: MlxModel | None = None) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     """The tensors by mlx-lm's names, experts stacked, and what each was made of.
 
     Raises:

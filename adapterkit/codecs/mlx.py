@@ -328,7 +328,10 @@ KINDS = (
         for size, end in ((64, ""), (32, "-g32"))
         for bits in (2, 3, 4, 5, 6, 8)
     ),
-    *(_kind(f"mlx-{mode}", f"mlx {mode}", bits=bits, size=size, mode=mode) for mode, (size, bits) in FLOAT_MODES.items()),
+    *(
+        _kind(f"mlx-{mode}", f"mlx {mode}", bits=bits, size=size, mode=mode)
+        for mode, (size, bits) in FLOAT_MODES.items()
+    ),
 )
 
 

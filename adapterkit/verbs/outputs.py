@@ -204,7 +204,7 @@ def _stored_in(base: Checkpoint) -> dict[tuple[str | None, bool], bool]:
     # A weight no larger than a tile is called otherwise ("per row"); its numbers are the same.
     alike = len({word.split()[0] for word in how}) == 1
     said = base.stored.checkpoint.config
-    found = {}
+    found: dict[tuple[str | None, bool], bool] = {}
     for kind in KINDS.values() if alike else ():
         same = has_layout(said, kind)
         # Of a format in several numbers, a word that is not the config's is another format, not another layout.

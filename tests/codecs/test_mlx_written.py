@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import plain_adapter, write_checkpoint
+from models import write_checkpoint
 from safetensors.torch import load_file, save_file
 
 import adapterkit
@@ -105,7 +105,9 @@ def moe(folder: Path) -> Path:
         "tie_word_embeddings": False,
         "max_position_embeddings": 64,
     }
-    return write_checkpoint(folder, {f"{name}.weight": torch.randn(shape) * 0.1 for name, shape in size.items()}, config)
+    return write_checkpoint(
+        folder, {f"{name}.weight": torch.randn(shape) * 0.1 for name, shape in size.items()}, config
+    )
 
 
 def trained(folder: Path) -> Path:
@@ -176,7 +178,7 @@ def test_what_mlx_lm_does_not_take_as_it_is_is_refused(tmp_path: Path) -> None:
     tensors = load_file(base / "model.safetensors")
     del tensors["model.layers.1.mlp.experts.1.up_proj.weight"]
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="not all of its experts under 'model.layers.1.mlp.experts"):
+    with pytest.raises(CheckpointError, match=r"not all of its experts under 'model.layers.1.mlp.experts"):
         adapterkit.convert(base, tmp_path / "out", to="mlx-4bit-g32")
     assert not (tmp_path / "out").exists()
 

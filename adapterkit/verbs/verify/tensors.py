@@ -374,7 +374,6 @@ class _Comparison:
         with self._lock:
             self._judged[item.name] = judged
 
-
     def _again(self, tally: Tally) -> None:
         """The codes are as they should be and what stands beside them is not: values against values."""
         item = tally.item
