@@ -81,6 +81,13 @@ class Stack(Tensor):
             part.release()
 
 
+def made_of(tensor: Tensor) -> list[str]:
+    """The tensors of the model that one under mlx-lm's name was made of."""
+    if isinstance(tensor, Stack):
+        return [part.name for part in tensor.parts]
+    return [tensor.inner.name if isinstance(tensor, Renamed) else tensor.name]
+
+
 def as_mlx_model(checkpoint: Checkpoint, form: Kind, skip: Iterable[str] | None = None) -> Checkpoint:
     """A view in which layers are quantized as mlx-lm does, and the config says so.
 

@@ -122,6 +122,8 @@ class Kind:
             written in several.
         program: that has names of its own for tensors, and a rule of its own for which of them are quantized; empty where it is
             transformers.
+        models: model types whose published layout it is; for them it goes before another of the same name. Empty for all.
+        stacks: it is of experts that are stored as one stack ``[experts, in, out]``, and of nothing else.
     """
 
     name: str
@@ -137,6 +139,8 @@ class Kind:
     of_experts: str = ""
     said: Callable[[Mapping[str, Any]], bool] | None = field(default=None, repr=False)
     program: str = ""
+    models: tuple[str, ...] = ()
+    stacks: bool = False
 
 
 @dataclass(frozen=True)

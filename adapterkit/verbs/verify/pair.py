@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.merged import Merged
 from adapterkit.errors import UsageError, option
 from adapterkit.verbs.ordered import in_order
-from adapterkit.verbs.residual import residual_path
+from adapterkit.verbs.residual_of import residual_path
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, TensorCheck
 
 if TYPE_CHECKING:
