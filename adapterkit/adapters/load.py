@@ -102,8 +102,8 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
     sources, weights = _weights(listing)
     told: tuple[str, ...] = ()
     if TRAINED_WHOLE in listing.names:
-        beside, more = _stored(listing, TRAINED_WHOLE)
-        sources, weights = (*sources, beside), _with_whole(weights, more, listing)
+        file, more = _stored(listing, TRAINED_WHOLE)
+        sources, weights = (*sources, file), _with_whole(weights, more, listing)
         told = (
             f"{TRAINED_WHOLE} beside it holds {len(more)} parameters that ms-swift trained whole; they replace the base's",
         )
