@@ -30,7 +30,7 @@ CONFIG = "config.json"
 _DROPPED = ("rotary_emb.inv_freq",)
 
 
-class Stack(Tensor):
+class ExpertStack(Tensor):
     """Tensors of one shape, one after the other along a new first dimension."""
 
     def __init__(self, name: str, parts: list[Tensor]) -> None:
@@ -83,7 +83,7 @@ class Stack(Tensor):
 
 def made_of(tensor: Tensor) -> list[str]:
     """The tensors of the model that one under mlx-lm's name was made of."""
-    if isinstance(tensor, Stack):
+    if isinstance(tensor, ExpertStack):
         return [part.name for part in tensor.parts]
     return [tensor.inner.name if isinstance(tensor, Renamed) else tensor.name]
 
@@ -140,7 +140,7 @@ def as_mlx_model(checkpoint: Checkpoint, form: Kind, skip: Iterable[str] | None 
     said = {**checkpoint.config, "quantization": config, "quantization_config": config}
     text = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
     side_files = tuple(file for file in checkpoint.side_files if file.name != CONFIG)
-    stacks = sum(isinstance(tensor, Stack) for tensor in tensors.values())
+    stacks = sum(isinstance(tensor, ExpertStack) for tensor in tensors.values())
     return replace(
         checkpoint,
         tensors=found,
@@ -209,5 +209,5 @@ def mlx_named(checkpoint: Checkpoint, model: MlxModel | None = None) -> tuple[di
                 "download or save it again",
             )
         assert prod(parts[0].shape) == parts[0].numel
-        tensors[name] = Stack(name, parts)
+        tensors[name] = ExpertStack(name, parts)
     return tensors, came
