@@ -16,7 +16,7 @@ from adapterkit.checkpoint.encoded import encoded
 from adapterkit.checkpoint.files import BytesFile
 from adapterkit.checkpoint.tensor import BLOCK, Renamed, Tensor
 from adapterkit.codecs.codec import Layers
-from adapterkit.codecs.mlx import new
+from adapterkit.codecs.mlx import MlxNumbers, new
 from adapterkit.errors import CheckpointError, UsageError, option
 
 if TYPE_CHECKING:
@@ -125,8 +125,8 @@ def as_mlx_model(checkpoint: Checkpoint, form: Kind, skip: Iterable[str] | None 
             encoder = form.encoder(name, tensor.shape, tensor.dtype, False)
         elif fits and isinstance(numbers, Mapping):
             # What a layer has of its own is affine, whatever the mode of the rest.
-            own = {"group_size": 64, "bits": 4, **numbers}
-            encoder = new(name, tensor.shape, tensor.dtype, False, bits=own["bits"], size=own["group_size"])
+            own = MlxNumbers(numbers.get("bits", 4), numbers.get("group_size", 64))
+            encoder = new(name, tensor.shape, tensor.dtype, False, numbers=own)
             if encoder is not None:
                 config[module], apart = dict(numbers), apart + 1
         count += encoder is not None

@@ -34,6 +34,7 @@ from adapterkit.codecs.encode import Encoder, TensorSpec
 from adapterkit.codecs.fp8 import factors
 from adapterkit.dtypes import BF16, F16, F32, U8, U32, DType
 from adapterkit.errors import CheckpointError
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     import torch
@@ -261,13 +262,21 @@ def _float_numbers(
     return Numbers(choose, code, value)
 
 
-def new(
-    name: str, shape: tuple[int, ...], dtype: DType, double: bool, *, bits: int, size: int, mode: str = "affine"
-) -> Encoder | None:
-    """What writes a weight as `mx.quantize` does: ``[..., columns]`` in groups of ``size`` columns.
+@dataclass(frozen=True)
+class MlxNumbers:
+    """How MLX quantizes a layer: bits of a code, columns of a group, and its word for the numbers."""
+
+    bits: int
+    size: int
+    mode: str = "affine"
+
+
+def new(name: str, shape: tuple[int, ...], dtype: DType, double: bool, *, numbers: MlxNumbers) -> Encoder | None:
+    """What writes a weight as `mx.quantize` does: ``[..., columns]`` in groups of columns.
 
     None for one that does not fit: no whole groups, or no floats. Of stacked experts each row is a row.
     """
+    bits, size, mode = numbers.bits, numbers.size, numbers.mode
     if len(shape) < 2 or shape[-1] % size or dtype not in (BF16, F16, F32):
         return None
     import torch
@@ -301,37 +310,35 @@ def new(
     )
 
 
-def _said(layers: Layers, *, bits: int, size: int, mode: str = "affine") -> dict[str, Any]:
-    return {"group_size": size, "bits": bits, "mode": mode}
+def _said(layers: Layers, *, numbers: MlxNumbers) -> dict[str, Any]:
+    return {"group_size": numbers.size, "bits": numbers.bits, "mode": numbers.mode}
 
 
-def _is(config: Mapping[str, Any], *, bits: int, size: int, mode: str = "affine") -> bool:
+def _is(config: Mapping[str, Any], *, numbers: MlxNumbers) -> bool:
     """Whether a `quantization` has these numbers for all layers that it does not name."""
-    return (config.get("mode", "affine"), config.get("bits"), config.get("group_size")) == (mode, bits, size)
+    found = (config.get("bits"), config.get("group_size"), config.get("mode", "affine"))
+    return found == (numbers.bits, numbers.size, numbers.mode)
 
 
-def _kind(name: str, how: str, **numbers: Any) -> Kind:
+def _kind(name: str, how: str, numbers: MlxNumbers) -> Kind:
     return Kind(
         name,
-        partial(new, **numbers),
-        partial(_said, **numbers),
-        float(numbers["bits"]),
+        partial(new, numbers=numbers),
+        partial(_said, numbers=numbers),
+        float(numbers.bits),
         (how,),
-        said=partial(_is, **numbers),
+        said=partial(_is, numbers=numbers),
         program="mlx",
     )
 
 
 KINDS = (
     *(
-        _kind(f"mlx-{bits}bit{end}", _affine_words(bits, size), bits=bits, size=size)
+        _kind(f"mlx-{bits}bit{end}", _affine_words(bits, size), MlxNumbers(bits, size))
         for size, end in ((64, ""), (32, "-g32"))
         for bits in (2, 3, 4, 5, 6, 8)
     ),
-    *(
-        _kind(f"mlx-{mode}", f"mlx {mode}", bits=bits, size=size, mode=mode)
-        for mode, (size, bits) in FLOAT_MODES.items()
-    ),
+    *(_kind(f"mlx-{mode}", f"mlx {mode}", MlxNumbers(bits, size, mode)) for mode, (size, bits) in FLOAT_MODES.items()),
 )
 
 
