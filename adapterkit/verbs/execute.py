@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
@@ -15,8 +16,8 @@ from adapterkit.checkpoint.cut import PlanPart, cut
 from adapterkit.checkpoint.files import LocalFile
 from adapterkit.checkpoint.plan import Plan
 from adapterkit.checkpoint.results import IN_PARTS, STAGED, ResultFile
-from adapterkit.errors import CheckpointError, OutputError, UsageError, option
-from adapterkit.places import Address, writable
+from adapterkit.errors import CheckpointError, NotFound, OutputError, UsageError, option
+from adapterkit.places import Address, address_of, writable
 from adapterkit.stores.meter import Meter, moving
 from adapterkit.verbs.job import Job, Measured, Progress, peak_memory, run
 from adapterkit.verbs.report import PartReport
@@ -399,12 +400,24 @@ def _again(plan: Plan, out: Path | Address) -> Job:
         job: Job = import_module(f"adapterkit.verbs.{verb}").replan({**asked, **_rest_of(plan)}, out).job()
     except KeyError as error:
         raise CheckpointError(f"this plan of a {verb} does not say {error}", "make the plan again") from None
+    except NotFound as error:
+        if not any(not os.path.isabs(one) and address_of(one) is None for one in inputs_of(plan)):
+            raise
+        # Another folder is tried more often than an input goes away.
+        hint = "a plan names its inputs as they were given: execute it in the folder where it was made, or give whole paths"
+        raise NotFound(error.message, hint) from None
     if (job.executed.files, job.executed.inputs) != (plan.files, plan.inputs):
         raise CheckpointError("the base or an adapter changed since the plan was made", "make the plan again")
     if job.results is not None:
         results = replace(job.results(), plan=plan)
         return replace(job, results=lambda: results)
     return replace(job, plan=replace(job.plan, request=plan.request))
+
+
+def inputs_of(plan: Plan) -> list[str]:
+    """The inputs of a plan, by the names that they were given."""
+    named = (plan.request.get(name) for name in ("base", "adapters", "adapter", "src", "tuned", "merged", "base16"))
+    return [str(one) for value in named if value for one in (value if isinstance(value, list) else [value])]
 
 
 def _rest_of(plan: Plan) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from models import plain_adapter, plain_base, read_bytes
 import adapterkit
 from adapterkit.checkpoint.plan import Plan
 from adapterkit.disk import partial_folder
-from adapterkit.errors import CheckpointError, OutputError
+from adapterkit.errors import CheckpointError, NotFound, OutputError, UsageError
 from adapterkit.verbs.execute import OpenPlan
 
 SIZE = 2_000  # of a part: a few layers
@@ -153,3 +153,17 @@ def test_a_worker_of_an_extraction_compares_only_what_the_plan_does_not_say(
     with pytest.raises(CheckpointError, match="changed since the plan was made"):
         OpenPlan(plan, tmp_path / "out", SIZE).check()
     assert seen
+
+
+def test_a_plan_names_its_inputs_as_they_were_given(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    adapterkit.merge("base", "a", save_plan=tmp_path / "plan.json")
+    with pytest.raises(UsageError, match="a pod is in another one"):
+        adapterkit.run(tmp_path / "plan.json", tmp_path / "out", on="k8s", workers=2)
+    adapterkit.run(tmp_path / "plan.json", tmp_path / "out", on="slurm", workers=2)
+    assert f"#SBATCH --chdir={place}\n" in (tmp_path / "out.slurm.sh").read_text()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(NotFound, match="give whole paths"):
+        adapterkit.run(tmp_path / "plan.json", tmp_path / "out", task=0, tasks=1)
