@@ -12,7 +12,7 @@ from adapterkit.adapters.names import Names
 from adapterkit.errors import TargetError, UsageError, option
 from adapterkit.gguf.checkpoint import GGUFCheckpoint
 from adapterkit.gguf.hf import gguf_names
-from adapterkit.gguf.lora import ALPHA, PlannedFactor, lora_of
+from adapterkit.gguf.lora import ALPHA, INVOCATION, PlannedFactor, lora_of
 from adapterkit.gguf.names import EMBEDDING, GGUFNames
 from adapterkit.gguf.tensors import decoded
 
@@ -185,6 +185,8 @@ def _config(lora: GGUFCheckpoint, base: str, modules: list[_Module], alpha: floa
     # The scaling of all modules is alpha / r; without an alpha in the file it is 1 and lies in B.
     number = alpha or float(common)
     leaves = sorted({module.path for module in modules if not module.stacked})
+    tokens = lora.header.get(INVOCATION)
+    activated = {"alora_invocation_tokens": [int(token) for token in tokens]} if tokens else {}
     return {
         "peft_type": "LORA",
         "peft_version": LAYOUT,
@@ -203,4 +205,5 @@ def _config(lora: GGUFCheckpoint, base: str, modules: list[_Module], alpha: floa
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
+        **activated,
     }

@@ -9,15 +9,20 @@ from typing import Any
 
 import arch_zoo as zoo
 import pytest
+import torch
 from gguf import GGUFReader
+from gguf_files import random_array, write_gguf
 from gguf_runtime import embeddings, embeddings_of, far, live, logprobs, lora, of_model
 from models import load_model, make_adapter
+from safetensors.torch import load_file
 
 import adapterkit
 import adapterkit.gguf.vocab
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.errors import AdapterkitError, CheckFailed, CheckpointError, UnsupportedAdapter, UsageError
+from adapterkit.gguf.checkpoint import open_gguf
+from adapterkit.gguf.describe import details
 from adapterkit.gguf.grids import few_bits, on_four_bits
 from adapterkit.verbs.check import check
 from adapterkit.verbs.convert import convert
@@ -38,7 +43,9 @@ def _keys(file: Path) -> dict[str, Any]:
 def test_a_lora_that_the_runtime_would_not_look_for_is_refused(module: str, tmp_path: Path) -> None:
     zoo.build(tmp_path / "hf", "deepseek_v3")
     adapter = make_adapter(tmp_path / "a", tmp_path / "hf", lora(target_modules=[module]), scale=0.1)
-    with pytest.raises(UnsupportedAdapter, match=r"applies no LoRA to .* in a deepseek2; merge it instead"):
+    with pytest.raises(
+        UnsupportedAdapter, match=r"applies no LoRA to .* in a deepseek2 as it was trained; merge it instead"
+    ):
         convert(adapter, tmp_path / "a.gguf", to="gguf-lora", base=tmp_path / "hf")
 
 
@@ -68,6 +75,56 @@ def test_an_alora_keeps_its_invocation_tokens(tmp_path: Path) -> None:
     assert _keys(tmp_path / "a.gguf")["adapter.alora.invocation_tokens"] == [5, 17]
     with pytest.raises(AdapterkitError, match="is an aLoRA"):
         adapterkit.merge(hf, [tmp_path / "a.gguf"], tmp_path / "out")
+    convert(tmp_path / "a.gguf", tmp_path / "back", to="peft", base=hf)
+    assert json.loads((tmp_path / "back/adapter_config.json").read_text())["alora_invocation_tokens"] == [5, 17]
+    said = details(open_gguf(tmp_path / "a.gguf"))
+    assert (said["rank"], said["invocation"]) == ("4", "5, 17")
+
+
+def test_types_by_the_converters_word(tmp_path: Path) -> None:
+    """``--outtype`` of llama.cpp's converters is the float type or the quantization here."""
+    hf = tmp_path / "hf"
+    zoo.build(hf, "llama")
+    adapter = make_adapter(tmp_path / "a", hf, lora(r=32), scale=0.1)
+    for word, how in (("bf16", {"dtype": "bf16"}), ("q8_0", {"quant": "Q8_0"})):
+        convert(adapter, tmp_path / f"{word}.gguf", to="gguf-lora", base=hf, outtype=word)
+        convert(adapter, tmp_path / "same.gguf", to="gguf-lora", base=hf, force=True, **how)
+        assert (tmp_path / f"{word}.gguf").read_bytes() == (tmp_path / "same.gguf").read_bytes()
+    with pytest.raises(UsageError, match=r"outtype.* and .*quant.* both say a type"):
+        convert(hf, tmp_path / "o.gguf", outtype="f16", quant="Q8_0")
+
+
+def test_norms_of_a_lora_file_are_said(tmp_path: Path) -> None:
+    """llama.cpp reads over them; so do we, and say it at every road."""
+    hf, base, file = tmp_path / "hf", tmp_path / "b.gguf", tmp_path / "n.gguf"
+    zoo.build(hf, "llama")
+    convert(hf, base)
+    adapter = make_adapter(tmp_path / "a", hf, lora(), scale=0.1)
+    convert(adapter, tmp_path / "a.gguf", to="gguf-lora", base=hf)
+    factors = {one.name: one.data for one in GGUFReader(str(tmp_path / "a.gguf")).tensors}
+    said = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 8.0}
+    write_gguf(file, {**factors, "blk.0.attn_norm.weight": random_array(64)}, metadata=said)
+    for report in (
+        adapterkit.merge(base, [file], tmp_path / "onto.gguf"),
+        convert(file, tmp_path / "back", to="peft", base=hf),
+        adapterkit.combine([file, adapter], tmp_path / "c", base=hf),
+    ):
+        assert any("1 norms of the file, as 'blk.0.attn_norm.weight'" in note for note in report.notes)
+
+
+def test_adapters_are_combined_on_a_gguf_base(tmp_path: Path) -> None:
+    hf, base = tmp_path / "hf", tmp_path / "b.gguf"
+    zoo.build(hf, "qwen3")
+    convert(hf, base)
+    one = make_adapter(tmp_path / "one", hf, lora(), scale=0.1)
+    two = make_adapter(tmp_path / "two", hf, lora(r=6, use_rslora=True), scale=0.1, seed=6)
+    convert(one, tmp_path / "one.gguf", to="gguf-lora", base=base)
+    for number, where in enumerate((hf, base)):
+        adapterkit.combine([tmp_path / "one.gguf", two], tmp_path / f"c{number}", base=where, method="svd", rank=8)
+    found, expected = (load_file(tmp_path / f"c{number}/adapter_model.safetensors") for number in (1, 0))
+    assert sorted(found) == sorted(expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
 
 
 def test_a_gguf_lora_is_an_adapter(tmp_path: Path) -> None:
