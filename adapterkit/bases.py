@@ -132,12 +132,14 @@ def open_base(
             f"{opened.ref} is quantized itself", f"leave out {option('as_trained')}: its decoded weights are used"
         )
     from adapterkit.adapters.as_trained import as_trained
+    from adapterkit.adapters.skipped import check_skipped
     from adapterkit.codecs.grid import Grid
 
     dtype = trained.dtype
     if dtype != "auto" and dtype not in ("bf16", "f16", "f32"):
         raise UsageError(f"'{dtype}' is no dtype that training loads a base in", "use bf16, f16 or f32")
     grid = Grid(trained.grid, trained.double, None if dtype == "auto" else BY_LABEL[dtype])
+    check_skipped(view, trained.skip)
     return as_trained(view, grid, skip=trained.skip), f"as trained in {grid}"
 
 

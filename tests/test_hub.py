@@ -169,6 +169,17 @@ def test_other_copies_of_the_weights_are_not_downloaded(hub: Hub, base: Path, ad
     assert {"tokenizer.json", "odd[1].json"} <= set(read_bytes(tmp_path / "out"))
 
 
+def test_a_merged_model_comes_with_its_record(hub: Hub, base: Path, adapter: Path, tmp_path: Path) -> None:
+    """`verify` takes the options of the merge from it; without them a right model looks wrong."""
+    adapterkit.merge(base, adapter, tmp_path / "half", weights=0.5)
+    hub.add("org/half", tmp_path / "half")
+    report = adapterkit.verify("org/half", base=base, adapters=adapter)
+    assert report.record
+    assert report.ok
+    adapterkit.merge("org/half", adapter, tmp_path / "again", weights=0.25)  # a model that is a base has its own record
+    assert adapterkit.verify(tmp_path / "again", base="org/half", adapters=adapter).ok
+
+
 # ------------------------------------------------------------------ what goes wrong
 
 BOTH = pytest.mark.parametrize("headers_only", [True, False], ids=["headers", "whole"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 from functools import partial
-from math import sqrt
+from math import prod, sqrt
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.as_trained import quantized_targets
@@ -275,16 +275,34 @@ class Watch:
             self._sums.setdefault(key, {})[start] = sums
 
 
-def through_format(kind: str, shape: tuple[int, ...], dtype: DType | None = None) -> Through | None:
+WHOLE_GROUPS = 128  # columns that the groups of every format divide
+
+
+def through_format(
+    kind: str, shape: tuple[int, ...], dtype: DType | None = None, *, turned: bool = False
+) -> Through | None:
     """decode(encode(.)) of whole rows, with scales from these rows alone and not quantized a second time.
 
     Weights are decoded to ``dtype`` where the format does that and ``dtype`` is given; else to float32.
+
+    Args:
+        turned: the weight is encoded on its side, so that scales run down these rows.
     """
     form, columns = find_kind(kind), shape[-1]
-    if form.encoder("", shape, dtype or F32, False) is None:
+    if not turned and form.encoder("", (prod(shape[:-1]), columns), dtype or F32, False) is None:
         return None
 
     def through(rows: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if turned:
+            held = rows.reshape(-1, columns)
+            upright = torch.zeros(columns, -(-held.shape[0] // WHOLE_GROUPS) * WHOLE_GROUPS)
+            upright[:, : held.shape[0]] = held.T
+            return put(upright, upright.shape[1])[:, : held.shape[0]].T.reshape(rows.shape)
+        return put(rows, columns)
+
+    def put(rows: torch.Tensor, columns: int) -> torch.Tensor:
         flat = rows.reshape(-1)
         some = (flat.numel() // columns, columns)
         encoder = (form.some or form.encoder)("", some, dtype or F32, False)

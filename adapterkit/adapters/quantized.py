@@ -6,10 +6,12 @@ import json
 import re
 import threading
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.as_trained import quantized_targets
 from adapterkit.adapters.linear import is_named
+from adapterkit.adapters.unstacked import unstacked
 from adapterkit.adapters.wider import fused_with
 from adapterkit.checkpoint.checkpoint import SideFile
 from adapterkit.checkpoint.encoded import encoded
@@ -19,12 +21,12 @@ from adapterkit.codecs.codec import Layers
 from adapterkit.codecs.conv1d import is_conv1d
 from adapterkit.codecs.encode import InStep
 from adapterkit.codecs.kinds import nested
-from adapterkit.codecs.table import find_kind, quantization
+from adapterkit.codecs.table import find_kind, kinds_of, quantization
 from adapterkit.dtypes import BF16, F16, F32
 from adapterkit.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from adapterkit.adapters.kept import FedInto
     from adapterkit.adapters.target import Target
@@ -55,12 +57,21 @@ def quantized(
     Raises:
         UsageError: there is no such kind, the view is quantized, or a layer is stored in pieces.
     """
-    form = find_kind(kind)
+    find_kind(kind)
+    form = kinds_of(checkpoint.config)[kind]
+    if form.stacks and not any(_STACK.fullmatch(name) and len(t.shape) == 3 for name, t in checkpoint.items()):
+        form = find_kind(kind)  # its experts are stored one by one
     if quantization(checkpoint.config) is not None:
         raise UsageError(f"{checkpoint.ref} is quantized already", "dequantize it first")
     if double_quant and kind not in nested():
         raise UsageError(f"{kind} has no double quantization", "leave it out, or use nf4")
     skip = None if skip is None else tuple(skip)
+    if form.stacks:
+        return _stacked(checkpoint, form, skip, fed)
+    apart = False
+    if form.experts:
+        before, checkpoint = checkpoint, unstacked(checkpoint, partial(_to_split, form, skip))
+        apart = checkpoint is not before
     routers = _routers(checkpoint) if form.experts else set()
     # Some routers are plain linear layers: what the config leaves alone must not be written.
     targets = [
@@ -99,8 +110,30 @@ def quantized(
     modules = {target.parameter.removesuffix(".weight") for target in targets}
     left = sorted({*kept, *_left(checkpoint, modules, set(experts)), *routers})
     layers = Layers(dtype, double_quant, skip, tuple(left))
-    config = {**checkpoint.config, "quantization_config": form.config(layers)}
     words = f"{kind} double" if double_quant else kind
+    notes = (
+        *_experts(left, form),
+        f"{len(whole) - len(kept)} linear layers written in {words}",
+        *((f"{len(experts)} of them are experts, each with scales of its own",) if experts else ()),
+        *((form.of_experts,) if experts and form.of_experts else ()),
+        *(
+            ("stacks of experts are taken apart: transformers and servers read single experts of this format",)
+            if apart
+            else ()
+        ),
+    )
+    return _with(checkpoint, tensors, shards, form.config(layers), notes)
+
+
+def _with(
+    checkpoint: Checkpoint,
+    tensors: dict[str, Tensor],
+    shards: dict[str, str],
+    said: dict[str, Any],
+    notes: tuple[str, ...],
+) -> Checkpoint:
+    """The checkpoint with these tensors, and a config that says how they are quantized."""
+    config = {**checkpoint.config, "quantization_config": said}
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     side_files = tuple(file for file in checkpoint.side_files if file.name != CONFIG)
     return replace(
@@ -109,14 +142,55 @@ def quantized(
         shards=shards,
         config=config,
         side_files=(*side_files, SideFile(CONFIG, BytesFile(CONFIG, text.encode()))),
-        notes=(
-            *checkpoint.notes,
-            *_experts(left, form),
-            f"{len(whole) - len(kept)} linear layers written in {words}",
-            *((f"{len(experts)} of them are experts, each with scales of its own",) if experts else ()),
-            *((form.of_experts,) if experts and form.of_experts else ()),
-        ),
+        notes=(*checkpoint.notes, *notes),
     )
+
+
+_STACK = re.compile(r"(.*\bexperts)\.(?!.*bias)\w+(?:\.weight)?")  # all experts of a layer in one tensor
+
+
+def _stacked(checkpoint: Checkpoint, form: Kind, skip: tuple[str, ...] | None, fed: FedInto | None) -> Checkpoint:
+    """Experts that are stored as stacks, in the layout that models of this type are published in. Of a layer all or none.
+
+    Raises:
+        UsageError: none can be written.
+    """
+    layers: dict[str, list[str]] = {}
+    for name, tensor in checkpoint.items():
+        found = _STACK.fullmatch(name)
+        if found is not None and len(tensor.shape) == 3:
+            layers.setdefault(found[1], []).append(name)
+    left = []
+    for stem, names in layers.items():
+        fit = all(
+            (tensor := checkpoint[name]).numel
+            and tensor.dtype in (BF16, F16, F32)
+            and form.encoder(name, tensor.shape, tensor.dtype, False) is not None
+            for name in names
+        )
+        if not fit or any(is_named(pattern, module) for pattern in skip or () for module in (stem, *names)):
+            left.append(stem)
+    chosen = {name for stem, names in layers.items() if stem not in left for name in names}
+    if not chosen:
+        raise UsageError(f"{checkpoint.ref} has no stack of experts that {form.name} fits", "write 16 bits")
+    tensors: dict[str, Tensor] = {}
+    shards: dict[str, str] = {}
+    for name, tensor in checkpoint.items():
+        encoder = form.encoder(name, tensor.shape, tensor.dtype, False) if name in chosen else None
+        if encoder is not None and fed is not None:
+            encoder = fed(name, encoder, tensor.shape, form.name)
+        for made in [tensor] if encoder is None else encoded(tensor, encoder):
+            tensors[made.name] = made
+            shards[made.name] = checkpoint.shards.get(name, "model.safetensors")
+    dtype = checkpoint[next(iter(chosen))].dtype.torch_name
+    model = checkpoint.config.get("model_type")
+    notes = [
+        f"{len(chosen)} stacks of experts written in {form.name}, as {model} is published; all else stays in 16 bits"
+    ]
+    if left:
+        stays = f"the experts of {len(left)} layers stay in 16 bits, as '{left[0]}'"
+        notes.append(f"{stays}: vLLM takes all experts as quantized, so it does not load these; transformers does")
+    return _with(checkpoint, tensors, shards, form.config(Layers(dtype, False, skip, tuple(left))), tuple(notes))
 
 
 def _experts(left: Iterable[str], form: Kind) -> list[str]:
@@ -170,6 +244,18 @@ def _called(checkpoint: Checkpoint) -> dict[str, set[str]]:
         for tensor in target.tensors if target is not None else ():
             found.setdefault(tensor, set()).update((parameter, parameter.rpartition(".")[0]))
     return found
+
+
+def _to_split(form: Kind, skip: tuple[str, ...] | None, stem: str, matrices: Sequence[Tensor]) -> bool:
+    """Whether the experts of a layer that are stored as stacks are written one by one: all of them or none."""
+    modules = {
+        stem,
+        f"{stem}.gate_up_proj",
+        f"{stem}.down_proj",
+        *(one.name.removesuffix(".weight") for one in matrices),
+    }
+    skipped = any(is_named(pattern, module) for pattern in skip or () for module in modules)
+    return not skipped and all(_fits(one, form) for one in matrices)
 
 
 def _fits(tensor: Tensor, form: Kind) -> bool:

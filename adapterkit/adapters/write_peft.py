@@ -145,8 +145,8 @@ class FactorStore:
         digests = []
         for one in found:
             kept.append(_Kept(self._end, one.rank))
-            for tensor in (one.b, one.a):
-                data = memoryview(_bytes(tensor))
+            for part in factors_as_bytes(one):
+                data = memoryview(part)
                 digests.append(bytes(data))
                 done = 0
                 while done < len(data):
@@ -176,28 +176,46 @@ class FactorStore:
 
     def ranks(self, slots: Sequence[Slot], *, own: bool) -> dict[Slot, int]:
         """The rank of each slot in the output: its own largest, or one for all."""
-        found = {slot: max((k.rank for k in self._kept[slot.parameter]), default=1) for slot in slots}
-        largest = max(found.values(), default=1)
-        return found if own else dict.fromkeys(found, largest)
+        kept = {slot.parameter: [one.rank for one in self._kept[slot.parameter]] for slot in slots}
+        return ranks_of(slots, kept, own=own)
 
     def read(self, slot: Slot) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """B ``[m, r]`` and A ``[r, n]`` of a slot in float32, one pair per expert."""
         return [self._read(slot, kept) for kept in self._kept[slot.parameter]]
 
     def _read(self, slot: Slot, kept: _Kept) -> tuple[torch.Tensor, torch.Tensor]:
-        import torch
-
-        m, n = slot.shape
-        size = kept.rank * (m + n)
-        flat = torch.frombuffer(
-            bytearray(disk.calls.pread(self._fd, 4 * size, kept.offset) or bytes(4)), dtype=torch.float32
-        )
-        return flat[: m * kept.rank].view(m, kept.rank), flat[m * kept.rank : size].view(kept.rank, n)
+        nbytes = 4 * kept.rank * sum(slot.shape)
+        return factors_at(disk.calls.pread(self._fd, nbytes, kept.offset), kept.rank, slot.shape)
 
     def close(self) -> None:
         """Let go of the files."""
         os.close(self._fd)
         os.close(self._log)
+
+
+def ranks_of(slots: Sequence[Slot], kept: Mapping[str, Sequence[int]], *, own: bool) -> dict[Slot, int]:
+    """The rank of each slot in the output: its own largest, or one for all.
+
+    Args:
+        kept: for each parameter, the ranks of its deltas.
+    """
+    found = {slot: max(kept[slot.parameter], default=1) for slot in slots}
+    largest = max(found.values(), default=1)
+    return found if own else dict.fromkeys(found, largest)
+
+
+def factors_as_bytes(factors: Factors) -> tuple[bytes, bytes]:
+    """B and A in float32."""
+    return _bytes(factors.b), _bytes(factors.a)
+
+
+def factors_at(data: bytes, rank: int, shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """B ``[m, r]`` and A ``[r, n]`` of `factors_as_bytes`, end to end."""
+    import torch
+
+    m, n = shape
+    flat = torch.frombuffer(bytearray(data or bytes(4)), dtype=torch.float32)
+    return flat[: m * rank].view(m, rank), flat[m * rank : rank * (m + n)].view(rank, n)
 
 
 def adapter_tensors(

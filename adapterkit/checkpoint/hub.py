@@ -18,6 +18,7 @@ from adapterkit.checkpoint.folder import (
     ADAPTER_INDEX,
     ADAPTER_WEIGHTS,
     PICKLES,
+    RECORD,
     read_index,
     side_names,
     weight_names,
@@ -232,7 +233,8 @@ def _wanted(listing: Listing) -> list[str]:
         return sorted(
             {ADAPTER_CONFIG, *weights, *(n for n in side_names(names, weights) if "/" not in n)} if weights else ()
         )
-    return sorted({*weights, *side_names(names, weights)}) if weights else []
+    # The record is not carried to what is made of a model, but says how the model was made.
+    return sorted({*weights, *side_names(names, weights), *({RECORD} & names)}) if weights else []
 
 
 def _snapshot(folder: str, ref: HubRef, shown: str) -> LocalFolder:

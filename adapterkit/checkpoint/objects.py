@@ -32,16 +32,41 @@ AHEAD = 64 << 10  # bytes of the first window of reads that follow one another
 HELD = 8  # windows in memory, of all files together, unless there are many workers
 
 
-_Key = tuple[int, int, int]  # number of a file; start and stop of a window, so that it holds what is expected now
+_Object = tuple[str, str, int]  # address and version of an object; a number where it has no version
+_Key = tuple[_Object, int, int]  # with start and stop of a window
 
 
 class _Windows:
-    """Windows that were fetched, the last used last; those of all files share one limit."""
+    """Windows that were fetched, the last used last; those of all files share one limit.
+
+    Outputs that are written in one pass open the same object each for itself. They share its windows: a window is kept until
+    all files that expect it have read it.
+    """
 
     def __init__(self) -> None:
         self.limit = HELD
         self._lock = threading.RLock()  # a file may be collected, and forgotten, while its thread holds it
         self._held: OrderedDict[_Key, _Window] = OrderedDict()
+        self._expected: dict[_Object, dict[int, frozenset[tuple[int, int]]]] = {}  # and by the number of a file
+
+    def expect(self, file: int, of: _Object, windows: Iterable[tuple[int, int]]) -> None:
+        """What a file will read of an object, in place of what it said before."""
+        wanted = frozenset(windows)
+        with self._lock:
+            said = self._expected.setdefault(of, {})
+            said[file] = wanted
+            if not wanted:
+                del said[file]
+            if not said:
+                del self._expected[of]
+            for key in [key for key in self._held if key[0] == of and not self.readers(key)]:
+                del self._held[key]
+
+    def readers(self, key: _Key) -> list[int]:
+        """The files that expect a window, by their numbers."""
+        of, start, stop = key
+        with self._lock:
+            return [file for file, wanted in self._expected.get(of, {}).items() if (start, stop) in wanted]
 
     def take(self, key: _Key) -> _Window:
         with self._lock:
@@ -57,18 +82,13 @@ class _Windows:
         with self._lock:
             self._held.pop(key, None)
 
-    def forget(self, file: int) -> None:
-        """Drop the windows of a file that is gone."""
-        with self._lock:
-            for key in [key for key in self._held if key[0] == file]:
-                self._held.pop(key, None)
-
 
 class _Window:
     """Bytes of a file, fetched by whoever wants them first."""
 
     def __init__(self, start: int, stop: int) -> None:
-        self.start, self.stop, self.data, self.used = start, stop, b"", 0
+        self.start, self.stop, self.data = start, stop, b""
+        self.used: dict[int, int] = {}  # bytes that each file has read, by its number
         self.lock = threading.Lock()
 
 
@@ -98,6 +118,7 @@ class ObjectFile(Source):
         self.store, self.key, self.name, self.path, self.loose = store, entry.key, name, None, loose
         self.size, self.version = entry.size, entry.etag
         self._number = next(_numbers)
+        self._object: _Object = (str(self.address), self.version, 0) if self.version else ("", "", self._number)
         self._head = b""
         self._head_lock = threading.Lock()
         self._starts: list[int] = []
@@ -118,6 +139,7 @@ class ObjectFile(Source):
         """Say which bytes will be wanted, as (start, stop): each is fetched once if they are read about in order."""
         cut = windows_of(ranges)
         self._starts, self._stops = [start for start, _ in cut], [stop for _, stop in cut]
+        _windows.expect(self._number, self._object, cut)
 
     def read(self, offset: int, length: int) -> bytes:
         length = min(length, self.size - offset)
@@ -169,15 +191,16 @@ class ObjectFile(Source):
         return self._unexpected(offset, length)
 
     def _expected(self, at: int, offset: int, length: int) -> bytes:
-        key = (self._number, self._starts[at], self._stops[at])
+        key = (self._object, self._starts[at], self._stops[at])
         window = _windows.take(key)
         with window.lock:
             if not window.data:
                 window.data = self.store.read(self.key, window.start, window.stop - window.start, self.version)
             data = window.data[offset - window.start : offset - window.start + length]
-            window.used += len(data)
-            if window.used >= len(window.data):
-                _windows.drop(key)  # each byte is wanted once, nearly always
+            window.used[self._number] = window.used.get(self._number, 0) + len(data)
+            # Each file wants each byte once, nearly always.
+            if all(window.used.get(file, 0) >= len(window.data) for file in _windows.readers(key)):
+                _windows.drop(key)
         return data
 
     def _unexpected(self, offset: int, length: int) -> bytes:
@@ -198,7 +221,8 @@ class ObjectFile(Source):
         return self.store.read(self.key, offset, length, self.version)
 
     def __del__(self) -> None:
-        _windows.forget(getattr(self, "_number", -1))
+        if hasattr(self, "_object"):  # it was opened
+            _windows.expect(self._number, self._object, ())
 
 
 def _first_bytes(key: str, size: int) -> int:

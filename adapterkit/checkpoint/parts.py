@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.tensor import Tensor
+    from adapterkit.places import Address
 
 CLAIM, DONE = ".plan", ".done."
 
@@ -163,7 +164,11 @@ def left(plan: Plan, parts: Sequence[PlanPart], out: Path) -> list[PlanPart]:
     folder = partial_folder(out)
     if not folder.is_dir():
         return list(parts)
-    covered = _covered(_notes(plan, folder))
+    return _left(folder, _notes(plan, folder), parts)
+
+
+def _left(folder: Path, notes: Iterable[Note], parts: Sequence[PlanPart]) -> list[PlanPart]:
+    covered = _covered(notes)
     return [
         part
         for part in parts
@@ -196,12 +201,23 @@ def finish_parts(
     if not partial_folder(out).is_dir():
         raise OutputError(f"{out}: no part is done", "execute the parts, then finish")
     with staging(out, resume=True) as folder:
-        missing = [str(part.index) for part in left(plan, parts or whole_files(plan.files), out)]
-        if missing:
-            raise OutputError(f"{out}: parts {', '.join(missing[:8])} are not done", "execute them, then finish again")
-        _check_inputs(_notes(plan, folder))
+        check_done(plan, parts or whole_files(plan.files), folder, out)
         first()
         finish(Writing(plan, {}, (), out, side_files, record), folder, force=force)
+
+
+def check_done(plan: Plan, parts: Sequence[PlanPart], folder: Path, out: Path | Address) -> None:
+    """See that all parts of a plan are done, in the hidden folder of ``out``, of inputs that stayed what they were.
+
+    Raises:
+        OutputError: parts are missing, or belong to another plan.
+        CheckpointError: an input changed between two parts.
+    """
+    notes = _notes(plan, folder)
+    missing = [str(part.index) for part in _left(folder, notes, parts)]
+    if missing:
+        raise OutputError(f"{out}: parts {', '.join(missing[:8])} are not done", "execute them, then finish again")
+    _check_inputs(notes)
 
 
 def _check_inputs(notes: Iterable[Note]) -> None:

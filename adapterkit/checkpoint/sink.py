@@ -55,10 +55,16 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Task:
-    """One piece of work, which gives how many bytes it wrote; ``plain``: torch is not needed for it."""
+    """One piece of work, which gives how many bytes it wrote.
+
+    Attributes:
+        plain: torch is not needed for it.
+        elements: how many elements of tensors it goes on by.
+    """
 
     run: Callable[[], int]
     plain: bool = True
+    elements: float = 0
 
 
 @dataclass(eq=False)
@@ -128,6 +134,8 @@ class Sink:
         self.rooms: Sequence[Callable[[], int]] = ()
         """Steps that give the files room for what is computed, so that less is left to the writing."""
         self.done = self.total = 0
+        self.passed = self.elements = 0.0
+        """Elements of tensors that are done, and of all: outputs of one base hold the same, in other numbers of bytes."""
         self.reused = 0
 
     def run(self, parts: Sequence[PlanPart]) -> None:
@@ -156,8 +164,17 @@ class Sink:
             if not proved:
                 self.rooms = (*self.rooms, *_rooms(part, fd))
             queues.append(_Queue(self, self._tasks(part, fd, proved), part.nbytes))
-        self.total = sum(part.nbytes for part in parts)
+        self.total, self.elements = sum(part.nbytes for part in parts), self._elements(parts)
         return queues
+
+    def _elements(self, parts: Iterable[PlanPart]) -> float:
+        """How many elements of tensors lie in parts; bytes of a file that is copied whole."""
+        return sum(
+            part.nbytes
+            if part.file.verbatim is not None
+            else sum(self._tensors[step.tensor].numel for step in part.steps)
+            for part in parts
+        )
 
     def check_sources(self) -> None:
         """See that no input changed since it was opened.
@@ -186,7 +203,7 @@ class Sink:
     def _tasks(self, part: PlanPart, fd: int, proved: Mapping[tuple[str, str], str]) -> Iterator[_Task]:
         file = part.file
         if file.verbatim is not None:
-            yield from _copy_tasks(self._sources[file.verbatim], part.start, fd, part.start, part.nbytes)
+            yield from _copy_tasks(self._sources[file.verbatim], part.start, fd, part.start, part.nbytes, part.nbytes)
             return
         if not file.head and part.start == 0:
             header = self._plan.header(file)
@@ -196,7 +213,7 @@ class Sink:
                 continue
             if chunk.source is not None:
                 source = self._sources[chunk.source]
-                yield from _copy_tasks(source, chunk.source_offset, fd, chunk.offset, chunk.nbytes)
+                yield from _copy_tasks(source, chunk.source_offset, fd, chunk.offset, chunk.nbytes, 0)
             else:
                 yield _Task(partial(_write, fd, memoryview(chunk.content), chunk.offset))
         for gap in file.gaps:
@@ -206,16 +223,17 @@ class Sink:
             tensor = self._tensors[step.tensor]
             extent = tensor.extent
             if extent is not None:
-                yield from _copy_tasks(extent.source, extent.offset, fd, step.offset, step.nbytes)
+                yield from _copy_tasks(extent.source, extent.offset, fd, step.offset, step.nbytes, tensor.numel)
                 continue
             blocks = range(0, tensor.numel, tensor.block)
             proof = proved.get((file.name, step.tensor))
             job = _Job(file, step, tensor, fd, [b""] * len(blocks), len(blocks), proof)
             if proof is not None:
-                yield _Task(partial(self._check, job), plain=False)
+                yield _Task(partial(self._check, job), plain=False, elements=tensor.numel)
                 continue
             for index, start in enumerate(blocks):
-                yield _Task(partial(self._compute, job, index, start), plain=False)
+                count = min(tensor.block, tensor.numel - start)
+                yield _Task(partial(self._compute, job, index, start), plain=False, elements=count)
 
     def _compute(self, job: _Job, index: int, start: int) -> int:
         tensor = job.tensor
@@ -323,6 +341,7 @@ class _Pool:
         count = task.run()
         with self._count:
             queue.sink.done += count
+            queue.sink.passed += task.elements
             queue.left -= count
 
     def _before_torch(self) -> None:
@@ -379,7 +398,7 @@ class _Pool:
                 return None
             free = [queue for queue in open_ones if queue.workers == 0]
             if self._several and free:
-                found = min(free, key=lambda queue: queue.sink.done / max(queue.sink.total, 1))
+                found = min(free, key=lambda queue: queue.sink.passed / max(queue.sink.elements, 1.0))
             else:
                 found = free[0] if free else max(open_ones, key=lambda queue: queue.left)
             found.workers += 1
@@ -509,10 +528,10 @@ def _write_zeros(fd: int, count: int, offset: int) -> int:
     return _write(fd, memoryview(bytes(count)), offset)
 
 
-def _copy_tasks(source: Source, start: int, fd: int, offset: int, nbytes: int) -> Iterator[_Task]:
+def _copy_tasks(source: Source, start: int, fd: int, offset: int, nbytes: int, elements: float) -> Iterator[_Task]:
     for at in range(0, nbytes, COPY_CHUNK):
         count = min(COPY_CHUNK, nbytes - at)
-        yield _Task(partial(_copy, source, start + at, fd, offset + at, count))
+        yield _Task(partial(_copy, source, start + at, fd, offset + at, count), elements=elements * count / nbytes)
 
 
 def _copy(source: Source, start: int, fd: int, offset: int, nbytes: int) -> int:

@@ -67,6 +67,7 @@ class StoreOut:
         plan, tensors, sources: what is written, and what it is made from.
         out: the folder, or the file.
         force: replace an output that is there.
+        digest: by which the output is known to be this one; by default the plan's.
     """
 
     def __init__(
@@ -77,8 +78,10 @@ class StoreOut:
         out: Address,
         *,
         force: bool = False,
+        digest: str = "",
     ) -> None:
         self.plan, self.tensors, self.out, self.force = plan, tensors, out, force
+        self._digest = digest
         self.store, self.work = open_store(out), partial_address(out)
         self.sources = {source.name: source for source in sources}
         self.targets = {name: address.key for name, address in plan.targets(out).items()}
@@ -91,6 +94,11 @@ class StoreOut:
         self._run = os.urandom(16).hex()
         self._own = self._shared = False
         self._visible: list[str] = []  # keys that this run made
+
+    @property
+    def digest(self) -> str:
+        """By which the output is known to be this one."""
+        return self._digest or self.plan.digest
 
     # ------------------------------------------------------------------ what is moved
 
@@ -145,7 +153,7 @@ class StoreOut:
             found = self.store.head(self._record)
             there = [] if found is None or self._is_left_over(found) else [found.key]
         said = self._claim() if there and resume else None
-        if there and not (said is not None and (claimed or said.get("plan") == self.plan.digest)):
+        if there and not (said is not None and (claimed or said.get("plan") == self.digest)):
             raise OutputError(
                 f"{self.out} exists ({there[0]})", f"choose another name, or replace it with {option('force', True)}"
             )
@@ -204,7 +212,7 @@ class StoreOut:
             return {}
 
     def _said(self, **more: str) -> bytes:
-        return json.dumps({"plan": self.plan.digest, "run": self._run, **more}).encode()
+        return json.dumps({"plan": self.digest, "run": self._run, **more}).encode()
 
     def begin(self, *, resume: bool = False, shared: bool = False) -> None:
         """Claim the target for this plan.
@@ -238,6 +246,21 @@ class StoreOut:
         """Whether the output is in its place, and nobody makes it anew."""
         return all(self._made(file) is not None for file in self.plan.files) and self._claim() is None
 
+    def is_made(self) -> bool:
+        """Whether some object of the output is of this digest, and nobody makes it anew; its files need not be known."""
+        found = [one.key for one in self.store.entries(f"{self.out.key}/")] or [self.out.key]
+        heads = (self.store.head(key) for key in found)
+        return any(one is not None and one.marks.get(MARK) == self.digest for one in heads) and self._claim() is None
+
+    def source(self, file: PlannedFile) -> ObjectFile | None:
+        """A file of this output that is there."""
+        found = self._made(file)
+        return None if found is None else ObjectFile(self.store, found, str(self.store.place(found.key)))
+
+    def remove(self) -> None:
+        """Take the files of the output away."""
+        self.store.delete(list(self.targets.values()))
+
     def shared(self) -> None:
         """The claim is that of all workers of this plan, whichever of them made it."""
         self._shared = True
@@ -248,7 +271,7 @@ class StoreOut:
 
     def _take_over(self, noted: dict[str, StoredObject], *, resume: bool, shared: bool) -> None:
         said = self._claim() or {}
-        same = said.get("plan") == self.plan.digest
+        same = said.get("plan") == self.digest
         if said.get("run") == self._run:
             self._own = True  # the answer to an earlier attempt was lost
             return
@@ -318,7 +341,7 @@ class StoreOut:
 
     def _note_of(self, file: PlannedFile) -> str:
         # Of this plan alone: a run that was replaced may not know it yet.
-        return (self.work / f"{file.name}.{self.plan.digest[:16]}{NOTE}").key
+        return (self.work / f"{file.name}.{self.digest[:16]}{NOTE}").key
 
     def _found(self, file: PlannedFile) -> FileUpload | None:
         note = self._noted.get(self._note_of(file))
@@ -339,13 +362,13 @@ class StoreOut:
     def _made(self, file: PlannedFile) -> StoredObject | None:
         """The finished object of a file, if there is one and it is of this plan."""
         found = self.store.head(self.targets[file.name])
-        ours = found is not None and found.marks.get(MARK) == self.plan.digest and found.size == file.nbytes
+        ours = found is not None and found.marks.get(MARK) == self.digest and found.size == file.nbytes
         return found if ours else None
 
     def _new(self, file: PlannedFile) -> FileUpload:
         key, note = self.targets[file.name], self._note_of(file)
-        assembly = self.store.begin(key, {MARK: self.plan.digest}, self.work)
-        said = json.dumps({"plan": self.plan.digest, "key": key, "id": assembly.id}).encode()
+        assembly = self.store.begin(key, {MARK: self.digest}, self.work)
+        said = json.dumps({"plan": self.digest, "key": key, "id": assembly.id}).encode()
         replaced = note in self._noted  # what it named is gone
         if self.store.put(note, said, absent=not replaced):
             return FileUpload(assembly)
@@ -423,7 +446,7 @@ class StoreOut:
 
     def _ours(self, said: Mapping[str, str]) -> bool:
         """Whether a claim is that of this run; of workers of one plan, that of the plan."""
-        return said.get("plan") == self.plan.digest and (self._shared or said.get("run") == self._run)
+        return said.get("plan") == self.digest and (self._shared or said.get("run") == self._run)
 
     def _lost(self) -> OutputError:
         return OutputError(

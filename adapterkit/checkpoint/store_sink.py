@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.files import check_unchanged
@@ -45,6 +46,7 @@ class StoreSink(Sink):
         self._left: dict[str, int] = {}  # bytes of each computed tensor that are still to be sent
         self.rooms = ()
         self.done = self.total = 0
+        self.passed = self.elements = 0.0
         self.reused = 0
         hold(jobs)
 
@@ -60,6 +62,7 @@ class StoreSink(Sink):
             nbytes = sum(part.nbytes for part in begin)
             queues.append(_Queue(self, self._part_tasks(one.file, begin, found), nbytes))
             self.total += nbytes
+            self.elements += sum(_elements(made, part) for part in begin)
         return queues
 
     def _expect_bytes(self, made: Schedule, parts: Sequence[ObjectPart], found: FileUpload | None) -> None:
@@ -80,9 +83,10 @@ class StoreSink(Sink):
         kept = _kept(found)
         for part in parts:
             if part.number in kept:
-                yield _Task(partial(int, part.nbytes))
+                yield _Task(partial(int, part.nbytes), elements=_elements(self._made.schedule(file), part))
             else:
-                yield _Task(partial(self._do, file, part), plain=part.source is not None)
+                elements = _elements(self._made.schedule(file), part)
+                yield _Task(partial(self._do, file, part), plain=part.source is not None, elements=elements)
 
     def _do(self, file: PlannedFile, part: ObjectPart) -> int:
         """Have one part in the store."""
@@ -178,6 +182,15 @@ def _overlaps(made: Schedule, part: ObjectPart) -> Iterator[tuple[Segment, int, 
     """The segments in a part, with the bytes of the file that they have there."""
     for segment in made.within(part.start, part.stop):
         yield segment, max(segment.offset, part.start), min(segment.stop, part.stop)
+
+
+def _elements(made: Schedule, part: ObjectPart) -> float:
+    """By how much a part goes on: elements of what is computed in it, and bytes of the rest."""
+    found = 0.0
+    for segment, low, high in _overlaps(made, part):
+        computed = 1.0 if segment.step is None else prod(segment.step.shape) / segment.nbytes
+        found += (high - low) * computed
+    return found
 
 
 def written(made: StoreOut, *, jobs: int | None, progress: Callable[[int, int], None] | None) -> StoreSink:

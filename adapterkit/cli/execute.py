@@ -36,7 +36,7 @@ def command(
     force: bool,
     served: bool,
     as_json: bool,
-) -> None:
+) -> int:
     """Execute a PLAN that --save-plan of a verb wrote.
 
     The parts can run on several machines that share a file system, in any order; the bytes are those of a whole run.
@@ -57,7 +57,7 @@ def command(
     opened = OpenPlan(loaded, out, None if part_size is None else parse_size(part_size))
     if served:
         _serve(opened, jobs)
-        return
+        return 0
     if not has_parts(loaded) and part is None:
         report = execute(loaded, out, jobs=jobs, force=force)
     else:
@@ -70,8 +70,13 @@ def command(
         show_json(report)
     elif part is not None:
         say(f"part {part} of {len(opened.parts)} is done")
+    elif hasattr(report, "findings"):
+        from adapterkit.cli.verify import show as show_verification
+
+        show_verification(report)
     else:
         say(f"{out}: {size(report.nbytes)} in {len(loaded.files)} files")
+    return 3 if part is None and getattr(report, "ok", True) is False else 0
 
 
 def _serve(opened: OpenPlan, jobs: int | None) -> None:

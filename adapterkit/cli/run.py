@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -39,11 +39,12 @@ TEMPLATE = click.Option(
     short_help="Execute a saved plan by workers: here, by Ray, Slurm or Kubernetes.",
     own=[TEMPLATE],
 )
-def command(request: RunRequest, as_json: bool) -> None:
+def command(request: RunRequest, as_json: bool) -> int:
     """Execute the parts of a PLAN by several workers, and make OUT of them.
 
     Every byte is that of a run by one process. Run it again after whatever ended it: it goes on where it was. All workers
-    have to see the inputs and the folder of OUT.
+    have to see the inputs and the folder of OUT. The exit code is 3 when the plan is a verification, and MERGED is not what
+    was trained.
 
     \b
     Example:
@@ -64,6 +65,12 @@ def command(request: RunRequest, as_json: bool) -> None:
         show_json(report)
     else:
         show(report, request)
+    return 3 if failed(report.report) else 0
+
+
+def failed(report: Any) -> bool:
+    """Whether the report of a verb, where there is one, says that something is not what was trained."""
+    return getattr(report, "ok", True) is False
 
 
 def show(report: RunReport, request: RunRequest) -> None:
@@ -85,5 +92,10 @@ def show(report: RunReport, request: RunRequest) -> None:
     else:
         busy = f"{duration(report.worker_seconds)} of work, {duration(report.cpu_seconds)} of the processor"
         say(f"{report.parts} parts{found} by {report.workers} workers ({report.on}){lost}: {busy}")
-    if report.finished:
+    if report.finished and hasattr(report.report, "findings"):
+        from adapterkit.cli.verify import show as show_verification
+
+        show_verification(report.report)
+        say(f"{report.out}: the report, {report.seconds:.1f} s")
+    elif report.finished:
         say(f"{report.out}: {size(report.nbytes)}, {report.seconds:.1f} s")

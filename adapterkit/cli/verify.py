@@ -11,6 +11,7 @@ import click
 from adapterkit.cli.options import command as command_of
 from adapterkit.cli.output import Progress, command_line, count, note, say, show_json
 from adapterkit.cli.paths import FILE
+from adapterkit.cli.written import foretold
 from adapterkit.requests.verify import VerifyRequest
 
 if TYPE_CHECKING:
@@ -50,12 +51,16 @@ def command(
       adapterkit verify merged --base meta-llama/Llama-3.2-1B --adapter ./my-adapter
       adapterkit verify merged-Q4_K_M.gguf --base Llama-3.2-1B-F16.gguf --adapter ./my-adapter --html report.html
       adapterkit verify merged --base BASE --adapter ./my-adapter --prompts prompts.txt --max-kl 0.01 --min-top1 0.99
+      adapterkit verify s3://models/merged --base s3://models/base --adapter ./my-adapter --on ray --workers 8 -o report.json
     """
     from adapterkit.verbs.verify import verify
 
     with Progress("verifying", enabled=not as_json) as progress:
         named = {name: getattr(request, name) for name in request.named}
         report = verify(**named, progress=progress)
+    if report.dry_run:
+        _planned(report, request, as_json)
+        return 0
     merged = str(request.merged)
     page = as_html(report) if html is not None else ""
     write(report, html, markdown, page=page, step_summary=step_summary)
@@ -66,6 +71,19 @@ def command(
     else:
         show(report)
     return 0 if report.ok else 3
+
+
+def _planned(report: VerifyReport, request: VerifyRequest, as_json: bool) -> None:
+    """What would be compared."""
+    if request.save_plan is not None:
+        note(f"plan written to {request.save_plan}")
+    if as_json:
+        show_json(report)
+        return
+    for text in report.notes:
+        note(f"note: {text}")
+    say(f"would compare {report.merged} with {report.base} and {', '.join(report.adapters)}")
+    foretold(report.forecast)
 
 
 def _attach(report: VerifyReport, merged: str, page: str) -> None:

@@ -118,6 +118,8 @@ class Kind:
         nested: its scales can be quantized too; of a codec in a file of its own.
         experts: experts that are stored one by one are written too, and layers of one output and routers are not.
         of_experts: what is said where experts are written, of programs that read them otherwise.
+        models: model types whose published layout it is; for them it goes before another of the same name. Empty for all.
+        stacks: it is of experts that are stored as one stack ``[experts, in, out]``, and of nothing else.
     """
 
     name: str
@@ -131,6 +133,8 @@ class Kind:
     nested: bool = False
     experts: bool = False
     of_experts: str = ""
+    models: tuple[str, ...] = ()
+    stacks: bool = False
 
 
 @dataclass(frozen=True)

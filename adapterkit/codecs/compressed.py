@@ -35,6 +35,7 @@ from adapterkit.codecs.codec import (
 from adapterkit.codecs.encode import Encoder, InStep, TensorSpec
 from adapterkit.codecs.fp8 import (
     FLOAT8,
+    POWERS,
     as_bytes,
     beside,
     describe,
@@ -327,7 +328,6 @@ GROUP = 128  # columns of llm-compressor's W4A16
 # are often the same, so that these are all from 0.8 to 1.7, as in `nvfp4_expanded_mse`; MX scales are powers of two.
 INT_SEARCH, INT_FINER = (1.0, 0.92, 0.84, 0.76), (-0.05, -0.025, 0.025, 0.05)
 FP8_SEARCH = (1.0, *(1.066**step for step in (-3, -2, -1, 1, 2, 3, 4, 5, 6, 7, 8)))
-POWERS = (1.0, 0.5, 2.0)
 F8, U8, I32, I64 = (DTYPES[code] for code in ("F8_E4M3", "U8", "I32", "I64"))
 
 

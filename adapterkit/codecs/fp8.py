@@ -15,6 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.codecs.codec import (
+    AGAIN,
     Codec,
     Kind,
     Layers,
@@ -81,8 +82,10 @@ def find(parts: Parts, config: Mapping[str, Any]) -> Iterator[Weight]:
         for stem in stems(parts, end):
             name = stem + instead
             codes = parts.get(name)
-            if codes is None or name in done or len(codes.shape) < 2:
+            if codes is None or len(codes.shape) < 2:
                 continue
+            if name in done and codes.dtype.code in FLOAT8:
+                raise CheckpointError(f"'{name}' has two scales, of which '{stem + end}' is the second", AGAIN)
             done.add(name)
             if codes.dtype.code in FLOAT8:
                 more, scale = more_of(parts, name), parts[stem + end]
@@ -466,6 +469,7 @@ def describe(block: tuple[int, int], shape: tuple[int, ...]) -> str:
 
 
 BLOCK = 128
+POWERS = (1.0, 0.5, 2.0)  # of new weights with scales that are powers of two: those that are tried
 
 
 def blocks(name: str, shape: tuple[int, ...], dtype: DType, double: bool) -> Encoder | None:

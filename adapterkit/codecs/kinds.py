@@ -24,7 +24,7 @@ _WRITTEN = {
     "fp8-block": "a folder in FP8 blocks of compressed-tensors, for vLLM and SGLang",
     "int4": "a folder in INT4 of compressed-tensors, groups of 128, rounded to nearest",
     "nvfp4": "a folder in NVFP4 of compressed-tensors, weights alone",
-    "mxfp4": "a folder in MXFP4 of compressed-tensors, weights alone",
+    "mxfp4": "a folder in MXFP4 of compressed-tensors, weights alone; of gpt-oss as it is published",
 }
 _NESTED = frozenset({"nf4", "fp4"})
 # Modules of this package that are no codec, or whose words are above.

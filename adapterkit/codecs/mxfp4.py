@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.codecs.codec import (
     Codec,
+    Kind,
+    Layers,
     Parts,
     StoredTensor,
     Weight,
@@ -24,8 +27,8 @@ from adapterkit.codecs.codec import (
     stems,
 )
 from adapterkit.codecs.encode import Encoder, TensorSpec
-from adapterkit.codecs.fp8 import e2m1_numbers
-from adapterkit.dtypes import BF16
+from adapterkit.codecs.fp8 import POWERS, e2m1_numbers
+from adapterkit.dtypes import BF16, DTYPES, DType
 
 if TYPE_CHECKING:
     import torch
@@ -91,13 +94,14 @@ def _weight(name: str, blocks: StoredTensor, scales: StoredTensor) -> Weight:
 
 
 class Mxfp4(Encoder):
-    """Stored experts, written again, one expert at a time: each is turned to the rows that are stored.
+    """Experts, one at a time: each is turned to the rows that are stored.
 
     A scale is the smallest power of two that keeps its 32 values within 6, as triton_kernels' `downcast_to_mxfp` rounds
-    it (transformers writes gpt-oss with that).
+    it (transformers writes gpt-oss with that). New experts, of which there are names and shapes alone, get the one of three
+    powers that has the least squared error.
     """
 
-    def __init__(self, blocks: StoredTensor, scales: StoredTensor) -> None:
+    def __init__(self, blocks: StoredTensor | TensorSpec, scales: StoredTensor | TensorSpec) -> None:
         experts, self._out, groups, _ = blocks.shape
         self._in = groups * GROUP
         self.unit, self.unit_codes = self._in * self._out, self._out * groups * GROUP // 2
@@ -115,20 +119,24 @@ class Mxfp4(Encoder):
         from adapterkit.codecs.tiles import Held, Shape, Tiles
 
         if self._rows is None:
-            blocks, stored = self._blocks, self._in // 2
+            blocks, scales, stored = self._blocks, self._scales, self._in // 2
             rows = blocks.shape[0] * self._out
+            held = None
+            if not isinstance(blocks, TensorSpec) and not isinstance(scales, TensorSpec):
 
-            def before(first: int, last: int) -> torch.Tensor:
-                return unpair(blocks.read(first * stored, last * stored).view(-1, stored))
+                def before(first: int, last: int) -> torch.Tensor:
+                    return unpair(blocks.read(first * stored, last * stored).view(-1, stored))
 
+                held = Held(lambda: before, lambda: whole(scales).reshape(rows, self._across))
+            numbers = e2m1_numbers(scales.dtype, None, multiply=True)
             self._rows = Tiles(
                 self.made,
                 Shape(rows, self._in, rows, (1, GROUP), self._across),
-                lambda: e2m1_numbers(self._scales.dtype, None, multiply=True),
+                lambda: numbers if held is not None else replace(numbers, search=POWERS),
                 pair,
                 lambda found: unpair(found.view(-1, stored)),
-                lambda held: {self._scales.name: held[0].reshape(-1)},
-                Held(lambda: before, lambda: whole(self._scales).reshape(rows, self._across)),
+                lambda found: {scales.name: found[0].reshape(-1)},
+                held,
                 row_codes=stored,
             )
         return self._rows
@@ -151,6 +159,26 @@ class Mxfp4(Encoder):
         self._rows = None
 
 
+def new_stack(name: str, shape: tuple[int, ...], dtype: DType, double: bool) -> Encoder | None:
+    """A new stack of experts ``[experts, in, out]``; None where groups of 32 do not divide their inputs."""
+    if len(shape) != 3 or shape[1] % GROUP:
+        return None
+    experts, inside, out = shape
+    u8 = DTYPES["U8"]
+    blocks = TensorSpec(f"{name}_blocks", u8, (experts, out, inside // GROUP, GROUP // 2))
+    return Mxfp4(blocks, TensorSpec(f"{name}_scales", u8, (experts, out, inside // GROUP)))
+
+
+# What OpenAI's gpt-oss leaves in 16 bits, as its config says it.
+PLAIN = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head")
+
+
+def _config(layers: Layers) -> dict[str, Any]:
+    return {"modules_to_not_convert": [*PLAIN, *layers.left], "quant_method": "mxfp4"}
+
+
+KIND = Kind("mxfp4", new_stack, _config, 4.0, ("mxfp4 32",), models=("gpt_oss",), stacks=True)
+
 MXFP4 = Codec(
     "mxfp4",
     ("mxfp4",),
@@ -161,4 +189,5 @@ MXFP4 = Codec(
     what="stacked experts of gpt-oss",
     test="test_scaled.py: transformers",
     leave=listed("modules_to_not_convert"),
+    kinds=(KIND,),
 )

@@ -7,7 +7,7 @@ Checkpoints for ComfyUI are often cast so (``weight.to(torch.float8_e4m3fn)``), 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -50,6 +50,18 @@ def plain_weights(parts: Parts, where: str) -> Iterator[Weight]:
             )
     for part in narrow:
         yield _plain(part)
+
+
+def bare_vectors(parts: Parts, found: Sequence[Weight]) -> Iterator[Weight]:
+    """Float8 biases and norms beside scaled weights, which have no scale: they are the numbers themselves."""
+    used = {part.name for weight in found for part in weight.parts}
+    for name, part in parts.items():
+        module, _, leaf = name.rpartition(".")
+        lone = part.dtype.code in FLOAT8 and len(part.shape) == 1 and name not in used and leaf in ("bias", "weight")
+        if lone and not any(
+            f"{stem}{end}" in parts for stem in (name, module) for end in ("_scale", "_scale_inv", ".scale")
+        ):
+            yield _plain(part)
 
 
 def is_scaled(parts: Parts) -> bool:

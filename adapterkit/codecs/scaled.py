@@ -195,17 +195,22 @@ def grid_of(
     if count == lead:
         return (rows, columns), (1, 1)
     down, across = scale.shape[-2:] if len(scale.shape) >= 2 else (count, 1)
-    if len(scale.shape) > 1 and down == 1 and across == rows and columns != rows:
+    named = [block for block in blocks if (down, across) == (-(-rows // block[0]), -(-columns // block[1]))]
+    # Of a square weight too: nothing runs a scale per column. A list of few wide blocks may have as many scales as there are
+    # rows, and then the config says so.
+    if len(scale.shape) > 1 and down == 1 and across == rows and not named:
         down, across = rows, 1
     flat = len(scale.shape) < 2 and count != rows  # one number is above, and a list has one for each row
     if count and lead * down * across == count and not flat:
-        for height, width in blocks:
-            if (down, across) == (-(-rows // height), -(-columns // width)):
-                return (height, width), (down, across)
+        if named:
+            return named[0], (down, across)
         height, width = rows // down, columns // across
-        # Blocks are powers of two, or whole rows or columns: nobody has chosen others.
+        # Blocks are powers of two, or whole rows or columns: nobody has chosen others. They are parts of rows, or squares of
+        # which the last may be short; and where the config names squares, those: other scales lie the other way round.
         even = (down == 1 or height & (height - 1) == 0) and (across == 1 or width & (width - 1) == 0)
-        if rows % down == 0 and columns % across == 0 and even:
+        square = height == width or (down == 1 and height < width) or (across == 1 and width < height)
+        known = height == 1 or (square and not any(min(block) > 1 for block in blocks))
+        if rows % down == 0 and columns % across == 0 and even and known:
             return (height, width), (down, across)
     raise CheckpointError(
         f"'{scale.name}' is {list(scale.shape)}, which covers no {'x'.join(map(str, shape))} weight in equal blocks",

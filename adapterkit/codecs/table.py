@@ -10,21 +10,21 @@ from adapterkit.codecs.bnb4 import BNB4
 from adapterkit.codecs.bnb8 import BNB8
 from adapterkit.codecs.codec import Codec, Kind, Parts, Weight
 from adapterkit.codecs.compressed import COMPRESSED
-from adapterkit.codecs.fp8 import FP8
+from adapterkit.codecs.fp8 import FLOAT8, FP8
 from adapterkit.codecs.gptq import AWQ, GPTQ
 from adapterkit.codecs.hqq import HQQ
 from adapterkit.codecs.kinds import others
 from adapterkit.codecs.mlx import MLX
 from adapterkit.codecs.mxfp4 import MXFP4
-from adapterkit.codecs.plain8 import is_scaled, plain_weights
+from adapterkit.codecs.plain8 import bare_vectors, is_scaled, plain_weights
 from adapterkit.codecs.torchao import TORCHAO
 from adapterkit.errors import CheckpointError, UsageError
 
 # What a checkpoint says of itself is tried in this order; a codec in a file of its own comes after them.
 CODECS: tuple[Codec, ...] = (BNB4, BNB8, FP8, MXFP4, COMPRESSED, GPTQ, AWQ, HQQ, TORCHAO, MLX, *others())
 
-KINDS: dict[str, Kind] = {kind.name: kind for codec in CODECS for kind in codec.kinds}
-"""Formats that 16-bit weights are written in, by the word that asks for them."""
+KINDS: dict[str, Kind] = {kind.name: kind for codec in CODECS for kind in codec.kinds if not kind.models}
+"""Formats that 16-bit weights are written in, by the word that asks for them; see `kinds_of` for a model."""
 
 KEYS = ("quantization_config", "compression_config", "quantization")
 # A multimodal config may keep it in the part that describes the language model.
@@ -70,6 +70,12 @@ def method_of(config: Mapping[str, Any]) -> str:
     if _is_mlx(config):
         return "mlx"
     return "bitsandbytes" if config.get("load_in_4bit") or config.get("load_in_8bit") else "unnamed"
+
+
+def kinds_of(config: Mapping[str, Any]) -> dict[str, Kind]:
+    """`KINDS` for a model with this ``config.json``: where its weights are published in a layout of its own, in that."""
+    own = (kind for codec in CODECS for kind in codec.kinds if config.get("model_type") in kind.models)
+    return KINDS | {kind.name: kind for kind in own}
 
 
 def find_kind(name: str) -> Kind:
@@ -132,6 +138,7 @@ def find_weights(parts: Parts, config: Mapping[str, Any], where: str) -> list[We
         if not rows:
             return list(plain_weights(parts, where))
     found = [weight for codec in rows for weight in codec.find(parts, quantized)]
+    found += bare_vectors(parts, found)
     if rows:
         _check(parts, found, rows, where)
         _check_inputs(parts, found, quantized, where)
@@ -216,13 +223,23 @@ def _check(parts: Parts, found: list[Weight], rows: list[Codec], where: str) -> 
     """Nothing of a format may be left over."""
     what = " or ".join(codec.name for codec in rows)
     used = {part.name for weight in found for part in weight.parts}
+    twice = next((w for w in found if w.name in parts and w.name not in {part.name for part in w.parts}), None)
+    if twice is not None:
+        raise CheckpointError(
+            f"{where} holds '{twice.name}' twice: as it is, and in {twice.how} ('{twice.parts[0].name}')",
+            "leave one of them out",
+        )
     marks = tuple(mark for codec in rows for mark in codec.marks)
     for name, part in parts.items():
         if name in used:
             continue
         narrow = not part.dtype.is_float or part.dtype.bits <= 8
         scaled = narrow and len(part.shape) > 1 and any(f"{name}{end}" in parts for end in SCALED)
-        if name.endswith(marks) or (narrow and name.endswith(PACKED_ENDS)) or scaled:
+        # No buffer is a matrix of 8-bit floats or signed integers, and experts have no buffers; scales go with their codes.
+        bare = not name.endswith(SCALED) and len(part.shape) > 1
+        codes = bare and (part.dtype.code in ("I8", *FLOAT8) or (narrow and ".experts." in name))
+        packed = narrow and name.endswith(PACKED_ENDS)
+        if name.endswith(marks) or packed or scaled or codes:
             raise CheckpointError(
                 f"{where} is only partly {what}: '{name}' ({part.dtype}) belongs to no weight that is complete",
                 "download or save it again",

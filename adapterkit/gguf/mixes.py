@@ -251,7 +251,7 @@ def choose_types(
             or a name without a layer number in a model with experts.
     """
     mix, (_, default) = file_type(ftype)
-    patterns = [(_compiled(pattern), ggml_type(name).name) for pattern, name in tensor_types]
+    patterns = [(compiled(pattern), ggml_type(name).name) for pattern, name in tensor_types]
     output = ggml_type(output_type).name if output_type else None
     embedding = ggml_type(token_embedding_type).name if token_embedding_type else None
     state = _Mix(mix, arch, hparams, has_imatrix, [name for name, _, _ in tensors])
@@ -352,7 +352,12 @@ def _first(value: Any) -> int:
     return int(value or 0)
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
+def compiled(pattern: str) -> re.Pattern[str]:
+    """The regular expression of a tensor type option.
+
+    Raises:
+        UsageError: it is none.
+    """
     try:
         return re.compile(pattern.lower())
     except re.error as error:

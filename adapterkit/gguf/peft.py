@@ -54,14 +54,12 @@ def to_peft(lora: GGUFCheckpoint, base: Checkpoint) -> tuple[list[Tensor], dict[
 
     Args:
         lora: a GGUF LoRA.
-        base: the Hugging Face model that it belongs to; only its names and shapes are looked at.
+        base: the model that it belongs to, a Hugging Face one or a GGUF; only its names and shapes are looked at.
 
     Raises:
-        UsageError: ``lora`` is not one, or ``base`` is a GGUF, which has no module names.
+        UsageError: ``lora`` is not one.
         TargetError: it belongs to another model.
     """
-    if isinstance(base, GGUFCheckpoint):
-        raise UsageError(f"{base.ref} has no module names", "give the Hugging Face folder or id of the base")
     if lora.header.get("adapter.type") != "lora":
         raise UsageError(
             f"{lora.ref} is not a GGUF LoRA", f"give the file that was made with {option('to', 'gguf-lora')}"

@@ -12,7 +12,7 @@ from adapterkit.errors import NotFound, UsageError, option
 from adapterkit.gguf.checkpoint import SPLIT_KEYS, GGUFCheckpoint
 from adapterkit.gguf.filetypes import FILE_TYPES, file_type
 from adapterkit.gguf.metadata import Entry, kept, text, u32
-from adapterkit.gguf.mixes import choose_types, fitting, needs_importance
+from adapterkit.gguf.mixes import choose_types, compiled, fitting, needs_importance
 from adapterkit.gguf.names import EMBEDDING
 from adapterkit.gguf.tensors import Quantized, bits_per_weight, decoded, encoded, kind_of
 from adapterkit.gguf.types import TYPES, ggml_type
@@ -193,6 +193,9 @@ def _wanted(view: Mapping[str, Tensor], origin: TypeInputs, asked: Quantization)
             )
         return dict(now)
     mix, _ = file_type(asked.mix)
+    lost = next((p for p, _ in asked.tensor_types if not any(compiled(p).search(name) for name in view)), None)
+    if lost is not None:
+        raise UsageError(f"this model has no tensor that '{lost}' names", "name it as a GGUF file does, like ffn_down")
     found = choose_types(
         [(name, tensor.shape, now[name]) for name, tensor in view.items()],
         mix,

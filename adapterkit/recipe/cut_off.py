@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from adapterkit.checkpoint.folder import RECORD
 from adapterkit.checkpoint.publish import named_beside
 from adapterkit.disk.folders import MARK
 from adapterkit.disk.locks import LOCK_FILE
-from adapterkit.recipe.state import State, output_files
+from adapterkit.recipe.state import BESIDE, State, output_files
 from adapterkit.recipe.steps import Step
 
 if TYPE_CHECKING:
@@ -22,12 +23,13 @@ Digests = Mapping[str, str]
 
 
 def digests_of(state: State, step: Step, ready: Sequence[Ready]) -> dict[str, str]:
-    """The sha256 of every file of an output that has no name yet, by its name then: inside of a folder, else beside."""
+    """The sha256 of every file of an output that has no name yet, by its name then: inside of a folder, or from there, else
+    beside."""
     top = step.out.parent if step.is_file else step.out
     found = {}
     for one in ready:
         for target, now in one.files().items():
-            name = target.relative_to(top).as_posix()
+            name = Path(os.path.relpath(target, top)).as_posix()
             found[name] = state.sha256_before(now) if isinstance(now, Path) else hashlib.sha256(now).hexdigest()
     return found
 
@@ -45,8 +47,12 @@ def is_ours(state: State, step: Step, job: Job, known: Sequence[Digests]) -> boo
         known: sha256 by name, of several outputs; files of a folder all have to be of the same one.
     """
     if not step.is_file:
-        found = output_files(step.out) if step.out.is_dir() and not step.out.is_symlink() else {}
-        plain = {name: path for name, path in found.items() if name != MARK and not LOCK_FILE.fullmatch(name)}
+        folders = [step.out, *([] if step.residual is None else [step.residual])]
+        if any(os.path.lexists(one) and (one.is_symlink() or not one.is_dir()) for one in folders):
+            return False
+        beside = [] if step.residual is None else [f"{BESIDE}{step.residual.name}/"]
+        found = output_files(step.out, beside)
+        plain = {name: path for name, path in found.items() if path.name != MARK and not LOCK_FILE.fullmatch(path.name)}
         return bool(plain) and state.hash_files(plain) in [dict(files) for files in known]
     names = {name for files in known for name in files}
     for one in (job, *job.also):

@@ -32,7 +32,7 @@ from adapterkit.recipe.lock import (
 from adapterkit.recipe.parse import RecipeFile, read_recipe, shown
 from adapterkit.recipe.report import AGAIN, NEW, UNCHANGED, BuildPlan, BuildReport, BuiltOutput, PlannedOutput
 from adapterkit.recipe.spread import spread
-from adapterkit.recipe.state import Coming, Made, State, key_of, output_files
+from adapterkit.recipe.state import BESIDE, Coming, Made, State, key_of, output_files
 from adapterkit.recipe.steps import CONVERT, Input, Step, check_inside, located, steps_of
 from adapterkit.verbs.job import Measured, peak_memory
 
@@ -386,16 +386,30 @@ class _Build:
         names = [*report.get("files", ()), *(f"{step.out.name}.{name}" for name in beside)]
         if step.projector is not None:
             names.append(step.projector.name)
+        if step.residual is not None:
+            names.append(step.residual.name if step.is_file else f"{BESIDE}{step.residual.name}/")
         files = output_files(step.out, names) if step.is_file or step.out.is_dir() else {}
         before = self.state.made.get(step.name)
         if before is not None and step.is_file and before.path == in_folder(step.out, self.file.folder):
             for name in set(before.files) - set(files):  # parts of a set that had more of them
                 (step.out.parent / name).unlink(missing_ok=True)
+        if before is not None and before.path == in_folder(step.out, self.file.folder):
+            self._drop_beside(step, {name: one for name, one in before.files.items() if name not in files})
         one = Made(key, in_folder(step.out, self.file.folder), self.state.hash_files(files))
         self.state.made[step.name] = one
         self.state.coming.pop(step.name, None)
         self.state.save()
         return one
+
+    def _drop_beside(self, step: Step, files: Mapping[str, str]) -> None:
+        """Take away a folder beside that of an output, as it was made before and belongs to it no more."""
+        beside = {name: step.out / name for name in files if name.startswith(BESIDE)}
+        if beside and all(path.is_file() and self.state.sha256(path) == files[name] for name, path in beside.items()):
+            for path in beside.values():
+                path.unlink()
+            for folder in {path.parent for path in beside.values()}:
+                if not any(folder.iterdir()):
+                    folder.rmdir()
 
     def _locked(self, made: Mapping[str, Made]) -> dict[str, Locked]:
         return {name: Locked(one.path, one.digest, one.files) for name, one in made.items()}

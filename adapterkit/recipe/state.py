@@ -150,10 +150,21 @@ class State:
             ) from error
 
 
+BESIDE = "../"  # what the name of a file begins with that lies in a folder beside that of the output
+
+
 def output_files(out: Path, known: Iterable[str] = ()) -> dict[str, Path]:
-    """The files of an output: all of a folder's; of a file's, those that are ``known`` and there."""
+    """The files of an output: all of a folder's, and of the folders beside it of which one is ``known``; of a file's, those
+    that are known and there."""
     if out.is_dir():
-        return {p.relative_to(out).as_posix(): p for p in sorted(out.rglob("*")) if p.is_file()}
+        beside = sorted({name.split("/")[1] for name in known if name.startswith(BESIDE)})
+        folders = {"": out, **{f"{BESIDE}{name}/": out.parent / name for name in beside}}
+        return {
+            f"{lead}{path.relative_to(folder).as_posix()}": path
+            for lead, folder in folders.items()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
     return {name: out.parent / name for name in known if (out.parent / name).is_file()}
 
 

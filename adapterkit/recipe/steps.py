@@ -21,6 +21,7 @@ from adapterkit.requests.formats import formats
 from adapterkit.requests.groups import LIMITS
 from adapterkit.requests.merge import FOLDER, GGUF, MergeRequest, folder_formats
 from adapterkit.requests.option import Request
+from adapterkit.verbs.residual_of import residual_path
 from adapterkit.verbs.tower import tower_path
 
 ADAPTER = "adapter"
@@ -107,6 +108,15 @@ class Step:
             return self.out.with_name(tower_path(self.out).name)
         path = None if self.mmproj is None else self.mmproj.path
         return None if path is None else self.out.parent / path.name
+
+    @property
+    def residual(self) -> Path | None:
+        """Where what rounding takes goes, if it is written: a folder or a file beside the output."""
+        if self.asked.residual is None:
+            return None
+        path = residual_path(self.out)
+        assert isinstance(path, Path)
+        return path
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -407,6 +417,8 @@ def _written(file: RecipeFile, step: Step) -> list[tuple[Path, Place]]:
         places.append((file.folder / Path(step.verify.html).expanduser(), at))
     if step.projector is not None:
         places.append((step.projector, ("outputs", step.name, "mmproj")))
+    if step.residual is not None:
+        places.append((step.residual, ("outputs", step.name, "residual")))
     return places
 
 

@@ -27,11 +27,18 @@ def read_beside(path: Path) -> Record | None:
         data = disk.read_regular(beside_path(path), MAX_BYTES)
     except NotFound:
         return None
-    record = read(data, str(beside_path(path)), exact=False)
+    return parse_beside(data, str(beside_path(path)))
+
+
+def parse_beside(data: bytes, where: str) -> Record:
+    """The record of an output, out of the bytes of its file.
+
+    Raises:
+        RegistryError: it is damaged, or written by a newer adapterkit.
+    """
+    record = read(data, where, exact=False)
     if isinstance(record, OpaqueRecord):
-        raise RegistryError(
-            f"{beside_path(path)} was written by a newer adapterkit (schema {record.schema})", "upgrade adapterkit"
-        )
+        raise RegistryError(f"{where} was written by a newer adapterkit (schema {record.schema})", "upgrade adapterkit")
     return record
 
 

@@ -10,6 +10,7 @@ from adapterkit.errors import UsageError
 from adapterkit.places import Address
 from adapterkit.requests.groups import ADAPTERS, BASE, COMBINE, OUTPUT, OfAdapters, Ruled, Running
 from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, VALUES, WHOLE, Request, opt
+from adapterkit.requests.workers import OnWorkers
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _out() -> Any:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class CombineRequest(OfAdapters, Ruled, FactorOptions, Running):
+class CombineRequest(OfAdapters, Ruled, FactorOptions, OnWorkers, Running):
     """Several adapters that become one."""
 
     VERB: ClassVar[str] = "combine"
@@ -150,7 +151,7 @@ class CombineRequest(OfAdapters, Ruled, FactorOptions, Running):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ExtractRequest(FactorOptions, Running):
+class ExtractRequest(FactorOptions, OnWorkers, Running):
     """The difference of two checkpoints as an adapter."""
 
     VERB: ClassVar[str] = "extract"
@@ -167,7 +168,7 @@ class ExtractRequest(FactorOptions, Running):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ResizeRequest(FactorOptions, Running):
+class ResizeRequest(FactorOptions, OnWorkers, Running):
     """An adapter at another rank."""
 
     VERB: ClassVar[str] = "resize"

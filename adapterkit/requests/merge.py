@@ -127,8 +127,7 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
         kw_only=True,
         metadata=opt(
             "Write what rounding takes as a LoRA of at most this rank beside the output: OUT-residual.", WHOLE,
-            role=BYTES, group=OUTPUT, metavar="RANK", low=1,
-            elsewhere={"recipe": "an output of a recipe is one folder or file"},
+            role=BYTES, group=OUTPUT, metavar="RANK", low=1, recipe="output.residual",
         ),
     )  # fmt: skip
     device: str = field(
@@ -187,11 +186,6 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
             raise UsageError(
                 f"{option('residual')} stands beside a folder or a GGUF file, which a server loads with it",
                 "name a folder, without .safetensors",
-            )
-        if self.save_plan is not None:
-            raise UsageError(
-                f"a plan is of one output, and {option('residual')} is a second one",
-                f"leave out {option('save_plan')}, or {option('residual')}",
             )
 
     def _check_feedback(self) -> None:

@@ -271,8 +271,17 @@ class Request:
         Raises:
             UsageError
         """
+        self.check_needs(self.options())
+
+    def check_needs(self, names: Iterable[str]) -> None:
+        """Refuse those of some options that mean nothing without others.
+
+        Raises:
+            UsageError
+        """
         given = self.given()
-        for name, option in self.options().items():
+        for name in names:
+            option = self.options()[name]
             if option.needs and name in given and not any(one in given for one in option.needs):
                 first = self.options()[option.needs[0]]
                 flag = first.flag or flag_of(option.needs[0])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.errors import UsageError
+from adapterkit.places import Address
 from adapterkit.requests.groups import RUNNING, THRESHOLDS, Limits, OfAdapters, OntoBase, Ruled
 from adapterkit.requests.merge import MergeRequest
-from adapterkit.requests.option import CALL, INPUT, NUMBER, PATH, REF, RUN, VALUES, WHOLE, opt
+from adapterkit.requests.option import CALL, FLAG, INPUT, NUMBER, PATH, REF, RUN, VALUES, WHOLE, opt
+from adapterkit.requests.workers import WRITTEN_JOBS, OnWorkers
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
@@ -17,10 +20,12 @@ if TYPE_CHECKING:
 
 LEVELS = ("load", "tensors", "layers", "model")
 EVIDENCE = "Evidence"
+_IN_LOCK = {"recipe": "the lock holds the findings; verify in parts is a command of its own"}
+PLANNING = ("dry_run", "save_plan", "resume", "force")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class VerifyRequest(OntoBase, OfAdapters, Ruled, Limits):
+class VerifyRequest(OntoBase, OfAdapters, Ruled, Limits, OnWorkers):
     """A verification. Options of the merge that are not named are taken from the record beside MERGED."""
 
     VERB: ClassVar[str] = "verify"
@@ -96,10 +101,47 @@ class VerifyRequest(OntoBase, OfAdapters, Ruled, Limits):
             elsewhere={"cli": "read from the record", "recipe": "read from the output's own key"},
         ),
     )  # fmt: skip
+    out: Ref | Address | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Write the report to this file, as JSON; an address in a store too. Workers on other machines have to see it.",
+            PATH, role=RUN, group=EVIDENCE, short="-o", store=True, elsewhere=_IN_LOCK,
+        ),
+    )  # fmt: skip
     jobs: int | None = field(
         default=None,
         kw_only=True,
         metadata=opt("Worker threads.", WHOLE, group=RUNNING, low=1, elsewhere={"recipe": "of build"}),
+    )
+    dry_run: bool = field(
+        default=False,
+        kw_only=True,
+        metadata=opt(
+            "Show what would be compared, from headers alone.", FLAG,
+            group=RUNNING, elsewhere={"recipe": "build --plan"},
+        ),
+    )  # fmt: skip
+    save_plan: Ref | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Write the plan of the comparison and stop.", PATH,
+            group=RUNNING, metavar="FILE", elsewhere={"recipe": "a plan is of one verb, carried out in parts"},
+        ),
+    )  # fmt: skip
+    resume: bool = field(
+        default=False,
+        kw_only=True,
+        metadata=opt(
+            "With --on: continue an interrupted run; keep what is compared if interrupted again.", FLAG,
+            group=RUNNING, needs=("on",), elsewhere=_IN_LOCK,
+        ),
+    )  # fmt: skip
+    force: bool = field(
+        default=False,
+        kw_only=True,
+        metadata=opt("Replace the report if it exists.", FLAG, group=RUNNING, needs=("out",), elsewhere=_IN_LOCK),
     )
     progress: Progress | None = field(
         default=None,
@@ -117,6 +159,35 @@ class VerifyRequest(OntoBase, OfAdapters, Ruled, Limits):
         deep = [name for name in ("max_kl", "min_top1", "prompts") if getattr(self, name) is not None]
         if deep and self.level not in (None, "model"):
             raise UsageError(f"{self.spelled(deep[0])} needs the models to answer", "add --level model")
+        self.check_needs([*OnWorkers.options(), "resume", "force"])
+        self.check_workers()
+        if self.planned and self.depth < LEVELS.index("tensors"):
+            raise UsageError("level load compares no tensor, so there is nothing for workers", "leave out --level")
+        if self.on is not None and self.out is None and not self.dry_run and self.far:
+            raise UsageError(
+                "nothing says where the report goes, and workers on other machines have to see that place",
+                "add -o FILE",
+            )
+
+    @property
+    def writes(self) -> bool:
+        """Whether something is compared, and not only planned."""
+        return not self.dry_run and self.save_plan is None
+
+    @property
+    def planned(self) -> bool:
+        """Whether the comparison is a plan, which workers can execute, or makes a file."""
+        return not self.writes or self.on is not None or self.out is not None
+
+    @property
+    def far(self) -> bool:
+        """Whether workers may run on other machines."""
+        return self.on in WRITTEN_JOBS or self.address is not None
+
+    @property
+    def target(self) -> Path | Address | None:
+        """Where the report goes."""
+        return self.out if self.out is None or isinstance(self.out, Address) else Path(self.out)
 
     @property
     def depth(self) -> int:
@@ -126,9 +197,31 @@ class VerifyRequest(OntoBase, OfAdapters, Ruled, Limits):
         deep = self.prompts is not None or self.max_kl is not None or self.min_top1 is not None
         return LEVELS.index("model" if deep else "tensors")
 
+    def stated(self) -> dict[str, Any]:
+        """The request as JSON, for a plan: inputs by name, and the options that were named."""
+        assert isinstance(self.adapters, tuple)
+        adapters = [_ref(one) for one in self.adapters]
+        inputs: dict[str, Any] = {"merged": _ref(self.merged), "base": _ref(self.base), "adapters": adapters}
+        own = {"jobs", "progress", "out", *PLANNING, *OnWorkers.options()}
+        named = {name: getattr(self, name) for name in sorted(self.named - inputs.keys() - own)}
+        return {"verb": self.VERB, **inputs, **{name: _plain(value) for name, value in named.items()}}
+
     def of_merge(self) -> dict[str, Any]:
         """The options of the merge that were named."""
         return {name: getattr(self, name) for name in self.options() if name in self.named and name in OF_VALUES}
+
+
+def _ref(value: Any) -> str:
+    return str(getattr(value, "ref", value))
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value if value is None or isinstance(value, (bool, int, float)) else _ref(value)
 
 
 OF_VALUES = frozenset(

@@ -106,6 +106,14 @@ class OnWorkers(Request):
 
     def check(self) -> None:
         super().check()
+        self.check_workers()
+
+    def check_workers(self) -> None:
+        """Refuse options of workers that contradict each other.
+
+        Raises:
+            UsageError
+        """
         counts = self.counts
         dry = getattr(self, "dry_run", False)
         if len(counts) > 1 and not dry:

@@ -17,7 +17,7 @@ from adapterkit.requests.groups import LIMITS
 from adapterkit.requests.option import RUN
 from adapterkit.requests.workers import LOCAL, RAY, WRITTEN_JOBS, parse_rate
 from adapterkit.stores.meter import Moved, moved
-from adapterkit.verbs.job import Job, Measured, peak_memory, run, show
+from adapterkit.verbs.job import Job, Measured, run, show
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.plan import Plan
@@ -33,7 +33,7 @@ def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path, Plan]
     """Do with a job what its request says: show it, save its plan, or carry it out, here or by workers.
 
     Args:
-        plans: what is saved, and where; by default the job's own plan.
+        plans: what is saved, and where; by default the plan that the job executes.
 
     Raises:
         OutputError: the plan cannot be written.
@@ -41,7 +41,7 @@ def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path, Plan]
     """
     saved = {}
     if request.save_plan is not None:
-        saved = _with_the_rest(plans or {Path(request.save_plan): job.plan}, request)
+        saved = _with_the_rest(plans or {Path(request.save_plan): job.executed}, job, request)
     if not request.writes:
         report = show(job, started)
         # Only now: `show` makes the checks, and whoever carries out a plan does not make them again.
@@ -54,7 +54,7 @@ def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path, Plan]
 
     _check(job, request)
     job.check()
-    opened = OpenPlan(job.plan, job.out or "", part_size(request), job=job)
+    opened = OpenPlan(job.executed, job.out or "", part_size(request), job=job)
     if request.on in WRITTEN_JOBS:
         return _written(opened, request, started)
     if not request.resume and isinstance(opened.out, Path):
@@ -62,19 +62,26 @@ def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path, Plan]
             pass  # what an earlier run left goes
     try:
         tally = by_workers(opened, request)
-        beside = opened.close(force=job.force)
+        return opened.finish(force=job.force, more=lambda measured: _together(measured, tally, started))
     except BaseException:
         if not request.resume:
             _discard(opened)
         raise
-    notes = (*beside, tally.summary)
-    peak = max(tally.peak_memory, peak_memory())
-    spent = time.monotonic() - started
-    measured = Measured(spent, peak, tally.reused, job.plan, {}, notes, moved=Moved(**tally.moved) + moved())
-    return job.report(measured)
 
 
-def _with_the_rest(plans: Mapping[Path, Plan], request: Any) -> dict[Path, Plan]:
+def _together(measured: Measured, tally: RunTally, started: float) -> Measured:
+    """What workers did and what the end of it took."""
+    return replace(
+        measured,
+        seconds=time.monotonic() - started,
+        peak_memory=max(tally.peak_memory, measured.peak_memory),
+        reused=tally.reused,
+        notes=(*measured.notes, tally.summary),
+        moved=Moved(**tally.moved) + moved(),
+    )
+
+
+def _with_the_rest(plans: Mapping[Path, Plan], job: Job, request: Any) -> dict[Path, Plan]:
     """Plans with what was asked for beside their output. Of several, the tower's file stands beside the first.
 
     Raises:
@@ -83,7 +90,7 @@ def _with_the_rest(plans: Mapping[Path, Plan], request: Any) -> dict[Path, Plan]
     from adapterkit.verbs.execute import REST, RESTS
 
     asked, run = request.given(), request.given(RUN)
-    measured = next((name for name in ("fidelity", *LIMITS) if name in run), None)
+    measured = next((name for name in ("fidelity", *LIMITS) if name in run), None) if job.results is None else None
     if measured is not None:
         raise UsageError(
             f"{option(measured)} is measured while one process writes, which a plan does not say",
@@ -107,9 +114,10 @@ def _check(job: Job, request: Any) -> None:
 
     if job.out is None:
         raise UsageError("nothing says where the output goes", "add -o OUT")
-    if job.stage is not None or not has_parts(job.plan):
+    if not has_parts(job.executed):
         raise UsageError("this plan has no parts: its files are known when its values are", f"leave out {option('on')}")
-    for name in ("fidelity", *LIMITS):
+    # Results are judged when all of them are there.
+    for name in ("fidelity", *LIMITS) if job.results is None else ():
         asked = getattr(request, name, None)
         if asked is not None and asked is not False:  # a limit of 0 is one
             raise UsageError(
@@ -206,7 +214,7 @@ def _path(given: Any) -> Path | None:
 def _discard(opened: OpenPlan) -> None:
     """Take away what workers left, unless somebody else is at it."""
     if not isinstance(opened.out, Path):
-        opened.in_store.discard()
+        opened.discard()
         return
     with suppress(_Discarded, OutputError), disk.staging(opened.out, resume=False):
         raise _Discarded
@@ -241,14 +249,13 @@ def write_files(opened: OpenPlan, request: Any, plan: Path | None = None) -> tup
 def forecast_in(report: Any, job: Job, request: Any) -> Any:
     """A report of what would be done, with what workers would take."""
     from adapterkit.verbs.engines.forecast import forecast
+    from adapterkit.verbs.execute import OpenPlan, has_parts
 
-    if job.stage is not None:
+    if not has_parts(job.executed):
         raise UsageError(
             "this plan has no parts: its files are known when its values are", f"leave out {option('workers')}"
         )
-    from adapterkit.verbs.execute import OpenPlan
-
-    parts = OpenPlan(job.plan, "", part_size(request)).parts
+    parts = OpenPlan(job.executed, "", part_size(request)).parts
     rate, jobs = parse_rate(request.bandwidth), request.jobs or default_jobs()
     found = tuple(forecast(parts, count, bandwidth=rate, price=request.price, jobs=jobs) for count in request.counts)
     return replace(report, forecast=found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from adapterkit.places import Address
     from adapterkit.registry.record import Parent
 
+_PLAIN = re.compile(r"(?P<kind>\w+) r=(?P<rank>\d+)(?: x\d+)?", re.ASCII)
 NOISE = 1e-6  # relative error that float32 leaves in W' - W anyway
 
 Ref = str | Path
@@ -80,6 +82,7 @@ class Combination:
             inputs=tuple(adapter.folder for adapter in family.adapters if adapter.folder is not None),
             beside=() if asked.out is None else beside_of(asked, [asked.base, *_refs(asked.adapters)]),
             stage=work.stage(None if asked.out is None else asked.target),
+            results=work.results(None if asked.out is None else asked.target),
             force=asked.force,
         )
 
@@ -179,10 +182,20 @@ class Making:
             self.to,
             family.names,
             _like(family),
+            most=self.most,
         )
 
+    def most(self, slot: Slot) -> int:
+        """The largest rank that a slot can come out with, whatever its values."""
+        words = (delta.change.how for _, delta in self.family.deltas(slot.parameter))
+        whole = slot.largest_rank
+        # A change of another kind is a product of at most twice its rank, or rows of full rank.
+        own = sum(known_rank(how) or max(2 * rank_of(how), whole) for how in words)
+        # What is not cut may have more than the layer's own rank.
+        return min(self.rank, own) if self.rank is not None else own if self.energy is None else min(own, whole)
+
     def bound(self, slot: Slot) -> int:
-        """The largest rank that a slot can come out with."""
+        """The largest rank that a slot can come out with, about."""
         most = sum(rank_of(delta.change.how) for _, delta in self.family.deltas(slot.parameter))
         return min(self.rank or most, slot.largest_rank)
 
@@ -532,6 +545,16 @@ def _biases(
         before = StoredWeights(target, family.base.tensors)
         done[key] = InMemory(key, before.read(0, add.numel()).double().view(-1) + add)
     return {}, done
+
+
+def known_rank(how: str, plain: Sequence[str] = ("lora", "adalora")) -> int | None:
+    """The rank in the words of a change that is a low-rank product and nothing else; None of any other.
+
+    Args:
+        plain: what such changes are called.
+    """
+    found = _PLAIN.fullmatch(how)
+    return int(found["rank"]) if found is not None and found["kind"] in plain else None
 
 
 def rank_of(how: str) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
 from importlib import import_module
@@ -14,16 +15,19 @@ from adapterkit.checkpoint.copies import copies
 from adapterkit.checkpoint.cut import PlanPart, cut
 from adapterkit.checkpoint.files import LocalFile
 from adapterkit.checkpoint.plan import Plan
-from adapterkit.errors import CheckpointError, UsageError, option
-from adapterkit.places import Address, writable
+from adapterkit.checkpoint.results import IN_PARTS, STAGED, ResultFile
+from adapterkit.errors import CheckpointError, NotFound, OutputError, UsageError, option
+from adapterkit.places import Address, address_of, writable
 from adapterkit.stores.meter import Meter, moving
 from adapterkit.verbs.job import Job, Measured, Progress, peak_memory, run
 from adapterkit.verbs.report import PartReport
 
 if TYPE_CHECKING:
+    from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.store_out import StoreOut
+    from adapterkit.checkpoint.write import Room, Writing
 
-VERBS = ("merge", "convert", "combine", "extract", "resize")
+VERBS = ("merge", "convert", "combine", "extract", "resize", "verify")
 """Verbs whose plans can be saved; each has a function `replan`, which plans again from a plan's request, for an output."""
 REST = "beside"  # in a plan's request: what was asked for beside the output
 RESTS = ("mmproj", "server", "attest", "full_record")  # the options of it; no byte of the weights depends on them
@@ -67,10 +71,31 @@ class OpenPlan:
         """Import what every part needs, before the first; the inputs are opened when a part first computes something."""
         import_module("torch")
 
+    @property
+    def has_results(self) -> bool:
+        """Whether the parts are results, from which the output is made at the end."""
+        return self.plan.request.get(STAGED) == IN_PARTS
+
+    @cached_property
+    def place(self) -> Path | Address:
+        """Where parts go: results for an output in a store lie beside it until it is made."""
+        if self.has_results and isinstance(self.out, Address):
+            return self.out.with_name(f".{self.out.name}.results")
+        return self.out
+
+    @cached_property
+    def _work(self) -> Job:
+        """The job whose plan is executed in parts: the plan's own, or its results as an output of their own."""
+        job = self.job
+        if not self.has_results:
+            return job
+        assert job.results is not None
+        return Job(self.plan, job.results().tensors, job.sources, self.place, job.report)
+
     @cached_property
     def in_store(self) -> StoreOut:
-        """The output in a store, which this worker has part in."""
-        made = self.job.in_store()
+        """The output in a store, or its results, which this worker has part in."""
+        made = self._work.in_store()
         made.begin(shared=True)
         return made
 
@@ -94,7 +119,7 @@ class OpenPlan:
         part = part_of(self.parts, index)
         if isinstance(self.out, Path):
             alone = None if "job" in self.__dict__ else copies(self.plan, part, self._seen)
-            tensors, sources = (self.job.tensors, self.job.sources) if alone is None else alone
+            tensors, sources = (self._work.tensors, self.job.sources) if alone is None else alone
             reused = write_part(self.plan, part, tensors, sources, self.out, jobs=jobs, progress=progress)
         else:
             from adapterkit.checkpoint.store_write import send_part
@@ -122,7 +147,8 @@ class OpenPlan:
         if isinstance(self.out, Address):
             from adapterkit.checkpoint.store_write import parts_left
 
-            return parts_left(self.job.in_store(), self.parts)
+            made = self._work.in_store()
+            return [] if self.has_results and made.is_there() else parts_left(made, self.parts)
         return left(self.plan, self.parts, self.out)
 
     def check(self, *, force: bool = False) -> None:
@@ -176,14 +202,16 @@ class OpenPlan:
             AuthError, StoreError
         """
         if isinstance(self.out, Address):
-            replace(self.job, force=True).in_store().begin(shared=True)
+            replace(self._work, force=True).in_store().begin(shared=True)
 
     def is_there(self) -> bool:
         """Whether the output is in its place, as far as names and sizes tell, and nobody makes it anew."""
         from adapterkit.checkpoint.publish import partial_folder
 
         if isinstance(self.out, Address):
-            return self.job.in_store().is_there()
+            return self._final().in_store().is_made() if self.has_results else self.job.in_store().is_there()
+        if self.has_results:
+            return self.out.exists() and not partial_folder(self.out).exists()
         targets = self.plan.targets(self.out)
         sizes = {file.name: file.nbytes for file in self.plan.files}
         whole = all(path.is_file() and path.stat().st_size == sizes[name] for name, path in targets.items())
@@ -193,7 +221,10 @@ class OpenPlan:
         """Whether the output was made after a plan file; of a store, whose objects name their plan, that is not asked."""
         if isinstance(self.out, Address):
             return True
-        made = min(path.stat().st_mtime_ns for path in self.plan.targets(self.out).values())
+        files: Iterable[Path] = self.plan.targets(self.out).values()
+        if self.has_results:
+            files = [self.out] if self.out.is_file() else [path for path in self.out.rglob("*") if path.is_file()]
+        made = min((path.stat().st_mtime_ns for path in files), default=0)
         return made >= plan.stat().st_mtime_ns
 
     def is_busy(self) -> bool:
@@ -212,15 +243,6 @@ class OpenPlan:
         if isinstance(self.out, Address):
             return  # the plan has the ETag of each input, and each request asks for it
         forget(self.plan, self.out, identity(self.plan, self.job.sources))
-
-    def close(self, *, force: bool = False) -> tuple[str, ...]:
-        """Make the output of parts that are all done, and what stands beside it; notes for the user.
-
-        Raises:
-            OutputError: parts are missing, or the output exists.
-            CheckpointError: an input changed meanwhile.
-        """
-        return self._close(force=force)
 
     def _close(self, *, force: bool) -> tuple[str, ...]:
         job = self.job
@@ -243,14 +265,79 @@ class OpenPlan:
         )
         return tuple(note for one in self._beside(force=force) for note in one.write())
 
-    def finish(self, *, force: bool = False) -> Any:
-        """Make the output of parts that are all done; the report of the verb. See `close`."""
+    def finish(self, *, force: bool = False, more: Callable[[Measured], Measured] = lambda measured: measured) -> Any:
+        """Make the output of parts that are all done, and what stands beside it; the report of the verb.
+
+        Args:
+            more: adds to what is measured what the parts took.
+
+        Raises:
+            OutputError: parts are missing, or the output exists.
+            CheckpointError: an input changed meanwhile.
+        """
         started, job = time.monotonic(), self.job
+        if self.has_results:
+            return self._finish_results(force, more)
         with moving() as meter:
             notes = self._close(force=force)
             spent = time.monotonic() - started
             measured = Measured(spent, peak_memory(), plan=job.plan, notes=notes, moved=meter.moved)
-        return job.report(measured)
+        return job.report(more(measured))
+
+    def _final(self, *, force: bool = False) -> Job:
+        """The job that makes the output of results; its stage is still to be told where they are."""
+        beside = tuple(self._beside(force=force))
+        return replace(self.job, out=self.out, force=force, beside=beside, digest=self.plan.digest)
+
+    def _finish_results(self, force: bool, more: Callable[[Measured], Measured]) -> Any:
+        """Make the output of results that are all there."""
+        results = self.job.results
+        assert results is not None
+        missing = [str(part.index) for part in self.left()]
+        if missing:
+            raise OutputError(
+                f"{self.out}: parts {', '.join(missing[:8])} are not done", "execute them, then finish again"
+            )
+        made = self._gathered() if isinstance(self.out, Address) else None
+
+        def stage(room: Room) -> Writing:
+            from adapterkit.checkpoint.parts import check_done
+
+            (file,) = self.plan.files
+            source: Source | None
+            if made is not None:
+                source = made.source(file)
+            else:
+                check_done(self.plan, self.parts, room.folder, self.out)
+                source = LocalFile(room.folder / file.name)
+            if source is None:
+                raise OutputError(f"the results in {self.place} are gone", "run it again")
+            return results().stage(ResultFile(source, results().tensors))(room)
+
+        job = self._final(force=force)
+        last = replace(job, stage=stage, report=lambda measured: job.report(more(measured)))
+        report = run([last], resume=True)[0]
+        if made is not None:
+            made.remove()
+        return report
+
+    def discard(self) -> None:
+        """Take away what workers left of an output in a store, if it is claimed for this plan."""
+        self.in_store.discard()
+        if self.has_results:
+            made = self._work.in_store()
+            if made.is_there():
+                made.remove()
+            self._final().in_store().discard()
+
+    def _gathered(self) -> StoreOut:
+        """The results in a store, as one object."""
+        from adapterkit.checkpoint.store_write import finish_in_store
+
+        made = self._work.in_store()
+        if not made.is_there():
+            finish_in_store(made, side_files={}, parts=self.parts)
+        return made
 
 
 def execute(
@@ -266,8 +353,9 @@ def execute(
 ) -> Any:
     """Execute a saved plan: one part of it into the hidden folder beside ``out``, or the end of it when all are done.
 
-    The inputs are opened again and the plan is made again; it must come out the same. A plan whose files are known only
-    when its values were computed (a combination, an extraction) has no parts: it is carried out whole.
+    The inputs are opened again and the plan is made again; it must come out the same. Where the files of an output are
+    known only when its values are (a combination, an extraction), the parts are results, and the end makes the files of them;
+    such a plan of which no part is done is carried out whole.
 
     Args:
         part_size: work of a part in bytes; with None a part is a file.
@@ -284,15 +372,15 @@ def execute(
     opened = OpenPlan(plan, out, part_size)
     if part is not None:
         return opened.execute(part, jobs=jobs, progress=progress)
-    if not has_parts(plan):
-        job = replace(opened.job, force=force)
+    if not has_parts(plan) or (opened.has_results and len(opened.left()) == len(opened.parts)):
+        job = replace(opened.job, out=opened.out, force=force)
         return run([job], workers=jobs, resume=resume, progress=progress, started=started)[0]
     return opened.finish(force=force)
 
 
 def has_parts(plan: Plan) -> bool:
     """Whether the files of a plan can be executed one at a time."""
-    return plan.request.get("staged") is not True
+    return plan.request.get(STAGED) is not True
 
 
 def _again(plan: Plan, out: Path | Address) -> Job:
@@ -308,13 +396,28 @@ def _again(plan: Plan, out: Path | Address) -> Job:
             f"write one with {option('save_plan')}",
         )
     try:
-        asked = {name: value for name, value in plan.request.items() if name != REST}
+        asked = {name: value for name, value in plan.request.items() if name not in (REST, STAGED)}
         job: Job = import_module(f"adapterkit.verbs.{verb}").replan({**asked, **_rest_of(plan)}, out).job()
     except KeyError as error:
         raise CheckpointError(f"this plan of a {verb} does not say {error}", "make the plan again") from None
-    if (job.plan.files, job.plan.inputs) != (plan.files, plan.inputs):
+    except NotFound as error:
+        if not any(not os.path.isabs(one) and address_of(one) is None for one in inputs_of(plan)):
+            raise
+        # Another folder is tried more often than an input goes away.
+        hint = "a plan names its inputs as they were given: execute it in the folder where it was made, or give whole paths"
+        raise NotFound(error.message, hint) from None
+    if (job.executed.files, job.executed.inputs) != (plan.files, plan.inputs):
         raise CheckpointError("the base or an adapter changed since the plan was made", "make the plan again")
+    if job.results is not None:
+        results = replace(job.results(), plan=plan)
+        return replace(job, results=lambda: results)
     return replace(job, plan=replace(job.plan, request=plan.request))
+
+
+def inputs_of(plan: Plan) -> list[str]:
+    """The inputs of a plan, by the names that they were given."""
+    named = (plan.request.get(name) for name in ("base", "adapters", "adapter", "src", "tuned", "merged", "base16"))
+    return [str(one) for value in named if value for one in (value if isinstance(value, list) else [value])]
 
 
 def _rest_of(plan: Plan) -> dict[str, Any]:

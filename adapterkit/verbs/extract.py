@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,7 @@ class Extraction:
             inputs=tuple(one.path if one.loose else one.path.parent for one in sources if one.path is not None),
             beside=() if out is None else beside_of(asked, [asked.base, asked.tuned]),
             stage=work.stage(out),
+            results=work.results(out),
             force=asked.force,
         )
 
@@ -125,6 +127,7 @@ class Extraction:
             asked.own_ranks,
             asked.styled("diffusers" if "_class_name" in pair.base.config else "comfyui"),
             Names(pair.base.shapes, pair.base.config),
+            again={"differ": list(found.differ), "state": pair.state()},
         )
 
     def bound(self, slot: Slot) -> int:
@@ -164,14 +167,18 @@ class Extraction:
 _STATED = ("rank", "energy", "exact", "dtype")
 
 
-def planned(request: ExtractRequest) -> Extraction:
-    """Plan an extraction; see `extract`. Which matrices differ is found by reading them, in a stream."""
+def planned(request: ExtractRequest, known: KnownDifferences | None = None) -> Extraction:
+    """Plan an extraction; see `extract`. Which tensors differ is found by reading them, in a stream.
+
+    Args:
+        known: what an earlier plan of the same files found, so that they are not read again.
+    """
     check_rank(request.rank, request.energy, ())
     check_memory(
         BASELINE_MEMORY, str(request.out)
     )  # torch, which finds the differences, aborts where it gets too little
     pair = ModelPair(open_base(request.base)[0], open_base(request.tuned)[0])
-    found = pair.differences()
+    found = pair.differences(None if known is None or not known.state or known.state != pair.state() else known.differ)
     rank = request.rank
     if rank is None and request.energy is None:
         rank = min(DEFAULT_RANK, max((slot.largest_rank for slot in found.slots), default=1))
@@ -202,18 +209,44 @@ def extract(request: ExtractRequest) -> ExtractReport:
 def replan(data: Mapping[str, Any], out: Path | Address | None) -> Extraction:
     """The extraction of a saved plan, planned again."""
     given = {name: value for name, value in data.items() if name in ExtractRequest.options()}
-    return planned(ExtractRequest.bound({**given, "out": out}))
+    return planned(ExtractRequest.bound({**given, "out": out}), KnownDifferences.of(data))
+
+
+@dataclass(frozen=True)
+class KnownDifferences:
+    """What a saved plan says of two checkpoints.
+
+    Attributes:
+        differ: the parameters that differ.
+        state: what the files were then; see `ModelPair.state`.
+    """
+
+    differ: frozenset[str]
+    state: Mapping[str, str]
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> KnownDifferences | None:
+        """Out of a plan's request; None where it does not say it."""
+        differ, state = data.get("differ"), data.get("state")
+        if not isinstance(differ, list) or not isinstance(state, Mapping):
+            return None
+        return cls(frozenset(map(str, differ)), dict(state))
 
 
 @dataclass
 class _Found:
-    """What may differ: matrices that become factors, and tensors that are stored whole."""
+    """What may differ: matrices that become factors, and tensors that are stored whole.
+
+    Attributes:
+        differ: the parameters that both have and that were found to differ.
+    """
 
     slots: list[Slot] = field(default_factory=list)
     targets: dict[str, tuple[Target, Target]] = field(default_factory=dict)
     whole: dict[str, Tensor] = field(default_factory=dict)
     unchanged: int = 0
     notes: list[str] = field(default_factory=list)
+    differ: list[str] = field(default_factory=list)
 
 
 class Difference:
@@ -246,13 +279,38 @@ class ModelPair:
         shapes = {name: target.shape for name, target in self.targets.items()}
         self._linear = frozenset(linear_modules(shapes, tuned.config))
 
-    def differences(self) -> _Found:
-        """From headers, and from the values of what is no matrix.
+    def state(self) -> dict[str, str]:
+        """What tells that the files are still those that were read: by name, the size, and the time of the last change, the
+        ETag or the commit. Empty where one of them has none of these.
+        """
+        found = {}
+        for checkpoint in (self.base, self.tuned):
+            for source in checkpoint.sources:
+                changed = source.version or checkpoint.commit or ""
+                if source.path is not None:
+                    changed = str(os.stat(source.path).st_mtime_ns)
+                if not changed:
+                    return {}
+                found[source.name] = f"{source.size}:{changed}"
+        return found
+
+    def differences(self, known: Collection[str] | None = None) -> _Found:
+        """What differs, from headers and values.
+
+        Args:
+            known: the parameters that differ, where that was found before.
 
         Raises:
             TargetError: the two are not the same model.
         """
         found = _Found()
+
+        def differs(name: str, before: Target, after: Target) -> bool:
+            if name in known if known is not None else self._differs(before, after):
+                found.differ.append(name)
+                return True
+            return False
+
         if not any(self.names[0].find(name) is not None for name in self.targets):
             raise TargetError(f"{self.base.ref} and {self.tuned.ref} have no parameter in common", "give its base")
         for name, after in self.targets.items():
@@ -267,11 +325,11 @@ class ModelPair:
                     )
                 self._save(found, name, after, f"has {after.shape[0]} rows, and {before.shape[0]} in the base")
             elif len(after.shape) < 2 or (not name.endswith(".weight") and not after.stacked):
-                if self._differs(before, after):
+                if differs(name, before, after):
                     self._save(found, name, after, "")
                 else:
                     found.unchanged += 1
-            elif self._differs(before, after):
+            elif differs(name, before, after):
                 why = self.without_factors(name)
                 if why:
                     self._save(found, name, after, why)

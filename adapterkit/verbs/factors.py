@@ -5,13 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from adapterkit.adapters.adapter import WEIGHTS
-from adapterkit.adapters.write_peft import Extras, FactorStore, adapter_tensors, config_json
+from adapterkit.adapters.write_peft import (
+    Extras,
+    FactorStore,
+    adapter_tensors,
+    config_json,
+    factors_as_bytes,
+    factors_at,
+    ranks_of,
+)
 from adapterkit.checkpoint.folder import ADAPTER_CONFIG
 from adapterkit.checkpoint.plan import Plan, plan_file
+from adapterkit.checkpoint.results import STAGED, Result, planned_results
 from adapterkit.checkpoint.write import Room, Writing, identity
 from adapterkit.dtypes import F32
 from adapterkit.errors import UnsupportedAdapter, option
@@ -20,11 +30,15 @@ from adapterkit.verbs.ordered import in_order
 from adapterkit.verbs.report import ModuleRank
 
 if TYPE_CHECKING:
+    import torch
+
     from adapterkit.adapters.factors import Slot
     from adapterkit.adapters.formats.contents import Contents
     from adapterkit.adapters.names import Names
     from adapterkit.checkpoint.files import Source
+    from adapterkit.checkpoint.results import ResultFile, Results
     from adapterkit.checkpoint.tensor import Tensor
+    from adapterkit.checkpoint.write import Stage
     from adapterkit.dtypes import DType
     from adapterkit.ops.lowrank import Truncated
     from adapterkit.places import Address
@@ -33,6 +47,7 @@ if TYPE_CHECKING:
 # Slots with their ranks, and what reads B and A of one: the plan of what is written, and its tensors.
 Form = Callable[["Mapping[Slot, int]", Callable[["Slot"], Any]], "tuple[Plan, Sequence[Tensor]]"]
 
+_SAID = 512  # bytes of JSON that a slot says beside its name
 ESTIMATED = "ranks and errors are known when the factors are computed; the size is the most that it can be"
 
 
@@ -47,7 +62,7 @@ class FactorWork:
             nothing is left of it.
         extras: what goes in beside the factors of these slots.
         config: every field of the config but the ranks.
-        bound: the largest rank that a slot can come out with.
+        bound: the largest rank that a slot can come out with, about.
         sources: the files that are read.
         request: what was asked for, for the plan.
         record: what writes ``adapterkit.json``.
@@ -55,6 +70,8 @@ class FactorWork:
         names: those of the base, where there is one.
         like: the file that it is made of, whose metadata it keeps.
         form: what is written of slots of these ranks, in the place of PEFT's folder: the plan and its tensors.
+        most: the largest rank that a slot can come out with, whatever its values; by default ``bound``.
+        again: what makes the job again, beside ``request``, for workers that execute it in parts.
     """
 
     slots: Sequence[Slot]
@@ -72,6 +89,8 @@ class FactorWork:
     names: Names | None = None
     like: Contents | None = None
     form: Form | None = None
+    most: Callable[[Slot], int] | None = None
+    again: Mapping[str, Any] = field(default_factory=dict)
 
     def plan(self) -> Plan:
         """An upper bound of what will be written, from headers alone."""
@@ -79,16 +98,51 @@ class FactorWork:
         ranks = bounds if self.own_ranks else dict.fromkeys(bounds, max(bounds.values(), default=1))
         if self.form is not None:
             made = self.form(ranks, _unread)[0]
-            return replace(made, request={**self.request, "staged": True})
+            return replace(made, request={**self.request, STAGED: True})
         tensors = adapter_tensors(ranks, Extras(), self.dtype, _unread)
         made = plan_file(WEIGHTS, tensors, {"format": "pt"})
-        return Plan(made.files, made.metadata, made.peak_memory, {}, {**self.request, "staged": True})
+        return Plan(made.files, made.metadata, made.peak_memory, {}, {**self.request, STAGED: True})
 
     def stage(self, out: Path | Address | None) -> Callable[[Room], Writing]:
         """The function that computes the factors and gives what is to be written."""
 
         def run(room: Room) -> Writing:
             return self._run(room, here(out) if out is not None else Path())
+
+        return run
+
+    def results(self, out: Path | Address | None) -> Callable[[], Results]:
+        """The factors of each slot as results of their own, which workers compute in parts."""
+
+        def made() -> Results:
+            given = {**self.request, **self.again}
+            return planned_results(self._results, self.sources, given, partial(self._of_results, out))
+
+        return made
+
+    @cached_property
+    def _results(self) -> list[Result]:
+        found = []
+        for slot, reads in zip(self.slots, self.sizes, strict=True):
+            rank = max(1, (self.most or self.bound)(slot))
+            said = _SAID + 2 * len(json.dumps(slot.parameter)) + 24 * slot.count
+            data = 4 * slot.count * rank * sum(slot.shape)
+            compute = partial(self._result, slot)
+            found.append(Result(slot.parameter, said, data, reads, f"factors, rank {rank} at most", compute))
+        return found
+
+    def _result(self, slot: Slot) -> tuple[Any, list[bytes]]:
+        found = self.compute(slot)
+        if found is None:
+            return None, []
+        before, cuts = found
+        row = asdict(module_rank(slot, cuts, before))
+        data = [part for cut in cuts for part in factors_as_bytes(cut.factors)]
+        return {"row": row, "ranks": [cut.factors.rank for cut in cuts]}, data
+
+    def _of_results(self, out: Path | Address | None, found: ResultFile) -> Stage:
+        def run(room: Room) -> Writing:
+            return self._made(_Found(self.slots, found), here(out) if out is not None else Path())
 
         return run
 
@@ -105,6 +159,10 @@ class FactorWork:
                 before, cuts = found
                 slot = self.slots[at]
                 store.add(slot, [cut.factors for cut in cuts], asdict(module_rank(slot, cuts, before)))
+        return self._made(store, out, reused)
+
+    def _made(self, store: Factored, out: Path, reused: int = 0) -> Writing:
+        """What is written of factors that are there."""
         used = [slot for slot in self.slots if slot.parameter in store.rows]
         extras = self.extras(used)
         ranks = store.ranks(used, own=self.own_ranks)
@@ -153,6 +211,43 @@ class FactorWork:
         return replace(made, plan=plan, tensors=files.tensors, side_files={})
 
 
+class Factored(Protocol):
+    """Factors that are there: `FactorStore`, or what workers computed."""
+
+    @property
+    def rows(self) -> Mapping[str, Any]: ...
+
+    def ranks(self, slots: Sequence[Slot], *, own: bool) -> dict[Slot, int]: ...
+
+    def read(self, slot: Slot) -> list[tuple[torch.Tensor, torch.Tensor]]: ...
+
+    def close(self) -> None: ...
+
+
+class _Found:
+    """Factors that workers computed, in their file of results."""
+
+    def __init__(self, slots: Sequence[Slot], file: ResultFile) -> None:
+        self._file = file
+        said = {slot.parameter: file.said(slot.parameter) for slot in slots}
+        self.rows = {name: one["row"] for name, one in said.items() if one is not None}
+        self._ranks = {name: [int(rank) for rank in one["ranks"]] for name, one in said.items() if one is not None}
+
+    def ranks(self, slots: Sequence[Slot], *, own: bool) -> dict[Slot, int]:
+        return ranks_of(slots, self._ranks, own=own)
+
+    def read(self, slot: Slot) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        found, offset = [], 0
+        for rank in self._ranks[slot.parameter]:
+            nbytes = 4 * rank * sum(slot.shape)
+            found.append(factors_at(self._file.data(slot.parameter, offset, nbytes), rank, slot.shape))
+            offset += nbytes
+        return found
+
+    def close(self) -> None:
+        pass
+
+
 def module_rank(slot: Slot, found: Sequence[Truncated], before: int = 0) -> ModuleRank:
     """A row of the table: what was kept of a module, experts taken together."""
     total = sum(one.norm**2 for one in found)
@@ -171,7 +266,7 @@ def _row(said: Mapping[str, Any]) -> ModuleRank:
     return ModuleRank(**{**said, "shape": tuple(said["shape"])})
 
 
-def sent(measured: Measured) -> dict[str, int]:
+def sent(measured: Measured) -> dict[str, Any]:
     """What was asked of object stores, for a report; of a dry run nothing, since what is read is known when it is."""
     return {} if measured.dry_run else asdict(measured.moved)
 

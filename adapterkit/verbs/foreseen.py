@@ -52,27 +52,30 @@ class Writes(Protocol):
     def in_store(self) -> StoreOut: ...
 
 
-def foreseen(job: Writes) -> Moved:
-    """What is asked from now on, beside what planning asked already."""
-    made = job.in_store() if isinstance(job.out, Address) and job.stage is None else None
-    found = _inputs(job, made)
-    if job.record is not None:
-        found += _named(job.recorded() if job.recorded is not None else ())
-    if made is not None:
-        found += _claimed(made) + _sent(made) + _beside(job, made)
+def foreseen(jobs: Sequence[Writes]) -> Moved:
+    """What is asked from now on by jobs that are carried out in one pass, beside what planning asked already."""
+    found, read = Moved(), set()
+    for job in jobs:
+        made = job.in_store() if isinstance(job.out, Address) and job.stage is None else None
+        read |= _inputs(job, made)
         if job.record is not None:
-            found += _read_back(job.plan, made)
-    return found
+            found += _named(job.recorded() if job.recorded is not None else ())
+        if made is not None:
+            found += _claimed(made) + _sent(made) + _beside(job, made)
+            if job.record is not None:
+                found += _read_back(job.plan, made)
+    return found + Moved(len(read), sum(stop - start for _, start, stop in read))
 
 
-def _inputs(job: Writes, made: StoreOut | None) -> Moved:
-    """Bytes of the inputs that come here to be computed, or sent on."""
+def _inputs(job: Writes, made: StoreOut | None) -> set[tuple[str, int, int]]:
+    """Windows of the inputs that come here to be computed, or sent on: a name, start and stop of each."""
     copied = made.copied(job.plan.files) if made is not None else {}
-    found = Moved()
-    for source, ranges in wanted_ranges(job.plan, job.plan.files, job.sources, copied):
-        if isinstance(source, ObjectFile):
-            found += _windows(ranges)
-    return found
+    return {
+        (source.name, start, stop)
+        for source, ranges in wanted_ranges(job.plan, job.plan.files, job.sources, copied)
+        if isinstance(source, ObjectFile)
+        for start, stop in windows_of(ranges)
+    }
 
 
 def _windows(ranges: Iterable[tuple[int, int]]) -> Moved:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.listing import Listing
     from adapterkit.checkpoint.plan import Plan
+    from adapterkit.checkpoint.results import Results
     from adapterkit.checkpoint.store_out import StoreOut
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.checkpoint.write import Ready, Stage, Writing
@@ -83,6 +84,8 @@ class Job:
         force: replace an output that exists.
         also: jobs of other outputs that are written in the same pass, such as the tower of a model.
         recorded: the models and adapters that the record names, which are read once more for it.
+        results: what the stage computes, as a plan of its own, where that can be executed in parts.
+        digest: by which an output in a store is known to be this one, where it is not the plan's.
     """
 
     plan: Plan
@@ -99,6 +102,13 @@ class Job:
     force: bool = False
     also: tuple[Job, ...] = ()
     recorded: Callable[[], Sequence[Any]] | None = None
+    results: Callable[[], Results] | None = None
+    digest: str = ""
+
+    @property
+    def executed(self) -> Plan:
+        """The plan that is executed in parts: that of the files, or of the results that they are made from."""
+        return self.plan if self.results is None else self.results().plan
 
     def check(self, *, room: bool = True, resume: bool = False) -> None:
         """Refuse everything that can be refused before the first byte.
@@ -144,7 +154,9 @@ class Job:
         from adapterkit.checkpoint.store_out import StoreOut
 
         assert isinstance(self.out, Address)
-        return StoreOut(without_room(self.plan), self.tensors, self.sources, self.out, force=self.force)
+        return StoreOut(
+            without_room(self.plan), self.tensors, self.sources, self.out, force=self.force, digest=self.digest
+        )
 
     def writing(self) -> Writing:
         """What the sink is given."""
@@ -178,11 +190,11 @@ def foreseen(jobs: Sequence[Job]) -> Moved:
     """What object stores were asked for so far, and will be when jobs are carried out."""
     if not any(isinstance(job.out, Address) or any(source.version for source in job.sources) for job in jobs):
         return moved()
-    from adapterkit.verbs.foreseen import foreseen as of_one
+    from adapterkit.verbs.foreseen import foreseen as ahead
 
     # In this order: what is opened to look ahead is opened again by the run, and counts.
-    ahead = sum((of_one(job) for job in jobs), Moved())
-    return moved() + ahead
+    found = ahead(jobs)
+    return moved() + found
 
 
 def run(

@@ -446,7 +446,7 @@ def _record(
 def _grid_name(planned: Merge) -> str | None:
     """What a GGUF output's types are called, when they are not the base's own."""
     asked = planned.request.gguf_types
-    if planned.output.through is None:
+    if planned.output.through is None or planned.request.folder_format is not None:
         return None
     if asked is not None and asked.mix is not None:
         return str(asked.mix)
@@ -492,7 +492,7 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
     same = bool(already_on_grid(planned.folded, quant))
     if not same and (find_kind(quant).bits > COARSE_BITS or not coarse_tensors(planned.folded)):
         return None
-    found = left_on_grid(planned.folded, quant, tensors=SAMPLED)
+    found = left_on_grid(planned.folded, quant, tensors=SAMPLED, through=planned.output.through)
     if (found.retention < ENOUGH or (same and found.cosine < DEAD)) and not yes_lossy:
         raise CheckFailed(
             f"the values of {planned.base.ref} are {quant if same else 'on a coarse grid'} already, and of this change "

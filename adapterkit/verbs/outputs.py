@@ -140,7 +140,7 @@ def _folder(
         raise UsageError("options of a GGUF output were given for a folder", "name the output like OUT.gguf")
     if own:
         return _one_file(_kept(base, adapters, asked, settings), asked)
-    dtype, calibration = asked.floats, None
+    dtype, calibration, through = asked.floats, None, None
     folded = fold(base, adapters, asked.adapter_weights, dtype=dtype, **_how(asked))
     side, notes = side_files(base, folded, adapters, dtype)
     view = folded.checkpoint
@@ -150,6 +150,7 @@ def _folder(
         calibration = _calibration(base, adapters, asked)
         fed = None if calibration is None else calibration.fed
         view = quantized(view, asked.folder_format, double_quant=asked.quant_double, fed=fed)
+        through = _through(view, folded, asked.folder_format)
         config = json.loads(side.get(CONFIG, b"{}"))
         config["quantization_config"] = view.config["quantization_config"]
         side[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
@@ -165,7 +166,27 @@ def _folder(
     if one_file(asked):
         view = replace(view, shards=dict.fromkeys(view, _ONE))
     plan = _with_text(plan_safetensors(view, **settings), calibration)
-    return _one_file(Output(folded, view, plan, side, tuple(notes), calibration=calibration), asked)
+    return _one_file(Output(folded, view, plan, side, tuple(notes), through, calibration=calibration), asked)
+
+
+def _through(view: Checkpoint, folded: Folded, kind: str) -> Callable[[str, tuple[int, ...]], Through | None]:
+    """Which tensors of a fold are encoded in a view of it, and how."""
+    from adapterkit.adapters.fidelity import through_format
+    from adapterkit.adapters.unstacked import OfStack
+    from adapterkit.checkpoint.encoded import Encoded
+
+    turned: dict[str, bool] = {}  # name: whether it is encoded on its side
+    for tensor in view.values():
+        if isinstance(tensor, Encoded):
+            one = tensor.weight
+            name, side = (one.stack, one.turned) if isinstance(one, OfStack) else (one.name, len(one.shape) == 3)
+            turned[name] = side
+
+    def through(name: str, shape: tuple[int, ...]) -> Through | None:
+        dtype = folded.checkpoint[name].dtype
+        return through_format(kind, shape, dtype, turned=turned[name]) if name in turned else None
+
+    return through
 
 
 _ONE = "model.safetensors"
@@ -196,14 +217,15 @@ def _stored_in(base: Checkpoint) -> dict[tuple[str | None, bool], bool]:
     scales are nested; and whether its layout is that of the word, too."""
     if base.stored is None:
         return {}
-    from adapterkit.codecs.table import KINDS, has_layout
+    from adapterkit.codecs.table import has_layout, kinds_of
 
     how = {weight.how for weight in base.stored.weights.values()}
     nested = any(word.endswith(" double") for word in how)
     # A weight no larger than a tile is called otherwise ("per row"); its numbers are the same.
     alike = len({word.split()[0] for word in how}) == 1
     said = base.stored.checkpoint.config
-    return {(kind.name, nested): has_layout(said, kind) for kind in KINDS.values() if alike and how & set(kind.already)}
+    kinds = kinds_of(said).values()
+    return {(kind.name, nested): has_layout(said, kind) for kind in kinds if alike and how & set(kind.already)}
 
 
 def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, settings: Mapping[str, Any]) -> Output:

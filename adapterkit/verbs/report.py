@@ -275,6 +275,7 @@ class CombineReport:
     bytes_down: int = 0
     bytes_up: int = 0
     bytes_inside: int = 0
+    forecast: tuple[Forecast, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -298,6 +299,7 @@ class ResizeReport:
     bytes_down: int = 0
     bytes_up: int = 0
     bytes_inside: int = 0
+    forecast: tuple[Forecast, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -327,6 +329,7 @@ class ExtractReport:
     bytes_down: int = 0
     bytes_up: int = 0
     bytes_inside: int = 0
+    forecast: tuple[Forecast, ...] = ()
 
 
 def to_json(report: Any) -> str:

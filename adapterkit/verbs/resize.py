@@ -15,7 +15,7 @@ from adapterkit.requests.adapters import ResizeRequest
 from adapterkit.requests.call import takes
 from adapterkit.verbs.beside import beside_of
 from adapterkit.verbs.carry import carry_out
-from adapterkit.verbs.combine import check_rank, output_dtype, parents, rank_of, side_files
+from adapterkit.verbs.combine import check_rank, known_rank, output_dtype, parents, rank_of, side_files
 from adapterkit.verbs.factors import ESTIMATED, FactorWork, sent
 from adapterkit.verbs.family import Family, carried, open_family
 from adapterkit.verbs.job import Job, Measured
@@ -59,6 +59,7 @@ class Resizing:
             inputs=() if one.folder is None else (one.folder,),
             beside=() if out is None else beside_of(asked, [asked.base, asked.adapter]),
             stage=work.stage(out),
+            results=work.results(out),
             force=asked.force,
         )
 
@@ -102,10 +103,16 @@ class Resizing:
             asked.styled(style_of(one)),
             family.names,
             one.contents,
+            most=self.most,
         )
 
+    def most(self, slot: Slot) -> int:
+        """The largest rank that a layer can come out with, whatever its values."""
+        own = known_rank(self.family.parts[0].deltas[slot.parameter].change.how, ("lora", "adalora", "dora"))
+        return min(self.request.rank or slot.largest_rank, own or slot.largest_rank, slot.largest_rank)
+
     def bound(self, slot: Slot) -> int:
-        """The largest rank that a layer can come out with."""
+        """The largest rank that a layer can come out with, about."""
         most = rank_of(self.family.parts[0].deltas[slot.parameter].change.how)
         return min(self.request.rank or most, most, slot.largest_rank)
 

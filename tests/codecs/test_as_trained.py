@@ -188,6 +188,7 @@ def test_contradictions(bnb, tmp_path: Path) -> None:
         ({"as_trained": "nf4", "quant_dtype": "f8"}, "is not a value of quant_dtype"),
         ({"as_trained": "nf4", "skip_modules": ["("]}, "no pattern"),
         ({"as_trained": "nf4", "skip_modules": ["model", "lm_head"]}, "no linear layers"),
+        ({"as_trained": "nf4", "skip_modules": ["lm_head", "mlp.down"]}, "has nothing that 'mlp.down' names"),
     ):
         with pytest.raises(UsageError, match=message):
             plan_merge(tmp_path / "llama", [tuned], **options)

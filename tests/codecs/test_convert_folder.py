@@ -199,6 +199,12 @@ def convert_whole(base: Path, out: Path) -> Path:
         (["--to", "nf4", "--quant", "Q4_K_M"], 2, "--quant does not apply to --to nf4"),
         (["--to", "nf4", "--base", "x"], 2, "--base does not apply to --to nf4"),
         (["--to", "nf4", "--skip-module", "("], 2, "no pattern"),
+        (
+            ["--to", "nf4", "--skip-module", "lm_head", "--skip-module", "down_pro"],
+            2,
+            "has nothing that 'down_pro' names",
+        ),
+        (["--to", "int4", "--skip-module", "model.layers.7"], 2, "has nothing that 'model.layers.7' names"),
         (["--to", "fp8"], 2, "no linear layer that fp8 fits"),
         (["--to", "awq"], 2, "need a text to calibrate on"),
         (["--to", "awq", "--calibration", "nowhere.txt"], 7, "does not exist"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -244,7 +245,7 @@ def test_experts_that_stay_are_said(experts: Path, tmp_path: Path, why: str) -> 
     if why == "double":
         tensors[f"{stem}.2.down_proj.weight"] = torch.randn(128, 128).double()
     if why == "stacked":
-        tensors |= {f"{stem}.gate_up_proj": torch.randn(3, 256, 128), f"{stem}.down_proj": torch.randn(3, 128, 128)}
+        tensors |= {f"{stem}.gate_up_proj": torch.randn(3, 256, 128), f"{stem}.down_proj": torch.randn(3, 128, 72)}
     save_file(tensors, base / "model.safetensors")
     (base / "config.json").write_bytes((experts / "config.json").read_bytes())
     named = {"skipped": "experts.1.up_proj", "all skipped": "mlp.experts"}
@@ -256,6 +257,78 @@ def test_experts_that_stay_are_said(experts: Path, tmp_path: Path, why: str) -> 
     assert all(same(after[name], tensor) for name, tensor in tensors.items() if ".experts." in name)
     said = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert any(module.startswith(stem) for module in said["ignore"])
+
+
+def stacked(base: Path, folder: Path) -> Path:
+    """The same model with its experts in stacks, as transformers 5 has them in memory."""
+    kept, stacks = {}, dict[str, list[torch.Tensor]]()
+    words = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "w1": "gate_up_proj", "w3": "gate_up_proj"}
+    for name, tensor in sorted(stored(base).items(), key=lambda item: [int(n) for n in re.findall(r"\d+", item[0])]):
+        found = re.fullmatch(r"(.*)\.(?:block_sparse_moe|mlp)\.experts\.\d+\.(\w+)\.weight", name)
+        if found is None:
+            kept[name.replace("block_sparse_moe", "mlp")] = tensor
+            continue
+        stacks.setdefault(f"{found[1]}.mlp.experts.{words.get(found[2], 'down_proj')}", []).append(tensor)
+    made = {}
+    for name, tensors in stacks.items():
+        if name.endswith("gate_up_proj"):
+            tensors = [torch.cat(pair) for pair in zip(tensors[::2], tensors[1::2], strict=True)]
+        made[name] = torch.stack(tensors)
+    folder.mkdir()
+    save_file({**kept, **made}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_bytes((base / "config.json").read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("kind", ARGS)
+@pytest.mark.parametrize("model", ["qwen3_moe", "mixtral"])
+def test_stacks_are_taken_apart(experts: Path, tmp_path: Path, kind: str, model: str) -> None:
+    """The bytes are those of the same experts stored one by one, and the names are what transformers and servers read."""
+    import transformers
+
+    base = experts
+    if model == "mixtral":
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 64}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 11}
+        base = tmp_path / "base"
+        transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **heads)).bfloat16().save_pretrained(base)
+    convert(base, tmp_path / "one", to=kind)
+    stacks = stacked(base, tmp_path / "stacks")
+    report = convert(stacks, tmp_path / "two", to=kind)
+    assert any("stacks of experts are taken apart" in note for note in report.notes)
+    one, two = stored(tmp_path / "one"), stored(tmp_path / "two")
+    gate = ".gate.weight"
+    plain = {name: tensor for name, tensor in one.items() if not name.endswith(gate)}
+    assert plain.keys() == {name for name in two if not name.endswith(gate)}
+    assert all(same(two[name], tensor) for name, tensor in plain.items())
+    tuned = adapter_of(tmp_path, torch.randn(128, 4, generator=torch.Generator().manual_seed(1)) * 0.01, 128)
+    config = json.loads((tuned / "adapter_config.json").read_text())
+    factors = load_file(tuned / "adapter_model.safetensors")
+    count = 11 if model == "mixtral" else 3
+    stem = "base_model.model.model.layers.0.mlp.experts."
+    factors |= {
+        f"{stem}lora_A.weight": torch.randn(4 * count, 128) * 0.1,
+        f"{stem}lora_B.weight": torch.randn(128, 4 * count) * 0.02,
+    }
+    (tuned / "adapter_config.json").write_text(json.dumps({**config, "target_parameters": ["mlp.experts.down_proj"]}))
+    save_file(factors, tuned / "adapter_model.safetensors")
+    merged = merge(stacks, [tuned], tmp_path / "merged", quant=kind, fidelity=True)
+    assert merged.fidelity is not None
+    assert {one.name for one in merged.fidelity.tensors} >= {"model.layers.0.mlp.experts.down_proj"}
+    assert verify(tmp_path / "merged", base=stacks, adapters=[tuned]).ok
+    if model == "mixtral" or kind == "nvfp4":  # whose global scale transformers leaves out
+        return
+    how = transformers.CompressedTensorsConfig(dequantize=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "two", quantization_config=how, dtype=torch.bfloat16
+        )
+    read = dequantized(open_checkpoint(tmp_path / "two"))
+    handle = read["model.layers.0.mlp.experts.1.up_proj.weight"]
+    got = loaded.state_dict()["model.layers.0.mlp.experts.gate_up_proj"][1, 128:]
+    assert torch.equal(got, handle.read(0, handle.numel).view(got.shape))
 
 
 @pytest.mark.parametrize("name", ["mlp.experts", "block_sparse_moe.experts", "mlp.experts.down_proj"])
@@ -302,3 +375,82 @@ def test_routers_that_are_linear_layers_stay(tmp_path: Path, kind: str) -> None:
     assert "model.layers.0.mlp.shared_experts.down_proj" in written
     read = dequantized(open_checkpoint(out))
     assert {name: tensor.shape for name, tensor in read.items()} == {n: tuple(t.shape) for n, t in before.items()}
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import transformers
+
+    torch.manual_seed(0)
+    small = transformers.GptOssConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=32,
+        vocab_size=64, num_local_experts=3, num_experts_per_tok=2, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("oss") / "base"
+    model = transformers.GptOssForCausalLM(small)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    model.bfloat16().save_pretrained(folder)
+    return folder
+
+
+def test_gpt_oss_is_written_as_it_is_published(gpt_oss: Path, tmp_path: Path) -> None:
+    """Experts in blocks and scales, all else in 16 bits; transformers' own loader decodes them to what we read."""
+    import transformers
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    report = convert(gpt_oss, tmp_path / "out", to="mxfp4")
+    assert any("4 stacks of experts written in mxfp4, as gpt_oss is published" in note for note in report.notes)
+    before, after = stored(gpt_oss), stored(tmp_path / "out")
+    said = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert said["quant_method"] == "mxfp4"
+    assert "model.layers.*.self_attn" in said["modules_to_not_convert"]
+    experts = [name for name in before if name.endswith(("gate_up_proj", "down_proj"))]
+    assert len(experts) == 4
+    assert all(same(after[name], tensor) for name, tensor in before.items() if name not in experts)
+    read = dequantized(open_checkpoint(tmp_path / "out"))
+    for name in experts:
+        blocks, scales = after[f"{name}_blocks"], after[f"{name}_scales"]
+        inside, out = before[name].shape[1:]
+        assert blocks.shape == (3, out, inside // 32, 16)
+        values = convert_moe_packed_tensors(blocks, scales)
+        handle = read[name]
+        assert torch.equal(values, handle.read(0, handle.numel).view(values.shape))
+        # No worse than the smallest power of two that holds the largest value, which transformers takes.
+        wanted = before[name].float().transpose(1, 2).reshape(3, out, inside // 32, 32)
+        power = torch.exp2((wanted.abs().amax(-1, keepdim=True) / 6).log2().ceil())
+        table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        nearest = table[((wanted / power).abs()[..., None] - table).abs().argmin(-1)] * power
+        off = (values.float() - before[name].float()).norm()
+        assert 0 < off <= (nearest - wanted.abs()).norm() * 1.0001
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).state_dict()
+    for name in experts:
+        assert torch.equal(loaded[name], read[name].read(0, loaded[name].numel()).view(loaded[name].shape)), name
+
+
+def test_an_adapter_in_gpt_oss(gpt_oss: Path, tmp_path: Path) -> None:
+    """Merged into MXFP4, verified, and merged again in the base's own format; layers can be left out of it."""
+    tuned = adapter_of(tmp_path, torch.randn(64, 4, generator=torch.Generator().manual_seed(1)) * 0.1, 64)
+    factors = load_file(tuned / "adapter_model.safetensors")
+    stem = "base_model.model.model.layers.1.mlp.experts."
+    factors |= {f"{stem}lora_A.weight": torch.randn(12, 64) * 0.3, f"{stem}lora_B.weight": torch.randn(96, 12)}
+    config = json.loads((tuned / "adapter_config.json").read_text())
+    (tuned / "adapter_config.json").write_text(json.dumps({**config, "target_parameters": ["mlp.experts.down_proj"]}))
+    save_file(factors, tuned / "adapter_model.safetensors")
+    report = merge(gpt_oss, [tuned], tmp_path / "out", quant="mxfp4", fidelity=True)
+    assert report.fidelity is not None
+    by_name = {one.name: one for one in report.fidelity.tensors}
+    assert by_name["model.layers.0.self_attn.q_proj.weight"].retention == pytest.approx(1, abs=0.01)
+    assert 0.5 < by_name["model.layers.1.mlp.experts.down_proj"].cosine < 0.9999
+    assert verify(tmp_path / "out", base=gpt_oss, adapters=[tuned]).ok
+    again = merge(tmp_path / "out", [tuned], tmp_path / "again", quant="mxfp4", yes_lossy=True)
+    assert any("the base's own format kept" in note for note in again.notes)
+    report = convert(gpt_oss, tmp_path / "some", to="mxfp4", skip_modules=["model.layers.0.mlp.experts"])
+    assert any("the experts of 1 layers stay in 16 bits" in note for note in report.notes)
+    after = stored(tmp_path / "some")
+    assert "model.layers.0.mlp.experts.down_proj" in after
+    assert "model.layers.1.mlp.experts.down_proj_blocks" in after
+    said = json.loads((tmp_path / "some/config.json").read_text())["quantization_config"]
+    assert "model.layers.0.mlp.experts" in said["modules_to_not_convert"]

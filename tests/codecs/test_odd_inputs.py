@@ -140,6 +140,35 @@ OTHER: dict[str, tuple[Stored, dict[str, Any] | None, str]] = {
     "zero in AWQ": (*of("awq", filled("scales", 0.0)), "is zero where its numbers are not"),
     "zero beside zero points": (*of("ct int4 asym", filled("weight_scale", 0.0)), "is zero where its numbers are not"),
     "zero in torchao": (*of("torchao int8", filled("_weight_scale", 0.0)), "is zero where its numbers are not"),
+    "two scales": (
+        {**per_tensor(W), "weight_scale_inv": torch.tensor(2.0)},
+        {"quant_method": "fp8"},
+        "'a.weight' has two scales",
+    ),
+    "blocks the other way round": (
+        {"weight": numbers(300, 500).float().to(F8), "weight_scale_inv": torch.rand(4, 3)},
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        "covers no 300x500 weight in equal blocks",
+    ),
+    "the same of one block": (
+        {"weight": numbers(256, 128).float().to(F8), "weight_scale_inv": torch.rand(1, 2)},
+        {"quant_method": "fp8"},
+        "covers no 256x128 weight in equal blocks",
+    ),
+    "a weight that is there twice": (
+        *of("gptq", lambda found: {**found, "weight": W}),
+        "holds 'a.weight' twice: as it is, and in gptq",
+    ),
+    "int8 experts of nobody": (
+        {**per_tensor(W), "b.experts.w": numbers(2, 8, 8, dtype=torch.int8)},
+        {"quant_method": "fp8"},
+        "only partly fp8: 'b.experts.w'",
+    ),
+    "a norm with a scale": (
+        {**per_tensor(W), "b.norm.weight": torch.ones(8).to(F8), "b.norm.weight_scale": torch.ones(1)},
+        {"quant_method": "fp8"},
+        "only partly fp8: 'b.norm.weight'",
+    ),
     "another map of NF4": (*of("nf4", filled("weight.quant_map", 0.5)), "holds other values than those of nf4"),
 }
 
@@ -152,6 +181,38 @@ def test_refused_by_name(store, case: str) -> None:
         for handle in dequantized(store(named, config)).values():
             handle.read(0, handle.numel)
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(16, 2048), (2, 256), (300, 500), (3, 384)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_blocks_of_any_size(store, rows: int, columns: int, dtype: torch.dtype) -> None:
+    """A weight that is one block high may have as many blocks as rows; those are no scales of its rows."""
+    codes = torch.randn(rows, columns, generator=torch.Generator().manual_seed(2)).to(F8)
+    scale = torch.rand(-(-rows // 128), -(-columns // 128), generator=torch.Generator().manual_seed(3)).to(dtype)
+    said = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    handle = dequantized(store({"a.weight": codes, "a.weight_scale_inv": scale}, said))["a.weight"]
+    wanted = codes.float() * scale.float().repeat_interleave(128, 0).repeat_interleave(128, 1)[:rows, :columns]
+    assert torch.equal(handle.read(0, handle.numel).view(rows, columns).float(), wanted.to(handle.dtype.torch).float())
+
+
+@pytest.mark.parametrize("rows", [SIDE, 64])
+def test_a_scale_per_row_may_lie_on_its_side(store, rows: int) -> None:
+    """Of a square weight too: no server can run a scale per column."""
+    codes, scale = W[:rows].to(F8), torch.rand(rows)
+    for shape in ((rows, 1), (1, rows), (rows,)):
+        handle = dequantized(store({"a.weight": codes, "a.weight_scale": scale.view(shape)}, {"quant_method": "fp8"}))
+        got = handle["a.weight"].read_wide(0, codes.numel()).view(codes.shape).float()
+        assert torch.allclose(got, codes.float() * scale[:, None], rtol=1e-2)
+
+
+def test_a_bias_in_float8_is_its_numbers(store) -> None:
+    """Files that were cast whole hold such; they have no scale, and no 16-bit output keeps them narrow."""
+    bias = torch.randn(SIDE).to(F8)
+    found = dequantized(
+        store({"a.weight": per_tensor(W)["weight"], "a.weight_scale": torch.tensor(0.5), "a.bias": bias}, {})
+    )
+    assert torch.equal(found["a.bias"].read_wide(0, SIDE).float(), bias.float())
+    assert found["a.bias"].dtype.bits >= 16
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

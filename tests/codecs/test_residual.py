@@ -16,8 +16,10 @@ from test_keep import OTHER, TOUCHED, adapter_of, base_of, shape_of, stored
 from adapterkit import merge, verify
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.open import open_checkpoint
+from adapterkit.checkpoint.plan import Plan
 from adapterkit.cli import main
 from adapterkit.errors import CheckpointError, OutputError, UsageError
+from adapterkit.verbs.execute import execute
 
 KEY = f"base_model.model.{TOUCHED}.lora_"
 
@@ -114,13 +116,22 @@ def test_it_is_the_same_by_any_road(tmp_path: Path) -> None:
     expected = (tmp_path / "one/out-residual" / name).read_bytes()
     merge(base, [tuned], tmp_path / "two/out", quant="keep", residual=2, jobs=3)
     merge(base, [tuned], tmp_path / "three/out", quant="keep", residual=2, on="local", workers=1)
+    # A saved plan, carried out in parts, and elsewhere than planned.
+    plan = tmp_path / "plan.json"
+    merge(base, [tuned], tmp_path / "planned", quant="keep", residual=2, yes_lossy=True, save_plan=plan)
+    made = Plan.from_json(plan.read_bytes())
+    (tmp_path / "five").mkdir()
+    for part in range(len(made.files)):
+        execute(made, tmp_path / "five/out", part=part)
+    assert not (tmp_path / "five/out-residual").exists()
+    assert execute(made, tmp_path / "five/out").residual.rank == 2
     (tmp_path / "four").mkdir()
     (tmp_path / "four/out-residual").mkdir()
     (tmp_path / "four/out-residual/else").write_text("theirs")
     with pytest.raises(Exception, match="out-residual"):
         merge(base, [tuned], tmp_path / "four/out", quant="keep", residual=2)
     assert not (tmp_path / "four/out").exists()
-    for place in ("two", "three"):
+    for place in ("two", "three", "five"):
         assert (tmp_path / place / "out-residual" / name).read_bytes() == expected
         assert (tmp_path / place / "out/config.json").read_bytes() == (base / "config.json").read_bytes()
 
@@ -202,7 +213,6 @@ REFUSED = {
     "every weight left the grid": {"quant": "keep", "keep_touched": "bf16"},
     "one file": {"quant": "keep", "out": "out.safetensors"},
     "a limit": {"quant": "keep", "min_cosine": 0.9},
-    "a saved plan": {"quant": "keep", "save_plan": "plan.json", "dry_run": True},
     "a job that is written": {"quant": "keep", "on": "slurm", "workers": 2},
 }
 

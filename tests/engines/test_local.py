@@ -149,15 +149,6 @@ def test_what_workers_cannot_do_is_refused(options: dict[str, object], words: st
     assert sorted(case.place.rglob("*")) == before
 
 
-def test_a_combination_has_no_parts(case: Case, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no option 'on'"):
-        adapterkit.combine([case.adapter, case.adapter], tmp_path / "out", rank=2, on="local")  # type: ignore[call-arg]
-    staged = tmp_path / "staged.json"
-    adapterkit.combine([case.adapter, case.adapter], rank=2, save_plan=staged)
-    with pytest.raises(UsageError, match="has no parts"):
-        adapterkit.run(staged, tmp_path / "out", workers=2)
-
-
 def test_a_forecast_counts_bytes_time_and_money(case: Case) -> None:
     done = adapterkit.merge(
         case.base, [case.adapter], dry_run=True, workers="1,2,8", part_size=SMALL, bandwidth="8Gb/s", price=36

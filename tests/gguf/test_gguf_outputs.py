@@ -453,6 +453,11 @@ def lora(folder: Path) -> Path:
 REFUSED: dict[str, tuple[list[Any], int, str]] = {
     "no such mix": (["convert", "{}/base.gguf", "-o", "{}/o.gguf", "--quant", "Q9_K"], 2, "no quantization"),
     "no such type": (["convert", "{}/base.gguf", "-o", "{}/o.gguf", "--tensor-type", "a=Q9"], 2, "no GGUF tensor type"),
+    "no such tensor": (
+        ["convert", "{}/base.gguf", "-o", "{}/o.gguf", "--quant", "Q8_0", "--tensor-type", "ffn_dwn=F16"],
+        2,
+        "no tensor that 'ffn_dwn' names",
+    ),
     "not regex=type": (["convert", "{}/base.gguf", "-o", "{}/o.gguf", "--tensor-type", "Q8_0"], 2, "not REGEX=TYPE"),
     "no row fits": (
         ["convert", "{}/base.gguf", "-o", "{}/o.gguf", "--quant", "Q4_0", "--output-type", "Q6_K"],

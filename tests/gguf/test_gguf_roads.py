@@ -14,7 +14,7 @@ from gguf import GGUFReader
 from gguf_files import random_array, write_gguf
 from gguf_runtime import embeddings, embeddings_of, far, live, logprobs, lora, of_model
 from models import load_model, make_adapter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import adapterkit
 import adapterkit.gguf.vocab
@@ -23,6 +23,7 @@ from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.errors import AdapterkitError, CheckFailed, CheckpointError, UnsupportedAdapter, UsageError
 from adapterkit.gguf.checkpoint import open_gguf
 from adapterkit.gguf.describe import details
+from adapterkit.gguf.encode import decode, encode
 from adapterkit.gguf.grids import few_bits, on_four_bits
 from adapterkit.verbs.check import check
 from adapterkit.verbs.convert import convert
@@ -77,6 +78,10 @@ def test_an_alora_keeps_its_invocation_tokens(tmp_path: Path) -> None:
         adapterkit.merge(hf, [tmp_path / "a.gguf"], tmp_path / "out")
     convert(tmp_path / "a.gguf", tmp_path / "back", to="peft", base=hf)
     assert json.loads((tmp_path / "back/adapter_config.json").read_text())["alora_invocation_tokens"] == [5, 17]
+    convert(hf, tmp_path / "b.gguf")
+    convert(tmp_path / "a.gguf", tmp_path / "again", to="peft", base=tmp_path / "b.gguf")
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("back", "again")]
+    assert weights[0] == weights[1]
     said = details(open_gguf(tmp_path / "a.gguf"))
     assert (said["rank"], said["invocation"]) == ("4", "5, 17")
 
@@ -197,9 +202,6 @@ def test_a_classifiers_pooler_and_labels(tmp_path: Path) -> None:
 
 
 def test_nan_does_not_become_a_file(tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
-
     zoo.build(tmp_path / "hf", "llama")
     stored = load_file(tmp_path / "hf/model.safetensors")
     for value, words in ((float("nan"), "no number"), (1e6, "too large for")):
@@ -229,6 +231,19 @@ def test_four_bit_values_in_a_folder_are_known(tmp_path: Path) -> None:
     report = adapterkit.merge(folder, [adapter], tmp_path / "o.gguf", quant="Q4_0", yes_lossy=True)
     assert any("4-bit grid" in note for note in report.notes)
     adapterkit.merge(folder, [adapter], tmp_path / "kept.gguf", quant="Q4_0", keep_touched="Q8_0")
+
+
+@pytest.mark.parametrize("kind", ["TQ2_0", "Q2_0"])
+def test_three_levels_are_a_grid_although_most_are_zero(kind: str, tmp_path: Path) -> None:
+    """Q2_0 and TQ2_0 give most weights of a bell curve the value 0; a matrix that is merely sparse is none."""
+    values = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
+    grid = torch.from_numpy(decode(kind, encode(kind, values), 256))
+    sparse = values * (values.abs() > 0.9)
+    save_file({"grid": grid.half(), "sparse": sparse.half()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    opened = open_model(tmp_path)
+    assert on_four_bits(opened["grid"])
+    assert not on_four_bits(opened["sparse"])
 
 
 def test_five_bit_values_and_quantized_folders_are_measured_before_a_coarse_file(tmp_path: Path) -> None:
@@ -265,9 +280,6 @@ def test_a_folder_whose_record_names_a_gguf_file_is_measured(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("kind", ["nf4", "nvfp4", "mxfp4"])
 def test_few_bits_are_seen_in_every_form_of_a_folder(kind: str, tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
-
     hf, name = tmp_path / "hf", "model.layers.0.mlp.down_proj.weight"
     zoo.build(hf, "llama")
     convert(hf, tmp_path / "packed", to=kind)

@@ -108,12 +108,14 @@ def test_calibration_and_compressor(inputs: Path, tmp_path: Path) -> None:
     (work / "text.txt").write_text("some words\n")
     text = '[outputs.merged]\npath = "merged"\n[outputs.small]\npath = "small"\nto = "awq"\nfrom = "merged"\n'
     path = recipe(
-        inputs, work, text + 'calibration = "text.txt"\ncompressor = "./python"\nskip-modules = ["lm_head"]\n'
+        inputs,
+        work,
+        text + 'calibration = "text.txt"\ncompressor = "./python"\nskip-modules = ["lm_head", "1.mlp.up_proj"]\n',
     )
     with pytest.raises(AdapterkitError) as caught:
         build(path)
     assert str((work / "text.txt").resolve()) in caught.value.message
-    assert '"skip": ["lm_head"]' in caught.value.message
+    assert '"skip": ["lm_head", "1.mlp.up_proj", "model.layers.1.mlp.up_proj"]' in caught.value.message
     assert (work / "merged").is_dir()
     assert not (work / "small").exists()
     planned = next(row for row in plan_build(path).outputs if row.name == "small")
@@ -169,3 +171,34 @@ def test_the_page_names_every_key_of_an_output() -> None:
     }
     assert {"calibration", "dense-modules"} <= keys
     assert not {key for key in keys if f"`{key}`" not in page}
+
+
+@pytest.mark.parametrize(("name", "quant"), [("merged", "nf4"), ("merged.gguf", "Q4_0")])
+def test_a_residual_beside_an_output(inputs: Path, tmp_path: Path, name: str, quant: str) -> None:
+    """It is made with the output, known with it, and goes when it is asked for no more."""
+    text = f'[outputs.small]\npath = "{name}"\nquant = "{quant}"\n'
+    path = recipe(inputs, tmp_path / "work", text + "residual = 3\n")
+    build(path)
+    whole = tmp_path / "whole" / name
+    adapterkit.merge(inputs / "base", [inputs / "style"], whole, quant=quant, residual=3)
+    beside = name.replace("merged", "merged-residual")
+    made, wanted = tmp_path / "work" / beside, tmp_path / "whole" / beside
+    weights = "" if quant == "Q4_0" else "adapter_model.safetensors"
+    assert (made / weights).read_bytes() == (wanted / weights).read_bytes()
+    (small,) = build(path).outputs
+    assert small.state == UNCHANGED
+    assert any("merged-residual" in file for file in small.files)
+    assert "residual" in (path.with_name("adapterkit.lock")).read_text()
+    # One that somebody changed is not written over; one that is missing is made again.
+    changed = (made / weights).read_bytes()
+    (made / weights).write_bytes(changed[:-1] + b"x")
+    with pytest.raises(OutputError, match="exists"):
+        build(path)
+    (made / weights).write_bytes(changed)
+    assert build(path).changed == 0
+    path = recipe(inputs, tmp_path / "work", text)
+    assert build(path).changed == 1
+    assert not made.exists()
+    taken = f'[outputs.other]\npath = "{beside}"\n'
+    with pytest.raises(AdapterkitError, match="goes"):
+        plan_build(recipe(inputs, tmp_path / "work", text + "residual = 3\n" + taken))

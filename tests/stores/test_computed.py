@@ -13,8 +13,9 @@ from store_server import Asked, Proxy, client_of, download, upload
 
 import adapterkit
 from adapterkit.checkpoint.plan import Plan
+from adapterkit.checkpoint.store_out import StoreOut
 from adapterkit.errors import OutputError, StoreError, UsageError
-from adapterkit.verbs.execute import execute
+from adapterkit.verbs.execute import OpenPlan, execute
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +110,60 @@ def test_a_computed_adapter_is_refused_resumed_and_replaced_as_every_output(
     adapterkit.resize(stored, out, rank=1, force=True)
     config = json.loads(download(s3.server, "models", f"{place}/out/")["adapter_config.json"])
     assert config["r"] == 1
+
+
+def test_a_computed_adapter_in_parts_is_that_of_one_run(
+    s3: Proxy, made: Path, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results lie beside the output until it is there; a driver that is killed at the worst moment costs nothing."""
+    for name in ("a1", "a2"):
+        upload(s3.server, made / name, "models", f"{place}/{name}")
+    where, size = f"s3://models/{place}", 2_000
+    given: dict[str, Any] = {"adapters": [f"{where}/a1", f"{where}/a2"], "rank": 3}
+    adapterkit.combine(**given, out=tmp_path / "whole")
+    adapterkit.combine(**given, save_plan=tmp_path / "plan.json")
+    plan, out = Plan.from_json((tmp_path / "plan.json").read_bytes()), f"{where}/out"
+    workers = [OpenPlan(plan, out, size) for _ in range(2)]
+    parts = workers[0].parts
+    assert len(parts) > 2
+    with pytest.raises(OutputError, match="not done"):
+        workers[0].finish()
+    workers[1].execute(len(parts) - 1)
+    workers[0].execute(0)
+    for part in workers[0].left():
+        workers[1].execute(part.index)
+    assert download(s3.server, "models", f"{place}/out/") == {}
+    assert OpenPlan(plan, out).left() == []
+    with monkeypatch.context() as patched:  # the results are there as one object, and the output is not yet
+        patched.setattr(StoreOut, "_complete", failing_for(StoreOut._complete, "adapter_model"))
+        with pytest.raises(OutputError, match="killed"):
+            workers[0].finish()
+    with pytest.raises(OutputError, match="another run writes"):
+        adapterkit.resize(f"{where}/a1", out, rank=2)
+    report = OpenPlan(plan, out, size).finish()
+    assert report.requests
+    whole = files(tmp_path / "whole")
+    assert download(s3.server, "models", f"{place}/out/") == whole
+    late = adapterkit.run(tmp_path / "plan.json", out, task=0, tasks=2)
+    assert late.finished
+    assert "is there already" in late.notes[0]
+    again = adapterkit.run(tmp_path / "plan.json", f"{where}/array", task=0, tasks=1, part_size=str(size))
+    assert again.finished
+    assert download(s3.server, "models", f"{place}/array/") == whole
+    adapterkit.combine(**given, out=f"{where}/other")
+    with pytest.raises(OutputError, match="exists"):
+        adapterkit.run(tmp_path / "plan.json", f"{where}/other", task=0, tasks=2)
+    client = client_of(s3.server)
+    assert not client.list_multipart_uploads(Bucket="models", Prefix=f"{place}/").get("Uploads")
+    assert not client.list_objects_v2(Bucket="models", Prefix=f"{place}/.").get("Contents")
+
+
+def failing_for(complete: Any, name: str) -> Any:
+    """`StoreOut._complete`, which fails for files of a name."""
+
+    def failing(self: Any, file: str) -> Any:
+        if file.startswith(name):
+            raise OutputError("killed")
+        return complete(self, file)
+
+    return failing

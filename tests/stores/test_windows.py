@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from adapterkit.checkpoint.objects import ObjectFile
+from adapterkit.places import Address
 from adapterkit.stores.store import StoredObject
 
 MB = 1 << 20
@@ -16,6 +17,9 @@ class _Reads:
 
     def __init__(self) -> None:
         self.asked: list[tuple[int, int]] = []
+
+    def place(self, key: str) -> Address:
+        return Address("s3", "bucket", key)
 
     def read(self, key: str, start: int, nbytes: int, etag: str = "") -> bytes:
         self.asked.append((start, start + nbytes))
@@ -50,3 +54,22 @@ def test_what_a_file_fetched_goes_with_it() -> None:
     file.expect(())
     del file
     assert len(_windows._held) == before
+
+
+def test_files_that_expect_the_same_share_what_is_fetched() -> None:
+    """Two outputs of one pass open an object each for itself; an object of another version is another one."""
+    from adapterkit.checkpoint.objects import _windows
+
+    store = _Reads()
+    first, second, other = (
+        ObjectFile(store, StoredObject("base.bin", 2 * MB, version), "base.bin")  # type: ignore[arg-type]
+        for version in ("e", "e", "f")
+    )
+    for file in (first, second, other):
+        file.expect([(120_000, 200_000)])
+    for file in (first, second):
+        assert b"".join(file.read(at, 40_000) for at in (120_000, 160_000)) == CONTENT[120_000:200_000]
+    assert store.asked == [(120_000, 200_000)]
+    assert (120_000, 200_000) not in {key[1:] for key in _windows._held}
+    other.read(120_000, 40_000)
+    assert store.asked == [(120_000, 200_000)] * 2

@@ -485,3 +485,41 @@ def test_what_rounding_took_is_written_beside_an_output_in_a_store(
     assert download(s3.server, "models", f"{place}/out-residual/") == here(tmp_path / "out-residual")
     with pytest.raises(OutputError):
         adapterkit.merge(base, adapter, out, **how)
+
+
+@pytest.mark.parametrize("to_store", [False, True])
+def test_what_outputs_of_one_pass_share_comes_once(
+    s3: Proxy,
+    wide: tuple[Path, Path],
+    put: Put,
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    to_store: bool,
+) -> None:
+    """The second output has a quarter of the bytes of the first, and reads beside them all the same: windows are few."""
+    from adapterkit.stores.meter import moving
+    from adapterkit.verbs.job import foreseen, run
+
+    if not to_store:  # where a task is larger than all windows of this size
+        monkeypatch.setattr("adapterkit.checkpoint.objects.WINDOW", 1 << 20)
+        monkeypatch.setattr("adapterkit.checkpoint.sink.COPY_CHUNK", 2 << 20)
+    base, adapter = put(wide[0]), put(wide[1])
+    root = f"s3://models/{place}/out" if to_store else str(tmp_path / "out")
+    Path(tmp_path / "out").mkdir()
+
+    def jobs() -> list[Any]:
+        asked: list[dict[str, Any]] = [{"dtype": "f16"}, {"quant": "nf4"}]
+        return [
+            adapterkit.plan_merge(base, adapter, f"{root}/{index}", headers_only=False, **one).job()
+            for index, one in enumerate(asked)
+        ]
+
+    with moving():
+        planned = foreseen(jobs())
+    s3.clear()
+    with moving() as meter:
+        run(jobs(), workers=2 if to_store else 1)  # with one, the order of reads is always the same
+    within(planned, meter.moved)
+    stored = sum(path.stat().st_size for folder in wide for path in folder.glob("*.safetensors"))
+    assert s3.down < 1.3 * stored

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit import disk
+from adapterkit.adapters.skipped import check_skipped, skipped_modules
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.plan import plan_file
@@ -102,7 +103,9 @@ class Compressor:
             disk.write_inside(folder, plan.index_name, index_json(plan))
 
     def _run(self, source: Path, folder: Path) -> None:
-        skip = list(self.asked.skip_modules) or [OUTPUT_LAYER]
+        # llm-compressor takes whole names; one that is not stored (a tied output layer) stays as it was given.
+        asked = list(self.asked.skip_modules)
+        skip = list(dict.fromkeys([*asked, *skipped_modules(self.opened, asked)])) or [OUTPUT_LAYER]
         words = {
             "src": str(source),
             "out": str(folder.resolve()),
@@ -152,6 +155,7 @@ def _planned(kind: str, asked: ConvertRequest, jobs: int) -> Conversion:
         )
     if not any("token" in file.name for file in opened.side_files):
         raise NotFound(f"{opened.ref} has no tokenizer, which calibration needs", "copy the base's beside it")
+    check_skipped(opened, asked.skip_modules)
     if isinstance(asked.target, Address):
         words = f"llm-compressor writes a folder, and {asked.target} is in a store"
         raise UsageError(words, "write it to a folder, then copy that to the store")

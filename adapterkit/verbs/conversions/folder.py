@@ -78,12 +78,14 @@ def _plain(dtype: DType, asked: ConvertRequest, jobs: int) -> Conversion:
 def _quantized(kind: str, asked: ConvertRequest, jobs: int) -> Conversion:
     """A checkpoint with its linear layers quantized; a quantized one is decoded first, and the report says so."""
     from adapterkit.adapters.quantized import quantized
-    from adapterkit.codecs.table import KINDS, has_layout
+    from adapterkit.adapters.skipped import check_skipped
+    from adapterkit.codecs.table import has_layout, kinds_of
 
     opened = open_folder(asked, kind)
     view = dequantized(opened)
     if view is not opened:
-        if stored_formats(view) & set(KINDS[kind].already) and has_layout(opened.config, KINDS[kind]):
+        form = kinds_of(opened.config)[kind]
+        if stored_formats(view) & set(form.already) and has_layout(opened.config, form):
             raise UsageError(f"{opened.ref} is {kind} already", "copy it, or give the 16-bit original")
         view = replace(
             view,
@@ -93,6 +95,7 @@ def _quantized(kind: str, asked: ConvertRequest, jobs: int) -> Conversion:
             ),
         )
     skip = asked.skip_modules or None
+    check_skipped(view, skip)
     view = quantized(view, kind, double_quant=asked.double_quant, skip=skip)
     return planned_folder(opened, view, kind, "quantized", asked, jobs)
 

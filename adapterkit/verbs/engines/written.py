@@ -22,6 +22,7 @@ from adapterkit.checkpoint.store_write import store_memory
 from adapterkit.errors import NotFound, OutputError, UsageError, option
 from adapterkit.places import here
 from adapterkit.requests.workers import K8S, SLURM
+from adapterkit.verbs.execute import inputs_of
 
 if TYPE_CHECKING:
     from adapterkit.verbs.execute import OpenPlan
@@ -86,6 +87,12 @@ def write_job(opened: OpenPlan, plan: Path, request: Any, count: int, size: int)
         OutputError: the scheduler refused the job.
     """
     engine, out = request.on, here(opened.out)
+    near = [one for one in inputs_of(opened.plan) if not Path(one).is_absolute() and Path(one).exists()]
+    if near and engine == K8S:
+        raise UsageError(
+            f"the plan names '{near[0]}' from this folder, and a pod is in another one",
+            "give its whole path, and plan again",
+        )
     named = str(out if isinstance(opened.out, Path) else opened.out)
     tasks = min(count, len(opened.parts))
     path = out.with_name(f"{out.name}.{FILES[engine]}")
@@ -102,6 +109,7 @@ def write_job(opened: OpenPlan, plan: Path, request: Any, count: int, size: int)
         "memory": str(memory),
         "log": shlex.quote(str(out.with_name(f"{out.name}.%A_%a.log"))),
         "plan": str(plan),
+        "folder": shlex.quote(str(Path.cwd())),
         "out": named,
         "command": shlex.join([sys.executable, "-m", "adapterkit", *arguments]),
         "arguments": json.dumps([*arguments, "--task", "$(JOB_COMPLETION_INDEX)"]),

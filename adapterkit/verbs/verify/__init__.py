@@ -8,32 +8,17 @@ through base with adapters and through MERGED, one module at a time; *model* let
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.checkpoint.files import check_unchanged
-from adapterkit.errors import option
 from adapterkit.requests.call import takes
-from adapterkit.requests.groups import OfAdapters
 from adapterkit.requests.verify import LEVELS, VerifyRequest
-from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, Thresholds, VerifyReport
+from adapterkit.verbs.verify.report import Finding, VerifyReport
 
 if TYPE_CHECKING:
-    from adapterkit.adapters.adapter import Adapter
-    from adapterkit.checkpoint.checkpoint import Checkpoint
-    from adapterkit.verbs.verify.inputs import Asked
-    from adapterkit.verbs.verify.report import ModelLevel, TensorLevel
-    from adapterkit.verbs.verify.tensors import Judged
-
-Ref = str | Path
-Progress = Callable[[int, int], None]
-
-LEAST_RETENTION = (
-    0.5  # below, more of the change is lost than kept: not what was trained, unless a user says it will do
-)
-ENOUGH = 0.9  # retention below which a report warns
+    from adapterkit.places import Address
+    from adapterkit.verbs.verify.in_parts import VerifyJob
 
 
 @takes(VerifyRequest)
@@ -45,246 +30,26 @@ def verify(request: VerifyRequest) -> VerifyReport:
     Raises:
         NotFound, CheckpointError, AdapterError, TargetError, UsageError, UnsafeError, AuthError, HubError
     """
-    from adapterkit.adapters.adapter import Adapter as Loaded
-    from adapterkit.bases import open_change
-    from adapterkit.checkpoint.memory import IN_TRANSFORMERS, MAPPED, check_memory
-    from adapterkit.checkpoint.plan import BASELINE_MEMORY
-    from adapterkit.verbs.job import peak_memory
-    from adapterkit.verbs.verify.findings import findings
-    from adapterkit.verbs.verify.inputs import asked, inputs, open_inputs, same_as_recorded
-    from adapterkit.verbs.verify.load import loading, names
-    from adapterkit.verbs.verify.sanity import sanity
-    from adapterkit.verbs.verify.subject import subject
-    from adapterkit.verbs.verify.tensors import compare
-    from adapterkit.verbs.verify.tensors import level as tensor_level
+    from adapterkit.verbs.verify.opened import opened
 
     started = time.monotonic()
-    deepest, jobs, progress = request.depth, request.jobs, request.progress
-    prompts = None if request.prompts is None else Path(request.prompts)
-    found, stored = open_inputs(request.merged, request.base)
-    if deepest >= LEVELS.index("tensors"):
-        # torch aborts where it gets too little, and the model's class is built in transformers where that is installed.
-        more = IN_TRANSFORMERS if find_spec("transformers") is not None else 0
-        check_memory(BASELINE_MEMORY, "verify", mapped=MAPPED + more)
-    given = request.adapters
-    assert isinstance(given, tuple)
-    loaded = tuple(a if isinstance(a, Loaded) else open_change(a) for a in given)
-    if deepest >= LEVELS.index("model"):
-        from adapterkit.verbs.verify.model import check_models
+    if request.planned:
+        from adapterkit.verbs.verify.in_parts import carried_out
 
-        check_models(found, stored, prompts)
-    how = asked(found, loaded, request.of_merge())
-    parts = OfAdapters(only=how.given.get("only", ()), skip=how.given.get("skip", ()))
-    loaded = tuple(parts.narrowed(adapter) for adapter in loaded)
-    options = {k: v for k, v in how.given.items() if k not in ("only", "skip")}
-    every = [*how.findings, *same_as_recorded(how.record, stored, found)]
-    # The record speaks for the files, the base and the adapters that it names, and for no others.
-    fed = how.fed and not every and not how.other_weights
-    planned = subject(found, stored, loaded, options, fed=fed)
-    around = sanity(planned, request.on_purpose)
-    tensors = layers = model = pair = None
-    beside, missing = _residual(request.residual, how, found)
-    every += missing
-    if deepest >= LEVELS.index("tensors"):
-        judged = compare(planned, jobs=jobs, progress=progress)
-        wrong, named = findings(planned, judged)
-        tensors = tensor_level(planned, judged, named, started)
-        if beside is not None:
-            from adapterkit.checkpoint.plan import default_jobs
-            from adapterkit.verbs.verify.pair import together
-
-            pair, unfit = together(planned, tensors, beside, jobs=jobs or default_jobs(), progress=progress)
-            wrong = (*wrong, *unfit)
-        there = tensors if pair is None else pair
-        every += [
-            *wrong,
-            *around,
-            *loading(planned, around),
-            *(_fed(there, judged, wrong) if fed else _not_fed(how)),
-            *(
-                ()
-                if fed and request.min_retention is None
-                else _retention(there.retention, request.min_retention, wrong)
-            ),
-            *_cosine(there.cosine, request.min_cosine),
-            *_error(there.error, request.max_error),
-            *_dead(there, request.max_dead),
-        ]
-    else:
-        every += [*names(planned), *around, *loading(planned, around)]
-    if deepest >= LEVELS.index("layers"):
-        from adapterkit.verbs.verify.layers import compare_layers
-        from adapterkit.verbs.verify.replay import activations
-
-        replayed, why = activations(planned, prompts)
-        layers = compare_layers(planned, inputs=replayed, jobs=jobs)
-        if why:
-            every.append(Finding("random inputs", NOTE, f"layers were fed random numbers: {why}"))
-    if deepest >= LEVELS.index("model"):
-        from adapterkit.verbs.verify.model import compare_models
-
-        model = compare_models(planned, stored, prompts, jobs=jobs)
-        every += _answers(model, request.max_kl, request.min_top1)
-        if beside is not None:
-            every.append(
-                Finding("alone", NOTE, f"the models answered without {beside.ref}: the figures are of MERGED alone")
-            )
-    read = (*loaded, *(() if beside is None else (beside,)))
-    check_unchanged((*found.sources, *stored.sources, *(source for one in read for source in one.sources)))
-    return VerifyReport(
-        ok=not any(finding.severity == ERROR for finding in every),
-        merged=found.ref,
-        base=stored.ref,
-        adapters=tuple(adapter.ref for adapter in loaded),
-        level=LEVELS[deepest],
-        findings=tuple(every),
-        tensors=tensors,
-        layers=layers,
-        model=model,
-        residual="" if beside is None else beside.ref,
-        pair=pair,
-        thresholds=Thresholds(
-            request.max_kl,
-            request.min_top1,
-            request.min_retention,
-            request.min_cosine,
-            request.max_error,
-            request.max_dead,
-        ),
-        options=_shown(planned.options),
-        record=how.record is not None,
-        inputs=inputs(found, stored, loaded, planned.weights, None),
-        notes=tuple(dict.fromkeys(planned.notes)),
-        seconds=time.monotonic() - started,
-        peak_memory=peak_memory(),
-    )
+        return carried_out(request, opened(request), started)
+    made = opened(request)
+    judged = made.compared(request.jobs, request.progress) if made.by_tensors else ()
+    return made.report(judged, started, request.jobs, request.progress)
 
 
-def _not_fed(how: Asked) -> list[Finding]:
-    """What is said where the record speaks of feedback, and of other files or inputs."""
-    if not how.fed:
-        return []
-    text = (
-        "the record says that MERGED was rounded with feedback, and it is not the record of these files and inputs: "
-        "weights are compared as if they were rounded to the nearest values"
-    )
-    hint = "give the files, the base, the adapters and the weights that the record names, or merge again"
-    return [Finding("feedback", WARNING, text, hint)]
+def replan(data: Mapping[str, Any], out: Path | Address | None) -> VerifyJob:
+    """The comparison of a saved plan, planned again."""
+    from adapterkit.verbs.verify.in_parts import VerifyJob
+    from adapterkit.verbs.verify.opened import opened
 
-
-def _fed(there: TensorLevel, judged: Sequence[Judged], wrong: Sequence[Finding]) -> list[Finding]:
-    """What is said of weights that were rounded with feedback. Of a small change the single weight shows little, and all
-    together show whether it is there.
-    """
-    from adapterkit.ops.fidelity import FidelitySums
-    from adapterkit.verbs.verify.tensors import is_there
-
-    found = [one for one in judged if one.item.fed and one.item.touched]
-    sums = sum((one.sums for one in found), FidelitySums())
-    near = sum((one.ours for one in found), FidelitySums())
-    own = all(one.item.own for one in found)
-    if not any(one.severity == ERROR for one in wrong) and not is_there(sums, near, own=own):
-        text = (
-            f"{sums.retention:.0%} of the change is in all weights together that were rounded with feedback, and "
-            f"{near.retention:.0%} in their nearest values"
-        )
-        hint = "merge again: the adapter was not applied, or not as the record says"
-        return [Finding("other change", ERROR, text, hint, tuple(one.item.name for one in found), sums.retention)]
-    ours = [(row.error, row.ours) for row in there.tensors if row.error is not None and row.ours]
-    beside = (
-        f", {sum(a for a, _ in ours) / sum(b for _, b in ours):.2g} times that of the nearest values" if ours else ""
-    )
-    text = (
-        f"rounded with feedback: the error of single weights beside the change is {there.error:.3g}{beside}, for outputs of "
-        "layers that are nearer"
-    )
-    hint = f"see {option('level', 'layers')} or {option('level', 'model')} for what is left of the change"
-    return [Finding("feedback", NOTE, text, hint, figure=there.error)]
-
-
-def _residual(given: Ref | None, how: Asked, found: Checkpoint) -> tuple[Adapter | None, tuple[Finding, ...]]:
-    """The residual beside MERGED: the one that is given, or that the record speaks of."""
-    from adapterkit.bases import open_change
-    from adapterkit.verbs.verify.inputs import place
-    from adapterkit.verbs.verify.pair import stated_residual
-
-    path, missing = (given, ()) if given is not None else stated_residual(how.record, place(found))
-    return None if path is None else open_change(path), missing
-
-
-def _retention(there: float, asked: float | None, wrong: Sequence[Finding]) -> list[Finding]:
-    """What the share of the change that survives means."""
-    least = LEAST_RETENTION if asked is None else asked
-    if any(finding.severity == ERROR for finding in wrong) and asked is None:
-        return []  # the mistake itself is named
-    if there < least:
-        bound = f"{option('min_retention')} asks for {least:.1%}" if asked is not None else "less than half"
-        text = f"{there:.1%} of the change survives ({bound}): the rest was swallowed by the output's dtype or format"
-        hint = f"write {option('dtype', 'f16')} or f32, start from the 16-bit base, or keep the adapter beside the base"
-        return [Finding("swallowed", ERROR, text, hint, figure=there)]
-    if there < ENOUGH:
-        text = f"{there:.1%} of the change survives: the rest is less than the output's dtype or format can hold"
-        return [
-            Finding("swallowed", WARNING, text, f"write {option('dtype', 'f16')} or f32 if that matters", figure=there)
-        ]
-    return []
-
-
-def _cosine(there: float, asked: float | None) -> list[Finding]:
-    """A change that is there, but lies too far from what was trained."""
-    if asked is None or there >= asked:
-        return []
-    text = (
-        f"what is there of the change has cosine {there:.4f} with it ({option('min_cosine')} asks for {asked:g}): the rest is "
-        "what the output's dtype or format added"
-    )
-    return [Finding("swallowed", ERROR, text, f"write {option('dtype', 'f16')} or f32, or more bits", figure=there)]
-
-
-def _error(there: float, asked: float | None) -> list[Finding]:
-    """What is written lies too far from what was trained, beside the size of the change."""
-    if asked is None or there <= asked:
-        return []
-    text = f"the error beside the change is {there:.3g} ({option('max_error')} allows {asked:g})"
-    return [Finding("swallowed", ERROR, text, f"write {option('dtype', 'f16')} or f32, or more bits", figure=there)]
-
-
-def _dead(found: TensorLevel, asked: int | None) -> list[Finding]:
-    """Tensors that lose their change, which figures over all tensors hide."""
-    dead = found.dead
-    if asked is not None and len(dead) > asked:
-        severity, allowed = ERROR, f" ({option('max_dead')} allows {asked})"
-    elif dead and len(dead) < found.touched:
-        severity, allowed = NOTE, ""
-    else:
-        return []
-    names = ", ".join(one.name for one in dead)
-    text = f"{len(dead)} of {found.touched} changed tensors have a cosine or a retention below 0.5{allowed}: {names}"
-    hint = "write these tensors wider, or keep the adapter beside the base"
-    return [Finding("dead tensors", severity, text, hint, figure=float(len(dead)))]
-
-
-def _answers(found: ModelLevel, max_kl: float | None, min_top1: float | None) -> list[Finding]:
-    """Thresholds that do not hold."""
-    wrong = []
-    if max_kl is not None and not found.merged.mean_kl <= max_kl:
-        kl = found.merged.mean_kl
-        text = f"the mean KL divergence from base + adapters is {kl:.3g}, and {option('max_kl')} allows {max_kl:g}"
-        wrong.append(Finding("max-kl", ERROR, text, "write more bits, or allow more", figure=found.merged.mean_kl))
-    if min_top1 is not None and not found.merged.top1 >= min_top1:
-        text = (
-            f"{found.merged.top1:.2%} of the likeliest tokens agree, and {option('min_top1')} asks for {min_top1:.2%}"
-        )
-        wrong.append(Finding("min-top1", ERROR, text, "write more bits, or ask for less", figure=found.merged.top1))
-    return wrong
-
-
-def _shown(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that differ from what a merge does by itself."""
-    from adapterkit.requests.merge import MergeRequest
-
-    plain = MergeRequest("", ("",)).stated() | {"to": options.get("to")}
-    return {name: value for name, value in options.items() if value != plain.get(name)}
+    given = {name: value for name, value in data.items() if name in VerifyRequest.options()}
+    request = VerifyRequest.bound({**given, "out": out})
+    return VerifyJob(opened(request), request.target)
 
 
 def html(report: VerifyReport, *, command: str = "", when: str = "") -> str:

@@ -38,6 +38,14 @@ class Realigned(Tensor):
     def block(self) -> int:
         return max(1, BLOCK // self._columns) * self._columns
 
+    @property
+    def how(self) -> str:
+        return self._tensors[self._pieces[0][1].tensors[0]].how
+
+    @property
+    def reads(self) -> int:
+        return sum(self._tensors[name].reads for name in {n for _, target in self._pieces for n in target.tensors})
+
     def read(self, start: int, stop: int) -> torch.Tensor:
         import torch
 

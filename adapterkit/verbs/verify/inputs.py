@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.pipeline import folder_of
-from adapterkit.errors import RegistryError, UsageError, option
-from adapterkit.registry.beside import beside_path, read_beside
+from adapterkit.errors import NotFound, RegistryError, UsageError, option
+from adapterkit.registry.beside import beside_path, parse_beside, read_beside
+from adapterkit.registry.canonical import MAX_BYTES
+from adapterkit.registry.record import BESIDE
 from adapterkit.requests.merge import FEEDBACK, MergeRequest
 from adapterkit.requests.option import VALUES
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, VerifiedInput
@@ -69,11 +71,8 @@ def asked(merged: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str,
         UsageError: an option that a merge does not have, or a base of 16 bits that only its record knows.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    where = place(merged)
-    if where is None:
-        return Asked(given, None, ())
     try:
-        record = read_beside(where)
+        record = record_of(merged)
     except RegistryError as error:
         text = f"the record beside MERGED cannot be used: {error.message}"
         return Asked(given, None, (Finding("damaged record", ERROR, text, "restore it, or remove it"),))
@@ -92,6 +91,31 @@ def asked(merged: Checkpoint, adapters: Sequence[Adapter], options: Mapping[str,
     if not findings and "weights" not in given:
         stated["weights"] = _weights(record)
     return Asked({**stated, **given}, record, findings)
+
+
+def record_of(merged: Checkpoint) -> Record | None:
+    """The record beside a model, on this disk or in a store; None where there is none.
+
+    Raises:
+        RegistryError: it is damaged, or written by a newer adapterkit.
+        AuthError, StoreError
+    """
+    where = place(merged)
+    if where is not None:
+        return read_beside(where)
+    from adapterkit.checkpoint.objects import ObjectFile, object_file
+
+    source = merged.sources[0] if merged.sources else None
+    if not isinstance(source, ObjectFile):
+        return None
+    address = source.address
+    alone = source.loose or address.suffix == ".gguf"
+    beside = address.with_name(f"{address.name}.{BESIDE}") if alone else address.parent / BESIDE
+    try:
+        found = object_file(beside)
+    except NotFound:
+        return None
+    return None if found is None else parse_beside(found.read(0, min(found.size, MAX_BYTES + 1)), str(beside))
 
 
 def _stated(record: Record) -> dict[str, Any]:

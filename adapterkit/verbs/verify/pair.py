@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.merged import Merged
 from adapterkit.errors import UsageError, option
 from adapterkit.verbs.ordered import in_order
-from adapterkit.verbs.residual import residual_path
+from adapterkit.verbs.residual_of import residual_path
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, TensorCheck
 
 if TYPE_CHECKING:
@@ -34,8 +34,11 @@ FLOOR = 1e-3  # of the change
 def stated_residual(record: Record | None, where: Path | None) -> tuple[Path | None, tuple[Finding, ...]]:
     """The residual that the record beside MERGED speaks of, and a finding where it is not there."""
     rank = None if record is None or record.operation is None else record.operation.parameters.get("residual")
-    if rank is None or where is None:
+    if rank is None:
         return None, ()
+    if where is None:  # in a store, or on the Hub
+        text = f"MERGED was written with a residual of rank {rank} beside it: the figures are of MERGED alone"
+        return None, (Finding("no residual", WARNING, text, f"name it with {option('residual')}"),)
     path = residual_path(where.with_name(_PART.sub(".gguf", where.name)))
     assert isinstance(path, Path)
     if path.exists():

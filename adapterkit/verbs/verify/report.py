@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adapterkit.verbs.report import Forecast
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 
@@ -271,6 +274,8 @@ class VerifyReport:
         inputs: everything that was read, by digest.
         tensors, layers, model: the figures of each level that was run, of MERGED alone.
         residual: what stands beside MERGED, where that is measured too; ``pair``: the figures of the two together.
+        dry_run: nothing was compared, so nothing is ``ok``; ``forecast`` is what workers would take.
+        nbytes: of the report as a file, where one was written.
     """
 
     ok: bool
@@ -291,6 +296,9 @@ class VerifyReport:
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     peak_memory: int = 0
+    dry_run: bool = False
+    forecast: tuple[Forecast, ...] = ()
+    nbytes: int = 0
 
     @property
     def errors(self) -> tuple[Finding, ...]:
@@ -299,6 +307,8 @@ class VerifyReport:
     @property
     def summary(self) -> str:
         """One line."""
+        if self.dry_run:
+            return "nothing was compared, it was only planned"
         if not self.ok:
             first = self.errors[0]
             more = f", and {len(self.errors) - 1} more" if len(self.errors) > 1 else ""

@@ -10,11 +10,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from adapterkit.checkpoint import odd
+from adapterkit.checkpoint import odd as not_finite
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.ops.threads import settle, start_all
 from adapterkit.verbs.verify.report import (
@@ -31,7 +31,7 @@ from adapterkit.verbs.verify.report import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     import torch
 
@@ -68,7 +68,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Judged:
-    """A weight and what became of it."""
+    """A weight and what became of it; ``odd`` counts the values of what should be there that are NaN or infinite."""
 
     item: Item
     status: str
@@ -77,12 +77,29 @@ class Judged:
     differing: int
     steps: float | None
     parts: frozenset[str] = frozenset()
-    copied: int = 0
+    odd: int = 0
 
-    @property
-    def odd(self) -> int:
-        """How many values of what should be there are NaN or infinite."""
-        return sum(self.item.merged.odd.values()) if self.item.merged is not None else self.copied
+    def said(self) -> dict[str, Any]:
+        """As JSON, without the item."""
+        return {
+            "status": self.status,
+            "sums": list(astuple(self.sums)),
+            "ours": list(astuple(self.ours)),
+            "differing": self.differing,
+            "steps": self.steps,
+            "parts": sorted(self.parts),
+            "odd": self.odd,
+        }
+
+    @classmethod
+    def of(cls, item: Item, said: Mapping[str, Any]) -> Judged:
+        """Out of `said`."""
+        from adapterkit.ops.fidelity import FidelitySums
+
+        sums, ours = FidelitySums(*said["sums"]), FidelitySums(*said["ours"])
+        steps = None if said["steps"] is None else float(said["steps"])
+        parts = frozenset(map(str, said["parts"]))
+        return cls(item, str(said["status"]), sums, ours, int(said["differing"]), steps, parts, int(said["odd"]))
 
 
 def compare(
@@ -93,11 +110,13 @@ def compare(
     Raises:
         CheckpointError, AdapterError: something cannot be read or computed.
     """
-    return _Comparison(subject, progress).run(jobs or default_jobs())
+    return TensorComparison(subject, progress).run(jobs or default_jobs())
 
 
-class _Comparison:
-    def __init__(self, subject: Subject, progress: Callable[[int, int], None] | None) -> None:
+class TensorComparison:
+    """See `compare`; a weight may be compared alone too."""
+
+    def __init__(self, subject: Subject, progress: Callable[[int, int], None] | None = None) -> None:
         self._subject, self._progress = subject, progress
         self._total = sum(item.nbytes for item in subject.items)
         self._done = 0
@@ -126,6 +145,13 @@ class _Comparison:
         if self._failure is not None:
             raise self._failure
         return tuple(self._judged[item.name] for item in self._subject.items)
+
+    def alone(self, item: Item) -> Judged:
+        """Compare one weight, in this thread; several threads may do so at a time."""
+        for task in self._tasks(item):
+            task()
+        with self._lock:
+            return self._judged.pop(item.name)
 
     def _worker(self, tasks: deque[Callable[[], int]]) -> None:
         try:
@@ -204,7 +230,7 @@ class _Comparison:
         count = min(CHUNK, mine.nbytes - at)
         one = mine.source.read(mine.offset + at, count)
         other = theirs.source.read(theirs.offset + at, count)
-        if bad := odd.count(one, expected.dtype):
+        if bad := not_finite.count(one, expected.dtype):
             with tally.lock:
                 tally.odd += bad
         if one != other:
@@ -228,7 +254,7 @@ class _Comparison:
             with tally.lock:
                 tally.differing += unequal
         item = tally.item
-        if item.merged is None and (bad := odd.count_in(wanted, expected.dtype)):
+        if item.merged is None and (bad := not_finite.count_in(wanted, expected.dtype)):
             with tally.lock:
                 tally.odd += bad
         if item.encoding is not None:
@@ -446,7 +472,8 @@ def judge(tally: Tally) -> Judged:
         status = FORMAT if sums.off <= limit and near <= NEAR_FORMAT else OFF
     if sums.lost and status != EQUAL:
         status = OFF
-    return Judged(item, status, sums, ours, tally.differing, steps, frozenset(tally.parts), tally.odd)
+    odd = sum(item.merged.odd.values()) if item.merged is not None else tally.odd
+    return Judged(item, status, sums, ours, tally.differing, steps, frozenset(tally.parts), odd)
 
 
 def is_there(sums: FidelitySums, ours: FidelitySums, *, own: bool) -> bool:

@@ -4,6 +4,7 @@
 #SBATCH --cpus-per-task={{jobs}}
 #SBATCH --mem={{memory}}M
 #SBATCH --time={{time=24:00:00}}
+#SBATCH --chdir={{folder}}
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output={{log}}

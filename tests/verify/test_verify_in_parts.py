@@ -1,0 +1,130 @@
+"""A verification by parts says what one process says, of outputs that are right and of outputs that are not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import plain_adapter, plain_base, read_tensors, write_checkpoint
+
+import adapterkit
+from adapterkit.checkpoint.plan import Plan
+from adapterkit.cli import main
+from adapterkit.errors import OutputError, UsageError
+from adapterkit.verbs.execute import OpenPlan
+from adapterkit.verbs.verify.report import VerifyReport
+
+SIZE = 2_000  # of a part: a few tensors
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("verified")
+    base = plain_base(place / "base", layers=4)
+    adapter = plain_adapter(place / "adapter", base)
+    adapterkit.merge(base, adapter, place / "merged", weights=0.5)
+    adapterkit.merge(base, adapter, place / "nf4", quant="nf4")
+    before, after = read_tensors(base), read_tensors(place / "merged")
+    after = {name: before[name] if ".layers.2." in name else value for name, value in after.items()}
+    after["model.layers.1.mlp.up_proj.weight"][3, 4] += 1
+    after["lm_head.weight"][0, 0] = float("nan")
+    del after["model.layers.3.input_layernorm.weight"]
+    write_checkpoint(place / "tampered", after, json.loads((base / "config.json").read_text()))
+    return place
+
+
+def without_time(report: VerifyReport) -> dict[str, Any]:
+    assert report.tensors is not None
+    plain = replace(report, seconds=0, peak_memory=0, nbytes=0, tensors=replace(report.tensors, seconds=0))
+    return asdict(plain)
+
+
+@pytest.mark.parametrize(
+    ("merged", "given"),
+    [
+        ("merged", {}),
+        ("tampered", {"weights": 0.5}),
+        ("tampered", {"weights": 0.5, "min_cosine": 0.999, "max_dead": 0}),
+        ("nf4", {"scale": 2.0}),
+        ("merged", {"weights": 1.0}),
+        ("merged", {"only": ("layers.1",)}),
+    ],
+)
+def test_the_findings_of_parts_are_those_of_one_process(
+    merged: str, given: dict[str, Any], place: Path, tmp_path: Path
+) -> None:
+    same_by_parts(place / merged, {"base": place / "base", "adapters": place / "adapter", **given}, tmp_path)
+
+
+def test_a_gguf_file_that_is_wrong(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("gguf")
+    from bench.proofs import gallery
+
+    (tmp_path / "made").mkdir()
+    (tmp_path / "here").mkdir()
+    broken = gallery.CASES["GGUF: change of q/k not interleaved"](tmp_path / "made")
+    same_by_parts(broken.merged, {"base": broken.base, "adapters": broken.adapters}, tmp_path / "here")
+
+
+def same_by_parts(merged: Path, asked: dict[str, Any], tmp_path: Path) -> None:
+    whole = adapterkit.verify(merged, **asked)
+    shown = adapterkit.verify(merged, **asked, save_plan=tmp_path / "plan.json")
+    assert (shown.ok, shown.dry_run) == (False, True)
+    plan, out = Plan.from_json((tmp_path / "plan.json").read_bytes()), tmp_path / "report.json"
+    workers = [OpenPlan(plan, out, SIZE) for _ in range(2)]
+    assert len(workers[0].parts) > 3
+    for part in reversed(workers[0].parts):
+        workers[part.index % 2].execute(part.index)
+    there = merged / "config.json" if merged.is_dir() else merged
+    with pytest.raises((OutputError, UsageError), match=r"exists|lies in or over"):
+        OpenPlan(plan, there, SIZE).check()
+    report = OpenPlan(plan, out, SIZE).finish()
+    assert without_time(report) == without_time(whole)
+    said = json.loads(out.read_text())
+    assert (said["ok"], len(said["findings"])) == (whole.ok, len(whole.findings))
+    assert len(out.read_bytes()) == report.nbytes
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "report.json"]
+
+
+def test_the_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*given: str) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main(list(given))
+        return int(ended.value.code or 0)
+
+    inputs = ("--base", str(place / "base"), "--adapter", str(place / "adapter"))
+    plan, out = str(tmp_path / "plan.json"), str(tmp_path / "report.json")
+    assert run("verify", str(place / "tampered"), *inputs, "--weight", "0.5", "--save-plan", plan) == 0
+    assert "would compare" in capsys.readouterr().out
+    given = (plan, "-o", out, "--part-size", str(SIZE))
+    assert run("run", *given, "--task", "0", "--tasks", "2") == 0
+    assert run("run", *given, "--task", "1", "--tasks", "2") == 3
+    assert "not verified" in capsys.readouterr().out
+    assert run("execute", plan, "-o", str(tmp_path / "other.json")) == 3
+    assert "error: missing" in capsys.readouterr().out
+    assert run("verify", str(place / "merged"), *inputs, "--dry-run", "--workers", "1,8", "--json") == 0
+    assert [row["workers"] for row in json.loads(capsys.readouterr().out)["forecast"]] == [1, 8]
+    assert run("verify", str(place / "merged"), *inputs, "--on", "local", "--workers", "1") == 0
+    assert "verified" in capsys.readouterr().out
+    assert run("verify", str(place / "merged"), *inputs, "-o", out) == 1
+    assert "exists" in capsys.readouterr().err
+    assert run("verify", str(place / "merged"), *inputs, "-o", out, "--force") == 0
+    assert json.loads(Path(out).read_text())["ok"] is True
+
+
+def test_what_means_nothing_is_refused(place: Path) -> None:
+    inputs: dict[str, Any] = {"base": place / "base", "adapters": place / "adapter"}
+    for given, words in (
+        ({"on": "slurm", "workers": 2}, "where the report goes"),
+        ({"on": "ray", "address": "auto"}, "where the report goes"),
+        ({"on": "local", "level": "load"}, "compares no tensor"),
+        ({"resume": True}, "means nothing here"),
+        ({"part_size": "1MB"}, "means nothing here"),
+        ({"force": True}, "means nothing here"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            adapterkit.verify(place / "merged", **inputs, **given)
