@@ -91,6 +91,7 @@ EXTRAS = (
             Package("azure-storage-blob", "azure", "12.20"),
             Package("boto3", "boto3", "1.35"),
             Package("google-auth", "google", "2.30"),
+            Package("hf-xet", "hf_xet", "1.8"),
             Package("obstore", "obstore", "0.8"),
         ),
         "models and outputs in S3 and other object stores",

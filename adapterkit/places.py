@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
@@ -11,12 +12,14 @@ from urllib.parse import unquote
 from adapterkit.errors import UsageError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):/")
-STORES = ("s3", "gs", "az")
-"""Schemes of object stores: Amazon S3 and what speaks like it, Google Cloud Storage, Azure Blob Storage."""
 HUB = "hf"
+_BUCKETS = "buckets"
+STORES = {"s3": "s3://bucket", "gs": "gs://bucket", "az": "az://container", HUB: f"{HUB}://{_BUCKETS}/owner/name"}
+"""Object stores by scheme, and how a bucket of each is written: Amazon S3 and what speaks like it, Google Cloud Storage,
+Azure Blob Storage, and buckets of the Hub."""
 OCI = "oci"
 BUCKET = "bucket"
-_ELSEWHERE_ON_THE_HUB = ("buckets", "datasets", "spaces")
+_ELSEWHERE_ON_THE_HUB = (_BUCKETS, "datasets", "spaces")
 
 
 @dataclass(frozen=True, order=True)
@@ -25,7 +28,7 @@ class Address:
 
     Attributes:
         scheme: one of `STORES`.
-        bucket: of Azure, the container.
+        bucket: of Azure, the container; of the Hub, ``buckets/owner/name``.
         key: of an object, or what the keys of a folder's objects begin with; no slash at either end.
     """
 
@@ -77,12 +80,16 @@ def address_of(place: object) -> Address | None:
     found = _SCHEME.match(text)
     if found is None or found[1].lower() not in STORES or _is_a_folder(text):
         return None
-    bucket, _, key = text[found.end() :].removeprefix("/").partition("/")
-    key = key.strip("/")
-    if not bucket or {"", ".", ".."} & set(key.split("/") if key else ()) or not text.isprintable() or "\\" in text:
+    scheme, rest = found[1].lower(), text[found.end() :].removeprefix("/")
+    if scheme == HUB and rest.partition("/")[0] != _BUCKETS:
+        return None  # a model, perhaps
+    named = STORES[scheme].count("/") - 1  # parts that name the bucket
+    bucket, key = rest.split("/")[:named], "/".join(rest.split("/")[named:]).strip("/")
+    odd = {"", ".", ".."} & {*bucket, *(key.split("/") if key else ())} or not text.isprintable() or "\\" in text
+    if len(bucket) < named or odd:
         shown = text[:80].encode("unicode_escape").decode()
-        raise UsageError(f"{shown} is no address in a store", f"write it like {found[1].lower()}://bucket/folder")
-    return Address(found[1].lower(), bucket, key)
+        raise UsageError(f"{shown} is no address in a store", f"write it like {STORES[scheme]}/folder")
+    return Address(scheme, "/".join(bucket), key)
 
 
 def local(place: str | Path, what: str) -> str | Path:
@@ -160,17 +167,19 @@ def remote_of(text: str) -> tuple[str, str]:
         return HUB, text
     if scheme.lower() == OCI:
         return OCI, f"{OCI}://{rest}"
-    if scheme.lower() in STORES:
-        return BUCKET, f"{scheme.lower()}://{rest}"
     if scheme.lower() == HUB and rest.split("/")[0] not in _ELSEWHERE_ON_THE_HUB:
         return HUB, rest
+    if scheme.lower() in STORES and (scheme.lower() != HUB or rest.split("/")[0] == _BUCKETS):
+        return BUCKET, f"{scheme.lower()}://{rest}"
     shown = text[:80].encode("unicode_escape").decode()
-    what = "a model repository of the Hub" if scheme.lower() == HUB else "a remote"
-    raise UsageError(f"{shown} is not {what}", f"use org/name, oci://host/name:tag, or a folder of {_or(STORES)}")
+    what = "a model repository or a bucket of the Hub" if scheme.lower() == HUB else "a remote"
+    raise UsageError(
+        f"{shown} is not {what}", f"use org/name, oci://host/name:tag, or a folder of {_or(STORES.values())}"
+    )
 
 
-def _or(schemes: tuple[str, ...]) -> str:
-    *most, last = (f"{scheme}://" for scheme in schemes)
+def _or(buckets: Iterable[str]) -> str:
+    *most, last = buckets
     return f"{', '.join(most)} or {last}"
 
 

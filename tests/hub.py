@@ -119,6 +119,7 @@ class _Problem(Exception):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else each answer waits 40 ms between its headers and its body
     hub: Hub
 
     def log_message(self, *_: Any) -> None:

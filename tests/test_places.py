@@ -22,7 +22,7 @@ from adapterkit.registry.bundle import export_bundle
 ADDRESSES = (
     "r2://models/out",
     "gcs:/models/out",
-    "hf://buckets/org/x",
+    "hf://datasets/org/x",
     "oci://localhost:5000/x",
     "https://a.b/c",
     "OCI:/x",
@@ -247,8 +247,8 @@ def test_the_kinds_of_remotes() -> None:
     assert remote_of("org/name@v1") == (HUB, "org/name@v1")
     assert remote_of("hf://org/name@v1") == (HUB, "org/name@v1")
     assert remote_of("OCI://localhost:5000/x:v1") == (OCI, "oci://localhost:5000/x:v1")
-    for scheme in ("s3", "gs", "az"):
-        assert remote_of(f"{scheme}://models/x@v1") == (BUCKET, f"{scheme}://models/x@v1")
+    for bucket in ("s3://models", "gs://models", "az://models", "hf://buckets/org/models"):
+        assert remote_of(f"{bucket}/x@v1") == (BUCKET, f"{bucket}/x@v1")
 
 
 @pytest.mark.parametrize("verb", ["push", "pull"])
@@ -257,8 +257,7 @@ def test_the_kinds_of_remotes() -> None:
     [
         ("ftp://host/x", "is not a remote"),
         ("https://huggingface.co/org/name", "is not a remote"),
-        ("hf://buckets/org/x", "is not a model repository of the Hub"),
-        ("hf://datasets/org/x", "is not a model repository of the Hub"),
+        ("hf://datasets/org/x", "is not a model repository or a bucket of the Hub"),
     ],
 )
 def test_what_is_no_remote_is_refused(address: str, said: str, verb: str, home: Path) -> None:

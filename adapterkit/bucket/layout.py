@@ -78,7 +78,8 @@ def parse_bucket(text: str) -> BucketReference:
     folder = writable(place, "the remote")
     if not isinstance(folder, Address):
         raise UsageError(
-            f"{text} is no folder in a store", "give it like s3://bucket/adapters/tickets@v1 (or gs://, az://)"
+            f"{text} is no folder in a store",
+            "give it like s3://bucket/adapters/tickets@v1 (or gs://, az://, hf://buckets/)",
         )
     digest = which.removeprefix("sha256:") if which.startswith("sha256:") else ""
     tag = "" if digest else (which or LATEST)

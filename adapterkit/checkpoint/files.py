@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from adapterkit.places import Address
+
 
 GGUF_MAGIC = b"GGUF"
 
@@ -37,10 +39,15 @@ class Source(ABC):
     loose: bool = False  # the user named the file itself, so its folder is nobody's
     version: str = ""  # of an object in a store: the ETag that every request asks for
     beside: Sequence[FirstSeen] = ()  # of a weight file: the small files that were read with it
+    stored_at: Address | None = None  # where a store has the same bytes, which it may copy by itself
 
     @abstractmethod
     def read(self, offset: int, length: int) -> bytes:
         """Up to ``length`` bytes at ``offset``; fewer only at the end of the file."""
+
+    def stored_as(self) -> str:
+        """By what the bytes at `stored_at` are known; empty where they cannot be copied."""
+        return self.version
 
     def check_unchanged(self) -> None:
         """See that the file is still the one that was opened.

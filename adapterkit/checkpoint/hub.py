@@ -27,6 +27,7 @@ from adapterkit.checkpoint.hub_bytes import Stated, cached_digest, check_bytes, 
 from adapterkit.checkpoint.listing import Listing, LocalFolder
 from adapterkit.errors import AdapterkitError, AuthError, CheckpointError, HubError, NotFound
 from adapterkit.foreign import is_whole
+from adapterkit.places import HUB, Address
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -239,7 +240,47 @@ def _wanted(listing: Listing) -> list[str]:
 
 def _snapshot(folder: str, ref: HubRef, shown: str) -> LocalFolder:
     path = Path(folder)
-    return LocalFolder(path / ref.subfolder if ref.subfolder else path, shown, path.name)
+    return HubSnapshot(path / ref.subfolder if ref.subfolder else path, ref, shown, path.name)
+
+
+class HubSnapshot(LocalFolder):
+    """A repository at one commit, in the cache. The Hub may copy its files into a bucket by itself."""
+
+    def __init__(self, path: Path, ref: HubRef, shown: str, commit: str) -> None:
+        super().__init__(path, shown, commit)
+        self._hub, self._hashes = ref, dict[str, str]()
+
+    def _file(self, path: Path, shown: str, name: str) -> LocalFile:
+        return _HubCopy(self, path, shown, f"{self._hub.subfolder}/{name}" if self._hub.subfolder else name)
+
+    def address(self, path: str) -> Address:
+        """Where the Hub has a file."""
+        return Address(HUB, f"models/{self._hub.repo}", path)
+
+    def xet_hash(self, path: str) -> str:
+        """By what the Hub's store of bytes knows a file, asked for once for all weights; empty where it has it not."""
+        import huggingface_hub as hf
+
+        if path not in self._hashes:
+            prefix = f"{self._hub.subfolder}/" if self._hub.subfolder else ""
+            wanted = sorted({path, *(f"{prefix}{name}" for name in self.names if name.endswith(_WEIGHTS))})
+            with hub_errors(self.ref):
+                found = hf.HfApi().get_paths_info(self._hub.repo, wanted, revision=self.commit)
+            self._hashes = dict.fromkeys(wanted, "")
+            self._hashes |= {one.path: str(getattr(one, "xet_hash", None) or "") for one in found}
+        return self._hashes[path]
+
+
+class _HubCopy(LocalFile):
+    """A file of a repository in the cache."""
+
+    def __init__(self, folder: HubSnapshot, path: Path, shown: str, there: str) -> None:
+        super().__init__(path, shown)
+        self.stored_at, self._folder = folder.address(there), folder
+
+    def stored_as(self) -> str:
+        assert self.stored_at is not None
+        return self._folder.xet_hash(self.stored_at.key)
 
 
 class HubFolder(Listing):

@@ -138,9 +138,12 @@ class LocalFolder(Listing):
         if not inside and not _follows and not name.endswith(".safetensors"):
             hint = f"replace the link by the file itself, or add {option('follow_links')} if it is meant"
             raise UnsafeError(f"{shown} is a link out of its folder", hint)
-        found = LocalFile(path, shown)
+        found = self._file(path, shown, name)
         if name.endswith(WEIGHTS):
             found.beside = self._read
         else:
             self._read.append(found.seen)
         return found
+
+    def _file(self, path: Path, shown: str, name: str) -> LocalFile:
+        return LocalFile(path, shown)

@@ -116,7 +116,7 @@ class ObjectFile(Source):
 
     def __init__(self, store: Store, entry: StoredObject, name: str, *, loose: bool = False) -> None:
         self.store, self.key, self.name, self.path, self.loose = store, entry.key, name, None, loose
-        self.size, self.version = entry.size, entry.etag
+        self.size, self.version, self.stored_at = entry.size, entry.etag, store.place(entry.key)
         self._number = next(_numbers)
         self._object: _Object = (str(self.address), self.version, 0) if self.version else ("", "", self._number)
         self._head = b""
@@ -134,6 +134,9 @@ class ObjectFile(Source):
     @property
     def address(self) -> Address:
         return self.store.place(self.key)
+
+    def check_unchanged(self) -> None:
+        self.store.check_unchanged(self.key, self.version)
 
     def expect(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Say which bytes will be wanted, as (start, stop): each is fetched once if they are read about in order."""

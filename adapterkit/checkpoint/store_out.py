@@ -90,6 +90,7 @@ class StoreOut:
         self._schedules: dict[str, Schedule] = {}
         self._uploads: dict[str, FileUpload] = {}
         self._locks = {file.name: threading.Lock() for file in plan.files}
+        self._failed: set[str] = set()
         self._noted: dict[str, StoredObject] = {}
         self._run = os.urandom(16).hex()
         self._own = self._shared = False
@@ -114,11 +115,12 @@ class StoreOut:
     def inside(self, segment: Segment) -> bool:
         """Whether the store can copy bytes of an input by itself."""
         source = self.sources.get(segment.source or "")
-        if not isinstance(source, ObjectFile):
+        at = source.stored_at if source is not None else None
+        if source is None or at is None or not self.store.holds(at) or not open_store(at).copies_to(self.store):
             return False
         if not self.store.copies_ranges and (segment.source_offset, segment.nbytes) != (0, source.size):
             return False
-        return self.store.holds(source.address) and open_store(source.address).copies_to(self.store)
+        return bool(source.stored_as())
 
     def copied(self, files: Iterable[PlannedFile]) -> dict[str, list[tuple[int, int]]]:
         """By input, the ranges that the store copies."""
@@ -243,8 +245,18 @@ class StoreOut:
             self._end_strays()
 
     def is_there(self) -> bool:
-        """Whether the output is in its place, and nobody makes it anew."""
-        return all(self._made(file) is not None for file in self.plan.files) and self._claim() is None
+        """Whether the output is in its place, and nobody makes it anew; in a store without marks, as far as names and sizes
+        tell."""
+        found = self._made if self.store.marked else self._alike
+        return all(found(file) is not None for file in self.plan.files) and self._claim() is None
+
+    def is_newer_than(self, moment: float) -> bool:
+        """Whether the weights were written after a moment, in seconds since 1970; in a store with marks, which name their
+        plan, that is not asked."""
+        if self.store.marked:
+            return True
+        found = [self._alike(file) for file in self.plan.files]
+        return all(one is not None and one.written is not None and one.written.timestamp() >= moment for one in found)
 
     def is_made(self) -> bool:
         """Whether some object of the output is of this digest, and nobody makes it anew; its files need not be known."""
@@ -329,7 +341,16 @@ class StoreOut:
         with self._locks[file.name]:
             if file.name not in self._uploads:
                 self._uploads[file.name] = self._found(file) or self._new(file)
+                if file.name in self._failed:
+                    self.give_up(file)
             return self._uploads[file.name]
+
+    def give_up(self, file: PlannedFile) -> None:
+        """A part of a file was not sent, so those who wait for it need not."""
+        self._failed.add(file.name)
+        found = self._uploads.get(file.name)
+        if found is not None and found.assembly is not None:
+            found.assembly.give_up()
 
     def begun(self, file: PlannedFile) -> FileUpload | None:
         """The upload of a file that an earlier run or another worker began."""
@@ -364,6 +385,11 @@ class StoreOut:
         found = self.store.head(self.targets[file.name])
         ours = found is not None and found.marks.get(MARK) == self.digest and found.size == file.nbytes
         return found if ours else None
+
+    def _alike(self, file: PlannedFile) -> StoredObject | None:
+        """The object in the place of a file, if it has its size."""
+        found = self.store.head(self.targets[file.name])
+        return found if found is not None and found.size == file.nbytes else None
 
     def _new(self, file: PlannedFile) -> FileUpload:
         key, note = self.targets[file.name], self._note_of(file)

@@ -13,7 +13,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.files import check_unchanged
-from adapterkit.checkpoint.objects import ObjectFile, hold
+from adapterkit.checkpoint.objects import hold
 from adapterkit.checkpoint.schedule import ObjectPart, Schedule, Segment
 from adapterkit.checkpoint.sink import Sink, _bytes, _Queue, _Task, expect
 from adapterkit.errors import CheckpointError
@@ -81,23 +81,37 @@ class StoreSink(Sink):
 
     def _part_tasks(self, file: PlannedFile, parts: Sequence[ObjectPart], found: FileUpload | None) -> Iterator[_Task]:
         kept = _kept(found)
+        sent = [part.number for part in parts if part.number not in kept and part.source is None]
         for part in parts:
             if part.number in kept:
                 yield _Task(partial(int, part.nbytes), elements=_elements(self._made.schedule(file), part))
             else:
                 elements = _elements(self._made.schedule(file), part)
-                yield _Task(partial(self._do, file, part), plain=part.source is not None, elements=elements)
+                yield _Task(partial(self._try, file, part, sent), plain=part.source is not None, elements=elements)
 
-    def _do(self, file: PlannedFile, part: ObjectPart) -> int:
-        """Have one part in the store."""
+    def _try(self, file: PlannedFile, part: ObjectPart, sent: Sequence[int]) -> int:
+        """Have one part in the store, or tell the others that it does not come.
+
+        Args:
+            sent: the parts of the file that are sent from here.
+        """
+        try:
+            return self._do(file, part, sent)
+        except BaseException:
+            self._made.give_up(file)
+            raise
+
+    def _do(self, file: PlannedFile, part: ObjectPart, sent: Sequence[int]) -> int:
         upload = self._made.upload(file)
-        assert upload.assembly is not None
+        if upload.assembly is None:
+            return part.nbytes  # another worker made the file meanwhile
+        upload.assembly.expect([number for number in sent if number not in upload.held])
         if part.number in upload.held:  # another worker's, since the parts were counted
             return part.nbytes
         if part.source is not None:
             source = self._sources[part.source]
-            assert isinstance(source, ObjectFile)
-            at = (source.address, source.version, part.source_offset, part.nbytes)
+            assert source.stored_at is not None
+            at = (source.stored_at, source.stored_as(), part.source_offset, part.nbytes)
             etag = upload.assembly.copy(part.number, *at)
         else:
             data = bytearray(part.nbytes)

@@ -48,7 +48,9 @@ def sweep_uploads(address: str, *, keep_days: float = 1.0, apply: bool = False) 
     """
     place = address_of(address)
     if place is None:
-        raise UsageError(f"{address} has no uploads", "give an address like s3://bucket/folder (or gs://)")
+        raise UsageError(
+            f"{address} has no uploads", "give an address like s3://bucket/folder (or gs://, hf://buckets/)"
+        )
     store = open_store(place)
     if not store.keeps_uploads:
         raise UsageError(f"{place.scheme}:// drops uploads that nobody ends by itself, after a week", "leave them")

@@ -22,8 +22,8 @@ def push(request: PushRequest, as_json: bool) -> None:
     With oci://HOST/NAME:TAG it becomes an artifact of the CNCF ModelPack specification, one layer for each file; the tag is set
     last. The login is that of `docker login`.
 
-    With s3://BUCKET/FOLDER (or gs://, az://) it becomes a folder of its own in FOLDER, which every verb reads as an adapter or
-    a model; the tag (--tag, or latest) is set last.
+    With s3://BUCKET/FOLDER (or gs://, az://, hf://buckets/) it becomes a folder of its own in FOLDER, which every verb
+    reads as an adapter or a model; the tag (--tag, or latest) is set last.
 
     Exits with 1 when a tag would have to move, 4 without the right token, 5 when the remote fails or somebody else was faster,
     6 when something may not be published.
@@ -75,7 +75,7 @@ def pull(request: PullRequest, as_json: bool) -> None:
     """Register what ORG/NAME holds at a revision, which is resolved to a commit first; every byte is checked.
 
     With oci://HOST/NAME:TAG (or @sha256:...) it takes an artifact of an OCI registry; with s3://BUCKET/FOLDER@TAG (or
-    @sha256:...; gs:// and az:// too) what push wrote there.
+    @sha256:...; gs://, az:// and hf://buckets/ too) what push wrote there.
 
     Exits with 3 when bytes are not those of the commit or digest, or a signature does not hold; 4 without the right token,
     5 when the remote fails, 6 when a path would leave its folder, 7 when there is nothing.

@@ -65,7 +65,7 @@ def fsck(repair: bool, reindex: bool, part: tuple[int, int], as_json: bool) -> i
 @click.option(
     "--uploads",
     metavar="ADDRESS",
-    help="Look at what runs to s3://bucket/folder (or gs://) left there, and not at the registry.",
+    help="Look at what runs to s3://bucket/folder (or gs://, hf://buckets/) left there, and not at the registry.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def gc(apply: bool, recipes: bool, keep_days: float | None, uploads: str | None, as_json: bool) -> None:

@@ -40,7 +40,7 @@ class ResolvedAdapter:
 
 def sources_of(text: str) -> tuple[str, ...]:
     """Where adapters may come from, with commas between: ``registry``, ``oci://host/prefix``, ``s3://bucket/prefix`` (or
-    ``gs://``, ``az://``), ``hub:org``.
+    ``gs://``, ``az://``, ``hf://buckets/``), ``hub:org``.
 
     Raises:
         UsageError: something else.
@@ -49,7 +49,7 @@ def sources_of(text: str) -> tuple[str, ...]:
     for part in found:
         hub = part.startswith("hub:") and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", part[4:])
         if part != REGISTRY and not part.startswith("oci://") and not is_bucket(part) and not hub:
-            hint = "use registry, oci://host/prefix, s3://bucket/prefix (gs://, az://) or hub:org"
+            hint = "use registry, oci://host/prefix, s3://bucket/prefix (gs://, az://, hf://buckets/) or hub:org"
             raise UsageError(f"'{part}' is no place for adapters", hint)
     return found
 

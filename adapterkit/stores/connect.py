@@ -4,7 +4,8 @@ S3: boto3's chain (``AWS_ACCESS_KEY_ID`` and so on, ``AWS_PROFILE``, ``~/.aws``,
 (``AWS_ENDPOINT_URL``, ``AWS_ENDPOINT_URL_S3``, ``endpoint_url`` of a profile); without any credentials, as anybody.
 Google: its default credentials (``GOOGLE_APPLICATION_CREDENTIALS``, gcloud's own, the machine's), else as anybody. Azure:
 ``AZURE_STORAGE_CONNECTION_STRING``, or ``AZURE_STORAGE_ACCOUNT_NAME`` with a key, a signature or an identity, else as anybody.
-None of them is stored, printed, or part of a plan or a record.
+The Hub: ``HF_TOKEN``, or what ``hf auth login`` left, else as anybody; ``HF_ENDPOINT``. None of them is stored, printed, or
+part of a plan or a record.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from adapterkit.stores.store import Store
 # No attempts of the client's own: ours are counted.
 _ONCE = {"max_retries": 0}
 _WAIT = {"connect_timeout": "10s", "read_timeout": "30s", "timeout": "600s"}
-_DECIDE = ("AWS_", "GOOGLE_", "AZURE_", "STORAGE_", "CLOUDSDK_")  # of names in the environment
+_DECIDE = ("AWS_", "GOOGLE_", "AZURE_", "STORAGE_", "CLOUDSDK_", "HF_")  # of names in the environment
 
 _lock = threading.Lock()
 _open: dict[Any, Store] = {}
@@ -135,4 +136,15 @@ def _az(root: Address) -> Store:
         ) from None
 
 
-_OPENERS: dict[str, Callable[[Address], Store]] = {"s3": _s3, "gs": _gs, "az": _az}
+def _hf(root: Address) -> Store:
+    try:
+        from huggingface_hub import constants
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        from adapterkit.stores.hub import HubBucket
+    except ImportError as error:
+        raise _needed(f"{root.scheme}://buckets/", error) from None
+    return HubBucket(root, lambda: build_hf_headers(library_name="adapterkit"), lambda: constants.ENDPOINT, open_store)
+
+
+_OPENERS: dict[str, Callable[[Address], Store]] = {"s3": _s3, "gs": _gs, "az": _az, "hf": _hf}

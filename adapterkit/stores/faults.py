@@ -13,6 +13,7 @@ from adapterkit.errors import AdapterkitError, AuthError, CheckpointError, NotFo
 ATTEMPTS = 7
 UNREACHED = 3  # attempts where there is no connection at all
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds; doubled each time, and a part of it left to chance
+LONGEST_WAIT = 300.0  # seconds, where a store says how long
 NO_CONNECTION = "no connection"
 T = TypeVar("T")
 
@@ -32,6 +33,10 @@ _WHO = frozenset(
         *("AuthenticationFailed", "InvalidAuthenticationInfo", "NoAuthenticationInformation"),
     }
 )
+_CHECK = {
+    "s3": "check them (those of S3 with their region too)",
+    "hf": "set HF_TOKEN to a token that may use the bucket, or log in (hf auth login)",
+}
 _NO_ROOM = ("Quota", "StorageFull", "InsufficientStorage", "NoSpace", "ServiceQuotaExceeded")
 
 
@@ -44,12 +49,16 @@ class Fault(Exception):
         code: the store's word for it, such as ``NoSuchKey``.
         words: for readers, where there is no status: what the connection did.
         attempts: how often it was asked for.
+        most: attempts that it is worth, where that is fewer than usual.
+        wait: seconds that the store asks to wait before the next one.
     """
 
     status: int = 0
     code: str = ""
     words: str = ""
     attempts: int = 1
+    most: int = ATTEMPTS
+    wait: float = 0.0
 
     @property
     def passing(self) -> bool:
@@ -103,9 +112,10 @@ def trying(request: Callable[[], T], renew: Callable[[], bool]) -> T:
                 renewed = True
                 continue
             fault.attempts = made
-            if not fault.passing or made == (UNREACHED if fault.words == NO_CONNECTION else ATTEMPTS):
+            if not fault.passing or made >= min(UNREACHED if fault.words == NO_CONNECTION else ATTEMPTS, fault.most):
                 raise
-        time.sleep(pause * (0.5 + random.random() / 2))
+            asked = min(fault.wait, LONGEST_WAIT)
+        time.sleep(max(pause * (0.5 + random.random() / 2), asked))
         pause = min(pause * 2, LONGEST_PAUSE)
     raise AssertionError("unreachable")
 
@@ -121,7 +131,7 @@ def told(fault: Fault, what: str, *, writing: bool = False) -> AdapterkitError:
     if fault.code in _WHO or fault.status == 401:
         return AuthError(
             f"the store does not accept the credentials for {what} ({fault.said})",
-            "check them (those of S3 with their region too)",
+            _CHECK.get(what.partition("://")[0], "check them"),
         )
     if _no_room(fault.code) or fault.status == 507:
         return OutputError(f"the store has no room for {what} ({fault.said})", "raise the quota or remove something")
@@ -135,4 +145,5 @@ def told(fault: Fault, what: str, *, writing: bool = False) -> AdapterkitError:
         return CheckpointError(f"{what} changed while it was read", "run it again when nothing writes to it")
     if fault.status and not fault.passing:
         return StoreError(f"the store refused {what} ({fault.said})", "check the address and the endpoint")
-    return StoreError(f"{what} could not be {does} in {fault.attempts} attempts ({fault.said})", "try again later")
+    often = f" in {fault.attempts} attempts" if fault.attempts > 1 else ""
+    return StoreError(f"{what} could not be {does}{often} ({fault.said})", "try again later")

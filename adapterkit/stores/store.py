@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -27,12 +27,14 @@ class StoredObject:
 
     Attributes:
         marks: what its writer said of it, where that was asked for.
+        written: when, by the store's clock; of a store that keeps no marks.
     """
 
     key: str
     size: int
     etag: str
     marks: Mapping[str, str] = field(default_factory=dict)
+    written: datetime | None = field(default=None, compare=False)
 
 
 class Begun(NamedTuple):
@@ -59,6 +61,12 @@ class Assembly(ABC):
 
     key: str
     id: str
+
+    def expect(self, numbers: Sequence[int]) -> None:
+        """Say which parts will be put from here, in ascending order: a store may send those that follow one another as one."""
+
+    def give_up(self) -> None:
+        """Say that a part which was expected will not come."""
 
     @abstractmethod
     def put(self, number: int, data: bytes | bytearray) -> str:
@@ -102,12 +110,17 @@ class Store(ABC):
         keeps_uploads: until somebody aborts them; else it drops them by itself.
         renewals: how often fresh credentials were taken; `renewing` is held meanwhile.
         conditions: whether it keeps "only where there is none yet"; None until that was seen.
+        marked: whether an object keeps what its writer said of it.
+        put_requests, more_if_conditional: how many requests it takes to write a small object; and to look first.
+        rechecks: how many requests it takes to see that an object which was read is still the same.
     """
 
     root: Address
     copies_ranges = True
     keeps_uploads = True
     conditions: bool | None = None
+    marked = True
+    put_requests, more_if_conditional, rechecks = 1, 0, 0
     renewals = 0
     renewing = threading.Lock()
 
@@ -130,6 +143,13 @@ class Store(ABC):
     @abstractmethod
     def read(self, key: str, start: int, nbytes: int, etag: str = "") -> bytes:
         """Exactly ``nbytes`` of an object from ``start``, if it still has this ETag."""
+
+    def check_unchanged(self, key: str, etag: str) -> None:
+        """See that an object that was read is still the same, where `read` does not ask for that.
+
+        Raises:
+            CheckpointError: it is another.
+        """
 
     @abstractmethod
     def put(self, key: str, data: bytes, *, absent: bool = False, over: str = "") -> bool:

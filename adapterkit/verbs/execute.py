@@ -218,9 +218,9 @@ class OpenPlan:
         return whole and not partial_folder(self.out).exists()
 
     def is_newer_than(self, plan: Path) -> bool:
-        """Whether the output was made after a plan file; of a store, whose objects name their plan, that is not asked."""
+        """Whether the output was made after a plan file; of a store whose objects name their plan, that is not asked."""
         if isinstance(self.out, Address):
-            return True
+            return self.job.in_store().is_newer_than(plan.stat().st_mtime)
         files: Iterable[Path] = self.plan.targets(self.out).values()
         if self.has_results:
             files = [self.out] if self.out.is_file() else [path for path in self.out.rglob("*") if path.is_file()]

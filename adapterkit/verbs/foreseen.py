@@ -58,6 +58,7 @@ def foreseen(jobs: Sequence[Writes]) -> Moved:
     for job in jobs:
         made = job.in_store() if isinstance(job.out, Address) and job.stage is None else None
         read |= _inputs(job, made)
+        found += Moved(sum(one.store.rechecks for one in job.sources if isinstance(one, ObjectFile)))
         if job.record is not None:
             found += _named(job.recorded() if job.recorded is not None else ())
         if made is not None:
@@ -152,7 +153,12 @@ def _claimed(made: StoreOut) -> Moved:
         replaced = looked + 1
     gone = made.store.deletions(len(made.plan.files) + 1)
     # The listing and the claim; then its head, its text, its seal; and the end of all notes.
-    return Moved(replaced + 2 + again + 3 + gone, said, 2 * said + 24 + again * said)
+    return Moved(replaced + 3 + 2 * _conditional(made) + again + gone, said, 2 * said + 24 + again * said)
+
+
+def _conditional(made: StoreOut) -> int:
+    """How many requests it takes to write a small object on a condition."""
+    return made.store.put_requests + made.store.more_if_conditional
 
 
 def _sent(made: StoreOut) -> Moved:
@@ -161,7 +167,7 @@ def _sent(made: StoreOut) -> Moved:
         parts = made.schedule(file).parts
         note = len(json.dumps({"plan": made.plan.digest, "key": made.targets[file.name], "id": "i" * 80}))
         schedule = made.schedule(file)
-        rest = 1 + made.store.ending(len(parts))  # a note; begun, and completed
+        rest = _conditional(made) + made.store.ending(len(parts))  # a note; begun, and completed
         found += Moved(len(parts) + rest, 0, schedule.sent + note, schedule.inside)
     return found
 
@@ -174,7 +180,7 @@ def _beside(job: Writes, made: StoreOut) -> Moved:
         sizes.append(sum(len(step.tensor) + 45 for step in plan.steps) + 60)
     if job.record is not None:
         sizes.append(_RECORD)
-    return Moved(len(sizes), 0, sum(sizes))
+    return Moved(len(sizes) * (made.store.put_requests if made.force else _conditional(made)), 0, sum(sizes))
 
 
 def _read_back(plan: Plan, made: StoreOut) -> Moved:
