@@ -82,4 +82,5 @@ DTYPES = {row.code: row for row in _ROWS}
 BY_LABEL = {row.label: row for row in _ROWS}
 
 F64, F32, F16, BF16 = (DTYPES[code] for code in ("F64", "F32", "F16", "BF16"))
+U32, U8 = (DTYPES[code] for code in ("U32", "U8"))
 FLOATS = (BF16, F16, F32, F64)

@@ -8,12 +8,13 @@ base's.
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.foreign import json_value
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from adapterkit.adapters.adapter import Adapter
 
@@ -43,11 +44,24 @@ _STARTS = (
     *("tekken", "source.spm", "target.spm", MORE_TEMPLATES, "generation_config.json", PROCESSOR_CONFIG),
     *("preprocessor_config.json", "video_preprocessor_config.json"),
 )
+# What sentence-transformers saves beside a transformer: its modules, and a folder for each (pooling, dense layers).
+MODULES = "modules.json"
+_OF_MODULES = frozenset({MODULES, "config_sentence_transformers.json", "sentence_bert_config.json"})
+_MODULE = re.compile(r"\d+_\w+/")
+# The value head that LLaMA-Factory trains for rewards; its own export copies the file.
+VALUE_HEAD = "value_head.safetensors"
 
 
-def is_brought(name: str) -> bool:
-    """Whether a file beside an adapter is for the merged model to use; anything else in its folder is about training."""
-    return name.startswith(_STARTS) or name.endswith(".tiktoken")
+def is_brought(name: str, beside: Collection[str] = ()) -> bool:
+    """Whether a file beside an adapter is for the merged model to use; anything else in its folder is about training.
+
+    Args:
+        name: of the file in its folder.
+        beside: all names in it.
+    """
+    if MODULES in beside and (name in _OF_MODULES or _MODULE.match(name)):
+        return True
+    return name.startswith(_STARTS) or name.endswith(".tiktoken") or name == VALUE_HEAD
 
 
 def with_brought(base: Mapping[str, bytes], adapters: Sequence[Adapter]) -> tuple[dict[str, bytes], list[str]]:
@@ -78,6 +92,8 @@ def with_brought(base: Mapping[str, bytes], adapters: Sequence[Adapter]) -> tupl
             ("chat template", _has_template(mine)),
             ("generation config", "generation_config.json" in mine),
             ("processor", any("processor_config" in name for name in mine)),
+            ("sentence-transformers' modules", MODULES in mine),
+            ("value head", VALUE_HEAD in mine),
         )
         if there
     ]

@@ -38,6 +38,12 @@ NAMED_SO = frozenset({
     "embedding_transformation",
     "predictor_embeddings",
 })
+# Of denoisers, whose linear layers are called `context_embedder`, `time_embed.0` or `attn.gate`, what is a table all the same,
+# the text encoders in one file with them included.
+DENOISERS_TABLES = frozenset({
+    "class_embedding", "cond_type_embed", "embed_tokens", "embedding_table", "lyric_embs", "position_embedding",
+    "relative_attention_bias", "shared", "token_embedding",
+})
 # fmt: on
 GATES = (".router.gate", ".gateway.gate")
 HEADS = regex.compile(
@@ -77,7 +83,10 @@ def linear_modules(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any
         shapes: of the parameters, by their names in the module tree.
         config: ``config.json``.
     """
+    from adapterkit.adapters.families.names import family_of
+
     kind = _types(config)
+    denoiser = "model_type" not in config and family_of(shapes) is not None
     subclassed = {name for one in kind for name in SUBCLASSED.get(one, ())}
     found = []
     for name, shape in shapes.items():
@@ -87,6 +96,8 @@ def linear_modules(shapes: Mapping[str, Sequence[int]], config: Mapping[str, Any
         words = module.split(".")
         last = words[-2] if words[-1].isdigit() and len(words) > 1 else words[-1]
         table = last in TABLES or ("embed" in last.lower() and last not in NAMED_SO)
+        if denoiser:
+            table = words[-1] in DENOISERS_TABLES
         if (table and not module.endswith(GATES)) or last in subclassed:
             continue
         found.append(module)

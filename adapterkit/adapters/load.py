@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.adapter import WEIGHTS, Adapter
-from adapterkit.adapters.brought import is_brought
+from adapterkit.adapters.brought import VALUE_HEAD, is_brought
 from adapterkit.adapters.config import AdapterConfig
 from adapterkit.adapters.experts import order_notes
 from adapterkit.adapters.keys import plain_keys
@@ -37,14 +37,12 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.tensor import Tensor
 
 
-# Files of parameters that a trainer trained whole and keeps beside PEFT's: what they hold, and what merges both.
-TRAINED_WHOLE = {
-    # swift/tuner_plugin/lora_llm.py (ms-swift 4.6)
-    "vit.safetensors": (
-        "the vision tower and the aligner, trained whole by ms-swift",
-        "merge both with ms-swift's own export (merge_lora)",
-    ),
-    # haotian-liu/LLaVA, llava/train/train.py and llava/model/builder.py
+# A file of parameters that ms-swift trained whole (the vision tower and the aligner), under the keys that PEFT's wrapper has;
+# swift/tuner_plugin/lora_llm.py (ms-swift 4.6).
+TRAINED_WHOLE = "vit.safetensors"
+# Pickles of such parameters: what they hold, and what merges both.
+# haotian-liu/LLaVA, llava/train/train.py and llava/model/builder.py
+_PICKLED_WHOLE = {
     "non_lora_trainables.bin": (
         "the projector and what else LLaVA trained whole",
         "merge both with LLaVA's scripts/merge_lora_weights.py",
@@ -97,17 +95,31 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
         if weights_of_mlx is not None:
             return _mlx(listing.open(weights_of_mlx), config, listing.ref, listing.commit)
         raise AdapterError(f"{config.where} names no peft_type", "it is not a PEFT adapter config, or a damaged one")
-    whole = next((name for name in TRAINED_WHOLE if name in listing.names), None)
+    whole = next((name for name in _PICKLED_WHOLE if name in listing.names), None)
     if whole is not None:
-        by, way = TRAINED_WHOLE[whole]
+        by, way = _PICKLED_WHOLE[whole]
         raise UnsupportedAdapter(f"{listing.ref} is half of what was trained: {whole} beside it holds {by}", way)
     sources, weights = _weights(listing)
+    told: tuple[str, ...] = ()
+    if TRAINED_WHOLE in listing.names:
+        file, more = _stored(listing, TRAINED_WHOLE)
+        sources, weights = (*sources, file), _with_whole(weights, more, listing)
+        told = (
+            f"{TRAINED_WHOLE} beside it holds {len(more)} parameters that ms-swift trained whole; they replace the base's",
+        )
     tensors, notes = plain_keys(weights, sources[0].name, METHODS.get(config.peft_type))
+    beside_it = {*side_names(listing.names, {WEIGHTS}), *({VALUE_HEAD} & listing.names)}
     side_files = tuple(
-        SideFile(name, listing.open(name)) for name in side_names(listing.names, {WEIGHTS}) if is_brought(name)
+        SideFile(name, listing.open(name)) for name in sorted(beside_it) if is_brought(name, listing.names)
     )
-    notes = (*notes, *order_notes(config))
+    notes = (*told, *notes, *order_notes(config))
     return Adapter(listing.ref, config, tensors, sources[0], side_files, listing.commit, notes, sources[1:])
+
+
+def is_trained_whole(tensor: object) -> bool:
+    """Whether a tensor lies in the file of parameters that a trainer trained whole."""
+    source = getattr(tensor, "source", None)
+    return source is not None and str(source.name).rpartition("/")[2] == TRAINED_WHOLE
 
 
 def file_and_parts(ref: str | Path) -> tuple[Path, tuple[str, ...]]:
@@ -246,6 +258,21 @@ def _weights(listing: Listing) -> tuple[tuple[Source, ...], Mapping[str, Tensor]
     if ADAPTER_INDEX not in listing.names:
         raise _no_weights(listing)
     return read_shards(listing, ADAPTER_INDEX)
+
+
+def _with_whole(weights: Mapping[str, Tensor], more: Mapping[str, Tensor], listing: Listing) -> dict[str, Tensor]:
+    """Factors, and the parameters that were trained whole beside them.
+
+    Raises:
+        AdapterError: one is in both files, or has an adapter of its own under its name.
+    """
+    twice = next((key for key in more if key in weights or ".base_layer." in key), None)
+    if twice is not None:
+        raise AdapterError(
+            f"{listing.ref}: '{twice}' of {TRAINED_WHOLE} has an adapter in {WEIGHTS} too",
+            "merge both with ms-swift's own export (merge_lora)",
+        )
+    return {**weights, **more}
 
 
 def _stored(listing: Listing, name: str) -> tuple[Source, dict[str, Stored]]:

@@ -23,7 +23,7 @@ from adapterkit.codecs.encode import InStep
 from adapterkit.codecs.kinds import nested
 from adapterkit.codecs.table import find_kind, kinds_of, quantization
 from adapterkit.dtypes import BF16, F16, F32
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, option
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -65,6 +65,14 @@ def quantized(
         raise UsageError(f"{checkpoint.ref} is quantized already", "dequantize it first")
     if double_quant and kind not in nested():
         raise UsageError(f"{kind} has no double quantization", "leave it out, or use nf4")
+    if form.program == "mlx":
+        from adapterkit.adapters.mlx_view import as_mlx_model
+
+        if fed is not None:
+            raise UsageError(
+                f"{kind} is written to the nearest value alone, as mlx-lm does", f"leave out {option('rounding')}"
+            )
+        return as_mlx_model(checkpoint, form, skip)
     skip = None if skip is None else tuple(skip)
     if form.stacks:
         return _stacked(checkpoint, form, skip, fed)

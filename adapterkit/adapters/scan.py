@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.adapters.load import is_trained_whole
 from adapterkit.errors import AdapterkitError
 
 if TYPE_CHECKING:
@@ -324,9 +325,10 @@ def _whole(adapter: Adapter, whole: Mapping[str, Any]) -> list[Oddity]:
     """Whole parameters: declared ones are a note, others were hidden among the factors."""
     declared = adapter.config.raw.get("modules_to_save") or ()
     found = []
-    for key in whole:
+    for key, tensor in whole.items():
         path = key.removesuffix(".weight").removesuffix(".bias")
         said = any(path == one or path.endswith(f".{one}") for one in declared if isinstance(one, str))
+        said = said or is_trained_whole(tensor)
         if said:
             text = f"{key} is a whole parameter, which the scan does not look into"
             found.append(Oddity("note", "scan-whole", text, "compare it with the base's own", 0.0, key))

@@ -149,6 +149,12 @@ def check_fp8(form: StoredForm, names: Sequence[str]) -> None:
     how = next((form.weights[name].how for name in names if _is_wide(form.weights[name].how)), None)
     if how is not None:
         raise UsageError(f"{form.checkpoint.ref} is {how} already, which fp8 does not widen", "use bf16")
+    if names and method.startswith("modelopt"):
+        raise UsageError(
+            "FP8 beside NVFP4 in ModelOpt's layout (MIXED_PRECISION) has one scale for a whole weight and a calibrated one for "
+            "its inputs, which a merge has no text for",
+            "use bf16",
+        )
     if names and not method.startswith("compressed"):
         raise UsageError(
             f"a config of '{method}' cannot name FP8 for some modules beside its own format; that of compressed-tensors can",

@@ -163,7 +163,7 @@ def float8(codes: DType, scale: DType) -> Numbers:
     def code(
         values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, times: torch.Tensor | None
     ) -> torch.Tensor:
-        return as_bytes((values / factors(scale)).clamp(-most, most).to(codes.torch))
+        return as_bytes((values / factors(scale)).clamp_(-most, most).to(codes.torch))
 
     return Numbers(choose, code, partial(float8_values, codes))
 

@@ -234,7 +234,7 @@ def reciprocal(codes: DType, scale: DType, *, powers: bool) -> Numbers:
         values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, times: torch.Tensor | None
     ) -> torch.Tensor:
         assert times is not None
-        return (values * times).clamp(-most, most).to(codes.torch).view(torch.uint8)
+        return (values * times).clamp_(-most, most).to(codes.torch).view(torch.uint8)
 
     return Numbers(choose, code, partial(float8_values, codes))
 

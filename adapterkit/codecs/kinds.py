@@ -25,6 +25,12 @@ _WRITTEN = {
     "int4": "a folder in INT4 of compressed-tensors, groups of 128, rounded to nearest",
     "nvfp4": "a folder in NVFP4 of compressed-tensors, weights alone",
     "mxfp4": "a folder in MXFP4 of compressed-tensors, weights alone; of gpt-oss as it is published",
+    **{
+        f"mlx-{bits}bit{end}": f"a folder as mlx-lm quantizes it, {bits} bits, groups of {size}"
+        for size, end in ((64, ""), (32, "-g32"))
+        for bits in (2, 3, 4, 5, 6, 8)
+    },
+    **{f"mlx-{mode}": f"a folder as mlx-lm quantizes it, {mode.upper()}" for mode in ("mxfp4", "mxfp8", "nvfp4")},
 }
 _NESTED = frozenset({"nf4", "fp4"})
 # Modules of this package that are no codec, or whose words are above.

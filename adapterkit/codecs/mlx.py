@@ -8,6 +8,7 @@ for all layers and for single ones; they must fit the shapes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from adapterkit.codecs.codec import (
     AGAIN,
     FLOATS,
     Codec,
+    Kind,
+    Layers,
     Parts,
     StoredTensor,
     Weight,
@@ -29,8 +32,9 @@ from adapterkit.codecs.codec import (
 )
 from adapterkit.codecs.encode import Encoder, TensorSpec
 from adapterkit.codecs.fp8 import factors
-from adapterkit.dtypes import BF16
+from adapterkit.dtypes import BF16, F16, F32, U8, U32, DType
 from adapterkit.errors import CheckpointError
+from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
     import torch
@@ -80,14 +84,14 @@ def _affine(parts: Parts, stem: str, words: StoredTensor, bits: int, size: int) 
     check_dtype(check_shape(biases, scales.shape, "a bias per scale"), FLOATS, "MLX")
 
     def numbers() -> Numbers:
-        return _affine_numbers(bits, scales)
+        return _affine_numbers(bits, scales.dtype)
 
     def decoded(codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         assert bias is not None
         return codes.to(scale.dtype) * scale + bias
 
     parts_of = (words, scales, biases)
-    how = f"mlx {bits} bit, groups of {size}"
+    how = _affine_words(bits, size)
     return _weight(f"{stem}.weight", shape, bits, size, parts_of, numbers, decoded, lambda scale: scale, how)
 
 
@@ -184,16 +188,24 @@ def _weight(
     return Weight(name, shape, dtype, parts, how, columns, load, memory, encoder if columns % size == 0 else None)
 
 
-def _affine_numbers(bits: int, scales: StoredTensor) -> Numbers:
+def _affine_words(bits: int, size: int) -> str:
+    return f"mlx {bits} bit, groups of {size}"
+
+
+def _affine_numbers(bits: int, dtype: DType, *, wide: bool = False) -> Numbers:
     """MLX's rule (`quantize`, mode affine): the end of the range that is farther from zero is one of the values, and so is
-    zero where that fits."""
+    zero where that fits.
+
+    Args:
+        wide: codes are for the scale before it is rounded to ``dtype``, as MLX takes it; else for the one that is stored.
+    """
     import torch
 
     from adapterkit.codecs.tiles import Numbers
 
-    most, stored = (1 << bits) - 1, scales.dtype.torch
+    most, stored = (1 << bits) - 1, dtype.torch
 
-    def choose(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def choose(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         below = low.abs() > high.abs()
         scale = ((high - low) / most).clamp(min=LEAST)
         scale = torch.where(below, scale, -scale)
@@ -201,13 +213,13 @@ def _affine_numbers(bits: int, scales: StoredTensor) -> Numbers:
         first = torch.round(edge / scale)
         some = first != 0
         scale = torch.where(some, edge / torch.where(some, first, 1.0), scale)
-        return scale.to(stored), torch.where(some, edge, 0.0).to(stored), None
+        return scale.to(stored), torch.where(some, edge, 0.0).to(stored), scale if wide else None
 
     def code(
         values: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, times: torch.Tensor | None
     ) -> torch.Tensor:
         assert bias is not None
-        return torch.round((values - bias.float()) / scale.float()).clamp(0, most).int()
+        return torch.round((values - bias.float()) / (scale.float() if times is None else times)).clamp(0, most).int()
 
     def value(codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         assert bias is not None
@@ -231,7 +243,7 @@ def _float_numbers(
         scale = torch.maximum(-low, high) / largest
         if mode == "nvfp4":
             return scale.clamp(max=448.0).to(torch.float8_e4m3fn).view(torch.uint8), None, None
-        exponent = torch.where(scale > 0, scale.clamp(min=torch.finfo(torch.float32).tiny).log2().ceil(), -127.0)
+        exponent = torch.where(scale > 0, scale.clamp(min=torch.finfo(torch.float32).tiny).log2().ceil(), 0.0)
         return (exponent + 127).clamp(0, 254).to(torch.uint8), None, None
 
     def code(
@@ -250,6 +262,86 @@ def _float_numbers(
     return Numbers(choose, code, value)
 
 
+@dataclass(frozen=True)
+class MlxNumbers:
+    """How MLX quantizes a layer: bits of a code, columns of a group, and its word for the numbers."""
+
+    bits: int
+    size: int
+    mode: str = "affine"
+
+
+def new(name: str, shape: tuple[int, ...], dtype: DType, double: bool, *, numbers: MlxNumbers) -> Encoder | None:
+    """What writes a weight as `mx.quantize` does: ``[..., columns]`` in groups of columns.
+
+    None for one that does not fit: no whole groups, or no floats. Of stacked experts each row is a row.
+    """
+    bits, size, mode = numbers.bits, numbers.size, numbers.mode
+    if len(shape) < 2 or shape[-1] % size or dtype not in (BF16, F16, F32):
+        return None
+    import torch
+
+    from adapterkit.codecs.bits import E2M1, pack, unpack
+    from adapterkit.codecs.tiles import Shape, Tiles
+
+    stem, columns, rows = name.removesuffix(".weight"), shape[-1], prod(shape[:-1])
+    stored, across = columns * bits // 32, columns // size
+    affine = mode == "affine"
+    scale = TensorSpec(f"{stem}.scales", dtype if affine else U8, (*shape[:-1], across))
+    made = [TensorSpec(f"{stem}.weight", U32, (*shape[:-1], stored)), scale]
+    if affine:
+        made.append(TensorSpec(f"{stem}.biases", dtype, scale.shape))
+
+    def decoded(codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        table = torch.tensor(E2M1) if bits == 4 else torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+        return table[codes.int()] * (scale.view(torch.float8_e4m3fn).float() if mode == "nvfp4" else factors(scale))
+
+    def complete(held: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
+        return {spec.name: tensor.reshape(-1) for spec, tensor in zip(made[1:], held, strict=True)}
+
+    return Tiles(
+        tuple(made),
+        Shape(rows, columns, rows, (1, size), across),
+        lambda: _affine_numbers(bits, dtype, wide=True) if affine else _float_numbers(mode, decoded),
+        lambda codes: pack(codes.int(), bits).view(torch.uint32),
+        lambda found: unpack(found.view(torch.int32).view(-1, stored), bits, columns),
+        complete,
+        row_codes=stored,
+    )
+
+
+def _said(layers: Layers, *, numbers: MlxNumbers) -> dict[str, Any]:
+    return {"group_size": numbers.size, "bits": numbers.bits, "mode": numbers.mode}
+
+
+def _is(config: Mapping[str, Any], *, numbers: MlxNumbers) -> bool:
+    """Whether a `quantization` has these numbers for all layers that it does not name."""
+    found = (config.get("bits"), config.get("group_size"), config.get("mode", "affine"))
+    return found == (numbers.bits, numbers.size, numbers.mode)
+
+
+def _kind(name: str, how: str, numbers: MlxNumbers) -> Kind:
+    return Kind(
+        name,
+        partial(new, numbers=numbers),
+        partial(_said, numbers=numbers),
+        float(numbers.bits),
+        (how,),
+        said=partial(_is, numbers=numbers),
+        program="mlx",
+    )
+
+
+KINDS = (
+    *(
+        _kind(f"mlx-{bits}bit{end}", _affine_words(bits, size), MlxNumbers(bits, size))
+        for size, end in ((64, ""), (32, "-g32"))
+        for bits in (2, 3, 4, 5, 6, 8)
+    ),
+    *(_kind(f"mlx-{mode}", f"mlx {mode}", MlxNumbers(bits, size, mode)) for mode, (size, bits) in FLOAT_MODES.items()),
+)
+
+
 def _leave(config: dict[str, Any], names: Sequence[str], plain: Sequence[str]) -> None:
     config.update(dict.fromkeys(names, False))
 
@@ -264,4 +356,5 @@ MLX = Codec(
     what="affine of 2, 3, 4, 5, 6 and 8 bits, mxfp4, mxfp8, nvfp4; single layers in other sizes",
     test="test_mlx_weights.py: mlx",
     leave=_leave,
+    kinds=KINDS,
 )

@@ -96,7 +96,9 @@ def has_layout(config: Mapping[str, Any], kind: Kind) -> bool:
     """
     codec = next(codec for codec in CODECS if kind in codec.kinds)
     quantized = quantization(config)
-    return codec.alone if quantized is None else method_of(quantized) in codec.methods
+    if quantized is None:
+        return codec.alone
+    return method_of(quantized) in codec.methods and (kind.said is None or kind.said(quantized))
 
 
 def known_methods() -> list[str]:

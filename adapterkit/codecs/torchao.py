@@ -115,7 +115,7 @@ def _float8(codes: DType, scale: DType) -> Numbers:
     def code(
         values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, times: torch.Tensor | None
     ) -> torch.Tensor:
-        return (values / factors(scale)).clamp(-most, most).to(codes.torch).view(torch.uint8)
+        return (values / factors(scale)).clamp_(-most, most).to(codes.torch).view(torch.uint8)
 
     return Numbers(choose, code, partial(float8_values, codes))
 

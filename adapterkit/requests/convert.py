@@ -6,7 +6,7 @@ from dataclasses import field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adapterkit.errors import UsageError
+from adapterkit.errors import UsageError, option
 from adapterkit.places import Address
 from adapterkit.requests.formats import Format, formats
 from adapterkit.requests.groups import (
@@ -19,6 +19,7 @@ from adapterkit.requests.groups import (
     Running,
     Types,
 )
+from adapterkit.requests.merge import FEEDBACK, NEAREST
 from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, RUN, VALUES, WHOLE, opt
 from adapterkit.requests.workers import OnWorkers
 from adapterkit.values import dataclass
@@ -112,8 +113,17 @@ class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
         default=None,
         kw_only=True,
         metadata=opt(
-            "For awq and gptq: a text like what the model will see.", PATH,
+            "For awq, gptq and --rounding feedback: a text like what the model will see.", PATH,
             role=VALUES, group=OUTPUT, metavar="FILE", recipe="output.calibration",
+        ),
+    )  # fmt: skip
+    rounding: str = field(
+        default=NEAREST,
+        kw_only=True,
+        metadata=opt(
+            "How values are put on the grid of a quantized folder: feedback makes up for each column's error in the columns "
+            "after it (GPTQ's rule), by what goes into the layers on the text of --calibration.",
+            role=BYTES, group=OUTPUT, choices=(NEAREST, FEEDBACK), recipe="output.rounding",
         ),
     )  # fmt: skip
     compressor: Ref | None = field(
@@ -187,6 +197,14 @@ class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
             object.__setattr__(self, "quant", self.outtype.upper())
         object.__setattr__(self, "outtype", None)
         self.check()
+
+    def check(self) -> None:
+        super().check()
+        if self.rounding == FEEDBACK and self.calibration is None:
+            raise UsageError(
+                f"{option('rounding', FEEDBACK)} needs a text that shows what goes into the layers",
+                f"add {option('calibration', 'FILE')}",
+            )
 
     @property
     def target(self) -> Path | Address | None:

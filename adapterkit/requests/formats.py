@@ -94,7 +94,9 @@ def _listed() -> tuple[Format, ...]:
                 name,
                 f"folder:{name}",
                 what,
-                _SHARDS | {"skip_modules"} | ({"double_quant"} if name in nested() else set()),
+                _SHARDS
+                | {"skip_modules", "rounding", "calibration"}
+                | ({"double_quant"} if name in nested() else set()),
             )
             for name, what in written().items()
         ),

@@ -21,7 +21,7 @@ from adapterkit.checkpoint.plan import BASELINE_MEMORY, default_jobs
 from adapterkit.codecs.feedback import Fed, Shared
 from adapterkit.errors import AdapterkitError, CheckpointError, UsageError, option
 from adapterkit.places import Address
-from adapterkit.verbs.imatrix import read_text
+from adapterkit.verbs.plain_text import read_text, text_ids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -221,7 +221,6 @@ class Calibration:
             UsageError: no tokenizer, or too little text.
         """
         from adapterkit.checkpoint.pipeline import folder_of
-        from adapterkit.verbs.imatrix import text_ids
         from adapterkit.verbs.verify.answers import open_tokenizer
 
         folder = folder_of(view)

@@ -187,4 +187,17 @@ def _recorder(planned: Conversion, src: Any, request: ConvertRequest) -> Recorde
     return write
 
 
-_RECORDED = ("dtype", "pre", "plain", "rank", "energy", "double_quant", "skip_modules", "calibration", "compressor")
+_RECORDED = (
+    *(
+        "dtype",
+        "pre",
+        "plain",
+        "rank",
+        "energy",
+        "double_quant",
+        "skip_modules",
+        "rounding",
+        "calibration",
+        "compressor",
+    ),
+)

@@ -186,16 +186,16 @@ class FactorWork:
         """The same factors in the file of another program."""
         from adapterkit.adapters.adapter import Adapter
         from adapterkit.adapters.config import AdapterConfig
-        from adapterkit.adapters.formats.plain import scaled_factors
+        from adapterkit.adapters.formats.plain import scaled_factors, why_not_scaled
         from adapterkit.adapters.formats.write_single import STYLES, as_single
         from adapterkit.adapters.keys import PREFIX
 
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in made.tensors.items()}
         adapter = Adapter(str(made.out), AdapterConfig(config, str(made.out)), tensors, self.sources[0])
-        factors = scaled_factors(adapter)
+        factors = scaled_factors(adapter, convolutions=self.to in STYLES)
         if factors is None:
             raise UnsupportedAdapter(
-                f"the adapter is more than factors of linear layers, which no file of {self.to} holds",
+                f"{why_not_scaled(adapter, convolutions=self.to in STYLES)}, which no file of {self.to} holds",
                 f"write {option('to', 'peft')}",
             )
         if self.to == "mlx":

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit import disk
 from adapterkit.checkpoint.memory import IN_TRANSFORMERS, MAPPED, check_memory
 from adapterkit.checkpoint.plan import BASELINE_MEMORY
-from adapterkit.errors import CheckpointError, NotFound, UsageError, option
+from adapterkit.errors import CheckpointError, UsageError, option
 from adapterkit.packages import need
+from adapterkit.verbs.plain_text import read_text, text_ids
 
 if TYPE_CHECKING:
     import torch
@@ -169,16 +169,6 @@ def added(files: Sequence[str | Path], out: str | Path, *, force: bool = False) 
     return ImatrixReport("", str(out), text, len(sums.found), sums.chunks, sums.chunk, seconds=seconds)
 
 
-def read_text(path: Path) -> str:
-    try:
-        with open(disk.open_regular(path), encoding="utf-8") as file:
-            return file.read()
-    except NotFound:
-        raise NotFound(f"{path} does not exist", "give a file of plain text") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is no text ({error})", "give a file of plain text in UTF-8") from None
-
-
 def _maps(opened: Checkpoint) -> tuple[Any, dict[str, tuple[int, ...]], dict[str, Any]]:
     """Names of parameters, shapes of tensors, and the weights of layers as GGUF has them."""
     from adapterkit.adapters.names import Names
@@ -241,15 +231,6 @@ def _run(
             if progress is not None:
                 progress(number + 1, count)
     return gathering.sums, count
-
-
-def text_ids(tokenizer: Any, said: str) -> tuple[int | None, list[int]]:
-    """The token that begins a text, if the tokenizer adds one, and the text's own."""
-    plain = list(tokenizer(said, add_special_tokens=False, verbose=False)["input_ids"])
-    framed = list(tokenizer("a")["input_ids"])
-    bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
-    first = framed[0] if len(framed) > len(bare) and framed[0] != bare[0] else None
-    return first, plain if first is None else [first, *plain]
 
 
 def _zeros(shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -146,13 +146,14 @@ def _folder(
     view = folded.checkpoint
     if asked.folder_format is not None:
         from adapterkit.adapters.quantized import quantized
+        from adapterkit.codecs.table import KEYS
 
         calibration = _calibration(base, adapters, asked)
         fed = None if calibration is None else calibration.fed
         view = quantized(view, asked.folder_format, double_quant=asked.quant_double, fed=fed)
         through = _through(view, folded, asked.folder_format)
         config = json.loads(side.get(CONFIG, b"{}"))
-        config["quantization_config"] = view.config["quantization_config"]
+        config |= {key: view.config[key] for key in KEYS if key in view.config}
         side[CONFIG] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
         notes = [*notes, *view.notes[len(folded.checkpoint.notes) :]]
     if base.stored is not None:
@@ -172,13 +173,19 @@ def _folder(
 def _through(view: Checkpoint, folded: Folded, kind: str) -> Callable[[str, tuple[int, ...]], Through | None]:
     """Which tensors of a fold are encoded in a view of it, and how."""
     from adapterkit.adapters.fidelity import through_format
+    from adapterkit.adapters.mlx_view import made_of
     from adapterkit.adapters.unstacked import OfStack
     from adapterkit.checkpoint.encoded import Encoded
+    from adapterkit.codecs.table import find_kind
 
     turned: dict[str, bool] = {}  # name: whether it is encoded on its side
     for tensor in view.values():
         if isinstance(tensor, Encoded):
             one = tensor.weight
+            if find_kind(kind).program:
+                # Under names of its own, and stacks along rows that are whole.
+                turned.update(dict.fromkeys(made_of(one), False))
+                continue
             name, side = (one.stack, one.turned) if isinstance(one, OfStack) else (one.name, len(one.shape) == 3)
             turned[name] = side
 
@@ -224,8 +231,13 @@ def _stored_in(base: Checkpoint) -> dict[tuple[str | None, bool], bool]:
     # A weight no larger than a tile is called otherwise ("per row"); its numbers are the same.
     alike = len({word.split()[0] for word in how}) == 1
     said = base.stored.checkpoint.config
-    kinds = kinds_of(said).values()
-    return {(kind.name, nested): has_layout(said, kind) for kind in kinds if alike and how & set(kind.already)}
+    found: dict[tuple[str | None, bool], bool] = {}
+    for kind in kinds_of(said).values() if alike else ():
+        same = has_layout(said, kind)
+        # Of a format in several numbers, a word that is not the config's is another format, not another layout.
+        if how & set(kind.already) and (same or kind.said is None):
+            found[kind.name, nested] = same
+    return found
 
 
 def _kept(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, settings: Mapping[str, Any]) -> Output:

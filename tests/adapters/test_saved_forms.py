@@ -7,12 +7,15 @@ import shutil
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from models import edit_config, plain_adapter, plain_base, read_tensors, write_adapter
+from safetensors.torch import save_file
 
 import adapterkit
 from adapterkit.adapters.keys import plain_keys
 from adapterkit.adapters.load import load_adapter
 from adapterkit.adapters.methods import METHODS
+from adapterkit.adapters.scan import scan_adapter
 from adapterkit.errors import AdapterError, CheckpointError, NotFound, UnsafeError, UnsupportedAdapter
 from adapterkit.lint.folders import check_folder
 
@@ -267,14 +270,64 @@ def test_an_index_that_leaves_a_numbered_file_out_is_refused(tmp_path: Path) -> 
     adapterkit.merge(base, [plain_adapter(tmp_path / "b", base)], tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["vit.safetensors", "non_lora_trainables.bin"])
-def test_a_vision_tower_that_was_trained_whole_beside_the_adapter_does_not_vanish(name: str, tmp_path: Path) -> None:
-    """ms-swift (full ViT, LoRA of the text) and LLaVA keep it in a file of their own, which PEFT does not read."""
+def test_what_llava_trained_whole_beside_the_adapter_does_not_vanish(tmp_path: Path) -> None:
+    """It keeps it in a pickle of its own, which PEFT does not read."""
     base = plain_base(tmp_path / "base")
     adapter = plain_adapter(tmp_path / "adapter", base)
+    name = "non_lora_trainables.bin"
     (adapter / name).write_bytes(b"")
     with pytest.raises(UnsupportedAdapter, match=f"half of what was trained: {name} beside it holds the"):
         adapterkit.merge(base, [adapter], tmp_path / "out")
     with pytest.raises(UnsupportedAdapter, match=name):
         adapterkit.convert(adapter, tmp_path / "mlx", to="mlx")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_vision_tower_that_ms_swift_trained_whole_replaces_the_bases(tmp_path: Path) -> None:
+    """`vit.safetensors`, under the keys of PEFT's wrapper; ms-swift 4.6, tuner_plugin/lora_llm.py."""
+    base = plain_base(tmp_path / "base", width=32)
+    adapter = plain_adapter(tmp_path / "adapter", base, modules=("q_proj",))
+    new = {f"model.layers.{layer}.{name}": tensor for layer, name, tensor in _trained()}
+    save_file({f"base_model.model.{name}": one for name, one in new.items()}, adapter / "vit.safetensors")
+    report = adapterkit.merge(base, [adapter], tmp_path / "out")
+    assert any("4 parameters that ms-swift trained whole" in note for note in report.notes)
+    merged, before = read_tensors(tmp_path / "out"), read_tensors(base)
+    assert all(torch.equal(merged[name], one) for name, one in new.items())
+    changed = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(merged[changed], before[changed])
+    assert adapterkit.verify(tmp_path / "out", base=base, adapters=[adapter], level="tensors").ok
+    assert not any(one.code == "scan-hidden-whole" for one in scan_adapter(load_adapter(adapter)).oddities)
+    twice = {"base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight": torch.zeros(32, 32)}
+    save_file(twice, adapter / "vit.safetensors")
+    with pytest.raises(AdapterError, match=r"base_layer.weight' of vit.safetensors has an adapter in adapter_model"):
+        load_adapter(adapter)
+
+
+def _trained() -> list[tuple[int, str, torch.Tensor]]:
+    one = {"mlp.up_proj.weight": torch.randn(96, 32), "input_layernorm.weight": torch.randn(32)}
+    return [(layer, name, tensor.bfloat16()) for layer in (0, 2) for name, tensor in one.items()]
+
+
+def test_modules_and_heads_that_a_trainer_saves_beside_the_adapter_go_along(tmp_path: Path) -> None:
+    """The pooling and dense layers of sentence-transformers, and the value head of LLaMA-Factory, of which the base has others
+    or none."""
+    base = plain_base(tmp_path / "base")
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    adapter = plain_adapter(tmp_path / "adapter", base)
+    files = {
+        "modules.json": "[]",
+        "config_sentence_transformers.json": '{"similarity_fn_name": "dot"}',
+        "1_Pooling/config.json": '{"pooling_mode_cls_token": true}',
+        "2_Dense/config.json": "{}",
+    }
+    for name, text in files.items():
+        (adapter / name).parent.mkdir(exist_ok=True)
+        (adapter / name).write_text(text)
+    save_file({"linear.weight": torch.ones(2, 2)}, adapter / "2_Dense" / "model.safetensors")
+    save_file({"v_head.summary.weight": torch.ones(1, 16)}, adapter / "value_head.safetensors")
+    report = adapterkit.merge(base, [adapter], tmp_path / "out")
+    assert any("sentence-transformers' modules, value head taken from" in note for note in report.notes)
+    for name in (*files, "2_Dense/model.safetensors", "value_head.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (adapter / name).read_bytes(), name
+    assert adapterkit.verify(tmp_path / "out", base=base, adapters=[adapter], level="tensors").ok

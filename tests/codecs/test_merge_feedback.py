@@ -216,3 +216,31 @@ def test_what_is_refused(trained: dict[str, Path], tmp_path: Path, monkeypatch: 
     with pytest.raises(CheckFailed, match="outputs of layers are off by"):
         merge(base, [adapter], out, **{**fed, "yes_lossy": False}, save_plan=tmp_path / "plan.json", dry_run=True)
     assert not (tmp_path / "plan.json").exists()
+
+
+def test_a_conversion_is_rounded_so_too(trained: dict[str, Path], tmp_path: Path) -> None:
+    """Without an adapter: nearer to the model on the text than the nearest values, the same by a plan, in a record."""
+    how: dict[str, Any] = {"rounding": "feedback", "calibration": trained["text.txt"]}
+    planned = convert(trained["base"], to="nf4", dry_run=True, **how).notes
+    assert any("reads" in note and "GB of disk" in note for note in planned)
+    convert(trained["base"], tmp_path / "near", to="nf4")
+    report = convert(trained["base"], tmp_path / "fed", to="nf4", jobs=1, **how)
+    assert any(note.startswith("rounded with feedback, by 512 tokens") for note in report.notes)
+    text = trained["text.txt"].read_text()
+    wanted = said(trained["base"], text)
+    near, fed = (apart(wanted, said(tmp_path / name, text)) for name in ("near", "fed"))
+    assert fed < 0.7 * near
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("near", "fed"))
+    assert one.keys() == other.keys()
+    assert any(not torch.equal(one[name], other[name]) for name in one if name.endswith("proj.weight"))
+    record = json.loads((tmp_path / "fed/adapterkit.json").read_text())
+    assert record["operation"]["parameters"]["rounding"] == "feedback"
+    convert(trained["base"], tmp_path / "plan", to="nf4", save_plan=tmp_path / "plan.json", **how)
+    execute(Plan.from_json((tmp_path / "plan.json").read_bytes()), tmp_path / "planned", part=0)
+    execute(Plan.from_json((tmp_path / "plan.json").read_bytes()), tmp_path / "planned")
+    assert (tmp_path / "planned/model.safetensors").read_bytes() == (tmp_path / "fed/model.safetensors").read_bytes()
+    for wrong in ({"rounding": "feedback"}, {"calibration": trained["text.txt"]}):
+        with pytest.raises(UsageError, match=r"calibration|need no text"):
+            convert(trained["base"], tmp_path / "no", to="nf4", **wrong)
+    with pytest.raises(UsageError, match="does not apply"):
+        convert(trained["base"], tmp_path / "no", to="bf16", **how)

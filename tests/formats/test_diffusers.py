@@ -322,21 +322,28 @@ def test_it_is_registered_and_converted_as_an_adapter(
     check(folder, tmp_path / "peft", fused(model, file, None))
 
 
-def test_a_convolution_is_named_with_and_without_the_base(unet: tuple[Any, Path], tmp_path: Path) -> None:
+def test_a_convolution_goes_into_files_and_is_named_where_it_does_not(unet: tuple[Any, Path], tmp_path: Path) -> None:
     import peft
 
     model, folder = unet
-    words = r"down_blocks\.0\.resnets\.0\.conv1 is a convolution, and a LoRA of convolutions is not written as kohya"
+    words = r"down_blocks\.0\.resnets\.0\.conv1 is a convolution, and a LoRA of convolutions is not written as mlx"
     file = saved(model, tmp_path / "lora", lora())
+    wanted = fused(model, file, None)
     for base in (None, folder):
+        for style in ("kohya", "comfyui", "lycoris", "diffusers"):
+            out = tmp_path / f"{style}.safetensors"
+            adapterkit.convert(file, out, to=style, base=base, force=True)
+            check(folder, out, wanted)
         with pytest.raises(UnsupportedAdapter, match=words):
-            adapterkit.convert(file, tmp_path / "out.safetensors", to="kohya", base=base)
+            adapterkit.convert(file, tmp_path / "out", to="mlx", base=base)
+    assert fused(model, tmp_path / "diffusers.safetensors", "unet").keys() == wanted.keys()  # diffusers loads it
     with pytest.raises(UsageError, match=r"conv1 is a convolution; what it adds has to be computed against its base"):
         adapterkit.convert(file, tmp_path / "out", to="peft", plain=True)
-    loha = peft.get_peft_model(copy.deepcopy(model), peft.LoHaConfig(r=2, target_modules=["conv1"]))
+    loha = peft.get_peft_model(copy.deepcopy(model), peft.LoHaConfig(r=2, target_modules=["conv1"], init_weights=False))
     loha.save_pretrained(tmp_path / "loha")
-    with pytest.raises(UnsupportedAdapter, match=words):
-        adapterkit.convert(tmp_path / "loha", tmp_path / "out.safetensors", to="kohya", base=folder)
+    adapterkit.convert(tmp_path / "loha", tmp_path / "loha.safetensors", to="kohya", base=folder)
+    assert any(one.ndim == 4 for one in load_file(tmp_path / "loha.safetensors").values())
+    check(folder, tmp_path / "loha.safetensors", loha.merge_and_unload().state_dict())
 
 
 def test_a_config_of_one_part_says_nothing_of_another(tmp_path: Path) -> None:

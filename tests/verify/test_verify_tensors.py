@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from models import plain_adapter, plain_base, random_tensors, read_tensors, write_checkpoint
+from safetensors.torch import load_file, save_file
 
 import adapterkit
 from adapterkit.cli import main
 from adapterkit.errors import UsageError
 from adapterkit.verbs.verify import verify
-from adapterkit.verbs.verify.report import EQUAL, FORMAT, ROUNDING
+from adapterkit.verbs.verify.report import EQUAL, FORMAT, OFF, ROUNDING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -431,3 +432,28 @@ def test_the_same_model_in_another_layout(
     assert sum(report.tensors.counts.values()) == report.tensors.total
     load_model(base).save_pretrained(tmp_path / "none", save_original_format=kind == "gpt2")
     assert [one.kind for one in verify(tmp_path / "none", base=base, adapters=[adapter]).errors] == ["not applied"]
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int4", "mxfp4", "mlx-4bit-g32"])
+def test_scales_that_are_others_beside_the_same_codes(quant: str, tmp_path: Path) -> None:
+    """Codes alone do not tell: a layer whose scales were damaged is another layer, changed by an adapter or not."""
+    base = plain_base(tmp_path / "base", width=128)
+    adapter = plain_adapter(tmp_path / "adapter", base, modules=("q_proj",))
+    adapterkit.merge(base, [adapter], tmp_path / "out", quant=quant)
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(file)
+
+    def off() -> list[str]:
+        found = verify(tmp_path / "out", base=base, adapters=[adapter], level="tensors").tensors
+        assert found is not None
+        return [one.name for one in found.tensors if one.status == OFF]
+
+    for layer in ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"):
+        ends = (".scales", ".weight_scale", ".weight.absmax")
+        name = next(f"{layer}{end}" for end in ends if f"{layer}{end}" in tensors)
+        one = tensors[name]
+        damaged = {**tensors, name: one + 1 if one.dtype is torch.uint8 else one * 2}
+        save_file(damaged, file, metadata={"format": "pt"})
+        assert off() == [f"{layer}.weight"], quant
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert off() == []

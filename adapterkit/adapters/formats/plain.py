@@ -30,7 +30,8 @@ class PlainFactors:
     Attributes:
         path: of the module.
         rank, scale: of the product.
-        load: gives A and B: ``[r, in]`` and ``[out, r]``, for an embedding ``[r, V]`` and ``[d, r]``; any dtype.
+        load: gives A and B: ``[r, in]`` and ``[out, r]``, for an embedding ``[r, V]`` and ``[d, r]``, for a convolution
+            ``[r, in, height, width]`` and ``[out, r, 1, 1]``; any dtype.
         stored: A and B as they lie in the file.
         embedding: the module is one.
         turned: the module stores its weight ``[in, out]``.
@@ -45,7 +46,9 @@ class PlainFactors:
     turned: bool = False
 
 
-def scaled_factors(adapter: Adapter) -> tuple[list[PlainFactors], dict[str, Tensor]] | None:
+def scaled_factors(
+    adapter: Adapter, *, convolutions: bool = False
+) -> tuple[list[PlainFactors], dict[str, Tensor]] | None:
     """Factors and scaling of every module, and the whole parameters that come along.
 
     None where the adapter is not LoRA, or is more than factors and scalings: then its deltas have to be computed, for
@@ -53,10 +56,11 @@ def scaled_factors(adapter: Adapter) -> tuple[list[PlainFactors], dict[str, Tens
 
     Args:
         adapter: one whose module paths need no base (`resolved`).
+        convolutions: those of convolutions too, which have more than two dimensions.
     """
     method = check_config(adapter)
     modules, whole = group_modules(adapter, method)
-    if method.peft_type != "LORA" or not all(_is_plain(module, adapter) for module in modules):
+    if method.peft_type != "LORA" or not all(_is_plain(module, adapter, convolutions) for module in modules):
         return None
     return [_scaled(module, adapter) for module in modules], whole
 
@@ -69,14 +73,14 @@ def convolution(adapter: Adapter) -> str:
     return next(deep, "")
 
 
-def why_not_scaled(adapter: Adapter) -> str:
+def why_not_scaled(adapter: Adapter, *, convolutions: bool = True) -> str:
     """Why `scaled_factors` gives None, in words: the method, or what the first such module is or has."""
     method = check_config(adapter)
     if method.peft_type != "LORA":
         return f"it is {method.title.split(',')[0].partition(':')[0]}, not LoRA"
-    if path := convolution(adapter):
+    if not convolutions and (path := convolution(adapter)):
         return f"{path} is a convolution"
-    module = next(one for one in group_modules(adapter, method)[0] if not _is_plain(one, adapter))
+    module = next(one for one in group_modules(adapter, method)[0] if not _is_plain(one, adapter, convolutions))
     if more := sorted(set(module.tensors) - {lora.A, lora.B, lora.EMBEDDING_A, lora.EMBEDDING_B} - _BASE_LAYER):
         return f"{module.path} has {more[0]} beside its factors"
     return f"{module.path} is more than factors and a scaling, by its config"
@@ -93,7 +97,7 @@ def resolved(adapter: Adapter, base: Checkpoint | None) -> Adapter:
     return settle(adapter, names, {} if base is None else base.config)
 
 
-def _is_plain(module: Module, adapter: Adapter) -> bool:
+def _is_plain(module: Module, adapter: Adapter, convolutions: bool) -> bool:
     """Whether a LoRA module is factors and a scaling, nothing else."""
     config = adapter.config
     pairs = ({lora.A, lora.B}, {lora.EMBEDDING_A, lora.EMBEDDING_B})
@@ -103,6 +107,9 @@ def _is_plain(module: Module, adapter: Adapter) -> bool:
     )
     names = set(module.tensors) - _BASE_LAYER
     matrices = all(len(module.tensors[name].shape) == 2 for name in names)
+    if convolutions and names == {lora.A, lora.B}:
+        a, b = (module.tensors[name].shape for name in (lora.A, lora.B))
+        matrices = len(a) == len(b) >= 2 and set(b[2:]) <= {1}
     return names in pairs and matrices and module.depth == 0 and not special and not config.get("target_parameters")
 
 

@@ -112,6 +112,7 @@ def _cut(
         raise UnsupportedAdapter(f"{one.path} has another shape in the other layout", "merge it, and convert the model")
     if len(row.parts) == 1:
         return [_made(one, _path(entry, 0, captures, rest), a, _turned_halves(row, one), b)]
+    _check_matrices([one])
     sizes = _sizes(row, captures, b.shape[0], a.shape[1], held)
     found, start = [], 0
     for part, size in enumerate(sizes):
@@ -121,6 +122,18 @@ def _cut(
             found.append(_made(one, _path(entry, part, captures, rest), a, cut, b, size))
         start += size
     return found
+
+
+def _check_matrices(several: Sequence[PlainFactors]) -> None:
+    """
+    Raises:
+        UnsupportedAdapter: a convolution becomes several modules, or a part of one.
+    """
+    deep = next((one.path for one in several if len(one.stored[0].shape) > 2), None)
+    if deep is not None:
+        raise UnsupportedAdapter(
+            f"{deep} is a convolution, whose rows lie elsewhere in the other layout", "merge it, and convert the model"
+        )
 
 
 def _sizes(
@@ -165,7 +178,7 @@ def _made(
 ) -> PlainFactors:
     if change is None:
         return replace(one, path=path)
-    shape = (b.shape[0] if rows is None else rows, b.shape[1])
+    shape = (b.shape[0] if rows is None else rows, *b.shape[1:])
 
     def make() -> torch.Tensor:
         return change(_read(b)).contiguous()
@@ -232,8 +245,8 @@ def _together(several: Sequence[PlainFactors]) -> PlainFactors:
         return torch.cat([_read(one.stored[1]).float() * one.scale for one in several], 1)
 
     nbytes = sum(tensor.nbytes for one in several for tensor in one.stored)
-    made_a = FunctionTensor(a.name, F32, (rank, a.shape[1]), make_a, "A of several", nbytes)
-    made_b = FunctionTensor(b.name, F32, (b.shape[0], rank), make_b, "B of several", nbytes)
+    made_a = FunctionTensor(a.name, F32, (rank, *a.shape[1:]), make_a, "A of several", nbytes)
+    made_b = FunctionTensor(b.name, F32, (b.shape[0], rank, *b.shape[2:]), make_b, "B of several", nbytes)
     return _factors(first.path, rank, 1.0, made_a, made_b)
 
 
@@ -246,6 +259,7 @@ def _fused(
     rows_of: Rows,
 ) -> PlainFactors:
     row, first = entry.row, next(iter(parts.values()))
+    _check_matrices(list(parts.values()))
     columns = first.stored[0].shape[1]
     rows = []
     for number in range(len(row.parts)):

@@ -66,8 +66,9 @@ def laid_out(adapter: Adapter, base: Checkpoint | None, asked: ConvertRequest, t
         UnsupportedAdapter: it is of convolutions, which this format is not written with.
     """
     from adapterkit.adapters.formats.plain import scaled_factors
+    from adapterkit.adapters.formats.write_single import STYLES
 
-    found = scaled_factors(adapter)
+    found = scaled_factors(adapter, convolutions=to in STYLES)
     if found is None:
         return _computed(adapter, base, asked, to, layout)
     if asked.rank or asked.energy:
@@ -79,15 +80,17 @@ def laid_out(adapter: Adapter, base: Checkpoint | None, asked: ConvertRequest, t
 
 def _computed(adapter: Adapter, base: Checkpoint | None, asked: ConvertRequest, to: str, layout: Layout) -> Conversion:
     from adapterkit.adapters.formats.plain import why_not_scaled
+    from adapterkit.adapters.formats.write_single import STYLES
     from adapterkit.checkpoint.plan import plan_file
     from adapterkit.verbs.combine import check_rank
     from adapterkit.verbs.family import open_family
 
-    if to != "peft":
+    if to != "peft" and to not in STYLES:
         check_convolutions(adapter, to)
     if base is None:
         raise UsageError(
-            f"{adapter.ref}: {why_not_scaled(adapter)}; what it adds has to be computed against its base",
+            f"{adapter.ref}: {why_not_scaled(adapter, convolutions=to in STYLES)}; what it adds has to be computed "
+            "against its base",
             f"name the base with {option('base')}",
         )
     notes = check_rank(asked.rank, asked.energy, open_family([adapter], base).slots.values())
@@ -108,7 +111,7 @@ def check_convolutions(adapter: Adapter, to: str) -> None:
     if path := convolution(adapter):
         raise UnsupportedAdapter(
             f"{adapter.ref}: {path} is a convolution, and a LoRA of convolutions is not written as {to}",
-            f"convert it with {option('to', 'peft')}, which keeps it, or merge it into the model",
+            f"convert it with {option('to', 'peft')}, kohya or diffusers, which keep it, or merge it into the model",
         )
 
 
@@ -142,8 +145,9 @@ class Computed:
         }
         if self.to != "peft":
             from adapterkit.adapters.formats.plain import scaled_factors
+            from adapterkit.adapters.formats.write_single import STYLES
 
-            factors = scaled_factors(plain)
+            factors = scaled_factors(plain, convolutions=self.to in STYLES)
             if factors is None:
                 check_convolutions(plain, self.to)
                 raise UnsupportedAdapter(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.write import Stage
     from adapterkit.gguf.checkpoint import GGUFCheckpoint
     from adapterkit.requests.convert import ConvertRequest
+    from adapterkit.verbs.calibration import Calibration
     from adapterkit.verbs.job import Beside, Measured, Recorder
 
 Ref = str | Path
@@ -44,6 +45,7 @@ class Conversion:
         beside: what goes next to the output.
         also: what is written in the same pass.
         named: what the record names, where it was opened for the plan.
+        calibration: what weights are rounded by, where that is with feedback.
     """
 
     src: str
@@ -60,6 +62,7 @@ class Conversion:
     beside: tuple[Beside, ...] = ()
     also: tuple[Job, ...] = ()
     named: tuple[Any, ...] = ()
+    calibration: Calibration | None = None
 
     @property
     def peak_memory(self) -> int:
@@ -111,7 +114,7 @@ class Conversion:
             **measured.facts,
         }
         copied = {} if measured.dry_run else odd.sampled(self.tensors.values())
-        said["notes"] = (*said["notes"], *measured.notes, *odd.said(copied))
+        said["notes"] = (*said["notes"], *measured.notes, *self._fed_back(measured.dry_run), *odd.said(copied))
         return ConvertReport(
             src=self.src,
             out="" if out is None else str(out),
@@ -123,6 +126,16 @@ class Conversion:
             **asdict(measured.moved),
             **said,
         )
+
+    def _fed_back(self, dry_run: bool) -> tuple[str, ...]:
+        """What is said of rounding with feedback."""
+        made, asked = self.calibration, self.request
+        if made is None or asked is None:
+            return ()
+        if dry_run:
+            disk = f"{made.disk / 1e9:.2g} GB of disk"
+            return (f"the model reads {asked.calibration} first; what goes into its layers waits on at most {disk}",)
+        return (f"rounded with feedback, by {made.tokens} tokens of {asked.calibration}",)
 
 
 def gguf_file(src: Any) -> GGUFCheckpoint | None:

@@ -19,12 +19,14 @@ from adapterkit.codecs.kinds import written
 from adapterkit.dtypes import BF16, F16, F32, FLOATS, DType
 from adapterkit.errors import UsageError, option
 from adapterkit.requests.convert import ConvertRequest
+from adapterkit.requests.merge import FEEDBACK
 from adapterkit.verbs.conversions.conversion import Conversion, count_types
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from adapterkit.checkpoint.listing import Listing
+    from adapterkit.verbs.calibration import Calibration
     from adapterkit.verbs.job import Recorder
 
 CONFIG = "config.json"
@@ -96,8 +98,37 @@ def _quantized(kind: str, asked: ConvertRequest, jobs: int) -> Conversion:
         )
     skip = asked.skip_modules or None
     check_skipped(view, skip)
-    view = quantized(view, kind, double_quant=asked.double_quant, skip=skip)
-    return planned_folder(opened, view, kind, "quantized", asked, jobs)
+    calibration = _calibration(opened, kind, asked)
+    fed = None if calibration is None else calibration.fed
+    view = quantized(view, kind, double_quant=asked.double_quant, skip=skip, fed=fed)
+    made = planned_folder(opened, view, kind, "quantized", asked, jobs)
+    if calibration is None:
+        return made
+    plan = replace(
+        made.plan,
+        inputs={**made.plan.inputs, "calibration": calibration.digest()},
+        peak_memory=max(made.plan.peak_memory, calibration.memory),
+    )
+    return replace(made, plan=plan, calibration=calibration)
+
+
+def _calibration(opened: Checkpoint, kind: str, asked: ConvertRequest) -> Calibration | None:
+    """What weights are rounded by, where that is with feedback: the model reads the text, before it is rounded.
+
+    Raises:
+        NotFound, UsageError: see `adapterkit.verbs.calibration.Calibration.check`; or options that do not go together.
+    """
+    if asked.calibration is None or asked.rounding != FEEDBACK:
+        if asked.calibration is not None:
+            raise UsageError(
+                f"the nearest values of {kind} need no text", f"add {option('rounding', FEEDBACK)}, or leave it out"
+            )
+        return None
+    from adapterkit.verbs.calibration import Calibration as Made
+
+    made = Made(lambda: dequantized(open_folder(asked, kind)), Path(asked.calibration), asked.target)
+    made.check(opened.ref, opened.config)
+    return made
 
 
 def stored_formats(view: Checkpoint) -> set[str]:
@@ -139,12 +170,14 @@ def planned_folder(
     opened: Checkpoint, view: Checkpoint, to: str, kind: str, asked: ConvertRequest, jobs: int
 ) -> Conversion:
     """The plan of a view as a folder with its side files and a record."""
-    stated = {
+    stated: dict[str, Any] = {
         "verb": "convert",
         "to": to,
         "double_quant": asked.double_quant,
         "skip_modules": list(asked.skip_modules),
     }
+    if asked.rounding == FEEDBACK:
+        stated |= {"rounding": FEEDBACK, "calibration": str(asked.calibration)}
     plan = plan_safetensors(view, max_shard_size=asked.shard_size, jobs=jobs, request=stated)
     side = {file.name: file.bytes() for file in view.side_files}
     record = folder_recorder(opened, to, kind, stated)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.adapters.config import FLAT
 from adapterkit.errors import option
-from adapterkit.verbs.conversions.adapters import check_convolutions, laid_out, open_adapter, planned_tensors
+from adapterkit.verbs.conversions.adapters import laid_out, open_adapter, planned_tensors
 from adapterkit.verbs.conversions.conversion import Conversion
 
 if TYPE_CHECKING:
@@ -72,9 +72,8 @@ def _together(parts: list[Adapter], style: Style) -> AdapterFiles:
     whole: dict[str, Tensor] = {}
     modules: list[FileModule] = []
     for part in parts:
-        found = scaled_factors(part)
+        found = scaled_factors(part, convolutions=True)
         if found is None or part.contents is None:
-            check_convolutions(part, style.name)
             raise UsageError(
                 f"{part.ref}: {why_not_scaled(part)}; what it adds has to be computed against its base",
                 f"name the base with {option('base')}",

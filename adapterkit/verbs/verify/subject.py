@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.fold import Folded
 from adapterkit.adapters.merged import Merged, in_dtype
+from adapterkit.adapters.mlx_view import mlx_named
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.tensor import Cast, Tensor
 from adapterkit.dtypes import FLOATS
@@ -147,11 +148,21 @@ def _folder(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], op
     planned = planned_merge(request, headers_only=False, fingerprints=False)
     floats = planned.folded.checkpoint
     packed = _holds_packed(found)
-    form = planned.base.stored if packed else None
+    form = planned.base.stored if packed and not _other_numbers(found, planned.base) else None
     lost = () if form is None else _without_scales(form, found)
     found = found if form is None else _without(found, form, lost)
     values = dequantized(found) if packed else found
     kind, double, skip = _written_in(found, values) if packed else (None, False, None)
+    touched = frozenset(planned.folded.touched)
+    stacked: Mapping[str, Tensor] = {}
+    became: dict[str, tuple[str, ...]] = {}
+    if kind is not None and form is None and _is_mlx(kind):
+        # Under MLX's names and in its stacks of experts, as the values are.
+        named, came = mlx_named(floats)
+        stacked = mlx_named(planned.base)[0]
+        became = {one: (name,) for name, several in came.items() for one in several if one != name}
+        touched = frozenset(name for name, several in came.items() if touched.intersection(several))
+        floats = replace(floats, tensors=named)
     values = aligned(values, floats)
     how: dict[str, Any] = {
         "found": found,
@@ -163,10 +174,10 @@ def _folder(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], op
         "config": _planned_config(planned.side, planned.base),
         "side": planned.side,
         "kind": kind,
-        "trained": floats,
+        "trained": planned.folded.checkpoint,
+        "became": became,
         "options": planned.request.stated(),
     }
-    touched = frozenset(planned.folded.touched)
     items, misshapen = [], []
     own = {} if form is None else _own_parts(planned.folded, form, found)
     parts = _encoded_parts(floats, found, kind, double, skip) if kind is not None and form is None else {}
@@ -185,6 +196,11 @@ def _folder(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], op
         else:
             expected = retyped(tensor, there.dtype)
             items.append(_item(expected, ((expected, there),), there, name in touched))
+    # What is no fold of its own is measured beside the base under the same name.
+    items = [
+        replace(one, base=stacked[one.name]) if one.touched and one.merged is None and one.name in stacked else one
+        for one in items
+    ]
     missing, extra = _ties(planned.folded, floats, values)
     missing = tuple(name for name in missing if name not in lost)
     layouts = () if form is None else _layouts(form, values)
@@ -320,9 +336,26 @@ def _written_in(found: Checkpoint, values: Checkpoint) -> tuple[str | None, bool
     how = {weight.how for weight in (values.stored.weights.values() if values.stored is not None else ())}
     for codec in CODECS:
         for one in codec.kinds if method in codec.methods else ():
-            if how & set(one.already):
+            if how & set(one.already) and (one.said is None or one.said(said)):
                 return one.name, False, None
     return method, False, skip
+
+
+def _other_numbers(found: Checkpoint, base: Checkpoint) -> bool:
+    """Whether both are MLX's and MERGED in other numbers than the base: then all of it was quantized anew."""
+    from adapterkit.codecs.table import KINDS, has_layout
+
+    if base.stored is None:
+        return False
+    both = (found.config, base.stored.checkpoint.config)
+    named = [{kind.name for kind in KINDS.values() if kind.program and has_layout(one, kind)} for one in both]
+    return all(named) and named[0] != named[1]
+
+
+def _is_mlx(kind: str) -> bool:
+    from adapterkit.codecs.table import KINDS
+
+    return kind in KINDS and KINDS[kind].program == "mlx"
 
 
 def _encoded_parts(

@@ -344,7 +344,7 @@ class TensorComparison:
         """A block of rows of a fold in another order: the base is read beside it."""
         item = tally.item
         assert item.base is not None
-        stop = min(start + expected.block, expected.numel)
+        start, stop = _range(expected, start)
         columns = item.floats.shape[-1] if item.floats.shape else 1
         new = item.floats.read_wide(start, stop).float().view(-1, columns)
         base = item.base.read_wide(start, stop).view(-1, columns)
@@ -369,8 +369,7 @@ class TensorComparison:
                 tally.steps = max(tally.steps, off)
                 tally.found[start], tally.ours[start] = sums, block_sums(one, one, one, error=True)
             return
-        stop = min(start + expected.block, expected.numel) * _pack(expected)
-        start *= _pack(expected)
+        start, stop = _range(expected, start)
         new = item.floats.read_wide(start, stop).float().view(-1, item.floats.shape[-1])
         sums = block_sums(new, new, item.values.read(start, stop), error=True)
         with tally.lock:
@@ -384,6 +383,7 @@ class TensorComparison:
         item = tally.item
         if item.parts and tally.differing:
             tally.parts.add(item.parts[0][1].name)
+        alike = not tally.differing
         for expected, found in item.parts[1:]:
             self._seen.blocks = []
             one, other = (_as_bytes(tensor) for tensor in (expected, found))
@@ -392,11 +392,31 @@ class TensorComparison:
             if differing:
                 tally.parts.add(found.name)
             expected.release()
+        if alike and tally.differing and item.encoding is None and item.format is not None:
+            self._again(tally)
         (item.parts[0][0] if item.parts else item.floats).release()
         item.values.release()
         judged = judge(tally)
         with self._lock:
             self._judged[item.name] = judged
+
+    def _again(self, tally: Tally) -> None:
+        """The codes are as they should be and what stands beside them is not: values against values."""
+        item = tally.item
+        tally.found.clear()
+        tally.ours.clear()
+        columns = item.floats.shape[-1]
+        step = item.floats.block if item.merged is not None else max(1, item.floats.block // columns) * columns
+        for start in range(0, item.floats.numel, step):
+            self._seen.blocks = []
+            stop = min(start + step, item.floats.numel)
+            wide = item.floats.read_wide(start, stop)
+            for at, base, new in self._blocks(item):
+                self._measure(tally, at, base, new, None, False)
+            if item.merged is None:
+                base = wide if item.base is None else item.base.read_wide(start, stop)
+                self._measure(tally, start, base.view(-1, columns), wide.float().view(-1, columns), None, False)
+        self._seen.blocks = []
 
 
 def _as_bytes(tensor: Tensor) -> torch.Tensor:
@@ -406,11 +426,15 @@ def _as_bytes(tensor: Tensor) -> torch.Tensor:
     return tensor.read(0, tensor.numel).contiguous().view(torch.uint8).view(max(tensor.numel, 1), -1)
 
 
-def _pack(expected: Tensor) -> int:
-    """Weights per element of what is compared: codes of four bits share a byte."""
+def _range(expected: Tensor, start: int) -> tuple[int, int]:
+    """The weights in the block of what is compared that starts there: a word of codes holds several."""
     from adapterkit.checkpoint.encoded import Encoded
 
-    return expected.weight.numel // expected.numel if isinstance(expected, Encoded) else 1
+    stop = min(start + expected.block, expected.numel)
+    if not isinstance(expected, Encoded):
+        return start, stop
+    weights = expected.weight.numel
+    return start * weights // expected.numel, stop * weights // expected.numel
 
 
 def _differing(one: bytes, other: bytes, size: int) -> int:
