@@ -181,7 +181,9 @@ def _send_parts(store: Store, key: str, upload: Upload, source: IO[bytes]) -> No
     try:
         digest, total = hashlib.sha256(), 0
         etags: dict[int, str] = {}
-        while data := source.read(max(PART, -(-upload.size // 9000))):
+        part = max(PART, -(-upload.size // 9000))
+        assembly.expect(range(1, -(-upload.size // part) + 1))
+        while data := source.read(part):
             digest.update(data)
             total += len(data)
             etags[len(etags) + 1] = assembly.put(len(etags) + 1, data)

@@ -248,39 +248,46 @@ class HubSnapshot(LocalFolder):
 
     def __init__(self, path: Path, ref: HubRef, shown: str, commit: str) -> None:
         super().__init__(path, shown, commit)
-        self._hub, self._hashes = ref, dict[str, str]()
+        self._there = _There(ref, commit, self.names, shown)
 
     def _file(self, path: Path, shown: str, name: str) -> LocalFile:
-        return _HubCopy(self, path, shown, f"{self._hub.subfolder}/{name}" if self._hub.subfolder else name)
+        return _HubCopy(self._there, path, shown, name)
 
-    def address(self, path: str) -> Address:
+
+class _There:
+    """The files of a repository at a commit, as the Hub's store of bytes has them."""
+
+    def __init__(self, ref: HubRef, commit: str, names: Iterable[str], shown: str) -> None:
+        self._ref, self._commit, self._names, self._shown = ref, commit, frozenset(names), shown
+        self._hashes: dict[str, str] = {}
+
+    def address(self, name: str) -> Address:
         """Where the Hub has a file."""
-        return Address(HUB, f"models/{self._hub.repo}", path)
+        path = f"{self._ref.subfolder}/{name}" if self._ref.subfolder else name
+        return Address(HUB, f"models/{self._ref.repo}", path)
 
-    def xet_hash(self, path: str) -> str:
-        """By what the Hub's store of bytes knows a file, asked for once for all weights; empty where it has it not."""
+    def hash(self, address: Address) -> str:
+        """By what the store of bytes knows a file, asked for once for all weights; empty where it has it not."""
         import huggingface_hub as hf
 
-        if path not in self._hashes:
-            prefix = f"{self._hub.subfolder}/" if self._hub.subfolder else ""
-            wanted = sorted({path, *(f"{prefix}{name}" for name in self.names if name.endswith(_WEIGHTS))})
-            with hub_errors(self.ref):
-                found = hf.HfApi().get_paths_info(self._hub.repo, wanted, revision=self.commit)
-            self._hashes = dict.fromkeys(wanted, "")
-            self._hashes |= {one.path: str(getattr(one, "xet_hash", None) or "") for one in found}
-        return self._hashes[path]
+        if address.key not in self._hashes:
+            wanted = {address.key, *(self.address(name).key for name in self._names if name.endswith(_WEIGHTS))}
+            with hub_errors(self._shown):
+                found = hf.HfApi().get_paths_info(self._ref.repo, sorted(wanted), revision=self._commit)
+            hashes = {one.path: str(getattr(one, "xet_hash", None) or "") for one in found}
+            self._hashes = {**dict.fromkeys(wanted, ""), **hashes}
+        return self._hashes[address.key]
 
 
 class _HubCopy(LocalFile):
     """A file of a repository in the cache."""
 
-    def __init__(self, folder: HubSnapshot, path: Path, shown: str, there: str) -> None:
+    def __init__(self, there: _There, path: Path, shown: str, name: str) -> None:
         super().__init__(path, shown)
-        self.stored_at, self._folder = folder.address(there), folder
+        self.stored_at, self._there = there.address(name), there
 
     def stored_as(self) -> str:
-        assert self.stored_at is not None
-        return self._folder.xet_hash(self.stored_at.key)
+        return "" if self.stored_at is None else self._there.hash(self.stored_at)
 
 
 class HubFolder(Listing):
@@ -291,6 +298,7 @@ class HubFolder(Listing):
     ) -> None:
         self._hub, self.commit, self._names, self.ref, self._stated = ref, commit, names, shown, stated
         self._open: dict[str, Source] = {}
+        self._there = _There(ref, commit, names, shown)
 
     @property
     def names(self) -> frozenset[str]:
@@ -318,7 +326,7 @@ class HubFolder(Listing):
                 local = Path(hf.hf_hub_download(self._hub.repo, path, revision=self.commit))
                 check_bytes(self.ref, self.commit or "", {name: local}, self._stated)
                 return LocalFile(local, shown)
-            return HubFile(hf.hf_hub_url(self._hub.repo, path, revision=self.commit), shown)
+            return HubFile(hf.hf_hub_url(self._hub.repo, path, revision=self.commit), shown, self._there, name)
 
 
 class _Interrupted(Exception):
@@ -340,8 +348,9 @@ def _some(response: Any, skip: int, length: int) -> bytes:
 class HubFile(Source):
     """A file on the Hub, read by HTTP range; its first bytes are kept, for that is where a header lies."""
 
-    def __init__(self, url: str, name: str) -> None:
-        self.url, self.name, self.path = url, name, None
+    def __init__(self, url: str, name: str, there: _There | None = None, own: str = "") -> None:
+        self.url, self.name, self.path, self._there = url, name, None, there
+        self.stored_at = None if there is None else there.address(own)
         self._head, self.size = self._range(0, FIRST_BYTES)
 
     def _range(self, offset: int, length: int) -> tuple[bytes, int]:
@@ -399,6 +408,9 @@ class HubFile(Source):
         if fault is not None or len(data) < min(length, int(total) - offset):
             raise _Interrupted(str(fault or "it ended too early"))
         return bytes(data), int(total)
+
+    def stored_as(self) -> str:
+        return "" if self._there is None or self.stored_at is None else self._there.hash(self.stored_at)
 
     def read(self, offset: int, length: int) -> bytes:
         if length <= 0 or offset >= self.size:

@@ -16,6 +16,7 @@ from adapterkit.checkpoint.store_out import StoreOut
 from adapterkit.checkpoint.store_sink import StoreSink, default_store_jobs, written
 from adapterkit.errors import OutputError
 from adapterkit.places import Address
+from adapterkit.stores.connect import open_store
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,7 +82,8 @@ def store_memory(plan: Plan, out: Path | Address, jobs: int) -> int:
     sent = max((sent_at_once(file) for file in plan.files), default=0) if isinstance(out, Address) else 0
     if isinstance(out, Address) and out.scheme != "s3":
         sent *= 2  # a part, and the request that it becomes
-    return window_memory(plan.inputs, jobs) + jobs * sent
+    held = open_store(out).buffers * min(jobs, len(plan.files)) if isinstance(out, Address) else 0
+    return window_memory(plan.inputs, jobs) + jobs * sent + held
 
 
 def send_part(made: StoreOut, part: PlanPart, *, jobs: int | None = None, progress: Progress | None = None) -> int:

@@ -250,8 +250,6 @@ def app(debug: bool) -> None:
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line and exit with the documented code."""
     given = sys.argv[1:] if arguments is None else arguments
-    # Headers become many small values that live until the end; looking for garbage among them only costs time.
-    gc.set_threshold(200_000)
     # A job that is told to stop tidies up like one that is interrupted at the keyboard. (In the background a shell has that
     # key ignored; being told to stop never is.)
     asked = signal.getsignal(signal.SIGINT)

@@ -113,6 +113,7 @@ class Store(ABC):
         marked: whether an object keeps what its writer said of it.
         put_requests, more_if_conditional: how many requests it takes to write a small object; and to look first.
         rechecks: how many requests it takes to see that an object which was read is still the same.
+        buffers: bytes of memory that its client takes for a file on its way, about.
     """
 
     root: Address
@@ -120,7 +121,7 @@ class Store(ABC):
     keeps_uploads = True
     conditions: bool | None = None
     marked = True
-    put_requests, more_if_conditional, rechecks = 1, 0, 0
+    put_requests, more_if_conditional, rechecks, buffers = 1, 0, 0, 0
     renewals = 0
     renewing = threading.Lock()
 

@@ -105,15 +105,27 @@ class XetWriter:
     def __init__(self, commit: Any) -> None:
         self._commit = commit
         self._stream = commit.start_upload_stream(sha256=hf_xet.SKIP_SHA256)
+        self._sent = 0
+        self._fault: Fault | None = None
 
     def write(self, data: bytes | bytearray) -> None:
-        with _faults():
-            self._stream.write(bytes(data))
+        """Send bytes behind those before them. After a fault nobody knows how many of them arrived, so it stays."""
+        if self._fault is not None:
+            raise self._fault
+        try:
+            with _faults():
+                self._stream.write(bytes(data))
+        except Fault as fault:
+            self._fault = fault
+            raise
+        self._sent += len(data)
 
     def finish(self, beside: bytes | None = None) -> tuple[str, str]:
         """End the file; its xet hash, and that of a small file which is sent along."""
         with _faults():
             made = self._stream.finish()
+            if int(made.xet_info.file_size) != self._sent:
+                raise Fault(words="other bytes arrived than were sent", most=1)
             small = None
             if beside is not None:
                 small = self._commit.start_upload_bytes(beside, sha256=hf_xet.SKIP_SHA256)

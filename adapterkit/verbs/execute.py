@@ -78,9 +78,9 @@ class OpenPlan:
 
     @cached_property
     def place(self) -> Path | Address:
-        """Where parts go: results for an output in a store lie beside it until it is made."""
+        """Where parts go: results for an output in a store lie beside it until it is made, by the name of their plan."""
         if self.has_results and isinstance(self.out, Address):
-            return self.out.with_name(f".{self.out.name}.results")
+            return self.out.with_name(f".{self.out.name}.results-{self.plan.digest[:12]}")
         return self.out
 
     @cached_property

@@ -70,6 +70,7 @@ def same(one: Path, other: Path) -> bool:
     return set(found) == set(want) and all(found[name].equal(want[name]) for name in want)
 
 
+@pytest.mark.slow  # two processes with torch, twice
 def test_two_processes_of_fsdp(distributed: Path, adapter: Path, base: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsafeError, match=r"distributed\.checkpoint") as raised:
         adapterkit.merge(base, [distributed], tmp_path / "no")

@@ -162,7 +162,9 @@ def test_what_no_adapter_touches_gets_another_name_and_does_not_move(
 
     # From a model repository too: what goes up is only what an adapter touches.
     hub.add("org/base", wide[0])
+    planned = adapterkit.merge("hf://org/base", beside, f"{ROOT}/from-model", dry_run=True)
     done = adapterkit.merge("hf://org/base", beside, f"{ROOT}/from-model")
+    assert (planned.bytes_inside, planned.bytes_up) == (done.bytes_inside, pytest.approx(done.bytes_up, rel=0.05))
     assert done.bytes_inside == len(wide[2][first])
     found = there("from-model/", tmp_path / "model")
     assert {name: data for name, data in found.items() if name != "adapterkit.json"} == {
@@ -513,6 +515,23 @@ def test_versions_of_the_registry(hub: BucketHub, home: Path, tmp_path: Path) ->
     api().batch_bucket_files(NAME, add=[(b"others", name)])
     with pytest.raises(CheckFailed, match="not what the manifest says"):
         pull_bucket(f"{to}@sha256:{done.digest}", home=tmp_path / "third")
+
+
+def test_a_combination_by_several_tasks(hub: BucketHub, put: Put, small: tuple[Path, Path], tmp_path: Path) -> None:
+    """Its parts are results, which lie in the bucket until the output is made of them."""
+    adapterkit.combine([small[1], small[1]], tmp_path / "two", weights=[0.5, 0.25], method="svd", rank=2)
+    beside = put(small[1])
+    plan = tmp_path / "plan.json"
+    adapterkit.combine([beside, beside], weights=[0.5, 0.25], method="svd", rank=2, save_plan=plan)
+    done = [adapterkit.run(plan, f"{ROOT}/two", task=task, tasks=2, part_size="10KB") for task in (0, 1)]
+    assert [one.finished for one in done] == [False, True]
+    assert there("two/", tmp_path / "down") == here(tmp_path / "two")
+    assert working(hub) == []
+
+
+def test_a_hub_that_is_switched_off_is_said() -> None:
+    with pytest.raises(StoreError, match="the Hub is switched off by HF_HUB_OFFLINE"):
+        adapterkit.inspect("hf://buckets/org/nobodys/x")
 
 
 def test_addresses() -> None:

@@ -190,12 +190,14 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch)
         "google.auth.transport.urllib3",
         "azure.storage.blob",
         "azure.core.exceptions",
+        "hf_xet",
     ):
         monkeypatch.setitem(sys.modules, module, None)
-    monkeypatch.delitem(sys.modules, "adapterkit.stores.azure", raising=False)
+    for module in ("azure", "hub", "xet"):
+        monkeypatch.delitem(sys.modules, f"adapterkit.stores.{module}", raising=False)
     monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
     monkeypatch.setattr("adapterkit.stores.connect._open", {})
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    for address in ("s3://models/x", "gs://models/y", "az://models/z"):
+    for address in ("s3://models/x", "gs://models/y", "az://models/z", "hf://buckets/org/models/x"):
         with pytest.raises(UsageError, match=r"is not installed; pip install 'adapterkit\[stores\]'"):
             adapterkit.open(address)

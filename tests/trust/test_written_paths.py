@@ -57,6 +57,11 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "check --report": ("check", "{in}/base", "{in}/adapter", "--report", "{out}/r.json"),
     "check --summary": ("check", "{in}/base", "{in}/adapter", "--summary", "{out}/s.md"),
     "inspect --html": ("inspect", "{in}/adapter", "--compare", "{in}/adapter", "--html", "{out}/c.html"),
+    "verify --out": ("verify", "{in}/tuned", "--base", "{in}/base", "--adapter", "{in}/adapter", "-o", "{out}/r.json"),
+    "verify --save-plan": (
+        *("verify", "{in}/tuned", "--base", "{in}/base", "--adapter", "{in}/adapter"),
+        *("--save-plan", "{out}/plan.json"),
+    ),
     "verify --html": (
         "verify",
         "{in}/tuned",
@@ -102,7 +107,7 @@ def _in_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         raise AssertionError("it waits for what was planted")
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(60)
+    signal.alarm(600)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
@@ -190,6 +195,7 @@ SLOW = {
     "run --events",
     "run --out",
     "verify --html",
+    "verify --out",
     "build",
 }  # workers, and every kind in many places
 
