@@ -375,12 +375,12 @@ def coarse_tensors(folded: Folded, *, tensors: int = 8) -> list[str]:
     """
     from adapterkit.ops.coarse import is_coarse
 
-    merged = [(name, tensor) for name, tensor in merged_tensors(folded).items() if len(tensor.shape) == 2]
+    merged = [(name, tensor) for name, tensor in merged_tensors(folded).items() if len(tensor.shape) in (2, 3)]
     chosen = merged if len(merged) <= tensors else [merged[i * len(merged) // tensors] for i in range(tensors)]
     found = []
     for name, tensor in chosen:
-        columns = tensor.shape[1]
-        rows = min(tensor.shape[0], max(64, ROWS // max(columns, 1)))
+        height, columns = tensor.shape[-2:]  # of a stack the first expert is looked at
+        rows = min(height, max(64, ROWS // max(columns, 1)))
         values = tensor.base.read_wide(0, rows * columns).view(rows, columns)
         tensor.base.release()
         if is_coarse(values):

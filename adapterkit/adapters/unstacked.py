@@ -113,19 +113,22 @@ def unstacked(checkpoint: Checkpoint, wanted: Callable[[str, list[Tensor]], bool
             continue
         if len(checkpoint[target.tensors[0]].shape) == 3:
             layers.setdefault(found[1], []).append(target)
+    called = next((_called(checkpoint, stem, targets) for stem, targets in layers.items()), None)  # layers are alike
+    if called is None:
+        return checkpoint
+    apart: dict[str, list[tuple[Target, list[_Part]]]] = {}
     parts: dict[str, list[OfStack]] = {}  # by the tensor that is taken apart
-    called = None
     for stem, targets in layers.items():
-        called = called or _called(checkpoint, stem, targets)
-        if called is None:
-            break
         made = [(target, _parts(target, _stem(stem, called), called[2:])) for target in targets]
-        matrices: dict[str, list[OfStack]] = {}
-        for target, mine in made:
-            shared = _Stack(target, checkpoint.tensors)
-            matrices[target.tensors[0]] = [OfStack(part.name, part.rows, shared) for part in mine]
-        if wanted(stem, [one for found in matrices.values() for one in found]):
+        matrices = {target.tensors[0]: _matrices(target, mine, checkpoint.tensors) for target, mine in made}
+        if wanted(stem, [one for mine in matrices.values() for one in mine]):
+            apart[stem] = made
             parts |= matrices
+    after = Names(_shapes(checkpoint, [one for made in apart.values() for one in made]), checkpoint.config)
+    for made in apart.values():
+        if not all(mine and _same(after.find(target.parameter), target, mine) for target, mine in made):
+            for target, _ in made:  # a layer of another kind
+                del parts[target.tensors[0]]
     if not parts:
         return checkpoint
     tensors: dict[str, Tensor] = {}
@@ -136,6 +139,20 @@ def unstacked(checkpoint: Checkpoint, wanted: Callable[[str, list[Tensor]], bool
             if name in checkpoint.shards:
                 shards[one.name] = checkpoint.shards[name]
     return replace(checkpoint, tensors=tensors, shards=shards, index=None)
+
+
+def _matrices(target: Target, parts: list[_Part], tensors: Mapping[str, Tensor]) -> list[OfStack]:
+    shared = _Stack(target, tensors)
+    return [OfStack(part.name, part.rows, shared) for part in parts]
+
+
+def _shapes(checkpoint: Checkpoint, made: list[tuple[Target, list[_Part]]]) -> dict[str, tuple[int, ...]]:
+    """Of the tensors, when some stacks are taken apart."""
+    shapes = dict(checkpoint.shapes)
+    for target, parts in made:
+        del shapes[target.tensors[0]]
+        shapes |= {part.name: (len(part.rows), target.matrix[1]) for part in parts}
+    return shapes
 
 
 def _stem(stem: str, called: tuple[str, ...]) -> str:
@@ -150,11 +167,7 @@ def _called(checkpoint: Checkpoint, stem: str, targets: list[Target]) -> tuple[s
             found = [(target, _parts(target, _stem(stem, called), words)) for target in targets]
             if (around[0] and around[0] not in stem) or not all(parts for _, parts in found):
                 continue
-            shapes = dict(checkpoint.shapes)
-            for target, parts in found:
-                del shapes[target.tensors[0]]
-                shapes |= {part.name: (len(part.rows), target.matrix[1]) for part in parts}
-            names = Names(shapes, checkpoint.config)
+            names = Names(_shapes(checkpoint, found), checkpoint.config)
             if all(_same(names.find(target.parameter), target, parts) for target, parts in found):
                 return called
     return None

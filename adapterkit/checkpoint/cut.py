@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.plan_file import PlanStep
 
 PART_SIZE = 1_000_000_000  # bytes of work in a part, where nothing else is said
+FOR_EACH = 8  # parts that each worker has at least, where that leaves them large enough: so the last ones end together
+LEAST = 50_000_000  # bytes of work below which a part is not worth its beginning and its end
 COPY, COMPUTE, ENCODE = 0.25, 1.0, 8.0
 """What a byte costs that is copied, read to be computed, and written in a type with scales (bench/results/quantize.json,
 merge.json: a core computes some 0.4 GB a second of a merge, and encodes a tenth of that)."""
@@ -99,6 +101,12 @@ def cut(plan: Plan, size: int | None = PART_SIZE) -> list[PlanPart]:
         for start, stop, first, last in zip(bounds, bounds[1:], edges, edges[1:], strict=False):
             found.append(PlanPart(len(found), file, start, stop, sum(costs[first:last])))
     return found
+
+
+def even_size(plan: Plan, workers: int, least: int = LEAST) -> int:
+    """Work of a part for so many workers: `PART_SIZE`, or less where there would be few parts for each."""
+    total = sum(cost_of(step) for file in plan.files for step in file.steps)
+    return max(min(PART_SIZE, int(total / (FOR_EACH * workers)) + 1), least)
 
 
 def _places(costs: Sequence[float], count: int) -> list[int]:

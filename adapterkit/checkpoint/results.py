@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from adapterkit.checkpoint.files import fingerprint
 from adapterkit.checkpoint.header import parse_header
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.write import Stage
     from adapterkit.dtypes import DType
+
+T = TypeVar("T")
 
 STAGED, IN_PARTS = "staged", "results"  # in the request of a plan: its files hold results
 FILE = ".results.safetensors"
@@ -144,6 +146,17 @@ class ResultFile:
         if self._starts.keys() != tensors.keys():
             raise self._damaged()
 
+    def made(self, name: str, make: Callable[[Any], T]) -> T:
+        """What ``make`` makes of the JSON of a result.
+
+        Raises:
+            CheckpointError: it is not what a result of this kind says.
+        """
+        try:
+            return make(self.said(name))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            raise self._damaged() from None
+
     def said(self, name: str) -> Any:
         """The JSON of a result."""
         start, most = self._starts[name], self._tensors[name].numel
@@ -158,6 +171,8 @@ class ResultFile:
     def data(self, name: str, offset: int, nbytes: int) -> bytes:
         """Some of the bytes of a result."""
         one = self._tensors[name]
+        if offset < 0 or nbytes < 0 or offset + nbytes > one.data:
+            raise self._damaged()
         found = self._source.read(self._starts[name] + _LENGTH + one.room + offset, nbytes)
         if len(found) != nbytes:
             raise self._damaged()

@@ -9,6 +9,7 @@ refuses it. So a run that is killed leaves no model, and what it left is found b
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -29,6 +30,7 @@ from adapterkit.errors import AuthError, NotFound, OutputError, StoreError, Usag
 from adapterkit.foreign import json_value
 from adapterkit.places import Address
 from adapterkit.stores.connect import open_store
+from adapterkit.stores.faults import tried_again
 from adapterkit.stores.store import MARK, PARALLEL, Assembly, StoredObject
 
 if TYPE_CHECKING:
@@ -91,10 +93,10 @@ class StoreOut:
         self._schedules: dict[str, Schedule] = {}
         self._uploads: dict[str, FileUpload] = {}
         self._locks = {file.name: threading.Lock() for file in plan.files}
-        self._failed: set[str] = set()
+        self._failed: dict[str, BaseException] = {}
         self._noted: dict[str, StoredObject] = {}
         self._run = os.urandom(16).hex()
-        self._own = self._shared = False
+        self._own = self._shared = self._doubtful = False
         self._visible: list[str] = []  # keys that this run made
 
     @property
@@ -325,6 +327,13 @@ class StoreOut:
                 if one.id not in named:
                     self.store.resumed(one.key, one.id).abort()
 
+    def _end_doubtful(self) -> None:
+        """Abort uploads that were begun twice, since the answer to the first attempt was lost."""
+        if self._doubtful:
+            self.look()
+            self._end_strays()
+            self._doubtful = False
+
     def _sweep(self, noted: Iterable[StoredObject]) -> None:
         """Abort the uploads that notes name, and take the notes away."""
         notes = [one for one in noted if one.key.endswith(NOTE)]
@@ -343,15 +352,15 @@ class StoreOut:
             if file.name not in self._uploads:
                 self._uploads[file.name] = self._found(file) or self._new(file)
                 if file.name in self._failed:
-                    self.give_up(file)
+                    self.give_up(file, self._failed[file.name])
             return self._uploads[file.name]
 
-    def give_up(self, file: PlannedFile) -> None:
+    def give_up(self, file: PlannedFile, why: BaseException) -> None:
         """A part of a file was not sent, so those who wait for it need not."""
-        self._failed.add(file.name)
+        self._failed.setdefault(file.name, why)
         found = self._uploads.get(file.name)
         if found is not None and found.assembly is not None:
-            found.assembly.give_up()
+            found.assembly.give_up(why)
 
     def begun(self, file: PlannedFile) -> FileUpload | None:
         """The upload of a file that an earlier run or another worker began."""
@@ -394,10 +403,19 @@ class StoreOut:
 
     def _new(self, file: PlannedFile) -> FileUpload:
         key, note = self.targets[file.name], self._note_of(file)
+        before = tried_again()
         assembly = self.store.begin(key, {MARK: self.digest}, self.work)
+        self._doubtful = self._doubtful or tried_again() != before
         said = json.dumps({"plan": self.digest, "key": key, "id": assembly.id}).encode()
         replaced = note in self._noted  # what it named is gone
-        if self.store.put(note, said, absent=not replaced):
+        try:
+            noted = self.store.put(note, said, absent=not replaced)
+        except BaseException:
+            # Nobody would find it: it is named nowhere. (Of a store that refuses everything the run's end says more.)
+            with contextlib.suppress(AuthError, StoreError):
+                assembly.abort()
+            raise
+        if noted:
             return FileUpload(assembly)
         there = self.store.head(note)
         if there is not None and self.store.read(note, 0, there.size, there.etag) == said:
@@ -432,8 +450,8 @@ class StoreOut:
         """
         self._seal()
         if self._shared:  # all parts are there, so what no upload of ours holds is of a worker that was killed
-            self._noted = {one.key: one for one in self.store.entries(f"{self.work.key}/")}
-            self._end_strays()
+            self._doubtful = True
+        self._end_doubtful()
         stale = self._unveil() if self.force else []
         names = [file.name for file in self.plan.files]
         if self.plan.layout == "file":
@@ -532,6 +550,9 @@ class StoreOut:
 
     def abandon(self) -> None:
         """Leave nothing of this run: abort its uploads, and take its claim away if it is still its own."""
+        if self._own and not self._shared:
+            with contextlib.suppress(AuthError, StoreError):
+                self._end_doubtful()
         for file in self.plan.files:
             found = self._uploads.get(file.name)
             if found is not None and found.assembly is not None:

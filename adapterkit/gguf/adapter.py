@@ -14,7 +14,7 @@ from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.mapping import Mapper
 from adapterkit.gguf.arch.table import spec_of
 from adapterkit.gguf.checkpoint import GGUFCheckpoint, open_gguf, source_of
-from adapterkit.gguf.lora import ALPHA, lora_of
+from adapterkit.gguf.lora import ALPHA, INVOCATION, left_out, lora_of, norms_of
 from adapterkit.gguf.names import GGUFNames
 from adapterkit.gguf.peft import peft_of
 
@@ -62,7 +62,7 @@ def open_gguf_adapter(ref: str | Path) -> GGUFAdapter:
             f"{ref} is a GGUF {opened.kind}, and no LoRA",
             f"give an adapter: a folder, or a GGUF made with {option('to', 'gguf-lora')}",
         )
-    if opened.header.get("adapter.alora.invocation_tokens"):
+    if opened.header.get(INVOCATION):
         raise AdapterError(
             f"{ref} is an aLoRA, which acts from its invocation tokens on; folded in, it would act on every token",
             f"load it beside the model: llama-server -m BASE.gguf {option('lora')} FILE",
@@ -74,11 +74,9 @@ def open_gguf_adapter(ref: str | Path) -> GGUFAdapter:
         "lora_alpha": opened.header.get(ALPHA, 0.0),
         "base_model_name_or_path": opened.header.get("general.base_model.0.name"),
     }
-    norms = [name for name in opened.tensors if name.endswith("_norm.weight")]
+    norms = norms_of(opened.tensors)
     tensors = {name: tensor for name, tensor in opened.tensors.items() if name not in norms}
-    notes: tuple[str, ...] = ("read as a GGUF LoRA",)
-    if norms:
-        notes += (f"left out, as llama.cpp does: {len(norms)} norms of the file, as '{norms[0]}'",)
+    notes = ("read as a GGUF LoRA", *left_out(opened.tensors))
     return GGUFAdapter(
         str(ref), AdapterConfig(config, str(ref)), tensors, source_of(ref, loose=True),
         notes=notes, opened=opened,

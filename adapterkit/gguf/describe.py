@@ -30,6 +30,18 @@ def details(checkpoint: Checkpoint) -> dict[str, str]:
         "tokens": tokens.count if tokens is not None else None,
         "adapter": header.get("adapter.type"),
         "alpha": header.get("adapter.lora.alpha"),
+        "rank": _ranks(checkpoint),
+        "invocation": _numbers(header.get("adapter.alora.invocation_tokens")),
         "base": header.get("general.base_model.0.name"),
     }
     return {name: str(value) for name, value in rows.items() if value not in (None, "")}
+
+
+def _ranks(checkpoint: GGUFCheckpoint) -> str | None:
+    """The ranks of a LoRA file's factors."""
+    found = {tensor.shape[-1] for name, tensor in checkpoint.items() if name.endswith(".lora_b") and tensor.shape}
+    return None if not found else str(min(found)) if len(found) == 1 else f"{min(found)} to {max(found)}"
+
+
+def _numbers(values: object) -> str | None:
+    return ", ".join(map(str, values)) if isinstance(values, list) and values else None

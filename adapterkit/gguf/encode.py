@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Backend = Literal["auto", "numba", "torch"]
 LARGE = 16384.0
 """Weights below it cannot give a scale that float16 lacks."""
+NVFP4_LARGEST = 6.0 * 448.0  # ggml makes larger ones this without a word
 HOPELESS = 1e9
 """Weights above it are out of reach of every type with float16 scales, and their squares upset the searches."""
 
@@ -102,6 +103,8 @@ def encode_into(
 
         peak = peak_of(x)
         _check_weights(kind, x, peak)  # ggml aborts the process on NaN
+        if kind.name == "NVFP4" and peak > NVFP4_LARGEST:
+            _refuse(kind, x.abs() > NVFP4_LARGEST, 1)
         native.run(kind, x.cpu().numpy(), None if weights is None else weights.cpu().numpy(), out)
     else:
         raise UsageError(f"{kind.name} cannot be encoded", "choose another type")
@@ -127,6 +130,8 @@ def decode(type_name: str, data: Bytes, columns: int) -> Floats:
         UsageError: ``gguf`` is not installed or cannot decode the type.
     """
     kind = ggml_type(type_name)
+    if kind.name in _BITS:
+        return _few_bits(kind, data, columns)
     try:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
@@ -139,6 +144,25 @@ def decode(type_name: str, data: Bytes, columns: int) -> Floats:
         return np.asarray(dequantize(raw, GGMLQuantizationType[kind.name]), dtype=np.float32).reshape(-1, columns)
     except (KeyError, NotImplementedError) as error:
         raise UsageError(f"the installed gguf cannot decode {kind.name}", "pip install -U gguf") from error
+
+
+_BITS = {"Q1_0": 1, "Q2_0": 2}
+
+
+def _few_bits(kind: GGMLType, data: Bytes, columns: int) -> Floats:
+    """Q1_0 and Q2_0, which the ``gguf`` package does not decode: a float16 scale, then codes from the lowest bit on.
+
+    A code of one bit is -1 or 1, one of two bits -1, 0, 1 or 2 (``dequantize_row_q1_0``, ``_q2_0`` of ggml-quants.c).
+    """
+    import numpy as np
+
+    bits = _BITS[kind.name]
+    blocks = np.ascontiguousarray(data).reshape(-1, kind.size)
+    scale = blocks[:, :2].copy().view(np.float16).astype(np.float32)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes = (blocks[:, 2:, None] >> shifts & ((1 << bits) - 1)).reshape(len(blocks), kind.block).astype(np.float32)
+    levels = 2 * codes - 1 if bits == 1 else codes - 1
+    return np.asarray(levels * scale, dtype=np.float32).reshape(-1, columns)
 
 
 def _importance(kind: GGMLType, x: torch.Tensor, importance: Any) -> torch.Tensor | None:

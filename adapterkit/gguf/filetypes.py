@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from adapterkit.errors import UsageError, nearest, option
+from adapterkit.errors import UsageError, nearest
 
 
 class FileType(NamedTuple):
@@ -51,6 +51,8 @@ FILE_TYPES: dict[str, FileType] = {
     "TQ1_0": FileType(36, "TQ1_0"),
     "TQ2_0": FileType(37, "TQ2_0"),
     "MXFP4_MOE": FileType(38, "MXFP4"),
+    "Q1_0": FileType(40, "Q1_0"),
+    "Q2_0": FileType(41, "Q2_0"),
 }
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 
@@ -63,8 +65,6 @@ def file_type(name: str) -> tuple[str, FileType]:
     """
     upper = name.upper()
     upper = ALIASES.get(upper, upper)
-    if upper == "COPY":
-        raise UsageError("COPY keeps every tensor's type, which is what happens anyway", f"leave out {option('quant')}")
     if upper not in FILE_TYPES:
         raise UsageError(f"{name!r} is no quantization", nearest(name, FILE_TYPES))
     return upper, FILE_TYPES[upper]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.fold import Folded, fold
 from adapterkit.errors import TargetError, UsageError
+from adapterkit.gguf.arch.back import mapper_of_gguf
 from adapterkit.gguf.arch.views import reordered
 from adapterkit.gguf.checkpoint import GGUFCheckpoint
 from adapterkit.gguf.diffusion import check_types, diffusion_names, in_shapes, is_diffusion, original_shapes
@@ -15,6 +16,7 @@ from adapterkit.gguf.hf import gguf_names
 from adapterkit.gguf.names import OUTPUT
 from adapterkit.gguf.plan import FileLayout
 from adapterkit.gguf.quantize import Quantization, typed
+from adapterkit.gguf.scales import scales_of
 from adapterkit.gguf.tensors import decoded, importance_of, kind_of, round_trip
 from adapterkit.gguf.text_part import text_part
 from adapterkit.ops.device import CPU
@@ -138,15 +140,18 @@ def fold_values(
     pairs = [text_part(adapter) for adapter in adapters]
     adapters, left = [adapter for adapter, _ in pairs], tuple(note for _, notes in pairs for note in notes)
     tensors = {name: decoded(tensor) for name, tensor in base.items()}
+    scales = scales_of(base, mapper_of_gguf(base))
     turned = {name: columns for name in tensors if (columns := names.columns_of(name)) is not None}
-    own = {name: reordered(tensors[name], columns, undo=True) for name, columns in turned.items()}
+    own = {name: scales.times(tensors[name]) for name in scales.of}
+    own |= {name: reordered(scales.times(tensors[name]), columns, undo=True) for name, columns in turned.items()}
     folded = fold(replace(base, tensors={**tensors, **own}, config=names.config), adapters, weights, names=names, **how)
     _check(base, folded, names)
     folded = replace(folded, notes=(*folded.notes, *left))
-    if turned:
+    if own:
         after = dict(folded.checkpoint.tensors)
-        for name, columns in turned.items():
-            after[name] = reordered(after[name], columns) if name in folded.touched else tensors[name]
+        for name in own:
+            made = reordered(after[name], turned[name]) if name in turned else after[name]
+            after[name] = scales.undone(made) if name in folded.touched else tensors[name]
         folded = replace(folded, checkpoint=replace(folded.checkpoint, tensors=after))
     return folded
 

@@ -27,8 +27,9 @@ _WIDTHS = {"F16": 2, "BF16": 2, "F32": 4}
 def on_four_bits(tensor: Tensor) -> bool:
     """Whether the stored values of a matrix lie on at most 16 levels in nearly every block of 32 neighbours.
 
-    A random block of 16-bit values has about 31 different ones. Zeros are not counted, since weights may be sparse. False
-    for what is not stored as plain floats, or too small to tell.
+    A random block of 16-bit values has about 31 different ones. Zeros are not counted, since weights may be sparse, and levels
+    have to come up again: grids of three levels are mostly zeros. False for what is not stored as plain floats, or too small
+    to tell.
     """
     extent, width = tensor.extent, _WIDTHS.get(tensor.dtype.code)
     if extent is None or width is None or len(tensor.shape) < 2 or tensor.shape[-1] % BLOCK:
@@ -40,9 +41,9 @@ def on_four_bits(tensor: Tensor) -> bool:
         data = extent.source.read(extent.offset + at * BLOCK * width, BLOCK * width)
         values = [data[i : i + width] for i in range(0, len(data), width)]
         there = [one for one in values if any(one[:-1]) or one[-1] & 0x7F]  # neither zero nor -0
-        if len(there) > LEVELS + LEVELS // 2:
+        if len(there) >= BLOCK // 4:
             seen += 1
-            few += len(set(there)) <= LEVELS
+            few += len(set(there)) <= min(LEVELS, FEW * len(there))
     return seen >= 4 and few >= 0.9 * seen
 
 

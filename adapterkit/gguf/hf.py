@@ -12,6 +12,7 @@ from adapterkit.gguf.arch.table import spec_of
 from adapterkit.gguf.arch.ties import mapper_of
 from adapterkit.gguf.checkpoint import GGUFCheckpoint
 from adapterkit.gguf.names import GGUFNames
+from adapterkit.gguf.scales import scales_of
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.checkpoint import Checkpoint
@@ -32,7 +33,7 @@ def gguf_names(base: Checkpoint) -> GGUFNames:
                 "was trained on those",
                 "merge into the Hugging Face base: adapterkit merge BASE ADAPTER -o OUT.gguf",
             )
-        return GGUFNames(mapper, mapper.hf_shapes(base.shapes, base.ref), base.ref)
+        return GGUFNames(mapper, mapper.hf_shapes(scales_of(base, mapper).shapes, base.ref), base.ref)
     view = dequantized(base)
     config = Config(view.config, base.ref)
     return GGUFNames(mapper_of(spec_of(config), config, view), view.shapes, base.ref)

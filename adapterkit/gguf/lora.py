@@ -127,7 +127,7 @@ def lora_tensors(
         if ignored is not None:
             raise UnsupportedAdapter(
                 f"{adapter.ref} changes {edit.target.parameter}, and llama.cpp applies no LoRA to '{ignored}' in a "
-                f"{names.arch}",
+                f"{names.arch} as it was trained",
                 "merge it instead: adapterkit merge BASE ADAPTER -o merged.gguf",
             )
         kernel = _kernel(edit, adapter, names)
@@ -292,6 +292,17 @@ def _stack(slot: Slot, rank: int, side: int, read: Callable[[Slot], Sequence[Pai
     return torch.stack([pad(a, (0, 0, 0, rank - a.shape[0])) for _, a in pairs])
 
 
+def norms_of(tensors: Iterable[str]) -> list[str]:
+    """The norms in a LoRA file, which llama.cpp reads over."""
+    return [name for name in tensors if name.endswith("_norm.weight")]
+
+
+def left_out(tensors: Iterable[str]) -> tuple[str, ...]:
+    """What to say of tensors of a LoRA file that do nothing."""
+    norms = norms_of(tensors)
+    return (f"left out, as llama.cpp does: {len(norms)} norms of the file, as '{norms[0]}'",) if norms else ()
+
+
 def lora_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
     """The pairs of a GGUF LoRA by the weight they change.
 
@@ -299,8 +310,9 @@ def lora_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
         UnsupportedAdapter: a tensor that is no factor, or a factor without its partner.
     """
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    norms = norms_of(tensors)
     for name in tensors:
-        if name.endswith("_norm.weight"):  # llama.cpp reads over them
+        if name in norms:
             continue
         stem = name.removesuffix(A).removesuffix(B)
         if stem == name or stem + A not in tensors or stem + B not in tensors:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FALLBACKS = {
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
-    **dict.fromkeys(("Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
+    **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
     "Q4_K": "Q5_0",
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
@@ -130,7 +130,7 @@ OUTPUT = (
 TOKEN_EMBD = (
     TypeRule("IQ1_S IQ1_M IQ2_XXS IQ2_XS", "Q2_K"),
     TypeRule("IQ2_S IQ2_M IQ3_XXS", "IQ3_S"),
-    TypeRule("TQ1_0 TQ2_0", "Q4_K"),
+    TypeRule("TQ1_0 TQ2_0 Q2_0", "Q4_K"),
 )
 LOW_RULES: dict[str, tuple[TypeRule, ...]] = {
     "attn_v": (

@@ -12,7 +12,7 @@ from adapterkit.adapters.names import Names
 from adapterkit.errors import TargetError, UsageError, option
 from adapterkit.gguf.checkpoint import GGUFCheckpoint
 from adapterkit.gguf.hf import gguf_names
-from adapterkit.gguf.lora import ALPHA, PlannedFactor, lora_of
+from adapterkit.gguf.lora import ALPHA, INVOCATION, PlannedFactor, lora_of
 from adapterkit.gguf.names import EMBEDDING, GGUFNames
 from adapterkit.gguf.tensors import decoded
 
@@ -54,14 +54,12 @@ def to_peft(lora: GGUFCheckpoint, base: Checkpoint) -> tuple[list[Tensor], dict[
 
     Args:
         lora: a GGUF LoRA.
-        base: the Hugging Face model that it belongs to; only its names and shapes are looked at.
+        base: the model that it belongs to, a Hugging Face one or a GGUF; only its names and shapes are looked at.
 
     Raises:
-        UsageError: ``lora`` is not one, or ``base`` is a GGUF, which has no module names.
+        UsageError: ``lora`` is not one.
         TargetError: it belongs to another model.
     """
-    if isinstance(base, GGUFCheckpoint):
-        raise UsageError(f"{base.ref} has no module names", "give the Hugging Face folder or id of the base")
     if lora.header.get("adapter.type") != "lora":
         raise UsageError(
             f"{lora.ref} is not a GGUF LoRA", f"give the file that was made with {option('to', 'gguf-lora')}"
@@ -185,6 +183,8 @@ def _config(lora: GGUFCheckpoint, base: str, modules: list[_Module], alpha: floa
     # The scaling of all modules is alpha / r; without an alpha in the file it is 1 and lies in B.
     number = alpha or float(common)
     leaves = sorted({module.path for module in modules if not module.stacked})
+    tokens = lora.header.get(INVOCATION)
+    activated = {"alora_invocation_tokens": [int(token) for token in tokens]} if tokens else {}
     return {
         "peft_type": "LORA",
         "peft_version": LAYOUT,
@@ -203,4 +203,5 @@ def _config(lora: GGUFCheckpoint, base: str, modules: list[_Module], alpha: floa
         "init_lora_weights": True,
         "use_rslora": False,
         "use_dora": False,
+        **activated,
     }

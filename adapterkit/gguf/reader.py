@@ -335,6 +335,11 @@ def _check_places(tensors: Mapping[str, GGUFTensor], size: int, cursor: _Cursor)
                 f"tensor '{tensor.name}' ends at byte {tensor.stop} of a file of {size}; the file is truncated or corrupt"
             )
         if before is not None and tensor.start < before.stop:
+            if before.type.name == "Q2_0":
+                hint = (
+                    "some forks of llama.cpp write Q2_0 in groups of 128 under the same number; convert the model again"
+                )
+                raise cursor.error(f"tensor '{tensor.name}' overlaps '{before.name}', which is in Q2_0", hint)
             raise cursor.error(f"tensor '{tensor.name}' overlaps '{before.name}'")
         before = tensor
 

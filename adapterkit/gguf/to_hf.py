@@ -17,6 +17,7 @@ from adapterkit.gguf.arch.mapping import Mapper
 from adapterkit.gguf.arch.pooling import MODES, POOLING
 from adapterkit.gguf.arch.views import Constant, scattered
 from adapterkit.gguf.general import CARD, HUB
+from adapterkit.gguf.scales import scales_of
 from adapterkit.gguf.tensors import Packed, decoded
 
 if TYPE_CHECKING:
@@ -69,12 +70,25 @@ def to_hf(base: GGUFCheckpoint, dtype: DType | None = None) -> tuple[Checkpoint,
     return Checkpoint(base.ref, tensors, dict.fromkeys(tensors, WEIGHTS), config, sources=base.sources), side, notes
 
 
+def as_hf(base: GGUFCheckpoint) -> Checkpoint:
+    """A GGUF model under the names and with the config of the Hugging Face checkpoint that it came from.
+
+    Raises:
+        TargetError, CheckpointError: see `to_hf`.
+    """
+    spec = spec_of_gguf(base)
+    config = config_of(base, spec)
+    view, _ = hf_view(base, Mapper(spec, Config(config, base.ref)))
+    return Checkpoint(base.ref, view, dict.fromkeys(view, WEIGHTS), config, sources=base.sources)
+
+
 def hf_view(base: GGUFCheckpoint, mapper: Mapper) -> tuple[dict[str, Tensor], dict[str, tuple[str, ...]]]:
     """The tensors of the Hugging Face checkpoint that a GGUF model came from, as handles on its own; and which own each
     is made of."""
-    shapes = mapper.hf_shapes(base.shapes, base.ref)
+    scales = scales_of(base, mapper)
+    shapes = mapper.hf_shapes(scales.shapes, base.ref)
     mapped = mapper.to_gguf(shapes, base.ref)
-    floats = {name: decoded(base[name]) for name in mapped.arrays if name in base}
+    floats = {name: scales.times(decoded(base[name])) for name in mapped.arrays if name in base}
     found, sources = {}, {}
     for name, shape in shapes.items():
         sources[name] = mapped.sources.get(name, ())

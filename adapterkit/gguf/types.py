@@ -79,9 +79,9 @@ _ROWS = (
     GGMLType("TQ1_0", 34, 256, 54, "own", halves=(52,)),
     GGMLType("TQ2_0", 35, 256, 66, "own", halves=(64,)),
     GGMLType("MXFP4", 39, 32, 17, "own"),
-    GGMLType("NVFP4", 40, 64, 36, "none"),
-    GGMLType("Q1_0", 41, 128, 18, "none"),
-    GGMLType("Q2_0", 42, 64, 18, "none"),
+    GGMLType("NVFP4", 40, 64, 36, "ggml"),
+    GGMLType("Q1_0", 41, 128, 18, "ggml", halves=(0,)),
+    GGMLType("Q2_0", 42, 64, 18, "ggml", halves=(0,)),
 )
 TYPES = {row.name: row for row in _ROWS}
 BY_ID = {row.id: row for row in _ROWS}

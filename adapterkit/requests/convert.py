@@ -25,7 +25,12 @@ from adapterkit.requests.workers import OnWorkers
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
+    from adapterkit.gguf.quantize import Quantization
     from adapterkit.requests.groups import Base, Ref
+
+
+# Of convert_hf_to_gguf.py and convert_lora_to_gguf.py.
+OUTTYPES = ("auto", "f32", "f16", "bf16", "q8_0", "tq1_0", "tq2_0")
 
 
 def _formats() -> tuple[str, ...]:
@@ -145,6 +150,15 @@ class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
             role=BYTES, group=OUTPUT, choices=FLOAT_TYPES, recipe="output.dtype",
         ),
     )  # fmt: skip
+    outtype: str | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "What the converters of llama.cpp call the type of a GGUF output or of a LoRA file: it is --dtype or --quant.",
+            role=BYTES, group=OUTPUT, metavar="TYPE", choices=OUTTYPES, recipe="output.outtype",
+            elsewhere={"record": "dtype or quant has it there"},
+        ),
+    )  # fmt: skip
     vocab_only: bool = field(
         default=False,
         kw_only=True,
@@ -169,6 +183,20 @@ class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
             role=RUN, group=RUNNING, elsewhere={"recipe": "a pickle is converted once, by hand"},
         ),
     )  # fmt: skip
+
+    def __post_init__(self, quantization: Quantization | str | None) -> None:
+        super().__post_init__(quantization)
+        if self.outtype is None:
+            return
+        both = next((name for name in ("dtype", "quant") if name in self.given()), None)
+        if both is not None:
+            raise UsageError(f"{self.spelled('outtype')} and {self.spelled(both)} both say a type", "give one of them")
+        if self.outtype in FLOAT_TYPES:
+            object.__setattr__(self, "dtype", self.outtype)
+        else:
+            object.__setattr__(self, "quant", self.outtype.upper())
+        object.__setattr__(self, "outtype", None)
+        self.check()
 
     def check(self) -> None:
         super().check()

@@ -349,6 +349,10 @@ class Types(Request):
                 value = getattr(quantization, one.name)
                 if value != one.default:
                     object.__setattr__(self, name, value)
+        if (
+            isinstance(self.quant, str) and self.quant.upper() == "COPY"
+        ):  # llama-quantize's word for what happens anyway
+            object.__setattr__(self, "quant", None)
         super().__post_init__()
 
     @classmethod

@@ -94,6 +94,19 @@ def _no_room(code: str) -> bool:
     return any(word in code for word in _NO_ROOM)
 
 
+_again = 0
+
+
+def _count_again() -> None:
+    global _again
+    _again += 1
+
+
+def tried_again() -> int:
+    """How many requests of this process were made once more so far."""
+    return _again
+
+
 def trying(request: Callable[[], T], renew: Callable[[], bool]) -> T:
     """The answer to a request, tried again while that may help.
 
@@ -115,6 +128,7 @@ def trying(request: Callable[[], T], renew: Callable[[], bool]) -> T:
             if not fault.passing or made >= min(UNREACHED if fault.words == NO_CONNECTION else ATTEMPTS, fault.most):
                 raise
             asked = min(fault.wait, LONGEST_WAIT)
+        _count_again()
         time.sleep(max(pause * (0.5 + random.random() / 2), asked))
         pause = min(pause * 2, LONGEST_PAUSE)
     raise AssertionError("unreachable")

@@ -54,7 +54,7 @@ def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path, Plan]
 
     _check(job, request)
     job.check()
-    opened = OpenPlan(job.executed, job.out or "", part_size(request), job=job)
+    opened = OpenPlan(job.executed, job.out or "", part_size(request, job.executed), job=job)
     if request.on in WRITTEN_JOBS:
         return _written(opened, request, started)
     if not request.resume and isinstance(opened.out, Path):
@@ -131,11 +131,19 @@ def _check(job: Job, request: Any) -> None:
         )
 
 
-def part_size(request: OnWorkers) -> int:
-    """Work of a part."""
-    from adapterkit.checkpoint.cut import PART_SIZE
+def part_size(request: OnWorkers, plan: Plan) -> int:
+    """Work of a part: as it was asked for, or so that all workers have enough of them. Tasks of an array, which are told how
+    many they are, all come to the same.
+    """
+    from adapterkit.checkpoint.cut import LEAST, even_size
+    from adapterkit.checkpoint.results import IN_PARTS, STAGED
 
-    return PART_SIZE if request.part_size is None else parse_size(request.part_size)
+    if request.part_size is not None:
+        return parse_size(request.part_size)
+    tasks = getattr(request, "tasks", None)
+    # A byte of a result takes longer than one of a merge: factors are decompositions.
+    least = LEAST // 50 if plan.request.get(STAGED) == IN_PARTS else LEAST
+    return even_size(plan, tasks or max(request.counts, default=workers_of(request)), least)
 
 
 def workers_of(request: OnWorkers) -> int:
@@ -164,7 +172,7 @@ def by_workers(opened: OpenPlan, request: Any) -> RunTally:
     with _room(opened) as folder, log_to(_path(request.events)) as log:
         text = opened.plan.to_json()
         disk.write_inside(folder, PLAN_FILE, text.encode())
-        size = part_size(request)
+        size = part_size(request, opened.plan)
         out = str(opened.out.absolute() if isinstance(opened.out, Path) else opened.out)
         setting = WorkerSetting(text, str(folder / PLAN_FILE), out, size, jobs_of(request))
         count = workers_of(request)
@@ -243,7 +251,7 @@ def write_files(opened: OpenPlan, request: Any, plan: Path | None = None) -> tup
     from adapterkit.verbs.engines.written import write_job
 
     where = Path(request.plan).absolute() if plan is None else plan
-    return write_job(opened, where, request, workers_of(request), part_size(request))
+    return write_job(opened, where, request, workers_of(request), part_size(request, opened.plan))
 
 
 def forecast_in(report: Any, job: Job, request: Any) -> Any:
@@ -255,7 +263,7 @@ def forecast_in(report: Any, job: Job, request: Any) -> Any:
         raise UsageError(
             "this plan has no parts: its files are known when its values are", f"leave out {option('workers')}"
         )
-    parts = OpenPlan(job.executed, "", part_size(request)).parts
+    parts = OpenPlan(job.executed, "", part_size(request, job.executed)).parts
     rate, jobs = parse_rate(request.bandwidth), request.jobs or default_jobs()
     found = tuple(forecast(parts, count, bandwidth=rate, price=request.price, jobs=jobs) for count in request.counts)
     return replace(report, forecast=found)

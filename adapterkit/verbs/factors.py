@@ -229,9 +229,9 @@ class _Found:
 
     def __init__(self, slots: Sequence[Slot], file: ResultFile) -> None:
         self._file = file
-        said = {slot.parameter: file.said(slot.parameter) for slot in slots}
-        self.rows = {name: one["row"] for name, one in said.items() if one is not None}
-        self._ranks = {name: [int(rank) for rank in one["ranks"]] for name, one in said.items() if one is not None}
+        said = {slot.parameter: file.made(slot.parameter, partial(_as_said, slot)) for slot in slots}
+        self.rows = {name: one[0] for name, one in said.items() if one is not None}
+        self._ranks = {name: one[1] for name, one in said.items() if one is not None}
 
     def ranks(self, slots: Sequence[Slot], *, own: bool) -> dict[Slot, int]:
         return ranks_of(slots, self._ranks, own=own)
@@ -246,6 +246,17 @@ class _Found:
 
     def close(self) -> None:
         pass
+
+
+def _as_said(slot: Slot, said: Any) -> tuple[Mapping[str, Any], list[int]] | None:
+    """A row of the table and the rank of each delta, out of a result; None where nothing is left of the slot."""
+    if said is None:
+        return None
+    _row(said["row"])
+    ranks = [int(rank) for rank in said["ranks"]]
+    if len(ranks) != slot.count or min(ranks) < 0:
+        raise ValueError("ranks of something else")
+    return said["row"], ranks
 
 
 def module_rank(slot: Slot, found: Sequence[Truncated], before: int = 0) -> ModuleRank:

@@ -101,7 +101,7 @@ def open_family(
     opened, names = None, None
     notes: list[str] = [note for adapter in loaded for note in adapter.notes]
     if base is not None:
-        opened, replicas = replicated_base(open_base(base)[0], loaded)
+        opened, replicas = replicated_base(_in_its_names(open_base(base)[0]), loaded)
         names = Names(opened.shapes, opened.config)
         notes += replicas
         fits = names
@@ -135,6 +135,18 @@ def open_family(
                     "combine adapters that were trained in the same way, or fold them in with merge",
                 )
     return Family(loaded, parts, slots, opened, tuple(dict.fromkeys(notes)))
+
+
+def _in_its_names(base: Checkpoint) -> Checkpoint:
+    """The base under the names that adapters know; a GGUF language model has others for its tensors."""
+    from adapterkit.gguf.checkpoint import GGUFCheckpoint
+    from adapterkit.gguf.diffusion import is_diffusion
+
+    if not isinstance(base, GGUFCheckpoint) or base.kind != "model" or is_diffusion(base):
+        return base
+    from adapterkit.gguf.to_hf import as_hf
+
+    return as_hf(base)
 
 
 def _first(parts: Sequence[Parts], parameter: str) -> Adapter:

@@ -489,10 +489,15 @@ def _still_there(planned: Merge, *, yes_lossy: bool) -> FidelityReport | None:
             )
         return found if found.worst is not None else None
 
-    same = bool(already_on_grid(planned.folded, quant))
-    if not same and (find_kind(quant).bits > COARSE_BITS or not coarse_tensors(planned.folded)):
+    # What stays in 16 bits keeps its change, and would hide in the sums what others lose.
+    through, folded = planned.output.through, planned.folded
+    if through is not None:
+        shapes = folded.checkpoint.shapes
+        folded = replace(folded, touched=tuple(n for n in folded.touched if through(n, shapes[n]) is not None))
+    same = bool(already_on_grid(folded, quant))
+    if not same and (find_kind(quant).bits > COARSE_BITS or not coarse_tensors(folded)):
         return None
-    found = left_on_grid(planned.folded, quant, tensors=SAMPLED, through=planned.output.through)
+    found = left_on_grid(folded, quant, tensors=SAMPLED, through=through)
     if (found.retention < ENOUGH or (same and found.cosine < DEAD)) and not yes_lossy:
         raise CheckFailed(
             f"the values of {planned.base.ref} are {quant if same else 'on a coarse grid'} already, and of this change "

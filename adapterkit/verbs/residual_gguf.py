@@ -111,12 +111,19 @@ def _runtime(merge: OfMerge) -> tuple[str, Sequence[str]]:
 
     base = merge.base
     if isinstance(base, GGUFCheckpoint):
+        from adapterkit.gguf.arch.back import mapper_of_gguf
         from adapterkit.gguf.diffusion import is_diffusion
         from adapterkit.gguf.hf import gguf_names
+        from adapterkit.gguf.scales import scales_of
 
         if is_diffusion(base):
             raise UsageError(
                 f"{base.ref} is an image model, beside which no server loads a GGUF LoRA",
+                f"leave out {option('residual')}",
+            )
+        if scales_of(base, mapper_of_gguf(base)).of:
+            raise UsageError(
+                f"{base.ref} has scales beside its weights, and what a residual holds is in units of the weights",
                 f"leave out {option('residual')}",
             )
         names = gguf_names(base)

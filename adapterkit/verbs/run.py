@@ -79,7 +79,7 @@ def run(request: RunRequest) -> RunReport:
     """
     started = time.monotonic()
     plan = Plan.from_json(disk.read_regular(Path(request.plan), MOST_PLAN))
-    opened = OpenPlan(plan, request.target or "", part_size(request))
+    opened = OpenPlan(plan, request.target or "", part_size(request, plan))
     told = RunReport(str(request.plan), str(request.out or ""), "", 0, len(opened.parts), nbytes=plan.nbytes)
     if request.dry_run:
         return _shown(opened, request, told)

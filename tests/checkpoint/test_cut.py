@@ -19,7 +19,7 @@ from models import plain_adapter, plain_base, read_bytes
 sys.path.insert(0, str(Path(__file__).parents[1] / "gguf"))
 
 import adapterkit
-from adapterkit.checkpoint.cut import PlanPart, cost_of, cut, shares
+from adapterkit.checkpoint.cut import FOR_EACH, LEAST, PART_SIZE, PlanPart, cost_of, cut, even_size, shares
 from adapterkit.checkpoint.plan import Plan, PlannedFile
 from adapterkit.checkpoint.plan_file import PlanStep
 from adapterkit.disk import partial_folder
@@ -262,3 +262,15 @@ def test_a_part_that_only_copies_sees_that_its_file_is_another(tmp_path: Path) -
     with pytest.raises(adapterkit.AdapterkitError):
         opened.execute(part.index)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("tensors", "workers"), [(2, 1), (300, 2), (300, 8), (4000, 2), (4000, 64)])
+def test_every_worker_has_enough_parts_or_parts_are_small_enough(tensors: int, workers: int) -> None:
+    plan = planned([10_000_000] * tensors)
+    size = even_size(plan, workers)
+    parts = cut(plan, size)
+    assert LEAST <= size <= PART_SIZE
+    assert size in (LEAST, PART_SIZE) or FOR_EACH * workers <= len(parts) <= (FOR_EACH + 1) * workers
+    loads = [sum(part.cost for part in share) for share in shares(parts, min(workers, len(parts)))]
+    if len(parts) >= FOR_EACH * workers:
+        assert max(loads) <= 1.15 * sum(loads) / workers  # nobody waits long for the last one

@@ -54,7 +54,7 @@ def test_every_option_that_the_page_names_is_one() -> None:
     import click
 
     known = set()
-    for verb in ("run", "merge"):
+    for verb in ("run", "merge", "combine", "verify"):
         command = app.get_command(click.Context(app), verb)
         assert command is not None
         known |= {flag for parameter in command.params for flag in parameter.opts}

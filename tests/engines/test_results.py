@@ -129,6 +129,28 @@ def test_an_input_that_changes_between_two_parts(tmp_path: Path) -> None:
         OpenPlan(plan, tmp_path / "out", SIZE).execute(0)
 
 
+def test_results_that_are_damaged_are_one_sentence(place: Path, tmp_path: Path) -> None:
+    plan = plan_of("sum", place, tmp_path)
+    file = partial_folder(tmp_path / "out") / plan.files[0].name
+    for part in OpenPlan(plan, tmp_path / "out").parts:
+        OpenPlan(plan, tmp_path / "out").execute(part.index)
+    whole, starts = file.read_bytes(), [step.offset for step in plan.files[0].steps]
+    for said in (b'{"row":{},"ranks":[4]}', b'{"row":7}', b"[]", b"{", b'{"ranks":[-1]}', whole[starts[0] + 8 :][:60]):
+        damaged = len(said).to_bytes(8, "little") + said
+        file.write_bytes(whole[: starts[0]] + damaged + whole[starts[0] + len(damaged) :])
+        with pytest.raises(CheckpointError, match="are damaged"):
+            OpenPlan(plan, tmp_path / "out").finish()
+    text = whole[starts[0] + 8 :].split(b"\0", 1)[0]
+    wide = text.replace(b'"ranks":[4]', b'"ranks":[9]')  # more than there is room for: bytes of another layer
+    assert wide != text
+    file.write_bytes(whole.replace(text, wide))
+    with pytest.raises(CheckpointError, match="are damaged"):
+        OpenPlan(plan, tmp_path / "out").finish()
+    assert not (tmp_path / "out").exists()
+    file.write_bytes(whole)
+    OpenPlan(plan, tmp_path / "out").finish()
+
+
 def test_a_worker_of_an_extraction_compares_only_what_the_plan_does_not_say(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,7 @@ BACK = ("llama3", "deepseek_v3", "qwen3_5")
 LIVE = ("granite4_micro", "qwen3_5")
 FAST = ("llama", "gemma2", "phi3_longrope", "bamba")
 # Latent attention and such: weights that the runtime multiplies without looking for a LoRA.
-NO_LORA_FILE = ("deepseek", "glm4_moe_lite", "youtu", "minicpm3", "kimi_linear", "glm_moe_dsa")
+NO_LORA_FILE = ("deepseek", "glm4_moe_lite", "youtu", "minicpm3", "kimi_linear", "glm_moe_dsa", "gemma4_moe")
 
 
 @pytest.fixture(autouse=True)

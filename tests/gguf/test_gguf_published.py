@@ -13,6 +13,7 @@ from typing import Any
 import arch_zoo as zoo
 import pytest
 from gguf_runtime import far, logprobs, of_model
+from models import load_model
 
 import adapterkit.gguf.vocab
 from adapterkit.errors import AdapterkitError, TargetError, UsageError
@@ -257,6 +258,129 @@ def test_a_published_config_is_not_refused(name: str) -> None:
     sound(values, name)
     assert values["block_count"] == Config(PUBLISHED[name]).number("layers")
     assert values["attention.head_count"]
+
+
+# What llama.cpp decides by the numbers of layers, experts and tokens of the released sizes, which tiny models do not show.
+_LLAMA4 = {
+    "architectures": ["Llama4ForCausalLM"],
+    "hidden_size": 5120,
+    "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 202048,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5e5,
+    "attention_chunk_size": 8192,
+    "attn_scale": 0.1,
+    "floor_scale": 8192,
+    "num_experts_per_tok": 1,
+    "max_position_embeddings": 1048576,
+    "no_rope_layers": [1, 1, 1, 0] * 12,
+    "num_local_experts": 16,
+    "use_qk_norm": True,
+    "interleave_moe_layer_step": 1,
+}
+_MAVERICK = {**_LLAMA4, "num_local_experts": 128, "use_qk_norm": False, "interleave_moe_layer_step": 2}
+_COMMAND = {
+    "architectures": ["CohereForCausalLM"],
+    "hidden_size": 12288,
+    "intermediate_size": 33792,
+    "use_qk_norm": True,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "vocab_size": 256000,
+    "layer_norm_eps": 1e-5,
+    "logit_scale": 0.8333,
+    "rope_theta": 75e6,
+    "max_position_embeddings": 131072,
+}
+_EXAONE = {
+    "architectures": ["Exaone4ForCausalLM"],
+    "hidden_size": 5120,
+    "intermediate_size": 27392,
+    "head_dim": 128,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "vocab_size": 102400,
+    "sliding_window": 4096,
+    "sliding_window_pattern": "LLLG",
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 131072,
+}
+_GEMMA3 = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "hidden_size": 5376,
+    "intermediate_size": 21504,
+    "head_dim": 128,
+    "num_hidden_layers": 62,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 16,
+    "vocab_size": 262208,
+    "query_pre_attn_scalar": 168,
+    "sliding_window": 1024,
+    "sliding_window_pattern": 6,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 10000,
+    "max_position_embeddings": 131072,
+}
+_MLA = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    **_LATENT,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "q_lora_rank": None,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 768,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "scoring_func": "sigmoid",
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 32768,
+}
+BY_SIZE: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    ("Llama 4 Scout", _LLAMA4, {"use_qk_norm": False}, "'use_qk_norm' is false"),
+    ("Llama 4 Maverick", _MAVERICK, {"use_qk_norm": True}, "'use_qk_norm' is true"),
+    ("Command R+", _COMMAND, {"use_qk_norm": False}, "wants norms of q and k"),
+    (
+        "Command R",
+        {**_COMMAND, "use_qk_norm": False, "num_hidden_layers": 40},
+        {"use_qk_norm": True},
+        "only in a command",
+    ),
+    ("Exaone 4 32B", _EXAONE, {"sliding_window": None}, "64 layers a sliding window"),
+    ("Gemma 3 27B", _GEMMA3, {"query_pre_attn_scalar": 128}, "query_pre_attn_scalar"),
+    ("Kanana 2", _MLA, {"q_lora_rank": 1536}, "reads no q_lora_rank of a deepseek2 of 48 layers"),
+    (
+        "Moonlight",
+        {**_MLA, "num_hidden_layers": 27, "vocab_size": 163840},
+        {"num_hidden_layers": 30},
+        "26 or 27 layers",
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "change", "words"), [row[1:] for row in BY_SIZE], ids=[row[0] for row in BY_SIZE])
+def test_what_the_runtime_tells_by_sizes(config: dict[str, Any], change: dict[str, Any], words: str) -> None:
+    """A released size converts, and the same size with another value there is refused."""
+    sound(_whole(config)[0], "config.json")
+    with pytest.raises(AdapterkitError, match=words):
+        _whole({**config, **change})
 
 
 def test_what_a_text_part_leaves_out_is_its_classs(tmp_path: Path) -> None:
@@ -541,3 +665,15 @@ def test_an_epsilon_of_compressed_parts_is_said() -> None:
     (note,) = left_out_by_transformers(Config(said))
     assert "'rms_norm_eps' is 1e-05" in note
     assert left_out_by_transformers(Config({**said, "rms_norm_eps": 1e-6})) == ()
+
+
+def test_all_of_a_latent_heads_own_part_turns(tmp_path: Path) -> None:
+    """The way back of a DeepSeek V3 with yarn and parts of the published kind: half of the query's head turns."""
+    tiny = zoo.ZOO["deepseek_v3"]
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+    change = {"qk_rope_head_dim": 16, "rope_parameters": {**rope, "mscale": 1.0, "mscale_all_dim": 1.0}}
+    zoo.ZOO["changed"] = replace(tiny, config={**tiny.config, **change})
+    expected = of_model(zoo.build(tmp_path / "hf", "changed"))
+    convert(tmp_path / "hf", tmp_path / "o.gguf")
+    convert(tmp_path / "o.gguf", tmp_path / "back", to="hf")
+    assert far(of_model(load_model(tmp_path / "back").float().eval()), expected) < 1e-5

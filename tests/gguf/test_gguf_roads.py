@@ -9,15 +9,21 @@ from typing import Any
 
 import arch_zoo as zoo
 import pytest
+import torch
 from gguf import GGUFReader
+from gguf_files import random_array, write_gguf
 from gguf_runtime import embeddings, embeddings_of, far, live, logprobs, lora, of_model
 from models import load_model, make_adapter
+from safetensors.torch import load_file, save_file
 
 import adapterkit
 import adapterkit.gguf.vocab
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.errors import AdapterkitError, CheckFailed, CheckpointError, UnsupportedAdapter, UsageError
+from adapterkit.gguf.checkpoint import open_gguf
+from adapterkit.gguf.describe import details
+from adapterkit.gguf.encode import decode, encode
 from adapterkit.gguf.grids import few_bits, on_four_bits
 from adapterkit.verbs.check import check
 from adapterkit.verbs.convert import convert
@@ -38,7 +44,9 @@ def _keys(file: Path) -> dict[str, Any]:
 def test_a_lora_that_the_runtime_would_not_look_for_is_refused(module: str, tmp_path: Path) -> None:
     zoo.build(tmp_path / "hf", "deepseek_v3")
     adapter = make_adapter(tmp_path / "a", tmp_path / "hf", lora(target_modules=[module]), scale=0.1)
-    with pytest.raises(UnsupportedAdapter, match=r"applies no LoRA to .* in a deepseek2; merge it instead"):
+    with pytest.raises(
+        UnsupportedAdapter, match=r"applies no LoRA to .* in a deepseek2 as it was trained; merge it instead"
+    ):
         convert(adapter, tmp_path / "a.gguf", to="gguf-lora", base=tmp_path / "hf")
 
 
@@ -68,6 +76,60 @@ def test_an_alora_keeps_its_invocation_tokens(tmp_path: Path) -> None:
     assert _keys(tmp_path / "a.gguf")["adapter.alora.invocation_tokens"] == [5, 17]
     with pytest.raises(AdapterkitError, match="is an aLoRA"):
         adapterkit.merge(hf, [tmp_path / "a.gguf"], tmp_path / "out")
+    convert(tmp_path / "a.gguf", tmp_path / "back", to="peft", base=hf)
+    assert json.loads((tmp_path / "back/adapter_config.json").read_text())["alora_invocation_tokens"] == [5, 17]
+    convert(hf, tmp_path / "b.gguf")
+    convert(tmp_path / "a.gguf", tmp_path / "again", to="peft", base=tmp_path / "b.gguf")
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("back", "again")]
+    assert weights[0] == weights[1]
+    said = details(open_gguf(tmp_path / "a.gguf"))
+    assert (said["rank"], said["invocation"]) == ("4", "5, 17")
+
+
+def test_types_by_the_converters_word(tmp_path: Path) -> None:
+    """``--outtype`` of llama.cpp's converters is the float type or the quantization here."""
+    hf = tmp_path / "hf"
+    zoo.build(hf, "llama")
+    adapter = make_adapter(tmp_path / "a", hf, lora(r=32), scale=0.1)
+    for word, how in (("bf16", {"dtype": "bf16"}), ("q8_0", {"quant": "Q8_0"})):
+        convert(adapter, tmp_path / f"{word}.gguf", to="gguf-lora", base=hf, outtype=word)
+        convert(adapter, tmp_path / "same.gguf", to="gguf-lora", base=hf, force=True, **how)
+        assert (tmp_path / f"{word}.gguf").read_bytes() == (tmp_path / "same.gguf").read_bytes()
+    with pytest.raises(UsageError, match=r"outtype.* and .*quant.* both say a type"):
+        convert(hf, tmp_path / "o.gguf", outtype="f16", quant="Q8_0")
+
+
+def test_norms_of_a_lora_file_are_said(tmp_path: Path) -> None:
+    """llama.cpp reads over them; so do we, and say it at every road."""
+    hf, base, file = tmp_path / "hf", tmp_path / "b.gguf", tmp_path / "n.gguf"
+    zoo.build(hf, "llama")
+    convert(hf, base)
+    adapter = make_adapter(tmp_path / "a", hf, lora(), scale=0.1)
+    convert(adapter, tmp_path / "a.gguf", to="gguf-lora", base=hf)
+    factors = {one.name: one.data for one in GGUFReader(str(tmp_path / "a.gguf")).tensors}
+    said = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 8.0}
+    write_gguf(file, {**factors, "blk.0.attn_norm.weight": random_array(64)}, metadata=said)
+    for report in (
+        adapterkit.merge(base, [file], tmp_path / "onto.gguf"),
+        convert(file, tmp_path / "back", to="peft", base=hf),
+        adapterkit.combine([file, adapter], tmp_path / "c", base=hf),
+    ):
+        assert any("1 norms of the file, as 'blk.0.attn_norm.weight'" in note for note in report.notes)
+
+
+def test_adapters_are_combined_on_a_gguf_base(tmp_path: Path) -> None:
+    hf, base = tmp_path / "hf", tmp_path / "b.gguf"
+    zoo.build(hf, "qwen3")
+    convert(hf, base)
+    one = make_adapter(tmp_path / "one", hf, lora(), scale=0.1)
+    two = make_adapter(tmp_path / "two", hf, lora(r=6, use_rslora=True), scale=0.1, seed=6)
+    convert(one, tmp_path / "one.gguf", to="gguf-lora", base=base)
+    for number, where in enumerate((hf, base)):
+        adapterkit.combine([tmp_path / "one.gguf", two], tmp_path / f"c{number}", base=where, method="svd", rank=8)
+    found, expected = (load_file(tmp_path / f"c{number}/adapter_model.safetensors") for number in (1, 0))
+    assert sorted(found) == sorted(expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
 
 
 def test_a_gguf_lora_is_an_adapter(tmp_path: Path) -> None:
@@ -140,9 +202,6 @@ def test_a_classifiers_pooler_and_labels(tmp_path: Path) -> None:
 
 
 def test_nan_does_not_become_a_file(tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
-
     zoo.build(tmp_path / "hf", "llama")
     stored = load_file(tmp_path / "hf/model.safetensors")
     for value, words in ((float("nan"), "no number"), (1e6, "too large for")):
@@ -172,6 +231,19 @@ def test_four_bit_values_in_a_folder_are_known(tmp_path: Path) -> None:
     report = adapterkit.merge(folder, [adapter], tmp_path / "o.gguf", quant="Q4_0", yes_lossy=True)
     assert any("4-bit grid" in note for note in report.notes)
     adapterkit.merge(folder, [adapter], tmp_path / "kept.gguf", quant="Q4_0", keep_touched="Q8_0")
+
+
+@pytest.mark.parametrize("kind", ["TQ2_0", "Q2_0"])
+def test_three_levels_are_a_grid_although_most_are_zero(kind: str, tmp_path: Path) -> None:
+    """Q2_0 and TQ2_0 give most weights of a bell curve the value 0; a matrix that is merely sparse is none."""
+    values = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
+    grid = torch.from_numpy(decode(kind, encode(kind, values), 256))
+    sparse = values * (values.abs() > 0.9)
+    save_file({"grid": grid.half(), "sparse": sparse.half()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    opened = open_model(tmp_path)
+    assert on_four_bits(opened["grid"])
+    assert not on_four_bits(opened["sparse"])
 
 
 def test_five_bit_values_and_quantized_folders_are_measured_before_a_coarse_file(tmp_path: Path) -> None:
@@ -208,9 +280,6 @@ def test_a_folder_whose_record_names_a_gguf_file_is_measured(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("kind", ["nf4", "nvfp4", "mxfp4"])
 def test_few_bits_are_seen_in_every_form_of_a_folder(kind: str, tmp_path: Path) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
-
     hf, name = tmp_path / "hf", "model.layers.0.mlp.down_proj.weight"
     zoo.build(hf, "llama")
     convert(hf, tmp_path / "packed", to=kind)

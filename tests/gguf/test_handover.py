@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf_files import random_array, write_gguf
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from test_vocab import gpt2, packed
 from vocab_runtime import write_model
@@ -220,6 +221,16 @@ def test_llama_server(tmp_path: Path) -> None:
     (fake / "llama-server").chmod(0o755)
     said = subprocess.check_output([script, "--port", "1"], env={"PATH": f"{fake}:/usr/bin:/bin"}, text=True)
     assert said == f"{tmp_path}\n-m ./model.gguf --jinja --port 1\n"
+
+
+def test_a_lora_file_is_loaded_beside_a_base(tmp_path: Path) -> None:
+    said = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 8.0}
+    factors = {f"blk.0.attn_q.weight.lora_{side}": random_array(4, 4) for side in "ab"}
+    path = write_gguf(tmp_path / "lora.gguf", factors, metadata=said)
+    found = handover(path, "llama.cpp")
+    assert found.text == f"llama-server -m BASE.gguf --lora {path}"
+    assert "BASE.gguf" in found.notes[0]
+    assert handover(path, "ollama").text.endswith(f"FROM BASE.gguf\nADAPTER {path}\n")
 
 
 def test_by_the_command_line(tmp_path: Path) -> None:

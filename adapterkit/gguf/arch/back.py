@@ -192,7 +192,9 @@ def _rope(values: Values, base: Collection[str], config: Mapping[str, Any]) -> d
         width // heads if isinstance(heads, int) and heads and isinstance(width, int) else 0
     )
     rotated = values.get("rope.dimension_count")
-    if isinstance(size, int) and size and isinstance(rotated, int) and rotated != size:
+    # Heads of latent attention have a part of their own that turns, all of it.
+    latent = "attention.kv_lora_rank" in values
+    if isinstance(size, int) and size and isinstance(rotated, int) and rotated != size and not latent:
         rope["partial_rotary_factor"] = rotated / size
     if "rope.dimension_sections" in values:
         rope["mrope_section"] = [one for one in values["rope.dimension_sections"] if one]

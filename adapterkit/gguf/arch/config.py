@@ -11,6 +11,7 @@ from typing import Any
 
 from adapterkit.errors import CheckpointError
 from adapterkit.gguf.arch.omitted import completed
+from adapterkit.gguf.arch.wellformed import well_formed
 
 TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 VISION_PARTS = ("vision_config", "audio_config", "vision_tower", "mm_vision_tower", "sound_config", "encoder_config")
@@ -60,6 +61,7 @@ class Config:
                 break
         merged = {**config, **inner}
         if where == "config.json":
+            well_formed(merged, ref)
             merged = completed(merged, inner)
         self.text: dict[str, Any] = merged
         self.text_part = inner or merged

@@ -68,6 +68,11 @@ def _no_qk_norm(config: Config) -> None:
             f"{config.ref}: llama.cpp reads norms of q and k only in a command-r of 64 layers",
             "run it with transformers",
         )
+    if not config.get("use_qk_norm", default=False) and config.number("layers") >= 64:
+        raise CheckpointError(
+            f"{config.ref}: llama.cpp wants norms of q and k in a command-r of 64 layers, and loads no file without",
+            "run it with transformers",
+        )
 
 
 def _released_baichuan(config: Config) -> None:
@@ -81,6 +86,11 @@ def _window_of_32b(config: Config) -> None:
     if config.get("sliding_window") is not None and config.number("layers") != 64:
         raise CheckpointError(
             f"{config.ref}: llama.cpp gives an exaone4 a sliding window only when it has 64 layers",
+            "run it with transformers",
+        )
+    if config.get("sliding_window") is None and config.number("layers") == 64:
+        raise CheckpointError(
+            f"{config.ref}: llama.cpp gives an exaone4 of 64 layers a sliding window, and its config has none",
             "run it with transformers",
         )
 

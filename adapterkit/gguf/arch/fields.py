@@ -124,6 +124,7 @@ def _llama4(values: Values, config: Values, base: Any) -> dict[str, Any]:
         "intermediate_size": values["expert_feed_forward_length"],
         "num_local_experts": values.get("expert_count"),
         "num_experts": None,
+        "use_qk_norm": values.get("expert_count") != 128,
         "head_dim": values.get("attention.key_length", values.get("rope.dimension_count")),
     }
 
@@ -422,7 +423,21 @@ def _gemma4(values: Values, config: Values, base: Any) -> dict[str, Any]:
         "hidden_size_per_layer_input": values["embedding_length_per_layer_input"],
         "vocab_size_per_layer_input": table.shape[0] if table is not None else None,
         "enable_moe_block": "expert_count" in values,
+        # Layers that see all take their keys for values where they have no projection of their own.
+        "attention_k_eq_v": any(
+            kind == "full_attention"
+            and f"blk.{layer}.attn_k.weight" in base
+            and f"blk.{layer}.attn_v.weight" not in base
+            for layer, kind in enumerate(kinds)
+        ),
     }
+    if "expert_count" in values:
+        found |= {
+            "moe_intermediate_size": values["expert_feed_forward_length"],
+            "expert_intermediate_size": None,
+            "top_k_experts": values["expert_used_count"],
+            "num_experts_per_tok": None,
+        }
     heads = values["attention.head_count_kv"]
     if isinstance(heads, list):
         local = [one for one, kind in zip(heads, kinds, strict=True) if kind != "full_attention"]

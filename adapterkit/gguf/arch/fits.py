@@ -34,6 +34,8 @@ def sound(values: Mapping[str, Any], ref: str) -> None:
             "complete it from the base model",
         )
     for name, value in values.items():
+        if isinstance(value, list) and len({_kind(one) for one in value}) > 1:
+            raise CheckpointError(f"{ref}: its config gives values of several kinds for '{name}'", "correct it")
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, float) and not math.isfinite(one):
                 raise CheckpointError(f"{ref}: its config gives {one} for '{name}', which is no number", "correct it")
@@ -96,6 +98,11 @@ def _attention(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
     if query is not None and query[0] not in (heads * keys, 2 * heads * keys):
         name = f"blk.{layer}.attn_q.weight"
         raise _wrong(ref, name, f"{query[0]} rows", "num_attention_heads with head_dim", heads * keys)
+
+
+def _kind(value: Any) -> type:
+    """What a value of a list has to have in common with the others; whole numbers are numbers."""
+    return float if isinstance(value, int) and not isinstance(value, bool) else type(value)
 
 
 def _number(value: Any, layer: int) -> int | None:

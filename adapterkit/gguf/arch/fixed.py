@@ -99,6 +99,11 @@ def _three_of_four(config: Config) -> list[int]:
     return [int((i + 1) % 4 != 0) for i in range(config.number("layers"))]
 
 
+def _few_experts(config: Config) -> bool:
+    """Llama 4 Scout has 16 experts and norms of queries and keys, Maverick 128 and none."""
+    return config.number("num_local_experts") != 128
+
+
 def _chunk_limit(config: Config) -> str:
     return f"texts of more than {min(8192, config.number('attention_chunk_size'))} tokens"
 
@@ -219,7 +224,7 @@ FIXED: dict[str, tuple[Fixed, ...]] = {
     "llama4_text": (
         _SILU,
         *_no_bias("attention_bias"),
-        Fixed("use_qk_norm", True, "normalises queries and keys in this architecture"),
+        Fixed("use_qk_norm", _few_experts, "normalises queries and keys unless there are 128 experts"),
         Fixed("attention_chunk_size", 8192, "attends in chunks of 8192 tokens", when=_chunked, limit=_chunk_limit),
         Fixed("no_rope_layers", _three_of_four, "leaves the positions out in every fourth layer", when=_chunked),
         Fixed("attn_scale", 0.1, "has 0.1 there", when=_chunked, limit=lambda c: "texts of more than 8192 tokens"),
@@ -336,7 +341,8 @@ NO_LORA: dict[str, tuple[str, ...]] = {
         *("altup_proj.weight", "altup_unembd_proj.weight", "per_layer_model_proj.weight"),
         *("altup_correct_coef.weight", "altup_router.weight"),
     ),
-    "gemma4_text": ("per_layer_model_proj.weight",),
+    # A LoRA on experts' last projection is added after each expert's factor, which transformers multiplies with both.
+    "gemma4_text": ("per_layer_model_proj.weight", "ffn_down_exps.weight"),
     "jamba": ("ssm_dt.weight",),
     "minimax_m3_vl_text": ("indexer.q_proj.weight", "indexer.k_proj.weight"),
     "falcon_mamba": ("ssm_dt.weight",),

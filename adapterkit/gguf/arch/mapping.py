@@ -350,6 +350,10 @@ class Mapper:
     def _written(self, name: str) -> str:
         return name if name.startswith(("lm_head", "embed_out", "classifier")) else self.spec.root + name
 
+    def knows(self, name: str) -> bool:
+        """Whether a rule makes a GGUF tensor of this name."""
+        return self._match_gguf(name) is not None
+
     def _match_gguf(self, name: str) -> tuple[Rule, int, str, int | None] | None:
         for text, suffix in ((name, ""), *((name[: -len(end)], end) for end in SUFFIXES if name.endswith(end))):
             numbers = _NUMBER.findall(text + ".")

@@ -179,8 +179,8 @@ def as_gguf(
     )
     notes = (*notes, *_of_towers(towers, made=has_tower(config)), *left_out_by_transformers(read), *unread(read))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    values |= sizes(shapes, values["embedding_length"], base.ref)
     sound(values, base.ref)
+    values |= sizes(shapes, values["embedding_length"], base.ref)
     if not spec.encoder:  # whose configs may carry fields that no class of theirs reads, as num_key_value_heads
         fits(spec.arch, values, shapes, base.ref)
     label = size_label(shapes, _first(values.get("expert_count")))

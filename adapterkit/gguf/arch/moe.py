@@ -131,6 +131,11 @@ def _lite(config: Config) -> None:
     """llama.cpp knows a model without a low-rank q by its number of layers."""
     layers = config.number("layers")
     known = layers in (26, 27) or (layers == 48 and config.get("vocab_size") == 128256)
+    if config.get("q_lora_rank") is not None and known:
+        raise CheckpointError(
+            f"{config.ref}: llama.cpp reads no q_lora_rank of a deepseek2 of {layers} layers, and loads no such file",
+            "run it with transformers",
+        )
     if config.get("q_lora_rank") is None and not known:
         raise CheckpointError(
             f"{config.ref}: llama.cpp reads a deepseek2 without q_lora_rank only when it has 26 or 27 layers",

@@ -31,10 +31,14 @@ EXPECTATIONS = (
 
 
 def command(model: str, header: GGUFHeader, generation: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
-    """The command that serves a model, with its authors' sampling parameters (llama-server --help)."""
+    """The command that serves a model, with its authors' sampling parameters (llama-server --help); of a LoRA file, the
+    command that loads it beside a base, which the user knows alone."""
     from adapterkit.gguf.vocab import templates
     from adapterkit.serving.sampling import numbers
 
+    if header.get("general.type") == "adapter":
+        note = "put the base in the place of BASE.gguf in the command"
+        return shlex.join(["llama-server", "-m", "BASE.gguf", "--lora", model]), (note,)
     parts = ["llama-server", "-m", model]
     if templates.of_header(header):
         parts.append("--jinja")

@@ -37,9 +37,10 @@ def _of_gguf(opened: GGUFCheckpoint, asked: ConvertRequest) -> Conversion:
     from adapterkit.adapters.adapter import WEIGHTS
     from adapterkit.adapters.formats.write import AdapterFiles
     from adapterkit.checkpoint.folder import ADAPTER_CONFIG
+    from adapterkit.gguf.lora import left_out
     from adapterkit.gguf.peft import to_peft
 
     tensors, config = to_peft(opened, open_model(asked.need_base("peft"), headers_only=True))
     side = {ADAPTER_CONFIG: (json.dumps(config, indent=2) + "\n").encode()}
     files = AdapterFiles(WEIGHTS, {tensor.name: tensor for tensor in tensors}, side)
-    return planned_tensors(opened.ref, files, opened.sources, "peft")
+    return planned_tensors(opened.ref, files, opened.sources, "peft", left_out(opened.tensors))

@@ -81,7 +81,7 @@ class VerifyJob:
     def _of_results(self, found: ResultFile) -> Stage:
         def stage(room: Room) -> Writing:
             made, started = self.verification, time.monotonic()
-            judged = tuple(Judged.of(item, found.said(item.name)) for item in made.planned.items)
+            judged = tuple(found.made(item.name, partial(Judged.of, item)) for item in made.planned.items)
             return self._written(made.report(judged, started, room.jobs, room.progress))
 
         return stage
