@@ -118,6 +118,10 @@ class HubBucket(Store):
     # ------------------------------------------------------------------ reading
 
     def entries(self, prefix: str) -> list[StoredObject]:
+        return self._listed(prefix, MOST_LISTED)
+
+    def _listed(self, prefix: str, most: int | None = None) -> list[StoredObject]:
+        """The files whose names begin so, sorted; no more than ``most``, where that is said."""
         within = quote(prefix.rstrip("/"), safe="")
         url, found = f"/tree{'/' if within else ''}{within}?recursive=true", dict[str, StoredObject]()
         while url:
@@ -133,7 +137,7 @@ class HubBucket(Store):
                 if url and (url == before or not url.startswith(f"{self.endpoint}/")):
                     raise ValueError(url)
             found |= {one.key: one for one in rows if one.key.startswith(prefix)}
-            if len(found) > MOST_LISTED:
+            if most is not None and len(found) > most:
                 raise too_many(self.place(prefix))
         return [found[key] for key in sorted(found)]
 
@@ -255,7 +259,7 @@ class HubBucket(Store):
         hidden = f"{folder}/.{name}" if folder else f".{name}"
         begun: dict[str, Begun] = {}
         for where in sorted({prefix, hidden}):
-            for one in self.entries(where):
+            for one in self._listed(where):
                 if one.key.endswith(f"/{BEGUN}") and ".parts/" in one.key and one.key not in begun:
                     key = self._said(one).get("key", "")
                     if key.startswith(prefix):  # of one without a date nobody knows that it is old
