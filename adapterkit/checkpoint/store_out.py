@@ -10,21 +10,25 @@ refuses it. So a run that is killed leaves no model, and what it left is found b
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 from adapterkit.checkpoint.files import BytesFile, Source
 from adapterkit.checkpoint.folder import RECORD
 from adapterkit.checkpoint.listing import Listing
 from adapterkit.checkpoint.objects import ObjectFile
+from adapterkit.checkpoint.pipeline import MODEL_INDEX
 from adapterkit.checkpoint.publish import RECORD_BYTES, is_record, part_name
 from adapterkit.checkpoint.schedule import Schedule, Segment, schedule
-from adapterkit.checkpoint.write import index_json
+from adapterkit.checkpoint.write import component_indexes, index_json
 from adapterkit.errors import AuthError, NotFound, OutputError, StoreError, UsageError, option
 from adapterkit.foreign import json_value
 from adapterkit.places import Address
@@ -216,7 +220,25 @@ class StoreOut:
             return {}
 
     def _said(self, **more: str) -> bytes:
-        return json.dumps({"plan": self.digest, "run": self._run, **more}).encode()
+        return json.dumps({"plan": self.digest, "run": self._run, **self._inputs_here, **more}).encode()
+
+    def claim(self) -> bytes:
+        """What the claim of this run says."""
+        return self._said()
+
+    @cached_property
+    def _inputs_here(self) -> dict[str, str]:
+        """The state of the inputs that lie on this machine, and its name: the plan knows of them no more than headers.
+        Nothing where all lie in stores, which know an object by its ETag.
+        """
+        digest, found = hashlib.sha256(), False
+        for name, source in sorted(self.sources.items()):
+            if source.path is not None:
+                info, found = os.stat(source.path), True
+                digest.update(
+                    os.fsencode(f"{name}:{info.st_size}:{info.st_mtime_ns}:{info.st_ctime_ns}:{info.st_ino}\n")
+                )
+        return {"host": socket.gethostname(), "inputs": digest.hexdigest()[:32]} if found else {}
 
     def begin(self, *, resume: bool = False, shared: bool = False) -> None:
         """Claim the target for this plan.
@@ -289,11 +311,16 @@ class StoreOut:
         if said.get("run") == self._run:
             self._own = True  # the answer to an earlier attempt was lost
             return
-        if same and (shared or resume):
+        here = self._inputs_here
+        changed = same and said.get("host") == here.get("host") and said.get("inputs") != here.get("inputs")
+        if same and not changed and (shared or resume):
             self._run = said.get("run", self._run)
             self._own = resume
             return
         if not self.force:
+            if changed and (shared or resume):
+                words = f"inputs here changed since {self.out} was begun"
+                raise OutputError(words, f"begin anew with {option('force', True)}")
             if same:
                 words = f"another run of this plan writes {self.out}, or was interrupted"
                 raise OutputError(
@@ -460,12 +487,14 @@ class StoreOut:
         else:
             made = dict(zip(names, self._abreast(self._complete, names), strict=True))
         beside = dict(side_files) if self.plan.layout == "folder" else {}
-        if self.plan.layout == "folder" and len(self.plan.files) > 1:
+        if self.plan.in_folders:
+            beside |= component_indexes(self.plan)
+        elif self.plan.layout == "folder" and len(self.plan.files) > 1:
             beside.setdefault(self.plan.index_name, index_json(self.plan))
         said = record(StoredOutput(self, made, beside)) if record is not None else {}
         if self.plan.layout == "folder":
             keys = {(self.out / name).key: data for name, data in {**beside, **said}.items()}
-            last = [(self.out / name).key for name in (*said, CONFIG, self.plan.index_name)]
+            last = [(self.out / name).key for name in (*said, CONFIG, self.plan.index_name, MODEL_INDEX)]
         else:
             keys = {self.out.with_name(f"{self.out.name}.{name}").key: data for name, data in said.items()}
             last = []
@@ -500,7 +529,7 @@ class StoreOut:
     def _unveil(self) -> list[str]:
         """Take away what makes an output that is replaced look whole; the keys of all that is there."""
         there = self._there()
-        first = [(self.out / name).key for name in (self.plan.index_name, CONFIG)]
+        first = [(self.out / name).key for name in (MODEL_INDEX, self.plan.index_name, CONFIG)]
         gone = [key for key in there if key in first or self.plan.layout == "file"]
         if gone:
             self.store.delete(gone)
