@@ -54,6 +54,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "networks of nothing": ({"intermediate_size": 0}, "'intermediate_size' .* above 0"),
     "a table of epsilons": ({"rms_norm_eps": {}}, "'rms_norm_eps' .* where a number"),
     "kinds of layers in numbers": ({"layer_types": 3}, "'layer_types' .* where a list of words"),
+    "a vocabulary of nothing": ({"vocab_size": 0}, "'vocab_size' .* above 0"),
+    "a list of windows": ({"sliding_window": []}, "'sliding_window' .* where a whole number"),
+    "heads that nobody says": (
+        {"num_attention_heads": GONE, "head_dim": 16, "model_type": "other"},
+        "num_attention_heads",
+    ),
+    "networks that nobody says": ({"intermediate_size": GONE, "model_type": "other"}, "'intermediate_size'"),
     "a vocabulary in words": ({"vocab_size": "many"}, "'vocab_size' .* where a whole number"),
     "an unknown rotation": ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "spiral"),
 }

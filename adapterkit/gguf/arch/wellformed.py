@@ -27,6 +27,8 @@ _ABOVE_ZERO = frozenset(
         "num_key_value_heads",
     }
 )
+# One number for the whole model.
+_SINGLE = frozenset({"vocab_size", "sliding_window"})
 _WITHOUT_ATTENTION = ("mamba", "rwkv")
 _REALS = frozenset(
     {
@@ -69,6 +71,10 @@ def _wanted(name: str, value: Any, model_type: str) -> str | None:
         return None if all(_is_real(one) for one in _each(value)) and value != [] else "a number"
     if name in _WORDS:
         return None if isinstance(value, list) and all(isinstance(one, str) for one in value) else "a list of words"
+    if name in _SINGLE and isinstance(value, (str, list, dict)):
+        return "a whole number"
+    if name == "vocab_size" and _is_count(value) and value < 1:
+        return "a whole number above 0"
     if _COUNT.fullmatch(name) is None or _NO_COUNT.fullmatch(name):
         return None
     if isinstance(value, bool) and not name.startswith(("num_", "n_")) and name not in _ABOVE_ZERO:
