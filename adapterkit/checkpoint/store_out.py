@@ -92,7 +92,7 @@ class StoreOut:
         self._schedules: dict[str, Schedule] = {}
         self._uploads: dict[str, FileUpload] = {}
         self._locks = {file.name: threading.Lock() for file in plan.files}
-        self._failed: set[str] = set()
+        self._failed: dict[str, BaseException] = {}
         self._noted: dict[str, StoredObject] = {}
         self._run = os.urandom(16).hex()
         self._own = self._shared = self._doubtful = False
@@ -351,15 +351,15 @@ class StoreOut:
             if file.name not in self._uploads:
                 self._uploads[file.name] = self._found(file) or self._new(file)
                 if file.name in self._failed:
-                    self.give_up(file)
+                    self.give_up(file, self._failed[file.name])
             return self._uploads[file.name]
 
-    def give_up(self, file: PlannedFile) -> None:
+    def give_up(self, file: PlannedFile, why: BaseException) -> None:
         """A part of a file was not sent, so those who wait for it need not."""
-        self._failed.add(file.name)
+        self._failed.setdefault(file.name, why)
         found = self._uploads.get(file.name)
         if found is not None and found.assembly is not None:
-            found.assembly.give_up()
+            found.assembly.give_up(why)
 
     def begun(self, file: PlannedFile) -> FileUpload | None:
         """The upload of a file that an earlier run or another worker began."""

@@ -97,8 +97,8 @@ class StoreSink(Sink):
         """
         try:
             return self._do(file, part, sent)
-        except BaseException:
-            self._made.give_up(file)
+        except BaseException as error:
+            self._made.give_up(file, error)
             raise
 
     def _do(self, file: PlannedFile, part: ObjectPart, sent: Sequence[int]) -> int:

@@ -39,7 +39,7 @@ BEGUN = "begun"  # the file that says an upload is going on
 SIZES = ".json"  # what ends the name of a file with the sizes of the parts of another
 _WAIT = 120.0  # seconds
 _CODE = re.compile(r"[A-Za-z0-9]{2,64}")
-_RESET = re.compile(r"t=(\d{1,6})")
+_RESET = re.compile(r"\bt\s*=\s*(\d{1,6})\b")
 _HASH = re.compile(r"[0-9a-fA-F]{64}")
 _RUN = re.compile(r"(\d{5,})-(\d{5,})")
 _NOTHING = "0" * 64  # of a file without bytes
@@ -318,7 +318,7 @@ class _Runs(Assembly):
         self._store, self.key, self.id = store, key, id
         self._turn = threading.Condition()
         self._runs: dict[int, _Run] = {}  # by the number of each of its parts
-        self._given_up = False
+        self._given_up: BaseException | None = None
 
     def file(self, name: str) -> str:
         return f"{self.id}/{name}"
@@ -336,18 +336,18 @@ class _Runs(Assembly):
                 self._runs |= dict.fromkeys(fresh[:count], run)
                 fresh = fresh[count:]
 
-    def give_up(self) -> None:
+    def give_up(self, why: BaseException) -> None:
         with self._turn:
-            self._given_up = True
+            self._given_up = self._given_up or why
             self._turn.notify_all()
 
     def put(self, number: int, data: bytes | bytearray) -> str:
         self.expect([number])
         run = self._runs[number]
         with self._turn:
-            self._turn.wait_for(lambda: run.next == number or self._given_up)
-            if self._given_up:
-                raise OutputError(f"{self._place} was not sent to its end", "run it again")
+            self._turn.wait_for(lambda: run.next == number or self._given_up is not None)
+            if self._given_up is not None:
+                raise self._given_up
         self._store.ask(lambda: self._write(run, data), self._place, writing=True)
         if number == run.last:
             self._end(run)

@@ -65,8 +65,8 @@ class Assembly(ABC):
     def expect(self, numbers: Sequence[int]) -> None:
         """Say which parts will be put from here, in ascending order: a store may send those that follow one another as one."""
 
-    def give_up(self) -> None:
-        """Say that a part which was expected will not come."""
+    def give_up(self, why: BaseException) -> None:
+        """Say that a part which was expected will not come: those that wait for it raise the same."""
 
     @abstractmethod
     def put(self, number: int, data: bytes | bytearray) -> str:

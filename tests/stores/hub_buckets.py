@@ -9,6 +9,7 @@ whose name ends in a status it is another one, which answers everything with it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
@@ -67,6 +68,7 @@ class BucketHub(Hub):
         self.asked: list[Wanted] = []
         self.rule: Callable[[Wanted], int | str | tuple[int, dict[str, str]] | None] | None = None
         self._known: dict[str, int] = {EMPTY: 0}
+        self._kept: dict[str, str] = {}
         self._bytes: Any = None
 
     @property
@@ -90,9 +92,12 @@ class BucketHub(Hub):
         """Have bytes in the store of bytes, as those of a repository are; their hash."""
         import hf_xet
 
-        with hf_xet.XetSession().new_upload_commit(endpoint=self.cas) as commit:
-            made = commit.start_upload_bytes(data, sha256=hf_xet.SKIP_SHA256)
-        return str(made.result().xet_info.hash)
+        name = hashlib.sha1(data).hexdigest()
+        if name not in self._kept:
+            with hf_xet.XetSession().new_upload_commit(endpoint=self.cas) as commit:
+                made = commit.start_upload_bytes(data, sha256=hf_xet.SKIP_SHA256)
+            self._kept[name] = str(made.result().xet_info.hash)
+        return self._kept[name]
 
     def clear(self) -> None:
         self.asked.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bases import gguf_adapter, gguf_base, wide_base
+from bases import gguf_adapter, gguf_base
 from hub import TOKEN, client_of
 from hub_buckets import DROP, LOSE, Bucket, BucketHub, Held, Wanted
 from models import plain_adapter, plain_base
@@ -30,6 +31,7 @@ from adapterkit.integrations.resolving import find_adapter, sources_of
 from adapterkit.places import Address, address_of
 from adapterkit.provenance.register import register
 from adapterkit.stores.connect import open_store
+from adapterkit.stores.hub import _fault as fault_of
 from adapterkit.stores.store import Store
 from adapterkit.verbs.execute import OpenPlan
 
@@ -107,9 +109,9 @@ def merged(small: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, bytes]]:
-    """A base of two files of 16 MB, an adapter that touches the second, and what they make."""
+    """A base of two files of 6 MB, an adapter that touches the second, and what they make."""
     folder = tmp_path_factory.mktemp("wide")
-    base = wide_base(folder)
+    base = plain_base(folder / "base", layers=2, width=900, shards=2)
     last = plain_adapter(folder / "adapter", base, modules=("lm_head",))
     adapterkit.merge(base, last, folder / "out")
     return base, last, here(folder / "out")
@@ -151,15 +153,6 @@ def test_what_no_adapter_touches_gets_another_name_and_does_not_move(
     files = hub.buckets[NAME].files
     assert files[f"out/{first}"].hash == files[f"in/base/{first}"].hash
 
-    # Where nothing can be copied (another region), the bytes take the way through here.
-    names = {line["path"] for asked in hub.asked for line in asked.lines if line["type"] == "copyFile"}
-    assert f"out/{first}" in names
-    hub.rule = lambda asked: refused_copy(asked, ".parts/")
-    done = adapterkit.merge(base, beside, f"{ROOT}/again")
-    hub.clear()
-    assert done.bytes_inside == 0
-    assert there("again/", tmp_path / "again") == wide[2]
-
     # From a model repository too: what goes up is only what an adapter touches.
     hub.add("org/base", wide[0])
     planned = adapterkit.merge("hf://org/base", beside, f"{ROOT}/from-model", dry_run=True)
@@ -170,12 +163,33 @@ def test_what_no_adapter_touches_gets_another_name_and_does_not_move(
     assert {name: data for name, data in found.items() if name != "adapterkit.json"} == {
         name: data for name, data in wide[2].items() if name != "adapterkit.json"
     }
+
+
+@pytest.mark.slow
+def test_what_the_hub_does_not_copy_takes_the_way_through_here(
+    hub: BucketHub, put: Put, wide: tuple[Path, Path, dict[str, bytes]], tmp_path: Path
+) -> None:
+    """From another region, for example."""
+    base, beside, first = put(wide[0]), put(wide[1]), "model-00001-of-00002.safetensors"
+    hub.add("org/base", wide[0])
+    hub.rule = lambda asked: refused_copy(asked, ".parts/")
+    done = adapterkit.merge(base, beside, f"{ROOT}/again")
+    hub.clear()
+    assert done.bytes_inside == 0
+    assert there("again/", tmp_path / "again") == wide[2]
     hub.rule = lambda asked: refused_copy(asked, ".parts/")
     assert adapterkit.merge("hf://org/base", beside, f"{ROOT}/by-way").bytes_inside == 0
     hub.clear()
     assert there("by-way/", tmp_path / "way")[first] == wide[2][first]
 
-    # By several workers, each of which sends a piece of a file: they are read back, and sent as one.
+
+@pytest.mark.slow
+def test_several_workers_send_one_file(hub: BucketHub, put: Put, tmp_path: Path) -> None:
+    """Each sends a piece of it: they are read back, and sent as one."""
+    big = plain_base(tmp_path / "base", layers=2, width=1408)  # 32 MB in one file
+    adapter = plain_adapter(tmp_path / "adapter", big, modules=("q_proj",))
+    adapterkit.merge(big, adapter, tmp_path / "out")
+    expected, base, beside = here(tmp_path / "out"), put(big), put(adapter)
     adapterkit.merge(base, beside, save_plan=tmp_path / "plan.json")
     plan = Plan.from_json((tmp_path / "plan.json").read_bytes())
     workers = [OpenPlan(plan, f"{ROOT}/many", 4_000_000) for _ in range(2)]
@@ -186,17 +200,20 @@ def test_what_no_adapter_touches_gets_another_name_and_does_not_move(
         if number == 0:
             workers[1].execute(part.index)  # a second time, as of a worker that was lost
     assert there("many/", tmp_path / "none") == {}
+    pieces = [path for path in working(hub) if re.search(r"/\d{5}-\d{5}$", path)]
+    assert len(pieces) > 1
     assert OpenPlan(plan, f"{ROOT}/many").left() == []
     OpenPlan(plan, f"{ROOT}/many").finish()
-    assert there("many/", tmp_path / "many") == wide[2]
+    assert there("many/", tmp_path / "many") == expected
 
     # As an array of tasks: the last one makes the output, and one that comes later finds it.
-    tasks = [adapterkit.run(tmp_path / "plan.json", f"{ROOT}/array", task=task, tasks=2) for task in (0, 1, 0)]
+    array = {"plan": tmp_path / "plan.json", "out": f"{ROOT}/array", "tasks": 2, "part_size": "4MB"}
+    tasks = [adapterkit.run(**array, task=task) for task in (0, 1, 0)]
     assert [one.finished for one in tasks] == [False, True, True]
-    assert there("array/", tmp_path / "array") == wide[2]
+    assert there("array/", tmp_path / "array") == expected
     os.utime(tmp_path / "plan.json", (time.time() + 100,) * 2)
     with pytest.raises(OutputError, match="exists"):
-        adapterkit.run(tmp_path / "plan.json", f"{ROOT}/array", task=0, tasks=2)
+        adapterkit.run(**array, task=0)
     assert working(hub) == []
 
 
@@ -242,8 +259,8 @@ def test_parts_in_any_order_are_one_file(store: Store, hub: BucketHub) -> None:
     made.expect([1, 2])
     with ThreadPoolExecutor(1) as pool:
         waiting = [pool.submit(made.put, 2, b"x")]
-        made.give_up()
-        with pytest.raises(OutputError, match="not sent to its end"):
+        made.give_up(OutputError("the first part does not come"))
+        with pytest.raises(OutputError, match="does not come"):
             waiting[0].result()
     made.abort()
     assert [one.key for one in store.entries("")] == ["late", "whole"]
@@ -274,6 +291,7 @@ def test_an_interrupted_run_goes_on_and_what_it_left_can_be_swept(
     assert working(hub) == []
 
 
+@pytest.mark.slow
 def test_two_runs_to_one_target(
     hub: BucketHub, small: tuple[Path, Path], merged: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -324,6 +342,7 @@ def test_a_source_that_is_replaced_is_an_error_that_names_it(
     assert working(hub) == []
 
 
+@pytest.mark.slow
 def test_formats(hub: BucketHub, put: Put, small: tuple[Path, Path], tmp_path: Path) -> None:
     """GGUF in parts, a quantized base that keeps its format, and a computed adapter."""
     base, adapter = gguf_base(tmp_path), gguf_adapter(tmp_path)
@@ -354,7 +373,13 @@ def first_of(fault: int | str | tuple[int, dict[str, str]], *ends: str) -> Calla
     return rule
 
 
-@pytest.mark.parametrize("fault", [503, (429, {"ratelimit": '"api";r=0;t=0'}), DROP, LOSE])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        LOSE,
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (503, (429, {"ratelimit": '"api";r=0;t=0'}), DROP)),
+    ],
+)
 def test_what_passes_is_tried_again(
     fault: int | str | tuple[int, dict[str, str]],
     hub: BucketHub,
@@ -401,6 +426,7 @@ def test_what_stays_leaves_nothing(
     assert hub.buckets[NAME].files == {}
 
 
+@pytest.mark.slow
 def test_the_store_of_bytes_may_fail_too(hub: BucketHub, small: tuple[Path, Path], tmp_path: Path) -> None:
     """In a process of its own: hf_xet reads how often it tries again from the environment, once."""
     kinds = {401: "AuthError", 403: "AuthError", 404: "StoreError", 429: "StoreError", 503: "StoreError"}
@@ -517,6 +543,7 @@ def test_versions_of_the_registry(hub: BucketHub, home: Path, tmp_path: Path) ->
         pull_bucket(f"{to}@sha256:{done.digest}", home=tmp_path / "third")
 
 
+@pytest.mark.slow
 def test_a_combination_by_several_tasks(hub: BucketHub, put: Put, small: tuple[Path, Path], tmp_path: Path) -> None:
     """Its parts are results, which lie in the bucket until the output is made of them."""
     adapterkit.combine([small[1], small[1]], tmp_path / "two", weights=[0.5, 0.25], method="svd", rank=2)
@@ -527,6 +554,22 @@ def test_a_combination_by_several_tasks(hub: BucketHub, put: Put, small: tuple[P
     assert [one.finished for one in done] == [False, True]
     assert there("two/", tmp_path / "down") == here(tmp_path / "two")
     assert working(hub) == []
+
+
+def test_what_the_hub_says_of_a_fault() -> None:
+    """Headers as the Hub sends them (huggingface_hub 2.4, ``utils/_http.py``: ``parse_ratelimit_headers``)."""
+
+    class Answer:
+        def __init__(self, status: int, **headers: str) -> None:
+            self.status_code = status
+            self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+
+    assert fault_of(Answer(429, ratelimit='"api";r=0;t=55')).wait == 55
+    assert fault_of(Answer(429, Retry_After="7")).wait == 7
+    assert fault_of(Answer(503, Retry_After="7")).wait == 0
+    assert fault_of(Answer(404, X_Error_Code="RepoNotFound")).code == "NoSuchBucket"
+    assert fault_of(Answer(404, X_Error_Code="EntryNotFound")).code == "EntryNotFound"
+    assert fault_of(Answer(500, X_Error_Code="<b>hf_secret</b>")).said == "HTTP 500"
 
 
 def test_a_hub_that_is_switched_off_is_said() -> None:
