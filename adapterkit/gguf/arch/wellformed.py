@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 # Counts by their names: whole numbers, or one for each layer.
-_COUNT = re.compile(r"(num|n)_\w+|\w+_(size|dim|rank|layers?|heads|length)|max_position_embeddings|d_model")
+_COUNT = re.compile(r"(num|n)_\w+|\w+_(size|dim|rank|heads|length)|max_position_embeddings|d_model")
 _NO_COUNT = re.compile(r"\w*(vision|audio|image|video|feature|patch|norm|bias|labels)\w*")
 # Those that no model is without.
 _ABOVE_ZERO = frozenset(
@@ -20,7 +20,6 @@ _ABOVE_ZERO = frozenset(
         "hidden_size",
         "n_embd",
         "d_model",
-        "intermediate_size",
         "head_dim",
         "num_attention_heads",
         "n_head",
@@ -77,8 +76,9 @@ def _wanted(name: str, value: Any, model_type: str) -> str | None:
         return "a whole number above 0"
     if _COUNT.fullmatch(name) is None or _NO_COUNT.fullmatch(name):
         return None
-    if isinstance(value, bool) and not name.startswith(("num_", "n_")) and name not in _ABOVE_ZERO:
-        return None  # a switch, whatever its name ends with
+    ours = name.startswith(("num_", "n_")) or name in _ABOVE_ZERO
+    if not ours and (isinstance(value, (bool, dict)) or value == "auto"):
+        return None  # a switch, a part or a word of another meaning, whatever its name ends with
     items = _each(value)
     if not all(_is_count(one) or (one is None and isinstance(value, list)) for one in items):
         return "a whole number"
