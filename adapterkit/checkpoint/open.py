@@ -8,10 +8,10 @@ from pathlib import Path
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.files import LocalFile
 from adapterkit.checkpoint.finders import place_of
-from adapterkit.checkpoint.folder import ADAPTER_CONFIG, INDEX, SINGLE, read_file, read_folder
+from adapterkit.checkpoint.folder import ADAPTER_CONFIG, INDEX, SINGLE, read_file
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.checkpoint.listing import Listing, LocalFolder, read_json
-from adapterkit.checkpoint.pipeline import is_pipeline, read_pipeline
+from adapterkit.checkpoint.pipeline import read_listed
 from adapterkit.errors import NotFound, UnsafeError
 from adapterkit.places import address_of, readable
 
@@ -89,7 +89,7 @@ def open_checkpoint(ref: str | Path, *, headers_only: bool = False) -> Checkpoin
         weights.beside = (said.seen,)
         return read_file(weights, read_json(said))
     listing = locate(ref, headers_only=headers_only)
-    return read_pipeline(listing) if is_pipeline(listing.names) else read_folder(listing)
+    return read_listed(listing)
 
 
 def is_object(ref: str | Path, suffixes: Sequence[str]) -> bool:

@@ -87,6 +87,17 @@ def is_pipeline(names: frozenset[str]) -> bool:
     return MODEL_INDEX in names and any(name.endswith(".safetensors") and "/" in name for name in names)
 
 
+def read_listed(listing: Listing) -> Checkpoint:
+    """Open a folder from its headers, a model's or a pipeline's.
+
+    Raises:
+        NotFound, CheckpointError, UnsafeError: see `read_pipeline` and `adapterkit.checkpoint.folder.read_folder`.
+    """
+    from adapterkit.checkpoint.folder import read_folder
+
+    return read_pipeline(listing) if is_pipeline(listing.names) else read_folder(listing)
+
+
 def read_pipeline(listing: Listing) -> Checkpoint:
     """Open a pipeline from the headers of its components.
 

@@ -22,9 +22,10 @@ from adapterkit.checkpoint.files import BytesFile, Source
 from adapterkit.checkpoint.folder import RECORD
 from adapterkit.checkpoint.listing import Listing
 from adapterkit.checkpoint.objects import ObjectFile
+from adapterkit.checkpoint.pipeline import MODEL_INDEX
 from adapterkit.checkpoint.publish import RECORD_BYTES, is_record, part_name
 from adapterkit.checkpoint.schedule import Schedule, Segment, schedule
-from adapterkit.checkpoint.write import index_json
+from adapterkit.checkpoint.write import component_indexes, index_json
 from adapterkit.errors import AuthError, NotFound, OutputError, StoreError, UsageError, option
 from adapterkit.foreign import json_value
 from adapterkit.places import Address
@@ -460,12 +461,14 @@ class StoreOut:
         else:
             made = dict(zip(names, self._abreast(self._complete, names), strict=True))
         beside = dict(side_files) if self.plan.layout == "folder" else {}
-        if self.plan.layout == "folder" and len(self.plan.files) > 1:
+        if self.plan.in_folders:
+            beside |= component_indexes(self.plan)
+        elif self.plan.layout == "folder" and len(self.plan.files) > 1:
             beside.setdefault(self.plan.index_name, index_json(self.plan))
         said = record(StoredOutput(self, made, beside)) if record is not None else {}
         if self.plan.layout == "folder":
             keys = {(self.out / name).key: data for name, data in {**beside, **said}.items()}
-            last = [(self.out / name).key for name in (*said, CONFIG, self.plan.index_name)]
+            last = [(self.out / name).key for name in (*said, CONFIG, self.plan.index_name, MODEL_INDEX)]
         else:
             keys = {self.out.with_name(f"{self.out.name}.{name}").key: data for name, data in said.items()}
             last = []
@@ -500,7 +503,7 @@ class StoreOut:
     def _unveil(self) -> list[str]:
         """Take away what makes an output that is replaced look whole; the keys of all that is there."""
         there = self._there()
-        first = [(self.out / name).key for name in (self.plan.index_name, CONFIG)]
+        first = [(self.out / name).key for name in (MODEL_INDEX, self.plan.index_name, CONFIG)]
         gone = [key for key in there if key in first or self.plan.layout == "file"]
         if gone:
             self.store.delete(gone)

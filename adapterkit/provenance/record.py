@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
 from adapterkit.bases import open_model
-from adapterkit.checkpoint.folder import read_folder
 from adapterkit.checkpoint.hub_ref import parse_hub
-from adapterkit.checkpoint.pipeline import folder_of
+from adapterkit.checkpoint.pipeline import folder_of, read_listed
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.places import address_of
 from adapterkit.registry.beside import beside_bytes, read_beside
@@ -112,7 +111,7 @@ def _finished(folder: Path | Listing, parts: Sequence[str]) -> Checkpoint:
     if isinstance(folder, Path):
         return open_model(folder / parts[0] if parts else folder)
     if not parts:
-        return read_folder(folder)
+        return read_listed(folder)
     from adapterkit.gguf.checkpoint import of_sources
 
     return of_sources(folder.ref, [folder.open(name) for name in parts])

@@ -223,6 +223,7 @@ def _family(request: CombineRequest) -> Family:
         request.base,
         residual_base=request.residual_base,
         allow_unknown=request.allow_unknown,
+        style=request.styled("diffusers"),
     )
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.adapter import Adapter
 from adapterkit.adapters.factors import ModuleDelta, Parts, Slot, take_apart
 from adapterkit.adapters.fold import replicated_base
-from adapterkit.adapters.formats.parts import undotted
+from adapterkit.adapters.formats.parts import led, undotted
+from adapterkit.adapters.formats.write_single import STYLES, component_lead
 from adapterkit.adapters.names import Names
 from adapterkit.adapters.ties import same_bytes
 from adapterkit.bases import open_adapter, open_base
@@ -78,6 +79,7 @@ def open_family(
     residual_base: bool = False,
     allow_unknown: bool = False,
     bare: bool = False,
+    style: str = "",
 ) -> Family:
     """Open adapters that are to be combined or compared; no tensor is read.
 
@@ -86,6 +88,7 @@ def open_family(
         base: their base; needed when a method's change depends on the weights.
         residual_base, allow_unknown: see `fold`.
         bare: see `take_apart`.
+        style: of the file that is made of them, which may hold several parts of a pipeline; empty for anything else.
 
     Raises:
         UsageError: no adapters, or the base is needed.
@@ -105,6 +108,9 @@ def open_family(
         loaded = tuple(adapter.fitted(fits, opened.config) for adapter in loaded)
     else:
         loaded = tuple(undotted(adapter) for adapter in loaded)
+        several = any(one.contents is not None and len(one.contents.parts) > 1 for one in loaded)
+        if several and style in STYLES:
+            loaded = tuple(led(adapter, component_lead) for adapter in loaded)
     nameless = next((adapter for adapter in loaded if adapter.needs_names), None)
     if nameless is not None:
         raise UsageError(

@@ -12,7 +12,6 @@ from adapterkit.adapters.sidecars import side_files
 from adapterkit.checkpoint.pipeline import components
 from adapterkit.checkpoint.plan import Plan, plan_safetensors
 from adapterkit.errors import UsageError, option
-from adapterkit.places import Address
 from adapterkit.requests.merge import FEEDBACK, FOLDER, GGUF, parse_floats
 from adapterkit.values import dataclass
 
@@ -114,10 +113,8 @@ def _check_pipeline(base: Checkpoint, asked: MergeRequest) -> None:
     wrong = next((name for name, value in given.items() if value is not None), None)
     if wrong is not None:
         raise UsageError(f"{base.ref} is a pipeline, for which {wrong} means nothing", "merge into one of its folders")
-    if asked.to != FOLDER or one_file(asked) or isinstance(asked.target, Address):
-        raise UsageError(
-            f"{base.ref} is a pipeline and becomes a folder on a disk", f"name a folder: {option('out')} DIR"
-        )
+    if asked.to != FOLDER or one_file(asked):
+        raise UsageError(f"{base.ref} is a pipeline and becomes a folder", f"name a folder: {option('out')} DIR")
 
 
 def _folder(

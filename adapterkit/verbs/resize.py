@@ -149,7 +149,13 @@ _STATED = ("rank", "energy", "max_error", "dtype")
 
 def planned(request: ResizeRequest) -> Resizing:
     """Plan an adapter at another rank from headers alone; see `resize`."""
-    family = open_family([request.adapter], request.base, allow_unknown=request.allow_unknown, bare=True)
+    family = open_family(
+        [request.adapter],
+        request.base,
+        allow_unknown=request.allow_unknown,
+        bare=True,
+        style=request.styled("diffusers"),
+    )
     notes = [*family.notes, *check_rank(request.rank, request.energy, family.slots.values(), request.max_error)]
     carried(family)
     side_files(family.adapters, notes)

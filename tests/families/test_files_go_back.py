@@ -345,3 +345,39 @@ def test_sd_scripts_names_of_each_stable_diffusion(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedAdapter, match=r"2 models \(denoiser, te1\)") as refused:
         adapterkit.convert(tmp_path / "3.safetensors", tmp_path / "x.safetensors", to="lycoris", base=both)
     assert refused.value.hint == "name one part: only='PART'"
+
+
+def test_a_file_for_several_parts_is_combined_and_resized_without_a_base(tmp_path: Path) -> None:
+    """As sd-scripts trains SD 1.5: the UNet, a convolution of it, and the text encoder, in one file and one rank."""
+    torch.manual_seed(0)
+    lead = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0"
+    shapes: dict[str, tuple[int, ...]] = {f"{lead}_attn1_to_q": (8, 8), f"{lead}_attn2_to_k": (8, 768)}
+    shapes |= {"lora_unet_down_blocks_0_resnets_0_conv2": (8, 8, 3, 3)}
+    shapes |= {"lora_te_text_model_encoder_layers_0_self_attn_q_proj": (16, 16)}
+    tensors: Tensors = {}
+    deltas: Tensors = {}
+    for name, (rows, columns, *kernel) in shapes.items():
+        a, b = torch.randn(4, columns, *kernel), torch.randn(rows, 4, *(1 for _ in kernel))
+        tensors |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b, f"{name}.alpha": torch.tensor(2.0)}
+        deltas[name] = 0.5 * b.flatten(1).double() @ a.flatten(1).double()
+    file, out = tmp_path / "style.safetensors", tmp_path / "out.safetensors"
+    save_file(tensors, file, {"ss_base_model_version": "sd_v1", "ss_network_module": "networks.lora"})
+
+    def written() -> Tensors:
+        found = load_file(out)
+        made = {}
+        for name in deltas:
+            a, b = (found[f"{name}.{leaf}.weight"] for leaf in ("lora_down", "lora_up"))
+            assert (a.ndim, b.ndim) == (len(shapes[name]), len(shapes[name]))
+            made[name] = found[f"{name}.alpha"].double() / a.shape[0] * b.flatten(1).double() @ a.flatten(1).double()
+        assert len(found) == 3 * len(deltas)
+        return made
+
+    for call in (
+        lambda: adapterkit.resize(file, out, rank=4, force=True),
+        lambda: adapterkit.combine([file, file], out, weights=[0.25, 0.75], force=True),
+    ):
+        call()
+        assert all(torch.allclose(one, deltas[name], atol=1e-5) for name, one in written().items())
+    with pytest.raises(UsageError, match=r"is for several parts of a pipeline \(te, unet\)"):
+        adapterkit.resize(file, tmp_path / "peft", rank=2)

@@ -291,6 +291,22 @@ def _made(adapter: Adapter, contents: Contents, modules: Sequence[FileModule], l
     )
 
 
+def led(adapter: Adapter, lead_of: Callable[[str], str]) -> Adapter:
+    """The adapter of a file without a base, its modules led by what the parts of a pipeline are called.
+
+    It is as it was where its names have no dots.
+
+    Args:
+        lead_of: gives the lead of a part.
+    """
+    contents = adapter.contents
+    if contents is None or contents.placed or any(module.flat for module in contents.modules):
+        return adapter
+    return _made(
+        adapter, contents, [moved(module, lead_of(module.part) + module.path) for module in contents.modules], ()
+    )
+
+
 def _resolved(modules: Sequence[FileModule], names: Names, adapter: Adapter, lead: str = "") -> list[FileModule]:
     """The modules under paths with dots, led as the base has them.
 
