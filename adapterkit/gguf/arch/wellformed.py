@@ -26,6 +26,7 @@ _ABOVE_ZERO = frozenset(
         "num_key_value_heads",
     }
 )
+_WIDTHS = frozenset({"intermediate_size", "moe_intermediate_size", "vocab_size"})
 # One number for the whole model.
 _SINGLE = frozenset({"vocab_size", "sliding_window"})
 _WITHOUT_ATTENTION = ("mamba", "rwkv")
@@ -76,7 +77,7 @@ def _wanted(name: str, value: Any, model_type: str) -> str | None:
         return "a whole number above 0"
     if _COUNT.fullmatch(name) is None or _NO_COUNT.fullmatch(name):
         return None
-    ours = name.startswith(("num_", "n_")) or name in _ABOVE_ZERO
+    ours = name.startswith(("num_", "n_")) or name in _ABOVE_ZERO or name in _WIDTHS
     if not ours and (isinstance(value, (bool, dict)) or value == "auto"):
         return None  # a switch, a part or a word of another meaning, whatever its name ends with
     items = _each(value)
