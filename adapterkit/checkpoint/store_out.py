@@ -10,12 +10,15 @@ refuses it. So a run that is killed leaves no model, and what it left is found b
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
 from adapterkit.checkpoint.files import BytesFile, Source
@@ -217,7 +220,25 @@ class StoreOut:
             return {}
 
     def _said(self, **more: str) -> bytes:
-        return json.dumps({"plan": self.digest, "run": self._run, **more}).encode()
+        return json.dumps({"plan": self.digest, "run": self._run, **self._inputs_here, **more}).encode()
+
+    def claim(self) -> bytes:
+        """What the claim of this run says."""
+        return self._said()
+
+    @cached_property
+    def _inputs_here(self) -> dict[str, str]:
+        """The state of the inputs that lie on this machine, and its name: the plan knows of them no more than headers.
+        Nothing where all lie in stores, which know an object by its ETag.
+        """
+        digest, found = hashlib.sha256(), False
+        for name, source in sorted(self.sources.items()):
+            if source.path is not None:
+                info, found = os.stat(source.path), True
+                digest.update(
+                    os.fsencode(f"{name}:{info.st_size}:{info.st_mtime_ns}:{info.st_ctime_ns}:{info.st_ino}\n")
+                )
+        return {"host": socket.gethostname(), "inputs": digest.hexdigest()[:32]} if found else {}
 
     def begin(self, *, resume: bool = False, shared: bool = False) -> None:
         """Claim the target for this plan.
@@ -290,11 +311,16 @@ class StoreOut:
         if said.get("run") == self._run:
             self._own = True  # the answer to an earlier attempt was lost
             return
-        if same and (shared or resume):
+        here = self._inputs_here
+        changed = same and said.get("host") == here.get("host") and said.get("inputs") != here.get("inputs")
+        if same and not changed and (shared or resume):
             self._run = said.get("run", self._run)
             self._own = resume
             return
         if not self.force:
+            if changed and (shared or resume):
+                words = f"inputs here changed since {self.out} was begun"
+                raise OutputError(words, f"begin anew with {option('force', True)}")
             if same:
                 words = f"another run of this plan writes {self.out}, or was interrupted"
                 raise OutputError(

@@ -13,8 +13,10 @@ from models import plain_adapter, plain_base
 from store_server import FLIP_UP, HANG_UP, KEY, LOSE_ANSWER, RENEWED, Asked, Proxy, client_of, download, upload
 
 import adapterkit
+from adapterkit.checkpoint.plan import Plan
 from adapterkit.checkpoint.schedule import LEAST
 from adapterkit.errors import AuthError, CheckpointError, NotFound, OutOfMemory, OutputError, StoreError, UsageError
+from adapterkit.verbs.execute import OpenPlan
 
 MOVED = ("requests", "bytes_down", "bytes_up", "bytes_inside")
 
@@ -523,3 +525,23 @@ def test_what_outputs_of_one_pass_share_comes_once(
     within(planned, meter.moved)
     stored = sum(path.stat().st_size for folder in wide for path in folder.glob("*.safetensors"))
     assert s3.down < 1.3 * stored
+
+
+def test_local_inputs_that_change_between_two_parts_are_an_error(
+    s3: Proxy, small: tuple[Path, Path], put: Put, place: str, tmp_path: Path
+) -> None:
+    """The plan of local files has their headers alone: values that are others since are seen by the file's state."""
+    base, adapter, out = put(small[0]), tmp_path / "adapter", f"s3://models/{place}/out"
+    plain_adapter(adapter, small[0], seed=1)
+    adapterkit.merge(base, adapter, save_plan=tmp_path / "plan.json")
+    plan = Plan.from_json((tmp_path / "plan.json").read_bytes())
+    OpenPlan(plan, out).execute(0)
+    plain_adapter(adapter, small[0], seed=2)
+    with pytest.raises(OutputError, match="inputs here changed"):
+        OpenPlan(plan, out).execute(1)
+    with pytest.raises(OutputError, match="inputs here changed"):
+        adapterkit.merge(base, adapter, out, resume=True)
+    adapterkit.merge(base, adapter, out, force=True)
+    adapterkit.merge(base, adapter, tmp_path / "out")
+    assert download(s3.server, "models", f"{place}/out/") == here(tmp_path / "out")
+    assert left(s3, place) == ([], 0)

@@ -179,7 +179,7 @@ def _folder(found: Checkpoint, base: Checkpoint, adapters: Sequence[Adapter], op
         "options": planned.request.stated(),
     }
     items, misshapen = [], []
-    own = {} if form is None else _own_parts(planned.folded, form, found)
+    own = {} if form is None else _own_parts(planned.folded, form, found, values)
     parts = _encoded_parts(floats, found, kind, double, skip) if kind is not None and form is None else {}
     for name, tensor in floats.items():
         if name not in values:
@@ -216,6 +216,7 @@ def _without_scales(form: StoredForm, found: Checkpoint) -> tuple[str, ...]:
         if (codes := found.get(weight.parts[0].name)) is not None
         and codes.dtype is weight.parts[0].dtype
         and not (codes.dtype.is_float and codes.dtype.bits >= 16)
+        and len(weight.parts) > 1  # plain float8 has none
         and weight.parts[1].name not in found
     )
 
@@ -229,7 +230,7 @@ def _without(found: Checkpoint, form: StoredForm, names: Sequence[str]) -> Check
 
 
 def _own_parts(
-    folded: Folded, form: StoredForm, found: Checkpoint
+    folded: Folded, form: StoredForm, found: Checkpoint, values: Checkpoint
 ) -> dict[str, tuple[tuple[tuple[Tensor, Tensor], ...], Encoding | None]]:
     """For each weight that MERGED stores as the base does: what should be there and what is, and what encodes it again."""
     from adapterkit.adapters.kept import kept
@@ -238,7 +239,10 @@ def _own_parts(
     made: dict[str, Encoding] = {}
     touched = set(folded.touched)
     result: dict[str, tuple[tuple[tuple[Tensor, Tensor], ...], Encoding | None]] = {}
+    stored = {} if values.stored is None else values.stored.weights
     for name, weight in form.weights.items():
+        if len(weight.parts) == 1 and name in stored and len(stored[name].parts) > 1:
+            continue  # plain float8 in the base, and in MERGED codes under a scale
         there = [found.get(part.name) for part in weight.parts]
         if any(
             other is None or other.dtype is not part.dtype or other.shape != part.shape

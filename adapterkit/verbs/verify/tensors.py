@@ -392,7 +392,7 @@ class TensorComparison:
             if differing:
                 tally.parts.add(found.name)
             expected.release()
-        if alike and tally.differing and item.encoding is None and item.format is not None:
+        if alike and tally.differing and item.encoding is None and item.format is not None and not item.own:
             self._again(tally)
         (item.parts[0][0] if item.parts else item.floats).release()
         item.values.release()
