@@ -116,7 +116,7 @@ def as_mlx_model(checkpoint: Checkpoint, form: Kind, skip: Iterable[str] | None 
         module = name.removesuffix(".weight")
         # mlx-lm drops an output layer that is tied to the embeddings, by its weight's name.
         numbers = False if tied and module == "lm_head" else model.numbers(name)
-        named = {module, *(one.removesuffix(".weight") for one in came[name])}
+        named = _around(module, *(one.removesuffix(".weight") for one in came[name]))
         if any(is_named(pattern, one) for pattern in skip or () for one in named):
             numbers = False
         fits = numbers is not False and len(tensor.shape) > 1 and tensor.numel and tensor.shape[-1] % size == 0
@@ -155,6 +155,16 @@ def as_mlx_model(checkpoint: Checkpoint, form: Kind, skip: Iterable[str] | None 
             *((f"experts are stacked, as mlx-lm has them ({stacks} stacks)",) if stacks else ()),
         ),
     )
+
+
+def _around(*modules: str) -> set[str]:
+    """These modules and those around them: a stack is skipped where its experts are."""
+    found: set[str] = set()
+    for name in modules:
+        while name and name not in found:
+            found.add(name)
+            name = name.rpartition(".")[0]
+    return found
 
 
 def _row(checkpoint: Checkpoint) -> MlxModel:

@@ -143,8 +143,13 @@ def _folder(
     view = folded.checkpoint
     if asked.folder_format is not None:
         from adapterkit.adapters.quantized import quantized
-        from adapterkit.codecs.table import KEYS
+        from adapterkit.codecs.table import KEYS, find_kind
 
+        if asked.residual is not None and find_kind(asked.folder_format).program:
+            raise UsageError(
+                f"{option('residual')} is an adapter of PEFT, which mlx-lm does not load beside {asked.folder_format}",
+                f"leave it out, or write more bits ({option('quant', 'mlx-8bit')})",
+            )
         calibration = _calibration(base, adapters, asked)
         fed = None if calibration is None else calibration.fed
         view = quantized(view, asked.folder_format, double_quant=asked.quant_double, fed=fed)

@@ -168,6 +168,23 @@ def test_an_mlx_base_goes_into_another_number_of_bits(tmp_path: Path) -> None:
     assert not verify(tmp_path / "out", base=tmp_path / "four", adapters=[adapter]).ok
 
 
+def test_options_beside_it(tmp_path: Path) -> None:
+    base, adapter = moe(tmp_path / "base"), trained(tmp_path / "adapter")
+    skip = ["lm_head", "model.layers.0.mlp.experts"]
+    adapterkit.convert(base, tmp_path / "skipped", to="mlx-4bit-g32", skip_modules=skip)
+    scales = {name for name in load_file(tmp_path / "skipped" / "model.safetensors") if name.endswith(".scales")}
+    assert "lm_head.scales" not in scales
+    assert {f"model.layers.{n}.mlp.switch_mlp.up_proj.scales" for n in range(2)} & scales == {
+        "model.layers.1.mlp.switch_mlp.up_proj.scales"
+    }
+    for more, words in (
+        ({"residual": 4}, "which mlx-lm does not load beside mlx-4bit"),
+        ({"quant_double": True}, "mlx-4bit has no nested scales"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            adapterkit.merge(base, [adapter], tmp_path / "out", quant="mlx-4bit", **more)
+
+
 def test_what_mlx_lm_does_not_take_as_it_is_is_refused(tmp_path: Path) -> None:
     base = moe(tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
@@ -185,3 +202,5 @@ def test_what_mlx_lm_does_not_take_as_it_is_is_refused(tmp_path: Path) -> None:
 
 def test_the_table_has_the_types_that_are_used_most() -> None:
     assert {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "phi3", "granite"} <= set(rows())
+    page = (Path(__file__).resolve().parents[2] / "docs" / "files.md").read_text(encoding="utf-8")
+    assert f"It has {len(rows())} types" in page
