@@ -93,6 +93,11 @@ def quantized(
     if split is not None:
         raise UsageError(f"'{split}' is stored in pieces, which {kind} cannot be", "write 16 bits")
     experts = _experts_of(checkpoint, form, skip) if form.experts else []
+    if fed is not None and experts:
+        raise UsageError(
+            f"{option('rounding', 'feedback')} needs what goes into each layer, and the experts of {checkpoint.ref} run as one",
+            f"leave out {option('rounding')}",
+        )
     whole.update({name: name for name in experts})
     peaks = _peaks(whole, checkpoint) if form.together else {}
     kept: list[str] = []

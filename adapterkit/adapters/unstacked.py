@@ -107,11 +107,11 @@ def unstacked(checkpoint: Checkpoint, wanted: Callable[[str, list[Tensor]], bool
     names = Names(checkpoint.shapes, checkpoint.config)
     layers: dict[str, list[Target]] = {}
     for parameter in names.parameters():
-        found = _STACK.fullmatch(parameter)
-        target = None if found is None else names.find(parameter)
-        if found is None or target is None or len(target.shape) != 3 or len(target.tensors) != 1:
+        target = None if _STACK.fullmatch(parameter) is None else names.find(parameter)
+        if target is None or len(target.shape) != 3 or len(target.tensors) != 1:
             continue
-        if len(checkpoint[target.tensors[0]].shape) == 3:
+        found = _STACK.fullmatch(target.tensors[0])  # single experts stand where the file has the stack
+        if found is not None and len(checkpoint[found[0]].shape) == 3:
             layers.setdefault(found[1], []).append(target)
     called = next((_called(checkpoint, stem, targets) for stem, targets in layers.items()), None)  # layers are alike
     if called is None:

@@ -11,7 +11,7 @@ from adapterkit.disk import calls
 from adapterkit.errors import CheckpointError, NotFound, UnsafeError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from adapterkit.places import Address
@@ -178,6 +178,30 @@ def check_unchanged(sources: Iterable[Source]) -> None:
         beside |= {id(one): one for one in source.beside}
     for one in beside.values():
         one.check_unchanged()
+
+
+DECIDING = ("config.json", "adapter_config.json")  # small files beside weights that say what their values mean
+
+
+def states_here(sources: Iterable[Source]) -> Iterator[str]:
+    """What tells that inputs on this machine are still what they were, with the configs in their folders: a line for each.
+
+    It does not depend on what was read of them, so workers that opened more or less of them say the same.
+    """
+    folders = set()
+    for source in sources:
+        info = os.stat(source.path) if source.path is not None else None
+        # The change time also tells of a file that was swapped for one of the same age.
+        state = (info.st_mtime_ns, info.st_ctime_ns, info.st_ino) if info is not None else ()
+        yield f"{source.name}:{source.size}:{state}"
+        if source.path is not None:
+            folders.add(os.path.realpath(os.path.dirname(source.path)))
+    for path in sorted(os.path.join(folder, name) for folder in folders for name in DECIDING):
+        try:
+            info = os.stat(path)
+        except OSError:
+            continue
+        yield f"{path}:{info.st_size}:{info.st_mtime_ns}:{info.st_ctime_ns}:{info.st_ino}"
 
 
 def seen(path: Path) -> tuple[FirstSeen, ...]:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
 
-from adapterkit.checkpoint.files import BytesFile, Source
+from adapterkit.checkpoint.files import BytesFile, Source, states_here
 from adapterkit.checkpoint.folder import RECORD
 from adapterkit.checkpoint.listing import Listing
 from adapterkit.checkpoint.objects import ObjectFile
@@ -231,14 +231,9 @@ class StoreOut:
         """The state of the inputs that lie on this machine, and its name: the plan knows of them no more than headers.
         Nothing where all lie in stores, which know an object by its ETag.
         """
-        digest, found = hashlib.sha256(), False
-        for name, source in sorted(self.sources.items()):
-            if source.path is not None:
-                info, found = os.stat(source.path), True
-                digest.update(
-                    os.fsencode(f"{name}:{info.st_size}:{info.st_mtime_ns}:{info.st_ctime_ns}:{info.st_ino}\n")
-                )
-        return {"host": socket.gethostname(), "inputs": digest.hexdigest()[:32]} if found else {}
+        here = [source for _, source in sorted(self.sources.items()) if source.path is not None]
+        said = hashlib.sha256(os.fsencode("\n".join(states_here(here)))).hexdigest()
+        return {"host": socket.gethostname(), "inputs": said[:32]} if here else {}
 
     def begin(self, *, resume: bool = False, shared: bool = False) -> None:
         """Claim the target for this plan.

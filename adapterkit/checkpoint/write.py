@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
 from adapterkit.checkpoint.cut import whole_files
-from adapterkit.checkpoint.files import check_unchanged
+from adapterkit.checkpoint.files import check_unchanged, states_here
 from adapterkit.checkpoint.folder import RECORD
 from adapterkit.checkpoint.hashes import fill
 from adapterkit.checkpoint.journal import Journal
@@ -274,9 +274,6 @@ def component_indexes(plan: Plan) -> dict[str, bytes]:
 def identity(plan: Plan, sources: Sequence[Source]) -> str:
     """The plan, and the inputs as they lie on this machine: a base that was replaced since makes a journal worthless."""
     digest = hashlib.sha256(plan.digest.encode())
-    for source in sources:
-        stat = os.stat(source.path) if source.path is not None else None
-        # The change time also tells of a file that was swapped for one of the same age.
-        state = (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) if stat is not None else ()
-        digest.update(os.fsencode(f"{source.name}:{source.size}:{state}\n"))
+    for line in states_here(sources):
+        digest.update(os.fsencode(f"{line}\n"))
     return digest.hexdigest()

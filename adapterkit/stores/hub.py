@@ -118,8 +118,13 @@ class HubBucket(Store):
     # ------------------------------------------------------------------ reading
 
     def entries(self, prefix: str) -> list[StoredObject]:
+        return self._listed(prefix, MOST_LISTED)
+
+    def _listed(self, prefix: str, most: int | None = None) -> list[StoredObject]:
+        """The files whose names begin so, sorted; no more than ``most``, where that is said."""
         within = quote(prefix.rstrip("/"), safe="")
         url, found = f"/tree{'/' if within else ''}{within}?recursive=true", dict[str, StoredObject]()
+        seen = {url}
         while url:
             try:
                 page = self.ask(lambda url=url: self.call("GET", url), self.place(prefix), pass_on=True)  # type: ignore[misc]
@@ -129,11 +134,12 @@ class HubBucket(Store):
                 raise told(fault, str(self.place(prefix) if prefix else self.root)) from None
             with _sense(self.root):
                 rows = [self._stored(one) for one in json_value(page.content) if one["type"] == "file"]
-                before, url = url, str(page.links.get("next", {}).get("url", ""))
-                if url and (url == before or not url.startswith(f"{self.endpoint}/")):
-                    raise ValueError(url)
+                url = str(page.links.get("next", {}).get("url", ""))
+                if url and (url in seen or not url.startswith(f"{self.endpoint}/")):
+                    raise ValueError(url)  # a list without an end, or one of somebody else
+                seen.add(url)
             found |= {one.key: one for one in rows if one.key.startswith(prefix)}
-            if len(found) > MOST_LISTED:
+            if most is not None and len(found) > most:
                 raise too_many(self.place(prefix))
         return [found[key] for key in sorted(found)]
 
@@ -144,6 +150,8 @@ class HubBucket(Store):
         self._sizes[hash] = size
         when = said.get("uploadedAt") or said.get("mtime")
         written = datetime.fromisoformat(str(when).replace("Z", "+00:00")) if when else None
+        if written is not None and written.tzinfo is None:
+            written = written.replace(tzinfo=timezone.utc)
         return StoredObject(str(said["path"]), size, hash, written=written)
 
     def _looked(self, keys: Sequence[str]) -> dict[str, StoredObject]:
@@ -255,7 +263,7 @@ class HubBucket(Store):
         hidden = f"{folder}/.{name}" if folder else f".{name}"
         begun: dict[str, Begun] = {}
         for where in sorted({prefix, hidden}):
-            for one in self.entries(where):
+            for one in self._listed(where):
                 if one.key.endswith(f"/{BEGUN}") and ".parts/" in one.key and one.key not in begun:
                     key = self._said(one).get("key", "")
                     if key.startswith(prefix):  # of one without a date nobody knows that it is old
@@ -391,7 +399,7 @@ class _Runs(Assembly):
         spans = ((at, min(WINDOW, nbytes - at)) for at in range(0, nbytes, WINDOW))
         with _told(self._place):
             hash = store.hash_sent(place.read(source.key, at, count, etag) for at, count in spans)
-        lines = [store.adding(f"{name}{SIZES}", store.hash_sent([sizes])), store.adding(name, hash)]
+            lines = [store.adding(f"{name}{SIZES}", store.hash_sent([sizes])), store.adding(name, hash)]
         store.ask(lambda: store.batch(lines), self._place, writing=True)
         return str(number)
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.write_peft import Extras, peft_config
+from adapterkit.errors import UsageError, option
 from adapterkit.verbs.residual_of import WHOLE, Lost, OfMerge
 
 if TYPE_CHECKING:
@@ -28,6 +29,12 @@ class FolderForm:
         self._view, self._own = output.view, output.own
         self.floats: Checkpoint = output.folded.checkpoint
         self.encoded = encoded_weights(output, merge.base if output.own else None)
+        apart = next((name for name in self.encoded if name not in self.floats), None)
+        if apart is not None:
+            raise UsageError(
+                f"'{apart}' is taken from a stack of experts, beside which a residual is not written here",
+                f"leave out {option('residual')}",
+            )
         self._plain = _plain(output, self.encoded, merge.base if output.own else None)
         self._pair = ModelPair(self.floats, self.floats)
         # The values that readers of the output have, by the names of decoded weights.

@@ -16,7 +16,7 @@ from test_keep import adapter_of, same, stored
 from adapterkit import convert, merge, verify
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.checkpoint.open import open_checkpoint
-from adapterkit.errors import CheckFailed
+from adapterkit.errors import CheckFailed, UsageError
 
 ARGS = {
     "fp8-block": (
@@ -317,6 +317,8 @@ def test_stacks_are_taken_apart(experts: Path, tmp_path: Path, model: str, kind:
     assert merged.fidelity is not None
     assert {one.name for one in merged.fidelity.tensors} >= {"model.layers.0.mlp.experts.down_proj"}
     assert verify(tmp_path / "merged", base=stacks, adapters=[tuned]).ok
+    with pytest.raises(UsageError, match="taken from a stack of experts"):
+        merge(stacks, [tuned], tmp_path / "no", quant=kind, residual=4)
     if model == "mixtral" or kind == "nvfp4":  # whose global scale transformers leaves out
         return
     how = transformers.CompressedTensorsConfig(dequantize=True)

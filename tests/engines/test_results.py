@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import plain_adapter, plain_base, read_bytes
+from models import edit_config, plain_adapter, plain_base, read_bytes
 
 import adapterkit
 from adapterkit.checkpoint.plan import Plan
@@ -124,6 +124,13 @@ def test_an_input_that_changes_between_two_parts(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="changed while the parts were executed"):
         OpenPlan(plan, tmp_path / "out", SIZE).finish()
     assert not (tmp_path / "out").exists()
+    again = [OpenPlan(plan, tmp_path / "again", SIZE) for _ in range(2)]
+    again[0].execute(0)
+    edit_config(adapter, lora_alpha=3)  # the weights are the same, and what they mean is not
+    for part in again[1].parts[1:]:
+        again[1].execute(part.index)
+    with pytest.raises(CheckpointError, match="changed while the parts were executed"):
+        again[1].finish()
     plain_adapter(adapter, base, seed=2, rank=5)
     with pytest.raises(CheckpointError, match="changed since the plan was made"):
         OpenPlan(plan, tmp_path / "out", SIZE).execute(0)

@@ -30,6 +30,8 @@ from adapterkit.errors import AuthError, CheckFailed, CheckpointError, NotFound,
 from adapterkit.integrations.resolving import find_adapter, sources_of
 from adapterkit.places import Address, address_of
 from adapterkit.provenance.register import register
+from adapterkit.registry import verbs
+from adapterkit.registry.checkout import checkout
 from adapterkit.stores.connect import open_store
 from adapterkit.stores.hub import _fault as fault_of
 from adapterkit.stores.store import Store
@@ -520,11 +522,15 @@ def test_credentials_are_in_no_output(
 def test_versions_of_the_registry(hub: BucketHub, home: Path, tmp_path: Path) -> None:
     base = plain_base(tmp_path / "base")
     folder = plain_adapter(tmp_path / "a1", base, base_model_name_or_path="org/base")
+    (folder / "model.sig").write_text("a signature\n")  # it travels with the files
     register(folder, "tickets", base=base)
     to = f"{ROOT}/adapters/tickets"
     done = push_bucket("tickets@1", f"{to}@v1")
     pulled = pull_bucket(f"{to}@v1", home=tmp_path / "elsewhere")
+    first = verbs.show("tickets@1").record
     assert pulled.record.content == done.content
+    assert (pulled.record.name, pulled.record.base, pulled.record.kind) == (first.name, first.base, first.kind)
+    assert (checkout("tickets@1", home=tmp_path / "elsewhere") / "model.sig").read_text() == "a signature\n"
     again = push_bucket("tickets@1", f"{to}@v1")
     assert (again.new, again.uploaded) == (False, ())
     adapterkit.merge(base, done.folder, tmp_path / "merged")  # a folder that every verb reads

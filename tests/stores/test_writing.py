@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from bases import gguf_adapter, gguf_base, wide_base
-from models import plain_adapter, plain_base
+from models import edit_config, plain_adapter, plain_base
 from store_server import FLIP_UP, HANG_UP, KEY, LOSE_ANSWER, RENEWED, Asked, Proxy, client_of, download, upload
 
 import adapterkit
@@ -545,3 +545,8 @@ def test_local_inputs_that_change_between_two_parts_are_an_error(
     adapterkit.merge(base, adapter, tmp_path / "out")
     assert download(s3.server, "models", f"{place}/out/") == here(tmp_path / "out")
     assert left(s3, place) == ([], 0)
+    other = f"s3://models/{place}/other"
+    OpenPlan(plan, other).execute(0)
+    edit_config(adapter, lora_alpha=2)  # the weights are the same, and what they mean is not
+    with pytest.raises(OutputError, match="inputs here changed"):
+        OpenPlan(plan, other).execute(1)
