@@ -14,6 +14,7 @@ from gguf import GGUFWriter
 import adapterkit
 import adapterkit.gguf.vocab
 from adapterkit.errors import AdapterkitError
+from adapterkit.gguf.arch.wellformed import well_formed
 from adapterkit.verbs.convert import convert
 
 GONE = object()
@@ -51,9 +52,16 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no heads at all": ({"num_attention_heads": []}, "is \\[\\], where a whole number above 0"),
     "a table of heads": ({"num_key_value_heads": {}}, "'num_key_value_heads' .* where a whole number"),
     "heads of nothing": ({"head_dim": 0}, "'head_dim' .* above 0"),
-    "networks of nothing": ({"intermediate_size": 0}, "'intermediate_size' .* above 0"),
+    "networks of nothing": ({"intermediate_size": 0}, "does not say 'intermediate_size'"),
     "a table of epsilons": ({"rms_norm_eps": {}}, "'rms_norm_eps' .* where a number"),
     "kinds of layers in numbers": ({"layer_types": 3}, "'layer_types' .* where a list of words"),
+    "a vocabulary of nothing": ({"vocab_size": 0}, "'vocab_size' .* above 0"),
+    "a list of windows": ({"sliding_window": []}, "'sliding_window' .* where a whole number"),
+    "heads that nobody says": (
+        {"num_attention_heads": GONE, "head_dim": 16, "model_type": "other"},
+        "num_attention_heads",
+    ),
+    "networks that nobody says": ({"intermediate_size": GONE, "model_type": "other"}, "'intermediate_size'"),
     "a vocabulary in words": ({"vocab_size": "many"}, "'vocab_size' .* where a whole number"),
     "an unknown rotation": ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "spiral"),
 }
@@ -82,6 +90,26 @@ def test_contradictions_are_refused_by_name(hf: Path, tmp_path: Path) -> None:
             convert(base, tmp_path / "o.gguf")
         assert len(str(raised.value)) < 400, name
         assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"], name
+
+
+def test_fields_of_other_meanings_are_no_counts() -> None:
+    """As Phi-4-multimodal, Mamba, Hunyuan, Step and LFM2 say them."""
+    well_formed(
+        {
+            "embd_layer": {"embedding_cls": "image_audio"},
+            "time_step_rank": "auto",
+            "moe_topk": [8, 8],
+            "num_shared_expert": [1, 1],
+            "rope_theta": [5e6, 1e4],
+            "mlp_only_layers": [],
+            "block_auto_adjust_ff_dim": True,
+            "num_key_value_heads": [4, None, 2],
+            "sliding_window": None,
+            "head_dim": None,
+            "vision_feature_layer": -2,
+        },
+        "config.json",
+    )
 
 
 def test_a_context_and_an_epsilon_that_are_left_out_are_the_classs(hf: Path, tmp_path: Path) -> None:

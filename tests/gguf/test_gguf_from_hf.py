@@ -80,7 +80,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "no number of heads": (config(num_attention_heads=None), "does not say 'num_attention_heads'"),
     "no number of layers": (config(num_hidden_layers=None), "does not say 'n_layers' or 'num_hidden_layers'"),
     "heads of another model": (config(num_attention_heads=7, head_dim=None), "not a multiple of 7 heads"),
-    "no number": (config(num_attention_heads="four"), "is not a number"),
+    "no number": (config(num_attention_heads="four"), "where a whole number belongs"),
     "twice": (added("language_model.model.norm.weight", 64), "two spellings of one tensor"),
     "yarn without numbers": (
         config(rope_parameters={"rope_type": "yarn", "factor": 4.0}),

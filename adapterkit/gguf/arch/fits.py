@@ -14,6 +14,13 @@ from adapterkit.errors import CheckpointError
 
 # Keys of every architecture without which llama.cpp loads no file, and the field that they come from.
 NEEDED = {"context_length": "max_position_embeddings", "embedding_length": "hidden_size"}
+# Keys that a model with such tensors needs, and the field that they come from.
+NEEDED_BY = (
+    ("attention.head_count", ("attn_q.weight", "attn_qkv.weight"), "num_attention_heads"),
+    ("feed_forward_length", ("ffn_down.weight",), "intermediate_size"),
+    ("expert_count", ("ffn_down_exps.weight",), "num_experts"),
+    ("expert_used_count", ("ffn_down_exps.weight",), "num_experts_per_tok"),
+)
 # The dense networks of an arctic are as wide as the model; the field of a qwen counts the gate and what it gates.
 _OWN_WIDTH = frozenset(("arctic", "qwen"))
 _HINT = "give the config.json that belongs to these weights"
@@ -44,6 +51,27 @@ def sound(values: Mapping[str, Any], ref: str) -> None:
             raise CheckpointError(f"{ref}: its config gives {size:g} for '{name}', which is negative", "correct it")
         if name.endswith(("freq_base", "freq_base_swa", "context_length")) and value == 0:
             raise CheckpointError(f"{ref}: its config gives 0 for '{name}'", "correct it")
+
+
+def complete(values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], ref: str) -> None:
+    """Refuse a config that lacks a number without which llama.cpp loads none of the tensors beside it.
+
+    Args:
+        values: the hyperparameters of the file, by their keys without the architecture.
+        shapes: of its tensors.
+        ref: what the checkpoint is called.
+
+    Raises:
+        CheckpointError: the first number that is missing, or 0.
+    """
+    for key, ends, field in NEEDED_BY:
+        value = values.get(key)
+        said = any(value) if isinstance(value, list) else value
+        if not said and any(name.endswith(tuple(f".{end}" for end in ends)) for name in shapes):
+            raise CheckpointError(
+                f"{ref}: its config.json does not say '{field}', or what its class calls it",
+                "complete it from the base model",
+            )
 
 
 def fits(arch: str, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], ref: str) -> None:

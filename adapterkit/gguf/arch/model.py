@@ -14,7 +14,7 @@ from adapterkit.errors import CheckpointError, TargetError, option
 from adapterkit.gguf.arch.config import Config
 from adapterkit.gguf.arch.contract import held, left_out_by_transformers, unread
 from adapterkit.gguf.arch.dense_modules import sizes
-from adapterkit.gguf.arch.fits import fits, sound
+from adapterkit.gguf.arch.fits import complete, fits, sound
 from adapterkit.gguf.arch.hyper import hyper_entries, hyperparameters
 from adapterkit.gguf.arch.mapping import EMBEDDING, Mapped
 from adapterkit.gguf.arch.mxfp4 import Repacked, repacked
@@ -180,6 +180,7 @@ def as_gguf(
     notes = (*notes, *_of_towers(towers, made=has_tower(config)), *left_out_by_transformers(read), *unread(read))
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     sound(values, base.ref)
+    complete(values, shapes, base.ref)
     values |= sizes(shapes, values["embedding_length"], base.ref)
     if not spec.encoder:  # whose configs may carry fields that no class of theirs reads, as num_key_value_heads
         fits(spec.arch, values, shapes, base.ref)

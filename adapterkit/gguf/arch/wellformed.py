@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 # Counts by their names: whole numbers, or one for each layer.
-_COUNT = re.compile(r"(num|n)_\w+|\w+_(size|dim|rank|layers?|heads|length)|max_position_embeddings|d_model")
+_COUNT = re.compile(r"(num|n)_\w+|\w+_(size|dim|rank|heads|length)|max_position_embeddings|d_model")
 _NO_COUNT = re.compile(r"\w*(vision|audio|image|video|feature|patch|norm|bias|labels)\w*")
 # Those that no model is without.
 _ABOVE_ZERO = frozenset(
@@ -20,13 +20,15 @@ _ABOVE_ZERO = frozenset(
         "hidden_size",
         "n_embd",
         "d_model",
-        "intermediate_size",
         "head_dim",
         "num_attention_heads",
         "n_head",
         "num_key_value_heads",
     }
 )
+_WIDTHS = frozenset({"intermediate_size", "moe_intermediate_size", "vocab_size"})
+# One number for the whole model.
+_SINGLE = frozenset({"vocab_size", "sliding_window"})
 _WITHOUT_ATTENTION = ("mamba", "rwkv")
 _REALS = frozenset(
     {
@@ -69,10 +71,15 @@ def _wanted(name: str, value: Any, model_type: str) -> str | None:
         return None if all(_is_real(one) for one in _each(value)) and value != [] else "a number"
     if name in _WORDS:
         return None if isinstance(value, list) and all(isinstance(one, str) for one in value) else "a list of words"
+    if name in _SINGLE and isinstance(value, (str, list, dict)):
+        return "a whole number"
+    if name == "vocab_size" and _is_count(value) and value < 1:
+        return "a whole number above 0"
     if _COUNT.fullmatch(name) is None or _NO_COUNT.fullmatch(name):
         return None
-    if isinstance(value, bool) and not name.startswith(("num_", "n_")) and name not in _ABOVE_ZERO:
-        return None  # a switch, whatever its name ends with
+    ours = name.startswith(("num_", "n_")) or name in _ABOVE_ZERO or name in _WIDTHS
+    if not ours and (isinstance(value, (bool, dict)) or value == "auto"):
+        return None  # a switch, a part or a word of another meaning, whatever its name ends with
     items = _each(value)
     if not all(_is_count(one) or (one is None and isinstance(value, list)) for one in items):
         return "a whole number"
