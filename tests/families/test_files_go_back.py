@@ -381,3 +381,20 @@ def test_a_file_for_several_parts_is_combined_and_resized_without_a_base(tmp_pat
         assert all(torch.allclose(one, deltas[name], atol=1e-5) for name, one in written().items())
     with pytest.raises(UsageError, match=r"is for several parts of a pipeline \(te, unet\)"):
         adapterkit.resize(file, tmp_path / "peft", rank=2)
+
+
+def test_a_weight_of_comfyui_takes_the_place_of_the_bases(tmp_path: Path) -> None:
+    """`MODULE.set_weight` (comfy/lora.py), under the original name, into both layouts."""
+    new = torch.randn(WIDE, 4)
+    file = tmp_path / "set.safetensors"
+    block = "diffusion_model.double_blocks.0.img_attn.proj"
+    lora = {f"{block}.lora_down.weight": torch.randn(2, WIDE), f"{block}.lora_up.weight": torch.randn(WIDE, 2)}
+    save_file({**lora, "diffusion_model.img_in.set_weight": new}, file)
+    for name, other in (("img_in", "double_blocks.0.img_attn.proj"), ("x_embedder", f"{DOUBLE}.attn.to_out.0")):
+        tensors = {f"{name}.weight": torch.zeros(WIDE, 4), f"{other}.weight": torch.zeros(WIDE, WIDE)}
+        base = write_checkpoint(tmp_path / name, tensors, {"_class_name": "FluxTransformer2DModel"})
+        merged = added(base, file)
+        assert torch.equal(merged[f"{name}.weight"], new)
+        assert torch.allclose(
+            merged[f"{other}.weight"], lora[f"{block}.lora_up.weight"] @ lora[f"{block}.lora_down.weight"]
+        )

@@ -57,7 +57,7 @@ _ENDS: tuple[tuple[re.Pattern[str], str, str], ...] = tuple(
         (r"\.(diff|diff_b|w_norm|b_norm|oft_blocks|rescale|on_input|bias_(?:indices|values|size))", "", "{}"),
         (r"\.(hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2)", "", "{}"),
         (r"\.([ab][12]|bm)\.weight", "", "{}.weight"),
-        (r"\.set_weight", "", WHOLE),
+        (r"\.set_weight", ".weight", WHOLE),
     )
 )
 # Text encoders once had the same names for their attention as a UNet.
