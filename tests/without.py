@@ -121,6 +121,7 @@ REFUSED = {
     "inspect of a store": "inspect s3://bucket/model",
     "inspect of Google's store": "inspect gs://bucket/model",
     "inspect of Azure's store": "inspect az://container/model",
+    "inspect of a Hub bucket": "inspect hf://buckets/org/models/base",
     "run on Ray": "run plan.json -o by-ray --on ray",
 }
 
