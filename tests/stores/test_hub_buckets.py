@@ -556,9 +556,20 @@ def test_a_combination_by_several_tasks(hub: BucketHub, put: Put, small: tuple[P
     beside = put(small[1])
     plan = tmp_path / "plan.json"
     adapterkit.combine([beside, beside], weights=[0.5, 0.25], method="svd", rank=2, save_plan=plan)
-    done = [adapterkit.run(plan, f"{ROOT}/two", task=task, tasks=2, part_size="10KB") for task in (0, 1)]
-    assert [one.finished for one in done] == [False, True]
+    done = [adapterkit.run(plan, f"{ROOT}/two", task=task, tasks=2, part_size="10KB") for task in (0, 1, 0)]
+    assert [one.finished for one in done] == [False, True, True]
     assert there("two/", tmp_path / "down") == here(tmp_path / "two")
+    os.utime(plan, (time.time() + 100,) * 2)  # an output that is older than the plan is somebody else's
+    with pytest.raises(OutputError, match="exists"):
+        adapterkit.run(plan, f"{ROOT}/two", task=0, tasks=2)
+
+    adapterkit.resize(
+        beside, rank=2, to="kohya", save_plan=tmp_path / "one.json"
+    )  # a file, which its plan does not say
+    array = {"plan": tmp_path / "one.json", "out": f"{ROOT}/one.safetensors", "tasks": 1, "task": 0}
+    first, late = adapterkit.run(**array), adapterkit.run(**array)
+    assert (first.report is None, late.report is None) == (False, True)
+    assert late.notes == (f"{ROOT}/one.safetensors is there already",)
     assert working(hub) == []
 
 
