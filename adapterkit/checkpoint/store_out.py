@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeVar
 from adapterkit.checkpoint.files import BytesFile, Source, states_here
 from adapterkit.checkpoint.folder import RECORD
 from adapterkit.checkpoint.listing import Listing
-from adapterkit.checkpoint.objects import ObjectFile
+from adapterkit.checkpoint.objects import ObjectFile, ObjectFolder
 from adapterkit.checkpoint.pipeline import MODEL_INDEX
 from adapterkit.checkpoint.publish import RECORD_BYTES, is_record, part_name
 from adapterkit.checkpoint.schedule import Schedule, Segment, schedule
@@ -295,6 +295,21 @@ class StoreOut:
             heads = (self.store.head(one.key) for one in found)
             found = [one for one in heads if one is not None and one.marks.get(MARK) == self.digest]
         return bool(found) and self._claim() is None
+
+    def recorded(self) -> bytes | None:
+        """The record of an output that is there; None where it has none."""
+        keys = [(self.out / RECORD).key, self._record]
+        found = next((one for one in map(self.store.head, keys) if one is not None), None)
+        if found is None or found.size > RECORD_BYTES:
+            return None
+        return self.store.read(found.key, 0, found.size, found.etag)
+
+    def listing(self) -> Listing:
+        """An output that is there."""
+        found = self._present()
+        if any(one.key.startswith(f"{self.out.key}/") for one in found):
+            return ObjectFolder(self.out)
+        return StoredOutput(self, {self.store.place(one.key).name: one for one in found}, {})
 
     def source(self, file: PlannedFile) -> ObjectFile | None:
         """A file of this output that is there; in a store without marks, as far as its name and size tell."""
