@@ -45,28 +45,30 @@ class _Windows:
 
     def __init__(self) -> None:
         self.limit = HELD
-        self._lock = threading.RLock()  # a file may be collected, and forgotten, while its thread holds it
+        # A file may be collected, and forgotten, at any moment while its own thread holds the lock: no loop here goes over
+        # what `expect` changes.
+        self._lock = threading.RLock()
         self._held: OrderedDict[_Key, _Window] = OrderedDict()
-        self._expected: dict[_Object, dict[int, frozenset[tuple[int, int]]]] = {}  # and by the number of a file
+        self._expected: dict[int, tuple[_Object, frozenset[tuple[int, int]]]] = {}  # by the number of a file
 
     def expect(self, file: int, of: _Object, windows: Iterable[tuple[int, int]]) -> None:
         """What a file will read of an object, in place of what it said before."""
         wanted = frozenset(windows)
         with self._lock:
-            said = self._expected.setdefault(of, {})
-            said[file] = wanted
-            if not wanted:
-                del said[file]
-            if not said:
-                del self._expected[of]
-            for key in [key for key in self._held if key[0] == of and not self.readers(key)]:
-                del self._held[key]
+            if wanted:
+                self._expected[file] = (of, wanted)
+            else:
+                self._expected.pop(file, None)
+            for key in list(self._held):
+                if key[0] == of and not self.readers(key):
+                    self._held.pop(key, None)
 
     def readers(self, key: _Key) -> list[int]:
         """The files that expect a window, by their numbers."""
         of, start, stop = key
         with self._lock:
-            return [file for file, wanted in self._expected.get(of, {}).items() if (start, stop) in wanted]
+            said = list(self._expected.items())
+            return [file for file, (its, wanted) in said if its == of and (start, stop) in wanted]
 
     def take(self, key: _Key) -> _Window:
         with self._lock:
@@ -75,7 +77,8 @@ class _Windows:
                 window = self._held[key] = _Window(key[1], key[2])
                 while len(self._held) > self.limit:
                     self._held.popitem(last=False)
-            self._held.move_to_end(key)
+            if key in self._held:
+                self._held.move_to_end(key)
             return window
 
     def drop(self, key: _Key) -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeVar
 from adapterkit.checkpoint.files import BytesFile, Source, states_here
 from adapterkit.checkpoint.folder import RECORD
 from adapterkit.checkpoint.listing import Listing
-from adapterkit.checkpoint.objects import ObjectFile
+from adapterkit.checkpoint.objects import ObjectFile, ObjectFolder
 from adapterkit.checkpoint.pipeline import MODEL_INDEX
 from adapterkit.checkpoint.publish import RECORD_BYTES, is_record, part_name
 from adapterkit.checkpoint.schedule import Schedule, Segment, schedule
@@ -180,9 +180,19 @@ class StoreOut:
 
     def _there(self) -> list[str]:
         """Keys that are there already, by which the output would not be the only one of its name."""
+        return [one.key for one in self._objects()]
+
+    def _objects(self) -> list[StoredObject]:
+        """What lies in the place of the output."""
         if self.plan.layout == "folder":
-            return [one.key for one in self.store.entries(f"{self.out.key}/")]
-        return [key for key in self.targets.values() if self.store.head(key) is not None]
+            return self.store.entries(f"{self.out.key}/")
+        return [found for key in self.targets.values() if (found := self.store.head(key)) is not None]
+
+    def _present(self) -> list[StoredObject]:
+        """The same, where the plan may not know yet whether the output is a folder or a file."""
+        found = self._objects()
+        own = None if found else self.store.head(self.out.key)
+        return found if own is None else [own]
 
     @property
     def _record(self) -> str:
@@ -270,18 +280,36 @@ class StoreOut:
         return all(found(file) is not None for file in self.plan.files) and self._claim() is None
 
     def is_newer_than(self, moment: float) -> bool:
-        """Whether the weights were written after a moment, in seconds since 1970; in a store with marks, which name their
+        """Whether the output was written after a moment, in seconds since 1970; in a store with marks, which name their
         plan, that is not asked."""
         if self.store.marked:
             return True
-        found = [self._alike(file) for file in self.plan.files]
-        return all(one is not None and one.written is not None and one.written.timestamp() >= moment for one in found)
+        found = self._present()
+        return bool(found) and all(one.written is not None and one.written.timestamp() >= moment for one in found)
 
     def is_made(self) -> bool:
-        """Whether some object of the output is of this digest, and nobody makes it anew; its files need not be known."""
-        found = [one.key for one in self.store.entries(f"{self.out.key}/")] or [self.out.key]
-        heads = (self.store.head(key) for key in found)
-        return any(one is not None and one.marks.get(MARK) == self.digest for one in heads) and self._claim() is None
+        """Whether some object of the output is of this digest, and nobody makes it anew; its files need not be known. In a
+        store without marks, whether there is any."""
+        found = self._present()
+        if self.store.marked:
+            heads = (self.store.head(one.key) for one in found)
+            found = [one for one in heads if one is not None and one.marks.get(MARK) == self.digest]
+        return bool(found) and self._claim() is None
+
+    def recorded(self) -> bytes | None:
+        """The record of an output that is there; None where it has none."""
+        keys = [(self.out / RECORD).key, self._record]
+        found = next((one for one in map(self.store.head, keys) if one is not None), None)
+        if found is None or found.size > RECORD_BYTES:
+            return None
+        return self.store.read(found.key, 0, found.size, found.etag)
+
+    def listing(self) -> Listing:
+        """An output that is there."""
+        found = self._present()
+        if any(one.key.startswith(f"{self.out.key}/") for one in found):
+            return ObjectFolder(self.out)
+        return StoredOutput(self, {self.store.place(one.key).name: one for one in found}, {})
 
     def source(self, file: PlannedFile) -> ObjectFile | None:
         """A file of this output that is there; in a store without marks, as far as its name and size tell."""

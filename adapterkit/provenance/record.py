@@ -145,6 +145,17 @@ def _called(paths: Sequence[str], name: str) -> Callable[[str], str]:
     return lambda path: _PART.sub(lambda found: Path(name).stem + found[1], path)
 
 
+def made_alike(one: Record, other: Record) -> bool:
+    """Whether two records name the same operation on the same inputs, whatever a registry calls these."""
+
+    def said(record: Record) -> Any:
+        made = record.operation
+        operation = None if made is None else (made.name, made.parameters)
+        return operation, [(p.role, p.identity or p.content, p.parameters) for p in record.parents]
+
+    return bool(said(one) == said(other))
+
+
 _LEVELS = ("shapes", "skeleton", "probe", "sampled", "merkle")
 
 

@@ -146,8 +146,6 @@ def _faults() -> Iterator[None]:
     """Turn what the client raises into a `Fault`, which is not tried again: the client did that."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise
     except hf_xet.XetAuthenticationError:
         raise Fault(401, "AuthenticationFailed", most=1) from None
     except (OSError, RuntimeError, ValueError) as error:

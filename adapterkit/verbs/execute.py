@@ -16,7 +16,7 @@ from adapterkit.checkpoint.cut import PlanPart, cut
 from adapterkit.checkpoint.files import LocalFile
 from adapterkit.checkpoint.plan import Plan
 from adapterkit.checkpoint.results import IN_PARTS, STAGED, ResultFile
-from adapterkit.errors import CheckpointError, NotFound, OutputError, UsageError, option
+from adapterkit.errors import CheckpointError, NotFound, OutputError, RegistryError, UsageError, option
 from adapterkit.places import Address, address_of, writable
 from adapterkit.stores.meter import Meter, moving
 from adapterkit.verbs.job import Job, Measured, Progress, peak_memory, run
@@ -205,17 +205,39 @@ class OpenPlan:
             replace(self._work, force=True).in_store().begin(shared=True)
 
     def is_there(self) -> bool:
-        """Whether the output is in its place, as far as names and sizes tell, and nobody makes it anew."""
+        """Whether the output is in its place, as far as names and sizes tell (in a store, as its objects or its record say),
+        and nobody makes it anew."""
         from adapterkit.checkpoint.publish import partial_folder
 
         if isinstance(self.out, Address):
-            return self._final().in_store().is_made() if self.has_results else self.job.in_store().is_there()
+            made = self._final().in_store() if self.has_results else self.job.in_store()
+            there = made.is_made() if self.has_results else made.is_there()
+            return there and (made.store.marked or self._is_recorded(made))
         if self.has_results:
             return self.out.exists() and not partial_folder(self.out).exists()
         targets = self.plan.targets(self.out)
         sizes = {file.name: file.nbytes for file in self.plan.files}
         whole = all(path.is_file() and path.stat().st_size == sizes[name] for name, path in targets.items())
         return whole and not partial_folder(self.out).exists()
+
+    def _is_recorded(self, made: StoreOut) -> bool:
+        """Whether the record of an output that is there names this operation and these inputs. The inputs are read for that
+        as far as a record reads them. Where the job does not know its record (of computed factors) nothing is compared."""
+        from adapterkit.checkpoint.folder import RECORD
+        from adapterkit.provenance.record import made_alike
+        from adapterkit.registry.beside import parse_beside
+
+        if self.job.record is None:
+            return True
+        data = made.recorded()
+        if data is None:
+            return False
+        try:
+            found = parse_beside(data, str(self.out))
+        except RegistryError:
+            return False
+        ours = self.job.record(made.listing())[RECORD]
+        return made_alike(found, parse_beside(ours, str(self.out)))
 
     def is_newer_than(self, plan: Path) -> bool:
         """Whether the output was made after a plan file; of a store whose objects name their plan, that is not asked."""

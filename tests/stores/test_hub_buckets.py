@@ -219,6 +219,28 @@ def test_several_workers_send_one_file(hub: BucketHub, put: Put, tmp_path: Path)
     assert working(hub) == []
 
 
+def test_a_task_does_not_take_the_output_of_another_plan_for_its_own(
+    hub: BucketHub, put: Put, small: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Nor one of the same names and sizes that is newer than both plans; the record says of which plan it is."""
+    base, beside = put(small[0]), put(small[1])
+    gguf, changed = put(gguf_base(tmp_path)), put(gguf_adapter(tmp_path))
+    for inputs, name in (((base, beside), "out"), ((gguf, changed), "out.gguf")):
+        out = f"{ROOT}/{name}"
+        for weight in (1.0, 0.5):
+            adapterkit.merge(*inputs, weights=weight, save_plan=tmp_path / f"{weight}.json")
+            os.utime(tmp_path / f"{weight}.json", (0, 0))
+        assert adapterkit.run(tmp_path / "0.5.json", out, task=0, tasks=1).report
+        late = adapterkit.run(tmp_path / "0.5.json", out, task=0, tasks=1)
+        assert late.notes == (f"{out} is there already",)
+        with pytest.raises(OutputError, match="exists"):
+            adapterkit.run(tmp_path / "1.0.json", out, task=0, tasks=1)
+        record = next(key for key in hub.buckets[NAME].files if re.fullmatch(rf"{name}[./]adapterkit\.json", key))
+        api().batch_bucket_files(NAME, add=[(b"{}", record)])
+        with pytest.raises(OutputError, match="exists"):
+            adapterkit.run(tmp_path / "0.5.json", out, task=0, tasks=1)
+
+
 def refused_copy(asked: Wanted, words: str) -> tuple[int, dict[str, str]] | int | None:
     """As if a file could not be copied from where it lies."""
     return 422 if any(line["type"] == "copyFile" and words in line["path"] for line in asked.lines) else None
@@ -556,9 +578,20 @@ def test_a_combination_by_several_tasks(hub: BucketHub, put: Put, small: tuple[P
     beside = put(small[1])
     plan = tmp_path / "plan.json"
     adapterkit.combine([beside, beside], weights=[0.5, 0.25], method="svd", rank=2, save_plan=plan)
-    done = [adapterkit.run(plan, f"{ROOT}/two", task=task, tasks=2, part_size="10KB") for task in (0, 1)]
-    assert [one.finished for one in done] == [False, True]
+    done = [adapterkit.run(plan, f"{ROOT}/two", task=task, tasks=2, part_size="10KB") for task in (0, 1, 0)]
+    assert [one.finished for one in done] == [False, True, True]
     assert there("two/", tmp_path / "down") == here(tmp_path / "two")
+    os.utime(plan, (time.time() + 100,) * 2)  # an output that is older than the plan is somebody else's
+    with pytest.raises(OutputError, match="exists"):
+        adapterkit.run(plan, f"{ROOT}/two", task=0, tasks=2)
+
+    adapterkit.resize(
+        beside, rank=2, to="kohya", save_plan=tmp_path / "one.json"
+    )  # a file, which its plan does not say
+    array = {"plan": tmp_path / "one.json", "out": f"{ROOT}/one.safetensors", "tasks": 1, "task": 0}
+    first, late = adapterkit.run(**array), adapterkit.run(**array)
+    assert (first.report is None, late.report is None) == (False, True)
+    assert late.notes == (f"{ROOT}/one.safetensors is there already",)
     assert working(hub) == []
 
 

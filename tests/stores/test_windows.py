@@ -73,3 +73,27 @@ def test_files_that_expect_the_same_share_what_is_fetched() -> None:
     assert (120_000, 200_000) not in {key[1:] for key in _windows._held}
     other.read(120_000, 40_000)
     assert store.asked == [(120_000, 200_000)] * 2
+
+
+def test_files_may_be_collected_while_windows_are_looked_through() -> None:
+    """As the garbage collector does it, at any moment, in the thread that is at the windows."""
+    store = _Reads()
+    file, *others = (
+        ObjectFile(store, StoredObject("base.bin", 2 * MB, "e"), "base.bin")  # type: ignore[arg-type]
+        for _ in range(40)
+    )
+
+    class Stop(int):
+        """The end of a window; whenever it is looked up, a file is gone."""
+
+        def __hash__(self) -> int:
+            del others[-1:]
+            return hash(int(self))
+
+    for other in others:
+        other.expect([(150_000, 200_000)])
+    del other
+    file.expect([(120_000, Stop(200_000))])
+    assert b"".join(file.read(at, 20_000) for at in range(120_000, 200_000, 20_000)) == CONTENT[120_000:200_000]
+    assert store.asked == [(120_000, 200_000)]
+    assert len(others) < 39
