@@ -13,6 +13,8 @@ from browser import browser, new_page, page  # noqa: F401  (fixtures)
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from mlx_child import MlxChild
+
 # Before anything imports a library that reads them: no test may reach the network by accident, and none may find a token.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -45,6 +47,16 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "home"
     monkeypatch.setenv("ADAPTERKIT_HOME", str(root))
     return root
+
+
+@pytest.fixture(scope="session")
+def mlx_lm() -> Iterator[MlxChild]:
+    """mlx-lm in a process of its own, started by the first test that asks for it."""
+    from mlx_child import MlxChild
+
+    child = MlxChild()
+    yield child
+    child.close()
 
 
 @pytest.fixture(scope="session")

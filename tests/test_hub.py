@@ -11,11 +11,20 @@ import pytest
 import torch
 from hub import TOKEN, Hub, client_of, without_waits
 from models import plain_adapter, plain_base, read_bytes, read_tensors
+from safetensors.torch import save_file
 
 import adapterkit
 from adapterkit.adapters.load import load_adapter
 from adapterkit.checkpoint.open import open_checkpoint
-from adapterkit.errors import AdapterkitError, AuthError, CheckpointError, HubError, NotFound, UnsafeError
+from adapterkit.errors import (
+    AdapterkitError,
+    AuthError,
+    CheckpointError,
+    HubError,
+    NotFound,
+    UnsafeError,
+    UnsupportedAdapter,
+)
 from adapterkit.verbs.job import Measured
 
 if TYPE_CHECKING:
@@ -123,6 +132,29 @@ def test_merge_from_the_hub(hub: Hub, base: Path, adapter: Path, tmp_path: Path)
     before = len(hub.calls)
     adapterkit.merge("org/base", ["org/adapter"], tmp_path / "again")
     assert not any("/storage/" in call.path for call in hub.calls[before:])  # all of it was in the cache
+
+
+def test_what_is_trained_beside_an_adapter_comes_from_the_hub_too(
+    hub: Hub, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """ms-swift's whole parameters, a value head, the modules of sentence-transformers; LLaVA's pickle is refused there too."""
+    save_file({"base_model.model.lm_head.weight": torch.ones(40, 512)}, adapter / "vit.safetensors")
+    save_file({"v_head.summary.weight": torch.ones(1, 512)}, adapter / "value_head.safetensors")
+    for name in ("modules.json", "1_Pooling/config.json", "additional_chat_templates/tools.jinja"):
+        (adapter / name).parent.mkdir(exist_ok=True)
+        (adapter / name).write_text("{}")
+    hub.add("org/adapter", {**read_bytes(adapter), "checkpoint-9/config.json": b"{}"})
+    adapterkit.merge(base, [adapter], tmp_path / "local")
+    adapterkit.merge(base, ["org/adapter"], tmp_path / "out")
+    assert bool((read_tensors(tmp_path / "out")["lm_head.weight"] == 1).all())
+    assert read_bytes(tmp_path / "out") == read_bytes(tmp_path / "local")
+    assert {"value_head.safetensors", "1_Pooling/config.json", "additional_chat_templates/tools.jinja"} <= set(
+        read_bytes(tmp_path / "out")
+    )
+    assert not any("checkpoint-9" in call.path for call in hub.calls)
+    hub.add("org/llava", {**read_bytes(adapter), "non_lora_trainables.bin": b"PK"})
+    with pytest.raises(UnsupportedAdapter, match="half of what was trained"):
+        adapterkit.merge(base, ["org/llava"], tmp_path / "no")
 
 
 def test_adapter_in_a_sub_folder(hub: Hub, base: Path, adapter: Path, tmp_path: Path) -> None:

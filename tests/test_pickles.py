@@ -34,6 +34,9 @@ def test_an_old_adapter_is_converted_when_asked(
     pickled: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, tensors = pickled
+    for name in ("modules.json", "1_Pooling/config.json", "checkpoint-9/config.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
     with pytest.raises(UnsafeError, match="--allow-pickle"):
         load_adapter(folder)
     with pytest.raises(SystemExit) as stopped:
@@ -43,6 +46,8 @@ def test_an_old_adapter_is_converted_when_asked(
     found = read_tensors(tmp_path / "new")
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert (tmp_path / "new/1_Pooling/config.json").is_file()
+    assert not (tmp_path / "new/checkpoint-9").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "new"]
 
 

@@ -8,9 +8,9 @@ base's.
 from __future__ import annotations
 
 import json
-import re
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.checkpoint.folder import MODULES, MORE_TEMPLATES, VALUE_HEAD, is_module
 from adapterkit.foreign import json_value
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ TOKENIZER_CONFIG, TOKENIZER = "tokenizer_config.json", "tokenizer.json"
 PROCESSOR_CONFIG = "processor_config.json"
 TEMPLATE = "chat_template"  # as a key
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
-MORE_TEMPLATES = "additional_chat_templates/"
 # Files that hold a tokenizer's vocabulary, in any of its forms.
 VOCABULARIES = frozenset(
     {
@@ -44,12 +43,8 @@ _STARTS = (
     *("tekken", "source.spm", "target.spm", MORE_TEMPLATES, "generation_config.json", PROCESSOR_CONFIG),
     *("preprocessor_config.json", "video_preprocessor_config.json"),
 )
-# What sentence-transformers saves beside a transformer: its modules, and a folder for each (pooling, dense layers).
-MODULES = "modules.json"
+# What sentence-transformers saves beside a transformer and the folders of its modules.
 _OF_MODULES = frozenset({MODULES, "config_sentence_transformers.json", "sentence_bert_config.json"})
-_MODULE = re.compile(r"\d+_\w+/")
-# The value head that LLaMA-Factory trains for rewards; its own export copies the file.
-VALUE_HEAD = "value_head.safetensors"
 
 
 def is_brought(name: str, beside: Collection[str] = ()) -> bool:
@@ -59,7 +54,7 @@ def is_brought(name: str, beside: Collection[str] = ()) -> bool:
         name: of the file in its folder.
         beside: all names in it.
     """
-    if MODULES in beside and (name in _OF_MODULES or _MODULE.match(name)):
+    if is_module(name, beside) or (MODULES in beside and name in _OF_MODULES):
         return True
     return name.startswith(_STARTS) or name.endswith(".tiktoken") or name == VALUE_HEAD
 

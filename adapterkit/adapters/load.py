@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adapterkit.adapters.adapter import WEIGHTS, Adapter
-from adapterkit.adapters.brought import VALUE_HEAD, is_brought
+from adapterkit.adapters.brought import is_brought
 from adapterkit.adapters.config import AdapterConfig
 from adapterkit.adapters.experts import order_notes
 from adapterkit.adapters.keys import plain_keys
@@ -17,8 +17,11 @@ from adapterkit.checkpoint.files import LocalFile, is_gguf
 from adapterkit.checkpoint.folder import (
     ADAPTER_CONFIG,
     ADAPTER_INDEX,
+    PICKLED_WHOLE,
     PICKLES,
     PIPELINE_WEIGHTS,
+    TRAINED_WHOLE,
+    VALUE_HEAD,
     read_shards,
     side_names,
 )
@@ -35,19 +38,6 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.listing import Listing
     from adapterkit.checkpoint.objects import ObjectFile
     from adapterkit.checkpoint.tensor import Tensor
-
-
-# A file of parameters that ms-swift trained whole (the vision tower and the aligner), under the keys that PEFT's wrapper has;
-# swift/tuner_plugin/lora_llm.py (ms-swift 4.6).
-TRAINED_WHOLE = "vit.safetensors"
-# Pickles of such parameters: what they hold, and what merges both.
-# haotian-liu/LLaVA, llava/train/train.py and llava/model/builder.py
-_PICKLED_WHOLE = {
-    "non_lora_trainables.bin": (
-        "the projector and what else LLaVA trained whole",
-        "merge both with LLaVA's scripts/merge_lora_weights.py",
-    ),
-}
 
 
 def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
@@ -95,9 +85,9 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
         if weights_of_mlx is not None:
             return _mlx(listing.open(weights_of_mlx), config, listing.ref, listing.commit)
         raise AdapterError(f"{config.where} names no peft_type", "it is not a PEFT adapter config, or a damaged one")
-    whole = next((name for name in _PICKLED_WHOLE if name in listing.names), None)
+    whole = next((name for name in PICKLED_WHOLE if name in listing.names), None)
     if whole is not None:
-        by, way = _PICKLED_WHOLE[whole]
+        by, way = PICKLED_WHOLE[whole]
         raise UnsupportedAdapter(f"{listing.ref} is half of what was trained: {whole} beside it holds {by}", way)
     sources, weights = _weights(listing)
     told: tuple[str, ...] = ()
@@ -108,9 +98,10 @@ def load_adapter(ref: str | Path, *, headers_only: bool = False) -> Adapter:
             f"{TRAINED_WHOLE} beside it holds {len(more)} parameters that ms-swift trained whole; they replace the base's",
         )
     tensors, notes = plain_keys(weights, sources[0].name, METHODS.get(config.peft_type))
-    beside_it = {*side_names(listing.names, {WEIGHTS}), *({VALUE_HEAD} & listing.names)}
     side_files = tuple(
-        SideFile(name, listing.open(name)) for name in sorted(beside_it) if is_brought(name, listing.names)
+        SideFile(name, listing.open(name))
+        for name in sorted({*side_names(listing.names, {WEIGHTS}), *({VALUE_HEAD} & listing.names)})
+        if is_brought(name, listing.names)
     )
     notes = (*told, *notes, *order_notes(config))
     return Adapter(listing.ref, config, tensors, sources[0], side_files, listing.commit, notes, sources[1:])

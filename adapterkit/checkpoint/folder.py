@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.checkpoint import Checkpoint, SideFile
@@ -21,6 +21,22 @@ PIPELINE = "diffusion_pytorch_"  # before both, in the parts of a diffusers pipe
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ADAPTER_INDEX = "adapter_model.safetensors.index.json"
 PIPELINE_WEIGHTS = "pytorch_lora_weights.safetensors"  # an adapter as diffusers saves it, without a config beside
+# Beside an adapter's weights: parameters that ms-swift trained whole (the vision tower and the aligner), under the keys that
+# PEFT's wrapper has; swift/tuner_plugin/lora_llm.py (ms-swift 4.6).
+TRAINED_WHOLE = "vit.safetensors"
+# Pickles of such parameters: what they hold, and what merges both.
+# haotian-liu/LLaVA, llava/train/train.py and llava/model/builder.py
+PICKLED_WHOLE = {
+    "non_lora_trainables.bin": (
+        "the projector and what else LLaVA trained whole",
+        "merge both with LLaVA's scripts/merge_lora_weights.py",
+    ),
+}
+# The value head that LLaMA-Factory trains for rewards; its own export copies the file.
+VALUE_HEAD = "value_head.safetensors"
+MORE_TEMPLATES = "additional_chat_templates/"  # transformers' folder of a tokenizer's other templates
+MODULES = "modules.json"  # what sentence-transformers saves beside a transformer names the folders of `is_module`
+_MODULE = re.compile(r"\d+_\w+/")
 RECORD = "adapterkit.json"  # beside every output
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -243,6 +259,22 @@ def _check_complete(ref: str, weight_map: dict[str, str], shards: dict[str, str]
             f"({len(missing)} tensors missing)",
             "download that file again",
         )
+
+
+def is_module(name: str, names: Collection[str]) -> bool:
+    """Whether a file belongs to a module of sentence-transformers (pooling, a dense layer), each in a folder of its own."""
+    return MODULES in names and _MODULE.match(name) is not None
+
+
+def is_beside(name: str, names: Collection[str]) -> bool:
+    """Whether a file lies beside the weights, or in a folder that is read with them; others are checkpoints of the training."""
+    return "/" not in name or name.startswith(MORE_TEMPLATES) or is_module(name, names)
+
+
+def adapter_names(names: frozenset[str], weights: set[str]) -> list[str]:
+    """The files of a listing that are read with the weights of an adapter, sorted."""
+    side = {name for name in side_names(names, weights) if is_beside(name, names)}
+    return sorted(side | ({TRAINED_WHOLE, VALUE_HEAD, *PICKLED_WHOLE} & names))
 
 
 def side_names(names: frozenset[str], weights: set[str]) -> list[str]:

@@ -19,6 +19,7 @@ from adapterkit.checkpoint.folder import (
     ADAPTER_WEIGHTS,
     PICKLES,
     RECORD,
+    adapter_names,
     read_index,
     side_names,
     weight_names,
@@ -231,9 +232,7 @@ def _wanted(listing: Listing) -> list[str]:
         weights = loose & {ADAPTER_WEIGHTS}
         if not weights and ADAPTER_INDEX in names:
             weights = {ADAPTER_INDEX, *read_index(listing, ADAPTER_INDEX).values()} & names
-        return sorted(
-            {ADAPTER_CONFIG, *weights, *(n for n in side_names(names, weights) if "/" not in n)} if weights else ()
-        )
+        return sorted({ADAPTER_CONFIG, *weights, *adapter_names(names, weights)} if weights else ())
     # The record is not carried to what is made of a model, but says how the model was made.
     return sorted({*weights, *side_names(names, weights), *({RECORD} & names)}) if weights else []
 

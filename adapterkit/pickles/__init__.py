@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.files import FirstSeen, LocalFile, seen
-from adapterkit.checkpoint.folder import ADAPTER_WEIGHTS, INDEX, SINGLE
+from adapterkit.checkpoint.folder import ADAPTER_WEIGHTS, INDEX, SINGLE, is_beside
 from adapterkit.checkpoint.listing import LocalFolder, check_plain, read_json
 from adapterkit.checkpoint.sharded import sharded_checkpoint
 from adapterkit.errors import CheckpointError, NotFound
@@ -84,10 +84,11 @@ def unpickled(
         if len(found) > 1:
             (place / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
         listing = LocalFolder(folder)
-        for path in folder.iterdir():
-            if path.is_file() and path.name in listing.names and path.name not in (*found, _INDEX):
-                listing.open(path.name)  # a link out of the folder would be a plain file in this one
-                _link(path, place / path.name)
+        for name in listing.names - {*found, _INDEX}:
+            if is_beside(name, listing.names) and (folder / name).is_file():
+                listing.open(name)  # a link out of the folder would be a plain file in this one
+                (place / name).parent.mkdir(parents=True, exist_ok=True)
+                _link(folder / name, place / name)
         _unchanged(before, watched)
         yield place
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from mlx_child import MlxChild
 from models import write_checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -23,7 +22,6 @@ from adapterkit.verbs.verify import verify
 mx = pytest.importorskip("mlx.core")
 
 TYPES = {F32: mx.float32, BF16: mx.bfloat16, F16: mx.float16}
-# mlx-lm in a process of its own: MLX and torch each bring their own threads.
 CHILD = """
 import sys
 from pathlib import Path
@@ -128,7 +126,7 @@ def trained(folder: Path) -> Path:
     return folder
 
 
-def test_a_merge_is_what_mlx_lm_makes_of_the_merged_model(tmp_path: Path) -> None:
+def test_a_merge_is_what_mlx_lm_makes_of_the_merged_model(mlx_lm: MlxChild, tmp_path: Path) -> None:
     """Experts stacked, routers in 8 bits, embeddings and the output layer too; through `convert` the same bytes."""
     base, adapter = moe(tmp_path / "base"), trained(tmp_path / "adapter")
     adapterkit.merge(base, [adapter], tmp_path / "plain")
@@ -137,9 +135,7 @@ def test_a_merge_is_what_mlx_lm_makes_of_the_merged_model(tmp_path: Path) -> Non
     said = json.loads((tmp_path / "out" / "config.json").read_text())
     assert said["quantization"]["model.layers.0.mlp.gate"] == {"group_size": 64, "bits": 8}
     assert said["quantization"] == said["quantization_config"]
-    command = [sys.executable, "-c", CHILD, str(tmp_path / "plain"), str(tmp_path / "out"), str(tmp_path), "3", "32"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    mlx_lm.run(CHILD, tmp_path / "plain", tmp_path / "out", tmp_path, 3, 32)
     adapterkit.convert(tmp_path / "plain", tmp_path / "again", to="mlx-3bit-g32")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
     assert one.keys() == other.keys()

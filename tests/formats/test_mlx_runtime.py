@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from mlx_child import MlxChild
 from models import make_adapter
 
 from adapterkit.verbs.convert import convert
@@ -17,7 +16,6 @@ from adapterkit.verbs.convert import convert
 pytest.importorskip("mlx_lm", reason="mlx-lm has no build for this machine")
 
 IDS = [[1, 5, 9, 3, 7, 2]]
-# A process of its own: MLX and torch each bring their own threads.
 CHILD = """
 import sys
 from pathlib import Path
@@ -34,14 +32,12 @@ np.save(sys.argv[3], np.array(mx.stack([before, model(ids)])))
 """
 
 
-def mlx_logits(base: Path, adapter: Path, tmp_path: Path) -> torch.Tensor:
+def mlx_logits(mlx_lm: MlxChild, base: Path, adapter: Path, tmp_path: Path) -> torch.Tensor:
     """Logits of the base and of the base with the adapter, [2, 1, tokens, V]."""
     import numpy as np
 
     found = tmp_path / "logits.npy"
-    command = [sys.executable, "-c", CHILD, str(base), str(adapter), str(found), str(IDS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    mlx_lm.run(CHILD, base, adapter, found, IDS)
     return torch.from_numpy(np.load(found))
 
 
@@ -75,11 +71,13 @@ def configs() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", sorted(configs()))
-def test_mlx_lm_gives_the_logits_that_peft_gives(kind: str, make_base: Callable[..., Path], tmp_path: Path) -> None:
+def test_mlx_lm_gives_the_logits_that_peft_gives(
+    kind: str, mlx_lm: MlxChild, make_base: Callable[..., Path], tmp_path: Path
+) -> None:
     base = make_base("llama")
     adapter = make_adapter(tmp_path / "adapter", base, configs()[kind])
     convert(adapter, tmp_path / "mlx", to="mlx", base=base)
-    ours, theirs = mlx_logits(base, tmp_path / "mlx", tmp_path), peft_logits(base, adapter)
+    ours, theirs = mlx_logits(mlx_lm, base, tmp_path / "mlx", tmp_path), peft_logits(base, adapter)
     effect = float((theirs[1] - theirs[0]).abs().max())
     assert effect > 0.01
     assert float((ours[0] - theirs[0]).abs().max()) <= 1e-5
@@ -113,7 +111,7 @@ np.save(folder / "logits.npy", np.array(model(mx.array(eval(sys.argv[5])))))
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_what_mlx_lm_trained_merges_into_the_same_model(
-    kind: str, make_base: Callable[..., Path], tmp_path: Path
+    kind: str, mlx_lm: MlxChild, make_base: Callable[..., Path], tmp_path: Path
 ) -> None:
     import json
 
@@ -124,9 +122,7 @@ def test_what_mlx_lm_trained_merges_into_the_same_model(
 
     base, adapter = make_base("llama"), tmp_path / "adapter"
     keys = ["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj"]
-    command = [sys.executable, "-c", TRAINED, str(base), str(adapter), kind, json.dumps(keys), str(IDS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    mlx_lm.run(TRAINED, base, adapter, kind, json.dumps(keys), IDS)
     theirs = torch.from_numpy(np.load(adapter / "logits.npy"))
     report = adapterkit.merge(base, [adapter], tmp_path / "merged")
     assert report.touched == 6

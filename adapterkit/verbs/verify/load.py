@@ -12,14 +12,8 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.adapters.brought import (
-    MORE_TEMPLATES,
-    PROCESSOR_CONFIG,
-    TEMPLATE,
-    TEMPLATES,
-    TOKENIZER,
-    TOKENIZER_CONFIG,
-)
+from adapterkit.adapters.brought import PROCESSOR_CONFIG, TEMPLATE, TEMPLATES, TOKENIZER, TOKENIZER_CONFIG
+from adapterkit.checkpoint.folder import MORE_TEMPLATES
 from adapterkit.checkpoint.pipeline import components
 from adapterkit.foreign import json_value
 from adapterkit.verbs.verify.inputs import place
