@@ -138,6 +138,9 @@ def as_mlx_model(checkpoint: Checkpoint, form: Kind, skip: Iterable[str] | None 
             f"{checkpoint.ref} has no layer whose rows are whole groups of {size}", "write 16 bits, or another group"
         )
     said = {**checkpoint.config, "quantization": config, "quantization_config": config}
+    if "lm_head.weight" in tensors and not tied:
+        # Classes of mlx-lm take a config that does not say it for a tied one, transformers' for another.
+        said.setdefault("tie_word_embeddings", False)
     text = json.dumps(said, indent=2, ensure_ascii=False) + "\n"
     side_files = tuple(file for file in checkpoint.side_files if file.name != CONFIG)
     stacks = sum(isinstance(tensor, ExpertStack) for tensor in tensors.values())

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.checkpoint import Checkpoint
 
 
-def check_skipped(checkpoint: Checkpoint, patterns: Iterable[str] | None) -> None:
-    """See that each pattern names a module, as the model or the file calls it; an output layer that shares the embedding's
+def check_skipped(checkpoint: Checkpoint, patterns: Iterable[str] | None, *, around: bool = False) -> None:
+    """See that each pattern names a layer, as the model or the file calls it; an output layer that shares the embedding's
     values is one, too.
 
     Args:
         patterns: as `adapterkit.adapters.linear.is_named` takes them.
+        around: the end of the name of a module around layers (`mlp`) names those too; transformers takes no such pattern.
 
     Raises:
         UsageError: one names nothing, or is no regular expression.
@@ -29,16 +30,20 @@ def check_skipped(checkpoint: Checkpoint, patterns: Iterable[str] | None) -> Non
         return
     names = Names(checkpoint.shapes, checkpoint.config)
     known = [*names.parameters(), *checkpoint, *(head for _, head in names.declared_ties()), "lm_head.weight"]
-    modules: dict[str, None] = {}  # and what is around them, and parameters that are no module's weight
+    modules: dict[str, None] = {}  # and parameters that are no module's weight
     for name in known:
-        while name and name not in modules:
+        modules[name] = None
+        if ".experts." in name:  # these are skipped by the name of their module, too
+            modules[f"{name.rpartition('.experts.')[0]}.experts"] = None
+        while name := name.rpartition(".")[0]:
             modules[name] = None
-            name = name.rpartition(".")[0]
+            if not around:
+                break
     for pattern in left:
         if not any(is_named(pattern, module) for module in modules):
             raise UsageError(
                 f"{checkpoint.ref} has nothing that '{pattern}' names",
-                "name modules as the model does, like down_proj or model.layers.0.mlp",
+                "give the end of a layer's name or its beginning, like down_proj or model.layers.0.mlp",
             )
 
 

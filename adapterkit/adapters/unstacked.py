@@ -113,6 +113,11 @@ def unstacked(checkpoint: Checkpoint, wanted: Callable[[str, list[Tensor]], bool
         found = _STACK.fullmatch(target.tensors[0])  # single experts stand where the file has the stack
         if found is not None and len(checkpoint[found[0]].shape) == 3:
             layers.setdefault(found[1], []).append(target)
+    # Of a layer all or none: the up projections of Nemotron-H are stacks of another name.
+    taken = {target.tensors[0] for targets in layers.values() for target in targets}
+    for name, tensor in checkpoint.items():
+        if len(tensor.shape) == 3 and name not in taken:
+            layers.pop(name.removesuffix(".weight").rpartition(".")[0], None)
     called = next((_called(checkpoint, stem, targets) for stem, targets in layers.items()), None)  # layers are alike
     if called is None:
         return checkpoint

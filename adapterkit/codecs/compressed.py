@@ -538,6 +538,8 @@ KINDS = (
         8.0,
         ("fp8 128x128",),
         experts=True,
+        # The same conversion multiplies codes by scales as they are: right for one block, an error for more.
+        of_experts="transformers (5.24) does not load experts of more than one block of 128x128; write mxfp4 or int4 for it",
     ),
     Kind(
         "int4",
@@ -565,7 +567,7 @@ KINDS = (
         experts=True,
         # integrations/compressed_tensors.py of 5.24: its conversion of experts takes `weight_scale` alone.
         of_experts="transformers (5.24) leaves out weight_global_scale where it stacks experts, without a word, and computes "
-        "other values; write mxfp4, int4 or fp8-block for it",
+        "other values; write mxfp4 or int4 for it",
     ),
     Kind(
         "mxfp4",

@@ -205,6 +205,8 @@ def convert_whole(base: Path, out: Path) -> Path:
             "has nothing that 'down_pro' names",
         ),
         (["--to", "int4", "--skip-module", "model.layers.7"], 2, "has nothing that 'model.layers.7' names"),
+        # The end of a name that is around layers: transformers would skip nothing.
+        (["--to", "nf4", "--skip-module", "layers.0.mlp"], 2, "has nothing that 'layers.0.mlp' names"),
         (["--to", "fp8"], 2, "no linear layer that fp8 fits"),
         (["--to", "awq"], 2, "need a text to calibrate on"),
         (["--to", "awq", "--calibration", "nowhere.txt"], 7, "does not exist"),

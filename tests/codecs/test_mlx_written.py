@@ -143,6 +143,22 @@ def test_a_merge_is_what_mlx_lm_makes_of_the_merged_model(mlx_lm: MlxChild, tmp_
     assert verify(tmp_path / "out", base=base, adapters=[adapter]).ok
 
 
+def test_an_output_layer_that_the_config_does_not_speak_of(tmp_path: Path) -> None:
+    """It is one of its own for transformers and tied for some of mlx-lm's classes: the output says which."""
+    base = moe(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    silent = write_checkpoint(tmp_path / "silent", load_file(base / "model.safetensors"), config)
+    # The output is that of a config that says so, which mlx-lm loads (above).
+    for plain, out in ((base, tmp_path / "said"), (silent, tmp_path / "out")):
+        adapterkit.convert(plain, out, to="mlx-4bit-g32")
+    wanted, found = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("said", "out"))
+    assert found == wanted
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("said", "out"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_an_mlx_base_goes_into_another_number_of_bits(tmp_path: Path) -> None:
     """`mlx-4bit` of a base in 4 bits is its own format again; another word is another format, routers in 8 bits or not."""
     base = moe(tmp_path / "base")

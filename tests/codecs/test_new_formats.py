@@ -333,6 +333,59 @@ def test_stacks_are_taken_apart(experts: Path, tmp_path: Path, model: str, kind:
     assert torch.equal(got, handle.read(0, handle.numel).view(got.shape))
 
 
+@pytest.mark.parametrize("kind", ["int4", "mxfp4", "fp8-block"])
+def test_transformers_and_experts_of_several_blocks(tmp_path: Path, kind: str) -> None:
+    """What the report says of FP8 blocks is so; the formats that it names instead are loaded."""
+    import transformers
+
+    small = transformers.OlmoeConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=32, num_experts=2, num_experts_per_tok=1, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.OlmoeForCausalLM(small).bfloat16().save_pretrained(tmp_path / "base")
+    report = convert(tmp_path / "base", tmp_path / "out", to=kind)
+    assert any("does not load experts of more than one block" in note for note in report.notes) == (kind == "fp8-block")
+
+    def load() -> dict[str, torch.Tensor]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+            held: dict[str, torch.Tensor] = model.state_dict()
+            return held
+
+    if kind == "fp8-block":
+        with pytest.raises(RuntimeError, match="automatic conversion"):
+            load()
+        return
+    handle = dequantized(open_checkpoint(tmp_path / "out"))["model.layers.0.mlp.experts.1.up_proj.weight"]
+    got = load()["model.layers.0.mlp.experts.gate_up_proj"][1, 256:]
+    assert torch.equal(got, handle.read(0, handle.numel).view(got.shape))
+
+
+def test_a_stack_beside_one_of_another_name_stays(tmp_path: Path) -> None:
+    """Of a layer all or none: Nemotron-H's stacks are `up_proj` and `down_proj`."""
+    import transformers
+
+    small = transformers.NemotronHConfig(
+        hidden_size=128, intermediate_size=128, moe_intermediate_size=128, moe_shared_expert_intermediate_size=128,
+        layers_block_type=["attention", "moe"], num_attention_heads=2, num_key_value_heads=2, head_dim=64, vocab_size=32,
+        n_routed_experts=2, num_experts_per_tok=1, n_group=1, topk_group=1,
+    )  # fmt: skip
+    model = transformers.NemotronHForCausalLM(small).bfloat16()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    stacks = [name for name, tensor in before.items() if tensor.dim() == 3]
+    assert {name.rpartition(".")[2] for name in stacks} == {"up_proj", "down_proj"}
+    (tmp_path / "base").mkdir()
+    small.save_pretrained(tmp_path / "base")
+    save_file(before, tmp_path / "base/model.safetensors", metadata={"format": "pt"})
+    report = convert(tmp_path / "base", tmp_path / "out", to="int4")
+    assert any("the experts stay in 16 bits" in note for note in report.notes)
+    after = stored(tmp_path / "out")
+    assert all(same(after[name], before[name]) for name in stacks)
+    assert any(name.endswith("shared_experts.up_proj.weight_packed") for name in after)
+
+
 @pytest.mark.parametrize("name", ["mlp.experts", "block_sparse_moe.experts", "mlp.experts.down_proj"])
 def test_experts_are_skipped_by_the_file_s_name_and_by_the_model_s(name: str, tmp_path: Path) -> None:
     import transformers

@@ -81,7 +81,7 @@ def _quantized(kind: str, asked: ConvertRequest, jobs: int) -> Conversion:
     """A checkpoint with its linear layers quantized; a quantized one is decoded first, and the report says so."""
     from adapterkit.adapters.quantized import quantized
     from adapterkit.adapters.skipped import check_skipped
-    from adapterkit.codecs.table import has_layout, kinds_of
+    from adapterkit.codecs.table import find_kind, has_layout, kinds_of
 
     opened = open_folder(asked, kind)
     view = dequantized(opened)
@@ -97,7 +97,7 @@ def _quantized(kind: str, asked: ConvertRequest, jobs: int) -> Conversion:
             ),
         )
     skip = asked.skip_modules or None
-    check_skipped(view, skip)
+    check_skipped(view, skip, around=bool(find_kind(kind).program))
     calibration = _calibration(opened, kind, asked)
     fed = None if calibration is None else calibration.fed
     view = quantized(view, kind, double_quant=asked.double_quant, skip=skip, fed=fed)
