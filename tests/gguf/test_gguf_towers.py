@@ -259,7 +259,10 @@ def test_a_recipe_makes_the_tower_beside(tmp_path: Path) -> None:
 
 def test_a_projector_of_another_model_is_refused(tmp_path: Path) -> None:
     """By its width, as llama.cpp refuses to load it, or by the one architecture that it was trained with; at every door."""
+    from adapterkit.checkpoint.plan import Plan
+    from adapterkit.errors import OutputError
     from adapterkit.recipe.run import build
+    from adapterkit.verbs.execute import execute
 
     hf, base, out = tmp_path / "hf", tmp_path / "base.gguf", tmp_path / "made" / "o.gguf"
     out.parent.mkdir()
@@ -292,6 +295,19 @@ def test_a_projector_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"odd.gguf is the projector of a model of width 96"):
         doors[0](odd)
     assert list(out.parent.iterdir()) == []
+    # A saved plan asks again when it is finished, and replaces nothing that was there.
+    good, plan_file = projector("later.gguf", "qwen2vl_merger", 64, 64, **new), tmp_path / "p.json"
+    adapterkit.merge(base, [adapter], out, mmproj=good, save_plan=plan_file)
+    plan = Plan.from_json(plan_file.read_text())
+    (out.parent / "later.gguf").write_bytes(b"mine")
+    execute(plan, out, part=0)
+    with pytest.raises(OutputError, match=r"later.gguf exists"):
+        execute(plan, out)
+    (out.parent / "later.gguf").unlink()
+    projector("later.gguf", "gemma3", 64, 64, **new)
+    with pytest.raises(UsageError, match=r"later.gguf is the projector of a gemma3"):
+        execute(plan, out)
+    assert not out.exists()
     # Files of llama.cpp's first converters say the width of CLIP's own projection, and tensors that of the model.
     old = projector("old.gguf", "mlp", 768, 64)
     adapterkit.merge(base, [adapter], out, mmproj=old)
