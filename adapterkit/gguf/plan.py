@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.checkpoint.plan import BASELINE_MEMORY, WORKER_MEMORY, Chunk, Plan, PlannedFile, step_of
 from adapterkit.errors import UsageError, option
 from adapterkit.gguf.metadata import Entry, entry, file_start, tensor_info, u16
-from adapterkit.gguf.reader import I32
+from adapterkit.gguf.reader import I32, parse_gguf
 from adapterkit.gguf.tensors import kind_of
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.tensor import Tensor
+    from adapterkit.gguf.reader import GGUFHeader
 
 SINGLE = "model.gguf"  # names inside the hidden folder; publishing gives them the output's own name
 ENCODER_MEMORY = 60_000_000  # bytes: numba and its compiled encoders
@@ -72,6 +73,22 @@ def plan_gguf(
     memory = max((tensor.memory for tensor in layout.tensors), default=0)
     peak = BASELINE_MEMORY + ENCODER_MEMORY + jobs * WORKER_MEMORY + memory
     return Plan(tuple(files), {}, peak, dict(inputs or {}), dict(request or {}), layout="file")
+
+
+def planned_header(plan: Plan, sources: Sequence[Source], where: str) -> GGUFHeader:
+    """The header of a planned GGUF output: of a set, that of its first part, which has all metadata.
+
+    Args:
+        sources: the files that ranges of the header are copied from.
+        where: what to call the output in an error.
+    """
+    file = plan.files[0]
+    by_name = {source.name: source for source in sources}
+    head = b"".join(
+        one.content if one.source is None else by_name[one.source].read(one.source_offset, one.nbytes)
+        for one in file.head
+    )
+    return parse_gguf(lambda offset, length: head[offset : offset + length], file.nbytes, where)
 
 
 def _groups(tensors: Sequence[Tensor], limit: int | None) -> list[list[Tensor]]:

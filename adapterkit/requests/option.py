@@ -313,9 +313,9 @@ class Request:
 
     @property
     def named(self) -> frozenset[str]:
-        """The options that the caller named, at their default too; by default those that differ from it."""
-        found: frozenset[str] = getattr(self, "_named", frozenset(self.given()))
-        return found
+        """The options that the caller named, at their default too, and those that differ from it."""
+        found: frozenset[str] = getattr(self, "_named", frozenset())
+        return found | frozenset(self.given())  # one option may say another, as outtype says dtype
 
     @classmethod
     def bound(cls, given: Mapping[str, Any]) -> Any:

@@ -14,6 +14,8 @@ from adapterkit.places import Address
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
+    from adapterkit.checkpoint.files import Source
+    from adapterkit.checkpoint.plan import Plan
     from adapterkit.verbs.job import Beside
 
 
@@ -24,21 +26,22 @@ class TowerFile:
     file: Path
     out: Path
     force: bool
+    plan: Plan
+    sources: Sequence[Source]
 
     def check(self) -> None:
-        self._projector()
+        from adapterkit.gguf.projector import Projector
+
+        Projector(self.file, self.out, force=self.force, plan=self.plan, sources=self.sources)
 
     def write(self) -> Sequence[str]:
-        self._projector(again=True).copy()
+        from adapterkit.gguf.projector import Projector
+
+        Projector(self.file, self.out, force=True).copy()
         return ()
 
     def made(self) -> dict[Path, str] | None:
         return {self.out.parent / self.file.name: disk.hash_file(self.file)[0]}
-
-    def _projector(self, *, again: bool = False) -> Any:
-        from adapterkit.gguf.projector import Projector
-
-        return Projector(self.file, self.out, force=self.force or again)
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,20 @@ class Statement:
         return None  # it says when it was made
 
 
-def beside_of(request: Any, inputs: Iterable[object], *, source: Path | None = None) -> tuple[Beside, ...]:
+def beside_of(
+    request: Any,
+    inputs: Iterable[object],
+    *,
+    source: Path | None = None,
+    plan: Plan | None = None,
+    sources: Sequence[Source] = (),
+) -> tuple[Beside, ...]:
     """What a request asks for next to its output.
 
     Args:
         inputs: what the output is made from, for the statement.
         source: a folder with the model's ``generation_config.json``.
+        plan, sources: of the output, where that may be a GGUF file.
     """
     out = request.target
     if out is None:
@@ -111,7 +122,8 @@ def beside_of(request: Any, inputs: Iterable[object], *, source: Path | None = N
         return ()
     found: list[Beside] = []
     if getattr(request, "mmproj", None) is not None and not request.makes_tower:
-        found.append(TowerFile(Path(request.mmproj), out, request.force))
+        assert plan is not None
+        found.append(TowerFile(Path(request.mmproj), out, request.force, plan, sources))
     if getattr(request, "server", None) is not None:
         found.append(ServerFile(request.server, out, source, request.force))
     if request.attest:

@@ -71,7 +71,13 @@ def planned(request: ConvertRequest, *, headers_only: bool = True, named: Any = 
         request=request,
         # A file without tensors is no model, which a record would name by them.
         record=None if request.vocab_only else found.record or _recorder(found, source, request),
-        beside=beside_of(request, [request.base, source], source=folder if folder.is_dir() else None),
+        beside=beside_of(
+            request,
+            [request.base, source],
+            source=folder if folder.is_dir() else None,
+            plan=plan,
+            sources=found.sources,
+        ),
     )
 
 

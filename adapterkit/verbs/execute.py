@@ -277,15 +277,22 @@ class OpenPlan:
             return made.notes
         from adapterkit.checkpoint.parts import finish_parts
 
+        beside = self._beside(force=force)
+
+        def first() -> None:
+            for one in beside:
+                one.check()  # what a part alone did not ask, and what may have changed since the plan
+            self._make_rest(force=force)
+
         finish_parts(
             *(job.plan, self.out),
             side_files=job.side,
             force=force,
             record=job.record,
             parts=self.parts,
-            first=lambda: self._make_rest(force=force),
+            first=first,
         )
-        return tuple(note for one in self._beside(force=force) for note in one.write())
+        return tuple(note for one in beside for note in one.write())
 
     def finish(self, *, force: bool = False, more: Callable[[Measured], Measured] = lambda measured: measured) -> Any:
         """Make the output of parts that are all done, and what stands beside it; the report of the verb.

@@ -39,12 +39,10 @@ class GGUFForm:
         tied = OUTPUT not in output.view
         for name, tensor in self._tensors.items():
             if ignores(name, ends) or name == EMBEDDING or len(tensor.shape) not in (2, 3):
-                shared = " and output layer" if tied and name == EMBEDDING else ""
-                self.skipped.append(
-                    f"llama.cpp applies no LoRA to '{name}'{shared}: what rounding took of it is in no residual"
-                    if name != EMBEDDING
-                    else f"'{name}' is the embedding{shared}: what rounding took of it is in no residual"
-                )
+                why = f"llama.cpp applies no LoRA to '{name}'"
+                if name == EMBEDDING:
+                    why = f"'{name}' is the embedding{' and output layer' if tied else ''}"
+                self.skipped.append(f"{why}: what rounding took of it is in no residual")
                 continue
             *experts, rows, columns = tensor.shape
             stacked = bool(experts)

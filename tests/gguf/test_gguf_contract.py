@@ -72,6 +72,13 @@ def test_what_the_runtime_has_built_in_is_refused(name: str, tmp_path: Path) -> 
     assert not (tmp_path / "o.gguf").exists()
 
 
+def test_a_model_without_experts_uses_none(tmp_path: Path) -> None:
+    """llama.cpp stops where a file without experts says how many are used; transformers does not look."""
+    _build(tmp_path / "hf", "granite4_micro", num_local_experts=0, num_experts_per_tok=1)
+    convert(tmp_path / "hf", tmp_path / "o.gguf")
+    assert GGUFReader(tmp_path / "o.gguf").fields["granite.expert_used_count"].contents() == 0
+
+
 _LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
 _STRETCHED = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 _BY_KIND = {"full_attention": _LOCAL, "sliding_attention": _STRETCHED}

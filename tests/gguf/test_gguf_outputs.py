@@ -543,11 +543,6 @@ REFUSED: dict[str, tuple[list[Any], int, str]] = {
     "other base": (["merge", short, "{}/adapter", "-o", "{}/o.gguf"], 1, "another base"),
     "lora as base": (["merge", lora, "{}/adapter", "-o", "{}/o.gguf"], 2, "is a GGUF adapter"),
     "lora as model": (["convert", lora, "-o", "{}/o.gguf", "--quant", "Q8_0"], 2, "is a GGUF adapter"),
-    "gguf base for peft": (
-        ["convert", lora, "--to", "peft", "--base", "{}/base.gguf", "-o", "{}/o"],
-        2,
-        "no module names",
-    ),
     "model as lora": (["convert", "{}/base.gguf", "--to", "peft", "--base", "{}/base.gguf", "-o", "{}/o"], 2, ""),
 }
 

@@ -20,6 +20,7 @@ import adapterkit
 import adapterkit.gguf.vocab
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.decoded import dequantized
+from adapterkit.cli import main
 from adapterkit.errors import AdapterkitError, CheckFailed, CheckpointError, UnsupportedAdapter, UsageError
 from adapterkit.gguf.checkpoint import open_gguf
 from adapterkit.gguf.describe import details
@@ -95,6 +96,11 @@ def test_types_by_the_converters_word(tmp_path: Path) -> None:
         convert(adapter, tmp_path / f"{word}.gguf", to="gguf-lora", base=hf, outtype=word)
         convert(adapter, tmp_path / "same.gguf", to="gguf-lora", base=hf, force=True, **how)
         assert (tmp_path / f"{word}.gguf").read_bytes() == (tmp_path / "same.gguf").read_bytes()
+        words = f"convert {adapter} --to gguf-lora --base {hf} -o {tmp_path}/line.gguf --outtype {word} --force"
+        with pytest.raises(SystemExit) as end:
+            main(words.split())
+        assert not end.value.code
+        assert (tmp_path / "line.gguf").read_bytes() == (tmp_path / "same.gguf").read_bytes()
     with pytest.raises(UsageError, match=r"outtype.* and .*quant.* both say a type"):
         convert(hf, tmp_path / "o.gguf", outtype="f16", quant="Q8_0")
 

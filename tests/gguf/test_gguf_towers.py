@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 pytest.importorskip("xllamacpp")
 pytest.importorskip("gguf")
 import tower_zoo as zoo
+from gguf_files import random_array, write_gguf
 from gguf_runtime import far
 from models import load_model, make_adapter
 from mtmd_c import seen
@@ -254,6 +255,69 @@ def test_a_recipe_makes_the_tower_beside(tmp_path: Path) -> None:
     assert build(path).outputs[0].state == UNCHANGED
     path.write_text(text.replace('mmproj = "auto"\n', ""))
     assert build(path).changed == 1
+
+
+def test_a_projector_of_another_model_is_refused(tmp_path: Path) -> None:
+    """By its width, as llama.cpp refuses to load it, or by the one architecture that it was trained with; at every door."""
+    from adapterkit.checkpoint.plan import Plan
+    from adapterkit.errors import OutputError
+    from adapterkit.recipe.run import build
+    from adapterkit.verbs.execute import execute
+
+    hf, base, out = tmp_path / "hf", tmp_path / "base.gguf", tmp_path / "made" / "o.gguf"
+    out.parent.mkdir()
+    zoo.build(hf, "qwen2_vl")
+    convert(hf, base)
+    adapter = make_adapter(tmp_path / "adapter", hf, _tower_lora(), scale=0.1)
+
+    def projector(name: str, kind: str, width: int, rows: int, **more: Any) -> Path:
+        said = {"clip.projector_type": kind, "clip.vision.projection_dim": width, **more}
+        tensors = {"mm.2.weight": random_array(rows, 48), "v.patch_embd.weight": random_array(64, 48)}
+        return write_gguf(tmp_path / name, tensors, arch="clip", metadata=said)
+
+    new = {"general.type": "mmproj"}
+    wide = projector("wide.gguf", "qwen2vl_merger", 96, 96, **new)
+    other = projector("other.gguf", "gemma3", 64, 64, **new)
+    odd = projector("odd.gguf", "mlp", 96, 96)
+    doors = (
+        lambda file: adapterkit.merge(base, [adapter], out, mmproj=file),
+        lambda file: adapterkit.merge(hf, [adapter], out, mmproj=file, dry_run=True),
+        lambda file: adapterkit.merge(hf, [adapter], out, mmproj=file, save_plan=out.with_name("p.json")),
+        lambda file: convert(hf, out, mmproj=file),
+        lambda file: convert(base, out, quant="Q8_0", mmproj=file, max_shard_size="20kB"),
+        lambda file: build(_recipe(tmp_path, f'mmproj = "{file}"')),
+    )
+    for door in doors:
+        with pytest.raises(UsageError, match=r"wide.gguf is the projector of a model of width 96, and the base has 64"):
+            door(wide)
+    with pytest.raises(UsageError, match=r"other.gguf is the projector of a gemma3, and the base is a qwen2vl"):
+        doors[0](other)
+    with pytest.raises(UsageError, match=r"odd.gguf is the projector of a model of width 96"):
+        doors[0](odd)
+    assert list(out.parent.iterdir()) == []
+    # A saved plan asks again when it is finished, and replaces nothing that was there.
+    good, plan_file = projector("later.gguf", "qwen2vl_merger", 64, 64, **new), tmp_path / "p.json"
+    adapterkit.merge(base, [adapter], out, mmproj=good, save_plan=plan_file)
+    plan = Plan.from_json(plan_file.read_text())
+    (out.parent / "later.gguf").write_bytes(b"mine")
+    execute(plan, out, part=0)
+    with pytest.raises(OutputError, match=r"later.gguf exists"):
+        execute(plan, out)
+    (out.parent / "later.gguf").unlink()
+    projector("later.gguf", "gemma3", 64, 64, **new)
+    with pytest.raises(UsageError, match=r"later.gguf is the projector of a gemma3"):
+        execute(plan, out)
+    assert not out.exists()
+    # Files of llama.cpp's first converters say the width of CLIP's own projection, and tensors that of the model.
+    old = projector("old.gguf", "mlp", 768, 64)
+    adapterkit.merge(base, [adapter], out, mmproj=old)
+    assert (out.parent / "old.gguf").read_bytes() == old.read_bytes()
+
+
+def _recipe(folder: Path, more: str) -> Path:
+    path = folder / "adapterkit.toml"
+    path.write_text(f'base = "base.gguf"\n[adapters]\na = "adapter"\n[outputs.m]\npath = "made/o.gguf"\n{more}\n')
+    return path
 
 
 def _tower_lora() -> Any:

@@ -181,6 +181,8 @@ def as_gguf(
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     sound(values, base.ref)
     complete(values, shapes, base.ref)
+    if values.get("expert_used_count") and not _first(values.get("expert_count")):
+        values["expert_used_count"] = 0  # llama.cpp stops where none of no experts are used
     values |= sizes(shapes, values["embedding_length"], base.ref)
     if not spec.encoder:  # whose configs may carry fields that no class of theirs reads, as num_key_value_heads
         fits(spec.arch, values, shapes, base.ref)
