@@ -43,6 +43,12 @@ SAME = {
     ("int8", "int8"),
     ("ct nvfp4", "nvfp4"),
     ("ct mxfp4", "mxfp4"),
+    ("mlx", "mlx-4bit"),
+    ("mlx 3 bit", "mlx-3bit-g32"),
+    ("mlx 5 bit", "mlx-5bit-g32"),
+    ("mlx mxfp4", "mlx-mxfp4"),
+    ("mlx mxfp8", "mlx-mxfp8"),
+    ("mlx nvfp4", "mlx-nvfp4"),
 }
 
 
