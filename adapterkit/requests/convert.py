@@ -185,10 +185,11 @@ class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
     )  # fmt: skip
 
     def __post_init__(self, quantization: Quantization | str | None) -> None:
+        copied = self.quant is not None  # COPY among them, of which nothing is left below
         super().__post_init__(quantization)
         if self.outtype is None:
             return
-        both = next((name for name in ("dtype", "quant") if name in self.given()), None)
+        both = "quant" if copied else next((name for name in ("dtype", "quant") if name in self.given()), None)
         if both is not None:
             raise UsageError(f"{self.spelled('outtype')} and {self.spelled(both)} both say a type", "give one of them")
         if self.outtype in FLOAT_TYPES:

@@ -103,6 +103,8 @@ def test_types_by_the_converters_word(tmp_path: Path) -> None:
         assert (tmp_path / "line.gguf").read_bytes() == (tmp_path / "same.gguf").read_bytes()
     with pytest.raises(UsageError, match=r"outtype.* and .*quant.* both say a type"):
         convert(hf, tmp_path / "o.gguf", outtype="f16", quant="Q8_0")
+    with pytest.raises(UsageError, match=r"outtype.* and .*quant.* both say a type"):
+        convert(hf, tmp_path / "o.gguf", outtype="f16", quant="COPY")
 
 
 def test_norms_of_a_lora_file_are_said(tmp_path: Path) -> None:
