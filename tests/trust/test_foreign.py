@@ -20,6 +20,7 @@ OWN = {
     "adapters/classes.py": "a table of the package",
     "adapters/families/told.py": "a table of the package",
     "adapters/methods/spectral.py": "a table of the package",
+    "adapters/mlx_models.py": "a table of the package",
     "adapters/renamings.py": "a table of the package",
     "checkpoint/header.py": "limits of its own",
     "registry/canonical.py": "limits of its own",

@@ -278,9 +278,9 @@ def test_an_input_that_changes_while_it_is_read(
         _change(how, which)
         real(sources)
 
-    from adapterkit.verbs import verify
+    from adapterkit.verbs.verify import opened
 
-    for module in (sink, verify):
+    for module in (sink, opened):
         monkeypatch.setattr(module, "check_unchanged", late)
     with pytest.raises(CheckpointError, match="changed while it was read"):
         VERBS[verb](*own, tmp_path / "out" / "x")
@@ -335,9 +335,9 @@ def test_a_small_file_that_changes_while_weights_are_read(
         path.write_bytes(path.read_bytes() + b" ")
         real(sources)
 
-    from adapterkit.verbs import verify
+    from adapterkit.verbs.verify import opened
 
-    for module in (sink, verify):
+    for module in (sink, opened):
         monkeypatch.setattr(module, "check_unchanged", late)
     with pytest.raises(CheckpointError, match=rf"{Path(name).name} changed while it was read"):
         SMALL[verb][0](folder / "base", folder / "adapter", tmp_path / "out")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BUCKET
 from safetensors.torch import save_file
 from store_server import Proxy, client_of
 
@@ -15,6 +14,7 @@ import adapterkit
 from adapterkit.errors import OutputError
 
 TO_Q = "transformer_blocks.0.attn.to_q"
+BUCKET = "models"  # of `conftest`
 SHARDS = [f"diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
 
 
