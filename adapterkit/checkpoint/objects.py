@@ -204,8 +204,11 @@ class ObjectFile(Source):
                 window.data = self.store.read(self.key, window.start, window.stop - window.start, self.version)
             data = window.data[offset - window.start : offset - window.start + length]
             window.used[self._number] = window.used.get(self._number, 0) + len(data)
-            # Each file wants each byte once, nearly always.
-            if all(window.used.get(file, 0) >= len(window.data) for file in _windows.readers(key)):
+            # Each file wants each byte once, nearly always. Who else wants it is asked when this file has had it.
+            whole = len(window.data)
+            if window.used[self._number] >= whole and all(
+                window.used.get(file, 0) >= whole for file in _windows.readers(key)
+            ):
                 _windows.drop(key)
         return data
 

@@ -11,6 +11,7 @@ import click
 
 from adapterkit.cli.output import Progress, say, show_json, size
 from adapterkit.cli.paths import LocalPath
+from adapterkit.cli.run import failed
 
 if TYPE_CHECKING:
     from adapterkit.verbs.execute import OpenPlan
@@ -76,7 +77,7 @@ def command(
         show_verification(report)
     else:
         say(f"{out}: {size(report.nbytes)} in {len(loaded.files)} files")
-    return 3 if part is None and getattr(report, "ok", True) is False else 0
+    return 3 if part is None and failed(report) else 0
 
 
 def _serve(opened: OpenPlan, jobs: int | None) -> None:

@@ -349,10 +349,8 @@ class Types(Request):
                 value = getattr(quantization, one.name)
                 if value != one.default:
                     object.__setattr__(self, name, value)
-        if (
-            isinstance(self.quant, str) and self.quant.upper() == "COPY"
-        ):  # llama-quantize's word for what happens anyway
-            object.__setattr__(self, "quant", None)
+        if isinstance(self.quant, str) and self.quant.upper() == "COPY":
+            object.__setattr__(self, "quant", None)  # llama-quantize's word for what happens anyway
         super().__post_init__()
 
     @classmethod

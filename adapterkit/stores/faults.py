@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
 from adapterkit.errors import AdapterkitError, AuthError, CheckpointError, NotFound, OutputError, StoreError, option
+from adapterkit.places import Address
 
 ATTEMPTS = 7
 UNREACHED = 3  # attempts where there is no connection at all
@@ -161,3 +163,17 @@ def told(fault: Fault, what: str, *, writing: bool = False) -> AdapterkitError:
         return StoreError(f"the store refused {what} ({fault.said})", "check the address and the endpoint")
     often = f" in {fault.attempts} attempts" if fault.attempts > 1 else ""
     return StoreError(f"{what} could not be {does}{often} ({fault.said})", "try again later")
+
+
+def nonsense(what: str, whose: str, where: str = "") -> StoreError:
+    """The error of an answer that is none: ``whose`` it should be, ``where`` the endpoint is named."""
+    return StoreError(f"the store's answer about {what} is none of {whose}", f"see what answers at the endpoint{where}")
+
+
+@contextmanager
+def sense(what: Address, whose: str, where: str = "") -> Iterator[None]:
+    """Where the fields of an answer are read: what is no answer of that service is a `StoreError`; see `nonsense`."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise nonsense(str(what), whose, where) from None

@@ -11,15 +11,13 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 from urllib.parse import quote, urlencode
 
-from adapterkit.errors import StoreError
 from adapterkit.places import Address
 from adapterkit.stores import meter
-from adapterkit.stores.faults import Fault, told
+from adapterkit.stores.faults import Fault, sense, told
 from adapterkit.stores.http import Answer, Http, md5
 from adapterkit.stores.store import MOST_LISTED, PARALLEL, Assembly, Begun, HeldPart, Store, StoredObject, too_many
 
@@ -29,6 +27,7 @@ BEGUN = "begun"  # the object that says an upload is going on
 _KEY = "adapterkit-key"  # its metadata: the key of the object that is wanted
 _BOUND = "adapterkit-3f1c9a"
 _BYTES = "application/octet-stream"
+_WHOSE = "Google's"
 
 
 class Gcs(Store):
@@ -95,7 +94,7 @@ class Gcs(Store):
                 lambda query=query: self.call("GET", self._bucket, query),  # type: ignore[misc]
                 self.place(prefix) if prefix else self.root,
             )
-            with _sense(self.root):
+            with sense(self.root, _WHOSE):
                 said = page.value
                 found = [(_stored(one), _moment(one["timeCreated"])) for one in said.get("items") or ()]
                 before, token = token, str(said.get("nextPageToken") or "")
@@ -111,7 +110,7 @@ class Gcs(Store):
             if fault.missing and fault.code != "NoSuchBucket":
                 return None
             raise told(fault, str(self.place(key))) from None
-        with _sense(self.place(key)):
+        with sense(self.place(key), _WHOSE):
             return _stored(found.value)
 
     def read(self, key: str, start: int, nbytes: int, etag: str = "") -> bytes:
@@ -167,7 +166,7 @@ class Gcs(Store):
             kind=f"multipart/related; boundary={_BOUND}",
         )
         meter.count(up=len(data))
-        with _sense(self.place(key)):
+        with sense(self.place(key), _WHOSE):
             return str(found.value["generation"])
 
     def delete(self, keys: Iterable[str]) -> None:
@@ -232,7 +231,7 @@ class _Parts(Assembly):
         def asked(token: str) -> dict[str, Any]:
             query = {"ifSourceGenerationMatch": etag, "rewriteToken": token}
             said = store.call("POST", path, query, body=b"{}", kind="application/json")
-            with _sense(source):
+            with sense(source, _WHOSE):
                 return said.value
 
         token = ""
@@ -241,7 +240,7 @@ class _Parts(Assembly):
                 found = store.ask(lambda token=token: asked(token), source, writing=True, pass_on=True)  # type: ignore[misc]
             except Fault as fault:
                 raise told(fault, str(source), writing=not fault.changed) from None
-            with _sense(source):
+            with sense(source, _WHOSE):
                 if found["done"]:
                     if int(found["resource"]["size"]) != nbytes:
                         raise told(Fault(412), str(source))
@@ -294,7 +293,7 @@ class _Parts(Assembly):
             writing=True,
             pass_on=True,
         )
-        with _sense(self._store.place(key)):
+        with sense(self._store.place(key), _WHOSE):
             return str(found.value["generation"])
 
     def abort(self) -> None:
@@ -311,14 +310,3 @@ def _moment(said: object) -> datetime:
 def _stored(said: Mapping[str, Any]) -> StoredObject:
     marks = {str(name): str(value) for name, value in (said.get("metadata") or {}).items()}
     return StoredObject(str(said["name"]), int(said.get("size", 0)), str(said["generation"]), marks)
-
-
-@contextmanager
-def _sense(what: Address) -> Iterator[None]:
-    """Where the fields of an answer are read: what is no answer of the API is a `StoreError`."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise StoreError(
-            f"the store's answer about {what} is none of Google's", "see what answers at the endpoint"
-        ) from None

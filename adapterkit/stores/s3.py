@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +12,16 @@ import boto3
 import botocore.config
 import botocore.exceptions
 
-from adapterkit.errors import AdapterkitError, OutputError, StoreError
+from adapterkit.errors import AdapterkitError, OutputError
 from adapterkit.places import Address
 from adapterkit.stores import meter
-from adapterkit.stores.faults import NO_CONNECTION, Fault, told
+from adapterkit.stores.faults import NO_CONNECTION, Fault, nonsense, sense, told
 from adapterkit.stores.objects import ObjectStore
 from adapterkit.stores.store import Assembly, Begun, HeldPart, Store, StoredObject
 
 DELETED_AT_ONCE = 1000
 CONNECTIONS = 64
+_WHOSE = "S3"
 
 
 @dataclass
@@ -129,7 +129,7 @@ class S3(ObjectStore):
             raise Fault(words=_said(error)) from None
         # What boto3 itself cannot read: a number or a date that is none.
         except (ValueError, TypeError, KeyError, RuntimeError):
-            raise _nonsense(self.place(str(given.get("Key", "")))) from None
+            raise nonsense(str(self.place(str(given.get("Key", "")))), _WHOSE) from None
         return found
 
     def head(self, key: str) -> StoredObject | None:
@@ -138,7 +138,7 @@ class S3(ObjectStore):
         except Fault as fault:
             self.missing(fault, key)
             return None
-        with _sense(self.place(key)):
+        with sense(self.place(key), _WHOSE):
             return StoredObject(
                 key, int(found["ContentLength"]), str(found.get("ETag", "")), dict(found.get("Metadata", {}))
             )
@@ -165,7 +165,7 @@ class S3(ObjectStore):
         found = self.ask(
             lambda: self.call("create_multipart_upload", Key=key, Metadata=dict(marks)), self.place(key), writing=True
         )
-        with _sense(self.place(key)):
+        with sense(self.place(key), _WHOSE):
             return _S3Assembly(self, key, str(found["UploadId"]))
 
     def resumed(self, key: str, id: str) -> Assembly:
@@ -179,7 +179,7 @@ class S3(ObjectStore):
                 lambda marker=marker: self.call("list_multipart_uploads", Prefix=prefix, **marker),  # type: ignore[misc]
                 self.place(prefix) if prefix else self.root,
             )
-            with _sense(self.root):
+            with sense(self.root, _WHOSE):
                 found += [Begun(one["Key"], one["UploadId"], one["Initiated"]) for one in page.get("Uploads", [])]
                 if not page.get("IsTruncated"):
                     return [one for one in found if one.key.startswith(prefix)]
@@ -212,7 +212,7 @@ class _S3Assembly(Assembly):
                 ContentMD5=digest,
             )
             meter.count(up=len(data))
-            with _sense(what):
+            with sense(what, _WHOSE):
                 return str(found["ETag"])
 
         try:
@@ -241,7 +241,7 @@ class _S3Assembly(Assembly):
                 **same,
             )
             meter.count(inside=nbytes)
-            with _sense(source):
+            with sense(source, _WHOSE):
                 return str(found["CopyPartResult"]["ETag"])
 
         try:
@@ -265,7 +265,7 @@ class _S3Assembly(Assembly):
                 if fault.missing and fault.code != "NoSuchBucket":
                     return None
                 raise told(fault, str(self._store.place(self.key))) from None
-            with _sense(self._store.place(self.key)):
+            with sense(self._store.place(self.key), _WHOSE):
                 found |= {
                     int(one["PartNumber"]): HeldPart(int(one["Size"]), str(one["ETag"]))
                     for one in page.get("Parts", [])
@@ -282,7 +282,7 @@ class _S3Assembly(Assembly):
             try:
                 condition = {"IfNoneMatch": "*"} if conditional else {}
                 done = self._store.call("complete_multipart_upload", **given, **condition)
-                with _sense(self._store.place(self.key)):
+                with sense(self._store.place(self.key), _WHOSE):
                     return str(done["ETag"])
             except Fault as fault:
                 if fault.missing and fault.code != "NoSuchBucket":
@@ -303,19 +303,6 @@ class _S3Assembly(Assembly):
         except Fault as fault:
             if not fault.missing:
                 raise told(fault, str(self._store.place(self.key)), writing=True) from None
-
-
-@contextmanager
-def _sense(what: Address) -> Iterator[None]:
-    """Where the fields of an answer are read: what is no answer of S3 is a `StoreError`."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise _nonsense(what) from None
-
-
-def _nonsense(what: Address) -> StoreError:
-    return StoreError(f"the store's answer about {what} is none of S3", "see what answers at the endpoint")
 
 
 def _next(before: Mapping[str, Any], marker: dict[str, Any]) -> dict[str, Any]:
