@@ -126,7 +126,7 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
         default=None,
         kw_only=True,
         metadata=opt(
-            "Write what rounding takes as a LoRA of at most this rank beside the output: OUT-residual.", WHOLE,
+            "Also write OUT-residual: a LoRA of at most this rank that holds what rounding took.", WHOLE,
             role=BYTES, group=OUTPUT, metavar="RANK", low=1, recipe="output.residual",
         ),
     )  # fmt: skip

@@ -532,5 +532,5 @@ def _sense(what: Address) -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError, AttributeError):
         raise StoreError(
-            f"the store's answer about {what} is none of the Hub's", "see what answers at the endpoint ($HF_ENDPOINT)"
+            f"the answer about {what} is not one that the Hub gives", "see what answers at the endpoint ($HF_ENDPOINT)"
         ) from None
