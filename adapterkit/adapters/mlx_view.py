@@ -154,7 +154,7 @@ def as_mlx_model(checkpoint: Checkpoint, form: Kind, skip: Iterable[str] | None 
         notes=(
             *checkpoint.notes,
             f"{count} layers written in {form.name}, for mlx-lm"
-            + (f"; {apart} of them in numbers of their own, as mlx-lm does for this type" if apart else ""),
+            + (f"; {apart} of them in other bits or groups, as mlx-lm has them for this type" if apart else ""),
             *((f"experts are stacked, as mlx-lm has them ({stacks} stacks)",) if stacks else ()),
         ),
     )

@@ -125,7 +125,7 @@ def quantized(
     layers = Layers(dtype, double_quant, skip, tuple(left))
     words = f"{kind} double" if double_quant else kind
     notes = (
-        *_experts(left, form),
+        *_experts(checkpoint, left, form),
         f"{len(whole) - len(kept)} linear layers written in {words}",
         *((f"{len(experts)} of them are experts, each with scales of its own",) if experts else ()),
         *((form.of_experts,) if experts and form.of_experts else ()),
@@ -206,17 +206,20 @@ def _stacked(checkpoint: Checkpoint, form: Kind, skip: tuple[str, ...] | None, f
     return _with(checkpoint, tensors, shards, form.config(Layers(dtype, False, skip, tuple(left))), tuple(notes))
 
 
-def _experts(left: Iterable[str], form: Kind) -> list[str]:
+def _experts(checkpoint: Checkpoint, left: Iterable[str], form: Kind) -> list[str]:
     """What is said of experts that stay in 16 bits: they may be most of a model."""
     found = [module for module in left if ".experts" in module]
     if not found:
         return []
-    why = (
-        f"{form.name} is written of experts that are stored one by one, and of a layer's all or none"
-        if form.experts
-        else f"{form.name} is written for linear layers alone"
-    )
-    return [f"the experts stay in 16 bits ({len(found)} modules, as '{found[0]}'): {why}"]
+    single = any(_ONE.fullmatch(name) and name.startswith(tuple(found)) for name in checkpoint)
+    if not form.experts:
+        why = f"{form.name} is written for linear layers alone"
+    elif single:
+        why = f"the experts of a layer are written in {form.name} only if each of them fits it and none is skipped"
+    else:
+        why = f"{form.name} is written of experts that are stored one by one"
+    said = [f"the experts stay in 16 bits ({len(found)} modules, as '{found[0]}'): {why}"]
+    return [*said, form.of_experts_left] if single and form.of_experts_left else said
 
 
 _ONE = re.compile(r"(.*\bexperts)\.\d+\.[\w.]+\.weight")  # a matrix of one expert

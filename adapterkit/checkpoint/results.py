@@ -179,4 +179,4 @@ class ResultFile:
         return found
 
     def _damaged(self) -> CheckpointError:
-        return CheckpointError(f"the results in {self._source.name} are damaged", "take them away, and run it again")
+        return CheckpointError(f"the results in {self._source.name} are damaged", "remove them, and run it again")

@@ -85,7 +85,7 @@ def show_plan(planned: BuildPlan) -> None:
         say(f"  {row.state}: {row.why}")
         say(f"  reads {', '.join(row.reads)}")
         if row.nbytes is not None and row.files is not None:
-            changed = f", {count(row.touched)} of {count(row.tensors or 0)} tensors changed" if row.touched else ""
+            changed = f", {count(row.touched)} tensors changed" if row.touched else ""
             say(
                 f"  {size(row.nbytes)} in {len(row.files)} files{changed}, about {size(row.peak_memory or 0)} of memory"
             )

@@ -51,8 +51,14 @@ def show(report: MergeReport, request: MergeRequest) -> None:
         say(f"  by {report.method}")
     values = "" if report.base_values == "as stored" else f" ({report.base_values})"
     rest = report.tensors - report.touched
-    others = "the rest copied" if report.copied == rest else f"{count(report.copied)} copied, the others rewritten"
-    say(f"  into {report.base}{values}: {count(report.touched)} of {count(report.tensors)} tensors changed, {others}")
+    changed, total, copied = count(report.touched), count(report.tensors), count(report.copied)
+    said = (
+        f"{changed} of {total} tensors changed, the rest copied"
+        if report.copied == rest
+        # The output has other tensors than the base then: stacks, scales, ...
+        else f"{changed} tensors changed; of the output's {total}, {copied} are copied, the others rewritten"
+    )
+    say(f"  into {report.base}{values}: {said}")
     for name in report.added:
         say(f"  new: {name}")
     if report.residual is not None:

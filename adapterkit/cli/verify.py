@@ -61,6 +61,8 @@ def command(
     if report.dry_run:
         _planned(report, request, as_json)
         return 0
+    if request.out is not None:
+        note(f"report written to {request.out}")
     merged = str(request.merged)
     page = as_html(report) if html is not None else ""
     write(report, html, markdown, page=page, step_summary=step_summary)

@@ -118,6 +118,7 @@ class Kind:
         nested: its scales can be quantized too; of a codec in a file of its own.
         experts: experts that are stored one by one are written too, and layers of one output and routers are not.
         of_experts: what is said where experts are written, of programs that read them otherwise.
+        of_experts_left: the same of experts that are stored one by one and stay in 16 bits.
         said: whether a ``quantization_config`` is of this kind, where the words for single weights do not tell: they may be
             written in several.
         program: that has names of its own for tensors, and a rule of its own for which of them are quantized; empty where it is
@@ -137,6 +138,7 @@ class Kind:
     nested: bool = False
     experts: bool = False
     of_experts: str = ""
+    of_experts_left: str = ""
     said: Callable[[Mapping[str, Any]], bool] | None = field(default=None, repr=False)
     program: str = ""
     models: tuple[str, ...] = ()

@@ -523,6 +523,10 @@ def _config(layers: Layers, form: str, weights: Mapping[str, Any], inputs: Mappi
     }
 
 
+# core_model_loading.py of 5.24 collects `weight_packed` for the stacks of experts, and finds none.
+_LEFT = (
+    "transformers (5.24) does not load experts in 16 bits beside layers of this format where they are stored one by one"
+)
 _SEARCHED = {"observer": "memoryless_mse"}
 _FLOAT4 = {**_SEARCHED, "num_bits": 4, "type": "float"}
 KINDS = (
@@ -550,6 +554,7 @@ KINDS = (
         4.0,
         ("int4 per 128", "int4 per row"),
         experts=True,
+        of_experts_left=_LEFT,
     ),
     Kind(
         "nvfp4",
@@ -565,6 +570,7 @@ KINDS = (
         together=True,
         some=_some_nvfp4,
         experts=True,
+        of_experts_left=_LEFT,
         # integrations/compressed_tensors.py of 5.24: its conversion of experts takes `weight_scale` alone.
         of_experts="transformers (5.24) leaves out weight_global_scale where it stacks experts, without a word, and computes "
         "other values; write mxfp4 or int4 for it",
@@ -581,6 +587,7 @@ KINDS = (
         4.0,
         ("mxfp4 per 32",),
         experts=True,
+        of_experts_left=_LEFT,
     ),
 )
 

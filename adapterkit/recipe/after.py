@@ -35,6 +35,8 @@ Task = tuple[str, str, Callable[[], dict[str, Any]]]
 def words(step: Step) -> tuple[str, ...]:
     """What is done after a step, for a plan."""
     found = []
+    if step.residual is not None:
+        found.append(f"write {step.residual.name}, the residual of rank {step.asked.residual}")
     verify, register, push = step.verify, step.asked.register, step.asked.push
     if verify is not None:
         limits = [

@@ -43,7 +43,7 @@ def of_plan(planned: BuildPlan) -> str:
 def _told(row: BuiltOutput) -> list[str]:
     found = []
     if row.report is not None and row.report.get("touched"):
-        found.append(f"{row.report['touched']} of {row.report['tensors']} tensors changed")
+        found.append(f"{row.report['touched']} tensors changed")
     after: Mapping[str, Any] = row.after
     if "verify" in after:
         found.append(f"verified: {after['verify']['summary']}")

@@ -121,8 +121,8 @@ class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
         default=NEAREST,
         kw_only=True,
         metadata=opt(
-            "How values are put on the grid of a quantized folder: feedback makes up for each column's error in the columns "
-            "after it (GPTQ's rule), by what goes into the layers on the text of --calibration.",
+            "How values of a quantized folder are rounded: to the nearest, or with feedback (GPTQ's rule): the columns after "
+            "one make up for its error, by the layers' inputs on the text of --calibration.",
             role=BYTES, group=OUTPUT, choices=(NEAREST, FEEDBACK), recipe="output.rounding",
         ),
     )  # fmt: skip
@@ -154,7 +154,7 @@ class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
         default=None,
         kw_only=True,
         metadata=opt(
-            "What the converters of llama.cpp call the type of a GGUF output or of a LoRA file: it is --dtype or --quant.",
+            "The type of a GGUF output or LoRA file, as llama.cpp's converters spell it; the same as --dtype or --quant.",
             role=BYTES, group=OUTPUT, metavar="TYPE", choices=OUTTYPES, recipe="output.outtype",
             elsewhere={"record": "dtype or quant has it there"},
         ),
@@ -191,7 +191,7 @@ class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
             return
         both = "quant" if copied else next((name for name in ("dtype", "quant") if name in self.given()), None)
         if both is not None:
-            raise UsageError(f"{self.spelled('outtype')} and {self.spelled(both)} both say a type", "give one of them")
+            raise UsageError(f"{self.spelled('outtype')} and {self.spelled(both)} both name a type", "give one of them")
         if self.outtype in FLOAT_TYPES:
             object.__setattr__(self, "dtype", self.outtype)
         else:

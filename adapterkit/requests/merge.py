@@ -126,7 +126,7 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
         default=None,
         kw_only=True,
         metadata=opt(
-            "Write what rounding takes as a LoRA of at most this rank beside the output: OUT-residual.", WHOLE,
+            "Also write OUT-residual: a LoRA of at most this rank that holds what rounding took.", WHOLE,
             role=BYTES, group=OUTPUT, metavar="RANK", low=1, recipe="output.residual",
         ),
     )  # fmt: skip
@@ -156,6 +156,11 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
     )  # fmt: skip
 
     def check(self) -> None:
+        if self.skip_modules is not None and self.as_trained is None and self.quant in written():
+            raise UsageError(
+                f"{self.spelled('skip_modules')} of a merge says what training left in 16 bits, not what the output does",
+                f"merge to 16 bits, then convert that --to {self.quant} with {self.spelled('skip_modules')}",
+            )
         super().check()
         if self.quant in CALIBRATED:
             raise UsageError(

@@ -105,7 +105,7 @@ class VerifyRequest(OntoBase, OfAdapters, Ruled, Limits, OnWorkers):
         default=None,
         kw_only=True,
         metadata=opt(
-            "Write the report to this file, as JSON; an address in a store too. Workers on other machines have to see it.",
+            "Write the report as JSON to this file or address in a store. Workers on other machines need to reach it.",
             PATH, role=RUN, group=EVIDENCE, short="-o", store=True, elsewhere=_IN_LOCK,
         ),
     )  # fmt: skip
@@ -134,7 +134,7 @@ class VerifyRequest(OntoBase, OfAdapters, Ruled, Limits, OnWorkers):
         default=False,
         kw_only=True,
         metadata=opt(
-            "With --on: continue an interrupted run; keep what is compared if interrupted again.", FLAG,
+            "With --on: continue an interrupted run; keep finished comparisons if interrupted again.", FLAG,
             group=RUNNING, needs=("on",), elsewhere=_IN_LOCK,
         ),
     )  # fmt: skip

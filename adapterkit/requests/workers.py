@@ -50,7 +50,7 @@ class OnWorkers(Request):
     part_size: str | None = field(
         default=None,
         metadata=opt(
-            "Work of a part, in bytes of a plain merge; by default 1GB, or less where each worker would have fewer than eight.",
+            "Work of a part, in bytes of a plain merge; by default 1GB, or less (down to 50MB) for eight parts a worker.",
             group=WORKERS, metavar="SIZE", needs=("on", "workers", "tasks"), elsewhere=_HERE,
         ),
     )  # fmt: skip

@@ -165,15 +165,15 @@ def told(fault: Fault, what: str, *, writing: bool = False) -> AdapterkitError:
     return StoreError(f"{what} could not be {does}{often} ({fault.said})", "try again later")
 
 
-def nonsense(what: str, whose: str, where: str = "") -> StoreError:
-    """The error of an answer that is none: ``whose`` it should be, ``where`` the endpoint is named."""
-    return StoreError(f"the store's answer about {what} is none of {whose}", f"see what answers at the endpoint{where}")
+def nonsense(what: str, who: str, where: str = "") -> StoreError:
+    """The error of an answer that a service does not give: ``who`` it is, ``where`` its endpoint is named."""
+    return StoreError(f"the answer about {what} is not one that {who} gives", f"see what answers at the endpoint{where}")
 
 
 @contextmanager
-def sense(what: Address, whose: str, where: str = "") -> Iterator[None]:
+def sense(what: Address, who: str, where: str = "") -> Iterator[None]:
     """Where the fields of an answer are read: what is no answer of that service is a `StoreError`; see `nonsense`."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise nonsense(str(what), whose, where) from None
+        raise nonsense(str(what), who, where) from None

@@ -27,7 +27,7 @@ BEGUN = "begun"  # the object that says an upload is going on
 _KEY = "adapterkit-key"  # its metadata: the key of the object that is wanted
 _BOUND = "adapterkit-3f1c9a"
 _BYTES = "application/octet-stream"
-_WHOSE = "Google's"
+_WHO = "Google"
 
 
 class Gcs(Store):
@@ -94,7 +94,7 @@ class Gcs(Store):
                 lambda query=query: self.call("GET", self._bucket, query),  # type: ignore[misc]
                 self.place(prefix) if prefix else self.root,
             )
-            with sense(self.root, _WHOSE):
+            with sense(self.root, _WHO):
                 said = page.value
                 found = [(_stored(one), _moment(one["timeCreated"])) for one in said.get("items") or ()]
                 before, token = token, str(said.get("nextPageToken") or "")
@@ -110,7 +110,7 @@ class Gcs(Store):
             if fault.missing and fault.code != "NoSuchBucket":
                 return None
             raise told(fault, str(self.place(key))) from None
-        with sense(self.place(key), _WHOSE):
+        with sense(self.place(key), _WHO):
             return _stored(found.value)
 
     def read(self, key: str, start: int, nbytes: int, etag: str = "") -> bytes:
@@ -166,7 +166,7 @@ class Gcs(Store):
             kind=f"multipart/related; boundary={_BOUND}",
         )
         meter.count(up=len(data))
-        with sense(self.place(key), _WHOSE):
+        with sense(self.place(key), _WHO):
             return str(found.value["generation"])
 
     def delete(self, keys: Iterable[str]) -> None:
@@ -231,7 +231,7 @@ class _Parts(Assembly):
         def asked(token: str) -> dict[str, Any]:
             query = {"ifSourceGenerationMatch": etag, "rewriteToken": token}
             said = store.call("POST", path, query, body=b"{}", kind="application/json")
-            with sense(source, _WHOSE):
+            with sense(source, _WHO):
                 return said.value
 
         token = ""
@@ -240,7 +240,7 @@ class _Parts(Assembly):
                 found = store.ask(lambda token=token: asked(token), source, writing=True, pass_on=True)  # type: ignore[misc]
             except Fault as fault:
                 raise told(fault, str(source), writing=not fault.changed) from None
-            with sense(source, _WHOSE):
+            with sense(source, _WHO):
                 if found["done"]:
                     if int(found["resource"]["size"]) != nbytes:
                         raise told(Fault(412), str(source))
@@ -293,7 +293,7 @@ class _Parts(Assembly):
             writing=True,
             pass_on=True,
         )
-        with sense(self._store.place(key), _WHOSE):
+        with sense(self._store.place(key), _WHO):
             return str(found.value["generation"])
 
     def abort(self) -> None:

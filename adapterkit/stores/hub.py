@@ -38,7 +38,7 @@ SHORT = 3  # attempts at bytes that do not come whole
 BEGUN = "begun"  # the file that says an upload is going on
 SIZES = ".json"  # what ends the name of a file with the sizes of the parts of another
 _WAIT = 120.0  # seconds
-_WHOSE, _WHERE = "the Hub's", " ($HF_ENDPOINT)"  # see `sense`
+_WHO, _WHERE = "the Hub", " ($HF_ENDPOINT)"  # see `sense`
 _CODE = re.compile(r"[A-Za-z0-9]{2,64}")
 _RESET = re.compile(r"\bt\s*=\s*(\d{1,6})\b")
 _HASH = re.compile(r"[0-9a-fA-F]{64}")
@@ -111,7 +111,7 @@ class HubBucket(Store):
         path = f"/xet-{kind}-token{'' if self._is_bucket else '/main'}"
         meter.count(1)
         found = self.call("GET", path)
-        with sense(self.root, _WHOSE, _WHERE):
+        with sense(self.root, _WHO, _WHERE):
             said = json_value(found.content)
             url = f"{self.endpoint}/api/{self.root.bucket}{path}"
             return Access(str(said["casUrl"]), str(said["accessToken"]), int(said["exp"]), url, self._headers)
@@ -133,7 +133,7 @@ class HubBucket(Store):
                 if fault.code == "EntryNotFound":
                     break
                 raise told(fault, str(self.place(prefix) if prefix else self.root)) from None
-            with sense(self.root, _WHOSE, _WHERE):
+            with sense(self.root, _WHO, _WHERE):
                 rows = [self._stored(one) for one in json_value(page.content) if one["type"] == "file"]
                 url = str(page.links.get("next", {}).get("url", ""))
                 if url and (url in seen or not url.startswith(f"{self.endpoint}/")):
@@ -158,7 +158,7 @@ class HubBucket(Store):
     def _looked(self, keys: Sequence[str]) -> dict[str, StoredObject]:
         """Those of some files that are there; one request."""
         found = self.call("POST", "/paths-info", json.dumps({"paths": list(keys)}).encode())
-        with sense(self.root, _WHOSE, _WHERE):
+        with sense(self.root, _WHO, _WHERE):
             rows = [self._stored(one) for one in json_value(found.content) if one["type"] == "file"]
         return {one.key: one for one in rows if one.key in keys}
 
@@ -228,7 +228,7 @@ class HubBucket(Store):
         """
         body = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
         found = self.call("POST", "/batch", body, "application/x-ndjson")
-        with sense(self.root, _WHOSE, _WHERE):
+        with sense(self.root, _WHO, _WHERE):
             said = json_value(found.content) if found.content else {}
             failed = [str(one["path"]) for one in said.get("failed") or ()]
         if not failed and found.status_code == 422:

@@ -21,7 +21,7 @@ from adapterkit.stores.store import Assembly, Begun, HeldPart, Store, StoredObje
 
 DELETED_AT_ONCE = 1000
 CONNECTIONS = 64
-_WHOSE = "S3"
+_WHO = "S3"
 
 
 @dataclass
@@ -129,7 +129,7 @@ class S3(ObjectStore):
             raise Fault(words=_said(error)) from None
         # What boto3 itself cannot read: a number or a date that is none.
         except (ValueError, TypeError, KeyError, RuntimeError):
-            raise nonsense(str(self.place(str(given.get("Key", "")))), _WHOSE) from None
+            raise nonsense(str(self.place(str(given.get("Key", "")))), _WHO) from None
         return found
 
     def head(self, key: str) -> StoredObject | None:
@@ -138,7 +138,7 @@ class S3(ObjectStore):
         except Fault as fault:
             self.missing(fault, key)
             return None
-        with sense(self.place(key), _WHOSE):
+        with sense(self.place(key), _WHO):
             return StoredObject(
                 key, int(found["ContentLength"]), str(found.get("ETag", "")), dict(found.get("Metadata", {}))
             )
@@ -165,7 +165,7 @@ class S3(ObjectStore):
         found = self.ask(
             lambda: self.call("create_multipart_upload", Key=key, Metadata=dict(marks)), self.place(key), writing=True
         )
-        with sense(self.place(key), _WHOSE):
+        with sense(self.place(key), _WHO):
             return _S3Assembly(self, key, str(found["UploadId"]))
 
     def resumed(self, key: str, id: str) -> Assembly:
@@ -179,7 +179,7 @@ class S3(ObjectStore):
                 lambda marker=marker: self.call("list_multipart_uploads", Prefix=prefix, **marker),  # type: ignore[misc]
                 self.place(prefix) if prefix else self.root,
             )
-            with sense(self.root, _WHOSE):
+            with sense(self.root, _WHO):
                 found += [Begun(one["Key"], one["UploadId"], one["Initiated"]) for one in page.get("Uploads", [])]
                 if not page.get("IsTruncated"):
                     return [one for one in found if one.key.startswith(prefix)]
@@ -212,7 +212,7 @@ class _S3Assembly(Assembly):
                 ContentMD5=digest,
             )
             meter.count(up=len(data))
-            with sense(what, _WHOSE):
+            with sense(what, _WHO):
                 return str(found["ETag"])
 
         try:
@@ -241,7 +241,7 @@ class _S3Assembly(Assembly):
                 **same,
             )
             meter.count(inside=nbytes)
-            with sense(source, _WHOSE):
+            with sense(source, _WHO):
                 return str(found["CopyPartResult"]["ETag"])
 
         try:
@@ -265,7 +265,7 @@ class _S3Assembly(Assembly):
                 if fault.missing and fault.code != "NoSuchBucket":
                     return None
                 raise told(fault, str(self._store.place(self.key))) from None
-            with sense(self._store.place(self.key), _WHOSE):
+            with sense(self._store.place(self.key), _WHO):
                 found |= {
                     int(one["PartNumber"]): HeldPart(int(one["Size"]), str(one["ETag"]))
                     for one in page.get("Parts", [])
@@ -282,7 +282,7 @@ class _S3Assembly(Assembly):
             try:
                 condition = {"IfNoneMatch": "*"} if conditional else {}
                 done = self._store.call("complete_multipart_upload", **given, **condition)
-                with sense(self._store.place(self.key), _WHOSE):
+                with sense(self._store.place(self.key), _WHO):
                     return str(done["ETag"])
             except Fault as fault:
                 if fault.missing and fault.code != "NoSuchBucket":

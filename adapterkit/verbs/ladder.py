@@ -72,7 +72,7 @@ def abreast(jobs: list[Job]) -> Job:
     if not others:
         return first
     report: Callable[[Any], Any] = first.report
-    names = ", ".join(str(job.out) for job in others)
+    names = ", ".join(f"{job.out} ({job.plan.nbytes:,} bytes)" for job in others)
 
     def said(measured: Any) -> Any:
         return report(replace(measured, notes=(*measured.notes, f"written in the same pass: {names}")))

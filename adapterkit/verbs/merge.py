@@ -129,7 +129,9 @@ class Merge:
         if dry_run:
             at_most = f"{calibration.disk / 1e9:.2g} GB of disk"
             text = self.request.calibration
-            return (f"the merged model reads {text} first; what goes into its layers waits on at most {at_most}",)
+            return (
+                f"the merged model reads {text} first; the inputs of its layers are kept meanwhile in at most {at_most}",
+            )
         figures = calibration.figures
         if not figures:
             return (said,)

@@ -183,6 +183,8 @@ def test_contradictions(bnb, tmp_path: Path) -> None:
     tuned = adapter(tmp_path / "adapter")
     for options, message in (
         ({"double_quant": True}, "means nothing here; add --as-trained"),
+        ({"quant": "int4", "skip_modules": ["lm_head"]}, "merge to 16 bits, then convert that --to int4"),
+        ({"skip_modules": ["lm_head"]}, "means nothing here; add --as-trained"),
         ({"as_trained": "q4"}, "is not a value of as_trained"),
         ({"as_trained": "int8", "double_quant": True}, "no nested scales"),
         ({"as_trained": "nf4", "quant_dtype": "f8"}, "is not a value of quant_dtype"),

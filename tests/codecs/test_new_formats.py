@@ -252,7 +252,9 @@ def test_experts_that_stay_are_said(experts: Path, tmp_path: Path, why: str) -> 
     named = {"skipped": "experts.1.up_proj", "all skipped": "mlp.experts"}
     skip = ["lm_head", named[why]] if why in named else None
     report = convert(base, tmp_path / "out", to="nvfp4", skip_modules=skip)
-    assert any("the experts stay in 16 bits" in note for note in report.notes)
+    said_of = next(note for note in report.notes if "the experts stay in 16 bits" in note)
+    assert ("that are stored one by one" in said_of) == (why == "stacked")
+    assert ("only if each of them fits it and none is skipped" in said_of) == (why != "stacked")
     assert any("4 linear layers written in nvfp4" in note for note in report.notes)
     after = stored(tmp_path / "out")
     assert all(same(after[name], tensor) for name, tensor in tensors.items() if ".experts." in name)
@@ -331,6 +333,23 @@ def test_stacks_are_taken_apart(experts: Path, tmp_path: Path, model: str, kind:
     handle = read["model.layers.0.mlp.experts.1.up_proj.weight"]
     got = loaded.state_dict()["model.layers.0.mlp.experts.gate_up_proj"][1, 128:]
     assert torch.equal(got, handle.read(0, handle.numel).view(got.shape))
+
+
+@pytest.mark.parametrize("kind", ARGS)
+def test_transformers_and_single_experts_that_stay(experts: Path, tmp_path: Path, kind: str) -> None:
+    """It looks for packed weights of the experts; what the report says of it is so."""
+    import transformers
+
+    report = convert(experts, tmp_path / "out", to=kind, skip_modules=["lm_head", "mlp.experts"])
+    said = any("does not load experts in 16 bits beside layers of this format" in note for note in report.notes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+            loaded = True
+        except RuntimeError:
+            loaded = False
+    assert said == (not loaded) == (kind != "fp8-block")
 
 
 @pytest.mark.parametrize("kind", ["int4", "mxfp4", "fp8-block"])

@@ -100,7 +100,7 @@ def test_workers_of_this_machine_and_what_they_refuse(place: Path, tmp_path: Pat
     given = asked("ties", place)
     adapterkit.combine(**given, out=tmp_path / "whole")
     report = adapterkit.combine(**given, out=tmp_path / "out", on="local", workers=1, part_size=str(SIZE), attest=True)
-    assert "parts by 1 workers (local)" in report.notes[-1]
+    assert "parts by 1 worker (local)" in report.notes[-1]
     assert (tmp_path / "out" / "adapterkit.intoto.json").exists()
     made = read_bytes(tmp_path / "out", record=True)
     assert {name: made[name] for name in made if "intoto" not in name} == read_bytes(tmp_path / "whole", record=True)

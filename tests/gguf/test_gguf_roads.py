@@ -101,9 +101,9 @@ def test_types_by_the_converters_word(tmp_path: Path) -> None:
             main(words.split())
         assert not end.value.code
         assert (tmp_path / "line.gguf").read_bytes() == (tmp_path / "same.gguf").read_bytes()
-    with pytest.raises(UsageError, match=r"outtype.* and .*quant.* both say a type"):
+    with pytest.raises(UsageError, match=r"outtype.* and .*quant.* both name a type"):
         convert(hf, tmp_path / "o.gguf", outtype="f16", quant="Q8_0")
-    with pytest.raises(UsageError, match=r"outtype.* and .*quant.* both say a type"):
+    with pytest.raises(UsageError, match=r"outtype.* and .*quant.* both name a type"):
         convert(hf, tmp_path / "o.gguf", outtype="f16", quant="COPY")
 
 

@@ -179,7 +179,8 @@ def test_several_types_in_one_pass(verb: str, hf: Path, tmp_path: Path) -> None:
         return adapterkit.merge(hf, [adapter], tmp_path / out, quant=quant)
 
     report = write("o.gguf", "Q8_0,q5_k_m")
-    assert any("o-Q5_K_M.gguf" in note for note in report.notes)
+    beside = tmp_path / "o-Q5_K_M.gguf"
+    assert f"written in the same pass: {beside} ({beside.stat().st_size:,} bytes)" in report.notes
     for name in ("Q8_0", "Q5_K_M"):
         write(f"alone-{name}.gguf", name)
         assert (tmp_path / f"o-{name}.gguf").read_bytes() == (tmp_path / f"alone-{name}.gguf").read_bytes()

@@ -178,6 +178,8 @@ def test_a_residual_beside_an_output(inputs: Path, tmp_path: Path, name: str, qu
     """It is made with the output, known with it, and goes when it is asked for no more."""
     text = f'[outputs.small]\npath = "{name}"\nquant = "{quant}"\n'
     path = recipe(inputs, tmp_path / "work", text + "residual = 3\n")
+    (planned,) = plan_build(path).outputs
+    assert f"write {name.replace('merged', 'merged-residual')}, the residual of rank 3" in planned.then
     build(path)
     whole = tmp_path / "whole" / name
     adapterkit.merge(inputs / "base", [inputs / "style"], whole, quant=quant, residual=3)

@@ -113,6 +113,7 @@ def test_the_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert run("verify", str(place / "merged"), *inputs, "-o", out) == 1
     assert "exists" in capsys.readouterr().err
     assert run("verify", str(place / "merged"), *inputs, "-o", out, "--force") == 0
+    assert f"report written to {out}" in capsys.readouterr().err
     assert json.loads(Path(out).read_text())["ok"] is True
 
 

@@ -215,3 +215,20 @@ def test_nothing_is_left_in_memory(right: tuple[Path, Path], tmp_path: Path) -> 
 
     assert not isinstance(_told(Watched, tmp_path / "out"), str)
     assert {parameter.device for parameter in made[0].parameters()} == {torch.device("meta")}
+
+
+def test_bars_of_other_libraries_are_not_shown(right: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """compressed-tensors draws its own, which no switch of transformers ends."""
+    import sys
+
+    from transformers import RobertaForSequenceClassification
+
+    from adapterkit.verbs.verify.load import _told
+
+    class Loud(RobertaForSequenceClassification):
+        def __init__(self, config: Any) -> None:
+            print("Applying quantization config:   0%", file=sys.stderr)
+            super().__init__(config)
+
+    assert not isinstance(_told(Loud, right[0]), str)
+    assert "Applying" not in capsys.readouterr().err

@@ -134,7 +134,9 @@ class Conversion:
             return ()
         if dry_run:
             disk = f"{made.disk / 1e9:.2g} GB of disk"
-            return (f"the model reads {asked.calibration} first; what goes into its layers waits on at most {disk}",)
+            return (
+                f"the model reads {asked.calibration} first; the inputs of its layers are kept meanwhile in at most {disk}",
+            )
         return (f"rounded with feedback, by {made.tokens} tokens of {asked.calibration}",)
 
 

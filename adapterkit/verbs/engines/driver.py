@@ -70,7 +70,9 @@ class RunTally:
         """In a sentence."""
         found = f", {self.found} of them done before" if self.found else ""
         lost = f", {self.lost} workers lost and replaced" if self.lost else ""
-        return f"{self.parts} parts{found} by {self.workers} workers ({self.engine}){lost}"
+        parts = "1 part" if self.parts == 1 else f"{self.parts} parts"
+        workers = "1 worker" if self.workers == 1 else f"{self.workers} workers"
+        return f"{parts}{found} by {workers} ({self.engine}){lost}"
 
     def add(self, said: Any) -> None:
         """Count a part."""

@@ -90,7 +90,7 @@ def write_job(opened: OpenPlan, plan: Path, request: Any, count: int, size: int)
     near = [one for one in inputs_of(opened.plan) if not Path(one).is_absolute() and Path(one).exists()]
     if near and engine == K8S:
         raise UsageError(
-            f"the plan names '{near[0]}' from this folder, and a pod is in another one",
+            f"the plan names '{near[0]}' relative to this folder, and a pod runs in another one",
             "give its whole path, and plan again",
         )
     named = str(out if isinstance(opened.out, Path) else opened.out)

@@ -8,6 +8,8 @@ was not checked.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -150,7 +152,8 @@ def _told(cls: Any, folder: Path) -> Mapping[str, Any] | str:
     transformers = need_transformers()
     before = transformers.utils.logging.get_verbosity()
     try:
-        with quiet():
+        # compressed-tensors draws progress bars of its own.
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):
             transformers.utils.logging.set_verbosity(transformers.logging.CRITICAL)
             _, told = cls.from_pretrained(
                 folder,
