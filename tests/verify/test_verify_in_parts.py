@@ -123,7 +123,7 @@ def test_the_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFix
 def test_what_means_nothing_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     inputs: dict[str, Any] = {"base": place / "base", "adapters": place / "adapter"}
-    for given, words in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"on": "slurm", "workers": 2}, "where the report goes"),
         ({"on": "ray", "address": "auto"}, "where the report goes"),
         ({"on": "local", "level": "load"}, "compares no tensor"),
@@ -132,7 +132,8 @@ def test_what_means_nothing_is_refused(place: Path, tmp_path: Path, monkeypatch:
         ({"resume": True}, "means nothing here"),
         ({"part_size": "1MB"}, "means nothing here"),
         ({"force": True}, "means nothing here"),
-    ):
+    )
+    for given, words in cases:
         with pytest.raises(UsageError, match=words):
             adapterkit.verify(place / "merged", **inputs, **given)
     assert not any(tmp_path.iterdir())
@@ -144,5 +145,9 @@ def test_the_level_of_headers_alone(place: Path, tmp_path: Path) -> None:
     report = adapterkit.verify(place / "merged", **inputs, level="load", out=tmp_path / "report.json")
     assert (report.level, report.tensors, report.findings) == ("load", None, whole.findings)
     assert json.loads((tmp_path / "report.json").read_text())["level"] == "load"
-    for given, level in (({"level": "load"}, "load"), ({}, "tensors"), ({"level": "layers"}, "layers")):
-        assert adapterkit.verify(place / "merged", **inputs, **given, dry_run=True).level == level
+    for folder, name in (("merged", "config.json"), ("base", "config.json"), ("adapter", "report.json")):
+        with pytest.raises(UsageError, match="lies in or over"):  # as in parts
+            adapterkit.verify(place / "merged", **inputs, out=place / folder / name, force=True)
+    for asked, level in (("load", "load"), (None, "tensors"), ("layers", "layers")):
+        assert adapterkit.verify(place / "merged", **inputs, level=asked, dry_run=True).level == level
+    assert adapterkit.verify(place / "merged", **inputs, max_kl=0.1, dry_run=True).level == "model"

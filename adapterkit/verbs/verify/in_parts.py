@@ -53,6 +53,8 @@ class VerifyJob:
 
     def job(self) -> Job:
         """The verification as what an executor takes."""
+        from adapterkit.checkpoint.publish import input_paths
+
         made, asked = self.verification, self.verification.request
         started = time.monotonic()
         return Job(
@@ -61,6 +63,8 @@ class VerifyJob:
             sources=made.sources,
             out=self.out,
             report=self.report,
+            # A report has no place in a folder that it is about: --force would replace its config.
+            inputs=tuple(input_paths(Plan(()), made.sources)),
             stage=partial(self._stage, started),
             force=asked.force,
             results=lambda: self.results,
