@@ -79,7 +79,7 @@ def test_parts_in_any_order_make_the_same_adapter(verb: str, place: Path, tmp_pa
 
 
 def test_tasks_of_an_array_and_what_they_find(place: Path, tmp_path: Path) -> None:
-    adapterkit.combine(**asked("svd", place), out=tmp_path / "whole")
+    whole = adapterkit.combine(**asked("svd", place), out=tmp_path / "whole")
     plan_of("svd", place, tmp_path)
     out, saved = tmp_path / "out", tmp_path / "plan.json"
     given: dict[str, Any] = {"tasks": 2, "part_size": str(SIZE)}
@@ -92,6 +92,7 @@ def test_tasks_of_an_array_and_what_they_find(place: Path, tmp_path: Path) -> No
     done = adapterkit.run(saved, out, task=1, **given)
     assert done.finished
     assert done.report.modules
+    assert done.nbytes == whole.nbytes  # of the output, and not of the results
     late = adapterkit.run(saved, out, task=0, **given)
     assert late.finished
     assert "is there already" in late.notes[0]
