@@ -88,6 +88,11 @@ def set_follow_links(asked: bool) -> None:
     _follows = asked
 
 
+def follows_links() -> bool:
+    """Whether such links are followed."""
+    return _follows
+
+
 class LocalFolder(Listing):
     """A folder on disk. Links may point into the folder or, for a Hugging Face cache snapshot or a registry's tree, into that
     cache or among that registry's blobs.

@@ -62,6 +62,8 @@ def command(
     if not has_parts(loaded) and part is None:
         report = execute(loaded, out, jobs=jobs, force=force)
     else:
+        if part is None:
+            opened.check(force=force)  # before the work, not after it
         for index in [part] if part is not None else [] if finish else range(len(opened.parts)):
             with Progress(f"part {index} of {len(opened.parts)}", enabled=not as_json) as progress:
                 report = opened.execute(index, jobs=jobs, progress=progress)

@@ -12,7 +12,9 @@ from adapterkit.cli.options import command as command_of
 from adapterkit.cli.output import Progress, command_line, count, note, say, show_json
 from adapterkit.cli.paths import FILE
 from adapterkit.cli.written import foretold
+from adapterkit.errors import UsageError, option
 from adapterkit.requests.verify import VerifyRequest
+from adapterkit.requests.workers import WRITTEN_JOBS
 
 if TYPE_CHECKING:
     from adapterkit.verbs.verify.report import VerifyReport
@@ -55,6 +57,7 @@ def command(
     """
     from adapterkit.verbs.verify import verify
 
+    _check_own({"html": html, "markdown": markdown, "step_summary": step_summary, "attach": attach}, request)
     with Progress("verifying", enabled=not as_json) as progress:
         named = {name: getattr(request, name) for name in request.named}
         report = verify(**named, progress=progress)
@@ -73,6 +76,19 @@ def command(
     else:
         show(report)
     return 0 if report.ok else 3
+
+
+def _check_own(asked: dict[str, object], request: VerifyRequest) -> None:
+    """Refuse what is done with a report where there will be none.
+
+    Raises:
+        UsageError
+    """
+    name = next((name for name, value in asked.items() if value), None)
+    if name is not None and (not request.writes or request.on in WRITTEN_JOBS):
+        raise UsageError(
+            f"{option(name)} needs the report of a comparison, and nothing is compared here", "leave it out"
+        )
 
 
 def _planned(report: VerifyReport, request: VerifyRequest, as_json: bool) -> None:
@@ -114,7 +130,7 @@ def write(
         UsageError: there is no job to summarise.
     """
     from adapterkit.disk import deliver, open_appended
-    from adapterkit.errors import OutputError, UsageError
+    from adapterkit.errors import OutputError
     from adapterkit.verbs.verify.summary import markdown as as_markdown
 
     try:

@@ -161,7 +161,8 @@ class VerifyRequest(OntoBase, OfAdapters, Ruled, Limits, OnWorkers):
             raise UsageError(f"{self.spelled(deep[0])} needs the models to answer", "add --level model")
         self.check_needs([*OnWorkers.options(), "resume", "force"])
         self.check_workers()
-        if self.planned and self.depth < LEVELS.index("tensors"):
+        in_parts = self.on is not None or self.workers is not None or self.save_plan is not None
+        if in_parts and self.depth < LEVELS.index("tensors"):
             raise UsageError("level load compares no tensor, so there is nothing for workers", "leave out --level")
         if self.on is not None and self.out is None and not self.dry_run and self.far:
             raise UsageError(

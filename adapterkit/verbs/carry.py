@@ -166,7 +166,7 @@ def by_workers(opened: OpenPlan, request: Any) -> RunTally:
         OutputError, AdapterkitError: see `adapterkit.verbs.engines.driver.drive`.
     """
     from adapterkit.verbs.engines.driver import drive, log_to
-    from adapterkit.verbs.engines.pool import WorkerSetting
+    from adapterkit.verbs.engines.pool import Reading, WorkerSetting
 
     opened.forget_stale()
     with _room(opened) as folder, log_to(_path(request.events)) as log:
@@ -174,7 +174,7 @@ def by_workers(opened: OpenPlan, request: Any) -> RunTally:
         disk.write_inside(folder, PLAN_FILE, text.encode())
         size = part_size(request, opened.plan)
         out = str(opened.out.absolute() if isinstance(opened.out, Path) else opened.out)
-        setting = WorkerSetting(text, str(folder / PLAN_FILE), out, size, jobs_of(request))
+        setting = WorkerSetting(text, str(folder / PLAN_FILE), out, size, jobs_of(request), Reading.here())
         count = workers_of(request)
         left = opened.left()
 

@@ -100,7 +100,7 @@ class Extraction:
 
         def extras(used: Sequence[Slot]) -> Extras:
             if not used and not found.whole:
-                raise TargetError(f"{pair.tuned.ref} is the same as {pair.base.ref}", "there is nothing to extract")
+                raise pair.alike()
             return Extras(found.whole, side=_side(pair, []))
 
         def config(used: Sequence[Slot], extras: Extras) -> Mapping[str, Any]:
@@ -179,6 +179,8 @@ def planned(request: ExtractRequest, known: KnownDifferences | None = None) -> E
     )  # torch, which finds the differences, aborts where it gets too little
     pair = ModelPair(open_base(request.base)[0], open_base(request.tuned)[0])
     found = pair.differences(None if known is None or not known.state or known.state != pair.state() else known.differ)
+    if not found.slots and not found.whole:
+        raise pair.alike()
     rank = request.rank
     if rank is None and request.energy is None:
         rank = min(DEFAULT_RANK, max((slot.largest_rank for slot in found.slots), default=1))
@@ -278,6 +280,10 @@ class ModelPair:
         self.targets = {name: target for name in parameters if (target := self.names[1].find(name)) is not None}
         shapes = {name: target.shape for name, target in self.targets.items()}
         self._linear = frozenset(linear_modules(shapes, tuned.config))
+
+    def alike(self) -> TargetError:
+        """That nothing differs."""
+        return TargetError(f"{self.tuned.ref} is the same as {self.base.ref}", "there is nothing to extract")
 
     def state(self) -> dict[str, str]:
         """What tells that the files are still those that were read: by name, the size, and the time of the last change, the

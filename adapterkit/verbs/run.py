@@ -101,6 +101,7 @@ def run(request: RunRequest) -> RunReport:
         workers=tally.workers,
         found=tally.found,
         finished=True,
+        nbytes=_size(opened, report),
         lost=tally.lost,
         bytes_read=tally.bytes_read,
         bytes_written=tally.bytes_written,
@@ -152,6 +153,7 @@ def _task(opened: OpenPlan, request: RunRequest, told: RunReport, started: float
         found=len(share) - len(todo),
         left=len(left),
         finished=report is not None,
+        nbytes=told.nbytes if report is None else _size(opened, report),
         bytes_read=sum(one.reads for one in done),
         bytes_written=sum(one.nbytes for one in done),
         seconds=time.monotonic() - started,
@@ -165,6 +167,11 @@ def _task(opened: OpenPlan, request: RunRequest, told: RunReport, started: float
         bytes_inside=sum(one.bytes_inside for one in done),
         report=report,
     )
+
+
+def _size(opened: OpenPlan, report: Any) -> int:
+    """Bytes of an output that is made; the plan of results is of these alone."""
+    return int(report.nbytes) if opened.has_results else opened.plan.nbytes
 
 
 def _finished(opened: OpenPlan, *, force: bool) -> Any:

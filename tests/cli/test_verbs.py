@@ -145,6 +145,9 @@ def test_execute_as_json(capsys: pytest.CaptureFixture[str], base: Path, adapter
     assert code == 0
     assert "in 2 files" in said
     assert read_bytes(tmp_path / "other", record=True) == read_bytes(out, record=True)
+    code, _, err = run(capsys, "execute", plan, "-o", out)
+    assert (code, f"{out} exists" in err) == (1, True)
+    assert not (tmp_path / ".out.partial").exists()  # refused before the work
 
 
 def test_plan_of_other_inputs_is_refused(

@@ -155,6 +155,9 @@ def test_bad_input(tmp_path: Path) -> None:
         with pytest.raises(error, match=words):
             extract(base, path, tmp_path / "out", **how)
         assert sorted(tmp_path.rglob("*")) == before, words
+    with pytest.raises(TargetError, match="is the same as"):  # known when the plan is made
+        extract(base, base, save_plan=tmp_path / "plan.json")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_loose_files_and_the_adapter_lie_in_one_folder(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,12 @@ import pytest
 from models import edit_config, plain_adapter, plain_base, read_bytes
 
 import adapterkit
+from adapterkit.checkpoint import hub_bytes, listing
 from adapterkit.checkpoint.plan import Plan
 from adapterkit.disk import partial_folder
 from adapterkit.errors import CheckpointError, NotFound, OutputError, UsageError
+from adapterkit.verbs.engines.on_ray import Worker
+from adapterkit.verbs.engines.pool import Reading, WorkerSetting
 from adapterkit.verbs.execute import OpenPlan
 
 SIZE = 2_000  # of a part: a few layers
@@ -74,7 +79,7 @@ def test_parts_in_any_order_make_the_same_adapter(verb: str, place: Path, tmp_pa
 
 
 def test_tasks_of_an_array_and_what_they_find(place: Path, tmp_path: Path) -> None:
-    adapterkit.combine(**asked("svd", place), out=tmp_path / "whole")
+    whole = adapterkit.combine(**asked("svd", place), out=tmp_path / "whole")
     plan_of("svd", place, tmp_path)
     out, saved = tmp_path / "out", tmp_path / "plan.json"
     given: dict[str, Any] = {"tasks": 2, "part_size": str(SIZE)}
@@ -87,6 +92,7 @@ def test_tasks_of_an_array_and_what_they_find(place: Path, tmp_path: Path) -> No
     done = adapterkit.run(saved, out, task=1, **given)
     assert done.finished
     assert done.report.modules
+    assert done.nbytes == whole.nbytes  # of the output, and not of the results
     late = adapterkit.run(saved, out, task=0, **given)
     assert late.finished
     assert "is there already" in late.notes[0]
@@ -196,3 +202,27 @@ def test_a_plan_names_its_inputs_as_they_were_given(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(NotFound, match="give whole paths"):
         adapterkit.run(tmp_path / "plan.json", tmp_path / "out", task=0, tasks=1)
+
+
+def test_workers_read_as_their_driver_was_told_to(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of `--follow-links` and `--no-verify-download`, which are of a process and not of a plan."""
+    linked = tmp_path / "linked"
+    asked_for: dict[str, Any] = {"adapters": [linked, place / "b"]}
+    shutil.copytree(place / "a", linked)
+    (linked / "adapter_config.json").rename(tmp_path / "config.json")
+    (linked / "adapter_config.json").symlink_to(tmp_path / "config.json")
+    monkeypatch.setattr(listing, "_follows", True)
+    monkeypatch.setattr(hub_bytes, "_wanted", False)
+    adapterkit.combine(**asked_for, out=tmp_path / "whole")
+    adapterkit.combine(**asked_for, out=tmp_path / "out", on="local", workers=1)
+    assert read_bytes(tmp_path / "out", record=True) == read_bytes(tmp_path / "whole", record=True)
+    adapterkit.combine(**asked_for, out=tmp_path / "job", on="slurm", workers=2)
+    assert " --follow-links --no-verify-download --task " in (tmp_path / "job.slurm.sh").read_text()
+    adapterkit.combine(**asked_for, save_plan=tmp_path / "plan.json")
+    setting = WorkerSetting((tmp_path / "plan.json").read_text(), "", str(tmp_path / "ray"), SIZE, 1, Reading.here())
+    monkeypatch.setattr(listing, "_follows", False)
+    monkeypatch.setattr(hub_bytes, "_wanted", None)
+    actor = Worker(asdict(setting))  # in a process of its own, as Ray has it, nothing is told yet
+    assert "failed" not in actor.ready()
+    assert "failed" not in actor.execute(0)
+    assert not hub_bytes.wanted()

@@ -115,17 +115,40 @@ def test_the_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert run("verify", str(place / "merged"), *inputs, "-o", out, "--force") == 0
     assert f"report written to {out}" in capsys.readouterr().err
     assert json.loads(Path(out).read_text())["ok"] is True
+    for page in (("--html", out), ("--markdown", out), ("--attach",)):
+        for shown in (("--dry-run",), ("--save-plan", plan), ("--on", "k8s", "--workers", "2", "-o", plan)):
+            assert run("verify", str(place / "merged"), *inputs, *page, *shown) == 2
+            assert f"{page[0]} needs the report" in capsys.readouterr().err
 
 
-def test_what_means_nothing_is_refused(place: Path) -> None:
+def test_what_means_nothing_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     inputs: dict[str, Any] = {"base": place / "base", "adapters": place / "adapter"}
-    for given, words in (
+    cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"on": "slurm", "workers": 2}, "where the report goes"),
         ({"on": "ray", "address": "auto"}, "where the report goes"),
         ({"on": "local", "level": "load"}, "compares no tensor"),
+        ({"save_plan": "never.json", "level": "load"}, "compares no tensor"),
+        ({"save_plan": "never.json", "on_purpose": "general.name"}, "MERGED is a folder"),
         ({"resume": True}, "means nothing here"),
         ({"part_size": "1MB"}, "means nothing here"),
         ({"force": True}, "means nothing here"),
-    ):
+    )
+    for given, words in cases:
         with pytest.raises(UsageError, match=words):
             adapterkit.verify(place / "merged", **inputs, **given)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_level_of_headers_alone(place: Path, tmp_path: Path) -> None:
+    inputs: dict[str, Any] = {"base": place / "base", "adapters": place / "adapter"}
+    whole = adapterkit.verify(place / "merged", **inputs, level="load")
+    report = adapterkit.verify(place / "merged", **inputs, level="load", out=tmp_path / "report.json")
+    assert (report.level, report.tensors, report.findings) == ("load", None, whole.findings)
+    assert json.loads((tmp_path / "report.json").read_text())["level"] == "load"
+    for folder, name in (("merged", "config.json"), ("base", "config.json"), ("adapter", "report.json")):
+        with pytest.raises(UsageError, match="lies in or over"):  # as in parts
+            adapterkit.verify(place / "merged", **inputs, out=place / folder / name, force=True)
+    for asked, level in (("load", "load"), (None, "tensors"), ("layers", "layers")):
+        assert adapterkit.verify(place / "merged", **inputs, level=asked, dry_run=True).level == level
+    assert adapterkit.verify(place / "merged", **inputs, max_kl=0.1, dry_run=True).level == "model"

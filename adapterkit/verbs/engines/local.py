@@ -46,7 +46,7 @@ class LocalPool:
         number, self._count = self._count, self._count + 1
         setting = self._setting
         command = [sys.executable, "-m", "adapterkit", "execute", setting.file, "-o", setting.out, "--served"]
-        command += ["--jobs", str(setting.jobs)]
+        command += ["--jobs", str(setting.jobs), *setting.reading.options]
         if setting.part_size is not None:
             command += ["--part-size", str(setting.part_size)]
         errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the worker

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from adapterkit.errors import MissingPackage, OutputError
-from adapterkit.verbs.engines.pool import ENDED, FAILED, LOST, MOVED, READY, Message, WorkerSetting, as_said
+from adapterkit.verbs.engines.pool import ENDED, FAILED, LOST, MOVED, READY, Message, Reading, WorkerSetting, as_said
 
 PACE = 1.0  # seconds between two looks at how far parts are
 
@@ -36,6 +36,7 @@ class Worker:
 
         gc.set_threshold(100_000, 50, 100)  # as the command line does: a plan is many objects that all live on
         try:
+            Reading(**self._setting["reading"]).take()
             plan = Plan.from_json(self._setting["plan"])
             self._opened = OpenPlan(plan, self._setting["out"], self._setting["part_size"])
             self._opened.ready()

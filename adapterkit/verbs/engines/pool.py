@@ -7,9 +7,39 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from adapterkit import errors
+from adapterkit.checkpoint import hub_bytes, listing
 from adapterkit.errors import AdapterkitError
 
 READY, MOVED, ENDED, FAILED, LOST = "ready", "moved", "ended", "failed", "lost"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a process was told to read, which its workers are told too.
+
+    Attributes:
+        follow_links: see `adapterkit.checkpoint.listing.set_follow_links`.
+        verify_downloads: see `adapterkit.checkpoint.hub_bytes.set_verify_downloads`.
+    """
+
+    follow_links: bool = False
+    verify_downloads: bool = True
+
+    @classmethod
+    def here(cls) -> Reading:
+        """That of this process."""
+        return cls(listing.follows_links(), hub_bytes.wanted())
+
+    @property
+    def options(self) -> list[str]:
+        """As options of the command line."""
+        return ["--follow-links"] * self.follow_links + ["--no-verify-download"] * (not self.verify_downloads)
+
+    def take(self) -> None:
+        """Have this process read so."""
+        listing.set_follow_links(self.follow_links)
+        if not self.verify_downloads:
+            hub_bytes.set_verify_downloads(False)
 
 
 @dataclass(frozen=True)
@@ -21,6 +51,7 @@ class WorkerSetting:
         out: where the output goes; every worker has to see that place.
         part_size: how the plan is cut.
         jobs: threads of a worker.
+        reading: how it reads.
     """
 
     plan: str
@@ -28,6 +59,7 @@ class WorkerSetting:
     out: str
     part_size: int | None
     jobs: int
+    reading: Reading = Reading()
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from adapterkit.checkpoint.store_write import store_memory
 from adapterkit.errors import NotFound, OutputError, UsageError, option
 from adapterkit.places import here
 from adapterkit.requests.workers import K8S, SLURM
+from adapterkit.verbs.engines.pool import Reading
 from adapterkit.verbs.execute import inputs_of
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def write_job(opened: OpenPlan, plan: Path, request: Any, count: int, size: int)
     text, where = _template(request)
     jobs = request.jobs or 1
     arguments = ["run", str(plan), "-o", named, "--part-size", str(size), "--jobs", str(jobs), "--tasks", str(tasks)]
-    arguments += ["--force"] * bool(request.force)
+    arguments += [*["--force"] * bool(request.force), *Reading.here().options]
     memory = int((opened.plan.peak_memory + store_memory(opened.plan, opened.out, jobs)) * ROOM / 2**20) + 1
     given = {
         "name": _job_name(out.name),

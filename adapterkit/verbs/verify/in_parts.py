@@ -21,6 +21,7 @@ from adapterkit.checkpoint.plan import Chunk, Plan, PlannedFile
 from adapterkit.checkpoint.results import Result, planned_results
 from adapterkit.checkpoint.write import Room, Writing
 from adapterkit.places import here
+from adapterkit.requests.verify import LEVELS
 from adapterkit.verbs.carry import carry_out
 from adapterkit.verbs.job import Job, Measured
 from adapterkit.verbs.report import to_json
@@ -52,6 +53,8 @@ class VerifyJob:
 
     def job(self) -> Job:
         """The verification as what an executor takes."""
+        from adapterkit.checkpoint.publish import input_paths
+
         made, asked = self.verification, self.verification.request
         started = time.monotonic()
         return Job(
@@ -60,6 +63,8 @@ class VerifyJob:
             sources=made.sources,
             out=self.out,
             report=self.report,
+            # A report has no place in a folder that it is about: --force would replace its config.
+            inputs=tuple(input_paths(Plan(()), made.sources)),
             stage=partial(self._stage, started),
             force=asked.force,
             results=lambda: self.results,
@@ -68,7 +73,8 @@ class VerifyJob:
     def _stage(self, started: float, room: Room) -> Writing:
         """Compare everything here."""
         made = self.verification
-        return self._written(made.report(made.compared(room.jobs, room.progress), started, room.jobs, None))
+        judged = made.compared(room.jobs, room.progress) if made.by_tensors else ()
+        return self._written(made.report(judged, started, room.jobs, None))
 
     @cached_property
     def results(self) -> Results:
@@ -97,7 +103,7 @@ class VerifyJob:
         made = self.verification
         report = measured.facts.get("report")
         if report is None:
-            adapters, level = tuple(one.ref for one in made.loaded), made.request.level or "tensors"
+            adapters, level = tuple(one.ref for one in made.loaded), LEVELS[made.request.depth]
             findings, notes = made.every, (*made.planned.notes, *measured.notes)
             planned = VerifyReport(False, made.found.ref, made.stored.ref, adapters, level, findings, dry_run=True)
             return replace(planned, notes=notes, seconds=measured.seconds, peak_memory=measured.peak_memory)

@@ -90,19 +90,11 @@ def metadata(subject: Subject, on_purpose: Sequence[str] = ()) -> Iterator[Findi
 
     Args:
         on_purpose: keys that were set otherwise on purpose: they are noted, and no alarm.
-
-    Raises:
-        UsageError: one of them is no key of MERGED or its base.
     """
     expected = subject.metadata
     if expected is None:
-        if on_purpose:
-            raise UsageError(
-                f"{option('on_purpose')} names keys of a GGUF file, and MERGED is a folder", "leave it out"
-            )
         return
     theirs, mine = _header_of(subject.found), expected.header
-    _check_keys(on_purpose, mine, theirs)
     yield from (Finding("not compared", NOTE, text) for text in expected.notes)
     arch, other = (str(one.get("general.architecture")) for one in (mine, theirs))
     if arch != other:
@@ -128,8 +120,17 @@ def _header_of(found: Checkpoint) -> GGUFHeader:
     return found.header
 
 
-def _check_keys(given: Sequence[str], mine: GGUFHeader, theirs: GGUFHeader) -> None:
-    known = [*dict.fromkeys((*theirs.keys, *mine.keys))]
+def check_keys(subject: Subject, given: Sequence[str]) -> None:
+    """Refuse keys said to be set on purpose that are no key of MERGED or its base.
+
+    Raises:
+        UsageError
+    """
+    if not given:
+        return
+    if subject.metadata is None:
+        raise UsageError(f"{option('on_purpose')} names keys of a GGUF file, and MERGED is a folder", "leave it out")
+    known = [*dict.fromkeys((*_header_of(subject.found).keys, *subject.metadata.header.keys))]
     for key in given:
         if key not in known:
             hint = nearest(key, known, "give a key such as tokenizer.chat_template")

@@ -177,6 +177,7 @@ def opened(request: VerifyRequest) -> OpenVerification:
     from adapterkit.checkpoint.memory import IN_TRANSFORMERS, MAPPED, check_memory
     from adapterkit.checkpoint.plan import BASELINE_MEMORY
     from adapterkit.verbs.verify.inputs import asked, open_inputs, same_as_recorded
+    from adapterkit.verbs.verify.metadata import check_keys
     from adapterkit.verbs.verify.subject import subject
 
     prompts = None if request.prompts is None else Path(request.prompts)
@@ -200,6 +201,7 @@ def opened(request: VerifyRequest) -> OpenVerification:
     # The record speaks for the files, the base and the adapters that it names, and for no others.
     fed = how.fed and not every and not how.other_weights
     planned = subject(found, stored, loaded, options, fed=fed)
+    check_keys(planned, request.on_purpose)
     beside, missing = _residual(request.residual, how, found)
     return OpenVerification(request, found, stored, loaded, how, planned, (*every, *missing), fed, beside)
 
