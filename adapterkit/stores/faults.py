@@ -167,7 +167,9 @@ def told(fault: Fault, what: str, *, writing: bool = False) -> AdapterkitError:
 
 def nonsense(what: str, who: str, where: str = "") -> StoreError:
     """The error of an answer that a service does not give: ``who`` it is, ``where`` its endpoint is named."""
-    return StoreError(f"the answer about {what} is not one that {who} gives", f"see what answers at the endpoint{where}")
+    return StoreError(
+        f"the answer about {what} is not one that {who} gives", f"see what answers at the endpoint{where}"
+    )
 
 
 @contextmanager
