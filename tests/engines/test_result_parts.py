@@ -195,7 +195,7 @@ def test_a_plan_names_its_inputs_as_they_were_given(
 ) -> None:
     monkeypatch.chdir(place)
     adapterkit.merge("base", "a", save_plan=tmp_path / "plan.json")
-    with pytest.raises(UsageError, match="a pod is in another one"):
+    with pytest.raises(UsageError, match="a pod runs in another one"):
         adapterkit.run(tmp_path / "plan.json", tmp_path / "out", on="k8s", workers=2)
     adapterkit.run(tmp_path / "plan.json", tmp_path / "out", on="slurm", workers=2)
     assert f"#SBATCH --chdir={place}\n" in (tmp_path / "out.slurm.sh").read_text()
