@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint import odd as not_finite
 from adapterkit.checkpoint.plan import default_jobs
-from adapterkit.ops.threads import settle, start_all
+from adapterkit.ops.threads import OneAtATime, settle, start_all
 from adapterkit.verbs.verify.report import (
     EQUAL,
     EXTRA,
@@ -120,14 +120,14 @@ class TensorComparison:
         self._subject, self._progress = subject, progress
         self._total = sum(item.nbytes for item in subject.items)
         self._done = 0
-        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._lock, self._stop, self._turns = threading.Lock(), threading.Event(), OneAtATime()
         self._failure: BaseException | None = None
         self._seen = threading.local()
         self._judged: dict[str, Judged] = {}
 
     def run(self, jobs: int) -> tuple[Judged, ...]:
         # Large weights first would be quicker at the end; in order of the files is quicker on a disk.
-        tasks = deque(task for item in self._subject.items for task in self._tasks(item))
+        tasks = deque((item.floats.numel, task) for item in self._subject.items for task in self._tasks(item))
         threads = [threading.Thread(target=self._worker, args=(tasks,), daemon=True) for _ in range(jobs)]
         try:
             threads = start_all(threads)
@@ -153,7 +153,7 @@ class TensorComparison:
         with self._lock:
             return self._judged.pop(item.name)
 
-    def _worker(self, tasks: deque[Callable[[], int]]) -> None:
+    def _worker(self, tasks: deque[tuple[int, Callable[[], int]]]) -> None:
         try:
             import torch
 
@@ -161,10 +161,11 @@ class TensorComparison:
             with torch.inference_mode():
                 while not self._stop.is_set():
                     try:
-                        task = tasks.popleft()
+                        elements, task = tasks.popleft()
                     except IndexError:
                         return
-                    count = task()
+                    with self._turns.of(elements):
+                        count = task()
                     with self._lock:
                         self._done += count
         except BaseException as error:
