@@ -39,8 +39,10 @@ from adapterkit.stores.store import MARK, PARALLEL, Assembly, StoredObject
 if TYPE_CHECKING:
     from adapterkit.checkpoint.plan import Plan, PlannedFile
     from adapterkit.checkpoint.tensor import Tensor
+    from adapterkit.stores.store import Store
 
 CLAIM, NOTE = "claim.json", ".upload"
+FINISHING = "finishing"  # the state in a claim of an output whose files get their names
 MADE = "made"  # in a note: by what the finished object is known, in a store without marks
 MOST_SAID = 1 << 16  # bytes of a claim or a note; ours have some hundred
 CONFIG = "config.json"
@@ -60,6 +62,17 @@ class FileUpload:
     assembly: Assembly | None
     held: dict[int, str] = field(default_factory=dict)
     object: StoredObject | None = None
+
+
+def note_says(store: Store, found: StoredObject) -> dict[str, str]:
+    """What a claim or a note says; nothing where it is damaged."""
+    if found.size > MOST_SAID:
+        return {}
+    try:
+        said = json_value(store.read(found.key, 0, found.size, found.etag))
+        return {str(name): str(value) for name, value in said.items()}
+    except (ValueError, AttributeError):
+        return {}
 
 
 def partial_address(out: Address) -> Address:
@@ -221,14 +234,7 @@ class StoreOut:
         return None if found is None else self._read_claim(found)
 
     def _read_claim(self, found: StoredObject) -> dict[str, str]:
-        """What a claim or a note says; nothing where it is damaged."""
-        if found.size > MOST_SAID:
-            return {}
-        try:
-            said = json_value(self.store.read(found.key, 0, found.size, found.etag))
-            return {str(name): str(value) for name, value in said.items()}
-        except (ValueError, AttributeError):
-            return {}
+        return note_says(self.store, found)
 
     def _said(self, **more: str) -> bytes:
         return json.dumps({"plan": self.digest, "run": self._run, **self._inputs_here, **more}).encode()
@@ -571,7 +577,7 @@ class StoreOut:
         found = self.store.head(claim)
         if found is None or not self._ours(self._read_claim(found)):
             raise self._lost()
-        sealed = self._said(state="finishing")
+        sealed = self._said(state=FINISHING)
         if not self.store.put(claim, sealed, over=found.etag) and not self._ours(self._claim() or {}):
             raise self._lost()
 

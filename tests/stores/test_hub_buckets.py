@@ -342,7 +342,7 @@ def test_parts_in_any_order_are_one_file(store: Store, hub: BucketHub) -> None:
 
 
 def test_an_interrupted_run_goes_on_and_what_it_left_can_be_swept(
-    hub: BucketHub, small: tuple[Path, Path], merged: dict[str, bytes], tmp_path: Path
+    hub: BucketHub, put: Put, small: tuple[Path, Path], merged: dict[str, bytes], tmp_path: Path
 ) -> None:
     def interrupt(done: int, total: int) -> None:
         if done >= total // 2:
@@ -362,8 +362,20 @@ def test_an_interrupted_run_goes_on_and_what_it_left_can_be_swept(
     assert done.bytes_up < sum(map(len, merged.values()))  # what was sent is not sent again
     with pytest.raises(KeyboardInterrupt):
         adapterkit.merge(*small, f"{ROOT}/x/two", resume=True, progress=interrupt, jobs=1)
-    assert sweep_uploads(f"{ROOT}/x", keep_days=0, apply=True).uploads
-    assert working(hub) == []
+    beside = put(small[1])
+    adapterkit.resize(beside, rank=2, save_plan=tmp_path / "plan.json")
+    opened = OpenPlan(Plan.from_json((tmp_path / "plan.json").read_bytes()), f"{ROOT}/x/low")
+    opened.execute(0)
+    opened._gathered(False)  # results that nobody goes on with, and a claim
+    strays = [
+        f"x/.two.partial.parts/model.safetensors.{'0' * 32}/00007-00007",
+        "x/.a.results-0123456789ab/x.safetensors",
+    ]
+    api().batch_bucket_files(NAME, add=[(b"late", one) for one in strays])  # a part that came too late; somebody else's
+    swept = sweep_uploads(f"{ROOT}/x", keep_days=0, apply=True)
+    assert swept.uploads
+    assert {".low.partial", opened.place.name, ".two.partial.parts"} <= {key.split("/")[1] for key in swept.notes}
+    assert working(hub) == strays[1:]
 
 
 @pytest.mark.slow
