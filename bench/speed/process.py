@@ -1,6 +1,6 @@
 """A merge as a user starts it: the whole command from start to end, beside `cp -r` of the base in the same run.
 
-    python -m bench speed process --shape 1b --runs 7 --peft
+    python -m bench speed process --shapes 135m 1b moe --runs 7 --peft
 
 `bench/speed/merge.py` measures the work alone; this is with Python, imports, checks, the record and the report, and it ends
 when the process has ended. Commands alternate; what is printed are medians, the ratio to `cp -r`, CPU seconds (of the
@@ -41,29 +41,38 @@ def whole(command: list[str]) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
+    parser.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=["1b"])
     parser.add_argument("--dir", type=Path, default=Path("/dev/shm/adapterkit-process"))
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--peft", action="store_true", help="also PEFT, in every second round")
     options = parser.parse_args()
-    root = options.dir
+    results.head("whole process, LoRA on all linear layers unless said", "seconds", "over `cp -r`", "CPU seconds")
+    for kind in options.shapes:
+        one_shape(kind, options.dir, options.runs, options.peft)
+
+
+NAMED = {"135m": "135M", "1b": "1B", "3b": "3B", "7b": "7B", "moe": "18,771 tensors", "tiny": "tiny"}
+
+
+def one_shape(kind: str, root: Path, rounds: int, peft: bool) -> None:
+    """Time the commands on a base of one shape."""
     base, every, some, out = root / "base", root / "every", root / "attention", root / "out"
     shutil.rmtree(root, ignore_errors=True)
-    write_base(base, SHAPES[options.shape])
-    write_adapter(every, SHAPES[options.shape])
-    write_adapter(some, SHAPES[options.shape], modules=("q_proj", "k_proj", "v_proj", "o_proj"))
+    write_base(base, SHAPES[kind])
+    write_adapter(every, SHAPES[kind])
+    write_adapter(some, SHAPES[kind], modules=("q_proj", "k_proj", "v_proj", "o_proj"))
     ours = [sys.executable, "-m", "adapterkit", "merge", str(base)]
     commands = {
         "`cp -r` of the base": ["cp", "-r", str(base), str(out)],
-        "`adapterkit merge`, LoRA on all linear layers": [*ours, str(every), "-o", str(out)],
+        "`adapterkit merge`": [*ours, str(every), "-o", str(out)],
         "`adapterkit merge`, LoRA on attention": [*ours, str(some), "-o", str(out)],
     }
-    if options.peft:
+    if peft:
         script = [sys.executable, "-W", "ignore", "-c", PEFT]
-        commands["PEFT, merge and save, LoRA on all linear layers"] = [*script, str(base), str(every), str(out)]
+        commands["PEFT, merge and save"] = [*script, str(base), str(every), str(out)]
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     try:
-        for index in range(options.runs + 1):
+        for index in range(rounds + 1):
             for name, command in commands.items():
                 if name.startswith("PEFT") and index % 2 == 0:
                     continue
@@ -75,13 +84,13 @@ def main() -> None:
         shutil.rmtree(root, ignore_errors=True)
     medians = {name: [statistics.median(values) for values in zip(*runs, strict=True)] for name, runs in found.items()}
     copy = medians["`cp -r` of the base"][0]
-    results.head(f"whole process, {options.shape} shape", "seconds", "over `cp -r`", "CPU seconds")
     for name, (seconds, used) in medians.items():
-        results.row(name, f"{seconds:.2f}", f"{seconds / copy:.1f}", f"{used:.1f}")
-    seconds = medians["`adapterkit merge`, LoRA on all linear layers"][0]
-    beyond = round(seconds - 1.5 * copy, 2)
-    results.note(cp_s=round(copy, 2), seconds=round(seconds, 2), ratio=round(seconds / copy, 1), beyond_s=beyond)
-    print(f"all linear layers: {beyond:+.2f} s beyond 1.5 times the copy")
+        results.row(f"{NAMED[kind]}: {name}", f"{seconds:.2f}", f"{seconds / copy:.1f}", f"{used:.1f}")
+    if kind == "1b":
+        seconds = medians["`adapterkit merge`"][0]
+        beyond = round(seconds - 1.5 * copy, 2)
+        results.note(cp_s=round(copy, 2), seconds=round(seconds, 2), ratio=round(seconds / copy, 1), beyond_s=beyond)
+        print(f"all linear layers: {beyond:+.2f} s beyond 1.5 times the copy")
 
 
 if __name__ == "__main__":
