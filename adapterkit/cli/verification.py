@@ -1,0 +1,78 @@
+"""What is done with the report of a verification on the command line: by `verify`, by `run` and `execute` of a saved one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from adapterkit.cli.output import note
+from adapterkit.cli.paths import FILE
+from adapterkit.errors import UsageError, option
+
+if TYPE_CHECKING:
+    from adapterkit.checkpoint.plan import Plan
+    from adapterkit.verbs.verify.report import VerifyReport
+
+# A caller in Python does this by itself.
+OWN = (
+    click.Option(["--html"], type=FILE, metavar="FILE", help="Write the evidence as one HTML page."),
+    click.Option(["--markdown"], type=FILE, metavar="FILE", help="Write a summary as Markdown."),
+    click.Option(["--step-summary"], is_flag=True, help="Append that summary to $GITHUB_STEP_SUMMARY."),
+    click.Option(
+        ["--attach/--no-attach"],
+        default=None,
+        help="Write the figures into MERGED's record. By default into the adapterkit.json beside an output, and not into "
+        "a registered version, which would make a new one. With --html such a version keeps the page too.",
+    ),
+)
+NAMES = ("html", "markdown", "step_summary", "attach")
+
+
+def check_compared(asked: Mapping[str, object], compared: bool) -> None:
+    """Refuse what is done with a report where there will be none.
+
+    Raises:
+        UsageError
+    """
+    name = next((name for name in NAMES if asked[name]), None)
+    if name is not None and not compared:
+        raise UsageError(
+            f"{option(name)} needs the report of a comparison, and nothing is compared here", "leave it out"
+        )
+
+
+def check_of_plan(asked: Mapping[str, object], plan: Plan, compared: bool) -> None:
+    """The same, of a saved plan, which may be of another verb.
+
+    Raises:
+        UsageError
+    """
+    name = next((name for name in NAMES if asked[name] or (name == "attach" and asked[name] is not None)), None)
+    if name is not None and plan.request.get("verb") != "verify":
+        raise UsageError(
+            f"{option(name)} is about a verification, and this plan is of a {plan.request.get('verb')}", "leave it out"
+        )
+    check_compared(asked, compared)
+
+
+def deliver(
+    report: VerifyReport, *, html: Path | None, markdown: Path | None, step_summary: bool, attach: bool | None
+) -> None:
+    """Write what was asked for, and the figures into the record of an output that has one.
+
+    Raises:
+        OutputError, UsageError, NotFound, RegistryError
+    """
+    from adapterkit.cli.verify import as_html, write
+
+    page = as_html(report) if html is not None else ""
+    write(report, html, markdown, page=page, step_summary=step_summary)
+    if attach or (attach is None and report.record and Path(report.merged).exists()):
+        from adapterkit.verbs.verify.evidence import attach as into
+
+        found = into(report, report.merged, page=page.encode())
+        if found.new:
+            note(f"evidence written to {found.ref or found.path}")
