@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from adapterkit.cli.output import note
+from adapterkit.cli.output import command_line, note
 from adapterkit.cli.paths import FILE
 from adapterkit.errors import UsageError, option
 
@@ -66,8 +67,6 @@ def deliver(
     Raises:
         OutputError, UsageError, NotFound, RegistryError
     """
-    from adapterkit.cli.verify import as_html, write
-
     page = as_html(report) if html is not None else ""
     write(report, html, markdown, page=page, step_summary=step_summary)
     if attach or (attach is None and report.record and Path(report.merged).exists()):
@@ -76,3 +75,41 @@ def deliver(
         found = into(report, report.merged, page=page.encode())
         if found.new:
             note(f"evidence written to {found.ref or found.path}")
+
+
+def as_html(report: VerifyReport) -> str:
+    """The page, with the command that made it and when."""
+    from adapterkit.registry.record import now
+    from adapterkit.verbs.verify.page import html
+
+    return html(report, command=command_line(), when=now())
+
+
+def write(
+    report: VerifyReport, html: Path | None, markdown: Path | None, *, page: str = "", step_summary: bool = False
+) -> None:
+    """The page (``page``, or made here) and the summary, where they are wanted.
+
+    Raises:
+        OutputError: a file cannot be written.
+        UsageError: there is no job to summarise.
+    """
+    from adapterkit.disk import deliver, open_appended
+    from adapterkit.errors import OutputError
+    from adapterkit.verbs.verify.summary import markdown as as_markdown
+
+    try:
+        if html is not None:
+            deliver(html, (page or as_html(report)).encode())
+            note(f"page written to {html}")
+        if markdown is not None:
+            deliver(markdown, as_markdown(report).encode())
+            note(f"summary written to {markdown}")
+        if step_summary:
+            summary = os.environ.get("GITHUB_STEP_SUMMARY")
+            if not summary:
+                raise UsageError("GITHUB_STEP_SUMMARY is not set", "leave out --step-summary outside of a job")
+            with open(open_appended(Path(summary)), "a", encoding="utf-8") as file:
+                file.write(as_markdown(report))
+    except OSError as error:
+        raise OutputError(f"{error.filename} cannot be written ({error.strerror})", "check the path") from None

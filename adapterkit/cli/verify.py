@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.cli.options import command as command_of
-from adapterkit.cli.output import Progress, command_line, count, note, say, show_json
+from adapterkit.cli.output import Progress, count, note, say, show_json
 from adapterkit.cli.verification import OWN, check_compared, deliver
 from adapterkit.cli.written import foretold
-from adapterkit.errors import UsageError
 from adapterkit.requests.verify import VerifyRequest
 from adapterkit.requests.workers import WRITTEN_JOBS
 
@@ -70,44 +68,6 @@ def _planned(report: VerifyReport, request: VerifyRequest, as_json: bool) -> Non
         note(f"note: {text}")
     say(f"would compare {report.merged} with {report.base} and {', '.join(report.adapters)}")
     foretold(report.forecast)
-
-
-def as_html(report: VerifyReport) -> str:
-    """The page, with the command that made it and when."""
-    from adapterkit.registry.record import now
-    from adapterkit.verbs.verify.page import html
-
-    return html(report, command=command_line(), when=now())
-
-
-def write(
-    report: VerifyReport, html: Path | None, markdown: Path | None, *, page: str = "", step_summary: bool = False
-) -> None:
-    """The page (``page``, or made here) and the summary, where they are wanted.
-
-    Raises:
-        OutputError: a file cannot be written.
-        UsageError: there is no job to summarise.
-    """
-    from adapterkit.disk import deliver, open_appended
-    from adapterkit.errors import OutputError
-    from adapterkit.verbs.verify.summary import markdown as as_markdown
-
-    try:
-        if html is not None:
-            deliver(html, (page or as_html(report)).encode())
-            note(f"page written to {html}")
-        if markdown is not None:
-            deliver(markdown, as_markdown(report).encode())
-            note(f"summary written to {markdown}")
-        if step_summary:
-            summary = os.environ.get("GITHUB_STEP_SUMMARY")
-            if not summary:
-                raise UsageError("GITHUB_STEP_SUMMARY is not set", "leave out --step-summary outside of a job")
-            with open(open_appended(Path(summary)), "a", encoding="utf-8") as file:
-                file.write(as_markdown(report))
-    except OSError as error:
-        raise OutputError(f"{error.filename} cannot be written ({error.strerror})", "check the path") from None
 
 
 def show(report: VerifyReport) -> None:
