@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.fold import Folded, fold
@@ -13,6 +12,7 @@ from adapterkit.checkpoint.pipeline import components
 from adapterkit.checkpoint.plan import Plan, plan_safetensors
 from adapterkit.errors import UsageError, option
 from adapterkit.requests.merge import FEEDBACK, FOLDER, GGUF, parse_floats
+from adapterkit.stores.files import brought
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
@@ -299,7 +299,7 @@ def _calibration(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequ
     def view() -> Checkpoint:
         return fold(base, adapters, asked.adapter_weights, **_how(asked)).checkpoint
 
-    made = Made(view, Path(asked.calibration), asked.target)
+    made = Made(view, brought(asked.calibration), asked.target)
     made.check(base.ref, base.config)
     return made
 
