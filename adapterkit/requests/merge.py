@@ -337,7 +337,7 @@ _NEAREST: dict[str, Any] = {"rounding": NEAREST, "calibration": None}
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, (Path, Address)) else value
 
 
 def folder_formats() -> tuple[str, ...]:

@@ -91,7 +91,8 @@ def version_of(address: Address) -> str:
 
 def stated(size: int, etag: str) -> str:
     """The size and ETag of an object, as locks hold them."""
-    return f"{size}:{etag}"
+    bare = etag.strip('"')
+    return f"{size}:{bare}"
 
 
 def fetch(store: Store, found: StoredObject, path: Path) -> None:

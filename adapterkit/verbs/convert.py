@@ -162,7 +162,7 @@ def _stated(request: ConvertRequest) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(one) for one in value]
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, (Path, Address)) else value
 
 
 def _recorder(planned: Conversion, src: Any, request: ConvertRequest) -> Recorder:
