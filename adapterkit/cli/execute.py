@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.command(name="execute", short_help="Execute a saved plan, or one part of it.")
 @click.argument("plan", type=FILE_THERE)
-@click.option("-o", "--out", required=True, type=click.Path(), help="The folder to make, here or in a store.")
+@click.option("-o", "--out", required=True, type=FILE_THERE, help="The folder to make, here or in a store.")
 @click.option("--part", type=click.IntRange(0), help="Only this part; the folder appears when all parts are finished.")
 @click.option("--part-size", metavar="SIZE", help="Work of a part, like 1GB; by default a part is a file.")
 @click.option("--finish", is_flag=True, help="All parts are done: make the folder.")
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     plan: Path | Address,
-    out: str,
+    out: Path | Address,
     part: int | None,
     part_size: str | None,
     finish: bool,

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from adapterkit.places import local, writable
+from adapterkit.places import Address, address_of, local, writable
 
 
 class LocalPath(click.Path):
@@ -34,6 +34,18 @@ class StoredPath(click.Path):
         return writable(value, _named(param), "file")
 
 
+class TargetPath(LocalPath):
+    """A path of this machine, an address of a store, or a name of the registry."""
+
+    def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """
+        Raises:
+            UsageError: an address of anything else.
+        """
+        found = value if address_of(value) is None else writable(os.fspath(value), _named(param))
+        return found if isinstance(found, Address) else super().convert(value, param, ctx)
+
+
 def _named(param: click.Parameter | None) -> str:
     """What an error calls a parameter."""
     if param is None:
@@ -42,4 +54,5 @@ def _named(param: click.Parameter | None) -> str:
 
 
 FILE = LocalPath(path_type=Path)
+TARGET = TargetPath()
 FILE_THERE = StoredPath(path_type=Path)

@@ -412,6 +412,8 @@ class _Build:
                 return
             if not OpenPlan(job.executed, step.out, None, job=job).is_there():
                 return
+            for one in job.beside:  # what may have been cut off
+                one.write()
         made = self._stored(step, coming.key, _names_of(job))
         self.state.made[step.name] = made
         del self.state.coming[step.name]

@@ -195,7 +195,12 @@ class _Maker:
     def __init__(self, file: RecipeFile) -> None:
         self.file, self.recipe = file, file.recipe
         self.folder = file.folder
-        self.made = {_spot(place_of(file, one.path)): name for name, one in self.recipe.outputs.items()}
+        self.made: dict[_Spot, str] = {}
+        for name, one in self.recipe.outputs.items():
+            place: Place = ("outputs", name, "path")
+            with located(file, *place):
+                writable(one.path, shown(place))  # refuses other addresses
+                self.made[_spot(place_of(file, one.path))] = name
 
     def step(self, name: str, asked: OutputTable) -> Step:
         place: Place = ("outputs", name)
@@ -203,8 +208,6 @@ class _Maker:
             self.file.fail(
                 (*place, "path"), f"'{asked.path}' is no path for an output", "name a folder or file to make"
             )
-        with located(self.file, *place, "path"):
-            writable(asked.path, shown((*place, "path")))
         to = self._form(asked, place)
         verb = COMBINE if to == ADAPTER else MERGE if to in (FOLDER, GGUF) and asked.from_ is None else CONVERT
         self._check_keys(verb, to, asked, place)

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -69,13 +69,19 @@ def brought(place: str | Path | Address, beside: Sequence[str] = ()) -> Path:
 def reading(place: str | Path | Address, beside: Sequence[str] = ()) -> Iterator[Path]:
     """As `brought`, where an error in the body calls a copy by the object's address."""
     path = brought(place, beside)
-    try:
+    with called(path, place):
         yield path
+
+
+@contextmanager
+def called(path: Path, place: str | Path | Address) -> Iterator[None]:
+    """Have errors of the body call a copy by the address that it is of."""
+    try:
+        yield
     except AdapterkitError as error:
-        if path != place:
-            error.message = error.message.replace(str(path), str(place))
-            error.hint = error.hint.replace(str(path), str(place))
-            error.args = tuple(str(one).replace(str(path), str(place)) for one in error.args)
+        error.message = error.message.replace(str(path), str(place))
+        error.hint = error.hint.replace(str(path), str(place))
+        error.args = tuple(str(one).replace(str(path), str(place)) for one in error.args)
         raise
 
 
@@ -116,8 +122,13 @@ def fetch_folder(address: Address, folder: Path, wanted: Callable[[str], bool] =
     from adapterkit.stores.connect import open_store
 
     store, prefix = open_store(address), f"{address.key}/" if address.key else ""
+    _fetch_named(store, {one.key.removeprefix(prefix): one for one in store.entries(prefix)}, address, folder, wanted)
+
+
+def _fetch_named(
+    store: Store, named: Mapping[str, StoredObject], address: Address, folder: Path, wanted: Callable[[str], bool]
+) -> None:
     # A folder's own mark, as consoles make it, is an empty object.
-    named = {one.key.removeprefix(prefix): one for one in store.entries(prefix)}
     found = {name: one for name, one in named.items() if (one.size or "." in name) and wanted(name)}
     if not found:
         raise NotFound(f"nothing lies below {address}/", "check the bucket, the folder and the endpoint")
@@ -128,6 +139,56 @@ def fetch_folder(address: Address, folder: Path, wanted: Callable[[str], bool] =
                 raise UnsafeError(f"{address} has an object '{name[:80]!r}' that no folder can hold", "remove it")
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             fetch(store, one, folder / name)
+
+
+@contextmanager
+def copied(address: Address, folder: Path | None = None) -> Iterator[Path]:
+    """A copy here, for as long as the body runs, of a folder, or of a file with what bears its name (``OUT.gguf.Modelfile``).
+
+    Args:
+        folder: where the copy is made; by default among temporary files.
+
+    Raises:
+        NotFound, UnsafeError, OutputError, AuthError, StoreError: see `fetch_folder`.
+    """
+    from adapterkit.stores.connect import open_store
+
+    with disk.writing("a temporary folder", folder or Path(tempfile.gettempdir())):
+        held = tempfile.TemporaryDirectory(prefix="adapterkit-", dir=folder)
+    with held as name:
+        place = Path(name) / (address.name or address.bucket)
+        store = open_store(address)
+        if address.key and store.head(address.key) is not None:
+            lead = address.key.removesuffix(address.name)
+            named = {one.key.removeprefix(lead): one for one in store.entries(address.key)}
+            own = {
+                found: one for found, one in named.items() if found == address.name or _is_beside(found, address.name)
+            }
+            _fetch_named(store, own, address, Path(name), lambda found: True)
+        else:
+            place.mkdir()
+            fetch_folder(address, place)
+        with called(place, address):
+            yield place
+
+
+def _is_beside(name: str, file: str) -> bool:
+    return name.startswith(f"{file}.") and "/" not in name
+
+
+def brought_folder(address: Address) -> Path:
+    """A copy of a folder here, which lasts as long as the process.
+
+    Raises:
+        NotFound, UnsafeError, OutputError, AuthError, StoreError: see `fetch_folder`.
+    """
+    with _lock:
+        top = _folder()
+    with disk.writing(address.name, top):
+        place = Path(tempfile.mkdtemp(dir=top)) / (address.name or address.bucket)
+        place.mkdir()
+    fetch_folder(address, place)
+    return place
 
 
 def deliver(place: Path | Address, data: bytes) -> None:

@@ -206,7 +206,7 @@ def test_files_beside_a_recipe_may_lie_in_a_store(
 
 
 REFUSED = {
-    "ftp://h/base": (UsageError, r"recipe.toml:1: base is ftp://h/base, and ftp:// is neither read nor written"),
+    "ftp://h/base": (UsageError, r"recipe.toml:1: base.ref is ftp://h/base, and ftp:// is neither read nor written"),
     "s3://": (UsageError, "is no address in a store"),
     "hf://datasets/o/n": (UsageError, "hf:// is neither read nor written"),
     "s3://models/nothing-here": (NotFound, r"recipe.toml:1: nothing lies below s3://models/nothing-here/"),
