@@ -83,6 +83,7 @@ class Combination:
             beside=() if asked.out is None else beside_of(asked, [asked.base, *_refs(asked.adapters)]),
             stage=work.stage(None if asked.out is None else asked.target),
             results=work.results(None if asked.out is None else asked.target),
+            record=work.record,
             force=asked.force,
         )
 
