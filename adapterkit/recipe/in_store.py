@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.errors import CheckpointError
 from adapterkit.places import Address
+from adapterkit.recipe.input_names import names_beside, names_read
 from adapterkit.recipe.state import BESIDE
 from adapterkit.stores.files import stated, version_of
 
@@ -38,7 +39,6 @@ def states_of(address: Address, *, adapter: bool) -> dict[str, str]:
         NotFound, CheckpointError, AuthError, StoreError
     """
     from adapterkit.checkpoint.objects import ObjectFolder, object_file
-    from adapterkit.recipe.lock import names_beside, names_read
 
     head, _, part = address.key.rpartition("#")  # a part of a file
     address = replace(address, key=head) if part and PurePosixPath(head).suffix in _WEIGHTS else address

@@ -7,7 +7,6 @@ computes are pinned too, and the digests of the outputs.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -16,14 +15,14 @@ from typing import Any
 from adapterkit import disk
 from adapterkit._version import __version__
 from adapterkit.adapters.load import file_and_parts
-from adapterkit.checkpoint.folder import ADAPTER_CONFIG, read_index, side_names, weight_names
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.checkpoint.json_data import parse_json
-from adapterkit.checkpoint.listing import Listing, LocalFolder
+from adapterkit.checkpoint.listing import LocalFolder
 from adapterkit.checkpoint.open import locate
 from adapterkit.errors import CheckFailed, CheckpointError, NotFound, RecipeError, option
 from adapterkit.places import address_of
 from adapterkit.recipe.in_store import states_of, states_of_file
+from adapterkit.recipe.input_names import names_beside, names_read
 from adapterkit.recipe.parse import OPTIONS, RecipeFile, shown
 from adapterkit.recipe.schema import Table, known_options
 from adapterkit.recipe.state import State, digest_of, key_of
@@ -34,8 +33,6 @@ FORMAT = 1
 TORCH = ("torch", "numpy")
 _MOVING = ("registry", "hub")  # kinds of references that may mean something else tomorrow
 _HUB = "hf://"
-_PART = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
-_MOST_PARTS = 4096
 GGUF_TOO = ("numba", "llvmlite", "xllamacpp")  # what encodes K-quants and i-quants
 
 
@@ -187,27 +184,6 @@ def read_files(path: Path, *, adapter: bool = False) -> dict[str, Path]:
         beside = {name: path.with_name(name) for name in names_beside(path.name, adapter=adapter)}
         return {path.name: path, **{name: one for name, one in beside.items() if one.is_file()}}
     return {name: path / name for name in names_read(LocalFolder(path)) if (path / name).is_file()}
-
-
-def names_beside(name: str, *, adapter: bool) -> list[str]:
-    """What may be read beside a file: the config of a model, the other parts of a split GGUF."""
-    part = _PART.fullmatch(name)
-    if part is not None:
-        first, count = part[1], part[2]
-        return [f"{first}-{number:05}-of-{count}.gguf" for number in range(1, min(int(count), _MOST_PARTS) + 1)]
-    return ["config.json"] if name.endswith(".safetensors") and not adapter else []
-
-
-def names_read(listing: Listing) -> set[str]:
-    """The files of a folder that a step reads, by their names."""
-    loose = {name for name in listing.names if name.endswith(".safetensors") and "/" not in name}
-    weights = loose
-    if ADAPTER_CONFIG not in listing.names:
-        single, index = weight_names(listing.names)
-        weights = {single} if single in loose else loose
-        if single not in loose and index in listing.names:
-            weights = {index, *read_index(listing, index).values()} & listing.names
-    return {*weights, *side_names(listing.names, weights), *({ADAPTER_CONFIG} & listing.names)}
 
 
 def versions(steps: Sequence[Step]) -> dict[str, str]:
