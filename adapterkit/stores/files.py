@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -42,6 +40,8 @@ def brought(place: str | Path | Address, beside: Sequence[str] = ()) -> Path:
         OutputError: there is no room for a copy.
         AuthError, StoreError, UsageError
     """
+    import tempfile
+
     address = address_of(place)
     if address is None:
         return Path(str(place))
@@ -151,6 +151,8 @@ def copied(address: Address, folder: Path | None = None) -> Iterator[Path]:
     Raises:
         NotFound, UnsafeError, OutputError, AuthError, StoreError: see `fetch_folder`.
     """
+    import tempfile
+
     from adapterkit.stores.connect import open_store
 
     with disk.writing("a temporary folder", folder or Path(tempfile.gettempdir())):
@@ -182,6 +184,8 @@ def brought_folder(address: Address) -> Path:
     Raises:
         NotFound, UnsafeError, OutputError, AuthError, StoreError: see `fetch_folder`.
     """
+    import tempfile
+
     with _lock:
         top = _folder()
     with disk.writing(address.name, top):
@@ -224,6 +228,8 @@ def making(place: Path | Address, *, force: bool = False) -> Iterator[Path]:
     Raises:
         OutputError: there is such an object, and nothing says that it may be replaced.
     """
+    import tempfile
+
     if isinstance(place, Path):
         yield place
         return
@@ -296,6 +302,8 @@ def _found(address: Address) -> tuple[Store, StoredObject]:
 
 def _folder() -> Path:
     """The temporary folder of this process; it is taken away when the process ends."""
+    import tempfile
+
     process = os.getpid()
     if process not in _folders:
         _folders[process] = Path(tempfile.mkdtemp(prefix="adapterkit-"))
@@ -304,11 +312,15 @@ def _folder() -> Path:
 
 
 def _drop(process: int) -> None:
+    import shutil
+
     if process == os.getpid():  # a forked child inherits this, and the folder is not its own
         shutil.rmtree(_folders.pop(process), ignore_errors=True)
 
 
 def _check_room(nbytes: int, folder: Path, what: str) -> None:
+    import shutil
+
     free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise OutputError(
