@@ -12,7 +12,6 @@ from adapterkit.checkpoint.pipeline import components
 from adapterkit.checkpoint.plan import Plan, plan_safetensors
 from adapterkit.errors import UsageError, option
 from adapterkit.requests.merge import FEEDBACK, FOLDER, GGUF, parse_floats
-from adapterkit.stores.files import brought
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
@@ -294,6 +293,7 @@ def _calibration(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequ
     """
     if asked.rounding != FEEDBACK or asked.calibration is None:
         return None
+    from adapterkit.stores.files import brought
     from adapterkit.verbs.calibration import Calibration as Made
 
     def view() -> Checkpoint:
