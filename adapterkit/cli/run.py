@@ -14,6 +14,7 @@ from adapterkit.cli.written import foretold
 from adapterkit.requests.workers import WRITTEN_JOBS, RunRequest
 
 if TYPE_CHECKING:
+    from adapterkit.places import Address
     from adapterkit.verbs.run import RunReport
 
 
@@ -43,8 +44,8 @@ TEMPLATE = click.Option(
 )
 def command(
     request: RunRequest,
-    html: Path | None,
-    markdown: Path | None,
+    html: Path | Address | None,
+    markdown: Path | Address | None,
     step_summary: bool,
     attach: bool | None,
     as_json: bool,
@@ -66,13 +67,14 @@ def command(
     """
     from adapterkit.checkpoint.plan import MOST_PLAN, Plan
     from adapterkit.disk import read_regular
+    from adapterkit.stores.files import brought
     from adapterkit.verbs.run import run
 
     if request.out is None and not request.dry_run:
         raise click.UsageError("Missing option '-o' / '--out': the folder or file to make.")
     asked: dict[str, Any] = {"html": html, "markdown": markdown, "step_summary": step_summary, "attach": attach}
     if attach is not None or any(asked.values()):
-        plan = Plan.from_json(read_regular(Path(request.plan), MOST_PLAN))
+        plan = Plan.from_json(read_regular(brought(request.plan), MOST_PLAN))
         check_of_plan(asked, plan, not request.dry_run and request.on not in WRITTEN_JOBS)
     with Progress("running", enabled=not as_json) as progress:
         report = run(**{name: getattr(request, name) for name in request.named} | {"progress": progress})

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 import click
 
 from adapterkit.cli.output import command_line, note
-from adapterkit.cli.paths import FILE
+from adapterkit.cli.paths import FILE_THERE
 from adapterkit.errors import UsageError, option
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.plan import Plan
+    from adapterkit.places import Address
     from adapterkit.verbs.verify.report import VerifyReport
 
 # A caller in Python does this by itself.
 OWN = (
-    click.Option(["--html"], type=FILE, metavar="FILE", help="Write the evidence as one HTML page."),
-    click.Option(["--markdown"], type=FILE, metavar="FILE", help="Write a summary as Markdown."),
+    click.Option(["--html"], type=FILE_THERE, metavar="FILE", help="Write the evidence as one HTML page."),
+    click.Option(["--markdown"], type=FILE_THERE, metavar="FILE", help="Write a summary as Markdown."),
     click.Option(["--step-summary"], is_flag=True, help="Append that summary to $GITHUB_STEP_SUMMARY."),
     click.Option(
         ["--attach/--no-attach"],
@@ -60,7 +61,12 @@ def check_of_plan(asked: Mapping[str, object], plan: Plan, compared: bool) -> No
 
 
 def deliver(
-    report: VerifyReport, *, html: Path | None, markdown: Path | None, step_summary: bool, attach: bool | None
+    report: VerifyReport,
+    *,
+    html: Path | Address | None,
+    markdown: Path | Address | None,
+    step_summary: bool,
+    attach: bool | None,
 ) -> None:
     """Write what was asked for, and the figures into the record of an output that has one.
 
@@ -86,7 +92,12 @@ def as_html(report: VerifyReport) -> str:
 
 
 def write(
-    report: VerifyReport, html: Path | None, markdown: Path | None, *, page: str = "", step_summary: bool = False
+    report: VerifyReport,
+    html: Path | Address | None,
+    markdown: Path | Address | None,
+    *,
+    page: str = "",
+    step_summary: bool = False,
 ) -> None:
     """The page (``page``, or made here) and the summary, where they are wanted.
 
@@ -94,16 +105,17 @@ def write(
         OutputError: a file cannot be written.
         UsageError: there is no job to summarise.
     """
-    from adapterkit.disk import deliver, open_appended
+    from adapterkit.disk import open_appended
     from adapterkit.errors import OutputError
+    from adapterkit.stores.files import deliver as put
     from adapterkit.verbs.verify.summary import markdown as as_markdown
 
     try:
         if html is not None:
-            deliver(html, (page or as_html(report)).encode())
+            put(html, (page or as_html(report)).encode())
             note(f"page written to {html}")
         if markdown is not None:
-            deliver(markdown, as_markdown(report).encode())
+            put(markdown, as_markdown(report).encode())
             note(f"summary written to {markdown}")
         if step_summary:
             summary = os.environ.get("GITHUB_STEP_SUMMARY")

@@ -13,14 +13,15 @@ from adapterkit.requests.verify import VerifyRequest
 from adapterkit.requests.workers import WRITTEN_JOBS
 
 if TYPE_CHECKING:
+    from adapterkit.places import Address
     from adapterkit.verbs.verify.report import VerifyReport
 
 
 @command_of(VerifyRequest, name="verify", short_help="Prove that a merged model is the trained one.", own=OWN)
 def command(
     request: VerifyRequest,
-    html: Path | None,
-    markdown: Path | None,
+    html: Path | Address | None,
+    markdown: Path | Address | None,
     step_summary: bool,
     attach: bool | None,
     as_json: bool,
