@@ -245,7 +245,7 @@ def run_all(folder: Path, names: list[str]) -> dict[str, Any]:
     found = {}
     for name in names:
         began = time.time()
-        code, out, err = run((SCENARIOS | REFUSED | ADDED)[name].split(), 0.5 if name == "ui" else None)
+        code, out, err = run((SCENARIOS | REFUSED | ADDED)[name].split(), 2.0 if name == "ui" else None)
         found[name] = {"code": code, "err": err[-3000:], "out": out[-3000:], "seconds": round(time.time() - began, 2)}
     return found
 
