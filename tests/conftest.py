@@ -61,7 +61,7 @@ def mlx_lm() -> Iterator[MlxChild]:
 
 
 @pytest.fixture(scope="session")
-def _warm() -> Iterator[WarmProcesses]:
+def warm() -> Iterator[WarmProcesses]:
     from warm import WarmProcesses
 
     processes = WarmProcesses()
@@ -70,9 +70,9 @@ def _warm() -> Iterator[WarmProcesses]:
 
 
 @pytest.fixture
-def warm_processes(_warm: WarmProcesses, monkeypatch: pytest.MonkeyPatch) -> None:
+def warm_processes(warm: WarmProcesses, monkeypatch: pytest.MonkeyPatch) -> None:
     """What reads pickles is forked, once torch is loaded, and not started anew each time."""
-    monkeypatch.setattr("adapterkit.pickles.apart.subprocess", _warm)
+    monkeypatch.setattr("adapterkit.pickles.apart.subprocess", warm)
 
 
 @pytest.fixture(scope="session")

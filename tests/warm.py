@@ -1,6 +1,6 @@
-"""Processes that read pickles, forked from one that has torch already; starting a new Python for each takes two seconds.
+"""Processes that are forked from one which has torch already; starting a new Python for each takes two seconds.
 
-Each still is a process of its own that runs the package's script from its first line, with its own limits.
+Each still is a process of its own that runs a script, or a package, from its first line, with its own limits.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 SERVER = """
@@ -28,10 +29,13 @@ for line in sys.stdin:
             os.environ.clear()
             os.environ.update(asked["env"])
             sys.argv = asked["argv"]
-            sys.path[:] = here
+            sys.path[:] = [asked["cwd"]] * bool(asked["module"]) + here
             code = 1
             try:
-                runpy.run_path(sys.argv[0], run_name="__main__")
+                if asked["module"]:
+                    runpy.run_module(asked["module"], run_name="__main__", alter_sys=True)
+                else:
+                    runpy.run_path(sys.argv[0], run_name="__main__")
                 code = 0
             except SystemExit as stopped:
                 code = stopped.code if isinstance(stopped.code, int) else 1
@@ -61,13 +65,19 @@ class WarmProcesses:
 
     def run(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
         assert command[:2] == [sys.executable, "-I"], command
+        return self._forked({"argv": command[2:], "module": "", "cwd": os.getcwd()})
+
+    def package(self, name: str, words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+        """``python -m NAME WORD ...`` in a folder, of which packages are found first."""
+        return self._forked({"argv": [name, *words], "module": name, "cwd": str(cwd)})
+
+    def _forked(self, asked: dict[str, Any]) -> subprocess.CompletedProcess[str]:
         assert self.server.stdin is not None
         assert self.server.stdout is not None
-        asked = {"argv": command[2:], "cwd": os.getcwd(), "env": dict(os.environ)}
-        self.server.stdin.write(json.dumps(asked) + "\n")
+        self.server.stdin.write(json.dumps({**asked, "env": dict(os.environ)}) + "\n")
         self.server.stdin.flush()
         code, out, err = json.loads(self.server.stdout.readline())
-        return subprocess.CompletedProcess(command, code, out, err)
+        return subprocess.CompletedProcess(asked["argv"], code, out, err)
 
     def close(self) -> None:
         self.server.kill()
