@@ -107,6 +107,11 @@ class StoreOut:
         """By which the output is known to be this one."""
         return self._digest or self.plan.digest
 
+    def know(self, tensors: Mapping[str, Tensor], sources: Sequence[Source]) -> None:
+        """Learn more tensors of the plan, and the inputs."""
+        self.tensors = {**self.tensors, **tensors}
+        self.sources |= {source.name: source for source in sources}
+
     # ------------------------------------------------------------------ what is moved
 
     def schedule(self, file: PlannedFile) -> Schedule:

@@ -41,7 +41,7 @@ def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path, Plan]
     """
     saved = {}
     if request.save_plan is not None:
-        saved = _with_the_rest(plans or {Path(request.save_plan): job.executed}, job, request)
+        saved = _with_the_rest(_saved(job, request, plans), job, request)
     if not request.writes:
         report = show(job, started)
         # Only now: `show` makes the checks, and whoever carries out a plan does not make them again.
@@ -51,8 +51,11 @@ def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path, Plan]
     if getattr(request, "on", None) is None:
         return run([job], workers=request.jobs, resume=request.resume, progress=request.progress, started=started)[0]
     from adapterkit.verbs.execute import OpenPlan
+    from adapterkit.verbs.pinned import pinned
+    from adapterkit.verbs.sliced import with_slices
 
     _check(job, request)
+    job = with_slices(pinned(job))
     job.check()
     opened = OpenPlan(job.executed, job.out or "", part_size(request, job.executed), job=job)
     if request.on in WRITTEN_JOBS:
@@ -79,6 +82,16 @@ def _together(measured: Measured, tally: RunTally, started: float) -> Measured:
         notes=(*measured.notes, tally.summary),
         moved=Moved(**tally.moved) + moved(),
     )
+
+
+def _saved(job: Job, request: Any, plans: Mapping[Path, Plan] | None) -> dict[Path, Plan]:
+    """Where which plan is saved: with its inputs, and what each part needs of them."""
+    from adapterkit.verbs.pinned import pinned
+    from adapterkit.verbs.sliced import with_slices
+
+    wanted = plans or {Path(request.save_plan): job.plan}
+    jobs = [next(one for one in (job, *job.also) if one.plan is plan) for plan in wanted.values()]
+    return {path: with_slices(pinned(one)).executed for path, one in zip(wanted, jobs, strict=True)}
 
 
 def _with_the_rest(plans: Mapping[Path, Plan], job: Job, request: Any) -> dict[Path, Plan]:
