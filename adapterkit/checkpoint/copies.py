@@ -83,9 +83,7 @@ def copies(plan: Plan, part: PlanPart, seen: Seen) -> tuple[Mapping[str, Tensor]
     if sources is None:
         return None
     tensors: dict[str, Tensor] = {
-        step.tensor: Stored(
-            step.tensor, DTYPES[step.dtype], step.shape, seen.file(step.source), step.source_offset
-        )
+        step.tensor: Stored(step.tensor, DTYPES[step.dtype], step.shape, seen.file(step.source), step.source_offset)
         for step in part.steps
         if step.source is not None
     }

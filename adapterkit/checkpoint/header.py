@@ -134,7 +134,9 @@ def parse_header(read: Callable[[int, int], bytes], size: int, where: str) -> He
     some = current()
     if some is not None and where in some.inputs:  # of a header that was checked whole when the plan was made
         found = {name: entry for name, entry in found.items() if _is_in(some, where, entry, start)}
-        infos = sorted((_info(name, entry, start, where) for name, entry in found.items()), key=attrgetter("start", "stop"))
+        infos = sorted(
+            (_info(name, entry, start, where) for name, entry in found.items()), key=attrgetter("start", "stop")
+        )
         return Header({info.name: info for info in infos}, metadata, start)
     tensors = sorted(
         (_info(name, entry, start, where) for name, entry in found.items()), key=attrgetter("start", "stop")

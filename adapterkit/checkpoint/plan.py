@@ -261,9 +261,7 @@ class Plan:
             )
             maps = [dict(data[name]) for name in ("metadata", "inputs", "request", "pins")]
             peak, layout = int(data["peak_memory"]), str(data["layout"])
-            return cls(
-                files, maps[0], peak, maps[1], maps[2], FORMAT, layout, maps[3], from_data(data["slices"])
-            )
+            return cls(files, maps[0], peak, maps[1], maps[2], FORMAT, layout, maps[3], from_data(data["slices"]))
         except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise CheckpointError(
                 f"this is not a plan file ({error!r})", f"write one with {option('save_plan')}"

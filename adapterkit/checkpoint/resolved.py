@@ -69,7 +69,7 @@ class Describer:
             leaves.append((value.source.name, value.offset, value.offset + value.nbytes))
             return f"<{value.name} {value.dtype.code} {value.shape} {value.source.name} {value.offset}>"
         if kind is tuple or kind is list:
-            if kind is tuple and all([type(one) is int for one in value]):
+            if kind is tuple and set(map(type, value)) == {int}:
                 return repr(value)
             parts = [repr(one) if type(one) in _PLAIN else self._of(one, leaves, depth) for one in value]
             return f"({','.join(parts)})"
@@ -109,9 +109,13 @@ class Describer:
         if issubclass(kind, type):
             return lambda value, leaves, depth: f"{value.__module__}.{value.__qualname__}"
         if issubclass(kind, functools.partial):
-            return lambda value, leaves, depth: f"partial{self._of((value.func, value.args, value.keywords), leaves, depth)}"
+            return lambda value, leaves, depth: (
+                f"partial{self._of((value.func, value.args, value.keywords), leaves, depth)}"
+            )
         if issubclass(kind, types.MethodType):
-            return lambda value, leaves, depth: f"{value.__func__.__qualname__}.{self._of(value.__self__, leaves, depth)}"
+            return lambda value, leaves, depth: (
+                f"{value.__func__.__qualname__}.{self._of(value.__self__, leaves, depth)}"
+            )
         if issubclass(kind, types.FunctionType):
             return self._function
         if hasattr(value, "__wrapped__"):
@@ -148,10 +152,14 @@ class Describer:
             raise UndescribedError(name)
         if isinstance(value, Stored):  # of a kind of its own
             leaves.append((value.source.name, value.offset, value.offset + value.nbytes))
-        held = value.__dict__ if not slot_names else {
-            **{one: getattr(value, one) for one in slot_names if hasattr(value, one)},
-            **getattr(value, "__dict__", {}),
-        }
+        held = (
+            value.__dict__
+            if not slot_names
+            else {
+                **{one: getattr(value, one) for one in slot_names if hasattr(value, one)},
+                **getattr(value, "__dict__", {}),
+            }
+        )
         parts = [
             f"{one}={repr(inner) if type(inner) in _PLAIN else self._of(inner, leaves, depth)}"
             for one, inner in sorted(held.items())
@@ -207,15 +215,17 @@ def _hashed(said: str) -> str:
 def slices_of(plan: Plan, tensors: Mapping[str, Tensor]) -> Slices:
     """The groups of tensors that are computed, by output file."""
     describer = Describer()
-    return {file.name: groups for file in plan.files if (groups := _groups(file, tensors, describer))}
+    return {file.name: groups for file in plan.files if (groups := _groups(plan, file, tensors, describer))}
 
 
-def _groups(file: PlannedFile, tensors: Mapping[str, Tensor], describer: Describer) -> tuple[Group, ...]:
+def _groups(plan: Plan, file: PlannedFile, tensors: Mapping[str, Tensor], describer: Describer) -> tuple[Group, ...]:
     computed = [index for index, step in enumerate(file.steps) if step.source is None]
     found = []
     for low, high in pairwise([*range(0, len(computed), GROUP), len(computed)]):
         some = computed[low:high]
         digest, leaves = described([file.steps[index].tensor for index in some], tensors, describer)
+        if not {name for name, _, _ in leaves} <= plan.inputs.keys():
+            digest = ""  # of bytes that are in no file
         found.append(Group(some[0], some[-1] + 1 - some[0], digest, joined(leaves)))
     return tuple(found)
 

@@ -48,9 +48,9 @@ class Slices:
     def open(self, part: PlanPart) -> Opened | None:
         """The tensors of a part, and all files of the plan's inputs; None where the whole plan has to be opened, or will have
         cost less than slices by now."""
-        found = copies(self._plan, part, self._seen)
-        if found is not None:
-            return found
+        copied = copies(self._plan, part, self._seen)
+        if copied is not None:
+            return copied
         key = (part.file.name, part.start, part.stop)
         if self._last is not None and self._last[0] == key:
             return self._last[1]
