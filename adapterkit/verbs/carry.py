@@ -123,12 +123,12 @@ def _check(job: Job, request: Any) -> None:
     Raises:
         UsageError: it has no parts, or asks for what one process has to do.
     """
-    from adapterkit.verbs.execute import has_parts
+    from adapterkit.verbs.execute import has_parts, no_parts
 
     if job.out is None:
         raise UsageError("nothing says where the output goes", "add -o OUT")
     if not has_parts(job.executed):
-        raise UsageError("this plan has no parts: its files are known when its values are", f"leave out {option('on')}")
+        raise no_parts(job.executed, f"leave out {option('on')}")
     # Results are judged when all of them are there.
     for name in ("fidelity", *LIMITS) if job.results is None else ():
         asked = getattr(request, name, None)
@@ -270,12 +270,10 @@ def write_files(opened: OpenPlan, request: Any, plan: Path | None = None) -> tup
 def forecast_in(report: Any, job: Job, request: Any) -> Any:
     """A report of what would be done, with what workers would take."""
     from adapterkit.verbs.engines.forecast import forecast
-    from adapterkit.verbs.execute import OpenPlan, has_parts
+    from adapterkit.verbs.execute import OpenPlan, has_parts, no_parts
 
     if not has_parts(job.executed):
-        raise UsageError(
-            "this plan has no parts: its files are known when its values are", f"leave out {option('workers')}"
-        )
+        raise no_parts(job.executed, f"leave out {option('workers')}")
     parts = OpenPlan(job.executed, "", part_size(request, job.executed)).parts
     rate, jobs = parse_rate(request.bandwidth), request.jobs or default_jobs()
     found = tuple(forecast(parts, count, bandwidth=rate, price=request.price, jobs=jobs) for count in request.counts)

@@ -60,7 +60,7 @@ class OpenPlan:
     def parts(self) -> list[PlanPart]:
         """The parts, in the order of the files."""
         if not has_parts(self.plan):
-            raise UsageError("this plan has no parts: its files are known when its values are", "execute it whole")
+            raise no_parts(self.plan, "execute it whole")
         return cut(self.plan, self._part_size)
 
     @cached_property
@@ -444,6 +444,21 @@ def execute(
 def has_parts(plan: Plan) -> bool:
     """Whether the files of a plan can be executed one at a time."""
     return plan.request.get(STAGED) is not True
+
+
+def no_parts(plan: Plan, hint: str) -> UsageError:
+    """What is said of a plan whose files cannot be executed one at a time."""
+    from adapterkit.requests.formats import formats
+
+    to = str(plan.request.get("to") or "")
+    form = formats().get(to)
+    if form is not None and form.planner.startswith("compressor:"):
+        why = f"{to} is written by llm-compressor, which quantizes each layer by what the layers before it put out"
+    elif form is not None and form.adapter:
+        why = f"the ranks of a computed adapter ({to}) are known when its values are, and it is small"
+    else:
+        why = "its files are known when its values are"
+    return UsageError(f"this plan has no parts: {why}", hint)
 
 
 def _again(plan: Plan, out: Path | Address) -> Job:
