@@ -198,6 +198,22 @@ class OpenPlan:
             for other in self.job.also:
                 replace(other, force=force).check_target(resume=True)
 
+    def check_task(self, *, force: bool = False) -> None:
+        """As `check`, for one task of many on a disk as far as no input has to be opened for it: each part sees that it lies in
+        no input and has room, and the task that makes the output makes all checks.
+
+        Raises:
+            UsageError, OutputError, CheckpointError
+        """
+        if isinstance(self.out, Address) or self.has_results:
+            self.check(force=force)
+            return
+        check_pins(self.plan.pins)
+        targets = [self.out, *(self.plan.targets(self.out).values() if self.plan.layout == "file" else ())]
+        there = next((path for path in targets if os.path.lexists(path)), None)
+        if there is not None and not force:
+            raise OutputError(f"{there} exists", f"choose another name, or replace it with {option('force', True)}")
+
     def _beside(self, *, force: bool) -> list[Any]:
         """What goes next to the output."""
         return [replace(cast("Any", one), force=force) for one in self.job.beside]

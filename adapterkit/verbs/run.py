@@ -138,7 +138,7 @@ def _task(opened: OpenPlan, request: RunRequest, told: RunReport, started: float
     # What is older than the plan was not made by this job; `check` refuses it.
     if opened.is_there() and opened.is_newer_than(Path(request.plan)):
         return replace(told, finished=True, notes=(f"{opened.out} is there already",))
-    opened.check(force=request.force)
+    opened.check_task(force=request.force)
     if request.force:
         opened.take_over()
     share = {part.index for part in shares(opened.parts, request.tasks)[request.task]}
