@@ -17,7 +17,7 @@ from adapterkit.errors import AdapterkitError
 from adapterkit.places import address_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from adapterkit.checkpoint.cut import PlanPart
     from adapterkit.checkpoint.objects import ObjectFolder
@@ -26,9 +26,14 @@ if TYPE_CHECKING:
 
 
 class Seen:
-    """Files by the names that a plan gives them, as far as those say where they lie; each is looked for once."""
+    """Files by the names that a plan gives them, as far as those say where they lie; each is looked for once.
 
-    def __init__(self) -> None:
+    Args:
+        loose: names of files that the user gave themselves, so that their folders are nobody's.
+    """
+
+    def __init__(self, loose: Collection[str] = ()) -> None:
+        self._loose = loose
         self._files: dict[str, Source] = {}
         self._folders: dict[str, ObjectFolder] = {}
 
@@ -46,13 +51,15 @@ class Seen:
     def _open(self, name: str) -> Source:
         address = address_of(name)
         if address is None:
-            return LocalFile(Path(name), name)
+            return LocalFile(Path(name), name, loose=name in self._loose)
         from adapterkit.checkpoint.objects import ObjectFolder
 
         folder = str(address.parent)
         if folder not in self._folders:
             self._folders[folder] = ObjectFolder(address.parent)
-        return self._folders[folder].open(address.name)
+        found = self._folders[folder].open(address.name)
+        found.loose = name in self._loose
+        return found
 
 
 def is_planned(source: Source, said: str) -> bool:
@@ -66,9 +73,10 @@ def planned_sources(plan: Plan, seen: Seen, used: Iterable[str]) -> list[Source]
     """All files of the plan's inputs, of which those that are used are the plan's; None where one is not, or not here."""
     try:
         sources = {name: seen.file(name) for name in plan.inputs}
+        needed = {name for name, source in sources.items() if source.version} | set(used)
         if any(not plan.inputs[name].startswith(f"{source.size}:") for name, source in sources.items()):
             return None
-        return list(sources.values()) if all(is_planned(sources[name], plan.inputs[name]) for name in used) else None
+        return list(sources.values()) if all(is_planned(sources[name], plan.inputs[name]) for name in needed) else None
     except AdapterkitError:
         return None  # no file here by that name: whoever opens the inputs as the verb does finds them, or says why not
 

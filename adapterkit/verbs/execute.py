@@ -52,7 +52,7 @@ class OpenPlan:
     ) -> None:
         self.plan, self.out = plan, writable(out, "the output")
         self._part_size, self._job = part_size, job
-        self._slices = Slices(plan, lambda: _replanned(plan, self.out))
+        self._slices = Slices(plan, lambda: _replanned(plan, self.out), inputs_of(plan))
         self._alone: StoreOut | None = None
         self._checked = False
 

@@ -37,11 +37,12 @@ class Slices:
     Args:
         plan: that is executed.
         replan: plans again what the plan asks for, of inputs as they are opened at that moment.
+        named: the inputs as the user gave them.
     """
 
-    def __init__(self, plan: Plan, replan: Callable[[], Job]) -> None:
+    def __init__(self, plan: Plan, replan: Callable[[], Job], named: Sequence[str] = ()) -> None:
         self._plan, self._replan = plan, replan
-        self._seen = Seen()
+        self._seen = Seen(named)
         self._last: tuple[object, Opened] | None = None
         self._spent = 0.0
 
@@ -102,7 +103,9 @@ class Slices:
             return f"{missing} is not opened"
         for source in sources:
             said = plan.inputs.get(source.name, "")
-            if not said.startswith(f"{source.size}:") or (source.name in some.wanted and not is_planned(source, said)):
+            if not said.startswith(f"{source.size}:") or (
+                (source.version or source.name in some.wanted) and not is_planned(source, said)
+            ):
                 return f"{source.name} changed"
         if unseen(plan.pins):
             now = pins_of(sources)
