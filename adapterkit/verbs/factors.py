@@ -25,6 +25,7 @@ from adapterkit.checkpoint.results import STAGED, Result, planned_results
 from adapterkit.checkpoint.write import Room, Writing, identity
 from adapterkit.dtypes import F32
 from adapterkit.errors import UnsupportedAdapter, option
+from adapterkit.ops.threads import FEW
 from adapterkit.places import here
 from adapterkit.verbs.ordered import in_order
 from adapterkit.verbs.report import ModuleRank
@@ -154,7 +155,7 @@ class FactorWork:
         def work(at: int) -> tuple[int, tuple[int, Sequence[Truncated]] | None]:
             return at, self.compute(self.slots[at])
 
-        for at, found in in_order(work, todo, room.jobs, [self.sizes[at] for at in todo], room.progress):
+        for at, found in in_order(work, todo, room.jobs, [self.sizes[at] for at in todo], room.progress, FEW):
             if found is not None:
                 before, cuts = found
                 slot = self.slots[at]
