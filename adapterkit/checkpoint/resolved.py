@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 from adapterkit._version import __version__
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.files import Source
-from adapterkit.checkpoint.slices import GROUP, Group, joined
+from adapterkit.checkpoint.slices import GROUP, Group, Slice, joined
 from adapterkit.checkpoint.tensor import Stored, Tensor
 from adapterkit.dtypes import DType
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from adapterkit.checkpoint.cut import PlanPart
     from adapterkit.checkpoint.plan import Plan, PlannedFile
     from adapterkit.checkpoint.slices import Slices
 
@@ -238,3 +239,41 @@ def described(
         return (describer or Describer()).digest([tensors[name] for name in names])
     except (UndescribedError, KeyError, RecursionError):
         return "", []
+
+
+def slice_of(plan: Plan, part: PlanPart) -> tuple[Slice, list[Group]] | None:
+    """What to open for a part, and the groups whose tensors it computes; None where the plan does not say that."""
+    groups = _groups_of(plan, part.file, part)
+    if groups is None:
+        return None
+    wanted = [(step.source, step.source_offset, step.source_offset + step.nbytes) for step in part.steps if step.source]
+    wanted += [(name, *one) for group in groups for name, ranges in group.reads.items() for one in ranges]
+    # An adapter that has no part in these tensors is opened too, for a change of its own: without any it would be none.
+    folders = {_folder(name) for name, _, _ in wanted}
+    for group in (one for groups_of in plan.slices.values() for one in groups_of):
+        for name in group.reads:
+            if _folder(name) not in folders:
+                folders |= set(map(_folder, group.reads))
+                wanted += [(other, *one) for other, ranges in group.reads.items() for one in ranges]
+                break
+    return Slice(frozenset(plan.inputs), joined(wanted)), groups
+
+
+def _folder(name: str) -> str:
+    return name.rpartition("/")[0]
+
+
+def _groups_of(plan: Plan, file: PlannedFile, part: PlanPart) -> list[Group] | None:
+    held = plan.slices.get(file.name)
+    if held is None or file.verbatim is not None:
+        return None
+    places = [index for index, step in enumerate(file.steps) if part.start <= step.offset < part.stop]
+    computed = [index for index in places if file.steps[index].source is None]
+    if part.whole:
+        computed = [index for index, step in enumerate(file.steps) if step.source is None]
+    if not computed:
+        return []
+    low, high = computed[0], computed[-1] + 1
+    groups = [group for group in held if group.overlaps(low, high)]
+    covered = {index for group in groups for index in range(group.first, group.first + group.count)}
+    return groups if covered >= set(computed) and all(group.digest for group in groups) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from adapterkit.checkpoint.files import LocalFile, Source, fingerprint
 from adapterkit.checkpoint.objects import object_file
@@ -13,23 +13,25 @@ from adapterkit.checkpoint.pins import pin, pins_of
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.plan import Plan
-    from adapterkit.verbs.job import Job
+
+AnyJob = TypeVar("AnyJob")  # a `Job`; that module asks for this one
 
 NAMED = ("imatrix", "calibration")  # options that name a file which decides values
 
 
-def pinned(job: Job) -> Job:
+def pinned(job: AnyJob) -> AnyJob:
     """The job, and those that are written in its pass, with plans that hold their inputs.
 
     Raises:
         CheckpointError: an input changed since it was read.
     """
-    made = replace(job, plan=pinned_plan(job.plan, job.sources), also=tuple(map(pinned, job.also)))
-    if job.results is None:
-        return made
-    found = job.results()
-    results = replace(found, plan=pinned_plan(found.plan, job.sources))
-    return replace(made, results=lambda: results)
+    given: Any = job
+    made = replace(given, plan=pinned_plan(given.plan, given.sources), also=tuple(map(pinned, given.also)))
+    if given.results is None:
+        return made  # type: ignore[no-any-return]
+    found = given.results()
+    results = replace(found, plan=pinned_plan(found.plan, given.sources))
+    return replace(made, results=lambda: results)  # type: ignore[no-any-return]
 
 
 def pinned_plan(plan: Plan, sources: Sequence[Source]) -> Plan:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from adapterkit.checkpoint.copies import Seen, copies, is_planned
 from adapterkit.checkpoint.pins import compare, pins_of, unseen
 from adapterkit.checkpoint.plan import step_of
-from adapterkit.checkpoint.resolved import Describer, described, slices_of
-from adapterkit.checkpoint.slices import only, slice_of
+from adapterkit.checkpoint.resolved import Describer, described, slice_of, slices_of
+from adapterkit.checkpoint.slices import only
 
 if TYPE_CHECKING:
     from collections.abc import Callable
