@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.tensor import Tensor
 
 
-class Seen:
+class SeenFiles:
     """Files by the names that a plan gives them, as far as those say where they lie; each is looked for once.
 
     Args:
@@ -69,7 +69,7 @@ def is_planned(source: Source, said: str) -> bool:
     return fingerprint(source) == said
 
 
-def planned_sources(plan: Plan, seen: Seen, used: Iterable[str]) -> list[Source] | None:
+def planned_sources(plan: Plan, seen: SeenFiles, used: Iterable[str]) -> list[Source] | None:
     """All files of the plan's inputs, of which those that are used are the plan's; None where one is not, or not here."""
     try:
         sources = {name: seen.file(name) for name in plan.inputs}
@@ -81,7 +81,7 @@ def planned_sources(plan: Plan, seen: Seen, used: Iterable[str]) -> list[Source]
         return None  # no file here by that name: whoever opens the inputs as the verb does finds them, or says why not
 
 
-def copies(plan: Plan, part: PlanPart, seen: Seen) -> tuple[Mapping[str, Tensor], list[Source]] | None:
+def copies(plan: Plan, part: PlanPart, seen: SeenFiles) -> tuple[Mapping[str, Tensor], list[Source]] | None:
     """The tensors of a part that only copies, and all files of the plan's inputs; None for another."""
     if any(step.source is None or step.dtype not in DTYPES for step in part.steps):
         return None

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit._version import __version__
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.files import Source
-from adapterkit.checkpoint.slices import GROUP, Group, Slice, joined
+from adapterkit.checkpoint.slices import GROUP, StepGroup, Slice, joined
 from adapterkit.checkpoint.tensor import Stored, Tensor
 from adapterkit.dtypes import DType
 
@@ -219,7 +219,9 @@ def slices_of(plan: Plan, tensors: Mapping[str, Tensor]) -> Slices:
     return {file.name: groups for file in plan.files if (groups := _groups(plan, file, tensors, describer))}
 
 
-def _groups(plan: Plan, file: PlannedFile, tensors: Mapping[str, Tensor], describer: Describer) -> tuple[Group, ...]:
+def _groups(
+    plan: Plan, file: PlannedFile, tensors: Mapping[str, Tensor], describer: Describer
+) -> tuple[StepGroup, ...]:
     computed = [index for index, step in enumerate(file.steps) if step.source is None]
     found = []
     for low, high in pairwise([*range(0, len(computed), GROUP), len(computed)]):
@@ -227,7 +229,7 @@ def _groups(plan: Plan, file: PlannedFile, tensors: Mapping[str, Tensor], descri
         digest, leaves = described([file.steps[index].tensor for index in some], tensors, describer)
         if not {name for name, _, _ in leaves} <= plan.inputs.keys():
             digest = ""  # of bytes that are in no file
-        found.append(Group(some[0], some[-1] + 1 - some[0], digest, joined(leaves)))
+        found.append(StepGroup(some[0], some[-1] + 1 - some[0], digest, joined(leaves)))
     return tuple(found)
 
 
@@ -241,7 +243,7 @@ def described(
         return "", []
 
 
-def slice_of(plan: Plan, part: PlanPart) -> tuple[Slice, list[Group]] | None:
+def slice_of(plan: Plan, part: PlanPart) -> tuple[Slice, list[StepGroup]] | None:
     """What to open for a part, and the groups whose tensors it computes; None where the plan does not say that."""
     groups = _groups_of(plan, part.file, part)
     if groups is None:
@@ -263,7 +265,7 @@ def _folder(name: str) -> str:
     return name.rpartition("/")[0]
 
 
-def _groups_of(plan: Plan, file: PlannedFile, part: PlanPart) -> list[Group] | None:
+def _groups_of(plan: Plan, file: PlannedFile, part: PlanPart) -> list[StepGroup] | None:
     held = plan.slices.get(file.name)
     if held is None or file.verbatim is not None:
         return None

@@ -24,7 +24,7 @@ Ranges = dict[str, list[tuple[int, int]]]  # by name of an input: starts and sto
 
 
 @dataclass(frozen=True)
-class Group:
+class StepGroup:
     """Tensors of one output file that follow each other.
 
     Attributes:
@@ -42,7 +42,7 @@ class Group:
         return self.first < high and low < self.first + self.count
 
 
-Slices = Mapping[str, tuple[Group, ...]]
+Slices = Mapping[str, tuple[StepGroup, ...]]
 """By output file."""
 
 
@@ -131,7 +131,7 @@ def from_data(data: Mapping[str, Any]) -> Slices:
     names = [str(name) for name in data["names"]]
     return {
         str(file): tuple(
-            Group(
+            StepGroup(
                 int(first),
                 int(count),
                 str(digest),

@@ -23,7 +23,7 @@ from adapterkit.stores.meter import Meter, moving
 from adapterkit.verbs.job import Job, Measured, Progress, peak_memory, run
 from adapterkit.verbs.pinned import pinned
 from adapterkit.verbs.report import PartReport
-from adapterkit.verbs.sliced import Slices
+from adapterkit.verbs.sliced import PartOpener
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
@@ -52,7 +52,7 @@ class OpenPlan:
     ) -> None:
         self.plan, self.out = plan, writable(out, "the output")
         self._part_size, self._job = part_size, job
-        self._slices = Slices(plan, lambda: _replanned(plan, self.out), inputs_of(plan))
+        self._slices = PartOpener(plan, lambda: _replanned(plan, self.out), inputs_of(plan))
         self._alone: StoreOut | None = None
         self._checked = False
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from adapterkit.checkpoint.copies import Seen, copies, is_planned
+from adapterkit.checkpoint.copies import SeenFiles, copies, is_planned
 from adapterkit.checkpoint.pins import compare, pins_of, unseen
 from adapterkit.checkpoint.plan import step_of
 from adapterkit.checkpoint.resolved import Describer, described, slice_of, slices_of
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.cut import PlanPart
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.plan import Plan
-    from adapterkit.checkpoint.slices import Group, Slice
+    from adapterkit.checkpoint.slices import StepGroup, Slice
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.verbs.job import Job
 
@@ -31,7 +31,7 @@ A_TENSOR = 30e-6  # seconds that it takes to open each tensor of a plan
 LEAST = 0.5  # seconds of slices that are always worth it
 
 
-class Slices:
+class PartOpener:
     """Opens parts of a plan, each alone.
 
     Args:
@@ -42,7 +42,7 @@ class Slices:
 
     def __init__(self, plan: Plan, replan: Callable[[], Job], named: Sequence[str] = ()) -> None:
         self._plan, self._replan = plan, replan
-        self._seen = Seen(named)
+        self._seen = SeenFiles(named)
         self._last: tuple[object, Opened] | None = None
         self._spent = 0.0
 
@@ -65,7 +65,7 @@ class Slices:
             self._last = (key, found)
         return found
 
-    def _sliced(self, part: PlanPart, some: Slice, groups: Sequence[Group]) -> Opened | None:
+    def _sliced(self, part: PlanPart, some: Slice, groups: Sequence[StepGroup]) -> Opened | None:
         """A part that was planned alone, if that came out as in the plan."""
         try:
             with only(some):
@@ -81,7 +81,7 @@ class Slices:
         log.debug("part %d of %s is opened alone: %d inputs", part.index, part.file.name, len(some.wanted))
         return tensors, job.sources
 
-    def _different(self, part: PlanPart, groups: Sequence[Group], tensors: Mapping[str, Tensor]) -> str:
+    def _different(self, part: PlanPart, groups: Sequence[StepGroup], tensors: Mapping[str, Tensor]) -> str:
         """What came out otherwise."""
         for step in part.steps:
             if step.tensor not in tensors or step_of(tensors[step.tensor], step.offset) != step:

@@ -18,7 +18,7 @@ from adapterkit.errors import CheckpointError
 from adapterkit.gguf import vocab
 from adapterkit.verbs import outputs
 from adapterkit.verbs.execute import OpenPlan
-from adapterkit.verbs.sliced import Slices
+from adapterkit.verbs.sliced import PartOpener
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 WIDTH = 32
@@ -221,8 +221,8 @@ def test_a_worker_that_executes_many_parts_opens_the_whole_plan_once(
     monkeypatch.setattr(module, "LEAST", 0.0)
     monkeypatch.setattr(module, "A_TENSOR", 1e-9)
     asked: list[object] = []
-    opened = Slices._sliced
-    monkeypatch.setattr(Slices, "_sliced", lambda self, *given: asked.append(given) or opened(self, *given))
+    opened = PartOpener._sliced
+    monkeypatch.setattr(PartOpener, "_sliced", lambda self, *given: asked.append(given) or opened(self, *given))
     for index in range(len(worker.parts)):
         worker.execute(index)
     assert len(asked) == 1
