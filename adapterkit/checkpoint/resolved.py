@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit._version import __version__
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.files import Source
-from adapterkit.checkpoint.slices import GROUP, StepGroup, Slice, joined
+from adapterkit.checkpoint.slices import GROUP, Slice, StepGroup, joined
 from adapterkit.checkpoint.tensor import Stored, Tensor
 from adapterkit.dtypes import DType
 

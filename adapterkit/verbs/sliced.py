@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.cut import PlanPart
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.plan import Plan
-    from adapterkit.checkpoint.slices import StepGroup, Slice
+    from adapterkit.checkpoint.slices import Slice, StepGroup
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.verbs.job import Job
 
