@@ -5,21 +5,30 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adapterkit.cli.output import Progress, say, show_json, size
-from adapterkit.cli.paths import LocalPath
+from adapterkit.cli.paths import FILE_THERE
 from adapterkit.cli.run import failed
+from adapterkit.cli.verification import OWN, check_of_plan, deliver
 
 if TYPE_CHECKING:
+    from adapterkit.places import Address
     from adapterkit.verbs.execute import OpenPlan
 
 
+def _of_verification(command: click.Command) -> click.Command:
+    """The command, with what is done with a report."""
+    command.params.extend(OWN)
+    return command
+
+
+@_of_verification
 @click.command(name="execute", short_help="Execute a saved plan, or one part of it.")
-@click.argument("plan", type=LocalPath(exists=True, dir_okay=False, path_type=Path))
-@click.option("-o", "--out", required=True, type=click.Path(), help="The folder to make, here or in a store.")
+@click.argument("plan", type=FILE_THERE)
+@click.option("-o", "--out", required=True, type=FILE_THERE, help="The folder to make, here or in a store.")
 @click.option("--part", type=click.IntRange(0), help="Only this part; the folder appears when all parts are finished.")
 @click.option("--part-size", metavar="SIZE", help="Work of a part, like 1GB; by default a part is a file.")
 @click.option("--finish", is_flag=True, help="All parts are done: make the folder.")
@@ -28,8 +37,8 @@ if TYPE_CHECKING:
 @click.option("--served", is_flag=True, hidden=True, help="Execute the parts whose numbers stand on standard input.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
-    plan: Path,
-    out: str,
+    plan: Path | Address,
+    out: Path | Address,
     part: int | None,
     part_size: str | None,
     finish: bool,
@@ -37,6 +46,7 @@ def command(
     force: bool,
     served: bool,
     as_json: bool,
+    **asked: Any,
 ) -> int:
     """Execute a PLAN that --save-plan of a verb wrote.
 
@@ -50,11 +60,13 @@ def command(
     """
     from adapterkit.checkpoint.plan import MOST_PLAN, Plan, parse_size
     from adapterkit.disk import read_regular
+    from adapterkit.stores.files import brought
     from adapterkit.verbs.execute import OpenPlan, execute, has_parts
 
     if part is not None and finish:
         raise click.UsageError("--part and --finish exclude each other: parts come first.")
-    loaded = Plan.from_json(read_regular(plan, MOST_PLAN))
+    loaded = Plan.from_json(read_regular(brought(plan), MOST_PLAN, str(plan)))
+    check_of_plan(asked, loaded, part is None and not served)
     opened = OpenPlan(loaded, out, None if part_size is None else parse_size(part_size))
     if served:
         _serve(opened, jobs)
@@ -69,6 +81,8 @@ def command(
                 report = opened.execute(index, jobs=jobs, progress=progress)
         if part is None:
             report = opened.finish(force=force)
+    if part is None and hasattr(report, "findings"):
+        deliver(report, **asked)
     if as_json:
         show_json(report)
     elif part is not None:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from adapterkit import disk
 from adapterkit.checkpoint.plan import default_jobs, parse_size
 from adapterkit.errors import OutputError, UsageError, option
-from adapterkit.places import here
+from adapterkit.places import Address, here
 from adapterkit.requests.groups import LIMITS
 from adapterkit.requests.option import RUN
 from adapterkit.requests.workers import LOCAL, RAY, WRITTEN_JOBS, parse_rate
+from adapterkit.stores.files import deliver
 from adapterkit.stores.meter import Moved, moved
 from adapterkit.verbs.job import Job, Measured, run, show
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 PLAN_FILE = ".plan.json"  # in the hidden folder, for workers
 
 
-def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path, Plan] | None = None) -> Any:
+def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path | Address, Plan] | None = None) -> Any:
     """Do with a job what its request says: show it, save its plan, or carry it out, here or by workers.
 
     Args:
@@ -41,18 +42,21 @@ def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path, Plan]
     """
     saved = {}
     if request.save_plan is not None:
-        saved = _with_the_rest(plans or {Path(request.save_plan): job.executed}, job, request)
+        saved = _with_the_rest(_saved(job, request, plans), job, request)
     if not request.writes:
         report = show(job, started)
         # Only now: `show` makes the checks, and whoever carries out a plan does not make them again.
         for path, plan in saved.items():
-            disk.deliver(path, plan.to_json().encode())
+            deliver(path, plan.to_json().encode())
         return forecast_in(report, job, request) if getattr(request, "workers", None) else report
     if getattr(request, "on", None) is None:
         return run([job], workers=request.jobs, resume=request.resume, progress=request.progress, started=started)[0]
     from adapterkit.verbs.execute import OpenPlan
+    from adapterkit.verbs.pinned import pinned
+    from adapterkit.verbs.sliced import with_slices
 
     _check(job, request)
+    job = with_slices(pinned(job))
     job.check()
     opened = OpenPlan(job.executed, job.out or "", part_size(request, job.executed), job=job)
     if request.on in WRITTEN_JOBS:
@@ -81,7 +85,17 @@ def _together(measured: Measured, tally: RunTally, started: float) -> Measured:
     )
 
 
-def _with_the_rest(plans: Mapping[Path, Plan], job: Job, request: Any) -> dict[Path, Plan]:
+def _saved(job: Job, request: Any, plans: Mapping[Path | Address, Plan] | None) -> dict[Path | Address, Plan]:
+    """Where which plan is saved: with its inputs, and what each part needs of them."""
+    from adapterkit.verbs.pinned import pinned
+    from adapterkit.verbs.sliced import with_slices
+
+    wanted = plans or {request.save_plan: job.plan}
+    jobs = [next(one for one in (job, *job.also) if one.plan is plan) for plan in wanted.values()]
+    return {path: with_slices(pinned(one)).executed for path, one in zip(wanted, jobs, strict=True)}
+
+
+def _with_the_rest(plans: Mapping[Path | Address, Plan], job: Job, request: Any) -> dict[Path | Address, Plan]:
     """Plans with what was asked for beside their output. Of several, the tower's file stands beside the first.
 
     Raises:
@@ -96,8 +110,9 @@ def _with_the_rest(plans: Mapping[Path, Plan], job: Job, request: Any) -> dict[P
             f"{option(measured)} is measured while one process writes, which a plan does not say",
             f"leave out {option('save_plan')}, or verify the output",
         )
-    rest = {name: str(asked[name]) if isinstance(asked[name], Path) else asked[name] for name in RESTS if name in asked}
-    found: dict[Path, Plan] = {}
+    given = {name: asked[name] for name in RESTS if name in asked}
+    rest = {name: str(one) if isinstance(one, (Path, Address)) else one for name, one in given.items()}
+    found: dict[Path | Address, Plan] = {}
     for path, plan in plans.items():
         found[path] = replace(plan, request={**plan.request, REST: rest}) if rest else plan
         rest = {name: value for name, value in rest.items() if name != "mmproj"}
@@ -110,12 +125,12 @@ def _check(job: Job, request: Any) -> None:
     Raises:
         UsageError: it has no parts, or asks for what one process has to do.
     """
-    from adapterkit.verbs.execute import has_parts
+    from adapterkit.verbs.execute import has_parts, no_parts
 
     if job.out is None:
         raise UsageError("nothing says where the output goes", "add -o OUT")
     if not has_parts(job.executed):
-        raise UsageError("this plan has no parts: its files are known when its values are", f"leave out {option('on')}")
+        raise no_parts(job.executed, f"leave out {option('on')}")
     # Results are judged when all of them are there.
     for name in ("fidelity", *LIMITS) if job.results is None else ():
         asked = getattr(request, name, None)
@@ -242,7 +257,7 @@ def _written(opened: OpenPlan, request: Any, started: float) -> Any:
     return job.report(Measured(seconds, job.plan.peak_memory, plan=job.plan, notes=notes, dry_run=True))
 
 
-def write_files(opened: OpenPlan, request: Any, plan: Path | None = None) -> tuple[str, ...]:
+def write_files(opened: OpenPlan, request: Any, plan: Path | Address | None = None) -> tuple[str, ...]:
     """Write the files of a job for a scheduler; what to tell the user. See `adapterkit.verbs.engines.written.write_job`.
 
     Args:
@@ -250,19 +265,22 @@ def write_files(opened: OpenPlan, request: Any, plan: Path | None = None) -> tup
     """
     from adapterkit.verbs.engines.written import write_job
 
-    where = Path(request.plan).absolute() if plan is None else plan
+    where = _shared(request.plan) if plan is None else plan
     return write_job(opened, where, request, workers_of(request), part_size(request, opened.plan))
+
+
+def _shared(plan: Any) -> Path | Address:
+    """A plan file as workers elsewhere name it."""
+    return plan if isinstance(plan, Address) else Path(plan).absolute()
 
 
 def forecast_in(report: Any, job: Job, request: Any) -> Any:
     """A report of what would be done, with what workers would take."""
     from adapterkit.verbs.engines.forecast import forecast
-    from adapterkit.verbs.execute import OpenPlan, has_parts
+    from adapterkit.verbs.execute import OpenPlan, has_parts, no_parts
 
     if not has_parts(job.executed):
-        raise UsageError(
-            "this plan has no parts: its files are known when its values are", f"leave out {option('workers')}"
-        )
+        raise no_parts(job.executed, f"leave out {option('workers')}")
     parts = OpenPlan(job.executed, "", part_size(request, job.executed)).parts
     rate, jobs = parse_rate(request.bandwidth), request.jobs or default_jobs()
     found = tuple(forecast(parts, count, bandwidth=rate, price=request.price, jobs=jobs) for count in request.counts)

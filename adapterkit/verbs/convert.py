@@ -23,6 +23,7 @@ from adapterkit.verbs.conversions.adapters import filed
 from adapterkit.verbs.conversions.conversion import Conversion
 from adapterkit.verbs.job import Recorder
 from adapterkit.verbs.ladder import abreast, plans_of, rungs
+from adapterkit.verbs.pinned import pinned_plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +44,8 @@ def plan_convert(request: ConvertPlanRequest) -> Conversion:
 
     With ``headers_only`` a source on the Hub is not downloaded, so the plan can be shown but not executed.
     """
-    return planned(request, headers_only=request.headers_only)
+    made = planned(request, headers_only=request.headers_only)
+    return replace(made, plan=pinned_plan(made.plan, made.sources))
 
 
 def planned(request: ConvertRequest, *, headers_only: bool = True, named: Any = None) -> Conversion:
@@ -63,7 +65,7 @@ def planned(request: ConvertRequest, *, headers_only: bool = True, named: Any = 
             raise UsageError(f"{form.name} is a folder, not a file", "name the output without .safetensors")
         found = replace(found, plan=filed(found.plan, request.target))
     plan = replace(found.plan, request={**again, **({"staged": True} if found.stage is not None else {})})
-    folder = Path(str(source)).expanduser()
+    folder = address_of(source) or Path(str(source)).expanduser()
     return replace(
         found,
         src=found.src if named is None else str(named),
@@ -74,7 +76,7 @@ def planned(request: ConvertRequest, *, headers_only: bool = True, named: Any = 
         beside=beside_of(
             request,
             [request.base, source],
-            source=folder if folder.is_dir() else None,
+            source=folder if isinstance(folder, Address) or folder.is_dir() else None,
             plan=plan,
             sources=found.sources,
         ),
@@ -162,7 +164,7 @@ def _stated(request: ConvertRequest) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(one) for one in value]
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, (Path, Address)) else value
 
 
 def _recorder(planned: Conversion, src: Any, request: ConvertRequest) -> Recorder:

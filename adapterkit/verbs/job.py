@@ -224,6 +224,10 @@ def run(
     from adapterkit.checkpoint.write import write_together
 
     started = time.monotonic() if started is None else started
+    if any(isinstance(job.out, Address) for job in jobs):
+        from adapterkit.verbs.pinned import pinned
+
+        jobs = [pinned(job) for job in jobs]  # a run that goes on with another is one of the same inputs
     for job in jobs:
         if job.out is None:
             raise UsageError("nothing says where the output goes", "add -o OUT")
@@ -272,8 +276,9 @@ def _run_to_stores(
         writings = [StoreWriting(job.in_store(), job.side, job.record) for job, _ in staged]
         sinks = write_to_stores(writings, jobs=workers, resume=resume, progress=progress)
         for (job, facts), sink, one in zip(staged[: len(jobs)], sinks, writings, strict=False):
+            notes = (*one.made.notes, *(note for beside in job.beside for note in beside.write()))
             spent = time.monotonic() - started
-            done = Measured(spent, peak_memory(), sink.reused, one.made.plan, facts, one.made.notes, moved=moved())
+            done = Measured(spent, peak_memory(), sink.reused, one.made.plan, facts, notes, moved=moved())
             reports.append(job.report(done))
     return reports
 

@@ -16,9 +16,10 @@ from adapterkit.checkpoint import odd
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.files import fingerprint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
+from adapterkit.checkpoint.slices import current
 from adapterkit.errors import AdapterkitError, CheckFailed, UsageError, option
 from adapterkit.ops.device import check_name, check_there
-from adapterkit.places import Address
+from adapterkit.places import Address, address_of
 from adapterkit.requests.call import takes
 from adapterkit.requests.merge import FOLDER, GGUF, MergeRequest
 from adapterkit.values import dataclass
@@ -244,7 +245,7 @@ class Merge:
             beside=beside_of(
                 asked,
                 [named, asked.base16, *asked.given_adapters],
-                source=_folder_of(self.base),
+                source=_place_of(self.base),
                 plan=self.plan,
                 sources=self.sources,
             ),
@@ -273,7 +274,7 @@ def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: b
     loaded = tuple(asked.narrowed(asked.told(adapter)) for adapter in given)
     _no_copy(loaded, asked)
     inputs = None
-    if fingerprints:
+    if fingerprints and current() is None:
         inputs = {s.name: fingerprint(s) for s in (*opened.sources, *(source for a in loaded for source in a.sources))}
     settings: dict[str, Any] = {
         "max_shard_size": None if asked.max_shard_size is None else parse_size(asked.max_shard_size),
@@ -600,8 +601,13 @@ def _was_gguf(base: Checkpoint) -> bool:
     """Whether the record beside a folder says that it was decoded from a GGUF file."""
     from adapterkit.provenance.record import was_converted
 
-    folder = _folder_of(base)
+    folder = _place_of(base)
     return folder is not None and was_converted(folder, "hf")
+
+
+def _place_of(base: Checkpoint) -> Path | Address | None:
+    """The folder of a Hugging Face base, here or in a store."""
+    return _folder_of(base) or (None if base.format == "gguf" else address_of(base.ref))
 
 
 def _folder_of(base: Checkpoint) -> Path | None:

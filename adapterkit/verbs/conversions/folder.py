@@ -20,6 +20,7 @@ from adapterkit.dtypes import BF16, F16, F32, FLOATS, DType
 from adapterkit.errors import UsageError, option
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.requests.merge import FEEDBACK
+from adapterkit.stores.files import brought
 from adapterkit.verbs.conversions.conversion import Conversion, count_types
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _calibration(opened: Checkpoint, kind: str, asked: ConvertRequest) -> Calibr
         return None
     from adapterkit.verbs.calibration import Calibration as Made
 
-    made = Made(lambda: dequantized(open_folder(asked, kind)), Path(asked.calibration), asked.target)
+    made = Made(lambda: dequantized(open_folder(asked, kind)), brought(asked.calibration), asked.target)
     made.check(opened.ref, opened.config)
     return made
 

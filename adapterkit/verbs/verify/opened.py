@@ -13,6 +13,7 @@ from adapterkit.checkpoint.files import check_unchanged
 from adapterkit.errors import option
 from adapterkit.requests.groups import OfAdapters
 from adapterkit.requests.verify import LEVELS
+from adapterkit.stores.files import brought
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, Thresholds, VerifyReport
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ class OpenVerification:
 
         found = inputs(self.found, self.stored, self.loaded, self.planned.weights, None)
         beside = () if self.beside is None else (residual_of(self.beside),)
-        asked = () if self.request.prompts is None else (prompts_of(Path(self.request.prompts)),)
+        asked = () if self.request.prompts is None else (prompts_of(self.request.prompts),)
         return (*found, *beside, *asked)
 
     def compared(self, jobs: int | None, progress: Progress | None) -> tuple[Judged, ...]:
@@ -114,7 +115,7 @@ class OpenVerification:
         from adapterkit.verbs.verify.tensors import level as tensor_level
 
         request, planned, beside, how, fed = self.request, self.planned, self.beside, self.how, self.fed
-        prompts = None if request.prompts is None else Path(request.prompts)
+        prompts = None if request.prompts is None else brought(request.prompts)
         around = sanity(planned, request.on_purpose)
         tensors = layers = model = pair = None
         every = list(self.every)
@@ -194,7 +195,7 @@ def opened(request: VerifyRequest) -> OpenVerification:
     from adapterkit.verbs.verify.metadata import check_keys
     from adapterkit.verbs.verify.subject import subject
 
-    prompts = None if request.prompts is None else Path(request.prompts)
+    prompts = None if request.prompts is None else brought(request.prompts)
     found, stored = open_inputs(request.merged, request.base)
     if request.depth >= LEVELS.index("tensors"):
         # torch aborts where it gets too little, and the model's class is built in transformers where that is installed.
