@@ -11,9 +11,10 @@ import errno
 import os
 import threading
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
 from adapterkit.checkpoint.cut import elements_between
@@ -24,6 +25,7 @@ from adapterkit.ops.threads import OneAtATime, settle, start_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     import torch
@@ -51,6 +53,7 @@ class _Job:
     digests: list[bytes]
     missing: int
     proof: str | None = None  # the journal's digest, to be checked before it is trusted
+    plain: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -60,11 +63,13 @@ class _Task:
 
     Attributes:
         plain: torch is not needed for it.
+        computed: it is more than a copy.
         elements: how many elements of tensors it goes on by.
     """
 
     run: Callable[[], int]
     plain: bool = True
+    computed: bool = False
     elements: float = 0
 
 
@@ -138,6 +143,8 @@ class Sink:
         self.passed = self.elements = 0.0
         """Elements of tensors that are done, and of all: outputs of one base hold the same, in other numbers of bytes."""
         self.reused = 0
+        self.needs_torch = True
+        """Whether something of what was opened is computed with it."""
 
     def run(self, parts: Sequence[PlanPart]) -> None:
         """Write parts.
@@ -167,6 +174,9 @@ class Sink:
             queues.append(_Queue(self, self._tasks(part, fd, proved), part.nbytes))
         self.total = sum(part.nbytes for part in parts)
         self.elements = sum(elements_between(part.file, part.start, part.stop) for part in parts)
+        steps = [step for part in parts if part.file.verbatim is None for step in part.steps]
+        tensors = [self._tensors[step.tensor] for step in steps]
+        self.needs_torch = not all(tensor.extent is not None or tensor.plain for tensor in tensors)
         return queues
 
     def check_sources(self) -> None:
@@ -220,19 +230,19 @@ class Sink:
                 continue
             blocks = range(0, tensor.numel, tensor.block)
             proof = proved.get((file.name, step.tensor))
-            job = _Job(file, step, tensor, fd, [b""] * len(blocks), len(blocks), proof)
+            job = _Job(file, step, tensor, fd, [b""] * len(blocks), len(blocks), proof, tensor.plain)
             if proof is not None:
-                yield _Task(partial(self._check, job), plain=False, elements=step.elements)
+                yield _Task(partial(self._check, job), job.plain, True, step.elements)
                 continue
             for index, start in enumerate(blocks):
                 count = min(tensor.block, tensor.numel - start)
                 share = step.elements * count / tensor.numel
-                yield _Task(partial(self._compute, job, index, start), plain=False, elements=share)
+                yield _Task(partial(self._compute, job, index, start), job.plain, True, share)
 
     def _compute(self, job: _Job, index: int, start: int) -> int:
         tensor = job.tensor
         stop = min(start + tensor.block, tensor.numel)
-        data = _bytes(tensor.read(start, stop))
+        data = tensor.array(start, stop).data if job.plain else _bytes(tensor.read(start, stop))
         _write(job.fd, data, job.step.offset + tensor.dtype.nbytes((start,)))
         job.digests[index] = block_digest(data)
         with job.lock:
@@ -305,14 +315,8 @@ class _Pool:
     def _worker(self) -> None:
         queue: _Queue | None = None
         try:
-            if not self._first.acquire(blocking=False):
-                self._before_torch()
-            import torch
-
-            self._ready.set()
             # Threads of our own beat torch's: those wait for each other after every operation.
-            settle()
-            with torch.inference_mode():
+            with self._torch() if any(sink.needs_torch for sink in self._sinks) else nullcontext():
                 while not self._stop.is_set():
                     if queue is None or queue.empty or self._several:
                         queue = self._next(queue)
@@ -331,12 +335,22 @@ class _Pool:
                 self._failure = self._failure or error
             self._stop.set()
 
+    def _torch(self) -> AbstractContextManager[Any]:
+        """What a thread computes with torch in; others do what they can while the first one imports it."""
+        if not self._first.acquire(blocking=False):
+            self._before_torch()
+        import torch
+
+        self._ready.set()
+        settle()
+        return torch.inference_mode()
+
     def _do(self, queue: _Queue, task: _Task) -> None:
-        if task.plain:
-            count = task.run()
-        else:
+        if task.computed:
             with self._turns.of(task.elements):
                 count = task.run()
+        else:
+            count = task.run()
         with self._count:
             queue.sink.done += count
             queue.sink.passed += task.elements

@@ -49,6 +49,7 @@ class StoreSink(Sink):
         self.done = self.total = 0
         self.passed = self.elements = 0.0
         self.reused = 0
+        self.needs_torch = True
         hold(jobs)
 
     def open(self, parts: Sequence[PlanPart]) -> list[_Queue]:

@@ -18,6 +18,8 @@ from adapterkit.errors import CheckpointError
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
     from adapterkit.checkpoint.files import Source
@@ -82,6 +84,15 @@ class Tensor(ABC):
     def read_wide(self, start: int, stop: int) -> torch.Tensor:
         """As `read`, before the rounding to this handle's dtype where the node computes in a wider one."""
         return self.read(start, stop)
+
+    @property
+    def plain(self) -> bool:
+        """Whether `array` gives the bytes without torch, whose import is a second of a short run."""
+        return False
+
+    def array(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """The bytes of elements ``start:stop``, uint8, where the tensor is `plain`."""
+        raise NotImplementedError(self.name)
 
     def raw(self) -> bytes:
         """All bytes, for small tensors: without torch where they lie in a file."""

@@ -78,13 +78,16 @@ def encode_into(
 
     Threads may call this at once on different rows; the compiled backend holds no lock while it works.
     """
-    import torch
+    import numpy as np
 
     kind = ggml_type(type_name)
+    if isinstance(rows, np.ndarray) and backend == "auto" and is_compiled(kind, importance is not None):
+        _encode_array(kind, np.ascontiguousarray(rows, dtype=np.float32), out, importance)
+        return
+    import torch
+
     x = (rows if isinstance(rows, torch.Tensor) else torch.from_numpy(rows)).detach().to(torch.float32).contiguous()
-    if x.ndim != 2 or out.shape != (x.shape[0], kind.row_bytes(x.shape[1])) or not out.flags.c_contiguous:
-        message = f"rows of shape {tuple(x.shape)} and a buffer of shape {out.shape} do not fit {kind.name}"
-        raise UsageError(message, "pass [n, columns] and a contiguous [n, bytes per row]")
+    _check_shapes(kind, tuple(x.shape), out)
     weights = _importance(kind, x, importance)
     if not x.numel():
         return
@@ -108,6 +111,59 @@ def encode_into(
         native.run(kind, x.cpu().numpy(), None if weights is None else weights.cpu().numpy(), out)
     else:
         raise UsageError(f"{kind.name} cannot be encoded", "choose another type")
+    _check_encoded(kind, x, peak, out)
+
+
+def is_compiled(kind: GGMLType, weighted: bool) -> bool:
+    """Whether numba encodes the type here, and right: then arrays are encoded without torch."""
+    if kind.encoder != "own" or find_spec("numba") is None:
+        return False
+    from adapterkit.gguf.kernels.selftest import complaint
+
+    return complaint("numba", kind.name, _uses(kind, weighted), "cpu") is None
+
+
+def _uses(kind: GGMLType, weighted: bool) -> bool:
+    """Whether importance changes what is written of the type."""
+    from adapterkit.gguf.kernels.layouts import LAYOUTS
+
+    return weighted and LAYOUTS[kind.name].given is not None
+
+
+def _encode_array(kind: GGMLType, x: Floats, out: Bytes, importance: Any) -> None:
+    """:func:`encode_into` by the compiled encoders, of arrays. What is wrong with weights is said by torch's functions."""
+    import numpy as np
+
+    from adapterkit.gguf.kernels.backends import run_compiled
+
+    _check_shapes(kind, x.shape, out)
+    weights = None
+    if importance is not None and not isinstance(importance, np.ndarray):
+        importance = importance.detach().cpu().numpy()
+    if importance is not None:
+        weights = np.ascontiguousarray(importance, dtype=np.float32)
+        _check_importance(weights.shape, x.shape[1], bool(np.isfinite(weights).all() and (weights >= 0).all()))
+    elif kind.needs_importance:
+        raise _needs_importance(kind)
+    if not x.size:
+        return
+    peak = run_compiled(kind.name, x, weights if _uses(kind, weights is not None) else None, out)
+    if not peak < LARGE:
+        import torch
+
+        _check_encoded(kind, torch.from_numpy(x), peak, out)
+
+
+def _check_shapes(kind: GGMLType, shape: tuple[int, ...], out: Bytes) -> None:
+    if len(shape) != 2 or out.shape != (shape[0], kind.row_bytes(shape[1])) or not out.flags.c_contiguous:
+        message = f"rows of shape {shape} and a buffer of shape {out.shape} do not fit {kind.name}"
+        raise UsageError(message, "pass [n, columns] and a contiguous [n, bytes per row]")
+
+
+def _check_encoded(kind: GGMLType, x: torch.Tensor, peak: float, out: Bytes) -> None:
+    """What cannot be held is refused: by the weights, and by scales that became infinite."""
+    import torch
+
     _check_weights(kind, x, peak)
     if peak >= LARGE and kind.halves:
         blocks = torch.from_numpy(out.reshape(x.shape[0], -1, kind.size))
@@ -170,16 +226,24 @@ def _importance(kind: GGMLType, x: torch.Tensor, importance: Any) -> torch.Tenso
 
     if importance is None:
         if kind.needs_importance:
-            raise UsageError(f"{kind.name} needs an importance matrix", "pass one, or choose a type of more bits")
+            raise _needs_importance(kind)
         return None
     weights = importance if isinstance(importance, torch.Tensor) else torch.from_numpy(importance)
     weights = weights.to(dtype=torch.float32, device=x.device).contiguous()
-    if weights.shape != x.shape[1:]:
-        message = f"importance of shape {tuple(weights.shape)} does not fit rows of {x.shape[1]} weights"
-        raise UsageError(message, "pass one number per column")
-    if find_non_finite(weights[None]) is not None or bool((weights < 0).any()):
-        raise UsageError("importance has negative or non-finite numbers", "compute the importance matrix again")
+    _check_importance(tuple(weights.shape), x.shape[1], bool((torch.isfinite(weights) & (weights >= 0)).all()))
     return weights
+
+
+def _needs_importance(kind: GGMLType) -> UsageError:
+    return UsageError(f"{kind.name} needs an importance matrix", "pass one, or choose a type of more bits")
+
+
+def _check_importance(shape: tuple[int, ...], columns: int, right: bool) -> None:
+    if shape != (columns,):
+        message = f"importance of shape {shape} does not fit rows of {columns} weights"
+        raise UsageError(message, "pass one number per column")
+    if not right:
+        raise UsageError("importance has negative or non-finite numbers", "compute the importance matrix again")
 
 
 def _check_weights(kind: GGMLType, x: torch.Tensor, peak: float) -> None:
@@ -205,10 +269,9 @@ def _refuse(kind: GGMLType, bad: torch.Tensor, block: int) -> None:
 
 def _run(kind: GGMLType, x: torch.Tensor, weights: torch.Tensor | None, out: Bytes, backend: Backend) -> float:
     """Encode with the first backend that passes its self-test; the largest magnitude, infinity for NaN."""
-    from adapterkit.gguf.kernels.layouts import LAYOUTS
     from adapterkit.gguf.kernels.selftest import complaint
 
-    if LAYOUTS[kind.name].given is None:
+    if not _uses(kind, weights is not None):
         weights = None
     candidates = _candidates(x, backend)
     for name in candidates:

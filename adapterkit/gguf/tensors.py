@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
-from adapterkit.checkpoint.tensor import BLOCK, Cast, Stored, Tensor
+from adapterkit.checkpoint.tensor import BLOCK, Cast, Renamed, Stored, Tensor
 from adapterkit.dtypes import DTYPES, F32, DType
 from adapterkit.errors import CheckpointError, option
 from adapterkit.gguf.types import TYPES, GGMLType
@@ -109,6 +109,29 @@ class Dequantized(Tensor):
         return torch.from_numpy(values).view(-1)[start - low : stop - low]
 
 
+_WIDENED = ("F32", "F16", "BF16")  # what numpy widens as torch does, to the bit
+
+
+def _leaf(tensor: Tensor) -> Stored | None:
+    """The stored tensor that a handle only renames, if that is what it is."""
+    while type(tensor) is Renamed:
+        tensor = tensor.inner
+    return tensor if type(tensor) is Stored else None
+
+
+def _wide(leaf: Stored, start: int, stop: int) -> npt.NDArray[np.float32]:
+    """Elements of a stored float tensor in float32."""
+    import numpy as np
+
+    size = leaf.dtype.bits // 8
+    data = np.empty((stop - start) * size, dtype=np.uint8)
+    if data.size:
+        leaf.source.read_into(data.data, leaf.offset + start * size)
+    if leaf.dtype.code == "BF16":
+        return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    return data.view("<f4" if leaf.dtype.code == "F32" else "<f2").astype(np.float32, copy=False)
+
+
 class Quantized(Tensor):
     """A float tensor in a quantized GGUF type, encoded from its float32 values row block by row block."""
 
@@ -135,26 +158,56 @@ class Quantized(Tensor):
         how = self.inner.how.removesuffix("to f32").rstrip()
         return f"{self.inner.dtype} {to}" if how == "copy" else f"{how} {to}"
 
+    @property
+    def plain(self) -> bool:
+        from adapterkit.gguf.encode import is_compiled
+
+        inner = _leaf(self.inner)
+        return (
+            inner is not None
+            and inner.dtype.code in _WIDENED
+            and all(is_compiled(self.kind, given) for given in {False, self.importance is not None})
+        )
+
     def read(self, start: int, stop: int) -> torch.Tensor:
         import torch
 
+        first, rows = self._rows(start, stop)
+        wide = self.inner.read_wide(first, rows.stop * self.shape[-1]).float().view(len(rows), self.shape[-1])
+        return torch.from_numpy(self._encoded(wide, rows, start - first, stop - first))
+
+    def array(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        first, rows = self._rows(start, stop)
+        leaf = _leaf(self.inner)
+        assert leaf is not None
+        wide = _wide(leaf, first, rows.stop * self.shape[-1]).reshape(len(rows), self.shape[-1])
+        return self._encoded(wide, rows, start - first, stop - first)
+
+    def _rows(self, start: int, stop: int) -> tuple[int, range]:
+        """The element at which the first row of a range begins, and its rows."""
+        columns = self.shape[-1]
+        return start // columns * columns, range(start // columns, -(-stop // columns))
+
+    def _encoded(
+        self, rows: torch.Tensor | npt.NDArray[np.float32], numbers: range, low: int, high: int
+    ) -> npt.NDArray[np.uint8]:
+        """Bytes of the elements ``low:high`` of whole rows."""
+        import numpy as np
+
         from adapterkit.gguf.encode import NonFiniteWeightError, encode
 
-        columns = self.shape[-1]
-        first = start // columns * columns
-        rows = self.inner.read_wide(first, -(-stop // columns) * columns).float().view(-1, columns)
         parts = []
-        for at, count, importance in self._runs(first // columns, len(rows)):
+        for at, count, importance in self._runs(numbers.start, len(numbers)):
             try:
-                parts.append(torch.from_numpy(encode(self.kind.name, rows[at : at + count], importance)).view(-1))
+                parts.append(encode(self.kind.name, rows[at : at + count], importance).reshape(-1))
             except NonFiniteWeightError as error:
-                place = f"row {first // columns + at + error.row}, column {error.column}"
+                place = f"row {numbers.start + at + error.row}, column {error.column}"
                 raise CheckpointError(
                     f"'{self.name}' cannot be {self.kind.name}: its value at {place} is not finite or too large",
                     error.hint,
                 ) from None
-        low, high = self.dtype.nbytes((start - first,)), self.dtype.nbytes((stop - first,))
-        return torch.cat(parts)[low:high]
+        made = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return made[self.dtype.nbytes((low,)) : self.dtype.nbytes((high,))]
 
     def _runs(self, first: int, rows: int) -> Iterator[tuple[int, int, npt.NDArray[np.float32] | None]]:
         """Rows with one importance: all of them, or those of one expert after the other."""

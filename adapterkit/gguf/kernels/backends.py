@@ -10,19 +10,15 @@ if TYPE_CHECKING:
     import torch
 
     Bytes = npt.NDArray[np.uint8]
+    Floats = npt.NDArray[np.float32]
 
 
 def run_backend(backend: str, name: str, x: torch.Tensor, weights: torch.Tensor | None, out: Bytes) -> float:
     """One of the encoders, unchecked: ``x`` float32 [n, columns], ``out`` uint8, contiguous; the largest magnitude."""
-    import numpy as np
     import torch
 
     if backend == "numba":
-        from adapterkit.gguf.kernels.compiled import kernel
-
-        given = np.empty(0, np.float32) if weights is None else weights.numpy()
-        peak = kernel(name, weights is not None)(x.numpy().reshape(-1), given, x.shape[1], out.reshape(-1))
-        return float(np.uint32(min(peak, 0x7F800000)).view(np.float32))
+        return run_compiled(name, x.numpy(), None if weights is None else weights.numpy(), out)
     from adapterkit.gguf.kernels import eager
     from adapterkit.gguf.kernels.layouts import LAYOUTS
 
@@ -34,6 +30,17 @@ def run_backend(backend: str, name: str, x: torch.Tensor, weights: torch.Tensor 
         eager.run(LAYOUTS[name], x, weights, encoded)
         target.copy_(encoded)
     return peak_of(x)
+
+
+def run_compiled(name: str, x: Floats, weights: Floats | None, out: Bytes) -> float:
+    """As `run_backend` by numba, without torch: ``x`` is contiguous, ``weights`` [columns]."""
+    import numpy as np
+
+    from adapterkit.gguf.kernels.compiled import kernel
+
+    given = np.empty(0, np.float32) if weights is None else weights
+    peak = kernel(name, weights is not None)(x.reshape(-1), given, x.shape[1], out.reshape(-1))
+    return float(np.uint32(min(peak, 0x7F800000)).view(np.float32))
 
 
 def peak_of(x: torch.Tensor) -> float:

@@ -78,16 +78,20 @@ def digest(data: npt.NDArray[np.uint8]) -> str:
 @cache
 def _outcome(backend: str, name: str, weighted: bool, device: str) -> str | None:
     import numpy as np
-    import torch
 
-    from adapterkit.gguf.kernels.backends import run_backend
+    from adapterkit.gguf.kernels.backends import run_backend, run_compiled
     from adapterkit.gguf.types import TYPES
 
     rows, importance = vector()
     out = np.empty((ROWS, TYPES[name].row_bytes(COLUMNS)), dtype=np.uint8)
-    weights = torch.from_numpy(importance).to(device) if weighted else None
     try:
-        run_backend(backend, name, torch.from_numpy(rows).to(device), weights, out)
+        if backend == "numba":
+            run_compiled(name, rows, importance if weighted else None, out)
+        else:
+            import torch
+
+            weights = torch.from_numpy(importance).to(device) if weighted else None
+            run_backend(backend, name, torch.from_numpy(rows).to(device), weights, out)
     except Exception as error:  # a compiler has many ways to fail, and there is another backend
         first = next(iter(str(error).splitlines()), "")
         return f"does not run for {name} ({type(error).__name__}: {first})"
