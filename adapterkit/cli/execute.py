@@ -12,6 +12,7 @@ import click
 from adapterkit.cli.output import Progress, say, show_json, size
 from adapterkit.cli.paths import LocalPath
 from adapterkit.cli.run import failed
+from adapterkit.requests.device import METAVAR
 
 if TYPE_CHECKING:
     from adapterkit.verbs.execute import OpenPlan
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 @click.option("--part-size", metavar="SIZE", help="Work of a part, like 1GB; by default a part is a file.")
 @click.option("--finish", is_flag=True, help="All parts are done: make the folder.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads.")
+@click.option("--device", metavar=METAVAR, help="Compute here and not where the plan says; it is then another plan.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--served", is_flag=True, hidden=True, help="Execute the parts whose numbers stand on standard input.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -34,6 +36,7 @@ def command(
     part_size: str | None,
     finish: bool,
     jobs: int | None,
+    device: str | None,
     force: bool,
     served: bool,
     as_json: bool,
@@ -50,11 +53,11 @@ def command(
     """
     from adapterkit.checkpoint.plan import MOST_PLAN, Plan, parse_size
     from adapterkit.disk import read_regular
-    from adapterkit.verbs.execute import OpenPlan, execute, has_parts
+    from adapterkit.verbs.execute import OpenPlan, execute, has_parts, on_device
 
     if part is not None and finish:
         raise click.UsageError("--part and --finish exclude each other: parts come first.")
-    loaded = Plan.from_json(read_regular(plan, MOST_PLAN))
+    loaded = on_device(Plan.from_json(read_regular(plan, MOST_PLAN)), device)
     opened = OpenPlan(loaded, out, None if part_size is None else parse_size(part_size))
     if served:
         _serve(opened, jobs)

@@ -9,6 +9,7 @@ from adapterkit.checkpoint.tensor import BLOCK, Cast, Stored, Tensor
 from adapterkit.dtypes import DTYPES, F32, DType
 from adapterkit.errors import CheckpointError, option
 from adapterkit.gguf.types import TYPES, GGMLType
+from adapterkit.ops.device import CPU, larger, opened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,10 +117,24 @@ class Quantized(Tensor):
         self.name, self.shape, self.inner, self.kind = inner.name, inner.shape, inner, kind
         self.dtype = dtype_of(kind)
         self.importance: npt.NDArray[np.float32] | None = None  # [matrices, columns], set once before reading
+        self.device = CPU
+
+    def place_on(self, device: str) -> None:
+        if self.kind.encoder != "ggml":
+            self.device = device
+
+    @property
+    def on_cpu(self) -> frozenset[str]:
+        stayed = self.inner.on_cpu
+        return stayed | {f"the encoder of {self.kind.name} (ggml's own)"} if self.kind.encoder == "ggml" else stayed
 
     @property
     def block(self) -> int:
-        return _rows(self.shape)
+        own = _rows(self.shape)
+        if self.device == CPU:
+            return own
+        inner = self.inner.block
+        return inner if inner % self.shape[-1] == 0 and inner > own else larger(own)
 
     @property
     def reads(self) -> int:
@@ -138,23 +153,36 @@ class Quantized(Tensor):
     def read(self, start: int, stop: int) -> torch.Tensor:
         import torch
 
-        from adapterkit.gguf.encode import NonFiniteWeightError, encode
-
         columns = self.shape[-1]
         first = start // columns * columns
-        rows = self.inner.read_wide(first, -(-stop // columns) * columns).float().view(-1, columns)
+        device = opened(self.device)
+        found = self.inner.read_on(device, first, -(-stop // columns) * columns)
+        with device.at_work():
+            parts = self._encoded(found.float().view(-1, columns), first // columns)
+        low, high = self.dtype.nbytes((start - first,)), self.dtype.nbytes((stop - first,))
+        return torch.cat(parts)[low:high]
+
+    def _encoded(self, rows: torch.Tensor, first: int) -> list[torch.Tensor]:
+        """The bytes of whole rows, of which ``first`` is the number of the first one.
+
+        Raises:
+            CheckpointError: a value that the type cannot hold.
+        """
+        import torch
+
+        from adapterkit.gguf.encode import NonFiniteWeightError, encode
+
         parts = []
-        for at, count, importance in self._runs(first // columns, len(rows)):
+        for at, count, importance in self._runs(first, len(rows)):
             try:
                 parts.append(torch.from_numpy(encode(self.kind.name, rows[at : at + count], importance)).view(-1))
             except NonFiniteWeightError as error:
-                place = f"row {first // columns + at + error.row}, column {error.column}"
+                place = f"row {first + at + error.row}, column {error.column}"
                 raise CheckpointError(
                     f"'{self.name}' cannot be {self.kind.name}: its value at {place} is not finite or too large",
                     error.hint,
                 ) from None
-        low, high = self.dtype.nbytes((start - first,)), self.dtype.nbytes((stop - first,))
-        return torch.cat(parts)[low:high]
+        return parts
 
     def _runs(self, first: int, rows: int) -> Iterator[tuple[int, int, npt.NDArray[np.float32] | None]]:
         """Rows with one importance: all of them, or those of one expert after the other."""

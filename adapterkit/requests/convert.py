@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.errors import UsageError, option
 from adapterkit.places import Address
+from adapterkit.requests.device import device_option
 from adapterkit.requests.formats import Format, formats
 from adapterkit.requests.groups import (
     ADAPTERS,
@@ -19,7 +20,7 @@ from adapterkit.requests.groups import (
     Running,
     Types,
 )
-from adapterkit.requests.merge import FEEDBACK, NEAREST
+from adapterkit.requests.merge import FEEDBACK, NEAREST, ON_CPU
 from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, RUN, VALUES, WHOLE, opt
 from adapterkit.requests.workers import OnWorkers
 from adapterkit.values import dataclass
@@ -159,6 +160,7 @@ class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
             elsewhere={"record": "dtype or quant has it there"},
         ),
     )  # fmt: skip
+    device: str = device_option(ON_CPU)
     vocab_only: bool = field(
         default=False,
         kw_only=True,

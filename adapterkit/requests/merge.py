@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from adapterkit.codecs.kinds import nested, written
 from adapterkit.dtypes import BY_LABEL, FLOATS, DType
 from adapterkit.errors import CheckpointError, UsageError, option
-from adapterkit.ops.device import CPU
 from adapterkit.places import Address
+from adapterkit.requests.device import device_option
 from adapterkit.requests.groups import (
     BASE,
     BESIDE,
     FLOAT_TYPES,
     LIMITS,
     OUTPUT,
-    RUNNING,
     GGUFOutput,
     KeepOptions,
     Limits,
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 FOLDER, GGUF = "folder", "gguf"
 CALIBRATED = ("awq", "gptq")
 NEAREST, FEEDBACK = "nearest", "feedback"
+ON_CPU = "The record says what stays on the CPU all the same."
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -130,14 +130,7 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
             role=BYTES, group=OUTPUT, metavar="RANK", low=1, recipe="output.residual",
         ),
     )  # fmt: skip
-    device: str = field(
-        default=CPU,
-        kw_only=True,
-        metadata=opt(
-            "Where blocks are computed: cpu, cuda, cuda:1.",
-            role=BYTES, group=RUNNING, metavar="cpu|cuda", recipe="output.device",
-        ),
-    )  # fmt: skip
+    device: str = device_option(ON_CPU)
     fidelity: bool = field(
         default=False,
         kw_only=True,

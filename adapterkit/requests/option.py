@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from adapterkit.errors import UsageError, nearest
+from adapterkit.ops.device import check_name
 from adapterkit.places import Address, local, readable, writable
 from adapterkit.values import dataclass
 
@@ -19,6 +20,7 @@ TEXT, WHOLE, NUMBER, FLAG, SWITCH, PATH, REF, PAIRS, PARAMETERS, CALL = (
     *("text", "whole", "number", "flag", "switch", "path", "ref", "pairs", "parameters", "call"),
 )
 COUNTS = "counts"
+DEVICE = "device"
 # Roles: an input, what decides values of the output, what decides its bytes alone, or neither.
 INPUT, VALUES, BYTES, RUN = "input", "values", "bytes", "run"
 # Doors.
@@ -37,6 +39,7 @@ _WORDS = {
     PARAMETERS: "a mapping",
     CALL: "a function",
     COUNTS: "a number, or several as 1,8,64",
+    DEVICE: "cpu, cuda, cuda:1 or mps",
 }
 
 
@@ -210,6 +213,10 @@ def _counts(option: Option, name: str, value: Any) -> Any:
     return str(value)
 
 
+def _device(option: Option, name: str, value: Any) -> Any:
+    return check_name(_text(option, name, value))
+
+
 _CHECKS: dict[str, Callable[[Option, str, Any], Any]] = {
     TEXT: _text,
     REF: _ref,
@@ -222,6 +229,7 @@ _CHECKS: dict[str, Callable[[Option, str, Any], Any]] = {
     PARAMETERS: _parameters,
     CALL: _call,
     COUNTS: _counts,
+    DEVICE: _device,
 }
 
 

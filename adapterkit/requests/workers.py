@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from adapterkit.errors import UsageError, option
 from adapterkit.places import Address
+from adapterkit.requests.device import METAVAR
 from adapterkit.requests.groups import RUNNING
-from adapterkit.requests.option import CALL, COUNTS, FLAG, INPUT, NUMBER, PAIRS, PATH, WHOLE, Request, opt
+from adapterkit.requests.option import CALL, COUNTS, DEVICE, FLAG, INPUT, NUMBER, PAIRS, PATH, WHOLE, Request, opt
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
@@ -201,6 +202,15 @@ class RunRequest(OnWorkers):
         metadata=opt(
             "Called now and then with bytes done and bytes in all.", CALL,
             group=RUNNING, elsewhere={"cli": "a bar on standard error", **_HERE},
+        ),
+    )  # fmt: skip
+    device: str | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Compute here and not where the plan says: cpu, cuda (of several cuda:1) or mps. It is then another plan, whose "
+            "parts are no parts of this one.",
+            DEVICE, group=RUNNING, metavar=METAVAR, elsewhere=_HERE,
         ),
     )  # fmt: skip
     task: int | None = field(

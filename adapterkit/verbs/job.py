@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from adapterkit.errors import OutputError, UsageError
+from adapterkit.ops.device import check_there
 from adapterkit.places import Address
 from adapterkit.stores.meter import Moved, moved
 from adapterkit.values import dataclass
+from adapterkit.verbs.placed import device_of
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -223,6 +225,7 @@ def run(
     for job in jobs:
         if job.out is None:
             raise UsageError("nothing says where the output goes", "add -o OUT")
+        check_there(device_of(job.plan.request))
         job.check(resume=resume)
     every = [*jobs, *(other for job in jobs for other in job.also)]
     if all(isinstance(job.out, Address) for job in every):

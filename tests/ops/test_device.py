@@ -12,7 +12,6 @@ from click.testing import CliRunner
 from models import plain_adapter, plain_base
 
 import adapterkit
-from adapterkit.adapters.merged import Merged
 from adapterkit.cli import app, main
 from adapterkit.errors import UsageError
 from adapterkit.ops.device import check_name, check_there
@@ -82,17 +81,6 @@ def test_named_or_not_the_cpu_gives_the_same_bytes(inputs: tuple[Path, Path], tm
     adapterkit.merge(inputs[0], [inputs[1]], tmp_path / "two", device="cpu")
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
-
-
-def test_every_touched_tensor_is_computed_there(inputs: tuple[Path, Path]) -> None:
-    """Seen on a device that every torch has, and that no value ever comes back from."""
-    folded = adapterkit.fold(adapterkit.open(inputs[0]), [adapterkit.load_adapter(inputs[1])], device="meta")
-    assert len(folded.touched) > 1
-    for name in folded.touched:
-        tensor = folded.checkpoint[name]
-        assert isinstance(tensor, Merged)
-        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-            tensor.read(0, tensor.numel)
 
 
 def test_what_a_gpu_wrote_is_verified_without_one(
