@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 JOURNAL = ".journal.jsonl"
+CLAIM, DONE, MADE = ".plan", ".done.", ".beside"  # what workers of one plan say in the folder; see `checkpoint.parts`
+_OF_PARTS = (DONE, ".journal.")
 
 
 def block_digest(data: Any) -> bytes:
@@ -34,6 +36,13 @@ def tensor_digest(blocks: Iterable[bytes]) -> str:
     import xxhash
 
     return xxhash.xxh3_128_hexdigest(b"".join(blocks))
+
+
+def forget_parts(folder: Path) -> None:
+    """Take away what is said of parts in a hidden folder that a whole run works in from now on: it writes over their bytes."""
+    for name in os.listdir(folder):
+        if name in (CLAIM, MADE) or (name.startswith(_OF_PARTS) and name != JOURNAL):
+            os.unlink(folder / name)
 
 
 class Journal:

@@ -7,6 +7,8 @@ one whole run. What lies in the hidden folder beside the files:
 * ``.plan``: the digest of the plan whose parts these are. Parts of another plan are never put among them;
 * ``.journal.FILE.jsonl``: the computed tensors of a part that are finished; see `adapterkit.checkpoint.journal`;
 * ``.done.FILE``: a part that is finished, with the plan and the state of the inputs on the machine that wrote it.
+
+A run of the whole output that takes the folder over (``--resume``) takes these files away: the bytes are its own then.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.cut import PlanPart, whole_files
-from adapterkit.checkpoint.journal import Journal
+from adapterkit.checkpoint.journal import CLAIM, DONE, Journal, forget_parts
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.checkpoint.publish import check_target, input_paths, partial_folder, staging
 from adapterkit.checkpoint.sink import Sink
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.plan import Plan
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.places import Address
-
-CLAIM, DONE = ".plan", ".done."
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,7 @@ def claimed(plan: Plan, out: Path) -> Iterator[Path]:
                 return
         # Parts of another plan lie there: they go, unless somebody is at them.
         with staging(out, resume=True) as folder:
-            for name in os.listdir(folder):
-                if name.startswith((DONE, ".journal.")):
-                    os.unlink(folder / name)
+            forget_parts(folder)
             write_inside(folder, CLAIM, plan.digest.encode())
 
 

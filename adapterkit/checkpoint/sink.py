@@ -19,7 +19,7 @@ from adapterkit import disk
 from adapterkit.checkpoint.files import LocalFile, check_unchanged
 from adapterkit.checkpoint.journal import Journal, block_digest, tensor_digest
 from adapterkit.errors import AdapterkitError, CheckpointError, OutputError, no_memory, out_of_memory
-from adapterkit.ops.threads import settle, start_all
+from adapterkit.ops.threads import OneAtATime, settle, start_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -272,7 +272,7 @@ class _Pool:
     ) -> None:
         self._sinks, self._queues, self._progress = sinks, queues, progress
         self._several = len(sinks) > 1
-        self._count = threading.Lock()
+        self._count, self._turns = threading.Lock(), OneAtATime()
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._first, self._ready = threading.Lock(), threading.Event()
@@ -338,7 +338,11 @@ class _Pool:
             self._stop.set()
 
     def _do(self, queue: _Queue, task: _Task) -> None:
-        count = task.run()
+        if task.plain:
+            count = task.run()
+        else:
+            with self._turns.of(task.elements):
+                count = task.run()
         with self._count:
             queue.sink.done += count
             queue.sink.passed += task.elements

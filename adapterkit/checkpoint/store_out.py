@@ -39,8 +39,11 @@ from adapterkit.stores.store import MARK, PARALLEL, Assembly, StoredObject
 if TYPE_CHECKING:
     from adapterkit.checkpoint.plan import Plan, PlannedFile
     from adapterkit.checkpoint.tensor import Tensor
+    from adapterkit.stores.store import Store
 
 CLAIM, NOTE = "claim.json", ".upload"
+FINISHING = "finishing"  # the state in a claim of an output whose files get their names
+MADE = "made"  # in a note: by what the finished object is known, in a store without marks
 MOST_SAID = 1 << 16  # bytes of a claim or a note; ours have some hundred
 CONFIG = "config.json"
 T = TypeVar("T")
@@ -59,6 +62,17 @@ class FileUpload:
     assembly: Assembly | None
     held: dict[int, str] = field(default_factory=dict)
     object: StoredObject | None = None
+
+
+def note_says(store: Store, found: StoredObject) -> dict[str, str]:
+    """What a claim or a note says; nothing where it is damaged."""
+    if found.size > MOST_SAID:
+        return {}
+    try:
+        said = json_value(store.read(found.key, 0, found.size, found.etag))
+        return {str(name): str(value) for name, value in said.items()}
+    except (ValueError, AttributeError):
+        return {}
 
 
 def partial_address(out: Address) -> Address:
@@ -220,14 +234,7 @@ class StoreOut:
         return None if found is None else self._read_claim(found)
 
     def _read_claim(self, found: StoredObject) -> dict[str, str]:
-        """What a claim or a note says; nothing where it is damaged."""
-        if found.size > MOST_SAID:
-            return {}
-        try:
-            said = json_value(self.store.read(found.key, 0, found.size, found.etag))
-            return {str(name): str(value) for name, value in said.items()}
-        except (ValueError, AttributeError):
-            return {}
+        return note_says(self.store, found)
 
     def _said(self, **more: str) -> bytes:
         return json.dumps({"plan": self.digest, "run": self._run, **self._inputs_here, **more}).encode()
@@ -277,7 +284,7 @@ class StoreOut:
         """Whether the output is in its place, and nobody makes it anew; in a store without marks, as far as names and sizes
         tell."""
         found = self._made if self.store.marked else self._alike
-        return all(found(file) is not None for file in self.plan.files) and self._claim() is None
+        return all(found(file) is not None for file in self.plan.files) and self._is_over()
 
     def is_newer_than(self, moment: float) -> bool:
         """Whether the output was written after a moment, in seconds since 1970; in a store with marks, which name their
@@ -294,7 +301,18 @@ class StoreOut:
         if self.store.marked:
             heads = (self.store.head(one.key) for one in found)
             found = [one for one in heads if one is not None and one.marks.get(MARK) == self.digest]
-        return bool(found) and self._claim() is None
+        return bool(found) and self._is_over()
+
+    def _is_over(self) -> bool:
+        """Whether nobody makes the output at this moment. In a store without conditions a claim of this plan may come back when
+        two of its tasks end together, so there the output itself has to tell."""
+        said = self._claim()
+        return said is None or (not self.store.marked and said.get("plan") == self.digest)
+
+    def tidy(self) -> None:
+        """Take away a claim of this plan that came back, of an output that is there."""
+        if not self.store.marked and (self._claim() or {}).get("plan") == self.digest:
+            self._clear()
 
     def recorded(self) -> bytes | None:
         """The record of an output that is there; None where it has none."""
@@ -328,14 +346,26 @@ class StoreOut:
         """See which uploads there are, without a claim of one's own."""
         self._noted = {one.key: one for one in self.store.entries(f"{self.work.key}/")}
 
+    def _is_changed(self, said: Mapping[str, str]) -> bool:
+        """Whether inputs on this machine are others than when a claim was made here."""
+        here = self._inputs_here
+        return said.get("host") == here.get("host") and said.get("inputs") != here.get("inputs")
+
+    def claimed(self) -> bool | None:
+        """Whether the target is claimed for this plan and these inputs; None where it is for this plan, and inputs on this
+        machine changed since."""
+        said = self._claim() or {}
+        if said.get("plan") != self.digest:
+            return False
+        return None if self._is_changed(said) else True
+
     def _take_over(self, noted: dict[str, StoredObject], *, resume: bool, shared: bool) -> None:
         said = self._claim() or {}
         same = said.get("plan") == self.digest
         if said.get("run") == self._run:
             self._own = True  # the answer to an earlier attempt was lost
             return
-        here = self._inputs_here
-        changed = same and said.get("host") == here.get("host") and said.get("inputs") != here.get("inputs")
+        changed = same and self._is_changed(said)
         if same and not changed and (shared or resume):
             self._run = said.get("run", self._run)
             self._own = resume
@@ -440,10 +470,15 @@ class StoreOut:
         return FileUpload(assembly, {n: part.etag for n, part in held.items() if sizes.get(n) == part.size})
 
     def _made(self, file: PlannedFile) -> StoredObject | None:
-        """The finished object of a file, if there is one and it is of this plan."""
+        """The finished object of a file, if there is one and it is of this plan: it says so itself, or in a store without marks
+        the note of its upload says by what it is known."""
         found = self.store.head(self.targets[file.name])
-        ours = found is not None and found.marks.get(MARK) == self.digest and found.size == file.nbytes
-        return found if ours else None
+        if found is None or found.size != file.nbytes:
+            return None
+        if self.store.marked:
+            return found if found.marks.get(MARK) == self.digest else None
+        note = self.store.head(self._note_of(file))
+        return found if note is not None and self._read_claim(note).get(MADE) == found.etag else None
 
     def _alike(self, file: PlannedFile) -> StoredObject | None:
         """The object in the place of a file, if it has its size."""
@@ -455,7 +490,7 @@ class StoreOut:
         before = tried_again()
         assembly = self.store.begin(key, {MARK: self.digest}, self.work)
         self._doubtful = self._doubtful or tried_again() != before
-        said = json.dumps({"plan": self.digest, "key": key, "id": assembly.id}).encode()
+        said = self._note(file, assembly)
         replaced = note in self._noted  # what it named is gone
         try:
             noted = self.store.put(note, said, absent=not replaced)
@@ -475,6 +510,10 @@ class StoreOut:
         if found is None:
             raise OutputError(f"the upload of {self.store.place(key)} is gone", "execute the part again")
         return found
+
+    def _note(self, file: PlannedFile, assembly: Assembly, **more: str) -> bytes:
+        """What is noted of an upload."""
+        return json.dumps({"plan": self.digest, "key": self.targets[file.name], "id": assembly.id, **more}).encode()
 
     def missing(self, file: PlannedFile) -> list[int]:
         """The numbers of the parts of a file that the store does not have."""
@@ -525,6 +564,8 @@ class StoreOut:
         for key in last:
             if key in keys:
                 self._put(key, keys[key])
+        if self.store.conditions is False:
+            self._see_whole(made, {key: keys[key] for key in last if key in keys})
         written = {*keys, *self.targets.values()}
         if left := [key for key in stale if key not in written]:
             self.store.delete(left)
@@ -536,7 +577,7 @@ class StoreOut:
         found = self.store.head(claim)
         if found is None or not self._ours(self._read_claim(found)):
             raise self._lost()
-        sealed = self._said(state="finishing")
+        sealed = self._said(state=FINISHING)
         if not self.store.put(claim, sealed, over=found.etag) and not self._ours(self._claim() or {}):
             raise self._lost()
 
@@ -567,6 +608,8 @@ class StoreOut:
         etag = found.assembly.complete(found.held, absent=not self.force)
         if etag is not None:
             self._visible.append(key)
+            if not self.store.marked:
+                self.store.put(self._note_of(file), self._note(file, found.assembly, made=etag))
             return StoredObject(key, file.nbytes, etag)
         made = self._made(file)  # the answer to an earlier attempt may have been lost
         if made is None:
@@ -592,6 +635,26 @@ class StoreOut:
             self._visible.append(key)
             return
         raise OutputError(f"{self.store.place(key)} appeared while the weights were written", "see which is wanted")
+
+    def _see_whole(self, made: Mapping[str, StoredObject], small: Mapping[str, bytes]) -> None:
+        """See that what lies there is what this run wrote: in a store without conditions another run may have written there at
+        the same moment. Whichever of the two ends last sees what is left of both.
+
+        Raises:
+            OutputError: something of another run is there; what makes the output look whole is taken away.
+        """
+        there = {one.key: one for one in self._objects()}
+        other = [key for name, one in made.items() if not _same(there.get(key := self.targets[name]), one)]
+        for key, data in small.items():
+            one = there.get(key) or self.store.head(key)
+            if one is None or one.size != len(data) or self.store.read(key, 0, one.size, one.etag) != data:
+                other.append(key)
+        if other:
+            self._unveil()
+            raise OutputError(
+                f"another run wrote {self.store.place(other[0])} at the same time",
+                f"the files are of two runs: run one of them again with {option('force', True)}",
+            )
 
     def _clear(self) -> None:
         notes = [self._note_of(file) for file in self.plan.files]
@@ -625,6 +688,10 @@ class StoreOut:
             return [do(name) for name in names]
         with ThreadPoolExecutor(min(PARALLEL, len(names))) as pool:
             return list(pool.map(do, names))
+
+
+def _same(one: StoredObject | None, other: StoredObject) -> bool:
+    return one is not None and (one.size, one.etag.strip('"')) == (other.size, other.etag.strip('"'))
 
 
 class StoredOutput(Listing):

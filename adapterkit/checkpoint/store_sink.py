@@ -17,6 +17,7 @@ from adapterkit.checkpoint.objects import hold
 from adapterkit.checkpoint.schedule import ObjectPart, Schedule, Segment
 from adapterkit.checkpoint.sink import Sink, _bytes, _Queue, _Task, expect
 from adapterkit.errors import CheckpointError
+from adapterkit.ops.threads import OneAtATime
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.cut import PlanPart
@@ -42,7 +43,7 @@ class StoreSink(Sink):
     def __init__(self, made: StoreOut, *, jobs: int, progress: Callable[[int, int], None] | None = None) -> None:
         self._made, self.jobs, self._jobs, self._progress = made, jobs, jobs, progress
         self._plan, self._tensors, self._sources = made.plan, made.tensors, made.sources
-        self._count = threading.Lock()
+        self._count, self._turns = threading.Lock(), OneAtATime()
         self._left: dict[str, int] = {}  # bytes of each computed tensor that are still to be sent
         self.rooms = ()
         self.done = self.total = 0
@@ -149,7 +150,8 @@ class StoreSink(Sink):
                 continue
             if low >= at + len(place):
                 break
-            data = _bytes(tensor.read(start, stop))
+            with self._turns.of(tensor.numel):
+                data = _bytes(tensor.read(start, stop))
             some = data[max(at - low, 0) : min(at + len(place), high) - low]
             place[done : done + len(some)] = some
             done += len(some)

@@ -15,7 +15,7 @@ from adapterkit.checkpoint.cut import whole_files
 from adapterkit.checkpoint.files import check_unchanged, states_here
 from adapterkit.checkpoint.folder import RECORD
 from adapterkit.checkpoint.hashes import fill
-from adapterkit.checkpoint.journal import Journal
+from adapterkit.checkpoint.journal import CLAIM, Journal, forget_parts
 from adapterkit.checkpoint.memory import check_memory
 from adapterkit.checkpoint.pipeline import lead_of
 from adapterkit.checkpoint.plan import default_jobs
@@ -73,6 +73,7 @@ class Writing:
         made: names of files and folders that a stage left in the hidden folder for the output.
         facts: what a stage found out, for the report.
         close: lets go of what the stage left open.
+        parts: the digest of the plan whose parts, in the hidden folder, the stage makes it of.
     """
 
     plan: Plan
@@ -85,6 +86,7 @@ class Writing:
     made: frozenset[str] = frozenset()
     facts: Mapping[str, Any] = field(default_factory=dict)
     close: Callable[[], None] | None = None
+    parts: str = ""
 
 
 @dataclass(frozen=True)
@@ -175,6 +177,8 @@ def write_together(
         runs, staged = [], []
         for one in writings:
             folder = held.enter_context(staging(one.out, resume=resume))
+            if not one.parts or disk.read_inside(folder, CLAIM) != one.parts.encode():
+                forget_parts(folder)
             if one.stage is not None:
                 try:
                     made = one.stage(Room(folder, jobs or default_jobs(), resume, progress))

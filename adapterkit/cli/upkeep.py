@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from adapterkit.cli.output import count, note, say, show_json, size
@@ -64,8 +66,9 @@ def fsck(repair: bool, reindex: bool, part: tuple[int, int], as_json: bool) -> i
 @click.option("--keep-days", type=click.FloatRange(0), help="Keep what is younger; 14 by default, 1 for uploads.")
 @click.option(
     "--uploads",
-    metavar="ADDRESS",
-    help="Look at what runs to s3://bucket/folder (or gs://, hf://buckets/) left there, and not at the registry.",
+    metavar="PLACE",
+    help="Look at what runs to s3://bucket/folder (or gs://, az://, hf://buckets/), or to a folder here, left there, and not "
+    "at the registry.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def gc(apply: bool, recipes: bool, keep_days: float | None, uploads: str | None, as_json: bool) -> None:
@@ -79,6 +82,7 @@ def gc(apply: bool, recipes: bool, keep_days: float | None, uploads: str | None,
       adapterkit gc --apply
       adapterkit gc --recipes
       adapterkit gc --uploads s3://models --apply
+      adapterkit gc --uploads ./outputs
     """
     if recipes and uploads is not None:
         raise click.UsageError("--recipes and --uploads are two different questions; give one.")
@@ -119,6 +123,11 @@ def _recipes(apply: bool, as_json: bool) -> None:
 
 
 def _uploads(address: str, apply: bool, keep_days: float, as_json: bool) -> None:
+    from adapterkit.places import address_of, readable
+
+    if address_of(address) is None and not address.startswith("hf://"):
+        _left(Path(readable(address, "the place to look at")).expanduser(), apply, keep_days, as_json)
+        return
     from adapterkit.checkpoint.uploads import sweep_uploads
 
     found = sweep_uploads(address, apply=apply, keep_days=keep_days)
@@ -128,5 +137,26 @@ def _uploads(address: str, apply: bool, keep_days: float, as_json: bool) -> None
     say(f"{'aborted' if apply else 'would abort'} {count(len(found.uploads))} uploads to {found.address}")
     for key in found.uploads[:10]:
         say(f"  {key}")
+    if found.notes:
+        say(f"{'removed' if apply else 'would remove'} {count(len(found.notes))} objects that runs left beside outputs")
+    for key in found.unfinished:
+        note(
+            f"note: the run to {key} ended while its files got their names; go on with --resume, begin anew with --force, "
+            "or remove them"
+        )
     if found.young:
         note(f"note: {found.young} more are younger than {keep_days:g} days")
+
+
+def _left(where: Path, apply: bool, keep_days: float, as_json: bool) -> None:
+    """What runs left in a folder of this machine."""
+    from adapterkit.disk.left import sweep_folder
+
+    found = sweep_folder(where, keep_days=keep_days, apply=apply)
+    if as_json:
+        show_json(found)
+        return
+    taken = len(found.left) - len(found.kept)
+    say(f"{'removed' if apply else 'would remove'} {count(taken)} files and folders that runs left at {found.folder}")
+    for path in found.left[:10]:
+        say(f"  {path}{' (could not be removed)' if path in found.kept else ''}")

@@ -438,6 +438,20 @@ def is_busy(folder: Path) -> bool:
         return False
 
 
+def remove_own(folder: Path) -> bool:
+    """Take a working folder away, or one that was lent for a while; False where somebody is at it, or the system refuses."""
+    try:
+        held = _enter(folder, shared=False) if is_own(folder) else None
+    except (Busy, OSError, UnsafeError):
+        return False
+    try:
+        _remove_tree(folder, ignore_errors=True)
+    finally:
+        if held is not None:
+            held.close(folder)
+    return not os.path.lexists(folder)
+
+
 def _remove_tree(path: str | Path, *, ignore_errors: bool = False) -> None:
     import shutil  # which brings three compressors with it
 

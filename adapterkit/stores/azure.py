@@ -147,7 +147,7 @@ class Azure(Store):
 
     # ------------------------------------------------------------------ reading
 
-    def entries(self, prefix: str) -> list[StoredObject]:
+    def entries(self, prefix: str, wanted: Callable[[str], bool] = lambda key: True) -> list[StoredObject]:
         def listed() -> list[StoredObject]:
             found: list[StoredObject] = []
             with _faults():
@@ -155,7 +155,11 @@ class Azure(Store):
                 pages = container.list_blobs(name_starts_with=prefix or None, results_per_page=1000).by_page()
                 for number, page in enumerate(pages):
                     meter.count(1 if number else 0)
-                    found += [StoredObject(str(one.name), int(one.size), _etag(one.etag)) for one in page]
+                    found += [
+                        StoredObject(str(one.name), int(one.size), _etag(one.etag), written=one.last_modified)
+                        for one in page
+                        if wanted(str(one.name))
+                    ]
                     if len(found) > MOST_LISTED:
                         raise too_many(self.place(prefix))
             # A folder of a hierarchical namespace is listed too, without a size; a file's name never begins another's.

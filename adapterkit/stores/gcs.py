@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -77,10 +78,12 @@ class Gcs(Store):
 
     # ------------------------------------------------------------------ reading
 
-    def entries(self, prefix: str) -> list[StoredObject]:
+    def entries(self, prefix: str, wanted: Callable[[str], bool] = lambda key: True) -> list[StoredObject]:
         found: list[StoredObject] = []
-        for one, _ in self._listed(prefix):
-            found.append(one)
+        for one, when in self._listed(prefix):
+            if not wanted(one.key):
+                continue
+            found.append(replace(one, written=when))
             if len(found) > MOST_LISTED:
                 raise too_many(self.place(prefix))
         return sorted(found, key=lambda one: one.key)

@@ -118,10 +118,12 @@ class HubBucket(Store):
 
     # ------------------------------------------------------------------ reading
 
-    def entries(self, prefix: str) -> list[StoredObject]:
-        return self._listed(prefix, MOST_LISTED)
+    def entries(self, prefix: str, wanted: Callable[[str], bool] = lambda key: True) -> list[StoredObject]:
+        return self._listed(prefix, MOST_LISTED, wanted)
 
-    def _listed(self, prefix: str, most: int | None = None) -> list[StoredObject]:
+    def _listed(
+        self, prefix: str, most: int | None = None, wanted: Callable[[str], bool] = lambda key: True
+    ) -> list[StoredObject]:
         """The files whose names begin so, sorted; no more than ``most``, where that is said."""
         within = quote(prefix.rstrip("/"), safe="")
         url, found = f"/tree{'/' if within else ''}{within}?recursive=true", dict[str, StoredObject]()
@@ -139,7 +141,7 @@ class HubBucket(Store):
                 if url and (url in seen or not url.startswith(f"{self.endpoint}/")):
                     raise ValueError(url)  # a list without an end, or one of somebody else
                 seen.add(url)
-            found |= {one.key: one for one in rows if one.key.startswith(prefix)}
+            found |= {one.key: one for one in rows if one.key.startswith(prefix) and wanted(one.key)}
             if most is not None and len(found) > most:
                 raise too_many(self.place(prefix))
         return [found[key] for key in sorted(found)]

@@ -42,7 +42,7 @@ class ObjectStore(Store):
         self._client = self._again()
         return True
 
-    def entries(self, prefix: str) -> list[StoredObject]:
+    def entries(self, prefix: str, wanted: Callable[[str], bool] = lambda key: True) -> list[StoredObject]:
         import obstore
 
         def listed() -> list[StoredObject]:
@@ -50,7 +50,11 @@ class ObjectStore(Store):
             with _faults():
                 for number, page in enumerate(obstore.list(self._client, prefix=prefix or None, chunk_size=1000)):
                     meter.count(1 if number else 0)
-                    found += [StoredObject(one["path"], one["size"], one["e_tag"] or "") for one in page]
+                    found += [
+                        StoredObject(one["path"], one["size"], one["e_tag"] or "", written=one["last_modified"])
+                        for one in page
+                        if wanted(one["path"])
+                    ]
                     if len(found) > MOST_LISTED:
                         raise too_many(self.place(prefix))
             # obstore takes a prefix for a folder's name whether or not it ends in a slash.

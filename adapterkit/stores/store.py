@@ -27,7 +27,7 @@ class StoredObject:
 
     Attributes:
         marks: what its writer said of it, where that was asked for.
-        written: when, by the store's clock; of a store that keeps no marks.
+        written: when, by the store's clock; of one that was listed.
     """
 
     key: str
@@ -130,8 +130,11 @@ class Store(ABC):
         return self.root / key
 
     @abstractmethod
-    def entries(self, prefix: str) -> list[StoredObject]:
-        """The objects whose keys begin with ``prefix``, sorted.
+    def entries(self, prefix: str, wanted: Callable[[str], bool] = lambda key: True) -> list[StoredObject]:
+        """The objects whose keys begin with ``prefix``, sorted, with when they were written.
+
+        Args:
+            wanted: of which keys; others are passed over, however many there are.
 
         Raises:
             UsageError: more than `MOST_LISTED`.

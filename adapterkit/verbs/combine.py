@@ -17,6 +17,7 @@ from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.dtypes import F32
 from adapterkit.errors import TargetError, UsageError, option
 from adapterkit.ops.device import CPU, opened
+from adapterkit.ops.threads import FEW
 from adapterkit.provenance.record import adapter_parent, base_parent, recorder
 from adapterkit.requests.adapters import CombineRequest
 from adapterkit.requests.call import takes
@@ -86,6 +87,7 @@ class Combination:
             beside=() if asked.out is None else beside_of(asked, [asked.base, *_refs(asked.adapters)]),
             stage=work.stage(None if asked.out is None else asked.target),
             results=work.results(None if asked.out is None else asked.target),
+            record=work.record,
             force=asked.force,
         )
 
@@ -392,7 +394,7 @@ def combined(
     depth = _depth_of(family)
     slots = list(family.slots.values())
     sizes = [sum(delta.change.reads for _, delta in family.deltas(slot.parameter)) for slot in slots]
-    for item in in_order(one, slots, jobs or default_jobs(), sizes, progress):
+    for item in in_order(one, slots, jobs or default_jobs(), sizes, progress, FEW):
         if item is not None:
             yield item
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.errors import UsageError
+from adapterkit.ops.threads import FEW
 from adapterkit.verbs.family import Family, open_family
 from adapterkit.verbs.ordered import in_order
 
@@ -116,7 +117,7 @@ def compare(
     sizes = [sum(delta.change.reads for _, delta in family.deltas(slot.parameter)) for slot in slots]
     layers: list[LayerComparison] = []
     entries: list[int] = []
-    for slot, found in zip(slots, in_order(work, slots, jobs or default_jobs(), sizes, progress), strict=True):
+    for slot, found in zip(slots, in_order(work, slots, jobs or default_jobs(), sizes, progress, FEW), strict=True):
         layers += found
         entries += [slot.shape[0] * slot.shape[1]] * len(found)
     norms = tuple(sum(layer.norms[i] ** 2 for layer in layers) ** 0.5 for i in range(count))

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, cast
 from adapterkit.checkpoint.copies import copies
 from adapterkit.checkpoint.cut import PlanPart, cut
 from adapterkit.checkpoint.files import LocalFile
+from adapterkit.checkpoint.journal import MADE
 from adapterkit.checkpoint.plan import Plan
 from adapterkit.checkpoint.results import IN_PARTS, STAGED, ResultFile
-from adapterkit.errors import CheckpointError, NotFound, OutputError, RegistryError, UsageError, option
+from adapterkit.errors import CheckpointError, NotFound, OutputError, UsageError, option
 from adapterkit.ops.device import check_name, check_there
 from adapterkit.places import Address, address_of, writable
 from adapterkit.stores.meter import Meter, moving
@@ -33,7 +34,6 @@ VERBS = ("merge", "convert", "combine", "extract", "resize", "verify")
 """Verbs whose plans can be saved; each has a function `replan`, which plans again from a plan's request, for an output."""
 REST = "beside"  # in a plan's request: what was asked for beside the output
 RESTS = ("mmproj", "server", "attest", "full_record")  # the options of it; no byte of the weights depends on them
-_MADE = ".beside"  # in the hidden folder: what stands beside the output is there already, and is of this plan
 
 
 class OpenPlan:
@@ -105,7 +105,25 @@ class OpenPlan:
         """The output in a store, or its results, which this worker has part in."""
         made = self._work.in_store()
         made.begin(shared=True)
+        if self.has_results and made.is_there() and not self._are_ours(made):
+            made.remove()
         return made
+
+    def _are_ours(self, results: StoreOut) -> bool:
+        """Whether results that are there as one object are of the inputs as they are now. The plan knows inputs on a machine by
+        their headers alone; so the output is claimed before its results are gathered, with the state of these inputs.
+
+        Raises:
+            OutputError: inputs here changed since.
+        """
+        if results.store.marked and all(source.path is None for source in self.job.sources):
+            return True
+        claimed = self._final().in_store().claimed()
+        if claimed is None:
+            raise OutputError(
+                f"inputs here changed since {self.out} was begun", f"begin anew with {option('force', True)}"
+            )
+        return claimed
 
     def execute(
         self, index: int, *, jobs: int | None = None, progress: Callable[[int, int], None] | None = None
@@ -159,7 +177,8 @@ class OpenPlan:
             from adapterkit.checkpoint.store_write import parts_left
 
             made = self._work.in_store()
-            return [] if self.has_results and made.is_there() else parts_left(made, self.parts)
+            there = self.has_results and made.is_there() and self._are_ours(made)
+            return [] if there else parts_left(made, self.parts)
         return left(self.plan, self.parts, self.out)
 
     def check(self, *, force: bool = False) -> None:
@@ -186,7 +205,7 @@ class OpenPlan:
         if isinstance(self.out, Address):
             return False  # an object names its plan
         folder = partial_folder(self.out)
-        return folder.is_dir() and read_inside(folder, _MADE) == self.plan.digest.encode()
+        return folder.is_dir() and read_inside(folder, MADE) == self.plan.digest.encode()
 
     def _make_rest(self, *, force: bool) -> None:
         """Write the other outputs of the plan, such as a tower's file. They are there before the output is.
@@ -202,7 +221,7 @@ class OpenPlan:
 
         def ready(found: Any) -> None:
             if isinstance(self.out, Path):
-                write_inside(partial_folder(self.out), _MADE, self.plan.digest.encode())
+                write_inside(partial_folder(self.out), MADE, self.plan.digest.encode())
 
         run([replace(other, force=force) for other in self.job.also], resume=True, before=ready)
 
@@ -212,43 +231,46 @@ class OpenPlan:
         Raises:
             AuthError, StoreError
         """
-        if isinstance(self.out, Address):
-            replace(self._work, force=True).in_store().begin(shared=True)
+        if not isinstance(self.out, Address):
+            return
+        results = replace(self._work, force=True).in_store()
+        results.begin(shared=True)
+        if self.has_results:
+            made = self._final(force=True).in_store()
+            if made.claimed() is None:  # it is of inputs that have changed since, and so are its results
+                results.remove()
+                made.begin(shared=True)
 
     def is_there(self) -> bool:
-        """Whether the output is in its place, as far as names and sizes tell (in a store, as its objects or its record say),
-        and nobody makes it anew."""
-        from adapterkit.checkpoint.publish import partial_folder
+        """Whether the output of this plan is in its place, and nobody makes it anew. An object of a store names its plan, which
+        knows inputs in stores by their content; all else is known by what the output says of itself, see
+        `adapterkit.verbs.recorded.is_recorded`. Names, sizes and dates prove nothing."""
+        from adapterkit.verbs.recorded import is_recorded
 
         if isinstance(self.out, Address):
             made = self._final().in_store() if self.has_results else self.job.in_store()
-            there = made.is_made() if self.has_results else made.is_there()
-            return there and (made.store.marked or self._is_recorded(made))
+            if not (made.is_made() if self.has_results else made.is_there()):
+                return False
+            named = made.store.marked and all(source.path is None for source in self.job.sources)
+            return named or is_recorded(replace(self.job, out=self.out))
+        return self._looks_whole(self.out) and is_recorded(replace(self.job, out=self.out))
+
+    def tidy(self) -> None:
+        """Take away what another task, which ended at the same moment, may have left of an output that is there."""
+        if isinstance(self.out, Address):
+            (self._final() if self.has_results else self.job).in_store().tidy()
+
+    def _looks_whole(self, out: Path) -> bool:
+        """Whether an output on this disk may be there, as far as names and sizes tell."""
+        from adapterkit.checkpoint.publish import partial_folder
+
+        if partial_folder(out).exists():
+            return False
         if self.has_results:
-            return self.out.exists() and not partial_folder(self.out).exists()
-        targets = self.plan.targets(self.out)
+            return out.exists()
         sizes = {file.name: file.nbytes for file in self.plan.files}
-        whole = all(path.is_file() and path.stat().st_size == sizes[name] for name, path in targets.items())
-        return whole and not partial_folder(self.out).exists()
-
-    def _is_recorded(self, made: StoreOut) -> bool:
-        """Whether the record of an output that is there names this operation and these inputs. The inputs are read for that
-        as far as a record reads them. Where the job does not know its record (of computed factors) nothing is compared."""
-        from adapterkit.checkpoint.folder import RECORD
-        from adapterkit.provenance.record import made_alike
-        from adapterkit.registry.beside import parse_beside
-
-        if self.job.record is None:
-            return True
-        data = made.recorded()
-        if data is None:
-            return False
-        try:
-            found = parse_beside(data, str(self.out))
-        except RegistryError:
-            return False
-        ours = self.job.record(made.listing())[RECORD]
-        return made_alike(found, parse_beside(ours, str(self.out)))
+        targets = self.plan.targets(out).items()
+        return all(path.is_file() and path.stat().st_size == sizes[name] for name, path in targets)
 
     def is_newer_than(self, plan: Path) -> bool:
         """Whether the output was made after a plan file; of a store whose objects name their plan, that is not asked."""
@@ -338,7 +360,7 @@ class OpenPlan:
             raise OutputError(
                 f"{self.out}: parts {', '.join(missing[:8])} are not done", "execute them, then finish again"
             )
-        made = self._gathered() if isinstance(self.out, Address) else None
+        made = self._gathered(force) if isinstance(self.out, Address) else None
 
         def stage(room: Room) -> Writing:
             from adapterkit.checkpoint.parts import check_done
@@ -370,11 +392,12 @@ class OpenPlan:
                 made.remove()
             self._final().in_store().discard()
 
-    def _gathered(self) -> StoreOut:
-        """The results in a store, as one object."""
+    def _gathered(self, force: bool) -> StoreOut:
+        """The results in a store, as one object; the output is claimed before they are, see `_are_ours`."""
         from adapterkit.checkpoint.store_write import finish_in_store
 
         made = self._work.in_store()
+        self._final(force=force).in_store().begin(resume=True)
         if not made.is_there():
             finish_in_store(made, side_files={}, parts=self.parts)
         return made

@@ -89,6 +89,7 @@ class Extraction:
             beside=() if out is None else beside_of(asked, [asked.base, asked.tuned]),
             stage=work.stage(out),
             results=work.results(out),
+            record=work.record,
             force=asked.force,
         )
 

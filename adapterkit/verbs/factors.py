@@ -26,6 +26,7 @@ from adapterkit.checkpoint.write import Room, Writing, identity
 from adapterkit.dtypes import F32
 from adapterkit.errors import UnsupportedAdapter, option
 from adapterkit.ops.device import CPU, opened
+from adapterkit.ops.threads import FEW
 from adapterkit.places import here
 from adapterkit.verbs.ordered import in_order
 from adapterkit.verbs.report import ModuleRank
@@ -164,7 +165,7 @@ class FactorWork:
             return list(zip(run, self._computed([self.slots[at] for at in run]), strict=True))
 
         sizes = [sum(self.sizes[at] for at in run) for run in runs]
-        for run in in_order(work, runs, room.jobs, sizes, room.progress):
+        for run in in_order(work, runs, room.jobs, sizes, room.progress, FEW):
             for at, found in run:
                 if found is not None:
                     before, cuts = found

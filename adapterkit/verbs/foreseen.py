@@ -169,6 +169,8 @@ def _sent(made: StoreOut) -> Moved:
         schedule = made.schedule(file)
         rest = _conditional(made) + made.store.ending(len(parts))  # a note; begun, and completed
         found += Moved(len(parts) + rest, 0, schedule.sent + note, schedule.inside)
+        if not made.store.marked:
+            found += Moved(made.store.put_requests, 0, note)  # said again, with what was made
     return found
 
 
@@ -180,7 +182,11 @@ def _beside(job: Writes, made: StoreOut) -> Moved:
         sizes.append(sum(len(step.tensor) + 45 for step in plan.steps) + 60)
     if job.record is not None:
         sizes.append(_RECORD)
-    return Moved(len(sizes) * (made.store.put_requests if made.force else _conditional(made)), 0, sum(sizes))
+    found = Moved(len(sizes) * (made.store.put_requests if made.force else _conditional(made)), 0, sum(sizes))
+    if made.store.conditions is False:  # what lies there is looked at again, and the smallest of it read
+        few = 1 if plan.layout == "folder" else len(plan.files) + 1
+        found += Moved(few + min(len(sizes), 3), sum(sorted(sizes)[:3]))
+    return found
 
 
 def _read_back(plan: Plan, made: StoreOut) -> Moved:

@@ -87,7 +87,8 @@ class Job:
         also: jobs of other outputs that are written in the same pass, such as the tower of a model.
         recorded: the models and adapters that the record names, which are read once more for it.
         results: what the stage computes, as a plan of its own, where that can be executed in parts.
-        digest: by which an output in a store is known to be this one, where it is not the plan's.
+        alike: whether a report that is there, as bytes, is of what this job would look at; of a job without a record.
+        digest: of the plan whose parts it is made of, where that is not its own: an output in a store is known by it.
     """
 
     plan: Plan
@@ -105,6 +106,7 @@ class Job:
     also: tuple[Job, ...] = ()
     recorded: Callable[[], Sequence[Any]] | None = None
     results: Callable[[], Results] | None = None
+    alike: Callable[[bytes], bool] | None = None
     digest: str = ""
 
     @property
@@ -165,7 +167,9 @@ class Job:
         from adapterkit.checkpoint.write import Writing
 
         assert isinstance(self.out, Path)
-        return Writing(self.plan, self.tensors, self.sources, self.out, self.side, self.record, self.stage)
+        return Writing(
+            *(self.plan, self.tensors, self.sources, self.out, self.side, self.record, self.stage), parts=self.digest
+        )
 
 
 def show(job: Job, started: float) -> Any:

@@ -6,7 +6,7 @@ from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, TypeVar
 
-from adapterkit.ops.threads import Workers
+from adapterkit.ops.threads import OneAtATime, Workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -21,21 +21,28 @@ def in_order(
     jobs: int,
     sizes: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    small: int = 0,
 ) -> Iterator[R]:
-    """``work`` of each item, in the order of the items.
+    """``work`` of each item, in the order of the items. Those whose size is below ``small`` are worked on one at a time.
 
     At most two results per worker wait at a time, so memory does not grow with the number of items. When one fails or
     the caller stops, what has not begun is dropped.
     """
     sizes = [1] * len(items) if sizes is None else sizes
     total, done = sum(sizes), 0
+    turns = OneAtATime(small)
+
+    def one(item: T, size: int) -> R:
+        with turns.of(size):
+            return work(item)
+
     with Workers(jobs) as pool:
         waiting: deque[tuple[Future[R], int]] = deque()
         rest = iter(zip(items, sizes, strict=True))
         try:
             while True:
                 while len(waiting) < 2 * jobs and (item := next(rest, None)) is not None:
-                    waiting.append((pool.submit(work, item[0]), item[1]))
+                    waiting.append((pool.submit(one, *item), item[1]))
                 if not waiting:
                     return
                 future, size = waiting.popleft()

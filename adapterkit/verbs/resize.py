@@ -63,6 +63,7 @@ class Resizing:
             beside=() if out is None else beside_of(asked, [asked.base, asked.adapter]),
             stage=work.stage(out),
             results=work.results(out),
+            record=work.record,
             force=asked.force,
         )
 

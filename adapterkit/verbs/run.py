@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit import disk
 from adapterkit.checkpoint.cut import shares
 from adapterkit.checkpoint.plan import MOST_PLAN, Plan
-from adapterkit.errors import OutputError, UsageError, option
+from adapterkit.errors import CheckpointError, OutputError, StoreError, UsageError, option
 from adapterkit.places import here
 from adapterkit.requests.call import takes
 from adapterkit.requests.workers import WRITTEN_JOBS, RunRequest, parse_rate
@@ -145,8 +145,8 @@ def _task(opened: OpenPlan, request: RunRequest, told: RunReport, started: float
     """Execute the share of one task of an array; the task that finds nothing left makes the output."""
     assert request.task is not None
     assert request.tasks is not None
-    # What is older than the plan was not made by this job; `check` refuses it.
-    if opened.is_there() and opened.is_newer_than(Path(request.plan)):
+    # What is there already is replaced only once where that is asked for: what is older than the plan.
+    if opened.is_there() and (not request.force or opened.is_newer_than(Path(request.plan))):
         return replace(told, finished=True, notes=(f"{opened.out} is there already",))
     opened.check(force=request.force)
     if request.force:
@@ -192,8 +192,11 @@ def _finished(opened: OpenPlan, *, force: bool) -> Any:
     for pause in (0.1, 0.5, 2.0, 0.0):
         try:
             return opened.finish(force=force)
-        except OutputError:
-            if opened.is_there() or opened.is_busy():
+        except (OutputError, CheckpointError, StoreError):  # what was to be read may be gone by then
+            if opened.is_there():
+                opened.tidy()
+                return None
+            if opened.is_busy():
                 return None
             if not pause:
                 raise

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -33,41 +35,60 @@ class Shape:
     kv_heads: int
     vocab: int
     tied: bool = False
+    experts: int = 0  # of each layer, each with matrices of its own; the feed-forward size is that of one
+    head: int = 0  # entries of a head; by default the hidden size over the heads
 
 
 SHAPES = {
     "tiny": Shape(256, 512, 4, 4, 2, 1024),
+    "135m": Shape(576, 1536, 30, 9, 3, 49152, tied=True),  # SmolLM2's
     "1b": Shape(2048, 8192, 16, 32, 8, 32000, tied=True),  # 1.04e9 weights
     "3b": Shape(3072, 8192, 28, 24, 8, 32000, tied=True),
     "7b": Shape(4096, 11008, 32, 32, 32, 32000),
+    # 18,771 tensors, as Qwen3-30B-A3B has them, at a sixteenth of its width: what a tensor costs beside its bytes.
+    "moe": Shape(128, 48, 48, 4, 4, 4096, experts=128, head=32),
 }
 
 
 def linears(shape: Shape) -> dict[str, tuple[int, int]]:
     """(out, in) of one layer's linear modules."""
-    head = shape.hidden // shape.heads
+    head = shape.head or shape.hidden // shape.heads
+    feed = [f"mlp.experts.{index}." for index in range(shape.experts)] if shape.experts else ["mlp."]
+    mixed = {
+        f"{prefix}{name}": size
+        for prefix in feed
+        for name, size in (
+            ("gate_proj", (shape.ffn, shape.hidden)),
+            ("up_proj", (shape.ffn, shape.hidden)),
+            ("down_proj", (shape.hidden, shape.ffn)),
+        )
+    }
     return {
-        "self_attn.q_proj": (shape.hidden, shape.hidden),
+        "self_attn.q_proj": (head * shape.heads, shape.hidden),
         "self_attn.k_proj": (head * shape.kv_heads, shape.hidden),
         "self_attn.v_proj": (head * shape.kv_heads, shape.hidden),
-        "self_attn.o_proj": (shape.hidden, shape.hidden),
-        "mlp.gate_proj": (shape.ffn, shape.hidden),
-        "mlp.up_proj": (shape.ffn, shape.hidden),
-        "mlp.down_proj": (shape.hidden, shape.ffn),
+        "self_attn.o_proj": (shape.hidden, head * shape.heads),
+        **mixed,
     }
 
 
-def _values(rows: int, columns: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+@lru_cache(maxsize=4)
+def _block(seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    block = torch.randn(1 << 20, generator=generator) * 0.02
+    return torch.randn(1 << 20, generator=generator) * 0.02
+
+
+def _values(rows: int, columns: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    block = _block(seed)
     count = rows * columns
-    return block.repeat(-(-count // len(block)))[:count].to(dtype).view(rows, columns).contiguous()
+    long = block if count <= len(block) else block.repeat(-(-count // len(block)))
+    return long[:count].to(dtype, copy=True).view(rows, columns)  # a copy: a small tensor must not keep the block alive
 
 
 def write_base(folder: Path, shape: Shape, dtype: torch.dtype = torch.bfloat16, shard_layers: int = 4) -> None:
     """A sharded base."""
     folder.mkdir(parents=True)
-    config = {
+    config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": shape.hidden,
@@ -79,6 +100,15 @@ def write_base(folder: Path, shape: Shape, dtype: torch.dtype = torch.bfloat16, 
         "tie_word_embeddings": shape.tied,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
+    if shape.experts:
+        config |= {
+            "architectures": ["Qwen3MoeForCausalLM"],
+            "model_type": "qwen3_moe",
+            "head_dim": shape.head or shape.hidden // shape.heads,
+            "num_experts": shape.experts,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": shape.ffn,
+        }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     groups: list[dict[str, torch.Tensor]] = []
     ends = {"model.embed_tokens.weight": _values(shape.vocab, shape.hidden, 1, dtype)}
@@ -103,6 +133,10 @@ def write_base(folder: Path, shape: Shape, dtype: torch.dtype = torch.bfloat16, 
             prefix = f"model.layers.{layer}."
             for name, (rows, columns) in linears(shape).items():
                 tensors[f"{prefix}{name}.weight"] = _values(rows, columns, layer, dtype)
+            if shape.experts:
+                tensors[f"{prefix}mlp.gate.weight"] = _values(shape.experts, shape.hidden, layer, dtype)
+                for name in ("q_norm", "k_norm"):
+                    tensors[f"{prefix}self_attn.{name}.weight"] = torch.ones(config["head_dim"], dtype=dtype)
             for name in ("input_layernorm", "post_attention_layernorm"):
                 tensors[f"{prefix}{name}.weight"] = torch.ones(shape.hidden, dtype=dtype)
         total += flush(tensors, index)

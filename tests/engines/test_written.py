@@ -221,12 +221,3 @@ def test_a_merge_as_a_job(case: Case, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.plan.json").read_text())["request"]["verb"] == "merge"
     assert str(tmp_path / "out.plan.json") in (tmp_path / "out.slurm.sh").read_text()
     assert not (tmp_path / "out").exists()
-
-
-def test_an_output_that_is_older_than_the_plan_is_not_its_own(case: Case, tmp_path: Path) -> None:
-    """Another plan's output may have the same names and sizes."""
-    whole = case.place / "whole"
-    for path in whole.iterdir():
-        os.utime(path, (1, 1))
-    with pytest.raises(OutputError, match="exists"):
-        adapterkit.run(case.plan, whole, task=0, tasks=1)

@@ -6,16 +6,17 @@ import platform
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
 
-from adapterkit.ops.threads import settle
+from adapterkit.ops.threads import SMALL, OneAtATime, settle
 
 STEPS = """
 import resource, sys, threading
 import torch
-from adapterkit.ops.threads import settle
+from adapterkit.ops.threads import SMALL, OneAtATime, settle
 
 def steps():
     if sys.argv[1] == "settled":
@@ -58,3 +59,26 @@ def test_torch_uses_no_other_thread() -> None:
     thread.start()
     thread.join()
     assert seen == [1]
+
+
+def test_small_tensors_take_turns_and_large_ones_do_not_wait() -> None:
+    """Two threads meet in large steps; in small ones the second comes in when the first is out."""
+    turns, inside, met = OneAtATime(), threading.Semaphore(0), []
+
+    def small() -> None:
+        with turns.of(SMALL - 1):
+            inside.release()
+            met.append(inside.acquire(timeout=0.05) and inside.acquire(timeout=0.05))
+
+    def large(barrier: threading.Barrier) -> None:
+        with turns.of(SMALL):
+            barrier.wait(timeout=60)
+
+    for work in (small, partial(large, threading.Barrier(2))):
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+        assert not any(thread.is_alive() for thread in threads)
+    assert met == [False, False]

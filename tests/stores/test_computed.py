@@ -158,6 +158,34 @@ def test_a_computed_adapter_in_parts_is_that_of_one_run(
     assert not client.list_objects_v2(Bucket="models", Prefix=f"{place}/.").get("Contents")
 
 
+def test_results_of_inputs_that_changed_since_are_not_taken(
+    s3: Proxy, made: Path, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan knows local adapters by their headers: one that was trained again has the same digest and the same sizes."""
+    adapter, saved, out = tmp_path / "adapter", tmp_path / "plan.json", f"s3://models/{place}/out"
+    plain_adapter(adapter, made / "base", seed=1)
+    adapterkit.resize(adapter, rank=2, save_plan=saved)
+    with monkeypatch.context() as patched:  # the results are there as one object, and the output is not yet
+        patched.setattr(StoreOut, "_complete", failing_for(StoreOut._complete, "adapter_model"))
+        with pytest.raises(OutputError, match="killed"):
+            adapterkit.run(saved, out, task=0, tasks=1, part_size="2KB")
+    plain_adapter(adapter, made / "base", seed=2)
+    with pytest.raises(OutputError, match="inputs here changed"):
+        adapterkit.run(saved, out, task=0, tasks=1, part_size="2KB")
+    assert adapterkit.run(saved, out, task=0, tasks=1, part_size="2KB", force=True).report
+    adapterkit.resize(adapter, tmp_path / "whole", rank=2)
+    assert download(s3.server, "models", f"{place}/out/") == files(tmp_path / "whole")
+    # A third adapter: the output that is there is of the second, though its objects name this plan.
+    late = adapterkit.run(saved, out, task=0, tasks=1, part_size="2KB")
+    assert "is there already" in late.notes[0]
+    plain_adapter(adapter, made / "base", seed=3)
+    with pytest.raises(OutputError, match="exists"):
+        adapterkit.run(saved, out, task=0, tasks=1, part_size="2KB")
+    client = client_of(s3.server)
+    assert not client.list_multipart_uploads(Bucket="models", Prefix=f"{place}/").get("Uploads")
+    assert not client.list_objects_v2(Bucket="models", Prefix=f"{place}/.").get("Contents")
+
+
 def failing_for(complete: Any, name: str) -> Any:
     """`StoreOut._complete`, which fails for files of a name."""
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace as changed
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -213,9 +214,6 @@ def test_several_workers_send_one_file(hub: BucketHub, put: Put, tmp_path: Path)
     tasks = [adapterkit.run(**array, task=task) for task in (0, 1, 0)]
     assert [one.finished for one in tasks] == [False, True, True]
     assert there("array/", tmp_path / "array") == expected
-    os.utime(tmp_path / "plan.json", (time.time() + 100,) * 2)
-    with pytest.raises(OutputError, match="exists"):
-        adapterkit.run(**array, task=0)
     assert working(hub) == []
 
 
@@ -239,6 +237,59 @@ def test_a_task_does_not_take_the_output_of_another_plan_for_its_own(
         api().batch_bucket_files(NAME, add=[(b"{}", record)])
         with pytest.raises(OutputError, match="exists"):
             adapterkit.run(tmp_path / "0.5.json", out, task=0, tasks=1)
+
+
+def test_tasks_that_end_at_one_moment_make_one_output(
+    hub: BucketHub, put: Put, small: tuple[Path, Path], merged: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Whatever the other has done in between: nothing is refused to either, and each file is the one that both would make."""
+    from adapterkit.verbs.run import _finished
+
+    base, beside = put(small[0]), put(small[1])
+    adapterkit.merge(base, beside, save_plan=tmp_path / "plan.json")
+    plan, at = Plan.from_json((tmp_path / "plan.json").read_bytes()), 0
+    while True:
+        out, asked, ends = f"{ROOT}/{at}", list[Wanted](), list[Any]()
+        for part in OpenPlan(plan, out).parts:
+            OpenPlan(plan, out).execute(part.index)
+
+        def other(wanted: Wanted, at: int = at, out: str = out, asked: Any = asked, ends: Any = ends) -> None:
+            if wanted.path.endswith("/batch"):
+                asked.append(wanted)
+                if len(asked) == at + 1:
+                    ends.append(_finished(OpenPlan(plan, out), force=False))
+
+        hub.rule = other  # type: ignore[assignment]
+        ends.append(_finished(OpenPlan(plan, out), force=False))
+        hub.rule = None
+        assert any(ends), at
+        assert there(f"{at}/", tmp_path / str(at)) == merged, at
+        assert working(hub) == []
+        if len(ends) == 1:
+            break
+        at += 1
+    assert at > 5
+
+
+def test_files_of_two_runs_at_one_moment_are_seen(
+    hub: BucketHub, small: tuple[Path, Path], merged: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A bucket cannot keep them apart; whichever ends last sees what is left of both."""
+    name = "out/model-00002-of-00003.safetensors"
+
+    def other(wanted: Wanted) -> None:
+        if any(line["path"] == "out/adapterkit.json" for line in wanted.lines):
+            hub.buckets[NAME].files[name] = changed(hub.buckets[NAME].files[name], hash="2" * 64)
+
+    hub.rule = other  # type: ignore[assignment]
+    with pytest.raises(
+        OutputError, match=rf"another run wrote {ROOT}/{name} at the same time; .*run one of them again"
+    ):
+        adapterkit.merge(*small, f"{ROOT}/out", resume=True)
+    assert not {"out/config.json", "out/model.safetensors.index.json"} & hub.buckets[NAME].files.keys()
+    hub.clear()
+    adapterkit.merge(*small, f"{ROOT}/out", force=True)
+    assert there("out/", tmp_path / "down") == merged
 
 
 def refused_copy(asked: Wanted, words: str) -> tuple[int, dict[str, str]] | int | None:
@@ -291,7 +342,7 @@ def test_parts_in_any_order_are_one_file(store: Store, hub: BucketHub) -> None:
 
 
 def test_an_interrupted_run_goes_on_and_what_it_left_can_be_swept(
-    hub: BucketHub, small: tuple[Path, Path], merged: dict[str, bytes], tmp_path: Path
+    hub: BucketHub, put: Put, small: tuple[Path, Path], merged: dict[str, bytes], tmp_path: Path
 ) -> None:
     def interrupt(done: int, total: int) -> None:
         if done >= total // 2:
@@ -311,8 +362,20 @@ def test_an_interrupted_run_goes_on_and_what_it_left_can_be_swept(
     assert done.bytes_up < sum(map(len, merged.values()))  # what was sent is not sent again
     with pytest.raises(KeyboardInterrupt):
         adapterkit.merge(*small, f"{ROOT}/x/two", resume=True, progress=interrupt, jobs=1)
-    assert sweep_uploads(f"{ROOT}/x", keep_days=0, apply=True).uploads
-    assert working(hub) == []
+    beside = put(small[1])
+    adapterkit.resize(beside, rank=2, save_plan=tmp_path / "plan.json")
+    opened = OpenPlan(Plan.from_json((tmp_path / "plan.json").read_bytes()), f"{ROOT}/x/low")
+    opened.execute(0)
+    opened._gathered(False)  # results that nobody goes on with, and a claim
+    strays = [
+        f"x/.two.partial.parts/model.safetensors.{'0' * 32}/00007-00007",
+        "x/.a.results-0123456789ab/x.safetensors",
+    ]
+    api().batch_bucket_files(NAME, add=[(b"late", one) for one in strays])  # a part that came too late; somebody else's
+    swept = sweep_uploads(f"{ROOT}/x", keep_days=0, apply=True)
+    assert swept.uploads
+    assert {".low.partial", opened.place.name, ".two.partial.parts"} <= {key.split("/")[1] for key in swept.notes}
+    assert working(hub) == strays[1:]
 
 
 @pytest.mark.slow
@@ -581,7 +644,13 @@ def test_a_combination_by_several_tasks(hub: BucketHub, put: Put, small: tuple[P
     done = [adapterkit.run(plan, f"{ROOT}/two", task=task, tasks=2, part_size="10KB") for task in (0, 1, 0)]
     assert [one.finished for one in done] == [False, True, True]
     assert there("two/", tmp_path / "down") == here(tmp_path / "two")
-    os.utime(plan, (time.time() + 100,) * 2)  # an output that is older than the plan is somebody else's
+    os.utime(plan, (time.time() + 100,) * 2)  # whichever clock is off
+    assert adapterkit.run(plan, f"{ROOT}/two", task=0, tasks=2).notes == (f"{ROOT}/two is there already",)
+    other = put(
+        plain_adapter(tmp_path / "other", small[0], seed=9)
+    )  # of the same shapes, so of the same names and sizes
+    adapterkit.combine([other, other], weights=[0.5, 0.25], method="svd", rank=2, save_plan=plan)
+    os.utime(plan, (1, 1))
     with pytest.raises(OutputError, match="exists"):
         adapterkit.run(plan, f"{ROOT}/two", task=0, tasks=2)
 

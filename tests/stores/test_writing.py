@@ -277,6 +277,25 @@ def test_a_store_without_conditions_is_said(s3: Proxy, small: tuple[Path, Path],
     adapterkit.merge(*small, tmp_path / "out")
     assert download(s3.server, "models", f"{place}/out/") == here(tmp_path / "out")
 
+    # Another run at the same moment, which nothing holds back: whoever ends last sees that the files are of two runs.
+    key, client = f"{place}/two/model-00002-of-00003.safetensors", client_of(s3.server)
+
+    def other(seen: Any) -> None:
+        if seen.method == "PUT" and seen.path.endswith("/two/adapterkit.json"):
+            data = (tmp_path / "out" / "model-00002-of-00003.safetensors").read_bytes()
+            client.put_object(Bucket="models", Key=key, Body=data[:-2] + b"\x01\x01")
+
+    s3.after = other
+    with pytest.raises(
+        OutputError, match=r"another run wrote \S+/two/model-00002-of-00003.safetensors at the same time"
+    ):
+        adapterkit.merge(*small, f"s3://models/{place}/two", resume=True)
+    names = download(s3.server, "models", f"{place}/two/")
+    assert not {"config.json", "model.safetensors.index.json"} & names.keys()  # no loader takes it for a model
+    s3.after = None
+    adapterkit.merge(*small, f"s3://models/{place}/two", force=True)
+    assert download(s3.server, "models", f"{place}/two/") == here(tmp_path / "out")
+
 
 # ------------------------------------------------------------------ faults
 

@@ -16,6 +16,7 @@ from adapterkit.cli import main
 from adapterkit.errors import UsageError
 from adapterkit.verbs.verify import verify
 from adapterkit.verbs.verify.report import EQUAL, FORMAT, OFF, ROUNDING
+from adapterkit.verbs.verify.tensors import _same_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -457,3 +458,17 @@ def test_scales_that_are_others_beside_the_same_codes(quant: str, tmp_path: Path
         assert off() == [f"{layer}.weight"], quant
     save_file(tensors, file, metadata={"format": "pt"})
     assert off() == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 64, 100])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
+def test_blocks_are_the_same_where_their_bytes_are(size: int, dtype: torch.dtype) -> None:
+    data = bytearray(b"\xff" * (size * dtype.itemsize))  # as numbers NaN, which no comparison of values calls equal
+    one = torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+    assert _same_bytes(one, one.clone())
+    for at in {0, len(data) // 2, len(data) - 1} if data else ():
+        changed = bytearray(data)
+        changed[at] ^= 1
+        assert not _same_bytes(one, torch.frombuffer(changed, dtype=dtype))
+    if size:
+        assert not _same_bytes(one, one[:-1])

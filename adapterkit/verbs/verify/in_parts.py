@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.checkpoint.plan import Chunk, Plan, PlannedFile
 from adapterkit.checkpoint.results import Result, planned_results
 from adapterkit.checkpoint.write import Room, Writing
+from adapterkit.foreign import json_value
 from adapterkit.places import here
 from adapterkit.requests.verify import LEVELS
 from adapterkit.verbs.carry import carry_out
@@ -68,7 +69,21 @@ class VerifyJob:
             stage=partial(self._stage, started),
             force=asked.force,
             results=lambda: self.results,
+            alike=self._is_ours,
         )
+
+    def _is_ours(self, data: bytes) -> bool:
+        """Whether a report is of these inputs, by digest, and of what is asked of them."""
+        try:
+            said = json_value(data)
+            read = [(one["role"], one["digest"], one["weight"]) for one in said["inputs"]]
+            theirs = (read, said["level"], said["thresholds"], said["options"])
+        except (ValueError, KeyError, TypeError):
+            return False
+        made = self.verification
+        asked = (LEVELS[made.request.depth], asdict(made.thresholds), made.options)
+        ours = [(one.role, one.digest, one.weight) for one in made.inputs()]
+        return theirs == (ours, *json.loads(json.dumps(asked)))
 
     def _stage(self, started: float, room: Room) -> Writing:
         """Compare everything here."""

@@ -188,6 +188,20 @@ def inputs(
     return tuple(found)
 
 
+def residual_of(adapter: Adapter) -> VerifiedInput:
+    """What stands beside MERGED, by digest."""
+    from adapterkit.provenance.record import adapter_parent
+
+    return VerifiedInput("residual", adapter.ref, f"sha256:{adapter_parent(adapter).content}")
+
+
+def prompts_of(path: Path) -> VerifiedInput:
+    """The texts that models answer, by digest."""
+    from adapterkit.disk.copying import hash_file
+
+    return VerifiedInput("prompts", str(path), f"sha256:{hash_file(path)[0]}")
+
+
 def digest(checkpoint: Checkpoint) -> str:
     """The identity of a model as text: the strongest level that costs little."""
     from adapterkit.registry.weights import cheap, identity_of

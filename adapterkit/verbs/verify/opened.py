@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
     from adapterkit.requests.verify import VerifyRequest
     from adapterkit.verbs.verify.inputs import Asked
-    from adapterkit.verbs.verify.report import ModelLevel, TensorLevel
+    from adapterkit.verbs.verify.report import ModelLevel, TensorLevel, VerifiedInput
     from adapterkit.verbs.verify.subject import Subject
     from adapterkit.verbs.verify.tensors import Judged
 
@@ -72,6 +72,28 @@ class OpenVerification:
         read = (*self.loaded, *(() if self.beside is None else (self.beside,)))
         return (*self.found.sources, *self.stored.sources, *(source for one in read for source in one.sources))
 
+    @property
+    def thresholds(self) -> Thresholds:
+        """What is asked for."""
+        asked = self.request
+        return Thresholds(
+            *(asked.max_kl, asked.min_top1, asked.min_retention, asked.min_cosine, asked.max_error, asked.max_dead)
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of the merge that are not its own."""
+        return _shown(self.planned.options)
+
+    def inputs(self) -> tuple[VerifiedInput, ...]:
+        """Everything that is read, by digest."""
+        from adapterkit.verbs.verify.inputs import inputs, prompts_of, residual_of
+
+        found = inputs(self.found, self.stored, self.loaded, self.planned.weights, None)
+        beside = () if self.beside is None else (residual_of(self.beside),)
+        asked = () if self.request.prompts is None else (prompts_of(Path(self.request.prompts)),)
+        return (*found, *beside, *asked)
+
     def compared(self, jobs: int | None, progress: Progress | None) -> tuple[Judged, ...]:
         """Every weight that is in both, compared here."""
         from adapterkit.verbs.verify.tensors import compare
@@ -89,7 +111,6 @@ class OpenVerification:
         """
         from adapterkit.verbs.job import peak_memory
         from adapterkit.verbs.verify.findings import findings
-        from adapterkit.verbs.verify.inputs import inputs
         from adapterkit.verbs.verify.load import loading, names
         from adapterkit.verbs.verify.sanity import sanity
         from adapterkit.verbs.verify.tensors import level as tensor_level
@@ -155,17 +176,10 @@ class OpenVerification:
             model=model,
             residual="" if beside is None else beside.ref,
             pair=pair,
-            thresholds=Thresholds(
-                request.max_kl,
-                request.min_top1,
-                request.min_retention,
-                request.min_cosine,
-                request.max_error,
-                request.max_dead,
-            ),
-            options=_shown(planned.options),
+            thresholds=self.thresholds,
+            options=self.options,
             record=how.record is not None,
-            inputs=inputs(self.found, self.stored, self.loaded, planned.weights, None),
+            inputs=self.inputs(),
             notes=tuple(dict.fromkeys((*planned.notes, *said(request.device)))),
             seconds=time.monotonic() - started,
             peak_memory=peak_memory(),

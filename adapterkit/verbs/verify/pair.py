@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.merged import Merged
 from adapterkit.errors import UsageError, option
+from adapterkit.ops.threads import SMALL
 from adapterkit.verbs.ordered import in_order
 from adapterkit.verbs.residual_of import residual_path
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, TensorCheck
@@ -78,7 +79,7 @@ def together(
 
     rows, total, apart, without = [], FidelitySums(), [], []
     sizes = [item.floats.nbytes for item in items]
-    for item, sums, off in in_order(work, items, jobs, sizes, progress):
+    for item, sums, off in in_order(work, items, jobs, sizes, progress, 4 * SMALL):
         if item.touched:
             total += sums
             rows.append(_row(item, sums))

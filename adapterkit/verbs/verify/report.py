@@ -30,7 +30,7 @@ class VerifiedInput:
     """Something the verification read.
 
     Attributes:
-        role: ``merged``, ``base``, ``adapter``, ``original`` or ``prompts``.
+        role: ``merged``, ``base``, ``adapter``, ``model``, ``original``, ``residual`` or ``prompts``.
         digest: of its content, with what it covers: ``sha256:...`` of files, ``sampled:...`` of 16 KiB of each tensor.
     """
 
