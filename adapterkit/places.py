@@ -133,8 +133,11 @@ def readable(place: str | Path, what: str) -> str | Path:
     return local(place, what)
 
 
-def writable(place: str | Path | Address, what: str) -> Path | Address:
-    """Where an output goes: a path, or an address of a store.
+def writable(place: str | Path | Address, what: str, kind: str = "folder") -> Path | Address:
+    """Where an output goes, or a file lies: a path, or an address of a store.
+
+    Args:
+        kind: of what is named there, for the error.
 
     Raises:
         UsageError: any other address, or one that names no object.
@@ -144,8 +147,11 @@ def writable(place: str | Path | Address, what: str) -> Path | Address:
         assert not isinstance(place, Address)
         return Path(local(place, what))
     if not address.key:
-        raise UsageError(f"{what} is {address}, a whole bucket", f"name a folder in it, as {address}/merged")
+        raise UsageError(f"{what} is {address}, a whole bucket", f"name a {kind} in it, as {address}/{_EXAMPLES[kind]}")
     return address
+
+
+_EXAMPLES = {"folder": "merged", "file": "file.json"}
 
 
 def here(place: Path | Address) -> Path:

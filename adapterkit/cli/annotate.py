@@ -12,10 +12,11 @@ import click
 
 from adapterkit import disk
 from adapterkit.cli.output import clean, say_command, show_json
-from adapterkit.cli.paths import FILE
+from adapterkit.cli.paths import FILE, FILE_THERE
 
 if TYPE_CHECKING:
     from adapterkit.lint.problems import Problem
+    from adapterkit.places import Address
     from adapterkit.verbs.check import CheckReport, Diagnostic
 
 CONFIG = "adapter_config.json"
@@ -84,7 +85,9 @@ def output_options(*forms: str) -> tuple[click.Option, ...]:
     choices, file = click.Choice(["text", "json", *forms]), FILE
     return (
         click.Option(["--output-format", "form"], type=choices, default="text", help=f"Of the result; {how}."),
-        click.Option(["--report", "report_file"], type=file, metavar="FILE", help="Write the report to FILE as JSON."),
+        click.Option(
+            ["--report", "report_file"], type=FILE_THERE, metavar="FILE", help="Write the report to FILE as JSON."
+        ),
         click.Option(["--summary"], type=file, metavar="FILE", help="Append the result to FILE as Markdown."),
     )
 
@@ -122,11 +125,11 @@ def show_problems(problems: Sequence[Problem], form: str) -> None:
         say_command(github(problem))
 
 
-def write_report(path: Path | None, report: Any) -> None:
+def write_report(path: Path | Address | None, report: Any) -> None:
     """Write a frozen value as JSON, where a file was asked for."""
     if path is not None:
-        from adapterkit.disk import deliver
         from adapterkit.redaction import redact
+        from adapterkit.stores.files import deliver
         from adapterkit.verbs.report import to_json
 
         deliver(path, (redact(to_json(report)) + "\n").encode())

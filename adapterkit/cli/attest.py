@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from adapterkit.cli.output import note, say, show_json
-from adapterkit.cli.paths import FILE
+from adapterkit.cli.paths import FILE_THERE
+
+if TYPE_CHECKING:
+    from adapterkit.places import Address
 
 attest_option = click.option(
     "--attest", is_flag=True, help="Write a SLSA provenance statement (in-toto) beside OUT, with every file's sha256."
@@ -17,10 +21,10 @@ attest_option = click.option(
 
 
 @click.command(name="attest", short_help="Write a provenance statement (in-toto, SLSA) beside an output.")
-@click.argument("path", type=FILE)
+@click.argument("path", type=FILE_THERE)
 @click.option("--input", "inputs", multiple=True, metavar="REF", help="What it was made from, to name its files too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(path: Path, inputs: tuple[str, ...], as_json: bool) -> None:
+def command(path: Path | Address, inputs: tuple[str, ...], as_json: bool) -> None:
     """Write adapterkit.intoto.json beside PATH, the output of a verb, from the record that lies there.
 
     It is unsigned; `adapterkit sign` signs it, and the output with it.

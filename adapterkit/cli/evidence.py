@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from adapterkit.cli.output import note, say, show_json
-from adapterkit.cli.paths import FILE
+from adapterkit.cli.paths import FILE_THERE
+
+if TYPE_CHECKING:
+    from adapterkit.places import Address
 
 
 @click.group(name="evidence", short_help="Add what an evaluation measured to a version, or show what is known of one.")
@@ -23,7 +27,7 @@ def command() -> None:
 
 @command.command(name="add", short_help="Read results files of harnesses into the record of a version.")
 @click.argument("ref")
-@click.argument("files", nargs=-1, required=True, type=FILE)
+@click.argument("files", nargs=-1, required=True, type=FILE_THERE)
 @click.option(
     "--of",
     "subject",
@@ -34,7 +38,7 @@ def command() -> None:
 @click.option("--task", default="", help="The task, where a file states none.")
 @click.option("--dry-run", is_flag=True, help="Show what would be added.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def add(ref: str, files: tuple[Path, ...], subject: str, task: str, dry_run: bool, as_json: bool) -> None:
+def add(ref: str, files: tuple[Path | Address, ...], subject: str, task: str, dry_run: bool, as_json: bool) -> None:
     """Add the figures in FILES to REF, which gets a new version with the same bytes; aliases stay where they are.
 
     FILES are results of lm-evaluation-harness, inspect-ai, lighteval or HELM, or a table {"acc": 0.71, "n": 500}. A file of

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 import click
 
 from adapterkit.cli.output import Progress, say, show_json, size
-from adapterkit.cli.paths import LocalPath
+from adapterkit.cli.paths import FILE_THERE
 from adapterkit.cli.run import failed
 from adapterkit.requests.device import METAVAR
 
 if TYPE_CHECKING:
+    from adapterkit.places import Address
     from adapterkit.verbs.execute import OpenPlan
 
 
 @click.command(name="execute", short_help="Execute a saved plan, or one part of it.")
-@click.argument("plan", type=LocalPath(exists=True, dir_okay=False, path_type=Path))
-@click.option("-o", "--out", required=True, type=click.Path(), help="The folder to make, here or in a store.")
+@click.argument("plan", type=FILE_THERE)
+@click.option("-o", "--out", required=True, type=FILE_THERE, help="The folder to make, here or in a store.")
 @click.option("--part", type=click.IntRange(0), help="Only this part; the folder appears when all parts are finished.")
 @click.option("--part-size", metavar="SIZE", help="Work of a part, like 1GB; by default a part is a file.")
 @click.option("--finish", is_flag=True, help="All parts are done: make the folder.")
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 @click.option("--served", is_flag=True, hidden=True, help="Execute the parts whose numbers stand on standard input.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
-    plan: Path,
-    out: str,
+    plan: Path | Address,
+    out: Path | Address,
     part: int | None,
     part_size: str | None,
     finish: bool,
@@ -53,11 +54,12 @@ def command(
     """
     from adapterkit.checkpoint.plan import MOST_PLAN, Plan, parse_size
     from adapterkit.disk import read_regular
+    from adapterkit.stores.files import brought
     from adapterkit.verbs.execute import OpenPlan, execute, has_parts, on_device
 
     if part is not None and finish:
         raise click.UsageError("--part and --finish exclude each other: parts come first.")
-    loaded = on_device(Plan.from_json(read_regular(plan, MOST_PLAN)), device)
+    loaded = on_device(Plan.from_json(read_regular(brought(plan), MOST_PLAN, str(plan))), device)
     opened = OpenPlan(loaded, out, None if part_size is None else parse_size(part_size))
     if served:
         _serve(opened, jobs)

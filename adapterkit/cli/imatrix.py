@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from adapterkit.cli.output import Progress, count, note, say, show_json
-from adapterkit.cli.paths import FILE
+from adapterkit.cli.paths import FILE_THERE
 from adapterkit.errors import UsageError
 from adapterkit.ops.device import CPU
 from adapterkit.requests.device import METAVAR
 
+if TYPE_CHECKING:
+    from adapterkit.places import Address
+
 
 @click.command(name="imatrix", short_help="Measure which columns of the weights matter, for quantizing a model.")
 @click.argument("model", required=False)
-@click.option("--text", type=FILE, metavar="FILE", help="Text like the model's own.")
+@click.option("--text", type=FILE_THERE, metavar="FILE", help="Text like the model's own.")
 @click.option(
     "--in-file",
     "files",
     multiple=True,
-    type=FILE,
+    type=FILE_THERE,
     metavar="FILE",
     help="A matrix to add up with the others, in place of MODEL and --text; given twice or more.",
 )
-@click.option("-o", "--out", required=True, type=FILE, help="The .gguf file to make.")
+@click.option("-o", "--out", required=True, type=FILE_THERE, help="The .gguf file to make.")
 @click.option("--chunk", type=click.IntRange(2), default=512, show_default=True, help="Tokens at a time.")
 @click.option("--chunks", type=click.IntRange(1), help="At most so many; by default the whole text.")
 @click.option(
@@ -45,9 +49,9 @@ from adapterkit.requests.device import METAVAR
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
     model: str | None,
-    text: Path | None,
-    files: tuple[Path, ...],
-    out: Path,
+    text: Path | Address | None,
+    files: tuple[Path | Address, ...],
+    out: Path | Address,
     chunk: int,
     chunks: int | None,
     dtype: str,

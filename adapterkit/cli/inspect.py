@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from adapterkit.cli.output import count, note, say, show_json, size
-from adapterkit.cli.paths import FILE
+from adapterkit.cli.paths import FILE_THERE
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from adapterkit.places import Address
     from adapterkit.verbs.compare import Pair
     from adapterkit.verbs.inspect import Inspection
 
@@ -19,11 +21,11 @@ if TYPE_CHECKING:
 @click.argument("refs", nargs=-1, required=True, metavar="ADAPTER|CHECKPOINT...")
 @click.option("--base", help="The adapter's base, to give its share of the parameters.")
 @click.option("--compare", "comparing", is_flag=True, help="Hold several adapters against each other.")
-@click.option("--html", type=FILE, metavar="FILE", help="With --compare: also write a heat map.")
+@click.option("--html", type=FILE_THERE, metavar="FILE", help="With --compare: also write a heat map.")
 @click.option("--health", is_flag=True, help="Read the factors: NaN, untrained modules, norms, effective ranks.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
-    refs: tuple[str, ...], base: str | None, comparing: bool, html: Path | None, health: bool, as_json: bool
+    refs: tuple[str, ...], base: str | None, comparing: bool, html: Path | Address | None, health: bool, as_json: bool
 ) -> None:
     """Show what an ADAPTER or a CHECKPOINT is; only headers are read, also from the Hub.
 
@@ -53,8 +55,8 @@ def command(
         _show_health(found)
 
 
-def _compare(refs: tuple[str, ...], base: str | None, html: Path | None, as_json: bool) -> None:
-    from adapterkit.disk import deliver
+def _compare(refs: tuple[str, ...], base: str | None, html: Path | Address | None, as_json: bool) -> None:
+    from adapterkit.stores.files import deliver
     from adapterkit.verbs.compare import compare
     from adapterkit.verbs.heatmap import heat_map
 

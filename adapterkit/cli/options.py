@@ -11,7 +11,7 @@ from click.core import ParameterSource
 
 from adapterkit.cli.complete import REFERENCE, Listed
 from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, methods_flag
-from adapterkit.cli.paths import FILE
+from adapterkit.cli.paths import FILE, FILE_THERE
 from adapterkit.requests.option import (
     CLI,
     FLAG,
@@ -231,7 +231,7 @@ def _type(name: str, option: Option) -> Any:
     if option.kind == NUMBER:
         return click.FLOAT
     if option.kind == PATH:
-        return click.Path() if option.store else FILE  # an address keeps its slashes
+        return FILE_THERE if option.store else FILE
     if option.kind == REF:
         return REFERENCE
     if option.choices and not callable(option.choices) and not option.metavar:

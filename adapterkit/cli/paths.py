@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from adapterkit.places import local
+from adapterkit.places import Address, address_of, local, writable
 
 
 class LocalPath(click.Path):
@@ -20,14 +20,39 @@ class LocalPath(click.Path):
             UsageError: an address of a store, a registry or a server.
         """
         text = os.fspath(value)
-        what = (
-            "this"
-            if param is None
-            else param.opts[0]
-            if param.param_type_name == "option"
-            else param.human_readable_name
-        )
-        return super().convert(local(text, what), param, ctx)
+        return super().convert(local(text, _named(param)), param, ctx)
+
+
+class StoredPath(click.Path):
+    """A path of this machine, or the address of a file in a store."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """
+        Raises:
+            UsageError: an address of anything else.
+        """
+        return writable(value, _named(param), "file")
+
+
+class TargetPath(LocalPath):
+    """A path of this machine, an address of a store, or a name of the registry."""
+
+    def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """
+        Raises:
+            UsageError: an address of anything else.
+        """
+        found = value if address_of(value) is None else writable(os.fspath(value), _named(param))
+        return found if isinstance(found, Address) else super().convert(value, param, ctx)
+
+
+def _named(param: click.Parameter | None) -> str:
+    """What an error calls a parameter."""
+    if param is None:
+        return "this"
+    return param.opts[0] if param.param_type_name == "option" else param.human_readable_name
 
 
 FILE = LocalPath(path_type=Path)
+TARGET = TargetPath()
+FILE_THERE = StoredPath(path_type=Path)

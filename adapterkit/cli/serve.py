@@ -33,9 +33,10 @@ def command(refs: tuple[str, ...], server: str, base: str, copy: Path | None, as
       adapterkit serve-args support@prod billing@prod --for vllm
       adapterkit serve-args my-merge@prod --for ollama > Modelfile
     """
+    from adapterkit.places import readable
     from adapterkit.serving.command import serve_args
 
-    found = serve_args(refs, server, base=base, copy=copy)
+    found = serve_args(refs, server, base=str(readable(base, "--base")) if base else "", copy=copy)
     if as_json:
         show_json(found)
         return

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from adapterkit.cli.output import note, say, show_json
-from adapterkit.cli.paths import FILE, LocalPath
+from adapterkit.cli.paths import FILE, FILE_THERE, TARGET
+
+if TYPE_CHECKING:
+    from adapterkit.places import Address
 
 _PATH = FILE
 _ignore = click.option(
@@ -16,10 +20,10 @@ _ignore = click.option(
 
 
 @click.command(name="sign", short_help="Sign an output or a version with a key of your own.")
-@click.argument("target", metavar="PATH|REF", type=LocalPath())
+@click.argument("target", metavar="PATH|REF", type=TARGET)
 @click.option("--key", required=True, type=_PATH, help="The private key: an elliptic curve key in PEM form.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def sign(target: str, key: Path, as_json: bool) -> None:
+def sign(target: str | Address, key: Path, as_json: bool) -> None:
     """Sign the files of an output or of a registered version (a new version that carries the signature).
 
     model.sig covers every file, card and record included; adapterkit.intoto.jsonl holds the provenance and the record, with
@@ -51,12 +55,14 @@ def sign(target: str, key: Path, as_json: bool) -> None:
 
 
 @click.command(name="verify-signature", short_help="Say whether an output or a version is what was signed.")
-@click.argument("target", metavar="PATH|REF", type=LocalPath())
+@click.argument("target", metavar="PATH|REF", type=TARGET)
 @click.option("--key", required=True, type=_PATH, help="The public key, in PEM form.")
-@click.option("--signature", type=_PATH, help="Where it lies, if not beside the files or in the version.")
+@click.option("--signature", type=FILE_THERE, help="Where it lies, if not beside the files or in the version.")
 @_ignore
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def verify(target: str, key: Path, signature: Path | None, ignore: tuple[str, ...], as_json: bool) -> None:
+def verify(
+    target: str | Address, key: Path, signature: Path | Address | None, ignore: tuple[str, ...], as_json: bool
+) -> None:
     """Read every byte of PATH or REF and hold it against its signature, records and statements included.
 
     Exits with 3 when a file was changed, was added, is missing or was never signed, the record says something else than was
@@ -78,12 +84,14 @@ def verify(target: str, key: Path, signature: Path | None, ignore: tuple[str, ..
 
 
 @click.command(name="verify-attestation", short_help="Say whether signed statements about an output are true of it.")
-@click.argument("target", metavar="PATH|REF", type=LocalPath())
+@click.argument("target", metavar="PATH|REF", type=TARGET)
 @click.option("--key", required=True, type=_PATH, help="The public key, in PEM form.")
-@click.option("--attestation", type=_PATH, help="DSSE envelopes or a Sigstore bundle from elsewhere.")
+@click.option("--attestation", type=FILE_THERE, help="DSSE envelopes or a Sigstore bundle from elsewhere.")
 @_ignore
 @click.option("--json", "as_json", is_flag=True, help="Print the statements as JSON.")
-def attestation(target: str, key: Path, attestation: Path | None, ignore: tuple[str, ...], as_json: bool) -> None:
+def attestation(
+    target: str | Address, key: Path, attestation: Path | Address | None, ignore: tuple[str, ...], as_json: bool
+) -> None:
     """Hold signed in-toto statements against the key, and against the files and the record of PATH or REF.
 
     Reads adapterkit.intoto.jsonl, which sign writes, or what other tools wrote. Exits with 3 when another key signed, a file

@@ -10,16 +10,17 @@ import click
 
 from adapterkit.cli.options import command as command_of
 from adapterkit.cli.output import Progress, command_line, count, note, say, show_json
-from adapterkit.cli.paths import FILE
+from adapterkit.cli.paths import FILE_THERE
 from adapterkit.cli.written import foretold
 from adapterkit.errors import UsageError, option
 from adapterkit.requests.verify import VerifyRequest
 from adapterkit.requests.workers import WRITTEN_JOBS
 
 if TYPE_CHECKING:
+    from adapterkit.places import Address
     from adapterkit.verbs.verify.report import VerifyReport
 
-_FILE = FILE
+_FILE = FILE_THERE
 # What is done with the report, which a caller in Python does by itself.
 _OWN = (
     click.Option(["--html"], type=_FILE, metavar="FILE", help="Write the evidence as one HTML page."),
@@ -37,8 +38,8 @@ _OWN = (
 @command_of(VerifyRequest, name="verify", short_help="Prove that a merged model is the trained one.", own=_OWN)
 def command(
     request: VerifyRequest,
-    html: Path | None,
-    markdown: Path | None,
+    html: Path | Address | None,
+    markdown: Path | Address | None,
     step_summary: bool,
     attach: bool | None,
     as_json: bool,
@@ -121,7 +122,12 @@ def as_html(report: VerifyReport) -> str:
 
 
 def write(
-    report: VerifyReport, html: Path | None, markdown: Path | None, *, page: str = "", step_summary: bool = False
+    report: VerifyReport,
+    html: Path | Address | None,
+    markdown: Path | Address | None,
+    *,
+    page: str = "",
+    step_summary: bool = False,
 ) -> None:
     """The page (``page``, or made here) and the summary, where they are wanted.
 
@@ -129,8 +135,9 @@ def write(
         OutputError: a file cannot be written.
         UsageError: there is no job to summarise.
     """
-    from adapterkit.disk import deliver, open_appended
+    from adapterkit.disk import open_appended
     from adapterkit.errors import OutputError
+    from adapterkit.stores.files import deliver
     from adapterkit.verbs.verify.summary import markdown as as_markdown
 
     try:

@@ -12,6 +12,8 @@ from adapterkit.checkpoint.files import LocalFile
 from adapterkit.errors import NotFound, OutputError, UsageError, option
 from adapterkit.gguf.checkpoint import read_header
 from adapterkit.gguf.plan import planned_header
+from adapterkit.places import Address
+from adapterkit.stores.files import check_absent, send
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
@@ -49,14 +51,15 @@ class Projector:
     def __init__(
         self,
         given: Path | None,
-        out: Path,
+        out: Path | Address,
         *,
         force: bool = False,
         plan: Plan | None = None,
         sources: Sequence[Source] = (),
     ) -> None:
         self._path = given.expanduser() if given is not None else None
-        self._target = out
+        self._target: Path | Address = out
+        self._force = force
         if self._path is None:
             return
         if out.suffix != ".gguf":
@@ -69,16 +72,25 @@ class Projector:
         if plan is not None:
             _check_model(header, planned_header(plan, sources, str(out)), str(given))
         self._target = out.parent / self._path.name
-        if self._target.resolve() == out.resolve():
+        if self._target.name == out.name:
             raise UsageError(f"{given} has the name of the output", "name the output otherwise")
-        if self._target.exists() and not self._target.samefile(self._path) and not force:
+        if isinstance(self._target, Address):
+            check_absent(self._target, force=force)
+        elif self._target.exists() and not self._target.samefile(self._path) and not force:
             raise OutputError(f"{self._target} exists", f"remove it, or add {option('force', True)}")
 
     def copy(self) -> None:
         """Copy it; the copy appears whole or not at all."""
-        if self._path is None or (self._target.exists() and self._target.samefile(self._path)):
+        if self._path is None:
             return
         target = self._target
+        if isinstance(target, Address):
+            with open(disk.open_regular(self._path), "rb") as file:
+                if not send(target, file, self._path.stat().st_size, absent=not self._force):
+                    raise OutputError(f"{target} appeared meanwhile", "remove it, or name the output otherwise")
+            return
+        if target.exists() and target.samefile(self._path):
+            return
         with disk.writing(str(target), target.parent), disk.staging(target, resume=False) as folder:
             source = disk.open_regular(self._path)
             try:

@@ -16,10 +16,12 @@ from adapterkit.gguf.mixes import choose_types, compiled, fitting, needs_importa
 from adapterkit.gguf.names import EMBEDDING
 from adapterkit.gguf.tensors import Quantized, bits_per_weight, decoded, encoded, kind_of
 from adapterkit.gguf.types import TYPES, ggml_type
+from adapterkit.stores.files import reading
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.gguf.importance import Importance
+    from adapterkit.places import Address
 
 FILE_TYPE, QUANTIZATION_VERSION = "general.file_type", "general.quantization_version"
 GRID_BITS = 8  # below, a tensor's grid is coarser than what training changes
@@ -43,7 +45,7 @@ class Quantization:
     """
 
     mix: str | None = None
-    imatrix: str | Path | None = None
+    imatrix: str | Path | Address | None = None
     pure: bool = False
     tensor_types: tuple[tuple[str, str], ...] = ()
     output_type: str | None = None
@@ -264,9 +266,10 @@ def _importance(asked: Quantization, wanted: Mapping[str, str]) -> Importance | 
         return None
     from adapterkit.gguf.importance import load_importance
 
-    if not Path(asked.imatrix).exists():
-        raise NotFound(f"{asked.imatrix} does not exist", "give the file that llama-imatrix wrote")
-    found = load_importance(Path(asked.imatrix))
+    with reading(asked.imatrix) as path:
+        if not path.exists():
+            raise NotFound(f"{path} does not exist", "give the file that llama-imatrix wrote")
+        found = load_importance(path)
     if not any(name in found.values for name in wanted):
         raise UsageError(f"{asked.imatrix} names no tensor of this model", "use the one made for it")
     for parts, keep in ((asked.include_weights, True), (asked.exclude_weights, False)):

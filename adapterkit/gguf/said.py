@@ -12,6 +12,7 @@ from adapterkit.disk import read_regular
 from adapterkit.errors import CheckpointError, NotFound, UsageError, option
 from adapterkit.gguf.metadata import Entry, array, boolean, f32, text, u32
 from adapterkit.gguf.reader import STRING
+from adapterkit.stores.files import brought
 
 if TYPE_CHECKING:
     from adapterkit.gguf.plan import FileLayout
@@ -57,7 +58,7 @@ def _of_file(file: str | Path | None) -> list[Entry]:
     if file is None:
         return []
     hint = "give a JSON file with keys like general.author"
-    path = Path(file)
+    path = brought(file)
     if not path.exists():
         raise NotFound(f"{file} does not exist", hint)
     if path.stat().st_size > MOST:
@@ -127,7 +128,7 @@ def read_pairs(file: str | Path) -> tuple[tuple[str, str], ...]:
 
     hint = "give a file of lines like attn_v=Q8_0"
     try:
-        said = read_regular(Path(file), MOST, str(file)).decode("utf-8")
+        said = read_regular(brought(file), MOST, str(file)).decode("utf-8")
     except NotFound:
         raise NotFound(f"{file} does not exist", hint) from None
     except (CheckpointError, ValueError) as error:

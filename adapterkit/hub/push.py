@@ -25,7 +25,7 @@ from adapterkit.errors import (
 )
 from adapterkit.hub.card import card
 from adapterkit.hub.files import CARD, Prepared, Upload, prepare
-from adapterkit.places import local
+from adapterkit.places import address_of, local
 from adapterkit.registry import blobs, resolve
 from adapterkit.registry.beside import check_beside, read_beside
 from adapterkit.registry.canonical import parse, sha256
@@ -33,6 +33,7 @@ from adapterkit.registry.gather import describe, gather
 from adapterkit.registry.home import open_home
 from adapterkit.registry.names import check_path, is_repo
 from adapterkit.registry.record import BESIDE, FileEntry, Record
+from adapterkit.stores.files import brought_folder, called
 
 if TYPE_CHECKING:
     pass
@@ -326,6 +327,11 @@ def source_of(ref: str, home: Path | None) -> tuple[Record, list[tuple[FileEntry
         NotFound: bytes that are not there.
         UnsafeError: a folder that holds a link.
     """
+    address = address_of(ref)
+    if address is not None:
+        folder = brought_folder(address)
+        with called(folder, address):
+            return _folder(folder)
     path = Path(local(ref, "what is pushed")).expanduser()
     if path.is_dir():
         return _folder(path)

@@ -18,26 +18,31 @@ Formats: in-toto attestation framework v1 (Statement, ResourceDescriptor, Digest
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.hub_ref import parse_hub
+from adapterkit.checkpoint.objects import ObjectFolder, object_file
 from adapterkit.checkpoint.publish import part_name
 from adapterkit.errors import AdapterkitError, NotFound, UsageError
-from adapterkit.places import local
-from adapterkit.provenance.record import entry
+from adapterkit.places import Address, address_of, readable, writable
+from adapterkit.provenance.record import entry, hashed
 from adapterkit.registry import index, store
-from adapterkit.registry.beside import beside_path, check_beside, read_beside
-from adapterkit.registry.canonical import sha256, thaw
-from adapterkit.registry.gather import gather
+from adapterkit.registry.beside import beside_path, check_beside, parse_beside
+from adapterkit.registry.canonical import MAX_BYTES, sha256, thaw
+from adapterkit.registry.gather import gather, gather_listed
 from adapterkit.registry.home import open_home
 from adapterkit.registry.identity import Identity, compare
-from adapterkit.registry.record import NOT_CONTENT, UNDATED, FileEntry, Parent, Record
+from adapterkit.registry.record import BESIDE, NOT_CONTENT, UNDATED, FileEntry, Parent, Record
 from adapterkit.registry.weights import cheap, identity_of
+from adapterkit.stores.files import deliver
+
+if TYPE_CHECKING:
+    from adapterkit.checkpoint.files import Source
 
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
@@ -48,12 +53,12 @@ NAME = "adapterkit.intoto.json"
 class Attested:
     """``path`` of the statement; how many files it vouches for, and how many digests of inputs it names."""
 
-    path: Path
+    path: Path | Address
     subjects: int
     dependencies: int
 
 
-def attest(path: str | Path, inputs: Iterable[str | Path] = (), *, strict: bool = True) -> Attested:
+def attest(path: str | Path | Address, inputs: Iterable[str | Path] = (), *, strict: bool = True) -> Attested:
     """Writes a statement of provenance beside an output of adapterkit.
 
     Args:
@@ -68,23 +73,94 @@ def attest(path: str | Path, inputs: Iterable[str | Path] = (), *, strict: bool 
         UsageError: the record does not say how it was made, or an input is not one that it names.
         OutputError: the statement cannot be written.
     """
-    out = Path(local(path, "what is attested")).expanduser()
-    if not out.exists() and not parts_of(out):
-        raise NotFound(f"{out} does not exist", "give the folder or file that was made")
-    record = read_beside(out)
-    if record is None:
-        raise NotFound(f"{beside_path(out)} does not exist", "only outputs of adapterkit say how they were made")
-    files = _files(out)
-    check_beside(out, record, files)
+    place = writable(path, "what is attested")
+    out = _Stored.at(place) if isinstance(place, Address) else _Local(place.expanduser())
+    if not out.exists:
+        raise NotFound(f"{out.place} does not exist", "give the folder or file that was made")
+    data = out.record_bytes()
+    if data is None:
+        raise NotFound(f"{out.record_place} does not exist", "only outputs of adapterkit say how they were made")
+    record = parse_beside(data, str(out.record_place))
+    files = out.files()
+    check_beside(out.place, record, files)
     known, left = _matched(record.parents, [_place(ref) for ref in inputs])
     if left and strict:
         raise UsageError(f"{left[0]} is none of what the record names", "give what the output was made from")
-    made = statement(record, files, beside_path(out).read_bytes(), known)
-    target = out / NAME if out.is_dir() else out.with_name(f"{out.name}.{NAME}")
-    with disk.writing(NAME, target.parent):
-        disk.write_file(target, (json.dumps(made, indent=2) + "\n").encode())
+    made = statement(record, files, data, known)
+    out.write((json.dumps(made, indent=2) + "\n").encode())
+    target = out.statement_place
     found = made["predicate"]["buildDefinition"]["resolvedDependencies"]
     return Attested(target, len(made["subject"]), len(found))
+
+
+class _Local:
+    """An output here."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.exists = place.exists() or bool(parts_of(place))
+        self.record_place = beside_path(place)
+        self.statement_place = place / NAME if place.is_dir() else place.with_name(f"{place.name}.{NAME}")
+
+    def record_bytes(self) -> bytes | None:
+        """What lies beside it as its record."""
+        try:
+            return disk.read_regular(self.record_place, MAX_BYTES)
+        except NotFound:
+            return None
+
+    def files(self) -> list[FileEntry]:
+        """Its files, hashed."""
+        if not self.place.exists():
+            return [entry(part.name, part) for part in parts_of(self.place)]
+        return [entry(inside, real) for inside, real in gather(self.place).files]
+
+    def write(self, data: bytes) -> None:
+        """The statement, beside it."""
+        with disk.writing(NAME, self.statement_place.parent):
+            disk.write_file(self.statement_place, data)
+
+
+class _Stored:
+    """An output in a store. Its bytes are read and hashed as a stream; nothing is kept of them here."""
+
+    def __init__(self, place: Address, sources: Mapping[str, Source], folder: bool) -> None:
+        self.place, self._sources = place, sources
+        self.exists = bool(sources)
+        self.record_place = place / BESIDE if folder else place.with_name(f"{place.name}.{BESIDE}")
+        self.statement_place = place / NAME if folder else place.with_name(f"{place.name}.{NAME}")
+
+    @classmethod
+    def at(cls, place: Address) -> _Stored:
+        """A folder, or a file or the parts of a set in its place.
+
+        Raises:
+            AuthError, StoreError, UsageError
+        """
+        own = object_file(place)
+        if own is not None:
+            return cls(place, {place.name: own}, folder=False)
+        try:
+            return cls(place, dict(gather_listed(ObjectFolder(place))), folder=True)
+        except NotFound:
+            if place.suffix != ".gguf":
+                return cls(place, {}, folder=True)
+        beside = ObjectFolder(place.parent)
+        parts = {name: beside.open(name) for name in sorted(beside.names) if part_name(place).fullmatch(name)}
+        return cls(place, parts, folder=False)
+
+    def record_bytes(self) -> bytes | None:
+        """What lies beside it as its record."""
+        found = object_file(self.record_place)
+        return None if found is None else found.read(0, min(found.size, MAX_BYTES + 1))
+
+    def files(self) -> list[FileEntry]:
+        """Its files, hashed."""
+        return [FileEntry(name, one.size, hashed(one)) for name, one in self._sources.items()]
+
+    def write(self, data: bytes) -> None:
+        """The statement, beside it."""
+        deliver(self.statement_place, data)
 
 
 def statement(
@@ -142,7 +218,9 @@ def known_files(record: Record) -> list[Sequence[FileEntry]]:
     return _matched(record.parents, [])[0]
 
 
-def _matched(parents: Sequence[Parent], inputs: Sequence[Path]) -> tuple[list[Sequence[FileEntry]], list[Path]]:
+def _matched(
+    parents: Sequence[Parent], inputs: Sequence[Path | Address]
+) -> tuple[list[Sequence[FileEntry]], list[Path | Address]]:
     """The files of every parent: of the input that has its content or identity, else as registered here; and the inputs
     that are none of them."""
     left = {path: _files(path) for path in inputs}
@@ -153,13 +231,13 @@ def _matched(parents: Sequence[Parent], inputs: Sequence[Path]) -> tuple[list[Se
     return found, list(left)
 
 
-def _is(parent: Parent, path: Path, files: Sequence[FileEntry]) -> bool:
+def _is(parent: Parent, path: Path | Address, files: Sequence[FileEntry]) -> bool:
     if parent.content:
         return _content(files) == parent.content
     if parent.identity is None:
         return False
     try:
-        opened = open_model(path)
+        opened = open_model(str(path) if isinstance(path, Address) else path)
     except AdapterkitError:
         return False
     found = compare(parent.identity, identity_of(opened, cheap(opened)))
@@ -214,13 +292,17 @@ def _resolved(parent: Parent, files: Sequence[FileEntry]) -> list[dict[str, Any]
     return [one, *({"name": f"{name}/{file.path}", "digest": {"sha256": file.sha256}} for file in named)]
 
 
-def _place(ref: str | Path) -> Path:
+def _place(ref: str | Path) -> Path | Address:
     """The folder or file that an input's reference means.
 
     Raises:
         NotFound: it is none, or one on the Hub.
+        UsageError: an address that is neither read nor written.
     """
-    path = Path(ref).expanduser()
+    known = readable(ref, "an input")
+    if (address := address_of(known)) is not None:
+        return address
+    path = Path(known).expanduser()
     if path.exists():
         return path
     from adapterkit.registry import resolve
@@ -238,7 +320,5 @@ def parts_of(out: Path) -> list[Path]:
     return sorted(path for path in out.parent.iterdir() if part_name(out).fullmatch(path.name))
 
 
-def _files(path: Path) -> list[FileEntry]:
-    if not path.exists():
-        return [entry(part.name, part) for part in parts_of(path)]
-    return [entry(inside, real) for inside, real in gather(path).files]
+def _files(place: Path | Address) -> list[FileEntry]:
+    return (_Stored.at(place) if isinstance(place, Address) else _Local(place)).files()

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any
 from adapterkit import disk
 from adapterkit.checkpoint.json_data import parse_json
 from adapterkit.errors import CheckFailed, CheckpointError, NotFound, option
+from adapterkit.places import Address
 from adapterkit.provenance import dsse
 from adapterkit.provenance.attest import PREDICATE, known_files, statement
 from adapterkit.provenance.attest import STATEMENT as IN_TOTO
 from adapterkit.provenance.signable import ENVELOPES, STATEMENT, Signable, entries, signable
 from adapterkit.registry.record import BESIDE, FileEntry, Record
+from adapterkit.stores.files import brought
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey, EllipticCurvePublicKey
@@ -72,10 +74,10 @@ class Attestations:
 
 
 def verify_attestation(
-    target: str | Path,
+    target: str | Path | Address,
     key: str | Path,
     *,
-    attestation: Path | None = None,
+    attestation: str | Path | Address | None = None,
     ignore: Sequence[str] = (),
     home: Path | None = None,
 ) -> Attestations:
@@ -96,7 +98,7 @@ def verify_attestation(
     """
     public = dsse.public_key(Path(key).expanduser())
     with signable(target, ignore=ignore, home=home) as found:
-        statements = read_statements(found, public, attestation)
+        statements = read_statements(found, public, None if attestation is None else brought(attestation))
         here = {file.path: file.sha256 for file in entries(found, {})}
         hold(found, statements, here)
         named = {name for one in statements for name in subjects_of(found, one)}

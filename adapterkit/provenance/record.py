@@ -21,9 +21,9 @@ from adapterkit.bases import open_model
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.checkpoint.pipeline import folder_of, read_listed
 from adapterkit.errors import AdapterkitError, UsageError
-from adapterkit.places import address_of
-from adapterkit.registry.beside import beside_bytes, read_beside
-from adapterkit.registry.canonical import sha256, thaw
+from adapterkit.places import Address, address_of
+from adapterkit.registry.beside import beside_bytes, parse_beside, read_beside
+from adapterkit.registry.canonical import MAX_BYTES, sha256, thaw
 from adapterkit.registry.gather import gather, gather_listed
 from adapterkit.registry.identity import Identity
 from adapterkit.registry.record import BESIDE, UNDATED, FileEntry, Operation, Parent, Record
@@ -125,7 +125,7 @@ def _entries(folder: Path | Listing, name: str) -> tuple[FileEntry, ...]:
         return tuple(entry(called(path), real) for path, real in found)
     listed = gather_listed(folder)
     called = _called([path for path, _ in listed], name)
-    return tuple(FileEntry(called(path), source.size, _hashed(source)) for path, source in listed)
+    return tuple(FileEntry(called(path), source.size, hashed(source)) for path, source in listed)
 
 
 _PART = re.compile(r"model(-\d{5}-of-\d{5}\.gguf)")  # in the hidden folder
@@ -290,10 +290,11 @@ def _listed(adapter: Adapter) -> tuple[FileEntry, ...]:
     if sum(source.size for _, source in found) > MOST_HASHED:
         own = {source.name for source in adapter.sources} | {f"{listing.ref}/adapter_config.json"}
         found = [(name.rpartition("/")[2], source) for name, source in found if source.name in own]
-    return tuple(FileEntry(name, source.size, _hashed(source)) for name, source in found)
+    return tuple(FileEntry(name, source.size, hashed(source)) for name, source in found)
 
 
-def _hashed(source: Source) -> str:
+def hashed(source: Source) -> str:
+    """The sha256 of a file that may lie in a store, read as a stream."""
     digest = hashlib.sha256()
     source.expect([(0, source.size)])
     for at in range(0, source.size, _BLOCK):
@@ -310,16 +311,22 @@ def _in_registry(folder: Path) -> Record | None:
     return record if record is not None and record.version and record.digest == folder.name else None
 
 
-def was_converted(folder: Path, to: str) -> bool:
+def was_converted(folder: Path | Address, to: str) -> bool:
     """Whether the record beside a folder says that ``convert --to`` made it, with this word."""
     record = _beside(folder)
     operation = None if record is None else record.operation
     return operation is not None and operation.name == "convert" and operation.parameters.get("to") == to
 
 
-def _beside(folder: Path) -> Record | None:
+def _beside(folder: Path | Address) -> Record | None:
     """The record beside an input; one that cannot be read is no reason to stop."""
+    from adapterkit.checkpoint.objects import object_file
+
     try:
+        if isinstance(folder, Address):
+            found = object_file(folder / BESIDE)
+            data = None if found is None else found.read(0, min(found.size, MAX_BYTES + 1))
+            return None if data is None else parse_beside(data, f"{folder}/{BESIDE}")
         return read_beside(folder)
     except AdapterkitError:
         return None

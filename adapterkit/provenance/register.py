@@ -6,14 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit import disk
 from adapterkit.adapters.load import is_adapter
 from adapterkit.bases import open_model
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import CheckFailed, NotFound, UnsafeError, UsageError, option
-from adapterkit.places import local
+from adapterkit.places import Address, address_of, local
 from adapterkit.provenance.claims import called, contradicted
 from adapterkit.redaction import check_public
 from adapterkit.registry.beside import beside_path, read_beside
+from adapterkit.registry.home import open_home
 from adapterkit.registry.identity import Identity, compare
 from adapterkit.registry.names import is_repo
 from adapterkit.registry.register import Registered, register_base
@@ -21,10 +23,14 @@ from adapterkit.registry.register import register as store
 from adapterkit.registry.weights import cheap, identity_of
 from adapterkit.requests.call import takes
 from adapterkit.requests.register import RegisterRequest
+from adapterkit.stores.files import copied
 
 if TYPE_CHECKING:
     from adapterkit.adapters.scan import ScanReport
     from adapterkit.registry.record import Record
+
+IN_STORE = "from"  # key of a version's text: the address that its files came from
+PULLING = "pulling"  # folder of the registry for what comes from elsewhere
 
 
 @takes(RegisterRequest)
@@ -33,8 +39,12 @@ def register(request: RegisterRequest) -> Registered:
 
     Raises:
         CheckFailed: ``adapterkit.json`` describes other files than are there.
-        UsageError, UnsafeError, NotFound, RegistryError, OutputError, CheckpointError, AuthError, HubError
+        UsageError, UnsafeError, NotFound, RegistryError, OutputError, CheckpointError, AuthError, HubError, StoreError
     """
+    return _register(request)
+
+
+def _register(request: RegisterRequest) -> Registered:
     path: Any = request.path
     name, base, base_id = request.name, request.base, request.base_id
     kind, method, full, home = request.kind, request.method, request.full, request.folder
@@ -43,6 +53,9 @@ def register(request: RegisterRequest) -> Registered:
         check_public(f"{key}={value}", f"the metadata '{key}'")
     if kind == "base":
         return _register_base(request)
+    address = address_of(path)
+    if address is not None:
+        return _register_stored(request, address)
     if not Path(local(path, "what is registered")).expanduser().exists():
         hub = parse_hub(str(path))
         hint = f"pull {path} brings it from the Hub" if hub is not None else "give a folder or a file"
@@ -82,6 +95,19 @@ def register(request: RegisterRequest) -> Registered:
 
         keep_figures(stored.record, scanned.figures, home=home)
     return replace(stored, warnings=warnings)
+
+
+def _register_stored(request: RegisterRequest, address: Address) -> Registered:
+    """Register what lies in a store. Its files are fetched to the disk of the registry, which keeps them; the version says
+    where they came from."""
+    at = open_home(request.folder)
+    at.create()
+    room = at.root / PULLING
+    with disk.writing("a download", at.root):
+        room.mkdir(exist_ok=True)
+    meta = {**request.texts, IN_STORE: str(address)}
+    with copied(address, room) as here:
+        return _register(replace(request, path=here, meta=meta, link=True))
 
 
 def by_weights(base: Identity | None, home: Path | None, said: str = "") -> tuple[Identity | None, tuple[str, ...]]:

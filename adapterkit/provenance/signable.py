@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapterkit.errors import NotFound, RegistryError, UnsafeError, UsageError, option
-from adapterkit.places import local
+from adapterkit.places import Address, writable
 from adapterkit.provenance.attest import NAME as STATEMENT
 from adapterkit.registry import blobs, resolve
 from adapterkit.registry.beside import beside_path, read_beside
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.record import BESIDE, FileEntry, Record
+from adapterkit.stores.files import copied
 
 __all__ = ["ENVELOPES", "SIGNATURE", "STATEMENT", "Signable", "entries", "signable"]
 
@@ -43,6 +44,7 @@ class Signable:
         links: whether the files are links to blobs.
         left_out: what the user said not to look at, as far as it is there.
         version: the record of a registered version.
+        stored: where it lies, of a copy of what a store has.
     """
 
     said: str
@@ -57,6 +59,13 @@ class Signable:
     version: Record | None = None
     own: str = ""
     damaged: str = ""
+    stored: Address | None = None
+
+    def place_of(self, path: Path) -> Path | Address:
+        """Where a file beside it lies: here, or in its store."""
+        if self.stored is None:
+            return path
+        return self.stored.parent / path.name if self.own else self.stored / path.name
 
     def name_of(self, resource: str) -> str:
         """The name of a file by what model-signing calls it: a lone file is ``.``"""
@@ -64,7 +73,9 @@ class Signable:
 
 
 @contextmanager
-def signable(target: str | Path, *, ignore: Sequence[str] = (), home: Path | None = None) -> Iterator[Signable]:
+def signable(
+    target: str | Path | Address, *, ignore: Sequence[str] = (), home: Path | None = None
+) -> Iterator[Signable]:
     """What a path or a reference means.
 
     Args:
@@ -76,11 +87,17 @@ def signable(target: str | Path, *, ignore: Sequence[str] = (), home: Path | Non
         UnsafeError: a pipe, a device or a socket lies among the files.
         RegistryError
     """
-    path = Path(local(target, "what is signed")).expanduser()
+    place = writable(target, "what is signed")
+    if isinstance(place, Address):
+        with copied(place) as here:
+            found = _of_folder(here) if here.is_dir() else _of_file(here)
+            yield _kept(replace(found, said=str(place), stored=place), ignore)
+        return
+    path = place.expanduser()
     if path.exists():
         yield _kept(_of_folder(path) if path.is_dir() else _of_file(path), ignore)
         return
-    if isinstance(target, Path) or os.sep in target:
+    if isinstance(target, Path) or os.sep in str(target):
         raise NotFound(f"{target} does not exist", "give a folder, a file or a registry name")
     at = open_home(home)
     record = resolve.find(at, str(target))

@@ -25,6 +25,7 @@ from adapterkit import disk
 from adapterkit.checkpoint.json_data import parse_json
 from adapterkit.errors import CheckFailed, CheckpointError, NotFound, OutputError, UnsafeError, option
 from adapterkit.packages import missing
+from adapterkit.places import Address
 from adapterkit.provenance import dsse
 from adapterkit.provenance.attested import (
     RECORD,
@@ -41,6 +42,7 @@ from adapterkit.registry.beside import check_beside
 from adapterkit.registry.home import open_home
 from adapterkit.registry.record import BESIDE, FileEntry
 from adapterkit.registry.register import register_record
+from adapterkit.stores.files import brought, deliver
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -58,8 +60,8 @@ class Signed:
     """``signature`` and ``statements`` are the files; ``ref`` the version that carries them, where one was signed;
     ``left_out`` what is not vouched for."""
 
-    signature: Path
-    statements: Path
+    signature: Path | Address
+    statements: Path | Address
     ref: str = ""
     left_out: tuple[str, ...] = ()
 
@@ -73,7 +75,7 @@ class Holds:
     left_out: tuple[str, ...] = ()
 
 
-def sign(target: str | Path, key: str | Path, *, home: Path | None = None) -> Signed:
+def sign(target: str | Path | Address, key: str | Path, *, home: Path | None = None) -> Signed:
     """Signs an output or a registered version, with its record and its provenance.
 
     Args:
@@ -105,11 +107,19 @@ def sign(target: str | Path, key: str | Path, *, home: Path | None = None) -> Si
         if found.version is None:
             assert found.signature is not None
             assert found.envelopes is not None
-            with disk.writing(SIGNATURE, found.signature.parent):
-                disk.write_file(found.envelopes, statements)
-                disk.write_file(found.signature, bundle)
-            return Signed(found.signature, found.envelopes, left_out=out)
+            places = found.place_of(found.signature), found.place_of(found.envelopes)
+            _write(places[1], statements)
+            _write(places[0], bundle)
+            return Signed(*places, left_out=out)
     return _signed_version(found, {SIGNATURE: bundle, ENVELOPES: statements}, home)
+
+
+def _write(place: Path | Address, data: bytes) -> None:
+    if isinstance(place, Address):
+        deliver(place, data)
+        return
+    with disk.writing(SIGNATURE, place.parent):
+        disk.write_file(place, data)
 
 
 def _signed_version(found: Signable, made: Mapping[str, bytes], home: Path | None) -> Signed:
@@ -127,10 +137,10 @@ def _signed_version(found: Signable, made: Mapping[str, bytes], home: Path | Non
 
 
 def verify(
-    target: str | Path,
+    target: str | Path | Address,
     key: str | Path,
     *,
-    signature: Path | None = None,
+    signature: str | Path | Address | None = None,
     ignore: Sequence[str] = (),
     home: Path | None = None,
 ) -> Holds:
@@ -152,7 +162,7 @@ def verify(
     _package("hashing")
     public = dsse.public_key(Path(key).expanduser())
     with signable(target, ignore=ignore, home=home) as found:
-        place = signature or found.signature
+        place = brought(signature) if signature is not None else found.signature
         if place is None and found.version is not None:
             raise NotFound(f"{found.said} is not signed", f"sign it: adapterkit sign {found.said} --key PRIVATE.pem")
         if place is None or not place.exists():

@@ -7,20 +7,22 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
 from adapterkit.errors import CheckFailed, OutputError, option
+from adapterkit.places import Address
 from adapterkit.provenance.record import created
 from adapterkit.recipe.carry import How, Pins, opened_as, request_of
 from adapterkit.recipe.parse import RecipeFile
 from adapterkit.recipe.state import Made, State, key_of
-from adapterkit.recipe.steps import CONVERT, Step
+from adapterkit.recipe.steps import CONVERT, Step, place_of, reference
 from adapterkit.registry.record import UNDATED
 from adapterkit.registry.verification import KEY, Verification, evidence_of
 from adapterkit.requests.groups import LIMITS
+from adapterkit.stores.files import deliver, version_of
 
 if TYPE_CHECKING:
     from adapterkit.verbs.verify.report import VerifyReport
@@ -113,29 +115,34 @@ class After:
         for name, key, task in self._tasks(step, origin, made, done):
             if done.get(name, {}).get("key") != key or (name == VERIFY and self._lost_page(step)):
                 done[name] = {"key": key, **task()}
-                made = Made(made.key, made.path, made.files, dict(done))
+                made = replace(made, after=dict(done))
                 self._state.made[step.name] = made
                 self._state.save()
         wanted = {VERIFY: step.verify, REGISTER: step.asked.register, PUSH: step.asked.push}
         kept = {name: value for name, value in done.items() if wanted[name] is not None}
-        return Made(made.key, made.path, made.files, kept)
+        return replace(made, after=kept)
 
     def _lost_page(self, step: Step) -> bool:
         page = None if step.verify is None else step.verify.html
-        return page is not None and not page_of(self._file, page).is_file()
+        return page is not None and digest_of_page(place_of(self._file, page)) is None
 
     def _tasks(self, step: Step, origin: Step, made: Made, done: Mapping[str, Any]) -> Iterator[Task]:
         verify, register, push = step.verify, step.asked.register, step.asked.push
         if verify is not None:
-            prompts = None if verify.prompts is None else self._state.sha256(self._file.folder / verify.prompts)
-            key = key_of([made.digest, asdict(verify), prompts])
+            prompts = None if verify.prompts is None else self._prompts(verify.prompts)
+            key = key_of([made.identity, asdict(verify), prompts])
             yield VERIFY, key, lambda: self._verify(step, origin)
         if register is not None:
-            key = key_of([made.digest, asdict(register), done.get(VERIFY, {}).get("key")])
+            key = key_of([made.identity, asdict(register), done.get(VERIFY, {}).get("key")])
             yield REGISTER, key, lambda: self._register(step, done)
         if push is not None:
-            key = key_of([made.digest, asdict(push), done.get(REGISTER, {}).get("ref")])
+            key = key_of([made.identity, asdict(push), done.get(REGISTER, {}).get("ref")])
             yield PUSH, key, lambda: self._push(step, done)
+
+    def _prompts(self, name: str) -> str:
+        """What tells of a change of the file of prompts."""
+        place = place_of(self._file, name)
+        return version_of(place) if isinstance(place, Address) else self._state.sha256(place)
 
     def _verify(self, step: Step, origin: Step) -> dict[str, Any]:
         """Hold an output against its base and adapters.
@@ -152,11 +159,11 @@ class After:
         merged = request_of(origin, self._pins, self._how)
         self._note(f"{step.name}: verifying {asked.level}")
         found = verify(
-            step.out,
+            reference(step.out),
             base=merged.base,
             adapters=merged.adapters,
             level=asked.level,
-            prompts=None if asked.prompts is None else self._file.folder / asked.prompts,
+            prompts=None if asked.prompts is None else reference(place_of(self._file, asked.prompts)),
             max_kl=asked.max_kl,
             min_top1=asked.min_top1,
             min_retention=asked.min_retention,
@@ -185,13 +192,16 @@ class After:
         from adapterkit.registry.record import now
         from adapterkit.verbs.verify.page import html
 
-        path, data = page_of(self._file, name), html(found, when=now()).encode()
+        path, data = place_of(self._file, name), html(found, when=now()).encode()
         digest = hashlib.sha256(data).hexdigest()
         self._state.coming_pages[name] = digest  # what is cut off now leaves the page before or this one
         self._state.save()
-        with disk.writing(path.name, path.parent):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            disk.write_file(path, data)
+        if isinstance(path, Address):
+            deliver(path, data)
+        else:
+            with disk.writing(path.name, path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                disk.write_file(path, data)
         self._state.pages[name] = digest
         del self._state.coming_pages[name]
         self._state.save()
@@ -205,7 +215,7 @@ class After:
         assert asked is not None
         converted = step.verb == CONVERT
         found = register(
-            step.out,
+            reference(step.out),
             asked.name,
             base=opened_as(step.base, self._pins) if converted and step.base is not None else None,
             base_id=asked.base_id if converted and step.base is not None else "",
@@ -232,9 +242,17 @@ class After:
         return {"repo": asked.repo, "url": found.where, "new": found.new, **exact}
 
 
-def page_of(file: RecipeFile, name: str) -> Path:
-    """Where the page with the evidence goes."""
-    return file.folder / Path(name).expanduser()
+def digest_of_page(path: Path | Address) -> str | None:
+    """The sha256 of a page; "" of what is no file, None where nothing is."""
+    if isinstance(path, Address):
+        from adapterkit.stores.connect import open_store
+
+        store = open_store(path)
+        found = store.head(path.key)
+        return None if found is None else hashlib.sha256(store.read(found.key, 0, found.size, found.etag)).hexdigest()
+    if path.is_file():
+        return disk.hash_file(path)[0]
+    return "" if os.path.lexists(path) else None
 
 
 def check_pages(file: RecipeFile, steps: tuple[Step, ...], state: State) -> None:
@@ -246,9 +264,10 @@ def check_pages(file: RecipeFile, steps: tuple[Step, ...], state: State) -> None
     for step in steps:
         if step.verify is None or step.verify.html is None:
             continue
-        path = page_of(file, step.verify.html)
+        path = place_of(file, step.verify.html)
         ours = [pages.get(step.verify.html) for pages in (state.pages, state.coming_pages)]
-        if os.path.lexists(path) and (not any(ours) or not path.is_file() or disk.hash_file(path)[0] not in ours):
+        there = digest_of_page(path)
+        if there is not None and there not in ours:
             raise OutputError(
                 f"{path} exists, and this recipe did not write it", f"move it away, or use {option('force', True)}"
             )
@@ -294,8 +313,10 @@ def _levels(found: VerifyReport) -> Iterator[Verification]:
         yield Verification("model", found.ok, model, {k: v for k, v in limits.items() if k not in LIMITS}, **dated)
 
 
-def in_folder(path: Path, folder: Path) -> str:
+def in_folder(path: Path | Address, folder: Path) -> str:
     """A path as the recipe would write it."""
+    if isinstance(path, Address):
+        return str(path)
     try:
         return path.relative_to(folder).as_posix()
     except ValueError:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.ops.device import check_there
 from adapterkit.recipe.lock import Pinned
 from adapterkit.recipe.schema import Table, known_options
-from adapterkit.recipe.steps import AUTO, COMBINE, MERGE, Input, Step
+from adapterkit.recipe.steps import AUTO, COMBINE, MERGE, Input, Step, reference
 from adapterkit.requests.adapters import CombineRequest
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.requests.merge import MergeRequest
@@ -24,7 +24,7 @@ Ref = str | Path
 Progress = Callable[[int, int], None]
 Pins = Mapping[str, Pinned]
 # Options whose values are files, which a step names as its inputs.
-_FILES = ("imatrix", "mmproj", "calibration")
+_FILES = ("imatrix", "mmproj", "calibration", "metadata", "tensor_type_file")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def opened_as(one: Input, pins: Pins) -> Ref:
     """What to open for an input: its path, or what it is pinned to."""
     from adapterkit.recipe.parse import shown
 
-    return one.path if one.path is not None else pins[shown(one.place)].pin
+    return pins[shown(one.place)].pin if one.path is None else reference(one.path)
 
 
 def request_of(step: Step, pins: Pins, how: How, *, force: bool = False) -> Any:

@@ -25,7 +25,7 @@ Digests = Mapping[str, str]
 def digests_of(state: State, step: Step, ready: Sequence[Ready]) -> dict[str, str]:
     """The sha256 of every file of an output that has no name yet, by its name then: inside of a folder, or from there, else
     beside."""
-    top = step.out.parent if step.is_file else step.out
+    top = step.here.parent if step.is_file else step.here
     found = {}
     for one in ready:
         for target, now in one.files().items():
@@ -36,7 +36,7 @@ def digests_of(state: State, step: Step, ready: Sequence[Ready]) -> dict[str, st
 
 def is_whole(state: State, step: Step, files: Digests) -> bool:
     """Whether an output lies there byte for byte, and in its folder nothing beside it."""
-    found = output_files(step.out, files)
+    found = output_files(step.here, files)
     return bool(files) and set(found) == set(files) and state.hash_files(found) == dict(files)
 
 
@@ -47,11 +47,11 @@ def is_ours(state: State, step: Step, job: Job, known: Sequence[Digests]) -> boo
         known: sha256 by name, of several outputs; files of a folder all have to be of the same one.
     """
     if not step.is_file:
-        folders = [step.out, *([] if step.residual is None else [step.residual])]
+        folders = [step.here, *(one for one in step.beside_here if one == step.residual)]
         if any(os.path.lexists(one) and (one.is_symlink() or not one.is_dir()) for one in folders):
             return False
         beside = [] if step.residual is None else [f"{BESIDE}{step.residual.name}/"]
-        found = output_files(step.out, beside)
+        found = output_files(step.here, beside)
         plain = {name: path for name, path in found.items() if path.name != MARK and not LOCK_FILE.fullmatch(path.name)}
         return bool(plain) and state.hash_files(plain) in [dict(files) for files in known]
     names = {name for files in known for name in files}
@@ -59,7 +59,7 @@ def is_ours(state: State, step: Step, job: Job, known: Sequence[Digests]) -> boo
         assert isinstance(one.out, Path)
         names |= {path.name for path in one.plan.targets(one.out).values()} | {named_beside(one.out, RECORD).name}
     names |= {path.name for path in _beside(step)}
-    there = [step.out.parent / name for name in sorted(names)]
+    there = [step.here.parent / name for name in sorted(names)]
     if any(path.is_symlink() or (path.exists() and not path.is_file()) for path in there):
         return False
     files = {path.name: path for path in there if path.is_file()}
@@ -70,9 +70,9 @@ def is_ours(state: State, step: Step, job: Job, known: Sequence[Digests]) -> boo
 
 def _beside(step: Step) -> list[Path]:
     """What a step writes next to a file when that is there."""
-    found = [] if step.projector is None else [step.projector]
+    found = [one for one in step.beside_here if one == step.projector]
     if step.asked.server is not None:
         from adapterkit.serving.handover import file_of
 
-        found.append(named_beside(step.out, file_of(step.asked.server).suffix))
+        found.append(named_beside(step.here, file_of(step.asked.server).suffix))
     return found

@@ -15,12 +15,14 @@ from typing import Any
 from adapterkit import disk
 from adapterkit._version import __version__
 from adapterkit.adapters.load import file_and_parts
-from adapterkit.checkpoint.folder import ADAPTER_CONFIG, read_index, side_names, weight_names
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.checkpoint.json_data import parse_json
 from adapterkit.checkpoint.listing import LocalFolder
 from adapterkit.checkpoint.open import locate
 from adapterkit.errors import CheckFailed, CheckpointError, NotFound, RecipeError, option
+from adapterkit.places import address_of
+from adapterkit.recipe.in_store import states_of, states_of_file
+from adapterkit.recipe.input_names import names_beside, names_read
 from adapterkit.recipe.parse import OPTIONS, RecipeFile, shown
 from adapterkit.recipe.schema import Table, known_options
 from adapterkit.recipe.state import State, digest_of, key_of
@@ -29,6 +31,8 @@ from adapterkit.requests.option import PAIRS
 
 FORMAT = 1
 TORCH = ("torch", "numpy")
+_MOVING = ("registry", "hub")  # kinds of references that may mean something else tomorrow
+_HUB = "hf://"
 GGUF_TOO = ("numba", "llvmlite", "xllamacpp")  # what encodes K-quants and i-quants
 
 
@@ -38,9 +42,10 @@ class Pinned:
 
     Attributes:
         ref: as the recipe says it.
-        kind: ``path``, ``registry`` or ``hub``.
-        pin: ``org/name@commit``, ``name@version``, or the path itself.
-        files: sha256 of what is read, by name; empty where the pin says it all.
+        kind: ``path``, ``store``, ``registry`` or ``hub``.
+        pin: ``org/name@commit``, ``name@version``, or the path or address itself.
+        files: sha256 of what is read, by name, and of objects in a store their size and ETag; empty where the pin says it
+            all.
     """
 
     ref: str
@@ -149,12 +154,16 @@ class Resolver:
         return self._known[one.ref, adapter]
 
     def _look(self, one: Input, adapter: bool) -> Pinned:
-        if one.path is not None:
+        if isinstance(one.path, Path):
             files = read_files(one.path, adapter=adapter)
             return Pinned(one.ref, "path", one.ref, self._state.hash_files(files))
+        address = address_of(one.ref)
+        if address is not None:
+            known = states_of_file(address) if one.whole else states_of(address, adapter=adapter)
+            return Pinned(one.ref, "store", str(address), known)
         before = self._locked.inputs.get(shown(one.place)) if self._locked is not None else None
-        ref = before.pin if before is not None and before.ref == one.ref and before.kind != "path" else one.ref
-        if "/" not in one.ref:
+        ref = before.pin if before is not None and before.ref == one.ref and before.kind in _MOVING else one.ref
+        if "/" not in one.ref.removeprefix(_HUB):
             from adapterkit.provenance.register import registered
 
             record = registered(ref)
@@ -172,19 +181,9 @@ def read_files(path: Path, *, adapter: bool = False) -> dict[str, Path]:
     """The files of a path that a step reads: weights, config, and what travels with them; no pickle, no training state."""
     path, _ = file_and_parts(path)
     if path.is_file():
-        beside = path.with_name("config.json")
-        with_config = path.suffix == ".safetensors" and not adapter and beside.is_file()
-        return {path.name: path, **({"config.json": beside} if with_config else {})}
-    listing = LocalFolder(path)
-    loose = {name for name in listing.names if name.endswith(".safetensors") and "/" not in name}
-    weights = loose
-    if ADAPTER_CONFIG not in listing.names:
-        single, index = weight_names(listing.names)
-        weights = {single} if single in loose else loose
-        if single not in loose and index in listing.names:
-            weights = {index, *read_index(listing, index).values()} & listing.names
-    names = {*weights, *side_names(listing.names, weights), *({ADAPTER_CONFIG} & listing.names)}
-    return {name: path / name for name in names if (path / name).is_file()}
+        beside = {name: path.with_name(name) for name in names_beside(path.name, adapter=adapter)}
+        return {path.name: path, **{name: one for name, one in beside.items() if one.is_file()}}
+    return {name: path / name for name in names_read(LocalFolder(path)) if (path / name).is_file()}
 
 
 def versions(steps: Sequence[Step]) -> dict[str, str]:
@@ -263,13 +262,14 @@ def _moved(name: str, before: Pinned | None, now: Pinned) -> list[str]:
         return [f"{name} is not in it"]
     if before.kind != now.kind:
         return [f"{name} was a {before.kind} and is a {now.kind}"]
-    if before.kind != "path" and before.pin != now.pin:
+    if before.kind in _MOVING and before.pin != now.pin:
         return [f"{name} {before.pin} -> {now.pin}"]
     found = []
     for file in sorted(before.files.keys() | now.files.keys()):
         old, new = before.files.get(file, ""), now.files.get(file, "")
         if old != new:
-            how = "is gone" if not new else "is new" if not old else f"changed ({old[:12]} -> {new[:12]})"
+            most = None if now.kind == "store" else 12
+            how = "is gone" if not new else "is new" if not old else f"changed ({old[:most]} -> {new[:most]})"
             found.append(f"{now.ref}/{file} {how}")
     return found
 

@@ -16,7 +16,6 @@ from reprlib import repr as brief
 from typing import Any, NoReturn
 
 from adapterkit.errors import RecipeError
-from adapterkit.places import local
 
 SUFFIXES = (".yml", ".yaml")
 OUTPUT = "merged"
@@ -240,7 +239,7 @@ class _Merge:
 
         place = ref.partition("+")[0]
         here = self._path.parent / place
-        listing = locate(local(here if here.is_dir() else place, "a model"), headers_only=True)
+        listing = locate(here if here.is_dir() else place, headers_only=True)
         config = listing.json("config.json")
         inner = config.get("text_config")
         count = config.get("num_hidden_layers", inner.get("num_hidden_layers") if isinstance(inner, Mapping) else None)

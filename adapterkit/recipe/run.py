@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
 from adapterkit.checkpoint.plan import BASELINE_MEMORY, WORKER_MEMORY, default_jobs
-from adapterkit.recipe import after
+from adapterkit.places import Address, address_of
+from adapterkit.recipe import after, in_store
 from adapterkit.recipe.after import After, in_folder
 from adapterkit.recipe.carry import How, carry, job_of, planned, settings
 from adapterkit.recipe.cut_off import digests_of, is_ours, is_whole
@@ -139,13 +140,19 @@ class _Build:
 
     def _label(self, one: Input) -> str:
         """The name that a record of the output gives it."""
+        if isinstance(one.path, Address):
+            return str(one.path)
         return one.path.resolve().name if one.path is not None else self.pins[shown(one.place)].pin
 
     def _known(self, step: Step) -> Made | None:
         """What this recipe made there before, if it lies there as it was made."""
         made = self.state.made.get(step.name)
-        there = os.path.lexists(step.out) or step.is_file  # a set of files has no file of the output's own name
-        if made is None or made.path != in_folder(step.out, self.file.folder) or not there or not made.files:
+        if made is None or made.path != in_folder(step.out, self.file.folder) or not made.files:
+            return None
+        if isinstance(step.out, Address):
+            found = in_store.present(step.out, is_file=step.is_file, names=made.files)
+            return made if in_store.states(found) == dict(made.stored) else None
+        if not os.path.lexists(step.out) and not step.is_file:  # a set of files has no file of the output's own name
             return None
         return made if self.state.is_there(made, self.file.folder) else None
 
@@ -153,8 +160,7 @@ class _Build:
         """Whether there is something to do, why, and what is there."""
         made = self._known(step)
         if made is None:
-            there = os.path.lexists(step.out) or bool(self.state.made.get(step.name))
-            changed = there and step.name in self.state.made and os.path.lexists(step.out)
+            changed = step.name in self.state.made and self._lies_there(step)
             return NEW, "changed since it was made" if changed else "not made yet", None
         key = self._key(step, digests)
         if key == made.key:
@@ -162,6 +168,12 @@ class _Build:
         waits = [name for name in step.needs if name not in digests]
         why = f"when {waits[0]} is there" if waits else "made from something else"
         return AGAIN, why, made
+
+    def _lies_there(self, step: Step) -> bool:
+        """Whether something lies in the place of an output."""
+        if isinstance(step.out, Address):
+            return bool(in_store.present(step.out, is_file=step.is_file, names=[step.out.name]))
+        return os.path.lexists(step.out)
 
     def _origin(self, step: Step) -> Step:
         """The merge at the root of a chain of conversions."""
@@ -179,7 +191,7 @@ class _Build:
             state, why, made = self._state(step, digests)
             states[step.name] = (state, why)
             if state == UNCHANGED and made is not None:
-                digests[step.name] = made.digest
+                digests[step.name] = made.identity
         groups = _groups([step for step in self.steps if states[step.name][0] != UNCHANGED])
         abreast = {name: group for group in groups for name in group}
         rows = []
@@ -194,7 +206,7 @@ class _Build:
 
     def _row(self, step: Step, state: str, why: str, group: tuple[str, ...], jobs: int) -> PlannedOutput:
         about: dict[str, Any] = {}
-        waits = any(one.output is not None and not one.path.exists() for one in step.inputs if one.path is not None)
+        waits = any(one.output is not None and not self._lies_there(self.by_name[one.output]) for one in step.inputs)
         with located(self.file, "outputs", step.name):
             if not waits:
                 made = planned(step, self.pins, How(jobs), headers_only=True, force=True)
@@ -238,7 +250,7 @@ class _Build:
         for step in self.steps:
             if step.name in made:
                 continue
-            digests = {name: one.digest for name, one in made.items()}
+            digests = {name: one.identity for name, one in made.items()}
             self._take_up(step, how)
             state, why, there = self._state(step, digests)
             if state == UNCHANGED and there is not None:
@@ -299,9 +311,34 @@ class _Build:
         for one, again in zip(group, replace, strict=True):
             with located(self.file, "outputs", one.name):
                 jobs.append(job_of(one, self.pins, how, force=again))
+                self._check_pinned(one, jobs[-1])
+        for one, job in zip(group, jobs, strict=True):
+            self._note_begun(one, job, digests)
         with located(self.file, "outputs", group[0].name):
             found = carry(jobs, how, lambda ready: self._note_coming(group, jobs, digests, ready))
         return [asdict(report) for report in found]
+
+    def _check_pinned(self, step: Step, job: Job) -> None:
+        for one in step.inputs:
+            pin = None if one.output is not None else self.pins[shown(one.place)]
+            address = None if pin is None or pin.kind != "store" else address_of(pin.pin)
+            if pin is not None and address is not None:
+                in_store.check_pinned(address, pin.files, job)
+
+    def _note_begun(self, step: Step, job: Job, digests: Mapping[str, str]) -> None:
+        """Note that an output in a store is begun, and what lay in its place. What it will be is known when it is there."""
+        if isinstance(step.out, Address):
+            key = self._key(step, digests)
+            assert key is not None
+            self.state.coming[step.name] = Coming(key, str(step.out), self._states_there(step, job))
+            self.state.save()
+
+    def _states_there(self, step: Step, job: Job) -> dict[str, str]:
+        """Size and ETag of each object in the place of an output."""
+        assert isinstance(step.out, Address)
+        with located(self.file, "outputs", step.name):
+            names = self._names(step, _names_of(job))
+            return in_store.states(in_store.present(step.out, is_file=step.is_file, names=names))
 
     def _note_coming(
         self, group: Sequence[Step], jobs: Sequence[Job], digests: Mapping[str, str], ready: Sequence[Ready]
@@ -325,6 +362,10 @@ class _Build:
 
         Without ``how``, for a plan, nothing is written, and an output with files beside it is not looked at.
         """
+        if isinstance(step.out, Address):
+            if how is not None:
+                self._take_up_there(step, how)
+            return
         if how is not None and (step.name in self.state.made or step.name in self.state.coming):
             with disk.writing(step.out.name, step.out.parent):
                 disk.recover(step.out)
@@ -355,6 +396,37 @@ class _Build:
             del self.state.coming[step.name]
         self.state.made[step.name] = made
 
+    def _take_up_there(self, step: Step, how: How) -> None:
+        """As `_take_up`, of an output in a store: whether it is whole, its objects say, which name their plan. Where nothing
+        changed since before it was begun, that run wrote nothing."""
+        from adapterkit.verbs.execute import OpenPlan
+
+        assert isinstance(step.out, Address)
+        coming = self._coming(step)
+        if coming is None:
+            return
+        with located(self.file, "outputs", step.name):
+            job = job_of(step, self.pins, how, force=True)
+            if self._states_there(step, job) == dict(coming.files):
+                del self.state.coming[step.name]
+                return
+            if not OpenPlan(job.executed, step.out, None, job=job).is_there():
+                return
+            for one in job.beside:  # what may have been cut off
+                one.write()
+        made = self._stored(step, coming.key, _names_of(job))
+        self.state.made[step.name] = made
+        del self.state.coming[step.name]
+
+    def _stored(self, step: Step, key: str, files: Iterable[str]) -> Made:
+        """What is known of an output in a store that was made; what an earlier one left beside it is taken away."""
+        assert isinstance(step.out, Address)
+        found = in_store.present(step.out, is_file=step.is_file, names=self._names(step, files))
+        before = self.state.made.get(step.name)
+        if before is not None and before.path == str(step.out):
+            in_store.drop(step.out, before.stored, [name for name in before.stored if name not in found])
+        return Made(key, str(step.out), in_store.digests(step.out, found), stored=in_store.states(found))
+
     def _beside(self, step: Step, how: How) -> tuple[Beside, ...]:
         """What is written next to an output, whatever lies there."""
         with located(self.file, "outputs", step.name):
@@ -369,7 +441,7 @@ class _Build:
         """Whether all that lies where a step writes is what a build that was cut off was about to make, or what one made
         before it."""
         coming = self._coming(step)
-        if coming is None:
+        if coming is None or isinstance(step.out, Address):
             return False
         before = self.state.made.get(step.name)
         known = [coming.files, *([before.files] if before is not None and before.path == coming.path else [])]
@@ -382,12 +454,12 @@ class _Build:
     def _note_made(self, step: Step, report: Mapping[str, Any], digests: Mapping[str, str]) -> Made:
         key = self._key(step, digests)
         assert key is not None
-        beside = ("adapterkit.json", "Modelfile", "llama-server.sh")
-        names = [*report.get("files", ()), *(f"{step.out.name}.{name}" for name in beside)]
-        if step.projector is not None:
-            names.append(step.projector.name)
-        if step.residual is not None:
-            names.append(step.residual.name if step.is_file else f"{BESIDE}{step.residual.name}/")
+        names = self._names(step, report.get("files", ()))
+        if isinstance(step.out, Address):
+            self.state.made[step.name] = self._stored(step, key, names)
+            self.state.coming.pop(step.name, None)
+            self.state.save()
+            return self.state.made[step.name]
         files = output_files(step.out, names) if step.is_file or step.out.is_dir() else {}
         before = self.state.made.get(step.name)
         if before is not None and step.is_file and before.path == in_folder(step.out, self.file.folder):
@@ -401,8 +473,20 @@ class _Build:
         self.state.save()
         return one
 
+    @staticmethod
+    def _names(step: Step, files: Iterable[str]) -> list[str]:
+        """The files that may belong to an output, beside those that its verb names."""
+        beside = ("adapterkit.json", "Modelfile", "llama-server.sh")
+        names = [*files, *(f"{step.out.name}.{name}" for name in beside)]
+        if step.projector is not None:
+            names.append(step.projector.name)
+        if step.residual is not None:
+            names.append(step.residual.name if step.is_file else f"{BESIDE}{step.residual.name}/")
+        return names
+
     def _drop_beside(self, step: Step, files: Mapping[str, str]) -> None:
         """Take away a folder beside that of an output, as it was made before and belongs to it no more."""
+        assert isinstance(step.out, Path)
         beside = {name: step.out / name for name in files if name.startswith(BESIDE)}
         if beside and all(path.is_file() and self.state.sha256(path) == files[name] for name, path in beside.items()):
             for path in beside.values():
@@ -425,7 +509,10 @@ class _Build:
         self.state.save()
 
     def _built(self, step: Step, state: str, made: Made, reports: Mapping[str, Mapping[str, Any]]) -> BuiltOutput:
-        files = output_files(step.out, made.files)
+        if isinstance(step.out, Address):
+            sizes = [int(state.partition(":")[0]) for state in made.stored.values()]
+        else:
+            sizes = [path.stat().st_size for path in output_files(step.out, made.files).values()]
         return BuiltOutput(
             name=step.name,
             verb=step.verb,
@@ -434,10 +521,16 @@ class _Build:
             state=state,
             digest=made.digest,
             files=dict(made.files),
-            nbytes=sum(path.stat().st_size for path in files.values()),
+            nbytes=sum(sizes),
             report=reports.get(step.name),
             after={name: {k: v for k, v in value.items() if k != "key"} for name, value in made.after.items()},
         )
+
+
+def _names_of(job: Job) -> list[str]:
+    """The names of the weight files that a job makes in a store."""
+    every = [(one, one.out) for one in (job, *job.also) if isinstance(one.out, Address)]
+    return [path.name for one, out in every for path in one.plan.targets(out).values()]
 
 
 def _groups(steps: Sequence[Step]) -> list[tuple[str, ...]]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapterkit.errors import UsageError
+from adapterkit.places import address_of
 from adapterkit.recipe.parse import Place, RecipeFile
 from adapterkit.recipe.schema import OutputTable
 from adapterkit.verbs.ladder import place_of, types_of
@@ -41,7 +42,9 @@ def spread(file: RecipeFile) -> RecipeFile:
             options = {**asked.options, "quant": one}
             if number:
                 options.pop("mmproj", None)
-            made[rung] = replace(asked, path=str(place_of(Path(asked.path), one)), options=options)
+            made[rung] = replace(
+                asked, path=str(place_of(address_of(asked.path) or Path(asked.path), one)), options=options
+            )
             lines |= _renamed(lines, (*file.prefix, *place), (*file.prefix, "outputs", rung))
     return replace(file, recipe=replace(file.recipe, outputs=made), lines=lines)
 

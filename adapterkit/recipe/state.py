@@ -32,17 +32,25 @@ class Made:
         path: where, relative to the recipe.
         files: sha256 of each file, by its path relative to ``path`` (to the folder around it, where that is a file).
         after: what was done with it then (``verify``, ``register``, ``push``): the key of each, and what came of it.
+        stored: of an output in a store, the size and ETag of each object. ``files`` has of weights there their size alone.
     """
 
     key: str
     path: str
     files: Mapping[str, str]
     after: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    stored: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
         """sha256 over the lines that ``sha256sum`` prints of the files, in order of their names."""
         return digest_of(self.files)
+
+    @property
+    def identity(self) -> str:
+        """What tells these bytes from others, on this machine: of an output in a store also by the ETags of its objects, which
+        may differ between two that are equal."""
+        return key_of([self.digest, dict(self.stored)]) if self.stored else self.digest
 
 
 @dataclass(frozen=True)

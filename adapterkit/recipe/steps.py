@@ -6,13 +6,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from adapterkit.adapters.load import file_and_parts
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.errors import AdapterkitError, NotFound, RecipeError, UnsafeError, option
-from adapterkit.places import address_of, local
+from adapterkit.places import Address, address_of, local, readable, writable
 from adapterkit.recipe.parse import Place, RecipeFile, key_of, nearest, shown
 from adapterkit.recipe.schema import BaseChoice, Combining, OutputTable, Table, VerifyTable, known_options
 from adapterkit.requests.adapters import CombineRequest
@@ -44,16 +44,18 @@ class Input:
     Attributes:
         place: the key that names it.
         ref: as the recipe says it; for what a step makes, its path.
-        path: where it lies, if it is a file or folder here.
+        path: where it lies, if it is a file or folder here, or what a step makes.
         output: the name of the step that makes it.
         weight: of an adapter.
+        whole: it is a file that is read whole, and no model or adapter.
     """
 
     place: Place
     ref: str
-    path: Path | None = None
+    path: Path | Address | None = None
     output: str | None = None
     weight: float = 1.0
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class Step:
         verb: ``merge``, ``combine`` or ``convert``.
         to: the form that is written.
         out: where.
-        base, base16, source, imatrix, mmproj, calibration, adapters: what is read; ``source`` is what a conversion starts
-            from.
+        base, base16, source, imatrix, mmproj, calibration, metadata, tensor_type_file, adapters: what is read; ``source``
+            is what a conversion starts from.
         needs: steps that come before it.
         asked, combination, choice: what the recipe says of it, of how deltas go together, and of the base.
         compressor: the Python that has llm-compressor, where the recipe names one.
@@ -76,7 +78,7 @@ class Step:
     name: str
     verb: str
     to: str
-    out: Path
+    out: Path | Address
     asked: OutputTable
     combination: Combining
     choice: BaseChoice | None
@@ -86,6 +88,8 @@ class Step:
     imatrix: Input | None
     mmproj: Input | None
     calibration: Input | None
+    metadata: Input | None
+    tensor_type_file: Input | None
     adapters: tuple[Input, ...]
     compressor: Path | None
     verify: VerifyTable | None
@@ -93,7 +97,7 @@ class Step:
     @property
     def roles(self) -> tuple[tuple[str, Input], ...]:
         """What is read, each with what it is read as."""
-        names = ("base", "base16", "source", "imatrix", "mmproj", "calibration")
+        names = ("base", "base16", "source", "imatrix", "mmproj", "calibration", "metadata", "tensor_type_file")
         found = [(name, getattr(self, name)) for name in names]
         return (*(pair for pair in found if pair[1] is not None), *(("adapter", one) for one in self.adapters))
 
@@ -102,21 +106,27 @@ class Step:
         return tuple(one for _, one in self.roles)
 
     @property
-    def projector(self) -> Path | None:
+    def projector(self) -> Path | Address | None:
         """Where the mmproj file goes, if there is one: a copy, or what is made of the base."""
         if self.asked.mmproj == AUTO:
             return self.out.with_name(tower_path(self.out).name)
-        path = None if self.mmproj is None else self.mmproj.path
-        return None if path is None else self.out.parent / path.name
+        return None if self.mmproj is None else self.out.with_name(PurePosixPath(self.mmproj.ref).name)
 
     @property
-    def residual(self) -> Path | None:
+    def residual(self) -> Path | Address | None:
         """Where what rounding takes goes, if it is written: a folder or a file beside the output."""
-        if self.asked.residual is None:
-            return None
-        path = residual_path(self.out)
-        assert isinstance(path, Path)
-        return path
+        return None if self.asked.residual is None else residual_path(self.out)
+
+    @property
+    def here(self) -> Path:
+        """Where, of an output on this machine."""
+        assert isinstance(self.out, Path)
+        return self.out
+
+    @property
+    def beside_here(self) -> tuple[Path, ...]:
+        """The projector and the residual of an output on this machine."""
+        return tuple(one for one in (self.projector, self.residual) if isinstance(one, Path))
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -125,7 +135,7 @@ class Step:
     @property
     def is_file(self) -> bool:
         """Whether the output is a file (or a set of them) and not a folder."""
-        return self.to in (GGUF, "gguf-lora")
+        return self.to in (GGUF, "gguf-lora") or self.out.suffix == ".safetensors"
 
     @property
     def shares(self) -> Any:
@@ -133,7 +143,7 @@ class Step:
         if self.verb == MERGE:
             return self.fold()
         if self.verb == CONVERT and self.to == GGUF and self.source is not None:
-            return (CONVERT, self.source.path or self.source.ref)
+            return (CONVERT, self.source.path or self.source.ref, isinstance(self.out, Address))
         return self.name
 
     def fold(self) -> tuple[Any, ...]:
@@ -144,6 +154,7 @@ class Step:
             None if self.base is None else self.base.path or self.base.ref,
             refs,
             repr(self.combination),
+            isinstance(self.out, Address),  # what is written in one pass lies in stores, or here
         )
 
 
@@ -184,7 +195,12 @@ class _Maker:
     def __init__(self, file: RecipeFile) -> None:
         self.file, self.recipe = file, file.recipe
         self.folder = file.folder
-        self.made = {_real(self.folder / one.path): name for name, one in self.recipe.outputs.items()}
+        self.made: dict[_Spot, str] = {}
+        for name, one in self.recipe.outputs.items():
+            place: Place = ("outputs", name, "path")
+            with located(file, *place):
+                writable(one.path, shown(place))  # refuses other addresses
+                self.made[_spot(place_of(file, one.path))] = name
 
     def step(self, name: str, asked: OutputTable) -> Step:
         place: Place = ("outputs", name)
@@ -192,8 +208,6 @@ class _Maker:
             self.file.fail(
                 (*place, "path"), f"'{asked.path}' is no path for an output", "name a folder or file to make"
             )
-        with located(self.file, *place, "path"):
-            local(asked.path, shown((*place, "path")))
         to = self._form(asked, place)
         verb = COMBINE if to == ADAPTER else MERGE if to in (FOLDER, GGUF) and asked.from_ is None else CONVERT
         self._check_keys(verb, to, asked, place)
@@ -222,7 +236,7 @@ class _Maker:
             name=name,
             verb=verb,
             to=to,
-            out=self.folder / asked.path,
+            out=place_of(self.file, asked.path),
             asked=asked,
             combination=asked.merge or self.recipe.merge,
             choice=choice,
@@ -232,6 +246,8 @@ class _Maker:
             imatrix=self._file((*place, "imatrix"), asked.imatrix),
             mmproj=None if asked.mmproj == AUTO else self._file((*place, "mmproj"), asked.mmproj),
             calibration=self._file((*place, "calibration"), asked.calibration),
+            metadata=self._file((*place, "metadata"), asked.metadata),
+            tensor_type_file=self._file((*place, "tensor-type-file"), asked.tensor_type_file),
             adapters=adapters,
             compressor=self._program(asked.compressor),
             verify=self._verification(asked, verb),
@@ -318,12 +334,12 @@ class _Maker:
             self.file.fail(
                 (*place, "from"), f"outputs.{said.from_} makes a {form}, not an adapter", 'give it to = "adapter"'
             )
-        return Input((*place, "from"), said.from_, self.folder / output.path, said.from_, said.weight)
+        return Input((*place, "from"), said.from_, place_of(self.file, output.path), said.from_, said.weight)
 
     def _source(self, asked: OutputTable, adapters: Sequence[Input], place: Place) -> Input:
         if asked.from_ is not None:
             output = self._output((*place, "from"), asked.from_)
-            return Input((*place, "from"), asked.from_, self.folder / output.path, asked.from_)
+            return Input((*place, "from"), asked.from_, place_of(self.file, output.path), asked.from_)
         if len(adapters) != 1:
             hint = 'name it, as in adapters = ["NAME"], or the output that it is converted from with from'
             self.file.fail(place, f"{shown(place)} is a conversion of one adapter, and there are {len(adapters)}", hint)
@@ -335,20 +351,21 @@ class _Maker:
         return self.recipe.outputs[name]
 
     def _input(self, place: Place, ref: str, weight: float = 1.0) -> Input:
-        """A reference: a path beside the recipe if there is one, else a registry name or a Hub id."""
+        """A reference: a path beside the recipe if there is one, an address, else a registry name or a Hub id."""
         if not ref:
             self.file.fail(place, f"{shown(place)} is empty", "name a folder, a file, a registry name or a Hub id")
-        if address_of(ref) is not None:
-            with located(self.file, *place):
-                local(ref, shown(place))  # a recipe knows its inputs by their files
-        path = self.folder / Path(ref).expanduser()
-        made = self.made.get(_real(path))
+        with located(self.file, *place):
+            known = str(readable(ref, shown(place)))  # a path, where it was file://
+        path = address_of(known) or self.folder / Path(known).expanduser()
+        made = self.made.get(_spot(path))
         if made is not None:
             hint = f'say from = "{made}"' if place[0] == "adapters" else f"use a base that outputs.{made} does not make"
             self.file.fail(place, f"{ref} is what outputs.{made} makes", hint)
+        if isinstance(path, Address):
+            return Input(place, ref, weight=weight)
         if path.exists() or file_and_parts(path)[1]:
             return Input(place, ref, path, weight=weight)
-        is_path = ref.startswith((".", "/", "~")) or ref.endswith((".gguf", ".safetensors"))
+        is_path = known.startswith((".", "/", "~")) or known.endswith((".gguf", ".safetensors"))
         if is_path or (parse_hub(ref) is None and not _registered(ref)):
             hint = "give a path beside the recipe, a registry name or a Hub id like org/name"
             self.file.fail(place, f"{ref} does not exist", hint, NotFound)
@@ -357,10 +374,14 @@ class _Maker:
     def _file(self, place: Place, name: str | None) -> Input | None:
         if name is None:
             return None
-        path = self.folder / Path(name).expanduser()
+        with located(self.file, *place):
+            writable(name, shown(place), "file")  # refuses other addresses
+            path = place_of(self.file, name)
+        if isinstance(path, Address):
+            return Input(place, name, whole=True)
         if not path.is_file():
             self.file.fail(place, f"{name} does not exist", "give a file beside the recipe", NotFound)
-        return Input(place, name, path)
+        return Input(place, name, path, whole=True)
 
     def _program(self, name: str | None) -> Path | None:
         """A program: a path beside the recipe, or a bare name that $PATH knows."""
@@ -409,12 +430,24 @@ def _registered(ref: str) -> bool:
         return False
 
 
-def _written(file: RecipeFile, step: Step) -> list[tuple[Path, Place]]:
+def place_of(file: RecipeFile, name: str) -> Path | Address:
+    """Where a path of a recipe lies: beside it, or where an address says."""
+    if (address := address_of(name)) is not None:
+        return address
+    return file.folder / Path(local(name, "a path of the recipe")).expanduser()
+
+
+def reference(place: Path | Address) -> Path | str:
+    """A place as a verb takes it."""
+    return str(place) if isinstance(place, Address) else place
+
+
+def _written(file: RecipeFile, step: Step) -> list[tuple[Path | Address, Place]]:
     """Every path that a step writes, and the key that names it."""
-    places: list[tuple[Path, Place]] = [(step.out, ("outputs", step.name, "path"))]
+    places: list[tuple[Path | Address, Place]] = [(step.out, ("outputs", step.name, "path"))]
     if step.verify is not None and step.verify.html is not None:
         at: Place = ("verify", "html") if step.asked.verify is None else ("outputs", step.name, "verify", "html")
-        places.append((file.folder / Path(step.verify.html).expanduser(), at))
+        places.append((place_of(file, step.verify.html), at))
     if step.projector is not None:
         places.append((step.projector, ("outputs", step.name, "mmproj")))
     if step.residual is not None:
@@ -433,7 +466,7 @@ def check_inside(file: RecipeFile, steps: Sequence[Step]) -> None:
     for step in steps:
         for path, place in _written(file, step):
             with located(file, *place):
-                if not _real(path.parent).joinpath(path.name).is_relative_to(project):
+                if isinstance(path, Address) or not _real(path.parent).joinpath(path.name).is_relative_to(project):
                     raise UnsafeError(
                         f"{shown(place)} lies outside of the recipe's folder, at {path}",
                         f"give it a path in there, or allow it with {option('outside', True)}",
@@ -442,29 +475,31 @@ def check_inside(file: RecipeFile, steps: Sequence[Step]) -> None:
 
 def _check_paths(file: RecipeFile, steps: Mapping[str, Step]) -> None:
     """No two outputs on one path or in each other, none over an input or the recipe."""
-    taken: dict[Path, tuple[str, Place]] = {}
+    taken: dict[_Spot, tuple[str, Place]] = {}
+    recipe = _spot(file.path)
     for step in steps.values():
         for path, place in _written(file, step):
-            real = _real(path)
+            real = _spot(path)
             for other, (which, there) in taken.items():
-                if other == real or other in real.parents or real in other.parents:
+                if _within(other, real) or _within(real, other):
                     how = "is where" if other == real else "lies in or around where"
                     line = file.at(*there)[1]
                     file.fail(
                         place, f"{_short(file, path)} {how} {which} goes (line {line})", "give each a path of its own"
                     )
-            if real == _real(file.path) or real in _real(file.path).parents:
+            if _within(recipe, real):
                 file.fail(
                     place, f"{_short(file, path)} would be written over the recipe", "name a folder or file below it"
                 )
             taken[real] = (shown(place[:-1]), place)
     for step in steps.values():
         for one in step.inputs:
-            if one.path is None or one.output is not None:
+            place_in = one.path or address_of(one.ref)
+            if place_in is None or one.output is not None:
                 continue
-            real = _real(one.path)
+            real, alone = _spot(place_in), _is_alone(place_in)
             for other, (which, at) in taken.items():
-                if other == real or other in real.parents or (real in other.parents and real.is_dir()):
+                if _within(real, other) or (_within(other, real) and not alone):
                     file.fail(at, f"{which} would be written in or over the input {one.ref}", "write it elsewhere")
 
 
@@ -493,11 +528,34 @@ def _ordered(file: RecipeFile, steps: Mapping[str, Step]) -> tuple[Step, ...]:
     return tuple(done.values())
 
 
+_Spot = tuple[str, ...]
+
+
+def _spot(place: Path | Address) -> _Spot:
+    """A place as the names that lead to it, links followed: what lies in it has a longer one."""
+    if isinstance(place, Address):
+        return (f"{place.scheme}://{place.bucket}", *place.key.split("/"))
+    return _real(place).parts
+
+
+def _within(inner: _Spot, outer: _Spot) -> bool:
+    return inner[: len(outer)] == outer
+
+
+def _is_alone(place: Path | Address) -> bool:
+    """Whether an input is a file, in which nothing lies."""
+    if isinstance(place, Address):
+        return place.suffix in (".gguf", ".safetensors")
+    return not _real(place).is_dir()
+
+
 def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _short(file: RecipeFile, path: Path) -> str:
+def _short(file: RecipeFile, path: Path | Address) -> str:
+    if isinstance(path, Address):
+        return str(path)
     try:
         return str(path.relative_to(file.folder))
     except ValueError:

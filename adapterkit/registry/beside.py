@@ -8,6 +8,7 @@ from pathlib import Path
 
 from adapterkit import disk
 from adapterkit.errors import CheckFailed, NotFound, RegistryError, option
+from adapterkit.places import Address
 from adapterkit.registry.canonical import MAX_BYTES
 from adapterkit.registry.record import BESIDE, NOT_CONTENT, FileEntry, OpaqueRecord, Record, read
 
@@ -56,7 +57,7 @@ def write_beside(path: Path, record: Record) -> Path:
     return target
 
 
-def check_beside(path: Path, beside: Record, entries: Iterable[FileEntry]) -> None:
+def check_beside(path: Path | Address, beside: Record, entries: Iterable[FileEntry]) -> None:
     """
     Raises:
         CheckFailed: the record describes another content than these files.
@@ -64,7 +65,8 @@ def check_beside(path: Path, beside: Record, entries: Iterable[FileEntry]) -> No
     here = {entry.path: entry.sha256 for entry in entries if entry.path not in NOT_CONTENT}
     said = {file.path: file.sha256 for file in beside.files if file.path not in NOT_CONTENT}
     if wrong := sorted(name for name in said if said[name] != here.get(name)):
+        where = f"the record of {path}" if isinstance(path, Address) else beside_path(path)
         raise CheckFailed(
-            f"{beside_path(path)} describes another {wrong[0]} than is there, so its evidence is not about these files",
+            f"{where} describes another {wrong[0]} than is there, so its evidence is not about these files",
             f"restore the file, or register with {option('ignore_record', True)}",
         )

@@ -17,19 +17,20 @@ import re
 import shutil
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from adapterkit import disk
 from adapterkit.errors import CheckFailed, NotFound, OutputError, RegistryError, UnsafeError
-from adapterkit.places import local
+from adapterkit.places import Address, writable
 from adapterkit.registry import blobs, chain, index, policies, refs, resolve, store, verbs
 from adapterkit.registry.canonical import MAX_BYTES, canonical, parse, sha256
 from adapterkit.registry.home import Home, open_home
 from adapterkit.registry.lineage import parents_of
 from adapterkit.registry.names import check_alias, check_sha256
 from adapterkit.registry.record import OpaqueRecord, Record, read
+from adapterkit.stores.files import brought, making
 
 FORMAT = 1
 _HEAD = "bundle.json"
@@ -57,14 +58,20 @@ class Imported:
     stored: int
 
 
-def export_bundle(wanted: tuple[str, ...], to: Path, *, parents: bool = True, home: Path | None = None) -> Bundled:
+def export_bundle(
+    wanted: tuple[str, ...], to: Path | Address, *, parents: bool = True, home: Path | None = None
+) -> Bundled:
     """Writes the versions that ``wanted`` means, with all their registered ancestors unless ``parents`` is off.
 
     Raises:
         NotFound: some bytes are not in this registry.
         OutputError: ``to`` exists or cannot be written.
     """
-    to, at = Path(local(to, "the bundle")), open_home(home)
+    place, at = writable(to, "the bundle", "file"), open_home(home)
+    if isinstance(place, Address):
+        with making(place) as made:
+            return replace(export_bundle(wanted, made, parents=parents, home=home), path=str(place))
+    to = place
     if os.path.lexists(to):
         raise OutputError(f"{to} exists", "name a file that does not")
     records = _closure(at, [resolve.find(at, ref) for ref in wanted], parents)
@@ -97,7 +104,7 @@ def export_bundle(wanted: tuple[str, ...], to: Path, *, parents: bool = True, ho
     return Bundled(str(to), tuple(record.ref for record in records), len(sizes), sum(sizes.values()))
 
 
-def import_bundle(path: Path, *, aliases: bool = False, home: Path | None = None) -> Imported:
+def import_bundle(path: Path | Address, *, aliases: bool = False, home: Path | None = None) -> Imported:
     """Adds what a bundle holds. Blobs are stored as they are read and records only once all of it was read and fits.
 
     A damaged record that the bundle holds in exactly the version that the journal names is put back in its place.
@@ -107,7 +114,7 @@ def import_bundle(path: Path, *, aliases: bool = False, home: Path | None = None
         UnsafeError: a member is a link, a device, or has a name that no bundle of ours has.
         RegistryError: the bundle is damaged, incomplete or of a newer format.
     """
-    path, at = Path(local(path, "the bundle")), open_home(home)
+    path, at = brought(writable(path, "the bundle", "file")), open_home(home)
     at.create()
     with open(disk.open_regular(path), "rb") as file, at.store_lock(shared=True):
         reader = _Reader(file, str(path))

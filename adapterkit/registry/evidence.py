@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adapterkit.errors import NotFound, UsageError
+from adapterkit.errors import NotFound, OutputError, UsageError
+from adapterkit.places import Address, writable
 from adapterkit.registry import blobs, evaluation, index, resolve, store
-from adapterkit.registry.beside import beside_path, read_beside, write_beside
-from adapterkit.registry.canonical import sha256, thaw
+from adapterkit.registry.beside import beside_bytes, beside_path, parse_beside, read_beside, write_beside
+from adapterkit.registry.canonical import MAX_BYTES, sha256, thaw
 from adapterkit.registry.evaluation import Score
 from adapterkit.registry.figures import joined
 from adapterkit.registry.home import open_home
-from adapterkit.registry.record import PROOF, SIGNATURE, FileEntry, Record
+from adapterkit.registry.record import BESIDE, PROOF, SIGNATURE, FileEntry, Record
 from adapterkit.registry.verification import KEY, Verification, evidence_of
 
 
@@ -30,7 +31,7 @@ class Attached:
 
     record: Record
     ref: str = ""
-    path: Path | None = None
+    path: Path | Address | None = None
     new: bool = True
 
 
@@ -53,8 +54,11 @@ def attach_evidence(
     """
     if not kind.isascii() or not kind.replace("-", "").isalnum():
         raise UsageError(f"{kind!a} cannot be a kind of evidence", "use letters, digits and '-'")
-    if isinstance(target, Path) or os.sep in target or os.path.exists(target):
-        path = Path(target).expanduser()
+    place = writable(target, "what the evidence is about") if os.sep in str(target) else target
+    if isinstance(place, Address):
+        return _attach_there(place, kind, figures)
+    if isinstance(place, Path) or os.path.exists(target):
+        path = Path(place).expanduser()
         if path.parent.name == "trees" and (path.parent.parent / "format").is_file():  # a version, as a folder
             return attach_evidence(f"sha256:{path.name}", kind, figures, page=page, home=path.parent.parent)
         found = read_beside(path)
@@ -66,7 +70,7 @@ def attach_evidence(
             write_beside(path, record)
         return Attached(record, path=beside_path(path), new=record != found)
     at = open_home(home)
-    found = resolve.find(at, target)
+    found = resolve.find(at, str(target))
     if found.version in at.hidden_versions(found.name):
         raise UsageError(f"{found.ref} was removed and gets no evidence", "first: adapterkit remove --restore REF")
 
@@ -85,6 +89,25 @@ def attach_evidence(
             files = (*(file for file in files if file.path != PROOF), FileEntry(PROOF, blob.size, blob.sha256))
         added = store.extend_record(at, found.name, found.content, extended, others)
     return Attached(added.record, ref=added.record.ref, new=added.new)
+
+
+def _attach_there(place: Address, kind: str, figures: Mapping[str, Any]) -> Attached:
+    """Evidence about an output in a store: the record beside it is written anew, over what was read and nothing else."""
+    from adapterkit.stores.connect import open_store
+
+    store = open_store(place)
+    alone = store.head(place.key) is not None if place.key else False
+    where = place.with_name(f"{place.name}.{BESIDE}") if alone else place / BESIDE
+    there = store.head(where.key)
+    if there is None:
+        hint = "outputs of adapterkit have one; register takes any folder, and evidence goes to its version then"
+        raise NotFound(f"{where} does not exist", hint)
+    data = store.read(there.key, 0, min(there.size, MAX_BYTES + 1), there.etag)
+    found = parse_beside(data, str(where))
+    record = _with(found, kind, figures)
+    if record != found and not store.put(where.key, beside_bytes(record), over=there.etag):
+        raise OutputError(f"{where} changed meanwhile", "attach the evidence again")
+    return Attached(record, path=where, new=record != found)
 
 
 def attach_evaluation(target: str | Path, found: Iterable[Score], *, home: Path | None = None) -> Attached:

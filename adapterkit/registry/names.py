@@ -37,6 +37,10 @@ def check_name(text: str, what: str = "name") -> str:
         return text
     unsafe = ".." in text or not text.isascii() or any(char in "/\\" or not char.isprintable() for char in text)
     error: type[AdapterkitError] = UnsafeError if unsafe else UsageError
+    if "://" in text:
+        raise error(
+            f"{text!a} is an address, and a {what} of the registry is wanted", "register it, then give its name"
+        )
     raise error(f"{text!a} cannot be a {what}", _NAME_RULE)
 
 

@@ -11,7 +11,7 @@ from adapterkit.ops.device import check_wide
 from adapterkit.places import Address
 from adapterkit.requests.device import device_option
 from adapterkit.requests.groups import ADAPTERS, BASE, COMBINE, OUTPUT, OfAdapters, Ruled, Running
-from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, VALUES, WHOLE, Request, opt
+from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, OUTPUT_THERE, PATH, REF, VALUES, WHOLE, Request, opt
 from adapterkit.requests.workers import OnWorkers
 from adapterkit.values import dataclass
 
@@ -118,7 +118,7 @@ def _methods() -> tuple[str, ...]:
 
 def _out() -> Any:
     words = "The folder to make; an address in a store (s3://bucket/folder) too."
-    return opt(words, PATH, role=INPUT, short="-o", recipe="output.path", store=True)
+    return opt(words, PATH, role=INPUT, short="-o", recipe="output.path", store=OUTPUT_THERE)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

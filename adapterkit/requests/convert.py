@@ -21,7 +21,20 @@ from adapterkit.requests.groups import (
     Types,
 )
 from adapterkit.requests.merge import FEEDBACK, NEAREST, ON_CPU
-from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, PATH, REF, RUN, VALUES, WHOLE, opt
+from adapterkit.requests.option import (
+    BYTES,
+    FLAG,
+    INPUT,
+    NUMBER,
+    OUTPUT_THERE,
+    PATH,
+    READ_THERE,
+    REF,
+    RUN,
+    VALUES,
+    WHOLE,
+    opt,
+)
 from adapterkit.requests.workers import OnWorkers
 from adapterkit.values import dataclass
 
@@ -54,7 +67,7 @@ class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
             role=INPUT,
             short="-o",
             recipe="output.path",
-            store=True,
+            store=OUTPUT_THERE,
         ),
     )
     to: str | None = field(
@@ -115,7 +128,7 @@ class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
         kw_only=True,
         metadata=opt(
             "For awq, gptq and --rounding feedback: a text like what the model will see.", PATH,
-            role=VALUES, group=OUTPUT, metavar="FILE", recipe="output.calibration",
+            role=VALUES, group=OUTPUT, metavar="FILE", recipe="output.calibration", store=READ_THERE,
         ),
     )  # fmt: skip
     rounding: str = field(

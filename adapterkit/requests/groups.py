@@ -17,10 +17,12 @@ from adapterkit.requests.option import (
     PAIRS,
     PARAMETERS,
     PATH,
+    READ_THERE,
     REF,
     RUN,
     VALUES,
     WHOLE,
+    WRITTEN_THERE,
     Request,
     opt,
 )
@@ -274,7 +276,7 @@ class Types(Request):
         default=None,
         metadata=opt(
             "Importance matrix (GGUF or .dat).", PATH,
-            role=BYTES, group=GGUF_TYPES, metavar="FILE", recipe="output.imatrix",
+            role=BYTES, group=GGUF_TYPES, metavar="FILE", recipe="output.imatrix", store=READ_THERE,
         ),
     )  # fmt: skip
     pure: bool = field(
@@ -294,7 +296,7 @@ class Types(Request):
         default=None,
         metadata=opt(
             "The same from a file of such lines; what --tensor-type says goes before it.", PATH,
-            role=BYTES, group=GGUF_TYPES, metavar="FILE", recipe="output.tensor-type-file",
+            role=BYTES, group=GGUF_TYPES, metavar="FILE", recipe="output.tensor-type-file", store=READ_THERE,
             elsewhere={"record": "its lines are among the tensor types there"},
         ),
     )  # fmt: skip
@@ -477,7 +479,7 @@ class GGUFOutput(Request):
         default=None,
         metadata=opt(
             "A JSON file of metadata, its keys like general.author.", PATH,
-            role=BYTES, group=GGUF_TYPES, metavar="FILE", recipe="output.metadata",
+            role=BYTES, group=GGUF_TYPES, metavar="FILE", recipe="output.metadata", store=READ_THERE,
         ),
     )  # fmt: skip
     override_kv: tuple[str, ...] | str = field(
@@ -513,7 +515,7 @@ class GGUFOutput(Request):
         default=None,
         metadata=opt(
             "The tower (mmproj) to copy beside a GGUF output; auto makes it, with what adapters change in it.", PATH,
-            role=BYTES, group=BESIDE, metavar="FILE|auto", recipe="output.mmproj",
+            role=BYTES, group=BESIDE, metavar="FILE|auto", recipe="output.mmproj", store=READ_THERE,
             elsewhere={"record": "a copy beside the output has no part in its bytes"},
         ),
     )  # fmt: skip
@@ -546,9 +548,9 @@ class GGUFOutput(Request):
     def check(self) -> None:
         super().check()
         out = getattr(self, "out", None)
-        if self.makes_tower and out is not None and Path(out).suffix != ".gguf":
+        if self.makes_tower and out is not None and Path(str(out)).suffix != ".gguf":
             raise UsageError("an mmproj file belongs beside a GGUF file", "name the output like OUT.gguf")
-        if self.server is not None and out is not None and Path(out).suffix != ".gguf":
+        if self.server is not None and out is not None and Path(str(out)).suffix != ".gguf":
             raise UsageError(f"--for {self.server} is for a GGUF output", "name it like OUT.gguf, or leave out --for")
 
 
@@ -584,7 +586,8 @@ class Running(Request):
         default=None,
         metadata=opt(
             "Write the plan and stop.", PATH,
-            group=RUNNING, metavar="FILE", elsewhere={"recipe": "a plan is of one verb, carried out in parts"},
+            group=RUNNING, metavar="FILE", store=WRITTEN_THERE,
+            elsewhere={"recipe": "a plan is of one verb, carried out in parts"},
         ),
     )  # fmt: skip
     resume: bool = field(

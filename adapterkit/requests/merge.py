@@ -27,7 +27,7 @@ from adapterkit.requests.groups import (
     Running,
     Types,
 )
-from adapterkit.requests.option import BYTES, FLAG, INPUT, PATH, REF, RUN, VALUES, WHOLE, opt
+from adapterkit.requests.option import BYTES, FLAG, INPUT, OUTPUT_THERE, PATH, READ_THERE, REF, RUN, VALUES, WHOLE, opt
 from adapterkit.requests.workers import OnWorkers
 from adapterkit.values import dataclass
 
@@ -68,7 +68,7 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
             role=INPUT,
             short="-o",
             recipe="output.path",
-            store=True,
+            store=OUTPUT_THERE,
         ),
     )
     to: str | None = field(
@@ -120,6 +120,7 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
         metadata=opt(
             "For --rounding feedback: a text like what the model will see.", PATH,
             role=BYTES, group=OUTPUT, metavar="FILE", needs=("rounding",), recipe="output.calibration",
+            store=READ_THERE,
         ),
     )  # fmt: skip
     residual: int | None = field(
@@ -329,7 +330,7 @@ _NEAREST: dict[str, Any] = {"rounding": NEAREST, "calibration": None}
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, (Path, Address)) else value
 
 
 def folder_formats() -> tuple[str, ...]:

@@ -21,6 +21,8 @@ TEXT, WHOLE, NUMBER, FLAG, SWITCH, PATH, REF, PAIRS, PARAMETERS, CALL = (
 )
 COUNTS = "counts"
 DEVICE = "device"
+# What an address in a store is, of an option that is a path: an output, a file that is read, or one that is written whole.
+OUTPUT_THERE, READ_THERE, WRITTEN_THERE = "output", "read", "written"
 # Roles: an input, what decides values of the output, what decides its bytes alone, or neither.
 INPUT, VALUES, BYTES, RUN = "input", "values", "bytes", "run"
 # Doors.
@@ -62,7 +64,8 @@ class Option:
         recipe: its place in a recipe, ``table.key``; empty where it has none.
         elsewhere: for each door that does not have it, why.
         open: values beyond ``choices`` are left to the verb, which refuses them in its own words.
-        store: of a path: an address in an object store is one too.
+        store: of a path: an address in an object store is one too, and what it is then: `OUTPUT_THERE`, `READ_THERE` or
+            `WRITTEN_THERE`. Empty where it is refused; docs/stores.md says why.
     """
 
     help: str
@@ -80,7 +83,7 @@ class Option:
     recipe: str = ""
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     open: bool = False
-    store: bool = False
+    store: str = ""
 
     def values(self) -> tuple[str, ...]:
         """The choices, asked for now."""
@@ -129,7 +132,7 @@ def _ref(option: Option, name: str, value: Any) -> Any:
 
 def _path(option: Option, name: str, value: Any) -> Any:
     if option.store and isinstance(value, (str, Path, Address)):
-        return writable(value, name)
+        return writable(value, name, "folder" if option.store == OUTPUT_THERE else "file")
     if not isinstance(value, (str, Path)):
         raise _wrong(option, name, value)
     return Path(local(value, name))

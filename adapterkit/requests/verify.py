@@ -12,7 +12,20 @@ from adapterkit.places import Address
 from adapterkit.requests.device import device_option
 from adapterkit.requests.groups import RUNNING, THRESHOLDS, Limits, OfAdapters, OntoBase, Ruled
 from adapterkit.requests.merge import MergeRequest
-from adapterkit.requests.option import CALL, FLAG, INPUT, NUMBER, PATH, REF, RUN, VALUES, WHOLE, opt
+from adapterkit.requests.option import (
+    CALL,
+    FLAG,
+    INPUT,
+    NUMBER,
+    PATH,
+    READ_THERE,
+    REF,
+    RUN,
+    VALUES,
+    WHOLE,
+    WRITTEN_THERE,
+    opt,
+)
 from adapterkit.requests.workers import WRITTEN_JOBS, OnWorkers
 from adapterkit.values import dataclass
 
@@ -58,7 +71,7 @@ class VerifyRequest(OntoBase, OfAdapters, Ruled, Limits, OnWorkers):
         kw_only=True,
         metadata=opt(
             "Text or JSON Lines; else a mixed set.", PATH,
-            role=RUN, group=THRESHOLDS, metavar="FILE", recipe="verify.prompts",
+            role=RUN, group=THRESHOLDS, metavar="FILE", recipe="verify.prompts", store=READ_THERE,
         ),
     )  # fmt: skip
     max_kl: float | None = field(
@@ -107,7 +120,7 @@ class VerifyRequest(OntoBase, OfAdapters, Ruled, Limits, OnWorkers):
         kw_only=True,
         metadata=opt(
             "Write the report as JSON to this file or address in a store. Workers on other machines need to reach it.",
-            PATH, role=RUN, group=EVIDENCE, short="-o", store=True, elsewhere=_IN_LOCK,
+            PATH, role=RUN, group=EVIDENCE, short="-o", store=WRITTEN_THERE, elsewhere=_IN_LOCK,
         ),
     )  # fmt: skip
     jobs: int | None = field(
@@ -131,7 +144,8 @@ class VerifyRequest(OntoBase, OfAdapters, Ruled, Limits, OnWorkers):
         kw_only=True,
         metadata=opt(
             "Write the plan of the comparison and stop.", PATH,
-            group=RUNNING, metavar="FILE", elsewhere={"recipe": "a plan is of one verb, carried out in parts"},
+            group=RUNNING, metavar="FILE", store=WRITTEN_THERE,
+            elsewhere={"recipe": "a plan is of one verb, carried out in parts"},
         ),
     )  # fmt: skip
     resume: bool = field(

@@ -11,7 +11,21 @@ from adapterkit.errors import UsageError, option
 from adapterkit.places import Address
 from adapterkit.requests.device import METAVAR
 from adapterkit.requests.groups import RUNNING
-from adapterkit.requests.option import CALL, COUNTS, DEVICE, FLAG, INPUT, NUMBER, PAIRS, PATH, WHOLE, Request, opt
+from adapterkit.requests.option import (
+    CALL,
+    COUNTS,
+    DEVICE,
+    FLAG,
+    INPUT,
+    NUMBER,
+    OUTPUT_THERE,
+    PAIRS,
+    PATH,
+    READ_THERE,
+    WHOLE,
+    Request,
+    opt,
+)
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
@@ -73,7 +87,7 @@ class OnWorkers(Request):
         default=None,
         metadata=opt(
             "Of slurm and k8s: your copy of the job's template (adapterkit run --print-template).", PATH,
-            group=WORKERS, metavar="FILE", needs=("on",), elsewhere=_HERE,
+            store=READ_THERE, group=WORKERS, metavar="FILE", needs=("on",), elsewhere=_HERE,
         ),
     )  # fmt: skip
     set: Sequence[tuple[str, str] | str] | Mapping[str, str] = field(
@@ -176,11 +190,11 @@ class RunRequest(OnWorkers):
 
     VERB: ClassVar[str] = "run"
 
-    plan: Ref = field(metadata=opt("The plan that --save-plan of a verb wrote.", PATH, role=INPUT))
+    plan: Ref = field(metadata=opt("The plan that --save-plan of a verb wrote.", PATH, role=INPUT, store=READ_THERE))
     out: Ref | Address | None = field(
         default=None,
         metadata=opt(
-            "The folder or file to make; an address in a store too.", PATH, role=INPUT, short="-o", store=True
+            "The folder or file to make; an address in a store too.", PATH, role=INPUT, short="-o", store=OUTPUT_THERE
         ),
     )
     jobs: int | None = field(

@@ -18,9 +18,11 @@ from adapterkit.errors import CheckFailed, UsageError
 from adapterkit.foreign import json_value
 
 if TYPE_CHECKING:
+    from adapterkit.places import Address
     from adapterkit.registry.evaluation import Score
 
 LIMIT = 64 << 20  # bytes of a results file
+BESIDE = ("run_spec.json",)  # names of files beside one that say what it is of (HELM's)
 
 
 class Harness(Protocol):
@@ -38,11 +40,11 @@ def harnesses() -> list[Harness]:
     return [cast(Harness, import_module(f"{__name__}.{name}")) for name in names]
 
 
-def read_results(path: Path, *, subject: str = "self", task: str = "") -> tuple[Score, ...]:
+def read_results(place: Path | Address, *, subject: str = "self", task: str = "") -> tuple[Score, ...]:
     """The figures of a results file.
 
     Args:
-        path: a JSON file that a harness wrote, or a table ``{metric: value}``.
+        place: a JSON file, here or in a store, that a harness wrote, or a table ``{metric: value}``.
         subject: whose figures they are, a key of `adapterkit.registry.evaluation.SUBJECTS`.
         task: the task's name, for files that state none; by default the name of the file.
 
@@ -51,6 +53,13 @@ def read_results(path: Path, *, subject: str = "self", task: str = "") -> tuple[
         CheckFailed: the run that it is of did not finish, or a figure is no number.
         NotFound, UnsafeError: the file is not there, or is no regular file.
     """
+    from adapterkit.stores.files import reading
+
+    with reading(place, BESIDE) as path:
+        return _read(path, subject, task)
+
+
+def _read(path: Path, subject: str, task: str) -> tuple[Score, ...]:
     from adapterkit.disk import read_regular
     from adapterkit.registry.canonical import sha256
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
 from adapterkit.checkpoint.publish import check_free, named_beside
-from adapterkit.errors import UsageError, option
-from adapterkit.places import Address
+from adapterkit.places import Address, address_of
+from adapterkit.stores.files import brought, check_absent, reading
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class TowerFile:
     """A vision tower (mmproj) that is copied beside a GGUF output."""
 
-    file: Path
-    out: Path
+    file: Path | Address
+    out: Path | Address
     force: bool
     plan: Plan
     sources: Sequence[Source]
@@ -32,16 +32,20 @@ class TowerFile:
     def check(self) -> None:
         from adapterkit.gguf.projector import Projector
 
-        Projector(self.file, self.out, force=self.force, plan=self.plan, sources=self.sources)
+        with reading(self.file) as file:
+            Projector(file, self.out, force=self.force, plan=self.plan, sources=self.sources)
 
     def write(self) -> Sequence[str]:
         from adapterkit.gguf.projector import Projector
 
-        Projector(self.file, self.out, force=True).copy()
+        # Whether a file here may be replaced was decided when the run began.
+        Projector(brought(self.file), self.out, force=self.force or isinstance(self.out, Path)).copy()
         return ()
 
     def made(self) -> dict[Path, str] | None:
-        return {self.out.parent / self.file.name: disk.hash_file(self.file)[0]}
+        if isinstance(self.out, Address):
+            return None
+        return {self.out.parent / self.file.name: disk.hash_file(brought(self.file))[0]}
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,14 @@ class ServerFile:
     """What loads a GGUF output in a server."""
 
     server: str
-    out: Path
-    source: Path | None
+    out: Path | Address
+    source: Path | Address | None
     force: bool
 
     def check(self) -> None:
         from adapterkit.serving.handover import file_of
 
-        check_free(named_beside(self.out, file_of(self.server).suffix), force=self.force)
+        check_beside_free(self.out, file_of(self.server).suffix, force=self.force)
 
     def write(self) -> Sequence[str]:
         from adapterkit.serving.handover import write_handover
@@ -69,7 +73,10 @@ class ServerFile:
 
         from adapterkit.serving.handover import beside_model
 
+        if isinstance(self.out, Address):
+            return None
         path, data, _ = beside_model(self.out, self.server, self.source)
+        assert isinstance(path, Path)
         return {path: hashlib.sha256(data).hexdigest()}
 
 
@@ -77,7 +84,7 @@ class ServerFile:
 class Statement:
     """A provenance statement. Inputs on the Hub are named by the record."""
 
-    out: Path
+    out: Path | Address
     inputs: tuple[str, ...]
     force: bool
 
@@ -85,12 +92,12 @@ class Statement:
         from adapterkit.provenance.attest import NAME
 
         if self.out.suffix in (".gguf", ".safetensors"):  # in a folder nothing is before the folder is
-            check_free(named_beside(self.out, NAME), force=self.force)
+            check_beside_free(self.out, NAME, force=self.force)
 
     def write(self) -> Sequence[str]:
         from adapterkit.provenance.attest import attest
 
-        return (f"attested in {attest(self.out, self.inputs, strict=False).path}",)
+        return (f"attested in {attest(_reference(self.out), self.inputs, strict=False).path}",)
 
     def made(self) -> dict[Path, str] | None:
         return None  # it says when it was made
@@ -100,7 +107,7 @@ def beside_of(
     request: Any,
     inputs: Iterable[object],
     *,
-    source: Path | None = None,
+    source: Path | Address | None = None,
     plan: Plan | None = None,
     sources: Sequence[Source] = (),
 ) -> tuple[Beside, ...]:
@@ -114,19 +121,30 @@ def beside_of(
     out = request.target
     if out is None:
         return ()
-    if isinstance(out, Address):
-        for name in ("mmproj", "server", "attest"):
-            if getattr(request, name, None) and not (name == "mmproj" and request.makes_tower):
-                what = f"what {option(name, getattr(request, name))} makes lies beside an output on a disk"
-                raise UsageError(f"{what}, and {out} is in a store", "leave it out, or write to a folder")
-        return ()
     found: list[Beside] = []
     if getattr(request, "mmproj", None) is not None and not request.makes_tower:
         assert plan is not None
-        found.append(TowerFile(Path(request.mmproj), out, request.force, plan, sources))
+        found.append(TowerFile(request.mmproj, out, request.force, plan, sources))
     if getattr(request, "server", None) is not None:
         found.append(ServerFile(request.server, out, source, request.force))
     if request.attest:
-        here = [str(ref) for ref in inputs if ref is not None and (os.path.exists(str(ref)) or "/" not in str(ref))]
+        named = [str(ref) for ref in inputs if ref is not None]
+        here = [ref for ref in named if os.path.exists(ref) or "/" not in ref or address_of(ref) is not None]
         found.append(Statement(out, tuple(here), request.force))
     return tuple(found)
+
+
+def check_beside_free(out: Path | Address, name: str, *, force: bool) -> None:
+    """Refuse a file that would be replaced beside an output that is a file.
+
+    Raises:
+        OutputError, AuthError, StoreError
+    """
+    if isinstance(out, Address):
+        check_absent(out.with_name(f"{out.name}.{name}"), force=force)
+    else:
+        check_free(named_beside(out, name), force=force)
+
+
+def _reference(place: Path | Address) -> Path | str:
+    return str(place) if isinstance(place, Address) else place

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from adapterkit import disk
 from adapterkit.checkpoint.plan import default_jobs, parse_size
 from adapterkit.errors import OutputError, UsageError, option
-from adapterkit.places import here
+from adapterkit.places import Address, here
 from adapterkit.requests.groups import LIMITS
 from adapterkit.requests.option import RUN
 from adapterkit.requests.workers import LOCAL, RAY, WRITTEN_JOBS, parse_rate
+from adapterkit.stores.files import deliver
 from adapterkit.stores.meter import Moved, moved
 from adapterkit.verbs.job import Job, Measured, run, show
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 PLAN_FILE = ".plan.json"  # in the hidden folder, for workers
 
 
-def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path, Plan] | None = None) -> Any:
+def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path | Address, Plan] | None = None) -> Any:
     """Do with a job what its request says: show it, save its plan, or carry it out, here or by workers.
 
     Args:
@@ -41,12 +42,12 @@ def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path, Plan]
     """
     saved = {}
     if request.save_plan is not None:
-        saved = _with_the_rest(plans or {Path(request.save_plan): job.executed}, job, request)
+        saved = _with_the_rest(plans or {request.save_plan: job.executed}, job, request)
     if not request.writes:
         report = show(job, started)
         # Only now: `show` makes the checks, and whoever carries out a plan does not make them again.
         for path, plan in saved.items():
-            disk.deliver(path, plan.to_json().encode())
+            deliver(path, plan.to_json().encode())
         return forecast_in(report, job, request) if getattr(request, "workers", None) else report
     if getattr(request, "on", None) is None:
         return run([job], workers=request.jobs, resume=request.resume, progress=request.progress, started=started)[0]
@@ -81,7 +82,7 @@ def _together(measured: Measured, tally: RunTally, started: float) -> Measured:
     )
 
 
-def _with_the_rest(plans: Mapping[Path, Plan], job: Job, request: Any) -> dict[Path, Plan]:
+def _with_the_rest(plans: Mapping[Path | Address, Plan], job: Job, request: Any) -> dict[Path | Address, Plan]:
     """Plans with what was asked for beside their output. Of several, the tower's file stands beside the first.
 
     Raises:
@@ -96,8 +97,9 @@ def _with_the_rest(plans: Mapping[Path, Plan], job: Job, request: Any) -> dict[P
             f"{option(measured)} is measured while one process writes, which a plan does not say",
             f"leave out {option('save_plan')}, or verify the output",
         )
-    rest = {name: str(asked[name]) if isinstance(asked[name], Path) else asked[name] for name in RESTS if name in asked}
-    found: dict[Path, Plan] = {}
+    given = {name: asked[name] for name in RESTS if name in asked}
+    rest = {name: str(one) if isinstance(one, (Path, Address)) else one for name, one in given.items()}
+    found: dict[Path | Address, Plan] = {}
     for path, plan in plans.items():
         found[path] = replace(plan, request={**plan.request, REST: rest}) if rest else plan
         rest = {name: value for name, value in rest.items() if name != "mmproj"}
@@ -244,7 +246,7 @@ def _written(opened: OpenPlan, request: Any, started: float) -> Any:
     return job.report(Measured(seconds, job.plan.peak_memory, plan=job.plan, notes=notes, dry_run=True))
 
 
-def write_files(opened: OpenPlan, request: Any, plan: Path | None = None) -> tuple[str, ...]:
+def write_files(opened: OpenPlan, request: Any, plan: Path | Address | None = None) -> tuple[str, ...]:
     """Write the files of a job for a scheduler; what to tell the user. See `adapterkit.verbs.engines.written.write_job`.
 
     Args:
@@ -252,8 +254,13 @@ def write_files(opened: OpenPlan, request: Any, plan: Path | None = None) -> tup
     """
     from adapterkit.verbs.engines.written import write_job
 
-    where = Path(request.plan).absolute() if plan is None else plan
+    where = _shared(request.plan) if plan is None else plan
     return write_job(opened, where, request, workers_of(request), part_size(request, opened.plan))
+
+
+def _shared(plan: Any) -> Path | Address:
+    """A plan file as workers elsewhere name it."""
+    return plan if isinstance(plan, Address) else Path(plan).absolute()
 
 
 def forecast_in(report: Any, job: Job, request: Any) -> Any:

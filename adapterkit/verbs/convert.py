@@ -64,7 +64,7 @@ def planned(request: ConvertRequest, *, headers_only: bool = True, named: Any = 
             raise UsageError(f"{form.name} is a folder, not a file", "name the output without .safetensors")
         found = replace(found, plan=filed(found.plan, request.target))
     plan = replace(found.plan, request={**again, **({"staged": True} if found.stage is not None else {})})
-    folder = Path(str(source)).expanduser()
+    folder = address_of(source) or Path(str(source)).expanduser()
     return replace(
         found,
         src=found.src if named is None else str(named),
@@ -75,7 +75,7 @@ def planned(request: ConvertRequest, *, headers_only: bool = True, named: Any = 
         beside=beside_of(
             request,
             [request.base, source],
-            source=folder if folder.is_dir() else None,
+            source=folder if isinstance(folder, Address) or folder.is_dir() else None,
             plan=plan,
             sources=found.sources,
         ),
@@ -163,7 +163,7 @@ def _stated(request: ConvertRequest) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(one) for one in value]
-    return str(value) if isinstance(value, Path) else value
+    return str(value) if isinstance(value, (Path, Address)) else value
 
 
 def _recorder(planned: Conversion, src: Any, request: ConvertRequest) -> Recorder:

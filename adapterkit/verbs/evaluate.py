@@ -28,6 +28,7 @@ from adapterkit.checkpoint.pipeline import MODEL_INDEX
 from adapterkit.disk import open_regular, read_regular
 from adapterkit.errors import AdapterkitError, NotFound, UnsupportedAdapter, UsageError, how_it_ended, option
 from adapterkit.packages import need
+from adapterkit.places import address_of
 from adapterkit.registry.evaluation import BASE, SELF, SHUFFLED, ZEROS
 from adapterkit.requests.call import takes
 from adapterkit.requests.evaluate import EvaluateRequest
@@ -160,6 +161,11 @@ def _found(ref: str | Path, home: Path | None) -> tuple[Record | None, Path]:
 
     record = registered(ref, home=home)
     if record is None:
+        if address_of(ref) is not None:
+            raise UsageError(
+                f"the harness loads files of this machine, and {ref} is in a store",
+                "register it, then evaluate its name",
+            )
         path = Path(ref).expanduser()
         if not path.exists():
             raise NotFound(f"{ref} does not exist", "give a folder, a GGUF file or a registry name")

@@ -307,7 +307,7 @@ class OpenPlan:
             made = replace(job, force=force).in_store()
             self._make_rest(force=force)
             finish_in_store(made, side_files=job.side, record=job.record, parts=self.parts)
-            return made.notes
+            return (*made.notes, *(note for one in self._beside(force=force) for note in one.write()))
         from adapterkit.checkpoint.parts import finish_parts
 
         beside = self._beside(force=force)

@@ -16,6 +16,8 @@ from adapterkit.errors import CheckpointError, UsageError, option
 from adapterkit.ops.device import CPU, check_there
 from adapterkit.ops.device import opened as open_device
 from adapterkit.packages import need
+from adapterkit.places import Address, address_of, writable
+from adapterkit.stores.files import brought, fetch_folder, making, reading
 from adapterkit.verbs.plain_text import read_text, text_ids
 
 if TYPE_CHECKING:
@@ -51,8 +53,8 @@ class ImatrixReport:
 
 def imatrix(
     model: str | Path,
-    text: str | Path,
-    out: str | Path,
+    text: str | Path | Address,
+    out: str | Path | Address,
     *,
     chunk: int = CHUNK,
     chunks: int | None = None,
@@ -95,14 +97,37 @@ def imatrix(
 
     started = time.monotonic()
     check_there(device)
+    place = writable(out, "the output", "file")
+    if isinstance(place, Address):
+        with making(place, force=force) as path:
+            made = imatrix(model, text, path, chunk=chunk, chunks=chunks, dtype=dtype, device=device, progress=progress)
+        return replace(made, out=str(place))
     if chunk < 2:
         raise UsageError(f"a chunk of {chunk} tokens says nothing", f"use {option('chunk', 512)}")
-    said = read_text(Path(text))
+    with reading(text) as here:
+        said = read_text(here)
+    address = address_of(model)
+    if address is not None and address.suffix not in (".gguf", ".safetensors"):
+        # transformers loads folders of this machine.
+        with tempfile.TemporaryDirectory(prefix="adapterkit-") as lent:
+            fetch_folder(address, Path(lent), lambda name: not any(part.startswith(".") for part in name.split("/")))
+            found_here = imatrix(
+                lent,
+                text,
+                place,
+                chunk=chunk,
+                chunks=chunks,
+                dtype=dtype,
+                device=device,
+                force=force,
+                progress=progress,
+            )
+        return replace(found_here, model=str(address), seconds=time.monotonic() - started)
     opened = open_model(model)
     if isinstance(opened, GGUFCheckpoint):
         nothing = _layout({}, [str(text)], 0, chunk)
-        check_output(plan_gguf(nothing), opened.sources, Path(out), force=force)  # before a folder is made for nothing
-        with _as_folder(model, Path(out)) as folder:
+        check_output(plan_gguf(nothing), opened.sources, place, force=force)  # before a folder is made for nothing
+        with _as_folder(model, place) as folder:
             found_there = imatrix(
                 folder,
                 text,
@@ -118,7 +143,7 @@ def imatrix(
     names, shapes, arrays = _maps(opened)
     # The plan is made again when the values are there; this one has the same sizes, and finds out what cannot be written.
     blank = _layout({name: _zeros(array.shape) for name, array in arrays.items()}, [str(text)], 0, chunk)
-    check_output(plan_gguf(blank), opened.sources, Path(out), force=force)
+    check_output(plan_gguf(blank), opened.sources, place, force=force)
     sums, done = _run(opened, said, chunk, chunks, (dtype, device), progress)
     check_unchanged(opened.sources)
     found = in_gguf(sums, names, shapes, arrays)
@@ -129,7 +154,7 @@ def imatrix(
     layout = _layout(found, [str(text)], done, chunk)
     planned = plan_gguf(layout, request={"verb": "imatrix"})
     tensors: dict[str, Tensor] = {one.name: one for one in layout.tensors}
-    write_together([Writing(planned, tensors, (), Path(out))], force=[force])
+    write_together([Writing(planned, tensors, (), place)], force=[force])
     missing = tuple(name for name in arrays if name not in found)
     notes: tuple[str, ...] = (
         () if not missing else (f"{len(missing)} weights were not seen, as {missing[0]}; they get no values",)
@@ -155,7 +180,7 @@ def _as_folder(model: str | Path, out: Path) -> Iterator[Path]:
         yield Path(lent) / "hf"
 
 
-def added(files: Sequence[str | Path], out: str | Path, *, force: bool = False) -> ImatrixReport:
+def added(files: Sequence[str | Path | Address], out: str | Path | Address, *, force: bool = False) -> ImatrixReport:
     """Add importance matrices of one model up, as `llama-imatrix --in-file A --in-file B` does.
 
     Args:
@@ -175,11 +200,16 @@ def added(files: Sequence[str | Path], out: str | Path, *, force: bool = False) 
     started = time.monotonic()
     if len(files) < 2:
         raise UsageError("one matrix is nothing to add up", f"give {option('in_file')} at least twice")
-    sums = add_up([Path(one) for one in files])
+    place = writable(out, "the output", "file")
+    if isinstance(place, Address):
+        with making(place, force=force) as path:
+            made = added(files, path)
+        return replace(made, out=str(place))
+    sums = add_up([brought(one) for one in files])
     layout = _layout(sums.found, sums.datasets, sums.chunks, sums.chunk)
     planned = plan_gguf(layout, request={"verb": "imatrix"})
     tensors: dict[str, Tensor] = {one.name: one for one in layout.tensors}
-    write_together([Writing(planned, tensors, sums.sources, Path(out))], force=[force])
+    write_together([Writing(planned, tensors, sums.sources, place)], force=[force])
     seconds = time.monotonic() - started
     text = ", ".join(sums.datasets)
     return ImatrixReport("", str(out), text, len(sums.found), sums.chunks, sums.chunk, seconds=seconds)

@@ -275,8 +275,9 @@ def _run_to_stores(
         writings = [StoreWriting(job.in_store(), job.side, job.record) for job, _ in staged]
         sinks = write_to_stores(writings, jobs=workers, resume=resume, progress=progress)
         for (job, facts), sink, one in zip(staged[: len(jobs)], sinks, writings, strict=False):
+            notes = (*one.made.notes, *(note for beside in job.beside for note in beside.write()))
             spent = time.monotonic() - started
-            done = Measured(spent, peak_memory(), sink.reused, one.made.plan, facts, one.made.notes, moved=moved())
+            done = Measured(spent, peak_memory(), sink.reused, one.made.plan, facts, notes, moved=moved())
             reports.append(job.report(done))
     return reports
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from adapterkit.errors import UsageError, option
@@ -56,11 +55,11 @@ def place_of(path: Any, name: str) -> Any:
     return path.with_name(f"{path.stem}-{name.upper()}{path.suffix}")
 
 
-def plans_of(request: Any, jobs: Sequence[Job]) -> dict[Path, Plan]:
+def plans_of(request: Any, jobs: Sequence[Job]) -> dict[Any, Plan]:
     """The plans to save, one for each type, and where: each can be carried out by itself, by workers too."""
     if request.save_plan is None:
         return {}
-    path, names = Path(request.save_plan), types_of(request.quant)
+    path, names = request.save_plan, types_of(request.quant)
     if len(jobs) == 1:
         return {path: jobs[0].plan}
     return {place_of(path, name): job.plan for name, job in zip(names, jobs, strict=True)}

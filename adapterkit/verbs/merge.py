@@ -17,7 +17,7 @@ from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.files import fingerprint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
 from adapterkit.errors import AdapterkitError, CheckFailed, UsageError, option
-from adapterkit.places import Address
+from adapterkit.places import Address, address_of
 from adapterkit.requests.call import takes
 from adapterkit.requests.merge import FOLDER, GGUF, MergeRequest
 from adapterkit.values import dataclass
@@ -252,7 +252,7 @@ class Merge:
             beside=beside_of(
                 asked,
                 [named, asked.base16, *asked.given_adapters],
-                source=_folder_of(self.base),
+                source=_place_of(self.base),
                 plan=self.plan,
                 sources=self.sources,
             ),
@@ -608,8 +608,13 @@ def _was_gguf(base: Checkpoint) -> bool:
     """Whether the record beside a folder says that it was decoded from a GGUF file."""
     from adapterkit.provenance.record import was_converted
 
-    folder = _folder_of(base)
+    folder = _place_of(base)
     return folder is not None and was_converted(folder, "hf")
+
+
+def _place_of(base: Checkpoint) -> Path | Address | None:
+    """The folder of a Hugging Face base, here or in a store."""
+    return _folder_of(base) or (None if base.format == "gguf" else address_of(base.ref))
 
 
 def _folder_of(base: Checkpoint) -> Path | None:

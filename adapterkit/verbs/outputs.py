@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.fold import Folded, fold
@@ -299,12 +298,13 @@ def _calibration(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequ
     """
     if asked.rounding != FEEDBACK or asked.calibration is None:
         return None
+    from adapterkit.stores.files import brought
     from adapterkit.verbs.calibration import Calibration as Made
 
     def view() -> Checkpoint:
         return fold(base, adapters, asked.adapter_weights, **_how(asked)).checkpoint
 
-    made = Made(view, Path(asked.calibration), asked.target)
+    made = Made(view, brought(asked.calibration), asked.target)
     made.check(base.ref, base.config)
     return made
 

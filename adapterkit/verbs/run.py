@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adapterkit import disk
@@ -15,6 +14,7 @@ from adapterkit.errors import CheckpointError, OutputError, StoreError, UsageErr
 from adapterkit.places import here
 from adapterkit.requests.call import takes
 from adapterkit.requests.workers import WRITTEN_JOBS, RunRequest, parse_rate
+from adapterkit.stores.files import brought
 from adapterkit.verbs.carry import by_workers, part_size, write_files
 from adapterkit.verbs.execute import OpenPlan, on_device
 from adapterkit.verbs.job import peak_memory
@@ -79,7 +79,7 @@ def run(request: RunRequest) -> RunReport:
         MissingPackage: Ray is not installed.
     """
     started = time.monotonic()
-    plan = on_device(Plan.from_json(disk.read_regular(Path(request.plan), MOST_PLAN)), request.device)
+    plan = on_device(Plan.from_json(disk.read_regular(brought(request.plan), MOST_PLAN)), request.device)
     opened = OpenPlan(plan, request.target or "", part_size(request, plan))
     told = RunReport(str(request.plan), str(request.out or ""), "", 0, len(opened.parts), nbytes=plan.nbytes)
     if request.dry_run:
@@ -146,7 +146,7 @@ def _task(opened: OpenPlan, request: RunRequest, told: RunReport, started: float
     assert request.task is not None
     assert request.tasks is not None
     # What is there already is replaced only once where that is asked for: what is older than the plan.
-    if opened.is_there() and (not request.force or opened.is_newer_than(Path(request.plan))):
+    if opened.is_there() and (not request.force or opened.is_newer_than(brought(request.plan))):
         return replace(told, finished=True, notes=(f"{opened.out} is there already",))
     opened.check(force=request.force)
     if request.force:

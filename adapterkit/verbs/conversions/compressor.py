@@ -34,6 +34,7 @@ from adapterkit.errors import (
 from adapterkit.packages import command as install
 from adapterkit.places import Address
 from adapterkit.requests.convert import ConvertRequest
+from adapterkit.stores.files import brought
 from adapterkit.verbs.conversions import oneshot
 from adapterkit.verbs.conversions.conversion import Conversion, count_types
 from adapterkit.verbs.conversions.folder import CONFIG, folder_recorder, open_folder
@@ -174,7 +175,7 @@ def _calibration(asked: ConvertRequest) -> Path:
     """
     if asked.calibration is None:
         raise UsageError("awq and gptq need a text to calibrate on", f"add {option('calibration', 'FILE')}")
-    path = Path(asked.calibration)
+    path = brought(asked.calibration)
     if not path.is_file():
         raise NotFound(f"the calibration text {path} does not exist", "name a text file")
     data = path.read_bytes() if path.stat().st_size <= MOST_TEXT else b"\xff"

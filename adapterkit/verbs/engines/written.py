@@ -21,8 +21,9 @@ from adapterkit import disk
 from adapterkit.checkpoint.store_write import store_memory
 from adapterkit.errors import NotFound, OutputError, UsageError, option
 from adapterkit.ops.device import CUDA
-from adapterkit.places import here
+from adapterkit.places import Address, here
 from adapterkit.requests.workers import K8S, SLURM
+from adapterkit.stores.files import brought
 from adapterkit.verbs.engines.pool import Reading
 from adapterkit.verbs.execute import inputs_of
 
@@ -75,7 +76,7 @@ def filled(template: str, given: Mapping[str, str], own: Mapping[str, str], wher
     return _PLACE.sub(put, template)
 
 
-def write_job(opened: OpenPlan, plan: Path, request: Any, count: int, size: int) -> tuple[str, ...]:
+def write_job(opened: OpenPlan, plan: Path | Address, request: Any, count: int, size: int) -> tuple[str, ...]:
     """Write the job beside the output, and hand it over where that was asked for; what to tell the user.
 
     Args:
@@ -130,7 +131,7 @@ def write_job(opened: OpenPlan, plan: Path, request: Any, count: int, size: int)
 def _template(request: Any) -> tuple[str, str]:
     if request.template is None:
         return template_of(request.on), f"the template of {request.on}"
-    path = Path(request.template)
+    path = brought(request.template)
     try:
         return disk.read_regular(path, MOST_TEMPLATE).decode("utf-8"), str(path)
     except UnicodeDecodeError:

@@ -14,6 +14,7 @@ from adapterkit.errors import option
 from adapterkit.ops.device import CPU
 from adapterkit.requests.groups import OfAdapters
 from adapterkit.requests.verify import LEVELS
+from adapterkit.stores.files import brought
 from adapterkit.verbs.placed import said
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, Thresholds, VerifyReport
 
@@ -116,7 +117,7 @@ class OpenVerification:
         from adapterkit.verbs.verify.tensors import level as tensor_level
 
         request, planned, beside, how, fed = self.request, self.planned, self.beside, self.how, self.fed
-        prompts = None if request.prompts is None else Path(request.prompts)
+        prompts = None if request.prompts is None else brought(request.prompts)
         around = sanity(planned, request.on_purpose)
         tensors = layers = model = pair = None
         every = list(self.every)
@@ -196,7 +197,7 @@ def opened(request: VerifyRequest) -> OpenVerification:
     from adapterkit.verbs.verify.metadata import check_keys
     from adapterkit.verbs.verify.subject import subject
 
-    prompts = None if request.prompts is None else Path(request.prompts)
+    prompts = None if request.prompts is None else brought(request.prompts)
     found, stored = open_inputs(request.merged, request.base)
     if request.depth >= LEVELS.index("tensors"):
         # torch aborts where it gets too little, and the model's class is built in transformers where that is installed.
