@@ -12,7 +12,7 @@ import click
 from adapterkit.cli.output import Progress, say, show_json, size
 from adapterkit.cli.paths import FILE_THERE
 from adapterkit.cli.run import failed
-from adapterkit.requests.device import METAVAR
+from adapterkit.requests.option import DEVICES
 
 if TYPE_CHECKING:
     from adapterkit.places import Address
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--part-size", metavar="SIZE", help="Work of a part, like 1GB; by default a part is a file.")
 @click.option("--finish", is_flag=True, help="All parts are done: make the folder.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads.")
-@click.option("--device", metavar=METAVAR, help="Compute here and not where the plan says; it is then another plan.")
+@click.option("--device", metavar=DEVICES, help="Compute here and not where the plan says; it is then another plan.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--served", is_flag=True, hidden=True, help="Execute the parts whose numbers stand on standard input.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")

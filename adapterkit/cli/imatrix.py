@@ -11,7 +11,7 @@ from adapterkit.cli.output import Progress, count, note, say, show_json
 from adapterkit.cli.paths import FILE_THERE
 from adapterkit.errors import UsageError
 from adapterkit.ops.device import CPU
-from adapterkit.requests.device import METAVAR
+from adapterkit.requests.option import DEVICES
 
 if TYPE_CHECKING:
     from adapterkit.places import Address
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     "--device",
     default=CPU,
     show_default=True,
-    metavar=METAVAR,
+    metavar=DEVICES,
     help="Where the model runs: cpu, cuda (of several cuda:1) or mps.",
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")

@@ -116,12 +116,11 @@ def _parse(device: str) -> tuple[str, int]:
     if found is not None and found[0] == CPU:
         return CPU, 0
     if found is None or sort is None or (found[2] is not None and not sort.numbered):
-        known = [CPU, *SORTS]
-        word = str(device).partition(":")[0].lower().strip()
-        close = nearest(word, known, " ") if word and word not in known else " "
-        raise UsageError(
-            f"'{device}' is no device", close if close != " " else "use cpu, cuda, of several cuda:1, or mps"
-        )
+        word = str(device).partition(":")[0].strip().lower()
+        close = nearest({"gpu": CUDA, "nvidia": CUDA}.get(word, word), [CPU, *SORTS], " ").strip() if word else ""
+        same = f"'{device}'" in close
+        hint = close if close and not same and ":" not in str(device) else "use cpu, cuda, of several cuda:1, or mps"
+        raise UsageError(f"'{device}' is no device", hint)
     return found[1], int(found[2] or 0)
 
 

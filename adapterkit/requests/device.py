@@ -7,9 +7,8 @@ from typing import Any
 
 from adapterkit.ops.device import CPU
 from adapterkit.requests.groups import RUNNING
-from adapterkit.requests.option import BYTES, DEVICE, opt
+from adapterkit.requests.option import BYTES, DEVICE, DEVICES, opt
 
-METAVAR = "cpu|cuda|mps"
 WHERE = "Where blocks are computed: cpu, cuda (of several cuda:1) or mps."
 
 
@@ -21,5 +20,5 @@ def device_option(more: str = "", *, role: str = BYTES, recipe: str = "output.de
         role, recipe, elsewhere: see `adapterkit.requests.option.Option`.
     """
     words = f"{WHERE} {more}".strip()
-    said = opt(words, DEVICE, role=role, group=RUNNING, metavar=METAVAR, recipe=recipe, elsewhere=elsewhere)
+    said = opt(words, DEVICE, role=role, group=RUNNING, metavar=DEVICES, recipe=recipe, elsewhere=elsewhere)
     return field(default=CPU, kw_only=True, metadata=said)

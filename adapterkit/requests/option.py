@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from adapterkit.errors import UsageError, nearest
-from adapterkit.ops.device import check_name
 from adapterkit.places import Address, local, readable, writable
 from adapterkit.values import dataclass
 
@@ -21,6 +20,7 @@ TEXT, WHOLE, NUMBER, FLAG, SWITCH, PATH, REF, PAIRS, PARAMETERS, CALL = (
 )
 COUNTS = "counts"
 DEVICE = "device"
+DEVICES = "cpu|cuda|mps"  # what stands for one in help
 # What an address in a store is, of an option that is a path: an output, a file that is read, or one that is written whole.
 OUTPUT_THERE, READ_THERE, WRITTEN_THERE = "output", "read", "written"
 # Roles: an input, what decides values of the output, what decides its bytes alone, or neither.
@@ -217,6 +217,8 @@ def _counts(option: Option, name: str, value: Any) -> Any:
 
 
 def _device(option: Option, name: str, value: Any) -> Any:
+    from adapterkit.ops.device import check_name
+
     return check_name(_text(option, name, value))
 
 

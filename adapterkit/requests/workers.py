@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from adapterkit.errors import UsageError, option
 from adapterkit.places import Address
-from adapterkit.requests.device import METAVAR
 from adapterkit.requests.groups import RUNNING
 from adapterkit.requests.option import (
     CALL,
     COUNTS,
     DEVICE,
+    DEVICES,
     FLAG,
     INPUT,
     NUMBER,
@@ -224,7 +224,7 @@ class RunRequest(OnWorkers):
         metadata=opt(
             "Compute here and not where the plan says: cpu, cuda (of several cuda:1) or mps. It is then another plan, whose "
             "parts are no parts of this one.",
-            DEVICE, group=RUNNING, metavar=METAVAR, elsewhere=_HERE,
+            DEVICE, group=RUNNING, metavar=DEVICES, elsewhere=_HERE,
         ),
     )  # fmt: skip
     task: int | None = field(

@@ -14,7 +14,6 @@ from adapterkit.ops.device import check_there
 from adapterkit.places import Address
 from adapterkit.stores.meter import Moved, moved
 from adapterkit.values import dataclass
-from adapterkit.verbs.placed import device_of
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -224,6 +223,7 @@ def run(
         CheckFailed, OutputError, CheckpointError, AdapterError, UnsafeError
     """
     from adapterkit.checkpoint.write import write_together
+    from adapterkit.verbs.placed import device_of
 
     started = time.monotonic() if started is None else started
     for job in jobs:

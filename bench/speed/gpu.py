@@ -139,7 +139,8 @@ def _as_dora(folder: Path, shape: str) -> None:
 def measured(root: Path, case: Case, device: str, out: Path, limit: float) -> dict[str, Any]:
     """One run in a process of its own; ``failed`` says why there is none."""
     shutil.rmtree(out, ignore_errors=True) if out.is_dir() else out.unlink(missing_ok=True)
-    tiny = root / "tiny" / f"{device.replace(':', '-')}-{case.name.replace(' ', '-')}"
+    tiny = root / "tiny" / f"of-{out.name}"
+    shutil.rmtree(tiny, ignore_errors=True)
     given = {"places": case.places, "options": {**case.options, "device": device}, "suffix": case.suffix}
     tiny.mkdir()
     for inside in ("base", "nf4", "lora", "dora", "tuned", "text.txt"):
