@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from adapterkit.errors import UsageError
 from adapterkit.ops.device import check_wide
 from adapterkit.places import Address
-from adapterkit.requests.device import device_option
-from adapterkit.requests.groups import ADAPTERS, BASE, COMBINE, OUTPUT, OfAdapters, Ruled, Running
+from adapterkit.requests.groups import ADAPTERS, BASE, COMBINE, OUTPUT, OfAdapters, Ruled, Running, device_option
 from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, OUTPUT_THERE, PATH, REF, VALUES, WHOLE, Request, opt
 from adapterkit.requests.workers import OnWorkers
 from adapterkit.values import dataclass

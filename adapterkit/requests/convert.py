@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.errors import UsageError, option
 from adapterkit.places import Address
-from adapterkit.requests.device import device_option
 from adapterkit.requests.formats import Format, formats
 from adapterkit.requests.groups import (
     ADAPTERS,
@@ -19,6 +18,7 @@ from adapterkit.requests.groups import (
     GGUFOutput,
     Running,
     Types,
+    device_option,
 )
 from adapterkit.requests.merge import FEEDBACK, NEAREST, ON_CPU
 from adapterkit.requests.option import (

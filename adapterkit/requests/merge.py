@@ -11,7 +11,6 @@ from adapterkit.codecs.kinds import nested, written
 from adapterkit.dtypes import BY_LABEL, FLOATS, DType
 from adapterkit.errors import CheckpointError, UsageError, option
 from adapterkit.places import Address
-from adapterkit.requests.device import device_option
 from adapterkit.requests.groups import (
     BASE,
     BESIDE,
@@ -26,6 +25,7 @@ from adapterkit.requests.groups import (
     Ruled,
     Running,
     Types,
+    device_option,
 )
 from adapterkit.requests.option import BYTES, FLAG, INPUT, OUTPUT_THERE, PATH, READ_THERE, REF, RUN, VALUES, WHOLE, opt
 from adapterkit.requests.workers import OnWorkers

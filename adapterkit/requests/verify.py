@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.errors import UsageError
 from adapterkit.places import Address
-from adapterkit.requests.device import device_option
-from adapterkit.requests.groups import RUNNING, THRESHOLDS, Limits, OfAdapters, OntoBase, Ruled
+from adapterkit.requests.groups import RUNNING, THRESHOLDS, Limits, OfAdapters, OntoBase, Ruled, device_option
 from adapterkit.requests.merge import MergeRequest
 from adapterkit.requests.option import (
     CALL,

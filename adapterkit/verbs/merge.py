@@ -16,13 +16,13 @@ from adapterkit.checkpoint import odd
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.files import fingerprint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
+from adapterkit.checkpoint.slices import current
 from adapterkit.errors import AdapterkitError, CheckFailed, UsageError, option
 from adapterkit.places import Address, address_of
 from adapterkit.requests.call import takes
 from adapterkit.requests.merge import FOLDER, GGUF, MergeRequest
 from adapterkit.values import dataclass
 from adapterkit.verbs.outputs import Output, output
-from adapterkit.verbs.placed import computed_on, said
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -178,6 +178,7 @@ class Merge:
     ) -> MergeReport:
         """What was done, or would be; ``instead`` says what another format would have kept."""
         from adapterkit.adapters.merged import not_finite
+        from adapterkit.verbs.placed import said
         from adapterkit.verbs.report import AdapterUse, MergeReport
 
         copied = {} if measured.dry_run else odd.sampled(self.view.values())
@@ -280,7 +281,7 @@ def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: b
     loaded = tuple(asked.narrowed(asked.told(adapter)) for adapter in given)
     _no_copy(loaded, asked)
     inputs = None
-    if fingerprints:
+    if fingerprints and current() is None:
         inputs = {s.name: fingerprint(s) for s in (*opened.sources, *(source for a in loaded for source in a.sources))}
     settings: dict[str, Any] = {
         "max_shard_size": None if asked.max_shard_size is None else parse_size(asked.max_shard_size),
@@ -407,6 +408,8 @@ class Loss:
         found, beside = self.report(), self.merge.residual
         residual = {} if beside is None else beside.evidence()
         residual |= self.merge.rounded()
+        from adapterkit.verbs.placed import computed_on
+
         residual |= computed_on(self.merge.request.device, self.merge.computed())
         if found is None:
             return residual

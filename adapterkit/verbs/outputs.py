@@ -11,9 +11,9 @@ from adapterkit.adapters.sidecars import side_files
 from adapterkit.checkpoint.pipeline import components
 from adapterkit.checkpoint.plan import Plan, plan_safetensors
 from adapterkit.errors import UsageError, option
+from adapterkit.ops.device import CPU
 from adapterkit.requests.merge import FEEDBACK, FOLDER, GGUF, parse_floats
 from adapterkit.values import dataclass
-from adapterkit.verbs.placed import place
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -96,6 +96,10 @@ def output(
             "name the output so, or convert it first: adapterkit convert BASE.gguf --to hf -o DIR",
         )
     made = found(base, adapters, asked, settings, values)
+    if asked.device == CPU:
+        return made
+    from adapterkit.verbs.placed import place
+
     place(made.view.values(), asked.device)
     if made.tower is not None:
         place(made.tower.tensors.values(), asked.device)
