@@ -220,7 +220,7 @@ class Making:
 
     def _several(self, slots: Sequence[Slot]) -> list[tuple[int, Sequence[Truncated]] | None]:
         bounds = (self.rank, self.energy, self.full)
-        how = (self.rule, self.weights, bounds, self._depth, opened(self.device))
+        how = (self.rule, self.weights, bounds, (self._depth, opened(self.device)))
         return [None if one is None else (0, one) for one in _of_slots(self.family, slots, *how)]
 
     @cached_property
@@ -388,7 +388,7 @@ def combined(
     factors = check_weights(weights, len(family.adapters))  # type: ignore[arg-type]
 
     def one(slot: Slot) -> tuple[Slot, tuple[Truncated, ...]] | None:
-        (found,) = _of_slots(family, [slot], rule, factors, (rank, energy, full), depth, opened(CPU))
+        (found,) = _of_slots(family, [slot], rule, factors, (rank, energy, full), (depth, opened(CPU)))
         return None if found is None else (slot, found)
 
     depth = _depth_of(family)
@@ -419,14 +419,17 @@ def _of_slots(
     rule: BoundRule,
     weights: Sequence[float],
     bounds: Bounds,
-    depth: Depth,
-    device: Device,
+    where: tuple[Depth, Device],
 ) -> list[tuple[Truncated, ...] | None]:
-    """The combined deltas of slots, one per expert; None where every weight is 0. On a device all are cut together."""
+    """The combined deltas of slots, one per expert; None where every weight is 0. On a device all are cut together.
+
+    Args:
+        where: how deep each weight lies, and what it is computed on.
+    """
     from adapterkit.ops.lowrank import Factors, Truncated, truncate_all
     from adapterkit.ops.there import there
 
-    rank, energy, _ = bounds
+    (rank, energy, _), (depth, device) = bounds, where
     made: list[list[Truncated | Factors] | None] = []
     for slot in slots:
         users, experts = family.load(slot.parameter)
