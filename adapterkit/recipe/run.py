@@ -424,7 +424,9 @@ class _Build:
         found = in_store.present(step.out, is_file=step.is_file, names=self._names(step, files))
         before = self.state.made.get(step.name)
         if before is not None and before.path == str(step.out):
-            in_store.drop(step.out, before.stored, [name for name in before.stored if name not in found])
+            in_store.drop(
+                step.out, before.stored, [name for name in before.stored if name not in found], is_file=step.is_file
+            )
         return Made(key, str(step.out), in_store.digests(step.out, found), stored=in_store.states(found))
 
     def _beside(self, step: Step, how: How) -> tuple[Beside, ...]:
