@@ -6,7 +6,8 @@ WORKERS ?= 2
 
 .PHONY: demo test test-slow fuzz lint bench docs dist release-check bench-compare clean
 
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Python compiles what is imported; to compile all of torch and transformers at once takes longer than the demo.
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 # PyTorch's index of builds without CUDA, which are some GB smaller; TORCH_INDEX= takes what the usual index has.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -17,8 +18,7 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -z "$(TORCH_INDEX)" || $(PIP) --retries 1 --timeout 20 --index-url "$(TORCH_INDEX)" $(TORCH) 2>/dev/null || \
 		echo "no torch from $(TORCH_INDEX): taking that of the usual index"
-	$(PIP) $(TORCH)
-	$(PIP) -e '.[demo,gguf]'
+	$(PIP) $(TORCH) -e '.[demo,gguf]'
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.demo

@@ -47,11 +47,18 @@ def option(name: str, value: object = None) -> str:
 
 def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:
     """A hint on a word that is none of those known: the one that is most like it; else ``otherwise``, or all of them."""
+    words = [*map(str, known)]
+    close = most_like(word, words)
+    return f"did you mean '{close}'?" if close else otherwise or f"use {', '.join(words)}"
+
+
+def most_like(word: str, known: Iterable[str]) -> str:
+    """The known word that is most like another one; empty where none is near."""
     import difflib
 
-    words = {one.lower().replace("_", "-"): one for one in map(str, known)}
+    words = {one.lower().replace("_", "-"): one for one in known}
     close = difflib.get_close_matches(word.lower().replace("_", "-"), words, n=1)
-    return f"did you mean '{words[close[0]]}'?" if close else otherwise or f"use {', '.join(words.values())}"
+    return words[close[0]] if close else ""
 
 
 @contextmanager

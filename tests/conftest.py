@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from mlx_child import MlxChild
+    from warm import WarmProcesses
 
 # Before anything imports a library that reads them: no test may reach the network by accident, and none may find a token.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -57,6 +58,21 @@ def mlx_lm() -> Iterator[MlxChild]:
     child = MlxChild()
     yield child
     child.close()
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[WarmProcesses]:
+    from warm import WarmProcesses
+
+    processes = WarmProcesses()
+    yield processes
+    processes.close()
+
+
+@pytest.fixture
+def warm_processes(warm: WarmProcesses, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What reads pickles is forked, once torch is loaded, and not started anew each time."""
+    monkeypatch.setattr("adapterkit.pickles.apart.subprocess", warm)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,8 @@ from adapterkit.errors import CheckpointError, NotFound, UnsafeError, UsageError
 from adapterkit.pickles import unpickled
 from adapterkit.verbs.convert import convert
 
+pytestmark = pytest.mark.usefixtures("warm_processes")
+
 
 @pytest.fixture
 def pickled(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:

@@ -6,8 +6,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 import torch
 from models import edit_config, plain_adapter, plain_base, read_tensors
 from safetensors.torch import load_file, save_file
+from warm import WarmProcesses
 
 import adapterkit
 
@@ -25,8 +24,8 @@ PAGE = Path(__file__).parents[1] / "docs/architecture.md"
 class Copy:
     """A copy of the package that toys are put into."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.touched = folder, set[str]()
+    def __init__(self, folder: Path, processes: WarmProcesses) -> None:
+        self.folder, self.touched, self.processes = folder, set[str](), processes
         shutil.copytree(PACKAGE, folder / "adapterkit")  # with what Python compiled, as nearly all stays as it was
 
     def add(self, name: str, text: str) -> None:
@@ -46,15 +45,14 @@ class Copy:
 
     def run(self, *arguments: Any, code: int = 0) -> str:
         """Run the command line of the copy."""
-        command = [sys.executable, "-m", "adapterkit", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=self.folder)
+        done = self.processes.package("adapterkit", [*map(str, arguments)], self.folder)
         assert done.returncode == code, done.stderr
         return done.stdout + done.stderr
 
 
 @pytest.fixture
-def copy(tmp_path: Path) -> Copy:
-    return Copy(tmp_path)
+def copy(tmp_path: Path, warm: WarmProcesses) -> Copy:
+    return Copy(tmp_path, warm)
 
 
 def said(what: str) -> int:

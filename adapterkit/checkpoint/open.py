@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from adapterkit.checkpoint.folder import ADAPTER_CONFIG, INDEX, SINGLE, read_fil
 from adapterkit.checkpoint.hub_ref import parse_hub
 from adapterkit.checkpoint.listing import Listing, LocalFolder, read_json
 from adapterkit.checkpoint.pipeline import read_listed
-from adapterkit.errors import NotFound, UnsafeError
+from adapterkit.errors import HubError, NotFound, UnsafeError, most_like
 from adapterkit.places import address_of, readable
 
 _FILES = (".gguf", ".safetensors")  # of a file, never of a repository
@@ -44,10 +45,35 @@ def locate(ref: str | Path, *, headers_only: bool = False) -> Listing:
         return LocalFolder(path, meant.shown)
     hub = parse_hub(str(meant.place))
     if hub is None or path.exists() or str(ref).startswith((".", "/", "~")) or path.suffix in _FILES:
-        raise NotFound(f"{ref} does not exist", "give a folder, a registry name or a Hub id like org/name")
+        raise _absent(str(ref), path)
     from adapterkit.checkpoint.hub import hub_listing
 
-    return hub_listing(hub, headers_only=headers_only)
+    try:
+        return hub_listing(hub, headers_only=headers_only)
+    except (HubError, NotFound) as error:
+        near = _beside(path) if path.parent.name else ""
+        if near:  # meant as a path, perhaps
+            error.hint = f"of the folders here, did you mean {near}?"
+        raise
+
+
+def _absent(ref: str, path: Path) -> NotFound:
+    """What to say of a path where no checkpoint is: the folder of a file, or the name beside it that is most like it."""
+    if path.is_file():
+        return NotFound(f"{ref} is a file that holds no tensors that are read here", f"give its folder, {path.parent}")
+    near = _beside(path)
+    hint = f"did you mean {near}?" if near else "give a folder, a registry name or a Hub id like org/name"
+    return NotFound(f"{ref} does not exist", hint)
+
+
+def _beside(path: Path) -> str:
+    """The path in the same folder that is most like one which is not there; empty where none is."""
+    try:
+        names = [one.name for one in itertools.islice(path.parent.iterdir(), 2000)]
+    except OSError:
+        return ""
+    near = most_like(path.name, names)
+    return str(path.with_name(near)) if near else ""
 
 
 def is_model(ref: str | Path, *, headers_only: bool = False) -> bool:
@@ -111,4 +137,5 @@ def _object(ref: str | Path) -> Checkpoint:
             f"{ref} is not a safetensors file", "give a Hugging Face folder, a .safetensors or a .gguf file"
         )
     config = object_file(address.with_name("config.json"))
+    found.beside = () if config is None else (config,)
     return read_file(found, {} if config is None else read_json(config))

@@ -210,7 +210,10 @@ class Verbs(click.Group):
                 from adapterkit.cli.look import command
 
                 return command.name, command, args
-            hint = nearest(args[0], VERBS, "see adapterkit --help")
+            from adapterkit.cli.foreign import command_for
+
+            meant = command_for(args[0])
+            hint = f"here it is {meant}" if meant else nearest(args[0], VERBS, "see adapterkit --help")
             ctx.fail(f"No such command '{args[0]}'. {hint[0].upper()}{hint[1:]}")
         return super().resolve_command(ctx, args)
 

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
     from click.shell_completion import CompletionItem
 
+    _Choice = click.Choice[Any]
     _ParamType = click.ParamType[Any]
 else:
+    _Choice = click.Choice
     _ParamType = click.ParamType
 
 
@@ -33,6 +35,17 @@ class Listed(_ParamType):
         from click.shell_completion import CompletionItem
 
         return [CompletionItem(value) for value in self._values() if value.startswith(incomplete)]
+
+
+class Choice(_Choice):
+    """One of some words; of another, the sentence says which of them is meant."""
+
+    def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:
+        from adapterkit.cli.foreign import value_for
+
+        said = super().get_invalid_choice_message(value, ctx)
+        meant = value_for(str(value), [str(one) for one in self.choices])
+        return f"{said.rstrip('.')}. Did you mean '{meant}'?" if meant else said
 
 
 class Reference(_ParamType):

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from adapterkit.cli.complete import Choice
+
 if TYPE_CHECKING:
     from adapterkit.ops.rules import CombinationRule, Parameter
 
@@ -96,7 +98,7 @@ class MethodName(_ParamType):
         self._nested = nested
 
     def _choice(self) -> click.Choice[str]:
-        return click.Choice([row.name for row in _table().values() if row.nested or not self._nested])
+        return Choice([row.name for row in _table().values() if row.nested or not self._nested])
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:
         return "METHOD"  # there are thirty: the help names them, and --methods explains them

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from adapterkit.cli.complete import REFERENCE, Listed
+from adapterkit.cli.complete import REFERENCE, Choice, Listed
 from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, methods_flag
 from adapterkit.cli.paths import FILE, FILE_THERE
 from adapterkit.requests.option import (
@@ -56,7 +56,7 @@ class RequestCommand(MethodCommand):
         self._own = frozenset(parameter.name for parameter in own)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse; where only an adapter was given, say that the base comes before it."""
+        """Parse; of an adapter without its base, an option that is missing or one of another tool, say what is meant."""
         alone = next((word for word in args if not word.startswith("-")), "")
         try:
             return super().parse_args(ctx, args)
@@ -66,6 +66,17 @@ class RequestCommand(MethodCommand):
                     f"{alone} is an adapter; its base comes first: adapterkit {ctx.info_name} {_base_of(alone)} {alone}"
                 )
                 raise click.UsageError(message, ctx) from None
+            example = _example(str(ctx.info_name), alone)
+            if example and isinstance(error.param, click.Option):
+                said = error.format_message().rstrip(".")
+                raise click.UsageError(f"{said}; as in: {example}", ctx) from None
+            raise
+        except click.NoSuchOption as error:
+            from adapterkit.cli.foreign import option_for
+
+            said = option_for(self, error.option_name)
+            if said:
+                raise click.UsageError(f"No such option '{error.option_name}'. {said}", ctx) from None
             raise
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -126,6 +137,18 @@ def command(
 
 def _is_adapter(word: str) -> bool:
     return bool(word) and (Path(word).expanduser() / "adapter_config.json").is_file()
+
+
+def _example(verb: str, word: str) -> str:
+    """A whole line of the verb for what a word names, where it is a folder or file; empty where none is usual."""
+    from adapterkit.cli.look import look
+    from adapterkit.errors import AdapterkitError
+
+    try:
+        lines = look(word)[1] if word and Path(word).expanduser().exists() else []
+    except AdapterkitError:
+        lines = []
+    return next((line for line in lines if line.startswith(f"adapterkit {verb} ")), "")
 
 
 def _base_of(word: str) -> str:
@@ -235,7 +258,7 @@ def _type(name: str, option: Option) -> Any:
     if option.kind == REF:
         return REFERENCE
     if option.choices and not callable(option.choices) and not option.metavar:
-        return click.Choice(option.choices)
+        return Choice(option.choices)
     return Listed(option.metavar or "text", option.values) if option.choices else click.STRING
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,10 @@ def asked(request: Any, what: str, progress: Progress) -> dict[str, Any]:
         UsageError: no output is named, and something is to be written.
     """
     if request.out is None and request.writes:
+        given = [str(one) for one in getattr(request, "adapters", ())]
+        if len(given) > 1 and "/" not in given[-1].removeprefix("./") and not os.path.exists(given[-1]):
+            last = given[-1]
+            raise click.UsageError(f"{last} does not exist; if it is the output, give it by its option: -o {last}")
         raise click.UsageError(f"Missing option '-o' / '--out': {what}.")
     return {name: getattr(request, name) for name in request.named} | {"progress": progress}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 from adapterkit.errors import NotFound, RegistryError, UsageError, nearest
@@ -112,6 +113,8 @@ def exists(home: Home, name: str) -> bool:
 def _missing(home: Home, name: str, version: str) -> NotFound:
     known = home.versions(name)
     if not known:
+        if Path(name).is_dir():
+            return NotFound(f"'{name}' is a folder here, and not in the registry {home.root}", f"register {name} first")
         return NotFound(f"'{name}' is not in the registry {home.root}", _near(name, home.names()))
     if not version:
         return NotFound(f"every version of '{name}' was removed", f"show {name}@{known[-1]} still works")

@@ -22,7 +22,10 @@ from adapterkit.bases import open_model
 from adapterkit.errors import AdapterError, CheckpointError, NotFound, TargetError, UnsafeError, UnsupportedAdapter
 from adapterkit.pickles import unpickled
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+    pytest.mark.usefixtures("warm_processes"),
+]
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,6 +21,8 @@ from adapterkit.errors import CheckpointError, NotFound, UnsafeError
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.usefixtures("warm_processes")
+
 TRAINING = """
 import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file

@@ -41,17 +41,13 @@ def job(tmp_path: Path) -> Path:
 
 
 def act(job: Path, installed: Path, **given: str) -> Run:
-    """Run the action; what it installs is this checkout, without its dependencies, which are there."""
-    done = installed / "adapterkit"
-    install = (
-        NOTHING
-        if done.is_dir()
-        else f"--no-deps --no-build-isolation --no-cache-dir --no-compile --target {installed} {ROOT}"
-    )
+    """Run the action; what it installs, the first time, is this checkout, without its dependencies, which are there."""
+    done = (installed / "adapterkit").is_dir()
+    install = f"--no-deps --no-build-isolation --no-cache-dir --no-compile --target {installed} {ROOT}"
     names = {name.replace("_", "-"): value for name, value in {"install": install, **given}.items()}
     shutil.rmtree(job / ".runner", ignore_errors=True)
     env = {"PYTHONPATH": str(installed), "HOME": str(job), "ADAPTERKIT_HOME": str(job / "home"), "HF_HUB_OFFLINE": "1"}
-    return run_action(ACTION, names, job, env)
+    return run_action(ACTION, names, job, env, ["Install"] if done and "install" not in given else [])
 
 
 def used(run: Run, name: str) -> Any:

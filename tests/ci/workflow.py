@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,16 @@ class Run:
     used: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
-def run_action(path: Path, given: Mapping[str, str], where: Path, env: Mapping[str, str]) -> Run:
+def run_action(
+    path: Path, given: Mapping[str, str], where: Path, env: Mapping[str, str], leave_out: Collection[str] = ()
+) -> Run:
     """Run the steps of an ``action.yml`` that are shell scripts.
 
     Args:
         given: inputs; every one of them must be one that the action has.
         where: the folder that the job starts in, with a checkout in it.
         env: of the job, beside PATH.
+        leave_out: names of steps whose work is done.
     """
     action = yaml.safe_load(path.read_text())
     assert action["runs"]["using"] == "composite"
@@ -50,7 +53,7 @@ def run_action(path: Path, given: Mapping[str, str], where: Path, env: Mapping[s
     context = {"inputs": inputs, "runner": {"os": "Linux"}, "github": {"action_path": str(path.parent)}}
     for step in action["runs"]["steps"]:
         context["steps"] = {name: {"outputs": found} for name, found in run.steps.items()}
-        if run.code or not holds(step.get("if", "true"), context):
+        if run.code or step.get("name") in leave_out or not holds(step.get("if", "true"), context):
             continue
         if "uses" in step:
             run.used[step["uses"]] = {name: fill(str(value), context) for name, value in step["with"].items()}

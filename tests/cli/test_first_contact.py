@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from models import edit_config, plain_adapter, plain_base
 
 from adapterkit.adapters.config import AdapterConfig
-from adapterkit.cli import VERBS, app, main
+from adapterkit.cli import VERBS, app, foreign, main
 from adapterkit.cli.look import look
 from adapterkit.requests import every
 from adapterkit.verbs.merge import merge
@@ -205,3 +205,56 @@ def test_what_other_libraries_say_is_said_by_us() -> None:
 def test_every_verb_has_help_that_is_short() -> None:
     for name, verb in VERBS.items():
         assert len(verb.text) < 90, name
+
+
+# ------------------------------------------------------------------ words of other tools
+
+FOREIGN = {
+    "merge_and_unload base 'my adapter'": "No such command 'merge_and_unload'. Here it is adapterkit merge --help",
+    "quantize base": "No such command 'quantize'. Here it is adapterkit convert --help",
+    "version": "Here it is adapterkit --version",
+    "merge base 'my adapter' merged": "merged does not exist; if it is the output, give it by its option: -o merged",
+    "merge base 'my adapter' --output-dir out": "No such option '--output-dir'. Here it is -o or --out.",
+    "merge --base-model base --lora 'my adapter' -o x": "given without an option: adapterkit merge BASE ADAPTER...",
+    "merge base --lora 'my adapter' -o x": "given without an option: adapterkit merge BASE ADAPTER...",
+    "convert --model base -o x": "given without an option: adapterkit convert SRC",
+    "merge base 'my adapter' -o x.gguf -q q4_k_m": "No such option '-q'. Here it is --quant.",
+    "merge base 'my adapter' -o x --torch_dtype bfloat16": "No such option '--torch_dtype'. Here it is --dtype.",
+    "merge base 'my adapter' -o x --dtype half": "Did you mean 'f16'?",
+    "merge base 'my adapter' -o x --dtype bfloat16": "Did you mean 'bf16'?",
+    "combine 'my adapter' 'my adapter' -o x --method tis": "Did you mean 'ties'?",
+    "resize 'my adapter' -o x -r 2": "No such option '-r'. Here it is --rank.",
+    "merge base 'My adapter' -o x": "My adapter does not exist; did you mean my adapter?",
+    "merge base ./runs/checkpoint-9 -o x": "./runs/checkpoint-9 does not exist; did you mean runs/checkpoint-5?",
+    "merge base runs/checkpoint-9 -o x": "of the folders here, did you mean runs/checkpoint-5?",
+    "merge base 'my adapter/adapter_config.json' -o x": "is a file that holds no tensors that are read here; give its folder",
+    "verify made --base base": "Missing option '--adapter'; as in: adapterkit verify made --base base --adapter 'my adapter'",
+    "serve-args runs --for vllm": "'runs' is a folder here, and not in the registry",
+}
+
+
+def test_words_of_other_tools_and_near_misses_say_what_is_meant(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "runs/checkpoint-5").mkdir(parents=True)
+    merge("base", ["my adapter"], "made")
+    wrong = {}
+    for typed, said in FOREIGN.items():
+        code, _, err = run(capsys, *shlex.split(typed))
+        if code == 0 or said not in " ".join(err.split()):
+            wrong[typed] = err
+    assert wrong == {}
+
+
+def test_words_of_other_tools_stand_for_what_is_there() -> None:
+    """Each row leads to a verb or an option that exists, and none takes a word that is ours."""
+    assert set(foreign.VERBS) <= set(VERBS)
+    theirs = [word for words in foreign.VERBS.values() for word in words]
+    assert len(theirs) == len(set(theirs))
+    assert not set(theirs) & set(VERBS)
+    flags = {flag for name in VERBS for one in _command(name).params for flag in one.opts}
+    assert {flag for ours in foreign.OPTIONS for flag in ours} <= flags
+
+
+def _command(name: str) -> click.Command:
+    command = app.get_command(click.Context(app), name)
+    assert command is not None
+    return command

@@ -25,9 +25,9 @@ class _Tasks:
 def simple_evaluate(model, model_args, tasks, task_manager, log_samples, **options):
     tensors = {}
     if "peft" in model_args:
-        from safetensors.torch import load_file
+        from safetensors.numpy import load_file
         tensors = load_file(os.path.join(model_args["peft"], "adapter_model.safetensors"))
-    size = sum(float(one.abs().sum()) for name, one in tensors.items() if "lora_B" in name)
+    size = sum(float(abs(one).sum()) for name, one in tensors.items() if "lora_B" in name)
     with open(os.environ["TOLD"], "a") as file:
         paths = ("pretrained", "peft")
         real = {key: os.path.realpath(value) if key in paths else value for key, value in model_args.items()}
