@@ -400,13 +400,14 @@ class _Build:
         """As `_take_up`, of an output in a store: whether it is whole, its objects say, which name their plan. Where nothing
         changed since before it was begun, that run wrote nothing."""
         from adapterkit.verbs.execute import OpenPlan
+        from adapterkit.verbs.pinned import pinned
 
         assert isinstance(step.out, Address)
         coming = self._coming(step)
         if coming is None:
             return
         with located(self.file, "outputs", step.name):
-            job = job_of(step, self.pins, how, force=True)
+            job = pinned(job_of(step, self.pins, how, force=True))  # as a run names it
             if self._states_there(step, job) == dict(coming.files):
                 del self.state.coming[step.name]
                 return
