@@ -152,6 +152,9 @@ class Proxy:
     seen: list[Seen] = field(default_factory=list)
     endpoint: str = ""
     after: Callable[[Seen], None] | None = None
+    instead: Callable[[Asked], tuple[int, dict[str, str], bytes] | None] | None = (
+        None  # answers what the server does not
+    )
 
     def count(self) -> int:
         return len(self.seen)
@@ -204,7 +207,8 @@ def proxied(server: str) -> Iterator[Proxy]:
                 return
             if what == FLIP_UP and body:
                 body = bytes([body[0] ^ 1]) + body[1:]
-            status, headers, data = self._forward(body)
+            made = proxy.instead(asked) if proxy.instead is not None else None
+            status, headers, data = made or self._forward(body)
             self._note(asked, status, len(data))
             if what == LOSE_ANSWER:
                 self.close_connection = True

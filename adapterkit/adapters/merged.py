@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.change import Weights
 from adapterkit.checkpoint.tensor import BLOCK, Tensor, rounded
@@ -35,6 +35,10 @@ class StoredWeights(Weights):
 
     def other(self, target: Target) -> StoredWeights:
         return StoredWeights(target, self._tensors)
+
+    def resolved(self) -> tuple[Any, ...]:
+        """What stands for it where a handle is described: of all tensors, those that it reads."""
+        return (self._pieces, self.shape, [self._tensors[piece.tensor] for piece in self._pieces])
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         return self.read_as(start, stop, F32)

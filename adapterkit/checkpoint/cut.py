@@ -6,6 +6,7 @@ and a run that goes on with other cuts knows what is left.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -100,6 +101,22 @@ def cut(plan: Plan, size: int | None = PART_SIZE) -> list[PlanPart]:
         edges = [0, *places, len(steps)]
         for start, stop, first, last in zip(bounds, bounds[1:], edges, edges[1:], strict=False):
             found.append(PlanPart(len(found), file, start, stop, sum(costs[first:last])))
+    return found
+
+
+def elements_between(file: PlannedFile, start: int, stop: int) -> float:
+    """By how much an output goes on between two bytes of a file: elements of its tensors, whether they are copied or computed,
+    so that outputs of one base go on side by side; bytes of a file that is copied whole, whose tensors nobody asked for."""
+    if file.verbatim is not None:
+        return stop - start
+    first = bisect_right(file.steps, start, key=lambda step: step.offset + step.nbytes)
+    found = 0.0
+    for index in range(first, len(file.steps)):
+        step = file.steps[index]
+        if step.offset >= stop:
+            break
+        here = min(stop, step.offset + step.nbytes) - max(start, step.offset)
+        found += step.elements * here / step.nbytes if step.nbytes else 0.0
     return found
 
 

@@ -38,7 +38,7 @@ class Source(ABC):
     path: Path | None = None
     loose: bool = False  # the user named the file itself, so its folder is nobody's
     version: str = ""  # of an object in a store: the ETag that every request asks for
-    beside: Sequence[FirstSeen] = ()  # of a weight file: the small files that were read with it
+    beside: Sequence[FirstSeen | Source] = ()  # of a weight file: the small files that were read with it
     stored_at: Address | None = None  # where a store has the same bytes, which it may copy by itself
 
     @abstractmethod
@@ -175,7 +175,8 @@ def check_unchanged(sources: Iterable[Source]) -> None:
     beside: dict[int, FirstSeen] = {}
     for source in sources:
         source.check_unchanged()
-        beside |= {id(one): one for one in source.beside}
+        # Each request for an object says which ETag it expects.
+        beside |= {id(one): one for one in source.beside if isinstance(one, FirstSeen)}
     for one in beside.values():
         one.check_unchanged()
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.checkpoint.checkpoint import Checkpoint, SideFile
 from adapterkit.checkpoint.header import Header, check_name, parse_header
 from adapterkit.checkpoint.listing import Listing, check_plain
+from adapterkit.checkpoint.slices import current
 from adapterkit.checkpoint.tensor import Stored, Tensor
 from adapterkit.errors import CheckpointError, NotFound, UnsafeError
 
@@ -69,21 +70,28 @@ def read_folder(listing: Listing) -> Checkpoint:
     notes: list[str] = []
     weight_map: dict[str, str] | None = None
     single, index = weight_names(listing.names)
+    some = current()
     if single in listing.names:
         files = [single]
+    elif index in listing.names and some is not None:
+        files = [name for name in listing.names if f"{listing.ref.rstrip('/')}/{name}" in some.inputs]
     elif index in listing.names:
         weight_map = read_index(listing, index)
         _check_none_left(listing, weight_map.values(), index)
         files = list(dict.fromkeys(weight_map.values()))
     else:
         files = [_only_weights(listing)]
-    listing.prefetch(files)
+    read = [file for file in files if some is None or f"{listing.ref.rstrip('/')}/{file}" in some.wanted]
+    listing.prefetch(read)
     tensors: dict[str, Tensor] = {}
     shards: dict[str, str] = {}
     metadata: dict[str, str] = {}
     sources = []
     for file in sorted(files):
         source = listing.open(file)
+        if some is not None and source.name not in some.wanted:
+            sources.append(source)
+            continue
         header = parse_header(source.read, source.size, source.name)
         metadata = metadata or dict(header.metadata)
         sources.append(source)
@@ -105,7 +113,7 @@ def read_folder(listing: Listing) -> Checkpoint:
         listing.commit,
         tuple(sources),
         tuple(notes),
-        None if weight_map is None else SideFile(index, listing.open(index)),
+        SideFile(index, listing.open(index)) if index in listing.names and single not in listing.names else None,
     )
 
 
@@ -180,7 +188,8 @@ def read_shards(listing: Listing, index: str) -> tuple[tuple[Source, ...], dict[
         source = listing.open(file)
         sources.append(source)
         _add(source, file, parse_header(source.read, source.size, source.name), weight_map, tensors, shards)
-    _check_complete(listing.ref, weight_map, shards)
+    if current() is None:
+        _check_complete(listing.ref, weight_map, shards)
     return tuple(sources), tensors
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adapterkit.checkpoint.files import LocalFile, Source
+from adapterkit.checkpoint.files import FirstSeen, LocalFile, Source
 from adapterkit.checkpoint.folder import (
     ADAPTER_CONFIG,
     ADAPTER_INDEX,
@@ -31,7 +31,7 @@ from adapterkit.foreign import is_whole
 from adapterkit.places import HUB, Address
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from adapterkit.checkpoint.hub_ref import HubRef
 
@@ -297,6 +297,7 @@ class HubFolder(Listing):
     ) -> None:
         self._hub, self.commit, self._names, self.ref, self._stated = ref, commit, names, shown, stated
         self._open: dict[str, Source] = {}
+        self._read: list[FirstSeen] = []
         self._there = _There(ref, commit, names, shown)
 
     @property
@@ -324,8 +325,11 @@ class HubFolder(Listing):
             if not name.endswith(_WEIGHTS):
                 local = Path(hf.hf_hub_download(self._hub.repo, path, revision=self.commit))
                 check_bytes(self.ref, self.commit or "", {name: local}, self._stated)
-                return LocalFile(local, shown)
-            return HubFile(hf.hf_hub_url(self._hub.repo, path, revision=self.commit), shown, self._there, name)
+                small = LocalFile(local, shown)
+                self._read.append(small.seen)
+                return small
+            url = hf.hf_hub_url(self._hub.repo, path, revision=self.commit)
+            return HubFile(url, shown, self._there, name, self._read)
 
 
 class _Interrupted(Exception):
@@ -347,8 +351,10 @@ def _some(response: Any, skip: int, length: int) -> bytes:
 class HubFile(Source):
     """A file on the Hub, read by HTTP range; its first bytes are kept, for that is where a header lies."""
 
-    def __init__(self, url: str, name: str, there: _There | None = None, own: str = "") -> None:
-        self.url, self.name, self.path, self._there = url, name, None, there
+    def __init__(
+        self, url: str, name: str, there: _There | None = None, own: str = "", beside: Sequence[FirstSeen] = ()
+    ) -> None:
+        self.url, self.name, self.path, self._there, self.beside = url, name, None, there, beside
         self.stored_at = None if there is None else there.address(own)
         self._head, self.size = self._range(0, FIRST_BYTES)
 

@@ -14,7 +14,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.files import Source
-from adapterkit.checkpoint.listing import MAX_DEPTH, Listing
+from adapterkit.checkpoint.listing import MAX_DEPTH, WEIGHTS, Listing
 from adapterkit.errors import NotFound
 from adapterkit.places import Address, address_of
 from adapterkit.stores.connect import open_store
@@ -275,6 +275,7 @@ class ObjectFolder(Listing):
         if not self._entries:
             raise NotFound(f"nothing lies below {address}/", "check the bucket, the folder and the endpoint")
         self._open: dict[str, ObjectFile] = {}
+        self._read: list[ObjectFile] = []
 
     @property
     def every(self) -> frozenset[str]:
@@ -289,7 +290,11 @@ class ObjectFolder(Listing):
         if name not in self._entries:
             raise NotFound(f"{self.ref}/{name} does not exist", "upload the missing file or correct the address")
         if name not in self._open:
-            self._open[name] = ObjectFile(self.store, self._entries[name], f"{self.ref}/{name}")
+            found = self._open[name] = ObjectFile(self.store, self._entries[name], f"{self.ref}/{name}")
+            if name.endswith(WEIGHTS):
+                found.beside = self._read
+            else:
+                self._read.append(found)
         return self._open[name]
 
     def prefetch(self, names: Iterable[str]) -> None:

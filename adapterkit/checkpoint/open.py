@@ -137,4 +137,5 @@ def _object(ref: str | Path) -> Checkpoint:
             f"{ref} is not a safetensors file", "give a Hugging Face folder, a .safetensors or a .gguf file"
         )
     config = object_file(address.with_name("config.json"))
+    found.beside = () if config is None else (config,)
     return read_file(found, {} if config is None else read_json(config))

@@ -18,6 +18,7 @@ from adapterkit.checkpoint.header import HASHES, build_header, with_room
 from adapterkit.checkpoint.listing import check_plain
 from adapterkit.checkpoint.pipeline import lead_of
 from adapterkit.checkpoint.plan_file import PlanStep, Steps, Tables, columns_of, to_text
+from adapterkit.checkpoint.slices import Slices, from_data, to_data
 from adapterkit.checkpoint.tensor import Stored
 from adapterkit.dtypes import DTYPES
 from adapterkit.errors import CheckpointError, UsageError, option
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.tensor import Tensor
 
 MOST_PLAN = 1 << 30  # bytes of a saved plan
-FORMAT = 2  # of the plan file
+FORMAT = 3  # of the plan file
 BASELINE_MEMORY = 260_000_000  # bytes: python, torch and its libraries, as measured on Linux x86-64
 WORKER_MEMORY = 16_000_000  # bytes: block buffers of one worker thread
 
@@ -119,6 +120,8 @@ class Plan:
         metadata: string metadata of every weight file.
         peak_memory: bytes, estimated for ``jobs`` workers.
         inputs: fingerprint of each input file, by name.
+        pins: of each small file that was read with them or is copied beside, by name; see `adapterkit.checkpoint.pins`.
+        slices: what a part needs of the inputs; no byte depends on it. See `adapterkit.checkpoint.slices`.
         request: what was asked for, enough to make the same plan again.
         layout: ``folder`` when the files stand in the output folder, ``file`` when they are the output themselves.
     """
@@ -130,6 +133,8 @@ class Plan:
     request: Mapping[str, Any] = field(default_factory=dict)
     format: int = FORMAT
     layout: str = "folder"
+    pins: Mapping[str, str] = field(default_factory=dict)
+    slices: Slices = field(default_factory=dict, compare=False)
 
     @property
     def nbytes(self) -> int:
@@ -199,7 +204,7 @@ class Plan:
         Raises:
             UsageError: it would name a file whose name is not UTF-8.
         """
-        text = to_text(self._data())
+        text = to_text({**self._data(), "slices": to_data(self.slices)})
         if not text.isascii():
             try:
                 text.encode()
@@ -226,6 +231,7 @@ class Plan:
             "metadata": dict(self.metadata),
             "request": dict(self.request),
             "inputs": dict(self.inputs),
+            "pins": dict(self.pins),
             **tables,
             "files": files,
         }
@@ -253,9 +259,10 @@ class Plan:
                 )
                 for file in data["files"]
             )
-            maps = [dict(data[name]) for name in ("metadata", "inputs", "request")]
-            return cls(files, maps[0], int(data["peak_memory"]), maps[1], maps[2], FORMAT, str(data["layout"]))
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            maps = [dict(data[name]) for name in ("metadata", "inputs", "request", "pins")]
+            peak, layout = int(data["peak_memory"]), str(data["layout"])
+            return cls(files, maps[0], peak, maps[1], maps[2], FORMAT, layout, maps[3], from_data(data["slices"]))
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise CheckpointError(
                 f"this is not a plan file ({error!r})", f"write one with {option('save_plan')}"
             ) from None

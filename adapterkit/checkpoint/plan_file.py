@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple, overload
 
 COLUMNS = ("tensors", "kinds", "offsets", "copies")
@@ -32,6 +33,11 @@ class PlanStep(NamedTuple):
     reads: int
     source: str | None = None
     source_offset: int = 0
+
+    @property
+    def elements(self) -> int:
+        """How many elements the tensor has."""
+        return prod(self.shape)
 
 
 class StepKind(NamedTuple):

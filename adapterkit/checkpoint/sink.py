@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from adapterkit import disk
+from adapterkit.checkpoint.cut import elements_between
 from adapterkit.checkpoint.files import LocalFile, check_unchanged
 from adapterkit.checkpoint.journal import Journal, block_digest, tensor_digest
 from adapterkit.errors import AdapterkitError, CheckpointError, OutputError, no_memory, out_of_memory
@@ -164,17 +165,9 @@ class Sink:
             if not proved:
                 self.rooms = (*self.rooms, *_rooms(part, fd))
             queues.append(_Queue(self, self._tasks(part, fd, proved), part.nbytes))
-        self.total, self.elements = sum(part.nbytes for part in parts), self._elements(parts)
+        self.total = sum(part.nbytes for part in parts)
+        self.elements = sum(elements_between(part.file, part.start, part.stop) for part in parts)
         return queues
-
-    def _elements(self, parts: Iterable[PlanPart]) -> float:
-        """How many elements of tensors lie in parts; bytes of a file that is copied whole."""
-        return sum(
-            part.nbytes
-            if part.file.verbatim is not None
-            else sum(self._tensors[step.tensor].numel for step in part.steps)
-            for part in parts
-        )
 
     def check_sources(self) -> None:
         """See that no input changed since it was opened.
@@ -223,17 +216,18 @@ class Sink:
             tensor = self._tensors[step.tensor]
             extent = tensor.extent
             if extent is not None:
-                yield from _copy_tasks(extent.source, extent.offset, fd, step.offset, step.nbytes, tensor.numel)
+                yield from _copy_tasks(extent.source, extent.offset, fd, step.offset, step.nbytes, step.elements)
                 continue
             blocks = range(0, tensor.numel, tensor.block)
             proof = proved.get((file.name, step.tensor))
             job = _Job(file, step, tensor, fd, [b""] * len(blocks), len(blocks), proof)
             if proof is not None:
-                yield _Task(partial(self._check, job), plain=False, elements=tensor.numel)
+                yield _Task(partial(self._check, job), plain=False, elements=step.elements)
                 continue
             for index, start in enumerate(blocks):
                 count = min(tensor.block, tensor.numel - start)
-                yield _Task(partial(self._compute, job, index, start), plain=False, elements=count)
+                share = step.elements * count / tensor.numel
+                yield _Task(partial(self._compute, job, index, start), plain=False, elements=share)
 
     def _compute(self, job: _Job, index: int, start: int) -> int:
         tensor = job.tensor

@@ -121,6 +121,11 @@ class StoreOut:
         """By which the output is known to be this one."""
         return self._digest or self.plan.digest
 
+    def know(self, tensors: Mapping[str, Tensor], sources: Sequence[Source]) -> None:
+        """Learn more tensors of the plan, and the inputs."""
+        self.tensors = {**self.tensors, **tensors}
+        self.sources |= {source.name: source for source in sources}
+
     # ------------------------------------------------------------------ what is moved
 
     def schedule(self, file: PlannedFile) -> Schedule:
@@ -237,7 +242,22 @@ class StoreOut:
         return note_says(self.store, found)
 
     def _said(self, **more: str) -> bytes:
-        return json.dumps({"plan": self.digest, "run": self._run, **self._inputs_here, **more}).encode()
+        named = json.dumps(self._pins)
+        pins = {"pins": named} if 2 < len(named) < MOST_SAID // 2 else {}
+        return json.dumps({"plan": self.digest, "run": self._run, **self._inputs_here, **pins, **more}).encode()
+
+    @cached_property
+    def _pins(self) -> dict[str, str]:
+        """The small files of the inputs, by the first digits of what the plan says of them: for who goes on with other ones."""
+        return {name: hashlib.sha256(said.encode()).hexdigest()[:12] for name, said in self.plan.pins.items()}
+
+    def _other_pin(self, said: Mapping[str, str]) -> str | None:
+        """The small file that is another than that of a run which claimed the output."""
+        try:
+            theirs = json_value(said.get("pins", "{}"))
+            return next((name for name, pin in theirs.items() if name in self._pins and self._pins[name] != pin), None)
+        except (ValueError, AttributeError):
+            return None
 
     def claim(self) -> bytes:
         """What the claim of this run says."""
@@ -379,6 +399,10 @@ class StoreOut:
                 raise OutputError(
                     words, f"go on with it ({option('resume', True)}) or begin anew ({option('force', True)})"
                 )
+            other = self._other_pin(said) if shared or resume else None
+            if other is not None:
+                words = f"{other} changed since {self.out} was begun"
+                raise OutputError(words, f"begin anew with {option('force', True)}")
             raise OutputError(
                 f"another run writes {self.out}, of other inputs or options ({self.work / CLAIM})",
                 f"wait until it is done; if it was interrupted, take its place with {option('force', True)}",

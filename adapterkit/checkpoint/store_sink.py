@@ -9,9 +9,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from math import prod
 from typing import TYPE_CHECKING
 
+from adapterkit.checkpoint.cut import elements_between
 from adapterkit.checkpoint.files import check_unchanged
 from adapterkit.checkpoint.objects import hold
 from adapterkit.checkpoint.schedule import ObjectPart, Schedule, Segment
@@ -63,7 +63,7 @@ class StoreSink(Sink):
             nbytes = sum(part.nbytes for part in begin)
             queues.append(_Queue(self, self._part_tasks(one.file, begin, found), nbytes))
             self.total += nbytes
-            self.elements += sum(_elements(made, part) for part in begin)
+            self.elements += sum(elements_between(one.file, part.start, part.stop) for part in begin)
         return queues
 
     def _expect_bytes(self, made: Schedule, parts: Sequence[ObjectPart], found: FileUpload | None) -> None:
@@ -84,10 +84,10 @@ class StoreSink(Sink):
         kept = _kept(found)
         sent = [part.number for part in parts if part.number not in kept and part.source is None]
         for part in parts:
+            elements = elements_between(file, part.start, part.stop)
             if part.number in kept:
-                yield _Task(partial(int, part.nbytes), elements=_elements(self._made.schedule(file), part))
+                yield _Task(partial(int, part.nbytes), elements=elements)
             else:
-                elements = _elements(self._made.schedule(file), part)
                 yield _Task(partial(self._try, file, part, sent), plain=part.source is not None, elements=elements)
 
     def _try(self, file: PlannedFile, part: ObjectPart, sent: Sequence[int]) -> int:
@@ -198,15 +198,6 @@ def _overlaps(made: Schedule, part: ObjectPart) -> Iterator[tuple[Segment, int, 
     """The segments in a part, with the bytes of the file that they have there."""
     for segment in made.within(part.start, part.stop):
         yield segment, max(segment.offset, part.start), min(segment.stop, part.stop)
-
-
-def _elements(made: Schedule, part: ObjectPart) -> float:
-    """By how much a part goes on: elements of what is computed in it, and bytes of the rest."""
-    found = 0.0
-    for segment, low, high in _overlaps(made, part):
-        computed = 1.0 if segment.step is None else prod(segment.step.shape) / segment.nbytes
-        found += (high - low) * computed
-    return found
 
 
 def written(made: StoreOut, *, jobs: int | None, progress: Callable[[int, int], None] | None) -> StoreSink:

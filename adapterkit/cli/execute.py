@@ -5,19 +5,27 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from adapterkit.cli.output import Progress, say, show_json, size
 from adapterkit.cli.paths import FILE_THERE
 from adapterkit.cli.run import failed
+from adapterkit.cli.verification import OWN, check_of_plan, deliver
 
 if TYPE_CHECKING:
     from adapterkit.places import Address
     from adapterkit.verbs.execute import OpenPlan
 
 
+def _of_verification(command: click.Command) -> click.Command:
+    """The command, with what is done with a report."""
+    command.params.extend(OWN)
+    return command
+
+
+@_of_verification
 @click.command(name="execute", short_help="Execute a saved plan, or one part of it.")
 @click.argument("plan", type=FILE_THERE)
 @click.option("-o", "--out", required=True, type=FILE_THERE, help="The folder to make, here or in a store.")
@@ -38,6 +46,7 @@ def command(
     force: bool,
     served: bool,
     as_json: bool,
+    **asked: Any,
 ) -> int:
     """Execute a PLAN that --save-plan of a verb wrote.
 
@@ -57,6 +66,7 @@ def command(
     if part is not None and finish:
         raise click.UsageError("--part and --finish exclude each other: parts come first.")
     loaded = Plan.from_json(read_regular(brought(plan), MOST_PLAN, str(plan)))
+    check_of_plan(asked, loaded, part is None and not served)
     opened = OpenPlan(loaded, out, None if part_size is None else parse_size(part_size))
     if served:
         _serve(opened, jobs)
@@ -71,6 +81,8 @@ def command(
                 report = opened.execute(index, jobs=jobs, progress=progress)
         if part is None:
             report = opened.finish(force=force)
+    if part is None and hasattr(report, "findings"):
+        deliver(report, **asked)
     if as_json:
         show_json(report)
     elif part is not None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from adapterkit.cli.options import command as command_of
 from adapterkit.cli.output import Progress, duration, note, say, show_json, size
+from adapterkit.cli.verification import OWN, check_of_plan, deliver
 from adapterkit.cli.written import foretold
 from adapterkit.requests.workers import WRITTEN_JOBS, RunRequest
 
 if TYPE_CHECKING:
+    from adapterkit.places import Address
     from adapterkit.verbs.run import RunReport
 
 
@@ -37,14 +40,21 @@ TEMPLATE = click.Option(
     RunRequest,
     name="run",
     short_help="Execute a saved plan by workers: here, by Ray, Slurm or Kubernetes.",
-    own=[TEMPLATE],
+    own=[TEMPLATE, *OWN],
 )
-def command(request: RunRequest, as_json: bool) -> int:
+def command(
+    request: RunRequest,
+    html: Path | Address | None,
+    markdown: Path | Address | None,
+    step_summary: bool,
+    attach: bool | None,
+    as_json: bool,
+) -> int:
     """Execute the parts of a PLAN by several workers, and make OUT of them.
 
     Every byte is that of a run by one process. Run it again after whatever ended it: it goes on where it was. All workers
-    have to see the inputs and the folder of OUT. The exit code is 3 when the plan is a verification, and MERGED is not what
-    was trained.
+    have to see the inputs and the folder of OUT. Where the plan is a verification, the exit code is 3 when MERGED is not what
+    was trained, and its record gets the figures; what --html and --markdown ask for is written when the report is.
 
     \b
     Example:
@@ -55,12 +65,21 @@ def command(request: RunRequest, as_json: bool) -> int:
       adapterkit run plan.json -o merged --on slurm --workers 64 --submit
       adapterkit run plan.json -o merged --on k8s --workers 64 --set image=registry/adapterkit:1
     """
+    from adapterkit.checkpoint.plan import MOST_PLAN, Plan
+    from adapterkit.disk import read_regular
+    from adapterkit.stores.files import brought
     from adapterkit.verbs.run import run
 
     if request.out is None and not request.dry_run:
         raise click.UsageError("Missing option '-o' / '--out': the folder or file to make.")
+    asked: dict[str, Any] = {"html": html, "markdown": markdown, "step_summary": step_summary, "attach": attach}
+    if attach is not None or any(asked.values()):
+        plan = Plan.from_json(read_regular(brought(request.plan), MOST_PLAN))
+        check_of_plan(asked, plan, not request.dry_run and request.on not in WRITTEN_JOBS)
     with Progress("running", enabled=not as_json) as progress:
         report = run(**{name: getattr(request, name) for name in request.named} | {"progress": progress})
+    if hasattr(report.report, "findings"):
+        deliver(report.report, **asked)
     if as_json:
         show_json(report)
     else:

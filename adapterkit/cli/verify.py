@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import click
+from typing import TYPE_CHECKING, Any
 
 from adapterkit.cli.options import command as command_of
-from adapterkit.cli.output import Progress, command_line, count, note, say, show_json
-from adapterkit.cli.paths import FILE_THERE
+from adapterkit.cli.output import Progress, count, note, say, show_json
+from adapterkit.cli.verification import OWN, check_compared, deliver
 from adapterkit.cli.written import foretold
-from adapterkit.errors import UsageError, option
 from adapterkit.requests.verify import VerifyRequest
 from adapterkit.requests.workers import WRITTEN_JOBS
 
@@ -20,22 +16,8 @@ if TYPE_CHECKING:
     from adapterkit.places import Address
     from adapterkit.verbs.verify.report import VerifyReport
 
-_FILE = FILE_THERE
-# What is done with the report, which a caller in Python does by itself.
-_OWN = (
-    click.Option(["--html"], type=_FILE, metavar="FILE", help="Write the evidence as one HTML page."),
-    click.Option(["--markdown"], type=_FILE, metavar="FILE", help="Write a summary as Markdown."),
-    click.Option(["--step-summary"], is_flag=True, help="Append that summary to $GITHUB_STEP_SUMMARY."),
-    click.Option(
-        ["--attach/--no-attach"],
-        default=None,
-        help="Write the figures into MERGED's record. By default into the adapterkit.json beside an output, and not into "
-        "a registered version, which would make a new one. With --html such a version keeps the page too.",
-    ),
-)
 
-
-@command_of(VerifyRequest, name="verify", short_help="Prove that a merged model is the trained one.", own=_OWN)
+@command_of(VerifyRequest, name="verify", short_help="Prove that a merged model is the trained one.", own=OWN)
 def command(
     request: VerifyRequest,
     html: Path | Address | None,
@@ -58,7 +40,8 @@ def command(
     """
     from adapterkit.verbs.verify import verify
 
-    _check_own({"html": html, "markdown": markdown, "step_summary": step_summary, "attach": attach}, request)
+    asked: dict[str, Any] = {"html": html, "markdown": markdown, "step_summary": step_summary, "attach": attach}
+    check_compared(asked, request.writes and request.on not in WRITTEN_JOBS)
     with Progress("verifying", enabled=not as_json) as progress:
         named = {name: getattr(request, name) for name in request.named}
         report = verify(**named, progress=progress)
@@ -67,29 +50,12 @@ def command(
         return 0
     if request.out is not None:
         note(f"report written to {request.out}")
-    merged = str(request.merged)
-    page = as_html(report) if html is not None else ""
-    write(report, html, markdown, page=page, step_summary=step_summary)
-    if attach or (attach is None and report.record and Path(merged).exists()):
-        _attach(report, merged, page)
+    deliver(report, **asked)
     if as_json:
         show_json(report)
     else:
         show(report)
     return 0 if report.ok else 3
-
-
-def _check_own(asked: dict[str, object], request: VerifyRequest) -> None:
-    """Refuse what is done with a report where there will be none.
-
-    Raises:
-        UsageError
-    """
-    name = next((name for name, value in asked.items() if value), None)
-    if name is not None and (not request.writes or request.on in WRITTEN_JOBS):
-        raise UsageError(
-            f"{option(name)} needs the report of a comparison, and nothing is compared here", "leave it out"
-        )
 
 
 def _planned(report: VerifyReport, request: VerifyRequest, as_json: bool) -> None:
@@ -103,58 +69,6 @@ def _planned(report: VerifyReport, request: VerifyRequest, as_json: bool) -> Non
         note(f"note: {text}")
     say(f"would compare {report.merged} with {report.base} and {', '.join(report.adapters)}")
     foretold(report.forecast)
-
-
-def _attach(report: VerifyReport, merged: str, page: str) -> None:
-    from adapterkit.verbs.verify.evidence import attach
-
-    found = attach(report, merged, page=page.encode())
-    if found.new:
-        note(f"evidence written to {found.ref or found.path}")
-
-
-def as_html(report: VerifyReport) -> str:
-    """The page, with the command that made it and when."""
-    from adapterkit.registry.record import now
-    from adapterkit.verbs.verify.page import html
-
-    return html(report, command=command_line(), when=now())
-
-
-def write(
-    report: VerifyReport,
-    html: Path | Address | None,
-    markdown: Path | Address | None,
-    *,
-    page: str = "",
-    step_summary: bool = False,
-) -> None:
-    """The page (``page``, or made here) and the summary, where they are wanted.
-
-    Raises:
-        OutputError: a file cannot be written.
-        UsageError: there is no job to summarise.
-    """
-    from adapterkit.disk import open_appended
-    from adapterkit.errors import OutputError
-    from adapterkit.stores.files import deliver
-    from adapterkit.verbs.verify.summary import markdown as as_markdown
-
-    try:
-        if html is not None:
-            deliver(html, (page or as_html(report)).encode())
-            note(f"page written to {html}")
-        if markdown is not None:
-            deliver(markdown, as_markdown(report).encode())
-            note(f"summary written to {markdown}")
-        if step_summary:
-            summary = os.environ.get("GITHUB_STEP_SUMMARY")
-            if not summary:
-                raise UsageError("GITHUB_STEP_SUMMARY is not set", "leave out --step-summary outside of a job")
-            with open(open_appended(Path(summary)), "a", encoding="utf-8") as file:
-                file.write(as_markdown(report))
-    except OSError as error:
-        raise OutputError(f"{error.filename} cannot be written ({error.strerror})", "check the path") from None
 
 
 def show(report: VerifyReport) -> None:

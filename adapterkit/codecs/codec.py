@@ -69,6 +69,10 @@ class Weight:
     others: Mapping[str, Callable[[], Encoder]] = field(default_factory=dict, repr=False)
     upright: bool = False
 
+    def resolved(self) -> tuple[Any, ...]:
+        """What decides the values that it is decoded to. (An encoder is described where it is used.)"""
+        return (self.name, self.shape, self.dtype, self.parts, self.how, self.grain, self.load, self.upright)
+
 
 Leave = Callable[[dict[str, Any], Sequence[str], Sequence[str]], None]
 

@@ -90,6 +90,11 @@ class ScaledWeight:
     groups: StoredTensor | None = None
     written: Written | None = None
 
+    def resolved(self) -> tuple[object, ...]:
+        """What decides the values that it is decoded to; see `adapterkit.checkpoint.resolved`."""
+        held = (self.codes, self.unpack, self.block, self.grid, self.scales, self.zeros, self.groups)
+        return (self.name, self.shape, self.dtype, *held)
+
     def weight(self) -> Weight:
         rows = prod(self.shape[:-1])
         memory = 4 * (rows + prod(self.shape[:-2]) * prod(self.grid) * (1 if self.zeros is None else 2))

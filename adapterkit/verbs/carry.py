@@ -42,7 +42,7 @@ def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path | Addr
     """
     saved = {}
     if request.save_plan is not None:
-        saved = _with_the_rest(plans or {request.save_plan: job.executed}, job, request)
+        saved = _with_the_rest(_saved(job, request, plans), job, request)
     if not request.writes:
         report = show(job, started)
         # Only now: `show` makes the checks, and whoever carries out a plan does not make them again.
@@ -52,8 +52,11 @@ def carry_out(job: Job, request: Any, started: float, plans: Mapping[Path | Addr
     if getattr(request, "on", None) is None:
         return run([job], workers=request.jobs, resume=request.resume, progress=request.progress, started=started)[0]
     from adapterkit.verbs.execute import OpenPlan
+    from adapterkit.verbs.pinned import pinned
+    from adapterkit.verbs.sliced import with_slices
 
     _check(job, request)
+    job = with_slices(pinned(job))
     job.check()
     opened = OpenPlan(job.executed, job.out or "", part_size(request, job.executed), job=job)
     if request.on in WRITTEN_JOBS:
@@ -80,6 +83,16 @@ def _together(measured: Measured, tally: RunTally, started: float) -> Measured:
         notes=(*measured.notes, tally.summary),
         moved=Moved(**tally.moved) + moved(),
     )
+
+
+def _saved(job: Job, request: Any, plans: Mapping[Path | Address, Plan] | None) -> dict[Path | Address, Plan]:
+    """Where which plan is saved: with its inputs, and what each part needs of them."""
+    from adapterkit.verbs.pinned import pinned
+    from adapterkit.verbs.sliced import with_slices
+
+    wanted = plans or {request.save_plan: job.plan}
+    jobs = [next(one for one in (job, *job.also) if one.plan is plan) for plan in wanted.values()]
+    return {path: with_slices(pinned(one)).executed for path, one in zip(wanted, jobs, strict=True)}
 
 
 def _with_the_rest(plans: Mapping[Path | Address, Plan], job: Job, request: Any) -> dict[Path | Address, Plan]:
@@ -112,12 +125,12 @@ def _check(job: Job, request: Any) -> None:
     Raises:
         UsageError: it has no parts, or asks for what one process has to do.
     """
-    from adapterkit.verbs.execute import has_parts
+    from adapterkit.verbs.execute import has_parts, no_parts
 
     if job.out is None:
         raise UsageError("nothing says where the output goes", "add -o OUT")
     if not has_parts(job.executed):
-        raise UsageError("this plan has no parts: its files are known when its values are", f"leave out {option('on')}")
+        raise no_parts(job.executed, f"leave out {option('on')}")
     # Results are judged when all of them are there.
     for name in ("fidelity", *LIMITS) if job.results is None else ():
         asked = getattr(request, name, None)
@@ -264,12 +277,10 @@ def _shared(plan: Any) -> Path | Address:
 def forecast_in(report: Any, job: Job, request: Any) -> Any:
     """A report of what would be done, with what workers would take."""
     from adapterkit.verbs.engines.forecast import forecast
-    from adapterkit.verbs.execute import OpenPlan, has_parts
+    from adapterkit.verbs.execute import OpenPlan, has_parts, no_parts
 
     if not has_parts(job.executed):
-        raise UsageError(
-            "this plan has no parts: its files are known when its values are", f"leave out {option('workers')}"
-        )
+        raise no_parts(job.executed, f"leave out {option('workers')}")
     parts = OpenPlan(job.executed, "", part_size(request, job.executed)).parts
     rate, jobs = parse_rate(request.bandwidth), request.jobs or default_jobs()
     found = tuple(forecast(parts, count, bandwidth=rate, price=request.price, jobs=jobs) for count in request.counts)

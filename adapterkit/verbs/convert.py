@@ -23,6 +23,7 @@ from adapterkit.verbs.conversions.adapters import filed
 from adapterkit.verbs.conversions.conversion import Conversion
 from adapterkit.verbs.job import Recorder
 from adapterkit.verbs.ladder import abreast, plans_of, rungs
+from adapterkit.verbs.pinned import pinned_plan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,7 +44,8 @@ def plan_convert(request: ConvertPlanRequest) -> Conversion:
 
     With ``headers_only`` a source on the Hub is not downloaded, so the plan can be shown but not executed.
     """
-    return planned(request, headers_only=request.headers_only)
+    made = planned(request, headers_only=request.headers_only)
+    return replace(made, plan=pinned_plan(made.plan, made.sources))
 
 
 def planned(request: ConvertRequest, *, headers_only: bool = True, named: Any = None) -> Conversion:

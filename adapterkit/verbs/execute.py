@@ -11,22 +11,25 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from adapterkit.checkpoint.copies import copies
 from adapterkit.checkpoint.cut import PlanPart, cut
 from adapterkit.checkpoint.files import LocalFile
 from adapterkit.checkpoint.journal import MADE
+from adapterkit.checkpoint.pins import check_pins, compare
 from adapterkit.checkpoint.plan import Plan
 from adapterkit.checkpoint.results import IN_PARTS, STAGED, ResultFile
 from adapterkit.errors import CheckpointError, NotFound, OutputError, UsageError, option
 from adapterkit.places import Address, address_of, writable
 from adapterkit.stores.meter import Meter, moving
 from adapterkit.verbs.job import Job, Measured, Progress, peak_memory, run
+from adapterkit.verbs.pinned import pinned
 from adapterkit.verbs.report import PartReport
+from adapterkit.verbs.sliced import PartOpener
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.store_out import StoreOut
     from adapterkit.checkpoint.write import Room, Writing
+    from adapterkit.verbs.sliced import Opened
 
 VERBS = ("merge", "convert", "combine", "extract", "resize", "verify")
 """Verbs whose plans can be saved; each has a function `replan`, which plans again from a plan's request, for an output."""
@@ -49,13 +52,15 @@ class OpenPlan:
     ) -> None:
         self.plan, self.out = plan, writable(out, "the output")
         self._part_size, self._job = part_size, job
-        self._seen: dict[str, LocalFile] = {}
+        self._slices = PartOpener(plan, lambda: _replanned(plan, self.out), inputs_of(plan))
+        self._alone: StoreOut | None = None
+        self._checked = False
 
     @cached_property
     def parts(self) -> list[PlanPart]:
         """The parts, in the order of the files."""
         if not has_parts(self.plan):
-            raise UsageError("this plan has no parts: its files are known when its values are", "execute it whole")
+            raise no_parts(self.plan, "execute it whole")
         return cut(self.plan, self._part_size)
 
     @cached_property
@@ -136,13 +141,13 @@ class OpenPlan:
         started, spent = time.monotonic(), time.process_time()
         part = part_of(self.parts, index)
         if isinstance(self.out, Path):
-            alone = None if "job" in self.__dict__ else copies(self.plan, part, self._seen)
+            alone = self._opened_alone(part)
             tensors, sources = (self._work.tensors, self.job.sources) if alone is None else alone
             reused = write_part(self.plan, part, tensors, sources, self.out, jobs=jobs, progress=progress)
         else:
             from adapterkit.checkpoint.store_write import send_part
 
-            reused = send_part(self.in_store, part, jobs=jobs, progress=progress)
+            reused = send_part(self._sent_to(part), part, jobs=jobs, progress=progress)
         return PartReport(
             str(self.out),
             index,
@@ -157,6 +162,36 @@ class OpenPlan:
             cpu_seconds=time.process_time() - spent,
             **asdict(meter.moved),
         )
+
+    def _opened_alone(self, part: PlanPart) -> Opened | None:
+        """What a part needs of the inputs; None where the whole plan is open, or has to be."""
+        if self._job is not None or "job" in self.__dict__:
+            return None
+        if not self._checked:
+            check_pins(self.plan.pins)
+            self._checked = True
+        return self._slices.open(part)
+
+    def _sent_to(self, part: PlanPart) -> StoreOut:
+        """The output in a store, which knows the tensors of the file that a part lies in: parts of objects end where blocks
+        of tensors do."""
+        from adapterkit.checkpoint.hashes import has_room
+        from adapterkit.checkpoint.store_out import StoreOut
+
+        file = part if part.whole else PlanPart(part.index, part.file, 0, part.file.nbytes)
+        whole = self.has_results or "in_store" in self.__dict__ or has_room(self.plan)
+        alone = None if whole else self._opened_alone(file)
+        if alone is None:
+            return self.in_store
+        tensors, sources = alone
+        if self._alone is None:
+            assert isinstance(self.place, Address)
+            self._alone = StoreOut(self.plan, {}, (), self.place)
+            self._alone.know(tensors, sources)
+            self._alone.begin(shared=True)
+        else:
+            self._alone.know(tensors, sources)
+        return self._alone
 
     def left(self) -> list[PlanPart]:
         """The parts that are not done."""
@@ -182,6 +217,22 @@ class OpenPlan:
         if not self._rest_is_made():
             for other in self.job.also:
                 replace(other, force=force).check_target(resume=True)
+
+    def check_task(self, *, force: bool = False) -> None:
+        """As `check`, for one task of many on a disk as far as no input has to be opened for it: each part sees that it lies in
+        no input and has room, and the task that makes the output makes all checks.
+
+        Raises:
+            UsageError, OutputError, CheckpointError
+        """
+        if isinstance(self.out, Address) or self.has_results:
+            self.check(force=force)
+            return
+        check_pins(self.plan.pins)
+        targets = [self.out, *(self.plan.targets(self.out).values() if self.plan.layout == "file" else ())]
+        there = next((path for path in targets if os.path.lexists(path)), None)
+        if there is not None and not force:
+            raise OutputError(f"{there} exists", f"choose another name, or replace it with {option('force', True)}")
 
     def _beside(self, *, force: bool) -> list[Any]:
         """What goes next to the output."""
@@ -435,11 +486,46 @@ def has_parts(plan: Plan) -> bool:
     return plan.request.get(STAGED) is not True
 
 
+def no_parts(plan: Plan, hint: str) -> UsageError:
+    """What is said of a plan whose files cannot be executed one at a time."""
+    from adapterkit.requests.formats import formats
+
+    to = str(plan.request.get("to") or "")
+    form = formats().get(to)
+    if form is not None and form.planner.startswith("compressor:"):
+        why = f"{to} is written by llm-compressor, which quantizes each layer by what the layers before it put out"
+    elif form is not None and form.adapter:
+        why = f"the ranks of a computed adapter ({to}) are known when its values are, and it is small"
+    else:
+        why = "its files are known when its values are"
+    return UsageError(f"this plan has no parts: {why}", hint)
+
+
 def _again(plan: Plan, out: Path | Address) -> Job:
     """The job of a plan, made again from what it asks for.
 
     Raises:
         CheckpointError: it does not say which verb it is of, or comes out different.
+    """
+    check_pins(plan.pins)
+    job = pinned(_replanned(plan, out))
+    compare(plan.pins, job.executed.pins)
+    compare(plan.inputs, job.executed.inputs)
+    if job.executed.files != plan.files:
+        raise CheckpointError(
+            "an input changed since the plan was made, which comes out otherwise now", "make the plan again"
+        )
+    if job.results is not None:
+        results = replace(job.results(), plan=plan)
+        return replace(job, results=lambda: results)
+    return replace(job, plan=replace(job.plan, request=plan.request))
+
+
+def _replanned(plan: Plan, out: Path | Address) -> Job:
+    """The job that a plan asks for, of inputs as they are.
+
+    Raises:
+        CheckpointError: it does not say which verb it is of.
     """
     verb = str(plan.request.get("verb"))
     if verb not in VERBS or not {"base", "src", "adapters", "adapter"} & set(plan.request):
@@ -458,12 +544,7 @@ def _again(plan: Plan, out: Path | Address) -> Job:
         # Another folder is tried more often than an input goes away.
         hint = "a plan names its inputs as they were given: execute it in the folder where it was made, or give whole paths"
         raise NotFound(error.message, hint) from None
-    if (job.executed.files, job.executed.inputs) != (plan.files, plan.inputs):
-        raise CheckpointError("the base or an adapter changed since the plan was made", "make the plan again")
-    if job.results is not None:
-        results = replace(job.results(), plan=plan)
-        return replace(job, results=lambda: results)
-    return replace(job, plan=replace(job.plan, request=plan.request))
+    return job
 
 
 def inputs_of(plan: Plan) -> list[str]:

@@ -224,6 +224,10 @@ def run(
     from adapterkit.checkpoint.write import write_together
 
     started = time.monotonic() if started is None else started
+    if any(isinstance(job.out, Address) for job in jobs):
+        from adapterkit.verbs.pinned import pinned
+
+        jobs = [pinned(job) for job in jobs]  # a run that goes on with another is one of the same inputs
     for job in jobs:
         if job.out is None:
             raise UsageError("nothing says where the output goes", "add -o OUT")

@@ -16,6 +16,7 @@ from adapterkit.checkpoint import odd
 from adapterkit.checkpoint.checkpoint import Checkpoint
 from adapterkit.checkpoint.files import fingerprint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
+from adapterkit.checkpoint.slices import current
 from adapterkit.errors import AdapterkitError, CheckFailed, UsageError, option
 from adapterkit.ops.device import check_name, check_there
 from adapterkit.places import Address, address_of
@@ -273,7 +274,7 @@ def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: b
     loaded = tuple(asked.narrowed(asked.told(adapter)) for adapter in given)
     _no_copy(loaded, asked)
     inputs = None
-    if fingerprints:
+    if fingerprints and current() is None:
         inputs = {s.name: fingerprint(s) for s in (*opened.sources, *(source for a in loaded for source in a.sources))}
     settings: dict[str, Any] = {
         "max_shard_size": None if asked.max_shard_size is None else parse_size(asked.max_shard_size),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from adapterkit.requests.call import takes
 from adapterkit.requests.merge_plan import MergePlanRequest
 from adapterkit.verbs.merge import Merge, planned
+from adapterkit.verbs.pinned import pinned_plan
 
 
 @takes(MergePlanRequest)
@@ -17,4 +20,8 @@ def plan_merge(request: MergePlanRequest) -> Merge:
     Raises:
         NotFound, CheckpointError, AdapterError, TargetError, UsageError, UnsafeError, AuthError, HubError
     """
-    return planned(request, headers_only=request.headers_only, fingerprints=request.fingerprints)
+    made = planned(request, headers_only=request.headers_only, fingerprints=request.fingerprints)
+    if not request.fingerprints:
+        return made
+    plan = pinned_plan(made.plan, made.sources)
+    return replace(made, output=replace(made.output, plan=plan))

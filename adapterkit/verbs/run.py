@@ -138,7 +138,7 @@ def _task(opened: OpenPlan, request: RunRequest, told: RunReport, started: float
     # What is there already is replaced only once where that is asked for: what is older than the plan.
     if opened.is_there() and (not request.force or opened.is_newer_than(brought(request.plan))):
         return replace(told, finished=True, notes=(f"{opened.out} is there already",))
-    opened.check(force=request.force)
+    opened.check_task(force=request.force)
     if request.force:
         opened.take_over()
     share = {part.index for part in shares(opened.parts, request.tasks)[request.task]}

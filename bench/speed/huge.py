@@ -95,6 +95,7 @@ def main() -> None:
         elif how:
             note(large_plan_s=round(saved[0], 1), large_plan_mb=round(saved[1] / 1e6))
             note(large_copied_s=round(cells[-2][0], 1), large_computed_s=round(cells[-1][0], 1))
+            note(large_copied_mb=round(cells[-2][1] / 1e6), large_computed_mb=round(cells[-1][1] / 1e6))
         told = [f"{seconds:.1f} s, {memory / 1e6:.0f} MB" for seconds, memory in cells]
         told.insert(2, f"{plan.stat().st_size / 1e6:.1f}")
         tensors = sum(len(file["tensors"]) for file in found["files"])

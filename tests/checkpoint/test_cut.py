@@ -6,7 +6,9 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,17 @@ from models import plain_adapter, plain_base, read_bytes
 sys.path.insert(0, str(Path(__file__).parents[1] / "gguf"))
 
 import adapterkit
-from adapterkit.checkpoint.cut import FOR_EACH, LEAST, PART_SIZE, PlanPart, cost_of, cut, even_size, shares
+from adapterkit.checkpoint.cut import (
+    FOR_EACH,
+    LEAST,
+    PART_SIZE,
+    PlanPart,
+    cost_of,
+    cut,
+    elements_between,
+    even_size,
+    shares,
+)
 from adapterkit.checkpoint.plan import Plan, PlannedFile
 from adapterkit.checkpoint.plan_file import PlanStep
 from adapterkit.disk import partial_folder
@@ -274,3 +286,19 @@ def test_every_worker_has_enough_parts_or_parts_are_small_enough(tensors: int, w
     loads = [sum(part.cost for part in share) for share in shares(parts, min(workers, len(parts)))]
     if len(parts) >= FOR_EACH * workers:
         assert max(loads) <= 1.15 * sum(loads) / workers  # nobody waits long for the last one
+
+
+def test_elements_are_those_of_the_tensors_however_a_file_is_cut(tmp_path: Path) -> None:
+    """Copied or computed, on a disk or in the parts of an object: an output goes on by the elements of its tensors."""
+    base = plain_base(tmp_path / "base", layers=2)
+    plan = plan_merge(base, [plain_adapter(tmp_path / "adapter", base)], quant="nf4").plan
+    (file,) = plan.files
+    whole = sum(prod(step.shape) for step in file.steps)
+    assert {step.source is None for step in file.steps} == {True, False}
+    size = file.steps[-1].offset + file.steps[-1].nbytes
+    for count in (1, 2, 7, 50):
+        ends = [size * at // count for at in range(count + 1)]
+        spans = list(pairwise(ends))
+        assert sum(elements_between(file, *span) for span in spans) == pytest.approx(whole)
+    assert elements_between(file, 0, file.steps[0].offset) == 0
+    assert elements_between(replace(file, verbatim="x"), 3, 10) == 7

@@ -122,18 +122,17 @@ def test_an_input_that_changes_between_two_parts(tmp_path: Path) -> None:
     first, last = OpenPlan(plan, tmp_path / "out", SIZE), len(OpenPlan(plan, tmp_path / "out", SIZE).parts) - 1
     for index in range(last):
         first.execute(index)
+    said = (adapter / "adapter_config.json").read_bytes()
     plain_adapter(adapter, base, seed=2)
+    (adapter / "adapter_config.json").write_bytes(said)
     OpenPlan(plan, tmp_path / "out", SIZE).execute(last)
     with pytest.raises(CheckpointError, match="changed while the parts were executed"):
         OpenPlan(plan, tmp_path / "out", SIZE).finish()
     assert not (tmp_path / "out").exists()
-    again = [OpenPlan(plan, tmp_path / "again", SIZE) for _ in range(2)]
-    again[0].execute(0)
+    OpenPlan(plan, tmp_path / "again", SIZE).execute(0)
     edit_config(adapter, lora_alpha=3)  # the weights are the same, and what they mean is not
-    for part in again[1].parts[1:]:
-        again[1].execute(part.index)
-    with pytest.raises(CheckpointError, match="changed while the parts were executed"):
-        again[1].finish()
+    with pytest.raises(CheckpointError, match=r"a/adapter_config\.json changed since the plan was made"):
+        OpenPlan(plan, tmp_path / "again", SIZE).execute(1)
     plain_adapter(adapter, base, seed=2, rank=5)
     with pytest.raises(CheckpointError, match="changed since the plan was made"):
         OpenPlan(plan, tmp_path / "out", SIZE).execute(0)

@@ -6,6 +6,7 @@ Google's: fake-gcs-server, whose program a package on PyPI brings. Azure's: Azur
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import shutil
@@ -13,9 +14,11 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, unquote
 
 import pytest
-from store_server import free_port
+from store_server import Asked, free_port
 
 ACCOUNT = "devstoreaccount1"
 # Azurite's own, which everybody knows.
@@ -59,6 +62,35 @@ def google(folder: Path) -> Iterator[str]:
 def azurite() -> str | None:
     """The program, if it is installed."""
     return os.environ.get("AZURITE") or shutil.which("azurite-blob")
+
+
+def copied_block(server: str, asked: Asked) -> tuple[int, dict[str, str], bytes] | None:
+    """Azure's answer to Put Block From URL, as it documents it; Azurite has none.
+
+    Args:
+        server: Azurite's endpoint, which is asked for the source and given the block.
+    """
+    source = asked.headers.get("x-ms-copy-source")
+    if asked.method != "PUT" or source is None or "comp=block" not in asked.query.split("&"):
+        return None
+    import urllib3
+    from azure.storage.blob import BlobServiceClient
+
+    head = {
+        "x-ms-range": asked.headers["x-ms-source-range"],
+        "If-Match": asked.headers.get("x-ms-source-if-match", "*"),
+    }
+    path = source.partition("://")[2].partition("/")[2]
+    found = urllib3.request("GET", f"{server.removesuffix('/' + ACCOUNT)}/{path}", headers=head, retries=False)
+    if found.status not in (200, 206):
+        code = "SourceConditionNotMet" if found.status == 412 else str(found.headers.get("x-ms-error-code"))
+        return found.status, {"x-ms-error-code": code}, f"<Error><Code>{code}</Code></Error>".encode()
+    by: Any = {"account_name": ACCOUNT, "account_key": KEY}
+    _, container, key = unquote(asked.path).removeprefix("/").split("/", 2)
+    block = dict(parse_qsl(asked.query))["blockid"]
+    blob = BlobServiceClient(server, credential=by).get_blob_client(container, key)
+    blob.stage_block(base64.b64decode(block).decode(), found.data)
+    return 201, {}, b""
 
 
 @contextlib.contextmanager

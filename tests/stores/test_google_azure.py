@@ -84,6 +84,7 @@ def proxy(
             monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", f"{found.endpoint}/{path}")
             monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", emulators.ACCOUNT)
             monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", emulators.KEY)
+            found.instead = lambda asked: emulators.copied_block(endpoint, asked)
         monkeypatch.setattr("adapterkit.stores.faults.FIRST_PAUSE", 0.001)
         found.scheme = scheme  # type: ignore[attr-defined]
         yield found

@@ -11,7 +11,7 @@ from store_server import Proxy, client_of, download, upload
 
 import adapterkit
 from adapterkit.checkpoint.plan import Plan
-from adapterkit.errors import OutputError
+from adapterkit.errors import CheckpointError, OutputError
 from adapterkit.verbs.execute import OpenPlan
 
 
@@ -46,6 +46,56 @@ def test_parts_in_any_order_by_several_workers(s3: Proxy, place: str, tmp_path: 
     client = client_of(s3.server)
     assert not client.list_multipart_uploads(Bucket="models", Prefix=f"{place}/").get("Uploads")
     assert not client.list_objects_v2(Bucket="models", Prefix=f"{place}/.").get("Contents")
+
+
+@pytest.mark.parametrize("quant", [None, "keep"])
+def test_a_part_in_a_store_opens_what_it_needs(s3: Proxy, place: str, tmp_path: Path, quant: str | None) -> None:
+    """The other files of the base are not touched. A config is that of the plan, or an error."""
+    import json
+
+    from models import plain_base
+
+    where = f"s3://models/{place}"
+    base = plain_base(tmp_path / "base", layers=6, width=128, shards=4)
+    adapter = plain_adapter(tmp_path / "adapter", base, modules=("q_proj",))
+    if quant is not None:
+        adapterkit.convert(base, tmp_path / "small", to="fp8-block", max_shard_size="150KB")
+        base = tmp_path / "small"
+    upload(s3.server, base, "models", f"{place}/base")
+    upload(s3.server, adapter, "models", f"{place}/adapter")
+    adapterkit.merge(f"{where}/base", f"{where}/adapter", tmp_path / "whole", quant=quant)
+    adapterkit.merge(f"{where}/base", f"{where}/adapter", save_plan=tmp_path / "plan.json", quant=quant)
+    plan = Plan.from_json((tmp_path / "plan.json").read_bytes())
+    assert len(plan.files) > 2
+    for out in (f"{where}/out", tmp_path / "out"):
+        for index in range(len(plan.files)):
+            worker = OpenPlan(plan, out)
+            s3.clear()
+            worker.execute(index)
+            assert "job" not in vars(worker)
+            asked = {one.path.rpartition("/")[2] for one in s3.seen if one.method == "GET" and "/base/" in one.path}
+            assert len({name for name in asked if name.endswith(".safetensors")}) < len(plan.files)
+        OpenPlan(plan, out).finish()
+    made = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir() if path.name != "adapterkit.json"}
+    found = download(s3.server, "models", f"{place}/out/")
+    assert {name: data for name, data in found.items() if name != "adapterkit.json"} == made
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in made} == made
+    # The weights stay what they are; what they mean does not.
+    other = f"{where}/other"
+    OpenPlan(plan, other).execute(0)
+    said = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**said, "lora_alpha": 2}))
+    upload(s3.server, adapter, "models", f"{place}/adapter")
+    for door in (
+        lambda: OpenPlan(plan, other).execute(1),
+        lambda: OpenPlan(plan, other).finish(),
+        lambda: adapterkit.run(tmp_path / "plan.json", other, on="local", workers="1"),
+        lambda: adapterkit.run(tmp_path / "plan.json", other, task=0, tasks=1),
+    ):
+        with pytest.raises(CheckpointError, match=r"adapter/adapter_config\.json changed since the plan was made"):
+            door()
+    with pytest.raises(OutputError, match=r"adapter/adapter_config\.json changed since .*other was begun"):
+        adapterkit.merge(f"{where}/base", f"{where}/adapter", other, quant=quant, resume=True)
 
 
 def test_a_task_takes_the_place_of_another_plan_only_if_forced(s3: Proxy, place: str, tmp_path: Path) -> None:

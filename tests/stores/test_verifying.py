@@ -7,10 +7,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 from models import plain_adapter, plain_base
 from store_server import Proxy, client_of, download, upload
 
 import adapterkit
+from adapterkit.errors import UsageError
 from adapterkit.verbs.verify.report import VerifyReport
 
 
@@ -38,6 +40,17 @@ def test_a_model_in_a_bucket_is_verified_by_its_record_and_by_parts(s3: Proxy, p
     said = json.loads(download(s3.server, "models", f"{place}/report.json")[""])
     assert said["ok"]
     assert "is there already" in adapterkit.run(plan, out, task=0, tasks=1).notes[0]
+    # A report has no place in a model that it is about: --force would take its config away.
+    for folder, name in (
+        (f"{where}/half", "report.json"),
+        (f"{where}/base", "config.json"),
+        (f"{where}/adapter/x", "y.json"),
+    ):
+        with pytest.raises(UsageError, match="lies in or over the input"):
+            adapterkit.verify(f"{where}/half", **asked, out=f"{folder}/{name}", force=True)
+        adapterkit.verify(f"{where}/half", **asked, save_plan=plan)
+        with pytest.raises(UsageError, match="lies in or over the input"):
+            adapterkit.run(plan, f"{folder}/{name}", task=0, tasks=1, force=True)
     client = client_of(s3.server)
     left = client.list_objects_v2(Bucket="models", Prefix=f"{place}/.").get("Contents")
     assert not left

@@ -121,6 +121,58 @@ def test_the_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFix
             assert f"{page[0]} needs the report" in capsys.readouterr().err
 
 
+def test_the_evidence_of_a_saved_verification(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`run` and `execute` do with the report what `verify` does; what they cannot do is refused by name."""
+
+    def run(*given: object) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main([str(one) for one in given])
+        return int(ended.value.code or 0)
+
+    def evidence() -> object:
+        return json.loads((merged / "adapterkit.json").read_text()).get("evidence", {})
+
+    base, adapter, merged = place / "base", place / "adapter", tmp_path / "merged"
+    adapterkit.merge(base, adapter, merged)
+    record = (merged / "adapterkit.json").read_bytes()
+    plan, other = tmp_path / "plan.json", tmp_path / "other.json"
+    adapterkit.verify(merged, base=base, adapters=adapter, save_plan=plan)
+    adapterkit.merge(base, adapter, save_plan=other)
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "job.md"))
+    asked = ("--html", tmp_path / "page.html", "--markdown", tmp_path / "page.md", "--step-summary")
+    for verb, given in (
+        ("run", ("--on", "local", "--workers", "1")),
+        ("run", ("--task", "0", "--tasks", "1")),
+        ("execute", ()),
+    ):
+        (merged / "adapterkit.json").write_bytes(record)
+        out = tmp_path / f"{verb}-{len(given)}-{given[0] if given else ''}.json"
+        assert run(verb, plan, "-o", out, *given, *asked) == 0
+        assert "evidence written to" in capsys.readouterr().err
+        assert evidence() != {}
+        assert "What is deployed is what was trained" in (tmp_path / "page.html").read_text()
+        for page in ("page.html", "page.md", "job.md"):
+            assert (tmp_path / page).read_text()
+            (tmp_path / page).unlink()
+    (merged / "adapterkit.json").write_bytes(record)
+    assert run("execute", plan, "-o", tmp_path / "none.json", "--no-attach") == 0
+    assert evidence() == {}
+    for option in (("--html", "x.html"), ("--markdown", "x.md"), ("--step-summary",), ("--attach",)):
+        for call in (
+            ("run", other, "-o", tmp_path / "x", "--on", "local"),
+            ("execute", other, "-o", tmp_path / "x"),
+            ("run", plan, "-o", tmp_path / "x", "--on", "slurm", "--workers", "2"),
+            ("run", plan, "--dry-run"),
+            ("execute", plan, "-o", tmp_path / "x", "--part", "0"),
+        ):
+            capsys.readouterr()
+            assert run(*call, *option) == 2
+            assert capsys.readouterr().err.startswith(f"error: {option[0]} ")
+    assert not (tmp_path / "x").exists()
+
+
 def test_what_means_nothing_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     inputs: dict[str, Any] = {"base": place / "base", "adapters": place / "adapter"}
