@@ -184,8 +184,8 @@ def _beside(job: Writes, made: StoreOut) -> Moved:
         sizes.append(_RECORD)
     found = Moved(len(sizes) * (made.store.put_requests if made.force else _conditional(made)), 0, sum(sizes))
     if made.store.conditions is False:  # what lies there is looked at again, and the smallest of it read
-        few = 1 if plan.layout == "folder" else len(plan.files) + 1
-        found += Moved(few + min(len(sizes), 3), sum(sorted(sizes)[:3]))
+        small = sorted(sizes)[:3] if plan.layout == "folder" else []
+        found += Moved((1 if plan.layout == "folder" else len(plan.files)) + len(small), sum(small))
     return found
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import pytest
 from bases import gguf_adapter, gguf_base, wide_base
 from models import plain_adapter, plain_base
 from store_server import CUT, HANG_UP, LOSE_ANSWER, Asked, Proxy, proxied
+from store_server import SLOW as SLOW_BODY
 from test_writing import first_of_each, here, within
 
 import adapterkit
@@ -286,6 +291,65 @@ def test_what_is_swept_is_gone(store: Store, small: tuple[Path, Path], place: st
     assert [one.key for one in store.entries(f"{place}/")] == [f"{place}/.out.results-0123456789ab/x"]
 
 
+@pytest.mark.slow
+def test_a_process_that_is_killed(
+    proxy: Proxy, store: Store, small: tuple[Path, Path], merged: dict[str, bytes], place: str
+) -> None:
+    out, running = f"{store.root.scheme}://{BUCKET}/{place}/out", list[subprocess.Popen[bytes]]()
+
+    def kill(asked: Asked) -> None:
+        """When the second of three files is on its way."""
+        sent = asked.path.encode() + unquote(asked.query).encode() + asked.body[:300]
+        if asked.method in ("PUT", "POST") and b"00002-of-00003" in sent and b".upload" not in sent and running:
+            os.kill(running[0].pid, signal.SIGKILL)
+
+    proxy.rule = kill  # type: ignore[assignment]
+    command = [sys.executable, "-m", "adapterkit", "merge", *map(str, small), "-o", out, "--jobs", "1", "--resume"]
+    running.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL))
+    assert running[0].wait(300) == -signal.SIGKILL
+    proxy.clear()
+    assert there(store, f"{place}/out") == {}
+    assert store.entries(f"{place}/.")
+    adapterkit.merge(*small, out, resume=True)
+    assert there(store, f"{place}/out/") == merged
+    assert store.entries(f"{place}/.") == []
+
+
+def test_credentials_that_expire_are_looked_for_again(proxy: Proxy, store: Store, place: str) -> None:
+    """Whoever hands them out has put new ones where the first came from."""
+    from adapterkit.stores.azure import Account, Azure
+    from adapterkit.stores.gcs import Gcs
+    from adapterkit.stores.http import Http
+
+    made: Store
+    tokens, spoilt = ["new", "old"], list[str]()
+
+    def token(fresh: bool) -> str:
+        if fresh:
+            tokens.pop()
+        return f"Bearer {tokens[-1]}"
+
+    def rule(asked: Asked) -> tuple[int, str] | None:
+        """Of Azure, whose emulator has one key, the first request is refused; of Google every one with the old token."""
+        old = asked.headers.get("authorization") == "Bearer old" if isinstance(made, Gcs) else not spoilt
+        spoilt.append(asked.path)
+        wrong = (401, "authError") if isinstance(made, Gcs) else (403, "AuthenticationFailed")
+        return wrong if old else None
+
+    if isinstance(store, Azure):
+        service = store.account.service
+        made = Azure(store.root, Account(service, "old"), lambda: Account(service, "new"), lambda address: made)
+    else:
+        made = Gcs(store.root, Http(), proxy.endpoint, token)
+    proxy.rule = rule
+    made.put(f"{place}/x", b"one")
+    assert made.renewals == 1
+    assert store.read(f"{place}/x", 0, 3) == b"one"
+    again = made.begin(f"{place}/y", {}, Address(store.root.scheme, BUCKET, f"{place}/.w"))
+    again.put(1, b"two")
+    assert made.renewals == 1
+
+
 def test_parts_by_several_workers(
     store: Store, small: tuple[Path, Path], merged: dict[str, bytes], place: str, tmp_path: Path
 ) -> None:
@@ -317,6 +381,7 @@ PASSING = [
     (LOSE_ANSWER, "POST"),
     (LOSE_ANSWER, "PUT"),
     (CUT, "GET"),
+    pytest.param(SLOW_BODY, "GET", marks=SLOW),
     pytest.param((503, "ServerBusy"), "PUT", marks=SLOW),
     pytest.param((429, "rateLimitExceeded"), "GET", marks=SLOW),
     pytest.param(HANG_UP, "PUT", marks=SLOW),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from adapterkit.adapters.adapter import Adapter
     from adapterkit.checkpoint.checkpoint import Checkpoint
+    from adapterkit.places import Address
     from adapterkit.registry.record import Parent, Record
 
 Ref = str | Path
@@ -195,11 +196,12 @@ def residual_of(adapter: Adapter) -> VerifiedInput:
     return VerifiedInput("residual", adapter.ref, f"sha256:{adapter_parent(adapter).content}")
 
 
-def prompts_of(path: Path) -> VerifiedInput:
+def prompts_of(place: Ref | Address) -> VerifiedInput:
     """The texts that models answer, by digest."""
-    from adapterkit.disk.copying import hash_file
+    from adapterkit.disk import hash_file
+    from adapterkit.stores.files import brought
 
-    return VerifiedInput("prompts", str(path), f"sha256:{hash_file(path)[0]}")
+    return VerifiedInput("prompts", str(place), f"sha256:{hash_file(brought(place))[0]}")
 
 
 def digest(checkpoint: Checkpoint) -> str:

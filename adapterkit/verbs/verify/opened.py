@@ -90,7 +90,7 @@ class OpenVerification:
 
         found = inputs(self.found, self.stored, self.loaded, self.planned.weights, None)
         beside = () if self.beside is None else (residual_of(self.beside),)
-        asked = () if self.request.prompts is None else (prompts_of(Path(self.request.prompts)),)
+        asked = () if self.request.prompts is None else (prompts_of(self.request.prompts),)
         return (*found, *beside, *asked)
 
     def compared(self, jobs: int | None, progress: Progress | None) -> tuple[Judged, ...]:
