@@ -218,6 +218,8 @@ def test_the_matrix_has_every_python_that_is_supported() -> None:
     assert versions[0] == least[1]
     numbers = [int(version.partition(".")[2]) for version in versions]
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    said = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', (ROOT / "pyproject.toml").read_text())
+    assert said == versions
 
 
 def test_the_conda_recipe_says_what_pyproject_says() -> None:

@@ -107,8 +107,8 @@ def a_store(inputs: Path, work: Path) -> Iterator[dict[str, str]]:
         yield {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET, **ELSEWHERE}
 
 
-def try_one(python: str, extras: str, wheel: Path, inputs: Path, work: Path, store: dict[str, str]) -> dict[str, Any]:
-    """Install and run; what came of it."""
+def try_one(python: str, extras: str, wheel: Path, inputs: Path, work: Path, around: dict[str, str]) -> dict[str, Any]:
+    """Install and run; what came of it. ``around`` is what the environment says of stores."""
     version = subprocess.check_output([python, "-c", "import platform; print(platform.python_version())"], text=True)
     row: dict[str, Any] = {"python": version.strip(), "extras": extras or "none"}
     env = work / "env"
@@ -142,7 +142,7 @@ def try_one(python: str, extras: str, wheel: Path, inputs: Path, work: Path, sto
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     told = subprocess.run(
         [env / "bin/python", place / "without.py", asked],
-        capture_output=True, text=True, check=False, cwd=place, env={**clean, **store, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, check=False, cwd=place, env={**clean, **around, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     row["verbs_s"] = round(time.time() - began)
     if told.returncode != 0:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.target import Target
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.dtypes import DType
+    from adapterkit.ops.device import Device
 
 
 class Weights(ABC):
@@ -58,9 +59,11 @@ class Kernel(ABC):
 
     Attributes:
         wide: rows of W may be float64 too, and then W' is. Others get float32, and their change is added in float64.
+        anywhere: `new` takes rows of W on any device, and gives W' there.
     """
 
     wide: bool = False
+    anywhere: bool = False
 
     def parts(self, rows: range) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, float]] | None:
         """The delta of ``rows`` as low-rank parts ``(where in rows, left [k, r], right [r, columns], scale)``, or None
@@ -125,7 +128,7 @@ class RowMap(Kernel):
 class LowRank(Kernel):
     """W + scale * left @ right; left ``[rows, r]``, right ``[r, columns]``, float32 or float64."""
 
-    wide = True
+    wide = anywhere = True
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
         self.left, self.right, self.scale = left, right, scale
@@ -136,14 +139,14 @@ class LowRank(Kernel):
     def new(self, w: torch.Tensor, rows: range) -> torch.Tensor:
         import torch
 
-        left, right = (one.to(w.dtype) for one in (self.left[rows.start : rows.stop : rows.step], self.right))
+        left, right = (one.to(w.device, w.dtype) for one in (self.left[rows.start : rows.stop : rows.step], self.right))
         return torch.addmm(w, left, right, alpha=self.scale)
 
 
 class StackedLowRank(Kernel):
     """One low-rank delta per expert on a stack ``[experts * rows, columns]``; left ``[e, rows, r]``, right ``[e, r, c]``."""
 
-    wide = True
+    wide = anywhere = True
 
     def __init__(self, left: torch.Tensor, right: torch.Tensor, scale: float) -> None:
         self.left, self.right, self.scale = left, right, scale
@@ -163,7 +166,8 @@ class StackedLowRank(Kernel):
 
         out = torch.empty_like(w)
         for where, left, right, scale in self.parts(rows):
-            out[where] = torch.addmm(w[where], left.to(w.dtype), right.to(w.dtype), alpha=scale)
+            there = (one.to(w.device, w.dtype) for one in (left, right))
+            out[where] = torch.addmm(w[where], *there, alpha=scale)
         return out
 
 
@@ -255,6 +259,9 @@ class Checked(Renamed):
 
     def read_wide(self, start: int, stop: int) -> torch.Tensor:
         return self.read(start, stop)
+
+    def read_on(self, device: Device, start: int, stop: int) -> torch.Tensor:
+        return device.gather(self.read, start, stop, self.block)
 
 
 def raw(tensor: Tensor) -> torch.Tensor:

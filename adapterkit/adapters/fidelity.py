@@ -269,7 +269,8 @@ class Watch:
             count = rows // self._share
             first = start // tensor.block % self._share * count
             base, wanted = base[first : first + count], wanted[first : first + count]
-        written = wanted.to(tensor.dtype.torch) if through is None else through(wanted)
+        written = wanted.to(tensor.dtype.torch) if through is None else through(wanted).to(wanted.device)
+        importance = None if importance is None else importance.to(wanted.device)
         sums = block_sums(base, wanted, written, error=True, importance=importance)
         with self._lock:
             self._sums.setdefault(key, {})[start] = sums
@@ -297,7 +298,7 @@ def through_format(
 
         if turned:
             held = rows.reshape(-1, columns)
-            upright = torch.zeros(columns, -(-held.shape[0] // WHOLE_GROUPS) * WHOLE_GROUPS)
+            upright = torch.zeros(columns, -(-held.shape[0] // WHOLE_GROUPS) * WHOLE_GROUPS, device=rows.device)
             upright[:, : held.shape[0]] = held.T
             return put(upright, upright.shape[1])[:, : held.shape[0]].T.reshape(rows.shape)
         return put(rows, columns)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.change import Weights
 from adapterkit.checkpoint.tensor import BLOCK, Tensor, rounded
 from adapterkit.dtypes import F32, F64
-from adapterkit.ops.device import CPU
+from adapterkit.ops.device import CPU, larger, opened
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
@@ -20,9 +20,14 @@ if TYPE_CHECKING:
     from adapterkit.adapters.change import Change, Kernel
     from adapterkit.adapters.target import Piece, Target
     from adapterkit.dtypes import DType
+    from adapterkit.ops.device import Device
 
-    # Told of each block: the element it starts at, W as stored, and W' before rounding; both ``[rows, columns]``.
+    # Told of each block: the element it starts at, W as stored, and W' before rounding; both ``[rows, columns]``, where they
+    # were computed.
     Watcher = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+KEPT = 2  # blocks of a tensor that stay on a device for who reads on
 
 
 class StoredWeights(Weights):
@@ -145,6 +150,10 @@ class Merged(Tensor):
         self.columns, self.device = max(columns, 1), device
         held = base.block
         self._step = held if held % self.columns == 0 else max(1, BLOCK // self.columns) * self.columns
+        if device != CPU:
+            self._step = larger(self._step)
+        self._recent = _Recent()
+        self._stayed: set[str] = set()
         self.watch: Watcher | None = None
         self.odd: dict[int, int] = {}  # how many values of a block are NaN or infinite, where some are
 
@@ -167,11 +176,22 @@ class Merged(Tensor):
         found = " + ".join(dict.fromkeys(words)) or "copy"
         return found if self.factor == 1 else f"{found}, all *{self.factor:g}"
 
+    @property
+    def on_cpu(self) -> frozenset[str]:
+        return frozenset(self._stayed)
+
     def read(self, start: int, stop: int) -> torch.Tensor:
-        return rounded(self._wide(start, stop), self.dtype, self.name).cpu()
+        device = opened(self.device)
+        found = self._wide(start, stop)
+        with device.at_work():
+            found = rounded(found, self.dtype, self.name)
+        return device.down(found)
 
     def read_wide(self, start: int, stop: int) -> torch.Tensor:
-        return self._wide(start, stop).cpu()
+        return opened(self.device).down(self._wide(start, stop))
+
+    def read_on(self, device: Device, start: int, stop: int) -> torch.Tensor:
+        return self._wide(start, stop) if device.name == self.device else super().read_on(device, start, stop)
 
     def _wide(self, start: int, stop: int) -> torch.Tensor:
         import torch
@@ -193,9 +213,12 @@ class Merged(Tensor):
             part[0].view(-1) if len(part) == 1 else torch.cat([one.view(-1) for one in part])
             for part in zip(*blocks, strict=True)
         )
-        return found[1][start - first : stop - first].cpu(), found[0][start - first : stop - first].to(found[1].dtype)
+        new, old = (one[start - first : stop - first] for one in (found[1], found[0].to(found[1].dtype)))
+        device = opened(self.device)
+        return device.down(new), device.down(old)
 
     def release(self) -> None:
+        self._recent.clear()
         self.base.release()
         for _, loaded in self.applied:
             loaded.release()
@@ -204,32 +227,74 @@ class Merged(Tensor):
         return self._pair(start)[1].view(-1)
 
     def _pair(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A block of W as stored and of W', both ``[rows, columns]``."""
+        """A block of W as stored and of W', both ``[rows, columns]``, on the device.
+
+        A block of a device is large, and views between here and the output read it in pieces of their own: it is kept for them.
+        """
+        if self.device == CPU:
+            return self._computed(start)
+        return self._recent.get(start, self._computed)
+
+    def _computed(self, start: int) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
+        device = opened(self.device)
         stop = min(start + self._step, self.numel)
         columns = self.columns
         low, high = start // columns, stop // columns
-        stored = self.base.read_wide(start, stop).view(-1, columns)
-        acc = stored.to(self.device)
-        acc = acc if acc.dtype == torch.float64 else acc.float()
-        if acc.data_ptr() == stored.data_ptr():
-            acc = acc.clone()
-        one = self.applied[0][0] if self.applied else None
-        alone = one is not None and one.weight == 1 and all(applied.change is one.change for applied, _ in self.applied)
-        for applied, loaded in self.applied:
-            if applied.piece.transposed:
-                _add_transposed(acc, stored, applied, loaded, low, high, alone)
-            else:
-                _add(acc, stored, applied, loaded, low, high, alone)
-        if self.factor != 1:
-            acc.mul_(self.factor)
-            stored = stored.to(acc.dtype) * self.factor
-        if not math.isfinite(float(acc.sum())):
-            self.odd[start] = int((~torch.isfinite(acc)).sum())
-        if self.watch is not None:
-            self.watch(start, stored, acc.cpu())
+        for _, loaded in self.applied:
+            loaded.kernel()  # reads the adapter: not while others wait for the device
+        stored = device.gather(self.base.read_wide, start, stop, self.base.block).view(-1, columns)
+        with device.at_work():
+            acc = stored if stored.dtype == torch.float64 else stored.float()
+            if acc is stored:
+                acc = stored.clone()
+            one = self.applied[0][0] if self.applied else None
+            same = one is not None and all(applied.change is one.change for applied, _ in self.applied)
+            alone = one is not None and one.weight == 1 and same
+            for applied, loaded in self.applied:
+                add = _add_transposed if applied.piece.transposed else _add
+                if not add(acc, stored, applied, loaded, low, high, alone):
+                    self._stayed.add(applied.change.how.partition(" ")[0])
+            if self.factor != 1:
+                acc.mul_(self.factor)
+                stored = stored.to(acc.dtype) * self.factor
+            if not math.isfinite(float(acc.sum())):
+                self.odd[start] = int((~torch.isfinite(acc)).sum())
+            if self.watch is not None:
+                self.watch(start, stored, acc)
         return stored, acc
+
+
+class _Recent:
+    """The blocks that were computed last, by where they start; one thread computes a block, others wait for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[int, _Once] = {}
+
+    def get(
+        self, start: int, compute: Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        with self._lock:
+            once = self._held.pop(start, None) or _Once()
+            self._held[start] = once  # the last that was asked for
+            while len(self._held) > KEPT:
+                del self._held[next(iter(self._held))]
+        with once.lock:
+            if once.made is None:
+                once.made = compute(start)
+            return once.made
+
+    def clear(self) -> None:
+        with self._lock:
+            self._held.clear()
+
+
+class _Once:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.made: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def not_finite(tensors: Iterable[Tensor]) -> tuple[str, ...]:
@@ -252,14 +317,15 @@ def _overlap(rows: range, start: int, stop: int) -> range:
 
 def _add(
     acc: torch.Tensor, stored: torch.Tensor, applied: Applied, loaded: Loaded, low: int, high: int, alone: bool
-) -> None:
+) -> bool:
+    """Add a change to rows ``low:high``; whether all of it was computed where ``acc`` is."""
     import torch
 
     piece, kernel = applied.piece, loaded.kernel()
     held = range(piece.at, piece.at + piece.count * piece.at_step, piece.at_step)
     wanted = _overlap(held, low, high)
     if not len(wanted):
-        return
+        return True
     where = slice(wanted.start - low, wanted[-1] + 1 - low, piece.at_step)
     first = piece.row + (wanted.start - piece.at) // piece.at_step * piece.row_step
     rows = range(first, first + len(wanted) * piece.row_step, piece.row_step)
@@ -267,25 +333,27 @@ def _add(
     parts = kernel.parts(rows)
     if parts is not None:
         for sub, left, right, scale in parts:
-            there = (factor.to(acc.device, acc.dtype) for factor in (left, right))
-            torch.addmm(out[sub], *there, alpha=scale * applied.weight, out=out[sub])
-        return
+            both = (factor.to(acc.device, acc.dtype) for factor in (left, right))
+            torch.addmm(out[sub], *both, alpha=scale * applied.weight, out=out[sub])
+        return True
     w = stored[where].to(acc.dtype if kernel.wide else torch.float32)
-    new = kernel.new(w, rows)
+    there = w if kernel.anywhere else w.cpu()
+    new = kernel.new(there, rows)
     if alone and new.dtype == acc.dtype:
-        acc[where] = new
+        acc[where] = new.to(acc.device)
     else:
-        acc[where] += (applied.weight * (new - w)).to(acc.device, acc.dtype)
+        acc[where] += (applied.weight * (new - there)).to(acc.device, acc.dtype)
+    return there is w
 
 
 def _add_transposed(
     acc: torch.Tensor, stored: torch.Tensor, applied: Applied, loaded: Loaded, low: int, high: int, alone: bool
-) -> None:
+) -> bool:
     piece = applied.piece
     held = range(applied.target.matrix[1])[piece.held_columns(applied.target.matrix[1])]
     wanted = _overlap(range(piece.at, piece.at + len(held)), low, high)
     if not len(wanted):
-        return
+        return True
     kernel = loaded.kernel()
     where = slice(wanted.start - low, wanted.stop - low)
     columns = slice(held[wanted.start - piece.at], held[wanted.stop - piece.at - 1] + 1, held.step)
@@ -298,12 +366,14 @@ def _add_transposed(
             part = out[:, sub]
             there = (factor.to(acc.device, acc.dtype) for factor in (right[:, columns].T, left.T))
             part.addmm_(*there, alpha=scale * applied.weight)
-        return
+        return True
     new = loaded.whole()[rows.start : rows.stop : rows.step, columns].T
     if alone and new.dtype == acc.dtype:
-        acc[where, beside] = new
+        acc[where, beside] = new.to(acc.device)
     else:
-        out += (applied.weight * (new - stored[where, beside].to(new.dtype))).to(acc.device, acc.dtype)
+        before = stored[where, beside].to(new.device, new.dtype)
+        out += (applied.weight * (new - before)).to(acc.device, acc.dtype)
+    return new.device == acc.device
 
 
 def merged_columns(applied: tuple[Applied, ...], shape: tuple[int, ...]) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.checkpoint.tensor import BLOCK, Tensor
 from adapterkit.errors import CheckpointError
+from adapterkit.ops.device import CPU, larger, opened
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,6 +65,7 @@ class Encoding:
         weight: the floats that are encoded.
         words: what the format is called.
         witness: told of every range that is encoded.
+        device: where it is encoded.
     """
 
     def __init__(self, weight: Tensor, encoder: Encoder, both: Both | None = None, words: str = "") -> None:
@@ -71,6 +73,7 @@ class Encoding:
         factor = encoder.unit // gcd(encoder.unit, weight.block)
         self.step = weight.block * factor if factor <= 4 else max(1, BLOCK // encoder.unit) * encoder.unit
         self.witness: Witness | None = None
+        self.device = CPU
         self._lock = threading.Lock()
         self._users = len(encoder.made)
         self._clear()
@@ -82,6 +85,11 @@ class Encoding:
         self._second: _Pass | None = None
         self._looks: dict[int, torch.Tensor] = {}
         self._looked = not self.encoder.twice
+
+    def place_on(self, device: str) -> None:
+        """Encode on a device, in larger ranges; before anything is read."""
+        if device != CPU and self.encoder.anywhere:
+            self.device, self.step = device, larger(self.step)
 
     @property
     def again(self) -> bool:
@@ -147,11 +155,13 @@ class Encoding:
             with self._lock:
                 self._settle()
         new, old = self._read(start)
-        self._check(start, new)
-        encoded = self.encoder.encode(start, new, old)
-        if self.witness is not None and old is not None:
-            self.witness(start, old, new, self.encoder.values(start, encoded))
-        return encoded
+        device = opened(self.device)
+        with device.at_work():
+            self._check(start, new)
+            encoded = self.encoder.encode(start, new, old)
+            if self.witness is not None and old is not None:
+                self.witness(start, old, new, self.encoder.values(start, encoded))
+        return tuple(device.down(part) for part in encoded)
 
     def _check(self, start: int, values: torch.Tensor) -> None:
         """
@@ -176,16 +186,21 @@ class Encoding:
             self._looks, self._looked = {}, True
 
     def _look(self, start: int) -> None:
-        found = self.encoder.look(start, *self._read(start))
+        new, old = self._read(start)
+        device = opened(self.device)
+        with device.at_work():
+            found = device.down(self.encoder.look(start, new, old))
         with self._lock:
             self._looks[start] = found
 
     def _read(self, start: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         stop = min(start + self.step, self.weight.numel)
+        device = opened(self.device)
         if self._both is not None:
-            return self._both(start, stop)
+            new, old = self._both(start, stop)
+            return device.up(new), None if old is None else device.up(old)
         # Before a merge's rounding to 16 bits, where there is one: the grid is the only rounding.
-        return self.weight.read_wide(start, stop), None
+        return self.weight.read_on(device, start, stop), None
 
 
 def _together(kept: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
@@ -240,6 +255,15 @@ class Encoded(Tensor):
         parts = [self.shared.codes(at) for at in starts]
         found = parts[0] if len(parts) == 1 else torch.cat(parts)
         return found[start - first : stop - first]
+
+    def place_on(self, device: str) -> None:
+        if self.first:
+            self.shared.place_on(device)
+
+    @property
+    def on_cpu(self) -> frozenset[str]:
+        stayed = self.shared.weight.on_cpu
+        return stayed if self.shared.encoder.anywhere else stayed | {self.shared.encoder.called}
 
     def release(self) -> None:
         self.shared.release()

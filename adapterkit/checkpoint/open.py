@@ -53,7 +53,7 @@ def locate(ref: str | Path, *, headers_only: bool = False) -> Listing:
     except (HubError, NotFound) as error:
         near = _beside(path) if path.parent.name else ""
         if near:  # meant as a path, perhaps
-            error.hint = f"of the folders here, did you mean {near}?"
+            error.hint = f"{error.hint}; or, of the folders here, did you mean {near}?"
         raise
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from adapterkit.checkpoint.files import Source
     from adapterkit.dtypes import DType
+    from adapterkit.ops.device import Device
 
 BLOCK = 1 << 19  # elements per block: few enough for a cache, enough that Python around them does not count
 
@@ -94,6 +95,18 @@ class Tensor(ABC):
         """The bytes of elements ``start:stop``, uint8, where the tensor is `plain`."""
         raise NotImplementedError(self.name)
 
+    def read_on(self, device: Device, start: int, stop: int) -> torch.Tensor:
+        """As `read_wide`, on a device; nothing comes back from it where the node computes there itself."""
+        return device.gather(self.read_wide, start, stop, self.block)
+
+    def place_on(self, device: str) -> None:
+        """Have what is encoded of this tensor be encoded on a device. What is only read or decoded is so on the CPU."""
+
+    @property
+    def on_cpu(self) -> frozenset[str]:
+        """What of it is computed on the CPU though a device was named, in words; known when it has been read."""
+        return frozenset()
+
     def raw(self) -> bytes:
         """All bytes, for small tensors: without torch where they lie in a file."""
         extent = self.extent
@@ -163,6 +176,16 @@ class Renamed(Tensor):
 
     def read_wide(self, start: int, stop: int) -> torch.Tensor:
         return self.inner.read_wide(start, stop)
+
+    def read_on(self, device: Device, start: int, stop: int) -> torch.Tensor:
+        return self.inner.read_on(device, start, stop)
+
+    def place_on(self, device: str) -> None:
+        self.inner.place_on(device)
+
+    @property
+    def on_cpu(self) -> frozenset[str]:
+        return self.inner.on_cpu
 
     def release(self) -> None:
         self.inner.release()

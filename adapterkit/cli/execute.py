@@ -13,6 +13,7 @@ from adapterkit.cli.output import Progress, say, show_json, size
 from adapterkit.cli.paths import FILE_THERE
 from adapterkit.cli.run import failed
 from adapterkit.cli.verification import OWN, check_of_plan, deliver
+from adapterkit.requests.option import DEVICES
 
 if TYPE_CHECKING:
     from adapterkit.places import Address
@@ -33,6 +34,7 @@ def _of_verification(command: click.Command) -> click.Command:
 @click.option("--part-size", metavar="SIZE", help="Work of a part, like 1GB; by default a part is a file.")
 @click.option("--finish", is_flag=True, help="All parts are done: make the folder.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads.")
+@click.option("--device", metavar=DEVICES, help="Compute here and not where the plan says; it is then another plan.")
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--served", is_flag=True, hidden=True, help="Execute the parts whose numbers stand on standard input.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -43,6 +45,7 @@ def command(
     part_size: str | None,
     finish: bool,
     jobs: int | None,
+    device: str | None,
     force: bool,
     served: bool,
     as_json: bool,
@@ -61,11 +64,11 @@ def command(
     from adapterkit.checkpoint.plan import MOST_PLAN, Plan, parse_size
     from adapterkit.disk import read_regular
     from adapterkit.stores.files import brought
-    from adapterkit.verbs.execute import OpenPlan, execute, has_parts
+    from adapterkit.verbs.execute import OpenPlan, execute, has_parts, on_device
 
     if part is not None and finish:
         raise click.UsageError("--part and --finish exclude each other: parts come first.")
-    loaded = Plan.from_json(read_regular(brought(plan), MOST_PLAN, str(plan)))
+    loaded = on_device(Plan.from_json(read_regular(brought(plan), MOST_PLAN, str(plan))), device)
     check_of_plan(asked, loaded, part is None and not served)
     opened = OpenPlan(loaded, out, None if part_size is None else parse_size(part_size))
     if served:

@@ -10,6 +10,8 @@ import click
 from adapterkit.cli.output import Progress, count, note, say, show_json
 from adapterkit.cli.paths import FILE_THERE
 from adapterkit.errors import UsageError
+from adapterkit.ops.device import CPU
+from adapterkit.requests.option import DEVICES
 
 if TYPE_CHECKING:
     from adapterkit.places import Address
@@ -36,6 +38,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="To compute in.",
 )
+@click.option(
+    "--device",
+    default=CPU,
+    show_default=True,
+    metavar=DEVICES,
+    help="Where the model runs: cpu, cuda (of several cuda:1) or mps.",
+)
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(
@@ -46,6 +55,7 @@ def command(
     chunk: int,
     chunks: int | None,
     dtype: str,
+    device: str,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -73,7 +83,17 @@ def command(
     if model is None or text is None:
         raise UsageError("MODEL and --text are missing", "give them, or matrices to add up with --in-file")
     progress = Progress("running over chunk", enabled=not as_json, form=count)
-    report = imatrix(model, text, out, chunk=chunk, chunks=chunks, dtype=dtype, force=force, progress=progress)
+    report = imatrix(
+        model,
+        text,
+        out,
+        chunk=chunk,
+        chunks=chunks,
+        dtype=dtype,
+        device=device,
+        force=force,
+        progress=progress,
+    )
     progress.close()
     if as_json:
         show_json(report)

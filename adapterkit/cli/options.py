@@ -146,7 +146,7 @@ def _example(verb: str, word: str) -> str:
 
     try:
         lines = look(word)[1] if word and Path(word).expanduser().exists() else []
-    except AdapterkitError:
+    except (AdapterkitError, OSError):
         lines = []
     return next((line for line in lines if line.startswith(f"adapterkit {verb} ")), "")
 

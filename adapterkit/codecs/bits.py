@@ -34,7 +34,7 @@ def _e8m0() -> torch.Tensor:
 def floats(codes: torch.Tensor) -> torch.Tensor:
     """8-bit floats or integers as float32."""
     if codes.dtype.is_floating_point and codes.element_size() == 1:
-        found = torch.index_select(_bytes_of(codes.dtype), 0, codes.view(torch.uint8).view(-1).int())
+        found = torch.index_select(_bytes_of(codes.dtype).to(codes.device), 0, codes.view(torch.uint8).view(-1).int())
         return found.view(codes.shape)
     return codes.float()
 
@@ -42,13 +42,13 @@ def floats(codes: torch.Tensor) -> torch.Tensor:
 def e2m1(codes: torch.Tensor) -> torch.Tensor:
     """Bytes of two 4-bit floats each, low half first, as float32 with twice as many columns."""
     flat = codes.contiguous().view(torch.uint8).view(-1).int()
-    return torch.index_select(_e2m1_pairs(), 0, flat).view(torch.float32).view(*codes.shape[:-1], -1)
+    return torch.index_select(_e2m1_pairs().to(flat.device), 0, flat).view(torch.float32).view(*codes.shape[:-1], -1)
 
 
 def powers(codes: torch.Tensor) -> torch.Tensor:
     """Scales 2^(byte - 127), stored as e8m0 or as plain bytes, as float32."""
     flat = codes.contiguous().view(torch.uint8).view(-1).int()
-    return torch.index_select(_e8m0(), 0, flat).view(codes.shape)
+    return torch.index_select(_e8m0().to(flat.device), 0, flat).view(codes.shape)
 
 
 def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
@@ -64,7 +64,7 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         if bits < 8:
             found = torch.stack([(found >> shift) & mask for shift in range(0, 8, bits)], -1).view(rows, -1)
         return found[:, :count].int()
-    at = torch.arange(count) * bits
+    at = torch.arange(count, device=words.device) * bits
     word, shift = at // 32, at % 32
     wide = words.long() & 0xFFFFFFFF
     wide = torch.nn.functional.pad(wide, (0, 1))
@@ -95,7 +95,7 @@ def to_e2m1(values: torch.Tensor) -> torch.Tensor:
     """Float32 values as e2m1 codes (uint8, one per value), to nearest even; larger ones become 6."""
     bits = values.contiguous().view(torch.int32)
     at = ((bits >> 15) & 0x1FFFE) | ((bits & 0xFFFF) != 0)
-    return torch.index_select(_e2m1_codes(), 0, at.view(-1)).view(values.shape)
+    return torch.index_select(_e2m1_codes().to(at.device), 0, at.view(-1)).view(values.shape)
 
 
 def pair(codes: torch.Tensor) -> torch.Tensor:
@@ -120,10 +120,10 @@ def pack(numbers: torch.Tensor, bits: int) -> torch.Tensor:
         for index in range(1, 8 // bits):
             found |= wide[:, :, index] << (bits * index)
         return found.view(torch.int32)
-    at = torch.arange(count) * bits
+    at = torch.arange(count, device=numbers.device) * bits
     word, shift = at // 32, at % 32
     wide = numbers.long()
-    found = torch.zeros(rows, words + 1, dtype=torch.int64)
+    found = torch.zeros(rows, words + 1, dtype=torch.int64, device=numbers.device)
     found.index_add_(1, word, (wide << shift) & 0xFFFFFFFF)
     found.index_add_(1, word + 1, wide >> (32 - shift))
     return found[:, :words].to(torch.int32)

@@ -73,7 +73,7 @@ def decode_4bit(
         packed: uint8 ``[ceil(count / 2)]``, contiguous, starting with a block.
         absmax: float32, contiguous, one per block.
     """
-    found = torch.empty(count, dtype=dtype)
+    found = torch.empty(count, dtype=dtype, device=packed.device)
     blocks = count // blocksize
     done = blocks * blocksize
     if kind != "nf4" or not decode_nf4(packed[: done // 2], absmax[:blocks], blocksize, found[:done]):
@@ -86,7 +86,7 @@ def decode_4bit(
 
 def decode_by_table(packed: torch.Tensor, absmax: torch.Tensor, kind: str, blocksize: int, count: int) -> torch.Tensor:
     """As `decode_4bit`, in float32 and without bitsandbytes."""
-    found = torch.index_select(_byte_pairs(kind), 0, packed.int()).view(torch.float32)[:count]
+    found = torch.index_select(_byte_pairs(kind).to(packed.device), 0, packed.int()).view(torch.float32)[:count]
     full = count - count % blocksize
     blocks = full // blocksize
     found[:full].view(blocks, blocksize).mul_(absmax[:blocks, None])
@@ -128,7 +128,7 @@ def _cells(kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def encode_4bit(weights: torch.Tensor, absmax: torch.Tensor, kind: str, blocksize: int) -> torch.Tensor:
     """A flat tensor that starts with a block as packed codes, uint8 ``[ceil(count / 2)]``; see `absmax_of`."""
     count = weights.numel()
-    scaled = torch.zeros(count + count % 2)  # an odd end is padded by the code of zero
+    scaled = torch.zeros(count + count % 2, device=weights.device)  # an odd end is padded by the code of zero
     full = count - count % blocksize
     blocks = full // blocksize
     inverse = 1.0 / absmax[:blocks].clamp(min=1e-38)
@@ -138,7 +138,7 @@ def encode_4bit(weights: torch.Tensor, absmax: torch.Tensor, kind: str, blocksiz
     if full < count:
         torch.div(weights[full:].float(), absmax[blocks], out=scaled[full:count])
     scaled.clamp_(-1, 1)
-    below, edge, order = _cells(kind)
+    below, edge, order = (table.to(weights.device) for table in _cells(kind))
     upper = (scaled.view(torch.int32) >> 16) & 0xFFFF
     codes = torch.index_select(below, 0, upper)
     codes += scaled > torch.index_select(edge, 0, upper)

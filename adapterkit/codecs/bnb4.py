@@ -293,8 +293,8 @@ class FourBitAgain(Encoder):
                 changed[-1] = moved[full:].any()
         kept: torch.Tensor | None = None
         if not bool(changed.all()):
-            kept = self.stored(start, new.numel())
-            absmax = torch.where(changed, absmax, self.scales()[start // size :][: absmax.numel()])
+            kept = self.stored(start, new.numel()).to(new.device)
+            absmax = torch.where(changed, absmax, self.scales()[start // size :][: absmax.numel()].to(new.device))
         codes = encode_4bit(new, absmax, state.kind, size)
         short = -codes.numel() % (self._packed.dtype.bits // 8)
         codes = torch.nn.functional.pad(codes, (0, short))

@@ -111,9 +111,10 @@ class Int8(Encoder):
             changed = (new != old).view(-1, self._columns).any(1)
             if not bool(changed.all()):
                 row = start // self._columns
-                kept = self._codes.read(start, start + new.numel()).view(-1, self._columns)
+                kept = self._codes.read(start, start + new.numel()).view(-1, self._columns).to(new.device)
                 codes = torch.where(changed[:, None], codes, kept)
-                largest = torch.where(changed, largest, self._scales.read(row, row + changed.numel()).float())
+                before = self._scales.read(row, row + changed.numel()).float().to(new.device)
+                largest = torch.where(changed, largest, before)
         return codes.view(-1), largest
 
     def finish(self, held: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:

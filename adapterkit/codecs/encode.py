@@ -40,6 +40,9 @@ class Encoder(ABC):
         streams: the codes of a range lie together in the stored tensor. Otherwise all are held until the last is known.
         twice: the weight is read once before, by `look`, because what shares a scale is too large to be held.
         memory: bytes that are held until the last tensor is written.
+        anywhere: `look`, `encode` and `values` take values on any device, and give what they make there. `settle` and
+            `finish` get tensors on the CPU.
+        called: a few words for what stays on the CPU, where that is all of it.
     """
 
     made: tuple[TensorSpec, ...]
@@ -48,6 +51,8 @@ class Encoder(ABC):
     streams: bool = True
     twice: bool = False
     memory: int = 0
+    anywhere: bool = True
+    called: str = ""
 
     def look(self, start: int, new: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
         """What `settle` needs of a range, any float tensor; see `encode` for the arguments."""

@@ -168,6 +168,9 @@ class Fed(Encoder):
         shared: with the other weights of the model.
     """
 
+    anywhere = False  # columns follow each other, and what goes into the layers was gathered on the CPU
+    called = "rounding with feedback"
+
     def __init__(
         self,
         name: str,

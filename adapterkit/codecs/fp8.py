@@ -383,7 +383,7 @@ def torchao_nvfp4(over: StoredTensor, *, multiply: bool) -> Numbers:
         return to_e2m1(values * ((1.0 / tensor_scale) / scale.float()))
 
     def value(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
-        return torch.tensor(E2M1)[codes.int()] * (factors(scale) * tensor_scale)
+        return torch.tensor(E2M1).to(codes.device)[codes.int()] * (factors(scale) * tensor_scale)
 
     return Numbers(choose, code, value)
 
@@ -440,7 +440,7 @@ def e2m1_numbers(
         return to_e2m1(values / meant(scale))
 
     def value(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
-        return torch.tensor(E2M1)[codes.int()] * meant(scale)
+        return torch.tensor(E2M1).to(codes.device)[codes.int()] * meant(scale)
 
     return Numbers(choose, code, value)
 

@@ -235,7 +235,7 @@ def _awq_words(numbers: torch.Tensor) -> torch.Tensor:
     import torch
 
     parts = numbers.int().contiguous().view(numbers.shape[0], -1, 8)
-    found = torch.zeros(parts.shape[:2], dtype=torch.int32)
+    found = torch.zeros(parts.shape[:2], dtype=torch.int32, device=parts.device)
     for index in range(8):
         found |= parts[:, :, index] << (4 * ORDER.index(index))
     return found

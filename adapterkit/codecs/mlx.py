@@ -111,7 +111,7 @@ def _floats(parts: Parts, stem: str, words: StoredTensor, mode: str) -> Weight:
         from adapterkit.codecs.bits import E2M1
 
         table = torch.tensor(E2M1) if bits == 4 else torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
-        return table[codes.int()] * meant(scale)
+        return table.to(codes.device)[codes.int()] * meant(scale)
 
     def numbers() -> Numbers:
         return _float_numbers(mode, decoded)
@@ -294,7 +294,9 @@ def new(name: str, shape: tuple[int, ...], dtype: DType, double: bool, *, number
 
     def decoded(codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         table = torch.tensor(E2M1) if bits == 4 else torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
-        return table[codes.int()] * (scale.view(torch.float8_e4m3fn).float() if mode == "nvfp4" else factors(scale))
+        return table.to(codes.device)[codes.int()] * (
+            scale.view(torch.float8_e4m3fn).float() if mode == "nvfp4" else factors(scale)
+        )
 
     def complete(held: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
         return {spec.name: tensor.reshape(-1) for spec, tensor in zip(made[1:], held, strict=True)}

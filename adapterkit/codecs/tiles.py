@@ -209,7 +209,7 @@ class Tiles(Encoder):
         bounds: tuple[torch.Tensor, torch.Tensor] | None = None
         if self._settled:
             line = self.lines_of(first, first + rows)
-            low, high, moved = (one[line] for one in self._settled)
+            low, high, moved = (one[line].to(new.device) for one in self._settled)
             bounds = low, high
             changed = moved > 0 if again else None
         else:
@@ -224,9 +224,9 @@ class Tiles(Encoder):
             assert self.held is not None
             if self._codes is None:
                 self._codes = self.held.codes()
-            kept = self._codes(first, first + rows)
+            kept = self._codes(first, first + rows).to(new.device)
             if not bool(changed.any()):
-                scale, zero, _ = self.before(line)
+                scale, zero = self._before_on(line, new.device)
                 return self.given(kept, scale, zero)
         tiles, numbers = self._tiles(new), self._of(line)
         if numbers.search and self.held is None and bounds is None:
@@ -234,7 +234,7 @@ class Tiles(Encoder):
         else:
             scale, zero, times = numbers.choose(*(bounds or (tiles.amin((1, 3)), tiles.amax((1, 3)))))
         if kept is not None and changed is not None:
-            old_scale, old_zero, _ = self.before(line)
+            old_scale, old_zero = self._before_on(line, new.device)
             scale = where(changed, scale, old_scale)
             zero = None if zero is None or old_zero is None else where(changed, zero, old_zero)
         codes = numbers.code(tiles, _spread(scale), _spread_or_none(zero), _spread_or_none(times))
@@ -311,6 +311,11 @@ class Tiles(Encoder):
         scale, zero, order = self._all()
         return take(scale, line), None if zero is None else take(zero, line), order
 
+    def _before_on(self, line: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Stored scales and zero points of some lines, where the values are."""
+        scale, zero, _ = self.before(line)
+        return scale.to(device), None if zero is None else zero.to(device)
+
     def _all(self) -> tuple[torch.Tensor, torch.Tensor | None, _Order | None]:
         held = self.held
         if held is None:
@@ -367,7 +372,7 @@ class Tiles(Encoder):
                 return found
         found = self._tiles(new != old).any(3).any(1)
         order = self._all()[2]
-        return found if order is None else found & ~order.empty
+        return found if order is None else found & ~order.empty.to(found.device)
 
 
 def _spread(scale: torch.Tensor) -> torch.Tensor:

@@ -87,6 +87,8 @@ class Activations(TorchFunctionMode):
             found = self.sums[name] = ActivationSums(zeros, torch.zeros(matrices, dtype=torch.float64), turned)
         with torch.no_grad():
             rows = inputs.detach().float().square()
+            if rows.device.type == "mps":
+                rows = rows.cpu()  # it has no float64 to sum in
             if seen == 1:
                 found.squares[first] += rows.reshape(-1, width).sum(0, dtype=torch.float64).cpu()
                 found.counts[first] += rows.numel() // width

@@ -9,6 +9,7 @@ from adapterkit.checkpoint.tensor import BLOCK, Cast, Renamed, Stored, Tensor
 from adapterkit.dtypes import DTYPES, F32, DType
 from adapterkit.errors import CheckpointError, option
 from adapterkit.gguf.types import TYPES, GGMLType
+from adapterkit.ops.device import CPU, larger, opened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -139,10 +140,24 @@ class Quantized(Tensor):
         self.name, self.shape, self.inner, self.kind = inner.name, inner.shape, inner, kind
         self.dtype = dtype_of(kind)
         self.importance: npt.NDArray[np.float32] | None = None  # [matrices, columns], set once before reading
+        self.device = CPU
+
+    def place_on(self, device: str) -> None:
+        if self.kind.encoder != "ggml":
+            self.device = device
+
+    @property
+    def on_cpu(self) -> frozenset[str]:
+        stayed = self.inner.on_cpu
+        return stayed | {f"the encoder of {self.kind.name} (ggml's own)"} if self.kind.encoder == "ggml" else stayed
 
     @property
     def block(self) -> int:
-        return _rows(self.shape)
+        own = _rows(self.shape)
+        if self.device == CPU:
+            return own
+        inner = self.inner.block
+        return inner if inner % self.shape[-1] == 0 and inner > own else larger(own)
 
     @property
     def reads(self) -> int:
@@ -164,7 +179,8 @@ class Quantized(Tensor):
 
         inner = _leaf(self.inner)
         return (
-            inner is not None
+            self.device == CPU
+            and inner is not None
             and inner.dtype.code in _WIDENED
             and all(is_compiled(self.kind, given) for given in {False, self.importance is not None})
         )
@@ -173,41 +189,48 @@ class Quantized(Tensor):
         import torch
 
         first, rows = self._rows(start, stop)
-        wide = self.inner.read_wide(first, rows.stop * self.shape[-1]).float().view(len(rows), self.shape[-1])
-        return torch.from_numpy(self._encoded(wide, rows, start - first, stop - first))
+        device = opened(self.device)
+        found = self.inner.read_on(device, first, rows.stop * self.shape[-1])
+        with device.at_work():
+            made = self._encoded(found.float().view(len(rows), -1), rows.start)
+        return torch.from_numpy(made)[self._bytes(start - first) : self._bytes(stop - first)]
 
     def array(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
         first, rows = self._rows(start, stop)
         leaf = _leaf(self.inner)
         assert leaf is not None
-        wide = _wide(leaf, first, rows.stop * self.shape[-1]).reshape(len(rows), self.shape[-1])
-        return self._encoded(wide, rows, start - first, stop - first)
+        wide = _wide(leaf, first, rows.stop * self.shape[-1]).reshape(len(rows), -1)
+        return self._encoded(wide, rows.start)[self._bytes(start - first) : self._bytes(stop - first)]
 
     def _rows(self, start: int, stop: int) -> tuple[int, range]:
         """The element at which the first row of a range begins, and its rows."""
         columns = self.shape[-1]
         return start // columns * columns, range(start // columns, -(-stop // columns))
 
-    def _encoded(
-        self, rows: torch.Tensor | npt.NDArray[np.float32], numbers: range, low: int, high: int
-    ) -> npt.NDArray[np.uint8]:
-        """Bytes of the elements ``low:high`` of whole rows."""
+    def _bytes(self, elements: int) -> int:
+        return self.dtype.nbytes((elements,))
+
+    def _encoded(self, rows: torch.Tensor | npt.NDArray[np.float32], first: int) -> npt.NDArray[np.uint8]:
+        """The bytes of whole rows, of which ``first`` is the number of the first one.
+
+        Raises:
+            CheckpointError: a value that the type cannot hold.
+        """
         import numpy as np
 
         from adapterkit.gguf.encode import NonFiniteWeightError, encode
 
         parts = []
-        for at, count, importance in self._runs(numbers.start, len(numbers)):
+        for at, count, importance in self._runs(first, len(rows)):
             try:
                 parts.append(encode(self.kind.name, rows[at : at + count], importance).reshape(-1))
             except NonFiniteWeightError as error:
-                place = f"row {numbers.start + at + error.row}, column {error.column}"
+                place = f"row {first + at + error.row}, column {error.column}"
                 raise CheckpointError(
                     f"'{self.name}' cannot be {self.kind.name}: its value at {place} is not finite or too large",
                     error.hint,
                 ) from None
-        made = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return made[self.dtype.nbytes((low,)) : self.dtype.nbytes((high,))]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _runs(self, first: int, rows: int) -> Iterator[tuple[int, int, npt.NDArray[np.float32] | None]]:
         """Rows with one importance: all of them, or those of one expert after the other."""

@@ -25,9 +25,9 @@ def stream(seed: int, adapter: int, key: str) -> int:
     return int.from_bytes(blake2b(name, digest_size=8).digest(), "little")
 
 
-def uniform(start: int, first: int, count: int) -> torch.Tensor:
-    """Entries ``first .. first + count - 1`` of a stream: float64 in [0, 1), 53 random bits each."""
-    z = torch.arange(first + 1, first + 1 + count, dtype=torch.int64)
+def uniform(start: int, first: int, count: int, device: torch.device | None = None) -> torch.Tensor:
+    """Entries ``first .. first + count - 1`` of a stream: float64 in [0, 1), 53 random bits each, the same on every device."""
+    z = torch.arange(first + 1, first + 1 + count, dtype=torch.int64, device=device)
     z.mul_(_signed(_GAMMA)).add_(_signed(start))
     for shift, factor in _MIX:
         z.bitwise_xor_(_shifted(z, shift)).mul_(_signed(factor))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from adapterkit.ops.counter import stream, uniform
 from adapterkit.ops.lowrank import Factors, Svd, Truncated, check_bounds, cut, pick_rank, truncate
-from adapterkit.ops.rows import Dense, blocks, materialize
+from adapterkit.ops.rows import Dense, blocks, device_of, elements_on, materialize
 from adapterkit.ops.select import energy as energy_of
 from adapterkit.ops.threads import one_thread
 
@@ -33,6 +33,10 @@ _FIRST_GUESS = 16
 
 _HELD = 1 << 24
 """Matrices up to this many entries (64 MiB) are computed once and kept; the bits are the same either way."""
+
+
+_HELD_THERE = 1 << 28
+"""On a device 1 GiB: each pass would read them again, and send them there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +74,8 @@ def low_rank(
     if isinstance(delta, Factors):
         return truncate(delta, rank=rank, energy=energy, max_error=max_error)
     small = min(delta.shape)
-    if delta.shape[0] * delta.shape[1] <= _HELD:
+    most = _HELD if device_of(delta).type == "cpu" else _HELD_THERE
+    if delta.shape[0] * delta.shape[1] <= most:
         delta = Dense(materialize(delta))
     total = 0.0 if exact else energy_of(delta)
     bounded = energy is not None or max_error is not None
@@ -120,9 +125,10 @@ def _settled(kept: list[float], total: float) -> bool:
 
 def _pass(delta: DeltaRows, basis: torch.Tensor) -> _Sketch:
     m, n = delta.shape
-    y = torch.empty((m, basis.shape[1]), dtype=torch.float64)
-    z = torch.zeros((n, basis.shape[1]), dtype=torch.float64)
-    for start, stop in blocks((m, n)):
+    basis = basis.to(device_of(delta))
+    y = torch.empty((m, basis.shape[1]), dtype=torch.float64, device=basis.device)
+    z = torch.zeros((n, basis.shape[1]), dtype=torch.float64, device=basis.device)
+    for start, stop in blocks((m, n), elements_on(basis.device)):
         rows = delta.rows(start, stop).double()
         y[start:stop] = rows @ basis
         z += rows.T @ y[start:stop]

@@ -61,6 +61,11 @@ class Factors:
         return self.b.shape[0], self.a.shape[1]
 
     @property
+    def place(self) -> torch.device:
+        """Where they are."""
+        return self.b.device
+
+    @property
     def rank(self) -> int:
         """The inner dimension, which bounds the rank of the delta."""
         return self.b.shape[1]
@@ -69,13 +74,16 @@ class Factors:
         """Rows of the delta, summed in float64 tile by tile and rounded to float32 once."""
         first = start - start % TILE
         a = self.a.double()
+        if a.device.type != "cpu" and stop > start:  # one product: a device has bits of its own anyway
+            return (self.b[start:stop].double() @ a).float()
         tiles = [self.b[i : i + TILE].double() @ a for i in range(first, stop, TILE)]
         if not tiles:
-            return torch.empty((0, a.shape[1]), dtype=torch.float32)
+            return self.a.new_empty((0, a.shape[1]), dtype=torch.float32)
         return torch.cat(tiles)[start - first : stop - first].float()
 
     def entries(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
         """The entries at rows ``i`` and columns ``j`` (int64, same length) in float64."""
+        i, j = i.to(self.b.device), j.to(self.b.device)
         return (self.b[i].double() * self.a.T[j].double()).sum(1)
 
     def scaled(self, weight: float) -> Factors:
@@ -217,6 +225,37 @@ def truncate(
     """
     check_bounds(rank, energy, max_error)
     return cut(svd(factors), rank, energy, max_error)
+
+
+def truncate_all(
+    parts: Sequence[Factors], *, rank: int | None = None, energy: float | None = None, max_error: float | None = None
+) -> list[Truncated]:
+    """As `truncate`, of several deltas. On a device those of equal shapes are decomposed together.
+
+    Raises:
+        UsageError: a bound is out of range.
+    """
+    check_bounds(rank, energy, max_error)
+    alike: dict[object, list[int]] = {}
+    for at, part in enumerate(parts):
+        # LAPACK takes them one by one anyway, and its bits on the CPU are those of a single one.
+        key = at if part.b.device.type == "cpu" else (part.b.shape, part.a.shape, part.b.device)
+        alike.setdefault(key, []).append(at)
+    found: dict[int, Truncated] = {}
+    for places in alike.values():
+        several = [parts[at] for at in places]
+        for at, one in zip(places, [svd(several[0])] if len(places) == 1 else _svds(several), strict=True):
+            found[at] = cut(one, rank, energy, max_error)
+    return [found[at] for at in range(len(parts))]
+
+
+def _svds(parts: Sequence[Factors]) -> list[Svd]:
+    """The decompositions of deltas of equal shapes, in one call each of QR and SVD."""
+    left, x = torch.linalg.qr(torch.stack([part.b for part in parts]).double())
+    right, y = torch.linalg.qr(torch.stack([part.a for part in parts]).double().mT)
+    u, s, vh = torch.linalg.svd(x @ y.mT, full_matrices=False)
+    us, vs = left @ u, right @ vh.mT
+    return [Svd(us[at], s[at], vs[at]) for at in range(len(parts))]
 
 
 def cut(found: Svd, rank: int | None, energy: float | None, max_error: float | None) -> Truncated:

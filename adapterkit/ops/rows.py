@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from adapterkit.errors import AdapterError
+from adapterkit.ops.device import BATCH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,10 @@ class Dense:
     def shape(self) -> tuple[int, int]:
         return self.matrix.shape[0], self.matrix.shape[1]
 
+    @property
+    def place(self) -> torch.device:
+        return self.matrix.device
+
     def rows(self, start: int, stop: int) -> torch.Tensor:
         return self.matrix[start:stop].float()
 
@@ -58,6 +63,10 @@ class ScaledRows:
     def shape(self) -> tuple[int, int]:
         return self.delta.shape
 
+    @property
+    def place(self) -> torch.device:
+        return device_of(self.delta)
+
     def rows(self, start: int, stop: int) -> torch.Tensor:
         return (self.delta.rows(start, stop).double() * self.weight).float()
 
@@ -71,6 +80,14 @@ class ComputedRows:
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         return self.block(start, stop)
+
+
+def device_of(delta: DeltaRows) -> torch.device:
+    """Where a delta gives its rows. Those that do not say it give them on the CPU, or where they compute them."""
+    known: torch.device | None = getattr(delta, "place", None)
+    if known is not None:
+        return known
+    return delta.rows(0, 1).device if isinstance(delta, ComputedRows) else torch.device("cpu")
 
 
 def total(deltas: Sequence[DeltaRows]) -> DeltaRows:
@@ -98,10 +115,15 @@ def scaled(delta: DeltaRows, weight: float) -> DeltaRows:
     return own(weight) if own is not None else ScaledRows(delta, weight)
 
 
-def blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """Row ranges of about ``BLOCK_ELEMENTS`` entries that cover ``shape``, whole tiles where they can be."""
+def elements_on(device: torch.device) -> int:
+    """Entries per block of a streamed pass on a device."""
+    return BLOCK_ELEMENTS if device.type == "cpu" else BATCH
+
+
+def blocks(shape: tuple[int, int], elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
+    """Row ranges of about so many entries that cover ``shape``, whole tiles where they can be."""
     m, n = shape
-    step = max(1, BLOCK_ELEMENTS // max(1, n))
+    step = max(1, elements // max(1, n))
     if step > TILE:
         step -= step % TILE
     for start in range(0, m, step):
@@ -110,8 +132,9 @@ def blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
 
 def materialize(delta: DeltaRows) -> torch.Tensor:
     """The whole delta as float32 ``[m, n]``; for matrices known to be small, or on request."""
-    out = torch.empty(delta.shape, dtype=torch.float32)
-    for start, stop in blocks(delta.shape):
+    where = device_of(delta)
+    out = torch.empty(delta.shape, dtype=torch.float32, device=where)
+    for start, stop in blocks(delta.shape, elements_on(where)):
         out[start:stop] = delta.rows(start, stop)
     return out
 

@@ -6,7 +6,7 @@ from math import fsum
 from typing import TYPE_CHECKING
 
 from adapterkit.errors import AdapterError
-from adapterkit.ops.rows import blocks
+from adapterkit.ops.rows import blocks, device_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,13 +36,14 @@ def kth_magnitudes(delta: DeltaRows, ks: Sequence[int]) -> list[float]:
         return []
     if min(ks) < 1 or max(ks) > m * n:
         raise ValueError(f"k must be in 1..{m * n}")
-    coarse = torch.zeros(_BUCKETS, dtype=torch.int64)
+    where = device_of(delta)
+    coarse = torch.zeros(_BUCKETS, dtype=torch.int64, device=where)
     for start, stop in blocks(delta.shape):
         coarse += torch.bincount(_bits(delta.rows(start, stop)) >> _LOW, minlength=_BUCKETS)
     if int(coarse[_INF_BUCKET:].sum()):
         raise AdapterError("a delta has NaN or infinite entries", "check the adapter it came from")
     places = [_locate(coarse, k) for k in ks]
-    fine = {bucket: torch.zeros(1 << _LOW, dtype=torch.int64) for bucket, _ in places}
+    fine = {bucket: torch.zeros(1 << _LOW, dtype=torch.int64, device=where) for bucket, _ in places}
     for start, stop in blocks(delta.shape):
         bits = _bits(delta.rows(start, stop))
         upper = bits >> _LOW
@@ -79,4 +80,4 @@ def row_energies(rows: torch.Tensor) -> list[float]:
         rest = squares[:, half:]
         squares = squares[:, :half].clone()
         squares[:, : rest.shape[1]] += rest
-    return [float(v) for v in squares.flatten()]
+    return [float(v) for v in squares.flatten().cpu().tolist()]

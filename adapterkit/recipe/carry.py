@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.ops.device import check_there
 from adapterkit.recipe.lock import Pinned
 from adapterkit.recipe.schema import Table, known_options
 from adapterkit.recipe.steps import AUTO, COMBINE, MERGE, Input, Step, reference
@@ -14,6 +15,7 @@ from adapterkit.requests.adapters import CombineRequest
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.requests.merge import MergeRequest
 from adapterkit.verbs.job import Job, run
+from adapterkit.verbs.placed import device_of
 
 if TYPE_CHECKING:
     from adapterkit.checkpoint.write import Ready
@@ -97,6 +99,7 @@ def planned(step: Step, pins: Pins, how: How, *, headers_only: bool, force: bool
 def job_of(step: Step, pins: Pins, how: How, *, force: bool) -> Job:
     """A step, ready to be carried out."""
     job: Job = planned(step, pins, how, headers_only=False, force=force).job()
+    check_there(device_of(job.plan.request))
     return job
 
 

@@ -61,8 +61,8 @@ def check_pinned(address: Address, states: Mapping[str, str], job: Job) -> None:
     Raises:
         CheckpointError: an object was replaced meanwhile.
     """
-    own = {f"{address}/{name}": state for name, state in states.items()}
-    own |= {f"{address.parent}/{name}": state for name, state in states.items() if name == address.name}
+    folder = address.parent if address.name.partition("#")[0] in states else address
+    own = {f"{folder}/{name}": state for name, state in states.items()}
     for source in job.sources:
         if source.name in own and own[source.name] != stated(source.size, source.version):
             raise CheckpointError(f"{source.name} changed after the build looked at it", "build again")
@@ -104,14 +104,15 @@ def digests(out: Address, found: Mapping[str, StoredObject]) -> dict[str, str]:
     return said
 
 
-def drop(out: Address, known: Mapping[str, str], gone: Sequence[str]) -> None:
-    """Take away objects of an earlier output that are not of this one, where they are still as they were made."""
+def drop(out: Address, known: Mapping[str, str], gone: Sequence[str], *, is_file: bool) -> None:
+    """Take away objects of an earlier output that lie beside this one and are not of it, where they are still as they were
+    made."""
     from adapterkit.stores.connect import open_store
 
     store, found = open_store(out), {}
     for name in gone:
-        place = out.parent / name.removeprefix(BESIDE)
-        found[name] = store.head(place.key)
+        if is_file or name.startswith(BESIDE):
+            found[name] = store.head((out.parent / name.removeprefix(BESIDE)).key)
     keys = [one.key for name, one in found.items() if one is not None and stated(one.size, one.etag) == known.get(name)]
     if keys:
         store.delete(keys)

@@ -16,7 +16,7 @@ from adapterkit.errors import AdapterkitError, NotFound, RecipeError
 from adapterkit.recipe.mergekit import is_mergekit, read_mergekit
 from adapterkit.recipe.positions import line_of, positions
 from adapterkit.recipe.schema import Recipe, Table, known_options
-from adapterkit.requests.option import FLAG, NUMBER, PAIRS, PARAMETERS, PATH, REF, SWITCH, TEXT, WHOLE, Option
+from adapterkit.requests.option import DEVICE, FLAG, NUMBER, PAIRS, PARAMETERS, PATH, REF, SWITCH, TEXT, WHOLE, Option
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,7 +29,16 @@ Place = tuple[str | int, ...]
 DEFAULT, PYPROJECT = "adapterkit.toml", "pyproject.toml"
 _TABLE = ("tool", "adapterkit")
 OPTIONS = "options"
-_HINTS: dict[str, type] = {TEXT: str, REF: str, PATH: str, WHOLE: int, NUMBER: float, FLAG: bool, SWITCH: bool}
+_HINTS: dict[str, type] = {
+    TEXT: str,
+    DEVICE: str,
+    REF: str,
+    PATH: str,
+    WHOLE: int,
+    NUMBER: float,
+    FLAG: bool,
+    SWITCH: bool,
+}
 _WORDS = {
     str: "a string",
     bool: "true or false",

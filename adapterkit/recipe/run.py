@@ -400,13 +400,14 @@ class _Build:
         """As `_take_up`, of an output in a store: whether it is whole, its objects say, which name their plan. Where nothing
         changed since before it was begun, that run wrote nothing."""
         from adapterkit.verbs.execute import OpenPlan
+        from adapterkit.verbs.pinned import pinned
 
         assert isinstance(step.out, Address)
         coming = self._coming(step)
         if coming is None:
             return
         with located(self.file, "outputs", step.name):
-            job = job_of(step, self.pins, how, force=True)
+            job = pinned(job_of(step, self.pins, how, force=True))  # as a run names it
             if self._states_there(step, job) == dict(coming.files):
                 del self.state.coming[step.name]
                 return
@@ -424,7 +425,9 @@ class _Build:
         found = in_store.present(step.out, is_file=step.is_file, names=self._names(step, files))
         before = self.state.made.get(step.name)
         if before is not None and before.path == str(step.out):
-            in_store.drop(step.out, before.stored, [name for name in before.stored if name not in found])
+            in_store.drop(
+                step.out, before.stored, [name for name in before.stored if name not in found], is_file=step.is_file
+            )
         return Made(key, str(step.out), in_store.digests(step.out, found), stored=in_store.states(found))
 
     def _beside(self, step: Step, how: How) -> tuple[Beside, ...]:

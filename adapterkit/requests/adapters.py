@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from adapterkit.errors import UsageError
+from adapterkit.ops.device import check_wide
 from adapterkit.places import Address
-from adapterkit.requests.groups import ADAPTERS, BASE, COMBINE, OUTPUT, OfAdapters, Ruled, Running
+from adapterkit.requests.groups import ADAPTERS, BASE, COMBINE, OUTPUT, OfAdapters, Ruled, Running, device_option
 from adapterkit.requests.option import BYTES, FLAG, INPUT, NUMBER, OUTPUT_THERE, PATH, REF, VALUES, WHOLE, Request, opt
 from adapterkit.requests.workers import OnWorkers
 from adapterkit.values import dataclass
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 FACTOR_TYPES = ("f32", "bf16", "f16")
 FOLDERS = ("peft", "mlx")  # of several files
+FLOAT64 = "Decompositions are float64, which mps has not."
 STYLES = (*FOLDERS, "diffusers", "kohya", "comfyui", "lycoris")
 
 
@@ -56,6 +58,7 @@ class FactorOptions(Request):
             role=BYTES, group=OUTPUT, choices=STYLES, recipe="output.to",
         ),
     )  # fmt: skip
+    device: str = device_option(FLOAT64)
     own_ranks: bool = field(
         default=False,
         metadata=opt(
@@ -63,6 +66,10 @@ class FactorOptions(Request):
             role=BYTES, group=OUTPUT, recipe="output.own-ranks",
         ),
     )  # fmt: skip
+
+    def check(self) -> None:
+        super().check()
+        check_wide(self.device, "factors are computed")
 
     def styled(self, first: str) -> str:
         """What is written.

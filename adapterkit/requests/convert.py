@@ -18,8 +18,9 @@ from adapterkit.requests.groups import (
     GGUFOutput,
     Running,
     Types,
+    device_option,
 )
-from adapterkit.requests.merge import FEEDBACK, NEAREST
+from adapterkit.requests.merge import FEEDBACK, NEAREST, ON_CPU
 from adapterkit.requests.option import (
     BYTES,
     FLAG,
@@ -172,6 +173,7 @@ class ConvertRequest(Types, GGUFOutput, OnWorkers, Running):
             elsewhere={"record": "dtype or quant has it there"},
         ),
     )  # fmt: skip
+    device: str = device_option(ON_CPU)
     vocab_only: bool = field(
         default=False,
         kw_only=True,

@@ -58,14 +58,14 @@ def _listed() -> tuple[Format, ...]:
             "gguf",
             "gguf:plan",
             "a model as GGUF, or a GGUF model in other types",
-            _TYPES | _SHARDS | _GGUF | {"dtype"},
+            _TYPES | _SHARDS | _GGUF | {"dtype", "device"},
             ".gguf",
         ),
         Format(
             "mmproj",
             "mmproj:plan",
             "the tower of a model that sees or hears, as llama.cpp loads it beside the text",
-            _TYPES | _SAID | {"dtype"},
+            _TYPES | _SAID | {"dtype", "device"},
         ),
         Format("hf", "hf:plan", "a GGUF model as Hugging Face folder", _SHARDS | {"dtype"}),
         Format(
@@ -95,7 +95,7 @@ def _listed() -> tuple[Format, ...]:
                 f"folder:{name}",
                 what,
                 _SHARDS
-                | {"skip_modules", "rounding", "calibration"}
+                | {"skip_modules", "rounding", "calibration", "device"}
                 | ({"double_quant"} if name in nested() else set()),
             )
             for name, what in written().items()

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.experts import ORDERS
 from adapterkit.errors import UsageError
+from adapterkit.ops.device import CPU
 from adapterkit.requests.option import (
     BYTES,
     CALL,
+    DEVICE,
+    DEVICES,
     FLAG,
     NUMBER,
     PAIRS,
@@ -552,6 +555,21 @@ class GGUFOutput(Request):
             raise UsageError("an mmproj file belongs beside a GGUF file", "name the output like OUT.gguf")
         if self.server is not None and out is not None and Path(str(out)).suffix != ".gguf":
             raise UsageError(f"--for {self.server} is for a GGUF output", "name it like OUT.gguf, or leave out --for")
+
+
+WHERE = "Where blocks are computed: cpu, cuda (of several cuda:1) or mps."
+
+
+def device_option(more: str = "", *, role: str = BYTES, recipe: str = "output.device", **elsewhere: str) -> Any:
+    """The field ``device``.
+
+    Args:
+        more: what a verb has to say beside what is said of all.
+        role, recipe, elsewhere: see `adapterkit.requests.option.Option`.
+    """
+    words = f"{WHERE} {more}".strip()
+    said = opt(words, DEVICE, role=role, group=RUNNING, metavar=DEVICES, recipe=recipe, elsewhere=elsewhere)
+    return field(default=CPU, kw_only=True, metadata=said)
 
 
 _OF_BUILD = "of build, since no byte depends on it"

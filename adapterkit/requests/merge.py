@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from adapterkit.codecs.kinds import nested, written
 from adapterkit.dtypes import BY_LABEL, FLOATS, DType
 from adapterkit.errors import CheckpointError, UsageError, option
-from adapterkit.ops.device import CPU
 from adapterkit.places import Address
 from adapterkit.requests.groups import (
     BASE,
@@ -18,7 +17,6 @@ from adapterkit.requests.groups import (
     FLOAT_TYPES,
     LIMITS,
     OUTPUT,
-    RUNNING,
     GGUFOutput,
     KeepOptions,
     Limits,
@@ -27,6 +25,7 @@ from adapterkit.requests.groups import (
     Ruled,
     Running,
     Types,
+    device_option,
 )
 from adapterkit.requests.option import BYTES, FLAG, INPUT, OUTPUT_THERE, PATH, READ_THERE, REF, RUN, VALUES, WHOLE, opt
 from adapterkit.requests.workers import OnWorkers
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 FOLDER, GGUF = "folder", "gguf"
 CALIBRATED = ("awq", "gptq")
 NEAREST, FEEDBACK = "nearest", "feedback"
+ON_CPU = "The record says what stays on the CPU all the same."
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -131,14 +131,7 @@ class MergeRequest(OntoBase, OfAdapters, Ruled, Types, KeepOptions, GGUFOutput, 
             role=BYTES, group=OUTPUT, metavar="RANK", low=1, recipe="output.residual",
         ),
     )  # fmt: skip
-    device: str = field(
-        default=CPU,
-        kw_only=True,
-        metadata=opt(
-            "Where blocks are computed: cpu, cuda, cuda:1.",
-            role=BYTES, group=RUNNING, metavar="cpu|cuda", recipe="output.device",
-        ),
-    )  # fmt: skip
+    device: str = device_option(ON_CPU)
     fidelity: bool = field(
         default=False,
         kw_only=True,

@@ -19,6 +19,8 @@ TEXT, WHOLE, NUMBER, FLAG, SWITCH, PATH, REF, PAIRS, PARAMETERS, CALL = (
     *("text", "whole", "number", "flag", "switch", "path", "ref", "pairs", "parameters", "call"),
 )
 COUNTS = "counts"
+DEVICE = "device"
+DEVICES = "cpu|cuda|mps"  # what stands for one in help
 # What an address in a store is, of an option that is a path: an output, a file that is read, or one that is written whole.
 OUTPUT_THERE, READ_THERE, WRITTEN_THERE = "output", "read", "written"
 # Roles: an input, what decides values of the output, what decides its bytes alone, or neither.
@@ -39,6 +41,7 @@ _WORDS = {
     PARAMETERS: "a mapping",
     CALL: "a function",
     COUNTS: "a number, or several as 1,8,64",
+    DEVICE: "cpu, cuda, cuda:1 or mps",
 }
 
 
@@ -213,6 +216,12 @@ def _counts(option: Option, name: str, value: Any) -> Any:
     return str(value)
 
 
+def _device(option: Option, name: str, value: Any) -> Any:
+    from adapterkit.ops.device import check_name
+
+    return check_name(_text(option, name, value))
+
+
 _CHECKS: dict[str, Callable[[Option, str, Any], Any]] = {
     TEXT: _text,
     REF: _ref,
@@ -225,6 +234,7 @@ _CHECKS: dict[str, Callable[[Option, str, Any], Any]] = {
     PARAMETERS: _parameters,
     CALL: _call,
     COUNTS: _counts,
+    DEVICE: _device,
 }
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterkit.errors import UsageError
 from adapterkit.places import Address
-from adapterkit.requests.groups import RUNNING, THRESHOLDS, Limits, OfAdapters, OntoBase, Ruled
+from adapterkit.requests.groups import RUNNING, THRESHOLDS, Limits, OfAdapters, OntoBase, Ruled, device_option
 from adapterkit.requests.merge import MergeRequest
 from adapterkit.requests.option import (
     CALL,
@@ -126,6 +126,9 @@ class VerifyRequest(OntoBase, OfAdapters, Ruled, Limits, OnWorkers):
         default=None,
         kw_only=True,
         metadata=opt("Worker threads.", WHOLE, group=RUNNING, low=1, elsewhere={"recipe": "of build"}),
+    )
+    device: str = device_option(
+        "Level layers stays on the CPU, and llama.cpp answers as it was built.", role=RUN, recipe="verify.device"
     )
     dry_run: bool = field(
         default=False,

@@ -13,6 +13,8 @@ from adapterkit.requests.groups import RUNNING
 from adapterkit.requests.option import (
     CALL,
     COUNTS,
+    DEVICE,
+    DEVICES,
     FLAG,
     INPUT,
     NUMBER,
@@ -214,6 +216,15 @@ class RunRequest(OnWorkers):
         metadata=opt(
             "Called now and then with bytes done and bytes in all.", CALL,
             group=RUNNING, elsewhere={"cli": "a bar on standard error", **_HERE},
+        ),
+    )  # fmt: skip
+    device: str | None = field(
+        default=None,
+        kw_only=True,
+        metadata=opt(
+            "Compute here and not where the plan says: cpu, cuda (of several cuda:1) or mps. It is then another plan, whose "
+            "parts are no parts of this one.",
+            DEVICE, group=RUNNING, metavar=DEVICES, elsewhere=_HERE,
         ),
     )  # fmt: skip
     task: int | None = field(

@@ -175,7 +175,7 @@ class Azure(Store):
                 return None
             raise told(fault, str(self.place(key))) from None
         marks = {name.replace("_", "-").lower(): str(value) for name, value in (found.metadata or {}).items()}
-        return StoredObject(key, int(found.size), _etag(found.etag), marks)
+        return StoredObject(key, int(found.size), _etag(found.etag), marks, found.last_modified)
 
     def read(self, key: str, start: int, nbytes: int, etag: str = "") -> bytes:
         if nbytes <= 0:

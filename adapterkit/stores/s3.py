@@ -139,9 +139,8 @@ class S3(ObjectStore):
             self.missing(fault, key)
             return None
         with sense(self.place(key), _WHO):
-            return StoredObject(
-                key, int(found["ContentLength"]), str(found.get("ETag", "")), dict(found.get("Metadata", {}))
-            )
+            marks, written = dict(found.get("Metadata", {})), found.get("LastModified")
+            return StoredObject(key, int(found["ContentLength"]), str(found.get("ETag", "")), marks, written)
 
     def _put(self, key: str, data: bytes, *, absent: bool, over: str) -> None:
         condition = {"IfNoneMatch": "*"} if absent else {"IfMatch": over} if over else {}

@@ -27,7 +27,7 @@ class StoredObject:
 
     Attributes:
         marks: what its writer said of it, where that was asked for.
-        written: when, by the store's clock; of one that was listed.
+        written: when, by the store's clock, where it says so.
     """
 
     key: str

@@ -189,7 +189,9 @@ def by_workers(opened: OpenPlan, request: Any) -> RunTally:
         disk.write_inside(folder, PLAN_FILE, text.encode())
         size = part_size(request, opened.plan)
         out = str(opened.out.absolute() if isinstance(opened.out, Path) else opened.out)
-        setting = WorkerSetting(text, str(folder / PLAN_FILE), out, size, jobs_of(request), Reading.here())
+        setting = WorkerSetting(
+            text, str(folder / PLAN_FILE), out, size, jobs_of(request), Reading.here(), opened.device
+        )
         count = workers_of(request)
         left = opened.left()
 

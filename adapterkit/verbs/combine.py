@@ -16,6 +16,7 @@ from adapterkit.adapters.write_peft import Extras, InMemory, peft_config
 from adapterkit.checkpoint.plan import default_jobs
 from adapterkit.dtypes import F32
 from adapterkit.errors import TargetError, UsageError, option
+from adapterkit.ops.device import CPU, opened
 from adapterkit.ops.threads import FEW
 from adapterkit.provenance.record import adapter_parent, base_parent, recorder
 from adapterkit.requests.adapters import CombineRequest
@@ -26,6 +27,7 @@ from adapterkit.verbs.factors import ESTIMATED, FactorWork, sent
 from adapterkit.verbs.family import Family, carried, open_family
 from adapterkit.verbs.job import Job, Measured, Recorder
 from adapterkit.verbs.ordered import in_order
+from adapterkit.verbs.placed import computed_on, said
 from adapterkit.verbs.report import AdapterUse, CombineReport
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.checkpoint.write import Room, Writing
     from adapterkit.dtypes import DType
+    from adapterkit.ops.device import Device
     from adapterkit.ops.lowrank import Factors, Truncated
     from adapterkit.ops.rows import DeltaRows
     from adapterkit.places import Address
@@ -91,7 +94,10 @@ class Combination:
     def _record(self, folder: Path | Listing) -> Mapping[str, bytes]:
         asked = self.request.stated("method", "scale", "space", "rank", "energy", "dtype")
         made_of = parents(self.making.family, self.making.weights)
-        return recorder("combine", "combined", asked, made_of, method="lora")(folder)
+        return recorder("combine", "combined", asked, made_of, method="lora", evidence=self._evidence)(folder)
+
+    def _evidence(self) -> dict[str, Any]:
+        return computed_on(self.request.device)
 
     def report(self, measured: Measured) -> CombineReport:
         """What was done, or would be."""
@@ -101,7 +107,12 @@ class Combination:
         known = [adapter.config.base for adapter in family.adapters if adapter.config.base]
         base = config.get("base_model_name_or_path") or (known or [""])[0]
         bounds = [self.making.bound(slot) for slot in family.slots.values()]
-        notes = [*self.notes, *facts.get("notes", ()), *([ESTIMATED] if measured.dry_run else []), *measured.notes]
+        notes = [
+            *self.notes,
+            *facts.get("notes", ()),
+            *([ESTIMATED] if measured.dry_run else said(asked.device)),
+            *measured.notes,
+        ]
         return CombineReport(
             out="" if asked.out is None else str(asked.out),
             method=rule.method,
@@ -142,6 +153,7 @@ class Making:
     own_ranks: bool = False
     to: str = "peft"
     request: Mapping[str, Any] = field(default_factory=dict)
+    device: str = CPU
 
     def run(self, room: Room) -> Writing:
         """As the stage of a job."""
@@ -185,6 +197,8 @@ class Making:
             family.names,
             _like(family),
             most=self.most,
+            device=self.device,
+            several=self._several,
         )
 
     def most(self, slot: Slot) -> int:
@@ -202,9 +216,12 @@ class Making:
         return min(self.rank or most, slot.largest_rank)
 
     def _compute(self, slot: Slot) -> tuple[int, Sequence[Truncated]] | None:
+        return self._several([slot])[0]
+
+    def _several(self, slots: Sequence[Slot]) -> list[tuple[int, Sequence[Truncated]] | None]:
         bounds = (self.rank, self.energy, self.full)
-        found = _of_slot(self.family, slot, self.rule, self.weights, bounds, self._depth)
-        return None if found is None else (0, found)
+        how = (self.rule, self.weights, bounds, (self._depth, opened(self.device)))
+        return [None if one is None else (0, one) for one in _of_slots(self.family, slots, *how)]
 
     @cached_property
     def _depth(self) -> Depth:
@@ -273,6 +290,7 @@ def planned(request: CombineRequest) -> Combination:
         own_ranks=request.own_ranks,
         to=request.styled(style_of(family.adapters[0])),
         request=again,
+        device=request.device,
     )
     return Combination(request, making, tuple(notes))
 
@@ -370,7 +388,7 @@ def combined(
     factors = check_weights(weights, len(family.adapters))  # type: ignore[arg-type]
 
     def one(slot: Slot) -> tuple[Slot, tuple[Truncated, ...]] | None:
-        found = _of_slot(family, slot, rule, factors, (rank, energy, full), depth)
+        (found,) = _of_slots(family, [slot], rule, factors, (rank, energy, full), (depth, opened(CPU)))
         return None if found is None else (slot, found)
 
     depth = _depth_of(family)
@@ -395,21 +413,47 @@ def _depth_of(family: Family) -> Depth:
     return depths(family.slots if family.base is None else family.base)
 
 
-def _of_slot(
-    family: Family, slot: Slot, rule: BoundRule, weights: Sequence[float], bounds: Bounds, depth: Depth
-) -> tuple[Truncated, ...] | None:
-    """The combined deltas of a slot, one per expert; None where every weight is 0."""
-    users, experts = family.load(slot.parameter)
-    used = [weights[i] for i in users]
-    if not any(used):
-        return None
-    refs = [family.adapters[i].ref for i in users]
-    here = rule.here(slot.parameter, depth(slot.parameter), users)
-    found = []
-    for index, parts in enumerate(experts):
-        key = slot.parameter if slot.count == 1 else f"{slot.parameter}.{index}"
-        found.append(_combined(here, parts, used, refs, key, *bounds))
-    return tuple(found)
+def _of_slots(
+    family: Family,
+    slots: Sequence[Slot],
+    rule: BoundRule,
+    weights: Sequence[float],
+    bounds: Bounds,
+    where: tuple[Depth, Device],
+) -> list[tuple[Truncated, ...] | None]:
+    """The combined deltas of slots, one per expert; None where every weight is 0. On a device all are cut together.
+
+    Args:
+        where: how deep each weight lies, and what it is computed on.
+    """
+    from adapterkit.ops.lowrank import Factors, Truncated, truncate_all
+    from adapterkit.ops.there import there
+
+    (rank, energy, _), (depth, device) = bounds, where
+    made: list[list[Truncated | Factors] | None] = []
+    for slot in slots:
+        users, experts = family.load(slot.parameter)
+        used = [weights[i] for i in users]
+        if not any(used):
+            made.append(None)
+            continue
+        refs = [family.adapters[i].ref for i in users]
+        here = rule.here(slot.parameter, depth(slot.parameter), users)
+        made.append([])
+        for index, parts in enumerate(experts):
+            key = slot.parameter if slot.count == 1 else f"{slot.parameter}.{index}"
+            moved = [there(device, part) for part in parts]
+            made[-1].append(_combined(here, moved, used, refs, key, *bounds))  # type: ignore[union-attr]
+    whole = [one for found in made for one in found or () if isinstance(one, Factors)]
+    cuts = iter(truncate_all(whole, rank=rank, energy=energy))
+
+    def cut(one: Truncated | Factors) -> Truncated:
+        if isinstance(one, Truncated):
+            return one
+        found = next(cuts)
+        return Truncated(found.factors, found.spectrum[:1], found.error, found.norm)
+
+    return [None if found is None else tuple(cut(one) for one in found) for found in made]
 
 
 def _combined(
@@ -421,7 +465,8 @@ def _combined(
     rank: int | None,
     energy: float | None,
     full: bool,
-) -> Truncated:
+) -> Truncated | Factors:
+    """The combined delta: cut to the bounds, or factors that are still to be."""
     from adapterkit.ops.extract import low_rank
     from adapterkit.ops.lowrank import Factors, Truncated, stack
     from adapterkit.ops.measure import norm
@@ -447,6 +492,8 @@ def _combined(
     if isinstance(result, Factors) and energy is None and (rank is None or result.rank <= rank):
         size = norm(result)
         return _cut(result, size, size)
+    if isinstance(result, Factors):
+        return result
     found = low_rank(result, rank=rank, energy=energy)
     return Truncated(found.factors, found.spectrum[:1], found.error, found.norm)
 

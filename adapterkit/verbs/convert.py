@@ -24,6 +24,7 @@ from adapterkit.verbs.conversions.conversion import Conversion
 from adapterkit.verbs.job import Recorder
 from adapterkit.verbs.ladder import abreast, plans_of, rungs
 from adapterkit.verbs.pinned import pinned_plan
+from adapterkit.verbs.placed import computed_on
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -190,7 +191,8 @@ def _recorder(planned: Conversion, src: Any, request: ConvertRequest) -> Recorde
             return recorder("convert", "adapter", parameters, parents, method=method, name=name)(folder)
         kind = "converted" if set(planned.types) <= FLOATS else "quantized"
         mix = types.mix if types is not None else None
-        return recorder("convert", kind, parameters, parents, method=mix or "", name=name)(folder)
+        figures = partial(computed_on, request.device, planned.tensors.values())
+        return recorder("convert", kind, parameters, parents, method=mix or "", evidence=figures, name=name)(folder)
 
     return write
 

@@ -15,6 +15,7 @@ from adapterkit._version import __version__
 from adapterkit.checkpoint.memory import memory_limit
 from adapterkit.disk import calls, copy_range, fsync, reflink, write_all
 from adapterkit.errors import NotFound, OutputError, option
+from adapterkit.ops.device import devices
 from adapterkit.packages import CORE, EXTRAS, Package, command, cpu_torch, installer
 
 TRIED = 64 << 20  # bytes of the test of a disk
@@ -254,7 +255,7 @@ def _memory() -> tuple[int | None, int | None]:
 
 
 def _torch() -> tuple[str, tuple[str, ...]]:
-    """The build, and the GPUs that it can use."""
+    """The build, and the devices that it can use, by the names that ``--device`` takes."""
     try:
         import torch
     except Exception as error:  # a library that does not fit, a broken installation: whatever it is, it is the finding
@@ -266,12 +267,12 @@ def _torch() -> tuple[str, tuple[str, ...]]:
         build = f"rocm {torch.version.hip}"
     else:
         build = "cpu"
-    found = []
-    if build != "cpu" and torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            said = torch.cuda.get_device_properties(index)
-            found.append(f"cuda:{index} {said.name}, {said.total_memory / 1e9:.0f} GB")
-    return build, tuple(found)
+    try:
+        found = tuple(f"{name} {said}" for name, said in devices())
+    except Exception as error:  # a driver that fails is a finding too
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        return f"{build}, whose devices cannot be asked: {reason}", ()
+    return build, found
 
 
 def _hub_cache() -> str:

@@ -18,10 +18,12 @@ from adapterkit.checkpoint.pins import check_pins, compare
 from adapterkit.checkpoint.plan import Plan
 from adapterkit.checkpoint.results import IN_PARTS, STAGED, ResultFile
 from adapterkit.errors import CheckpointError, NotFound, OutputError, UsageError, option
+from adapterkit.ops.device import check_name, check_there
 from adapterkit.places import Address, address_of, writable
 from adapterkit.stores.meter import Meter, moving
 from adapterkit.verbs.job import Job, Measured, Progress, peak_memory, run
 from adapterkit.verbs.pinned import pinned
+from adapterkit.verbs.placed import device_of
 from adapterkit.verbs.report import PartReport
 from adapterkit.verbs.sliced import PartOpener
 
@@ -75,6 +77,12 @@ class OpenPlan:
     def ready(self) -> None:
         """Import what every part needs, before the first; the inputs are opened when a part first computes something."""
         import_module("torch")
+        check_there(self.device)
+
+    @property
+    def device(self) -> str:
+        """Where the plan says that its blocks are computed."""
+        return device_of(self.plan.request)
 
     @property
     def has_results(self) -> bool:
@@ -142,11 +150,14 @@ class OpenPlan:
         part = part_of(self.parts, index)
         if isinstance(self.out, Path):
             alone = self._opened_alone(part)
+            if alone is None:
+                check_there(self.device)
             tensors, sources = (self._work.tensors, self.job.sources) if alone is None else alone
             reused = write_part(self.plan, part, tensors, sources, self.out, jobs=jobs, progress=progress)
         else:
             from adapterkit.checkpoint.store_write import send_part
 
+            check_there(self.device)
             reused = send_part(self._sent_to(part), part, jobs=jobs, progress=progress)
         return PartReport(
             str(self.out),
@@ -479,6 +490,17 @@ def execute(
         job = replace(opened.job, out=opened.out, force=force)
         return run([job], workers=jobs, resume=resume, progress=progress, started=started)[0]
     return opened.finish(force=force)
+
+
+def on_device(plan: Plan, device: str | None) -> Plan:
+    """A plan that computes on another device: another plan, whose parts are no parts of this one.
+
+    Raises:
+        UsageError: no such name.
+    """
+    if device is None or check_name(device) == device_of(plan.request):
+        return plan
+    return replace(plan, request={**plan.request, "device": device})
 
 
 def has_parts(plan: Plan) -> bool:

@@ -24,6 +24,7 @@ from adapterkit.checkpoint.memory import check_memory
 from adapterkit.checkpoint.plan import BASELINE_MEMORY
 from adapterkit.checkpoint.tensor import Renamed, Tensor
 from adapterkit.errors import CheckpointError, TargetError
+from adapterkit.ops.device import opened
 from adapterkit.provenance.record import base_parent, recorder
 from adapterkit.requests.adapters import ExtractRequest
 from adapterkit.requests.call import takes
@@ -32,6 +33,7 @@ from adapterkit.verbs.carry import carry_out
 from adapterkit.verbs.combine import check_rank, output_dtype
 from adapterkit.verbs.factors import ESTIMATED, FactorWork, sent
 from adapterkit.verbs.job import Job, Measured
+from adapterkit.verbs.placed import computed_on, said
 from adapterkit.verbs.report import ExtractReport
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
     from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.checkpoint.listing import Listing
+    from adapterkit.ops.device import Device
     from adapterkit.ops.lowrank import Truncated
     from adapterkit.places import Address
 
@@ -96,7 +99,7 @@ class Extraction:
 
         def compute(slot: Slot) -> tuple[int, Sequence[Truncated]] | None:
             targets = found.targets[slot.parameter]
-            cuts = pair.factors(slot, targets, self.rank, asked.energy, asked.exact)
+            cuts = pair.factors(slot, targets, self.rank, asked.energy, asked.exact, opened(asked.device))
             return (0, cuts) if any(cut.norm for cut in cuts) else None
 
         def extras(used: Sequence[Slot]) -> Extras:
@@ -128,6 +131,7 @@ class Extraction:
             asked.own_ranks,
             asked.styled("diffusers" if "_class_name" in pair.base.config else "comfyui"),
             Names(pair.base.shapes, pair.base.config),
+            device=asked.device,
             again={"differ": list(found.differ), "state": pair.state()},
         )
 
@@ -138,7 +142,10 @@ class Extraction:
     def _record(self, folder: Path | Listing) -> Mapping[str, bytes]:
         asked = {**self.request.stated(*_STATED), "rank": self.rank}
         made_of = [base_parent(self.pair.base), base_parent(self.pair.tuned, "tuned")]
-        return recorder("extract", "adapter", asked, made_of, method="lora")(folder)
+        return recorder("extract", "adapter", asked, made_of, method="lora", evidence=self._evidence)(folder)
+
+    def _evidence(self) -> dict[str, Any]:
+        return computed_on(self.request.device)
 
     def report(self, measured: Measured) -> ExtractReport:
         """What was done, or would be."""
@@ -161,7 +168,7 @@ class Extraction:
             reused=facts.get("known", 0),
             dry_run=measured.dry_run,
             **sent(measured),
-            notes=(*self.notes, *([ESTIMATED] if measured.dry_run else []), *measured.notes),
+            notes=(*self.notes, *([ESTIMATED] if measured.dry_run else said(asked.device)), *measured.notes),
         )
 
 
@@ -355,10 +362,17 @@ class ModelPair:
         return found
 
     def factors(
-        self, slot: Slot, targets: tuple[Target, Target], rank: int | None, energy: float | None, exact: bool
+        self,
+        slot: Slot,
+        targets: tuple[Target, Target],
+        rank: int | None,
+        energy: float | None,
+        exact: bool,
+        device: Device,
     ) -> list[Truncated]:
-        """The difference of one slot at its rank, one per expert."""
+        """The difference of one slot at its rank, one per expert, on a device."""
         from adapterkit.ops.extract import low_rank
+        from adapterkit.ops.there import there
 
         before = StoredWeights(targets[0], self.base.tensors)
         after = StoredWeights(targets[1], self.tuned.tensors)
@@ -369,7 +383,7 @@ class ModelPair:
             )
             for i in range(slot.count)
         ]
-        return [low_rank(part, rank=rank, energy=energy, exact=exact) for part in parts]
+        return [low_rank(there(device, part), rank=rank, energy=energy, exact=exact) for part in parts]
 
     def config(self, slots: list[Slot], whole: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the adapter's config says of its base and its targets."""

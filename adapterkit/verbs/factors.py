@@ -25,6 +25,7 @@ from adapterkit.checkpoint.results import STAGED, Result, planned_results
 from adapterkit.checkpoint.write import Room, Writing, identity
 from adapterkit.dtypes import F32
 from adapterkit.errors import UnsupportedAdapter, option
+from adapterkit.ops.device import CPU, opened
 from adapterkit.ops.threads import FEW
 from adapterkit.places import here
 from adapterkit.verbs.ordered import in_order
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 # Slots with their ranks, and what reads B and A of one: the plan of what is written, and its tensors.
 Form = Callable[["Mapping[Slot, int]", Callable[["Slot"], Any]], "tuple[Plan, Sequence[Tensor]]"]
 
+TOGETHER = 32  # slots whose decompositions a device computes together
 _SAID = 512  # bytes of JSON that a slot says beside its name
 ESTIMATED = "ranks and errors are known when the factors are computed; the size is the most that it can be"
 
@@ -72,6 +74,8 @@ class FactorWork:
         like: the file that it is made of, whose metadata it keeps.
         form: what is written of slots of these ranks, in the place of PEFT's folder: the plan and its tensors.
         most: the largest rank that a slot can come out with, whatever its values; by default ``bound``.
+        device: where decompositions are computed.
+        several: as ``compute``, of several slots, whose decompositions are then computed together.
         again: what makes the job again, beside ``request``, for workers that execute it in parts.
     """
 
@@ -91,6 +95,8 @@ class FactorWork:
     like: Contents | None = None
     form: Form | None = None
     most: Callable[[Slot], int] | None = None
+    device: str = CPU
+    several: Callable[[Sequence[Slot]], list[tuple[int, Sequence[Truncated]] | None]] | None = None
     again: Mapping[str, Any] = field(default_factory=dict)
 
     def plan(self) -> Plan:
@@ -133,7 +139,7 @@ class FactorWork:
         return found
 
     def _result(self, slot: Slot) -> tuple[Any, list[bytes]]:
-        found = self.compute(slot)
+        found = self._computed([slot])[0]
         if found is None:
             return None, []
         before, cuts = found
@@ -152,15 +158,29 @@ class FactorWork:
         reused = len(store.rows)
         todo = [at for at, slot in enumerate(self.slots) if slot.parameter not in store.rows]
 
-        def work(at: int) -> tuple[int, tuple[int, Sequence[Truncated]] | None]:
-            return at, self.compute(self.slots[at])
+        count = 1 if self.device == CPU or self.several is None else TOGETHER
+        runs = [todo[at : at + count] for at in range(0, len(todo), count)]
 
-        for at, found in in_order(work, todo, room.jobs, [self.sizes[at] for at in todo], room.progress, FEW):
-            if found is not None:
-                before, cuts = found
-                slot = self.slots[at]
-                store.add(slot, [cut.factors for cut in cuts], asdict(module_rank(slot, cuts, before)))
+        def work(run: Sequence[int]) -> list[tuple[int, tuple[int, Sequence[Truncated]] | None]]:
+            return list(zip(run, self._computed([self.slots[at] for at in run]), strict=True))
+
+        sizes = [sum(self.sizes[at] for at in run) for run in runs]
+        for run in in_order(work, runs, room.jobs, sizes, room.progress, FEW):
+            for at, found in run:
+                if found is not None:
+                    before, cuts = found
+                    slot = self.slots[at]
+                    store.add(slot, [cut.factors for cut in cuts], asdict(module_rank(slot, cuts, before)))
         return self._made(store, out, reused)
+
+    def _computed(self, slots: Sequence[Slot]) -> list[tuple[int, Sequence[Truncated]] | None]:
+        """What is left of slots, on the CPU again."""
+        from adapterkit.ops.there import back
+
+        device = opened(self.device)
+        with device.at_work():
+            found = [self.compute(slot) for slot in slots] if self.several is None else self.several(slots)
+            return [None if one is None else (one[0], [back(device, cut) for cut in one[1]]) for one in found]
 
     def _made(self, store: Factored, out: Path, reused: int = 0) -> Writing:
         """What is written of factors that are there."""

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.checkpoint.memory import IN_TRANSFORMERS, MAPPED, check_memory
 from adapterkit.checkpoint.plan import BASELINE_MEMORY
 from adapterkit.errors import CheckpointError, UsageError, option
+from adapterkit.ops.device import CPU, check_there
+from adapterkit.ops.device import opened as open_device
 from adapterkit.packages import need
 from adapterkit.places import Address, address_of, writable
 from adapterkit.stores.files import brought, fetch_folder, making, reading
@@ -57,6 +59,7 @@ def imatrix(
     chunk: int = CHUNK,
     chunks: int | None = None,
     dtype: str = "auto",
+    device: str = CPU,
     force: bool = False,
     progress: Progress | None = None,
 ) -> ImatrixReport:
@@ -72,11 +75,12 @@ def imatrix(
         chunk: tokens at a time.
         chunks: at most so many; by default all of the text.
         dtype: to compute in: ``auto`` (the model's own), ``bf16``, ``f16`` or ``f32``.
+        device: where the model runs: cpu, cuda, cuda:1, mps. Sums are as far those of the CPU as the dtype computes.
         force: replace an existing output.
         progress: called with chunks done and chunks in all.
 
     Raises:
-        NotFound, UsageError: no such file, or too little text.
+        NotFound, UsageError: no such file, too little text, or a device that is not there.
         CheckpointError, TargetError: a model that transformers cannot run here, or that GGUF has no names for.
         OutputError
     """
@@ -92,10 +96,11 @@ def imatrix(
     from adapterkit.gguf.plan import plan_gguf
 
     started = time.monotonic()
+    check_there(device)
     place = writable(out, "the output", "file")
     if isinstance(place, Address):
         with making(place, force=force) as path:
-            made = imatrix(model, text, path, chunk=chunk, chunks=chunks, dtype=dtype, progress=progress)
+            made = imatrix(model, text, path, chunk=chunk, chunks=chunks, dtype=dtype, device=device, progress=progress)
         return replace(made, out=str(place))
     if chunk < 2:
         raise UsageError(f"a chunk of {chunk} tokens says nothing", f"use {option('chunk', 512)}")
@@ -107,7 +112,15 @@ def imatrix(
         with tempfile.TemporaryDirectory(prefix="adapterkit-") as lent:
             fetch_folder(address, Path(lent), lambda name: not any(part.startswith(".") for part in name.split("/")))
             found_here = imatrix(
-                lent, text, place, chunk=chunk, chunks=chunks, dtype=dtype, force=force, progress=progress
+                lent,
+                text,
+                place,
+                chunk=chunk,
+                chunks=chunks,
+                dtype=dtype,
+                device=device,
+                force=force,
+                progress=progress,
             )
         return replace(found_here, model=str(address), seconds=time.monotonic() - started)
     opened = open_model(model)
@@ -116,14 +129,22 @@ def imatrix(
         check_output(plan_gguf(nothing), opened.sources, place, force=force)  # before a folder is made for nothing
         with _as_folder(model, place) as folder:
             found_there = imatrix(
-                folder, text, out, chunk=chunk, chunks=chunks, dtype=dtype, force=force, progress=progress
+                folder,
+                text,
+                out,
+                chunk=chunk,
+                chunks=chunks,
+                dtype=dtype,
+                device=device,
+                force=force,
+                progress=progress,
             )
         return replace(found_there, model=opened.ref, seconds=time.monotonic() - started)
     names, shapes, arrays = _maps(opened)
     # The plan is made again when the values are there; this one has the same sizes, and finds out what cannot be written.
     blank = _layout({name: _zeros(array.shape) for name, array in arrays.items()}, [str(text)], 0, chunk)
     check_output(plan_gguf(blank), opened.sources, place, force=force)
-    sums, done = _run(opened, said, chunk, chunks, dtype, progress)
+    sums, done = _run(opened, said, chunk, chunks, (dtype, device), progress)
     check_unchanged(opened.sources)
     found = in_gguf(sums, names, shapes, arrays)
     if not found:
@@ -141,6 +162,9 @@ def imatrix(
     unused = sum(bool((counts == 0).any()) for _, counts in found.values())
     if unused:
         notes += (f"{unused} stacks have experts that no token of this text was sent to; use more text",)
+    if device != CPU:
+        facts = open_device(device).said()
+        notes += (f"run on {device} ({facts['name']}): sums are those of the CPU as far as the dtype computes",)
     seconds = time.monotonic() - started
     return ImatrixReport(opened.ref, str(out), str(text), len(found), done, chunk, missing, seconds, notes)
 
@@ -211,7 +235,7 @@ def _maps(opened: Checkpoint) -> tuple[Any, dict[str, tuple[int, ...]], dict[str
 
 
 def _run(
-    opened: Checkpoint, said: str, chunk: int, most: int | None, dtype: str, progress: Progress | None
+    opened: Checkpoint, said: str, chunk: int, most: int | None, where: tuple[str, str], progress: Progress | None
 ) -> tuple[dict[str, Any], int]:
     """Sums by parameter, and how many chunks the model ran over."""
     import torch
@@ -224,7 +248,8 @@ def _run(
 
     folder = opened.sources[0].path
     assert folder is not None
-    floats = parse_floats(dtype)
+    dtype, place = where
+    floats, there = parse_floats(dtype), open_device(place)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder.parent)
         model = AutoModelForCausalLM.from_pretrained(
@@ -242,14 +267,16 @@ def _run(
     if count < 1:
         message = f"the text has {len(ids)} tokens, fewer than one chunk of {chunk}"
         raise UsageError(message, f"give more text, or a smaller {option('chunk')}")
+    if not there.here:
+        model.to(there.place)
     gathering = Activations(model)
-    with torch.no_grad():
+    with torch.no_grad(), there.models():
         for number in range(count):
             row = ids[number * chunk : (number + 1) * chunk]
             if first is not None:
                 row[0] = first
             with gathering:
-                model(input_ids=torch.tensor([row]), use_cache=False, logits_to_keep=1)
+                model(input_ids=there.up(torch.tensor([row])), use_cache=False, logits_to_keep=1)
             if progress is not None:
                 progress(number + 1, count)
     return gathering.sums, count

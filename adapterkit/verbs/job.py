@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from adapterkit.errors import OutputError, UsageError
+from adapterkit.ops.device import check_there
 from adapterkit.places import Address
 from adapterkit.stores.meter import Moved, moved
 from adapterkit.values import dataclass
@@ -222,6 +223,7 @@ def run(
         CheckFailed, OutputError, CheckpointError, AdapterError, UnsafeError
     """
     from adapterkit.checkpoint.write import write_together
+    from adapterkit.verbs.placed import device_of
 
     started = time.monotonic() if started is None else started
     if any(isinstance(job.out, Address) for job in jobs):
@@ -231,6 +233,7 @@ def run(
     for job in jobs:
         if job.out is None:
             raise UsageError("nothing says where the output goes", "add -o OUT")
+        check_there(device_of(job.plan.request))
         job.check(resume=resume)
     every = [*jobs, *(other for job in jobs for other in job.also)]
     if all(isinstance(job.out, Address) for job in every):

@@ -18,7 +18,6 @@ from adapterkit.checkpoint.files import fingerprint
 from adapterkit.checkpoint.plan import Plan, default_jobs, parse_size
 from adapterkit.checkpoint.slices import current
 from adapterkit.errors import AdapterkitError, CheckFailed, UsageError, option
-from adapterkit.ops.device import check_name, check_there
 from adapterkit.places import Address, address_of
 from adapterkit.requests.call import takes
 from adapterkit.requests.merge import FOLDER, GGUF, MergeRequest
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.fold import Folded
     from adapterkit.checkpoint.files import Source
     from adapterkit.checkpoint.listing import Listing
+    from adapterkit.checkpoint.tensor import Tensor
     from adapterkit.verbs.calibration import Calibration
     from adapterkit.verbs.job import Job, Measured
     from adapterkit.verbs.report import MergeReport
@@ -122,6 +122,12 @@ class Merge:
         figures = {name: float(f"{value:.6g}") for name, value in calibration.figures.items()}
         return {"rounding": {"tokens": calibration.tokens, **figures}}
 
+    def computed(self) -> list[Tensor]:
+        """What is computed: the fold, and what is written of it."""
+        from adapterkit.adapters.fidelity import merged_tensors
+
+        return [*merged_tensors(self.folded).values(), *self.view.values()]
+
     def _fed_back(self, dry_run: bool) -> tuple[str, ...]:
         calibration = self.output.calibration
         if calibration is None:
@@ -172,6 +178,7 @@ class Merge:
     ) -> MergeReport:
         """What was done, or would be; ``instead`` says what another format would have kept."""
         from adapterkit.adapters.merged import not_finite
+        from adapterkit.verbs.placed import said
         from adapterkit.verbs.report import AdapterUse, MergeReport
 
         copied = {} if measured.dry_run else odd.sampled(self.view.values())
@@ -216,6 +223,7 @@ class Merge:
                 *self._trained_elsewhere(measured.dry_run),
                 *not_finite(computed),
                 *odd.said(copied),
+                *(() if measured.dry_run else said(asked.device, self.computed())),
             ),
         )
 
@@ -262,7 +270,6 @@ def planned(request: MergeRequest, *, headers_only: bool = True, fingerprints: b
     Raises:
         NotFound, CheckpointError, AdapterError, TargetError, UsageError, UnsafeError, AuthError, HubError
     """
-    check_name(request.device) if headers_only else check_there(request.device)
     opened, values = open_base(request.base, base16=request.base16, trained=request.trained, headers_only=headers_only)
     form = request.form or (GGUF if opened.format == "gguf" else FOLDER)
     if request.dense_modules and form == GGUF and opened.format != "gguf":
@@ -401,6 +408,9 @@ class Loss:
         found, beside = self.report(), self.merge.residual
         residual = {} if beside is None else beside.evidence()
         residual |= self.merge.rounded()
+        from adapterkit.verbs.placed import computed_on
+
+        residual |= computed_on(self.merge.request.device, self.merge.computed())
         if found is None:
             return residual
         figures = {

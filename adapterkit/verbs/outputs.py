@@ -11,6 +11,7 @@ from adapterkit.adapters.sidecars import side_files
 from adapterkit.checkpoint.pipeline import components
 from adapterkit.checkpoint.plan import Plan, plan_safetensors
 from adapterkit.errors import UsageError, option
+from adapterkit.ops.device import CPU
 from adapterkit.requests.merge import FEEDBACK, FOLDER, GGUF, parse_floats
 from adapterkit.values import dataclass
 
@@ -94,7 +95,15 @@ def output(
             f"{base.ref} is a GGUF base and becomes a .gguf file, not a folder",
             "name the output so, or convert it first: adapterkit convert BASE.gguf --to hf -o DIR",
         )
-    return found(base, adapters, asked, settings, values)
+    made = found(base, adapters, asked, settings, values)
+    if asked.device == CPU:
+        return made
+    from adapterkit.verbs.placed import place
+
+    place(made.view.values(), asked.device)
+    if made.tower is not None:
+        place(made.tower.tensors.values(), asked.device)
+    return made
 
 
 def _check_pipeline(base: Checkpoint, asked: MergeRequest) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.adapters.write_peft import Extras, peft_config
 from adapterkit.errors import UnsupportedAdapter, option
+from adapterkit.ops.device import opened
 from adapterkit.provenance.record import recorder
 from adapterkit.requests.adapters import ResizeRequest
 from adapterkit.requests.call import takes
@@ -19,6 +20,7 @@ from adapterkit.verbs.combine import check_rank, known_rank, output_dtype, paren
 from adapterkit.verbs.factors import ESTIMATED, FactorWork, sent
 from adapterkit.verbs.family import Family, carried, open_family
 from adapterkit.verbs.job import Job, Measured
+from adapterkit.verbs.placed import computed_on, said
 from adapterkit.verbs.report import ModuleRank, ResizeReport
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from adapterkit.adapters.factors import Slot
     from adapterkit.checkpoint.listing import Listing
     from adapterkit.checkpoint.tensor import Tensor
+    from adapterkit.ops.device import Device
     from adapterkit.ops.lowrank import Truncated
     from adapterkit.places import Address
 
@@ -70,8 +73,11 @@ class Resizing:
         (one,), (part,) = family.adapters, family.parts
         over = carried(family)
 
-        def compute(slot: Slot) -> tuple[int, Sequence[Truncated]]:
-            return _resized(family, slot, asked.rank, asked.energy, asked.max_error)
+        def compute(slot: Slot) -> tuple[int, Sequence[Truncated]] | None:
+            return several([slot])[0]
+
+        def several(slots: Sequence[Slot]) -> list[tuple[int, Sequence[Truncated]] | None]:
+            return _resized(family, slots, opened(asked.device), asked.rank, asked.energy, asked.max_error)
 
         def extras(_: Sequence[Slot]) -> Extras:
             biases = {module: _scaled(*bias) for module, bias in part.biases.items()}
@@ -105,6 +111,8 @@ class Resizing:
             family.names,
             one.contents,
             most=self.most,
+            device=asked.device,
+            several=several,
         )
 
     def most(self, slot: Slot) -> int:
@@ -119,7 +127,12 @@ class Resizing:
 
     def _record(self, folder: Path | Listing) -> Mapping[str, bytes]:
         asked = self.request.stated(*_STATED)
-        return recorder("resize", "adapter", asked, parents(self.family, [1.0]), method="lora")(folder)
+        return recorder(
+            "resize", "adapter", asked, parents(self.family, [1.0]), method="lora", evidence=self._evidence
+        )(folder)
+
+    def _evidence(self) -> dict[str, Any]:
+        return computed_on(self.request.device)
 
     def report(self, measured: Measured) -> ResizeReport:
         """What was done, or would be."""
@@ -141,7 +154,7 @@ class Resizing:
             reused=facts.get("known", 0),
             dry_run=measured.dry_run,
             **sent(measured),
-            notes=(*self.notes, *([ESTIMATED] if measured.dry_run else []), *measured.notes),
+            notes=(*self.notes, *([ESTIMATED] if measured.dry_run else said(asked.device)), *measured.notes),
         )
 
 
@@ -186,24 +199,40 @@ def replan(data: Mapping[str, Any], out: Path | Address | None) -> Resizing:
 
 
 def _resized(
-    family: Family, slot: Slot, rank: int | None, energy: float | None, max_error: float | None
-) -> tuple[int, list[Truncated]]:
-    from adapterkit.ops.lowrank import Factors, truncate
+    family: Family,
+    slots: Sequence[Slot],
+    device: Device,
+    rank: int | None,
+    energy: float | None,
+    max_error: float | None,
+) -> list[tuple[int, Sequence[Truncated]] | None]:
+    """Slots at their new ranks, each with the rank that it had; decomposed together on a device."""
+    from adapterkit.ops.lowrank import Factors, truncate_all
+    from adapterkit.ops.there import there
 
-    _, experts = family.load(slot.parameter)
-    found: list[Truncated] = []
-    before = 0
-    for (delta,) in experts:
-        if not isinstance(delta, Factors):
-            adapter = family.adapters[0]
-            raise UnsupportedAdapter(
-                f"{adapter.ref} cannot be resized: its change of {slot.parameter} "
-                f"({family.parts[0].deltas[slot.parameter].change.how}) is no low-rank product",
-                f"make a LoRA of it with combine {option('base', 'BASE')} {option('rank', 'R')}",
-            )
-        before = max(before, delta.rank)
-        found.append(truncate(delta, rank=rank, energy=energy, max_error=max_error))
-    return before, found
+    parts: list[Factors] = []
+    counts: list[int] = []
+    for slot in slots:
+        _, experts = family.load(slot.parameter)
+        for (delta,) in experts:
+            if not isinstance(delta, Factors):
+                adapter = family.adapters[0]
+                raise UnsupportedAdapter(
+                    f"{adapter.ref} cannot be resized: its change of {slot.parameter} "
+                    f"({family.parts[0].deltas[slot.parameter].change.how}) is no low-rank product",
+                    f"make a LoRA of it with combine {option('base', 'BASE')} {option('rank', 'R')}",
+                )
+            moved = there(device, delta)
+            assert isinstance(moved, Factors)
+            parts.append(moved)
+        counts.append(len(experts))
+    cuts = truncate_all(parts, rank=rank, energy=energy, max_error=max_error)
+    found: list[tuple[int, Sequence[Truncated]] | None] = []
+    at = 0
+    for count in counts:
+        found.append((max(part.rank for part in parts[at : at + count]), cuts[at : at + count]))
+        at += count
+    return found
 
 
 def _scaled(bias: Tensor, scaling: float) -> torch.Tensor:

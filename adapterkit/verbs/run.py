@@ -11,11 +11,12 @@ from adapterkit import disk
 from adapterkit.checkpoint.cut import shares
 from adapterkit.checkpoint.plan import MOST_PLAN, Plan
 from adapterkit.errors import CheckpointError, OutputError, StoreError, UsageError, option
+from adapterkit.places import here
 from adapterkit.requests.call import takes
 from adapterkit.requests.workers import WRITTEN_JOBS, RunRequest, parse_rate
 from adapterkit.stores.files import brought
 from adapterkit.verbs.carry import by_workers, part_size, write_files
-from adapterkit.verbs.execute import OpenPlan
+from adapterkit.verbs.execute import OpenPlan, on_device
 from adapterkit.verbs.job import peak_memory
 from adapterkit.verbs.report import Forecast
 
@@ -78,7 +79,7 @@ def run(request: RunRequest) -> RunReport:
         MissingPackage: Ray is not installed.
     """
     started = time.monotonic()
-    plan = Plan.from_json(disk.read_regular(brought(request.plan), MOST_PLAN))
+    plan = on_device(Plan.from_json(disk.read_regular(brought(request.plan), MOST_PLAN)), request.device)
     opened = OpenPlan(plan, request.target or "", part_size(request, plan))
     told = RunReport(str(request.plan), str(request.out or ""), "", 0, len(opened.parts), nbytes=plan.nbytes)
     if request.dry_run:
@@ -89,7 +90,7 @@ def run(request: RunRequest) -> RunReport:
         return _task(opened, request, replace(told, on="task", workers=request.tasks or 1), started)
     if request.on in WRITTEN_JOBS:
         opened.check(force=request.force)
-        return replace(told, on=str(request.on), left=len(opened.parts), notes=write_files(opened, request))
+        return replace(told, on=str(request.on), left=len(opened.parts), notes=_written(opened, request))
     opened.check(force=request.force)
     if request.force:
         opened.take_over()
@@ -116,6 +117,15 @@ def run(request: RunRequest) -> RunReport:
         bytes_inside=tally.bytes_inside,
         report=report,
     )
+
+
+def _written(opened: OpenPlan, request: RunRequest) -> tuple[str, ...]:
+    """The files of a job for a scheduler. Its tasks read the plan: one for another device is written beside the output."""
+    if request.device is None:
+        return write_files(opened, request)
+    place = here(opened.out).with_name(f"{opened.out.name}.plan.json")
+    disk.deliver(place, opened.plan.to_json().encode())
+    return (f"plan written to {place}", *write_files(opened, request, place))
 
 
 def _shown(opened: OpenPlan, request: RunRequest, told: RunReport) -> RunReport:

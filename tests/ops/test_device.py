@@ -12,12 +12,13 @@ from click.testing import CliRunner
 from models import plain_adapter, plain_base
 
 import adapterkit
-from adapterkit.adapters.merged import Merged
 from adapterkit.cli import app, main
 from adapterkit.errors import UsageError
-from adapterkit.ops.device import check_name, check_there
+from adapterkit.ops import device as devices
+from adapterkit.ops.device import Sort, check_name, check_there
 from adapterkit.registry.beside import beside_bytes, read_beside
 from adapterkit.registry.canonical import thaw
+from adapterkit.verbs.engines.on_ray import gpu_of
 
 
 @pytest.fixture
@@ -84,17 +85,6 @@ def test_named_or_not_the_cpu_gives_the_same_bytes(inputs: tuple[Path, Path], tm
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_every_touched_tensor_is_computed_there(inputs: tuple[Path, Path]) -> None:
-    """Seen on a device that every torch has, and that no value ever comes back from."""
-    folded = adapterkit.fold(adapterkit.open(inputs[0]), [adapterkit.load_adapter(inputs[1])], device="meta")
-    assert len(folded.touched) > 1
-    for name in folded.touched:
-        tensor = folded.checkpoint[name]
-        assert isinstance(tensor, Merged)
-        with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-            tensor.read(0, tensor.numel)
-
-
 def test_what_a_gpu_wrote_is_verified_without_one(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,3 +100,81 @@ def test_what_a_gpu_wrote_is_verified_without_one(
     assert adapterkit.verify(out, base=inputs[0], adapters=[inputs[1]]).ok
     (out / "adapterkit.json").unlink()
     assert not adapterkit.verify(out, base=inputs[0], adapters=[inputs[1]]).ok
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("cudaa", "did you mean 'cuda'"),
+        ("CUDA", "did you mean 'cuda'"),
+        ("gpu", "did you mean 'cuda'"),
+        ("mps:1", "use cpu, cuda"),
+    ],
+)
+def test_a_misspelled_name_is_told_the_right_one(name: str, hint: str) -> None:
+    with pytest.raises(UsageError, match="is no device") as refused:
+        check_name(name)
+    assert hint in refused.value.hint
+
+
+def test_every_verb_that_computes_refuses_a_device_that_is_not_there(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    base, adapter = inputs
+    adapterkit.merge(base, [adapter], tmp_path / "tuned")
+    there = {path.name for path in tmp_path.iterdir()}
+    from adapterkit.verbs.imatrix import imatrix
+
+    (tmp_path / "text").write_text("a text")
+    for run in (
+        lambda **how: adapterkit.convert(base, tmp_path / "out", to="nf4", **how),
+        lambda **how: adapterkit.extract(base, tmp_path / "tuned", tmp_path / "out", **how),
+        lambda **how: adapterkit.resize(adapter, tmp_path / "out", rank=2, **how),
+        lambda **how: adapterkit.combine([adapter], tmp_path / "out", **how),
+        lambda **how: adapterkit.verify(tmp_path / "tuned", base=base, adapters=[adapter], **how),
+        lambda **how: imatrix(base, tmp_path / "text", tmp_path / "out.gguf", **how),
+    ):
+        with pytest.raises(UsageError, match=r"cuda:1 cannot be used: .*CUDA"):
+            run(device="cuda:1")
+        with pytest.raises(UsageError, match="'cuda1' is no device"):
+            run(device="cuda1")
+    assert {path.name for path in tmp_path.iterdir()} == {*there, "text"}
+
+
+def test_a_format_that_computes_nothing_takes_no_device(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--device does not apply to --to f32"):
+        adapterkit.convert(inputs[0], tmp_path / "out", to="f32", device="cuda")
+
+
+def test_products_that_are_rounded_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        with pytest.raises(UsageError, match="TF32"):
+            check_there("cuda")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    check_there("cuda")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "1")
+    with pytest.raises(UsageError, match="NVIDIA_TF32_OVERRIDE=1"):
+        check_there("cuda")
+
+
+def test_what_a_worker_of_ray_asks_for() -> None:
+    assert gpu_of("cpu", 0, 4) == {}
+    assert gpu_of("cuda", 8, 4) == {"num_gpus": 1.0}
+    assert gpu_of("cuda", 2, 4) == {"num_gpus": 0.5}
+    assert gpu_of("cuda", 2, 3) == {"num_gpus": 0.5}
+    with pytest.raises(UsageError, match="no machine of the cluster has a GPU"):
+        gpu_of("cuda", 0, 4)
+    with pytest.raises(UsageError, match="Ray gives each worker its GPU"):
+        gpu_of("cuda:1", 2, 2)
+
+
+def test_doctor_names_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    sort = Sort(lambda: "", lambda: 2, lambda index: {"name": f"Card {index}", "memory": 24_000_000_000})
+    monkeypatch.setattr(devices, "SORTS", {"cuda": sort})
+    assert devices.devices() == [("cuda:0", "Card 0, 24 GB"), ("cuda:1", "Card 1, 24 GB")]

@@ -697,3 +697,29 @@ def test_addresses() -> None:
     for which in ("", "@", "@sha256:12"):
         with pytest.raises(UsageError, match=rf"a whole bucket|give it like {ROOT}/x@v1"):
             parse_bucket(f"{ROOT}{'/x' if which else ''}{which}")
+
+
+def test_recipes_and_files_of_options_take_buckets(
+    small: tuple[Path, Path], put: Put, home: Path, tmp_path: Path, merged: dict[str, bytes]
+) -> None:
+    from adapterkit.provenance.attest import attest
+    from adapterkit.provenance.register import register
+    from adapterkit.recipe.run import build
+
+    base, adapter = put(small[0]), put(small[1])
+    recipe = tmp_path / "r" / "recipe.toml"
+    recipe.parent.mkdir()
+    recipe.write_text(f'base = "{base}"\nadapters.one = "{adapter}"\noutputs.m.path = "{ROOT}/out/m"\n')
+    assert build(recipe, outside=True).changed == 1
+    made = there("out/m/", tmp_path / "got")
+    assert {name: data for name, data in made.items() if name.endswith(".safetensors")} == {
+        name: data for name, data in merged.items() if name.endswith(".safetensors")
+    }
+    assert build(recipe, outside=True, locked=True).changed == 0
+    attest(f"{ROOT}/out/m", [base, adapter])
+    assert "adapterkit.intoto.json" in there("out/m/", tmp_path / "again")
+    record = register(f"{ROOT}/out/m", "m").record
+    assert record.meta["from"] == f"{ROOT}/out/m"
+    adapterkit.merge(*small, save_plan=f"{ROOT}/plan.json")
+    adapterkit.run(f"{ROOT}/plan.json", tmp_path / "by-plan", task=0, tasks=1)
+    assert (tmp_path / "by-plan" / "config.json").read_bytes() == merged["config.json"]

@@ -182,8 +182,8 @@ def test_what_is_there_is_not_replaced_unless_asked(s3: Proxy, small: tuple[Path
 
 def test_what_cannot_go_to_a_store_is_refused_by_name(small: tuple[Path, Path], s3: Proxy, place: str) -> None:
     out = f"s3://models/{place}/out"
-    with pytest.raises(UsageError, match=r"attest.*beside an output on a disk"):
-        adapterkit.merge(*small, out, attest=True)
+    with pytest.raises(UsageError, match=r"events is s3://.*neither read nor written here"):
+        adapterkit.merge(*small, out, on="local", events=f"{out}/events.jsonl")
     with pytest.raises(UsageError, match="a whole bucket"):
         adapterkit.merge(*small, "s3://models")
     assert not s3.seen

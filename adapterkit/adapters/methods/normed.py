@@ -34,6 +34,7 @@ class Normed(Kernel):
     ) -> None:
         self._added, self._shift, self._magnitude, self._norms, self._dtype = added, shift, magnitude, norms, dtype
         self.wide = added.wide and shift is None and norms is None
+        self.anywhere = added.anywhere
 
     def new(self, w: torch.Tensor, rows: range) -> torch.Tensor:
         return self._scaled(self._summed(w, rows), None, rows)
@@ -46,8 +47,10 @@ class Normed(Kernel):
     def _summed(self, w: torch.Tensor, rows: range) -> torch.Tensor:
         """V."""
         if self._shift is not None:
-            left, right = self._shift
-            w = torch.addmm(w, left[rows.start : rows.stop : rows.step], right, alpha=-1)
+            left, right = (
+                one.to(w.device) for one in (self._shift[0][rows.start : rows.stop : rows.step], self._shift[1])
+            )
+            w = torch.addmm(w, left, right, alpha=-1)
             w = w.to(self._dtype.torch).to(w.dtype)
         return self._added.new(w, rows)
 
@@ -57,8 +60,8 @@ class Normed(Kernel):
         if self._magnitude is None:
             return found
         if self._norms is not None:
-            return to_norm(found, self._magnitude, self._norms)
-        magnitude = self._magnitude[rows.start : rows.stop : rows.step, None]
+            return to_norm(found, self._magnitude.to(v.device), self._norms.to(v.device))
+        magnitude = self._magnitude[rows.start : rows.stop : rows.step, None].to(v.device)
         return to_norm(found, magnitude, torch.linalg.vector_norm(v, dim=1, keepdim=True))
 
 

@@ -119,7 +119,7 @@ def nonlinear_sums(x: Any, w: Any, sub: Any, inverse: Any) -> tuple[torch.Tensor
 @cache
 def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """IQ4's levels, and the middles between them."""
-    levels = torch.tensor(LEVELS, dtype=torch.float32, device=device)
+    levels = torch.tensor(LEVELS, dtype=torch.float32).to(device)
     return levels, (levels[1:] + levels[:-1]) / 2
 
 

@@ -137,7 +137,7 @@ def della(
                 out.append(x)
                 continue
             keep = _keep_probabilities(x, share, width)
-            drawn = uniform(source, start * n, x.numel()).view_as(x)
+            drawn = uniform(source, start * n, x.numel(), x.device).view_as(x)
             out.append(torch.where(drawn < keep, x.double() / keep, 0.0))
         return out
 
@@ -336,7 +336,7 @@ def _dropper(
             if share == 1:
                 kept.append(x)
                 continue
-            drawn = uniform(source, start * n, x.numel()).view_as(x)
+            drawn = uniform(source, start * n, x.numel(), x.device).view_as(x)
             kept.append(torch.where(drawn < share, x.double() / share, 0.0))
         return kept
 
@@ -348,7 +348,8 @@ def _keep_probabilities(x: torch.Tensor, density: float, epsilon: float) -> torc
     n = x.shape[1]
     order = x.abs().argsort(dim=1, stable=True)
     places = torch.linspace(-1, 1, n, dtype=torch.float64) if n > 1 else torch.zeros(1, dtype=torch.float64)
-    keep = torch.empty(x.shape, dtype=torch.float64)
+    places = places.to(x.device)
+    keep = torch.empty(x.shape, dtype=torch.float64, device=x.device)
     return keep.scatter_(1, order, (density + epsilon * places).expand_as(keep))
 
 

@@ -89,11 +89,11 @@ def _start(units: torch.Tensor, k: int, source: int) -> torch.Tensor:
     draws = uniform(source, 0, k)
     chosen = [int(draws[0] * len(units))]
     for draw in draws[1:]:
-        centres = units[chosen]
+        centres = units[torch.tensor(chosen)]
         gaps = centres.square().sum(1) - 2 * (units @ centres.T).abs() + units.square().sum(1, keepdim=True)
         mass = gaps.amin(1).clamp(min=0).cumsum(0)
         chosen.append(min(int(torch.searchsorted(mass, draw * mass[-1], right=True)), len(units) - 1))
-    return units[chosen]
+    return units[torch.tensor(chosen)]
 
 
 def _inertia(units: torch.Tensor, centres: torch.Tensor, labels: torch.Tensor, signs: torch.Tensor) -> float:

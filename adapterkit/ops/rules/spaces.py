@@ -123,7 +123,7 @@ def _rescaled(matrices: Sequence[torch.Tensor], beta: float) -> list[torch.Tenso
 
 
 def _coordinates(matrix: torch.Tensor) -> Factors:
-    return Factors(matrix, torch.eye(matrix.shape[1], dtype=torch.float64))
+    return Factors(matrix, torch.eye(matrix.shape[1], dtype=torch.float64).to(matrix.device))
 
 
 def _apply(rule: str, parts: Sequence[Factors], key: str, inner: dict[str, Any]) -> torch.Tensor:

@@ -13,6 +13,8 @@ from adapterkit.checkpoint.open import is_object, locate
 from adapterkit.errors import NotFound
 from adapterkit.places import address_of
 from adapterkit.verbs.job import Job
+from adapterkit.verbs.placed import place
+from adapterkit.verbs.placed import said as computed_in_words
 from adapterkit.verbs.report import ConvertReport
 
 if TYPE_CHECKING:
@@ -84,6 +86,9 @@ class Conversion:
     def job(self) -> Job:
         """The conversion as what an executor takes."""
         assert self.request is not None
+        place(self.tensors.values(), self.request.device)
+        for one in self.also:
+            place(one.tensors.values(), self.request.device)
         return Job(
             plan=self.plan,
             tensors=self.tensors,
@@ -115,6 +120,8 @@ class Conversion:
         }
         copied = {} if measured.dry_run else odd.sampled(self.tensors.values())
         said["notes"] = (*said["notes"], *measured.notes, *self._fed_back(measured.dry_run), *odd.said(copied))
+        if not measured.dry_run:
+            said["notes"] += computed_in_words(self.request.device, self.tensors.values())
         return ConvertReport(
             src=self.src,
             out="" if out is None else str(out),

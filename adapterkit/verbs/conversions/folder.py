@@ -18,10 +18,12 @@ from adapterkit.checkpoint.tensor import Cast
 from adapterkit.codecs.kinds import written
 from adapterkit.dtypes import BF16, F16, F32, FLOATS, DType
 from adapterkit.errors import UsageError, option
+from adapterkit.ops.device import CPU
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.requests.merge import FEEDBACK
 from adapterkit.stores.files import brought
 from adapterkit.verbs.conversions.conversion import Conversion, count_types
+from adapterkit.verbs.placed import computed_on, device_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -155,14 +157,23 @@ def _with_file(view: Checkpoint, name: str, said: Mapping[str, Any]) -> Checkpoi
     return replace(view, side_files=(*others, SideFile(name, BytesFile(name, text.encode()))))
 
 
-def folder_recorder(opened: Checkpoint, to: str, kind: str, stated: Mapping[str, Any]) -> Recorder:
-    """What writes the record of a folder that was made from ``opened``."""
+def folder_recorder(
+    opened: Checkpoint, to: str, kind: str, stated: Mapping[str, Any], view: Checkpoint | None = None
+) -> Recorder:
+    """What writes the record of a folder that was made from ``opened``.
+
+    Args:
+        view: what is written, where the record says on which device that was computed.
+    """
 
     def write(folder: Path | Listing) -> Mapping[str, bytes]:
         from adapterkit.provenance.record import base_parent, parameters_of, recorder
 
         method = to if kind == "quantized" else ""
-        return recorder("convert", kind, parameters_of(stated), [base_parent(opened)], method=method)(folder)
+        tensors = () if view is None else view.values()
+        figures = partial(computed_on, device_of(stated), tensors)
+        stating = parameters_of(stated)
+        return recorder("convert", kind, stating, [base_parent(opened)], method=method, evidence=figures)(folder)
 
     return write
 
@@ -177,11 +188,13 @@ def planned_folder(
         "double_quant": asked.double_quant,
         "skip_modules": list(asked.skip_modules),
     }
+    if asked.device != CPU:
+        stated["device"] = asked.device
     if asked.rounding == FEEDBACK:
         stated |= {"rounding": FEEDBACK, "calibration": str(asked.calibration)}
     plan = plan_safetensors(view, max_shard_size=asked.shard_size, jobs=jobs, request=stated)
     side = {file.name: file.bytes() for file in view.side_files}
-    record = folder_recorder(opened, to, kind, stated)
+    record = folder_recorder(opened, to, kind, stated, view)
     return Conversion(
         opened.ref, to, plan, view, opened.sources, count_types(view), side, view.notes, record, named=(opened,)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import socket
 import sys
@@ -14,7 +15,8 @@ from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict
 from typing import Any
 
-from adapterkit.errors import MissingPackage, OutputError
+from adapterkit.errors import MissingPackage, OutputError, UsageError, option
+from adapterkit.ops.device import CUDA
 from adapterkit.verbs.engines.pool import ENDED, FAILED, LOST, MOVED, READY, Message, Reading, WorkerSetting, as_said
 
 PACE = 1.0  # seconds between two looks at how far parts are
@@ -60,6 +62,31 @@ class Worker:
         self._done = done
 
 
+def gpu_of(device: str, there: float, count: int) -> dict[str, float]:
+    """What a worker asks Ray for to compute on a device: a GPU, or its share of one.
+
+    Args:
+        there: GPUs that the cluster has.
+        count: workers.
+
+    Raises:
+        UsageError: the cluster has none, or one is named by a number, which Ray gives.
+    """
+    sort, colon, _ = device.partition(":")
+    if sort != CUDA:
+        return {}
+    if colon:
+        raise UsageError(
+            f"Ray gives each worker its GPU, and {device} names one by its number", f"use {option('device', CUDA)}"
+        )
+    if there < 1:
+        raise UsageError(
+            "no machine of the cluster has a GPU that Ray knows of",
+            f"leave out {option('device')}, or add such a machine",
+        )
+    return {"num_gpus": 1.0 if count <= there else 1 / math.ceil(count / int(there))}
+
+
 class RayPool:
     """See `adapterkit.verbs.engines.pool.Pool`.
 
@@ -80,6 +107,7 @@ class RayPool:
         except ImportError:
             raise MissingPackage("Ray is not installed", "pip install 'adapterkit[ray]'") from None
         self._ray = ray
+        self._actors: dict[int, Any] = {}
         # Ray tells of lost workers on standard output, which is the report's.
         self._quiet = ExitStack()
         self._quiet.enter_context(redirect_stdout(sys.stderr))
@@ -101,9 +129,14 @@ class RayPool:
                     "start a cluster, or check the address and its token",
                 ) from error
         # A worker whose process ends is not brought back by Ray: the driver starts another, and knows that it did.
-        self._class = ray.remote(num_cpus=setting.jobs, max_restarts=0, max_concurrency=2)(Worker)
+        how = {"num_cpus": setting.jobs, "max_restarts": 0, "max_concurrency": 2}
+        try:
+            how |= gpu_of(setting.device, float(ray.cluster_resources().get("GPU", 0)), count)
+        except UsageError:
+            self.close()
+            raise
+        self._class = ray.remote(**how)(Worker)
         self._given = ray.put({**asdict(setting), "file": ""})
-        self._actors: dict[int, Any] = {}
         self._asked: dict[Any, tuple[str, int, int]] = {}  # reference: kind of its answer, worker, part
         self._count = 0
         self._looked = 0.0

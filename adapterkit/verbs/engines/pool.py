@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from adapterkit import errors
 from adapterkit.checkpoint import hub_bytes, listing
 from adapterkit.errors import AdapterkitError
+from adapterkit.ops.device import CPU
 
 READY, MOVED, ENDED, FAILED, LOST = "ready", "moved", "ended", "failed", "lost"
 
@@ -52,6 +53,7 @@ class WorkerSetting:
         part_size: how the plan is cut.
         jobs: threads of a worker.
         reading: how it reads.
+        device: where it computes.
     """
 
     plan: str
@@ -60,6 +62,7 @@ class WorkerSetting:
     part_size: int | None
     jobs: int
     reading: Reading = Reading()
+    device: str = CPU
 
 
 @dataclass(frozen=True)

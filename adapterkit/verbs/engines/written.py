@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit import disk
 from adapterkit.checkpoint.store_write import store_memory
 from adapterkit.errors import NotFound, OutputError, UsageError, option
+from adapterkit.ops.device import CUDA
 from adapterkit.places import Address, here
 from adapterkit.requests.workers import K8S, SLURM
 from adapterkit.stores.files import brought
@@ -103,12 +104,15 @@ def write_job(opened: OpenPlan, plan: Path | Address, request: Any, count: int, 
     arguments = ["run", str(plan), "-o", named, "--part-size", str(size), "--jobs", str(jobs), "--tasks", str(tasks)]
     arguments += [*["--force"] * bool(request.force), *Reading.here().options]
     memory = int((opened.plan.peak_memory + store_memory(opened.plan, opened.out, jobs)) * ROOM / 2**20) + 1
+    gpu = opened.device.startswith(CUDA)
     given = {
         "name": _job_name(out.name),
         "tasks": str(tasks),
         "last": str(tasks - 1),
         "jobs": str(jobs),
         "memory": str(memory),
+        "gpus": str(int(gpu)),
+        "gpu": "#SBATCH -G 1" if gpu else "# (no GPU: the plan computes on the CPU)",
         "log": shlex.quote(str(out.with_name(f"{out.name}.%A_%a.log"))),
         "plan": str(plan),
         "folder": shlex.quote(str(Path.cwd())),

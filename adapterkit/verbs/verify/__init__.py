@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit.ops.device import check_there
 from adapterkit.requests.call import takes
 from adapterkit.requests.verify import LEVELS, VerifyRequest
 from adapterkit.verbs.verify.report import Finding, VerifyReport
@@ -37,6 +38,7 @@ def verify(request: VerifyRequest) -> VerifyReport:
         from adapterkit.verbs.verify.in_parts import carried_out
 
         return carried_out(request, opened(request), started)
+    check_there(request.device)
     made = opened(request)
     judged = made.compared(request.jobs, request.progress) if made.by_tensors else ()
     return made.report(judged, started, request.jobs, request.progress)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from adapterkit.errors import AdapterkitError, UsageError, option
+from adapterkit.ops.device import CPU, opened
 from adapterkit.packages import need
 
 if TYPE_CHECKING:
@@ -78,10 +79,20 @@ class InTransformers:
         folder: a Hugging Face folder.
         adapter: a PEFT folder, which stays beside the weights.
         gguf: a GGUF file in that folder, which the library decodes.
+        device: where it runs.
     """
 
-    def __init__(self, folder: str | Path, name: str, adapter: Path | None = None, *, gguf: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        name: str,
+        adapter: Path | None = None,
+        *,
+        gguf: str | None = None,
+        device: str = CPU,
+    ) -> None:
         self.name = name
+        self._device = opened(device)
         more = {} if gguf is None else {"gguf_file": gguf}
         transformers = need_transformers()
         import torch
@@ -101,6 +112,9 @@ class InTransformers:
                 f"transformers cannot load {folder}: {why}", f"use {option('level', 'layers')}"
             ) from None
         self._model.eval()
+        if not self._device.here:
+            with self._device.models():
+                self._model.to(self._device.place)
         self._decoder = bool(getattr(config, "is_encoder_decoder", False))
         text = config.get_text_config()
         self.context = int(getattr(text, "max_position_embeddings", 0) or 0)
@@ -110,14 +124,14 @@ class InTransformers:
         import numpy as np
         import torch
 
-        tokens = torch.tensor([list(ids)])
+        tokens = self._device.up(torch.tensor([list(ids)]))
         more = {"decoder_input_ids": tokens} if self._decoder else {}
-        with torch.inference_mode(), quiet():
+        with torch.inference_mode(), quiet(), self._device.models():
             found = self._model(input_ids=tokens, **more)
         logits = getattr(found, "logits", None)
         if logits is None or logits.ndim != 3 or logits.shape[1] != len(ids):
             raise UsageError(f"{self.name} gives no distribution over tokens", f"use {option('level', 'layers')}")
-        chosen = logits[0, list(positions)].float()
+        chosen = self._device.down(logits[0, torch.tensor(list(positions))].float())
         return np.asarray(torch.log_softmax(chosen, -1).numpy(), dtype=np.float32)
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit.adapters.experts import SLOWEST, stated_order
 from adapterkit.checkpoint.decoded import dequantized
 from adapterkit.errors import UsageError, option
+from adapterkit.ops.device import CPU
 from adapterkit.verbs.verify.answers import Answering, InTransformers, Tokenizer, check_known, need_transformers
 from adapterkit.verbs.verify.inputs import place
 from adapterkit.verbs.verify.prompts import MOST_TOKENS, Prompt, read_prompts
@@ -149,13 +150,13 @@ def compare_models(subject: Subject, base: Checkpoint, prompts: Path | None, *, 
 
 
 def _models(subject: Subject, base: Checkpoint, scratch: Path, jobs: int | None) -> Models:
-    found = subject.found
+    found, device = subject.found, str(subject.options.get("device", CPU))
     if found.format != "gguf":
         return Models(*_folder_base(subject, base, scratch), few=False)
     runtime = find_runtime()
     file = place(found)
     assert file is not None
-    merged = _gguf(file, runtime, found, jobs)
+    merged = _gguf(file, runtime, found, jobs, device)
     if base.format != "gguf":
         trained, plain, _, how = _folder_base(subject, base, scratch)
         return Models(trained, plain, merged, how, few=runtime is not None)
@@ -167,21 +168,25 @@ def _models(subject: Subject, base: Checkpoint, scratch: Path, jobs: int | None)
         from adapterkit.verbs.merge import merge
 
         out = scratch / "trained.gguf"
-        how = {k: v for k, v in subject.options.items() if k in ("residual_base", "allow_unknown", *_RULE)}
+        how = {k: v for k, v in subject.options.items() if k in ("residual_base", "allow_unknown", "device", *_RULE)}
         merge(base, subject.adapters, out, weights=subject.weights, quantization=Quantization("F32"), **how)
-        return _gguf(out, runtime, found, jobs)()
+        return _gguf(out, runtime, found, jobs, device)()
 
-    return Models(folded, _gguf(before, runtime, base, jobs), merged, "folded in float32", few=runtime is not None)
+    return Models(
+        folded, _gguf(before, runtime, base, jobs, device), merged, "folded in float32", few=runtime is not None
+    )
 
 
 _RULE = ("method", "scale", "space", "parameters")
 
 
-def _gguf(file: Path, runtime: str | None, checkpoint: Checkpoint, jobs: int | None) -> Callable[[], Answering]:
+def _gguf(
+    file: Path, runtime: str | None, checkpoint: Checkpoint, jobs: int | None, device: str
+) -> Callable[[], Answering]:
     vocabulary = checkpoint["token_embd.weight"].shape[0]
     if runtime is not None:
         return lambda: InLlamaCpp(file, runtime, MOST_TOKENS + 8, vocabulary, jobs)
-    return lambda: InTransformers(file.parent, "transformers, decoded", gguf=file.name)
+    return lambda: InTransformers(file.parent, "transformers, decoded", gguf=file.name, device=device)
 
 
 def _folder_base(
@@ -190,22 +195,22 @@ def _folder_base(
     """Base + adapters, the base, MERGED, and in what way the first was made."""
     plain = _folder(base, scratch / "base")
     merged = _folder(subject.found, scratch / "merged")
-    live = _live(subject)
+    live, device = _live(subject), str(subject.options.get("device", CPU))
     word = "transformers" if subject.kind is None else "transformers, decoded"
 
     def trained() -> Answering:
         if live is not None:
-            return InTransformers(plain(), "PEFT", live)
+            return InTransformers(plain(), "PEFT", live, device=device)
         from adapterkit.verbs.merge import merge
 
         how = {k: v for k, v in subject.options.items() if k not in _LAYOUT}
         merge(base, subject.adapters, scratch / "trained", dtype="f32", **how)
-        return InTransformers(scratch / "trained", "folded in float32")
+        return InTransformers(scratch / "trained", "folded in float32", device=device)
 
     return (
         trained,
-        lambda: InTransformers(plain(), "transformers"),
-        lambda: InTransformers(merged(), word),
+        lambda: InTransformers(plain(), "transformers", device=device),
+        lambda: InTransformers(merged(), word, device=device),
         "PEFT" if live is not None else "folded in float32",
     )
 

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from adapterkit.checkpoint.files import check_unchanged
 from adapterkit.errors import option
+from adapterkit.ops.device import CPU
 from adapterkit.requests.groups import OfAdapters
 from adapterkit.requests.verify import LEVELS
 from adapterkit.stores.files import brought
+from adapterkit.verbs.placed import said
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, Thresholds, VerifyReport
 
 if TYPE_CHECKING:
@@ -179,7 +181,7 @@ class OpenVerification:
             options=self.options,
             record=how.record is not None,
             inputs=self.inputs(),
-            notes=tuple(dict.fromkeys(planned.notes)),
+            notes=tuple(dict.fromkeys((*planned.notes, *said(request.device)))),
             seconds=time.monotonic() - started,
             peak_memory=peak_memory(),
         )
@@ -213,6 +215,8 @@ def opened(request: VerifyRequest) -> OpenVerification:
     loaded = tuple(parts.narrowed(adapter) for adapter in loaded)
     options = {k: v for k, v in how.given.items() if k not in ("only", "skip")}
     every = [*how.findings, *same_as_recorded(how.record, stored, found)]
+    if request.device != CPU:
+        options["device"] = request.device
     # The record speaks for the files, the base and the adapters that it names, and for no others.
     fed = how.fed and not every and not how.other_weights
     planned = subject(found, stored, loaded, options, fed=fed)

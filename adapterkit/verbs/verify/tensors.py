@@ -213,7 +213,7 @@ class TensorComparison:
         from adapterkit.ops.fidelity import block_sums
 
         for at, base, wanted, written in self._seen.__dict__.get("encoded", ()):
-            there = tally.item.values.read(at, at + wanted.numel()).float()
+            there = tally.item.values.read(at, at + wanted.numel()).to(wanted.device).float()
             columns = tally.item.floats.shape[-1]
             columns = columns if wanted.numel() % columns == 0 else 1
             one, two, mine, other = (part.view(-1, columns) for part in (base, wanted, written, there))
@@ -304,7 +304,8 @@ class TensorComparison:
 
         item = tally.item
         columns = base.shape[-1]
-        there = (ready[0] if ready is not None else item.values.read(at, at + wanted.numel())).view(-1, columns)
+        there = ready[0] if ready is not None else item.values.read(at, at + wanted.numel())
+        there = there.to(wanted.device).view(-1, columns)
         off = 0.0
         if not same and item.format is None and there.dtype.is_floating_point:
             off = steps(base, wanted, there)
@@ -319,7 +320,7 @@ class TensorComparison:
         ours = sums
         if not same:
             mine = self._ours(item, wanted, ready, rows, columns)
-            ours = sums if mine is None else block_sums(base, wanted, mine, error=True)
+            ours = sums if mine is None else block_sums(base, wanted, mine.to(wanted.device), error=True)
         with tally.lock:
             tally.found[at], tally.ours[at] = sums, ours
             tally.steps = max(tally.steps, off)

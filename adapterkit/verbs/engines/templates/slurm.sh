@@ -3,6 +3,7 @@
 #SBATCH --array=0-{{last}}
 #SBATCH --cpus-per-task={{jobs}}
 #SBATCH --mem={{memory}}M
+{{gpu}}
 #SBATCH --time={{time=24:00:00}}
 #SBATCH --chdir={{folder}}
 #SBATCH --requeue
