@@ -331,6 +331,11 @@ def test_a_plan_is_executed_on_another_device(base: Path, adapter: Path, tmp_pat
     assert record.operation is not None
     assert record.operation.parameters["device"] == "second"
     assert evidence(tmp_path / "out")["device"] == "second"
+    loaded = Plan.from_json(plan.read_bytes())
+    for part in (0, None):
+        adapterkit.execute(loaded, tmp_path / "executed", part=part, device="second")
+    assert evidence(tmp_path / "executed")["name"] == "a second CPU"
+    same(tmp_path / "cpu", tmp_path / "executed")
 
 
 def test_facts_of_a_device_are_of_the_one_that_was_computed_on(
