@@ -82,7 +82,9 @@ def encode_into(
 
     kind = ggml_type(type_name)
     if isinstance(rows, np.ndarray) and backend == "auto" and is_compiled(kind, importance is not None):
-        _encode_array(kind, np.ascontiguousarray(rows, dtype=np.float32), out, importance)
+        with np.errstate(over="ignore"):  # a float64 that float32 lacks is refused by its place
+            x32 = np.ascontiguousarray(rows, dtype=np.float32)
+        _encode_array(kind, x32, out, importance)
         return
     import torch
 

@@ -196,10 +196,11 @@ class Device:
         name: as it was asked for.
         here: it is the CPU.
         wide: it computes in float64.
+        used: this process computed something there.
     """
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name, self.used = name, False
         self._sort, self._index = _parse(name)
         self.here = self._sort == CPU
         kind = None if self.here else SORTS[self._sort]
@@ -241,7 +242,7 @@ class Device:
         import torch
 
         with self._slots:
-            self._inside.deep = True
+            self._inside.deep = self.used = True
             try:
                 yield
             except torch.OutOfMemoryError as error:

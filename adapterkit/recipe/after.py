@@ -170,6 +170,7 @@ class After:
             min_cosine=asked.min_cosine,
             max_error=asked.max_error,
             max_dead=asked.max_dead,
+            device=asked.device,
             jobs=self._how.jobs,
             progress=self._how.progress,
             **merge_options(merged),

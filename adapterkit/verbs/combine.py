@@ -27,7 +27,7 @@ from adapterkit.verbs.factors import ESTIMATED, FactorWork, sent
 from adapterkit.verbs.family import Family, carried, open_family
 from adapterkit.verbs.job import Job, Measured, Recorder
 from adapterkit.verbs.ordered import in_order
-from adapterkit.verbs.placed import computed_on, said
+from adapterkit.verbs.placed import FACTORS, computed_on, said
 from adapterkit.verbs.report import AdapterUse, CombineReport
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class Combination:
         return recorder("combine", "combined", asked, made_of, method="lora", evidence=self._evidence)(folder)
 
     def _evidence(self) -> dict[str, Any]:
-        return computed_on(self.request.device)
+        return computed_on(self.request.device, agrees=FACTORS)
 
     def report(self, measured: Measured) -> CombineReport:
         """What was done, or would be."""
@@ -110,7 +110,7 @@ class Combination:
         notes = [
             *self.notes,
             *facts.get("notes", ()),
-            *([ESTIMATED] if measured.dry_run else said(asked.device)),
+            *([ESTIMATED] if measured.dry_run else said(asked.device, agrees=FACTORS)),
             *measured.notes,
         ]
         return CombineReport(

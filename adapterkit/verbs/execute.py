@@ -461,6 +461,7 @@ def execute(
     part: int | None = None,
     part_size: int | None = None,
     jobs: int | None = None,
+    device: str | None = None,
     force: bool = False,
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -473,16 +474,18 @@ def execute(
 
     Args:
         part_size: work of a part in bytes; with None a part is a file.
+        device: compute there and not where the plan says; see `on_device`.
 
     Returns:
         A `PartReport` for a part, else the report of the verb.
 
     Raises:
         CheckpointError: the inputs are not those of the plan.
-        UsageError: there is no such part.
+        UsageError: there is no such part, or no such device.
         OutputError: parts are missing or the disk is full.
     """
     started = time.monotonic()
+    plan = on_device(plan, device)
     opened = OpenPlan(plan, out, part_size)
     if part is not None:
         return opened.execute(part, jobs=jobs, progress=progress)

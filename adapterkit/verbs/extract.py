@@ -33,7 +33,7 @@ from adapterkit.verbs.carry import carry_out
 from adapterkit.verbs.combine import check_rank, output_dtype
 from adapterkit.verbs.factors import ESTIMATED, FactorWork, sent
 from adapterkit.verbs.job import Job, Measured
-from adapterkit.verbs.placed import computed_on, said
+from adapterkit.verbs.placed import FACTORS, computed_on, said
 from adapterkit.verbs.report import ExtractReport
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class Extraction:
         return recorder("extract", "adapter", asked, made_of, method="lora", evidence=self._evidence)(folder)
 
     def _evidence(self) -> dict[str, Any]:
-        return computed_on(self.request.device)
+        return computed_on(self.request.device, agrees=FACTORS)
 
     def report(self, measured: Measured) -> ExtractReport:
         """What was done, or would be."""
@@ -168,7 +168,11 @@ class Extraction:
             reused=facts.get("known", 0),
             dry_run=measured.dry_run,
             **sent(measured),
-            notes=(*self.notes, *([ESTIMATED] if measured.dry_run else said(asked.device)), *measured.notes),
+            notes=(
+                *self.notes,
+                *([ESTIMATED] if measured.dry_run else said(asked.device, agrees=FACTORS)),
+                *measured.notes,
+            ),
         )
 
 

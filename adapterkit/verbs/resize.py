@@ -20,7 +20,7 @@ from adapterkit.verbs.combine import check_rank, known_rank, output_dtype, paren
 from adapterkit.verbs.factors import ESTIMATED, FactorWork, sent
 from adapterkit.verbs.family import Family, carried, open_family
 from adapterkit.verbs.job import Job, Measured
-from adapterkit.verbs.placed import computed_on, said
+from adapterkit.verbs.placed import FACTORS, computed_on, said
 from adapterkit.verbs.report import ModuleRank, ResizeReport
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class Resizing:
         )(folder)
 
     def _evidence(self) -> dict[str, Any]:
-        return computed_on(self.request.device)
+        return computed_on(self.request.device, agrees=FACTORS)
 
     def report(self, measured: Measured) -> ResizeReport:
         """What was done, or would be."""
@@ -154,7 +154,11 @@ class Resizing:
             reused=facts.get("known", 0),
             dry_run=measured.dry_run,
             **sent(measured),
-            notes=(*self.notes, *([ESTIMATED] if measured.dry_run else said(asked.device)), *measured.notes),
+            notes=(
+                *self.notes,
+                *([ESTIMATED] if measured.dry_run else said(asked.device, agrees=FACTORS)),
+                *measured.notes,
+            ),
         )
 
 

@@ -15,6 +15,7 @@ import torch
 import adapterkit
 from adapterkit.errors import CheckpointError
 from adapterkit.gguf.checkpoint import open_gguf
+from adapterkit.gguf.encode import Backend, NonFiniteWeightError, encode
 from adapterkit.gguf.tensors import Quantized
 from adapterkit.gguf.types import TYPES
 
@@ -94,6 +95,14 @@ def test_what_is_not_finite_is_named_on_both_ways(
     ):
         adapterkit.convert(base, tmp_path / "out.gguf", quant="Q8_0")
     assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_float64_that_float32_lacks_is_named_on_both_ways(backend: Backend) -> None:
+    rows = np.ones((2, 32))
+    rows[1, 5] = 1e300
+    with pytest.raises(NonFiniteWeightError, match="row 1, column 5 is inf"):
+        encode("Q8_0", rows, backend=backend)
 
 
 def test_a_copy_needs_no_torch(tmp_path: Path) -> None:

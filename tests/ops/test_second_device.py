@@ -15,6 +15,7 @@ from models import build_base, plain_adapter, plain_base, read_tensors, write_ch
 
 import adapterkit
 from adapterkit.adapters.merged import Merged
+from adapterkit.checkpoint.plan import Plan
 from adapterkit.codecs.kinds import written
 from adapterkit.errors import UsageError
 from adapterkit.gguf.encode import encode
@@ -23,6 +24,8 @@ from adapterkit.ops import device as devices
 from adapterkit.ops.lowrank import Factors, truncate, truncate_all
 from adapterkit.ops.there import back, there
 from adapterkit.registry.beside import read_beside
+from adapterkit.verbs.execute import OpenPlan
+from adapterkit.verbs.placed import said
 from bench.speed.one_pass import tokenizer
 
 # One of each way to encode; what they have in common with the others is code that these run too.
@@ -282,13 +285,15 @@ def test_extract_resize_and_combine_compute_there(base: Path, adapter: Path, tmp
         report = run(tmp_path / name / "there", device="second")
         assert second_device.OPERATORS["aten::_linalg_svd"], name
         assert any(note.startswith("computed on second") for note in report.notes), name
-        assert evidence(tmp_path / name / "there")["device"] == "second"
+        found = evidence(tmp_path / name / "there")
+        assert (found["device"], found["name"]) == ("second", "a second CPU")
+        assert found["agreement"].startswith("signs and bases may be others")
         one, two = read_tensors(tmp_path / name / "cpu"), read_tensors(tmp_path / name / "there")
         assert one.keys() == two.keys()
         for key in (key for key in one if key.endswith("lora_A.weight")):
             pair = key.replace("lora_A", "lora_B")
-            wanted, found = (each[pair].double() @ each[key].double() for each in (one, two))
-            assert float((wanted - found).abs().max()) <= 1e-5 * float(wanted.abs().max()), (name, key)
+            wanted, other_one = (each[pair].double() @ each[key].double() for each in (one, two))
+            assert float((wanted - other_one).abs().max()) <= 1e-5 * float(wanted.abs().max()), (name, key)
 
 
 # ------------------------------------------------------------------ verify, plans
@@ -300,7 +305,7 @@ def test_verify_compares_there(base: Path, adapter: Path, tmp_path: Path) -> Non
     report = adapterkit.verify(tmp_path / "out", base=base, adapters=[adapter], device="second")
     assert report.ok
     assert second_device.OPERATORS["aten::addmm"] or second_device.OPERATORS["aten::addmm_"]
-    assert any(note.startswith("computed on second") for note in report.notes)
+    assert "computed on second (a second CPU): figures are the CPU's but for rounding" in report.notes
     adapterkit.merge(base, [adapter], tmp_path / "half", weights=[0.5])
     (tmp_path / "half/adapterkit.json").unlink()
     wrong = adapterkit.verify(tmp_path / "half", base=base, adapters=[adapter], device="second")
@@ -326,3 +331,27 @@ def test_a_plan_is_executed_on_another_device(base: Path, adapter: Path, tmp_pat
     assert record.operation is not None
     assert record.operation.parameters["device"] == "second"
     assert evidence(tmp_path / "out")["device"] == "second"
+    loaded = Plan.from_json(plan.read_bytes())
+    for part in (0, None):
+        adapterkit.execute(loaded, tmp_path / "executed", part=part, device="second")
+    assert evidence(tmp_path / "executed")["name"] == "a second CPU"
+    same(tmp_path / "cpu", tmp_path / "executed")
+
+
+def test_facts_of_a_device_are_of_the_one_that_was_computed_on(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers may have another device of that name than the process that makes the output of their parts."""
+    plan = tmp_path / "plan.json"
+    adapterkit.merge(base, [adapter], save_plan=plan, device="second")
+    loaded = Plan.from_json(plan.read_bytes())
+    worker = OpenPlan(loaded, tmp_path / "out")
+    for part in worker.parts:
+        worker.execute(part.index)
+    monkeypatch.setattr(devices, "_OPEN", {})  # as in another process
+    OpenPlan(loaded, tmp_path / "out").finish()
+    found = evidence(tmp_path / "out")
+    assert (found["device"], found["by_this_process"]) == ("second", False)
+    assert "name" not in found
+    monkeypatch.setattr(devices, "_OPEN", {})
+    assert said("second") == ("this process computed nothing on second",)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from models import plain_adapter, plain_base, read_bytes
 from safetensors import safe_open
 
@@ -50,6 +51,13 @@ def test_keep_below_and_pre(inputs: Path, tmp_path: Path) -> None:
     ):
         adapterkit.merge(base, [adapter], tmp_path / "other.gguf", force=True, **other)
         assert made != (tmp_path / "other.gguf").read_bytes()
+
+
+def test_verify_computes_where_a_recipe_says(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = recipe(inputs, tmp_path / "work", '[outputs.out]\npath = "out"\nverify.device = "cuda"\n')
+    with pytest.raises(UsageError, match="cuda cannot be used"):
+        build(path)
 
 
 def vision_tower(path: Path, value: float) -> Path:

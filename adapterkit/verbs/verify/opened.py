@@ -15,7 +15,7 @@ from adapterkit.ops.device import CPU
 from adapterkit.requests.groups import OfAdapters
 from adapterkit.requests.verify import LEVELS
 from adapterkit.stores.files import brought
-from adapterkit.verbs.placed import said
+from adapterkit.verbs.placed import FIGURES, said
 from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding, Thresholds, VerifyReport
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class OpenVerification:
             options=self.options,
             record=how.record is not None,
             inputs=self.inputs(),
-            notes=tuple(dict.fromkeys((*planned.notes, *said(request.device)))),
+            notes=tuple(dict.fromkeys((*planned.notes, *said(request.device, agrees=FIGURES)))),
             seconds=time.monotonic() - started,
             peak_memory=peak_memory(),
         )
