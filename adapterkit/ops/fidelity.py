@@ -120,14 +120,19 @@ def block_sums(
         e = there - new
         dots.append(e.dot(e))
     if not all(isfinite(float(dot)) for dot in dots):  # squares that float32 cannot hold
-        w, d, g = w.double(), d.double(), g.double()
+        w, d, g = _double(w), _double(d), _double(g)
         dots = [dots[0], w.dot(w), d.dot(d), g.dot(d), g.dot(g), *([(d - g).dot(d - g)] if error else [])]
     sums = FidelitySums(float(w.numel()), *(float(dot) for dot in dots))
     if importance is not None and not odd and w.numel() % len(importance) == 0:
-        off, change = (v.view(-1, len(importance)).double().square().sum(0) for v in (g - d, d))
-        by = importance.double()
+        off, change = (_double(v.view(-1, len(importance))).square().sum(0) for v in (g - d, d))
+        by = _double(importance).to(off.device)
         sums = replace(sums, weighed_ee=float(off @ by), weighed_dd=float(change @ by))
     return replace(sums, odd=float(odd), lost=float(lost)) if odd else sums
+
+
+def _double(values: torch.Tensor) -> torch.Tensor:
+    """In float64, on the CPU where the device has none (Metal)."""
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 @dataclass(frozen=True)
