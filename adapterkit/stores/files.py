@@ -166,11 +166,11 @@ def copied(
         store = open_store(address)
         if address.key and store.head(address.key) is not None:
             lead = address.key.removesuffix(address.name)
-            named = {one.key.removeprefix(lead): one for one in store.entries(address.key)}
-            own = {
-                found: one for found, one in named.items() if found == address.name or _is_beside(found, address.name)
-            }
-            _fetch_named(store, own, address, Path(name), lambda found: True)
+            # The whole folder is listed: some stores take what a list begins with for the name of a folder.
+            own = store.entries(lead, lambda key: _is_of(key.removeprefix(lead), address.name))
+            _fetch_named(
+                store, {one.key.removeprefix(lead): one for one in own}, address, Path(name), lambda found: True
+            )
         else:
             place.mkdir(parents=True)  # a bucket of the Hub has slashes in its name
             fetch_folder(address, place, wanted)
@@ -178,8 +178,9 @@ def copied(
             yield place
 
 
-def _is_beside(name: str, file: str) -> bool:
-    return name.startswith(f"{file}.") and "/" not in name
+def _is_of(name: str, file: str) -> bool:
+    """Whether a name is that of a file, or of one beside it that bears its name."""
+    return name == file or (name.startswith(f"{file}.") and "/" not in name)
 
 
 def brought_folder(address: Address) -> Path:

@@ -275,6 +275,7 @@ def test_versions_come_from_a_store(s3: Proxy, there: str, home: Path) -> None:
     stored = register(f"{there}/a1", "there", base=f"{there}/base").record
     assert (stored.content, stored.base, stored.kind) == (here.content, here.base, here.kind)
     assert stored.meta["from"] == f"{there}/a1"
+    assert register(f"{there}/a1", "own", base="in/base", meta={"from": "us"}).record.meta["from"] == "us"
     assert [(one.path, one.sha256) for one in stored.files] == [(one.path, one.sha256) for one in here.files]
     assert not list((home / "pulling").iterdir())
     merged = register(f"{there}/merged", "merged").record
@@ -319,4 +320,20 @@ def test_outputs_in_a_store_are_attested_and_signed(s3: Proxy, there: str, tmp_p
     with pytest.raises(CheckFailed, match=re.escape(f"{there}/merged")):
         verify(f"{there}/merged", public)
     assert os.listdir(tmp_path / "in" / "merged")
+
+    # A file lies among others, and what bears its name is its own.
+    file = f"{there}/alone/q.gguf"
+    assert run("merge", f"{there}/base.gguf", f"{there}/gguf-adapter", "--quant", "F16", "-o", file, "--attest")[0] == 0
+    put(s3, f"{there}/alone/q.gguf-other", b"x")
+    put(s3, f"{there}/alone/other.gguf", b"x")
+    alone = sign(file, private)
+    assert (str(alone.signature), str(alone.statements)) == (f"{file}.model.sig", f"{file}.adapterkit.intoto.jsonl")
+    assert verify(file, public).files == 3  # with its record and its statement
+    stored = register(file, "alone").record
+    assert stored.operation is not None
+    assert "q.gguf" in {one.path for one in stored.files}
+    assert not {"q.gguf-other", "other.gguf"} & {one.path for one in stored.files}
+    put(s3, file, got(s3, file) + b"x")
+    with pytest.raises(CheckFailed, match=re.escape(file)):
+        verify(file, public)
     assert download(s3.server, BUCKET, f"{there.removeprefix('s3://models/')}/merged/")["model.sig"]
