@@ -191,7 +191,7 @@ def _of_base(subject: Subject, name: str) -> frozenset[str]:
 
 @contextlib.contextmanager
 def _folder_of(base: Checkpoint) -> Iterator[Path | None]:
-    """The folder of a model. For one in a store or on the Hub, a temporary one: its config, and files of the same size with
+    """The folder of a model. For one that is not on this disk, a temporary one: its config, and files of the same size with
     its headers and no values, which take no room on a disk."""
     folder = place(base)
     if folder is not None or not all(one.name.endswith(".safetensors") for one in base.sources):
