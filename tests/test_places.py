@@ -14,10 +14,12 @@ from models import plain_adapter, plain_base
 import adapterkit
 from adapterkit.cli import app, main
 from adapterkit.cli.complete import Reference
+from adapterkit.cli.paths import FILE_THERE, OUT_THERE
 from adapterkit.errors import AdapterkitError, UsageError
 from adapterkit.places import BUCKET, HUB, OCI, Address, address_of, local, readable, remote_of, writable
 from adapterkit.provenance.signable import signable
 from adapterkit.registry.bundle import export_bundle
+from adapterkit.stores.files import brought
 
 ADDRESSES = (
     "r2://models/out",
@@ -157,6 +159,15 @@ def test_what_no_store_can_have_is_no_address(given: str) -> None:
 def test_a_whole_bucket_is_no_output(out: str) -> None:
     with pytest.raises(UsageError, match=r"a whole bucket; name a folder in it"):
         writable(out, "-o")
+    for kind, words in ((OUT_THERE, "name a folder in it"), (FILE_THERE, "name a file in it")):
+        with pytest.raises(UsageError, match=f"this is {out.rstrip('/')}, a whole bucket; {words}"):
+            kind.convert(out, None, None)
+
+
+def test_a_file_by_its_scheme_is_read_where_it_lies(tmp_path: Path) -> None:
+    assert brought(f"file://{tmp_path}/a%20b.txt") == tmp_path / "a b.txt"
+    with pytest.raises(UsageError, match="ftp:// is neither read nor written"):
+        brought("ftp://h/x")
 
 
 def test_an_address_has_the_parts_of_a_path() -> None:

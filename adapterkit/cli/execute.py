@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit.cli.output import Progress, say, show_json, size
-from adapterkit.cli.paths import FILE_THERE
+from adapterkit.cli.paths import FILE_THERE, OUT_THERE
 from adapterkit.cli.run import failed
 from adapterkit.cli.verification import OWN, check_of_plan, deliver
 from adapterkit.requests.option import DEVICES
@@ -29,7 +29,7 @@ def _of_verification(command: click.Command) -> click.Command:
 @_of_verification
 @click.command(name="execute", short_help="Execute a saved plan, or one part of it.")
 @click.argument("plan", type=FILE_THERE)
-@click.option("-o", "--out", required=True, type=FILE_THERE, help="The folder to make, here or in a store.")
+@click.option("-o", "--out", required=True, type=OUT_THERE, help="The folder to make, here or in a store.")
 @click.option("--part", type=click.IntRange(0), help="Only this part; the folder appears when all parts are finished.")
 @click.option("--part-size", metavar="SIZE", help="Work of a part, like 1GB; by default a part is a file.")
 @click.option("--finish", is_flag=True, help="All parts are done: make the folder.")

@@ -49,7 +49,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "tag": ("alias", "promote", "release"),
 }
 
-# Options. Those of one field are given as the first of its flags that the verb at hand has.
+# Options, by the flags here that do the same; those of them that the verb at hand has are named.
 OPTIONS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("-o", "--out"): (
         *(

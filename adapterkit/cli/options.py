@@ -11,12 +11,13 @@ from click.core import ParameterSource
 
 from adapterkit.cli.complete import REFERENCE, Choice, Listed
 from adapterkit.cli.methods import NAMES, SPACES, MethodCommand, methods_flag
-from adapterkit.cli.paths import FILE, FILE_THERE
+from adapterkit.cli.paths import FILE, FILE_THERE, OUT_THERE
 from adapterkit.requests.option import (
     CLI,
     FLAG,
     INPUT,
     NUMBER,
+    OUTPUT_THERE,
     PATH,
     REF,
     SWITCH,
@@ -254,7 +255,7 @@ def _type(name: str, option: Option) -> Any:
     if option.kind == NUMBER:
         return click.FLOAT
     if option.kind == PATH:
-        return FILE_THERE if option.store else FILE
+        return FILE if not option.store else OUT_THERE if option.store == OUTPUT_THERE else FILE_THERE
     if option.kind == REF:
         return REFERENCE
     if option.choices and not callable(option.choices) and not option.metavar:

@@ -24,14 +24,22 @@ class LocalPath(click.Path):
 
 
 class StoredPath(click.Path):
-    """A path of this machine, or the address of a file in a store."""
+    """A path of this machine, or an address in a store.
+
+    Args:
+        what: ``file``, or ``folder`` of an output, for the error.
+    """
+
+    def __init__(self, what: str = "file") -> None:
+        super().__init__(path_type=Path)
+        self.what = what
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """
         Raises:
             UsageError: an address of anything else.
         """
-        return writable(value, _named(param), "file")
+        return writable(value, _named(param), self.what)
 
 
 class TargetPath(LocalPath):
@@ -55,4 +63,5 @@ def _named(param: click.Parameter | None) -> str:
 
 FILE = LocalPath(path_type=Path)
 TARGET = TargetPath()
-FILE_THERE = StoredPath(path_type=Path)
+FILE_THERE = StoredPath()
+OUT_THERE = StoredPath("folder")

@@ -74,7 +74,7 @@ def command(
         raise click.UsageError("Missing option '-o' / '--out': the folder or file to make.")
     asked: dict[str, Any] = {"html": html, "markdown": markdown, "step_summary": step_summary, "attach": attach}
     if attach is not None or any(asked.values()):
-        plan = Plan.from_json(read_regular(brought(request.plan), MOST_PLAN))
+        plan = Plan.from_json(read_regular(brought(request.plan), MOST_PLAN, str(request.plan)))
         check_of_plan(asked, plan, not request.dry_run and request.on not in WRITTEN_JOBS)
     with Progress("running", enabled=not as_json) as progress:
         report = run(**{name: getattr(request, name) for name in request.named} | {"progress": progress})

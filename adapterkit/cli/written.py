@@ -28,7 +28,7 @@ def asked(request: Any, what: str, progress: Progress) -> dict[str, Any]:
         given = [str(one) for one in getattr(request, "adapters", ())]
         if len(given) > 1 and "/" not in given[-1].removeprefix("./") and not os.path.exists(given[-1]):
             last = given[-1]
-            raise click.UsageError(f"{last} does not exist; if it is the output, give it by its option: -o {last}")
+            raise click.UsageError(f"Missing option '-o' / '--out': {what}. If {last} is the output: -o {last}")
         raise click.UsageError(f"Missing option '-o' / '--out': {what}.")
     return {name: getattr(request, name) for name in request.named} | {"progress": progress}
 

@@ -105,7 +105,7 @@ def _register_stored(request: RegisterRequest, address: Address) -> Registered:
     room = at.root / PULLING
     with disk.writing("a download", at.root):
         room.mkdir(exist_ok=True)
-    meta = {**request.texts, IN_STORE: str(address)}
+    meta = {IN_STORE: str(address), **request.texts}
     with copied(address, room) as here:
         return _register(replace(request, path=here, meta=meta, link=True))
 

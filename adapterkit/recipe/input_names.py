@@ -12,12 +12,12 @@ _MOST_PARTS = 4096
 
 
 def names_beside(name: str, *, adapter: bool) -> list[str]:
-    """What may be read beside a file: the config of a model, the other parts of a split GGUF."""
+    """What may be read beside a file: the config of a model or an adapter, the other parts of a split GGUF."""
     part = _PART.fullmatch(name)
     if part is not None:
         first, count = part[1], part[2]
         return [f"{first}-{number:05}-of-{count}.gguf" for number in range(1, min(int(count), _MOST_PARTS) + 1)]
-    return ["config.json"] if name.endswith(".safetensors") and not adapter else []
+    return [ADAPTER_CONFIG if adapter else "config.json"] if name.endswith(".safetensors") else []
 
 
 def names_read(listing: Listing) -> set[str]:

@@ -110,7 +110,11 @@ class Step:
         """Where the mmproj file goes, if there is one: a copy, or what is made of the base."""
         if self.asked.mmproj == AUTO:
             return self.out.with_name(tower_path(self.out).name)
-        return None if self.mmproj is None else self.out.with_name(PurePosixPath(self.mmproj.ref).name)
+        return (
+            None
+            if self.mmproj is None
+            else self.out.with_name(PurePosixPath(str(self.mmproj.path or self.mmproj.ref)).name)
+        )
 
     @property
     def residual(self) -> Path | Address | None:
@@ -534,7 +538,7 @@ _Spot = tuple[str, ...]
 def _spot(place: Path | Address) -> _Spot:
     """A place as the names that lead to it, links followed: what lies in it has a longer one."""
     if isinstance(place, Address):
-        return (f"{place.scheme}://{place.bucket}", *place.key.split("/"))
+        return (f"{place.scheme}://{place.bucket}", *filter(None, place.key.split("/")))
     return _real(place).parts
 
 

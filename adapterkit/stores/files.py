@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING
 
 from adapterkit import disk
 from adapterkit.errors import AdapterkitError, NotFound, OutputError, StoreError, UnsafeError, option
-from adapterkit.places import Address, address_of
+from adapterkit.places import Address, address_of, local
 
 if TYPE_CHECKING:
     from adapterkit.stores.store import Store, StoredObject
@@ -38,13 +38,14 @@ def brought(place: str | Path | Address, beside: Sequence[str] = ()) -> Path:
     Raises:
         NotFound: there is no such object.
         OutputError: there is no room for a copy.
-        AuthError, StoreError, UsageError
+        UsageError: an address that is neither read nor written.
+        AuthError, StoreError
     """
     import tempfile
 
     address = address_of(place)
     if address is None:
-        return Path(str(place))
+        return Path(local(str(place), "a file"))
     store, found = _found(address)
     key = (os.getpid(), address, found.etag)
     with _lock:
@@ -142,11 +143,14 @@ def _fetch_named(
 
 
 @contextmanager
-def copied(address: Address, folder: Path | None = None) -> Iterator[Path]:
+def copied(
+    address: Address, folder: Path | None = None, wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[Path]:
     """A copy here, for as long as the body runs, of a folder, or of a file with what bears its name (``OUT.gguf.Modelfile``).
 
     Args:
         folder: where the copy is made; by default among temporary files.
+        wanted: of a folder, says of a name in it whether it is copied.
 
     Raises:
         NotFound, UnsafeError, OutputError, AuthError, StoreError: see `fetch_folder`.
@@ -162,20 +166,21 @@ def copied(address: Address, folder: Path | None = None) -> Iterator[Path]:
         store = open_store(address)
         if address.key and store.head(address.key) is not None:
             lead = address.key.removesuffix(address.name)
-            named = {one.key.removeprefix(lead): one for one in store.entries(address.key)}
-            own = {
-                found: one for found, one in named.items() if found == address.name or _is_beside(found, address.name)
-            }
-            _fetch_named(store, own, address, Path(name), lambda found: True)
+            # The whole folder is listed: some stores take what a list begins with for the name of a folder.
+            own = store.entries(lead, lambda key: _is_of(key.removeprefix(lead), address.name))
+            _fetch_named(
+                store, {one.key.removeprefix(lead): one for one in own}, address, Path(name), lambda found: True
+            )
         else:
-            place.mkdir()
-            fetch_folder(address, place)
+            place.mkdir(parents=True)  # a bucket of the Hub has slashes in its name
+            fetch_folder(address, place, wanted)
         with called(place, address):
             yield place
 
 
-def _is_beside(name: str, file: str) -> bool:
-    return name.startswith(f"{file}.") and "/" not in name
+def _is_of(name: str, file: str) -> bool:
+    """Whether a name is that of a file, or of one beside it that bears its name."""
+    return name == file or (name.startswith(f"{file}.") and "/" not in name)
 
 
 def brought_folder(address: Address) -> Path:
@@ -190,7 +195,7 @@ def brought_folder(address: Address) -> Path:
         top = _folder()
     with disk.writing(address.name, top):
         place = Path(tempfile.mkdtemp(dir=top)) / (address.name or address.bucket)
-        place.mkdir()
+        place.mkdir(parents=True)
     fetch_folder(address, place)
     return place
 

@@ -106,7 +106,7 @@ class Gcs(Store):
                 return
 
     def head(self, key: str) -> StoredObject | None:
-        query = {"fields": "name,size,generation,metadata"}
+        query = {"fields": "name,size,generation,metadata,timeCreated"}
         try:
             found = self.ask(lambda: self.call("GET", self.object_path(key), query), self.place(key), pass_on=True)
         except Fault as fault:
@@ -114,7 +114,7 @@ class Gcs(Store):
                 return None
             raise told(fault, str(self.place(key))) from None
         with sense(self.place(key), _WHO):
-            return _stored(found.value)
+            return replace(_stored(found.value), written=_moment(found.value["timeCreated"]))
 
     def read(self, key: str, start: int, nbytes: int, etag: str = "") -> bytes:
         if nbytes <= 0:

@@ -29,15 +29,22 @@ class TowerFile:
     plan: Plan
     sources: Sequence[Source]
 
+    @property
+    def _is_there(self) -> bool:
+        """Whether it lies beside the output already, in a store; of files here `Projector` sees it."""
+        return isinstance(self.out, Address) and self.file == self.out.with_name(self.file.name)
+
     def check(self) -> None:
         from adapterkit.gguf.projector import Projector
 
         with reading(self.file) as file:
-            Projector(file, self.out, force=self.force, plan=self.plan, sources=self.sources)
+            Projector(file, self.out, force=self.force or self._is_there, plan=self.plan, sources=self.sources)
 
     def write(self) -> Sequence[str]:
         from adapterkit.gguf.projector import Projector
 
+        if self._is_there:
+            return ()
         # Whether a file here may be replaced was decided when the run began.
         Projector(brought(self.file), self.out, force=self.force or isinstance(self.out, Path)).copy()
         return ()

@@ -7,6 +7,7 @@ second moments X'X of them when it is encoded: see `adapterkit.codecs.feedback`.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import threading
@@ -17,10 +18,12 @@ from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit import disk
 from adapterkit.checkpoint.plan import BASELINE_MEMORY, default_jobs
 from adapterkit.codecs.feedback import Fed, Shared
 from adapterkit.errors import AdapterkitError, CheckpointError, UsageError, option
 from adapterkit.places import Address
+from adapterkit.stores.files import brought, called
 from adapterkit.verbs.plain_text import read_text, text_ids
 
 if TYPE_CHECKING:
@@ -69,8 +72,9 @@ class Calibration:
         tokens: that were read; 0 before that.
     """
 
-    def __init__(self, view: Callable[[], Checkpoint], text: Path, near: Path | Address | None) -> None:
+    def __init__(self, view: Callable[[], Checkpoint], text: str | Path | Address, near: Path | Address | None) -> None:
         self._view, self._text, self._near = view, text, near
+        self._path = brought(text)
         self._wanted: dict[str, tuple[int, ...]] = {}
         self._found: dict[str, _Rows] | None = None
         self._lock = threading.Lock()
@@ -111,7 +115,7 @@ class Calibration:
             what=f"{option('rounding', 'feedback')} runs the model in transformers",
             extra="demo",
         )
-        if not read_text(self._text).strip():
+        if not self._read().strip():
             raise UsageError(f"{self._text} is empty", "give text like the model's own")
         if not config.get("model_type"):
             raise UsageError(
@@ -135,7 +139,7 @@ class Calibration:
         """What tells this text from others, for a plan that is carried out later."""
         import hashlib
 
-        return hashlib.sha256(read_text(self._text).encode()).hexdigest()
+        return hashlib.sha256(self._read().encode()).hexdigest()
 
     @property
     def figures(self) -> dict[str, float]:
@@ -220,16 +224,12 @@ class Calibration:
         Raises:
             UsageError: no tokenizer, or too little text.
         """
-        from adapterkit.checkpoint.pipeline import folder_of
-        from adapterkit.verbs.verify.answers import open_tokenizer
-
-        folder = folder_of(view)
-        tokenizer = None if folder is None else open_tokenizer([folder])
+        tokenizer = _tokenizer(view)
         if tokenizer is None:
             raise UsageError(
                 f"{view.ref} has no tokenizer, which the calibration text needs", "copy the base's beside it"
             )
-        first, ids = text_ids(tokenizer, read_text(self._text)[:MOST_TEXT])
+        first, ids = text_ids(tokenizer, self._read()[:MOST_TEXT])
         if len(ids) < FEWEST:
             raise UsageError(
                 f"{self._text} has {len(ids)} tokens, which says too little of the layers' inputs",
@@ -242,6 +242,10 @@ class Calibration:
         self.tokens = width * len(rows)
         return rows
 
+    def _read(self) -> str:
+        with called(self._path, self._text):
+            return read_text(self._path)
+
     def _file(self) -> int:
         """A file without a name, which goes when nothing holds it any more, also after a kill."""
         near = self._near.absolute().parent if isinstance(self._near, Path) else None
@@ -249,6 +253,23 @@ class Calibration:
             file = os.dup(made.fileno())
         weakref.finalize(self, os.close, file)
         return file
+
+
+def _tokenizer(view: Checkpoint) -> Any:
+    """The tokenizer of a model, None where it has none. For a model in a store its small files are lent a folder."""
+    from adapterkit.checkpoint.pipeline import folder_of
+    from adapterkit.verbs.verify.answers import open_tokenizer
+
+    folder = folder_of(view)
+    if folder is not None:
+        return open_tokenizer([folder])
+    with tempfile.TemporaryDirectory(prefix="adapterkit-") as lent, disk.writing("a temporary folder", Path(lent)):
+        (Path(lent) / "config.json").write_text(json.dumps(view.config))
+        for file in view.side_files:
+            if "/" not in file.name:
+                (Path(lent) / file.name).write_bytes(file.bytes())
+        with called(Path(lent), view.ref):
+            return open_tokenizer([lent])
 
 
 def _write(file: int, rows: torch.Tensor, at: int, near: Path | Address | None) -> None:

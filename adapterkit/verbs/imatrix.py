@@ -17,7 +17,7 @@ from adapterkit.ops.device import CPU, check_there
 from adapterkit.ops.device import opened as open_device
 from adapterkit.packages import need
 from adapterkit.places import Address, address_of, writable
-from adapterkit.stores.files import brought, fetch_folder, making, reading
+from adapterkit.stores.files import brought, copied, making, reading
 from adapterkit.verbs.plain_text import read_text, text_ids
 
 if TYPE_CHECKING:
@@ -107,12 +107,12 @@ def imatrix(
     with reading(text) as here:
         said = read_text(here)
     address = address_of(model)
-    if address is not None and address.suffix not in (".gguf", ".safetensors"):
-        # transformers loads folders of this machine.
-        with tempfile.TemporaryDirectory(prefix="adapterkit-") as lent:
-            fetch_folder(address, Path(lent), lambda name: not any(part.startswith(".") for part in name.split("/")))
+    if address is not None and address.suffix != ".gguf":
+        # transformers loads folders of this machine, also where a file in one is named.
+        name = address.name if address.suffix == ".safetensors" else ""
+        with copied(address.parent if name else address, wanted=lambda one: _is_loaded(one, alone=bool(name))) as lent:
             found_here = imatrix(
-                lent,
+                lent / name,
                 text,
                 place,
                 chunk=chunk,
@@ -167,6 +167,12 @@ def imatrix(
         notes += (f"run on {device} ({facts['name']}): sums are those of the CPU as far as the dtype computes",)
     seconds = time.monotonic() - started
     return ImatrixReport(opened.ref, str(out), str(text), len(found), done, chunk, missing, seconds, notes)
+
+
+def _is_loaded(name: str, *, alone: bool) -> bool:
+    """Whether transformers may read an object of a model's folder; where a file in it was named, others may lie below it."""
+    parts = name.split("/")
+    return not any(part.startswith(".") for part in parts) and not (alone and len(parts) > 1)
 
 
 @contextmanager

@@ -308,7 +308,7 @@ def inspect_adapter(adapter: Adapter, base: Checkpoint | None, health: bool) -> 
 
 
 def describe_method(adapter: Adapter, modules: tuple[Module, ...]) -> str:
-    """The method and its variants in a few words: ``LORA (rslora, dora)``, ``LYCORIS (oft, tucker)``."""
+    """The method and its variants in a few words: ``LORA (rsLoRA, DoRA)``, ``LYCORIS (oft, tucker)``."""
     config = adapter.config
     if config.peft_type == "LYCORIS":
         from adapterkit.adapters.methods.single import algorithms
@@ -316,8 +316,8 @@ def describe_method(adapter: Adapter, modules: tuple[Module, ...]) -> str:
         return f"LYCORIS ({', '.join(sorted({word for module in modules for word in algorithms(module)}))})"
     init = config.get("init_lora_weights")
     said = {
-        "rslora": config.get("use_rslora"),
-        "dora": any(MAGNITUDE in module.tensors for module in modules),
+        "rsLoRA": config.get("use_rslora"),
+        "DoRA": any(MAGNITUDE in module.tensors for module in modules),
         "rank_pattern": config.get("rank_pattern") and not config.get(FLAT),  # a single file says it of every module
         "alpha_pattern": config.get("alpha_pattern") and not config.get(FLAT),
         "lora_bias": config.get("lora_bias"),

@@ -302,13 +302,12 @@ def _calibration(base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequ
     """
     if asked.rounding != FEEDBACK or asked.calibration is None:
         return None
-    from adapterkit.stores.files import brought
     from adapterkit.verbs.calibration import Calibration as Made
 
     def view() -> Checkpoint:
         return fold(base, adapters, asked.adapter_weights, **_how(asked)).checkpoint
 
-    made = Made(view, brought(asked.calibration), asked.target)
+    made = Made(view, asked.calibration, asked.target)
     made.check(base.ref, base.config)
     return made
 

@@ -79,7 +79,9 @@ def run(request: RunRequest) -> RunReport:
         MissingPackage: Ray is not installed.
     """
     started = time.monotonic()
-    plan = on_device(Plan.from_json(disk.read_regular(brought(request.plan), MOST_PLAN)), request.device)
+    plan = on_device(
+        Plan.from_json(disk.read_regular(brought(request.plan), MOST_PLAN, str(request.plan))), request.device
+    )
     opened = OpenPlan(plan, request.target or "", part_size(request, plan))
     told = RunReport(str(request.plan), str(request.out or ""), "", 0, len(opened.parts), nbytes=plan.nbytes)
     if request.dry_run:

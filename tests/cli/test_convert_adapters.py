@@ -33,6 +33,7 @@ def test_the_error_of_a_decomposition_is_printed(
     dora: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, adapter = dora
+    assert "LORA (DoRA)" in run(capsys, "inspect", adapter)[1]
     how = ("--to", "peft", "--plain", "--base", base)
     code, out, err = run(capsys, "convert", adapter, *how, "--energy", 0.9, "-o", tmp_path / "plain")
     assert code == 0, err

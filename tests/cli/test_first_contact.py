@@ -213,7 +213,7 @@ FOREIGN = {
     "merge_and_unload base 'my adapter'": "No such command 'merge_and_unload'. Here it is adapterkit merge --help",
     "quantize base": "No such command 'quantize'. Here it is adapterkit convert --help",
     "version": "Here it is adapterkit --version",
-    "merge base 'my adapter' merged": "merged does not exist; if it is the output, give it by its option: -o merged",
+    "merge base 'my adapter' merged": ". If merged is the output: -o merged",
     "merge base 'my adapter' --output-dir out": "No such option '--output-dir'. Here it is -o or --out.",
     "merge --base-model base --lora 'my adapter' -o x": "given without an option: adapterkit merge BASE ADAPTER...",
     "merge base --lora 'my adapter' -o x": "given without an option: adapterkit merge BASE ADAPTER...",

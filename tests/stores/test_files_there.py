@@ -173,11 +173,109 @@ def test_files_of_options_are_read_from_a_store(s3: Proxy, there: str, tmp_path:
     assert "Traceback" not in said
 
 
+def test_a_tower_and_a_template_come_from_a_store(s3: Proxy, there: str, tmp_path: Path) -> None:
+    from gguf_files import random_array, write_gguf
+
+    from adapterkit.verbs.engines.written import template_of
+
+    tower = write_gguf(tmp_path / "mmproj-F16.gguf", {"v.w": random_array(4, 32)}, arch="clip").read_bytes()
+    put(s3, f"{there}/mmproj-F16.gguf", tower)
+    asked = ("merge", f"{there}/base.gguf", f"{there}/gguf-adapter", "--quant", "F16", "--mmproj")
+    # Beside its own file it stays as it is, elsewhere a copy is made.
+    for out in (f"{there}/q.gguf", f"{there}/out/q.gguf"):
+        code, said = run(*asked, f"{there}/mmproj-F16.gguf", "-o", out)
+        assert code == 0, said
+        assert got(s3, f"{out.removesuffix('q.gguf')}mmproj-F16.gguf") == tower
+    code, said = run(*asked, f"{there}/mmproj-F16.gguf", "-o", f"{there}/out/r.gguf")
+    assert (code, said.count(f"{there}/out/mmproj-F16.gguf exists")) == (1, 1)
+    code, said = run(*asked, f"{there}/base.gguf", "-o", f"{there}/other/q.gguf")
+    assert (code, said.count(f"{there}/base.gguf is no mmproj file")) == (2, 1)
+    recipe = Path("recipe.toml")
+    recipe.write_text(
+        f'base = "{there}/base.gguf"\nadapters.one = "{there}/gguf-adapter"\n[outputs.q]\npath = "{there}/built/q.gguf"\n'
+        f'quant = "F16"\nmmproj = "{there}/mmproj-F16.gguf"\n'
+    )
+    assert run("build", "--outside", recipe)[0] == 0
+    assert got(s3, f"{there}/built/mmproj-F16.gguf") == tower
+    assert run("build", "--outside", "--locked", recipe)[0] == 0
+
+    put(s3, f"{there}/job.sh", template_of("slurm").replace("#SBATCH", "#SBATCH --comment=ours\n#SBATCH", 1).encode())
+    assert run("merge", f"{there}/base", f"{there}/a1", "--save-plan", "plan.json")[0] == 0
+    asked = ("run", "plan.json", "-o", f"{there}/by-slurm", "--on", "slurm", "--workers", 2, "--template")
+    code, said = run(*asked, f"{there}/job.sh")
+    assert code == 0, said
+    assert [one for one in tmp_path.rglob("*.sh") if "#SBATCH --comment=ours" in one.read_text()]
+    code, said = run(*asked, f"{there}/none.sh")
+    assert (code, said.count(f"{there}/none.sh does not exist")) == (7, 1)
+
+
+def test_matrices_and_texts_come_from_a_store(s3: Proxy, there: str, tmp_path: Path) -> None:
+    """What transformers runs there is what it runs here: a folder, a file in it, a GGUF file."""
+    pytest.importorskip("transformers")
+    from test_imatrix_verb import build
+    from vocab_zoo import byte_level
+
+    from adapterkit.gguf.vocab import pretokenizers
+
+    row = pretokenizers.row_of("qwen2")
+    assert row is not None
+    tokenizer = str(byte_level(pretokenizers.as_json(row), size=280).to_str())
+    model = build(tmp_path / "lm" / "model", "Qwen2ForCausalLM", tokenizer)
+    plain_adapter(tmp_path / "lm" / "adapter", model)
+    Path("lm/text.txt").write_text("The quick brown fox jumps over 12 lazy dogs.\n" * 9)
+    Path("lm/short.txt").write_text("one")
+    (tmp_path / "lm" / "model" / "elsewhere").mkdir()
+    Path("lm/model/elsewhere/model.safetensors").write_bytes(b"of another model")
+    upload(s3.server, tmp_path / "lm", BUCKET, f"{there.removeprefix(f's3://{BUCKET}/')}/lm")
+    there = f"{there}/lm"
+
+    def measured(of: str, text: str, out: str) -> tuple[int, str]:
+        return run("imatrix", of, "--text", text, "--chunk", 32, "--chunks", 2, "-o", out)
+
+    assert measured("lm/model", "lm/text.txt", "here.gguf")[0] == 0
+    for number, name in enumerate(("model", "model/model.safetensors")):
+        code, said = measured(f"{there}/{name}", f"{there}/text.txt", f"{there}/{number}.gguf")
+        assert code == 0, said
+        assert values_of(got(s3, f"{there}/{number}.gguf")) == values_of(Path("here.gguf").read_bytes())
+    code, said = measured(f"{there}/model", f"{there}/short.txt", f"{there}/x.gguf")
+    assert (code, "fewer than one chunk" in said) == (2, True)
+    put(s3, f"{there}/broken/config.json", b'{"model_type": "llama"}')
+    put(s3, f"{there}/broken/model.safetensors", b"x")
+    code, said = measured(f"{there}/broken", f"{there}/text.txt", f"{there}/x.gguf")
+    assert code == 1
+    assert f"{there}/broken" in said
+    assert "/adapterkit-" not in said
+
+    quantized = ("convert", "lm/model", "--quant", "Q4_0", "--imatrix")
+    code, said = run(*quantized, f"{there}/0.gguf", "-o", f"{there}/q.gguf")
+    assert code == 0, said
+    assert run(*quantized, "here.gguf", "-o", "q.gguf")[0] == 0
+    assert values_of(got(s3, f"{there}/q.gguf")) == values_of(Path("q.gguf").read_bytes())
+    fed = ("--quant", "nf4", "--yes-lossy", "--rounding", "feedback", "--calibration")
+    for out, base, text in (
+        (f"{there}/fed", f"{there}/model", f"{there}/text.txt"),
+        ("fed", "lm/model", "lm/text.txt"),
+    ):
+        code, said = run("merge", base, "lm/adapter", "-o", out, *fed, text)
+        assert code == 0, said
+    assert got(s3, f"{there}/fed/model.safetensors") == Path("fed/model.safetensors").read_bytes()
+
+
+def values_of(data: bytes) -> dict[str, bytes]:
+    """The tensors of a GGUF file, whatever it says of where they come from."""
+    import gguf
+
+    path = Path("read.gguf")
+    path.write_bytes(data)
+    return {one.name: one.data.tobytes() for one in gguf.GGUFReader(path).tensors}
+
+
 def test_versions_come_from_a_store(s3: Proxy, there: str, home: Path) -> None:
     here = register("in/a1", "here", base="in/base").record
     stored = register(f"{there}/a1", "there", base=f"{there}/base").record
     assert (stored.content, stored.base, stored.kind) == (here.content, here.base, here.kind)
     assert stored.meta["from"] == f"{there}/a1"
+    assert register(f"{there}/a1", "own", base="in/base", meta={"from": "us"}).record.meta["from"] == "us"
     assert [(one.path, one.sha256) for one in stored.files] == [(one.path, one.sha256) for one in here.files]
     assert not list((home / "pulling").iterdir())
     merged = register(f"{there}/merged", "merged").record
@@ -222,4 +320,20 @@ def test_outputs_in_a_store_are_attested_and_signed(s3: Proxy, there: str, tmp_p
     with pytest.raises(CheckFailed, match=re.escape(f"{there}/merged")):
         verify(f"{there}/merged", public)
     assert os.listdir(tmp_path / "in" / "merged")
+
+    # A file lies among others, and what bears its name is its own.
+    file = f"{there}/alone/q.gguf"
+    assert run("merge", f"{there}/base.gguf", f"{there}/gguf-adapter", "--quant", "F16", "-o", file, "--attest")[0] == 0
+    put(s3, f"{there}/alone/q.gguf-other", b"x")
+    put(s3, f"{there}/alone/other.gguf", b"x")
+    alone = sign(file, private)
+    assert (str(alone.signature), str(alone.statements)) == (f"{file}.model.sig", f"{file}.adapterkit.intoto.jsonl")
+    assert verify(file, public).files == 3  # with its record and its statement
+    stored = register(file, "alone").record
+    assert stored.operation is not None
+    assert "q.gguf" in {one.path for one in stored.files}
+    assert not {"q.gguf-other", "other.gguf"} & {one.path for one in stored.files}
+    put(s3, file, got(s3, file) + b"x")
+    with pytest.raises(CheckFailed, match=re.escape(file)):
+        verify(file, public)
     assert download(s3.server, BUCKET, f"{there.removeprefix('s3://models/')}/merged/")["model.sig"]

@@ -173,6 +173,8 @@ def test_an_object_of_many_parts(proxy: Proxy, store: Store, place: str) -> None
     found = store.head(f"{place}/whole")
     assert found is not None
     assert (found.etag, found.marks) == (etag, {"adapterkit-plan": "abc"})
+    assert found.written is not None
+    assert [one.written for one in store.entries(f"{place}/")] == [found.written]
     assert store.read(found.key, 0, found.size, found.etag) == b"".join(pieces.values())
     assert [one.key for one in store.entries(f"{place}/")] == [f"{place}/whole"]
     assert made.parts() is None  # it is over

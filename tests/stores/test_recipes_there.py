@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from models import plain_adapter, plain_base
+from models import edit_config, plain_adapter, plain_base
 from store_server import Proxy, client_of, download, upload
 
 import adapterkit
@@ -205,6 +206,84 @@ def test_files_beside_a_recipe_may_lie_in_a_store(
     assert b"two" in (tmp_path / "l" / "q.gguf").read_bytes()
 
 
+def test_every_part_of_a_split_base_counts_and_the_config_beside_the_file_of_an_adapter(
+    s3: Proxy, inputs: Path, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bases import gguf_adapter, gguf_base
+
+    monkeypatch.chdir(tmp_path)
+    adapter = gguf_adapter(inputs)
+    adapterkit.convert(gguf_base(inputs), inputs / "split.gguf", max_shard_size="20kB")
+    parts = sorted(inputs.glob("split-*.gguf"))
+    assert len(parts) > 2
+    upload(s3.server, inputs, BUCKET, place)
+    there = f"s3://{BUCKET}/{place}"
+    text = f"""
+        base = "AT/{parts[0].name}"
+        adapters.one = "AT/gguf-adapter/adapter_model.safetensors"
+        [outputs.q]
+        path = "OUT/q.gguf"
+        quant = "F16"
+        """
+    path = recipe(tmp_path / "r", text.replace("AT", there).replace("OUT", f"{there}/out"))
+    local = recipe(tmp_path / "l", text.replace("AT", str(inputs)).replace("OUT", "."))
+
+    def built(state: str, name: str) -> bytes:
+        for one in (path, local):
+            assert [row.state for row in build(one, outside=True).outputs] == [state]
+        adapterkit.merge(parts[0], adapter, tmp_path / name, quant="F16")
+        made = in_the_bucket(s3, f"{place}/out/")["q.gguf"]
+        assert made == (tmp_path / "l" / "q.gguf").read_bytes() == (tmp_path / name).read_bytes()
+        return made
+
+    found = [built("new", "1.gguf")]
+    parts[-1].write_bytes(parts[-1].read_bytes()[:-64] + bytes(64))
+    put(s3, f"{place}/{parts[-1].name}", parts[-1].read_bytes())
+    found.append(built("again", "2.gguf"))
+    edit_config(adapter, lora_alpha=99)
+    put(s3, f"{place}/gguf-adapter/adapter_config.json", (adapter / "adapter_config.json").read_bytes())
+    found.append(built("again", "3.gguf"))
+    assert len(set(found)) == 3
+
+
+def test_an_output_in_a_store_is_verified_with_a_page_there_registered_and_pushed(
+    s3: Proxy, inputs: Path, place: str, home: Path, tmp_path: Path
+) -> None:
+    there = f"s3://{BUCKET}/{place}"
+    text = f"""
+        base = "{there}/base"
+        adapters.one = "{there}/a1"
+        [outputs.merged]
+        path = "{there}/out/merged"
+        verify = {{ level = "tensors", html = "{there}/page.html" }}
+        register = "tone"
+        push = "{there}/registered"
+        [outputs.f16]
+        path = "{there}/out/f16"
+        dtype = "f16"
+        push = "{there}/pushed"
+        """
+    path = recipe(tmp_path / "r", text)
+    merged, f16 = (one.after for one in build(path, outside=True).outputs)
+    assert (list(merged), list(f16)) == (["verify", "register", "push"], ["push"])
+    assert b"<html" in in_the_bucket(s3, f"{place}/page.html")[""]
+    made = in_the_bucket(s3, f"{place}/out/")
+    record = adapterkit.registry.verbs.show("tone@1").record
+    assert record.meta["from"] == f"{there}/out/merged"
+    weights = [f"{name}/model-0000{part}-of-00002.safetensors" for name in ("merged", "f16") for part in (1, 2)]
+    for to, name in (("registered", "merged"), ("pushed", "f16")):
+        pulled = adapterkit.pull(f"{there}/{to}", home=tmp_path / to).record
+        digests = {file.sha256 for file in pulled.files}
+        assert {hashlib.sha256(made[one]).hexdigest() for one in weights if one.startswith(name)} <= digests
+    s3.clear()
+    again = build(path, outside=True)
+    assert (again.changed, s3.up) == (0, 0)
+    assert [one.after for one in again.outputs] == [merged, f16]
+    client_of(s3.server).delete_object(Bucket=BUCKET, Key=f"{place}/page.html")
+    build(path, outside=True)
+    assert b"<html" in in_the_bucket(s3, f"{place}/page.html")[""]
+
+
 REFUSED = {
     "ftp://h/base": (UsageError, r"recipe.toml:1: base.ref is ftp://h/base, and ftp:// is neither read nor written"),
     "s3://": (UsageError, "is no address in a store"),
@@ -230,6 +309,11 @@ def test_what_a_recipe_does_not_take_is_refused_by_name(s3: Proxy, inputs: Path,
         path = recipe(tmp_path / "r", f'base = "{there}/base"\nadapters.one = "{there}/a1"\n{line}\n')
         with pytest.raises((RecipeError, UsageError), match=words):
             build(path, outside=True)
+    path = recipe(
+        tmp_path / "r", f'base = "s3://{BUCKET}"\nadapters.one = "{there}/a1"\noutputs.m.path = "{there}/m"\n'
+    )
+    with pytest.raises(RecipeError, match=f"would be written in or over the input s3://{BUCKET}"):
+        build(path, outside=True)
     path = recipe(tmp_path / "r", f'base = "file://{inputs}/base"\nadapters.one = "{there}/a1"\noutputs.m.path = "m"\n')
     assert build(path).changed == 1
     assert not [one for one in tmp_path.rglob("*") if one.name.endswith(":")]

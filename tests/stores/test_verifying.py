@@ -70,3 +70,21 @@ def test_a_model_in_a_bucket_is_verified_by_its_record_and_by_parts(s3: Proxy, p
     assert not wrong.ok
     assert findings(again) == findings(wrong)
     assert replace(again.tensors, seconds=0) == replace(wrong.tensors, seconds=0)
+
+
+def test_keys_that_the_base_lacks_too_are_told_alike_wherever_it_lies(s3: Proxy, place: str, tmp_path: Path) -> None:
+    for module in ("transformers", "accelerate"):
+        pytest.importorskip(module)
+    base = plain_base(tmp_path / "base", shards=2)  # without most of what a Llama has
+    adapter = plain_adapter(tmp_path / "adapter", base)
+    upload(s3.server, base, "models", f"{place}/base")
+    adapterkit.merge(base, adapter, tmp_path / "merged")
+    asked: dict[str, Any] = {"adapters": adapter, "level": "load"}
+    for layers in (3, 4):  # and one whose config asks for what the base's does not
+        config = tmp_path / "merged" / "config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": layers}))
+        here = adapterkit.verify(tmp_path / "merged", base=base, **asked)
+        there = adapterkit.verify(tmp_path / "merged", base=f"s3://models/{place}/base", **asked)
+        assert [asdict(one) for one in there.findings] == [asdict(one) for one in here.findings]
+        said = {one.severity for one in here.findings if one.kind == "missing key"}
+        assert (here.ok, said) == ((True, {"note"}) if layers == 3 else (False, {"note", "error"}))

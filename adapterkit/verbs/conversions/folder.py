@@ -21,7 +21,6 @@ from adapterkit.errors import UsageError, option
 from adapterkit.ops.device import CPU
 from adapterkit.requests.convert import ConvertRequest
 from adapterkit.requests.merge import FEEDBACK
-from adapterkit.stores.files import brought
 from adapterkit.verbs.conversions.conversion import Conversion, count_types
 from adapterkit.verbs.placed import computed_on, device_of
 
@@ -129,7 +128,7 @@ def _calibration(opened: Checkpoint, kind: str, asked: ConvertRequest) -> Calibr
         return None
     from adapterkit.verbs.calibration import Calibration as Made
 
-    made = Made(lambda: dequantized(open_folder(asked, kind)), brought(asked.calibration), asked.target)
+    made = Made(lambda: dequantized(open_folder(asked, kind)), asked.calibration, asked.target)
     made.check(opened.ref, opened.config)
     return made
 

@@ -131,9 +131,9 @@ def write_job(opened: OpenPlan, plan: Path | Address, request: Any, count: int, 
 def _template(request: Any) -> tuple[str, str]:
     if request.template is None:
         return template_of(request.on), f"the template of {request.on}"
-    path = brought(request.template)
+    path = str(request.template)  # as it was given
     try:
-        return disk.read_regular(path, MOST_TEMPLATE).decode("utf-8"), str(path)
+        return disk.read_regular(brought(request.template), MOST_TEMPLATE, path).decode("utf-8"), path
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not text in UTF-8", "save it again as UTF-8") from None
     except NotFound:

@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adapterkit import disk
 from adapterkit.adapters.brought import PROCESSOR_CONFIG, TEMPLATE, TEMPLATES, TOKENIZER, TOKENIZER_CONFIG
-from adapterkit.checkpoint.folder import MORE_TEMPLATES
+from adapterkit.checkpoint.folder import INDEX, MORE_TEMPLATES
 from adapterkit.checkpoint.pipeline import components
 from adapterkit.foreign import json_value
 from adapterkit.verbs.verify.inputs import place
@@ -23,8 +27,8 @@ from adapterkit.verbs.verify.report import ERROR, NOTE, WARNING, Finding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
+    from adapterkit.checkpoint.checkpoint import Checkpoint
     from adapterkit.verbs.verify.subject import Subject
 
 MOST_TEXT = 64 << 20  # bytes of a file that is read for what it says
@@ -176,13 +180,36 @@ def _of_base(subject: Subject, name: str) -> frozenset[str]:
     from adapterkit.adapters.heads import base_class
     from adapterkit.verbs.verify.answers import need_transformers
 
-    folder = place(subject.base)
-    if folder is None or not folder.is_dir() or base_class(subject.base.config) != name:
+    if base_class(subject.base.config) != name:
         return frozenset()
-    told = _told(getattr(need_transformers(), name), folder)
+    with _folder_of(subject.base) as folder:
+        told = "no folder" if folder is None else _told(getattr(need_transformers(), name), folder)
     if isinstance(told, str):
         return frozenset()
     return frozenset({*_keys(told["missing_keys"]), *_keys(told["mismatched_keys"])})
+
+
+@contextlib.contextmanager
+def _folder_of(base: Checkpoint) -> Iterator[Path | None]:
+    """The folder of a model. For one that is not on this disk, a temporary one: its config, and files of the same size with
+    its headers and no values, which take no room on a disk."""
+    folder = place(base)
+    if folder is not None or not all(one.name.endswith(".safetensors") for one in base.sources):
+        yield folder if folder is not None and folder.is_dir() else None
+        return
+    with tempfile.TemporaryDirectory(prefix="adapterkit-") as lent:
+        top, files = Path(lent), dict[str, str]()
+        with disk.writing("a temporary folder", top):
+            for source in base.sources:
+                name = source.name.rpartition("/")[2]
+                header = source.read(0, 8 + int.from_bytes(source.read(0, 8), "little"))  # checked when it was opened
+                with open(top / name, "xb") as file:
+                    file.write(header)
+                    file.truncate(source.size)
+                files |= dict.fromkeys(json.loads(header[8:]).keys() - {"__metadata__"}, name)
+            (top / "config.json").write_text(json.dumps(base.config))
+            (top / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+        yield top
 
 
 def _keys(found: Any) -> list[str]:
