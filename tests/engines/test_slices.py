@@ -209,7 +209,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 MIXED = {"quant": "Q4_K_M", "imatrix": "imatrix.dat", "tensor_types": [("blk.1.attn_q", "F16"), ("ffn_up", "Q8_0")]}
 CONVERSIONS: dict[str, tuple[str, int, dict[str, Any]]] = {  # what is converted, and the work of a part
     "16 bits": ("base", 800_000, {"to": "f16"}),
-    "int4": ("base", 4_000_000, {"to": "int4"}),
+    "int4": ("base", 500_000, {"to": "int4"}),
     "NF4 decoded": ("nf4", 1_000_000, {"to": "bf16"}),
     "Q8_0": ("base", 4_000_000, {"to": "gguf", "quant": "Q8_0"}),
     "split GGUF of several types": ("base", 4_000_000, {"to": "gguf", "max_shard_size": "600KB", **MIXED}),
