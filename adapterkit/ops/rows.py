@@ -120,10 +120,10 @@ def elements_on(device: torch.device) -> int:
     return BLOCK_ELEMENTS if device.type == "cpu" else BATCH
 
 
-def blocks(shape: tuple[int, int], elements: int = BLOCK_ELEMENTS) -> Iterator[tuple[int, int]]:
+def blocks(shape: tuple[int, int], elements: int | None = None) -> Iterator[tuple[int, int]]:
     """Row ranges of about so many entries that cover ``shape``, whole tiles where they can be."""
     m, n = shape
-    step = max(1, elements // max(1, n))
+    step = max(1, (elements or BLOCK_ELEMENTS) // max(1, n))
     if step > TILE:
         step -= step % TILE
     for start in range(0, m, step):

@@ -283,7 +283,7 @@ def test_kept_types_fit_their_rows(base: Path, adapter: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_an_interrupted_run(resume: bool, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = Quantized.read, []
+    real, calls = Quantized.array, []
 
     def read_some(self: Quantized, start: int, stop: int) -> Any:
         calls.append(self.name)
@@ -294,7 +294,7 @@ def test_an_interrupted_run(resume: bool, base: Path, tmp_path: Path, monkeypatc
     out = tmp_path / "out.gguf"
     asked = Quantization("Q8_0")
     with monkeypatch.context() as patched:
-        patched.setattr(Quantized, "read", read_some)
+        patched.setattr(Quantized, "array", read_some)
         with pytest.raises(KeyboardInterrupt):
             convert(base, out, quantization=asked, jobs=1, resume=resume)
     assert not out.exists()

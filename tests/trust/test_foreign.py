@@ -37,6 +37,7 @@ OWN = {
     "verbs/engines/local.py": "what a process of its own says",
     "verbs/evaluate.py": "what a process of its own is told",
     "verbs/outputs.py": "what was written here",
+    "verbs/verify/in_parts.py": "a copy of a value",
     "verbs/verify/decode_child.py": "what a process of its own is told",
     "verbs/verify/runtime.py": "what a process of its own is told",
 }

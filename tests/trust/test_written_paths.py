@@ -50,6 +50,14 @@ COMMANDS: dict[str, tuple[str, ...]] = {
         *("run", "{in}/plan.json", "-o", "{out}/x", "--on", "local", "--workers", "1"),
         *("--events", "{out}/events"),
     ),
+    "execute --html": (
+        *("execute", "{in}/verify.json", "-o", "{out}/r.json"),
+        *("--html", "{out}/v.html", "--markdown", "{out}/v.md"),
+    ),
+    "run --html": (
+        *("run", "{in}/verify.json", "-o", "{out}/r.json", "--on", "local", "--workers", "1"),
+        *("--html", "{out}/v.html", "--markdown", "{out}/v.md"),
+    ),
     "run slurm": ("run", "{in}/plan.json", "-o", "{out}/x", "--on", "slurm", "--workers", "2"),
     "export --out": ("export", "x", "-o", "{out}/x.bundle"),
     "export --folder": ("export", "x", "--folder", "-o", "{out}/x"),
@@ -93,6 +101,8 @@ ELSEWHERE = {
     "deploy --restart-file": "tests/serving/test_deploy.py",
     "sign": "tests/test_signing.py",
     "imatrix --out": "imatrix --in-file",
+    "execute --markdown": "execute --html",
+    "run --markdown": "run --html",
     "demo": "test_a_demo_makes_nothing_through_a_link",
     "doctor": "tests/test_doctor.py",
 }
@@ -123,6 +133,9 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     adapter = plain_adapter(folder / "adapter", base)
     adapterkit.merge(base, [adapter], folder / "tuned")
     adapterkit.merge(base, [adapter], folder / "x", save_plan=folder / "plan.json")
+    adapterkit.verify(
+        folder / "tuned", base=base, adapters=[adapter], level="tensors", save_plan=folder / "verify.json"
+    )
     writer = gguf.GGUFWriter(folder / "i.gguf", "imatrix")
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", ["x"])
@@ -194,6 +207,8 @@ SLOW = {
     "merge --events",
     "run --events",
     "run --out",
+    "run --html",
+    "execute --html",
     "verify --html",
     "verify --out",
     "build",
