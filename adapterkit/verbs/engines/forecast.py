@@ -15,7 +15,7 @@ CORE = 0.8e9
 """Bytes of a plain merge, read and written, that a core computes in a second (bench/results/merge.json, rounded)."""
 OPENING, OF_A_TENSOR = 2.0, 30e-6
 """Seconds that a worker takes to start and open a plan whole, and for each of its tensors (bench/results/huge.json, rounded).
-One that has a few parts opens less (bench/results/huge_parts.json)."""
+One that has a few parts opens less."""
 
 
 def seconds_of(part: PlanPart, bandwidth: float, jobs: int) -> float:
