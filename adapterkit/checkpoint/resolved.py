@@ -109,6 +109,8 @@ class Describer:
             return self._mapping
         if issubclass(kind, type):
             return lambda value, leaves, depth: f"{value.__module__}.{value.__qualname__}"
+        if issubclass(kind, types.ModuleType):
+            return lambda value, leaves, depth: f"module:{value.__name__}"
         if issubclass(kind, functools.partial):
             return lambda value, leaves, depth: (
                 f"partial{self._of((value.func, value.args, value.keywords), leaves, depth)}"
@@ -149,7 +151,7 @@ class Describer:
             slots = tuple(name for one in kind.__mro__ for name in _slots(one) if name != "__dict__")
             self._attributes[kind] = (f"{kind.__module__}.{kind.__qualname__}", frozenset(cached), slots)
         name, cached_names, slot_names = self._attributes[kind]
-        if not slot_names and not hasattr(value, "__dict__"):
+        if (not slot_names and not hasattr(value, "__dict__")) or _is_built_in(kind):
             raise UndescribedError(name)
         if isinstance(value, Stored):  # of a kind of its own
             leaves.append((value.source.name, value.offset, value.offset + value.nbytes))
@@ -185,6 +187,11 @@ class Describer:
             raise UndescribedError(f"{name} reads another parameter")
         held = ([one for one in cells if one is not value], value.__defaults__, value.__kwdefaults__)
         return f"{name}{self._of(held, leaves, depth)}"
+
+
+def _is_built_in(kind: type) -> bool:
+    """Whether values of a class hold something beside their attributes, as those of a class made of ``str`` do."""
+    return any(one is not object and one.__module__ == "builtins" for one in kind.__mro__)
 
 
 def _is_cached(held: Any) -> bool:

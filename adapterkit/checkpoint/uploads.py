@@ -57,7 +57,7 @@ class _Left:
         output: its key.
         objects: all that lies in its hidden folders.
         ids: of the uploads that its notes name.
-        claims: what its claims say.
+        finishing: whether its claim says that its files were about to get their names.
     """
 
     output: str

@@ -23,7 +23,8 @@ from adapterkit.errors import NotFound
 _WORKING = re.compile(r"\.(.+)\.(partial|replaced)")
 _FILE = re.compile(r"\..+\.[0-9a-f]{16}\.part")
 _PROBE = re.compile(r"\.[0-9a-f]{24}")
-_LENT = re.compile(r"\.?adapterkit-([a-z]+-)?[a-z0-9_]{8}")
+# As tempfile names it; eight letters without a digit may be a word, of a user's own folder.
+_LENT = re.compile(r"\.?adapterkit-([a-z]+-)?(?=[a-z]*[0-9_])[a-z0-9_]{8}")
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,10 @@ def _is_left(path: Path, before: float) -> bool:
         if _WORKING.fullmatch(path.name):
             ours = is_own(path) and not is_busy(path) and not is_busy(path / "new")
         else:
-            ours = is_of_user(path) and (not _PROBE.fullmatch(path.name) or not os.listdir(path))
+            unused = not _PROBE.fullmatch(path.name) or not os.listdir(path)
+            # tempfile closes its folders to others; most that users make are open.
+            closed = not _LENT.fullmatch(path.name) or os.name == "nt" or not stat.S_IMODE(info.st_mode) & 0o077
+            ours = is_of_user(path) and unused and closed
         return ours and _newest(path) <= before
     except OSError:
         return False

@@ -57,6 +57,7 @@ def test_every_name_that_a_run_leaves(tmp_path: Path, capsys: pytest.CaptureFixt
     ]
     for folder in lent:
         folder.mkdir(parents=True)
+        folder.chmod(0o700)  # as tempfile makes them
         (folder / "x").write_text("")
     files = [f".config.json.{'a' * 16}.part", f".{'b' * 24}", *(one.name for one in lent)]
     ours = sorted([".whole.partial", ".parts.partial", aside.name, *files])
@@ -66,6 +67,13 @@ def test_every_name_that_a_run_leaves(tmp_path: Path, capsys: pytest.CaptureFixt
     (place / f".{'c' * 24}").mkdir()
     (place / f".{'c' * 24}" / "x").write_text("")
     (place / "adapterkit-notes.txt").write_text("")
+    for name, mode in (
+        ("adapterkit-examples", 0o700),
+        ("adapterkit-model_v2", 0o755),
+    ):  # eight characters after the dash
+        (place / name).mkdir()
+        (place / name).chmod(mode)
+        (place / name / "x").write_text("")
     (place / ".x.part").write_text("")
     assert swept(place) == {"left": [], "kept": []}  # young
     assert sorted(swept(place, "--keep-days", "0")["left"]) == ours
@@ -78,7 +86,8 @@ def test_every_name_that_a_run_leaves(tmp_path: Path, capsys: pytest.CaptureFixt
     assert sorted(swept(place, "--keep-days", "0", "--apply")["left"]) == ours
     assert read_bytes(place / "out") == before
     left = sorted(path.name for path in place.iterdir())
-    assert left == [f".{'c' * 24}", ".theirs.partial", ".x.part", "adapterkit-notes.txt", "out", "sub"]
+    theirs = ["adapterkit-examples", "adapterkit-model_v2", "adapterkit-notes.txt"]
+    assert left == [f".{'c' * 24}", ".theirs.partial", ".x.part", *theirs, "out", "sub"]
     assert not partial_folder(place / "whole").exists()
     assert gc(place / "nothing") == 7
     assert "nothing does not exist; give a folder, an output, or an address" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,34 +26,34 @@ WIDTH = 32
 SIZE = 8000  # bytes of work in a part
 
 
-def llama(folder: Path, tied: bool = False, fused: bool = False, experts: int = 0) -> Path:
+def llama(folder: Path, tied: bool = False, fused: bool = False, experts: int = 0, width: int = WIDTH) -> Path:
     """A Llama, Phi-3 (fused projections) or Mixtral (experts one by one) of two layers in three files."""
-    wide = (2 * WIDTH, WIDTH)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (40, WIDTH)}
+    wide = (2 * width, width)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (40, width)}
     for layer in range(2):
         lead = f"model.layers.{layer}."
-        square = {"o_proj": (WIDTH, WIDTH)} | ({"qkv_proj": (3 * WIDTH, WIDTH)} if fused else {})
-        square |= {} if fused else dict.fromkeys(("q_proj", "k_proj", "v_proj"), (WIDTH, WIDTH))
+        square = {"o_proj": (width, width)} | ({"qkv_proj": (3 * width, width)} if fused else {})
+        square |= {} if fused else dict.fromkeys(("q_proj", "k_proj", "v_proj"), (width, width))
         shapes |= {f"{lead}self_attn.{name}.weight": shape for name, shape in square.items()}
         down = wide[::-1]
         if experts:
-            shapes[f"{lead}block_sparse_moe.gate.weight"] = (experts, WIDTH)
+            shapes[f"{lead}block_sparse_moe.gate.weight"] = (experts, width)
             for one in range(experts):
                 expert = {"w1": wide, "w2": down, "w3": wide}
                 shapes |= {f"{lead}block_sparse_moe.experts.{one}.{n}.weight": s for n, s in expert.items()}
         else:
-            some = {"gate_up_proj": (4 * WIDTH, WIDTH)} if fused else {"gate_proj": wide, "up_proj": wide}
+            some = {"gate_up_proj": (4 * width, width)} if fused else {"gate_proj": wide, "up_proj": wide}
             shapes |= {f"{lead}mlp.{name}.weight": shape for name, shape in (some | {"down_proj": down}).items()}
-        shapes |= {f"{lead}{name}.weight": (WIDTH,) for name in ("input_layernorm", "post_attention_layernorm")}
-    shapes["model.norm.weight"] = (WIDTH,)
+        shapes |= {f"{lead}{name}.weight": (width,) for name in ("input_layernorm", "post_attention_layernorm")}
+    shapes["model.norm.weight"] = (width,)
     if not tied:
-        shapes["lm_head.weight"] = (40, WIDTH)
+        shapes["lm_head.weight"] = (40, width)
     kind = "phi3" if fused else "mixtral" if experts else "llama"
     config = {
         "architectures": [{"phi3": "Phi3", "mixtral": "Mixtral", "llama": "Llama"}[kind] + "ForCausalLM"],
         "model_type": kind,
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
         "num_hidden_layers": 2,
@@ -146,6 +147,28 @@ KINDS: dict[str, Callable[[Path], Made]] = {
 SEEN = {"brings a head", "resized"}
 
 
+def in_parts(plan: Plan, out: Path, size: int) -> tuple[int, int]:
+    """Execute every part by a worker of its own, as a process would be, and make the output.
+
+    Returns:
+        How many parts there are, and for how many of them the whole plan was opened.
+    """
+    count, whole = len(OpenPlan(plan, out, size).parts), 0
+    for index in reversed(range(count)):
+        worker = OpenPlan(plan, out, size)
+        worker.execute(index)
+        whole += "job" in vars(worker)
+    OpenPlan(plan, out, size).finish()
+    return count, whole
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    """The weights of an output: of a folder, of a file, or of several that are numbered, without its name."""
+    if out.is_dir():
+        return read_bytes(out)
+    return {path.name.removeprefix(out.stem): path.read_bytes() for path in out.parent.glob(f"{out.stem}*.gguf")}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_part_by_itself_has_the_bytes_of_a_whole_run(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -157,27 +180,60 @@ def test_every_part_by_itself_has_the_bytes_of_a_whole_run(
     adapterkit.merge(base, adapters, save_plan=tmp_path / "plan.json", **how)
     plan, out = Plan.from_json((tmp_path / "plan.json").read_bytes()), tmp_path / f"parts{suffix}"
     caplog.set_level(logging.DEBUG, "adapterkit.slices")
-    count = len(OpenPlan(plan, out, SIZE).parts)
-    whole = 0
-    for index in reversed(range(count)):
-        worker = OpenPlan(plan, out, SIZE)  # each as a process of its own would
-        worker.execute(index)
-        whole += "job" in vars(worker)
-    OpenPlan(plan, out, SIZE).finish()
-    if suffix:
-        made, wanted = (
-            {p.name.replace(lead, ""): p.read_bytes() for p in tmp_path.glob(f"{lead}*.gguf")}
-            for lead in ("parts", "whole")
-        )
-        assert made == wanted
-        assert len(made) > 1 or kind == "GGUF"
-    else:
-        assert read_bytes(out) == read_bytes(tmp_path / "whole")
+    count, whole = in_parts(plan, out, SIZE)
+    assert files_of(out) == files_of(tmp_path / f"whole{suffix}")
+    assert len(files_of(out)) > 1 or kind == "GGUF"
     assert count > 3
     assert (whole > 0) == (kind in SEEN), caplog.text
     assert whole <= count / 2
     if kind == "resized":
         assert "is resolved otherwise" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama whose rows are long enough for K-quants, the same in NF4, and an importance matrix of some of its weights."""
+    place = tmp_path_factory.mktemp("wide")
+    base = llama(place / "base", width=256)
+    adapterkit.convert(base, place / "nf4", to="nf4")
+    generator = torch.Generator().manual_seed(0)
+    entries = [("blk.0.ffn_down", 512), ("blk.0.attn_q", 256), ("blk.1.attn_v", 256), ("blk.1.ffn_up", 256)]
+    data = struct.pack("<i", len(entries))
+    for name, columns in entries:
+        spelled, values = f"{name}.weight".encode(), torch.rand(columns, generator=generator) + 0.1
+        data += struct.pack("<i", len(spelled)) + spelled + struct.pack(f"<ii{columns}f", 1, columns, *values.tolist())
+    (place / "imatrix.dat").write_bytes(data)
+    return place
+
+
+MIXED = {"quant": "Q4_K_M", "imatrix": "imatrix.dat", "tensor_types": [("blk.1.attn_q", "F16"), ("ffn_up", "Q8_0")]}
+CONVERSIONS: dict[str, tuple[str, int, dict[str, Any]]] = {  # what is converted, and the work of a part
+    "16 bits": ("base", 800_000, {"to": "f16"}),
+    "int4": ("base", 500_000, {"to": "int4"}),
+    "NF4 decoded": ("nf4", 1_000_000, {"to": "bf16"}),
+    "Q8_0": ("base", 4_000_000, {"to": "gguf", "quant": "Q8_0"}),
+    "split GGUF of several types": ("base", 4_000_000, {"to": "gguf", "max_shard_size": "600KB", **MIXED}),
+}
+# Of these every part needs the whole plan: a pattern has to name a tensor that is there, and a mix of types counts layers.
+OF_ALL = {"split GGUF of several types"}
+
+
+@pytest.mark.parametrize("kind", CONVERSIONS)
+def test_every_part_of_a_conversion_by_itself_has_the_bytes_of_a_whole_run(
+    kind: str, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(vocab, "read_vocab", read_vocab)
+    name, size, asked = CONVERSIONS[kind]
+    how = {key: wide / value if key == "imatrix" else value for key, value in asked.items()}
+    suffix = ".gguf" if how["to"] == "gguf" else ""
+    adapterkit.convert(wide / name, tmp_path / f"whole{suffix}", **how)
+    adapterkit.convert(wide / name, save_plan=tmp_path / "plan.json", **how)
+    caplog.set_level(logging.DEBUG, "adapterkit.slices")
+    out = tmp_path / f"parts{suffix}"
+    count, whole = in_parts(Plan.from_json((tmp_path / "plan.json").read_bytes()), out, size)
+    assert files_of(out) == files_of(tmp_path / f"whole{suffix}")
+    assert count > 3
+    assert whole == (count if kind in OF_ALL else 0), caplog.text
 
 
 def test_what_resolves_otherwise_in_a_slice_is_opened_whole(
@@ -278,7 +334,8 @@ def test_what_cannot_be_described_has_no_digest() -> None:
     target = Target("p", (1,), (Piece("t", 1),))
     circle: list[object] = []
     circle.append(holding(circle))
-    for held in (dict.fromkeys(range(5000)), lambda: target, circle, iter(())):
+    Word, Words = type("Word", (str,), {}), type("Words", (tuple,), {})
+    for held in (Word("x"), Words("xy"), dict.fromkeys(range(5000)), lambda: target, circle, iter(())):
         with pytest.raises((UndescribedError, RecursionError)):
             digest(held)
     one = 1.0

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 CORE = 0.8e9
 """Bytes of a plain merge, read and written, that a core computes in a second (bench/results/merge.json, rounded)."""
 OPENING, OF_A_TENSOR = 2.0, 30e-6
-"""Seconds that a worker takes to start and open a plan, and for each of its tensors (bench/results/huge.json, rounded)."""
+"""Seconds that a worker takes to start and open a plan whole, and for each of its tensors (bench/results/huge.json, rounded).
+One that has a few parts opens less."""
 
 
 def seconds_of(part: PlanPart, bandwidth: float, jobs: int) -> float:
@@ -24,7 +25,7 @@ def seconds_of(part: PlanPart, bandwidth: float, jobs: int) -> float:
 
 
 def opening(tensors: int) -> float:
-    """How long a worker takes until it can begin."""
+    """How long a worker that opens the whole plan takes until it can begin."""
     return OPENING + OF_A_TENSOR * tensors
 
 
