@@ -288,3 +288,17 @@ def _command(name: str) -> click.Command:
     command = app.get_command(click.Context(app), name)
     assert command is not None
     return command
+
+
+def test_a_quantization_that_is_none(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A word that neither a folder nor a GGUF file has is not said to be of GGUF."""
+    for word in ("4bit", "nf5"):
+        code, _, err = run(capsys, "merge", "base", "my adapter", "-o", "out", "--quant", word)
+        assert code == 2
+        assert f"'{word}' is no quantization; use " in err
+        assert " nf4, " in err
+    for word in ("Q4_K_M", "q4_k"):
+        assert (
+            "name the output like OUT.gguf"
+            in run(capsys, "merge", "base", "my adapter", "-o", "out", "--quant", word)[2]
+        )
