@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from adapterkit.verbs.inspect import Inspection
 
 MOST = 12  # folders that are listed
+_OF_ONE = ("config.json", "adapter_config.json", "model_index.json")  # a folder with one of these is one thing
 
 
 @click.command(name="look", hidden=True)
@@ -66,7 +67,7 @@ def look(ref: str) -> tuple[str, list[str]]:
 
 def _inside(path: Path) -> tuple[str, list[str]] | None:
     """A folder of folders, as trainers leave it."""
-    if not path.is_dir() or any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+    if not path.is_dir() or any((path / name).exists() for name in _OF_ONE):
         return None
     adapters = sorted(one.parent for one in path.glob("*/adapter_config.json"))
     models = sorted(one.parent for one in path.glob("*/config.json"))
@@ -118,6 +119,8 @@ def _checkpoint(ref: str, found: Inspection, record: Record | None) -> tuple[str
     said = f"{ref}: {kind}, {found.parameters:,} parameters"
     one_file = ref.endswith(".safetensors")  # without a config.json, by which GGUF would know how to store it
     quant = f"adapterkit convert {name} -o {_named(stem, '-Q4_K_M.gguf')} --quant Q4_K_M"
+    if " " in kind or kind.endswith("Pipeline"):  # a family of images, video or sound, or several parts: never GGUF
+        quant = f"adapterkit convert {name} -o {_named(stem, '-bf16')} --to bf16"
     if record is not None and record.operation is not None and record.operation.name == "merge":
         labels = [one.label or one.content[:12] for one in record.parents]
         said += f", merged by adapterkit from {', '.join(labels)}"

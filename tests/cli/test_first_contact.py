@@ -122,6 +122,22 @@ def test_one_file_and_one_checkpoint(here: Path, capsys: pytest.CaptureFixture[s
         assert code == 0, (command, err)
 
 
+def test_a_pipeline_and_its_parts(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pipeline is one thing, not a folder of models; neither it nor its denoiser becomes GGUF."""
+    unet = {"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight": torch.ones(8, 8)}
+    (here / "sdxl/unet").mkdir(parents=True)
+    save_file(unet, here / "sdxl/unet/diffusion_pytorch_model.safetensors")
+    (here / "sdxl/unet/config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    parts = {"_class_name": "StableDiffusionXLPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (here / "sdxl/model_index.json").write_text(json.dumps(parts))
+    for place in ("sdxl", "sdxl/unet"):
+        what, (inspect, _, convert) = look(place)
+        assert "a folder with" not in what
+        for command in (inspect, convert):
+            code, _, err = run(capsys, *command.split()[1:])
+            assert code == 0, (command, err)
+
+
 def test_json_and_what_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "base", "--json")
     assert code == 0
