@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterkit.cli.annotate import append_summary, output_options, write_report
-from adapterkit.cli.output import Progress, count, note, say, show_json, size
+from adapterkit.cli.output import Progress, count, file_count, note, say, show_json, size
 from adapterkit.cli.paths import LocalPath
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def show_plan(planned: BuildPlan) -> None:
         if row.nbytes is not None and row.files is not None:
             changed = f", {count(row.touched)} tensors changed" if row.touched else ""
             say(
-                f"  {size(row.nbytes)} in {len(row.files)} files{changed}, about {size(row.peak_memory or 0)} of memory"
+                f"  {size(row.nbytes)} in {file_count(len(row.files))}{changed}, about {size(row.peak_memory or 0)} of memory"
             )
         else:
             say("  its size follows from what it is made from, which is not there yet")

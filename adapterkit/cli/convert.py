@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from adapterkit.cli.options import command as command_of
-from adapterkit.cli.output import Progress, count, note, say, show_json, size
+from adapterkit.cli.output import Progress, count, file_count, note, say, show_json, size
 from adapterkit.cli.written import asked, told
 from adapterkit.requests.convert import ConvertRequest
 
@@ -41,4 +41,4 @@ def command(request: ConvertRequest, as_json: bool) -> None:
     if told(report, request):
         return
     resumed = f", {report.reused} tensors re-used" if report.reused else ""
-    say(f"{report.out}: {size(report.nbytes)} in {len(report.files)} files, {report.seconds:.1f} s{resumed}")
+    say(f"{report.out}: {size(report.nbytes)} in {file_count(len(report.files))}, {report.seconds:.1f} s{resumed}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterkit.cli.output import Progress, say, show_json, size
+from adapterkit.cli.output import Progress, file_count, say, show_json, size
 from adapterkit.cli.paths import FILE_THERE, OUT_THERE
 from adapterkit.cli.run import failed
 from adapterkit.cli.verification import OWN, check_of_plan, deliver
@@ -95,7 +95,7 @@ def command(
 
         show_verification(report)
     else:
-        say(f"{out}: {size(report.nbytes)} in {len(loaded.files)} files")
+        say(f"{out}: {size(report.nbytes)} in {file_count(len(loaded.files))}")
     return 3 if part is None and failed(report) else 0
 
 

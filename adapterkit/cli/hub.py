@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from adapterkit.cli.options import command as command_of
-from adapterkit.cli.output import note, say, show_json, size
+from adapterkit.cli.output import file_count, note, say, show_json, size
 from adapterkit.places import BUCKET, HUB, OCI
 from adapterkit.requests.publish import PullRequest, PushRequest
 
@@ -48,18 +48,18 @@ def push(request: PushRequest, as_json: bool) -> None:
 
 
 def _on_the_hub(done: Any) -> str:
-    state = f"{len(done.uploaded)} files" if done.new else "was there already"
+    state = file_count(len(done.uploaded)) if done.new else "was there already"
     return f"{done.where}: {state}{f', tag {done.tag}' if done.tag else ''}"
 
 
 def _in_oci(done: Any) -> str:
     shared = f", {len(done.mounted) + len(done.kept)} there already" if done.mounted or done.kept else ""
-    state = f"{len(done.uploaded)} files sent ({size(done.sent)}){shared}" if done.new else "was there already"
+    state = f"{file_count(len(done.uploaded))} sent ({size(done.sent)}){shared}" if done.new else "was there already"
     return f"{done.where}: {state}{', signed' if done.signature else ''}"
 
 
 def _in_a_bucket(done: Any) -> str:
-    sent = f"{len(done.uploaded)} files sent ({size(done.sent)})" if done.uploaded else "was there already"
+    sent = f"{file_count(len(done.uploaded))} sent ({size(done.sent)})" if done.uploaded else "was there already"
     return f"{done.address}: {done.where}: {sent}{', tag set' if done.new else ''}"
 
 
@@ -107,4 +107,4 @@ def pull(request: PullRequest, as_json: bool) -> None:
     state = f"{size(found.stored)} stored" if found.new else "was there already"
     where = f"{found.repo}@{found.commit[:7]}" if request.kind == HUB else found.address
     signed = ", signed as asked" if request.kind == OCI and found.signed else ""
-    say(f"{record.ref}: {where}, {len(record.files)} files; {state}{signed}")
+    say(f"{record.ref}: {where}, {file_count(len(record.files))}; {state}{signed}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adapterkit.cli.output import count, note, say, show_json, size
+from adapterkit.cli.output import count, file_count, note, say, show_json, size
 from adapterkit.cli.paths import FILE_THERE
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _checkpoint_rows(found: Inspection) -> list[tuple[str, str]]:
         ("architecture", found.architecture),
         *found.details.items(),
         ("parameters", count(found.parameters)),
-        ("size", f"{size(found.nbytes)} in {found.tensors} tensors, {len(found.files)} files"),
+        ("size", f"{size(found.nbytes)} in {found.tensors} tensors, {file_count(len(found.files))}"),
         ("dtypes", _several(found.dtypes)),
         ("commit", found.commit),
     ]

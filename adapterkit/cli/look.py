@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from adapterkit.verbs.inspect import Inspection
 
 MOST = 12  # folders that are listed
+_OF_ONE = ("config.json", "adapter_config.json", "model_index.json")  # a folder with one of these is one thing
 
 
 @click.command(name="look", hidden=True)
@@ -66,7 +67,7 @@ def look(ref: str) -> tuple[str, list[str]]:
 
 def _inside(path: Path) -> tuple[str, list[str]] | None:
     """A folder of folders, as trainers leave it."""
-    if not path.is_dir() or any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+    if not path.is_dir() or any((path / name).exists() for name in _OF_ONE):
         return None
     adapters = sorted(one.parent for one in path.glob("*/adapter_config.json"))
     models = sorted(one.parent for one in path.glob("*/config.json"))
@@ -88,14 +89,16 @@ def _adapter(ref: str, found: Inspection) -> tuple[str, list[str]]:
 
     label = load_adapter(ref, headers_only=True).config.label
     rank = f" of rank {'/'.join(found.ranks)}" if found.ranks else ""
-    said = (
-        f"{ref}: {'an' if label[:1] in 'AEIO' else 'a'} {label}{rank} on {', '.join(found.targets) or 'whole modules'}"
-    )
+    article = "an" if label[:1] in "AEIO" or label.startswith("rs") else "a"
+    said = f"{ref}: {article} {label}{rank} on {', '.join(found.targets) or 'whole modules'}"
     said += f", for {found.base}" if found.base else "; it does not name its base"
     if found.mergeable:
         said += f"; it cannot be merged: {found.mergeable}"
     base, name = shlex.quote(found.base) if found.base else "BASE", shlex.quote(ref)
     stem = _stem(ref)
+    if "family" in found.details:  # of images, video or sound: one file and one checkpoint, which is never GGUF
+        merged = _named(stem, "-merged.safetensors")
+        return said, [f"adapterkit check {base} {name}", *_into_one_file(base, name, merged)]
     return said, [
         f"adapterkit check {base} {name}",
         f"adapterkit merge {base} {name} -o {_named(stem, '-merged')}",
@@ -103,11 +106,21 @@ def _adapter(ref: str, found: Inspection) -> tuple[str, list[str]]:
     ]
 
 
+def _into_one_file(base: str, adapter: str, merged: str) -> list[str]:
+    return [
+        f"adapterkit merge {base} {adapter} -o {merged}",
+        f"adapterkit verify {merged} --base {base} --adapter {adapter}",
+    ]
+
+
 def _checkpoint(ref: str, found: Inspection, record: Record | None) -> tuple[str, list[str]]:
     name, stem = shlex.quote(ref), _stem(ref)
     kind = found.architecture or "a model"
     said = f"{ref}: {kind}, {found.parameters:,} parameters"
+    one_file = ref.endswith(".safetensors")  # without a config.json, by which GGUF would know how to store it
     quant = f"adapterkit convert {name} -o {_named(stem, '-Q4_K_M.gguf')} --quant Q4_K_M"
+    if " " in kind or kind.endswith("Pipeline"):  # a family of images, video or sound, or several parts: never GGUF
+        quant = f"adapterkit convert {name} -o {_named(stem, '-bf16')} --to bf16"
     if record is not None and record.operation is not None and record.operation.name == "merge":
         labels = [one.label or one.content[:12] for one in record.parents]
         said += f", merged by adapterkit from {', '.join(labels)}"
@@ -115,10 +128,16 @@ def _checkpoint(ref: str, found: Inspection, record: Record | None) -> tuple[str
         proof = (
             f"adapterkit verify {name} --base {parts.get('base', 'BASE')} --adapter {parts.get('adapter', 'ADAPTER')}"
         )
-        return said, [proof, quant, f"adapterkit register {name} --name {_name(stem)}"]
+        register = f"adapterkit register {name} --name {_name(stem)}"
+        return said, [proof, register] if one_file else [proof, quant, register]
     if ref.endswith(".gguf"):
         merge = f"adapterkit merge {name} ADAPTER -o {_named(stem, '-merged.gguf')}"
         return said, [f"adapterkit inspect {name}", merge, f"adapterkit convert {name} -o {_named(stem)} --to hf"]
+    if one_file:
+        return said, [
+            f"adapterkit inspect {name}",
+            *_into_one_file(name, "ADAPTER", _named(stem, "-merged.safetensors")),
+        ]
     return said, [f"adapterkit inspect {name}", f"adapterkit merge {name} ADAPTER -o {_named(stem, '-merged')}", quant]
 
 

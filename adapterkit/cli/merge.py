@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapterkit.cli.options import command as command_of
-from adapterkit.cli.output import Progress, count, note, say, show_json, size
+from adapterkit.cli.output import Progress, count, file_count, note, say, show_json, size
 from adapterkit.cli.written import asked, told
 from adapterkit.requests.merge import MergeRequest
 
@@ -66,7 +66,7 @@ def show(report: MergeReport, request: MergeRequest) -> None:
     if told(report, request):
         return
     resumed = f", {report.reused} tensors re-used" if report.reused else ""
-    say(f"{report.out}: {size(report.nbytes)} in {len(report.files)} files, {report.seconds:.1f} s{resumed}")
+    say(f"{report.out}: {size(report.nbytes)} in {file_count(len(report.files))}, {report.seconds:.1f} s{resumed}")
     if report.fidelity is not None:
         show_fidelity(report.fidelity)
     for words in report.unmet:

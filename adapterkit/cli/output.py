@@ -158,6 +158,11 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
+def file_count(number: int) -> str:
+    """``1 file``, ``12 files``"""
+    return f"{count(number)} file{'s' * (number != 1)}"
+
+
 def duration(seconds: float) -> str:
     """``40 s``, ``12 min``, ``3 h 05 min``"""
     if seconds < 100:

@@ -86,7 +86,7 @@ def _nothing() -> str:
 
     home = open_home()
     if next(home.names(), None) is None:
-        return f"the registry {home.root} is empty; add an adapter: adapterkit register ./my-adapter --base BASE"
+        return f"the registry {home.root} is empty; add an adapter: adapterkit register ./my-adapter --name my-adapter"
     return "nothing that is registered fits these filters; adapterkit list shows everything"
 
 

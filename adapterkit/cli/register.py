@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from adapterkit.cli.options import command as command_of
-from adapterkit.cli.output import note, say, show_json, size
+from adapterkit.cli.output import file_count, note, say, show_json, size
 from adapterkit.requests.register import RegisterRequest
 
 
@@ -40,4 +40,4 @@ def command(request: RegisterRequest, as_json: bool) -> None:
     state = f"{size(found.stored)} stored" if found.new else "was there already"
     if found.new and (dropped := sum(file.size for file in record.files if not file.stored)) and record.kind != "base":
         state += f", {size(dropped)} kept as the recipe"
-    say(f"{record.ref}: {about}, {len(record.files)} files, {size(record.size)}{base_said}; {state}")
+    say(f"{record.ref}: {about}, {file_count(len(record.files))}, {size(record.size)}{base_said}; {state}")

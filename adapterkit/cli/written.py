@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterkit.cli.output import Progress, duration, note, say, size
+from adapterkit.cli.output import Progress, duration, file_count, note, say, size
 from adapterkit.requests.workers import WRITTEN_JOBS
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def told(report: Any, request: Any) -> bool:
     if request.writes and getattr(request, "on", None) not in WRITTEN_JOBS:
         return False
     files = getattr(report, "files", ("adapter_model.safetensors",))
-    say(f"would write {size(report.nbytes)} in {len(files)} files, about {size(report.peak_memory)} of memory")
+    say(f"would write {size(report.nbytes)} in {file_count(len(files))}, about {size(report.peak_memory)} of memory")
     foretold(getattr(report, "forecast", ()))
     return True
 

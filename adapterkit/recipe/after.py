@@ -91,6 +91,22 @@ def check(file: RecipeFile, steps: tuple[Step, ...]) -> None:
             file.fail((*at, "push"), "a file is pushed from the registry", hint)
 
 
+def check_packages(step: Step) -> None:
+    """What its verification reads the output with is installed: said before the output is made.
+
+    Raises:
+        MissingPackage: it is not.
+    """
+    from adapterkit.packages import need
+    from adapterkit.requests.merge import GGUF
+
+    quant = step.asked.quant
+    if step.verify is None or step.verify.level == "load":
+        return
+    if step.to == GGUF and quant and quant.upper() not in ("F32", "F16", "BF16"):
+        need("gguf", what=f"to verify {quant} is to decode it by the package gguf", extra="gguf", tried=False)
+
+
 class After:
     """Runs what follows the steps of one build.
 

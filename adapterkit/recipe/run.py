@@ -310,6 +310,7 @@ class _Build:
         jobs = []
         for one, again in zip(group, replace, strict=True):
             with located(self.file, "outputs", one.name):
+                after.check_packages(one)
                 jobs.append(job_of(one, self.pins, how, force=again))
                 self._check_pinned(one, jobs[-1])
         for one, job in zip(group, jobs, strict=True):

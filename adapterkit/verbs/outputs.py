@@ -12,7 +12,7 @@ from adapterkit.checkpoint.pipeline import components
 from adapterkit.checkpoint.plan import Plan, plan_safetensors
 from adapterkit.errors import UsageError, option
 from adapterkit.ops.device import CPU
-from adapterkit.requests.merge import FEEDBACK, FOLDER, GGUF, parse_floats
+from adapterkit.requests.merge import FEEDBACK, FOLDER, GGUF, folder_formats, parse_floats
 from adapterkit.values import dataclass
 
 if TYPE_CHECKING:
@@ -125,6 +125,19 @@ def _check_pipeline(base: Checkpoint, asked: MergeRequest) -> None:
         raise UsageError(f"{base.ref} is a pipeline and becomes a folder", f"name a folder: {option('out')} DIR")
 
 
+def _is_gguf_type(quant: str | None) -> None:
+    """What ``--quant`` says is of GGUF, since it is no format of folders.
+
+    Raises:
+        UsageError: it is of neither.
+    """
+    from adapterkit.gguf.filetypes import ALIASES, FILE_TYPES
+
+    if quant is not None and quant.upper() not in {*FILE_TYPES, *ALIASES}:
+        formats = ", ".join(folder_formats())
+        raise UsageError(f"{quant!r} is no quantization", f"use {formats}; GGUF types are for an output like OUT.gguf")
+
+
 def _folder(
     base: Checkpoint, adapters: Sequence[Adapter], asked: MergeRequest, settings: Mapping[str, Any], values: str
 ) -> Output:
@@ -142,6 +155,7 @@ def _folder(
         )
     of_gguf = asked.pre is not None or asked.said or asked.as_reranker or asked.dense_modules or asked.allow_approximate
     if asked.gguf_types is not None or of_gguf:
+        _is_gguf_type(asked.quant)
         raise UsageError("options of a GGUF output were given for a folder", "name the output like OUT.gguf")
     if own:
         return _one_file(_kept(base, adapters, asked, settings), asked)

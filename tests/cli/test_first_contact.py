@@ -11,8 +11,10 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner
 from models import edit_config, plain_adapter, plain_base
+from safetensors.torch import save_file
 
 from adapterkit.adapters.config import AdapterConfig
 from adapterkit.cli import VERBS, app, foreign, main
@@ -79,6 +81,8 @@ def test_other_places(here: Path) -> None:
     what, commands = look("base")
     assert what == "base: LlamaForCausalLM, 4,400 parameters"
     assert commands[1] == "adapterkit merge base ADAPTER -o base-merged"
+    edit_config(adapter, use_rslora=True)
+    assert look("my adapter")[0].startswith("my adapter: an rsLoRA of rank 4 on")
     edit_config(adapter, base_model_name_or_path=None)
     what, commands = look("my adapter")
     assert what.endswith("; it does not name its base")
@@ -90,6 +94,48 @@ def test_other_places(here: Path) -> None:
     assert look("r.toml")[1][0] == "adapterkit build r.toml --plan"
     merge(base, [adapter], here / "m")
     assert "merged by adapterkit" in look("m")[0]
+
+
+def test_one_file_and_one_checkpoint(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of images there is no GGUF: each command that is named for such files works as it is printed."""
+    torch.manual_seed(0)
+    paths = [f"model.diffusion_model.double_blocks.{i}.img_attn.proj" for i in range(2)]
+    paths += [f"model.diffusion_model.single_blocks.{i}.linear2" for i in range(2)]
+    save_file({f"{path}.weight": torch.randn(8, 8) for path in paths}, here / "flux.safetensors")
+    lora = {}
+    for path in paths:
+        flat = "lora_unet_" + path.removeprefix("model.diffusion_model.").replace(".", "_")
+        lora |= {f"{flat}.lora_down.weight": torch.randn(2, 8), f"{flat}.lora_up.weight": torch.randn(8, 2)}
+    save_file(lora, here / "style.safetensors")
+    _, (check, merged, verify) = look("style.safetensors")
+    assert merged == "adapterkit merge BASE style.safetensors -o style-merged.safetensors"
+    for command in (check, merged, verify):
+        code, _, err = run(capsys, *command.replace("BASE", "flux.safetensors").split()[1:])
+        assert code == 0, (command, err)
+    what, commands = look("style-merged.safetensors")
+    assert "merged by adapterkit from flux.safetensors, style.safetensors" in what
+    _, after = look("flux.safetensors")
+    commands += [line.replace("ADAPTER", "style.safetensors") for line in after]
+    assert [line.split()[1] for line in commands] == ["verify", "register", "inspect", "merge", "verify"]
+    for command in commands:
+        code, _, err = run(capsys, *command.split()[1:])
+        assert code == 0, (command, err)
+
+
+def test_a_pipeline_and_its_parts(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pipeline is one thing, not a folder of models; neither it nor its denoiser becomes GGUF."""
+    unet = {"down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.weight": torch.ones(8, 8)}
+    (here / "sdxl/unet").mkdir(parents=True)
+    save_file(unet, here / "sdxl/unet/diffusion_pytorch_model.safetensors")
+    (here / "sdxl/unet/config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    parts = {"_class_name": "StableDiffusionXLPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (here / "sdxl/model_index.json").write_text(json.dumps(parts))
+    for place in ("sdxl", "sdxl/unet"):
+        what, (inspect, _, convert) = look(place)
+        assert "a folder with" not in what
+        for command in (inspect, convert):
+            code, _, err = run(capsys, *command.split()[1:])
+            assert code == 0, (command, err)
 
 
 def test_json_and_what_is_not_there(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,7 +197,7 @@ def test_only_options_of_methods_stand_under_combining(verb: str) -> None:
 
 def test_an_empty_registry_says_how_to_begin(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "the registry" in (err := run(capsys, "list")[2])
-    assert "is empty; add an adapter: adapterkit register ./my-adapter --base BASE" in err
+    assert "is empty; add an adapter: adapterkit register ./my-adapter --name my-adapter" in err
     assert run(capsys, "register", "my adapter", "--name", "tickets", "--base", "base")[0] == 0
     assert "fits these filters; adapterkit list shows everything" in run(capsys, "list", "--method", "dora")[2]
     code, _, err = run(capsys, "show", "tickest")
@@ -258,3 +304,17 @@ def _command(name: str) -> click.Command:
     command = app.get_command(click.Context(app), name)
     assert command is not None
     return command
+
+
+def test_a_quantization_that_is_none(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A word that neither a folder nor a GGUF file has is not said to be of GGUF."""
+    for word in ("4bit", "nf5"):
+        code, _, err = run(capsys, "merge", "base", "my adapter", "-o", "out", "--quant", word)
+        assert code == 2
+        assert f"'{word}' is no quantization; use " in err
+        assert " nf4, " in err
+    for word in ("Q4_K_M", "q4_k"):
+        assert (
+            "name the output like OUT.gguf"
+            in run(capsys, "merge", "base", "my adapter", "-o", "out", "--quant", word)[2]
+        )

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 from models import edit_config, plain_adapter, plain_base, read_bytes, read_tensors
 
+from adapterkit import packages
 from adapterkit.cli import main
-from adapterkit.errors import CheckFailed, NotFound, OutputError, RecipeError
+from adapterkit.errors import CheckFailed, CheckpointError, MissingPackage, NotFound, OutputError, RecipeError
 from adapterkit.recipe import state
 from adapterkit.recipe.report import AGAIN, NEW, UNCHANGED
 from adapterkit.recipe.run import build, plan_build
@@ -543,3 +544,16 @@ def test_hashes_are_not_trusted_while_a_clock_tick_could_hide_a_change(tmp_path:
     assert memory.sha256(file) == first
     memory.save()
     assert list(json.loads(memory.path.read_text())["hashes"]) == [str(file)]
+
+
+def test_what_verifies_an_output_is_looked_for_before_it_is_made(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = packages.find_spec
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "gguf" else found(name))
+    head = 'base = "base"\nadapters.style = "style"\noutputs.q = {path = "q.gguf", quant = "Q8_0"}\n'
+    recipe.write_text(f'{head}verify.level = "tensors"\n')
+    with pytest.raises(MissingPackage, match="gguf is not installed"):
+        build(recipe)
+    assert not (recipe.parent / "q.gguf").exists()
+    recipe.write_text(head)  # without a verification it is not asked for; this base is no whole model of GGUF
+    with pytest.raises(CheckpointError, match="output_norm"):
+        build(recipe)
