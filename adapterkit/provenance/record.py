@@ -318,6 +318,16 @@ def was_converted(folder: Path | Address, to: str) -> bool:
     return operation is not None and operation.name == "convert" and operation.parameters.get("to") == to
 
 
+def folded_before(base: Path | Address, adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    """The adapters that a base holds already, as the record beside it says: it is a merge of them. Their files are hashed
+    where there is such a record."""
+    record = _beside(base)
+    if record is None or record.operation is None or record.operation.name != "merge":
+        return ()
+    held = {parent.content for parent in record.parents if parent.role == "adapter"}
+    return tuple(one.ref for one in adapters if held and not one.whole and adapter_parent(one).content in held)
+
+
 def _beside(folder: Path | Address) -> Record | None:
     """The record beside an input; one that cannot be read is no reason to stop."""
     from adapterkit.checkpoint.objects import object_file

@@ -107,7 +107,19 @@ class Merge:
             from adapterkit.checkpoint.decoded import DECODED
 
             of_base = tuple(text for text in of_base if not text.startswith(DECODED))  # they stay as they are stored
-        return (*of_base, *self.folded.notes, *self.output.notes)
+        return (*of_base, *self._twice, *self.folded.notes, *self.output.notes)
+
+    @cached_property
+    def _twice(self) -> tuple[str, ...]:
+        """What to say of adapters that a base on this disk holds already."""
+        from adapterkit.provenance.record import folded_before
+
+        place = Path(self.base.ref) if self.base.format == "gguf" else _folder_of(self.base)
+        found = () if place is None else folded_before(place, self.adapters)
+        return tuple(
+            f"{one} is in {self.base.ref} already, as the record beside it says: folded once more, it counts twice"
+            for one in found
+        )
 
     @property
     def sources(self) -> tuple[Source, ...]:

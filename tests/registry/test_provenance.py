@@ -221,3 +221,20 @@ def test_a_base_may_be_named_when_the_record_knows_its_weights(
     assert named.sampled == identity_of(open_checkpoint(base), "sampled").sampled
     with pytest.raises(UsageError, match="nothing says which weights"):
         register(adapter, "alone", base_id="org/base")
+
+
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_an_adapter_that_is_folded_a_second_time_is_named(
+    quant: str | None, base: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """It is computed as asked; the report says that the base holds it already, before and after the work."""
+    first = adapterkit.merge(base, [adapter], tmp_path / "merged", quant=quant)
+    assert not any("already" in note for note in first.notes)
+    said = f"{adapter} is in {tmp_path / 'merged'} already"
+    for dry in (True, False):
+        again = adapterkit.merge(tmp_path / "merged", [adapter], tmp_path / "twice", dry_run=dry)
+        assert any(note.startswith(said) for note in again.notes), again.notes
+    other = plain_adapter(tmp_path / "other", base, seed=5)
+    assert not any(
+        "already" in note for note in adapterkit.merge(tmp_path / "merged", [other], tmp_path / "third").notes
+    )
