@@ -112,10 +112,15 @@ class Merge:
     @cached_property
     def _twice(self) -> tuple[str, ...]:
         """What to say of adapters that a base on this disk holds already."""
-        from adapterkit.provenance.record import folded_before
+        from adapterkit.checkpoint.folder import RECORD
+        from adapterkit.checkpoint.publish import named_beside
 
         place = Path(self.base.ref) if self.base.format == "gguf" else _folder_of(self.base)
-        found = () if place is None else folded_before(place, self.adapters)
+        if place is None or not (place / RECORD if place.is_dir() else named_beside(place, RECORD)).is_file():
+            return ()
+        from adapterkit.provenance.record import folded_before
+
+        found = folded_before(place, self.adapters)
         return tuple(
             f"{one} is in {self.base.ref} already, as the record beside it says: folded once more, it counts twice"
             for one in found
