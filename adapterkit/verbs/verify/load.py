@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit import disk
 from adapterkit.adapters.brought import PROCESSOR_CONFIG, TEMPLATE, TEMPLATES, TOKENIZER, TOKENIZER_CONFIG
 from adapterkit.checkpoint.folder import INDEX, MORE_TEMPLATES
+from adapterkit.checkpoint.header import parse_header
 from adapterkit.checkpoint.pipeline import components
 from adapterkit.foreign import json_value
 from adapterkit.verbs.verify.inputs import place
@@ -202,11 +203,11 @@ def _folder_of(base: Checkpoint) -> Iterator[Path | None]:
         with disk.writing("a temporary folder", top):
             for source in base.sources:
                 name = source.name.rpartition("/")[2]
-                header = source.read(0, 8 + int.from_bytes(source.read(0, 8), "little"))  # checked when it was opened
+                header = parse_header(source.read, source.size, source.name)
                 with open(top / name, "xb") as file:
-                    file.write(header)
+                    file.write(source.read(0, header.data_start))
                     file.truncate(source.size)
-                files |= dict.fromkeys(json.loads(header[8:]).keys() - {"__metadata__"}, name)
+                files |= dict.fromkeys(header.tensors, name)
             (top / "config.json").write_text(json.dumps(base.config))
             (top / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
         yield top
