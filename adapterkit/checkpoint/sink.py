@@ -63,13 +63,13 @@ class _Task:
 
     Attributes:
         plain: torch is not needed for it.
-        computed: it is more than a copy.
+        reads: bytes that are read for the whole tensor, where one is computed.
         elements: how many elements of tensors it goes on by.
     """
 
     run: Callable[[], int]
     plain: bool = True
-    computed: bool = False
+    reads: int | None = None
     elements: float = 0
 
 
@@ -144,7 +144,7 @@ class Sink:
         """Elements of tensors that are done, and of all: outputs of one base hold the same, in other numbers of bytes."""
         self.reused = 0
         self.needs_torch = True
-        """Whether something of what was opened is computed with it."""
+        """Whether torch computes something of what was opened."""
 
     def run(self, parts: Sequence[PlanPart]) -> None:
         """Write parts.
@@ -232,12 +232,13 @@ class Sink:
             proof = proved.get((file.name, step.tensor))
             job = _Job(file, step, tensor, fd, [b""] * len(blocks), len(blocks), proof, tensor.plain)
             if proof is not None:
-                yield _Task(partial(self._check, job), job.plain, True, step.elements)
+                yield _Task(partial(self._check, job), job.plain, tensor.reads, step.elements)
                 continue
+            reads = tensor.reads
             for index, start in enumerate(blocks):
                 count = min(tensor.block, tensor.numel - start)
                 share = step.elements * count / tensor.numel
-                yield _Task(partial(self._compute, job, index, start), job.plain, True, share)
+                yield _Task(partial(self._compute, job, index, start), job.plain, reads, share)
 
     def _compute(self, job: _Job, index: int, start: int) -> int:
         tensor = job.tensor
@@ -315,7 +316,6 @@ class _Pool:
     def _worker(self) -> None:
         queue: _Queue | None = None
         try:
-            # Threads of our own beat torch's: those wait for each other after every operation.
             with self._torch() if any(sink.needs_torch for sink in self._sinks) else nullcontext():
                 while not self._stop.is_set():
                     if queue is None or queue.empty or self._several:
@@ -342,14 +342,11 @@ class _Pool:
         import torch
 
         self._ready.set()
-        settle()
+        settle()  # threads of our own beat torch's: those wait for each other after every operation
         return torch.inference_mode()
 
     def _do(self, queue: _Queue, task: _Task) -> None:
-        if task.computed:
-            with self._turns.of(task.elements):
-                count = task.run()
-        else:
+        with nullcontext() if task.reads is None else self._turns.of(task.reads):
             count = task.run()
         with self._count:
             queue.sink.done += count

@@ -151,7 +151,7 @@ class StoreSink(Sink):
                 continue
             if low >= at + len(place):
                 break
-            with self._turns.of(tensor.numel):
+            with self._turns.of(tensor.reads):
                 data = _bytes(tensor.read(start, stop))
             some = data[max(at - low, 0) : min(at + len(place), high) - low]
             place[done : done + len(some)] = some

@@ -182,7 +182,7 @@ class Quantized(Tensor):
             self.device == CPU
             and inner is not None
             and inner.dtype.code in _WIDENED
-            and all(is_compiled(self.kind, given) for given in {False, self.importance is not None})
+            and is_compiled(self.kind, self.importance is not None)
         )
 
     def read(self, start: int, stop: int) -> torch.Tensor:

@@ -23,12 +23,12 @@ KEPT = 16 << 20
 """Bytes that one step of a block holds for a moment, at most."""
 
 
-SMALL = 1 << 16
-"""Elements of a tensor below which its computation is mostly Python: calls of microseconds, each of which lets go of the
+SMALL = 1 << 18
+"""Bytes read for a tensor below which its computation is mostly Python: calls of microseconds, each of which lets go of the
 interpreter and has to get it back. Two threads in such calls wake each other all the time and take twice as long as one."""
 
 FEW = 1 << 17
-"""As `SMALL`, for what decomposes the factors of a module: bytes of them, of all adapters together."""
+"""As `SMALL`, for what decomposes the factors of a module."""
 
 
 class OneAtATime:
@@ -37,15 +37,15 @@ class OneAtATime:
     A model of 18,771 small tensors takes 13.6 s with two threads that do not take turns, and 7.1 s with one.
 
     Args:
-        small: elements below which a tensor is small.
+        small: bytes read below which a tensor is small.
     """
 
     def __init__(self, small: int = SMALL) -> None:
         self._small, self._lock = small, threading.Lock()
 
-    def of(self, elements: float) -> AbstractContextManager[Any]:
-        """To be held while a tensor of so many elements is computed."""
-        return self._lock if elements < self._small else nullcontext()
+    def of(self, reads: int) -> AbstractContextManager[Any]:
+        """To be held while a tensor is computed for which so many bytes are read; none for what comes with another one."""
+        return self._lock if 0 < reads < self._small else nullcontext()
 
 
 def settle() -> None:

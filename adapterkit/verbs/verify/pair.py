@@ -79,7 +79,7 @@ def together(
 
     rows, total, apart, without = [], FidelitySums(), [], []
     sizes = [item.floats.nbytes for item in items]
-    for item, sums, off in in_order(work, items, jobs, sizes, progress, 4 * SMALL):
+    for item, sums, off in in_order(work, items, jobs, sizes, progress, SMALL):
         if item.touched:
             total += sums
             rows.append(_row(item, sums))

@@ -127,7 +127,7 @@ class TensorComparison:
 
     def run(self, jobs: int) -> tuple[Judged, ...]:
         # Large weights first would be quicker at the end; in order of the files is quicker on a disk.
-        tasks = deque((item.floats.numel, task) for item in self._subject.items for task in self._tasks(item))
+        tasks = deque((item.nbytes, task) for item in self._subject.items for task in self._tasks(item))
         threads = [threading.Thread(target=self._worker, args=(tasks,), daemon=True) for _ in range(jobs)]
         try:
             threads = start_all(threads)
@@ -161,10 +161,10 @@ class TensorComparison:
             with torch.inference_mode():
                 while not self._stop.is_set():
                     try:
-                        elements, task = tasks.popleft()
+                        nbytes, task = tasks.popleft()
                     except IndexError:
                         return
-                    with self._turns.of(elements):
+                    with self._turns.of(nbytes):
                         count = task()
                     with self._lock:
                         self._done += count
