@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 AnyJob = TypeVar("AnyJob")  # a `Job`; that module asks for this one
 
-NAMED = ("imatrix", "calibration")  # options that name a file which decides values
+NAMED = ("imatrix", "calibration", "metadata", "tensor_type_file")  # options that name a file which decides values
 
 
 def pinned(job: AnyJob) -> AnyJob:

@@ -236,6 +236,20 @@ def test_every_part_of_a_conversion_by_itself_has_the_bytes_of_a_whole_run(
     assert whole == (count if kind in OF_ALL else 0), caplog.text
 
 
+@pytest.mark.parametrize("option, before, after", [("metadata", '{"general.author": "a"}', '{"general.author": "b"}'),
+                                                   ("tensor_type_file", "ffn_up=Q8_0", "ffn_up=Q4_0")])  # fmt: skip
+def test_a_file_that_an_option_names_is_named_when_it_changes(
+    option: str, before: str, after: str, wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vocab, "read_vocab", read_vocab)
+    file, plan = tmp_path / "said", tmp_path / "plan.json"
+    file.write_text(before)
+    adapterkit.convert(wide / "base", save_plan=plan, to="gguf", quant="Q5_0", **{option: file})
+    file.write_text(after)
+    with pytest.raises(CheckpointError, match="said changed since the plan was made"):
+        OpenPlan(Plan.from_json(plan.read_bytes()), tmp_path / "out.gguf", SIZE).execute(0)
+
+
 def test_what_resolves_otherwise_in_a_slice_is_opened_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
