@@ -103,15 +103,16 @@ class AdapterConfig:
 
     @property
     def label(self) -> str:
-        """The method as its authors write it: ``DoRA``, ``rsLoRA``, ``VB-LoRA``."""
+        """The method as its authors write it: ``DoRA``, ``rsLoRA``, ``rsLoRA with DoRA``, ``VB-LoRA``."""
         kind = self.peft_type
         if kind != "LORA":
             return _LABELS.get(kind, kind)
         init = str(self.get("init_lora_weights", "")).lower()
-        named = next((name for word, name in _INITS.items() if init.startswith(word)), "LoRA")
+        plain = "rsLoRA" if self.get("use_rslora") else "LoRA"
+        named = next((name for word, name in _INITS.items() if init.startswith(word)), plain)
         if self.get("use_dora"):
             return "DoRA" if named == "LoRA" else f"{named} with DoRA"
-        return "rsLoRA" if self.get("use_rslora") and named == "LoRA" else named
+        return named
 
     @property
     def base(self) -> str | None:

@@ -217,7 +217,7 @@ def _experts(checkpoint: Checkpoint, left: Iterable[str], form: Kind) -> list[st
     elif single:
         why = f"the experts of a layer are written in {form.name} only if each of them fits it and none is skipped"
     else:
-        why = f"{form.name} is written of experts that are stored one by one"
+        why = f"{form.name} is written only for experts that are stored one by one"
     said = [f"the experts stay in 16 bits ({len(found)} modules, as '{found[0]}'): {why}"]
     return [*said, form.of_experts_left] if single and form.of_experts_left else said
 

@@ -58,7 +58,7 @@ def _named(param: click.Parameter | None) -> str:
     """What an error calls a parameter."""
     if param is None:
         return "this"
-    return param.opts[0] if param.param_type_name == "option" else param.human_readable_name
+    return param.opts[0] if param.param_type_name == "option" else param.human_readable_name.strip("[]")
 
 
 FILE = LocalPath(path_type=Path)

@@ -67,8 +67,8 @@ def fsck(repair: bool, reindex: bool, part: tuple[int, int], as_json: bool) -> i
 @click.option(
     "--uploads",
     metavar="PLACE",
-    help="Look at what runs to s3://bucket/folder (or gs://, az://, hf://buckets/), or to a folder here, left there, and not "
-    "at the registry.",
+    help="Look not at the registry but at what killed runs left in s3://bucket/folder (or gs://, az://, hf://buckets/) or in a "
+    "folder here.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def gc(apply: bool, recipes: bool, keep_days: float | None, uploads: str | None, as_json: bool) -> None:

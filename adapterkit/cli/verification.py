@@ -26,8 +26,8 @@ OWN = (
     click.Option(
         ["--attach/--no-attach"],
         default=None,
-        help="Write the figures into MERGED's record. By default into the adapterkit.json beside an output, and not into "
-        "a registered version, which would make a new one. With --html such a version keeps the page too.",
+        help="Write the figures into MERGED's record. By default only into an adapterkit.json on this machine, not into one in "
+        "a store or a registered version, of which it makes a new one. With --html such a version keeps the page too.",
     ),
 )
 NAMES = ("html", "markdown", "step_summary", "attach")

@@ -104,7 +104,7 @@ def check_packages(step: Step) -> None:
     if step.verify is None or step.verify.level == "load":
         return
     if step.to == GGUF and quant and quant.upper() not in ("F32", "F16", "BF16"):
-        need("gguf", what=f"to verify {quant} is to decode it by the package gguf", extra="gguf", tried=False)
+        need("gguf", what=f"verify decodes {quant} by the package gguf", extra="gguf", tried=False)
 
 
 class After:

@@ -222,8 +222,8 @@ class RunRequest(OnWorkers):
         default=None,
         kw_only=True,
         metadata=opt(
-            "Compute here and not where the plan says: cpu, cuda (of several cuda:1) or mps. It is then another plan, whose "
-            "parts are no parts of this one.",
+            "Compute on this device instead of the plan's: cpu, cuda (of several cuda:1) or mps. This makes another plan of "
+            "it: parts that are done of the old one are not used.",
             DEVICE, group=RUNNING, metavar=DEVICES, elsewhere=_HERE,
         ),
     )  # fmt: skip

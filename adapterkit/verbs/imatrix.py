@@ -164,7 +164,7 @@ def imatrix(
         notes += (f"{unused} stacks have experts that no token of this text was sent to; use more text",)
     if device != CPU:
         facts = open_device(device).said()
-        notes += (f"run on {device} ({facts['name']}): sums are those of the CPU as far as the dtype computes",)
+        notes += (f"run on {device} ({facts['name']}): sums are the CPU's but for rounding",)
     seconds = time.monotonic() - started
     return ImatrixReport(opened.ref, str(out), str(text), len(found), done, chunk, missing, seconds, notes)
 

@@ -47,15 +47,15 @@ def main() -> None:
     parser.add_argument("--peft", action="store_true", help="also PEFT, in every second round")
     options = parser.parse_args()
     results.head("whole process, LoRA on all linear layers unless said", "seconds", "over `cp -r`", "CPU seconds")
-    for kind in options.shapes:
-        one_shape(kind, options.dir, options.runs, options.peft)
+    said = [one_shape(kind, options.dir, options.runs, options.peft) for kind in options.shapes]
+    print(*filter(None, said), sep="\n")  # after the table: a line in it would end it
 
 
 NAMED = {"135m": "135M", "1b": "1B", "3b": "3B", "7b": "7B", "moe": "18,771 tensors", "tiny": "tiny"}
 
 
-def one_shape(kind: str, root: Path, rounds: int, peft: bool) -> None:
-    """Time the commands on a base of one shape."""
+def one_shape(kind: str, root: Path, rounds: int, peft: bool) -> str:
+    """Time the commands on a base of one shape; a sentence about the whole of it, or none."""
     base, every, some, out = root / "base", root / "every", root / "attention", root / "out"
     shutil.rmtree(root, ignore_errors=True)
     write_base(base, SHAPES[kind])
@@ -90,7 +90,11 @@ def one_shape(kind: str, root: Path, rounds: int, peft: bool) -> None:
         seconds = medians["`adapterkit merge`"][0]
         beyond = round(seconds - 1.5 * copy, 2)
         results.note(cp_s=round(copy, 2), seconds=round(seconds, 2), ratio=round(seconds / copy, 1), beyond_s=beyond)
-        print(f"all linear layers: {beyond:+.2f} s beyond 1.5 times the copy")
+        return f"all linear layers: {beyond:+.2f} s beyond 1.5 times the copy"
+    if kind == "moe":
+        seconds = medians["`adapterkit merge`"][0]
+        results.note(small_s=round(seconds, 1), small_ratio=round(seconds / copy))
+    return ""
 
 
 if __name__ == "__main__":

@@ -212,6 +212,7 @@ def test_an_empty_registry_says_how_to_begin(here: Path, capsys: pytest.CaptureF
         ({"peft_type": "LORA"}, "LoRA"),
         ({"peft_type": "LORA", "use_dora": True}, "DoRA"),
         ({"peft_type": "LORA", "use_rslora": True}, "rsLoRA"),
+        ({"peft_type": "LORA", "use_rslora": True, "use_dora": True}, "rsLoRA with DoRA"),
         ({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}, "PiSSA"),
         ({"peft_type": "LORA", "init_lora_weights": True}, "LoRA"),
         ({"peft_type": "ADALORA"}, "AdaLoRA"),
