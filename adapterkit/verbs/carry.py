@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from adapterkit import disk
 from adapterkit.checkpoint.plan import default_jobs, parse_size
 from adapterkit.errors import OutputError, UsageError, option
+from adapterkit.ops.device import CPU, check_there
 from adapterkit.places import Address, here
 from adapterkit.requests.groups import LIMITS
 from adapterkit.requests.option import RUN
@@ -183,6 +184,8 @@ def by_workers(opened: OpenPlan, request: Any) -> RunTally:
     from adapterkit.verbs.engines.driver import drive, log_to
     from adapterkit.verbs.engines.pool import Reading, WorkerSetting
 
+    if request.on == LOCAL and opened.device != CPU and opened.left():
+        check_there(opened.device)  # before anything is claimed that a refused run would leave
     opened.forget_stale()
     with _room(opened) as folder, log_to(_path(request.events)) as log:
         text = opened.plan.to_json()

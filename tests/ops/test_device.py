@@ -78,6 +78,18 @@ def test_a_plan_for_another_machine_needs_no_device_here(
     assert json.loads(plan.read_text())["request"]["device"] == "cuda:1"
 
 
+def test_workers_that_are_refused_a_device_leave_nothing(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plan = tmp_path / "plan.json"
+    adapterkit.merge(inputs[0], [inputs[1]], save_plan=plan)
+    there = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(UsageError, match="cuda cannot be used"):
+        adapterkit.run(plan, tmp_path / "out", on="local", workers=1, device="cuda")
+    assert {path.name for path in tmp_path.iterdir()} == there
+
+
 def test_named_or_not_the_cpu_gives_the_same_bytes(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     adapterkit.merge(inputs[0], [inputs[1]], tmp_path / "one")
     adapterkit.merge(inputs[0], [inputs[1]], tmp_path / "two", device="cpu")
