@@ -36,15 +36,16 @@ _LONGEST = 230  # bytes of a name that a hidden name repeats whole; file systems
 
 def partial_folder(out: Path) -> Path:
     """The hidden folder in which ``out`` is made."""
-    return _hidden(out, "partial")
+    return hidden_folder(out, "partial")
 
 
 def _aside(out: Path) -> Path:
     """The hidden folder that holds what is being exchanged."""
-    return _hidden(out, "replaced")
+    return hidden_folder(out, "replaced")
 
 
-def _hidden(out: Path, what: str) -> Path:
+def hidden_folder(out: Path, what: str) -> Path:
+    """A hidden name beside ``out``; of a long name it repeats the beginning."""
     name = os.fsencode(out.name)
     if len(name) <= _LONGEST:
         return out.parent / f".{out.name}.{what}"

@@ -91,3 +91,24 @@ def test_every_name_that_a_run_leaves(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not partial_folder(place / "whole").exists()
     assert gc(place / "nothing") == 7
     assert "nothing does not exist; give a folder, an output, or an address" in capsys.readouterr().err
+
+
+def test_below_a_folder_that_cannot_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As homes of users lie below one that is open for passing through alone; of a long name, ours repeat the beginning."""
+    out = tmp_path / "above" / ("out" * 80)
+    for lost in (partial_folder(out), partial_folder(out / "inner")):
+        lost.mkdir(parents=True)
+        lost.chmod(0o1755)
+    listed, scanned = os.listdir, os.scandir
+
+    def check(path: object) -> None:
+        if str(path) == str(out.parent):
+            raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", lambda path=".": (check(path), listed(path))[1])
+    monkeypatch.setattr(os, "scandir", lambda path=".": (check(path), scanned(path))[1])
+    assert gc(out, "--keep-days", "0", "--json") == 0
+    left = json.loads(capsys.readouterr().out)["left"]
+    assert left == sorted(map(str, (partial_folder(out), partial_folder(out / "inner"))))
