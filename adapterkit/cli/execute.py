@@ -61,14 +61,12 @@ def command(
       adapterkit execute plan.json -o merged --part 0        # one call for each part, anywhere
       adapterkit execute plan.json -o merged --finish
     """
-    from adapterkit.checkpoint.plan import MOST_PLAN, Plan, parse_size
-    from adapterkit.disk import read_regular
-    from adapterkit.stores.files import brought
+    from adapterkit.checkpoint.plan import parse_size, read_plan
     from adapterkit.verbs.execute import OpenPlan, execute, has_parts, on_device
 
     if part is not None and finish:
         raise click.UsageError("--part and --finish exclude each other: parts come first.")
-    loaded = on_device(Plan.from_json(read_regular(brought(plan), MOST_PLAN, str(plan))), device)
+    loaded = on_device(read_plan(plan), device)
     check_of_plan(asked, loaded, part is None and not served)
     opened = OpenPlan(loaded, out, None if part_size is None else parse_size(part_size))
     if served:
