@@ -14,6 +14,7 @@ from adapterkit.cli.paths import FILE_THERE, OUT_THERE
 from adapterkit.cli.run import failed
 from adapterkit.cli.verification import OWN, check_of_plan, deliver
 from adapterkit.requests.option import DEVICES
+from adapterkit.requests.workers import ON_DEVICE
 
 if TYPE_CHECKING:
     from adapterkit.places import Address
@@ -34,7 +35,7 @@ def _of_verification(command: click.Command) -> click.Command:
 @click.option("--part-size", metavar="SIZE", help="Work of a part, like 1GB; by default a part is a file.")
 @click.option("--finish", is_flag=True, help="All parts are done: make the folder.")
 @click.option("--jobs", type=click.IntRange(1), help="Worker threads.")
-@click.option("--device", metavar=DEVICES, help="Compute here and not where the plan says; it is then another plan.")
+@click.option("--device", metavar=DEVICES, help=ON_DEVICE)
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--served", is_flag=True, hidden=True, help="Execute the parts whose numbers stand on standard input.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
