@@ -112,3 +112,20 @@ def test_below_a_folder_that_cannot_be_listed(
     assert gc(out, "--keep-days", "0", "--json") == 0
     left = json.loads(capsys.readouterr().out)["left"]
     assert left == sorted(map(str, (partial_folder(out), partial_folder(out / "inner"))))
+
+
+@pytest.mark.parametrize("name", ["out" * 80, "ü" * 120])
+def test_an_output_of_a_long_name_is_put_back_under_it(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ours repeats the beginning of the name alone, so it does not say what the output was called."""
+    aside = partial_folder(tmp_path / name).with_suffix(".replaced")
+    (aside / "old").mkdir(parents=True)
+    aside.chmod(0o1755)
+    (aside / "old" / "weights").write_text("w")
+    assert gc(tmp_path, "--keep-days", "0", "--apply", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["left"] == found["kept"] == [str(aside)]
+    assert gc(tmp_path / name, "--keep-days", "0", "--apply") == 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name / "weights").read_text() == "w"
