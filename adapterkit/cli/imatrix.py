@@ -11,6 +11,7 @@ from adapterkit.cli.output import Progress, count, note, say, show_json
 from adapterkit.cli.paths import FILE_THERE
 from adapterkit.errors import UsageError
 from adapterkit.ops.device import CPU
+from adapterkit.requests.groups import MODEL_WHERE
 from adapterkit.requests.option import DEVICES
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     default=CPU,
     show_default=True,
     metavar=DEVICES,
-    help="Where the model runs: cpu, cuda (of several cuda:1) or mps.",
+    help=MODEL_WHERE,
 )
 @click.option("--force", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
