@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from adapterkit.cli.options import was_given
 from adapterkit.cli.output import Progress, count, note, say, show_json
 from adapterkit.cli.paths import FILE_THERE
 from adapterkit.errors import UsageError
@@ -75,6 +76,10 @@ def command(
     if files:
         if model is not None or text is not None:
             raise UsageError("--in-file adds matrices up, and runs no MODEL", "leave MODEL and --text out")
+        ctx = click.get_current_context()
+        idle = next((name for name in ("chunk", "chunks", "dtype", "device") if was_given(ctx, name)), None)
+        if idle is not None:
+            raise UsageError(f"--{idle} is about running a MODEL, and --in-file runs none", "leave it out")
         sums = added(files, out, force=force)
         if as_json:
             show_json(sums)
