@@ -79,7 +79,7 @@ def command(
         ctx = click.get_current_context()
         idle = next((name for name in ("chunk", "chunks", "dtype", "device") if was_given(ctx, name)), None)
         if idle is not None:
-            raise UsageError(f"--{idle} is about running a MODEL, and --in-file runs none", "leave it out")
+            raise UsageError(f"--{idle} has no meaning with --in-file", "leave it out")
         sums = added(files, out, force=force)
         if as_json:
             show_json(sums)
